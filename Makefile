@@ -1,0 +1,41 @@
+# make env        create .venv with the pinned versions (again only when pyproject.toml or constraints.txt changed)
+# make test       the CPU tests that take seconds     make test-all   every test this machine can run
+# make lint       ruff and mypy, changing nothing     make format     let ruff rewrite
+# make clean      remove .venv and caches
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := test
+.PHONY: env test test-all lint format clean
+
+env: $(STAMP)
+
+# torch goes first and alone: with its version (from constraints.txt) in place before anything that depends on it is
+# looked at, pip cannot settle on another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find cosmos3_core tests -name __pycache__ -type d -prune -exec rm -rf {} +

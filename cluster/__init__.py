@@ -1,0 +1,1 @@
+"""How the model runs on many processes and machines: gangs of rank actors, tensors between them, configs."""

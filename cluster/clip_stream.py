@@ -1,0 +1,121 @@
+"""The stream of one clip from its producer to its consumer: a bounded mailbox of references.
+
+Serve's own streams have no back-pressure and spread calls over replicas. Here the producer takes a credit before it
+makes a chunk, the Director posts the chunk's reference, and the one consumer of the clip takes it and gives the credit
+back. Chunks themselves never pass through this actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from cluster.errors import OverloadedError, StreamClosed
+
+
+@dataclass
+class _Clip:
+    credits: asyncio.Semaphore
+    posted: deque[Any] = field(default_factory=deque)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    is_complete: bool = False
+    closed_because: str | None = None
+
+
+class ClipStreams:
+    """Mailboxes of the clips of one Director. An async actor: waiting calls cost nothing; runs with ``num_cpus=0``.
+
+    It is owned by its Director and dies with it, which ends every producer and consumer that waits here.
+
+    Args:
+        max_clips: how many clips may be open at once.
+    """
+
+    def __init__(self, max_clips: int) -> None:
+        self._clips: dict[str, _Clip] = {}
+        self._max_clips = max_clips
+
+    async def open(self, stream_id: str, window: int) -> None:
+        """Begin a clip of which at most ``window`` chunks exist between producer and consumer.
+
+        Raises:
+            OverloadedError: too many clips are open.
+        """
+        if len(self._clips) >= self._max_clips:
+            raise OverloadedError("open clips of one Director", self._max_clips, 1.0)
+        self._clips[stream_id] = _Clip(asyncio.Semaphore(window))
+
+    async def acquire(self, stream_id: str, timeout_s: float) -> bool:
+        """The producer's: wait for a credit. False when the clip was closed: stop producing.
+
+        Raises:
+            TimeoutError: no credit came in time.
+        """
+        clip = self._clips.get(stream_id)
+        if clip is None or clip.closed_because is not None:
+            return False
+        async with asyncio.timeout(timeout_s):
+            await clip.credits.acquire()
+        return clip.closed_because is None
+
+    async def post(self, stream_id: str, boxed_ref: list[Any]) -> None:
+        """The Director's: pass on the next chunk, as a one-element list so that Ray leaves the reference alone."""
+        clip = self._clips.get(stream_id)
+        if clip is not None and clip.closed_because is None:
+            clip.posted.append(boxed_ref[0])
+            clip.changed.set()
+
+    async def complete(self, stream_id: str) -> None:
+        """The Director's: no chunk comes after those posted."""
+        clip = self._clips.get(stream_id)
+        if clip is not None:
+            clip.is_complete = True
+            clip.changed.set()
+
+    async def take(self, stream_id: str, timeout_s: float) -> list[Any]:
+        """The consumer's: the next chunk's reference in a list, or an empty list after the last one.
+
+        Raises:
+            StreamClosed: the clip was given up.
+            TimeoutError: nothing came in time.
+        """
+        async with asyncio.timeout(timeout_s):
+            while True:
+                clip = self._clips.get(stream_id)
+                if clip is None or clip.closed_because is not None:
+                    raise StreamClosed(stream_id, clip.closed_because if clip and clip.closed_because else "not open")
+                if clip.posted:
+                    return [clip.posted.popleft()]
+                if clip.is_complete:
+                    return []
+                clip.changed.clear()
+                await clip.changed.wait()
+
+    async def release(self, stream_id: str) -> None:
+        """The consumer's: a chunk was used up; its memory may be reused by the next."""
+        clip = self._clips.get(stream_id)
+        if clip is not None:
+            clip.credits.release()
+
+    async def close(self, stream_id: str, reason: str) -> None:
+        """End a clip for whoever waits on it. Closing one that is not open is fine."""
+        clip = self._clips.pop(stream_id, None)
+        if clip is None:
+            return
+        clip.closed_because = reason
+        clip.posted.clear()
+        clip.changed.set()
+        clip.credits.release()
+
+    async def num_open(self) -> int:
+        """How many clips are open."""
+        return len(self._clips)
+
+
+def start_clip_streams(max_clips: int) -> Any:
+    """Start the actor as a child of the calling one."""
+    return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=1000).remote(max_clips)

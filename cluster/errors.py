@@ -1,0 +1,102 @@
+"""What can go wrong between processes.
+
+    Cosmos3Error
+    └── ClusterError
+        ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
+        ├── StreamClosed      the other end of a clip's stream gave up
+        ├── OverloadedError   a bound was reached; try again later
+        ├── DeadlineExceeded  the request took longer than it may
+        └── StageFailed       a stage failed for good: its tries are used up
+
+All of them cross process boundaries whole: their arguments are all they hold.
+"""
+
+from __future__ import annotations
+
+from cosmos3_core.errors import Cosmos3Error
+
+
+class ClusterError(Cosmos3Error):
+    """Root of the errors between processes."""
+
+
+class GangFailed(ClusterError):
+    """A gang of ranks failed as a whole.
+
+    Args:
+        phase: what it was doing: "place", "start", "load", "warm up" or "step".
+        reason: what happened.
+    """
+
+    def __init__(self, phase: str, reason: str) -> None:
+        self.phase, self.reason = phase, reason
+        super().__init__(phase, reason)
+
+    def __str__(self) -> str:
+        return f"the transformer gang failed during {self.phase!r}: {self.reason}"
+
+
+class StreamClosed(ClusterError):
+    """A clip's stream was closed before its end.
+
+    Args:
+        stream_id: which one.
+        reason: why.
+    """
+
+    def __init__(self, stream_id: str, reason: str) -> None:
+        self.stream_id, self.reason = stream_id, reason
+        super().__init__(stream_id, reason)
+
+    def __str__(self) -> str:
+        return f"the stream {self.stream_id} was closed: {self.reason}"
+
+
+class OverloadedError(ClusterError):
+    """A queue is full.
+
+    Args:
+        what: which bound was reached.
+        limit: the bound.
+        retry_after_s: when a place is likely to be free.
+    """
+
+    def __init__(self, what: str, limit: int, retry_after_s: float) -> None:
+        self.what, self.limit, self.retry_after_s = what, limit, retry_after_s
+        super().__init__(what, limit, retry_after_s)
+
+    def __str__(self) -> str:
+        return f"{self.what}: all {self.limit} places are taken; try again in {self.retry_after_s:.0f} s"
+
+
+class DeadlineExceeded(ClusterError):
+    """A request ran past its deadline.
+
+    Args:
+        stage: where it was.
+        limit_s: seconds that the request had in all.
+    """
+
+    def __init__(self, stage: str, limit_s: float) -> None:
+        self.stage, self.limit_s = stage, limit_s
+        super().__init__(stage, limit_s)
+
+    def __str__(self) -> str:
+        return f"the request was not done within {self.limit_s:.0f} s; it was in the stage {self.stage!r}"
+
+
+class StageFailed(ClusterError):
+    """A stage failed as often as it was allowed to.
+
+    Args:
+        stage: which one.
+        attempts: how often it was tried.
+        reason: the last failure.
+    """
+
+    def __init__(self, stage: str, attempts: int, reason: str) -> None:
+        self.stage, self.attempts, self.reason = stage, attempts, reason
+        super().__init__(stage, attempts, reason)
+
+    def __str__(self) -> str:
+        return f"the stage {self.stage!r} failed {self.attempts} times; last: {self.reason}"

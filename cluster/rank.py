@@ -1,0 +1,148 @@
+"""One rank of a gang: a process that holds its share of the transformer and does what the leader says.
+
+A plain class; :mod:`cluster.gang` turns it into an actor. Calls come one at a time and in order. The contract of all
+ranks of a gang: an error that is the request's fault is raised, alike on every rank, by :meth:`Rank.begin`, before any
+rank works; whatever else goes wrong on one rank fails the gang as a whole, which is then rebuilt.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.envelope import TensorEnvelope
+from cosmos3_core.denoise_request import DenoiseRequest
+
+if TYPE_CHECKING:
+    from cosmos3_core.denoiser import DenoisePlan, Denoiser
+    from cosmos3_core.sampler.state import DenoiseState
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What a rank has to load, and how.
+
+    Attributes:
+        checkpoint: directory in the published layout; the same path on every node.
+        device: torch device string.
+        dtype: name of the weights' dtype, "bfloat16" say; None keeps what is stored.
+        num_threads: torch's CPU threads in the rank's process.
+        text_cache_bytes: bound of the cache of prompts' keys and values.
+    """
+
+    checkpoint: str
+    device: str
+    dtype: str | None
+    num_threads: int
+    text_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank lives."""
+
+    rank: int
+    pid: int
+    node_id: str
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What came of a quantum of steps.
+
+    Attributes:
+        step: steps done so far.
+        num_steps: of the request.
+        sigma: noise level that is left.
+        seconds: the quantum took.
+        pid: of the reporting rank.
+    """
+
+    step: int
+    num_steps: int
+    sigma: float
+    seconds: float
+    pid: int
+
+
+class Rank:
+    """See the module.
+
+    Args:
+        rank: its number in the gang.
+        spec: what to load.
+    """
+
+    def __init__(self, rank: int, spec: RankSpec) -> None:
+        self._rank = rank
+        self._spec = spec
+        self._denoiser: Denoiser | None = None
+        self._jobs: dict[str, tuple[DenoisePlan, DenoiseState]] = {}
+
+    def describe(self) -> RankInfo:
+        """Where this rank runs; answering means that its process is up."""
+        import ray
+
+        return RankInfo(self._rank, os.getpid(), ray.get_runtime_context().get_node_id())
+
+    def load(self) -> float:
+        """Load the transformer; returns the seconds it took.
+
+        Raises:
+            CheckpointError, RequestError: the checkpoint or the device cannot be used.
+        """
+        import torch
+
+        from cosmos3_core.checkpoint.layout import CheckpointLayout
+        from cosmos3_core.checkpoint.load import load_transformer
+        from cosmos3_core.denoiser import Denoiser
+        from cosmos3_core.device import DTYPES, resolve_device
+
+        start_s = time.perf_counter()
+        torch.set_num_threads(self._spec.num_threads)
+        layout = CheckpointLayout.open(self._spec.checkpoint)
+        transformer = load_transformer(
+            layout,
+            device=resolve_device(self._spec.device),
+            dtype=DTYPES[self._spec.dtype] if self._spec.dtype else None,
+        )
+        self._denoiser = Denoiser(
+            transformer, layout.geometry, layout.scheduler, text_cache_bytes=self._spec.text_cache_bytes
+        )
+        return time.perf_counter() - start_s
+
+    def begin(self, job_id: str, request: DenoiseRequest) -> None:
+        """Prefill a request's prompts and make its first state.
+
+        Raises:
+            RequestError: the request's fault; nothing of it is kept.
+        """
+        denoiser = self._loaded()
+        plan = denoiser.prepare(request)
+        self._jobs[job_id] = (plan, denoiser.start(plan))
+
+    def step(self, job_id: str, num_steps: int) -> StepReport:
+        """Run up to ``num_steps`` steps of a request."""
+        start_s = time.perf_counter()
+        plan, state = self._jobs[job_id]
+        for _ in range(min(num_steps, plan.num_steps - state.step_index)):
+            state = self._loaded().step(plan, state)
+        self._jobs[job_id] = (plan, state)
+        sigma = plan.solver.schedule.sigmas[state.step_index]
+        return StepReport(state.step_index, plan.num_steps, sigma, time.perf_counter() - start_s, os.getpid())
+
+    def latents(self, job_id: str) -> TensorEnvelope:
+        """The video latents as they are now, [1, C, T, H, W] fp32."""
+        _, state = self._jobs[job_id]
+        return TensorEnvelope.of_tensor(state.latents["video"])
+
+    def end(self, job_id: str) -> None:
+        """Forget a request; one that is not there is fine."""
+        self._jobs.pop(job_id, None)
+
+    def _loaded(self) -> Denoiser:
+        if self._denoiser is None:
+            raise RuntimeError("the leader called a rank before load()")
+        return self._denoiser

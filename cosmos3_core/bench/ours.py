@@ -1,0 +1,91 @@
+"""This project's stages, one method a stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cosmos3_core.bench.subject import Subject, Work
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoiser import DenoisePlan, Denoiser
+from cosmos3_core.model.transformer import Cosmos3Transformer
+from cosmos3_core.model.weights import transformer_plans
+from cosmos3_core.ops.registry import select_ops
+from cosmos3_core.sampler.state import DenoiseState
+from cosmos3_core.vae.video import VideoVAE
+
+
+class Ours:
+    """The transformer and VAE of a subject, and one request's way through them.
+
+    Args:
+        subject: the model.
+        work: the shape of the request.
+    """
+
+    def __init__(self, subject: Subject, work: Work) -> None:
+        self.subject, self.work = subject, work
+        self.denoiser = Denoiser(_transformer(subject), subject.geometry, subject.scheduler)
+        self.vae = _vae(subject)
+        text_ids, negative_ids = work.token_ids(subject.transformer.vocab_size)
+        self.request = DenoiseRequest(
+            text_ids=tuple(text_ids.tolist()),
+            negative_text_ids=tuple(negative_ids.tolist()),
+            latent_shape=subject.latent_shape(work),
+            fps=24.0,
+            num_inference_steps=1000,
+            guidance_scale=6.0,
+            schedule="native",
+            flow_shift=10.0,
+            seed=0,
+        )
+        self._plan: DenoisePlan | None = None
+        self._state: DenoiseState | None = None
+
+    def prefill(self) -> None:
+        """Both prompts through the understanding tower."""
+        self.denoiser.text_cache.clear()
+        self._plan = self.denoiser.prepare(self.request)
+
+    def start(self) -> None:
+        """Begin a denoising loop; untimed."""
+        if self._plan is None:
+            self.prefill()
+        assert self._plan is not None
+        self._state = self.denoiser.start(self._plan)
+
+    def step(self) -> None:
+        """One guided step: both branches, guidance, solver."""
+        assert self._plan is not None
+        assert self._state is not None
+        self._state = self.denoiser.step(self._plan, self._state)
+
+    def decode_all(self, latents: Tensor) -> Tensor:
+        """A whole clip, chunk after chunk, as diffusers does it."""
+        return torch.cat(list(self.vae.decode(latents, chunk_latents=self.work.chunk_latents)), dim=2)
+
+    def encode_frame(self, frame: Tensor) -> Tensor:
+        """One conditioning frame [1, 3, 1, Y, X] -> its latent."""
+        return self.vae.encode(frame)
+
+
+def _transformer(subject: Subject) -> Cosmos3Transformer:
+    with torch.device("meta"):
+        module = Cosmos3Transformer(subject.transformer, select_ops(subject.device, subject.dtype))
+    for plan in transformer_plans(subject.transformer):
+        parts = [subject.tensors("transformer", name) for name in plan.sources]
+        _assign(module, plan.target, torch.cat(parts).to(plan.dtype or subject.dtype))
+    return module
+
+
+def _vae(subject: Subject) -> VideoVAE:
+    with torch.device("meta"):
+        module = VideoVAE(subject.vae)
+    for name, _ in list(module.named_parameters()):
+        _assign(module, name, subject.tensors("vae", name))
+    return module
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(module.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))

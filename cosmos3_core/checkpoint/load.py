@@ -1,0 +1,74 @@
+"""Checkpoint -> loaded modules: built without storage, checked against the files, then filled slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.checkpoint.reader import ParameterPlan, WeightFiles, check_tensors, load_parameters
+from cosmos3_core.checkpoint.tensors import transformer_tensors, video_vae_tensors
+from cosmos3_core.model.transformer import Cosmos3Transformer
+from cosmos3_core.model.weights import transformer_plans, unused_tensors
+from cosmos3_core.ops.registry import select_ops
+from cosmos3_core.parallel.sharding import WHOLE, Shard, local_config
+from cosmos3_core.vae.video import VideoVAE
+
+# The encoder half: a decode-only export may leave it out.
+_VIDEO_ENCODER = ("encoder.*", "quant_conv.*")
+
+
+def load_transformer(
+    layout: CheckpointLayout,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    ops: Mapping[str, str] | None = None,
+    shard: Shard = WHOLE,
+) -> Cosmos3Transformer:
+    """The transformer, or one rank's share of it, on its device.
+
+    Args:
+        layout: of the checkpoint.
+        device: where the parameters go.
+        dtype: of the towers; None keeps the stored one. The time embedder is fp32 in any case.
+        ops: operator -> implementation name, to override the choice for the device.
+        shard: which share of the heads and FFN columns.
+
+    Raises:
+        CheckpointError: the files are missing, damaged or of another shape.
+        RequestError: the heads do not divide by the shard's size; an unknown operator or implementation.
+    """
+    files = WeightFiles.open(layout.component_dir("transformer"))
+    # Named as unused or of a modality that this version lacks: may be absent, and is never read.
+    check_tensors(files, transformer_tensors(layout.transformer), optional=unused_tensors(layout.transformer))
+    dtype = dtype if dtype is not None else files.dtype
+    config = local_config(layout.transformer, shard.num_shards)
+    with torch.device("meta"):
+        transformer = Cosmos3Transformer(config, select_ops(device, dtype, ops))
+    load_parameters(transformer, files, transformer_plans(config), device=device, dtype=dtype, shard=shard)
+    return transformer.eval()
+
+
+def load_video_vae(
+    layout: CheckpointLayout, *, device: torch.device, dtype: torch.dtype | None = None, with_encoder: bool = True
+) -> VideoVAE:
+    """The video VAE on its device.
+
+    Args:
+        layout: of the checkpoint.
+        device: where the parameters go.
+        dtype: None keeps the stored one.
+        with_encoder: False leaves the encoder out, for a replica that only decodes.
+
+    Raises:
+        CheckpointError: the files are missing, damaged or of another shape.
+    """
+    files = WeightFiles.open(layout.component_dir("vae"))
+    check_tensors(files, video_vae_tensors(layout.vae), optional=() if with_encoder else _VIDEO_ENCODER)
+    with torch.device("meta"):
+        vae = VideoVAE(layout.vae, with_encoder=with_encoder)
+    plans = [ParameterPlan(name, (name,)) for name, _ in vae.named_parameters()]
+    load_parameters(vae, files, plans, device=device, dtype=dtype if dtype is not None else files.dtype)
+    return vae.eval()

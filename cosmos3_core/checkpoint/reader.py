@@ -1,0 +1,289 @@
+"""Weights, read by slices: each rank reads its own part of each stored tensor straight into the parameter it becomes.
+
+Three steps, each with its errors before the next one starts:
+
+1. :meth:`WeightFiles.open` reads headers only and finds files that are missing, truncated or no safetensors.
+2. :func:`check_tensors` compares names and shapes with what the model needs.
+3. :func:`load_parameters` allocates one parameter after the other on its device and fills it through one staging buffer
+   of a few megabytes, so that host memory never holds a second copy of anything large.
+
+Files are read with plain reads, not memory-mapped: page faults are slow on network filesystems, and a mapped file that
+shrinks kills the process where a read returns an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cosmos3_core.checkpoint.weight_files import (
+    FLOAT_DTYPES,
+    Shape,
+    TensorEntry,
+    WeightFiles,
+    check_tensors,
+    refuse_quantised,
+    shorten,
+)
+from cosmos3_core.errors import CorruptFileError, TensorMismatchError
+from cosmos3_core.parallel.sharding import WHOLE, Shard, Split, split_of
+
+__all__ = ["ParameterPlan", "TensorEntry", "WeightFiles", "check_tensors", "load_parameters"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """What one module parameter is filled from.
+
+    Attributes:
+        target: the parameter's name in the module.
+        sources: published names; a fused parameter is their parts on top of one another (along dim 0), in this order.
+        dtype: the parameter's dtype where it differs from the module's: the time embedder stays fp32.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rank's part of one stored tensor: a run of rows, or of columns (dim 1) of all rows."""
+
+    entry: TensorEntry
+    rows: slice
+    columns: slice | None
+
+    @property
+    def shape(self) -> Shape:
+        num_rows = self.rows.stop - self.rows.start
+        if self.columns is None:
+            return (num_rows, *self.entry.shape[1:])
+        return (num_rows, self.columns.stop - self.columns.start, *self.entry.shape[2:])
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """One parameter to be allocated, and the parts that fill it from the top."""
+
+    target: str
+    shape: Shape
+    dtype: torch.dtype
+    parts: tuple[_Part, ...]
+
+
+def load_parameters(
+    module: nn.Module,
+    files: WeightFiles,
+    plans: Iterable[ParameterPlan],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    shard: Shard = WHOLE,
+    split: Callable[[str], Split] = split_of,
+) -> None:
+    """Fill every parameter of a module that was built on the meta device with this rank's shapes.
+
+    Everything that can be wrong with names, shapes and types is found before the first allocation. Host memory grows by
+    the parameters that live there plus one staging buffer. Buffers of the module are left as they are.
+
+    Args:
+        module: its parameters are replaced, with ``requires_grad=False``.
+        plans: one for each parameter of the module.
+        device: where the parameters are allocated.
+        dtype: floating-point type of the parameters whose plan names none.
+        shard: the rank's share of the tensors that ``split`` splits.
+        split: published name -> how the tensor is split.
+
+    Raises:
+        TensorMismatchError: a tensor is missing or not floating-point, a part has another shape than its parameter, or
+            plans and parameters do not match one to one.
+        CapabilityError: a tensor is quantised to fp8 or less.
+        CorruptFileError: a file changed or became unreadable since its header was read.
+        RequestError: a tensor cannot be cut into ``shard.num_shards`` equal parts.
+    """
+    started = time.monotonic()
+    device = torch.device(device)
+    fills = _resolve(module, files, tuple(plans), dtype, shard, split)
+    # In the order of the files: sequential reads are the fast ones.
+    fills.sort(key=lambda fill: (fill.parts[0].entry.path, fill.parts[0].entry.begin_byte))
+    with _StagedReader(device, [part for fill in fills for part in fill.parts]) as reader:
+        for fill in fills:
+            parameter = torch.empty(fill.shape, dtype=fill.dtype, device=device)
+            row = 0
+            for part in fill.parts:
+                reader.copy(part, parameter[row : row + part.shape[0]])
+                row += part.shape[0]
+            _replace_parameter(module, fill.target, parameter)
+    num_bytes = sum(math.prod(fill.shape) * fill.dtype.itemsize for fill in fills)
+    _log.info(
+        "%s: %d parameters, %.2f GB on %s, share %d of %d, from %d files in %.1f s",
+        files.directory,
+        len(fills),
+        num_bytes / 1e9,
+        device,
+        shard.rank + 1,
+        shard.num_shards,
+        files.num_files,
+        time.monotonic() - started,
+    )
+
+
+def _resolve(
+    module: nn.Module,
+    files: WeightFiles,
+    plans: tuple[ParameterPlan, ...],
+    dtype: torch.dtype,
+    shard: Shard,
+    split: Callable[[str], Split],
+) -> list[_Fill]:
+    """The plans with their parts looked up, cut and compared with the module."""
+    parameters = dict(module.named_parameters())
+    targets = [plan.target for plan in plans]
+    for problem, names in (
+        ("module parameters without a plan", parameters.keys() - set(targets)),
+        ("plans for parameters that the module lacks", set(targets) - parameters.keys()),
+        ("parameters with several plans", {target for target, count in Counter(targets).items() if count > 1}),
+    ):
+        if names:
+            raise TensorMismatchError(files.directory, f"{len(names)} {problem}: {shorten(sorted(names))}")
+    missing = [name for plan in plans for name in plan.sources if name not in files.tensors]
+    if missing:
+        raise TensorMismatchError(
+            files.directory, f"{len(missing)} tensors are missing: {shorten(missing)}", "Download the component again."
+        )
+    fills = []
+    for plan in plans:
+        entries = tuple(files.tensors[name] for name in plan.sources)
+        _check_floating(entries)
+        target_dtype = plan.dtype or dtype
+        assert target_dtype.is_floating_point, f"{plan.target}: weights convert between floating-point types only"
+        parts = tuple(_cut(entry, shard, split(entry.name)) for entry in entries)
+        needed = tuple(parameters[plan.target].shape)
+        found = _stacked_shape(parts)
+        if found != needed:
+            raise TensorMismatchError(
+                files.directory,
+                f"{plan.target} of rank {shard.rank} of {shard.num_shards} is {list(needed)}, but its part of "
+                f"{shorten([str(entry) for entry in entries])} is {'unstackable' if found is None else list(found)}",
+                "Check that config.json and the weights are of the same checkpoint.",
+            )
+        fills.append(_Fill(plan.target, needed, target_dtype, parts))
+    return fills
+
+
+def _check_floating(entries: Iterable[TensorEntry]) -> None:
+    refuse_quantised(entries)
+    for entry in entries:
+        if entry.dtype not in FLOAT_DTYPES:
+            raise TensorMismatchError(
+                entry.path,
+                f"{entry.stored_name} is {entry.dtype}, a floating-point type is needed",
+                "Download the file again.",
+            )
+        if not entry.shape:
+            raise TensorMismatchError(
+                entry.path, f"{entry.stored_name} is a scalar, no parameter is", "Download the file again."
+            )
+
+
+def _cut(entry: TensorEntry, shard: Shard, split: Split) -> _Part:
+    if split is Split.COLUMN:
+        return _Part(entry, shard.slice(entry.shape[0], entry.name), None)
+    if split is Split.ROW and len(entry.shape) > 1:
+        return _Part(entry, slice(0, entry.shape[0]), shard.slice(entry.shape[1], entry.name))
+    # Replicated; so is a row-split layer's bias, whatever `split` says: one axis has no inputs to cut.
+    return _Part(entry, slice(0, entry.shape[0]), None)
+
+
+def _stacked_shape(parts: tuple[_Part, ...]) -> Shape | None:
+    """Shape of the parts on top of one another; None if their rows differ in shape."""
+    row_shapes = {part.shape[1:] for part in parts}
+    if len(row_shapes) != 1:
+        return None
+    return (sum(part.shape[0] for part in parts), *row_shapes.pop())
+
+
+def _replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=False))
+
+
+class _StagedReader:
+    """Copies parts of stored tensors into tensors on a device through one staging buffer in host memory.
+
+    Whole rows are read, also where only some of their columns are wanted: the wanted runs are a few kilobytes, and
+    skipping between them saves no disk page. Cutting and conversion happen on the device.
+    """
+
+    STAGING_BYTES = 32 * 2**20
+
+    def __init__(self, device: torch.device, parts: Collection[_Part]) -> None:
+        """``parts`` are the ones to be copied: the buffer holds a row of each at least, and no more than is needed."""
+        largest_row = max((_row_bytes(part) for part in parts), default=0)
+        largest_part = max((_row_bytes(part) * part.shape[0] for part in parts), default=0)
+        num_bytes = max(largest_row, min(largest_part, self.STAGING_BYTES))
+        # Pinned where a GPU copies from it: several times as fast.
+        self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._staging_memory = self._staging.numpy().data
+        self._files: dict[Path, io.FileIO] = {}
+        self._closing = contextlib.ExitStack()
+
+    def __enter__(self) -> _StagedReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def copy(self, part: _Part, target: Tensor) -> None:
+        """Fill ``target``, which has the part's shape, and convert to its dtype."""
+        row_bytes = _row_bytes(part)
+        if row_bytes == 0:
+            return
+        entry, num_rows = part.entry, part.shape[0]
+        rows_at_once = len(self._staging_memory) // row_bytes
+        for row in range(0, num_rows, rows_at_once):
+            end = min(row + rows_at_once, num_rows)
+            self._read(entry, entry.begin_byte + (part.rows.start + row) * row_bytes, (end - row) * row_bytes)
+            staged = self._staging[: (end - row) * row_bytes].view(FLOAT_DTYPES[entry.dtype])
+            rows = staged.view(end - row, *entry.shape[1:]).to(target.device)
+            target[row:end].copy_(rows if part.columns is None else rows[:, part.columns])
+
+    def _read(self, entry: TensorEntry, begin: int, num_bytes: int) -> None:
+        """Fill the start of the staging buffer from the file."""
+        try:
+            file = self._files.get(entry.path)
+            if file is None:
+                file = self._files[entry.path] = self._closing.enter_context(entry.path.open("rb", buffering=0))
+            file.seek(begin)
+            done = 0
+            while done < num_bytes:
+                num_read = file.readinto(self._staging_memory[done:num_bytes])
+                if not num_read:
+                    raise CorruptFileError(
+                        entry.path,
+                        f"shrank to {file.seek(0, 2)} bytes since it was opened and lacks part of {entry.stored_name}",
+                        "Download the file again.",
+                    )
+                done += num_read
+        except OSError as error:
+            raise CorruptFileError(
+                entry.path, f"{entry.stored_name} cannot be read ({error.strerror})", "Check the disk or the mount."
+            ) from None
+
+
+def _row_bytes(part: _Part) -> int:
+    """Bytes of one whole stored row."""
+    return part.entry.num_bytes // part.entry.shape[0] if part.entry.shape[0] else 0

@@ -1,0 +1,71 @@
+"""One tokenised request as the transformer gets it: a value that can cross processes. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cosmos3_core.request import ResolvedRequest
+from cosmos3_core.sampler.guidance import needs_two_branches
+from cosmos3_core.shapes import Geometry, LatentShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenoiseRequest:
+    """Everything that decides the final latents, but for the checkpoint.
+
+    Attributes:
+        text_ids: the prompt's token ids.
+        negative_text_ids: the unconditional branch's; not read where guidance is off.
+        latent_shape: latent frames, rows, columns.
+        fps: pixel frames per second.
+        num_inference_steps, guidance_scale, schedule, flow_shift, seed: see :class:`cosmos3_core.GenerationRequest`.
+        noise: modality -> initial noise instead of the seed's.
+    """
+
+    text_ids: tuple[int, ...]
+    negative_text_ids: tuple[int, ...]
+    latent_shape: LatentShape
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    schedule: str
+    flow_shift: float
+    seed: int
+    noise: Mapping[str, Tensor] | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls, request: ResolvedRequest, text_ids: Sequence[int], negative_text_ids: Sequence[int], geometry: Geometry
+    ) -> DenoiseRequest:
+        """The request for a resolved one and the token ids of its two prompts."""
+        return cls(
+            text_ids=tuple(text_ids),
+            negative_text_ids=tuple(negative_text_ids),
+            latent_shape=geometry.latent_shape(request.num_frames, request.height, request.width),
+            fps=request.fps,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            schedule=request.schedule,
+            flow_shift=request.flow_shift,
+            seed=request.seed,
+            noise=request.noise,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the request: equal for equal requests in any process. Given noise counts by its values."""
+        noise = {name: hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for name, x in (self.noise or {}).items()}
+        parts = [
+            self.text_ids,
+            self.negative_text_ids if needs_two_branches(self.guidance_scale) else (),
+            [*self.latent_shape, self.fps, self.num_inference_steps, self.guidance_scale],
+            [self.schedule, self.flow_shift, self.seed, noise],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

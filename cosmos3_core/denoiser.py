@@ -1,0 +1,195 @@
+"""The transformer's half of a generation: prompts and a shape in, latents out, one step at a time.
+
+:meth:`Denoiser.prepare` turns a request into a :class:`DenoisePlan` (prompts prefilled, schedule and positions worked
+out); :meth:`Denoiser.start` and :meth:`Denoiser.step` move a :class:`DenoiseState` through it. Plans and states are
+values: requests can be interleaved, and a state can be resumed by any process that prepares the same request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cosmos3_core.checkpoint.configs import SchedulerConfig
+from cosmos3_core.conditioning.state import LatentState
+from cosmos3_core.conditioning.text_to_video import text_to_video
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.errors import RequestError, StateError
+from cosmos3_core.model.rope import RopeTable, after_text, rope_table
+from cosmos3_core.model.text_cache import DEFAULT_MAX_BYTES, TextCache
+from cosmos3_core.model.towers import TextKV
+from cosmos3_core.model.transformer import Cosmos3Transformer
+from cosmos3_core.sampler.guidance import guide, needs_two_branches
+from cosmos3_core.sampler.schedule import make_schedule
+from cosmos3_core.sampler.state import DenoiseState
+from cosmos3_core.sampler.unipc import SolverState, UniPC
+from cosmos3_core.shapes import Geometry
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One side of guidance: a prompt, and where the generated tokens sit behind it."""
+
+    text: TextKV
+    rope: RopeTable
+
+
+@dataclass(frozen=True)
+class DenoisePlan:
+    """Everything that stays the same over the steps of one request; on the transformer's device.
+
+    Attributes:
+        branches: the conditional one, and the unconditional one where guidance needs it.
+        guidance_scale: of the combination.
+        solver: for the request's schedule.
+        initial: modality -> where denoising starts.
+        noise_masks: modality -> mask on the device.
+        fingerprint: of the request.
+    """
+
+    branches: tuple[Branch, ...]
+    guidance_scale: float
+    solver: UniPC
+    initial: Mapping[str, LatentState]
+    noise_masks: Mapping[str, Tensor]
+    fingerprint: str
+
+    @property
+    def num_steps(self) -> int:
+        return self.solver.schedule.num_steps
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A step that was just done.
+
+    Attributes:
+        step: steps done, from 1.
+        num_steps: of the request.
+        sigma: noise level that is left; 0 after the last step.
+        state: where the request stands now.
+    """
+
+    step: int
+    num_steps: int
+    sigma: float
+    state: DenoiseState
+
+
+class Denoiser:
+    """Steps requests through the transformer. Holds nothing of any request but the bounded prompt cache.
+
+    Args:
+        transformer: loaded, on its device.
+        geometry: the checkpoint's compression.
+        scheduler: the checkpoint's scheduler config.
+        text_cache_bytes: bound of the prompt cache.
+    """
+
+    def __init__(
+        self,
+        transformer: Cosmos3Transformer,
+        geometry: Geometry,
+        scheduler: SchedulerConfig,
+        *,
+        text_cache_bytes: int = DEFAULT_MAX_BYTES,
+    ) -> None:
+        self.transformer = transformer
+        self.geometry = geometry
+        self.scheduler = scheduler
+        self.text_cache = TextCache(transformer.prefill, text_cache_bytes)
+
+    @torch.inference_mode()
+    def prepare(self, request: DenoiseRequest) -> DenoisePlan:
+        """Prefill the prompts and work out all that does not change from step to step.
+
+        Raises:
+            RequestError: token ids outside the vocabulary, given noise of another shape, an unknown schedule.
+        """
+        schedule = make_schedule(
+            request.schedule, request.num_inference_steps, flow_shift=request.flow_shift, config=self.scheduler
+        )
+        initial = text_to_video(
+            request.latent_shape,
+            fps=request.fps,
+            seed=request.seed,
+            noise=request.noise,
+            geometry=self.geometry,
+            config=self.transformer.config,
+        )
+        prompts = [request.text_ids]
+        if needs_two_branches(request.guidance_scale):
+            prompts.append(request.negative_text_ids)
+        positions = torch.cat([state.positions for state in initial.values()], dim=1)
+        device = self.transformer.device
+        return DenoisePlan(
+            branches=tuple(self._branch(prompt, positions) for prompt in prompts),
+            guidance_scale=request.guidance_scale,
+            solver=UniPC(schedule),
+            initial=initial,
+            noise_masks={name: state.noise_mask.to(device) for name, state in initial.items()},
+            fingerprint=request.fingerprint,
+        )
+
+    def start(self, plan: DenoisePlan) -> DenoiseState:
+        """The state before the first step."""
+        device = self.transformer.device
+        solver = {name: SolverState(state.latent.to(device)) for name, state in plan.initial.items()}
+        return DenoiseState(0, solver, plan.fingerprint)
+
+    @torch.inference_mode()
+    def step(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
+        """One denoising step; the given state is left as it was.
+
+        Raises:
+            StateError: the state belongs to another request, or has no step left.
+        """
+        if state.fingerprint != plan.fingerprint:
+            raise StateError("this denoise state belongs to another request: prompts, shape, schedule or seed differ")
+        if not 0 <= state.step_index < plan.num_steps:
+            raise StateError(f"no step {state.step_index} in a schedule of {plan.num_steps} steps")
+        velocity = self._guided_velocity(plan, state)
+        solver = {
+            name: plan.solver.step(modality, state.step_index, velocity[name])
+            for name, modality in state.solver.items()
+        }
+        return DenoiseState(state.step_index + 1, solver, state.fingerprint)
+
+    def run(
+        self, plan: DenoisePlan, state: DenoiseState | None = None, on_step: Callable[[StepEvent], None] | None = None
+    ) -> DenoiseState:
+        """Step from ``state``, or from the start, to the end of the schedule.
+
+        Args:
+            on_step: called after every step; what it raises ends the run.
+        """
+        state = self.start(plan) if state is None else state
+        while state.step_index < plan.num_steps:
+            state = self.step(plan, state)
+            if on_step is not None:
+                sigma = plan.solver.schedule.sigmas[state.step_index]
+                on_step(StepEvent(state.step_index, plan.num_steps, sigma, state))
+        return state
+
+    def _guided_velocity(self, plan: DenoisePlan, state: DenoiseState) -> dict[str, Tensor]:
+        timestep = plan.solver.schedule.timesteps[state.step_index]
+        predictions = [
+            self.transformer.velocity(state.latents, plan.noise_masks, timestep, branch.text, branch.rope)
+            for branch in plan.branches
+        ]
+        if len(predictions) == 1:
+            return {name: velocity.float() for name, velocity in predictions[0].items()}
+        conditional, unconditional = predictions
+        return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
+
+    def _branch(self, text_ids: tuple[int, ...], positions: Tensor) -> Branch:
+        config = self.transformer.config
+        if not text_ids or min(text_ids) < 0 or max(text_ids) >= config.vocab_size:
+            given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
+            raise RequestError("text_ids", given, f"at least one, each from 0 to {config.vocab_size - 1}")
+        moved = after_text(positions, len(text_ids), config)
+        rope = rope_table(moved, config, device=self.transformer.device, dtype=self.transformer.dtype)
+        return Branch(self.text_cache.get(text_ids), rope)

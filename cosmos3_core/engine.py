@@ -1,0 +1,240 @@
+"""A loaded checkpoint in one process: tokenised requests in, pixels out.
+
+The names ``Engine``, ``Cosmos3T2VRequest`` and their fields match PhyAI's documentation, so that code written for it
+finds its way; :func:`cosmos3_core.generate.generate` is the path from a prompt to a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.checkpoint.load import load_transformer, load_video_vae
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoiser import Denoiser, StepEvent
+from cosmos3_core.device import resolve_device
+from cosmos3_core.errors import CapabilityError, ClosedError, RequestError
+from cosmos3_core.media.pixels import to_unit
+from cosmos3_core.model.text_cache import DEFAULT_MAX_BYTES
+from cosmos3_core.model.transformer import VIDEO
+from cosmos3_core.processor import Cosmos3Processor, TokenizedPrompt, load_tokenizer
+from cosmos3_core.request import ResolvedRequest, shipped_schedule
+from cosmos3_core.sampler.state import DenoiseState
+from cosmos3_core.shapes import LatentShape
+from cosmos3_core.vae.video import VideoVAE
+
+
+@dataclass(frozen=True)
+class Cosmos3T2VRequest:
+    """One tokenised text-to-video request.
+
+    Attributes:
+        text_ids: (1, S) int64, from :meth:`Cosmos3Processor.tokenize_pair`; right-padding is allowed.
+        text_mask: (1, S), 1 at real tokens.
+        neg_text_ids, neg_text_mask: the same of the negative prompt.
+        video_shape: latent (frames, rows, columns); see :func:`pixel_to_latent_shape`.
+        fps: pixel frames per second.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 runs the prompt's branch alone.
+        noise: initial noise (1, C, *video_shape) instead of the seed's, or a mapping modality -> noise.
+        seed: of the initial noise.
+        sound_frames: sound latents to generate with the video; not offered yet.
+        flow_shift: None = the engine's.
+        schedule: ``native``, ``linear`` or ``karras``; None = the engine's.
+    """
+
+    text_ids: Tensor
+    text_mask: Tensor
+    neg_text_ids: Tensor
+    neg_text_mask: Tensor
+    video_shape: tuple[int, int, int]
+    fps: float = 24.0
+    num_inference_steps: int = 35
+    guidance_scale: float = 6.0
+    noise: Tensor | Mapping[str, Tensor] | None = None
+    seed: int = 42
+    sound_frames: int | None = None
+    flow_shift: float | None = None
+    schedule: str | None = None
+
+
+class Engine:
+    """A checkpoint, loaded. Use as a context manager, or call :meth:`close`.
+
+    Args:
+        checkpoint_dir: a checkpoint in the published layout, on a local path.
+        flow_shift: default of requests that give none.
+        use_karras_sigmas: default schedule: False native, True karras, None as the checkpoint's scheduler says.
+        load_sound: True asks for sound, which this version does not offer yet; None and False do without.
+        dtype: of the weights; None keeps what is stored.
+        device: None takes the first GPU, or the CPU where there is none.
+        text_cache_bytes: bound of the cache of prompts' keys and values.
+        ops: operator -> implementation name, to override the choice.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        RequestError: no such device or operator.
+        CapabilityError: sound was asked for.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        *,
+        flow_shift: float = 10.0,
+        use_karras_sigmas: bool | None = False,
+        load_sound: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        text_cache_bytes: int = DEFAULT_MAX_BYTES,
+        ops: Mapping[str, str] | None = None,
+    ) -> None:
+        self.layout = CheckpointLayout.open(checkpoint_dir)
+        if load_sound:
+            raise CapabilityError("load_sound", load_sound, "None or False", "Sound is not offered yet.")
+        self.device = resolve_device(device)
+        self.flow_shift = flow_shift
+        self.schedule = (
+            shipped_schedule(self.layout)
+            if use_karras_sigmas is None
+            else ("karras" if use_karras_sigmas else "native")
+        )
+        self.tokenizer = load_tokenizer(self.layout.component_dir("text_tokenizer"))
+        transformer = load_transformer(self.layout, device=self.device, dtype=dtype, ops=ops)
+        self._denoiser: Denoiser | None = Denoiser(
+            transformer, self.layout.geometry, self.layout.scheduler, text_cache_bytes=text_cache_bytes
+        )
+        self._vae: VideoVAE | None = load_video_vae(self.layout, device=self.device, dtype=dtype)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The transformer's half.
+
+        Raises:
+            ClosedError: the engine was closed.
+        """
+        if self._denoiser is None:
+            raise ClosedError("this engine was closed; make a new one")
+        return self._denoiser
+
+    def tokenize(self, request: ResolvedRequest) -> tuple[TokenizedPrompt, TokenizedPrompt]:
+        """Token ids of both branches of a resolved request."""
+        processor = Cosmos3Processor.for_request(request, self.layout.component_dir("text_tokenizer"), self.tokenizer)
+        return processor.tokenize_pair(request.prompt, request.negative_prompt)
+
+    def denoise(
+        self,
+        request: Cosmos3T2VRequest,
+        *,
+        on_step: Callable[[StepEvent], None] | None = None,
+        resume: DenoiseState | None = None,
+    ) -> Tensor:
+        """Run the denoising loop.
+
+        Args:
+            request: the tokenised request.
+            on_step: called after every step.
+            resume: a state of the same request to go on from.
+
+        Returns:
+            Video latents [1, C, T, H, W], fp32, on the engine's device.
+
+        Raises:
+            RequestError: see :meth:`Denoiser.prepare`.
+            StateError: ``resume`` is another request's.
+            ClosedError: the engine was closed.
+        """
+        denoiser = self.denoiser
+        plan = denoiser.prepare(self.denoise_request(request))
+        state = resume.to(self.device) if resume is not None else None
+        return denoiser.run(plan, state, on_step).latents[VIDEO]
+
+    def decode(self, latents: Tensor, *, chunk_latents: int = 1) -> Iterator[Tensor]:
+        """Decode latents as a stream.
+
+        Args:
+            latents: [1, C, T, H, W] from :meth:`denoise`.
+            chunk_latents: latent frames a chunk, after the first, which stands alone.
+
+        Yields:
+            Pixels [1, 3, F, Y, X] in [-1, 1]: one frame first, then ``chunk_latents`` x 4 at a time.
+        """
+        if self._vae is None:
+            raise ClosedError("this engine was closed; make a new one")
+        return self._vae.decode(latents, chunk_latents=chunk_latents)
+
+    def step(
+        self,
+        request: Cosmos3T2VRequest,
+        *,
+        on_step: Callable[[StepEvent], None] | None = None,
+        output: Literal["pixels", "latent"] = "pixels",
+    ) -> Tensor:
+        """Serve one request from ids to pixels.
+
+        Returns:
+            Pixels (1, 3, F, Y, X) fp32 in [0, 1]; with ``output="latent"`` the latents of :meth:`denoise`.
+
+        Raises:
+            RequestError: see :meth:`denoise`.
+            ClosedError: the engine was closed.
+        """
+        if output not in ("pixels", "latent"):
+            raise RequestError("output", output, "'pixels' or 'latent'")
+        latents = self.denoise(request, on_step=on_step)
+        if output == "latent":
+            return latents
+        return torch.cat([to_unit(chunk).float() for chunk in self.decode(latents)], dim=2)
+
+    def denoise_request(self, request: Cosmos3T2VRequest) -> DenoiseRequest:
+        """The request with this engine's defaults, padding taken off.
+
+        Raises:
+            RequestError: ids and mask do not fit each other.
+            CapabilityError: sound was asked for.
+        """
+        if request.sound_frames is not None:
+            raise CapabilityError("sound_frames", request.sound_frames, "None", "Sound is not offered yet.")
+        noise = {VIDEO: request.noise} if isinstance(request.noise, Tensor) else request.noise
+        return DenoiseRequest(
+            text_ids=_unpad("text", request.text_ids, request.text_mask),
+            negative_text_ids=_unpad("neg_text", request.neg_text_ids, request.neg_text_mask),
+            latent_shape=LatentShape(*request.video_shape),
+            fps=request.fps,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            schedule=request.schedule if request.schedule is not None else self.schedule,
+            flow_shift=request.flow_shift if request.flow_shift is not None else self.flow_shift,
+            seed=request.seed,
+            noise=noise,
+        )
+
+    def close(self) -> None:
+        """Let go of the weights and caches. Closing twice is fine; using the engine afterwards is a ClosedError."""
+        self._denoiser = None
+        self._vae = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _unpad(name: str, ids: Tensor, mask: Tensor) -> tuple[int, ...]:
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape != mask.shape:
+        given = f"{list(ids.shape)} and {list(mask.shape)}"
+        raise RequestError(f"{name}_ids, {name}_mask", given, "two tensors of one shape (1, S)")
+    num_tokens = int(mask.sum())
+    if num_tokens == 0 or not bool(mask[0, :num_tokens].all()):
+        raise RequestError(f"{name}_mask", mask.tolist(), "ones, then zeros: at least one token, padding on the right")
+    return tuple(ids[0, :num_tokens].tolist())

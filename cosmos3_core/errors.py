@@ -1,0 +1,107 @@
+"""Every error this package raises on purpose.
+
+    Cosmos3Error
+    ├── RequestError            what the caller asked for is wrong: names the field, what was given, what is allowed
+    │   └── CapabilityError     a valid request that this checkpoint, or this version, cannot serve
+    ├── CheckpointError         the checkpoint directory cannot be used: names the file and what to do
+    │   ├── MissingFileError    a file or component is not there
+    │   ├── CorruptFileError    a file is there but is not what it says: truncated, a pickle, broken JSON
+    │   └── TensorMismatchError missing, unexpected or mis-shaped tensors
+    ├── StateError              a saved denoise state is damaged or belongs to another request
+    ├── MediaError              frames could not be turned into a file
+    └── ClosedError             a closed engine, decoder or writer was used
+
+Bad input raises one of these before anything large is allocated. An ``AssertionError`` is always our own bug.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_MAX_SHOWN_CHARS = 120
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}... ({len(text)} characters)"
+
+
+class Cosmos3Error(Exception):
+    """Root of the tree; catch it to catch everything this package raises on purpose."""
+
+
+class RequestError(Cosmos3Error, ValueError):
+    """The caller's input is wrong.
+
+    Args:
+        field: name of the offending field, as the caller wrote it.
+        given: the value that was given (shown shortened in the message).
+        allowed: what would have been accepted, in words.
+        hint: what to do about it, a full sentence; optional.
+    """
+
+    def __init__(self, field: str, given: Any, allowed: str, hint: str = "") -> None:
+        self.field = field
+        self.given = _shown(given)
+        self.allowed = allowed
+        self.hint = hint
+        super().__init__(f"{field}={self.given}: allowed is {allowed}.{' ' + hint if hint else ''}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from ``args`` when they cross a process boundary; ours carry fields instead.
+        return _rebuild_request_error, (type(self), self.field, self.given, self.allowed, self.hint)
+
+
+def _rebuild_request_error(cls: type[RequestError], field: str, given: str, allowed: str, hint: str) -> RequestError:
+    error = cls(field, None, allowed, hint)
+    error.given = given
+    error.args = (f"{field}={given}: allowed is {allowed}.{' ' + hint if hint else ''}",)
+    return error
+
+
+class CapabilityError(RequestError):
+    """A well-formed request for something this checkpoint, or this version, cannot do."""
+
+
+class CheckpointError(Cosmos3Error):
+    """The checkpoint cannot be used.
+
+    Args:
+        path: the file or directory at fault.
+        problem: what is wrong with it.
+        hint: what to do about it, a full sentence; optional.
+    """
+
+    def __init__(self, path: str | Path, problem: str, hint: str = "") -> None:
+        self.path = str(path)
+        self.problem = problem
+        self.hint = hint
+        super().__init__(f"{path}: {problem}.{' ' + hint if hint else ''}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.problem, self.hint)
+
+
+class MissingFileError(CheckpointError):
+    """A file or component that the checkpoint needs is not there."""
+
+
+class CorruptFileError(CheckpointError):
+    """A file is there but cannot be read as what it should be."""
+
+
+class TensorMismatchError(CheckpointError):
+    """The weight files lack tensors, hold unknown ones, or hold them in other shapes."""
+
+
+class StateError(Cosmos3Error):
+    """A saved denoise state is damaged, or belongs to another request or model."""
+
+
+class MediaError(Cosmos3Error):
+    """Frames could not be written as a media file."""
+
+
+class ClosedError(Cosmos3Error):
+    """A closed engine, decoder or writer was used."""

@@ -1,0 +1,269 @@
+"""From a prompt to a file, in one process: the main path.
+
+    python -m cosmos3_core.generate --checkpoint DIR --prompt "..." --out PREFIX     # writes PREFIX.mp4
+
+:func:`generate` is the whole of it, stage by stage: resolve, tokenize, denoise, decode, to uint8, encode. The serving
+graph runs the same stages as separate deployments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cosmos3_core.denoiser import StepEvent
+from cosmos3_core.device import DTYPES, resolve_device, synchronize
+from cosmos3_core.engine import Cosmos3T2VRequest, Engine
+from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
+from cosmos3_core.media.writer import ClipFormat, open_writer
+from cosmos3_core.processor import TokenizedPrompt
+from cosmos3_core.progress import Progress
+from cosmos3_core.request import GenerationRequest, ResolvedRequest, resolve
+
+# In the order of the path, as reports show them.
+_STAGES = ("model_load", "preprocess", "inference", "denoise", "decode", "to_cpu", "encode")
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What came of a request.
+
+    Attributes:
+        path: the file; None when latents were asked for.
+        request: the request as it was run, every field decided; its ``notes`` say what was changed.
+        negative_prompt_origin: ``given``, ``empty``, ``checkpoint`` or ``built-in``.
+        frames_sha256: hash of the uint8 frames that went to the encoder; "" when latents were asked for.
+        timings_s: stage -> seconds; ``inference`` holds ``denoise`` and ``decode``.
+        latents: the final video latents [1, C, T, H, W] when they were asked for, else None.
+    """
+
+    path: Path | None
+    request: ResolvedRequest
+    negative_prompt_origin: str
+    frames_sha256: str
+    timings_s: dict[str, float]
+    latents: Tensor | None = None
+
+
+def generate(
+    engine: Engine,
+    request: GenerationRequest,
+    out: str | Path | None = None,
+    *,
+    output: Literal["media", "latent"] = "media",
+    on_step: Callable[[StepEvent], None] | None = None,
+    crf: float = 18,
+    lossless: bool = False,
+) -> GenerationResult:
+    """Serve one request.
+
+    Args:
+        engine: a loaded checkpoint.
+        request: what is asked for.
+        out: path without its ending: ``.mp4`` is added, or ``.png`` for a single frame.
+        output: ``latent`` stops before decoding and returns the latents.
+        on_step: called after every denoising step.
+        crf, lossless: see :class:`Mp4Writer`.
+
+    Raises:
+        RequestError: the request is wrong; raised before anything large is allocated.
+        MediaError: the file could not be written.
+    """
+    if output not in ("media", "latent"):
+        raise RequestError("output", output, "'media' or 'latent'")
+    if output == "media" and out is None:
+        raise RequestError("out", out, "a path without ending, such as 'clip' for clip.mp4")
+    clock = StageClock(engine.device)
+    with clock.stage("preprocess"):
+        resolved = resolve(request, engine.layout)
+        conditional, unconditional = engine.tokenize(resolved)
+    with clock.stage("denoise"):
+        latents = engine.denoise(_tokenized_request(engine, resolved, conditional, unconditional), on_step=on_step)
+    path, frames_sha256 = None, ""
+    if output == "media" and out is not None:
+        frames = _frames(engine, latents, clock)
+        clip_format = resolved.clip_format(crf=crf, lossless=lossless)
+        path, frames_sha256 = _encode(frames, clip_format, Path(out), clock)
+    return GenerationResult(
+        path=path,
+        request=resolved,
+        negative_prompt_origin=unconditional.origin,
+        frames_sha256=frames_sha256,
+        timings_s=clock.timings_s,
+        latents=latents if output == "latent" else None,
+    )
+
+
+def _tokenized_request(
+    engine: Engine, resolved: ResolvedRequest, conditional: TokenizedPrompt, unconditional: TokenizedPrompt
+) -> Cosmos3T2VRequest:
+    return Cosmos3T2VRequest(
+        text_ids=conditional.text_ids,
+        text_mask=conditional.text_mask,
+        neg_text_ids=unconditional.text_ids,
+        neg_text_mask=unconditional.text_mask,
+        video_shape=engine.layout.geometry.latent_shape(resolved.num_frames, resolved.height, resolved.width),
+        fps=resolved.fps,
+        num_inference_steps=resolved.num_inference_steps,
+        guidance_scale=resolved.guidance_scale,
+        noise=resolved.noise,
+        seed=resolved.seed,
+        flow_shift=resolved.flow_shift,
+        schedule=resolved.schedule,
+    )
+
+
+def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
+    """Decoded chunks as uint8 frames on the CPU; one chunk exists at a time."""
+    chunks = engine.decode(latents)
+    while True:
+        with clock.stage("decode"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        with clock.stage("to_cpu"):
+            frames = to_uint8(chunk).cpu().numpy()
+        yield frames
+
+
+def _encode(frames: Iterator[Frames], clip_format: ClipFormat, out: Path, clock: StageClock) -> tuple[Path, str]:
+    path = out.with_name(out.name + clip_format.suffix)
+    digest = FrameHash()
+    writer = open_writer(path, clip_format)
+    with writer:
+        for chunk in frames:
+            digest.update(chunk)
+            with clock.stage("encode"):
+                writer.write(chunk)
+        with clock.stage("encode"):
+            writer.close()
+    return path, digest.hexdigest()
+
+
+@dataclass
+class StageClock:
+    """Adds up the seconds of named stages, waiting for the device at both ends of each."""
+
+    device: torch.device
+    stages_s: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what happens inside towards ``name``."""
+        synchronize(self.device)
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            self.stages_s[name] = self.stages_s.get(name, 0.0) + time.perf_counter() - start_s
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        """Stages in the order of the path; ``inference`` = denoise + decode."""
+        known = dict(self.stages_s)
+        if "denoise" in known:
+            known["inference"] = known["denoise"] + known.get("decode", 0.0)
+        return {name: known[name] for name in _STAGES if name in known}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        return _run(options)
+    except Cosmos3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = resolve_device(options.device)
+    clock = StageClock(device)
+    with clock.stage("model_load"):
+        dtype = DTYPES[options.dtype] if options.dtype else None
+        engine = Engine(options.checkpoint, dtype=dtype, device=device)
+    schedule = {"auto": "shipped", "true": "karras", "false": "native"}[options.use_karras_sigmas]
+    request = GenerationRequest(
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        num_frames=options.num_frames,
+        height=options.height,
+        width=options.width,
+        fps=options.fps,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        flow_shift=options.flow_shift,
+        schedule=None if options.compat == "diffusers" else schedule,
+        seed=options.seed,
+        compat=options.compat,
+    )
+    with engine:
+        progress = Progress()
+        progress.start(resolve(request, engine.layout).num_inference_steps, "denoising")
+        result = generate(
+            engine, request, options.out, on_step=lambda event: progress.update(event.step), crf=options.crf
+        )
+        progress.close()
+    for note in result.request.notes:
+        print(f"note: {note}", file=sys.stderr)
+    _report(result, {**clock.timings_s, **result.timings_s})
+    return 0
+
+
+def _report(result: GenerationResult, timings_s: dict[str, float]) -> None:
+    request = result.request
+    print(
+        f"{result.path}: {request.num_frames} frames, {request.width}x{request.height}, {request.fps:g} fps, "
+        f"seed {request.seed}, {request.schedule} schedule, negative prompt: {result.negative_prompt_origin}"
+    )
+    for name, seconds in timings_s.items():
+        indent = "  " if name in ("denoise", "decode") else ""
+        print(f"  {indent + name:<14}{seconds:9.2f} s")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m cosmos3_core.generate", description="Make a video (or, with one frame, an image) from a prompt."
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="checkpoint directory in the published layout")
+    add("--prompt", required=True, help="plain text, or a JSON object")
+    add("--negative-prompt", help="omit for the structured default; '' for none")
+    add("--num-frames", type=int, help="189 for video; 1 makes a png; rounded up to 1 + 4k")
+    add("--height", type=int, help="720 on Nano and Super; a multiple of 16")
+    add("--width", type=int, help="1280 on Nano and Super; a multiple of 16")
+    add("--steps", type=int, help="denoising steps, 35 for video")
+    add("--guidance-scale", type=float, help="6.0 for video on Nano and Super; 1 turns guidance off")
+    add("--flow-shift", type=float, help="10.0 for video on Nano and Super")
+    add(
+        "--use-karras-sigmas",
+        choices=("auto", "true", "false"),
+        default="false",
+        help="noise schedule: false = native (default), true = karras, auto = what the checkpoint ships",
+    )
+    add("--fps", type=float, help="24")
+    add("--seed", type=int, default=42)
+    add("--out", default="cosmos3", metavar="PREFIX", help="writes PREFIX.mp4, or PREFIX.png for one frame")
+    add("--crf", type=float, default=18, help="H.264 quality, 0 (best) to 51")
+    add("--compat", choices=("native", "diffusers"), default="native", help="whose prompts and schedule to follow")
+    add("--dtype", choices=tuple(DTYPES), help="of the weights; default as stored")
+    add("--device", help="torch device; default the first GPU, else the CPU")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Frames -> an H.264 mp4 whose bytes depend on nothing but the frames and the settings.
+
+Colour: RGB is taken as full-range BT.709 and stored as limited-range BT.709 (luma 16..235), tagged so in the stream and
+in the container. Chroma is the mean of each 2 x 2 block, which is what the chroma location tag ("center") says.
+
+Reproducible: the number of encoder threads is fixed, x264 may not choose algorithms by CPU model, and neither dates nor
+library versions are written by the muxer (x264 stores its own version and settings in the stream).
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from types import TracebackType
+from typing import Any
+
+import av
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+
+from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.media.output import OutputFile, Target
+from cosmos3_core.media.pixels import Frames, check_frames
+
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+"""x264's speed presets, fastest first."""
+
+MIN_FPS, MAX_FPS = 1, 240
+MAX_THREADS = 16
+
+_AVCOL_SPC_BT709 = 1  # PyAV names the values that swscale knows, not those that a codec context takes
+
+# Area averaging is the exact 2 x 2 mean: luma and chroma come out within rounding of the BT.709 formula. PyAV's default
+# is slower and leaves chroma up to 30 levels from the mean on noise.
+_RGB_TO_YUV = (
+    Interpolation.AREA
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.BITEXACT
+)
+
+# chromaloc 1: a chroma sample lies in the centre of its block.
+_X264_PARAMS = "cpu-independent=1:chromaloc=1"
+
+# The index moves to the front when the file is closed; "bitexact" leaves dates and library versions out. A file that
+# is streamed in fragments would name other flags here and write straight to its stream; a sound track would be one more
+# stream of the same container.
+_MUXER_OPTIONS = {"movflags": "faststart", "fflags": "+bitexact"}
+
+# FFmpeg's and the file system's failures, not our bugs.
+_FAILURES = (av.FFmpegError, OSError)
+
+
+def exact_frame_rate(fps: float | Fraction) -> Fraction:
+    """The rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
+
+    Args:
+        fps: frames per second, 1 to 240.
+
+    Raises:
+        RequestError: not such a number.
+    """
+    is_number = isinstance(fps, int | float | Fraction) and not isinstance(fps, bool)
+    if not is_number or not MIN_FPS <= fps <= MAX_FPS:  # NaN fails the comparison
+        raise RequestError("fps", fps, f"a number from {MIN_FPS} to {MAX_FPS}", "Usual are 16, 24 and 30.")
+    # The broadcast rates are written in decimals but mean n * 1000/1001.
+    broadcast = Fraction(math.ceil(fps) * 1000, 1001)
+    if abs(float(fps) - float(broadcast)) < 5e-4:
+        return broadcast
+    return Fraction(fps).limit_denominator(1001)
+
+
+class Mp4Writer:
+    """Writes one clip as an mp4: H.264, yuv420p, index in front ("faststart").
+
+    Frames come in chunks, as the decoder makes them, and are encoded at once; where the chunks are cut does not change
+    the file. The file appears when :meth:`close` returns; leaving the ``with`` block by an exception, or a failure in
+    :meth:`write`, leaves none. Not thread-safe.
+
+    Args:
+        target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
+            file at :meth:`close` and is left open.
+        fps: frames per second; see :func:`exact_frame_rate`.
+        height, width: pixels, both even.
+        crf: x264's quality, 0 (best) to 51; 18 is visually lossless.
+        preset: x264's speed, one of :data:`PRESETS`; slower makes smaller files.
+        lossless: store the yuv420p planes exactly; ``crf`` is then ignored. Files are large and few players open them.
+        threads: encoder threads, 1 to 16. Part of what the bytes depend on, hence not taken from the machine.
+
+    Raises:
+        RequestError: an argument is out of range.
+        MediaError: the encoder or the file could not be opened.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        fps: float | Fraction,
+        height: int,
+        width: int,
+        crf: float = 18,
+        preset: str = "medium",
+        lossless: bool = False,
+        threads: int = 2,
+    ) -> None:
+        rate = exact_frame_rate(fps)
+        _check_settings(height=height, width=width, crf=crf, preset=preset, threads=threads)
+        self.num_frames = 0
+        self._height, self._width = height, width
+        self._frame_time_s = 1 / rate
+        self._reformatter = VideoReformatter()
+        self._is_open = True
+        self._output = OutputFile(target)
+        try:
+            self._container = av.open(str(self._output.path), mode="w", format="mp4", container_options=_MUXER_OPTIONS)
+        except _FAILURES as error:
+            self._output.discard()
+            raise MediaError(f"{self._output.path} could not be created: {error}") from error
+        try:
+            quality = {"qp": "0"} if lossless else {"crf": f"{crf:g}"}
+            options = {"preset": preset, "x264-params": _X264_PARAMS, **quality}
+            self._video = self._container.add_stream("libx264", rate=rate, options=options)
+            self._open_encoder(threads)
+        except _FAILURES as error:
+            self.abort()
+            raise MediaError(f"the H.264 encoder did not start for {width}x{height}: {error}") from error
+
+    def _open_encoder(self, threads: int) -> None:
+        context = self._video.codec_context
+        context.width, context.height = self._width, self._height
+        context.pix_fmt = "yuv420p"
+        context.thread_count = threads
+        context.thread_type = "FRAME"  # PyAV's default, slices, costs quality
+        context.color_range = ColorRange.MPEG
+        context.colorspace = _AVCOL_SPC_BT709
+        context.color_primaries = ColorPrimaries.BT709
+        context.color_trc = ColorTrc.BT709
+        context.open()
+
+    def write(self, frames: Frames) -> None:
+        """Encode the next frames.
+
+        Args:
+            frames: uint8 RGB [F, Y, X, 3] of this writer's height and width; F may differ from call to call.
+
+        Raises:
+            RequestError: another dtype or shape; the writer stays usable.
+            ClosedError: the writer was closed or has failed.
+            MediaError: the encoder or the disk failed; the writer is then closed and its file removed.
+        """
+        self._require_open()
+        check_frames(frames, height=self._height, width=self._width)
+        try:
+            for pixels in frames:
+                self._container.mux(self._video.encode(self._to_yuv(pixels)))
+                self.num_frames += 1
+        except _FAILURES as error:
+            self.abort()
+            raise MediaError(f"encoding stopped at frame {self.num_frames}: {error}") from error
+
+    def _to_yuv(self, pixels: Frames) -> av.VideoFrame:
+        frame = self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_RGB_TO_YUV,
+            threads=1,
+        )
+        frame.pts = self.num_frames
+        frame.time_base = self._frame_time_s
+        return frame
+
+    def close(self) -> None:
+        """Finish the file and give it its name. Does nothing the second time.
+
+        Raises:
+            MediaError: no frame was written, or the encoder or the disk failed; no file is left.
+        """
+        if not self._is_open:
+            return
+        if self.num_frames == 0:
+            self.abort()
+            raise MediaError("no frame was written, so there is no file; write at least one before close()")
+        try:
+            self._container.mux(self._video.encode(None))
+            self._container.close()
+        except _FAILURES as error:
+            self.abort()
+            raise MediaError(f"the file could not be finished after {self.num_frames} frames: {error}") from error
+        self._is_open = False
+        self._output.commit()
+
+    def abort(self) -> None:
+        """Give up: close the encoder and leave no file. Does nothing after :meth:`close`."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        try:
+            self._container.close()
+        except _FAILURES:
+            pass  # the file goes away next, whatever state it is in
+        finally:
+            self._output.discard()
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise ClosedError("this Mp4Writer is closed, or has failed; open a new one to write another file")
+
+    def __enter__(self) -> Mp4Writer:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def _check_settings(*, height: Any, width: Any, crf: Any, preset: Any, threads: Any) -> None:
+    for field, value in (("height", height), ("width", width)):
+        if not _is_int(value) or value < 2 or value % 2:
+            raise RequestError(field, value, "an even number of pixels", "H.264 in yuv420p stores 2 x 2 blocks.")
+    if isinstance(crf, bool) or not isinstance(crf, int | float) or not 0 <= crf <= 51:
+        raise RequestError("crf", crf, "a number from 0 (best) to 51", "18 is visually lossless.")
+    if preset not in PRESETS:
+        raise RequestError("preset", preset, f"one of {', '.join(PRESETS)}")
+    if not _is_int(threads) or not 1 <= threads <= MAX_THREADS:
+        raise RequestError("threads", threads, f"a whole number from 1 to {MAX_THREADS}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

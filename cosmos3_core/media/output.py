@@ -1,0 +1,70 @@
+"""Files that appear under their name only when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from cosmos3_core.errors import MediaError, RequestError
+
+Target: TypeAlias = str | Path | BinaryIO
+"""Where a result goes: a path, or a binary stream open for writing."""
+
+
+class OutputFile:
+    """A place to write a result to until it is known to be whole.
+
+    For a path it is a hidden sibling, so that :meth:`commit` is a rename within one file system. For a stream it is a
+    file in the temporary directory, which :meth:`commit` copies over: muxers seek, streams need not, and a failed run
+    leaves the stream untouched. The stream stays open; it is the caller's.
+
+    Args:
+        target: the final path, or a binary stream.
+
+    Raises:
+        RequestError: the path is a directory, or lies in none.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._stream: BinaryIO | None = None
+        self._final: Path | None = None
+        if isinstance(target, str | Path):
+            # Absolute, because FFmpeg would read "a:b.mp4" as a URL of protocol "a".
+            self._final = Path(target).absolute()
+            if self._final.is_dir():
+                raise RequestError("target", str(target), "a file's path", "This one is a directory.")
+            if not self._final.parent.is_dir():
+                hint = "Create the directory first."
+                raise RequestError("target", str(target), "a path in an existing directory", hint)
+            self.path = self._final.with_name(f".{self._final.name}.{secrets.token_hex(8)}.part")
+        else:
+            self._stream = target
+            self.path = Path(tempfile.gettempdir()) / f"cosmos3-{secrets.token_hex(8)}.part"
+
+    def commit(self) -> None:
+        """Give the finished file its name, or copy it to the stream.
+
+        Raises:
+            MediaError: that failed; nothing is left under the temporary name.
+        """
+        try:
+            if self._final is not None:
+                os.replace(self.path, self._final)
+            elif self._stream is not None:
+                with self.path.open("rb") as finished:
+                    shutil.copyfileobj(finished, self._stream)
+        except OSError as error:
+            place = self._final or self._stream
+            raise MediaError(f"the finished file could not be put at {place}: {error}") from error
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what was written, if anything; harmless after :meth:`commit`."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()

@@ -1,0 +1,100 @@
+"""The layers both towers are made of.
+
+Shape letters: S tokens (text or generated), M width, N heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos3_core.checkpoint.configs import TransformerConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, statistics in fp32.
+
+    Args:
+        width: length of the normalised axis.
+        eps: added to the mean square.
+        weight_in_fp32: multiply by the weight before the result is rounded to the input's dtype (the Nemotron
+            backbone of Edge) instead of after (the Qwen3 backbone). The same thing in fp32.
+    """
+
+    def __init__(self, width: int, eps: float, *, weight_in_fp32: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight_in_fp32 = weight_in_fp32
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        normalised = x.float()
+        normalised = normalised * torch.rsqrt(normalised.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.weight_in_fp32:
+            return (normalised * self.weight.float()).to(x.dtype)
+        return normalised.to(x.dtype) * self.weight
+
+
+class MLP(nn.Module):
+    """The feed-forward block: SwiGLU (``silu``; gate and up in one matrix, gate first) or squared ReLU (``relu2``)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.hidden_act == "silu"
+        inner = config.intermediate_size
+        self.up = nn.Linear(config.hidden_size, 2 * inner if self.gated else inner, bias=False)
+        self.down = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x_SM: Tensor) -> Tensor:
+        hidden = self.up(x_SM)
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.relu(hidden).square())
+
+
+class QKV(nn.Module):
+    """Query, key and value projections in one matrix: rows of all query heads, then key heads, then value heads.
+
+    Args:
+        config: sizes; local ones where heads are split.
+        with_queries: False where only keys and values are ever asked for.
+    """
+
+    def __init__(self, config: TransformerConfig, *, with_queries: bool = True) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_heads = config.num_key_value_heads
+        self.heads = [config.num_attention_heads if with_queries else 0, kv_heads, kv_heads]
+        self.proj = nn.Linear(config.hidden_size, sum(self.heads) * self.head_dim, bias=config.attention_bias)
+
+    def forward(self, x_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns q [S, N, D] (N = 0 without queries), k and v [S, N_kv, D]."""
+        heads_SND = self.proj(x_SM).view(x_SM.shape[0], -1, self.head_dim)
+        q, k, v = heads_SND.split(self.heads, dim=1)
+        return q, k, v
+
+
+class TimeEmbedder(nn.Module):
+    """Timestep -> [M]: sinusoid (cosines first) and a two-layer MLP, all in fp32 (DDPM's embedding, Ho et al. 2020).
+
+    Its weights stay fp32 in every checkpoint dtype: bf16 cannot tell neighbouring timesteps apart.
+    """
+
+    CHANNELS = 256
+    MAX_PERIOD = 10_000.0
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(self.CHANNELS, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, scaled_timestep: Tensor) -> Tensor:
+        """Args: scaled_timestep, a scalar fp32 tensor (timestep x timestep_scale)."""
+        half = self.CHANNELS // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=scaled_timestep.device) / half
+        angle = scaled_timestep * torch.exp(-torch.tensor(self.MAX_PERIOD).log() * exponent)
+        return self.linear_2(F.silu(self.linear_1(torch.cat((angle.cos(), angle.sin())))))

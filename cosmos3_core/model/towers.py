@@ -1,0 +1,142 @@
+"""The two towers of Cosmos3's mixture of transformers: same depth, separate weights, one shared attention.
+
+The understanding tower reads the prompt, causally, and never sees generated tokens or the timestep. What the
+generation tower takes from it are its keys and values, layer by layer: they depend on the prompt alone and are
+computed once. The generation tower attends, without a mask, to those and to all its own tokens.
+
+Shape letters: L text tokens, S generated tokens, M width, N heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cosmos3_core.checkpoint.configs import TransformerConfig
+from cosmos3_core.model.layers import MLP, QKV, RMSNorm
+from cosmos3_core.model.rope import RopeTable, apply_rope
+from cosmos3_core.ops.registry import Ops
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """What the generation tower needs of one prompt: keys (rotated) and values of every layer.
+
+    Attributes:
+        keys: per layer [L, N_kv, D], in the towers' dtype.
+        values: per layer [L, N_kv, D].
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+
+def _norm(config: TransformerConfig, width: int) -> RMSNorm:
+    return RMSNorm(width, config.rms_norm_eps, weight_in_fp32=config.hidden_act == "relu2")
+
+
+class UnderstandingLayer(nn.Module):
+    """One layer over the prompt. The last one stops at its keys and values (``keys_only``): nobody reads its output."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops, *, keys_only: bool) -> None:
+        super().__init__()
+        self.ops = ops
+        self.keys_only = keys_only
+        self.input_norm = _norm(config, config.hidden_size)
+        self.qkv = QKV(config, with_queries=not keys_only)
+        # Qwen3 backbones normalise text queries and keys; Nemotron ones only the keys that generation sees.
+        self.k_norm = _norm(config, config.head_dim) if config.qk_norm_for_text else None
+        self.q_norm = _norm(config, config.head_dim) if config.qk_norm_for_text and not keys_only else None
+        separate = config.use_und_k_norm_for_gen and not config.qk_norm_for_text
+        self.k_norm_for_generation = _norm(config, config.head_dim) if separate else None
+        if not keys_only:
+            q_dim = config.num_attention_heads * config.head_dim
+            self.out = nn.Linear(q_dim, config.hidden_size, bias=config.attention_bias)
+            self.post_norm = _norm(config, config.hidden_size)
+            self.mlp = MLP(config)
+
+    def forward(self, x_LM: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the layer's output [L, M], the keys for generation [L, N_kv, D] and the values [L, N_kv, D]."""
+        q_LND, k_LND, v_LND = self.qkv(self.input_norm(x_LM))
+        if self.k_norm is not None:
+            k_LND = self.k_norm(k_LND)
+        seen_k_LND = k_LND if self.k_norm_for_generation is None else self.k_norm_for_generation(k_LND)
+        seen_k_LND = apply_rope(seen_k_LND, rope)
+        if self.keys_only:
+            # A copy: a view would keep the whole projection alive as long as the cache entry.
+            return x_LM, seen_k_LND, v_LND.clone()
+        if self.q_norm is not None:
+            q_LND = self.q_norm(q_LND)
+        k_LND = seen_k_LND if self.k_norm_for_generation is None else apply_rope(k_LND, rope)
+        attended_LND = self.ops.attention(apply_rope(q_LND, rope), k_LND, v_LND, True)
+        x_LM = x_LM + self.out(attended_LND.flatten(1))
+        return x_LM + self.mlp(self.post_norm(x_LM)), seen_k_LND, v_LND.clone()
+
+
+class UnderstandingTower(nn.Module):
+    """The prompt's tower: token ids -> keys and values of every layer."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        last = config.num_hidden_layers - 1
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(UnderstandingLayer(config, ops, keys_only=i == last) for i in range(last + 1))
+
+    def forward(self, text_ids_L: Tensor, rope: RopeTable) -> TextKV:
+        x_LM = self.embed(text_ids_L)
+        keys, values = [], []
+        for layer in self.layers:
+            x_LM, k_LND, v_LND = layer(x_LM, rope)
+            keys.append(k_LND)
+            values.append(v_LND)
+        return TextKV(tuple(keys), tuple(values))
+
+
+class GenerationLayer(nn.Module):
+    """One layer over the generated tokens; attends to the prompt's keys and to its own, without a mask."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.input_norm = _norm(config, config.hidden_size)
+        self.qkv = QKV(config)
+        self.q_norm = _norm(config, config.head_dim)
+        self.k_norm = _norm(config, config.head_dim)
+        q_dim = config.num_attention_heads * config.head_dim
+        self.out = nn.Linear(q_dim, config.hidden_size, bias=config.attention_bias)
+        self.post_norm = _norm(config, config.hidden_size)
+        self.mlp = MLP(config)
+
+    def forward(self, x_SM: Tensor, text_k_LND: Tensor, text_v_LND: Tensor, rope: RopeTable) -> Tensor:
+        q_SND, k_SND, v_SND = self.qkv(self.input_norm(x_SM))
+        q_SND = apply_rope(self.q_norm(q_SND), rope)
+        k_SND = apply_rope(self.k_norm(k_SND), rope)
+        keys = torch.cat((text_k_LND, k_SND))
+        values = torch.cat((text_v_LND, v_SND))
+        attended_SND = self.ops.attention(q_SND, keys, values, False)
+        x_SM = x_SM + self.out(attended_SND.flatten(1))
+        return x_SM + self.mlp(self.post_norm(x_SM))
+
+
+class GenerationTower(nn.Module):
+    """The generated tokens' tower."""
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(GenerationLayer(config, ops) for _ in range(config.num_hidden_layers))
+        self.norm = _norm(config, config.hidden_size)
+
+    def forward(self, x_SM: Tensor, text: TextKV, rope: RopeTable) -> Tensor:
+        for layer, text_k_LND, text_v_LND in zip(self.layers, text.keys, text.values, strict=True):
+            x_SM = layer(x_SM, text_k_LND, text_v_LND, rope)
+        return self.norm(x_SM)

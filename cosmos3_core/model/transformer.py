@@ -1,0 +1,109 @@
+"""Cosmos3's transformer: prompt -> keys and values once, noisy latents -> velocity at every step.
+
+Shape letters: B batch (always 1), C latent channels, T/H/W latent grid, L text tokens, S generated tokens, M width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos3_core.checkpoint.configs import TransformerConfig
+from cosmos3_core.model.layers import TimeEmbedder
+from cosmos3_core.model.rope import RopeTable, rope_table, text_positions
+from cosmos3_core.model.towers import GenerationTower, TextKV, UnderstandingTower
+from cosmos3_core.ops.registry import Ops
+
+VIDEO = "video"
+
+
+class VideoHead(nn.Module):
+    """Video latents <-> tokens: 2 x 2 patches, channel fastest, odd grids zero-padded bottom and right."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.patch = config.latent_patch_size
+        self.proj_in = nn.Linear(config.patch_latent_dim, config.hidden_size)
+        self.proj_out = nn.Linear(config.hidden_size, config.patch_latent_dim)
+
+    def embed(self, z_BCTHW: Tensor, noise_mask_T: Tensor, time_M: Tensor) -> Tensor:
+        """Tokens [S, M]. Clean frames (mask 0) get no time embedding at all."""
+        p = self.patch
+        _, c, t, h, w = z_BCTHW.shape
+        z_CTHW = F.pad(z_BCTHW[0], (0, -w % p, 0, -h % p))
+        patches = z_CTHW.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # C T rows p columns p
+        x_TSM = self.proj_in(patches.permute(1, 2, 4, 3, 5, 0).reshape(t, -1, p * p * c))
+        return (x_TSM + noise_mask_T[:, None, None].to(x_TSM.dtype) * time_M.to(x_TSM.dtype)).flatten(0, 1)
+
+    def project(self, x_SM: Tensor, z_BCTHW: Tensor, noise_mask_T: Tensor) -> Tensor:
+        """Velocity [1, C, T, H, W] in the tokens' dtype; zero at clean frames. ``z_BCTHW`` gives the grid."""
+        p = self.patch
+        _, c, t, h, w = z_BCTHW.shape
+        rows, columns = (h + -h % p) // p, (w + -w % p) // p
+        patches = self.proj_out(x_SM).view(t, rows, columns, p, p, c)
+        v_CTHW = patches.permute(5, 0, 1, 3, 2, 4).reshape(c, t, rows * p, columns * p)[:, :, :h, :w]
+        return (v_CTHW * noise_mask_T[:, None, None].to(v_CTHW.dtype)).unsqueeze(0)
+
+
+class Cosmos3Transformer(nn.Module):
+    """Both towers and the heads (NVIDIA Cosmos3; behaviour matched to diffusers 0.42.1 in fp32).
+
+    Args:
+        config: ``transformer/config.json``, with local head and FFN sizes where those are split.
+        ops: implementations of the operators, see :mod:`cosmos3_core.ops`.
+    """
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config = config
+        self.understanding = UnderstandingTower(config, ops)
+        self.generation = GenerationTower(config, ops)
+        self.time_embedder = TimeEmbedder(config.hidden_size)
+        self.heads: Mapping[str, VideoHead] = nn.ModuleDict({VIDEO: VideoHead(config)})  # type: ignore[assignment]
+
+    @property
+    def device(self) -> torch.device:
+        return self.generation.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.generation.norm.weight.dtype
+
+    def prefill(self, text_ids_L: Tensor) -> TextKV:
+        """Run the understanding tower over one prompt's token ids [L]; the result serves every step."""
+        rope = rope_table(text_positions(text_ids_L.shape[0]), self.config, device=self.device, dtype=self.dtype)
+        return self.understanding(text_ids_L.to(self.device), rope)
+
+    def velocity(
+        self,
+        latents: Mapping[str, Tensor],
+        noise_masks: Mapping[str, Tensor],
+        timestep: int,
+        text: TextKV,
+        rope: RopeTable,
+    ) -> dict[str, Tensor]:
+        """One forward pass of the generation tower.
+
+        Args:
+            latents: modality -> noisy latents; video is [1, C, T, H, W]; any dtype.
+            noise_masks: modality -> 1 where a latent frame is noisy, 0 where it is a clean condition; [T] for video.
+            timestep: the schedule's integer timestep, 0..1000.
+            text: the prompt, from :meth:`prefill`.
+            rope: of all generated tokens behind that prompt, modalities in the order of ``latents``.
+
+        Returns:
+            modality -> velocity (noise - clean), shaped like the latents, in the model's dtype.
+        """
+        scaled = torch.tensor(timestep, device=self.device) * self.config.timestep_scale
+        time_M = self.time_embedder(scaled)
+        inputs = {name: latent.to(self.dtype) for name, latent in latents.items()}
+        tokens = [self.heads[name].embed(latent, noise_masks[name], time_M) for name, latent in inputs.items()]
+        x_SM = self.generation(torch.cat(tokens), text, rope)
+        outputs = x_SM.split([token.shape[0] for token in tokens])
+        return {
+            name: self.heads[name].project(output, latent, noise_masks[name])
+            for output, (name, latent) in zip(outputs, inputs.items(), strict=True)
+        }

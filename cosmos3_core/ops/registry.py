@@ -1,0 +1,61 @@
+"""Which implementation of each operator runs: chosen once, when an engine starts, and said in the log.
+
+Every fast implementation has the signature of its eager twin in :mod:`cosmos3_core.ops.eager` and is compared with it
+in the tests. A new kernel is one function, one row in ``IMPLEMENTATIONS`` and one tolerance in the test's table.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cosmos3_core.device import prefers_cudnn_attention
+from cosmos3_core.errors import RequestError
+from cosmos3_core.ops import eager, sdpa
+
+logger = logging.getLogger(__name__)
+
+AttentionOp = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+IMPLEMENTATIONS: dict[str, dict[str, AttentionOp]] = {
+    "attention": {"eager": eager.attention, "sdpa": sdpa.attention, "cudnn": sdpa.attention_cudnn},
+}
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The chosen implementations, one field an operator."""
+
+    attention: AttentionOp = sdpa.attention
+
+
+def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, str] | None = None) -> Ops:
+    """Choose for a device and dtype.
+
+    Args:
+        device: where the model runs.
+        dtype: the towers' dtype.
+        choices: operator -> implementation name, to override the choice.
+
+    Raises:
+        RequestError: an unknown operator or implementation; the message lists the known ones.
+    """
+    chosen = {"attention": _best_attention(device, dtype)}
+    for op, name in (choices or {}).items():
+        if op not in IMPLEMENTATIONS:
+            raise RequestError("ops", op, f"one of {sorted(IMPLEMENTATIONS)}")
+        if name not in IMPLEMENTATIONS[op]:
+            raise RequestError(f"ops.{op}", name, f"one of {sorted(IMPLEMENTATIONS[op])}")
+        chosen[op] = (name, "asked for")
+    for op, (name, reason) in chosen.items():
+        logger.info("op %s: %s (%s)", op, name, reason)
+    return Ops(**{op: IMPLEMENTATIONS[op][name] for op, (name, _) in chosen.items()})
+
+
+def _best_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    use_cudnn, reason = prefers_cudnn_attention(device, dtype)
+    return ("cudnn" if use_cudnn else "sdpa"), reason

@@ -1,0 +1,84 @@
+"""Pixel <-> latent <-> token arithmetic, and nowhere else.
+
+The compression factors are not constants: :class:`Geometry` takes them from the checkpoint's configs, so that another
+model family brings its own. No torch here: the HTTP edge validates sizes with this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class LatentShape(NamedTuple):
+    """Latent grid of one clip: frames, rows, columns."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+class TokenGrid(NamedTuple):
+    """Token grid of one clip after patching: latent frames, patch rows, patch columns (padded up)."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_frames * self.height * self.width
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one checkpoint compresses video.
+
+    Attributes:
+        temporal: pixel frames per latent frame after the first, which stands alone (causal VAE; 4 for Wan 2.2).
+        spatial: pixels per latent row or column (16).
+        channels: latent channels (48).
+        patch: latent rows or columns per token (2); odd grids are padded bottom and right.
+    """
+
+    temporal: int = 4
+    spatial: int = 16
+    channels: int = 48
+    patch: int = 2
+
+    def round_up_num_frames(self, num_frames: int) -> int:
+        """The next clip length that the causal VAE can produce: 1 + k * temporal."""
+        return -(-(num_frames - 1) // self.temporal) * self.temporal + 1
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
+        """Pixel frames, rows, columns -> latent grid. ``num_frames`` must be 1 + k * temporal."""
+        return LatentShape(
+            *pixel_to_latent_shape(num_frames, height, width, temporal=self.temporal, spatial=self.spatial)
+        )
+
+    def num_pixel_frames(self, num_latent_frames: int) -> int:
+        """Latent frames -> pixel frames that they decode to."""
+        return (num_latent_frames - 1) * self.temporal + 1
+
+    def num_new_pixel_frames(self, first_latent_frame: int, num_latent_frames: int) -> int:
+        """Pixel frames that latent frames [first, first + num) add to a clip decoded up to ``first``."""
+        end = self.num_pixel_frames(first_latent_frame + num_latent_frames)
+        return end - (self.num_pixel_frames(first_latent_frame) if first_latent_frame else 0)
+
+    def token_grid(self, latent: LatentShape) -> TokenGrid:
+        """Latent grid -> token grid, rows and columns padded up to whole patches."""
+        return TokenGrid(latent.num_frames, -(-latent.height // self.patch), -(-latent.width // self.patch))
+
+    def num_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Generated video tokens of a clip given in pixels."""
+        return self.token_grid(self.latent_shape(num_frames, height, width)).num_tokens
+
+
+def pixel_to_latent_shape(
+    num_frames: int, height: int, width: int, *, temporal: int = 4, spatial: int = 16
+) -> tuple[int, int, int]:
+    """Pixel (frames, rows, columns) -> latent (frames, rows, columns).
+
+    The name and the plain tuple match PhyAI's function of this name.
+    """
+    return (num_frames - 1) // temporal + 1, height // spatial, width // spatial

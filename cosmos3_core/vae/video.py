@@ -1,0 +1,338 @@
+"""The Wan 2.2 residual causal video VAE: latents -> pixels chunk by chunk, pixels -> latents.
+
+Tensors end in their axes: B batch, C channels, T/H/W latent frames, rows, columns (grid of the level in question inside
+the networks), F/Y/X pixel frames, rows, columns, h/w row and column within a patch; a 1 is an axis of one.
+
+The VAE is causal, so a clip decodes in chunks without loss: its first latent frame alone (1 pixel frame), then as many
+at a time as one likes (4 pixel frames each). One latent frame at a time is the reference and equals it to the bit; more
+at a time equal it to fp32 rounding. What one chunk needs of those before it is the clip's own value
+(:class:`DecodeState`); the module keeps nothing, so clips may take turns on it.
+
+Parameters bear the names of the published tensors: loading is the identity map. The latents' mean and deviation are no
+parameters, they come with the config.
+
+Source: the published AutoencoderKLWan weights and config in the Wan 2.2 (residual) layout; diffusers 0.42.1 applies the
+statistics in its Cosmos3 pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cosmos3_core.checkpoint.configs import VideoVAEConfig
+from cosmos3_core.errors import CapabilityError, RequestError, StateError
+from cosmos3_core.shapes import Geometry
+from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, MidBlock, RMSNormSiLU, number_slots
+from cosmos3_core.vae.video_resample import DownBlock, UpBlock
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeState:
+    """A half-decoded clip, as a value: what the next chunk needs of those before it. ``DecodeState()`` begins a clip.
+
+    It is never changed: decoding goes on from the same state as often as one likes, on any replica of the same weights.
+
+    Attributes:
+        num_latent_frames: latent frames decoded so far.
+        frames: per causal convolution its last input frames, in the module's dtype (:class:`FrameCache`); the bulk of
+            the state, and the same size from the second chunk on.
+        grid_BHW: batch, rows and columns of the clip's latents.
+    """
+
+    num_latent_frames: int = 0
+    frames: tuple[Tensor | None, ...] = ()
+    grid_BHW: tuple[int, ...] = ()
+
+
+class Decoder(nn.Module):
+    """Latents -> patched pixels: the widest blocks first, then block by block finer and narrower."""
+
+    def __init__(self, config: VideoVAEConfig) -> None:
+        super().__init__()
+        widths = [config.decoder_base_dim * mult for mult in (*config.dim_mult, config.dim_mult[-1])][::-1]
+        # Resampling undoes the encoder's, last step first; behind the last block there is none.
+        doubles_time = (*config.temperal_downsample[::-1], False)
+        last = len(config.dim_mult) - 1
+        self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3))
+        self.mid_block = MidBlock(widths[0])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(
+                widths[level],
+                widths[level + 1],
+                config.num_res_blocks + 1,
+                upsamples=level != last,
+                doubles_time=doubles_time[level],
+            )
+            for level in range(last + 1)
+        )
+        self.norm_out = RMSNormSiLU(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3))
+        self.num_slots = number_slots(self)
+
+    def forward(self, z_BCTHW: Tensor, cache: FrameCache) -> Tensor:
+        """One chunk, [B, z_dim, T, H, W] -> [B, out_channels, frames, rows, columns]; updates ``cache``."""
+        x_BCTHW = self.conv_in(self.conv_in.window(z_BCTHW, cache))
+        x_BCTHW = self.mid_block(x_BCTHW, cache)
+        for up_block in self.up_blocks:
+            x_BCTHW = up_block(x_BCTHW, cache)
+        x_BCTHW = self.conv_out.window(self.norm_out(x_BCTHW), cache)
+        return self.conv_out(x_BCTHW)
+
+
+class Encoder(nn.Module):
+    """Patched pixels -> latent moments, before ``quant_conv``: the decoder's mirror, one block a level shallower."""
+
+    def __init__(self, config: VideoVAEConfig) -> None:
+        super().__init__()
+        widths = [config.base_dim * mult for mult in (1, *config.dim_mult)]
+        halves_time = (*config.temperal_downsample, False)
+        last = len(config.dim_mult) - 1
+        self.conv_in = CausalConv3d(config.in_channels, widths[0], (3, 3, 3))
+        self.down_blocks = nn.ModuleList(
+            DownBlock(
+                widths[level],
+                widths[level + 1],
+                config.num_res_blocks,
+                downsamples=level != last,
+                halves_time=halves_time[level],
+            )
+            for level in range(last + 1)
+        )
+        self.mid_block = MidBlock(widths[-1])
+        self.norm_out = RMSNormSiLU(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3))
+        self.num_slots = number_slots(self)
+
+    def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
+        """One chunk, [B, in_channels, frames, rows, columns] -> [B, 2 z_dim, T, H, W]; updates ``cache``."""
+        x_BCTHW = self.conv_in(self.conv_in.window(x_BCTHW, cache))
+        for down_block in self.down_blocks:
+            x_BCTHW = down_block(x_BCTHW, cache)
+        x_BCTHW = self.mid_block(x_BCTHW, cache)
+        x_BCTHW = self.conv_out.window(self.norm_out(x_BCTHW), cache)
+        return self.conv_out(x_BCTHW)
+
+
+class VideoVAE(nn.Module):
+    """Encoder and decoder between pixels in [-1, 1] and normalised latents.
+
+    Args:
+        config: the checkpoint's ``vae/config.json``.
+        with_encoder: False leaves out what only encoding needs (``encoder.*``, ``quant_conv.*``).
+
+    Attributes:
+        geometry: the compression factors, pixels <-> latents.
+
+    Raises:
+        CapabilityError: the config's parts contradict each other or describe another layout than Wan 2.2's.
+    """
+
+    def __init__(self, config: VideoVAEConfig, *, with_encoder: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = _geometry(config)
+        self.encoder = Encoder(config) if with_encoder else None
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1)) if with_encoder else None
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+        self.requires_grad_(False)
+
+    # Decoding
+
+    def decode(self, latents_BCTHW: Tensor, *, chunk_latents: int = 1) -> Iterator[Tensor]:
+        """Decode a clip lazily: each chunk is computed when it is asked for, and nothing of it is kept but the caches.
+
+        Args:
+            latents_BCTHW: normalised latents of the whole clip, fp32.
+            chunk_latents: latent frames per chunk after the first, which always is one latent frame. 1 is the
+                reference; larger fills a device better and holds that much more at a time.
+
+        Returns:
+            An iterator of pixel chunks [B, 3, F, Y, X] in [-1, 1], in the module's dtype and on its device: F is 1 at
+            first, then ``chunk_latents`` x ``geometry.temporal``; the last may be shorter.
+
+        Raises:
+            RequestError: latents of another shape, or ``chunk_latents`` below 1. This call raises it, not the iterator.
+        """
+        _check_clip("latents_BCTHW", latents_BCTHW, self.config.z_dim)
+        if chunk_latents < 1:
+            raise RequestError("chunk_latents", chunk_latents, "1 or more latent frames")
+        return self._decode(latents_BCTHW, chunk_latents)
+
+    def _decode(self, latents_BCTHW: Tensor, chunk_latents: int) -> Iterator[Tensor]:
+        z_BCTHW = self.decoder_input(latents_BCTHW)
+        # One cache changed in place, where a chain of states would hold two of them while a chunk is computed.
+        cache = FrameCache.empty(self.decoder.num_slots)
+        start, stop = 0, 1
+        while start < z_BCTHW.shape[2]:
+            yield self._decode_into(cache, z_BCTHW[:, :, start:stop])
+            start, stop = stop, stop + chunk_latents
+
+    @torch.no_grad()
+    def decoder_input(self, latents_BCTHW: Tensor) -> Tensor:
+        """Normalised latents -> what :meth:`decode_chunk` takes, in the module's dtype; for the whole clip at once.
+
+        At once because the 1x1x1 convolution rounds otherwise with its number of frames (CPU picks its algorithm by
+        size), and a clip should decode alike however it is cut.
+
+        Args:
+            latents_BCTHW: [B, z_dim, T, H, W], fp32.
+
+        Raises:
+            RequestError: latents of another shape.
+        """
+        _check_clip("latents_BCTHW", latents_BCTHW, self.config.z_dim)
+        weight = self.post_quant_conv.weight
+        mean_C111, inverse_std_C111 = self._statistics()
+        z_BCTHW = latents_BCTHW.to(weight.device, weight.dtype) / inverse_std_C111 + mean_C111
+        return self.post_quant_conv(z_BCTHW)
+
+    @torch.no_grad()
+    def decode_chunk(self, z_BCTHW: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
+        """Decode the next latent frames of a clip; changes neither the module nor ``state``.
+
+        ``for z in chunks: pixels, state = vae.decode_chunk(z, state)`` gives the bits of :meth:`decode`, and holds the
+        caches of two chunks at a time where that holds one.
+
+        Args:
+            z_BCTHW: the next frames of :meth:`decoder_input`; exactly one where the clip begins.
+            state: what the chunk before returned; ``DecodeState()`` begins a clip.
+
+        Returns:
+            Pixels [B, 3, F, Y, X] in [-1, 1] in the module's dtype, and the state after them.
+
+        Raises:
+            RequestError: a chunk of another shape, or a first chunk of more than one frame.
+            StateError: ``state`` belongs to a clip of another size or to another model.
+        """
+        _check_clip("z_BCTHW", z_BCTHW, self.config.z_dim)
+        batch, _, num_frames, height, width = z_BCTHW.shape
+        grid_BHW = (batch, height, width)
+        if state.num_latent_frames == 0:
+            if num_frames != 1:
+                raise RequestError(
+                    "z_BCTHW", tuple(z_BCTHW.shape), "one frame where a clip begins", "Decode frame 0 by itself first."
+                )
+            cache = FrameCache.empty(self.decoder.num_slots)
+        else:
+            if state.grid_BHW != grid_BHW or len(state.frames) != self.decoder.num_slots:
+                raise StateError(
+                    f"the decode state holds {len(state.frames)} caches for latents of (batch, rows, columns) "
+                    f"{state.grid_BHW}; this decoder has {self.decoder.num_slots} and was given {grid_BHW}"
+                )
+            cache = FrameCache(state.frames, is_first_chunk=False)
+        pixels_BCFYX = self._decode_into(cache, z_BCTHW)
+        return pixels_BCFYX, DecodeState(state.num_latent_frames + num_frames, tuple(cache.frames), grid_BHW)
+
+    @torch.no_grad()
+    def _decode_into(self, cache: FrameCache, z_BCTHW: Tensor) -> Tensor:
+        """One chunk; ``cache`` moves on behind it."""
+        patched_BCTHW = self.decoder(z_BCTHW, cache)
+        cache.is_first_chunk = False
+        return unpatchify(patched_BCTHW.clamp_(-1.0, 1.0), self.config.patch_size)
+
+    # Encoding
+
+    @torch.no_grad()
+    def encode(self, pixels_BCFYX: Tensor) -> Tensor:
+        """Encode a clip: the posterior's mean, normalised; nothing is drawn.
+
+        Args:
+            pixels_BCFYX: [B, 3, F, Y, X] in [-1, 1]; F is 1 + a multiple of ``geometry.temporal``, Y and X are
+                multiples of ``geometry.spatial``.
+
+        Returns:
+            Latents [B, z_dim, T, H, W] in the module's dtype and on its device.
+
+        Raises:
+            RequestError: pixels of another shape.
+            CapabilityError: this VAE was built without its encoder.
+        """
+        if self.encoder is None or self.quant_conv is None:
+            raise CapabilityError(
+                "encode", "pixels", "decoding only", "Build the VAE with with_encoder=True to encode."
+            )
+        self._check_pixels(pixels_BCFYX)
+        weight = self.quant_conv.weight
+        cache = FrameCache.empty(self.encoder.num_slots)
+        moments: list[Tensor] = []
+        # Frame 0 alone, then as many pixel frames at a time as make one latent frame.
+        start, stop = 0, 1
+        while start < pixels_BCFYX.shape[2]:
+            chunk_BCFYX = pixels_BCFYX[:, :, start:stop].to(weight.device, weight.dtype)
+            moments.append(self.encoder(patchify(chunk_BCFYX, self.config.patch_size), cache))
+            cache.is_first_chunk = False
+            start, stop = stop, stop + self.geometry.temporal
+        mean_and_log_variance_BCTHW = self.quant_conv(torch.cat(moments, dim=2))
+        z_BCTHW = mean_and_log_variance_BCTHW[:, : self.config.z_dim]
+        mean_C111, inverse_std_C111 = self._statistics()
+        return (z_BCTHW - mean_C111) * inverse_std_C111
+
+    def _check_pixels(self, pixels_BCFYX: Tensor) -> None:
+        patch_area = self.config.patch_size**2
+        _check_clip("pixels_BCFYX", pixels_BCFYX, self.config.in_channels // patch_area)
+        _, _, num_frames, height, width = pixels_BCFYX.shape
+        temporal, spatial = self.geometry.temporal, self.geometry.spatial
+        if self.geometry.round_up_num_frames(num_frames) != num_frames:
+            raise RequestError(
+                "num_frames",
+                num_frames,
+                f"1 + a multiple of {temporal}",
+                f"The next longer clip has {self.geometry.round_up_num_frames(num_frames)} frames.",
+            )
+        for name, num_pixels in (("height", height), ("width", width)):
+            if num_pixels % spatial:
+                raise RequestError(
+                    name, num_pixels, f"a multiple of {spatial} pixels", "Resize or pad before encoding."
+                )
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """The latents' mean and inverse deviation [z_dim, 1, 1, 1].
+
+        Rounded to the module's dtype before the division, and divided on the CPU, as the reference pipeline does it.
+        """
+        for name in ("latents_mean", "latents_std"):
+            num_values = len(getattr(self.config, name))
+            if num_values != self.config.z_dim:
+                raise CapabilityError(
+                    name, f"{num_values} values", f"{self.config.z_dim} values", "The config lacks them."
+                )
+        weight = self.post_quant_conv.weight
+        shape_C111 = (self.config.z_dim, 1, 1, 1)
+        mean_C = torch.tensor(self.config.latents_mean, dtype=weight.dtype, device="cpu")
+        std_C = torch.tensor(self.config.latents_std, dtype=weight.dtype, device="cpu")
+        return mean_C.view(shape_C111).to(weight.device), (1.0 / std_C).view(shape_C111).to(weight.device)
+
+
+def patchify(pixels_BCFYX: Tensor, patch_size: int) -> Tensor:
+    """[B, C, F, Y, X] -> [B, C p p, F, Y/p, X/p]; among the channels a patch's rows count fastest, then its columns."""
+    patches_BCFHhWw = pixels_BCFYX.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))
+    return patches_BCFHhWw.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def unpatchify(x_BCTHW: Tensor, patch_size: int) -> Tensor:
+    """[B, C p p, F, H, W] -> [B, C, F, H p, W p], the inverse of :func:`patchify`, contiguous."""
+    patches_BCwhTHW = x_BCTHW.unflatten(1, (-1, patch_size, patch_size))
+    return patches_BCwhTHW.permute(0, 1, 4, 5, 3, 6, 2).contiguous().flatten(5, 6).flatten(3, 4)
+
+
+def _geometry(config: VideoVAEConfig) -> Geometry:
+    """The compression factors, read off the layers and checked against what the config states."""
+    temporal = 2 ** sum(config.temperal_downsample)
+    spatial = config.patch_size * 2 ** len(config.temperal_downsample)
+    stated = (config.scale_factor_temporal, config.scale_factor_spatial)
+    if (temporal, spatial) != stated:
+        raise CapabilityError(
+            "vae", {"(scale_factor_temporal, scale_factor_spatial)": stated}, f"{(temporal, spatial)} for these layers"
+        )
+    return Geometry(temporal=temporal, spatial=spatial, channels=config.z_dim)
+
+
+def _check_clip(field: str, clip: Tensor, num_channels: int) -> None:
+    """``clip`` must be a clip of five axes, none of them empty, with ``num_channels`` channels."""
+    if clip.dim() != 5 or clip.shape[1] != num_channels or 0 in clip.shape:
+        raise RequestError(field, tuple(clip.shape), f"(batch, {num_channels}, frames, rows, columns), each at least 1")

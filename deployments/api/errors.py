@@ -1,0 +1,70 @@
+"""Errors as HTTP answers: one table from type to status, one body shape (OpenAI's, with what is allowed added)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from cluster.errors import ClusterError, DeadlineExceeded, OverloadedError, StageFailed
+from cosmos3_core.errors import Cosmos3Error, RequestError
+from deployments.errors import is_retryable, unwrapped
+
+
+class BodyError(Cosmos3Error):
+    """A request body that cannot be read at all.
+
+    Args:
+        status: of the answer.
+        code: short name of the fault.
+        message: what is wrong and what is allowed.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        self.status, self.code, self.message = status, code, message
+        super().__init__(status, code, message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+# First match wins: more special types stand first.
+_STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
+    (RequestError, 422, "invalid_field"),
+    (OverloadedError, 429, "overloaded"),
+    (DeadlineExceeded, 504, "deadline_exceeded"),
+    (StageFailed, 503, "stage_failed"),
+    (ClusterError, 503, "unavailable"),
+)
+
+
+def error_response(error: BaseException, request_id: str) -> JSONResponse:
+    """The answer for an error; unknown ones become a 500 that says nothing of the inside."""
+    error = unwrapped(error)
+    headers = {"x-request-id": request_id}
+    if isinstance(error, BodyError):
+        return _response(error.status, error.code, str(error), headers)
+    status, code = 500, "internal_error"
+    for kind, known_status, known_code in _STATUS:
+        if isinstance(error, kind):
+            status, code = known_status, known_code
+            break
+    else:
+        if is_retryable(error):
+            status, code = 503, "unavailable"
+    extra: dict[str, Any] = {}
+    if isinstance(error, RequestError):
+        extra = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}
+    if status in (429, 503):
+        headers["retry-after"] = str(math.ceil(getattr(error, "retry_after_s", 5.0)))
+    message = "an internal error; the server's log has it under this request id" if status == 500 else str(error)
+    if code == "unavailable":
+        message = "a part of the service went away while it worked on this request; try again"
+    return _response(status, code, message, headers, **extra)
+
+
+def _response(status: int, code: str, message: str, headers: dict[str, str], **extra: Any) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    body = {"error": {"message": message, "type": kind, "code": code, "param": None, **extra}}
+    return JSONResponse(body, status_code=status, headers=headers)

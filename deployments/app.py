@@ -1,0 +1,87 @@
+"""The whole graph on one screen.
+
+    ingress ── director ─┬─ tokenizer
+                         ├─ transformer   one replica = one gang: a leader and its rank actors in a placement group
+                         ├─ vae
+                         └─ encoder
+
+``serve run deployments.app:build checkpoint=DIR`` and Serve's YAML call :func:`build`; ``cosmos3 serve`` calls
+:func:`build_app`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle  # noqa: F401 - what every bound stage becomes inside another
+
+from cluster.gang import GangSpec, bundles
+from cluster.rank import RankSpec
+from deployments.config import AppConfig, Stage
+from deployments.director import Director
+from deployments.ingress import Ingress
+from deployments.mp4_encoder import Mp4Encoder
+from deployments.prompt_tokenizer import PromptTokenizer
+from deployments.transformer import Transformer
+from deployments.video_vae import VideoVAE
+
+
+def build_app(config: AppConfig) -> serve.Application:
+    """The application for a configuration."""
+    checkpoint = str(config.checkpoint)
+    gang = _gang(config)
+    tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config.tokenizer).bind(checkpoint)
+    transformer = (
+        _deployment("Transformer", Transformer, config.transformer)
+        .options(
+            placement_group_bundles=bundles(gang, config.transformer.num_cpus),
+            placement_group_strategy=config.transformer.placement_strategy,
+        )
+        .bind(gang, config.transformer.max_jobs)
+    )
+    vae = _deployment("VideoVAE", VideoVAE, config.vae).bind(
+        checkpoint, config.vae.device, config.vae.dtype, config.vae.num_threads, config.vae.chunk_latents
+    )
+    encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind()
+    director = _deployment("Director", Director, config.director).bind(
+        checkpoint,
+        config.director.max_requests,
+        config.director.max_attempts,
+        config.director.chunk_window,
+        config.http.request_timeout_s,
+        tokenizer,
+        transformer,
+        vae,
+        encoder,
+    )
+    return _deployment("Ingress", Ingress, config.ingress).bind(
+        checkpoint, config.name, config.model_name, config.http.max_body_bytes, director
+    )
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Entry for Serve's YAML and ``serve run``: ``args`` are the keys of :class:`AppConfig`."""
+    return build_app(AppConfig.parse(args))
+
+
+def _gang(config: AppConfig) -> GangSpec:
+    stage = config.transformer
+    rank = RankSpec(str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, stage.text_cache_bytes)
+    return GangSpec(1, rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
+
+
+def _deployment(name: str, body: type, stage: Stage) -> Any:
+    scaling: dict[str, Any] = {"num_replicas": stage.num_replicas}
+    if stage.autoscaling is not None:
+        scaling = {"autoscaling_config": AutoscalingConfig(**stage.autoscaling.model_dump())}
+    return serve.deployment(body, name=name).options(
+        ray_actor_options={"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus},
+        max_ongoing_requests=stage.max_ongoing_requests,
+        max_queued_requests=stage.max_queued_requests,
+        graceful_shutdown_timeout_s=stage.graceful_shutdown_timeout_s,
+        health_check_period_s=stage.health_check_period_s,
+        health_check_timeout_s=stage.health_check_timeout_s,
+        **scaling,
+    )

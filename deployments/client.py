@@ -1,0 +1,89 @@
+"""The graph from Python: any process of the Ray cluster can call a running app.
+
+client = connect()
+generated = client.generate(GenerationRequest(prompt="..."))
+for event in client.stream(GenerationRequest(prompt="...")): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from cosmos3_core.request import GenerationRequest
+from deployments.errors import unwrapped
+from deployments.messages import Event, Generated
+
+
+class Client:
+    """A running app's Director.
+
+    Args:
+        handle: of the Director deployment.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    def generate(self, request: GenerationRequest, *, timeout_s: float | None = None) -> Generated:
+        """Serve a request and wait for its file.
+
+        Raises:
+            RequestError: the request is wrong.
+            OverloadedError: no place is free; says when to try again.
+            DeadlineExceeded, StageFailed: it could not be done.
+        """
+        response = self._handle.generate.remote(request, None, timeout_s)
+        try:
+            return response.result()
+        except Exception as error:  # noqa: BLE001 - told apart by what it wraps
+            raise unwrapped(error) from None
+        finally:
+            response.cancel()
+
+    def stream(self, request: GenerationRequest, *, timeout_s: float | None = None) -> EventStream:
+        """Serve a request and follow it: events, then the file in parts.
+
+        Raises, while iterating: as :meth:`generate`.
+        """
+        return EventStream(self._streaming.stream.remote(request, None, timeout_s))
+
+
+class EventStream:
+    """An iterator of events. Closing it, leaving its ``with`` block, or dropping it stops the work of every stage."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        try:
+            return next(self._response)
+        except StopIteration:
+            raise
+        except Exception as error:  # noqa: BLE001 - told apart by what it wraps
+            raise unwrapped(error) from None
+
+    def close(self) -> None:
+        """Stop. Does nothing once the stream has ended."""
+        self._response.cancel()
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Serve lets a stream run on when its response is dropped.
+        self.close()
+
+
+def connect(app_name: str = "cosmos3") -> Client:
+    """The running app of that name in the Ray cluster that this process is connected to."""
+    from ray import serve
+
+    return Client(serve.get_deployment_handle("Director", app_name=app_name))

@@ -1,0 +1,136 @@
+"""Director: takes a request, checks it, and walks it through the stages. Sees neither tensors nor frames."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from cluster.clip_stream import start_clip_streams
+from cluster.errors import OverloadedError
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.request import GenerationRequest, resolve
+from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
+from deployments.walk import Stages, Walk
+
+# A guess for Retry-After until a request has been timed.
+_FIRST_GUESS_S = 5.0
+
+
+class Director:
+    """See the module.
+
+    Args:
+        checkpoint: the checkpoint's directory.
+        max_requests: requests at once; one more is refused.
+        max_attempts: tries of a stage whose process died.
+        chunk_window: decoded chunks of a clip that may exist before they are encoded.
+        request_timeout_s: of requests that name none.
+        tokenizer, transformer, vae, encoder: handles of the stages.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        max_requests: int,
+        max_attempts: int,
+        chunk_window: int,
+        request_timeout_s: float,
+        tokenizer: Any,
+        transformer: Any,
+        vae: Any,
+        encoder: Any,
+    ) -> None:
+        self._layout = CheckpointLayout.open(checkpoint)
+        self._max_requests = max_requests
+        self._max_attempts = max_attempts
+        self._chunk_window = chunk_window
+        self._request_timeout_s = request_timeout_s
+        # Configured once: every differently configured handle has a router of its own.
+        streaming = (handle.options(stream=True) for handle in (transformer, vae, encoder))
+        self._stages = Stages(tokenizer, *streaming)
+        self._clips = start_clip_streams(max_clips=4 * max_requests)
+        self._num_requests = 0
+        self._seconds_per_request = _FIRST_GUESS_S
+        self._to_close: asyncio.Queue[str] = asyncio.Queue()
+        self._closer: asyncio.Task[None] | None = None
+
+    async def stream(
+        self, request: GenerationRequest, request_id: str | None = None, timeout_s: float | None = None
+    ) -> AsyncIterator[Event]:
+        """Serve a request; call with ``stream=True``. Cancelling the response stops every stage.
+
+        Args:
+            request: what is asked for.
+            request_id: for logs and events; made up if omitted.
+            timeout_s: from now to the last byte; the app's own limit if omitted or longer than that.
+
+        Yields:
+            Events, :class:`Finished`, then the file in :class:`MediaPart` pieces.
+
+        Raises:
+            RequestError: the request is wrong.
+            OverloadedError: no place is free.
+            DeadlineExceeded, StageFailed: it could not be done.
+        """
+        if self._num_requests >= self._max_requests:
+            raise OverloadedError("requests of one Director", self._max_requests, self._seconds_per_request)
+        self._num_requests += 1
+        start_s = time.monotonic()
+        try:
+            limit_s = min(timeout_s or self._request_timeout_s, self._request_timeout_s)
+            walk = Walk(
+                request=resolve(request, self._layout),
+                context=RequestContext(request_id or uuid.uuid4().hex, time.time() + limit_s, limit_s),
+                layout=self._layout,
+                stages=self._stages,
+                clips=self._clips,
+                chunk_window=self._chunk_window,
+                max_attempts=self._max_attempts,
+                close_later=self._close_later,
+            )
+            async for event in walk.events():
+                yield event
+            self._seconds_per_request = time.monotonic() - start_s
+        finally:
+            self._num_requests -= 1
+
+    async def generate(
+        self, request: GenerationRequest, request_id: str | None = None, timeout_s: float | None = None
+    ) -> Generated:
+        """Serve a request and return its file in one piece.
+
+        Raises:
+            Cosmos3Error: as :meth:`stream`.
+        """
+        info: Finished | None = None
+        parts: list[bytes] = []
+        async for event in self.stream(request, request_id, timeout_s):
+            if isinstance(event, Finished):
+                info = event
+            elif isinstance(event, MediaPart):
+                parts.append(event.data)
+        assert info is not None, "a stream that raises nothing finishes"
+        return Generated(b"".join(parts), info)
+
+    async def num_open_clips(self) -> int:
+        """How many clips are between decoder and encoder; 0 when idle."""
+        return await self._clips.num_open.remote()
+
+    def _close_later(self, stream_id: str) -> None:
+        """Have a clip's stream closed by a task of no request: calls made while one is cancelled may be lost."""
+        if self._closer is None:
+            loop = asyncio.get_running_loop()
+            self._closer = loop.create_task(self._close_streams(), context=contextvars.Context())
+        self._to_close.put_nowait(stream_id)
+
+    async def _close_streams(self) -> None:
+        while True:
+            stream_id = await self._to_close.get()
+            try:
+                await self._clips.close.remote(stream_id, "the request has ended")
+            except Exception:  # noqa: BLE001 - the actor died and took the stream with it; a new one is on its way
+                continue

@@ -1,0 +1,217 @@
+"""What travels between the stages: frozen values, in one place. Tensors go as ``cluster.envelope.TensorEnvelope``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from cluster.envelope import TensorEnvelope
+from cluster.errors import DeadlineExceeded
+
+
+@dataclass(frozen=True)
+class RequestContext:
+    """First argument of every stage method.
+
+    Attributes:
+        request_id: the same in every stage's logs.
+        deadline_s: seconds since the epoch (``time.time``) at which the request has to be done.
+        limit_s: seconds it had in all, for messages.
+        attempt: which try of the stage this is, from 1.
+    """
+
+    request_id: str
+    deadline_s: float
+    limit_s: float
+    attempt: int = 1
+
+    def remaining_s(self, stage: str) -> float:
+        """Seconds left.
+
+        Raises:
+            DeadlineExceeded: none; names ``stage``.
+        """
+        left = self.deadline_s - time.time()
+        if left <= 0:
+            raise DeadlineExceeded(stage, self.limit_s)
+        return left
+
+    def retried(self) -> RequestContext:
+        """The context of the next try."""
+        return replace(self, attempt=self.attempt + 1)
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Both prompts as ids.
+
+    Attributes:
+        text_ids, negative_text_ids: of the conditional and the unconditional branch.
+        negative_origin: "given", "empty", "checkpoint" or "built-in".
+        pid: of the tokenizer's process.
+    """
+
+    text_ids: tuple[int, ...]
+    negative_text_ids: tuple[int, ...]
+    negative_origin: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Decoded frames on their way from the VAE to the encoder, by reference.
+
+    Attributes:
+        index: 0, 1, ... in the clip.
+        frames: uint8 RGB [F, Y, X, 3].
+        pid: of the VAE's process.
+    """
+
+    index: int
+    frames: TensorEnvelope
+    pid: int
+
+
+# Events: what a caller of the graph sees, in order. Each says which process it is about.
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The request was checked and given its place. ``notes`` say what was changed, a rounded clip length say."""
+
+    request_id: str
+    num_steps: int
+    num_frames: int
+    seed: int
+    notes: tuple[str, ...]
+    pid: int
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The prompts are token ids. ``negative_origin`` says where the negative prompt came from."""
+
+    num_text_tokens: int
+    num_negative_tokens: int
+    negative_origin: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class QueuePosition:
+    """The request waits for a gang; ``position`` others are before it."""
+
+    position: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class StepsDone:
+    """Denoising is at ``step`` of ``num_steps``; ``sigma`` is the noise level that is left."""
+
+    step: int
+    num_steps: int
+    sigma: float
+    pid: int
+
+
+@dataclass(frozen=True)
+class LatentsReady:
+    """Denoising is done. Between stages: the next item of the stream is the latents' envelope, to be passed on unseen.
+
+    ``pid`` is the leader's, ``rank_pids`` the ranks'.
+    """
+
+    seconds: float
+    pid: int
+    rank_pids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChunkDecoded:
+    """The VAE made a chunk of frames."""
+
+    index: int
+    at_s: float
+
+
+@dataclass(frozen=True)
+class ChunkEncoded:
+    """The encoder has used up a chunk of frames."""
+
+    index: int
+    num_frames: int
+    decoded_by: int
+    at_s: float
+    pid: int
+
+
+@dataclass(frozen=True)
+class StageRetried:
+    """A stage failed and is tried again."""
+
+    stage: str
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClipEncoded:
+    """The encoder is done with the file."""
+
+    frames_sha256: str
+    num_frames: int
+    num_bytes: int
+    seconds: float
+    pid: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The file is whole; its parts follow and end the stream.
+
+    ``stage_seconds``: tokenize, denoise, decode_encode (side by side), encode (from the encoder's side), total.
+    """
+
+    request_id: str
+    media_type: str
+    num_bytes: int
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    seed: int
+    frames_sha256: str
+    negative_origin: str
+    notes: tuple[str, ...]
+    stage_seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """A piece of the finished file, in order."""
+
+    data: bytes
+
+
+Event = (
+    Accepted
+    | Tokenized
+    | QueuePosition
+    | StepsDone
+    | LatentsReady
+    | ChunkDecoded
+    | ChunkEncoded
+    | StageRetried
+    | ClipEncoded
+    | Finished
+    | MediaPart
+)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished request in one piece: what ``generate`` returns."""
+
+    media: bytes
+    info: Finished

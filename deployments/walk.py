@@ -1,0 +1,258 @@
+"""One request's walk through the stages: tokenize, denoise, then decode and encode side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import DeadlineExceeded, StageFailed
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.request import ResolvedRequest
+from deployments.errors import in_words, is_retryable, unwrapped
+from deployments.messages import (
+    Accepted,
+    ChunkDecoded,
+    ClipEncoded,
+    Event,
+    Finished,
+    LatentsReady,
+    MediaPart,
+    RequestContext,
+    StageRetried,
+    Tokenized,
+    TokenizedPair,
+)
+from deployments.streams import RefStream, following
+
+# Before a stage is tried again: a dead replica is still in the routers' tables for a moment.
+_RETRY_PAUSE_S = 0.2
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Handles of the stages that the Director calls; the streaming ones with ``stream=True``."""
+
+    tokenizer: Any
+    transformer: Any
+    vae: Any
+    encoder: Any
+
+
+@dataclass
+class Walk:
+    """A request on its way; :meth:`events` does it all.
+
+    Attributes:
+        request: with every field decided.
+        context: its id and deadline.
+        layout: of the checkpoint.
+        stages: whom to call.
+        clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
+        chunk_window: decoded chunks that may exist before they are encoded.
+        max_attempts: tries of a stage whose process died.
+        close_later: takes a stream id to be closed once nobody is waiting here any more.
+    """
+
+    request: ResolvedRequest
+    context: RequestContext
+    layout: CheckpointLayout
+    stages: Stages
+    clips: Any
+    chunk_window: int
+    max_attempts: int
+    close_later: Callable[[str], None]
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Every event of the request, the finished file's parts last.
+
+        Raises:
+            RequestError: the request's fault, found by a stage.
+            OverloadedError: a stage's queue is full.
+            DeadlineExceeded: the time is up.
+            StageFailed: a stage's tries are used up.
+        """
+        start_s = time.monotonic()
+        request = self.request
+        yield Accepted(
+            self.context.request_id,
+            request.num_inference_steps,
+            request.num_frames,
+            request.seed,
+            request.notes,
+            os.getpid(),
+        )
+        pair, tokenized_events = await self._tokenize()
+        for event in tokenized_events:
+            yield event
+        latents_ref: Any = None
+        async for item in self._retried("denoise", lambda context: self._denoise(context, pair)):
+            if isinstance(item, _Latents):
+                latents_ref = item.ref
+            else:
+                yield item
+        async for item in self._retried("decode", lambda context: self._decode_and_encode(context, latents_ref)):
+            if not isinstance(item, _Encoded):
+                yield item
+                continue
+            self._seconds["total"] = time.monotonic() - start_s
+            yield item.clip
+            yield self._finished(item.clip, pair)
+            for part in item.parts:
+                yield part
+
+    async def _tokenize(self) -> tuple[TokenizedPair, list[Event]]:
+        start_s = time.monotonic()
+        events: list[Event] = []
+        async for item in self._retried("tokenize", self._tokenize_once):
+            if isinstance(item, TokenizedPair):
+                pair = item
+            else:
+                events.append(item)
+        self._seconds["tokenize"] = time.monotonic() - start_s
+        counts = len(pair.text_ids), len(pair.negative_text_ids)
+        return pair, [*events, Tokenized(*counts, pair.negative_origin, pair.pid)]
+
+    async def _tokenize_once(self, context: RequestContext) -> AsyncIterator[TokenizedPair]:
+        response = self.stages.tokenizer.tokenize.remote(context, self.request)
+        try:
+            async with asyncio.timeout(context.remaining_s("tokenize")):
+                yield await response
+        except TimeoutError:
+            raise DeadlineExceeded("tokenize", context.limit_s) from None
+        finally:
+            response.cancel()
+
+    async def _denoise(self, context: RequestContext, pair: TokenizedPair) -> AsyncIterator[Event | _Latents]:
+        job = DenoiseRequest.of(self.request, pair.text_ids, pair.negative_text_ids, self.layout.geometry)
+        async with following(self.stages.transformer.denoise.remote(context, job), context, "denoise") as stream:
+            while (event := await stream.next_value()) is not None:
+                yield event
+                if isinstance(event, LatentsReady):
+                    self._seconds["denoise"] = event.seconds
+                    yield _Latents(await stream.next_ref())
+                    return
+        raise StageFailed("denoise", context.attempt, "the stream ended without latents")
+
+    async def _decode_and_encode(self, context: RequestContext, latents_ref: Any) -> AsyncIterator[Event | _Encoded]:
+        stream_id = f"{context.request_id}/{context.attempt}"
+        start_s = time.monotonic()
+        await self.clips.open.remote(stream_id, self.chunk_window)
+        decode = self.stages.vae.decode.remote(context, latents_ref, self.clips, stream_id)
+        encode = self.stages.encoder.encode.remote(context, self.request.clip_format(), self.clips, stream_id)
+        try:
+            async with following(decode, context, "decode") as decoded, following(encode, context, "encode") as encoded:
+                async for item in _merged(self._forward(decoded, stream_id), _collect(encoded)):
+                    yield item
+        finally:
+            self.close_later(stream_id)
+        self._seconds["decode_encode"] = time.monotonic() - start_s
+
+    async def _forward(self, decoded: RefStream, stream_id: str) -> AsyncIterator[Event]:
+        """Post the decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
+        while (event := await decoded.next_value()) is not None:
+            assert isinstance(event, ChunkDecoded)
+            chunk_ref = await decoded.next_ref()
+            # Announced before it is posted, so that nobody hears of its encoding first.
+            yield event
+            await self.clips.post.remote(stream_id, [chunk_ref])
+        await self.clips.complete.remote(stream_id)
+
+    async def _retried(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
+        """Run a stage until it succeeds or fails for good; only deaths are retried, with the same seed."""
+        context = self.context
+        while True:
+            try:
+                async for item in attempt(context):
+                    yield item
+                return
+            except Exception as error:  # noqa: BLE001 - what another process raised can be anything
+                if not is_retryable(error):
+                    raise unwrapped(error) from None
+                if context.attempt >= self.max_attempts:
+                    raise StageFailed(stage, context.attempt, in_words(error)) from None
+                reason = in_words(error)
+            yield StageRetried(stage, context.attempt + 1, reason)
+            context = context.retried()
+            await asyncio.sleep(min(_RETRY_PAUSE_S, context.remaining_s(stage)))
+
+    def _finished(self, clip: ClipEncoded, pair: TokenizedPair) -> Finished:
+        clip_format = self.request.clip_format()
+        return Finished(
+            request_id=self.context.request_id,
+            media_type=clip_format.media_type,
+            num_bytes=clip.num_bytes,
+            num_frames=clip.num_frames,
+            fps=self.request.fps,
+            height=self.request.height,
+            width=self.request.width,
+            seed=self.request.seed,
+            frames_sha256=clip.frames_sha256,
+            negative_origin=pair.negative_origin,
+            notes=self.request.notes,
+            stage_seconds={**self._seconds, "encode": clip.seconds},
+        )
+
+
+@dataclass(frozen=True)
+class _Latents:
+    """The latents' reference; their bytes are somewhere else."""
+
+    ref: Any
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A whole file. Handed on only now: a retry after the first byte could not be taken back."""
+
+    clip: ClipEncoded
+    parts: tuple[MediaPart, ...]
+
+
+async def _collect(encoded: RefStream) -> AsyncIterator[Event | _Encoded]:
+    """The encoder's events as they come, then its file in one piece."""
+    clip: ClipEncoded | None = None
+    parts: list[MediaPart] = []
+    while (event := await encoded.next_value()) is not None:
+        if isinstance(event, ClipEncoded):
+            clip = event
+        elif isinstance(event, MediaPart):
+            parts.append(event)
+        else:
+            yield event
+    if clip is None or sum(len(part.data) for part in parts) != clip.num_bytes:
+        raise StageFailed("encode", 1, "the encoder's stream ended before the file did")
+    yield _Encoded(clip, tuple(parts))
+
+
+async def _merged(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Items of several iterators as they come; the first failure ends them all."""
+    queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=16)
+    ended = object()
+
+    async def pump(source: AsyncIterator[Any]) -> None:
+        async for item in source:
+            await queue.put(item)
+
+    async def watch(pumps: list[asyncio.Task[None]]) -> None:
+        # Ends with the first failure or with the last pump; the mark comes after everything they put.
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
+        await queue.put(ended)
+
+    pumps = [asyncio.create_task(pump(source)) for source in sources]
+    watcher = asyncio.create_task(watch(pumps))
+    try:
+        while (item := await queue.get()) is not ended:
+            yield item
+        for task in pumps:
+            if task.done():
+                task.result()
+    finally:
+        for task in (*pumps, watcher):
+            task.cancel()
+        await asyncio.gather(*pumps, watcher, return_exceptions=True)

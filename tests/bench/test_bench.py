@@ -1,0 +1,134 @@
+"""The ruler measures what it says, on the same weights on both sides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cosmos3_core.bench.__main__ import main
+from cosmos3_core.bench.ours import Ours
+from cosmos3_core.bench.report import Row, table
+from cosmos3_core.bench.subject import RANDOM_MODELS, Subject, Work, checkpoint_subject, random_subject
+from cosmos3_core.bench.theirs import Theirs
+from cosmos3_core.checkpoint.tensors import transformer_tensors
+from cosmos3_core.engine import Engine
+
+CPU = torch.device("cpu")
+WORK = Work(num_frames=9, height=32, width=48, text_tokens=12, negative_tokens=7, runs=1, chunk_latents=1)
+STAGES = [
+    "prefill, both prompts",
+    "step, both branches",
+    "decode, first chunk",
+    "decode, each later chunk",
+    "decode, whole clip",
+    "encode of one frame (VAE)",
+    "encode of the clip (mp4)",
+]
+COMPARED = ["step, both branches", "decode, whole clip", "encode of one frame (VAE)"]
+
+
+def test_both_sides_run_the_same_model(tiny_nano: Path) -> None:
+    """Ours and diffusers', as the benchmark builds them, give the same velocities, pixels and latents."""
+    for subject in (random_subject("tiny", CPU, torch.float32), checkpoint_subject(tiny_nano, CPU, None)):
+        compare(subject)
+
+
+def compare(subject: Subject) -> None:
+    ours, theirs = Ours(subject, WORK), Theirs(subject, WORK)
+    latents = torch.randn((1, 48, *subject.latent_shape(WORK)), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ours.decode_all(latents), theirs.decode_all(latents), atol=1e-5)
+    frame = torch.rand((1, 3, 1, 32, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.allclose(ours.encode_frame(frame), theirs.encode_frame(frame), atol=1e-5)
+
+    # Same seed, and both schedules begin at the timestep 999.
+    their_velocities: list[torch.Tensor] = []
+    their_transformer = theirs._pipeline.transformer
+    their_transformer.register_forward_hook(lambda module, args, out: their_velocities.append(out[0][0].clone()))
+    seconds: list[float] = []
+    theirs.steps(2, seconds.append)
+    assert len(seconds) == 2
+    assert min(seconds) > 0
+    our_velocities: list[torch.Tensor] = []
+    velocity = ours.denoiser.transformer.velocity
+
+    def recorded(*args: Any) -> dict[str, torch.Tensor]:
+        our_velocities.append(velocity(*args)["video"])
+        return {"video": our_velocities[-1]}
+
+    ours.denoiser.transformer.velocity = recorded  # type: ignore[method-assign]
+    ours.prefill()
+    assert ours.denoiser.text_cache.num_prefills == 2
+    ours.start()
+    ours.step()
+    assert len(our_velocities) == 2
+    for mine, other in zip(our_velocities, their_velocities, strict=False):
+        assert (mine - other).norm() / other.norm() < 1e-5
+
+
+def test_a_checkpoint_is_measured_with_its_own_weights(tiny_nano: Path) -> None:
+    subject = checkpoint_subject(tiny_nano, CPU, None)
+    with Engine(tiny_nano, device="cpu") as engine:
+        for (name, theirs), ours in zip(
+            engine.denoiser.transformer.named_parameters(),
+            Ours(subject, WORK).denoiser.transformer.parameters(),
+            strict=True,
+        ):
+            assert torch.equal(theirs, ours), name
+
+
+def test_the_random_models_have_the_published_sizes() -> None:
+    millions = {
+        name: sum(torch.Size(shape).numel() for shape in transformer_tensors(config).values()) / 1e6
+        for name, (config, _) in RANDOM_MODELS.items()
+    }
+    assert {name: round(millions[name], -1) for name in ("nano", "super", "edge")} == {
+        "nano": 15170,
+        "super": 64020,
+        "edge": 3370,
+    }
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--random-weights", "tiny", "--num-frames", "9", "--height", "32", "--width", "32", "--runs", "1"]
+    path = tmp_path / "bench.json"
+    assert (
+        main([*arguments, "--text-tokens", "9", "--negative-tokens", "5", "--device", "cpu", "--json", str(path)]) == 0
+    )
+    output = capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert [stage["stage"] for stage in report["stages"]] == STAGES
+    for stage in report["stages"]:
+        assert stage["stage"] in output
+        assert stage["ours_s"]["median"] > 0
+        assert (stage["ratio"] is not None) == (stage["stage"] in COMPARED)
+    assert report["work"]["num_frames"] == 9
+    assert report["dtype"] == "float32"
+
+
+def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--random-weights", "tiny", "--num-frames", "1", "--height", "32", "--width", "32", "--runs", "1"]
+    assert main([*arguments, "--no-compare", "--device", "cpu"]) == 0
+    assert "each later chunk" not in capsys.readouterr().out
+
+
+def test_the_ratio_is_ours_over_theirs() -> None:
+    row = Row("step", ours_s=[1.0, 9.0, 2.0], theirs_s=[4.0, 4.0])
+    assert row.ratio == 0.5
+    assert table([row]).splitlines()[1].split() == [
+        "step",
+        "2.0000",
+        "(1.0000-9.0000)",
+        "4.0000",
+        "(4.0000-4.0000)",
+        "0.50",
+    ]
+    assert Row("prefill", ours_s=[1.0]).ratio is None
+
+
+def test_a_bad_checkpoint_is_an_error_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

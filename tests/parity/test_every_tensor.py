@@ -1,0 +1,123 @@
+"""Parity would prove little if some tensor did not matter: each one, changed by 10%, changes the result."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.checkpoint.load import load_transformer, load_video_vae
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoiser import Denoiser
+from cosmos3_core.model.weights import unused_tensors
+from cosmos3_core.shapes import LatentShape
+
+CPU = torch.device("cpu")
+# Far above what rounding moves (about 1e-7), far below what any tensor that matters does.
+NOTICEABLE = 1e-5
+
+# Of modes that are not built yet; each entry leaves the list with its mode.
+NOT_BUILT_YET = ("action_", "audio_")
+# Published, but behind the last keys and values that generation reads of the understanding tower.
+NEVER_READ = ("lm_head.weight", "norm.weight")
+
+
+def last_layer_rest(num_layers: int) -> tuple[str, ...]:
+    """Tensors of the understanding tower's last layer that only its own output would need."""
+    layer = f"layers.{num_layers - 1}"
+    attention = ("self_attn.to_q.weight", "self_attn.to_out.weight", "self_attn.norm_q.weight")
+    return tuple(f"{layer}.{name}" for name in (*attention, "post_attention_layernorm.weight", "mlp."))
+
+
+class Perturbed:
+    """A private copy of a checkpoint in which one tensor at a time is changed on disk."""
+
+    def __init__(self, checkpoint: Path, component: str, directory: Path) -> None:
+        self.root = directory / "checkpoint"
+        shutil.copytree(checkpoint, self.root)
+        self.files = sorted((self.root / component).glob("*.safetensors"))
+        self.tensors = {path: load_file(path) for path in self.files}
+        self.names = {name: path for path, tensors in self.tensors.items() for name in tensors}
+
+    def change(self, name: str) -> None:
+        """Multiply each element of tensor ``name`` by 1 + 0.1 x standard normal noise; the rest stays as shipped."""
+        path = self.names[name]
+        noise = torch.randn(self.tensors[path][name].shape, generator=torch.Generator().manual_seed(0))
+        save_file({**self.tensors[path], name: self.tensors[path][name] * (1 + 0.1 * noise)}, path)
+
+    def restore(self, name: str) -> None:
+        path = self.names[name]
+        save_file(self.tensors[path], path)
+
+
+def unnoticed(perturbed: Perturbed, names: list[str], result: Callable[[], Tensor]) -> list[str]:
+    """The names whose change leaves the result alone."""
+    shipped = result()
+    missed = []
+    for name in names:
+        perturbed.change(name)
+        if (result() - shipped).norm() / shipped.norm() < NOTICEABLE:
+            missed.append(name)
+        perturbed.restore(name)
+    assert torch.equal(result(), shipped), "a restored checkpoint gives the shipped result"
+    return missed
+
+
+@pytest.mark.parametrize("family", ["nano", "super", "edge"])
+def test_every_transformer_tensor_matters(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    perturbed = Perturbed(request.getfixturevalue(f"tiny_{family}"), "transformer", tmp_path)
+    layout = CheckpointLayout.open(perturbed.root)
+    job = DenoiseRequest(
+        text_ids=tuple(range(layout.transformer.vocab_size)),  # every row of the embedding
+        negative_text_ids=(7, 5),
+        latent_shape=LatentShape(2, 3, 3),
+        fps=16.0,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        schedule="native",
+        flow_shift=3.0,
+        seed=0,
+    )
+
+    def latents() -> Tensor:
+        denoiser = Denoiser(load_transformer(layout, device=CPU), layout.geometry, layout.scheduler)
+        return denoiser.run(denoiser.prepare(job)).latents["video"]
+
+    missed = unnoticed(perturbed, sorted(perturbed.names), latents)
+    rest = last_layer_rest(layout.transformer.num_hidden_layers)
+    explained = [name for name in perturbed.names if name.startswith((*NOT_BUILT_YET, *rest)) or name in NEVER_READ]
+    assert sorted(missed) == sorted(explained)
+    assert sorted(explained) == sorted(unused_tensors(layout.transformer))
+
+
+def test_every_video_decoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:
+    perturbed = Perturbed(tiny_nano, "vae", tmp_path)
+    layout = CheckpointLayout.open(perturbed.root)
+    latents = torch.randn((1, 48, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+
+    def pixels() -> Tensor:
+        vae = load_video_vae(layout, device=CPU, with_encoder=False)
+        return torch.cat(list(vae.decode(latents)), dim=2)
+
+    names = [name for name in sorted(perturbed.names) if not name.startswith(("encoder.", "quant_conv."))]
+    assert len(names) > 90
+    assert unnoticed(perturbed, names, pixels) == []
+
+
+def test_every_video_encoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:
+    perturbed = Perturbed(tiny_nano, "vae", tmp_path)
+    layout = CheckpointLayout.open(perturbed.root)
+    pixels = torch.rand((1, 3, 9, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def latents() -> Tensor:
+        return load_video_vae(layout, device=CPU).encode(pixels)
+
+    names = [name for name in sorted(perturbed.names) if name.startswith(("encoder.", "quant_conv."))]
+    assert len(names) > 80
+    assert unnoticed(perturbed, names, latents) == []

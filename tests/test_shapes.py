@@ -1,0 +1,89 @@
+"""Pixel <-> latent <-> token arithmetic."""
+
+import pytest
+
+from cosmos3_core.shapes import Geometry, LatentShape, TokenGrid, pixel_to_latent_shape
+
+WAN22 = Geometry()
+# Another family's numbers, so that nothing can lean on Wan 2.2's.
+OTHER = Geometry(temporal=8, spatial=8, channels=16, patch=3)
+
+SIZES = [  # frames, rows, columns -> latent -> tokens
+    ((1, 960, 960), (1, 60, 60), (1, 30, 30)),
+    ((189, 720, 1280), (48, 45, 80), (48, 23, 40)),  # 45 rows are odd: padded to 23 patches
+    ((93, 480, 832), (24, 30, 52), (24, 15, 26)),
+    ((5, 16, 16), (2, 1, 1), (2, 1, 1)),
+    ((5, 48, 80), (2, 3, 5), (2, 2, 3)),  # odd both ways
+]
+
+
+@pytest.mark.parametrize(("pixels", "latent", "tokens"), SIZES)
+def test_published_sizes(pixels, latent, tokens):
+    assert WAN22.latent_shape(*pixels) == LatentShape(*latent)
+    assert WAN22.token_grid(LatentShape(*latent)) == TokenGrid(*tokens)
+    assert WAN22.num_tokens(*pixels) == tokens[0] * tokens[1] * tokens[2]
+
+
+def test_720p_has_44160_tokens():
+    assert WAN22.num_tokens(189, 720, 1280) == 48 * 23 * 40 == 44160
+
+
+@pytest.mark.parametrize(("pixels", "latent", "tokens"), SIZES)
+def test_the_public_function_gives_the_same_as_a_plain_tuple(pixels, latent, tokens):
+    shape = pixel_to_latent_shape(*pixels)
+    assert type(shape) is tuple
+    assert shape == latent == tuple(WAN22.latent_shape(*pixels))
+
+
+@pytest.mark.parametrize("geometry", [WAN22, OTHER])
+def test_frames_survive_the_round_trip(geometry):
+    for num_latent_frames in range(1, 60):
+        num_frames = geometry.num_pixel_frames(num_latent_frames)
+        assert geometry.latent_shape(num_frames, 48, 48).num_frames == num_latent_frames
+        assert geometry.round_up_num_frames(num_frames) == num_frames
+
+
+@pytest.mark.parametrize("geometry", [WAN22, OTHER])
+def test_rounding_up_gives_the_next_length_that_the_vae_can_produce(geometry):
+    producible = [geometry.num_pixel_frames(count) for count in range(1, 60)]
+    for num_frames in range(1, 230):
+        assert geometry.round_up_num_frames(num_frames) == next(count for count in producible if count >= num_frames)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 1), (2, 5), (5, 5), (6, 9), (121, 121), (188, 189), (189, 189)])
+def test_rounding_up_in_numbers(asked, given):
+    assert WAN22.round_up_num_frames(asked) == given
+
+
+@pytest.mark.parametrize("geometry", [WAN22, OTHER])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 48])
+def test_chunks_of_a_clip_add_up_to_the_clip(geometry, chunk):
+    """Decoding 1, then ``chunk`` latent frames at a time yields each pixel frame once."""
+    num_latent_frames = 48
+    starts = [0, *range(1, num_latent_frames, chunk)]
+    counts = [min(end, num_latent_frames) - start for start, end in zip(starts, [*starts[1:], 48], strict=True)]
+    pixels = [geometry.num_new_pixel_frames(start, count) for start, count in zip(starts, counts, strict=True)]
+    assert sum(pixels) == geometry.num_pixel_frames(num_latent_frames)
+    assert pixels[0] == 1
+    assert pixels[1] == counts[1] * geometry.temporal
+
+
+def test_new_frames_in_numbers():
+    assert WAN22.num_new_pixel_frames(0, 1) == 1
+    assert WAN22.num_new_pixel_frames(0, 3) == 9
+    assert WAN22.num_new_pixel_frames(1, 1) == 4
+    assert WAN22.num_new_pixel_frames(5, 2) == 8
+
+
+def test_patches_cover_the_grid_and_no_more():
+    for rows in range(1, 40):
+        grid = OTHER.token_grid(LatentShape(2, rows, 1))
+        assert grid.num_frames == 2
+        assert (grid.height - 1) * OTHER.patch < rows <= grid.height * OTHER.patch
+
+
+def test_a_geometry_is_a_value():
+    assert Geometry() == Geometry(temporal=4, spatial=16, channels=48, patch=2)
+    assert len({Geometry(), Geometry(), OTHER}) == 2
+    with pytest.raises(AttributeError):
+        WAN22.temporal = 8

@@ -1,0 +1,441 @@
+"""The video VAE against diffusers' AutoencoderKLWan, and its own promises: lazy, stateless, bounded in memory.
+
+``reference_decode`` and ``reference_encode`` apply the latents' statistics as the diffusers pipeline does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cosmos3_core.checkpoint.configs import VideoVAEConfig
+from cosmos3_core.errors import CapabilityError, RequestError, StateError
+from cosmos3_core.vae.video import DecodeState, VideoVAE, patchify, unpatchify
+from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache
+from cosmos3_core.vae.video_resample import DuplicateUp
+
+# Latent (frames, rows, columns): odd and even, one frame (an image), two, and more than a chunk of four.
+GRIDS = [(3, 5, 4), (1, 4, 4), (2, 1, 1), (5, 3, 5), (6, 2, 3)]
+
+
+def small_config() -> VideoVAEConfig:
+    values = torch.rand(2, 48, generator=torch.Generator().manual_seed(5))
+    return VideoVAEConfig(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=48,
+        latents_mean=tuple((values[0] - 0.5).tolist()),
+        latents_std=tuple((values[1] + 0.5).tolist()),
+    )
+
+
+def diffusers_vae(config: VideoVAEConfig) -> AutoencoderKLWan:
+    # diffusers concatenates some of these, as its JSON has them: lists.
+    fields = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(config).items()}
+    return AutoencoderKLWan(**fields).eval()
+
+
+@pytest.fixture(scope="module")
+def reference() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = diffusers_vae(small_config())
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return vae
+
+
+@pytest.fixture
+def vae(reference: AutoencoderKLWan) -> VideoVAE:
+    """With the reference's weights, loaded name by name; a fresh one, so that tests may hook or change it."""
+    vae = VideoVAE(small_config())
+    vae.load_state_dict(reference.state_dict(), strict=True)
+    return vae
+
+
+def statistics(reference: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(reference.config.latents_mean, dtype=reference.dtype)
+    inverse_std = 1.0 / torch.tensor(reference.config.latents_std, dtype=reference.dtype)
+    return mean.view(shape), inverse_std.view(shape)
+
+
+@torch.no_grad()
+def reference_decode(reference: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    mean, inverse_std = statistics(reference)
+    return reference.decode(latents.to(reference.dtype) / inverse_std + mean).sample
+
+
+@torch.no_grad()
+def reference_encode(reference: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    mean, inverse_std = statistics(reference)
+    return (reference.encode(pixels.to(reference.dtype)).latent_dist.mode() - mean) * inverse_std
+
+
+def random_latents(grid: Sequence[int], *, batch: int = 1, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 48, *grid, generator=torch.Generator().manual_seed(seed))
+
+
+def random_pixels(num_frames: int, height: int, width: int, *, batch: int = 1) -> Tensor:
+    return torch.rand(batch, 3, num_frames, height, width, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+def whole(chunks: Iterator[Tensor]) -> Tensor:
+    return torch.cat(list(chunks), dim=2)
+
+
+# Against diffusers
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_decode_equals_diffusers_to_the_bit(vae: VideoVAE, reference: AutoencoderKLWan, grid: tuple[int, ...]) -> None:
+    latents = random_latents(grid)
+    expected = reference_decode(reference, latents)
+    assert expected.std() > 0.05, "an image this flat would prove little"
+    assert torch.equal(whole(vae.decode(latents)), expected)
+
+
+def test_a_batch_decodes_and_encodes_like_diffusers(vae: VideoVAE, reference: AutoencoderKLWan) -> None:
+    latents, pixels = random_latents((2, 3, 2), batch=2), random_pixels(5, 32, 48, batch=2)
+    assert torch.equal(whole(vae.decode(latents)), reference_decode(reference, latents))
+    assert torch.equal(vae.encode(pixels), reference_encode(reference, pixels))
+
+
+@pytest.mark.parametrize("chunk_latents", [2, 3, 4, 100])
+@pytest.mark.parametrize("grid", [(3, 5, 4), (1, 4, 4), (6, 2, 3)])
+def test_larger_chunks_round_otherwise_and_no_more(vae: VideoVAE, grid: tuple[int, ...], chunk_latents: int) -> None:
+    latents = random_latents(grid)
+    one_by_one = whole(vae.decode(latents))
+    torch.testing.assert_close(whole(vae.decode(latents, chunk_latents=chunk_latents)), one_by_one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_encode_equals_diffusers_to_the_bit(
+    vae: VideoVAE, reference: AutoencoderKLWan, grid: tuple[int, int, int]
+) -> None:
+    pixels = random_pixels(vae.geometry.num_pixel_frames(grid[0]), 16 * grid[1], 16 * grid[2])
+    latents = vae.encode(pixels)
+    assert latents.shape == (1, 48, *grid)
+    assert torch.equal(latents, reference_encode(reference, pixels))
+
+
+def test_bfloat16_rounds_where_diffusers_does(vae: VideoVAE, reference: AutoencoderKLWan) -> None:
+    latents, pixels = random_latents((3, 3, 2)), random_pixels(5, 32, 48)
+    half = diffusers_vae(small_config()).to(torch.bfloat16)
+    half.load_state_dict(reference.state_dict())
+    vae = vae.bfloat16()
+    decoded, encoded = whole(vae.decode(latents)), vae.encode(pixels)
+    assert decoded.dtype == encoded.dtype == torch.bfloat16
+    # Half a percent of the range is less than the rounding of a single bf16 layer moves things.
+    torch.testing.assert_close(decoded, reference_decode(half, latents), rtol=0, atol=5e-3)
+    torch.testing.assert_close(encoded, reference_encode(half, pixels), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("with_encoder", [True, False])
+def test_parameters_are_the_published_tensors(with_encoder: bool) -> None:
+    """The full-size model, on meta: names, shapes and their order."""
+    with torch.device("meta"):
+        published = diffusers_vae(VideoVAEConfig()).state_dict()
+        vae = VideoVAE(VideoVAEConfig(), with_encoder=with_encoder)
+    assert len(published) == 196
+    decoding = ("decoder.", "post_quant_conv.")
+    expected = [(name, x.shape) for name, x in published.items() if with_encoder or name.startswith(decoding)]
+    assert [(name, x.shape) for name, x in vae.state_dict().items()] == expected
+    assert all(parameter.is_meta for parameter in vae.parameters())
+    assert not list(vae.buffers())
+
+
+def test_weights_may_be_channels_last(vae: VideoVAE, reference: AutoencoderKLWan) -> None:
+    """GPUs want them so; the windows follow, or every convolution would convert its input."""
+    for parameter in vae.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+        elif parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    seen: list[bool] = []
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d) and module.num_history:
+            module.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last_3d))
+            )
+    latents = random_latents((3, 3, 2))
+    decoded = whole(vae.decode(latents))
+    assert seen
+    assert all(seen)
+    torch.testing.assert_close(decoded, reference_decode(reference, latents), rtol=0, atol=1e-5)
+
+
+# A stream, not a tensor
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    """Grows by the number of frames at each call of ``module``."""
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[2]))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("chunk_latents", "latents_per_chunk", "frames_per_chunk"),
+    [(1, [1, 1, 1, 1, 1, 1], [1, 4, 4, 4, 4, 4]), (2, [1, 2, 2, 1], [1, 8, 8, 4]), (9, [1, 5], [1, 20])],
+)
+def test_a_chunk_is_computed_when_it_is_asked_for(
+    vae: VideoVAE, chunk_latents: int, latents_per_chunk: list[int], frames_per_chunk: list[int]
+) -> None:
+    calls, input_calls = count_calls(vae.decoder), count_calls(vae.post_quant_conv)
+    chunks = vae.decode(random_latents((6, 2, 1)), chunk_latents=chunk_latents)
+    assert calls == input_calls == []
+    for index, num_frames in enumerate(frames_per_chunk):
+        assert next(chunks).shape == (1, 3, num_frames, 32, 16)
+        assert calls == latents_per_chunk[: index + 1]
+        # This one rounds otherwise with its number of frames, so it must not see the chunks.
+        assert input_calls == [6]
+    assert next(chunks, None) is None
+
+
+def module_contents(vae: VideoVAE) -> dict[str, dict[str, Any]]:
+    return {name: dict(vars(module)) for name, module in vae.named_modules()}
+
+
+def test_clips_taking_turns_do_not_disturb_each_other(vae: VideoVAE) -> None:
+    one, other = random_latents((4, 2, 3), seed=3), random_latents((4, 3, 2), seed=4)
+    alone = whole(vae.decode(one)), whole(vae.decode(other, chunk_latents=2))
+    pixels = random_pixels(5, 32, 48)
+    encoded_alone = vae.encode(pixels)
+    before = module_contents(vae)
+
+    turns: tuple[list[Tensor], list[Tensor]] = ([], [])
+    clips = [vae.decode(one), vae.decode(other, chunk_latents=2)]
+    abandoned = vae.decode(one)
+    next(abandoned)
+    for _ in range(4):
+        for clip, chunks in zip(clips, turns, strict=True):
+            chunks.extend(chunk for chunk in [next(clip, None)] if chunk is not None)
+        assert torch.equal(vae.encode(pixels), encoded_alone)
+
+    assert torch.equal(torch.cat(turns[0], dim=2), alone[0])
+    assert torch.equal(torch.cat(turns[1], dim=2), alone[1])
+    assert module_contents(vae) == before, "something of a clip stayed on the module"
+
+
+def test_a_state_is_a_value(vae: VideoVAE) -> None:
+    """It can be sent away, kept, and gone on from twice."""
+    latents = random_latents((4, 3, 2))
+    expected = list(vae.decode(latents))
+    z = vae.decoder_input(latents)
+    state = DecodeState()
+    for index in range(4):
+        before = [None if frames is None else frames.clone() for frames in state.frames]
+        first, _ = vae.decode_chunk(z[:, :, index : index + 1], state)
+        again, after = vae.decode_chunk(z[:, :, index : index + 1], pickle.loads(pickle.dumps(state)))
+        assert torch.equal(first, expected[index])
+        assert torch.equal(again, expected[index])
+        assert all(x is y if x is None else torch.equal(x, y) for x, y in zip(before, state.frames, strict=True))
+        state = after
+    assert state.num_latent_frames == 4
+    assert state.grid_BHW == (1, 3, 2)
+
+
+def test_a_state_keeps_no_more_than_it_needs(vae: VideoVAE) -> None:
+    """Frames, not views into windows; and their number does not grow."""
+    z = vae.decoder_input(random_latents((5, 3, 2)))
+    state, num_bytes = DecodeState(), []
+    for start, stop in [(0, 1), (1, 3), (3, 5)]:
+        _, state = vae.decode_chunk(z[:, :, start:stop], state)
+        held = [frames for frames in state.frames if frames is not None]
+        assert all(frames.untyped_storage().nbytes() == frames.nbytes for frames in held)
+        num_bytes.append(sum(frames.nbytes for frames in held))
+    assert num_bytes[1] == num_bytes[2]
+    assert len(held) == vae.decoder.num_slots
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators return, from birth to death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What an operator was given is not new, though it may be returned as a view or after a change in place.
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in given | self._alive:
+                    self._alive.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        return result
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._alive.discard(key)
+        self.now -= num_bytes
+
+
+def peak_bytes(decode: Callable[[], object]) -> int:
+    with LiveBytes() as live:
+        decode()
+    assert live.now <= 0.01 * live.peak, "the decode left tensors behind"
+    return live.peak
+
+
+def test_peak_memory_does_not_grow_with_the_clip(vae: VideoVAE) -> None:
+    def drain(latents: Tensor) -> None:
+        for _ in vae.decode(latents):
+            pass
+
+    short, long = random_latents((4, 3, 2)), random_latents((10, 3, 2))
+    short_peak, long_peak = peak_bytes(lambda: drain(short)), peak_bytes(lambda: drain(long))
+    # The decoder's input is made before the first chunk: that one tensor is as long as the clip.
+    assert long_peak <= short_peak + (long.nbytes - short.nbytes)
+    # Had the pixels been kept, they alone would be sixty times that much.
+    assert long_peak >= short_peak
+
+
+def test_decoding_holds_less_than_diffusers(vae: VideoVAE, reference: AutoencoderKLWan) -> None:
+    latents = random_latents((4, 4, 4))
+
+    def drain() -> None:
+        for _ in vae.decode(latents):
+            pass
+
+    num_pixel_bytes = 3 * 13 * 64 * 64 * 4
+    assert peak_bytes(drain) < peak_bytes(lambda: reference_decode(reference, latents)) - num_pixel_bytes
+
+
+# Parts
+
+
+def test_a_window_is_history_then_chunk_inside_zeros() -> None:
+    conv = CausalConv3d(2, 2, (3, 3, 3))
+    conv.slot = 0
+    cache = FrameCache.empty(1)
+    x = torch.randn(1, 2, 5, 4, 3)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1, 2, 0))
+    assert torch.equal(conv.window(x[:, :, :1], cache), padded[:, :, :3])
+    assert torch.equal(conv.window(x[:, :, 1:2], cache), padded[:, :, 1:4])
+    assert torch.equal(conv.window(x[:, :, 2:], cache), padded[:, :, 2:])
+
+
+@pytest.mark.parametrize("is_first_chunk", [True, False])
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "doubles_time"),
+    [(4, 4, True), (4, 2, True), (8, 2, True), (16, 2, True), (4, 4, False), (4, 2, False), (8, 2, False)],
+)
+def test_duplication_follows_its_formula(
+    in_channels: int, out_channels: int, doubles_time: bool, is_first_chunk: bool
+) -> None:
+    time_factor = 2 if doubles_time else 1
+    ratio, num_positions = in_channels // out_channels, 4 * time_factor
+    x = torch.randn(1, in_channels, 1 if is_first_chunk else 3, 2, 3)
+    expected = torch.empty(1, out_channels, x.shape[2] * time_factor, 4, 6)
+    for t in range(time_factor):
+        for h in range(2):
+            for w in range(2):
+                position = (t * 2 + h) * 2 + w
+                picked = [c * ratio + position * ratio // num_positions for c in range(out_channels)]
+                expected[:, :, t::time_factor, h::2, w::2] = x[:, picked]
+    if is_first_chunk:
+        expected = expected[:, :, -1:]
+    y = torch.ones_like(expected)
+    DuplicateUp(in_channels, out_channels, doubles_time=doubles_time)(
+        y, x, FrameCache([], is_first_chunk=is_first_chunk)
+    )
+    assert torch.equal(y, expected + 1)
+
+
+def test_a_patch_counts_its_rows_fastest() -> None:
+    pixels = torch.randn(2, 3, 2, 4, 6)
+    patched = patchify(pixels, 2)
+    for column, row in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        assert torch.equal(patched[:, column * 2 + row :: 4], pixels[..., row::2, column::2])
+    assert torch.equal(unpatchify(patched, 2), pixels)
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize("shape", [(48, 3, 2, 2), (1, 16, 3, 2, 2), (1, 48, 0, 2, 2), (1, 48, 3, 2, 0)])
+def test_wrong_latents_are_refused_at_the_call(vae: VideoVAE, shape: tuple[int, ...]) -> None:
+    calls = count_calls(vae.decoder)
+    for refuse in (vae.decode, vae.decoder_input, lambda z: vae.decode_chunk(z, DecodeState())):
+        with pytest.raises(RequestError, match="batch, 48, frames, rows, columns"):
+            refuse(torch.zeros(shape))
+    assert calls == []
+
+
+def test_a_chunk_has_at_least_one_latent_frame(vae: VideoVAE) -> None:
+    with pytest.raises(RequestError, match="chunk_latents=0"):
+        vae.decode(random_latents((2, 1, 1)), chunk_latents=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "field"),
+    [
+        ((1, 3, 4, 32, 32), "num_frames=4: allowed is 1 \\+ a multiple of 4. The next longer clip has 5"),
+        ((1, 3, 5, 24, 32), "height=24"),
+        ((1, 3, 5, 32, 40), "width=40"),
+        ((1, 4, 5, 32, 32), "pixels_BCFYX"),
+        ((3, 5, 32, 32), "pixels_BCFYX"),
+        ((1, 3, 0, 32, 32), "pixels_BCFYX"),
+    ],
+)
+def test_wrong_pixels_are_refused(vae: VideoVAE, shape: tuple[int, ...], field: str) -> None:
+    with pytest.raises(RequestError, match=field):
+        vae.encode(torch.zeros(shape))
+
+
+def test_a_clip_begins_with_one_frame(vae: VideoVAE) -> None:
+    with pytest.raises(RequestError, match="one frame where a clip begins"):
+        vae.decode_chunk(vae.decoder_input(random_latents((2, 2, 2))), DecodeState())
+
+
+def test_a_state_of_another_clip_is_refused(vae: VideoVAE) -> None:
+    z = vae.decoder_input(random_latents((2, 2, 3)))
+    _, state = vae.decode_chunk(z[:, :, :1], DecodeState())
+    with pytest.raises(StateError, match="given \\(1, 3, 2\\)"):
+        vae.decode_chunk(z[:, :, 1:].transpose(3, 4), state)
+    with pytest.raises(StateError, match="holds 0 caches"):
+        vae.decode_chunk(z[:, :, 1:], dataclasses.replace(state, frames=()))
+
+
+def test_without_encoder_nothing_encodes() -> None:
+    vae = VideoVAE(small_config(), with_encoder=False)
+    assert {name.split(".")[0] for name in vae.state_dict()} == {"decoder", "post_quant_conv"}
+    with pytest.raises(CapabilityError, match="with_encoder=True"):
+        vae.encode(random_pixels(1, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale_factor_spatial": 8}, "\\(4, 16\\) for these layers"),
+        ({"temperal_downsample": (False, False, True)}, "\\(2, 16\\) for these layers"),
+        ({"dim_mult": (1, 3, 4, 4)}, "dim_mult"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(change: dict[str, Any], message: str) -> None:
+    config = dataclasses.replace(small_config(), **change)
+    with pytest.raises(CapabilityError, match=message), torch.device("meta"):
+        VideoVAE(config)
+
+
+def test_missing_statistics_are_named() -> None:
+    vae = VideoVAE(dataclasses.replace(small_config(), latents_std=()))
+    with pytest.raises(CapabilityError, match="latents_std='0 values': allowed is 48 values"):
+        vae.decoder_input(random_latents((1, 1, 1)))
