@@ -117,5 +117,5 @@ class ClipStreams:
 
 
 def start_clip_streams(max_clips: int) -> Any:
-    """Start the actor as a child of the calling one."""
-    return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=1000).remote(max_clips)
+    """Start the actor as a child of the calling one; after its death Ray starts an empty one in its place."""
+    return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=1000, max_restarts=-1).remote(max_clips)

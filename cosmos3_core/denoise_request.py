@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cosmos3_core import checks
+from cosmos3_core.errors import RequestError
+from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import ResolvedRequest
 from cosmos3_core.sampler.guidance import needs_two_branches
+from cosmos3_core.sampler.schedule import SCHEDULES
 from cosmos3_core.shapes import Geometry, LatentShape
 
 if TYPE_CHECKING:
@@ -27,6 +31,9 @@ class DenoiseRequest:
         fps: pixel frames per second.
         num_inference_steps, guidance_scale, schedule, flow_shift, seed: see :class:`cosmos3_core.GenerationRequest`.
         noise: modality -> initial noise instead of the seed's.
+
+    Raises:
+        RequestError: a field is out of bounds.
     """
 
     text_ids: tuple[int, ...]
@@ -39,6 +46,18 @@ class DenoiseRequest:
     flow_shift: float
     seed: int
     noise: Mapping[str, Tensor] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.latent_shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.latent_shape):
+            raise RequestError(
+                "video_shape", tuple(self.latent_shape), "latent (frames, rows, columns), each at least 1"
+            )
+        checks.real("fps", self.fps, LIMITS.min_fps, LIMITS.max_fps)
+        checks.integer("num_inference_steps", self.num_inference_steps, 1, LIMITS.max_num_inference_steps)
+        checks.real("guidance_scale", self.guidance_scale, 0, LIMITS.max_guidance_scale)
+        checks.real("flow_shift", self.flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift)
+        checks.integer("seed", self.seed, 0, LIMITS.max_seed)
+        checks.choice("schedule", self.schedule, SCHEDULES)
 
     @classmethod
     def of(

@@ -206,7 +206,7 @@ class Engine:
         return DenoiseRequest(
             text_ids=_unpad("text", request.text_ids, request.text_mask),
             negative_text_ids=_unpad("neg_text", request.neg_text_ids, request.neg_text_mask),
-            latent_shape=LatentShape(*request.video_shape),
+            latent_shape=_latent_shape(request.video_shape),
             fps=request.fps,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
@@ -228,6 +228,13 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _latent_shape(shape: tuple[int, int, int]) -> LatentShape:
+    try:
+        return LatentShape(*shape)
+    except TypeError:
+        raise RequestError("video_shape", shape, "latent (frames, rows, columns)") from None
 
 
 def _unpad(name: str, ids: Tensor, mask: Tensor) -> tuple[int, ...]:

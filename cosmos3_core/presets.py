@@ -67,6 +67,7 @@ class Limits:
     max_num_frames: int = 1201
     max_num_inference_steps: int = 1000
     max_guidance_scale: float = 20.0
+    min_flow_shift: float = 0.001
     max_flow_shift: float = 100.0
     min_fps: float = 1.0
     max_fps: float = 120.0

@@ -7,10 +7,10 @@ that happens before anything large is allocated. No torch here.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.writer import ClipFormat
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SHIPPED = "shipped"
 NATIVE_BEHAVIOUR = "native"
 DIFFUSERS_BEHAVIOUR = "diffusers"
+BEHAVIOURS = (NATIVE_BEHAVIOUR, DIFFUSERS_BEHAVIOUR)
+SCHEDULE_NAMES = (*SCHEDULES, SHIPPED)
 NEGATIVE_METADATA = ("same", "none", "inverse")
 
 
@@ -107,67 +109,53 @@ def resolve(request: GenerationRequest, layout: CheckpointLayout) -> ResolvedReq
     Raises:
         RequestError: a field is out of bounds; names it, what was given and what is allowed.
     """
-    _check_text("prompt", request.prompt, may_be_empty=False)
+    checks.text("prompt", request.prompt, LIMITS.max_prompt_chars, may_be_empty=False)
     if request.negative_prompt is not None:
-        _check_text("negative_prompt", request.negative_prompt, may_be_empty=True)
-    _check_choice("compat", request.compat, (NATIVE_BEHAVIOUR, DIFFUSERS_BEHAVIOUR))
-    like_diffusers = request.compat == DIFFUSERS_BEHAVIOUR
+        checks.text("negative_prompt", request.negative_prompt, LIMITS.max_prompt_chars, may_be_empty=True)
+    like_diffusers = checks.choice("compat", request.compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
 
     mode = TEXT_TO_IMAGE if request.num_frames == 1 else TEXT_TO_VIDEO
     preset = PRESETS[layout.family, mode]
-    asked_frames = _integer("num_frames", request.num_frames, preset.num_frames, 1, LIMITS.max_num_frames)
+    asked_frames = checks.integer("num_frames", _or(request.num_frames, preset.num_frames), 1, LIMITS.max_num_frames)
     num_frames = layout.geometry.round_up_num_frames(asked_frames)
     notes: tuple[str, ...] = ()
     if num_frames != asked_frames:
-        notes = (
-            f"num_frames={asked_frames} was rounded up to {num_frames}: "
-            f"clips have 1 + k * {layout.geometry.temporal} frames",
-        )
-    height = _pixels("height", request.height, preset.height, layout.geometry.spatial)
-    width = _pixels("width", request.width, preset.width, layout.geometry.spatial)
+        rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
+        notes = (f"num_frames={asked_frames} was rounded up to {num_frames}: {rule}",)
+    height = checks.pixels("height", _or(request.height, preset.height), layout.geometry.spatial)
+    width = checks.pixels("width", _or(request.width, preset.width), layout.geometry.spatial)
     _check_token_budget(num_frames, height, width, layout)
 
-    schedule = request.schedule or (SHIPPED if like_diffusers else SCHEDULES[0])
-    _check_choice("schedule", schedule, (*SCHEDULES, SHIPPED))
-    default_shift = layout.scheduler.flow_shift if like_diffusers else preset.flow_shift
-    negative_metadata = request.negative_metadata or ("inverse" if like_diffusers else "same")
-    _check_choice("negative_metadata", negative_metadata, NEGATIVE_METADATA)
-    use_system_prompt = request.use_system_prompt
-    if use_system_prompt is None:
-        use_system_prompt = like_diffusers and layout.default_use_system_prompt
-    negative_prompt = request.negative_prompt
-    if negative_prompt is None and like_diffusers:
-        negative_prompt = ""
-
-    resolved = ResolvedRequest(
+    steps = _or(request.num_inference_steps, preset.num_inference_steps)
+    guidance_scale = _or(request.guidance_scale, preset.guidance_scale)
+    flow_shift = _or(request.flow_shift, layout.scheduler.flow_shift if like_diffusers else preset.flow_shift)
+    schedule = checks.choice("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"), SCHEDULE_NAMES)
+    system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
+    negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
+    return ResolvedRequest(
         mode=mode,
         prompt=request.prompt,
-        negative_prompt=negative_prompt,
+        negative_prompt=_or(request.negative_prompt, "" if like_diffusers else None),
         num_frames=num_frames,
         height=height,
         width=width,
-        fps=_real("fps", request.fps, preset.fps, LIMITS.min_fps, LIMITS.max_fps),
-        num_inference_steps=_integer(
-            "num_inference_steps",
-            request.num_inference_steps,
-            preset.num_inference_steps,
-            1,
-            LIMITS.max_num_inference_steps,
-        ),
-        guidance_scale=_real(
-            "guidance_scale", request.guidance_scale, preset.guidance_scale, 0, LIMITS.max_guidance_scale
-        ),
-        flow_shift=_real("flow_shift", request.flow_shift, default_shift, 1e-3, LIMITS.max_flow_shift),
+        fps=checks.real("fps", _or(request.fps, preset.fps), LIMITS.min_fps, LIMITS.max_fps),
+        num_inference_steps=checks.integer("num_inference_steps", steps, 1, LIMITS.max_num_inference_steps),
+        guidance_scale=checks.real("guidance_scale", guidance_scale, 0, LIMITS.max_guidance_scale),
+        flow_shift=checks.real("flow_shift", flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift),
         schedule=shipped_schedule(layout) if schedule == SHIPPED else schedule,
-        seed=_integer("seed", request.seed, 0, 0, LIMITS.max_seed),
-        use_system_prompt=use_system_prompt,
-        append_metadata=request.append_metadata,
-        negative_metadata=negative_metadata,
+        seed=checks.integer("seed", request.seed, 0, LIMITS.max_seed),
+        use_system_prompt=checks.flag("use_system_prompt", system_prompt),
+        append_metadata=checks.flag("append_metadata", request.append_metadata),
+        negative_metadata=checks.choice("negative_metadata", negative_metadata, NEGATIVE_METADATA),
         noise=request.noise,
         compat=request.compat,
         notes=notes,
     )
-    return resolved
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def shipped_schedule(layout: CheckpointLayout) -> str:
@@ -175,45 +163,6 @@ def shipped_schedule(layout: CheckpointLayout) -> str:
     if layout.scheduler.use_karras_sigmas:
         return "karras"
     return "native" if layout.use_native_flow_schedule else "linear"
-
-
-def _check_text(name: str, value: Any, *, may_be_empty: bool) -> None:
-    if not isinstance(value, str):
-        raise RequestError(name, value, "a string")
-    if not may_be_empty and not value.strip():
-        raise RequestError(name, value, "a text with at least one visible character")
-    if len(value) > LIMITS.max_prompt_chars:
-        raise RequestError(name, value, f"at most {LIMITS.max_prompt_chars} characters", "Shorten the text.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RequestError(name, value, f"one of {list(allowed)}")
-
-
-def _integer(name: str, value: Any, default: int, low: int, high: int) -> int:
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(name, value, f"a whole number from {low} to {high}")
-    return value
-
-
-def _real(name: str, value: Any, default: float, low: float, high: float) -> float:
-    value = default if value is None else value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        raise RequestError(name, value, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _pixels(name: str, value: Any, default: int, multiple: int) -> int:
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < multiple:
-        raise RequestError(name, value, f"a multiple of {multiple}, at least {multiple}")
-    if value % multiple:
-        below = value - value % multiple
-        raise RequestError(name, value, f"a multiple of {multiple}", f"Nearest are {below} and {below + multiple}.")
-    return value
 
 
 def _check_token_budget(num_frames: int, height: int, width: int, layout: CheckpointLayout) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cosmos3_core.request import GenerationRequest
-from deployments.errors import unwrapped
+from deployments.errors import typed
 from deployments.messages import Event, Generated
 
 
@@ -38,7 +38,7 @@ class Client:
         try:
             return response.result()
         except Exception as error:  # noqa: BLE001 - told apart by what it wraps
-            raise unwrapped(error) from None
+            raise typed(error, "director") from None
         finally:
             response.cancel()
 
@@ -65,7 +65,7 @@ class EventStream:
         except StopIteration:
             raise
         except Exception as error:  # noqa: BLE001 - told apart by what it wraps
-            raise unwrapped(error) from None
+            raise typed(error, "director") from None
 
     def close(self) -> None:
         """Stop. Does nothing once the stream has ended."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from ray.exceptions import ObjectLostError, RayActorError, RaySystemError, RayTaskError, WorkerCrashedError
-from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
-from cluster.errors import GangFailed, StreamClosed
+from cluster.errors import GangFailed, OverloadedError, StageFailed, StreamClosed
+from cosmos3_core.errors import Cosmos3Error
+
+# Retry-After where Serve's own queue was full: nothing is known of how long it stays so.
+_FULL_QUEUE_S = 2.0
 
 # A process or node died, or took an object with it; the same request on another replica can succeed. A stream that was
 # closed under its consumer is the other side's death seen from here.
@@ -24,6 +28,16 @@ def unwrapped(error: BaseException) -> BaseException:
     """The exception that a remote method raised, without Ray's wrapping and its traceback text."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
+    return error
+
+
+def typed(error: BaseException, stage: str) -> BaseException:
+    """The error as one of ours where it has a meaning: a full queue, a process that died; else as it was raised."""
+    error = unwrapped(error)
+    if isinstance(error, BackPressureError):
+        return OverloadedError(f"calls waiting for the stage {stage!r}", error.max_queued_requests, _FULL_QUEUE_S)
+    if isinstance(error, _RETRYABLE) and not isinstance(error, Cosmos3Error):
+        return StageFailed(stage, 1, in_words(error))
     return error
 
 

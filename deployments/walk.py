@@ -13,7 +13,7 @@ from cluster.errors import DeadlineExceeded, StageFailed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.request import ResolvedRequest
-from deployments.errors import in_words, is_retryable, unwrapped
+from deployments.errors import in_words, is_retryable, typed
 from deployments.messages import (
     Accepted,
     ChunkDecoded,
@@ -142,16 +142,17 @@ class Walk:
     async def _decode_and_encode(self, context: RequestContext, latents_ref: Any) -> AsyncIterator[Event | _Encoded]:
         stream_id = f"{context.request_id}/{context.attempt}"
         start_s = time.monotonic()
-        await self.clips.open.remote(stream_id, self.chunk_window)
+        async with asyncio.timeout(context.remaining_s("decode")):
+            await self.clips.open.remote(stream_id, self.chunk_window)
         decode = self.stages.vae.decode.remote(context, latents_ref, self.clips, stream_id)
         encode = self.stages.encoder.encode.remote(context, self.request.clip_format(), self.clips, stream_id)
         try:
             async with following(decode, context, "decode") as decoded, following(encode, context, "encode") as encoded:
                 async for item in _merged(self._forward(decoded, stream_id), _collect(encoded)):
+                    self._seconds["decode_encode"] = time.monotonic() - start_s
                     yield item
         finally:
             self.close_later(stream_id)
-        self._seconds["decode_encode"] = time.monotonic() - start_s
 
     async def _forward(self, decoded: RefStream, stream_id: str) -> AsyncIterator[Event]:
         """Post the decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
@@ -173,7 +174,7 @@ class Walk:
                 return
             except Exception as error:  # noqa: BLE001 - what another process raised can be anything
                 if not is_retryable(error):
-                    raise unwrapped(error) from None
+                    raise typed(error, stage) from None
                 if context.attempt >= self.max_attempts:
                     raise StageFailed(stage, context.attempt, in_words(error)) from None
                 reason = in_words(error)

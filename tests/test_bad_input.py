@@ -58,6 +58,10 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"fps": float("nan")}, "fps", "nan", "1 to 120"),
     ({"flow_shift": 0.0}, "flow_shift", "0.0", "to 100"),
     ({"seed": -1}, "seed", "-1", "0 to"),
+    ({"prompt": "\ud800 half a pair"}, "prompt", "half a pair", "surrogate"),
+    ({"use_system_prompt": "yes"}, "use_system_prompt", "'yes'", "true or false"),
+    ({"append_metadata": 1}, "append_metadata", "1", "true or false"),
+    ({"schedule": ["native"]}, "schedule", "native", "karras"),
     ({"seed": 2**64}, "seed", str(2**64), "0 to"),
     ({"schedule": "cosine"}, "schedule", "'cosine'", "karras"),
     ({"compat": "vllm"}, "compat", "'vllm'", "diffusers"),
@@ -207,6 +211,15 @@ def test_the_engine_refuses_what_it_cannot_do(tiny_nano: Path, engine_for: Calla
         ({"text_mask": torch.zeros(1, 3)}, "text_mask"),
         ({"text_mask": torch.tensor([[0, 1, 1]])}, "padding on the right"),
         ({"neg_text_ids": ids[0]}, "neg_text_ids"),
+        ({"video_shape": (0, 2, 2)}, "video_shape"),
+        ({"video_shape": (1, 2)}, "video_shape"),
+        ({"video_shape": (1, 2, 2.5)}, "video_shape"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"fps": -1.0}, "fps"),
+        ({"flow_shift": 0.0}, "flow_shift"),
+        ({"seed": -1}, "seed"),
+        ({"schedule": "cosine"}, "schedule"),
     ]:
         with pytest.raises(RequestError, match=said):
             engine.step(Cosmos3T2VRequest(**{**vars(good), **changes}))

@@ -51,7 +51,7 @@ _SPREADS: tuple[tuple[re.Pattern[str], Spread], ...] = tuple(
         (r"\.bias(\.weight)?$", Spread(0.2)),
         # Weight-normed convolutions and snake activations, which hold logarithms. A magnitude is the layer's gain, and
         # half is as much as the audio decoder bears: at 1 it amplifies rounding errors a hundredfold. In a transposed
-        # convolution magnitudes belong to inputs, which makes its gain depend on the widths: 0.8 there is half again.
+        # convolution magnitudes belong to inputs, and 0.8 makes about the same gain of one half.
         (r"\.(alpha|beta)$", Spread(0.3)),
         (r"\.weight_v$", Spread(1.0)),
         (r"\.conv_t1\.weight_g$", Spread(0.1, mean=0.8)),

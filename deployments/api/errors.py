@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 
 from cluster.errors import ClusterError, DeadlineExceeded, OverloadedError, StageFailed
 from cosmos3_core.errors import Cosmos3Error, RequestError
-from deployments.errors import is_retryable, unwrapped
+from deployments.errors import typed
 
 
 class BodyError(Cosmos3Error):
@@ -41,7 +41,7 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
 
 def error_response(error: BaseException, request_id: str) -> JSONResponse:
     """The answer for an error; unknown ones become a 500 that says nothing of the inside."""
-    error = unwrapped(error)
+    error = typed(error, "director")
     headers = {"x-request-id": request_id}
     if isinstance(error, BodyError):
         return _response(error.status, error.code, str(error), headers)
@@ -50,17 +50,12 @@ def error_response(error: BaseException, request_id: str) -> JSONResponse:
         if isinstance(error, kind):
             status, code = known_status, known_code
             break
-    else:
-        if is_retryable(error):
-            status, code = 503, "unavailable"
     extra: dict[str, Any] = {}
     if isinstance(error, RequestError):
         extra = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}
     if status in (429, 503):
         headers["retry-after"] = str(math.ceil(getattr(error, "retry_after_s", 5.0)))
     message = "an internal error; the server's log has it under this request id" if status == 500 else str(error)
-    if code == "unavailable":
-        message = "a part of the service went away while it worked on this request; try again"
     return _response(status, code, message, headers, **extra)
 
 

@@ -1,0 +1,86 @@
+"""Checks of single values that users give; each returns the value or says what would be allowed. No torch here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cosmos3_core.errors import RequestError
+
+
+def integer(field: str, value: Any, low: int, high: int) -> int:
+    """A whole number from ``low`` to ``high``; True and 3.0 are none.
+
+    Raises:
+        RequestError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(field, value, f"a whole number from {low} to {high}")
+    return value
+
+
+def real(field: str, value: Any, low: float, high: float) -> float:
+    """A finite number from ``low`` to ``high``, as a float.
+
+    Raises:
+        RequestError: something else.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(field, value, f"a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def choice(field: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """One of ``allowed``.
+
+    Raises:
+        RequestError: something else.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise RequestError(field, value, f"one of {list(allowed)}")
+    return value
+
+
+def flag(field: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        RequestError: something else.
+    """
+    if not isinstance(value, bool):
+        raise RequestError(field, value, "true or false")
+    return value
+
+
+def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
+    """A string of at most ``max_chars`` characters, with something visible in it unless it may be empty.
+
+    Raises:
+        RequestError: something else.
+    """
+    if not isinstance(value, str):
+        raise RequestError(field, value, "a string")
+    if not may_be_empty and not value.strip():
+        raise RequestError(field, value, "a text with at least one visible character")
+    if len(value) > max_chars:
+        raise RequestError(field, value, f"at most {max_chars} characters", "Shorten the text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(field, value, "valid Unicode; this has half of a surrogate pair") from None
+    return value
+
+
+def pixels(field: str, value: Any, multiple: int) -> int:
+    """A number of pixels that is a multiple of ``multiple``.
+
+    Raises:
+        RequestError: something else; the nearest multiples are named.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < multiple:
+        raise RequestError(field, value, f"a multiple of {multiple}, at least {multiple}")
+    if value % multiple:
+        below = value - value % multiple
+        raise RequestError(field, value, f"a multiple of {multiple}", f"Nearest are {below} and {below + multiple}.")
+    return value

@@ -1,0 +1,125 @@
+"""One Ray cluster and one running app for the whole session. Process ids come from the events of a request."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos3_core.engine import Engine
+from cosmos3_core.generate import GenerationResult, generate
+from cosmos3_core.request import GenerationRequest
+
+# Ray reads these once, when it is imported or its processes start.
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.02",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+}
+
+REPOSITORY = Path(__file__).parents[2]
+LAPTOP = REPOSITORY / "cluster" / "configs" / "laptop.yaml"
+SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
+
+
+@dataclass(frozen=True)
+class App:
+    """A running app: Python client, base URL, configuration."""
+
+    name: str
+    client: Any
+    url: str
+    config: Any
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[int]:
+    """A local Ray, and Serve's HTTP port. More logical CPUs than there are: replicas mostly wait."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    import ray
+    import ray.serve._private.client as serve_client
+    from ray import serve
+
+    serve_client.CLIENT_POLLING_INTERVAL_S = 0.05
+    ray.init(
+        "local",
+        num_cpus=64,
+        include_dashboard=False,
+        object_store_memory=512 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]:
+    """Starts an app of a name with some keys of the laptop's configuration replaced; all are deleted at the end."""
+    from ray import serve
+
+    from deployments.app import build_app
+    from deployments.client import connect
+    from deployments.config import AppConfig
+
+    names: list[str] = []
+
+    def start(name: str, **overrides: Any) -> App:
+        dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+        config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), "name": name, **dotted})
+        names.append(name)
+        serve.run(build_app(config), name=name, route_prefix=f"/{name}")
+        return App(name, connect(name), f"http://127.0.0.1:{ray_cluster}/{name}", config)
+
+    yield start
+    for name in names:
+        serve.delete(name)
+
+
+@pytest.fixture(scope="session")
+def app(start_app: Callable[..., App]) -> App:
+    """The app that most tests share."""
+    return start_app("shared")
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[GenerationRequest], GenerationResult]:
+    """A request's result in one process, without Ray; each computed once."""
+    results: dict[GenerationRequest, GenerationResult] = {}
+    directory = tmp_path_factory.mktemp("reference")
+    engine = Engine(tiny_nano, device="cpu")
+
+    def get(request: GenerationRequest) -> GenerationResult:
+        if request not in results:
+            results[request] = generate(engine, request, directory / str(len(results)))
+        return results[request]
+
+    return get
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+    """Whether something becomes true in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="session", name="eventually")
+def eventually_fixture() -> Callable[..., bool]:
+    return eventually

@@ -1,0 +1,101 @@
+"""HTTP, handle and one process give the same frames and the same bytes; and it is a graph of processes."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from cosmos3_core.generate import GenerationResult
+from cosmos3_core.request import GenerationRequest
+from deployments import messages
+
+pytestmark = pytest.mark.cluster
+
+SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
+Reference = Callable[[GenerationRequest], GenerationResult]
+
+
+def body_of(request: GenerationRequest) -> dict[str, Any]:
+    """The request as an HTTP body: fields that differ from the defaults."""
+    default = asdict(GenerationRequest(prompt=""))
+    return {key: value for key, value in asdict(request).items() if value != default[key]}
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    data, headers = json.dumps(body).encode(), {"content-type": "application/json"}
+    return urllib.request.urlopen(urllib.request.Request(f"{url}/v1/videos/sync", data, headers), timeout=100)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [SMALL, replace(SMALL, num_frames=1), replace(SMALL, guidance_scale=1.0, num_frames=6), replace(SMALL, schedule="karras")],
+    ids=["video", "image", "rounded, unguided", "karras"],
+)
+def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference: Reference) -> None:
+    alone = reference(request_)
+    assert alone.path is not None
+    expected = alone.path.read_bytes()
+
+    generated = app.client.generate(request_)
+    assert generated.info.frames_sha256 == alone.frames_sha256
+    assert generated.media == expected
+    assert generated.info.notes == alone.request.notes
+    assert generated.info.negative_origin == "built-in"
+
+    events = list(app.client.stream(request_))
+    assert b"".join(event.data for event in events if isinstance(event, messages.MediaPart)) == expected
+
+    with post(app.url, body_of(request_)) as answer:
+        assert answer.read() == expected
+        assert answer.headers["x-frames-sha256"] == alone.frames_sha256
+        assert answer.headers["content-type"] == ("image/png" if request_.num_frames == 1 else "video/mp4")
+        assert int(answer.headers["content-length"]) == len(expected)
+        stages = json.loads(answer.headers["x-stage-durations"])
+        assert set(stages) == {"tokenize", "denoise", "decode_encode", "encode", "total"}
+        assert json.loads(answer.headers["x-notes"]) == list(alone.request.notes)
+
+
+def test_the_events_tell_the_story_in_order_and_from_different_processes(app: Any) -> None:
+    events = list(app.client.stream(SMALL))
+    kinds = [type(event).__name__ for event in events]
+    order = ["Accepted", "Tokenized", "QueuePosition", "StepsDone", "LatentsReady", "ChunkDecoded", "ChunkEncoded"]
+    order += ["ClipEncoded", "Finished", "MediaPart"]
+    assert list(dict.fromkeys(kinds)) == order
+
+    steps = [event for event in events if isinstance(event, messages.StepsDone)]
+    assert [step.num_steps for step in steps] == [6] * len(steps)
+    assert [step.step for step in steps] == sorted({step.step for step in steps})
+    assert steps[-1].step == 6
+    assert steps[-1].sigma == 0
+    encoded = [event for event in events if isinstance(event, messages.ChunkEncoded)]
+    assert [chunk.num_frames for chunk in encoded] == [1, 4, 4, 4, 4]
+
+    by_kind = {type(event): event for event in events}
+    pids = {
+        "director": by_kind[messages.Accepted].pid,
+        "tokenizer": by_kind[messages.Tokenized].pid,
+        "leader": by_kind[messages.LatentsReady].pid,
+        "rank": by_kind[messages.StepsDone].pid,
+        "vae": encoded[0].decoded_by,
+        "encoder": encoded[0].pid,
+    }
+    assert len(set(pids.values())) == len(pids), pids
+    assert by_kind[messages.LatentsReady].rank_pids == (pids["rank"],)
+
+
+def test_the_encoder_has_the_first_chunk_before_the_decoder_makes_the_last(app: Any) -> None:
+    """A window of two chunks and a clip of five: the order of what happened, by the stages' own clocks on one machine."""
+    assert app.config.director.chunk_window == 2
+    events = list(app.client.stream(SMALL))
+    decoded = {event.index: event.at_s for event in events if isinstance(event, messages.ChunkDecoded)}
+    encoded = {event.index: event.at_s for event in events if isinstance(event, messages.ChunkEncoded)}
+    assert len(decoded) == len(encoded) == 5
+    assert encoded[0] < decoded[4]
+    # Never more than two chunks ahead: chunk i + 2 is made only after chunk i was used up and its credit given back.
+    for index in range(3):
+        assert encoded[index] < decoded[index + 2]

@@ -1,0 +1,200 @@
+"""Clips in flight: each reaches one encoder whole, the Director never holds their bytes, and leaving stops the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cosmos3_core.generate import GenerationResult
+from cosmos3_core.request import GenerationRequest
+from deployments import messages
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
+LONG = replace(SMALL, num_inference_steps=1000, num_frames=121)
+
+
+def test_clips_do_not_mix_and_each_stays_with_one_encoder(
+    start_app: Callable[..., Any], reference: Callable[[GenerationRequest], GenerationResult]
+) -> None:
+    """Two encoders, two decoders, six clips at once."""
+    app = start_app("pair", encoder__num_replicas=2, vae__num_replicas=2)
+    requests = [replace(SMALL, seed=seed) for seed in range(6)]
+    expected = [reference(request).frames_sha256 for request in requests]
+    assert len(set(expected)) == len(expected)
+
+    def run(request: GenerationRequest) -> tuple[str, set[int]]:
+        events = list(app.client.stream(request, timeout_s=200))
+        encoders = {event.pid for event in events if isinstance(event, messages.ChunkEncoded)}
+        (finished,) = (event for event in events if isinstance(event, messages.Finished))
+        return finished.frames_sha256, encoders
+
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(run, requests))
+    assert [digest for digest, _ in results] == expected
+    assert all(len(encoders) == 1 for _, encoders in results)
+    assert len(set.union(*(encoders for _, encoders in results))) == 2, "both encoders had work"
+
+
+def rss_bytes(pid: int, kind: str = "RssAnon") -> int:
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(kind))
+
+
+def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
+    """A stage streams a 100 MB envelope; the Director's kind of forwarding leaves its own memory where it was."""
+    import ray
+    from ray import serve
+
+    from cluster.envelope import TensorEnvelope
+    from deployments.messages import LatentsReady, RequestContext
+    from deployments.streams import following
+
+    class Producer:
+        async def denoise(self) -> Any:
+            yield LatentsReady(0.0, os.getpid(), ())
+            yield TensorEnvelope.of_array(np.ones(100 * 2**20, np.uint8))
+
+    class Consumer:
+        async def decode(self, latents: TensorEnvelope) -> Any:
+            yield int(latents.array().sum()), os.getpid()
+
+    class Middle:
+        def __init__(self, producer: Any, consumer: Any) -> None:
+            self._producer, self._consumer = producer.options(stream=True), consumer.options(stream=True)
+
+        async def walk(self) -> dict[str, int]:
+            context = RequestContext("r", time.time() + 100, 100)
+            before = rss_bytes(os.getpid())
+            async with following(self._producer.denoise.remote(), context, "denoise") as stream:
+                assert isinstance(await stream.next_value(), LatentsReady)
+                latents = await stream.next_ref()
+            async with following(self._consumer.decode.remote(latents), context, "decode") as stream:
+                total, consumer_pid = await stream.next_value()
+            grown = rss_bytes(os.getpid()) - before
+            return {"total": total, "grown": grown, "pid": os.getpid(), "consumer": consumer_pid}
+
+    options = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_wait_loop_s": 0.05}
+    producer, consumer = (serve.deployment(body).options(**options).bind() for body in (Producer, Consumer))
+    handle = serve.run(
+        serve.deployment(Middle).options(**options).bind(producer, consumer), name="middle", route_prefix="/middle"
+    )
+    try:
+        handle.walk.remote().result(timeout_s=60)  # imports and first-use buffers
+        result = handle.walk.remote().result(timeout_s=60)
+    finally:
+        serve.delete("middle")
+    assert ray.is_initialized()
+    assert result["total"] == 100 * 2**20
+    assert result["pid"] != result["consumer"]
+    assert result["grown"] < 10 * 2**20
+
+
+class Watched:
+    """What the stages of an app are doing, told by their processes' CPU time."""
+
+    def __init__(self, app: Any) -> None:
+        request = replace(SMALL, num_frames=5, num_inference_steps=2)
+        known = {type(event): event for event in app.client.stream(request)}
+        chunk = known[messages.ChunkEncoded]
+        self.pids = {"rank": known[messages.StepsDone].pid, "vae": chunk.decoded_by, "encoder": chunk.pid}
+        self.director = known[messages.Accepted].pid
+
+    def is_idle(self) -> bool:
+        before = [self._cpu_ticks(pid) for pid in self.pids.values()]
+        time.sleep(0.5)
+        return all(self._cpu_ticks(pid) - ticks <= 5 for pid, ticks in zip(self.pids.values(), before, strict=True))
+
+    @staticmethod
+    def _cpu_ticks(pid: int) -> int:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+
+def open_clips(app: Any) -> int:
+    return int(app.client._handle.num_open_clips.remote().result(timeout_s=30))
+
+
+@pytest.mark.parametrize("at", [messages.StepsDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any, eventually: Callable[..., bool]) -> None:
+    watched = Watched(app)
+    request = LONG if at is messages.StepsDone else replace(LONG, num_inference_steps=2, height=192, width=320)
+    stream = app.client.stream(request)
+    for event in stream:
+        if isinstance(event, at):
+            break
+    if how == "close":
+        stream.close()
+    del stream
+    assert eventually(watched.is_idle), "a stage went on working"
+    assert eventually(lambda: open_clips(app) == 0)
+    assert app.client.generate(SMALL).info.num_frames == 17
+
+
+def test_a_client_that_hangs_up_stops_every_stage(app: Any, eventually: Callable[..., bool]) -> None:
+    watched = Watched(app)
+    host, port = app.url.split("/")[2].split(":")
+    body = json.dumps({"prompt": "a car", "num_frames": 121, "height": 96, "width": 128, "num_inference_steps": 1000})
+    head = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+        assert eventually(lambda: not watched.is_idle()), "the request never started"
+    assert eventually(watched.is_idle), "a stage went on working for nobody"
+    assert eventually(lambda: open_clips(app) == 0)
+
+
+def test_past_its_bounds_the_app_says_when_to_come_back(start_app: Callable[..., Any]) -> None:
+    """Two places, eight callers over HTTP and by handle: two are served, six are told 429 or its typed twin at once."""
+    import urllib.error
+    import urllib.request
+
+    from cluster.errors import OverloadedError
+
+    app = start_app("narrow", director__max_requests=2)
+    body = json.dumps({"prompt": "a car", "num_frames": 5, "height": 64, "width": 64, "num_inference_steps": 1000})
+    barrier = threading.Barrier(8)
+
+    def by_http() -> int:
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{app.url}/v1/videos/sync", body.encode(), headers)
+        barrier.wait()
+        try:
+            with urllib.request.urlopen(request, timeout=200) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            assert int(error.headers["retry-after"]) >= 1
+            assert json.load(error)["error"]["code"] == "overloaded"
+            return error.code
+
+    def by_handle() -> int:
+        barrier.wait()
+        try:
+            app.client.generate(GenerationRequest(prompt="a", num_frames=5, height=64, width=64, num_inference_steps=1000))
+        except OverloadedError as error:
+            assert error.retry_after_s > 0
+            return 429
+        return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(by_http) for _ in range(5)] + [pool.submit(by_handle) for _ in range(3)]
+        codes = [future.result() for future in futures]
+    assert sorted(codes) == [200] * 2 + [429] * 6
+    assert by_serial(app) == 200, "a place is free again"
+
+
+def by_serial(app: Any) -> int:
+    app.client.generate(replace(SMALL, num_frames=5))
+    return 200
