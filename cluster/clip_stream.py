@@ -56,7 +56,7 @@ class ClipStreams:
             TimeoutError: no credit came in time.
         """
         clip = self._clips.get(stream_id)
-        if clip is None or clip.closed_because is not None:
+        if clip is None:
             return False
         async with asyncio.timeout(timeout_s):
             await clip.credits.acquire()
@@ -65,7 +65,7 @@ class ClipStreams:
     async def post(self, stream_id: str, boxed_ref: list[Any]) -> None:
         """The Director's: pass on the next chunk, as a one-element list so that Ray leaves the reference alone."""
         clip = self._clips.get(stream_id)
-        if clip is not None and clip.closed_because is None:
+        if clip is not None:
             clip.posted.append(boxed_ref[0])
             clip.changed.set()
 
@@ -83,11 +83,13 @@ class ClipStreams:
             StreamClosed: the clip was given up.
             TimeoutError: nothing came in time.
         """
+        clip = self._clips.get(stream_id)
+        if clip is None:
+            raise StreamClosed(stream_id, "not open")
         async with asyncio.timeout(timeout_s):
             while True:
-                clip = self._clips.get(stream_id)
-                if clip is None or clip.closed_because is not None:
-                    raise StreamClosed(stream_id, clip.closed_because if clip and clip.closed_because else "not open")
+                if clip.closed_because is not None:
+                    raise StreamClosed(stream_id, clip.closed_because)
                 if clip.posted:
                     return [clip.posted.popleft()]
                 if clip.is_complete:

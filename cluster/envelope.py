@@ -48,8 +48,10 @@ class TensorEnvelope:
         """The torch tensor, on the CPU, in memory of its own: the store's is read-only."""
         import torch
 
-        writable = np.array(self.data)
-        return torch.from_numpy(writable).view(getattr(torch, self.dtype)).reshape(self.shape)
+        dtype = getattr(torch, self.dtype)
+        if not self.data.size:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.from_numpy(np.array(self.data)).view(dtype).reshape(self.shape)
 
     def array(self) -> npt.NDArray[Any]:
         """The numpy array, a view of :attr:`data`; read-only where that is. Not for bfloat16."""

@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig
-from ray.serve.handle import DeploymentHandle  # noqa: F401 - what every bound stage becomes inside another
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from cluster.gang import GangSpec, bundles
 from cluster.rank import RankSpec
@@ -26,6 +25,8 @@ from deployments.mp4_encoder import Mp4Encoder
 from deployments.prompt_tokenizer import PromptTokenizer
 from deployments.transformer import Transformer
 from deployments.video_vae import VideoVAE
+
+_FULL_QUEUE_RETRY_S = 5
 
 
 def build_app(config: AppConfig) -> serve.Application:
@@ -83,5 +84,7 @@ def _deployment(name: str, body: type, stage: Stage) -> Any:
         graceful_shutdown_timeout_s=stage.graceful_shutdown_timeout_s,
         health_check_period_s=stage.health_check_period_s,
         health_check_timeout_s=stage.health_check_timeout_s,
+        # A full queue is the callers' business (429), not a fault of the service (503, Serve's default).
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_FULL_QUEUE_RETRY_S),
         **scaling,
     )

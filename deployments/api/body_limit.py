@@ -9,6 +9,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from deployments.api.bodies import from_form
 from deployments.api.errors import BodyError
 
 _MAX_FIELDS = 64
@@ -66,11 +67,11 @@ def _json_object(data: bytes) -> dict[str, Any]:
 
 
 def _fields(form: FormData) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    fields: dict[str, str] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             raise BodyError(400, "broken_form", f"the field {name!r} is a file; text-to-video takes none")
         if name in fields:
             raise BodyError(400, "broken_form", f"the field {name!r} is given twice")
         fields[name] = value
-    return fields
+    return from_form(fields)

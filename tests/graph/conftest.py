@@ -96,7 +96,9 @@ def app(start_app: Callable[..., App]) -> App:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[GenerationRequest], GenerationResult]:
+def reference(
+    tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[GenerationRequest], GenerationResult]:
     """A request's result in one process, without Ray; each computed once."""
     results: dict[GenerationRequest, GenerationResult] = {}
     directory = tmp_path_factory.mktemp("reference")

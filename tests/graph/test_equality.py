@@ -33,7 +33,12 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     "request_",
-    [SMALL, replace(SMALL, num_frames=1), replace(SMALL, guidance_scale=1.0, num_frames=6), replace(SMALL, schedule="karras")],
+    [
+        SMALL,
+        replace(SMALL, num_frames=1),
+        replace(SMALL, guidance_scale=1.0, num_frames=6),
+        replace(SMALL, schedule="karras"),
+    ],
     ids=["video", "image", "rounded, unguided", "karras"],
 )
 def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference: Reference) -> None:
@@ -89,7 +94,7 @@ def test_the_events_tell_the_story_in_order_and_from_different_processes(app: An
 
 
 def test_the_encoder_has_the_first_chunk_before_the_decoder_makes_the_last(app: Any) -> None:
-    """A window of two chunks and a clip of five: the order of what happened, by the stages' own clocks on one machine."""
+    """A window of two chunks and a clip of five: the order of events, by the stages' clocks on one machine."""
     assert app.config.director.chunk_window == 2
     events = list(app.client.stream(SMALL))
     decoded = {event.index: event.at_s for event in events if isinstance(event, messages.ChunkDecoded)}

@@ -1,0 +1,98 @@
+"""The mailbox of a clip: bounded, in order, and no one waits in it for ever. Without Ray: it is a plain async class."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from cluster.clip_stream import ClipStreams
+from cluster.errors import OverloadedError, StreamClosed
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 20))
+
+
+def test_chunks_come_in_order_and_the_end_is_told() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=2)
+        for item in ("x", "y"):
+            assert await clips.acquire("a", 1)
+            await clips.post("a", [item])
+        await clips.complete("a")
+        assert [await clips.take("a", 1) for _ in range(3)] == [["x"], ["y"], []]
+
+    run(body())
+
+
+def test_a_producer_waits_for_its_credit() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=2)
+        assert await clips.acquire("a", 1)
+        assert await clips.acquire("a", 1)
+        with pytest.raises(TimeoutError):
+            await clips.acquire("a", 0.05)
+        await clips.release("a")
+        assert await clips.acquire("a", 1)
+
+    run(body())
+
+
+def test_a_consumer_waits_for_a_chunk() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=1)
+        with pytest.raises(TimeoutError):
+            await clips.take("a", 0.05)
+        taking = asyncio.create_task(clips.take("a", 5))
+        await asyncio.sleep(0.01)
+        await clips.post("a", ["x"])
+        assert await taking == ["x"]
+
+    run(body())
+
+
+def test_closing_ends_both_sides() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=1)
+        assert await clips.acquire("a", 1)
+        producing = asyncio.create_task(clips.acquire("a", 5))
+        consuming = asyncio.create_task(clips.take("a", 5))
+        await asyncio.sleep(0.01)
+        await clips.close("a", "because")
+        assert await producing is False
+        with pytest.raises(StreamClosed, match="because"):
+            await consuming
+        # And for whoever comes later.
+        assert await clips.acquire("a", 1) is False
+        with pytest.raises(StreamClosed, match="not open"):
+            await clips.take("a", 1)
+        await clips.post("a", ["late"])
+        await clips.release("a")
+        await clips.complete("a")
+        await clips.close("a", "twice")
+        assert await clips.num_open() == 0
+
+    run(body())
+
+
+def test_clips_do_not_mix_and_their_number_is_bounded() -> None:
+    async def body() -> None:
+        clips = ClipStreams(2)
+        await clips.open("a", window=1)
+        await clips.open("b", window=1)
+        with pytest.raises(OverloadedError):
+            await clips.open("c", window=1)
+        await clips.post("b", ["b0"])
+        await clips.post("a", ["a0"])
+        assert (await clips.take("a", 1), await clips.take("b", 1)) == (["a0"], ["b0"])
+        await clips.close("a", "done")
+        await clips.open("c", window=1)
+
+    run(body())
