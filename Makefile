@@ -1,6 +1,7 @@
 # make env        create .venv with the pinned versions (again only when pyproject.toml or constraints.txt changed)
 # make test       the CPU tests that take seconds     make test-all   every test this machine can run
 # make lint       ruff and mypy, changing nothing     make format     let ruff rewrite
+# make demo       the whole graph on this machine: a prompt over HTTP becomes demo.mp4, with a tiny random checkpoint
 # make clean      remove .venv and caches
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: env test test-all lint format clean
+.PHONY: env demo test test-all lint format clean
 
 env: $(STAMP)
 
@@ -20,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
+
+demo: env
+	$(BIN)/cosmos3 demo --checkpoint outputs/tiny-nano --out demo
 
 test: env
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Queued:
 class _Job:
     job_id: str
     request: DenoiseRequest
+    deadline_s: float
     updates: asyncio.Queue[Queued | StepReport | TensorEnvelope | Exception] = field(default_factory=asyncio.Queue)
     is_cancelled: bool = False
 
@@ -66,10 +68,13 @@ class EngineLoop:
         """Requests waiting or running."""
         return len(self._waiting) + (self._running is not None)
 
-    async def submit(self, job_id: str, request: DenoiseRequest) -> AsyncIterator[Queued | StepReport | TensorEnvelope]:
+    async def submit(
+        self, job_id: str, request: DenoiseRequest, deadline_s: float
+    ) -> AsyncIterator[Queued | StepReport | TensorEnvelope]:
         """Queue a request and follow it: positions and step reports, the latents last.
 
-        Leaving the iterator early cancels the request at the next quantum.
+        Leaving the iterator early cancels the request at the next quantum. So does its deadline (seconds since the
+        epoch): whoever asked may have died without a word.
 
         Raises:
             OverloadedError: the queue is full.
@@ -82,7 +87,7 @@ class EngineLoop:
             raise OverloadedError(
                 "requests of one transformer gang", self._max_jobs, max(1.0, self._seconds_per_request * self.num_jobs)
             )
-        job = _Job(job_id, request)
+        job = _Job(job_id, request, deadline_s)
         self._waiting.append(job)
         self._tell_positions()
         self._wake.set()
@@ -124,7 +129,7 @@ class EngineLoop:
         timeout_s = self._first_quantum_timeout_s
         await self._gang.call("begin", job.job_id, job.request, phase="step", timeout_s=timeout_s)
         num_steps = 1
-        while not job.is_cancelled:
+        while not job.is_cancelled and time.time() < job.deadline_s:
             reports = await self._gang.call("step", job.job_id, num_steps, phase="step", timeout_s=timeout_s)
             report: StepReport = reports[0]
             job.updates.put_nowait(report)

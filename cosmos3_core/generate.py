@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cosmos3_core import checks
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, resolve_device, synchronize
 from cosmos3_core.engine import Cosmos3T2VRequest, Engine
@@ -29,6 +30,7 @@ from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.processor import TokenizedPrompt
 from cosmos3_core.progress import Progress
 from cosmos3_core.request import GenerationRequest, ResolvedRequest, resolve
+from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
 
 # In the order of the path, as reports show them.
 _STAGES = ("model_load", "preprocess", "inference", "denoise", "decode", "to_cpu", "encode")
@@ -179,49 +181,49 @@ class StageClock:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parse(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m cosmos3_core.generate", description="Make a video (or, with one frame, an image) from a prompt."
+    )
+    add_request_flags(parser)
+    add_engine_flags(parser)
+    options = parser.parse_args(arguments)
     try:
-        return _run(options)
+        run(options)
     except Cosmos3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    return 0
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
+    """Do what the flags of :mod:`cosmos3_core.request_flags` say, and print what came of it.
+
+    Raises:
+        Cosmos3Error: it cannot be done.
+    """
     device = resolve_device(options.device)
     clock = StageClock(device)
     with clock.stage("model_load"):
-        dtype = DTYPES[options.dtype] if options.dtype else None
+        dtype = None if options.dtype is None else DTYPES[checks.choice("dtype", options.dtype, tuple(DTYPES))]
         engine = Engine(options.checkpoint, dtype=dtype, device=device)
-    schedule = {"auto": "shipped", "true": "karras", "false": "native"}[options.use_karras_sigmas]
-    request = GenerationRequest(
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        num_frames=options.num_frames,
-        height=options.height,
-        width=options.width,
-        fps=options.fps,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        flow_shift=options.flow_shift,
-        schedule=None if options.compat == "diffusers" else schedule,
-        seed=options.seed,
-        compat=options.compat,
-    )
+    request = request_of(options)
     with engine:
         progress = Progress()
         progress.start(resolve(request, engine.layout).num_inference_steps, "denoising")
         result = generate(
-            engine, request, options.out, on_step=lambda event: progress.update(event.step), crf=options.crf
+            engine,
+            request,
+            options.out,
+            on_step=lambda event: progress.update(event.step),
+            crf=18 if options.crf is None else options.crf,
         )
         progress.close()
     for note in result.request.notes:
         print(f"note: {note}", file=sys.stderr)
     _report(result, {**clock.timings_s, **result.timings_s})
-    return 0
 
 
 def _report(result: GenerationResult, timings_s: dict[str, float]) -> None:
@@ -233,36 +235,6 @@ def _report(result: GenerationResult, timings_s: dict[str, float]) -> None:
     for name, seconds in timings_s.items():
         indent = "  " if name in ("denoise", "decode") else ""
         print(f"  {indent + name:<14}{seconds:9.2f} s")
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cosmos3_core.generate", description="Make a video (or, with one frame, an image) from a prompt."
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint directory in the published layout")
-    add("--prompt", required=True, help="plain text, or a JSON object")
-    add("--negative-prompt", help="omit for the structured default; '' for none")
-    add("--num-frames", type=int, help="189 for video; 1 makes a png; rounded up to 1 + 4k")
-    add("--height", type=int, help="720 on Nano and Super; a multiple of 16")
-    add("--width", type=int, help="1280 on Nano and Super; a multiple of 16")
-    add("--steps", type=int, help="denoising steps, 35 for video")
-    add("--guidance-scale", type=float, help="6.0 for video on Nano and Super; 1 turns guidance off")
-    add("--flow-shift", type=float, help="10.0 for video on Nano and Super")
-    add(
-        "--use-karras-sigmas",
-        choices=("auto", "true", "false"),
-        default="false",
-        help="noise schedule: false = native (default), true = karras, auto = what the checkpoint ships",
-    )
-    add("--fps", type=float, help="24")
-    add("--seed", type=int, default=42)
-    add("--out", default="cosmos3", metavar="PREFIX", help="writes PREFIX.mp4, or PREFIX.png for one frame")
-    add("--crf", type=float, default=18, help="H.264 quality, 0 (best) to 51")
-    add("--compat", choices=("native", "diffusers"), default="native", help="whose prompts and schedule to follow")
-    add("--dtype", choices=tuple(DTYPES), help="of the weights; default as stored")
-    add("--device", help="torch device; default the first GPU, else the CPU")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

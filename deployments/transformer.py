@@ -44,7 +44,7 @@ class Transformer:
         job_id = f"{context.request_id}/{context.attempt}"
         start_s = time.monotonic()
         try:
-            async for update in self._loop.submit(job_id, request):
+            async for update in self._loop.submit(job_id, request, context.deadline_s):
                 match update:
                     case Queued(position):
                         yield QueuePosition(position, os.getpid())

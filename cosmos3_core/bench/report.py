@@ -34,10 +34,10 @@ class Row:
 
 def table(rows: list[Row]) -> str:
     """The rows as text: median seconds, their range, the ratio."""
-    lines = [f"{'stage':<34}{'ours, s':>24}{'diffusers 0.42.1, s':>24}{'ratio':>8}"]
+    lines = [f"{'stage':<34}{'ours, s':>28}{'diffusers 0.42.1, s':>28}{'ratio':>8}"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        lines.append(f"{row.stage:<34}{_cell(row.ours_s):>24}{_cell(row.theirs_s):>24}{ratio:>8}")
+        lines.append(f"{row.stage:<34}{_cell(row.ours_s):>28}{_cell(row.theirs_s):>28}{ratio:>8}")
     return "\n".join(lines)
 
 

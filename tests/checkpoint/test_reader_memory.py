@@ -90,7 +90,6 @@ def gigabyte_checkpoint(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_a_rank_needs_little_more_memory_than_its_share(gigabyte_checkpoint: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(gigabyte_checkpoint), str(HIDDEN), str(INNER)]

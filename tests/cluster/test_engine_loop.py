@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def follow(loop: EngineLoop, job_id: str, num_steps: int, seed: int = 0) -> list[Any]:
-    return [update async for update in loop.submit(job_id, request(num_steps, seed))]
+    return [update async for update in loop.submit(job_id, request(num_steps, seed), time.time() + 60)]
 
 
 def test_a_request_gets_its_position_its_steps_and_its_latents() -> None:
@@ -105,7 +106,7 @@ def test_a_cancelled_request_leaves_at_the_next_quantum_and_the_next_one_runs() 
         loop = EngineLoop(gang, max_jobs=3, first_quantum_timeout_s=10)  # type: ignore[arg-type]
 
         async def leave_early() -> None:
-            async for update in loop.submit("a", request(100_0)):
+            async for update in loop.submit("a", request(1000), time.time() + 60):
                 if isinstance(update, StepReport):
                     return
 
@@ -169,5 +170,23 @@ def test_a_failed_gang_fails_every_request_at_once_and_for_good() -> None:
         assert loop.failure is not None
         with pytest.raises(GangFailed, match="a rank died"):
             await follow(loop, "d", 1)
+
+    run(body())
+
+
+def test_a_request_past_its_deadline_is_dropped_though_nobody_left() -> None:
+    async def body() -> None:
+        gang = FakeGang(step_s=0.01)
+        loop = EngineLoop(gang, max_jobs=3, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+
+        async def abandoned() -> None:
+            async for _ in loop.submit("a", request(100_000), time.time() + 0.3):
+                pass
+
+        task = asyncio.create_task(abandoned())
+        await asyncio.sleep(0.02)
+        assert isinstance((await follow(loop, "b", 5))[-1], TensorEnvelope)
+        assert "a" not in gang.progress
+        task.cancel()
 
     run(body())
