@@ -129,6 +129,9 @@ class Denoiser:
         prompts = [request.text_ids]
         if needs_two_branches(request.guidance_scale):
             prompts.append(request.negative_text_ids)
+        # All of them here, though another rank may run one: what is refused is refused alike everywhere.
+        for prompt in prompts:
+            self._check_ids(prompt)
         # The branches that run here; where they are shared out, each rank prefills its own prompt only.
         here = range(len(prompts)) if self._branch_share is None else self._branch_share.mine(len(prompts))
         positions = torch.cat([state.positions for state in initial.values()], dim=1)
@@ -197,11 +200,14 @@ class Denoiser:
         conditional, unconditional = predictions
         return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
 
+    def _check_ids(self, text_ids: tuple[int, ...]) -> None:
+        last = self.transformer.config.vocab_size - 1
+        if not text_ids or min(text_ids) < 0 or max(text_ids) > last:
+            given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
+            raise RequestError("text_ids", given, f"at least one, each from 0 to {last}")
+
     def _branch(self, text_ids: tuple[int, ...], positions: Tensor) -> Branch:
         config = self.transformer.config
-        if not text_ids or min(text_ids) < 0 or max(text_ids) >= config.vocab_size:
-            given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
-            raise RequestError("text_ids", given, f"at least one, each from 0 to {config.vocab_size - 1}")
         moved = after_text(positions, len(text_ids), config)
         rope = rope_table(moved, config, device=self.transformer.device, dtype=self.transformer.dtype)
         return Branch(self.text_cache.get(text_ids), rope)

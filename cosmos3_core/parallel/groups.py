@@ -38,6 +38,23 @@ ALONE = Groups(Layout(), Place(0, 0, 0))
 """The groups of a rank that is alone."""
 
 
+def host_store(host: str, num_ranks: int, timeout_s: float) -> Any:
+    """A meeting place on a port that the operating system picks; its ``port`` is to be told to the other ranks.
+
+    Args:
+        host: address under which the other ranks reach this one.
+        num_ranks: how many will come, this one included.
+        timeout_s: for every wait in it.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, 0, num_ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+
+
+def join_store(host: str, port: int, num_ranks: int, timeout_s: float) -> Any:
+    """The meeting place that another rank hosts."""
+    return dist.TCPStore(host, port, num_ranks, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
 def init_groups(layout: Layout, rank: int, *, backend: str, timeout_s: float, store: Any = None) -> Groups:
     """Join the other ranks and make this rank's groups. Every rank calls it once, with the same layout.
 
