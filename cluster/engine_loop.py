@@ -118,6 +118,8 @@ class EngineLoop:
             except Cosmos3Error as error:
                 job.updates.put_nowait(error)
                 await self._forget(job)
+            except Exception as error:  # noqa: BLE001 - our own bug; to wait for an answer for ever would hide it
+                self._fail(GangFailed("step", f"the engine loop met {type(error).__name__}: {error}"))
             finally:
                 self._running = None
 

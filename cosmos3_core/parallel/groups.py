@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # exported, but not in its __all__
 
 from cosmos3_core.parallel.layout import Layout, Place
 
@@ -47,12 +48,12 @@ def host_store(host: str, num_ranks: int, timeout_s: float) -> Any:
         timeout_s: for every wait in it.
     """
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, 0, num_ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+    return TCPStore(host, 0, num_ranks, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
 def join_store(host: str, port: int, num_ranks: int, timeout_s: float) -> Any:
     """The meeting place that another rank hosts."""
-    return dist.TCPStore(host, port, num_ranks, is_master=False, timeout=timedelta(seconds=timeout_s))
+    return TCPStore(host, port, num_ranks, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
 def init_groups(layout: Layout, rank: int, *, backend: str, timeout_s: float, store: Any = None) -> Groups:
