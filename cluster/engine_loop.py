@@ -122,6 +122,9 @@ class EngineLoop:
                 self._fail(error)
             except Cosmos3Error as error:
                 job.updates.put_nowait(error)
+                await self._forget(job)
+            except Exception as error:  # noqa: BLE001 - our own bug; to wait for an answer for ever would hide it
+                self._fail(GangFailed("step", f"the engine loop met {type(error).__name__}: {error}"))
             finally:
                 self._running = None
 
@@ -141,6 +144,13 @@ class EngineLoop:
             num_steps = max(1, round(_QUANTUM_S / max(step_s, 1e-6)))
             timeout_s = max(_PATIENCE_FLOOR_S, _PATIENCE * step_s * num_steps)
         await self._gang.call("end", job.job_id, phase="step", timeout_s=timeout_s)
+
+    async def _forget(self, job: _Job) -> None:
+        """Have every rank drop a request that was refused: some may have begun it before another one said no."""
+        try:
+            await self._gang.call("end", job.job_id, phase="step", timeout_s=_PATIENCE_FLOOR_S)
+        except GangFailed as error:
+            self._fail(error)
 
     def _fail(self, error: GangFailed) -> None:
         self.failure = error

@@ -5,8 +5,9 @@ the leader dies, its ranks and the group go with it. Bring-up is numbered, and e
 
     1 place    order the placement group's bundles: rank 0 beside the leader, a node's ranks adjacent
     2 start    one actor a bundle, each in its own process
-    3 load     every rank loads its share of the transformer
-    4 warm up  one small request through all ranks
+    3 meet     rank 0 opens a port, all ranks make their process groups (not where a gang is one rank)
+    4 load     every rank loads its share of the transformer
+    5 warm up  one small request through all ranks
 """
 
 from __future__ import annotations
@@ -48,17 +49,20 @@ class GangSpec:
     """A gang to be.
 
     Attributes:
-        num_ranks: rank actors.
-        rank: what each loads.
+        rank: what each loads, and the layout that says how many there are.
         cpus_per_rank, gpus_per_rank: what each takes of its bundle.
         start_timeout_s: for each phase of the bring-up.
     """
 
-    num_ranks: int
     rank: RankSpec
     cpus_per_rank: float
     gpus_per_rank: float
     start_timeout_s: float
+
+    @property
+    def num_ranks(self) -> int:
+        """Rank actors in a gang."""
+        return self.rank.layout.num_ranks
 
 
 def bundles(spec: GangSpec, leader_cpus: float) -> list[dict[str, float]]:
@@ -92,20 +96,28 @@ class Gang:
         gang = cls(_start_actors(spec, order), [])
         try:
             gang.infos = await gang.call("describe", phase="start", timeout_s=spec.start_timeout_s)
-            logger.info("gang 2/4 start: ranks %s", [(info.rank, info.pid) for info in gang.infos])
+            logger.info("gang 2/5 start: ranks %s", [(info.rank, info.pid) for info in gang.infos])
+            if spec.num_ranks > 1:
+                address, port = await gang.first("host", phase="meet", timeout_s=spec.start_timeout_s)
+                await gang.call("join", address, port, phase="meet", timeout_s=spec.start_timeout_s)
+                logger.info("gang 3/5 meet: %s at %s:%s", spec.rank.layout, address, port)
             seconds = await gang.call("load", phase="load", timeout_s=spec.start_timeout_s)
-            logger.info("gang 3/4 load: %.1f s", max(seconds))
+            logger.info("gang 4/5 load: %.1f s", max(seconds))
             for method, arguments in (
                 ("begin", ("warm up", _WARM_UP)),
                 ("step", ("warm up", 2)),
                 ("end", ("warm up",)),
             ):
                 await gang.call(method, *arguments, phase="warm up", timeout_s=spec.start_timeout_s)
-            logger.info("gang 4/4 warm up: done")
+            logger.info("gang 5/5 warm up: done")
         except BaseException:
             gang.stop()
             raise
         return gang
+
+    async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
+        """Call a method on rank 0 alone; as :meth:`call` otherwise."""
+        return (await Gang(self._actors[:1], []).call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
 
     async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         """Call a method on every rank and wait for all of them.
@@ -144,7 +156,7 @@ def _placed_bundles(spec: GangSpec) -> list[int]:
     if len(nodes) != spec.num_ranks:
         raise GangFailed("place", f"the placement group has {len(nodes)} bundles for {spec.num_ranks} ranks")
     order = rank_order(nodes, ray.get_runtime_context().get_node_id())
-    logger.info("gang 1/4 place: bundles in rank order %s", order)
+    logger.info("gang 1/5 place: bundles in rank order %s", order)
     return order
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from cosmos3_core.denoiser import DenoisePlan, Denoiser
+    from cosmos3_core.parallel.groups import Groups
     from cosmos3_core.sampler.state import DenoiseState
 
 
@@ -30,6 +32,8 @@ class RankSpec:
         dtype: name of the weights' dtype, "bfloat16" say; None keeps what is stored.
         num_threads: torch's CPU threads in the rank's process.
         text_cache_bytes: bound of the cache of prompts' keys and values.
+        layout: how the model spreads over the gang's ranks.
+        collective_timeout_s: for meeting the other ranks, and for every exchange with them.
     """
 
     checkpoint: str
@@ -37,6 +41,8 @@ class RankSpec:
     dtype: str | None
     num_threads: int
     text_cache_bytes: int
+    layout: Layout = field(default_factory=Layout)
+    collective_timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class Rank:
     def __init__(self, rank: int, spec: RankSpec) -> None:
         self._rank = rank
         self._spec = spec
+        self._groups: Groups | None = None
+        self._store: Any = None
         self._denoiser: Denoiser | None = None
         self._jobs: dict[str, tuple[DenoisePlan, DenoiseState]] = {}
 
@@ -86,6 +94,32 @@ class Rank:
         import ray
 
         return RankInfo(self._rank, os.getpid(), ray.get_runtime_context().get_node_id())
+
+    def host(self) -> tuple[str, int]:
+        """Rank 0's: open the ranks' meeting place on a free port and hold it; returns (address, port)."""
+        import ray
+
+        from cosmos3_core.parallel.groups import host_store
+
+        address = ray.util.get_node_ip_address()
+        self._store = host_store(address, self._spec.layout.num_ranks, self._spec.collective_timeout_s)
+        return address, self._store.port
+
+    def join(self, address: str, port: int) -> None:
+        """Meet the other ranks and make the process groups. Every rank calls it at the same time."""
+        from cosmos3_core.device import collective_backend, resolve_device
+        from cosmos3_core.parallel.groups import init_groups, join_store
+
+        spec = self._spec
+        if self._store is None:
+            self._store = join_store(address, port, spec.layout.num_ranks, spec.collective_timeout_s)
+        self._groups = init_groups(
+            spec.layout,
+            self._rank,
+            backend=collective_backend(resolve_device(spec.device)),
+            timeout_s=spec.collective_timeout_s,
+            store=self._store,
+        )
 
     def load(self) -> float:
         """Load the transformer; returns the seconds it took.
@@ -99,17 +133,26 @@ class Rank:
         from cosmos3_core.checkpoint.load import load_transformer
         from cosmos3_core.denoiser import Denoiser
         from cosmos3_core.device import DTYPES, resolve_device
+        from cosmos3_core.parallel.apply import branch_share, parallelize
+        from cosmos3_core.parallel.groups import ALONE
 
         start_s = time.perf_counter()
         torch.set_num_threads(self._spec.num_threads)
         layout = CheckpointLayout.open(self._spec.checkpoint)
+        groups = self._groups if self._groups is not None else ALONE
         transformer = load_transformer(
             layout,
             device=resolve_device(self._spec.device),
             dtype=DTYPES[self._spec.dtype] if self._spec.dtype else None,
+            shard=groups.layout.shard(groups.rank),
         )
+        parallelize(transformer, groups)
         self._denoiser = Denoiser(
-            transformer, layout.geometry, layout.scheduler, text_cache_bytes=self._spec.text_cache_bytes
+            transformer,
+            layout.geometry,
+            layout.scheduler,
+            text_cache_bytes=self._spec.text_cache_bytes,
+            branch_share=branch_share(groups),
         )
         return time.perf_counter() - start_s
 

@@ -22,6 +22,7 @@ from cosmos3_core.model.rope import RopeTable, after_text, rope_table
 from cosmos3_core.model.text_cache import DEFAULT_MAX_BYTES, TextCache
 from cosmos3_core.model.towers import TextKV
 from cosmos3_core.model.transformer import Cosmos3Transformer
+from cosmos3_core.parallel.collectives import BranchShare
 from cosmos3_core.sampler.guidance import guide, needs_two_branches
 from cosmos3_core.sampler.schedule import make_schedule
 from cosmos3_core.sampler.state import DenoiseState
@@ -42,7 +43,8 @@ class DenoisePlan:
     """Everything that stays the same over the steps of one request; on the transformer's device.
 
     Attributes:
-        branches: the conditional one, and the unconditional one where guidance needs it.
+        num_branches: 2 where guidance needs the unconditional branch, else 1.
+        branches: those that run here, the conditional one first.
         guidance_scale: of the combination.
         solver: for the request's schedule.
         initial: modality -> where denoising starts.
@@ -50,6 +52,7 @@ class DenoisePlan:
         fingerprint: of the request.
     """
 
+    num_branches: int
     branches: tuple[Branch, ...]
     guidance_scale: float
     solver: UniPC
@@ -87,6 +90,7 @@ class Denoiser:
         geometry: the checkpoint's compression.
         scheduler: the checkpoint's scheduler config.
         text_cache_bytes: bound of the prompt cache.
+        branch_share: where the guidance branches run side by side on different ranks; None runs both here.
     """
 
     def __init__(
@@ -96,10 +100,12 @@ class Denoiser:
         scheduler: SchedulerConfig,
         *,
         text_cache_bytes: int = DEFAULT_MAX_BYTES,
+        branch_share: BranchShare | None = None,
     ) -> None:
         self.transformer = transformer
         self.geometry = geometry
         self.scheduler = scheduler
+        self._branch_share = branch_share
         self.text_cache = TextCache(transformer.prefill, text_cache_bytes)
 
     @torch.inference_mode()
@@ -123,10 +129,16 @@ class Denoiser:
         prompts = [request.text_ids]
         if needs_two_branches(request.guidance_scale):
             prompts.append(request.negative_text_ids)
+        # All of them here, though another rank may run one: what is refused is refused alike everywhere.
+        for prompt in prompts:
+            self._check_ids(prompt)
+        # The branches that run here; where they are shared out, each rank prefills its own prompt only.
+        here = range(len(prompts)) if self._branch_share is None else self._branch_share.mine(len(prompts))
         positions = torch.cat([state.positions for state in initial.values()], dim=1)
         device = self.transformer.device
         return DenoisePlan(
-            branches=tuple(self._branch(prompt, positions) for prompt in prompts),
+            num_branches=len(prompts),
+            branches=tuple(self._branch(prompts[index], positions) for index in here),
             guidance_scale=request.guidance_scale,
             solver=UniPC(schedule),
             initial=initial,
@@ -180,16 +192,22 @@ class Denoiser:
             self.transformer.velocity(state.latents, plan.noise_masks, timestep, branch.text, branch.rope)
             for branch in plan.branches
         ]
-        if len(predictions) == 1:
+        if self._branch_share is not None:
+            own = {name: velocity.float() for name, velocity in predictions[0].items()} if predictions else None
+            predictions = self._branch_share.exchange(own, state.latents, plan.num_branches)
+        if plan.num_branches == 1:
             return {name: velocity.float() for name, velocity in predictions[0].items()}
         conditional, unconditional = predictions
         return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
 
+    def _check_ids(self, text_ids: tuple[int, ...]) -> None:
+        last = self.transformer.config.vocab_size - 1
+        if not text_ids or min(text_ids) < 0 or max(text_ids) > last:
+            given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
+            raise RequestError("text_ids", given, f"at least one, each from 0 to {last}")
+
     def _branch(self, text_ids: tuple[int, ...], positions: Tensor) -> Branch:
         config = self.transformer.config
-        if not text_ids or min(text_ids) < 0 or max(text_ids) >= config.vocab_size:
-            given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
-            raise RequestError("text_ids", given, f"at least one, each from 0 to {config.vocab_size - 1}")
         moved = after_text(positions, len(text_ids), config)
         rope = rope_table(moved, config, device=self.transformer.device, dtype=self.transformer.dtype)
         return Branch(self.text_cache.get(text_ids), rope)

@@ -33,6 +33,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def collective_backend(device: torch.device) -> str:
+    """torch.distributed's backend for tensors on this kind of device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def describe(device: torch.device) -> str:
     """The device in words, for a report."""
     if device.type == "cuda":

@@ -18,6 +18,8 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from cluster.gang import GangSpec, bundles
 from cluster.rank import RankSpec
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.parallel.layout import Layout
 from deployments.config import AppConfig, Stage
 from deployments.director import Director
 from deployments.ingress import Ingress
@@ -69,8 +71,13 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def _gang(config: AppConfig) -> GangSpec:
     stage = config.transformer
-    rank = RankSpec(str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, stage.text_cache_bytes)
-    return GangSpec(1, rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
+    layout = Layout(stage.tp, stage.cfg, stage.sp)
+    # Refused here, before anything is placed; the message names the degrees that this checkpoint allows.
+    layout.check(CheckpointLayout.open(config.checkpoint).transformer)
+    rank = RankSpec(
+        str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, stage.text_cache_bytes, layout
+    )
+    return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
 
 
 def _deployment(name: str, body: type, stage: Stage) -> Any:

@@ -61,6 +61,9 @@ class Device(_Strict):
 class TransformerStage(Stage, Device):
     """One replica = one gang: a leader and its ranks in one placement group."""
 
+    tp: int = Field(1, ge=1, description="ranks that share every layer's heads and FFN columns")
+    cfg: int = Field(1, ge=1, le=2, description="2 runs the guidance branches side by side")
+    sp: int = Field(1, ge=1, description="ranks that share the generated tokens")
     cpus_per_rank: float = Field(1, ge=0)
     gpus_per_rank: float = Field(0, ge=0)
     placement_strategy: str = Field("STRICT_PACK", pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$")

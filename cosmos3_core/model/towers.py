@@ -117,12 +117,12 @@ class GenerationLayer(nn.Module):
         self.post_norm = _norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x_SM: Tensor, text_k_LND: Tensor, text_v_LND: Tensor, rope: RopeTable) -> Tensor:
+    def forward(self, x_SM: Tensor, text_k_LND: Tensor, text_v_LND: Tensor, rope: RopeTable, num_tokens: int) -> Tensor:
         q_SND, k_SND, v_SND = self.qkv(self.input_norm(x_SM))
         q_SND = apply_rope(self.q_norm(q_SND), rope)
         k_SND = apply_rope(self.k_norm(k_SND), rope)
-        keys = torch.cat((text_k_LND, k_SND))
-        values = torch.cat((text_v_LND, v_SND))
+        keys = torch.cat((text_k_LND, self.ops.all_tokens(k_SND, num_tokens)))
+        values = torch.cat((text_v_LND, self.ops.all_tokens(v_SND, num_tokens)))
         attended_SND = self.ops.attention(q_SND, keys, values, False)
         x_SM = x_SM + self.out(attended_SND.flatten(1))
         return x_SM + self.mlp(self.post_norm(x_SM))
@@ -133,10 +133,14 @@ class GenerationTower(nn.Module):
 
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.layers = nn.ModuleList(GenerationLayer(config, ops) for _ in range(config.num_hidden_layers))
         self.norm = _norm(config, config.hidden_size)
 
     def forward(self, x_SM: Tensor, text: TextKV, rope: RopeTable) -> Tensor:
+        num_tokens = x_SM.shape[0]
+        x_SM = self.ops.own_tokens(x_SM)
+        rope = RopeTable(self.ops.own_tokens(rope.cos), self.ops.own_tokens(rope.sin))
         for layer, text_k_LND, text_v_LND in zip(self.layers, text.keys, text.values, strict=True):
-            x_SM = layer(x_SM, text_k_LND, text_v_LND, rope)
-        return self.norm(x_SM)
+            x_SM = layer(x_SM, text_k_LND, text_v_LND, rope, num_tokens)
+        return self.ops.all_tokens(self.norm(x_SM), num_tokens)

@@ -59,10 +59,17 @@ class Cosmos3Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
         self.config = config
+        self.ops = ops
         self.understanding = UnderstandingTower(config, ops)
         self.generation = GenerationTower(config, ops)
         self.time_embedder = TimeEmbedder(config.hidden_size)
         self.heads: Mapping[str, VideoHead] = nn.ModuleDict({VIDEO: VideoHead(config)})  # type: ignore[assignment]
+
+    def use_ops(self, ops: Ops) -> None:
+        """Take other implementations of the operators from now on."""
+        self.ops = self.generation.ops = ops
+        for layer in (*self.understanding.layers, *self.generation.layers):
+            layer.ops = ops
 
     @property
     def device(self) -> torch.device:

@@ -26,11 +26,27 @@ IMPLEMENTATIONS: dict[str, dict[str, AttentionOp]] = {
 }
 
 
+def _all_of_them(x: Tensor) -> Tensor:
+    return x
+
+
+def _already_all(x: Tensor, num_tokens: int) -> Tensor:
+    return x
+
+
 @dataclass(frozen=True)
 class Ops:
-    """The chosen implementations, one field an operator."""
+    """The chosen implementations, one field an operator.
+
+    Attributes:
+        attention: see :func:`cosmos3_core.ops.eager.attention`.
+        own_tokens: generated tokens [S, ...] -> the ones worked on here; all of them unless they are shared out.
+        all_tokens: (tokens worked on here, S) -> all S of them; the inverse.
+    """
 
     attention: AttentionOp = sdpa.attention
+    own_tokens: Callable[[Tensor], Tensor] = _all_of_them
+    all_tokens: Callable[[Tensor, int], Tensor] = _already_all
 
 
 def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, str] | None = None) -> Ops:
@@ -53,7 +69,7 @@ def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, s
         chosen[op] = (name, "asked for")
     for op, (name, reason) in chosen.items():
         logger.info("op %s: %s (%s)", op, name, reason)
-    return Ops(**{op: IMPLEMENTATIONS[op][name] for op, (name, _) in chosen.items()})
+    return Ops(attention=IMPLEMENTATIONS["attention"][chosen["attention"][0]])
 
 
 def _best_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

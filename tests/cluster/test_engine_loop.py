@@ -40,6 +40,8 @@ class FakeGang:
         await asyncio.sleep(0)
         job_id = arguments[0]
         if method == "begin":
+            if arguments[1].seed == 667:
+                raise ZeroDivisionError("a bug")
             if arguments[1].seed == 666:
                 raise RequestError("seed", 666, "another one")
             self.progress[job_id] = (0, arguments[1].num_inference_steps)
@@ -54,7 +56,7 @@ class FakeGang:
         elif method == "latents":
             return [TensorEnvelope.of_array(np.zeros(1, np.float32))]
         elif method == "end":
-            del self.progress[job_id]
+            self.progress.pop(job_id, None)
         return [None]
 
 
@@ -188,5 +190,13 @@ def test_a_request_past_its_deadline_is_dropped_though_nobody_left() -> None:
         assert isinstance((await follow(loop, "b", 5))[-1], TensorEnvelope)
         assert "a" not in gang.progress
         task.cancel()
+
+
+def test_a_bug_of_our_own_fails_the_gang_and_does_not_hang() -> None:
+    async def body() -> None:
+        loop = EngineLoop(FakeGang(), max_jobs=4, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        with pytest.raises(GangFailed, match="ZeroDivisionError: a bug"):
+            await follow(loop, "a", 5, seed=667)
+        assert loop.failure is not None
 
     run(body())

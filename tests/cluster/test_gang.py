@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, StageFailed, StreamClosed
 from cluster.gang import GangSpec, bundles, rank_order
 from cluster.rank import RankSpec
+from cosmos3_core.parallel.layout import Layout
 
 RANK = RankSpec("checkpoint", "cpu", None, 1, 0)
 
 
 def test_the_leader_shares_the_first_bundle() -> None:
-    spec = GangSpec(num_ranks=3, rank=RANK, cpus_per_rank=1, gpus_per_rank=1, start_timeout_s=1)
+    spec = GangSpec(rank=replace(RANK, layout=Layout(sp=3)), cpus_per_rank=1, gpus_per_rank=1, start_timeout_s=1)
+    assert spec.num_ranks == 3
     assert bundles(spec, leader_cpus=0.5) == [{"CPU": 1.5, "GPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}]
-    on_cpu = GangSpec(num_ranks=1, rank=RANK, cpus_per_rank=0.5, gpus_per_rank=0, start_timeout_s=1)
+    on_cpu = GangSpec(rank=RANK, cpus_per_rank=0.5, gpus_per_rank=0, start_timeout_s=1)
     assert bundles(on_cpu, leader_cpus=0.1) == [{"CPU": 0.6}]
 
 

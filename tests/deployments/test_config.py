@@ -43,7 +43,17 @@ KEYS = {
     "tokenizer": STAGE,
     "transformer": STAGE
     | DEVICE
-    | {"cpus_per_rank", "gpus_per_rank", "placement_strategy", "max_jobs", "start_timeout_s", "text_cache_bytes"},
+    | {
+        "tp",
+        "cfg",
+        "sp",
+        "cpus_per_rank",
+        "gpus_per_rank",
+        "placement_strategy",
+        "max_jobs",
+        "start_timeout_s",
+        "text_cache_bytes",
+    },
     "vae": STAGE | DEVICE | {"chunk_latents"},
     "encoder": STAGE,
 }

@@ -80,8 +80,9 @@ def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]
     def start(name: str, **overrides: Any) -> App:
         dotted = {key.replace("__", "."): value for key, value in overrides.items()}
         config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), "name": name, **dotted})
+        application = build_app(config)
         names.append(name)
-        serve.run(build_app(config), name=name, route_prefix=f"/{name}")
+        serve.run(application, name=name, route_prefix=f"/{name}")
         return App(name, connect(name), f"http://127.0.0.1:{ray_cluster}/{name}", config)
 
     yield start

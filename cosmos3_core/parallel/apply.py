@@ -1,0 +1,34 @@
+"""Puts the collectives into a loaded transformer, in a fixed order. The model's own files know nothing of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cosmos3_core.model.transformer import Cosmos3Transformer
+from cosmos3_core.parallel.collectives import BranchShare, Summed, TokenShare
+from cosmos3_core.parallel.groups import Groups
+
+
+def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
+    """Make a transformer that was loaded as one rank's share work with the other ranks.
+
+    1. TP: the row-split layers, attention output and FFN down, add up over the ranks; both towers.
+    2. SP: the generation tower works on this rank's tokens and gathers keys and values.
+
+    Args:
+        transformer: loaded with ``groups.layout.shard(rank)``.
+        groups: this rank's.
+    """
+    if groups.tp is not None:
+        for layer in (*transformer.understanding.layers, *transformer.generation.layers):
+            if hasattr(layer, "out"):
+                layer.out = Summed(layer.out, groups.tp)
+                layer.mlp.down = Summed(layer.mlp.down, groups.tp)
+    if groups.sp is not None:
+        share = TokenShare(groups.place.sp, groups.layout.sp, groups.sp)
+        transformer.use_ops(replace(transformer.ops, own_tokens=share.own, all_tokens=share.all))
+
+
+def branch_share(groups: Groups) -> BranchShare | None:
+    """How this rank shares the guidance branches; None where it runs them all."""
+    return None if groups.cfg is None else BranchShare(groups.place.cfg, groups.cfg)

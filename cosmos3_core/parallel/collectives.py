@@ -1,0 +1,97 @@
+"""What ranks exchange. Each is a visible piece that :mod:`cosmos3_core.parallel.apply` puts where it belongs.
+
+Shape letters: S generated tokens. All of them are exact: nothing is dropped, and padding never reaches a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Summed(nn.Module):
+    """A row-split linear layer whose partial products are added up over the ranks, its bias once.
+
+    Args:
+        linear: this rank's columns.
+        group: of the ranks that hold the others.
+    """
+
+    def __init__(self, linear: nn.Linear, group: Any) -> None:
+        super().__init__()
+        self.linear = linear
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = F.linear(x, self.linear.weight)
+        dist.all_reduce(partial, group=self._group)
+        return partial if self.linear.bias is None else partial + self.linear.bias
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """The generated tokens, split into equal runs; the last ones are padded with zeros.
+
+    Attributes:
+        index: which run is this rank's.
+        count: how many runs there are.
+        group: of the ranks that hold the others.
+    """
+
+    index: int
+    count: int
+    group: Any
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's run of the tokens, [S, ...] -> [ceil(S / count), ...]."""
+        share = -(-x.shape[0] // self.count)
+        run = x[self.index * share : (self.index + 1) * share]
+        missing = share - run.shape[0]
+        return F.pad(run, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else run
+
+    def all(self, x: Tensor, num_tokens: int) -> Tensor:
+        """Every rank's run, padding taken off: the inverse of :meth:`own`, on every rank."""
+        whole = x.new_empty((self.count * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
+        return whole[:num_tokens]
+
+
+@dataclass(frozen=True)
+class BranchShare:
+    """The guidance branches, one a group of ranks.
+
+    Attributes:
+        index: which branch is this rank's: 0 conditional, 1 unconditional.
+        group: of the two ranks, one a branch, that hold the same share.
+    """
+
+    index: int
+    group: Any
+
+    def mine(self, num_branches: int) -> tuple[int, ...]:
+        """The branches that this rank runs; none where guidance is off and this is the second group."""
+        return (self.index,) if self.index < num_branches else ()
+
+    def exchange(
+        self, own: dict[str, Tensor] | None, like: dict[str, Tensor], num_branches: int
+    ) -> list[dict[str, Tensor]]:
+        """Every branch's predictions, on every rank.
+
+        Args:
+            own: this rank's predictions, fp32; None where it ran no branch.
+            like: modality -> a tensor of the predictions' shape, fp32.
+            num_branches: how many there are.
+        """
+        results: list[dict[str, Tensor]] = [{} for _ in range(num_branches)]
+        for name, shaped in like.items():
+            mine = (own[name] if own is not None else torch.zeros_like(shaped)).contiguous()
+            both = [torch.empty_like(mine) for _ in range(2)]
+            dist.all_gather(both, mine, group=self.group)
+            for branch in range(num_branches):
+                results[branch][name] = both[branch]
+        return results
