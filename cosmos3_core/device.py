@@ -27,6 +27,20 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
     return resolved
 
 
+def local_device(device: torch.device | str | None, local_rank: int) -> torch.device:
+    """The device of one of several ranks on a machine: its own GPU, counted by ``local_rank``, where there are GPUs.
+
+    Raises:
+        RequestError: not a device that this machine has.
+    """
+    resolved = resolve_device(device)
+    if resolved.type != "cuda":
+        return resolved
+    mine = resolve_device(f"cuda:{local_rank}")
+    torch.cuda.set_device(mine)
+    return mine
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given; a clock read before that tells nothing."""
     if device.type == "cuda":

@@ -24,6 +24,8 @@ from cosmos3_core.errors import CapabilityError, ClosedError, RequestError
 from cosmos3_core.media.pixels import to_unit
 from cosmos3_core.model.text_cache import DEFAULT_MAX_BYTES
 from cosmos3_core.model.transformer import VIDEO
+from cosmos3_core.parallel.apply import branch_share, parallelize
+from cosmos3_core.parallel.groups import ALONE, Groups
 from cosmos3_core.processor import Cosmos3Processor, TokenizedPrompt, load_tokenizer
 from cosmos3_core.request import ResolvedRequest, shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
@@ -77,6 +79,8 @@ class Engine:
         device: None takes the first GPU, or the CPU where there is none.
         text_cache_bytes: bound of the cache of prompts' keys and values.
         ops: operator -> implementation name, to override the choice.
+        groups: this process's part in a layout of several ranks; every rank then makes the same calls and gets the same
+            results.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
@@ -95,6 +99,7 @@ class Engine:
         device: torch.device | str | None = None,
         text_cache_bytes: int = DEFAULT_MAX_BYTES,
         ops: Mapping[str, str] | None = None,
+        groups: Groups = ALONE,
     ) -> None:
         self.layout = CheckpointLayout.open(checkpoint_dir)
         if load_sound:
@@ -107,9 +112,15 @@ class Engine:
             else ("karras" if use_karras_sigmas else "native")
         )
         self.tokenizer = load_tokenizer(self.layout.component_dir("text_tokenizer"))
-        transformer = load_transformer(self.layout, device=self.device, dtype=dtype, ops=ops)
+        shard = groups.layout.shard(groups.rank)
+        transformer = load_transformer(self.layout, device=self.device, dtype=dtype, ops=ops, shard=shard)
+        parallelize(transformer, groups)
         self._denoiser: Denoiser | None = Denoiser(
-            transformer, self.layout.geometry, self.layout.scheduler, text_cache_bytes=text_cache_bytes
+            transformer,
+            self.layout.geometry,
+            self.layout.scheduler,
+            text_cache_bytes=text_cache_bytes,
+            branch_share=branch_share(groups),
         )
         self._vae: VideoVAE | None = load_video_vae(self.layout, device=self.device, dtype=dtype)
 

@@ -9,6 +9,7 @@ graph runs the same stages as separate deployments.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +22,22 @@ import torch
 from torch import Tensor
 
 from cosmos3_core import checks
+from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoiser import StepEvent
-from cosmos3_core.device import DTYPES, resolve_device, synchronize
+from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
 from cosmos3_core.engine import Cosmos3T2VRequest, Engine
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
 from cosmos3_core.media.writer import ClipFormat, open_writer
+from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
+from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.processor import TokenizedPrompt
 from cosmos3_core.progress import Progress
 from cosmos3_core.request import GenerationRequest, ResolvedRequest, resolve
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
+
+# For ranks to meet, and for each exchange: longer than any step, loading included.
+_COLLECTIVE_TIMEOUT_S = 1800.0
 
 # In the order of the path, as reports show them.
 _STAGES = ("model_load", "preprocess", "inference", "denoise", "decode", "to_cpu", "encode")
@@ -204,26 +211,52 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         Cosmos3Error: it cannot be done.
     """
-    device = resolve_device(options.device)
-    clock = StageClock(device)
-    with clock.stage("model_load"):
-        dtype = None if options.dtype is None else DTYPES[checks.choice("dtype", options.dtype, tuple(DTYPES))]
-        engine = Engine(options.checkpoint, dtype=dtype, device=device)
-    request = request_of(options)
-    with engine:
-        progress = Progress()
-        progress.start(resolve(request, engine.layout).num_inference_steps, "denoising")
-        result = generate(
-            engine,
-            request,
-            options.out,
-            on_step=lambda event: progress.update(event.step),
-            crf=18 if options.crf is None else options.crf,
+    groups, device = _join_ranks(options)
+    try:
+        clock = StageClock(device)
+        with clock.stage("model_load"):
+            dtype = None if options.dtype is None else DTYPES[checks.choice("dtype", options.dtype, tuple(DTYPES))]
+            engine = Engine(options.checkpoint, dtype=dtype, device=device, groups=groups)
+        request = request_of(options)
+        with engine:
+            if groups.rank > 0:
+                # Every rank takes part in the denoising and has its result; one of them writes the file.
+                generate(engine, request, output="latent")
+                return
+            progress = Progress()
+            progress.start(resolve(request, engine.layout).num_inference_steps, "denoising")
+            result = generate(
+                engine,
+                request,
+                options.out,
+                on_step=lambda event: progress.update(event.step),
+                crf=18 if options.crf is None else options.crf,
+            )
+            progress.close()
+        for note in result.request.notes:
+            print(f"note: {note}", file=sys.stderr)
+        _report(result, {**clock.timings_s, **result.timings_s})
+    finally:
+        close_groups()
+
+
+def _join_ranks(options: argparse.Namespace) -> tuple[Groups, torch.device]:
+    """This process's groups and device: alone, or one of torchrun's ranks."""
+    layout = Layout(options.tp, options.cfg, options.sp)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes != layout.num_ranks:
+        raise RequestError(
+            "tp x cfg x sp",
+            f"{layout}, {layout.num_ranks} ranks",
+            f"as many ranks as there are processes, {num_processes}",
+            f"Start with: torchrun --nproc_per_node={layout.num_ranks} -m cosmos3_core.generate ...",
         )
-        progress.close()
-    for note in result.request.notes:
-        print(f"note: {note}", file=sys.stderr)
-    _report(result, {**clock.timings_s, **result.timings_s})
+    layout.check(CheckpointLayout.open(options.checkpoint).transformer)
+    if num_processes == 1:
+        return ALONE, resolve_device(options.device)
+    device = local_device(options.device, int(os.environ["LOCAL_RANK"]))
+    rank, backend = int(os.environ["RANK"]), collective_backend(device)
+    return init_groups(layout, rank, backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S), device
 
 
 def _report(result: GenerationResult, timings_s: dict[str, float]) -> None:

@@ -40,6 +40,9 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, is_checkpoint_required:
     add("--checkpoint", required=is_checkpoint_required, help="checkpoint directory in the published layout")
     add("--dtype", help="of the weights: float32, bfloat16 or float16; default as stored")
     add("--device", help="torch device; default the first GPU, else the CPU")
+    add("--tp", type=int, default=1, help="ranks that share heads and FFN columns; start with torchrun")
+    add("--cfg", type=int, default=1, help="2 runs the guidance branches side by side; start with torchrun")
+    add("--sp", type=int, default=1, help="ranks that share the generated tokens; start with torchrun")
     add("--crf", type=float, help="H.264 quality, 0 (best) to 51; default 18")
 
 

@@ -127,3 +127,26 @@ def test_bad_layouts_are_refused_with_the_valid_choices() -> None:
         with pytest.raises(RequestError, match="one of 1, 2, 4, 8"):
             Layout(tp=tp).check(TransformerConfig())
     Layout(tp=8, cfg=2).check(TransformerConfig())
+
+
+def test_torchrun_writes_one_file_with_the_pictures_of_one_process(tiny_nano: Path, tmp_path: Path) -> None:
+    request = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--num-frames", "5", "--height", "48"]
+    request += ["--width", "64", "--steps", "3", "--device", "cpu"]
+    alone = [sys.executable, "-m", "cosmos3_core.generate", *request, "--out", str(tmp_path / "alone")]
+    subprocess.run(alone, check=True, capture_output=True, timeout=200)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = [*torchrun, "-m", "cosmos3_core.generate", *request, "--cfg", "2", "--out", str(tmp_path / "two")]
+    done = subprocess.run(two, check=True, capture_output=True, text=True, timeout=200)
+    assert done.stdout.count("5 frames, 64x48") == 1
+    # CFG changes no arithmetic, so not a byte differs.
+    assert (tmp_path / "two.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+
+
+def test_as_many_processes_as_ranks(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cosmos3_core.generate import main
+
+    arguments = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--device", "cpu"]
+    assert main([*arguments, "--tp", "2"]) == 2
+    assert "as many ranks as there are processes, 1" in capsys.readouterr().err
+    assert main([*arguments, "--cfg", "3"]) == 2
+    assert "1 or 2" in capsys.readouterr().err
