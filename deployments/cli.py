@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
+from deployments.processes import no_leftovers
 
 if TYPE_CHECKING:
     from deployments.bring_up import RunningApp
@@ -163,16 +164,17 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> int:
     config = _config(options)
     _prepare_ray()
-    from deployments.bring_up import Placement, running
+    from deployments.bring_up import running
+    from deployments.ray_session import Placement
 
     address = options.ray_address or os.environ.get("RAY_ADDRESS")
     placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
     _say(f"starting {config.name} with {config.checkpoint} ...")
-    with running(config, placement, _say) as app:
-        _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
-        _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
-        _say(f"    -d '{json.dumps(_EXAMPLE)}'")
+    with no_leftovers(os.environ), running(config, placement, _say) as app:
         try:
+            _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
+            _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
+            _say(f"    -d '{json.dumps(_EXAMPLE)}'")
             app.watch()
         except KeyboardInterrupt:
             _say("stopping; requests under way may finish, Ctrl-C again ends them ...")
@@ -222,12 +224,13 @@ def _say(line: str) -> None:
 @contextmanager
 def _laptop_app(checkpoint: Path) -> Iterator[RunningApp]:
     _prepare_ray()
-    from deployments.bring_up import Placement, running
+    from deployments.bring_up import running
     from deployments.config import DEFAULT_CONFIG, AppConfig
+    from deployments.ray_session import Placement
 
     config = AppConfig.read(DEFAULT_CONFIG, {"checkpoint": str(checkpoint), "http.port": 0})
     _say(f"starting {config.name} with {checkpoint} ...")
-    with running(config, Placement(start_timeout_s=_LAPTOP_START_S), _say) as app:
+    with no_leftovers(os.environ), running(config, Placement(start_timeout_s=_LAPTOP_START_S), _say) as app:
         _say(f"ready after {app.start_seconds:.1f} s: {app.url}")
         yield app
     _say("stopped")

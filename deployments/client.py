@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cluster.errors import StageFailed
 from cosmos3_core.request import GenerationRequest
 from deployments.errors import typed
 from deployments.messages import Event, Generated
@@ -83,7 +84,21 @@ class EventStream:
 
 
 def connect(app_name: str = "cosmos3") -> Client:
-    """The running app of that name in the Ray cluster that this process is connected to."""
-    from ray import serve
+    """The running app of that name.
 
-    return Client(serve.get_deployment_handle("Director", app_name=app_name))
+    It is looked for in the Ray cluster that this process is connected to; if it is to none, in the one that
+    ``RAY_ADDRESS`` names or that runs on this machine.
+
+    Raises:
+        StageFailed: there is no such cluster or no such app.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        if not ray.is_initialized():
+            ray.init(address="auto", log_to_driver=False)
+        return Client(serve.get_deployment_handle("Director", app_name=app_name))
+    except (ConnectionError, RayServeException) as error:
+        raise StageFailed("director", 1, f"no app {app_name!r} is running: {error}") from None

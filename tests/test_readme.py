@@ -1,10 +1,16 @@
-"""README's blocks run as they stand, in an empty folder, with this environment's Python."""
+"""README's blocks run as they stand, in order, in an empty folder, with this environment's Python."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,21 +18,56 @@ import pytest
 from cosmos3_core.media.probe import probe_video
 
 README = Path(__file__).parents[1] / "README.md"
+BIN = Path(sys.executable).parent
+READY_S = 280.0
 
 
-@pytest.mark.timeout(900)
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def await_ready(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + READY_S
+    while time.monotonic() < deadline_s:
+        assert server.poll() is None, "the app ended before it was ready"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as answer:
+                assert answer.status == 200
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(f"not ready within {READY_S:.0f} s")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1500)
 def test_every_block_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "python", "bash"]
-    for language, code in blocks:
-        if language == "bash":
-            # The environment is the one that runs this test.
-            code = code.replace("make env\n", "").replace(".venv/bin/python", sys.executable)
-            command = ["bash", "-euo", "pipefail", "-c", code]
-        else:
-            command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    blocks = re.findall(r"^```(bash background|bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    kinds = ["bash", "bash background", "bash", "python", "python", "bash"]
+    assert [kind for kind, _ in blocks] == kinds
+    port = free_port()  # 8000 may be taken
+    server: subprocess.Popen[bytes] | None = None
+    try:
+        for kind, code in blocks:
+            # The environment is the one that runs this test; its commands lie beside its Python.
+            code = code.replace("make env\n", "").replace(".venv/bin/", f"{BIN}/").replace(":8000", f":{port}")
+            if kind == "bash background":
+                command = [*code.split(), "--port", str(port)]
+                server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                await_ready(port, server)
+                continue
+            bash = ["bash", "-euo", "pipefail", "-c", code]
+            command = bash if kind == "bash" else [sys.executable, "-c", code]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+            assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    finally:
+        if server is not None:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=120) == 0
     first = probe_video(tmp_path / "first.mp4")
     assert (first.num_frames, first.height, first.width, first.fps) == (17, 192, 320, 24)
-    assert probe_video(tmp_path / "library.mp4").num_frames == 9
+    for name, num_frames in (("clip", 17), ("handle", 9), ("library", 9)):
+        assert probe_video(tmp_path / f"{name}.mp4").num_frames == num_frames
+    assert not os.path.exists(f"/proc/{server.pid}") if server is not None else False

@@ -1,0 +1,175 @@
+"""Ray under an app: joined or started, and stopped again; whether it still lives; a bound for calls that may hang.
+
+For the main thread only: it works with signals.
+Ray reads the environment when it is imported: the command line prepares it before it imports this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from cosmos3_core.errors import Cosmos3Error
+from deployments.capacity import Resources
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_CONNECT_S = 5.0
+_MAX_REASON_CHARS = 600
+
+RAY_FAILURES = (RayError, RayServeException, ConnectionError, TimeoutError, RuntimeError, ValueError, OSError)
+"""What Ray and Serve raise when something cannot be done. Which does what is not documented."""
+
+
+class StartError(Cosmos3Error):
+    """The app did not come up; says what is missing, or what a stage said."""
+
+
+class LostError(Cosmos3Error):
+    """The app, or the Ray under it, went away."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an app is to run.
+
+    Attributes:
+        ray_address: of the cluster to join; None starts Ray on this machine, for this app alone.
+        num_cpus: logical CPUs of the Ray that is started; None = as many as the machine has.
+        start_timeout_s: for all of the bring-up.
+    """
+
+    ray_address: str | None = None
+    num_cpus: int | None = None
+    start_timeout_s: float = 1800.0
+
+    @property
+    def is_alone(self) -> bool:
+        """Ray is there for this app and ends with it."""
+        return self.ray_address is None
+
+
+@contextmanager
+def ray_session(placement: Placement) -> Iterator[None]:
+    """A connection to Ray, and the Ray itself where none was named. Inside, SIGTERM does what Ctrl-C does.
+
+    Raises:
+        StartError: there is none, or it cannot be started.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        _on_signals(signal.default_int_handler)
+        try:
+            _init(placement)
+            _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
+            yield
+        finally:
+            # Half-stopped, Ray would leave processes behind; this takes little more than a second.
+            _on_signals(signal.SIG_IGN)
+            ray.shutdown()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_signals(handler: Any) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, handler)
+
+
+def _init(placement: Placement) -> None:
+    options: dict[str, Any] = {"address": placement.ray_address}
+    if placement.ray_address is None:
+        # "local" never joins a cluster, whatever this machine runs and the environment names.
+        options = {"address": "local", "num_cpus": placement.num_cpus, "include_dashboard": False}
+    elif (endpoint := _endpoint(placement.ray_address)) and not _is_listening(endpoint):
+        # Ray itself would try for minutes.
+        raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: nothing listens there")
+    try:
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+    except SystemExit:  # Ray's answer to SIGTERM while it starts
+        raise KeyboardInterrupt from None
+    except RAY_FAILURES as error:
+        what = "start Ray" if placement.ray_address is None else f"join the Ray cluster at {placement.ray_address}"
+        raise StartError(f"cannot {what}: {reason(error)}") from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+class Room:
+    """What the cluster has for an app that is about to come: what is free now, and what the cluster gains later.
+
+    Args:
+        placement: of the app.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self._before = ray.cluster_resources()
+        self._free = self._before if placement.is_alone else ray.available_resources()
+
+    def free(self) -> Resources:
+        """As of now, the app's own share included."""
+        now = ray.cluster_resources()
+        return {kind: self._free.get(kind, 0) + now[kind] - self._before.get(kind, 0) for kind in now}
+
+
+def is_ray_alive() -> bool:
+    """Whether Ray's head listens and this node belongs to it. Else calls hang, and Ray ends this process in the end."""
+    context = ray.get_runtime_context()
+    endpoint = _endpoint(context.gcs_address)
+    if endpoint is not None and not _is_listening(endpoint):
+        return False
+    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+
+
+@contextmanager
+def in_time(timeout_s: float) -> Iterator[None]:
+    """Bound what happens inside: Serve's calls have no deadline, and never return where Ray has died.
+
+    Raises:
+        LostError: it was not done in time.
+    """
+
+    def give_up(number: int, frame: object) -> None:
+        raise LostError(f"Serve has not answered for {timeout_s:g} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _endpoint(address: str) -> tuple[str, int] | None:
+    """Host and port of an address such as "10.0.0.1:6379" or "ray://10.0.0.1:10001"; None for "auto"."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdecimal() else None
+
+
+def _is_listening(endpoint: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(endpoint, timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def reason(error: object) -> str:
+    """One line about a failure; where Ray's text holds tracebacks, the exception that the last one ends with."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    raised = list(re.finditer(r"^(?:\w+\.)*([A-Z]\w+: )", text, re.MULTILINE))
+    if raised:
+        text = text[raised[-1].start(1) :]
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_REASON_CHARS else f"{line[:_MAX_REASON_CHARS]}..."
