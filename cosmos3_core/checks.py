@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from cosmos3_core.errors import RequestError
@@ -26,7 +25,7 @@ def real(field: str, value: Any, low: float, high: float) -> float:
         RequestError: something else.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high:  # NaN fails the comparison
         raise RequestError(field, value, f"a number from {low:g} to {high:g}")
     return float(value)
 
@@ -72,14 +71,14 @@ def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
     return value
 
 
-def pixels(field: str, value: Any, multiple: int) -> int:
-    """A number of pixels that is a multiple of ``multiple``.
+def pixels(field: str, value: Any, multiple: int, high: int) -> int:
+    """A number of pixels, at most ``high``, that is a multiple of ``multiple``.
 
     Raises:
         RequestError: something else; the nearest multiples are named.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < multiple:
-        raise RequestError(field, value, f"a multiple of {multiple}, at least {multiple}")
+    if isinstance(value, bool) or not isinstance(value, int) or not multiple <= value <= high:
+        raise RequestError(field, value, f"a multiple of {multiple}, at least {multiple}, at most {high}")
     if value % multiple:
         below = value - value % multiple
         raise RequestError(field, value, f"a multiple of {multiple}", f"Nearest are {below} and {below + multiple}.")

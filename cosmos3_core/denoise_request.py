@@ -58,6 +58,8 @@ class DenoiseRequest:
         checks.real("flow_shift", self.flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift)
         checks.integer("seed", self.seed, 0, LIMITS.max_seed)
         checks.choice("schedule", self.schedule, SCHEDULES)
+        if self.noise is not None:
+            _check_noise(self.noise)
 
     @classmethod
     def of(
@@ -80,11 +82,28 @@ class DenoiseRequest:
     @property
     def fingerprint(self) -> str:
         """Names the request: equal for equal requests in any process. Given noise counts by its values."""
-        noise = {name: hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for name, x in (self.noise or {}).items()}
+        noise = {
+            name: hashlib.sha256(x.detach().cpu().float().numpy().tobytes()).hexdigest()
+            for name, x in (self.noise or {}).items()
+        }
         parts = [
             self.text_ids,
             self.negative_text_ids if needs_two_branches(self.guidance_scale) else (),
-            [*self.latent_shape, self.fps, self.num_inference_steps, self.guidance_scale],
-            [self.schedule, self.flow_shift, self.seed, noise],
+            [*self.latent_shape, float(self.fps), self.num_inference_steps, float(self.guidance_scale)],
+            [self.schedule, float(self.flow_shift), self.seed, noise],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_noise(noise: Mapping[str, Tensor]) -> None:
+    import torch
+
+    if not isinstance(noise, Mapping):
+        raise RequestError("noise", type(noise).__name__, "a mapping of modality to tensor")
+    for name, tensor in noise.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise RequestError(
+                f"noise.{name}", getattr(tensor, "dtype", type(tensor).__name__), "a floating point tensor"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise RequestError(f"noise.{name}", "NaN or infinite values", "finite numbers")

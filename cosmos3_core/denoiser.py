@@ -7,6 +7,7 @@ values: requests can be interleaved, and a state can be resumed by any process t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -108,7 +109,7 @@ class Denoiser:
         self._branch_share = branch_share
         self.text_cache = TextCache(transformer.prefill, text_cache_bytes)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prepare(self, request: DenoiseRequest) -> DenoisePlan:
         """Prefill the prompts and work out all that does not change from step to step.
 
@@ -130,8 +131,8 @@ class Denoiser:
         if needs_two_branches(request.guidance_scale):
             prompts.append(request.negative_text_ids)
         # All of them here, though another rank may run one: what is refused is refused alike everywhere.
-        for prompt in prompts:
-            self._check_ids(prompt)
+        for name, prompt in zip(("text_ids", "negative_text_ids"), prompts, strict=False):
+            self._check_ids(name, prompt)
         # The branches that run here; where they are shared out, each rank prefills its own prompt only.
         here = range(len(prompts)) if self._branch_share is None else self._branch_share.mine(len(prompts))
         positions = torch.cat([state.positions for state in initial.values()], dim=1)
@@ -143,7 +144,7 @@ class Denoiser:
             solver=UniPC(schedule),
             initial=initial,
             noise_masks={name: state.noise_mask.to(device) for name, state in initial.items()},
-            fingerprint=request.fingerprint,
+            fingerprint=self._fingerprint(request),
         )
 
     def start(self, plan: DenoisePlan) -> DenoiseState:
@@ -152,7 +153,7 @@ class Denoiser:
         solver = {name: SolverState(state.latent.to(device)) for name, state in plan.initial.items()}
         return DenoiseState(0, solver, plan.fingerprint)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
         """One denoising step; the given state is left as it was.
 
@@ -160,7 +161,9 @@ class Denoiser:
             StateError: the state belongs to another request, or has no step left.
         """
         if state.fingerprint != plan.fingerprint:
-            raise StateError("this denoise state belongs to another request: prompts, shape, schedule or seed differ")
+            raise StateError(
+                "this denoise state belongs to another request or model: prompts, shape, schedule or seed differ"
+            )
         if not 0 <= state.step_index < plan.num_steps:
             raise StateError(f"no step {state.step_index} in a schedule of {plan.num_steps} steps")
         velocity = self._guided_velocity(plan, state)
@@ -200,11 +203,17 @@ class Denoiser:
         conditional, unconditional = predictions
         return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
 
-    def _check_ids(self, text_ids: tuple[int, ...]) -> None:
+    def _fingerprint(self, request: DenoiseRequest) -> str:
+        """Names the request and the model; the same on every rank, whose configs differ by their shares only."""
+        config = self.transformer.config
+        model = (config.hidden_size, config.num_hidden_layers, config.head_dim, config.vocab_size, config.rope_theta)
+        return hashlib.sha256(f"{model} {request.fingerprint}".encode()).hexdigest()
+
+    def _check_ids(self, name: str, text_ids: tuple[int, ...]) -> None:
         last = self.transformer.config.vocab_size - 1
         if not text_ids or min(text_ids) < 0 or max(text_ids) > last:
             given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
-            raise RequestError("text_ids", given, f"at least one, each from 0 to {last}")
+            raise RequestError(name, given, f"at least one, each from 0 to {last}")
 
     def _branch(self, text_ids: tuple[int, ...], positions: Tensor) -> Branch:
         config = self.transformer.config

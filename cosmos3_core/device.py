@@ -20,8 +20,8 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=resolved).item()  # "meta" and devices without a driver fail here
+    except (RuntimeError, AssertionError, TypeError) as error:
         allowed = "cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
         raise RequestError("device", str(device), allowed, str(error).splitlines()[0]) from None
     return resolved

@@ -15,18 +15,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.load import load_transformer, load_video_vae
+from cosmos3_core.checkpoint.load import check_weights, load_transformer, load_video_vae
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import Denoiser, StepEvent
-from cosmos3_core.device import resolve_device
+from cosmos3_core.device import DTYPES, resolve_device
 from cosmos3_core.errors import CapabilityError, ClosedError, RequestError
 from cosmos3_core.media.pixels import to_unit
 from cosmos3_core.model.text_cache import DEFAULT_MAX_BYTES
 from cosmos3_core.model.transformer import VIDEO
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import ALONE, Groups
-from cosmos3_core.processor import Cosmos3Processor, TokenizedPrompt, load_tokenizer
+from cosmos3_core.presets import LIMITS
+from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
 from cosmos3_core.request import ResolvedRequest, shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.shapes import LatentShape
@@ -105,7 +107,13 @@ class Engine:
         if load_sound:
             raise CapabilityError("load_sound", load_sound, "None or False", "Sound is not offered yet.")
         self.device = resolve_device(device)
-        self.flow_shift = flow_shift
+        if dtype is not None and dtype not in DTYPES.values():
+            raise RequestError("dtype", dtype, f"one of {[str(known) for known in DTYPES.values()]}, or None")
+        self.flow_shift = checks.real("flow_shift", flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift)
+        if use_karras_sigmas is not None:
+            checks.flag("use_karras_sigmas", use_karras_sigmas)
+        # Before gigabytes are read: a damaged VAE should not be found behind a loaded transformer.
+        check_weights(self.layout)
         self.schedule = (
             shipped_schedule(self.layout)
             if use_karras_sigmas is None
@@ -135,14 +143,14 @@ class Engine:
             raise ClosedError("this engine was closed; make a new one")
         return self._denoiser
 
-    def tokenize(self, request: ResolvedRequest) -> tuple[TokenizedPrompt, TokenizedPrompt]:
+    def tokenize(self, request: ResolvedRequest) -> tuple[PromptIds, PromptIds]:
         """Token ids of both branches of a resolved request."""
         processor = Cosmos3Processor.for_request(request, self.layout.component_dir("text_tokenizer"), self.tokenizer)
-        return processor.tokenize_pair(request.prompt, request.negative_prompt)
+        return processor.token_id_pair(request.prompt, request.negative_prompt)
 
     def denoise(
         self,
-        request: Cosmos3T2VRequest,
+        request: Cosmos3T2VRequest | DenoiseRequest,
         *,
         on_step: Callable[[StepEvent], None] | None = None,
         resume: DenoiseState | None = None,
@@ -163,7 +171,7 @@ class Engine:
             ClosedError: the engine was closed.
         """
         denoiser = self.denoiser
-        plan = denoiser.prepare(self.denoise_request(request))
+        plan = denoiser.prepare(request if isinstance(request, DenoiseRequest) else self.denoise_request(request))
         state = resume.to(self.device) if resume is not None else None
         return denoiser.run(plan, state, on_step).latents[VIDEO]
 

@@ -23,21 +23,24 @@ from torch import Tensor
 
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
-from cosmos3_core.engine import Cosmos3T2VRequest, Engine
+from cosmos3_core.engine import Engine
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
-from cosmos3_core.processor import TokenizedPrompt
 from cosmos3_core.progress import Progress
 from cosmos3_core.request import GenerationRequest, ResolvedRequest, resolve
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
 
 # For ranks to meet, and for each exchange: longer than any step, loading included.
 _COLLECTIVE_TIMEOUT_S = 1800.0
+
+# File systems take 255; the rest is for the ending and for the hidden name while the file is written.
+_MAX_NAME_BYTES = 200
 
 # In the order of the path, as reports show them.
 _STAGES = ("model_load", "preprocess", "inference", "denoise", "decode", "to_cpu", "encode")
@@ -85,55 +88,58 @@ def generate(
         crf, lossless: see :class:`Mp4Writer`.
 
     Raises:
-        RequestError: the request is wrong; raised before anything large is allocated.
+        RequestError: the request, the path or a setting is wrong; raised before anything large is allocated.
         MediaError: the file could not be written.
     """
     if output not in ("media", "latent"):
         raise RequestError("output", output, "'media' or 'latent'")
-    if output == "media" and out is None:
-        raise RequestError("out", out, "a path without ending, such as 'clip' for clip.mp4")
     clock = StageClock(engine.device)
     with clock.stage("preprocess"):
         resolved = resolve(request, engine.layout)
         conditional, unconditional = engine.tokenize(resolved)
-    with clock.stage("denoise"):
-        latents = engine.denoise(_tokenized_request(engine, resolved, conditional, unconditional), on_step=on_step)
-    path, frames_sha256 = None, ""
-    if output == "media" and out is not None:
-        frames = _frames(engine, latents, clock)
+        job = DenoiseRequest.of(resolved, conditional.ids, unconditional.ids, engine.layout.geometry)
+
+    def denoised() -> Tensor:
+        with clock.stage("denoise"):
+            return engine.denoise(job, on_step=on_step)
+
+    path, frames_sha256, latents = None, "", None
+    if output == "latent":
+        latents = denoised()
+    else:
         clip_format = resolved.clip_format(crf=crf, lossless=lossless)
-        path, frames_sha256 = _encode(frames, clip_format, Path(out), clock)
-    return GenerationResult(
-        path=path,
-        request=resolved,
-        negative_prompt_origin=unconditional.origin,
-        frames_sha256=frames_sha256,
-        timings_s=clock.timings_s,
-        latents=latents if output == "latent" else None,
-    )
+        path, digest = _file_path(out, clip_format), FrameHash()
+        # Opened before the long part, so that a place or a setting that cannot be is refused before it.
+        with open_writer(path, clip_format) as writer:
+            for frames in _frames(engine, denoised(), clock):
+                with clock.stage("encode"):
+                    digest.update(frames)
+                    writer.write(frames)
+            with clock.stage("encode"):
+                writer.close()
+        frames_sha256 = digest.hexdigest()
+    return GenerationResult(path, resolved, unconditional.origin, frames_sha256, clock.timings_s, latents)
 
 
-def _tokenized_request(
-    engine: Engine, resolved: ResolvedRequest, conditional: TokenizedPrompt, unconditional: TokenizedPrompt
-) -> Cosmos3T2VRequest:
-    return Cosmos3T2VRequest(
-        text_ids=conditional.text_ids,
-        text_mask=conditional.text_mask,
-        neg_text_ids=unconditional.text_ids,
-        neg_text_mask=unconditional.text_mask,
-        video_shape=engine.layout.geometry.latent_shape(resolved.num_frames, resolved.height, resolved.width),
-        fps=resolved.fps,
-        num_inference_steps=resolved.num_inference_steps,
-        guidance_scale=resolved.guidance_scale,
-        noise=resolved.noise,
-        seed=resolved.seed,
-        flow_shift=resolved.flow_shift,
-        schedule=resolved.schedule,
-    )
+def _file_path(out: str | Path | None, clip_format: ClipFormat) -> Path:
+    """``out`` with the format's ending.
+
+    Raises:
+        RequestError: not a path that a file could have.
+    """
+    allowed = "a path without ending, such as 'clip' for clip.mp4"
+    if not isinstance(out, str | Path) or "\0" in str(out):
+        raise RequestError("out", out, allowed)
+    name = Path(out).name
+    if not name or str(out).endswith(("/", "/.", "/..")) or name == "..":
+        raise RequestError("out", str(out), allowed)
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        raise RequestError("out", str(out), f"a file name of at most {_MAX_NAME_BYTES} bytes")
+    return Path(out).with_name(name + clip_format.suffix)
 
 
 def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
-    """Decoded chunks as uint8 frames on the CPU; one chunk exists at a time."""
+    """Decoded chunks as uint8 frames on the CPU; of pixels, one chunk exists at a time."""
     chunks = engine.decode(latents)
     while True:
         with clock.stage("decode"):
@@ -142,21 +148,8 @@ def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Fram
             return
         with clock.stage("to_cpu"):
             frames = to_uint8(chunk).cpu().numpy()
+        del chunk
         yield frames
-
-
-def _encode(frames: Iterator[Frames], clip_format: ClipFormat, out: Path, clock: StageClock) -> tuple[Path, str]:
-    path = out.with_name(out.name + clip_format.suffix)
-    digest = FrameHash()
-    writer = open_writer(path, clip_format)
-    with writer:
-        for chunk in frames:
-            digest.update(chunk)
-            with clock.stage("encode"):
-                writer.write(chunk)
-        with clock.stage("encode"):
-            writer.close()
-    return path, digest.hexdigest()
 
 
 @dataclass
@@ -211,20 +204,22 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         Cosmos3Error: it cannot be done.
     """
+    request = request_of(options)
+    # Before gigabytes are read.
+    num_steps = resolve(request, CheckpointLayout.open(options.checkpoint)).num_inference_steps
     groups, device = _join_ranks(options)
+    progress = Progress()
     try:
         clock = StageClock(device)
         with clock.stage("model_load"):
             dtype = None if options.dtype is None else DTYPES[checks.choice("dtype", options.dtype, tuple(DTYPES))]
             engine = Engine(options.checkpoint, dtype=dtype, device=device, groups=groups)
-        request = request_of(options)
         with engine:
             if groups.rank > 0:
                 # Every rank takes part in the denoising and has its result; one of them writes the file.
                 generate(engine, request, output="latent")
                 return
-            progress = Progress()
-            progress.start(resolve(request, engine.layout).num_inference_steps, "denoising")
+            progress.start(num_steps, "denoising")
             result = generate(
                 engine,
                 request,
@@ -232,11 +227,12 @@ def run(options: argparse.Namespace) -> None:
                 on_step=lambda event: progress.update(event.step),
                 crf=18 if options.crf is None else options.crf,
             )
-            progress.close()
+        progress.close()
         for note in result.request.notes:
             print(f"note: {note}", file=sys.stderr)
         _report(result, {**clock.timings_s, **result.timings_s})
     finally:
+        progress.close()
         close_groups()
 
 

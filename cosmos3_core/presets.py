@@ -58,6 +58,7 @@ class Limits:
 
     Attributes:
         max_num_frames: 50 s at 24 fps, four times the longest clip NVIDIA documents (300 frames).
+        max_side_pixels: what an H.264 encoder takes.
         max_num_inference_steps: one per training timestep.
         max_guidance_scale: as in vLLM-Omni's API.
         max_prompt_chars: three times NVIDIA's structured negative prompt (14,850 characters).
@@ -65,6 +66,7 @@ class Limits:
     """
 
     max_num_frames: int = 1201
+    max_side_pixels: int = 16_384
     max_num_inference_steps: int = 1000
     max_guidance_scale: float = 20.0
     min_flow_shift: float = 0.001

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import read_negative_prompt
 from cosmos3_core.errors import CorruptFileError, MissingFileError, RequestError
 from cosmos3_core.presets import LIMITS
-from cosmos3_core.request import DIFFUSERS_BEHAVIOUR, NATIVE_BEHAVIOUR, NEGATIVE_METADATA, ResolvedRequest
+from cosmos3_core.request import (
+    BEHAVIOURS,
+    DIFFUSERS_BEHAVIOUR,
+    NATIVE_BEHAVIOUR,
+    NEGATIVE_METADATA,
+    ResolvedRequest,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +85,9 @@ class Cosmos3Processor:
         height, width: pixels.
         append_metadata: tell the model duration, frame rate and resolution: as sentences behind a plain prompt, as
             keys of a JSON one.
-        use_system_prompt: put the training system prompt first.
+        use_system_prompt: put the training system prompt first; None: only under ``compat="diffusers"``.
         negative_metadata: on the negative prompt, always as sentences: ``same`` as on the positive, ``none``, or
-            ``inverse`` ("is not ... seconds long").
+            ``inverse`` ("is not ... seconds long"); None: ``same``, ``inverse`` under ``compat="diffusers"``.
         compat: ``diffusers`` puts sentences behind JSON prompts too, and its default negative prompt is empty.
         tokenizer: an already loaded one, to share between processors.
 
@@ -98,19 +104,24 @@ class Cosmos3Processor:
         height: int = 720,
         width: int = 1280,
         append_metadata: bool = True,
-        use_system_prompt: bool = False,
-        negative_metadata: str = "same",
+        use_system_prompt: bool | None = None,
+        negative_metadata: str | None = None,
         compat: str = NATIVE_BEHAVIOUR,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if negative_metadata not in NEGATIVE_METADATA:
-            raise RequestError("negative_metadata", negative_metadata, f"one of {list(NEGATIVE_METADATA)}")
+        like_diffusers = checks.choice("compat", compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
+        checks.real("fps", fps, LIMITS.min_fps, LIMITS.max_fps)
+        checks.integer("num_frames", num_frames, 1, LIMITS.max_num_frames)
+        checks.integer("height", height, 1, LIMITS.max_side_pixels)
+        checks.integer("width", width, 1, LIMITS.max_side_pixels)
         path = Path(tokenizer_dir)
         self.tokenizer_dir = path / "text_tokenizer" if (path / "model_index.json").exists() else path
         self.fps, self.num_frames, self.height, self.width = fps, num_frames, height, width
         self.append_metadata = append_metadata
-        self.use_system_prompt = use_system_prompt
-        self.negative_metadata = negative_metadata
+        # diffusers' own default; a checkpoint that says otherwise is asked in `resolve`.
+        self.use_system_prompt = like_diffusers if use_system_prompt is None else use_system_prompt
+        metadata = ("inverse" if like_diffusers else "same") if negative_metadata is None else negative_metadata
+        self.negative_metadata = checks.choice("negative_metadata", metadata, NEGATIVE_METADATA)
         self.compat = compat
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(self.tokenizer_dir)
 
@@ -169,16 +180,6 @@ class Cosmos3Processor:
     def _is_image(self) -> bool:
         return self.num_frames == 1
 
-    @cached_property
-    def _closing_ids(self) -> list[int]:
-        """End of turn, then the token that opens the generated part; both count as text."""
-        start = self.tokenizer.convert_tokens_to_ids("<|vision_start|>")
-        if start is None or start == self.tokenizer.unk_token_id:
-            raise CorruptFileError(self.tokenizer_dir, "the tokenizer has no <|vision_start|> token")
-        if self.tokenizer.eos_token_id is None:
-            raise CorruptFileError(self.tokenizer_dir, "the tokenizer has no end-of-sequence token")
-        return [self.tokenizer.eos_token_id, start]
-
     def _negative(self, negative_prompt: str | None) -> tuple[str, str]:
         if negative_prompt is None and self.compat == DIFFUSERS_BEHAVIOUR:
             negative_prompt = ""
@@ -233,7 +234,7 @@ class Cosmos3Processor:
         encoded = self.tokenizer.apply_chat_template(
             conversation, tokenize=True, add_generation_prompt=True, add_vision_id=False, return_dict=True
         )
-        ids = [*encoded["input_ids"], *self._closing_ids]
+        ids = [*encoded["input_ids"], *closing_ids(self.tokenizer, self.tokenizer_dir)]
         if len(ids) > LIMITS.max_text_tokens:
             raise RequestError(
                 name, text, f"at most {LIMITS.max_text_tokens} tokens, this is {len(ids)}", "Shorten it."
@@ -260,7 +261,22 @@ def load_tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
         raise CorruptFileError(tokenizer_dir, f"not a readable tokenizer: {error}") from error
     if not tokenizer.chat_template:
         raise CorruptFileError(tokenizer_dir, "the tokenizer has no chat template", "Add its chat_template.jinja.")
+    closing_ids(tokenizer, tokenizer_dir)
     return tokenizer
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path) -> list[int]:
+    """End of turn, then the token that opens the generated part; both count as text.
+
+    Raises:
+        CorruptFileError: the tokenizer lacks one of them.
+    """
+    start = tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    if start is None or start == tokenizer.unk_token_id:
+        raise CorruptFileError(tokenizer_dir, "the tokenizer has no <|vision_start|> token")
+    if tokenizer.eos_token_id is None:
+        raise CorruptFileError(tokenizer_dir, "the tokenizer has no end-of-sequence token")
+    return [tokenizer.eos_token_id, start]
 
 
 def _json_object(prompt: str) -> dict[str, Any] | None:
@@ -268,6 +284,6 @@ def _json_object(prompt: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(prompt)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

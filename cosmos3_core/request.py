@@ -122,20 +122,23 @@ def resolve(request: GenerationRequest, layout: CheckpointLayout) -> ResolvedReq
     if num_frames != asked_frames:
         rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
         notes = (f"num_frames={asked_frames} was rounded up to {num_frames}: {rule}",)
-    height = checks.pixels("height", _or(request.height, preset.height), layout.geometry.spatial)
-    width = checks.pixels("width", _or(request.width, preset.width), layout.geometry.spatial)
+    height = checks.pixels(
+        "height", _or(request.height, preset.height), layout.geometry.spatial, LIMITS.max_side_pixels
+    )
+    width = checks.pixels("width", _or(request.width, preset.width), layout.geometry.spatial, LIMITS.max_side_pixels)
     _check_token_budget(num_frames, height, width, layout)
 
     steps = _or(request.num_inference_steps, preset.num_inference_steps)
     guidance_scale = _or(request.guidance_scale, preset.guidance_scale)
-    flow_shift = _or(request.flow_shift, layout.scheduler.flow_shift if like_diffusers else preset.flow_shift)
     schedule = checks.choice("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"), SCHEDULE_NAMES)
+    as_shipped = like_diffusers or schedule == SHIPPED
+    flow_shift = _or(request.flow_shift, shipped_flow_shift(layout) if as_shipped else preset.flow_shift)
     system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
     negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
     return ResolvedRequest(
         mode=mode,
         prompt=request.prompt,
-        negative_prompt=_or(request.negative_prompt, "" if like_diffusers else None),
+        negative_prompt=request.negative_prompt,
         num_frames=num_frames,
         height=height,
         width=width,
@@ -156,6 +159,13 @@ def resolve(request: GenerationRequest, layout: CheckpointLayout) -> ResolvedReq
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def shipped_flow_shift(layout: CheckpointLayout) -> float:
+    """The shift that goes with :func:`shipped_schedule`."""
+    if layout.use_native_flow_schedule and layout.native_flow_shift is not None:
+        return layout.native_flow_shift
+    return layout.scheduler.flow_shift
 
 
 def shipped_schedule(layout: CheckpointLayout) -> str:

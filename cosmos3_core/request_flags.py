@@ -25,7 +25,6 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--use-karras-sigmas",
         choices=tuple(_SCHEDULES),
-        default="false",
         help="noise schedule: false = native (default), true = karras, auto = what the checkpoint ships",
     )
     add("--fps", type=float, help="24")
@@ -60,7 +59,7 @@ def request_of(options: argparse.Namespace) -> GenerationRequest:
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         flow_shift=options.flow_shift,
-        schedule=None if options.compat == "diffusers" else _SCHEDULES[options.use_karras_sigmas],
+        schedule=None if options.use_karras_sigmas is None else _SCHEDULES[options.use_karras_sigmas],
         seed=options.seed,
         compat=options.compat,
     )

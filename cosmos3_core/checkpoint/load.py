@@ -19,6 +19,29 @@ from cosmos3_core.vae.video import VideoVAE
 _VIDEO_ENCODER = ("encoder.*", "quant_conv.*")
 
 
+def check_weights(layout: CheckpointLayout) -> None:
+    """Read the headers of every component's files and compare them with the configs; reads no tensor.
+
+    Raises:
+        CheckpointError: the files are missing, damaged or of another shape.
+    """
+    _transformer_files(layout)
+    _video_vae_files(layout, with_encoder=True)
+
+
+def _transformer_files(layout: CheckpointLayout) -> WeightFiles:
+    files = WeightFiles.open(layout.component_dir("transformer"))
+    # Named as unused or of a modality that this version lacks: may be absent, and is never read.
+    check_tensors(files, transformer_tensors(layout.transformer), optional=unused_tensors(layout.transformer))
+    return files
+
+
+def _video_vae_files(layout: CheckpointLayout, *, with_encoder: bool) -> WeightFiles:
+    files = WeightFiles.open(layout.component_dir("vae"))
+    check_tensors(files, video_vae_tensors(layout.vae), optional=() if with_encoder else _VIDEO_ENCODER)
+    return files
+
+
 def load_transformer(
     layout: CheckpointLayout,
     *,
@@ -40,9 +63,7 @@ def load_transformer(
         CheckpointError: the files are missing, damaged or of another shape.
         RequestError: the heads do not divide by the shard's size; an unknown operator or implementation.
     """
-    files = WeightFiles.open(layout.component_dir("transformer"))
-    # Named as unused or of a modality that this version lacks: may be absent, and is never read.
-    check_tensors(files, transformer_tensors(layout.transformer), optional=unused_tensors(layout.transformer))
+    files = _transformer_files(layout)
     dtype = dtype if dtype is not None else files.dtype
     config = local_config(layout.transformer, shard.num_shards)
     with torch.device("meta"):
@@ -65,8 +86,7 @@ def load_video_vae(
     Raises:
         CheckpointError: the files are missing, damaged or of another shape.
     """
-    files = WeightFiles.open(layout.component_dir("vae"))
-    check_tensors(files, video_vae_tensors(layout.vae), optional=() if with_encoder else _VIDEO_ENCODER)
+    files = _video_vae_files(layout, with_encoder=with_encoder)
     with torch.device("meta"):
         vae = VideoVAE(layout.vae, with_encoder=with_encoder)
     plans = [ParameterPlan(name, (name,)) for name, _ in vae.named_parameters()]

@@ -66,5 +66,5 @@ class OutputFile:
 
     def discard(self) -> None:
         """Remove what was written, if anything; harmless after :meth:`commit`."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # not there, or never could be: a name too long
             self.path.unlink()

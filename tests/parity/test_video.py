@@ -124,10 +124,16 @@ def test_every_intermediate_equals_diffusers(
         engine.denoiser.transformer.velocity = model_velocity  # type: ignore[method-assign]
 
     conditional, unconditional = engine.tokenize(result.request)
-    assert conditional.text_ids[0].tolist() == reference.text_ids
-    assert unconditional.text_ids[0].tolist() == reference.negative_text_ids
+    assert list(conditional.ids) == reference.text_ids
+    assert list(unconditional.ids) == reference.negative_text_ids
 
     num_branches = 1 if case.guidance_scale == 1.0 else 2
+    config, geometry = engine.layout.transformer, engine.layout.geometry
+    grid = geometry.token_grid(geometry.latent_shape(result.request.num_frames, case.height, case.width))
+    ours = grid_positions(grid, fps=case.fps, temporal=geometry.temporal, config=config)
+    for prompt, theirs in zip((conditional, unconditional)[:num_branches], reference.position_ids, strict=False):
+        placed = after_text(ours, len(prompt.ids), config)
+        assert torch.equal(torch.cat((text_positions(len(prompt.ids)), placed), dim=1), theirs.float())
     assert len(velocities) == len(reference.velocities) == num_branches * case.steps
     for branch in range(num_branches):
         assert relative_difference(velocities[branch], reference.velocities[branch]) <= TOLERANCE
