@@ -60,11 +60,6 @@ class Geometry:
         """Latent frames -> pixel frames that they decode to."""
         return (num_latent_frames - 1) * self.temporal + 1
 
-    def num_new_pixel_frames(self, first_latent_frame: int, num_latent_frames: int) -> int:
-        """Pixel frames that latent frames [first, first + num) add to a clip decoded up to ``first``."""
-        end = self.num_pixel_frames(first_latent_frame + num_latent_frames)
-        return end - (self.num_pixel_frames(first_latent_frame) if first_latent_frame else 0)
-
     def token_grid(self, latent: LatentShape) -> TokenGrid:
         """Latent grid -> token grid, rows and columns padded up to whole patches."""
         return TokenGrid(latent.num_frames, -(-latent.height // self.patch), -(-latent.width // self.patch))

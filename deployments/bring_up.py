@@ -45,8 +45,9 @@ _PATIENCE_S = 5.0
 # Between Serve's word that every replica runs and the first answer over HTTP.
 _HTTP_S = 60.0
 _STATUS_S = 30.0
-# Longer than Serve itself waits for requests under way.
+# For ending an app and Serve, each. The long one is more than Serve itself waits for requests under way.
 _STOP_S = 90.0
+_STOP_ALONE_S = 5.0
 _SIGNAL_S = 0.2
 
 
@@ -97,33 +98,20 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
         room = Room(placement)
         if placement.is_alone and (lack := missing(needs, room.free())):
             raise StartError(f"{lack} Choose another --config, or set --num-cpus: a count, not a limit.")
-        is_found = _is_serve_running()
-        with (
-            _found_serve() if is_found else _own_serve(config.http, placement) as url,
-            _submitted(config, is_deleted=is_found),
-        ):
+        with _serve(config.http, placement) as url, _submitted(config, placement):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)
             _await_http(url)
             yield RunningApp(config.name, url, time.monotonic() - start_s)
 
 
-def _is_serve_running() -> bool:
+@contextmanager
+def _serve(http: Http, placement: Placement) -> Iterator[str]:
+    """A running Serve, found or started; yields the URL of its HTTP side."""
     with in_time(_STATUS_S):
         status = serve.status()
-    return bool(status.proxies or status.applications)
-
-
-@contextmanager
-def _found_serve() -> Iterator[str]:
-    """The Serve of the cluster; yields the URL of its HTTP side, which cannot be changed while it runs."""
-    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    options = ray.get(controller.get_http_config.remote(), timeout=_STATUS_S)
-    yield _url(options.host, options.port)
-
-
-@contextmanager
-def _own_serve(http: Http, placement: Placement) -> Iterator[str]:
-    """A Serve that is started and shut down; yields the URL of its HTTP side."""
+    if status.proxies or status.applications:
+        yield _url(*_http_in_force())
+        return
     port = _free_port(http)
     is_in_a_hurry = False
     try:
@@ -137,17 +125,25 @@ def _own_serve(http: Http, placement: Placement) -> Iterator[str]:
         raise
     finally:
         if not is_in_a_hurry:
-            _stop(serve.shutdown)
+            _stop(serve.shutdown, placement)
 
 
-def _stop(call: Callable[[], None]) -> None:
-    """Stop stages that may still be busy; requests under way get the time."""
+def _stop(call: Callable[[], None], placement: Placement) -> None:
+    """Stop stages that may still be busy. On a cluster they get the time; else requests under way are lost anyway."""
     # It takes a moment until Ray is seen to end when the whole process group got the signal that ends this process.
     time.sleep(_SIGNAL_S)
     if is_ray_alive():
+        limit_s = _STOP_ALONE_S if placement.is_alone else _STOP_S
         # Serve's controller ends while it answers, which Ray reports on stdout as a failed task.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(LostError, *RAY_FAILURES), in_time(_STOP_S):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(LostError, *RAY_FAILURES), in_time(limit_s):
             call()
+
+
+def _http_in_force() -> tuple[str, int]:
+    """Host and port of the Serve that was found; they cannot be changed while it runs."""
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    options = ray.get(controller.get_http_config.remote(), timeout=_STATUS_S)
+    return options.host, options.port
 
 
 def _url(host: str, port: int) -> str:
@@ -169,8 +165,8 @@ def _free_port(http: Http) -> int:
 
 
 @contextmanager
-def _submitted(config: AppConfig, *, is_deleted: bool) -> Iterator[None]:
-    """The application: submitted to Serve, its replicas starting; deleted in the end, or left to Serve's own end."""
+def _submitted(config: AppConfig, placement: Placement) -> Iterator[None]:
+    """The application: submitted to Serve, its replicas starting."""
     with in_time(_STATUS_S):
         applications = serve.status().applications
     if config.name in applications:
@@ -183,8 +179,7 @@ def _submitted(config: AppConfig, *, is_deleted: bool) -> Iterator[None]:
             raise StartError(f"Serve refused the app: {reason(error)}") from None
         yield
     finally:
-        if is_deleted:
-            _stop(lambda: serve.delete(config.name))
+        _stop(lambda: serve.delete(config.name), placement)
 
 
 def _application(name: str) -> Any:

@@ -177,7 +177,7 @@ def _serve(options: argparse.Namespace) -> int:
             _say(f"    -d '{json.dumps(_EXAMPLE)}'")
             app.watch()
         except KeyboardInterrupt:
-            _say("stopping; requests under way may finish, Ctrl-C again ends them ...")
+            _say("stopping ...")
     _say("stopped")
     return 0
 

@@ -139,13 +139,21 @@ def in_time(timeout_s: float) -> Iterator[None]:
         LostError: it was not done in time.
     """
 
+    is_late = False
+
     def give_up(number: int, frame: object) -> None:
-        raise LostError(f"Serve has not answered for {timeout_s:g} s")
+        nonlocal is_late
+        is_late = True
+        raise KeyboardInterrupt  # the one exception that Ray lets out of its calls
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
         yield
+    except KeyboardInterrupt:
+        if is_late:
+            raise LostError(f"Serve has not answered for {timeout_s:g} s") from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -55,26 +55,6 @@ def test_rounding_up_in_numbers(asked, given):
     assert WAN22.round_up_num_frames(asked) == given
 
 
-@pytest.mark.parametrize("geometry", [WAN22, OTHER])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 48])
-def test_chunks_of_a_clip_add_up_to_the_clip(geometry, chunk):
-    """Decoding 1, then ``chunk`` latent frames at a time yields each pixel frame once."""
-    num_latent_frames = 48
-    starts = [0, *range(1, num_latent_frames, chunk)]
-    counts = [min(end, num_latent_frames) - start for start, end in zip(starts, [*starts[1:], 48], strict=True)]
-    pixels = [geometry.num_new_pixel_frames(start, count) for start, count in zip(starts, counts, strict=True)]
-    assert sum(pixels) == geometry.num_pixel_frames(num_latent_frames)
-    assert pixels[0] == 1
-    assert pixels[1] == counts[1] * geometry.temporal
-
-
-def test_new_frames_in_numbers():
-    assert WAN22.num_new_pixel_frames(0, 1) == 1
-    assert WAN22.num_new_pixel_frames(0, 3) == 9
-    assert WAN22.num_new_pixel_frames(1, 1) == 4
-    assert WAN22.num_new_pixel_frames(5, 2) == 8
-
-
 def test_patches_cover_the_grid_and_no_more():
     for rows in range(1, 40):
         grid = OTHER.token_grid(LatentShape(2, rows, 1))

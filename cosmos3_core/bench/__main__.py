@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
+from cosmos3_core import checks
 from cosmos3_core.bench.ours import Ours
 from cosmos3_core.bench.report import Row, table
 from cosmos3_core.bench.subject import RANDOM_MODELS, Subject, Work, checkpoint_subject, random_subject
 from cosmos3_core.bench.theirs import VERSION, Theirs
 from cosmos3_core.device import DTYPES, describe, resolve_device, synchronize
-from cosmos3_core.errors import Cosmos3Error
+from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.pixels import Frames, to_uint8
+from cosmos3_core.presets import LIMITS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +44,10 @@ def _run(options: argparse.Namespace) -> int:
     else:
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
         subject = random_subject(options.random_weights, device, dtype or default)
+    for side in ("height", "width"):
+        checks.pixels(side, getattr(options, side), subject.geometry.spatial, LIMITS.max_side_pixels)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise RequestError("json", str(options.json), "a file in an existing directory")
     work = Work(
         num_frames=subject.geometry.round_up_num_frames(options.num_frames),
         height=options.height,
@@ -124,11 +130,13 @@ def measure(subject: Subject, work: Work, *, compare: bool) -> list[Row]:
 
     latents = torch.randn((1, subject.geometry.channels, *subject.latent_shape(work)), device=subject.device)
     frame = torch.rand((1, 3, 1, work.height, work.width), device=subject.device) * 2 - 1
-    for run in range(-1, max(work.runs // 2, 1)):
+    # First, then the chunk that fills the caches, then those like all that follow; the last may be shorter.
+    num_following = subject.latent_shape(work).num_frames - 1
+    for run in range(-1, work.runs):
         chunks = ours.vae.decode(latents, chunk_latents=work.chunk_latents)
         watch.ours("decode, first chunk", run, next, chunks)
-        # The second chunk fills the caches; the third is like all that follow.
-        if next(chunks, None) is not None and work.num_frames > subject.geometry.num_pixel_frames(2):
+        if num_following >= 2 * work.chunk_latents:
+            next(chunks)
             watch.ours("decode, each later chunk", run, next, chunks)
         watch.ours("decode, whole clip", run, ours.decode_all, latents)
         watch.ours("encode of one frame (VAE)", run, ours.encode_frame, frame)
@@ -138,7 +146,8 @@ def measure(subject: Subject, work: Work, *, compare: bool) -> list[Row]:
 
     frames = to_uint8(ours.decode_all(latents)).cpu().numpy()
     with tempfile.TemporaryDirectory() as directory:
-        watch.ours("encode of the clip (mp4)", 0, _write_mp4, frames, Path(directory) / "clip.mp4")
+        for run in range(-1, work.runs):
+            watch.ours("encode of the clip (mp4)", run, _write_mp4, frames, Path(directory) / "clip.mp4")
     return list(watch.rows.values())
 
 

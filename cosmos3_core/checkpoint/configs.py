@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,22 @@ from cosmos3_core.errors import CapabilityError, CorruptFileError, MissingFileEr
 from cosmos3_core.shapes import Geometry
 
 _Config = TypeVar("_Config")
+
+# Prompts may take half of this, clips the rest.
+_MIN_POSITIONS = 32_768
+
+# Switches of diffusers' UniPC scheduler that change the mathematics; other values than these are not offered.
+_SCHEDULER_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "use_beta_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
+    "predict_x0": (True, None),
+    "lower_order_final": (True, None),
+    "disable_corrector": ([], None),
+    "final_sigmas_type": ("zero", None),
+    "thresholding": (False, None),
+    "shift_terminal": (None,),
+}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -60,6 +77,13 @@ def _build(cls: type[_Config], path: Path, raw: dict[str, Any]) -> _Config:
             value = float(value)
         known[item.name] = value
     return cls(**known)
+
+
+def _check_positive(path: Path, config: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:  # NaN fails the comparison
+            raise CorruptFileError(path, f"{name} is {value!r}, not a finite number above 0")
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -120,6 +144,27 @@ class TransformerConfig:
         return config
 
     def _check(self, path: Path) -> None:
+        sizes: tuple[str, ...] = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        sizes += (
+            "intermediate_size",
+            "vocab_size",
+            "latent_channel",
+            "latent_patch_size",
+            "rms_norm_eps",
+            "rope_theta",
+        )
+        sizes += ("base_fps", "timestep_scale")
+        _check_positive(path, self, sizes)
+        if self.max_position_embeddings < _MIN_POSITIONS:
+            raise CorruptFileError(
+                path, f"max_position_embeddings={self.max_position_embeddings} is below {_MIN_POSITIONS}"
+            )
         if self.hidden_act not in ("silu", "relu2"):
             raise CorruptFileError(path, f"hidden_act is {self.hidden_act!r}, known are 'silu' and 'relu2'")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -178,6 +223,10 @@ class VideoVAEConfig:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(config, name)) != config.z_dim:
                 raise CorruptFileError(path, f"{name} has {len(getattr(config, name))} values, z_dim is {config.z_dim}")
+        if not all(0 < std < math.inf for std in config.latents_std) or not all(
+            map(math.isfinite, config.latents_mean)
+        ):
+            raise CorruptFileError(path, "latents_mean and latents_std are not finite numbers, the latter above 0")
         if len(config.temperal_downsample) != len(config.dim_mult) - 1:
             raise CorruptFileError(
                 path,
@@ -242,6 +291,10 @@ class SchedulerConfig:
         raw = read_json_object(path)
         name = raw.get("_class_name", "UniPCMultistepScheduler")
         config = _build(cls, path, raw)
+        _check_positive(path, config, ("num_train_timesteps", "flow_shift", "sigma_min", "sigma_max"))
+        for switch, offered in _SCHEDULER_SWITCHES.items():
+            if raw.get(switch) not in offered:
+                raise CapabilityError(f"scheduler.{switch}", raw[switch], repr(offered[0]), f"Given in {path}.")
         is_unipc = name in ("UniPCMultistepScheduler", "Cosmos3EdgeUniPCMultistepScheduler")
         solver = (config.solver_order, config.solver_type, config.prediction_type, config.use_flow_sigmas)
         if not is_unipc or solver != (2, "bh2", "flow_prediction", True):
@@ -249,7 +302,7 @@ class SchedulerConfig:
                 "scheduler",
                 f"{name}, order {solver[0]} {solver[1]}, {solver[2]}",
                 "UniPCMultistepScheduler of order 2 (bh2) on flow predictions",
-                "Distilled checkpoints are not offered yet.",
+                f"Distilled checkpoints are not offered yet ({path}).",
             )
         return config
 

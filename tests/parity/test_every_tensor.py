@@ -110,6 +110,14 @@ def test_every_video_decoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> 
     assert unnoticed(perturbed, names, pixels) == []
 
 
+def test_every_other_component_is_listed(tiny_nano: Path) -> None:
+    """Components whose tensors nothing reads yet; the sound tokenizer leaves the list with sound."""
+    with_weights = {path.parent.name for path in tiny_nano.rglob("*.safetensors")}
+    assert with_weights - {"transformer", "vae"} == {"sound_tokenizer"}
+    names = load_file(tiny_nano / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(name.startswith(("encoder.", "quant_conv.", "decoder.", "post_quant_conv.")) for name in names)
+
+
 def test_every_video_encoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:
     perturbed = Perturbed(tiny_nano, "vae", tmp_path)
     layout = CheckpointLayout.open(perturbed.root)
