@@ -45,9 +45,10 @@ _PATIENCE_S = 5.0
 # Between Serve's word that every replica runs and the first answer over HTTP.
 _HTTP_S = 60.0
 _STATUS_S = 30.0
-# For ending an app and Serve, each. The long one is more than Serve itself waits for requests under way.
+# A cluster's app may finish its requests, for which Serve waits a minute. An app that did not come up has none, and a
+# Ray of our own ends with the app: there Serve cuts them off all the same.
 _STOP_S = 90.0
-_STOP_ALONE_S = 5.0
+_STOP_SOON_S = 5.0
 _SIGNAL_S = 0.2
 
 
@@ -98,14 +99,24 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
         room = Room(placement)
         if placement.is_alone and (lack := missing(needs, room.free())):
             raise StartError(f"{lack} Choose another --config, or set --num-cpus: a count, not a limit.")
-        with _serve(config.http, placement) as url, _submitted(config, placement):
+        patience = _Patience()
+        with _serve(config.http, placement, patience) as url, _submitted(config, patience):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)
             _await_http(url)
+            if not placement.is_alone:
+                patience.stop_s = _STOP_S
             yield RunningApp(config.name, url, time.monotonic() - start_s)
 
 
+@dataclass
+class _Patience:
+    """How long to wait for the end of an app and of Serve, each; what was asked to end goes on doing so after that."""
+
+    stop_s: float = _STOP_SOON_S
+
+
 @contextmanager
-def _serve(http: Http, placement: Placement) -> Iterator[str]:
+def _serve(http: Http, placement: Placement, patience: _Patience) -> Iterator[str]:
     """A running Serve, found or started; yields the URL of its HTTP side."""
     with in_time(_STATUS_S):
         status = serve.status()
@@ -125,18 +136,21 @@ def _serve(http: Http, placement: Placement) -> Iterator[str]:
         raise
     finally:
         if not is_in_a_hurry:
-            _stop(serve.shutdown, placement)
+            _stop(serve.shutdown, patience)
 
 
-def _stop(call: Callable[[], None], placement: Placement) -> None:
-    """Stop stages that may still be busy. On a cluster they get the time; else requests under way are lost anyway."""
+def _stop(call: Callable[[], None], patience: _Patience) -> None:
     # It takes a moment until Ray is seen to end when the whole process group got the signal that ends this process.
     time.sleep(_SIGNAL_S)
-    if is_ray_alive():
-        limit_s = _STOP_ALONE_S if placement.is_alone else _STOP_S
+    if not is_ray_alive():
+        return
+    with (
         # Serve's controller ends while it answers, which Ray reports on stdout as a failed task.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(LostError, *RAY_FAILURES), in_time(limit_s):
-            call()
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(LostError, *RAY_FAILURES),
+        in_time(patience.stop_s),
+    ):
+        call()
 
 
 def _http_in_force() -> tuple[str, int]:
@@ -165,7 +179,7 @@ def _free_port(http: Http) -> int:
 
 
 @contextmanager
-def _submitted(config: AppConfig, placement: Placement) -> Iterator[None]:
+def _submitted(config: AppConfig, patience: _Patience) -> Iterator[None]:
     """The application: submitted to Serve, its replicas starting."""
     with in_time(_STATUS_S):
         applications = serve.status().applications
@@ -179,7 +193,7 @@ def _submitted(config: AppConfig, placement: Placement) -> Iterator[None]:
             raise StartError(f"Serve refused the app: {reason(error)}") from None
         yield
     finally:
-        _stop(lambda: serve.delete(config.name), placement)
+        _stop(lambda: serve.delete(config.name), patience)
 
 
 def _application(name: str) -> Any:

@@ -167,7 +167,7 @@ def _serve(options: argparse.Namespace) -> int:
     from deployments.bring_up import running
     from deployments.ray_session import Placement
 
-    address = options.ray_address or os.environ.get("RAY_ADDRESS")
+    address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
     _say(f"starting {config.name} with {config.checkpoint} ...")
     with no_leftovers(os.environ), running(config, placement, _say) as app:

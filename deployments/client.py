@@ -90,7 +90,7 @@ def connect(app_name: str = "cosmos3") -> Client:
     ``RAY_ADDRESS`` names or that runs on this machine.
 
     Raises:
-        StageFailed: there is no such cluster or no such app.
+        StageFailed: there is no such cluster, it refuses this process, or no such app runs in it.
     """
     import ray
     from ray import serve
@@ -100,5 +100,8 @@ def connect(app_name: str = "cosmos3") -> Client:
         if not ray.is_initialized():
             ray.init(address="auto", log_to_driver=False)
         return Client(serve.get_deployment_handle("Director", app_name=app_name))
-    except (ConnectionError, RayServeException) as error:
-        raise StageFailed("director", 1, f"no app {app_name!r} is running: {error}") from None
+    except ConnectionError as error:
+        raise StageFailed("director", 1, f"no Ray cluster could be joined; set RAY_ADDRESS: {error}") from None
+    except (KeyError, RayServeException) as error:
+        address = ray.get_runtime_context().gcs_address
+        raise StageFailed("director", 1, f"no app {app_name!r} runs in the Ray cluster at {address}: {error}") from None

@@ -100,8 +100,10 @@ def _init(placement: Placement) -> None:
     except SystemExit:  # Ray's answer to SIGTERM while it starts
         raise KeyboardInterrupt from None
     except RAY_FAILURES as error:
-        what = "start Ray" if placement.ray_address is None else f"join the Ray cluster at {placement.ray_address}"
-        raise StartError(f"cannot {what}: {reason(error)}") from None
+        if placement.is_alone:
+            raise StartError(f"Ray did not start: {reason(error)}") from None
+        hint = "Where it wants a token, set RAY_AUTH_MODE=token."
+        raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: {reason(error)}. {hint}") from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
@@ -138,7 +140,6 @@ def in_time(timeout_s: float) -> Iterator[None]:
     Raises:
         LostError: it was not done in time.
     """
-
     is_late = False
 
     def give_up(number: int, frame: object) -> None:
@@ -147,7 +148,7 @@ def in_time(timeout_s: float) -> Iterator[None]:
         raise KeyboardInterrupt  # the one exception that Ray lets out of its calls
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    rest_s, _ = signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
         yield
     except KeyboardInterrupt:
@@ -157,6 +158,7 @@ def in_time(timeout_s: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, rest_s)  # of somebody else's alarm, 0 for none
 
 
 def _endpoint(address: str) -> tuple[str, int] | None:
