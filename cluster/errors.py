@@ -5,6 +5,7 @@
         ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
         ├── StreamClosed      the other end of a clip's stream gave up
         ├── OverloadedError   a bound was reached; try again later
+        ├── ShuttingDown      the app finishes what it has and takes no more
         ├── DeadlineExceeded  the request took longer than it may
         └── StageFailed       a stage failed for good: its tries are used up
 
@@ -67,6 +68,21 @@ class OverloadedError(ClusterError):
 
     def __str__(self) -> str:
         return f"{self.what}: all {self.limit} places are taken; try again in {self.retry_after_s:.0f} s"
+
+
+class ShuttingDown(ClusterError):
+    """The app is being stopped: it finishes the requests that it has and takes no more.
+
+    Args:
+        retry_after_s: when another one may be in its place.
+    """
+
+    def __init__(self, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(retry_after_s)
+
+    def __str__(self) -> str:
+        return f"the app is being stopped and takes no new request; try again in {self.retry_after_s:.0f} s"
 
 
 class DeadlineExceeded(ClusterError):

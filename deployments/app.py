@@ -29,12 +29,13 @@ from deployments.transformer import Transformer
 from deployments.video_vae import VideoVAE
 
 _FULL_QUEUE_RETRY_S = 5
+_SHUTDOWN_POLL_S = 0.1
 
 
 def build_app(config: AppConfig) -> serve.Application:
     """The application for a configuration."""
     checkpoint = str(config.checkpoint)
-    gang = _gang(config)
+    gang = gang_spec(config)
     tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config.tokenizer).bind(checkpoint)
     transformer = (
         _deployment("Transformer", Transformer, config.transformer)
@@ -69,7 +70,13 @@ def build(args: dict[str, Any]) -> serve.Application:
     return build_app(AppConfig.parse(args))
 
 
-def _gang(config: AppConfig) -> GangSpec:
+def gang_spec(config: AppConfig) -> GangSpec:
+    """The gang that one replica of the transformer owns.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        RequestError: the layout does not fit it; names the degrees that do.
+    """
     stage = config.transformer
     layout = Layout(stage.tp, stage.cfg, stage.sp)
     # Refused here, before anything is placed; the message names the degrees that this checkpoint allows.
@@ -88,6 +95,8 @@ def _deployment(name: str, body: type, stage: Stage) -> Any:
         ray_actor_options={"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus},
         max_ongoing_requests=stage.max_ongoing_requests,
         max_queued_requests=stage.max_queued_requests,
+        # Serve looks again after this long whether a stopping replica is idle; its default makes every stop take 2 s.
+        graceful_shutdown_wait_loop_s=_SHUTDOWN_POLL_S,
         graceful_shutdown_timeout_s=stage.graceful_shutdown_timeout_s,
         health_check_period_s=stage.health_check_period_s,
         health_check_timeout_s=stage.health_check_timeout_s,

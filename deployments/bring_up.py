@@ -45,11 +45,18 @@ _PATIENCE_S = 5.0
 # Between Serve's word that every replica runs and the first answer over HTTP.
 _HTTP_S = 60.0
 _STATUS_S = 30.0
-# A cluster's app may finish its requests, for which Serve waits a minute. An app that did not come up has none, and a
-# Ray of our own ends with the app: there Serve cuts them off all the same.
+# A drained app may still be sending its last files. One that did not come up, or is dropped on purpose, has nothing worth
+# a wait.
 _STOP_S = 90.0
 _STOP_SOON_S = 5.0
 _SIGNAL_S = 0.2
+
+
+@dataclass
+class Patience:
+    """How long to wait for the end of an app and of Serve, each; what was asked to end goes on doing so after that."""
+
+    stop_s: float = _STOP_SOON_S
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,16 @@ class RunningApp:
     Attributes:
         name: of the Serve application.
         url: of its HTTP side, as this machine reaches it.
+        ray_address: of the Ray cluster that it runs in.
         start_seconds: the bring-up took.
+        patience: with its end.
     """
 
     name: str
     url: str
+    ray_address: str
     start_seconds: float
+    patience: Patience
 
     def watch(self) -> None:
         """Wait as long as the app is there.
@@ -76,6 +87,40 @@ class RunningApp:
         while True:
             time.sleep(_WATCH_S)
             _application(self.name)
+
+    def drain(self, timeout_s: float, tell: Callable[[str], None]) -> None:
+        """Have the app take no new request, and wait for those that it has.
+
+        Args:
+            timeout_s: for them.
+            tell: takes a line where there is something to wait for.
+
+        Raises:
+            LostError: Serve no longer answers.
+            KeyboardInterrupt: Ctrl-C or SIGTERM.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        has_told = False
+        self._everywhere("Ingress", "drain")
+        while num_running := sum(self._everywhere("Director", "drain")):
+            if time.monotonic() > deadline_s:
+                tell(f"{num_running} requests are not done after {timeout_s:g} s and are dropped")
+                return
+            if not has_told:
+                tell("finishing the requests in hand; Ctrl-C once more drops them")
+                has_told = True
+            time.sleep(_POLL_S)
+        # What is left is on its way to its client; Serve lets a stopping Ingress finish that.
+        self.patience.stop_s = _STOP_S
+
+    def _everywhere(self, stage: str, method: str) -> list[Any]:
+        """What every replica of a stage answers."""
+        try:
+            with in_time(_STATUS_S):
+                results: list[Any] = serve.get_deployment_handle(stage, app_name=self.name).broadcast(method).results()
+                return results
+        except RAY_FAILURES as error:
+            raise LostError(f"the app no longer answers: {reason(error)}") from None
 
 
 @contextmanager
@@ -99,24 +144,16 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
         room = Room(placement)
         if placement.is_alone and (lack := missing(needs, room.free())):
             raise StartError(f"{lack} Choose another --config, or set --num-cpus: a count, not a limit.")
-        patience = _Patience()
+        patience = Patience()
         with _serve(config.http, placement, patience) as url, _submitted(config, patience):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)
             _await_http(url)
-            if not placement.is_alone:
-                patience.stop_s = _STOP_S
-            yield RunningApp(config.name, url, time.monotonic() - start_s)
-
-
-@dataclass
-class _Patience:
-    """How long to wait for the end of an app and of Serve, each; what was asked to end goes on doing so after that."""
-
-    stop_s: float = _STOP_SOON_S
+            address = ray.get_runtime_context().gcs_address
+            yield RunningApp(config.name, url, address, time.monotonic() - start_s, patience)
 
 
 @contextmanager
-def _serve(http: Http, placement: Placement, patience: _Patience) -> Iterator[str]:
+def _serve(http: Http, placement: Placement, patience: Patience) -> Iterator[str]:
     """A running Serve, found or started; yields the URL of its HTTP side."""
     with in_time(_STATUS_S):
         status = serve.status()
@@ -139,7 +176,7 @@ def _serve(http: Http, placement: Placement, patience: _Patience) -> Iterator[st
             _stop(serve.shutdown, patience)
 
 
-def _stop(call: Callable[[], None], patience: _Patience) -> None:
+def _stop(call: Callable[[], None], patience: Patience) -> None:
     # It takes a moment until Ray is seen to end when the whole process group got the signal that ends this process.
     time.sleep(_SIGNAL_S)
     if not is_ray_alive():
@@ -179,7 +216,7 @@ def _free_port(http: Http) -> int:
 
 
 @contextmanager
-def _submitted(config: AppConfig, patience: _Patience) -> Iterator[None]:
+def _submitted(config: AppConfig, patience: Patience) -> Iterator[None]:
     """The application: submitted to Serve, its replicas starting."""
     with in_time(_STATUS_S):
         applications = serve.status().applications

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cluster.gang import bundles
-from deployments.app import _gang
+from deployments.app import gang_spec
 from deployments.config import AppConfig
 
 _KINDS = ("CPU", "GPU")
@@ -20,7 +20,7 @@ def needed(config: AppConfig) -> Resources:
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
     """
-    gang = bundles(_gang(config), config.transformer.num_cpus)
+    gang = bundles(gang_spec(config), config.transformer.num_cpus)
     total = dict.fromkeys(_KINDS, 0.0)
     for stage in (config.ingress, config.director, config.tokenizer, config.transformer, config.vae, config.encoder):
         replica = gang if stage is config.transformer else [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]

@@ -6,6 +6,7 @@ Every subcommand imports what it needs when it runs. Nothing else in this packag
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -175,11 +176,20 @@ def _serve(options: argparse.Namespace) -> int:
             _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
             _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
             _say(f"    -d '{json.dumps(_EXAMPLE)}'")
+            _say(f"  from Python: {_ray_environment(app)} python -c 'from deployments.client import connect; ...'")
             app.watch()
         except KeyboardInterrupt:
             _say("stopping ...")
+            with contextlib.suppress(KeyboardInterrupt):
+                app.drain(config.http.drain_timeout_s, _say)
     _say("stopped")
     return 0
+
+
+def _ray_environment(app: RunningApp) -> str:
+    """What another process needs in its environment to reach the app's Ray cluster."""
+    mode = os.environ.get("RAY_AUTH_MODE")  # set by Ray where it has started itself
+    return f"RAY_ADDRESS={app.ray_address}" + (f" RAY_AUTH_MODE={mode}" if mode else "")
 
 
 def _config(options: argparse.Namespace) -> AppConfig:

@@ -87,7 +87,8 @@ def connect(app_name: str = "cosmos3") -> Client:
     """The running app of that name.
 
     It is looked for in the Ray cluster that this process is connected to; if it is to none, in the one that
-    ``RAY_ADDRESS`` names or that runs on this machine.
+    ``RAY_ADDRESS`` names or that runs on this machine. Where several run on it, name one: ``cosmos3 serve`` prints
+    the environment that leads to its own.
 
     Raises:
         StageFailed: there is no such cluster, it refuses this process, or no such app runs in it.

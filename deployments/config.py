@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -93,6 +93,7 @@ class Http(_Strict):
     port: int = Field(8000, ge=0, le=65535)
     max_body_bytes: int = Field(1 << 20, ge=1, description="of a request")
     request_timeout_s: float = Field(3600, gt=0, description="from acceptance to the last byte")
+    drain_timeout_s: float = Field(120, ge=0, description="for the requests in hand when the app is told to stop")
 
 
 class AppConfig(_Strict):
@@ -146,8 +147,10 @@ class AppConfig(_Strict):
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
+    for depth, key in enumerate(path[:-1], start=1):
         values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{'.'.join(path)}: no such key; {'.'.join(path[:depth])} is a single value")
     values[path[-1]] = value
 
 
@@ -157,7 +160,9 @@ def _fault(fault: Any, root: type[BaseModel]) -> str:
         return f"{where}: {fault['msg']}"
     model: Any = root
     for part in fault["loc"][:-1]:
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        # Of `Autoscaling | None` the model.
+        model = next(iter(kind for kind in get_args(annotation) if kind is not type(None)), annotation)
     near = difflib.get_close_matches(str(fault["loc"][-1]), model.model_fields, n=1)
     return f"{where}: no such key" + (
         f"; did you mean {near[0]}?" if near else f"; known are {sorted(model.model_fields)}"

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.clip_stream import start_clip_streams
-from cluster.errors import OverloadedError
+from cluster.errors import OverloadedError, ShuttingDown
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest, resolve
 from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
@@ -18,6 +18,8 @@ from deployments.walk import Stages, Walk
 
 # A guess for Retry-After until a request has been timed.
 _FIRST_GUESS_S = 5.0
+# What a restart of the app takes, about.
+_RESTART_S = 30.0
 
 
 class Director:
@@ -54,6 +56,7 @@ class Director:
         self._stages = Stages(tokenizer, *streaming)
         self._clips = start_clip_streams(max_clips=4 * max_requests)
         self._num_requests = 0
+        self._is_draining = False
         self._seconds_per_request = _FIRST_GUESS_S
         self._to_close: asyncio.Queue[str] = asyncio.Queue()
         self._closer: asyncio.Task[None] | None = None
@@ -74,14 +77,17 @@ class Director:
         Raises:
             RequestError: the request is wrong.
             OverloadedError: no place is free.
+            ShuttingDown: the app is being stopped.
             DeadlineExceeded, StageFailed: it could not be done.
         """
+        if self._is_draining:
+            raise ShuttingDown(_RESTART_S)
         if self._num_requests >= self._max_requests:
             raise OverloadedError("requests of one Director", self._max_requests, self._seconds_per_request)
         self._num_requests += 1
         start_s = time.monotonic()
         try:
-            limit_s = min(timeout_s or self._request_timeout_s, self._request_timeout_s)
+            limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
             walk = Walk(
                 request=resolve(request, self._layout),
                 context=RequestContext(request_id or uuid.uuid4().hex, time.time() + limit_s, limit_s),
@@ -115,6 +121,11 @@ class Director:
                 parts.append(event.data)
         assert info is not None, "a stream that raises nothing finishes"
         return Generated(b"".join(parts), info)
+
+    async def drain(self) -> int:
+        """Take no new request from now on; returns how many are still running."""
+        self._is_draining = True
+        return self._num_requests
 
     async def num_open_clips(self) -> int:
         """How many clips are between decoder and encoder; 0 when idle."""

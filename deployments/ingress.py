@@ -88,6 +88,7 @@ class Ingress:
         self._max_body_bytes = max_body_bytes
         self._director = director.options(stream=True)
         self._started_s = int(time.time())
+        self._is_draining = False
 
     @api.post("/v1/videos/sync", openapi_extra=_VIDEO_BODY, response_class=Response)
     async def create_video(self, request: Request) -> Response:
@@ -132,6 +133,8 @@ class Ingress:
     @api.get("/ready")
     async def ready(self) -> JSONResponse:
         """200 when every stage has a running replica, else 503 with the stages that have none."""
+        if self._is_draining:
+            return JSONResponse({"status": "shutting down"}, status_code=503, headers={"retry-after": "5"})
         status = await asyncio.to_thread(serve.status)
         deployments = status.applications[self._app_name].deployments
         missing = sorted(name for name, it in deployments.items() if it.replica_states.get("RUNNING", 0) < 1)
@@ -139,3 +142,7 @@ class Ingress:
             body = {"status": "not ready", "waiting_for": missing}
             return JSONResponse(body, status_code=503, headers={"retry-after": "5"})
         return JSONResponse({"status": "ready"})
+
+    async def drain(self) -> None:
+        """Say so at /ready: whoever balances the load sends no more. The Director refuses new requests."""
+        self._is_draining = True

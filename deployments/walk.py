@@ -148,7 +148,7 @@ class Walk:
         encode = self.stages.encoder.encode.remote(context, self.request.clip_format(), self.clips, stream_id)
         try:
             async with following(decode, context, "decode") as decoded, following(encode, context, "encode") as encoded:
-                async for item in _merged(self._forward(decoded, stream_id), _collect(encoded)):
+                async for item in _merged(self._forward(decoded, stream_id), _collect(encoded, context)):
                     self._seconds["decode_encode"] = time.monotonic() - start_s
                     yield item
         finally:
@@ -215,7 +215,7 @@ class _Encoded:
     parts: tuple[MediaPart, ...]
 
 
-async def _collect(encoded: RefStream) -> AsyncIterator[Event | _Encoded]:
+async def _collect(encoded: RefStream, context: RequestContext) -> AsyncIterator[Event | _Encoded]:
     """The encoder's events as they come, then its file in one piece."""
     clip: ClipEncoded | None = None
     parts: list[MediaPart] = []
@@ -227,7 +227,7 @@ async def _collect(encoded: RefStream) -> AsyncIterator[Event | _Encoded]:
         else:
             yield event
     if clip is None or sum(len(part.data) for part in parts) != clip.num_bytes:
-        raise StageFailed("encode", 1, "the encoder's stream ended before the file did")
+        raise StageFailed("encode", context.attempt, "the encoder's stream ended before the file did")
     yield _Encoded(clip, tuple(parts))
 
 

@@ -28,6 +28,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def ray_environment(said: str) -> dict[str, str]:
+    """What `serve` prints for Python clients: its own Ray cluster, whatever others this machine runs."""
+    pairs = re.findall(r"\b(RAY_\w+)=(\S+)", said)
+    assert "RAY_ADDRESS" in dict(pairs)
+    return dict(pairs)
+
+
 def await_ready(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + READY_S
     while time.monotonic() < deadline_s:
@@ -55,12 +62,16 @@ def test_every_block_runs(tmp_path: Path) -> None:
             code = code.replace("make env\n", "").replace(".venv/bin/", f"{BIN}/").replace(":8000", f":{port}")
             if kind == "bash background":
                 command = [*code.split(), "--port", str(port)]
-                server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                with (tmp_path / "serve.txt").open("w") as said:
+                    server = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said)
                 await_ready(port, server)
                 continue
             bash = ["bash", "-euo", "pipefail", "-c", code]
             command = bash if kind == "bash" else [sys.executable, "-c", code]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+            environment = dict(os.environ)
+            if kind == "python" and "connect()" in code:
+                environment |= ray_environment((tmp_path / "serve.txt").read_text())
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     finally:
         if server is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from cluster.errors import ClusterError, DeadlineExceeded, OverloadedError, StageFailed
+from cluster.errors import ClusterError, DeadlineExceeded, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from deployments.errors import typed
 
@@ -33,6 +33,7 @@ class BodyError(Cosmos3Error):
 _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (RequestError, 422, "invalid_field"),
     (OverloadedError, 429, "overloaded"),
+    (ShuttingDown, 503, "shutting_down"),
     (DeadlineExceeded, 504, "deadline_exceeded"),
     (StageFailed, 503, "stage_failed"),
     (ClusterError, 503, "unavailable"),

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from cosmos3_core.media.probe import probe_video
+from deployments.http_client import get
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -174,13 +175,39 @@ def test_the_example_that_serve_prints_works(served: Serving, tmp_path: Path) ->
         assert probe_video(tmp_path / "first.mp4").num_frames == 17
 
 
-def test_ctrl_c_stops_everything(served: Serving) -> None:
+FOLLOW = """
+from cosmos3_core import GenerationRequest
+from deployments.client import connect
+request = GenerationRequest(prompt="x", num_frames=5, height=64, width=64, num_inference_steps=1000)
+for event in connect().stream(request):
+    print(type(event).__name__, flush=True)
+"""
+
+
+def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, tmp_path: Path) -> None:
     url = served.url()
     assert len(served.leftovers()) > 8, "the mark is not inherited"
-    # As a terminal sends it.
-    os.killpg(served.process.pid, signal.SIGINT)
+    # The environment that serve prints leads a process of nothing but Ray's defaults to its cluster.
+    printed = re.search(r"from Python: ((?:RAY_\w+=\S+ )+)python", served.said())
+    assert printed is not None
+    joined = environment() | dict(pair.split("=", 1) for pair in printed[1].split())
+    command = [sys.executable, "-c", FOLLOW]
+    with subprocess.Popen(command, env=joined, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert "StepsDone\n" in client.stdout
+        # As a terminal sends it.
+        os.killpg(served.process.pid, signal.SIGINT)
+        deadline_s = time.monotonic() + DEADLINE_S
+        while get(url, "/ready", timeout_s=60)[0] != 503 and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        refused = cosmos3("generate", "--url", url, *REQUEST, cwd=tmp_path)
+        assert "the app is being stopped and takes no new request" in only_line(refused.stderr)
+        assert client.stdout.read().splitlines()[-2:] == ["Finished", "MediaPart"]
+    assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
-    assert served.said().endswith("stopping ...\nstopped\n")
+    assert served.said().endswith(
+        "stopping ...\nfinishing the requests in hand; Ctrl-C once more drops them\nstopped\n"
+    )
     assert served.leftovers() == []
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
@@ -250,6 +277,14 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
         (
             ["serve", "--checkpoint", "x", "--set", "vae.num_thread=2"],
             "vae.num_thread: no such key; did you mean num_threads?",
+        ),
+        (
+            ["serve", "--checkpoint", "x", "--set", "vae.autoscaling.max_replica=2"],
+            "vae.autoscaling.max_replica: no such key; did you mean max_replicas?",
+        ),
+        (
+            ["serve", "--checkpoint", "x", "--set", "http.port.x=2"],
+            "http.port.x: no such key; http.port is a single value",
         ),
         (["serve", "--checkpoint", "x", "--set", "vae"], "error: set='vae': allowed is KEY=VALUE"),
         (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port: Input should be a valid integer"),
