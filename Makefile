@@ -1,5 +1,5 @@
 # make env        create .venv with the pinned versions (again only when pyproject.toml or constraints.txt changed)
-# make test       the CPU tests that take seconds     make test-all   every test this machine can run
+# make test       the CPU tests (minutes)              make test-all   every test this machine can run
 # make lint       ruff and mypy, changing nothing     make format     let ruff rewrite
 # make demo       the whole graph on this machine: a prompt over HTTP becomes demo.mp4, with a tiny random checkpoint
 # make clean      remove .venv and caches
@@ -42,4 +42,4 @@ format: env
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find cosmos3_core tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find cosmos3_core cluster deployments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,8 +45,8 @@ _PATIENCE_S = 5.0
 # Between Serve's word that every replica runs and the first answer over HTTP.
 _HTTP_S = 60.0
 _STATUS_S = 30.0
-# A drained app may still be sending its last files. One that did not come up, or is dropped on purpose, has nothing worth
-# a wait.
+# A drained app may still be sending its last files. One that did not come up, or is dropped on purpose, has nothing to
+# wait for.
 _STOP_S = 90.0
 _STOP_SOON_S = 5.0
 _SIGNAL_S = 0.2
