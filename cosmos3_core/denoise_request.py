@@ -80,6 +80,13 @@ class DenoiseRequest:
         )
 
     @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the guidance branches that run, the conditional one first."""
+        if needs_two_branches(self.guidance_scale):
+            return self.text_ids, self.negative_text_ids
+        return (self.text_ids,)
+
+    @property
     def fingerprint(self) -> str:
         """Names the request: equal for equal requests in any process. Given noise counts by its values."""
         noise = {

@@ -8,27 +8,34 @@ values: requests can be interleaved, and a state can be resumed by any process t
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cosmos3_core.admission import PromptLedger, PromptOrders, RequestMemory
 from cosmos3_core.checkpoint.configs import SchedulerConfig
 from cosmos3_core.conditioning.state import LatentState
 from cosmos3_core.conditioning.text_to_video import text_to_video
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import RequestError, StateError
 from cosmos3_core.model.rope import RopeTable, after_text, rope_table
-from cosmos3_core.model.text_cache import DEFAULT_MAX_BYTES, TextCache
+from cosmos3_core.model.text_cache import TextCache
 from cosmos3_core.model.towers import TextKV
 from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.parallel.collectives import BranchShare
-from cosmos3_core.sampler.guidance import guide, needs_two_branches
+from cosmos3_core.sampler.guidance import guide
 from cosmos3_core.sampler.schedule import make_schedule
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.sampler.unipc import SolverState, UniPC
 from cosmos3_core.shapes import Geometry
+
+DEFAULT_TEXT_CACHE_BYTES = 4 * 2**30
+
+# fp32 tensors of one latent's size that a request holds: sample, corrected sample, two x0 predictions, initial latents.
+_STATE_TENSORS = 5
 
 
 @dataclass(frozen=True)
@@ -100,18 +107,38 @@ class Denoiser:
         geometry: Geometry,
         scheduler: SchedulerConfig,
         *,
-        text_cache_bytes: int = DEFAULT_MAX_BYTES,
+        text_cache_bytes: int = DEFAULT_TEXT_CACHE_BYTES,
         branch_share: BranchShare | None = None,
     ) -> None:
         self.transformer = transformer
         self.geometry = geometry
         self.scheduler = scheduler
         self._branch_share = branch_share
-        self.text_cache = TextCache(transformer.prefill, text_cache_bytes)
+        self.text_cache = TextCache(transformer.prefill)
+        self._ledger = PromptLedger(text_cache_bytes, self.request_memory.bytes_per_text_token)
+
+    @property
+    def request_memory(self) -> RequestMemory:
+        """What requests hold of this rank's memory."""
+        config, size = self.transformer.config, self.transformer.dtype.itemsize
+        tokens_per_latent = 1 / config.latent_patch_size**2
+        rope_bytes = 2 * config.head_dim * size * tokens_per_latent  # cosines and sines of both branches
+        return RequestMemory(
+            bytes_per_latent=_STATE_TENSORS * config.latent_channel * 4 + math.ceil(rope_bytes),
+            bytes_per_text_token=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size,
+        )
+
+    def forget_prompts(self) -> None:
+        """Drop every kept prompt: the next request prefills."""
+        self.text_cache.drop(self._ledger.forget())
 
     @torch.no_grad()
-    def prepare(self, request: DenoiseRequest) -> DenoisePlan:
+    def prepare(self, request: DenoiseRequest, orders: PromptOrders | None = None) -> DenoisePlan:
         """Prefill the prompts and work out all that does not change from step to step.
+
+        Args:
+            request: what is asked for.
+            orders: what to keep of the prompts and what to drop, from whoever decides for all ranks; None decides here.
 
         Raises:
             RequestError: token ids outside the vocabulary, given noise of another shape, an unknown schedule.
@@ -127,19 +154,20 @@ class Denoiser:
             geometry=self.geometry,
             config=self.transformer.config,
         )
-        prompts = [request.text_ids]
-        if needs_two_branches(request.guidance_scale):
-            prompts.append(request.negative_text_ids)
+        prompts = request.prompts
         # All of them here, though another rank may run one: what is refused is refused alike everywhere.
         for name, prompt in zip(("text_ids", "negative_text_ids"), prompts, strict=False):
             self._check_ids(name, prompt)
         # The branches that run here; where they are shared out, each rank prefills its own prompt only.
         here = range(len(prompts)) if self._branch_share is None else self._branch_share.mine(len(prompts))
+        if orders is None:
+            orders = self._ledger.admit(prompts)
+        texts = self.text_cache.take([prompts[index] for index in here], orders)
         positions = torch.cat([state.positions for state in initial.values()], dim=1)
         device = self.transformer.device
         return DenoisePlan(
             num_branches=len(prompts),
-            branches=tuple(self._branch(prompts[index], positions) for index in here),
+            branches=tuple(self._branch(text, positions) for text in texts),
             guidance_scale=request.guidance_scale,
             solver=UniPC(schedule),
             initial=initial,
@@ -153,6 +181,15 @@ class Denoiser:
         solver = {name: SolverState(state.latent.to(device)) for name, state in plan.initial.items()}
         return DenoiseState(0, solver, plan.fingerprint)
 
+    def resume(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
+        """A state that was saved, from anywhere, on this transformer's device.
+
+        Raises:
+            StateError: it belongs to another request or model.
+        """
+        _check_fingerprint(plan, state)
+        return state.to(self.transformer.device)
+
     @torch.no_grad()
     def step(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
         """One denoising step; the given state is left as it was.
@@ -160,10 +197,7 @@ class Denoiser:
         Raises:
             StateError: the state belongs to another request, or has no step left.
         """
-        if state.fingerprint != plan.fingerprint:
-            raise StateError(
-                "this denoise state belongs to another request or model: prompts, shape, schedule or seed differ"
-            )
+        _check_fingerprint(plan, state)
         if not 0 <= state.step_index < plan.num_steps:
             raise StateError(f"no step {state.step_index} in a schedule of {plan.num_steps} steps")
         velocity = self._guided_velocity(plan, state)
@@ -215,8 +249,15 @@ class Denoiser:
             given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
             raise RequestError(name, given, f"at least one, each from 0 to {last}")
 
-    def _branch(self, text_ids: tuple[int, ...], positions: Tensor) -> Branch:
+    def _branch(self, text: TextKV, positions: Tensor) -> Branch:
         config = self.transformer.config
-        moved = after_text(positions, len(text_ids), config)
+        moved = after_text(positions, text.num_tokens, config)
         rope = rope_table(moved, config, device=self.transformer.device, dtype=self.transformer.dtype)
-        return Branch(self.text_cache.get(text_ids), rope)
+        return Branch(text, rope)
+
+
+def _check_fingerprint(plan: DenoisePlan, state: DenoiseState) -> None:
+    if state.fingerprint != plan.fingerprint:
+        raise StateError(
+            "this denoise state belongs to another request or model: prompts, shape, schedule or seed differ"
+        )

@@ -19,11 +19,10 @@ from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import check_weights, load_transformer, load_video_vae
 from cosmos3_core.denoise_request import DenoiseRequest
-from cosmos3_core.denoiser import Denoiser, StepEvent
+from cosmos3_core.denoiser import DEFAULT_TEXT_CACHE_BYTES, Denoiser, StepEvent
 from cosmos3_core.device import DTYPES, resolve_device
 from cosmos3_core.errors import CapabilityError, ClosedError, RequestError
 from cosmos3_core.media.pixels import to_unit
-from cosmos3_core.model.text_cache import DEFAULT_MAX_BYTES
 from cosmos3_core.model.transformer import VIDEO
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import ALONE, Groups
@@ -99,7 +98,7 @@ class Engine:
         load_sound: bool | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        text_cache_bytes: int = DEFAULT_MAX_BYTES,
+        text_cache_bytes: int = DEFAULT_TEXT_CACHE_BYTES,
         ops: Mapping[str, str] | None = None,
         groups: Groups = ALONE,
     ) -> None:

@@ -69,7 +69,7 @@ def test_a_step_leaves_the_given_state_as_it_was(denoiser: Denoiser) -> None:
 
 def test_nothing_of_a_request_stays_on_the_denoiser(denoiser: Denoiser) -> None:
     def attributes() -> dict[str, object]:
-        return {name: value for name, value in vars(denoiser).items() if name != "text_cache"}
+        return {name: value for name, value in vars(denoiser).items() if name not in ("text_cache", "_ledger")}
 
     final_latents(denoiser, REQUEST)
     before = attributes()
@@ -162,13 +162,38 @@ def test_guidance_off_prefills_one_branch(denoiser: Denoiser) -> None:
 
 def test_the_prompt_cache_is_bounded_and_an_eviction_does_not_change_results(denoiser: Denoiser) -> None:
     expected = final_latents(denoiser, REQUEST)
-    one_entry = denoiser.text_cache.get(REQUEST.text_ids).num_bytes
+    one_entry = len(REQUEST.text_ids) * denoiser.request_memory.bytes_per_text_token
     for max_bytes in (0, one_entry):
         small = Denoiser(denoiser.transformer, denoiser.geometry, denoiser.scheduler, text_cache_bytes=max_bytes)
         assert torch.equal(final_latents(small, REQUEST), expected)
         assert small.text_cache.num_bytes <= max_bytes
         # Kept by the plan for as long as the request runs: never more than one prefill a branch.
         assert small.text_cache.num_prefills == 2
+
+
+def test_the_memory_of_a_request_is_foretold(denoiser: Denoiser) -> None:
+    """Between two steps: state, prompts and positions. The bound that admits requests stands on it."""
+    for request in (REQUEST, replace(REQUEST, guidance_scale=1.0), replace(REQUEST, latent_shape=LatentShape(3, 10, 6))):
+        plan = denoiser.prepare(request)
+        state = denoiser.start(plan)
+        for _ in range(3):
+            state = denoiser.step(plan, state)
+        tensors = [modality.latent for modality in plan.initial.values()]
+        for solver in state.solver.values():
+            tensors += [solver.sample, *solver.x0] + ([] if solver.corrected is None else [solver.corrected])
+        for branch in plan.branches:
+            tensors += [branch.rope.cos, branch.rope.sin, *branch.text.keys, *branch.text.values]
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        foretold = denoiser.request_memory.of(request)
+        assert held <= foretold <= 1.2 * held
+
+
+def test_a_saved_state_of_another_request_is_refused_when_it_is_taken_up(denoiser: Denoiser) -> None:
+    plan = denoiser.prepare(REQUEST)
+    state = denoiser.step(plan, denoiser.start(plan))
+    assert denoiser.resume(plan, DenoiseState.from_bytes(state.to_bytes())).step_index == 1
+    with pytest.raises(StateError, match="another request"):
+        denoiser.resume(denoiser.prepare(OTHER), state)
 
 
 def test_more_steps_than_distinct_timesteps(denoiser: Denoiser) -> None:

@@ -117,8 +117,8 @@ def test_dtype_ops_and_cache_reach_what_they_are_for(tiny_nano: Path, engine: En
     with Engine(tiny_nano, device="cpu", dtype=torch.bfloat16, ops={"attention": "eager"}, text_cache_bytes=7) as half:
         assert half.denoiser.transformer.dtype == torch.bfloat16
         assert half.denoiser.transformer.ops.attention is eager.attention
-        assert half.denoiser.text_cache._max_bytes == 7
         pixels = half.step(REQUEST)
+        assert half.denoiser.text_cache.num_bytes == 0, "no prompt fits into 7 bytes"
         assert pixels.dtype == torch.float32
         assert next(half.decode(half.denoise(JOB))).dtype == torch.bfloat16
     exact = engine.step(REQUEST)

@@ -44,7 +44,7 @@ class Ours:
 
     def prefill(self) -> None:
         """Both prompts through the understanding tower."""
-        self.denoiser.text_cache.clear()
+        self.denoiser.forget_prompts()
         self._plan = self.denoiser.prepare(self.request)
 
     def start(self) -> None:

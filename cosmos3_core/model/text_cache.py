@@ -1,64 +1,55 @@
 """Keys and values of prompts that were seen before, by the hash of their token ids.
 
-A default negative prompt comes with every request, so its prefill is paid once; a repeated prompt costs nothing.
+A default negative prompt comes with every request, so its prefill is paid once; a repeated prompt costs nothing. What
+is kept is decided in :mod:`cosmos3_core.admission`; here it lies.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from cosmos3_core.admission import PromptOrders, text_key
 from cosmos3_core.model.towers import TextKV
-
-DEFAULT_MAX_BYTES = 4 * 2**30
-
-
-def text_key(text_ids: Sequence[int]) -> str:
-    """Name of a prompt: the hash of its token ids, the same in any process."""
-    return hashlib.sha256(",".join(map(str, text_ids)).encode()).hexdigest()
 
 
 class TextCache:
-    """Least-recently-used cache of :class:`TextKV`, bounded by bytes. For one thread.
-
-    An entry larger than the whole bound is handed out but not kept.
+    """Holds :class:`TextKV` of prompts as it is told to. For one thread.
 
     Args:
         prefill: token ids [L] -> TextKV; called on a miss.
-        max_bytes: bound on the sum of the entries' bytes.
 
     Attributes:
         num_prefills: how often ``prefill`` was called.
     """
 
-    def __init__(self, prefill: Callable[[Tensor], TextKV], max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    def __init__(self, prefill: Callable[[Tensor], TextKV]) -> None:
         self._prefill = prefill
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, TextKV] = OrderedDict()
+        self._entries: dict[str, TextKV] = {}
         self.num_prefills = 0
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all that is kept."""
         return sum(entry.num_bytes for entry in self._entries.values())
 
-    def get(self, text_ids: Sequence[int]) -> TextKV:
-        """The prompt's keys and values, from the cache or computed now."""
-        key = text_key(text_ids)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        self.num_prefills += 1
-        entry = self._prefill(torch.tensor(text_ids))
-        if entry.num_bytes <= self._max_bytes:
-            self._entries[key] = entry
-            while self.num_bytes > self._max_bytes:
-                self._entries.popitem(last=False)
-        return entry
+    def take(self, prompts: Sequence[Sequence[int]], orders: PromptOrders) -> list[TextKV]:
+        """The keys and values of a request's prompts, kept ones or computed now; the orders are carried out."""
+        keys = [text_key(text_ids) for text_ids in prompts]
+        # Held on to before anything is dropped: a prompt may leave the cache with the request that uses it once more.
+        taken = {key: self._entries[key] for key in keys if key in self._entries}
+        self.drop(orders)
+        for key, text_ids in zip(keys, prompts, strict=True):
+            if key not in taken:
+                self.num_prefills += 1
+                taken[key] = self._prefill(torch.tensor(text_ids))
+            if key in orders.keep:
+                self._entries[key] = taken[key]
+        return [taken[key] for key in keys]
 
-    def clear(self) -> None:
-        """Forget every entry."""
-        self._entries.clear()
+    def drop(self, orders: PromptOrders) -> None:
+        """Forget what the orders name."""
+        for key in orders.drop:
+            self._entries.pop(key, None)

@@ -13,8 +13,6 @@ from torch import Tensor
 from cosmos3_core.checkpoint.configs import TransformerConfig
 from cosmos3_core.engine import Engine
 from cosmos3_core.model.rope import RopeTable, after_text, apply_rope, grid_positions, rope_table, text_positions
-from cosmos3_core.model.text_cache import TextCache, text_key
-from cosmos3_core.model.towers import TextKV
 from cosmos3_core.model.transformer import Cosmos3Transformer, VideoHead
 from cosmos3_core.shapes import TokenGrid
 
@@ -113,36 +111,3 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     scores = rotated_q @ rotated_k.T
     assert torch.allclose(scores[2, 5], scores[6, 9], atol=1e-4)
     assert not torch.allclose(scores[2, 5], scores[2, 6], atol=1e-2)
-
-
-def entry(num_tokens: int) -> TextKV:
-    return TextKV(keys=(torch.zeros(num_tokens, 1, 1),), values=(torch.zeros(num_tokens, 1, 1),))
-
-
-def test_the_text_cache_evicts_the_least_recently_used() -> None:
-    asked: list[int] = []
-
-    def prefill(ids: Tensor) -> TextKV:
-        asked.append(int(ids[0]))
-        return entry(1)
-
-    cache = TextCache(prefill, max_bytes=16)  # two entries of 8 bytes
-    a, b, c = ((i,) for i in range(3))
-    for ids in (a, b, a, c, a, b):
-        cache.get(ids)
-    assert asked == [0, 1, 2, 1]
-    assert cache.num_prefills == 4
-    assert cache.num_bytes == 16
-    cache.clear()
-    assert cache.num_bytes == 0
-
-
-def test_an_entry_larger_than_the_cache_is_not_kept() -> None:
-    cache = TextCache(lambda ids: entry(100), max_bytes=16)
-    assert cache.get((1,)).num_tokens == 100
-    assert cache.num_bytes == 0
-
-
-def test_the_text_key_names_the_tokens() -> None:
-    assert text_key((1, 2)) == text_key([1, 2])
-    assert len({text_key(ids) for ids in ((1, 2), (2, 1), (12,), (1,), (1, 0))}) == 5

@@ -1,0 +1,88 @@
+"""What enters a transformer's memory and what leaves it, decided once for all ranks. No torch here.
+
+The ranks of a gang have to agree about every prompt they keep: where one of them ran a prefill that another skipped,
+they would wait for each other for ever. So one side decides (the gang's leader; where there is none, the
+:class:`cosmos3_core.denoiser.Denoiser` itself) and the ranks obey.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cosmos3_core.denoise_request import DenoiseRequest
+
+
+def text_key(text_ids: Sequence[int]) -> str:
+    """Name of a prompt: the hash of its token ids, the same in any process."""
+    return hashlib.sha256(",".join(map(str, text_ids)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PromptOrders:
+    """What to do with kept prompts when a request begins, by :func:`text_key`.
+
+    Attributes:
+        drop: to forget, before anything new is computed.
+        keep: of the request's prompts, those to keep for later requests.
+    """
+
+    drop: tuple[str, ...] = ()
+    keep: frozenset[str] = frozenset()
+
+
+class PromptLedger:
+    """Which prompts' keys and values are kept: the least recently used ones leave when a bound of bytes is reached.
+
+    A prompt that is larger than the whole bound is never kept.
+
+    Args:
+        max_bytes: bound on the sum of the kept prompts' bytes on one rank.
+        bytes_per_token: of one rank's keys and values.
+    """
+
+    def __init__(self, max_bytes: int, bytes_per_token: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes_per_token = bytes_per_token
+        self._bytes_of: OrderedDict[str, int] = OrderedDict()
+
+    def admit(self, prompts: Sequence[Sequence[int]]) -> PromptOrders:
+        """Enter a request's prompts (token ids each); returns what every rank has to do for that."""
+        before = set(self._bytes_of)
+        keys = [text_key(text_ids) for text_ids in prompts]
+        for key, text_ids in zip(keys, prompts, strict=True):
+            num_bytes = len(text_ids) * self._bytes_per_token
+            if num_bytes <= self._max_bytes:
+                self._bytes_of[key] = num_bytes
+                self._bytes_of.move_to_end(key)
+            while sum(self._bytes_of.values()) > self._max_bytes:
+                self._bytes_of.popitem(last=False)
+        kept = set(self._bytes_of)
+        return PromptOrders(drop=tuple(sorted(before - kept)), keep=frozenset(kept.intersection(keys)))
+
+    def forget(self) -> PromptOrders:
+        """Enter that nothing is to be kept; returns the orders for it."""
+        orders = PromptOrders(drop=tuple(self._bytes_of))
+        self._bytes_of.clear()
+        return orders
+
+
+@dataclass(frozen=True)
+class RequestMemory:
+    """How much of a rank's memory a request holds between two steps: its state, its prompts, its positions.
+
+    Attributes:
+        bytes_per_latent: of one latent row x column x frame, all channels.
+        bytes_per_text_token: of one prompt token's keys and values.
+    """
+
+    bytes_per_latent: int
+    bytes_per_text_token: int
+
+    def of(self, request: DenoiseRequest) -> int:
+        """Bytes that a request holds."""
+        frames, rows, columns = request.latent_shape
+        num_text_tokens = sum(len(text_ids) for text_ids in request.prompts)
+        return frames * rows * columns * self.bytes_per_latent + num_text_tokens * self.bytes_per_text_token
