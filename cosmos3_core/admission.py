@@ -8,6 +8,7 @@ they would wait for each other for ever. So one side decides (the gang's leader;
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,14 +76,23 @@ class RequestMemory:
 
     Attributes:
         bytes_per_latent: of one latent row x column x frame, all channels.
+        bytes_per_token: of one generated token's position.
         bytes_per_text_token: of one prompt token's keys and values.
+        patch_size: latent rows and columns in a token.
     """
 
     bytes_per_latent: int
+    bytes_per_token: int
     bytes_per_text_token: int
+    patch_size: int
 
     def of(self, request: DenoiseRequest) -> int:
         """Bytes that a request holds."""
         frames, rows, columns = request.latent_shape
+        num_tokens = frames * math.ceil(rows / self.patch_size) * math.ceil(columns / self.patch_size)
         num_text_tokens = sum(len(text_ids) for text_ids in request.prompts)
-        return frames * rows * columns * self.bytes_per_latent + num_text_tokens * self.bytes_per_text_token
+        return (
+            frames * rows * columns * self.bytes_per_latent
+            + num_tokens * self.bytes_per_token
+            + num_text_tokens * self.bytes_per_text_token
+        )

@@ -8,7 +8,6 @@ values: requests can be interleaved, and a state can be resumed by any process t
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -121,11 +120,11 @@ class Denoiser:
     def request_memory(self) -> RequestMemory:
         """What requests hold of this rank's memory."""
         config, size = self.transformer.config, self.transformer.dtype.itemsize
-        tokens_per_latent = 1 / config.latent_patch_size**2
-        rope_bytes = 2 * config.head_dim * size * tokens_per_latent  # cosines and sines of both branches
         return RequestMemory(
-            bytes_per_latent=_STATE_TENSORS * config.latent_channel * 4 + math.ceil(rope_bytes),
+            bytes_per_latent=_STATE_TENSORS * config.latent_channel * 4,
+            bytes_per_token=2 * config.head_dim * size,  # half a head of cosines, half of sines, for both branches
             bytes_per_text_token=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size,
+            patch_size=config.latent_patch_size,
         )
 
     def forget_prompts(self) -> None:

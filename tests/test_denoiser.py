@@ -173,7 +173,8 @@ def test_the_prompt_cache_is_bounded_and_an_eviction_does_not_change_results(den
 
 def test_the_memory_of_a_request_is_foretold(denoiser: Denoiser) -> None:
     """Between two steps: state, prompts and positions. The bound that admits requests stands on it."""
-    for request in (REQUEST, replace(REQUEST, guidance_scale=1.0), replace(REQUEST, latent_shape=LatentShape(3, 10, 6))):
+    larger = replace(REQUEST, latent_shape=LatentShape(3, 10, 6))
+    for request in (REQUEST, replace(REQUEST, guidance_scale=1.0), larger):
         plan = denoiser.prepare(request)
         state = denoiser.start(plan)
         for _ in range(3):
