@@ -44,7 +44,10 @@ class ClipStreams:
 
         Raises:
             OverloadedError: too many clips are open.
+            StreamClosed: one of that name is open: a second producer would mix its chunks into it.
         """
+        if stream_id in self._clips:
+            raise StreamClosed(stream_id, "it is open already")
         if len(self._clips) >= self._max_clips:
             raise OverloadedError("open clips of one Director", self._max_clips, 1.0)
         self._clips[stream_id] = _Clip(asyncio.Semaphore(window))
@@ -120,4 +123,6 @@ class ClipStreams:
 
 def start_clip_streams(max_clips: int) -> Any:
     """Start the actor as a child of the calling one; after its death Ray starts an empty one in its place."""
-    return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=1000, max_restarts=-1).remote(max_clips)
+    # A producer and a consumer of each clip may wait here, and there must be room for the calls that end their waits.
+    max_calls = 4 * max_clips + 100
+    return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=max_calls, max_restarts=-1).remote(max_clips)

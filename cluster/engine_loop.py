@@ -1,29 +1,58 @@
-"""The leader's loop: one request after another, in quanta of about a quarter second of steps.
+"""The leader's loop: it alone calls the ranks, a quantum of about a quarter second of steps at a time.
 
-It alone calls the ranks. Requests wait in a bounded queue; a cancelled one leaves at the next quantum. When the gang
-fails, every request gets the failure, and so does every later one: the leader's process ends and is rebuilt.
+Every request is taken in at once and waits here, where its class is known, never in a router in front; whose turn it is
+says :mod:`cluster.turns`. Between quanta a request costs its state on every rank, within a bound: one that has to make
+room is parked, its state with the leader, and taken up again later. A cancelled one leaves at the next quantum.
+Now and then the state of a running request goes to the caller, who can have it taken up by another gang.
+
+When the gang fails, every request gets the failure, and so does every later one: the leader ends and is rebuilt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import GangFailed, OverloadedError
+from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError
 from cluster.gang import Gang
-from cluster.rank import StepReport
+from cluster.rank import Step, StepReport
+from cluster.turns import Turns, Urgency, urgency_of
+from cosmos3_core.admission import PromptLedger
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
 
 _QUANTUM_S = 0.25
 # A gang counts as hung when a quantum takes this many times what the last one took, and longer than the floor.
 _PATIENCE = 20
-_PATIENCE_FLOOR_S = 60.0
+# Between two questions to idle ranks whether they are there.
+_IDLE_S = 5.0
+# Saving states may take this share of a gang's time.
+_SAVING_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """How a leader runs its gang.
+
+    Attributes:
+        max_jobs: requests of one class of urgency that it takes at once, the running one included.
+        max_held_bytes: what the requests that have begun may hold of each rank's memory; one may always run.
+        text_cache_bytes: bound on kept prompts, of each rank's memory.
+        save_period_s: between two saved states of a running request.
+        first_step_timeout_s: for beginning a request, and for its first step: nothing is known of its speed, and a new
+            shape may be compiled for.
+        quantum_timeout_s: for any later quantum, at least; longer where steps are slow.
+    """
+
+    max_jobs: int
+    max_held_bytes: int
+    text_cache_bytes: int
+    save_period_s: float
+    first_step_timeout_s: float
+    quantum_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -33,13 +62,39 @@ class Queued:
     position: int
 
 
+@dataclass(frozen=True)
+class Saved:
+    """The state of a request after ``step`` steps, as bytes of :class:`cosmos3_core.sampler.state.DenoiseState`."""
+
+    step: int
+    state: TensorEnvelope
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """The video latents, [1, C, T, H, W] fp32; the last update."""
+
+    latents: TensorEnvelope
+
+
+Update = Queued | Step | Saved | Denoised
+
+
 @dataclass(eq=False)
 class _Job:
     job_id: str
     request: DenoiseRequest
     deadline_s: float
-    updates: asyncio.Queue[Queued | StepReport | TensorEnvelope | Exception] = field(default_factory=asyncio.Queue)
+    limit_s: float
+    urgency: Urgency
+    state: TensorEnvelope | None  # to begin from: saved by another gang, or parked by this one
+    updates: asyncio.Queue[Update | Exception] = field(default_factory=asyncio.Queue)
+    position: int | None = None
     is_cancelled: bool = False
+    has_begun: bool = False
+    step_s: float | None = None
+    save_at_s: float = 0.0
+    is_save_taken: bool = True
 
 
 class EngineLoop:
@@ -47,16 +102,16 @@ class EngineLoop:
 
     Args:
         gang: up and warm.
-        max_jobs: requests it takes at once, the running one included.
-        first_quantum_timeout_s: for beginning a request and its first step, when nothing is known of its speed.
+        spec: its bounds and deadlines.
+        on_failure: called once, when the gang has failed and everybody was told.
     """
 
-    def __init__(self, gang: Gang, *, max_jobs: int, first_quantum_timeout_s: float) -> None:
+    def __init__(self, gang: Gang, spec: LoopSpec, on_failure: Callable[[], None]) -> None:
         self._gang = gang
-        self._max_jobs = max_jobs
-        self._first_quantum_timeout_s = first_quantum_timeout_s
-        self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
+        self._spec = spec
+        self._on_failure = on_failure
+        self._turns: Turns[_Job] = Turns()
+        self._ledger = PromptLedger(spec.text_cache_bytes, gang.request_memory.bytes_per_text_token)
         self._wake = asyncio.Event()
         self._seconds_per_request = 0.0
         self.failure: GangFailed | None = None
@@ -66,29 +121,36 @@ class EngineLoop:
     @property
     def num_jobs(self) -> int:
         """Requests waiting or running."""
-        return len(self._waiting) + (self._running is not None)
+        return len(self._turns)
 
     async def submit(
-        self, job_id: str, request: DenoiseRequest, deadline_s: float
-    ) -> AsyncIterator[Queued | StepReport | TensorEnvelope]:
-        """Queue a request and follow it: positions and step reports, the latents last.
+        self, job_id: str, request: DenoiseRequest, limit_s: float, state: TensorEnvelope | None = None
+    ) -> AsyncIterator[Update]:
+        """Queue a request and follow it: positions, every step, saved states, the latents last.
 
-        Leaving the iterator early cancels the request at the next quantum. So does its deadline (seconds since the
-        epoch): whoever asked may have died without a word.
+        Leaving the iterator early cancels the request at the next quantum.
+
+        Args:
+            job_id: unique among the gang's requests.
+            request: what is asked for.
+            limit_s: seconds that it may take from now on, waiting included.
+            state: to go on from; a :class:`Saved` one of the same request.
 
         Raises:
             OverloadedError: the queue is full.
             GangFailed: the gang failed; the request may be tried elsewhere.
+            DeadlineExceeded: the time is up.
+            OutOfMemory: the request does not fit into the ranks' memory.
             Cosmos3Error: what the ranks refused the request with.
         """
         if self.failure is not None:
-            raise self.failure
-        if self.num_jobs >= self._max_jobs:
-            raise OverloadedError(
-                "requests of one transformer gang", self._max_jobs, max(1.0, self._seconds_per_request * self.num_jobs)
-            )
-        job = _Job(job_id, request, deadline_s)
-        self._waiting.append(job)
+            raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
+        urgency = urgency_of(request)
+        if (num_jobs := self._turns.num_of(urgency)) >= self._spec.max_jobs:
+            what = f"requests for {urgency.name.lower()}s of one transformer gang"
+            raise OverloadedError(what, self._spec.max_jobs, max(1.0, self._seconds_per_request * num_jobs))
+        job = _Job(job_id, request, self._now_s() + limit_s, limit_s, urgency, state)
+        self._turns.add(job, urgency, self._now_s())
         self._tell_positions()
         self._wake.set()
         try:
@@ -96,70 +158,155 @@ class EngineLoop:
                 update = await job.updates.get()
                 if isinstance(update, Exception):
                     raise update
+                job.is_save_taken |= isinstance(update, Saved)
                 yield update
-                if isinstance(update, TensorEnvelope):
+                if isinstance(update, Denoised):
                     return
         finally:
             # Only a flag, and only the loop acts on it: whoever is being cancelled here must not call the ranks.
             job.is_cancelled = True
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._tell_positions()
+            self._wake.set()
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while self.failure is None:
-            while not self._waiting:
-                self._wake.clear()
-                await self._wake.wait()
-            job = self._running = self._waiting.popleft()
-            self._tell_positions()
-            start_s = loop.time()
+            job: _Job | None = None
             try:
-                await self._run_job(job)
-                self._seconds_per_request = loop.time() - start_s
+                self._wake.clear()
+                await self._drop_abandoned()
+                job = self._turns.next(self._now_s())
+                if job is None:
+                    await self._idle()
+                    continue
+                start_s = self._now_s()
+                if job.has_begun or await self._begin(job):
+                    await self._quantum(job)
+                self._turns.had_turn(job, start_s, self._now_s())
             except GangFailed as error:
-                self._fail(error)
-            except Cosmos3Error as error:
-                job.updates.put_nowait(error)
-                await self._forget(job)
+                self._fail(error, job)
             except Exception as error:  # noqa: BLE001 - our own bug; to wait for an answer for ever would hide it
-                self._fail(GangFailed("step", f"the engine loop met {type(error).__name__}: {error}"))
-            finally:
-                self._running = None
+                self._fail(GangFailed("step", f"the engine loop met {type(error).__name__}: {error}"), job)
 
-    async def _run_job(self, job: _Job) -> None:
-        timeout_s = self._first_quantum_timeout_s
-        await self._gang.call("begin", job.job_id, job.request, phase="step", timeout_s=timeout_s)
-        num_steps = 1
-        while not job.is_cancelled and time.time() < job.deadline_s:
-            reports = await self._gang.call("step", job.job_id, num_steps, phase="step", timeout_s=timeout_s)
-            report: StepReport = reports[0]
-            job.updates.put_nowait(report)
-            if report.step == report.num_steps:
-                latents = await self._gang.call("latents", job.job_id, phase="step", timeout_s=timeout_s)
-                job.updates.put_nowait(latents[0])
-                break
-            step_s = report.seconds / num_steps
-            num_steps = max(1, round(_QUANTUM_S / max(step_s, 1e-6)))
-            timeout_s = max(_PATIENCE_FLOOR_S, _PATIENCE * step_s * num_steps)
-        await self._gang.call("end", job.job_id, phase="step", timeout_s=timeout_s)
+    async def _idle(self) -> None:
+        """Wait for a request; see to it that a rank that has died meanwhile is noticed before one comes."""
+        try:
+            async with asyncio.timeout(_IDLE_S):
+                await self._wake.wait()
+        except TimeoutError:
+            await self._gang.call("describe", phase="idle", timeout_s=self._spec.quantum_timeout_s)
+
+    async def _drop_abandoned(self) -> None:
+        """Let go of requests that nobody waits for, and of those whose time is up: whoever asked may have died."""
+        for job in list(self._turns):
+            if job.is_cancelled or self._now_s() >= job.deadline_s:
+                job.updates.put_nowait(DeadlineExceeded("denoise", job.limit_s))
+                await self._end(job)
+
+    async def _begin(self, job: _Job) -> bool:
+        """Have the ranks begin a request, or go on with it from its state; False if they refuse it."""
+        await self._make_room_for(job)
+        orders = self._ledger.admit(job.request.prompts)
+        start_s = self._now_s()
+        try:
+            await self._gang.ask(
+                "begin",
+                job.job_id,
+                job.request,
+                orders,
+                job.state,
+                phase="begin",
+                timeout_s=self._spec.first_step_timeout_s,
+            )
+        except GangFailed:
+            raise
+        except Cosmos3Error as error:
+            self._refuse(job, error)
+            return False
+        job.has_begun, job.state = True, None
+        job.save_at_s = start_s + self._spec.save_period_s
+        return True
+
+    async def _make_room_for(self, job: _Job) -> None:
+        """Park what has begun, the least urgent and latest first, until the request fits."""
+        memory = self._gang.request_memory
+        begun = [other for other in self._turns if other.has_begun]
+        while begun and sum(memory.of(it.request) for it in (job, *begun)) > self._spec.max_held_bytes:
+            parked = begun.pop()
+            parked.state = await self._save(parked)
+            await self._forget(parked)
+            parked.has_begun = False
+
+    async def _quantum(self, job: _Job) -> None:
+        num_steps, timeout_s = 1, self._spec.first_step_timeout_s
+        if job.step_s is not None:
+            num_steps = max(1, round(_QUANTUM_S / max(job.step_s, 1e-6)))
+            timeout_s = max(self._spec.quantum_timeout_s, _PATIENCE * job.step_s * num_steps)
+        try:
+            reports: list[StepReport] = await self._gang.ask(
+                "step", job.job_id, num_steps, phase="step", timeout_s=timeout_s
+            )
+        except OutOfMemory as error:
+            self._refuse(job, error)
+            return
+        report = reports[0]
+        for step in report.steps:
+            job.updates.put_nowait(step)
+        job.step_s = report.seconds / len(report.steps)
+        last = report.steps[-1]
+        if last.step == last.num_steps:
+            job.updates.put_nowait(Denoised(await self._first("latents", job)))
+            await self._end(job)
+            self._seconds_per_request = job.step_s * last.num_steps
+        elif (start_s := self._now_s()) >= job.save_at_s and job.is_save_taken:
+            job.updates.put_nowait(Saved(last.step, await self._save(job)))
+            job.is_save_taken = False
+            cost_s = self._now_s() - start_s
+            job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
+
+    async def _save(self, job: _Job) -> TensorEnvelope:
+        """A begun request's state. One rank's is enough: all hold the same."""
+        return await self._first("save", job)
+
+    async def _end(self, job: _Job) -> None:
+        self._leave(job)
+        if job.has_begun:
+            await self._forget(job)
+
+    def _refuse(self, job: _Job, error: Exception) -> None:
+        """Tell a request that the ranks do not take it; they keep nothing of it."""
+        job.updates.put_nowait(error)
+        self._leave(job)
+
+    def _leave(self, job: _Job) -> None:
+        self._turns.remove(job)
+        self._tell_positions()
 
     async def _forget(self, job: _Job) -> None:
-        """Have every rank drop a request that was refused: some may have begun it before another one said no."""
-        try:
-            await self._gang.call("end", job.job_id, phase="step", timeout_s=_PATIENCE_FLOOR_S)
-        except GangFailed as error:
-            self._fail(error)
+        await self._gang.call("end", job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
 
-    def _fail(self, error: GangFailed) -> None:
+    async def _first(self, method: str, job: _Job) -> TensorEnvelope:
+        envelope: TensorEnvelope = await self._gang.first(
+            method, job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s
+        )
+        return envelope
+
+    def _fail(self, error: GangFailed, running: _Job | None) -> None:
+        """End everything. Only the request that was being worked on may be to blame."""
         self.failure = error
-        for job in (self._running, *self._waiting):
-            if job is not None:
-                job.updates.put_nowait(error)
-        self._waiting.clear()
+        for job in list(self._turns):
+            if job is not running:
+                job.updates.put_nowait(GangLost(error.phase, error.reason, error.rank))
+            else:
+                # Out of memory on some ranks, while others went on without them.
+                job.updates.put_nowait(error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error)
+            self._turns.remove(job)
+        self._on_failure()
 
     def _tell_positions(self) -> None:
-        before = 1 if self._running is not None else 0
-        for index, job in enumerate(self._waiting):
-            job.updates.put_nowait(Queued(index + before))
+        for position, job in enumerate(self._turns):
+            if not job.has_begun and job.position != position:
+                job.position = position
+                job.updates.put_nowait(Queued(position))
+
+    @staticmethod
+    def _now_s() -> float:
+        return asyncio.get_running_loop().time()

@@ -3,11 +3,14 @@
     Cosmos3Error
     └── ClusterError
         ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
+        │   └── GangLost      the same, seen by a request that the gang was not at work on
+        ├── OutOfMemory       a request does not fit into the ranks' memory; no use in trying again
         ├── StreamClosed      the other end of a clip's stream gave up
         ├── OverloadedError   a bound was reached; try again later
         ├── ShuttingDown      the app finishes what it has and takes no more
         ├── DeadlineExceeded  the request took longer than it may
-        └── StageFailed       a stage failed for good: its tries are used up
+        ├── StageFailed       a stage failed for good: its tries are used up
+        └── AppNotFound       no app runs where one was looked for
 
 All of them cross process boundaries whole: their arguments are all they hold.
 """
@@ -25,16 +28,37 @@ class GangFailed(ClusterError):
     """A gang of ranks failed as a whole.
 
     Args:
-        phase: what it was doing: "place", "start", "load", "warm up" or "step".
+        phase: what it was doing: "place", "start", "meet", "load", "warm up", "begin" or "step".
         reason: what happened.
+        rank: the rank that failed; None where it is nobody's or cannot be told.
     """
 
-    def __init__(self, phase: str, reason: str) -> None:
-        self.phase, self.reason = phase, reason
-        super().__init__(phase, reason)
+    def __init__(self, phase: str, reason: str, rank: int | None = None) -> None:
+        self.phase, self.reason, self.rank = phase, reason, rank
+        super().__init__(phase, reason, rank)
 
     def __str__(self) -> str:
-        return f"the transformer gang failed during {self.phase!r}: {self.reason}"
+        where = "" if self.rank is None else f", rank {self.rank}"
+        return f"the transformer gang failed during {self.phase!r}{where}: {self.reason}"
+
+
+class GangLost(GangFailed):
+    """A gang failed while it was at work on another request. To try this one again does not count as a try."""
+
+
+class OutOfMemory(ClusterError):
+    """A request needs more memory than the ranks have left.
+
+    Args:
+        what: that ran out, in the allocator's words.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return f"the request does not fit into the ranks' memory; ask for fewer frames or a smaller size: {self.what}"
 
 
 class StreamClosed(ClusterError):
@@ -116,3 +140,7 @@ class StageFailed(ClusterError):
 
     def __str__(self) -> str:
         return f"the stage {self.stage!r} failed {self.attempts} times; last: {self.reason}"
+
+
+class AppNotFound(ClusterError):
+    """No app runs where one was looked for; says where, and what to do."""

@@ -19,17 +19,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.envelope import TensorEnvelope
 from cluster.errors import GangFailed
-from cluster.rank import Rank, RankInfo, RankSpec
+from cluster.rank import Loaded, Rank, RankInfo, RankSpec
+from cosmos3_core.admission import PromptOrders, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.shapes import LatentShape
 
 logger = logging.getLogger("ray.serve")
+
+# Ranks refuse a request before they work on it: when one has refused, the others' answers are moments away.
+_AGREE_S = 30.0
 
 _WARM_UP = DenoiseRequest(
     text_ids=(1, 2),
@@ -78,11 +83,18 @@ def rank_order(bundle_nodes: Mapping[int, str], leader_node: str) -> list[int]:
 
 
 class Gang:
-    """Running ranks; make one with :meth:`start`."""
+    """Running ranks; make one with :meth:`start`.
 
-    def __init__(self, actors: list[Any], infos: list[RankInfo]) -> None:
+    Attributes:
+        infos: where the ranks live.
+        request_memory: what requests hold of a rank's memory.
+    """
+
+    request_memory: RequestMemory
+
+    def __init__(self, actors: list[Any]) -> None:
         self._actors = actors
-        self.infos = infos
+        self.infos: list[RankInfo] = []
 
     @classmethod
     async def start(cls, spec: GangSpec) -> Gang:
@@ -93,7 +105,7 @@ class Gang:
             CheckpointError, RequestError: the checkpoint or the device cannot be used.
         """
         order = _placed_bundles(spec)
-        gang = cls(_start_actors(spec, order), [])
+        gang = cls(_start_actors(spec, order))
         try:
             gang.infos = await gang.call("describe", phase="start", timeout_s=spec.start_timeout_s)
             logger.info("gang 2/5 start: ranks %s", [(info.rank, info.pid) for info in gang.infos])
@@ -101,11 +113,15 @@ class Gang:
                 address, port = await gang.first("host", phase="meet", timeout_s=spec.start_timeout_s)
                 await gang.call("join", address, port, phase="meet", timeout_s=spec.start_timeout_s)
                 logger.info("gang 3/5 meet: %s at %s:%s", spec.rank.layout, address, port)
-            seconds = await gang.call("load", phase="load", timeout_s=spec.start_timeout_s)
-            logger.info("gang 4/5 load: %.1f s", max(seconds))
+            loaded: list[Loaded] = await gang.call(
+                "load", phase="load", timeout_s=spec.start_timeout_s, passes_on=Cosmos3Error
+            )
+            gang.request_memory = loaded[0].request_memory
+            logger.info("gang 4/5 load: %.1f s", max(it.seconds for it in loaded))
             for method, arguments in (
-                ("begin", ("warm up", _WARM_UP)),
+                ("begin", ("warm up", _WARM_UP, PromptOrders())),
                 ("step", ("warm up", 2)),
+                ("save", ("warm up",)),
                 ("end", ("warm up",)),
             ):
                 await gang.call(method, *arguments, phase="warm up", timeout_s=spec.start_timeout_s)
@@ -117,30 +133,60 @@ class Gang:
 
     async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
         """Call a method on rank 0 alone; as :meth:`call` otherwise."""
-        return (await Gang(self._actors[:1], []).call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
+        return (await Gang(self._actors[:1]).call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
 
-    async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
-        """Call a method on every rank and wait for all of them.
+    async def call(
+        self,
+        method: str,
+        *arguments: Any,
+        phase: str,
+        timeout_s: float,
+        passes_on: type[Cosmos3Error] | tuple[()] = (),
+    ) -> list[Any]:
+        """Call a method on every rank and wait for all of them; the first failure is everybody's.
+
+        Args:
+            method, arguments: of :class:`cluster.rank.Rank`.
+            phase: for messages.
+            timeout_s: for all of them.
+            passes_on: errors that are handed on as they are: they tell the user more than that a gang failed.
 
         Returns:
             The results in rank order.
 
         Raises:
-            GangFailed: a rank died, did not answer in time, or failed by a fault that is not the request's.
-            Cosmos3Error: what a rank raised on purpose.
+            GangFailed: a rank died, raised, or did not answer in time; names it.
         """
-        refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        try:
-            async with asyncio.timeout(timeout_s):
-                return list(await asyncio.gather(*refs))
-        except TimeoutError:
-            raise GangFailed(phase, f"no answer from {method}() within {timeout_s:.0f} s") from None
-        except Cosmos3Error:
-            raise
-        except RayActorError as error:
-            raise GangFailed(phase, f"a rank died in {method}(): {error}") from None
-        except RayError as error:
-            raise GangFailed(phase, f"{method}() failed on a rank: {error}") from None
+        calls = self._calls(method, arguments)
+        await asyncio.wait(calls, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        errors = _errors(calls)
+        for error in errors.values():
+            if isinstance(error, passes_on):
+                raise error
+        return _results(calls, errors, method, phase, timeout_s)
+
+    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        """As :meth:`call`, where the ranks may refuse: all of them alike, or the gang has failed.
+
+        Raises:
+            Cosmos3Error: what every rank raised.
+            GangFailed: as :meth:`call`; or some ranks refused and others did not.
+        """
+        calls = self._calls(method, arguments)
+        await asyncio.wait(calls, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        if any(isinstance(error, Cosmos3Error) for error in _errors(calls).values()):
+            await asyncio.wait(calls, timeout=min(_AGREE_S, timeout_s))
+        errors = _errors(calls)
+        if len({(type(error), str(error)) for error in errors.values()}) == 1 and len(errors) == len(calls):
+            error = errors[0]
+            if isinstance(error, Cosmos3Error):
+                raise error
+        return _results(calls, errors, method, phase, timeout_s)
+
+    def _calls(self, method: str, arguments: tuple[Any, ...]) -> list[asyncio.Future[Any]]:
+        # Once into the object store for all ranks, not once for each.
+        shared = [ray.put(it) if isinstance(it, TensorEnvelope) else it for it in arguments]
+        return [asyncio.ensure_future(getattr(actor, method).remote(*shared)) for actor in self._actors]
 
     def stop(self) -> None:
         """End every rank's process."""
@@ -174,3 +220,36 @@ def _start_actors(spec: GangSpec, order: list[int]) -> list[Any]:
         ).remote(rank, spec.rank)
         for rank, bundle in enumerate(order)
     ]
+
+
+def _errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException]:
+    """Rank -> what its call failed with, Ray's wrapping taken off. Cancels nothing: a rank may still be at work."""
+    errors = {}
+    for rank, call in enumerate(calls):
+        if call.done() and (error := call.exception()) is not None:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+                error = error.cause
+            errors[rank] = error
+    return errors
+
+
+def _results(
+    calls: list[asyncio.Future[Any]], errors: dict[int, BaseException], method: str, phase: str, timeout_s: float
+) -> list[Any]:
+    """Every rank's result.
+
+    Raises:
+        GangFailed: one has none; its cause is what that one failed with.
+    """
+    for rank, error in errors.items():
+        if isinstance(error, RayActorError):
+            raise GangFailed(phase, f"died in {method}(): {error}", rank) from error
+        raise GangFailed(phase, f"{method}() raised {type(error).__name__}: {error}", rank) from error
+    silent = [rank for rank, call in enumerate(calls) if not call.done()]
+    if silent:
+        # One that hangs makes the others hang with it: none can be told apart, unless it is alone.
+        said = f"no answer from {method}() within {timeout_s:.0f} s"
+        if len(silent) == 1:
+            raise GangFailed(phase, said, silent[0])
+        raise GangFailed(phase, f"{said} on ranks {silent}")
+    return [call.result() for call in calls]

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.envelope import TensorEnvelope
+from cluster.errors import OutOfMemory
+from cosmos3_core.admission import PromptOrders, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.parallel.layout import Layout
 
@@ -31,7 +35,6 @@ class RankSpec:
         device: torch device string.
         dtype: name of the weights' dtype, "bfloat16" say; None keeps what is stored.
         num_threads: torch's CPU threads in the rank's process.
-        text_cache_bytes: bound of the cache of prompts' keys and values.
         layout: how the model spreads over the gang's ranks.
         collective_timeout_s: for meeting the other ranks, and for every exchange with them.
     """
@@ -40,7 +43,6 @@ class RankSpec:
     device: str
     dtype: str | None
     num_threads: int
-    text_cache_bytes: int
     layout: Layout = field(default_factory=Layout)
     collective_timeout_s: float = 600.0
 
@@ -55,22 +57,41 @@ class RankInfo:
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What came of a quantum of steps.
+class Loaded:
+    """What came of loading.
 
     Attributes:
-        step: steps done so far.
+        seconds: it took.
+        request_memory: what requests hold of this rank's memory.
+    """
+
+    seconds: float
+    request_memory: RequestMemory
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was done.
+
+    Attributes:
+        step: steps done so far, this one included.
         num_steps: of the request.
         sigma: noise level that is left.
-        seconds: the quantum took.
-        pid: of the reporting rank.
+        pid: of the rank.
     """
 
     step: int
     num_steps: int
     sigma: float
-    seconds: float
     pid: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What came of a quantum: its steps, and the seconds that they took together."""
+
+    steps: tuple[Step, ...]
+    seconds: float
 
 
 class Rank:
@@ -121,8 +142,8 @@ class Rank:
             store=self._store,
         )
 
-    def load(self) -> float:
-        """Load the transformer; returns the seconds it took.
+    def load(self) -> Loaded:
+        """Load the transformer.
 
         Raises:
             CheckpointError, RequestError: the checkpoint or the device cannot be used.
@@ -151,30 +172,63 @@ class Rank:
             transformer,
             layout.geometry,
             layout.scheduler,
-            text_cache_bytes=self._spec.text_cache_bytes,
             branch_share=branch_share(groups),
         )
-        return time.perf_counter() - start_s
+        return Loaded(time.perf_counter() - start_s, self._denoiser.request_memory)
 
-    def begin(self, job_id: str, request: DenoiseRequest) -> None:
-        """Prefill a request's prompts and make its first state.
+    def begin(
+        self, job_id: str, request: DenoiseRequest, orders: PromptOrders, saved: TensorEnvelope | None = None
+    ) -> None:
+        """Prefill a request's prompts and make its first state, or take up a saved one.
+
+        Args:
+            job_id: its name in later calls.
+            request: what is asked for.
+            orders: which prompts to keep, which to drop.
+            saved: what :meth:`save` gave, on this gang or another.
 
         Raises:
             RequestError: the request's fault; nothing of it is kept.
+            StateError: the saved state is another request's, or damaged.
+            OutOfMemory: it does not fit; nothing of it is kept.
         """
+        from cosmos3_core.sampler.state import DenoiseState
+
         denoiser = self._loaded()
-        plan = denoiser.prepare(request)
-        self._jobs[job_id] = (plan, denoiser.start(plan))
+        with self._in_memory(job_id):
+            plan = denoiser.prepare(request, orders)
+            if saved is None:
+                state = denoiser.start(plan)
+            else:
+                state = denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
+        self._jobs[job_id] = (plan, state)
 
     def step(self, job_id: str, num_steps: int) -> StepReport:
-        """Run up to ``num_steps`` steps of a request."""
+        """Run up to ``num_steps`` steps of a request.
+
+        Raises:
+            OutOfMemory: they do not fit; nothing of the request is kept.
+        """
+        from cosmos3_core.device import synchronize
+
         start_s = time.perf_counter()
         plan, state = self._jobs[job_id]
-        for _ in range(min(num_steps, plan.num_steps - state.step_index)):
-            state = self._loaded().step(plan, state)
+        steps = []
+        with self._in_memory(job_id):
+            for _ in range(min(num_steps, plan.num_steps - state.step_index)):
+                state = self._loaded().step(plan, state)
+                sigma = plan.solver.schedule.sigmas[state.step_index]
+                steps.append(Step(state.step_index, plan.num_steps, sigma, os.getpid()))
+            synchronize(self._loaded().transformer.device)  # a quantum is over when its steps are done, not queued
         self._jobs[job_id] = (plan, state)
-        sigma = plan.solver.schedule.sigmas[state.step_index]
-        return StepReport(state.step_index, plan.num_steps, sigma, time.perf_counter() - start_s, os.getpid())
+        return StepReport(tuple(steps), time.perf_counter() - start_s)
+
+    def save(self, job_id: str) -> TensorEnvelope:
+        """A request's state, as bytes for :meth:`begin`."""
+        import numpy as np
+
+        _, state = self._jobs[job_id]
+        return TensorEnvelope.of_array(np.frombuffer(state.to_bytes(), np.uint8))
 
     def latents(self, job_id: str) -> TensorEnvelope:
         """The video latents as they are now, [1, C, T, H, W] fp32."""
@@ -184,6 +238,20 @@ class Rank:
     def end(self, job_id: str) -> None:
         """Forget a request; one that is not there is fine."""
         self._jobs.pop(job_id, None)
+
+    @contextmanager
+    def _in_memory(self, job_id: str) -> Iterator[None]:
+        from cosmos3_core.device import forget_unused_memory, is_out_of_memory
+
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._jobs.pop(job_id, None)
+            what = str(error).splitlines()[0]
+            forget_unused_memory(self._loaded().transformer.device)
+            raise OutOfMemory(what) from None
 
     def _loaded(self) -> Denoiser:
         if self._denoiser is None:

@@ -184,9 +184,9 @@ class Denoiser:
         """A state that was saved, from anywhere, on this transformer's device.
 
         Raises:
-            StateError: it belongs to another request or model.
+            StateError: it belongs to another request or model, or has no step left.
         """
-        _check_fingerprint(plan, state)
+        _check_state(plan, state)
         return state.to(self.transformer.device)
 
     @torch.no_grad()
@@ -196,9 +196,7 @@ class Denoiser:
         Raises:
             StateError: the state belongs to another request, or has no step left.
         """
-        _check_fingerprint(plan, state)
-        if not 0 <= state.step_index < plan.num_steps:
-            raise StateError(f"no step {state.step_index} in a schedule of {plan.num_steps} steps")
+        _check_state(plan, state)
         velocity = self._guided_velocity(plan, state)
         solver = {
             name: plan.solver.step(modality, state.step_index, velocity[name])
@@ -255,8 +253,10 @@ class Denoiser:
         return Branch(text, rope)
 
 
-def _check_fingerprint(plan: DenoisePlan, state: DenoiseState) -> None:
+def _check_state(plan: DenoisePlan, state: DenoiseState) -> None:
     if state.fingerprint != plan.fingerprint:
         raise StateError(
             "this denoise state belongs to another request or model: prompts, shape, schedule or seed differ"
         )
+    if not 0 <= state.step_index < plan.num_steps:
+        raise StateError(f"no step {state.step_index} in a schedule of {plan.num_steps} steps")

@@ -47,6 +47,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    # torch's CPU allocator has no exception type of its own.
+    is_cpus = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpus
+
+
+def forget_unused_memory(device: torch.device) -> None:
+    """Give back what the allocator keeps for later: after it ran out, its pieces fit nothing else."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def collective_backend(device: torch.device) -> str:
     """torch.distributed's backend for tensors on this kind of device."""
     return "nccl" if device.type == "cuda" else "gloo"

@@ -27,7 +27,14 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
         text = f"a {type(value).__name__} too large to print"
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}... ({len(text)} characters)"
+    return _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    """Of a length for a message, and only of what can be written: half a surrogate pair is a str, but no text."""
+    if len(text) > _MAX_SHOWN_CHARS:
+        text = f"{text[:_MAX_SHOWN_CHARS]}... ({len(text)} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Cosmos3Error(Exception):
@@ -45,7 +52,7 @@ class RequestError(Cosmos3Error, ValueError):
     """
 
     def __init__(self, field: str, given: Any, allowed: str, hint: str = "") -> None:
-        self.field = field
+        self.field = field = _shortened(field)
         self.given = _shown(given)
         self.allowed = allowed
         self.hint = hint

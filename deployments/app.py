@@ -16,11 +16,12 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
+from cluster.engine_loop import LoopSpec
 from cluster.gang import GangSpec, bundles
 from cluster.rank import RankSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
-from deployments.config import AppConfig, Stage
+from deployments.config import AppConfig, Stage, TransformerStage
 from deployments.director import Director
 from deployments.ingress import Ingress
 from deployments.mp4_encoder import Mp4Encoder
@@ -43,7 +44,7 @@ def build_app(config: AppConfig) -> serve.Application:
             placement_group_bundles=bundles(gang, config.transformer.num_cpus),
             placement_group_strategy=config.transformer.placement_strategy,
         )
-        .bind(gang, config.transformer.max_jobs)
+        .bind(gang, loop_spec(config.transformer))
     )
     vae = _deployment("VideoVAE", VideoVAE, config.vae).bind(
         checkpoint, config.vae.device, config.vae.dtype, config.vae.num_threads, config.vae.chunk_latents
@@ -61,7 +62,7 @@ def build_app(config: AppConfig) -> serve.Application:
         encoder,
     )
     return _deployment("Ingress", Ingress, config.ingress).bind(
-        checkpoint, config.name, config.model_name, config.http.max_body_bytes, director
+        checkpoint, config.model_name, config.http.max_body_bytes, config.http.request_timeout_s, director
     )
 
 
@@ -81,10 +82,20 @@ def gang_spec(config: AppConfig) -> GangSpec:
     layout = Layout(stage.tp, stage.cfg, stage.sp)
     # Refused here, before anything is placed; the message names the degrees that this checkpoint allows.
     layout.check(CheckpointLayout.open(config.checkpoint).transformer)
-    rank = RankSpec(
-        str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, stage.text_cache_bytes, layout
-    )
+    rank = RankSpec(str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, layout)
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
+
+
+def loop_spec(stage: TransformerStage) -> LoopSpec:
+    """How a leader of this stage runs its gang."""
+    return LoopSpec(
+        max_jobs=stage.max_jobs,
+        max_held_bytes=stage.max_held_bytes,
+        text_cache_bytes=stage.text_cache_bytes,
+        save_period_s=stage.save_period_s,
+        first_step_timeout_s=stage.first_step_timeout_s,
+        quantum_timeout_s=stage.quantum_timeout_s,
+    )
 
 
 def _deployment(name: str, body: type, stage: Stage) -> Any:

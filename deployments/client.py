@@ -10,10 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.errors import StageFailed
+from cluster.errors import AppNotFound, DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
 from deployments.errors import typed
 from deployments.messages import Event, Generated
+from deployments.streams import BlockingStream
+
+DEFAULT_TIMEOUT_S = 3600.0
+# The Director keeps the deadline and says so; this is for one that is gone.
+_SLACK_S = 30.0
 
 
 class Client:
@@ -27,8 +32,8 @@ class Client:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    def generate(self, request: GenerationRequest, *, timeout_s: float | None = None) -> Generated:
-        """Serve a request and wait for its file.
+    def generate(self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Generated:
+        """Serve a request and wait for its file, for ``timeout_s`` or the app's own limit, whichever is shorter.
 
         Raises:
             RequestError: the request is wrong.
@@ -37,40 +42,46 @@ class Client:
         """
         response = self._handle.generate.remote(request, None, timeout_s)
         try:
-            return response.result()
+            return response.result(timeout_s=timeout_s + _SLACK_S)
+        except TimeoutError:
+            raise DeadlineExceeded("director", timeout_s) from None
         except Exception as error:  # noqa: BLE001 - told apart by what it wraps
             raise typed(error, "director") from None
         finally:
             response.cancel()
 
-    def stream(self, request: GenerationRequest, *, timeout_s: float | None = None) -> EventStream:
+    def stream(self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> EventStream:
         """Serve a request and follow it: events, then the file in parts.
 
         Raises, while iterating: as :meth:`generate`.
         """
-        return EventStream(self._streaming.stream.remote(request, None, timeout_s))
+        return EventStream(self._streaming.stream.remote(request, None, timeout_s), timeout_s)
 
 
 class EventStream:
     """An iterator of events. Closing it, leaving its ``with`` block, or dropping it stops the work of every stage."""
 
-    def __init__(self, response: Any) -> None:
-        self._response = response
+    def __init__(self, response: Any, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._items = BlockingStream(response, timeout_s + _SLACK_S)
 
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
         try:
-            return next(self._response)
+            event: Event = next(self._items)
+            return event
         except StopIteration:
             raise
+        except TimeoutError:
+            raise DeadlineExceeded("director", self._timeout_s) from None
         except Exception as error:  # noqa: BLE001 - told apart by what it wraps
             raise typed(error, "director") from None
 
     def close(self) -> None:
         """Stop. Does nothing once the stream has ended."""
-        self._response.cancel()
+        self._items.cancel()
 
     def __enter__(self) -> EventStream:
         return self
@@ -91,7 +102,7 @@ def connect(app_name: str = "cosmos3") -> Client:
     the environment that leads to its own.
 
     Raises:
-        StageFailed: there is no such cluster, it refuses this process, or no such app runs in it.
+        AppNotFound: there is no such cluster, it refuses this process, or no such app runs in it.
     """
     import ray
     from ray import serve
@@ -102,7 +113,7 @@ def connect(app_name: str = "cosmos3") -> Client:
             ray.init(address="auto", log_to_driver=False)
         return Client(serve.get_deployment_handle("Director", app_name=app_name))
     except ConnectionError as error:
-        raise StageFailed("director", 1, f"no Ray cluster could be joined; set RAY_ADDRESS: {error}") from None
+        raise AppNotFound(f"no Ray cluster could be joined; set RAY_ADDRESS: {error}") from None
     except (KeyError, RayServeException) as error:
         address = ray.get_runtime_context().gcs_address
-        raise StageFailed("director", 1, f"no app {app_name!r} runs in the Ray cluster at {address}: {error}") from None
+        raise AppNotFound(f"no app {app_name!r} runs in the Ray cluster at {address}: {error}") from None

@@ -67,9 +67,21 @@ class TransformerStage(Stage, Device):
     cpus_per_rank: float = Field(1, ge=0)
     gpus_per_rank: float = Field(0, ge=0)
     placement_strategy: str = Field("STRICT_PACK", pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$")
-    max_jobs: int = Field(8, ge=1, description="requests one gang takes at once, the running one included")
+    max_jobs: int = Field(8, ge=1, description="images, and as many videos, that one gang takes at once")
+    max_held_bytes: int = Field(8 * 2**30, ge=1, description="state and prompts of begun requests, per rank")
     start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
-    text_cache_bytes: int = Field(4 * 2**30, ge=0, description="keys and values of prompts, per rank")
+    first_step_timeout_s: float = Field(300, gt=0, description="for beginning a request, compiling for it included")
+    quantum_timeout_s: float = Field(60, gt=0, description="then a silent gang counts as hung; more if it is slow")
+    save_period_s: float = Field(5, gt=0, description="between saved states of a running request")
+    text_cache_bytes: int = Field(4 * 2**30, ge=0, description="keys and values of kept prompts, per rank")
+
+    @model_validator(mode="after")
+    def _no_queue_in_front(self) -> Self:
+        # The leader refuses what is too much, class by class. In Serve's router an image would wait behind videos.
+        most = 2 * self.max_jobs
+        if self.max_ongoing_requests <= most:
+            raise ValueError(f"max_ongoing_requests={self.max_ongoing_requests} must exceed 2 * max_jobs = {most}")
+        return self
 
 
 class VideoVAEStage(Stage, Device):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.clip_stream import start_clip_streams
 from cluster.errors import OverloadedError, ShuttingDown
+from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest, resolve
 from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
@@ -18,6 +19,9 @@ from deployments.walk import Stages, Walk
 
 # A guess for Retry-After until a request has been timed.
 _FIRST_GUESS_S = 5.0
+_CLOSE_TRIES = 5
+_CLOSE_S = 10.0
+_CLOSE_PAUSE_S = 0.5
 # What a restart of the app takes, about.
 _RESTART_S = 30.0
 
@@ -32,6 +36,7 @@ class Director:
         chunk_window: decoded chunks of a clip that may exist before they are encoded.
         request_timeout_s: of requests that name none.
         tokenizer, transformer, vae, encoder: handles of the stages.
+        unguided: of the transformer for requests without guidance, where there is one.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Director:
         transformer: Any,
         vae: Any,
         encoder: Any,
+        unguided: Any = None,
     ) -> None:
         self._layout = CheckpointLayout.open(checkpoint)
         self._max_requests = max_requests
@@ -52,7 +58,7 @@ class Director:
         self._chunk_window = chunk_window
         self._request_timeout_s = request_timeout_s
         # Configured once: every differently configured handle has a router of its own.
-        streaming = (handle.options(stream=True) for handle in (transformer, vae, encoder))
+        streaming = (handle and handle.options(stream=True) for handle in (transformer, vae, encoder, unguided))
         self._stages = Stages(tokenizer, *streaming)
         self._clips = start_clip_streams(max_clips=4 * max_requests)
         self._num_requests = 0
@@ -87,10 +93,12 @@ class Director:
         self._num_requests += 1
         start_s = time.monotonic()
         try:
-            limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
+            limit_s = self._request_timeout_s
+            if timeout_s is not None:
+                limit_s = min(limit_s, checks.real("timeout_s", timeout_s, 0, math.inf))
             walk = Walk(
                 request=resolve(request, self._layout),
-                context=RequestContext(request_id or uuid.uuid4().hex, time.time() + limit_s, limit_s),
+                context=RequestContext.new(request_id, limit_s),
                 layout=self._layout,
                 stages=self._stages,
                 clips=self._clips,
@@ -141,7 +149,10 @@ class Director:
     async def _close_streams(self) -> None:
         while True:
             stream_id = await self._to_close.get()
-            try:
-                await self._clips.close.remote(stream_id, "the request has ended")
-            except Exception:  # noqa: BLE001 - the actor died and took the stream with it; a new one is on its way
-                continue
+            for _ in range(_CLOSE_TRIES):
+                try:
+                    async with asyncio.timeout(_CLOSE_S):
+                        await self._clips.close.remote(stream_id, "the request has ended")
+                    break
+                except Exception:  # noqa: BLE001 - away for a moment, or dead, and then the stream with it
+                    await asyncio.sleep(_CLOSE_PAUSE_S)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from ray.exceptions import ObjectLostError, RayActorError, RaySystemError, RayTaskError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from cluster.errors import GangFailed, OverloadedError, StageFailed, StreamClosed
 from cosmos3_core.errors import Cosmos3Error
@@ -20,6 +29,9 @@ _RETRYABLE = (
     ObjectLostError,
     WorkerCrashedError,
     RaySystemError,
+    NodeDiedError,
+    LocalRayletDiedError,
+    ActorUnschedulableError,
     ReplicaUnavailableError,
 )
 
@@ -32,11 +44,14 @@ def unwrapped(error: BaseException) -> BaseException:
 
 
 def typed(error: BaseException, stage: str) -> BaseException:
-    """The error as one of ours where it has a meaning: a full queue, a process that died; else as it was raised."""
+    """The error as one of ours where it has a meaning: a full queue, a process that died; else as it was raised.
+
+    What a stage may be tried again after stays itself if it is ours: a :class:`GangFailed` says more.
+    """
     error = unwrapped(error)
     if isinstance(error, BackPressureError):
         return OverloadedError(f"calls waiting for the stage {stage!r}", error.max_queued_requests, _FULL_QUEUE_S)
-    if isinstance(error, _RETRYABLE) and not isinstance(error, Cosmos3Error):
+    if isinstance(error, (*_RETRYABLE, DeploymentUnavailableError)) and not isinstance(error, Cosmos3Error):
         return StageFailed(stage, 1, in_words(error))
     return error
 
@@ -44,6 +59,11 @@ def typed(error: BaseException, stage: str) -> BaseException:
 def is_retryable(error: BaseException) -> bool:
     """Whether the same stage may succeed on another replica; never true of the request's own faults."""
     return isinstance(unwrapped(error), _RETRYABLE)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an object that was to be used is gone."""
+    return isinstance(unwrapped(error), ObjectLostError)
 
 
 def in_words(error: BaseException) -> str:

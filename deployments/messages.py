@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import uuid
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
@@ -14,16 +16,29 @@ class RequestContext:
     """First argument of every stage method.
 
     Attributes:
-        request_id: the same in every stage's logs.
-        deadline_s: seconds since the epoch (``time.time``) at which the request has to be done.
+        request_id: the caller's name for it, the same in every stage's logs. Callers may use one twice.
+        run_id: our own name for it, used by no other request.
+        deadline_s: by this process' ``time.monotonic``; it travels as seconds that are left: nodes' clocks differ.
         limit_s: seconds it had in all, for messages.
         attempt: which try of the stage this is, from 1.
     """
 
     request_id: str
+    run_id: str
     deadline_s: float
     limit_s: float
     attempt: int = 1
+
+    @classmethod
+    def new(cls, request_id: str | None, limit_s: float) -> RequestContext:
+        """Of a request that comes now; an id is made up for one without."""
+        run_id = uuid.uuid4().hex
+        return cls(request_id or run_id, run_id, time.monotonic() + limit_s, limit_s)
+
+    @property
+    def try_id(self) -> str:
+        """Names this try of a stage; used by no other."""
+        return f"{self.run_id}/{self.attempt}"
 
     def remaining_s(self, stage: str) -> float:
         """Seconds left.
@@ -31,7 +46,7 @@ class RequestContext:
         Raises:
             DeadlineExceeded: none; names ``stage``.
         """
-        left = self.deadline_s - time.time()
+        left = self.deadline_s - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded(stage, self.limit_s)
         return left
@@ -39,6 +54,13 @@ class RequestContext:
     def retried(self) -> RequestContext:
         """The context of the next try."""
         return replace(self, attempt=self.attempt + 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self.request_id, self.run_id, self.deadline_s - time.monotonic(), self.limit_s, self.attempt)
+
+
+def _arrived(request_id: str, run_id: str, left_s: float, limit_s: float, attempt: int) -> RequestContext:
+    return RequestContext(request_id, run_id, time.monotonic() + left_s, limit_s, attempt)
 
 
 @dataclass(frozen=True)
@@ -106,12 +128,24 @@ class QueuePosition:
 
 
 @dataclass(frozen=True)
-class StepsDone:
-    """Denoising is at ``step`` of ``num_steps``; ``sigma`` is the noise level that is left."""
+class StepDone:
+    """Step ``step`` of ``num_steps`` is done, counted from 1; ``sigma`` is the noise level that is left."""
 
     step: int
     num_steps: int
     sigma: float
+    pid: int
+
+
+@dataclass(frozen=True)
+class StateSaved:
+    """The denoising state after ``step`` steps is kept: should the gang die, another goes on from there.
+
+    Between stages: the next item of the stream is the state's envelope. ``pid`` is the leader's.
+    """
+
+    step: int
+    num_bytes: int
     pid: int
 
 
@@ -125,6 +159,13 @@ class LatentsReady:
     seconds: float
     pid: int
     rank_pids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EncoderReady:
+    """An encoder has a place for the clip, which is decoded only then. Between stages only."""
+
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -148,11 +189,12 @@ class ChunkEncoded:
 
 @dataclass(frozen=True)
 class StageRetried:
-    """A stage failed and is tried again."""
+    """A stage failed and is tried again; denoising goes on after ``from_step`` steps."""
 
     stage: str
     attempt: int
     reason: str
+    from_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,7 +240,8 @@ Event = (
     Accepted
     | Tokenized
     | QueuePosition
-    | StepsDone
+    | StepDone
+    | StateSaved
     | LatentsReady
     | ChunkDecoded
     | ChunkEncoded

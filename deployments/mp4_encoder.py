@@ -12,7 +12,8 @@ from typing import Any
 
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
-from deployments.messages import ChunkEncoded, ClipEncoded, FrameChunk, MediaPart, RequestContext
+from deployments.messages import ChunkEncoded, ClipEncoded, EncoderReady, FrameChunk, MediaPart, RequestContext
+from deployments.streams import in_time
 
 _PART_BYTES = 1 << 20
 
@@ -22,36 +23,45 @@ class Mp4Encoder:
 
     async def encode(
         self, context: RequestContext, clip_format: ClipFormat, clips: Any, stream_id: str
-    ) -> AsyncIterator[ChunkEncoded | ClipEncoded | MediaPart]:
+    ) -> AsyncIterator[EncoderReady | ChunkEncoded | ClipEncoded | MediaPart]:
         """Take a clip's chunks from its stream and encode them.
 
         Yields:
-            A :class:`ChunkEncoded` each, then :class:`ClipEncoded`, then the file in parts.
+            :class:`EncoderReady`, a :class:`ChunkEncoded` each, then :class:`ClipEncoded`, then the file in parts.
 
         Raises:
             StreamClosed: the clip was given up.
             DeadlineExceeded: the request's time is up.
             MediaError: the file could not be written.
         """
+        yield EncoderReady(os.getpid())
         start_s = time.monotonic()
         digest, num_frames = FrameHash(), 0
         with tempfile.TemporaryDirectory(prefix="cosmos3-encode-") as directory:
             path = Path(directory) / "clip"
             with open_writer(path, clip_format) as writer:
-                while boxed := await clips.take.remote(stream_id, context.remaining_s("encode")):
-                    chunk: FrameChunk = await boxed[0]
+                while boxed := await _next_chunk(context, clips, stream_id):
+                    chunk: FrameChunk = await in_time(context, "encode", boxed[0])
                     frames = chunk.frames.array()
                     await asyncio.to_thread(_write, writer, digest, frames)
                     num_frames += len(frames)
                     event = ChunkEncoded(chunk.index, len(frames), chunk.pid, time.time(), os.getpid())
                     # Nothing may hold the chunk when its credit goes back: the credit stands for its memory.
                     del boxed, chunk, frames
-                    await clips.release.remote(stream_id)
+                    await in_time(context, "encode", clips.release.remote(stream_id))
                     yield event
+                # Flushing x264 takes seconds at 720p; the other clip and Serve's questions go on meanwhile.
+                await asyncio.to_thread(writer.close)
             data = await asyncio.to_thread(path.read_bytes)
         yield ClipEncoded(digest.hexdigest(), num_frames, len(data), time.monotonic() - start_s, os.getpid())
         for start in range(0, len(data), _PART_BYTES):
             yield MediaPart(data[start : start + _PART_BYTES])
+
+
+async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> list[Any]:
+    left_s = context.remaining_s("encode")
+    boxed: list[Any] = await in_time(context, "encode", clips.take.remote(stream_id, left_s))
+    return boxed
 
 
 def _write(writer: MediaWriter, digest: FrameHash, frames: Any) -> None:

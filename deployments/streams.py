@@ -7,12 +7,31 @@ it as references. ``_to_object_ref_gen`` gives those; it needs Serve's by-refere
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+import ray
 
 from cluster.errors import DeadlineExceeded
 from deployments.messages import RequestContext
+
+T = TypeVar("T")
+
+
+async def in_time(context: RequestContext, stage: str, awaitable: Awaitable[T]) -> T:
+    """Wait for something, no longer than the request has left.
+
+    Raises:
+        DeadlineExceeded: it did not come in time, by this clock or by the other side's.
+    """
+    try:
+        # A time-out of zero still starts the wait, and ends it: what is never awaited would be left hanging.
+        async with asyncio.timeout(max(0.0, context.deadline_s - time.monotonic())):
+            return await awaitable
+    except TimeoutError:
+        raise DeadlineExceeded(stage, context.limit_s) from None
 
 
 class RefStream:
@@ -37,16 +56,12 @@ class RefStream:
             DeadlineExceeded: the request's time is up.
             Exception: whatever the stage raised.
         """
-        limit_s = self._context.remaining_s(self._stage)
         try:
-            async with asyncio.timeout(limit_s):
-                if self._refs is None:
-                    self._refs = await self._response._to_object_ref_gen()
-                return await anext(self._refs)
+            if self._refs is None:
+                self._refs = await in_time(self._context, self._stage, self._response._to_object_ref_gen())
+            return await in_time(self._context, self._stage, anext(self._refs))
         except StopAsyncIteration:
             return None
-        except TimeoutError:
-            raise DeadlineExceeded(self._stage, self._context.limit_s) from None
 
     async def next_value(self) -> Any:
         """The next item itself, or None after the last one. For small messages.
@@ -55,7 +70,7 @@ class RefStream:
             Exception: as :meth:`next_ref`.
         """
         ref = await self.next_ref()
-        return None if ref is None else await ref
+        return None if ref is None else await in_time(self._context, self._stage, ref)
 
     def cancel(self) -> None:
         """Stop the producer. Dropping the response would let it run to its end."""
@@ -70,3 +85,39 @@ async def following(response: Any, context: RequestContext, stage: str) -> Async
         yield stream
     finally:
         stream.cancel()
+
+
+class BlockingStream:
+    """The items of one streaming call for a thread that may block.
+
+    Args:
+        response: as for :class:`RefStream`.
+        limit_s: for all items together.
+    """
+
+    def __init__(self, response: Any, limit_s: float) -> None:
+        self._response = response
+        self._deadline_s = time.monotonic() + limit_s
+        self._refs: Any = None
+
+    def __next__(self) -> Any:
+        """The next item.
+
+        Raises:
+            StopIteration: there is none.
+            TimeoutError: it did not come in time.
+            Exception: whatever the stage raised.
+        """
+        if self._refs is None:
+            self._refs = self._response._to_object_ref_gen_sync(_timeout_s=self._left_s())
+        ref = self._refs._next_sync(timeout_s=self._left_s())
+        if ref.is_nil():
+            raise TimeoutError
+        return ray.get(ref, timeout=self._left_s())
+
+    def cancel(self) -> None:
+        """Stop the producer."""
+        self._response.cancel()
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())

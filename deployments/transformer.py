@@ -7,13 +7,12 @@ import os
 import time
 from collections.abc import AsyncIterator
 
-from cluster.engine_loop import EngineLoop, Queued
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Queued, Saved
 from cluster.envelope import TensorEnvelope
-from cluster.errors import GangFailed
 from cluster.gang import Gang, GangSpec
-from cluster.rank import StepReport
+from cluster.rank import Step
 from cosmos3_core.denoise_request import DenoiseRequest
-from deployments.messages import LatentsReady, QueuePosition, RequestContext, StepsDone
+from deployments.messages import LatentsReady, QueuePosition, RequestContext, StateSaved, StepDone
 
 # Long enough for the failures to reach their callers before the process ends.
 _LAST_WORDS_S = 0.2
@@ -24,39 +23,43 @@ class Transformer:
 
     Args:
         spec: of the gang.
-        max_jobs: requests that one gang takes at once, the running one included.
+        loop: how to run it.
     """
 
-    async def __init__(self, spec: GangSpec, max_jobs: int) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, spec: GangSpec, loop: LoopSpec) -> None:  # type: ignore[misc] # Serve awaits it
         self._gang = await Gang.start(spec)
-        self._loop = EngineLoop(self._gang, max_jobs=max_jobs, first_quantum_timeout_s=spec.start_timeout_s)
+        self._loop = EngineLoop(self._gang, loop, _end_soon)
 
     async def denoise(
-        self, context: RequestContext, request: DenoiseRequest
-    ) -> AsyncIterator[QueuePosition | StepsDone | LatentsReady | TensorEnvelope]:
+        self, context: RequestContext, request: DenoiseRequest, state: TensorEnvelope | None = None
+    ) -> AsyncIterator[QueuePosition | StepDone | StateSaved | LatentsReady | TensorEnvelope]:
         """Denoise a request: positions and steps, then :class:`LatentsReady`, then the latents' envelope.
+
+        Now and then a :class:`StateSaved` and then the state's envelope: whoever holds on to it can have the request
+        go on from there, on another gang, by giving it as ``state``.
 
         Raises:
             OverloadedError: this gang's queue is full.
             GangFailed: the gang died; it is being rebuilt, and the request may be tried on another.
+            DeadlineExceeded: the request's time is up.
+            OutOfMemory: the request does not fit.
             RequestError: the request's fault.
         """
-        job_id = f"{context.request_id}/{context.attempt}"
         start_s = time.monotonic()
-        try:
-            async for update in self._loop.submit(job_id, request, context.deadline_s):
-                match update:
-                    case Queued(position):
-                        yield QueuePosition(position, os.getpid())
-                    case StepReport():
-                        yield StepsDone(update.step, update.num_steps, update.sigma, update.pid)
-                    case TensorEnvelope():
-                        ranks = tuple(info.pid for info in self._gang.infos)
-                        yield LatentsReady(time.monotonic() - start_s, os.getpid(), ranks)
-                        yield update
-        except GangFailed:
-            asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
-            raise
+        pid = os.getpid()
+        async for update in self._loop.submit(context.try_id, request, context.remaining_s("denoise"), state):
+            match update:
+                case Queued(position):
+                    yield QueuePosition(position, pid)
+                case Step():
+                    yield StepDone(update.step, update.num_steps, update.sigma, update.pid)
+                case Saved(step, envelope):
+                    yield StateSaved(step, envelope.num_bytes, pid)
+                    yield envelope
+                case Denoised(latents):
+                    ranks = tuple(info.pid for info in self._gang.infos)
+                    yield LatentsReady(time.monotonic() - start_s, pid, ranks)
+                    yield latents
 
     async def check_health(self) -> None:
         """Serve's question. A failed gang answers by its end; this is the second net.
@@ -66,3 +69,8 @@ class Transformer:
         """
         if self._loop.failure is not None:
             raise self._loop.failure
+
+
+def _end_soon() -> None:
+    """End this process: Serve puts a new one with a new gang in its place."""
+    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)

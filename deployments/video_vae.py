@@ -11,6 +11,7 @@ from typing import Any
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.messages import ChunkDecoded, FrameChunk, RequestContext
+from deployments.streams import in_time
 
 
 class VideoVAE:
@@ -55,7 +56,7 @@ class VideoVAE:
         """
         chunks = self._vae.decode(latents.tensor(), chunk_latents=self._chunk_latents)
         index = 0
-        while await clips.acquire.remote(stream_id, context.remaining_s("decode")):
+        while await in_time(context, "decode", clips.acquire.remote(stream_id, context.remaining_s("decode"))):
             frames = await asyncio.to_thread(_next_frames, chunks)
             if frames is None:
                 return

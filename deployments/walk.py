@@ -9,38 +9,54 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import DeadlineExceeded, StageFailed
+from cluster.envelope import TensorEnvelope
+from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.request import ResolvedRequest
-from deployments.errors import in_words, is_retryable, typed
+from deployments.errors import in_words, is_lost, is_retryable, typed
 from deployments.messages import (
     Accepted,
     ChunkDecoded,
     ClipEncoded,
+    EncoderReady,
     Event,
     Finished,
     LatentsReady,
     MediaPart,
     RequestContext,
     StageRetried,
+    StateSaved,
     Tokenized,
     TokenizedPair,
 )
-from deployments.streams import RefStream, following
+from deployments.streams import RefStream, following, in_time
 
 # Before a stage is tried again: a dead replica is still in the routers' tables for a moment.
 _RETRY_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Handles of the stages that the Director calls; the streaming ones with ``stream=True``."""
+    """Handles of the stages that the Director calls; all but the tokenizer's with ``stream=True``.
+
+    ``unguided`` are gangs for requests that need one branch of guidance only, where the app has such.
+    """
 
     tokenizer: Any
     transformer: Any
     vae: Any
     encoder: Any
+    unguided: Any = None
+
+    def gangs_for(self, job: DenoiseRequest) -> list[Any]:
+        """The transformers that can take a request, the best one first."""
+        if self.unguided is None:
+            return [self.transformer]
+        if len(job.prompts) == 1:
+            return [self.unguided, self.transformer]
+        return [self.transformer, self.unguided]
 
 
 @dataclass
@@ -67,6 +83,7 @@ class Walk:
     max_attempts: int
     close_later: Callable[[str], None]
     _seconds: dict[str, float] = field(default_factory=dict)
+    _saved: _Saved | None = None
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event of the request, the finished file's parts last.
@@ -75,7 +92,7 @@ class Walk:
             RequestError: the request's fault, found by a stage.
             OverloadedError: a stage's queue is full.
             DeadlineExceeded: the time is up.
-            StageFailed: a stage's tries are used up.
+            GangFailed, StageFailed: a stage's tries are used up.
         """
         start_s = time.monotonic()
         request = self.request
@@ -90,13 +107,13 @@ class Walk:
         pair, tokenized_events = await self._tokenize()
         for event in tokenized_events:
             yield event
-        latents_ref: Any = None
+        latents: _Latents
         async for item in self._retried("denoise", lambda context: self._denoise(context, pair)):
             if isinstance(item, _Latents):
-                latents_ref = item.ref
+                latents = item
             else:
                 yield item
-        async for item in self._retried("decode", lambda context: self._decode_and_encode(context, latents_ref)):
+        async for item in self._retried("decode", lambda context: self._decode_and_encode(context, latents.ref)):
             if not isinstance(item, _Encoded):
                 yield item
                 continue
@@ -121,66 +138,111 @@ class Walk:
     async def _tokenize_once(self, context: RequestContext) -> AsyncIterator[TokenizedPair]:
         response = self.stages.tokenizer.tokenize.remote(context, self.request)
         try:
-            async with asyncio.timeout(context.remaining_s("tokenize")):
-                yield await response
-        except TimeoutError:
-            raise DeadlineExceeded("tokenize", context.limit_s) from None
+            yield await in_time(context, "tokenize", response)
         finally:
             response.cancel()
 
     async def _denoise(self, context: RequestContext, pair: TokenizedPair) -> AsyncIterator[Event | _Latents]:
         job = DenoiseRequest.of(self.request, pair.text_ids, pair.negative_text_ids, self.layout.geometry)
-        async with following(self.stages.transformer.denoise.remote(context, job), context, "denoise") as stream:
-            while (event := await stream.next_value()) is not None:
-                yield event
-                if isinstance(event, LatentsReady):
-                    self._seconds["denoise"] = event.seconds
-                    yield _Latents(await stream.next_ref())
-                    return
+        *others, last = self.stages.gangs_for(job)
+        for gang in others:
+            try:
+                async for item in self._denoise_on(gang, context, job):
+                    yield item
+                return
+            except Exception as error:
+                # Refused before anything of it was done; the next gang may have room.
+                if not isinstance(typed(error, "denoise"), OverloadedError):
+                    raise
+        async for item in self._denoise_on(last, context, job):
+            yield item
+
+    async def _denoise_on(
+        self, gang: Any, context: RequestContext, job: DenoiseRequest
+    ) -> AsyncIterator[Event | _Latents]:
+        saved_ref = None if self._saved is None else self._saved.ref
+        try:
+            async with following(gang.denoise.remote(context, job, saved_ref), context, "denoise") as stream:
+                while (event := await stream.next_value()) is not None:
+                    if isinstance(event, StateSaved):
+                        ref = await stream.next_ref()
+                        self._saved = _Saved(event.step, ref, await in_time(context, "denoise", ref))
+                    yield event
+                    if isinstance(event, LatentsReady):
+                        self._seconds["denoise"] = event.seconds
+                        self._saved = None
+                        ref = await stream.next_ref()
+                        yield _Latents(ref, await in_time(context, "denoise", ref))
+                        return
+        except Exception as error:
+            if is_lost(error):  # with the node that it lay on; the next try starts anew
+                self._saved = None
+            raise
         raise StageFailed("denoise", context.attempt, "the stream ended without latents")
 
     async def _decode_and_encode(self, context: RequestContext, latents_ref: Any) -> AsyncIterator[Event | _Encoded]:
-        stream_id = f"{context.request_id}/{context.attempt}"
+        stream_id = context.try_id
         start_s = time.monotonic()
-        async with asyncio.timeout(context.remaining_s("decode")):
-            await self.clips.open.remote(stream_id, self.chunk_window)
-        decode = self.stages.vae.decode.remote(context, latents_ref, self.clips, stream_id)
-        encode = self.stages.encoder.encode.remote(context, self.request.clip_format(), self.clips, stream_id)
         try:
-            async with following(decode, context, "decode") as decoded, following(encode, context, "encode") as encoded:
-                async for item in _merged(self._forward(decoded, stream_id), _collect(encoded, context)):
-                    self._seconds["decode_encode"] = time.monotonic() - start_s
-                    yield item
+            await in_time(context, "decode", self.clips.open.remote(stream_id, self.chunk_window))
+            encode = self.stages.encoder.encode.remote(context, self.request.clip_format(), self.clips, stream_id)
+            async with following(encode, context, "encode") as encoded:
+                # First the encoder's place, then the decoder's: two clips that hold one each would wait for ever.
+                ready = await encoded.next_value()
+                assert isinstance(ready, EncoderReady)
+                decode = self.stages.vae.decode.remote(context, latents_ref, self.clips, stream_id)
+                async with following(decode, context, "decode") as decoded:
+                    forwarded = self._forward(decoded, context, stream_id)
+                    async for item in _merged(forwarded, _collect(encoded, context)):
+                        self._seconds["decode_encode"] = time.monotonic() - start_s
+                        yield item
         finally:
             self.close_later(stream_id)
 
-    async def _forward(self, decoded: RefStream, stream_id: str) -> AsyncIterator[Event]:
+    async def _forward(self, decoded: RefStream, context: RequestContext, stream_id: str) -> AsyncIterator[Event]:
         """Post the decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
         while (event := await decoded.next_value()) is not None:
             assert isinstance(event, ChunkDecoded)
             chunk_ref = await decoded.next_ref()
             # Announced before it is posted, so that nobody hears of its encoding first.
             yield event
-            await self.clips.post.remote(stream_id, [chunk_ref])
-        await self.clips.complete.remote(stream_id)
+            await in_time(context, "decode", self.clips.post.remote(stream_id, [chunk_ref]))
+        await in_time(context, "decode", self.clips.complete.remote(stream_id))
 
     async def _retried(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
-        """Run a stage until it succeeds or fails for good; only deaths are retried, with the same seed."""
+        """Run a stage until it succeeds or fails for good.
+
+        Deaths are retried with the same seed. A stage that is full is waited for: a request that was accepted is not
+        refused any more.
+        """
         context = self.context
+        num_tries = 1
         while True:
+            pause_s = _RETRY_PAUSE_S
             try:
                 async for item in attempt(context):
                     yield item
                 return
             except Exception as error:  # noqa: BLE001 - what another process raised can be anything
-                if not is_retryable(error):
-                    raise typed(error, stage) from None
-                if context.attempt >= self.max_attempts:
-                    raise StageFailed(stage, context.attempt, in_words(error)) from None
-                reason = in_words(error)
-            yield StageRetried(stage, context.attempt + 1, reason)
+                meaning = typed(error, stage)
+                if isinstance(meaning, OverloadedError):
+                    retried = None
+                    pause_s = min(max(meaning.retry_after_s, _RETRY_PAUSE_S), _LONGEST_PAUSE_S)
+                elif not is_retryable(error):
+                    raise meaning from None
+                else:
+                    if not isinstance(meaning, GangLost):  # else the fault was another request's
+                        num_tries += 1
+                    if num_tries > self.max_attempts:
+                        if isinstance(meaning, GangFailed):
+                            raise meaning from None  # says more: the phase and the rank
+                        raise StageFailed(stage, self.max_attempts, in_words(error)) from None
+                    from_step = 0 if self._saved is None else self._saved.step
+                    retried = StageRetried(stage, context.attempt + 1, in_words(error), from_step)
+            if retried is not None:
+                yield retried
             context = context.retried()
-            await asyncio.sleep(min(_RETRY_PAUSE_S, context.remaining_s(stage)))
+            await asyncio.sleep(min(pause_s, context.remaining_s(stage)))
 
     def _finished(self, clip: ClipEncoded, pair: TokenizedPair) -> Finished:
         clip_format = self.request.clip_format()
@@ -202,9 +264,19 @@ class Walk:
 
 @dataclass(frozen=True)
 class _Latents:
-    """The latents' reference; their bytes are somewhere else."""
+    """The latents, held as :class:`_Saved` is: decoding can be tried again when the gang's node is gone."""
 
     ref: Any
+    envelope: TensorEnvelope
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A denoising state. The envelope is held, unread, so that its bytes stay on this node when the gang's is gone."""
+
+    step: int
+    ref: Any
+    envelope: TensorEnvelope
 
 
 @dataclass(frozen=True)

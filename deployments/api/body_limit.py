@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -25,19 +26,34 @@ async def read_fields(request: Request, max_bytes: int) -> dict[str, Any]:
     stream = _bounded(request, max_bytes)
     if content_type == "application/json":
         return _json_object(b"".join([chunk async for chunk in stream]))
+    limits = {"max_fields": _MAX_FIELDS, "max_part_size": max_bytes}
+    parser: MultiPartParser | FormParser | None = None
     if content_type == "multipart/form-data":
-        parser = MultiPartParser(request.headers, stream, max_files=0, max_fields=_MAX_FIELDS, max_part_size=max_bytes)
+        parser = MultiPartParser(request.headers, stream, max_files=0, **limits)
+    elif content_type == "application/x-www-form-urlencoded":
+        parser = FormParser(request.headers, stream, **limits)
+    if parser is not None:
         try:
             return _fields(await parser.parse())
         except (MultiPartException, KeyError) as error:
-            raise BodyError(400, "broken_form", f"the multipart body cannot be read: {error}") from None
-    if content_type == "application/x-www-form-urlencoded":
-        return _fields(await FormParser(request.headers, stream).parse())
+            raise BodyError(400, "broken_form", f"the form cannot be read: {error}") from None
     raise BodyError(
         415,
         "wrong_content_type",
         f"content-type {content_type!r}: allowed are application/json and multipart/form-data",
     )
+
+
+def request_id_of(headers: Headers, default: str) -> str:
+    """The caller's ``x-request-id``, or the default.
+
+    Raises:
+        BodyError: one that no log should hold.
+    """
+    given = headers.get("x-request-id")
+    if given is not None and not re.fullmatch(r"[\x21-\x7e]{1,128}", given):
+        raise BodyError(400, "invalid_header", "x-request-id: allowed are 1 to 128 visible ASCII characters")
+    return given or default
 
 
 async def _bounded(request: Request, max_bytes: int) -> Any:

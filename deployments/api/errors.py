@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from cluster.errors import ClusterError, DeadlineExceeded, OverloadedError, ShuttingDown, StageFailed
+from cluster.errors import ClusterError, DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from deployments.errors import typed
 
@@ -32,6 +32,7 @@ class BodyError(Cosmos3Error):
 # First match wins: more special types stand first.
 _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (RequestError, 422, "invalid_field"),
+    (OutOfMemory, 422, "out_of_memory"),
     (OverloadedError, 429, "overloaded"),
     (ShuttingDown, 503, "shutting_down"),
     (DeadlineExceeded, 504, "deadline_exceeded"),

@@ -1,10 +1,9 @@
-"""The leader's loop on a gang that is not there: order, positions, cancelling, bounds, failure. Without Ray."""
+"""The leader's loop on a gang that is not there: order, positions, cancelling, bounds, saving, failure. Without Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,27 +11,44 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.engine_loop import EngineLoop, Queued
+from cluster import engine_loop
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Queued, Saved
 from cluster.envelope import TensorEnvelope
-from cluster.errors import GangFailed, OverloadedError
-from cluster.rank import StepReport
+from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError
+from cluster.rank import Step, StepReport
+from cosmos3_core.admission import PromptOrders, RequestMemory, text_key
 from cosmos3_core.denoise_request import DenoiseRequest
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import RequestError, StateError
 from cosmos3_core.shapes import LatentShape
 
+VIDEO, IMAGE = LatentShape(2, 1, 1), LatentShape(1, 1, 1)
 
-def request(num_steps: int, seed: int = 0) -> DenoiseRequest:
-    return DenoiseRequest((1,), (1,), LatentShape(1, 1, 1), 24.0, num_steps, 1.0, "native", 3.0, seed)
+
+def request(num_steps: int, seed: int = 0, shape: LatentShape = VIDEO) -> DenoiseRequest:
+    return DenoiseRequest((1,), (1,), shape, 24.0, num_steps, 1.0, "native", 3.0, seed)
 
 
 @dataclass
 class FakeGang:
-    """Answers like a gang of one; counts what it was asked."""
+    """Answers like a gang of one; counts what it was asked. A saved state is the number of steps done."""
 
     step_s: float = 0.001
     fail_at_step: int | None = None
+    raise_at_step: int | None = None
+    no_memory_at_step: int | None = None
     calls: list[tuple[str, Any]] = field(default_factory=list)
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ends: list[bool] = field(default_factory=list)
+    max_begun: int = 0
+    # 100 bytes for each latent frame.
+    request_memory: RequestMemory = RequestMemory(100, 0, 0, 1)  # noqa: RUF009 - frozen
+
+    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        assert method in ("begin", "step")
+        return await self.call(method, *arguments, phase=phase, timeout_s=timeout_s)
+
+    async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
+        return (await self.call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
 
     async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         assert timeout_s > 0
@@ -40,47 +56,81 @@ class FakeGang:
         await asyncio.sleep(0)
         job_id = arguments[0]
         if method == "begin":
-            if arguments[1].seed == 667:
+            _, job, _, state = arguments
+            if job.seed == 667:
                 raise ZeroDivisionError("a bug")
-            if arguments[1].seed == 666:
+            if job.seed == 666:
                 raise RequestError("seed", 666, "another one")
-            self.progress[job_id] = (0, arguments[1].num_inference_steps)
+            if job.seed == 668:
+                raise OutOfMemory("of 1 GiB")
+            assert job_id not in self.progress
+            self.progress[job_id] = (0 if state is None else int(state.array()[0]), job.num_inference_steps)
+            self.max_begun = max(self.max_begun, len(self.progress))
         elif method == "step":
             done, total = self.progress[job_id]
             if self.fail_at_step is not None and done >= self.fail_at_step:
                 raise GangFailed("step", "a rank died")
+            if self.raise_at_step is not None and done >= self.raise_at_step:
+                raise StateError("one rank's own trouble")
+            if self.no_memory_at_step is not None and done >= self.no_memory_at_step and job_id == "large":
+                del self.progress[job_id]
+                raise OutOfMemory("of 1 GiB")
             count = min(arguments[1], total - done)
             await asyncio.sleep(self.step_s * count)
             self.progress[job_id] = (done + count, total)
-            return [StepReport(done + count, total, 0.5, self.step_s * count, os.getpid())]
-        elif method == "latents":
-            return [TensorEnvelope.of_array(np.zeros(1, np.float32))]
+            steps = tuple(Step(done + index + 1, total, 0.5, os.getpid()) for index in range(count))
+            return [StepReport(steps, self.step_s * count)]
+        elif method in ("latents", "save"):
+            return [TensorEnvelope.of_array(np.array([self.progress[job_id][0]], np.int64))]
         elif method == "end":
             self.progress.pop(job_id, None)
         return [None]
+
+    def of(self, method: str) -> list[Any]:
+        """Arguments of a method's calls."""
+        return [arguments for name, arguments in self.calls if name == method]
+
+    def turns(self) -> list[str]:
+        """Whose steps were run, in order, without repetitions in a row."""
+        jobs = [arguments[0] for arguments in self.of("step")]
+        return [job for index, job in enumerate(jobs) if index == 0 or jobs[index - 1] != job]
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(body, 30))
 
 
-async def follow(loop: EngineLoop, job_id: str, num_steps: int, seed: int = 0) -> list[Any]:
-    return [update async for update in loop.submit(job_id, request(num_steps, seed), time.time() + 60)]
+def loop_on(gang: FakeGang, **changes: Any) -> EngineLoop:
+    spec = {
+        "max_jobs": 4,
+        "max_held_bytes": 10_000,
+        "text_cache_bytes": 0,
+        "save_period_s": 60.0,
+        "first_step_timeout_s": 10.0,
+        "quantum_timeout_s": 10.0,
+    }
+    return EngineLoop(gang, LoopSpec(**{**spec, **changes}), lambda: gang.ends.append(True))  # type: ignore[arg-type]
 
 
-def test_a_request_gets_its_position_its_steps_and_its_latents() -> None:
+async def follow(loop: EngineLoop, job_id: str, num_steps: int, **fields: Any) -> list[Any]:
+    state = fields.pop("state", None)
+    return [update async for update in loop.submit(job_id, request(num_steps, **fields), 60.0, state)]
+
+
+def steps_of(updates: list[Any]) -> list[int]:
+    return [update.step for update in updates if isinstance(update, Step)]
+
+
+def test_a_request_gets_its_position_every_step_and_its_latents() -> None:
     async def body() -> None:
         gang = FakeGang()
-        loop = EngineLoop(gang, max_jobs=2, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(gang)
         updates = await follow(loop, "a", 1000)
         assert updates[0] == Queued(0)
-        reports = [update for update in updates if isinstance(update, StepReport)]
-        assert [report.step for report in reports] == sorted({report.step for report in reports})
-        assert reports[0].step == 1
-        assert reports[-1].step == 1000
-        # About a quarter second each: not one by one, not all at once.
-        assert 3 <= len(reports) <= 20
-        assert isinstance(updates[-1], TensorEnvelope)
+        assert steps_of(updates) == list(range(1, 1001))
+        # Quanta of about a quarter second: not one by one, not all at once.
+        assert 3 <= len(gang.of("step")) <= 20
+        assert isinstance(updates[-1], Denoised)
         await asyncio.sleep(0.01)
         assert gang.progress == {}
         assert loop.num_jobs == 0
@@ -91,11 +141,10 @@ def test_a_request_gets_its_position_its_steps_and_its_latents() -> None:
 def test_requests_run_in_order_and_positions_count_down() -> None:
     async def body() -> None:
         gang = FakeGang()
-        loop = EngineLoop(gang, max_jobs=3, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(gang, max_jobs=3)
         results = await asyncio.gather(*(follow(loop, name, 300) for name in "abc"))
         positions = [[update.position for update in updates if isinstance(update, Queued)] for updates in results]
-        assert [seen[-1] for seen in positions] == [0, 1, 1]
-        assert positions[2][0] == 2
+        assert positions == [[0], [1, 0], [2, 1, 0]]
         begun = [arguments[0] for method, arguments in gang.calls if method == "begin"]
         assert begun == ["a", "b", "c"]
 
@@ -105,20 +154,20 @@ def test_requests_run_in_order_and_positions_count_down() -> None:
 def test_a_cancelled_request_leaves_at_the_next_quantum_and_the_next_one_runs() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.01)
-        loop = EngineLoop(gang, max_jobs=3, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(gang, max_jobs=3)
 
         async def leave_early() -> None:
-            async for update in loop.submit("a", request(1000), time.time() + 60):
-                if isinstance(update, StepReport):
+            async for update in loop.submit("a", request(1000), 60.0):
+                if isinstance(update, Step):
                     return
 
         waiting = asyncio.create_task(follow(loop, "waiting", 10))
         first = asyncio.create_task(leave_early())
         await first
-        assert (await waiting)[-1].shape == (1,)
+        assert isinstance((await waiting)[-1], Denoised)
         done, total = gang.progress.get("a", (0, 1000))
         assert done < total
-        assert isinstance((await follow(loop, "b", 5))[-1], TensorEnvelope)
+        assert isinstance((await follow(loop, "b", 5))[-1], Denoised)
         assert "a" not in gang.progress
 
     run(body())
@@ -127,7 +176,7 @@ def test_a_cancelled_request_leaves_at_the_next_quantum_and_the_next_one_runs() 
 def test_a_request_cancelled_while_it_waits_never_begins() -> None:
     async def body() -> None:
         gang = FakeGang()
-        loop = EngineLoop(gang, max_jobs=3, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(gang, max_jobs=3)
         running = asyncio.create_task(follow(loop, "a", 500))
         waiting = asyncio.create_task(follow(loop, "b", 500))
         await asyncio.sleep(0.02)
@@ -141,7 +190,7 @@ def test_a_request_cancelled_while_it_waits_never_begins() -> None:
 
 def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     async def body() -> None:
-        loop = EngineLoop(FakeGang(), max_jobs=2, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(FakeGang(), max_jobs=2)
         tasks = [asyncio.create_task(follow(loop, name, 200)) for name in "ab"]
         await asyncio.sleep(0.02)
         with pytest.raises(OverloadedError) as caught:
@@ -155,10 +204,10 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
 
 def test_a_request_that_is_refused_does_not_harm_the_next() -> None:
     async def body() -> None:
-        loop = EngineLoop(FakeGang(), max_jobs=2, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(FakeGang(), max_jobs=2)
         with pytest.raises(RequestError, match="666"):
             await follow(loop, "a", 5, seed=666)
-        assert isinstance((await follow(loop, "b", 5))[-1], TensorEnvelope)
+        assert isinstance((await follow(loop, "b", 5))[-1], Denoised)
         assert loop.failure is None
 
     run(body())
@@ -166,9 +215,9 @@ def test_a_request_that_is_refused_does_not_harm_the_next() -> None:
 
 def test_a_failed_gang_fails_every_request_at_once_and_for_good() -> None:
     async def body() -> None:
-        loop = EngineLoop(FakeGang(fail_at_step=1), max_jobs=4, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(FakeGang(fail_at_step=1), max_jobs=4)
         results = await asyncio.gather(*(follow(loop, name, 50) for name in "abc"), return_exceptions=True)
-        assert [type(result) for result in results] == [GangFailed] * 3
+        assert all(isinstance(result, GangFailed) for result in results)
         assert loop.failure is not None
         with pytest.raises(GangFailed, match="a rank died"):
             await follow(loop, "d", 1)
@@ -176,27 +225,225 @@ def test_a_failed_gang_fails_every_request_at_once_and_for_good() -> None:
     run(body())
 
 
-def test_a_request_past_its_deadline_is_dropped_though_nobody_left() -> None:
+def test_a_request_past_its_deadline_ends_and_is_told_so() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.01)
-        loop = EngineLoop(gang, max_jobs=3, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(gang)
 
-        async def abandoned() -> None:
-            async for _ in loop.submit("a", request(100_000), time.time() + 0.3):
+        async def too_slow() -> None:
+            async for _ in loop.submit("a", request(1000), 0.3):
                 pass
 
-        task = asyncio.create_task(abandoned())
-        await asyncio.sleep(0.02)
-        assert isinstance((await follow(loop, "b", 5))[-1], TensorEnvelope)
+        task = asyncio.create_task(too_slow())
+        while not gang.of("step"):
+            await asyncio.sleep(0.01)
+        assert isinstance((await follow(loop, "b", 5))[-1], Denoised)
         assert "a" not in gang.progress
-        task.cancel()
+        with pytest.raises(DeadlineExceeded):
+            await task
+        assert 0 < sum(arguments[1] for arguments in gang.of("step") if arguments[0] == "a") < 1000
+
+    run(body())
+
+
+def test_late_requests_are_not_even_begun() -> None:
+    async def body() -> None:
+        gang = FakeGang(step_s=0.01)
+        loop = loop_on(gang)
+        running = asyncio.create_task(follow(loop, "a", 60))
+        while not gang.of("step"):
+            await asyncio.sleep(0.01)
+        with pytest.raises(DeadlineExceeded):
+            async for _ in loop.submit("late", request(5), 0.05):
+                pass
+        await running
+        assert [arguments[0] for arguments in gang.of("begin")] == ["a"]
+
+    run(body())
+
+
+def test_what_does_not_fit_is_refused_and_the_gang_lives_on() -> None:
+    async def body() -> None:
+        gang = FakeGang(no_memory_at_step=1)
+        loop = loop_on(gang)
+        good = asyncio.create_task(follow(loop, "good", 50))
+        with pytest.raises(OutOfMemory):
+            await follow(loop, "at once", 5, seed=668)
+        with pytest.raises(OutOfMemory):
+            await follow(loop, "large", 5)
+        assert isinstance((await good)[-1], Denoised)
+        assert loop.failure is None
+        assert gang.ends == []
+
+    run(body())
+
+
+def test_only_the_request_at_work_is_charged_with_a_failure() -> None:
+    async def body() -> None:
+        gang = FakeGang(fail_at_step=1)
+        loop = loop_on(gang)
+        names = ("running", "waiting", "waiting too")
+        results = await asyncio.gather(*(follow(loop, name, 50) for name in names), return_exceptions=True)
+        assert [type(result) for result in results] == [GangFailed, GangLost, GangLost]
+        with pytest.raises(GangLost):
+            await follow(loop, "later", 1)
+        assert gang.ends == [True]
+
+    run(body())
+
+
+def test_ranks_that_disagree_about_memory_fail_the_gang_and_the_request_is_not_tried_again() -> None:
+    class Disagreeing(FakeGang):
+        async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+            if method == "step":
+                raise GangFailed("step", "step() raised OutOfMemory", 1) from OutOfMemory("of 1 GiB")
+            return await super().ask(method, *arguments, phase=phase, timeout_s=timeout_s)
+
+    async def body() -> None:
+        loop = loop_on(Disagreeing())
+        results = await asyncio.gather(*(follow(loop, name, 50) for name in "ab"), return_exceptions=True)
+        assert [type(result) for result in results] == [OutOfMemory, GangLost]
+
+    run(body())
+
+
+def test_idle_ranks_are_asked_whether_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(FakeGang):
+        async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+            if method == "describe":
+                raise GangFailed("idle", "died in describe()", 2)
+            return await super().call(method, *arguments, phase=phase, timeout_s=timeout_s)
+
+    monkeypatch.setattr(engine_loop, "_IDLE_S", 0.05)
+
+    async def body() -> None:
+        gang = Dying()
+        loop = loop_on(gang)
+        await follow(loop, "a", 3)
+        while loop.failure is None:
+            await asyncio.sleep(0.01)
+        assert loop.failure.rank == 2
+        assert gang.ends == [True]
+
+    run(body())
 
 
 def test_a_bug_of_our_own_fails_the_gang_and_does_not_hang() -> None:
     async def body() -> None:
-        loop = EngineLoop(FakeGang(), max_jobs=4, first_quantum_timeout_s=10)  # type: ignore[arg-type]
+        loop = loop_on(FakeGang(), max_jobs=4)
         with pytest.raises(GangFailed, match="ZeroDivisionError: a bug"):
             await follow(loop, "a", 5, seed=667)
         assert loop.failure is not None
+
+    run(body())
+
+
+def test_one_rank_that_raises_in_a_step_fails_the_gang_not_the_request() -> None:
+    async def body() -> None:
+        loop = loop_on(FakeGang(raise_at_step=1))
+        with pytest.raises(GangFailed, match="own trouble"):
+            await follow(loop, "a", 5)
+        assert loop.failure is not None
+
+    run(body())
+
+
+def test_an_image_passes_every_video_at_the_next_quantum() -> None:
+    async def body() -> None:
+        gang = FakeGang(step_s=0.01)
+        loop = loop_on(gang, max_jobs=9)
+        videos = [asyncio.create_task(follow(loop, f"video {index}", 60)) for index in range(9)]
+        while not gang.of("step"):
+            await asyncio.sleep(0.001)
+        num_quanta = len(gang.of("step"))
+        image = await follow(loop, "image", 10, shape=IMAGE)
+        assert image[0] == Queued(0)
+        assert isinstance(image[-1], Denoised)
+        # What ran when it came, and one more at most.
+        assert [arguments[0] for arguments in gang.of("step")].index("image") <= num_quanta + 1
+        with pytest.raises(OverloadedError, match="requests for videos of one transformer gang: all 9"):
+            await follow(loop, "one too many", 1)
+        for video in await asyncio.gather(*videos):
+            assert steps_of(video) == list(range(1, 61))
+        assert gang.turns()[:3] == ["video 0", "image", "video 0"]
+        # Nothing else overtakes.
+        assert [name for name in gang.turns() if name != "image"][1:] == [f"video {index}" for index in range(9)]
+
+    run(body())
+
+
+def test_a_full_class_does_not_lock_out_the_other() -> None:
+    async def body() -> None:
+        loop = loop_on(FakeGang(step_s=0.01), max_jobs=1)
+        video = asyncio.create_task(follow(loop, "video", 40))
+        await asyncio.sleep(0.02)
+        assert isinstance((await follow(loop, "image", 3, shape=IMAGE))[-1], Denoised)
+        await video
+
+    run(body())
+
+
+def test_what_has_begun_makes_room_and_comes_back_where_it_was() -> None:
+    async def body() -> None:
+        gang = FakeGang(step_s=0.01)
+        loop = loop_on(gang, max_held_bytes=250)  # a video holds 200, an image 100
+        video = asyncio.create_task(follow(loop, "video", 60))
+        while not gang.of("step"):
+            await asyncio.sleep(0.001)
+        assert isinstance((await follow(loop, "image", 10, shape=IMAGE))[-1], Denoised)
+        assert gang.max_begun == 1
+        assert steps_of(await video) == list(range(1, 61)), "no step is lost, none is done twice"
+        begun = [(job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state in gang.of("begin")]
+        assert [job_id for job_id, _ in begun] == ["video", "image", "video"]
+        assert begun[0][1] is None
+        assert begun[2][1] is not None
+        assert begun[2][1] > 0
+
+    run(body())
+
+
+def test_within_the_bound_nothing_is_parked() -> None:
+    async def body() -> None:
+        gang = FakeGang(step_s=0.01)
+        loop = loop_on(gang, max_held_bytes=300)
+        video = asyncio.create_task(follow(loop, "video", 60))
+        while not gang.of("step"):
+            await asyncio.sleep(0.001)
+        await follow(loop, "image", 10, shape=IMAGE)
+        await video
+        assert gang.max_begun == 2
+        assert gang.of("save") == []
+
+    run(body())
+
+
+def test_states_are_saved_now_and_then_and_a_request_goes_on_from_one() -> None:
+    async def body() -> None:
+        gang = FakeGang(step_s=0.02)
+        updates = await follow(loop_on(gang, save_period_s=0.1), "a", 60)
+        saved = [update for update in updates if isinstance(update, Saved)]
+        assert saved
+        assert all(int(it.state.array()[0]) == it.step for it in saved)
+        again = FakeGang()
+        rest = await follow(loop_on(again), "a/2", 60, state=saved[-1].state)
+        assert steps_of(rest) == list(range(saved[-1].step + 1, 61))
+
+    run(body())
+
+
+def test_the_leader_decides_which_prompts_are_kept() -> None:
+    async def body() -> None:
+        gang = FakeGang(request_memory=RequestMemory(1, 0, 8, 1))
+        loop = loop_on(gang, text_cache_bytes=8)
+        first = DenoiseRequest((1,), (9,), IMAGE, 24.0, 1, 1.0, "native", 3.0, 0)
+        second = DenoiseRequest((2,), (9,), IMAGE, 24.0, 1, 1.0, "native", 3.0, 0)
+        for job_id, job in (("a", first), ("b", second)):
+            async for _ in loop.submit(job_id, job, 60.0):
+                pass
+        one, two = ((text_key((number,))) for number in (1, 2))
+        assert [orders for _, _, orders, _ in gang.of("begin")] == [
+            PromptOrders((), frozenset([one])),
+            PromptOrders((one,), frozenset([two])),
+        ]
 
     run(body())

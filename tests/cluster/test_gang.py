@@ -12,7 +12,7 @@ from cluster.gang import GangSpec, bundles, rank_order
 from cluster.rank import RankSpec
 from cosmos3_core.parallel.layout import Layout
 
-RANK = RankSpec("checkpoint", "cpu", None, 1, 0)
+RANK = RankSpec("checkpoint", "cpu", None, 1)
 
 
 def test_the_leader_shares_the_first_bundle() -> None:
@@ -34,6 +34,7 @@ def test_rank_zero_sits_beside_the_leader_and_a_nodes_ranks_are_adjacent() -> No
     "error",
     [
         GangFailed("load", "no memory"),
+        GangFailed("step", "died", 3),
         StreamClosed("r/1", "why"),
         OverloadedError("places", 4, 2.5),
         DeadlineExceeded("decode", 60.0),

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ObjectLostError
 
 from cluster.clip_stream import ClipStreams
-from cluster.errors import DeadlineExceeded, GangFailed, StageFailed
+from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OverloadedError, StageFailed, StreamClosed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest, resolve
 from deployments import messages
 from deployments.messages import RequestContext
+from deployments.streams import RefStream
 from deployments.walk import Stages, Walk
 
 
@@ -70,6 +74,9 @@ class FakeStages:
     def __init__(self, num_chunks: int = 5) -> None:
         self.num_chunks = num_chunks
         self.failures: dict[str, list[BaseException]] = {}
+        self.saves = False
+        self.is_full = False
+        self.resumed_from: list[Any] = []
         self.clips = ClipStreams(8)
         self.tokenize, self.denoise = Method(self._tokenize), Method(self._denoise)
         self.decode, self.encode = Method(self._decode), Method(self._encode)
@@ -85,8 +92,14 @@ class FakeStages:
         self.fail("tokenize")
         return messages.TokenizedPair((1, 2), (3,), "given", 11)
 
-    async def _denoise(self, context: RequestContext, job: Any) -> AsyncIterator[Any]:
-        yield messages.StepsDone(1, 2, 0.5, 12)
+    async def _denoise(self, context: RequestContext, job: Any, saved: Any) -> AsyncIterator[Any]:
+        self.resumed_from.append(saved and saved.value)
+        if self.is_full:
+            raise OverloadedError("requests", 1, 1.0)
+        yield messages.StepDone(1, 2, 0.5, 12)
+        if self.saves:
+            yield messages.StateSaved(1, 5, 13)
+            yield f"state of try {context.attempt}"
         self.fail("denoise")
         yield messages.LatentsReady(0.1, 13, (12,))
         yield "latents"
@@ -102,6 +115,7 @@ class FakeStages:
             yield f"chunk {index}"
 
     async def _encode(self, context: RequestContext, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        yield messages.EncoderReady(15)
         taken = 0
         while boxed := await self.clips.take(stream_id, 10):
             assert await boxed[0] == f"chunk {taken}"
@@ -119,7 +133,7 @@ class FakeStages:
         request = GenerationRequest(prompt="a", num_frames=17, height=32, width=32, num_inference_steps=2)
         return Walk(
             request=resolve(request, layout),
-            context=RequestContext("r", time.time() + limit_s, limit_s),
+            context=RequestContext.new("r", limit_s),
             layout=layout,
             stages=Stages(self, self, self, self),
             clips=self,
@@ -144,7 +158,7 @@ def kinds(events: list[Any]) -> list[str]:
 def test_a_whole_walk(tiny_nano: Path) -> None:
     stages = FakeStages()
     events = run(collect(stages.walk(tiny_nano)))
-    assert kinds(events)[:4] == ["Accepted", "Tokenized", "StepsDone", "LatentsReady"]
+    assert kinds(events)[:4] == ["Accepted", "Tokenized", "StepDone", "LatentsReady"]
     assert kinds(events)[-4:] == ["ClipEncoded", "Finished", "MediaPart", "MediaPart"]
     assert b"".join(event.data for event in events if isinstance(event, messages.MediaPart)) == b"abcdef"
     for kind in ("ChunkDecoded", "ChunkEncoded"):
@@ -169,11 +183,175 @@ def test_a_death_is_retried_and_nothing_is_handed_out_twice(stage: str, tiny_nan
 @pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])
 def test_tries_are_counted(stage: str, tiny_nano: Path) -> None:
     stages = FakeStages()
-    stages.failures[stage] = [GangFailed("step", "died")] * 9
+    stages.failures[stage] = [StreamClosed("r/1", "died")] * 9
     with pytest.raises(StageFailed) as caught:
         run(collect(stages.walk(tiny_nano)))
     assert caught.value.attempts == 3
     assert len(stages.failures[stage]) == 6
+
+
+def test_when_no_try_is_left_a_gangs_failure_is_told_as_it_is(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["denoise"] = [GangFailed("step", "died", rank) for rank in range(9)]
+    with pytest.raises(GangFailed) as caught:
+        run(collect(stages.walk(tiny_nano)))
+    assert (caught.value.phase, caught.value.rank) == ("step", 2)
+
+
+def test_denoising_goes_on_from_the_last_state_that_was_saved(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.saves = True
+    stages.failures["denoise"] = [GangFailed("step", "died"), GangFailed("step", "died")]
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.resumed_from == [None, "state of try 1", "state of try 2"]
+    assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 1]
+
+
+def test_a_state_that_was_lost_means_to_start_anew(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.saves = True
+    stages.failures["denoise"] = [GangFailed("step", "died"), ObjectLostError("00", None, "")]
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.resumed_from == [None, "state of try 1", None]
+    assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 0]
+
+
+@pytest.mark.parametrize(("guidance_scale", "expected"), [(1.0, "unguided"), (6.0, "transformer")])
+@pytest.mark.parametrize("is_full", [False, True])
+def test_requests_go_to_the_gang_that_suits_them_and_to_the_other_if_it_is_full(
+    guidance_scale: float, expected: str, is_full: bool, tiny_nano: Path
+) -> None:
+    gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
+    gangs[expected].is_full = is_full
+    walk = gangs["transformer"].walk(tiny_nano)
+    walk.request = replace(walk.request, guidance_scale=guidance_scale)
+    walk.stages = replace(walk.stages, unguided=gangs["unguided"])
+    events = run(collect(walk))
+    assert kinds(events).count("Finished") == 1
+    assert "StageRetried" not in kinds(events)
+    other = next(name for name in gangs if name != expected)
+    assert len(gangs[expected].denoise.responses) == 1
+    assert len(gangs[other].denoise.responses) == int(is_full)
+
+
+def test_an_accepted_request_waits_where_all_gangs_are_full(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.is_full = True
+
+    async def body() -> None:
+        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        while len(stages.denoise.responses) < 2:
+            await asyncio.sleep(0.01)
+        stages.is_full = False
+        events = await walk
+        assert kinds(events).count("Finished") == 1
+        assert "StageRetried" not in kinds(events), "waiting is no failure"
+
+    run(body())
+    stages.is_full = True
+    with pytest.raises(DeadlineExceeded):
+        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+
+
+def test_another_requests_failure_does_not_count_as_a_try(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["denoise"] = [GangLost("step", "died")] * 5
+    events = run(collect(stages.walk(tiny_nano)))
+    assert [event.attempt for event in events if isinstance(event, messages.StageRetried)] == [2, 3, 4, 5, 6]
+    assert kinds(events).count("Finished") == 1
+
+
+def test_a_clip_is_decoded_only_when_an_encoder_has_a_place_for_it(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    has_place = asyncio.Event()
+    encode = stages._encode
+
+    async def waits(context: Any, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        await has_place.wait()
+        async for item in encode(context, form, clips, stream_id):
+            yield item
+
+    stages.encode = Method(waits)
+
+    async def body() -> None:
+        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        while not stages.encode.responses:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert stages.decode.responses == []
+        has_place.set()
+        assert kinds(await walk).count("Finished") == 1
+
+    run(body())
+
+
+def test_leaving_while_a_clip_is_being_opened_leaves_none_open(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    is_opening = asyncio.Event()
+
+    async def slow_open(stream_id: str, window: int) -> None:
+        await stages.clips.open(stream_id, window)
+        is_opening.set()
+        await asyncio.sleep(10)
+
+    stages.open = Method(slow_open)
+
+    async def body() -> None:
+        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        await is_opening.wait()
+        walk.cancel()
+        await asyncio.wait([walk])
+        await asyncio.sleep(0.05)
+        assert await stages.clips.num_open() == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("call", ["open", "post", "complete"])
+def test_a_clip_stream_that_does_not_answer_meets_the_deadline(call: str, tiny_nano: Path) -> None:
+    stages = FakeStages()
+
+    async def never(*arguments: Any) -> None:
+        await asyncio.sleep(1000)
+
+    setattr(stages, call, Method(never))
+    with pytest.raises(DeadlineExceeded):
+        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+
+
+def test_an_item_that_never_arrives_meets_the_deadline(tiny_nano: Path) -> None:
+    class Never:
+        def __await__(self) -> Any:
+            yield from asyncio.sleep(1000).__await__()
+
+    class Stuck(Response):
+        async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
+            async def refs() -> AsyncIterator[Any]:
+                yield Never()
+
+            return refs()
+
+    async def body() -> None:
+        context = RequestContext.new("r", 0.3)
+        await RefStream(Stuck(None), context, "decode").next_value()
+
+    with pytest.raises(DeadlineExceeded):
+        run(body())
+
+
+def test_a_deadline_travels_as_seconds_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = RequestContext.new("r", 10.0)
+    data = pickle.dumps(context)
+    before_s = time.monotonic()
+    monkeypatch.setattr(messages.time, "monotonic", lambda: before_s + 5000.0)  # another machine's clock
+    there = pickle.loads(data)
+    assert 9.0 < there.remaining_s("x") <= 10.0
+    assert (there.request_id, there.try_id, there.limit_s) == ("r", context.try_id, 10.0)
+
+
+def test_requests_of_one_name_do_not_meet(tiny_nano: Path) -> None:
+    one, two = RequestContext.new("same", 1.0), RequestContext.new("same", 1.0)
+    assert len({one.try_id, two.try_id, one.retried().try_id}) == 3
 
 
 def test_the_requests_own_fault_is_not_retried(tiny_nano: Path) -> None:
@@ -207,6 +385,7 @@ def test_a_file_that_ends_early_is_not_handed_out(tiny_nano: Path) -> None:
     stages = FakeStages()
 
     async def cut_short(context: Any, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        yield messages.EncoderReady(15)
         while await stages.clips.take(stream_id, 10):
             await stages.clips.release(stream_id)
         yield messages.ClipEncoded("hash", 5, 6, 0.1, 15)

@@ -194,7 +194,7 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
     command = [sys.executable, "-c", FOLLOW]
     with subprocess.Popen(command, env=joined, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
-        assert "StepsDone\n" in client.stdout
+        assert "StepDone\n" in client.stdout
         # As a terminal sends it.
         os.killpg(served.process.pid, signal.SIGINT)
         deadline_s = time.monotonic() + DEADLINE_S

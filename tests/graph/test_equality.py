@@ -68,11 +68,11 @@ def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference:
 def test_the_events_tell_the_story_in_order_and_from_different_processes(app: Any) -> None:
     events = list(app.client.stream(SMALL))
     kinds = [type(event).__name__ for event in events]
-    order = ["Accepted", "Tokenized", "QueuePosition", "StepsDone", "LatentsReady", "ChunkDecoded", "ChunkEncoded"]
+    order = ["Accepted", "Tokenized", "QueuePosition", "StepDone", "LatentsReady", "ChunkDecoded", "ChunkEncoded"]
     order += ["ClipEncoded", "Finished", "MediaPart"]
     assert list(dict.fromkeys(kinds)) == order
 
-    steps = [event for event in events if isinstance(event, messages.StepsDone)]
+    steps = [event for event in events if isinstance(event, messages.StepDone)]
     assert [step.num_steps for step in steps] == [6] * len(steps)
     assert [step.step for step in steps] == sorted({step.step for step in steps})
     assert steps[-1].step == 6
@@ -85,7 +85,7 @@ def test_the_events_tell_the_story_in_order_and_from_different_processes(app: An
         "director": by_kind[messages.Accepted].pid,
         "tokenizer": by_kind[messages.Tokenized].pid,
         "leader": by_kind[messages.LatentsReady].pid,
-        "rank": by_kind[messages.StepsDone].pid,
+        "rank": by_kind[messages.StepDone].pid,
         "vae": encoded[0].decoded_by,
         "encoder": encoded[0].pid,
     }

@@ -35,8 +35,8 @@ class Victim:
 
 VICTIMS = [
     Victim("tokenizer", messages.Accepted, lambda known: known[messages.Tokenized].pid),
-    Victim("rank", messages.StepsDone, lambda known: known[messages.StepsDone].pid),
-    Victim("leader", messages.StepsDone, lambda known: known[messages.LatentsReady].pid),
+    Victim("rank", messages.StepDone, lambda known: known[messages.StepDone].pid),
+    Victim("leader", messages.StepDone, lambda known: known[messages.LatentsReady].pid),
     Victim("vae", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].decoded_by),
     Victim("encoder", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].pid),
     # Whoever dies with the request in its hands cannot finish it; the caller is told, and may ask again.
@@ -70,7 +70,7 @@ def test_a_killed_process(
     expected = reference(LONG).frames_sha256
     known = events_by_kind(app)
     pid = victim.pid_of(known)
-    rank_pid, leader_pid = known[messages.StepsDone].pid, known[messages.LatentsReady].pid
+    rank_pid, leader_pid = known[messages.StepDone].pid, known[messages.LatentsReady].pid
 
     start_s = time.monotonic()
     killed, finished, retried, failure = False, None, [], None
@@ -101,7 +101,7 @@ def test_a_killed_process(
     assert again[messages.Finished].num_frames == 5
     assert eventually(lambda: not is_alive(pid))
     if victim.name in ("rank", "leader"):
-        assert again[messages.StepsDone].pid != rank_pid
+        assert again[messages.StepDone].pid != rank_pid
         assert eventually(lambda: not is_alive(rank_pid) and not is_alive(leader_pid))
     assert eventually(
         lambda: [group["state"] for group in placement_group_table().values()].count("CREATED") == num_gangs()
@@ -139,11 +139,11 @@ def test_a_gang_that_hangs_counts_as_dead(monkeypatch: pytest.MonkeyPatch) -> No
             time.sleep(30)
 
     actor = ray.remote(Sleeper).options(num_cpus=0).remote()
-    gang = Gang([actor], [])
+    gang = Gang([actor])
 
     async def call() -> None:
         await gang.call("step", phase="step", timeout_s=1.0)
 
-    with pytest.raises(GangFailed, match=r"'step': no answer from step\(\) within 1 s"):
+    with pytest.raises(GangFailed, match=r"'step', rank 0: no answer from step\(\) within 1 s"):
         asyncio.run(call())
     gang.stop()

@@ -54,7 +54,7 @@ def test_its_ranks_are_four_processes_and_one_death_is_all_of_theirs(
     killed = False
     events = []
     for event in gang_app.client.stream(replace(SMALL, num_inference_steps=400), timeout_s=200):
-        if isinstance(event, messages.StepsDone) and not killed:
+        if isinstance(event, messages.StepDone) and not killed:
             os.kill(before[3], signal.SIGKILL)
             killed = True
         events.append(event)

@@ -114,7 +114,7 @@ class Watched:
         request = replace(SMALL, num_frames=5, num_inference_steps=2)
         known = {type(event): event for event in app.client.stream(request)}
         chunk = known[messages.ChunkEncoded]
-        self.pids = {"rank": known[messages.StepsDone].pid, "vae": chunk.decoded_by, "encoder": chunk.pid}
+        self.pids = {"rank": known[messages.StepDone].pid, "vae": chunk.decoded_by, "encoder": chunk.pid}
         self.director = known[messages.Accepted].pid
 
     def is_idle(self) -> bool:
@@ -133,11 +133,11 @@ def open_clips(app: Any) -> int:
     return int(app.client._handle.num_open_clips.remote().result(timeout_s=30))
 
 
-@pytest.mark.parametrize("at", [messages.StepsDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
+@pytest.mark.parametrize("at", [messages.StepDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
 @pytest.mark.parametrize("how", ["close", "drop"])
 def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any, eventually: Callable[..., bool]) -> None:
     watched = Watched(app)
-    stream = app.client.stream(LONG_DENOISE if at is messages.StepsDone else LONG_DECODE)
+    stream = app.client.stream(LONG_DENOISE if at is messages.StepDone else LONG_DECODE)
     for event in stream:
         if isinstance(event, at):
             break

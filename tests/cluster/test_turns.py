@@ -1,0 +1,81 @@
+"""Turns by a clock of the test's own: urgency, order within a class, ageing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from cluster.turns import AGEING_FLOOR_S, Turns, Urgency
+
+
+def test_nobody_has_no_turn() -> None:
+    turns: Turns[str] = Turns()
+    assert turns.next(0.0) is None
+    turns.add("a", Urgency.VIDEO, 0.0)
+    turns.remove("a")
+    turns.remove("a")
+    assert turns.next(1.0) is None
+    assert len(turns) == 0
+
+
+def test_images_first_then_in_order_of_arrival() -> None:
+    turns: Turns[str] = Turns()
+    for job, urgency in (("v1", Urgency.VIDEO), ("v2", Urgency.VIDEO), ("i1", Urgency.IMAGE), ("i2", Urgency.IMAGE)):
+        turns.add(job, urgency, 0.0)
+    assert list(turns) == ["i1", "i2", "v1", "v2"]
+    served = []
+    while (job := turns.next(0.1)) is not None:
+        served.append(job)
+        turns.remove(job)
+    assert served == ["i1", "i2", "v1", "v2"]
+
+
+def test_one_keeps_its_turn_until_it_is_done() -> None:
+    turns: Turns[str] = Turns()
+    turns.add("v1", Urgency.VIDEO, 0.0)
+    turns.add("v2", Urgency.VIDEO, 0.0)
+    for now_s in range(100):
+        assert turns.next(float(now_s)) == "v1"
+        turns.had_turn("v1", now_s, now_s + 1.0)
+
+
+def simulate(quantum_s: dict[Urgency, float], until_s: float) -> Counter[Urgency]:
+    """Both classes always have somebody; returns the seconds each got."""
+    turns: Turns[Urgency] = Turns()
+    for urgency in Urgency:
+        turns.add(urgency, urgency, 0.0)
+    now_s, got = 0.0, Counter[Urgency]()
+    while now_s < until_s:
+        job = turns.next(now_s)
+        assert job is not None
+        end_s = now_s + quantum_s[job]
+        turns.had_turn(job, now_s, end_s)
+        got[job] += end_s - now_s  # type: ignore[assignment]
+        now_s = end_s
+    return got
+
+
+def test_nothing_starves_however_many_images_come() -> None:
+    got = simulate({Urgency.IMAGE: 0.25, Urgency.VIDEO: 0.25}, 100)
+    assert 8 <= got[Urgency.VIDEO] <= 14, "a quarter second in every two and a quarter"
+
+
+def test_slow_steps_of_a_video_do_not_take_over() -> None:
+    got = simulate({Urgency.IMAGE: 0.25, Urgency.VIDEO: 3.0}, 300)
+    assert 45 <= got[Urgency.VIDEO] <= 75, "about a fifth"
+
+
+def test_an_image_that_comes_while_a_video_runs_is_next() -> None:
+    turns: Turns[str] = Turns()
+    turns.add("video", Urgency.VIDEO, 0.0)
+    assert turns.next(50.0) == "video"
+    turns.add("image", Urgency.IMAGE, 51.0)
+    turns.had_turn("video", 50.0, 60.0)
+    assert turns.next(60.0) == "image"
+
+
+def test_a_class_does_not_age_while_it_is_empty() -> None:
+    turns: Turns[str] = Turns()
+    turns.add("image", Urgency.IMAGE, 0.0)
+    turns.add("video", Urgency.VIDEO, 100.0)
+    assert turns.next(100.0 + AGEING_FLOOR_S / 2) == "image"
+    assert turns.next(100.0 + AGEING_FLOOR_S) == "video"
