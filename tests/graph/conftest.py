@@ -27,7 +27,6 @@ os.environ |= {
 
 REPOSITORY = Path(__file__).parents[2]
 LAPTOP = REPOSITORY / "cluster" / "configs" / "laptop.yaml"
-SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]
     """Starts an app of a name with some keys of the laptop's configuration replaced; all are deleted at the end."""
     from ray import serve
 
-    from deployments.app import build_app
+    from deployments.app import build
     from deployments.client import connect
     from deployments.config import AppConfig
 
@@ -79,8 +78,9 @@ def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]
 
     def start(name: str, **overrides: Any) -> App:
         dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-        config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), "name": name, **dotted})
-        application = build_app(config)
+        config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), **dotted})
+        # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
+        application = build(config.model_dump(mode="json"))
         names.append(name)
         serve.run(application, name=name, route_prefix=f"/{name}")
         return App(name, connect(name), f"http://127.0.0.1:{ray_cluster}/{name}", config)

@@ -1,11 +1,14 @@
-"""Gangs of several ranks through the whole graph: same pictures, one failure for all, bad layouts refused."""
+"""Gangs of several ranks through the whole graph: same pictures, one failure for all, resuming, bad layouts refused."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +20,74 @@ from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 
-pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(900)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=6, seed=5)
+LONG = replace(SMALL, num_inference_steps=150)
+IMAGE = replace(SMALL, num_frames=1)
+DEADLINE_S = 300.0
 Reference = Callable[[GenerationRequest], GenerationResult]
+Eventually = Callable[..., bool]
 
 
 @pytest.fixture(scope="module")
 def gang_app(start_app: Callable[..., Any]) -> Any:
-    return start_app("gang", transformer__tp=2, transformer__cfg=2)
+    return start_app(
+        "gang",
+        transformer__tp=2,
+        transformer__cfg=2,
+        transformer__save_period_s=0.5,
+        transformer__quantum_timeout_s=10,
+        transformer__max_jobs=3,
+        director__max_requests=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(gang_app: Any) -> str:
+    """The frames of the long request on this layout, when nobody dies."""
+    return str(gang_app.client.generate(LONG, timeout_s=DEADLINE_S).info.frames_sha256)
+
+
+def one(kind: type, events: list[Any]) -> Any:
+    (event,) = (event for event in events if isinstance(event, kind))
+    return event
+
+
+def all_of(kind: type, events: list[Any]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def ranks_of(app: Any) -> tuple[int, ...]:
+    pids: tuple[int, ...] = one(messages.LatentsReady, list(app.client.stream(SMALL, timeout_s=DEADLINE_S))).rank_pids
+    return pids
+
+
+def exists(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")
+
+
+def rank_processes() -> set[int]:
+    """Every process on this machine that Ray has titled a rank."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::Rank"):
+                found.add(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def disturbed(app: Any, disturb: Callable[[], None]) -> list[Any]:
+    """Events of the long request, disturbed once its first state is saved."""
+    events = []
+    for event in app.client.stream(LONG, timeout_s=DEADLINE_S):
+        events.append(event)
+        if isinstance(event, messages.StateSaved) and disturb is not None:
+            disturb()
+            disturb = None  # type: ignore[assignment]
+    return events
 
 
 def test_a_gang_of_four_gives_the_pictures_of_one(gang_app: Any, reference: Reference, tmp_path: Any) -> None:
@@ -41,29 +103,97 @@ def test_a_gang_of_four_gives_the_pictures_of_one(gang_app: Any, reference: Refe
     assert gang_app.client.generate(unguided).info.num_frames == 9
 
 
-def test_its_ranks_are_four_processes_and_one_death_is_all_of_theirs(
-    gang_app: Any, eventually: Callable[..., bool]
+def test_one_ranks_death_is_all_of_theirs_and_the_next_gang_goes_on_from_the_saved_state(
+    gang_app: Any, undisturbed: str, eventually: Eventually
 ) -> None:
-    def ranks_of(events: list[Any]) -> tuple[int, ...]:
-        (ready,) = (event for event in events if isinstance(event, messages.LatentsReady))
-        return ready.rank_pids
-
-    expected = gang_app.client.generate(SMALL).info.frames_sha256
-    before = ranks_of(list(gang_app.client.stream(SMALL)))
+    before = ranks_of(gang_app)
     assert len(set(before)) == 4
-    killed = False
-    events = []
-    for event in gang_app.client.stream(replace(SMALL, num_inference_steps=400), timeout_s=200):
-        if isinstance(event, messages.StepDone) and not killed:
-            os.kill(before[3], signal.SIGKILL)
-            killed = True
-        events.append(event)
-    assert killed
-    assert [event.stage for event in events if isinstance(event, messages.StageRetried)][:1] == ["denoise"]
-    after = ranks_of(events)
-    assert not set(before) & set(after)
-    assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in before))
-    assert gang_app.client.generate(SMALL).info.frames_sha256 == expected
+    events = disturbed(gang_app, lambda: os.kill(before[3], signal.SIGKILL))
+    retried = one(messages.StageRetried, events)
+    assert retried.stage == "denoise"
+    saved = [event.step for event in all_of(messages.StateSaved, events[: events.index(retried)])]
+    assert retried.from_step == saved[-1] > 0
+    # Exactly the steps after the saved state run again, in order.
+    again = [event.step for event in all_of(messages.StepDone, events[events.index(retried) :])]
+    assert again == list(range(saved[-1] + 1, LONG.num_inference_steps + 1))
+    assert one(messages.Finished, events).frames_sha256 == undisturbed
+    assert not set(before) & set(one(messages.LatentsReady, events).rank_pids)
+    assert eventually(lambda: not any(map(exists, before)))
+
+
+def test_a_rank_that_hangs_is_found_by_the_leaders_deadline(
+    gang_app: Any, undisturbed: str, eventually: Eventually
+) -> None:
+    before = ranks_of(gang_app)
+    events = disturbed(gang_app, lambda: os.kill(before[2], signal.SIGSTOP))
+    retried = one(messages.StageRetried, events)
+    assert "no answer from" in retried.reason
+    assert retried.from_step > 0
+    assert one(messages.Finished, events).frames_sha256 == undisturbed
+    assert eventually(lambda: not any(map(exists, before))), "stopped as it is, it ends with the others"
+
+
+def test_a_rank_that_dies_between_requests_is_noticed_before_the_next(gang_app: Any, eventually: Eventually) -> None:
+    before = ranks_of(gang_app)
+    os.kill(before[1], signal.SIGKILL)
+    assert eventually(lambda: not any(map(exists, before)), DEADLINE_S)
+    events = list(gang_app.client.stream(SMALL, timeout_s=DEADLINE_S))
+    assert not set(before) & set(one(messages.LatentsReady, events).rank_pids)
+
+
+def test_a_rank_killed_during_bring_up(gang_app: Any, eventually: Eventually) -> None:
+    before = ranks_of(gang_app)
+    others = rank_processes() - set(before)
+    os.kill(before[0], signal.SIGKILL)
+    newcomers: set[int] = set()
+
+    def has_new_rank() -> bool:
+        newcomers.update(rank_processes() - others - set(before))
+        return bool(newcomers)
+
+    assert eventually(has_new_rank, DEADLINE_S)
+    victim = newcomers.pop()
+    os.kill(victim, signal.SIGKILL)
+    assert victim not in ranks_of(gang_app)
+    assert eventually(lambda: len(rank_processes() - others) == 4, DEADLINE_S), "nothing is left of the failed gang"
+
+
+def test_an_image_passes_however_many_videos_wait(gang_app: Any, undisturbed: str) -> None:
+    """Three videos fill the gang's bound, eight more wait for places; the image runs before any of them is done."""
+    expected = gang_app.client.generate(IMAGE, timeout_s=DEADLINE_S).info.frames_sha256
+    streams = [gang_app.client.stream(LONG, timeout_s=DEADLINE_S) for _ in range(11)]
+    seen: list[list[Any]] = [[] for _ in streams]
+
+    def follow(index: int) -> None:
+        for event in streams[index]:
+            seen[index].append(event)
+
+    def num_seen(kind: type) -> int:
+        return sum(any(isinstance(event, kind) for event in events) for events in seen)
+
+    with ThreadPoolExecutor(len(streams)) as pool:
+        futures = [pool.submit(follow, index) for index in range(len(streams))]
+        try:
+            deadline_s = time.monotonic() + DEADLINE_S
+            while time.monotonic() < deadline_s:
+                is_full = num_seen(messages.QueuePosition) >= 3 and num_seen(messages.StepDone) >= 1
+                if is_full and num_seen(messages.Tokenized) == len(streams):
+                    break
+                time.sleep(0.02)
+            events = list(gang_app.client.stream(IMAGE, timeout_s=DEADLINE_S))
+            assert num_seen(messages.LatentsReady) == 0, "no video was done before the image"
+            assert all_of(messages.QueuePosition, events)[0].position == 0
+            assert one(messages.Finished, events).frames_sha256 == expected
+            while num_seen(messages.Finished) == 0 and time.monotonic() < deadline_s:
+                time.sleep(0.02)
+        finally:
+            for stream in streams:
+                stream.close()
+        for future in futures:
+            future.exception(timeout=DEADLINE_S)
+    finished = [event for events in seen for event in events if isinstance(event, messages.Finished)]
+    assert finished
+    assert {event.frames_sha256 for event in finished} == {undisturbed}, "passed over, and none the worse"
 
 
 @pytest.mark.parametrize(

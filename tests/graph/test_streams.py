@@ -81,14 +81,16 @@ def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
             self._producer, self._consumer = producer.options(stream=True), consumer.options(stream=True)
 
         async def walk(self) -> dict[str, int]:
-            context = RequestContext("r", time.time() + 100, 100)
+            context = RequestContext.new("r", 100)
             before = rss_bytes(os.getpid())
             async with following(self._producer.denoise.remote(), context, "denoise") as stream:
                 assert isinstance(await stream.next_value(), LatentsReady)
                 latents = await stream.next_ref()
+                held = await latents  # so that its bytes stay on this node
             async with following(self._consumer.decode.remote(latents), context, "decode") as stream:
                 total, consumer_pid = await stream.next_value()
             grown = rss_bytes(os.getpid()) - before
+            assert held.num_bytes == 100 * 2**20
             return {"total": total, "grown": grown, "pid": os.getpid(), "consumer": consumer_pid}
 
     options = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_wait_loop_s": 0.05}
