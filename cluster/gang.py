@@ -108,7 +108,7 @@ class Gang:
         gang = cls(_start_actors(spec, order))
         try:
             gang.infos = await gang.call("describe", phase="start", timeout_s=spec.start_timeout_s)
-            logger.info("gang 2/5 start: ranks %s", [(info.rank, info.pid) for info in gang.infos])
+            logger.info("gang 2/5 start: ranks %s", [(info.rank, info.pid, info.node_id) for info in gang.infos])
             if spec.num_ranks > 1:
                 address, port = await gang.first("host", phase="meet", timeout_s=spec.start_timeout_s)
                 await gang.call("join", address, port, phase="meet", timeout_s=spec.start_timeout_s)

@@ -50,19 +50,27 @@ def build_app(config: AppConfig) -> serve.Application:
         checkpoint, config.vae.device, config.vae.dtype, config.vae.num_threads, config.vae.chunk_latents
     )
     encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind()
-    director = _deployment("Director", Director, config.director).bind(
-        checkpoint,
-        config.director.max_requests,
-        config.director.max_attempts,
-        config.director.chunk_window,
-        config.http.request_timeout_s,
-        tokenizer,
-        transformer,
-        vae,
-        encoder,
+    # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
+    longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
+    director = (
+        _deployment("Director", Director, config.director)
+        .options(**longest)
+        .bind(
+            checkpoint,
+            config.director.max_requests,
+            config.director.max_attempts,
+            config.director.chunk_window,
+            config.http.request_timeout_s,
+            tokenizer,
+            transformer,
+            vae,
+            encoder,
+        )
     )
-    return _deployment("Ingress", Ingress, config.ingress).bind(
-        checkpoint, config.model_name, config.http.max_body_bytes, config.http.request_timeout_s, director
+    return (
+        _deployment("Ingress", Ingress, config.ingress)
+        .options(**longest)
+        .bind(checkpoint, config.model_name, config.http.max_body_bytes, config.http.request_timeout_s, director)
     )
 
 

@@ -145,7 +145,7 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
         if placement.is_alone and (lack := missing(needs, room.free())):
             raise StartError(f"{lack} Choose another --config, or set --num-cpus: a count, not a limit.")
         patience = Patience()
-        with _serve(config.http, placement, patience) as url, _submitted(config, patience):
+        with _serve(config.http, placement, patience, tell) as url, _submitted(config, patience):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)
             _await_http(url)
             address = ray.get_runtime_context().gcs_address
@@ -153,27 +153,51 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
 
 
 @contextmanager
-def _serve(http: Http, placement: Placement, patience: Patience) -> Iterator[str]:
+def _serve(http: Http, placement: Placement, patience: Patience, tell: Callable[[str], None]) -> Iterator[str]:
     """A running Serve, found or started; yields the URL of its HTTP side."""
     with in_time(_STATUS_S):
         status = serve.status()
+    head = _head_elsewhere()
     if status.proxies or status.applications:
-        yield _url(*_http_in_force())
+        found = _http_in_force()
+        if http.port and found != (http.host, http.port):
+            tell(f"Serve runs there already, at {found[0]}:{found[1]}; http.host and http.port change nothing")
+        yield _url(*found, head)
         return
-    port = _free_port(http)
+    if head and _is_loopback(http.host):
+        hint = "Set --host 0.0.0.0, or an address of that machine."
+        raise StartError(f"http.host={http.host}: Ray's head is another machine, {head}, and only hears itself. {hint}")
+    # Elsewhere nothing can be probed: a port that is taken shows when the app does not answer.
+    port = http.port if head else _free_port(http)
     is_in_a_hurry = False
     try:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": port})
         except RAY_FAILURES as error:
             raise StartError(f"Serve did not start: {reason(error)}") from None
-        yield _url(http.host, port)
+        yield _url(http.host, port, head)
     except KeyboardInterrupt:
         is_in_a_hurry = placement.is_alone  # Ray takes Serve with it
         raise
     finally:
         if not is_in_a_hurry:
-            _stop(serve.shutdown, patience)
+            _stop(_shutdown_if_alone, patience)
+
+
+def _shutdown_if_alone() -> None:
+    """Stop Serve, unless others have deployed to it meanwhile."""
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _head_elsewhere() -> str:
+    """The address of Ray's head where that is another machine, else "". Serve listens there."""
+    head = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
+    return "" if _is_loopback(head) or head == ray.util.get_node_ip_address() else head
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def _stop(call: Callable[[], None], patience: Patience) -> None:
@@ -197,9 +221,9 @@ def _http_in_force() -> tuple[str, int]:
     return options.host, options.port
 
 
-def _url(host: str, port: int) -> str:
+def _url(host: str, port: int, head: str) -> str:
     if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
+        host = head or "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

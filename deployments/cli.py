@@ -34,6 +34,7 @@ _EXAMPLE: dict[str, Any] = {
     "num_inference_steps": 8,
 }
 _LAPTOP_START_S = 300.0
+_MAX_SECONDS = 1e6
 
 # Read by Ray when it is imported; what the user has set stays.
 _RAY_ENVIRONMENT = {
@@ -106,7 +107,17 @@ _PASSED_ON: dict[str, Callable[[list[str]], int]] = {
 
 def _add_timeout_flag(parser: argparse.ArgumentParser, default_s: float) -> None:
     help_text = "for the request; default %(default)s"
-    parser.add_argument("--timeout", type=float, default=default_s, metavar="SECONDS", help=help_text)
+    parser.add_argument("--timeout", type=_seconds, default=default_s, metavar="SECONDS", help=help_text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number above 0, up to {_MAX_SECONDS:g}")
+    return seconds
 
 
 # generate
@@ -159,7 +170,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other key, such as vae.num_threads=4")
     add("--ray-address", help="of a Ray cluster to join; default $RAY_ADDRESS, else Ray is started here")
     add("--num-cpus", type=int, help="of the Ray that is started here; default as many as there are")
-    add("--start-timeout", type=float, default=1800, metavar="SECONDS", help="default %(default)s")
+    add("--start-timeout", type=_seconds, default=1800, metavar="SECONDS", help="default %(default)s")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -250,13 +261,17 @@ def _tiny_checkpoint(directory: Path) -> Path:
     """The tiny checkpoint in a directory; made if there is none, and then whole or not at all."""
     if not directory.exists():
         _say(f"making a tiny checkpoint in {directory} ...")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tiny-") as scratch:
-            path = Path(scratch) / "checkpoint"
-            # A process of its own: torch would stay in this one.
-            command = [sys.executable, "-m", "cosmos3_core.checkpoint.tiny", str(path)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LAPTOP_START_S)
-            path.rename(directory)
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tiny-") as scratch:
+                path = Path(scratch) / "checkpoint"
+                # A process of its own: torch would stay in this one.
+                command = [sys.executable, "-m", "cosmos3_core.checkpoint.tiny", str(path)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LAPTOP_START_S)
+                path.rename(directory)
+        except (OSError, subprocess.SubprocessError) as error:
+            allowed = "a checkpoint's directory, or a place for a new one"
+            raise RequestError("checkpoint", str(directory), allowed, str(error)) from None
     return directory
 
 
@@ -274,10 +289,12 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from cosmos3_core.media.output import OutputFile
     from cosmos3_core.media.probe import probe_video
     from cosmos3_core.request import GenerationRequest
     from deployments.http_client import save_video
 
+    OutputFile(Path(f"{options.out}.mp4"))  # no place for the file is said before the work, not after it
     with _laptop_app(_tiny_checkpoint(options.checkpoint)) as app:
         _say(f"POST {app.url}/v1/videos/sync {json.dumps(_EXAMPLE)}")
         saved = save_video(app.url, GenerationRequest(**_EXAMPLE), Path(options.out), timeout_s=options.timeout)

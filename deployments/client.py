@@ -7,8 +7,11 @@ for event in client.stream(GenerationRequest(prompt="...")): ...
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
+
+from ray.exceptions import RayError
 
 from cluster.errors import AppNotFound, DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
@@ -64,6 +67,7 @@ class EventStream:
     def __init__(self, response: Any, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._items = BlockingStream(response, timeout_s + _SLACK_S)
+        self._has_ended = False
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -73,6 +77,7 @@ class EventStream:
             event: Event = next(self._items)
             return event
         except StopIteration:
+            self._has_ended = True
             raise
         except TimeoutError:
             raise DeadlineExceeded("director", self._timeout_s) from None
@@ -81,7 +86,9 @@ class EventStream:
 
     def close(self) -> None:
         """Stop. Does nothing once the stream has ended."""
-        self._items.cancel()
+        if not self._has_ended:
+            self._has_ended = True
+            self._items.cancel()
 
     def __enter__(self) -> EventStream:
         return self
@@ -90,8 +97,9 @@ class EventStream:
         self.close()
 
     def __del__(self) -> None:
-        # Serve lets a stream run on when its response is dropped.
-        self.close()
+        # Serve lets a stream run on when its response is dropped. Ray may be gone by now, and the stream with it.
+        with contextlib.suppress(RayError):
+            self.close()
 
 
 def connect(app_name: str = "cosmos3") -> Client:

@@ -148,7 +148,7 @@ class AppConfig(_Strict):
         """
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds no mapping of keys")

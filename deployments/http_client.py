@@ -91,6 +91,8 @@ def save_video(url: str, request: GenerationRequest, out: Path, *, timeout_s: fl
         AnswerError: the server refused or failed.
         UnreachableError, MediaError: the answer did not come whole, or could not be written.
     """
+    if not out.name:
+        raise RequestError("out", str(out), "a path that ends in a name, without its ending")
     OutputFile(out.with_name(out.name + ".mp4"))  # a place that does not exist is refused before the work, not after it
     with _Call(url, timeout_s) as call:
         call.send("POST", "/v1/videos/sync", body_of(request))
@@ -207,7 +209,7 @@ class _Call:
             raise UnreachableError(f"{self._url}: no complete answer within {self._timeout_s:g} s") from None
         except ConnectionRefusedError:
             raise UnreachableError(f"{self._url}: nothing listens there; `cosmos3 serve` starts an app") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # a host's name may be no name at all
             raise UnreachableError(f"{self._url}: {type(error).__name__}: {error}") from None
 
 

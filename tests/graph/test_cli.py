@@ -290,6 +290,12 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
         (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port: Input should be a valid integer"),
         (["generate", *REQUEST], "error: checkpoint=None: allowed is a checkpoint's directory, or --url"),
         (["generate", *REQUEST, "--url", "http://127.0.0.1:9"], "error: http://127.0.0.1:9: nothing listens there"),
+        (["serve", "--checkpoint", "x", "--set", "name.x=1"], "name.x: no such key; name is a single value"),
+        (["generate", *REQUEST, "--url", "http://a b"], "error: http://a b: "),
+        (["generate", *REQUEST, "--url", f"http://{'a' * 64}.b"], "error: http://aaaa"),
+        (["generate", *REQUEST, "--url", "http://127.0.0.1:9", "--out", "."], "error: out='.': allowed is a path that"),
+        (["demo", "--out", "no/such/folder/demo"], "allowed is a path in an existing directory."),
+        (["demo", "--checkpoint", "/proc/no/such/place"], "error: checkpoint='/proc/no/such/place': allowed is "),
         (["generate", *REQUEST, "--url", "127.0.0.1:9"], "error: url='127.0.0.1:9': allowed is an address such as"),
     ],
 )
@@ -305,6 +311,21 @@ def test_a_wrong_key_in_a_file_names_the_nearest_one(tmp_path: Path) -> None:
     assert done.returncode == 2
     expected = "error: the configuration is wrong: vae.chunk_latent: no such key; did you mean chunk_latents?"
     assert only_line(done.stderr) == expected
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_bytes(b"checkpoint: \xff\xfe\n")
+    done = cosmos3("serve", "--config", "broken.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert only_line(done.stderr).startswith("error: broken.yaml: cannot be read as YAML: ")
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "-1", "0", "soon"])
+def test_a_time_out_that_is_none(timeout: str, tmp_path: Path) -> None:
+    done = cosmos3("check", "--url", "http://127.0.0.1:9", "--timeout", timeout, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"argument --timeout: '{timeout}': allowed is a number above 0, up to 1e+06" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(tiny_nano: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,17 +13,12 @@ import pytest
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from deployments.http_client import body_of
 
 pytestmark = pytest.mark.cluster
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
 Reference = Callable[[GenerationRequest], GenerationResult]
-
-
-def body_of(request: GenerationRequest) -> dict[str, Any]:
-    """The request as an HTTP body: fields that differ from the defaults."""
-    default = asdict(GenerationRequest(prompt=""))
-    return {key: value for key, value in asdict(request).items() if value != default[key]}
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

@@ -125,7 +125,7 @@ def object_store_bytes() -> int:
     return int(total - ray.available_resources()["object_store_memory"])
 
 
-def test_a_gang_that_hangs_counts_as_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gang_that_hangs_counts_as_dead(ray_cluster: int) -> None:
     """A rank that does not answer in time fails the gang, with the phase and the method named."""
     import asyncio
 

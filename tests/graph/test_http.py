@@ -9,6 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from cosmos3_core.request import GenerationRequest, resolve
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 JSON = {"content-type": "application/json"}
+FORM = {"content-type": "application/x-www-form-urlencoded"}
 GOOD: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
 
 
@@ -138,12 +140,16 @@ def test_a_wrong_field_is_named(body: dict[str, Any], field: str, said: str, app
         (b"prompt", {"content-type": "text/plain"}, 415, "wrong_content_type"),
         (b"--x\r\nbroken", {"content-type": "multipart/form-data; boundary=y"}, 400, "broken_form"),
         (b"--x", {"content-type": "multipart/form-data"}, 400, "broken_form"),
+        (b"&".join(b"f%d=1" % i for i in range(65)), FORM, 400, "broken_form"),
+        (b'{"prompt": "a", "a\\ud800": 1}', JSON, 422, "invalid_field"),
+        (b'{"prompt": "a", "' + b"x" * 900_000 + b'": 1}', JSON, 422, "invalid_field"),
         (b"{" + b" " * 2_000_000 + b"}", JSON, 413, "body_too_large"),
     ],
 )
 def test_a_body_that_cannot_be_read(data: bytes, headers: dict[str, str], status: int, code: str, app: Any) -> None:
     answer_status, _, answer = send(app, data, headers)
     assert (answer_status, answer["error"]["code"]) == (status, code)
+    assert len(json.dumps(answer)) < 4000, "what was given is shown shortened"
 
 
 def test_a_huge_body_is_refused_while_it_is_being_read(app: Any) -> None:
@@ -191,6 +197,25 @@ def test_the_request_id_goes_through(app: Any) -> None:
     headers = {**JSON, "x-request-id": "mine"}
     _, answer_headers, _ = send(app, json.dumps(GOOD).encode(), headers)
     assert answer_headers["x-request-id"] == "mine"
+    for refused in ("a" * 129, "two words"):
+        status, _, answer = send(app, json.dumps(GOOD).encode(), {**JSON, "x-request-id": refused})
+        assert status == 400, refused
+        assert answer["error"]["code"] == "invalid_header"
+
+
+def test_requests_of_one_id_at_once_do_not_mix(
+    app: Any, reference: Callable[[GenerationRequest], GenerationResult]
+) -> None:
+    """A proxy that asks again, or a client that is careless with ids, gets its own frames all the same."""
+
+    def ask(seed: int) -> tuple[int, str]:
+        body = json.dumps({**GOOD, "num_frames": 17, "seed": seed}).encode()
+        status, headers, _ = send(app, body, {**JSON, "x-request-id": "same"})
+        return status, headers["x-frames-sha256"]
+
+    expected = [reference(GenerationRequest(**{**GOOD, "num_frames": 17, "seed": seed})) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [(200, result.frames_sha256) for result in expected]
 
 
 def get(app: Any, path: str) -> tuple[int, Any]:

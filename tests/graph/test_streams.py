@@ -34,8 +34,8 @@ IDLE_S = 30.0
 def test_clips_do_not_mix_and_each_stays_with_one_encoder(
     start_app: Callable[..., Any], reference: Callable[[GenerationRequest], GenerationResult]
 ) -> None:
-    """Two encoders, two decoders, six clips at once."""
-    app = start_app("pair", encoder__num_replicas=2, vae__num_replicas=2)
+    """Two encoders, two decoders, two Directors, six clips at once."""
+    app = start_app("pair", encoder__num_replicas=2, vae__num_replicas=2, director__num_replicas=2)
     requests = [replace(SMALL, seed=seed) for seed in range(6)]
     expected = [reference(request).frames_sha256 for request in requests]
     assert len(set(expected)) == len(expected)
@@ -50,6 +50,11 @@ def test_clips_do_not_mix_and_each_stays_with_one_encoder(
         results = list(pool.map(run, requests))
     assert [digest for digest, _ in results] == expected
     assert all(len(encoders) == 1 for _, encoders in results)
+    # More clips than places, and Directors that know nothing of each other: a clip that held an encoder's place and
+    # waited for a decoder's, which another one held and waited for an encoder, would wait for ever.
+    with ThreadPoolExecutor(20) as pool:
+        many = list(pool.map(run, [requests[index % 6] for index in range(20)]))
+    assert [digest for digest, _ in many] == [expected[index % 6] for index in range(20)]
     assert len(set.union(*(encoders for _, encoders in results))) == 2, "both encoders had work"
 
 
