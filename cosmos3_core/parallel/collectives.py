@@ -13,6 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# torch 2.13 gave it another name and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Summed(nn.Module):
     """A row-split linear layer whose partial products are added up over the ranks, its bias once.
@@ -57,7 +60,7 @@ class TokenShare:
     def all(self, x: Tensor, num_tokens: int) -> Tensor:
         """Every rank's run, padding taken off: the inverse of :meth:`own`, on every rank."""
         whole = x.new_empty((self.count * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
+        _all_gather(whole, x.contiguous(), group=self.group)
         return whole[:num_tokens]
 
 
