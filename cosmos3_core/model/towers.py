@@ -129,7 +129,7 @@ class GenerationLayer(nn.Module):
 
 
 class GenerationTower(nn.Module):
-    """The generated tokens' tower."""
+    """The generated tokens' tower: all tokens in, those worked on here out."""
 
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
@@ -143,4 +143,4 @@ class GenerationTower(nn.Module):
         rope = RopeTable(self.ops.own_tokens(rope.cos), self.ops.own_tokens(rope.sin))
         for layer, text_k_LND, text_v_LND in zip(self.layers, text.keys, text.values, strict=True):
             x_SM = layer(x_SM, text_k_LND, text_v_LND, rope, num_tokens)
-        return self.ops.all_tokens(self.norm(x_SM), num_tokens)
+        return self.norm(x_SM)

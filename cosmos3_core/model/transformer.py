@@ -1,6 +1,7 @@
 """Cosmos3's transformer: prompt -> keys and values once, noisy latents -> velocity at every step.
 
-Shape letters: B batch (always 1), C latent channels, T/H/W latent grid, L text tokens, S generated tokens, M width.
+Shape letters: B batch (always 1), C latent channels, T/H/W latent grid, L text tokens, S generated tokens, M width,
+P values of a patch.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ class VideoHead(nn.Module):
         x_TSM = self.proj_in(patches.permute(1, 2, 4, 3, 5, 0).reshape(t, -1, p * p * c))
         return (x_TSM + noise_mask_T[:, None, None].to(x_TSM.dtype) * time_M.to(x_TSM.dtype)).flatten(0, 1)
 
-    def project(self, x_SM: Tensor, z_BCTHW: Tensor, noise_mask_T: Tensor) -> Tensor:
-        """Velocity [1, C, T, H, W] in the tokens' dtype; zero at clean frames. ``z_BCTHW`` gives the grid."""
+    def project(self, x_SM: Tensor) -> Tensor:
+        """Tokens -> patches [S, patch * patch * C] of the velocity."""
+        return self.proj_out(x_SM)
+
+    def assemble(self, patches_SP: Tensor, z_BCTHW: Tensor, noise_mask_T: Tensor) -> Tensor:
+        """Velocity [1, C, T, H, W] in the patches' dtype; zero at clean frames. ``z_BCTHW`` gives the grid."""
         p = self.patch
         _, c, t, h, w = z_BCTHW.shape
         rows, columns = (h + -h % p) // p, (w + -w % p) // p
-        patches = self.proj_out(x_SM).view(t, rows, columns, p, p, c)
+        patches = patches_SP.view(t, rows, columns, p, p, c)
         v_CTHW = patches.permute(5, 0, 1, 3, 2, 4).reshape(c, t, rows * p, columns * p)[:, :, :h, :w]
         return (v_CTHW * noise_mask_T[:, None, None].to(v_CTHW.dtype)).unsqueeze(0)
 
@@ -109,8 +114,10 @@ class Cosmos3Transformer(nn.Module):
         inputs = {name: latent.to(self.dtype) for name, latent in latents.items()}
         tokens = [self.heads[name].embed(latent, noise_masks[name], time_M) for name, latent in inputs.items()]
         x_SM = self.generation(torch.cat(tokens), text, rope)
-        outputs = x_SM.split([token.shape[0] for token in tokens])
-        return {
-            name: self.heads[name].project(output, latent, noise_masks[name])
-            for output, (name, latent) in zip(outputs, inputs.items(), strict=True)
-        }
+        counts = [token.shape[0] for token in tokens]
+        velocities = {}
+        for index, (name, latent) in enumerate(inputs.items()):
+            # Every token worked on here goes through every head: patches are a twentieth of a token to bring together.
+            patches_SP = self.ops.all_tokens(self.heads[name].project(x_SM), sum(counts)).split(counts)[index]
+            velocities[name] = self.heads[name].assemble(patches_SP, latent, noise_masks[name])
+        return velocities
