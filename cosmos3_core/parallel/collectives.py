@@ -50,15 +50,13 @@ class TokenShare:
     count: int
     group: Any
 
-    def own(self, x: Tensor) -> Tensor:
-        """This rank's run of the tokens, [S, ...] -> [ceil(S / count), ...]."""
-        share = -(-x.shape[0] // self.count)
-        run = x[self.index * share : (self.index + 1) * share]
-        missing = share - run.shape[0]
-        return F.pad(run, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else run
+    def own(self, num_tokens: int) -> slice:
+        """This rank's run of ``num_tokens`` tokens, ceil(num_tokens / count) long; the last ones reach past the end."""
+        share = -(-num_tokens // self.count)
+        return slice(self.index * share, (self.index + 1) * share)
 
     def all(self, x: Tensor, num_tokens: int) -> Tensor:
-        """Every rank's run, padding taken off: the inverse of :meth:`own`, on every rank."""
+        """Every rank's run, [ceil(S / count), ...] -> [S, ...], padding taken off; on every rank."""
         whole = x.new_empty((self.count * x.shape[0], *x.shape[1:]))
         _all_gather(whole, x.contiguous(), group=self.group)
         return whole[:num_tokens]
