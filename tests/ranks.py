@@ -23,8 +23,8 @@ def run_layouts(work: Work, layouts: Sequence[Layout], *arguments: Any, device: 
     """What every rank of every layout returns: ``results[layout][rank]``.
 
     Args:
-        work: ``work(groups, device, *arguments)``, a function of a module that other processes can import; what it
-            returns is tensors and plain values.
+        work: ``work(groups, device, *arguments)``, a function of a module that other processes can import, as
+            are the types of what it returns.
         layouts: one after the other; each takes the first ``num_ranks`` of as many processes as the largest needs.
         device: "cpu" with gloo, or "cuda" with NCCL and a GPU a rank.
 
@@ -35,7 +35,7 @@ def run_layouts(work: Work, layouts: Sequence[Layout], *arguments: Any, device: 
     with tempfile.TemporaryDirectory(prefix="cosmos3-ranks-") as directory:
         mp.spawn(_process, (directory, device, work, list(layouts), arguments), nprocs=num_processes)
         return [
-            [torch.load(Path(directory, f"{index}-{rank}.pt")) for rank in range(layout.num_ranks)]
+            [torch.load(Path(directory, f"{index}-{rank}.pt"), weights_only=False) for rank in range(layout.num_ranks)]
             for index, layout in enumerate(layouts)
         ]
 

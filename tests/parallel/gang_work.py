@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import Groups
+from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.shapes import LatentShape
+from tests.parallel.gauge import Gauge
 
+LAYOUTS = [
+    Layout(tp, cfg, sp)
+    for tp, cfg, sp in (
+        *((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1)),
+        *((1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 2, 2), (2, 1, 2)),
+    )
+]
 # 3 x 3 x 5 tokens: 45, which 2 does not divide and 3 does; 2 x 2 x 5: 20, which 3 does not.
 REQUESTS: dict[str, dict[str, Any]] = {
     "guided": {"latent_shape": (3, 5, 9), "guidance_scale": 6.0, "num_inference_steps": 6},
@@ -23,11 +33,34 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "indivisible": {"latent_shape": (2, 4, 10), "guidance_scale": 3.0, "num_inference_steps": 3},
 }
 
+# Of one frame with two rows of latents, so that there can be any number.
+NUM_TOKENS = [4, 7, 16, 20, 24, 33, 45, 46, 64, 65, 66, 96, 100, 129, 192, 200, 384, 390, 771, 1536]
+
 
 def small_request(fields: dict[str, Any]) -> DenoiseRequest:
     """One of :data:`REQUESTS`, or another with these fields."""
     shaped = {**fields, "latent_shape": LatentShape(*fields["latent_shape"])}
     return DenoiseRequest((5, 6, 7, 8), (3, 4), fps=24.0, schedule="native", flow_shift=10.0, seed=1, **shaped)
+
+
+def share_of(num_tokens: int, layout: Layout) -> int:
+    """How many of the generated tokens a rank works on, padding included."""
+    return -(-num_tokens // layout.sp)
+
+
+def is_kept_to_the_bit(num_tokens: int, layout: Layout) -> bool:
+    """Whether one thread computes every token alike, alone and in its share.
+
+    A row of a product does not depend on how many there are, but for MKL's kernels for one to three rows. Products of
+    weights have a rank's share of rows; torch's attention on CPUs works on blocks of queries of the size below, and
+    what is left behind the last full one is a block of its own. Eight rows, for a margin.
+    """
+    share = share_of(num_tokens, layout)
+    for rows in (num_tokens, share, num_tokens - (layout.sp - 1) * share):
+        block = 256 if rows >= 768 else 64 if rows >= 192 else 32
+        if rows < 8 or 0 < rows % block < 8:
+            return False
+    return True
 
 
 def sharded_denoiser(
@@ -40,14 +73,54 @@ def sharded_denoiser(
     return Denoiser(transformer, files.geometry, files.scheduler, branch_share=branch_share(groups))
 
 
-def final_latents(
-    groups: Groups, device: torch.device, checkpoint: Path, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def final_latents(denoiser: Denoiser) -> dict[str, Tensor]:
     """Every request twice, ``name/first`` and ``name/again``, and how many ``prefills`` that took."""
-    denoiser = sharded_denoiser(groups, device, checkpoint, dtype)
     results = {}
     for name, fields in REQUESTS.items():
         for attempt in ("first", "again"):
             state = denoiser.run(denoiser.prepare(small_request(fields)))
             results[f"{name}/{attempt}"] = state.latents["video"].float().cpu()
     return {**results, "prefills": torch.tensor(denoiser.text_cache.num_prefills)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One guided step.
+
+    Attributes:
+        velocity: of a forward pass of this rank's first branch.
+        products, queries, received: see :class:`Gauge`; of the step.
+    """
+
+    velocity: Tensor
+    products: dict[tuple[int, int, int], int]
+    queries: dict[int, int]
+    received: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank came to: :func:`final_latents`, and a step for each of :data:`NUM_TOKENS`."""
+
+    latents: dict[str, Tensor]
+    steps: dict[int, Step]
+
+
+def latents_and_steps(groups: Groups, device: torch.device, checkpoint: Path) -> RankResult:
+    """Everything that the CPU tests ask of a layout."""
+    denoiser = sharded_denoiser(groups, device, checkpoint)
+    return RankResult(
+        final_latents(denoiser), {num_tokens: _one_step(denoiser, num_tokens) for num_tokens in NUM_TOKENS}
+    )
+
+
+def _one_step(denoiser: Denoiser, num_tokens: int) -> Step:
+    fields = {"latent_shape": (1, 2, 2 * num_tokens), "guidance_scale": 6.0, "num_inference_steps": 2}
+    plan = denoiser.prepare(small_request(fields))
+    state = denoiser.start(plan)
+    branch = plan.branches[0]
+    with torch.no_grad():
+        forward = denoiser.transformer.velocity(state.latents, plan.noise_masks, 500, branch.text, branch.rope)
+    with Gauge() as gauge:
+        denoiser.step(plan, state)
+    return Step(forward["video"], dict(gauge.products), dict(gauge.queries), dict(gauge.received))

@@ -15,33 +15,17 @@ from cosmos3_core.checkpoint.load import load_transformer
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.errors import RequestError
 from cosmos3_core.parallel.layout import Layout, Place
-from tests.parallel.gang_work import REQUESTS, final_latents, small_request
-from tests.ranks import run_layouts
+from cosmos3_core.shapes import Geometry
+from tests.parallel.gang_work import LAYOUTS, REQUESTS, RankResult, is_kept_to_the_bit, small_request
 
 pytestmark = [pytest.mark.gang, pytest.mark.timeout(600)]
 
-LAYOUTS = [
-    Layout(tp, cfg, sp)
-    for tp, cfg, sp in (
-        *((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1)),
-        *((1, 1, 2), (1, 1, 3), (1, 2, 2), (2, 1, 2)),
-    )
-]
-
-
-@pytest.fixture(scope="module")
-def ranks(tiny_nano: Path) -> dict[Layout, list[dict[str, torch.Tensor]]]:
-    """Layout -> what each of its ranks came to; one start of four processes for all of them."""
-    return dict(zip(LAYOUTS, run_layouts(final_latents, LAYOUTS, tiny_nano), strict=True))
-
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_layout_gives_what_one_rank_gives(
-    layout: Layout, ranks: dict[Layout, list[dict[str, torch.Tensor]]], tiny_nano: Path
-) -> None:
-    alone, results = ranks[Layout()][0], ranks[layout]
+def test_a_layout_gives_what_one_rank_gives(layout: Layout, ranks: dict[Layout, list[RankResult]]) -> None:
+    alone, results = ranks[Layout()][0].latents, [rank.latents for rank in ranks[layout]]
     assert len(results) == layout.num_ranks
-    for name in REQUESTS:
+    for name, fields in REQUESTS.items():
         expected = alone[f"{name}/first"]
         for rank, result in enumerate(results):
             assert torch.equal(result[f"{name}/first"], result[f"{name}/again"]), "the same layout twice"
@@ -50,21 +34,22 @@ def test_a_layout_gives_what_one_rank_gives(
         assert difference <= 1e-5
         if layout.tp == layout.sp == 1:
             assert difference == 0, "CFG alone changes no arithmetic"
+        num_tokens = Geometry().token_grid(small_request(fields).latent_shape).num_tokens
+        if layout.tp == 1 and is_kept_to_the_bit(num_tokens, layout):
+            assert difference == 0, "SP keeps every sum whole"
     # Each CFG group prefills its own prompt only; the two prompts are shared by all requests.
     expected_prefills = {(0, 1): 2, (1, 1): 2, (0, 2): 1, (1, 2): 1}
     for rank, result in enumerate(results):
         assert int(result["prefills"]) == expected_prefills[layout.place(rank).cfg, layout.cfg]
 
 
-def test_one_rank_without_groups_is_the_engine(
-    ranks: dict[Layout, list[dict[str, torch.Tensor]]], tiny_nano: Path
-) -> None:
+def test_one_rank_without_groups_is_the_engine(ranks: dict[Layout, list[RankResult]], tiny_nano: Path) -> None:
     """What layouts are compared with is the plain path: nothing put into the model, no process group."""
     files = CheckpointLayout.open(tiny_nano)
     denoiser = Denoiser(load_transformer(files, device=torch.device("cpu")), files.geometry, files.scheduler)
     for name, fields in REQUESTS.items():
         latents = denoiser.run(denoiser.prepare(small_request(fields))).latents["video"]
-        assert torch.equal(latents, ranks[Layout()][0][f"{name}/first"])
+        assert torch.equal(latents, ranks[Layout()][0].latents[f"{name}/first"])
 
 
 def test_cfg_is_the_outer_axis_and_tp_the_inner() -> None:
