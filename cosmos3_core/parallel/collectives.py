@@ -5,13 +5,16 @@ Shape letters: S generated tokens. All of them are exact: nothing is dropped, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # torch 2.13 gave it another name and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -69,13 +72,30 @@ class BranchShare:
     Attributes:
         index: which branch is this rank's: 0 conditional, 1 unconditional.
         group: of the two ranks, one a branch, that hold the same share.
+        is_speaker: this rank warns, for all of them, of requests that leave the second group waiting.
+        warned: kinds of request that it has warned of, at most "image" and "video"; the log says it once a kind.
     """
 
     index: int
     group: Any
+    is_speaker: bool = False
+    warned: set[str] = field(default_factory=set, compare=False)
 
-    def mine(self, num_branches: int) -> tuple[int, ...]:
-        """The branches that this rank runs; none where guidance is off and this is the second group."""
+    def mine(self, num_branches: int, num_latent_frames: int) -> tuple[int, ...]:
+        """The branches that this rank runs; none where guidance is off and this is the second group.
+
+        Args:
+            num_branches: how many the request has: 2, or 1 without guidance.
+            num_latent_frames: of the request; says what kind it is.
+        """
+        kind = "image" if num_latent_frames == 1 else "video"
+        if num_branches == 1 and self.is_speaker and kind not in self.warned:
+            self.warned.add(kind)
+            logger.warning(
+                "guidance is off in a request for %s: the second half of the ranks waits while the first runs the only "
+                "branch; such requests are better served with cfg=1 (said once for all requests of this kind)",
+                {"image": "an image", "video": "a video"}[kind],
+            )
         return (self.index,) if self.index < num_branches else ()
 
     def exchange(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "guided": {"latent_shape": (3, 5, 9), "guidance_scale": 6.0, "num_inference_steps": 6},
     "unguided": {"latent_shape": (3, 5, 9), "guidance_scale": 1.0, "num_inference_steps": 3},
     "indivisible": {"latent_shape": (2, 4, 10), "guidance_scale": 3.0, "num_inference_steps": 3},
+    "unguided image": {"latent_shape": (1, 4, 6), "guidance_scale": 1.0, "num_inference_steps": 2},
 }
 
 # Of one frame with two rows of latents, so that there can be any number.
@@ -88,11 +92,11 @@ class Step:
     """One guided step.
 
     Attributes:
-        velocity: of a forward pass of this rank's first branch.
+        velocity: of a forward pass of this rank's first branch; None where it has none.
         products, queries, received: see :class:`Gauge`; of the step.
     """
 
-    velocity: Tensor
+    velocity: Tensor | None
     products: dict[tuple[int, int, int], int]
     queries: dict[int, int]
     received: dict[str, int]
@@ -100,27 +104,44 @@ class Step:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank came to: :func:`final_latents`, and a step for each of :data:`NUM_TOKENS`."""
+    """What one rank came to.
+
+    Attributes:
+        latents: see :func:`final_latents`.
+        steps: one for each of :data:`NUM_TOKENS`.
+        unguided: a step without guidance.
+        warnings: lines that the rank logged in all of that, as warnings.
+    """
 
     latents: dict[str, Tensor]
     steps: dict[int, Step]
+    unguided: Step
+    warnings: list[str]
 
 
 def latents_and_steps(groups: Groups, device: torch.device, checkpoint: Path) -> RankResult:
     """Everything that the CPU tests ask of a layout."""
+    log = QueueHandler(SimpleQueue())
+    logger = logging.getLogger("cosmos3_core")
+    logger.addHandler(log)
     denoiser = sharded_denoiser(groups, device, checkpoint)
-    return RankResult(
-        final_latents(denoiser), {num_tokens: _one_step(denoiser, num_tokens) for num_tokens in NUM_TOKENS}
-    )
+    latents = final_latents(denoiser)
+    steps = {num_tokens: _one_step(denoiser, num_tokens, 6.0) for num_tokens in NUM_TOKENS}
+    unguided = _one_step(denoiser, NUM_TOKENS[0], 1.0)
+    logger.removeHandler(log)
+    records = [log.queue.get() for _ in range(log.queue.qsize())]
+    warnings = [record.getMessage() for record in records if record.levelno >= logging.WARNING]
+    return RankResult(latents, steps, unguided, warnings)
 
 
-def _one_step(denoiser: Denoiser, num_tokens: int) -> Step:
-    fields = {"latent_shape": (1, 2, 2 * num_tokens), "guidance_scale": 6.0, "num_inference_steps": 2}
+def _one_step(denoiser: Denoiser, num_tokens: int, guidance_scale: float) -> Step:
+    fields = {"latent_shape": (1, 2, 2 * num_tokens), "guidance_scale": guidance_scale, "num_inference_steps": 2}
     plan = denoiser.prepare(small_request(fields))
     state = denoiser.start(plan)
-    branch = plan.branches[0]
+    forward = {}
     with torch.no_grad():
-        forward = denoiser.transformer.velocity(state.latents, plan.noise_masks, 500, branch.text, branch.rope)
+        for branch in plan.branches[:1]:
+            forward = denoiser.transformer.velocity(state.latents, plan.noise_masks, 500, branch.text, branch.rope)
     with Gauge() as gauge:
         denoiser.step(plan, state)
-    return Step(forward["video"], dict(gauge.products), dict(gauge.queries), dict(gauge.received))
+    return Step(forward.get("video"), dict(gauge.products), dict(gauge.queries), dict(gauge.received))

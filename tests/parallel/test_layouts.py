@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,18 @@ def test_a_layout_gives_what_one_rank_gives(layout: Layout, ranks: dict[Layout, 
     expected_prefills = {(0, 1): 2, (1, 1): 2, (0, 2): 1, (1, 2): 1}
     for rank, result in enumerate(results):
         assert int(result["prefills"]) == expected_prefills[layout.place(rank).cfg, layout.cfg]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_without_guidance_the_second_group_waits_and_one_rank_says_so_once_a_kind(
+    layout: Layout, ranks: dict[Layout, list[RankResult]]
+) -> None:
+    for rank, result in enumerate(ranks[layout]):
+        waits = layout.place(rank).cfg == 1
+        assert (result.unguided.products == {}) == waits
+        assert (result.unguided.queries == {}) == waits
+        kinds = ["a video", "an image"] if layout.cfg == 2 and rank == 0 else []
+        assert [re.search("guidance is off in a request for (.+?):", text)[1] for text in result.warnings] == kinds
 
 
 def test_one_rank_without_groups_is_the_engine(ranks: dict[Layout, list[RankResult]], tiny_nano: Path) -> None:
