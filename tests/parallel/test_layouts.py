@@ -99,6 +99,7 @@ def test_torchrun_writes_one_file_with_the_pictures_of_one_process(tiny_nano: Pa
     two = [*torchrun, "-m", "cosmos3_core.generate", *request, "--cfg", "2", "--out", str(tmp_path / "two")]
     done = subprocess.run(two, check=True, capture_output=True, text=True, timeout=200)
     assert done.stdout.count("5 frames, 64x48") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.mp4", "two.mp4"]
     # CFG changes no arithmetic, so not a byte differs.
     assert (tmp_path / "two.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
 
@@ -111,3 +112,17 @@ def test_as_many_processes_as_ranks(tiny_nano: Path, capsys: pytest.CaptureFixtu
     assert "as many ranks as there are processes, 1" in capsys.readouterr().err
     assert main([*arguments, "--cfg", "3"]) == 2
     assert "1 or 2" in capsys.readouterr().err
+
+
+def test_torchrun_with_another_number_of_processes_says_so_once(tiny_nano: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    request = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--tp", "2", "--cfg", "2", "--device", "cpu"]
+    command = [*torchrun, "-m", "cosmos3_core.generate", *request, "--out", str(tmp_path / "clip")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if "error: " in line and "ranks" in line)
+    assert "TP2 x CFG2 x SP1, 4 ranks" in line
+    assert "as many ranks as there are processes, 2" in line
+    assert "torchrun --nproc_per_node=4" in line
+    assert done.stderr.count("Traceback") == 1, "torchrun's own, of the failure as a whole"
+    assert list(tmp_path.iterdir()) == []
