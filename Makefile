@@ -1,5 +1,6 @@
 # make env        create .venv with the pinned versions (again only when pyproject.toml or constraints.txt changed)
 # make test       the CPU tests (minutes)              make test-all   every test this machine can run
+# make test-gpu   what needs GPUs, on those that this machine has; without pytest: python -m tests.gpu
 # make lint       ruff and mypy, changing nothing     make format     let ruff rewrite
 # make demo       the whole graph on this machine: a prompt over HTTP becomes demo.mp4, with a tiny random checkpoint
 # make clean      remove .venv and caches
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: env demo test test-all lint format clean
+.PHONY: env demo test test-all test-gpu lint format clean
 
 env: $(STAMP)
 
@@ -30,6 +31,9 @@ test: env
 
 test-all: env
 	$(BIN)/python -m pytest
+
+test-gpu: env
+	$(BIN)/python -m pytest -m gpu
 
 lint: env
 	$(BIN)/ruff check .

@@ -158,7 +158,8 @@ class Denoiser:
         for name, prompt in zip(("text_ids", "negative_text_ids"), prompts, strict=False):
             self._check_ids(name, prompt)
         # The branches that run here; where they are shared out, each rank prefills its own prompt only.
-        here = range(len(prompts)) if self._branch_share is None else self._branch_share.mine(len(prompts))
+        share, num_latent_frames = self._branch_share, request.latent_shape.num_frames
+        here = range(len(prompts)) if share is None else share.mine(len(prompts), num_latent_frames)
         if orders is None:
             orders = self._ledger.admit(prompts)
         texts = self.text_cache.take([prompts[index] for index in here], orders)

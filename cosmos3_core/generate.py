@@ -39,6 +39,9 @@ from cosmos3_core.request_flags import add_engine_flags, add_request_flags, requ
 # For ranks to meet, and for each exchange: longer than any step, loading included.
 _COLLECTIVE_TIMEOUT_S = 1800.0
 
+# For the first rank to come as far as the others, which have nothing to say.
+_FIRST_RANK_S = 60.0
+
 # File systems take 255; the rest is for the ending and for the hidden name while the file is written.
 _MAX_NAME_BYTES = 200
 
@@ -204,10 +207,12 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         Cosmos3Error: it cannot be done.
     """
-    request = request_of(options)
-    # Before gigabytes are read.
-    num_steps = resolve(request, CheckpointLayout.open(options.checkpoint)).num_inference_steps
-    groups, device = _join_ranks(options)
+    with _said_once():
+        request = request_of(options)
+        # Before gigabytes are read.
+        num_steps = resolve(request, CheckpointLayout.open(options.checkpoint)).num_inference_steps
+        layout = _layout(options)
+    groups, device = _join_ranks(layout, options.device)
     progress = Progress()
     try:
         clock = StageClock(device)
@@ -236,8 +241,21 @@ def run(options: argparse.Namespace) -> None:
         close_groups()
 
 
-def _join_ranks(options: argparse.Namespace) -> tuple[Groups, torch.device]:
-    """This process's groups and device: alone, or one of torchrun's ranks."""
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What is wrong inside is wrong on every rank alike; the first one says it."""
+    try:
+        yield
+    except Cosmos3Error:
+        if int(os.environ.get("RANK", "0")) > 0:
+            # torchrun ends all ranks when one ends: the first one has to be that one.
+            time.sleep(_FIRST_RANK_S)
+            sys.exit(2)
+        raise
+
+
+def _layout(options: argparse.Namespace) -> Layout:
+    """The layout asked for, which the processes that there are and the checkpoint allow."""
     layout = Layout(options.tp, options.cfg, options.sp)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes != layout.num_ranks:
@@ -248,11 +266,16 @@ def _join_ranks(options: argparse.Namespace) -> tuple[Groups, torch.device]:
             f"Start with: torchrun --nproc_per_node={layout.num_ranks} -m cosmos3_core.generate ...",
         )
     layout.check(CheckpointLayout.open(options.checkpoint).transformer)
-    if num_processes == 1:
-        return ALONE, resolve_device(options.device)
-    device = local_device(options.device, int(os.environ["LOCAL_RANK"]))
-    rank, backend = int(os.environ["RANK"]), collective_backend(device)
-    return init_groups(layout, rank, backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S), device
+    return layout
+
+
+def _join_ranks(layout: Layout, device: str | None) -> tuple[Groups, torch.device]:
+    """This process's groups and device: alone, or one of torchrun's ranks."""
+    if layout.num_ranks == 1:
+        return ALONE, resolve_device(device)
+    mine = local_device(device, int(os.environ["LOCAL_RANK"]))
+    rank, backend = int(os.environ["RANK"]), collective_backend(mine)
+    return init_groups(layout, rank, backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S), mine
 
 
 def _report(result: GenerationResult, timings_s: dict[str, float]) -> None:

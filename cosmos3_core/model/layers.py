@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from cosmos3_core.checkpoint.configs import TransformerConfig
 
 
+def take_rows(x: Tensor, rows: slice) -> Tensor:
+    """``x[rows]`` along dim 0, with zeros where ``rows`` reaches past the end."""
+    taken = x[rows]
+    missing = rows.stop - rows.start - taken.shape[0]
+    return F.pad(taken, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else taken
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, statistics in fp32.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos3_core.checkpoint.configs import TransformerConfig
-from cosmos3_core.model.layers import MLP, QKV, RMSNorm
+from cosmos3_core.model.layers import MLP, QKV, RMSNorm, take_rows
 from cosmos3_core.model.rope import RopeTable, apply_rope
 from cosmos3_core.ops.registry import Ops
 
@@ -129,7 +129,7 @@ class GenerationLayer(nn.Module):
 
 
 class GenerationTower(nn.Module):
-    """The generated tokens' tower."""
+    """The generated tokens' tower. In and out come the tokens worked on here, see :class:`Ops`; ``rope`` is of all."""
 
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
@@ -138,9 +138,9 @@ class GenerationTower(nn.Module):
         self.norm = _norm(config, config.hidden_size)
 
     def forward(self, x_SM: Tensor, text: TextKV, rope: RopeTable) -> Tensor:
-        num_tokens = x_SM.shape[0]
-        x_SM = self.ops.own_tokens(x_SM)
-        rope = RopeTable(self.ops.own_tokens(rope.cos), self.ops.own_tokens(rope.sin))
+        num_tokens = rope.cos.shape[0]
+        rows = self.ops.own_rows(num_tokens)
+        rope = RopeTable(take_rows(rope.cos, rows), take_rows(rope.sin, rows))
         for layer, text_k_LND, text_v_LND in zip(self.layers, text.keys, text.values, strict=True):
             x_SM = layer(x_SM, text_k_LND, text_v_LND, rope, num_tokens)
-        return self.ops.all_tokens(self.norm(x_SM), num_tokens)
+        return self.norm(x_SM)

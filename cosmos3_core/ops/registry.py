@@ -26,8 +26,8 @@ IMPLEMENTATIONS: dict[str, dict[str, AttentionOp]] = {
 }
 
 
-def _all_of_them(x: Tensor) -> Tensor:
-    return x
+def _all_rows(num_tokens: int) -> slice:
+    return slice(0, num_tokens)
 
 
 def _already_all(x: Tensor, num_tokens: int) -> Tensor:
@@ -40,12 +40,13 @@ class Ops:
 
     Attributes:
         attention: see :func:`cosmos3_core.ops.eager.attention`.
-        own_tokens: generated tokens [S, ...] -> the ones worked on here; all of them unless they are shared out.
-        all_tokens: (tokens worked on here, S) -> all S of them; the inverse.
+        own_rows: S -> which of the S generated tokens are worked on here; all of them unless they are shared out. May
+            reach past the last: what is there is padding.
+        all_tokens: (tokens worked on here, S) -> all S of them.
     """
 
     attention: AttentionOp = sdpa.attention
-    own_tokens: Callable[[Tensor], Tensor] = _all_of_them
+    own_rows: Callable[[int], slice] = _all_rows
     all_tokens: Callable[[Tensor, int], Tensor] = _already_all
 
 

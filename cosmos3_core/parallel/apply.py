@@ -26,9 +26,9 @@ def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
                 layer.mlp.down = Summed(layer.mlp.down, groups.tp)
     if groups.sp is not None:
         share = TokenShare(groups.place.sp, groups.layout.sp, groups.sp)
-        transformer.use_ops(replace(transformer.ops, own_tokens=share.own, all_tokens=share.all))
+        transformer.use_ops(replace(transformer.ops, own_rows=share.own, all_tokens=share.all))
 
 
 def branch_share(groups: Groups) -> BranchShare | None:
     """How this rank shares the guidance branches; None where it runs them all."""
-    return None if groups.cfg is None else BranchShare(groups.place.cfg, groups.cfg)
+    return None if groups.cfg is None else BranchShare(groups.place.cfg, groups.cfg, is_speaker=groups.rank == 0)

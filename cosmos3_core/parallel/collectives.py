@@ -5,13 +5,19 @@ Shape letters: S generated tokens. All of them are exact: nothing is dropped, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# torch 2.13 gave it another name and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Summed(nn.Module):
@@ -47,17 +53,15 @@ class TokenShare:
     count: int
     group: Any
 
-    def own(self, x: Tensor) -> Tensor:
-        """This rank's run of the tokens, [S, ...] -> [ceil(S / count), ...]."""
-        share = -(-x.shape[0] // self.count)
-        run = x[self.index * share : (self.index + 1) * share]
-        missing = share - run.shape[0]
-        return F.pad(run, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else run
+    def own(self, num_tokens: int) -> slice:
+        """This rank's run of ``num_tokens`` tokens, ceil(num_tokens / count) long; the last ones reach past the end."""
+        share = -(-num_tokens // self.count)
+        return slice(self.index * share, (self.index + 1) * share)
 
     def all(self, x: Tensor, num_tokens: int) -> Tensor:
-        """Every rank's run, padding taken off: the inverse of :meth:`own`, on every rank."""
+        """Every rank's run, [ceil(S / count), ...] -> [S, ...], padding taken off; on every rank."""
         whole = x.new_empty((self.count * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
+        _all_gather(whole, x.contiguous(), group=self.group)
         return whole[:num_tokens]
 
 
@@ -68,13 +72,30 @@ class BranchShare:
     Attributes:
         index: which branch is this rank's: 0 conditional, 1 unconditional.
         group: of the two ranks, one a branch, that hold the same share.
+        is_speaker: this rank warns, for all of them, of requests that leave the second group waiting.
+        warned: kinds of request that it has warned of, at most "image" and "video"; the log says it once a kind.
     """
 
     index: int
     group: Any
+    is_speaker: bool = False
+    warned: set[str] = field(default_factory=set, compare=False)
 
-    def mine(self, num_branches: int) -> tuple[int, ...]:
-        """The branches that this rank runs; none where guidance is off and this is the second group."""
+    def mine(self, num_branches: int, num_latent_frames: int) -> tuple[int, ...]:
+        """The branches that this rank runs; none where guidance is off and this is the second group.
+
+        Args:
+            num_branches: how many the request has: 2, or 1 without guidance.
+            num_latent_frames: of the request; says what kind it is.
+        """
+        kind = "image" if num_latent_frames == 1 else "video"
+        if num_branches == 1 and self.is_speaker and kind not in self.warned:
+            self.warned.add(kind)
+            logger.warning(
+                "guidance is off in a request for %s: the second half of the ranks waits while the first runs the only "
+                "branch; such requests are better served with cfg=1 (said once for all requests of this kind)",
+                {"image": "an image", "video": "a video"}[kind],
+            )
         return (self.index,) if self.index < num_branches else ()
 
     def exchange(

@@ -53,7 +53,7 @@ def test_patches_are_row_column_channel_with_zeros_below_and_right() -> None:
     assert torch.equal(last[0, 0], z_BCTHW[0, :, 1, 2, 4])
     assert not last[1].any()
     assert not last[0, 1].any()
-    assert torch.equal(head.project(tokens, z_BCTHW, torch.ones(2)), z_BCTHW)
+    assert torch.equal(head.assemble(head.project(tokens), z_BCTHW, torch.ones(2)), z_BCTHW)
 
 
 def test_clean_frames_get_no_velocity_and_no_timestep(transformer: Cosmos3Transformer) -> None:

@@ -10,45 +10,26 @@ import torch
 from cosmos3_core.errors import RequestError
 from cosmos3_core.ops import eager
 from cosmos3_core.ops.registry import IMPLEMENTATIONS, select_ops
+from tests.ops.comparison import GPU_SHAPES, TOLERANCES, Shape, largest_difference
 
 CPU = torch.device("cpu")
-# (implementation, dtype) -> largest absolute difference from eager on inputs of unit scale
-TOLERANCES = {
-    ("sdpa", torch.float32): 2e-6,
-    ("sdpa", torch.bfloat16): 2e-2,
-    ("cudnn", torch.bfloat16): 2e-2,
-}
 SHAPES = [(5, 5, 4, 4, 8), (7, 30, 8, 2, 16), (64, 300, 8, 4, 32), (33, 33, 6, 3, 128)]  # Q, K, N, N_kv, D
-
-
-def compare(name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...], causal: bool) -> None:
-    q_tokens, k_tokens, heads, kv_heads, dim = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
-
-    q, k, v = draw(q_tokens, heads, dim), draw(k_tokens, kv_heads, dim), draw(k_tokens, kv_heads, dim)
-    expected = eager.attention(q, k, v, causal)
-    result = IMPLEMENTATIONS["attention"][name](q, k, v, causal)
-    assert result.shape == expected.shape
-    assert result.dtype == expected.dtype
-    assert (result.float() - expected.float()).abs().max() <= TOLERANCES[name, dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_sdpa_equals_eager(dtype: torch.dtype, shape: tuple[int, ...], causal: bool) -> None:
+def test_sdpa_equals_eager(dtype: torch.dtype, shape: Shape, causal: bool) -> None:
     if causal and shape[0] != shape[1]:
         shape = (shape[1], *shape[1:])
-    compare("sdpa", dtype, CPU, shape, causal)
+    assert largest_difference("sdpa", dtype, CPU, shape, causal) <= TOLERANCES["sdpa", dtype]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(64, 300, 8, 2, 128), (2880, 4430, 32, 8, 128)], ids=str)
-def test_cudnn_equals_eager(shape: tuple[int, ...]) -> None:
-    compare("cudnn", torch.bfloat16, torch.device("cuda"), shape, causal=False)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_cudnn_equals_eager(shape: Shape) -> None:
+    dtype = torch.bfloat16
+    assert largest_difference("cudnn", dtype, torch.device("cuda"), shape, False) <= TOLERANCES["cudnn", dtype]
 
 
 def test_eager_attention_is_the_textbook_formula() -> None:

@@ -2,106 +2,67 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from cosmos3_core.checkpoint.configs import TransformerConfig
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_transformer
-from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.errors import RequestError
 from cosmos3_core.parallel.layout import Layout, Place
-from cosmos3_core.shapes import LatentShape
+from cosmos3_core.shapes import Geometry
+from tests.parallel.gang_work import LAYOUTS, REQUESTS, RankResult, is_kept_to_the_bit, small_request
 
 pytestmark = [pytest.mark.gang, pytest.mark.timeout(600)]
 
-# 3 x 3 x 5 tokens: 45, which 2 does not divide and 3 does; 2 x 2 x 5: 20, which 3 does not.
-REQUESTS: dict[str, dict[str, Any]] = {
-    "guided": {"latent_shape": (3, 5, 9), "guidance_scale": 6.0, "num_inference_steps": 6},
-    "unguided": {"latent_shape": (3, 5, 9), "guidance_scale": 1.0, "num_inference_steps": 3},
-    "indivisible": {"latent_shape": (2, 4, 10), "guidance_scale": 3.0, "num_inference_steps": 3},
-}
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 1, 3), (1, 2, 2), (2, 1, 2)]
 
-RANK = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-from safetensors.torch import save_file
-from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.load import load_transformer
-from cosmos3_core.denoise_request import DenoiseRequest
-from cosmos3_core.denoiser import Denoiser
-from cosmos3_core.parallel.apply import branch_share, parallelize
-from cosmos3_core.parallel.groups import close_groups, init_groups
-from cosmos3_core.parallel.layout import Layout
-from cosmos3_core.shapes import LatentShape
-
-checkpoint, out, degrees, requests = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-layout, rank = Layout(*degrees), int(os.environ["RANK"])
-groups = init_groups(layout, rank, backend="gloo", timeout_s=100)
-files = CheckpointLayout.open(checkpoint)
-transformer = load_transformer(files, device=torch.device("cpu"), shard=layout.shard(rank))
-parallelize(transformer, groups)
-denoiser = Denoiser(transformer, files.geometry, files.scheduler, branch_share=branch_share(groups))
-results = {}
-for name, fields in requests.items():
-    shape = LatentShape(*fields.pop("latent_shape"))
-    request = DenoiseRequest((5, 6, 7, 8), (3, 4), shape, 24.0, schedule="native", flow_shift=10.0, seed=1, **fields)
-    for attempt in ("first", "again"):
-        latents = denoiser.run(denoiser.prepare(request)).latents["video"]
-        results[f"{name}/{attempt}"] = latents.contiguous()
-save_file({**results, "prefills": torch.tensor(denoiser.text_cache.num_prefills)}, f"{out}/{rank}.safetensors")
-close_groups()
-"""
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_nano: Path) -> dict[str, torch.Tensor]:
-    files = CheckpointLayout.open(tiny_nano)
-    denoiser = Denoiser(load_transformer(files, device=torch.device("cpu")), files.geometry, files.scheduler)
-    results = {}
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_gives_what_one_rank_gives(layout: Layout, ranks: dict[Layout, list[RankResult]]) -> None:
+    alone, results = ranks[Layout()][0].latents, [rank.latents for rank in ranks[layout]]
+    assert len(results) == layout.num_ranks
     for name, fields in REQUESTS.items():
-        shaped = {**fields, "latent_shape": LatentShape(*fields["latent_shape"])}
-        request = DenoiseRequest((5, 6, 7, 8), (3, 4), fps=24.0, schedule="native", flow_shift=10.0, seed=1, **shaped)
-        results[name] = denoiser.run(denoiser.prepare(request)).latents["video"]
-    return results
-
-
-@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
-def test_a_layout_gives_what_one_rank_gives(
-    degrees: tuple[int, int, int], alone: dict[str, torch.Tensor], tiny_nano: Path, tmp_path: Path
-) -> None:
-    import json
-
-    layout = Layout(*degrees)
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={layout.num_ranks}"]
-    arguments = [str(script), str(tiny_nano), str(tmp_path), json.dumps(degrees), json.dumps(REQUESTS)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(layout.num_ranks)]
-
-    for name, expected in alone.items():
-        for rank, result in enumerate(ranks):
+        expected = alone[f"{name}/first"]
+        for rank, result in enumerate(results):
             assert torch.equal(result[f"{name}/first"], result[f"{name}/again"]), "the same layout twice"
-            assert torch.equal(result[f"{name}/first"], ranks[0][f"{name}/first"]), f"rank {rank} as rank 0"
-        difference = (ranks[0][f"{name}/first"] - expected).norm() / expected.norm()
+            assert torch.equal(result[f"{name}/first"], results[0][f"{name}/first"]), f"rank {rank} as rank 0"
+        difference = (results[0][f"{name}/first"] - expected).norm() / expected.norm()
         assert difference <= 1e-5
         if layout.tp == layout.sp == 1:
             assert difference == 0, "CFG alone changes no arithmetic"
+        num_tokens = Geometry().token_grid(small_request(fields).latent_shape).num_tokens
+        if layout.tp == 1 and is_kept_to_the_bit(num_tokens, layout):
+            assert difference == 0, "SP keeps every sum whole"
     # Each CFG group prefills its own prompt only; the two prompts are shared by all requests.
     expected_prefills = {(0, 1): 2, (1, 1): 2, (0, 2): 1, (1, 2): 1}
-    for rank, result in enumerate(ranks):
+    for rank, result in enumerate(results):
         assert int(result["prefills"]) == expected_prefills[layout.place(rank).cfg, layout.cfg]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_without_guidance_the_second_group_waits_and_one_rank_says_so_once_a_kind(
+    layout: Layout, ranks: dict[Layout, list[RankResult]]
+) -> None:
+    for rank, result in enumerate(ranks[layout]):
+        waits = layout.place(rank).cfg == 1
+        assert (result.unguided.products == {}) == waits
+        assert (result.unguided.queries == {}) == waits
+        kinds = ["a video", "an image"] if layout.cfg == 2 and rank == 0 else []
+        assert [re.search("guidance is off in a request for (.+?):", text)[1] for text in result.warnings] == kinds
+
+
+def test_one_rank_without_groups_is_the_engine(ranks: dict[Layout, list[RankResult]], tiny_nano: Path) -> None:
+    """What layouts are compared with is the plain path: nothing put into the model, no process group."""
+    files = CheckpointLayout.open(tiny_nano)
+    denoiser = Denoiser(load_transformer(files, device=torch.device("cpu")), files.geometry, files.scheduler)
+    for name, fields in REQUESTS.items():
+        latents = denoiser.run(denoiser.prepare(small_request(fields))).latents["video"]
+        assert torch.equal(latents, ranks[Layout()][0].latents[f"{name}/first"])
 
 
 def test_cfg_is_the_outer_axis_and_tp_the_inner() -> None:
@@ -138,6 +99,7 @@ def test_torchrun_writes_one_file_with_the_pictures_of_one_process(tiny_nano: Pa
     two = [*torchrun, "-m", "cosmos3_core.generate", *request, "--cfg", "2", "--out", str(tmp_path / "two")]
     done = subprocess.run(two, check=True, capture_output=True, text=True, timeout=200)
     assert done.stdout.count("5 frames, 64x48") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.mp4", "two.mp4"]
     # CFG changes no arithmetic, so not a byte differs.
     assert (tmp_path / "two.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
 
@@ -150,3 +112,17 @@ def test_as_many_processes_as_ranks(tiny_nano: Path, capsys: pytest.CaptureFixtu
     assert "as many ranks as there are processes, 1" in capsys.readouterr().err
     assert main([*arguments, "--cfg", "3"]) == 2
     assert "1 or 2" in capsys.readouterr().err
+
+
+def test_torchrun_with_another_number_of_processes_says_so_once(tiny_nano: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    request = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--tp", "2", "--cfg", "2", "--device", "cpu"]
+    command = [*torchrun, "-m", "cosmos3_core.generate", *request, "--out", str(tmp_path / "clip")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if "error: " in line and "ranks" in line)
+    assert "TP2 x CFG2 x SP1, 4 ranks" in line
+    assert "as many ranks as there are processes, 2" in line
+    assert "torchrun --nproc_per_node=4" in line
+    assert done.stderr.count("Traceback") == 1, "torchrun's own, of the failure as a whole"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""The tests; a package so that rank processes can import the work that tests give them."""

@@ -1,0 +1,54 @@
+"""The whole app on the devices there are: started, asked for one clip over HTTP, the mp4 probed, stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from cosmos3_core.parallel.layout import Layout
+from tests.gpu.verdict import Verdict, checked
+
+_CHECK = "app over HTTP"
+_START_S = 300.0
+# More logical CPUs than there are: replicas mostly wait.
+_NUM_CPUS = 64
+
+
+def layout_for(num_devices: int) -> Layout:
+    """The layout that the app gets: guidance branches first, then shares of the tokens."""
+    return Layout(cfg=2, sp=2) if num_devices >= 4 else Layout(cfg=min(num_devices, 2))
+
+
+def check_app_on(device: str, num_devices: int, checkpoint: Path) -> Verdict:
+    """Start, ask, probe, stop. For the main thread, in a process that runs no other Ray."""
+    if importlib.util.find_spec("ray") is None:
+        return Verdict(_CHECK, "skip", "ray is not installed")
+    return checked(_CHECK, lambda: _run(device, layout_for(num_devices), checkpoint))
+
+
+def _run(device: str, layout: Layout, checkpoint: Path) -> str:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    from deployments.bring_up import running
+    from deployments.checkup import check_app
+    from deployments.config import DEFAULT_CONFIG, AppConfig
+    from deployments.processes import no_leftovers
+    from deployments.ray_session import Placement
+
+    overrides: dict[str, Any] = {"checkpoint": str(checkpoint), "http.port": 0}
+    overrides |= {f"transformer.{axis}": getattr(layout, axis) for axis in ("tp", "cfg", "sp")}
+    if device == "cuda":
+        # No two ranks on one card, as NCCL asks, and still room for the decoder.
+        overrides |= {"transformer.gpus_per_rank": 0.75, "vae.num_gpus": 0.25}
+        for stage in ("transformer", "vae"):
+            overrides |= {f"{stage}.device": "cuda", f"{stage}.dtype": "bfloat16"}
+    lines: list[str] = []
+    placement = Placement(num_cpus=_NUM_CPUS, start_timeout_s=_START_S)
+    config = AppConfig.read(DEFAULT_CONFIG, overrides)
+    with no_leftovers(os.environ), running(config, placement, lines.append) as app:
+        is_well = check_app(app.url, timeout_s=_START_S, tell=lines.append)
+    if not is_well:
+        raise AssertionError(" | ".join(lines))
+    return f"{layout}: up in {app.start_seconds:.0f} s, {lines[-1].split('ok', 1)[1].strip()}"

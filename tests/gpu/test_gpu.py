@@ -1,0 +1,98 @@
+"""The checks of ``python -m tests.gpu``: on GPUs where there are any, and on gloo so that they are known to work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos3_core.parallel.layout import Layout
+from tests.gpu.__main__ import main
+from tests.gpu.layouts import DTYPES, LAYOUTS, check_layouts, compare
+from tests.gpu.verdict import checked
+from tests.parallel.gang_work import REQUESTS
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def needs_gpus(num_devices: int) -> None:
+    if (available := torch.cuda.device_count()) < num_devices:
+        pytest.skip(f"needs {num_devices} GPUs, there are {available}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_layouts_over_nccl(num_devices: int, tiny_nano: Path) -> None:
+    needs_gpus(num_devices)
+    layouts = [layout for layout in LAYOUTS if layout.num_ranks == num_devices]
+    failed = [verdict for verdict in check_layouts(tiny_nano, "cuda", num_devices, layouts) if verdict.word != "ok"]
+    assert not failed, "\n".join(map(str, failed))
+
+
+def run_app_check(*arguments: str) -> None:
+    """In a process of its own: the tests' Ray is not to be met."""
+    command = [sys.executable, "-m", "tests.gpu", "--only", "app", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "5 frames, 96x64, 24 fps" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.cluster
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_the_app_on_gpus(num_devices: int) -> None:
+    needs_gpus(num_devices)
+    run_app_check("--num-devices", str(num_devices))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_app_check_on_the_cpu() -> None:
+    run_app_check("--device", "cpu", "--num-devices", "2")
+
+
+@pytest.mark.gang
+def test_the_layout_check_on_gloo(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--num-devices", "2", "--only", "layouts", "--checkpoint", str(tiny_nano)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("needs 4 devices, there are 2" in line for line in lines) == 5 * len(DTYPES)
+    assert lines[-1] == "0 FAIL, 9 ok, 10 skip, on 2 x cpu"
+
+
+def test_the_operator_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--only", "operators"]) == 0
+    assert capsys.readouterr().out.endswith("0 FAIL, 2 ok, 1 skip, on 2 x cpu\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_differences_beyond_the_tolerance_and_errors_fail() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(1000)
+
+    def rank(fp32: torch.Tensor, bf16: torch.Tensor) -> dict[torch.dtype, dict[str, torch.Tensor]]:
+        both = {torch.float32: fp32, torch.bfloat16: bf16}
+        return {
+            dtype: {f"{name}/{run}": x for name in REQUESTS for run in ("first", "again")} for dtype, x in both.items()
+        }
+
+    alone = rank(exact, exact * 1.01)
+    near, far = rank(exact * (1 + 5e-5), exact), rank(exact * (1 + 2e-4), exact * 1.04)
+    for dtype in DTYPES:
+        assert compare(Layout(tp=2), [near, near], alone, dtype)[0] == ""
+        assert "allowed" in compare(Layout(tp=2), [far, far], alone, dtype)[0]
+        assert "allowed 0.0e+00" in compare(Layout(cfg=2), [near, near], alone, dtype)[0]
+        assert "ranks or runs differ" in compare(Layout(tp=2), [near, far], alone, dtype)[0]
+
+    def fail() -> str:
+        raise ValueError("why")
+
+    verdict = checked("name", fail)
+    assert (verdict.word, verdict.detail) == ("FAIL", "ValueError: why")
