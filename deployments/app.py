@@ -20,7 +20,7 @@ from cluster.gang import GangSpec, bundles
 from cluster.rank import RankSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
-from deployments.config import AppConfig, Stage
+from deployments.config import AppConfig, Stage, TransformerStage
 from deployments.director import Director
 from deployments.ingress import Ingress
 from deployments.mp4_encoder import Mp4Encoder
@@ -42,6 +42,9 @@ def build_app(config: AppConfig) -> serve.Application:
         .options(
             placement_group_bundles=bundles(gang, config.transformer.num_cpus),
             placement_group_strategy=config.transformer.placement_strategy,
+            # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas,
+            # it refuses any selector beside another strategy than STRICT_PACK.
+            placement_group_bundle_label_selector=[labels] if (labels := config.transformer.node_labels) else None,
         )
         .bind(gang, config.transformer.max_jobs)
     )
@@ -91,8 +94,11 @@ def _deployment(name: str, body: type, stage: Stage) -> Any:
     scaling: dict[str, Any] = {"num_replicas": stage.num_replicas}
     if stage.autoscaling is not None:
         scaling = {"autoscaling_config": AutoscalingConfig(**stage.autoscaling.model_dump())}
+    needs: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
+    if stage.node_labels and not isinstance(stage, TransformerStage):  # a gang's bundles have them
+        needs["label_selector"] = stage.node_labels
     return serve.deployment(body, name=name).options(
-        ray_actor_options={"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus},
+        ray_actor_options=needs,
         max_ongoing_requests=stage.max_ongoing_requests,
         max_queued_requests=stage.max_queued_requests,
         # Serve looks again after this long whether a stopping replica is idle; its default makes every stop take 2 s.

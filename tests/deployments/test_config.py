@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from deployments.config import AppConfig, ConfigError
+from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 
 STAGE = {
     "num_cpus",
     "num_gpus",
+    "node_labels",
     "num_replicas",
     "autoscaling",
     "max_ongoing_requests",
@@ -22,6 +23,15 @@ STAGE = {
     "graceful_shutdown_timeout_s",
     "health_check_period_s",
     "health_check_timeout_s",
+}
+AUTOSCALING = {
+    "min_replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "upscale_delay_s",
+    "downscale_delay_s",
+    "look_back_period_s",
+    "metrics_interval_s",
 }
 DEVICE = {"device", "dtype", "num_threads"}
 KEYS = {
@@ -66,6 +76,7 @@ def test_the_keys_are_these_and_no_others() -> None:
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         assert set(model.model_fields) == KEYS[name], name
+    assert set(Autoscaling.model_fields) == AUTOSCALING
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -92,12 +103,80 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"vae": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "max_replicas=2 is below min_replicas=3"),
         ({"name": "two words"}, "name: "),
         ({"transformer": {"placement_strategy": "TOGETHER"}}, "transformer.placement_strategy: "),
+        ({"transformer": {"cfg": 3}}, "transformer.cfg: allowed is 1 or 2, there are two guidance branches; 3 was given"),
+        ({"transformer": {"gpus_per_rank": 1.5}}, "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of"),
+        ({"transformer": {"num_gpus": 1}}, "transformer: num_gpus=1: the leader of a gang uses no GPU; set gpus_per_rank"),
+        ({"transformer": {"device": "cuda"}}, "transformer: device=cuda needs a GPU: set gpus_per_rank, 1 for a card a"),
+        (
+            {"transformer": {"device": "cuda", "gpus_per_rank": 0.5, "tp": 2}},
+            "gpus_per_rank=0.5: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
+        ),
+        ({"vae": {"num_gpus": 2}}, "vae.num_gpus: allowed is 0 to 1, a card or a share of one; 2 was given"),
+        ({"vae": {"device": "cuda:0"}}, "vae: device=cuda:0 needs a GPU: set num_gpus, 1 for a whole card"),
+        ({"vae": {"node_labels": {"zone": "a b"}}}, "vae.node_labels.zone: 'a b' is no label of a node, such as H200"),
+        ({"vae": {"node_labels": {"a b": "c"}}}, "vae.node_labels.a b.[key]: 'a b' is no label of a node"),
+        (
+            {"vae": {"num_replicas": 2, "autoscaling": {"max_replicas": 2}}},
+            "vae: num_replicas=2 is a fixed number; it and autoscaling exclude each other",
+        ),
+        (
+            {"vae": {"autoscaling": {"look_back_period_s": 5}}},
+            "vae.autoscaling: look_back_period_s=5 is below metrics_interval_s=10: there would be nothing to average",
+        ),
     ],
 )
 def test_faults_are_named(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         AppConfig.parse({"checkpoint": "x", **change})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("selector", ["H200", "!H200", "in(H100, H200)", "in(H100,H200)", "!in(H100)"])
+def test_labels_are_those_that_ray_takes(selector: str) -> None:
+    from ray.util.placement_group import validate_placement_group
+
+    labels = {"ray.io/accelerator-type": selector}
+    config = AppConfig.parse({"checkpoint": "x", "transformer": {"node_labels": labels}})
+    assert config.transformer.node_labels == labels
+    validate_placement_group([{"CPU": 1}], bundle_label_selector=[labels])
+
+
+def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None:
+    from deployments.app import build_app
+
+    config = AppConfig.read(
+        config_file("four-gpus"),
+        {"checkpoint": str(tiny_nano), "vae.node_labels": {"zone": "a"}, "transformer.node_labels": {"zone": "!a"}},
+    )
+    options = {}
+    for stage in _deployments(build_app(config)):
+        options[stage.name] = (stage.ray_actor_options, stage._replica_config)
+    gang, replica = options["Transformer"]
+    assert gang == {"num_cpus": 0.1, "num_gpus": 0.0}
+    assert replica.placement_group_strategy == "STRICT_PACK"
+    assert replica.placement_group_bundles == [{"CPU": 1.1, "GPU": 0.8}, *[{"CPU": 1.0, "GPU": 0.8}] * 3]
+    assert replica.placement_group_bundle_label_selector == [{"zone": "!a"}] * 4
+    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.2, "label_selector": {"zone": "a"}}
+    assert "label_selector" not in options["Mp4Encoder"][0]
+
+
+def _deployments(application: Any) -> list[Any]:
+    """Of an application, every deployment, those that others are bound to included."""
+    bound = application._bound_deployment
+    found = [bound]
+    for argument in bound.init_args:
+        if hasattr(argument, "_bound_deployment"):
+            found += _deployments(argument)
+    return found
+
+
+def test_a_packaged_file_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config_file("four-gpus") == CONFIGS / "four-gpus.yaml"
+    with pytest.raises(ConfigError, match="one of the packaged autoscaling, four-gpus, laptop, one-gpu"):
+        config_file("five-gpus")
+    Path("laptop").write_text("checkpoint: mine\n")
+    assert AppConfig.read(config_file("laptop")).checkpoint == Path("mine")
 
 
 def test_every_fault_is_listed_at_once() -> None:
