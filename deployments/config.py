@@ -14,10 +14,11 @@ from cosmos3_core.errors import Cosmos3Error
 _PACKAGED = Path(__file__).parents[1] / "cluster" / "configs"
 DEFAULT_CONFIG = _PACKAGED / "laptop.yaml"
 
-# Ray's grammar of labels; a selector is a label, "in(a, b)", or either with a "!" before it.
+# Ray's grammar of labels; a selector is a label, "in(a,b)", or either with a "!" before it. Ray also takes "in(a, b)",
+# and then finds no node for b.
 _LABEL = "[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _LabelKey = Annotated[str, StringConstraints(pattern=f"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL}$")]
-_LabelSelector = Annotated[str, StringConstraints(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
+_LabelSelector = Annotated[str, StringConstraints(pattern=rf"^!?({_LABEL}|in\({_LABEL}(,{_LABEL})*\))$")]
 
 
 def _share_of_card(share: float) -> float:
@@ -73,7 +74,7 @@ class Stage(_Strict):
     num_cpus: float = Field(1, ge=0, description="of one replica")
     num_gpus: _ShareOfCard = Field(0, description="of one replica; what is left of a card goes to other processes")
     node_labels: dict[_LabelKey, _LabelSelector] = Field(
-        default_factory=dict, description="what nodes must carry: label -> 'H200', '!H200', 'in(H100, H200)'"
+        default_factory=dict, description="what nodes must carry: label -> 'H200', '!H200', 'in(H100,H200)'"
     )
     num_replicas: int = Field(1, ge=1, description="fixed number; not together with autoscaling")
     autoscaling: Autoscaling | None = None
@@ -86,7 +87,7 @@ class Stage(_Strict):
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Self:
         if self.autoscaling is not None and self.num_replicas != 1:
-            raise ValueError(f"num_replicas={self.num_replicas} is a fixed number; it and autoscaling exclude each other")
+            raise ValueError(f"num_replicas={self.num_replicas} and autoscaling exclude each other")
         return self
 
 
@@ -246,7 +247,7 @@ def _fault(fault: Any, root: type[BaseModel]) -> str:
         return f"{where}: {fault['ctx']['error']}"
     if fault["type"] == "string_pattern_mismatch" and "node_labels" in fault["loc"]:
         text = fault["input"]
-        return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100, H200)"
+        return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg']}"
     model: Any = root

@@ -103,10 +103,10 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"vae": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "max_replicas=2 is below min_replicas=3"),
         ({"name": "two words"}, "name: "),
         ({"transformer": {"placement_strategy": "TOGETHER"}}, "transformer.placement_strategy: "),
-        ({"transformer": {"cfg": 3}}, "transformer.cfg: allowed is 1 or 2, there are two guidance branches; 3 was given"),
+        ({"transformer": {"cfg": 3}}, "cfg: allowed is 1 or 2, there are two guidance branches; 3 was given"),
         ({"transformer": {"gpus_per_rank": 1.5}}, "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of"),
-        ({"transformer": {"num_gpus": 1}}, "transformer: num_gpus=1: the leader of a gang uses no GPU; set gpus_per_rank"),
-        ({"transformer": {"device": "cuda"}}, "transformer: device=cuda needs a GPU: set gpus_per_rank, 1 for a card a"),
+        ({"transformer": {"num_gpus": 1}}, "num_gpus=1: the leader of a gang uses no GPU; set gpus_per_rank instead"),
+        ({"transformer": {"device": "cuda"}}, "transformer: device=cuda needs a GPU: set gpus_per_rank, 1 for a card"),
         (
             {"transformer": {"device": "cuda", "gpus_per_rank": 0.5, "tp": 2}},
             "gpus_per_rank=0.5: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
@@ -114,10 +114,11 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"vae": {"num_gpus": 2}}, "vae.num_gpus: allowed is 0 to 1, a card or a share of one; 2 was given"),
         ({"vae": {"device": "cuda:0"}}, "vae: device=cuda:0 needs a GPU: set num_gpus, 1 for a whole card"),
         ({"vae": {"node_labels": {"zone": "a b"}}}, "vae.node_labels.zone: 'a b' is no label of a node, such as H200"),
+        ({"vae": {"node_labels": {"gpu": "in(H100, H200)"}}}, "vae.node_labels.gpu: 'in(H100, H200)' is no label of a"),
         ({"vae": {"node_labels": {"a b": "c"}}}, "vae.node_labels.a b.[key]: 'a b' is no label of a node"),
         (
             {"vae": {"num_replicas": 2, "autoscaling": {"max_replicas": 2}}},
-            "vae: num_replicas=2 is a fixed number; it and autoscaling exclude each other",
+            "vae: num_replicas=2 and autoscaling exclude each other",
         ),
         (
             {"vae": {"autoscaling": {"look_back_period_s": 5}}},
@@ -131,7 +132,7 @@ def test_faults_are_named(change: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("selector", ["H200", "!H200", "in(H100, H200)", "in(H100,H200)", "!in(H100)"])
+@pytest.mark.parametrize("selector", ["H200", "!H200", "in(H100,H200)", "!in(H100)"])
 def test_labels_are_those_that_ray_takes(selector: str) -> None:
     from ray.util.placement_group import validate_placement_group
 
