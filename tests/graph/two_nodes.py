@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.ray_session import can_grow
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=64, width=64, num_inference_steps=4, seed=5)
+# Most of its time with a gang, so that callers who wait for nothing else are load.
+STEPPING = replace(SMALL, num_inference_steps=12)
 DEADLINE_S = 300.0
 CPUS_PER_NODE = 8
 
@@ -113,7 +116,7 @@ class Load:
     def call(self) -> None:
         """One request, written down."""
         try:
-            events = list(self._client.stream(SMALL, timeout_s=DEADLINE_S))
+            events = list(self._client.stream(STEPPING, timeout_s=DEADLINE_S))
         except Exception as error:  # noqa: BLE001 - what it may be is the question
             with self._lock:
                 self.troubles.append(f"{type(error).__name__}: {error}")
@@ -149,7 +152,7 @@ class Load:
 def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
     """Load brings a second gang up, on the other node, and it goes away again; no node has room for two."""
     bounds = {"max_replicas": 2, "target_ongoing_requests": 2}
-    pace = {"upscale_delay_s": 0.5, "downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.2}
+    pace = {"upscale_delay_s": 0.5, "downscale_delay_s": 3, "look_back_period_s": 1, "metrics_interval_s": 0.2}
     gang = {"transformer__tp": 2, "transformer__cpus_per_rank": 0.3 * CPUS_PER_NODE}
     serve.run_many([app(checkpoint, "scaling", **gang, transformer__autoscaling=bounds | pace)])
     load = Load(connect("scaling"))
