@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,6 +65,9 @@ def out_of_reach(config: AppConfig, nodes: Sequence[Node]) -> str:
 def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Node]) -> str:
     if lack := missing(_needed(config, gang, num_gangs), _sum([node.resources for node in nodes])):
         return lack
+    num_ranks, num_cards = num_gangs * gang.num_ranks, sum(int(node.resources.get("GPU", 0)) for node in nodes)
+    if (cards := _cards(num_ranks, gang.gpus_per_rank)) > num_cards:
+        return f"{num_ranks} ranks of {gang.gpus_per_rank:g} GPU each need {cards} cards, and there are {num_cards}."
     for name, stage in _stages(config).items():
         if not _labelled(nodes, stage):
             labels = ", ".join(f"{key}: {value}" for key, value in stage.node_labels.items())
@@ -75,6 +79,11 @@ def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Nod
 def _stages(config: AppConfig) -> dict[str, Stage]:
     names = ("ingress", "director", "tokenizer", "transformer", "vae", "encoder")
     return {name: getattr(config, name) for name in names}
+
+
+def _cards(num_ranks: int, share: float) -> int:
+    """The fewest cards for that many ranks: a share is of one card, it is never put together from two."""
+    return math.ceil(num_ranks / int(1 / share + 1e-9)) if share else 0
 
 
 def _num_replicas(stage: Stage) -> int:
@@ -105,20 +114,22 @@ def _what_fits(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequenc
         specs = [replace(gang, rank=replace(gang.rank, layout=layout)) for layout in layouts]
         fitting = [spec for spec in specs if not _lack(config, spec, num_gangs, nodes)]
         most = max((spec.num_ranks for spec in fitting), default=0)
-        flags = [_flags(spec.rank.layout, num_gangs) for spec in fitting if spec.num_ranks == most]
+        key = "--set transformer.autoscaling.min_replicas=" if config.transformer.autoscaling else "--gangs "
+        flags = [f"{_flags(spec.rank.layout)} {key}{num_gangs}" for spec in fitting if spec.num_ranks == most]
         if flags:
             return f"What fits: {', or '.join(flags[:_MAX_EXAMPLES])}."
     return ""
 
 
-def _flags(layout: Layout, num_gangs: int) -> str:
-    return f"--tp {layout.tp} --cfg {layout.cfg} --sp {layout.sp} --gangs {num_gangs}"
+def _flags(layout: Layout) -> str:
+    return f"--tp {layout.tp} --cfg {layout.cfg} --sp {layout.sp}"
 
 
 def _no_place(gang: Sequence[Resources], strategy: str, nodes: Sequence[Node]) -> str:
     """A sentence if not even one gang, all else aside, can be placed on these nodes as its strategy says."""
     if strategy == "STRICT_PACK":
         whole = _sum(gang)
+        whole["GPU"] = max(whole["GPU"], _cards(len(gang), gang[0].get("GPU", 0)))
         if any(_holds(node, whole) for node in nodes):
             return ""
         return (

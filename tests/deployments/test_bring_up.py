@@ -64,6 +64,20 @@ def test_more_ranks_than_gpus_names_layouts_that_there_are_enough_for(tiny_nano:
     assert out_of_reach(two_gangs, [node(1)]).endswith("What fits: --tp 1 --cfg 1 --sp 1 --gangs 1.")
     assert out_of_reach(two_gangs, [node(0)]).endswith("Ray has 16 CPU and 0 GPU for it.")
     assert out_of_reach(two_gangs, [node(4)]) == ""
+    scaled = config(
+        tiny_nano, transformer__autoscaling={"min_replicas": 2, "max_replicas": 2}, transformer__gpus_per_rank=1
+    )
+    assert out_of_reach(scaled, [node(1)]).endswith("--sp 1 --set transformer.autoscaling.min_replicas=1.")
+
+
+def test_a_share_is_of_one_card(tiny_nano: Path) -> None:
+    five = config(tiny_nano, transformer__sp=5, transformer__gpus_per_rank=0.8)
+    fits = "What fits: --tp 1 --cfg 2 --sp 2 --gangs 1, "
+    assert out_of_reach(five, [node(4)]).startswith(f"5 ranks of 0.8 GPU each need 5 cards, and there are 4. {fits}")
+    assert "on one node, and none has 2.6 CPU and 5 GPU" in out_of_reach(five, [node(4), node(4)])
+    assert out_of_reach(five, [node(5)]) == ""
+    halves = config(tiny_nano, transformer__sp=5, transformer__gpus_per_rank=0.5)
+    assert out_of_reach(halves, [node(3)]) == ""
 
 
 def test_strategies_and_labels_want_nodes_that_fit(tiny_nano: Path) -> None:
@@ -77,7 +91,8 @@ def test_strategies_and_labels_want_nodes_that_fit(tiny_nano: Path) -> None:
         "placement_strategy STRICT_SPREAD wants 2 nodes with 0.5 CPU and 1 GPU for a rank, one with "
         "0.6 CPU and 1 GPU for the leader too; there are 1. What fits: --tp 1 --cfg 1 --sp 1 --gangs 1."
     )
-    assert out_of_reach(pair("SPREAD"), [node(0.5)] * 4).startswith("placement_strategy SPREAD wants 1 nodes with")
+    slivers = [Node({"CPU": 0.3, "GPU": 1.0}, {})] * 10
+    assert out_of_reach(pair("SPREAD"), slivers).startswith("placement_strategy SPREAD wants 1 nodes with")
 
     here, there = node(2, gpu="H200"), node(2, gpu="H100")
     for selector, is_held in (("H200", True), ("!H200", True), ("in(H100,H200)", True), ("!in(H100,H200)", False)):
