@@ -2,6 +2,7 @@
 
     ingress ── director ─┬─ tokenizer
                          ├─ transformer   one replica = one gang: a leader and its rank actors in a placement group
+                         ├─ (unguided     the same, for requests without guidance, where they have gangs of their own)
                          ├─ vae
                          └─ encoder
 
@@ -36,16 +37,9 @@ _SHUTDOWN_POLL_S = 0.1
 def build_app(config: AppConfig) -> serve.Application:
     """The application for a configuration."""
     checkpoint = str(config.checkpoint)
-    gang = gang_spec(config)
     tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config.tokenizer).bind(checkpoint)
-    transformer = (
-        _deployment("Transformer", Transformer, config.transformer)
-        .options(
-            placement_group_bundles=bundles(gang, config.transformer.num_cpus),
-            placement_group_strategy=config.transformer.placement_strategy,
-        )
-        .bind(gang, loop_spec(config.transformer))
-    )
+    transformer = _gangs("Transformer", config, config.transformer)
+    unguided = _gangs("UnguidedTransformer", config, config.unguided) if config.unguided else None
     vae = _deployment("VideoVAE", VideoVAE, config.vae).bind(
         checkpoint, config.vae.device, config.vae.dtype, config.vae.num_threads, config.vae.chunk_latents
     )
@@ -65,6 +59,7 @@ def build_app(config: AppConfig) -> serve.Application:
             transformer,
             vae,
             encoder,
+            unguided,
         )
     )
     return (
@@ -79,14 +74,13 @@ def build(args: dict[str, Any]) -> serve.Application:
     return build_app(AppConfig.parse(args))
 
 
-def gang_spec(config: AppConfig) -> GangSpec:
-    """The gang that one replica of the transformer owns.
+def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
+    """The gang that one replica of a transformer stage owns.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
         RequestError: the layout does not fit it; names the degrees that do.
     """
-    stage = config.transformer
     layout = Layout(stage.tp, stage.cfg, stage.sp)
     # Refused here, before anything is placed; the message names the degrees that this checkpoint allows.
     layout.check(CheckpointLayout.open(config.checkpoint).transformer)
@@ -106,12 +100,30 @@ def loop_spec(stage: TransformerStage) -> LoopSpec:
     )
 
 
+def _gangs(name: str, config: AppConfig, stage: TransformerStage) -> Any:
+    gang = gang_spec(config, stage)
+    return (
+        _deployment(name, Transformer, stage)
+        .options(
+            placement_group_bundles=bundles(gang, stage.num_cpus),
+            placement_group_strategy=stage.placement_strategy,
+            # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas,
+            # it refuses any selector beside another strategy than STRICT_PACK.
+            placement_group_bundle_label_selector=[stage.node_labels] if stage.node_labels else None,
+        )
+        .bind(gang, loop_spec(stage))
+    )
+
+
 def _deployment(name: str, body: type, stage: Stage) -> Any:
     scaling: dict[str, Any] = {"num_replicas": stage.num_replicas}
     if stage.autoscaling is not None:
         scaling = {"autoscaling_config": AutoscalingConfig(**stage.autoscaling.model_dump())}
+    needs: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
+    if stage.node_labels and not isinstance(stage, TransformerStage):  # a gang's bundles have them
+        needs["label_selector"] = stage.node_labels
     return serve.deployment(body, name=name).options(
-        ray_actor_options={"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus},
+        ray_actor_options=needs,
         max_ongoing_requests=stage.max_ongoing_requests,
         max_queued_requests=stage.max_queued_requests,
         # Serve looks again after this long whether a stopping replica is idle; its default makes every stop take 2 s.

@@ -23,7 +23,7 @@ from ray import serve
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.app import build_app
-from deployments.capacity import Resources, missing, needed
+from deployments.capacity import Resources, missing, needed, out_of_reach
 from deployments.config import AppConfig, Http
 from deployments.http_client import UnreachableError, get
 from deployments.ray_session import (
@@ -32,8 +32,10 @@ from deployments.ray_session import (
     Placement,
     Room,
     StartError,
+    can_grow,
     in_time,
     is_ray_alive,
+    nodes,
     ray_session,
     reason,
 )
@@ -142,8 +144,9 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
     needs = needed(config)
     with ray_session(placement):
         room = Room(placement)
-        if placement.is_alone and (lack := missing(needs, room.free())):
-            raise StartError(f"{lack} Choose another --config, or set --num-cpus: a count, not a limit.")
+        if not can_grow() and (lack := out_of_reach(config, nodes())):
+            hint = " Choose another --config, or set --num-cpus: a count, not a limit." if placement.is_alone else ""
+            raise StartError(lack + hint)
         patience = Patience()
         with _serve(config.http, placement, patience, tell) as url, _submitted(config, patience):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
-from cluster.gang import bundles
+from cluster.gang import GangSpec, bundles
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.parallel.layout import Layout
+from cosmos3_core.parallel.sharding import allowed_tp_sizes
 from deployments.app import gang_spec
-from deployments.config import AppConfig
+from deployments.config import AppConfig, Stage, TransformerStage
 
 _KINDS = ("CPU", "GPU")
+_MAX_EXAMPLES = 4
 
 Resources = Mapping[str, float]
 """Ray's name of a resource -> how much of it."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a cluster: all that it has, whoever uses it, and its labels."""
+
+    resources: Resources
+    labels: Mapping[str, str]
 
 
 def needed(config: AppConfig) -> Resources:
@@ -20,14 +36,7 @@ def needed(config: AppConfig) -> Resources:
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
     """
-    gang = bundles(gang_spec(config), config.transformer.num_cpus)
-    total = dict.fromkeys(_KINDS, 0.0)
-    for stage in (config.ingress, config.director, config.tokenizer, config.transformer, config.vae, config.encoder):
-        replica = gang if stage is config.transformer else [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]
-        num_replicas = stage.autoscaling.min_replicas if stage.autoscaling else stage.num_replicas
-        for kind in _KINDS:
-            total[kind] += num_replicas * sum(part.get(kind, 0) for part in replica)
-    return total
+    return _needed(config, gang_spec(config, config.transformer), _num_replicas(config.transformer))
 
 
 def missing(needed: Resources, free: Resources) -> str:
@@ -38,6 +47,119 @@ def missing(needed: Resources, free: Resources) -> str:
         return ""
     has = {kind: free.get(kind, 0) for kind in _KINDS}
     return f"{_words(lacks)} missing: the app needs {_words(needed)}, Ray has {_words(has)} for it."
+
+
+def out_of_reach(config: AppConfig, nodes: Sequence[Node]) -> str:
+    """Sentences about why these nodes could not hold the app even if all they have were free; "" if they could.
+
+    Sums are compared, and each gang with single nodes; how everything would have to be packed is not worked out.
+
+    Raises:
+        Cosmos3Error: the checkpoint or the layout cannot be used.
+    """
+    gang, num_gangs = gang_spec(config, config.transformer), _num_replicas(config.transformer)
+    lack = _lack(config, gang, num_gangs, nodes)
+    return " ".join(filter(None, [lack, _what_fits(config, gang, num_gangs, nodes)])) if lack else ""
+
+
+def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Node]) -> str:
+    if lack := missing(_needed(config, gang, num_gangs), _sum([node.resources for node in nodes])):
+        return lack
+    num_ranks, num_cards = num_gangs * gang.num_ranks, sum(int(node.resources.get("GPU", 0)) for node in nodes)
+    if (cards := _cards(num_ranks, gang.gpus_per_rank)) > num_cards:
+        return f"{num_ranks} ranks of {gang.gpus_per_rank:g} GPU each need {cards} cards, and there are {num_cards}."
+    for name, stage in _stages(config).items():
+        if not _labelled(nodes, stage):
+            labels = ", ".join(f"{key}: {value}" for key, value in stage.node_labels.items())
+            return f"No node has the labels that {name}.node_labels asks for ({labels})."
+    parts = bundles(gang, config.transformer.num_cpus)
+    return _no_place(parts, config.transformer.placement_strategy, _labelled(nodes, config.transformer))
+
+
+def _stages(config: AppConfig) -> dict[str, Stage]:
+    names = ("ingress", "director", "tokenizer", "transformer", "unguided", "vae", "encoder")
+    return {name: stage for name in names if (stage := getattr(config, name)) is not None}
+
+
+def _cards(num_ranks: int, share: float) -> int:
+    """The fewest cards for that many ranks: a share is of one card, it is never put together from two."""
+    return math.ceil(num_ranks / int(1 / share + 1e-9)) if share else 0
+
+
+def _num_replicas(stage: Stage) -> int:
+    return stage.autoscaling.min_replicas if stage.autoscaling else stage.num_replicas
+
+
+def _needed(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
+    parts = num_gangs * bundles(gang, config.transformer.num_cpus)
+    for name, stage in _stages(config).items():
+        if isinstance(stage, TransformerStage):
+            replica = [] if name == "transformer" else bundles(gang_spec(config, stage), stage.num_cpus)
+        else:
+            replica = [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]
+        parts += _num_replicas(stage) * replica
+    return _sum(parts)
+
+
+def _sum(parts: Sequence[Resources]) -> dict[str, float]:
+    return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in _KINDS}
+
+
+def _what_fits(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]) -> str:
+    """A sentence with the largest layouts that the nodes could hold, "" if there are none."""
+    allowed_tp = allowed_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
+    degrees = range(1, gang.num_ranks + 1)
+    # In the order in which they are worth trying: exchanges between ranks grow from CFG to SP to TP.
+    layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]
+    for num_gangs in range(max_gangs, 0, -1):
+        specs = [replace(gang, rank=replace(gang.rank, layout=layout)) for layout in layouts]
+        fitting = [spec for spec in specs if not _lack(config, spec, num_gangs, nodes)]
+        most = max((spec.num_ranks for spec in fitting), default=0)
+        key = "--set transformer.autoscaling.min_replicas=" if config.transformer.autoscaling else "--gangs "
+        flags = [f"{_flags(spec.rank.layout)} {key}{num_gangs}" for spec in fitting if spec.num_ranks == most]
+        if flags:
+            return f"What fits: {', or '.join(flags[:_MAX_EXAMPLES])}."
+    return ""
+
+
+def _flags(layout: Layout) -> str:
+    return f"--tp {layout.tp} --cfg {layout.cfg} --sp {layout.sp}"
+
+
+def _no_place(gang: Sequence[Resources], strategy: str, nodes: Sequence[Node]) -> str:
+    """A sentence if not even one gang, all else aside, can be placed on these nodes as its strategy says."""
+    if strategy == "STRICT_PACK":
+        whole = _sum(gang)
+        whole["GPU"] = max(whole["GPU"], _cards(len(gang), gang[0].get("GPU", 0)))
+        if any(_holds(node, whole) for node in nodes):
+            return ""
+        return (
+            f"placement_strategy STRICT_PACK wants all {len(gang)} ranks of a gang on one node, and none has "
+            f"{_words(whole)}; PACK takes several nodes."
+        )
+    a_rank, with_leader = _sum(gang[-1:]), _sum(gang[:1])
+    num_wanted = len(gang) if strategy == "STRICT_SPREAD" else 1
+    num_there = sum(_holds(node, a_rank) for node in nodes)
+    if num_there < num_wanted or not any(_holds(node, with_leader) for node in nodes):
+        return (
+            f"placement_strategy {strategy} wants {num_wanted} nodes with {_words(a_rank)} for a rank, one with "
+            f"{_words(with_leader)} for the leader too; there are {num_there}."
+        )
+    return ""
+
+
+def _holds(node: Node, wanted: Resources) -> bool:
+    return not missing(wanted, node.resources)
+
+
+def _labelled(nodes: Sequence[Node], stage: Stage) -> list[Node]:
+    """The nodes that carry what the stage asks for. A label that a node lacks is unequal to everything."""
+    return [node for node in nodes if all(_matches(node.labels.get(key), it) for key, it in stage.node_labels.items())]
+
+
+def _matches(label: str | None, selector: str) -> bool:
+    is_wanted = not selector.startswith("!")
+    return (label in re.findall(r"[\w.-]+", re.sub(r"^!?(in\()?", "", selector))) == is_wanted
 
 
 def _words(resources: Resources) -> str:

@@ -162,8 +162,12 @@ def _report(saved: SavedMedia, about: str) -> None:
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="YAML; default the package's cluster/configs/laptop.yaml")
+    add("--config", metavar="FILE", help="YAML, or the name of one in the package's cluster/configs; default laptop")
     add("--checkpoint", help="directory; the key checkpoint")
+    add("--tp", metavar="N", help="ranks of a gang that share heads and FFN columns; the key transformer.tp")
+    add("--cfg", metavar="N", help="2 = the guidance branches side by side; the key transformer.cfg")
+    add("--sp", metavar="N", help="ranks of a gang that share the generated tokens; the key transformer.sp")
+    add("--gangs", metavar="N", help="of tp x cfg x sp ranks each; the key transformer.num_replicas")
     add("--host", help="to listen on; the key http.host")
     add("--port", help="to listen on, 0 = a free one; the key http.port")
     add("--name", help="of the Serve application; the key name")
@@ -204,17 +208,21 @@ def _ray_environment(app: RunningApp) -> str:
 
 
 def _config(options: argparse.Namespace) -> AppConfig:
-    from deployments.config import DEFAULT_CONFIG, AppConfig
+    from deployments.config import DEFAULT_CONFIG, AppConfig, config_file
 
     flags = {
         "checkpoint": options.checkpoint,
         "name": options.name,
+        "transformer.tp": options.tp,
+        "transformer.cfg": options.cfg,
+        "transformer.sp": options.sp,
+        "transformer.num_replicas": options.gangs,
         "http.host": options.host,
         "http.port": options.port,
     }
     overrides = dict(_key_and_value(text) for text in options.set)
     overrides |= {key: value for key, value in flags.items() if value is not None}
-    return AppConfig.read(options.config or DEFAULT_CONFIG, overrides)
+    return AppConfig.read(config_file(options.config) if options.config else DEFAULT_CONFIG, overrides)
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:
@@ -224,9 +232,9 @@ def _key_and_value(text: str) -> tuple[str, Any]:
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        parsed = None
-    if not key or not equals or parsed is None:
-        raise RequestError("set", text, "KEY=VALUE: a dotted key and a YAML value, such as transformer.device=cuda")
+        value = ""
+    if not key or not equals or not value:  # "null" is a value, nothing at all is none
+        raise RequestError("set", text, "KEY=VALUE: a dotted key and a YAML value, such as vae.num_threads=4")
     return key, parsed
 
 

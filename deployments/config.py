@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cosmos3_core.errors import Cosmos3Error
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "cluster" / "configs" / "laptop.yaml"
+_PACKAGED = Path(__file__).parents[1] / "cluster" / "configs"
+DEFAULT_CONFIG = _PACKAGED / "laptop.yaml"
+
+# Ray's grammar of labels; a selector is a label, "in(a,b)", or either with a "!" before it. Ray also takes "in(a, b)",
+# and then finds no node for b.
+_LABEL = "[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LabelKey = Annotated[str, StringConstraints(pattern=f"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL}$")]
+_LabelSelector = Annotated[str, StringConstraints(pattern=rf"^!?({_LABEL}|in\({_LABEL}(,{_LABEL})*\))$")]
+
+
+def _share_of_card(share: float) -> float:
+    if not 0 <= share <= 1:
+        raise ValueError(f"allowed is 0 to 1, a card or a share of one; {share:g} was given")
+    return share
+
+
+def _guidance_branches(cfg: int) -> int:
+    if cfg not in (1, 2):
+        raise ValueError(f"allowed is 1 or 2, there are two guidance branches; {cfg} was given")
+    return cfg
+
+
+# Of processes that mostly wait.
+_LIGHT_CPUS = 0.1
+# Processes use one card at most; Ray would give out several, whole ones only.
+_ShareOfCard = Annotated[float, AfterValidator(_share_of_card)]
 
 
 class ConfigError(Cosmos3Error):
@@ -19,20 +44,29 @@ class ConfigError(Cosmos3Error):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Autoscaling(_Strict):
-    """Bounds between which Serve scales a stage by its ongoing requests."""
+    """Bounds between which Serve scales a stage by its ongoing requests, those that wait for it included."""
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
-    target_ongoing_requests: float = Field(2, gt=0)
+    target_ongoing_requests: float = Field(2, gt=0, description="per replica, averaged over look_back_period_s")
+    upscale_delay_s: float = Field(30, ge=0, description="how long there has to be too much to do")
+    downscale_delay_s: float = Field(600, ge=0, description="how long there has to be too little to do")
+    look_back_period_s: float = Field(30, gt=0)
+    metrics_interval_s: float = Field(10, gt=0, description="between two counts")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}")
+        if self.look_back_period_s < self.metrics_interval_s:
+            raise ValueError(
+                f"look_back_period_s={self.look_back_period_s:g} is below metrics_interval_s="
+                f"{self.metrics_interval_s:g}: there would be nothing to average over"
+            )
         return self
 
 
@@ -40,33 +74,50 @@ class Stage(_Strict):
     """What every deployment has: resources, bounds, scaling."""
 
     num_cpus: float = Field(1, ge=0, description="of one replica")
-    num_gpus: float = Field(0, ge=0, description="of one replica; fractions share a card")
+    num_gpus: _ShareOfCard = Field(0, description="of one replica; what is left of a card goes to other processes")
+    node_labels: dict[_LabelKey, _LabelSelector] = Field(
+        default_factory=dict, description="what nodes must carry: label -> 'H200', '!H200', 'in(H100,H200)'"
+    )
     num_replicas: int = Field(1, ge=1, description="fixed number; not together with autoscaling")
     autoscaling: Autoscaling | None = None
     max_ongoing_requests: int = Field(16, ge=1, description="per replica")
-    max_queued_requests: int = Field(64, ge=0, description="per caller; beyond it callers get 429")
+    max_queued_requests: int = Field(64, ge=1, description="per caller; beyond it callers get 429")
     graceful_shutdown_timeout_s: float = Field(120, gt=0, description="a stopping replica may finish its requests")
     health_check_period_s: float = Field(5, gt=0)
     health_check_timeout_s: float = Field(30, gt=0)
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> Self:
+        if self.autoscaling is not None and self.num_replicas != 1:
+            raise ValueError(f"num_replicas={self.num_replicas} and autoscaling exclude each other")
+        return self
 
 
 class Device(_Strict):
     """Where weights live and in what."""
 
     device: str = Field("cpu", description="torch device string")
-    dtype: str | None = Field(None, description="float32, bfloat16 or float16; null keeps what is stored")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null keeps what is stored")
     num_threads: int = Field(1, ge=1, description="torch's CPU threads in each process")
 
 
 class TransformerStage(Stage, Device):
     """One replica = one gang: a leader and its ranks in one placement group."""
 
+    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of the leader")
+    max_ongoing_requests: int = Field(32, ge=1, description="per gang; all of them wait with the leader")
     tp: int = Field(1, ge=1, description="ranks that share every layer's heads and FFN columns")
-    cfg: int = Field(1, ge=1, le=2, description="2 runs the guidance branches side by side")
+    cfg: Annotated[int, AfterValidator(_guidance_branches)] = Field(
+        1, description="2 runs the guidance branches side by side"
+    )
     sp: int = Field(1, ge=1, description="ranks that share the generated tokens")
     cpus_per_rank: float = Field(1, ge=0)
-    gpus_per_rank: float = Field(0, ge=0)
-    placement_strategy: str = Field("STRICT_PACK", pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$")
+    gpus_per_rank: _ShareOfCard = Field(0, description="below 1, the rest of the card is for a decoder, say")
+    placement_strategy: str = Field(
+        "STRICT_PACK",
+        pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$",
+        description="of a gang's ranks: all on one node, on few, each on another node, on many",
+    )
     max_jobs: int = Field(8, ge=1, description="images, and as many videos, that one gang takes at once")
     max_held_bytes: int = Field(8 * 2**30, ge=1, description="state and prompts of begun requests, per rank")
     start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
@@ -83,16 +134,64 @@ class TransformerStage(Stage, Device):
             raise ValueError(f"max_ongoing_requests={self.max_ongoing_requests} must exceed 2 * max_jobs = {most}")
         return self
 
+    @model_validator(mode="after")
+    def _cards(self) -> Self:
+        if self.num_gpus:
+            raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
+        if not _is_on_gpu(self):
+            return self
+        if not self.gpus_per_rank:
+            raise ValueError(f"device={self.device} needs a GPU: set gpus_per_rank, 1 for a card a rank")
+        # Ray puts several ranks on one card where they fit.
+        if self.tp * self.cfg * self.sp > 1 and self.gpus_per_rank <= 0.5:
+            raise ValueError(
+                f"gpus_per_rank={self.gpus_per_rank:g}: ranks of a gang cannot share a card, which NCCL refuses; "
+                "set more than 0.5"
+            )
+        return self
+
 
 class VideoVAEStage(Stage, Device):
     """The decoder."""
 
+    max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica decodes side by side")
     chunk_latents: int = Field(1, ge=1, description="latent frames per decoded chunk")
+
+    @model_validator(mode="after")
+    def _cards(self) -> Self:
+        if _is_on_gpu(self) and not self.num_gpus:
+            raise ValueError(f"device={self.device} needs a GPU: set num_gpus, 1 for a whole card")
+        return self
+
+
+def _is_on_gpu(stage: Device) -> bool:
+    return stage.device.partition(":")[0] == "cuda"
+
+
+class EncoderStage(Stage):
+    """The mp4 encoder."""
+
+    max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica encodes side by side")
+
+
+class IngressStage(Stage):
+    """The HTTP side."""
+
+    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
+    max_ongoing_requests: int = Field(256, ge=1, description="per replica")
+
+
+class TokenizerStage(Stage):
+    """Prompts to token ids."""
+
+    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
 
 
 class DirectorStage(Stage):
     """The walk through the stages."""
 
+    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
+    max_ongoing_requests: int = Field(128, ge=1, description="per replica, refused ones included")
     max_requests: int = Field(16, ge=1, description="per replica; one more gets 429")
     max_attempts: int = Field(3, ge=1, description="tries of a stage whose process died")
     chunk_window: int = Field(2, ge=1, description="decoded chunks of a clip that may exist before they are encoded")
@@ -115,12 +214,15 @@ class AppConfig(_Strict):
     name: str = Field("cosmos3", pattern="^[A-Za-z0-9_.-]+$", description="of the Serve application")
     model_name: str | None = Field(None, description="what clients call the model; null = the checkpoint's name")
     http: Http = Http()
-    ingress: Stage = Stage(num_cpus=0.1, max_ongoing_requests=256)
-    director: DirectorStage = DirectorStage(num_cpus=0.1, max_ongoing_requests=128)
-    tokenizer: Stage = Stage(num_cpus=0.1)
-    transformer: TransformerStage = TransformerStage(num_cpus=0.1, max_ongoing_requests=32)
-    vae: VideoVAEStage = VideoVAEStage(num_cpus=1, max_ongoing_requests=2)
-    encoder: Stage = Stage(num_cpus=1, max_ongoing_requests=2)
+    ingress: IngressStage = IngressStage()
+    director: DirectorStage = DirectorStage()
+    tokenizer: TokenizerStage = TokenizerStage()
+    transformer: TransformerStage = TransformerStage()
+    unguided: TransformerStage | None = Field(
+        None, description="gangs for requests without guidance; with cfg=2 half of a gang would wait for them"
+    )
+    vae: VideoVAEStage = VideoVAEStage()
+    encoder: EncoderStage = EncoderStage()
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> AppConfig:
@@ -140,8 +242,8 @@ class AppConfig(_Strict):
         """The config in a YAML file, with some keys replaced.
 
         Args:
-            path: the file.
-            overrides: dotted key -> value, as command-line flags give them; None values are skipped.
+            path: the file; see :func:`config_file`.
+            overrides: dotted key -> value, as command-line flags give them.
 
         Raises:
             ConfigError: the file cannot be read, or see :meth:`parse`.
@@ -153,9 +255,22 @@ class AppConfig(_Strict):
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds no mapping of keys")
         for dotted, value in (overrides or {}).items():
-            if value is not None:
-                _set(values, dotted.split("."), value)
+            _set(values, dotted.split("."), value)
         return cls.parse(values)
+
+
+def config_file(name: str) -> Path:
+    """The configuration file of a path, or of the bare name of one of those that come with the package.
+
+    Raises:
+        ConfigError: there is none; lists the packaged ones.
+    """
+    packaged = {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
+    if not Path(name).is_file() and name in packaged:
+        return packaged[name]
+    if not Path(name).exists():
+        raise ConfigError(f"{name}: no such file, nor one of the packaged {', '.join(packaged)}")
+    return Path(name)
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -168,6 +283,11 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _fault(fault: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "value_error":
+        return f"{where}: {fault['ctx']['error']}"
+    if fault["type"] == "string_pattern_mismatch" and "node_labels" in fault["loc"]:
+        text = fault["input"]
+        return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg']}"
     model: Any = root

@@ -1,18 +1,15 @@
 """Ingress: HTTP in, the Director's events or file out."""
 
 import asyncio
-import json
 import logging
-import math
 import time
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -20,18 +17,13 @@ from cosmos3_core.presets import PRESETS
 from deployments.api.bodies import VideoBody, parse_video_body
 from deployments.api.body_limit import read_fields, request_id_of
 from deployments.api.errors import error_response
-from deployments.messages import Finished, MediaPart
+from deployments.api.media_answer import cancel, finished, media_answer
+from deployments.readiness import Readiness
 
 logger = logging.getLogger("ray.serve")
 
 # Beyond the request's own deadline, which the Director keeps.
 _SLACK_S = 15.0
-# Until the Director says that it has a request, or why not. A dead one is back within seconds.
-_ACCEPT_S = 60.0
-# Until the next part of a file that is there.
-_PART_S = 60.0
-_READY_S = 10.0
-_READY_CACHE_S = 1.0
 
 api = FastAPI(title="cosmos3-serve", docs_url=None, redoc_url=None)
 
@@ -43,56 +35,6 @@ _VIDEO_BODY = {
         },
     }
 }
-
-
-# serve.ingress copies the app, and with it what its routes refer to, when it decorates the class: helpers come first.
-
-
-async def _finished(events: Any) -> Finished:
-    """The event that the file's parts follow."""
-    async with asyncio.timeout(_ACCEPT_S):
-        await anext(events)  # Accepted, or why not; it comes at once from a Director that lives
-    async for event in events:
-        if isinstance(event, Finished):
-            return event
-    raise RuntimeError("the Director's stream ended before the file")
-
-
-async def _parts(events: Any) -> AsyncIterator[bytes]:
-    try:
-        while True:
-            async with asyncio.timeout(_PART_S):
-                event = await anext(events, None)
-            if event is None:
-                return
-            if isinstance(event, MediaPart):
-                yield event.data
-    finally:
-        _cancel(events)
-
-
-def _cancel(events: Any) -> None:
-    """Stop the stages. A response that is only dropped runs on."""
-    if events is not None:
-        events.cancel()
-
-
-def _not_ready(waiting_for: list[str]) -> JSONResponse:
-    body = {"status": "not ready", "waiting_for": waiting_for}
-    return JSONResponse(body, status_code=503, headers={"retry-after": "5"})
-
-
-def _headers(event: Finished) -> dict[str, str]:
-    return {
-        "content-length": str(event.num_bytes),
-        "x-request-id": event.request_id,
-        "x-seed": str(event.seed),
-        "x-frames-sha256": event.frames_sha256,
-        "x-negative-prompt": event.negative_origin,
-        "x-inference-time-s": f"{event.stage_seconds['total']:.3f}",
-        "x-stage-durations": json.dumps({name: round(value, 4) for name, value in event.stage_seconds.items()}),
-        "x-notes": json.dumps(event.notes),
-    }
 
 
 @serve.ingress(api)
@@ -114,15 +56,12 @@ class Ingress:
         self._model_name = model_name or layout.name
         self._modes = sorted(mode for family, mode in PRESETS if family == layout.family)
         self._family = layout.family
-        self._app_name = serve.get_replica_context().app_name  # whatever it was deployed as
+        self._readiness = Readiness()
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
         self._director = director.options(stream=True)
         self._started_s = int(time.time())
         self._is_draining = False
-        self._known_deployments: dict[str, Any] = {}
-        self._known_at_s = -math.inf
-        self._asking = asyncio.Lock()
 
     @api.post("/v1/videos/sync", openapi_extra=_VIDEO_BODY, response_class=Response)
     async def create_video(self, request: Request) -> Response:
@@ -134,19 +73,19 @@ class Ingress:
             async with asyncio.timeout(self._request_timeout_s + _SLACK_S):
                 fields = await read_fields(request, self._max_body_bytes)
                 events = self._director.stream.remote(parse_video_body(fields, self._model_name), request_id)
-                finished = await _finished(events)
-            return StreamingResponse(_parts(events), media_type=finished.media_type, headers=_headers(finished))
+                event = await finished(events)
+            return media_answer(event, events)
         except TimeoutError:
-            _cancel(events)
+            cancel(events)
             return error_response(DeadlineExceeded("director", self._request_timeout_s), request_id)
         except Exception as error:  # every error becomes an answer
             response = error_response(error, request_id)
             if response.status_code == 500:
                 logger.exception("request %s failed", request_id)
-            _cancel(events)
+            cancel(events)
             return response
         except asyncio.CancelledError:
-            _cancel(events)
+            cancel(events)
             raise
 
     @api.get("/v1/models")
@@ -172,25 +111,11 @@ class Ingress:
         """200 when every stage has a running replica, else 503 with the stages that have none."""
         if self._is_draining:
             return JSONResponse({"status": "shutting down"}, status_code=503, headers={"retry-after": "5"})
-        try:
-            async with asyncio.timeout(_READY_S):
-                deployments = await self._deployments()
-        except TimeoutError:
-            return _not_ready(["Serve's controller"])
-        missing = sorted(name for name, it in deployments.items() if it.replica_states.get("RUNNING", 0) < 1)
-        if missing or not deployments:
-            return _not_ready(missing)
+        if waiting_for := await self._readiness.waiting_for():
+            body = {"status": "not ready", "waiting_for": waiting_for}
+            return JSONResponse(body, status_code=503, headers={"retry-after": "5"})
         return JSONResponse({"status": "ready"})
 
     async def drain(self) -> None:
         """Say so at /ready: whoever balances the load sends no more. The Director refuses new requests."""
         self._is_draining = True
-
-    async def _deployments(self) -> dict[str, Any]:
-        """The app's deployments. Serve's controller is asked once a second, whoever asks here how often."""
-        async with self._asking:
-            if time.monotonic() > self._known_at_s + _READY_CACHE_S:
-                applications = (await asyncio.to_thread(serve.status)).applications
-                self._known_deployments = applications[self._app_name].deployments
-                self._known_at_s = time.monotonic()
-            return self._known_deployments

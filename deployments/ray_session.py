@@ -20,11 +20,13 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cosmos3_core.errors import Cosmos3Error
-from deployments.capacity import Resources
+from deployments.capacity import Node, Resources
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CONNECT_S = 5.0
 _MAX_REASON_CHARS = 600
+# Set on all nodes by what starts them for an autoscaler (KubeRay, Ray's cluster launcher), on none by `ray start`.
+_NODE_GROUP_LABEL = "ray.io/node-group"
 
 RAY_FAILURES = (RayError, RayServeException, ConnectionError, TimeoutError, RuntimeError, ValueError, OSError)
 """What Ray and Serve raise when something cannot be done. Which does what is not documented."""
@@ -122,6 +124,16 @@ class Room:
         """As of now, the app's own share included."""
         now = ray.cluster_resources()
         return {kind: self._free.get(kind, 0) + now[kind] - self._before.get(kind, 0) for kind in now}
+
+
+def nodes() -> list[Node]:
+    """The cluster's nodes as of now."""
+    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def can_grow() -> bool:
+    """Whether the cluster may have an autoscaler. True also where its launcher could run one and does not."""
+    return any(_NODE_GROUP_LABEL in node.labels for node in nodes())
 
 
 def is_ray_alive() -> bool:

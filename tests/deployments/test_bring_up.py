@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.capacity import missing, needed
+from deployments.capacity import Node, missing, needed, out_of_reach
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.processes import no_leftovers
 from deployments.ray_session import LostError, in_time, reason
@@ -40,6 +40,71 @@ def test_what_is_missing_is_said_in_numbers() -> None:
     )
     # Ray counts in ten-thousandths; sums of tenths are not exact.
     assert missing({"CPU": 0.1 + 0.2, "GPU": 0.0}, {"CPU": 0.3}) == ""
+
+
+def node(gpus: float, **labels: str) -> Node:
+    return Node({"CPU": 16.0, "GPU": gpus, "memory": 1e9}, labels)
+
+
+def test_more_ranks_than_gpus_names_layouts_that_there_are_enough_for(tiny_nano: Path) -> None:
+    eight = config(tiny_nano, transformer__tp=4, transformer__cfg=2, transformer__gpus_per_rank=1)
+    largest = (
+        "--tp 1 --cfg 2 --sp 2 --gangs 1, or --tp 1 --cfg 1 --sp 4 --gangs 1, or --tp 2 --cfg 2 --sp 1 --gangs 1, or "
+        "--tp 2 --cfg 1 --sp 2 --gangs 1."
+    )
+    assert out_of_reach(eight, [node(4)]) == (
+        f"4 GPU missing: the app needs 5.4 CPU and 8 GPU, Ray has 16 CPU and 4 GPU for it. What fits: {largest}"
+    )
+    assert out_of_reach(eight, [node(4), node(4)]) == (
+        "placement_strategy STRICT_PACK wants all 8 ranks of a gang on one node, and none has 4.1 CPU and 8 GPU; "
+        f"PACK takes several nodes. What fits: {largest}"
+    )
+    two_gangs = config(tiny_nano, transformer__cfg=2, transformer__num_replicas=2, transformer__gpus_per_rank=1)
+    assert out_of_reach(two_gangs, [node(2)]).endswith("What fits: --tp 1 --cfg 1 --sp 1 --gangs 2.")
+    assert out_of_reach(two_gangs, [node(1)]).endswith("What fits: --tp 1 --cfg 1 --sp 1 --gangs 1.")
+    assert out_of_reach(two_gangs, [node(0)]).endswith("Ray has 16 CPU and 0 GPU for it.")
+    assert out_of_reach(two_gangs, [node(4)]) == ""
+    scaled = config(
+        tiny_nano, transformer__autoscaling={"min_replicas": 2, "max_replicas": 2}, transformer__gpus_per_rank=1
+    )
+    assert out_of_reach(scaled, [node(1)]).endswith("--sp 1 --set transformer.autoscaling.min_replicas=1.")
+
+
+def test_a_share_is_of_one_card(tiny_nano: Path) -> None:
+    five = config(tiny_nano, transformer__sp=5, transformer__gpus_per_rank=0.8)
+    fits = "What fits: --tp 1 --cfg 2 --sp 2 --gangs 1, "
+    assert out_of_reach(five, [node(4)]).startswith(f"5 ranks of 0.8 GPU each need 5 cards, and there are 4. {fits}")
+    assert "on one node, and none has 2.6 CPU and 5 GPU" in out_of_reach(five, [node(4), node(4)])
+    assert out_of_reach(five, [node(5)]) == ""
+    halves = config(tiny_nano, transformer__sp=5, transformer__gpus_per_rank=0.5)
+    assert out_of_reach(halves, [node(3)]) == ""
+
+
+def test_strategies_and_labels_want_nodes_that_fit(tiny_nano: Path) -> None:
+    def pair(strategy: str, **more: object) -> AppConfig:
+        gang = {"transformer__cfg": 2, "transformer__gpus_per_rank": 1, "transformer__placement_strategy": strategy}
+        return config(tiny_nano, **gang, **more)
+
+    assert out_of_reach(pair("PACK"), [node(1), node(1)]) == ""
+    assert out_of_reach(pair("STRICT_SPREAD"), [node(1), node(1)]) == ""
+    assert out_of_reach(pair("STRICT_SPREAD"), [node(2), node(0)]) == (
+        "placement_strategy STRICT_SPREAD wants 2 nodes with 0.5 CPU and 1 GPU for a rank, one with "
+        "0.6 CPU and 1 GPU for the leader too; there are 1. What fits: --tp 1 --cfg 1 --sp 1 --gangs 1."
+    )
+    slivers = [Node({"CPU": 0.3, "GPU": 1.0}, {})] * 10
+    assert out_of_reach(pair("SPREAD"), slivers).startswith("placement_strategy SPREAD wants 1 nodes with")
+
+    here, there = node(2, gpu="H200"), node(2, gpu="H100")
+    for selector, is_held in (("H200", True), ("!H200", True), ("in(H100,H200)", True), ("!in(H100,H200)", False)):
+        asking = pair("STRICT_PACK", transformer__node_labels={"gpu": selector})
+        assert (out_of_reach(asking, [here, there]) == "") == is_held, selector
+    assert out_of_reach(pair("PACK", vae__node_labels={"gpu": "B200", "zone": "!a"}), [here]) == (
+        "No node has the labels that vae.node_labels asks for (gpu: B200, zone: !a)."
+    )
+    assert out_of_reach(pair("PACK", vae__node_labels={"zone": "!a"}), [here]) == "", "no label is unequal to a label"
+    # Enough in all, but not where the labels say.
+    small = [node(1, gpu="H200"), node(8, gpu="H100")]
+    assert "on one node" in out_of_reach(pair("STRICT_PACK", transformer__node_labels={"gpu": "H200"}), small)
 
 
 def test_a_reason_is_what_the_innermost_traceback_ends_with() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from deployments.config import AppConfig, ConfigError
+from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 
 STAGE = {
     "num_cpus",
     "num_gpus",
+    "node_labels",
     "num_replicas",
     "autoscaling",
     "max_ongoing_requests",
@@ -22,6 +23,15 @@ STAGE = {
     "graceful_shutdown_timeout_s",
     "health_check_period_s",
     "health_check_timeout_s",
+}
+AUTOSCALING = {
+    "min_replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "upscale_delay_s",
+    "downscale_delay_s",
+    "look_back_period_s",
+    "metrics_interval_s",
 }
 DEVICE = {"device", "dtype", "num_threads"}
 KEYS = {
@@ -34,6 +44,7 @@ KEYS = {
         "director",
         "tokenizer",
         "transformer",
+        "unguided",
         "vae",
         "encoder",
     },
@@ -70,6 +81,7 @@ def test_the_keys_are_these_and_no_others() -> None:
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         assert set(model.model_fields) == KEYS[name], name
+    assert set(Autoscaling.model_fields) == AUTOSCALING
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -93,15 +105,89 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"vae": {"chunk_latent": 2}}, "vae.chunk_latent: no such key; did you mean chunk_latents?"),
         ({"http": {"port": 70000}}, "http.port: "),
         ({"vae": {"num_threads": 0}}, "vae.num_threads: "),
+        ({"vae": {"dtype": "fp16"}}, "vae.dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
+        ({"encoder": {"max_queued_requests": 0}}, "encoder.max_queued_requests: "),
+        ({"http": {"request_timeout_s": float("inf")}}, "http.request_timeout_s: "),
+        ({"transformer": {"max_jobs": 16}}, "max_ongoing_requests=32 must exceed 2 * max_jobs = 32"),
+        ({"unguided": {"num_gpus": 1}}, "the leader of a gang uses no GPU"),
         ({"vae": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "max_replicas=2 is below min_replicas=3"),
         ({"name": "two words"}, "name: "),
         ({"transformer": {"placement_strategy": "TOGETHER"}}, "transformer.placement_strategy: "),
+        ({"transformer": {"cfg": 3}}, "cfg: allowed is 1 or 2, there are two guidance branches; 3 was given"),
+        ({"transformer": {"gpus_per_rank": 1.5}}, "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of"),
+        ({"transformer": {"num_gpus": 1}}, "num_gpus=1: the leader of a gang uses no GPU; set gpus_per_rank instead"),
+        ({"transformer": {"device": "cuda"}}, "transformer: device=cuda needs a GPU: set gpus_per_rank, 1 for a card"),
+        (
+            {"transformer": {"device": "cuda", "gpus_per_rank": 0.5, "tp": 2}},
+            "gpus_per_rank=0.5: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
+        ),
+        ({"vae": {"num_gpus": 2}}, "vae.num_gpus: allowed is 0 to 1, a card or a share of one; 2 was given"),
+        ({"vae": {"device": "cuda:0"}}, "vae: device=cuda:0 needs a GPU: set num_gpus, 1 for a whole card"),
+        ({"vae": {"node_labels": {"zone": "a b"}}}, "vae.node_labels.zone: 'a b' is no label of a node, such as H200"),
+        ({"vae": {"node_labels": {"gpu": "in(H100, H200)"}}}, "vae.node_labels.gpu: 'in(H100, H200)' is no label of a"),
+        ({"vae": {"node_labels": {"a b": "c"}}}, "vae.node_labels.a b.[key]: 'a b' is no label of a node"),
+        (
+            {"vae": {"num_replicas": 2, "autoscaling": {"max_replicas": 2}}},
+            "vae: num_replicas=2 and autoscaling exclude each other",
+        ),
+        (
+            {"vae": {"autoscaling": {"look_back_period_s": 5}}},
+            "vae.autoscaling: look_back_period_s=5 is below metrics_interval_s=10: there would be nothing to average",
+        ),
     ],
 )
 def test_faults_are_named(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         AppConfig.parse({"checkpoint": "x", **change})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("selector", ["H200", "!H200", "in(H100,H200)", "!in(H100)"])
+def test_labels_are_those_that_ray_takes(selector: str) -> None:
+    from ray.util.placement_group import validate_placement_group
+
+    labels = {"ray.io/accelerator-type": selector}
+    config = AppConfig.parse({"checkpoint": "x", "transformer": {"node_labels": labels}})
+    assert config.transformer.node_labels == labels
+    validate_placement_group([{"CPU": 1}], bundle_label_selector=[labels])
+
+
+def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None:
+    from deployments.app import build_app
+
+    config = AppConfig.read(
+        config_file("four-gpus"),
+        {"checkpoint": str(tiny_nano), "vae.node_labels": {"zone": "a"}, "transformer.node_labels": {"zone": "!a"}},
+    )
+    options = {}
+    for stage in _deployments(build_app(config)):
+        options[stage.name] = (stage.ray_actor_options, stage._replica_config)
+    gang, replica = options["Transformer"]
+    assert gang == {"num_cpus": 0.1, "num_gpus": 0.0}
+    assert replica.placement_group_strategy == "STRICT_PACK"
+    assert replica.placement_group_bundles == [{"CPU": 1.1, "GPU": 0.8}, *[{"CPU": 1.0, "GPU": 0.8}] * 3]
+    assert replica.placement_group_bundle_label_selector == [{"zone": "!a"}] * 4
+    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.2, "label_selector": {"zone": "a"}}
+    assert "label_selector" not in options["Mp4Encoder"][0]
+
+
+def _deployments(application: Any) -> list[Any]:
+    """Of an application, every deployment, those that others are bound to included."""
+    bound = application._bound_deployment
+    found = [bound]
+    for argument in bound.init_args:
+        if hasattr(argument, "_bound_deployment"):
+            found += _deployments(argument)
+    return found
+
+
+def test_a_packaged_file_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config_file("four-gpus") == CONFIGS / "four-gpus.yaml"
+    with pytest.raises(ConfigError, match="one of the packaged autoscaling, four-gpus, laptop, one-gpu"):
+        config_file("five-gpus")
+    Path("laptop").write_text("checkpoint: mine\n")
+    assert AppConfig.read(config_file("laptop")).checkpoint == Path("mine")
 
 
 def test_every_fault_is_listed_at_once() -> None:
@@ -112,8 +198,8 @@ def test_every_fault_is_listed_at_once() -> None:
 
 
 def test_overrides_and_unreadable_files(tmp_path: Path) -> None:
-    config = AppConfig.read(CONFIGS / "laptop.yaml", {"http.port": 9000, "vae.dtype": "bfloat16", "name": None})
-    assert (config.http.port, config.vae.dtype, config.name) == (9000, "bfloat16", "cosmos3")
+    config = AppConfig.read(CONFIGS / "laptop.yaml", {"http.port": 9000, "vae.dtype": None})
+    assert (config.http.port, config.vae.dtype, config.name) == (9000, None, "cosmos3")
     with pytest.raises(ConfigError, match="cannot be read"):
         AppConfig.read(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1, 2]")

@@ -41,7 +41,7 @@ class App:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[int]:
-    """A local Ray, and Serve's HTTP port. More logical CPUs than there are: replicas mostly wait."""
+    """A local Ray, and Serve's HTTP port. Logical CPUs and GPUs, more than there are: replicas mostly wait."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     import ray
     import ray.serve._private.client as serve_client
@@ -51,6 +51,7 @@ def ray_cluster() -> Iterator[int]:
     ray.init(
         "local",
         num_cpus=64,
+        num_gpus=2,
         include_dashboard=False,
         object_store_memory=512 * 2**20,
         log_to_driver=False,

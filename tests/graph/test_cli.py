@@ -248,6 +248,10 @@ def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) 
     ("arguments", "said"),
     [
         (["--num-cpus", "1"], "0.9 CPU missing: the app needs 1.9 CPU and 0 GPU, Ray has 1 CPU and 0 GPU for it."),
+        (
+            ["--set", "transformer.gpus_per_rank=1", "--set", "vae.num_gpus=0.5", "--cfg", "2", "--num-cpus", "4"],
+            "2.5 GPU missing: the app needs 2.4 CPU and 2.5 GPU, Ray has 4 CPU and 0 GPU for it.",
+        ),
         (["--ray-address", "127.0.0.1:9"], "cannot join the Ray cluster at 127.0.0.1:9: nothing listens there"),
     ],
 )
@@ -272,7 +276,10 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["serve", "--checkpoint", "nowhere"], "error: nowhere: no such directory. A local path to"),
-        (["serve", "--config", "no-such-file.yaml"], "error: no-such-file.yaml: cannot be read as YAML: "),
+        (
+            ["serve", "--config", "no-such-file.yaml"],
+            "error: no-such-file.yaml: no such file, nor one of the packaged",
+        ),
         (["serve", "--checkpoint", "x", "--set", "transfomer.device=cpu"], "did you mean transformer?"),
         (
             ["serve", "--checkpoint", "x", "--set", "vae.num_thread=2"],
@@ -287,6 +294,18 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
             "http.port.x: no such key; http.port is a single value",
         ),
         (["serve", "--checkpoint", "x", "--set", "vae"], "error: set='vae': allowed is KEY=VALUE"),
+        (["serve", "--checkpoint", "x", "--cfg", "3"], "transformer.cfg: allowed is 1 or 2, there are two guidance"),
+        (["serve", "--checkpoint", "x", "--tp", "two"], "transformer.tp: Input should be a valid integer"),
+        (["serve", "--checkpoint", "x", "--sp", "0"], "transformer.sp: Input should be greater than or equal to 1"),
+        (["serve", "--checkpoint", "x", "--gangs", "-1"], "transformer.num_replicas: Input should be greater than or"),
+        (
+            ["serve", "--config", "four-gpus", "--set", "transformer.gpus_per_rank=1.5"],
+            "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of one; 1.5 was given",
+        ),
+        (
+            ["serve", "--config", "autoscaling", "--gangs", "2"],
+            "transformer: num_replicas=2 and autoscaling exclude each other",
+        ),
         (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port: Input should be a valid integer"),
         (["generate", *REQUEST], "error: checkpoint=None: allowed is a checkpoint's directory, or --url"),
         (["generate", *REQUEST, "--url", "http://127.0.0.1:9"], "error: http://127.0.0.1:9: nothing listens there"),
@@ -328,10 +347,16 @@ def test_a_time_out_that_is_none(timeout: str, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_layout_that_cannot_be_is_refused_before_anything_starts(tiny_nano: Path, tmp_path: Path) -> None:
-    done = cosmos3("serve", "--checkpoint", str(tiny_nano), "--set", "transformer.tp=3", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [(["--set", "transformer.tp=3"], 3), (["--tp", "16"], 16), (["--set", "transformer.tp=2", "--tp", "3"], 3)],
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
+    arguments: list[str], given: int, tiny_nano: Path, tmp_path: Path
+) -> None:
+    done = cosmos3("serve", "--checkpoint", str(tiny_nano), *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert "tp=3: allowed is one of 1, 2, 4" in only_line(done.stderr)
+    assert f"error: tp={given}: allowed is one of 1, 2, 4" in only_line(done.stderr)
 
 
 def test_help_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:

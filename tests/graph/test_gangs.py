@@ -196,6 +196,28 @@ def test_an_image_passes_however_many_videos_wait(gang_app: Any, undisturbed: st
     assert {event.frames_sha256 for event in finished} == {undisturbed}, "passed over, and none the worse"
 
 
+def test_two_gangs_of_one_host_serve_side_by_side(start_app: Callable[..., Any]) -> None:
+    from ray import serve
+
+    app = start_app("two-gangs", transformer__tp=2, transformer__num_replicas=2)
+
+    def served_by() -> tuple[tuple[int, ...], str]:
+        with app.client.stream(SMALL, timeout_s=200) as events:
+            seen = list(events)
+        (ready,) = (event for event in seen if isinstance(event, messages.LatentsReady))
+        (finished,) = (event for event in seen if isinstance(event, messages.Finished))
+        assert not [event for event in seen if isinstance(event, messages.StageRetried)]
+        return ready.rank_pids, finished.frames_sha256
+
+    with ThreadPoolExecutor(6) as callers:
+        served = list(callers.map(lambda _: served_by(), range(12)))
+    gangs = {ranks for ranks, _ in served}
+    assert len(gangs) == 2, "both gangs get requests"
+    assert len({pid for ranks in gangs for pid in ranks}) == 4, "and share no rank"
+    assert len({frames for _, frames in served}) == 1
+    serve.delete("two-gangs")
+
+
 @pytest.mark.parametrize(
     ("degrees", "said"), [({"tp": 3}, "one of 1, 2, 4 for this checkpoint"), ({"tp": 16}, "one of 1, 2, 4")]
 )

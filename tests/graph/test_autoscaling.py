@@ -1,0 +1,60 @@
+"""Two nodes: gangs that come and go with the load, and processes where the configuration wants them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.processes import no_leftovers
+
+pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(900)]
+
+REPOSITORY = Path(__file__).parents[2]
+DEADLINE_S = 800.0
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What `two_nodes.py` saw; it takes a minute on two quiet cores."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(REPOSITORY)}
+    with no_leftovers(environment):
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "tests" / "graph" / "two_nodes.py"), str(tiny_nano)],
+            env=environment,
+            cwd=tmp_path_factory.mktemp("two-nodes"),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_load_brings_a_second_gang_up_and_it_goes_away_again(seen: Any) -> None:
+    seen = seen["autoscaling"]
+    assert seen["gangs_before"] == 1
+    assert seen["num_gangs"] == 2
+    assert seen["zones"] == [["a"], ["b"]], "each on a node of its own, where its ranks are together"
+    assert seen["last_served_by_one_alive"], "one gang's processes are gone, the other serves"
+    assert seen["num_requests"] > 6
+    assert seen["troubles"] == [], "no request failed or was tried again on the way"
+    assert len(seen["frames"]) == 1, "all gave the same pictures"
+
+
+def test_strategies_and_labels_decide_about_nodes(seen: Any) -> None:
+    spread, labelled = seen["placement"]["spread"], seen["placement"]["labelled"]
+    assert sorted(spread["ranks"]) == ["a", "b"]
+    assert spread["ranks"][0] == spread["leader"]
+    assert (spread["vae"], spread["encoder"]) == ("b", "a")
+    assert (labelled["leader"], labelled["ranks"]) == ("b", ["b", "b"])
+
+
+def test_nodes_that_were_started_for_an_autoscaler_are_known(seen: Any) -> None:
+    assert seen["can_grow"]

@@ -1,0 +1,206 @@
+"""Apps on a Ray cluster of two nodes, in a process of its own: ``python two_nodes.py CHECKPOINT`` prints what it saw.
+
+Not a test: ``test_autoscaling.py`` runs it, because a process has one Ray and the other tests share another. Both nodes
+are on this machine, in zones "a" (the head) and "b".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Ray reads these once, when it is imported or its processes start.
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.02",
+    "OMP_NUM_THREADS": "1",
+}
+
+import ray
+import ray.serve._private.client as serve_client
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from cosmos3_core.request import GenerationRequest
+from deployments import messages
+from deployments.app import build_app
+from deployments.client import Client, connect
+from deployments.config import DEFAULT_CONFIG, AppConfig
+from deployments.ray_session import can_grow
+
+SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=64, width=64, num_inference_steps=4, seed=5)
+# Most of its time with a gang, so that callers who wait for nothing else are load.
+STEPPING = replace(SMALL, num_inference_steps=12)
+DEADLINE_S = 300.0
+CPUS_PER_NODE = 8
+
+
+class Nodes:
+    """The cluster, and on which of its nodes a process runs."""
+
+    def __init__(self) -> None:
+        common = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 128 * 2**20}
+        head = {**common, "include_dashboard": False, "labels": {"zone": "a"}}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        # The group is what nodes carry that were started for an autoscaler.
+        self.cluster.add_node(**common, labels={"zone": "b", "ray.io/node-group": "workers"})
+        self._zone_of_raylet = {
+            node.all_processes["raylet"][0].process.pid: zone
+            for node, zone in zip(self.cluster.list_all_nodes(), "ab", strict=True)
+        }
+
+    def zone(self, pid: int) -> str:
+        """Of a process that Ray started: its parent is its node's raylet."""
+        return self._zone_of_raylet[int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])]
+
+
+def app(checkpoint: str, name: str, **overrides: Any) -> serve.RunTarget:
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = AppConfig.read(DEFAULT_CONFIG, {"checkpoint": checkpoint, "name": name, **dotted})
+    return serve.RunTarget(build_app(config), name=name, route_prefix=f"/{name}")
+
+
+def of_kind(events: list[Any], kind: type) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def await_that(holds: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not holds():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(what)
+        time.sleep(0.05)
+
+
+def placement(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
+    """Zones of the processes of two apps whose configurations say where they go."""
+    spread = {"transformer__cfg": 2, "transformer__placement_strategy": "STRICT_SPREAD"}
+    stages = {"vae__node_labels": {"zone": "b"}, "encoder__node_labels": {"zone": "!b"}}
+    labelled = {"transformer__cfg": 2, "transformer__node_labels": {"zone": "in(b,c)"}}
+    serve.run_many([app(checkpoint, "spread", **spread, **stages), app(checkpoint, "labelled", **labelled)])
+    seen = {}
+    for name in ("spread", "labelled"):
+        events = list(connect(name).stream(SMALL))
+        (ready,) = of_kind(events, messages.LatentsReady)
+        chunk = of_kind(events, messages.ChunkEncoded)[0]
+        seen[name] = {
+            "leader": nodes.zone(ready.pid),
+            "ranks": [nodes.zone(pid) for pid in ready.rank_pids],
+            "vae": nodes.zone(chunk.decoded_by),
+            "encoder": nodes.zone(chunk.pid),
+        }
+        serve.delete(name)
+    return seen
+
+
+class Load:
+    """Callers that send one request after another until they are told to stop."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.gangs: Counter[tuple[int, ...]] = Counter()
+        self.frames: set[str] = set()
+        self.troubles: list[str] = []
+        self._lock = threading.Lock()
+
+    def call(self) -> None:
+        """One request, written down."""
+        try:
+            events = list(self._client.stream(STEPPING, timeout_s=DEADLINE_S))
+        except Exception as error:  # noqa: BLE001 - what it may be is the question
+            with self._lock:
+                self.troubles.append(f"{type(error).__name__}: {error}")
+            return
+        with self._lock:
+            self.troubles += [str(event) for event in of_kind(events, messages.StageRetried)]
+            self.frames |= {event.frames_sha256 for event in of_kind(events, messages.Finished)}
+            self.gangs.update(event.rank_pids for event in of_kind(events, messages.LatentsReady))
+
+    def run(self, num_callers: int, until: Callable[[], bool], what: str) -> None:
+        """Load from that many callers until something holds; their last requests are waited for.
+
+        Raises:
+            TimeoutError: it did not come to hold.
+        """
+        is_over = threading.Event()
+
+        def keep_calling() -> None:
+            while not is_over.is_set():
+                self.call()
+
+        callers = [threading.Thread(target=keep_calling) for _ in range(num_callers)]
+        for caller in callers:
+            caller.start()
+        try:
+            await_that(until, what)
+        finally:
+            is_over.set()
+            for caller in callers:
+                caller.join()
+
+
+def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
+    """Load brings a second gang up, on the other node, and it goes away again; no node has room for two."""
+    bounds = {"max_replicas": 2, "target_ongoing_requests": 2}
+    pace = {"upscale_delay_s": 0.5, "downscale_delay_s": 3, "look_back_period_s": 1, "metrics_interval_s": 0.2}
+    gang = {"transformer__tp": 2, "transformer__cpus_per_rank": 0.3 * CPUS_PER_NODE}
+    serve.run_many([app(checkpoint, "scaling", **gang, transformer__autoscaling=bounds | pace)])
+    load = Load(connect("scaling"))
+    load.call()
+    gangs_before = len(load.gangs)
+    start_s = time.monotonic()
+    load.run(4, lambda: len(load.gangs) > 1 and min(load.gangs.values()) > 2, "a second gang that serves")
+    up_s = time.monotonic() - start_s
+    zones = [sorted({nodes.zone(pid) for pid in ranks}) for ranks in load.gangs]
+
+    def alive() -> list[tuple[int, ...]]:
+        return [ranks for ranks in load.gangs if any(os.path.exists(f"/proc/{pid}") for pid in ranks)]
+
+    start_s = time.monotonic()
+    # With somebody still calling, who must not notice.
+    load.run(1, lambda: len(alive()) == 1, "the second gang's end")
+    down_s = time.monotonic() - start_s
+    served = load.gangs.copy()
+    load.call()
+    return {
+        "gangs_before": gangs_before,
+        "zones": sorted(zones),
+        "num_gangs": len(load.gangs),
+        "last_served_by_one_alive": (load.gangs - served).keys() == set(alive()),
+        "num_requests": load.gangs.total(),
+        "troubles": load.troubles,
+        "frames": sorted(load.frames),
+        "up_s": up_s,
+        "down_s": down_s,
+    }
+
+
+def main(checkpoint: str) -> None:
+    serve_client.CLIENT_POLLING_INTERVAL_S = 0.05
+    nodes = Nodes()
+    try:
+        ray.init(nodes.cluster.address, log_to_driver=False, logging_level="ERROR")
+        serve.start(proxy_location="Disabled")
+        seen = {
+            "can_grow": can_grow(),
+            "placement": placement(checkpoint, nodes),
+            "autoscaling": autoscaling(checkpoint, nodes),
+        }
+    finally:
+        ray.shutdown()  # the nodes' end is Serve's end too, and quicker
+        nodes.cluster.shutdown()
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
