@@ -220,7 +220,7 @@ def _connection(url: str, timeout_s: float) -> tuple[http.client.HTTPConnection,
         if not parts.hostname:
             raise ValueError("no host")
         connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=timeout_s)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, http.client.InvalidURL):
         raise RequestError("url", url, "an address such as http://127.0.0.1:8000") from None
     return connection, parts.path.rstrip("/")
 

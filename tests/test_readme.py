@@ -63,7 +63,9 @@ def test_every_block_runs(tmp_path: Path) -> None:
             if kind == "bash background":
                 command = [*code.split(), "--port", str(port)]
                 with (tmp_path / "serve.txt").open("w") as said:
-                    server = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said)
+                    # Ray's workers would step back behind whatever else is being tested.
+                    environment = {**os.environ, "RAY_worker_niceness": "0"}
+                    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said)
                 await_ready(port, server)
                 continue
             bash = ["bash", "-euo", "pipefail", "-c", code]

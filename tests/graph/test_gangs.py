@@ -121,6 +121,7 @@ def test_one_ranks_death_is_all_of_theirs_and_the_next_gang_goes_on_from_the_sav
     assert eventually(lambda: not any(map(exists, before)))
 
 
+@pytest.mark.slow  # a gang has to come up again
 def test_a_rank_that_hangs_is_found_by_the_leaders_deadline(
     gang_app: Any, undisturbed: str, eventually: Eventually
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_rank_that_hangs_is_found_by_the_leaders_deadline(
     assert eventually(lambda: not any(map(exists, before))), "stopped as it is, it ends with the others"
 
 
+@pytest.mark.slow  # a gang has to come up again
 def test_a_rank_that_dies_between_requests_is_noticed_before_the_next(gang_app: Any, eventually: Eventually) -> None:
     before = ranks_of(gang_app)
     os.kill(before[1], signal.SIGKILL)
@@ -141,6 +143,7 @@ def test_a_rank_that_dies_between_requests_is_noticed_before_the_next(gang_app: 
     assert not set(before) & set(one(messages.LatentsReady, events).rank_pids)
 
 
+@pytest.mark.slow  # a gang has to come up again
 def test_a_rank_killed_during_bring_up(gang_app: Any, eventually: Eventually) -> None:
     before = ranks_of(gang_app)
     others = rank_processes() - set(before)
