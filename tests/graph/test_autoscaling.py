@@ -13,7 +13,7 @@ import pytest
 
 from deployments.processes import no_leftovers
 
-pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 800.0

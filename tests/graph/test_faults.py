@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -11,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, GangFailed
+from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# Long enough in every stage to be hit in the middle: 600 steps, 31 chunks.
-LONG = GenerationRequest(prompt="A red car.", num_frames=121, height=96, width=128, num_inference_steps=600, seed=3)
+# Long enough in every stage to be hit in the middle: 300 steps, 16 chunks.
+LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=300, seed=3)
 DEADLINE_S = 120.0
 
 
@@ -125,25 +128,55 @@ def object_store_bytes() -> int:
     return int(total - ray.available_resources()["object_store_memory"])
 
 
-def test_a_gang_that_hangs_counts_as_dead(ray_cluster: int) -> None:
-    """A rank that does not answer in time fails the gang, with the phase and the method named."""
-    import asyncio
+class Act:
+    """A rank that does as it is told: "fine", "sleep", "refuse", "bug" or "die"."""
 
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def step(self) -> str:
+        if self._part == "sleep":
+            time.sleep(100)
+        if self._part == "refuse":
+            raise RequestError("seed", 1, "2")
+        if self._part == "bug":
+            raise ZeroDivisionError("a rank's own trouble")
+        if self._part == "die":
+            os._exit(1)
+        return "done"
+
+
+@pytest.mark.parametrize(
+    ("parts", "way", "raised", "said"),
+    [
+        (["fine", "sleep"], "call", GangFailed, "'step', rank 1: no answer from step() within 2 s"),
+        (["sleep", "sleep"], "call", GangFailed, "'step': no answer from step() within 2 s on ranks [0, 1]"),
+        # The others are in an exchange with the one that left it, and would wait for a long time.
+        (["sleep", "bug", "sleep"], "call", GangFailed, "rank 1: step() raised ZeroDivisionError: a rank"),
+        (["sleep", "die", "sleep"], "call", GangFailed, "rank 1: died in step()"),
+        (["sleep", "refuse"], "call", GangFailed, "rank 1: step() raised RequestError: seed=1"),
+        (["refuse", "refuse"], "ask", RequestError, "seed=1: allowed is 2"),
+        (["fine", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError"),
+        (["sleep", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError"),
+        (["bug", "bug"], "ask", GangFailed, "rank 0: step() raised ZeroDivisionError"),
+    ],
+)
+def test_what_ranks_do_is_what_their_gang_does(
+    parts: list[str], way: str, raised: type[Exception], said: str, ray_cluster: int
+) -> None:
     import ray
 
-    from cluster.errors import GangFailed
     from cluster.gang import Gang
 
-    class Sleeper:
-        def step(self) -> None:
-            time.sleep(30)
-
-    actor = ray.remote(Sleeper).options(num_cpus=0).remote()
-    gang = Gang([actor])
+    gang = Gang([ray.remote(Act).options(num_cpus=0).remote(part) for part in parts])
 
     async def call() -> None:
-        await gang.call("step", phase="step", timeout_s=1.0)
+        # Until all are up; the deadline is for what they do then.
+        await asyncio.gather(*(actor.__ray_ready__.remote() for actor in gang._actors))
+        await getattr(gang, way)("step", phase="step", timeout_s=2.0)
 
-    with pytest.raises(GangFailed, match=r"'step', rank 0: no answer from step\(\) within 1 s"):
-        asyncio.run(call())
-    gang.stop()
+    try:
+        with pytest.raises(raised, match=re.escape(said)):
+            asyncio.run(asyncio.wait_for(call(), DEADLINE_S))
+    finally:
+        gang.stop()

@@ -19,6 +19,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from deployments.http_client import save_video
 
 pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(900)]
 
@@ -101,6 +102,8 @@ def test_a_gang_of_four_gives_the_pictures_of_one(gang_app: Any, reference: Refe
     assert gang_app.client.generate(SMALL).media == generated.media, "the same layout twice"
     unguided = replace(SMALL, guidance_scale=1.0)
     assert gang_app.client.generate(unguided).info.num_frames == 9
+    over_http = save_video(gang_app.url, SMALL, tmp_path / "http", timeout_s=DEADLINE_S)
+    assert over_http.path.read_bytes() == generated.media
 
 
 def test_one_ranks_death_is_all_of_theirs_and_the_next_gang_goes_on_from_the_saved_state(
@@ -219,6 +222,19 @@ def test_two_gangs_of_one_host_serve_side_by_side(start_app: Callable[..., Any])
     assert len({pid for ranks in gangs for pid in ranks}) == 4, "and share no rank"
     assert len({frames for _, frames in served}) == 1
     serve.delete("two-gangs")
+
+
+@pytest.mark.slow  # three more ranks
+def test_unguided_requests_go_to_gangs_of_their_own(start_app: Callable[..., Any], reference: Reference) -> None:
+    app = start_app("two kinds", transformer__cfg=2, unguided={"cpus_per_rank": 0.5, "dtype": "float32"})
+    unguided = replace(SMALL, guidance_scale=1.0)
+    ranks = {}
+    for request in (SMALL, unguided, SMALL, unguided):
+        events = list(app.client.stream(request, timeout_s=DEADLINE_S))
+        ranks.setdefault(request.guidance_scale, []).append(one(messages.LatentsReady, events).rank_pids)
+        assert one(messages.Finished, events).frames_sha256 == reference(request).frames_sha256
+    assert [len(pids) for pids in ranks[SMALL.guidance_scale]] == [2, 2]
+    assert [len(pids) for pids in ranks[1.0]] == [1, 1]
 
 
 @pytest.mark.parametrize(
