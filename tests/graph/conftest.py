@@ -68,25 +68,31 @@ def ray_cluster() -> Iterator[int]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
-def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]:
-    """Starts an app of a name with some keys of the laptop's configuration replaced; all are deleted at the end."""
+def _start(tiny_nano: Path, port: int, name: str, overrides: dict[str, Any]) -> App:
     from ray import serve
 
     from deployments.app import build
     from deployments.client import connect
     from deployments.config import AppConfig
 
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), **dotted})
+    # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
+    application = build(config.model_dump(mode="json"))
+    serve.run(application, name=name, route_prefix=f"/{name}")
+    return App(name, connect(name), f"http://127.0.0.1:{port}/{name}", config)
+
+
+@pytest.fixture(scope="module")
+def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]:
+    """Starts an app of a name with some keys of the laptop's configuration replaced; it is deleted with the module."""
+    from ray import serve
+
     names: list[str] = []
 
     def start(name: str, **overrides: Any) -> App:
-        dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-        config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), **dotted})
-        # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
-        application = build(config.model_dump(mode="json"))
         names.append(name)
-        serve.run(application, name=name, route_prefix=f"/{name}")
-        return App(name, connect(name), f"http://127.0.0.1:{ray_cluster}/{name}", config)
+        return _start(tiny_nano, ray_cluster, name, overrides)
 
     yield start
     for name in names:
@@ -94,9 +100,9 @@ def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]
 
 
 @pytest.fixture(scope="session")
-def app(start_app: Callable[..., App]) -> App:
+def app(ray_cluster: int, tiny_nano: Path) -> App:
     """The app that most tests share."""
-    return start_app("shared")
+    return _start(tiny_nano, ray_cluster, "shared", {})
 
 
 @pytest.fixture(scope="session")
