@@ -58,3 +58,17 @@ def test_strategies_and_labels_decide_about_nodes(seen: Any) -> None:
 
 def test_nodes_that_were_started_for_an_autoscaler_are_known(seen: Any) -> None:
     assert seen["can_grow"]
+
+
+def test_a_request_outlives_its_gangs_node(seen: Any) -> None:
+    seen = seen["lost_node"]
+    denoising, decoding = seen["denoising"], seen["decoding"]
+    (first_saved,) = denoising["saved"]
+    (stage, from_step), *others = denoising["retried"]
+    assert others == []
+    assert stage == "denoise"
+    assert from_step >= first_saved > 0, "the state was on the Director's node too"
+    assert denoising["frames"] == [seen["undisturbed"]]
+    # The latents were there too: nothing was denoised again.
+    assert decoding["frames"] == [seen["undisturbed"]]
+    assert decoding["num_steps"] == 500

@@ -1,7 +1,7 @@
-"""Apps on a Ray cluster of two nodes, in a process of its own: ``python two_nodes.py CHECKPOINT`` prints what it saw.
+"""Apps on a Ray cluster of several nodes, in a process of its own: ``python two_nodes.py CHECKPOINT`` says what it saw.
 
-Not a test: ``test_autoscaling.py`` runs it, because a process has one Ray and the other tests share another. Both nodes
-are on this machine, in zones "a" (the head) and "b".
+Not a test: ``test_autoscaling.py`` runs it, because a process has one Ray and the other tests share another. All nodes
+are on this machine, in zones "a" (the head), "b" and so on.
 """
 
 from __future__ import annotations
@@ -50,19 +50,26 @@ class Nodes:
     """The cluster, and on which of its nodes a process runs."""
 
     def __init__(self) -> None:
-        common = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 128 * 2**20}
-        head = {**common, "include_dashboard": False, "labels": {"zone": "a"}}
+        self._common = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 128 * 2**20}
+        head = {**self._common, "include_dashboard": False, "labels": {"zone": "a"}}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._nodes = {"a": self.cluster.head_node}
         # The group is what nodes carry that were started for an autoscaler.
-        self.cluster.add_node(**common, labels={"zone": "b", "ray.io/node-group": "workers"})
-        self._zone_of_raylet = {
-            node.all_processes["raylet"][0].process.pid: zone
-            for node, zone in zip(self.cluster.list_all_nodes(), "ab", strict=True)
-        }
+        self.add("b", {"ray.io/node-group": "workers"})
+
+    def add(self, zone: str, labels: dict[str, str] | None = None) -> None:
+        """One more node."""
+        self._nodes[zone] = self.cluster.add_node(**self._common, labels={"zone": zone, **(labels or {})})
+
+    def remove(self, zone: str) -> None:
+        """Kill a node and all that runs on it."""
+        self.cluster.remove_node(self._nodes.pop(zone), allow_graceful=False)
 
     def zone(self, pid: int) -> str:
         """Of a process that Ray started: its parent is its node's raylet."""
-        return self._zone_of_raylet[int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])]
+        raylet = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        zones = {node.all_processes["raylet"][0].process.pid: zone for zone, node in self._nodes.items()}
+        return zones[raylet]
 
 
 def app(checkpoint: str, name: str, **overrides: Any) -> serve.RunTarget:
@@ -186,6 +193,40 @@ def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
     }
 
 
+def lost_node(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
+    """The gang's node goes away while it denoises, and the next one's when it has just finished."""
+    here = {f"{stage}__node_labels": {"zone": "a"} for stage in ("ingress", "director", "tokenizer", "vae", "encoder")}
+    there = {"transformer__node_labels": {"zone": "!a"}, "transformer__save_period_s": 0.3}
+    nodes.add("c")
+    nodes.add("d")
+    serve.run_many([app(checkpoint, "lost", **here, **there)])
+    client = connect("lost")
+    request = replace(SMALL, num_frames=17, num_inference_steps=500)
+    (undisturbed,) = of_kind(list(client.stream(request, timeout_s=DEADLINE_S)), messages.Finished)
+    seen: dict[str, Any] = {"undisturbed": undisturbed.frames_sha256}
+    for name, kind in (("denoising", messages.StateSaved), ("decoding", messages.LatentsReady)):
+        events, is_gone = [], False
+        for event in client.stream(request, timeout_s=DEADLINE_S):
+            events.append(event)
+            if isinstance(event, kind) and not is_gone:
+                is_gone = True
+                nodes.remove(nodes.zone(event.pid))
+        saved = [event.step for event in of_kind(events, messages.StateSaved)]
+        retried = of_kind(events, messages.StageRetried)
+        steps = [event.step for event in of_kind(events, messages.StepDone)]
+        seen[name] = {
+            "frames": [event.frames_sha256 for event in of_kind(events, messages.Finished)],
+            "saved": saved[:1],
+            "retried": [(event.stage, event.from_step) for event in retried],
+            "num_steps": len(steps),
+        }
+    serve.delete("lost")
+    return seen
+
+
+PHASES = {"placement": placement, "autoscaling": autoscaling, "lost_node": lost_node}
+
+
 def main(checkpoint: str) -> None:
     serve_client.CLIENT_POLLING_INTERVAL_S = 0.05
     nodes = Nodes()
@@ -194,8 +235,7 @@ def main(checkpoint: str) -> None:
         serve.start(proxy_location="Disabled")
         seen = {
             "can_grow": can_grow(),
-            "placement": placement(checkpoint, nodes),
-            "autoscaling": autoscaling(checkpoint, nodes),
+            **{name: phase(checkpoint, nodes) for name, phase in PHASES.items()},
         }
     finally:
         ray.shutdown()  # the nodes' end is Serve's end too, and quicker
