@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError
@@ -112,6 +112,7 @@ class EngineLoop:
         self._on_failure = on_failure
         self._turns: Turns[_Job] = Turns()
         self._ledger = PromptLedger(spec.text_cache_bytes, gang.request_memory.bytes_per_text_token)
+        self._undropped: tuple[str, ...] = ()
         self._wake = asyncio.Event()
         self._seconds_per_request = 0.0
         self.failure: GangFailed | None = None
@@ -180,7 +181,7 @@ class EngineLoop:
                 start_s = self._now_s()
                 if job.has_begun or await self._begin(job):
                     await self._quantum(job)
-                self._turns.had_turn(job, start_s, self._now_s())
+                self._turns.had_turn(job.urgency, start_s, self._now_s())
             except GangFailed as error:
                 self._fail(error, job)
             except Exception as error:  # noqa: BLE001 - our own bug; to wait for an answer for ever would hide it
@@ -205,6 +206,9 @@ class EngineLoop:
         """Have the ranks begin a request, or go on with it from its state; False if they refuse it."""
         await self._make_room_for(job)
         orders = self._ledger.admit(job.request.prompts)
+        # What the ranks did not drop for a request that they refused is still to be dropped.
+        orders = replace(orders, drop=tuple(sorted({*orders.drop, *self._undropped} - orders.keep)))
+        self._undropped = orders.drop
         start_s = self._now_s()
         try:
             await self._gang.ask(
@@ -221,7 +225,7 @@ class EngineLoop:
         except Cosmos3Error as error:
             self._refuse(job, error)
             return False
-        job.has_begun, job.state = True, None
+        job.has_begun, job.state, self._undropped = True, None, ()
         job.save_at_s = start_s + self._spec.save_period_s
         return True
 

@@ -4,7 +4,7 @@
     └── ClusterError
         ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
         │   └── GangLost      the same, seen by a request that the gang was not at work on
-        ├── OutOfMemory       a request does not fit into the ranks' memory; no use in trying again
+        ├── OutOfMemory       a request does not fit into a device's memory; not tried again
         ├── StreamClosed      the other end of a clip's stream gave up
         ├── OverloadedError   a bound was reached; try again later
         ├── ShuttingDown      the app finishes what it has and takes no more
@@ -28,7 +28,7 @@ class GangFailed(ClusterError):
     """A gang of ranks failed as a whole.
 
     Args:
-        phase: what it was doing: "place", "start", "meet", "load", "warm up", "begin" or "step".
+        phase: what it was doing: "place", "start", "meet", "load", "warm up", "idle", "begin" or "step".
         reason: what happened.
         rank: the rank that failed; None where it is nobody's or cannot be told.
     """
@@ -47,7 +47,7 @@ class GangLost(GangFailed):
 
 
 class OutOfMemory(ClusterError):
-    """A request needs more memory than the ranks have left.
+    """A request needs more memory than a device has left.
 
     Args:
         what: that ran out, in the allocator's words.
@@ -58,7 +58,7 @@ class OutOfMemory(ClusterError):
         super().__init__(what)
 
     def __str__(self) -> str:
-        return f"the request does not fit into the ranks' memory; ask for fewer frames or a smaller size: {self.what}"
+        return f"the request does not fit into a device's memory; ask for fewer frames or a smaller size: {self.what}"
 
 
 class StreamClosed(ClusterError):

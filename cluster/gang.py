@@ -24,7 +24,7 @@ from ray.util.placement_group import get_current_placement_group, placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import GangFailed
+from cluster.errors import GangFailed, OutOfMemory
 from cluster.rank import Loaded, Rank, RankInfo, RankSpec
 from cosmos3_core.admission import PromptOrders, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
@@ -35,6 +35,8 @@ logger = logging.getLogger("ray.serve")
 
 # Ranks refuse a request before they work on it: when one has refused, the others' answers are moments away.
 _AGREE_S = 30.0
+# Until Ray reports a process that has died.
+_DEATH_S = 3.0
 
 _WARM_UP = DenoiseRequest(
     text_ids=(1, 2),
@@ -157,8 +159,7 @@ class Gang:
         Raises:
             GangFailed: a rank died, raised, or did not answer in time; names it.
         """
-        calls = self._calls(method, arguments)
-        await asyncio.wait(calls, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        calls = await self._first_failure_of(method, arguments, timeout_s)
         errors = _errors(calls)
         for error in errors.values():
             if isinstance(error, passes_on):
@@ -168,20 +169,34 @@ class Gang:
     async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         """As :meth:`call`, where the ranks may refuse: all of them alike, or the gang has failed.
 
+        Out of memory is a refusal only where a rank is alone. Several may have left each other in the middle of an
+        exchange, of which the next request would find the rest.
+
         Raises:
             Cosmos3Error: what every rank raised.
             GangFailed: as :meth:`call`; or some ranks refused and others did not.
         """
-        calls = self._calls(method, arguments)
-        await asyncio.wait(calls, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        calls = await self._first_failure_of(method, arguments, timeout_s)
         if any(isinstance(error, Cosmos3Error) for error in _errors(calls).values()):
             await asyncio.wait(calls, timeout=min(_AGREE_S, timeout_s))
         errors = _errors(calls)
         if len({(type(error), str(error)) for error in errors.values()}) == 1 and len(errors) == len(calls):
             error = errors[0]
-            if isinstance(error, Cosmos3Error):
+            if isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemory) and len(calls) > 1):
                 raise error
         return _results(calls, errors, method, phase, timeout_s)
+
+    async def _first_failure_of(
+        self, method: str, arguments: tuple[Any, ...], timeout_s: float
+    ) -> list[asyncio.Future[Any]]:
+        """Call every rank; all are done, or one has failed, or the time is up."""
+        calls = self._calls(method, arguments)
+        await asyncio.wait(calls, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        errors = _errors(calls).values()
+        if any(not isinstance(error, Cosmos3Error | RayActorError) for error in errors) and len(errors) < len(calls):
+            # The others hear of a rank's death from their exchange with it, sooner than Ray does.
+            await asyncio.wait(calls, timeout=_DEATH_S)
+        return calls
 
     def _calls(self, method: str, arguments: tuple[Any, ...]) -> list[asyncio.Future[Any]]:
         # Once into the object store for all ranks, not once for each.
@@ -244,6 +259,7 @@ def _results(
     for rank, error in errors.items():
         if isinstance(error, RayActorError):
             raise GangFailed(phase, f"died in {method}(): {error}", rank) from error
+    for rank, error in errors.items():
         raise GangFailed(phase, f"{method}() raised {type(error).__name__}: {error}", rank) from error
     silent = [rank for rank, call in enumerate(calls) if not call.done()]
     if silent:

@@ -2,17 +2,17 @@
 
 A plain class; :mod:`cluster.gang` turns it into an actor. Calls come one at a time and in order. The contract of all
 ranks of a gang: an error that is the request's fault is raised, alike on every rank, by :meth:`Rank.begin`, before any
-rank works; whatever else goes wrong on one rank fails the gang as a whole, which is then rebuilt.
+rank works; whatever else goes wrong on one rank, out of memory among it, fails a gang of several as a whole, which is
+then rebuilt.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import OutOfMemory
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cosmos3_core.denoiser import DenoisePlan, Denoiser
     from cosmos3_core.parallel.groups import Groups
     from cosmos3_core.sampler.state import DenoiseState
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,14 @@ class Rank:
         from cosmos3_core.sampler.state import DenoiseState
 
         denoiser = self._loaded()
-        with self._in_memory(job_id):
+
+        def begin() -> tuple[DenoisePlan, DenoiseState]:
             plan = denoiser.prepare(request, orders)
             if saved is None:
-                state = denoiser.start(plan)
-            else:
-                state = denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
-        self._jobs[job_id] = (plan, state)
+                return plan, denoiser.start(plan)
+            return plan, denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
+
+        self._jobs[job_id] = self._if_it_fits(job_id, begin)
 
     def step(self, job_id: str, num_steps: int) -> StepReport:
         """Run up to ``num_steps`` steps of a request.
@@ -212,15 +215,19 @@ class Rank:
         from cosmos3_core.device import synchronize
 
         start_s = time.perf_counter()
-        plan, state = self._jobs[job_id]
+        denoiser = self._loaded()
         steps = []
-        with self._in_memory(job_id):
+
+        def step() -> tuple[DenoisePlan, DenoiseState]:
+            plan, state = self._jobs[job_id]
             for _ in range(min(num_steps, plan.num_steps - state.step_index)):
-                state = self._loaded().step(plan, state)
+                state = denoiser.step(plan, state)
                 sigma = plan.solver.schedule.sigmas[state.step_index]
                 steps.append(Step(state.step_index, plan.num_steps, sigma, os.getpid()))
-            synchronize(self._loaded().transformer.device)  # a quantum is over when its steps are done, not queued
-        self._jobs[job_id] = (plan, state)
+            synchronize(denoiser.transformer.device)  # a quantum is over when its steps are done, not queued
+            return plan, state
+
+        self._jobs[job_id] = self._if_it_fits(job_id, step)
         return StepReport(tuple(steps), time.perf_counter() - start_s)
 
     def save(self, job_id: str) -> TensorEnvelope:
@@ -239,19 +246,24 @@ class Rank:
         """Forget a request; one that is not there is fine."""
         self._jobs.pop(job_id, None)
 
-    @contextmanager
-    def _in_memory(self, job_id: str) -> Iterator[None]:
+    def _if_it_fits(self, job_id: str, work: Callable[[], T]) -> T:
+        """What ``work`` returns.
+
+        Raises:
+            OutOfMemory: it did not fit; the request is forgotten.
+        """
         from cosmos3_core.device import forget_unused_memory, is_out_of_memory
 
         try:
-            yield
+            return work()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._jobs.pop(job_id, None)
             what = str(error).splitlines()[0]
-            forget_unused_memory(self._loaded().transformer.device)
-            raise OutOfMemory(what) from None
+        # Only here: as long as the error is there, its traceback holds all that the failed work had in its hands.
+        self._jobs.pop(job_id, None)
+        forget_unused_memory(self._loaded().transformer.device)
+        raise OutOfMemory(what)
 
     def _loaded(self) -> Denoiser:
         if self._denoiser is None:

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 from cosmos3_core.denoise_request import DenoiseRequest
 
 AGEING = 4.0
-AGEING_FLOOR_S = 2.0
+AGEING_FLOOR_S = 1.0
 
 JobT = TypeVar("JobT")
 
@@ -62,11 +62,9 @@ class Turns(Generic[JobT]):
         aged = [urgency for urgency in waiting[1:] if self._wait_s(urgency, now_s) >= self._patience_s(urgency)]
         return self._jobs[max(aged, key=lambda urgency: self._wait_s(urgency, now_s), default=waiting[0])][0]
 
-    def had_turn(self, job: JobT, start_s: float, end_s: float) -> None:
-        """Say that a request's turn is over."""
-        for urgency, jobs in self._jobs.items():
-            if job in jobs:
-                self._since_s[urgency], self._last_turn_s[urgency] = end_s, end_s - start_s
+    def had_turn(self, urgency: Urgency, start_s: float, end_s: float) -> None:
+        """Say that a turn of a class is over, whatever became of the request."""
+        self._since_s[urgency], self._last_turn_s[urgency] = end_s, end_s - start_s
 
     def num_of(self, urgency: Urgency) -> int:
         """Requests of a class."""

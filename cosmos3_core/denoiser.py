@@ -47,7 +47,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class DenoisePlan:
-    """Everything that stays the same over the steps of one request; on the transformer's device.
+    """Everything that stays the same over the steps of one request; on the transformer's device, but for ``initial``.
 
     Attributes:
         num_branches: 2 where guidance needs the unconditional branch, else 1.

@@ -84,7 +84,9 @@ def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
     layout = Layout(stage.tp, stage.cfg, stage.sp)
     # Refused here, before anything is placed; the message names the degrees that this checkpoint allows.
     layout.check(CheckpointLayout.open(config.checkpoint).transformer)
-    rank = RankSpec(str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, layout)
+    # The second net: the leader's deadlines come first.
+    collective_timeout_s = 2 * max(stage.start_timeout_s, stage.first_step_timeout_s, stage.quantum_timeout_s)
+    rank = RankSpec(str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, layout, collective_timeout_s)
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
 
 

@@ -52,7 +52,8 @@ def missing(needed: Resources, free: Resources) -> str:
 def out_of_reach(config: AppConfig, nodes: Sequence[Node]) -> str:
     """Sentences about why these nodes could not hold the app even if all they have were free; "" if they could.
 
-    Sums are compared, and each gang with single nodes; how everything would have to be packed is not worked out.
+    Sums are compared, and each gang of the stage ``transformer`` with single nodes; how everything would have to be
+    packed is not worked out.
 
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.

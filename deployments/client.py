@@ -14,6 +14,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from cluster.errors import AppNotFound, DeadlineExceeded
+from cosmos3_core import checks
 from cosmos3_core.request import GenerationRequest
 from deployments.errors import typed
 from deployments.messages import Event, Generated
@@ -22,6 +23,7 @@ from deployments.streams import BlockingStream
 DEFAULT_TIMEOUT_S = 3600.0
 # The Director keeps the deadline and says so; this is for one that is gone.
 _SLACK_S = 30.0
+_LONGEST_S = 1e6
 
 
 class Client:
@@ -43,6 +45,7 @@ class Client:
             OverloadedError: no place is free; says when to try again.
             DeadlineExceeded, StageFailed: it could not be done.
         """
+        timeout_s = checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
         response = self._handle.generate.remote(request, None, timeout_s)
         try:
             return response.result(timeout_s=timeout_s + _SLACK_S)
@@ -58,6 +61,7 @@ class Client:
 
         Raises, while iterating: as :meth:`generate`.
         """
+        timeout_s = checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
         return EventStream(self._streaming.stream.remote(request, None, timeout_s), timeout_s)
 
 

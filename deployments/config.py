@@ -105,7 +105,7 @@ class TransformerStage(Stage, Device):
     """One replica = one gang: a leader and its ranks in one placement group."""
 
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of the leader")
-    max_ongoing_requests: int = Field(32, ge=1, description="per gang; all of them wait with the leader")
+    max_ongoing_requests: int = Field(64, ge=1, description="per gang; all of them wait with the leader")
     tp: int = Field(1, ge=1, description="ranks that share every layer's heads and FFN columns")
     cfg: Annotated[int, AfterValidator(_guidance_branches)] = Field(
         1, description="2 runs the guidance branches side by side"
@@ -118,7 +118,7 @@ class TransformerStage(Stage, Device):
         pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$",
         description="of a gang's ranks: all on one node, on few, each on another node, on many",
     )
-    max_jobs: int = Field(8, ge=1, description="images, and as many videos, that one gang takes at once")
+    max_jobs: int = Field(16, ge=1, description="images, and as many videos, that one gang takes at once")
     max_held_bytes: int = Field(8 * 2**30, ge=1, description="state and prompts of begun requests, per rank")
     start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
     first_step_timeout_s: float = Field(300, gt=0, description="for beginning a request, compiling for it included")
@@ -140,6 +140,10 @@ class TransformerStage(Stage, Device):
             raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
         if not _is_on_gpu(self):
             return self
+        if ":" in self.device:
+            raise ValueError(
+                f"device={self.device}: Ray decides which card a rank gets; say {self.device.split(':')[0]}"
+            )
         if not self.gpus_per_rank:
             raise ValueError(f"device={self.device} needs a GPU: set gpus_per_rank, 1 for a card a rank")
         # Ray puts several ranks on one card where they fit.
@@ -223,6 +227,14 @@ class AppConfig(_Strict):
     )
     vae: VideoVAEStage = VideoVAEStage()
     encoder: EncoderStage = EncoderStage()
+
+    @model_validator(mode="after")
+    def _gangs_alike(self) -> Self:
+        # A request may be begun by one kind of gang and go on with the other; a seed gives one file.
+        kinds = [(stage.device, stage.dtype) for stage in (self.transformer, self.unguided) if stage is not None]
+        if len(set(kinds)) > 1:
+            raise ValueError(f"transformer and unguided need the same device and dtype; given are {kinds}")
+        return self
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> AppConfig:

@@ -8,6 +8,8 @@ import time
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 _ANSWER_S = 10.0
 _CACHE_S = 1.0
@@ -27,7 +29,7 @@ class Readiness:
         try:
             async with asyncio.timeout(_ANSWER_S):
                 deployments = await self._all()
-        except TimeoutError:
+        except (TimeoutError, RayError, RayServeException):
             return ["Serve's controller"]
         if not deployments:
             return [f"the app {self._app_name}"]  # Serve is about to take it down

@@ -28,7 +28,7 @@ class Transformer:
 
     async def __init__(self, spec: GangSpec, loop: LoopSpec) -> None:  # type: ignore[misc] # Serve awaits it
         self._gang = await Gang.start(spec)
-        self._loop = EngineLoop(self._gang, loop, _end_soon)
+        self._loop = EngineLoop(self._gang, loop, self._end_soon)
 
     async def denoise(
         self, context: RequestContext, request: DenoiseRequest, state: TensorEnvelope | None = None
@@ -70,7 +70,7 @@ class Transformer:
         if self._loop.failure is not None:
             raise self._loop.failure
 
-
-def _end_soon() -> None:
-    """End this process: Serve puts a new one with a new gang in its place."""
-    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+    def _end_soon(self) -> None:
+        """End the ranks and this process: Serve puts a new leader with a new gang in its place."""
+        self._gang.stop()
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
+from cluster.errors import OutOfMemory
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.messages import ChunkDecoded, FrameChunk, RequestContext
 from deployments.streams import in_time
@@ -32,9 +33,10 @@ class VideoVAE:
         from cosmos3_core.device import DTYPES, resolve_device
 
         torch.set_num_threads(num_threads)
+        self._device = resolve_device(device)
         self._vae = load_video_vae(
             CheckpointLayout.open(checkpoint),
-            device=resolve_device(device),
+            device=self._device,
             dtype=DTYPES[dtype] if dtype else None,
             with_encoder=False,
         )
@@ -53,11 +55,12 @@ class VideoVAE:
 
         Raises:
             DeadlineExceeded: the request's time is up.
+            OutOfMemory: the clip does not fit.
         """
         chunks = self._vae.decode(latents.tensor(), chunk_latents=self._chunk_latents)
         index = 0
         while await in_time(context, "decode", clips.acquire.remote(stream_id, context.remaining_s("decode"))):
-            frames = await asyncio.to_thread(_next_frames, chunks)
+            frames = await asyncio.to_thread(_next_frames, chunks, self._device)
             if frames is None:
                 return
             yield ChunkDecoded(index, time.time())
@@ -65,8 +68,16 @@ class VideoVAE:
             index += 1
 
 
-def _next_frames(chunks: Any) -> TensorEnvelope | None:
+def _next_frames(chunks: Any, device: Any) -> TensorEnvelope | None:
+    from cosmos3_core.device import forget_unused_memory, is_out_of_memory
     from cosmos3_core.media.pixels import to_uint8
 
-    pixels = next(chunks, None)
-    return None if pixels is None else TensorEnvelope.of_tensor(to_uint8(pixels))
+    try:
+        pixels = next(chunks, None)
+        return None if pixels is None else TensorEnvelope.of_tensor(to_uint8(pixels))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        what = str(error).splitlines()[0]
+    forget_unused_memory(device)
+    raise OutOfMemory(what)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
+from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed, StreamClosed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.request import ResolvedRequest
@@ -161,9 +161,11 @@ class Walk:
         self, gang: Any, context: RequestContext, job: DenoiseRequest
     ) -> AsyncIterator[Event | _Latents]:
         saved_ref = None if self._saved is None else self._saved.ref
+        has_arrived = False
         try:
             async with following(gang.denoise.remote(context, job, saved_ref), context, "denoise") as stream:
                 while (event := await stream.next_value()) is not None:
+                    has_arrived = True
                     if isinstance(event, StateSaved):
                         ref = await stream.next_ref()
                         self._saved = _Saved(event.step, ref, await in_time(context, "denoise", ref))
@@ -175,7 +177,7 @@ class Walk:
                         yield _Latents(ref, await in_time(context, "denoise", ref))
                         return
         except Exception as error:
-            if is_lost(error):  # with the node that it lay on; the next try starts anew
+            if is_lost(error) and not has_arrived:  # the state that this try was to begin with; the next starts anew
                 self._saved = None
             raise
         raise StageFailed("denoise", context.attempt, "the stream ended without latents")
@@ -189,7 +191,8 @@ class Walk:
             async with following(encode, context, "encode") as encoded:
                 # First the encoder's place, then the decoder's: two clips that hold one each would wait for ever.
                 ready = await encoded.next_value()
-                assert isinstance(ready, EncoderReady)
+                if not isinstance(ready, EncoderReady):
+                    raise StreamClosed(stream_id, "the encoder went away")
                 decode = self.stages.vae.decode.remote(context, latents_ref, self.clips, stream_id)
                 async with following(decode, context, "decode") as decoded:
                     forwarded = self._forward(decoded, context, stream_id)

@@ -38,6 +38,8 @@ class FakeGang:
     no_memory_at_step: int | None = None
     calls: list[tuple[str, Any]] = field(default_factory=list)
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+    timeouts_s: list[tuple[str, float]] = field(default_factory=list)
+    save_s: float = 0.0
     ends: list[bool] = field(default_factory=list)
     max_begun: int = 0
     # 100 bytes for each latent frame.
@@ -53,6 +55,7 @@ class FakeGang:
     async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         assert timeout_s > 0
         self.calls.append((method, arguments))
+        self.timeouts_s.append((method, timeout_s))
         await asyncio.sleep(0)
         job_id = arguments[0]
         if method == "begin":
@@ -81,6 +84,7 @@ class FakeGang:
             steps = tuple(Step(done + index + 1, total, 0.5, os.getpid()) for index in range(count))
             return [StepReport(steps, self.step_s * count)]
         elif method in ("latents", "save"):
+            await asyncio.sleep(self.save_s if method == "save" else 0)
             return [TensorEnvelope.of_array(np.array([self.progress[job_id][0]], np.int64))]
         elif method == "end":
             self.progress.pop(job_id, None)
@@ -445,5 +449,37 @@ def test_the_leader_decides_which_prompts_are_kept() -> None:
             PromptOrders((), frozenset([one])),
             PromptOrders((one,), frozenset([two])),
         ]
+
+    run(body())
+
+
+def test_nothing_is_known_of_the_first_step_and_later_ones_are_measured_by_it() -> None:
+    async def body() -> None:
+        gang = FakeGang(step_s=0.1)
+        await follow(loop_on(gang, first_step_timeout_s=77.0, quantum_timeout_s=1.0), "a", 8)
+        timeouts_s = [timeout_s for method, timeout_s in gang.timeouts_s if method in ("begin", "step")]
+        assert timeouts_s[:2] == [77.0, 77.0]
+        assert all(3.0 < timeout_s < 10.0 for timeout_s in timeouts_s[2:]), "twenty times a quantum"
+        fast = FakeGang(step_s=0.001)
+        await follow(loop_on(fast, quantum_timeout_s=33.0), "a", 400)
+        assert {timeout_s for method, timeout_s in fast.timeouts_s[2:] if method == "step"} == {33.0}
+
+    run(body())
+
+
+def test_saving_takes_a_small_share_of_the_time_and_waits_for_who_takes_it() -> None:
+    async def body() -> None:
+        slow = FakeGang(step_s=0.01, save_s=0.05)
+        updates = await follow(loop_on(slow, save_period_s=0.01), "a", 150)
+        assert len([update for update in updates if isinstance(update, Saved)]) <= 2, "one in a second of work"
+
+        gang = FakeGang(step_s=0.01)
+        loop = loop_on(gang, save_period_s=0.01)
+        stalled = loop.submit("a", request(200), 60.0)
+        assert await anext(stalled) == Queued(0)
+        while len(gang.of("step")) < 6:  # nobody reads what comes
+            await asyncio.sleep(0.01)
+        assert len(gang.of("save")) <= 1
+        await stalled.aclose()  # type: ignore[attr-defined]
 
     run(body())

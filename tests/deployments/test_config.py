@@ -108,7 +108,9 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"vae": {"dtype": "fp16"}}, "vae.dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"encoder": {"max_queued_requests": 0}}, "encoder.max_queued_requests: "),
         ({"http": {"request_timeout_s": float("inf")}}, "http.request_timeout_s: "),
-        ({"transformer": {"max_jobs": 16}}, "max_ongoing_requests=32 must exceed 2 * max_jobs = 32"),
+        ({"transformer": {"max_jobs": 32}}, "max_ongoing_requests=64 must exceed 2 * max_jobs = 64"),
+        ({"unguided": {"dtype": "float16"}}, "transformer and unguided need the same device and dtype"),
+        ({"transformer": {"device": "cuda:1", "gpus_per_rank": 1}}, "Ray decides which card a rank gets; say cuda"),
         ({"unguided": {"num_gpus": 1}}, "the leader of a gang uses no GPU"),
         ({"vae": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "max_replicas=2 is below min_replicas=3"),
         ({"name": "two words"}, "name: "),
@@ -167,7 +169,7 @@ def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None
     assert replica.placement_group_strategy == "STRICT_PACK"
     assert replica.placement_group_bundles == [{"CPU": 1.1, "GPU": 0.8}, *[{"CPU": 1.0, "GPU": 0.8}] * 3]
     assert replica.placement_group_bundle_label_selector == [{"zone": "!a"}] * 4
-    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.2, "label_selector": {"zone": "a"}}
+    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.1, "label_selector": {"zone": "a"}}
     assert "label_selector" not in options["Mp4Encoder"][0]
 
 

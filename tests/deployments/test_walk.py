@@ -74,7 +74,7 @@ class FakeStages:
     def __init__(self, num_chunks: int = 5) -> None:
         self.num_chunks = num_chunks
         self.failures: dict[str, list[BaseException]] = {}
-        self.saves = False
+        self.saves = self.loses = self.misses = False
         self.is_full = False
         self.resumed_from: list[Any] = []
         self.clips = ClipStreams(8)
@@ -94,12 +94,19 @@ class FakeStages:
 
     async def _denoise(self, context: RequestContext, job: Any, saved: Any) -> AsyncIterator[Any]:
         self.resumed_from.append(saved and saved.value)
+        if self.misses and saved is not None:
+            self.misses = False
+            raise ObjectLostError("00", None, "")
         if self.is_full:
             raise OverloadedError("requests", 1, 1.0)
         yield messages.StepDone(1, 2, 0.5, 12)
         if self.saves:
             yield messages.StateSaved(1, 5, 13)
             yield f"state of try {context.attempt}"
+        if self.loses:
+            self.loses = False
+            yield messages.StateSaved(2, 5, 13)
+            raise ObjectLostError("00", None, "")
         self.fail("denoise")
         yield messages.LatentsReady(0.1, 13, (12,))
         yield "latents"
@@ -209,11 +216,19 @@ def test_denoising_goes_on_from_the_last_state_that_was_saved(tiny_nano: Path) -
 
 def test_a_state_that_was_lost_means_to_start_anew(tiny_nano: Path) -> None:
     stages = FakeStages()
-    stages.saves = True
-    stages.failures["denoise"] = [GangFailed("step", "died"), ObjectLostError("00", None, "")]
+    stages.saves = stages.misses = True
+    stages.failures["denoise"] = [GangFailed("step", "died")]
     events = run(collect(stages.walk(tiny_nano)))
     assert stages.resumed_from == [None, "state of try 1", None]
     assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 0]
+
+
+def test_a_newer_state_that_is_lost_on_its_way_leaves_the_older_one(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.saves = stages.loses = True
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.resumed_from == [None, "state of try 1"]
+    assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1]
 
 
 @pytest.mark.parametrize(("guidance_scale", "expected"), [(1.0, "unguided"), (6.0, "transformer")])

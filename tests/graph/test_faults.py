@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, GangFailed
+from cluster.errors import ClusterError, GangFailed, OutOfMemory
 from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
@@ -129,7 +129,7 @@ def object_store_bytes() -> int:
 
 
 class Act:
-    """A rank that does as it is told: "fine", "sleep", "refuse", "bug" or "die"."""
+    """A rank that does as it is told."""
 
     def __init__(self, part: str) -> None:
         self._part = part
@@ -141,7 +141,10 @@ class Act:
             raise RequestError("seed", 1, "2")
         if self._part == "bug":
             raise ZeroDivisionError("a rank's own trouble")
+        if self._part == "no memory":
+            raise OutOfMemory("of 1 GiB")
         if self._part == "die":
+            time.sleep(0.3)
             os._exit(1)
         return "done"
 
@@ -154,6 +157,10 @@ class Act:
         # The others are in an exchange with the one that left it, and would wait for a long time.
         (["sleep", "bug", "sleep"], "call", GangFailed, "rank 1: step() raised ZeroDivisionError: a rank"),
         (["sleep", "die", "sleep"], "call", GangFailed, "rank 1: died in step()"),
+        # What gloo and NCCL do to the others at once, before Ray knows of the death.
+        (["bug", "die"], "call", GangFailed, "rank 1: died in step()"),
+        (["no memory"], "ask", OutOfMemory, "does not fit"),
+        (["no memory", "no memory"], "ask", GangFailed, "rank 0: step() raised OutOfMemory"),
         (["sleep", "refuse"], "call", GangFailed, "rank 1: step() raised RequestError: seed=1"),
         (["refuse", "refuse"], "ask", RequestError, "seed=1: allowed is 2"),
         (["fine", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError"),

@@ -114,6 +114,7 @@ def test_one_ranks_death_is_all_of_theirs_and_the_next_gang_goes_on_from_the_sav
     events = disturbed(gang_app, lambda: os.kill(before[3], signal.SIGKILL))
     retried = one(messages.StageRetried, events)
     assert retried.stage == "denoise"
+    assert "rank 3: died" in retried.reason
     saved = [event.step for event in all_of(messages.StateSaved, events[: events.index(retried)])]
     assert retried.from_step == saved[-1] > 0
     # Exactly the steps after the saved state run again, in order.
