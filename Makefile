@@ -30,7 +30,7 @@ test: env
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-all: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu

@@ -1,0 +1,53 @@
+"""Every kind of failure as an HTTP answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from cluster.errors import (
+    DeadlineExceeded,
+    GangFailed,
+    GangLost,
+    OutOfMemory,
+    OverloadedError,
+    ShuttingDown,
+    StageFailed,
+    StreamClosed,
+)
+from cosmos3_core.errors import RequestError
+from deployments.api.errors import BodyError, error_response
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry_after"),
+    [
+        (RequestError("seed", -1, "0 or more"), 422, "invalid_field", None),
+        (BodyError(415, "wrong_content_type", "no"), 415, "wrong_content_type", None),
+        (OutOfMemory("of 1 GiB"), 422, "out_of_memory", None),
+        (OverloadedError("places", 4, 2.1), 429, "overloaded", "3"),
+        (ShuttingDown(30), 503, "shutting_down", "30"),
+        (DeadlineExceeded("decode", 60), 504, "deadline_exceeded", None),
+        (StageFailed("encode", 3, "died"), 503, "stage_failed", "5"),
+        (GangFailed("step", "died", 2), 503, "unavailable", "5"),
+        (GangLost("step", "died"), 503, "unavailable", "5"),
+        (StreamClosed("a", "why"), 503, "unavailable", "5"),
+        (RayActorError(), 503, "stage_failed", "5"),
+        (ZeroDivisionError("a secret"), 500, "internal_error", None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_each_error_has_its_status(error: Exception, status: int, code: str, retry_after: str | None) -> None:
+    answer = error_response(error, "mine")
+    body: dict[str, Any] = json.loads(bytes(answer.body))["error"]
+    assert (answer.status_code, body["code"]) == (status, code)
+    assert answer.headers.get("retry-after") == retry_after
+    assert answer.headers["x-request-id"] == "mine"
+    assert body["type"] == ("invalid_request_error" if status in (415, 422) else "server_error")
+    assert "secret" not in body["message"]
+    assert status == 500 or str(error) in body["message"] or isinstance(error, RayActorError)
+    if isinstance(error, RequestError):
+        assert (body["param"], body["given"], body["allowed"]) == ("seed", "-1", "0 or more")
