@@ -59,7 +59,16 @@ def test_the_layout_check_on_gloo(tiny_nano: Path, capsys: pytest.CaptureFixture
     assert main(["--device", "cpu", "--num-devices", "2", "--only", "layouts", "--checkpoint", str(tiny_nano)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("needs 4 devices, there are 2" in line for line in lines) == 5 * len(DTYPES)
-    assert lines[-1] == "0 FAIL, 9 ok, 10 skip, on 2 x cpu"
+    assert lines[-1] == "0 FAIL, 9 ok, 12 skip, on 2 x cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.gang
+def test_all_three_degrees_at_once(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--num-devices", "8", "--only", "layouts", "--checkpoint", str(tiny_nano)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("TP2 x CFG2 x SP2" in line and line.startswith("ok") for line in lines) == len(DTYPES)
+    assert lines[-1] == "0 FAIL, 21 ok, 0 skip, on 8 x cpu"
 
 
 def test_the_operator_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
