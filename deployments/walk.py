@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ from deployments.streams import RefStream, following, in_time
 # Before a stage is tried again: a dead replica is still in the routers' tables for a moment.
 _RETRY_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 2.0
+# A leader that is up says at once where in its queue a request stands.
+_FIRST_WORD_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -147,24 +149,25 @@ class Walk:
         *others, last = self.stages.gangs_for(job)
         for gang in others:
             try:
-                async for item in self._denoise_on(gang, context, job):
+                async for item in self._denoise_on(gang, context, job, first_word_s=_FIRST_WORD_S):
                     yield item
                 return
             except Exception as error:
-                # Refused before anything of it was done; the next gang may have room.
-                if not isinstance(typed(error, "denoise"), OverloadedError):
+                # Full, or away: nothing of the request was done. The next gang may have room.
+                if not isinstance(typed(error, "denoise"), OverloadedError | _NoWord):
                     raise
         async for item in self._denoise_on(last, context, job):
             yield item
 
     async def _denoise_on(
-        self, gang: Any, context: RequestContext, job: DenoiseRequest
+        self, gang: Any, context: RequestContext, job: DenoiseRequest, *, first_word_s: float | None = None
     ) -> AsyncIterator[Event | _Latents]:
         saved_ref = None if self._saved is None else self._saved.ref
         has_arrived = False
         try:
             async with following(gang.denoise.remote(context, job, saved_ref), context, "denoise") as stream:
-                while (event := await stream.next_value()) is not None:
+                event = await _within(first_word_s, stream.next_value())
+                while event is not None:
                     has_arrived = True
                     if isinstance(event, StateSaved):
                         ref = await stream.next_ref()
@@ -172,10 +175,12 @@ class Walk:
                     yield event
                     if isinstance(event, LatentsReady):
                         self._seconds["denoise"] = event.seconds
-                        self._saved = None
                         ref = await stream.next_ref()
-                        yield _Latents(ref, await in_time(context, "denoise", ref))
+                        latents = _Latents(ref, await in_time(context, "denoise", ref))
+                        self._saved = None
+                        yield latents
                         return
+                    event = await stream.next_value()
         except Exception as error:
             if is_lost(error) and not has_arrived:  # the state that this try was to begin with; the next starts anew
                 self._saved = None
@@ -263,6 +268,21 @@ class Walk:
             notes=self.request.notes,
             stage_seconds={**self._seconds, "encode": clip.seconds},
         )
+
+
+class _NoWord(Exception):
+    """A gang has not said that it has the request: none of its kind is up."""
+
+
+async def _within(limit_s: float | None, awaitable: Awaitable[Any]) -> Any:
+    limit = asyncio.timeout(limit_s)
+    try:
+        async with limit:
+            return await awaitable
+    except TimeoutError:
+        if limit.expired():
+            raise _NoWord from None
+        raise
 
 
 @dataclass(frozen=True)

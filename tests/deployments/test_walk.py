@@ -19,6 +19,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest, resolve
 from deployments import messages
+from deployments import walk as walk_module
 from deployments.messages import RequestContext
 from deployments.streams import RefStream
 from deployments.walk import Stages, Walk
@@ -247,6 +248,25 @@ def test_requests_go_to_the_gang_that_suits_them_and_to_the_other_if_it_is_full(
     other = next(name for name in gangs if name != expected)
     assert len(gangs[expected].denoise.responses) == 1
     assert len(gangs[other].denoise.responses) == int(is_full)
+
+
+def test_where_no_gang_of_the_right_kind_is_up_the_other_kind_takes_the_request(
+    tiny_nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, away = FakeStages(), FakeStages()
+
+    async def never(*arguments: Any) -> AsyncIterator[Any]:
+        await asyncio.sleep(1000)
+        yield None
+
+    away.denoise = Method(never)
+    monkeypatch.setattr(walk_module, "_FIRST_WORD_S", 0.1)
+    walk = stages.walk(tiny_nano)
+    walk.request = replace(walk.request, guidance_scale=1.0)
+    walk.stages = replace(walk.stages, unguided=away)
+    events = run(collect(walk))
+    assert kinds(events).count("Finished") == 1
+    assert away.denoise.responses[0].was_cancelled
 
 
 def test_an_accepted_request_waits_where_all_gangs_are_full(tiny_nano: Path) -> None:
