@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -145,8 +146,8 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
     with ray_session(placement):
         room = Room(placement)
         if not can_grow() and (lack := out_of_reach(config, nodes())):
-            hint = " Choose another --config, or set --num-cpus: a count, not a limit." if placement.is_alone else ""
-            raise StartError(lack + hint)
+            hint = f" Or set --num-cpus {math.ceil(needs['CPU'])}: processes are counted, not held to it."
+            raise StartError(lack + (hint if placement.is_alone else ""))
         patience = Patience()
         with _serve(config.http, placement, patience, tell) as url, _submitted(config, patience):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)

@@ -122,7 +122,7 @@ def connect(app_name: str = "cosmos3") -> Client:
 
     try:
         if not ray.is_initialized():
-            ray.init(address="auto", log_to_driver=False)
+            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
         return Client(serve.get_deployment_handle("Director", app_name=app_name))
     except ConnectionError as error:
         raise AppNotFound(f"no Ray cluster could be joined; set RAY_ADDRESS: {error}") from None

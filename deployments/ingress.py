@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -35,6 +36,14 @@ _VIDEO_BODY = {
         },
     }
 }
+
+
+async def _no_such_route(request: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+# serve.ingress copies the app when it decorates the class: what belongs to it comes first.
+api.add_exception_handler(HTTPException, _no_such_route)
 
 
 @serve.ingress(api)
@@ -77,9 +86,9 @@ class Ingress:
             return media_answer(event, events)
         except TimeoutError:
             cancel(events)
-            return error_response(DeadlineExceeded("director", self._request_timeout_s), request_id)
+            return error_response(DeadlineExceeded("director", self._request_timeout_s))
         except Exception as error:  # every error becomes an answer
-            response = error_response(error, request_id)
+            response = error_response(error)
             if response.status_code == 500:
                 logger.exception("request %s failed", request_id)
             cancel(events)

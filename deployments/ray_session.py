@@ -6,6 +6,8 @@ Ray reads the environment when it is imported: the command line prepares it befo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
 import signal
@@ -78,7 +80,8 @@ def ray_session(placement: Placement) -> Iterator[None]:
         finally:
             # Half-stopped, Ray would leave processes behind; this takes little more than a second.
             _on_signals(signal.SIG_IGN)
-            ray.shutdown()
+            with contextlib.redirect_stdout(io.StringIO()):  # where Ray still reports what it has ended itself
+                ray.shutdown()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from cluster.errors import ClusterError, DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
@@ -41,10 +42,15 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
 )
 
 
-def error_response(error: BaseException, request_id: str) -> JSONResponse:
-    """The answer for an error; unknown ones become a 500 that says nothing of the inside."""
+def error_response(error: BaseException) -> JSONResponse:
+    """The answer for an error; unknown ones become a 500 that says nothing of the inside.
+
+    Serve puts the request's id into the headers of every answer.
+    """
     error = typed(error, "director")
-    headers = {"x-request-id": request_id}
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):  # the framework's own: no such path, another method
+        return _response(error.status_code, "no_such_route", str(error.detail), dict(error.headers or {}))
     if isinstance(error, BodyError):
         return _response(error.status, error.code, str(error), headers)
     status, code = 500, "internal_error"

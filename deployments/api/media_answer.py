@@ -43,7 +43,6 @@ def media_answer(event: Finished, events: Any) -> StreamingResponse:
     """The answer that streams the file, with what is to be said about it in its headers."""
     headers = {
         "content-length": str(event.num_bytes),
-        "x-request-id": event.request_id,
         "x-seed": str(event.seed),
         "x-frames-sha256": event.frames_sha256,
         "x-negative-prompt": event.negative_origin,

@@ -237,8 +237,9 @@ def test_health_ready_and_models(app: Any) -> None:
     assert model["id"] == "nano"
     assert model["family"] == "nano"
     assert model["modes"] == ["text_to_image", "text_to_video"]
-    assert get(app, "/v1/nothing")[0] == 404
-    assert get(app, "/v1/videos/sync")[0] == 405
+    for path, status in (("/v1/nothing", 404), ("/v1/videos/sync", 405)):
+        answer_status, answer = get(app, path)
+        assert (answer_status, answer["error"]["code"]) == (status, "no_such_route")
 
 
 def test_the_openapi_document_has_the_fields(app: Any) -> None:
