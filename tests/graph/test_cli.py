@@ -231,6 +231,7 @@ def test_a_signal_while_starting_leaves_nothing(group: bool, tiny_nano: Path, tm
         assert started.leftovers() == []
 
 
+@pytest.mark.slow  # Serve tries three times; tests/checkpoint shows the words
 def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) -> None:
     """Found by a rank, in the third process from the command: Ray's tracebacks stay out of it."""
     damaged = tmp_path / "damaged"

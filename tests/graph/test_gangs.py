@@ -203,6 +203,7 @@ def test_an_image_passes_however_many_videos_wait(gang_app: Any, undisturbed: st
     assert {event.frames_sha256 for event in finished} == {undisturbed}, "passed over, and none the worse"
 
 
+@pytest.mark.slow  # four more ranks
 def test_two_gangs_of_one_host_serve_side_by_side(start_app: Callable[..., Any]) -> None:
     from ray import serve
 

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=64, width=64, num_inference_steps=2, seed=5)
 
 
+@pytest.mark.slow  # two more ranks and decoders
 def test_decoders_share_the_cards_of_ranks(start_app: Callable[..., Any], eventually: Callable[..., bool]) -> None:
     import ray
     from ray import serve

@@ -141,7 +141,7 @@ def open_clips(app: Any) -> int:
 
 
 @pytest.mark.parametrize("at", [messages.StepDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
-@pytest.mark.parametrize("how", ["close", "drop"])
+@pytest.mark.parametrize("how", ["close", pytest.param("drop", marks=pytest.mark.slow)])
 def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any, eventually: Callable[..., bool]) -> None:
     watched = Watched(app)
     stream = app.client.stream(LONG_DENOISE if at is messages.StepDone else LONG_DECODE)
