@@ -257,6 +257,7 @@ def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) 
         (["--ray-address", "127.0.0.1:9"], "cannot join the Ray cluster at 127.0.0.1:9: nothing listens there"),
     ],
 )
+@pytest.mark.slow  # tests/deployments shows the words
 def test_a_place_that_cannot_hold_the_app(arguments: list[str], said: str, tiny_nano: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--checkpoint", str(tiny_nano), *arguments) as started:
         assert started.process.wait(DEADLINE_S) == 2, started.said()

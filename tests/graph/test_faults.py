@@ -152,35 +152,53 @@ class Act:
 @pytest.mark.parametrize(
     ("parts", "way", "raised", "said"),
     [
-        (["fine", "sleep"], "call", GangFailed, "'step', rank 1: no answer from step() within 2 s"),
-        (["sleep", "sleep"], "call", GangFailed, "'step': no answer from step() within 2 s on ranks [0, 1]"),
+        (["fine", "sleep"], "call", GangFailed, "'step', rank 1: no answer from step() within 1 s"),
+        pytest.param(
+            ["sleep", "sleep"],
+            "call",
+            GangFailed,
+            "'step': no answer from step() within 1 s on ranks [0, 1]",
+            marks=pytest.mark.slow,
+        ),
         # The others are in an exchange with the one that left it, and would wait for a long time.
         (["sleep", "bug", "sleep"], "call", GangFailed, "rank 1: step() raised ZeroDivisionError: a rank"),
-        (["sleep", "die", "sleep"], "call", GangFailed, "rank 1: died in step()"),
+        pytest.param(["sleep", "die", "sleep"], "call", GangFailed, "rank 1: died in step()", marks=pytest.mark.slow),
         # What gloo and NCCL do to the others at once, before Ray knows of the death.
         (["bug", "die"], "call", GangFailed, "rank 1: died in step()"),
         (["no memory"], "ask", OutOfMemory, "does not fit"),
         (["no memory", "no memory"], "ask", GangFailed, "rank 0: step() raised OutOfMemory"),
-        (["sleep", "refuse"], "call", GangFailed, "rank 1: step() raised RequestError: seed=1"),
+        pytest.param(
+            ["sleep", "refuse"],
+            "call",
+            GangFailed,
+            "rank 1: step() raised RequestError: seed=1",
+            marks=pytest.mark.slow,
+        ),
         (["refuse", "refuse"], "ask", RequestError, "seed=1: allowed is 2"),
         (["fine", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError"),
-        (["sleep", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError"),
-        (["bug", "bug"], "ask", GangFailed, "rank 0: step() raised ZeroDivisionError"),
+        pytest.param(
+            ["sleep", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["bug", "bug"], "ask", GangFailed, "rank 0: step() raised ZeroDivisionError", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_ranks_do_is_what_their_gang_does(
-    parts: list[str], way: str, raised: type[Exception], said: str, ray_cluster: int
+    parts: list[str], way: str, raised: type[Exception], said: str, ray_cluster: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
+    from cluster import gang as gang_module
     from cluster.gang import Gang
 
+    monkeypatch.setattr(gang_module, "_DEATH_S", 1.0)
     gang = Gang([ray.remote(Act).options(num_cpus=0).remote(part) for part in parts])
 
     async def call() -> None:
         # Until all are up; the deadline is for what they do then.
         await asyncio.gather(*(actor.__ray_ready__.remote() for actor in gang._actors))
-        await getattr(gang, way)("step", phase="step", timeout_s=2.0)
+        await getattr(gang, way)("step", phase="step", timeout_s=1.0)
 
     try:
         with pytest.raises(raised, match=re.escape(said)):

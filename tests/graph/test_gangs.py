@@ -126,6 +126,27 @@ def test_one_ranks_death_is_all_of_theirs_and_the_next_gang_goes_on_from_the_sav
 
 
 @pytest.mark.slow  # a gang has to come up again
+def test_the_leaders_death_is_its_ranks_and_its_placement_groups(
+    gang_app: Any, undisturbed: str, eventually: Eventually
+) -> None:
+    from ray.util.placement_group import placement_group_table
+
+    def num_groups() -> int:
+        return [group["state"] for group in placement_group_table().values()].count("CREATED")
+
+    known = one(messages.LatentsReady, list(gang_app.client.stream(SMALL, timeout_s=DEADLINE_S)))
+    groups_before = num_groups()
+    events = disturbed(gang_app, lambda: os.kill(known.pid, signal.SIGKILL))
+    retried = one(messages.StageRetried, events)
+    again = [event.step for event in all_of(messages.StepDone, events[events.index(retried) :])]
+    assert retried.from_step > 0
+    assert again == list(range(retried.from_step + 1, LONG.num_inference_steps + 1))
+    assert one(messages.Finished, events).frames_sha256 == undisturbed
+    assert eventually(lambda: not any(map(exists, (known.pid, *known.rank_pids))))
+    assert eventually(lambda: num_groups() == groups_before)
+
+
+@pytest.mark.slow  # a gang has to come up again
 def test_a_rank_that_hangs_is_found_by_the_leaders_deadline(
     gang_app: Any, undisturbed: str, eventually: Eventually
 ) -> None:

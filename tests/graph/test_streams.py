@@ -52,9 +52,9 @@ def test_clips_do_not_mix_and_each_stays_with_one_encoder(
     assert all(len(encoders) == 1 for _, encoders in results)
     # More clips than places, and Directors that know nothing of each other: a clip that held an encoder's place and
     # waited for a decoder's, which another one held and waited for an encoder, would wait for ever.
-    with ThreadPoolExecutor(20) as pool:
-        many = list(pool.map(run, [requests[index % 6] for index in range(20)]))
-    assert [digest for digest, _ in many] == [expected[index % 6] for index in range(20)]
+    with ThreadPoolExecutor(12) as pool:
+        many = list(pool.map(run, requests * 2))
+    assert [digest for digest, _ in many] == expected * 2
     assert len(set.union(*(encoders for _, encoders in results))) == 2, "both encoders had work"
 
 
