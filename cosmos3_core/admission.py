@@ -76,12 +76,15 @@ class RequestMemory:
 
     Attributes:
         bytes_per_latent: of one latent row x column x frame, all channels.
+        bytes_per_sound_latent, bytes_per_action: of one of these, all channels.
         bytes_per_token: of one generated token's position.
         bytes_per_text_token: of one prompt token's keys and values.
         patch_size: latent rows and columns in a token.
     """
 
     bytes_per_latent: int
+    bytes_per_sound_latent: int
+    bytes_per_action: int
     bytes_per_token: int
     bytes_per_text_token: int
     patch_size: int
@@ -89,10 +92,14 @@ class RequestMemory:
     def of(self, request: DenoiseRequest) -> int:
         """Bytes that a request holds."""
         frames, rows, columns = request.latent_shape
+        num_actions = 0 if request.action is None else request.action.num_actions
         num_tokens = frames * math.ceil(rows / self.patch_size) * math.ceil(columns / self.patch_size)
+        num_tokens += request.num_sound_latents + num_actions
         num_text_tokens = sum(len(text_ids) for text_ids in request.prompts)
         return (
             frames * rows * columns * self.bytes_per_latent
+            + request.num_sound_latents * self.bytes_per_sound_latent
+            + num_actions * self.bytes_per_action
             + num_tokens * self.bytes_per_token
             + num_text_tokens * self.bytes_per_text_token
         )

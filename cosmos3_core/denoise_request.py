@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cosmos3_core import checks
+from cosmos3_core.actions import ActionTrack
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import ResolvedRequest
@@ -18,6 +21,31 @@ from cosmos3_core.shapes import Geometry, LatentShape
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Sound has some 25 latents a second.
+_MAX_SOUND_LATENTS = math.ceil(LIMITS.max_sound_s * 100)
+
+
+@dataclass(frozen=True)
+class ActionLatents:
+    """Actions as the transformer gets them.
+
+    Attributes:
+        num_actions: how many.
+        domain_id: row of the action projections.
+        width: numbers in an action; what the model has beyond them stays zero.
+        given: ``num_actions`` rows of ``width``; None where they are generated.
+    """
+
+    num_actions: int
+    domain_id: int
+    width: int
+    given: tuple[tuple[float, ...], ...] | None = None
+
+    @classmethod
+    def of(cls, track: ActionTrack | None) -> ActionLatents | None:
+        """Of a resolved request's actions."""
+        return track and cls(track.chunk_size, track.domain_id, track.width, track.given)
 
 
 @dataclass(frozen=True)
@@ -29,7 +57,13 @@ class DenoiseRequest:
         negative_text_ids: the unconditional branch's; not read where guidance is off.
         latent_shape: latent frames, rows, columns.
         fps: pixel frames per second.
-        num_inference_steps, guidance_scale, schedule, flow_shift, seed: see :class:`cosmos3_core.GenerationRequest`.
+        num_inference_steps, guidance_scale, schedule, flow_shift, seed, guidance_interval: see
+            :class:`cosmos3_core.GenerationRequest`.
+        clean_frames: latent frames that are given, ascending.
+        clean_latents: those frames, [1, C, len(clean_frames), rows, columns]; they come from the VAE, so they may be
+            added later, by :meth:`with_clean_latents`.
+        num_sound_latents: 0 for none.
+        action: None for none.
         noise: modality -> initial noise instead of the seed's.
 
     Raises:
@@ -45,6 +79,11 @@ class DenoiseRequest:
     schedule: str
     flow_shift: float
     seed: int
+    guidance_interval: tuple[float, float] | None = None
+    clean_frames: tuple[int, ...] = ()
+    clean_latents: Tensor | None = field(default=None, compare=False, repr=False)
+    num_sound_latents: int = 0
+    action: ActionLatents | None = None
     noise: Mapping[str, Tensor] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +97,9 @@ class DenoiseRequest:
         checks.real("flow_shift", self.flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift)
         checks.integer("seed", self.seed, 0, LIMITS.max_seed)
         checks.choice("schedule", self.schedule, SCHEDULES)
+        if self.clean_frames and not 0 <= min(self.clean_frames) <= max(self.clean_frames) < self.latent_shape[0]:
+            raise RequestError("clean_frames", self.clean_frames, f"latent frames below {self.latent_shape[0]}")
+        checks.integer("num_sound_latents", self.num_sound_latents, 0, _MAX_SOUND_LATENTS)
         if self.noise is not None:
             _check_noise(self.noise)
 
@@ -65,7 +107,7 @@ class DenoiseRequest:
     def of(
         cls, request: ResolvedRequest, text_ids: Sequence[int], negative_text_ids: Sequence[int], geometry: Geometry
     ) -> DenoiseRequest:
-        """The request for a resolved one and the token ids of its two prompts."""
+        """The request for a resolved one and the token ids of its two prompts; yet without clean latents."""
         return cls(
             text_ids=tuple(text_ids),
             negative_text_ids=tuple(negative_text_ids),
@@ -76,8 +118,16 @@ class DenoiseRequest:
             schedule=request.schedule,
             flow_shift=request.flow_shift,
             seed=request.seed,
+            guidance_interval=request.guidance_interval,
+            clean_frames=request.picture.clean_frames if request.picture is not None else (),
+            num_sound_latents=request.sound.num_latents if request.sound is not None else 0,
+            action=ActionLatents.of(request.action),
             noise=request.noise,
         )
+
+    def with_clean_latents(self, clean_latents: Tensor | None) -> DenoiseRequest:
+        """The same with the latents of :attr:`clean_frames`."""
+        return replace(self, clean_latents=clean_latents)
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
@@ -89,17 +139,21 @@ class DenoiseRequest:
     @property
     def fingerprint(self) -> str:
         """Names the request: equal for equal requests in any process. Given noise counts by its values."""
-        noise = {
-            name: hashlib.sha256(x.detach().cpu().float().numpy().tobytes()).hexdigest()
-            for name, x in (self.noise or {}).items()
-        }
+        noise = {name: _hash_of(x) for name, x in (self.noise or {}).items()}
+        clean = None if self.clean_latents is None else _hash_of(self.clean_latents)
+        action = None if self.action is None else dataclasses.astuple(self.action)
         parts = [
             self.text_ids,
             self.negative_text_ids if needs_two_branches(self.guidance_scale) else (),
             [*self.latent_shape, float(self.fps), self.num_inference_steps, float(self.guidance_scale)],
             [self.schedule, float(self.flow_shift), self.seed, noise],
+            [self.guidance_interval, self.clean_frames, clean, self.num_sound_latents, action],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().float().numpy().tobytes()).hexdigest()
 
 
 def _check_noise(noise: Mapping[str, Tensor]) -> None:

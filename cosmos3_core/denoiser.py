@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cosmos3_core.admission import PromptLedger, PromptOrders, RequestMemory
 from cosmos3_core.checkpoint.configs import SchedulerConfig
+from cosmos3_core.conditioning.initial import initial_states
 from cosmos3_core.conditioning.state import LatentState
-from cosmos3_core.conditioning.text_to_video import text_to_video
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import RequestError, StateError
 from cosmos3_core.model.rope import RopeTable, after_text, rope_table
@@ -46,6 +46,23 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """What denoising leaves alone of one modality.
+
+    Attributes:
+        latent: the modality at the start, fp32.
+        moves: 1 where denoising changes it, 0 where it stays; broadcasts to ``latent``.
+    """
+
+    latent: Tensor
+    moves: Tensor
+
+    def restored(self, sample: Tensor) -> Tensor:
+        """``sample`` with what is fixed as it was at the start, to the bit."""
+        return torch.where(self.moves > 0, sample, self.latent)
+
+
+@dataclass(frozen=True)
 class DenoisePlan:
     """Everything that stays the same over the steps of one request; on the transformer's device, but for ``initial``.
 
@@ -53,23 +70,34 @@ class DenoisePlan:
         num_branches: 2 where guidance needs the unconditional branch, else 1.
         branches: those that run here, the conditional one first.
         guidance_scale: of the combination.
+        guidance_interval: lowest and highest timestep that it is for; None: all.
         solver: for the request's schedule.
         initial: modality -> where denoising starts.
         noise_masks: modality -> mask on the device.
+        fixed: modality -> what stays as it is, for those that have any.
+        domain_id: of the embodiment, where there are actions.
         fingerprint: of the request.
     """
 
     num_branches: int
     branches: tuple[Branch, ...]
     guidance_scale: float
+    guidance_interval: tuple[float, float] | None
     solver: UniPC
     initial: Mapping[str, LatentState]
     noise_masks: Mapping[str, Tensor]
+    fixed: Mapping[str, Fixed]
+    domain_id: int | None
     fingerprint: str
 
     @property
     def num_steps(self) -> int:
         return self.solver.schedule.num_steps
+
+    def num_branches_at(self, timestep: int) -> int:
+        """How many branches run at a step: one where guidance is not for it."""
+        low, high = self.guidance_interval or (timestep, timestep)
+        return self.num_branches if low <= timestep <= high else 1
 
 
 @dataclass(frozen=True)
@@ -122,6 +150,8 @@ class Denoiser:
         config, size = self.transformer.config, self.transformer.dtype.itemsize
         return RequestMemory(
             bytes_per_latent=_STATE_TENSORS * config.latent_channel * 4,
+            bytes_per_sound_latent=_STATE_TENSORS * config.sound_dim * 4,
+            bytes_per_action=_STATE_TENSORS * config.action_dim * 4,
             bytes_per_token=2 * config.head_dim * size,  # half a head of cosines, half of sines, for both branches
             bytes_per_text_token=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size,
             patch_size=config.latent_patch_size,
@@ -140,19 +170,14 @@ class Denoiser:
             orders: what to keep of the prompts and what to drop, from whoever decides for all ranks; None decides here.
 
         Raises:
-            RequestError: token ids outside the vocabulary, given noise of another shape, an unknown schedule.
+            RequestError: token ids outside the vocabulary, given latents or noise of another shape, an unknown
+                schedule.
+            CapabilityError: sound or actions, of a transformer without weights for them.
         """
         schedule = make_schedule(
             request.schedule, request.num_inference_steps, flow_shift=request.flow_shift, config=self.scheduler
         )
-        initial = text_to_video(
-            request.latent_shape,
-            fps=request.fps,
-            seed=request.seed,
-            noise=request.noise,
-            geometry=self.geometry,
-            config=self.transformer.config,
-        )
+        initial = initial_states(request, geometry=self.geometry, config=self.transformer.config)
         prompts = request.prompts
         # All of them here, though another rank may run one: what is refused is refused alike everywhere.
         for name, prompt in zip(("text_ids", "negative_text_ids"), prompts, strict=False):
@@ -169,9 +194,16 @@ class Denoiser:
             num_branches=len(prompts),
             branches=tuple(self._branch(text, positions) for text in texts),
             guidance_scale=request.guidance_scale,
+            guidance_interval=request.guidance_interval,
             solver=UniPC(schedule),
             initial=initial,
             noise_masks={name: state.noise_mask.to(device) for name, state in initial.items()},
+            fixed={
+                name: Fixed(state.latent.to(device), state.moves.to(device))
+                for name, state in initial.items()
+                if state.is_fixed
+            },
+            domain_id=None if request.action is None else request.action.domain_id,
             fingerprint=self._fingerprint(request),
         )
 
@@ -203,6 +235,9 @@ class Denoiser:
             name: plan.solver.step(modality, state.step_index, velocity[name])
             for name, modality in state.solver.items()
         }
+        for name, fixed in plan.fixed.items():
+            # The solver would keep it but for rounding: its velocity is zero.
+            solver[name] = replace(solver[name], sample=fixed.restored(solver[name].sample))
         return DenoiseState(state.step_index + 1, solver, state.fingerprint)
 
     def run(
@@ -223,17 +258,26 @@ class Denoiser:
 
     def _guided_velocity(self, plan: DenoisePlan, state: DenoiseState) -> dict[str, Tensor]:
         timestep = plan.solver.schedule.timesteps[state.step_index]
+        num_branches, share = plan.num_branches_at(timestep), self._branch_share
+        # Where they are shared out, the one branch that runs here may have nothing to do at this step.
+        here = plan.branches[:num_branches] if share is None or share.index < num_branches else ()
         predictions = [
-            self.transformer.velocity(state.latents, plan.noise_masks, timestep, branch.text, branch.rope)
-            for branch in plan.branches
+            self.transformer.velocity(
+                state.latents, plan.noise_masks, timestep, branch.text, branch.rope, plan.domain_id
+            )
+            for branch in here
         ]
-        if self._branch_share is not None:
+        if share is not None:
             own = {name: velocity.float() for name, velocity in predictions[0].items()} if predictions else None
-            predictions = self._branch_share.exchange(own, state.latents, plan.num_branches)
-        if plan.num_branches == 1:
-            return {name: velocity.float() for name, velocity in predictions[0].items()}
-        conditional, unconditional = predictions
-        return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
+            predictions = share.exchange(own, state.latents, num_branches)
+        if num_branches == 1:
+            velocity = {name: velocity.float() for name, velocity in predictions[0].items()}
+        else:
+            conditional, unconditional = predictions
+            velocity = {
+                name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional
+            }
+        return {name: v * plan.fixed[name].moves if name in plan.fixed else v for name, v in velocity.items()}
 
     def _fingerprint(self, request: DenoiseRequest) -> str:
         """Names the request and the model; the same on every rank, whose configs differ by their shares only."""

@@ -2,20 +2,42 @@
 
 :class:`GenerationRequest` is what arrives: most fields may be left out. :func:`resolve` checks it against a checkpoint
 and returns a :class:`ResolvedRequest` in which nothing is optional, or raises the error that says what to do. All of
-that happens before anything large is allocated. No torch here.
+that happens before anything large is allocated; of images and clips only the header is read. No torch here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cosmos3_core import checks
+from cosmos3_core.actions import ActionStatistics, ActionTrack, action_rows, given_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.errors import RequestError
-from cosmos3_core.media.writer import ClipFormat
-from cosmos3_core.presets import LIMITS, PRESETS, TEXT_TO_IMAGE, TEXT_TO_VIDEO
+from cosmos3_core.conditioning.canvas import ACTION_TIERS, action_canvas, content_size
+from cosmos3_core.conditioning.modes import (
+    IMAGE,
+    IMAGE_TO_VIDEO,
+    MODES,
+    TEXT_TO_IMAGE,
+    TEXT_TO_VIDEO,
+    VIDEO,
+    VIDEO_TO_VIDEO,
+    WITH_SOUND,
+    Actions,
+    Mode,
+    Resizing,
+)
+from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.embodiments import find_embodiment
+from cosmos3_core.errors import CapabilityError, RequestError
+from cosmos3_core.media.source import ImageSource, Packed, VideoSource, pack_image, pack_video, probe_clip, probe_image
+from cosmos3_core.media.writer import ClipFormat, SoundFormat
+from cosmos3_core.presets import LIMITS, PRESETS, ActionPreset, Preset
 from cosmos3_core.sampler.schedule import SCHEDULES
+from cosmos3_core.shapes import num_sound_latents, sound_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,31 +48,83 @@ DIFFUSERS_BEHAVIOUR = "diffusers"
 BEHAVIOURS = (NATIVE_BEHAVIOUR, DIFFUSERS_BEHAVIOUR)
 SCHEDULE_NAMES = (*SCHEDULES, SHIPPED)
 NEGATIVE_METADATA = ("same", "none", "inverse")
+KEEP = ("first", "last")
+VIEW_POINTS = ("ego_view", "third_person_view", "wrist_view", "concat_view")
+
+ACTIONS_ONLY = "actions"
+"""The output that decodes no picture."""
+
+_IMAGE_OUTPUTS = ("png", "jpeg", "webp")
+# Of diffusers and cosmos-framework for clips that go on.
+_CHOSEN_FRAMES = (0, 1)
+_TIMESTEPS = 1000
+
+# Fields that only some modes read: another mode's request must not bring them.
+_OF_ACTIONS = (
+    "actions",
+    "action_chunk_size",
+    "domain_name",
+    "domain_id",
+    "raw_action_dim",
+    "resolution_tier",
+    "view_point",
+)
+_OF_CHOSEN_FRAMES = ("condition_frame_indexes_vision", "condition_video_keep")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One generation, as asked for. ``None`` means: the preset of the checkpoint's family and the mode.
+    """One generation, as asked for. ``None`` means: the preset of the checkpoint and the mode.
 
     Attributes:
-        prompt: plain text, or a JSON object as a string.
+        prompt: plain text, or a JSON object as a string; may be empty for dynamics.
+        mode: a name of :data:`cosmos3_core.conditioning.modes.MODES`; None tells it from the fields: an image or a
+            video continues it, one frame makes an image. Modes with actions have to be named.
+        image: to begin with: a path, a file's bytes, a PIL image, an array [Y, X, 3].
+        video: to begin with, or to find the actions of: a path, a file's bytes, an array [F, Y, X, 3], frames in a
+            list.
+        generate_sound: a sound track as well.
+        actions: what forward dynamics is to carry out: rows of numbers [steps, width].
+        action_chunk_size: actions; of given ones the last is repeated, or those behind are cut off.
+        domain_name, domain_id: of the embodiment, see :mod:`cosmos3_core.embodiments`; one of them will do.
+        raw_action_dim: numbers in an action; None = the embodiment's.
+        resolution_tier: of the canvas for the given picture of modes with actions: 256, 480, 704 or 720.
+        view_point: of their camera: ``ego_view``, ``third_person_view``, ``wrist_view`` or ``concat_view``.
+        condition_frame_indexes_vision: latent frames that a given video fixes; (0, 1).
+        condition_video_keep: which of its frames are used where it is longer: ``first`` or ``last``.
         negative_prompt: None = the structured default; "" = empty.
         num_frames: pixel frames; 1 makes an image; rounded up to 1 + k * (temporal compression).
-        height, width: pixels, multiples of the spatial compression (16).
+        height, width: pixels, multiples of the spatial compression (16); not for modes with actions.
         fps: frames per second of the result.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 turns it off.
+        guidance_interval: lowest and highest timestep, of 1000, that guidance is for; None = all.
         flow_shift: of the native and linear schedules.
         schedule: ``native``, ``linear``, ``karras``, or ``shipped`` for whatever the checkpoint's scheduler says.
         seed: of the initial noise.
         use_system_prompt: put the training system prompt first.
         append_metadata: add duration, frame rate and resolution to the prompt.
         negative_metadata: on the negative prompt: ``same`` as on the positive, ``none`` or ``inverse``.
+        output: ``mp4``, ``wav`` (with sound), ``png``, ``jpeg`` or ``webp`` (images), or ``actions`` alone; None =
+            mp4 or png, and actions alone for inverse dynamics, whose pictures are the given ones.
         noise: modality -> initial noise to start from instead of drawing it; ``{"video": [1, C, T, H, W] fp32}``.
         compat: ``diffusers`` gives that pipeline's prompts and schedule (0.42.1) wherever a field is None.
     """
 
-    prompt: str
+    prompt: str = ""
+    mode: str | None = None
+    image: ImageSource | None = field(default=None, compare=False, repr=False)
+    video: VideoSource | None = field(default=None, compare=False, repr=False)
+    generate_sound: bool = False
+    actions: Any = field(default=None, compare=False, repr=False)
+    action_chunk_size: int | None = None
+    domain_name: str | None = None
+    domain_id: int | None = None
+    raw_action_dim: int | None = None
+    resolution_tier: int | None = None
+    view_point: str | None = None
+    condition_frame_indexes_vision: Sequence[int] | int | None = None
+    condition_video_keep: str | None = None
     negative_prompt: str | None = None
     num_frames: int | None = None
     height: int | None = None
@@ -58,14 +132,39 @@ class GenerationRequest:
     fps: float | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_interval: Sequence[float] | None = None
     flow_shift: float | None = None
     schedule: str | None = None
     seed: int = 42
     use_system_prompt: bool | None = None
     append_metadata: bool = True
     negative_metadata: str | None = None
+    output: str | None = None
     noise: dict[str, Tensor] | None = field(default=None, compare=False)
     compat: str = NATIVE_BEHAVIOUR
+
+    def packed(self) -> GenerationRequest:
+        """The same with its image or video as bytes or frames, to travel: files are read here and nowhere else.
+
+        Raises:
+            RequestError: it cannot be read, or is larger than allowed.
+        """
+        image = None if self.image is None else pack_image(IMAGE, self.image)
+        video = None if self.video is None else pack_video(VIDEO, self.video)
+        return self if image is None and video is None else replace(self, image=image, video=video)
+
+
+@dataclass(frozen=True)
+class SoundTrack:
+    """The sound of a resolved request.
+
+    Attributes:
+        num_latents: that are generated; they decode to a little more than the pictures' time.
+        track: what goes into the file, which ends with the pictures.
+    """
+
+    num_latents: int
+    track: SoundFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +172,16 @@ class ResolvedRequest:
     """One generation with every field decided; see :class:`GenerationRequest` for their meaning.
 
     Attributes:
-        mode: ``text_to_video`` or ``text_to_image``.
+        mode: its name.
         negative_prompt: None still means the default, which the processor knows.
+        num_frames: of the result; a chunk of actions that ends between two latent frames has frames for the rest cut.
+        height, width: pixels of the result.
+        prompt_size: rows and columns that the prompt speaks of: those of the canvas where there is one.
         schedule: a real schedule's name; ``shipped`` is resolved.
+        output: ``actions``, or the kind of the file.
+        picture: what of the given image or video is encoded; None where there is none.
+        action: the actions; None where there are none.
+        sound: the sound; None where there is none.
         notes: what was changed on the way, for the user to read.
     """
 
@@ -85,48 +191,116 @@ class ResolvedRequest:
     num_frames: int
     height: int
     width: int
+    prompt_size: tuple[int, int]
     fps: float
     num_inference_steps: int
     guidance_scale: float
+    guidance_interval: tuple[float, float] | None
     flow_shift: float
     schedule: str
     seed: int
     use_system_prompt: bool
     append_metadata: bool
     negative_metadata: str
+    output: str
+    picture: PictureCondition | None = None
+    action: ActionTrack | None = None
+    sound: SoundTrack | None = None
     noise: dict[str, Tensor] | None = field(default=None, compare=False)
     compat: str = NATIVE_BEHAVIOUR
     notes: tuple[str, ...] = ()
 
-    def clip_format(self, *, crf: float = 18, lossless: bool = False) -> ClipFormat:
-        """The file that this request becomes."""
-        return ClipFormat(self.mode == TEXT_TO_IMAGE, self.height, self.width, self.fps, crf, lossless)
+    @property
+    def has_generated_actions(self) -> bool:
+        """Whether actions are part of the result."""
+        return self.action is not None and self.action.given is None
+
+    @property
+    def has_file(self) -> bool:
+        """Whether pictures or sound are part of the result."""
+        return self.output != ACTIONS_ONLY
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether pictures have to be decoded."""
+        return self.output not in (ACTIONS_ONLY, "wav")
+
+    def clip_format(self, *, crf: float = 18, lossless: bool = False, quality: int = 90) -> ClipFormat:
+        """The file that this request becomes.
+
+        Raises:
+            RequestError: it becomes none.
+        """
+        if not self.has_file:
+            raise RequestError("output", self.output, "a kind of file")
+        return ClipFormat(
+            kind=self.output,
+            height=self.height,
+            width=self.width,
+            fps=self.fps,
+            crf=crf,
+            lossless=lossless,
+            sound=None if self.sound is None else self.sound.track,
+            quality=quality,
+        )
 
 
-def resolve(request: GenerationRequest, layout: CheckpointLayout) -> ResolvedRequest:
+def offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) -> tuple[str, ...]:
+    """Names of the modes that a checkpoint was trained for and has the parts for, in the order of the table.
+
+    Args:
+        layout: of the checkpoint.
+        is_sound_offered: False where nothing decodes sound.
+    """
+    return tuple(
+        name
+        for name, mode in MODES.items()
+        if (layout.preset_kind, name) in PRESETS
+        and not (mode.has_sound and not (layout.has_sound and is_sound_offered))
+        and not (mode.has_actions and not layout.has_action)
+    )
+
+
+def resolve(request: GenerationRequest, layout: CheckpointLayout, *, is_sound_offered: bool = True) -> ResolvedRequest:
     """Check a request against a checkpoint and fill its gaps.
 
+    Args:
+        request: with its media :meth:`~GenerationRequest.packed`.
+        layout: of the checkpoint.
+        is_sound_offered: False where nothing decodes sound.
+
     Raises:
+        CapabilityError: a mode that the checkpoint cannot do; names those that it can.
         RequestError: a field is out of bounds; names it, what was given and what is allowed.
     """
-    checks.text("prompt", request.prompt, LIMITS.max_prompt_chars, may_be_empty=False)
+    like_diffusers = checks.choice("compat", request.compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
+    mode = _mode_of(request)
+    preset = _preset(mode, request, layout, is_sound_offered, like_diffusers=like_diffusers)
+    checks.text("prompt", request.prompt, LIMITS.max_prompt_chars, may_be_empty=not mode.needs_prompt)
     if request.negative_prompt is not None:
         checks.text("negative_prompt", request.negative_prompt, LIMITS.max_prompt_chars, may_be_empty=True)
-    like_diffusers = checks.choice("compat", request.compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
+    _refuse_foreign_fields(mode, request)
 
-    mode = TEXT_TO_IMAGE if request.num_frames == 1 else TEXT_TO_VIDEO
-    preset = PRESETS[layout.family, mode]
-    asked_frames = checks.integer("num_frames", _or(request.num_frames, preset.num_frames), 1, LIMITS.max_num_frames)
-    num_frames = layout.geometry.round_up_num_frames(asked_frames)
-    notes: tuple[str, ...] = ()
-    if num_frames != asked_frames:
-        rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
-        notes = (f"num_frames={asked_frames} was rounded up to {num_frames}: {rule}",)
-    height = checks.pixels(
-        "height", _or(request.height, preset.height), layout.geometry.spatial, LIMITS.max_side_pixels
-    )
-    width = checks.pixels("width", _or(request.width, preset.width), layout.geometry.spatial, LIMITS.max_side_pixels)
-    _check_token_budget(num_frames, height, width, layout)
+    notes: list[str] = []
+    fps = checks.real("fps", _or(request.fps, preset.fps), LIMITS.min_fps, LIMITS.max_fps)
+    if preset.action is not None and mode.has_actions:
+        action = _action_track(mode, request, preset.action, layout, notes, like_diffusers=like_diffusers)
+        tier = _choice_of_tier(_or(request.resolution_tier, preset.action.resolution_tier))
+        height, width, prompt_size = _fitted(mode, request, tier, layout)
+        num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
+        if num_frames != action.chunk_size + 1:
+            notes.append(f"of the {action.chunk_size + 1} frames of the chunk, {num_frames} are made: 1 + 4k can be")
+    else:
+        action, tier = None, 0
+        num_frames = _num_frames(mode, request, preset, layout, notes)
+        side = layout.geometry.spatial
+        height = checks.pixels("height", _or(request.height, preset.height), side, LIMITS.max_side_pixels)
+        width = checks.pixels("width", _or(request.width, preset.width), side, LIMITS.max_side_pixels)
+        prompt_size = (height, width)
+    sound = _sound_track(num_frames, fps, layout, like_diffusers=like_diffusers) if mode.has_sound else None
+    num_others = (0 if sound is None else sound.num_latents) + (0 if action is None else action.chunk_size)
+    _check_token_budget(num_frames, height, width, num_others, layout)
+    picture = _picture(mode, request, num_frames, height, width, tier, layout)
 
     steps = _or(request.num_inference_steps, preset.num_inference_steps)
     guidance_scale = _or(request.guidance_scale, preset.guidance_scale)
@@ -136,29 +310,276 @@ def resolve(request: GenerationRequest, layout: CheckpointLayout) -> ResolvedReq
     system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
     negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
     return ResolvedRequest(
-        mode=mode,
+        mode=mode.name,
         prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
+        # The default is about how pictures look; with actions nobody was trained with it.
+        negative_prompt=_or(request.negative_prompt, "" if mode.has_actions else None),
         num_frames=num_frames,
         height=height,
         width=width,
-        fps=checks.real("fps", _or(request.fps, preset.fps), LIMITS.min_fps, LIMITS.max_fps),
+        prompt_size=prompt_size,
+        fps=fps,
         num_inference_steps=checks.integer("num_inference_steps", steps, 1, LIMITS.max_num_inference_steps),
         guidance_scale=checks.real("guidance_scale", guidance_scale, 0, LIMITS.max_guidance_scale),
+        guidance_interval=_interval(_or(request.guidance_interval, preset.guidance_interval)),
         flow_shift=checks.real("flow_shift", flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift),
         schedule=shipped_schedule(layout) if schedule == SHIPPED else schedule,
         seed=checks.integer("seed", request.seed, 0, LIMITS.max_seed),
         use_system_prompt=checks.flag("use_system_prompt", system_prompt),
         append_metadata=checks.flag("append_metadata", request.append_metadata),
         negative_metadata=checks.choice("negative_metadata", negative_metadata, NEGATIVE_METADATA),
+        output=_output(mode, request.output),
+        picture=picture,
+        action=action,
+        sound=sound,
         noise=request.noise,
         compat=request.compat,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def _mode_of(request: GenerationRequest) -> Mode:
+    """The mode that a request names, or that its fields tell."""
+    wants_sound = checks.flag("generate_sound", request.generate_sound)
+    name = request.mode
+    if name is None:
+        if request.image is not None and request.video is not None:
+            raise RequestError("image, video", "both", "one of them", "An image begins a clip, a video is continued.")
+        if request.image is not None:
+            name = IMAGE_TO_VIDEO
+        elif request.video is not None:
+            name = VIDEO_TO_VIDEO
+        else:
+            name = TEXT_TO_IMAGE if request.num_frames == 1 else TEXT_TO_VIDEO
+    checks.choice("mode", name, tuple(MODES))
+    if wants_sound and not MODES[name].has_sound:
+        if name + WITH_SOUND not in MODES:
+            with_sound = [mode.name for mode in MODES.values() if mode.name + WITH_SOUND in MODES]
+            raise RequestError("generate_sound", True, f"false for {name}; sound goes with {with_sound}")
+        name += WITH_SOUND
+    return MODES[name]
+
+
+def _preset(
+    mode: Mode, request: GenerationRequest, layout: CheckpointLayout, is_sound_offered: bool, *, like_diffusers: bool
+) -> Preset:
+    """The mode's row, if this checkpoint can do it."""
+    offered = offered_modes(layout, is_sound_offered=is_sound_offered)
+    if mode.name in offered:
+        return PRESETS[layout.preset_kind, mode.name]
+    lacks = ""
+    if mode.has_actions and not layout.has_action:
+        lacks = "The checkpoint has no weights for actions."
+    elif mode.has_sound and not layout.has_sound:
+        lacks = "The checkpoint makes no sound: its transformer has no weights for it, or there is no sound_tokenizer."
+    elif mode.has_sound and not is_sound_offered:
+        lacks = "Nothing decodes sound here; the app was configured without."
+    elif like_diffusers:  # which asks of a checkpoint no more than the weights
+        return PRESETS[layout.preset_kind, TEXT_TO_VIDEO]
+    else:
+        lacks = "The checkpoint was not trained for it."
+    name = "generate_sound" if mode.has_sound and request.mode is None else "mode"
+    given = True if name == "generate_sound" else mode.name
+    raise CapabilityError(name, given, f"what {layout.name} can do: {', '.join(offered)}", lacks)
+
+
+def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
+    """Every field that is given has to matter."""
+    foreign = {name: f"nothing for {mode.name}" for name in (IMAGE, VIDEO) if name not in mode.media}
+    if not mode.has_actions:
+        foreign |= dict.fromkeys(_OF_ACTIONS, f"nothing for {mode.name}; it is for modes with actions")
+    else:
+        foreign |= dict.fromkeys(("height", "width"), "nothing: the given picture and resolution_tier decide")
+        if mode.actions is Actions.GENERATED:
+            foreign["actions"] = f"nothing for {mode.name}, which generates them"
+    if not mode.chooses_frames:
+        foreign |= dict.fromkeys(_OF_CHOSEN_FRAMES, f"nothing for {mode.name}; it is for {VIDEO_TO_VIDEO}")
+    for name, allowed in foreign.items():
+        if getattr(request, name) is not None:
+            raise RequestError(name, "given" if name in (IMAGE, VIDEO) else getattr(request, name), allowed)
+    given = [name for name in mode.media if getattr(request, name) is not None]
+    if mode.media and len(given) != 1:
+        allowed = " or ".join(mode.media)
+        raise RequestError(" or ".join(mode.media), "both" if given else None, f"{mode.name} needs one {allowed}")
+
+
+def _num_frames(
+    mode: Mode, request: GenerationRequest, preset: Preset, layout: CheckpointLayout, notes: list[str]
+) -> int:
+    asked = checks.integer("num_frames", _or(request.num_frames, preset.num_frames), 1, LIMITS.max_num_frames)
+    if mode.is_image != (asked == 1):
+        allowed = "1 for an image" if mode.is_image else f"2 or more for {mode.name}"
+        raise RequestError("num_frames", asked, allowed)
+    num_frames = layout.geometry.round_up_num_frames(asked)
+    if num_frames != asked:
+        rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
+        notes.append(f"num_frames={asked} was rounded up to {num_frames}: {rule}")
+    return num_frames
+
+
+def _action_track(
+    mode: Mode,
+    request: GenerationRequest,
+    preset: ActionPreset,
+    layout: CheckpointLayout,
+    notes: list[str],
+    *,
+    like_diffusers: bool,
+) -> ActionTrack:
+    config = layout.transformer
+    domain_name = request.domain_name
+    if domain_name is None and request.domain_id is None:
+        domain_name = preset.domain_name
+    embodiment = find_embodiment(domain_name, request.domain_id, config.num_embodiment_domains)
+    width = _or(request.raw_action_dim, _or(preset.raw_action_dim, embodiment.raw_action_dim))
+    if mode.actions is Actions.GIVEN:
+        if request.actions is None:
+            raise RequestError("actions", None, f"the actions that {mode.name} is to carry out, [steps, width]")
+        num_given, given_width = action_rows("actions", request.actions, width).shape
+        width = given_width
+    else:
+        num_given = 0
+    if width is None:
+        hint = "It depends on the data set."
+        raise RequestError("raw_action_dim", None, f"numbers in an action of {embodiment.name}", hint)
+    checks.integer("raw_action_dim", width, 1, config.action_dim)
+    chunk_size = request.action_chunk_size
+    if chunk_size is None and request.num_frames is not None:
+        chunk_size = checks.integer("num_frames", request.num_frames, 2, LIMITS.max_actions + 1) - 1
+    chunk_size = checks.integer(
+        "action_chunk_size", _or(chunk_size, num_given or preset.chunk_size), 1, LIMITS.max_actions
+    )
+    if request.num_frames is not None and request.num_frames != chunk_size + 1:
+        raise RequestError("num_frames", request.num_frames, f"{chunk_size + 1}, one more than the actions")
+    if num_given > chunk_size:
+        notes.append(f"of {num_given} given actions the first {chunk_size} are used")
+    elif 0 < num_given < chunk_size:
+        notes.append(f"the last of {num_given} given actions is repeated, for {chunk_size}")
+    statistics = None if like_diffusers else ActionStatistics.of(layout.directory, embodiment.name, width)
+    given = None
+    if mode.actions is Actions.GIVEN:
+        given = given_actions("actions", request.actions, width, chunk_size, statistics)
+    return ActionTrack(
+        chunk_size=chunk_size,
+        domain_name=embodiment.name,
+        domain_id=embodiment.domain_id,
+        width=width,
+        view_point=checks.choice("view_point", _or(request.view_point, VIEW_POINTS[0]), VIEW_POINTS),
+        given=given,
+        statistics=statistics,
+    )
+
+
+def _choice_of_tier(tier: Any) -> int:
+    if isinstance(tier, bool) or tier not in ACTION_TIERS:
+        raise RequestError("resolution_tier", tier, f"one of {sorted(ACTION_TIERS)}")
+    return int(tier)
+
+
+def _fitted(
+    mode: Mode, request: GenerationRequest, tier: int, layout: CheckpointLayout
+) -> tuple[int, int, tuple[int, int]]:
+    """Pixel rows and columns of the result, and the canvas, of a mode whose picture is fitted into one."""
+    info = probe_image(IMAGE, _media(request.image)) if request.image is not None else None
+    info = info if info is not None else probe_clip(VIDEO, _media(request.video))
+    canvas = action_canvas(info.height, info.width, tier)
+    side = layout.geometry.spatial
+    height, width = (max(n // side, 1) * side for n in content_size(info.height, info.width, canvas))
+    return height, width, canvas
+
+
+def _media(packed: Any) -> Packed:
+    """The packed media of a request.
+
+    Raises:
+        RequestError: it is not packed: a path would be opened here, wherever that is.
+    """
+    if not isinstance(packed, bytes | np.ndarray):
+        hint = "Call packed() on the request first."
+        raise RequestError("image or video", type(packed).__name__, "a file's bytes, or frames", hint)
+    return packed
+
+
+def _picture(
+    mode: Mode, request: GenerationRequest, num_frames: int, height: int, width: int, tier: int, layout: CheckpointLayout
+) -> PictureCondition | None:
+    if mode.resizing is None:
+        return None
+    num_latent_frames = layout.geometry.latent_shape(num_frames, height, width).num_frames
+    chosen = _chosen_frames(request.condition_frame_indexes_vision, num_latent_frames) if mode.chooses_frames else ()
+    clean = mode.clean_frames(num_latent_frames, chosen)
+    kind = IMAGE if request.image is not None else VIDEO
+    media = _media(getattr(request, kind))
+    (probe_image if kind == IMAGE else probe_clip)(kind, media)
+    return PictureCondition(
+        kind=kind,
+        media=media,
+        resizing=mode.resizing,
+        height=height,
+        width=width,
+        resolution_tier=tier if mode.resizing is Resizing.PAD else 0,
+        num_frames=layout.geometry.num_pixel_frames(max(clean) + 1),
+        keep=checks.choice("condition_video_keep", _or(request.condition_video_keep, KEEP[0]), KEEP),
+        clean_frames=clean,
+    )
+
+
+def _chosen_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:
+    field_name, allowed = "condition_frame_indexes_vision", f"latent frames from 0 to {num_latent_frames - 1}"
+    if indexes is None:
+        return tuple(index for index in _CHOSEN_FRAMES if index < num_latent_frames)
+    given: Sequence[Any] = [indexes] if isinstance(indexes, int) else indexes
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
+        raise RequestError(field_name, indexes, f"a list of {allowed}")
+    for index in given:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_latent_frames:
+            raise RequestError(field_name, indexes, allowed)
+    return tuple(sorted(set(given)))
+
+
+def _sound_track(num_frames: int, fps: float, layout: CheckpointLayout, *, like_diffusers: bool) -> SoundTrack:
+    assert layout.audio is not None, "offered_modes"
+    audio, latent_fps = layout.audio, layout.transformer.sound_latent_fps
+    if num_frames / fps > LIMITS.max_sound_s:
+        hint = "Ask for fewer frames, or more a second."
+        raise RequestError(
+            "num_frames / fps", f"{num_frames / fps:.1f} s", f"at most {LIMITS.max_sound_s:g} s with sound", hint
+        )
+    if like_diffusers:  # which cuts off the samples' fraction first
+        num_latents = -(-int(num_frames / fps * audio.sampling_rate) // audio.hop_size)
+    else:
+        num_latents = num_sound_latents(num_frames, fps, latent_fps)
+    num_samples = sound_samples(num_frames, fps, audio.sampling_rate)
+    return SoundTrack(num_latents, SoundFormat(audio.sampling_rate, audio.dec_out_channels, num_samples))
+
+
+def _interval(interval: Any) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    allowed = f"two numbers, 0 <= lowest <= highest <= {_TIMESTEPS}"
+    if not isinstance(interval, Sequence) or isinstance(interval, str | bytes) or len(interval) != 2:
+        raise RequestError("guidance_interval", interval, allowed)
+    low, high = (checks.real("guidance_interval", value, 0, _TIMESTEPS) for value in interval)
+    if low > high:
+        raise RequestError("guidance_interval", interval, allowed)
+    return low, high
+
+
+def _output(mode: Mode, output: str | None) -> str:
+    if mode.is_image:
+        allowed: tuple[str, ...] = _IMAGE_OUTPUTS
+    elif mode.has_sound:
+        allowed = ("mp4", "wav")
+    elif mode.actions is Actions.GENERATED:
+        # Where every frame is given, the pictures are the given ones over again.
+        allowed = (ACTIONS_ONLY, "mp4") if set(mode.clean_frames(2, ())) == {0, 1} else ("mp4", ACTIONS_ONLY)
+    else:
+        allowed = ("mp4",)
+    return allowed[0] if output is None else checks.choice("output", output, allowed)
 
 
 def shipped_flow_shift(layout: CheckpointLayout) -> float:
@@ -175,8 +596,9 @@ def shipped_schedule(layout: CheckpointLayout) -> str:
     return "native" if layout.use_native_flow_schedule else "linear"
 
 
-def _check_token_budget(num_frames: int, height: int, width: int, layout: CheckpointLayout) -> None:
-    num_tokens = layout.geometry.num_tokens(num_frames, height, width)
+def _check_token_budget(num_frames: int, height: int, width: int, num_others: int, layout: CheckpointLayout) -> None:
+    """``num_others``: tokens of sound and actions."""
+    num_tokens = layout.geometry.num_tokens(num_frames, height, width) + num_others
     budget = layout.transformer.max_position_embeddings - LIMITS.max_text_tokens
     if num_tokens > budget:
         raise RequestError(

@@ -129,6 +129,14 @@ class CheckpointLayout:
         """Whether the transformer has the action heads."""
         return self.transformer.action_gen
 
+    @property
+    def preset_kind(self) -> str:
+        """Key of its defaults in :data:`cosmos3_core.presets.PRESETS`: the family, but for one fine-tuned model.
+
+        Cosmos3-Nano-Policy-DROID has the files of Nano; nothing but its name tells it.
+        """
+        return "nano-policy-droid" if self.family == "nano" and "policy-droid" in self.name.lower() else self.family
+
     def component_dir(self, component: str) -> Path:
         """Directory of a component, "vae" say.
 

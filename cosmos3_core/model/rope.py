@@ -37,14 +37,38 @@ def grid_positions(grid: TokenGrid, *, fps: float, temporal: int, config: Transf
     Returns:
         [3, grid.num_tokens] float32.
     """
-    t_T = torch.arange(grid.num_frames, dtype=torch.float32)
-    if config.enable_fps_modulation and grid.num_frames > 1:
-        # Two roundings, in this order: the published pipelines divide by latent frames a second and multiply after.
-        t_T = t_T / (fps / temporal) * (config.base_fps / temporal)
+    t_T = _times(grid.num_frames, rate=fps / temporal, base_rate=config.base_fps / temporal, first=0, config=config)
     t = t_T[:, None, None].expand(*grid)
     h = torch.arange(grid.height, dtype=torch.float32)[None, :, None].expand(*grid)
     w = torch.arange(grid.width, dtype=torch.float32)[None, None, :].expand(*grid)
     return torch.stack((t, h, w)).reshape(3, grid.num_tokens)
+
+
+def track_positions(
+    num_steps: int, *, rate: float, base_rate: float, config: TransformerConfig, first: int = 0
+) -> Tensor:
+    """Positions of a track of one token a step, sound or actions: on the time axis alone, which it shares with the clip.
+
+    Args:
+        num_steps: tokens.
+        rate: steps a second.
+        base_rate: of the positions, a second.
+        config: of the checkpoint.
+        first: number of the first step.
+
+    Returns:
+        [3, num_steps] float32.
+    """
+    t = _times(num_steps, rate=rate, base_rate=base_rate, first=first, config=config)
+    return torch.stack((t, torch.zeros_like(t), torch.zeros_like(t)))
+
+
+def _times(num_steps: int, *, rate: float, base_rate: float, first: int, config: TransformerConfig) -> Tensor:
+    t = torch.arange(num_steps, dtype=torch.float32) + first
+    if config.enable_fps_modulation and num_steps > 1:
+        # Two roundings, in this order: the published pipelines divide by steps a second and multiply after.
+        t = t / rate * base_rate
+    return t
 
 
 def after_text(positions: Tensor, num_text_tokens: int, config: TransformerConfig) -> Tensor:

@@ -28,6 +28,7 @@ def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
             for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
         ),
     ]
+    plans += _track_heads(config)
     for index in range(config.num_hidden_layers):
         is_last = index == config.num_hidden_layers - 1
         plans += _understanding_layer(config, index, keys_only=is_last)
@@ -37,9 +38,25 @@ def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
 
 def unused_tensors(config: TransformerConfig) -> list[str]:
     """Published tensors that generation does not read: the language-model head, what lies behind the last keys and
-    values of the understanding tower, and the heads of modalities that are not offered yet."""
+    values of the understanding tower."""
     used = {source for plan in transformer_plans(config) for source in plan.sources}
     return [name for name in transformer_tensors(config) if name not in used]
+
+
+def _track_heads(config: TransformerConfig) -> list[ParameterPlan]:
+    """Of sound and actions, where the checkpoint has them."""
+    plans = []
+    if config.sound_gen:
+        plans.append(ParameterPlan("heads.sound.modality_embed", ("audio_modality_embed",)))
+        for proj in ("proj_in", "proj_out"):
+            for kind in ("weight", "bias"):
+                plans.append(ParameterPlan(f"heads.sound.{proj}.{kind}", (f"audio_{proj}.{kind}",)))
+    if config.action_gen:
+        plans.append(ParameterPlan("heads.action.modality_embed", ("action_modality_embed",)))
+        for proj in ("proj_in", "proj_out"):
+            plans.append(ParameterPlan(f"heads.action.{proj}.weight", (f"action_{proj}.fc.weight",)))
+            plans.append(ParameterPlan(f"heads.action.{proj}.bias", (f"action_{proj}.bias.weight",)))
+    return plans
 
 
 def _understanding_layer(config: TransformerConfig, index: int, *, keys_only: bool) -> list[ParameterPlan]:

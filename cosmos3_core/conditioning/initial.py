@@ -1,0 +1,105 @@
+"""Where denoising starts: noise, and in it whatever a request gives. One state a modality, in the order of drawing.
+
+Shape letters: C channels, T/H/W latent grid or T steps of a track, S generated tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cosmos3_core.checkpoint.configs import TransformerConfig
+from cosmos3_core.conditioning.noise import draw_noise
+from cosmos3_core.conditioning.state import LatentState
+from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
+from cosmos3_core.errors import CapabilityError, RequestError
+from cosmos3_core.model.rope import grid_positions, track_positions
+from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
+from cosmos3_core.shapes import Geometry
+
+
+def initial_states(
+    request: DenoiseRequest, *, geometry: Geometry, config: TransformerConfig
+) -> dict[str, LatentState]:
+    """The latent states of a request, on the CPU: video, then sound and actions where it has them.
+
+    Args:
+        request: with its clean latents, where it has clean frames.
+        geometry, config: the checkpoint's.
+
+    Raises:
+        CapabilityError: the checkpoint has no weights for one of the modalities.
+        RequestError: clean latents or noise of another shape; an action that does not fit the model.
+    """
+    shapes: dict[str, tuple[int, ...]] = {VIDEO: (1, geometry.channels, *request.latent_shape)}
+    if request.num_sound_latents:
+        if not config.sound_gen:
+            raise CapabilityError("num_sound_latents", request.num_sound_latents, "0: this transformer makes no sound")
+        shapes[SOUND] = (config.sound_dim, request.num_sound_latents)
+    if request.action is not None:
+        _check_action(request.action, config)
+        shapes[ACTION] = (request.action.num_actions, config.action_dim)
+    noise = draw_noise(request.seed, shapes, request.noise)
+
+    grid = geometry.token_grid(request.latent_shape)
+    states = {
+        VIDEO: _video(
+            noise[VIDEO], request, grid_positions(grid, fps=request.fps, temporal=geometry.temporal, config=config)
+        )
+    }
+    if SOUND in noise:
+        rate = config.sound_latent_fps
+        positions = track_positions(request.num_sound_latents, rate=rate, base_rate=config.base_fps, config=config)
+        ones = torch.ones(request.num_sound_latents)
+        states[SOUND] = LatentState(noise[SOUND], ones, ones, positions)
+    if request.action is not None:
+        positions = track_positions(
+            request.action.num_actions,
+            rate=request.fps,
+            base_rate=config.base_fps / geometry.temporal,
+            config=config,
+            first=1,  # an action leads to the next frame, the first one to frame 1
+        )
+        states[ACTION] = _action(noise[ACTION], request.action, positions)
+    return states
+
+
+def _video(noise: Tensor, request: DenoiseRequest, positions: Tensor) -> LatentState:
+    noise_mask_T = torch.ones(request.latent_shape.num_frames)
+    latent = noise
+    if request.clean_frames:
+        expected = [1, noise.shape[1], len(request.clean_frames), *noise.shape[3:]]
+        clean = request.clean_latents
+        if clean is None or list(clean.shape) != expected:
+            given = None if clean is None else list(clean.shape)
+            raise RequestError("clean_latents", given, f"latents of the given frames, of shape {expected}")
+        frames = list(request.clean_frames)
+        noise_mask_T[frames] = 0.0
+        latent = noise.clone()
+        latent[:, :, frames] = clean.detach().to("cpu", torch.float32)
+    return LatentState(latent, noise_mask_T, noise_mask_T[:, None, None], positions)
+
+
+def _action(noise: Tensor, action: ActionLatents, positions: Tensor) -> LatentState:
+    is_noisy = float(action.given is None)
+    moves_TC = torch.zeros_like(noise)
+    moves_TC[:, : action.width] = is_noisy
+    latent = noise * moves_TC
+    if action.given is not None:
+        latent[:, : action.width] = torch.tensor(action.given, dtype=torch.float32)
+    return LatentState(latent, torch.full((action.num_actions,), is_noisy), moves_TC, positions)
+
+
+def _check_action(action: ActionLatents, config: TransformerConfig) -> None:
+    if not config.action_gen:
+        raise CapabilityError("action", "given", "None: this transformer has no weights for actions")
+    if not 0 <= action.domain_id < config.num_embodiment_domains:
+        raise RequestError("domain_id", action.domain_id, f"0 to {config.num_embodiment_domains - 1}")
+    if action.num_actions < 1 or not 1 <= action.width <= config.action_dim:
+        given = f"{action.num_actions} x {action.width}"
+        raise RequestError("action", given, f"at least one action of 1 to {config.action_dim} numbers")
+    if action.given is not None:
+        rows = {len(row) for row in action.given}
+        if len(action.given) != action.num_actions or rows != {action.width}:
+            given = f"{len(action.given)} rows of {sorted(rows)}"
+            raise RequestError("action", given, f"{action.num_actions} rows of {action.width}")

@@ -1,0 +1,114 @@
+"""The modes, as data: what a request brings, which latent frames that makes clean, what is generated beside them.
+
+A new mode is a row here and one in :mod:`cosmos3_core.presets`: neither the denoising loop nor any stage knows a mode
+by name. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+IMAGE, VIDEO = "image", "video"
+"""What media may be: the request's field of that name."""
+
+
+class Resizing(Enum):
+    """How given pictures come to the size of the generated ones; see :mod:`cosmos3_core.conditioning.resize`."""
+
+    CROP = "crop"
+    STRETCH = "stretch"
+    PAD = "pad"
+
+
+class Actions(Enum):
+    """Whether actions are part of a request."""
+
+    NONE = "none"
+    GIVEN = "given"
+    GENERATED = "generated"
+
+
+CleanFrames = Callable[[int, tuple[int, ...]], tuple[int, ...]]
+"""(number of latent frames, those that the request chose) -> latent frames that are given, ascending."""
+
+
+def _no_frame(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
+    return ()
+
+
+def _first_frame(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
+    return (0,)
+
+
+def _chosen_frames(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
+    return chosen
+
+
+def _all_frames(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(num_latent_frames))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What one mode does with a request.
+
+    Attributes:
+        name: that requests, presets and ``/v1/models`` call it by.
+        media: fields of which a request brings exactly one; none for those from text alone.
+        clean_frames: which latent frames the media gives.
+        resizing: how the media comes to size; None without media.
+        actions: whether they are given, generated, or not part of it.
+        has_sound: a sound track is generated with the pictures.
+        is_image: the result is a single picture.
+        needs_prompt: False where an empty prompt says enough.
+    """
+
+    name: str
+    media: tuple[str, ...] = ()
+    clean_frames: CleanFrames = _no_frame
+    resizing: Resizing | None = None
+    actions: Actions = Actions.NONE
+    has_sound: bool = False
+    is_image: bool = False
+    needs_prompt: bool = True
+
+    @property
+    def chooses_frames(self) -> bool:
+        """Whether a request says which latent frames are given."""
+        return self.clean_frames is _chosen_frames
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether actions are part of it."""
+        return self.actions is not Actions.NONE
+
+
+TEXT_TO_IMAGE = "text_to_image"
+TEXT_TO_VIDEO = "text_to_video"
+IMAGE_TO_VIDEO = "image_to_video"
+VIDEO_TO_VIDEO = "video_to_video"
+FORWARD_DYNAMICS = "forward_dynamics"
+INVERSE_DYNAMICS = "inverse_dynamics"
+POLICY = "policy"
+WITH_SOUND = "_with_sound"
+
+_SILENT = (
+    Mode(TEXT_TO_VIDEO),
+    Mode(IMAGE_TO_VIDEO, (IMAGE,), _first_frame, Resizing.CROP),
+    Mode(VIDEO_TO_VIDEO, (VIDEO,), _chosen_frames, Resizing.STRETCH),
+)
+_ACTING = (
+    Mode(FORWARD_DYNAMICS, (IMAGE, VIDEO), _first_frame, Resizing.PAD, Actions.GIVEN, needs_prompt=False),
+    Mode(INVERSE_DYNAMICS, (VIDEO,), _all_frames, Resizing.PAD, Actions.GENERATED, needs_prompt=False),
+    Mode(POLICY, (IMAGE, VIDEO), _first_frame, Resizing.PAD, Actions.GENERATED),
+)
+_ALL = (
+    Mode(TEXT_TO_IMAGE, is_image=True),
+    *_SILENT,
+    *(replace(mode, name=mode.name + WITH_SOUND, has_sound=True) for mode in _SILENT),
+    *_ACTING,
+)
+
+MODES: dict[str, Mode] = {mode.name: mode for mode in _ALL}

@@ -1,0 +1,38 @@
+"""What of a request's image or clip is encoded, and how it is brought to size: a value for whoever holds the VAE.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cosmos3_core.conditioning.modes import Resizing
+from cosmos3_core.media.source import Packed
+
+
+@dataclass(frozen=True)
+class PictureCondition:
+    """The given picture of a request.
+
+    Attributes:
+        kind: the request's field, "image" or "video"; tells what ``media`` is.
+        media: the file's bytes, or uint8 RGB frames.
+        resizing: how it comes to size.
+        height, width: pixels of the generated pictures; with ``Resizing.PAD`` what lies outside is cut off as latents.
+        resolution_tier: of the canvas that ``Resizing.PAD`` fits into; 0 otherwise.
+        num_frames: pixel frames to encode, 1 + a multiple of the temporal compression; a shorter clip ends with its
+            last frame repeated.
+        keep: "first" or "last" frames of a longer clip.
+        clean_frames: latent frames to give, ascending; all are among those encoded.
+    """
+
+    kind: str
+    media: Packed = field(compare=False, repr=False)
+    resizing: Resizing
+    height: int
+    width: int
+    resolution_tier: int
+    num_frames: int
+    keep: str
+    clean_frames: tuple[int, ...]
