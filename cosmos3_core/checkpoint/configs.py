@@ -35,6 +35,26 @@ _SCHEDULER_SWITCHES: dict[str, tuple[Any, ...]] = {
     "shift_terminal": (None,),
 }
 
+# The same of diffusers' audio VAE; "bottleneck.type" is a key within a key.
+_AUDIO_VAE_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "model_type": ("autoencoder_v2", None),
+    "dec_type": ("oobleck", None),
+    "dec_use_snake": (True, None),
+    "dec_final_tanh": (False, None),
+    "dec_anti_aliasing": (False, None),
+    "dec_use_nearest_upsample": (False, None),
+    "dec_use_tanh_at_final": (False, None),
+    "activation": ("snakebeta", None),
+    "snake_logscale": (True, None),
+    "anti_aliasing": (False, None),
+    "bottleneck_type": ("vae", None),
+    "bottleneck.type": ("vae", None),
+    "causal": (False, None),
+    "padding_mode": ("zeros", None),
+    "latent_mean": (None,),
+    "latent_std": (None,),
+}
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``.
@@ -84,6 +104,12 @@ def _check_positive(path: Path, config: Any, names: tuple[str, ...]) -> None:
         value = getattr(config, name)
         if not 0 < value < math.inf:  # NaN fails the comparison
             raise CorruptFileError(path, f"{name} is {value!r}, not a finite number above 0")
+
+
+def _check_switches(path: Path, component: str, raw: dict[str, Any], switches: dict[str, tuple[Any, ...]]) -> None:
+    for switch, offered in switches.items():
+        if raw.get(switch) not in offered:
+            raise CapabilityError(f"{component}.{switch}", raw[switch], repr(offered[0]), f"Given in {path}.")
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -261,9 +287,35 @@ class AudioVAEConfig:
         """Read and check the file.
 
         Raises:
-            MissingFileError, CorruptFileError: see :func:`read_json_object`.
+            MissingFileError, CorruptFileError: see :func:`read_json_object`; also for sizes that contradict each other.
+            CapabilityError: a decoder other than the published one.
         """
-        return _build(cls, path, read_json_object(path))
+        raw = read_json_object(path)
+        config = _build(cls, path, raw)
+        bottleneck = raw.get("bottleneck")
+        bottleneck_type = bottleneck.get("type") if isinstance(bottleneck, dict) else bottleneck
+        _check_switches(path, "sound_tokenizer", {**raw, "bottleneck.type": bottleneck_type}, _AUDIO_VAE_SWITCHES)
+        samples_per_latent = math.prod(config.dec_strides)
+        if raw.get("hop_size") is None:
+            config = dataclasses.replace(config, hop_size=samples_per_latent)
+        config._check(path, samples_per_latent)
+        return config
+
+    def _check(self, path: Path, samples_per_latent: int) -> None:
+        _check_positive(path, self, ("sampling_rate", "dec_dim", "dec_out_channels", "vocoder_input_dim"))
+        if not self.dec_strides or len(self.dec_c_mults) != len(self.dec_strides):
+            raise CorruptFileError(
+                path, f"dec_c_mults has {len(self.dec_c_mults)} values, dec_strides {len(self.dec_strides)}"
+            )
+        if min(*self.dec_c_mults, *self.dec_strides) < 1:
+            raise CorruptFileError(
+                path,
+                f"dec_c_mults={list(self.dec_c_mults)} and dec_strides={list(self.dec_strides)} are not all above 0",
+            )
+        if samples_per_latent != self.hop_size:
+            raise CorruptFileError(
+                path, f"hop_size={self.hop_size} is not the product of dec_strides={list(self.dec_strides)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -292,9 +344,7 @@ class SchedulerConfig:
         name = raw.get("_class_name", "UniPCMultistepScheduler")
         config = _build(cls, path, raw)
         _check_positive(path, config, ("num_train_timesteps", "flow_shift", "sigma_min", "sigma_max"))
-        for switch, offered in _SCHEDULER_SWITCHES.items():
-            if raw.get(switch) not in offered:
-                raise CapabilityError(f"scheduler.{switch}", raw[switch], repr(offered[0]), f"Given in {path}.")
+        _check_switches(path, "scheduler", raw, _SCHEDULER_SWITCHES)
         is_unipc = name in ("UniPCMultistepScheduler", "Cosmos3EdgeUniPCMultistepScheduler")
         solver = (config.solver_order, config.solver_type, config.prediction_type, config.use_flow_sigmas)
         if not is_unipc or solver != (2, "bh2", "flow_prediction", True):

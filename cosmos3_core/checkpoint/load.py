@@ -6,17 +6,21 @@ from collections.abc import Mapping
 
 import torch
 
+from cosmos3_core.checkpoint.configs import AudioVAEConfig
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.reader import ParameterPlan, WeightFiles, check_tensors, load_parameters
-from cosmos3_core.checkpoint.tensors import transformer_tensors, video_vae_tensors
+from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tensors, video_vae_tensors
+from cosmos3_core.errors import CapabilityError
 from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.model.weights import transformer_plans, unused_tensors
 from cosmos3_core.ops.registry import select_ops
 from cosmos3_core.parallel.sharding import WHOLE, Shard, local_config
+from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
 
 # The encoder half: a decode-only export may leave it out.
 _VIDEO_ENCODER = ("encoder.*", "quant_conv.*")
+_AUDIO_ENCODER = ("encoder.*",)
 
 
 def check_weights(layout: CheckpointLayout) -> None:
@@ -27,6 +31,8 @@ def check_weights(layout: CheckpointLayout) -> None:
     """
     _transformer_files(layout)
     _video_vae_files(layout, with_encoder=True)
+    if layout.audio is not None:
+        _audio_vae_files(layout, layout.audio)
 
 
 def _transformer_files(layout: CheckpointLayout) -> WeightFiles:
@@ -39,6 +45,13 @@ def _transformer_files(layout: CheckpointLayout) -> WeightFiles:
 def _video_vae_files(layout: CheckpointLayout, *, with_encoder: bool) -> WeightFiles:
     files = WeightFiles.open(layout.component_dir("vae"))
     check_tensors(files, video_vae_tensors(layout.vae), optional=() if with_encoder else _VIDEO_ENCODER)
+    return files
+
+
+def _audio_vae_files(layout: CheckpointLayout, config: AudioVAEConfig) -> WeightFiles:
+    files = WeightFiles.open(layout.component_dir("sound_tokenizer"))
+    # Sound is made, never taken in: an encoder may be there, of whatever shape.
+    check_tensors(files, audio_vae_tensors(config, with_encoder=False), optional=_AUDIO_ENCODER)
     return files
 
 
@@ -89,6 +102,31 @@ def load_video_vae(
     files = _video_vae_files(layout, with_encoder=with_encoder)
     with torch.device("meta"):
         vae = VideoVAE(layout.vae, with_encoder=with_encoder)
+    plans = [ParameterPlan(name, (name,)) for name, _ in vae.named_parameters()]
+    load_parameters(vae, files, plans, device=device, dtype=dtype if dtype is not None else files.dtype)
+    return vae.eval()
+
+
+def load_audio_vae(layout: CheckpointLayout, *, device: torch.device, dtype: torch.dtype | None = None) -> AudioVAE:
+    """The audio VAE's decoder on its device; its encoder, where the files hold one, is not read.
+
+    Args:
+        layout: of the checkpoint.
+        device: where the parameters go.
+        dtype: None keeps the stored one.
+
+    Raises:
+        CapabilityError: the checkpoint makes no sound.
+        CheckpointError: the files are missing, damaged or of another shape.
+    """
+    if layout.audio is None:
+        lacking = "sound_tokenizer/" if layout.transformer.sound_gen else "sound heads in the transformer"
+        raise CapabilityError(
+            "modality", "sound", "video", f"{layout.name} has no {lacking}; load a checkpoint that makes sound."
+        )
+    files = _audio_vae_files(layout, layout.audio)
+    with torch.device("meta"):
+        vae = AudioVAE(layout.audio)
     plans = [ParameterPlan(name, (name,)) for name, _ in vae.named_parameters()]
     load_parameters(vae, files, plans, device=device, dtype=dtype if dtype is not None else files.dtype)
     return vae.eval()

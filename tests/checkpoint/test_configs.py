@@ -181,6 +181,66 @@ def test_another_wan_layout_is_a_missing_capability(write, keys):
         VideoVAEConfig.read(write(**STATISTICS, **keys))
 
 
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"hop_size": 960}, r"hop_size=960 is not the product of dec_strides=\[2, 4, 5, 6, 8\]"),
+        ({"dec_c_mults": [1, 2, 4]}, "dec_c_mults has 3 values, dec_strides 5"),
+        ({"dec_c_mults": [], "dec_strides": []}, "dec_c_mults has 0 values, dec_strides 0"),
+        ({"dec_c_mults": [1, 2, 4, 8, 0]}, "not all above 0"),
+        ({"dec_strides": [2, 4, 5, -6, -8]}, "not all above 0"),
+        ({"dec_dim": 0}, "dec_dim is 0, not a finite number above 0"),
+        ({"dec_out_channels": -2}, "dec_out_channels is -2"),
+        ({"vocoder_input_dim": 0}, "vocoder_input_dim is 0"),
+        ({"sampling_rate": 0}, "sampling_rate is 0"),
+    ],
+)
+def test_an_audio_vae_that_contradicts_itself(write, keys, problem):
+    with pytest.raises(CorruptFileError, match=problem):
+        AudioVAEConfig.read(write(**keys))
+
+
+def test_the_hop_follows_from_the_strides_where_it_is_not_given(write):
+    assert AudioVAEConfig.read(write(dec_c_mults=[1, 2], dec_strides=[3, 4])).hop_size == 12
+    assert AudioVAEConfig.read(write(dec_c_mults=[1, 2], dec_strides=[3, 4], hop_size=None)).hop_size == 12
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "autoencoder_v1"),
+        ("dec_type", "vocos"),
+        ("dec_use_snake", False),
+        ("dec_final_tanh", True),
+        ("dec_anti_aliasing", True),
+        ("dec_use_nearest_upsample", True),
+        ("dec_use_tanh_at_final", True),
+        ("activation", "snake"),
+        ("snake_logscale", False),
+        ("anti_aliasing", True),
+        ("bottleneck_type", "fsq"),
+        ("causal", True),
+        ("padding_mode", "reflect"),
+        ("latent_mean", 0.5),
+        ("latent_std", [1.0, 2.0]),
+    ],
+)
+def test_another_audio_decoder_is_a_missing_capability(write, key, value):
+    with pytest.raises(CapabilityError, match=rf"sound_tokenizer\.{key}=.*allowed is .*config.json"):
+        AudioVAEConfig.read(write(**{key: value}))
+
+
+@pytest.mark.parametrize("bottleneck", [{"type": "fsq"}, "fsq"])
+def test_another_bottleneck_is_a_missing_capability(write, bottleneck):
+    with pytest.raises(CapabilityError, match=r"sound_tokenizer\.bottleneck\.type='fsq': allowed is 'vae'"):
+        AudioVAEConfig.read(write(bottleneck=bottleneck))
+
+
+@pytest.mark.parametrize("bottleneck", [None, {}, {"type": "vae", "training_leftover": 1}])
+def test_the_published_bottleneck_passes(write, bottleneck):
+    assert AudioVAEConfig.read(write(bottleneck=bottleneck)) == AudioVAEConfig()
+
+
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "Cosmos3EdgeUniPCMultistepScheduler"])
 def test_known_schedulers(write, name):
     assert SchedulerConfig.read(write(_class_name=name, flow_shift=10)).flow_shift == 10.0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.load import load_transformer, load_video_vae
+from cosmos3_core.checkpoint.load import load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.model.weights import unused_tensors
@@ -111,9 +111,9 @@ def test_every_video_decoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> 
 
 
 def test_every_other_component_is_listed(tiny_nano: Path) -> None:
-    """Components whose tensors nothing reads yet; the sound tokenizer leaves the list with sound."""
+    """No component has weights that the tests here leave out."""
     with_weights = {path.parent.name for path in tiny_nano.rglob("*.safetensors")}
-    assert with_weights - {"transformer", "vae"} == {"sound_tokenizer"}
+    assert with_weights == {"transformer", "vae", "sound_tokenizer"}
     names = load_file(tiny_nano / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(name.startswith(("encoder.", "quant_conv.", "decoder.", "post_quant_conv.")) for name in names)
 
@@ -129,3 +129,18 @@ def test_every_video_encoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> 
     names = [name for name in sorted(perturbed.names) if name.startswith(("encoder.", "quant_conv."))]
     assert len(names) > 80
     assert unnoticed(perturbed, names, latents) == []
+
+
+def test_every_audio_decoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:
+    perturbed = Perturbed(tiny_nano, "sound_tokenizer", tmp_path)
+    layout = CheckpointLayout.open(perturbed.root)
+    latents = torch.randn((64, 2), generator=torch.Generator().manual_seed(0))
+
+    def waveform() -> Tensor:
+        return torch.cat(list(load_audio_vae(layout, device=CPU).decode(latents)), dim=1)
+
+    decoder = [name for name in perturbed.names if name.startswith("decoder.")]
+    assert len(decoder) > 150
+    missed = unnoticed(perturbed, sorted(perturbed.names), waveform)
+    assert missed == sorted(name for name in perturbed.names if name.startswith("encoder."))
+    assert len(missed) + len(decoder) == len(perturbed.names)

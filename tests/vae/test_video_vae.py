@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
 from cosmos3_core.errors import CapabilityError, RequestError, StateError
 from cosmos3_core.vae.video import DecodeState, VideoVAE, patchify, unpatchify
 from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache
 from cosmos3_core.vae.video_resample import DuplicateUp
+from tests.live_bytes import peak_bytes
 
 # Latent (frames, rows, columns): odd and even, one frame (an image), two, and more than a chunk of four.
 GRIDS = [(3, 5, 4), (1, 4, 4), (2, 1, 1), (5, 3, 5), (6, 2, 3)]
@@ -257,41 +255,6 @@ def test_a_state_keeps_no_more_than_it_needs(vae: VideoVAE) -> None:
         num_bytes.append(sum(frames.nbytes for frames in held))
     assert num_bytes[1] == num_bytes[2]
     assert len(held) == vae.decoder.num_slots
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, from birth to death."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What an operator was given is not new, though it may be returned as a view or after a change in place.
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                if storage._cdata not in given | self._alive:
-                    self._alive.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return result
-
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._alive.discard(key)
-        self.now -= num_bytes
-
-
-def peak_bytes(decode: Callable[[], object]) -> int:
-    with LiveBytes() as live:
-        decode()
-    assert live.now <= 0.01 * live.peak, "the decode left tensors behind"
-    return live.peak
 
 
 def test_peak_memory_does_not_grow_with_the_clip(vae: VideoVAE) -> None:

@@ -1,0 +1,127 @@
+"""The audio VAE's decoder: sound latents -> waveform, window by window.
+
+Tensors end in their axes: C channels, T latents, S samples, B sounds (one here).
+
+The network looks to both sides, but only so far: whatever the length of a sound, a stretch of it is made of its own
+latents and a few on either side (``AudioVAE.halo_latents``). So a long sound is decoded in windows that overlap by that
+much, of which the middle is kept; to fp32 rounding they equal the sound decoded whole.
+
+Parameters bear the names of the published tensors: loading is the identity map. Latents go in as the transformer makes
+them, there are no statistics to undo. The encoder is not here: nothing that is offered takes sound as input.
+
+Source: the published Cosmos3AVAEAudioTokenizer weights and config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from cosmos3_core.checkpoint.configs import AudioVAEConfig
+from cosmos3_core.errors import CapabilityError, RequestError
+from cosmos3_core.vae.audio_blocks import Decoder
+
+CHUNK_LATENTS = 512
+"""Latents of a chunk where the caller names no number: 20 s of sound, longer than what is usually asked for."""
+
+
+class AudioVAE(nn.Module):
+    """Decoder from sound latents to a waveform in [-1, 1].
+
+    Args:
+        config: the checkpoint's ``sound_tokenizer/config.json``.
+
+    Attributes:
+        halo_latents: how many latents before and behind a stretch have a part in its samples; worked out from the
+            kernels, strides and dilations.
+
+    Raises:
+        CapabilityError: the config's parts contradict each other or describe a decoder that does not lengthen by its
+            strides.
+    """
+
+    def __init__(self, config: AudioVAEConfig) -> None:
+        super().__init__()
+        _check_architecture(config)
+        self.config = config
+        # The published lists run from the waveform to the latents; decoding goes the other way.
+        self.decoder = Decoder(
+            tuple(config.dec_dim * multiple for multiple in (1, *config.dec_c_mults))[::-1],
+            config.dec_strides[::-1],
+            in_channels=config.vocoder_input_dim,
+            out_channels=config.dec_out_channels,
+        )
+        # Of the samples of latent 0.
+        first, last = self.decoder.inputs_of(0, config.hop_size - 1)
+        self.halo_latents = (-first, last)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second and channel."""
+        return self.config.sampling_rate
+
+    @property
+    def hop_size(self) -> int:
+        """Samples that a latent becomes, per channel."""
+        return self.config.hop_size
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the sound; 2 is stereo, left first."""
+        return self.config.dec_out_channels
+
+    def decode(self, latents_CT: Tensor, *, chunk_latents: int = CHUNK_LATENTS) -> Iterator[Tensor]:
+        """Decode a sound lazily, computed in the module's dtype.
+
+        Memory grows with ``chunk_latents``, not with the sound. One that fits into a chunk is decoded whole.
+
+        Args:
+            latents_CT: [vocoder_input_dim, T], on any device.
+            chunk_latents: latents per chunk.
+
+        Returns:
+            An iterator of waveform chunks [num_channels, S] in [-1, 1], fp32 on the module's device: S is
+            ``chunk_latents`` x ``hop_size``, less in the last; together T x ``hop_size``.
+
+        Raises:
+            RequestError: latents of another shape, or ``chunk_latents`` below 1. This call raises it, not the iterator.
+        """
+        num_in = self.config.vocoder_input_dim
+        if latents_CT.dim() != 2 or latents_CT.shape[0] != num_in or latents_CT.shape[1] == 0:
+            raise RequestError("latents_CT", tuple(latents_CT.shape), f"({num_in}, latents), at least 1 latent")
+        if chunk_latents < 1:
+            raise RequestError("chunk_latents", chunk_latents, "1 or more latents")
+        return self._decode(latents_CT, chunk_latents)
+
+    def _decode(self, latents_CT: Tensor, chunk_latents: int) -> Iterator[Tensor]:
+        num_latents = latents_CT.shape[1]
+        for start in range(0, num_latents, chunk_latents):
+            yield self._decode_stretch(latents_CT, start, min(start + chunk_latents, num_latents))
+
+    @torch.no_grad()
+    def _decode_stretch(self, latents_CT: Tensor, start: int, stop: int) -> Tensor:
+        """Samples of the latents from ``start`` to before ``stop``."""
+        num_before, num_behind = self.halo_latents
+        # No farther than the sound's ends: beyond them every layer sees zeros, which zero latents would not give it.
+        window_start = max(start - num_before, 0)
+        parameter = self.decoder.conv1.weight_v
+        window_1CT = latents_CT[:, window_start : stop + num_behind].to(parameter.device, parameter.dtype).unsqueeze(0)
+        samples_CS = self.decoder(window_1CT).squeeze(0)
+        kept = slice((start - window_start) * self.hop_size, (stop - window_start) * self.hop_size)
+        # A copy, also where the dtype is the same: a view would keep the whole window alive.
+        return samples_CS[:, kept].to(torch.float32, copy=True).clamp_(-1.0, 1.0)
+
+
+def _check_architecture(config: AudioVAEConfig) -> None:
+    """Widths and strides go together, and the strides make up the hop."""
+    mults, strides = config.dec_c_mults, config.dec_strides
+    if not strides or len(mults) != len(strides):
+        raise CapabilityError("sound_tokenizer.dec_c_mults", mults, f"one for each of dec_strides={list(strides)}")
+    # A stride of one would shorten by a sample: what is trimmed in front cannot be given back at the end.
+    if min(strides) < 2:
+        raise CapabilityError("sound_tokenizer.dec_strides", strides, "strides of 2 or more")
+    if math.prod(strides) != config.hop_size:
+        raise CapabilityError("sound_tokenizer.hop_size", config.hop_size, f"{math.prod(strides)} for these strides")
