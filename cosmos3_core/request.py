@@ -100,7 +100,8 @@ class ResolvedRequest:
 
     def clip_format(self, *, crf: float = 18, lossless: bool = False) -> ClipFormat:
         """The file that this request becomes."""
-        return ClipFormat(self.mode == TEXT_TO_IMAGE, self.height, self.width, self.fps, crf, lossless)
+        kind = "png" if self.mode == TEXT_TO_IMAGE else "mp4"
+        return ClipFormat(kind, self.height, self.width, self.fps, crf, lossless)
 
 
 def resolve(request: GenerationRequest, layout: CheckpointLayout) -> ResolvedRequest:
