@@ -8,7 +8,7 @@
     │   ├── CorruptFileError    a file is there but is not what it says: truncated, a pickle, broken JSON
     │   └── TensorMismatchError missing, unexpected or mis-shaped tensors
     ├── StateError              a saved denoise state is damaged or belongs to another request
-    ├── MediaError              frames could not be turned into a file
+    ├── MediaError              frames or sound could not be turned into a file
     └── ClosedError             a closed engine, decoder or writer was used
 
 Bad input raises one of these before anything large is allocated. An ``AssertionError`` is always our own bug.
@@ -110,7 +110,7 @@ class StateError(Cosmos3Error):
 
 
 class MediaError(Cosmos3Error):
-    """Frames could not be written as a media file."""
+    """Frames or sound could not be written as a media file, or read from one."""
 
 
 class ClosedError(Cosmos3Error):

@@ -1,4 +1,4 @@
-"""Pixel <-> latent <-> token arithmetic, and nowhere else.
+"""Pixel <-> latent <-> token arithmetic, and frames <-> samples of sound, and nowhere else.
 
 The compression factors are not constants: :class:`Geometry` takes them from the checkpoint's configs, so that another
 model family brings its own. No torch here: the HTTP edge validates sizes with this module.
@@ -6,7 +6,9 @@ model family brings its own. No torch here: the HTTP edge validates sizes with t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 
@@ -77,3 +79,38 @@ def pixel_to_latent_shape(
     The name and the plain tuple match PhyAI's function of this name.
     """
     return (num_frames - 1) // temporal + 1, height // spatial, width // spatial
+
+
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """The rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
+
+    Args:
+        fps: frames per second, positive; :func:`cosmos3_core.media.mp4.exact_frame_rate` checks it.
+    """
+    # The broadcast rates are written in decimals but mean n * 1000/1001.
+    broadcast = Fraction(math.ceil(fps) * 1000, 1001)
+    if abs(float(fps) - float(broadcast)) < 5e-4:
+        return broadcast
+    return Fraction(fps).limit_denominator(1001)
+
+
+def sound_samples(num_frames: int, fps: float | Fraction, sampling_rate: int) -> int:
+    """Samples per channel of a sound track that ends with its video: the whole ones that fit, in exact arithmetic.
+
+    Args:
+        num_frames: pixel frames.
+        fps: frames per second, taken as :func:`frame_rate` does.
+        sampling_rate: samples per second (Hz).
+    """
+    return num_frames * sampling_rate // frame_rate(fps)
+
+
+def num_sound_latents(num_frames: int, fps: float | Fraction, latent_fps: float) -> int:
+    """Sound latents that cover a clip: the least whole number of them, in exact arithmetic.
+
+    Args:
+        num_frames: pixel frames.
+        fps: frames per second, taken as :func:`frame_rate` does.
+        latent_fps: sound latents per second (25).
+    """
+    return math.ceil(num_frames * Fraction(latent_fps) / frame_rate(fps))

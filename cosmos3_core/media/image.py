@@ -1,26 +1,44 @@
-"""A single frame -> a PNG file, through the same library as the videos."""
+"""A single frame -> an image file: png through the same library as the videos, jpeg and webp through Pillow."""
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 
 import av
 import numpy as np
+import PIL.Image
 
+from cosmos3_core import checks
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media.output import OutputFile, Target
 from cosmos3_core.media.pixels import Frames
 
+IMAGE_KINDS = ("png", "jpeg", "webp")
+DEFAULT_QUALITY = 90
+LOSSLESS_WEBP_QUALITY = 100
+_LOSSLESS_WEBP_EFFORT = 50  # 0 to 100; more takes several times as long for a few per cent
+
+# What the formats' headers can state.
+_MAX_SIDE_PIXELS = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
+
 
 def write_png(target: Target, frame: Frames) -> None:
-    """Write one frame as an 8-bit RGB PNG, exactly. The same frame gives the same bytes.
+    """:func:`write_image` for ``png``."""
+    write_image(target, frame, "png")
+
+
+def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT_QUALITY) -> None:
+    """Write one frame as an 8-bit RGB image. The same frame and settings give the same bytes.
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
         frame: uint8 RGB [Y, X, 3].
+        kind: ``png``, which is exact; ``jpeg``, with chroma at full resolution; or ``webp``.
+        quality: of jpeg and webp, 0 (smallest) to 100 (best); webp is exact at 100. No matter for png.
 
     Raises:
-        RequestError: another dtype or shape, or an unusable path.
+        RequestError: another dtype or shape, a setting out of range, or an unusable path.
         MediaError: the encoder or the disk failed; no file is left.
     """
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
@@ -28,13 +46,39 @@ def write_png(target: Target, frame: Frames) -> None:
         raise RequestError("frame", given, "a uint8 array [Y, X, 3]", "One frame of a clip is frames[i].")
     if frame.size == 0:
         raise RequestError("frame", list(frame.shape), "at least one pixel")
+    check_image(kind, frame.shape[0], frame.shape[1], quality)
     output = OutputFile(target)
     try:
-        output.path.write_bytes(_encode_png(frame))
-    except (av.FFmpegError, OSError) as error:
+        output.path.write_bytes(_encode_png(frame) if kind == "png" else _encode_lossy(frame, kind, quality))
+    except (av.FFmpegError, OSError, ValueError) as error:  # Pillow refuses with ValueError
         output.discard()
-        raise MediaError(f"the PNG could not be written: {error}") from error
+        raise MediaError(f"the {kind.upper()} could not be written: {error}") from error
     output.commit()
+
+
+def check_image(kind: str, height: int, width: int, quality: int) -> None:
+    """Make sure that there is such an image format and that it can hold such a picture.
+
+    Raises:
+        RequestError: not so.
+    """
+    checks.choice("kind", kind, IMAGE_KINDS)
+    checks.integer("height", height, 1, _MAX_SIDE_PIXELS[kind])
+    checks.integer("width", width, 1, _MAX_SIDE_PIXELS[kind])
+    checks.integer("quality", quality, 0, 100)
+
+
+def _encode_lossy(frame: Frames, kind: str, quality: int) -> bytes:
+    encoded = io.BytesIO()
+    image = PIL.Image.fromarray(np.ascontiguousarray(frame))
+    if kind == "jpeg":
+        # 4:4:4: halved chroma smears saturated edges. Optimised: Huffman tables made for this picture.
+        image.save(encoded, "JPEG", quality=quality, subsampling="4:4:4", optimize=True)
+    elif quality == LOSSLESS_WEBP_QUALITY:
+        image.save(encoded, "WEBP", lossless=True, quality=_LOSSLESS_WEBP_EFFORT)
+    else:
+        image.save(encoded, "WEBP", quality=quality)
+    return encoded.getvalue()
 
 
 def _encode_png(frame: Frames) -> bytes:

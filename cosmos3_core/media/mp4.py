@@ -1,15 +1,16 @@
-"""Frames -> an H.264 mp4 whose bytes depend on nothing but the frames and the settings.
+"""Frames, and sound -> an H.264 mp4, with AAC, whose bytes depend on nothing but these and the settings.
 
 Colour: RGB is taken as full-range BT.709 and stored as limited-range BT.709 (luma 16..235), tagged so in the stream and
 in the container. Chroma is the mean of each 2 x 2 block, which is what the chroma location tag ("center") says.
 
 Reproducible: the number of encoder threads is fixed, x264 may not choose algorithms by CPU model, and neither dates nor
-library versions are written by the muxer (x264 stores its own version and settings in the stream).
+library versions are written by the muxer (x264 stores its own version and settings in the stream). Sound and frames may
+come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes in floating point and picks
+routines by CPU model: its bytes are the same every time on one machine, on another they may differ.
 """
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
@@ -18,8 +19,11 @@ import av
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.media.aac import AacTrack, PacketOrder, check_aac
 from cosmos3_core.media.output import OutputFile, Target
 from cosmos3_core.media.pixels import Frames, check_frames
+from cosmos3_core.media.sound import SampleCounter, Samples, SoundFormat, refused_sound
+from cosmos3_core.shapes import frame_rate
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 """x264's speed presets, fastest first."""
@@ -43,9 +47,10 @@ _RGB_TO_YUV = (
 _X264_PARAMS = "cpu-independent=1:chromaloc=1"
 
 # The index moves to the front when the file is closed; "bitexact" leaves dates and library versions out. A file that
-# is streamed in fragments would name other flags here and write straight to its stream; a sound track would be one more
-# stream of the same container.
+# is streamed in fragments would name other flags here and write straight to its stream.
 _MUXER_OPTIONS = {"movflags": "faststart", "fflags": "+bitexact"}
+
+_VIDEO, _SOUND = 0, 1  # tracks
 
 # FFmpeg's and the file system's failures, not our bugs.
 _FAILURES = (av.FFmpegError, OSError)
@@ -63,19 +68,16 @@ def exact_frame_rate(fps: float | Fraction) -> Fraction:
     is_number = isinstance(fps, int | float | Fraction) and not isinstance(fps, bool)
     if not is_number or not MIN_FPS <= fps <= MAX_FPS:  # NaN fails the comparison
         raise RequestError("fps", fps, f"a number from {MIN_FPS} to {MAX_FPS}", "Usual are 16, 24 and 30.")
-    # The broadcast rates are written in decimals but mean n * 1000/1001.
-    broadcast = Fraction(math.ceil(fps) * 1000, 1001)
-    if abs(float(fps) - float(broadcast)) < 5e-4:
-        return broadcast
-    return Fraction(fps).limit_denominator(1001)
+    return frame_rate(fps)
 
 
 class Mp4Writer:
-    """Writes one clip as an mp4: H.264, yuv420p, index in front ("faststart").
+    """Writes one clip as an mp4: H.264, yuv420p, index in front ("faststart"); with sound, AAC-LC.
 
-    Frames come in chunks, as the decoder makes them, and are encoded at once; where the chunks are cut does not change
-    the file. The file appears when :meth:`close` returns; leaving the ``with`` block by an exception, or a failure in
-    :meth:`write`, leaves none. Not thread-safe.
+    Frames and samples come in chunks, as the decoders make them, and are encoded at once; where the chunks are cut, and
+    in which order frames and samples come, does not change the file. The file appears when :meth:`close` returns;
+    leaving the ``with`` block by an exception, or a failure in :meth:`write` or :meth:`write_sound`, leaves none. Not
+    thread-safe.
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
@@ -86,6 +88,8 @@ class Mp4Writer:
         preset: x264's speed, one of :data:`PRESETS`; slower makes smaller files.
         lossless: store the yuv420p planes exactly; ``crf`` is then ignored. Files are large and few players open them.
         threads: encoder threads, 1 to 16. Part of what the bytes depend on, hence not taken from the machine.
+        sound: the sound track, which starts with the first frame; :data:`AAC_SAMPLING_RATES` has the rates it may have.
+            None leaves it out.
 
     Raises:
         RequestError: an argument is out of range.
@@ -103,17 +107,25 @@ class Mp4Writer:
         preset: str = "medium",
         lossless: bool = False,
         threads: int = 2,
+        sound: SoundFormat | None = None,
     ) -> None:
         rate = exact_frame_rate(fps)
         _check_settings(height=height, width=width, crf=crf, preset=preset, threads=threads)
+        if sound is not None:
+            check_aac(sound)
         self.num_frames = 0
+        self._counter = None if sound is None else SampleCounter(sound)
+        self._order = PacketOrder(1 if sound is None else 2)
         self._height, self._width = height, width
         self._frame_time_s = 1 / rate
         self._reformatter = VideoReformatter()
         self._is_open = True
         self._output = OutputFile(target)
+        # In units of a sample the edit list states the track's end exactly; the default unit is a millisecond.
+        timescale = {} if sound is None else {"movie_timescale": str(sound.sampling_rate)}
+        options = {**_MUXER_OPTIONS, **timescale}
         try:
-            self._container = av.open(str(self._output.path), mode="w", format="mp4", container_options=_MUXER_OPTIONS)
+            self._container = av.open(str(self._output.path), mode="w", format="mp4", container_options=options)
         except _FAILURES as error:
             self._output.discard()
             raise MediaError(f"{self._output.path} could not be created: {error}") from error
@@ -125,6 +137,11 @@ class Mp4Writer:
         except _FAILURES as error:
             self.abort()
             raise MediaError(f"the H.264 encoder did not start for {width}x{height}: {error}") from error
+        try:
+            self._track = None if sound is None else AacTrack(self._container, sound)
+        except _FAILURES as error:
+            self.abort()
+            raise MediaError(f"the AAC encoder did not start for {sound}: {error}") from error
 
     def _open_encoder(self, threads: int) -> None:
         context = self._video.codec_context
@@ -153,11 +170,34 @@ class Mp4Writer:
         check_frames(frames, height=self._height, width=self._width)
         try:
             for pixels in frames:
-                self._container.mux(self._video.encode(self._to_yuv(pixels)))
+                self._container.mux(self._order.add(_VIDEO, self._video.encode(self._to_yuv(pixels))))
                 self.num_frames += 1
         except _FAILURES as error:
             self.abort()
             raise MediaError(f"encoding stopped at frame {self.num_frames}: {error}") from error
+
+    def write_sound(self, samples: Samples) -> None:
+        """Encode the next samples; they may come before, between or after the frames.
+
+        Args:
+            samples: float32 [channels, n] in [-1, 1], clipped where they exceed it; n may differ from call to call.
+                What exceeds the track's ``num_samples`` is dropped.
+
+        Raises:
+            RequestError: another dtype or shape, samples that are not finite, or a writer without a sound track; the
+                writer stays usable.
+            ClosedError: the writer was closed or has failed.
+            MediaError: the encoder or the disk failed; the writer is then closed and its file removed.
+        """
+        self._require_open()
+        if self._track is None or self._counter is None:
+            raise refused_sound("mp4")
+        kept = self._counter.take(samples)
+        try:
+            self._container.mux(self._order.add(_SOUND, self._track.encode(kept)))
+        except _FAILURES as error:
+            self.abort()
+            raise MediaError(f"encoding stopped at sample {self._counter.num_samples} of sound: {error}") from error
 
     def _to_yuv(self, pixels: Frames) -> av.VideoFrame:
         frame = self._reformatter.reformat(
@@ -177,7 +217,7 @@ class Mp4Writer:
         """Finish the file and give it its name. Does nothing the second time.
 
         Raises:
-            MediaError: no frame was written, or the encoder or the disk failed; no file is left.
+            MediaError: no frame was written, too few samples came, or the encoder or the disk failed; no file is left.
         """
         if not self._is_open:
             return
@@ -185,13 +225,25 @@ class Mp4Writer:
             self.abort()
             raise MediaError("no frame was written, so there is no file; write at least one before close()")
         try:
-            self._container.mux(self._video.encode(None))
+            if self._counter is not None:
+                self._counter.check_complete()
+        except MediaError:
+            self.abort()
+            raise
+        try:
+            self._flush()
             self._container.close()
         except _FAILURES as error:
             self.abort()
             raise MediaError(f"the file could not be finished after {self.num_frames} frames: {error}") from error
         self._is_open = False
         self._output.commit()
+
+    def _flush(self) -> None:
+        self._container.mux(self._order.add(_VIDEO, self._video.encode(None)))
+        if self._track is not None:
+            self._container.mux(self._order.add(_SOUND, self._track.flush()))
+        self._container.mux(self._order.rest())
 
     def abort(self) -> None:
         """Give up: close the encoder and leave no file. Does nothing after :meth:`close`."""

@@ -1,4 +1,4 @@
-"""What a video file really holds, found by decoding it."""
+"""What a video or sound file really holds, found by decoding it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from cosmos3_core.errors import MediaError
 from cosmos3_core.media.pixels import Frames
+from cosmos3_core.media.sound import Samples
 
 _YUV_TO_RGB = (
     Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
@@ -22,8 +24,27 @@ _YUV_TO_RGB = (
 
 
 @dataclass(frozen=True)
+class SoundInfo:
+    """The facts about a file's first sound track.
+
+    Attributes:
+        codec: FFmpeg's name for it, such as ``"aac"``.
+        sampling_rate: samples per second and channel (Hz).
+        num_channels: 1 is mono, 2 is stereo.
+        num_samples: samples per channel that decode and are presented: without the encoder's delay and padding.
+        duration_s: seconds that they last.
+    """
+
+    codec: str
+    sampling_rate: int
+    num_channels: int
+    num_samples: int
+    duration_s: float
+
+
+@dataclass(frozen=True)
 class VideoInfo:
-    """The facts about a file's first video stream.
+    """The facts about a file's first video stream, and its sound.
 
     Attributes:
         num_frames: frames that decode.
@@ -32,6 +53,7 @@ class VideoInfo:
         duration_s: seconds, the last frame's display time included.
         codec: FFmpeg's name for it, such as ``"h264"``.
         pixel_format: FFmpeg's name for it, such as ``"yuv420p"``.
+        sound: the first sound track; None where there is none.
     """
 
     num_frames: int
@@ -41,14 +63,16 @@ class VideoInfo:
     duration_s: float
     codec: str
     pixel_format: str
+    sound: SoundInfo | None = None
 
 
 def probe_video(path: str | Path) -> VideoInfo:
     """Decode the whole file and report what was in it.
 
     Raises:
-        MediaError: there is no such file, it holds no video, or not every frame that it names decodes.
+        MediaError: there is no such file, it holds no video, or not all that it names decodes.
     """
+    sound = probe_sound(path)
     try:
         with av.open(str(Path(path).absolute())) as container:
             stream = _video_stream(container, path)
@@ -71,9 +95,71 @@ def probe_video(path: str | Path) -> VideoInfo:
                 duration_s=float(duration_s),
                 codec=context.codec.canonical_name,
                 pixel_format=context.pix_fmt or "unknown",
+                sound=sound,
             )
     except (av.FFmpegError, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def probe_sound(path: str | Path) -> SoundInfo | None:
+    """Decode a file's first sound track and report what was in it; None where there is none.
+
+    Raises:
+        MediaError: there is no such file, or not all the sound that it names decodes.
+    """
+    try:
+        with av.open(str(Path(path).absolute())) as container:
+            if not container.streams.audio:
+                return None
+            stream = container.streams.audio[0]
+            num_samples = sum(chunk.shape[1] for chunk in _presented(container, stream, path))
+            return SoundInfo(
+                codec=stream.codec_context.codec.canonical_name,
+                sampling_rate=stream.codec_context.sample_rate,
+                num_channels=stream.codec_context.layout.nb_channels,
+                num_samples=num_samples,
+                duration_s=num_samples / stream.codec_context.sample_rate,
+            )
+    except (av.FFmpegError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_sound(path: str | Path) -> Samples:
+    """Decode a file's first sound track, float32 [channels, samples] in about [-1, 1].
+
+    Sample 0 is the first that a player lets be heard, and the last is the last.
+
+    Raises:
+        MediaError: as :func:`probe_sound`, or there is no sound in it.
+    """
+    try:
+        with av.open(str(Path(path).absolute())) as container:
+            if not container.streams.audio:
+                raise MediaError(f"{path}: there is no sound in this file")
+            chunks = list(_presented(container, container.streams.audio[0], path))
+            if not chunks:
+                raise MediaError(f"{path}: the sound track is empty")
+            return np.concatenate(chunks, axis=1)
+    except (av.FFmpegError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _presented(container: InputContainer, stream: AudioStream, path: str | Path) -> Iterator[Samples]:
+    """The samples from which a player makes sound, in chunks [channels, n]."""
+    # FFmpeg drops what an mp4's edit list has before time 0, but not what lies past its end: the last AAC frame is
+    # filled up. Other formats' durations may be estimates; those of mp4 are exact.
+    num_left = None
+    if "mp4" in container.format.name and stream.duration and stream.time_base:
+        num_left = round(stream.duration * stream.time_base * stream.codec_context.sample_rate)
+    num_stated = num_left
+    resampler = av.AudioResampler(format="fltp")  # planes of float32, whatever the codec decodes to
+    for frame in container.decode(stream):
+        for planes in resampler.resample(frame):
+            chunk = np.asarray(planes.to_ndarray(), dtype=np.float32)[:, :num_left]
+            num_left = None if num_left is None else num_left - chunk.shape[1]
+            yield chunk
+    if num_left:
+        raise MediaError(f"{path}: damaged: {num_left} of the {num_stated} samples of sound it names cannot be decoded")
 
 
 def read_frames(path: str | Path) -> Iterator[Frames]:

@@ -1,4 +1,4 @@
-"""What a clip becomes: an mp4, or a png where it has one frame. Both writers take chunks as they come."""
+"""What a result becomes: an mp4, an image where it has one frame, or a wav. All writers take chunks as they come."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from cosmos3_core import checks
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
-from cosmos3_core.media.image import write_png
+from cosmos3_core.media.image import DEFAULT_QUALITY, IMAGE_KINDS, check_image, write_image
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.output import Target
 from cosmos3_core.media.pixels import Frames, check_frames
+from cosmos3_core.media.sound import Samples, WavWriter, refused_sound
+from cosmos3_core.media.sound import SoundFormat as SoundFormat
+
+FILE_KINDS = ("mp4", "png", "jpeg", "webp", "wav")
+
+_MEDIA_TYPES = {
+    "mp4": "video/mp4",
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "wav": "audio/wav",
+}
+_SUFFIXES = {"mp4": ".mp4", "png": ".png", "jpeg": ".jpg", "webp": ".webp", "wav": ".wav"}
 
 
 @dataclass(frozen=True)
@@ -18,36 +32,68 @@ class ClipFormat:
     """The file to make.
 
     Attributes:
-        is_image: a png of the only frame; else an mp4.
-        height, width: pixels.
-        fps: frames per second; no matter for an image.
-        crf: H.264 quality, 0 (best) to 51.
-        lossless: store the yuv420p planes exactly.
+        kind: one of :data:`FILE_KINDS`; the images hold the only frame.
+        height, width: pixels; no matter for a wav.
+        fps: frames per second of an mp4.
+        crf: H.264 quality of an mp4, 0 (best) to 51.
+        lossless: store the yuv420p planes of an mp4 exactly.
+        sound: the sound track of an mp4, None for none; a wav needs it, images have none.
+        quality: of jpeg and webp, 0 to 100 (best); webp is lossless at 100.
+
+    Raises:
+        RequestError: there is no such kind, or this sound cannot go into it. :func:`open_writer` checks the numbers.
     """
 
-    is_image: bool
+    kind: str
     height: int
     width: int
     fps: float
     crf: float = 18
     lossless: bool = False
+    sound: SoundFormat | None = None
+    quality: int = DEFAULT_QUALITY
+
+    def __post_init__(self) -> None:
+        checks.choice("kind", self.kind, FILE_KINDS)
+        if self.kind == "wav" and self.sound is None:
+            raise RequestError("sound", None, "a SoundFormat", "A wav holds nothing but sound.")
+        if self.is_image and self.sound is not None:
+            raise RequestError("sound", self.sound, f"None for a {self.kind}", "Sound goes into an mp4 or a wav.")
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the file holds a single frame."""
+        return self.kind in IMAGE_KINDS
 
     @property
     def media_type(self) -> str:
         """MIME type of the file."""
-        return "image/png" if self.is_image else "video/mp4"
+        return _MEDIA_TYPES[self.kind]
 
     @property
     def suffix(self) -> str:
         """Ending of the file's name."""
-        return ".png" if self.is_image else ".mp4"
+        return _SUFFIXES[self.kind]
 
 
 class MediaWriter(Protocol):
     """A file in the making; a context manager that leaves no file when it is left by an exception."""
 
     def write(self, frames: Frames) -> None:
-        """Add uint8 frames [F, Y, X, 3]."""
+        """Add uint8 frames [F, Y, X, 3].
+
+        Raises:
+            RequestError: another dtype or shape, or a file without pictures.
+        """
+
+    def write_sound(self, samples: Samples) -> None:
+        """Add samples, float32 [channels, n] in [-1, 1], before, between or after the frames.
+
+        What exceeds the format's ``num_samples`` is dropped; fewer are a MediaError of :meth:`close`.
+
+        Raises:
+            RequestError: another dtype or shape, or a file without sound.
+        """
 
     def close(self) -> None:
         """Finish the file and give it its name; does nothing the second time."""
@@ -59,16 +105,22 @@ class MediaWriter(Protocol):
     ) -> None: ...
 
 
-class PngWriter:
-    """Writes one frame as a png when it is closed.
+class ImageWriter:
+    """Writes one frame as a png, jpeg or webp when it is closed; see :func:`write_image`.
 
     Args:
         target: a path in an existing directory, or a binary stream.
+        kind: ``png``, ``jpeg`` or ``webp``.
         height, width: pixels of the frame.
+        quality: of jpeg and webp, 0 to 100 (best).
+
+    Raises:
+        RequestError: a setting is out of range.
     """
 
-    def __init__(self, target: Target, *, height: int, width: int) -> None:
-        self._target = target
+    def __init__(self, target: Target, kind: str, *, height: int, width: int, quality: int = DEFAULT_QUALITY) -> None:
+        check_image(kind, height, width, quality)
+        self._target, self._kind, self._quality = target, kind, quality
         self._height, self._width = height, width
         self._frame: Frames | None = None
         self._is_open = True
@@ -81,11 +133,19 @@ class PngWriter:
             ClosedError: the writer was closed.
         """
         if not self._is_open:
-            raise ClosedError("this PngWriter is closed; open a new one to write another file")
+            raise ClosedError("this ImageWriter is closed; open a new one to write another file")
         check_frames(frames, height=self._height, width=self._width)
         if self._frame is not None or len(frames) != 1:
             raise RequestError("frames", len(frames), "one frame in all", "Write a clip as an mp4.")
         self._frame = frames[0]
+
+    def write_sound(self, samples: Samples) -> None:
+        """An image takes no sound.
+
+        Raises:
+            RequestError: always.
+        """
+        raise refused_sound(self._kind)
 
     def close(self) -> None:
         """Write the file. Does nothing the second time.
@@ -97,9 +157,9 @@ class PngWriter:
             self._is_open = False
             if self._frame is None:
                 raise MediaError("no frame was written, so there is no image; write one before close()")
-            write_png(self._target, self._frame)
+            write_image(self._target, self._frame, self._kind, self._quality)
 
-    def __enter__(self) -> PngWriter:
+    def __enter__(self) -> ImageWriter:
         return self
 
     def __exit__(
@@ -121,8 +181,17 @@ def open_writer(target: Target, clip_format: ClipFormat) -> MediaWriter:
         RequestError: a setting is out of range.
         MediaError: the encoder or the file could not be opened.
     """
+    if clip_format.kind == "wav":
+        assert clip_format.sound is not None  # ClipFormat saw to it
+        return WavWriter(target, clip_format.sound)
     if clip_format.is_image:
-        return PngWriter(target, height=clip_format.height, width=clip_format.width)
+        return ImageWriter(
+            target,
+            clip_format.kind,
+            height=clip_format.height,
+            width=clip_format.width,
+            quality=clip_format.quality,
+        )
     return Mp4Writer(
         target,
         fps=clip_format.fps,
@@ -130,4 +199,5 @@ def open_writer(target: Target, clip_format: ClipFormat) -> MediaWriter:
         width=clip_format.width,
         crf=clip_format.crf,
         lossless=clip_format.lossless,
+        sound=clip_format.sound,
     )

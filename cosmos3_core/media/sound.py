@@ -1,0 +1,215 @@
+"""Sound on its way into a file: what a track holds, checks of its samples, and the wav writer.
+
+Samples are float32 [channels, n] in [-1, 1]; a channel is a row. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import wave
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cosmos3_core import checks
+from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.media.output import OutputFile, Target
+from cosmos3_core.media.pixels import Frames
+
+Samples: TypeAlias = npt.NDArray[np.float32]
+"""Sound, float32 [channels, n] in [-1, 1]."""
+
+MAX_CHANNELS = 2
+MIN_SAMPLING_RATE, MAX_SAMPLING_RATE = 1_000, 384_000
+# Two channels of 16 bits stay below the 4 GiB that a wav's header can state.
+MAX_SAMPLES = 10**9
+
+_PCM16_STEPS = 32768
+
+
+@dataclass(frozen=True)
+class SoundFormat:
+    """The sound track to make.
+
+    Attributes:
+        sampling_rate: samples per second and channel (Hz).
+        num_channels: 1 (mono) or 2 (left, right).
+        num_samples: how many samples per channel go into the file, exactly.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    sampling_rate: int
+    num_channels: int
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        checks.integer("sampling_rate", self.sampling_rate, MIN_SAMPLING_RATE, MAX_SAMPLING_RATE)
+        checks.integer("num_channels", self.num_channels, 1, MAX_CHANNELS)
+        checks.integer("num_samples", self.num_samples, 1, MAX_SAMPLES)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds that the track lasts."""
+        return self.num_samples / self.sampling_rate
+
+
+def check_samples(samples: Any, num_channels: int | None = None) -> None:
+    """Make sure that ``samples`` is a float32 array [channels, n] of finite numbers, of ``num_channels`` where given.
+
+    Raises:
+        RequestError: it is not; the message names both shapes.
+    """
+    allowed = f"a float32 array [{'channels' if num_channels is None else num_channels}, n]"
+    if not isinstance(samples, np.ndarray):
+        raise RequestError("samples", type(samples).__name__, allowed, "Tensors: sound.float().cpu().numpy().")
+    if samples.dtype != np.float32 or samples.ndim != 2 or num_channels not in (None, len(samples)):
+        raise RequestError("samples", f"{samples.dtype} {list(samples.shape)}", allowed)
+    if not np.isfinite(samples).all():
+        raise RequestError("samples", "NaN or infinity among them", "finite numbers, -1 to 1")
+
+
+class SampleCounter:
+    """Lets through exactly as many samples as a track holds, and says when too few came.
+
+    Args:
+        sound: the track.
+    """
+
+    def __init__(self, sound: SoundFormat) -> None:
+        self._sound = sound
+        self.num_samples = 0
+
+    def take(self, samples: Samples) -> Samples:
+        """The part of ``samples`` that still belongs into the track, clipped to [-1, 1]; float32 [channels, n].
+
+        Raises:
+            RequestError: another dtype or shape, or samples that are not finite; nothing is counted then.
+        """
+        check_samples(samples, self._sound.num_channels)
+        kept = samples[:, : self._sound.num_samples - self.num_samples]
+        self.num_samples += kept.shape[1]
+        # A waveform decoder overshoots a little; every encoder would clip, or wrap around.
+        return np.clip(kept, -1, 1)
+
+    def check_complete(self) -> None:
+        """Make sure that all samples came.
+
+        Raises:
+            MediaError: too few did.
+        """
+        if self.num_samples < self._sound.num_samples:
+            expected = self._sound.num_samples
+            raise MediaError(f"only {self.num_samples} of the {expected} samples of sound came before close()")
+
+
+def refused_sound(kind: str) -> RequestError:
+    """The error of a writer whose file of this ``kind`` has no sound track."""
+    hint = "Sound goes into a wav, or an mp4 opened with a SoundFormat."
+    return RequestError("samples", "sound", f"no sound in this {kind}", hint)
+
+
+def to_pcm16(samples: Samples) -> npt.NDArray[np.int16]:
+    """Samples float32 [channels, n] -> int16 [channels, n]: times 32768, rounded, halves to even, clipped.
+
+    Readers divide by 32768, so that values come back within half a step; only 1.0 itself, which has no int16, comes
+    back as 32767/32768.
+    """
+    scaled = np.rint(samples.astype(np.float64) * _PCM16_STEPS)
+    return np.clip(scaled, -_PCM16_STEPS, _PCM16_STEPS - 1).astype(np.int16)
+
+
+class WavWriter:
+    """Writes sound as a 16-bit PCM wav; see :func:`to_pcm16` for the rounding.
+
+    Chunks are written as they come; where they are cut does not change the file. The file appears when :meth:`close`
+    returns; leaving the ``with`` block by an exception, or a failure in :meth:`write_sound`, leaves none.
+
+    Args:
+        target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
+            file at :meth:`close` and is left open.
+        sound: the track.
+
+    Raises:
+        RequestError: the path is unusable.
+        MediaError: the file could not be opened.
+    """
+
+    def __init__(self, target: Target, sound: SoundFormat) -> None:
+        self._counter = SampleCounter(sound)
+        self._output = OutputFile(target)
+        try:
+            self._wave = wave.open(str(self._output.path), "wb")  # noqa: SIM115 - close() and abort() close it
+        except OSError as error:
+            self._output.discard()
+            raise MediaError(f"{self._output.path} could not be created: {error}") from error
+        self._is_open = True
+        self._wave.setparams((sound.num_channels, 2, sound.sampling_rate, sound.num_samples, "NONE", "not compressed"))
+
+    def write(self, frames: Frames) -> None:
+        """A wav takes no frames.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError("frames", "frames", "no frames in a wav", "Open an mp4 for pictures with sound.")
+
+    def write_sound(self, samples: Samples) -> None:
+        """Write the next samples, float32 [channels, n] in [-1, 1]; what exceeds the track is dropped.
+
+        Raises:
+            RequestError: another dtype or shape, or samples that are not finite; the writer stays usable.
+            ClosedError: the writer was closed or has failed.
+            MediaError: the disk failed; the writer is then closed and its file removed.
+        """
+        if not self._is_open:
+            raise ClosedError("this WavWriter is closed, or has failed; open a new one to write another file")
+        kept = self._counter.take(samples)
+        try:
+            self._wave.writeframesraw(np.ascontiguousarray(to_pcm16(kept).T).data)
+        except OSError as error:
+            self.abort()
+            raise MediaError(f"writing stopped at sample {self._counter.num_samples}: {error}") from error
+
+    def close(self) -> None:
+        """Finish the file and give it its name. Does nothing the second time.
+
+        Raises:
+            MediaError: too few samples came, or the disk failed; no file is left.
+        """
+        if not self._is_open:
+            return
+        try:
+            self._counter.check_complete()
+            self._wave.close()
+        except (MediaError, OSError) as error:
+            self.abort()
+            if isinstance(error, MediaError):
+                raise
+            raise MediaError(f"the wav could not be finished: {error}") from error
+        self._is_open = False
+        self._output.commit()
+
+    def abort(self) -> None:
+        """Give up and leave no file. Does nothing after :meth:`close`."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        with contextlib.suppress(OSError):  # the file goes away next, whatever state it is in
+            self._wave.close()
+        self._output.discard()
+
+    def __enter__(self) -> WavWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
