@@ -63,6 +63,11 @@ class Limits:
         max_guidance_scale: as in vLLM-Omni's API.
         max_prompt_chars: three times NVIDIA's structured negative prompt (14,850 characters).
         max_text_tokens: of one prompt after templates; keys and values of this many take 2.4 GB on Nano.
+        max_media_bytes: of an image or clip that a user gives, as a file.
+        max_image_pixels: of a given image; its decoded RGB takes 192 MiB. A phone's largest photographs have 50 Mpx.
+        max_clip_frames: of a given clip, used or not; 200 s at 25 fps.
+        max_clip_pixels: of one frame of a given clip; 4096 x 4096, more than 4K.
+        max_clip_total_pixels: of all the frames that one request uses, which are in memory together: 3.4 GiB of RGB.
     """
 
     max_num_frames: int = 1201
@@ -76,6 +81,11 @@ class Limits:
     max_seed: int = 2**63 - 1
     max_prompt_chars: int = 50_000
     max_text_tokens: int = 16_384
+    max_media_bytes: int = 64 * 2**20
+    max_image_pixels: int = 64 * 2**20
+    max_clip_frames: int = 5000
+    max_clip_pixels: int = 16 * 2**20
+    max_clip_total_pixels: int = 1_201 * 1280 * 800
 
 
 LIMITS = Limits()
