@@ -137,6 +137,11 @@ class Limits:
         max_actions: of a chunk, and of given ones; as many as the longest clip has steps between frames.
         max_action_value: of a given action's numbers, either way; the model's own are about 1.
         max_sound_s: seconds; the longest clip at 24 fps, and a waveform of 20 MB.
+        max_media_bytes: of an image or clip that a user gives, as a file.
+        max_image_pixels: of a given image; its decoded RGB takes 192 MiB. A phone's largest photographs have 50 Mpx.
+        max_clip_frames: of a given clip, used or not; 200 s at 25 fps.
+        max_clip_pixels: of one frame of a given clip; 4096 x 4096, more than 4K.
+        max_clip_total_pixels: of all the frames that one request uses, which are in memory together: 3.4 GiB of RGB.
     """
 
     max_num_frames: int = 1201
@@ -153,6 +158,11 @@ class Limits:
     max_actions: int = 1200
     max_action_value: float = 1e6
     max_sound_s: float = 60.0
+    max_media_bytes: int = 64 * 2**20
+    max_image_pixels: int = 64 * 2**20
+    max_clip_frames: int = 5000
+    max_clip_pixels: int = 16 * 2**20
+    max_clip_total_pixels: int = 1_201 * 1280 * 800
 
 
 LIMITS = Limits()

@@ -18,9 +18,7 @@ from cosmos3_core.errors import MediaError
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.sound import Samples
 
-_YUV_TO_RGB = (
-    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-)
+YUV_TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def read_frames(path: str | Path) -> Iterator[Frames]:
         with av.open(str(Path(path).absolute())) as container:
             for frame in container.decode(_video_stream(container, path)):
                 rgb = reformatter.reformat(
-                    frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_YUV_TO_RGB, threads=1
+                    frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=YUV_TO_RGB, threads=1
                 )
                 yield np.asarray(rgb.to_ndarray(), dtype=np.uint8)
     except (av.FFmpegError, OSError) as error:

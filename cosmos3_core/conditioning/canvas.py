@@ -1,0 +1,83 @@
+"""The canvases of action conditioning: which one a clip gets, and how much of it the clip fills. No torch here.
+
+Source: diffusers 0.42.1, ``_ACTION_RESOLUTION_BINS`` and ``_prepare_action_video_conditioning``; the same choice, bit
+for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from cosmos3_core.errors import RequestError
+
+SIDE_MULTIPLE = 16
+"""Pixels: a clip's sides are stretched down to multiples of this first."""
+
+
+class Canvas(NamedTuple):
+    """Rows and columns of pixels."""
+
+    height: int
+    width: int
+
+
+ACTION_TIERS: Mapping[int, tuple[Canvas, ...]] = MappingProxyType(
+    {
+        256: (Canvas(256, 256), Canvas(256, 320), Canvas(320, 256), Canvas(192, 320), Canvas(320, 192)),
+        480: (Canvas(640, 640), Canvas(544, 736), Canvas(736, 544), Canvas(480, 832), Canvas(832, 480)),
+        704: (Canvas(960, 960), Canvas(832, 1088), Canvas(1088, 832), Canvas(704, 1280), Canvas(1280, 704)),
+        720: (Canvas(960, 960), Canvas(832, 1104), Canvas(1104, 832), Canvas(720, 1280), Canvas(1280, 720)),
+    }
+)
+"""Tier -> its canvases. Of two that fit equally well, the one named first is taken."""
+
+
+def floored(height: int, width: int, *, field: str = "video") -> Canvas:
+    """The size to which a clip is stretched first: each side down to a multiple of :data:`SIDE_MULTIPLE`.
+
+    Args:
+        height, width: the clip's, pixels.
+        field: the request's field, for errors.
+
+    Raises:
+        RequestError: a side is too short for that.
+    """
+    if min(height, width) < SIDE_MULTIPLE:
+        raise RequestError(field, f"{width} x {height} pixels", f"sides of at least {SIDE_MULTIPLE} pixels")
+    return Canvas(height - height % SIDE_MULTIPLE, width - width % SIDE_MULTIPLE)
+
+
+def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -> Canvas:
+    """The canvas of a tier whose height / width is closest to that of the clip, after :func:`floored`.
+
+    Args:
+        height, width: the clip's, pixels, as it was given.
+        tier: one of :data:`ACTION_TIERS`.
+        field: the request's field of the clip, for errors.
+
+    Raises:
+        RequestError: no such tier, or too small a clip.
+    """
+    if isinstance(tier, bool) or tier not in ACTION_TIERS:
+        raise RequestError("resolution_tier", tier, f"one of {list(ACTION_TIERS)}")
+    rows, columns = floored(height, width, field=field)
+    return min(ACTION_TIERS[tier], key=lambda canvas: abs(canvas.height / canvas.width - rows / columns))
+
+
+def content_size(height: int, width: int, canvas: Canvas | tuple[int, int], *, field: str = "video") -> Canvas:
+    """How much of the canvas the clip fills, from the top left corner; the rest is padding. It is never enlarged.
+
+    Args:
+        height, width: the clip's, pixels, as it was given.
+        canvas: rows and columns.
+        field: the request's field of the clip, for errors.
+
+    Raises:
+        RequestError: too small a clip.
+    """
+    rows, columns = floored(height, width, field=field)
+    scale = min(canvas[1] / columns, canvas[0] / rows, 1.0)
+    # Halves up, as the reference does; round() would take them to even.
+    return Canvas(max(1, int(scale * rows + 0.5)), max(1, int(scale * columns + 0.5)))

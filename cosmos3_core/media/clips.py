@@ -1,0 +1,178 @@
+"""Clips through FFmpeg, from memory: nothing that a file says makes FFmpeg open another one. No torch here.
+
+Frames are upright: the display matrix of the file (a phone's rotation) is applied. Pixels that are not square are taken
+as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.stream import VideoStream
+
+from cosmos3_core.errors import RequestError
+from cosmos3_core.media.kinds import CLIP_KINDS, FileKind, a, damaged, refusing
+from cosmos3_core.media.pixels import Frames
+from cosmos3_core.media.probe import YUV_TO_RGB
+from cosmos3_core.media.stills import PictureSize, check_pixels
+from cosmos3_core.presets import LIMITS
+
+# Each decoding thread holds frames of its own; four keep up with a stream of 4K.
+_MAX_THREADS = 4
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """A file's video stream, ready to be decoded once.
+
+    Attributes:
+        field: the request's field that it came with.
+        kind: what the file is.
+        container, stream: FFmpeg's.
+        num_frames: what the header says will be shown, where it says it.
+    """
+
+    field: str
+    kind: FileKind
+    container: InputContainer
+    stream: VideoStream
+    num_frames: int | None
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """The frames in the order shown, not converted.
+
+        Raises:
+            RequestError: damaged, a frame of another size than the first, or over a limit.
+        """
+        first: tuple[int, int] | None = None
+        count = 0
+        with refusing(self.field, a(f"{self.kind.name} file"), "a clip that can be decoded"):
+            for packet in self.container.demux(self.stream):
+                if packet.is_corrupt:
+                    raise damaged(self.field, self.kind.name, f"the data of frame {count} are cut off")
+                for frame in packet.decode():
+                    picture = frame.height, frame.width
+                    first = first or picture
+                    check_pixels(self.field, PictureSize(*picture), LIMITS.max_clip_pixels)
+                    if picture != first:
+                        given = f"a clip whose frame {count} is {frame.width} x {frame.height}"
+                        raise RequestError(self.field, given, f"one size; the first frame is {first[1]} x {first[0]}")
+                    if frame.is_corrupt:
+                        raise damaged(self.field, self.kind.name, f"frame {count} decodes in part only")
+                    count += 1
+                    if count > LIMITS.max_clip_frames:
+                        raise too_many_frames(self.field, f"over {LIMITS.max_clip_frames}")
+                    yield frame
+
+
+@contextlib.contextmanager
+def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
+    """Read a file's header and check what it announces.
+
+    Args:
+        field: the request's field, for errors.
+        kind: what the file is; of category "clip".
+        data: the whole file.
+
+    Raises:
+        RequestError: no video stream, too many frames, too large a frame, cut off, or not readable.
+    """
+    # FFmpeg counts rows that it has padded to 64 pixels; frames() counts exactly.
+    max_pixels = {"max_pixels": str(2 * LIMITS.max_clip_pixels)}
+    with contextlib.ExitStack() as stack:
+        with refusing(field, a(f"{kind.name} file"), CLIP_KINDS):
+            container = stack.enter_context(
+                av.open(
+                    io.BytesIO(data),
+                    mode="r",
+                    format=kind.demuxer,
+                    options=max_pixels | {"protocol_whitelist": "none"},
+                    metadata_errors="replace",
+                    io_open=_refuse_to_open,
+                )
+            )
+            stream = _video_stream(field, kind, container)
+            context = stream.codec_context
+            check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
+            context.options = max_pixels  # a stream may change its size, or be larger than its header says
+            stream.thread_type = "AUTO"
+            context.thread_count = _MAX_THREADS
+            num_frames = _announced_frames(field, kind, stream, len(data))
+        yield OpenClip(field, kind, container, stream, num_frames)
+
+
+def upright_size(frame: av.VideoFrame) -> PictureSize:
+    """Rows and columns after the rotation that the file asks for."""
+    is_swapped, _, _ = _turns(frame)
+    return PictureSize(frame.width, frame.height) if is_swapped else PictureSize(frame.height, frame.width)
+
+
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
+    """uint8 RGB [Y, X, 3], upright; the colours are converted as :func:`cosmos3_core.media.probe.read_frames` does."""
+    rgb = reformatter.reformat(
+        frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=YUV_TO_RGB, threads=1
+    )
+    pixels = np.asarray(rgb.to_ndarray(), dtype=np.uint8)
+    is_swapped, flips_rows, flips_columns = _turns(frame)
+    if is_swapped:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
+
+
+def too_many_frames(field: str, count: str | int) -> RequestError:
+    """The error for a clip of ``count`` frames."""
+    return RequestError(field, f"a clip of {count} frames", f"at most {LIMITS.max_clip_frames} frames", "Cut it first.")
+
+
+def _refuse_to_open(url: str, flags: int, options: dict[str, Any]) -> NoReturn:
+    raise PermissionError("the file refers to another one")
+
+
+def _video_stream(field: str, kind: FileKind, container: InputContainer) -> VideoStream:
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:  # a song's cover is no clip
+            if stream.codec_context is None:
+                raise RequestError(field, "a clip in an unknown codec", "H.264, HEVC, VP9, AV1 or another usual codec")
+            return stream
+    raise RequestError(field, a(f"{kind.name} file with no video stream"), CLIP_KINDS)
+
+
+def _announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes: int) -> int | None:
+    """How many frames the index of the file names, where it has a full one: those of the MP4 family do."""
+    if kind.demuxer != "mov" or not len(stream.index_entries):
+        count = stream.frames or None
+        if count and count > LIMITS.max_clip_frames:
+            raise too_many_frames(field, count)
+        return None  # AVI's count, the only one left, is often wrong
+    if len(stream.index_entries) > 2 * LIMITS.max_clip_frames:
+        raise too_many_frames(field, len(stream.index_entries))
+    count = 0
+    for entry in stream.index_entries:
+        if entry.pos + entry.size > num_bytes:
+            raise damaged(field, kind.name, "it ends before its last frame")
+        # Frames that an edit list cuts away are decoded but not shown.
+        count += not entry.is_discard
+    if count > LIMITS.max_clip_frames:
+        raise too_many_frames(field, count)
+    return count
+
+
+def _turns(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """(rows and columns change places, rows are then reversed, columns are then reversed), by the display matrix."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    # x' = a x + c y and y' = b x + d y, in 16.16 fixed point; FFmpeg, libavutil/display.h.
+    a_, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    if abs(b) > abs(a_):
+        return True, b < 0, c < 0
+    return False, d < 0, a_ < 0

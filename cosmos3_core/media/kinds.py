@@ -1,0 +1,105 @@
+"""What a file is by its first bytes, and how what cannot be read is refused. No torch here.
+
+A file's name counts for nothing: only kinds listed here are ever handed to Pillow or FFmpeg, and each to the one reader
+of that kind. Playlists and scripts (HLS, DASH, concat, SVG, EPS), whose readers open other files or run programs, are
+in no list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cosmos3_core.errors import RequestError
+
+STILL, CLIP, AUDIO, OTHER = "image", "clip", "audio", "other"
+
+IMAGE_KINDS = "a PNG, JPEG, WebP, GIF, BMP or TIFF file"
+CLIP_KINDS = "an MP4, MOV, WebM, MKV, AVI or MPEG-TS file, or an animated GIF, WebP or PNG"
+
+_MAX_REASON_CHARS = 160
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is.
+
+    Attributes:
+        name: for people, such as ``"PNG"``.
+        category: :data:`STILL` (Pillow reads it), :data:`CLIP` (FFmpeg reads it), :data:`AUDIO` or :data:`OTHER`.
+        demuxer: FFmpeg's name of the one demuxer for it; "" unless it is a clip.
+    """
+
+    name: str
+    category: str
+    demuxer: str = ""
+
+
+_BY_PREFIX = (
+    (b"\x89PNG\r\n\x1a\n", FileKind("PNG", STILL)),
+    (b"\xff\xd8\xff", FileKind("JPEG", STILL)),
+    (b"GIF87a", FileKind("GIF", STILL)),
+    (b"GIF89a", FileKind("GIF", STILL)),
+    (b"BM", FileKind("BMP", STILL)),
+    (b"II*\0", FileKind("TIFF", STILL)),
+    (b"MM\0*", FileKind("TIFF", STILL)),
+    (b"\x1aE\xdf\xa3", FileKind("Matroska or WebM", CLIP, "matroska")),
+    (b"ID3", FileKind("MP3", AUDIO)),
+    (b"fLaC", FileKind("FLAC", AUDIO)),
+    (b"OggS", FileKind("Ogg", OTHER)),
+)
+_RIFF = {
+    b"WEBP": FileKind("WebP", STILL),
+    b"AVI ": FileKind("AVI", CLIP, "avi"),
+    b"WAVE": FileKind("WAV", AUDIO),
+}
+_MP4 = FileKind("MP4 or MOV", CLIP, "mov")
+_MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp"}
+_HEIF_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
+_UNKNOWN = FileKind("unknown", OTHER)
+
+
+def kind_of(data: bytes) -> FileKind:
+    """What a file is by the signature it starts with; nothing in it is decoded."""
+    for prefix, kind in _BY_PREFIX:
+        if data.startswith(prefix):
+            return kind
+    if data[:4] == b"RIFF":
+        return _RIFF.get(data[8:12], _UNKNOWN)
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return FileKind("HEIC or AVIF", OTHER)
+    if data[4:8] in _MP4_BOXES:
+        return _MP4
+    if data[:1] == b"G" and data[188:189] == b"G":  # transport packets of 188 bytes, each of which starts so
+        return FileKind("MPEG-TS", CLIP, "mpegts")
+    if data[:1] == b"\xff" and len(data) > 1 and data[1] & 0xE0 == 0xE0:
+        return FileKind("MP3", AUDIO)
+    return _UNKNOWN
+
+
+@contextlib.contextmanager
+def refusing(field: str, given: str, allowed: str) -> Iterator[None]:
+    """Turns whatever a reader raises inside the ``with`` block into a refusal of the file.
+
+    Raises:
+        RequestError: anything was raised; one that is raised inside passes as it is.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:  # on crafted files the readers raise every type there is
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARS]
+        raise RequestError(field, given, allowed, f"Damaged, or not what it says it is ({reason}).") from error
+
+
+def damaged(field: str, name: str, reason: str) -> RequestError:
+    """The error for a file of kind ``name`` that is damaged; ``reason`` completes "Damaged: ..."."""
+    return RequestError(field, a(f"{name} file"), "a file that is whole", f"Damaged: {reason}.")
+
+
+def a(noun: str) -> str:
+    """The noun with its article, as spoken: "a PNG file", "an MP4 file"."""
+    spoken_with_vowel = noun[:1] in "AEIOaeio" or noun.split()[0] in ("MP4", "MP3", "MPEG-TS")
+    return f"{'an' if spoken_with_vowel else 'a'} {noun}"

@@ -1,0 +1,387 @@
+"""Images and clips that users give: read safely, in two steps.
+
+``pack_*`` runs where the caller is: it turns a path, a Pillow image or arrays into what travels, a file's bytes or
+uint8 RGB. ``probe_*`` says from the header what is in it: a request is checked before anything large is decoded.
+``read_*`` decodes. Whatever is wrong with what was given, the error is a
+:class:`~cosmos3_core.errors.RequestError` of the field; limits are those of :data:`cosmos3_core.presets.LIMITS`.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+from cosmos3_core.errors import RequestError
+from cosmos3_core.media.clips import OpenClip, open_clip, to_rgb, too_many_frames, upright_size
+from cosmos3_core.media.kinds import AUDIO, CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, FileKind, a, damaged, kind_of
+from cosmos3_core.media.pixels import Frames
+from cosmos3_core.media.stills import (
+    PictureSize,
+    Still,
+    check_pixels,
+    decode_all,
+    decode_first,
+    float_to_bytes,
+    open_still,
+    scale_16_bits,
+    upright_rgb,
+)
+from cosmos3_core.presets import LIMITS
+
+Array: TypeAlias = npt.NDArray[Any]
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Array
+"""What a user may give as an image: a path, a file's bytes, a Pillow image, or an array.
+
+Arrays are [Y, X, 3], or grey [Y, X] or [Y, X, 1], or with alpha [Y, X, 4], which is dropped; uint8, uint16 (scaled), or
+float in [0, 1], [-1, 1] or [0, 255].
+"""
+
+VideoSource: TypeAlias = str | os.PathLike[str] | bytes | Array | Sequence[Image.Image | Array]
+"""What a user may give as a clip: a path, a file's bytes, an array [F, Y, X, channels], or frames of one size."""
+
+Packed: TypeAlias = bytes | Frames
+"""What travels: the bytes of a file, or uint8 RGB, [Y, X, 3] for an image and [F, Y, X, 3] for a clip."""
+
+_Frame = TypeVar("_Frame")
+
+_IMAGE = f"a path or the bytes of {IMAGE_KINDS}, a PIL image, or an array [Y, X, 3]"
+_VIDEO = f"a path or the bytes of {CLIP_KINDS}, a list of frames, or an array [F, Y, X, 3]"
+_CHANNELS = (1, 3, 4)
+
+
+class ClipInfo(NamedTuple):
+    """What a clip's header says, upright. ``num_frames`` is None where it does not say it."""
+
+    height: int
+    width: int
+    num_frames: int | None
+
+
+def pack_image(field: str, source: ImageSource) -> Packed:
+    """Turn what a user gives as an image into what travels.
+
+    Args:
+        field: the request's field, for errors.
+        source: see :data:`ImageSource`. A file is taken as it is; :func:`probe_image` looks into it.
+
+    Returns:
+        The file's bytes, or uint8 RGB [Y, X, 3].
+
+    Raises:
+        RequestError: none of these, unreadable, or over a limit.
+    """
+    if isinstance(source, np.ndarray):
+        return _image_from_array(field, source)
+    if isinstance(source, Image.Image):
+        return upright_rgb(field, source)
+    return _file_bytes(field, source, _IMAGE)
+
+
+def pack_video(field: str, source: VideoSource) -> Packed:
+    """Turn what a user gives as a clip into what travels.
+
+    Args:
+        field: the request's field, for errors.
+        source: see :data:`VideoSource`. A file is taken as it is; :func:`probe_clip` looks into it. Arrays of a list
+            have one shape and dtype, and the range of floats is told from all of them together. A single Pillow image
+            or array [Y, X, 3] is a clip of one frame.
+
+    Returns:
+        The file's bytes, or uint8 RGB [F, Y, X, 3].
+
+    Raises:
+        RequestError: none of these, unreadable, frames of several sizes, or over a limit.
+    """
+    if isinstance(source, Image.Image):
+        return upright_rgb(field, source)[None]
+    if isinstance(source, np.ndarray):
+        return _clip_from_array(field, source if source.ndim != 3 else source[None])
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray):
+        return _clip_from_list(field, source)
+    return _file_bytes(field, source, _VIDEO)
+
+
+def probe_image(field: str, packed: Packed) -> PictureSize:
+    """An image's rows and columns, upright, from its header.
+
+    Args:
+        field: the request's field, for errors.
+        packed: of :func:`pack_image`.
+
+    Raises:
+        RequestError: not an image that is taken, over a limit, or its header is damaged.
+    """
+    if isinstance(packed, np.ndarray):
+        _check_packed(field, packed, 3)
+        check_pixels(field, PictureSize(*packed.shape[:2]), LIMITS.max_image_pixels)
+        return PictureSize(*packed.shape[:2])
+    return _open_image(field, packed).upright
+
+
+def read_image(field: str, packed: Packed) -> Frames:
+    """Decode an image: uint8 RGB [Y, X, 3], upright; of an animation the first frame.
+
+    Args:
+        field: the request's field, for errors.
+        packed: of :func:`pack_image`.
+
+    Raises:
+        RequestError: as :func:`probe_image`, or the file is damaged.
+    """
+    if isinstance(packed, np.ndarray):
+        probe_image(field, packed)
+        return packed
+    return decode_first(_open_image(field, packed))
+
+
+def probe_clip(field: str, packed: Packed) -> ClipInfo:
+    """A clip's rows, columns and number of frames, from its header.
+
+    What the header announces is checked first; then the first frame of a video file is decoded, because only a frame
+    tells how the file is to be turned.
+
+    Args:
+        field: the request's field, for errors.
+        packed: of :func:`pack_video`.
+
+    Raises:
+        RequestError: not a clip that is taken, over a limit, or damaged.
+    """
+    if isinstance(packed, np.ndarray):
+        _check_packed(field, packed, 4)
+        return ClipInfo(packed.shape[1], packed.shape[2], packed.shape[0])
+    kind = _clip_kind(field, packed)
+    if kind.category == STILL:
+        still = _open_animation(field, kind, packed)
+        return ClipInfo(*still.upright, still.num_frames)
+    with open_clip(field, kind, packed) as clip:
+        first = next(clip.frames(), None)
+        if first is None:
+            raise damaged(field, kind.name, "no frame can be decoded")
+        return ClipInfo(*upright_size(first), clip.num_frames)
+
+
+def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["first", "last"]) -> Frames:
+    """Decode a clip's first or last frames.
+
+    Every frame counts once, in the order shown, however long it is shown: a variable frame rate is not evened out.
+    Sound is ignored. No more frames than asked for are in memory; for the first ones decoding stops there.
+
+    Args:
+        field: the request's field, for errors.
+        packed: of :func:`pack_video`.
+        num_frames: at most this many are returned, fewer where the clip is shorter.
+        keep: which end.
+
+    Returns:
+        uint8 RGB [F, Y, X, 3], upright, in the order shown; 1 <= F <= ``num_frames``.
+
+    Raises:
+        RequestError: as :func:`probe_clip`, the frames asked for take too much memory together, or the file is damaged.
+    """
+    assert num_frames > 0, num_frames
+    if isinstance(packed, np.ndarray):
+        _check_packed(field, packed, 4)
+        return packed[:num_frames] if keep == "first" else packed[-num_frames:]
+    kind = _clip_kind(field, packed)
+    if kind.category == STILL:
+        still = _open_animation(field, kind, packed)
+        _check_total(field, still.upright, min(num_frames, still.num_frames))
+        return _stack(_kept(decode_all(still), num_frames, keep), lambda frame: frame)
+    with open_clip(field, kind, packed) as clip:
+        reformatter = VideoReformatter()
+        return _stack(
+            _kept(_watched(clip, num_frames, keep), num_frames, keep), lambda frame: to_rgb(frame, reformatter)
+        )
+
+
+def _watched(clip: OpenClip, num_frames: int, keep: str) -> Iterator[Any]:
+    """The clip's frames; refuses what would not fit in memory, and a file that breaks off before what is needed."""
+    count = 0
+    for frame in clip.frames():
+        count += 1
+        if count <= num_frames:
+            expected = min(num_frames, clip.num_frames or 0) or count
+            _check_total(clip.field, PictureSize(frame.height, frame.width), max(count, expected))
+        yield frame
+    if count == 0 or (clip.num_frames is not None and count < clip.num_frames):
+        announced = "any" if clip.num_frames is None else clip.num_frames
+        raise damaged(clip.field, clip.kind.name, f"{count} of {announced} frames can be decoded")
+
+
+def _kept(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]:
+    kept: deque[_Frame] = deque(maxlen=num_frames)
+    for frame in frames:
+        kept.append(frame)
+        if keep == "first" and len(kept) == num_frames:
+            break
+    return kept
+
+
+def _stack(frames: deque[_Frame], to_array: Callable[[_Frame], Frames]) -> Frames:
+    """One array of all frames; each is let go as it is copied, so that they are not in memory twice."""
+    first = to_array(frames[0])
+    stacked = np.empty((len(frames), *first.shape), np.uint8)
+    for index in range(len(stacked)):
+        stacked[index] = to_array(frames.popleft())
+    return stacked
+
+
+def _check_total(field: str, picture: PictureSize, num_frames: int) -> None:
+    if num_frames * picture.height * picture.width > LIMITS.max_clip_total_pixels:
+        given = f"{num_frames} frames of {picture.width} x {picture.height}"
+        allowed = f"at most {LIMITS.max_clip_total_pixels} pixels in all frames together"
+        raise RequestError(field, given, allowed, "Scale the clip down first.")
+
+
+def _file_bytes(field: str, source: Any, allowed: str) -> bytes:
+    if isinstance(source, bytearray | memoryview):
+        source = bytes(source)
+    if isinstance(source, str | os.PathLike):
+        source = _read_path(field, source)
+    if not isinstance(source, bytes):
+        raise RequestError(field, type(source).__name__, allowed)
+    if not 0 < len(source) <= LIMITS.max_media_bytes:
+        raise _wrong_num_bytes(field, len(source))
+    return source
+
+
+def _read_path(field: str, path: str | os.PathLike[str]) -> bytes:
+    shown = os.fspath(path)
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device has no end
+            raise RequestError(field, shown, "the path of a file")
+        if not 0 < found.st_size <= LIMITS.max_media_bytes:
+            raise _wrong_num_bytes(field, found.st_size)
+        with open(path, "rb") as file:
+            return file.read(LIMITS.max_media_bytes + 1)  # it may grow meanwhile; the caller counts again
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, RequestError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RequestError(field, shown, "the path of a file that can be read", f"{reason}.") from error
+
+
+def _wrong_num_bytes(field: str, num_bytes: int) -> RequestError:
+    return RequestError(field, f"{num_bytes} bytes", f"a file of 1 to {LIMITS.max_media_bytes} bytes")
+
+
+def _open_image(field: str, packed: Any) -> Still:
+    data = _file_bytes(field, packed, _IMAGE)
+    kind = kind_of(data)
+    if kind.category == CLIP:
+        hint = "Give it as a video, or one of its frames as the image."
+        raise RequestError(field, a(f"{kind.name} file, which is a video"), IMAGE_KINDS, hint)
+    if kind.category != STILL:
+        raise RequestError(field, a(f"file of {kind.name} kind"), IMAGE_KINDS)
+    return open_still(field, kind, data, max_pixels=LIMITS.max_image_pixels)
+
+
+def _clip_kind(field: str, packed: Any) -> FileKind:
+    kind = kind_of(_file_bytes(field, packed, _VIDEO))
+    if kind.category == AUDIO:
+        raise RequestError(field, a(f"{kind.name} file with no video stream"), CLIP_KINDS)
+    if kind.category not in (STILL, CLIP):
+        raise RequestError(field, a(f"file of {kind.name} kind"), CLIP_KINDS)
+    return kind
+
+
+def _open_animation(field: str, kind: FileKind, data: bytes) -> Still:
+    still = open_still(field, kind, data, max_pixels=LIMITS.max_clip_pixels)
+    if still.num_frames > LIMITS.max_clip_frames:
+        raise too_many_frames(field, still.num_frames)
+    return still
+
+
+def _check_packed(field: str, packed: Array, num_axes: int) -> None:
+    if packed.dtype != np.uint8 or packed.ndim != num_axes or packed.shape[-1] != 3 or not packed.size:
+        allowed = f"uint8 RGB, {'[Y, X, 3]' if num_axes == 3 else '[F, Y, X, 3]'}"
+        raise RequestError(field, _described(packed), allowed)
+
+
+def _described(array: Array) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def _image_from_array(field: str, array: Array) -> Frames:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in _CHANNELS:
+        raise RequestError(field, _described(array), "an array [Y, X, 3], [Y, X, 4], [Y, X, 1] or [Y, X]")
+    check_pixels(field, PictureSize(*array.shape[:2]), LIMITS.max_image_pixels)
+    return _rgb_bytes(field, array)
+
+
+def _clip_from_array(field: str, array: Array) -> Frames:
+    if array.ndim != 4 or array.shape[3] not in _CHANNELS or not array.shape[0]:
+        hint = "Give a grey clip as [F, Y, X, 1]."
+        raise RequestError(field, _described(array), "an array [F, Y, X, 3], [F, Y, X, 4] or [F, Y, X, 1]", hint)
+    num_frames, height, width, _ = array.shape
+    if num_frames > LIMITS.max_clip_frames:
+        raise too_many_frames(field, num_frames)
+    check_pixels(field, PictureSize(height, width), LIMITS.max_clip_pixels)
+    _check_total(field, PictureSize(height, width), num_frames)
+    return _rgb_bytes(field, array)
+
+
+def _clip_from_list(field: str, frames: Sequence[Any]) -> Frames:
+    if not 0 < len(frames) <= LIMITS.max_clip_frames:
+        raise RequestError(field, f"{len(frames)} frames", f"1 to {LIMITS.max_clip_frames} frames")
+    first = frames[0]
+    if isinstance(first, Image.Image):
+        for frame in frames:
+            if not isinstance(frame, Image.Image):
+                raise RequestError(field, type(frame).__name__, "PIL images only, as the first frame is one")
+        check_pixels(field, PictureSize(first.height, first.width), LIMITS.max_clip_pixels)
+        _check_total(field, PictureSize(first.height, first.width), len(frames))
+        top = upright_rgb(field, first)
+        clip = np.empty((len(frames), *top.shape), np.uint8)
+        for index, frame in enumerate(frames):
+            pixels = upright_rgb(field, frame)
+            if pixels.shape != top.shape:
+                raise _another_size(field, index, pixels, top)
+            clip[index] = pixels
+        return clip
+    for index, frame in enumerate(frames):
+        if not isinstance(frame, np.ndarray):
+            raise RequestError(field, type(frame).__name__, "PIL images or numpy arrays as frames")
+        if frame.dtype != first.dtype or frame.shape != first.shape:
+            raise _another_size(field, index, frame, first)
+    if first.ndim not in (2, 3):
+        raise RequestError(field, _described(first), "frames [Y, X, 3], [Y, X, 4], [Y, X, 1] or [Y, X]")
+    check_pixels(field, PictureSize(*first.shape[:2]), LIMITS.max_clip_pixels)
+    _check_total(field, PictureSize(*first.shape[:2]), len(frames))
+    clip = np.stack(frames)
+    return _clip_from_array(field, clip[..., None] if clip.ndim == 3 else clip)
+
+
+def _another_size(field: str, index: int, frame: Array, first: Array) -> RequestError:
+    return RequestError(field, f"frame {index} is {_described(frame)}", f"{_described(first)}, as the first frame is")
+
+
+def _rgb_bytes(field: str, array: Array) -> Frames:
+    """[..., 1, 3 or 4] of a dtype that is taken -> uint8 [..., 3]."""
+    if not array.size:
+        raise RequestError(field, _described(array), "at least one pixel")
+    if array.shape[-1] == 4:
+        array = array[..., :3]
+    if array.dtype == np.uint16:
+        array = scale_16_bits(array)
+    elif np.issubdtype(array.dtype, np.floating):
+        array = float_to_bytes(field, array)
+    elif array.dtype != np.uint8:
+        raise RequestError(field, _described(array), "uint8, uint16 or float values")
+    if array.shape[-1] == 1:
+        array = np.repeat(array, 3, axis=-1)
+    return np.ascontiguousarray(array)

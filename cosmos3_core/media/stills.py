@@ -1,0 +1,300 @@
+"""Still and animated pictures through Pillow: their header first, their pixels only when the header is acceptable.
+
+Pillow's readers are called by name, not through ``Image.open``: that would try kinds that we do not take, and warns or
+raises by its own limit, which is global to the process. No torch here.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from cosmos3_core.errors import RequestError
+from cosmos3_core.media.kinds import FileKind, a, damaged, refusing
+from cosmos3_core.media.pixels import Frames
+from cosmos3_core.presets import LIMITS
+
+_READERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "GIF": GifImageFile,
+    "WebP": WebPImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+}
+_ANIMATED = ("PNG", "GIF", "WebP")
+
+# EXIF orientation -> what brings the picture upright; 1 is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = (5, 6, 7, 8)
+
+
+class PictureSize(NamedTuple):
+    """Rows and columns of a picture, upright."""
+
+    height: int
+    width: int
+
+
+@dataclass
+class Still:
+    """An opened file whose header was found acceptable; no pixel is decoded yet.
+
+    Attributes:
+        field: the request's field that it came with.
+        kind: what the file is.
+        image: Pillow's, not loaded.
+        orientation: EXIF's, 1 to 8, where Pillow does not apply it by itself.
+        num_frames: 1 unless it is animated.
+    """
+
+    field: str
+    kind: FileKind
+    image: ImageFile.ImageFile
+    orientation: int
+    num_frames: int
+
+    @property
+    def upright(self) -> PictureSize:
+        """Rows and columns after the rotation that the file asks for."""
+        width, height = self.image.size
+        return PictureSize(width, height) if self.orientation in _SWAPS_SIDES else PictureSize(height, width)
+
+
+def open_still(field: str, kind: FileKind, data: bytes, *, max_pixels: int) -> Still:
+    """Read a file's header and check what it announces.
+
+    Args:
+        field: the request's field, for errors.
+        kind: what the file is; of category "image".
+        data: the whole file.
+        max_pixels: of one frame.
+
+    Raises:
+        RequestError: too many pixels or frames, or the header is damaged.
+    """
+    given = a(f"{kind.name} file")
+    with refusing(field, given, "a picture that can be decoded"):
+        num_frames = 1
+        if kind.name == "WebP":
+            # libwebp takes memory for the canvas before it says how large that is.
+            check_pixels(field, _webp_canvas(data), max_pixels)
+        if kind.name == "GIF":
+            num_frames = _gif_frames(field, data, max_pixels)
+        image = _READERS[kind.name](io.BytesIO(data))
+        width, height = image.size
+        check_pixels(field, PictureSize(height, width), max_pixels)
+        if kind.name in ("PNG", "WebP"):
+            num_frames = int(getattr(image, "n_frames", 1))
+        # Pillow turns TIFF files upright by itself, and has swapped their sides already.
+        orientation = 1 if kind.name == "TIFF" else _orientation(kind, image, data)
+        return Still(field, kind, image, orientation, num_frames)
+
+
+def check_pixels(field: str, picture: PictureSize, max_pixels: int) -> None:
+    """Make sure that a picture has pixels, and at most ``max_pixels`` of them.
+
+    Raises:
+        RequestError: it does not.
+    """
+    height, width = picture
+    if not 0 < height * width <= max_pixels:
+        given = f"a {width} x {height} picture"
+        raise RequestError(field, given, f"1 to {max_pixels} pixels a frame", "Scale it down first.")
+
+
+def decode_first(still: Still) -> Frames:
+    """The picture, or an animation's first: uint8 RGB [Y, X, 3], upright.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    return next(decode_all(still))
+
+
+def decode_all(still: Still) -> Iterator[Frames]:
+    """Every frame of an animation in turn, composed as shown; one frame of anything else. uint8 RGB [Y, X, 3], upright.
+
+    Raises:
+        RequestError: the file is damaged, or a frame has another size than the first.
+    """
+    given = a(f"{still.kind.name} file")
+    canvas = still.image.size
+    for index in range(still.num_frames):
+        with refusing(still.field, given, "a picture that can be decoded"):
+            if index:
+                still.image.seek(index)
+            if still.image.size != canvas:
+                raise damaged(still.field, still.kind.name, f"frame {index} is larger than the first")
+            still.image.load()
+            picture: Image.Image = still.image
+            if still.orientation in _UPRIGHT:
+                picture = picture.transpose(_UPRIGHT[still.orientation])
+            frame = to_rgb(still.field, picture)
+        yield frame
+
+
+def upright_rgb(field: str, image: Image.Image) -> Frames:
+    """A Pillow image of any mode, turned as its EXIF asks: uint8 RGB [Y, X, 3].
+
+    Raises:
+        RequestError: too many pixels, or it is lazily read from a file that is damaged.
+    """
+    with refusing(field, f"a PIL image of mode {image.mode}", "a picture that can be decoded"):
+        check_pixels(field, PictureSize(image.height, image.width), LIMITS.max_image_pixels)
+        image.load()
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+            orientation = 1
+        return to_rgb(field, image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
+
+
+def to_rgb(field: str, image: Image.Image) -> Frames:
+    """A loaded Pillow image as uint8 RGB [Y, X, 3]: 16-bit grey scaled, the rest as ``convert("RGB")``, alpha dropped.
+
+    Raises:
+        RequestError: 32-bit values that are no 16-bit ones.
+    """
+    if image.mode.startswith("I"):  # I;16, I;16B and I: convert() would clip them at 255
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65_535:
+            raise RequestError(field, f"a PIL image of mode {image.mode}", "values from 0 to 65535")
+        return np.repeat(scale_16_bits(grey.astype(np.uint16))[..., None], 3, axis=2)
+    if image.mode == "F":
+        return np.repeat(float_to_bytes(field, np.asarray(image))[..., None], 3, axis=2)
+    if "transparency" in image.info:  # of a palette: convert() warns that it is lost, which is meant
+        image = image.copy()
+        del image.info["transparency"]
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def scale_16_bits(values: np.ndarray) -> Frames:
+    """uint16 -> uint8 of the same shape: 65535 becomes 255, halves up."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def float_to_bytes(field: str, values: np.ndarray) -> Frames:
+    """Floats -> uint8 of the same shape, their range told as the reference does.
+
+    Some value below 0: the range is [-1, 1]. None above 1: it is [0, 1]. Otherwise [0, 255]. The reference (diffusers
+    0.42.1, ``_preprocess_conditioning_image``) rounds after resizing, this before.
+
+    Raises:
+        RequestError: NaN or infinity.
+    """
+    if not np.isfinite(values).all():
+        raise RequestError(field, f"{values.dtype} {list(values.shape)}", "finite numbers; there is NaN or infinity")
+    low, high = values.min(), values.max()
+    scaled = values.astype(np.float32)
+    if low < 0:
+        scaled = (scaled + 1.0) * 127.5
+    elif high <= 1:
+        scaled = scaled * 255.0
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _orientation(kind: FileKind, image: ImageFile.ImageFile, data: bytes) -> int:
+    """EXIF's orientation. One that cannot be read counts as upright: editors damage EXIF, the pixels are whole."""
+    raw = image.info.get("exif")
+    if raw is None and kind.name == "PNG":
+        raw = _late_png_exif(data)  # Pillow would decode all pixels to get there
+    if not raw:
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(raw)
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _late_png_exif(data: bytes) -> bytes | None:
+    """The eXIf chunk, wherever it is."""
+    position = 8
+    while position + 8 <= len(data):
+        num_bytes = int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] == b"eXIf":
+            return data[position + 8 : position + 8 + num_bytes]
+        position += 12 + num_bytes
+    return None
+
+
+def _webp_canvas(data: bytes) -> PictureSize:
+    """What the first chunk says; WebP container specification, "Simple File Format" and "Extended File Format"."""
+    chunk, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        raise ValueError("the header is cut off")
+    if chunk == b"VP8X":
+        return PictureSize(int.from_bytes(body[7:10], "little") + 1, int.from_bytes(body[4:7], "little") + 1)
+    if chunk == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return PictureSize((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+    if chunk == b"VP8 ":
+        width, height = struct.unpack("<HH", body[6:10])
+        return PictureSize(height & 0x3FFF, width & 0x3FFF)
+    raise ValueError("the first chunk holds no picture")
+
+
+def _gif_frames(field: str, data: bytes, max_pixels: int) -> int:
+    """Walk the blocks of a GIF without decoding, and count its frames; GIF89a specification, appendix A.
+
+    Pillow lets a frame enlarge the canvas, and reads a cut file as a shorter one; neither passes here.
+    """
+    cut = damaged(field, "GIF", "it ends early")
+    if len(data) < 13:
+        raise cut
+    width, height = struct.unpack("<HH", data[6:10])
+    check_pixels(field, PictureSize(height, width), max_pixels)
+    position = 13 + _palette_bytes(data[10])
+    num_frames = 0
+    while True:
+        block = data[position : position + 1]
+        if block == b";":
+            break
+        if block == b"!":
+            position += 2
+        elif block == b"," and position + 10 < len(data):
+            left, top, columns, rows = struct.unpack("<HHHH", data[position + 1 : position + 9])
+            if left + columns > width or top + rows > height:
+                raise damaged(field, "GIF", f"frame {num_frames} is larger than the canvas")
+            position += 11 + _palette_bytes(data[position + 9])
+            num_frames += 1
+        else:
+            # Some writers leave the end mark out or pad with zeros; then all blocks before are whole.
+            if num_frames and (not block or not data[position:].strip(b"\0")):
+                break
+            raise cut
+        while position < len(data) and data[position]:
+            position += 1 + data[position]
+        if position >= len(data):
+            raise cut
+        position += 1
+    if not num_frames:
+        raise damaged(field, "GIF", "it holds no picture")
+    return num_frames
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
