@@ -54,10 +54,11 @@ class ActionStatistics:
         for low_name, high_name in (("q01", "q99"), ("min", "max")):
             if low_name in raw and high_name in raw:
                 low, high = (_numbers(path, name, raw[name], width) for name in (low_name, high_name))
-                return cls((high + low) / 2, np.maximum(high - low, _SMALLEST_SCALE) / 2)
+                half = np.float32(0.5)
+                return cls((high + low) * half, np.maximum(high - low, np.float32(_SMALLEST_SCALE)) * half)
         if "mean" in raw and "std" in raw:
             mean, std = (_numbers(path, name, raw[name], width) for name in ("mean", "std"))
-            return cls(mean, np.maximum(std, _SMALLEST_SCALE))
+            return cls(mean, np.maximum(std, np.float32(_SMALLEST_SCALE)))
         raise CorruptFileError(path, "has none of q01 and q99, min and max, mean and std")
 
     def normalise(self, actions: Actions) -> Actions:
@@ -137,7 +138,7 @@ class GeneratedActions:
 def given_actions(
     field_name: str, values: Any, width: int | None, chunk_size: int, statistics: ActionStatistics | None
 ) -> tuple[tuple[float, ...], ...]:
-    """Actions that a user gave, as the model knows them: short ones end with their last row repeated, long ones are cut.
+    """Actions that a user gave, as the model knows them: the last row of short ones is repeated, long ones are cut.
 
     Args:
         field_name: for messages.

@@ -45,7 +45,7 @@ class ActionLatents:
     @classmethod
     def of(cls, track: ActionTrack | None) -> ActionLatents | None:
         """Of a resolved request's actions."""
-        return track and cls(track.chunk_size, track.domain_id, track.width, track.given)
+        return None if track is None else cls(track.chunk_size, track.domain_id, track.width, track.given)
 
 
 @dataclass(frozen=True)

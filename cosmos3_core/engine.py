@@ -1,4 +1,4 @@
-"""A loaded checkpoint in one process: tokenised requests in, pixels out.
+"""A loaded checkpoint in one process: tokenised requests in, pixels, sound and actions out.
 
 The names ``Engine``, ``Cosmos3T2VRequest`` and their fields match PhyAI's documentation, so that code written for it
 finds its way; :func:`cosmos3_core.generate.generate` is the path from a prompt to a file.
@@ -17,13 +17,15 @@ from torch import Tensor
 
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.load import check_weights, load_transformer, load_video_vae
+from cosmos3_core.checkpoint.load import check_weights, load_audio_vae, load_transformer, load_video_vae
+from cosmos3_core.conditioning.clean import clean_latents
+from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DEFAULT_TEXT_CACHE_BYTES, Denoiser, StepEvent
 from cosmos3_core.device import DTYPES, resolve_device
 from cosmos3_core.errors import CapabilityError, ClosedError, RequestError
 from cosmos3_core.media.pixels import to_unit
-from cosmos3_core.model.transformer import VIDEO
+from cosmos3_core.model.transformer import SOUND, VIDEO
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import ALONE, Groups
 from cosmos3_core.presets import LIMITS
@@ -31,6 +33,7 @@ from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
 from cosmos3_core.request import ResolvedRequest, shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.shapes import LatentShape
+from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
 
 
@@ -48,7 +51,7 @@ class Cosmos3T2VRequest:
         guidance_scale: classifier-free guidance; 1 runs the prompt's branch alone.
         noise: initial noise (1, C, *video_shape) instead of the seed's, or a mapping modality -> noise.
         seed: of the initial noise.
-        sound_frames: sound latents to generate with the video; not offered yet.
+        sound_frames: sound latents to generate with the video, see :func:`cosmos3_core.shapes.num_sound_latents`.
         flow_shift: None = the engine's.
         schedule: ``native``, ``linear`` or ``karras``; None = the engine's.
     """
@@ -75,7 +78,7 @@ class Engine:
         checkpoint_dir: a checkpoint in the published layout, on a local path.
         flow_shift: default of requests that give none.
         use_karras_sigmas: default schedule: False native, True karras, None as the checkpoint's scheduler says.
-        load_sound: True asks for sound, which this version does not offer yet; None and False do without.
+        load_sound: True loads the decoder of sound, False does without; None loads it where there is one.
         dtype: of the weights; None keeps what is stored.
         device: None takes the first GPU, or the CPU where there is none.
         text_cache_bytes: bound of the cache of prompts' keys and values.
@@ -86,7 +89,7 @@ class Engine:
     Raises:
         CheckpointError: the checkpoint cannot be used.
         RequestError: no such device or operator.
-        CapabilityError: sound was asked for.
+        CapabilityError: sound was asked for, and the checkpoint makes none.
     """
 
     def __init__(
@@ -103,8 +106,8 @@ class Engine:
         groups: Groups = ALONE,
     ) -> None:
         self.layout = CheckpointLayout.open(checkpoint_dir)
-        if load_sound:
-            raise CapabilityError("load_sound", load_sound, "None or False", "Sound is not offered yet.")
+        if load_sound and not self.layout.has_sound:
+            raise CapabilityError("load_sound", True, "None or False", f"{self.layout.name} makes no sound.")
         self.device = resolve_device(device)
         if dtype is not None and dtype not in DTYPES.values():
             raise RequestError("dtype", dtype, f"one of {[str(known) for known in DTYPES.values()]}, or None")
@@ -130,6 +133,9 @@ class Engine:
             branch_share=branch_share(groups),
         )
         self._vae: VideoVAE | None = load_video_vae(self.layout, device=self.device, dtype=dtype)
+        self._audio_vae: AudioVAE | None = None
+        if load_sound or (load_sound is None and self.layout.has_sound):
+            self._audio_vae = load_audio_vae(self.layout, device=self.device, dtype=dtype)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -147,13 +153,27 @@ class Engine:
         processor = Cosmos3Processor.for_request(request, self.layout.component_dir("text_tokenizer"), self.tokenizer)
         return processor.token_id_pair(request.prompt, request.negative_prompt)
 
+    @property
+    def has_sound(self) -> bool:
+        """Whether the decoder of sound is loaded."""
+        return self._audio_vae is not None
+
+    def clean_latents(self, picture: PictureCondition) -> Tensor:
+        """The latents of the frames that a request's image or clip gives; see :mod:`cosmos3_core.conditioning.clean`.
+
+        Raises:
+            RequestError: the media is damaged, or larger than allowed.
+            ClosedError: the engine was closed.
+        """
+        return clean_latents(self._video_vae, picture)
+
     def denoise(
         self,
         request: Cosmos3T2VRequest | DenoiseRequest,
         *,
         on_step: Callable[[StepEvent], None] | None = None,
         resume: DenoiseState | None = None,
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         """Run the denoising loop.
 
         Args:
@@ -162,7 +182,8 @@ class Engine:
             resume: a state of the same request to go on from.
 
         Returns:
-            Video latents [1, C, T, H, W], fp32, on the engine's device.
+            modality -> latents, fp32, on the engine's device: ``video`` [1, C, T, H, W], and where the request has them
+            ``sound`` [C, T] and ``action`` [T, C].
 
         Raises:
             RequestError: see :meth:`Denoiser.prepare`.
@@ -172,21 +193,38 @@ class Engine:
         denoiser = self.denoiser
         plan = denoiser.prepare(request if isinstance(request, DenoiseRequest) else self.denoise_request(request))
         state = resume.to(self.device) if resume is not None else None
-        return denoiser.run(plan, state, on_step).latents[VIDEO]
+        return denoiser.run(plan, state, on_step).latents
 
     def decode(self, latents: Tensor, *, chunk_latents: int = 1) -> Iterator[Tensor]:
         """Decode latents as a stream.
 
         Args:
-            latents: [1, C, T, H, W] from :meth:`denoise`.
+            latents: the video ones of :meth:`denoise`, [1, C, T, H, W].
             chunk_latents: latent frames a chunk, after the first, which stands alone.
 
         Yields:
             Pixels [1, 3, F, Y, X] in [-1, 1]: one frame first, then ``chunk_latents`` x 4 at a time.
         """
+        return self._video_vae.decode(latents, chunk_latents=chunk_latents)
+
+    def decode_sound(self, latents: Tensor) -> Iterator[Tensor]:
+        """Decode sound latents [C, T] of :meth:`denoise` as a stream.
+
+        Yields:
+            Samples [channels, n], fp32 in [-1, 1], on the engine's device; a little more than the pictures' time.
+
+        Raises:
+            CapabilityError: the engine was made without sound.
+        """
+        if self._audio_vae is None:
+            raise CapabilityError("sound", "latents", "none", "This engine has no decoder of sound: load_sound=True.")
+        return self._audio_vae.decode(latents)
+
+    @property
+    def _video_vae(self) -> VideoVAE:
         if self._vae is None:
             raise ClosedError("this engine was closed; make a new one")
-        return self._vae.decode(latents, chunk_latents=chunk_latents)
+        return self._vae
 
     def step(
         self,
@@ -194,32 +232,40 @@ class Engine:
         *,
         on_step: Callable[[StepEvent], None] | None = None,
         output: Literal["pixels", "latent"] = "pixels",
-    ) -> Tensor:
-        """Serve one request from ids to pixels.
+    ) -> Tensor | dict[str, Tensor | int]:
+        """Serve one request from ids to pixels, and sound where it asks for some.
 
         Returns:
-            Pixels (1, 3, F, Y, X) fp32 in [0, 1]; with ``output="latent"`` the latents of :meth:`denoise`.
+            Pixels (1, 3, F, Y, X) fp32 in [0, 1]; with ``output="latent"`` the video latents [1, C, T, H, W]. With
+            sound a mapping of ``video`` to these, ``sound`` to the waveform [channels, samples] fp32 in [-1, 1] (its
+            latents [C, T]), and ``sample_rate`` to its samples a second.
 
         Raises:
             RequestError: see :meth:`denoise`.
+            CapabilityError: sound, of an engine without.
             ClosedError: the engine was closed.
         """
         if output not in ("pixels", "latent"):
             raise RequestError("output", output, "'pixels' or 'latent'")
+        if request.sound_frames and self._denoiser is not None and self._audio_vae is None:
+            raise CapabilityError("sound_frames", request.sound_frames, "None: this engine has no decoder of sound")
         latents = self.denoise(request, on_step=on_step)
         if output == "latent":
-            return latents
-        return torch.cat([to_unit(chunk).float() for chunk in self.decode(latents)], dim=2)
+            results = latents
+        else:
+            results = {VIDEO: torch.cat([to_unit(chunk).float() for chunk in self.decode(latents[VIDEO])], dim=2)}
+            if SOUND in latents:
+                results[SOUND] = torch.cat(list(self.decode_sound(latents[SOUND])), dim=1)
+        if self._audio_vae is None or SOUND not in results:
+            return results[VIDEO]
+        return {**results, "sample_rate": self._audio_vae.sampling_rate}
 
     def denoise_request(self, request: Cosmos3T2VRequest) -> DenoiseRequest:
         """The request with this engine's defaults, padding taken off.
 
         Raises:
             RequestError: ids and mask do not fit each other.
-            CapabilityError: sound was asked for.
         """
-        if request.sound_frames is not None:
-            raise CapabilityError("sound_frames", request.sound_frames, "None", "Sound is not offered yet.")
         noise = {VIDEO: request.noise} if isinstance(request.noise, Tensor) else request.noise
         return DenoiseRequest(
             text_ids=_unpad("text", request.text_ids, request.text_mask),
@@ -231,6 +277,7 @@ class Engine:
             schedule=request.schedule if request.schedule is not None else self.schedule,
             flow_shift=request.flow_shift if request.flow_shift is not None else self.flow_shift,
             seed=request.seed,
+            num_sound_latents=request.sound_frames or 0,
             noise=noise,
         )
 
@@ -238,6 +285,7 @@ class Engine:
         """Let go of the weights and caches. Closing twice is fine; using the engine afterwards is a ClosedError."""
         self._denoiser = None
         self._vae = None
+        self._audio_vae = None
 
     def __enter__(self) -> Engine:
         return self

@@ -2,13 +2,14 @@
 
     python -m cosmos3_core.generate --checkpoint DIR --prompt "..." --out PREFIX     # writes PREFIX.mp4
 
-:func:`generate` is the whole of it, stage by stage: resolve, tokenize, denoise, decode, to uint8, encode. The serving
-graph runs the same stages as separate deployments.
+:func:`generate` is the whole of it, stage by stage: resolve, tokenize, condition, denoise, decode, to uint8, encode.
+The serving graph runs the same stages as separate deployments.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -22,14 +23,18 @@ import torch
 from torch import Tensor
 
 from cosmos3_core import checks
+from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
 from cosmos3_core.engine import Engine
-from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
+from cosmos3_core.media.output import OutputFile
 from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
+from cosmos3_core.media.sound import Samples
 from cosmos3_core.media.writer import ClipFormat, open_writer
+from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.progress import Progress
@@ -46,7 +51,17 @@ _FIRST_RANK_S = 60.0
 _MAX_NAME_BYTES = 200
 
 # In the order of the path, as reports show them.
-_STAGES = ("model_load", "preprocess", "inference", "denoise", "decode", "to_cpu", "encode")
+_STAGES = (
+    "model_load",
+    "preprocess",
+    "condition",
+    "inference",
+    "denoise",
+    "decode",
+    "decode_sound",
+    "to_cpu",
+    "encode",
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,13 @@ class GenerationResult:
     """What came of a request.
 
     Attributes:
-        path: the file; None when latents were asked for.
+        path: the file; None when latents or nothing but actions were asked for.
         request: the request as it was run, every field decided; its ``notes`` say what was changed.
         negative_prompt_origin: ``given``, ``empty``, ``checkpoint`` or ``built-in``.
-        frames_sha256: hash of the uint8 frames that went to the encoder; "" when latents were asked for.
+        frames_sha256: hash of the uint8 frames that went to the encoder; "" when there were none.
         timings_s: stage -> seconds; ``inference`` holds ``denoise`` and ``decode``.
-        latents: the final video latents [1, C, T, H, W] when they were asked for, else None.
+        latents: modality -> final latents, see :meth:`Engine.denoise`, when they were asked for, else None.
+        actions: those that were generated, else None.
     """
 
     path: Path | None
@@ -67,7 +83,8 @@ class GenerationResult:
     negative_prompt_origin: str
     frames_sha256: str
     timings_s: dict[str, float]
-    latents: Tensor | None = None
+    latents: dict[str, Tensor] | None = None
+    actions: GeneratedActions | None = None
 
 
 def generate(
@@ -85,7 +102,7 @@ def generate(
     Args:
         engine: a loaded checkpoint.
         request: what is asked for.
-        out: path without its ending: ``.mp4`` is added, or ``.png`` for a single frame.
+        out: path without its ending: ``.mp4`` is added, or what else the output is.
         output: ``latent`` stops before decoding and returns the latents.
         on_step: called after every denoising step.
         crf, lossless: see :class:`Mp4Writer`.
@@ -98,30 +115,51 @@ def generate(
         raise RequestError("output", output, "'media' or 'latent'")
     clock = StageClock(engine.device)
     with clock.stage("preprocess"):
-        resolved = resolve(request, engine.layout)
+        resolved = resolve(request.packed(), engine.layout, is_sound_offered=engine.has_sound)
         conditional, unconditional = engine.tokenize(resolved)
         job = DenoiseRequest.of(resolved, conditional.ids, unconditional.ids, engine.layout.geometry)
 
-    def denoised() -> Tensor:
+    def denoised() -> dict[str, Tensor]:
+        clean = None
+        if resolved.picture is not None:
+            with clock.stage("condition"):
+                clean = engine.clean_latents(resolved.picture)
         with clock.stage("denoise"):
-            return engine.denoise(job, on_step=on_step)
+            return engine.denoise(job.with_clean_latents(clean), on_step=on_step)
 
-    path, frames_sha256, latents = None, "", None
-    if output == "latent":
+    path, frames_sha256 = None, ""
+    if output == "latent" or not resolved.has_file:
         latents = denoised()
     else:
         clip_format = resolved.clip_format(crf=crf, lossless=lossless)
         path, digest = _file_path(out, clip_format), FrameHash()
         # Opened before the long part, so that a place or a setting that cannot be is refused before it.
         with open_writer(path, clip_format) as writer:
-            for frames in _frames(engine, denoised(), clock):
-                with clock.stage("encode"):
-                    digest.update(frames)
-                    writer.write(frames)
+            latents = denoised()
+            if SOUND in latents:
+                for samples in _samples(engine, latents[SOUND], clock):
+                    with clock.stage("encode"):
+                        writer.write_sound(samples)
+            if resolved.has_pictures:
+                for frames in _frames(engine, latents[VIDEO], clock):
+                    with clock.stage("encode"):
+                        digest.update(frames)
+                        writer.write(frames)
             with clock.stage("encode"):
                 writer.close()
-        frames_sha256 = digest.hexdigest()
-    return GenerationResult(path, resolved, unconditional.origin, frames_sha256, clock.timings_s, latents)
+        frames_sha256 = digest.hexdigest() if resolved.has_pictures else ""
+    actions = None
+    if resolved.action is not None and resolved.has_generated_actions:
+        actions = resolved.action.result(latents[ACTION][:, : resolved.action.width].cpu().numpy())
+    return GenerationResult(
+        path,
+        resolved,
+        unconditional.origin,
+        frames_sha256,
+        clock.timings_s,
+        latents if output == "latent" else None,
+        actions,
+    )
 
 
 def _file_path(out: str | Path | None, clip_format: ClipFormat) -> Path:
@@ -153,6 +191,18 @@ def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Fram
             frames = to_uint8(chunk).cpu().numpy()
         del chunk
         yield frames
+
+
+def _samples(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Samples]:
+    """Decoded samples on the CPU, chunk by chunk."""
+    chunks = engine.decode_sound(latents)
+    while True:
+        with clock.stage("decode_sound"):
+            chunk = next(chunks, None)
+            samples = None if chunk is None else chunk.cpu().numpy()
+        if samples is None:
+            return
+        yield samples
 
 
 @dataclass
@@ -210,7 +260,7 @@ def run(options: argparse.Namespace) -> None:
     with _said_once():
         request = request_of(options)
         # Before gigabytes are read.
-        num_steps = resolve(request, CheckpointLayout.open(options.checkpoint)).num_inference_steps
+        num_steps = resolve(request.packed(), CheckpointLayout.open(options.checkpoint)).num_inference_steps
         layout = _layout(options)
     groups, device = _join_ranks(layout, options.device)
     progress = Progress()
@@ -235,7 +285,8 @@ def run(options: argparse.Namespace) -> None:
         progress.close()
         for note in result.request.notes:
             print(f"note: {note}", file=sys.stderr)
-        _report(result, {**clock.timings_s, **result.timings_s})
+        actions_path = None if result.actions is None else write_actions(result.actions, options.out)
+        _report(result, actions_path, {**clock.timings_s, **result.timings_s})
     finally:
         progress.close()
         close_groups()
@@ -278,12 +329,34 @@ def _join_ranks(layout: Layout, device: str | None) -> tuple[Groups, torch.devic
     return init_groups(layout, rank, backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S), mine
 
 
-def _report(result: GenerationResult, timings_s: dict[str, float]) -> None:
+def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
+    """Write generated actions as ``out`` + ``.actions.json``; returns that path.
+
+    Raises:
+        RequestError, MediaError: see :class:`cosmos3_core.media.output.OutputFile`.
+    """
+    path = Path(out).with_name(f"{Path(out).name}.actions.json")
+    file = OutputFile(path)
+    try:
+        file.path.write_text(json.dumps(actions.as_json()) + "\n", encoding="utf-8")
+    except OSError as error:
+        file.discard()
+        raise MediaError(f"{path}: cannot be written: {error}") from error
+    file.commit()
+    return path
+
+
+def _report(result: GenerationResult, actions_path: Path | None, timings_s: dict[str, float]) -> None:
     request = result.request
-    print(
-        f"{result.path}: {request.num_frames} frames, {request.width}x{request.height}, {request.fps:g} fps, "
-        f"seed {request.seed}, {request.schedule} schedule, negative prompt: {result.negative_prompt_origin}"
-    )
+    said = f"seed {request.seed}, {request.schedule} schedule, negative prompt: {result.negative_prompt_origin}"
+    if result.path is not None:
+        sound = "" if request.sound is None else ", with sound"
+        shape = f"{request.num_frames} frames, {request.width}x{request.height}, {request.fps:g} fps{sound}"
+        print(f"{result.path}: {shape}, {said}")
+    if result.actions is not None:
+        steps, width = result.actions.values.shape
+        space = "normalised, for want of statistics" if result.actions.is_normalised else "as the embodiment has them"
+        print(f"{actions_path}: {steps} actions of {width} numbers ({result.actions.domain_name}), {space}, {said}")
     for name, seconds in timings_s.items():
         indent = "  " if name in ("denoise", "decode") else ""
         print(f"  {indent + name:<14}{seconds:9.2f} s")

@@ -21,6 +21,7 @@ from cosmos3_core.request import (
     DIFFUSERS_BEHAVIOUR,
     NATIVE_BEHAVIOUR,
     NEGATIVE_METADATA,
+    VIEW_POINTS,
     ResolvedRequest,
 )
 
@@ -32,6 +33,20 @@ if TYPE_CHECKING:
 # "give" is not ours: the model was trained with this spelling.
 _SYSTEM_PROMPT = "You are a helpful assistant who will generate {what} from a give prompt."
 _ASPECT_RATIOS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
+
+# The sentences of training, by view point.
+_FRAMINGS = dict(
+    zip(
+        VIEW_POINTS,
+        (
+            "This video is captured from a first-person perspective looking at the scene.",
+            "This video is captured from a third-person perspective looking towards the agent from the front.",
+            "This video is captured from a wrist-mounted camera.",
+            "This video contains concatenated views from multiple camera perspectives.",
+        ),
+        strict=True,
+    )
+)
 
 DEFAULT_NEGATIVE_PROMPT = json.dumps(
     {
@@ -89,6 +104,8 @@ class Cosmos3Processor:
         negative_metadata: on the negative prompt, always as sentences: ``same`` as on the positive, ``none``, or
             ``inverse`` ("is not ... seconds long"); None: ``same``, ``inverse`` under ``compat="diffusers"``.
         compat: ``diffusers`` puts sentences behind JSON prompts too, and its default negative prompt is empty.
+        view_point: of the camera that sees the actions that the prompt describes: the prompt becomes the caption that
+            the model was shown with them. None: no actions.
         tokenizer: an already loaded one, to share between processors.
 
     Raises:
@@ -107,6 +124,7 @@ class Cosmos3Processor:
         use_system_prompt: bool | None = None,
         negative_metadata: str | None = None,
         compat: str = NATIVE_BEHAVIOUR,
+        view_point: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         like_diffusers = checks.choice("compat", compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
@@ -123,6 +141,7 @@ class Cosmos3Processor:
         metadata = ("inverse" if like_diffusers else "same") if negative_metadata is None else negative_metadata
         self.negative_metadata = checks.choice("negative_metadata", metadata, NEGATIVE_METADATA)
         self.compat = compat
+        self.view_point = view_point if view_point is None else checks.choice("view_point", view_point, VIEW_POINTS)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(self.tokenizer_dir)
 
     @classmethod
@@ -133,13 +152,14 @@ class Cosmos3Processor:
         return cls(
             tokenizer_dir,
             fps=request.fps,
-            num_frames=request.num_frames,
-            height=request.height,
-            width=request.width,
+            num_frames=request.num_frames if request.action is None else request.action.chunk_size + 1,
+            height=request.prompt_size[0],
+            width=request.prompt_size[1],
             append_metadata=request.append_metadata,
             use_system_prompt=request.use_system_prompt,
             negative_metadata=request.negative_metadata,
             compat=request.compat,
+            view_point=None if request.action is None else request.action.view_point,
             tokenizer=tokenizer,
         )
 
@@ -189,14 +209,17 @@ class Cosmos3Processor:
         return (shipped, "checkpoint") if shipped is not None else (DEFAULT_NEGATIVE_PROMPT, "built-in")
 
     def _with_metadata(self, prompt: str) -> str:
+        fields = None if self.compat == DIFFUSERS_BEHAVIOUR else _json_object(prompt)
+        if self.view_point is not None:
+            # An object is the caption itself.
+            return prompt if fields is not None else self._action_caption(prompt, self.view_point)
         if not self.append_metadata:
             return prompt
-        fields = None if self.compat == DIFFUSERS_BEHAVIOUR else _json_object(prompt)
         return self._with_sentences(prompt, inverse=False) if fields is None else json.dumps(self._with_keys(fields))
 
     def _with_negative_metadata(self, negative: str) -> str:
         # Sentences even behind a JSON negative: that is how cosmos-framework appends them.
-        if not self.append_metadata or self.negative_metadata == "none":
+        if not self.append_metadata or self.negative_metadata == "none" or self.view_point is not None:
             return negative
         return self._with_sentences(negative, inverse=self.negative_metadata == "inverse")
 
@@ -212,19 +235,33 @@ class Cosmos3Processor:
         return text
 
     def _with_keys(self, fields: dict[str, Any]) -> dict[str, Any]:
-        resolution = {"H": self.height, "W": self.width}
         if self._is_image:
             kept = {key: value for key, value in fields.items() if key not in ("duration", "fps")}
-            return {**kept, "resolution": resolution}
+            return {**kept, "resolution": {"H": self.height, "W": self.width}}
+        return {**fields, **self._clip_keys()}
+
+    def _clip_keys(self) -> dict[str, Any]:
         ratio = self.width / self.height
         across, down = min(_ASPECT_RATIOS, key=lambda pair: abs(pair[0] / pair[1] - ratio))
         return {
-            **fields,
             "duration": f"{int(self.num_frames / self.fps)}s",
             "fps": float(self.fps),
-            "resolution": resolution,
+            "resolution": {"H": self.height, "W": self.width},
             "aspect_ratio": f"{across},{down}",
         }
+
+    def _action_caption(self, prompt: str, view_point: str) -> str:
+        """The structured caption of clips with actions, keys in the order of training (as diffusers 0.42.1 has it)."""
+        description = prompt.strip()
+        if description and not description.endswith((".", "!", "?")):
+            description = f"{description}."
+        minutes, seconds = divmod(round(self.num_frames / self.fps), 60)
+        caption = {
+            "cinematography": {"framing": _FRAMINGS[view_point]},
+            "actions": [{"time": f"0:00-{minutes}:{seconds:02d}", "description": description}],
+            **self._clip_keys(),
+        }
+        return json.dumps(caption)
 
     def _encode(self, name: str, text: str, origin: str) -> PromptIds:
         conversation = [{"role": "user", "content": text}]

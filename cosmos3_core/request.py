@@ -286,7 +286,7 @@ def resolve(request: GenerationRequest, layout: CheckpointLayout, *, is_sound_of
     if preset.action is not None and mode.has_actions:
         action = _action_track(mode, request, preset.action, layout, notes, like_diffusers=like_diffusers)
         tier = _choice_of_tier(_or(request.resolution_tier, preset.action.resolution_tier))
-        height, width, prompt_size = _fitted(mode, request, tier, layout)
+        height, width, prompt_size = _fitted(request, tier, layout)
         num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
         if num_frames != action.chunk_size + 1:
             notes.append(f"of the {action.chunk_size + 1} frames of the chunk, {num_frames} are made: 1 + 4k can be")
@@ -480,16 +480,16 @@ def _choice_of_tier(tier: Any) -> int:
     return int(tier)
 
 
-def _fitted(
-    mode: Mode, request: GenerationRequest, tier: int, layout: CheckpointLayout
-) -> tuple[int, int, tuple[int, int]]:
+def _fitted(request: GenerationRequest, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:
     """Pixel rows and columns of the result, and the canvas, of a mode whose picture is fitted into one."""
-    info = probe_image(IMAGE, _media(request.image)) if request.image is not None else None
-    info = info if info is not None else probe_clip(VIDEO, _media(request.video))
-    canvas = action_canvas(info.height, info.width, tier)
+    kind = IMAGE if request.image is not None else VIDEO
+    media = _media(getattr(request, kind))
+    given = probe_image(kind, media) if kind == IMAGE else probe_clip(kind, media)
+    canvas = action_canvas(given.height, given.width, tier, field=kind)
     side = layout.geometry.spatial
-    height, width = (max(n // side, 1) * side for n in content_size(info.height, info.width, canvas))
-    return height, width, canvas
+    # What is padded is cut off again, as latents.
+    height, width = (max(n // side, 1) * side for n in content_size(given.height, given.width, canvas, field=kind))
+    return height, width, (canvas.height, canvas.width)
 
 
 def _media(packed: Any) -> Packed:
@@ -505,7 +505,13 @@ def _media(packed: Any) -> Packed:
 
 
 def _picture(
-    mode: Mode, request: GenerationRequest, num_frames: int, height: int, width: int, tier: int, layout: CheckpointLayout
+    mode: Mode,
+    request: GenerationRequest,
+    num_frames: int,
+    height: int,
+    width: int,
+    tier: int,
+    layout: CheckpointLayout,
 ) -> PictureCondition | None:
     if mode.resizing is None:
         return None

@@ -18,9 +18,7 @@ from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.shapes import Geometry
 
 
-def initial_states(
-    request: DenoiseRequest, *, geometry: Geometry, config: TransformerConfig
-) -> dict[str, LatentState]:
+def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: TransformerConfig) -> dict[str, LatentState]:
     """The latent states of a request, on the CPU: video, then sound and actions where it has them.
 
     Args:

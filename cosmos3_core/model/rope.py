@@ -47,7 +47,7 @@ def grid_positions(grid: TokenGrid, *, fps: float, temporal: int, config: Transf
 def track_positions(
     num_steps: int, *, rate: float, base_rate: float, config: TransformerConfig, first: int = 0
 ) -> Tensor:
-    """Positions of a track of one token a step, sound or actions: on the time axis alone, which it shares with the clip.
+    """Positions of a track of one token a step, sound or actions: on the clip's time axis alone.
 
     Args:
         num_steps: tokens.

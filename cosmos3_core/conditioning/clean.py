@@ -1,0 +1,66 @@
+"""A request's image or clip -> the latents of the frames that it gives. The one user of a VAE's encoder.
+
+Shape letters: C channels, T/H/W latent grid, F/Y/X pixel frames, rows, columns; a 1 is an axis of one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from cosmos3_core.conditioning.modes import IMAGE, Resizing
+from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.conditioning.resize import crop_to_fill, fit_and_pad, stretch
+from cosmos3_core.media.pixels import Frames
+from cosmos3_core.media.source import read_clip, read_image
+from cosmos3_core.vae.video import VideoVAE
+
+
+def clean_latents(vae: VideoVAE, picture: PictureCondition) -> Tensor:
+    """The latents of the given frames.
+
+    The VAE is causal, so only the frames up to the last given one are read, resized and encoded.
+
+    Args:
+        vae: with its encoder.
+        picture: what is given.
+
+    Returns:
+        [1, C, len(picture.clean_frames), H, W], fp32, on the VAE's device.
+
+    Raises:
+        RequestError: the media is damaged, or larger than allowed.
+    """
+    pixels_CFYX = conditioning_pixels(picture)
+    latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0)).float()
+    side = vae.geometry.spatial
+    rows, columns = picture.height // side, picture.width // side  # without what a canvas has beyond the picture
+    return latents_1CTHW[:, :, list(picture.clean_frames), :rows, :columns]
+
+
+def conditioning_pixels(picture: PictureCondition) -> Tensor:
+    """What is encoded: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``.
+
+    Raises:
+        RequestError: as :func:`clean_latents`.
+    """
+    frames_FYX3 = _frames(picture)
+    if picture.resizing is Resizing.CROP:
+        return crop_to_fill(frames_FYX3[0], picture.height, picture.width).unsqueeze(1)
+    if picture.resizing is Resizing.PAD:
+        pixels_CFYX, _ = fit_and_pad(frames_FYX3, picture.resolution_tier, picture.num_frames)
+        return pixels_CFYX
+    pixels_CFYX = stretch(frames_FYX3, picture.height, picture.width)
+    missing = picture.num_frames - pixels_CFYX.shape[1]
+    if missing > 0:
+        pixels_CFYX = torch.cat([pixels_CFYX, pixels_CFYX[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+    return pixels_CFYX
+
+
+def _frames(picture: PictureCondition) -> Frames:
+    if picture.kind == IMAGE:
+        return read_image(picture.kind, picture.media)[None]
+    keep = cast(Literal["first", "last"], picture.keep)
+    return read_clip(picture.kind, picture.media, num_frames=picture.num_frames, keep=keep)
