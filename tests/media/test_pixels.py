@@ -86,6 +86,8 @@ def test_the_hash_refuses_what_the_encoder_refuses(clip):
 
 
 def test_media_imports_without_torch():
-    modules = ", ".join(f"cosmos3_core.media.{name}" for name in ("aac", "image", "mp4", "pixels", "probe", "sound", "writer"))
+    modules = ", ".join(
+        f"cosmos3_core.media.{name}" for name in ("aac", "image", "mp4", "pixels", "probe", "sound", "writer")
+    )
     script = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
