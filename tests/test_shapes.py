@@ -1,8 +1,10 @@
 """Pixel <-> latent <-> token arithmetic."""
 
+from fractions import Fraction
+
 import pytest
 
-from cosmos3_core.shapes import Geometry, LatentShape, TokenGrid, pixel_to_latent_shape
+from cosmos3_core.shapes import Geometry, LatentShape, TokenGrid, frame_rate, pixel_to_latent_shape, sound_samples
 
 WAN22 = Geometry()
 # Another family's numbers, so that nothing can lean on Wan 2.2's.
@@ -67,3 +69,25 @@ def test_a_geometry_is_a_value():
     assert len({Geometry(), Geometry(), OTHER}) == 2
     with pytest.raises(AttributeError):
         WAN22.temporal = 8
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "fps", "sampling_rate", "expected"),
+    [
+        (189, 24, 48000, 378000),
+        (189, 24.0, 44100, 347287),  # 347287.5
+        (1, 24, 48000, 2000),
+        (189, 23.976, 48000, 378378),  # 24000/1001 fps; 378378.378... at 23.976
+        (189, Fraction(24000, 1001), 48000, 378378),
+        (300, 29.97, 48000, 480480),
+        (7, 12.5, 16000, 8960),
+        (0, 24, 48000, 0),
+    ],
+)
+def test_sound_samples_are_the_whole_ones_that_fit(num_frames, fps, sampling_rate, expected):
+    num_samples = sound_samples(num_frames, fps, sampling_rate)
+    assert type(num_samples) is int
+    assert num_samples == expected
+    assert (
+        Fraction(num_samples, sampling_rate) <= num_frames / frame_rate(fps) < Fraction(num_samples + 1, sampling_rate)
+    )

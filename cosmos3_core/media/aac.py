@@ -21,6 +21,10 @@ AAC_SAMPLING_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16
 # 192 kb/s for stereo at 48 kHz, where AAC-LC is hard to tell from the original; in proportion at other rates.
 _BITS_PER_SAMPLE = 2
 
+# FFmpeg's default search, "twoloop", begins with a burst: its error is 11 dB below a tone in the first 21 ms, that of
+# "fast" 40 dB. After it "fast" is 25 dB closer on tones, and within 3 dB on noise (192 kb/s, FFmpeg 8).
+_OPTIONS = {"aac_coder": "fast"}
+
 _LAYOUTS = {1: "mono", 2: "stereo"}
 
 
@@ -48,7 +52,7 @@ class AacTrack:
     def __init__(self, container: OutputContainer, sound: SoundFormat) -> None:
         self._layout = _LAYOUTS[sound.num_channels]
         self._rate = sound.sampling_rate
-        self._stream = container.add_stream("aac", rate=self._rate, layout=self._layout)
+        self._stream = container.add_stream("aac", rate=self._rate, layout=self._layout, options=_OPTIONS)
         context = self._stream.codec_context
         context.bit_rate = _BITS_PER_SAMPLE * self._rate * sound.num_channels
         context.thread_count = 1

@@ -166,11 +166,10 @@ class WavWriter:
             ClosedError: the writer was closed or has failed.
             MediaError: the disk failed; the writer is then closed and its file removed.
         """
-        if not self._is_open:
-            raise ClosedError("this WavWriter is closed, or has failed; open a new one to write another file")
+        self._require_open()
         kept = self._counter.take(samples)
         try:
-            self._wave.writeframesraw(np.ascontiguousarray(to_pcm16(kept).T).data)
+            self._wave.writeframesraw(to_pcm16(kept).T.tobytes())
         except OSError as error:
             self.abort()
             raise MediaError(f"writing stopped at sample {self._counter.num_samples}: {error}") from error
@@ -203,7 +202,12 @@ class WavWriter:
             self._wave.close()
         self._output.discard()
 
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise ClosedError("this WavWriter is closed, or has failed; open a new one to write another file")
+
     def __enter__(self) -> WavWriter:
+        self._require_open()
         return self
 
     def __exit__(

@@ -4,7 +4,8 @@ import pytest
 
 from cosmos3_core.errors import MediaError
 from cosmos3_core.media.mp4 import Mp4Writer
-from cosmos3_core.media.probe import probe_video, read_frames
+from cosmos3_core.media.probe import SoundInfo, probe_sound, probe_video, read_frames, read_sound
+from cosmos3_core.media.sound import SoundFormat
 
 
 def first_frame(path):
@@ -39,3 +40,27 @@ def test_frames_come_one_by_one(whole, clip):
     frames = read_frames(whole)
     assert next(frames).shape == clip.shape[1:]
     assert sum(1 for _ in frames) == len(clip) - 1
+
+
+@pytest.fixture
+def with_sound(tmp_path, clip, waveform):
+    path = tmp_path / "sound.mp4"
+    with Mp4Writer(path, fps=24, height=48, width=80, sound=SoundFormat(48000, 2, 26000)) as writer:
+        writer.write(clip)
+        writer.write_sound(waveform)
+    return path
+
+
+def test_sound_is_reported_where_there_is_any(whole, with_sound):
+    assert probe_video(whole).sound is None
+    assert probe_sound(whole) is None
+    expected = SoundInfo("aac", 48000, 2, 26000, 26000 / 48000)
+    assert probe_video(with_sound).sound == probe_sound(with_sound) == expected
+    assert probe_video(with_sound).num_frames == 13
+
+
+@pytest.mark.parametrize("read", [probe_video, probe_sound, read_sound])
+def test_truncated_sound_is_not_taken_for_whole(with_sound, read):
+    with_sound.write_bytes(with_sound.read_bytes()[:-4000])
+    with pytest.raises(MediaError, match=r"sound.mp4: (damaged|not a video)"):
+        read(with_sound)
