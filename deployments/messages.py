@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
+from cosmos3_core.actions import GeneratedActions
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,21 @@ class TokenizedPair:
     text_ids: tuple[int, ...]
     negative_text_ids: tuple[int, ...]
     negative_origin: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class SoundChunk:
+    """Decoded samples on their way from the audio VAE to the encoder, by reference.
+
+    Attributes:
+        index: 0, 1, ... in the sound.
+        samples: float32 [channels, n] in [-1, 1].
+        pid: of the audio VAE's process.
+    """
+
+    index: int
+    samples: TensorEnvelope
     pid: int
 
 
@@ -150,13 +166,24 @@ class StateSaved:
 
 
 @dataclass(frozen=True)
+class PictureEncoded:
+    """The given image or clip is latents. Between stages: the next item of the stream is their envelope."""
+
+    seconds: float
+    num_latent_frames: int
+    pid: int
+
+
+@dataclass(frozen=True)
 class LatentsReady:
-    """Denoising is done. Between stages: the next item of the stream is the latents' envelope, to be passed on unseen.
+    """Denoising is done. Between stages: the next items of the stream are the latents' envelopes, one a modality, to be
+    passed on unseen.
 
     ``pid`` is the leader's, ``rank_pids`` the ranks'.
     """
 
     seconds: float
+    modalities: tuple[str, ...]
     pid: int
     rank_pids: tuple[int, ...]
 
@@ -171,6 +198,14 @@ class EncoderReady:
 @dataclass(frozen=True)
 class ChunkDecoded:
     """The VAE made a chunk of frames."""
+
+    index: int
+    at_s: float
+
+
+@dataclass(frozen=True)
+class SoundDecoded:
+    """The audio VAE made a chunk of samples."""
 
     index: int
     at_s: float
@@ -210,12 +245,15 @@ class ClipEncoded:
 
 @dataclass(frozen=True)
 class Finished:
-    """The file is whole; its parts follow and end the stream.
+    """All is done; the file's parts follow and end the stream.
 
-    ``stage_seconds``: tokenize, denoise, decode_encode (side by side), encode (from the encoder's side), total.
+    ``stage_seconds``: tokenize, condition (of a given image or clip), denoise, decode_encode (side by side), encode
+    (from the encoder's side), total. ``actions``: those that were generated. Without a file, ``media_type`` is "" and
+    ``num_bytes`` 0.
     """
 
     request_id: str
+    mode: str
     media_type: str
     num_bytes: int
     num_frames: int
@@ -227,6 +265,7 @@ class Finished:
     negative_origin: str
     notes: tuple[str, ...]
     stage_seconds: dict[str, float]
+    actions: GeneratedActions | None = None
 
 
 @dataclass(frozen=True)
@@ -240,10 +279,12 @@ Event = (
     Accepted
     | Tokenized
     | QueuePosition
+    | PictureEncoded
     | StepDone
     | StateSaved
     | LatentsReady
     | ChunkDecoded
+    | SoundDecoded
     | ChunkEncoded
     | StageRetried
     | ClipEncoded
@@ -254,7 +295,7 @@ Event = (
 
 @dataclass(frozen=True)
 class Generated:
-    """A finished request in one piece: what ``generate`` returns."""
+    """A finished request in one piece: what ``generate`` returns. ``media`` is empty where there is no file."""
 
     media: bytes
     info: Finished
