@@ -14,6 +14,7 @@ import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError
@@ -72,9 +73,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class Denoised:
-    """The video latents, [1, C, T, H, W] fp32; the last update."""
+    """The latents, modality -> fp32; the last update."""
 
-    latents: TensorEnvelope
+    latents: dict[str, TensorEnvelope]
 
 
 Update = Queued | Step | Saved | Denoised
@@ -88,6 +89,7 @@ class _Job:
     limit_s: float
     urgency: Urgency
     state: TensorEnvelope | None  # to begin from: saved by another gang, or parked by this one
+    clean: TensorEnvelope | None  # latents of the frames that the request gives
     updates: asyncio.Queue[Update | Exception] = field(default_factory=asyncio.Queue)
     position: int | None = None
     is_cancelled: bool = False
@@ -125,7 +127,12 @@ class EngineLoop:
         return len(self._turns)
 
     async def submit(
-        self, job_id: str, request: DenoiseRequest, limit_s: float, state: TensorEnvelope | None = None
+        self,
+        job_id: str,
+        request: DenoiseRequest,
+        limit_s: float,
+        state: TensorEnvelope | None = None,
+        clean: TensorEnvelope | None = None,
     ) -> AsyncIterator[Update]:
         """Queue a request and follow it: positions, every step, saved states, the latents last.
 
@@ -136,6 +143,7 @@ class EngineLoop:
             request: what is asked for.
             limit_s: seconds that it may take from now on, waiting included.
             state: to go on from; a :class:`Saved` one of the same request.
+            clean: latents of the frames that the request gives.
 
         Raises:
             OverloadedError: the queue is full.
@@ -150,7 +158,7 @@ class EngineLoop:
         if (num_jobs := self._turns.num_of(urgency)) >= self._spec.max_jobs:
             what = f"requests for {urgency.name.lower()}s of one transformer gang"
             raise OverloadedError(what, self._spec.max_jobs, max(1.0, self._seconds_per_request * num_jobs))
-        job = _Job(job_id, request, self._now_s() + limit_s, limit_s, urgency, state)
+        job = _Job(job_id, request, self._now_s() + limit_s, limit_s, urgency, state, clean)
         self._turns.add(job, urgency, self._now_s())
         self._tell_positions()
         self._wake.set()
@@ -217,6 +225,7 @@ class EngineLoop:
                 job.request,
                 orders,
                 job.state,
+                job.clean,
                 phase="begin",
                 timeout_s=self._spec.first_step_timeout_s,
             )
@@ -268,7 +277,8 @@ class EngineLoop:
 
     async def _save(self, job: _Job) -> TensorEnvelope:
         """A begun request's state. One rank's is enough: all hold the same."""
-        return await self._first("save", job)
+        envelope: TensorEnvelope = await self._first("save", job)
+        return envelope
 
     async def _end(self, job: _Job) -> None:
         self._leave(job)
@@ -287,11 +297,8 @@ class EngineLoop:
     async def _forget(self, job: _Job) -> None:
         await self._gang.call("end", job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
 
-    async def _first(self, method: str, job: _Job) -> TensorEnvelope:
-        envelope: TensorEnvelope = await self._gang.first(
-            method, job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s
-        )
-        return envelope
+    async def _first(self, method: str, job: _Job) -> Any:
+        return await self._gang.first(method, job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
 
     def _fail(self, error: GangFailed, running: _Job | None) -> None:
         """End everything. Only the request that was being worked on may be to blame."""

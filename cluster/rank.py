@@ -179,7 +179,12 @@ class Rank:
         return Loaded(time.perf_counter() - start_s, self._denoiser.request_memory)
 
     def begin(
-        self, job_id: str, request: DenoiseRequest, orders: PromptOrders, saved: TensorEnvelope | None = None
+        self,
+        job_id: str,
+        request: DenoiseRequest,
+        orders: PromptOrders,
+        saved: TensorEnvelope | None = None,
+        clean: TensorEnvelope | None = None,
     ) -> None:
         """Prefill a request's prompts and make its first state, or take up a saved one.
 
@@ -188,6 +193,7 @@ class Rank:
             request: what is asked for.
             orders: which prompts to keep, which to drop.
             saved: what :meth:`save` gave, on this gang or another.
+            clean: latents of the frames that the request gives, fp32 [1, C, frames, H, W].
 
         Raises:
             RequestError: the request's fault; nothing of it is kept.
@@ -199,7 +205,7 @@ class Rank:
         denoiser = self._loaded()
 
         def begin() -> tuple[DenoisePlan, DenoiseState]:
-            plan = denoiser.prepare(request, orders)
+            plan = denoiser.prepare(request.with_clean_latents(None if clean is None else clean.tensor()), orders)
             if saved is None:
                 return plan, denoiser.start(plan)
             return plan, denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
@@ -237,10 +243,10 @@ class Rank:
         _, state = self._jobs[job_id]
         return TensorEnvelope.of_array(np.frombuffer(state.to_bytes(), np.uint8))
 
-    def latents(self, job_id: str) -> TensorEnvelope:
-        """The video latents as they are now, [1, C, T, H, W] fp32."""
+    def latents(self, job_id: str) -> dict[str, TensorEnvelope]:
+        """The latents as they are now, modality -> fp32; see :meth:`cosmos3_core.engine.Engine.denoise`."""
         _, state = self._jobs[job_id]
-        return TensorEnvelope.of_tensor(state.latents["video"])
+        return {name: TensorEnvelope.of_tensor(latents) for name, latents in state.latents.items()}
 
     def end(self, job_id: str) -> None:
         """Forget a request; one that is not there is fine."""

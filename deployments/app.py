@@ -3,7 +3,8 @@
     ingress ── director ─┬─ tokenizer
                          ├─ transformer   one replica = one gang: a leader and its rank actors in a placement group
                          ├─ (unguided     the same, for requests without guidance, where they have gangs of their own)
-                         ├─ vae
+                         ├─ vae           given pictures -> latents, latents -> frames
+                         ├─ (audio        latents -> sound, where the checkpoint makes some)
                          └─ encoder
 
 ``serve run deployments.app:build checkpoint=DIR`` and Serve's YAML call :func:`build`; ``cosmos3 serve`` calls
@@ -21,7 +22,9 @@ from cluster.engine_loop import LoopSpec
 from cluster.gang import GangSpec, bundles
 from cluster.rank import RankSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.errors import CapabilityError
 from cosmos3_core.parallel.layout import Layout
+from deployments.audio_vae import AudioVAE
 from deployments.config import AppConfig, Stage, TransformerStage
 from deployments.director import Director
 from deployments.ingress import Ingress
@@ -43,6 +46,11 @@ def build_app(config: AppConfig) -> serve.Application:
     vae = _deployment("VideoVAE", VideoVAE, config.vae).bind(
         checkpoint, config.vae.device, config.vae.dtype, config.vae.num_threads, config.vae.chunk_latents
     )
+    audio = None
+    if has_audio(config):
+        audio = _deployment("AudioVAE", AudioVAE, config.audio).bind(
+            checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
+        )
     encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind()
     # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
@@ -60,6 +68,7 @@ def build_app(config: AppConfig) -> serve.Application:
             vae,
             encoder,
             unguided,
+            audio,
         )
     )
     return (
@@ -72,6 +81,19 @@ def build_app(config: AppConfig) -> serve.Application:
 def build(args: dict[str, Any]) -> serve.Application:
     """Entry for Serve's YAML and ``serve run``: ``args`` are the keys of :class:`AppConfig`."""
     return build_app(AppConfig.parse(args))
+
+
+def has_audio(config: AppConfig) -> bool:
+    """Whether the app decodes sound.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        CapabilityError: sound was asked for, and the checkpoint makes none.
+    """
+    layout = CheckpointLayout.open(config.checkpoint)
+    if config.audio.enabled and not layout.has_sound:
+        raise CapabilityError("audio.enabled", True, "null or false", f"{layout.name} makes no sound.")
+    return layout.has_sound if config.audio.enabled is None else config.audio.enabled
 
 
 def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:

@@ -12,7 +12,7 @@ from cluster.gang import GangSpec, bundles
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.sharding import allowed_tp_sizes
-from deployments.app import gang_spec
+from deployments.app import gang_spec, has_audio
 from deployments.config import AppConfig, Stage, TransformerStage
 
 _KINDS = ("CPU", "GPU")
@@ -78,7 +78,9 @@ def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Nod
 
 
 def _stages(config: AppConfig) -> dict[str, Stage]:
-    names = ("ingress", "director", "tokenizer", "transformer", "unguided", "vae", "encoder")
+    names = ["ingress", "director", "tokenizer", "transformer", "unguided", "vae", "encoder"]
+    if has_audio(config):
+        names.append("audio")
     return {name: stage for name in names if (stage := getattr(config, name)) is not None}
 
 

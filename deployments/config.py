@@ -156,10 +156,23 @@ class TransformerStage(Stage, Device):
 
 
 class VideoVAEStage(Stage, Device):
-    """The decoder."""
+    """Decoder of frames and encoder of given pictures."""
 
-    max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica decodes side by side")
+    max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica works on side by side")
     chunk_latents: int = Field(1, ge=1, description="latent frames per decoded chunk")
+
+    @model_validator(mode="after")
+    def _cards(self) -> Self:
+        if _is_on_gpu(self) and not self.num_gpus:
+            raise ValueError(f"device={self.device} needs a GPU: set num_gpus, 1 for a whole card")
+        return self
+
+
+class AudioVAEStage(Stage, Device):
+    """The decoder of sound; there where the checkpoint makes sound, unless the app does without."""
+
+    enabled: bool | None = Field(None, description="null: if the checkpoint makes sound")
+    max_ongoing_requests: int = Field(2, ge=1, description="clips whose sound one replica decodes side by side")
 
     @model_validator(mode="after")
     def _cards(self) -> Self:
@@ -226,6 +239,7 @@ class AppConfig(_Strict):
         None, description="gangs for requests without guidance; with cfg=2 half of a gang would wait for them"
     )
     vae: VideoVAEStage = VideoVAEStage()
+    audio: AudioVAEStage = AudioVAEStage()
     encoder: EncoderStage = EncoderStage()
 
     @model_validator(mode="after")

@@ -35,8 +35,7 @@ class Director:
         max_attempts: tries of a stage whose process died.
         chunk_window: decoded chunks of a clip that may exist before they are encoded.
         request_timeout_s: of requests that name none.
-        tokenizer, transformer, vae, encoder: handles of the stages.
-        unguided: of the transformer for requests without guidance, where there is one.
+        tokenizer, transformer, vae, encoder, unguided, audio: handles of the stages; the last two where there are such.
     """
 
     def __init__(
@@ -51,6 +50,7 @@ class Director:
         vae: Any,
         encoder: Any,
         unguided: Any = None,
+        audio: Any = None,
     ) -> None:
         self._layout = CheckpointLayout.open(checkpoint)
         self._max_requests = max_requests
@@ -58,7 +58,7 @@ class Director:
         self._chunk_window = chunk_window
         self._request_timeout_s = request_timeout_s
         # Configured once: every differently configured handle has a router of its own.
-        streaming = (handle and handle.options(stream=True) for handle in (transformer, vae, encoder, unguided))
+        streaming = (handle and handle.options(stream=True) for handle in (transformer, vae, encoder, unguided, audio))
         self._stages = Stages(tokenizer, *streaming)
         self._clips = start_clip_streams(max_clips=4 * max_requests)
         self._num_requests = 0
@@ -96,8 +96,10 @@ class Director:
             limit_s = self._request_timeout_s
             if timeout_s is not None:
                 limit_s = min(limit_s, checks.real("timeout_s", timeout_s, 0, math.inf))
+            has_sound = self._stages.audio is not None
             walk = Walk(
-                request=resolve(request, self._layout),
+                # Beside the event loop: the header of a given image or clip is read.
+                request=await asyncio.to_thread(resolve, request, self._layout, is_sound_offered=has_sound),
                 context=RequestContext.new(request_id, limit_s),
                 layout=self._layout,
                 stages=self._stages,

@@ -1,4 +1,4 @@
-"""Mp4Encoder: frames -> a file. One call takes a whole clip, so that its chunks meet in one place."""
+"""Mp4Encoder: frames and sound -> a file. One call takes a whole clip, so that its chunks meet in one place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from typing import Any
 
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
-from deployments.messages import ChunkEncoded, ClipEncoded, EncoderReady, FrameChunk, MediaPart, RequestContext
+from deployments.messages import (
+    ChunkEncoded,
+    ClipEncoded,
+    EncoderReady,
+    FrameChunk,
+    MediaPart,
+    RequestContext,
+    SoundChunk,
+)
 from deployments.streams import in_time
 
 _PART_BYTES = 1 << 20
@@ -41,19 +49,21 @@ class Mp4Encoder:
             path = Path(directory) / "clip"
             with open_writer(path, clip_format) as writer:
                 while boxed := await _next_chunk(context, clips, stream_id):
-                    chunk: FrameChunk = await in_time(context, "encode", boxed[0])
-                    frames = chunk.frames.array()
-                    await asyncio.to_thread(_write, writer, digest, frames)
-                    num_frames += len(frames)
-                    event = ChunkEncoded(chunk.index, len(frames), chunk.pid, time.time(), os.getpid())
+                    chunk: FrameChunk | SoundChunk = await in_time(context, "encode", boxed[0])
+                    num_new = await asyncio.to_thread(_write, writer, digest, chunk)
+                    num_frames += num_new
+                    event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
                     # Nothing may hold the chunk when its credit goes back: the credit stands for its memory.
-                    del boxed, chunk, frames
+                    del boxed, chunk
                     await in_time(context, "encode", clips.release.remote(stream_id))
-                    yield event
+                    if num_new:
+                        yield event
                 # Flushing x264 takes seconds at 720p; the other clip and Serve's questions go on meanwhile.
                 await asyncio.to_thread(writer.close)
             data = await asyncio.to_thread(path.read_bytes)
-        yield ClipEncoded(digest.hexdigest(), num_frames, len(data), time.monotonic() - start_s, os.getpid())
+        yield ClipEncoded(
+            digest.hexdigest() if num_frames else "", num_frames, len(data), time.monotonic() - start_s, os.getpid()
+        )
         for start in range(0, len(data), _PART_BYTES):
             yield MediaPart(data[start : start + _PART_BYTES])
 
@@ -64,6 +74,12 @@ async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> li
     return boxed
 
 
-def _write(writer: MediaWriter, digest: FrameHash, frames: Any) -> None:
+def _write(writer: MediaWriter, digest: FrameHash, chunk: FrameChunk | SoundChunk) -> int:
+    """Returns how many frames that were."""
+    if isinstance(chunk, SoundChunk):
+        writer.write_sound(chunk.samples.array())
+        return 0
+    frames = chunk.frames.array()
     writer.write(frames)
     digest.update(frames)
+    return len(frames)

@@ -31,9 +31,15 @@ class Transformer:
         self._loop = EngineLoop(self._gang, loop, self._end_soon)
 
     async def denoise(
-        self, context: RequestContext, request: DenoiseRequest, state: TensorEnvelope | None = None
+        self,
+        context: RequestContext,
+        request: DenoiseRequest,
+        state: TensorEnvelope | None = None,
+        clean: TensorEnvelope | None = None,
     ) -> AsyncIterator[QueuePosition | StepDone | StateSaved | LatentsReady | TensorEnvelope]:
-        """Denoise a request: positions and steps, then :class:`LatentsReady`, then the latents' envelope.
+        """Denoise a request: positions and steps, then :class:`LatentsReady`, then the latents' envelopes.
+
+        ``clean`` are the latents of the frames that the request gives.
 
         Now and then a :class:`StateSaved` and then the state's envelope: whoever holds on to it can have the request
         go on from there, on another gang, by giving it as ``state``.
@@ -47,7 +53,8 @@ class Transformer:
         """
         start_s = time.monotonic()
         pid = os.getpid()
-        async for update in self._loop.submit(context.try_id, request, context.remaining_s("denoise"), state):
+        left_s = context.remaining_s("denoise")
+        async for update in self._loop.submit(context.try_id, request, left_s, state, clean):
             match update:
                 case Queued(position):
                     yield QueuePosition(position, pid)
@@ -58,8 +65,9 @@ class Transformer:
                     yield envelope
                 case Denoised(latents):
                     ranks = tuple(info.pid for info in self._gang.infos)
-                    yield LatentsReady(time.monotonic() - start_s, pid, ranks)
-                    yield latents
+                    yield LatentsReady(time.monotonic() - start_s, tuple(latents), pid, ranks)
+                    for envelope in latents.values():
+                        yield envelope
 
     async def check_health(self) -> None:
         """Serve's question. A failed gang answers by its end; this is the second net.

@@ -1,4 +1,4 @@
-"""VideoVAE: latents -> frames, chunk by chunk, each made when there is a credit for it."""
+"""VideoVAE: given pictures -> latents; latents -> frames, chunk by chunk, each made when there is a credit for it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import OutOfMemory
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.messages import ChunkDecoded, FrameChunk, RequestContext
+from cosmos3_core.conditioning.picture import PictureCondition
+from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
+from deployments.on_device import within_memory
 from deployments.streams import in_time
 
 
 class VideoVAE:
-    """The decoder.
+    """Encoder and decoder.
 
     Args:
         checkpoint: the checkpoint's directory.
@@ -38,9 +39,29 @@ class VideoVAE:
             CheckpointLayout.open(checkpoint),
             device=self._device,
             dtype=DTYPES[dtype] if dtype else None,
-            with_encoder=False,
         )
         self._chunk_latents = chunk_latents
+
+    async def encode(
+        self, context: RequestContext, picture: PictureCondition
+    ) -> AsyncIterator[PictureEncoded | TensorEnvelope]:
+        """Encode what a request gives: a :class:`PictureEncoded`, then the latents' envelope, fp32.
+
+        Raises:
+            RequestError: the media is damaged, or larger than allowed.
+            DeadlineExceeded: the request's time is up.
+            OutOfMemory: it does not fit.
+        """
+        start_s = time.monotonic()
+        context.remaining_s("condition")
+        latents = await asyncio.to_thread(within_memory, self._device, lambda: self._encode(picture))
+        yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
+        yield latents
+
+    def _encode(self, picture: PictureCondition) -> TensorEnvelope:
+        from cosmos3_core.conditioning.clean import clean_latents
+
+        return TensorEnvelope.of_tensor(clean_latents(self._vae, picture))
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str
@@ -60,7 +81,7 @@ class VideoVAE:
         chunks = self._vae.decode(latents.tensor(), chunk_latents=self._chunk_latents)
         index = 0
         while await in_time(context, "decode", clips.acquire.remote(stream_id, context.remaining_s("decode"))):
-            frames = await asyncio.to_thread(_next_frames, chunks, self._device)
+            frames = await asyncio.to_thread(within_memory, self._device, lambda: _next_frames(chunks))
             if frames is None:
                 return
             yield ChunkDecoded(index, time.time())
@@ -68,16 +89,8 @@ class VideoVAE:
             index += 1
 
 
-def _next_frames(chunks: Any, device: Any) -> TensorEnvelope | None:
-    from cosmos3_core.device import forget_unused_memory, is_out_of_memory
+def _next_frames(chunks: Any) -> TensorEnvelope | None:
     from cosmos3_core.media.pixels import to_uint8
 
-    try:
-        pixels = next(chunks, None)
-        return None if pixels is None else TensorEnvelope.of_tensor(to_uint8(pixels))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        what = str(error).splitlines()[0]
-    forget_unused_memory(device)
-    raise OutOfMemory(what)
+    pixels = next(chunks, None)
+    return None if pixels is None else TensorEnvelope.of_tensor(to_uint8(pixels))

@@ -1,4 +1,4 @@
-"""One request's walk through the stages: tokenize, denoise, then decode and encode side by side."""
+"""One request's walk through the stages: tokenize, condition, denoise, then decode and encode side by side."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed, StreamClosed
+from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.request import ResolvedRequest
@@ -24,7 +26,9 @@ from deployments.messages import (
     Finished,
     LatentsReady,
     MediaPart,
+    PictureEncoded,
     RequestContext,
+    SoundDecoded,
     StageRetried,
     StateSaved,
     Tokenized,
@@ -43,7 +47,8 @@ _FIRST_WORD_S = 5.0
 class Stages:
     """Handles of the stages that the Director calls; all but the tokenizer's with ``stream=True``.
 
-    ``unguided`` are gangs for requests that need one branch of guidance only, where the app has such.
+    ``unguided`` are gangs for requests that need one branch of guidance only, ``audio`` decodes sound; where the
+    app has such.
     """
 
     tokenizer: Any
@@ -51,6 +56,7 @@ class Stages:
     vae: Any
     encoder: Any
     unguided: Any = None
+    audio: Any = None
 
     def gangs_for(self, job: DenoiseRequest) -> list[Any]:
         """The transformers that can take a request, the best one first."""
@@ -86,6 +92,7 @@ class Walk:
     close_later: Callable[[str], None]
     _seconds: dict[str, float] = field(default_factory=dict)
     _saved: _Saved | None = None
+    _clean: _Held | None = None
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event of the request, the finished file's parts last.
@@ -109,19 +116,29 @@ class Walk:
         pair, tokenized_events = await self._tokenize()
         for event in tokenized_events:
             yield event
+        if request.picture is not None:
+            async for event in self._retried("condition", self._condition):
+                yield event
+            # As large as the caller's file; nobody needs it any more.
+            self.request = replace(request, picture=replace(request.picture, media=b""))
         latents: _Latents
         async for item in self._retried("denoise", lambda context: self._denoise(context, pair)):
             if isinstance(item, _Latents):
                 latents = item
             else:
                 yield item
-        async for item in self._retried("decode", lambda context: self._decode_and_encode(context, latents.ref)):
+        actions = self._actions(latents)
+        if not request.has_file:
+            self._seconds["total"] = time.monotonic() - start_s
+            yield self._finished(None, pair, actions)
+            return
+        async for item in self._retried("decode", lambda context: self._decode_and_encode(context, latents)):
             if not isinstance(item, _Encoded):
                 yield item
                 continue
             self._seconds["total"] = time.monotonic() - start_s
             yield item.clip
-            yield self._finished(item.clip, pair)
+            yield self._finished(item.clip, pair, actions)
             for part in item.parts:
                 yield part
 
@@ -138,11 +155,26 @@ class Walk:
         return pair, [*events, Tokenized(*counts, pair.negative_origin, pair.pid)]
 
     async def _tokenize_once(self, context: RequestContext) -> AsyncIterator[TokenizedPair]:
-        response = self.stages.tokenizer.tokenize.remote(context, self.request)
+        response = self.stages.tokenizer.tokenize.remote(context, replace(self.request, picture=None))
         try:
             yield await in_time(context, "tokenize", response)
         finally:
             response.cancel()
+
+    async def _condition(self, context: RequestContext) -> AsyncIterator[Event]:
+        """Have what the request gives encoded, and hold its latents."""
+        encode = self.stages.vae.encode.remote(context, self.request.picture)
+        async with following(encode, context, "condition") as stream:
+            event = await stream.next_value()
+            if not isinstance(event, PictureEncoded):
+                raise StageFailed("condition", context.attempt, "the stream ended without latents")
+            self._clean = await self._held(stream, context, "condition")
+            self._seconds["condition"] = event.seconds
+            yield event
+
+    async def _held(self, stream: RefStream, context: RequestContext, stage: str) -> _Held:
+        ref = await stream.next_ref()
+        return _Held(ref, await in_time(context, stage, ref))
 
     async def _denoise(self, context: RequestContext, pair: TokenizedPair) -> AsyncIterator[Event | _Latents]:
         job = DenoiseRequest.of(self.request, pair.text_ids, pair.negative_text_ids, self.layout.geometry)
@@ -162,23 +194,23 @@ class Walk:
     async def _denoise_on(
         self, gang: Any, context: RequestContext, job: DenoiseRequest, *, first_word_s: float | None = None
     ) -> AsyncIterator[Event | _Latents]:
-        saved_ref = None if self._saved is None else self._saved.ref
+        saved_ref = None if self._saved is None else self._saved.held.ref
+        clean_ref = None if self._clean is None else self._clean.ref
         has_arrived = False
         try:
-            async with following(gang.denoise.remote(context, job, saved_ref), context, "denoise") as stream:
+            denoise = gang.denoise.remote(context, job, saved_ref, clean_ref)
+            async with following(denoise, context, "denoise") as stream:
                 event = await _within(first_word_s, stream.next_value())
                 while event is not None:
                     has_arrived = True
                     if isinstance(event, StateSaved):
-                        ref = await stream.next_ref()
-                        self._saved = _Saved(event.step, ref, await in_time(context, "denoise", ref))
+                        self._saved = _Saved(event.step, await self._held(stream, context, "denoise"))
                     yield event
                     if isinstance(event, LatentsReady):
                         self._seconds["denoise"] = event.seconds
-                        ref = await stream.next_ref()
-                        latents = _Latents(ref, await in_time(context, "denoise", ref))
+                        latents = {name: await self._held(stream, context, "denoise") for name in event.modalities}
                         self._saved = None
-                        yield latents
+                        yield _Latents(latents)
                         return
                     event = await stream.next_value()
         except Exception as error:
@@ -187,7 +219,14 @@ class Walk:
             raise
         raise StageFailed("denoise", context.attempt, "the stream ended without latents")
 
-    async def _decode_and_encode(self, context: RequestContext, latents_ref: Any) -> AsyncIterator[Event | _Encoded]:
+    def _actions(self, latents: _Latents) -> GeneratedActions | None:
+        """Generated actions are small: they are read here."""
+        track = self.request.action
+        if track is None or not self.request.has_generated_actions:
+            return None
+        return track.result(latents.held["action"].envelope.array()[:, : track.width])
+
+    async def _decode_and_encode(self, context: RequestContext, latents: _Latents) -> AsyncIterator[Event | _Encoded]:
         stream_id = context.try_id
         start_s = time.monotonic()
         try:
@@ -198,24 +237,45 @@ class Walk:
                 ready = await encoded.next_value()
                 if not isinstance(ready, EncoderReady):
                     raise StreamClosed(stream_id, "the encoder went away")
-                decode = self.stages.vae.decode.remote(context, latents_ref, self.clips, stream_id)
-                async with following(decode, context, "decode") as decoded:
-                    forwarded = self._forward(decoded, context, stream_id)
+                async with AsyncExitStack() as decoders:
+                    decoded = [
+                        await decoders.enter_async_context(
+                            following(
+                                decoder.decode.remote(context, latents.held[name].ref, self.clips, stream_id),
+                                context,
+                                "decode",
+                            )
+                        )
+                        for name, decoder in self._decoders()
+                    ]
+                    forwarded = self._forward_all(decoded, context, stream_id)
                     async for item in _merged(forwarded, _collect(encoded, context)):
                         self._seconds["decode_encode"] = time.monotonic() - start_s
                         yield item
         finally:
             self.close_later(stream_id)
 
+    def _decoders(self) -> list[tuple[str, Any]]:
+        """Who decodes which of the latents."""
+        video = [("video", self.stages.vae)] if self.request.has_pictures else []
+        return video + ([("sound", self.stages.audio)] if self.request.sound is not None else [])
+
+    async def _forward_all(
+        self, decoded: list[RefStream], context: RequestContext, stream_id: str
+    ) -> AsyncIterator[Event]:
+        """Post all decoders' chunks to the clip's stream; it is complete when all are done."""
+        async for event in _merged(*(self._forward(stream, context, stream_id) for stream in decoded)):
+            yield event
+        await in_time(context, "decode", self.clips.complete.remote(stream_id))
+
     async def _forward(self, decoded: RefStream, context: RequestContext, stream_id: str) -> AsyncIterator[Event]:
-        """Post the decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
+        """Post a decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
         while (event := await decoded.next_value()) is not None:
-            assert isinstance(event, ChunkDecoded)
+            assert isinstance(event, ChunkDecoded | SoundDecoded)
             chunk_ref = await decoded.next_ref()
             # Announced before it is posted, so that nobody hears of its encoding first.
             yield event
             await in_time(context, "decode", self.clips.post.remote(stream_id, [chunk_ref]))
-        await in_time(context, "decode", self.clips.complete.remote(stream_id))
 
     async def _retried(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
         """Run a stage until it succeeds or fails for good.
@@ -252,21 +312,23 @@ class Walk:
             context = context.retried()
             await asyncio.sleep(min(pause_s, context.remaining_s(stage)))
 
-    def _finished(self, clip: ClipEncoded, pair: TokenizedPair) -> Finished:
-        clip_format = self.request.clip_format()
+    def _finished(self, clip: ClipEncoded | None, pair: TokenizedPair, actions: GeneratedActions | None) -> Finished:
+        encode_s = {} if clip is None else {"encode": clip.seconds}
         return Finished(
             request_id=self.context.request_id,
-            media_type=clip_format.media_type,
-            num_bytes=clip.num_bytes,
-            num_frames=clip.num_frames,
+            mode=self.request.mode,
+            media_type="" if clip is None else self.request.clip_format().media_type,
+            num_bytes=0 if clip is None else clip.num_bytes,
+            num_frames=0 if clip is None else clip.num_frames,
             fps=self.request.fps,
             height=self.request.height,
             width=self.request.width,
             seed=self.request.seed,
-            frames_sha256=clip.frames_sha256,
+            frames_sha256="" if clip is None else clip.frames_sha256,
             negative_origin=pair.negative_origin,
             notes=self.request.notes,
-            stage_seconds={**self._seconds, "encode": clip.seconds},
+            stage_seconds={**self._seconds, **encode_s},
+            actions=actions,
         )
 
 
@@ -286,20 +348,27 @@ async def _within(limit_s: float | None, awaitable: Awaitable[Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Latents:
-    """The latents, held as :class:`_Saved` is: decoding can be tried again when the gang's node is gone."""
+class _Held:
+    """A tensor of a stage, to be passed on. Its envelope is held, unread, so that the bytes stay on this node when the
+    stage's is gone: what comes after can be tried again."""
 
     ref: Any
     envelope: TensorEnvelope
 
 
 @dataclass(frozen=True)
+class _Latents:
+    """The latents, by modality."""
+
+    held: dict[str, _Held]
+
+
+@dataclass(frozen=True)
 class _Saved:
-    """A denoising state. The envelope is held, unread, so that its bytes stay on this node when the gang's is gone."""
+    """A denoising state, after ``step`` steps."""
 
     step: int
-    ref: Any
-    envelope: TensorEnvelope
+    held: _Held
 
 
 @dataclass(frozen=True)

@@ -75,14 +75,17 @@ def test_the_rules_find_what_they_look_for(planted, rule, path, code):
 
 @pytest.mark.parametrize(
     "module",
-    ["app", "director", "walk", "ingress", "prompt_tokenizer", "mp4_encoder", "transformer", "video_vae", "client"],
+    [
+        *("app", "director", "walk", "ingress", "prompt_tokenizer", "mp4_encoder", "transformer", "video_vae"),
+        *("audio_vae", "client", "http_client"),
+    ],
 )
 def test_importing_a_deployment_loads_no_torch(module):
     code = f"import deployments.{module}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
-DEPLOYMENTS = ("director", "ingress", "mp4_encoder", "prompt_tokenizer", "transformer", "video_vae")
+DEPLOYMENTS = ("director", "ingress", "mp4_encoder", "prompt_tokenizer", "transformer", "video_vae", "audio_vae")
 
 
 def test_deployments_are_thin(product):

@@ -81,6 +81,7 @@ class FakeStages:
         self.clips = ClipStreams(8)
         self.tokenize, self.denoise = Method(self._tokenize), Method(self._denoise)
         self.decode, self.encode = Method(self._decode), Method(self._encode)
+        self.clean: list[Any] = []
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
         self.open = Method(self.clips.open)
         self.decoded = 0
@@ -93,8 +94,9 @@ class FakeStages:
         self.fail("tokenize")
         return messages.TokenizedPair((1, 2), (3,), "given", 11)
 
-    async def _denoise(self, context: RequestContext, job: Any, saved: Any) -> AsyncIterator[Any]:
+    async def _denoise(self, context: RequestContext, job: Any, saved: Any, clean: Any) -> AsyncIterator[Any]:
         self.resumed_from.append(saved and saved.value)
+        self.clean.append(clean and clean.value)
         if self.misses and saved is not None:
             self.misses = False
             raise ObjectLostError("00", None, "")
@@ -109,7 +111,7 @@ class FakeStages:
             yield messages.StateSaved(2, 5, 13)
             raise ObjectLostError("00", None, "")
         self.fail("denoise")
-        yield messages.LatentsReady(0.1, 13, (12,))
+        yield messages.LatentsReady(0.1, ("video",), 13, (12,))
         yield "latents"
 
     async def _decode(self, context: RequestContext, latents: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
