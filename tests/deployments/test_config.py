@@ -169,7 +169,7 @@ def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None
     assert replica.placement_group_strategy == "STRICT_PACK"
     assert replica.placement_group_bundles == [{"CPU": 1.1, "GPU": 0.8}, *[{"CPU": 1.0, "GPU": 0.8}] * 3]
     assert replica.placement_group_bundle_label_selector == [{"zone": "!a"}] * 4
-    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.1, "label_selector": {"zone": "a"}}
+    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.075, "label_selector": {"zone": "a"}}
     assert "label_selector" not in options["Mp4Encoder"][0]
 
 
