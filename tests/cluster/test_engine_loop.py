@@ -398,7 +398,9 @@ def test_what_has_begun_makes_room_and_comes_back_where_it_was() -> None:
         assert isinstance((await follow(loop, "image", 10, shape=IMAGE))[-1], Denoised)
         assert gang.max_begun == 1
         assert steps_of(await video) == list(range(1, 61)), "no step is lost, none is done twice"
-        begun = [(job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state in gang.of("begin")]
+        begun = [
+            (job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state, _ in gang.of("begin")
+        ]
         assert [job_id for job_id, _ in begun] == ["video", "image", "video"]
         assert begun[0][1] is None
         assert begun[2][1] is not None
@@ -446,7 +448,7 @@ def test_the_leader_decides_which_prompts_are_kept() -> None:
             async for _ in loop.submit(job_id, job, 60.0):
                 pass
         one, two = ((text_key((number,))) for number in (1, 2))
-        assert [orders for _, _, orders, _ in gang.of("begin")] == [
+        assert [orders for _, _, orders, _, _ in gang.of("begin")] == [
             PromptOrders((), frozenset([one])),
             PromptOrders((one,), frozenset([two])),
         ]

@@ -121,7 +121,7 @@ class FakeStages:
         yield "latents"
 
     async def _encode_picture(self, context: RequestContext, picture: Any) -> AsyncIterator[Any]:
-        assert picture.media
+        assert len(picture.media) > 0
         self.fail("condition")
         yield messages.PictureEncoded(0.1, 1, 14)
         yield f"clean latents of try {context.attempt}"
