@@ -71,6 +71,11 @@ def test_all_three_degrees_at_once(tiny_nano: Path, capsys: pytest.CaptureFixtur
     assert lines[-1] == "0 FAIL, 21 ok, 0 skip, on 8 x cpu"
 
 
+def test_the_check_of_modes_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--only", "modes", "--checkpoint", str(tiny_nano)]) == 0
+    assert capsys.readouterr().out.endswith("0 FAIL, 20 ok, 0 skip, on 2 x cpu\n")
+
+
 def test_the_operator_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--only", "operators"]) == 0
     assert capsys.readouterr().out.endswith("0 FAIL, 2 ok, 1 skip, on 2 x cpu\n")
