@@ -105,6 +105,9 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
             )
             stream = _video_stream(field, kind, container)
             context = stream.codec_context
+            if not context.height or not context.width:
+                reason = f"no frame can be decoded, or the frames are larger than {LIMITS.max_clip_pixels} pixels"
+                raise damaged(field, kind.name, reason)
             check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
             context.options = max_pixels  # a stream may change its size, or be larger than its header says
             stream.thread_type = "AUTO"
@@ -177,7 +180,8 @@ def _announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes
         count += not entry.is_discard
     if count > LIMITS.max_clip_frames:
         raise too_many_frames(field, count)
-    return count
+    # A file of fragments has no total, and FFmpeg has read the first fragment's table only.
+    return count if stream.frames else None
 
 
 def _turns(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
