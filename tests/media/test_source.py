@@ -631,7 +631,10 @@ def tiny_frames(num_frames, kind):
     with av.open(file, "w", format=kind) as container:
         video = container.add_stream("mpeg4", rate=25)
         video.height, video.width, video.pix_fmt = 16, 16, "yuv420p"
-        packets = [*video.encode(av.VideoFrame(16, 16, "yuv420p")), *video.encode(None)]
+        packets = [
+            *video.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")),
+            *video.encode(None),
+        ]
         data = bytes(packets[0])
         for index in range(num_frames):
             packet = av.Packet(data)
