@@ -9,7 +9,7 @@ import torch
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.ops import eager
-from cosmos3_core.ops.registry import IMPLEMENTATIONS, select_ops
+from cosmos3_core.ops.registry import IMPLEMENTATIONS, names_of, select_ops
 from tests.ops.comparison import GPU_CASES, TOLERANCES, Shape, largest_difference
 
 CPU = torch.device("cpu")
@@ -54,7 +54,9 @@ def test_every_implementation_has_a_tolerance() -> None:
 def test_the_choice_is_logged_and_can_be_overridden(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="cosmos3_core.ops.registry"):
         assert select_ops(CPU, torch.float32).attention is IMPLEMENTATIONS["attention"]["sdpa"]
-        assert select_ops(CPU, torch.float32, {"attention": "eager"}).attention is eager.attention
+        chosen = select_ops(CPU, torch.float32, {"attention": "eager"})
+        assert chosen.attention is eager.attention
+        assert names_of(chosen) == {"attention": "eager"}
     assert "op attention: sdpa" in caplog.text
     assert "op attention: eager (asked for)" in caplog.text
 
