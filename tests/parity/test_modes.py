@@ -1,10 +1,10 @@
-"""Every mode, from what a user gives to frames, sound and actions, against diffusers on the same checkpoint and noise."""
+"""Every mode, from what a user gives to frames, sound and actions: equal to diffusers, checkpoint and noise alike."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from cosmos3_core.conditioning.modes import MODES
+from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DenoisePlan
 from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate
 from cosmos3_core.media.pixels import Frames, to_uint8
 from cosmos3_core.model.rope import after_text, text_positions
-from cosmos3_core.request import GenerationRequest, offered_modes
+from cosmos3_core.request import GenerationRequest, offered_modes, resolve
 
 TOLERANCE = 1e-5  # relative L2, fp32
 PROMPT = "A red car drives along the coast."
@@ -85,6 +86,14 @@ class Case:
 CLIP = "image_to_video"
 MORE = "video_to_video"
 FORWARD, INVERSE, POLICY = "forward_dynamics", "inverse_dynamics", "policy"
+FIRST, LAST = {"condition_video_keep": "first"}, {"condition_video_keep": "last"}
+
+
+def at(*indexes: int) -> dict[str, Any]:
+    """Latent frames of a clip that go on as they are."""
+    return {"condition_frame_indexes_vision": indexes}
+
+
 CASES = [
     Case("image", "text_to_image", shape=(1, 80, 80), steps=5, guidance_scale=4.0),
     Case("image", "text_to_image", family="edge", shape=(1, 48, 80), steps=4, guidance_scale=7.0),
@@ -98,19 +107,19 @@ CASES = [
     Case("wide", CLIP, family="edge", source=(50, 200)),
     Case("unguided", CLIP, family="edge", source=(90, 70), shape=(5, 80, 48), guidance_scale=1.0, schedule=None),
     Case("default", MORE, source=(9, 48, 64), shape=(13, 48, 64)),
-    Case("one frame", MORE, source=(9, 48, 64), chosen={"condition_frame_indexes_vision": (0,)}),
-    Case("late", MORE, source=(13, 48, 64), shape=(13, 48, 64), chosen={"condition_frame_indexes_vision": (1, 2)}, steps=5),
-    Case("apart", MORE, source=(13, 48, 64), shape=(17, 48, 64), chosen={"condition_frame_indexes_vision": (0, 3)}),
-    Case("all", MORE, source=(9, 48, 64), chosen={"condition_frame_indexes_vision": (0, 1, 2)}),
-    Case("first", MORE, source=(14, 60, 50), chosen={"condition_video_keep": "first"}, steps=5, as_file=True),
-    Case("last", MORE, source=(14, 60, 50), chosen={"condition_video_keep": "last"}, steps=5, as_file=True),
+    Case("one frame", MORE, source=(9, 48, 64), chosen=at(0)),
+    Case("late", MORE, source=(13, 48, 64), shape=(13, 48, 64), chosen=at(1, 2), steps=5),
+    Case("apart", MORE, source=(13, 48, 64), shape=(17, 48, 64), chosen=at(0, 3)),
+    Case("all", MORE, source=(9, 48, 64), chosen=at(0, 1, 2)),
+    Case("first", MORE, source=(14, 60, 50), chosen=FIRST, steps=5, as_file=True),
+    Case("last", MORE, source=(14, 60, 50), chosen=LAST, steps=5, as_file=True),
     Case("short", MORE, source=(3, 48, 64)),
-    Case("short last", MORE, source=(3, 48, 64), chosen={"condition_video_keep": "last"}),
+    Case("short last", MORE, source=(3, 48, 64), chosen=LAST),
     Case("single frame", MORE, source=(1, 48, 64), schedule=None),
     Case("odd size", MORE, source=(7, 37, 91), guidance_scale=1.0),
     # Edge was not trained for it; diffusers does it all the same.
     Case("default", MORE, family="edge", source=(9, 37, 91), shape=(13, 48, 64)),
-    Case("last", MORE, family="edge", source=(9, 48, 64), chosen={"condition_video_keep": "last"}, schedule=None),
+    Case("last", MORE, family="edge", source=(9, 48, 64), chosen=LAST, schedule=None),
     Case("24 fps", "text_to_video_with_sound", steps=5, schedule=None),
     Case("30 fps", "text_to_video_with_sound", fps=30.0),
     Case("10 fps", "text_to_video_with_sound", fps=10.0, shape=(13, 48, 48)),
@@ -381,3 +390,27 @@ def test_the_first_frame_is_the_image_through_the_vae(
     assert first.shape == alone.shape == (48, 64, 3)
     assert np.abs(first - alone).max() <= 1
     assert alone.std() > 5, "a picture this flat would prove little"
+
+
+def test_sound_and_actions_at_once_equal_diffusers(
+    tiny_nano: Path,
+    engine_for: Callable[[Path], Engine],
+    diffusers_pipeline: Callable[[Path], Any],
+    relative_difference: Callable[[Tensor, Tensor], float],
+) -> None:
+    """No mode asks for both, but the transformer can: video, then sound, then actions."""
+    engine = engine_for(tiny_nano)
+    case = Case("", POLICY, source=(48, 64), fps=10.0, steps=4)
+    reference = diffusers_pipeline(tiny_nano).run(
+        case.prompt, schedule=case.schedule, flow_shift=10.0, enable_sound=True, **their_arguments(case)
+    )
+    resolved = resolve(our_request(case).packed(), engine.layout)
+    assert resolved.picture is not None
+    conditional, unconditional = engine.tokenize(resolved)
+    job = DenoiseRequest.of(resolved, conditional.ids, unconditional.ids, engine.layout.geometry)
+    job = replace(job, num_sound_latents=reference.initial["sound"].shape[1])
+    assert job.num_sound_latents == 23  # 9 frames at 10 fps
+    latents = engine.denoise(job.with_clean_latents(engine.clean_latents(resolved.picture)))
+    assert list(latents) == list(reference.steps[-1]) == ["video", "sound", "action"]
+    for name, theirs in reference.steps[-1].items():
+        assert relative_difference(latents[name], theirs) <= TOLERANCE
