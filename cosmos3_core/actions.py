@@ -70,10 +70,16 @@ class ActionStatistics:
         return (actions * self.scale + self.offset).astype(np.float32)
 
 
+def _as_float32(values: Any) -> Actions:
+    # What float32 cannot hold becomes infinite; whoever asks refuses that, and needs no warning.
+    with np.errstate(over="ignore"):
+        return np.array(values, dtype=np.float32)
+
+
 def _numbers(path: Path, name: str, values: Any, width: int) -> Actions:
     try:
-        numbers = np.array(values, dtype=np.float32)
-    except (TypeError, ValueError):
+        numbers = _as_float32(values)
+    except (TypeError, ValueError, OverflowError):
         numbers = np.empty((0,), np.float32)
     if numbers.shape != (width,) or not np.isfinite(numbers).all():
         raise CorruptFileError(path, f"{name} is no list of {width} finite numbers")
@@ -166,7 +172,7 @@ def action_rows(field_name: str, values: Any, width: int | None) -> Actions:
     columns = "numbers" if width is None else f"{width} numbers"
     allowed = f"1 to {LIMITS.max_actions} rows of {columns} each"
     try:
-        rows = np.array(values, dtype=np.float32)
+        rows = _as_float32(values)
     except (TypeError, ValueError, OverflowError):
         raise RequestError(field_name, values, allowed) from None
     if rows.ndim != 2 or not 1 <= len(rows) <= LIMITS.max_actions or rows.shape[1] < 1:

@@ -33,7 +33,7 @@ from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
 from cosmos3_core.media.output import OutputFile
 from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
 from cosmos3_core.media.sound import Samples
-from cosmos3_core.media.writer import ClipFormat, open_writer
+from cosmos3_core.media.writer import open_writer
 from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
@@ -49,6 +49,8 @@ _FIRST_RANK_S = 60.0
 
 # File systems take 255; the rest is for the ending and for the hidden name while the file is written.
 _MAX_NAME_BYTES = 200
+
+_ACTIONS_SUFFIX = ".actions.json"
 
 # In the order of the path, as reports show them.
 _STAGES = (
@@ -132,7 +134,7 @@ def generate(
         latents = denoised()
     else:
         clip_format = resolved.clip_format(crf=crf, lossless=lossless)
-        path, digest = _file_path(out, clip_format), FrameHash()
+        path, digest = _file_path(out, clip_format.suffix), FrameHash()
         # Opened before the long part, so that a place or a setting that cannot be is refused before it.
         with open_writer(path, clip_format) as writer:
             latents = denoised()
@@ -162,8 +164,8 @@ def generate(
     )
 
 
-def _file_path(out: str | Path | None, clip_format: ClipFormat) -> Path:
-    """``out`` with the format's ending.
+def _file_path(out: str | Path | None, suffix: str) -> Path:
+    """``out`` with an ending.
 
     Raises:
         RequestError: not a path that a file could have.
@@ -176,7 +178,7 @@ def _file_path(out: str | Path | None, clip_format: ClipFormat) -> Path:
         raise RequestError("out", str(out), allowed)
     if len(name.encode()) > _MAX_NAME_BYTES:
         raise RequestError("out", str(out), f"a file name of at most {_MAX_NAME_BYTES} bytes")
-    return Path(out).with_name(name + clip_format.suffix)
+    return Path(out).with_name(name + suffix)
 
 
 def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
@@ -260,7 +262,9 @@ def run(options: argparse.Namespace) -> None:
     with _said_once():
         request = request_of(options)
         # Before gigabytes are read.
-        num_steps = resolve(request.packed(), CheckpointLayout.open(options.checkpoint)).num_inference_steps
+        resolved = resolve(request.packed(), CheckpointLayout.open(options.checkpoint))
+        if resolved.has_generated_actions:
+            OutputFile(_file_path(options.out, _ACTIONS_SUFFIX))  # refuses a place that cannot be
         layout = _layout(options)
     groups, device = _join_ranks(layout, options.device)
     progress = Progress()
@@ -274,7 +278,7 @@ def run(options: argparse.Namespace) -> None:
                 # Every rank takes part in the denoising and has its result; one of them writes the file.
                 generate(engine, request, output="latent")
                 return
-            progress.start(num_steps, "denoising")
+            progress.start(resolved.num_inference_steps, "denoising")
             result = generate(
                 engine,
                 request,
@@ -335,7 +339,7 @@ def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
     Raises:
         RequestError, MediaError: see :class:`cosmos3_core.media.output.OutputFile`.
     """
-    path = Path(out).with_name(f"{Path(out).name}.actions.json")
+    path = _file_path(out, _ACTIONS_SUFFIX)
     file = OutputFile(path)
     try:
         file.path.write_text(json.dumps(actions.as_json()) + "\n", encoding="utf-8")

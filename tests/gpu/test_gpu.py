@@ -13,7 +13,7 @@ from cosmos3_core.parallel.layout import Layout
 from tests.gpu.__main__ import main
 from tests.gpu.layouts import DTYPES, LAYOUTS, check_layouts, compare
 from tests.gpu.verdict import checked
-from tests.parallel.gang_work import REQUESTS
+from tests.parallel.gang_work import RESULTS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -94,7 +94,7 @@ def test_differences_beyond_the_tolerance_and_errors_fail() -> None:
     def rank(fp32: torch.Tensor, bf16: torch.Tensor) -> dict[torch.dtype, dict[str, torch.Tensor]]:
         both = {torch.float32: fp32, torch.bfloat16: bf16}
         return {
-            dtype: {f"{name}/{run}": x for name in REQUESTS for run in ("first", "again")} for dtype, x in both.items()
+            dtype: {f"{name}/{run}": x for name in RESULTS for run in ("first", "again")} for dtype, x in both.items()
         }
 
     alone = rank(exact, exact * 1.01)
