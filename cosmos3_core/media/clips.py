@@ -27,8 +27,8 @@ from cosmos3_core.media.probe import YUV_TO_RGB
 from cosmos3_core.media.stills import PictureSize, check_pixels
 from cosmos3_core.presets import LIMITS
 
-# Each decoding thread holds frames of its own; four keep up with a stream of 4K.
-_MAX_THREADS = 4
+# Each decoding thread would hold frames of its own, and races between them are what damaged streams provoke.
+_NUM_THREADS = 1
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
                 raise damaged(field, kind.name, reason)
             check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
             context.options = max_pixels  # a stream may change its size, or be larger than its header says
-            stream.thread_type = "AUTO"
-            context.thread_count = _MAX_THREADS
+            context.thread_count = _NUM_THREADS
             num_frames = _announced_frames(field, kind, stream, len(data))
         yield OpenClip(field, kind, container, stream, num_frames)
 
