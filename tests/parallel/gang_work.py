@@ -135,7 +135,7 @@ def sharded_denoiser(
 
 
 def final_latents(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Every request twice, RESULT + ``/first`` and ``/again`` for all of :data:`RESULTS`, and the ``prefills`` of it."""
+    """Every request twice, RESULT + ``/first`` and ``/again`` for all of :data:`RESULTS`, and the ``prefills``."""
     results = {}
     for name, fields in REQUESTS.items():
         for attempt in ("first", "again"):
