@@ -1,4 +1,4 @@
-"""The table of defaults, frozen; what a request leaves out comes from it, and every mode runs with all of it left out."""
+"""The table of defaults, frozen; what a request leaves out comes from it, and every mode runs with nothing said."""
 
 from __future__ import annotations
 
@@ -95,9 +95,7 @@ def test_every_kind_of_checkpoint_offers_its_rows(checkpoints: dict[str, Path]) 
 
 
 @pytest.mark.parametrize(("kind", "mode"), ROWS)
-def test_a_request_that_leaves_out_everything_gets_the_row(
-    kind: str, mode: str, checkpoints: dict[str, Path]
-) -> None:
+def test_a_request_that_leaves_out_everything_gets_the_row(kind: str, mode: str, checkpoints: dict[str, Path]) -> None:
     num_frames, height, width, fps, steps, scale, shift, _, action = TABLE[kind][mode]
     fields = minimal(kind, mode)
     resolved = resolve(GenerationRequest(**fields), CheckpointLayout.open(checkpoints[kind]))

@@ -159,9 +159,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "field", "said"), BAD, ids=lambda value: "")
-def test_what_does_not_fit_is_refused(
-    changes: dict[str, Any], field: str, said: str, layout: CheckpointLayout
-) -> None:
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], field: str, said: str, layout: CheckpointLayout) -> None:
     with pytest.raises(RequestError) as caught:
         states_of(replace(PLAIN, **changes), layout)
     assert caught.value.field == field
