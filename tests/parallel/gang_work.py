@@ -35,7 +35,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "unguided": {"latent_shape": (3, 5, 9), "guidance_scale": 1.0, "num_inference_steps": 3},
     "indivisible": {"latent_shape": (2, 4, 10), "guidance_scale": 3.0, "num_inference_steps": 3},
     "unguided image": {"latent_shape": (1, 4, 6), "guidance_scale": 1.0, "num_inference_steps": 2},
-    # What the modes are made of, in sums that neither 2 nor 3 nor 4 divides: 45 + 7 + 1, 45 + 13, 20 + 8 + 1, 45 + 5.
+    # What the modes are made of, in sums that neither 3 nor 4 divides: 45 + 7 + 1, 45 + 13, 20 + 9, 45 + 5.
     "continued, sound, one action": {
         "latent_shape": (3, 5, 9),
         "guidance_scale": 3.0,
