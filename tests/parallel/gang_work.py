@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_transformer
-from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import Groups
 from cosmos3_core.parallel.layout import Layout
-from cosmos3_core.shapes import LatentShape
+from cosmos3_core.shapes import Geometry, LatentShape
 from tests.parallel.gauge import Gauge
 
 LAYOUTS = [
@@ -35,6 +35,24 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "unguided": {"latent_shape": (3, 5, 9), "guidance_scale": 1.0, "num_inference_steps": 3},
     "indivisible": {"latent_shape": (2, 4, 10), "guidance_scale": 3.0, "num_inference_steps": 3},
     "unguided image": {"latent_shape": (1, 4, 6), "guidance_scale": 1.0, "num_inference_steps": 2},
+    # 30, 5 and 8 tokens of video, sound and actions: no share of theirs begins or ends where a modality does.
+    "everything": {
+        "latent_shape": (2, 5, 9),
+        "guidance_scale": 6.0,
+        "num_inference_steps": 3,
+        "clean_frames": (0,),
+        "clean_latents": torch.linspace(-1, 1, 48 * 5 * 9).reshape(1, 48, 1, 5, 9),
+        "num_sound_latents": 5,
+        "action": ActionLatents(8, 7, 10),
+    },
+    # One token of video, so that ranks have none, and actions that stay as they are.
+    "hardly a picture": {
+        "latent_shape": (1, 2, 2),
+        "guidance_scale": 3.0,
+        "num_inference_steps": 3,
+        "num_sound_latents": 7,
+        "action": ActionLatents(3, 4, 2, ((0.5, -1.0), (0.0, 2.0), (1.0, 1.0))),
+    },
 }
 
 # Of one frame with two rows of latents, so that there can be any number.
@@ -45,6 +63,12 @@ def small_request(fields: dict[str, Any]) -> DenoiseRequest:
     """One of :data:`REQUESTS`, or another with these fields."""
     shaped = {**fields, "latent_shape": LatentShape(*fields["latent_shape"])}
     return DenoiseRequest((5, 6, 7, 8), (3, 4), fps=24.0, schedule="native", flow_shift=10.0, seed=1, **shaped)
+
+
+def num_tokens_of(request: DenoiseRequest) -> int:
+    """How many tokens are generated, of all modalities."""
+    num_actions = 0 if request.action is None else request.action.num_actions
+    return Geometry().token_grid(request.latent_shape).num_tokens + request.num_sound_latents + num_actions
 
 
 def share_of(num_tokens: int, layout: Layout) -> int:
@@ -78,12 +102,18 @@ def sharded_denoiser(
 
 
 def final_latents(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Every request twice, ``name/first`` and ``name/again``, and how many ``prefills`` that took."""
+    """Every request twice, ``name/first`` and ``name/again``, and how many ``prefills`` that took.
+
+    All modalities in one row of numbers; without sound where the model makes none.
+    """
     results = {}
     for name, fields in REQUESTS.items():
+        request = small_request(fields)
+        if not denoiser.transformer.config.sound_gen:
+            request = replace(request, num_sound_latents=0)
         for attempt in ("first", "again"):
-            state = denoiser.run(denoiser.prepare(small_request(fields)))
-            results[f"{name}/{attempt}"] = state.latents["video"].float().cpu()
+            latents = denoiser.run(denoiser.prepare(request)).latents.values()
+            results[f"{name}/{attempt}"] = torch.cat([x.flatten() for x in latents]).float().cpu()
     return {**results, "prefills": torch.tensor(denoiser.text_cache.num_prefills)}
 
 

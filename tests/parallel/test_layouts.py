@@ -16,8 +16,7 @@ from cosmos3_core.checkpoint.load import load_transformer
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.errors import RequestError
 from cosmos3_core.parallel.layout import Layout, Place
-from cosmos3_core.shapes import Geometry
-from tests.parallel.gang_work import LAYOUTS, REQUESTS, RankResult, is_kept_to_the_bit, small_request
+from tests.parallel.gang_work import LAYOUTS, REQUESTS, RankResult, is_kept_to_the_bit, num_tokens_of, small_request
 
 pytestmark = [pytest.mark.gang, pytest.mark.timeout(600)]
 
@@ -35,8 +34,7 @@ def test_a_layout_gives_what_one_rank_gives(layout: Layout, ranks: dict[Layout, 
         assert difference <= 1e-5
         if layout.tp == layout.sp == 1:
             assert difference == 0, "CFG alone changes no arithmetic"
-        num_tokens = Geometry().token_grid(small_request(fields).latent_shape).num_tokens
-        if layout.tp == 1 and is_kept_to_the_bit(num_tokens, layout):
+        if layout.tp == 1 and is_kept_to_the_bit(num_tokens_of(small_request(fields)), layout):
             assert difference == 0, "SP keeps every sum whole"
     # Each CFG group prefills its own prompt only; the two prompts are shared by all requests.
     expected_prefills = {(0, 1): 2, (1, 1): 2, (0, 2): 1, (1, 2): 1}
@@ -61,8 +59,9 @@ def test_one_rank_without_groups_is_the_engine(ranks: dict[Layout, list[RankResu
     files = CheckpointLayout.open(tiny_nano)
     denoiser = Denoiser(load_transformer(files, device=torch.device("cpu")), files.geometry, files.scheduler)
     for name, fields in REQUESTS.items():
-        latents = denoiser.run(denoiser.prepare(small_request(fields))).latents["video"]
-        assert torch.equal(latents, ranks[Layout()][0].latents[f"{name}/first"])
+        latents = denoiser.run(denoiser.prepare(small_request(fields))).latents
+        whole = torch.cat([modality.flatten() for modality in latents.values()])
+        assert torch.equal(whole, ranks[Layout()][0].latents[f"{name}/first"])
 
 
 def test_cfg_is_the_outer_axis_and_tp_the_inner() -> None:
