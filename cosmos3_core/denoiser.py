@@ -231,9 +231,7 @@ class Denoiser:
         """
         _check_state(plan, state)
         velocity = self._guided_velocity(plan, state)
-        solver = {
-            name: plan.solver.step(state.solver[name], state.step_index, velocity[name]) for name in plan.initial
-        }
+        solver = {name: plan.solver.step(state.solver[name], state.step_index, velocity[name]) for name in plan.initial}
         for name, fixed in plan.fixed.items():
             # The solver would keep it but for rounding: its velocity is zero.
             solver[name] = replace(solver[name], sample=fixed.restored(solver[name].sample))

@@ -35,15 +35,15 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "unguided": {"latent_shape": (3, 5, 9), "guidance_scale": 1.0, "num_inference_steps": 3},
     "indivisible": {"latent_shape": (2, 4, 10), "guidance_scale": 3.0, "num_inference_steps": 3},
     "unguided image": {"latent_shape": (1, 4, 6), "guidance_scale": 1.0, "num_inference_steps": 2},
-    # 30, 5 and 8 tokens of video, sound and actions: no share of theirs begins or ends where a modality does.
+    # 30, 14 and 7 tokens of video, sound and actions: shares cut through them, and none has one to three of a kind.
     "everything": {
         "latent_shape": (2, 5, 9),
         "guidance_scale": 6.0,
         "num_inference_steps": 3,
         "clean_frames": (0,),
         "clean_latents": torch.linspace(-1, 1, 48 * 5 * 9).reshape(1, 48, 1, 5, 9),
-        "num_sound_latents": 5,
-        "action": ActionLatents(8, 7, 10),
+        "num_sound_latents": 14,
+        "action": ActionLatents(7, 7, 10),
     },
     # One token of video, so that ranks have none, and actions that stay as they are.
     "hardly a picture": {
