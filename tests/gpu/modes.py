@@ -1,7 +1,7 @@
 """Every mode in one process, on the device against the CPU in fp32, and in bf16 as it is served.
 
-What is compared in fp32 are final latents of every modality, sound and actions: with TF32 off, in the VAE's convolutions
-too, where torch has it on, only the order of sums differs. In bf16 the run has to end and give finite numbers of the right shapes.
+What is compared in fp32 are final latents of every modality: with TF32 off, in the VAE's convolutions too, where torch
+has it on, only the order of sums differs. In bf16 the run has to end and give finite numbers of the right shapes.
 """
 
 from __future__ import annotations
