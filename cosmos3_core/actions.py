@@ -9,6 +9,7 @@ published checkpoint carries such a file yet: put the one of your data set there
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cosmos3_core.checkpoint.configs import read_json_object
-from cosmos3_core.errors import CorruptFileError, RequestError
+from cosmos3_core.errors import CorruptFileError, MediaError, RequestError
+from cosmos3_core.media.output import OutputFile
 from cosmos3_core.presets import LIMITS
 
 Actions = npt.NDArray[np.float32]
@@ -133,6 +135,29 @@ class GeneratedActions:
             "domain_name": self.domain_name,
             "is_normalised": self.is_normalised,
         }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> GeneratedActions:
+        """Of :meth:`as_json`; the same numbers to the bit."""
+        rows = np.array(values["data"], dtype=np.float32)
+        return cls(rows, values["domain_name"], values["domain_id"], values["is_normalised"])
+
+
+def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
+    """Write generated actions as ``out`` + ``.actions.json``; returns that path.
+
+    Raises:
+        RequestError, MediaError: see :class:`cosmos3_core.media.output.OutputFile`.
+    """
+    path = Path(out).with_name(f"{Path(out).name}.actions.json")
+    file = OutputFile(path)
+    try:
+        file.path.write_text(json.dumps(actions.as_json()) + "\n", encoding="utf-8")
+    except OSError as error:
+        file.discard()
+        raise MediaError(f"{path}: cannot be written: {error}") from error
+    file.commit()
+    return path
 
 
 def given_actions(

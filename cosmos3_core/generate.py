@@ -9,7 +9,6 @@ The serving graph runs the same stages as separate deployments.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,14 +22,13 @@ import torch
 from torch import Tensor
 
 from cosmos3_core import checks
-from cosmos3_core.actions import GeneratedActions
+from cosmos3_core.actions import GeneratedActions, write_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
 from cosmos3_core.engine import Engine
-from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
-from cosmos3_core.media.output import OutputFile
+from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
 from cosmos3_core.media.sound import Samples
 from cosmos3_core.media.writer import ClipFormat, open_writer
@@ -327,23 +325,6 @@ def _join_ranks(layout: Layout, device: str | None) -> tuple[Groups, torch.devic
     mine = local_device(device, int(os.environ["LOCAL_RANK"]))
     rank, backend = int(os.environ["RANK"]), collective_backend(mine)
     return init_groups(layout, rank, backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S), mine
-
-
-def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
-    """Write generated actions as ``out`` + ``.actions.json``; returns that path.
-
-    Raises:
-        RequestError, MediaError: see :class:`cosmos3_core.media.output.OutputFile`.
-    """
-    path = Path(out).with_name(f"{Path(out).name}.actions.json")
-    file = OutputFile(path)
-    try:
-        file.path.write_text(json.dumps(actions.as_json()) + "\n", encoding="utf-8")
-    except OSError as error:
-        file.discard()
-        raise MediaError(f"{path}: cannot be written: {error}") from error
-    file.commit()
-    return path
 
 
 def _report(result: GenerationResult, actions_path: Path | None, timings_s: dict[str, float]) -> None:

@@ -48,7 +48,7 @@ KEYS = {
         "vae",
         "encoder",
     },
-    "http": {"host", "port", "max_body_bytes", "request_timeout_s", "drain_timeout_s"},
+    "http": {"host", "port", "max_body_bytes", "max_bodies_bytes", "request_timeout_s", "drain_timeout_s"},
     "ingress": STAGE,
     "director": STAGE | {"max_requests", "max_attempts", "chunk_window"},
     "tokenizer": STAGE,
