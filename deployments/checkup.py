@@ -69,6 +69,8 @@ def _tell_failure(message: str, tell: Callable[[str], None]) -> None:
 
 
 def _check_file(saved: SavedMedia) -> str:
+    if saved.path is None:
+        raise Cosmos3Error("the app answers without a file")
     info = probe_video(saved.path)
     found: tuple[object, ...] = info.num_frames, info.height, info.width, info.fps
     if found != (_PROBE.num_frames, _PROBE.height, _PROBE.width, _PROBE.fps):
