@@ -119,7 +119,7 @@ class Gang:
                 "load", phase="load", timeout_s=spec.start_timeout_s, passes_on=Cosmos3Error
             )
             gang.request_memory = loaded[0].request_memory
-            logger.info("gang 4/5 load: %.1f s", max(it.seconds for it in loaded))
+            logger.info("gang 4/5 load: %.1f s, %s", max(it.seconds for it in loaded), loaded[0].ops)
             for method, arguments in (
                 ("begin", ("warm up", _WARM_UP, PromptOrders())),
                 ("step", ("warm up", 2)),

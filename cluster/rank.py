@@ -65,10 +65,12 @@ class Loaded:
     Attributes:
         seconds: it took.
         request_memory: what requests hold of this rank's memory.
+        ops: operator -> implementation that was chosen for the device.
     """
 
     seconds: float
     request_memory: RequestMemory
+    ops: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Rank:
         from cosmos3_core.checkpoint.load import load_transformer
         from cosmos3_core.denoiser import Denoiser
         from cosmos3_core.device import DTYPES, resolve_device
+        from cosmos3_core.ops.registry import names_of
         from cosmos3_core.parallel.apply import branch_share, parallelize
         from cosmos3_core.parallel.groups import ALONE
 
@@ -176,7 +179,7 @@ class Rank:
             layout.scheduler,
             branch_share=branch_share(groups),
         )
-        return Loaded(time.perf_counter() - start_s, self._denoiser.request_memory)
+        return Loaded(time.perf_counter() - start_s, self._denoiser.request_memory, names_of(transformer.ops))
 
     def begin(
         self,

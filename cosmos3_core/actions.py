@@ -19,11 +19,14 @@ import numpy.typing as npt
 
 from cosmos3_core.checkpoint.configs import read_json_object
 from cosmos3_core.errors import CorruptFileError, MediaError, RequestError
-from cosmos3_core.media.output import OutputFile
+from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.presets import LIMITS
 
 Actions = npt.NDArray[np.float32]
 """float32 [steps, width]: one action a row."""
+
+ACTIONS_SUFFIX = ".actions.json"
+"""Of the files that :func:`write_actions` writes."""
 
 _FOLDER = Path("assets") / "action_stats"
 # Of cosmos-framework: a value that never changed must not be divided by zero.
@@ -72,10 +75,16 @@ class ActionStatistics:
         return (actions * self.scale + self.offset).astype(np.float32)
 
 
+def _as_float32(values: Any) -> Actions:
+    # What float32 cannot hold becomes infinite; whoever asks refuses that, and needs no warning.
+    with np.errstate(over="ignore"):
+        return np.array(values, dtype=np.float32)
+
+
 def _numbers(path: Path, name: str, values: Any, width: int) -> Actions:
     try:
-        numbers = np.array(values, dtype=np.float32)
-    except (TypeError, ValueError):
+        numbers = _as_float32(values)
+    except (TypeError, ValueError, OverflowError):
         numbers = np.empty((0,), np.float32)
     if numbers.shape != (width,) or not np.isfinite(numbers).all():
         raise CorruptFileError(path, f"{name} is no list of {width} finite numbers")
@@ -147,9 +156,10 @@ def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
     """Write generated actions as ``out`` + ``.actions.json``; returns that path.
 
     Raises:
-        RequestError, MediaError: see :class:`cosmos3_core.media.output.OutputFile`.
+        RequestError: no place for a file.
+        MediaError: it could not be written.
     """
-    path = Path(out).with_name(f"{Path(out).name}.actions.json")
+    path = path_with_suffix(out, ACTIONS_SUFFIX)
     file = OutputFile(path)
     try:
         file.path.write_text(json.dumps(actions.as_json()) + "\n", encoding="utf-8")
@@ -191,7 +201,7 @@ def action_rows(field_name: str, values: Any, width: int | None) -> Actions:
     columns = "numbers" if width is None else f"{width} numbers"
     allowed = f"1 to {LIMITS.max_actions} rows of {columns} each"
     try:
-        rows = np.array(values, dtype=np.float32)
+        rows = _as_float32(values)
     except (TypeError, ValueError, OverflowError):
         raise RequestError(field_name, values, allowed) from None
     if rows.ndim != 2 or not 1 <= len(rows) <= LIMITS.max_actions or rows.shape[1] < 1:

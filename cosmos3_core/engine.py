@@ -36,6 +36,8 @@ from cosmos3_core.shapes import LatentShape
 from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
 
+_CLOSED = "this engine was closed; make a new one"
+
 
 @dataclass(frozen=True)
 class Cosmos3T2VRequest:
@@ -145,7 +147,7 @@ class Engine:
             ClosedError: the engine was closed.
         """
         if self._denoiser is None:
-            raise ClosedError("this engine was closed; make a new one")
+            raise ClosedError(_CLOSED)
         return self._denoiser
 
     def tokenize(self, request: ResolvedRequest) -> tuple[PromptIds, PromptIds]:
@@ -215,15 +217,18 @@ class Engine:
 
         Raises:
             CapabilityError: the engine was made without sound.
+            ClosedError: the engine was closed.
         """
         if self._audio_vae is None:
+            if self._vae is None:
+                raise ClosedError(_CLOSED)
             raise CapabilityError("sound", "latents", "none", "This engine has no decoder of sound: load_sound=True.")
         return self._audio_vae.decode(latents)
 
     @property
     def _video_vae(self) -> VideoVAE:
         if self._vae is None:
-            raise ClosedError("this engine was closed; make a new one")
+            raise ClosedError(_CLOSED)
         return self._vae
 
     def step(

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 
 from cosmos3_core import checks
-from cosmos3_core.actions import GeneratedActions, write_actions
+from cosmos3_core.actions import ACTIONS_SUFFIX, GeneratedActions, write_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
 from cosmos3_core.media.sound import Samples
-from cosmos3_core.media.writer import ClipFormat, open_writer
+from cosmos3_core.media.writer import open_writer
 from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
@@ -44,9 +45,6 @@ _COLLECTIVE_TIMEOUT_S = 1800.0
 
 # For the first rank to come as far as the others, which have nothing to say.
 _FIRST_RANK_S = 60.0
-
-# File systems take 255; the rest is for the ending and for the hidden name while the file is written.
-_MAX_NAME_BYTES = 200
 
 # In the order of the path, as reports show them.
 _STAGES = (
@@ -130,7 +128,7 @@ def generate(
         latents = denoised()
     else:
         clip_format = resolved.clip_format(crf=crf, lossless=lossless)
-        path, digest = _file_path(out, clip_format), FrameHash()
+        path, digest = path_with_suffix(out, clip_format.suffix), FrameHash()
         # Opened before the long part, so that a place or a setting that cannot be is refused before it.
         with open_writer(path, clip_format) as writer:
             latents = denoised()
@@ -158,23 +156,6 @@ def generate(
         latents if output == "latent" else None,
         actions,
     )
-
-
-def _file_path(out: str | Path | None, clip_format: ClipFormat) -> Path:
-    """``out`` with the format's ending.
-
-    Raises:
-        RequestError: not a path that a file could have.
-    """
-    allowed = "a path without ending, such as 'clip' for clip.mp4"
-    if not isinstance(out, str | Path) or "\0" in str(out):
-        raise RequestError("out", out, allowed)
-    name = Path(out).name
-    if not name or str(out).endswith(("/", "/.", "/..")) or name == "..":
-        raise RequestError("out", str(out), allowed)
-    if len(name.encode()) > _MAX_NAME_BYTES:
-        raise RequestError("out", str(out), f"a file name of at most {_MAX_NAME_BYTES} bytes")
-    return Path(out).with_name(name + clip_format.suffix)
 
 
 def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
@@ -258,7 +239,9 @@ def run(options: argparse.Namespace) -> None:
     with _said_once():
         request = request_of(options)
         # Before gigabytes are read.
-        num_steps = resolve(request.packed(), CheckpointLayout.open(options.checkpoint)).num_inference_steps
+        resolved = resolve(request.packed(), CheckpointLayout.open(options.checkpoint))
+        if resolved.has_generated_actions:
+            OutputFile(path_with_suffix(options.out, ACTIONS_SUFFIX))  # refuses a place that cannot be
         layout = _layout(options)
     groups, device = _join_ranks(layout, options.device)
     progress = Progress()
@@ -272,7 +255,7 @@ def run(options: argparse.Namespace) -> None:
                 # Every rank takes part in the denoising and has its result; one of them writes the file.
                 generate(engine, request, output="latent")
                 return
-            progress.start(num_steps, "denoising")
+            progress.start(resolved.num_inference_steps, "denoising")
             result = generate(
                 engine,
                 request,

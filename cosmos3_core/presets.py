@@ -83,7 +83,7 @@ _NVIDIA_ACTION = Preset(
 )
 _POLICY_DROID = Preset(
     33,
-    544,
+    540,
     640,
     15.0,
     4,

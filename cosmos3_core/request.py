@@ -443,7 +443,13 @@ def _action_track(
     if domain_name is None and request.domain_id is None:
         domain_name = preset.domain_name
     embodiment = find_embodiment(domain_name, request.domain_id, config.num_embodiment_domains)
-    width = _or(request.raw_action_dim, _or(preset.raw_action_dim, embodiment.raw_action_dim))
+    width = request.raw_action_dim
+    if width is not None:
+        checks.integer("raw_action_dim", width, 1, config.action_dim)
+    elif embodiment.name == preset.domain_name:
+        width = _or(preset.raw_action_dim, embodiment.raw_action_dim)
+    else:
+        width = embodiment.raw_action_dim
     if mode.actions is Actions.GIVEN:
         if request.actions is None:
             raise RequestError("actions", None, f"the actions that {mode.name} is to carry out, [steps, width]")
@@ -483,9 +489,9 @@ def _action_track(
 
 
 def _choice_of_tier(tier: Any) -> int:
-    if isinstance(tier, bool) or tier not in ACTION_TIERS:
+    if isinstance(tier, bool) or not isinstance(tier, int) or tier not in ACTION_TIERS:
         raise RequestError("resolution_tier", tier, f"one of {sorted(ACTION_TIERS)}")
-    return int(tier)
+    return tier
 
 
 def _fitted(request: GenerationRequest, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:

@@ -225,9 +225,11 @@ def test_a_hub_name_or_a_wrong_path_says_that_a_local_path_is_needed(given: str)
         Engine(given, device="cpu")
 
 
-def test_the_engine_refuses_what_it_cannot_do(tiny_nano: Path, engine_for: Callable[[Path], Engine]) -> None:
+def test_the_engine_refuses_what_it_cannot_do(
+    tiny_nano: Path, tiny_edge: Path, engine_for: Callable[[Path], Engine]
+) -> None:
     with pytest.raises(CapabilityError, match="load_sound"):
-        Engine(tiny_nano, load_sound=True)
+        Engine(tiny_edge, load_sound=True)
     with pytest.raises(RequestError, match="device=.*cpu"):
         Engine(tiny_nano, device="cuda:99" if not torch.cuda.is_available() else "no-such-device")
     ids = torch.tensor([[1, 2, 3]])
@@ -235,7 +237,7 @@ def test_the_engine_refuses_what_it_cannot_do(tiny_nano: Path, engine_for: Calla
     good = Cosmos3T2VRequest(ids, ones, ids, ones, (1, 2, 2))
     engine = engine_for(tiny_nano)
     for changes, said in [
-        ({"sound_frames": 5}, "sound_frames"),
+        ({"sound_frames": -1}, "num_sound_latents"),
         ({"text_mask": torch.ones(1, 2)}, "text_ids, text_mask"),
         ({"text_mask": torch.zeros(1, 3)}, "text_mask"),
         ({"text_mask": torch.tensor([[0, 1, 1]])}, "padding on the right"),
@@ -254,6 +256,13 @@ def test_the_engine_refuses_what_it_cannot_do(tiny_nano: Path, engine_for: Calla
             engine.step(Cosmos3T2VRequest(**{**vars(good), **changes}))
     with pytest.raises(RequestError, match="output"):
         engine.step(good, output="video")  # type: ignore[arg-type]
+    with Engine(tiny_nano, device="cpu", load_sound=False) as silent:
+        with pytest.raises(CapabilityError, match="sound_frames=5"):
+            silent.step(Cosmos3T2VRequest(**{**vars(good), "sound_frames": 5}))
+        with pytest.raises(CapabilityError, match="load_sound"):
+            silent.decode_sound(torch.zeros(64, 2))
+    with pytest.raises(CapabilityError, match="makes no sound"):
+        engine_for(tiny_edge).denoise(Cosmos3T2VRequest(**{**vars(good), "sound_frames": 5}))
 
 
 def test_a_closed_engine_says_so(tiny_nano: Path) -> None:
@@ -265,6 +274,8 @@ def test_a_closed_engine_says_so(tiny_nano: Path) -> None:
         engine.step(request)
     with pytest.raises(ClosedError):
         engine.decode(torch.zeros(1, 48, 1, 2, 2))
+    with pytest.raises(ClosedError):
+        engine.decode_sound(torch.zeros(64, 2))
 
 
 def test_the_command_line_says_it_in_one_line_and_exits_2(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.engine import Cosmos3T2VRequest, Engine
 from cosmos3_core.errors import CheckpointError, RequestError, StateError
@@ -49,7 +49,7 @@ def latents_with(tiny: Path, **arguments: Any) -> Tensor:
 
 def test_schedule_and_shift_come_from_the_engine_unless_the_request_says(engine: Engine, tiny_nano: Path) -> None:
     native = engine.step(REQUEST, output="latent")
-    assert torch.equal(native, engine.denoise(JOB))
+    assert torch.equal(native, engine.denoise(JOB)["video"])
     by_engine = {
         "karras": latents_with(tiny_nano, use_karras_sigmas=True),
         "shipped": latents_with(tiny_nano, use_karras_sigmas=None),
@@ -68,7 +68,8 @@ def test_a_run_is_resumed_where_it_was(engine: Engine) -> None:
     events: list[StepEvent] = []
     resumed = engine.denoise(JOB, resume=DenoiseState.from_bytes(states[2].to_bytes()), on_step=events.append)
     assert [event.step for event in events] == [4, 5]
-    assert torch.equal(resumed, whole)
+    assert list(resumed) == list(whole) == ["video"]
+    assert torch.equal(resumed["video"], whole["video"])
     sigmas = engine.denoiser.prepare(JOB).solver.schedule.sigmas
     assert [event.sigma for event in events] == list(sigmas[4:6])
 
@@ -94,6 +95,10 @@ def test_moving_a_state_keeps_its_history(engine: Engine) -> None:
         {"guidance_scale": 2.0},
         {"text_ids": (5, 6, 8)},
         {"seed": 2},
+        {"guidance_interval": (0.0, 900.0)},
+        {"clean_frames": (0,), "clean_latents": torch.zeros(1, 48, 1, 3, 2)},
+        {"num_sound_latents": 2},
+        {"action": ActionLatents(2, 4, 2)},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -102,6 +107,24 @@ def test_every_field_is_in_the_fingerprint(changed: dict[str, Any], engine: Engi
     plan = engine.denoiser.prepare(JOB)
     with pytest.raises(StateError, match="another request"):
         engine.denoiser.step(plan, engine.denoiser.start(engine.denoiser.prepare(replace(JOB, **changed))))
+
+
+def test_every_part_of_a_condition_is_in_the_fingerprint() -> None:
+    clean = {"clean_frames": (0,), "clean_latents": torch.zeros(1, 48, 1, 3, 2)}
+    variants = [
+        replace(JOB, **clean),
+        replace(JOB, **{**clean, "clean_frames": (1,)}),
+        replace(JOB, **{**clean, "clean_latents": torch.ones(1, 48, 1, 3, 2)}),
+        replace(JOB, num_sound_latents=2),
+        replace(JOB, num_sound_latents=3),
+        replace(JOB, action=ActionLatents(2, 4, 2)),
+        replace(JOB, action=ActionLatents(3, 4, 2)),
+        replace(JOB, action=ActionLatents(2, 5, 2)),
+        replace(JOB, action=ActionLatents(2, 4, 3)),
+        replace(JOB, action=ActionLatents(2, 4, 2, ((0.0, 0.0), (0.0, 0.0)))),
+        replace(JOB, action=ActionLatents(2, 4, 2, ((0.0, 0.0), (0.0, 0.5)))),
+    ]
+    assert len({variant.fingerprint for variant in variants}) == len(variants)
 
 
 def test_equal_requests_have_equal_fingerprints_and_models_differ(engine: Engine, tiny_super: Path) -> None:
@@ -120,13 +143,13 @@ def test_dtype_ops_and_cache_reach_what_they_are_for(tiny_nano: Path, engine: En
         pixels = half.step(REQUEST)
         assert half.denoiser.text_cache.num_bytes == 0, "no prompt fits into 7 bytes"
         assert pixels.dtype == torch.float32
-        assert next(half.decode(half.denoise(JOB))).dtype == torch.bfloat16
+        assert next(half.decode(half.denoise(JOB)["video"])).dtype == torch.bfloat16
     exact = engine.step(REQUEST)
     assert 0 < (pixels - exact).norm() / exact.norm() < 0.2
 
 
 def test_chunks_are_as_long_as_asked(engine: Engine) -> None:
-    latents = engine.denoise(JOB)
+    latents = engine.denoise(JOB)["video"]
     assert [chunk.shape[2] for chunk in engine.decode(latents)] == [1, 4, 4]
     assert [chunk.shape[2] for chunk in engine.decode(latents, chunk_latents=2)] == [1, 8]
     latents.mul_(1.0)  # an ordinary tensor, the caller's to change
@@ -227,7 +250,7 @@ def test_every_prompt_setting_changes_the_prompts(change: dict[str, Any], engine
     changed = generate(engine, replace(request, **change), output="latent")
     assert plain.latents is not None
     assert changed.latents is not None
-    assert not torch.equal(plain.latents, changed.latents)
+    assert not torch.equal(plain.latents["video"], changed.latents["video"])
 
 
 def test_bf16_towers_follow_diffusers_in_bf16(tiny_nano: Path) -> None:

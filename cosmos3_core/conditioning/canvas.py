@@ -60,7 +60,7 @@ def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -
     Raises:
         RequestError: no such tier, or too small a clip.
     """
-    if isinstance(tier, bool) or tier not in ACTION_TIERS:
+    if isinstance(tier, bool) or not isinstance(tier, int) or tier not in ACTION_TIERS:
         raise RequestError("resolution_tier", tier, f"one of {list(ACTION_TIERS)}")
     rows, columns = floored(height, width, field=field)
     return min(ACTION_TIERS[tier], key=lambda canvas: abs(canvas.height / canvas.width - rows / columns))

@@ -47,12 +47,14 @@ def conditioning_pixels(picture: PictureCondition) -> Tensor:
         RequestError: as :func:`clean_latents`.
     """
     frames_FYX3 = _frames(picture)
-    if picture.resizing is Resizing.CROP:
-        return crop_to_fill(frames_FYX3[0], picture.height, picture.width).unsqueeze(1)
     if picture.resizing is Resizing.PAD:
         pixels_CFYX, _ = fit_and_pad(frames_FYX3, picture.resolution_tier, picture.num_frames)
         return pixels_CFYX
-    pixels_CFYX = stretch(frames_FYX3, picture.height, picture.width)
+    if picture.resizing is Resizing.CROP:
+        cropped = [crop_to_fill(frame_YX3, picture.height, picture.width) for frame_YX3 in frames_FYX3]
+        pixels_CFYX = torch.stack(cropped, dim=1)
+    else:
+        pixels_CFYX = stretch(frames_FYX3, picture.height, picture.width)
     missing = picture.num_frames - pixels_CFYX.shape[1]
     if missing > 0:
         pixels_CFYX = torch.cat([pixels_CFYX, pixels_CFYX[:, -1:].expand(-1, missing, -1, -1)], dim=1)

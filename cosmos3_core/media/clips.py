@@ -21,13 +21,14 @@ from av.video.stream import VideoStream
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.kinds import CLIP_KINDS, FileKind, a, damaged, refusing
+from cosmos3_core.media.mp4_index import NoVideoTrack, TooManySamples, only_video
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.probe import YUV_TO_RGB
 from cosmos3_core.media.stills import PictureSize, check_pixels
 from cosmos3_core.presets import LIMITS
 
-# Each decoding thread holds frames of its own; four keep up with a stream of 4K.
-_MAX_THREADS = 4
+# Each decoding thread would hold frames of its own, and races between them are what damaged streams provoke.
+_NUM_THREADS = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
     max_pixels = {"max_pixels": str(2 * LIMITS.max_clip_pixels)}
     with contextlib.ExitStack() as stack:
         with refusing(field, a(f"{kind.name} file"), CLIP_KINDS):
+            if kind.demuxer == "mov":
+                data = _without_surprises(field, kind, data)
             container = stack.enter_context(
                 av.open(
                     io.BytesIO(data),
@@ -102,10 +105,12 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
             )
             stream = _video_stream(field, kind, container)
             context = stream.codec_context
+            if not context.height or not context.width:
+                reason = f"no frame can be decoded, or the frames are larger than {LIMITS.max_clip_pixels} pixels"
+                raise damaged(field, kind.name, reason)
             check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
             context.options = max_pixels  # a stream may change its size, or be larger than its header says
-            stream.thread_type = "AUTO"
-            context.thread_count = _MAX_THREADS
+            context.thread_count = _NUM_THREADS
             num_frames = _announced_frames(field, kind, stream, len(data))
         yield OpenClip(field, kind, container, stream, num_frames)
 
@@ -133,6 +138,15 @@ def too_many_frames(field: str, count: str | int) -> RequestError:
     return RequestError(field, f"a clip of {count} frames", f"at most {LIMITS.max_clip_frames} frames", "Cut it first.")
 
 
+def _without_surprises(field: str, kind: FileKind, data: bytes) -> bytes:
+    try:
+        return only_video(data)
+    except TooManySamples as error:
+        raise too_many_frames(field, error.args[0]) from error
+    except NoVideoTrack as error:
+        raise _no_video_stream(field, kind) from error
+
+
 def _refuse_to_open(url: str, flags: int, options: dict[str, Any]) -> NoReturn:
     raise PermissionError("the file refers to another one")
 
@@ -143,7 +157,11 @@ def _video_stream(field: str, kind: FileKind, container: InputContainer) -> Vide
             if stream.codec_context is None:
                 raise RequestError(field, "a clip in an unknown codec", "H.264, HEVC, VP9, AV1 or another usual codec")
             return stream
-    raise RequestError(field, a(f"{kind.name} file with no video stream"), CLIP_KINDS)
+    raise _no_video_stream(field, kind)
+
+
+def _no_video_stream(field: str, kind: FileKind) -> RequestError:
+    return RequestError(field, a(f"{kind.name} file with no video stream"), CLIP_KINDS)
 
 
 def _announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes: int) -> int | None:
@@ -153,8 +171,6 @@ def _announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes
         if count and count > LIMITS.max_clip_frames:
             raise too_many_frames(field, count)
         return None  # AVI's count, the only one left, is often wrong
-    if len(stream.index_entries) > 2 * LIMITS.max_clip_frames:
-        raise too_many_frames(field, len(stream.index_entries))
     count = 0
     for entry in stream.index_entries:
         if entry.pos + entry.size > num_bytes:
@@ -163,7 +179,8 @@ def _announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes
         count += not entry.is_discard
     if count > LIMITS.max_clip_frames:
         raise too_many_frames(field, count)
-    return count
+    # A file of fragments has no total, and FFmpeg has read the first fragment's table only.
+    return count if stream.frames else None
 
 
 def _turns(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

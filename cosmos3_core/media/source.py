@@ -200,12 +200,10 @@ def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["fir
         return _stack(_kept(decode_all(still), num_frames, keep), lambda frame: frame)
     with open_clip(field, kind, packed) as clip:
         reformatter = VideoReformatter()
-        return _stack(
-            _kept(_watched(clip, num_frames, keep), num_frames, keep), lambda frame: to_rgb(frame, reformatter)
-        )
+        return _stack(_kept(_watched(clip, num_frames), num_frames, keep), lambda frame: to_rgb(frame, reformatter))
 
 
-def _watched(clip: OpenClip, num_frames: int, keep: str) -> Iterator[Any]:
+def _watched(clip: OpenClip, num_frames: int) -> Iterator[Any]:
     """The clip's frames; refuses what would not fit in memory, and a file that breaks off before what is needed."""
     count = 0
     for frame in clip.frames():

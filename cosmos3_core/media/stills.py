@@ -47,6 +47,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
+_BROKEN_EXIF = (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error, Warning)
 
 
 class PictureSize(NamedTuple):
@@ -165,7 +166,7 @@ def upright_rgb(field: str, image: Image.Image) -> Frames:
         image.load()
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+        except _BROKEN_EXIF:
             orientation = 1
         return to_rgb(field, image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
 
@@ -225,7 +226,7 @@ def _orientation(kind: FileKind, image: ImageFile.ImageFile, data: bytes) -> int
     try:
         exif.load(raw)
         orientation = exif.get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+    except _BROKEN_EXIF:
         return 1
     return orientation if orientation in _UPRIGHT else 1
 

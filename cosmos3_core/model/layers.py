@@ -36,13 +36,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        # torch's one kernel: its parts, one after the other, took 8% of a 720p step on an H200.
+        if self.weight_in_fp32 or x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        normalised = x.float()
-        normalised = normalised * torch.rsqrt(normalised.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.weight_in_fp32:
-            return (normalised * self.weight.float()).to(x.dtype)
-        return normalised.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 class MLP(nn.Module):

@@ -50,6 +50,12 @@ class Ops:
     all_tokens: Callable[[Tensor, int], Tensor] = _already_all
 
 
+def names_of(ops: Ops) -> dict[str, str]:
+    """Operator -> name of the chosen implementation."""
+    known = IMPLEMENTATIONS["attention"].items()
+    return {"attention": next(name for name, implementation in known if implementation is ops.attention)}
+
+
 def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, str] | None = None) -> Ops:
     """Choose for a device and dtype.
 

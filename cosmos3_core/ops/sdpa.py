@@ -16,5 +16,7 @@ def attention(q_QND: Tensor, k_KND: Tensor, v_KND: Tensor, causal: bool) -> Tens
 
 def attention_cudnn(q_QND: Tensor, k_KND: Tensor, v_KND: Tensor, causal: bool) -> Tensor:
     """cuDNN's kernel and no other: torch would rank FlashAttention-2 first, at half the rate on Hopper."""
+    if k_KND.shape[0] == 1:  # a prompt of one token; cuDNN has no kernel for a single key
+        return attention(q_QND, k_KND, v_KND, causal)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return attention(q_QND, k_KND, v_KND, causal)

@@ -43,7 +43,7 @@ class FakeGang:
     ends: list[bool] = field(default_factory=list)
     max_begun: int = 0
     # 100 bytes for each latent frame.
-    request_memory: RequestMemory = RequestMemory(100, 0, 0, 1)  # noqa: RUF009 - frozen
+    request_memory: RequestMemory = RequestMemory(100, 0, 0, 0, 0, 1)  # noqa: RUF009 - frozen
 
     async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         assert method in ("begin", "step")
@@ -59,7 +59,7 @@ class FakeGang:
         await asyncio.sleep(0)
         job_id = arguments[0]
         if method == "begin":
-            _, job, _, state = arguments
+            _, job, _, state, _ = arguments
             if job.seed == 667:
                 raise ZeroDivisionError("a bug")
             if job.seed == 666:
@@ -85,7 +85,8 @@ class FakeGang:
             return [StepReport(steps, self.step_s * count)]
         elif method in ("latents", "save"):
             await asyncio.sleep(self.save_s if method == "save" else 0)
-            return [TensorEnvelope.of_array(np.array([self.progress[job_id][0]], np.int64))]
+            envelope = TensorEnvelope.of_array(np.array([self.progress[job_id][0]], np.int64))
+            return [envelope if method == "save" else {"video": envelope}]
         elif method == "end":
             self.progress.pop(job_id, None)
         return [None]
@@ -397,7 +398,9 @@ def test_what_has_begun_makes_room_and_comes_back_where_it_was() -> None:
         assert isinstance((await follow(loop, "image", 10, shape=IMAGE))[-1], Denoised)
         assert gang.max_begun == 1
         assert steps_of(await video) == list(range(1, 61)), "no step is lost, none is done twice"
-        begun = [(job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state in gang.of("begin")]
+        begun = [
+            (job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state, _ in gang.of("begin")
+        ]
         assert [job_id for job_id, _ in begun] == ["video", "image", "video"]
         assert begun[0][1] is None
         assert begun[2][1] is not None
@@ -437,7 +440,7 @@ def test_states_are_saved_now_and_then_and_a_request_goes_on_from_one() -> None:
 
 def test_the_leader_decides_which_prompts_are_kept() -> None:
     async def body() -> None:
-        gang = FakeGang(request_memory=RequestMemory(1, 0, 8, 1))
+        gang = FakeGang(request_memory=RequestMemory(1, 0, 0, 0, 8, 1))
         loop = loop_on(gang, text_cache_bytes=8)
         first = DenoiseRequest((1,), (9,), IMAGE, 24.0, 1, 1.0, "native", 3.0, 0)
         second = DenoiseRequest((2,), (9,), IMAGE, 24.0, 1, 1.0, "native", 3.0, 0)
@@ -445,7 +448,7 @@ def test_the_leader_decides_which_prompts_are_kept() -> None:
             async for _ in loop.submit(job_id, job, 60.0):
                 pass
         one, two = ((text_key((number,))) for number in (1, 2))
-        assert [orders for _, _, orders, _ in gang.of("begin")] == [
+        assert [orders for _, _, orders, _, _ in gang.of("begin")] == [
             PromptOrders((), frozenset([one])),
             PromptOrders((one,), frozenset([two])),
         ]

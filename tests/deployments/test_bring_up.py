@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos3_core.errors import CapabilityError
 from deployments.capacity import Node, missing, needed, out_of_reach
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.processes import no_leftovers
@@ -30,7 +31,15 @@ def test_replicas_gangs_and_autoscaling_count(tiny_nano: Path) -> None:
     gangs = config(tiny_nano, transformer__num_replicas=3, transformer__gpus_per_rank=1)
     assert needed(gangs) == pytest.approx({"CPU": 1.9 + 2 * 0.6, "GPU": 3})
     scaled = config(tiny_nano, vae__autoscaling={"min_replicas": 2, "max_replicas": 9}, vae__num_gpus=0.5)
-    assert needed(scaled) == pytest.approx({"CPU": 2.4, "GPU": 1})
+    assert needed(scaled) == pytest.approx({"CPU": 2.3, "GPU": 1})
+
+
+def test_the_decoder_of_sound_counts_where_there_is_one(tiny_nano: Path, tiny_edge: Path) -> None:
+    silent = config(tiny_nano, audio__enabled=False)
+    assert needed(silent) == pytest.approx({"CPU": 1.7, "GPU": 0})
+    assert needed(config(tiny_edge)) == needed(silent)
+    with pytest.raises(CapabilityError, match="makes no sound"):
+        needed(config(tiny_edge, audio__enabled=True))
 
 
 def test_what_is_missing_is_said_in_numbers() -> None:

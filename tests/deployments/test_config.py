@@ -46,6 +46,7 @@ KEYS = {
         "transformer",
         "unguided",
         "vae",
+        "audio",
         "encoder",
     },
     "http": {"host", "port", "max_body_bytes", "max_bodies_bytes", "request_timeout_s", "drain_timeout_s"},
@@ -69,6 +70,7 @@ KEYS = {
         "start_timeout_s",
         "text_cache_bytes",
     },
+    "audio": STAGE | DEVICE | {"enabled"},
     "vae": STAGE | DEVICE | {"chunk_latents"},
     "encoder": STAGE,
 }
@@ -94,7 +96,15 @@ def test_every_file_loads_and_builds(path: Path, tiny_nano: Path) -> None:
 
 def test_the_laptop_fits_two_cores() -> None:
     config = AppConfig.read(CONFIGS / "laptop.yaml")
-    stages = (config.ingress, config.director, config.tokenizer, config.transformer, config.vae, config.encoder)
+    stages = (
+        config.ingress,
+        config.director,
+        config.tokenizer,
+        config.transformer,
+        config.vae,
+        config.encoder,
+        config.audio,
+    )
     assert sum(stage.num_cpus for stage in stages) + config.transformer.cpus_per_rank <= 2
 
 
@@ -169,7 +179,7 @@ def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None
     assert replica.placement_group_strategy == "STRICT_PACK"
     assert replica.placement_group_bundles == [{"CPU": 1.1, "GPU": 0.8}, *[{"CPU": 1.0, "GPU": 0.8}] * 3]
     assert replica.placement_group_bundle_label_selector == [{"zone": "!a"}] * 4
-    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.1, "label_selector": {"zone": "a"}}
+    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.075, "label_selector": {"zone": "a"}}
     assert "label_selector" not in options["Mp4Encoder"][0]
 
 

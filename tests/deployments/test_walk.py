@@ -8,12 +8,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError
 
 from cluster.clip_stream import ClipStreams
+from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OverloadedError, StageFailed, StreamClosed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
@@ -80,6 +83,8 @@ class FakeStages:
         self.resumed_from: list[Any] = []
         self.clips = ClipStreams(8)
         self.tokenize, self.denoise = Method(self._tokenize), Method(self._denoise)
+        self.encode_picture = Method(self._encode_picture)
+        self.tokenized: list[Any] = []
         self.decode, self.encode = Method(self._decode), Method(self._encode)
         self.clean: list[Any] = []
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
@@ -92,6 +97,7 @@ class FakeStages:
 
     async def _tokenize(self, context: RequestContext, request: Any) -> messages.TokenizedPair:
         self.fail("tokenize")
+        self.tokenized.append(request)
         return messages.TokenizedPair((1, 2), (3,), "given", 11)
 
     async def _denoise(self, context: RequestContext, job: Any, saved: Any, clean: Any) -> AsyncIterator[Any]:
@@ -113,6 +119,12 @@ class FakeStages:
         self.fail("denoise")
         yield messages.LatentsReady(0.1, ("video",), 13, (12,))
         yield "latents"
+
+    async def _encode_picture(self, context: RequestContext, picture: Any) -> AsyncIterator[Any]:
+        assert len(picture.media) > 0
+        self.fail("condition")
+        yield messages.PictureEncoded(0.1, 1, 14)
+        yield f"clean latents of try {context.attempt}"
 
     async def _decode(self, context: RequestContext, latents: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
         assert latents.value == "latents"
@@ -138,14 +150,15 @@ class FakeStages:
         yield messages.MediaPart(b"abc")
         yield messages.MediaPart(b"def")
 
-    def walk(self, tiny: Path, *, limit_s: float = 30, max_attempts: int = 3) -> Walk:
+    def walk(self, tiny: Path, *, limit_s: float = 30, max_attempts: int = 3, **fields: Any) -> Walk:
         layout = CheckpointLayout.open(tiny)
-        request = GenerationRequest(prompt="a", num_frames=17, height=32, width=32, num_inference_steps=2)
+        small = {"num_frames": 17, "height": 32, "width": 32, "num_inference_steps": 2}
+        request = GenerationRequest(**{"prompt": "a", **({} if "mode" in fields else small), **fields})
         return Walk(
             request=resolve(request, layout),
             context=RequestContext.new("r", limit_s),
             layout=layout,
-            stages=Stages(self, self, self, self),
+            stages=Stages(self, self, SimpleNamespace(decode=self.decode, encode=self.encode_picture), self),
             clips=self,
             chunk_window=2,
             max_attempts=max_attempts,
@@ -176,6 +189,124 @@ def test_a_whole_walk(tiny_nano: Path) -> None:
     finished = events[-3]
     assert set(finished.stage_seconds) == {"tokenize", "denoise", "decode_encode", "encode", "total"}
     assert all(method.responses[0].was_cancelled for method in (stages.denoise, stages.decode, stages.encode))
+
+
+IMAGE = np.zeros((32, 32, 3), np.uint8)
+
+
+def test_a_given_picture_is_encoded_once_and_its_latents_go_to_every_try(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["condition"] = [GangFailed("step", "died")]
+    stages.failures["denoise"] = [GangFailed("step", "died")]
+    walk = stages.walk(tiny_nano, image=IMAGE)
+    events = run(collect(walk))
+    assert kinds(events)[:4] == ["Accepted", "Tokenized", "StageRetried", "PictureEncoded"]
+    assert stages.clean == ["clean latents of try 2"] * 2
+    assert len(stages.encode_picture.responses) == 2
+    assert all(response.was_cancelled for response in stages.encode_picture.responses)
+    assert [request.picture for request in stages.tokenized] == [None], "prompts need no picture"
+    assert walk.request.picture is not None
+    assert walk.request.picture.media == b"", "the caller's file was kept"
+    assert events[-3].stage_seconds["condition"] == 0.1
+    assert stages.walk(tiny_nano).request.picture is None
+
+
+def test_a_damaged_picture_is_the_callers_fault_and_not_tried_again(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["condition"] = [RequestError("image", "bytes", "an image")]
+    with pytest.raises(RequestError, match="image=.*bytes"):
+        run(collect(stages.walk(tiny_nano, image=IMAGE)))
+    assert stages.denoise.responses == []
+
+
+class FakeSound(FakeStages):
+    """Denoises sound as well; its decoder waits until the last frame is decoded."""
+
+    def __init__(self) -> None:
+        super().__init__(num_chunks=2)
+        self.denoise = Method(self._denoise_both)
+        self.encode = Method(self._encode_both)
+        self.audio = SimpleNamespace(decode=Method(self._decode_sound))
+        self.taken: list[str] = []
+
+    async def _denoise_both(self, context: Any, job: Any, saved: Any, clean: Any) -> AsyncIterator[Any]:
+        assert job.num_sound_latents > 0
+        yield messages.LatentsReady(0.1, ("video", "sound"), 13, (12,))
+        yield "latents"
+        yield "sound latents"
+
+    async def _decode_sound(self, context: Any, latents: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        assert latents.value == "sound latents"
+        while self.request_has_pictures and self.decoded < self.num_chunks:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert await self.clips.acquire(stream_id, 10)
+        self.fail("sound")
+        yield messages.SoundDecoded(0, time.time())
+        yield "samples"
+
+    async def _encode_both(self, context: Any, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        yield messages.EncoderReady(15)
+        while boxed := await self.clips.take(stream_id, 10):
+            self.taken.append(await boxed[0])
+            await self.clips.release(stream_id)
+        yield messages.ClipEncoded("hash", 2, 3, 0.1, 15)
+        yield messages.MediaPart(b"abc")
+
+    request_has_pictures = True
+
+
+def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    walk = stages.walk(tiny_nano, generate_sound=True)
+    walk.stages = replace(walk.stages, audio=stages.audio)
+    events = run(collect(walk))
+    assert stages.taken == ["chunk 0", "chunk 1", "samples"]
+    assert "SoundDecoded" in kinds(events)
+    assert all(response.was_cancelled for response in stages.audio.decode.responses)
+
+
+def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    stages.request_has_pictures = False
+    walk = stages.walk(tiny_nano, generate_sound=True, output="wav")
+    walk.stages = replace(walk.stages, audio=stages.audio)
+    events = run(collect(walk))
+    assert stages.taken == ["samples"]
+    assert stages.decode.responses == []
+    assert next(event for event in events if isinstance(event, messages.Finished)).media_type == "audio/wav"
+
+
+def test_the_death_of_the_decoder_of_sound_is_retried_with_the_pictures(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    stages.failures["sound"] = [GangFailed("step", "died")]
+    walk = stages.walk(tiny_nano, generate_sound=True)
+    walk.stages = replace(walk.stages, audio=stages.audio)
+    events = run(collect(walk))
+    assert kinds(events).count("StageRetried") == 1
+    assert stages.taken[-3:] == ["chunk 0", "chunk 1", "samples"]
+    assert kinds(events).count("Finished") == 1
+
+
+def test_actions_alone_need_no_decoder(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    actions = np.arange(8 * 64, dtype=np.float32).reshape(8, 64)
+
+    async def denoise(context: Any, job: Any, saved: Any, clean: Any) -> AsyncIterator[Any]:
+        assert clean.value == "clean latents of try 1"
+        yield messages.LatentsReady(0.1, ("video", "action"), 13, (12,))
+        yield "latents"
+        yield TensorEnvelope.of_array(actions)
+
+    stages.denoise = Method(denoise)
+    clip = np.zeros((9, 64, 64, 3), np.uint8)
+    walk = stages.walk(tiny_nano, mode="inverse_dynamics", video=clip, domain_name="av", action_chunk_size=8)
+    events = run(collect(walk))
+    assert kinds(events)[-2:] == ["LatentsReady", "Finished"]
+    finished = events[-1]
+    assert (finished.media_type, finished.num_bytes, finished.num_frames) == ("", 0, 0)
+    assert np.array_equal(finished.actions.values, actions[:, :9])
+    assert stages.decode.responses == stages.encode.responses == []
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])

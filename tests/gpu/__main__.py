@@ -21,6 +21,7 @@ import torch
 from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint
 from tests.gpu.app import check_app_on
 from tests.gpu.layouts import check_layouts
+from tests.gpu.modes import check_modes
 from tests.gpu.operators import check_operators
 from tests.gpu.verdict import Verdict
 
@@ -29,11 +30,13 @@ _ORDER = ("FAIL", "ok", "skip")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description="Check operators, layouts and the app.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu", description="Check operators, modes, layouts, the app."
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default %(default)s")
     parser.add_argument("--num-devices", type=int, help="GPUs, or ranks on the CPU; default: all GPUs, 2 on the CPU")
     parser.add_argument("--checkpoint", type=Path, help="default: a tiny one with random weights")
-    parser.add_argument("--only", choices=("operators", "layouts", "app"), help="default: all three")
+    parser.add_argument("--only", choices=("operators", "modes", "layouts", "app"), help="default: all of them")
     options = parser.parse_args(arguments)
     available = torch.cuda.device_count() if options.device == "cuda" else options.num_devices or 2
     if available == 0:
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint = options.checkpoint or build_tiny_checkpoint(Path(directory) / "tiny-nano", "nano")
         checks: dict[str, Callable[[], list[Verdict]]] = {
             "operators": lambda: check_operators(options.device),
+            "modes": lambda: check_modes(checkpoint, options.device),
             "layouts": lambda: check_layouts(checkpoint, options.device, num_devices),
             "app": lambda: [check_app_on(options.device, num_devices, checkpoint)],
         }

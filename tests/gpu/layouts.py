@@ -21,7 +21,7 @@ from torch import Tensor
 from cosmos3_core.parallel.groups import Groups
 from cosmos3_core.parallel.layout import Layout
 from tests.gpu.verdict import Verdict
-from tests.parallel.gang_work import REQUESTS, final_latents, sharded_denoiser
+from tests.parallel.gang_work import RESULTS, final_latents, sharded_denoiser
 from tests.ranks import run_layouts
 
 LAYOUTS = [
@@ -76,7 +76,7 @@ def check_layouts(
 def compare(layout: Layout, ranks: list[Latents], alone: Latents, dtype: torch.dtype) -> tuple[str, str]:
     """What is wrong, "" if nothing is; and the figures."""
     faults, largest, room = [], 0.0, 0.0
-    for name in REQUESTS:
+    for name in RESULTS:
         latents = [rank[dtype] for rank in ranks]
         result, expected = latents[0][f"{name}/first"], alone[dtype][f"{name}/first"]
         if not all(torch.equal(rank[f"{name}/{run}"], result) for rank in latents for run in ("first", "again")):

@@ -6,7 +6,7 @@ import torch
 
 from cosmos3_core.device import resolve_device
 from tests.gpu.verdict import Verdict, checked
-from tests.ops.comparison import GPU_SHAPES, TOLERANCES, largest_difference
+from tests.ops.comparison import GPU_CASES, TOLERANCES, largest_difference
 
 
 def check_operators(device: str) -> list[Verdict]:
@@ -24,8 +24,8 @@ def check_operators(device: str) -> list[Verdict]:
 
 
 def _run(name: str, dtype: torch.dtype, device: str, tolerance: float) -> str:
-    shapes = GPU_SHAPES if device == "cuda" else GPU_SHAPES[:1]
-    largest = max(largest_difference(name, dtype, resolve_device(device), shape, False) for shape in shapes)
+    cases = GPU_CASES if device == "cuda" else GPU_CASES[:1]
+    largest = max(largest_difference(name, dtype, resolve_device(device), shape, causal) for shape, causal in cases)
     if not largest <= tolerance:
         raise AssertionError(f"largest difference {largest:.1e}, allowed {tolerance:.1e}")
     return f"largest difference {largest:.1e}, allowed {tolerance:.1e}"

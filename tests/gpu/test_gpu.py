@@ -13,7 +13,7 @@ from cosmos3_core.parallel.layout import Layout
 from tests.gpu.__main__ import main
 from tests.gpu.layouts import DTYPES, LAYOUTS, check_layouts, compare
 from tests.gpu.verdict import checked
-from tests.parallel.gang_work import REQUESTS
+from tests.parallel.gang_work import RESULTS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -71,6 +71,11 @@ def test_all_three_degrees_at_once(tiny_nano: Path, capsys: pytest.CaptureFixtur
     assert lines[-1] == "0 FAIL, 21 ok, 0 skip, on 8 x cpu"
 
 
+def test_the_check_of_modes_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--only", "modes", "--checkpoint", str(tiny_nano)]) == 0
+    assert capsys.readouterr().out.endswith("0 FAIL, 20 ok, 0 skip, on 2 x cpu\n")
+
+
 def test_the_operator_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--only", "operators"]) == 0
     assert capsys.readouterr().out.endswith("0 FAIL, 2 ok, 1 skip, on 2 x cpu\n")
@@ -89,7 +94,7 @@ def test_differences_beyond_the_tolerance_and_errors_fail() -> None:
     def rank(fp32: torch.Tensor, bf16: torch.Tensor) -> dict[torch.dtype, dict[str, torch.Tensor]]:
         both = {torch.float32: fp32, torch.bfloat16: bf16}
         return {
-            dtype: {f"{name}/{run}": x for name in REQUESTS for run in ("first", "again")} for dtype, x in both.items()
+            dtype: {f"{name}/{run}": x for name in RESULTS for run in ("first", "again")} for dtype, x in both.items()
         }
 
     alone = rank(exact, exact * 1.01)

@@ -15,7 +15,13 @@ TOLERANCES = {
     ("sdpa", torch.bfloat16): 2e-2,
     ("cudnn", torch.bfloat16): 2e-2,
 }
-GPU_SHAPES: list[Shape] = [(64, 300, 8, 2, 128), (2880, 4430, 32, 8, 128)]
+# As in generation, and causal as in a prompt; the last is a prompt of one token.
+GPU_CASES: list[tuple[Shape, bool]] = [
+    ((64, 300, 8, 2, 128), False),
+    ((2880, 4430, 32, 8, 128), False),
+    ((300, 300, 32, 8, 128), True),
+    ((1, 1, 8, 2, 128), True),
+]
 
 
 def largest_difference(name: str, dtype: torch.dtype, device: torch.device, shape: Shape, causal: bool) -> float:

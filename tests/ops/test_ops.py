@@ -9,8 +9,8 @@ import torch
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.ops import eager
-from cosmos3_core.ops.registry import IMPLEMENTATIONS, select_ops
-from tests.ops.comparison import GPU_SHAPES, TOLERANCES, Shape, largest_difference
+from cosmos3_core.ops.registry import IMPLEMENTATIONS, names_of, select_ops
+from tests.ops.comparison import GPU_CASES, TOLERANCES, Shape, largest_difference
 
 CPU = torch.device("cpu")
 SHAPES = [(5, 5, 4, 4, 8), (7, 30, 8, 2, 16), (64, 300, 8, 4, 32), (33, 33, 6, 3, 128)]  # Q, K, N, N_kv, D
@@ -26,10 +26,17 @@ def test_sdpa_equals_eager(dtype: torch.dtype, shape: Shape, causal: bool) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_cudnn_equals_eager(shape: Shape) -> None:
+@pytest.mark.parametrize(("shape", "causal"), GPU_CASES, ids=str)
+def test_cudnn_equals_eager(shape: Shape, causal: bool) -> None:
     dtype = torch.bfloat16
-    assert largest_difference("cudnn", dtype, torch.device("cuda"), shape, False) <= TOLERANCES["cudnn", dtype]
+    assert largest_difference("cudnn", dtype, torch.device("cuda"), shape, causal) <= TOLERANCES["cudnn", dtype]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_single_key_is_not_left_to_cudnn(causal: bool) -> None:
+    """It has no kernel for that: with no other allowed, attention would fail."""
+    shape = (1, 1, 8, 2, 16)
+    assert largest_difference("cudnn", torch.bfloat16, CPU, shape, causal) <= TOLERANCES["cudnn", torch.bfloat16]
 
 
 def test_eager_attention_is_the_textbook_formula() -> None:
@@ -47,7 +54,9 @@ def test_every_implementation_has_a_tolerance() -> None:
 def test_the_choice_is_logged_and_can_be_overridden(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="cosmos3_core.ops.registry"):
         assert select_ops(CPU, torch.float32).attention is IMPLEMENTATIONS["attention"]["sdpa"]
-        assert select_ops(CPU, torch.float32, {"attention": "eager"}).attention is eager.attention
+        chosen = select_ops(CPU, torch.float32, {"attention": "eager"})
+        assert chosen.attention is eager.attention
+        assert names_of(chosen) == {"attention": "eager"}
     assert "op attention: sdpa" in caplog.text
     assert "op attention: eager (asked for)" in caplog.text
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_transformer
-from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import Groups
 from cosmos3_core.parallel.layout import Layout
-from cosmos3_core.shapes import LatentShape
+from cosmos3_core.shapes import Geometry, LatentShape
 from tests.parallel.gauge import Gauge
 
 LAYOUTS = [
@@ -35,6 +35,37 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "unguided": {"latent_shape": (3, 5, 9), "guidance_scale": 1.0, "num_inference_steps": 3},
     "indivisible": {"latent_shape": (2, 4, 10), "guidance_scale": 3.0, "num_inference_steps": 3},
     "unguided image": {"latent_shape": (1, 4, 6), "guidance_scale": 1.0, "num_inference_steps": 2},
+    # What the modes are made of, in sums that neither 2 nor 3 nor 4 divides: 45 + 7 + 1, 45 + 13, 20 + 8 + 1, 45 + 5.
+    "continued, sound, one action": {
+        "latent_shape": (3, 5, 9),
+        "guidance_scale": 3.0,
+        "num_inference_steps": 3,
+        "clean_frames": (0, 1),
+        "num_sound_latents": 7,
+        "action": ActionLatents(1, 7, 10),
+    },
+    "image, sound, guided in between": {
+        "latent_shape": (3, 5, 9),
+        "guidance_scale": 3.0,
+        "num_inference_steps": 4,
+        "clean_frames": (0,),
+        "num_sound_latents": 13,
+        "guidance_interval": (950.0, 995.0),
+    },
+    "actions given": {
+        "latent_shape": (2, 4, 10),
+        "guidance_scale": 1.0,
+        "num_inference_steps": 3,
+        "clean_frames": (0,),
+        "action": ActionLatents(9, 1, 2, tuple((0.1 * row, -0.5) for row in range(9))),
+    },
+    "actions found": {
+        "latent_shape": (3, 5, 9),
+        "guidance_scale": 3.0,
+        "num_inference_steps": 3,
+        "clean_frames": (0, 1, 2),
+        "action": ActionLatents(5, 20, 10),
+    },
 }
 
 # Of one frame with two rows of latents, so that there can be any number.
@@ -42,9 +73,23 @@ NUM_TOKENS = [4, 7, 16, 20, 24, 33, 45, 46, 64, 65, 66, 96, 100, 129, 192, 200, 
 
 
 def small_request(fields: dict[str, Any]) -> DenoiseRequest:
-    """One of :data:`REQUESTS`, or another with these fields."""
-    shaped = {**fields, "latent_shape": LatentShape(*fields["latent_shape"])}
+    """One of :data:`REQUESTS`, or another with these fields; frames that are given are noise of another seed."""
+    shape = LatentShape(*fields["latent_shape"])
+    shaped = {**fields, "latent_shape": shape}
+    if "clean_frames" in fields:
+        generator = torch.Generator().manual_seed(9)
+        clean_shape = (1, 48, len(fields["clean_frames"]), shape.height, shape.width)
+        shaped["clean_latents"] = torch.randn(clean_shape, generator=generator)
     return DenoiseRequest((5, 6, 7, 8), (3, 4), fps=24.0, schedule="native", flow_shift=10.0, seed=1, **shaped)
+
+
+def modalities(fields: dict[str, Any]) -> list[str]:
+    """Of one of :data:`REQUESTS`."""
+    return ["video", *(["sound"] if "num_sound_latents" in fields else []), *(["action"] if "action" in fields else [])]
+
+
+RESULTS = [f"{name}/{modality}" for name, fields in REQUESTS.items() for modality in modalities(fields)]
+"""Of :func:`final_latents`, each once."""
 
 
 def share_of(num_tokens: int, layout: Layout) -> int:
@@ -67,6 +112,18 @@ def is_kept_to_the_bit(num_tokens: int, layout: Layout) -> bool:
     return True
 
 
+def is_request_kept_to_the_bit(fields: dict[str, Any], layout: Layout) -> bool:
+    """:func:`is_kept_to_the_bit` for one of :data:`REQUESTS`: every modality goes in through a product of its own."""
+    video = Geometry().token_grid(LatentShape(*fields["latent_shape"])).num_tokens
+    counts = [video, fields.get("num_sound_latents", 0), fields["action"].num_actions if "action" in fields else 0]
+    share, first, rows = share_of(sum(counts), layout), 0, list(counts)
+    for count in counts:
+        bounds = [min(max(rank * share - first, 0), count) for rank in range(layout.sp + 1)]
+        rows += [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        first += count
+    return all(n == 0 or n >= 8 for n in rows) and is_kept_to_the_bit(sum(counts), layout)
+
+
 def sharded_denoiser(
     groups: Groups, device: torch.device, checkpoint: Path, dtype: torch.dtype | None = None
 ) -> Denoiser:
@@ -78,12 +135,13 @@ def sharded_denoiser(
 
 
 def final_latents(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Every request twice, ``name/first`` and ``name/again``, and how many ``prefills`` that took."""
+    """Every request twice, RESULT + ``/first`` and ``/again`` for all of :data:`RESULTS`, and the ``prefills`` of it."""
     results = {}
     for name, fields in REQUESTS.items():
         for attempt in ("first", "again"):
             state = denoiser.run(denoiser.prepare(small_request(fields)))
-            results[f"{name}/{attempt}"] = state.latents["video"].float().cpu()
+            for modality, latents in state.latents.items():
+                results[f"{name}/{modality}/{attempt}"] = latents.float().cpu()
     return {**results, "prefills": torch.tensor(denoiser.text_cache.num_prefills)}
 
 

@@ -16,8 +16,15 @@ from cosmos3_core.checkpoint.load import load_transformer
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.errors import RequestError
 from cosmos3_core.parallel.layout import Layout, Place
-from cosmos3_core.shapes import Geometry
-from tests.parallel.gang_work import LAYOUTS, REQUESTS, RankResult, is_kept_to_the_bit, small_request
+from tests.parallel.gang_work import (
+    LAYOUTS,
+    REQUESTS,
+    RESULTS,
+    RankResult,
+    is_request_kept_to_the_bit,
+    modalities,
+    small_request,
+)
 
 pytestmark = [pytest.mark.gang, pytest.mark.timeout(600)]
 
@@ -26,7 +33,8 @@ pytestmark = [pytest.mark.gang, pytest.mark.timeout(600)]
 def test_a_layout_gives_what_one_rank_gives(layout: Layout, ranks: dict[Layout, list[RankResult]]) -> None:
     alone, results = ranks[Layout()][0].latents, [rank.latents for rank in ranks[layout]]
     assert len(results) == layout.num_ranks
-    for name, fields in REQUESTS.items():
+    assert set(alone) == {f"{name}/{attempt}" for name in RESULTS for attempt in ("first", "again")} | {"prefills"}
+    for name in RESULTS:
         expected = alone[f"{name}/first"]
         for rank, result in enumerate(results):
             assert torch.equal(result[f"{name}/first"], result[f"{name}/again"]), "the same layout twice"
@@ -35,8 +43,8 @@ def test_a_layout_gives_what_one_rank_gives(layout: Layout, ranks: dict[Layout, 
         assert difference <= 1e-5
         if layout.tp == layout.sp == 1:
             assert difference == 0, "CFG alone changes no arithmetic"
-        num_tokens = Geometry().token_grid(small_request(fields).latent_shape).num_tokens
-        if layout.tp == 1 and is_kept_to_the_bit(num_tokens, layout):
+        fields = REQUESTS[name.rsplit("/", 1)[0]]
+        if layout.tp == 1 and is_request_kept_to_the_bit(fields, layout):
             assert difference == 0, "SP keeps every sum whole"
     # Each CFG group prefills its own prompt only; the two prompts are shared by all requests.
     expected_prefills = {(0, 1): 2, (1, 1): 2, (0, 2): 1, (1, 2): 1}
@@ -61,8 +69,25 @@ def test_one_rank_without_groups_is_the_engine(ranks: dict[Layout, list[RankResu
     files = CheckpointLayout.open(tiny_nano)
     denoiser = Denoiser(load_transformer(files, device=torch.device("cpu")), files.geometry, files.scheduler)
     for name, fields in REQUESTS.items():
-        latents = denoiser.run(denoiser.prepare(small_request(fields))).latents["video"]
-        assert torch.equal(latents, ranks[Layout()][0].latents[f"{name}/first"])
+        latents = denoiser.run(denoiser.prepare(small_request(fields))).latents
+        assert list(latents) == modalities(fields)
+        for modality, latent in latents.items():
+            assert torch.equal(latent, ranks[Layout()][0].latents[f"{name}/{modality}/first"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_what_is_given_stays_to_the_bit_on_every_rank(layout: Layout, ranks: dict[Layout, list[RankResult]]) -> None:
+    for name, fields in REQUESTS.items():
+        request = small_request(fields)
+        for rank in ranks[layout]:
+            video = rank.latents[f"{name}/video/first"]
+            if request.clean_latents is not None:
+                assert torch.equal(video[:, :, list(request.clean_frames)], request.clean_latents)
+            if request.action is not None:
+                actions = rank.latents[f"{name}/action/first"]
+                assert not actions[:, request.action.width :].any()
+                if request.action.given is not None:
+                    assert torch.equal(actions[:, : request.action.width], torch.tensor(request.action.given))
 
 
 def test_cfg_is_the_outer_axis_and_tp_the_inner() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_audio_vae, load_transformer, load_video_vae
-from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.model.weights import unused_tensors
 from cosmos3_core.shapes import LatentShape
@@ -22,8 +22,6 @@ CPU = torch.device("cpu")
 # Far above what rounding moves (about 1e-7), far below what any tensor that matters does.
 NOTICEABLE = 1e-5
 
-# Of modes that are not built yet; each entry leaves the list with its mode.
-NOT_BUILT_YET = ("action_", "audio_")
 # Published, but behind the last keys and values that generation reads of the understanding tower.
 NEVER_READ = ("lm_head.weight", "norm.weight")
 
@@ -45,11 +43,17 @@ class Perturbed:
         self.tensors = {path: load_file(path) for path in self.files}
         self.names = {name: path for path, tensors in self.tensors.items() for name in tensors}
 
-    def change(self, name: str) -> None:
-        """Multiply each element of tensor ``name`` by 1 + 0.1 x standard normal noise; the rest stays as shipped."""
+    def change(self, name: str, rows: list[int] | None = None) -> None:
+        """Multiply each element of tensor ``name``, or of some rows of it, by 1 + 0.1 x standard normal noise; the rest
+        stays as shipped."""
         path = self.names[name]
-        noise = torch.randn(self.tensors[path][name].shape, generator=torch.Generator().manual_seed(0))
-        save_file({**self.tensors[path], name: self.tensors[path][name] * (1 + 0.1 * noise)}, path)
+        shipped = self.tensors[path][name]
+        noise = torch.randn(shipped.shape, generator=torch.Generator().manual_seed(0))
+        changed = shipped * (1 + 0.1 * noise)
+        if rows is not None:
+            others = [row for row in range(len(shipped)) if row not in rows]
+            changed[others] = shipped[others]
+        save_file({**self.tensors[path], name: changed}, path)
 
     def restore(self, name: str) -> None:
         path = self.names[name]
@@ -69,11 +73,11 @@ def unnoticed(perturbed: Perturbed, names: list[str], result: Callable[[], Tenso
     return missed
 
 
-@pytest.mark.parametrize("family", ["nano", "super", "edge"])
-def test_every_transformer_tensor_matters(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    perturbed = Perturbed(request.getfixturevalue(f"tiny_{family}"), "transformer", tmp_path)
-    layout = CheckpointLayout.open(perturbed.root)
-    job = DenoiseRequest(
+def everything(layout: CheckpointLayout, domain_id: int, given: bool = False) -> DenoiseRequest:
+    """A request with all that the transformer of a checkpoint has to do with; actions of all the numbers it knows."""
+    num_actions, width = 2, layout.transformer.action_dim
+    rows = torch.randn(num_actions, width, generator=torch.Generator().manual_seed(1)).tolist() if given else None
+    return DenoiseRequest(
         text_ids=tuple(range(layout.transformer.vocab_size)),  # every row of the embedding
         negative_text_ids=(7, 5),
         latent_shape=LatentShape(2, 3, 3),
@@ -83,17 +87,67 @@ def test_every_transformer_tensor_matters(family: str, request: pytest.FixtureRe
         schedule="native",
         flow_shift=3.0,
         seed=0,
+        num_sound_latents=2 if layout.transformer.sound_gen else 0,
+        action=ActionLatents(num_actions, domain_id, width, rows and tuple(map(tuple, rows))),
     )
 
-    def latents() -> Tensor:
-        denoiser = Denoiser(load_transformer(layout, device=CPU), layout.geometry, layout.scheduler)
-        return denoiser.run(denoiser.prepare(job)).latents["video"]
 
-    missed = unnoticed(perturbed, sorted(perturbed.names), latents)
+def final_latents(layout: CheckpointLayout, job: DenoiseRequest) -> dict[str, Tensor]:
+    denoiser = Denoiser(load_transformer(layout, device=CPU), layout.geometry, layout.scheduler)
+    return denoiser.run(denoiser.prepare(job)).latents
+
+
+def flat(latents: dict[str, Tensor]) -> Tensor:
+    return torch.cat([modality.flatten() for modality in latents.values()])
+
+
+@pytest.mark.parametrize("family", ["nano", "super", "edge"])
+def test_every_transformer_tensor_matters(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    perturbed = Perturbed(request.getfixturevalue(f"tiny_{family}"), "transformer", tmp_path)
+    layout = CheckpointLayout.open(perturbed.root)
+    job = everything(layout, domain_id=7)
+    assert list(final_latents(layout, job)) == ["video", *(["sound"] if family != "edge" else []), "action"]
+
+    missed = unnoticed(perturbed, sorted(perturbed.names), lambda: flat(final_latents(layout, job)))
     rest = last_layer_rest(layout.transformer.num_hidden_layers)
-    explained = [name for name in perturbed.names if name.startswith((*NOT_BUILT_YET, *rest)) or name in NEVER_READ]
+    explained = [name for name in perturbed.names if name.startswith(rest) or name in NEVER_READ]
     assert sorted(missed) == sorted(explained)
     assert sorted(explained) == sorted(unused_tensors(layout.transformer))
+
+
+DOMAIN_TENSORS = tuple(f"action_proj_{way}.{kind}.weight" for way in ("in", "out") for kind in ("fc", "bias"))
+
+
+@pytest.mark.parametrize("domain_id", [0, 7, 31])
+@pytest.mark.parametrize("family", ["nano", "edge"])
+def test_an_embodiment_has_the_weights_of_its_domain_alone(
+    family: str, domain_id: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    perturbed = Perturbed(request.getfixturevalue(f"tiny_{family}"), "transformer", tmp_path)
+    layout = CheckpointLayout.open(perturbed.root)
+    num_domains = layout.transformer.num_embodiment_domains
+    others = [row for row in range(num_domains) if row != domain_id]
+    job = everything(layout, domain_id)
+    shipped = final_latents(layout, job)
+    for name in DOMAIN_TENSORS:
+        assert len(perturbed.tensors[perturbed.names[name]][name]) == num_domains == 32
+        perturbed.change(name, rows=others)
+        changed = final_latents(layout, job)
+        assert all(torch.equal(changed[modality], shipped[modality]) for modality in shipped)
+        perturbed.change(name, rows=[domain_id])
+        changed = final_latents(layout, job)
+        for modality in shipped:  # the tokens see each other
+            assert (changed[modality] - shipped[modality]).norm() / shipped[modality].norm() > NOTICEABLE
+        perturbed.restore(name)
+
+
+def test_given_actions_go_in_and_never_come_out(tiny_nano: Path, tmp_path: Path) -> None:
+    perturbed = Perturbed(tiny_nano, "transformer", tmp_path)
+    layout = CheckpointLayout.open(perturbed.root)
+    job = everything(layout, domain_id=7, given=True)
+    names = [*DOMAIN_TENSORS, "action_modality_embed"]
+    missed = unnoticed(perturbed, names, lambda: flat(final_latents(layout, job)))
+    assert missed == [name for name in DOMAIN_TENSORS if name.startswith("action_proj_out.")]
 
 
 def test_every_video_decoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_every_intermediate_equals_diffusers(
 
     assert result.latents is not None
     assert reference.frames is not None
-    frames = torch.cat([to_uint8(chunk) for chunk in engine.decode(result.latents)]).numpy()
+    frames = torch.cat([to_uint8(chunk) for chunk in engine.decode(result.latents["video"])]).numpy()
     assert frames.shape == reference.frames.shape
     off_by = np.abs(frames.astype(int) - reference.frames.astype(int))
     assert off_by.max() <= 1

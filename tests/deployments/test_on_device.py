@@ -1,0 +1,41 @@
+"""Work that does not fit into memory, without Ray."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.errors import OutOfMemory
+from cosmos3_core import device
+from deployments.on_device import within_memory
+
+CPU = torch.device("cpu")
+
+
+class Activations:
+    """Something large that the failed work still has in its hands."""
+
+
+def test_what_does_not_fit_is_told_as_such_and_its_memory_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Any]] = []
+    was_free: list[bool] = []
+
+    def work() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 1.00 GiB.\nMore words.")
+
+    monkeypatch.setattr(device, "forget_unused_memory", lambda _: was_free.append(held[0]() is None))
+    with pytest.raises(OutOfMemory, match="Tried to allocate") as caught:
+        within_memory(CPU, work)
+    assert "More words" not in str(caught.value)
+    assert was_free == [True], "the activations were still held when the allocator was asked for its spare memory"
+
+
+def test_any_other_error_is_left_as_it_is_and_a_result_is_handed_on() -> None:
+    with pytest.raises(ZeroDivisionError):
+        within_memory(CPU, lambda: 1 // 0)
+    assert within_memory(CPU, lambda: 5) == 5

@@ -1,0 +1,34 @@
+"""What each mode cannot do without, and nothing else; tiny media to go with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def moving_clip(num_frames: int, height: int, width: int) -> np.ndarray[Any, Any]:
+    """Smooth and different everywhere: uint8 [F, Y, X, 3]."""
+    frame, row, column = np.mgrid[:num_frames, :height, :width]
+    waves = [np.sin((column + 3 * frame) / 9), np.cos((row - 2 * frame) / 7), np.sin((row + column) / 15 + frame / 3)]
+    return (127.5 + 127.5 * np.stack(waves, axis=-1)).round().astype(np.uint8)
+
+
+IMAGE = moving_clip(1, 32, 48)[0]
+CLIP = moving_clip(9, 32, 48)
+ACTIONS = [[0.1 * step, -0.2, 0.3, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0] for step in range(16)]
+"""Of the embodiment "av"."""
+
+MINIMAL: dict[str, dict[str, Any]] = {
+    "text_to_image": {"prompt": "a car", "mode": "text_to_image"},
+    "text_to_video": {"prompt": "a car"},
+    "image_to_video": {"prompt": "a car", "image": IMAGE},
+    "video_to_video": {"prompt": "a car", "video": CLIP},
+    "text_to_video_with_sound": {"prompt": "a car", "generate_sound": True},
+    "image_to_video_with_sound": {"prompt": "a car", "image": IMAGE, "generate_sound": True},
+    "video_to_video_with_sound": {"prompt": "a car", "video": CLIP, "generate_sound": True},
+    "forward_dynamics": {"mode": "forward_dynamics", "image": IMAGE, "domain_name": "av", "actions": ACTIONS},
+    "inverse_dynamics": {"mode": "inverse_dynamics", "video": CLIP, "domain_name": "av"},
+    "policy": {"prompt": "go on", "mode": "policy", "image": IMAGE, "domain_name": "av"},
+}
+"""Mode -> fields of a :class:`cosmos3_core.GenerationRequest`."""
