@@ -114,6 +114,7 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"transformr": {}}, "transformr: no such key; did you mean transformer?"),
         ({"vae": {"chunk_latent": 2}}, "vae.chunk_latent: no such key; did you mean chunk_latents?"),
         ({"http": {"port": 70000}}, "http.port: "),
+        ({"http": {"max_bodies_bytes": 1}}, "http: max_bodies_bytes=1 is below max_body_bytes=100663296"),
         ({"vae": {"num_threads": 0}}, "vae.num_threads: "),
         ({"vae": {"dtype": "fp16"}}, "vae.dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"encoder": {"max_queued_requests": 0}}, "encoder.max_queued_requests: "),

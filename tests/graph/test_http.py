@@ -27,6 +27,7 @@ from cosmos3_core.media.image import write_png
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest, offered_modes, resolve
 from deployments.http_client import save_video
+from deployments.messages import Finished
 
 Reference = Callable[[GenerationRequest], GenerationResult]
 
@@ -396,6 +397,22 @@ def test_given_actions_are_carried_out(app: Any, png: bytes, reference: Referenc
     status, headers, answer = send_form(app, body)
     assert (status, headers["content-type"]) == (200, "video/mp4"), answer
     assert headers["x-frames-sha256"] == expected
+
+
+def test_the_python_client_reads_files_where_the_caller_is(
+    app: Any, png: bytes, reference: Reference, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png)
+    asked = GenerationRequest(**GOOD, mode="image_to_video", image=path)
+    expected = reference(GenerationRequest(**GOOD, mode="image_to_video", image=png)).frames_sha256
+    assert app.client.generate(asked).info.frames_sha256 == expected
+    with app.client.stream(asked) as events:
+        path.unlink()
+        assert [event.frames_sha256 for event in events if isinstance(event, Finished)] == [expected]
+    for ask in (app.client.generate, app.client.stream):
+        with pytest.raises(RequestError, match="image="):
+            ask(asked)
 
 
 def test_media_that_are_refused(app: Any, mp4: bytes, png: bytes) -> None:
