@@ -231,10 +231,7 @@ class Denoiser:
         """
         _check_state(plan, state)
         velocity = self._guided_velocity(plan, state)
-        solver = {
-            name: plan.solver.step(modality, state.step_index, velocity[name])
-            for name, modality in state.solver.items()
-        }
+        solver = {name: plan.solver.step(state.solver[name], state.step_index, velocity[name]) for name in plan.initial}
         for name, fixed in plan.fixed.items():
             # The solver would keep it but for rounding: its velocity is zero.
             solver[name] = replace(solver[name], sample=fixed.restored(solver[name].sample))
@@ -258,18 +255,18 @@ class Denoiser:
 
     def _guided_velocity(self, plan: DenoisePlan, state: DenoiseState) -> dict[str, Tensor]:
         timestep = plan.solver.schedule.timesteps[state.step_index]
+        # In the order of the positions, and alike on all ranks: a state that was saved has lost its order.
+        latents = {name: state.latents[name] for name in plan.initial}
         num_branches, share = plan.num_branches_at(timestep), self._branch_share
         # Where they are shared out, the one branch that runs here may have nothing to do at this step.
         here = plan.branches[:num_branches] if share is None or share.index < num_branches else ()
         predictions = [
-            self.transformer.velocity(
-                state.latents, plan.noise_masks, timestep, branch.text, branch.rope, plan.domain_id
-            )
+            self.transformer.velocity(latents, plan.noise_masks, timestep, branch.text, branch.rope, plan.domain_id)
             for branch in here
         ]
         if share is not None:
             own = {name: velocity.float() for name, velocity in predictions[0].items()} if predictions else None
-            predictions = share.exchange(own, state.latents, num_branches)
+            predictions = share.exchange(own, latents, num_branches)
         if num_branches == 1:
             velocity = {name: velocity.float() for name, velocity in predictions[0].items()}
         else:

@@ -58,16 +58,17 @@ class RequestError(Cosmos3Error, ValueError):
         self.hint = hint
         super().__init__(f"{field}={self.given}: allowed is {allowed}.{' ' + hint if hint else ''}")
 
+    @classmethod
+    def of_parts(cls, field: str, given: str, allowed: str, hint: str) -> RequestError:
+        """The error whose attributes these are: ``given`` as it is shown, not the value."""
+        error = cls(field, None, allowed, hint)
+        error.given = given
+        error.args = (f"{field}={given}: allowed is {allowed}.{' ' + hint if hint else ''}",)
+        return error
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are rebuilt from ``args`` when they cross a process boundary; ours carry fields instead.
-        return _rebuild_request_error, (type(self), self.field, self.given, self.allowed, self.hint)
-
-
-def _rebuild_request_error(cls: type[RequestError], field: str, given: str, allowed: str, hint: str) -> RequestError:
-    error = cls(field, None, allowed, hint)
-    error.given = given
-    error.args = (f"{field}={given}: allowed is {allowed}.{' ' + hint if hint else ''}",)
-    return error
+        return self.of_parts, (self.field, self.given, self.allowed, self.hint)
 
 
 class CapabilityError(RequestError):

@@ -7,7 +7,7 @@ that happens before anything large is allocated; of images and clips only the he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,21 @@ from cosmos3_core.conditioning.modes import (
     WITH_SOUND,
     Actions,
     Mode,
-    Resizing,
 )
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.embodiments import find_embodiment
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.image import DEFAULT_QUALITY
-from cosmos3_core.media.source import ImageSource, Packed, VideoSource, pack_image, pack_video, probe_clip, probe_image
+from cosmos3_core.media.source import (
+    ClipInfo,
+    ImageSource,
+    Packed,
+    VideoSource,
+    pack_image,
+    pack_video,
+    probe_clip,
+    probe_image,
+)
 from cosmos3_core.media.writer import ClipFormat, SoundFormat
 from cosmos3_core.presets import LIMITS, PRESETS, ActionPreset, Preset
 from cosmos3_core.sampler.schedule import SCHEDULES
@@ -267,13 +275,20 @@ def offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) ->
     )
 
 
-def resolve(request: GenerationRequest, layout: CheckpointLayout, *, is_sound_offered: bool = True) -> ResolvedRequest:
+def resolve(
+    request: GenerationRequest,
+    layout: CheckpointLayout,
+    *,
+    is_sound_offered: bool = True,
+    probe: Callable[[str, Packed], ClipInfo] = probe_clip,
+) -> ResolvedRequest:
     """Check a request against a checkpoint and fill its gaps.
 
     Args:
         request: with its media :meth:`~GenerationRequest.packed`.
         layout: of the checkpoint.
         is_sound_offered: False where nothing decodes sound.
+        probe: how a given clip is looked at; a service does that in another process.
 
     Raises:
         CapabilityError: a mode that the checkpoint cannot do; names those that it can.
@@ -286,13 +301,14 @@ def resolve(request: GenerationRequest, layout: CheckpointLayout, *, is_sound_of
     if request.negative_prompt is not None:
         checks.text("negative_prompt", request.negative_prompt, LIMITS.max_prompt_chars, may_be_empty=True)
     _refuse_foreign_fields(mode, request)
+    given = _given_picture(request, probe)
 
     notes: list[str] = []
     fps = checks.real("fps", _or(request.fps, preset.fps), LIMITS.min_fps, LIMITS.max_fps)
     if preset.action is not None and mode.has_actions:
         action = _action_track(mode, request, preset.action, layout, notes, like_diffusers=like_diffusers)
         tier = _choice_of_tier(_or(request.resolution_tier, preset.action.resolution_tier))
-        height, width, prompt_size = _fitted(request, tier, layout)
+        height, width, prompt_size = _fitted(given, tier, layout)
         num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
         if num_frames != action.chunk_size + 1:
             notes.append(f"of the {action.chunk_size + 1} frames of the chunk, {num_frames} are made: 1 + 4k can be")
@@ -306,7 +322,20 @@ def resolve(request: GenerationRequest, layout: CheckpointLayout, *, is_sound_of
     sound = _sound_track(num_frames, fps, layout, like_diffusers=like_diffusers) if mode.has_sound else None
     num_others = (0 if sound is None else sound.num_latents) + (0 if action is None else action.chunk_size)
     _check_token_budget(num_frames, height, width, num_others, layout)
-    picture = _picture(mode, request, num_frames, height, width, tier, layout)
+    picture = None
+    if given is not None and mode.resizing is not None:
+        clean = _clean_frames(mode, request, layout.geometry.latent_shape(num_frames, height, width).num_frames)
+        picture = PictureCondition(
+            kind=given.kind,
+            media=given.media,
+            resizing=mode.resizing,
+            height=height,
+            width=width,
+            resolution_tier=tier,
+            num_frames=layout.geometry.num_pixel_frames(max(clean) + 1),
+            keep=checks.choice("condition_video_keep", _or(request.condition_video_keep, KEEP[0]), KEEP),
+            clean_frames=clean,
+        )
 
     steps = _or(request.num_inference_steps, preset.num_inference_steps)
     guidance_scale = _or(request.guidance_scale, preset.guidance_scale)
@@ -494,58 +523,46 @@ def _choice_of_tier(tier: Any) -> int:
     return tier
 
 
-def _fitted(request: GenerationRequest, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:
-    """Pixel rows and columns of the result, and the canvas, of a mode whose picture is fitted into one."""
+@dataclass(frozen=True)
+class _Given:
+    """The image or clip of a request, and its size in pixels, upright."""
+
+    kind: str
+    media: Packed
+    height: int
+    width: int
+
+
+def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> _Given | None:
+    """None where there is none.
+
+    Raises:
+        RequestError: it cannot be read; or it is not packed: a path would be opened here, wherever that is.
+    """
     kind = IMAGE if request.image is not None else VIDEO
-    media = _media(getattr(request, kind))
-    given = probe_image(kind, media) if kind == IMAGE else probe_clip(kind, media)
-    canvas = action_canvas(given.height, given.width, tier, field=kind)
+    media: Any = getattr(request, kind)
+    if media is None:
+        return None
+    if not isinstance(media, bytes | np.ndarray):
+        raise RequestError(kind, type(media).__name__, "a file's bytes, or frames", "Call packed() on the request.")
+    info = probe_image(kind, media) if kind == IMAGE else probe(kind, media)
+    return _Given(kind, media, info.height, info.width)
+
+
+def _fitted(given: _Given | None, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:
+    """Pixel rows and columns of the result, and the canvas, of a mode whose picture is fitted into one."""
+    assert given is not None, "_refuse_foreign_fields"
+    canvas = action_canvas(given.height, given.width, tier, field=given.kind)
     side = layout.geometry.spatial
+    content = content_size(given.height, given.width, canvas, field=given.kind)
     # What is padded is cut off again, as latents.
-    height, width = (max(n // side, 1) * side for n in content_size(given.height, given.width, canvas, field=kind))
+    height, width = (max(n // side, 1) * side for n in content)
     return height, width, (canvas.height, canvas.width)
 
 
-def _media(packed: Any) -> Packed:
-    """The packed media of a request.
-
-    Raises:
-        RequestError: it is not packed: a path would be opened here, wherever that is.
-    """
-    if not isinstance(packed, bytes | np.ndarray):
-        hint = "Call packed() on the request first."
-        raise RequestError("image or video", type(packed).__name__, "a file's bytes, or frames", hint)
-    return packed
-
-
-def _picture(
-    mode: Mode,
-    request: GenerationRequest,
-    num_frames: int,
-    height: int,
-    width: int,
-    tier: int,
-    layout: CheckpointLayout,
-) -> PictureCondition | None:
-    if mode.resizing is None:
-        return None
-    num_latent_frames = layout.geometry.latent_shape(num_frames, height, width).num_frames
+def _clean_frames(mode: Mode, request: GenerationRequest, num_latent_frames: int) -> tuple[int, ...]:
     chosen = _chosen_frames(request.condition_frame_indexes_vision, num_latent_frames) if mode.chooses_frames else ()
-    clean = mode.clean_frames(num_latent_frames, chosen)
-    kind = IMAGE if request.image is not None else VIDEO
-    media = _media(getattr(request, kind))
-    (probe_image if kind == IMAGE else probe_clip)(kind, media)
-    return PictureCondition(
-        kind=kind,
-        media=media,
-        resizing=mode.resizing,
-        height=height,
-        width=width,
-        resolution_tier=tier if mode.resizing is Resizing.PAD else 0,
-        num_frames=layout.geometry.num_pixel_frames(max(clean) + 1),
-        keep=checks.choice("condition_video_keep", _or(request.condition_video_keep, KEEP[0]), KEEP),
-        clean_frames=clean,
-    )
+    return mode.clean_frames(num_latent_frames, chosen)
 
 
 def _chosen_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:

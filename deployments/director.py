@@ -7,23 +7,23 @@ import contextvars
 import math
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from cluster.clip_stream import start_clip_streams
 from cluster.errors import OverloadedError, ShuttingDown
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.media.apart import probe_clip_apart
 from cosmos3_core.request import GenerationRequest, resolve
 from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
 from deployments.walk import Stages, Walk
 
-# A guess for Retry-After until a request has been timed.
-_FIRST_GUESS_S = 5.0
+_FIRST_GUESS_S = 5.0  # for Retry-After, until a request has been timed
 _CLOSE_TRIES = 5
 _CLOSE_S = 10.0
 _CLOSE_PAUSE_S = 0.5
-# What a restart of the app takes, about.
-_RESTART_S = 30.0
+_RESTART_S = 30.0  # what a restart of the app takes, about
 
 
 class Director:
@@ -35,7 +35,7 @@ class Director:
         max_attempts: tries of a stage whose process died.
         chunk_window: decoded chunks of a clip that may exist before they are encoded.
         request_timeout_s: of requests that name none.
-        tokenizer, transformer, vae, encoder, unguided, audio: handles of the stages; the last two where there are such.
+        tokenizer, ..., audio: handles of the stages; the last two if there are such.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class Director:
             if timeout_s is not None:
                 limit_s = min(limit_s, checks.real("timeout_s", timeout_s, 0, math.inf))
             has_sound = self._stages.audio is not None
+            check = partial(resolve, is_sound_offered=has_sound, probe=probe_clip_apart)
             walk = Walk(
-                # Beside the event loop: the header of a given image or clip is read.
-                request=await asyncio.to_thread(resolve, request, self._layout, is_sound_offered=has_sound),
+                request=await asyncio.to_thread(check, request, self._layout),  # it looks at a given image or clip
                 context=RequestContext.new(request_id, limit_s),
                 layout=self._layout,
                 stages=self._stages,

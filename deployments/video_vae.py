@@ -11,6 +11,7 @@ from typing import Any
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.media.apart import read_clip_apart
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.on_device import within_memory
 from deployments.streams import in_time
@@ -61,7 +62,7 @@ class VideoVAE:
     def _encode(self, picture: PictureCondition) -> TensorEnvelope:
         from cosmos3_core.conditioning.clean import clean_latents
 
-        return TensorEnvelope.of_tensor(clean_latents(self._vae, picture))
+        return TensorEnvelope.of_tensor(clean_latents(self._vae, picture, read=read_clip_apart))
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str

@@ -9,72 +9,30 @@ import pytest
 from cosmos3_core.embodiments import EMBODIMENTS, find_embodiment
 from cosmos3_core.errors import RequestError
 
+
+def table(text: str) -> dict[str, int]:
+    """ "av 1, umi 6" -> {"av": 1, "umi": 6}."""
+    return {name: int(number) for name, number in (entry.split() for entry in text.split(","))}
+
+
 # diffusers 0.42.1.
-DIFFUSERS_IDS = {
-    "no_action": 0,
-    "av": 1,
-    "camera_pose": 2,
-    "hand_pose": 3,
-    "pusht": 4,
-    "libero": 5,
-    "umi": 6,
-    "bridge_orig_lerobot": 7,
-    "droid_lerobot": 8,
-    "robomind-franka": 8,
-    "galbot": 9,
-    "robomind-franka-dual": 12,
-    "robomind-ur": 13,
-    "agibotworld": 15,
-    "agibot_gear_gripper": 15,
-    "agibot_gear_gripper_ext": 15,
-    "fractal": 20,
-}
-DIFFUSERS_WIDTHS = {
-    "av": 9,
-    "camera_pose": 9,
-    "hand_pose": 57,
-    "pusht": 2,
-    "umi": 10,
-    "bridge_orig_lerobot": 10,
-    "droid_lerobot": 10,
-    "robomind-franka": 10,
-    "robomind-ur": 10,
-    "fractal": 10,
-    "robomind-franka-dual": 20,
-    "agibotworld": 29,
-    "agibot_gear_gripper": 29,
-    "agibot_gear_gripper_ext": 29,
-    "galbot": 30,
-}
+DIFFUSERS_IDS = table(
+    "no_action 0, av 1, camera_pose 2, hand_pose 3, pusht 4, libero 5, umi 6, bridge_orig_lerobot 7, droid_lerobot 8,"
+    "robomind-franka 8, galbot 9, robomind-franka-dual 12, robomind-ur 13, agibotworld 15, agibot_gear_gripper 15,"
+    "agibot_gear_gripper_ext 15, fractal 20"
+)
+DIFFUSERS_WIDTHS = table(
+    "av 9, camera_pose 9, hand_pose 57, pusht 2, umi 10, bridge_orig_lerobot 10, droid_lerobot 10, robomind-franka 10,"
+    "robomind-ur 10, fractal 10, robomind-franka-dual 20, agibotworld 29, agibot_gear_gripper 29,"
+    "agibot_gear_gripper_ext 29, galbot 30"
+)
 # vLLM-Omni 0.30 and NVIDIA's cosmos-framework.
-FRAMEWORK_IDS = {
-    "no_action": 0,
-    "av": 1,
-    "camera_pose": 2,
-    "hand_pose": 3,
-    "pusht": 4,
-    "libero": 5,
-    "umi": 6,
-    "bridge_orig_lerobot": 7,
-    "droid_lerobot": 8,
-    "robomind-franka": 8,
-    "embodiment_b": 9,
-    "galbot": 9,
-    "robomind-franka-dual": 12,
-    "robomind-ur": 13,
-    "agibotworld": 15,
-    "embodiment_c_gripper": 15,
-    "embodiment_c_gripper_ext": 15,
-    "agibot_gear_gripper": 15,
-    "agibot_gear_gripper_ext": 15,
-    "xdof_yam": 16,
-    "molmoact2_yam": 16,
-    "abc_yam": 16,
-    "fractal": 20,
-    "drawanything": 21,
-    "behavior1k_lerobot": 22,
-    "maniparena": 23,
-}
+FRAMEWORK_IDS = table(
+    "no_action 0, av 1, camera_pose 2, hand_pose 3, pusht 4, libero 5, umi 6, bridge_orig_lerobot 7, droid_lerobot 8,"
+    "robomind-franka 8, embodiment_b 9, galbot 9, robomind-franka-dual 12, robomind-ur 13, agibotworld 15,"
+    "embodiment_c_gripper 15, embodiment_c_gripper_ext 15, agibot_gear_gripper 15, agibot_gear_gripper_ext 15,"
+    "xdof_yam 16, molmoact2_yam 16, abc_yam 16, fractal 20, drawanything 21, behavior1k_lerobot 22, maniparena 23"
+)
 
 
 def test_both_published_tables_are_contained() -> None:

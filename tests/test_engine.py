@@ -74,6 +74,22 @@ def test_a_run_is_resumed_where_it_was(engine: Engine) -> None:
     assert [event.sigma for event in events] == list(sigmas[4:6])
 
 
+def test_a_run_of_all_modalities_is_resumed_after_every_step(engine: Engine) -> None:
+    job = replace(
+        JOB,
+        clean_frames=(1,),
+        clean_latents=torch.randn(1, 48, 1, 3, 2, generator=torch.Generator().manual_seed(0)),
+        num_sound_latents=3,
+        action=ActionLatents(4, 7, 10),
+    )
+    states: list[DenoiseState] = []
+    whole = engine.denoise(job, on_step=lambda event: states.append(event.state))
+    for state in (*states[:-1], states[0].to("cpu")):
+        resumed = engine.denoise(job, resume=DenoiseState.from_bytes(state.to_bytes()))
+        assert list(resumed) == list(whole) == ["video", "sound", "action"]
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
 def test_moving_a_state_keeps_its_history(engine: Engine) -> None:
     plan = engine.denoiser.prepare(JOB)
     state = engine.denoiser.step(plan, engine.denoiser.step(plan, engine.denoiser.start(plan)))

@@ -1,4 +1,4 @@
-"""The table of defaults, frozen; what a request leaves out comes from it, and every mode runs with all of it left out."""
+"""The table of defaults, frozen; what a request leaves out comes from it, and every mode runs with nothing said."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Shape letters: C channels, T/H/W latent grid, F/Y/X pixel frames, rows, columns;
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.source import read_clip, read_image
 from cosmos3_core.vae.video import VideoVAE
 
+ReadClip = Callable[..., Frames]
+"""As :func:`read_clip`."""
 
-def clean_latents(vae: VideoVAE, picture: PictureCondition) -> Tensor:
+
+def clean_latents(vae: VideoVAE, picture: PictureCondition, *, read: ReadClip = read_clip) -> Tensor:
     """The latents of the given frames.
 
     The VAE is causal, so only the frames up to the last given one are read, resized and encoded.
@@ -26,6 +29,7 @@ def clean_latents(vae: VideoVAE, picture: PictureCondition) -> Tensor:
     Args:
         vae: with its encoder.
         picture: what is given.
+        read: how a clip is read; a service does that in another process.
 
     Returns:
         [1, C, len(picture.clean_frames), H, W], fp32, on the VAE's device.
@@ -33,20 +37,23 @@ def clean_latents(vae: VideoVAE, picture: PictureCondition) -> Tensor:
     Raises:
         RequestError: the media is damaged, or larger than allowed.
     """
-    pixels_CFYX = conditioning_pixels(picture)
+    pixels_CFYX = conditioning_pixels(picture, read=read)
     latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0)).float()
     side = vae.geometry.spatial
     rows, columns = picture.height // side, picture.width // side  # without what a canvas has beyond the picture
     return latents_1CTHW[:, :, list(picture.clean_frames), :rows, :columns]
 
 
-def conditioning_pixels(picture: PictureCondition) -> Tensor:
+def conditioning_pixels(picture: PictureCondition, *, read: ReadClip = read_clip) -> Tensor:
     """What is encoded: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``.
 
     Raises:
         RequestError: as :func:`clean_latents`.
     """
-    frames_FYX3 = _frames(picture)
+    if picture.kind == IMAGE:
+        frames_FYX3 = read_image(picture.kind, picture.media)[None]
+    else:
+        frames_FYX3 = read(picture.kind, picture.media, num_frames=picture.num_frames, keep=picture.keep)
     if picture.resizing is Resizing.PAD:
         pixels_CFYX, _ = fit_and_pad(frames_FYX3, picture.resolution_tier, picture.num_frames)
         return pixels_CFYX
@@ -59,10 +66,3 @@ def conditioning_pixels(picture: PictureCondition) -> Tensor:
     if missing > 0:
         pixels_CFYX = torch.cat([pixels_CFYX, pixels_CFYX[:, -1:].expand(-1, missing, -1, -1)], dim=1)
     return pixels_CFYX
-
-
-def _frames(picture: PictureCondition) -> Frames:
-    if picture.kind == IMAGE:
-        return read_image(picture.kind, picture.media)[None]
-    keep = cast(Literal["first", "last"], picture.keep)
-    return read_clip(picture.kind, picture.media, num_frames=picture.num_frames, keep=keep)

@@ -40,7 +40,7 @@ def _timed(x_SM: Tensor, noise_mask_S: Tensor, time_M: Tensor) -> Tensor:
 
 
 class VideoHead(nn.Module):
-    """Video latents [1, C, T, H, W] <-> tokens: 2 x 2 patches, channel fastest; odd grids get zeros at their ends."""
+    """Video latents [1, C, T, H, W] <-> tokens: 2 x 2 patches, channel fastest; odd grids are padded with zeros."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ class DenoiseState:
 
     Attributes:
         step_index: steps done; the next step has this index.
-        solver: modality -> latents and solver history, fp32.
+        solver: modality -> latents and solver history, fp32; their order says nothing.
         fingerprint: names the request this state belongs to (prompts, shape, schedule, guidance).
     """
 
@@ -82,7 +82,7 @@ def _flatten(solver: Mapping[str, SolverState]) -> dict[str, Tensor]:
 
 
 def _unflatten(tensors: Mapping[str, Tensor]) -> dict[str, SolverState]:
-    names = sorted({name.split("/")[0] for name in tensors})
+    names = dict.fromkeys(name.split("/")[0] for name in tensors)
     return {
         name: SolverState(
             sample=tensors[f"{name}/sample"],

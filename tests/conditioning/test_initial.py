@@ -72,6 +72,7 @@ def test_masks_moves_and_positions(layout: CheckpointLayout) -> None:
     assert sound.noise_mask.tolist() == [1] * 7
     assert action.noise_mask.tolist() == [1] * 8
     assert torch.equal(action.moves, torch.cat([torch.ones(8, 10), torch.zeros(8, 54)], dim=1))
+    assert not action.latent[:, 10:].any()
     # 3 frames of 2 x 1 tokens; a step of time is a 24th of a second.
     assert [state.positions.shape for state in states.values()] == [(3, 6), (3, 7), (3, 8)]
     assert video.positions[0].tolist() == [0, 0, 1, 1, 2, 2]

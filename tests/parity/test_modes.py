@@ -154,7 +154,7 @@ LONG = [
     Case("long", "text_to_video_with_sound", shape=(49, 80, 96), steps=35, schedule=None),
     Case("long", CLIP, source=(480, 640), shape=(49, 80, 96), steps=35),
     Case("long", MORE, family="edge", source=(60, 100, 150), shape=(49, 80, 96), steps=35),
-    Case("long", POLICY, source=(480, 640), chunk=32, domain="droid_lerobot", fps=15.0, steps=30, tier=480),
+    Case("long", POLICY, source=(96, 128), chunk=32, domain="droid_lerobot", fps=15.0, steps=30),
     Case("long", FORWARD, source=(240, 320), chunk=16, num_given=16, domain="fractal", fps=5.0, steps=30),
     Case("long", INVERSE, family="edge", source=(17, 240, 320), chunk=16, domain="galbot", fps=5.0, steps=30),
 ]
