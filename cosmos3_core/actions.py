@@ -9,6 +9,7 @@ published checkpoint carries such a file yet: put the one of your data set there
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cosmos3_core.checkpoint.configs import read_json_object
-from cosmos3_core.errors import CorruptFileError, RequestError
+from cosmos3_core.errors import CorruptFileError, MediaError, RequestError
+from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.presets import LIMITS
 
 Actions = npt.NDArray[np.float32]
 """float32 [steps, width]: one action a row."""
+
+ACTIONS_SUFFIX = ".actions.json"
+"""Of the files that :func:`write_actions` writes."""
 
 _FOLDER = Path("assets") / "action_stats"
 # Of cosmos-framework: a value that never changed must not be divided by zero.
@@ -139,6 +144,30 @@ class GeneratedActions:
             "domain_name": self.domain_name,
             "is_normalised": self.is_normalised,
         }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> GeneratedActions:
+        """Of :meth:`as_json`; the same numbers to the bit."""
+        rows = np.array(values["data"], dtype=np.float32)
+        return cls(rows, values["domain_name"], values["domain_id"], values["is_normalised"])
+
+
+def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
+    """Write generated actions as ``out`` + ``.actions.json``; returns that path.
+
+    Raises:
+        RequestError: no place for a file.
+        MediaError: it could not be written.
+    """
+    path = path_with_suffix(out, ACTIONS_SUFFIX)
+    file = OutputFile(path)
+    try:
+        file.path.write_text(json.dumps(actions.as_json()) + "\n", encoding="utf-8")
+    except OSError as error:
+        file.discard()
+        raise MediaError(f"{path}: cannot be written: {error}") from error
+    file.commit()
+    return path
 
 
 def given_actions(

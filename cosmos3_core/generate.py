@@ -9,7 +9,6 @@ The serving graph runs the same stages as separate deployments.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,14 +22,14 @@ import torch
 from torch import Tensor
 
 from cosmos3_core import checks
-from cosmos3_core.actions import GeneratedActions
+from cosmos3_core.actions import ACTIONS_SUFFIX, GeneratedActions, write_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
 from cosmos3_core.engine import Engine
-from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
-from cosmos3_core.media.output import OutputFile
+from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
 from cosmos3_core.media.sound import Samples
 from cosmos3_core.media.writer import open_writer
@@ -46,11 +45,6 @@ _COLLECTIVE_TIMEOUT_S = 1800.0
 
 # For the first rank to come as far as the others, which have nothing to say.
 _FIRST_RANK_S = 60.0
-
-# File systems take 255; the rest is for the ending and for the hidden name while the file is written.
-_MAX_NAME_BYTES = 200
-
-_ACTIONS_SUFFIX = ".actions.json"
 
 # In the order of the path, as reports show them.
 _STAGES = (
@@ -134,7 +128,7 @@ def generate(
         latents = denoised()
     else:
         clip_format = resolved.clip_format(crf=crf, lossless=lossless)
-        path, digest = _file_path(out, clip_format.suffix), FrameHash()
+        path, digest = path_with_suffix(out, clip_format.suffix), FrameHash()
         # Opened before the long part, so that a place or a setting that cannot be is refused before it.
         with open_writer(path, clip_format) as writer:
             latents = denoised()
@@ -162,23 +156,6 @@ def generate(
         latents if output == "latent" else None,
         actions,
     )
-
-
-def _file_path(out: str | Path | None, suffix: str) -> Path:
-    """``out`` with an ending.
-
-    Raises:
-        RequestError: not a path that a file could have.
-    """
-    allowed = "a path without ending, such as 'clip' for clip.mp4"
-    if not isinstance(out, str | Path) or "\0" in str(out):
-        raise RequestError("out", out, allowed)
-    name = Path(out).name
-    if not name or str(out).endswith(("/", "/.", "/..")) or name == "..":
-        raise RequestError("out", str(out), allowed)
-    if len(name.encode()) > _MAX_NAME_BYTES:
-        raise RequestError("out", str(out), f"a file name of at most {_MAX_NAME_BYTES} bytes")
-    return Path(out).with_name(name + suffix)
 
 
 def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
@@ -264,7 +241,7 @@ def run(options: argparse.Namespace) -> None:
         # Before gigabytes are read.
         resolved = resolve(request.packed(), CheckpointLayout.open(options.checkpoint))
         if resolved.has_generated_actions:
-            OutputFile(_file_path(options.out, _ACTIONS_SUFFIX))  # refuses a place that cannot be
+            OutputFile(path_with_suffix(options.out, ACTIONS_SUFFIX))  # refuses a place that cannot be
         layout = _layout(options)
     groups, device = _join_ranks(layout, options.device)
     progress = Progress()
@@ -331,23 +308,6 @@ def _join_ranks(layout: Layout, device: str | None) -> tuple[Groups, torch.devic
     mine = local_device(device, int(os.environ["LOCAL_RANK"]))
     rank, backend = int(os.environ["RANK"]), collective_backend(mine)
     return init_groups(layout, rank, backend=backend, timeout_s=_COLLECTIVE_TIMEOUT_S), mine
-
-
-def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
-    """Write generated actions as ``out`` + ``.actions.json``; returns that path.
-
-    Raises:
-        RequestError, MediaError: see :class:`cosmos3_core.media.output.OutputFile`.
-    """
-    path = _file_path(out, _ACTIONS_SUFFIX)
-    file = OutputFile(path)
-    try:
-        file.path.write_text(json.dumps(actions.as_json()) + "\n", encoding="utf-8")
-    except OSError as error:
-        file.discard()
-        raise MediaError(f"{path}: cannot be written: {error}") from error
-    file.commit()
-    return path
 
 
 def _report(result: GenerationResult, actions_path: Path | None, timings_s: dict[str, float]) -> None:

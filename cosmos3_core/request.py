@@ -32,6 +32,7 @@ from cosmos3_core.conditioning.modes import (
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.embodiments import find_embodiment
 from cosmos3_core.errors import CapabilityError, RequestError
+from cosmos3_core.media.image import DEFAULT_QUALITY
 from cosmos3_core.media.source import (
     ClipInfo,
     ImageSource,
@@ -63,6 +64,7 @@ ACTIONS_ONLY = "actions"
 """The output that decodes no picture."""
 
 _IMAGE_OUTPUTS = ("png", "jpeg", "webp")
+_LOSSY_OUTPUTS = ("jpeg", "webp")
 # Of diffusers and cosmos-framework for clips that go on.
 _CHOSEN_FRAMES = (0, 1)
 _TIMESTEPS = 1000
@@ -115,6 +117,7 @@ class GenerationRequest:
         negative_metadata: on the negative prompt: ``same`` as on the positive, ``none`` or ``inverse``.
         output: ``mp4``, ``wav`` (with sound), ``png``, ``jpeg`` or ``webp`` (images), or ``actions`` alone; None =
             mp4 or png, and actions alone for inverse dynamics, whose pictures are the given ones.
+        output_quality: of jpeg and webp, 0 (smallest) to 100 (best); 90.
         noise: modality -> initial noise to start from instead of drawing it; ``{"video": [1, C, T, H, W] fp32}``.
         compat: ``diffusers`` gives that pipeline's prompts and schedule (0.42.1) wherever a field is None.
     """
@@ -148,6 +151,7 @@ class GenerationRequest:
     append_metadata: bool = True
     negative_metadata: str | None = None
     output: str | None = None
+    output_quality: int | None = None
     noise: dict[str, Tensor] | None = field(default=None, compare=False)
     compat: str = NATIVE_BEHAVIOUR
 
@@ -187,6 +191,7 @@ class ResolvedRequest:
         prompt_size: rows and columns that the prompt speaks of: those of the canvas where there is one.
         schedule: a real schedule's name; ``shipped`` is resolved.
         output: ``actions``, or the kind of the file.
+        output_quality: of the file, where it is a jpeg or webp.
         picture: what of the given image or video is encoded; None where there is none.
         action: the actions; None where there are none.
         sound: the sound; None where there is none.
@@ -211,6 +216,7 @@ class ResolvedRequest:
     append_metadata: bool
     negative_metadata: str
     output: str
+    output_quality: int = DEFAULT_QUALITY
     picture: PictureCondition | None = None
     action: ActionTrack | None = None
     sound: SoundTrack | None = None
@@ -233,7 +239,7 @@ class ResolvedRequest:
         """Whether pictures have to be decoded."""
         return self.output not in (ACTIONS_ONLY, "wav")
 
-    def clip_format(self, *, crf: float = 18, lossless: bool = False, quality: int = 90) -> ClipFormat:
+    def clip_format(self, *, crf: float = 18, lossless: bool = False) -> ClipFormat:
         """The file that this request becomes.
 
         Raises:
@@ -249,7 +255,7 @@ class ResolvedRequest:
             crf=crf,
             lossless=lossless,
             sound=None if self.sound is None else self.sound.track,
-            quality=quality,
+            quality=self.output_quality,
         )
 
 
@@ -338,6 +344,7 @@ def resolve(
     flow_shift = _or(request.flow_shift, shipped_flow_shift(layout) if as_shipped else preset.flow_shift)
     system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
     negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
+    output = _output(mode, request.output)
     return ResolvedRequest(
         mode=mode.name,
         prompt=request.prompt,
@@ -357,7 +364,8 @@ def resolve(
         use_system_prompt=checks.flag("use_system_prompt", system_prompt),
         append_metadata=checks.flag("append_metadata", request.append_metadata),
         negative_metadata=checks.choice("negative_metadata", negative_metadata, NEGATIVE_METADATA),
-        output=_output(mode, request.output),
+        output=output,
+        output_quality=_output_quality(output, request.output_quality),
         picture=picture,
         action=action,
         sound=sound,
@@ -609,6 +617,14 @@ def _output(mode: Mode, output: str | None) -> str:
     else:
         allowed = ("mp4",)
     return allowed[0] if output is None else checks.choice("output", output, allowed)
+
+
+def _output_quality(output: str, quality: int | None) -> int:
+    if quality is None:
+        return DEFAULT_QUALITY
+    if output not in _LOSSY_OUTPUTS:
+        raise RequestError("output_quality", quality, f"nothing for {output}; it is for {' and '.join(_LOSSY_OUTPUTS)}")
+    return checks.integer("output_quality", quality, 0, 100)
 
 
 def shipped_flow_shift(layout: CheckpointLayout) -> float:

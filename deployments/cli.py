@@ -151,7 +151,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _report(saved: SavedMedia, about: str) -> None:
-    print(f"{saved.path}: {saved.num_bytes} bytes, {about}")
+    if saved.path is not None:
+        print(f"{saved.path}: {saved.num_bytes} bytes, {about}")
+    if saved.actions_path is not None:
+        print(f"{saved.actions_path}: actions, {about}")
     # The total last; encoding is a part of decode_encode, where both run side by side.
     for name, seconds in sorted(saved.stage_seconds.items(), key=lambda item: item[0] == "total"):
         print(f"  {name:<14}{seconds:9.2f} s")
@@ -306,6 +309,7 @@ def _demo(options: argparse.Namespace) -> int:
     with _laptop_app(_tiny_checkpoint(options.checkpoint)) as app:
         _say(f"POST {app.url}/v1/videos/sync {json.dumps(_EXAMPLE)}")
         saved = save_video(app.url, GenerationRequest(**_EXAMPLE), Path(options.out), timeout_s=options.timeout)
+    assert saved.path is not None, "a video was asked for"
     info = probe_video(saved.path)
     _report(saved, f"{info.num_frames} frames, {info.width}x{info.height}, {float(info.fps):g} fps")
     return 0

@@ -40,13 +40,15 @@ class Client:
     def generate(self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Generated:
         """Serve a request and wait for its file, for ``timeout_s`` or the app's own limit, whichever is shorter.
 
+        Images and clips given as paths are read here, in the caller's process.
+
         Raises:
-            RequestError: the request is wrong.
+            RequestError: the request is wrong, or its image or clip cannot be read.
             OverloadedError: no place is free; says when to try again.
             DeadlineExceeded, StageFailed: it could not be done.
         """
         timeout_s = checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
-        response = self._handle.generate.remote(request, None, timeout_s)
+        response = self._handle.generate.remote(request.packed(), None, timeout_s)
         try:
             return response.result(timeout_s=timeout_s + _SLACK_S)
         except TimeoutError:
@@ -59,10 +61,10 @@ class Client:
     def stream(self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> EventStream:
         """Serve a request and follow it: events, then the file in parts.
 
-        Raises, while iterating: as :meth:`generate`.
+        Raises, while iterating: as :meth:`generate`; at once: an image or clip cannot be read.
         """
         timeout_s = checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
-        return EventStream(self._streaming.stream.remote(request, None, timeout_s), timeout_s)
+        return EventStream(self._streaming.stream.remote(request.packed(), None, timeout_s), timeout_s)
 
 
 class EventStream:

@@ -219,9 +219,19 @@ class Http(_Strict):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    max_body_bytes: int = Field(1 << 20, ge=1, description="of a request")
+    max_body_bytes: int = Field(96 * 2**20, ge=1, description="of a request; base64 of the largest file takes 86 MiB")
+    max_bodies_bytes: int = Field(384 * 2**20, ge=1, description="of all that an ingress replica has in memory at once")
     request_timeout_s: float = Field(3600, gt=0, description="from acceptance to the last byte")
     drain_timeout_s: float = Field(120, ge=0, description="for the requests in hand when the app is told to stop")
+
+    @model_validator(mode="after")
+    def _room_for_one(self) -> Self:
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_bodies_bytes={self.max_bodies_bytes} is below max_body_bytes={self.max_body_bytes}: "
+                "the largest body could never be read"
+            )
+        return self
 
 
 class AppConfig(_Strict):

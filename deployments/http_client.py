@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import http.client
+import io
 import json
 import socket
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from cosmos3_core.actions import GeneratedActions, action_rows, write_actions
 from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
+from cosmos3_core.media.image import write_image
 from cosmos3_core.media.output import OutputFile
 from cosmos3_core.request import GenerationRequest
 
-_SUFFIXES = {"video/mp4": ".mp4", "image/png": ".png"}
+_SUFFIXES = {
+    "video/mp4": ".mp4",
+    "audio/wav": ".wav",
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+}
+_JSON = "application/json"
 _PART_BYTES = 1 << 20
 _MAX_TEXT_BYTES = 1 << 16
+# Of actions with a clip in base64.
+_MAX_JSON_BYTES = 1 << 30
 _DEFAULTS = GenerationRequest(prompt="")
 
 
@@ -46,10 +60,11 @@ class AnswerError(Cosmos3Error):
 
 @dataclass(frozen=True)
 class SavedMedia:
-    """A file that a server made, and what it said about it.
+    """What a server made, and what it said about it.
 
     Attributes:
-        path: where it was saved.
+        path: where the file was saved; None where there is none, only actions.
+        actions_path: where generated actions were saved; None where there are none.
         num_bytes: of the file.
         seed: that it was made with.
         negative_origin: where the negative prompt came from.
@@ -57,7 +72,8 @@ class SavedMedia:
         stage_seconds: stage -> seconds, in the order of the path.
     """
 
-    path: Path
+    path: Path | None
+    actions_path: Path | None
     num_bytes: int
     seed: int
     negative_origin: str
@@ -78,34 +94,40 @@ def get(url: str, path: str, *, timeout_s: float) -> tuple[int, str]:
 
 
 def save_video(url: str, request: GenerationRequest, out: Path, *, timeout_s: float) -> SavedMedia:
-    """Have a request served and save its file.
+    """Have a request served and save what comes of it.
 
     Args:
         url: of the app.
-        request: what is asked for.
-        out: path without its ending; the answer's content type decides on ``.mp4`` or ``.png``.
+        request: what is asked for; its image or clip is read here.
+        out: path without its ending: the answer decides on ``.mp4``, ``.png`` ..., ``.actions.json``.
         timeout_s: for all of it.
 
     Raises:
-        RequestError: not a URL, or no place for the file.
+        RequestError: not a URL, no place for the file, or an image or clip that cannot be read or sent.
         AnswerError: the server refused or failed.
         UnreachableError, MediaError: the answer did not come whole, or could not be written.
     """
     if not out.name:
         raise RequestError("out", str(out), "a path that ends in a name, without its ending")
     OutputFile(out.with_name(out.name + ".mp4"))  # a place that does not exist is refused before the work, not after it
+    body = body_of(request)
     with _Call(url, timeout_s) as call:
-        call.send("POST", "/v1/videos/sync", body_of(request))
+        call.send("POST", "/v1/videos/sync", body)
         headers = call.headers
         if call.status != 200:
             raise AnswerError(call.status, _refusal(call))
-        suffix = _SUFFIXES.get(headers.get_content_type())
-        if suffix is None or "x-stage-durations" not in headers:
-            raise AnswerError(call.status, f"{url} answers, but not as this API does; is it a cosmos3 app?")
-        path = out.with_name(out.name + suffix)
+        if "x-stage-durations" not in headers:
+            raise _foreign(call, url)
+        path, actions_path, num_bytes = None, None, 0
+        if headers.get_content_type() == _JSON:
+            path, actions_path, num_bytes = _save_json(call, url, out)
+        else:
+            path = _file_path(call, url, out, headers.get_content_type())
+            num_bytes = _save(call.parts(), path)
         return SavedMedia(
             path=path,
-            num_bytes=_save(call, path),
+            actions_path=actions_path,
+            num_bytes=num_bytes,
             seed=int(headers["x-seed"]),
             negative_origin=headers["x-negative-prompt"],
             notes=tuple(json.loads(headers["x-notes"])),
@@ -114,17 +136,47 @@ def save_video(url: str, request: GenerationRequest, out: Path, *, timeout_s: fl
 
 
 def body_of(request: GenerationRequest) -> dict[str, Any]:
-    """The request as a JSON body: the fields that differ from the defaults.
+    """The request as a JSON body: the fields that differ from the defaults; an image or clip as a data URL.
 
     Raises:
-        RequestError: a field that does not travel over HTTP.
+        RequestError: a field that does not travel over HTTP, or an image or clip that cannot be read.
     """
-    names = [field.name for field in dataclasses.fields(request)]
-    body = {name: getattr(request, name) for name in names if getattr(request, name) != getattr(_DEFAULTS, name)}
-    for name in ("append_metadata", "noise"):
-        if name in body:
-            raise RequestError(name, body[name], "the default over HTTP", "Generate in process instead.")
+    given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    body: dict[str, Any] = {}
+    if given.pop("noise") is not None:
+        raise _kept_at_home("noise", "tensors")
+    if (actions := given.pop("actions")) is not None:
+        body["actions"] = action_rows("actions", actions, None).tolist()
+    packed = request.packed()
+    if packed.image is not None:
+        body["image"] = _data_url(packed.image if isinstance(packed.image, bytes) else _png(packed.image))
+    if packed.video is not None:
+        if not isinstance(packed.video, bytes):
+            raise RequestError("video", "frames", "a file over HTTP", "Write them to one, and give its path or bytes.")
+        body["video"] = _data_url(packed.video)
+    del given["image"], given["video"]
+    for name in ("condition_frame_indexes_vision", "guidance_interval"):
+        if isinstance(given[name], Sequence) and not isinstance(given[name], str):
+            given[name] = list(given[name])
+    body |= {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+    if "append_metadata" in body:
+        raise _kept_at_home("append_metadata", body["append_metadata"])
     return body
+
+
+def _kept_at_home(name: str, value: Any) -> RequestError:
+    return RequestError(name, value, "the default over HTTP", "Generate in process instead.")
+
+
+def _data_url(data: bytes) -> str:
+    # What it is is told by its content.
+    return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+
+
+def _png(frame: Any) -> bytes:
+    png = io.BytesIO()
+    write_image(png, frame, "png")
+    return png.getvalue()
 
 
 class _Call:
@@ -149,7 +201,11 @@ class _Call:
             self._connection.connect()
             # The connection forgets its socket when the answer is the last one on it.
             self._socket = self._connection.sock
-            self._connection.request(method, self._prefix + path, None if body is None else json.dumps(body), headers)
+            # A server may refuse a large body before it has all of it: what it says is more than that it hung up.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._connection.request(
+                    method, self._prefix + path, None if body is None else json.dumps(body), headers
+                )
             self._wait_no_longer_than_allowed()
             self._answer = self._connection.getresponse()
 
@@ -167,12 +223,16 @@ class _Call:
 
     def text(self) -> str:
         """The answer's body, cut off where it is longer than any message."""
-        text = b""
+        return self.content(_MAX_TEXT_BYTES).decode("utf-8", "replace")
+
+    def content(self, max_bytes: int) -> bytes:
+        """The answer's body, cut off at a length."""
+        content = bytearray()
         for part in self.parts():
-            text += part
-            if len(text) >= _MAX_TEXT_BYTES:
+            content += part
+            if len(content) >= max_bytes:
                 break
-        return text[:_MAX_TEXT_BYTES].decode("utf-8", "replace")
+        return bytes(content[:max_bytes])
 
     def parts(self) -> Iterator[bytes]:
         """The answer's body as it comes."""
@@ -234,12 +294,38 @@ def _refusal(call: _Call) -> str:
         return f"HTTP {call.status} {call.reason}: {text.partition(chr(10))[0]}"
 
 
-def _save(call: _Call, path: Path) -> int:
-    """Write the answer's body to a file; it appears when it is whole. Returns its size."""
+def _foreign(call: _Call, url: str) -> AnswerError:
+    return AnswerError(call.status, f"{url} answers, but not as this API does; is it a cosmos3 app?")
+
+
+def _file_path(call: _Call, url: str, out: Path, media_type: str) -> Path:
+    if media_type not in _SUFFIXES:
+        raise _foreign(call, url)
+    return out.with_name(out.name + _SUFFIXES[media_type])
+
+
+def _save_json(call: _Call, url: str, out: Path) -> tuple[Path | None, Path, int]:
+    """Write what an answer with actions holds. Returns the file's path, that of the actions, the file's size."""
+    path, data = None, b""
+    try:
+        answer = json.loads(call.content(_MAX_JSON_BYTES))
+        actions = GeneratedActions.from_json(answer["actions"])
+        if (video := answer["video"]) is not None:
+            path = _file_path(call, url, out, video["media_type"])
+            data = base64.b64decode(video["b64_json"])
+    except (ValueError, TypeError, KeyError):
+        raise _foreign(call, url) from None
+    if path is not None:
+        _save(iter([data]), path)
+    return path, write_actions(actions, out), len(data)
+
+
+def _save(parts: Iterator[bytes], path: Path) -> int:
+    """Write an answer's file; it appears when it is whole. Returns its size."""
     file = OutputFile(path)
     try:
         with file.path.open("wb") as stream:
-            num_bytes = sum(stream.write(part) for part in call.parts())
+            num_bytes = sum(stream.write(part) for part in parts)
         file.commit()
     except OSError as error:
         raise MediaError(f"{path}: cannot be written: {error}") from error

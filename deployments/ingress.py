@@ -1,10 +1,8 @@
 """Ingress: HTTP in, the Director's events or file out."""
 
-import asyncio
-import logging
 import time
-import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from ray import serve
@@ -12,30 +10,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.errors import DeadlineExceeded
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.presets import PRESETS
-from deployments.api.bodies import VideoBody, parse_video_body
-from deployments.api.body_limit import read_fields, request_id_of
+from cosmos3_core.request import offered_modes
+from deployments.api.bodies import parse_image_body, parse_video_body
+from deployments.api.body_limit import read_fields
+from deployments.api.body_room import BodyRoom, Held
 from deployments.api.errors import error_response
-from deployments.api.media_answer import cancel, finished, media_answer
+from deployments.api.exchange import Exchange, answered
+from deployments.api.fields import IMAGE_FIELDS, VIDEO_FIELDS, openapi
+from deployments.api.media_answer import images_answer, media_answer
 from deployments.readiness import Readiness
 
-logger = logging.getLogger("ray.serve")
-
-# Beyond the request's own deadline, which the Director keeps.
-_SLACK_S = 15.0
+_Asked = TypeVar("_Asked")
 
 api = FastAPI(title="cosmos3-serve", docs_url=None, redoc_url=None)
-
-_VIDEO_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            kind: {"schema": VideoBody.model_json_schema()} for kind in ("application/json", "multipart/form-data")
-        },
-    }
-}
 
 
 async def _no_such_route(request: Request, error: Exception) -> JSONResponse:
@@ -53,49 +41,65 @@ class Ingress:
     Args:
         checkpoint: the checkpoint's directory.
         model_name: what clients call the model; None = the checkpoint's name.
+        is_sound_offered: whether the app has a decoder of sound.
         max_body_bytes: of a request.
+        max_bodies_bytes: of all bodies that are in memory at a time.
         request_timeout_s: for reading it and making its file. The Director keeps it; this is for one that is gone.
         director: its handle.
     """
 
     def __init__(
-        self, checkpoint: str, model_name: str | None, max_body_bytes: int, request_timeout_s: float, director: Any
+        self,
+        checkpoint: str,
+        model_name: str | None,
+        is_sound_offered: bool,
+        max_body_bytes: int,
+        max_bodies_bytes: int,
+        request_timeout_s: float,
+        director: Any,
     ) -> None:
         layout = CheckpointLayout.open(checkpoint)
         self._model_name = model_name or layout.name
-        self._modes = sorted(mode for family, mode in PRESETS if family == layout.family)
+        self._modes = offered_modes(layout, is_sound_offered=is_sound_offered)
         self._family = layout.family
         self._readiness = Readiness()
         self._max_body_bytes = max_body_bytes
+        self._room = BodyRoom(max_bodies_bytes)
         self._request_timeout_s = request_timeout_s
         self._director = director.options(stream=True)
         self._started_s = int(time.time())
         self._is_draining = False
 
-    @api.post("/v1/videos/sync", openapi_extra=_VIDEO_BODY, response_class=Response)
+    @api.post("/v1/videos/sync", openapi_extra=openapi(VIDEO_FIELDS), response_class=Response)
     async def create_video(self, request: Request) -> Response:
-        """Make a video from a prompt; the answer is the file."""
-        request_id = uuid.uuid4().hex
-        events: Any = None
-        try:
-            request_id = request_id_of(request.headers, request_id)
-            async with asyncio.timeout(self._request_timeout_s + _SLACK_S):
-                fields = await read_fields(request, self._max_body_bytes)
-                events = self._director.stream.remote(parse_video_body(fields, self._model_name), request_id)
-                event = await finished(events)
-            return media_answer(event, events)
-        except TimeoutError:
-            cancel(events)
-            return error_response(DeadlineExceeded("director", self._request_timeout_s))
-        except Exception as error:  # every error becomes an answer
-            response = error_response(error)
-            if response.status_code == 500:
-                logger.exception("request %s failed", request_id)
-            cancel(events)
-            return response
-        except asyncio.CancelledError:
-            cancel(events)
-            raise
+        """Make a video, an image, sound or actions, from a prompt and what else the mode takes.
+
+        The answer is the file; where actions were generated it is JSON, with the file in it if there is one.
+        """
+
+        async def work(exchange: Exchange) -> Response:
+            with self._room.hold() as held:
+                await exchange.ask(await self._body(request, parse_video_body, held))
+            with self._room.hold() as held:  # the request's body is gone
+                return await media_answer(exchange, held)
+
+        return await answered(request, self._director, self._request_timeout_s, work)
+
+    @api.post("/v1/images/generations", openapi_extra=openapi(IMAGE_FIELDS), response_class=Response)
+    async def create_images(self, request: Request) -> Response:
+        """Make n images from a prompt, one after the other; image i has the seed + i."""
+
+        async def work(exchange: Exchange) -> Response:
+            with self._room.hold() as held:
+                job = await self._body(request, parse_image_body, held)
+                await exchange.ask(job.requests[0])
+            with self._room.hold() as held:
+                return await images_answer(exchange, job, held)
+
+        return await answered(request, self._director, self._request_timeout_s, work)
+
+    async def _body(self, request: Request, parse: Callable[[dict[str, Any], str], _Asked], held: Held) -> _Asked:
+        return parse(await read_fields(request, self._max_body_bytes, held), self._model_name)
 
     @api.get("/v1/models")
     async def list_models(self) -> dict[str, Any]:

@@ -15,6 +15,26 @@ from cosmos3_core.errors import MediaError, RequestError
 Target: TypeAlias = str | Path | BinaryIO
 """Where a result goes: a path, or a binary stream open for writing."""
 
+# File systems take 255; the rest is for the ending and for the hidden name while the file is written.
+_MAX_NAME_BYTES = 200
+
+
+def path_with_suffix(out: str | Path | None, suffix: str) -> Path:
+    """``out``, a path without its ending, with one.
+
+    Raises:
+        RequestError: not a path that a file could have.
+    """
+    allowed = "a path without ending, such as 'clip' for clip.mp4"
+    if not isinstance(out, str | Path) or "\0" in str(out):
+        raise RequestError("out", out, allowed)
+    name = Path(out).name
+    if not name or str(out).endswith(("/", "/.", "/..")) or name == "..":
+        raise RequestError("out", str(out), allowed)
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        raise RequestError("out", str(out), f"a file name of at most {_MAX_NAME_BYTES} bytes")
+    return Path(out).with_name(name + suffix)
+
 
 class OutputFile:
     """A place to write a result to until it is known to be whole.

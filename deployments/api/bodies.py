@@ -1,4 +1,4 @@
-"""Request bodies: fields as clients of vLLM-Omni's and OpenAI's video API send them -> :class:`GenerationRequest`.
+"""Request bodies: fields as clients of vLLM-Omni's and OpenAI's APIs send them -> :class:`GenerationRequest`.
 
 Only names, and what is special to HTTP, are decided here. Values are checked where the library checks them, in
 :func:`cosmos3_core.request.resolve`, so that a wrong one says the same over HTTP as in Python.
@@ -8,108 +8,153 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from cosmos3_core import checks
+from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import GenerationRequest
+from deployments.api.fields import ALIASES, FILE, IMAGE_FIELDS, PASSED_ON, VIDEO_FIELDS, Fields, Kind
+from deployments.api.given_media import given_media
 
 _DEFAULT_FPS = 24.0
 _MAX_SECONDS = 3600.0
+_MAX_IMAGES = 10
+_IMAGE_FORMATS = ("png", "jpeg", "webp")
+_MAX_SHOWN_CHARS = 200
+
+B64_JSON, FILE_ITSELF = "b64_json", "file"
+"""How an answer has its images."""
 
 
-class VideoBody(BaseModel):
-    """Body of ``POST /v1/videos/sync``, multipart or JSON. Absent fields take the checkpoint's own defaults."""
+class FormText(str):
+    """A form's text: what it means depends on the field."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str = Field(description="plain text, or a JSON object as a string")
-    model: str | None = Field(None, description="the served model's name, if given")
-    negative_prompt: str | None = Field(None, description="absent: the structured default; empty: none")
-    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16")
-    width: int | None = Field(None, description="pixels, a multiple of 16")
-    height: int | None = Field(None, description="pixels, a multiple of 16")
-    seconds: float | None = Field(None, description="length; num_frames wins over it")
-    num_frames: int | None = Field(None, description="rounded up to 1 + 4k; 1 makes a png")
-    fps: float | None = Field(None, description="frames per second")
-    num_inference_steps: int | None = Field(None, description="denoising steps")
-    guidance_scale: float | None = Field(None, description="classifier-free guidance; 1 turns it off")
-    flow_shift: float | None = Field(None, description="of the native and linear schedules")
-    schedule: str | None = Field(None, description="native, linear, karras or shipped")
-    seed: int | None = Field(None, description="of the initial noise")
-    use_system_prompt: bool | None = Field(None, description="put the training system prompt first")
-    negative_metadata: str | None = Field(None, description="same, none or inverse")
-    compat: str | None = Field(None, description="native or diffusers: whose prompts and schedule to follow")
-    user: str | None = Field(None, description="the caller's own note; not used")
+    __slots__ = ()
 
 
-# Fields that go to the request as they are.
-_PASSED_ON = (
-    "prompt",
-    "negative_prompt",
-    "fps",
-    "num_inference_steps",
-    "guidance_scale",
-    "flow_shift",
-    "schedule",
-    "seed",
-    "use_system_prompt",
-    "negative_metadata",
-    "compat",
-)
+@dataclass(frozen=True)
+class ImageJob:
+    """What ``POST /v1/images/generations`` asks for.
+
+    Attributes:
+        requests: one an image, in order; each has the next seed.
+        response_format: :data:`B64_JSON` or :data:`FILE_ITSELF`.
+    """
+
+    requests: tuple[GenerationRequest, ...]
+    response_format: str
 
 
 def parse_video_body(fields: dict[str, Any], model_name: str) -> GenerationRequest:
-    """A body's fields as a request.
+    """A body of ``POST /v1/videos/sync`` as a request.
 
     Args:
-        fields: of a JSON body as they are; of a form as text, see :func:`from_form`.
+        fields: of a JSON body as they are; of a form :class:`FormText`, and the bytes of files.
         model_name: of the served model.
 
     Raises:
-        RequestError: an unknown field (names the nearest known one), a missing prompt, another model's name, sizes
-            that contradict each other.
+        RequestError: an unknown field (names the nearest known one), one given twice, another model's name, sizes that
+            contradict each other, media that cannot be read.
     """
-    for name in fields:
-        if name not in VideoBody.model_fields:
-            raise _unknown(name, fields[name])
-    given = {name: value for name, value in fields.items() if value is not None}
-    if "prompt" not in given:
-        raise RequestError("prompt", None, "a text with at least one visible character", "The field is required.")
-    if given.get("model", model_name) != model_name:
-        raise RequestError("model", given["model"], f"{model_name!r}, the one that is served")
+    given = _merged(fields, VIDEO_FIELDS)
+    _check_model(given, model_name)
     width, height = _frame_size(given)
-    passed = {name: given[name] for name in _PASSED_ON if name in given}
-    return GenerationRequest(width=width, height=height, num_frames=_num_frames(given), **passed)
+    passed = {name: given[name] for name in PASSED_ON if name in given} | {"num_frames": _num_frames(given)}
+    if isinstance(actions := given.get("actions"), dict) and "data" in actions:  # as an answer has them
+        passed["actions"] = actions["data"]
+    image, video = given_media(given)
+    return GenerationRequest(width=width, height=height, image=image, video=video, **passed)
 
 
-def from_form(fields: dict[str, str]) -> dict[str, Any]:
-    """A form's texts as what the fields hold: numbers and booleans; what is neither stays text and is refused later."""
-    return {name: _from_text(name, text) for name, text in fields.items()}
+def parse_image_body(fields: dict[str, Any], model_name: str) -> ImageJob:
+    """A body of ``POST /v1/images/generations`` as what it asks for.
+
+    Args:
+        fields, model_name: as of :func:`parse_video_body`.
+
+    Raises:
+        RequestError: as there, and what only images have is wrong.
+    """
+    given = _merged(fields, IMAGE_FIELDS)
+    _check_model(given, model_name)
+    response_format = given.get("response_format", B64_JSON)
+    if response_format == "url":
+        hint = "No files are kept here that a URL could lead to."
+        raise RequestError("response_format", response_format, f"{B64_JSON} or {FILE_ITSELF}", hint)
+    checks.choice("response_format", response_format, (B64_JSON, FILE_ITSELF))
+    num_images = checks.integer("n", given.get("n", 1), 1, _MAX_IMAGES)
+    first_seed = given.get("seed", GenerationRequest.seed)
+    checks.integer("seed", first_seed, 0, LIMITS.max_seed - num_images + 1)
+    output = checks.choice("output_format", given.get("output_format", _IMAGE_FORMATS[0]), _IMAGE_FORMATS)
+    if given.get("size") == "auto":
+        del given["size"]
+    width, height = _frame_size(given)
+    passed = {name: given[name] for name in PASSED_ON if name in given} | {
+        "mode": TEXT_TO_IMAGE,
+        "width": width,
+        "height": height,
+        "output": output,
+        "output_quality": _quality(given.get("output_compression"), output),
+    }
+    seeds = range(first_seed, first_seed + num_images)
+    return ImageJob(tuple(GenerationRequest(**{**passed, "seed": seed}) for seed in seeds), response_format)
 
 
-def _from_text(name: str, text: str) -> Any:
-    field = VideoBody.model_fields.get(name)
-    kind = str(field.annotation) if field is not None else "str"
-    try:
-        if "int" in kind:
-            return int(text)
-        if "float" in kind:
-            return float(text)
-    except ValueError:
-        return text
-    if "bool" in kind:
-        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-    return text
+def _merged(fields: dict[str, Any], known: Fields) -> dict[str, Any]:
+    """Fields under their own names, those of ``extra_params`` among them; without those that are null."""
+    given: dict[str, Any] = {}
+    _merge(given, fields, known)
+    extra = given.pop("extra_params", {})
+    if not isinstance(extra, dict) or "extra_params" in extra:
+        raise RequestError("extra_params", extra, "a JSON object, without extra_params in it")
+    _merge(given, extra, known)
+    return given
 
 
-def _unknown(name: str, value: Any) -> RequestError:
-    near = difflib.get_close_matches(name, VideoBody.model_fields, n=1)
+def _merge(given: dict[str, Any], fields: dict[str, Any], known: Fields) -> None:
+    for written, value in fields.items():
+        name = ALIASES.get(written, written)
+        if name not in known:
+            raise _unknown(written, value, known)
+        if value is None:
+            continue
+        value = _read(written, value, known[name].kind)
+        if name in given and given[name] != value:
+            raise RequestError(written, _start(value), f"one value; {name} is given with another one as well")
+        given[name] = value
+
+
+def _read(name: str, value: Any, kind: Kind) -> Any:
+    """What a field holds; what cannot be read stays text, for the library to refuse."""
+    if isinstance(value, bytes) and kind is not FILE:
+        raise RequestError(name, "a file", "a text")
+    if isinstance(value, FormText) or (isinstance(value, str) and kind.is_text_too):
+        try:
+            value = kind.read(value)
+        except ValueError:
+            value = str(value)
+    if isinstance(value, str) and kind is not FILE:
+        checks.text(name, value, LIMITS.max_prompt_chars, may_be_empty=True)  # goes no further
+    return value
+
+
+def _unknown(name: str, value: Any, known: Fields) -> RequestError:
+    near = difflib.get_close_matches(name[:_MAX_SHOWN_CHARS], [*known, *ALIASES], n=1)
     hint = f"Did you mean {near[0]}?" if near else ""
-    return RequestError(name, value, f"no field of this name; known are {', '.join(VideoBody.model_fields)}", hint)
+    return RequestError(name, _start(value), f"no field of this name; known are {', '.join(known)}", hint)
+
+
+def _start(value: Any) -> Any:
+    """A value for a message: of a long text or file its beginning."""
+    return value[:_MAX_SHOWN_CHARS] if isinstance(value, str | bytes) else value
+
+
+def _check_model(given: dict[str, Any], model_name: str) -> None:
+    if given.get("model", model_name) != model_name:
+        raise RequestError("model", _start(given["model"]), f"{model_name!r}, the one that is served")
 
 
 def _frame_size(given: dict[str, Any]) -> tuple[Any, Any]:
@@ -131,6 +176,17 @@ def _frame_size(given: dict[str, Any]) -> tuple[Any, Any]:
 def _num_frames(given: dict[str, Any]) -> Any:
     if "num_frames" in given or "seconds" not in given:
         return given.get("num_frames")
+    mode = MODES.get(given["mode"]) if isinstance(given.get("mode"), str) else None
+    if mode is not None and mode.has_actions:
+        raise RequestError("seconds", given["seconds"], f"nothing for {mode.name}; action_chunk_size decides")
     seconds = checks.real("seconds", given["seconds"], 1 / _MAX_SECONDS, _MAX_SECONDS)
     fps = checks.real("fps", given.get("fps", _DEFAULT_FPS), LIMITS.min_fps, LIMITS.max_fps)
     return max(1, int(seconds * fps))
+
+
+def _quality(compression: Any, output: str) -> int | None:
+    if compression is None:
+        return None
+    if output == "png":
+        raise RequestError("output_compression", compression, "nothing for png; it is for jpeg and webp")
+    return checks.integer("output_compression", compression, 0, 100)

@@ -1,47 +1,53 @@
-"""Reading a request body with a bound: refused by its announced length, or while it is being read."""
+"""Reading a request body with bounds: refused by its announced length before it is read, or while it is."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from deployments.api.bodies import from_form
+from deployments.api.bodies import FormText
+from deployments.api.body_room import Held
 from deployments.api.errors import BodyError
+from deployments.api.json_text import read_json
 
 _MAX_FIELDS = 64
+_MAX_FILES = 4
+# The slowest client: 160 KiB/s for the largest body.
+_UPLOAD_S = 600.0
+_MAX_DIGITS = 18
+_MAX_SHOWN_CHARS = 60
 
 
-async def read_fields(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The fields of a JSON, multipart or URL-encoded body.
+async def read_fields(request: Request, max_bytes: int, held: Held) -> dict[str, Any]:
+    """The fields of a JSON, multipart or URL-encoded body: JSON's values, :class:`FormText`, the bytes of files.
+
+    Args:
+        request: whose body was not read yet.
+        max_bytes: that it may have.
+        held: grows with the body; with an announced length, before anything is read.
 
     Raises:
-        BodyError: 413 too large, 415 another content type, 400 not readable.
+        BodyError: 413 too large, 415 another content type, 400 not readable or not whole, 408 too slow.
+        OverloadedError: there is no room for it now.
     """
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    stream = _bounded(request, max_bytes)
-    if content_type == "application/json":
-        return _json_object(b"".join([chunk async for chunk in stream]))
-    limits = {"max_fields": _MAX_FIELDS, "max_part_size": max_bytes}
-    parser: MultiPartParser | FormParser | None = None
-    if content_type == "multipart/form-data":
-        parser = MultiPartParser(request.headers, stream, max_files=0, **limits)
-    elif content_type == "application/x-www-form-urlencoded":
-        parser = FormParser(request.headers, stream, **limits)
-    if parser is not None:
-        try:
-            return _fields(await parser.parse())
-        except (MultiPartException, KeyError) as error:
-            raise BodyError(400, "broken_form", f"the form cannot be read: {error}") from None
-    raise BodyError(
-        415,
-        "wrong_content_type",
-        f"content-type {content_type!r}: allowed are application/json and multipart/form-data",
-    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal():
+        if len(announced) > _MAX_DIGITS or int(announced) > max_bytes:
+            raise _too_large(max_bytes)
+        held.grow_to(int(announced))
+    try:
+        async with asyncio.timeout(_UPLOAD_S):
+            return await _fields(request, _bounded(request, max_bytes, held), max_bytes)
+    except TimeoutError:
+        raise BodyError(408, "body_too_slow", f"the body did not come within {_UPLOAD_S:g} s") from None
+    except ClientDisconnect:
+        raise BodyError(400, "body_incomplete", "the connection was closed before the end of the body") from None
 
 
 def request_id_of(headers: Headers, default: str) -> str:
@@ -56,15 +62,43 @@ def request_id_of(headers: Headers, default: str) -> str:
     return given or default
 
 
-async def _bounded(request: Request, max_bytes: int) -> Any:
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise _too_large(max_bytes)
+async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:
+    content_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    kind = content_type.strip().lower()
+    charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise BodyError(415, "wrong_content_type", f"charset {charset[1]!r}: allowed is utf-8")
+    if kind == "application/json":
+        data = bytearray()
+        async for chunk in stream:
+            data += chunk
+        return _json_object(data)
+    limits = {"max_fields": _MAX_FIELDS, "max_part_size": max_bytes}
+    parser: MultiPartParser | FormParser | None = None
+    if kind == "multipart/form-data":
+        parser = MultiPartParser(request.headers, stream, max_files=_MAX_FILES, **limits)
+    elif kind == "application/x-www-form-urlencoded":
+        parser = FormParser(request.headers, stream, **limits)
+    if parser is not None:
+        try:
+            form = await parser.parse()
+            try:
+                return await _form_fields(form)
+            finally:
+                await form.close()
+        except (MultiPartException, KeyError) as error:
+            raise BodyError(400, "broken_form", f"the form cannot be read: {error}") from None
+    message = f"content-type {kind!r}: allowed are application/json and multipart/form-data"
+    raise BodyError(415, "wrong_content_type", message)
+
+
+async def _bounded(request: Request, max_bytes: int, held: Held) -> AsyncIterator[bytes]:
     num_bytes = 0
     async for chunk in request.stream():
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise _too_large(max_bytes)
+        held.grow_to(num_bytes)
         yield chunk
 
 
@@ -72,22 +106,22 @@ def _too_large(max_bytes: int) -> BodyError:
     return BodyError(413, "body_too_large", f"the body is larger than the {max_bytes} bytes that are allowed")
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def _json_object(data: bytearray) -> dict[str, Any]:
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BodyError(400, "broken_json", f"the body is not valid JSON: {error}") from None
+        values = read_json(data)
+    except ValueError as error:
+        raise BodyError(400, "broken_json", f"the body cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise BodyError(400, "broken_json", f"the body is a JSON {type(values).__name__}; allowed is an object")
     return values
 
 
-def _fields(form: FormData) -> dict[str, Any]:
-    fields: dict[str, str] = {}
+async def _form_fields(form: FormData) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            raise BodyError(400, "broken_form", f"the field {name!r} is a file; text-to-video takes none")
+        if isinstance(value, UploadFile) and not value.filename and not value.size:
+            continue  # what browsers send for a file that was not chosen
         if name in fields:
-            raise BodyError(400, "broken_form", f"the field {name!r} is given twice")
-        fields[name] = value
-    return from_form(fields)
+            raise BodyError(400, "broken_form", f"the field {name[:_MAX_SHOWN_CHARS]!r} is given twice")
+        fields[name] = await value.read() if isinstance(value, UploadFile) else FormText(value)
+    return fields

@@ -1,72 +1,137 @@
-"""A finished file as an HTTP answer, and the waiting for it."""
+"""What was generated as an HTTP answer: the file itself, or JSON with what no file holds."""
 
 from __future__ import annotations
 
-import asyncio
+import base64
+import io
 import json
-from collections.abc import AsyncIterator
+import time
+import zipfile
 from typing import Any
 
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from cluster.errors import StageFailed
-from deployments.messages import Finished, MediaPart
+from deployments.api.bodies import B64_JSON, ImageJob
+from deployments.api.body_room import Held
+from deployments.api.exchange import Exchange
+from deployments.messages import Finished
 
-# Until the Director says that it has a request, or why not. A dead one is back within seconds.
-_ACCEPT_S = 60.0
-# Until the next part of a file that is there.
-_PART_S = 60.0
+_SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+# Of a file in base64, in bytes of the file; and the file beside it.
+_SPACE_OF_BASE64 = 7 / 3
 
 
-async def finished(events: Any) -> Finished:
-    """Follow a request to the event that the file's parts come after.
+async def media_answer(exchange: Exchange, held: Held) -> Response:
+    """The file, with what is to be said about it in its headers; with generated actions, JSON of both.
 
     Args:
-        events: the Director's stream.
+        exchange: the Director has its request.
+        held: room for a file that has to be in memory.
+    """
+    event = await exchange.finished()
+    if event.actions is None:
+        return StreamingResponse(exchange.parts(), media_type=event.media_type, headers=_headers(event))
+    video = None
+    if event.num_bytes:
+        data = await _whole(exchange, event, held)
+        video = {"media_type": event.media_type, "b64_json": base64.b64encode(data).decode()}
+    exchange.cancel()
+    return JSONResponse(
+        {
+            "id": event.request_id,
+            "mode": event.mode,
+            "actions": event.actions.as_json(),
+            "video": video,
+            "seed": event.seed,
+            "fps": event.fps,
+            "num_frames": event.num_frames,
+            "height": event.height,
+            "width": event.width,
+            "frames_sha256": event.frames_sha256,
+            "negative_prompt_origin": event.negative_origin,
+            "notes": list(event.notes),
+            "stage_durations": _rounded(event.stage_seconds),
+        },
+        headers={name: value for name, value in _headers(event).items() if name != "content-length"},
+    )
+
+
+async def images_answer(exchange: Exchange, job: ImageJob, held: Held) -> Response:
+    """Images, made one after the other: as JSON, or as the file, or as a zip of several.
+
+    Args:
+        exchange: the Director has the first image's request.
+        job: what was asked for.
+        held: room for the images.
+    """
+    is_json, num_images = job.response_format == B64_JSON, len(job.requests)
+    event = await exchange.finished()
+    if not is_json and num_images == 1:
+        return StreamingResponse(exchange.parts(), media_type=event.media_type, headers=_headers(event))
+    made: list[tuple[Finished, bytes]] = []
+    for request in job.requests:
+        if made:
+            event = await exchange.asked_again(request)
+        made.append((event, await _whole(exchange, event, held)))
+    stage_seconds: dict[str, float] = {}
+    for event, _ in made:
+        for stage, seconds in event.stage_seconds.items():
+            stage_seconds[stage] = stage_seconds.get(stage, 0.0) + seconds
+    if not is_json:
+        seeds = ",".join(str(event.seed) for event, _ in made)
+        headers = {"x-seed": seeds, "x-stage-durations": json.dumps(_rounded(stage_seconds))}
+        return Response(_zip(made), media_type="application/zip", headers=headers)
+    data: list[dict[str, Any]] = [
+        {
+            "b64_json": base64.b64encode(image).decode(),
+            "url": None,
+            "revised_prompt": None,
+            "seed": event.seed,
+            "frames_sha256": event.frames_sha256,
+        }
+        for event, image in made
+    ]
+    return JSONResponse(
+        {
+            "created": int(time.time()),
+            "data": data,
+            "output_format": job.requests[0].output,
+            "size": f"{event.width}x{event.height}",
+            "metrics": {"stage_durations": _rounded(stage_seconds)},
+        }
+    )
+
+
+async def _whole(exchange: Exchange, event: Finished, held: Held) -> bytes:
+    """A finished file in one piece.
 
     Raises:
-        StageFailed: the Director does not take the request.
-        Exception: whatever the Director raised.
+        OverloadedError: there is no room for it beside the others.
     """
-    try:
-        async with asyncio.timeout(_ACCEPT_S):
-            await anext(events)  # Accepted, or why not; it comes at once from a Director that lives
-    except TimeoutError:
-        raise StageFailed("director", 1, f"no word of the request within {_ACCEPT_S:g} s") from None
-    async for event in events:
-        if isinstance(event, Finished):
-            return event
-    raise RuntimeError("the Director's stream ended before the file")
+    held.grow_to(held.num_bytes + int(event.num_bytes * _SPACE_OF_BASE64))
+    return b"".join([part async for part in exchange.parts()])
 
 
-def media_answer(event: Finished, events: Any) -> StreamingResponse:
-    """The answer that streams the file, with what is to be said about it in its headers."""
-    headers = {
+def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # they are compressed
+        for index, (event, image) in enumerate(made):
+            archive.writestr(f"{index}.{_SUFFIXES[event.media_type]}", image)
+    return packed.getvalue()
+
+
+def _headers(event: Finished) -> dict[str, str]:
+    return {
         "content-length": str(event.num_bytes),
+        "x-mode": event.mode,
         "x-seed": str(event.seed),
         "x-frames-sha256": event.frames_sha256,
         "x-negative-prompt": event.negative_origin,
         "x-inference-time-s": f"{event.stage_seconds['total']:.3f}",
-        "x-stage-durations": json.dumps({name: round(value, 4) for name, value in event.stage_seconds.items()}),
+        "x-stage-durations": json.dumps(_rounded(event.stage_seconds)),
         "x-notes": json.dumps(event.notes),
     }
-    return StreamingResponse(_parts(events), media_type=event.media_type, headers=headers)
 
 
-def cancel(events: Any) -> None:
-    """Stop the stages. A stream that is only dropped runs on."""
-    if events is not None:
-        events.cancel()
-
-
-async def _parts(events: Any) -> AsyncIterator[bytes]:
-    try:
-        while True:
-            async with asyncio.timeout(_PART_S):
-                event = await anext(events, None)
-            if event is None:
-                return
-            if isinstance(event, MediaPart):
-                yield event.data
-    finally:
-        cancel(events)
+def _rounded(stage_seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 4) for name, seconds in stage_seconds.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import threading
@@ -11,10 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 
+from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import MediaError, RequestError
+from cosmos3_core.media.image import write_image
+from cosmos3_core.media.source import read_image
 from cosmos3_core.request import GenerationRequest
+from deployments.api.bodies import parse_video_body
 from deployments.http_client import AnswerError, UnreachableError, body_of, get, save_video
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
@@ -82,6 +89,39 @@ def test_a_file_is_saved_with_what_the_server_said(serve: Callable[[Answer], str
     assert saved.stage_seconds == {"denoise": 1.5, "total": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("media_type", "suffix"),
+    [("image/jpeg", ".jpg"), ("image/webp", ".webp"), ("audio/wav", ".wav"), ("video/mp4", ".mp4")],
+)
+def test_the_ending_tells_what_came(
+    media_type: str, suffix: str, serve: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    url = serve(answer(200, {**HEADERS, "content-type": media_type}, b"data"))
+    saved = save_video(url, REQUEST, tmp_path / "a", timeout_s=60)
+    assert (saved.path, saved.actions_path) == (tmp_path / f"a{suffix}", None)
+
+
+ACTIONS = GeneratedActions(np.array([[0.1, 2.0], [3.0, -4.0]], np.float32), "av", 1, False)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_generated_actions_are_saved(has_file: bool, serve: Callable[[Answer], str], tmp_path: Path) -> None:
+    video = {"media_type": "video/mp4", "b64_json": base64.b64encode(b"x" * 200_000).decode()} if has_file else None
+    body = json.dumps({"actions": ACTIONS.as_json(), "video": video}).encode()
+    saved = save_video(
+        serve(answer(200, {**HEADERS, "content-type": "application/json"}, body)),
+        REQUEST,
+        tmp_path / "a",
+        timeout_s=60,
+    )
+    assert saved.actions_path == tmp_path / "a.actions.json"
+    assert json.loads(saved.actions_path.read_text()) == ACTIONS.as_json()
+    assert (saved.path, saved.num_bytes) == ((tmp_path / "a.mp4", 200_000) if has_file else (None, 0))
+    if saved.path is not None:
+        assert saved.path.read_bytes() == b"x" * 200_000
+    assert (saved.seed, saved.notes) == (7, ("a note",))
+
+
 def test_an_image_is_a_png(serve: Callable[[Answer], str], tmp_path: Path) -> None:
     url = serve(answer(200, {**HEADERS, "content-type": "image/png"}, b"png"))
     assert save_video(url, REQUEST, tmp_path / "a", timeout_s=60).path == tmp_path / "a.png"
@@ -95,11 +135,26 @@ def test_an_image_is_a_png(serve: Callable[[Answer], str], tmp_path: Path) -> No
         (answer(503, {}, b'["odd"]'), AnswerError, 'HTTP 503 Service Unavailable: ["odd"]'),
         (answer(200, {"content-type": "text/html"}, b"<html>"), AnswerError, "is it a cosmos3 app?"),
         (answer(200, {"content-type": "video/mp4"}, b"mp4"), AnswerError, "is it a cosmos3 app?"),
+        (answer(200, {**HEADERS, "content-type": "application/zip"}, b"PK"), AnswerError, "is it a cosmos3 app?"),
+        (answer(200, {**HEADERS, "content-type": "application/json"}, b"[]"), AnswerError, "is it a cosmos3 app?"),
+        (answer(200, {**HEADERS, "content-type": "application/json"}, b"{"), AnswerError, "is it a cosmos3 app?"),
         (answer(200, HEADERS, b"half", announced=8), UnreachableError, "broke off after 4 of 8 bytes"),
         (lambda handler, received: None, UnreachableError, "RemoteDisconnected"),
         (lambda handler, received: handler.wfile.write(b"SSH-2.0\r\n"), UnreachableError, "BadStatusLine"),
     ],
-    ids=["422", "404", "odd body", "page", "foreign file", "half a file", "no answer", "no HTTP"],
+    ids=[
+        "422",
+        "404",
+        "odd body",
+        "page",
+        "foreign file",
+        "zip",
+        "list",
+        "broken",
+        "half a file",
+        "no answer",
+        "no HTTP",
+    ],
 )
 def test_bad_answers_are_typed_and_leave_no_file(
     send: Answer, error: type[Exception], said: str, serve: Callable[[Answer], str], tmp_path: Path
@@ -154,5 +209,64 @@ def test_small_answers_come_with_their_status(serve: Callable[[Answer], str]) ->
 
 def test_what_does_not_travel_is_refused() -> None:
     assert body_of(GenerationRequest(prompt="a", negative_prompt="")) == {"prompt": "a", "negative_prompt": ""}
+    with pytest.raises(RequestError, match="noise=.*: allowed is the default over HTTP"):
+        body_of(GenerationRequest(prompt="a", noise={}))
     with pytest.raises(RequestError, match="append_metadata=False: allowed is the default over HTTP"):
         body_of(GenerationRequest(prompt="a", append_metadata=False))
+
+
+def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
+    """What the client sends is what the server reads."""
+    frame = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    file = tmp_path / "a.png"
+    write_image(file, frame, "png")
+    for image in (file, str(file), file.read_bytes(), frame, PIL.Image.fromarray(frame)):
+        body = json.loads(json.dumps(body_of(GenerationRequest(prompt="a", image=image))))
+        assert set(body) == {"prompt", "image"}
+        sent = parse_video_body(body, "nano").image
+        assert isinstance(sent, bytes)
+        assert np.array_equal(read_image("image", sent), frame)
+    request = GenerationRequest(
+        mode="forward_dynamics",
+        video=b"a clip",
+        actions=ACTIONS.values,
+        guidance_interval=(1, 2),
+        condition_frame_indexes_vision=range(2),
+    )
+    received = parse_video_body(json.loads(json.dumps(body_of(request))), "nano")
+    assert received.video == b"a clip"
+    assert np.array_equal(np.array(received.actions, np.float32), ACTIONS.values)
+    assert (received.guidance_interval, received.condition_frame_indexes_vision) == ([1, 2], [0, 1])
+    assert received.mode == "forward_dynamics"
+
+
+def test_media_that_cannot_be_sent_are_refused_before_anything_is(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="video='frames': allowed is a file over HTTP. Write them to one"):
+        body_of(GenerationRequest(prompt="a", video=np.zeros((2, 4, 4, 3), np.uint8)))
+    with pytest.raises(RequestError, match="image="):
+        save_video("http://127.0.0.1:9", GenerationRequest(image=tmp_path / "none.png"), tmp_path / "a", timeout_s=5)
+    with pytest.raises(RequestError, match="actions="):
+        body_of(GenerationRequest(actions="up"))
+
+
+def test_a_server_that_refuses_before_it_has_read_is_heard(serve: Callable[[Answer], str], tmp_path: Path) -> None:
+    """It says no and hangs up with most of the body unread."""
+    said = b'{"error": {"message": "too large"}}'
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def refuse() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 413 No\r\ncontent-length: %d\r\n\r\n" % len(said) + said)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 20):  # a server that closes kindly
+                pass
+
+    with listener:
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(AnswerError, match="too large"):
+            save_video(url, GenerationRequest(prompt="a", video=bytes(8_000_000)), tmp_path / "a", timeout_s=60)
+        thread.join(60)

@@ -20,8 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cosmos3_core.media.image import write_png
 from cosmos3_core.media.probe import probe_video
 from deployments.http_client import get
 
@@ -140,6 +142,29 @@ def test_an_image_and_a_note(served: Serving, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "image.png"]
 
 
+def test_an_image_and_actions_go_there_and_back(served: Serving, tiny_nano: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "arm.png", np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    policy = ("--mode", "policy", "--prompt", "Pick it up.", "--domain-name", "bridge_orig_lerobot", "--steps", "2")
+    policy = (*policy, "--image", "arm.png", "--action-chunk-size", "4", "--resolution-tier", "256")
+    over_http = cosmos3("generate", "--url", served.url(), *policy, "--out", "http", cwd=tmp_path)
+    assert over_http.returncode == 0, over_http.stderr
+    assert re.search(r"^http\.mp4: \d+ bytes, seed 42", over_http.stdout, re.MULTILINE), over_http.stdout
+    assert re.search(r"^http\.actions\.json: actions, seed 42", over_http.stdout, re.MULTILINE), over_http.stdout
+    device = ("--checkpoint", str(tiny_nano), "--device", "cpu")
+    in_process = cosmos3("generate", *device, *policy, "--out", "here", cwd=tmp_path)
+    assert in_process.returncode == 0, in_process.stderr
+    for suffix in ("mp4", "actions.json"):
+        assert (tmp_path / f"http.{suffix}").read_bytes() == (tmp_path / f"here.{suffix}").read_bytes()
+    found = ("--mode", "inverse_dynamics", "--video", "http.mp4", "--domain-name", "bridge_orig_lerobot")
+    found = (*found, "--action-chunk-size", "4", "--resolution-tier", "256", "--steps", "2", "--out", "found")
+    alone = cosmos3("generate", "--url", served.url(), *found, cwd=tmp_path)
+    assert alone.stdout.startswith("found.actions.json: actions, "), alone.stderr
+    assert not (tmp_path / "found.mp4").exists()
+    missing = cosmos3("generate", "--url", served.url(), *policy, "--image", "none.png", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "image='none.png'" in only_line(missing.stderr)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -160,9 +185,9 @@ def test_check_goes_through_every_stage(served: Serving, tmp_path: Path) -> None
     done = cosmos3("check", "--url", served.url(), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"^(.*?)\s+(ok|FAIL)\b", done.stdout, re.MULTILINE) == [
-        (stage, "ok") for stage in ("ready", "tokenize", "denoise", "decode + encode", "file")
+        (stage, "ok") for stage in ("ready", "tokenize", "condition", "denoise", "decode + encode", "file")
     ]
-    assert "5 frames, 96x64, 24 fps" in done.stdout
+    assert "5 frames, 96x64, 24 fps with sound" in done.stdout
 
 
 def test_the_example_that_serve_prints_works(served: Serving, tmp_path: Path) -> None:

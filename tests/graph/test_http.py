@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import select
 import socket
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
-from cosmos3_core.request import GenerationRequest, resolve
+from cosmos3_core.media.image import write_png
+from cosmos3_core.media.writer import ClipFormat, open_writer
+from cosmos3_core.request import GenerationRequest, offered_modes, resolve
+from deployments.http_client import save_video
+from deployments.messages import Finished
+
+Reference = Callable[[GenerationRequest], GenerationResult]
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -39,15 +51,48 @@ def send(app: Any, data: Any, headers: dict[str, str], path: str = "/v1/videos/s
     return answer.status, answer.headers, json.loads(body) if is_json else body
 
 
-def send_json(app: Any, body: Any) -> tuple[int, Any, Any]:
-    return send(app, json.dumps(body).encode(), JSON)
+def send_json(app: Any, body: Any, path: str = "/v1/videos/sync") -> tuple[int, Any, Any]:
+    return send(app, json.dumps(body).encode(), JSON, path)
 
 
-def send_form(app: Any, fields: dict[str, str]) -> tuple[int, Any, Any]:
+def send_form(app: Any, fields: dict[str, Any], path: str = "/v1/videos/sync") -> tuple[int, Any, Any]:
+    """A multipart form; bytes are sent as files."""
     boundary = "----boundary"
-    parts = [f'--{boundary}\r\ncontent-disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()]
-    data = ("".join(parts) + f"--{boundary}--\r\n").encode()
-    return send(app, data, {"content-type": f"multipart/form-data; boundary={boundary}"})
+    data = b""
+    for name, value in fields.items():
+        file = '; filename="a"' if isinstance(value, bytes) else ""
+        data += f'--{boundary}\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+        data += (value if isinstance(value, bytes) else str(value).encode()) + b"\r\n"
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    return send(app, data + f"--{boundary}--\r\n".encode(), headers, path)
+
+
+@pytest.fixture(scope="module")
+def small_app(start_app: Callable[..., Any]) -> Any:
+    """One that takes bodies of 1 MiB, and 1.5 MiB of them at once."""
+    return start_app("limits", http__max_body_bytes=2**20, http__max_bodies_bytes=3 * 2**19)
+
+
+@pytest.fixture(scope="module")
+def png() -> bytes:
+    """A picture of other proportions than GOOD's."""
+    stream = io.BytesIO()
+    write_png(stream, np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8))
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mp4() -> bytes:
+    """Nine frames of noise."""
+    stream = io.BytesIO()
+    with open_writer(stream, ClipFormat("mp4", height=48, width=64, fps=24)) as writer:
+        writer.write(np.random.default_rng(1).integers(0, 256, (9, 48, 64, 3), np.uint8))
+        writer.close()
+    return stream.getvalue()
+
+
+def url_of(data: bytes) -> str:
+    return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
 
 
 BAD_VALUES: list[dict[str, Any]] = [
@@ -115,7 +160,7 @@ def test_too_many_tokens_are_found_by_the_tokenizer_and_told_as_422(app: Any) ->
         ({"promt": "a car"}, "promt", "Did you mean prompt?"),
         ({**GOOD, "num_frame": 5}, "num_frame", "Did you mean num_frames?"),
         ({**GOOD, "zzz": 5}, "zzz", "known are prompt"),
-        ({}, "prompt", "required"),
+        ({}, "prompt", "at least one visible character"),
         ({**GOOD, "model": "other"}, "model", "the one that is served"),
         ({**GOOD, "size": "32"}, "size", "WIDTHxHEIGHT"),
         ({**GOOD, "size": "64x32"}, "size", "the same as width=32"),
@@ -146,16 +191,18 @@ def test_a_wrong_field_is_named(body: dict[str, Any], field: str, said: str, app
         (b"{" + b" " * 2_000_000 + b"}", JSON, 413, "body_too_large"),
     ],
 )
-def test_a_body_that_cannot_be_read(data: bytes, headers: dict[str, str], status: int, code: str, app: Any) -> None:
-    answer_status, _, answer = send(app, data, headers)
+def test_a_body_that_cannot_be_read(
+    data: bytes, headers: dict[str, str], status: int, code: str, small_app: Any
+) -> None:
+    answer_status, _, answer = send(small_app, data, headers)
     assert (answer_status, answer["error"]["code"]) == (status, code)
     assert len(json.dumps(answer)) < 4000, "what was given is shown shortened"
 
 
-def test_a_huge_body_is_refused_while_it_is_being_read(app: Any) -> None:
+def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
     """A gigabyte without an announced length: the answer comes after a small part of it."""
-    host, port = app.url.split("/")[2].split(":")
-    head = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    host, port = small_app.url.split("/")[2].split(":")
+    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     sent_mib = 0
     with socket.create_connection((host, int(port)), timeout=60) as connection:
@@ -172,7 +219,22 @@ def test_a_huge_body_is_refused_while_it_is_being_read(app: Any) -> None:
     assert b" 413 " in answer.splitlines()[0]
     assert b"body_too_large" in answer
     assert sent_mib < 256
-    assert send_json(app, GOOD)[0] == 200
+    assert send_json(small_app, GOOD)[0] == 200
+
+
+def test_bodies_together_are_bounded(small_app: Any, eventually: Callable[..., bool]) -> None:
+    """One is on its way; another that would not fit beside it is refused unread, until the first one is gone."""
+    host, port = small_app.url.split("/")[2].split(":")
+    large = {**GOOD, "seed": -1, "extra_params": {}, "prompt": "a" + " " * 900_000}
+    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as slow:
+        slow.sendall(f"{head}content-length: 1000000\r\n\r\n".encode() + b" " * 1000)
+        assert eventually(lambda: send(small_app, json.dumps(large).encode(), JSON)[0] == 429)
+        status, headers, answer = send(small_app, json.dumps(large).encode(), JSON)
+        assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "5")
+        assert send_json(small_app, GOOD)[0] == 200, "small ones go through"
+    # The client has hung up in the middle of its upload.
+    assert eventually(lambda: send(small_app, json.dumps(large).encode(), JSON)[0] == 422)
 
 
 def test_forms_and_json_mean_the_same(app: Any, reference: Callable[[GenerationRequest], GenerationResult]) -> None:
@@ -236,7 +298,10 @@ def test_health_ready_and_models(app: Any) -> None:
     (model,) = models["data"]
     assert model["id"] == "nano"
     assert model["family"] == "nano"
-    assert model["modes"] == ["text_to_image", "text_to_video"]
+    layout = CheckpointLayout.open(app.config.checkpoint)
+    assert model["modes"] == list(offered_modes(layout))
+    assert {"text_to_image", "image_to_video", "video_to_video", "policy"} <= set(model["modes"])
+    assert "text_to_video_with_sound" in model["modes"]
     for path, status in (("/v1/nothing", 404), ("/v1/videos/sync", 405)):
         answer_status, answer = get(app, path)
         assert (answer_status, answer["error"]["code"]) == (status, "no_such_route")
@@ -244,6 +309,183 @@ def test_health_ready_and_models(app: Any) -> None:
 
 def test_the_openapi_document_has_the_fields(app: Any) -> None:
     _, document = get(app, "/openapi.json")
+    assert "/v1/images/generations" in document["paths"]
     content = document["paths"]["/v1/videos/sync"]["post"]["requestBody"]["content"]
     assert set(content) == {"application/json", "multipart/form-data"}
+    assert content["multipart/form-data"]["schema"]["properties"]["image"]["format"] == "binary"
     assert {"prompt", "num_frames", "size", "seed"} <= set(content["application/json"]["schema"]["properties"])
+
+
+# Images, clips, sound and actions
+
+
+def test_an_image_begins_a_clip_however_it_is_sent(app: Any, png: bytes, reference: Reference) -> None:
+    expected = reference(GenerationRequest(**GOOD, mode="image_to_video", image=png)).frames_sha256
+    for send_it, fields in (
+        (send_form, {"image": png}),
+        (send_form, {"input_reference": png}),
+        (send_form, {"image_reference": json.dumps({"image_url": url_of(png)})}),
+        (send_json, {"image": url_of(png)}),
+        (send_json, {"image_reference": {"image_url": url_of(png)}}),
+        (send_json, {"extra_params": {"input_reference": url_of(png)}}),
+    ):
+        status, headers, body = send_it(app, {**GOOD, **fields})
+        assert status == 200, body
+        assert (headers["x-mode"], headers["x-frames-sha256"]) == ("image_to_video", expected), fields.keys()
+        assert body[4:8] == b"ftyp"
+
+
+def test_a_clip_is_continued(app: Any, mp4: bytes, reference: Reference) -> None:
+    asked: dict[str, Any] = {**GOOD, "num_frames": 9, "condition_video_keep": "last"}
+    request = GenerationRequest(**asked, mode="video_to_video", video=mp4, condition_frame_indexes_vision=(0,))
+    expected = reference(request).frames_sha256
+    for send_it, fields in (
+        (send_form, {"video": mp4, "condition_frame_indexes_vision": "0"}),
+        (send_form, {"input_reference": mp4, "condition_frame_indexes_vision": "[0]"}),
+        (send_json, {"video_reference": [{"video_url": url_of(mp4)}], "condition_frame_indexes_vision": [0]}),
+    ):
+        status, headers, body = send_it(app, {**asked, **fields})
+        assert status == 200, body
+        assert (headers["x-mode"], headers["x-frames-sha256"]) == ("video_to_video", expected)
+
+
+def test_sound_is_on_or_off(app: Any, reference: Reference) -> None:
+    for wanted in (False, True):
+        result = reference(GenerationRequest(**GOOD, generate_sound=wanted))
+        assert result.path is not None
+        status, headers, body = send_form(app, {**GOOD, "generate_sound": str(wanted).lower()})
+        assert (status, headers["x-mode"]) == (200, result.request.mode)
+        assert body == result.path.read_bytes()
+    status, headers, body = send_json(app, {**GOOD, "sound_gen": True, "output": "wav"})
+    assert (status, headers["content-type"], body[:4]) == (200, "audio/wav", b"RIFF")
+
+
+POLICY: dict[str, Any] = {
+    "prompt": "pick it up",
+    "mode": "policy",
+    "domain_name": "bridge_orig_lerobot",
+    "action_chunk_size": 4,
+    "resolution_tier": 256,
+    "num_inference_steps": 2,
+}
+
+
+@pytest.mark.parametrize("output", ["mp4", "actions"])
+def test_generated_actions_are_json(output: str, app: Any, png: bytes, reference: Reference, tmp_path: Path) -> None:
+    result = reference(GenerationRequest(**POLICY, output=output, image=png))
+    assert result.actions is not None
+    status, headers, body = send_form(app, {**POLICY, "output": output, "image": png})
+    assert (status, headers["content-type"]) == (200, "application/json"), body
+    assert (body["mode"], body["actions"]) == ("policy", result.actions.as_json())
+    if result.path is None:
+        assert body["video"] is None
+    else:
+        assert body["video"]["media_type"] == "video/mp4"
+        assert base64.b64decode(body["video"]["b64_json"]) == result.path.read_bytes()
+    saved = save_video(app.url, GenerationRequest(**POLICY, output=output, image=png), tmp_path / "a", timeout_s=100)
+    assert saved.actions_path is not None
+    assert json.loads(saved.actions_path.read_text()) == result.actions.as_json()
+    assert (saved.path is None) == (result.path is None)
+
+
+def test_given_actions_are_carried_out(app: Any, png: bytes, reference: Reference) -> None:
+    actions = np.linspace(-1, 1, 40).reshape(4, 10).round(3).tolist()
+    asked = {**POLICY, "mode": "forward_dynamics"}
+    expected = reference(GenerationRequest(**asked, actions=actions, image=png)).frames_sha256
+    body = {**asked, "image": png, "action": json.dumps(actions)}
+    body["action_mode"] = body.pop("mode")
+    status, headers, answer = send_form(app, body)
+    assert (status, headers["content-type"]) == (200, "video/mp4"), answer
+    assert headers["x-frames-sha256"] == expected
+
+
+def test_the_python_client_reads_files_where_the_caller_is(
+    app: Any, png: bytes, reference: Reference, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png)
+    asked = GenerationRequest(**GOOD, mode="image_to_video", image=path)
+    expected = reference(GenerationRequest(**GOOD, mode="image_to_video", image=png)).frames_sha256
+    assert app.client.generate(asked).info.frames_sha256 == expected
+    with app.client.stream(asked) as events:
+        path.unlink()
+        assert [event.frames_sha256 for event in events if isinstance(event, Finished)] == [expected]
+    for ask in (app.client.generate, app.client.stream):
+        with pytest.raises(RequestError, match="image="):
+            ask(asked)
+
+
+def test_media_that_are_refused(app: Any, mp4: bytes, png: bytes) -> None:
+    for send_it, fields, field, said in (
+        (send_json, {"image": "http://127.0.0.1:9/a.png"}, "image", "URLs are not fetched"),
+        (send_json, {"image_reference": {"file_id": "f"}}, "image_reference", "No files are kept here"),
+        (send_json, {"image": "/etc/passwd"}, "image", "a data URL"),
+        (send_form, {"input_reference": b"hello"}, "input_reference", "a file of kind unknown"),
+        (send_form, {"image": b"hello"}, "image", "PNG"),
+        (send_form, {"image": mp4}, "image", "PNG"),
+        (send_form, {"image": png[:60]}, "image", "Damaged"),
+        (send_form, {"image": png, "video": mp4}, "image, video", "one of them"),
+        (send_form, {"mode": "policy", "image": png}, "height", "resolution_tier decide"),
+        (send_json, {"mode": "image_to_video"}, "image", "needs one image"),
+    ):
+        status, _, answer = send_it(app, {**GOOD, **fields})
+        assert status == 422, (fields.keys(), answer)
+        assert answer["error"]["param"] == field
+        assert said in answer["error"]["message"]
+
+
+IMAGE: dict[str, Any] = {"prompt": "a cat", "size": "64x32", "num_inference_steps": 2, "seed": 5}
+IMAGES = "/v1/images/generations"
+
+
+def image_of(seed: int, **fields: Any) -> GenerationRequest:
+    asked = {"prompt": "a cat", "width": 64, "height": 32, "num_inference_steps": 2, "num_frames": 1}
+    return GenerationRequest(**{**asked, "mode": "text_to_image", "seed": seed, **fields})
+
+
+def test_images_one_after_the_other(app: Any, reference: Reference) -> None:
+    expected = [reference(image_of(seed)) for seed in (5, 6)]
+    status, _, body = send_json(app, {**IMAGE, "n": 2}, IMAGES)
+    assert status == 200, body
+    assert (body["output_format"], body["size"]) == ("png", "64x32")
+    assert "denoise" in body["metrics"]["stage_durations"]
+    for result, item in zip(expected, body["data"], strict=True):
+        assert result.path is not None
+        assert base64.b64decode(item["b64_json"]) == result.path.read_bytes()
+        assert item["seed"] == result.request.seed
+    assert expected[0].frames_sha256 != expected[1].frames_sha256
+    status, headers, body = send_form(app, {**IMAGE, "n": 2, "response_format": "file"}, IMAGES)
+    assert (status, headers["content-type"]) == (200, "application/zip")
+    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+        assert [archive.read(name) for name in archive.namelist()] == [
+            result.path.read_bytes() for result in expected if result.path
+        ]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_images_of_other_formats(kind: str, app: Any, reference: Reference) -> None:
+    asked = {**IMAGE, "response_format": "file", "output_format": kind}
+    status, headers, coarse = send_json(app, {**asked, "output_compression": 10}, IMAGES)
+    assert (status, headers["content-type"]) == (200, f"image/{kind}"), coarse
+    result = reference(image_of(5, output=kind, output_quality=10))
+    assert result.path is not None
+    assert coarse == result.path.read_bytes()
+    with PIL.Image.open(io.BytesIO(coarse)) as image:
+        assert image.size == (64, 32)
+    fine = send_json(app, asked, IMAGES)[2]
+    assert len(fine) > len(coarse)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"response_format": "url"}, "response_format"),
+        ({"n": 11}, "n"),
+        ({"size": "60x32"}, "width"),
+        ({"prompt": ""}, "prompt"),
+        ({"output_compression": 5}, "output_compression"),
+    ],
+)
+def test_a_wrong_field_of_images(fields: dict[str, Any], field: str, app: Any) -> None:
+    status, _, answer = send_json(app, {**IMAGE, **fields}, IMAGES)
+    assert (status, answer["error"]["param"]) == (422, field)

@@ -1,0 +1,65 @@
+"""Bytes of bodies that one process has in memory at a time, and their bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.errors import OverloadedError
+
+# Retry-After: an upload takes seconds.
+_RETRY_S = 5.0
+
+
+class BodyRoom:
+    """Room for so many bytes; see the module.
+
+    Args:
+        max_bytes: of all bodies together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._taken_bytes = 0
+
+    @property
+    def taken_bytes(self) -> int:
+        """0 when idle."""
+        return self._taken_bytes
+
+    @contextmanager
+    def hold(self) -> Iterator[Held]:
+        """Room for a body, as much as it turns out to take; given back at the end of the ``with`` block."""
+        held = Held(self)
+        try:
+            yield held
+        finally:
+            self._taken_bytes -= held.num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Use :meth:`Held.grow_to` instead.
+
+        Raises:
+            OverloadedError: there is not so much room.
+        """
+        if self._taken_bytes + num_bytes > self._max_bytes:
+            raise OverloadedError("bytes of bodies in memory", self._max_bytes, _RETRY_S)
+        self._taken_bytes += num_bytes
+
+
+class Held:
+    """The room that one body has."""
+
+    def __init__(self, room: BodyRoom) -> None:
+        self._room = room
+        self.num_bytes = 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """Have room for so many bytes in all.
+
+        Raises:
+            OverloadedError: there is not so much room.
+        """
+        if num_bytes > self.num_bytes:
+            self._room.take(num_bytes - self.num_bytes)
+            self.num_bytes = num_bytes

@@ -1,0 +1,138 @@
+"""One HTTP request and what the Director is asked for it: asked, followed, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.errors import DeadlineExceeded, OverloadedError, StageFailed
+from cosmos3_core.request import GenerationRequest
+from deployments.api.body_limit import request_id_of
+from deployments.api.errors import error_response
+from deployments.errors import typed
+from deployments.messages import Finished, MediaPart
+
+logger = logging.getLogger("ray.serve")
+
+# Beyond the request's own deadline, which the Director keeps.
+_SLACK_S = 15.0
+# Until the Director says that it has a request, or why not. A dead one is back within seconds.
+_ACCEPT_S = 60.0
+# Until the next part of a file that is there.
+_PART_S = 60.0
+# Between two tries for a place.
+_LONGEST_PAUSE_S = 5.0
+
+
+class Exchange:
+    """See the module. What it asks for, it asks one after the other.
+
+    Args:
+        director: its handle, streaming.
+        request_id: the caller's, or made up.
+        timeout_s: for all of it.
+    """
+
+    def __init__(self, director: Any, request_id: str, timeout_s: float) -> None:
+        self.request_id = request_id
+        self._director = director
+        self._deadline_s = time.monotonic() + timeout_s
+        self._events: Any = None
+
+    async def ask(self, request: GenerationRequest, timeout_s: float | None = None) -> None:
+        """Have the Director take a request; ``timeout_s``: None for the app's own.
+
+        Raises:
+            StageFailed: no word of it.
+            Exception: why it does not.
+        """
+        self._events = self._director.stream.remote(request, self.request_id, timeout_s)
+        try:
+            async with asyncio.timeout(_ACCEPT_S):
+                await anext(self._events)  # Accepted, or why not; it comes at once from a Director that lives
+        except TimeoutError:
+            raise StageFailed("director", 1, f"no word of the request within {_ACCEPT_S:g} s") from None
+
+    async def finished(self) -> Finished:
+        """Follow the request to the event that the file's parts come after.
+
+        Raises:
+            Exception: whatever the Director raised.
+        """
+        async for event in self._events:
+            if isinstance(event, Finished):
+                return event
+        raise RuntimeError("the Director's stream ended before the file")
+
+    async def asked_again(self, request: GenerationRequest) -> Finished:
+        """:meth:`ask` and :meth:`finished` for more of what was begun: a full queue is waited out.
+
+        Raises:
+            Exception: as there.
+        """
+        while True:
+            try:
+                await self.ask(request, max(self._deadline_s - time.monotonic(), 0.0))
+                return await self.finished()
+            except Exception as error:  # told apart by what it wraps
+                self.cancel()
+                reason = typed(error, "director")
+                if not isinstance(reason, OverloadedError):
+                    raise
+            await asyncio.sleep(min(reason.retry_after_s, _LONGEST_PAUSE_S))
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """The file, once it is finished."""
+        try:
+            while True:
+                async with asyncio.timeout(_PART_S):
+                    event = await anext(self._events, None)
+                if event is None:
+                    return
+                if isinstance(event, MediaPart):
+                    yield event.data
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop the stages. A stream that is only dropped runs on."""
+        if self._events is not None:
+            self._events.cancel()
+            self._events = None
+
+
+async def answered(
+    request: Request, director: Any, timeout_s: float, work: Callable[[Exchange], Awaitable[Response]]
+) -> Response:
+    """The answer that some work makes, or that says why it could not.
+
+    Args:
+        request: what came.
+        director: its handle, streaming.
+        timeout_s: of the request. The Director keeps it; here it is for one that is gone.
+        work: makes the answer; a file may still be on its way in it.
+    """
+    exchange = Exchange(director, uuid.uuid4().hex, timeout_s)
+    try:
+        exchange.request_id = request_id_of(request.headers, exchange.request_id)
+        async with asyncio.timeout(timeout_s + _SLACK_S):
+            return await work(exchange)
+    except TimeoutError:
+        exchange.cancel()
+        return error_response(DeadlineExceeded("director", timeout_s))
+    except Exception as error:  # every error becomes an answer
+        exchange.cancel()
+        response = error_response(error)
+        if response.status_code == 500:
+            logger.exception("request %s failed", exchange.request_id)
+        return response
+    except asyncio.CancelledError:
+        exchange.cancel()
+        raise

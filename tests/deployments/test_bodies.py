@@ -1,0 +1,349 @@
+"""Fields of request bodies, of JSON and of forms: what they become, and what is refused about them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cosmos3_core.errors import RequestError
+from cosmos3_core.presets import LIMITS
+from cosmos3_core.request import GenerationRequest
+from deployments.api.bodies import FormText, parse_image_body, parse_video_body
+from deployments.api.fields import ALIASES, IMAGE_FIELDS, MEDIA, PASSED_ON, VIDEO_FIELDS, openapi
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(64))
+MP4 = b"\0\0\0\x18ftypisom" + bytes(64)
+WAV = b"RIFF\0\0\0\0WAVE"
+
+
+def text_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def url_of(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{text_of(data)}"
+
+
+def parsed(body: dict[str, Any], *, as_form: bool = False) -> GenerationRequest:
+    given = {name: FormText(value) for name, value in body.items()} if as_form else body
+    return parse_video_body(given, "nano")
+
+
+def refused(body: dict[str, Any]) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        parsed(body)
+    assert len(str(caught.value)) < 3000, "what was given is shown shortened"
+    return caught.value
+
+
+def test_every_field_of_the_library_has_its_own_name_here() -> None:
+    ours = {field.name for field in fields(GenerationRequest)}
+    assert set(PASSED_ON) | {"image", "video", "width", "height"} == ours - {"noise", "append_metadata"}
+    assert set(ALIASES.values()) <= set(VIDEO_FIELDS)
+    assert not set(ALIASES) & set(VIDEO_FIELDS)
+
+
+FORM = {
+    "prompt": "5",
+    "mode": "video_to_video",
+    "generate_sound": "true",
+    "num_frames": "9",
+    "width": "32",
+    "height": "64",
+    "fps": "12.5",
+    "seed": "7",
+    "guidance_scale": "1",
+    "guidance_interval": "400,1000",
+    "condition_frame_indexes_vision": "0,1",
+    "condition_video_keep": "last",
+    "use_system_prompt": "0",
+    "actions": "[[1, 2], [3, 4.5]]",
+    "domain_name": "av",
+    "domain_id": "1",
+    "action_chunk_size": "2",
+    "raw_action_dim": "2",
+    "resolution_tier": "256",
+    "view_point": "ego_view",
+    "output": "mp4",
+    "output_quality": "50",
+    "negative_prompt": "",
+    "model": "nano",
+    "user": "me",
+}
+JSON = {
+    **FORM,
+    "generate_sound": True,
+    "num_frames": 9,
+    "width": 32,
+    "height": 64,
+    "fps": 12.5,
+    "seed": 7,
+    "guidance_scale": 1.0,
+    "guidance_interval": [400.0, 1000.0],
+    "condition_frame_indexes_vision": [0, 1],
+    "use_system_prompt": False,
+    "actions": [[1, 2], [3, 4.5]],
+    "domain_id": 1,
+    "action_chunk_size": 2,
+    "raw_action_dim": 2,
+    "resolution_tier": 256,
+    "output_quality": 50,
+}
+
+
+def test_a_form_means_what_json_means() -> None:
+    request = parsed(JSON)
+    assert parsed(FORM, as_form=True) == request
+    assert parsed(FORM, as_form=True).actions == request.actions == [[1, 2], [3, 4.5]]
+    expected = {name: value for name, value in JSON.items() if name not in ("model", "user")}
+    assert request == GenerationRequest(**expected)
+    assert type(parsed(FORM, as_form=True).prompt) is str
+
+
+@pytest.mark.parametrize("value", [[0], 0, "0", "[0]", FormText("0"), FormText(" [0] ")])
+def test_latent_frames_however_they_are_written(value: Any) -> None:
+    given = parsed({"condition_frame_indexes_vision": value}).condition_frame_indexes_vision
+    assert given in ([0], 0)
+
+
+def test_an_interval_as_text_is_read_in_json_too() -> None:
+    assert parsed({"guidance_interval": "400,1000"}).guidance_interval == [400.0, 1000.0]
+    assert parsed({"guidance_interval": "high"}).guidance_interval == "high"  # the library refuses it
+
+
+def test_json_numbers_are_not_read_from_text() -> None:
+    assert parsed({"num_frames": "5"}).num_frames == "5"
+    assert parsed({"num_frames": "many"}, as_form=True).num_frames == "many"
+    assert parsed({"use_system_prompt": "perhaps"}, as_form=True).use_system_prompt == "perhaps"
+
+
+def test_actions_of_an_answer_can_be_sent_again() -> None:
+    answer = {"data": [[1.0, 2.0]], "shape": [1, 2], "dtype": "float32"}
+    assert parsed({"actions": answer}).actions == [[1.0, 2.0]]
+    assert parsed({"action": json.dumps(answer)}, as_form=True).actions == [[1.0, 2.0]]
+
+
+def test_other_clients_names() -> None:
+    body = {"action_mode": "policy", "action": [[1]], "action_fps": 5, "resolution": 480, "sound_gen": True}
+    expected = GenerationRequest(mode="policy", fps=5, resolution_tier=480, generate_sound=True)
+    assert parsed(body) == expected
+    assert parsed({"image_size": 480}) == GenerationRequest(resolution_tier=480)
+    assert parsed({"resolution": 480, "image_size": 480, "resolution_tier": 480}).resolution_tier == 480
+    assert refused({"resolution": 480, "image_size": 720}).field == "image_size"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_extra_params_count_as_if_they_stood_beside_it(as_text: bool) -> None:
+    extra = {"action_mode": "policy", "domain_name": "av", "guidance_interval": "1,2", "seed": 3, "fps": None}
+    body = {"prompt": "a", "seed": 3, "extra_params": json.dumps(extra) if as_text else extra}
+    expected = GenerationRequest(prompt="a", mode="policy", domain_name="av", guidance_interval=[1.0, 2.0], seed=3)
+    assert parsed(body) == expected
+    assert parsed({**body, "image": url_of(PNG)}).image == PNG
+    assert parsed({"prompt": "a", "extra_params": {"image": url_of(PNG)}}).image == PNG
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "said"),
+    [
+        ({"promt": "a"}, "promt", "Did you mean prompt?"),
+        ({"actoin": [[1]]}, "actoin", "Did you mean action?"),
+        ({"zzz": "x" * 10_000_000}, "zzz", "known are prompt"),
+        ({"seed": 1, "extra_params": {"seed": 2}}, "seed", "one value"),
+        ({"extra_params": {"sed": 2}}, "sed", "Did you mean seed?"),
+        ({"extra_params": "[1]"}, "extra_params", "a JSON object"),
+        ({"extra_params": '{"seed": 1'}, "extra_params", "a JSON object"),
+        ({"extra_params": '{"seed": 1, "seed": 1}'}, "extra_params", "a JSON object"),
+        ({"extra_params": {"extra_params": {}}}, "extra_params", "without extra_params in it"),
+        ({"generate_sound": True, "sound_gen": False}, "sound_gen", "generate_sound is given"),
+        ({"model": "other"}, "model", "the one that is served"),
+        ({"size": "32"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "64x32", "width": 32, "height": 32}, "size", "the same as width=32"),
+        ({"width": 64}, "height", "together"),
+        ({"seconds": -1}, "seconds", "a number from"),
+        ({"mode": "policy", "seconds": 2}, "seconds", "action_chunk_size decides"),
+        ({"seed": b"a file"}, "seed", "a text"),
+        ({"prompt": "x" * 90_000_000}, "prompt", "at most 50000 characters"),
+        ({"actions": "x" * 60_000}, "actions", "at most 50000 characters"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_field_is_named(body: dict[str, Any], field: str, said: str) -> None:
+    error = refused(body)
+    assert error.field == field
+    assert said in str(error)
+
+
+def test_a_size_and_seconds() -> None:
+    assert parsed({"size": "64x32"}) == GenerationRequest(width=64, height=32)
+    assert parsed({"seconds": 1.5, "fps": 8}) == GenerationRequest(num_frames=12, fps=8)
+    assert parsed({"seconds": 2}) == GenerationRequest(num_frames=48)
+    assert parsed({"seconds": 2, "num_frames": 5}) == GenerationRequest(num_frames=5)
+
+
+# Media
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image", PNG),
+        ("image", url_of(PNG)),
+        ("image", url_of(PNG, "application/octet-stream")),
+        ("image", url_of(PNG).replace("data", "DATA").replace("base64", "BASE64")),
+        ("image", text_of(PNG)),
+        ("image", FormText(text_of(PNG)[:40] + "\r\n" + text_of(PNG)[40:])),
+        ("input_reference", PNG),
+        ("input_reference", text_of(PNG)),
+        ("input_reference", {"image_url": url_of(PNG)}),
+        ("image_reference", {"image_url": url_of(PNG)}),
+        ("image_reference", {"image_url": {"url": url_of(PNG)}}),
+        ("image_reference", [{"image_url": url_of(PNG)}]),
+        ("image_reference", [url_of(PNG)]),
+        ("image_reference", url_of(PNG)),
+        ("image_reference", FormText(json.dumps({"image_url": url_of(PNG)}))),
+        ("image_reference", json.dumps([{"image_url": url_of(PNG)}])),
+        ("image_reference", text_of(PNG)),
+        ("video", MP4),
+        ("video", url_of(MP4, "video/mp4")),
+        ("input_reference", url_of(MP4, "image/png")),  # its content counts
+        ("video_reference", {"video_url": url_of(MP4)}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_media_however_it_is_sent(name: str, value: Any) -> None:
+    request = parsed({name: value})
+    is_video = value == MP4 or text_of(MP4) in str(value)
+    assert (request.image, request.video) == ((None, MP4) if is_video else (PNG, None))
+    assert request == GenerationRequest()
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "said"),
+    [
+        ({"image": "https://example.com/a.png"}, "image", "URLs are not fetched: send the file itself."),
+        ({"image": "HTTP://169.254.169.254/latest"}, "image", "URLs are not fetched"),
+        ({"image": "file:///etc/passwd"}, "image", "URLs are not fetched"),
+        ({"image": "/etc/passwd"}, "image", "a data URL"),
+        ({"image_reference": {"image_url": "http://localhost:1/a"}}, "image_reference", "URLs are not fetched"),
+        ({"image_reference": {"file_id": "f-1"}}, "image_reference", "No files are kept here"),
+        ({"image_reference": {"video_url": url_of(MP4)}}, "image_reference", "an object of image_url and nothing else"),
+        ({"image": {"video_url": url_of(MP4)}}, "image", "an object of image_url"),
+        ({"image_reference": {}}, "image_reference", "an object of image_url"),
+        ({"image_reference": {"image_url": url_of(PNG), "detail": "low"}}, "image_reference", "nothing else"),
+        ({"image_reference": [url_of(PNG)] * 2}, "image_reference", "a list of one"),
+        ({"image_reference": []}, "image_reference", "a list of one"),
+        ({"image_reference": {"image_url": 5}}, "image_reference", "a data URL"),
+        ({"image_reference": '{"image_url": '}, "image_reference", "a data URL"),
+        ({"image": 5}, "image", "a data URL"),
+        ({"image": ""}, "image", "empty"),
+        ({"image": b""}, "image", "empty"),
+        ({"image": "data:image/png;base64,"}, "image", "empty"),
+        ({"image": "data:image/png,abcd"}, "image", "a data URL with base64"),
+        ({"image": "data:image/png;base64"}, "image", "a data URL with base64"),
+        ({"image": text_of(PNG)[:-3]}, "image", "is it cut off?"),
+        ({"image": "äöü" * 30}, "image", "is it cut off?"),
+        ({"image": "data:image/png;base64," + "!" * 1_000_000}, "image", "is it cut off?"),
+        ({"image": bytes(LIMITS.max_media_bytes + 1)}, "image", f"at most {LIMITS.max_media_bytes} bytes"),
+        ({"image": "A" * (LIMITS.max_media_bytes * 4 // 3 + 8)}, "image", "Send a smaller file"),
+        ({"input_reference": WAV}, "input_reference", "a file of kind WAV"),
+        ({"input_reference": b"hello"}, "input_reference", "PNG, JPEG"),
+        ({"image": PNG, "image_reference": url_of(PNG)}, "image_reference", "nothing beside image"),
+        ({"image": PNG, "input_reference": PNG}, "input_reference", "nothing beside image"),
+        ({"video": MP4, "input_reference": MP4}, "input_reference", "nothing beside video"),
+        ({"image": PNG, "extra_params": {"image": url_of(PNG)}}, "image", "one value"),
+        ({"input_references": [url_of(PNG)]}, "input_references", "Did you mean input_reference?"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_media_that_is_refused(body: dict[str, Any], field: str, said: str) -> None:
+    error = refused(body)
+    assert error.field == field
+    assert said in str(error)
+
+
+def test_an_image_and_a_clip_are_left_to_the_library() -> None:
+    request = parsed({"input_reference": MP4, "image": PNG})
+    assert (request.image, request.video) == (PNG, MP4)
+
+
+# Images
+
+
+def test_images_are_requests_with_one_seed_after_the_other() -> None:
+    job = parse_image_body({"prompt": "a cat"}, "nano")
+    first = GenerationRequest(prompt="a cat", mode="text_to_image", output="png")
+    assert (job.requests, job.response_format) == ((first,), "b64_json")
+    body = {
+        "prompt": "a cat",
+        "n": "3",
+        "size": "64x32",
+        "seed": "5",
+        "response_format": "file",
+        "output_format": "webp",
+        "output_compression": "80",
+        "num_inference_steps": "2",
+        "guidance_scale": "3",
+        "extra_params": '{"guidance_interval": [400, 1000], "use_system_prompt": true}',
+    }
+    job = parse_image_body({name: FormText(value) for name, value in body.items()}, "nano")
+    first = replace(
+        first,
+        width=64,
+        height=32,
+        seed=5,
+        output="webp",
+        output_quality=80,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        guidance_interval=[400, 1000],
+        use_system_prompt=True,
+    )
+    assert job.requests == (first, replace(first, seed=6), replace(first, seed=7))
+    assert job.response_format == "file"
+    assert parse_image_body({"prompt": "a", "size": "auto"}, "nano").requests[0].width is None
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "said"),
+    [
+        ({"n": 0}, "n", "1 to 10"),
+        ({"n": 11}, "n", "1 to 10"),
+        ({"n": True}, "n", "1 to 10"),
+        ({"n": "two"}, "n", "1 to 10"),
+        ({"response_format": "url"}, "response_format", "No files are kept here"),
+        ({"response_format": "png"}, "response_format", "one of"),
+        ({"output_format": "mp4"}, "output_format", "png"),
+        ({"output_compression": 80}, "output_compression", "nothing for png"),
+        ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "0 to 100"),
+        ({"seed": LIMITS.max_seed, "n": 2}, "seed", "a whole number from 0"),
+        ({"size": "big"}, "size", "WIDTHxHEIGHT"),
+        ({"image": url_of(PNG)}, "image", "no field of this name"),
+        ({"quality": "high"}, "quality", "no field of this name"),
+        ({"model": "dall-e-3"}, "model", "'nano'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_field_of_images_is_named(body: dict[str, Any], field: str, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_image_body({"prompt": "a", **body}, "nano")
+    assert caught.value.field == field
+    assert said in str(caught.value)
+
+
+def test_the_document_has_every_field() -> None:
+    content = openapi(VIDEO_FIELDS)["requestBody"]["content"]
+    in_json, in_form = (content[kind]["schema"]["properties"] for kind in ("application/json", "multipart/form-data"))
+    assert set(in_json) == set(in_form) == set(VIDEO_FIELDS) | set(ALIASES)
+    assert {name for name, schema in in_form.items() if schema.get("format") == "binary"} == set(MEDIA)
+    assert "action" not in openapi(IMAGE_FIELDS)["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    json.dumps(content)
+
+
+def test_what_a_form_says_the_library_takes() -> None:
+    """Rows as the library wants them, whichever way they came."""
+    assert np.array(parsed({"actions": "[[1, 2]]"}, as_form=True).actions).shape == (1, 2)

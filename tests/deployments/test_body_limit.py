@@ -1,0 +1,164 @@
+"""Reading bodies: bounded each and together, whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tracemalloc
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from cluster.errors import OverloadedError
+from deployments.api import body_limit
+from deployments.api.body_limit import read_fields
+from deployments.api.body_room import BodyRoom
+from deployments.api.errors import BodyError
+
+JSON = "application/json"
+MULTIPART = "multipart/form-data; boundary=x"
+FORM = "application/x-www-form-urlencoded"
+GONE = None
+
+
+def part(name: str, data: bytes, filename: str | None = None) -> bytes:
+    file = "" if filename is None else f'; filename="{filename}"'
+    return f'--x\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + data + b"\r\n"
+
+
+def request_of(kind: str, chunks: Iterable[bytes | None], length: int | str | None = None) -> Request:
+    """A request whose body comes in these chunks; at :data:`GONE` its client has hung up."""
+    headers = [(b"content-type", kind.encode())]
+    if length is not None:
+        headers.append((b"content-length", str(length).encode()))
+    messages: list[dict[str, Any]] = [
+        {"type": "http.disconnect"} if chunk is GONE else {"type": "http.request", "body": chunk, "more_body": True}
+        for chunk in chunks
+    ]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+    left = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        return next(left)
+
+    return Request({"type": "http", "method": "POST", "headers": headers}, receive)
+
+
+def read(request: Request, max_bytes: int = 10_000, room: BodyRoom | None = None) -> dict[str, Any]:
+    room = room or BodyRoom(1 << 30)
+    before = room.taken_bytes
+    with room.hold() as held:
+        try:
+            return asyncio.run(read_fields(request, max_bytes, held))
+        finally:
+            assert room.taken_bytes - before == held.num_bytes
+
+
+def test_fields_of_every_kind_of_body() -> None:
+    assert read(request_of(JSON, [b'{"a": ', b'[1, "b"]}'])) == {"a": [1, "b"]}
+    assert read(request_of(JSON + "; charset=UTF-8", [b"{}"])) == {}
+    assert read(request_of(FORM, [b"a=1&b=", b"x%20y"])) == {"a": "1", "b": "x y"}
+    body = part("a", "ä".encode()) + part("image", b"\0\xff" * 500, "a.png") + part("none", b"", "") + b"--x--\r\n"
+    for size in (1, 7, len(body)):
+        chunks = [body[start : start + size] for start in range(0, len(body), size)]
+        assert read(request_of(MULTIPART, chunks)) == {"a": "ä", "image": b"\0\xff" * 500}
+
+
+def test_a_large_file_is_spooled_and_comes_whole() -> None:
+    data = bytes(range(256)) * 20_000
+    body = part("video", data, "v.mp4") + b"--x--\r\n"
+    chunks = [body[start : start + 65536] for start in range(0, len(body), 65536)]
+    assert read(request_of(MULTIPART, chunks), 1 << 23) == {"video": data}
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunks", "length", "status", "code"),
+    [
+        (JSON, [b"{}"], 10_001, 413, "body_too_large"),
+        (JSON, [b"{}"], "9" * 5000, 413, "body_too_large"),
+        (JSON, [b" " * 6000] * 2, None, 413, "body_too_large"),
+        (MULTIPART, [part("image", b"0" * 6000, "a")] * 2, None, 413, "body_too_large"),
+        (JSON, [b'{"a": 1, ', GONE], None, 400, "body_incomplete"),
+        (MULTIPART, [part("image", b"0" * 100, "a")[:-50], GONE], None, 400, "body_incomplete"),
+        (MULTIPART, [part("a", b"1") + part("a", b"1") + b"--x--"], None, 400, "broken_form"),
+        (MULTIPART, [part("a", b"1") + part("a", b"1", "f") + b"--x--"], None, 400, "broken_form"),
+        (MULTIPART, [part(f"f{i}", b"1", "f") for i in range(5)], None, 400, "broken_form"),
+        (MULTIPART, [b"--y\r\nbroken"], None, 400, "broken_form"),
+        ("multipart/form-data", [b"--x"], None, 400, "broken_form"),
+        (FORM, [b"a=1&a=2"], None, 400, "broken_form"),
+        (JSON, [b'{"a": 1, "a": 1}'], None, 400, "broken_json"),
+        (JSON, [b'{"b": {"a": 1, "a": 2}}'], None, 400, "broken_json"),
+        (JSON, [b"[" * 9000], None, 400, "broken_json"),
+        (JSON, [b"[1]"], None, 400, "broken_json"),
+        (JSON, [b"\xff\xfe"], None, 400, "broken_json"),
+        (JSON, [], None, 400, "broken_json"),
+        ("text/plain", [b"a"], None, 415, "wrong_content_type"),
+        ("", [b"a"], None, 415, "wrong_content_type"),
+        (MULTIPART + "; charset=punycode", [b"a"], None, 415, "wrong_content_type"),
+    ],
+)
+def test_what_cannot_be_read(kind: str, chunks: list[bytes | None], length: Any, status: int, code: str) -> None:
+    with pytest.raises(BodyError) as caught:
+        read(request_of(kind, chunks, length))
+    assert (caught.value.status, caught.value.code) == (status, code)
+
+
+def test_small_values_without_number_are_refused_before_they_take_memory() -> None:
+    body = b'{"actions": [' + b"[]," * 4_000_000 + b"[]]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(BodyError, match="more than the 1000000 values"):
+            read(request_of(JSON, [body]), 1 << 24)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_limit, "_UPLOAD_S", 0.05)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+    with pytest.raises(BodyError, match=r"within 0\.05 s") as caught:
+        read(request)
+    assert caught.value.status == 408
+
+
+def test_bodies_together_are_bounded_and_refused_before_they_are_read() -> None:
+    room = BodyRoom(1000)
+
+    async def never() -> dict[str, Any]:
+        raise AssertionError("it was read")
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"501")]
+    unread = Request({"type": "http", "headers": headers}, never)
+    with room.hold() as other:
+        other.grow_to(500)
+        with pytest.raises(OverloadedError, match="bytes of bodies") as caught:
+            read(unread, room=room)
+        assert caught.value.retry_after_s > 0
+        assert room.taken_bytes == 500
+        # Without an announced length it is found on the way.
+        with pytest.raises(OverloadedError):
+            read(request_of(JSON, [b" " * 300] * 2), room=room)
+        assert read(request_of(JSON, [b" " * 300, b"{}"], 302), room=room) == {}
+        assert room.taken_bytes == 500
+    assert room.taken_bytes == 0
+
+
+def test_room_is_given_back_however_the_reading_ends() -> None:
+    room = BodyRoom(1000)
+    for chunks in ([b'{"a"', GONE], [b"x"], [b"{}"]):
+        with contextlib.nullcontext() if chunks == [b"{}"] else pytest.raises(BodyError):
+            read(request_of(JSON, chunks, 900), room=room)
+        assert room.taken_bytes == 0
+    with room.hold() as held:
+        held.grow_to(10)
+        held.grow_to(5)
+        held.grow_to(20)
+        assert (held.num_bytes, room.taken_bytes) == (20, 20)
