@@ -74,7 +74,15 @@ def build_app(config: AppConfig) -> serve.Application:
     return (
         _deployment("Ingress", Ingress, config.ingress)
         .options(**longest)
-        .bind(checkpoint, config.model_name, config.http.max_body_bytes, config.http.request_timeout_s, director)
+        .bind(
+            checkpoint,
+            config.model_name,
+            audio is not None,
+            config.http.max_body_bytes,
+            config.http.max_bodies_bytes,
+            config.http.request_timeout_s,
+            director,
+        )
     )
 
 
