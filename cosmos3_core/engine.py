@@ -30,7 +30,8 @@ from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import ALONE, Groups
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
-from cosmos3_core.request import ResolvedRequest, shipped_schedule
+from cosmos3_core.request import ResolvedRequest
+from cosmos3_core.resolve import shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.shapes import LatentShape
 from cosmos3_core.vae.audio import AudioVAE

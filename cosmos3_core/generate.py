@@ -37,8 +37,9 @@ from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.progress import Progress
-from cosmos3_core.request import GenerationRequest, ResolvedRequest, resolve
+from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
+from cosmos3_core.resolve import resolve
 
 # For ranks to meet, and for each exchange: longer than any step, loading included.
 _COLLECTIVE_TIMEOUT_S = 1800.0

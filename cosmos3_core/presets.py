@@ -1,6 +1,6 @@
 """Defaults and limits: the one table, a row per (kind of checkpoint, mode).
 
-A request leaves out what it likes; :func:`cosmos3_core.request.resolve` fills the gaps from here and nowhere else. A
+A request leaves out what it likes; :func:`cosmos3_core.resolve.resolve` fills the gaps from here and nowhere else. A
 mode that has no row is one that this kind of checkpoint was not trained for.
 """
 

@@ -15,14 +15,13 @@ from cluster.errors import OverloadedError, ShuttingDown
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.media.apart import probe_clip_apart
-from cosmos3_core.request import GenerationRequest, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import resolve
 from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
 from deployments.walk import Stages, Walk
 
 _FIRST_GUESS_S = 5.0  # for Retry-After, until a request has been timed
-_CLOSE_TRIES = 5
-_CLOSE_S = 10.0
-_CLOSE_PAUSE_S = 0.5
+_CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
 _RESTART_S = 30.0  # what a restart of the app takes, about
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.request import offered_modes
+from cosmos3_core.resolve import offered_modes
 from deployments.api.bodies import parse_image_body, parse_video_body
 from deployments.api.body_limit import read_fields
 from deployments.api.body_room import BodyRoom, Held

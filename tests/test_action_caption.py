@@ -10,7 +10,8 @@ import pytest
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.processor import Cosmos3Processor, load_tokenizer
-from cosmos3_core.request import VIEW_POINTS, GenerationRequest, resolve
+from cosmos3_core.request import VIEW_POINTS, GenerationRequest
+from cosmos3_core.resolve import resolve
 from tests.mode_inputs import MINIMAL
 
 PROMPTS = ["Put the cup down", "Put it down.", " Is it down? ", "Now!", "", "  ", 'say "höh\n"', "a..", "{not json"]

@@ -18,7 +18,8 @@ from cosmos3_core.engine import Engine
 from cosmos3_core.errors import CorruptFileError, RequestError
 from cosmos3_core.generate import generate
 from cosmos3_core.presets import PRESETS
-from cosmos3_core.request import GenerationRequest, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import resolve
 from tests.mode_inputs import MINIMAL
 
 AV = {"q01": [float(-number) for number in range(1, 10)], "q99": [3.0 * number for number in range(1, 10)]}

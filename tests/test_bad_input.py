@@ -23,7 +23,8 @@ from cosmos3_core.errors import (
     TensorMismatchError,
 )
 from cosmos3_core.generate import generate, main
-from cosmos3_core.request import GenerationRequest, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import resolve
 
 
 class LargestTensor(TorchDispatchMode):

@@ -153,7 +153,7 @@ def test_the_command_runs_as_a_module(tiny_nano: Path, tmp_path: Path) -> None:
 
 
 def test_defaults_are_the_published_ones(engine: Engine) -> None:
-    from cosmos3_core.request import resolve
+    from cosmos3_core.resolve import resolve
 
     layout = replace(engine.layout, family="nano")
     video = resolve(GenerationRequest(prompt="a car"), layout)

@@ -17,7 +17,8 @@ from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.presets import PRESETS, ActionPreset
-from cosmos3_core.request import GenerationRequest, offered_modes, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import offered_modes, resolve
 from tests.mode_inputs import CLIP, MINIMAL, moving_clip
 
 # num_frames, height, width, fps, num_inference_steps, guidance_scale, flow_shift, who says so, and the actions':

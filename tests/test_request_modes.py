@@ -16,7 +16,8 @@ from PIL import Image
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.modes import MODES, Actions
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.request import GenerationRequest, ResolvedRequest, offered_modes, resolve
+from cosmos3_core.request import GenerationRequest, ResolvedRequest
+from cosmos3_core.resolve import offered_modes, resolve
 from tests.mode_inputs import ACTIONS, CLIP, IMAGE, MINIMAL, moving_clip
 
 SMALL = {"num_frames": 9, "height": 32, "width": 48}

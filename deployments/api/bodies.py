@@ -1,7 +1,7 @@
 """Request bodies: fields as clients of vLLM-Omni's and OpenAI's APIs send them -> :class:`GenerationRequest`.
 
 Only names, and what is special to HTTP, are decided here. Values are checked where the library checks them, in
-:func:`cosmos3_core.request.resolve`, so that a wrong one says the same over HTTP as in Python.
+:func:`cosmos3_core.resolve.resolve`, so that a wrong one says the same over HTTP as in Python.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The fields of request bodies: their names, how each is written in JSON and in a form, what it is for.
 
-What values mean and which are allowed is decided in :func:`cosmos3_core.request.resolve` and nowhere else.
+What values mean and which are allowed is decided in :func:`cosmos3_core.resolve.resolve` and nowhere else.
 """
 
 from __future__ import annotations

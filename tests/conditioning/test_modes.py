@@ -16,7 +16,8 @@ from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.generate import generate
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.presets import PRESETS, Preset
-from cosmos3_core.request import GenerationRequest, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import resolve
 from tests.mode_inputs import CLIP, IMAGE
 
 

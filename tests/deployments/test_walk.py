@@ -20,7 +20,8 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OverloadedError, StageFailed, StreamClosed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
-from cosmos3_core.request import GenerationRequest, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import resolve
 from deployments import messages
 from deployments import walk as walk_module
 from deployments.messages import RequestContext

@@ -25,7 +25,8 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.image import write_png
 from cosmos3_core.media.writer import ClipFormat, open_writer
-from cosmos3_core.request import GenerationRequest, offered_modes, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import offered_modes, resolve
 from deployments.http_client import save_video
 from deployments.messages import Finished
 

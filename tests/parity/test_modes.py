@@ -21,7 +21,8 @@ from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate
 from cosmos3_core.media.pixels import Frames, to_uint8
 from cosmos3_core.model.rope import after_text, text_positions
-from cosmos3_core.request import GenerationRequest, offered_modes, resolve
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import offered_modes, resolve
 
 TOLERANCE = 1e-5  # relative L2, fp32
 PROMPT = "A red car drives along the coast."

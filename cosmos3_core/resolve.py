@@ -1,0 +1,469 @@
+"""A request checked against a checkpoint, every gap filled: :func:`resolve`.
+
+Whatever is wrong with a request is said here, before anything large is allocated; of images and clips only the header
+is read. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cosmos3_core import checks
+from cosmos3_core.actions import ActionStatistics, ActionTrack, action_rows, given_actions
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.conditioning.canvas import ACTION_TIERS, action_canvas, content_size
+from cosmos3_core.conditioning.modes import (
+    IMAGE,
+    IMAGE_TO_VIDEO,
+    MODES,
+    TEXT_TO_IMAGE,
+    TEXT_TO_VIDEO,
+    VIDEO,
+    VIDEO_TO_VIDEO,
+    WITH_SOUND,
+    Actions,
+    Mode,
+)
+from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.embodiments import find_embodiment
+from cosmos3_core.errors import CapabilityError, RequestError
+from cosmos3_core.media.image import DEFAULT_QUALITY
+from cosmos3_core.media.source import (
+    ClipInfo,
+    Packed,
+    probe_clip,
+    probe_image,
+)
+from cosmos3_core.media.writer import SoundFormat
+from cosmos3_core.presets import LIMITS, PRESETS, ActionPreset, Preset
+from cosmos3_core.request import (
+    ACTIONS_ONLY,
+    BEHAVIOURS,
+    DIFFUSERS_BEHAVIOUR,
+    KEEP,
+    NEGATIVE_METADATA,
+    SCHEDULE_NAMES,
+    SHIPPED,
+    VIEW_POINTS,
+    GenerationRequest,
+    ResolvedRequest,
+    SoundTrack,
+)
+from cosmos3_core.shapes import num_sound_latents, sound_samples
+
+_IMAGE_OUTPUTS = ("png", "jpeg", "webp")
+_LOSSY_OUTPUTS = ("jpeg", "webp")
+# Of diffusers and cosmos-framework for clips that go on.
+_CHOSEN_FRAMES = (0, 1)
+_TIMESTEPS = 1000
+
+# Fields that only some modes read: another mode's request must not bring them.
+_OF_ACTIONS = (
+    "actions",
+    "action_chunk_size",
+    "domain_name",
+    "domain_id",
+    "raw_action_dim",
+    "resolution_tier",
+    "view_point",
+)
+_OF_CHOSEN_FRAMES = ("condition_frame_indexes_vision", "condition_video_keep")
+
+
+def offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) -> tuple[str, ...]:
+    """Names of the modes that a checkpoint was trained for and has the parts for, in the order of the table.
+
+    Args:
+        layout: of the checkpoint.
+        is_sound_offered: False where nothing decodes sound.
+    """
+    return tuple(
+        name
+        for name, mode in MODES.items()
+        if (layout.preset_kind, name) in PRESETS
+        and not (mode.has_sound and not (layout.has_sound and is_sound_offered))
+        and not (mode.has_actions and not layout.has_action)
+    )
+
+
+def resolve(
+    request: GenerationRequest,
+    layout: CheckpointLayout,
+    *,
+    is_sound_offered: bool = True,
+    probe: Callable[[str, Packed], ClipInfo] = probe_clip,
+) -> ResolvedRequest:
+    """Check a request against a checkpoint and fill its gaps.
+
+    Args:
+        request: with its media :meth:`~GenerationRequest.packed`.
+        layout: of the checkpoint.
+        is_sound_offered: False where nothing decodes sound.
+        probe: how a given clip is looked at; a service does that in another process.
+
+    Raises:
+        CapabilityError: a mode that the checkpoint cannot do; names those that it can.
+        RequestError: a field is out of bounds; names it, what was given and what is allowed.
+    """
+    like_diffusers = checks.choice("compat", request.compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
+    mode = _mode_of(request)
+    preset = _preset(mode, request, layout, is_sound_offered, like_diffusers=like_diffusers)
+    checks.text("prompt", request.prompt, LIMITS.max_prompt_chars, may_be_empty=not mode.needs_prompt)
+    if request.negative_prompt is not None:
+        checks.text("negative_prompt", request.negative_prompt, LIMITS.max_prompt_chars, may_be_empty=True)
+    _refuse_foreign_fields(mode, request)
+    given = _given_picture(request, probe)
+
+    notes: list[str] = []
+    fps = checks.real("fps", _or(request.fps, preset.fps), LIMITS.min_fps, LIMITS.max_fps)
+    if preset.action is not None and mode.has_actions:
+        action = _action_track(mode, request, preset.action, layout, notes, like_diffusers=like_diffusers)
+        tier = _choice_of_tier(_or(request.resolution_tier, preset.action.resolution_tier))
+        height, width, prompt_size = _fitted(given, tier, layout)
+        num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
+        if num_frames != action.chunk_size + 1:
+            notes.append(f"of the {action.chunk_size + 1} frames of the chunk, {num_frames} are made: 1 + 4k can be")
+    else:
+        action, tier = None, 0
+        num_frames = _num_frames(mode, request, preset, layout, notes)
+        side = layout.geometry.spatial
+        height = checks.pixels("height", _or(request.height, preset.height), side, LIMITS.max_side_pixels)
+        width = checks.pixels("width", _or(request.width, preset.width), side, LIMITS.max_side_pixels)
+        prompt_size = (height, width)
+    sound = _sound_track(num_frames, fps, layout, like_diffusers=like_diffusers) if mode.has_sound else None
+    num_others = (0 if sound is None else sound.num_latents) + (0 if action is None else action.chunk_size)
+    _check_token_budget(num_frames, height, width, num_others, layout)
+    picture = None
+    if given is not None and mode.resizing is not None:
+        clean = _clean_frames(mode, request, layout.geometry.latent_shape(num_frames, height, width).num_frames)
+        picture = PictureCondition(
+            kind=given.kind,
+            media=given.media,
+            resizing=mode.resizing,
+            height=height,
+            width=width,
+            resolution_tier=tier,
+            num_frames=layout.geometry.num_pixel_frames(max(clean) + 1),
+            keep=checks.choice("condition_video_keep", _or(request.condition_video_keep, KEEP[0]), KEEP),
+            clean_frames=clean,
+        )
+
+    steps = _or(request.num_inference_steps, preset.num_inference_steps)
+    guidance_scale = _or(request.guidance_scale, preset.guidance_scale)
+    schedule = checks.choice("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"), SCHEDULE_NAMES)
+    as_shipped = like_diffusers or schedule == SHIPPED
+    flow_shift = _or(request.flow_shift, shipped_flow_shift(layout) if as_shipped else preset.flow_shift)
+    system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
+    negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
+    output = _output(mode, request.output)
+    return ResolvedRequest(
+        mode=mode.name,
+        prompt=request.prompt,
+        # The default is about how pictures look; with actions nobody was trained with it.
+        negative_prompt=_or(request.negative_prompt, "" if mode.has_actions else None),
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        prompt_size=prompt_size,
+        fps=fps,
+        num_inference_steps=checks.integer("num_inference_steps", steps, 1, LIMITS.max_num_inference_steps),
+        guidance_scale=checks.real("guidance_scale", guidance_scale, 0, LIMITS.max_guidance_scale),
+        guidance_interval=_interval(_or(request.guidance_interval, preset.guidance_interval)),
+        flow_shift=checks.real("flow_shift", flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift),
+        schedule=shipped_schedule(layout) if schedule == SHIPPED else schedule,
+        seed=checks.integer("seed", request.seed, 0, LIMITS.max_seed),
+        use_system_prompt=checks.flag("use_system_prompt", system_prompt),
+        append_metadata=checks.flag("append_metadata", request.append_metadata),
+        negative_metadata=checks.choice("negative_metadata", negative_metadata, NEGATIVE_METADATA),
+        output=output,
+        output_quality=_output_quality(output, request.output_quality),
+        picture=picture,
+        action=action,
+        sound=sound,
+        noise=request.noise,
+        compat=request.compat,
+        notes=tuple(notes),
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _mode_of(request: GenerationRequest) -> Mode:
+    """The mode that a request names, or that its fields tell."""
+    wants_sound = checks.flag("generate_sound", request.generate_sound)
+    name = request.mode
+    if name is None:
+        if request.image is not None and request.video is not None:
+            raise RequestError("image, video", "both", "one of them", "An image begins a clip, a video is continued.")
+        if request.image is not None:
+            name = IMAGE_TO_VIDEO
+        elif request.video is not None:
+            name = VIDEO_TO_VIDEO
+        else:
+            name = TEXT_TO_IMAGE if request.num_frames == 1 else TEXT_TO_VIDEO
+    checks.choice("mode", name, tuple(MODES))
+    if wants_sound and not MODES[name].has_sound:
+        if name + WITH_SOUND not in MODES:
+            with_sound = [mode.name for mode in MODES.values() if mode.name + WITH_SOUND in MODES]
+            raise RequestError("generate_sound", True, f"false for {name}; sound goes with {with_sound}")
+        name += WITH_SOUND
+    return MODES[name]
+
+
+def _preset(
+    mode: Mode, request: GenerationRequest, layout: CheckpointLayout, is_sound_offered: bool, *, like_diffusers: bool
+) -> Preset:
+    """The mode's row, if this checkpoint can do it."""
+    offered = offered_modes(layout, is_sound_offered=is_sound_offered)
+    if mode.name in offered:
+        return PRESETS[layout.preset_kind, mode.name]
+    lacks = ""
+    if mode.has_actions and not layout.has_action:
+        lacks = "The checkpoint has no weights for actions."
+    elif mode.has_sound and not layout.has_sound:
+        lacks = "The checkpoint makes no sound: its transformer has no weights for it, or there is no sound_tokenizer."
+    elif mode.has_sound and not is_sound_offered:
+        lacks = "Nothing decodes sound here; the app was configured without."
+    elif like_diffusers:  # which asks of a checkpoint no more than the weights
+        return PRESETS[layout.preset_kind, TEXT_TO_VIDEO]
+    else:
+        lacks = "The checkpoint was not trained for it."
+    name = "generate_sound" if mode.has_sound and request.mode is None else "mode"
+    given = True if name == "generate_sound" else mode.name
+    raise CapabilityError(name, given, f"what {layout.name} can do: {', '.join(offered)}", lacks)
+
+
+def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
+    """Every field that is given has to matter."""
+    foreign = {name: f"nothing for {mode.name}" for name in (IMAGE, VIDEO) if name not in mode.media}
+    if not mode.has_actions:
+        foreign |= dict.fromkeys(_OF_ACTIONS, f"nothing for {mode.name}; it is for modes with actions")
+    else:
+        foreign |= dict.fromkeys(("height", "width"), "nothing: the given picture and resolution_tier decide")
+        if mode.actions is Actions.GENERATED:
+            foreign["actions"] = f"nothing for {mode.name}, which generates them"
+    if not mode.chooses_frames:
+        foreign |= dict.fromkeys(_OF_CHOSEN_FRAMES, f"nothing for {mode.name}; it is for {VIDEO_TO_VIDEO}")
+    for name, allowed in foreign.items():
+        if getattr(request, name) is not None:
+            raise RequestError(name, "given" if name in (IMAGE, VIDEO) else getattr(request, name), allowed)
+    given = [name for name in mode.media if getattr(request, name) is not None]
+    if mode.media and len(given) != 1:
+        allowed = " or ".join(mode.media)
+        raise RequestError(" or ".join(mode.media), "both" if given else None, f"{mode.name} needs one {allowed}")
+
+
+def _num_frames(
+    mode: Mode, request: GenerationRequest, preset: Preset, layout: CheckpointLayout, notes: list[str]
+) -> int:
+    asked = checks.integer("num_frames", _or(request.num_frames, preset.num_frames), 1, LIMITS.max_num_frames)
+    if mode.is_image != (asked == 1):
+        allowed = "1 for an image" if mode.is_image else f"2 or more for {mode.name}"
+        raise RequestError("num_frames", asked, allowed)
+    num_frames = layout.geometry.round_up_num_frames(asked)
+    if num_frames != asked:
+        rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
+        notes.append(f"num_frames={asked} was rounded up to {num_frames}: {rule}")
+    return num_frames
+
+
+def _action_track(
+    mode: Mode,
+    request: GenerationRequest,
+    preset: ActionPreset,
+    layout: CheckpointLayout,
+    notes: list[str],
+    *,
+    like_diffusers: bool,
+) -> ActionTrack:
+    config = layout.transformer
+    domain_name = request.domain_name
+    if domain_name is None and request.domain_id is None:
+        domain_name = preset.domain_name
+    embodiment = find_embodiment(domain_name, request.domain_id, config.num_embodiment_domains)
+    width = request.raw_action_dim
+    if width is not None:
+        checks.integer("raw_action_dim", width, 1, config.action_dim)
+    elif embodiment.name == preset.domain_name:
+        width = _or(preset.raw_action_dim, embodiment.raw_action_dim)
+    else:
+        width = embodiment.raw_action_dim
+    if mode.actions is Actions.GIVEN:
+        if request.actions is None:
+            raise RequestError("actions", None, f"the actions that {mode.name} is to carry out, [steps, width]")
+        num_given, given_width = action_rows("actions", request.actions, width).shape
+        width = given_width
+    else:
+        num_given = 0
+    if width is None:
+        hint = "It depends on the data set."
+        raise RequestError("raw_action_dim", None, f"numbers in an action of {embodiment.name}", hint)
+    checks.integer("raw_action_dim", width, 1, config.action_dim)
+    chunk_size = request.action_chunk_size
+    if chunk_size is None and request.num_frames is not None:
+        chunk_size = checks.integer("num_frames", request.num_frames, 2, LIMITS.max_actions + 1) - 1
+    chunk_size = checks.integer(
+        "action_chunk_size", _or(chunk_size, num_given or preset.chunk_size), 1, LIMITS.max_actions
+    )
+    if request.num_frames is not None and request.num_frames != chunk_size + 1:
+        raise RequestError("num_frames", request.num_frames, f"{chunk_size + 1}, one more than the actions")
+    if num_given > chunk_size:
+        notes.append(f"of {num_given} given actions the first {chunk_size} are used")
+    elif 0 < num_given < chunk_size:
+        notes.append(f"the last of {num_given} given actions is repeated, for {chunk_size}")
+    statistics = None if like_diffusers else ActionStatistics.of(layout.directory, embodiment.name, width)
+    given = None
+    if mode.actions is Actions.GIVEN:
+        given = given_actions("actions", request.actions, width, chunk_size, statistics)
+    return ActionTrack(
+        chunk_size=chunk_size,
+        domain_name=embodiment.name,
+        domain_id=embodiment.domain_id,
+        width=width,
+        view_point=checks.choice("view_point", _or(request.view_point, VIEW_POINTS[0]), VIEW_POINTS),
+        given=given,
+        statistics=statistics,
+    )
+
+
+def _choice_of_tier(tier: Any) -> int:
+    if isinstance(tier, bool) or not isinstance(tier, int) or tier not in ACTION_TIERS:
+        raise RequestError("resolution_tier", tier, f"one of {sorted(ACTION_TIERS)}")
+    return tier
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The image or clip of a request, and its size in pixels, upright."""
+
+    kind: str
+    media: Packed
+    height: int
+    width: int
+
+
+def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> _Given | None:
+    """None where there is none.
+
+    Raises:
+        RequestError: it cannot be read; or it is not packed: a path would be opened here, wherever that is.
+    """
+    kind = IMAGE if request.image is not None else VIDEO
+    media: Any = getattr(request, kind)
+    if media is None:
+        return None
+    if not isinstance(media, bytes | np.ndarray):
+        raise RequestError(kind, type(media).__name__, "a file's bytes, or frames", "Call packed() on the request.")
+    info = probe_image(kind, media) if kind == IMAGE else probe(kind, media)
+    return _Given(kind, media, info.height, info.width)
+
+
+def _fitted(given: _Given | None, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:
+    """Pixel rows and columns of the result, and the canvas, of a mode whose picture is fitted into one."""
+    assert given is not None, "_refuse_foreign_fields"
+    canvas = action_canvas(given.height, given.width, tier, field=given.kind)
+    side = layout.geometry.spatial
+    content = content_size(given.height, given.width, canvas, field=given.kind)
+    # What is padded is cut off again, as latents.
+    height, width = (max(n // side, 1) * side for n in content)
+    return height, width, (canvas.height, canvas.width)
+
+
+def _clean_frames(mode: Mode, request: GenerationRequest, num_latent_frames: int) -> tuple[int, ...]:
+    chosen = _chosen_frames(request.condition_frame_indexes_vision, num_latent_frames) if mode.chooses_frames else ()
+    return mode.clean_frames(num_latent_frames, chosen)
+
+
+def _chosen_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:
+    field_name, allowed = "condition_frame_indexes_vision", f"latent frames from 0 to {num_latent_frames - 1}"
+    if indexes is None:
+        return tuple(index for index in _CHOSEN_FRAMES if index < num_latent_frames)
+    given: Sequence[Any] = [indexes] if isinstance(indexes, int) else indexes
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
+        raise RequestError(field_name, indexes, f"a list of {allowed}")
+    for index in given:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_latent_frames:
+            raise RequestError(field_name, indexes, allowed)
+    return tuple(sorted(set(given)))
+
+
+def _sound_track(num_frames: int, fps: float, layout: CheckpointLayout, *, like_diffusers: bool) -> SoundTrack:
+    assert layout.audio is not None, "offered_modes"
+    audio, latent_fps = layout.audio, layout.transformer.sound_latent_fps
+    if num_frames / fps > LIMITS.max_sound_s:
+        hint = "Ask for fewer frames, or more a second."
+        raise RequestError(
+            "num_frames / fps", f"{num_frames / fps:.1f} s", f"at most {LIMITS.max_sound_s:g} s with sound", hint
+        )
+    if like_diffusers:  # which cuts off the samples' fraction first
+        num_latents = -(-int(num_frames / fps * audio.sampling_rate) // audio.hop_size)
+    else:
+        num_latents = num_sound_latents(num_frames, fps, latent_fps)
+    num_samples = sound_samples(num_frames, fps, audio.sampling_rate)
+    return SoundTrack(num_latents, SoundFormat(audio.sampling_rate, audio.dec_out_channels, num_samples))
+
+
+def _interval(interval: Any) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    allowed = f"two numbers, 0 <= lowest <= highest <= {_TIMESTEPS}"
+    if not isinstance(interval, Sequence) or isinstance(interval, str | bytes) or len(interval) != 2:
+        raise RequestError("guidance_interval", interval, allowed)
+    low, high = (checks.real("guidance_interval", value, 0, _TIMESTEPS) for value in interval)
+    if low > high:
+        raise RequestError("guidance_interval", interval, allowed)
+    return low, high
+
+
+def _output(mode: Mode, output: str | None) -> str:
+    if mode.is_image:
+        allowed: tuple[str, ...] = _IMAGE_OUTPUTS
+    elif mode.has_sound:
+        allowed = ("mp4", "wav")
+    elif mode.actions is Actions.GENERATED:
+        # Where every frame is given, the pictures are the given ones over again.
+        allowed = (ACTIONS_ONLY, "mp4") if set(mode.clean_frames(2, ())) == {0, 1} else ("mp4", ACTIONS_ONLY)
+    else:
+        allowed = ("mp4",)
+    return allowed[0] if output is None else checks.choice("output", output, allowed)
+
+
+def _output_quality(output: str, quality: int | None) -> int:
+    if quality is None:
+        return DEFAULT_QUALITY
+    if output not in _LOSSY_OUTPUTS:
+        raise RequestError("output_quality", quality, f"nothing for {output}; it is for {' and '.join(_LOSSY_OUTPUTS)}")
+    return checks.integer("output_quality", quality, 0, 100)
+
+
+def shipped_flow_shift(layout: CheckpointLayout) -> float:
+    """The shift that goes with :func:`shipped_schedule`."""
+    if layout.use_native_flow_schedule and layout.native_flow_shift is not None:
+        return layout.native_flow_shift
+    return layout.scheduler.flow_shift
+
+
+def shipped_schedule(layout: CheckpointLayout) -> str:
+    """The schedule that a checkpoint's own scheduler config amounts to; what diffusers runs with it."""
+    if layout.scheduler.use_karras_sigmas:
+        return "karras"
+    return "native" if layout.use_native_flow_schedule else "linear"
+
+
+def _check_token_budget(num_frames: int, height: int, width: int, num_others: int, layout: CheckpointLayout) -> None:
+    """``num_others``: tokens of sound and actions."""
+    num_tokens = layout.geometry.num_tokens(num_frames, height, width) + num_others
+    budget = layout.transformer.max_position_embeddings - LIMITS.max_text_tokens
+    if num_tokens > budget:
+        raise RequestError(
+            "num_frames x height x width",
+            f"{num_frames} x {height} x {width}",
+            f"at most {budget} video tokens, this is {num_tokens}",
+            "Ask for fewer frames or a smaller picture.",
+        )
