@@ -17,7 +17,6 @@ from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.engine import Cosmos3T2VRequest, Engine
 from cosmos3_core.errors import CheckpointError, RequestError, StateError
 from cosmos3_core.generate import generate, main
-from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.ops import eager
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.sampler.state import DenoiseState
@@ -221,7 +220,7 @@ def test_a_place_or_setting_that_cannot_be_is_refused_before_the_denoising(
         raise AssertionError("the transformer ran")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Cosmos3Transformer, "velocity", ran)
+    monkeypatch.setattr(engine.denoiser.transformer, "velocity", ran)
     request = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=1)
     with pytest.raises(RequestError):
         generate(engine, request, out, **settings)

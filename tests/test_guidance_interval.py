@@ -14,7 +14,6 @@ from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate
-from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.shapes import LatentShape
@@ -57,16 +56,16 @@ def denoiser(tiny_nano: Path, engine_for: Callable[[Path], Engine]) -> Denoiser:
 
 
 @pytest.fixture
-def timesteps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def timesteps_run(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The timestep of every forward pass."""
     run: list[int] = []
-    velocity = Cosmos3Transformer.velocity
+    velocity = denoiser.transformer.velocity
 
-    def counted(self: Any, latents: Any, noise_masks: Any, timestep: int, *others: Any) -> Any:
+    def counted(latents: Any, noise_masks: Any, timestep: int, *others: Any) -> Any:
         run.append(timestep)
-        return velocity(self, latents, noise_masks, timestep, *others)
+        return velocity(latents, noise_masks, timestep, *others)
 
-    monkeypatch.setattr(Cosmos3Transformer, "velocity", counted)
+    monkeypatch.setattr(denoiser.transformer, "velocity", counted)
     return run
 
 

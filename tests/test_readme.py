@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -52,7 +53,7 @@ def await_ready(port: int, server: subprocess.Popen[bytes]) -> None:
 @pytest.mark.timeout(1500)
 def test_every_block_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"^```(bash background|bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    kinds = ["bash", "bash background", "bash", "python", "python", "bash"]
+    kinds = ["bash", "bash background", "bash", "bash", "python", "python", "bash"]
     assert [kind for kind, _ in blocks] == kinds
     port = free_port()  # 8000 may be taken
     server: subprocess.Popen[bytes] | None = None
@@ -81,6 +82,16 @@ def test_every_block_runs(tmp_path: Path) -> None:
             assert server.wait(timeout=120) == 0
     first = probe_video(tmp_path / "first.mp4")
     assert (first.num_frames, first.height, first.width, first.fps) == (17, 192, 320, 24)
-    for name, num_frames in (("clip", 17), ("handle", 9), ("library", 9)):
+    for name, num_frames in (("clip", 17), ("handle", 9), ("library", 9), ("posted", 17)):
         assert probe_video(tmp_path / f"{name}.mp4").num_frames == num_frames
+    for name in ("text", "image", "video", "waves", "loud", "louder", "policy", "carried"):
+        info = probe_video(tmp_path / f"{name}.mp4")
+        assert info.num_frames == 17
+        assert (info.sound is not None) == (name in ("waves", "loud", "louder"))
+    for name in ("policy", "found"):
+        actions = json.loads((tmp_path / f"{name}.actions.json").read_text())
+        assert actions["shape"] == [16, 10]
+    assert not (tmp_path / "found.mp4").exists()
+    assert (tmp_path / "picture.png").exists()
+    assert len(json.loads((tmp_path / "images.json").read_text())["data"]) == 2
     assert not os.path.exists(f"/proc/{server.pid}") if server is not None else False

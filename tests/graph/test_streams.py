@@ -74,7 +74,7 @@ def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
 
     class Producer:
         async def denoise(self) -> Any:
-            yield LatentsReady(0.0, os.getpid(), ())
+            yield LatentsReady(0.0, ("video",), os.getpid(), ())
             yield TensorEnvelope.of_array(np.ones(100 * 2**20, np.uint8))
 
     class Consumer:
