@@ -46,6 +46,10 @@ class BodyRoom:
             raise OverloadedError("bytes of bodies in memory", self._max_bytes, _RETRY_S)
         self._taken_bytes += num_bytes
 
+    def overdraw(self, num_bytes: int) -> None:
+        """Use :meth:`Held.need` instead."""
+        self._taken_bytes += num_bytes
+
 
 class Held:
     """The room that one body has."""
@@ -53,6 +57,13 @@ class Held:
     def __init__(self, room: BodyRoom) -> None:
         self._room = room
         self.num_bytes = 0
+
+    def need(self, num_bytes: int) -> None:
+        """Have room for so many bytes more, beyond the bound if it has to be: for results, which are not refused any
+        more. They are as many as the requests that were accepted; new bodies are refused until they are gone.
+        """
+        self._room.overdraw(num_bytes)
+        self.num_bytes += num_bytes
 
     def grow_to(self, num_bytes: int) -> None:
         """Have room for so many bytes in all.

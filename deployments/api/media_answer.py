@@ -103,12 +103,8 @@ async def images_answer(exchange: Exchange, job: ImageJob, held: Held) -> Respon
 
 
 async def _whole(exchange: Exchange, event: Finished, held: Held) -> bytes:
-    """A finished file in one piece.
-
-    Raises:
-        OverloadedError: there is no room for it beside the others.
-    """
-    held.grow_to(held.num_bytes + int(event.num_bytes * _SPACE_OF_BASE64))
+    """A finished file in one piece."""
+    held.need(int(event.num_bytes * _SPACE_OF_BASE64))
     return b"".join([part async for part in exchange.parts()])
 
 

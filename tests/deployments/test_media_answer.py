@@ -152,13 +152,17 @@ def test_generated_actions_are_json_with_the_file_in_it(has_file: bool) -> None:
     assert body["stage_durations"] == {"denoise": 1.2346, "total": 2.0}
 
 
-def test_what_has_to_be_in_memory_is_bounded() -> None:
+def test_a_result_is_never_refused_and_new_bodies_make_room_for_it() -> None:
     finished = replace(FINISHED, actions=ACTIONS)
-    status, headers, body = answer(Director(script(finished)), room=13)
-    assert (status, body["error"]["code"]) == (429, "overloaded")
-    assert headers["retry-after"] == "5"
-    assert answer(Director(script(finished)), room=14)[0] == 200
-    assert answer(Director(script()), room=0)[0] == 200, "a file goes through in parts"
+    assert answer(Director(script(finished)), room=0)[0] == 200
+    room = BodyRoom(1000)
+    with room.hold() as result, room.hold() as body:
+        result.need(1200)
+        assert room.taken_bytes == 1200
+        with pytest.raises(OverloadedError):
+            body.grow_to(1)
+    with room.hold() as body:
+        body.grow_to(1000)
 
 
 def images(n: int, **fields: Any) -> ImageJob:
