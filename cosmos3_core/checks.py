@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from cosmos3_core.errors import RequestError
+
+# Of a word that is looked up: the time for it grows with its length.
+_MAX_COMPARED_CHARS = 100
 
 
 def integer(field: str, value: Any, low: int, high: int) -> int:
@@ -37,7 +41,8 @@ def choice(field: str, value: Any, allowed: tuple[str, ...]) -> str:
         RequestError: something else.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise RequestError(field, value, f"one of {list(allowed)}")
+        near = difflib.get_close_matches(value[:_MAX_COMPARED_CHARS], allowed, n=1) if isinstance(value, str) else []
+        raise RequestError(field, value, f"one of {list(allowed)}", f"Did you mean {near[0]}?" if near else "")
     return value
 
 

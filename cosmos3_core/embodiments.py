@@ -73,17 +73,16 @@ def find_embodiment(domain_name: str | None, domain_id: int | None, num_domains:
     Raises:
         RequestError: neither is given, the name is unknown, or they contradict each other.
     """
-    allowed = f"one of {sorted(EMBODIMENTS)}"
     if domain_id is not None:
         checks.integer("domain_id", domain_id, 0, num_domains - 1)
     if domain_name is None:
         if domain_id is None:
-            raise RequestError("domain_name", None, allowed, "Actions need an embodiment; domain_id does as well.")
+            hint = "Actions need an embodiment; domain_id does as well."
+            raise RequestError("domain_name", None, f"one of {list(EMBODIMENTS)}", hint)
         named = (embodiment for embodiment in EMBODIMENTS.values() if embodiment.domain_id == domain_id)
         return next(named, Embodiment(f"domain {domain_id}", domain_id, None))
-    found = EMBODIMENTS.get(domain_name.lower().strip()) if isinstance(domain_name, str) else None
-    if found is None:
-        raise RequestError("domain_name", domain_name, allowed)
+    name = domain_name.lower().strip() if isinstance(domain_name, str) else domain_name
+    found = EMBODIMENTS[checks.choice("domain_name", name, tuple(EMBODIMENTS))]
     if domain_id not in (None, found.domain_id):
         raise RequestError("domain_id", domain_id, f"{found.domain_id}, that of {found.name}, or left out")
     if found.domain_id >= num_domains:

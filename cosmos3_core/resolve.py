@@ -126,20 +126,32 @@ def resolve(
         height, width, prompt_size = _fitted(given, tier, layout)
         num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
         if num_frames != action.chunk_size + 1:
-            notes.append(f"of the {action.chunk_size + 1} frames of the chunk, {num_frames} are made: 1 + 4k can be")
+            rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
+            notes.append(f"of the {action.chunk_size + 1} frames of the chunk, {num_frames} are part of it: {rule}")
     else:
         action, tier = None, 0
         num_frames = _num_frames(mode, request, preset, layout, notes)
         side = layout.geometry.spatial
         height = checks.pixels("height", _or(request.height, preset.height), side, LIMITS.max_side_pixels)
         width = checks.pixels("width", _or(request.width, preset.width), side, LIMITS.max_side_pixels)
+        for name, other in (("height", "width"), ("width", "height")):
+            if getattr(request, name) is None and getattr(request, other) is not None:
+                raise RequestError(name, None, f"given together with {other}, or neither")
         prompt_size = (height, width)
     sound = _sound_track(num_frames, fps, layout, like_diffusers=like_diffusers) if mode.has_sound else None
     num_others = (0 if sound is None else sound.num_latents) + (0 if action is None else action.chunk_size)
     _check_token_budget(num_frames, height, width, num_others, layout)
     picture = None
     if given is not None and mode.resizing is not None:
-        clean = _clean_frames(mode, request, layout.geometry.latent_shape(num_frames, height, width).num_frames)
+        num_latent_frames = layout.geometry.latent_shape(num_frames, height, width).num_frames
+        clean = _clean_frames(mode, request, num_latent_frames)
+        if mode.chooses_frames and len(clean) == num_latent_frames and not like_diffusers:
+            least = layout.geometry.num_pixel_frames(num_latent_frames + 1)
+            hint = f"Latent frames {list(clean)} are given, so that nothing would be made."
+            raise RequestError("num_frames", num_frames, f"at least {least}, or fewer of its latent frames given", hint)
+        num_needed = layout.geometry.num_pixel_frames(max(clean) + 1)
+        if given.num_frames is not None:
+            _note_length(given.num_frames, num_needed, mode, notes)
         picture = PictureCondition(
             kind=given.kind,
             media=given.media,
@@ -147,7 +159,7 @@ def resolve(
             height=height,
             width=width,
             resolution_tier=tier,
-            num_frames=layout.geometry.num_pixel_frames(max(clean) + 1),
+            num_frames=num_needed,
             keep=checks.choice("condition_video_keep", _or(request.condition_video_keep, KEEP[0]), KEEP),
             clean_frames=clean,
         )
@@ -340,12 +352,13 @@ def _choice_of_tier(tier: Any) -> int:
 
 @dataclass(frozen=True)
 class _Given:
-    """The image or clip of a request, and its size in pixels, upright."""
+    """The image or clip of a request, and its size in pixels, upright; frames where a clip's header says how many."""
 
     kind: str
     media: Packed
     height: int
     width: int
+    num_frames: int | None
 
 
 def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> _Given | None:
@@ -360,8 +373,19 @@ def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], Cl
         return None
     if not isinstance(media, bytes | np.ndarray):
         raise RequestError(kind, type(media).__name__, "a file's bytes, or frames", "Call packed() on the request.")
-    info = probe_image(kind, media) if kind == IMAGE else probe(kind, media)
-    return _Given(kind, media, info.height, info.width)
+    if kind == IMAGE:
+        picture = probe_image(kind, media)
+        return _Given(kind, media, picture.height, picture.width, None)
+    clip = probe(kind, media)
+    return _Given(kind, media, clip.height, clip.width, clip.num_frames)
+
+
+def _note_length(num_given: int, num_needed: int, mode: Mode, notes: list[str]) -> None:
+    """Say what becomes of a clip of another length than is used."""
+    if num_given < num_needed:
+        notes.append(f"the video has {num_given} frames of the {num_needed} that are used: its last is repeated")
+    elif num_given > num_needed and mode.has_actions and num_needed > 1:
+        notes.append(f"of the video's {num_given} frames the first {num_needed} are used")
 
 
 def _fitted(given: _Given | None, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:

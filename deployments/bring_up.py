@@ -147,6 +147,8 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
         room = Room(placement)
         if not can_grow() and (lack := out_of_reach(config, nodes())):
             hint = f" Or set --num-cpus {math.ceil(needs['CPU'])}: processes are counted, not held to it."
+            if needs["GPU"] > sum(node.resources.get("GPU", 0) for node in nodes()):
+                hint = " --config laptop does without GPUs."
             raise StartError(lack + (hint if placement.is_alone else ""))
         patience = Patience()
         with _serve(config.http, placement, patience, tell) as url, _submitted(config, patience):

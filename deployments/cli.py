@@ -141,6 +141,9 @@ def _generate(options: argparse.Namespace) -> int:
     for name in ("checkpoint", "dtype", "device", "crf"):
         if (given := getattr(options, name)) is not None:
             raise RequestError(name, given, "only without --url", "The running app has decided it.")
+    for name in ("tp", "cfg", "sp"):
+        if (given := getattr(options, name)) != 1:
+            raise RequestError(name, given, "only without --url", "The running app has decided it.")
     from deployments.http_client import save_video
 
     saved = save_video(options.url, request_of(options), Path(options.out), timeout_s=options.timeout)

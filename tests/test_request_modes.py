@@ -165,6 +165,8 @@ def test_a_field_that_a_mode_does_not_read_is_refused(mode: str, field: str, nan
         given = {name: other for name, other in given.items() if name not in ("image", "video")}
     given[field] = value
     if is_read(mode):
+        if field in ("height", "width"):
+            given |= {"height": 32, "width": 48}
         assert resolved(nano, **given).mode == mode
         return
     error = refused(nano, **given)
@@ -277,8 +279,8 @@ def test_keep_says_which_end(nano: CheckpointLayout) -> None:
         ({"action_chunk_size": 8}, 8, 9, ""),
         ({"num_frames": 9}, 8, 9, ""),
         ({"num_frames": 9, "action_chunk_size": 8}, 8, 9, ""),
-        ({"action_chunk_size": 6}, 6, 5, "of the 7 frames of the chunk, 5 are made"),
-        ({"action_chunk_size": 1}, 1, 1, "of the 2 frames of the chunk, 1 are made"),
+        ({"action_chunk_size": 6}, 6, 5, "of the 7 frames of the chunk, 5 are part of it"),
+        ({"action_chunk_size": 1}, 1, 1, "of the 2 frames of the chunk, 1 are part of it"),
     ],
     ids=str,
 )
@@ -289,7 +291,42 @@ def test_a_chunk_has_one_action_between_two_frames(
         request = resolved(nano, **MINIMAL[mode], **given)
         assert request.action is not None
         assert (request.action.chunk_size, request.num_frames) == (chunk_size, num_frames)
-        assert [note in said for said in request.notes] == [True] * bool(note)
+        assert [note in said for said in request.notes if "video" not in said] == [True] * bool(note)
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_given", "note"),
+    [
+        ({"mode": "inverse_dynamics", "domain_name": "av"}, 9, "has 9 frames of the 17 that are used"),
+        ({"mode": "inverse_dynamics", "domain_name": "av"}, 17, ""),
+        ({"mode": "inverse_dynamics", "domain_name": "av"}, 20, "of the video's 20 frames the first 17"),
+        ({"mode": "policy", "domain_name": "av", "prompt": "go"}, 20, ""),
+        ({"prompt": "a car"}, 3, "has 3 frames of the 5 that are used"),
+        ({"prompt": "a car"}, 20, ""),
+    ],
+)
+def test_a_clip_of_another_length_than_is_used_is_noted(
+    fields: dict[str, Any], num_given: int, note: str, nano: CheckpointLayout
+) -> None:
+    notes = resolved(nano, **fields, video=moving_clip(num_given, 32, 48)).notes
+    assert [note in said for said in notes] == [True] * bool(note)
+
+
+def test_something_has_to_be_left_to_make(nano: CheckpointLayout) -> None:
+    error = refused(nano, **MINIMAL["video_to_video"], num_frames=5)
+    assert (error.field, error.allowed) == ("num_frames", "at least 9, or fewer of its latent frames given")
+    assert "[0, 1] are given" in error.hint
+    one = resolved(nano, **MINIMAL["video_to_video"], num_frames=5, condition_frame_indexes_vision=0)
+    assert one.picture is not None
+    assert one.picture.clean_frames == (0,)
+    resolved(nano, **MINIMAL["video_to_video"], num_frames=5, compat="diffusers")
+
+
+def test_height_and_width_come_together(nano: CheckpointLayout) -> None:
+    for given, missing in ({"height": 32}, "width"), ({"width": 32}, "height"):
+        error = refused(nano, prompt="a car", **given)
+        assert error.field == missing
+        assert "together" in error.allowed
 
 
 def test_the_given_actions_are_the_chunk_unless_it_is_said(nano: CheckpointLayout) -> None:

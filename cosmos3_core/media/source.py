@@ -256,6 +256,8 @@ def _file_bytes(field: str, source: Any, allowed: str) -> bytes:
 
 def _read_path(field: str, path: str | os.PathLike[str]) -> bytes:
     shown = os.fspath(path)
+    if "://" in str(shown):
+        raise RequestError(field, shown, "the path of a file", "URLs are not fetched: download it first.")
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device has no end

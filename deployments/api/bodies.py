@@ -16,7 +16,17 @@ from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import GenerationRequest
-from deployments.api.fields import ALIASES, FILE, IMAGE_FIELDS, PASSED_ON, VIDEO_FIELDS, Fields, Kind
+from deployments.api.fields import (
+    ALIASES,
+    FILE,
+    IMAGE_FIELDS,
+    OBJECT,
+    PASSED_ON,
+    ROWS,
+    VIDEO_FIELDS,
+    Fields,
+    Kind,
+)
 from deployments.api.given_media import given_media
 
 _DEFAULT_FPS = 24.0
@@ -129,6 +139,8 @@ def _merge(given: dict[str, Any], fields: dict[str, Any], known: Fields) -> None
 
 def _read(name: str, value: Any, kind: Kind) -> Any:
     """What a field holds; what cannot be read stays text, for the library to refuse."""
+    if isinstance(value, bytes) and kind in (ROWS, OBJECT):
+        value = FormText(value.decode("utf-8", "replace"))  # a JSON file
     if isinstance(value, bytes) and kind is not FILE:
         raise RequestError(name, "a file", "a text")
     if isinstance(value, FormText) or (isinstance(value, str) and kind.is_text_too):
@@ -142,9 +154,12 @@ def _read(name: str, value: Any, kind: Kind) -> Any:
 
 
 def _unknown(name: str, value: Any, known: Fields) -> RequestError:
-    near = difflib.get_close_matches(name[:_MAX_SHOWN_CHARS], [*known, *ALIASES], n=1)
+    aliases = [alias for alias, meant in ALIASES.items() if meant in known]
+    near = difflib.get_close_matches(name[:_MAX_SHOWN_CHARS], [*known, *aliases], n=1)
     hint = f"Did you mean {near[0]}?" if near else ""
-    return RequestError(name, _start(value), f"no field of this name; known are {', '.join(known)}", hint)
+    if name in ("width", "height"):
+        hint = "Give size, WIDTHxHEIGHT."
+    return RequestError(name, _start(value), f"no field of this name here; known are {', '.join(known)}", hint)
 
 
 def _start(value: Any) -> Any:
@@ -160,9 +175,6 @@ def _check_model(given: dict[str, Any], model_name: str) -> None:
 def _frame_size(given: dict[str, Any]) -> tuple[Any, Any]:
     width, height = given.get("width"), given.get("height")
     if "size" not in given:
-        if (width is None) != (height is None):
-            missing = "height" if height is None else "width"
-            raise RequestError(missing, None, "given together with the other one, or neither")
         return width, height
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", given["size"]) if isinstance(given["size"], str) else None
     if match is None:

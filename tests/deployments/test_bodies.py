@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cosmos3_core.actions import action_rows
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import GenerationRequest
@@ -163,7 +164,6 @@ def test_extra_params_count_as_if_they_stood_beside_it(as_text: bool) -> None:
         ({"model": "other"}, "model", "the one that is served"),
         ({"size": "32"}, "size", "WIDTHxHEIGHT"),
         ({"size": "64x32", "width": 32, "height": 32}, "size", "the same as width=32"),
-        ({"width": 64}, "height", "together"),
         ({"seconds": -1}, "seconds", "a number from"),
         ({"mode": "policy", "seconds": 2}, "seconds", "action_chunk_size decides"),
         ({"seed": b"a file"}, "seed", "a text"),
@@ -324,6 +324,7 @@ def test_images_are_requests_with_one_seed_after_the_other() -> None:
         ({"size": "big"}, "size", "WIDTHxHEIGHT"),
         ({"image": url_of(PNG)}, "image", "no field of this name"),
         ({"quality": "high"}, "quality", "no field of this name"),
+        ({"width": 64}, "width", "Give size, WIDTHxHEIGHT"),
         ({"model": "dall-e-3"}, "model", "'nano'"),
     ],
     ids=lambda value: str(value)[:40],
@@ -347,3 +348,10 @@ def test_the_document_has_every_field() -> None:
 def test_what_a_form_says_the_library_takes() -> None:
     """Rows as the library wants them, whichever way they came."""
     assert np.array(parsed({"actions": "[[1, 2]]"}, as_form=True).actions).shape == (1, 2)
+
+
+def test_actions_may_come_as_a_file() -> None:
+    request = parse_video_body({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()}, "nano")
+    assert request.actions == [[1.0, 2.0]]
+    with pytest.raises(RequestError, match="actions"):
+        action_rows("actions", parse_video_body({"actions": b"\x00\xff"}, "nano").actions, None)

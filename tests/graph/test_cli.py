@@ -171,6 +171,7 @@ def test_an_image_and_actions_go_there_and_back(served: Serving, tiny_nano: Path
         (["--height", "100"], "error: height=100: allowed is a multiple of 16. Nearest are 96 and 112."),
         (["--out", "no/such/folder/clip"], "allowed is a path in an existing directory."),
         (["--dtype", "bfloat16"], "error: dtype='bfloat16': allowed is only without --url."),
+        (["--tp", "2"], "error: tp=2: allowed is only without --url."),
     ],
 )
 def test_what_is_refused_is_one_line(arguments: list[str], said: str, served: Serving, tmp_path: Path) -> None:
