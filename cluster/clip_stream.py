@@ -63,7 +63,10 @@ class ClipStreams:
             return False
         async with asyncio.timeout(timeout_s):
             await clip.credits.acquire()
-        return clip.closed_because is None
+        if clip.closed_because is not None:
+            clip.credits.release()  # the next producer that waits is to hear of it too
+            return False
+        return True
 
     async def post(self, stream_id: str, boxed_ref: list[Any]) -> None:
         """The Director's: pass on the next chunk, as a one-element list so that Ray leaves the reference alone."""
@@ -123,6 +126,6 @@ class ClipStreams:
 
 def start_clip_streams(max_clips: int) -> Any:
     """Start the actor as a child of the calling one; after its death Ray starts an empty one in its place."""
-    # A producer and a consumer of each clip may wait here, and there must be room for the calls that end their waits.
-    max_calls = 4 * max_clips + 100
+    # Two producers and a consumer of each clip may wait here; there must be room for the calls that end their waits.
+    max_calls = 6 * max_clips + 100
     return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=max_calls, max_restarts=-1).remote(max_clips)

@@ -233,7 +233,7 @@ class Denoiser:
         velocity = self._guided_velocity(plan, state)
         solver = {name: plan.solver.step(state.solver[name], state.step_index, velocity[name]) for name in plan.initial}
         for name, fixed in plan.fixed.items():
-            # The solver would keep it but for rounding: its velocity is zero.
+            # To the bit; a clean frame's velocity is zero, and an unused number's is whatever the model makes of it.
             solver[name] = replace(solver[name], sample=fixed.restored(solver[name].sample))
         return DenoiseState(state.step_index + 1, solver, state.fingerprint)
 
@@ -274,7 +274,7 @@ class Denoiser:
             velocity = {
                 name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional
             }
-        return {name: v * plan.fixed[name].moves if name in plan.fixed else v for name, v in velocity.items()}
+        return velocity
 
     def _fingerprint(self, request: DenoiseRequest) -> str:
         """Names the request and the model; the same on every rank, whose configs differ by their shares only."""

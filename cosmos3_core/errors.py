@@ -20,9 +20,15 @@ from pathlib import Path
 from typing import Any
 
 _MAX_SHOWN_CHARS = 120
+_MAX_SHOWN_ITEMS = 100
 
 
 def _shown(value: Any) -> str:
+    # Only what is shown is written out: a value may be megabytes.
+    if isinstance(value, str | bytes) and len(value) > _MAX_SHOWN_CHARS:
+        return _written(f"{repr(value[:_MAX_SHOWN_CHARS])[:-1]}... ({len(value)} {_units(value)})")
+    if isinstance(value, list | tuple | dict | set) and len(value) > _MAX_SHOWN_ITEMS:
+        return f"a {type(value).__name__} of {len(value)} items"
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
@@ -30,10 +36,18 @@ def _shown(value: Any) -> str:
     return _shortened(text)
 
 
+def _units(value: str | bytes) -> str:
+    return "characters" if isinstance(value, str) else "bytes"
+
+
 def _shortened(text: str) -> str:
     """Of a length for a message, and only of what can be written: half a surrogate pair is a str, but no text."""
     if len(text) > _MAX_SHOWN_CHARS:
         text = f"{text[:_MAX_SHOWN_CHARS]}... ({len(text)} characters)"
+    return _written(text)
+
+
+def _written(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -138,10 +138,12 @@ class Limits:
         max_action_value: of a given action's numbers, either way; the model's own are about 1.
         max_sound_s: seconds; the longest clip at 24 fps, and a waveform of 20 MB.
         max_media_bytes: of an image or clip that a user gives, as a file.
-        max_image_pixels: of a given image; its decoded RGB takes 192 MiB. A phone's largest photographs have 50 Mpx.
+        max_image_pixels: of a given image, and of what it becomes when it is scaled to cover the size asked for; its
+            decoded RGB takes 192 MiB. A phone's largest photographs have 50 Mpx.
         max_clip_frames: of a given clip, used or not; 200 s at 25 fps.
         max_clip_pixels: of one frame of a given clip; 4096 x 4096, more than 4K.
-        max_clip_total_pixels: of all the frames that one request uses, which are in memory together: 3.4 GiB of RGB.
+        max_clip_total_pixels: of all the frames that one request uses, as they are given and as they are encoded; 720p
+            for 9 s at 24 fps. In memory together: 576 MiB of RGB, 2.3 GiB to be encoded.
     """
 
     max_num_frames: int = 1201
@@ -162,7 +164,7 @@ class Limits:
     max_image_pixels: int = 64 * 2**20
     max_clip_frames: int = 5000
     max_clip_pixels: int = 16 * 2**20
-    max_clip_total_pixels: int = 1_201 * 1280 * 800
+    max_clip_total_pixels: int = 192 * 2**20
 
 
 LIMITS = Limits()

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cosmos3_core.actions import ActionTrack
-from cosmos3_core.conditioning.modes import (
-    IMAGE,
-    VIDEO,
-)
+from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, VIDEO
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.image import DEFAULT_QUALITY
@@ -38,9 +35,6 @@ SCHEDULE_NAMES = (*SCHEDULES, SHIPPED)
 NEGATIVE_METADATA = ("same", "none", "inverse")
 KEEP = ("first", "last")
 VIEW_POINTS = ("ego_view", "third_person_view", "wrist_view", "concat_view")
-
-ACTIONS_ONLY = "actions"
-"""The output that decodes no picture."""
 
 
 @dataclass(frozen=True, kw_only=True)

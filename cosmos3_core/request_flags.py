@@ -47,6 +47,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=42)
     add("--compat", choices=("native", "diffusers"), default="native", help="whose prompts and schedule to follow")
     add("--output", help="mp4, wav (with --sound), png, jpeg or webp (one frame), or actions alone")
+    add("--output-quality", type=int, help="of jpeg and webp, 0 to 100")
     add("--out", default="cosmos3", metavar="PREFIX", help="writes PREFIX.mp4, PREFIX.png ..., PREFIX.actions.json")
 
 
@@ -97,6 +98,7 @@ def request_of(options: argparse.Namespace) -> GenerationRequest:
         schedule=None if options.use_karras_sigmas is None else _SCHEDULES[options.use_karras_sigmas],
         seed=options.seed,
         output=options.output,
+        output_quality=options.output_quality,
         compat=options.compat,
     )
 

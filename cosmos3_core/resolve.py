@@ -15,8 +15,9 @@ import numpy as np
 from cosmos3_core import checks
 from cosmos3_core.actions import ActionStatistics, ActionTrack, action_rows, given_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.conditioning.canvas import ACTION_TIERS, action_canvas, content_size
+from cosmos3_core.conditioning.canvas import ACTION_TIERS, action_canvas, content_size, covering_size
 from cosmos3_core.conditioning.modes import (
+    ACTIONS_ONLY,
     IMAGE,
     IMAGE_TO_VIDEO,
     MODES,
@@ -27,11 +28,12 @@ from cosmos3_core.conditioning.modes import (
     WITH_SOUND,
     Actions,
     Mode,
+    Resizing,
 )
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.embodiments import find_embodiment
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.media.image import DEFAULT_QUALITY
+from cosmos3_core.media.image import DEFAULT_QUALITY, IMAGE_KINDS, check_image
 from cosmos3_core.media.source import (
     ClipInfo,
     Packed,
@@ -41,7 +43,6 @@ from cosmos3_core.media.source import (
 from cosmos3_core.media.writer import SoundFormat
 from cosmos3_core.presets import LIMITS, PRESETS, ActionPreset, Preset
 from cosmos3_core.request import (
-    ACTIONS_ONLY,
     BEHAVIOURS,
     DIFFUSERS_BEHAVIOUR,
     KEEP,
@@ -55,7 +56,6 @@ from cosmos3_core.request import (
 )
 from cosmos3_core.shapes import num_sound_latents, sound_samples
 
-_IMAGE_OUTPUTS = ("png", "jpeg", "webp")
 _LOSSY_OUTPUTS = ("jpeg", "webp")
 # Of diffusers and cosmos-framework for clips that go on.
 _CHOSEN_FRAMES = (0, 1)
@@ -150,6 +150,7 @@ def resolve(
             hint = f"Latent frames {list(clean)} are given, so that nothing would be made."
             raise RequestError("num_frames", num_frames, f"at least {least}, or fewer of its latent frames given", hint)
         num_needed = layout.geometry.num_pixel_frames(max(clean) + 1)
+        _check_memory(given, mode.resizing, num_needed, prompt_size)
         if given.num_frames is not None:
             _note_length(given.num_frames, num_needed, mode, notes)
         picture = PictureCondition(
@@ -172,6 +173,9 @@ def resolve(
     system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
     negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
     output = _output(mode, request.output)
+    quality = _output_quality(output, request.output_quality)
+    if mode.is_image:
+        check_image(output, height, width, quality)
     return ResolvedRequest(
         mode=mode.name,
         prompt=request.prompt,
@@ -192,7 +196,7 @@ def resolve(
         append_metadata=checks.flag("append_metadata", request.append_metadata),
         negative_metadata=checks.choice("negative_metadata", negative_metadata, NEGATIVE_METADATA),
         output=output,
-        output_quality=_output_quality(output, request.output_quality),
+        output_quality=quality,
         picture=picture,
         action=action,
         sound=sound,
@@ -299,13 +303,15 @@ def _action_track(
     if domain_name is None and request.domain_id is None:
         domain_name = preset.domain_name
     embodiment = find_embodiment(domain_name, request.domain_id, config.num_embodiment_domains)
+    known = [embodiment.raw_action_dim] if embodiment.raw_action_dim is not None else []
+    if embodiment.name == preset.domain_name and preset.raw_action_dim is not None:
+        known.insert(0, preset.raw_action_dim)
     width = request.raw_action_dim
-    if width is not None:
-        checks.integer("raw_action_dim", width, 1, config.action_dim)
-    elif embodiment.name == preset.domain_name:
-        width = _or(preset.raw_action_dim, embodiment.raw_action_dim)
-    else:
-        width = embodiment.raw_action_dim
+    if width is None:
+        width = known[0] if known else None
+    elif checks.integer("raw_action_dim", width, 1, config.action_dim) not in (known or [width]):
+        allowed = f"{' or '.join(map(str, known))}, the numbers in an action of {embodiment.name}"
+        raise RequestError("raw_action_dim", width, allowed, "Or leave it out.")
     if mode.actions is Actions.GIVEN:
         if request.actions is None:
             raise RequestError("actions", None, f"the actions that {mode.name} is to carry out, [steps, width]")
@@ -380,6 +386,24 @@ def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], Cl
     return _Given(kind, media, clip.height, clip.width, clip.num_frames)
 
 
+def _check_memory(given: _Given, resizing: Resizing, num_frames: int, onto: tuple[int, int]) -> None:
+    """What a picture becomes on its way to the encoder has to be within bounds, whatever it was.
+
+    Raises:
+        RequestError: it is not.
+    """
+    size = f"{given.width} x {given.height} pixels"
+    rows, columns = onto
+    if resizing is Resizing.CROP:
+        rows, columns = covering_size(given.height, given.width, rows, columns)
+        if rows * columns > LIMITS.max_image_pixels:
+            allowed = f"a shape nearer to {onto[1]} x {onto[0]}; scaled to cover that it has {columns} x {rows} pixels"
+            raise RequestError(given.kind, size, allowed, "Cut it first.")
+    if num_frames * rows * columns > LIMITS.max_clip_total_pixels:
+        allowed = f"at most {LIMITS.max_clip_total_pixels} pixels in all; these are {num_frames} of {columns} x {rows}"
+        raise RequestError("frames to encode", num_frames, allowed, "Ask for fewer, or a smaller size.")
+
+
 def _note_length(num_given: int, num_needed: int, mode: Mode, notes: list[str]) -> None:
     """Say what becomes of a clip of another length than is used."""
     if num_given < num_needed:
@@ -447,15 +471,14 @@ def _interval(interval: Any) -> tuple[float, float] | None:
 
 def _output(mode: Mode, output: str | None) -> str:
     if mode.is_image:
-        allowed: tuple[str, ...] = _IMAGE_OUTPUTS
+        allowed: tuple[str, ...] = IMAGE_KINDS
     elif mode.has_sound:
         allowed = ("mp4", "wav")
     elif mode.actions is Actions.GENERATED:
-        # Where every frame is given, the pictures are the given ones over again.
-        allowed = (ACTIONS_ONLY, "mp4") if set(mode.clean_frames(2, ())) == {0, 1} else ("mp4", ACTIONS_ONLY)
+        allowed = ("mp4", ACTIONS_ONLY)
     else:
         allowed = ("mp4",)
-    return allowed[0] if output is None else checks.choice("output", output, allowed)
+    return checks.choice("output", _or(output, _or(mode.output, allowed[0])), allowed)
 
 
 def _output_quality(output: str, quality: int | None) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from deployments.credits import made_on_credit
 from deployments.messages import RequestContext, SoundChunk, SoundDecoded
-from deployments.on_device import within_memory
-from deployments.streams import in_time
 
 
 class AudioVAE:
@@ -53,16 +52,11 @@ class AudioVAE:
             OutOfMemory: the sound does not fit.
         """
         chunks = self._vae.decode(latents.tensor())
-        index = 0
-        while await in_time(context, "decode", clips.acquire.remote(stream_id, context.remaining_s("decode"))):
-            samples = await asyncio.to_thread(within_memory, self._device, lambda: _next_samples(chunks))
-            if samples is None:
-                # The pictures may still need it.
-                await in_time(context, "decode", clips.release.remote(stream_id))
-                return
-            yield SoundDecoded(index, time.time())
-            yield SoundChunk(index, samples, os.getpid())
-            index += 1
+        made = made_on_credit(context, clips, stream_id, self._device, lambda: _next_samples(chunks))
+        async with aclosing(made):
+            async for index, samples in made:
+                yield SoundDecoded(index, time.time())
+                yield SoundChunk(index, samples, os.getpid())
 
 
 def _next_samples(chunks: Any) -> TensorEnvelope | None:

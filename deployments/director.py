@@ -7,17 +7,15 @@ import contextvars
 import math
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 from cluster.clip_stream import start_clip_streams
 from cluster.errors import OverloadedError, ShuttingDown
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.media.apart import probe_clip_apart
 from cosmos3_core.request import GenerationRequest
-from cosmos3_core.resolve import resolve
 from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
+from deployments.request_check import RequestCheck
 from deployments.walk import Stages, Walk
 
 _FIRST_GUESS_S = 5.0  # for Retry-After, until a request has been timed
@@ -60,6 +58,7 @@ class Director:
         streaming = (handle and handle.options(stream=True) for handle in (transformer, vae, encoder, unguided, audio))
         self._stages = Stages(tokenizer, *streaming)
         self._clips = start_clip_streams(max_clips=4 * max_requests)
+        self._check = RequestCheck(self._layout, is_sound_offered=audio is not None)
         self._num_requests = 0
         self._is_draining = False
         self._seconds_per_request = _FIRST_GUESS_S
@@ -95,11 +94,12 @@ class Director:
             limit_s = self._request_timeout_s
             if timeout_s is not None:
                 limit_s = min(limit_s, checks.real("timeout_s", timeout_s, 0, math.inf))
-            has_sound = self._stages.audio is not None
-            check = partial(resolve, is_sound_offered=has_sound, probe=probe_clip_apart)
+            context = RequestContext.new(request_id, limit_s)
+            resolved = await self._check.resolved(context, request)
+            del request  # and its media with it, once they are encoded
             walk = Walk(
-                request=await asyncio.to_thread(check, request, self._layout),  # it looks at a given image or clip
-                context=RequestContext.new(request_id, limit_s),
+                request=resolved,
+                context=context,
                 layout=self._layout,
                 stages=self._stages,
                 clips=self._clips,

@@ -6,15 +6,17 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.media.apart import read_clip_apart
+from deployments.credits import made_on_credit
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.on_device import within_memory
-from deployments.streams import in_time
 
 
 class VideoVAE:
@@ -54,15 +56,16 @@ class VideoVAE:
             OutOfMemory: it does not fit.
         """
         start_s = time.monotonic()
-        context.remaining_s("condition")
-        latents = await asyncio.to_thread(within_memory, self._device, lambda: self._encode(picture))
+        left_s = context.remaining_s("condition")
+        latents = await asyncio.to_thread(within_memory, self._device, lambda: self._encode(picture, left_s))
         yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
         yield latents
 
-    def _encode(self, picture: PictureCondition) -> TensorEnvelope:
+    def _encode(self, picture: PictureCondition, limit_s: float) -> TensorEnvelope:
         from cosmos3_core.conditioning.clean import clean_latents
 
-        return TensorEnvelope.of_tensor(clean_latents(self._vae, picture, read=read_clip_apart))
+        read = partial(read_clip_apart, limit_s=limit_s)
+        return TensorEnvelope.of_tensor(clean_latents(self._vae, picture, read=read))
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str
@@ -80,14 +83,11 @@ class VideoVAE:
             OutOfMemory: the clip does not fit.
         """
         chunks = self._vae.decode(latents.tensor(), chunk_latents=self._chunk_latents)
-        index = 0
-        while await in_time(context, "decode", clips.acquire.remote(stream_id, context.remaining_s("decode"))):
-            frames = await asyncio.to_thread(within_memory, self._device, lambda: _next_frames(chunks))
-            if frames is None:
-                return
-            yield ChunkDecoded(index, time.time())
-            yield FrameChunk(index, frames, os.getpid())
-            index += 1
+        made = made_on_credit(context, clips, stream_id, self._device, lambda: _next_frames(chunks))
+        async with aclosing(made):
+            async for index, frames in made:
+                yield ChunkDecoded(index, time.time())
+                yield FrameChunk(index, frames, os.getpid())
 
 
 def _next_frames(chunks: Any) -> TensorEnvelope | None:

@@ -104,23 +104,15 @@ class Walk:
             GangFailed, StageFailed: a stage's tries are used up.
         """
         start_s = time.monotonic()
-        request = self.request
-        yield Accepted(
-            self.context.request_id,
-            request.num_inference_steps,
-            request.num_frames,
-            request.seed,
-            request.notes,
-            os.getpid(),
-        )
+        yield self._accepted()
         pair, tokenized_events = await self._tokenize()
         for event in tokenized_events:
             yield event
-        if request.picture is not None:
+        if self.request.picture is not None:
             async for event in self._retried("condition", self._condition):
                 yield event
             # As large as the caller's file; nobody needs it any more.
-            self.request = replace(request, picture=replace(request.picture, media=b""))
+            self.request = replace(self.request, picture=replace(self.request.picture, media=b""))
         latents: _Latents
         async for item in self._retried("denoise", lambda context: self._denoise(context, pair)):
             if isinstance(item, _Latents):
@@ -128,7 +120,7 @@ class Walk:
             else:
                 yield item
         actions = self._actions(latents)
-        if not request.has_file:
+        if not self.request.has_file:
             self._seconds["total"] = time.monotonic() - start_s
             yield self._finished(None, pair, actions)
             return
@@ -141,6 +133,17 @@ class Walk:
             yield self._finished(item.clip, pair, actions)
             for part in item.parts:
                 yield part
+
+    def _accepted(self) -> Accepted:
+        request = self.request
+        return Accepted(
+            self.context.request_id,
+            request.num_inference_steps,
+            request.num_frames,
+            request.seed,
+            request.notes,
+            os.getpid(),
+        )
 
     async def _tokenize(self) -> tuple[TokenizedPair, list[Event]]:
         start_s = time.monotonic()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_transformer
-from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import RequestError, StateError
@@ -217,6 +217,17 @@ def test_given_noise_replaces_the_seed(denoiser: Denoiser) -> None:
         denoiser.prepare(replace(REQUEST, noise={"video": noise[:, :, :1]}))
     with pytest.raises(RequestError, match="noise.*smell"):
         denoiser.prepare(replace(REQUEST, noise={"smell": noise}))
+
+
+def test_what_a_request_holds_counts_sound_and_actions(denoiser: Denoiser) -> None:
+    memory, config = denoiser.request_memory, denoiser.transformer.config
+    alone = memory.of(REQUEST)
+    sound = memory.of(replace(REQUEST, num_sound_latents=7)) - alone
+    actions = memory.of(replace(REQUEST, action=ActionLatents(6, 1, 9))) - alone
+    # Five tensors of fp32 each, and a position a token.
+    assert sound == 7 * (5 * 4 * config.sound_dim + memory.bytes_per_token)
+    assert actions == 6 * (5 * 4 * config.action_dim + memory.bytes_per_token)
+    assert memory.bytes_per_token > 0
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(denoiser: Denoiser) -> None:

@@ -75,7 +75,7 @@ def test_without_a_hint_nothing_trails():
 def test_text_is_quoted_and_a_long_value_is_shortened_once():
     error = RequestError("prompt", "x" * 5000, "at most 512 tokens")
     assert error.given.startswith("'xxx")
-    assert error.given.endswith("... (5002 characters)")
+    assert error.given.endswith("... (5000 characters)")
     assert len(str(error)) < 250
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 

@@ -4,7 +4,15 @@ from fractions import Fraction
 
 import pytest
 
-from cosmos3_core.shapes import Geometry, LatentShape, TokenGrid, frame_rate, pixel_to_latent_shape, sound_samples
+from cosmos3_core.shapes import (
+    Geometry,
+    LatentShape,
+    TokenGrid,
+    frame_rate,
+    num_sound_latents,
+    pixel_to_latent_shape,
+    sound_samples,
+)
 
 WAN22 = Geometry()
 # Another family's numbers, so that nothing can lean on Wan 2.2's.
@@ -91,3 +99,21 @@ def test_sound_samples_are_the_whole_ones_that_fit(num_frames, fps, sampling_rat
     assert (
         Fraction(num_samples, sampling_rate) <= num_frames / frame_rate(fps) < Fraction(num_samples + 1, sampling_rate)
     )
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "fps", "expected"),
+    [
+        (189, 24, 197),  # 196.875
+        (24, 24, 25),  # exactly a second: not one more
+        (1, 24, 2),  # 1.04
+        (109, 12.5, 218),  # exactly; in floats 109 / 12.5 * 48000 is a little less
+        (1001, 23.976, 1044),  # 24000/1001 frames a second: 1043.75...
+        (48, 24, 50),
+        (49, 24, 52),
+    ],
+)
+def test_sound_latents_cover_the_clip_and_no_more(num_frames, fps, expected):
+    assert num_sound_latents(num_frames, fps, 25.0) == expected
+    rate = frame_rate(fps)
+    assert (expected - 1) * rate < num_frames * 25 <= expected * rate

@@ -6,6 +6,7 @@ for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -64,6 +65,15 @@ def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -
         raise RequestError("resolution_tier", tier, f"one of {list(ACTION_TIERS)}")
     rows, columns = floored(height, width, field=field)
     return min(ACTION_TIERS[tier], key=lambda canvas: abs(canvas.height / canvas.width - rows / columns))
+
+
+def covering_size(height: int, width: int, to_height: int, to_width: int) -> Canvas:
+    """The size at which a picture covers a target, its proportions kept: at least the target's on both sides.
+
+    Source: diffusers 0.42.1, ``_preprocess_conditioning_image``.
+    """
+    scale = max(to_width / width, to_height / height)
+    return Canvas(math.ceil(scale * height), math.ceil(scale * width))
 
 
 def content_size(height: int, width: int, canvas: Canvas | tuple[int, int], *, field: str = "video") -> Canvas:

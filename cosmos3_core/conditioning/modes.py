@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
+ACTIONS_ONLY = "actions"
+"""The output that decodes no picture."""
+
 IMAGE, VIDEO = "image", "video"
 """What media may be: the request's field of that name."""
 
@@ -63,6 +66,11 @@ class Mode:
         has_sound: a sound track is generated with the pictures.
         is_image: the result is a single picture.
         needs_prompt: False where an empty prompt says enough.
+        chooses_frames: a request says which latent frames are given.
+        output: the default one; None: a file of the kind that the result is.
+
+    Raises:
+        ValueError: a row that contradicts itself.
     """
 
     name: str
@@ -73,11 +81,14 @@ class Mode:
     has_sound: bool = False
     is_image: bool = False
     needs_prompt: bool = True
+    chooses_frames: bool = False
+    output: str | None = None
 
-    @property
-    def chooses_frames(self) -> bool:
-        """Whether a request says which latent frames are given."""
-        return self.clean_frames is _chosen_frames
+    def __post_init__(self) -> None:
+        if (self.resizing is None) != (not self.media):
+            raise ValueError(f"{self.name}: media and resizing go together")
+        if self.resizing is Resizing.PAD and not self.has_actions:
+            raise ValueError(f"{self.name}: only modes with actions have a tier, which says how to pad")
 
     @property
     def has_actions(self) -> bool:
@@ -97,11 +108,19 @@ WITH_SOUND = "_with_sound"
 _SILENT = (
     Mode(TEXT_TO_VIDEO),
     Mode(IMAGE_TO_VIDEO, (IMAGE,), _first_frame, Resizing.CROP),
-    Mode(VIDEO_TO_VIDEO, (VIDEO,), _chosen_frames, Resizing.STRETCH),
+    Mode(VIDEO_TO_VIDEO, (VIDEO,), _chosen_frames, Resizing.STRETCH, chooses_frames=True),
 )
 _ACTING = (
     Mode(FORWARD_DYNAMICS, (IMAGE, VIDEO), _first_frame, Resizing.PAD, Actions.GIVEN, needs_prompt=False),
-    Mode(INVERSE_DYNAMICS, (VIDEO,), _all_frames, Resizing.PAD, Actions.GENERATED, needs_prompt=False),
+    Mode(
+        INVERSE_DYNAMICS,
+        (VIDEO,),
+        _all_frames,
+        Resizing.PAD,
+        Actions.GENERATED,
+        needs_prompt=False,
+        output=ACTIONS_ONLY,  # the pictures are the given ones over again
+    ),
     Mode(POLICY, (IMAGE, VIDEO), _first_frame, Resizing.PAD, Actions.GENERATED),
 )
 _ALL = (

@@ -8,15 +8,13 @@ Shape letters: C channels, F/Y/X pixel frames, rows, columns. All results are fp
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosmos3_core.conditioning.canvas import Canvas, action_canvas, content_size, floored
+from cosmos3_core.conditioning.canvas import Canvas, action_canvas, content_size, covering_size, floored
 from cosmos3_core.media.pixels import Frames
 
 
@@ -31,16 +29,13 @@ def crop_to_fill(image_YX3: Frames, height: int, width: int) -> Tensor:
         [3, Y, X] in [-1, 1]: one of 256 values each, rounded after scaling.
     """
     # A copy, because the array may be read-only, which PyTorch does not know.
-    image_1CYX = torch.from_numpy(image_YX3.copy()).permute(2, 0, 1).unsqueeze(0).to(torch.float32)
-    rows, columns = image_YX3.shape[:2]
-    scale = max(width / columns, height / rows)
-    scaled_rows, scaled_columns = math.ceil(scale * rows), math.ceil(scale * columns)
-    image_1CYX = F.interpolate(
-        image_1CYX, (scaled_rows, scaled_columns), mode="bilinear", align_corners=False, antialias=True
-    )
-    top, left = round((scaled_rows - height) / 2), round((scaled_columns - width) / 2)
-    image_CYX = image_1CYX[0, :, top : top + height, left : left + width]
-    return image_CYX.round().clamp(0, 255) / 127.5 - 1.0
+    source_1CYX = torch.from_numpy(image_YX3.copy()).permute(2, 0, 1)[None].float()
+    rows, columns, _ = image_YX3.shape
+    covering = covering_size(rows, columns, height, width)
+    scaled_CYX = F.interpolate(source_1CYX, tuple(covering), mode="bilinear", align_corners=False, antialias=True)[0]
+    top, left = round((covering.height - height) / 2), round((covering.width - width) / 2)
+    # 256 values, as the bytes of a picture have.
+    return scaled_CYX[:, top : top + height, left : left + width].round().clamp(0, 255) / 127.5 - 1.0
 
 
 def stretch(frames_FYX3: Frames, height: int, width: int) -> Tensor:
@@ -79,16 +74,16 @@ def fit_and_pad(frames_FYX3: Frames, tier: int, num_frames: int) -> tuple[Tensor
     rows, columns = frames_FYX3.shape[1:3]
     canvas = action_canvas(rows, columns, tier)
     content = content_size(rows, columns, canvas)
-    frames_CFYX = stretch(frames_FYX3[:num_frames], *floored(rows, columns))
-    frames_FCYX = frames_CFYX.permute(1, 0, 2, 3)
-    if tuple(content) != tuple(frames_FCYX.shape[2:]):
-        frames_FCYX = F.interpolate(frames_FCYX, tuple(content), mode="bicubic", align_corners=False, antialias=True)
     down, right = canvas.height - content.height, canvas.width - content.width
-    if right or down:
-        # A mirror image has one row and column less than the picture; wider padding repeats the edge instead.
-        mode = "replicate" if right >= content.width or down >= content.height else "reflect"
-        frames_FCYX = F.pad(frames_FCYX, (0, right, 0, down), mode=mode)
-    missing = num_frames - len(frames_FCYX)
-    if missing > 0:
-        frames_FCYX = torch.cat([frames_FCYX, frames_FCYX[-1:].expand(missing, -1, -1, -1)])
-    return frames_FCYX.permute(1, 0, 2, 3).contiguous(), content
+    # A mirror image lacks the row and column at the mirror: it is shorter than the picture, and wider padding repeats.
+    padding = "reflect" if right < content.width and down < content.height else "replicate"
+    pixels_CFYX = torch.empty((3, num_frames, *canvas), dtype=torch.float32)
+    for index, frame_YX3 in enumerate(frames_FYX3[:num_frames]):
+        # One at a time: a clip takes several times its memory on the way.
+        frame_1CYX = stretch(frame_YX3[None], *floored(rows, columns)).permute(1, 0, 2, 3)
+        if tuple(frame_1CYX.shape[2:]) != tuple(content):
+            frame_1CYX = F.interpolate(frame_1CYX, tuple(content), mode="bicubic", align_corners=False, antialias=True)
+        pixels_CFYX[:, index] = F.pad(frame_1CYX, (0, right, 0, down), mode=padding)[0]
+    num_given = min(len(frames_FYX3), num_frames)
+    pixels_CFYX[:, num_given:] = pixels_CFYX[:, num_given - 1 : num_given]
+    return pixels_CFYX, content

@@ -23,11 +23,6 @@ _LOSSLESS_WEBP_EFFORT = 50  # 0 to 100; more takes several times as long for a f
 _MAX_SIDE_PIXELS = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
 
 
-def write_png(target: Target, frame: Frames) -> None:
-    """:func:`write_image` for ``png``."""
-    write_image(target, frame, "png")
-
-
 def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT_QUALITY) -> None:
     """Write one frame as an 8-bit RGB image. The same frame and settings give the same bytes.
 

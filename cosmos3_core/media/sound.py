@@ -52,11 +52,6 @@ class SoundFormat:
         checks.integer("num_channels", self.num_channels, 1, MAX_CHANNELS)
         checks.integer("num_samples", self.num_samples, 1, MAX_SAMPLES)
 
-    @property
-    def duration_s(self) -> float:
-        """Seconds that the track lasts."""
-        return self.num_samples / self.sampling_rate
-
 
 def check_samples(samples: Any, num_channels: int | None = None) -> None:
     """Make sure that ``samples`` is a float32 array [channels, n] of finite numbers, of ``num_channels`` where given.

@@ -14,6 +14,7 @@ from typing import Any
 from cosmos3_core import checks
 from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE
 from cosmos3_core.errors import RequestError
+from cosmos3_core.media.image import IMAGE_KINDS
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import GenerationRequest
 from deployments.api.fields import (
@@ -32,7 +33,6 @@ from deployments.api.given_media import given_media
 _DEFAULT_FPS = 24.0
 _MAX_SECONDS = 3600.0
 _MAX_IMAGES = 10
-_IMAGE_FORMATS = ("png", "jpeg", "webp")
 _MAX_SHOWN_CHARS = 200
 
 B64_JSON, FILE_ITSELF = "b64_json", "file"
@@ -98,7 +98,7 @@ def parse_image_body(fields: dict[str, Any], model_name: str) -> ImageJob:
     num_images = checks.integer("n", given.get("n", 1), 1, _MAX_IMAGES)
     first_seed = given.get("seed", GenerationRequest.seed)
     checks.integer("seed", first_seed, 0, LIMITS.max_seed - num_images + 1)
-    output = checks.choice("output_format", given.get("output_format", _IMAGE_FORMATS[0]), _IMAGE_FORMATS)
+    output = checks.choice("output_format", given.get("output_format", IMAGE_KINDS[0]), IMAGE_KINDS)
     if given.get("size") == "auto":
         del given["size"]
     width, height = _frame_size(given)
@@ -143,13 +143,15 @@ def _read(name: str, value: Any, kind: Kind) -> Any:
         value = FormText(value.decode("utf-8", "replace"))  # a JSON file
     if isinstance(value, bytes) and kind is not FILE:
         raise RequestError(name, "a file", "a text")
+    if isinstance(value, str) and kind not in (FILE, ROWS, OBJECT):
+        checks.text(name, value, LIMITS.max_prompt_chars, may_be_empty=True)
     if isinstance(value, FormText) or (isinstance(value, str) and kind.is_text_too):
         try:
             value = kind.read(value)
         except ValueError:
             value = str(value)
-    if isinstance(value, str) and kind is not FILE:
-        checks.text(name, value, LIMITS.max_prompt_chars, may_be_empty=True)  # goes no further
+    if isinstance(value, str) and kind in (ROWS, OBJECT):
+        checks.text(name, value, LIMITS.max_prompt_chars, may_be_empty=True)  # what could not be read goes no further
     return value
 
 

@@ -20,6 +20,8 @@ _MAX_FIELDS = 64
 _MAX_FILES = 4
 # The slowest client: 160 KiB/s for the largest body.
 _UPLOAD_S = 600.0
+# Between two pieces: a connection that says nothing holds its place no longer.
+_IDLE_S = 30.0
 _MAX_DIGITS = 18
 _MAX_SHOWN_CHARS = 60
 
@@ -30,7 +32,7 @@ async def read_fields(request: Request, max_bytes: int, held: Held) -> dict[str,
     Args:
         request: whose body was not read yet.
         max_bytes: that it may have.
-        held: grows with the body; with an announced length, before anything is read.
+        held: grows with the body; for an announced length there has to be room before anything is read.
 
     Raises:
         BodyError: 413 too large, 415 another content type, 400 not readable or not whole, 408 too slow.
@@ -40,12 +42,13 @@ async def read_fields(request: Request, max_bytes: int, held: Held) -> dict[str,
     if announced.isdecimal():
         if len(announced) > _MAX_DIGITS or int(announced) > max_bytes:
             raise _too_large(max_bytes)
-        held.grow_to(int(announced))
+        held.check(int(announced))
     try:
         async with asyncio.timeout(_UPLOAD_S):
             return await _fields(request, _bounded(request, max_bytes, held), max_bytes)
     except TimeoutError:
-        raise BodyError(408, "body_too_slow", f"the body did not come within {_UPLOAD_S:g} s") from None
+        limits = f"allowed are {_UPLOAD_S:g} s for all of it and {_IDLE_S:g} s between two pieces"
+        raise BodyError(408, "body_too_slow", f"the body did not come in time; {limits}") from None
     except ClientDisconnect:
         raise BodyError(400, "body_incomplete", "the connection was closed before the end of the body") from None
 
@@ -72,7 +75,8 @@ async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, An
         data = bytearray()
         async for chunk in stream:
             data += chunk
-        return _json_object(data)
+        # Beside the event loop: a large one takes a second.
+        return await asyncio.to_thread(_json_object, data)
     limits = {"max_fields": _MAX_FIELDS, "max_part_size": max_bytes}
     parser: MultiPartParser | FormParser | None = None
     if kind == "multipart/form-data":
@@ -94,7 +98,12 @@ async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, An
 
 async def _bounded(request: Request, max_bytes: int, held: Held) -> AsyncIterator[bytes]:
     num_bytes = 0
-    async for chunk in request.stream():
+    chunks = request.stream()
+    while True:
+        async with asyncio.timeout(_IDLE_S):
+            chunk = await anext(chunks, None)
+        if chunk is None:
+            return
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise _too_large(max_bytes)

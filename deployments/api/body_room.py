@@ -42,9 +42,17 @@ class BodyRoom:
         Raises:
             OverloadedError: there is not so much room.
         """
+        self.check(num_bytes)
+        self._taken_bytes += num_bytes
+
+    def check(self, num_bytes: int) -> None:
+        """Use :meth:`Held.check` instead.
+
+        Raises:
+            OverloadedError: there is not so much room.
+        """
         if self._taken_bytes + num_bytes > self._max_bytes:
             raise OverloadedError("bytes of bodies in memory", self._max_bytes, _RETRY_S)
-        self._taken_bytes += num_bytes
 
     def overdraw(self, num_bytes: int) -> None:
         """Use :meth:`Held.need` instead."""
@@ -64,6 +72,14 @@ class Held:
         """
         self._room.overdraw(num_bytes)
         self.num_bytes += num_bytes
+
+    def check(self, num_bytes: int) -> None:
+        """Make sure that there would be room for so many bytes; none is taken for what has not come yet.
+
+        Raises:
+            OverloadedError: there is not so much room.
+        """
+        self._room.check(num_bytes)
 
     def grow_to(self, num_bytes: int) -> None:
         """Have room for so many bytes in all.

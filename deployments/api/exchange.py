@@ -23,8 +23,10 @@ logger = logging.getLogger("ray.serve")
 
 # Beyond the request's own deadline, which the Director keeps.
 _SLACK_S = 15.0
-# Until the Director says that it has a request, or why not. A dead one is back within seconds.
+# Until the Director says that it has a request, or why not: at once, and a dead one is back within seconds; but for a
+# clip, which is looked at first, and may wait for others.
 _ACCEPT_S = 60.0
+_ACCEPT_CLIP_S = 600.0
 # Until the next part of a file that is there.
 _PART_S = 60.0
 # Between two tries for a place.
@@ -54,11 +56,12 @@ class Exchange:
             Exception: why it does not.
         """
         self._events = self._director.stream.remote(request, self.request_id, timeout_s)
+        limit_s = _ACCEPT_S if request.video is None else _ACCEPT_CLIP_S
         try:
-            async with asyncio.timeout(_ACCEPT_S):
-                await anext(self._events)  # Accepted, or why not; it comes at once from a Director that lives
+            async with asyncio.timeout(limit_s):
+                await anext(self._events)  # Accepted, or why not
         except TimeoutError:
-            raise StageFailed("director", 1, f"no word of the request within {_ACCEPT_S:g} s") from None
+            raise StageFailed("director", 1, f"no word of the request within {limit_s:g} s") from None
 
     async def finished(self) -> Finished:
         """Follow the request to the event that the file's parts come after.

@@ -14,6 +14,7 @@ from deployments.api.json_text import read_json
 # Of base64.
 _BYTES_PER_CHAR = 0.75
 _MAX_SHOWN_CHARS = 60
+_WITHOUT_SPACE = dict.fromkeys(map(ord, " \t\r\n\f\v"))
 _ALLOWED = "a file part of a multipart form, a data URL (data:image/png;base64,...), or base64"
 
 
@@ -102,7 +103,7 @@ def _decoded(field: str, text: str) -> bytes:
         hint = "URLs are not fetched: send the file itself."
         raise RequestError(field, _start(text), _ALLOWED, hint)
     try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
+        return base64.b64decode(encoded.translate(_WITHOUT_SPACE), validate=True)
     except ValueError:
         raise _refused(field, text) from None
 

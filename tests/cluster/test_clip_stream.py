@@ -82,6 +82,20 @@ def test_closing_ends_both_sides() -> None:
     run(body())
 
 
+def test_closing_ends_every_producer() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=1)
+        assert await clips.acquire("a", 1)
+        waiting = [asyncio.create_task(clips.acquire("a", 10)) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        await clips.close("a", "because")
+        async with asyncio.timeout(1):
+            assert await asyncio.gather(*waiting) == [False] * 3
+
+    run(body())
+
+
 def test_clips_do_not_mix_and_their_number_is_bounded() -> None:
     async def body() -> None:
         clips = ClipStreams(2)

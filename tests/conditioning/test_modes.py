@@ -106,3 +106,16 @@ def test_the_modes_are_the_published_ones() -> None:
     assert [name for name, mode in MODES.items() if mode.has_sound] == [n for n in MODES if n.endswith("_with_sound")]
     assert [name for name, mode in MODES.items() if not mode.needs_prompt] == ["forward_dynamics", "inverse_dynamics"]
     assert [name for name, mode in MODES.items() if mode.is_image] == ["text_to_image"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"media": ("video",)}, "go together"),
+        ({"resizing": Resizing.CROP}, "go together"),
+        ({"media": ("video",), "resizing": Resizing.PAD}, "only modes with actions"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Mode("arrive", clean_frames=last_frame, **row)

@@ -5,10 +5,18 @@ import re
 
 import pytest
 
+from cosmos3_core.conditioning.modes import MODES
+
 # Names that say nothing; a function lives beside its noun.
 NAMELESS = {"utils.py", "helpers.py", "common.py", "misc.py", "base.py"}
 # A mode is data (what is noisy, what is clean, where it sits), never a branch of the loop.
-MODE_WORDS = {"t2v", "i2v", "v2v", "sound", "action", "transfer"}
+MODE_WORDS = {"t2i", "t2v", "i2v", "v2v", "sound", "action", "actions", "policy", "dynamics", "transfer", "image"}
+# Where no mode may be told by its name, nor by the constant that stands for it.
+MODE_FREE = ("cosmos3_core/sampler", "cosmos3_core/model", "cosmos3_core/vae", "cosmos3_core/parallel")
+MODE_FREE_FILES = {
+    *("cosmos3_core/denoiser.py", "cosmos3_core/denoise_request.py", "cosmos3_core/engine.py"),
+    *("cosmos3_core/conditioning/initial.py", "cosmos3_core/conditioning/clean.py", "cosmos3_core/generate.py"),
+}
 
 
 def nameless_files(sources):
@@ -38,6 +46,20 @@ def mode_words(sources):
     return found
 
 
+def named_modes(sources):
+    names = {*MODES, *(mode.upper() for mode in MODES)}
+    return [
+        f"{source.path}:{line}: {text}; ask the mode's row what it needs to know"
+        for source in sources
+        if source.is_in(*MODE_FREE) or str(source.path) in MODE_FREE_FILES
+        for text, line in (
+            *source.identifiers(),
+            *((node.value, node.lineno) for node in ast.walk(source.tree) if isinstance(node, ast.Constant)),
+        )
+        if text in names
+    ]
+
+
 def test_no_file_without_a_noun(product):
     assert nameless_files(product) == []
 
@@ -50,6 +72,17 @@ def test_the_file_rule_finds_a_planted_violation(planted, name):
 
 def test_the_sampler_knows_no_modes(core):
     assert mode_words(core) == []
+
+
+def test_the_way_of_a_request_asks_for_no_modes_name(core):
+    assert named_modes(core) == []
+
+
+@pytest.mark.parametrize("path", ["cosmos3_core/denoiser.py", "cosmos3_core/sampler/a.py", "cosmos3_core/engine.py"])
+@pytest.mark.parametrize("text", ["if mode == 'policy': ...", "f(TEXT_TO_IMAGE)", "x['image_to_video_with_sound']"])
+def test_the_rule_of_names_finds_a_planted_violation(planted, path, text):
+    assert named_modes(planted(path, text))
+    assert named_modes(planted("cosmos3_core/resolve.py", text)) == []
 
 
 @pytest.mark.parametrize(

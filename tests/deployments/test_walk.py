@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -581,3 +583,64 @@ def test_leaving_in_the_middle_cancels_what_runs(tiny_nano: Path) -> None:
     assert stages.decode.responses[0].was_cancelled
     assert stages.encode.responses[0].was_cancelled
     assert stages.decoded < 20
+
+
+def test_the_callers_picture_is_let_go_when_it_is_encoded(tiny_nano: Path) -> None:
+    class Media(np.ndarray[Any, Any]):
+        """An array that can be watched."""
+
+    stages = FakeStages()
+    media = IMAGE.copy().view(Media)
+    watched = weakref.ref(media)
+    walk = stages.walk(tiny_nano, image=media)
+    del media
+    gone_at: list[str] = []
+
+    async def follow() -> None:
+        async for event in walk.events():
+            gc.collect()
+            if watched() is None:
+                gone_at.append(type(event).__name__)
+
+    # The fakes keep what they were called with.
+    stages.encode_picture = Method(stages._encode_picture)
+    walk.stages = replace(walk.stages, vae=SimpleNamespace(decode=stages.decode, encode=ForgetfulMethod(stages)))
+    run(follow())
+    assert gone_at[0] == "StepDone", gone_at
+
+
+class ForgetfulMethod:
+    """:meth:`FakeStages._encode_picture` that keeps nothing of its arguments."""
+
+    def __init__(self, stages: FakeStages) -> None:
+        self._stages = stages
+
+    def remote(self, context: RequestContext, picture: Any) -> Response:
+        async def encode() -> AsyncIterator[Any]:
+            yield messages.PictureEncoded(0.1, 1, 14)
+            yield "clean latents"
+
+        return Response(encode())
+
+
+def test_another_gang_gets_the_given_frames_too(tiny_nano: Path) -> None:
+    gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
+    gangs["transformer"].is_full = True
+    walk = gangs["transformer"].walk(tiny_nano, image=IMAGE)
+    walk.stages = replace(walk.stages, unguided=gangs["unguided"])
+    events = run(collect(walk))
+    assert kinds(events).count("Finished") == 1
+    assert gangs["unguided"].clean == ["clean latents of try 1"]
+
+
+def test_the_streams_of_sound_requests_are_closed(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    walk = stages.walk(tiny_nano, generate_sound=True)
+    walk.stages = replace(walk.stages, audio=stages.audio)
+
+    async def body() -> int:
+        await collect(walk)
+        await asyncio.sleep(0.05)
+        return await stages.clips.num_open()
+
+    assert run(body()) == 0

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cosmos3_core.media.image import write_png
+from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import probe_video
 from deployments.http_client import get
 
@@ -143,7 +143,7 @@ def test_an_image_and_a_note(served: Serving, tmp_path: Path) -> None:
 
 
 def test_an_image_and_actions_go_there_and_back(served: Serving, tiny_nano: Path, tmp_path: Path) -> None:
-    write_png(tmp_path / "arm.png", np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    write_image(tmp_path / "arm.png", np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8), "png")
     policy = ("--mode", "policy", "--prompt", "Pick it up.", "--domain-name", "bridge_orig_lerobot", "--steps", "2")
     policy = (*policy, "--image", "arm.png", "--action-chunk-size", "4", "--resolution-tier", "256")
     over_http = cosmos3("generate", "--url", served.url(), *policy, "--out", "http", cwd=tmp_path)

@@ -23,7 +23,7 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
-from cosmos3_core.media.image import write_png
+from cosmos3_core.media.image import write_image
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import offered_modes, resolve
@@ -78,7 +78,7 @@ def small_app(start_app: Callable[..., Any]) -> Any:
 def png() -> bytes:
     """A picture of other proportions than GOOD's."""
     stream = io.BytesIO()
-    write_png(stream, np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8))
+    write_image(stream, np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8), "png")
     return stream.getvalue()
 
 

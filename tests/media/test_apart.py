@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media import apart
 from cosmos3_core.media.apart import probe_clip_apart, read_clip_apart
 from cosmos3_core.media.mp4 import Mp4Writer
@@ -45,19 +47,39 @@ def test_a_refusal_says_what_it_says_here(clip: bytes) -> None:
         )
 
 
-def test_frames_and_stills_need_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_need_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     assert probe_clip_apart("video", frames).num_frames == 2
     assert read_clip_apart("video", frames, num_frames=1, keep="first").shape == (1, 16, 16, 3)
-    with pytest.raises(RequestError, match="video"):
-        probe_clip_apart("video", b"no file at all")
+
+
+def test_what_is_no_file_is_refused_as_here() -> None:
+    for data in (b"no file at all", b""):
+        with pytest.raises(RequestError) as here:
+            probe_clip("video", data)
+        with pytest.raises(RequestError) as there:
+            probe_clip_apart("video", data)
+        assert str(there.value) == str(here.value)
+
+
+def test_animations_are_read_there_too() -> None:
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (10, 200)]
+    gif = io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    assert probe_clip_apart("video", gif.getvalue()) == probe_clip("video", gif.getvalue())
 
 
 @pytest.mark.parametrize("end", ["os.abort()", "os._exit(3)", "sys.stdout.close()"])
 def test_a_reader_that_dies_is_the_files_fault(end: str, clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apart, "_CHILD", f"import os, sys; sys.stdin.buffer.read(); {end}")
     with pytest.raises(RequestError, match="It made the reader fail"):
+        probe_clip_apart("video", clip)
+
+
+def test_a_reader_that_is_killed_is_not_the_files_fault(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "_CHILD", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(MediaError, match="killed"):
         probe_clip_apart("video", clip)
 
 
@@ -71,16 +93,35 @@ def test_a_reader_that_hangs_is_ended(clip: bytes, monkeypatch: pytest.MonkeyPat
     assert not os.path.exists(f"/proc/{pid_file.read_text()}")
 
 
-def test_the_readers_memory_is_bounded_and_not_ours(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apart, "_CHILD", apart._CHILD.replace("serve()", "").rstrip("; ") + _HUNGRY)
-    with pytest.raises(RequestError, match="a clip that is read within"):
+@pytest.mark.parametrize("bound", [1 << 30, 16 << 30])
+def test_the_readers_memory_is_bounded(bound: int, clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    hungry = f"""
+import sys
+sys.path.insert(0, {str(apart._ROOT)!r})
+import cosmos3_core.media.apart as apart
+apart._MEMORY_BYTES = {bound}
+apart.probe_clip = lambda field, data: (len(bytearray(4 << 30)) >> 30, 1, 1)
+apart.serve()
+"""
+    monkeypatch.setattr(apart, "_CHILD", hungry)
+    if bound > 4 << 30:
+        assert probe_clip_apart("video", clip).height == 4, "it has the memory"
+        return
+    with pytest.raises(RequestError, match="a clip that is read within 1 GiB"):
         probe_clip_apart("video", clip)
 
 
-# The child, with a reader that wants more than it may have.
-_HUNGRY = """
+def test_the_readers_time_is_bounded(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(apart._ROOT)!r})
 import cosmos3_core.media.apart as apart
-apart._MEMORY_BYTES = 1 << 30
-apart.probe_clip = lambda field, data: bytearray(4 << 30)
+apart._CPU_S = 1
+def spin(field, data):
+    while True: pass
+apart.probe_clip = spin
 apart.serve()
 """
+    monkeypatch.setattr(apart, "_CHILD", script)
+    with pytest.raises((RequestError, MediaError)):
+        probe_clip_apart("video", clip)

@@ -8,7 +8,7 @@ import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media import image as image_module
-from cosmos3_core.media.image import write_image, write_png
+from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import read_frames
 
 
@@ -19,7 +19,7 @@ def noise(height, width):
 @pytest.mark.parametrize("frame", [noise(48, 80), noise(1, 1), noise(7, 33)], ids=["even", "pixel", "odd"])
 def test_pixels_come_back_exactly(tmp_path, frame):
     path = tmp_path / "frame.png"
-    write_png(path, frame)
+    write_image(path, frame, "png")
     np.testing.assert_array_equal(next(read_frames(path)), frame)
     with PIL.Image.open(path) as image:
         assert image.mode == "RGB"
@@ -29,15 +29,15 @@ def test_pixels_come_back_exactly(tmp_path, frame):
 def test_bytes_are_reproducible_and_a_stream_gets_the_same(tmp_path, clip):
     paths = tmp_path / "a.png", tmp_path / "b.png"
     for path in paths:
-        write_png(path, clip[3])
+        write_image(path, clip[3], "png")
     stream = io.BytesIO()
-    write_png(stream, clip[3])
+    write_image(stream, clip[3], "png")
     assert paths[0].read_bytes() == paths[1].read_bytes() == stream.getvalue()
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_a_view_in_another_memory_order(tmp_path, clip):
-    write_png(tmp_path / "view.png", clip[0][::-1, ::-1])
+    write_image(tmp_path / "view.png", clip[0][::-1, ::-1], "png")
     np.testing.assert_array_equal(next(read_frames(tmp_path / "view.png")), clip[0][::-1, ::-1])
 
 
@@ -48,18 +48,18 @@ def test_a_view_in_another_memory_order(tmp_path, clip):
 )
 def test_wrong_frames_are_refused(tmp_path, frame):
     with pytest.raises(RequestError, match=r"a uint8 array \[Y, X, 3\]"):
-        write_png(tmp_path / "frame.png", frame)
+        write_image(tmp_path / "frame.png", frame, "png")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_frame_is_refused(tmp_path):
     with pytest.raises(RequestError, match="at least one pixel"):
-        write_png(tmp_path / "frame.png", np.zeros((0, 8, 3), np.uint8))
+        write_image(tmp_path / "frame.png", np.zeros((0, 8, 3), np.uint8), "png")
 
 
 def test_a_missing_directory_is_named(tmp_path, clip):
     with pytest.raises(RequestError, match="Create the directory first"):
-        write_png(tmp_path / "missing" / "frame.png", clip[0])
+        write_image(tmp_path / "missing" / "frame.png", clip[0], "png")
 
 
 # --- jpeg and webp ---------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_bytes_of_every_kind_are_reproducible_in_any_memory_order(tmp_path, clip
 
 def test_png_knows_no_quality(clip):
     files = [io.BytesIO() for _ in range(3)]
-    write_png(files[0], clip[0])
+    write_image(files[0], clip[0], "png")
     write_image(files[1], clip[0], "png", 0)
     write_image(files[2], clip[0], "png", 100)
     assert files[0].getvalue() == files[1].getvalue() == files[2].getvalue()

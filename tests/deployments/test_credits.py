@@ -1,0 +1,92 @@
+"""Producers of a clip's stream: as many chunks as there are credits, and two may share one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.clip_stream import ClipStreams
+from cluster.envelope import TensorEnvelope
+from cluster.errors import DeadlineExceeded
+from deployments.credits import made_on_credit
+from deployments.messages import RequestContext
+
+CPU = torch.device("cpu")
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 30))
+
+
+def remote(clips: ClipStreams) -> Any:
+    """The actor's handle."""
+    return SimpleNamespace(acquire=SimpleNamespace(remote=clips.acquire), release=SimpleNamespace(remote=clips.release))
+
+
+class Source:
+    """Makes so many chunks."""
+
+    def __init__(self, num_chunks: int) -> None:
+        self.num_chunks, self.made = num_chunks, 0
+
+    def __call__(self) -> TensorEnvelope | None:
+        if self.made == self.num_chunks:
+            return None
+        self.made += 1
+        return TensorEnvelope.of_array(np.full(3, self.made, np.uint8))
+
+
+def test_a_chunk_is_made_when_there_is_a_credit_for_it() -> None:
+    async def body() -> None:
+        clips, source = ClipStreams(1), Source(5)
+        await clips.open("a", window=2)
+        made = made_on_credit(RequestContext.new("r", 20), remote(clips), "a", CPU, source)
+        assert [await anext(made) for _ in range(2)][1][0] == 1
+        waiting = asyncio.create_task(anext(made))
+        await asyncio.sleep(0.05)
+        assert source.made == 2, "the third waits for its credit"
+        await clips.release("a")
+        assert (await waiting)[0] == 2
+        await clips.close("a", "enough")
+        assert [index async for index, _ in made] == []
+        assert source.made == 3
+
+    run(body())
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("late", [0, 1])
+def test_two_producers_share_the_credits_whoever_ends_first(window: int, late: int) -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=window)
+        taken = []
+
+        async def produce(number: int, num_chunks: int) -> None:
+            await asyncio.sleep(0.05 * (number == late))
+            context = RequestContext.new("r", 5)
+            async for index, _ in made_on_credit(context, remote(clips), "a", CPU, Source(num_chunks)):
+                taken.append((number, index))
+                await clips.release("a")  # the encoder's
+
+        await asyncio.gather(produce(0, 4), produce(1, 1))
+        assert sorted(taken) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+
+    run(body())
+
+
+def test_waiting_ends_with_the_deadline() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=1)
+        assert await clips.acquire("a", 1)
+        with pytest.raises(DeadlineExceeded):
+            await anext(made_on_credit(RequestContext.new("r", 0.1), remote(clips), "a", CPU, Source(1)))
+
+    run(body())

@@ -1,0 +1,111 @@
+"""Checking requests: in place, but for clips, which other processes look at; few at a time. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import DeadlineExceeded
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.errors import CapabilityError
+from cosmos3_core.media import apart
+from cosmos3_core.request import GenerationRequest
+from deployments import request_check
+from deployments.messages import RequestContext
+from deployments.request_check import RequestCheck
+
+CLIP = GenerationRequest(prompt="a", video=b"a file", num_inference_steps=2)
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 30))
+
+
+@pytest.fixture
+def layout(tiny_nano: Path) -> CheckpointLayout:
+    return CheckpointLayout.open(tiny_nano)
+
+
+def context(limit_s: float = 20) -> RequestContext:
+    return RequestContext.new("r", limit_s)
+
+
+class SlowResolve:
+    """In place of the real one: counts how many run at a time."""
+
+    def __init__(self, check: RequestCheck, seconds: float) -> None:
+        self.seconds, self.now, self.most, self.calls = seconds, 0, 0, 0
+        self.lock = threading.Lock()
+        check._resolve = self  # type: ignore[assignment]
+
+    def __call__(self, request: GenerationRequest) -> str:
+        if request.video is None:
+            return "resolved"
+        with self.lock:
+            self.now, self.calls = self.now + 1, self.calls + 1
+            self.most = max(self.most, self.now)
+        time.sleep(self.seconds)
+        with self.lock:
+            self.now -= 1
+        return "resolved"
+
+
+def test_clips_are_looked_at_in_other_processes(layout: CheckpointLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(apart, "_ask", lambda question, *_: asked.append(question) or ({"info": [32, 48, 9]}, b""))
+    check = RequestCheck(layout, is_sound_offered=True)
+    resolved = run(check.resolved(context(), CLIP))
+    assert resolved.mode == "video_to_video"
+    assert [question["do"] for question in asked] == ["probe"]
+
+
+def test_few_are_looked_at_at_a_time_and_nobody_else_waits(layout: CheckpointLayout) -> None:
+    async def body() -> None:
+        check = RequestCheck(layout, is_sound_offered=True)
+        slow = SlowResolve(check, 0.5)
+        clips = [asyncio.create_task(check.resolved(context(), CLIP)) for _ in range(6)]
+        await asyncio.sleep(0.05)
+        await check.resolved(context(), GenerationRequest(prompt="a"))
+        assert not any(task.done() for task in clips)
+        await asyncio.gather(*clips)
+        assert slow.most == request_check._MAX_PROBES
+
+    run(body())
+
+
+def test_those_who_leave_leave_no_work_behind(layout: CheckpointLayout) -> None:
+    async def body() -> None:
+        check = RequestCheck(layout, is_sound_offered=True)
+        slow = SlowResolve(check, 0.2)
+        clips = [asyncio.create_task(check.resolved(context(), CLIP)) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        for task in clips:
+            task.cancel()
+        await asyncio.gather(*clips, return_exceptions=True)
+        await asyncio.sleep(0.5)
+        assert slow.calls == request_check._MAX_PROBES
+        assert await check.resolved(context(), CLIP) == "resolved", "their places are free again"
+
+    run(body())
+
+
+def test_looking_counts_towards_the_deadline(layout: CheckpointLayout) -> None:
+    async def body() -> None:
+        check = RequestCheck(layout, is_sound_offered=True)
+        SlowResolve(check, 1.0)
+        with pytest.raises(DeadlineExceeded):
+            await check.resolved(context(0.1), CLIP)
+
+    run(body())
+
+
+def test_sound_is_refused_where_nothing_decodes_it(layout: CheckpointLayout) -> None:
+    check = RequestCheck(layout, is_sound_offered=False)
+    with pytest.raises(CapabilityError, match="configured without"):
+        run(check.resolved(context(), GenerationRequest(prompt="a", generate_sound=True)))
