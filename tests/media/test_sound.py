@@ -158,9 +158,6 @@ def test_wrong_formats_name_the_field(field, value):
     assert caught.value.field == field
 
 
-def test_how_long_a_track_lasts():
-
-
 @pytest.mark.parametrize("content", [None, b"", b"not a sound " * 100], ids=["missing", "empty", "text"])
 @pytest.mark.parametrize("read", [probe_sound, read_sound])
 def test_unreadable_files_are_media_errors(tmp_path, content, read):
