@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_core.checkpoint.configs import TransformerConfig
+from cosmos3_core.model.rope import RopeTable
+from cosmos3_core.ops.registry import Ops
 
 
 def take_rows(x: Tensor, rows: slice) -> Tensor:
@@ -25,28 +27,36 @@ class RMSNorm(nn.Module):
     Args:
         width: length of the normalised axis.
         eps: added to the mean square.
+        ops: implementations of the operators.
         weight_in_fp32: multiply by the weight before the result is rounded to the input's dtype (the Nemotron
             backbone of Edge) instead of after (the Qwen3 backbone). The same thing in fp32.
     """
 
-    def __init__(self, width: int, eps: float, *, weight_in_fp32: bool = False) -> None:
+    def __init__(self, width: int, eps: float, ops: Ops, *, weight_in_fp32: bool = False) -> None:
         super().__init__()
         self.eps = eps
+        self.ops = ops
         self.weight_in_fp32 = weight_in_fp32
         self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's one kernel: its parts, one after the other, took 8% of a 720p step on an H200.
-        if self.weight_in_fp32 or x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
+        return self.ops.rms_norm(x, self.weight, self.eps, self.weight_in_fp32)
+
+    def after_adding(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + branch``, and the norm of it."""
+        return self.ops.add_rms_norm(x, branch, self.weight, self.eps, self.weight_in_fp32)
+
+    def rotated(self, x_SND: Tensor, rope: RopeTable) -> Tensor:
+        """Of every head, and the heads rotated after it."""
+        return self.ops.norm_rope(x_SND, self.weight, self.eps, self.weight_in_fp32, rope)
 
 
 class MLP(nn.Module):
     """The feed-forward block: SwiGLU (``silu``; gate and up in one matrix, gate first) or squared ReLU (``relu2``)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.gated = config.hidden_act == "silu"
         inner = config.intermediate_size
         self.up = nn.Linear(config.hidden_size, 2 * inner if self.gated else inner, bias=False)
@@ -55,8 +65,7 @@ class MLP(nn.Module):
     def forward(self, x_SM: Tensor) -> Tensor:
         hidden = self.up(x_SM)
         if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
+            return self.down(self.ops.silu_mul(hidden))
         return self.down(F.relu(hidden).square())
 
 

@@ -17,7 +17,7 @@ from cosmos3_core.shapes import TokenGrid
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Cosines and sines of one token sequence, each [tokens, head_dim / 2], in the model's dtype."""
+    """Cosines and sines of one token sequence, each [tokens, head_dim / 2], contiguous, in the model's dtype."""
 
     cos: Tensor
     sin: Tensor
@@ -93,7 +93,7 @@ def rope_table(positions: Tensor, config: TransformerConfig, *, device: torch.de
     for index in (1, 2):
         axis[(slots % 3 == index) & (slots < 3 * config.rope_axes_dim[index])] = index
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    angle = positions.to(device)[axis.to(device)].T * frequency.to(device)
+    angle = positions.to(device)[axis.to(device)].T.contiguous() * frequency.to(device)
     return RopeTable(cos=angle.cos().to(dtype), sin=angle.sin().to(dtype))
 
 

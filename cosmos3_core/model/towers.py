@@ -41,8 +41,12 @@ class TextKV:
         return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
 
 
-def _norm(config: TransformerConfig, width: int) -> RMSNorm:
-    return RMSNorm(width, config.rms_norm_eps, weight_in_fp32=config.hidden_act == "relu2")
+def _norm(config: TransformerConfig, width: int, ops: Ops) -> RMSNorm:
+    return RMSNorm(width, config.rms_norm_eps, ops, weight_in_fp32=config.hidden_act == "relu2")
+
+
+def _rotated(x_LND: Tensor, norm: RMSNorm | None, rope: RopeTable) -> Tensor:
+    return apply_rope(x_LND, rope) if norm is None else norm.rotated(x_LND, rope)
 
 
 class UnderstandingLayer(nn.Module):
@@ -52,35 +56,31 @@ class UnderstandingLayer(nn.Module):
         super().__init__()
         self.ops = ops
         self.keys_only = keys_only
-        self.input_norm = _norm(config, config.hidden_size)
+        self.input_norm = _norm(config, config.hidden_size, ops)
         self.qkv = QKV(config, with_queries=not keys_only)
         # Qwen3 backbones normalise text queries and keys; Nemotron ones only the keys that generation sees.
-        self.k_norm = _norm(config, config.head_dim) if config.qk_norm_for_text else None
-        self.q_norm = _norm(config, config.head_dim) if config.qk_norm_for_text and not keys_only else None
+        self.k_norm = _norm(config, config.head_dim, ops) if config.qk_norm_for_text else None
+        self.q_norm = _norm(config, config.head_dim, ops) if config.qk_norm_for_text and not keys_only else None
         separate = config.use_und_k_norm_for_gen and not config.qk_norm_for_text
-        self.k_norm_for_generation = _norm(config, config.head_dim) if separate else None
+        self.k_norm_for_generation = _norm(config, config.head_dim, ops) if separate else None
         if not keys_only:
             q_dim = config.num_attention_heads * config.head_dim
             self.out = nn.Linear(q_dim, config.hidden_size, bias=config.attention_bias)
-            self.post_norm = _norm(config, config.hidden_size)
-            self.mlp = MLP(config)
+            self.post_norm = _norm(config, config.hidden_size, ops)
+            self.mlp = MLP(config, ops)
 
     def forward(self, x_LM: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the layer's output [L, M], the keys for generation [L, N_kv, D] and the values [L, N_kv, D]."""
         q_LND, k_LND, v_LND = self.qkv(self.input_norm(x_LM))
-        if self.k_norm is not None:
-            k_LND = self.k_norm(k_LND)
-        seen_k_LND = k_LND if self.k_norm_for_generation is None else self.k_norm_for_generation(k_LND)
-        seen_k_LND = apply_rope(seen_k_LND, rope)
+        seen_norm = self.k_norm if self.k_norm_for_generation is None else self.k_norm_for_generation
+        seen_k_LND = _rotated(k_LND, seen_norm, rope)
         if self.keys_only:
             # A copy: a view would keep the whole projection alive as long as the cache entry.
             return x_LM, seen_k_LND, v_LND.clone()
-        if self.q_norm is not None:
-            q_LND = self.q_norm(q_LND)
         k_LND = seen_k_LND if self.k_norm_for_generation is None else apply_rope(k_LND, rope)
-        attended_LND = self.ops.attention(apply_rope(q_LND, rope), k_LND, v_LND, True)
-        x_LM = x_LM + self.out(attended_LND.flatten(1))
-        return x_LM + self.mlp(self.post_norm(x_LM)), seen_k_LND, v_LND.clone()
+        attended_LND = self.ops.attention(_rotated(q_LND, self.q_norm, rope), k_LND, v_LND, True)
+        x_LM, normed_LM = self.post_norm.after_adding(x_LM, self.out(attended_LND.flatten(1)))
+        return x_LM + self.mlp(normed_LM), seen_k_LND, v_LND.clone()
 
 
 class UnderstandingTower(nn.Module):
@@ -108,24 +108,24 @@ class GenerationLayer(nn.Module):
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.input_norm = _norm(config, config.hidden_size)
+        self.input_norm = _norm(config, config.hidden_size, ops)
         self.qkv = QKV(config)
-        self.q_norm = _norm(config, config.head_dim)
-        self.k_norm = _norm(config, config.head_dim)
+        self.q_norm = _norm(config, config.head_dim, ops)
+        self.k_norm = _norm(config, config.head_dim, ops)
         q_dim = config.num_attention_heads * config.head_dim
         self.out = nn.Linear(q_dim, config.hidden_size, bias=config.attention_bias)
-        self.post_norm = _norm(config, config.hidden_size)
-        self.mlp = MLP(config)
+        self.post_norm = _norm(config, config.hidden_size, ops)
+        self.mlp = MLP(config, ops)
 
     def forward(self, x_SM: Tensor, text_k_LND: Tensor, text_v_LND: Tensor, rope: RopeTable, num_tokens: int) -> Tensor:
         q_SND, k_SND, v_SND = self.qkv(self.input_norm(x_SM))
-        q_SND = apply_rope(self.q_norm(q_SND), rope)
-        k_SND = apply_rope(self.k_norm(k_SND), rope)
+        q_SND = self.q_norm.rotated(q_SND, rope)
+        k_SND = self.k_norm.rotated(k_SND, rope)
         keys = torch.cat((text_k_LND, self.ops.all_tokens(k_SND, num_tokens)))
         values = torch.cat((text_v_LND, self.ops.all_tokens(v_SND, num_tokens)))
         attended_SND = self.ops.attention(q_SND, keys, values, False)
-        x_SM = x_SM + self.out(attended_SND.flatten(1))
-        return x_SM + self.mlp(self.post_norm(x_SM))
+        x_SM, normed_SM = self.post_norm.after_adding(x_SM, self.out(attended_SND.flatten(1)))
+        return x_SM + self.mlp(normed_SM)
 
 
 class GenerationTower(nn.Module):
@@ -135,7 +135,7 @@ class GenerationTower(nn.Module):
         super().__init__()
         self.ops = ops
         self.layers = nn.ModuleList(GenerationLayer(config, ops) for _ in range(config.num_hidden_layers))
-        self.norm = _norm(config, config.hidden_size)
+        self.norm = _norm(config, config.hidden_size, ops)
 
     def forward(self, x_SM: Tensor, text: TextKV, rope: RopeTable) -> Tensor:
         num_tokens = rope.cos.shape[0]

@@ -6,6 +6,7 @@ Shape letters: L text tokens, S generated tokens, M width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,10 @@ class Cosmos3Transformer(nn.Module):
 
     def use_ops(self, ops: Ops) -> None:
         """Take other implementations of the operators from now on."""
-        self.ops = self.generation.ops = ops
-        for layer in (*self.understanding.layers, *self.generation.layers):
-            layer.ops = ops
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
 
     @property
     def device(self) -> torch.device:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosmos3_core.device import prefers_cudnn_attention
 from cosmos3_core.errors import RequestError
-from cosmos3_core.ops import eager, sdpa
+from cosmos3_core.model.rope import RopeTable
+from cosmos3_core.ops import eager, fused, sdpa
 
 logger = logging.getLogger(__name__)
 
-AttentionOp = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-
-IMPLEMENTATIONS: dict[str, dict[str, AttentionOp]] = {
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {"eager": eager.attention, "sdpa": sdpa.attention, "cudnn": sdpa.attention_cudnn},
+    "rms_norm": {"eager": eager.rms_norm, "triton": fused.rms_norm},
+    "add_rms_norm": {"eager": eager.add_rms_norm, "triton": fused.add_rms_norm},
+    "norm_rope": {"eager": eager.norm_rope, "triton": fused.norm_rope},
+    "silu_mul": {"eager": eager.silu_mul, "triton": fused.silu_mul},
 }
 
 
@@ -39,21 +43,27 @@ class Ops:
     """The chosen implementations, one field an operator.
 
     Attributes:
-        attention: see :func:`cosmos3_core.ops.eager.attention`.
+        attention, rms_norm, add_rms_norm, norm_rope, silu_mul: see :mod:`cosmos3_core.ops.eager`.
         own_rows: S -> which of the S generated tokens are worked on here; all of them unless they are shared out. May
             reach past the last: what is there is padding.
         all_tokens: (tokens worked on here, S) -> all S of them.
     """
 
-    attention: AttentionOp = sdpa.attention
+    attention: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = sdpa.attention
+    rms_norm: Callable[[Tensor, Tensor, float, bool], Tensor] = eager.rms_norm
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]] = eager.add_rms_norm
+    norm_rope: Callable[[Tensor, Tensor, float, bool, RopeTable], Tensor] = eager.norm_rope
+    silu_mul: Callable[[Tensor], Tensor] = eager.silu_mul
     own_rows: Callable[[int], slice] = _all_rows
     all_tokens: Callable[[Tensor, int], Tensor] = _already_all
 
 
 def names_of(ops: Ops) -> dict[str, str]:
     """Operator -> name of the chosen implementation."""
-    known = IMPLEMENTATIONS["attention"].items()
-    return {"attention": next(name for name, implementation in known if implementation is ops.attention)}
+    return {
+        op: next(name for name, implementation in known.items() if implementation is getattr(ops, op))
+        for op, known in IMPLEMENTATIONS.items()
+    }
 
 
 def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, str] | None = None) -> Ops:
@@ -67,7 +77,7 @@ def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, s
     Raises:
         RequestError: an unknown operator or implementation; the message lists the known ones.
     """
-    chosen = {"attention": _best_attention(device, dtype)}
+    chosen = {op: _best_elementwise(device) for op in IMPLEMENTATIONS} | {"attention": _best_attention(device, dtype)}
     for op, name in (choices or {}).items():
         if op not in IMPLEMENTATIONS:
             raise RequestError("ops", op, f"one of {sorted(IMPLEMENTATIONS)}")
@@ -76,9 +86,16 @@ def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, s
         chosen[op] = (name, "asked for")
     for op, (name, reason) in chosen.items():
         logger.info("op %s: %s (%s)", op, name, reason)
-    return Ops(attention=IMPLEMENTATIONS["attention"][chosen["attention"][0]])
+    return Ops(**{op: IMPLEMENTATIONS[op][name] for op, (name, _) in chosen.items()})
 
 
 def _best_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     use_cudnn, reason = prefers_cudnn_attention(device, dtype)
     return ("cudnn" if use_cudnn else "sdpa"), reason
+
+
+def _best_elementwise(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "eager", f"there is no fused kernel for {device.type}"
+    reason = fused.why_not(device)
+    return ("triton", "one pass over memory each") if reason is None else ("eager", reason)

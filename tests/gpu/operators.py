@@ -6,26 +6,50 @@ import torch
 
 from cosmos3_core.device import resolve_device
 from tests.gpu.verdict import Verdict, checked
-from tests.ops.comparison import GPU_CASES, TOLERANCES, largest_difference
+from tests.ops.comparison import (
+    ELEMENTWISE_SHAPES,
+    GPU_CASES,
+    NEEDS_GPU,
+    TOLERANCES,
+    largest_difference,
+    relative_difference,
+    step_errors,
+)
 
 
 def check_operators(device: str) -> list[Verdict]:
-    """A verdict for every implementation and dtype; cuDNN's kernels are skipped without a GPU."""
+    """A verdict for every implementation and dtype, and one for a step; what needs a GPU is skipped without."""
     verdicts = []
-    for (name, dtype), tolerance in TOLERANCES.items():
-        check = f"attention {name}, {str(dtype).removeprefix('torch.')}"
-        if name == "cudnn" and device != "cuda":
+    for key in TOLERANCES:
+        op, name, dtype = key
+        check = f"{op} {name}, {str(dtype).removeprefix('torch.')}"
+        if name in NEEDS_GPU and device != "cuda":
             verdicts.append(Verdict(check, "skip", "needs a CUDA device"))
         else:
-            verdicts.append(
-                checked(check, lambda name=name, dtype=dtype, top=tolerance: _run(name, dtype, device, top))
-            )
+            verdicts.append(checked(check, lambda key=key: _run(*key, resolve_device(device))))
+    verdicts.append(checked("step, bfloat16", lambda: _step(resolve_device(device))))
     return verdicts
 
 
-def _run(name: str, dtype: torch.dtype, device: str, tolerance: float) -> str:
-    cases = GPU_CASES if device == "cuda" else GPU_CASES[:1]
-    largest = max(largest_difference(name, dtype, resolve_device(device), shape, causal) for shape, causal in cases)
+def _run(op: str, name: str, dtype: torch.dtype, device: torch.device) -> str:
+    if op == "attention":
+        cases = GPU_CASES if device.type == "cuda" else GPU_CASES[:1]
+        differences = [largest_difference(name, dtype, device, shape, causal) for shape, causal in cases]
+    else:
+        differences = [
+            relative_difference(op, name, dtype, device, shape, weight_in_fp32)
+            for shape in ELEMENTWISE_SHAPES
+            for weight_in_fp32 in (False, True)
+        ]
+    largest, tolerance = max(differences), TOLERANCES[op, name, dtype]
     if not largest <= tolerance:
         raise AssertionError(f"largest difference {largest:.1e}, allowed {tolerance:.1e}")
     return f"largest difference {largest:.1e}, allowed {tolerance:.1e}"
+
+
+def _step(device: torch.device) -> str:
+    plain, chosen = step_errors(device)
+    figures = f"off fp32 by {chosen:.2e}, with eager elementwise operators by {plain:.2e}"
+    if not chosen <= 1.1 * plain:
+        raise AssertionError(figures)
+    return figures

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_core.model.layers import RMSNorm
+from cosmos3_core.ops.registry import Ops
 
 
 def in_parts(x: Tensor, norm: RMSNorm, *, weight_in_fp32: bool) -> Tensor:
@@ -21,7 +22,7 @@ def in_parts(x: Tensor, norm: RMSNorm, *, weight_in_fp32: bool) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rms_norm_rounds_where_the_backbone_does(dtype: torch.dtype, weight_in_fp32: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    norm = RMSNorm(128, 1e-6, weight_in_fp32=weight_in_fp32).to(dtype)
+    norm = RMSNorm(128, 1e-6, Ops(), weight_in_fp32=weight_in_fp32).to(dtype)
     norm.weight.copy_(1 + 0.2 * torch.randn(128, generator=generator))
     x = torch.randn((50, 6, 128), generator=generator).to(dtype)[:, 1:4]  # as heads come: a view
     assert torch.equal(norm(x), in_parts(x, norm, weight_in_fp32=weight_in_fp32))

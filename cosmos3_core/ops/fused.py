@@ -1,0 +1,86 @@
+"""Elementwise operators as one pass over memory each, by Triton. Same signatures and meanings as in :mod:`eager`.
+
+The kernels are imported when one is first called: this module loads where there is no Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cosmos3_core.model.rope import RopeTable
+
+_HEADS_A_PROGRAM = 16
+_COLUMNS_A_PROGRAM = 2048
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why these do not run on a CUDA device, or None: only trying tells whether all is there that compiles them."""
+    try:
+        rms_norm(torch.ones((1, 16), device=device), torch.ones(16, device=device), 1e-6, False)
+    except Exception as error:  # noqa: BLE001 # no Triton, no C compiler, no headers of Python, a read-only home, ...
+        return f"Triton does not work here: {type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
+    """A row a program."""
+    from cosmos3_core.ops import kernels
+
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    with torch.cuda.device(x.device):
+        kernels.rms_norm[(x.numel() // width,)](
+            x, weight, out, eps, WIDTH=width, BLOCK=_power_of_two(width), WEIGHT_IN_FP32=weight_in_fp32
+        )
+    return out
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """A row a program."""
+    from cosmos3_core.ops import kernels
+
+    x, y = x.contiguous(), y.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    width = x.shape[-1]
+    with torch.cuda.device(x.device):
+        kernels.add_rms_norm[(x.numel() // width,)](
+            x, y, weight, total, out, eps, WIDTH=width, BLOCK=_power_of_two(width), WEIGHT_IN_FP32=weight_in_fp32
+        )
+    return total, out
+
+
+def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool, rope: RopeTable) -> Tensor:
+    """Reads the heads where the projection left them."""
+    from cosmos3_core.ops import kernels
+
+    tokens, heads, head_dim = x_SND.shape
+    out_SND = torch.empty((tokens, heads, head_dim), dtype=x_SND.dtype, device=x_SND.device)
+    half = head_dim // 2
+    with torch.cuda.device(x_SND.device):
+        kernels.norm_rope[(-(-tokens * heads // _HEADS_A_PROGRAM),)](
+            x_SND, weight_D, rope.cos.contiguous(), rope.sin.contiguous(), out_SND,
+            tokens * heads, x_SND.stride(0), x_SND.stride(1), eps,
+            HEADS=heads, HALF=half, HALF_BLOCK=_power_of_two(half), ROWS=_HEADS_A_PROGRAM,
+            WEIGHT_IN_FP32=weight_in_fp32,
+            enable_fp_fusion=False,  # a product that is added unrounded is not what eager gives
+        )  # fmt: skip
+    return out_SND
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Reads both halves where the projection left them."""
+    from cosmos3_core.ops import kernels
+
+    gate_up = gate_up.contiguous()
+    tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, inner), dtype=gate_up.dtype, device=gate_up.device)
+    with torch.cuda.device(gate_up.device):
+        kernels.silu_mul[(tokens, -(-inner // _COLUMNS_A_PROGRAM))](gate_up, out, INNER=inner, BLOCK=_COLUMNS_A_PROGRAM)
+    return out
+
+
+def _power_of_two(width: int) -> int:
+    """The smallest that is not below ``width``."""
+    return 1 << (width - 1).bit_length()

@@ -1,0 +1,94 @@
+"""Triton kernels, the device's half of :mod:`cosmos3_core.ops.fused`; imported on machines that run Triton only.
+
+They round to the tensors' dtype wherever the eager twin writes a tensor, so that both give the same numbers but for the
+order of sums. Numbers of tokens are not specialised on: a request of another shape compiles nothing.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _weighted(x, scale, weight, dtype: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
+    x = x * scale
+    if not WEIGHT_IN_FP32:
+        x = _rounded(x, dtype)
+    return _rounded(x * weight, dtype)
+
+
+@triton.jit
+def _store_normed(x, there, column, valid, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
+    weight = tl.load(weight_ptr + column, valid, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+    tl.store(out_ptr + there, _weighted(x, scale, weight, out_ptr.dtype.element_ty, WEIGHT_IN_FP32), valid)
+
+
+@triton.jit
+def rms_norm(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
+    """One row a program."""
+    column = tl.arange(0, BLOCK)
+    valid = column < WIDTH
+    here = tl.program_id(0).to(tl.int64) * WIDTH + column
+    x = tl.load(x_ptr + here, valid, 0.0).to(tl.float32)
+    _store_normed(x, here, column, valid, weight_ptr, out_ptr, eps, WIDTH, WEIGHT_IN_FP32)
+
+
+@triton.jit
+def add_rms_norm(
+    x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr,
+):  # fmt: skip
+    """One row a program."""
+    column = tl.arange(0, BLOCK)
+    valid = column < WIDTH
+    here = tl.program_id(0).to(tl.int64) * WIDTH + column
+    x = tl.load(x_ptr + here, valid, 0.0).to(tl.float32)
+    y = tl.load(y_ptr + here, valid, 0.0).to(tl.float32)
+    x = _rounded(x + y, x_ptr.dtype.element_ty)
+    tl.store(sum_ptr + here, x, valid)
+    _store_normed(x, here, column, valid, weight_ptr, out_ptr, eps, WIDTH, WEIGHT_IN_FP32)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def norm_rope(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, num_rows, token_stride, head_stride, eps,
+    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr,
+):  # fmt: skip
+    """``ROWS`` heads a program, counted through the tokens; both halves of a head side by side."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.arange(0, HALF_BLOCK)
+    is_slot = slot < HALF
+    valid = (row < num_rows)[:, None] & is_slot[None, :]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    token, head = (row // HEADS).to(tl.int64), row % HEADS
+    here = (token * token_stride + head * head_stride)[:, None] + slot[None, :]
+    first = tl.load(x_ptr + here, valid, 0.0).to(tl.float32)
+    second = tl.load(x_ptr + here + HALF, valid, 0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
+    first_weight = tl.load(weight_ptr + slot, is_slot, 0.0).to(tl.float32)[None, :]
+    second_weight = tl.load(weight_ptr + HALF + slot, is_slot, 0.0).to(tl.float32)[None, :]
+    first = _weighted(first, scale, first_weight, dtype, WEIGHT_IN_FP32)
+    second = _weighted(second, scale, second_weight, dtype, WEIGHT_IN_FP32)
+    angle = (token * HALF)[:, None] + slot[None, :]
+    cos = tl.load(cos_ptr + angle, valid, 0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, valid, 0.0).to(tl.float32)
+    there = (row.to(tl.int64) * (2 * HALF))[:, None] + slot[None, :]
+    tl.store(out_ptr + there, _rounded(first * cos, dtype) - _rounded(second * sin, dtype), valid)
+    tl.store(out_ptr + there + HALF, _rounded(second * cos, dtype) + _rounded(first * sin, dtype), valid)
+
+
+@triton.jit
+def silu_mul(x_ptr, out_ptr, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    """``BLOCK`` columns of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = column < INNER
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    gate = tl.load(x_ptr + row * (2 * INNER) + column, valid, 0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * (2 * INNER) + INNER + column, valid, 0.0).to(tl.float32)
+    tl.store(out_ptr + row * INNER + column, _rounded(gate / (1.0 + tl.exp(-gate)), dtype) * up, valid)
