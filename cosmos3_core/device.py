@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from cosmos3_core.errors import RequestError
@@ -81,3 +83,17 @@ def prefers_cudnn_attention(device: torch.device, dtype: torch.dtype) -> tuple[b
     if torch.cuda.get_device_capability(device) < (9, 0):
         return False, "cuDNN attention is only faster from compute capability 9.0"
     return True, "Hopper or newer: 1.8 times FlashAttention-2 at 44,160 tokens on an H200"
+
+
+def prefers_triton(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton's kernels run here, and why or why not."""
+    if device.type != "cuda":
+        return False, f"no Triton kernels on {device.type}"
+    if find_spec("triton") is None:
+        return False, "Triton is not installed"
+    return True, "fewer passes over memory"
+
+
+def prefers_channels_last(device: torch.device) -> bool:
+    """Whether convolutions are faster where the channels of a position lie side by side in memory."""
+    return device.type == "cuda"

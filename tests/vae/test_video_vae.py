@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
 from cosmos3_core.errors import CapabilityError, RequestError, StateError
+from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.vae.video import DecodeState, VideoVAE, patchify, unpatchify
 from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache
 from cosmos3_core.vae.video_resample import DuplicateUp
@@ -155,11 +156,7 @@ def test_parameters_are_the_published_tensors(with_encoder: bool) -> None:
 
 def test_weights_may_be_channels_last(vae: VideoVAE, reference: AutoencoderKLWan) -> None:
     """GPUs want them so; the windows follow, or every convolution would convert its input."""
-    for parameter in vae.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
-        elif parameter.dim() == 4:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    vae.use_channels_last()
     seen: list[bool] = []
     for module in vae.modules():
         if isinstance(module, CausalConv3d) and module.num_history:
@@ -285,7 +282,7 @@ def test_decoding_holds_less_than_diffusers(vae: VideoVAE, reference: Autoencode
 
 
 def test_a_window_is_history_then_chunk_inside_zeros() -> None:
-    conv = CausalConv3d(2, 2, (3, 3, 3))
+    conv = CausalConv3d(2, 2, (3, 3, 3), VideoOps())
     conv.slot = 0
     cache = FrameCache.empty(1)
     x = torch.randn(1, 2, 5, 4, 3)
@@ -316,9 +313,7 @@ def test_duplication_follows_its_formula(
     if is_first_chunk:
         expected = expected[:, :, -1:]
     y = torch.ones_like(expected)
-    DuplicateUp(in_channels, out_channels, doubles_time=doubles_time)(
-        y, x, FrameCache([], is_first_chunk=is_first_chunk)
-    )
+    DuplicateUp(in_channels, out_channels, VideoOps(), doubles_time=doubles_time)(y, x, None)
     assert torch.equal(y, expected + 1)
 
 
