@@ -97,3 +97,13 @@ def prefers_triton(device: torch.device) -> tuple[bool, str]:
 def prefers_channels_last(device: torch.device) -> bool:
     """Whether convolutions are faster where the channels of a position lie side by side in memory."""
     return device.type == "cuda"
+
+
+def latents_to_fill(device: torch.device) -> int:
+    """Latent positions, rows x columns x frames, that the video decoder should work on at a time.
+
+    With fewer a GPU waits for launches: on an H200 a clip of 12 x 20 rows and columns decodes in 0.41, 0.36 and 0.34 s
+    in chunks of one, two and four frames, but one of 30 x 52 gains 1 % for half as much memory again. A CPU has no
+    launches to wait for.
+    """
+    return 960 if device.type == "cuda" else 1

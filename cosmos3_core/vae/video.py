@@ -23,7 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cosmos3_core import shapes
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
+from cosmos3_core.device import latents_to_fill
 from cosmos3_core.errors import CapabilityError, RequestError, StateError
 from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.shapes import Geometry
@@ -161,13 +163,14 @@ class VideoVAE(nn.Module):
 
     # Decoding
 
-    def decode(self, latents_BCTHW: Tensor, *, chunk_latents: int = 1) -> Iterator[Tensor]:
+    def decode(self, latents_BCTHW: Tensor, *, chunk_latents: int | None = None) -> Iterator[Tensor]:
         """Decode a clip lazily: each chunk is computed when it is asked for, and nothing of it is kept but the caches.
 
         Args:
             latents_BCTHW: normalised latents of the whole clip, fp32.
             chunk_latents: latent frames per chunk after the first, which always is one latent frame. 1 is the
-                reference; larger fills a device better and holds that much more at a time.
+                reference; larger fills a device better and holds that much more at a time. None: 1 on a CPU, and on a
+                GPU by the size of the frames (:func:`cosmos3_core.shapes.chunk_latents`).
 
         Returns:
             An iterator of pixel chunks [B, 3, F, Y, X] in [-1, 1], in the module's dtype and on its device: F is 1 at
@@ -177,6 +180,10 @@ class VideoVAE(nn.Module):
             RequestError: latents of another shape, or ``chunk_latents`` below 1. This call raises it, not the iterator.
         """
         _check_clip("latents_BCTHW", latents_BCTHW, self.config.z_dim)
+        if chunk_latents is None:
+            *_, height, width = latents_BCTHW.shape
+            at_least = latents_to_fill(self.post_quant_conv.weight.device)
+            chunk_latents = shapes.chunk_latents(height, width, at_least)
         if chunk_latents < 1:
             raise RequestError("chunk_latents", chunk_latents, "1 or more latent frames")
         return self._decode(latents_BCTHW, chunk_latents)

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from cosmos3_core import shapes
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
 from cosmos3_core.errors import CapabilityError, RequestError, StateError
 from cosmos3_core.ops.video import VideoOps
@@ -196,6 +197,22 @@ def test_a_chunk_is_computed_when_it_is_asked_for(
         # This one rounds otherwise with its number of frames, so it must not see the chunks.
         assert input_calls == [6]
     assert next(chunks, None) is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "at_least", "chunk_latents"),
+    [((12, 20), 960, 4), ((16, 30), 960, 2), ((16, 31), 960, 2), ((30, 52), 960, 1), ((1, 1), 960, 4), ((1, 1), 1, 1)],
+)
+def test_small_frames_come_several_at_a_time(grid: tuple[int, int], at_least: int, chunk_latents: int) -> None:
+    assert shapes.chunk_latents(*grid, at_least) == chunk_latents
+
+
+def test_the_size_of_the_frames_decides_unless_told(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = random_latents((6, 2, 3))
+    assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 4, 4, 4, 4, 4], "on a CPU one by one"
+    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", lambda device: 18)
+    assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 12, 8]
+    assert torch.equal(whole(vae.decode(latents)), whole(vae.decode(latents, chunk_latents=3)))
 
 
 def module_contents(vae: VideoVAE) -> dict[str, dict[str, Any]]:
