@@ -3,6 +3,8 @@
 
 Every program has a piece of one row of one frame, all channels: what depends on frame and row is the same for all of
 it. Any strides are right; fast are channels that lie side by side. Imported only where Triton is there.
+
+Triton launches on the current device, wherever the tensors are: hence ``device_of``.
 """
 
 # Triton compiles the kernels, and has no types for what their arguments become.
@@ -46,33 +48,34 @@ def window(
     block_W = _block_columns(block_C, width_out)
     grid = (batch * (num_history + num_frames) * height_out * triton.cdiv(width_out, block_W),)
     past_BCTHW = x_BCTHW if history_BCTHW is None else history_BCTHW
-    _window_kernel[grid](
-        x_BCTHW,
-        past_BCTHW,
-        x_BCTHW if gain_C111 is None else gain_C111,
-        x_BCTHW if bias_C is None else bias_C,
-        window_BCTHW,
-        kept_BCTHW,
-        channels,
-        num_frames,
-        height,
-        width,
-        *x_BCTHW.stride(),
-        *past_BCTHW.stride(),
-        *window_BCTHW.stride(),
-        *kept_BCTHW.stride(),
-        channels**0.5,
-        MIN_NORM,
-        NUM_HISTORY=num_history,
-        BORDER_H=border_H,
-        BORDER_W=border_W,
-        HAS_HISTORY=history_BCTHW is not None,
-        HAS_GAIN=gain_C111 is not None,
-        HAS_BIAS=bias_C is not None,
-        BLOCK_W=block_W,
-        BLOCK_C=block_C,
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(x_BCTHW):
+        _window_kernel[grid](
+            x_BCTHW,
+            past_BCTHW,
+            x_BCTHW if gain_C111 is None else gain_C111,
+            x_BCTHW if bias_C is None else bias_C,
+            window_BCTHW,
+            kept_BCTHW,
+            channels,
+            num_frames,
+            height,
+            width,
+            *x_BCTHW.stride(),
+            *past_BCTHW.stride(),
+            *window_BCTHW.stride(),
+            *kept_BCTHW.stride(),
+            channels**0.5,
+            MIN_NORM,
+            NUM_HISTORY=num_history,
+            BORDER_H=border_H,
+            BORDER_W=border_W,
+            HAS_HISTORY=history_BCTHW is not None,
+            HAS_GAIN=gain_C111 is not None,
+            HAS_BIAS=bias_C is not None,
+            BLOCK_W=block_W,
+            BLOCK_C=block_C,
+            num_warps=_NUM_WARPS,
+        )
     return window_BCTHW, kept_BCTHW
 
 
@@ -88,20 +91,21 @@ def upsample(x_BCTHW: Tensor, num_parts: int) -> Tensor:
     )
     block_C = triton.next_power_of_2(channels)
     block_W = _block_columns(block_C, width)
-    _upsample_kernel[(y_KCHW.shape[0] * height * triton.cdiv(width, block_W),)](
-        x_BCTHW,
-        y_KCHW,
-        channels,
-        num_frames,
-        height,
-        width,
-        *x_BCTHW.stride(),
-        *y_KCHW.stride(),
-        NUM_PARTS=num_parts,
-        BLOCK_W=block_W,
-        BLOCK_C=block_C,
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(x_BCTHW):
+        _upsample_kernel[(y_KCHW.shape[0] * height * triton.cdiv(width, block_W),)](
+            x_BCTHW,
+            y_KCHW,
+            channels,
+            num_frames,
+            height,
+            width,
+            *x_BCTHW.stride(),
+            *y_KCHW.stride(),
+            NUM_PARTS=num_parts,
+            BLOCK_W=block_W,
+            BLOCK_C=block_C,
+            num_warps=_NUM_WARPS,
+        )
     return y_KCHW
 
 
@@ -118,30 +122,31 @@ def add_shortcut(
     time_factor, height_factor, width_factor = factors
     block_C = triton.next_power_of_2(channels)
     block_W = _block_columns(block_C, width)
-    _add_shortcut_kernel[(batch * num_frames * height * triton.cdiv(width, block_W),)](
-        y_BCTHW,
-        x_BCTHW,
-        y_BCTHW if y_bias_C is None else y_bias_C,
-        x_BCTHW if x_bias_C is None else x_bias_C,
-        channels,
-        num_frames,
-        height,
-        width,
-        x_BCTHW.shape[2] * time_factor - num_frames,
-        *y_BCTHW.stride(),
-        *x_BCTHW.stride(),
-        FACTOR_T=time_factor,
-        FACTOR_H=height_factor,
-        FACTOR_W=width_factor,
-        PICK_T=picks[0],
-        PICK_H=picks[1],
-        PICK_W=picks[2],
-        HAS_Y_BIAS=y_bias_C is not None,
-        HAS_X_BIAS=x_bias_C is not None,
-        BLOCK_W=block_W,
-        BLOCK_C=block_C,
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(x_BCTHW):
+        _add_shortcut_kernel[(batch * num_frames * height * triton.cdiv(width, block_W),)](
+            y_BCTHW,
+            x_BCTHW,
+            y_BCTHW if y_bias_C is None else y_bias_C,
+            x_BCTHW if x_bias_C is None else x_bias_C,
+            channels,
+            num_frames,
+            height,
+            width,
+            x_BCTHW.shape[2] * time_factor - num_frames,
+            *y_BCTHW.stride(),
+            *x_BCTHW.stride(),
+            FACTOR_T=time_factor,
+            FACTOR_H=height_factor,
+            FACTOR_W=width_factor,
+            PICK_T=picks[0],
+            PICK_H=picks[1],
+            PICK_W=picks[2],
+            HAS_Y_BIAS=y_bias_C is not None,
+            HAS_X_BIAS=x_bias_C is not None,
+            BLOCK_W=block_W,
+            BLOCK_C=block_C,
+            num_warps=_NUM_WARPS,
+        )
     return y_BCTHW
 
 
