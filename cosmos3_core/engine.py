@@ -198,12 +198,13 @@ class Engine:
         state = resume.to(self.device) if resume is not None else None
         return denoiser.run(plan, state, on_step).latents
 
-    def decode(self, latents: Tensor, *, chunk_latents: int = 1) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, *, chunk_latents: int | None = None) -> Iterator[Tensor]:
         """Decode latents as a stream.
 
         Args:
             latents: the video ones of :meth:`denoise`, [1, C, T, H, W].
-            chunk_latents: latent frames a chunk, after the first, which stands alone.
+            chunk_latents: latent frames a chunk, after the first, which stands alone; None: as
+                :meth:`VideoVAE.decode` chooses.
 
         Yields:
             Pixels [1, 3, F, Y, X] in [-1, 1]: one frame first, then ``chunk_latents`` x 4 at a time.

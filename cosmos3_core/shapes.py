@@ -81,6 +81,15 @@ def pixel_to_latent_shape(
     return (num_frames - 1) // temporal + 1, height // spatial, width // spatial
 
 
+def chunk_latents(height: int, width: int, at_least: int) -> int:
+    """Latent frames to decode at a time: as many as make ``at_least`` latent positions, but 4 at most.
+
+    By the size of the frames alone: a clip decodes alike however long it is. The most, because a chunk is also what a
+    stream of frames comes in.
+    """
+    return min(4, -(-at_least // (height * width)))
+
+
 def frame_rate(fps: float | Fraction) -> Fraction:
     """The rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
 

@@ -159,7 +159,9 @@ class VideoVAEStage(Stage, Device):
     """Decoder of frames and encoder of given pictures."""
 
     max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica works on side by side")
-    chunk_latents: int = Field(1, ge=1, description="latent frames per decoded chunk")
+    chunk_latents: int | None = Field(
+        None, ge=1, description="latent frames per decoded chunk; null: 1 on a CPU, on a GPU more of small frames"
+    )
 
     @model_validator(mode="after")
     def _cards(self) -> Self:

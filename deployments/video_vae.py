@@ -27,10 +27,12 @@ class VideoVAE:
         device: torch device string.
         dtype: name of the weights' dtype; None keeps what is stored.
         num_threads: torch's CPU threads.
-        chunk_latents: latent frames per chunk, after the first.
+        chunk_latents: latent frames per chunk, after the first; None: as the VAE chooses by the size of the frames.
     """
 
-    def __init__(self, checkpoint: str, device: str, dtype: str | None, num_threads: int, chunk_latents: int) -> None:
+    def __init__(
+        self, checkpoint: str, device: str, dtype: str | None, num_threads: int, chunk_latents: int | None
+    ) -> None:
         import torch
 
         from cosmos3_core.checkpoint.load import load_video_vae

@@ -19,11 +19,12 @@ from cosmos3_core.bench.ours import Ours
 from cosmos3_core.bench.report import Row, table
 from cosmos3_core.bench.subject import RANDOM_MODELS, Subject, Work, checkpoint_subject, random_subject
 from cosmos3_core.bench.theirs import VERSION, Theirs
-from cosmos3_core.device import DTYPES, describe, resolve_device, synchronize
+from cosmos3_core.device import DTYPES, describe, latents_to_fill, resolve_device, synchronize
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.pixels import Frames, to_uint8
 from cosmos3_core.presets import LIMITS
+from cosmos3_core.shapes import chunk_latents
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +49,8 @@ def _run(options: argparse.Namespace) -> int:
         checks.pixels(side, getattr(options, side), subject.geometry.spatial, LIMITS.max_side_pixels)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise RequestError("json", str(options.json), "a file in an existing directory")
+    _, height, width = subject.geometry.latent_shape(1, options.height, options.width)
+    chosen_chunk = chunk_latents(height, width, latents_to_fill(device))
     work = Work(
         num_frames=subject.geometry.round_up_num_frames(options.num_frames),
         height=options.height,
@@ -55,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
         text_tokens=options.text_tokens,
         negative_tokens=options.negative_tokens,
         runs=options.runs,
-        chunk_latents=options.chunk_latents,
+        chunk_latents=options.chunk_latents or chosen_chunk,
     )
     rows = measure(subject, work, compare=not options.no_compare)
     head = {
@@ -171,7 +174,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--width", type=_at_least(16), default=320)
     add("--text-tokens", type=_at_least(3), default=300, help="prompt length; NVIDIA's are some 1,550")
     add("--negative-tokens", type=_at_least(3), default=300, help="negative prompt length; NVIDIA's has some 3,300")
-    add("--chunk-latents", type=_at_least(1), default=1, help="latent frames per decoded chunk")
+    add("--chunk-latents", type=_at_least(1), help="latent frames per decoded chunk; default: as served")
     add("--runs", type=_at_least(1), default=5, help="counted runs of each stage, after one to warm up")
     add("--no-compare", action="store_true", help="measure this project alone")
     add("--dtype", choices=tuple(DTYPES), help="default: as stored; random weights bfloat16 on a GPU, float32 on a CPU")

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from cosmos3_core.bench.subject import Subject, Work
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DenoisePlan, Denoiser
+from cosmos3_core.device import prefers_channels_last
 from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.model.weights import transformer_plans
 from cosmos3_core.ops.registry import select_ops
+from cosmos3_core.ops.video import select_video_ops
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.vae.video import VideoVAE
 
@@ -80,9 +82,11 @@ def _transformer(subject: Subject) -> Cosmos3Transformer:
 
 def _vae(subject: Subject) -> VideoVAE:
     with torch.device("meta"):
-        module = VideoVAE(subject.vae)
+        module = VideoVAE(subject.vae, ops=select_video_ops(subject.device))
     for name, _ in list(module.named_parameters()):
         _assign(module, name, subject.tensors("vae", name))
+    if prefers_channels_last(subject.device):
+        module.use_channels_last()
     return module
 
 

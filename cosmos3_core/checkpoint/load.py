@@ -10,10 +10,12 @@ from cosmos3_core.checkpoint.configs import AudioVAEConfig
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.reader import ParameterPlan, WeightFiles, check_tensors, load_parameters
 from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tensors, video_vae_tensors
+from cosmos3_core.device import prefers_channels_last
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.model.weights import transformer_plans, unused_tensors
 from cosmos3_core.ops.registry import select_ops
+from cosmos3_core.ops.video import select_video_ops
 from cosmos3_core.parallel.sharding import WHOLE, Shard, local_config
 from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
@@ -101,9 +103,11 @@ def load_video_vae(
     """
     files = _video_vae_files(layout, with_encoder=with_encoder)
     with torch.device("meta"):
-        vae = VideoVAE(layout.vae, with_encoder=with_encoder)
+        vae = VideoVAE(layout.vae, with_encoder=with_encoder, ops=select_video_ops(device))
     plans = [ParameterPlan(name, (name,)) for name, _ in vae.named_parameters()]
     load_parameters(vae, files, plans, device=device, dtype=dtype if dtype is not None else files.dtype)
+    if prefers_channels_last(device):
+        vae.use_channels_last()
     return vae.eval()
 
 

@@ -23,10 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cosmos3_core import shapes
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
+from cosmos3_core.device import latents_to_fill
 from cosmos3_core.errors import CapabilityError, RequestError, StateError
+from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.shapes import Geometry
-from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, MidBlock, RMSNormSiLU, number_slots
+from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, MidBlock, RMSNorm, number_slots
 from cosmos3_core.vae.video_resample import DownBlock, UpBlock
 
 
@@ -51,26 +54,27 @@ class DecodeState:
 class Decoder(nn.Module):
     """Latents -> patched pixels: the widest blocks first, then block by block finer and narrower."""
 
-    def __init__(self, config: VideoVAEConfig) -> None:
+    def __init__(self, config: VideoVAEConfig, ops: VideoOps) -> None:
         super().__init__()
         widths = [config.decoder_base_dim * mult for mult in (*config.dim_mult, config.dim_mult[-1])][::-1]
         # Resampling undoes the encoder's, last step first; behind the last block there is none.
         doubles_time = (*config.temperal_downsample[::-1], False)
         last = len(config.dim_mult) - 1
-        self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3))
-        self.mid_block = MidBlock(widths[0])
+        self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3), ops)
+        self.mid_block = MidBlock(widths[0], ops)
         self.up_blocks = nn.ModuleList(
             UpBlock(
                 widths[level],
                 widths[level + 1],
                 config.num_res_blocks + 1,
+                ops,
                 upsamples=level != last,
                 doubles_time=doubles_time[level],
             )
             for level in range(last + 1)
         )
-        self.norm_out = RMSNormSiLU(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3))
+        self.norm_out = RMSNorm(widths[-1], num_grid_axes=3)
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3), ops)
         self.num_slots = number_slots(self)
 
     def forward(self, z_BCTHW: Tensor, cache: FrameCache) -> Tensor:
@@ -79,32 +83,33 @@ class Decoder(nn.Module):
         x_BCTHW = self.mid_block(x_BCTHW, cache)
         for up_block in self.up_blocks:
             x_BCTHW = up_block(x_BCTHW, cache)
-        x_BCTHW = self.conv_out.window(self.norm_out(x_BCTHW), cache)
+        x_BCTHW = self.conv_out.window(x_BCTHW, cache, norm=self.norm_out)
         return self.conv_out(x_BCTHW)
 
 
 class Encoder(nn.Module):
     """Patched pixels -> latent moments, before ``quant_conv``: the decoder's mirror, one block a level shallower."""
 
-    def __init__(self, config: VideoVAEConfig) -> None:
+    def __init__(self, config: VideoVAEConfig, ops: VideoOps) -> None:
         super().__init__()
         widths = [config.base_dim * mult for mult in (1, *config.dim_mult)]
         halves_time = (*config.temperal_downsample, False)
         last = len(config.dim_mult) - 1
-        self.conv_in = CausalConv3d(config.in_channels, widths[0], (3, 3, 3))
+        self.conv_in = CausalConv3d(config.in_channels, widths[0], (3, 3, 3), ops)
         self.down_blocks = nn.ModuleList(
             DownBlock(
                 widths[level],
                 widths[level + 1],
                 config.num_res_blocks,
+                ops,
                 downsamples=level != last,
                 halves_time=halves_time[level],
             )
             for level in range(last + 1)
         )
-        self.mid_block = MidBlock(widths[-1])
-        self.norm_out = RMSNormSiLU(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3))
+        self.mid_block = MidBlock(widths[-1], ops)
+        self.norm_out = RMSNorm(widths[-1], num_grid_axes=3)
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3), ops)
         self.num_slots = number_slots(self)
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
@@ -113,7 +118,7 @@ class Encoder(nn.Module):
         for down_block in self.down_blocks:
             x_BCTHW = down_block(x_BCTHW, cache)
         x_BCTHW = self.mid_block(x_BCTHW, cache)
-        x_BCTHW = self.conv_out.window(self.norm_out(x_BCTHW), cache)
+        x_BCTHW = self.conv_out.window(x_BCTHW, cache, norm=self.norm_out)
         return self.conv_out(x_BCTHW)
 
 
@@ -123,6 +128,7 @@ class VideoVAE(nn.Module):
     Args:
         config: the checkpoint's ``vae/config.json``.
         with_encoder: False leaves out what only encoding needs (``encoder.*``, ``quant_conv.*``).
+        ops: the operators' implementations; :func:`cosmos3_core.ops.video.select_video_ops` chooses for a device.
 
     Attributes:
         geometry: the compression factors, pixels <-> latents.
@@ -131,25 +137,40 @@ class VideoVAE(nn.Module):
         CapabilityError: the config's parts contradict each other or describe another layout than Wan 2.2's.
     """
 
-    def __init__(self, config: VideoVAEConfig, *, with_encoder: bool = True) -> None:
+    def __init__(
+        self,
+        config: VideoVAEConfig,
+        *,
+        with_encoder: bool = True,
+        ops: VideoOps = VideoOps(),  # noqa: B008
+    ) -> None:
         super().__init__()
         self.config = config
         self.geometry = _geometry(config)
-        self.encoder = Encoder(config) if with_encoder else None
-        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1)) if with_encoder else None
-        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, ops) if with_encoder else None
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), ops) if with_encoder else None
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), ops)
+        self.decoder = Decoder(config, ops)
         self.requires_grad_(False)
+
+    def use_channels_last(self) -> None:
+        """Lay the convolutions' weights out with channels side by side; everything between them follows."""
+        for parameter in self.parameters():
+            if parameter.dim() == 5:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+            elif parameter.dim() == 4:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
     # Decoding
 
-    def decode(self, latents_BCTHW: Tensor, *, chunk_latents: int = 1) -> Iterator[Tensor]:
+    def decode(self, latents_BCTHW: Tensor, *, chunk_latents: int | None = None) -> Iterator[Tensor]:
         """Decode a clip lazily: each chunk is computed when it is asked for, and nothing of it is kept but the caches.
 
         Args:
             latents_BCTHW: normalised latents of the whole clip, fp32.
             chunk_latents: latent frames per chunk after the first, which always is one latent frame. 1 is the
-                reference; larger fills a device better and holds that much more at a time.
+                reference; larger fills a device better and holds that much more at a time. None: 1 on a CPU, and on a
+                GPU by the size of the frames (:func:`cosmos3_core.shapes.chunk_latents`).
 
         Returns:
             An iterator of pixel chunks [B, 3, F, Y, X] in [-1, 1], in the module's dtype and on its device: F is 1 at
@@ -159,6 +180,10 @@ class VideoVAE(nn.Module):
             RequestError: latents of another shape, or ``chunk_latents`` below 1. This call raises it, not the iterator.
         """
         _check_clip("latents_BCTHW", latents_BCTHW, self.config.z_dim)
+        if chunk_latents is None:
+            *_, height, width = latents_BCTHW.shape
+            at_least = latents_to_fill(self.post_quant_conv.weight.device)
+            chunk_latents = shapes.chunk_latents(height, width, at_least)
         if chunk_latents < 1:
             raise RequestError("chunk_latents", chunk_latents, "1 or more latent frames")
         return self._decode(latents_BCTHW, chunk_latents)

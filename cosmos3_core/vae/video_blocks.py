@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Vectors shorter than this are divided by it instead of by their length.
-_MIN_NORM = 1e-12
+from cosmos3_core.ops.video import VideoOps
+from cosmos3_core.ops.video_eager import channel_norm
 
 
 class FrameCache:
@@ -53,55 +53,74 @@ class CausalConv3d(nn.Conv3d):
     Args:
         in_channels, out_channels: channels before and after.
         kernel: time, rows, columns; odd.
+        ops: who lays the window.
         time_stride: step in time; rows and columns always step by one.
+        leaves_bias: whether the operator behind adds the bias, where ``ops`` do that.
     """
 
     slot: int
     """Where this convolution's frames are in a :class:`FrameCache`; set by :func:`number_slots`."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int],
+        ops: VideoOps,
+        *,
+        time_stride: int = 1,
+        leaves_bias: bool = False,
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride=(time_stride, 1, 1))
+        self.ops = ops
+        self.leaves_bias = leaves_bias and ops.take_bias
         # Each output's window lies `time_stride` frames behind the one before: so many of its frames have been seen.
         self.num_history = kernel[0] - time_stride
         self.border_HW = (kernel[1] // 2, kernel[2] // 2)
 
-    def window(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
+    @property
+    def late_bias(self) -> Tensor | None:
+        """What the operator behind still has to add; None where the convolution adds it."""
+        return self.bias if self.leaves_bias else None
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        """[B, in_channels, frames, rows, columns] -> [B, out_channels, ...], without the bias that it leaves."""
+        return self._conv_forward(x_BCTHW, self.weight, None if self.leaves_bias else self.bias)
+
+    def window(
+        self, x_BCTHW: Tensor, cache: FrameCache, *, norm: RMSNorm | None = None, bias_C: Tensor | None = None
+    ) -> Tensor:
         """``x`` behind its history and inside a zero border, in the weight's memory format; updates ``cache``.
+
+        Args:
+            x_BCTHW: the chunk.
+            cache: of the clip.
+            norm: what stands before the convolution, SiLU behind it; None if neither does.
+            bias_C: what the convolution before that left to add.
 
         Returns:
             [B, C, num_history + T, H + 2 border, W + 2 border]
         """
-        batch, channels, num_frames, height, width = x_BCTHW.shape
-        border_H, border_W = self.border_HW
-        # One buffer, each element written once: joining and then padding would write the frames twice.
-        window_BCTHW = torch.empty(
-            (batch, channels, self.num_history + num_frames, height + 2 * border_H, width + 2 * border_W),
-            dtype=x_BCTHW.dtype,
-            device=x_BCTHW.device,
-            memory_format=self._memory_format(),
+        gain_C111 = None if norm is None else norm.gamma
+        window_BCTHW, cache.frames[self.slot] = self.ops.window(
+            x_BCTHW,
+            cache.frames[self.slot],
+            self.num_history,
+            self.border_HW,
+            self.memory_format,
+            gain_C111,
+            bias_C,
         )
-        history = cache.frames[self.slot]
-        past, present = window_BCTHW.split([self.num_history, num_frames], dim=2)
-        if history is None:
-            past.zero_()
-        else:
-            past.copy_(history)
-        if border_H:
-            present[:, :, :, :border_H].zero_()
-            present[:, :, :, -border_H:].zero_()
-        if border_W:
-            present[..., :border_W].zero_()
-            present[..., -border_W:].zero_()
-        present[:, :, :, border_H : border_H + height, border_W : border_W + width].copy_(x_BCTHW)
-        self.remember(window_BCTHW, cache)
         return window_BCTHW
 
-    def remember(self, window_BCTHW: Tensor, cache: FrameCache) -> None:
-        """Keep the last frames of ``window`` for the next chunk."""
-        # A copy: a view would keep the whole window alive until the next chunk.
-        cache.frames[self.slot] = window_BCTHW[:, :, -self.num_history :].clone()
+    def remember(self, frames_BCTHW: Tensor, cache: FrameCache) -> None:
+        """Keep the last of ``frames`` for the next chunk, for a convolution without border that is not run now."""
+        # A copy: a view would keep all of them alive until the next chunk.
+        cache.frames[self.slot] = frames_BCTHW[:, :, -self.num_history :].clone()
 
-    def _memory_format(self) -> torch.memory_format:
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The weight's."""
         # Were the two to differ, the convolution would convert its input at every call.
         if self.weight.is_contiguous():
             return torch.contiguous_format
@@ -120,6 +139,8 @@ def number_slots(network: nn.Module) -> int:
 class RMSNorm(nn.Module):
     """Every position's channel vector scaled to length sqrt(C), times a learned gain per channel.
 
+    In front of a causal convolution it only holds the gain: norm, SiLU and window are one operator.
+
     Args:
         num_channels: C.
         num_grid_axes: axes behind the channels, 3 for clips and 2 for frames; the published gain has an axis for each.
@@ -127,50 +148,40 @@ class RMSNorm(nn.Module):
 
     def __init__(self, num_channels: int, *, num_grid_axes: int) -> None:
         super().__init__()
-        self.scale = num_channels**0.5
         self.gamma = nn.Parameter(torch.ones(num_channels, *[1] * num_grid_axes))
 
     def forward(self, x_BC: Tensor) -> Tensor:
-        """[B, C, ...] -> the same shape, a new tensor. Lengths and quotients are fp32, also for a narrower ``x``."""
-        wide = torch.promote_types(x_BC.dtype, torch.float32)
-        length_B1 = torch.linalg.vector_norm(x_BC, dim=1, keepdim=True, dtype=wide).clamp_min_(_MIN_NORM)
-        # `out` rounds the wide quotient into place, so that no wide copy of the activations is ever held.
-        unit_BC = torch.div(x_BC, length_B1, out=torch.empty_like(x_BC))
-        return unit_BC.mul_(self.scale).mul_(self.gamma)
-
-
-class RMSNormSiLU(RMSNorm):
-    """The norm and the SiLU between it and a convolution: one module, so that one kernel can take over both."""
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__(num_channels, num_grid_axes=3)
-
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> the same shape, a new tensor."""
-        return F.silu(super().forward(x_BCTHW), inplace=True)
+        """[B, C, ...] -> the same shape, a new tensor."""
+        return channel_norm(x_BC, self.gamma)
 
 
 class ResidualBlock(nn.Module):
     """Two causal 3x3x3 convolutions, each behind norm and SiLU, around a shortcut (1x1x1 where the width changes)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, ops: VideoOps) -> None:
         super().__init__()
-        self.norm1 = RMSNormSiLU(in_channels)
-        self.conv1 = CausalConv3d(in_channels, out_channels, (3, 3, 3))
-        self.norm2 = RMSNormSiLU(out_channels)
-        self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3))
-        self.conv_shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1)) if in_channels != out_channels else None
+        self.ops = ops
+        self.norm1 = RMSNorm(in_channels, num_grid_axes=3)
+        self.conv1 = CausalConv3d(in_channels, out_channels, (3, 3, 3), ops, leaves_bias=True)
+        self.norm2 = RMSNorm(out_channels, num_grid_axes=3)
+        self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3), ops, leaves_bias=True)
+        changes_width = in_channels != out_channels
+        self.conv_shortcut = (
+            CausalConv3d(in_channels, out_channels, (1, 1, 1), ops, leaves_bias=True) if changes_width else None
+        )
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, in_channels, T, H, W] -> [B, out_channels, T, H, W], a new tensor."""
         # `y` is rebound at every step: what it held before is free again by the time the convolution runs.
-        y_BCTHW = self.conv1.window(self.norm1(x_BCTHW), cache)
+        y_BCTHW = self.conv1.window(x_BCTHW, cache, norm=self.norm1)
         y_BCTHW = self.conv1(y_BCTHW)
-        y_BCTHW = self.norm2(y_BCTHW)
-        y_BCTHW = self.conv2.window(y_BCTHW, cache)
+        y_BCTHW = self.conv2.window(y_BCTHW, cache, norm=self.norm2, bias_C=self.conv1.late_bias)
         y_BCTHW = self.conv2(y_BCTHW)
-        shortcut_BCTHW = x_BCTHW if self.conv_shortcut is None else self.conv_shortcut(x_BCTHW)
-        return y_BCTHW.add_(shortcut_BCTHW)
+        same = (1, 1, 1)
+        if self.conv_shortcut is None:
+            return self.ops.add_shortcut(y_BCTHW, x_BCTHW, same, same, self.conv2.late_bias, None)
+        shortcut_BCTHW, shortcut_bias = self.conv_shortcut(x_BCTHW), self.conv_shortcut.late_bias
+        return self.ops.add_shortcut(y_BCTHW, shortcut_BCTHW, same, same, self.conv2.late_bias, shortcut_bias)
 
 
 class FrameAttention(nn.Module):
@@ -196,10 +207,10 @@ class FrameAttention(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention, residual block at the bottom of encoder and decoder."""
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, ops: VideoOps) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([FrameAttention(num_channels)])
-        self.resnets = nn.ModuleList([ResidualBlock(num_channels, num_channels) for _ in range(2)])
+        self.resnets = nn.ModuleList([ResidualBlock(num_channels, num_channels, ops) for _ in range(2)])
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, C, T, H, W] -> the same shape, a new tensor."""

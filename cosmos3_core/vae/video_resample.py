@@ -13,15 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_core.errors import CapabilityError
+from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, ResidualBlock, fold_frames, unfold_frames
 
 
 class NearestUp2d(nn.Module):
-    """Every pixel becomes 2 x 2 of it."""
+    """Every pixel becomes 2 x 2 of it, and every frame as many as there are parts of the channels."""
 
-    def forward(self, x_KCHW: Tensor) -> Tensor:
-        """[K, C, H, W] -> [K, C, 2H, 2W]. A copy of values: exact in any dtype."""
-        return F.interpolate(x_KCHW, scale_factor=2.0, mode="nearest-exact")
+    def __init__(self, ops: VideoOps) -> None:
+        super().__init__()
+        self.ops = ops
+
+    def forward(self, x_BCTHW: Tensor, num_parts: int) -> Tensor:
+        """[B, parts C, T, H, W] -> [B T parts, C, 2H, 2W]."""
+        return self.ops.upsample(x_BCTHW, num_parts)
 
 
 class FrameConv2d(nn.Conv2d):
@@ -31,10 +36,16 @@ class FrameConv2d(nn.Conv2d):
         num_channels: before and after.
         stride: 1 behind :class:`NearestUp2d`, with a border of one all around; 2 when halving, the border laid by the
             module in front.
+        leaves_bias: whether the operator behind adds the bias.
     """
 
-    def __init__(self, num_channels: int, *, stride: int) -> None:
+    def __init__(self, num_channels: int, *, stride: int, leaves_bias: bool) -> None:
         super().__init__(num_channels, num_channels, 3, stride=stride, padding=1 if stride == 1 else 0)
+        self.leaves_bias = leaves_bias
+
+    def forward(self, x_KCHW: Tensor) -> Tensor:
+        """[K, C, H, W] -> [K, C, H or H/2, W or W/2], without the bias that it leaves."""
+        return self._conv_forward(x_KCHW, self.weight, None if self.leaves_bias else self.bias)
 
 
 class Upsampler(nn.Module):
@@ -42,31 +53,35 @@ class Upsampler(nn.Module):
 
     Args:
         num_channels: before and after.
+        ops: of the VAE.
         doubles_time: whether every frame but the clip's first becomes two.
     """
 
-    def __init__(self, num_channels: int, *, doubles_time: bool) -> None:
+    def __init__(self, num_channels: int, ops: VideoOps, *, doubles_time: bool) -> None:
         super().__init__()
         # The published names count the parts of this sequence: "resample.1" is the convolution.
-        self.resample = nn.Sequential(NearestUp2d(), FrameConv2d(num_channels, stride=1))
-        self.time_conv = CausalConv3d(num_channels, 2 * num_channels, (3, 1, 1)) if doubles_time else None
+        self.resample = nn.ModuleList(
+            [NearestUp2d(ops), FrameConv2d(num_channels, stride=1, leaves_bias=ops.take_bias)]
+        )
+        self.time_conv = CausalConv3d(num_channels, 2 * num_channels, (3, 1, 1), ops) if doubles_time else None
+
+    @property
+    def late_bias(self) -> Tensor | None:
+        """What the operator behind still has to add to the result; None where nothing is left."""
+        conv = self.resample[1]
+        assert isinstance(conv, FrameConv2d)
+        return conv.bias if conv.leaves_bias else None
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T or 2T, 2H, 2W], a new tensor."""
-        batch = x_BCTHW.shape[0]
+        batch, num_parts = x_BCTHW.shape[0], 1
         # The clip's first frame passes by the convolution in time and is no part of its history either:
         # that starts with zeros at the second frame.
-        if self.time_conv is None or cache.is_first_chunk:
-            x_KCHW = fold_frames(x_BCTHW)
-        else:
-            x_KCHW = self._double_time(self.time_conv, x_BCTHW, cache)
-        return unfold_frames(self.resample(x_KCHW), batch)
-
-    @staticmethod
-    def _double_time(time_conv: CausalConv3d, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
-        """[B, C, T, H, W] -> [B 2T, C, H, W]: the convolution's two halves are the even and the odd frames."""
-        halves_BCTHW = time_conv(time_conv.window(x_BCTHW, cache))
-        return halves_BCTHW.unflatten(1, (2, -1)).permute(0, 3, 1, 2, 4, 5).flatten(0, 2)
+        if self.time_conv is not None and not cache.is_first_chunk:
+            # The convolution's two halves are the even and the odd frames.
+            x_BCTHW, num_parts = self.time_conv(self.time_conv.window(x_BCTHW, cache)), 2
+        up, conv = self.resample
+        return unfold_frames(conv(up(x_BCTHW, num_parts)), batch)
 
 
 class Downsampler(nn.Module):
@@ -74,14 +89,18 @@ class Downsampler(nn.Module):
 
     Args:
         num_channels: before and after.
+        ops: of the VAE.
         halves_time: whether every two frames after the clip's first become one.
     """
 
-    def __init__(self, num_channels: int, *, halves_time: bool) -> None:
+    def __init__(self, num_channels: int, ops: VideoOps, *, halves_time: bool) -> None:
         super().__init__()
+        conv = FrameConv2d(num_channels, stride=2, leaves_bias=False)
         # The border is below and to the right only: output (i, j) looks at rows 2i to 2i + 2.
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), FrameConv2d(num_channels, stride=2))
-        self.time_conv = CausalConv3d(num_channels, num_channels, (3, 1, 1), time_stride=2) if halves_time else None
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
+        self.time_conv = (
+            CausalConv3d(num_channels, num_channels, (3, 1, 1), ops, time_stride=2) if halves_time else None
+        )
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, C, T, H, W] with even H, W -> [B, C, T or T/2, H/2, W/2], a new tensor."""
@@ -103,42 +122,38 @@ class DuplicateUp(nn.Module):
 
     Args:
         in_channels, out_channels: r must be 1, or a product of the first of the factors (time, rows, columns).
+        ops: of the VAE.
         doubles_time: whether frames double too.
 
     Raises:
         CapabilityError: r is something else; no published checkpoint has that.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, doubles_time: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, ops: VideoOps, *, doubles_time: bool) -> None:
         super().__init__()
-        self.time_factor = 2 if doubles_time else 1
+        self.ops = ops
+        self.factors = (2 if doubles_time else 1, 2, 2)
         remaining, rest = divmod(in_channels, out_channels)
         picks: list[int] = []
-        for factor in (self.time_factor, 2, 2):
-            # The slowest counted positions pick a channel, the others share it (an axis of one, to be broadcast).
+        for factor in self.factors:
+            # The slowest counted positions pick a channel, the others share it.
             pick = factor if remaining > 1 else 1
             picks.append(pick)
             remaining, rest = remaining // pick, rest + remaining % pick
         if remaining != 1 or rest:
             raise CapabilityError("dim_mult", f"{in_channels} -> {out_channels} channels", "widths that halve or stay")
-        self.picks = tuple(picks)
+        self.picks = (picks[0], picks[1], picks[2])
 
-    def forward(self, y_BCTHW: Tensor, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
+    def forward(self, y_BCTHW: Tensor, x_BCTHW: Tensor, y_bias_C: Tensor | None) -> Tensor:
         """Add the shortcut of ``x`` to ``y`` in place; returns ``y``.
 
         Args:
-            y_BCTHW: the block's result [B, out_channels, T or 2T, 2H, 2W].
+            y_BCTHW: the block's result [B, out_channels, T or 2T, 2H, 2W]; of the clip's first frame, which is not
+                doubled, one frame: it takes the later of its two.
             x_BCTHW: the block's input [B, in_channels, T, H, W].
-            cache: tells whether this is the clip's first frame, which is not doubled: it takes the later of its two.
+            y_bias_C: what the block's last convolution left to add.
         """
-        source_BCTtHhWw = x_BCTHW.unflatten(1, (-1, *self.picks)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        time_factor = self.time_factor
-        if cache.is_first_chunk:
-            source_BCTtHhWw, time_factor = source_BCTtHhWw[:, :, :, -1:], 1
-        # Both sides are views that differ by broadcasting alone, so nothing of the finer size is allocated.
-        y_BCTtHhWw = y_BCTHW.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).unflatten(2, (-1, time_factor))
-        y_BCTtHhWw.add_(source_BCTtHhWw)
-        return y_BCTHW
+        return self.ops.add_shortcut(y_BCTHW, x_BCTHW, self.factors, self.picks, y_bias_C, None)
 
 
 class AverageDown(nn.Module):
@@ -177,18 +192,26 @@ class UpBlock(nn.Module):
     Args:
         in_channels, out_channels: before and after; the first residual block changes the width.
         num_res_blocks: how many.
+        ops: of the VAE.
         upsamples: whether rows and columns double.
         doubles_time: whether frames double too.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_res_blocks: int, *, upsamples: bool, doubles_time: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        ops: VideoOps,
+        *,
+        upsamples: bool,
+        doubles_time: bool,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
-        self.upsampler = Upsampler(out_channels, doubles_time=doubles_time) if upsamples else None
-        self.shortcut = DuplicateUp(in_channels, out_channels, doubles_time=doubles_time) if upsamples else None
+        self.resnets = nn.ModuleList(ResidualBlock(*pair, ops) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.upsampler = Upsampler(out_channels, ops, doubles_time=doubles_time) if upsamples else None
+        self.shortcut = DuplicateUp(in_channels, out_channels, ops, doubles_time=doubles_time) if upsamples else None
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, in_channels, T, H, W] -> [B, out_channels, T or 2T, H or 2H, W or 2W], a new tensor."""
@@ -197,7 +220,7 @@ class UpBlock(nn.Module):
             y_BCTHW = resnet(y_BCTHW, cache)
         if self.upsampler is not None and self.shortcut is not None:
             y_BCTHW = self.upsampler(y_BCTHW, cache)
-            self.shortcut(y_BCTHW, x_BCTHW, cache)
+            self.shortcut(y_BCTHW, x_BCTHW, self.upsampler.late_bias)
         return y_BCTHW
 
 
@@ -207,17 +230,25 @@ class DownBlock(nn.Module):
     Args:
         in_channels, out_channels: before and after; the first residual block changes the width.
         num_res_blocks: how many.
+        ops: of the VAE.
         downsamples: whether rows and columns halve.
         halves_time: whether frames halve too.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_res_blocks: int, *, downsamples: bool, halves_time: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        ops: VideoOps,
+        *,
+        downsamples: bool,
+        halves_time: bool,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
-        self.downsampler = Downsampler(out_channels, halves_time=halves_time) if downsamples else None
+        self.resnets = nn.ModuleList(ResidualBlock(*pair, ops) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.downsampler = Downsampler(out_channels, ops, halves_time=halves_time) if downsamples else None
         self.shortcut = AverageDown(in_channels, out_channels, halves_time=halves_time, halves_space=downsamples)
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from cosmos3_core.device import resolve_device
 from tests.gpu.verdict import Verdict, checked
+from tests.ops import video_comparison
 from tests.ops.comparison import (
     ELEMENTWISE_SHAPES,
     GPU_CASES,
@@ -27,6 +28,12 @@ def check_operators(device: str) -> list[Verdict]:
             verdicts.append(Verdict(check, "skip", "needs a CUDA device"))
         else:
             verdicts.append(checked(check, lambda key=key: _run(*key, resolve_device(device))))
+    for (name, dtype), tolerance in video_comparison.TOLERANCES.items():
+        check = f"video VAE {name}, {str(dtype).removeprefix('torch.')}"
+        if device != "cuda":
+            verdicts.append(Verdict(check, "skip", "needs a CUDA device"))
+        else:
+            verdicts.append(checked(check, lambda name=name, dtype=dtype, top=tolerance: _run_video(name, dtype, top)))
     verdicts.append(checked("step, bfloat16", lambda: _step(resolve_device(device))))
     return verdicts
 
@@ -41,10 +48,20 @@ def _run(op: str, name: str, dtype: torch.dtype, device: torch.device) -> str:
             for shape in ELEMENTWISE_SHAPES
             for weight_in_fp32 in (False, True)
         ]
-    largest, tolerance = max(differences), TOLERANCES[op, name, dtype]
-    if not largest <= tolerance:
-        raise AssertionError(f"largest difference {largest:.1e}, allowed {tolerance:.1e}")
-    return f"largest difference {largest:.1e}, allowed {tolerance:.1e}"
+    return _within(differences, TOLERANCES[op, name, dtype])
+
+
+def _run_video(name: str, dtype: torch.dtype, tolerance: float) -> str:
+    device = torch.device("cuda")
+    differences = [video_comparison.largest_difference(name, dtype, device, case) for case in video_comparison.CASES]
+    return _within(differences, tolerance)
+
+
+def _within(differences: list[float], tolerance: float) -> str:
+    said = f"largest difference {max(differences):.1e}, allowed {tolerance:.1e}"
+    if not all(difference <= tolerance for difference in differences):  # NaN is a fault too
+        raise AssertionError(said)
+    return said
 
 
 def _step(device: torch.device) -> str:

@@ -76,9 +76,14 @@ def test_the_check_of_modes_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.endswith("0 FAIL, 20 ok, 0 skip, on 2 x cpu\n")
 
 
+def test_the_check_of_the_video_vae_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--only", "video-vae", "--checkpoint", str(tiny_nano)]) == 0
+    assert capsys.readouterr().out.endswith("0 FAIL, 2 ok, 0 skip, on 2 x cpu\n")
+
+
 def test_the_operator_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--only", "operators"]) == 0
-    assert capsys.readouterr().out.endswith("0 FAIL, 3 ok, 9 skip, on 2 x cpu\n")
+    assert capsys.readouterr().out.endswith("0 FAIL, 3 ok, 11 skip, on 2 x cpu\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

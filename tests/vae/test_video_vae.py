@@ -15,8 +15,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from cosmos3_core import shapes
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
 from cosmos3_core.errors import CapabilityError, RequestError, StateError
+from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.vae.video import DecodeState, VideoVAE, patchify, unpatchify
 from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache
 from cosmos3_core.vae.video_resample import DuplicateUp
@@ -155,11 +157,7 @@ def test_parameters_are_the_published_tensors(with_encoder: bool) -> None:
 
 def test_weights_may_be_channels_last(vae: VideoVAE, reference: AutoencoderKLWan) -> None:
     """GPUs want them so; the windows follow, or every convolution would convert its input."""
-    for parameter in vae.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
-        elif parameter.dim() == 4:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    vae.use_channels_last()
     seen: list[bool] = []
     for module in vae.modules():
         if isinstance(module, CausalConv3d) and module.num_history:
@@ -199,6 +197,22 @@ def test_a_chunk_is_computed_when_it_is_asked_for(
         # This one rounds otherwise with its number of frames, so it must not see the chunks.
         assert input_calls == [6]
     assert next(chunks, None) is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "at_least", "chunk_latents"),
+    [((12, 20), 960, 4), ((16, 30), 960, 2), ((16, 31), 960, 2), ((30, 52), 960, 1), ((1, 1), 960, 4), ((1, 1), 1, 1)],
+)
+def test_small_frames_come_several_at_a_time(grid: tuple[int, int], at_least: int, chunk_latents: int) -> None:
+    assert shapes.chunk_latents(*grid, at_least) == chunk_latents
+
+
+def test_the_size_of_the_frames_decides_unless_told(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = random_latents((6, 2, 3))
+    assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 4, 4, 4, 4, 4], "on a CPU one by one"
+    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", lambda device: 18)
+    assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 12, 8]
+    assert torch.equal(whole(vae.decode(latents)), whole(vae.decode(latents, chunk_latents=3)))
 
 
 def module_contents(vae: VideoVAE) -> dict[str, dict[str, Any]]:
@@ -285,7 +299,7 @@ def test_decoding_holds_less_than_diffusers(vae: VideoVAE, reference: Autoencode
 
 
 def test_a_window_is_history_then_chunk_inside_zeros() -> None:
-    conv = CausalConv3d(2, 2, (3, 3, 3))
+    conv = CausalConv3d(2, 2, (3, 3, 3), VideoOps())
     conv.slot = 0
     cache = FrameCache.empty(1)
     x = torch.randn(1, 2, 5, 4, 3)
@@ -316,9 +330,7 @@ def test_duplication_follows_its_formula(
     if is_first_chunk:
         expected = expected[:, :, -1:]
     y = torch.ones_like(expected)
-    DuplicateUp(in_channels, out_channels, doubles_time=doubles_time)(
-        y, x, FrameCache([], is_first_chunk=is_first_chunk)
-    )
+    DuplicateUp(in_channels, out_channels, VideoOps(), doubles_time=doubles_time)(y, x, None)
     assert torch.equal(y, expected + 1)
 
 
