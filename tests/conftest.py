@@ -28,8 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("cluster"):
             item.add_marker(pytest.mark.xdist_group("cluster"))
-    # That one first: it takes about half of all the time, most of it waiting, so the others go on beside it.
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+    # That one last: beside other tests it would take longer than after them.
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
 
 
 @pytest.fixture(scope="session")

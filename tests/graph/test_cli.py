@@ -405,6 +405,7 @@ def test_help_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:
     assert time.monotonic() - start_s < 6, "0.05 s each on an idle machine"
 
 
+@pytest.mark.slow  # the README's commands, which every change runs, go the same way
 def test_the_demo_makes_what_it_needs(tmp_path: Path) -> None:
     done = cosmos3("demo", "--checkpoint", "outputs/tiny", "--out", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

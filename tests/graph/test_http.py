@@ -229,7 +229,7 @@ def test_bodies_together_are_bounded(small_app: Any, eventually: Callable[..., b
     large = {**GOOD, "seed": -1, "extra_params": {}, "prompt": "a" + " " * 900_000}
     head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as slow:
-        slow.sendall(f"{head}content-length: 1000000\r\n\r\n".encode() + b" " * 1000)
+        slow.sendall(f"{head}content-length: 1000000\r\n\r\n".encode() + b" " * 900_000)
         assert eventually(lambda: send(small_app, json.dumps(large).encode(), JSON)[0] == 429)
         status, headers, answer = send(small_app, json.dumps(large).encode(), JSON)
         assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "5")
