@@ -12,8 +12,8 @@ from cluster.gang import GangSpec, bundles
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.sharding import allowed_tp_sizes
-from deployments.app import gang_spec, has_audio
-from deployments.config import AppConfig, Stage, TransformerStage
+from deployments.app import gang_spec, has_audio, vae_gang_spec
+from deployments.config import AppConfig, Stage, TransformerStage, VideoVAEStage
 
 _KINDS = ("CPU", "GPU")
 _MAX_EXAMPLES = 4
@@ -98,6 +98,8 @@ def _needed(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
     for name, stage in _stages(config).items():
         if isinstance(stage, TransformerStage):
             replica = [] if name == "transformer" else bundles(gang_spec(config, stage), stage.num_cpus)
+        elif isinstance(stage, VideoVAEStage):
+            replica = bundles(vae_gang_spec(config), stage.num_cpus)
         else:
             replica = [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]
         parts += _num_replicas(stage) * replica
