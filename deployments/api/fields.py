@@ -122,6 +122,7 @@ VIDEO_FIELDS: Fields = {
     "width": Field(INTEGER, "pixels, a multiple of 16"),
     "height": Field(INTEGER, "pixels, a multiple of 16"),
     "seconds": Field(NUMBER, "length; num_frames wins over it"),
+    "stream": Field(FLAG, "send the mp4 while it is made: fragmented, without the headers that say what it became"),
     **_NOTED,
 }
 """Of ``POST /v1/videos/sync``. Absent ones take the checkpoint's own defaults."""
