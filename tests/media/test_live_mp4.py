@@ -24,7 +24,9 @@ SOUND = SoundFormat(RATE, 2, NUM_SAMPLES)
 def long_clip():
     """uint8 [48, 48, 80, 3]: moves, and ends elsewhere than it began."""
     frame, row, column = np.mgrid[:NUM_FRAMES, :48, :80]
-    planes = [127.5 + 120 * np.sin((column + speed * frame + row) / width) for speed, width in ((3, 9), (-2, 7), (1, 15))]
+    planes = [
+        127.5 + 120 * np.sin((column + speed * frame + row) / width) for speed, width in ((3, 9), (-2, 7), (1, 15))
+    ]
     return np.stack(planes, axis=-1).round().astype(np.uint8)
 
 
