@@ -19,7 +19,7 @@ import av
 # "flush_packets": a fragment is in the file, not in a buffer of 256 KiB, when it has been written.
 _OPTIONS = {
     "movflags": "delay_moov+default_base_moof+skip_trailer",
-    "frag_duration": "80000",  # microseconds; 2 frames at 24 fps. 2.3% of a clip of 192 x 320 with sound, less of others
+    "frag_duration": "80000",  # microseconds, 2 frames at 24 fps; 2.3% of a clip of 192 x 320 with sound
     "fflags": "+bitexact",
     "flush_packets": "1",
 }
@@ -37,14 +37,14 @@ class LiveMp4:
         av.FFmpegError, OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, streams: Sequence[Any]) -> None:
+    def __init__(self, path: Path, streams: Iterable[Any]) -> None:
         # Absolute, because FFmpeg would read "a:b.mp4" as a URL of protocol "a".
         self._container = av.open(str(path.absolute()), mode="w", format="mp4", container_options=_OPTIONS)
         for stream in streams:
             self._container.add_stream_from_template(stream)
         self._container.start_encoding()
 
-    def mux(self, packets: Iterable[av.Packet[Any]]) -> None:
+    def mux(self, packets: Sequence[av.Packet[Any]]) -> None:
         """Add packets, in the order of the other container and after they went into it.
 
         Raises:

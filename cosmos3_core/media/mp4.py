@@ -5,9 +5,11 @@ in the container. Chroma is the mean of each 2 x 2 block, which is what the chro
 
 Reproducible: the number of encoder threads is fixed, x264 may not choose algorithms by CPU model, and neither dates nor
 library versions are written by the muxer (x264 stores its own version and settings in the stream). Sound and frames may
-come in any order: packets go into the file by decode time. A live file beside it gets the same packets: what is encoded
-once can be watched as it grows, and the finished file has the bytes that it would have without. FFmpeg's AAC encoder computes in floating point and picks
+come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes in floating point and picks
 routines by CPU model: its bytes are the same every time on one machine, on another they may differ.
+
+A live file beside it gets the same packets, so that a clip that is encoded once can be watched as it grows. The
+finished file has the bytes that it would have without.
 """
 
 from __future__ import annotations
@@ -87,8 +89,8 @@ class Mp4Writer:
 
     Frames and samples come in chunks, as the decoders make them, and are encoded at once; where the chunks are cut, and
     in which order frames and samples come, does not change the file. The file appears when :meth:`close` returns;
-    leaving the ``with`` block by an exception, or a failure in :meth:`write` or :meth:`write_sound`, leaves none; a live
-    file stays, as far as it came. Not thread-safe.
+    leaving the ``with`` block by an exception, or a failure in :meth:`write` or :meth:`write_sound`, leaves none
+    but the live file, as far as it came. Not thread-safe.
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
