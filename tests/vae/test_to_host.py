@@ -1,4 +1,4 @@
-"""Decoded pixels on their way off the device: the same bytes, in order, the next chunk begun before one is handed out."""
+"""Decoded pixels on their way off the device: same bytes, same order, the next chunk begun before one is handed out."""
 
 from __future__ import annotations
 
