@@ -109,9 +109,7 @@ class FakeStages:
         self.decode, self.encode = Method(self._decode), Method(self._encode)
         self.clean: list[Any] = []
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
-        self.open, self.drop, self.forget = (
-            Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget)
-        )
+        self.open, self.drop, self.forget = (Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget))
         self.encoded: list[str] = []
         self.decoded = 0
 
