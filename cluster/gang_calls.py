@@ -100,9 +100,7 @@ class GangCalls:
             await self._gang.call("describe", phase="idle", timeout_s=_ANSWER_S)
             return
         try:
-            results = await self._gang.ask(
-                call.method, *call.arguments, phase=call.phase, timeout_s=call.timeout_s
-            )
+            results = await self._gang.ask(call.method, *call.arguments, phase=call.phase, timeout_s=call.timeout_s)
         except GangFailed:
             raise
         except Cosmos3Error as error:

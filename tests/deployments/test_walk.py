@@ -110,9 +110,7 @@ class FakeStages:
         self.decode, self.encode = Method(self._decode), Method(self._encode)
         self.clean: list[Any] = []
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
-        self.open, self.drop, self.forget = (
-            Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget)
-        )
+        self.open, self.drop, self.forget = (Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget))
         self.encoded: list[str] = []
         self.decoded = 0
 
@@ -160,7 +158,7 @@ class FakeStages:
             if index == 2:
                 self.fail("decode")
             self.decoded += 1
-            yield messages.ChunkDecoded(index, time.time())
+            yield messages.ChunkDecoded(index, time.time(), 1)
             yield f"chunk {index}"
 
     async def _encode(
@@ -276,7 +274,7 @@ class FakeSound(FakeStages):
         await asyncio.sleep(0.05)
         assert await self.clips.acquire(stream_id, producer, 10)
         self.fail("sound")
-        yield messages.SoundDecoded(0, time.time())
+        yield messages.SoundDecoded(0, time.time(), 2)
         yield "samples"
 
     async def _encode_both(
