@@ -195,6 +195,7 @@ class MediaStore:
         record = self.find(media_id)
         if record is None or record.state != DONE:
             raise _no_file(media_id)
+        start = min(start, record.num_bytes)
         try:
             with self.file_path(record).open("rb") as file:
                 file.seek(start)
