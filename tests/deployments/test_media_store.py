@@ -1,4 +1,4 @@
-"""The media store: what readers, writers and sweepers of several processes find, whoever is first, and what is damaged."""
+"""The media store: what readers, writers and sweepers of several processes find; who is first; what damage does."""
 
 from __future__ import annotations
 
