@@ -53,6 +53,7 @@ class Exchange:
             StageFailed: no word of it.
             Exception: why it does not.
         """
+        self.cancel()  # the last one has ended; Serve is told so
         self._events = self._director.stream.remote(request, self.request_id, timeout_s)
         limit_s = _ACCEPT_S if request.video is None else _ACCEPT_CLIP_S
         try:

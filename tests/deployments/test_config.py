@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
+from deployments.media_store import MediaSpec
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 
@@ -41,6 +42,7 @@ KEYS = {
         "name",
         "model_name",
         "http",
+        "media",
         "ingress",
         "director",
         "tokenizer",
@@ -51,6 +53,7 @@ KEYS = {
         "encoder",
     },
     "http": {"host", "port", "max_body_bytes", "max_bodies_bytes", "request_timeout_s", "drain_timeout_s"},
+    "media": {"directory", "max_bytes", "keep_s"},
     "ingress": STAGE,
     "director": STAGE | {"max_requests", "max_attempts", "chunk_window"},
     "tokenizer": STAGE,
@@ -116,6 +119,10 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"vae": {"dtype": "fp16"}}, "vae.dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"encoder": {"max_queued_requests": 0}}, "encoder.max_queued_requests: "),
         ({"http": {"request_timeout_s": float("inf")}}, "http.request_timeout_s: "),
+        ({"media": {"max_bytes": 0}}, "media.max_bytes: "),
+        ({"media": {"path": "x"}}, "media.path: no such key"),
+        ({"media": {"keep_s": 600}}, "media.keep_s=600 must exceed the 600 s that a chunk of the vae may take"),
+        ({"vae": {"chunk_timeout_s": 4000}}, "media.keep_s=3600 must exceed the 4000 s that a chunk of the vae may"),
         ({"transformer": {"max_jobs": 32}}, "max_ongoing_requests=64 must exceed 2 * max_jobs = 64"),
         ({"unguided": {"dtype": "float16"}}, "transformer and unguided need the same device and dtype"),
         ({"transformer": {"device": "cuda:1", "gpus_per_rank": 1}}, "Ray decides which card a rank gets; say cuda"),
@@ -212,6 +219,21 @@ def _deployments(application: Any) -> list[Any]:
         if hasattr(argument, "_bound_deployment"):
             found += _deployments(argument)
     return found
+
+
+def test_every_process_opens_the_store_itself(tiny_nano: Path, tmp_path: Path) -> None:
+    from deployments.app import build_app
+
+    media = {"directory": str(tmp_path / "media"), "max_bytes": 7, "keep_s": 4000}
+    app = build_app(AppConfig.parse({"checkpoint": tiny_nano, "media": media}))
+    bound = {it.name: [spec for spec in it.init_args if isinstance(spec, MediaSpec)] for it in _deployments(app)}
+    directory = tmp_path / "media"
+    spec = MediaSpec(directory, 7, 4000)
+    expected = {name: [spec] for name in ("Ingress", "Director", "Mp4Encoder")}
+    assert {name: specs for name, specs in bound.items() if specs} == expected
+    assert not directory.exists(), "where they run, not where they are started from"
+    assert spec.open().directory == directory
+    assert AppConfig.parse({"checkpoint": "x"}).media.directory is None
 
 
 def test_a_packaged_file_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
