@@ -15,13 +15,16 @@ from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.conditioning.resize import crop_to_fill, fit_and_pad, stretch
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.source import read_clip, read_image
+from cosmos3_core.vae.frame_part import PartOf, whole_frame
 from cosmos3_core.vae.video import VideoVAE
 
 ReadClip = Callable[..., Frames]
 """As :func:`read_clip`."""
 
 
-def clean_latents(vae: VideoVAE, picture: PictureCondition, *, read: ReadClip = read_clip) -> Tensor:
+def clean_latents(
+    vae: VideoVAE, picture: PictureCondition, *, read: ReadClip = read_clip, part_of: PartOf = whole_frame
+) -> Tensor:
     """The latents of the given frames.
 
     The VAE is causal, so only the frames up to the last given one are read, resized and encoded.
@@ -30,6 +33,7 @@ def clean_latents(vae: VideoVAE, picture: PictureCondition, *, read: ReadClip = 
         vae: with its encoder.
         picture: what is given.
         read: how a clip is read; a service does that in another process.
+        part_of: which part of the frames to encode here; all parts get the latents of the whole.
 
     Returns:
         [1, C, len(picture.clean_frames), H, W], fp32, on the VAE's device.
@@ -38,8 +42,9 @@ def clean_latents(vae: VideoVAE, picture: PictureCondition, *, read: ReadClip = 
         RequestError: the media is damaged, or larger than allowed.
     """
     pixels_CFYX = conditioning_pixels(picture, read=read)
-    latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0)).float()
     side = vae.geometry.spatial
+    part = part_of(pixels_CFYX.shape[2] // side, pixels_CFYX.shape[3] // side)
+    latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0), part=part).float()
     rows, columns = picture.height // side, picture.width // side  # without what a canvas has beyond the picture
     return latents_1CTHW[:, :, list(picture.clean_frames), :rows, :columns]
 
