@@ -14,12 +14,14 @@ from cluster.errors import OverloadedError, ShuttingDown
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
-from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
+from deployments.media_store import MediaStore
+from deployments.messages import Event, Finished, Generated, RequestContext
 from deployments.request_check import RequestCheck
 from deployments.walk import Stages, Walk
 
 _FIRST_GUESS_S = 5.0  # for Retry-After, until a request has been timed
 _CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
+MAX_PART_BYTES = 4 * 2**20
 _RESTART_S = 30.0  # what a restart of the app takes, about
 
 
@@ -32,6 +34,7 @@ class Director:
         max_attempts: tries of a stage whose process died.
         chunk_window: decoded chunks of a clip that may exist before they are encoded.
         request_timeout_s: of requests that name none.
+        media: where files go.
         tokenizer, ..., audio: handles of the stages; the last two if there are such.
     """
 
@@ -42,6 +45,7 @@ class Director:
         max_attempts: int,
         chunk_window: int,
         request_timeout_s: float,
+        media: MediaStore,
         tokenizer: Any,
         transformer: Any,
         vae: Any,
@@ -54,6 +58,7 @@ class Director:
         self._max_attempts = max_attempts
         self._chunk_window = chunk_window
         self._request_timeout_s = request_timeout_s
+        self._media = media
         # Configured once: every differently configured handle has a router of its own.
         streaming = (handle and handle.options(stream=True) for handle in (transformer, vae, encoder, unguided, audio))
         self._stages = Stages(tokenizer, *streaming)
@@ -73,10 +78,10 @@ class Director:
         Args:
             request: what is asked for.
             request_id: for logs and events; made up if omitted.
-            timeout_s: from now to the last byte; the app's own limit if omitted or longer than that.
+            timeout_s: from now to the whole file; the app's own limit if omitted or longer than that.
 
         Yields:
-            Events, :class:`Finished`, then the file in :class:`MediaPart` pieces.
+            Events, :class:`Finished` the last; :meth:`read` has the file.
 
         Raises:
             RequestError: the request is wrong.
@@ -103,6 +108,7 @@ class Director:
                 layout=self._layout,
                 stages=self._stages,
                 clips=self._clips,
+                media=self._media,
                 chunk_window=self._chunk_window,
                 max_attempts=self._max_attempts,
                 close_later=self._close_later,
@@ -122,14 +128,23 @@ class Director:
             Cosmos3Error: as :meth:`stream`.
         """
         info: Finished | None = None
-        parts: list[bytes] = []
         async for event in self.stream(request, request_id, timeout_s):
             if isinstance(event, Finished):
                 info = event
-            elif isinstance(event, MediaPart):
-                parts.append(event.data)
         assert info is not None, "a stream that raises nothing finishes"
-        return Generated(b"".join(parts), info)
+        data = await asyncio.to_thread(self._media.read, info.media_id) if info.num_bytes else b""
+        return Generated(data, info)
+
+    async def read(self, media_id: str, start: int, num_bytes: int) -> bytes:
+        """A part of a finished file, as long as the media store keeps it; empty behind its end.
+
+        Any Director of the app can be asked: whoever reads asks for part after part, and holds nobody up by being slow.
+
+        Raises:
+            RequestError: there is no such file, or not any more; or ``num_bytes`` is too large.
+        """
+        num_bytes = checks.integer("num_bytes", num_bytes, 1, MAX_PART_BYTES)
+        return await asyncio.to_thread(self._media.read, media_id, start, num_bytes)
 
     async def drain(self) -> int:
         """Take no new request from now on; returns how many are still running."""
