@@ -63,6 +63,7 @@ def build_app(config: AppConfig) -> serve.Application:
             config.director.max_attempts,
             config.director.chunk_window,
             config.http.request_timeout_s,
+            None if config.vae.preview_cache_dir is None else str(config.vae.preview_cache_dir),
             tokenizer,
             transformer,
             vae,

@@ -162,6 +162,9 @@ class VideoVAEStage(Stage, Device):
     chunk_latents: int | None = Field(
         None, ge=1, description="latent frames per decoded chunk; null: 1 on a CPU, on a GPU more of small frames"
     )
+    preview_cache_dir: Path | None = Field(
+        None, description="where a node keeps fitted maps of previews; null: each start of the app fits its own"
+    )
 
     @model_validator(mode="after")
     def _cards(self) -> Self:

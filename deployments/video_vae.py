@@ -8,12 +8,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.media.apart import read_clip_apart
+from cosmos3_core.preview import PreviewMap
 from deployments.credits import made_on_credit
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.on_device import within_memory
@@ -68,6 +70,24 @@ class VideoVAE:
 
         read = partial(read_clip_apart, limit_s=limit_s)
         return TensorEnvelope.of_tensor(clean_latents(self._vae, picture, read=read))
+
+    async def preview_map(self, context: RequestContext, cache_dir: str | None) -> AsyncIterator[PreviewMap]:
+        """The map of previews of this VAE's latents, one item; fitted beside whatever is being decoded.
+
+        Args:
+            context: of the call.
+            cache_dir: where this node keeps such maps; None: nowhere.
+
+        Raises:
+            DeadlineExceeded: the call came too late.
+            OutOfMemory: the pictures that it is fitted to do not fit.
+            CapabilityError: the VAE encodes no pictures.
+        """
+        from cosmos3_core.preview_fit import cached_preview_map
+
+        context.remaining_s("previews")
+        path = None if cache_dir is None else Path(cache_dir)
+        yield await asyncio.to_thread(within_memory, self._device, lambda: cached_preview_map(self._vae, path))
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str

@@ -71,7 +71,7 @@ KEYS = {
         "text_cache_bytes",
     },
     "audio": STAGE | DEVICE | {"enabled"},
-    "vae": STAGE | DEVICE | {"chunk_latents"},
+    "vae": STAGE | DEVICE | {"chunk_latents", "preview_cache_dir"},
     "encoder": STAGE,
 }
 

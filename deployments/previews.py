@@ -1,0 +1,70 @@
+"""The app's map of previews: asked of a decoder when somebody first wants a preview, and kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from typing import Any
+
+from cluster.errors import PreviewFailed
+from cosmos3_core.preview import PreviewMap, PreviewOrder
+from deployments.errors import in_words
+from deployments.messages import RequestContext
+from deployments.streams import following
+
+logger = logging.getLogger("ray.serve")
+
+# How long a request waits for the map: it is a second's work on a GPU, but behind clips that are being decoded.
+_WAIT_S = 10.0
+# How long a decoder may take for it: about a minute for the published VAE on a CPU.
+_FIT_S = 600.0
+
+
+class Previews:
+    """See the module.
+
+    Args:
+        vae: handle of the VideoVAE deployment, streaming.
+        cache_dir: where its nodes keep maps; None: nowhere.
+    """
+
+    def __init__(self, vae: Any, cache_dir: str | None) -> None:
+        self._vae = vae
+        self._cache_dir = cache_dir
+        self._fetching: asyncio.Task[PreviewMap | PreviewFailed] | None = None
+
+    async def order(self, num_previews: int, duration_s: float) -> PreviewOrder:
+        """What a transformer has to be told for previews of a clip of so many seconds.
+
+        Raises:
+            PreviewFailed: there is no map, or not in time; the next request may find one.
+        """
+        if self._fetching is None:
+            # A context of its own: a call made inside a request would be cancelled with that request.
+            loop = asyncio.get_running_loop()
+            self._fetching = loop.create_task(self._fetch(), context=contextvars.Context())
+        fetching = self._fetching
+        await asyncio.wait([fetching], timeout=_WAIT_S)
+        if not fetching.done():
+            raise PreviewFailed(f"the decoder has not made their map within {_WAIT_S:.0f} s, and goes on making it")
+        result = fetching.result()
+        if isinstance(result, PreviewFailed):
+            if self._fetching is fetching:
+                self._fetching = None  # to be tried again, by the next request
+            raise result
+        return PreviewOrder(num_previews, duration_s, result)
+
+    async def _fetch(self) -> PreviewMap | PreviewFailed:
+        context = RequestContext.new("previews", _FIT_S)
+        try:
+            call = self._vae.preview_map.remote(context, self._cache_dir)
+            async with following(call, context, "previews") as stream:
+                preview_map = await stream.next_value()
+            if isinstance(preview_map, PreviewMap):
+                return preview_map
+            reason = "the decoder's stream ended without their map"
+        except Exception as error:  # noqa: BLE001 - a preview fails no request, whatever another process raised
+            reason = in_words(error)
+        logger.warning("previews cannot be made: %s", reason)
+        return PreviewFailed(reason)
