@@ -21,9 +21,9 @@ from typing import Any
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
 from cluster.gang import Gang
-from cluster.rank import Step, StepReport
+from cluster.transformer_rank import Step, StepReport
 from cluster.turns import Turns, Urgency, urgency_of
-from cosmos3_core.admission import PromptLedger
+from cosmos3_core.admission import PromptLedger, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.media.webp import MAX_FRAMES, animated_webp
@@ -128,16 +128,20 @@ class EngineLoop:
 
     Args:
         gang: up and warm.
+        request_memory: what requests hold of a rank's memory.
         spec: its bounds and deadlines.
         on_failure: called once, when the gang has failed and everybody was told.
     """
 
-    def __init__(self, gang: Gang, spec: LoopSpec, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, gang: Gang, request_memory: RequestMemory, spec: LoopSpec, on_failure: Callable[[], None]
+    ) -> None:
         self._gang = gang
+        self._request_memory = request_memory
         self._spec = spec
         self._on_failure = on_failure
         self._turns: Turns[_Job] = Turns()
-        self._ledger = PromptLedger(spec.text_cache_bytes, gang.request_memory.bytes_per_text_token)
+        self._ledger = PromptLedger(spec.text_cache_bytes, request_memory.bytes_per_text_token)
         self._undropped: tuple[str, ...] = ()
         self._wake = asyncio.Event()
         self._seconds_per_request = 0.0
@@ -270,7 +274,7 @@ class EngineLoop:
 
     async def _make_room_for(self, job: _Job) -> None:
         """Park what has begun, the least urgent and latest first, until the request fits."""
-        memory = self._gang.request_memory
+        memory = self._request_memory
         begun = [other for other in self._turns if other.has_begun]
         while begun and sum(memory.of(it.request) for it in (job, *begun)) > self._spec.max_held_bytes:
             parked = begun.pop()

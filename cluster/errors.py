@@ -29,7 +29,8 @@ class GangFailed(ClusterError):
     """A gang of ranks failed as a whole.
 
     Args:
-        phase: what it was doing: "place", "start", "meet", "load", "warm up", "idle", "begin" or "step".
+        phase: what it was doing: "place", "start", "meet", "load", "warm up" or "idle"; transformers also "begin" and
+            "step", VAEs "decode" and "encode".
         reason: what happened.
         rank: the rank that failed; None where it is nobody's or cannot be told.
     """
@@ -40,7 +41,7 @@ class GangFailed(ClusterError):
 
     def __str__(self) -> str:
         where = "" if self.rank is None else f", rank {self.rank}"
-        return f"the transformer gang failed during {self.phase!r}{where}: {self.reason}"
+        return f"the gang failed during {self.phase!r}{where}: {self.reason}"
 
 
 class GangLost(GangFailed):

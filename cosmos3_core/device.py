@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from cosmos3_core.errors import RequestError
@@ -107,3 +110,45 @@ def latents_to_fill(device: torch.device) -> int:
     launches to wait for.
     """
     return 960 if device.type == "cuda" else 1
+
+
+class HostCopies:
+    """Copies of a device's tensors on the CPU, made beside the device's work.
+
+    On a GPU into two pinned buffers that take turns, on a stream of their own; on a CPU nothing is copied.
+
+    Args:
+        device: that the tensors are on.
+
+    Attributes:
+        is_asynchronous: whether the device works on while a copy is made.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_asynchronous = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self.is_asynchronous else None
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+
+    def begin(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
+        """Begin to copy a uint8 tensor, when all that makes it is done; calling the result waits for the copy.
+
+        The array is good until the next but one is begun.
+        """
+        if self._stream is None:
+            return tensor.numpy
+        self._buffers.reverse()
+        if self._buffers[0].numel() < tensor.numel():
+            self._buffers[0] = torch.empty(tensor.numel(), dtype=torch.uint8, pin_memory=True)
+        host = self._buffers[0][: tensor.numel()].view(tensor.shape)
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+            done.record()
+        tensor.record_stream(self._stream)
+
+        def wait() -> npt.NDArray[Any]:
+            done.synchronize()
+            return host.numpy()
+
+        return wait

@@ -19,7 +19,7 @@ from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import check_weights, load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.conditioning.clean import clean_latents
-from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DEFAULT_TEXT_CACHE_BYTES, Denoiser, StepEvent
 from cosmos3_core.device import DTYPES, resolve_device
@@ -168,7 +168,7 @@ class Engine:
             RequestError: the media is damaged, or larger than allowed.
             ClosedError: the engine was closed.
         """
-        return clean_latents(self._video_vae, picture)
+        return clean_latents(self._video_vae, picture, read_picture(picture))
 
     def denoise(
         self,

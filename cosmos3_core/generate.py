@@ -91,8 +91,6 @@ def generate(
     *,
     output: Literal["media", "latent"] = "media",
     on_step: Callable[[StepEvent], None] | None = None,
-    crf: float = 18,
-    lossless: bool = False,
 ) -> GenerationResult:
     """Serve one request.
 
@@ -102,7 +100,6 @@ def generate(
         out: path without its ending: ``.mp4`` is added, or what else the output is.
         output: ``latent`` stops before decoding and returns the latents.
         on_step: called after every denoising step.
-        crf, lossless: see :class:`Mp4Writer`.
 
     Raises:
         RequestError: the request, the path or a setting is wrong; raised before anything large is allocated.
@@ -128,7 +125,7 @@ def generate(
     if output == "latent" or not resolved.has_file:
         latents = denoised()
     else:
-        clip_format = resolved.clip_format(crf=crf, lossless=lossless)
+        clip_format = resolved.clip_format()
         path, digest = path_with_suffix(out, clip_format.suffix), FrameHash()
         # Opened before the long part, so that a place or a setting that cannot be is refused before it.
         with open_writer(path, clip_format) as writer:
@@ -257,13 +254,7 @@ def run(options: argparse.Namespace) -> None:
                 generate(engine, request, output="latent")
                 return
             progress.start(resolved.num_inference_steps, "denoising")
-            result = generate(
-                engine,
-                request,
-                options.out,
-                on_step=lambda event: progress.update(event.step),
-                crf=18 if options.crf is None else options.crf,
-            )
+            result = generate(engine, request, options.out, on_step=lambda event: progress.update(event.step))
         progress.close()
         for note in result.request.notes:
             print(f"note: {note}", file=sys.stderr)

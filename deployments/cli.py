@@ -138,7 +138,7 @@ def _generate(options: argparse.Namespace) -> int:
 
         run(options)
         return 0
-    for name in ("checkpoint", "dtype", "device", "crf"):
+    for name in ("checkpoint", "dtype", "device"):
         if (given := getattr(options, name)) is not None:
             raise RequestError(name, given, "only without --url", "The running app has decided it.")
     for name in ("tp", "cfg", "sp"):

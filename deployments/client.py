@@ -8,6 +8,7 @@ for event in client.stream(GenerationRequest(prompt="...")): ...
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ DEFAULT_TIMEOUT_S = 3600.0
 # The Director keeps the deadline and says so; this is for one that is gone.
 _SLACK_S = 30.0
 _LONGEST_S = 1e6
+_PART_BYTES = 1 << 20
 
 
 class Client:
@@ -59,10 +61,32 @@ class Client:
         finally:
             response.cancel()
 
+    def read(self, media_id: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[bytes]:
+        """A finished file in parts: that of :attr:`Finished.media_id`, as long as the app keeps it.
+
+        Raises, while iterating:
+            RequestError: there is no such file, or not any more.
+            DeadlineExceeded: the file did not come in time.
+        """
+        deadline_s = time.monotonic() + checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
+        start = 0
+        while True:
+            response = self._handle.read.remote(media_id, start, _PART_BYTES)
+            try:
+                part: bytes = response.result(timeout_s=max(0.0, deadline_s - time.monotonic()))
+            except TimeoutError:
+                raise DeadlineExceeded("director", timeout_s) from None
+            except Exception as error:  # noqa: BLE001 - told apart by what it wraps
+                raise typed(error, "director") from None
+            if not part:
+                return
+            yield part
+            start += len(part)
+
     def stream(
         self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S, previews: int = 0
     ) -> EventStream:
-        """Serve a request and follow it: events, then the file in parts.
+        """Serve a request and follow it: events, :class:`Finished` the last; :meth:`read` has the file.
 
         With ``previews`` up to so many of the events (32 at most) are a :class:`deployments.messages.PreviewReady`, a
         small WebP of what is being made; a :class:`deployments.messages.PreviewsOff` says why there are none.

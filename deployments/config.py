@@ -101,30 +101,68 @@ class Device(_Strict):
     num_threads: int = Field(1, ge=1, description="torch's CPU threads in each process")
 
 
-class TransformerStage(Stage, Device):
+class GangStage(Stage, Device):
     """One replica = one gang: a leader and its ranks in one placement group."""
 
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of the leader")
+    cpus_per_rank: float = Field(1, ge=0)
+    gpus_per_rank: _ShareOfCard = Field(0, description="below 1, the rest of the card is for other processes")
+    placement_strategy: str = Field(
+        "STRICT_PACK",
+        pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$",
+        description="of a gang's ranks: all on one node, on few, each on another node, on many",
+    )
+    start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in a gang."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _leader_without_card(self) -> Self:
+        if self.num_gpus:
+            raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
+        if _is_on_gpu(self) and ":" in self.device:
+            raise ValueError(
+                f"device={self.device}: Ray decides which card a rank gets; say {self.device.split(':')[0]}"
+            )
+        return self
+
+    def _check_shares(self) -> None:
+        """Every rank has a card, and no two of a gang the same one."""
+        if not _is_on_gpu(self):
+            return
+        if not self.gpus_per_rank:
+            raise ValueError(f"device={self.device} needs a GPU: set gpus_per_rank, 1 for a card a rank")
+        # Ray puts several ranks on one card where they fit.
+        if self.num_ranks > 1 and self.gpus_per_rank <= 0.5:
+            raise ValueError(
+                f"gpus_per_rank={self.gpus_per_rank:g}: ranks of a gang cannot share a card, which NCCL refuses; "
+                "set more than 0.5"
+            )
+
+
+class TransformerStage(GangStage):
+    """Denoising."""
+
     max_ongoing_requests: int = Field(64, ge=1, description="per gang; all of them wait with the leader")
     tp: int = Field(1, ge=1, description="ranks that share every layer's heads and FFN columns")
     cfg: Annotated[int, AfterValidator(_guidance_branches)] = Field(
         1, description="2 runs the guidance branches side by side"
     )
     sp: int = Field(1, ge=1, description="ranks that share the generated tokens")
-    cpus_per_rank: float = Field(1, ge=0)
-    gpus_per_rank: _ShareOfCard = Field(0, description="below 1, the rest of the card is for a decoder, say")
-    placement_strategy: str = Field(
-        "STRICT_PACK",
-        pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$",
-        description="of a gang's ranks: all on one node, on few, each on another node, on many",
-    )
     max_jobs: int = Field(16, ge=1, description="images, and as many videos, that one gang takes at once")
     max_held_bytes: int = Field(8 * 2**30, ge=1, description="state and prompts of begun requests, per rank")
-    start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
     first_step_timeout_s: float = Field(300, gt=0, description="for beginning a request, compiling for it included")
     quantum_timeout_s: float = Field(60, gt=0, description="then a silent gang counts as hung; more if it is slow")
     save_period_s: float = Field(5, gt=0, description="between saved states of a running request")
     text_cache_bytes: int = Field(4 * 2**30, ge=0, description="keys and values of kept prompts, per rank")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in a gang."""
+        return self.tp * self.cfg * self.sp
 
     @model_validator(mode="after")
     def _no_queue_in_front(self) -> Self:
@@ -136,40 +174,44 @@ class TransformerStage(Stage, Device):
 
     @model_validator(mode="after")
     def _cards(self) -> Self:
-        if self.num_gpus:
-            raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
-        if not _is_on_gpu(self):
-            return self
-        if ":" in self.device:
-            raise ValueError(
-                f"device={self.device}: Ray decides which card a rank gets; say {self.device.split(':')[0]}"
-            )
-        if not self.gpus_per_rank:
-            raise ValueError(f"device={self.device} needs a GPU: set gpus_per_rank, 1 for a card a rank")
-        # Ray puts several ranks on one card where they fit.
-        if self.tp * self.cfg * self.sp > 1 and self.gpus_per_rank <= 0.5:
-            raise ValueError(
-                f"gpus_per_rank={self.gpus_per_rank:g}: ranks of a gang cannot share a card, which NCCL refuses; "
-                "set more than 0.5"
-            )
+        self._check_shares()
         return self
 
 
-class VideoVAEStage(Stage, Device):
+class VideoVAEStage(GangStage):
     """Decoder of frames and encoder of given pictures."""
 
     max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica works on side by side")
+    ranks: int = Field(1, ge=1, le=64, description="of a gang; they split every frame between them")
+    beside_transformer: bool = Field(
+        False, description="rank i takes card i of its node, whoever else works there, and none of Ray's shares"
+    )
     chunk_latents: int | None = Field(
         None, ge=1, description="latent frames per decoded chunk; null: 1 on a CPU, on a GPU more of small frames"
     )
     preview_cache_dir: Path | None = Field(
         None, description="where a node keeps fitted maps of previews; null: each start of the app fits its own"
     )
+    first_chunk_timeout_s: float = Field(600, gt=0, description="for a clip's first two chunks, compiling included")
+    chunk_timeout_s: float = Field(300, gt=0, description="for any other chunk; then a silent gang counts as hung")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in a gang."""
+        return self.ranks
 
     @model_validator(mode="after")
     def _cards(self) -> Self:
-        if _is_on_gpu(self) and not self.num_gpus:
-            raise ValueError(f"device={self.device} needs a GPU: set num_gpus, 1 for a whole card")
+        if not self.beside_transformer:
+            self._check_shares()
+            return self
+        if not _is_on_gpu(self) or self.gpus_per_rank:
+            raise ValueError(
+                f"beside_transformer needs device=cuda and gpus_per_rank=0; given are {self.device} and "
+                f"{self.gpus_per_rank:g}"
+            )
+        if self.placement_strategy != "STRICT_PACK":
+            raise ValueError(f"beside_transformer needs STRICT_PACK, one node; given is {self.placement_strategy}")
         return self
 
 

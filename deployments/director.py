@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
@@ -15,12 +16,14 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
 from deployments.clip_closer import ClipCloser
-from deployments.messages import Event, Finished, Generated, MediaPart, RequestContext
+from deployments.media_store import MediaStore
+from deployments.messages import Event, Finished, Generated, RequestContext
 from deployments.previews import Previews
 from deployments.request_check import RequestCheck
 from deployments.walk import Stages, Walk
 
 _FIRST_GUESS_S = 5.0  # for Retry-After, until a request has been timed
+MAX_PART_BYTES = 4 * 2**20
 _RESTART_S = 30.0  # what a restart of the app takes, about
 
 
@@ -33,7 +36,7 @@ class Director:
         max_attempts: tries of a stage whose process died.
         chunk_window: decoded chunks of a clip that may exist before they are encoded.
         request_timeout_s: of requests that name none.
-        preview_cache_dir: where the decoders' nodes keep preview maps; None: nowhere.
+        media: where files go.
         tokenizer, ..., audio: handles of the stages; the last two if there are such.
     """
 
@@ -44,7 +47,7 @@ class Director:
         max_attempts: int,
         chunk_window: int,
         request_timeout_s: float,
-        preview_cache_dir: str | None,
+        media: MediaStore,
         tokenizer: Any,
         transformer: Any,
         vae: Any,
@@ -57,12 +60,13 @@ class Director:
         self._max_attempts = max_attempts
         self._chunk_window = chunk_window
         self._request_timeout_s = request_timeout_s
+        self._media = media
         # Configured once: every differently configured handle has a router of its own.
         streaming = (handle and handle.options(stream=True) for handle in (transformer, vae, encoder, unguided, audio))
         self._stages = Stages(tokenizer, *streaming)
         self._clips = start_clip_streams(max_clips=4 * max_requests)
         self._closer = ClipCloser(self._clips)
-        self._previews = Previews(self._stages.vae, preview_cache_dir)
+        self._previews = Previews(self._stages.vae)
         self._check = RequestCheck(self._layout, is_sound_offered=audio is not None)
         self._num_requests = 0
         self._is_draining = False
@@ -80,11 +84,11 @@ class Director:
         Args:
             request: what is asked for.
             request_id: for logs and events; made up if omitted.
-            timeout_s: from now to the last byte; the app's own limit if omitted or longer than that.
+            timeout_s: from now to the whole file; the app's own limit if omitted or longer than that.
             previews: of the pictures while they are denoised, at most; 0 to 32.
 
         Yields:
-            Events, :class:`Finished`, then the file in :class:`MediaPart` pieces.
+            Events, :class:`Finished` the last; :meth:`read` has the file.
 
         Raises:
             RequestError: the request is wrong.
@@ -112,6 +116,7 @@ class Director:
                 layout=self._layout,
                 stages=self._stages,
                 clips=self._clips,
+                media=self._media,
                 chunk_window=self._chunk_window,
                 max_attempts=self._max_attempts,
                 close_later=self._closer.close_later,
@@ -132,14 +137,23 @@ class Director:
             Cosmos3Error: as :meth:`stream`.
         """
         info: Finished | None = None
-        parts: list[bytes] = []
         async for event in self.stream(request, request_id, timeout_s):
             if isinstance(event, Finished):
                 info = event
-            elif isinstance(event, MediaPart):
-                parts.append(event.data)
         assert info is not None, "a stream that raises nothing finishes"
-        return Generated(b"".join(parts), info)
+        data = await asyncio.to_thread(self._media.read, info.media_id) if info.num_bytes else b""
+        return Generated(data, info)
+
+    async def read(self, media_id: str, start: int, num_bytes: int) -> bytes:
+        """A part of a finished file, as long as the media store keeps it; empty behind its end.
+
+        Any Director of the app can be asked: whoever reads asks for part after part, and holds nobody up by being slow.
+
+        Raises:
+            RequestError: there is no such file, or not any more; or ``num_bytes`` is too large.
+        """
+        num_bytes = checks.integer("num_bytes", num_bytes, 1, MAX_PART_BYTES)
+        return await asyncio.to_thread(self._media.read, media_id, start, num_bytes)
 
     async def drain(self) -> int:
         """Take no new request from now on; returns how many are still running."""

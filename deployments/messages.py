@@ -7,9 +7,12 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.actions import GeneratedActions
+from cosmos3_core.media.pixels import Frames
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,20 @@ class FrameChunk:
 
     Attributes:
         index: 0, 1, ... in the clip.
-        frames: uint8 RGB [F, Y, X, 3].
-        pid: of the VAE's process.
+        strips: what each rank of the VAE's gang made of them, uint8 RGB [F, Y, X, 3].
+        axis: along which the strips lie side by side, 1 (rows) or 2 (columns).
+        pid: of the first rank.
     """
 
     index: int
-    frames: TensorEnvelope
+    strips: tuple[TensorEnvelope, ...]
+    axis: int
     pid: int
+
+    def frames(self) -> Frames:
+        """uint8 RGB [F, Y, X, 3]; of one strip without a copy."""
+        arrays = [strip.array() for strip in self.strips]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self.axis)
 
 
 # Events: what a caller of the graph sees, in order. Each says which process it is about.
@@ -212,9 +222,14 @@ class LatentsReady:
 
 
 @dataclass(frozen=True)
-class EncoderReady:
-    """An encoder has a place for the clip, which is decoded only then. Between stages only."""
+class FileStarted:
+    """An encoder has a place for the clip, which is decoded only then; its file is in the media store and grows.
 
+    Comes again, with another id, where an encoder has died: the first file is lost then.
+    """
+
+    media_id: str
+    media_type: str
     pid: int
 
 
@@ -257,8 +272,9 @@ class StageRetried:
 
 @dataclass(frozen=True)
 class ClipEncoded:
-    """The encoder is done with the file."""
+    """The file is whole."""
 
+    media_id: str
     frames_sha256: str
     num_frames: int
     num_bytes: int
@@ -268,15 +284,16 @@ class ClipEncoded:
 
 @dataclass(frozen=True)
 class Finished:
-    """All is done; the file's parts follow and end the stream.
+    """All is done.
 
-    ``stage_seconds``: tokenize, condition (of a given image or clip), denoise, decode_encode (side by side), encode
-    (from the encoder's side), total. ``actions``: those that were generated. Without a file, ``media_type`` is "" and
-    ``num_bytes`` 0.
+    ``media_id``: of the file in the media store, where it stays for a while. ``stage_seconds``: tokenize, condition (of
+    a given image or clip), denoise, decode_encode (side by side), encode (from the encoder's side), total. ``actions``:
+    those that were generated. Without a file, ``media_id`` and ``media_type`` are "" and ``num_bytes`` is 0.
     """
 
     request_id: str
     mode: str
+    media_id: str
     media_type: str
     num_bytes: int
     num_frames: int
@@ -289,13 +306,6 @@ class Finished:
     notes: tuple[str, ...]
     stage_seconds: dict[str, float]
     actions: GeneratedActions | None = None
-
-
-@dataclass(frozen=True)
-class MediaPart:
-    """A piece of the finished file, in order."""
-
-    data: bytes
 
 
 Event = (
@@ -312,9 +322,9 @@ Event = (
     | SoundDecoded
     | ChunkEncoded
     | StageRetried
+    | FileStarted
     | ClipEncoded
     | Finished
-    | MediaPart
 )
 
 

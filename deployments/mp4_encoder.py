@@ -1,53 +1,60 @@
-"""Mp4Encoder: frames and sound -> a file. One call takes a whole clip, so that its chunks meet in one place."""
+"""Mp4Encoder: frames and sound -> a file in the media store, which can be read while it grows.
+
+One call takes a whole clip, so that its chunks meet in one place.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
-from deployments.messages import (
-    ChunkEncoded,
-    ClipEncoded,
-    EncoderReady,
-    FrameChunk,
-    MediaPart,
-    RequestContext,
-    SoundChunk,
-)
+from deployments.errors import in_words
+from deployments.media_store import MediaStore
+from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
 from deployments.streams import in_time
-
-_PART_BYTES = 1 << 20
 
 
 class Mp4Encoder:
-    """The encoder. Keeps nothing between clips."""
+    """The encoder. Keeps nothing between clips.
+
+    Args:
+        media: where files go.
+    """
+
+    def __init__(self, media: MediaStore) -> None:
+        self._media = media
 
     async def encode(
-        self, context: RequestContext, clip_format: ClipFormat, clips: Any, stream_id: str
-    ) -> AsyncIterator[EncoderReady | ChunkEncoded | ClipEncoded | MediaPart]:
+        self, context: RequestContext, clip_format: ClipFormat, media_id: str, clips: Any, stream_id: str
+    ) -> AsyncIterator[FileStarted | ChunkEncoded | ClipEncoded]:
         """Take a clip's chunks from its stream and encode them.
 
+        Args:
+            context: of the request.
+            clip_format: what to make.
+            media_id: of the file, which is made here.
+            clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
+            stream_id: the clip's.
+
         Yields:
-            :class:`EncoderReady`, a :class:`ChunkEncoded` each, then :class:`ClipEncoded`, then the file in parts.
+            :class:`FileStarted`, a :class:`ChunkEncoded` each, then :class:`ClipEncoded`: the file is whole.
 
         Raises:
             StreamClosed: the clip was given up.
             DeadlineExceeded: the request's time is up.
             MediaError: the file could not be written.
         """
-        yield EncoderReady(os.getpid())
         start_s = time.monotonic()
-        digest, num_frames = FrameHash(), 0
-        with tempfile.TemporaryDirectory(prefix="cosmos3-encode-") as directory:
-            path = Path(directory) / "clip"
-            with open_writer(path, clip_format) as writer:
+        entry = await asyncio.to_thread(self._media.create, media_id, clip_format)
+        try:
+            digest, num_frames = FrameHash(), 0
+            with open_writer(entry.path, clip_format, live=entry.live_path) as writer:
+                yield FileStarted(media_id, clip_format.media_type, os.getpid())
                 while boxed := await _next_chunk(context, clips, stream_id):
                     chunk: FrameChunk | SoundChunk = await in_time(context, "encode", boxed[0])
                     num_new = await asyncio.to_thread(_write, writer, digest, chunk)
@@ -60,12 +67,13 @@ class Mp4Encoder:
                         yield event
                 # Flushing x264 takes seconds at 720p; the other clip and Serve's questions go on meanwhile.
                 await asyncio.to_thread(writer.close)
-            data = await asyncio.to_thread(path.read_bytes)
-        yield ClipEncoded(
-            digest.hexdigest() if num_frames else "", num_frames, len(data), time.monotonic() - start_s, os.getpid()
-        )
-        for start in range(0, len(data), _PART_BYTES):
-            yield MediaPart(data[start : start + _PART_BYTES])
+            num_bytes = await asyncio.to_thread(entry.finish)
+        except BaseException as error:
+            entry.fail(in_words(error))
+            raise
+        frames_sha256 = digest.hexdigest() if num_frames else ""
+        seconds = time.monotonic() - start_s
+        yield ClipEncoded(media_id, frames_sha256, num_frames, num_bytes, seconds, os.getpid())
 
 
 async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> list[Any]:
@@ -79,7 +87,7 @@ def _write(writer: MediaWriter, digest: FrameHash, chunk: FrameChunk | SoundChun
     if isinstance(chunk, SoundChunk):
         writer.write_sound(chunk.samples.array())
         return 0
-    frames = chunk.frames.array()
+    frames = chunk.frames()
     writer.write(frames)
     digest.update(frames)
     return len(frames)

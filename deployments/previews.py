@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.errors import PreviewFailed
 from cosmos3_core.preview import PreviewMap, PreviewOrder
-from deployments.errors import in_words
+from deployments.errors import in_words, unwrapped
 from deployments.messages import RequestContext
 from deployments.streams import following
 
@@ -26,12 +26,10 @@ class Previews:
 
     Args:
         vae: handle of the VideoVAE deployment, streaming.
-        cache_dir: where its nodes keep maps; None: nowhere.
     """
 
-    def __init__(self, vae: Any, cache_dir: str | None) -> None:
+    def __init__(self, vae: Any) -> None:
         self._vae = vae
-        self._cache_dir = cache_dir
         self._fetching: asyncio.Task[PreviewMap | PreviewFailed] | None = None
 
     async def order(self, num_previews: int, duration_s: float) -> PreviewOrder:
@@ -58,13 +56,14 @@ class Previews:
     async def _fetch(self) -> PreviewMap | PreviewFailed:
         context = RequestContext.new("previews", _FIT_S)
         try:
-            call = self._vae.preview_map.remote(context, self._cache_dir)
+            call = self._vae.preview_map.remote(context)
             async with following(call, context, "previews") as stream:
                 preview_map = await stream.next_value()
             if isinstance(preview_map, PreviewMap):
                 return preview_map
             reason = "the decoder's stream ended without their map"
         except Exception as error:  # noqa: BLE001 - a preview fails no request, whatever another process raised
-            reason = in_words(error)
+            refusal = unwrapped(error)
+            reason = refusal.reason if isinstance(refusal, PreviewFailed) else in_words(error)
         logger.warning("previews cannot be made: %s", reason)
         return PreviewFailed(reason)

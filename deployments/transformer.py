@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
 from cluster.envelope import TensorEnvelope
 from cluster.gang import Gang, GangSpec
-from cluster.rank import Step
+from cluster.transformer_rank import Step, TransformerLoaded
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.media.webp import MEDIA_TYPE
 from cosmos3_core.preview import PreviewOrder
@@ -38,7 +38,9 @@ class Transformer:
 
     async def __init__(self, spec: GangSpec, loop: LoopSpec) -> None:  # type: ignore[misc] # Serve awaits it
         self._gang = await Gang.start(spec)
-        self._loop = EngineLoop(self._gang, loop, self._end_soon)
+        loaded = self._gang.loaded
+        assert isinstance(loaded, TransformerLoaded)
+        self._loop = EngineLoop(self._gang, loaded.request_memory, loop, self._end_soon)
 
     async def denoise(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import time
 import zipfile
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -14,28 +16,31 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from deployments.api.bodies import B64_JSON, ImageJob
 from deployments.api.body_room import Held
 from deployments.api.exchange import Exchange
-from deployments.messages import Finished
+from deployments.api.content import finished_parts, live_parts
+from deployments.media_store import MediaStore
+from deployments.messages import FileStarted, Finished
 
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 # Of a file in base64, in bytes of the file; and the file beside it.
 _SPACE_OF_BASE64 = 7 / 3
 
 
-async def media_answer(exchange: Exchange, held: Held) -> Response:
+async def media_answer(exchange: Exchange, held: Held, media: MediaStore) -> Response:
     """The file, with what is to be said about it in its headers; with generated actions, JSON of both.
 
     Args:
         exchange: the Director has its request.
         held: room for a file that has to be in memory.
+        media: where files are.
     """
     event = await exchange.finished()
+    exchange.cancel()
     if event.actions is None:
-        return StreamingResponse(exchange.parts(), media_type=event.media_type, headers=_headers(event))
+        return _file(event, media)
     video = None
     if event.num_bytes:
-        data = await _whole(exchange, event, held)
+        data = await _whole(event, held, media)
         video = {"media_type": event.media_type, "b64_json": base64.b64encode(data).decode()}
-    exchange.cancel()
     return JSONResponse(
         {
             "id": event.request_id,
@@ -56,23 +61,52 @@ async def media_answer(exchange: Exchange, held: Held) -> Response:
     )
 
 
-async def images_answer(exchange: Exchange, job: ImageJob, held: Held) -> Response:
+async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
+    """The file as it grows, from its first fragment on. Leaving it stops the request.
+
+    Where the request fails, the connection breaks: a file that ended early would look like a short one.
+
+    Args:
+        exchange: the Director has its request, which makes a clip.
+        media: where files are.
+    """
+    event = await exchange.started()
+    assert isinstance(event, FileStarted), "a clip has a file"
+
+    async def parts() -> AsyncIterator[bytes]:
+        ending = asyncio.create_task(exchange.finished())
+        try:
+            async for part in live_parts(media, event.media_id):
+                yield part
+            await ending
+        finally:
+            ending.cancel()
+            exchange.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+
+    return StreamingResponse(parts(), media_type=event.media_type, headers={"x-media-id": event.media_id})
+
+
+async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: MediaStore) -> Response:
     """Images, made one after the other: as JSON, or as the file, or as a zip of several.
 
     Args:
         exchange: the Director has the first image's request.
         job: what was asked for.
         held: room for the images.
+        media: where files are.
     """
     is_json, num_images = job.response_format == B64_JSON, len(job.requests)
     event = await exchange.finished()
     if not is_json and num_images == 1:
-        return StreamingResponse(exchange.parts(), media_type=event.media_type, headers=_headers(event))
+        exchange.cancel()
+        return _file(event, media)
     made: list[tuple[Finished, bytes]] = []
     for request in job.requests:
         if made:
             event = await exchange.asked_again(request)
-        made.append((event, await _whole(exchange, event, held)))
+        made.append((event, await _whole(event, held, media)))
+    exchange.cancel()
     stage_seconds: dict[str, float] = {}
     for event, _ in made:
         for stage, seconds in event.stage_seconds.items():
@@ -102,10 +136,16 @@ async def images_answer(exchange: Exchange, job: ImageJob, held: Held) -> Respon
     )
 
 
-async def _whole(exchange: Exchange, event: Finished, held: Held) -> bytes:
+def _file(event: Finished, media: MediaStore) -> Response:
+    """A finished file, read as it is sent."""
+    parts = finished_parts(media, event.media_id)
+    return StreamingResponse(parts, media_type=event.media_type, headers=_headers(event))
+
+
+async def _whole(event: Finished, held: Held, media: MediaStore) -> bytes:
     """A finished file in one piece."""
     held.need(int(event.num_bytes * _SPACE_OF_BASE64))
-    return b"".join([part async for part in exchange.parts()])
+    return await asyncio.to_thread(media.read, event.media_id)
 
 
 def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
@@ -119,6 +159,7 @@ def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
 def _headers(event: Finished) -> dict[str, str]:
     return {
         "content-length": str(event.num_bytes),
+        "x-media-id": event.media_id,
         "x-mode": event.mode,
         "x-seed": str(event.seed),
         "x-frames-sha256": event.frames_sha256,

@@ -18,7 +18,7 @@ from cluster import engine_loop
 from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
-from cluster.rank import Step, StepReport
+from cluster.transformer_rank import Step, StepReport
 from cosmos3_core.admission import PromptOrders, RequestMemory, text_key
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import MediaError, RequestError, StateError
@@ -131,7 +131,7 @@ def loop_on(gang: FakeGang, **changes: Any) -> EngineLoop:
         "first_step_timeout_s": 10.0,
         "quantum_timeout_s": 10.0,
     }
-    return EngineLoop(gang, LoopSpec(**{**spec, **changes}), lambda: gang.ends.append(True))  # type: ignore[arg-type]
+    return EngineLoop(gang, gang.request_memory, LoopSpec(**{**spec, **changes}), lambda: gang.ends.append(True))  # type: ignore[arg-type]
 
 
 async def follow(loop: EngineLoop, job_id: str, num_steps: int, **fields: Any) -> list[Any]:

@@ -9,10 +9,10 @@ import pytest
 
 from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, StageFailed, StreamClosed
 from cluster.gang import GangSpec, bundles, rank_order
-from cluster.rank import RankSpec
+from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.parallel.layout import Layout
 
-RANK = RankSpec("checkpoint", "cpu", None, 1)
+RANK = TransformerSpec("checkpoint", "cpu", None, 1)
 
 
 def test_the_leader_shares_the_first_bundle() -> None:

@@ -72,6 +72,8 @@ FORM = {
     "view_point": "ego_view",
     "output": "mp4",
     "output_quality": "50",
+    "crf": "20.5",
+    "lossless": "true",
     "negative_prompt": "",
     "model": "nano",
     "user": "me",
@@ -94,6 +96,8 @@ JSON = {
     "raw_action_dim": 2,
     "resolution_tier": 256,
     "output_quality": 50,
+    "crf": 20.5,
+    "lossless": True,
 }
 
 

@@ -34,6 +34,7 @@ AUTOSCALING = {
     "metrics_interval_s",
 }
 DEVICE = {"device", "dtype", "num_threads"}
+GANG = STAGE | DEVICE | {"cpus_per_rank", "gpus_per_rank", "placement_strategy", "start_timeout_s"}
 KEYS = {
     "": {
         "checkpoint",
@@ -53,25 +54,28 @@ KEYS = {
     "ingress": STAGE,
     "director": STAGE | {"max_requests", "max_attempts", "chunk_window"},
     "tokenizer": STAGE,
-    "transformer": STAGE
-    | DEVICE
+    "transformer": GANG
     | {
         "tp",
         "cfg",
         "sp",
-        "cpus_per_rank",
-        "gpus_per_rank",
-        "placement_strategy",
         "max_jobs",
         "max_held_bytes",
         "first_step_timeout_s",
         "quantum_timeout_s",
         "save_period_s",
-        "start_timeout_s",
         "text_cache_bytes",
     },
     "audio": STAGE | DEVICE | {"enabled"},
-    "vae": STAGE | DEVICE | {"chunk_latents", "preview_cache_dir"},
+    "vae": GANG
+    | {
+        "ranks",
+        "beside_transformer",
+        "chunk_latents",
+        "preview_cache_dir",
+        "first_chunk_timeout_s",
+        "chunk_timeout_s",
+    },
     "encoder": STAGE,
 }
 
@@ -105,7 +109,8 @@ def test_the_laptop_fits_two_cores() -> None:
         config.encoder,
         config.audio,
     )
-    assert sum(stage.num_cpus for stage in stages) + config.transformer.cpus_per_rank <= 2
+    ranks = config.transformer.cpus_per_rank + config.vae.cpus_per_rank
+    assert sum(stage.num_cpus for stage in stages) + ranks <= 2
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,23 @@ def test_the_laptop_fits_two_cores() -> None:
             "gpus_per_rank=0.5: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
         ),
         ({"vae": {"num_gpus": 2}}, "vae.num_gpus: allowed is 0 to 1, a card or a share of one; 2 was given"),
-        ({"vae": {"device": "cuda:0"}}, "vae: device=cuda:0 needs a GPU: set num_gpus, 1 for a whole card"),
+        ({"vae": {"num_gpus": 1}}, "vae: num_gpus=1: the leader of a gang uses no GPU; set gpus_per_rank instead"),
+        ({"vae": {"device": "cuda:0"}}, "vae: device=cuda:0: Ray decides which card a rank gets; say cuda"),
+        ({"vae": {"device": "cuda"}}, "vae: device=cuda needs a GPU: set gpus_per_rank, 1 for a card a rank"),
+        (
+            {"vae": {"device": "cuda", "gpus_per_rank": 0.4, "ranks": 2}},
+            "vae: gpus_per_rank=0.4: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
+        ),
+        ({"vae": {"beside_transformer": True}}, "beside_transformer needs device=cuda and gpus_per_rank=0; given are cpu"),
+        (
+            {"vae": {"beside_transformer": True, "device": "cuda", "gpus_per_rank": 0.1}},
+            "beside_transformer needs device=cuda and gpus_per_rank=0; given are cuda and 0.1",
+        ),
+        (
+            {"vae": {"beside_transformer": True, "device": "cuda", "placement_strategy": "PACK"}},
+            "beside_transformer needs STRICT_PACK, one node; given is PACK",
+        ),
+        ({"audio": {"device": "cuda"}}, "audio: device=cuda needs a GPU: set num_gpus, 1 for a whole card"),
         ({"vae": {"node_labels": {"zone": "a b"}}}, "vae.node_labels.zone: 'a b' is no label of a node, such as H200"),
         ({"vae": {"node_labels": {"gpu": "in(H100, H200)"}}}, "vae.node_labels.gpu: 'in(H100, H200)' is no label of a"),
         ({"vae": {"node_labels": {"a b": "c"}}}, "vae.node_labels.a b.[key]: 'a b' is no label of a node"),
@@ -180,7 +201,11 @@ def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None
     assert replica.placement_group_strategy == "STRICT_PACK"
     assert replica.placement_group_bundles == [{"CPU": 1.1, "GPU": 0.8}, *[{"CPU": 1.0, "GPU": 0.8}] * 3]
     assert replica.placement_group_bundle_label_selector == [{"zone": "!a"}] * 4
-    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.075, "label_selector": {"zone": "a"}}
+    vae, replica = options["VideoVAE"]
+    assert vae == {"num_cpus": 0.1, "num_gpus": 0.0}
+    assert replica.placement_group_bundles == [{"CPU": 1.1}, *[{"CPU": 1.0}] * 3]
+    assert replica.placement_group_bundle_label_selector == [{"zone": "a"}] * 4
+    assert options["AudioVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.05}
     assert "label_selector" not in options["Mp4Encoder"][0]
 
 

@@ -84,6 +84,23 @@ class Method:
         return self.responses[-1]
 
 
+class FakeMedia:
+    """A media store that notes what became of its files."""
+
+    directory = "/media"
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.is_shared = True
+
+    def find(self, media_id: str) -> str | None:
+        return media_id if self.is_shared and media_id in self.begun else None
+
+    def fail(self, media_id: str, reason: str) -> None:
+        self.failed[media_id] = reason
+
+
 class FakeStages:
     """Four stages that do next to nothing; each can be told to fail so many times."""
 
@@ -94,6 +111,7 @@ class FakeStages:
         self.is_full = False
         self.resumed_from: list[Any] = []
         self.clips = ClipStreams(8)
+        self.media = FakeMedia()
         self.tokenize, self.denoise = Method(self._tokenize), Method(self._denoise)
         self.encode_picture = Method(self._encode_picture)
         self.tokenized: list[Any] = []
@@ -103,7 +121,10 @@ class FakeStages:
         self.preview: messages.PreviewReady | None = None
         self.request_has_pictures = True
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
-        self.open = Method(self.clips.open)
+        self.open, self.drop, self.forget = (
+            Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget)
+        )
+        self.encoded: list[str] = []
         self.decoded = 0
 
     def fail(self, stage: str) -> None:
@@ -146,29 +167,33 @@ class FakeStages:
         yield messages.PictureEncoded(0.1, 1, 14)
         yield f"clean latents of try {context.attempt}"
 
-    async def _decode(self, context: RequestContext, latents: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+    async def _decode(
+        self, context: RequestContext, latents: Any, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[Any]:
         assert latents.value == "latents"
         for index in range(self.num_chunks):
-            assert await self.clips.acquire(stream_id, 10)
+            assert await self.clips.acquire(stream_id, producer, 10)
             if index == 2:
                 self.fail("decode")
             self.decoded += 1
             yield messages.ChunkDecoded(index, time.time())
             yield f"chunk {index}"
 
-    async def _encode(self, context: RequestContext, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
-        yield messages.EncoderReady(15)
+    async def _encode(
+        self, context: RequestContext, form: Any, media_id: str, clips: Any, stream_id: str
+    ) -> AsyncIterator[Any]:
+        self.media.begun.append(media_id)
+        yield messages.FileStarted(media_id, "video/mp4", 15)
         taken = 0
         while boxed := await self.clips.take(stream_id, 10):
-            assert await boxed[0] == f"chunk {taken}"
+            self.encoded.append(await boxed[0])
+            assert self.encoded[-1] == f"chunk {taken}"
             if taken == 1:
                 self.fail("encode")
             yield messages.ChunkEncoded(taken, 1, 14, time.time(), 15)
             taken += 1
             await self.clips.release(stream_id)
-        yield messages.ClipEncoded("hash", taken, 6, 0.1, 15)
-        yield messages.MediaPart(b"abc")
-        yield messages.MediaPart(b"def")
+        yield messages.ClipEncoded(media_id, "hash", taken, 6, 0.1, 15)
 
     def walk(self, tiny: Path, *, limit_s: float = 30, max_attempts: int = 3, **fields: Any) -> Walk:
         layout = CheckpointLayout.open(tiny)
@@ -180,6 +205,7 @@ class FakeStages:
             layout=layout,
             stages=Stages(self, self, SimpleNamespace(decode=self.decode, encode=self.encode_picture), self),
             clips=self,
+            media=self.media,
             chunk_window=2,
             max_attempts=max_attempts,
             close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
@@ -202,11 +228,13 @@ def test_a_whole_walk(tiny_nano: Path) -> None:
     stages = FakeStages()
     events = run(collect(stages.walk(tiny_nano)))
     assert kinds(events)[:4] == ["Accepted", "Tokenized", "StepDone", "LatentsReady"]
-    assert kinds(events)[-4:] == ["ClipEncoded", "Finished", "MediaPart", "MediaPart"]
-    assert b"".join(event.data for event in events if isinstance(event, messages.MediaPart)) == b"abcdef"
+    assert kinds(events)[4] == "FileStarted"
+    assert kinds(events)[-2:] == ["ClipEncoded", "Finished"]
+    assert [events[-1].media_id] == stages.media.begun
+    assert stages.media.failed == {}
     for kind in ("ChunkDecoded", "ChunkEncoded"):
         assert [event.index for event in events if type(event).__name__ == kind] == list(range(5))
-    finished = events[-3]
+    finished = events[-1]
     assert set(finished.stage_seconds) == {"tokenize", "denoise", "decode_encode", "encode", "total"}
     assert all(method.responses[0].was_cancelled for method in (stages.denoise, stages.decode, stages.encode))
 
@@ -227,7 +255,7 @@ def test_a_given_picture_is_encoded_once_and_its_latents_go_to_every_try(tiny_na
     assert [request.picture for request in stages.tokenized] == [None], "prompts need no picture"
     assert walk.request.picture is not None
     assert walk.request.picture.media == b"", "the caller's file was kept"
-    assert events[-3].stage_seconds["condition"] == 0.1
+    assert events[-1].stage_seconds["condition"] == 0.1
     assert stages.walk(tiny_nano).request.picture is None
 
 
@@ -310,23 +338,27 @@ class FakeSound(FakeStages):
         yield "latents"
         yield "sound latents"
 
-    async def _decode_sound(self, context: Any, latents: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+    async def _decode_sound(
+        self, context: Any, latents: Any, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[Any]:
         assert latents.value == "sound latents"
         while self.request_has_pictures and self.decoded < self.num_chunks:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
-        assert await self.clips.acquire(stream_id, 10)
+        assert await self.clips.acquire(stream_id, producer, 10)
         self.fail("sound")
         yield messages.SoundDecoded(0, time.time())
         yield "samples"
 
-    async def _encode_both(self, context: Any, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
-        yield messages.EncoderReady(15)
+    async def _encode_both(
+        self, context: Any, form: Any, media_id: str, clips: Any, stream_id: str
+    ) -> AsyncIterator[Any]:
+        self.media.begun.append(media_id)
+        yield messages.FileStarted(media_id, "video/mp4", 15)
         while boxed := await self.clips.take(stream_id, 10):
             self.taken.append(await boxed[0])
             await self.clips.release(stream_id)
-        yield messages.ClipEncoded("hash", 2, 3, 0.1, 15)
-        yield messages.MediaPart(b"abc")
+        yield messages.ClipEncoded(media_id, "hash", 2, 3, 0.1, 15)
 
 
 def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) -> None:
@@ -337,6 +369,43 @@ def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) ->
     assert stages.taken == ["chunk 0", "chunk 1", "samples"]
     assert "SoundDecoded" in kinds(events)
     assert all(response.was_cancelled for response in stages.audio.decode.responses)
+
+
+def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(tiny_nano: Path) -> None:
+    """Another one begins anew; what the encoder has had is dropped, and no credit is lost on the way."""
+    stages = FakeStages(num_chunks=6)
+    stages.failures["decode"] = [GangFailed("decode", "died")] * 2
+    walk = stages.walk(tiny_nano)
+    events = run(collect(walk))
+    assert stages.encoded == [f"chunk {index}" for index in range(6)]
+    assert len(stages.encode.responses) == 1
+    assert len(stages.decode.responses) == 3
+    assert kinds(events).count("FileStarted") == 1
+    assert [event.index for event in events if isinstance(event, messages.ChunkDecoded)] == list(range(6))
+    assert [event.stage for event in events if isinstance(event, messages.StageRetried)] == ["decode"] * 2
+    assert stages.media.failed == {}
+
+
+def test_an_encoder_that_dies_has_the_file_made_anew(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["encode"] = [GangFailed("encode", "died")]
+    events = run(collect(stages.walk(tiny_nano)))
+    started = [event.media_id for event in events if isinstance(event, messages.FileStarted)]
+    assert started == stages.media.begun
+    assert len(set(started)) == 2
+    assert list(stages.media.failed) == started[:1]
+    assert "died" in stages.media.failed[started[0]]
+    assert next(event for event in events if isinstance(event, messages.Finished)).media_id == started[1]
+    order = [kind for kind in kinds(events) if kind in ("FileStarted", "StageRetried")]
+    assert order == ["FileStarted", "StageRetried", "FileStarted"]
+
+
+def test_a_media_store_that_is_not_shared_is_said_in_words(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.media.is_shared = False
+    with pytest.raises(StageFailed, match="media.directory=/media must be one directory for all nodes"):
+        run(collect(stages.walk(tiny_nano)))
+    assert stages.decode.responses == []
 
 
 def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
@@ -350,14 +419,14 @@ def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
     assert next(event for event in events if isinstance(event, messages.Finished)).media_type == "audio/wav"
 
 
-def test_the_death_of_the_decoder_of_sound_is_retried_with_the_pictures(tiny_nano: Path) -> None:
+def test_the_death_of_the_decoder_of_sound_is_retried_without_the_pictures(tiny_nano: Path) -> None:
     stages = FakeSound()
     stages.failures["sound"] = [GangFailed("step", "died")]
     walk = stages.walk(tiny_nano, generate_sound=True)
     walk.stages = replace(walk.stages, audio=stages.audio)
     events = run(collect(walk))
     assert kinds(events).count("StageRetried") == 1
-    assert stages.taken[-3:] == ["chunk 0", "chunk 1", "samples"]
+    assert stages.taken == ["chunk 0", "chunk 1", "samples"]
     assert kinds(events).count("Finished") == 1
 
 
@@ -391,7 +460,7 @@ def test_a_death_is_retried_and_nothing_is_handed_out_twice(stage: str, tiny_nan
     assert [event.attempt for event in retried] == [2, 3]
     assert "died" in retried[0].reason
     assert kinds(events).count("Finished") == 1
-    assert b"".join(event.data for event in events if isinstance(event, messages.MediaPart)) == b"abcdef"
+    assert list(stages.media.failed) == stages.media.begun[:-1], "files of encoders that died"
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])
@@ -507,9 +576,9 @@ def test_a_clip_is_decoded_only_when_an_encoder_has_a_place_for_it(tiny_nano: Pa
     has_place = asyncio.Event()
     encode = stages._encode
 
-    async def waits(context: Any, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+    async def waits(context: Any, form: Any, media_id: str, clips: Any, stream_id: str) -> AsyncIterator[Any]:
         await has_place.wait()
-        async for item in encode(context, form, clips, stream_id):
+        async for item in encode(context, form, media_id, clips, stream_id):
             yield item
 
     stages.encode = Method(waits)
@@ -625,12 +694,11 @@ def test_a_stage_that_never_answers_meets_the_deadline(stage: str, tiny_nano: Pa
 def test_a_file_that_ends_early_is_not_handed_out(tiny_nano: Path) -> None:
     stages = FakeStages()
 
-    async def cut_short(context: Any, form: Any, clips: Any, stream_id: str) -> AsyncIterator[Any]:
-        yield messages.EncoderReady(15)
+    async def cut_short(context: Any, form: Any, media_id: str, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        stages.media.begun.append(media_id)
+        yield messages.FileStarted(media_id, "video/mp4", 15)
         while await stages.clips.take(stream_id, 10):
             await stages.clips.release(stream_id)
-        yield messages.ClipEncoded("hash", 5, 6, 0.1, 15)
-        yield messages.MediaPart(b"abc")
 
     stages.encode = Method(cut_short)
     with pytest.raises(StageFailed, match="ended before the file"):

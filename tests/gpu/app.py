@@ -41,7 +41,7 @@ def _run(device: str, layout: Layout, checkpoint: Path) -> str:
     overrides |= {f"transformer.{axis}": getattr(layout, axis) for axis in ("tp", "cfg", "sp")}
     if device == "cuda":
         # No two ranks on one card, as NCCL asks, and still room for the decoder.
-        overrides |= {"transformer.gpus_per_rank": 0.75, "vae.num_gpus": 0.25}
+        overrides |= {"transformer.gpus_per_rank": 0.75, "vae.gpus_per_rank": 0.25}
         for stage in ("transformer", "vae"):
             overrides |= {f"{stage}.device": "cuda", f"{stage}.dtype": "bfloat16"}
     lines: list[str] = []

@@ -277,7 +277,7 @@ def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) 
     [
         (["--num-cpus", "1"], "0.9 CPU missing: the app needs 1.9 CPU and 0 GPU, Ray has 1 CPU and 0 GPU for it."),
         (
-            ["--set", "transformer.gpus_per_rank=1", "--set", "vae.num_gpus=0.5", "--cfg", "2", "--num-cpus", "4"],
+            ["--set", "transformer.gpus_per_rank=1", "--set", "vae.gpus_per_rank=0.5", "--cfg", "2", "--num-cpus", "4"],
             "2.5 GPU missing: the app needs 2.4 CPU and 2.5 GPU, Ray has 4 CPU and 0 GPU for it.",
         ),
         (["--ray-address", "127.0.0.1:9"], "cannot join the Ray cluster at 127.0.0.1:9: nothing listens there"),

@@ -1,4 +1,4 @@
-"""A rank in this process: what becomes of a request that does not fit into memory."""
+"""A transformer's rank in this process: what becomes of a request that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.errors import OutOfMemory, PreviewFailed
-from cluster.rank import Rank, RankSpec
+from cluster.transformer_rank import TransformerRank, TransformerSpec
 from cosmos3_core import device
 from cosmos3_core.admission import PromptOrders
 from cosmos3_core.denoise_request import DenoiseRequest
@@ -54,8 +54,8 @@ class FakeDenoiser:
         return SimpleNamespace(step_index=state.step_index + 1)
 
 
-def rank_with(denoiser: FakeDenoiser) -> Rank:
-    rank = Rank(0, RankSpec("checkpoint", "cpu", None, 1))
+def rank_with(denoiser: FakeDenoiser) -> TransformerRank:
+    rank = TransformerRank(0, TransformerSpec("checkpoint", "cpu", None, 1))
     rank._denoiser = denoiser  # type: ignore[assignment]
     return rank
 

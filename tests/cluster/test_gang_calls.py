@@ -1,0 +1,147 @@
+"""Calls to a gang: in turn, never taken back, and when it fails nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, cast
+
+import pytest
+
+from cluster import gang_calls
+from cluster.errors import GangFailed, GangLost, OutOfMemory
+from cluster.gang import Gang
+from cluster.gang_calls import GangCalls
+from cosmos3_core.errors import RequestError
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 20))
+
+
+class FakeGang:
+    """Answers with its arguments once the gate is open; fails as told."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.failures: dict[str, Exception] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.num_at_once = 0
+
+    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        assert self.num_at_once == 0
+        self.num_at_once += 1
+        try:
+            await self.gate.wait()
+            self.made.append(method)
+            if method in self.failures:
+                raise self.failures[method]
+            return [arguments]
+        finally:
+            self.num_at_once -= 1
+
+    call = ask
+
+
+class Ended:
+    count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def calls_of(gang: FakeGang, on_failure: Any = lambda: None) -> GangCalls:
+    return GangCalls(cast(Gang, gang), on_failure)
+
+
+def test_calls_are_made_one_after_the_other_and_answered() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        calls = calls_of(gang)
+        answers = await asyncio.gather(*(calls.ask(f"m{i}", i, phase="decode", timeout_s=5) for i in range(4)))
+        assert answers == [[(0,)], [(1,)], [(2,)], [(3,)]]
+        assert gang.made == ["m0", "m1", "m2", "m3"]
+
+    run(body())
+
+
+def test_a_call_whose_caller_has_left_is_made_all_the_same() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        gang.gate.clear()
+        calls = calls_of(gang)
+        leaving = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(2)]
+        await asyncio.sleep(0.01)
+        for task in leaving:
+            task.cancel()
+        await asyncio.wait(leaving)
+        gang.gate.set()
+        assert await calls.ask("m2", phase="decode", timeout_s=5) == [()]
+        assert gang.made == ["m0", "m1", "m2"]
+
+    run(body())
+
+
+def test_what_the_ranks_refuse_is_the_callers_alone() -> None:
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        calls = calls_of(gang, ended)
+        gang.failures = {"encode": RequestError("image", 1, "2"), "next_strip": OutOfMemory("no room")}
+        for method, error in gang.failures.items():
+            with pytest.raises(type(error)):
+                await calls.ask(method, phase="decode", timeout_s=5)
+        assert await calls.ask("begin", phase="decode", timeout_s=5) == [()]
+        assert ended.count == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("error", [GangFailed("decode", "died", 1), ZeroDivisionError("a bug")], ids=repr)
+def test_a_failure_is_everybodys_and_ends_the_leader_once(error: Exception) -> None:
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        gang.gate.clear()
+        gang.failures["m0"] = error
+        calls = calls_of(gang, ended)
+        asked = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(3)]
+        await asyncio.sleep(0.01)
+        gang.gate.set()
+        raised = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(it) for it in raised] == [GangFailed, GangLost, GangLost]
+        with pytest.raises(GangLost):
+            await calls.ask("m3", phase="decode", timeout_s=5)
+        calls.tell("end", phase="decode", timeout_s=5)
+        await asyncio.sleep(0.01)
+        assert gang.made == ["m0"]
+        assert ended.count == 1
+
+    run(body())
+
+
+def test_out_of_memory_on_some_ranks_is_told_as_that() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        failure = GangFailed("decode", "next_strip() raised OutOfMemory", 1)
+        failure.__cause__ = OutOfMemory("no room")
+        gang.failures["next_strip"] = failure
+        calls = calls_of(gang)
+        with pytest.raises(OutOfMemory):
+            await calls.ask("next_strip", phase="decode", timeout_s=5)
+        assert calls.failure is failure
+
+    run(body())
+
+
+def test_idle_ranks_are_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gang_calls, "_IDLE_S", 0.01)
+
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        gang.failures["describe"] = GangFailed("idle", "died", 0)
+        calls = calls_of(gang, ended)
+        while not ended.count:
+            await asyncio.sleep(0.01)
+        assert calls.failure is not None
+
+    run(body())
