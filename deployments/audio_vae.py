@@ -62,7 +62,7 @@ class AudioVAE:
         made = made_on_credit(context, clips, stream_id, producer, next_chunk)
         async with aclosing(made):
             async for index, samples in made:
-                yield SoundDecoded(index, time.time())
+                yield SoundDecoded(index, time.time(), os.getpid())
                 yield SoundChunk(index, samples, os.getpid())
 
 

@@ -235,10 +235,11 @@ class FileStarted:
 
 @dataclass(frozen=True)
 class ChunkDecoded:
-    """The VAE made a chunk of frames."""
+    """The VAE's gang made a chunk of frames; ``pid`` is the leader's."""
 
     index: int
     at_s: float
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -247,11 +248,12 @@ class SoundDecoded:
 
     index: int
     at_s: float
+    pid: int
 
 
 @dataclass(frozen=True)
 class ChunkEncoded:
-    """The encoder has used up a chunk of frames."""
+    """The encoder has used up a chunk of frames, which the gang's rank ``decoded_by`` and its neighbours had made."""
 
     index: int
     num_frames: int

@@ -127,7 +127,7 @@ class VideoVAE:
             made = made_on_credit(context, clips, stream_id, producer, next_chunk)
             async with aclosing(made):
                 async for index, strips in made:
-                    yield ChunkDecoded(index, time.time())
+                    yield ChunkDecoded(index, time.time(), os.getpid())
                     yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
         finally:
             self._calls.tell("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)

@@ -176,7 +176,7 @@ class FakeStages:
             if index == 2:
                 self.fail("decode")
             self.decoded += 1
-            yield messages.ChunkDecoded(index, time.time())
+            yield messages.ChunkDecoded(index, time.time(), 1)
             yield f"chunk {index}"
 
     async def _encode(
@@ -347,7 +347,7 @@ class FakeSound(FakeStages):
         await asyncio.sleep(0.05)
         assert await self.clips.acquire(stream_id, producer, 10)
         self.fail("sound")
-        yield messages.SoundDecoded(0, time.time())
+        yield messages.SoundDecoded(0, time.time(), 2)
         yield "samples"
 
     async def _encode_both(

@@ -40,7 +40,8 @@ VICTIMS = [
     Victim("tokenizer", messages.Accepted, lambda known: known[messages.Tokenized].pid),
     Victim("rank", messages.StepDone, lambda known: known[messages.StepDone].pid),
     Victim("leader", messages.StepDone, lambda known: known[messages.LatentsReady].pid),
-    Victim("vae", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].decoded_by),
+    Victim("vae rank", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].decoded_by),
+    Victim("vae leader", messages.ChunkEncoded, lambda known: known[messages.ChunkDecoded].pid),
     Victim("encoder", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].pid),
     # Whoever dies with the request in its hands cannot finish it; the caller is told, and may ask again.
     Victim("director", messages.ChunkEncoded, lambda known: known[messages.Accepted].pid, must_complete=False),
@@ -106,6 +107,9 @@ def test_a_killed_process(
     if victim.name in ("rank", "leader"):
         assert again[messages.StepDone].pid != rank_pid
         assert eventually(lambda: not is_alive(rank_pid) and not is_alive(leader_pid))
+    if victim.name in ("vae rank", "vae leader"):
+        whole_gang = known[messages.ChunkEncoded].decoded_by, known[messages.ChunkDecoded].pid
+        assert eventually(lambda: not any(is_alive(pid) for pid in whole_gang))
     assert eventually(
         lambda: [group["state"] for group in placement_group_table().values()].count("CREATED") == num_gangs()
     )
@@ -117,7 +121,8 @@ def num_gangs() -> int:
     from ray import serve
 
     apps = serve.status().applications.values()
-    return sum(it.deployments["Transformer"].replica_states.get("RUNNING", 0) for it in apps)
+    stages = "Transformer", "VideoVAE"
+    return sum(it.deployments[stage].replica_states.get("RUNNING", 0) for it in apps for stage in stages)
 
 
 def object_store_bytes() -> int:
