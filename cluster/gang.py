@@ -35,6 +35,7 @@ _AGREE_S = 30.0
 # Until Ray reports a process that has died.
 _DEATH_S = 3.0
 
+
 @dataclass(frozen=True)
 class GangSpec:
     """A gang to be.

@@ -6,14 +6,12 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 from cluster.clip_stream import start_clip_streams
 from cluster.errors import OverloadedError, ShuttingDown
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
 from deployments.clip_closer import ClipCloser
 from deployments.media_store import MediaStore
@@ -92,22 +90,19 @@ class Director:
 
         Raises:
             RequestError: the request is wrong.
-            OverloadedError: no place is free.
-            ShuttingDown: the app is being stopped.
+            OverloadedError, ShuttingDown: no place is free; the app is being stopped.
             DeadlineExceeded, StageFailed: it could not be done.
         """
         if self._is_draining:
             raise ShuttingDown(_RESTART_S)
-        previews = checks.integer("previews", previews, 0, MAX_PREVIEWS)
+        order_previews = self._previews.orders(previews)
         if self._num_requests >= self._max_requests:
             raise OverloadedError("requests of one Director", self._max_requests, self._seconds_per_request)
         self._num_requests += 1
         start_s = time.monotonic()
         try:
-            limit_s = self._request_timeout_s
-            if timeout_s is not None:
-                limit_s = min(limit_s, checks.real("timeout_s", timeout_s, 0, math.inf))
-            context = RequestContext.new(request_id, limit_s)
+            asked_s = math.inf if timeout_s is None else checks.real("timeout_s", timeout_s, 0, math.inf)
+            context = RequestContext.new(request_id, min(self._request_timeout_s, asked_s))
             resolved = await self._check.resolved(context, request)
             del request  # and its media with it, once they are encoded
             walk = Walk(
@@ -120,7 +115,7 @@ class Director:
                 chunk_window=self._chunk_window,
                 max_attempts=self._max_attempts,
                 close_later=self._closer.close_later,
-                order_previews=partial(self._previews.order, previews) if previews else None,
+                order_previews=order_previews,
             )
             async for event in walk.events():
                 yield event

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from cluster.errors import PreviewFailed
-from cosmos3_core.preview import PreviewMap, PreviewOrder
+from cosmos3_core import checks
+from cosmos3_core.preview import MAX_PREVIEWS, PreviewMap, PreviewOrder
 from deployments.errors import in_words, unwrapped
 from deployments.messages import RequestContext
 from deployments.streams import following
@@ -31,6 +34,15 @@ class Previews:
     def __init__(self, vae: Any) -> None:
         self._vae = vae
         self._fetching: asyncio.Task[PreviewMap | PreviewFailed] | None = None
+
+    def orders(self, num_previews: int) -> Callable[[float], Awaitable[PreviewOrder]] | None:
+        """What makes a request's :meth:`order`, of its clip's seconds; None where it wants none.
+
+        Raises:
+            RequestError: not a number of previews that a request may have.
+        """
+        num_previews = checks.integer("previews", num_previews, 0, MAX_PREVIEWS)
+        return partial(self.order, num_previews) if num_previews else None
 
     async def order(self, num_previews: int, duration_s: float) -> PreviewOrder:
         """What a transformer has to be told for previews of a clip of so many seconds.

@@ -35,7 +35,8 @@ class VAECalls:
     """How long a gang may take for one call; a silent one then counts as hung.
 
     Attributes:
-        first_timeout_s: for a clip's first two chunks, compiling for their size included, and for encoding and fitting the map of previews.
+        first_timeout_s: for a clip's first two chunks, compiling for their size included, for encoding, and for fitting
+            the map of previews.
         timeout_s: for any later chunk.
     """
 

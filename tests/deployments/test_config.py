@@ -147,7 +147,10 @@ def test_the_laptop_fits_two_cores() -> None:
             {"vae": {"device": "cuda", "gpus_per_rank": 0.4, "ranks": 2}},
             "vae: gpus_per_rank=0.4: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
         ),
-        ({"vae": {"beside_transformer": True}}, "beside_transformer needs device=cuda and gpus_per_rank=0; given are cpu"),
+        (
+            {"vae": {"beside_transformer": True}},
+            "beside_transformer needs device=cuda and gpus_per_rank=0; given are cpu",
+        ),
         (
             {"vae": {"beside_transformer": True, "device": "cuda", "gpus_per_rank": 0.1}},
             "beside_transformer needs device=cuda and gpus_per_rank=0; given are cuda and 0.1",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import PreviewFailed
+from cluster.errors import GangFailed, PreviewFailed
 from cosmos3_core.errors import RequestError
 from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.request import GenerationRequest
@@ -16,6 +16,7 @@ from deployments import previews as previews_module
 from deployments.client import Client
 from deployments.messages import RequestContext
 from deployments.previews import Previews
+from deployments.video_vae import VAECalls, VideoVAE
 
 MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
 
@@ -78,6 +79,34 @@ def test_a_decoder_that_fails_is_told_of_and_the_next_request_asks_again(caplog:
         assert caplog.text.count("previews cannot be made") == 1
         assert (await previews.order(1, 1.0)).preview_map == MAP
         assert len(vae.calls) == 2
+
+    run(body())
+
+
+def test_what_a_rank_refuses_is_told_in_its_words() -> None:
+    async def body() -> None:
+        vae = FakeVAE(PreviewFailed("OutOfMemory: of 1 GiB"), GangFailed("previews", "died in preview_map()", 0))
+        vae.may_answer.set()
+        previews = Previews(vae)
+        with pytest.raises(PreviewFailed, match="^no previews: OutOfMemory: of 1 GiB$"):
+            await previews.order(1, 1.0)
+        with pytest.raises(PreviewFailed, match=r"^no previews: GangFailed: .*died in preview_map"):
+            await previews.order(1, 1.0)
+
+    run(body())
+
+
+def test_the_leader_of_the_decoders_asks_rank_0_alone() -> None:
+    class FakeCalls:
+        async def first(self, method: str, *, phase: str, timeout_s: float) -> PreviewMap:
+            assert (method, phase, timeout_s) == ("preview_map", "previews", 7.0)
+            return MAP
+
+    async def body() -> None:
+        leader = VideoVAE.__new__(VideoVAE)
+        leader._calls, leader._limits = FakeCalls(), VAECalls(first_timeout_s=7.0, timeout_s=1.0)  # type: ignore[assignment]
+        context = RequestContext.new(None, 60.0)
+        assert [item async for item in leader.preview_map(context)] == [MAP]
 
     run(body())
 

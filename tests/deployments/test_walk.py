@@ -121,9 +121,7 @@ class FakeStages:
         self.preview: messages.PreviewReady | None = None
         self.request_has_pictures = True
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
-        self.open, self.drop, self.forget = (
-            Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget)
-        )
+        self.open, self.drop, self.forget = (Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget))
         self.encoded: list[str] = []
         self.decoded = 0
 
