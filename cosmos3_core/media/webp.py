@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import PIL.Image
+import PIL.WebPImagePlugin  # of all plugins this one; else the first file has Pillow import every one, in 0.1 s
 
 from cosmos3_core import checks
 from cosmos3_core.errors import MediaError, RequestError
@@ -16,7 +17,7 @@ MAX_FRAMES = 12
 LONGEST_SIDE = 256
 MAX_BYTES = 48 * 2**10
 
-# One after the other, until the file is small enough: 40 to 80 ms for noise of the largest size, 20 ms for pictures.
+# One after the other, until the file is small enough: 0.1 to 0.4 s for noise, 6 ms for what is smooth.
 _QUALITIES = (60, 30, 10, 0)
 _EFFORT = 2  # of 6; more takes twice as long for a few per cent
 _MS_PER_S = 1000
