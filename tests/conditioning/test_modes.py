@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos3_core.conditioning.clean import clean_latents
 from cosmos3_core.conditioning.modes import MODES, Actions, Mode, Resizing
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import CapabilityError, RequestError
