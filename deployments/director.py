@@ -14,7 +14,7 @@ from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
 from deployments.clip_closer import ClipCloser
-from deployments.media_store import MediaStore
+from deployments.media_store import MediaSpec
 from deployments.messages import Event, Finished, Generated, RequestContext
 from deployments.previews import Previews
 from deployments.request_check import RequestCheck
@@ -34,7 +34,7 @@ class Director:
         max_attempts: tries of a stage whose process died.
         chunk_window: decoded chunks of a clip that may exist before they are encoded.
         request_timeout_s: of requests that name none.
-        media: where files go.
+        media: of the store where files go.
         tokenizer, ..., audio: handles of the stages; the last two if there are such.
     """
 
@@ -45,7 +45,7 @@ class Director:
         max_attempts: int,
         chunk_window: int,
         request_timeout_s: float,
-        media: MediaStore,
+        media: MediaSpec,
         tokenizer: Any,
         transformer: Any,
         vae: Any,
@@ -58,7 +58,7 @@ class Director:
         self._max_attempts = max_attempts
         self._chunk_window = chunk_window
         self._request_timeout_s = request_timeout_s
-        self._media = media
+        self._media = media.open()
         # Configured once: every differently configured handle has a router of its own.
         streaming = (handle and handle.options(stream=True) for handle in (transformer, vae, encoder, unguided, audio))
         self._stages = Stages(tokenizer, *streaming)

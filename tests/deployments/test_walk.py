@@ -35,6 +35,7 @@ from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from deployments import messages
 from deployments import walk as walk_module
+from deployments.media_store import MediaStoreError
 from deployments.messages import RequestContext
 from deployments.streams import RefStream
 from deployments.walk import Stages, Walk
@@ -87,15 +88,15 @@ class Method:
 class FakeMedia:
     """A media store that notes what became of its files."""
 
-    directory = "/media"
-
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.failed: dict[str, str] = {}
         self.is_shared = True
 
-    def find(self, media_id: str) -> str | None:
-        return media_id if self.is_shared and media_id in self.begun else None
+    def expect(self, media_id: str) -> None:
+        assert media_id in self.begun
+        if not self.is_shared:
+            raise MediaStoreError("not to be seen here")
 
     def fail(self, media_id: str, reason: str) -> None:
         self.failed[media_id] = reason
@@ -401,7 +402,7 @@ def test_an_encoder_that_dies_has_the_file_made_anew(tiny_nano: Path) -> None:
 def test_a_media_store_that_is_not_shared_is_said_in_words(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.media.is_shared = False
-    with pytest.raises(StageFailed, match="media.directory=/media must be one directory for all nodes"):
+    with pytest.raises(MediaStoreError, match="not to be seen here"):
         run(collect(stages.walk(tiny_nano)))
     assert stages.decode.responses == []
 
