@@ -10,13 +10,16 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.envelope import TensorEnvelope
+from cluster.errors import PreviewFailed
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.preview import PreviewMap
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +41,14 @@ class VideoVAESpec(RankSpec):
         latent_channels: of the checkpoint.
         chunk_latents: latent frames per chunk, after the first; None: as the VAE chooses by the size of the frames.
         is_card_by_rank: rank i works on card i of the node, which is not Ray's to give.
+        preview_cache_dir: where a node keeps fitted maps of previews; None: nowhere.
     """
 
     ranks: int = 1
     latent_channels: int = field(default=48, kw_only=True)
     chunk_latents: int | None = field(default=None, kw_only=True)
     is_card_by_rank: bool = field(default=False, kw_only=True)
+    preview_cache_dir: str | None = field(default=None, kw_only=True)
 
     @property
     def num_ranks(self) -> int:
@@ -93,6 +98,7 @@ class VideoVAERank(Rank):
         super().__init__(rank, spec)
         self._chunk_latents = spec.chunk_latents
         self._is_card_by_rank = spec.is_card_by_rank
+        self._preview_cache_dir = spec.preview_cache_dir
         self._group: RankGroup | None = None
         self._vae: VideoVAE | None = None
         self._clips: dict[str, tuple[int, Iterator[Frames]]] = {}
@@ -137,6 +143,20 @@ class VideoVAERank(Rank):
             lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
         )
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
+
+    def preview_map(self) -> PreviewMap:
+        """The map of previews of this VAE's latents, from the cache or fitted. Any rank can be asked alone.
+
+        Raises:
+            PreviewFailed: whatever went wrong; the rank is as it was.
+        """
+        from cosmos3_core.preview_fit import cached_preview_map
+
+        cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
+        try:
+            return self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+        except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
+            raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
     def begin(self, clip_id: str, latents: TensorEnvelope) -> None:
         """Take up a clip.

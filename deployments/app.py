@@ -29,7 +29,7 @@ from deployments.audio_vae import AudioVAE
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
 from deployments.director import Director
 from deployments.ingress import Ingress
-from deployments.media_store import MediaStore
+from deployments.media_store import MediaSpec
 from deployments.mp4_encoder import Mp4Encoder
 from deployments.prompt_tokenizer import PromptTokenizer
 from deployments.transformer import Transformer
@@ -54,7 +54,7 @@ def build_app(config: AppConfig) -> serve.Application:
         audio = _deployment("AudioVAE", AudioVAE, config.audio).bind(
             checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
-    media = MediaStore(config.media.path, config.media.max_bytes, config.media.keep_s)
+    media = MediaSpec(config.media.directory, config.media.max_bytes, config.media.keep_s)
     encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind(media)
     # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
@@ -149,6 +149,7 @@ def vae_gang_spec(config: AppConfig) -> GangSpec:
         latent_channels=CheckpointLayout.open(config.checkpoint).vae.z_dim,
         chunk_latents=stage.chunk_latents,
         is_card_by_rank=stage.beside_transformer,
+        preview_cache_dir=None if stage.preview_cache_dir is None else str(stage.preview_cache_dir),
         collective_timeout_s=2 * max(stage.start_timeout_s, stage.first_chunk_timeout_s, stage.chunk_timeout_s),
     )
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from cluster.errors import StageFailed, StreamClosed
 from cosmos3_core.media.writer import ClipFormat
 from deployments.errors import in_words
-from deployments.media_store import MediaStore
+from deployments.media_store import MediaStore, new_media_id
 from deployments.messages import ChunkDecoded, ClipEncoded, Event, FileStarted, RequestContext, SoundDecoded
 from deployments.retries import retried
 from deployments.streams import RefStream, following, in_time
@@ -73,13 +72,14 @@ class ClipWalk:
             StageFailed, GangFailed: a stage's tries are used up.
             DeadlineExceeded: the time is up.
             MediaError: the file could not be written.
+            MediaStoreError: nobody here can read it.
         """
         async for event in retried("encode", self.context, self.max_attempts, self._file):
             yield event
 
     async def _file(self, context: RequestContext) -> AsyncIterator[Event]:
         """One try to make the file."""
-        stream_id, media_id = context.try_id, uuid.uuid4().hex
+        stream_id, media_id = context.try_id, new_media_id()
         start_s = time.monotonic()
         try:
             await in_time(context, "decode", self.clips.open.remote(stream_id, self.chunk_window))
@@ -89,7 +89,7 @@ class ClipWalk:
                 started = await encoded.next_value()
                 if not isinstance(started, FileStarted):
                     raise StreamClosed(stream_id, "the encoder went away")
-                self._check_is_shared(media_id)
+                await asyncio.to_thread(self.media.expect, media_id)  # or nobody here could read it
                 yield started
                 decoded = self._decode_all(context, stream_id)
                 async for event in merged(decoded, _encoded(encoded, context)):
@@ -97,19 +97,10 @@ class ClipWalk:
                     yield event
         except BaseException as error:
             # An encoder that is alive says so itself; one that died cannot.
-            self.media.fail(media_id, in_words(error))
+            await asyncio.to_thread(self.media.fail, media_id, in_words(error))
             raise
         finally:
             self.close_later(stream_id)
-
-    def _check_is_shared(self, media_id: str) -> None:
-        if self.media.find(media_id) is None:
-            raise StageFailed(
-                "encode",
-                1,
-                f"the encoder's file is not to be seen from here: media.directory={self.media.directory} must be one "
-                "directory for all nodes, on a file system that they share",
-            )
 
     async def _decode_all(self, context: RequestContext, stream_id: str) -> AsyncIterator[Event]:
         """Post all decoders' chunks to the clip's stream; it is complete when all are done."""

@@ -189,6 +189,9 @@ class VideoVAEStage(GangStage):
     chunk_latents: int | None = Field(
         None, ge=1, description="latent frames per decoded chunk; null: 1 on a CPU, on a GPU more of small frames"
     )
+    preview_cache_dir: Path | None = Field(
+        None, description="where a node keeps fitted maps of previews; null: each start of the app fits its own"
+    )
     first_chunk_timeout_s: float = Field(600, gt=0, description="for a clip's first two chunks, compiling included")
     chunk_timeout_s: float = Field(300, gt=0, description="for any other chunk; then a silent gang counts as hung")
 
@@ -278,6 +281,20 @@ class Http(_Strict):
         return self
 
 
+class Media(_Strict):
+    """The media store: where files are made and read."""
+
+    directory: Path | None = Field(
+        None, description="the same on every node, of a file system that they share; null: this machine's temporary one"
+    )
+    max_bytes: int = Field(
+        20 * 2**30, ge=1, description="beyond it the longest finished files go; looked at once a minute"
+    )
+    keep_s: float = Field(
+        3600, gt=0, description="how long a file stays; one that does not grow for so long is given up"
+    )
+
+
 class AppConfig(_Strict):
     """The whole app."""
 
@@ -285,6 +302,7 @@ class AppConfig(_Strict):
     name: str = Field("cosmos3", pattern="^[A-Za-z0-9_.-]+$", description="of the Serve application")
     model_name: str | None = Field(None, description="what clients call the model; null = the checkpoint's name")
     http: Http = Http()
+    media: Media = Media()
     ingress: IngressStage = IngressStage()
     director: DirectorStage = DirectorStage()
     tokenizer: TokenizerStage = TokenizerStage()
@@ -302,6 +320,16 @@ class AppConfig(_Strict):
         kinds = [(stage.device, stage.dtype) for stage in (self.transformer, self.unguided) if stage is not None]
         if len(set(kinds)) > 1:
             raise ValueError(f"transformer and unguided need the same device and dtype; given are {kinds}")
+        return self
+
+    @model_validator(mode="after")
+    def _files_outlive_chunks(self) -> Self:
+        longest_s = max(self.vae.first_chunk_timeout_s, self.vae.chunk_timeout_s)
+        if self.media.keep_s <= longest_s:
+            raise ValueError(
+                f"media.keep_s={self.media.keep_s:g} must exceed the {longest_s:g} s that a chunk of the vae may take: "
+                "the file that waits for it would count as given up"
+            )
         return self
 
     @classmethod

@@ -20,7 +20,7 @@ from deployments.api.errors import error_response
 from deployments.api.exchange import Exchange, answered
 from deployments.api.fields import IMAGE_FIELDS, VIDEO_FIELDS, openapi
 from deployments.api.media_answer import images_answer, live_answer, media_answer
-from deployments.media_store import MediaStore
+from deployments.media_store import MediaSpec
 from deployments.readiness import Readiness
 
 _Asked = TypeVar("_Asked")
@@ -47,7 +47,7 @@ class Ingress:
         max_body_bytes: of a request.
         max_bodies_bytes: of all bodies that are in memory at a time.
         request_timeout_s: for reading it and making its file. The Director keeps it; this is for one that is gone.
-        media: where files go.
+        media: of the store where files are.
         director: its handle.
     """
 
@@ -59,7 +59,7 @@ class Ingress:
         max_body_bytes: int,
         max_bodies_bytes: int,
         request_timeout_s: float,
-        media: MediaStore,
+        media: MediaSpec,
         director: Any,
     ) -> None:
         layout = CheckpointLayout.open(checkpoint)
@@ -70,7 +70,7 @@ class Ingress:
         self._max_body_bytes = max_body_bytes
         self._room = BodyRoom(max_bodies_bytes)
         self._request_timeout_s = request_timeout_s
-        self._media = media
+        self._media = media.open()
         self._director = director.options(stream=True)
         self._started_s = int(time.time())
         self._is_draining = False
@@ -108,13 +108,14 @@ class Ingress:
 
         return await answered(request, self._director, self._request_timeout_s, work)
 
+    @api.head("/v1/videos/{media_id}/content", include_in_schema=False)
     @api.get("/v1/videos/{media_id}/content", response_class=Response)
     async def get_content(self, media_id: str, request: Request) -> Response:
         """A file by the id that ``x-media-id`` said: whole, a range of it, or as it grows.
 
         Any number of clients may read it at a time, each as fast as it likes.
         """
-        return content_answer(self._media, media_id, request.method, request.headers)
+        return await content_answer(self._media, media_id, request.method, request.headers)
 
     async def _body(self, request: Request, parse: Callable[[dict[str, Any], str], _Asked], held: Held) -> _Asked:
         return parse(await read_fields(request, self._max_body_bytes, held), self._model_name)

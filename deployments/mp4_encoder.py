@@ -6,6 +6,8 @@ One call takes a whole clip, so that its chunks meet in one place.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import logging
 import os
 import time
 from collections.abc import AsyncIterator
@@ -14,20 +16,25 @@ from typing import Any
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
 from deployments.errors import in_words
-from deployments.media_store import MediaStore
+from deployments.media_store import MediaEntry, MediaSpec
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
 from deployments.streams import in_time
 
+logger = logging.getLogger("ray.serve")
+
+_SWEEP_PERIOD_S = 60.0
+
 
 class Mp4Encoder:
-    """The encoder. Keeps nothing between clips.
+    """The encoder. Keeps nothing between clips; keeps the media store within its bounds.
 
     Args:
-        media: where files go.
+        media: of the store where files go.
     """
 
-    def __init__(self, media: MediaStore) -> None:
-        self._media = media
+    def __init__(self, media: MediaSpec) -> None:
+        self._media = media.open()
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def encode(
         self, context: RequestContext, clip_format: ClipFormat, media_id: str, clips: Any, stream_id: str
@@ -50,7 +57,9 @@ class Mp4Encoder:
             MediaError: the file could not be written.
         """
         start_s = time.monotonic()
-        entry = await asyncio.to_thread(self._media.create, media_id, clip_format)
+        if self._sweeper is None:  # a task of no request
+            self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
+        entry = await asyncio.to_thread(self._create, media_id, clip_format)
         try:
             digest, num_frames = FrameHash(), 0
             with open_writer(entry.path, clip_format, live=entry.live_path) as writer:
@@ -67,13 +76,26 @@ class Mp4Encoder:
                         yield event
                 # Flushing x264 takes seconds at 720p; the other clip and Serve's questions go on meanwhile.
                 await asyncio.to_thread(writer.close)
-            num_bytes = await asyncio.to_thread(entry.finish)
+            record = await asyncio.to_thread(entry.finish)
         except BaseException as error:
-            entry.fail(in_words(error))
+            await asyncio.to_thread(entry.fail, in_words(error))
             raise
         frames_sha256 = digest.hexdigest() if num_frames else ""
         seconds = time.monotonic() - start_s
-        yield ClipEncoded(media_id, frames_sha256, num_frames, num_bytes, seconds, os.getpid())
+        yield ClipEncoded(media_id, frames_sha256, num_frames, record.num_bytes, seconds, os.getpid())
+
+    def _create(self, media_id: str, clip_format: ClipFormat) -> MediaEntry:
+        is_live = clip_format.has_live_file
+        return self._media.create(media_id, clip_format.media_type, clip_format.suffix, is_live=is_live)
+
+    async def _sweep(self) -> None:
+        """Remove what is too old or too much, now and from time to time."""
+        while True:
+            try:
+                await asyncio.to_thread(self._media.sweep, time.time())
+            except Exception:  # what is wrong now may be right in a minute
+                logger.exception("the media store could not be swept")
+            await asyncio.sleep(_SWEEP_PERIOD_S)
 
 
 async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> list[Any]:

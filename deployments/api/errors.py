@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -13,21 +15,26 @@ from cosmos3_core.errors import Cosmos3Error, RequestError
 from deployments.errors import typed
 
 
-class BodyError(Cosmos3Error):
-    """A request body that cannot be read at all.
+class Refusal(Cosmos3Error):
+    """A fault that only HTTP has.
 
     Args:
         status: of the answer.
         code: short name of the fault.
         message: what is wrong and what is allowed.
+        headers: of the answer.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status, self.code, self.message = status, code, message
-        super().__init__(status, code, message)
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.status, self.code, self.message, self.headers = status, code, message, dict(headers)
+        super().__init__(status, code, message, self.headers)
 
     def __str__(self) -> str:
         return self.message
+
+
+class BodyError(Refusal):
+    """A request body that cannot be read at all."""
 
 
 # First match wins: more special types stand first.
@@ -51,8 +58,8 @@ def error_response(error: BaseException) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):  # the framework's own: no such path, another method
         return _response(error.status_code, "no_such_route", str(error.detail), dict(error.headers or {}))
-    if isinstance(error, BodyError):
-        return _response(error.status, error.code, str(error), headers)
+    if isinstance(error, Refusal):
+        return _response(error.status, error.code, str(error), error.headers)
     status, code = 500, "internal_error"
     for kind, known_status, known_code in _STATUS:
         if isinstance(error, kind):

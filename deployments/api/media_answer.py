@@ -8,15 +8,15 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from deployments.api.bodies import B64_JSON, ImageJob
 from deployments.api.body_room import Held
+from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
-from deployments.api.content import finished_parts, live_parts
 from deployments.media_store import MediaStore
 from deployments.messages import FileStarted, Finished
 
@@ -36,7 +36,7 @@ async def media_answer(exchange: Exchange, held: Held, media: MediaStore) -> Res
     event = await exchange.finished()
     exchange.cancel()
     if event.actions is None:
-        return _file(event, media)
+        return await _file(event, media)
     video = None
     if event.num_bytes:
         data = await _whole(event, held, media)
@@ -72,19 +72,31 @@ async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
     """
     event = await exchange.started()
     assert isinstance(event, FileStarted), "a clip has a file"
+    record = await asyncio.to_thread(media.expect, event.media_id)
+    parts = _until_failed(live_parts(media, record), exchange)
+    headers = {"x-media-id": event.media_id, "cache-control": "no-store"}
+    return PartsResponse(parts, headers, event.media_type, ended=exchange.cancel)
 
-    async def parts() -> AsyncIterator[bytes]:
-        ending = asyncio.create_task(exchange.finished())
-        try:
-            async for part in live_parts(media, event.media_id):
-                yield part
-            await ending
-        finally:
-            ending.cancel()
-            exchange.cancel()
-            await asyncio.gather(ending, return_exceptions=True)
 
-    return StreamingResponse(parts(), media_type=event.media_type, headers={"x-media-id": event.media_id})
+async def _until_failed(parts: AsyncGenerator[bytes, None], exchange: Exchange) -> AsyncGenerator[bytes, None]:
+    """The parts, as long as their request has not failed; its file may take long to say so."""
+    ending = asyncio.ensure_future(exchange.finished())
+    part = asyncio.ensure_future(anext(parts, None))
+    try:
+        while True:
+            await asyncio.wait((part, ending), return_when=asyncio.FIRST_COMPLETED)
+            if ending.done():
+                ending.result()
+            if (data := await part) is None:
+                break
+            part = asyncio.ensure_future(anext(parts, None))
+            yield data
+        await ending
+    finally:
+        ending.cancel()
+        part.cancel()
+        await asyncio.gather(ending, part, return_exceptions=True)
+        await parts.aclose()
 
 
 async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: MediaStore) -> Response:
@@ -100,7 +112,7 @@ async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: Me
     event = await exchange.finished()
     if not is_json and num_images == 1:
         exchange.cancel()
-        return _file(event, media)
+        return await _file(event, media)
     made: list[tuple[Finished, bytes]] = []
     for request in job.requests:
         if made:
@@ -136,10 +148,10 @@ async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: Me
     )
 
 
-def _file(event: Finished, media: MediaStore) -> Response:
+async def _file(event: Finished, media: MediaStore) -> Response:
     """A finished file, read as it is sent."""
-    parts = finished_parts(media, event.media_id)
-    return StreamingResponse(parts, media_type=event.media_type, headers=_headers(event))
+    record = await asyncio.to_thread(media.expect, event.media_id)
+    return PartsResponse(finished_parts(media, record), _headers(event), event.media_type)
 
 
 async def _whole(event: Finished, held: Held, media: MediaStore) -> bytes:
