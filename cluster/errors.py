@@ -5,6 +5,7 @@
         ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
         │   └── GangLost      the same, seen by a request that the gang was not at work on
         ├── OutOfMemory       a request does not fit into a device's memory; not tried again
+        ├── PreviewFailed     a preview could not be made; the request goes on without
         ├── StreamClosed      the other end of a clip's stream gave up
         ├── OverloadedError   a bound was reached; try again later
         ├── ShuttingDown      the app finishes what it has and takes no more
@@ -60,6 +61,21 @@ class OutOfMemory(ClusterError):
 
     def __str__(self) -> str:
         return f"the request does not fit into a device's memory; ask for fewer frames or a smaller size: {self.what}"
+
+
+class PreviewFailed(ClusterError):
+    """A request goes on without previews.
+
+    Args:
+        reason: why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+    def __str__(self) -> str:
+        return f"no previews: {self.reason}"
 
 
 class StreamClosed(ClusterError):

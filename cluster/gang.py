@@ -113,9 +113,17 @@ class Gang:
             raise
         return gang
 
-    async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
+    async def first(
+        self,
+        method: str,
+        *arguments: Any,
+        phase: str,
+        timeout_s: float,
+        passes_on: type[Cosmos3Error] | tuple[()] = (),
+    ) -> Any:
         """Call a method on rank 0 alone; as :meth:`call` otherwise."""
-        return (await Gang(self._actors[:1]).call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
+        alone = Gang(self._actors[:1])
+        return (await alone.call(method, *arguments, phase=phase, timeout_s=timeout_s, passes_on=passes_on))[0]
 
     async def call(
         self,

@@ -30,7 +30,8 @@ class _Call:
     arguments: tuple[Any, ...]
     phase: str
     timeout_s: float
-    answer: asyncio.Future[list[Any]]
+    is_for_first: bool  # rank 0 alone
+    answer: asyncio.Future[Any]
 
 
 class GangCalls:
@@ -64,20 +65,32 @@ class GangCalls:
             OutOfMemory: it did not fit.
             GangFailed: the gang failed; :class:`GangLost` if it was at work for somebody else.
         """
-        return await self._put(method, arguments, phase, timeout_s)
+        results: list[Any] = await self._put(method, arguments, phase, timeout_s)
+        return results
+
+    async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
+        """Call a method that exchanges nothing on rank 0 alone, in its turn; as :meth:`ask` otherwise.
+
+        Raises:
+            Cosmos3Error: what rank 0 raised; the gang is as it was.
+            GangFailed: as :meth:`ask`.
+        """
+        return await self._put(method, arguments, phase, timeout_s, is_for_first=True)
 
     def tell(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> None:
         """:meth:`ask` without waiting for the answer; a gang that has failed need not be told."""
         if self.failure is None:
             self._put(method, arguments, phase, timeout_s)
 
-    def _put(self, method: str, arguments: tuple[Any, ...], phase: str, timeout_s: float) -> asyncio.Future[list[Any]]:
+    def _put(
+        self, method: str, arguments: tuple[Any, ...], phase: str, timeout_s: float, *, is_for_first: bool = False
+    ) -> asyncio.Future[Any]:
         if self.failure is not None:
             raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
-        answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         # Whoever asked may be gone when it comes: an error that nobody fetched is not to be reported as a bug.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._calls.put_nowait(_Call(method, arguments, phase, timeout_s, answer))
+        self._calls.put_nowait(_Call(method, arguments, phase, timeout_s, is_for_first, answer))
         return answer
 
     async def _run(self) -> None:
@@ -100,7 +113,7 @@ class GangCalls:
             await self._gang.call("describe", phase="idle", timeout_s=_ANSWER_S)
             return
         try:
-            results = await self._gang.ask(call.method, *call.arguments, phase=call.phase, timeout_s=call.timeout_s)
+            result = await self._asked(call)
         except GangFailed:
             raise
         except Cosmos3Error as error:
@@ -108,7 +121,13 @@ class GangCalls:
                 call.answer.set_exception(error)
         else:
             if not call.answer.done():
-                call.answer.set_result(results)
+                call.answer.set_result(result)
+
+    async def _asked(self, call: _Call) -> Any:
+        limits: dict[str, Any] = {"phase": call.phase, "timeout_s": call.timeout_s}
+        if call.is_for_first:
+            return await self._gang.first(call.method, *call.arguments, **limits, passes_on=Cosmos3Error)
+        return await self._gang.ask(call.method, *call.arguments, **limits)
 
     def _fail(self, error: GangFailed, running: _Call | None) -> None:
         """End everything. Only the call that was being made may be to blame."""

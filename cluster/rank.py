@@ -108,16 +108,15 @@ class Rank(ABC):
 
     def join(self, address: str, port: int) -> None:
         """Meet the other ranks and make the process groups. Every rank calls it at the same time."""
-        from cosmos3_core.device import collective_backend
         from cosmos3_core.parallel.groups import join_store
 
         spec = self._spec
         if self._store is None:
             self._store = join_store(address, port, spec.num_ranks, spec.collective_timeout_s)
-        self._make_groups(collective_backend(self._device), self._store)
+        self._make_groups(self._store)
 
     @abstractmethod
-    def _make_groups(self, backend: str, store: Any) -> None:
+    def _make_groups(self, store: Any) -> None:
         """Make this rank's process groups."""
 
     @abstractmethod

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.envelope import TensorEnvelope
+from cluster.errors import PreviewFailed
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.admission import PromptOrders, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.parallel.layout import Layout
+from cosmos3_core.preview import PreviewMap, evenly
 from cosmos3_core.shapes import LatentShape
 
 if TYPE_CHECKING:
@@ -111,10 +113,11 @@ class TransformerRank(Rank):
         self._denoiser: Denoiser | None = None
         self._jobs: dict[str, tuple[DenoisePlan, DenoiseState]] = {}
 
-    def _make_groups(self, backend: str, store: Any) -> None:
+    def _make_groups(self, store: Any) -> None:
+        from cosmos3_core.device import collective_backend
         from cosmos3_core.parallel.groups import init_groups
 
-        timeout_s = self._spec.collective_timeout_s
+        backend, timeout_s = collective_backend(self._device), self._spec.collective_timeout_s
         self._groups = init_groups(self._layout, self._rank, backend=backend, timeout_s=timeout_s, store=store)
 
     def load(self) -> TransformerLoaded:
@@ -213,6 +216,23 @@ class TransformerRank(Rank):
 
         _, state = self._jobs[job_id]
         return TensorEnvelope.of_array(np.frombuffer(state.to_bytes(), np.uint8))
+
+    def preview(self, job_id: str, preview_map: PreviewMap, max_frames: int) -> TensorEnvelope:
+        """What the pictures of a request are going to be, by its last step: uint8 RGB [frames, H, W, 3].
+
+        A pixel is a latent position; of the latent frames up to ``max_frames``, evenly. Every rank holds the whole
+        prediction, so one can be asked alone.
+
+        Raises:
+            PreviewFailed: whatever went wrong; the request is as it was.
+        """
+        try:
+            _, state = self._jobs[job_id]
+            x0_BCTHW = state.solver["video"].x0[0]
+            frames = evenly(x0_BCTHW.shape[2], max_frames)
+            return TensorEnvelope.of_tensor(preview_map.colours(x0_BCTHW[:, :, frames]))
+        except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all requests
+            raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
     def latents(self, job_id: str) -> dict[str, TensorEnvelope]:
         """The latents as they are now, modality -> fp32; see :meth:`cosmos3_core.engine.Engine.denoise`."""

@@ -10,18 +10,23 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.envelope import TensorEnvelope
+from cluster.errors import PreviewFailed
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.preview import PreviewMap
 
 if TYPE_CHECKING:
     import torch
 
     from cosmos3_core.media.pixels import Frames
+    from cosmos3_core.parallel.groups import RankGroup
+    from cosmos3_core.parallel.strips import Strip as FrameStrip
     from cosmos3_core.vae.video import VideoVAE
 
 _WARM_UP = "warm up"
@@ -36,12 +41,14 @@ class VideoVAESpec(RankSpec):
         latent_channels: of the checkpoint.
         chunk_latents: latent frames per chunk, after the first; None: as the VAE chooses by the size of the frames.
         is_card_by_rank: rank i works on card i of the node, which is not Ray's to give.
+        preview_cache_dir: where a node keeps fitted maps of previews; None: nowhere.
     """
 
     ranks: int = 1
     latent_channels: int = field(default=48, kw_only=True)
     chunk_latents: int | None = field(default=None, kw_only=True)
     is_card_by_rank: bool = field(default=False, kw_only=True)
+    preview_cache_dir: str | None = field(default=None, kw_only=True)
 
     @property
     def num_ranks(self) -> int:
@@ -69,7 +76,7 @@ class Strip:
     """A rank's part of a chunk of frames.
 
     Attributes:
-        frames: uint8 RGB [F, Y, X, 3].
+        frames: uint8 RGB [F, Y, X, 3]; without rows where rank 0 does all and this is another.
         axis: along which the ranks' strips lie side by side, 1 (rows) or 2 (columns).
         pid: of the rank.
     """
@@ -91,7 +98,8 @@ class VideoVAERank(Rank):
         super().__init__(rank, spec)
         self._chunk_latents = spec.chunk_latents
         self._is_card_by_rank = spec.is_card_by_rank
-        self._group: Any = None
+        self._preview_cache_dir = spec.preview_cache_dir
+        self._group: RankGroup | None = None
         self._vae: VideoVAE | None = None
         self._clips: dict[str, tuple[int, Iterator[Frames]]] = {}
 
@@ -119,19 +127,36 @@ class VideoVAERank(Rank):
         return Loaded(time.perf_counter() - start_s, {})
 
     def encode(self, picture: PictureCondition, frames: TensorEnvelope) -> TensorEnvelope | None:
-        """The latents of a request's given frames, fp32 [1, C, T, H, W]; rank 0 has them for all.
+        """The latents of a request's given frames, fp32 [1, C, T, H, W], made by all ranks; rank 0 hands them out.
 
         Args:
             picture: what is given, without its media.
-            frames: of :func:`cosmos3_core.conditioning.clean.read_picture`.
+            frames: of :func:`cosmos3_core.conditioning.picture.read_picture`.
 
         Raises:
             OutOfMemory: it does not fit.
         """
         from cosmos3_core.conditioning.clean import clean_latents
 
-        latents = self._if_it_fits(lambda: clean_latents(self._loaded(), picture, frames.array()), lambda: None)
+        vae = self._loaded()
+        latents = self._if_it_fits(
+            lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
+        )
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
+
+    def preview_map(self) -> PreviewMap:
+        """The map of previews of this VAE's latents, from the cache or fitted. Any rank can be asked alone.
+
+        Raises:
+            PreviewFailed: whatever went wrong; the rank is as it was.
+        """
+        from cosmos3_core.preview_fit import cached_preview_map
+
+        cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
+        try:
+            return self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+        except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
+            raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
     def begin(self, clip_id: str, latents: TensorEnvelope) -> None:
         """Take up a clip.
@@ -139,12 +164,19 @@ class VideoVAERank(Rank):
         Args:
             clip_id: its name in later calls.
             latents: [1, C, T, H, W] fp32.
+
+        Raises:
+            RequestError: latents of another shape.
         """
         from cosmos3_core.device import HostCopies
         from cosmos3_core.vae.to_host import frames_on_host
 
-        strips = self._loaded().decode(latents.tensor(), chunk_latents=self._chunk_latents)
-        self._clips[clip_id] = 1, frames_on_host(strips, HostCopies(self._device))
+        vae, whole = self._loaded(), latents.tensor()
+        vae.check_latents(whole)
+        strip = self._strip_of(*whole.shape[-2:])
+        chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)
+        axis = strip.pixels(vae.geometry.spatial).axis
+        self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
 
     def next_strip(self, clip_id: str) -> Strip | None:
         """This rank's part of a clip's next chunk; None after the last.
@@ -160,8 +192,18 @@ class VideoVAERank(Rank):
         """Forget a clip; one that is not there is fine."""
         self._clips.pop(clip_id, None)
 
-    def _make_groups(self, backend: str, store: Any) -> None:
-        raise NotImplementedError
+    def _make_groups(self, store: Any) -> None:
+        from cosmos3_core.parallel.groups import init_group
+
+        num_ranks, timeout_s = self._spec.num_ranks, self._spec.collective_timeout_s
+        self._group = init_group(num_ranks, self._rank, self._device, timeout_s=timeout_s, store=store)
+
+    def _strip_of(self, height: int, width: int) -> FrameStrip:
+        """This rank's strip of frames of ``height`` x ``width`` latents."""
+        from cosmos3_core.parallel.groups import RankGroup
+        from cosmos3_core.parallel.strips import strip_of
+
+        return strip_of(self._group if self._group is not None else RankGroup(), height, width)
 
     def _loaded(self) -> VideoVAE:
         if self._vae is None:

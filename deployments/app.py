@@ -149,6 +149,7 @@ def vae_gang_spec(config: AppConfig) -> GangSpec:
         latent_channels=CheckpointLayout.open(config.checkpoint).vae.z_dim,
         chunk_latents=stage.chunk_latents,
         is_card_by_rank=stage.beside_transformer,
+        preview_cache_dir=None if stage.preview_cache_dir is None else str(stage.preview_cache_dir),
         collective_timeout_s=2 * max(stage.start_timeout_s, stage.first_chunk_timeout_s, stage.chunk_timeout_s),
     )
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)

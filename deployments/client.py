@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from cluster.errors import AppNotFound, DeadlineExceeded
 from cosmos3_core import checks
+from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
 from deployments.errors import typed
 from deployments.messages import Event, Generated
@@ -82,13 +83,20 @@ class Client:
             yield part
             start += len(part)
 
-    def stream(self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> EventStream:
+    def stream(
+        self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S, previews: int = 0
+    ) -> EventStream:
         """Serve a request and follow it: events, :class:`Finished` the last; :meth:`read` has the file.
 
-        Raises, while iterating: as :meth:`generate`; at once: an image or clip cannot be read.
+        With ``previews`` up to so many of the events (32 at most) are a :class:`deployments.messages.PreviewReady`, a
+        small WebP of what is being made; a :class:`deployments.messages.PreviewsOff` says why there are none.
+
+        Raises, while iterating: as :meth:`generate`; at once: an image or clip cannot be read, a number is out of
+        range.
         """
         timeout_s = checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
-        return EventStream(self._streaming.stream.remote(request.packed(), None, timeout_s), timeout_s)
+        previews = checks.integer("previews", previews, 0, MAX_PREVIEWS)
+        return EventStream(self._streaming.stream.remote(request.packed(), None, timeout_s, previews), timeout_s)
 
 
 class EventStream:

@@ -189,6 +189,9 @@ class VideoVAEStage(GangStage):
     chunk_latents: int | None = Field(
         None, ge=1, description="latent frames per decoded chunk; null: 1 on a CPU, on a GPU more of small frames"
     )
+    preview_cache_dir: Path | None = Field(
+        None, description="where a node keeps fitted maps of previews; null: each start of the app fits its own"
+    )
     first_chunk_timeout_s: float = Field(600, gt=0, description="for a clip's first two chunks, compiling included")
     chunk_timeout_s: float = Field(300, gt=0, description="for any other chunk; then a silent gang counts as hung")
 

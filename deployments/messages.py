@@ -164,6 +164,29 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class PreviewReady:
+    """What the pictures will be, as far as ``step`` steps tell; for who asked for previews.
+
+    ``data`` is a whole file of ``media_type``, below 50 kB: an animation, or a still where the request makes an image.
+    Steps after ``step`` may have been told before it. ``pid`` is the leader's.
+    """
+
+    step: int
+    sigma: float
+    media_type: str
+    data: bytes
+    pid: int
+
+
+@dataclass(frozen=True)
+class PreviewsOff:
+    """There will be no previews, or no more, though they were asked for. ``pid`` is of the process that cannot."""
+
+    reason: str
+    pid: int
+
+
+@dataclass(frozen=True)
 class StateSaved:
     """The denoising state after ``step`` steps is kept: should the gang die, another goes on from there.
 
@@ -293,6 +316,8 @@ Event = (
     | QueuePosition
     | PictureEncoded
     | StepDone
+    | PreviewReady
+    | PreviewsOff
     | StateSaved
     | LatentsReady
     | ChunkDecoded

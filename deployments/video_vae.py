@@ -21,6 +21,7 @@ from cluster.gang_calls import GangCalls
 from cluster.video_vae_rank import Strip
 from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.media.apart import read_clip_apart
+from cosmos3_core.preview import PreviewMap
 from deployments.credits import made_on_credit
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.streams import in_time
@@ -34,7 +35,8 @@ class VAECalls:
     """How long a gang may take for one call; a silent one then counts as hung.
 
     Attributes:
-        first_timeout_s: for a clip's first two chunks, compiling for their size included, and for encoding.
+        first_timeout_s: for a clip's first two chunks, compiling for their size included, for encoding, and for fitting
+            the map of previews.
         timeout_s: for any later chunk.
     """
 
@@ -79,6 +81,18 @@ class VideoVAE:
         latents: TensorEnvelope = (await in_time(context, "condition", asked))[0]
         yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
         yield latents
+
+    async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
+        """The map of previews of this VAE's latents, one item; rank 0 fits it, between two chunks of clips.
+
+        Raises:
+            DeadlineExceeded: the call came too late, or waited too long.
+            PreviewFailed: it cannot be made.
+            GangFailed: the gang died; it is being rebuilt.
+        """
+        asked = self._calls.first("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
+        preview_map: PreviewMap = await in_time(context, "previews", asked)
+        yield preview_map
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str

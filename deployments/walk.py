@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import OverloadedError, StageFailed
+from cluster.errors import OverloadedError, PreviewFailed, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
 from deployments.clip_walk import ClipWalk, Decoder
 from deployments.errors import is_lost, typed
@@ -25,6 +26,7 @@ from deployments.messages import (
     Finished,
     LatentsReady,
     PictureEncoded,
+    PreviewsOff,
     RequestContext,
     StateSaved,
     Tokenized,
@@ -80,6 +82,7 @@ class Walk:
         chunk_window: decoded chunks that may exist before they are encoded.
         max_attempts: tries of a stage whose process died.
         close_later: takes a stream id to be closed once nobody is waiting here any more.
+        order_previews: makes the order for previews of a clip of so many seconds; None where nobody wants any.
     """
 
     request: ResolvedRequest
@@ -91,6 +94,7 @@ class Walk:
     chunk_window: int
     max_attempts: int
     close_later: Callable[[str], None]
+    order_previews: Callable[[float], Awaitable[PreviewOrder]] | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _saved: _Saved | None = None
     _clean: _Held | None = None
@@ -114,8 +118,14 @@ class Walk:
                 yield event
             # As large as the caller's file; nobody needs it any more.
             self.request = replace(self.request, picture=replace(self.request.picture, media=b""))
+        previews: PreviewOrder | None = None
+        if self.order_previews is not None:
+            try:
+                previews = await self._previews(self.order_previews)
+            except PreviewFailed as error:
+                yield PreviewsOff(error.reason, os.getpid())
         latents: _Latents
-        async for item in self._retried("denoise", lambda context: self._denoise(context, pair)):
+        async for item in self._retried("denoise", lambda context: self._denoise(context, pair, previews)):
             if isinstance(item, _Latents):
                 latents = item
             else:
@@ -198,29 +208,43 @@ class Walk:
         ref = await stream.next_ref()
         return _Held(ref, await in_time(context, stage, ref))
 
-    async def _denoise(self, context: RequestContext, pair: TokenizedPair) -> AsyncIterator[Event | _Latents]:
+    async def _previews(self, order_previews: Callable[[float], Awaitable[PreviewOrder]]) -> PreviewOrder:
+        if not self.request.has_pictures:
+            raise PreviewFailed("the request makes no pictures")
+        duration_s = self.request.num_frames / self.request.fps
+        return await in_time(self.context, "denoise", order_previews(duration_s))
+
+    async def _denoise(
+        self, context: RequestContext, pair: TokenizedPair, previews: PreviewOrder | None
+    ) -> AsyncIterator[Event | _Latents]:
         job = DenoiseRequest.of(self.request, pair.text_ids, pair.negative_text_ids, self.layout.geometry)
         *others, last = self.stages.gangs_for(job)
         for gang in others:
             try:
-                async for item in self._denoise_on(gang, context, job, first_word_s=_FIRST_WORD_S):
+                async for item in self._denoise_on(gang, context, job, previews, first_word_s=_FIRST_WORD_S):
                     yield item
                 return
             except Exception as error:
                 # Full, or away: nothing of the request was done. The next gang may have room.
                 if not isinstance(typed(error, "denoise"), OverloadedError | _NoWord):
                     raise
-        async for item in self._denoise_on(last, context, job):
+        async for item in self._denoise_on(last, context, job, previews):
             yield item
 
     async def _denoise_on(
-        self, gang: Any, context: RequestContext, job: DenoiseRequest, *, first_word_s: float | None = None
+        self,
+        gang: Any,
+        context: RequestContext,
+        job: DenoiseRequest,
+        previews: PreviewOrder | None,
+        *,
+        first_word_s: float | None = None,
     ) -> AsyncIterator[Event | _Latents]:
         saved_ref = None if self._saved is None else self._saved.held.ref
         clean_ref = None if self._clean is None else self._clean.ref
         has_arrived = False
         try:
-            denoise = gang.denoise.remote(context, job, saved_ref, clean_ref)
+            denoise = gang.denoise.remote(context, job, saved_ref, clean_ref, previews)
             async with following(denoise, context, "denoise") as stream:
                 event = await _within(first_word_s, stream.next_value())
                 while event is not None:

@@ -28,7 +28,7 @@ class Ours:
     def __init__(self, subject: Subject, work: Work) -> None:
         self.subject, self.work = subject, work
         self.denoiser = Denoiser(_transformer(subject), subject.geometry, subject.scheduler)
-        self.vae = _vae(subject)
+        self.vae = subject_vae(subject)
         text_ids, negative_ids = work.token_ids(subject.transformer.vocab_size)
         self.request = DenoiseRequest(
             text_ids=tuple(text_ids.tolist()),
@@ -80,7 +80,8 @@ def _transformer(subject: Subject) -> Cosmos3Transformer:
     return module
 
 
-def _vae(subject: Subject) -> VideoVAE:
+def subject_vae(subject: Subject) -> VideoVAE:
+    """The subject's video VAE, laid out as on its device it is fastest."""
     with torch.device("meta"):
         module = VideoVAE(subject.vae, ops=select_video_ops(subject.device))
     for name, _ in list(module.named_parameters()):

@@ -12,23 +12,28 @@ from cosmos3_core.conditioning.modes import Resizing
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.conditioning.resize import crop_to_fill, fit_and_pad, stretch
 from cosmos3_core.media.pixels import Frames
+from cosmos3_core.vae.frame_part import PartOf, whole_frame
 from cosmos3_core.vae.video import VideoVAE
 
 
-def clean_latents(vae: VideoVAE, picture: PictureCondition, frames_FYX3: Frames) -> Tensor:
+def clean_latents(
+    vae: VideoVAE, picture: PictureCondition, frames_FYX3: Frames, part_of: PartOf = whole_frame
+) -> Tensor:
     """The latents of the given frames.
 
     Args:
         vae: with its encoder.
         picture: what is given.
         frames_FYX3: of :func:`cosmos3_core.conditioning.picture.read_picture`.
+        part_of: which part of the frames to encode here; all parts get the latents of the whole.
 
     Returns:
         [1, C, len(picture.clean_frames), H, W], fp32, on the VAE's device.
     """
     pixels_CFYX = conditioning_pixels(picture, frames_FYX3)
-    latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0)).float()
     side = vae.geometry.spatial
+    part = part_of(pixels_CFYX.shape[2] // side, pixels_CFYX.shape[3] // side)
+    latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0), part=part).float()
     rows, columns = picture.height // side, picture.width // side  # without what a canvas has beyond the picture
     return latents_1CTHW[:, :, list(picture.clean_frames), :rows, :columns]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, StageFailed, StreamClosed
+from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, PreviewFailed, StageFailed, StreamClosed
 from cluster.gang import GangSpec, bundles, rank_order
 from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.parallel.layout import Layout
@@ -35,6 +35,7 @@ def test_rank_zero_sits_beside_the_leader_and_a_nodes_ranks_are_adjacent() -> No
     [
         GangFailed("load", "no memory"),
         GangFailed("step", "died", 3),
+        PreviewFailed("another VAE's map"),
         StreamClosed("r/1", "why"),
         OverloadedError("places", 4, 2.5),
         DeadlineExceeded("decode", 60.0),

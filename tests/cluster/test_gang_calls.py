@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 
 from cluster import gang_calls
-from cluster.errors import GangFailed, GangLost, OutOfMemory
+from cluster.errors import GangFailed, GangLost, OutOfMemory, PreviewFailed
 from cluster.gang import Gang
 from cluster.gang_calls import GangCalls
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import Cosmos3Error, RequestError
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
@@ -42,6 +42,12 @@ class FakeGang:
             self.num_at_once -= 1
 
     call = ask
+
+    async def first(
+        self, method: str, *arguments: Any, phase: str, timeout_s: float, passes_on: type[Cosmos3Error]
+    ) -> Any:
+        assert passes_on is Cosmos3Error, "a refusal would fail the gang"
+        return (await self.ask(f"first {method}", *arguments, phase=phase, timeout_s=timeout_s))[0]
 
 
 class Ended:
@@ -92,6 +98,28 @@ def test_what_the_ranks_refuse_is_the_callers_alone() -> None:
             with pytest.raises(type(error)):
                 await calls.ask(method, phase="decode", timeout_s=5)
         assert await calls.ask("begin", phase="decode", timeout_s=5) == [()]
+        assert ended.count == 0
+
+    run(body())
+
+
+def test_rank_0_alone_is_asked_in_turn_and_may_refuse_alone() -> None:
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        gang.gate.clear()
+        calls = calls_of(gang, ended)
+        before = asyncio.create_task(calls.ask("next_strip", phase="decode", timeout_s=5))
+        asked = asyncio.create_task(calls.first("preview_map", 7, phase="previews", timeout_s=5))
+        await asyncio.sleep(0.01)
+        assert gang.num_at_once == 1
+        gang.gate.set()
+        assert await before == [()]
+        assert await asked == (7,)
+        assert gang.made == ["next_strip", "first preview_map"]
+        gang.failures["first preview_map"] = PreviewFailed("no memory")
+        with pytest.raises(PreviewFailed, match="no memory"):
+            await calls.first("preview_map", phase="previews", timeout_s=5)
+        assert await calls.ask("next_strip", phase="decode", timeout_s=5) == [()]
         assert ended.count == 0
 
     run(body())

@@ -70,7 +70,15 @@ KEYS = {
         "text_cache_bytes",
     },
     "audio": STAGE | DEVICE | {"enabled"},
-    "vae": GANG | {"ranks", "beside_transformer", "chunk_latents", "first_chunk_timeout_s", "chunk_timeout_s"},
+    "vae": GANG
+    | {
+        "ranks",
+        "beside_transformer",
+        "chunk_latents",
+        "preview_cache_dir",
+        "first_chunk_timeout_s",
+        "chunk_timeout_s",
+    },
     "encoder": STAGE,
 }
 

@@ -19,9 +19,18 @@ from ray.exceptions import ObjectLostError
 
 from cluster.clip_stream import ClipStreams
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OverloadedError, StageFailed, StreamClosed
+from cluster.errors import (
+    DeadlineExceeded,
+    GangFailed,
+    GangLost,
+    OverloadedError,
+    PreviewFailed,
+    StageFailed,
+    StreamClosed,
+)
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
+from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from deployments import messages
@@ -109,6 +118,9 @@ class FakeStages:
         self.tokenized: list[Any] = []
         self.decode, self.encode = Method(self._decode), Method(self._encode)
         self.clean: list[Any] = []
+        self.previews: list[Any] = []
+        self.preview: messages.PreviewReady | None = None
+        self.request_has_pictures = True
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
         self.open, self.drop, self.forget = (Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget))
         self.encoded: list[str] = []
@@ -123,7 +135,10 @@ class FakeStages:
         self.tokenized.append(request)
         return messages.TokenizedPair((1, 2), (3,), "given", 11)
 
-    async def _denoise(self, context: RequestContext, job: Any, saved: Any, clean: Any) -> AsyncIterator[Any]:
+    async def _denoise(
+        self, context: RequestContext, job: Any, saved: Any, clean: Any, previews: Any
+    ) -> AsyncIterator[Any]:
+        self.previews.append(previews)
         self.resumed_from.append(saved and saved.value)
         self.clean.append(clean and clean.value)
         if self.misses and saved is not None:
@@ -132,6 +147,8 @@ class FakeStages:
         if self.is_full:
             raise OverloadedError("requests", 1, 1.0)
         yield messages.StepDone(1, 2, 0.5, 12)
+        if self.preview is not None:
+            yield self.preview
         if self.saves:
             yield messages.StateSaved(1, 5, 13)
             yield f"state of try {context.attempt}"
@@ -249,6 +266,60 @@ def test_a_damaged_picture_is_the_callers_fault_and_not_tried_again(tiny_nano: P
     assert stages.denoise.responses == []
 
 
+PREVIEW_MAP = PreviewMap(((0.0, 0.0, 0.0),), (0.0, 0.0, 0.0))
+
+
+def test_an_order_for_previews_goes_to_every_try_and_previews_come_with_the_steps(tiny_nano: Path) -> None:
+    async def order(duration_s: float) -> PreviewOrder:
+        return PreviewOrder(3, duration_s, PREVIEW_MAP)
+
+    stages = FakeStages()
+    stages.failures["denoise"] = [GangFailed("step", "died")]
+    stages.preview = messages.PreviewReady(1, 0.5, "image/webp", b"RIFF", 13)
+    walk = stages.walk(tiny_nano, fps=8.0)
+    walk.order_previews = order
+    events = run(collect(walk))
+    assert stages.previews == [PreviewOrder(3, 17 / 8, PREVIEW_MAP)] * 2
+    assert kinds(events)[2:8] == [
+        "StepDone",
+        "PreviewReady",
+        "StageRetried",
+        "StepDone",
+        "PreviewReady",
+        "LatentsReady",
+    ]
+    assert events[3] == stages.preview
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"), [({}, "the VAE is away"), ({"generate_sound": True, "output": "wav"}, "makes no pictures")]
+)
+def test_previews_that_cannot_be_had_are_told_of_and_done_without(
+    fields: dict[str, Any], reason: str, tiny_nano: Path
+) -> None:
+    async def order(duration_s: float) -> PreviewOrder:
+        raise PreviewFailed("the VAE is away")
+
+    stages = FakeSound() if fields else FakeStages()
+    stages.request_has_pictures = False
+    walk = stages.walk(tiny_nano, **fields)
+    walk.stages = replace(walk.stages, audio=getattr(stages, "audio", None))
+    walk.order_previews = order
+    events = run(collect(walk))
+    (off,) = [event for event in events if isinstance(event, messages.PreviewsOff)]
+    assert reason in off.reason
+    assert events.index(off) < kinds(events).index("LatentsReady")
+    assert stages.previews == [None]
+    assert kinds(events).count("Finished") == 1
+
+
+def test_who_asks_for_no_previews_has_none_ordered(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.previews == [None]
+    assert not {"PreviewReady", "PreviewsOff"} & set(kinds(events))
+
+
 class FakeSound(FakeStages):
     """Denoises sound as well; its decoder waits until the last frame is decoded."""
 
@@ -259,8 +330,9 @@ class FakeSound(FakeStages):
         self.audio = SimpleNamespace(decode=Method(self._decode_sound))
         self.taken: list[str] = []
 
-    async def _denoise_both(self, context: Any, job: Any, saved: Any, clean: Any) -> AsyncIterator[Any]:
+    async def _denoise_both(self, context: Any, job: Any, saved: Any, clean: Any, previews: Any) -> AsyncIterator[Any]:
         assert job.num_sound_latents > 0
+        self.previews.append(previews)
         yield messages.LatentsReady(0.1, ("video", "sound"), 13, (12,))
         yield "latents"
         yield "sound latents"
@@ -286,8 +358,6 @@ class FakeSound(FakeStages):
             self.taken.append(await boxed[0])
             await self.clips.release(stream_id)
         yield messages.ClipEncoded(media_id, "hash", 2, 3, 0.1, 15)
-
-    request_has_pictures = True
 
 
 def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) -> None:
@@ -363,7 +433,7 @@ def test_actions_alone_need_no_decoder(tiny_nano: Path) -> None:
     stages = FakeStages()
     actions = np.arange(8 * 64, dtype=np.float32).reshape(8, 64)
 
-    async def denoise(context: Any, job: Any, saved: Any, clean: Any) -> AsyncIterator[Any]:
+    async def denoise(context: Any, job: Any, saved: Any, clean: Any, previews: Any) -> AsyncIterator[Any]:
         assert clean.value == "clean latents of try 1"
         yield messages.LatentsReady(0.1, ("video", "action"), 13, (12,))
         yield "latents"
