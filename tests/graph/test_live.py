@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 
 from cosmos3_core.generate import GenerationResult
@@ -126,7 +127,8 @@ def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_i
     assert b"moof" in live
     assert b"moof" not in expected
     (tmp_path / "live.mp4").write_bytes(live)
-    assert (read_frames(tmp_path / "live.mp4") == read_frames(path)).all(), "the same packets"
+    watched, kept = (np.stack(list(read_frames(clip))) for clip in (tmp_path / "live.mp4", path))
+    assert np.array_equal(watched, kept), "the same packets"
     with content(app, media_id) as answer:
         assert answer.read() == expected
         assert int(answer.headers["content-length"]) == len(expected)
@@ -180,7 +182,7 @@ def object_store_bytes() -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "least_bytes"), [(29, 2e6), pytest.param(521, 50e6, marks=pytest.mark.slow)], ids=["short", "long"]
+    ("num_frames", "least_bytes"), [(29, 1.5e6), pytest.param(801, 50e6, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_a_client_that_stops_reading_holds_up_nobody(num_frames: int, least_bytes: float, app: Any) -> None:
     """It has taken 64 kB of a lossless clip, and never reads again."""
