@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -47,6 +48,14 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given; a clock read before that tells nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_allocated_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    """By how much the tensors on a GPU peak, while ``work`` is done, over those that were there before."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def is_out_of_memory(error: BaseException) -> bool:
