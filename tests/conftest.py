@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for GPUs say why they do not run where there is none; those that start Ray, the longest of all, go first."""
+    """Tests for GPUs say why they do not run where there is none; those that start Ray, the longest, go first."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers, one has all tests of a folder: one Ray for ``tests/graph``, one start of ranks for its tests.
+    """With several workers, one has all tests of a folder, and its sessions: one Ray, one start of ranks.
 
     Not left to xdist's ``loadgroup``: since pytest 9.2 it takes no notice of groups (xdist 3.8, its issue 1386).
     """
