@@ -22,8 +22,8 @@ from tests.graph.acting_rank import Act
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# Long enough in every stage to be hit in the middle: 300 steps, 16 chunks.
-LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=300, seed=3)
+# Long enough in every stage to be hit in the middle: 100 steps, 16 chunks.
+LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=100, seed=3)
 DEADLINE_S = 120.0
 
 
