@@ -25,10 +25,11 @@ from deployments import messages
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
-# Minutes of work in the stage in question, so that a stage that is idle within IDLE_S was stopped and did not just end.
+# Four times IDLE_S of work and more in the stage in question: one that is idle within it was stopped, and did not end.
 LONG_DENOISE = replace(SMALL, num_inference_steps=1000, num_frames=241, height=192, width=320)
-LONG_DECODE = replace(SMALL, num_inference_steps=1, num_frames=1201, height=192, width=320)
-IDLE_S = 30.0
+# Unguided, since the one step before it, of attention over the whole clip, is not what is tested.
+LONG_DECODE = replace(LONG_DENOISE, num_inference_steps=1, num_frames=801, guidance_scale=1.0)
+IDLE_S = 20.0
 
 
 def test_clips_do_not_mix_and_each_stays_with_one_encoder(
