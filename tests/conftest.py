@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers, one has all tests of a folder, and its sessions: one Ray, one start of ranks.
+    """With several workers, one has all tests of a folder, which share one Ray, or one start of ranks.
 
     Not left to xdist's ``loadgroup``: since pytest 9.2 it takes no notice of groups (xdist 3.8, its issue 1386).
     """
