@@ -52,6 +52,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def peak_allocated_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    """By how much the tensors on a GPU peak, while ``work`` is done, over those that were there before."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
     # torch's CPU allocator has no exception type of its own.

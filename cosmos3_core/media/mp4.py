@@ -106,6 +106,10 @@ class Mp4Writer:
         live: path of a fragmented mp4 that grows from the first frames on, see :mod:`cosmos3_core.media.live_mp4`; its
             sound ends up to one AAC frame after the pictures.
 
+    Attributes:
+        num_frames: frames written so far.
+        num_encoded: of these, the ones that the encoder has given back; it looks ahead over the others.
+
     Raises:
         RequestError: an argument is out of range.
         MediaError: the encoder or a file could not be opened.
@@ -130,6 +134,7 @@ class Mp4Writer:
         if sound is not None:
             check_aac(sound)
         self.num_frames = 0
+        self.num_encoded = 0
         self._counter = None if sound is None else SampleCounter(sound)
         self._order = PacketOrder(1 if sound is None else 2)
         self._height, self._width = height, width
@@ -197,7 +202,7 @@ class Mp4Writer:
         check_frames(frames, height=self._height, width=self._width)
         try:
             for pixels in frames:
-                self._mux(self._order.add(_VIDEO, self._video.encode(self._to_yuv(pixels))))
+                self._mux_video(self._video.encode(self._to_yuv(pixels)))
                 self.num_frames += 1
         except _FAILURES as error:
             self.abort()
@@ -225,6 +230,10 @@ class Mp4Writer:
         except _FAILURES as error:
             self.abort()
             raise MediaError(f"encoding stopped at sample {self._counter.num_samples} of sound: {error}") from error
+
+    def _mux_video(self, packets: list[av.Packet[Any]]) -> None:
+        self.num_encoded += len(packets)
+        self._mux(self._order.add(_VIDEO, packets))
 
     def _mux(self, packets: list[av.Packet[Any]]) -> None:
         self._container.mux(packets)
@@ -274,7 +283,7 @@ class Mp4Writer:
         self._output.commit()
 
     def _flush(self) -> None:
-        self._mux(self._order.add(_VIDEO, self._video.encode(None)))
+        self._mux_video(self._video.encode(None))
         if self._track is not None:
             self._mux(self._order.add(_SOUND, self._track.flush()))
         self._mux(self._order.rest())

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cosmos3_core.bench.ours import subject_vae
+from cosmos3_core.bench.ours import video_vae
 from cosmos3_core.bench.subject import RANDOM_MODELS, random_subject
 from cosmos3_core.device import DTYPES, describe
 from cosmos3_core.media.pixels import to_uint8
@@ -73,7 +73,7 @@ def timed_ways(
 ) -> Seconds:
     """A rank's work. Whole frames are decoded by all ranks at once, each by itself: as one does it alone."""
     subject = random_subject(model, device, DTYPES[dtype])
-    vae = subject_vae(subject)
+    vae = video_vae(subject)
     grid = vae.geometry.latent_shape(*clip)
     latents = torch.randn((1, vae.geometry.channels, *grid), generator=torch.Generator().manual_seed(0)).to(device)
     return {way: _medians(groups, device, chunks, runs) for way, chunks in _ways(groups, vae, latents, grid).items()}

@@ -23,7 +23,6 @@ os.environ |= {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # Ray's workers would step back behind everything else that runs, other tests say.
     "RAY_worker_niceness": "0",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.02",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
 }
 

@@ -398,7 +398,7 @@ def test_help_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:
     )
     start_s = time.monotonic()
     commands = ("generate", "serve", "check", "demo", "tiny-checkpoint", "bench")
-    for arguments in (["--help"], ["generate", "--help"], ["serve", "--help"]):
+    for arguments in (["--help"], ["generate", "--help"], ["serve", "--help"], ["bench", "vae", "--help"]):
         command = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0

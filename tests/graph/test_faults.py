@@ -18,11 +18,12 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from tests.graph.acting_rank import Act
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# Long enough in every stage to be hit in the middle: 300 steps, 16 chunks.
-LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=300, seed=3)
+# Long enough in every stage to be hit in the middle: 100 steps, 16 chunks.
+LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=100, seed=3)
 DEADLINE_S = 120.0
 
 
@@ -131,27 +132,6 @@ def object_store_bytes() -> int:
 
     total = ray.cluster_resources()["object_store_memory"]
     return int(total - ray.available_resources()["object_store_memory"])
-
-
-class Act:
-    """A rank that does as it is told."""
-
-    def __init__(self, part: str) -> None:
-        self._part = part
-
-    def step(self) -> str:
-        if self._part == "sleep":
-            time.sleep(100)
-        if self._part == "refuse":
-            raise RequestError("seed", 1, "2")
-        if self._part == "bug":
-            raise ZeroDivisionError("a rank's own trouble")
-        if self._part == "no memory":
-            raise OutOfMemory("of 1 GiB")
-        if self._part == "die":
-            time.sleep(0.3)
-            os._exit(1)
-        return "done"
 
 
 @pytest.mark.parametrize(

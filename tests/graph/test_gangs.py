@@ -24,7 +24,7 @@ from deployments.http_client import save_video
 pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(900)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=6, seed=5)
-LONG = replace(SMALL, num_inference_steps=150)
+LONG = replace(SMALL, num_inference_steps=80)
 IMAGE = replace(SMALL, num_frames=1)
 DEADLINE_S = 300.0
 Reference = Callable[[GenerationRequest], GenerationResult]
@@ -37,7 +37,7 @@ def gang_app(start_app: Callable[..., Any]) -> Any:
         "gang",
         transformer__tp=2,
         transformer__cfg=2,
-        transformer__save_period_s=0.5,
+        transformer__save_period_s=0.25,
         transformer__quantum_timeout_s=10,
         transformer__max_jobs=3,
         vae__ranks=2,

@@ -29,10 +29,11 @@ from deployments.client import EventStream
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
-# Minutes of work in the stage in question, so that a stage that is idle within IDLE_S was stopped and did not just end.
+# Four times IDLE_S of work and more in the stage in question: one that is idle within it was stopped, and did not end.
 LONG_DENOISE = replace(SMALL, num_inference_steps=1000, num_frames=241, height=192, width=320)
-LONG_DECODE = replace(SMALL, num_inference_steps=1, num_frames=1201, height=192, width=320)
-IDLE_S = 30.0
+# Unguided, since the one step before it, of attention over the whole clip, is not what is tested.
+LONG_DECODE = replace(LONG_DENOISE, num_inference_steps=1, num_frames=801, guidance_scale=1.0)
+IDLE_S = 20.0
 
 
 def test_clips_do_not_mix_and_each_stays_with_one_encoder(
@@ -226,8 +227,8 @@ def test_past_its_bounds_the_app_says_when_to_come_back(start_app: Callable[...,
     """Two places behind three: of twelve callers over HTTP and three by handle, two are served at a time; the rest is
     told 429, or its typed twin, by whichever bound it met first. Nobody gets a 5xx."""
     app = start_app("narrow", director__max_requests=2, ingress__max_ongoing_requests=3, ingress__max_queued_requests=1)
-    request = replace(SMALL, num_frames=5, num_inference_steps=1000)
-    body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 1000}
+    request = replace(SMALL, num_frames=5, num_inference_steps=300)
+    body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 300}
     barrier = threading.Barrier(15)
 
     def by_http() -> tuple[int, str]:

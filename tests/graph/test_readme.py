@@ -18,7 +18,7 @@ import pytest
 
 from cosmos3_core.media.probe import probe_video
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BIN = Path(sys.executable).parent
 READY_S = 280.0
 
