@@ -174,7 +174,7 @@ class VideoVAE(nn.Module):
         own_BCTHW = part.cut(latents_BCTHW)
         if chunk_latents is None:
             *_, height, width = latents_BCTHW.shape
-            at_least = latents_to_fill(self.post_quant_conv.weight.device)
+            at_least = latents_to_fill(self.post_quant_conv.weight.device, is_split=part.axis is not None)
             # The largest part, not this one: all parts have to choose alike.
             chunk_latents = shapes.chunk_latents(*part.largest(height, width), at_least)
         if chunk_latents < 1:

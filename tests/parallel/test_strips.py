@@ -194,9 +194,18 @@ def test_a_strip_of_other_frames_is_refused_at_the_call(vae: VideoVAE) -> None:
 
 def test_the_largest_strip_decides_on_chunks_on_every_rank(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strip fills a device less than a frame does. Rank 3's own is empty here, which must not matter."""
-    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", lambda device: 18)
+    asked: list[bool] = []
+
+    def latents_to_fill(device: torch.device, *, is_split: bool) -> int:
+        asked.append(is_split)
+        return 18
+
+    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", latents_to_fill)
     chunks = list(vae.decode(random_latents((6, 2, 3)), part=strip_of(RankGroup(3, 4), 2, 3)))
     assert [tuple(chunk.shape) for chunk in chunks] == [(1, 3, frames, 0, 48) for frames in (1, 12, 8)]
+    assert asked == [False]
+    vae.decode(random_latents((2, 4, 6)), part=strip_of(RankGroup(1, 2), 4, 6))  # whose chunks nobody asks for
+    assert asked == [False, True]
     assert strip_of(RankGroup(3, 4), 45, 80).largest(45, 80) == (45, 20)
     assert WHOLE.largest(45, 80) == (45, 80)
 

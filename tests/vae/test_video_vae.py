@@ -191,7 +191,7 @@ def test_small_frames_come_several_at_a_time(grid: tuple[int, int], at_least: in
 def test_the_size_of_the_frames_decides_unless_told(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = random_latents((6, 2, 3))
     assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 4, 4, 4, 4, 4], "on a CPU one by one"
-    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", lambda device: 18)
+    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", lambda device, is_split: 18)
     assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 12, 8]
     assert torch.equal(whole(vae.decode(latents)), whole(vae.decode(latents, chunk_latents=3)))
 
