@@ -215,7 +215,7 @@ class MediaStore:
         return self.directory / record.media_id / record.live_name
 
     def sweep(self, now_s: float) -> int:
-        """See :func:`deployments.media_sweep.sweep`."""
+        """See :func:`deployments.media_folder.sweep`."""
         return sweep(self.directory, self._max_bytes, self.keep_s, now_s)
 
     def _end(self, record: MediaRecord) -> None:

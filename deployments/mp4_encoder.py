@@ -19,6 +19,7 @@ from deployments.errors import in_words
 from deployments.media_store import MediaEntry, MediaSpec
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
 from deployments.streams import in_time
+from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -59,14 +60,14 @@ class Mp4Encoder:
         start_s = time.monotonic()
         if self._sweeper is None:  # a task of no request
             self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
-        entry = await asyncio.to_thread(self._create, media_id, clip_format)
+        entry = await in_thread(self._create, media_id, clip_format)
         try:
             digest, num_frames = FrameHash(), 0
             with open_writer(entry.path, clip_format, live=entry.live_path) as writer:
                 yield FileStarted(media_id, clip_format.media_type, os.getpid())
                 while boxed := await _next_chunk(context, clips, stream_id):
                     chunk: FrameChunk | SoundChunk = await in_time(context, "encode", boxed[0])
-                    num_new = await asyncio.to_thread(_write, writer, digest, chunk)
+                    num_new = await in_thread(_write, writer, digest, chunk)
                     num_frames += num_new
                     event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
                     # Nothing may hold the chunk when its credit goes back: the credit stands for its memory.
@@ -75,10 +76,10 @@ class Mp4Encoder:
                     if num_new:
                         yield event
                 # Flushing x264 takes seconds at 720p; the other clip and Serve's questions go on meanwhile.
-                await asyncio.to_thread(writer.close)
-            record = await asyncio.to_thread(entry.finish)
+                await in_thread(writer.close)
+            record = await in_thread(entry.finish)
         except BaseException as error:
-            await asyncio.to_thread(entry.fail, in_words(error))
+            await in_thread(entry.fail, in_words(error))
             raise
         frames_sha256 = digest.hexdigest() if num_frames else ""
         seconds = time.monotonic() - start_s
