@@ -171,7 +171,7 @@ class VideoVAERank(Rank):
         from cosmos3_core.device import HostCopies
         from cosmos3_core.vae.to_host import frames_on_host
 
-        vae, whole = self._loaded(), latents.tensor()
+        vae, whole = self._loaded(), latents.borrowed_tensor()
         vae.check_latents(whole)
         strip = self._strip_of(*whole.shape[-2:])
         chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)

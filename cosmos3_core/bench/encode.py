@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cosmos3_core.bench.peak import peak_growth_bytes
 from cosmos3_core.bench.report import Row, frames_per_second
 from cosmos3_core.bench.stopwatch import Stopwatch
-from cosmos3_core.media.mp4 import Mp4Writer
+from cosmos3_core.media.mp4 import Mp4Writer, encoder_threads
 from cosmos3_core.media.pixels import Frames
 
 REFERENCE = "PyAV's x264"
@@ -37,7 +37,7 @@ class Settings:
 
     crf: float = 18
     preset: str = "medium"
-    threads: int = 2
+    threads: int | None = None
     lossless: bool = False
 
 
@@ -143,7 +143,7 @@ def write_theirs(path: Path, footage: Footage, chunks: Iterable[Frames], setting
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"preset": settings.preset, **quality})
         stream.height, stream.width, stream.pix_fmt = footage.height, footage.width, "yuv420p"
-        stream.codec_context.thread_count = settings.threads
+        stream.codec_context.thread_count = settings.threads or encoder_threads(footage.height, footage.width)
         for count, pixels in enumerate(chain.from_iterable(chunks), 1):
             packets = stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
             container.mux(packets)

@@ -3,10 +3,10 @@
 Colour: RGB is taken as full-range BT.709 and stored as limited-range BT.709 (luma 16..235), tagged so in the stream and
 in the container. Chroma is the mean of each 2 x 2 block, which is what the chroma location tag ("center") says.
 
-Reproducible: the number of encoder threads is fixed, x264 may not choose algorithms by CPU model, and neither dates nor
-library versions are written by the muxer (x264 stores its own version and settings in the stream). Sound and frames may
-come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes in floating point and picks
-routines by CPU model: its bytes are the same every time on one machine, on another they may differ.
+Reproducible: the frames' size decides on the number of encoder threads, x264 may not choose algorithms by CPU model, and
+neither dates nor library versions are written by the muxer (x264 stores its own version and settings in the stream).
+Sound and frames may come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes in floating
+point and picks routines by CPU model: its bytes are the same every time on one machine, on another they may differ.
 
 A live file beside it gets the same packets, so that a clip that is encoded once can be watched as it grows. The
 finished file has the bytes that it would have without.
@@ -40,6 +40,7 @@ MIN_FPS, MAX_FPS = 1, 240
 DEFAULT_CRF, MAX_CRF = 18, 51
 """H.264 quality, 0 (best) to 51; 18 is visually lossless."""
 MAX_THREADS = 16
+_PIXELS_PER_THREAD = 2**18
 
 _AVCOL_SPC_BT709 = 1  # PyAV names the values that swscale knows, not those that a codec context takes
 
@@ -67,6 +68,14 @@ _VIDEO, _SOUND = 0, 1  # tracks
 
 # FFmpeg's and the file system's failures, not our bugs.
 _FAILURES = (av.FFmpegError, OSError)
+
+
+def encoder_threads(height: int, width: int) -> int:
+    """Threads that x264 works with on frames of this size: one up to 256 Ki pixels, four at 720p.
+
+    Each holds some frames more, and the first packet comes a frame later.
+    """
+    return min(-(-height * width // _PIXELS_PER_THREAD), MAX_THREADS)
 
 
 def exact_frame_rate(fps: float | Fraction) -> Fraction:
@@ -100,7 +109,8 @@ class Mp4Writer:
         crf: x264's quality; see :data:`DEFAULT_CRF`.
         preset: x264's speed, one of :data:`PRESETS`; slower makes smaller files.
         lossless: store the yuv420p planes exactly; ``crf`` is then ignored. Files are large and few players open them.
-        threads: encoder threads, 1 to 16. Part of what the bytes depend on, hence not taken from the machine.
+        threads: encoder threads, 1 to 16. Part of what the bytes depend on, hence not taken from the machine. None: as
+            :func:`encoder_threads` has them.
         sound: the sound track, which starts with the first frame; :data:`AAC_SAMPLING_RATES` has the rates it may have.
             None leaves it out.
         live: path of a fragmented mp4 that grows from the first frames on, see :mod:`cosmos3_core.media.live_mp4`; its
@@ -125,12 +135,15 @@ class Mp4Writer:
         crf: float = DEFAULT_CRF,
         preset: str = "medium",
         lossless: bool = False,
-        threads: int = 2,
+        threads: int | None = None,
         sound: SoundFormat | None = None,
         live: str | Path | None = None,
     ) -> None:
         rate = exact_frame_rate(fps)
-        _check_settings(height=height, width=width, crf=crf, preset=preset, threads=threads)
+        _check_settings(height=height, width=width, crf=crf, preset=preset)
+        if threads is None:
+            threads = encoder_threads(height, width)
+        threads = checks.integer("threads", threads, 1, MAX_THREADS)
         if sound is not None:
             check_aac(sound)
         self.num_frames = 0
@@ -317,15 +330,13 @@ class Mp4Writer:
             self.abort()
 
 
-def _check_settings(*, height: Any, width: Any, crf: Any, preset: Any, threads: Any) -> None:
+def _check_settings(*, height: Any, width: Any, crf: Any, preset: Any) -> None:
     for field, value in (("height", height), ("width", width)):
         if not _is_int(value) or value < 2 or value % 2:
             raise RequestError(field, value, "an even number of pixels", "H.264 in yuv420p stores 2 x 2 blocks.")
     checks.real("crf", crf, 0, MAX_CRF)
     if preset not in PRESETS:
         raise RequestError("preset", preset, f"one of {', '.join(PRESETS)}")
-    if not _is_int(threads) or not 1 <= threads <= MAX_THREADS:
-        raise RequestError("threads", threads, f"a whole number from 1 to {MAX_THREADS}")
 
 
 def _is_int(value: Any) -> bool:

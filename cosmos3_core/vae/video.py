@@ -191,36 +191,35 @@ class VideoVAE(nn.Module):
 
     def _decode(self, latents_BCTHW: Tensor, chunk_latents: int, part: FramePart) -> Iterator[Tensor]:
         num_frames, holds_nothing = latents_BCTHW.shape[2], 0 in latents_BCTHW.shape
-        z_BCTHW = latents_BCTHW if holds_nothing else self._decoder_input(latents_BCTHW)
+        latents_BCTHW = latents_BCTHW.to(self.post_quant_conv.weight.device)
         cache = FrameCache(self.decoder.num_slots, part)
         start, stop = 0, 1
         while start < num_frames:
-            chunk_BCTHW = z_BCTHW[:, :, start:stop]
+            chunk_BCTHW = latents_BCTHW[:, :, start:stop]
             yield self._no_pixels(chunk_BCTHW, start) if holds_nothing else self._decode_into(cache, chunk_BCTHW)
             start, stop = stop, stop + chunk_latents
 
-    @torch.no_grad()
     def _decoder_input(self, latents_BCTHW: Tensor) -> Tensor:
-        """Normalised latents -> what the decoder takes, in the module's dtype; for the whole clip at once.
+        """Normalised latents -> what the decoder takes, in the module's dtype; frame by frame.
 
-        At once because the 1x1x1 convolution rounds otherwise with its number of frames (CPU picks its algorithm by
-        size), and a clip should decode alike however it is cut in time.
+        The 1x1x1 convolution rounds otherwise with its number of frames (CPU picks its algorithm by size), and a clip
+        should decode alike however it is cut in time.
         """
         weight = self.post_quant_conv.weight
         mean_C111, inverse_std_C111 = self._statistics()
-        z_BCTHW = latents_BCTHW.to(weight.device, weight.dtype) / inverse_std_C111 + mean_C111
-        return self.post_quant_conv(z_BCTHW)
+        z_BCTHW = latents_BCTHW.to(weight.dtype) / inverse_std_C111 + mean_C111
+        return torch.cat([self.post_quant_conv(frame_BC1HW) for frame_BC1HW in z_BCTHW.split(1, dim=2)], dim=2)
 
     @torch.no_grad()
-    def _decode_into(self, cache: FrameCache, z_BCTHW: Tensor) -> Tensor:
+    def _decode_into(self, cache: FrameCache, latents_BCTHW: Tensor) -> Tensor:
         """One chunk; ``cache`` moves on behind it."""
-        patched_BCTHW = self.decoder(z_BCTHW, cache)
+        patched_BCTHW = self.decoder(self._decoder_input(latents_BCTHW), cache)
         cache.is_first_chunk = False
         return unpatchify(patched_BCTHW.clamp_(-1.0, 1.0), self.config.patch_size)
 
-    def _no_pixels(self, z_BCTHW: Tensor, start: int) -> Tensor:
+    def _no_pixels(self, latents_BCTHW: Tensor, start: int) -> Tensor:
         """The pixels of a chunk without rows or columns that begins at latent frame ``start``."""
-        batch, _, num_frames, height, width = z_BCTHW.shape
+        batch, _, num_frames, height, width = latents_BCTHW.shape
         frames = num_frames * self.geometry.temporal if start else 1
         side, weight = self.geometry.spatial, self.post_quant_conv.weight
         return weight.new_empty((batch, self._num_colours, frames, height * side, width * side))

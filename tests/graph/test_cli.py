@@ -14,10 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,82 +24,14 @@ from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
 from deployments.http_client import AnswerError, get, save_video
+from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, environment, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-REPOSITORY = Path(__file__).parents[2]
-DEADLINE_S = 300.0
 REQUEST = [
     *("--prompt", "A red car.", "--num-frames", "9", "--height", "64", "--width", "96"),
     *("--steps", "3", "--seed", "5"),
 ]
-
-
-@dataclass(frozen=True)
-class Serving:
-    """A `cosmos3 serve` of a session of its own, the file with what it says, and the mark of all its processes."""
-
-    process: subprocess.Popen[str]
-    output: Path
-    mark: str
-
-    def said(self) -> str:
-        return self.output.read_text()
-
-    def url(self) -> str:
-        """Of the app, once it is ready."""
-        deadline_s = time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline_s and self.process.poll() is None:
-            if match := re.search(r"ready after [\d.]+ s: (http://\S+)", self.said()):
-                return match[1]
-            time.sleep(0.05)
-        pytest.fail(f"not ready: {self.said()}")
-
-    def leftovers(self) -> list[str]:
-        """Every process that it started, however distantly, and that still runs."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"COSMOS3_TEST={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                    found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue
-        return found
-
-
-def environment(mark: str = "") -> dict[str, str]:
-    """Without the settings that the other tests make for Ray."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    kept["RAY_worker_niceness"] = "0"  # as in conftest.py
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COSMOS3_TEST": mark}
-
-
-def cosmos3(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deployments.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S)
-
-
-@contextmanager
-def serving(tmp_path: Path, *arguments: str) -> Iterator[Serving]:
-    mark, output = uuid.uuid4().hex, tmp_path / "serve.txt"
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", "0", *arguments]
-    with output.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment(mark),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    with process:
-        try:
-            yield Serving(process, output, mark)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                process.wait(DEADLINE_S)
 
 
 def only_line(text: str) -> str:
@@ -237,7 +166,7 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
     assert served.said().endswith(
         "stopping ...\nfinishing the requests in hand; Ctrl-C once more drops them\nstopped\n"
     )
-    assert served.leftovers() == []
+    assert served.leftovers() == {}
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
         probe.connect((host, int(port)))
@@ -256,7 +185,7 @@ def test_a_signal_while_starting_leaves_nothing(group: bool, tiny_nano: Path, tm
         (os.killpg if group else os.kill)(started.process.pid, signal.SIGTERM)
         assert started.process.wait(DEADLINE_S) == 130, started.said()
         assert started.said().splitlines()[-1] == "interrupted"
-        assert started.leftovers() == []
+        assert started.leftovers() == {}
 
 
 @pytest.mark.slow  # Serve tries three times; tests/checkpoint shows the words
@@ -271,7 +200,7 @@ def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) 
         first, last = started.said().splitlines()
         assert first.startswith("starting cosmos3 with ")
         assert last.startswith(f"error: the stage Transformer did not start: CorruptFileError: {shard}: truncated: ")
-        assert started.leftovers() == []
+        assert started.leftovers() == {}
 
 
 @pytest.mark.parametrize(
@@ -290,7 +219,7 @@ def test_a_place_that_cannot_hold_the_app(arguments: list[str], said: str, tiny_
     with serving(tmp_path, "--checkpoint", str(tiny_nano), *arguments) as started:
         assert started.process.wait(DEADLINE_S) == 2, started.said()
         assert said in started.said().splitlines()[-1]
-        assert started.leftovers() == []
+        assert started.leftovers() == {}
 
 
 def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
