@@ -3,10 +3,11 @@
 Colour: RGB is taken as full-range BT.709 and stored as limited-range BT.709 (luma 16..235), tagged so in the stream and
 in the container. Chroma is the mean of each 2 x 2 block, which is what the chroma location tag ("center") says.
 
-Reproducible: the frames' size decides on the number of encoder threads, x264 may not choose algorithms by CPU model, and
-neither dates nor library versions are written by the muxer (x264 stores its own version and settings in the stream).
-Sound and frames may come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes in floating
-point and picks routines by CPU model: its bytes are the same every time on one machine, on another they may differ.
+Reproducible: the frames' size decides on the number of encoder threads, x264 may not choose algorithms by CPU model,
+and neither dates nor library versions are written by the muxer (x264 stores its own version and settings in the
+stream). Sound and frames may come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes
+in floating point and picks routines by CPU model: its bytes are the same every time on one machine, on another they may
+differ.
 
 A live file beside it gets the same packets, so that a clip that is encoded once can be watched as it grows. The
 finished file has the bytes that it would have without.
