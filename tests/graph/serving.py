@@ -40,6 +40,12 @@ class Serving:
             time.sleep(0.05)
         pytest.fail(f"not ready: {self.said()}")
 
+    def client_environment(self) -> dict[str, str]:
+        """Leads a process of nothing but Ray's defaults to the app's Ray: what `cosmos3 serve` prints."""
+        printed = re.search(r"from Python: ((?:RAY_\w+=\S+ )+)python", self.said())
+        assert printed is not None
+        return environment() | dict(pair.split("=", 1) for pair in printed[1].split())
+
     def leftovers(self) -> dict[int, str]:
         """Every process that it started, however distantly, and that still runs: pid -> command."""
         found = {}

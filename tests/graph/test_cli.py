@@ -144,12 +144,10 @@ for event in connect().stream(request):
 def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, tmp_path: Path) -> None:
     url = served.url()
     assert len(served.leftovers()) > 8, "the mark is not inherited"
-    # The environment that serve prints leads a process of nothing but Ray's defaults to its cluster.
-    printed = re.search(r"from Python: ((?:RAY_\w+=\S+ )+)python", served.said())
-    assert printed is not None
-    joined = environment() | dict(pair.split("=", 1) for pair in printed[1].split())
     command = [sys.executable, "-c", FOLLOW]
-    with subprocess.Popen(command, env=joined, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as client:
+    with subprocess.Popen(
+        command, env=served.client_environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as client:
         assert client.stdout is not None
         assert "StepDone\n" in client.stdout
         # As a terminal sends it.

@@ -1,5 +1,5 @@
-"""From latents to a picture as a stream: files are watched while they grow, the gang is at the next request, nobody who
-stops reading stops the work, and no clip is ever in memory whole."""
+"""From latents to a picture as a stream: files are watched while they grow, the gang is at the next request, and nobody
+who stops reading stops the work."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from tests.graph.watch_memory import object_store_bytes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -172,15 +173,6 @@ def test_a_dead_decoder_changes_nothing_for_who_watches(app: Any, reference: Ref
         assert live == undisturbed.read()
 
 
-def object_store_bytes() -> int:
-    """Held in memory now, and all that was ever spilled to disk."""
-    import ray
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-
-    stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
-    return int(stats.object_store_bytes_used + stats.spilled_bytes_total)
-
-
 @pytest.mark.parametrize(
     ("num_frames", "least_bytes"), [(29, 1.5e6), pytest.param(801, 50e6, marks=pytest.mark.slow)], ids=["short", "long"]
 )
@@ -206,36 +198,3 @@ def test_a_client_that_stops_reading_holds_up_nobody(num_frames: int, least_byte
         assert generated.info.num_bytes > least_bytes
         # What Serve has taken off the encoder's hands for the stalled client is at most the file.
         assert object_store_bytes() - before < generated.info.num_bytes + 32 * 2**20
-
-
-def anonymous_bytes(pids: list[int]) -> int:
-    total = 0
-    for pid in pids:
-        status = Path(f"/proc/{pid}/status").read_text()
-        total += next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-    return total
-
-
-def test_memory_does_not_grow_with_the_clip(app: Any) -> None:
-    """Ranks, leader and encoder, and the object store: at their peaks, for 9 frames and for 189."""
-    peaks = {}
-    for num_frames in (189, 9, 189):  # the first is for what allocators keep
-        request = replace(LONG, num_frames=num_frames, height=192, width=320, num_inference_steps=1)
-        peaks[num_frames] = peak_bytes(app, request)
-    assert peaks[189] - peaks[9] < 10e6, peaks
-
-
-def peak_bytes(app: Any, request: GenerationRequest) -> int:
-    """The most that the second half of a request's walk held at a time, told by looking all the while."""
-    known = {type(event): event for event in app.client.stream(SMALL, timeout_s=DEADLINE_S)}
-    chunk = known[messages.ChunkEncoded]
-    pids = [chunk.decoded_by, known[messages.ChunkDecoded].pid, chunk.pid, known[messages.Accepted].pid]
-    before = object_store_bytes()
-    clip = FollowedClip(app, request)
-    clip.first(messages.LatentsReady)
-    peak, looks = 0, 0
-    while not any(isinstance(event, messages.Finished) for event in clip.events):
-        peak, looks = max(peak, anonymous_bytes(pids) + object_store_bytes() - before), looks + 1
-        time.sleep(0.01)
-    assert looks > 3
-    return peak
