@@ -1,4 +1,4 @@
-"""From latents to a file, a clip's memory does not grow with its length: all processes, object store, spilled objects."""
+"""From latents to a file, memory does not grow with the clip: processes, object store and spilled objects together."""
 
 from __future__ import annotations
 
