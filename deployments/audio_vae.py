@@ -40,8 +40,8 @@ class AudioVAE:
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
-    ) -> AsyncIterator[SoundDecoded | SoundChunk]:
-        """Decode a request's sound: a :class:`SoundDecoded`, then its :class:`SoundChunk`, and so on.
+    ) -> AsyncIterator[SoundChunk | SoundDecoded]:
+        """Decode a request's sound: a :class:`SoundChunk`, then its :class:`SoundDecoded`, and so on.
 
         Args:
             context: of the request.
@@ -62,8 +62,8 @@ class AudioVAE:
         made = made_on_credit(context, clips, stream_id, producer, next_chunk)
         async with aclosing(made):
             async for index, samples in made:
-                yield SoundDecoded(index, time.time(), os.getpid())
                 yield SoundChunk(index, samples, os.getpid())
+                yield SoundDecoded(index, time.time(), os.getpid())
 
 
 def _next_samples(chunks: Any) -> TensorEnvelope | None:

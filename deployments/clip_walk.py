@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import StageFailed, StreamClosed
+from cluster.errors import GangFailed, StageFailed, StreamClosed
 from cosmos3_core.media.writer import ClipFormat
 from deployments.errors import in_words
 from deployments.media_store import MediaStore, new_media_id
@@ -122,8 +122,12 @@ class ClipWalk:
                 await in_time(context, "decode", self.clips.forget.remote(stream_id, producer))
                 raise
 
-        async for event in retried("decode", context, self.max_attempts, attempt):
-            yield event
+        try:
+            async for event in retried("decode", context, self.max_attempts, attempt):
+                yield event
+        except GangFailed as error:
+            # These were all its tries: the encoder's are not for it.
+            raise StageFailed("decode", self.max_attempts, in_words(error)) from error
 
     async def _forward(
         self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: list[int]
@@ -133,9 +137,13 @@ class ClipWalk:
         Args:
             posted: numbers of the chunks that a decoder which died had posted, and of those that are posted here.
         """
-        while (event := await decoded.next_value()) is not None:
+        while (chunk_ref := await decoded.next_ref()) is not None:
+            # The last thing that comes of a decoder that died may be its error in a chunk's place: what is said of a
+            # chunk comes behind it, and so only of one that is there.
+            event = await decoded.next_value()
+            if event is None:
+                await in_time(context, "decode", chunk_ref)
             assert isinstance(event, ChunkDecoded | SoundDecoded)
-            chunk_ref = await decoded.next_ref()
             if event.index < len(posted):  # a clip decodes alike every time
                 del chunk_ref  # before the credit that stands for its memory goes back
                 await in_time(context, "decode", self.clips.drop.remote(stream_id, producer))

@@ -235,7 +235,7 @@ class FileStarted:
 
 @dataclass(frozen=True)
 class ChunkDecoded:
-    """The VAE's gang made a chunk of frames; ``pid`` is the leader's."""
+    """The VAE's gang made a chunk of frames; ``pid`` is the leader's. Between stages: the chunk is the item before."""
 
     index: int
     at_s: float
@@ -244,7 +244,7 @@ class ChunkDecoded:
 
 @dataclass(frozen=True)
 class SoundDecoded:
-    """The audio VAE made a chunk of samples."""
+    """The audio VAE made a chunk of samples. Between stages: the chunk is the item before."""
 
     index: int
     at_s: float

@@ -96,8 +96,8 @@ class VideoVAE:
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
-    ) -> AsyncIterator[ChunkDecoded | FrameChunk]:
-        """Decode a clip: a :class:`ChunkDecoded`, then its :class:`FrameChunk`, and so on.
+    ) -> AsyncIterator[FrameChunk | ChunkDecoded]:
+        """Decode a clip: a :class:`FrameChunk`, then its :class:`ChunkDecoded`, and so on.
 
         Args:
             context: of the request.
@@ -128,8 +128,8 @@ class VideoVAE:
             made = made_on_credit(context, clips, stream_id, producer, next_chunk)
             async with aclosing(made):
                 async for index, strips in made:
-                    yield ChunkDecoded(index, time.time(), os.getpid())
                     yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
+                    yield ChunkDecoded(index, time.time(), os.getpid())
         finally:
             self._calls.tell("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)
 

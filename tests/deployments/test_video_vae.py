@@ -95,9 +95,9 @@ def test_a_clips_chunks_are_the_ranks_strips_side_by_side(monkeypatch: pytest.Mo
     async def body() -> None:
         gang = FakeGang()
         items = await decoded(await leader_of(gang, monkeypatch))
-        assert [type(item) for item in items] == [ChunkDecoded, FrameChunk] * 3
+        assert [type(item) for item in items] == [FrameChunk, ChunkDecoded] * 3
         assert [item.index for item in items] == [0, 0, 1, 1, 2, 2]
-        for number, chunk in enumerate(items[1::2]):
+        for number, chunk in enumerate(items[::2]):
             frames = chunk.frames()
             assert frames.shape == (4, 2, 6, 3)
             assert frames[0, :, 0, 0].tolist() == [2 * number, 2 * number + 1]

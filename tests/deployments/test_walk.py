@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from deployments import messages
 from deployments import walk as walk_module
+from deployments.clip_walk import merged
 from deployments.media_store import MediaStoreError
 from deployments.messages import RequestContext
 from deployments.streams import RefStream
@@ -53,8 +55,12 @@ class Response:
 
     async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
         async def refs() -> AsyncIterator[Any]:
-            async for item in self._source:
-                yield as_ref(item)
+            # As Ray's: what the producer raises, or dies of, is the last item.
+            try:
+                async for item in self._source:
+                    yield as_ref(item)
+            except Exception as error:  # noqa: BLE001 - as Ray's
+                yield as_ref(None, error)
 
         return refs()
 
@@ -63,13 +69,15 @@ class Response:
 
 
 class as_ref:
-    """An object reference: awaited, it is the value."""
+    """An object reference: awaited, it is the value, or raises."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, value: Any, error: Exception | None = None) -> None:
+        self.value, self.error = value, error
 
     def __await__(self) -> Any:
         yield from asyncio.sleep(0).__await__()
+        if self.error is not None:
+            raise self.error
         return self.value
 
 
@@ -175,8 +183,10 @@ class FakeStages:
             if index == 2:
                 self.fail("decode")
             self.decoded += 1
-            yield messages.ChunkDecoded(index, time.time(), 1)
             yield f"chunk {index}"
+            if index == 3:
+                self.fail("decode's word")
+            yield messages.ChunkDecoded(index, time.time(), 1)
 
     async def _encode(
         self, context: RequestContext, form: Any, media_id: str, clips: Any, stream_id: str
@@ -346,8 +356,8 @@ class FakeSound(FakeStages):
         await asyncio.sleep(0.05)
         assert await self.clips.acquire(stream_id, producer, 10)
         self.fail("sound")
-        yield messages.SoundDecoded(0, time.time(), 2)
         yield "samples"
+        yield messages.SoundDecoded(0, time.time(), 2)
 
     async def _encode_both(
         self, context: Any, form: Any, media_id: str, clips: Any, stream_id: str
@@ -370,10 +380,11 @@ def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) ->
     assert all(response.was_cancelled for response in stages.audio.decode.responses)
 
 
-def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(tiny_nano: Path) -> None:
+@pytest.mark.parametrize("where", ["decode", "decode's word"])
+def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(where: str, tiny_nano: Path) -> None:
     """Another one begins anew; what the encoder has had is dropped, and no credit is lost on the way."""
     stages = FakeStages(num_chunks=6)
-    stages.failures["decode"] = [GangFailed("decode", "died")] * 2
+    stages.failures[where] = [GangFailed("decode", "died")] * 2
     walk = stages.walk(tiny_nano)
     events = run(collect(walk))
     assert stages.encoded == [f"chunk {index}" for index in range(6)]
@@ -383,6 +394,63 @@ def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(tiny_nano: Pa
     assert [event.index for event in events if isinstance(event, messages.ChunkDecoded)] == list(range(6))
     assert [event.stage for event in events if isinstance(event, messages.StageRetried)] == ["decode"] * 2
     assert stages.media.failed == {}
+
+
+@pytest.mark.parametrize("max_attempts", [1, 3])
+def test_a_clip_that_no_decoder_survives_takes_its_tries_and_not_the_encoders(
+    max_attempts: int, tiny_nano: Path
+) -> None:
+    stages = FakeStages()
+    stages.failures["decode"] = [GangFailed("decode", "died", 1) for _ in range(20)]
+    walk = stages.walk(tiny_nano, max_attempts=max_attempts)
+    with pytest.raises(StageFailed, match=rf"'decode'.*{max_attempts}.*GangFailed.*rank 1"):
+        run(collect(walk))
+    assert len(stages.decode.responses) == max_attempts
+    assert len(stages.encode.responses) == 1
+    assert list(stages.media.failed) == stages.media.begun
+
+
+def test_what_was_decoded_before_is_let_go_before_its_credit_goes_back(tiny_nano: Path) -> None:
+    """The credit stands for its memory."""
+    stages = FakeStages(num_chunks=4)
+    stages.failures["decode"] = [GangFailed("decode", "died")]
+    refs: list[weakref.ref[Any]] = []
+    drop = stages.clips.drop
+
+    async def dropping(stream_id: str, producer: str) -> None:
+        gc.collect()
+        assert [ref() for ref in refs if ref() is not None and ref().value == "chunk 0"] == []
+        dropped.append(producer)
+        await drop(stream_id, producer)
+
+    class noted_ref(as_ref):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            refs.append(weakref.ref(self))
+
+    dropped: list[str] = []
+    stages.drop = Method(dropping)
+    with mock.patch(f"{__name__}.as_ref", noted_ref):
+        run(collect(stages.walk(tiny_nano)))
+    assert dropped == ["video/2"] * 2
+
+
+def test_a_source_that_nobody_takes_from_waits() -> None:
+    made = 0
+
+    async def source() -> AsyncIterator[int]:
+        nonlocal made
+        for made in range(1, 101):
+            yield made
+
+    async def body() -> None:
+        items = merged(source())
+        assert await anext(items) == 1
+        await asyncio.sleep(0.05)
+        assert made < 25
+        assert [item async for item in items] == list(range(2, 101))
+
+    run(body())
 
 
 def test_an_encoder_that_dies_has_the_file_made_anew(tiny_nano: Path) -> None:
@@ -720,6 +788,7 @@ def test_leaving_in_the_middle_cancels_what_runs(tiny_nano: Path) -> None:
     assert stages.decode.responses[0].was_cancelled
     assert stages.encode.responses[0].was_cancelled
     assert stages.decoded < 20
+    assert list(stages.media.failed) == stages.media.begun, "whoever watches the file is told"
 
 
 def test_the_callers_picture_is_let_go_when_it_is_encoded(tiny_nano: Path) -> None:
