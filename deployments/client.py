@@ -162,4 +162,5 @@ def connect(app_name: str = "cosmos3") -> Client:
         raise AppNotFound(f"no Ray cluster could be joined; set RAY_ADDRESS: {error}") from None
     except (KeyError, RayServeException) as error:
         address = ray.get_runtime_context().gcs_address
-        raise AppNotFound(f"no app {app_name!r} runs in the Ray cluster at {address}: {error}") from None
+        hint = "set RAY_ADDRESS, and what else `cosmos3 serve` printed, to reach another one"
+        raise AppNotFound(f"no app {app_name!r} runs in the Ray cluster at {address}; {hint}: {error}") from None

@@ -391,13 +391,13 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _fault(fault: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "value_error":
-        return f"{where}: {fault['ctx']['error']}"
+    if fault["type"] == "value_error":  # one of ours, which names what it is about
+        return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
     if fault["type"] == "string_pattern_mismatch" and "node_labels" in fault["loc"]:
         text = fault["input"]
         return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg']}"
+        return f"{where}={fault['input']!r}: {fault['msg']}"
     model: Any = root
     for part in fault["loc"][:-1]:
         annotation = model.model_fields[part].annotation

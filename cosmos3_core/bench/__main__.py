@@ -84,7 +84,7 @@ def _encode_command(arguments: list[str], prog: str) -> int:
     add = parser.add_argument
     add("--crf", type=float, default=18, help="x264's quality, 0 (best) to 51; default %(default)s")
     add("--preset", default="medium", help="x264's speed; default %(default)s")
-    add("--threads", type=int, default=2, help="of the encoder; default %(default)s")
+    add("--threads", type=int, help="of the encoder; default: as served, by the size of the frames")
     options = parser.parse_args(arguments)
     flags.check_clip(options, multiple=2)
     num_pixels = options.num_frames * options.height * options.width
@@ -95,13 +95,15 @@ def _encode_command(arguments: list[str], prog: str) -> int:
     import av
 
     from cosmos3_core.bench import encode
+    from cosmos3_core.media.mp4 import encoder_threads
 
     footage = encode.Footage(options.num_frames, options.height, options.width)
+    threads = options.threads or encoder_threads(footage.height, footage.width)
     rows = []
     for lossless in (False, True):
-        settings = encode.Settings(options.crf, options.preset, options.threads, lossless)
+        settings = encode.Settings(options.crf, options.preset, threads, lossless)
         rows += encode.measure_encode(footage, settings, runs=options.runs)
-    head = {**vars(footage), "preset": options.preset, "threads": options.threads, "av": av.__version__}
+    head = {**vars(footage), "preset": options.preset, "threads": threads, "av": av.__version__}
     return _tell(Report(head, encode.REFERENCE, rows, (encode.DELAY_NOTE, encode.PEAK_NOTE)), options)
 
 
