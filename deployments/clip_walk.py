@@ -2,7 +2,8 @@
 
 Decoders and encoder fail apart. When a decoder dies, another one begins anew with the latents; what the encoder has had
 already is dropped, so the file and whoever watches it grow go on. When the encoder dies, the file is lost with it: its
-record says so, and another one is begun.
+record says so, and another one is begun. So a decoder's tries lie inside one of the encoder's, whose name the clip's
+stream has (:mod:`cluster.clip_stream`, where credits are explained as well).
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class ClipWalk:
         await in_time(context, "decode", self.clips.complete.remote(stream_id))
 
     async def _decode(self, context: RequestContext, stream_id: str, decoder: Decoder) -> AsyncIterator[Event]:
-        posted: list[int] = []
+        posted = _Posted()
 
         async def attempt(context: RequestContext) -> AsyncIterator[Event]:
             producer = f"{decoder.name}/{context.attempt}"
@@ -130,13 +131,9 @@ class ClipWalk:
             raise StageFailed("decode", self.max_attempts, in_words(error)) from error
 
     async def _forward(
-        self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: list[int]
+        self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: _Posted
     ) -> AsyncIterator[Event]:
-        """Post a decoder's chunks to the clip's stream, unseen; yields what the decoder says about them.
-
-        Args:
-            posted: numbers of the chunks that a decoder which died had posted, and of those that are posted here.
-        """
+        """Post a decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
         while (chunk_ref := await decoded.next_ref()) is not None:
             # The last thing that comes of a decoder that died may be its error in a chunk's place: what is said of a
             # chunk comes behind it, and so only of one that is there.
@@ -144,14 +141,21 @@ class ClipWalk:
             if event is None:
                 await in_time(context, "decode", chunk_ref)
             assert isinstance(event, ChunkDecoded | SoundDecoded)
-            if event.index < len(posted):  # a clip decodes alike every time
+            if event.index < posted.num_chunks:  # a clip decodes alike every time
                 del chunk_ref  # before the credit that stands for its memory goes back
                 await in_time(context, "decode", self.clips.drop.remote(stream_id, producer))
                 continue
-            posted.append(event.index)
+            posted.num_chunks += 1
             # Announced before it is posted, so that nobody hears of its encoding first.
             yield event
             await in_time(context, "decode", self.clips.post.remote(stream_id, producer, [chunk_ref]))
+
+
+@dataclass
+class _Posted:
+    """How many of a decoder's chunks are in the clip's stream, whichever try made them."""
+
+    num_chunks: int = 0
 
 
 async def _encoded(encoded: RefStream, context: RequestContext) -> AsyncIterator[Event]:
