@@ -109,7 +109,8 @@ class VideoVAE:
         Raises:
             DeadlineExceeded: the request's time is up.
             OutOfMemory: the clip does not fit.
-            GangFailed: the gang died; it is being rebuilt, and the clip may be decoded by another.
+            GangFailed: the gang died; it is being rebuilt, and the clip may be decoded by another. :class:`GangLost`
+                where it was at work for somebody else, while this clip waited for a credit too.
         """
         clip_id = f"{stream_id}/{producer}"
         num_made = 0
@@ -125,7 +126,7 @@ class VideoVAE:
         try:
             begun = self._calls.ask("begin", clip_id, latents, phase="decode", timeout_s=self._limits.timeout_s)
             await in_time(context, "decode", begun)
-            made = made_on_credit(context, clips, stream_id, producer, next_chunk)
+            made = made_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
             async with aclosing(made):
                 async for index, strips in made:
                     yield ChunkDecoded(index, time.time(), os.getpid())
