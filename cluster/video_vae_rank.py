@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cosmos3_core.media.pixels import Frames
     from cosmos3_core.parallel.groups import RankGroup
-    from cosmos3_core.parallel.strips import Strip as FrameStrip
+    from cosmos3_core.parallel.strips import Strip
     from cosmos3_core.vae.video import VideoVAE
 
 _WARM_UP = "warm up"
@@ -72,7 +72,7 @@ class VideoVAESpec(RankSpec):
 
 
 @dataclass(frozen=True)
-class Strip:
+class ChunkStrip:
     """A rank's part of a chunk of frames.
 
     Attributes:
@@ -178,7 +178,7 @@ class VideoVAERank(Rank):
         axis = strip.pixels(vae.geometry.spatial).axis
         self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
 
-    def next_strip(self, clip_id: str) -> Strip | None:
+    def next_strip(self, clip_id: str) -> ChunkStrip | None:
         """This rank's part of a clip's next chunk; None after the last.
 
         Raises:
@@ -186,7 +186,7 @@ class VideoVAERank(Rank):
         """
         axis, strips = self._clips[clip_id]
         frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))
-        return None if frames is None else Strip(TensorEnvelope.of_array(frames), axis, os.getpid())
+        return None if frames is None else ChunkStrip(TensorEnvelope.of_array(frames), axis, os.getpid())
 
     def end(self, clip_id: str) -> None:
         """Forget a clip; one that is not there is fine."""
@@ -198,7 +198,7 @@ class VideoVAERank(Rank):
         num_ranks, timeout_s = self._spec.num_ranks, self._spec.collective_timeout_s
         self._group = init_group(num_ranks, self._rank, self._device, timeout_s=timeout_s, store=store)
 
-    def _strip_of(self, height: int, width: int) -> FrameStrip:
+    def _strip_of(self, height: int, width: int) -> Strip:
         """This rank's strip of frames of ``height`` x ``width`` latents."""
         from cosmos3_core.parallel.groups import RankGroup
         from cosmos3_core.parallel.strips import strip_of
