@@ -6,6 +6,7 @@ that, rank 0 does all.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from cosmos3_core.parallel.groups import RankGroup
     from cosmos3_core.parallel.strips import Strip
     from cosmos3_core.vae.video import VideoVAE
+
+logger = logging.getLogger(__name__)
 
 _WARM_UP = "warm up"
 
@@ -68,6 +71,7 @@ class VideoVAESpec(RankSpec):
             next_strip,
             next_strip,
             ("end", (_WARM_UP,)),
+            ("prepare_previews", ()),
         ]
 
 
@@ -102,6 +106,7 @@ class VideoVAERank(Rank):
         self._group: RankGroup | None = None
         self._vae: VideoVAE | None = None
         self._clips: dict[str, tuple[int, Iterator[Frames]]] = {}
+        self._preview_map: PreviewMap | None = None
 
     @property
     def _device(self) -> torch.device:
@@ -144,17 +149,31 @@ class VideoVAERank(Rank):
         )
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
 
+    def prepare_previews(self) -> None:
+        """Part of the warm-up: rank 0 makes its :meth:`preview_map` before a clip can wait for that.
+
+        What goes wrong is logged; the map is tried again when it is asked for.
+        """
+        if self._rank == 0:
+            try:
+                self.preview_map()
+            except PreviewFailed as error:
+                logger.warning("there is no map of previews yet: %s", error.reason)
+
     def preview_map(self) -> PreviewMap:
-        """The map of previews of this VAE's latents, from the cache or fitted. Any rank can be asked alone.
+        """The map of previews of this VAE's latents, once from the cache or fitted. Any rank can be asked alone.
 
         Raises:
             PreviewFailed: whatever went wrong; the rank is as it was.
         """
         from cosmos3_core.preview_fit import cached_preview_map
 
+        if self._preview_map is not None:
+            return self._preview_map
         cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
         try:
-            return self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+            self._preview_map = self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+            return self._preview_map
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 

@@ -82,7 +82,7 @@ class VideoVAE(GangLeader):
         yield latents
 
     async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
-        """The map of previews of this VAE's latents, one item; rank 0 fits it, between two chunks of clips.
+        """The map of previews of this VAE's latents, one item; rank 0 has it since its start, or tries once more.
 
         Raises:
             DeadlineExceeded: the call came too late, or waited too long.
