@@ -148,7 +148,7 @@ def test_a_clip_that_waits_for_a_credit_hears_of_a_death_that_is_anothers(monkey
         await clips.open("clip", window=1)
         latents = TensorEnvelope.of_array(np.zeros((1, 2, 3, 4, 5), np.float32))
         stream = leader.decode(RequestContext.new("r", 20), latents, remote(clips), "clip", "video/1")
-        assert [type(await anext(stream)) for _ in range(2)] == [ChunkDecoded, FrameChunk]
+        assert {type(await anext(stream)) for _ in range(2)} == {ChunkDecoded, FrameChunk}
         waiting = asyncio.create_task(anext(stream))
         await asyncio.sleep(0.05)
         assert not waiting.done()
