@@ -30,7 +30,7 @@ class GangFailed(ClusterError):
 
     Args:
         phase: what it was doing: "place", "start", "meet", "load", "warm up" or "idle"; transformers also "begin" and
-            "step", VAEs "decode" and "encode".
+            "step", VAEs "decode", "encode" and "previews"; "call" is the leader's own bug.
         reason: what happened.
         rank: the rank that failed; None where it is nobody's or cannot be told.
     """

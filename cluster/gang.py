@@ -165,12 +165,14 @@ class Gang:
             GangFailed: as :meth:`call`; or some ranks refused and others did not.
         """
         calls = await self._first_failure_of(method, arguments, timeout_s)
-        if any(isinstance(error, Cosmos3Error) for error in _errors(calls).values()):
+        # Where one cannot be a refusal the gang has failed, and the others may be waiting for it in an exchange.
+        errors = _errors(calls)
+        if errors and all(_may_be_refusal(error, len(calls)) for error in errors.values()):
             await asyncio.wait(calls, timeout=min(_AGREE_S, timeout_s))
         errors = _errors(calls)
         if len({(type(error), str(error)) for error in errors.values()}) == 1 and len(errors) == len(calls):
             error = errors[0]
-            if isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemory) and len(calls) > 1):
+            if _may_be_refusal(error, len(calls)):
                 raise error
         return _results(calls, errors, method, phase, timeout_s)
 
@@ -223,6 +225,10 @@ def _start_actors(spec: GangSpec, order: list[int]) -> list[Any]:
         ).remote(rank, spec.rank)
         for rank, bundle in enumerate(order)
     ]
+
+
+def _may_be_refusal(error: BaseException, num_ranks: int) -> bool:
+    return isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemory) and num_ranks > 1)
 
 
 def _errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException]:

@@ -1,8 +1,9 @@
-"""Calls to a gang on behalf of requests that come and go: one after the other, none of them ever taken back.
+"""Calls to a gang on behalf of requests that come and go: one after the other, none taken back once it is made.
 
 A request that is cancelled must not take its calls with it: Ray drops those that wait at one rank and leaves those that
-run at another, which then waits for its neighbour for ever. So one task makes every call, and whoever asked may leave.
-It also looks after idle ranks, so that a death is noticed before a request meets it.
+run at another, which then waits for its neighbour for ever. So one task makes every call, and whoever asked may leave:
+what has begun goes on to its end, what has not had its turn is made to no rank. The task also looks after idle ranks,
+so that a death is noticed before a request meets it.
 
 When the gang fails, every caller gets the failure, and so does every later one: the leader ends and is rebuilt.
 """
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.errors import GangFailed, GangLost, OutOfMemory
 from cluster.gang import Gang
@@ -22,6 +23,8 @@ from cosmos3_core.errors import Cosmos3Error
 # Between two questions to idle ranks whether they are there, and for their answer.
 _IDLE_S = 5.0
 _ANSWER_S = 60.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class GangCalls:
         self._on_failure = on_failure
         self._calls: asyncio.Queue[_Call] = asyncio.Queue()
         self.failure: GangFailed | None = None
+        self._failed = asyncio.Event()
         # A context of its own: a task made inside a request would be cancelled with that request.
         self._task = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
 
@@ -82,6 +86,22 @@ class GangCalls:
         if self.failure is None:
             self._put(method, arguments, phase, timeout_s)
 
+    async def while_up(self, awaitable: Awaitable[T]) -> T:
+        """Wait for something that is not the gang's, for as long as the gang is there.
+
+        Raises:
+            GangLost: the gang failed first.
+        """
+        waiting, failed = asyncio.ensure_future(awaitable), asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait([waiting, failed], return_when=asyncio.FIRST_COMPLETED)
+            if self.failure is not None and not waiting.done():
+                raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
+            return await waiting
+        finally:
+            waiting.cancel()
+            failed.cancel()
+
     def _put(
         self, method: str, arguments: tuple[Any, ...], phase: str, timeout_s: float, *, is_for_first: bool = False
     ) -> asyncio.Future[Any]:
@@ -101,6 +121,8 @@ class GangCalls:
                     call = await self._calls.get()
             except TimeoutError:
                 pass
+            if call is not None and call.answer.cancelled():
+                continue
             try:
                 await self._make(call)
             except GangFailed as error:
@@ -139,4 +161,5 @@ class GangCalls:
             waiting = self._calls.get_nowait()
             if not waiting.answer.done():
                 waiting.answer.set_exception(GangLost(error.phase, error.reason, error.rank))
+        self._failed.set()
         self._on_failure()

@@ -6,6 +6,7 @@ that, rank 0 does all.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 
     from cosmos3_core.media.pixels import Frames
     from cosmos3_core.parallel.groups import RankGroup
-    from cosmos3_core.parallel.strips import Strip as FrameStrip
+    from cosmos3_core.parallel.strips import Strip
     from cosmos3_core.vae.video import VideoVAE
+
+logger = logging.getLogger(__name__)
 
 _WARM_UP = "warm up"
 
@@ -68,11 +71,12 @@ class VideoVAESpec(RankSpec):
             next_strip,
             next_strip,
             ("end", (_WARM_UP,)),
+            ("prepare_previews", ()),
         ]
 
 
 @dataclass(frozen=True)
-class Strip:
+class ChunkStrip:
     """A rank's part of a chunk of frames.
 
     Attributes:
@@ -102,6 +106,7 @@ class VideoVAERank(Rank):
         self._group: RankGroup | None = None
         self._vae: VideoVAE | None = None
         self._clips: dict[str, tuple[int, Iterator[Frames]]] = {}
+        self._preview_map: PreviewMap | None = None
 
     @property
     def _device(self) -> torch.device:
@@ -144,17 +149,31 @@ class VideoVAERank(Rank):
         )
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
 
+    def prepare_previews(self) -> None:
+        """Part of the warm-up: rank 0 makes its :meth:`preview_map` before a clip can wait for that.
+
+        What goes wrong is logged; the map is tried again when it is asked for.
+        """
+        if self._rank == 0:
+            try:
+                self.preview_map()
+            except PreviewFailed as error:
+                logger.warning("there is no map of previews yet: %s", error.reason)
+
     def preview_map(self) -> PreviewMap:
-        """The map of previews of this VAE's latents, from the cache or fitted. Any rank can be asked alone.
+        """The map of previews of this VAE's latents, once from the cache or fitted. Any rank can be asked alone.
 
         Raises:
             PreviewFailed: whatever went wrong; the rank is as it was.
         """
         from cosmos3_core.preview_fit import cached_preview_map
 
+        if self._preview_map is not None:
+            return self._preview_map
         cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
         try:
-            return self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+            self._preview_map = self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+            return self._preview_map
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
@@ -178,7 +197,7 @@ class VideoVAERank(Rank):
         axis = strip.pixels(vae.geometry.spatial).axis
         self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
 
-    def next_strip(self, clip_id: str) -> Strip | None:
+    def next_strip(self, clip_id: str) -> ChunkStrip | None:
         """This rank's part of a clip's next chunk; None after the last.
 
         Raises:
@@ -186,7 +205,7 @@ class VideoVAERank(Rank):
         """
         axis, strips = self._clips[clip_id]
         frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))
-        return None if frames is None else Strip(TensorEnvelope.of_array(frames), axis, os.getpid())
+        return None if frames is None else ChunkStrip(TensorEnvelope.of_array(frames), axis, os.getpid())
 
     def end(self, clip_id: str) -> None:
         """Forget a clip; one that is not there is fine."""
@@ -198,7 +217,7 @@ class VideoVAERank(Rank):
         num_ranks, timeout_s = self._spec.num_ranks, self._spec.collective_timeout_s
         self._group = init_group(num_ranks, self._rank, self._device, timeout_s=timeout_s, store=store)
 
-    def _strip_of(self, height: int, width: int) -> FrameStrip:
+    def _strip_of(self, height: int, width: int) -> Strip:
         """This rank's strip of frames of ``height`` x ``width`` latents."""
         from cosmos3_core.parallel.groups import RankGroup
         from cosmos3_core.parallel.strips import strip_of

@@ -125,6 +125,25 @@ def latents_to_fill(device: torch.device, *, is_split: bool = False) -> int:
     return 3600 if is_split else 960
 
 
+class TurningBuffers:
+    """Two buffers on the CPU that take turns, each as large as the largest tensor that it was asked to hold.
+
+    Args:
+        is_pinned: whether a GPU copies into them.
+    """
+
+    def __init__(self, *, is_pinned: bool) -> None:
+        self._is_pinned = is_pinned
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+
+    def next_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Room for a uint8 tensor, of its shape; nobody else's until the next but one is asked for."""
+        self._buffers.reverse()
+        if self._buffers[0].numel() < tensor.numel():
+            self._buffers[0] = torch.empty(tensor.numel(), dtype=torch.uint8, pin_memory=self._is_pinned)
+        return self._buffers[0][: tensor.numel()].view(tensor.shape)
+
+
 class HostCopies:
     """Copies of a device's tensors on the CPU, made beside the device's work.
 
@@ -140,7 +159,7 @@ class HostCopies:
     def __init__(self, device: torch.device) -> None:
         self.is_asynchronous = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.is_asynchronous else None
-        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = TurningBuffers(is_pinned=True)
 
     def begin(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
         """Begin to copy a uint8 tensor, when all that makes it is done; calling the result waits for the copy.
@@ -149,10 +168,7 @@ class HostCopies:
         """
         if self._stream is None:
             return tensor.numpy
-        self._buffers.reverse()
-        if self._buffers[0].numel() < tensor.numel():
-            self._buffers[0] = torch.empty(tensor.numel(), dtype=torch.uint8, pin_memory=True)
-        host = self._buffers[0][: tensor.numel()].view(tensor.shape)
+        host = self._buffers.next_like(tensor)
         self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
         done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):

@@ -18,6 +18,7 @@ async def made_on_credit(
     stream_id: str,
     producer: str,
     make: Callable[[], Awaitable[Chunk | None]],
+    while_up: Callable[[Awaitable[bool]], Awaitable[bool]] | None = None,
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
     """Chunks with their numbers, until there are none, or they are not wanted any more.
 
@@ -29,15 +30,18 @@ async def made_on_credit(
         stream_id: the clip's.
         producer: this one's name in it.
         make: the next chunk, None after the last.
+        while_up: waits for a credit, and raises where the maker is gone before one comes.
 
     Raises:
+        Exception: what ``make`` and ``while_up`` raise.
         DeadlineExceeded: the request's time is up.
         OutOfMemory: a chunk does not fit.
     """
 
     async def next_chunk() -> Chunk | None:
         left_s = context.remaining_s("decode")
-        if not await in_time(context, "decode", clips.acquire.remote(stream_id, producer, left_s)):
+        acquired = clips.acquire.remote(stream_id, producer, left_s)
+        if not await in_time(context, "decode", acquired if while_up is None else while_up(acquired)):
             return None
         chunk = await in_time(context, "decode", make())
         if chunk is None:

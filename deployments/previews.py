@@ -18,9 +18,9 @@ from deployments.streams import following
 
 logger = logging.getLogger("ray.serve")
 
-# How long a request waits for the map: its 2.4 TFLOP are nothing to a GPU, but they stand behind chunks of other clips.
+# How long a request waits for the map. A decoder has it from its start, but hands it out between two chunks of clips.
 _WAIT_S = 10.0
-# How long a decoder may take for it: 10 to 20 s for the published VAE on one CPU thread.
+# How long a decoder may take for it, where it could not at its start: 2.4 TFLOP, 10 to 20 s on one CPU thread.
 _FIT_S = 600.0
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
 
 from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
 from cluster.envelope import TensorEnvelope
+from cluster.errors import GangFailed
 from cluster.gang import Gang, GangSpec
 from cluster.transformer_rank import Step, TransformerLoaded
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.media.webp import MEDIA_TYPE
 from cosmos3_core.preview import PreviewOrder
+from deployments.gang_leader import GangLeader
 from deployments.messages import (
     LatentsReady,
     PreviewReady,
@@ -24,11 +25,8 @@ from deployments.messages import (
     StepDone,
 )
 
-# Long enough for the failures to reach their callers before the process ends.
-_LAST_WORDS_S = 0.2
 
-
-class Transformer:
+class Transformer(GangLeader):
     """The leader.
 
     Args:
@@ -89,16 +87,6 @@ class Transformer:
                     for envelope in latents.values():
                         yield envelope
 
-    async def check_health(self) -> None:
-        """Serve's question. A failed gang answers by its end; this is the second net.
-
-        Raises:
-            GangFailed: the gang is gone.
-        """
-        if self._loop.failure is not None:
-            raise self._loop.failure
-
-    def _end_soon(self) -> None:
-        """End the ranks and this process: Serve puts a new leader with a new gang in its place."""
-        self._gang.stop()
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+    @property
+    def _failure(self) -> GangFailed | None:
+        return self._loop.failure

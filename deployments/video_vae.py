@@ -16,18 +16,17 @@ from functools import partial
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
+from cluster.errors import GangFailed
 from cluster.gang import Gang, GangSpec
 from cluster.gang_calls import GangCalls
-from cluster.video_vae_rank import Strip
+from cluster.video_vae_rank import ChunkStrip
 from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.preview import PreviewMap
 from deployments.credits import made_on_credit
+from deployments.gang_leader import GangLeader
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.streams import in_time
-
-# Long enough for the failures to reach their callers before the process ends.
-_LAST_WORDS_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class VAECalls:
     timeout_s: float
 
 
-class VideoVAE:
+class VideoVAE(GangLeader):
     """The leader.
 
     Args:
@@ -83,7 +82,7 @@ class VideoVAE:
         yield latents
 
     async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
-        """The map of previews of this VAE's latents, one item; rank 0 fits it, between two chunks of clips.
+        """The map of previews of this VAE's latents, one item; rank 0 has it since its start, or tries once more.
 
         Raises:
             DeadlineExceeded: the call came too late, or waited too long.
@@ -109,12 +108,13 @@ class VideoVAE:
         Raises:
             DeadlineExceeded: the request's time is up.
             OutOfMemory: the clip does not fit.
-            GangFailed: the gang died; it is being rebuilt, and the clip may be decoded by another.
+            GangFailed: the gang died; it is being rebuilt, and the clip may be decoded by another. :class:`GangLost`
+                where it was at work for somebody else, while this clip waited for a credit too.
         """
         clip_id = f"{stream_id}/{producer}"
         num_made = 0
 
-        async def next_chunk() -> list[Strip] | None:
+        async def next_chunk() -> list[ChunkStrip] | None:
             nonlocal num_made
             # The second chunk is the first of the shape that all the others have.
             timeout_s = self._limits.first_timeout_s if num_made < 2 else self._limits.timeout_s
@@ -125,7 +125,7 @@ class VideoVAE:
         try:
             begun = self._calls.ask("begin", clip_id, latents, phase="decode", timeout_s=self._limits.timeout_s)
             await in_time(context, "decode", begun)
-            made = made_on_credit(context, clips, stream_id, producer, next_chunk)
+            made = made_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
             async with aclosing(made):
                 async for index, strips in made:
                     yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
@@ -133,16 +133,6 @@ class VideoVAE:
         finally:
             self._calls.tell("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)
 
-    async def check_health(self) -> None:
-        """Serve's question. A failed gang answers by its end; this is the second net.
-
-        Raises:
-            GangFailed: the gang is gone.
-        """
-        if self._calls.failure is not None:
-            raise self._calls.failure
-
-    def _end_soon(self) -> None:
-        """End the ranks and this process: Serve puts a new leader with a new gang in its place."""
-        self._gang.stop()
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+    @property
+    def _failure(self) -> GangFailed | None:
+        return self._calls.failure

@@ -109,18 +109,12 @@ class Strip:
         return PixelSpan(self.cuts.axis + 3, start * scale, stop * scale)
 
     def cut(self, x_HW: Tensor, scale: int = 1) -> Tensor:
-        height, width = self.cuts.grid_HW
-        if tuple(x_HW.shape[-2:]) != (height * scale, width * scale):
-            raise RequestError(
-                "part",
-                f"a strip of {height * scale} x {width * scale} rows and columns",
-                f"one of the clip's {x_HW.shape[-2]} x {x_HW.shape[-1]}",
-                "Make the part from the clip's own latent rows and columns.",
-            )
+        self._check_grid(x_HW.shape[-2], x_HW.shape[-1], scale)
         start, stop = self.cuts.span(self.ranks.rank)
         return x_HW.narrow(self.cuts.axis, start * scale, (stop - start) * scale)
 
     def largest(self, height: int, width: int) -> tuple[int, int]:
+        self._check_grid(height, width)
         return self.cuts.largest_HW
 
     def fill_border(self, x_HW: Tensor, *, before: int, after: int) -> None:
@@ -177,6 +171,16 @@ class Strip:
             strips.append(frames_FYX3.new_empty(dims))
         _complete([self._exchange(dist.irecv, strip, peer) for peer, strip in enumerate(strips) if peer])
         return torch.cat(strips, dim=axis)
+
+    def _check_grid(self, height: int, width: int, scale: int = 1) -> None:
+        own_height, own_width = self.cuts.grid_HW
+        if (height, width) != (own_height * scale, own_width * scale):
+            raise RequestError(
+                "part",
+                f"a strip of {own_height * scale} x {own_width * scale} rows and columns",
+                f"one of the clip's {height} x {width}",
+                "Make the part from the clip's own latent rows and columns.",
+            )
 
     def _joined(self, x: Tensor, axis: int) -> Tensor:
         """Every rank's strip along ``axis``, on every rank; the shorter ones travel padded."""

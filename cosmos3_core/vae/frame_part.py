@@ -34,7 +34,11 @@ class FramePart(Protocol):
         """
 
     def largest(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the largest part of a grid of latents: the same for every part."""
+        """Rows and columns of the largest part of a grid of latents: the same for every part.
+
+        Raises:
+            RequestError: another grid.
+        """
 
     def fill_border(self, x_HW: Tensor, *, before: int, after: int) -> None:
         """Write what lies beside this part into the border of ``x``; beyond the frame's edge it is left alone.

@@ -618,6 +618,29 @@ def test_a_preview_that_is_not_ready_at_the_last_step_is_dropped(monkeypatch: py
     run(body())
 
 
+def test_a_preview_that_is_ready_while_the_latents_are_fetched_is_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = threading.Event()
+    monkeypatch.setattr(engine_loop, "animated_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
+
+    class Fetching(FakeGang):
+        async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+            if method == "latents":
+                assert loop._encoding is not None
+                assert not loop._encoding.done()
+                finish.set()
+                await loop._encoding
+            return await super().call(method, *arguments, phase=phase, timeout_s=timeout_s)
+
+    loop: EngineLoop
+
+    async def body() -> None:
+        nonlocal loop
+        loop = loop_on(Fetching(told_step_s=1.0))
+        assert [type(update) async for update in previewing(loop, 2, 1)] == [Queued, Step, Step, Denoised]
+
+    run(body())
+
+
 def test_a_preview_that_fails_ends_the_previews_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

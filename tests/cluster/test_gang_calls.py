@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Coroutine
 from typing import Any, cast
 
@@ -72,7 +73,7 @@ def test_calls_are_made_one_after_the_other_and_answered() -> None:
     run(body())
 
 
-def test_a_call_whose_caller_has_left_is_made_all_the_same() -> None:
+def test_a_caller_who_leaves_takes_back_what_is_not_made_yet_and_nothing_else() -> None:
     async def body() -> None:
         gang = FakeGang()
         gang.gate.clear()
@@ -84,7 +85,71 @@ def test_a_call_whose_caller_has_left_is_made_all_the_same() -> None:
         await asyncio.wait(leaving)
         gang.gate.set()
         assert await calls.ask("m2", phase="decode", timeout_s=5) == [()]
-        assert gang.made == ["m0", "m1", "m2"]
+        assert gang.made == ["m0", "m2"], "m0 was at the ranks already, m1 at none"
+
+    run(body())
+
+
+def test_what_the_ranks_are_told_is_made_whoever_leaves() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        gang.gate.clear()
+        calls = calls_of(gang)
+
+        async def clip() -> None:
+            try:
+                await calls.ask("next_strip", phase="decode", timeout_s=5)
+            finally:
+                calls.tell("end", phase="decode", timeout_s=5)
+
+        leaving = asyncio.create_task(clip())
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        gang.gate.set()
+        await calls.ask("begin", phase="decode", timeout_s=5)
+        assert gang.made == ["next_strip", "end", "begin"]
+
+    run(body())
+
+
+def test_a_wait_for_something_else_ends_with_the_gang() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        gang.failures["next_strip"] = GangFailed("decode", "died", 1)
+        calls, credit = calls_of(gang), asyncio.Event()
+        before = asyncio.all_tasks()
+        credit.set()
+        assert await calls.while_up(credit.wait()) is True
+        credit.clear()
+        waiting = asyncio.create_task(calls.while_up(credit.wait()))
+        leaving = asyncio.create_task(calls.while_up(credit.wait()))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        with pytest.raises(GangFailed, match="rank 1"):
+            await calls.ask("next_strip", phase="decode", timeout_s=5)
+        with pytest.raises(GangLost, match="rank 1"):
+            await waiting
+        with pytest.raises(GangLost):
+            await calls.while_up(credit.wait())
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() <= before, "waits that were left hanging"
+
+    run(body())
+
+
+def test_what_the_maker_set_is_not_set_in_the_task() -> None:
+    """Serve keeps the request in a variable, and cancels with it what was called inside."""
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
+
+    class Looking(FakeGang):
+        async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+            return [request.get("none")]
+
+    async def body() -> None:
+        request.set("the first one")
+        assert await calls_of(Looking()).ask("begin", phase="decode", timeout_s=5) == ["none"]
 
     run(body())
 

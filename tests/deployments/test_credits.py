@@ -80,7 +80,8 @@ def test_leaving_stops_what_is_being_made() -> None:
         made = made_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
         assert await anext(made) == (0, 1)
         await asyncio.sleep(0.01)
-        await made.aclose()
+        async with asyncio.timeout(2):  # not until its end, nor until the request's
+            await made.aclose()
         assert was_stopped.is_set()
 
     run(body())

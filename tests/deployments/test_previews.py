@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -79,6 +80,46 @@ def test_a_decoder_that_fails_is_told_of_and_the_next_request_asks_again(caplog:
         assert caplog.text.count("previews cannot be made") == 1
         assert (await previews.order(1, 1.0)).preview_map == MAP
         assert len(vae.calls) == 2
+
+    run(body())
+
+
+def test_who_hears_late_of_a_failure_does_not_have_the_next_try_forgotten() -> None:
+    async def body() -> None:
+        vae = FakeVAE(RuntimeError("no memory"))
+        vae.may_answer.set()
+        previews = Previews(vae)
+
+        async def twice() -> PreviewOrder:
+            with pytest.raises(PreviewFailed):
+                await previews.order(1, 1.0)
+            return await previews.order(1, 1.0)
+
+        first, late = await asyncio.gather(twice(), previews.order(2, 1.0), return_exceptions=True)
+        assert (type(first), type(late)) == (PreviewOrder, PreviewFailed)
+        await previews.order(3, 1.0)
+        assert len(vae.calls) == 2
+
+    run(body())
+
+
+def test_the_map_is_nobodys_request() -> None:
+    """Serve keeps the request in a variable, and cancels with it what was called inside."""
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
+
+    class Looking(FakeVAE):
+        def remote(self, context: RequestContext) -> FakeVAE:
+            seen.append(request.get("none"))
+            return super().remote(context)
+
+    seen: list[str] = []
+
+    async def body() -> None:
+        request.set("the first one")
+        vae = Looking()
+        vae.may_answer.set()
+        await Previews(vae).order(1, 1.0)
+        assert seen == ["none"]
 
     run(body())
 

@@ -15,9 +15,9 @@ import torch
 
 from cluster.clip_stream import ClipStreams
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed
+from cluster.errors import DeadlineExceeded, GangFailed, GangLost
 from cluster.gang import Gang, GangSpec
-from cluster.video_vae_rank import Strip
+from cluster.video_vae_rank import ChunkStrip
 from cosmos3_core.conditioning.modes import Resizing
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.errors import Cosmos3Error
@@ -53,7 +53,9 @@ class FakeGang:
         number = self.methods.count("next_strip") - 1
         if number == self.num_chunks:
             return [None, None]
-        return [Strip(TensorEnvelope.of_array(np.full((4, 1, 6, 3), 2 * number + r, np.uint8)), 1, r) for r in range(2)]
+        return [
+            ChunkStrip(TensorEnvelope.of_array(np.full((4, 1, 6, 3), 2 * number + r, np.uint8)), 1, r) for r in range(2)
+        ]
 
     @property
     def methods(self) -> list[str]:
@@ -126,7 +128,7 @@ def test_a_failed_gang_is_said_and_not_healthy_any_more(monkeypatch: pytest.Monk
         gang = FakeGang()
         leader = await leader_of(gang, monkeypatch)
         # A dead rank ends this process, in time for its last words.
-        monkeypatch.setattr("deployments.video_vae._LAST_WORDS_S", 1000.0)
+        monkeypatch.setattr("deployments.gang_leader._LAST_WORDS_S", 1000.0)
         await leader.check_health()
         gang.failure = GangFailed("decode", "died", 1)
         with pytest.raises(GangFailed, match="rank 1"):
@@ -134,6 +136,28 @@ def test_a_failed_gang_is_said_and_not_healthy_any_more(monkeypatch: pytest.Monk
         assert gang.is_stopped
         with pytest.raises(GangFailed):
             await leader.check_health()
+
+    run(body())
+
+
+def test_a_clip_that_waits_for_a_credit_hears_of_a_death_that_is_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        gang, clips = FakeGang(num_chunks=100), ClipStreams(1)
+        leader = await leader_of(gang, monkeypatch)
+        monkeypatch.setattr("deployments.gang_leader._LAST_WORDS_S", 1000.0)
+        await clips.open("clip", window=1)
+        latents = TensorEnvelope.of_array(np.zeros((1, 2, 3, 4, 5), np.float32))
+        stream = leader.decode(RequestContext.new("r", 20), latents, remote(clips), "clip", "video/1")
+        assert {type(await anext(stream)) for _ in range(2)} == {ChunkDecoded, FrameChunk}
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        gang.failure = GangFailed("decode", "died", 1)
+        with pytest.raises(GangFailed) as blamed:
+            await decoded(leader)
+        assert type(blamed.value) is GangFailed
+        with pytest.raises(GangLost):
+            await asyncio.wait_for(waiting, 0.1)
 
     run(body())
 

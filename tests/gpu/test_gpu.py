@@ -15,6 +15,7 @@ from tests.gpu.__main__ import main
 from tests.gpu.layouts import DTYPES, LAYOUTS, check_layouts, compare
 from tests.gpu.strips import check_strips
 from tests.gpu.verdict import checked
+from tests.gpu.video_vae import check_video_vae
 from tests.parallel.gang_work import RESULTS
 
 pytestmark = pytest.mark.timeout(600)
@@ -38,6 +39,13 @@ def test_layouts_over_nccl(num_devices: int, tiny_nano: Path) -> None:
 def test_strips_over_nccl(tiny_nano: Path) -> None:
     needs_gpus(2)
     failed = [verdict for verdict in check_strips(tiny_nano, "cuda", torch.cuda.device_count()) if verdict.word != "ok"]
+    assert not failed, "\n".join(map(str, failed))
+
+
+@pytest.mark.gpu
+def test_the_video_vae_on_a_gpu(tiny_nano: Path) -> None:
+    needs_gpus(1)
+    failed = [verdict for verdict in check_video_vae(tiny_nano, "cuda") if verdict.word != "ok"]
     assert not failed, "\n".join(map(str, failed))
 
 
@@ -87,7 +95,7 @@ def test_the_check_of_modes_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFi
 
 def test_the_check_of_the_video_vae_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--only", "video-vae", "--checkpoint", str(tiny_nano)]) == 0
-    assert capsys.readouterr().out.endswith("0 FAIL, 2 ok, 0 skip, on 2 x cpu\n")
+    assert capsys.readouterr().out.endswith("0 FAIL, 3 ok, 0 skip, on 2 x cpu\n")
 
 
 @pytest.mark.slow

@@ -55,6 +55,13 @@ class Apart(Strip):
         pass
 
 
+class Alone(Apart):
+    """A strip whose others are not there: it sees nothing but itself."""
+
+    def gather(self, x_KHWC: Tensor) -> Tensor:
+        return x_KHWC
+
+
 @dataclass(frozen=True)
 class ClipResult:
     """What one rank came to.

@@ -17,7 +17,7 @@ from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.strips import PixelSpan, cut_frame, strip_of
 from cosmos3_core.vae.frame_part import WHOLE
 from cosmos3_core.vae.video import VideoVAE
-from tests.parallel.strip_work import CLIPS, LAYOUTS, ClipResult, clip_pixels, decode_and_encode, small_vae
+from tests.parallel.strip_work import CLIPS, LAYOUTS, Alone, ClipResult, clip_pixels, decode_and_encode, small_vae
 from tests.ranks import run_layouts
 from tests.vae.small_vae import random_latents
 
@@ -188,6 +188,8 @@ def test_a_strip_of_other_frames_is_refused_at_the_call(vae: VideoVAE) -> None:
     strip = strip_of(RankGroup(1, 2), 4, 6)
     with pytest.raises(RequestError, match="a strip of 4 x 6 rows and columns.*the clip's 4 x 5"):
         vae.decode(random_latents((2, 4, 5)), part=strip)
+    with pytest.raises(RequestError, match="a strip of 4 x 6 rows and columns.*the clip's 6 x 4"):
+        strip.largest(6, 4)
     with pytest.raises(RequestError, match="a strip of 64 x 96 rows and columns.*the clip's 64 x 80"):
         vae.encode(clip_pixels(vae, (1, 4, 5)), part=strip)
 
@@ -204,7 +206,10 @@ def test_the_largest_strip_decides_on_chunks_on_every_rank(vae: VideoVAE, monkey
     chunks = list(vae.decode(random_latents((6, 2, 3)), part=strip_of(RankGroup(3, 4), 2, 3)))
     assert [tuple(chunk.shape) for chunk in chunks] == [(1, 3, frames, 0, 48) for frames in (1, 12, 8)]
     assert asked == [False]
-    vae.decode(random_latents((2, 4, 6)), part=strip_of(RankGroup(1, 2), 4, 6))  # whose chunks nobody asks for
+    alone = Alone(cut_frame(5, 3, 4), RankGroup(3, 4))
+    chunks = list(vae.decode(random_latents((6, 5, 3)), part=alone))
+    # 18 positions are three frames of the largest strip, 2 x 3; of its own, 1 x 3, they would be six, of the whole two.
+    assert [tuple(chunk.shape) for chunk in chunks] == [(1, 3, frames, 16, 48) for frames in (1, 12, 8)]
     assert asked == [False, True]
     assert strip_of(RankGroup(3, 4), 45, 80).largest(45, 80) == (45, 20)
     assert WHOLE.largest(45, 80) == (45, 80)

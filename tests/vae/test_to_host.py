@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cosmos3_core.device import HostCopies
+from cosmos3_core.device import HostCopies, TurningBuffers
 from cosmos3_core.media.pixels import to_uint8
 from cosmos3_core.vae.to_host import frames_on_host
 
@@ -25,20 +25,16 @@ class SlowCopies:
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._buffers = TurningBuffers(is_pinned=False)
 
     def begin(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
         number = sum(word.startswith("begin") for word in self.said)
         self.said.append(f"begin {number}")
-        self._buffers.reverse()
-        if self._buffers[0].size < tensor.numel():
-            self._buffers[0] = np.empty(tensor.numel(), np.uint8)
-        host = self._buffers[0][: tensor.numel()].reshape(tensor.shape)
+        host = self._buffers.next_like(tensor)
 
         def wait() -> npt.NDArray[Any]:
             self.said.append(f"wait {number}")
-            host[...] = tensor.numpy()
-            return host
+            return host.copy_(tensor).numpy()
 
         return wait
 
@@ -83,3 +79,15 @@ def test_a_cpus_chunks_are_made_one_at_a_time_and_copied_never() -> None:
         assert made == list(range(number + 1))
     tensor = torch.zeros(3, dtype=torch.uint8)
     assert HostCopies(torch.device("cpu")).begin(tensor)().ctypes.data == tensor.data_ptr()
+
+
+def test_buffers_take_turns_and_are_made_anew_only_to_grow() -> None:
+    buffers = TurningBuffers(is_pinned=False)
+    sizes = [(2, 3), (4, 3), (1, 3), (3, 4), (5, 3), (2, 6)]
+    rooms = [buffers.next_like(torch.zeros(size, dtype=torch.uint8)) for size in sizes]
+    assert [tuple(room.shape) for room in rooms] == sizes
+    assert {room.dtype for room in rooms} == {torch.uint8}
+    first, second, third, fourth, fifth, sixth = (room.data_ptr() for room in rooms)
+    assert first == third != second == fourth
+    assert fifth not in (first, second), "15 bytes do not fit where six were"
+    assert sixth == second
