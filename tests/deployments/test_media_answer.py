@@ -28,7 +28,7 @@ from deployments.api.body_room import BodyRoom
 from deployments.api.exchange import Exchange, answered
 from deployments.api.media_answer import images_answer, live_answer, media_answer
 from deployments.media_store import MediaEntry, MediaStore, new_media_id
-from deployments.messages import Accepted, FileStarted, Finished, StepDone
+from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 
 FINISHED = Finished(
     request_id="r",
@@ -366,7 +366,7 @@ def test_a_failure_breaks_the_answer_off(who: str, store: MediaStore) -> None:
         if who == "request":
             has_failed.set()
         else:
-            growing.entry.fail("the encoder died")
+            store.fail(growing.finished.media_id, "the encoder died")
 
     growing.grow(b"half")
     director = Director([*growing.begin, has_failed.wait, StageFailed("encode", 3, "died")])
@@ -374,6 +374,61 @@ def test_a_failure_breaks_the_answer_off(who: str, store: MediaStore) -> None:
     with pytest.raises((StageFailed, MediaError), match="died"):
         asyncio.run(watched.watch(store, director))
     assert (watched.status, watched.body, watched.is_whole) == (200, b"half", False)
+    assert director.streams[0].is_cancelled
+
+
+def test_a_file_that_is_whole_is_not_enough_when_its_request_fails(store: MediaStore) -> None:
+    growing, is_finished = Growing(store), asyncio.Event()
+
+    async def finish(body: bytes) -> None:
+        growing.finish()
+        is_finished.set()
+
+    async def later() -> None:
+        await is_finished.wait()
+        await asyncio.sleep(0.3)  # the file's end is seen
+
+    growing.grow(b"whole")
+    director = Director([*growing.begin, later, StageFailed("encode", 3, "died")])
+    watched = Watched(finish)
+    with pytest.raises(StageFailed, match="died"):
+        asyncio.run(watched.watch(store, director))
+    assert (watched.body, watched.is_whole) == (b"whole", False)
+
+
+@pytest.mark.parametrize("how", ["file says so first", "director says so first", "nobody says so of the file"])
+def test_a_file_that_fails_before_its_first_byte_is_nobodys_loss(how: str, store: MediaStore) -> None:
+    """The encoder died; the answer is the file that another one makes."""
+    dead, growing = Growing(store), Growing(store)
+    is_finished = asyncio.Event()
+
+    async def die() -> None:
+        if how != "nobody says so of the file":
+            store.fail(dead.finished.media_id, "the encoder died")
+        if how == "file says so first":
+            await asyncio.sleep(0.2)
+
+    async def finish(body: bytes) -> None:
+        growing.finish()
+        is_finished.set()
+
+    growing.grow(b"one")
+    script = [*dead.begin, die, StageRetried("encode", 2, "died", 0), growing.begin[-1], is_finished.wait]
+    director = Director([*script, growing.finished])
+    watched = Watched(finish)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, watched.body, watched.is_whole) == (200, b"one", True)
+    assert watched.headers["x-media-id"] == growing.finished.media_id
+    assert director.streams[0].is_cancelled
+
+
+def test_when_no_encoder_makes_the_file_the_answer_says_so(store: MediaStore) -> None:
+    dead = Growing(store)
+    store.fail(dead.finished.media_id, "the encoder died")
+    director = Director([*dead.begin, StageFailed("encode", 3, "died")])
+    watched = Watched(goes_on)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "stage_failed")
     assert director.streams[0].is_cancelled
 
 
