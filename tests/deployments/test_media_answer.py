@@ -254,9 +254,14 @@ def test_an_unknown_error_says_nothing_of_the_inside(store: MediaStore) -> None:
     assert "secret" not in json.dumps(body)
 
 
-def test_a_file_that_is_not_to_be_seen_here_is_our_fault(store: MediaStore) -> None:
+def test_a_file_that_is_not_to_be_seen_here_is_our_fault(
+    store: MediaStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange.logger, "propagate", True)
     status, _, body = answer(store, Director(script(replace(FINISHED, media_id="0" * 32))))
-    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert (status, body["error"]["code"]) == (503, "media_unavailable")
+    assert str(store.directory) not in json.dumps(body)
+    assert str(store.directory) in caplog.text, "the log says where"
 
 
 # Files that grow
@@ -353,7 +358,7 @@ def test_a_file_that_grows_elsewhere_is_our_fault(store: MediaStore) -> None:
     director = Director([Accepted("r", 2, 5, 7, (), 1), FileStarted("0" * 32, "video/mp4", 1)])
     watched = Watched(goes_on)
     asyncio.run(watched.watch(store, director))
-    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (500, "internal_error")
+    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "media_unavailable")
     assert director.streams[0].is_cancelled
 
 
