@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from cluster.errors import OverloadedError, StageFailed
@@ -435,6 +435,30 @@ def test_when_no_encoder_makes_the_file_the_answer_says_so(store: MediaStore) ->
     asyncio.run(watched.watch(store, director))
     assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "stage_failed")
     assert director.streams[0].is_cancelled
+
+
+def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStore) -> None:
+    growing = Growing(store)
+    growing.grow(b"a")
+    director = Director([*growing.begin, asyncio.Event().wait])
+
+    async def send(message: Any) -> None:
+        raise OSError("gone")
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        an_exchange = Exchange(director, "r", 60)
+        await an_exchange.ask(GenerationRequest())
+        response = await live_answer(an_exchange, store)
+        with pytest.raises(ClientDisconnect):
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert director.streams[0].is_cancelled
+
+    asyncio.run(run())
 
 
 def test_who_leaves_a_growing_file_stops_the_request(store: MediaStore) -> None:
