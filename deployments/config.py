@@ -323,12 +323,12 @@ class AppConfig(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _files_outlive_chunks(self) -> Self:
-        longest_s = max(self.vae.first_chunk_timeout_s, self.vae.chunk_timeout_s)
-        if self.media.keep_s <= longest_s:
+    def _files_outlive_requests(self) -> Self:
+        # A file is begun before there is a decoder for it, which may be as long as its request has.
+        if self.media.keep_s < self.http.request_timeout_s:
             raise ValueError(
-                f"media.keep_s={self.media.keep_s:g} must exceed the {longest_s:g} s that a chunk of the vae may take: "
-                "the file that waits for it would count as given up"
+                f"media.keep_s={self.media.keep_s:g} is below http.request_timeout_s={self.http.request_timeout_s:g}: "
+                "the file of a request that waits for a decoder would count as given up"
             )
         return self
 

@@ -265,6 +265,7 @@ class MediaEntry:
         digest, num_bytes = hashlib.sha256(), 0
         try:
             with self.path.open("rb") as file:
+                os.fsync(file.fileno())  # or a crash of the machine leaves an empty one that is done
                 while part := file.read(_READ_BYTES):
                     digest.update(part)
                     num_bytes += len(part)
@@ -275,10 +276,6 @@ class MediaEntry:
         except OSError as error:
             raise MediaError(f"the finished file of {media_id} is not in the media store: {error}") from error
         return record
-
-    def fail(self, reason: str) -> None:
-        """See :meth:`MediaStore.fail`."""
-        self._store.fail(self._record.media_id, reason)
 
 
 def _no_file(media_id: str) -> RequestError:

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from cosmos3_core.media.pixels import FrameHash
@@ -33,9 +34,10 @@ class Mp4Encoder:
         media: of the store where files go.
     """
 
-    def __init__(self, media: MediaSpec) -> None:
+    async def __init__(self, media: MediaSpec) -> None:  # type: ignore[misc] # Serve awaits it
         self._media = media.open()
-        self._sweeper: asyncio.Task[None] | None = None
+        # A task of no request.
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
 
     async def encode(
         self, context: RequestContext, clip_format: ClipFormat, media_id: str, clips: Any, stream_id: str
@@ -58,12 +60,10 @@ class Mp4Encoder:
             MediaError: the file could not be written.
         """
         start_s = time.monotonic()
-        if self._sweeper is None:  # a task of no request
-            self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
-        entry = await in_thread(self._create, media_id, clip_format)
         try:
+            entry = await in_thread(self._create, media_id, clip_format)
             digest, num_frames = FrameHash(), 0
-            with open_writer(entry.path, clip_format, live=entry.live_path) as writer:
+            async with _opened(entry, clip_format) as writer:
                 yield FileStarted(media_id, clip_format.media_type, os.getpid())
                 while boxed := await _next_chunk(context, clips, stream_id):
                     chunk: FrameChunk | SoundChunk = await in_time(context, "encode", boxed[0])
@@ -75,11 +75,9 @@ class Mp4Encoder:
                     await in_time(context, "encode", clips.release.remote(stream_id))
                     if num_new:
                         yield event
-                # Flushing x264 takes seconds at 720p; the other clip and Serve's questions go on meanwhile.
-                await in_thread(writer.close)
             record = await in_thread(entry.finish)
         except BaseException as error:
-            await in_thread(entry.fail, in_words(error))
+            await in_thread(self._media.fail, media_id, in_words(error))
             raise
         frames_sha256 = digest.hexdigest() if num_frames else ""
         seconds = time.monotonic() - start_s
@@ -97,6 +95,26 @@ class Mp4Encoder:
             except Exception:  # what is wrong now may be right in a minute
                 logger.exception("the media store could not be swept")
             await asyncio.sleep(_SWEEP_PERIOD_S)
+
+
+@asynccontextmanager
+async def _opened(entry: MediaEntry, clip_format: ClipFormat) -> AsyncIterator[MediaWriter]:
+    """The writer, closed at the end and given up after an exception.
+
+    All in threads: x264 takes seconds at 720p to be flushed, and to be given up. The other clip and Serve's questions
+    go on meanwhile.
+    """
+    with_writer = ExitStack()  # knows of a writer that was opened for somebody who was cancelled meanwhile
+
+    def enter() -> MediaWriter:
+        return with_writer.enter_context(open_writer(entry.path, clip_format, live=entry.live_path))
+
+    try:
+        yield await in_thread(enter)
+    except BaseException as error:
+        await in_thread(with_writer.__exit__, type(error), error, error.__traceback__)
+        raise
+    await in_thread(with_writer.close)
 
 
 async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> list[Any]:

@@ -122,13 +122,14 @@ def measure_encode(footage: Footage, settings: Settings, *, runs: int) -> list[R
 
 
 def write_ours(path: Path, footage: Footage, chunks: Iterable[Frames], settings: Settings) -> Encoded:
-    """The clip as it is served.
+    """The clip as it is served, with the file that grows beside it.
 
     Raises:
         RequestError: a setting that the writer does not take.
     """
     delay_frames: int | None = None
-    with Mp4Writer(path, fps=_FPS, height=footage.height, width=footage.width, **vars(settings)) as writer:
+    live, height, width = path.with_suffix(".live.mp4"), footage.height, footage.width
+    with Mp4Writer(path, fps=_FPS, height=height, width=width, live=live, **vars(settings)) as writer:
         for pixels in chain.from_iterable(chunks):
             writer.write(pixels[None])
             if delay_frames is None and writer.num_encoded:

@@ -106,7 +106,7 @@ def parse_image_body(fields: dict[str, Any], model_name: str) -> ImageJob:
     _check_model(given, model_name)
     response_format = given.get("response_format", B64_JSON)
     if response_format == "url":
-        hint = "No files are kept here that a URL could lead to."
+        hint = "Images are in the answer itself."
         raise RequestError("response_format", response_format, f"{B64_JSON} or {FILE_ITSELF}", hint)
     checks.choice("response_format", response_format, (B64_JSON, FILE_ITSELF))
     num_images = checks.integer("n", given.get("n", 1), 1, _MAX_IMAGES)

@@ -7,11 +7,13 @@ read a file, each as fast as it likes, and its writer knows of none.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -20,6 +22,7 @@ from cosmos3_core.errors import MediaError
 from deployments.api.errors import Refusal, error_response
 from deployments.media_record import DONE, FAILED, MediaRecord
 from deployments.media_store import MediaStore
+from deployments.threads import in_thread
 
 _PART_BYTES = 256 * 1024
 # Between two looks at a file that grows: the time that a reader is behind.
@@ -95,10 +98,8 @@ def _answer(store: MediaStore, media_id: str, asked: _Asked) -> Response:
     return (_finished_answer if record.state == DONE else _live_answer)(store, record, asked)
 
 
-async def finished_parts(
-    store: MediaStore, record: MediaRecord, span: Span | None = None
-) -> AsyncGenerator[bytes, None]:
-    """A finished file, read as it is taken.
+def finished_parts(store: MediaStore, record: MediaRecord, span: Span | None = None) -> AsyncGenerator[bytes, None]:
+    """A finished file, read as it is taken; to its end, even if the store removes it after the first part.
 
     Args:
         store: where it is.
@@ -109,8 +110,7 @@ async def finished_parts(
         MediaError: it is not whole.
         OSError: it cannot be read.
     """
-    async for part in _parts(store.file_path(record), span or Span(0, record.num_bytes)):
-        yield part
+    return _parts(store.file_path(record), span or Span(0, record.num_bytes))
 
 
 async def live_parts(store: MediaStore, record: MediaRecord) -> AsyncGenerator[bytes, None]:
@@ -143,7 +143,9 @@ def _live_part(store: MediaStore, media_id: str, start: int) -> bytes | None:
     if record.state == FAILED:
         raise MediaError(f"{media_id} failed while it was read: {record.reason}")
     try:
-        part = _read_at(store.live_path(record), start, _PART_BYTES)
+        # Opened for every part: a file that is open on one node need not be seen growing on another, NFS says.
+        with store.live_path(record).open("rb", buffering=0) as file:
+            part = _read_at(file, start, _PART_BYTES)
     except FileNotFoundError:
         if record.state == DONE:
             raise
@@ -151,12 +153,9 @@ def _live_part(store: MediaStore, media_id: str, start: int) -> bytes | None:
     return None if record.state == DONE and not part else part
 
 
-def _read_at(path: Path, start: int, num_bytes: int) -> bytes:
-    # Opened for every part: a file that is open on one node need not be seen growing on another, NFS says; and nothing
-    # is left to close when a reader goes away.
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        return file.read(num_bytes)
+def _read_at(file: BinaryIO, start: int, num_bytes: int) -> bytes:
+    file.seek(start)
+    return file.read(num_bytes)
 
 
 def _finished_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> Response:
@@ -182,9 +181,14 @@ def _live_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> Respo
         num_bytes = path.stat().st_size if path.exists() else 0
         if span := asked.span(num_bytes, record.live_etag):
             return _part_answer(_parts(path, span), span, "*", record, headers)
-    if asked.is_head:
-        return Response(headers=headers, media_type=record.media_type)
-    return PartsResponse(live_parts(store, record), headers, record.media_type)
+    # A plain answer without a body would say that the file has a length, of 0.
+    parts = _no_parts() if asked.is_head else live_parts(store, record)
+    return PartsResponse(parts, headers, record.media_type)
+
+
+async def _no_parts() -> AsyncGenerator[bytes, None]:
+    return
+    yield
 
 
 def _part_answer(
@@ -198,14 +202,17 @@ def _part_answer(
 
 
 async def _parts(path: Path, span: Span) -> AsyncGenerator[bytes, None]:
-    """A part of a file that is there."""
+    """A part of a file that is there. It is opened once: who has begun to read is not cut off when it is removed."""
     start = span.start
-    while start < span.end:
-        part = await asyncio.to_thread(_read_at, path, start, min(span.end - start, _PART_BYTES))
-        if not part:
-            raise MediaError(f"{path} has {start} bytes; {span.end} are to be read")
-        start += len(part)
-        yield part
+    with contextlib.ExitStack() as opened:
+        # Nobody leaves a thread that has the file: it would be closed under its hands.
+        file = await in_thread(lambda: opened.enter_context(path.open("rb", buffering=0)))
+        while start < span.end:
+            part = await in_thread(_read_at, file, start, min(span.end - start, _PART_BYTES))
+            if not part:
+                raise MediaError(f"{path} has {start} bytes; {span.end} are to be read")
+            start += len(part)
+            yield part
 
 
 class _Asked:

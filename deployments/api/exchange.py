@@ -15,7 +15,7 @@ from starlette.responses import Response
 from cluster.errors import DeadlineExceeded, OverloadedError, StageFailed
 from cosmos3_core.request import GenerationRequest
 from deployments.api.body_limit import request_id_of
-from deployments.api.errors import error_response
+from deployments.api.errors import error_response, is_told
 from deployments.errors import typed
 from deployments.messages import FileStarted, Finished
 
@@ -132,7 +132,7 @@ async def answered(
     except Exception as error:  # every error becomes an answer
         exchange.cancel()
         response = error_response(error)
-        if response.status_code == 500:
+        if not is_told(error):
             logger.exception("request %s failed", exchange.request_id)
         return response
     except asyncio.CancelledError:

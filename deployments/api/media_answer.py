@@ -21,6 +21,8 @@ from deployments.media_store import MediaStore
 from deployments.messages import FileStarted, Finished
 
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+_Part = asyncio.Future[bytes | None]
+_News = asyncio.Future[FileStarted | Finished]
 # Of a file in base64, in bytes of the file; and the file beside it.
 _SPACE_OF_BASE64 = 7 / 3
 
@@ -64,24 +66,58 @@ async def media_answer(exchange: Exchange, held: Held, media: MediaStore) -> Res
 async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
     """The file as it grows, from its first fragment on. Leaving it stops the request.
 
-    Where the request fails, the connection breaks: a file that ended early would look like a short one.
+    Instead of a file that fails before there is anything of it, the answer is the one that is made next. Later, the
+    connection breaks: a file that ended early would look like a short one.
 
     Args:
         exchange: the Director has its request, which makes a clip.
         media: where files are.
     """
-    event = await exchange.started()
-    assert isinstance(event, FileStarted), "a clip has a file"
-    record = await asyncio.to_thread(media.expect, event.media_id)
-    parts = _until_failed(live_parts(media, record), exchange)
-    headers = {"x-media-id": event.media_id, "cache-control": "no-store"}
-    return PartsResponse(parts, headers, event.media_type, ended=exchange.cancel)
+    event: FileStarted | Finished | None = await exchange.started()
+    while event is not None:
+        assert isinstance(event, FileStarted), "a clip has a file"
+        started = event
+        parts = live_parts(media, await asyncio.to_thread(media.expect, started.media_id))
+        first, news = asyncio.ensure_future(anext(parts, None)), asyncio.ensure_future(exchange.started())
+        try:
+            event = await _made_instead(first, news)
+        except BaseException:
+            await _drop(parts, first, news)
+            raise
+        if event is not None:
+            await _drop(parts, first)
+
+    def end() -> None:
+        exchange.cancel()
+        news.cancel()
+
+    headers = {"x-media-id": started.media_id, "cache-control": "no-store"}
+    return PartsResponse(_until_failed(parts, first, news, exchange), headers, started.media_type, ended=end)
 
 
-async def _until_failed(parts: AsyncGenerator[bytes, None], exchange: Exchange) -> AsyncGenerator[bytes, None]:
-    """The parts, as long as their request has not failed; its file may take long to say so."""
-    ending = asyncio.ensure_future(exchange.finished())
-    part = asyncio.ensure_future(anext(parts, None))
+async def _made_instead(first: _Part, news: _News) -> FileStarted | None:
+    """Wait for a file's first part. None: it has come; else the file that is made instead."""
+    await asyncio.wait((first, news), return_when=asyncio.FIRST_COMPLETED)
+    if not news.done() and first.exception():
+        await asyncio.wait((news,))  # the Director tries again, or says why not
+    if news.done() and isinstance(event := news.result(), FileStarted):
+        return event
+    await first
+    return None
+
+
+async def _until_failed(
+    parts: AsyncGenerator[bytes, None], part: _Part, news: _News, exchange: Exchange
+) -> AsyncGenerator[bytes, None]:
+    """The parts, as long as their request has not failed; its file may take long to say so.
+
+    Args:
+        parts: those after the next.
+        part: the next.
+        news: what the Director says next.
+        exchange: of the request.
+    """
+    ending = asyncio.ensure_future(_end(news, exchange))
     try:
         while True:
             await asyncio.wait((part, ending), return_when=asyncio.FIRST_COMPLETED)
@@ -93,10 +129,19 @@ async def _until_failed(parts: AsyncGenerator[bytes, None], exchange: Exchange) 
             yield data
         await ending
     finally:
-        ending.cancel()
-        part.cancel()
-        await asyncio.gather(ending, part, return_exceptions=True)
-        await parts.aclose()
+        await _drop(parts, part, ending)
+
+
+async def _end(news: _News, exchange: Exchange) -> None:
+    if not isinstance(await news, Finished):
+        await exchange.finished()
+
+
+async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any]) -> None:
+    for future in waiting:
+        future.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await parts.aclose()
 
 
 async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: MediaStore) -> Response:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from cosmos3_core.errors import MediaError
+from deployments.api import content
 from deployments.api.content import PartsResponse, content_answer, finished_parts, live_parts
 from deployments.media_record import MediaRecord
 from deployments.media_store import MediaEntry, MediaStore, new_media_id
@@ -196,14 +199,25 @@ def test_a_part_of_another_file_is_not_mixed_in(store: MediaStore) -> None:
         assert (viewer.status, viewer.body) == (200, DATA)
 
 
-def test_head_is_get_without_the_body(store: MediaStore) -> None:
-    clip = Clip(store)
-    live = got(clip, method="HEAD")
-    clip.finish()
-    done, asked = got(clip, method="HEAD", range="bytes=0-4"), got(clip)
-    assert (done.status, done.body, dict(done.headers)) == (200, b"", dict(asked.headers))
-    assert (live.status, live.body, live.headers["etag"]) == (200, b"", clip.record.live_etag)
-    assert live.headers["cache-control"] == "no-store"
+@pytest.mark.parametrize("state", ["begun", "growing", "done", "known", "failed", "not live", "no such"])
+def test_head_is_get_without_the_body(store: MediaStore, state: str) -> None:
+    clip, given = Clip(store, is_live=state != "not live"), Headers()
+    if state == "growing":
+        clip.grow(b"0123456789")
+    if state in ("done", "known"):
+        clip.finish()
+        given = Headers({"if-none-match": clip.record.etag} if state == "known" else {"x": "y"})
+    if state == "failed":
+        store.fail(clip.media_id, "why")
+    media_id = "0" * 32 if state == "no such" else clip.media_id
+    get, head = (run(content_answer(store, media_id, method, given)) for method in ("GET", "HEAD"))
+    assert (head.status_code, dict(head.headers)) == (get.status_code, dict(get.headers))
+    assert ("content-length" in get.headers) == (state not in ("begun", "growing", "known"))
+    if state in ("begun", "growing", "done"):
+        viewer = got(clip, method="HEAD")
+        assert (viewer.status, viewer.body, dict(viewer.headers)) == (200, b"", dict(get.headers))
+    if state == "done":
+        assert dict(got(clip, method="HEAD", range="bytes=0-4").headers) == dict(get.headers)
 
 
 def test_a_large_file_comes_in_parts_of_a_bounded_size(store: MediaStore) -> None:
@@ -234,7 +248,7 @@ def test_an_unknown_id(store: MediaStore, media_id: str) -> None:
 
 def test_a_file_that_will_never_be(store: MediaStore) -> None:
     clip = Clip(store)
-    clip.entry.fail("OSError: /a/secret/place")
+    store.fail(clip.media_id, "OSError: /a/secret/place")
     viewer = got(clip)
     assert (viewer.status, json.loads(viewer.body)["error"]["code"]) == (410, "media_failed")
     assert b"secret" not in viewer.body
@@ -443,21 +457,66 @@ def test_a_viewer_that_leaves_leaves_nothing_behind(store: MediaStore) -> None:
         await came.wait()
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
-        return closed
+        return list(closed)  # as long as nobody else could have closed them
 
     assert run(leave(is_begun=True)) == ["ended", "parts"]
     assert run(leave(is_begun=False)) == ["ended"]
 
 
-def test_a_finished_file_is_read_as_it_is_taken(store: MediaStore) -> None:
-    clip = Clip(store)
-    clip.finish(DATA * 1000)
+@pytest.mark.parametrize("is_taken", [True, False], ids=["taken", "left"])
+def test_a_finished_file_is_read_as_it_is_taken_and_to_its_end_though_it_is_swept(
+    store: MediaStore, is_taken: bool
+) -> None:
+    clip, data = Clip(store), DATA * 1000
+    clip.finish(data)
 
     async def work() -> None:
+        begun = open_files()
         parts = finished_parts(store, clip.record)
-        assert len(await anext(parts)) == PART_BYTES
-        clip.entry.path.unlink()
-        with pytest.raises(FileNotFoundError):
-            await anext(parts)
+        body = await anext(parts)
+        assert len(body) == PART_BYTES
+        assert open_files() == begun + 1
+        assert store.sweep(time.time() + 2000) == 1
+        if is_taken:
+            assert body + b"".join([part async for part in parts]) == data
+        else:
+            await parts.aclose()
+        assert open_files() == begun
 
     run(work())
+
+
+def test_a_viewer_that_is_cancelled_while_it_reads_leaves_no_file_open(
+    store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, entered, gate = Clip(store), threading.Event(), threading.Event()
+    clip.finish()
+    read: list[bytes] = []
+    read_at = content._read_at
+
+    def held(*arguments: Any) -> bytes:
+        entered.set()
+        assert gate.wait(DEADLINE_S)
+        read.append(read_at(*arguments))
+        return read[0]
+
+    monkeypatch.setattr(content, "_read_at", held)
+
+    async def work() -> None:
+        begun = open_files()
+        viewer = Viewer(clip)
+        watching = asyncio.create_task(viewer.watch())
+        await asyncio.to_thread(entered.wait, DEADLINE_S)
+        watching.cancel()
+        await asyncio.sleep(0.02)
+        gate.set()
+        await asyncio.gather(watching, return_exceptions=True)
+        assert (read, viewer.body, open_files()) == ([DATA], b"", begun)
+
+    run(work())
+
+
+def open_files() -> int:
+    """Files of media stores that this process has open."""
+    paths = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists() or path.is_symlink()]
+    return sum("/clip.mp4" in path for path in paths)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from cluster.errors import OverloadedError, StageFailed
@@ -28,7 +28,7 @@ from deployments.api.body_room import BodyRoom
 from deployments.api.exchange import Exchange, answered
 from deployments.api.media_answer import images_answer, live_answer, media_answer
 from deployments.media_store import MediaEntry, MediaStore, new_media_id
-from deployments.messages import Accepted, FileStarted, Finished, StepDone
+from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 
 FINISHED = Finished(
     request_id="r",
@@ -254,9 +254,14 @@ def test_an_unknown_error_says_nothing_of_the_inside(store: MediaStore) -> None:
     assert "secret" not in json.dumps(body)
 
 
-def test_a_file_that_is_not_to_be_seen_here_is_our_fault(store: MediaStore) -> None:
+def test_a_file_that_is_not_to_be_seen_here_is_our_fault(
+    store: MediaStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange.logger, "propagate", True)
     status, _, body = answer(store, Director(script(replace(FINISHED, media_id="0" * 32))))
-    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert (status, body["error"]["code"]) == (503, "media_unavailable")
+    assert str(store.directory) not in json.dumps(body)
+    assert str(store.directory) in caplog.text, "the log says where"
 
 
 # Files that grow
@@ -353,7 +358,7 @@ def test_a_file_that_grows_elsewhere_is_our_fault(store: MediaStore) -> None:
     director = Director([Accepted("r", 2, 5, 7, (), 1), FileStarted("0" * 32, "video/mp4", 1)])
     watched = Watched(goes_on)
     asyncio.run(watched.watch(store, director))
-    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (500, "internal_error")
+    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "media_unavailable")
     assert director.streams[0].is_cancelled
 
 
@@ -366,7 +371,7 @@ def test_a_failure_breaks_the_answer_off(who: str, store: MediaStore) -> None:
         if who == "request":
             has_failed.set()
         else:
-            growing.entry.fail("the encoder died")
+            store.fail(growing.finished.media_id, "the encoder died")
 
     growing.grow(b"half")
     director = Director([*growing.begin, has_failed.wait, StageFailed("encode", 3, "died")])
@@ -375,6 +380,85 @@ def test_a_failure_breaks_the_answer_off(who: str, store: MediaStore) -> None:
         asyncio.run(watched.watch(store, director))
     assert (watched.status, watched.body, watched.is_whole) == (200, b"half", False)
     assert director.streams[0].is_cancelled
+
+
+def test_a_file_that_is_whole_is_not_enough_when_its_request_fails(store: MediaStore) -> None:
+    growing, is_finished = Growing(store), asyncio.Event()
+
+    async def finish(body: bytes) -> None:
+        growing.finish()
+        is_finished.set()
+
+    async def later() -> None:
+        await is_finished.wait()
+        await asyncio.sleep(0.3)  # the file's end is seen
+
+    growing.grow(b"whole")
+    director = Director([*growing.begin, later, StageFailed("encode", 3, "died")])
+    watched = Watched(finish)
+    with pytest.raises(StageFailed, match="died"):
+        asyncio.run(watched.watch(store, director))
+    assert (watched.body, watched.is_whole) == (b"whole", False)
+
+
+@pytest.mark.parametrize("how", ["file says so first", "director says so first", "nobody says so of the file"])
+def test_a_file_that_fails_before_its_first_byte_is_nobodys_loss(how: str, store: MediaStore) -> None:
+    """The encoder died; the answer is the file that another one makes."""
+    dead, growing = Growing(store), Growing(store)
+    is_finished = asyncio.Event()
+
+    async def die() -> None:
+        if how != "nobody says so of the file":
+            store.fail(dead.finished.media_id, "the encoder died")
+        if how == "file says so first":
+            await asyncio.sleep(0.2)
+
+    async def finish(body: bytes) -> None:
+        growing.finish()
+        is_finished.set()
+
+    growing.grow(b"one")
+    script = [*dead.begin, die, StageRetried("encode", 2, "died", 0), growing.begin[-1], is_finished.wait]
+    director = Director([*script, growing.finished])
+    watched = Watched(finish)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, watched.body, watched.is_whole) == (200, b"one", True)
+    assert watched.headers["x-media-id"] == growing.finished.media_id
+    assert director.streams[0].is_cancelled
+
+
+def test_when_no_encoder_makes_the_file_the_answer_says_so(store: MediaStore) -> None:
+    dead = Growing(store)
+    store.fail(dead.finished.media_id, "the encoder died")
+    director = Director([*dead.begin, StageFailed("encode", 3, "died")])
+    watched = Watched(goes_on)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "stage_failed")
+    assert director.streams[0].is_cancelled
+
+
+def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStore) -> None:
+    growing = Growing(store)
+    growing.grow(b"a")
+    director = Director([*growing.begin, asyncio.Event().wait])
+
+    async def send(message: Any) -> None:
+        raise OSError("gone")
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        an_exchange = Exchange(director, "r", 60)
+        await an_exchange.ask(GenerationRequest())
+        response = await live_answer(an_exchange, store)
+        with pytest.raises(ClientDisconnect):
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert director.streams[0].is_cancelled
+
+    asyncio.run(run())
 
 
 def test_who_leaves_a_growing_file_stops_the_request(store: MediaStore) -> None:

@@ -113,7 +113,7 @@ def test_only_finished_files_can_be_read(store: MediaStore) -> None:
     for known in (media_id, new_media_id(), "no id"):
         with pytest.raises(RequestError, match="allowed is the id of a finished file, as long as it is kept"):
             store.read(known)
-    entry.fail("no more paper")
+    store.fail(media_id, "no more paper")
     with pytest.raises(RequestError, match="media_id="):
         store.read(media_id)
     gone = make(store)
@@ -165,7 +165,7 @@ def test_a_failure_is_for_good_and_said_once(store: MediaStore) -> None:
     assert (record.state, record.num_bytes) == (FAILED, 0)
     assert record.reason.startswith("the encoder died \N{BUG}")
     assert len(record.reason) == 2000
-    entry.fail("again")
+    store.fail(media_id, "again")
     assert found(store, media_id) == record
     with pytest.raises(MediaError, match="was declared failed while it was written"):
         entry.finish()
@@ -213,14 +213,14 @@ def test_of_those_who_end_a_clip_at_once_one_does(store: MediaStore) -> None:
 def test_a_failure_that_cannot_be_written_is_no_second_error(
     store: MediaStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    media_id, entry = begin(store)
+    media_id, _ = begin(store)
     monkeypatch.setattr(media_store.logger, "propagate", True)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(media_store, "put_record", full)
-    entry.fail("why")
+    store.fail(media_id, "why")
     assert f"the failure of {media_id} could not be written down" in caplog.text
     assert found(store, media_id).state == WRITING
 
@@ -236,6 +236,22 @@ def test_a_store_that_is_another_one(store: MediaStore, tmp_path: Path) -> None:
     elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1)
     with pytest.raises(MediaStoreError, match=f"in {elsewhere.directory}: media.directory must be one directory for"):
         elsewhere.expect(make(store))
+
+
+def test_a_file_is_on_the_disk_before_it_is_done(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    media_id, entry = begin(store)
+    synced: list[tuple[str, str]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix, found(store, media_id).state))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    entry.path.write_bytes(DATA)
+    entry.finish()
+    assert synced == [(".mp4", WRITING), (".part", WRITING)]
+    assert found(store, media_id).state == DONE
 
 
 # Sweeping
@@ -264,7 +280,7 @@ def test_a_clip_that_grows_stays_and_one_that_does_not_is_given_up(store: MediaS
     growing[1].live_path.write_bytes(b"more")
     assert store.sweep(time.time()) == 1
     assert left(store) == [growing[0]]
-    given_up[1].fail("it is gone: nothing to say")
+    store.fail(given_up[0], "it is gone: nothing to say")
     with pytest.raises(MediaError, match="is not in the media store"):
         given_up[1].finish()
 
@@ -283,6 +299,14 @@ def test_too_many_bytes_take_the_longest_finished_ones(tmp_path: Path) -> None:
     assert store.sweep(time.time()) == 2, "what is being written is not removed for it"
     assert left(store) == [writing]
     assert store.sweep(time.time()) == 0
+
+
+def test_as_many_bytes_as_may_be_stay_and_one_more_is_too_many(store: MediaStore) -> None:
+    make(store), make(store)
+    num_bytes = sum(path.stat().st_size for path in store.directory.glob("*/*"))
+    assert MediaStore(store.directory, num_bytes, KEEP_S).sweep(time.time()) == 0
+    assert MediaStore(store.directory, num_bytes - 1, KEEP_S).sweep(time.time()) == 1
+    assert len(left(store)) == 1
 
 
 def damage(name: str) -> Callable[[dict[str, Any]], str]:

@@ -280,7 +280,17 @@ def test_wrong_frames_are_refused_and_the_writer_goes_on(tmp_path, clip, frames)
 
 
 @pytest.mark.parametrize(
-    ("size", "threads"), [((32, 32), 1), ((192, 320), 1), ((480, 832), 2), ((720, 1280), 4), ((8192, 8192), 16)]
+    ("size", "threads"),
+    [
+        ((32, 32), 1),
+        ((192, 320), 1),
+        ((512, 512), 1),
+        ((512, 514), 2),
+        ((480, 832), 2),
+        ((720, 1280), 4),
+        ((1024, 1024), 4),
+        ((8192, 8192), 16),
+    ],
 )
 def test_larger_frames_take_more_threads(size: tuple[int, int], threads: int) -> None:
     assert encoder_threads(*size) == threads
