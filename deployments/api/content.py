@@ -74,7 +74,7 @@ async def content_answer(store: MediaStore, media_id: str, method: str, headers:
 
     A finished file is given by its length, with ``If-None-Match``, ``Range`` and ``If-Range``. One that is still made
     is given from its start, without length, part by part as it grows, and to its end even when the finished one is
-    there by then; ``Range: bytes=a-b`` gives of it what is there.
+    there by then; ``Range: bytes=a-b`` gives of it what is there, if there is any of it.
 
     Args:
         store: where it is.
@@ -176,11 +176,11 @@ def _live_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> Respo
         raise Refusal(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
     # What a cache had stored of it would be taken for the whole.
     headers = {"etag": record.live_etag, "cache-control": "no-store"}
-    if asked.is_closed:
-        path = store.live_path(record)
-        num_bytes = path.stat().st_size if path.exists() else 0
-        if span := asked.span(num_bytes, record.live_etag):
-            return _part_answer(_parts(path, span), span, "*", record, headers)
+    path = store.live_path(record)
+    num_bytes = path.stat().st_size if path.exists() else 0
+    # A range of which nothing is there yet cannot be refused for good. It is ignored, as RFC 9110 14.2 allows.
+    if asked.has_both_ends and asked.first < num_bytes and (span := asked.span(num_bytes, record.live_etag)):
+        return _part_answer(_parts(path, span), span, "*", record, headers)
     # A plain answer without a body would say that the file has a length, of 0.
     parts = _no_parts() if asked.is_head else live_parts(store, record)
     return PartsResponse(parts, headers, record.media_type)
@@ -228,9 +228,14 @@ class _Asked:
             self._first = self._last = ""  # no range, says the RFC
 
     @property
-    def is_closed(self) -> bool:
+    def has_both_ends(self) -> bool:
         """Whether a range was asked for that does not depend on the file's end."""
         return bool(self._first and self._last)
+
+    @property
+    def first(self) -> int:
+        """Where the range begins that was asked for."""
+        return int(self._first)
 
     def knows(self, etag: str) -> bool:
         """Whether the client has this file."""
