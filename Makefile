@@ -27,10 +27,10 @@ demo: env
 	$(BIN)/cosmos3 demo --checkpoint outputs/tiny-nano --out demo
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-all: env
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu

@@ -1,14 +1,17 @@
-"""The stream of one clip from its producer to its consumer: a bounded mailbox of references.
+"""The stream of one clip from its producers to its consumer: a bounded mailbox of references.
 
-Serve's own streams have no back-pressure and spread calls over replicas. Here the producer takes a credit before it
-makes a chunk, the Director posts the chunk's reference, and the one consumer of the clip takes it and gives the credit
-back. Chunks themselves never pass through this actor.
+Serve's own streams have no back-pressure and spread calls over replicas. Here a producer takes a credit before it makes
+a chunk, the Director posts the chunk's reference, and the one consumer of the clip takes it and gives the credit back.
+Chunks themselves never pass through this actor.
+
+Pictures and sound have a producer each, and one that dies is followed by another, of another name, which begins anew:
+what it makes a second time the Director drops, and its predecessor's unused credits are taken back.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +23,8 @@ from cluster.errors import OverloadedError, StreamClosed
 @dataclass
 class _Clip:
     credits: asyncio.Semaphore
+    making: Counter[str] = field(default_factory=Counter)  # producer -> credits it took and has not posted for
+    gone: set[str] = field(default_factory=set)
     posted: deque[Any] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_complete: bool = False
@@ -52,8 +57,8 @@ class ClipStreams:
             raise OverloadedError("open clips of one Director", self._max_clips, 1.0)
         self._clips[stream_id] = _Clip(asyncio.Semaphore(window))
 
-    async def acquire(self, stream_id: str, timeout_s: float) -> bool:
-        """The producer's: wait for a credit. False when the clip was closed: stop producing.
+    async def acquire(self, stream_id: str, producer: str, timeout_s: float) -> bool:
+        """A producer's: wait for a credit. False when it is not wanted any more: stop producing.
 
         Raises:
             TimeoutError: no credit came in time.
@@ -63,17 +68,36 @@ class ClipStreams:
             return False
         async with asyncio.timeout(timeout_s):
             await clip.credits.acquire()
-        if clip.closed_because is not None:
-            clip.credits.release()  # the next producer that waits is to hear of it too
+        if clip.closed_because is not None or producer in clip.gone:
+            clip.credits.release()  # the next producer that waits is to have it, or to hear of the end too
             return False
+        clip.making[producer] += 1
         return True
 
-    async def post(self, stream_id: str, boxed_ref: list[Any]) -> None:
-        """The Director's: pass on the next chunk, as a one-element list so that Ray leaves the reference alone."""
+    async def post(self, stream_id: str, producer: str, boxed_ref: list[Any]) -> None:
+        """The Director's: pass on a producer's next chunk, as a one-element list so that Ray leaves the reference
+        alone.
+        """
         clip = self._clips.get(stream_id)
         if clip is not None:
+            clip.making[producer] -= 1
             clip.posted.append(boxed_ref[0])
             clip.changed.set()
+
+    async def drop(self, stream_id: str, producer: str) -> None:
+        """A credit for which no chunk is posted: there is none left to make, or the consumer has had it already."""
+        clip = self._clips.get(stream_id)
+        if clip is not None and clip.making[producer] > 0:
+            clip.making[producer] -= 1
+            clip.credits.release()
+
+    async def forget(self, stream_id: str, producer: str) -> None:
+        """The Director's: a producer has died; the credits that it took and did not use go back."""
+        clip = self._clips.get(stream_id)
+        if clip is not None:
+            clip.gone.add(producer)
+            for _ in range(clip.making.pop(producer, 0)):
+                clip.credits.release()
 
     async def complete(self, stream_id: str) -> None:
         """The Director's: no chunk comes after those posted."""
@@ -126,6 +150,7 @@ class ClipStreams:
 
 def start_clip_streams(max_clips: int) -> Any:
     """Start the actor as a child of the calling one; after its death Ray starts an empty one in its place."""
-    # Two producers and a consumer of each clip may wait here; there must be room for the calls that end their waits.
-    max_calls = 6 * max_clips + 100
+    # Two producers and a consumer of each clip may wait here, and producers that have died; there must be room for the
+    # calls that end their waits.
+    max_calls = 10 * max_clips + 100
     return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=max_calls, max_restarts=-1).remote(max_clips)

@@ -3,7 +3,8 @@
 Every request is taken in at once and waits here, where its class is known, never in a router in front; whose turn it is
 says :mod:`cluster.turns`. Between quanta a request costs its state on every rank, within a bound: one that has to make
 room is parked, its state with the leader, and taken up again later. A cancelled one leaves at the next quantum.
-Now and then the state of a running request goes to the caller, who can have it taken up by another gang.
+Now and then the state of a running request goes to the caller, who can have it taken up by another gang. Where previews
+are asked for, rank 0 gives their colours between two quanta, and the file is made beside the next one.
 
 When the gang fails, every request gets the failure, and so does every later one: the leader ends and is rebuilt.
 """
@@ -12,18 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError
+from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
 from cluster.gang import Gang
-from cluster.rank import Step, StepReport
+from cluster.transformer_rank import Step, StepReport
 from cluster.turns import Turns, Urgency, urgency_of
-from cosmos3_core.admission import PromptLedger
+from cosmos3_core.admission import PromptLedger, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
+from cosmos3_core.media.webp import MAX_FRAMES, animated_webp
+from cosmos3_core.preview import PreviewOrder
+
+logger = logging.getLogger("ray.serve")
 
 _QUANTUM_S = 0.25
 # A gang counts as hung when a quantum takes this many times what the last one took, and longer than the floor.
@@ -72,13 +78,29 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Previewed:
+    """What the pictures will be, as far as ``step`` steps tell; ``webp`` is a whole file."""
+
+    step: int
+    sigma: float
+    webp: bytes
+
+
+@dataclass(frozen=True)
+class PreviewsEnded:
+    """A preview could not be made, and there will be no more of them; the request goes on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Denoised:
     """The latents, modality -> fp32; the last update."""
 
     latents: dict[str, TensorEnvelope]
 
 
-Update = Queued | Step | Saved | Denoised
+Update = Queued | Step | Saved | Previewed | PreviewsEnded | Denoised
 
 
 @dataclass(eq=False)
@@ -90,6 +112,7 @@ class _Job:
     urgency: Urgency
     state: TensorEnvelope | None  # to begin from: saved by another gang, or parked by this one
     clean: TensorEnvelope | None  # latents of the frames that the request gives
+    previews: PreviewOrder | None  # None as well once they have ended
     updates: asyncio.Queue[Update | Exception] = field(default_factory=asyncio.Queue)
     position: int | None = None
     is_cancelled: bool = False
@@ -97,6 +120,7 @@ class _Job:
     step_s: float | None = None
     save_at_s: float = 0.0
     is_save_taken: bool = True
+    preview_due_step: int = 1
 
 
 class EngineLoop:
@@ -104,19 +128,24 @@ class EngineLoop:
 
     Args:
         gang: up and warm.
+        request_memory: what requests hold of a rank's memory.
         spec: its bounds and deadlines.
         on_failure: called once, when the gang has failed and everybody was told.
     """
 
-    def __init__(self, gang: Gang, spec: LoopSpec, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, gang: Gang, request_memory: RequestMemory, spec: LoopSpec, on_failure: Callable[[], None]
+    ) -> None:
         self._gang = gang
+        self._request_memory = request_memory
         self._spec = spec
         self._on_failure = on_failure
         self._turns: Turns[_Job] = Turns()
-        self._ledger = PromptLedger(spec.text_cache_bytes, gang.request_memory.bytes_per_text_token)
+        self._ledger = PromptLedger(spec.text_cache_bytes, request_memory.bytes_per_text_token)
         self._undropped: tuple[str, ...] = ()
         self._wake = asyncio.Event()
         self._seconds_per_request = 0.0
+        self._encoding: asyncio.Task[None] | None = None
         self.failure: GangFailed | None = None
         # A context of its own: a task made inside a request would be cancelled with that request.
         self._task = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
@@ -133,8 +162,9 @@ class EngineLoop:
         limit_s: float,
         state: TensorEnvelope | None = None,
         clean: TensorEnvelope | None = None,
+        previews: PreviewOrder | None = None,
     ) -> AsyncIterator[Update]:
-        """Queue a request and follow it: positions, every step, saved states, the latents last.
+        """Queue a request and follow it: positions, every step, saved states, previews, the latents last.
 
         Leaving the iterator early cancels the request at the next quantum.
 
@@ -144,6 +174,8 @@ class EngineLoop:
             limit_s: seconds that it may take from now on, waiting included.
             state: to go on from; a :class:`Saved` one of the same request.
             clean: latents of the frames that the request gives.
+            previews: those to make on the way; None: none. They come as soon as they are made, none after the last
+                step. While one is made no other is begun: a due one waits for the next quantum, or for ever.
 
         Raises:
             OverloadedError: the queue is full.
@@ -158,7 +190,9 @@ class EngineLoop:
         if (num_jobs := self._turns.num_of(urgency)) >= self._spec.max_jobs:
             what = f"requests for {urgency.name.lower()}s of one transformer gang"
             raise OverloadedError(what, self._spec.max_jobs, max(1.0, self._seconds_per_request * num_jobs))
-        job = _Job(job_id, request, self._now_s() + limit_s, limit_s, urgency, state, clean)
+        job = _Job(job_id, request, self._now_s() + limit_s, limit_s, urgency, state, clean, previews)
+        if previews is not None:
+            job.preview_due_step = previews.period_steps(request.num_inference_steps)
         self._turns.add(job, urgency, self._now_s())
         self._tell_positions()
         self._wake.set()
@@ -240,7 +274,7 @@ class EngineLoop:
 
     async def _make_room_for(self, job: _Job) -> None:
         """Park what has begun, the least urgent and latest first, until the request fits."""
-        memory = self._gang.request_memory
+        memory = self._request_memory
         begun = [other for other in self._turns if other.has_begun]
         while begun and sum(memory.of(it.request) for it in (job, *begun)) > self._spec.max_held_bytes:
             parked = begun.pop()
@@ -261,19 +295,62 @@ class EngineLoop:
             self._refuse(job, error)
             return
         report = reports[0]
+        last = report.steps[-1]
+        if last.step == last.num_steps:
+            job.previews = None  # what is still being made is too late: the clip itself comes now
         for step in report.steps:
             job.updates.put_nowait(step)
         job.step_s = report.seconds / len(report.steps)
-        last = report.steps[-1]
         if last.step == last.num_steps:
             job.updates.put_nowait(Denoised(await self._first("latents", job)))
             await self._end(job)
             self._seconds_per_request = job.step_s * last.num_steps
-        elif (start_s := self._now_s()) >= job.save_at_s and job.is_save_taken:
+            return
+        if job.previews is not None and last.step >= job.preview_due_step:
+            await self._preview(job, job.previews, last)
+        if (start_s := self._now_s()) >= job.save_at_s and job.is_save_taken:
             job.updates.put_nowait(Saved(last.step, await self._save(job)))
             job.is_save_taken = False
             cost_s = self._now_s() - start_s
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
+
+    async def _preview(self, job: _Job, order: PreviewOrder, last: Step) -> None:
+        """Have a due preview made, unless another one still is. The gang waits for rank 0's colours only."""
+        if self._encoding is not None and not self._encoding.done():
+            return
+        period_steps = order.period_steps(last.num_steps)
+        job.preview_due_step = last.step - last.step % period_steps + period_steps
+        try:
+            colours = await self._gang.first(
+                "preview",
+                job.job_id,
+                order.preview_map,
+                MAX_FRAMES,
+                phase="step",
+                timeout_s=self._spec.quantum_timeout_s,
+                passes_on=PreviewFailed,
+            )
+        except PreviewFailed as error:
+            self._end_previews(job, error.reason)
+            return
+        self._encoding = asyncio.create_task(self._encode_preview(job, order, last, colours))
+
+    async def _encode_preview(self, job: _Job, order: PreviewOrder, last: Step, colours: TensorEnvelope) -> None:
+        try:
+            frames = colours.array()
+            webp = await asyncio.to_thread(animated_webp, frames, order.fps(len(frames)))
+        except Exception as error:  # noqa: BLE001 - a preview fails no request, whatever is wrong with it
+            self._end_previews(job, f"{type(error).__name__}: {error}")
+            return
+        if job.previews is not None:
+            job.updates.put_nowait(Previewed(last.step, last.sigma, webp))
+
+    @staticmethod
+    def _end_previews(job: _Job, reason: str) -> None:
+        if job.previews is not None:
+            logger.warning("request %s goes on without previews: %s", job.job_id, reason)
+            job.updates.put_nowait(PreviewsEnded(reason))
+            job.previews = None
 
     async def _save(self, job: _Job) -> TensorEnvelope:
         """A begun request's state. One rank's is enough: all hold the same."""

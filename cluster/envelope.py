@@ -6,6 +6,7 @@ whoever only forwards an envelope needs none.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,18 @@ class TensorEnvelope:
 
     def tensor(self) -> torch.Tensor:
         """The torch tensor, on the CPU, in memory of its own: the store's is read-only."""
+        return self.borrowed_tensor().clone()
+
+    def borrowed_tensor(self) -> torch.Tensor:
+        """The torch tensor, on the CPU, in the memory that the bytes lie in: nobody may write to it."""
         import torch
 
         dtype = getattr(torch, self.dtype)
         if not self.data.size:
             return torch.empty(self.shape, dtype=dtype)
-        return torch.from_numpy(np.array(self.data)).view(dtype).reshape(self.shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(self.data).view(dtype).reshape(self.shape)
 
     def array(self) -> npt.NDArray[Any]:
         """The numpy array, a view of :attr:`data`; read-only where that is. Not for bfloat16."""

@@ -5,6 +5,7 @@
         ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
         │   └── GangLost      the same, seen by a request that the gang was not at work on
         ├── OutOfMemory       a request does not fit into a device's memory; not tried again
+        ├── PreviewFailed     a preview could not be made; the request goes on without
         ├── StreamClosed      the other end of a clip's stream gave up
         ├── OverloadedError   a bound was reached; try again later
         ├── ShuttingDown      the app finishes what it has and takes no more
@@ -28,7 +29,8 @@ class GangFailed(ClusterError):
     """A gang of ranks failed as a whole.
 
     Args:
-        phase: what it was doing: "place", "start", "meet", "load", "warm up", "idle", "begin" or "step".
+        phase: what it was doing: "place", "start", "meet", "load", "warm up" or "idle"; transformers also "begin" and
+            "step", VAEs "decode", "encode" and "previews"; "call" is the leader's own bug.
         reason: what happened.
         rank: the rank that failed; None where it is nobody's or cannot be told.
     """
@@ -39,7 +41,7 @@ class GangFailed(ClusterError):
 
     def __str__(self) -> str:
         where = "" if self.rank is None else f", rank {self.rank}"
-        return f"the transformer gang failed during {self.phase!r}{where}: {self.reason}"
+        return f"the gang failed during {self.phase!r}{where}: {self.reason}"
 
 
 class GangLost(GangFailed):
@@ -59,6 +61,21 @@ class OutOfMemory(ClusterError):
 
     def __str__(self) -> str:
         return f"the request does not fit into a device's memory; ask for fewer frames or a smaller size: {self.what}"
+
+
+class PreviewFailed(ClusterError):
+    """A request goes on without previews.
+
+    Args:
+        reason: why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+    def __str__(self) -> str:
+        return f"no previews: {self.reason}"
 
 
 class StreamClosed(ClusterError):

@@ -6,8 +6,8 @@ the leader dies, its ranks and the group go with it. Bring-up is numbered, and e
     1 place    order the placement group's bundles: rank 0 beside the leader, a node's ranks adjacent
     2 start    one actor a bundle, each in its own process
     3 meet     rank 0 opens a port, all ranks make their process groups (not where a gang is one rank)
-    4 load     every rank loads its share of the transformer
-    5 warm up  one small request through all ranks
+    4 load     every rank loads its share of the model
+    5 warm up  a small piece of work through all ranks
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import GangFailed, OutOfMemory
-from cluster.rank import Loaded, Rank, RankInfo, RankSpec
-from cosmos3_core.admission import PromptOrders, RequestMemory
-from cosmos3_core.denoise_request import DenoiseRequest
+from cluster.rank import Loaded, RankInfo, RankSpec
 from cosmos3_core.errors import Cosmos3Error
-from cosmos3_core.shapes import LatentShape
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,25 +35,13 @@ _AGREE_S = 30.0
 # Until Ray reports a process that has died.
 _DEATH_S = 3.0
 
-_WARM_UP = DenoiseRequest(
-    text_ids=(1, 2),
-    negative_text_ids=(2,),
-    latent_shape=LatentShape(2, 2, 2),
-    fps=24.0,
-    num_inference_steps=2,
-    guidance_scale=2.0,
-    schedule="native",
-    flow_shift=10.0,
-    seed=0,
-)
-
 
 @dataclass(frozen=True)
 class GangSpec:
     """A gang to be.
 
     Attributes:
-        rank: what each loads, and the layout that says how many there are.
+        rank: what each loads, and how many there are.
         cpus_per_rank, gpus_per_rank: what each takes of its bundle.
         start_timeout_s: for each phase of the bring-up.
     """
@@ -69,7 +54,7 @@ class GangSpec:
     @property
     def num_ranks(self) -> int:
         """Rank actors in a gang."""
-        return self.rank.layout.num_ranks
+        return self.rank.num_ranks
 
 
 def bundles(spec: GangSpec, leader_cpus: float) -> list[dict[str, float]]:
@@ -89,10 +74,10 @@ class Gang:
 
     Attributes:
         infos: where the ranks live.
-        request_memory: what requests hold of a rank's memory.
+        loaded: what came of loading, on rank 0.
     """
 
-    request_memory: RequestMemory
+    loaded: Loaded
 
     def __init__(self, actors: list[Any]) -> None:
         self._actors = actors
@@ -114,18 +99,13 @@ class Gang:
             if spec.num_ranks > 1:
                 address, port = await gang.first("host", phase="meet", timeout_s=spec.start_timeout_s)
                 await gang.call("join", address, port, phase="meet", timeout_s=spec.start_timeout_s)
-                logger.info("gang 3/5 meet: %s at %s:%s", spec.rank.layout, address, port)
+                logger.info("gang 3/5 meet: %s ranks at %s:%s", spec.num_ranks, address, port)
             loaded: list[Loaded] = await gang.call(
                 "load", phase="load", timeout_s=spec.start_timeout_s, passes_on=Cosmos3Error
             )
-            gang.request_memory = loaded[0].request_memory
+            gang.loaded = loaded[0]
             logger.info("gang 4/5 load: %.1f s, %s", max(it.seconds for it in loaded), loaded[0].ops)
-            for method, arguments in (
-                ("begin", ("warm up", _WARM_UP, PromptOrders())),
-                ("step", ("warm up", 2)),
-                ("save", ("warm up",)),
-                ("end", ("warm up",)),
-            ):
+            for method, arguments in spec.rank.warm_up:
                 await gang.call(method, *arguments, phase="warm up", timeout_s=spec.start_timeout_s)
             logger.info("gang 5/5 warm up: done")
         except BaseException:
@@ -133,9 +113,17 @@ class Gang:
             raise
         return gang
 
-    async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
+    async def first(
+        self,
+        method: str,
+        *arguments: Any,
+        phase: str,
+        timeout_s: float,
+        passes_on: type[Cosmos3Error] | tuple[()] = (),
+    ) -> Any:
         """Call a method on rank 0 alone; as :meth:`call` otherwise."""
-        return (await Gang(self._actors[:1]).call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
+        alone = Gang(self._actors[:1])
+        return (await alone.call(method, *arguments, phase=phase, timeout_s=timeout_s, passes_on=passes_on))[0]
 
     async def call(
         self,
@@ -148,7 +136,7 @@ class Gang:
         """Call a method on every rank and wait for all of them; the first failure is everybody's.
 
         Args:
-            method, arguments: of :class:`cluster.rank.Rank`.
+            method, arguments: of the ranks' class.
             phase: for messages.
             timeout_s: for all of them.
             passes_on: errors that are handed on as they are: they tell the user more than that a gang failed.
@@ -177,12 +165,14 @@ class Gang:
             GangFailed: as :meth:`call`; or some ranks refused and others did not.
         """
         calls = await self._first_failure_of(method, arguments, timeout_s)
-        if any(isinstance(error, Cosmos3Error) for error in _errors(calls).values()):
+        # Where one cannot be a refusal the gang has failed, and the others may be waiting for it in an exchange.
+        errors = _errors(calls)
+        if errors and all(_may_be_refusal(error, len(calls)) for error in errors.values()):
             await asyncio.wait(calls, timeout=min(_AGREE_S, timeout_s))
         errors = _errors(calls)
         if len({(type(error), str(error)) for error in errors.values()}) == 1 and len(errors) == len(calls):
             error = errors[0]
-            if isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemory) and len(calls) > 1):
+            if _may_be_refusal(error, len(calls)):
                 raise error
         return _results(calls, errors, method, phase, timeout_s)
 
@@ -223,7 +213,7 @@ def _placed_bundles(spec: GangSpec) -> list[int]:
 
 def _start_actors(spec: GangSpec, order: list[int]) -> list[Any]:
     group = get_current_placement_group()
-    actor_class = ray.remote(Rank)
+    actor_class = ray.remote(spec.rank.rank_class)
     return [
         actor_class.options(
             num_cpus=spec.cpus_per_rank,
@@ -235,6 +225,10 @@ def _start_actors(spec: GangSpec, order: list[int]) -> list[Any]:
         ).remote(rank, spec.rank)
         for rank, bundle in enumerate(order)
     ]
+
+
+def _may_be_refusal(error: BaseException, num_ranks: int) -> bool:
+    return isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemory) and num_ranks > 1)
 
 
 def _errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException]:

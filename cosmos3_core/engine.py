@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -19,15 +20,16 @@ from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import check_weights, load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.conditioning.clean import clean_latents
-from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DEFAULT_TEXT_CACHE_BYTES, Denoiser, StepEvent
 from cosmos3_core.device import DTYPES, resolve_device
 from cosmos3_core.errors import CapabilityError, ClosedError, RequestError
-from cosmos3_core.media.pixels import to_unit
+from cosmos3_core.media.pixels import to_uint8, to_unit
 from cosmos3_core.model.transformer import SOUND, VIDEO
 from cosmos3_core.parallel.apply import branch_share, parallelize
-from cosmos3_core.parallel.groups import ALONE, Groups
+from cosmos3_core.parallel.groups import ALONE, Groups, connect
+from cosmos3_core.parallel.strips import Strip, strip_of
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
 from cosmos3_core.request import ResolvedRequest
@@ -87,7 +89,7 @@ class Engine:
         text_cache_bytes: bound of the cache of prompts' keys and values.
         ops: operator -> implementation name, to override the choice.
         groups: this process's part in a layout of several ranks; every rank then makes the same calls and gets the same
-            results.
+            results, but for :meth:`frames`. All of them share the frames of pictures, in strips, whatever the layout.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
@@ -125,6 +127,8 @@ class Engine:
             else ("karras" if use_karras_sigmas else "native")
         )
         self.tokenizer = load_tokenizer(self.layout.component_dir("text_tokenizer"))
+        self.ranks = groups.everyone
+        connect(self.ranks, self.device)
         shard = groups.layout.shard(groups.rank)
         transformer = load_transformer(self.layout, device=self.device, dtype=dtype, ops=ops, shard=shard)
         parallelize(transformer, groups)
@@ -168,7 +172,7 @@ class Engine:
             RequestError: the media is damaged, or larger than allowed.
             ClosedError: the engine was closed.
         """
-        return clean_latents(self._video_vae, picture)
+        return clean_latents(self._video_vae, picture, read_picture(picture), partial(strip_of, self.ranks))
 
     def denoise(
         self,
@@ -207,9 +211,31 @@ class Engine:
                 :meth:`VideoVAE.decode` chooses.
 
         Yields:
-            Pixels [1, 3, F, Y, X] in [-1, 1]: one frame first, then ``chunk_latents`` x 4 at a time.
+            Pixels [1, 3, F, Y, X] in [-1, 1]: one frame first, then ``chunk_latents`` x 4 at a time; whole frames on
+            every rank. :meth:`frames` moves less.
         """
-        return self._video_vae.decode(latents, chunk_latents=chunk_latents)
+        strip, chunks = self._strips(latents, chunk_latents)
+        return map(strip.share, chunks)
+
+    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents as a stream of RGB bytes, which travel between ranks as such.
+
+        Args:
+            latents: the video ones of :meth:`denoise`, [1, C, T, H, W].
+
+        Yields:
+            uint8 [F, Y, X, 3] on the engine's device, chunked as :meth:`decode` does by itself; on the first rank. The
+            others yield nothing, and have to ask all the same: they decode their strips meanwhile.
+        """
+        strip, chunks = self._strips(latents, None)
+        return _collected(strip, chunks)
+
+    def _strips(self, latents: Tensor, chunk_latents: int | None) -> tuple[Strip, Iterator[Tensor]]:
+        """This rank's strip, and its pixels chunk by chunk."""
+        vae = self._video_vae
+        vae.check_latents(latents)
+        strip = strip_of(self.ranks, *latents.shape[-2:])
+        return strip, vae.decode(latents, chunk_latents=chunk_latents, part=strip)
 
     def decode_sound(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode sound latents [C, T] of :meth:`denoise` as a stream.
@@ -301,6 +327,14 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _collected(strip: Strip, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    for chunk in chunks:
+        frames = strip.collect(to_uint8(chunk))
+        del chunk  # or it would live until the next one is there
+        if frames is not None:
+            yield frames
 
 
 def _latent_shape(shape: tuple[int, int, int]) -> LatentShape:

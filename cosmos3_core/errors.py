@@ -9,6 +9,7 @@
     │   └── TensorMismatchError missing, unexpected or mis-shaped tensors
     ├── StateError              a saved denoise state is damaged or belongs to another request
     ├── MediaError              frames or sound could not be turned into a file
+    ├── MeasureError            a benchmark came to nothing: what it measured failed, died or took too long
     └── ClosedError             a closed engine, decoder or writer was used
 
 Bad input raises one of these before anything large is allocated. An ``AssertionError`` is always our own bug.
@@ -126,6 +127,10 @@ class StateError(Cosmos3Error):
 
 class MediaError(Cosmos3Error):
     """Frames or sound could not be written as a media file, or read from one."""
+
+
+class MeasureError(Cosmos3Error):
+    """What a benchmark measured failed, died or took too long."""
 
 
 class ClosedError(Cosmos3Error):

@@ -30,7 +30,7 @@ from cosmos3_core.device import DTYPES, collective_backend, local_device, resolv
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.output import OutputFile, path_with_suffix
-from cosmos3_core.media.pixels import FrameHash, Frames, to_uint8
+from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.sound import Samples
 from cosmos3_core.media.writer import open_writer
 from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
@@ -66,7 +66,7 @@ class GenerationResult:
     """What came of a request.
 
     Attributes:
-        path: the file; None when latents or nothing but actions were asked for.
+        path: the file; None when latents or nothing but actions were asked for, and on every rank but the first.
         request: the request as it was run, every field decided; its ``notes`` say what was changed.
         negative_prompt_origin: ``given``, ``empty``, ``checkpoint`` or ``built-in``.
         frames_sha256: hash of the uint8 frames that went to the encoder; "" when there were none.
@@ -91,10 +91,8 @@ def generate(
     *,
     output: Literal["media", "latent"] = "media",
     on_step: Callable[[StepEvent], None] | None = None,
-    crf: float = 18,
-    lossless: bool = False,
 ) -> GenerationResult:
-    """Serve one request.
+    """Serve one request. Where the engine is one of several ranks, all of them call this; the first writes the file.
 
     Args:
         engine: a loaded checkpoint.
@@ -102,7 +100,6 @@ def generate(
         out: path without its ending: ``.mp4`` is added, or what else the output is.
         output: ``latent`` stops before decoding and returns the latents.
         on_step: called after every denoising step.
-        crf, lossless: see :class:`Mp4Writer`.
 
     Raises:
         RequestError: the request, the path or a setting is wrong; raised before anything large is allocated.
@@ -127,8 +124,13 @@ def generate(
     path, frames_sha256 = None, ""
     if output == "latent" or not resolved.has_file:
         latents = denoised()
+    elif engine.ranks.rank > 0:
+        latents = denoised()
+        if resolved.has_pictures:
+            # No frames come out here: this rank decodes its strips of them for the first one.
+            list(_frames(engine, latents[VIDEO], clock))
     else:
-        clip_format = resolved.clip_format(crf=crf, lossless=lossless)
+        clip_format = resolved.clip_format()
         path, digest = path_with_suffix(out, clip_format.suffix), FrameHash()
         # Opened before the long part, so that a place or a setting that cannot be is refused before it.
         with open_writer(path, clip_format) as writer:
@@ -161,14 +163,14 @@ def generate(
 
 def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
     """Decoded chunks as uint8 frames on the CPU; of pixels, one chunk exists at a time."""
-    chunks = engine.decode(latents)
+    chunks = engine.frames(latents)
     while True:
         with clock.stage("decode"):
             chunk = next(chunks, None)
         if chunk is None:
             return
         with clock.stage("to_cpu"):
-            frames = to_uint8(chunk).cpu().numpy()
+            frames = chunk.cpu().numpy()
         del chunk
         yield frames
 
@@ -252,19 +254,12 @@ def run(options: argparse.Namespace) -> None:
             dtype = None if options.dtype is None else DTYPES[checks.choice("dtype", options.dtype, tuple(DTYPES))]
             engine = Engine(options.checkpoint, dtype=dtype, device=device, groups=groups)
         with engine:
-            if groups.rank > 0:
-                # Every rank takes part in the denoising and has its result; one of them writes the file.
-                generate(engine, request, output="latent")
-                return
-            progress.start(resolved.num_inference_steps, "denoising")
-            result = generate(
-                engine,
-                request,
-                options.out,
-                on_step=lambda event: progress.update(event.step),
-                crf=18 if options.crf is None else options.crf,
-            )
+            if groups.rank == 0:
+                progress.start(resolved.num_inference_steps, "denoising")
+            result = generate(engine, request, options.out, on_step=lambda event: progress.update(event.step))
         progress.close()
+        if groups.rank > 0:
+            return  # the first one writes and says everything
         for note in result.request.notes:
             print(f"note: {note}", file=sys.stderr)
         actions_path = None if result.actions is None else write_actions(result.actions, options.out)
@@ -296,7 +291,8 @@ def _layout(options: argparse.Namespace) -> Layout:
             "tp x cfg x sp",
             f"{layout}, {layout.num_ranks} ranks",
             f"as many ranks as there are processes, {num_processes}",
-            f"Start with: torchrun --nproc_per_node={layout.num_ranks} -m cosmos3_core.generate ...",
+            f"Choose --tp, --cfg and --sp whose product is {num_processes}, or start with: "
+            f"torchrun --nproc_per_node={layout.num_ranks} -m cosmos3_core.generate ...",
         )
     layout.check(CheckpointLayout.open(options.checkpoint).transformer)
     return layout

@@ -15,6 +15,7 @@ from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, VIDEO
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.image import DEFAULT_QUALITY
+from cosmos3_core.media.mp4 import DEFAULT_CRF
 from cosmos3_core.media.source import (
     ImageSource,
     VideoSource,
@@ -73,6 +74,8 @@ class GenerationRequest:
         output: ``mp4``, ``wav`` (with sound), ``png``, ``jpeg`` or ``webp`` (images), or ``actions`` alone; None =
             mp4 or png, and actions alone for inverse dynamics, whose pictures are the given ones.
         output_quality: of jpeg and webp, 0 (smallest) to 100 (best); 90.
+        crf: of mp4, H.264's quality, 0 (best) to 51; 18.
+        lossless: of mp4: its yuv420p planes are stored exactly; large, and few players open it. Not with ``crf``.
         noise: modality -> initial noise to start from instead of drawing it; ``{"video": [1, C, T, H, W] fp32}``.
         compat: ``diffusers`` gives that pipeline's prompts and schedule (0.42.1) wherever a field is None.
     """
@@ -107,6 +110,8 @@ class GenerationRequest:
     negative_metadata: str | None = None
     output: str | None = None
     output_quality: int | None = None
+    crf: float | None = None
+    lossless: bool = False
     noise: dict[str, Tensor] | None = field(default=None, compare=False)
     compat: str = NATIVE_BEHAVIOUR
 
@@ -147,6 +152,7 @@ class ResolvedRequest:
         schedule: a real schedule's name; ``shipped`` is resolved.
         output: ``actions``, or the kind of the file.
         output_quality: of the file, where it is a jpeg or webp.
+        crf, lossless: of the file, where it is an mp4.
         picture: what of the given image or video is encoded; None where there is none.
         action: the actions; None where there are none.
         sound: the sound; None where there is none.
@@ -172,6 +178,8 @@ class ResolvedRequest:
     negative_metadata: str
     output: str
     output_quality: int = DEFAULT_QUALITY
+    crf: float = DEFAULT_CRF
+    lossless: bool = False
     picture: PictureCondition | None = None
     action: ActionTrack | None = None
     sound: SoundTrack | None = None
@@ -194,7 +202,7 @@ class ResolvedRequest:
         """Whether pictures have to be decoded."""
         return self.output not in (ACTIONS_ONLY, "wav")
 
-    def clip_format(self, *, crf: float = 18, lossless: bool = False) -> ClipFormat:
+    def clip_format(self) -> ClipFormat:
         """The file that this request becomes.
 
         Raises:
@@ -207,8 +215,8 @@ class ResolvedRequest:
             height=self.height,
             width=self.width,
             fps=self.fps,
-            crf=crf,
-            lossless=lossless,
+            crf=self.crf,
+            lossless=self.lossless,
             sound=None if self.sound is None else self.sound.track,
             quality=self.output_quality,
         )

@@ -48,11 +48,13 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add("--compat", choices=("native", "diffusers"), default="native", help="whose prompts and schedule to follow")
     add("--output", help="mp4, wav (with --sound), png, jpeg or webp (one frame), or actions alone")
     add("--output-quality", type=int, help="of jpeg and webp, 0 to 100")
+    add("--crf", type=float, help="of mp4, H.264's quality, 0 (best) to 51; 18")
+    add("--lossless", action="store_true", help="of mp4: its yuv420p planes are stored exactly")
     add("--out", default="cosmos3", metavar="PREFIX", help="writes PREFIX.mp4, PREFIX.png ..., PREFIX.actions.json")
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, is_checkpoint_required: bool = True) -> None:
-    """Add how a process of its own does it: checkpoint, device, dtype, the file's quality."""
+    """Add how a process of its own does it: checkpoint, device, dtype, ranks."""
     add = parser.add_argument
     add("--checkpoint", required=is_checkpoint_required, help="checkpoint directory in the published layout")
     add("--dtype", help="of the weights: float32, bfloat16 or float16; default as stored")
@@ -60,7 +62,6 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, is_checkpoint_required:
     add("--tp", type=int, default=1, help="ranks that share heads and FFN columns; start with torchrun")
     add("--cfg", type=int, default=1, help="2 runs the guidance branches side by side; start with torchrun")
     add("--sp", type=int, default=1, help="ranks that share the generated tokens; start with torchrun")
-    add("--crf", type=float, help="H.264 quality, 0 (best) to 51; default 18")
 
 
 def request_of(options: argparse.Namespace) -> GenerationRequest:
@@ -99,6 +100,8 @@ def request_of(options: argparse.Namespace) -> GenerationRequest:
         seed=options.seed,
         output=options.output,
         output_quality=options.output_quality,
+        crf=options.crf,
+        lossless=options.lossless,
         compat=options.compat,
     )
 

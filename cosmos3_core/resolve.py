@@ -34,6 +34,7 @@ from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.embodiments import find_embodiment
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.image import DEFAULT_QUALITY, IMAGE_KINDS, check_image
+from cosmos3_core.media.mp4 import DEFAULT_CRF, MAX_CRF
 from cosmos3_core.media.source import (
     ClipInfo,
     Packed,
@@ -174,6 +175,7 @@ def resolve(
     negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
     output = _output(mode, request.output)
     quality = _output_quality(output, request.output_quality)
+    crf = _crf(output, request)
     if mode.is_image:
         check_image(output, height, width, quality)
     return ResolvedRequest(
@@ -197,6 +199,8 @@ def resolve(
         negative_metadata=checks.choice("negative_metadata", negative_metadata, NEGATIVE_METADATA),
         output=output,
         output_quality=quality,
+        crf=crf,
+        lossless=request.lossless,
         picture=picture,
         action=action,
         sound=sound,
@@ -487,6 +491,19 @@ def _output_quality(output: str, quality: int | None) -> int:
     if output not in _LOSSY_OUTPUTS:
         raise RequestError("output_quality", quality, f"nothing for {output}; it is for {' and '.join(_LOSSY_OUTPUTS)}")
     return checks.integer("output_quality", quality, 0, 100)
+
+
+def _crf(output: str, request: GenerationRequest) -> float:
+    """H.264's quality; looks at ``lossless`` as well, which goes without one."""
+    is_lossless = checks.flag("lossless", request.lossless)
+    for name, given in (("crf", request.crf is not None), ("lossless", is_lossless)):
+        if given and output != "mp4":
+            raise RequestError(name, getattr(request, name), f"nothing for {output}; it is for mp4")
+    if request.crf is None:
+        return DEFAULT_CRF
+    if is_lossless:
+        raise RequestError("crf", request.crf, "nothing beside lossless", "Choose one of both.")
+    return checks.real("crf", request.crf, 0, MAX_CRF)
 
 
 def shipped_flow_shift(layout: CheckpointLayout) -> float:

@@ -84,8 +84,8 @@ def pixel_to_latent_shape(
 def chunk_latents(height: int, width: int, at_least: int) -> int:
     """Latent frames to decode at a time: as many as make ``at_least`` latent positions, but 4 at most.
 
-    By the size of the frames alone: a clip decodes alike however long it is. The most, because a chunk is also what a
-    stream of frames comes in.
+    By the size of the frames alone - of the largest part where several are decoded at once, as each has a device to
+    fill: a clip decodes alike however long it is. The most, because a chunk is also what a stream of frames comes in.
     """
     return min(4, -(-at_least // (height * width)))
 

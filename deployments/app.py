@@ -3,7 +3,7 @@
     ingress ── director ─┬─ tokenizer
                          ├─ transformer   one replica = one gang: a leader and its rank actors in a placement group
                          ├─ (unguided     the same, for requests without guidance, where they have gangs of their own)
-                         ├─ vae           given pictures -> latents, latents -> frames
+                         ├─ vae           given pictures -> latents, latents -> frames; a gang too
                          ├─ (audio        latents -> sound, where the checkpoint makes some)
                          └─ encoder
 
@@ -20,18 +20,20 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from cluster.engine_loop import LoopSpec
 from cluster.gang import GangSpec, bundles
-from cluster.rank import RankSpec
+from cluster.transformer_rank import TransformerSpec
+from cluster.video_vae_rank import VideoVAESpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.parallel.layout import Layout
 from deployments.audio_vae import AudioVAE
-from deployments.config import AppConfig, Stage, TransformerStage
+from deployments.config import AppConfig, GangStage, Stage, TransformerStage
 from deployments.director import Director
 from deployments.ingress import Ingress
+from deployments.media_store import MediaSpec
 from deployments.mp4_encoder import Mp4Encoder
 from deployments.prompt_tokenizer import PromptTokenizer
 from deployments.transformer import Transformer
-from deployments.video_vae import VideoVAE
+from deployments.video_vae import VAECalls, VideoVAE
 
 _FULL_QUEUE_RETRY_S = 5
 _SHUTDOWN_POLL_S = 0.1
@@ -41,17 +43,19 @@ def build_app(config: AppConfig) -> serve.Application:
     """The application for a configuration."""
     checkpoint = str(config.checkpoint)
     tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config.tokenizer).bind(checkpoint)
-    transformer = _gangs("Transformer", config, config.transformer)
-    unguided = _gangs("UnguidedTransformer", config, config.unguided) if config.unguided else None
-    vae = _deployment("VideoVAE", VideoVAE, config.vae).bind(
-        checkpoint, config.vae.device, config.vae.dtype, config.vae.num_threads, config.vae.chunk_latents
+    transformer = _transformer("Transformer", config, config.transformer)
+    unguided = _transformer("UnguidedTransformer", config, config.unguided) if config.unguided else None
+    decoders = vae_gang_spec(config)
+    vae = _gangs("VideoVAE", VideoVAE, config.vae, decoders).bind(
+        decoders, VAECalls(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
     )
     audio = None
     if has_audio(config):
         audio = _deployment("AudioVAE", AudioVAE, config.audio).bind(
             checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
-    encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind()
+    media = MediaSpec(config.media.directory, config.media.max_bytes, config.media.keep_s)
+    encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind(media)
     # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
     director = (
@@ -63,6 +67,7 @@ def build_app(config: AppConfig) -> serve.Application:
             config.director.max_attempts,
             config.director.chunk_window,
             config.http.request_timeout_s,
+            media,
             tokenizer,
             transformer,
             vae,
@@ -81,6 +86,7 @@ def build_app(config: AppConfig) -> serve.Application:
             config.http.max_body_bytes,
             config.http.max_bodies_bytes,
             config.http.request_timeout_s,
+            media,
             director,
         )
     )
@@ -116,7 +122,36 @@ def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
     layout.check(CheckpointLayout.open(config.checkpoint).transformer)
     # The second net: the leader's deadlines come first.
     collective_timeout_s = 2 * max(stage.start_timeout_s, stage.first_step_timeout_s, stage.quantum_timeout_s)
-    rank = RankSpec(str(config.checkpoint), stage.device, stage.dtype, stage.num_threads, layout, collective_timeout_s)
+    rank = TransformerSpec(
+        str(config.checkpoint),
+        stage.device,
+        stage.dtype,
+        stage.num_threads,
+        layout,
+        collective_timeout_s=collective_timeout_s,
+    )
+    return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
+
+
+def vae_gang_spec(config: AppConfig) -> GangSpec:
+    """The gang that one replica of the video VAE owns.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+    """
+    stage = config.vae
+    rank = VideoVAESpec(
+        str(config.checkpoint),
+        stage.device,
+        stage.dtype,
+        stage.num_threads,
+        stage.ranks,
+        latent_channels=CheckpointLayout.open(config.checkpoint).vae.z_dim,
+        chunk_latents=stage.chunk_latents,
+        is_card_by_rank=stage.beside_transformer,
+        preview_cache_dir=None if stage.preview_cache_dir is None else str(stage.preview_cache_dir),
+        collective_timeout_s=2 * max(stage.start_timeout_s, stage.first_chunk_timeout_s, stage.chunk_timeout_s),
+    )
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
 
 
@@ -132,18 +167,18 @@ def loop_spec(stage: TransformerStage) -> LoopSpec:
     )
 
 
-def _gangs(name: str, config: AppConfig, stage: TransformerStage) -> Any:
+def _transformer(name: str, config: AppConfig, stage: TransformerStage) -> Any:
     gang = gang_spec(config, stage)
-    return (
-        _deployment(name, Transformer, stage)
-        .options(
-            placement_group_bundles=bundles(gang, stage.num_cpus),
-            placement_group_strategy=stage.placement_strategy,
-            # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas,
-            # it refuses any selector beside another strategy than STRICT_PACK.
-            placement_group_bundle_label_selector=[stage.node_labels] if stage.node_labels else None,
-        )
-        .bind(gang, loop_spec(stage))
+    return _gangs(name, Transformer, stage, gang).bind(gang, loop_spec(stage))
+
+
+def _gangs(name: str, body: type, stage: GangStage, gang: GangSpec) -> Any:
+    return _deployment(name, body, stage).options(
+        placement_group_bundles=bundles(gang, stage.num_cpus),
+        placement_group_strategy=stage.placement_strategy,
+        # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas, it
+        # refuses any selector beside another strategy than STRICT_PACK.
+        placement_group_bundle_label_selector=[stage.node_labels] if stage.node_labels else None,
     )
 
 
@@ -152,7 +187,7 @@ def _deployment(name: str, body: type, stage: Stage) -> Any:
     if stage.autoscaling is not None:
         scaling = {"autoscaling_config": AutoscalingConfig(**stage.autoscaling.model_dump())}
     needs: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
-    if stage.node_labels and not isinstance(stage, TransformerStage):  # a gang's bundles have them
+    if stage.node_labels and not isinstance(stage, GangStage):  # a gang's bundles have them
         needs["label_selector"] = stage.node_labels
     return serve.deployment(body, name=name).options(
         ray_actor_options=needs,

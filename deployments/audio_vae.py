@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.credits import made_on_credit
 from deployments.messages import RequestContext, SoundChunk, SoundDecoded
+from deployments.on_device import within_memory
 
 
 class AudioVAE:
@@ -37,26 +39,31 @@ class AudioVAE:
         )
 
     async def decode(
-        self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str
-    ) -> AsyncIterator[SoundDecoded | SoundChunk]:
-        """Decode a request's sound: a :class:`SoundDecoded`, then its :class:`SoundChunk`, and so on.
+        self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[SoundChunk | SoundDecoded]:
+        """Decode a request's sound: a :class:`SoundChunk`, then its :class:`SoundDecoded`, and so on.
 
         Args:
             context: of the request.
             latents: [C, T] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
             stream_id: the clip's; a chunk is only made when it has a credit.
+            producer: this decoder's name in it.
 
         Raises:
             DeadlineExceeded: the request's time is up.
             OutOfMemory: the sound does not fit.
         """
         chunks = self._vae.decode(latents.tensor())
-        made = made_on_credit(context, clips, stream_id, self._device, lambda: _next_samples(chunks))
+
+        async def next_chunk() -> TensorEnvelope | None:
+            return await asyncio.to_thread(within_memory, self._device, lambda: _next_samples(chunks))
+
+        made = made_on_credit(context, clips, stream_id, producer, next_chunk)
         async with aclosing(made):
             async for index, samples in made:
-                yield SoundDecoded(index, time.time())
                 yield SoundChunk(index, samples, os.getpid())
+                yield SoundDecoded(index, time.time(), os.getpid())
 
 
 def _next_samples(chunks: Any) -> TensorEnvelope | None:

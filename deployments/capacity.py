@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from cluster.gang import GangSpec, bundles
+from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.sharding import allowed_tp_sizes
-from deployments.app import gang_spec, has_audio
-from deployments.config import AppConfig, Stage, TransformerStage
+from deployments.app import gang_spec, has_audio, vae_gang_spec
+from deployments.config import AppConfig, GangStage, Stage, TransformerStage, VideoVAEStage
 
 _KINDS = ("CPU", "GPU")
 _MAX_EXAMPLES = 4
@@ -52,8 +53,8 @@ def missing(needed: Resources, free: Resources) -> str:
 def out_of_reach(config: AppConfig, nodes: Sequence[Node]) -> str:
     """Sentences about why these nodes could not hold the app even if all they have were free; "" if they could.
 
-    Sums are compared, and each gang of the stage ``transformer`` with single nodes; how everything would have to be
-    packed is not worked out.
+    Sums are compared, and each gang of the stages ``transformer`` and ``vae`` with single nodes; how everything would
+    have to be packed is not worked out.
 
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
@@ -73,8 +74,7 @@ def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Nod
         if not _labelled(nodes, stage):
             labels = ", ".join(f"{key}: {value}" for key, value in stage.node_labels.items())
             return f"No node has the labels that {name}.node_labels asks for ({labels})."
-    parts = bundles(gang, config.transformer.num_cpus)
-    return _no_place(parts, config.transformer.placement_strategy, _labelled(nodes, config.transformer))
+    return _no_place(config.transformer, gang, nodes) or _no_place(config.vae, vae_gang_spec(config), nodes)
 
 
 def _stages(config: AppConfig) -> dict[str, Stage]:
@@ -98,6 +98,8 @@ def _needed(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
     for name, stage in _stages(config).items():
         if isinstance(stage, TransformerStage):
             replica = [] if name == "transformer" else bundles(gang_spec(config, stage), stage.num_cpus)
+        elif isinstance(stage, VideoVAEStage):
+            replica = bundles(vae_gang_spec(config), stage.num_cpus)
         else:
             replica = [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]
         parts += _num_replicas(stage) * replica
@@ -110,16 +112,18 @@ def _sum(parts: Sequence[Resources]) -> dict[str, float]:
 
 def _what_fits(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]) -> str:
     """A sentence with the largest layouts that the nodes could hold, "" if there are none."""
+    rank = gang.rank
+    assert isinstance(rank, TransformerSpec)
     allowed_tp = allowed_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
     degrees = range(1, gang.num_ranks + 1)
     # In the order in which they are worth trying: exchanges between ranks grow from CFG to SP to TP.
     layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]
     for num_gangs in range(max_gangs, 0, -1):
-        specs = [replace(gang, rank=replace(gang.rank, layout=layout)) for layout in layouts]
-        fitting = [spec for spec in specs if not _lack(config, spec, num_gangs, nodes)]
-        most = max((spec.num_ranks for spec in fitting), default=0)
+        specs = [(layout, replace(gang, rank=replace(rank, layout=layout))) for layout in layouts]
+        fitting = [layout for layout, spec in specs if not _lack(config, spec, num_gangs, nodes)]
+        most = max((layout.num_ranks for layout in fitting), default=0)
         key = "--set transformer.autoscaling.min_replicas=" if config.transformer.autoscaling else "--gangs "
-        flags = [f"{_flags(spec.rank.layout)} {key}{num_gangs}" for spec in fitting if spec.num_ranks == most]
+        flags = [f"{_flags(layout)} {key}{num_gangs}" for layout in fitting if layout.num_ranks == most]
         if flags:
             return f"What fits: {', or '.join(flags[:_MAX_EXAMPLES])}."
     return ""
@@ -129,8 +133,12 @@ def _flags(layout: Layout) -> str:
     return f"--tp {layout.tp} --cfg {layout.cfg} --sp {layout.sp}"
 
 
-def _no_place(gang: Sequence[Resources], strategy: str, nodes: Sequence[Node]) -> str:
-    """A sentence if not even one gang, all else aside, can be placed on these nodes as its strategy says."""
+def _no_place(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
+    """A sentence if not even one gang of a stage, all else aside, can be placed on these nodes as its strategy says."""
+    gang, strategy, nodes = bundles(spec, stage.num_cpus), stage.placement_strategy, _labelled(nodes, stage)
+    num_cards = spec.num_ranks if isinstance(stage, VideoVAEStage) and stage.beside_transformer else 0
+    if num_cards > max((node.resources.get("GPU", 0) for node in nodes), default=0):
+        return f"vae.beside_transformer wants {num_cards} cards on one node, one for each of vae.ranks; none has them."
     if strategy == "STRICT_PACK":
         whole = _sum(gang)
         whole["GPU"] = max(whole["GPU"], _cards(len(gang), gang[0].get("GPU", 0)))

@@ -80,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", default="demo", metavar="PREFIX", help="writes PREFIX.mp4; default %(default)s")
     _add_timeout_flag(demo, 600)
-    for name, text in (("tiny-checkpoint", "write a small random checkpoint"), ("bench", "measure every stage")):
+    passed_on = {
+        "tiny-checkpoint": "write a small random checkpoint",
+        "bench": "measure every stage; `bench vae` the video VAE, `bench encode` the mp4 writer",
+    }
+    for name, text in passed_on.items():
         commands.add_parser(name, help=f"{text}; `cosmos3 {name} --help` lists its flags")
     return parser
 
@@ -95,7 +99,7 @@ def _tiny_checkpoint_command(arguments: list[str]) -> int:
 def _bench_command(arguments: list[str]) -> int:
     from cosmos3_core.bench.__main__ import main as measure
 
-    return measure(arguments)
+    return measure(arguments, "cosmos3 bench")
 
 
 # Commands that parse their own flags.
@@ -138,7 +142,7 @@ def _generate(options: argparse.Namespace) -> int:
 
         run(options)
         return 0
-    for name in ("checkpoint", "dtype", "device", "crf"):
+    for name in ("checkpoint", "dtype", "device"):
         if (given := getattr(options, name)) is not None:
             raise RequestError(name, given, "only without --url", "The running app has decided it.")
     for name in ("tp", "cfg", "sp"):

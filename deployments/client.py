@@ -8,6 +8,7 @@ for event in client.stream(GenerationRequest(prompt="...")): ...
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.exceptions import RayError
 
 from cluster.errors import AppNotFound, DeadlineExceeded
 from cosmos3_core import checks
+from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
 from deployments.errors import typed
 from deployments.messages import Event, Generated
@@ -24,6 +26,7 @@ DEFAULT_TIMEOUT_S = 3600.0
 # The Director keeps the deadline and says so; this is for one that is gone.
 _SLACK_S = 30.0
 _LONGEST_S = 1e6
+_PART_BYTES = 1 << 20
 
 
 class Client:
@@ -58,13 +61,42 @@ class Client:
         finally:
             response.cancel()
 
-    def stream(self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> EventStream:
-        """Serve a request and follow it: events, then the file in parts.
+    def read(self, media_id: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[bytes]:
+        """A finished file in parts: that of :attr:`Finished.media_id`, as long as the app keeps it.
 
-        Raises, while iterating: as :meth:`generate`; at once: an image or clip cannot be read.
+        Raises, while iterating:
+            RequestError: there is no such file, or not any more.
+            DeadlineExceeded: the file did not come in time.
+        """
+        deadline_s = time.monotonic() + checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
+        start = 0
+        while True:
+            response = self._handle.read.remote(media_id, start, _PART_BYTES)
+            try:
+                part: bytes = response.result(timeout_s=max(0.0, deadline_s - time.monotonic()))
+            except TimeoutError:
+                raise DeadlineExceeded("director", timeout_s) from None
+            except Exception as error:  # noqa: BLE001 - told apart by what it wraps
+                raise typed(error, "director") from None
+            if not part:
+                return
+            yield part
+            start += len(part)
+
+    def stream(
+        self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S, previews: int = 0
+    ) -> EventStream:
+        """Serve a request and follow it: events, :class:`Finished` the last; :meth:`read` has the file.
+
+        With ``previews`` up to so many of the events (32 at most) are a :class:`deployments.messages.PreviewReady`, a
+        small WebP of what is being made; a :class:`deployments.messages.PreviewsOff` says why there are none.
+
+        Raises, while iterating: as :meth:`generate`; at once: an image or clip cannot be read, a number is out of
+        range.
         """
         timeout_s = checks.real("timeout_s", timeout_s, 0, _LONGEST_S)
-        return EventStream(self._streaming.stream.remote(request.packed(), None, timeout_s), timeout_s)
+        previews = checks.integer("previews", previews, 0, MAX_PREVIEWS)
+        return EventStream(self._streaming.stream.remote(request.packed(), None, timeout_s, previews), timeout_s)
 
 
 class EventStream:
@@ -130,4 +162,5 @@ def connect(app_name: str = "cosmos3") -> Client:
         raise AppNotFound(f"no Ray cluster could be joined; set RAY_ADDRESS: {error}") from None
     except (KeyError, RayServeException) as error:
         address = ray.get_runtime_context().gcs_address
-        raise AppNotFound(f"no app {app_name!r} runs in the Ray cluster at {address}: {error}") from None
+        hint = "set RAY_ADDRESS, and what else `cosmos3 serve` printed, to reach another one"
+        raise AppNotFound(f"no app {app_name!r} runs in the Ray cluster at {address}; {hint}: {error}") from None

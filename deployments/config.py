@@ -101,30 +101,68 @@ class Device(_Strict):
     num_threads: int = Field(1, ge=1, description="torch's CPU threads in each process")
 
 
-class TransformerStage(Stage, Device):
+class GangStage(Stage, Device):
     """One replica = one gang: a leader and its ranks in one placement group."""
 
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of the leader")
+    cpus_per_rank: float = Field(1, ge=0)
+    gpus_per_rank: _ShareOfCard = Field(0, description="below 1, the rest of the card is for other processes")
+    placement_strategy: str = Field(
+        "STRICT_PACK",
+        pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$",
+        description="of a gang's ranks: all on one node, on few, each on another node, on many",
+    )
+    start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in a gang."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _leader_without_card(self) -> Self:
+        if self.num_gpus:
+            raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
+        if _is_on_gpu(self) and ":" in self.device:
+            raise ValueError(
+                f"device={self.device}: Ray decides which card a rank gets; say {self.device.split(':')[0]}"
+            )
+        return self
+
+    def _check_shares(self) -> None:
+        """Every rank has a card, and no two of a gang the same one."""
+        if not _is_on_gpu(self):
+            return
+        if not self.gpus_per_rank:
+            raise ValueError(f"device={self.device} needs a GPU: set gpus_per_rank, 1 for a card a rank")
+        # Ray puts several ranks on one card where they fit.
+        if self.num_ranks > 1 and self.gpus_per_rank <= 0.5:
+            raise ValueError(
+                f"gpus_per_rank={self.gpus_per_rank:g}: ranks of a gang cannot share a card, which NCCL refuses; "
+                "set more than 0.5"
+            )
+
+
+class TransformerStage(GangStage):
+    """Denoising."""
+
     max_ongoing_requests: int = Field(64, ge=1, description="per gang; all of them wait with the leader")
     tp: int = Field(1, ge=1, description="ranks that share every layer's heads and FFN columns")
     cfg: Annotated[int, AfterValidator(_guidance_branches)] = Field(
         1, description="2 runs the guidance branches side by side"
     )
     sp: int = Field(1, ge=1, description="ranks that share the generated tokens")
-    cpus_per_rank: float = Field(1, ge=0)
-    gpus_per_rank: _ShareOfCard = Field(0, description="below 1, the rest of the card is for a decoder, say")
-    placement_strategy: str = Field(
-        "STRICT_PACK",
-        pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$",
-        description="of a gang's ranks: all on one node, on few, each on another node, on many",
-    )
     max_jobs: int = Field(16, ge=1, description="images, and as many videos, that one gang takes at once")
     max_held_bytes: int = Field(8 * 2**30, ge=1, description="state and prompts of begun requests, per rank")
-    start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
     first_step_timeout_s: float = Field(300, gt=0, description="for beginning a request, compiling for it included")
     quantum_timeout_s: float = Field(60, gt=0, description="then a silent gang counts as hung; more if it is slow")
     save_period_s: float = Field(5, gt=0, description="between saved states of a running request")
     text_cache_bytes: int = Field(4 * 2**30, ge=0, description="keys and values of kept prompts, per rank")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in a gang."""
+        return self.tp * self.cfg * self.sp
 
     @model_validator(mode="after")
     def _no_queue_in_front(self) -> Self:
@@ -136,37 +174,44 @@ class TransformerStage(Stage, Device):
 
     @model_validator(mode="after")
     def _cards(self) -> Self:
-        if self.num_gpus:
-            raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
-        if not _is_on_gpu(self):
-            return self
-        if ":" in self.device:
-            raise ValueError(
-                f"device={self.device}: Ray decides which card a rank gets; say {self.device.split(':')[0]}"
-            )
-        if not self.gpus_per_rank:
-            raise ValueError(f"device={self.device} needs a GPU: set gpus_per_rank, 1 for a card a rank")
-        # Ray puts several ranks on one card where they fit.
-        if self.tp * self.cfg * self.sp > 1 and self.gpus_per_rank <= 0.5:
-            raise ValueError(
-                f"gpus_per_rank={self.gpus_per_rank:g}: ranks of a gang cannot share a card, which NCCL refuses; "
-                "set more than 0.5"
-            )
+        self._check_shares()
         return self
 
 
-class VideoVAEStage(Stage, Device):
+class VideoVAEStage(GangStage):
     """Decoder of frames and encoder of given pictures."""
 
     max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica works on side by side")
+    ranks: int = Field(1, ge=1, le=64, description="of a gang; they split every frame between them")
+    beside_transformer: bool = Field(
+        False, description="rank i takes card i of its node, whoever else works there, and none of Ray's shares"
+    )
     chunk_latents: int | None = Field(
         None, ge=1, description="latent frames per decoded chunk; null: 1 on a CPU, on a GPU more of small frames"
     )
+    preview_cache_dir: Path | None = Field(
+        None, description="where a node keeps fitted maps of previews; null: each start of the app fits its own"
+    )
+    first_chunk_timeout_s: float = Field(600, gt=0, description="for a clip's first two chunks, compiling included")
+    chunk_timeout_s: float = Field(300, gt=0, description="for any other chunk; then a silent gang counts as hung")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in a gang."""
+        return self.ranks
 
     @model_validator(mode="after")
     def _cards(self) -> Self:
-        if _is_on_gpu(self) and not self.num_gpus:
-            raise ValueError(f"device={self.device} needs a GPU: set num_gpus, 1 for a whole card")
+        if not self.beside_transformer:
+            self._check_shares()
+            return self
+        if not _is_on_gpu(self) or self.gpus_per_rank:
+            raise ValueError(
+                f"beside_transformer needs device=cuda and gpus_per_rank=0; given are {self.device} and "
+                f"{self.gpus_per_rank:g}"
+            )
+        if self.placement_strategy != "STRICT_PACK":
+            raise ValueError(f"beside_transformer needs STRICT_PACK, one node; given is {self.placement_strategy}")
         return self
 
 
@@ -236,6 +281,20 @@ class Http(_Strict):
         return self
 
 
+class Media(_Strict):
+    """The media store: where files are made and read."""
+
+    directory: Path | None = Field(
+        None, description="the same on every node, of a file system that they share; null: this machine's temporary one"
+    )
+    max_bytes: int = Field(
+        20 * 2**30, ge=1, description="beyond it the longest finished files go; looked at once a minute"
+    )
+    keep_s: float = Field(
+        3600, gt=0, description="how long a file stays; one that does not grow for so long is given up"
+    )
+
+
 class AppConfig(_Strict):
     """The whole app."""
 
@@ -243,6 +302,7 @@ class AppConfig(_Strict):
     name: str = Field("cosmos3", pattern="^[A-Za-z0-9_.-]+$", description="of the Serve application")
     model_name: str | None = Field(None, description="what clients call the model; null = the checkpoint's name")
     http: Http = Http()
+    media: Media = Media()
     ingress: IngressStage = IngressStage()
     director: DirectorStage = DirectorStage()
     tokenizer: TokenizerStage = TokenizerStage()
@@ -260,6 +320,16 @@ class AppConfig(_Strict):
         kinds = [(stage.device, stage.dtype) for stage in (self.transformer, self.unguided) if stage is not None]
         if len(set(kinds)) > 1:
             raise ValueError(f"transformer and unguided need the same device and dtype; given are {kinds}")
+        return self
+
+    @model_validator(mode="after")
+    def _files_outlive_requests(self) -> Self:
+        # A file is begun before there is a decoder for it, which may be as long as its request has.
+        if self.media.keep_s < self.http.request_timeout_s:
+            raise ValueError(
+                f"media.keep_s={self.media.keep_s:g} is below http.request_timeout_s={self.http.request_timeout_s:g}: "
+                "the file of a request that waits for a decoder would count as given up"
+            )
         return self
 
     @classmethod
@@ -321,13 +391,13 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _fault(fault: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "value_error":
-        return f"{where}: {fault['ctx']['error']}"
+    if fault["type"] == "value_error":  # one of ours, which names what it is about
+        return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
     if fault["type"] == "string_pattern_mismatch" and "node_labels" in fault["loc"]:
         text = fault["input"]
         return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg']}"
+        return f"{where}={fault['input']!r}: {fault['msg']}"
     model: Any = root
     for part in fault["loc"][:-1]:
         annotation = model.model_fields[part].annotation

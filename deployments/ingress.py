@@ -15,10 +15,12 @@ from cosmos3_core.resolve import offered_modes
 from deployments.api.bodies import parse_image_body, parse_video_body
 from deployments.api.body_limit import read_fields
 from deployments.api.body_room import BodyRoom, Held
+from deployments.api.content import content_answer
 from deployments.api.errors import error_response
 from deployments.api.exchange import Exchange, answered
 from deployments.api.fields import IMAGE_FIELDS, VIDEO_FIELDS, openapi
-from deployments.api.media_answer import images_answer, media_answer
+from deployments.api.media_answer import images_answer, live_answer, media_answer
+from deployments.media_store import MediaSpec
 from deployments.readiness import Readiness
 
 _Asked = TypeVar("_Asked")
@@ -45,6 +47,7 @@ class Ingress:
         max_body_bytes: of a request.
         max_bodies_bytes: of all bodies that are in memory at a time.
         request_timeout_s: for reading it and making its file. The Director keeps it; this is for one that is gone.
+        media: of the store where files are.
         director: its handle.
     """
 
@@ -56,6 +59,7 @@ class Ingress:
         max_body_bytes: int,
         max_bodies_bytes: int,
         request_timeout_s: float,
+        media: MediaSpec,
         director: Any,
     ) -> None:
         layout = CheckpointLayout.open(checkpoint)
@@ -66,6 +70,7 @@ class Ingress:
         self._max_body_bytes = max_body_bytes
         self._room = BodyRoom(max_bodies_bytes)
         self._request_timeout_s = request_timeout_s
+        self._media = media.open()
         self._director = director.options(stream=True)
         self._started_s = int(time.time())
         self._is_draining = False
@@ -79,9 +84,14 @@ class Ingress:
 
         async def work(exchange: Exchange) -> Response:
             with self._room.hold() as held:
-                await exchange.ask(await self._body(request, parse_video_body, held))
+                job = await self._body(request, parse_video_body, held)
+                is_live = job.is_live
+                await exchange.ask(job.request)
+                del job
+            if is_live:
+                return await live_answer(exchange, self._media)
             with self._room.hold() as held:  # the request's body is gone
-                return await media_answer(exchange, held)
+                return await media_answer(exchange, held, self._media)
 
         return await answered(request, self._director, self._request_timeout_s, work)
 
@@ -94,9 +104,18 @@ class Ingress:
                 job = await self._body(request, parse_image_body, held)
                 await exchange.ask(job.requests[0])
             with self._room.hold() as held:
-                return await images_answer(exchange, job, held)
+                return await images_answer(exchange, job, held, self._media)
 
         return await answered(request, self._director, self._request_timeout_s, work)
+
+    @api.head("/v1/videos/{media_id}/content", include_in_schema=False)
+    @api.get("/v1/videos/{media_id}/content", response_class=Response)
+    async def get_content(self, media_id: str, request: Request) -> Response:
+        """A file by the id that ``x-media-id`` said: whole, a range of it, or as it grows.
+
+        Any number of clients may read it at a time, each as fast as it likes.
+        """
+        return await content_answer(self._media, media_id, request.method, request.headers)
 
     async def _body(self, request: Request, parse: Callable[[dict[str, Any], str], _Asked], held: Held) -> _Asked:
         return parse(await read_fields(request, self._max_body_bytes, held), self._model_name)

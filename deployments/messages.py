@@ -7,9 +7,12 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.actions import GeneratedActions
+from cosmos3_core.media.pixels import Frames
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,20 @@ class FrameChunk:
 
     Attributes:
         index: 0, 1, ... in the clip.
-        frames: uint8 RGB [F, Y, X, 3].
-        pid: of the VAE's process.
+        strips: what each rank of the VAE's gang made of them, uint8 RGB [F, Y, X, 3].
+        axis: along which the strips lie side by side, 1 (rows) or 2 (columns).
+        pid: of the first rank.
     """
 
     index: int
-    frames: TensorEnvelope
+    strips: tuple[TensorEnvelope, ...]
+    axis: int
     pid: int
+
+    def frames(self) -> Frames:
+        """uint8 RGB [F, Y, X, 3]; of one strip without a copy."""
+        arrays = [strip.array() for strip in self.strips]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self.axis)
 
 
 # Events: what a caller of the graph sees, in order. Each says which process it is about.
@@ -154,6 +164,29 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class PreviewReady:
+    """What the pictures will be, as far as ``step`` steps tell; for who asked for previews.
+
+    ``data`` is a whole file of ``media_type``, below 50 kB: an animation, or a still where the request makes an image.
+    Steps after ``step`` may have been told before it. ``pid`` is the leader's.
+    """
+
+    step: int
+    sigma: float
+    media_type: str
+    data: bytes
+    pid: int
+
+
+@dataclass(frozen=True)
+class PreviewsOff:
+    """There will be no previews, or no more, though they were asked for. ``pid`` is of the process that cannot."""
+
+    reason: str
+    pid: int
+
+
+@dataclass(frozen=True)
 class StateSaved:
     """The denoising state after ``step`` steps is kept: should the gang die, another goes on from there.
 
@@ -189,31 +222,38 @@ class LatentsReady:
 
 
 @dataclass(frozen=True)
-class EncoderReady:
-    """An encoder has a place for the clip, which is decoded only then. Between stages only."""
+class FileStarted:
+    """An encoder has a place for the clip, which is decoded only then; its file is in the media store and grows.
 
+    Comes again, with another id, where an encoder has died: the first file is lost then.
+    """
+
+    media_id: str
+    media_type: str
     pid: int
 
 
 @dataclass(frozen=True)
 class ChunkDecoded:
-    """The VAE made a chunk of frames."""
+    """The VAE's gang made a chunk of frames; ``pid`` is the leader's. Between stages: the chunk is the item before."""
 
     index: int
     at_s: float
+    pid: int
 
 
 @dataclass(frozen=True)
 class SoundDecoded:
-    """The audio VAE made a chunk of samples."""
+    """The audio VAE made a chunk of samples. Between stages: the chunk is the item before."""
 
     index: int
     at_s: float
+    pid: int
 
 
 @dataclass(frozen=True)
 class ChunkEncoded:
-    """The encoder has used up a chunk of frames."""
+    """The encoder has used up a chunk of frames, which the gang's rank ``decoded_by`` and its neighbours had made."""
 
     index: int
     num_frames: int
@@ -234,8 +274,9 @@ class StageRetried:
 
 @dataclass(frozen=True)
 class ClipEncoded:
-    """The encoder is done with the file."""
+    """The file is whole."""
 
+    media_id: str
     frames_sha256: str
     num_frames: int
     num_bytes: int
@@ -245,15 +286,16 @@ class ClipEncoded:
 
 @dataclass(frozen=True)
 class Finished:
-    """All is done; the file's parts follow and end the stream.
+    """All is done.
 
-    ``stage_seconds``: tokenize, condition (of a given image or clip), denoise, decode_encode (side by side), encode
-    (from the encoder's side), total. ``actions``: those that were generated. Without a file, ``media_type`` is "" and
-    ``num_bytes`` 0.
+    ``media_id``: of the file in the media store, where it stays for a while. ``stage_seconds``: tokenize, condition (of
+    a given image or clip), denoise, decode_encode (side by side), encode (from the encoder's side), total. ``actions``:
+    those that were generated. Without a file, ``media_id`` and ``media_type`` are "" and ``num_bytes`` is 0.
     """
 
     request_id: str
     mode: str
+    media_id: str
     media_type: str
     num_bytes: int
     num_frames: int
@@ -268,28 +310,23 @@ class Finished:
     actions: GeneratedActions | None = None
 
 
-@dataclass(frozen=True)
-class MediaPart:
-    """A piece of the finished file, in order."""
-
-    data: bytes
-
-
 Event = (
     Accepted
     | Tokenized
     | QueuePosition
     | PictureEncoded
     | StepDone
+    | PreviewReady
+    | PreviewsOff
     | StateSaved
     | LatentsReady
     | ChunkDecoded
     | SoundDecoded
     | ChunkEncoded
     | StageRetried
+    | FileStarted
     | ClipEncoded
     | Finished
-    | MediaPart
 )
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
 
-from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Queued, Saved
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
 from cluster.envelope import TensorEnvelope
+from cluster.errors import GangFailed
 from cluster.gang import Gang, GangSpec
-from cluster.rank import Step
+from cluster.transformer_rank import Step, TransformerLoaded
 from cosmos3_core.denoise_request import DenoiseRequest
-from deployments.messages import LatentsReady, QueuePosition, RequestContext, StateSaved, StepDone
+from cosmos3_core.media.webp import MEDIA_TYPE
+from cosmos3_core.preview import PreviewOrder
+from deployments.gang_leader import GangLeader
+from deployments.messages import (
+    LatentsReady,
+    PreviewReady,
+    PreviewsOff,
+    QueuePosition,
+    RequestContext,
+    StateSaved,
+    StepDone,
+)
 
-# Long enough for the failures to reach their callers before the process ends.
-_LAST_WORDS_S = 0.2
 
-
-class Transformer:
+class Transformer(GangLeader):
     """The leader.
 
     Args:
@@ -28,7 +36,9 @@ class Transformer:
 
     async def __init__(self, spec: GangSpec, loop: LoopSpec) -> None:  # type: ignore[misc] # Serve awaits it
         self._gang = await Gang.start(spec)
-        self._loop = EngineLoop(self._gang, loop, self._end_soon)
+        loaded = self._gang.loaded
+        assert isinstance(loaded, TransformerLoaded)
+        self._loop = EngineLoop(self._gang, loaded.request_memory, loop, self._end_soon)
 
     async def denoise(
         self,
@@ -36,10 +46,14 @@ class Transformer:
         request: DenoiseRequest,
         state: TensorEnvelope | None = None,
         clean: TensorEnvelope | None = None,
-    ) -> AsyncIterator[QueuePosition | StepDone | StateSaved | LatentsReady | TensorEnvelope]:
+        previews: PreviewOrder | None = None,
+    ) -> AsyncIterator[
+        QueuePosition | StepDone | PreviewReady | PreviewsOff | StateSaved | LatentsReady | TensorEnvelope
+    ]:
         """Denoise a request: positions and steps, then :class:`LatentsReady`, then the latents' envelopes.
 
-        ``clean`` are the latents of the frames that the request gives.
+        ``clean`` are the latents of the frames that the request gives. With ``previews`` some steps are followed by a
+        :class:`PreviewReady`; a :class:`PreviewsOff` says that no more will come.
 
         Now and then a :class:`StateSaved` and then the state's envelope: whoever holds on to it can have the request
         go on from there, on another gang, by giving it as ``state``.
@@ -54,12 +68,16 @@ class Transformer:
         start_s = time.monotonic()
         pid = os.getpid()
         left_s = context.remaining_s("denoise")
-        async for update in self._loop.submit(context.try_id, request, left_s, state, clean):
+        async for update in self._loop.submit(context.try_id, request, left_s, state, clean, previews):
             match update:
                 case Queued(position):
                     yield QueuePosition(position, pid)
                 case Step():
                     yield StepDone(update.step, update.num_steps, update.sigma, update.pid)
+                case Previewed(step, sigma, webp):
+                    yield PreviewReady(step, sigma, MEDIA_TYPE, webp, pid)
+                case PreviewsEnded(reason):
+                    yield PreviewsOff(reason, pid)
                 case Saved(step, envelope):
                     yield StateSaved(step, envelope.num_bytes, pid)
                     yield envelope
@@ -69,16 +87,6 @@ class Transformer:
                     for envelope in latents.values():
                         yield envelope
 
-    async def check_health(self) -> None:
-        """Serve's question. A failed gang answers by its end; this is the second net.
-
-        Raises:
-            GangFailed: the gang is gone.
-        """
-        if self._loop.failure is not None:
-            raise self._loop.failure
-
-    def _end_soon(self) -> None:
-        """End the ranks and this process: Serve puts a new leader with a new gang in its place."""
-        self._gang.stop()
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+    @property
+    def _failure(self) -> GangFailed | None:
+        return self._loop.failure

@@ -1,4 +1,8 @@
-"""VideoVAE: given pictures -> latents; latents -> frames, chunk by chunk, each made when there is a credit for it."""
+"""VideoVAE: given pictures -> latents; latents -> frames, chunk by chunk, each made when there is a credit for it.
+
+One replica is the leader of one gang of ranks, which split every frame between them. It holds no weights and touches no
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,45 +11,50 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.conditioning.picture import PictureCondition
+from cluster.errors import GangFailed
+from cluster.gang import Gang, GangSpec
+from cluster.gang_calls import GangCalls
+from cluster.video_vae_rank import ChunkStrip
+from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.media.apart import read_clip_apart
+from cosmos3_core.preview import PreviewMap
 from deployments.credits import made_on_credit
+from deployments.gang_leader import GangLeader
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
-from deployments.on_device import within_memory
+from deployments.streams import in_time
 
 
-class VideoVAE:
-    """Encoder and decoder.
+@dataclass(frozen=True)
+class VAECalls:
+    """How long a gang may take for one call; a silent one then counts as hung.
 
-    Args:
-        checkpoint: the checkpoint's directory.
-        device: torch device string.
-        dtype: name of the weights' dtype; None keeps what is stored.
-        num_threads: torch's CPU threads.
-        chunk_latents: latent frames per chunk, after the first; None: as the VAE chooses by the size of the frames.
+    Attributes:
+        first_timeout_s: for a clip's first two chunks, compiling for their size included, for encoding, and for fitting
+            the map of previews.
+        timeout_s: for any later chunk.
     """
 
-    def __init__(
-        self, checkpoint: str, device: str, dtype: str | None, num_threads: int, chunk_latents: int | None
-    ) -> None:
-        import torch
+    first_timeout_s: float
+    timeout_s: float
 
-        from cosmos3_core.checkpoint.load import load_video_vae
-        from cosmos3_core.device import DTYPES, resolve_device
 
-        torch.set_num_threads(num_threads)
-        self._device = resolve_device(device)
-        self._vae = load_video_vae(
-            CheckpointLayout.open(checkpoint),
-            device=self._device,
-            dtype=DTYPES[dtype] if dtype else None,
-        )
-        self._chunk_latents = chunk_latents
+class VideoVAE(GangLeader):
+    """The leader.
+
+    Args:
+        spec: of the gang.
+        limits: of its calls.
+    """
+
+    async def __init__(self, spec: GangSpec, limits: VAECalls) -> None:  # type: ignore[misc] # Serve awaits it
+        self._limits = limits
+        self._gang = await Gang.start(spec)
+        self._calls = GangCalls(self._gang, self._end_soon)
 
     async def encode(
         self, context: RequestContext, picture: PictureCondition
@@ -56,44 +65,74 @@ class VideoVAE:
             RequestError: the media is damaged, or larger than allowed.
             DeadlineExceeded: the request's time is up.
             OutOfMemory: it does not fit.
+            GangFailed: the gang died; it is being rebuilt, and the picture may be encoded by another.
         """
         start_s = time.monotonic()
-        left_s = context.remaining_s("condition")
-        latents = await asyncio.to_thread(within_memory, self._device, lambda: self._encode(picture, left_s))
+        read = partial(read_clip_apart, limit_s=context.remaining_s("condition"))
+        frames = await asyncio.to_thread(read_picture, picture, read=read)
+        asked = self._calls.ask(
+            "encode",
+            replace(picture, media=b""),
+            TensorEnvelope.of_array(frames),
+            phase="encode",
+            timeout_s=self._limits.first_timeout_s,
+        )
+        latents: TensorEnvelope = (await in_time(context, "condition", asked))[0]
         yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
         yield latents
 
-    def _encode(self, picture: PictureCondition, limit_s: float) -> TensorEnvelope:
-        from cosmos3_core.conditioning.clean import clean_latents
+    async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
+        """The map of previews of this VAE's latents, one item; rank 0 has it since its start, or tries once more.
 
-        read = partial(read_clip_apart, limit_s=limit_s)
-        return TensorEnvelope.of_tensor(clean_latents(self._vae, picture, read=read))
+        Raises:
+            DeadlineExceeded: the call came too late, or waited too long.
+            PreviewFailed: it cannot be made.
+            GangFailed: the gang died; it is being rebuilt.
+        """
+        asked = self._calls.first("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
+        preview_map: PreviewMap = await in_time(context, "previews", asked)
+        yield preview_map
 
     async def decode(
-        self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str
-    ) -> AsyncIterator[ChunkDecoded | FrameChunk]:
-        """Decode a clip: a :class:`ChunkDecoded`, then its :class:`FrameChunk`, and so on.
+        self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[FrameChunk | ChunkDecoded]:
+        """Decode a clip: a :class:`FrameChunk`, then its :class:`ChunkDecoded`, and so on.
 
         Args:
             context: of the request.
             latents: [1, C, T, H, W] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
             stream_id: the clip's; a chunk is only made when it has a credit.
+            producer: this decoder's name in it.
 
         Raises:
             DeadlineExceeded: the request's time is up.
             OutOfMemory: the clip does not fit.
+            GangFailed: the gang died; it is being rebuilt, and the clip may be decoded by another. :class:`GangLost`
+                where it was at work for somebody else, while this clip waited for a credit too.
         """
-        chunks = self._vae.decode(latents.tensor(), chunk_latents=self._chunk_latents)
-        made = made_on_credit(context, clips, stream_id, self._device, lambda: _next_frames(chunks))
-        async with aclosing(made):
-            async for index, frames in made:
-                yield ChunkDecoded(index, time.time())
-                yield FrameChunk(index, frames, os.getpid())
+        clip_id = f"{stream_id}/{producer}"
+        num_made = 0
 
+        async def next_chunk() -> list[ChunkStrip] | None:
+            nonlocal num_made
+            # The second chunk is the first of the shape that all the others have.
+            timeout_s = self._limits.first_timeout_s if num_made < 2 else self._limits.timeout_s
+            num_made += 1
+            strips = await self._calls.ask("next_strip", clip_id, phase="decode", timeout_s=timeout_s)
+            return None if strips[0] is None else strips
 
-def _next_frames(chunks: Any) -> TensorEnvelope | None:
-    from cosmos3_core.media.pixels import to_uint8
+        try:
+            begun = self._calls.ask("begin", clip_id, latents, phase="decode", timeout_s=self._limits.timeout_s)
+            await in_time(context, "decode", begun)
+            made = made_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
+            async with aclosing(made):
+                async for index, strips in made:
+                    yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
+                    yield ChunkDecoded(index, time.time(), os.getpid())
+        finally:
+            self._calls.tell("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)
 
-    pixels = next(chunks, None)
-    return None if pixels is None else TensorEnvelope.of_tensor(to_uint8(pixels))
+    @property
+    def _failure(self) -> GangFailed | None:
+        return self._calls.failure

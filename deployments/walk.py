@@ -6,39 +6,35 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed, StreamClosed
+from cluster.errors import OverloadedError, PreviewFailed, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
-from deployments.errors import in_words, is_lost, is_retryable, typed
+from deployments.clip_walk import ClipWalk, Decoder
+from deployments.errors import is_lost, typed
+from deployments.media_store import MediaStore
 from deployments.messages import (
     Accepted,
-    ChunkDecoded,
     ClipEncoded,
-    EncoderReady,
     Event,
     Finished,
     LatentsReady,
-    MediaPart,
     PictureEncoded,
+    PreviewsOff,
     RequestContext,
-    SoundDecoded,
-    StageRetried,
     StateSaved,
     Tokenized,
     TokenizedPair,
 )
+from deployments.retries import retried
 from deployments.streams import RefStream, following, in_time
 
-# Before a stage is tried again: a dead replica is still in the routers' tables for a moment.
-_RETRY_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 2.0
 # A leader that is up says at once where in its queue a request stands.
 _FIRST_WORD_S = 5.0
 
@@ -66,6 +62,11 @@ class Stages:
             return [self.unguided, self.transformer]
         return [self.transformer, self.unguided]
 
+    def decoders_for(self, request: ResolvedRequest) -> dict[str, Any]:
+        """Who decodes which of a request's latents."""
+        video = {"video": self.vae} if request.has_pictures else {}
+        return video | ({"sound": self.audio} if request.sound is not None else {})
+
 
 @dataclass
 class Walk:
@@ -77,9 +78,11 @@ class Walk:
         layout: of the checkpoint.
         stages: whom to call.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
+        media: where files go.
         chunk_window: decoded chunks that may exist before they are encoded.
         max_attempts: tries of a stage whose process died.
         close_later: takes a stream id to be closed once nobody is waiting here any more.
+        order_previews: makes the order for previews of a clip of so many seconds; None where nobody wants any.
     """
 
     request: ResolvedRequest
@@ -87,15 +90,17 @@ class Walk:
     layout: CheckpointLayout
     stages: Stages
     clips: Any
+    media: MediaStore
     chunk_window: int
     max_attempts: int
     close_later: Callable[[str], None]
+    order_previews: Callable[[float], Awaitable[PreviewOrder]] | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _saved: _Saved | None = None
     _clean: _Held | None = None
 
     async def events(self) -> AsyncIterator[Event]:
-        """Every event of the request, the finished file's parts last.
+        """Every event of the request, :class:`Finished` the last.
 
         Raises:
             RequestError: the request's fault, found by a stage.
@@ -113,8 +118,14 @@ class Walk:
                 yield event
             # As large as the caller's file; nobody needs it any more.
             self.request = replace(self.request, picture=replace(self.request.picture, media=b""))
+        previews: PreviewOrder | None = None
+        if self.order_previews is not None:
+            try:
+                previews = await self._previews(self.order_previews)
+            except PreviewFailed as error:
+                yield PreviewsOff(error.reason, os.getpid())
         latents: _Latents
-        async for item in self._retried("denoise", lambda context: self._denoise(context, pair)):
+        async for item in self._retried("denoise", lambda context: self._denoise(context, pair, previews)):
             if isinstance(item, _Latents):
                 latents = item
             else:
@@ -124,15 +135,33 @@ class Walk:
             self._seconds["total"] = time.monotonic() - start_s
             yield self._finished(None, pair, actions)
             return
-        async for item in self._retried("decode", lambda context: self._decode_and_encode(context, latents)):
-            if not isinstance(item, _Encoded):
-                yield item
-                continue
-            self._seconds["total"] = time.monotonic() - start_s
-            yield item.clip
-            yield self._finished(item.clip, pair, actions)
-            for part in item.parts:
-                yield part
+        clip_walk = self._clip_walk(latents)
+        async for event in clip_walk.events():
+            yield event
+            if isinstance(event, ClipEncoded):
+                self._seconds |= {"decode_encode": clip_walk.seconds, "encode": event.seconds}
+                self._seconds["total"] = time.monotonic() - start_s
+                yield self._finished(event, pair, actions)
+
+    def _clip_walk(self, latents: _Latents) -> ClipWalk:
+        handles = self.stages.decoders_for(self.request)
+        return ClipWalk(
+            context=self.context,
+            clip_format=self.request.clip_format(),
+            decoders=tuple(Decoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),
+            encoder=self.stages.encoder,
+            clips=self.clips,
+            media=self.media,
+            chunk_window=self.chunk_window,
+            max_attempts=self.max_attempts,
+            close_later=self.close_later,
+        )
+
+    def _retried(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
+        def done_steps() -> int:
+            return 0 if self._saved is None else self._saved.step
+
+        return retried(stage, self.context, self.max_attempts, attempt, done_steps)
 
     def _accepted(self) -> Accepted:
         request = self.request
@@ -179,29 +208,43 @@ class Walk:
         ref = await stream.next_ref()
         return _Held(ref, await in_time(context, stage, ref))
 
-    async def _denoise(self, context: RequestContext, pair: TokenizedPair) -> AsyncIterator[Event | _Latents]:
+    async def _previews(self, order_previews: Callable[[float], Awaitable[PreviewOrder]]) -> PreviewOrder:
+        if not self.request.has_pictures:
+            raise PreviewFailed("the request makes no pictures")
+        duration_s = self.request.num_frames / self.request.fps
+        return await in_time(self.context, "denoise", order_previews(duration_s))
+
+    async def _denoise(
+        self, context: RequestContext, pair: TokenizedPair, previews: PreviewOrder | None
+    ) -> AsyncIterator[Event | _Latents]:
         job = DenoiseRequest.of(self.request, pair.text_ids, pair.negative_text_ids, self.layout.geometry)
         *others, last = self.stages.gangs_for(job)
         for gang in others:
             try:
-                async for item in self._denoise_on(gang, context, job, first_word_s=_FIRST_WORD_S):
+                async for item in self._denoise_on(gang, context, job, previews, first_word_s=_FIRST_WORD_S):
                     yield item
                 return
             except Exception as error:
                 # Full, or away: nothing of the request was done. The next gang may have room.
                 if not isinstance(typed(error, "denoise"), OverloadedError | _NoWord):
                     raise
-        async for item in self._denoise_on(last, context, job):
+        async for item in self._denoise_on(last, context, job, previews):
             yield item
 
     async def _denoise_on(
-        self, gang: Any, context: RequestContext, job: DenoiseRequest, *, first_word_s: float | None = None
+        self,
+        gang: Any,
+        context: RequestContext,
+        job: DenoiseRequest,
+        previews: PreviewOrder | None,
+        *,
+        first_word_s: float | None = None,
     ) -> AsyncIterator[Event | _Latents]:
         saved_ref = None if self._saved is None else self._saved.held.ref
         clean_ref = None if self._clean is None else self._clean.ref
         has_arrived = False
         try:
-            denoise = gang.denoise.remote(context, job, saved_ref, clean_ref)
+            denoise = gang.denoise.remote(context, job, saved_ref, clean_ref, previews)
             async with following(denoise, context, "denoise") as stream:
                 event = await _within(first_word_s, stream.next_value())
                 while event is not None:
@@ -229,97 +272,11 @@ class Walk:
             return None
         return track.result(latents.held["action"].envelope.array()[:, : track.width])
 
-    async def _decode_and_encode(self, context: RequestContext, latents: _Latents) -> AsyncIterator[Event | _Encoded]:
-        stream_id = context.try_id
-        start_s = time.monotonic()
-        try:
-            await in_time(context, "decode", self.clips.open.remote(stream_id, self.chunk_window))
-            encode = self.stages.encoder.encode.remote(context, self.request.clip_format(), self.clips, stream_id)
-            async with following(encode, context, "encode") as encoded:
-                # First the encoder's place, then the decoder's: two clips that hold one each would wait for ever.
-                ready = await encoded.next_value()
-                if not isinstance(ready, EncoderReady):
-                    raise StreamClosed(stream_id, "the encoder went away")
-                async with AsyncExitStack() as decoders:
-                    decoded = [
-                        await decoders.enter_async_context(
-                            following(
-                                decoder.decode.remote(context, latents.held[name].ref, self.clips, stream_id),
-                                context,
-                                "decode",
-                            )
-                        )
-                        for name, decoder in self._decoders()
-                    ]
-                    forwarded = self._forward_all(decoded, context, stream_id)
-                    async for item in _merged(forwarded, _collect(encoded, context)):
-                        self._seconds["decode_encode"] = time.monotonic() - start_s
-                        yield item
-        finally:
-            self.close_later(stream_id)
-
-    def _decoders(self) -> list[tuple[str, Any]]:
-        """Who decodes which of the latents."""
-        video = [("video", self.stages.vae)] if self.request.has_pictures else []
-        return video + ([("sound", self.stages.audio)] if self.request.sound is not None else [])
-
-    async def _forward_all(
-        self, decoded: list[RefStream], context: RequestContext, stream_id: str
-    ) -> AsyncIterator[Event]:
-        """Post all decoders' chunks to the clip's stream; it is complete when all are done."""
-        async for event in _merged(*(self._forward(stream, context, stream_id) for stream in decoded)):
-            yield event
-        await in_time(context, "decode", self.clips.complete.remote(stream_id))
-
-    async def _forward(self, decoded: RefStream, context: RequestContext, stream_id: str) -> AsyncIterator[Event]:
-        """Post a decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
-        while (event := await decoded.next_value()) is not None:
-            assert isinstance(event, ChunkDecoded | SoundDecoded)
-            chunk_ref = await decoded.next_ref()
-            # Announced before it is posted, so that nobody hears of its encoding first.
-            yield event
-            await in_time(context, "decode", self.clips.post.remote(stream_id, [chunk_ref]))
-
-    async def _retried(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
-        """Run a stage until it succeeds or fails for good.
-
-        Deaths are retried with the same seed. A stage that is full is waited for: a request that was accepted is not
-        refused any more.
-        """
-        context = self.context
-        num_tries = 1
-        while True:
-            pause_s = _RETRY_PAUSE_S
-            try:
-                async for item in attempt(context):
-                    yield item
-                return
-            except Exception as error:  # noqa: BLE001 - what another process raised can be anything
-                meaning = typed(error, stage)
-                if isinstance(meaning, OverloadedError):
-                    retried = None
-                    pause_s = min(max(meaning.retry_after_s, _RETRY_PAUSE_S), _LONGEST_PAUSE_S)
-                elif not is_retryable(error):
-                    raise meaning from None
-                else:
-                    if not isinstance(meaning, GangLost):  # else the fault was another request's
-                        num_tries += 1
-                    if num_tries > self.max_attempts:
-                        if isinstance(meaning, GangFailed):
-                            raise meaning from None  # says more: the phase and the rank
-                        raise StageFailed(stage, self.max_attempts, in_words(error)) from None
-                    from_step = 0 if self._saved is None else self._saved.step
-                    retried = StageRetried(stage, context.attempt + 1, in_words(error), from_step)
-            if retried is not None:
-                yield retried
-            context = context.retried()
-            await asyncio.sleep(min(pause_s, context.remaining_s(stage)))
-
     def _finished(self, clip: ClipEncoded | None, pair: TokenizedPair, actions: GeneratedActions | None) -> Finished:
-        encode_s = {} if clip is None else {"encode": clip.seconds}
         return Finished(
             request_id=self.context.request_id,
             mode=self.request.mode,
+            media_id="" if clip is None else clip.media_id,
             media_type="" if clip is None else self.request.clip_format().media_type,
             num_bytes=0 if clip is None else clip.num_bytes,
             num_frames=0 if clip is None else clip.num_frames,
@@ -330,7 +287,7 @@ class Walk:
             frames_sha256="" if clip is None else clip.frames_sha256,
             negative_origin=pair.negative_origin,
             notes=self.request.notes,
-            stage_seconds={**self._seconds, **encode_s},
+            stage_seconds=self._seconds,
             actions=actions,
         )
 
@@ -372,55 +329,3 @@ class _Saved:
 
     step: int
     held: _Held
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A whole file. Handed on only now: a retry after the first byte could not be taken back."""
-
-    clip: ClipEncoded
-    parts: tuple[MediaPart, ...]
-
-
-async def _collect(encoded: RefStream, context: RequestContext) -> AsyncIterator[Event | _Encoded]:
-    """The encoder's events as they come, then its file in one piece."""
-    clip: ClipEncoded | None = None
-    parts: list[MediaPart] = []
-    while (event := await encoded.next_value()) is not None:
-        if isinstance(event, ClipEncoded):
-            clip = event
-        elif isinstance(event, MediaPart):
-            parts.append(event)
-        else:
-            yield event
-    if clip is None or sum(len(part.data) for part in parts) != clip.num_bytes:
-        raise StageFailed("encode", context.attempt, "the encoder's stream ended before the file did")
-    yield _Encoded(clip, tuple(parts))
-
-
-async def _merged(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Items of several iterators as they come; the first failure ends them all."""
-    queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=16)
-    ended = object()
-
-    async def pump(source: AsyncIterator[Any]) -> None:
-        async for item in source:
-            await queue.put(item)
-
-    async def watch(pumps: list[asyncio.Task[None]]) -> None:
-        # Ends with the first failure or with the last pump; the mark comes after everything they put.
-        await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
-        await queue.put(ended)
-
-    pumps = [asyncio.create_task(pump(source)) for source in sources]
-    watcher = asyncio.create_task(watch(pumps))
-    try:
-        while (item := await queue.get()) is not ended:
-            yield item
-        for task in pumps:
-            if task.done():
-                task.result()
-    finally:
-        for task in (*pumps, watcher):
-            task.cancel()
-        await asyncio.gather(*pumps, watcher, return_exceptions=True)

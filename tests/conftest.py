@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,14 +22,27 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for GPUs say why they do not run where there is none; with several workers, one has all that starts Ray."""
+    """Tests for GPUs say why they do not run where there is none; those that start Ray, the longest, go first."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-    # That one last: beside other tests it would take longer than after them.
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers, one has all tests of a folder, which share one Ray, or one start of ranks.
+
+    Not left to xdist's ``loadgroup``: since pytest 9.2 it takes no notice of groups (xdist 3.8, its issue 1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.split("::")[0].rpartition("/")[0]
+
+    config.option.loadscopereorder = False  # in the order above, not by the number of tests
+    return ByFolder(config, log)
 
 
 @pytest.fixture(scope="session")

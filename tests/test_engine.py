@@ -210,7 +210,16 @@ def test_the_command_line_refuses_before_it_loads(flags: list[str], tiny_nano: P
 
 @pytest.mark.parametrize(
     ("out", "settings"),
-    [("no/folder/x", {}), ("", {}), (".", {}), ("a\0b", {}), ("x" * 300, {}), (5, {}), (None, {}), ("x", {"crf": 99})],
+    [
+        ("no/folder/x", {}),
+        ("", {}),
+        (".", {}),
+        ("a\0b", {}),
+        ("x" * 300, {}),
+        (5, {}),
+        (None, {}),
+        ("x", {"crf": 99.0}),
+    ],
     ids=lambda value: str(value)[:20],
 )
 def test_a_place_or_setting_that_cannot_be_is_refused_before_the_denoising(
@@ -221,9 +230,10 @@ def test_a_place_or_setting_that_cannot_be_is_refused_before_the_denoising(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine.denoiser.transformer, "velocity", ran)
-    request = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=1)
+    sides = {"height": 32, "width": 32}
+    request = GenerationRequest(prompt="a car", num_frames=5, **sides, num_inference_steps=1, **settings)
     with pytest.raises(RequestError):
-        generate(engine, request, out, **settings)
+        generate(engine, request, out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +241,7 @@ def test_quality_settings_reach_the_file(engine: Engine, tmp_path: Path) -> None
     request = GenerationRequest(prompt="a car", num_frames=9, height=64, width=64, num_inference_steps=2)
     sizes = {}
     for name, settings in (("fine", {"crf": 5}), ("coarse", {"crf": 45}), ("exact", {"lossless": True})):
-        path = generate(engine, request, tmp_path / name, **settings).path  # type: ignore[arg-type]
+        path = generate(engine, replace(request, **settings), tmp_path / name).path  # type: ignore[arg-type]
         assert path is not None
         sizes[name] = path.stat().st_size
     assert sizes["coarse"] < sizes["fine"] < sizes["exact"]
@@ -245,6 +255,7 @@ def test_quality_settings_reach_the_file(engine: Engine, tmp_path: Path) -> None
         ["--compat", "diffusers"],
         ["--dtype", "bfloat16"],
         ["--crf", "40"],
+        ["--lossless"],
     ],
     ids=lambda flags: flags[0],
 )

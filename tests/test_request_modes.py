@@ -149,7 +149,7 @@ FOREIGN: dict[str, tuple[Any, Callable[[str], bool]]] = {
 FOR_ALL = {
     *("prompt", "mode", "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed"),
     *("guidance_interval", "flow_shift", "schedule", "use_system_prompt", "append_metadata", "negative_metadata"),
-    *("output", "output_quality", "noise", "compat", "generate_sound"),
+    *("output", "output_quality", "crf", "lossless", "noise", "compat", "generate_sound"),
 }
 
 

@@ -1,6 +1,9 @@
-"""The ruler: seconds per stage on whatever device there is, and diffusers on the same weights and shapes beside it.
+"""The ruler: what this project does on whatever device there is, and a reference on the same work in the same run.
 
-    python -m cosmos3_core.bench --random-weights nano --num-frames 189 --height 720 --width 1280
+    cosmos3 bench --random-weights nano --num-frames 189 --height 720 --width 1280    every stage, in seconds
+    cosmos3 bench vae --random-weights nano ...     the video VAE: frames per second, first chunk, peak memory
+    cosmos3 bench encode --num-frames 96 ...        the mp4 writer: frames per second, delay, peak memory, bytes
 
-``subject`` says what is measured, ``ours`` and ``theirs`` measure it, ``report`` prints it.
+``python -m cosmos3_core.bench`` is the same without Ray. ``subject`` says what is measured, ``ours`` and ``theirs`` are
+the two sides of a model, ``stages``, ``vae`` and ``encode`` measure, ``peak`` does so for memory, ``report`` prints.
 """

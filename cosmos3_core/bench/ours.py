@@ -18,7 +18,7 @@ from cosmos3_core.vae.video import VideoVAE
 
 
 class Ours:
-    """The transformer and VAE of a subject, and one request's way through them.
+    """The transformer of a subject, and one request's way through it.
 
     Args:
         subject: the model.
@@ -28,12 +28,11 @@ class Ours:
     def __init__(self, subject: Subject, work: Work) -> None:
         self.subject, self.work = subject, work
         self.denoiser = Denoiser(_transformer(subject), subject.geometry, subject.scheduler)
-        self.vae = _vae(subject)
         text_ids, negative_ids = work.token_ids(subject.transformer.vocab_size)
         self.request = DenoiseRequest(
             text_ids=tuple(text_ids.tolist()),
             negative_text_ids=tuple(negative_ids.tolist()),
-            latent_shape=subject.latent_shape(work),
+            latent_shape=subject.latent_shape(work.clip),
             fps=24.0,
             num_inference_steps=1000,
             guidance_scale=6.0,
@@ -62,14 +61,6 @@ class Ours:
         assert self._state is not None
         self._state = self.denoiser.step(self._plan, self._state)
 
-    def decode_all(self, latents: Tensor) -> Tensor:
-        """A whole clip, chunk after chunk, as diffusers does it."""
-        return torch.cat(list(self.vae.decode(latents, chunk_latents=self.work.chunk_latents)), dim=2)
-
-    def encode_frame(self, frame: Tensor) -> Tensor:
-        """One conditioning frame [1, 3, 1, Y, X] -> its latent."""
-        return self.vae.encode(frame)
-
 
 def _transformer(subject: Subject) -> Cosmos3Transformer:
     with torch.device("meta"):
@@ -80,7 +71,8 @@ def _transformer(subject: Subject) -> Cosmos3Transformer:
     return module
 
 
-def _vae(subject: Subject) -> VideoVAE:
+def video_vae(subject: Subject) -> VideoVAE:
+    """The subject's video VAE as it is served."""
     with torch.device("meta"):
         module = VideoVAE(subject.vae, ops=select_video_ops(subject.device))
     for name, _ in list(module.named_parameters()):

@@ -1,53 +1,101 @@
-"""Measurements as a table and as JSON."""
+"""Measurements as a table and as JSON. No torch here."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+# Unit -> decimal places.
+UNITS = {"s": 4, "frames/s": 2, "MB": 1, "frames": 0, "bytes": 0}
 
 
 @dataclass
 class Row:
-    """One stage: seconds of every counted run, ours and theirs; theirs empty where there is nothing to compare."""
+    """One measure: a value of every counted run, ours and the reference's; empty where there is none.
 
-    stage: str
-    ours_s: list[float] = field(default_factory=list)
-    theirs_s: list[float] = field(default_factory=list)
+    Attributes:
+        measure: what is measured.
+        unit: of its values, one of ``UNITS``; MB are 10^6 bytes.
+        ours, theirs: the values.
+    """
+
+    measure: str
+    unit: str = "s"
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float | None:
-        """Median of ours over median of theirs; below 1 we are faster."""
-        if not self.ours_s or not self.theirs_s:
+        """Median of ours over median of theirs."""
+        if not self.ours or not self.theirs or not statistics.median(self.theirs):
             return None
-        return statistics.median(self.ours_s) / statistics.median(self.theirs_s)
+        return statistics.median(self.ours) / statistics.median(self.theirs)
 
     def as_json(self) -> dict[str, Any]:
         """Medians, spreads and the ratio."""
         return {
-            "stage": self.stage,
-            "ours_s": _summary(self.ours_s),
-            "diffusers_s": _summary(self.theirs_s),
+            "measure": self.measure,
+            "unit": self.unit,
+            "ours": _summary(self.ours),
+            "theirs": _summary(self.theirs),
             "ratio": self.ratio,
         }
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as text: median seconds, their range, the ratio."""
-    lines = [f"{'stage':<34}{'ours, s':>28}{'diffusers 0.42.1, s':>28}{'ratio':>8}"]
+@dataclass(frozen=True)
+class Report:
+    """What was measured, how, and beside what.
+
+    Attributes:
+        head: the circumstances: device, shape, versions.
+        reference: what "theirs" is.
+        rows: the measures.
+        notes: what a reader has to know of them, a sentence each; why there is no reference, say.
+    """
+
+    head: dict[str, Any]
+    reference: str
+    rows: list[Row]
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Circumstances, table and notes."""
+        head = ", ".join(f"{key} {value}" for key, value in self.head.items())
+        return "\n".join((head, table(self.rows, self.reference), *self.notes))
+
+    def write_json(self, path: Path) -> None:
+        """The same as JSON."""
+        body = {"reference": self.reference, "measures": [row.as_json() for row in self.rows], "notes": self.notes}
+        path.write_text(json.dumps({**self.head, **body}, indent=2) + "\n")
+
+
+def frames_per_second(of: Row, num_frames: int) -> Row:
+    """The speed that the seconds for ``num_frames`` frames amount to."""
+    speeds = ([num_frames / seconds for seconds in side] for side in (of.ours, of.theirs))
+    return Row(of.measure, "frames/s", *speeds)
+
+
+def table(rows: list[Row], reference: str) -> str:
+    """The rows as text: medians, their ranges, the ratio."""
+    lines = [f"{'':<36}{'unit':>9}{'ours':>30}{reference:>30}{'ratio':>8}"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        lines.append(f"{row.stage:<34}{_cell(row.ours_s):>28}{_cell(row.theirs_s):>28}{ratio:>8}")
+        ours, theirs = (_cell(side, UNITS[row.unit]) for side in (row.ours, row.theirs))
+        lines.append(f"{row.measure:<36}{row.unit:>9}{ours:>30}{theirs:>30}{ratio:>8}")
     return "\n".join(lines)
 
 
-def _cell(seconds: list[float]) -> str:
-    if not seconds:
+def _cell(values: list[float], places: int) -> str:
+    if not values:
         return "-"
-    return f"{statistics.median(seconds):.4f} ({min(seconds):.4f}-{max(seconds):.4f})"
+    median = f"{statistics.median(values):.{places}f}"
+    return median if len(values) == 1 else f"{median} ({min(values):.{places}f}-{max(values):.{places}f})"
 
 
-def _summary(seconds: list[float]) -> dict[str, float] | None:
-    if not seconds:
+def _summary(values: list[float]) -> dict[str, float] | None:
+    if not values:
         return None
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": len(seconds)}
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}

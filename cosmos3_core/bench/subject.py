@@ -3,85 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cosmos3_core import checks
+from cosmos3_core.bench.flags import Model
+from cosmos3_core.bench.random_models import RANDOM_MODELS
 from cosmos3_core.checkpoint.configs import SchedulerConfig, TransformerConfig, VideoVAEConfig, geometry
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.random_weights import random_tensors
 from cosmos3_core.checkpoint.tensors import transformer_tensors, video_vae_tensors
 from cosmos3_core.checkpoint.weight_files import WeightFiles
+from cosmos3_core.device import DTYPES
 from cosmos3_core.errors import RequestError
 from cosmos3_core.shapes import Geometry, LatentShape
-
-_NANO = TransformerConfig(action_gen=True, sound_gen=True)
-_VAE = VideoVAEConfig(latents_mean=(0.0,) * 48, latents_std=(1.0,) * 48)
 
 CLOSING_IDS = (1, 2)
 """Stand in for the end of turn and the token that opens the generated part."""
 
-# The published sizes; tiny is Nano's shape at a laptop's scale.
-RANDOM_MODELS: dict[str, tuple[TransformerConfig, VideoVAEConfig]] = {
-    "tiny": (
-        replace(
-            _NANO,
-            hidden_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=32,
-            intermediate_size=768,
-            rope_axes_dim=(6, 5, 5),
-            vocab_size=4096,
-        ),
-        replace(_VAE, base_dim=16, decoder_base_dim=16),
-    ),
-    "nano": (_NANO, _VAE),
-    "super": (
-        replace(_NANO, hidden_size=5120, num_hidden_layers=64, num_attention_heads=64, intermediate_size=25600),
-        _VAE,
-    ),
-    "edge": (
-        TransformerConfig(
-            hidden_size=2048,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            intermediate_size=9216,
-            hidden_act="relu2",
-            rms_norm_eps=1e-5,
-            rope_theta=1e8,
-            vocab_size=131072,
-            qk_norm_for_text=False,
-            use_und_k_norm_for_gen=True,
-            action_gen=True,
-        ),
-        _VAE,
-    ),
-}
-
 
 @dataclass(frozen=True)
-class Work:
-    """The shape of the work.
+class Clip:
+    """The clip that is decoded.
 
     Attributes:
-        num_frames, height, width: pixels of the clip.
-        text_tokens, negative_tokens: prompt lengths; real ones are some 1,550 and 3,300 tokens on Nano.
-        runs: counted runs of each stage.
+        num_frames, height, width: in pixels.
         chunk_latents: latent frames per decoded chunk.
     """
 
     num_frames: int
     height: int
     width: int
+    chunk_latents: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The shape of a request.
+
+    Attributes:
+        clip: what it makes.
+        text_tokens, negative_tokens: prompt lengths; real ones are some 1,550 and 3,300 tokens on Nano.
+    """
+
+    clip: Clip
     text_tokens: int
     negative_tokens: int
-    runs: int
-    chunk_latents: int
 
     def token_ids(self, vocab_size: int) -> tuple[Tensor, Tensor]:
         """Arbitrary ids [L] of the two prompts; the last two are ``CLOSING_IDS``, as diffusers appends them itself."""
@@ -118,9 +89,28 @@ class Subject:
     def geometry(self) -> Geometry:
         return geometry(self.transformer, self.vae)
 
-    def latent_shape(self, work: Work) -> LatentShape:
-        """Latent grid of the work."""
-        return self.geometry.latent_shape(work.num_frames, work.height, work.width)
+    def latent_shape(self, clip: Clip) -> LatentShape:
+        """Latent grid of a clip."""
+        return self.geometry.latent_shape(clip.num_frames, clip.height, clip.width)
+
+    def latents(self, clip: Clip) -> Tensor:
+        """Random latents [1, C, T, H, W] of a clip, fp32; the same for every call."""
+        shape = (1, self.geometry.channels, *self.latent_shape(clip))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+
+def open_subject(model: Model, device: torch.device) -> Subject:
+    """The model that was chosen, on a device.
+
+    Raises:
+        RequestError: no such dtype, or no such model.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    dtype = None if model.dtype is None else DTYPES[checks.choice("dtype", model.dtype, tuple(DTYPES))]
+    if model.checkpoint is not None:
+        return checkpoint_subject(model.checkpoint, device, dtype)
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return random_subject(str(model.random_weights), device, dtype or default)
 
 
 def random_subject(model: str, device: torch.device, dtype: torch.dtype) -> Subject:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,73 @@ from cosmos3_core.bench.subject import CLOSING_IDS, Subject, Work
 from cosmos3_core.device import synchronize
 
 VERSION = "0.42.1"
+REFERENCE = f"diffusers {VERSION}"
+
+
+def why_missing() -> str | None:
+    """Why nothing can be compared with here, in words; None where it can."""
+    try:
+        installed = importlib.metadata.version("diffusers")
+    except importlib.metadata.PackageNotFoundError:
+        return f"diffusers {VERSION} is not installed"
+    return None if installed == VERSION else f"diffusers {installed} is installed, {VERSION} is compared with"
+
+
+def _diffusers() -> Any:
+    if (reason := why_missing()) is not None:
+        raise ImportError(reason)
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    return diffusers
+
+
+def _fill(module: Any, subject: Subject, component: str) -> None:
+    state = {name: subject.tensors(component, name) for name, _ in module.named_parameters()}
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+class TheirVAE:
+    """diffusers' VAE with a subject's weights, between pixels and normalised latents as its pipeline has them.
+
+    Args:
+        subject: the model.
+
+    Attributes:
+        module: diffusers' own.
+
+    Raises:
+        ImportError: diffusers is not installed, or not the version that is compared with.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        config = {**vars(subject.vae), "attn_scales": [], "dropout": 0.0}
+        diffusers = _diffusers()
+        with torch.device("meta"):
+            self.module: Any = diffusers.AutoencoderKLWan(
+                **{key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+            )
+        _fill(self.module, subject, "vae")
+        self.module.eval()
+
+    @torch.no_grad()
+    def decode(self, latents_BCTHW: Tensor) -> Tensor:
+        """A whole clip, [1, C, T, H, W] -> [1, 3, F, Y, X]."""
+        mean_1C111, inverse_std_1C111 = self._statistics(latents_BCTHW.device)
+        return self.module.decode(latents_BCTHW.to(self.module.dtype) / inverse_std_1C111 + mean_1C111).sample
+
+    @torch.no_grad()
+    def encode(self, pixels_BCFYX: Tensor) -> Tensor:
+        """A clip, [1, 3, F, Y, X] -> [1, C, T, H, W]; the posterior's mean."""
+        mean_1C111, inverse_std_1C111 = self._statistics(pixels_BCFYX.device)
+        z_BCTHW = self.module.encode(pixels_BCFYX.to(self.module.dtype)).latent_dist.mode()
+        return (z_BCTHW - mean_1C111) * inverse_std_1C111
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config, dtype = self.module.config, self.module.dtype
+        mean_C, std_C = (torch.tensor(values, dtype=dtype) for values in (config.latents_mean, config.latents_std))
+        return mean_C.view(1, -1, 1, 1, 1).to(device), (1 / std_C).view(1, -1, 1, 1, 1).to(device)
 
 
 class _FixedPrompts:
@@ -34,28 +102,28 @@ class _FixedPrompts:
 
 
 class Theirs:
-    """diffusers' transformer, VAE and loop with a subject's weights.
+    """diffusers' transformer and loop with a subject's weights.
 
     Args:
         subject: the model.
         work: the shape of the request.
+
+    Attributes:
+        vae: its VAE.
 
     Raises:
         ImportError: diffusers is not installed, or not the version that is compared with.
     """
 
     def __init__(self, subject: Subject, work: Work) -> None:
-        import diffusers
-
-        if diffusers.__version__ != VERSION:
-            raise ImportError(f"diffusers {diffusers.__version__} is installed, {VERSION} is compared with")
+        diffusers = _diffusers()
         self.subject, self.work = subject, work
-        diffusers.utils.logging.set_verbosity_error()
+        self.vae = TheirVAE(subject)
         text_ids, negative_ids = work.token_ids(subject.transformer.vocab_size)
         self._pipeline: Any = diffusers.Cosmos3OmniPipeline(
             transformer=self._transformer(diffusers),
             text_tokenizer=_FixedPrompts([text_ids.tolist()[:-2], negative_ids.tolist()[:-2]]),
-            vae=self._vae(diffusers),
+            vae=self.vae.module,
             scheduler=diffusers.UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=10.0
             ),
@@ -81,9 +149,9 @@ class Theirs:
 
         self._pipeline(
             "",
-            num_frames=self.work.num_frames,
-            height=self.work.height,
-            width=self.work.width,
+            num_frames=self.work.clip.num_frames,
+            height=self.work.clip.height,
+            width=self.work.clip.width,
             num_inference_steps=num_steps + 1,
             guidance_scale=6.0,
             generator=torch.Generator().manual_seed(0),
@@ -91,23 +159,8 @@ class Theirs:
             callback_on_step_end=stepped,
         )
 
-    @torch.no_grad()
-    def decode_all(self, latents: Tensor) -> Tensor:
-        """A whole clip, from normalised latents as the pipeline has them."""
-        vae = self._pipeline.vae
-        statistics = (
-            torch.tensor(values, dtype=vae.dtype) for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        mean, std = (values.to(latents.device).view(1, -1, 1, 1, 1) for values in statistics)
-        return vae.decode(latents.to(vae.dtype) / (1 / std) + mean).sample
-
-    @torch.no_grad()
-    def encode_frame(self, frame: Tensor) -> Tensor:
-        """One conditioning frame [1, 3, 1, Y, X] -> its latent."""
-        return self._pipeline._encode_video(frame)
-
     def _transformer(self, diffusers: Any) -> Any:
-        config = self.subject.transformer
+        subject, config = self.subject, self.subject.transformer
         with torch.device("meta"):
             module = diffusers.Cosmos3OmniTransformer(
                 attention_bias=config.attention_bias,
@@ -125,23 +178,9 @@ class Theirs:
                 qk_norm_for_text=config.qk_norm_for_text,
                 use_und_k_norm_for_gen=config.use_und_k_norm_for_gen,
             )
-        self._fill(module, "transformer")
+        _fill(module, subject, "transformer")
         module.time_embedder.float()
         # Buffers are computed, not stored; on the meta device they were not.
         frequencies = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        module.rotary_emb.inv_freq = (1.0 / config.rope_theta**frequencies).to(self.subject.device)
+        module.rotary_emb.inv_freq = (1.0 / config.rope_theta**frequencies).to(subject.device)
         return module.eval()
-
-    def _vae(self, diffusers: Any) -> Any:
-        config = {**vars(self.subject.vae), "attn_scales": [], "dropout": 0.0}
-        with torch.device("meta"):
-            module = diffusers.AutoencoderKLWan(
-                **{key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-            )
-        self._fill(module, "vae")
-        return module.eval()
-
-    def _fill(self, module: Any, component: str) -> None:
-        state = {name: self.subject.tensors(component, name) for name, _ in module.named_parameters()}
-        module.load_state_dict(state, strict=True, assign=True)
-        module.requires_grad_(False)

@@ -5,55 +5,41 @@ Shape letters: C channels, T/H/W latent grid, F/Y/X pixel frames, rows, columns;
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from cosmos3_core.conditioning.modes import IMAGE, Resizing
+from cosmos3_core.conditioning.modes import Resizing
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.conditioning.resize import crop_to_fill, fit_and_pad, stretch
 from cosmos3_core.media.pixels import Frames
-from cosmos3_core.media.source import read_clip, read_image
+from cosmos3_core.vae.frame_part import PartOf, whole_frame
 from cosmos3_core.vae.video import VideoVAE
 
-ReadClip = Callable[..., Frames]
-"""As :func:`read_clip`."""
 
-
-def clean_latents(vae: VideoVAE, picture: PictureCondition, *, read: ReadClip = read_clip) -> Tensor:
+def clean_latents(
+    vae: VideoVAE, picture: PictureCondition, frames_FYX3: Frames, part_of: PartOf = whole_frame
+) -> Tensor:
     """The latents of the given frames.
-
-    The VAE is causal, so only the frames up to the last given one are read, resized and encoded.
 
     Args:
         vae: with its encoder.
         picture: what is given.
-        read: how a clip is read; a service does that in another process.
+        frames_FYX3: of :func:`cosmos3_core.conditioning.picture.read_picture`.
+        part_of: which part of the frames to encode here; all parts get the latents of the whole.
 
     Returns:
         [1, C, len(picture.clean_frames), H, W], fp32, on the VAE's device.
-
-    Raises:
-        RequestError: the media is damaged, or larger than allowed.
     """
-    pixels_CFYX = conditioning_pixels(picture, read=read)
-    latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0)).float()
+    pixels_CFYX = conditioning_pixels(picture, frames_FYX3)
     side = vae.geometry.spatial
+    part = part_of(pixels_CFYX.shape[2] // side, pixels_CFYX.shape[3] // side)
+    latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0), part=part).float()
     rows, columns = picture.height // side, picture.width // side  # without what a canvas has beyond the picture
     return latents_1CTHW[:, :, list(picture.clean_frames), :rows, :columns]
 
 
-def conditioning_pixels(picture: PictureCondition, *, read: ReadClip = read_clip) -> Tensor:
-    """What is encoded: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``.
-
-    Raises:
-        RequestError: as :func:`clean_latents`.
-    """
-    if picture.kind == IMAGE:
-        frames_FYX3 = read_image(picture.kind, picture.media)[None]
-    else:
-        frames_FYX3 = read(picture.kind, picture.media, num_frames=picture.num_frames, keep=picture.keep)
+def conditioning_pixels(picture: PictureCondition, frames_FYX3: Frames) -> Tensor:
+    """What is encoded, brought to size: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``."""
     if picture.resizing is Resizing.PAD:
         pixels_CFYX, _ = fit_and_pad(frames_FYX3, picture.resolution_tier, picture.num_frames)
         return pixels_CFYX

@@ -5,10 +5,15 @@ No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cosmos3_core.conditioning.modes import Resizing
-from cosmos3_core.media.source import Packed
+from cosmos3_core.conditioning.modes import IMAGE, Resizing
+from cosmos3_core.media.pixels import Frames
+from cosmos3_core.media.source import Packed, read_clip, read_image
+
+ReadClip = Callable[..., Frames]
+"""As :func:`read_clip`."""
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,20 @@ class PictureCondition:
     num_frames: int
     keep: str
     clean_frames: tuple[int, ...]
+
+
+def read_picture(picture: PictureCondition, *, read: ReadClip = read_clip) -> Frames:
+    """The frames to encode as they come, before they are brought to size: uint8 RGB [F, Y, X, 3].
+
+    The VAE is causal, so only the frames up to the last given one are read.
+
+    Args:
+        picture: what is given.
+        read: how a clip is read; a service does that in another process.
+
+    Raises:
+        RequestError: the media is damaged, or larger than allowed.
+    """
+    if picture.kind == IMAGE:
+        return read_image(picture.kind, picture.media)[None]
+    return read(picture.kind, picture.media, num_frames=picture.num_frames, keep=picture.keep)

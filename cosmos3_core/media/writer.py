@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from cosmos3_core import checks
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
 from cosmos3_core.media.image import DEFAULT_QUALITY, IMAGE_KINDS, check_image, write_image
-from cosmos3_core.media.mp4 import Mp4Writer
+from cosmos3_core.media.mp4 import DEFAULT_CRF, Mp4Writer
 from cosmos3_core.media.output import Target
 from cosmos3_core.media.pixels import Frames, check_frames
 from cosmos3_core.media.sound import Samples, WavWriter, refused_sound
@@ -35,7 +36,7 @@ class ClipFormat:
         kind: one of :data:`FILE_KINDS`; the images hold the only frame.
         height, width: pixels; no matter for a wav.
         fps: frames per second of an mp4.
-        crf: H.264 quality of an mp4, 0 (best) to 51.
+        crf: H.264 quality of an mp4, see :data:`DEFAULT_CRF`.
         lossless: store the yuv420p planes of an mp4 exactly.
         sound: the sound track of an mp4, None for none; a wav needs it, images have none.
         quality: of jpeg and webp, 0 to 100 (best); webp is lossless at 100.
@@ -48,7 +49,7 @@ class ClipFormat:
     height: int
     width: int
     fps: float
-    crf: float = 18
+    crf: float = DEFAULT_CRF
     lossless: bool = False
     sound: SoundFormat | None = None
     quality: int = DEFAULT_QUALITY
@@ -64,6 +65,11 @@ class ClipFormat:
     def is_image(self) -> bool:
         """Whether the file holds a single frame."""
         return self.kind in IMAGE_KINDS
+
+    @property
+    def has_live_file(self) -> bool:
+        """Whether it can be watched while it is made: an mp4."""
+        return self.kind == "mp4"
 
     @property
     def media_type(self) -> str:
@@ -170,12 +176,13 @@ class ImageWriter:
         self._is_open = False
 
 
-def open_writer(target: Target, clip_format: ClipFormat) -> MediaWriter:
+def open_writer(target: Target, clip_format: ClipFormat, live: str | Path | None = None) -> MediaWriter:
     """The writer for a format.
 
     Args:
         target: the file's path, ending and all, or a binary stream.
         clip_format: what to make.
+        live: path of the fragmented mp4 beside an mp4, see :class:`Mp4Writer`; images and wavs have none.
 
     Raises:
         RequestError: a setting is out of range.
@@ -200,4 +207,5 @@ def open_writer(target: Target, clip_format: ClipFormat) -> MediaWriter:
         crf=clip_format.crf,
         lossless=clip_format.lossless,
         sound=clip_format.sound,
+        live=live,
     )

@@ -20,6 +20,13 @@ logger = logging.getLogger(__name__)
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def all_gather_runs(run: Tensor, num_ranks: int, group: Any) -> Tensor:
+    """Every rank's run, [S, ...] each, one behind the other: [num_ranks S, ...], on every rank."""
+    runs = run.new_empty((num_ranks * run.shape[0], *run.shape[1:]))
+    _all_gather(runs, run.contiguous(), group=group)
+    return runs
+
+
 class Summed(nn.Module):
     """A row-split linear layer whose partial products are added up over the ranks, its bias once.
 
@@ -60,9 +67,7 @@ class TokenShare:
 
     def all(self, x: Tensor, num_tokens: int) -> Tensor:
         """Every rank's run, [ceil(S / count), ...] -> [S, ...], padding taken off; on every rank."""
-        whole = x.new_empty((self.count * x.shape[0], *x.shape[1:]))
-        _all_gather(whole, x.contiguous(), group=self.group)
-        return whole[:num_tokens]
+        return all_gather_runs(x, self.count, self.group)[:num_tokens]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,29 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # exported, but not in its __all__
 
+from cosmos3_core.device import collective_backend
 from cosmos3_core.parallel.layout import Layout, Place
 
 Group = Any  # torch's ProcessGroup; None stands for a group of one
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """One rank's view of ranks that share some work, numbered from 0.
+
+    Attributes:
+        rank: this one's number.
+        num_ranks: how many there are.
+        group: torch's; None for a rank that is alone.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    group: Group = None
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,7 @@ class Groups:
         layout: the degrees.
         place: this rank's coordinates.
         tp, cfg, sp: this rank's group along each axis; None where the axis has one rank.
+        everyone: all ranks of the layout, CFG outermost and TP innermost.
     """
 
     layout: Layout
@@ -29,6 +47,7 @@ class Groups:
     tp: Group = None
     cfg: Group = None
     sp: Group = None
+    everyone: RankGroup = RankGroup()
 
     @property
     def rank(self) -> int:
@@ -75,7 +94,34 @@ def init_groups(layout: Layout, rank: int, *, backend: str, timeout_s: float, st
             group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 mine[axis] = group
-    return Groups(layout, layout.place(rank), **mine)
+    everyone = RankGroup(rank, layout.num_ranks, dist.group.WORLD)
+    return Groups(layout, layout.place(rank), **mine, everyone=everyone)
+
+
+def init_group(num_ranks: int, rank: int, device: torch.device, *, timeout_s: float, store: Any = None) -> RankGroup:
+    """Join the other ranks of a gang that is no layout of a transformer. Every rank calls it once.
+
+    Args:
+        num_ranks: how many processes take part.
+        rank: of this process.
+        device: of the tensors that will travel; a GPU must be the process's current one.
+        timeout_s: for joining, and for every exchange afterwards.
+        store: where the ranks meet, a ``torch.distributed`` store; None takes torchrun's environment.
+    """
+    timeout, backend = timedelta(seconds=timeout_s), collective_backend(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    ranks = RankGroup(rank, num_ranks, dist.group.WORLD)
+    connect(ranks, device)
+    return ranks
+
+
+def connect(ranks: RankGroup, device: torch.device) -> None:
+    """Have the ranks of a group connect now, all of them, before any two exchange something. Every rank calls it.
+
+    NCCL connects at a group's first operation, in which all ranks have to take part.
+    """
+    if ranks.group is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=ranks.group)
 
 
 def close_groups() -> None:

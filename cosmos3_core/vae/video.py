@@ -5,8 +5,11 @@ the networks), F/Y/X pixel frames, rows, columns, h/w row and column within a pa
 
 The VAE is causal, so a clip decodes in chunks without loss: its first latent frame alone (1 pixel frame), then as many
 at a time as one likes (4 pixel frames each). One latent frame at a time is the reference and equals it to the bit; more
-at a time equal it to fp32 rounding. What one chunk needs of those before it is the clip's own value
-(:class:`DecodeState`); the module keeps nothing, so clips may take turns on it.
+at a time equal it to fp32 rounding. What one chunk needs of those before it travels with the clip
+(:class:`FrameCache`); the module keeps nothing, so clips may take turns on it.
+
+Frames may be worked on in parts, at the same time in several places (:class:`cosmos3_core.vae.frame_part.FramePart`):
+without approximation either, parts equal the whole to fp32 rounding.
 
 Parameters bear the names of the published tensors: loading is the identity map. The latents' mean and deviation are no
 parameters, they come with the config.
@@ -18,7 +21,6 @@ statistics in its Cosmos3 pipeline.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,29 +28,12 @@ from torch import Tensor, nn
 from cosmos3_core import shapes
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
 from cosmos3_core.device import latents_to_fill
-from cosmos3_core.errors import CapabilityError, RequestError, StateError
+from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.shapes import Geometry
+from cosmos3_core.vae.frame_part import WHOLE, FramePart
 from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, MidBlock, RMSNorm, number_slots
 from cosmos3_core.vae.video_resample import DownBlock, UpBlock
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeState:
-    """A half-decoded clip, as a value: what the next chunk needs of those before it. ``DecodeState()`` begins a clip.
-
-    It is never changed: decoding goes on from the same state as often as one likes, on any replica of the same weights.
-
-    Attributes:
-        num_latent_frames: latent frames decoded so far.
-        frames: per causal convolution its last input frames, in the module's dtype (:class:`FrameCache`); the bulk of
-            the state, and the same size from the second chunk on.
-        grid_BHW: batch, rows and columns of the clip's latents.
-    """
-
-    num_latent_frames: int = 0
-    frames: tuple[Tensor | None, ...] = ()
-    grid_BHW: tuple[int, ...] = ()
 
 
 class Decoder(nn.Module):
@@ -163,118 +148,98 @@ class VideoVAE(nn.Module):
 
     # Decoding
 
-    def decode(self, latents_BCTHW: Tensor, *, chunk_latents: int | None = None) -> Iterator[Tensor]:
+    def decode(
+        self, latents_BCTHW: Tensor, *, chunk_latents: int | None = None, part: FramePart = WHOLE
+    ) -> Iterator[Tensor]:
         """Decode a clip lazily: each chunk is computed when it is asked for, and nothing of it is kept but the caches.
 
         Args:
             latents_BCTHW: normalised latents of the whole clip, fp32.
             chunk_latents: latent frames per chunk after the first, which always is one latent frame. 1 is the
                 reference; larger fills a device better and holds that much more at a time. None: 1 on a CPU, and on a
-                GPU by the size of the frames (:func:`cosmos3_core.shapes.chunk_latents`).
+                GPU by the size of the largest part of a frame (:func:`cosmos3_core.shapes.chunk_latents`).
+            part: of every frame, to decode here. Every part takes the same latents and its chunks in step with the
+                others', as each waits for what it needs of them.
 
         Returns:
             An iterator of pixel chunks [B, 3, F, Y, X] in [-1, 1], in the module's dtype and on its device: F is 1 at
-            first, then ``chunk_latents`` x ``geometry.temporal``; the last may be shorter.
+            first, then ``chunk_latents`` x ``geometry.temporal``; the last may be shorter. Y and X are the part's:
+            where it holds nothing, its chunks are empty, and as many.
 
         Raises:
-            RequestError: latents of another shape, or ``chunk_latents`` below 1. This call raises it, not the iterator.
+            RequestError: latents of another shape or for another part, or ``chunk_latents`` below 1. This call raises
+                it, not the iterator.
         """
-        _check_clip("latents_BCTHW", latents_BCTHW, self.config.z_dim)
+        self.check_latents(latents_BCTHW)
+        own_BCTHW = part.cut(latents_BCTHW)
         if chunk_latents is None:
             *_, height, width = latents_BCTHW.shape
-            at_least = latents_to_fill(self.post_quant_conv.weight.device)
-            chunk_latents = shapes.chunk_latents(height, width, at_least)
+            at_least = latents_to_fill(self.post_quant_conv.weight.device, is_split=part.axis is not None)
+            # The largest part, not this one: all parts have to choose alike.
+            chunk_latents = shapes.chunk_latents(*part.largest(height, width), at_least)
         if chunk_latents < 1:
             raise RequestError("chunk_latents", chunk_latents, "1 or more latent frames")
-        return self._decode(latents_BCTHW, chunk_latents)
+        return self._decode(own_BCTHW, chunk_latents, part)
 
-    def _decode(self, latents_BCTHW: Tensor, chunk_latents: int) -> Iterator[Tensor]:
-        z_BCTHW = self.decoder_input(latents_BCTHW)
-        # One cache changed in place, where a chain of states would hold two of them while a chunk is computed.
-        cache = FrameCache.empty(self.decoder.num_slots)
-        start, stop = 0, 1
-        while start < z_BCTHW.shape[2]:
-            yield self._decode_into(cache, z_BCTHW[:, :, start:stop])
-            start, stop = stop, stop + chunk_latents
-
-    @torch.no_grad()
-    def decoder_input(self, latents_BCTHW: Tensor) -> Tensor:
-        """Normalised latents -> what :meth:`decode_chunk` takes, in the module's dtype; for the whole clip at once.
-
-        At once because the 1x1x1 convolution rounds otherwise with its number of frames (CPU picks its algorithm by
-        size), and a clip should decode alike however it is cut.
-
-        Args:
-            latents_BCTHW: [B, z_dim, T, H, W], fp32.
+    def check_latents(self, latents_BCTHW: Tensor) -> None:
+        """Make sure that this decoder takes ``latents_BCTHW``.
 
         Raises:
-            RequestError: latents of another shape.
+            RequestError: they are not [B, z_dim, T, H, W], each at least 1.
         """
         _check_clip("latents_BCTHW", latents_BCTHW, self.config.z_dim)
+
+    def _decode(self, latents_BCTHW: Tensor, chunk_latents: int, part: FramePart) -> Iterator[Tensor]:
+        num_frames, holds_nothing = latents_BCTHW.shape[2], 0 in latents_BCTHW.shape
+        latents_BCTHW = latents_BCTHW.to(self.post_quant_conv.weight.device)
+        cache = FrameCache(self.decoder.num_slots, part)
+        start, stop = 0, 1
+        while start < num_frames:
+            chunk_BCTHW = latents_BCTHW[:, :, start:stop]
+            yield self._no_pixels(chunk_BCTHW, start) if holds_nothing else self._decode_into(cache, chunk_BCTHW)
+            start, stop = stop, stop + chunk_latents
+
+    def _decoder_input(self, latents_BCTHW: Tensor) -> Tensor:
+        """Normalised latents -> what the decoder takes, in the module's dtype; frame by frame.
+
+        The 1x1x1 convolution rounds otherwise with its number of frames (CPU picks its algorithm by size), and a clip
+        should decode alike however it is cut in time.
+        """
         weight = self.post_quant_conv.weight
         mean_C111, inverse_std_C111 = self._statistics()
-        z_BCTHW = latents_BCTHW.to(weight.device, weight.dtype) / inverse_std_C111 + mean_C111
-        return self.post_quant_conv(z_BCTHW)
+        z_BCTHW = latents_BCTHW.to(weight.dtype) / inverse_std_C111 + mean_C111
+        return torch.cat([self.post_quant_conv(frame_BC1HW) for frame_BC1HW in z_BCTHW.split(1, dim=2)], dim=2)
 
     @torch.no_grad()
-    def decode_chunk(self, z_BCTHW: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
-        """Decode the next latent frames of a clip; changes neither the module nor ``state``.
-
-        ``for z in chunks: pixels, state = vae.decode_chunk(z, state)`` gives the bits of :meth:`decode`, and holds the
-        caches of two chunks at a time where that holds one.
-
-        Args:
-            z_BCTHW: the next frames of :meth:`decoder_input`; exactly one where the clip begins.
-            state: what the chunk before returned; ``DecodeState()`` begins a clip.
-
-        Returns:
-            Pixels [B, 3, F, Y, X] in [-1, 1] in the module's dtype, and the state after them.
-
-        Raises:
-            RequestError: a chunk of another shape, or a first chunk of more than one frame.
-            StateError: ``state`` belongs to a clip of another size or to another model.
-        """
-        _check_clip("z_BCTHW", z_BCTHW, self.config.z_dim)
-        batch, _, num_frames, height, width = z_BCTHW.shape
-        grid_BHW = (batch, height, width)
-        if state.num_latent_frames == 0:
-            if num_frames != 1:
-                raise RequestError(
-                    "z_BCTHW", tuple(z_BCTHW.shape), "one frame where a clip begins", "Decode frame 0 by itself first."
-                )
-            cache = FrameCache.empty(self.decoder.num_slots)
-        else:
-            if state.grid_BHW != grid_BHW or len(state.frames) != self.decoder.num_slots:
-                raise StateError(
-                    f"the decode state holds {len(state.frames)} caches for latents of (batch, rows, columns) "
-                    f"{state.grid_BHW}; this decoder has {self.decoder.num_slots} and was given {grid_BHW}"
-                )
-            cache = FrameCache(state.frames, is_first_chunk=False)
-        pixels_BCFYX = self._decode_into(cache, z_BCTHW)
-        return pixels_BCFYX, DecodeState(state.num_latent_frames + num_frames, tuple(cache.frames), grid_BHW)
-
-    @torch.no_grad()
-    def _decode_into(self, cache: FrameCache, z_BCTHW: Tensor) -> Tensor:
+    def _decode_into(self, cache: FrameCache, latents_BCTHW: Tensor) -> Tensor:
         """One chunk; ``cache`` moves on behind it."""
-        patched_BCTHW = self.decoder(z_BCTHW, cache)
+        patched_BCTHW = self.decoder(self._decoder_input(latents_BCTHW), cache)
         cache.is_first_chunk = False
         return unpatchify(patched_BCTHW.clamp_(-1.0, 1.0), self.config.patch_size)
+
+    def _no_pixels(self, latents_BCTHW: Tensor, start: int) -> Tensor:
+        """The pixels of a chunk without rows or columns that begins at latent frame ``start``."""
+        batch, _, num_frames, height, width = latents_BCTHW.shape
+        frames = num_frames * self.geometry.temporal if start else 1
+        side, weight = self.geometry.spatial, self.post_quant_conv.weight
+        return weight.new_empty((batch, self._num_colours, frames, height * side, width * side))
 
     # Encoding
 
     @torch.no_grad()
-    def encode(self, pixels_BCFYX: Tensor) -> Tensor:
+    def encode(self, pixels_BCFYX: Tensor, *, part: FramePart = WHOLE) -> Tensor:
         """Encode a clip: the posterior's mean, normalised; nothing is drawn.
 
         Args:
             pixels_BCFYX: [B, 3, F, Y, X] in [-1, 1]; F is 1 + a multiple of ``geometry.temporal``, Y and X are
                 multiples of ``geometry.spatial``.
+            part: of every frame, to encode here; every part takes the same pixels, at the same time.
 
         Returns:
-            Latents [B, z_dim, T, H, W] in the module's dtype and on its device.
+            Latents [B, z_dim, T, H, W] of the whole frames, whatever the part, in the module's dtype and on its device.
 
         Raises:
-            RequestError: pixels of another shape.
+            RequestError: pixels of another shape or for another part.
             CapabilityError: this VAE was built without its encoder.
         """
         if self.encoder is None or self.quant_conv is None:
@@ -282,24 +247,31 @@ class VideoVAE(nn.Module):
                 "encode", "pixels", "decoding only", "Build the VAE with with_encoder=True to encode."
             )
         self._check_pixels(pixels_BCFYX)
+        own_BCFYX = part.cut(pixels_BCFYX, self.geometry.spatial)
+        if 0 in own_BCFYX.shape:
+            return part.share(self._no_latents(own_BCFYX))
         weight = self.quant_conv.weight
-        cache = FrameCache.empty(self.encoder.num_slots)
+        cache = FrameCache(self.encoder.num_slots, part)
         moments: list[Tensor] = []
         # Frame 0 alone, then as many pixel frames at a time as make one latent frame.
         start, stop = 0, 1
-        while start < pixels_BCFYX.shape[2]:
-            chunk_BCFYX = pixels_BCFYX[:, :, start:stop].to(weight.device, weight.dtype)
+        while start < own_BCFYX.shape[2]:
+            chunk_BCFYX = own_BCFYX[:, :, start:stop].to(weight.device, weight.dtype)
             moments.append(self.encoder(patchify(chunk_BCFYX, self.config.patch_size), cache))
             cache.is_first_chunk = False
             start, stop = stop, stop + self.geometry.temporal
         mean_and_log_variance_BCTHW = self.quant_conv(torch.cat(moments, dim=2))
         z_BCTHW = mean_and_log_variance_BCTHW[:, : self.config.z_dim]
         mean_C111, inverse_std_C111 = self._statistics()
-        return (z_BCTHW - mean_C111) * inverse_std_C111
+        return part.share((z_BCTHW - mean_C111) * inverse_std_C111)
+
+    def _no_latents(self, pixels_BCFYX: Tensor) -> Tensor:
+        """The latents of a clip without rows or columns."""
+        batch, _, *clip = pixels_BCFYX.shape
+        return self.post_quant_conv.weight.new_empty((batch, self.config.z_dim, *self.geometry.latent_shape(*clip)))
 
     def _check_pixels(self, pixels_BCFYX: Tensor) -> None:
-        patch_area = self.config.patch_size**2
-        _check_clip("pixels_BCFYX", pixels_BCFYX, self.config.in_channels // patch_area)
+        _check_clip("pixels_BCFYX", pixels_BCFYX, self._num_colours)
         _, _, num_frames, height, width = pixels_BCFYX.shape
         temporal, spatial = self.geometry.temporal, self.geometry.spatial
         if self.geometry.round_up_num_frames(num_frames) != num_frames:
@@ -314,6 +286,10 @@ class VideoVAE(nn.Module):
                 raise RequestError(
                     name, num_pixels, f"a multiple of {spatial} pixels", "Resize or pad before encoding."
                 )
+
+    @property
+    def _num_colours(self) -> int:
+        return self.config.in_channels // self.config.patch_size**2
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """The latents' mean and inverse deviation [z_dim, 1, 1, 1].

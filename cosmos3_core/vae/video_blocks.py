@@ -14,18 +14,21 @@ Source: the architecture of the published AutoencoderKLWan weights in the Wan 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.ops.video_eager import channel_norm
+from cosmos3_core.vae.frame_part import WHOLE, FramePart
 
 
 class FrameCache:
-    """The input frames that one clip's causal convolutions carry from chunk to chunk.
+    """What one clip's causal convolutions carry from chunk to chunk.
+
+    Args:
+        num_slots: how many convolutions there are that look back.
+        part: of the frames, that is worked on.
 
     Attributes:
         frames: per convolution, at its ``slot``: the last frames of its window [B, C, num_history, rows, columns],
@@ -33,22 +36,18 @@ class FrameCache:
         is_first_chunk: nothing of the clip has passed yet. Resampling in time treats the first frame apart.
     """
 
-    def __init__(self, frames: Iterable[Tensor | None], *, is_first_chunk: bool) -> None:
-        self.frames = list(frames)
-        self.is_first_chunk = is_first_chunk
-
-    @classmethod
-    def empty(cls, num_slots: int) -> FrameCache:
-        """The cache of a clip that has not begun."""
-        return cls([None] * num_slots, is_first_chunk=True)
+    def __init__(self, num_slots: int, part: FramePart = WHOLE) -> None:
+        self.frames: list[Tensor | None] = [None] * num_slots
+        self.is_first_chunk = True
+        self.part = part
 
 
 class CausalConv3d(nn.Conv3d):
     """3D convolution that looks back in time, never ahead.
 
-    It runs in two steps, ``conv(conv.window(x, cache))``: :meth:`window` lays history, chunk and a zero border into one
-    buffer, the convolution itself pads nothing. Whoever splits frames over ranks fills the border otherwise and leaves
-    the rest as it is. A kernel of one needs no window and takes ``x`` itself.
+    It runs in two steps, ``conv(conv.window(x, cache))``: :meth:`window` lays history, chunk and a border into one
+    buffer, the convolution itself pads nothing. The border is zeros, and where the frame goes on in another part, what
+    is there. A kernel of one needs no window and takes ``x`` itself.
 
     Args:
         in_channels, out_channels: channels before and after.
@@ -90,7 +89,7 @@ class CausalConv3d(nn.Conv3d):
     def window(
         self, x_BCTHW: Tensor, cache: FrameCache, *, norm: RMSNorm | None = None, bias_C: Tensor | None = None
     ) -> Tensor:
-        """``x`` behind its history and inside a zero border, in the weight's memory format; updates ``cache``.
+        """``x`` behind its history and inside its border, in the weight's memory format; updates ``cache``.
 
         Args:
             x_BCTHW: the chunk.
@@ -102,7 +101,7 @@ class CausalConv3d(nn.Conv3d):
             [B, C, num_history + T, H + 2 border, W + 2 border]
         """
         gain_C111 = None if norm is None else norm.gamma
-        window_BCTHW, cache.frames[self.slot] = self.ops.window(
+        window_BCTHW, kept_BCTHW = self.ops.window(
             x_BCTHW,
             cache.frames[self.slot],
             self.num_history,
@@ -111,6 +110,12 @@ class CausalConv3d(nn.Conv3d):
             gain_C111,
             bias_C,
         )
+        axis = cache.part.axis
+        if axis is not None and (border := self.border_HW[axis]):
+            # The past came with its border; the next chunk's past needs the one of these frames.
+            cache.part.fill_border(window_BCTHW[:, :, self.num_history :], before=border, after=border)
+            copy_border(window_BCTHW[:, :, -self.num_history :], kept_BCTHW, axis, border)
+        cache.frames[self.slot] = kept_BCTHW
         return window_BCTHW
 
     def remember(self, frames_BCTHW: Tensor, cache: FrameCache) -> None:
@@ -126,6 +131,12 @@ class CausalConv3d(nn.Conv3d):
             return torch.contiguous_format
         is_channels_last = self.weight.is_contiguous(memory_format=torch.channels_last_3d)
         return torch.channels_last_3d if is_channels_last else torch.contiguous_format
+
+
+def copy_border(source_HW: Tensor, target_HW: Tensor, axis: int, border: int) -> None:
+    """Copy the first and the last ``border`` rows or columns along ``axis`` between tensors of one shape."""
+    for start in (0, source_HW.shape[axis] - border):
+        target_HW.narrow(axis, start, border).copy_(source_HW.narrow(axis, start, border))
 
 
 def number_slots(network: nn.Module) -> int:
@@ -193,12 +204,15 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(num_channels, 3 * num_channels, 1)
         self.proj = nn.Conv2d(num_channels, num_channels, 1)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> the same shape, a new tensor, the input added."""
+    def forward(self, x_BCTHW: Tensor, part: FramePart) -> Tensor:
+        """[B, C, T, H, W] -> the same shape, a new tensor, the input added: this part's positions see all of them."""
         x_KCHW = fold_frames(x_BCTHW)
         # The three maps lie side by side in the channels; one contiguous transpose serves all of them.
-        qkv_KSC = self.to_qkv(self.norm(x_KCHW)).flatten(2).transpose(1, 2).contiguous()
-        q_K1SC, k_K1SC, v_K1SC = qkv_KSC.unsqueeze(1).chunk(3, dim=-1)
+        qkv_KHWC = self.to_qkv(self.norm(x_KCHW)).movedim(1, -1).contiguous()
+        num_channels = x_KCHW.shape[1]
+        q_K1SC = qkv_KHWC[..., :num_channels].flatten(1, 2).unsqueeze(1)
+        kv_K1SC = part.gather(qkv_KHWC[..., num_channels:]).flatten(1, 2).unsqueeze(1)
+        k_K1SC, v_K1SC = kv_K1SC.chunk(2, dim=-1)
         y_KCS = F.scaled_dot_product_attention(q_K1SC, k_K1SC, v_K1SC).squeeze(1).transpose(1, 2)
         y_KCHW = self.proj(y_KCS.reshape(x_KCHW.shape))
         return unfold_frames(y_KCHW, x_BCTHW.shape[0]).add_(x_BCTHW)
@@ -215,7 +229,7 @@ class MidBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, C, T, H, W] -> the same shape, a new tensor."""
         x_BCTHW = self.resnets[0](x_BCTHW, cache)
-        x_BCTHW = self.attentions[0](x_BCTHW)
+        x_BCTHW = self.attentions[0](x_BCTHW, cache.part)
         return self.resnets[1](x_BCTHW, cache)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.ops.video import VideoOps
+from cosmos3_core.vae.frame_part import WHOLE, FramePart
 from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, ResidualBlock, fold_frames, unfold_frames
 
 
@@ -34,8 +35,8 @@ class FrameConv2d(nn.Conv2d):
 
     Args:
         num_channels: before and after.
-        stride: 1 behind :class:`NearestUp2d`, with a border of one all around; 2 when halving, the border laid by the
-            module in front.
+        stride: 1 behind :class:`NearestUp2d`, with a border of one all around; 2 when halving, the zeros of its border
+            laid by the module in front.
         leaves_bias: whether the operator behind adds the bias.
     """
 
@@ -43,9 +44,15 @@ class FrameConv2d(nn.Conv2d):
         super().__init__(num_channels, num_channels, 3, stride=stride, padding=1 if stride == 1 else 0)
         self.leaves_bias = leaves_bias
 
-    def forward(self, x_KCHW: Tensor) -> Tensor:
+    def forward(self, x_KCHW: Tensor, part: FramePart = WHOLE) -> Tensor:
         """[K, C, H, W] -> [K, C, H or H/2, W or W/2], without the bias that it leaves."""
-        return self._conv_forward(x_KCHW, self.weight, None if self.leaves_bias else self.bias)
+        padding = self.padding
+        if part.axis is not None:
+            if self.stride[0] == 1:
+                x_KCHW, padding = F.pad(x_KCHW, (1, 1, 1, 1)), (0, 0)
+            # Halving, output (i, j) looks at rows 2i to 2i + 2: at none above its own.
+            part.fill_border(x_KCHW, before=2 - self.stride[0], after=1)
+        return F.conv2d(x_KCHW, self.weight, None if self.leaves_bias else self.bias, self.stride, padding)
 
 
 class Upsampler(nn.Module):
@@ -81,7 +88,7 @@ class Upsampler(nn.Module):
             # The convolution's two halves are the even and the odd frames.
             x_BCTHW, num_parts = self.time_conv(self.time_conv.window(x_BCTHW, cache)), 2
         up, conv = self.resample
-        return unfold_frames(conv(up(x_BCTHW, num_parts)), batch)
+        return unfold_frames(conv(up(x_BCTHW, num_parts), cache.part), batch)
 
 
 class Downsampler(nn.Module):
@@ -95,16 +102,18 @@ class Downsampler(nn.Module):
 
     def __init__(self, num_channels: int, ops: VideoOps, *, halves_time: bool) -> None:
         super().__init__()
-        conv = FrameConv2d(num_channels, stride=2, leaves_bias=False)
-        # The border is below and to the right only: output (i, j) looks at rows 2i to 2i + 2.
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
+        # The border is below and to the right only; see the convolution.
+        self.resample = nn.ModuleList(
+            [nn.ZeroPad2d((0, 1, 0, 1)), FrameConv2d(num_channels, stride=2, leaves_bias=False)]
+        )
         self.time_conv = (
             CausalConv3d(num_channels, num_channels, (3, 1, 1), ops, time_stride=2) if halves_time else None
         )
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, C, T, H, W] with even H, W -> [B, C, T or T/2, H/2, W/2], a new tensor."""
-        y_BCTHW = unfold_frames(self.resample(fold_frames(x_BCTHW)), x_BCTHW.shape[0])
+        pad, conv = self.resample
+        y_BCTHW = unfold_frames(conv(pad(fold_frames(x_BCTHW)), cache.part), x_BCTHW.shape[0])
         if self.time_conv is None:
             return y_BCTHW
         if cache.is_first_chunk:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosmos3_core import checks
-from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE
+from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE, Actions
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.image import IMAGE_KINDS
 from cosmos3_core.presets import LIMITS
@@ -46,6 +46,19 @@ class FormText(str):
 
 
 @dataclass(frozen=True)
+class VideoJob:
+    """What ``POST /v1/videos/sync`` asks for.
+
+    Attributes:
+        request: for the Director.
+        is_live: whether the file is to be sent while it grows.
+    """
+
+    request: GenerationRequest
+    is_live: bool
+
+
+@dataclass(frozen=True)
 class ImageJob:
     """What ``POST /v1/images/generations`` asks for.
 
@@ -58,8 +71,8 @@ class ImageJob:
     response_format: str
 
 
-def parse_video_body(fields: dict[str, Any], model_name: str) -> GenerationRequest:
-    """A body of ``POST /v1/videos/sync`` as a request.
+def parse_video_body(fields: dict[str, Any], model_name: str) -> VideoJob:
+    """A body of ``POST /v1/videos/sync`` as what it asks for.
 
     Args:
         fields: of a JSON body as they are; of a form :class:`FormText`, and the bytes of files.
@@ -76,7 +89,8 @@ def parse_video_body(fields: dict[str, Any], model_name: str) -> GenerationReque
     if isinstance(actions := given.get("actions"), dict) and "data" in actions:  # as an answer has them
         passed["actions"] = actions["data"]
     image, video = given_media(given)
-    return GenerationRequest(width=width, height=height, image=image, video=video, **passed)
+    request = GenerationRequest(width=width, height=height, image=image, video=video, **passed)
+    return VideoJob(request, _is_live(given, request))
 
 
 def parse_image_body(fields: dict[str, Any], model_name: str) -> ImageJob:
@@ -92,7 +106,7 @@ def parse_image_body(fields: dict[str, Any], model_name: str) -> ImageJob:
     _check_model(given, model_name)
     response_format = given.get("response_format", B64_JSON)
     if response_format == "url":
-        hint = "No files are kept here that a URL could lead to."
+        hint = "Images are in the answer itself."
         raise RequestError("response_format", response_format, f"{B64_JSON} or {FILE_ITSELF}", hint)
     checks.choice("response_format", response_format, (B64_JSON, FILE_ITSELF))
     num_images = checks.integer("n", given.get("n", 1), 1, _MAX_IMAGES)
@@ -111,6 +125,15 @@ def parse_image_body(fields: dict[str, Any], model_name: str) -> ImageJob:
     }
     seeds = range(first_seed, first_seed + num_images)
     return ImageJob(tuple(GenerationRequest(**{**passed, "seed": seed}) for seed in seeds), response_format)
+
+
+def _is_live(given: dict[str, Any], request: GenerationRequest) -> bool:
+    is_live = checks.flag("stream", given.get("stream", False))
+    mode = MODES.get(request.mode) if isinstance(request.mode, str) else None
+    is_clip = request.output in (None, "mp4") and request.num_frames != 1 and request.mode != TEXT_TO_IMAGE
+    if is_live and (not is_clip or (mode is not None and mode.actions is Actions.GENERATED)):
+        raise RequestError("stream", True, "only with an mp4 and without generated actions", "Nothing else grows.")
+    return is_live
 
 
 def _merged(fields: dict[str, Any], known: Fields) -> dict[str, Any]:

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from cluster.errors import ClusterError, DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
-from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
 from deployments.errors import typed
+from deployments.media_store import MediaStoreError
 
 
-class BodyError(Cosmos3Error):
-    """A request body that cannot be read at all.
+class Refusal(Cosmos3Error):
+    """A fault that only HTTP has.
 
     Args:
         status: of the answer.
         code: short name of the fault.
         message: what is wrong and what is allowed.
+        headers: of the answer.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status, self.code, self.message = status, code, message
-        super().__init__(status, code, message)
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.status, self.code, self.message, self.headers = status, code, message, dict(headers)
+        super().__init__(status, code, message, self.headers)
 
     def __str__(self) -> str:
         return self.message
 
+
+class BodyError(Refusal):
+    """A request body that cannot be read at all."""
+
+
+_INTERNAL, _MEDIA = "internal_error", "media_unavailable"
 
 # First match wins: more special types stand first.
 _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
@@ -39,11 +49,18 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (DeadlineExceeded, 504, "deadline_exceeded"),
     (StageFailed, 503, "stage_failed"),
     (ClusterError, 503, "unavailable"),
+    (MediaError, 503, _MEDIA),
+    (MediaStoreError, 503, _MEDIA),
 )
+# Of errors that are about the inside: addresses, paths.
+_MESSAGES = {
+    _INTERNAL: "an internal error; the server's log has it under this request id",
+    _MEDIA: "the file could not be written or read; the server's log has it under this request id",
+}
 
 
 def error_response(error: BaseException) -> JSONResponse:
-    """The answer for an error; unknown ones become a 500 that says nothing of the inside.
+    """The answer for an error; unknown ones become a 500. Those and files say nothing of the inside.
 
     Serve puts the request's id into the headers of every answer.
     """
@@ -51,20 +68,25 @@ def error_response(error: BaseException) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):  # the framework's own: no such path, another method
         return _response(error.status_code, "no_such_route", str(error.detail), dict(error.headers or {}))
-    if isinstance(error, BodyError):
-        return _response(error.status, error.code, str(error), headers)
-    status, code = 500, "internal_error"
-    for kind, known_status, known_code in _STATUS:
-        if isinstance(error, kind):
-            status, code = known_status, known_code
-            break
+    if isinstance(error, Refusal):
+        return _response(error.status, error.code, str(error), error.headers)
+    status, code = _meaning(error)
     extra: dict[str, Any] = {}
     if isinstance(error, RequestError):
         extra = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}
     if status in (429, 503):
         headers["retry-after"] = str(math.ceil(getattr(error, "retry_after_s", 5.0)))
-    message = "an internal error; the server's log has it under this request id" if status == 500 else str(error)
-    return _response(status, code, message, headers, **extra)
+    return _response(status, code, _MESSAGES.get(code, str(error)), headers, **extra)
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether the answer for an error says what was wrong; else it belongs into the log."""
+    error = typed(error, "director")
+    return isinstance(error, HTTPException | Refusal) or _meaning(error)[1] not in _MESSAGES
+
+
+def _meaning(error: BaseException) -> tuple[int, str]:
+    return next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, _INTERNAL))
 
 
 def _response(status: int, code: str, message: str, headers: dict[str, str], **extra: Any) -> JSONResponse:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -15,9 +15,9 @@ from starlette.responses import Response
 from cluster.errors import DeadlineExceeded, OverloadedError, StageFailed
 from cosmos3_core.request import GenerationRequest
 from deployments.api.body_limit import request_id_of
-from deployments.api.errors import error_response
+from deployments.api.errors import error_response, is_told
 from deployments.errors import typed
-from deployments.messages import Finished, MediaPart
+from deployments.messages import FileStarted, Finished
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,8 +27,6 @@ _SLACK_S = 15.0
 # clip, which is looked at first, and may wait for others.
 _ACCEPT_S = 60.0
 _ACCEPT_CLIP_S = 600.0
-# Until the next part of a file that is there.
-_PART_S = 60.0
 # Between two tries for a place.
 _LONGEST_PAUSE_S = 5.0
 
@@ -55,6 +53,7 @@ class Exchange:
             StageFailed: no word of it.
             Exception: why it does not.
         """
+        self.cancel()  # the last one has ended; Serve is told so
         self._events = self._director.stream.remote(request, self.request_id, timeout_s)
         limit_s = _ACCEPT_S if request.video is None else _ACCEPT_CLIP_S
         try:
@@ -63,16 +62,29 @@ class Exchange:
         except TimeoutError:
             raise StageFailed("director", 1, f"no word of the request within {limit_s:g} s") from None
 
-    async def finished(self) -> Finished:
-        """Follow the request to the event that the file's parts come after.
+    async def started(self) -> FileStarted | Finished:
+        """Follow the request until its file grows; to its end where it has none.
 
         Raises:
             Exception: whatever the Director raised.
         """
+        event: FileStarted | Finished = await self._first(FileStarted, Finished)
+        return event
+
+    async def finished(self) -> Finished:
+        """Follow the request to its end: the file is whole.
+
+        Raises:
+            Exception: whatever the Director raised.
+        """
+        event: Finished = await self._first(Finished)
+        return event
+
+    async def _first(self, *kinds: type) -> Any:
         async for event in self._events:
-            if isinstance(event, Finished):
+            if isinstance(event, kinds):
                 return event
-        raise RuntimeError("the Director's stream ended before the file")
+        raise RuntimeError("the Director's stream ended before the request did")
 
     async def asked_again(self, request: GenerationRequest) -> Finished:
         """:meth:`ask` and :meth:`finished` for more of what was begun: a full queue is waited out.
@@ -90,19 +102,6 @@ class Exchange:
                 if not isinstance(reason, OverloadedError):
                     raise
             await asyncio.sleep(min(reason.retry_after_s, _LONGEST_PAUSE_S))
-
-    async def parts(self) -> AsyncIterator[bytes]:
-        """The file, once it is finished."""
-        try:
-            while True:
-                async with asyncio.timeout(_PART_S):
-                    event = await anext(self._events, None)
-                if event is None:
-                    return
-                if isinstance(event, MediaPart):
-                    yield event.data
-        finally:
-            self.cancel()
 
     def cancel(self) -> None:
         """Stop the stages. A stream that is only dropped runs on."""
@@ -133,7 +132,7 @@ async def answered(
     except Exception as error:  # every error becomes an answer
         exchange.cancel()
         response = error_response(error)
-        if response.status_code == 500:
+        if not is_told(error):
             logger.exception("request %s failed", exchange.request_id)
         return response
     except asyncio.CancelledError:

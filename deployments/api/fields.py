@@ -100,6 +100,8 @@ _OF_VIDEOS = {
     "view_point": Field(TEXT, "with actions: ego_view, third_person_view, wrist_view or concat_view"),
     "output": Field(TEXT, "mp4, wav (with sound), png, jpeg or webp (one frame), or actions alone"),
     "output_quality": Field(INTEGER, "of jpeg and webp, 0 to 100"),
+    "crf": Field(NUMBER, "of mp4, H.264's quality, 0 (best) to 51"),
+    "lossless": Field(FLAG, "of mp4: its yuv420p planes are stored exactly; not with crf"),
 }
 
 PASSED_ON = (*_SAMPLING, *_OF_VIDEOS)
@@ -122,6 +124,7 @@ VIDEO_FIELDS: Fields = {
     "width": Field(INTEGER, "pixels, a multiple of 16"),
     "height": Field(INTEGER, "pixels, a multiple of 16"),
     "seconds": Field(NUMBER, "length; num_frames wins over it"),
+    "stream": Field(FLAG, "send the mp4 while it is made: fragmented, without the headers that say what it became"),
     **_NOTED,
 }
 """Of ``POST /v1/videos/sync``. Absent ones take the checkpoint's own defaults."""

@@ -84,7 +84,9 @@ def _text_of(field: str, value: Any) -> str:
         kind = field.removesuffix("_reference")
         keys = ("image_url", "video_url") if kind == "input" else (f"{kind}_url",)
         if "file_id" in value:
-            raise RequestError(field, value, f"an object of {' or '.join(keys)}", "No files are kept here: send it.")
+            raise RequestError(
+                field, value, f"an object of {' or '.join(keys)}", "No files can be uploaded here: send it."
+            )
         if len(value) != 1 or next(iter(value)) not in keys:
             raise RequestError(field, sorted(value), f"an object of {' or '.join(keys)} and nothing else")
         (value,) = value.values()

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import time
 import zipfile
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from deployments.api.bodies import B64_JSON, ImageJob
 from deployments.api.body_room import Held
+from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
-from deployments.messages import Finished
+from deployments.media_store import MediaStore
+from deployments.messages import FileStarted, Finished
 
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+_Part = asyncio.Future[bytes | None]
+_News = asyncio.Future[FileStarted | Finished]
 # Of a file in base64, in bytes of the file; and the file beside it.
 _SPACE_OF_BASE64 = 7 / 3
 
 
-async def media_answer(exchange: Exchange, held: Held) -> Response:
+async def media_answer(exchange: Exchange, held: Held, media: MediaStore) -> Response:
     """The file, with what is to be said about it in its headers; with generated actions, JSON of both.
 
     Args:
         exchange: the Director has its request.
         held: room for a file that has to be in memory.
+        media: where files are.
     """
     event = await exchange.finished()
+    exchange.cancel()
     if event.actions is None:
-        return StreamingResponse(exchange.parts(), media_type=event.media_type, headers=_headers(event))
+        return await _file(event, media)
     video = None
     if event.num_bytes:
-        data = await _whole(exchange, event, held)
+        data = await _whole(event, held, media)
         video = {"media_type": event.media_type, "b64_json": base64.b64encode(data).decode()}
-    exchange.cancel()
     return JSONResponse(
         {
             "id": event.request_id,
@@ -56,23 +63,107 @@ async def media_answer(exchange: Exchange, held: Held) -> Response:
     )
 
 
-async def images_answer(exchange: Exchange, job: ImageJob, held: Held) -> Response:
+async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
+    """The file as it grows, from its first fragment on. Leaving it stops the request.
+
+    Instead of a file that fails before there is anything of it, the answer is the one that is made next. Later, the
+    connection breaks: a file that ended early would look like a short one.
+
+    Args:
+        exchange: the Director has its request, which makes a clip.
+        media: where files are.
+    """
+    event: FileStarted | Finished | None = await exchange.started()
+    while event is not None:
+        assert isinstance(event, FileStarted), "a clip has a file"
+        started = event
+        parts = live_parts(media, await asyncio.to_thread(media.expect, started.media_id))
+        first, news = asyncio.ensure_future(anext(parts, None)), asyncio.ensure_future(exchange.started())
+        try:
+            event = await _made_instead(first, news)
+        except BaseException:
+            await _drop(parts, first, news)
+            raise
+        if event is not None:
+            await _drop(parts, first)
+
+    def end() -> None:
+        exchange.cancel()
+        news.cancel()
+
+    headers = {"x-media-id": started.media_id, "cache-control": "no-store"}
+    return PartsResponse(_until_failed(parts, first, news, exchange), headers, started.media_type, ended=end)
+
+
+async def _made_instead(first: _Part, news: _News) -> FileStarted | None:
+    """Wait for a file's first part. None: it has come; else the file that is made instead."""
+    await asyncio.wait((first, news), return_when=asyncio.FIRST_COMPLETED)
+    if not news.done() and first.exception():
+        await asyncio.wait((news,))  # the Director tries again, or says why not
+    if news.done() and isinstance(event := news.result(), FileStarted):
+        return event
+    await first
+    return None
+
+
+async def _until_failed(
+    parts: AsyncGenerator[bytes, None], part: _Part, news: _News, exchange: Exchange
+) -> AsyncGenerator[bytes, None]:
+    """The parts, as long as their request has not failed; its file may take long to say so.
+
+    Args:
+        parts: those after the next.
+        part: the next.
+        news: what the Director says next.
+        exchange: of the request.
+    """
+    ending = asyncio.ensure_future(_end(news, exchange))
+    try:
+        while True:
+            await asyncio.wait((part, ending), return_when=asyncio.FIRST_COMPLETED)
+            if ending.done():
+                ending.result()
+            if (data := await part) is None:
+                break
+            part = asyncio.ensure_future(anext(parts, None))
+            yield data
+        await ending
+    finally:
+        await _drop(parts, part, ending)
+
+
+async def _end(news: _News, exchange: Exchange) -> None:
+    if not isinstance(await news, Finished):
+        await exchange.finished()
+
+
+async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any]) -> None:
+    for future in waiting:
+        future.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await parts.aclose()
+
+
+async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: MediaStore) -> Response:
     """Images, made one after the other: as JSON, or as the file, or as a zip of several.
 
     Args:
         exchange: the Director has the first image's request.
         job: what was asked for.
         held: room for the images.
+        media: where files are.
     """
     is_json, num_images = job.response_format == B64_JSON, len(job.requests)
     event = await exchange.finished()
     if not is_json and num_images == 1:
-        return StreamingResponse(exchange.parts(), media_type=event.media_type, headers=_headers(event))
+        exchange.cancel()
+        return await _file(event, media)
     made: list[tuple[Finished, bytes]] = []
     for request in job.requests:
         if made:
             event = await exchange.asked_again(request)
-        made.append((event, await _whole(exchange, event, held)))
+        made.append((event, await _whole(event, held, media)))
+    exchange.cancel()
     stage_seconds: dict[str, float] = {}
     for event, _ in made:
         for stage, seconds in event.stage_seconds.items():
@@ -102,10 +193,16 @@ async def images_answer(exchange: Exchange, job: ImageJob, held: Held) -> Respon
     )
 
 
-async def _whole(exchange: Exchange, event: Finished, held: Held) -> bytes:
+async def _file(event: Finished, media: MediaStore) -> Response:
+    """A finished file, read as it is sent."""
+    record = await asyncio.to_thread(media.expect, event.media_id)
+    return PartsResponse(finished_parts(media, record), _headers(event), event.media_type)
+
+
+async def _whole(event: Finished, held: Held, media: MediaStore) -> bytes:
     """A finished file in one piece."""
     held.need(int(event.num_bytes * _SPACE_OF_BASE64))
-    return b"".join([part async for part in exchange.parts()])
+    return await asyncio.to_thread(media.read, event.media_id)
 
 
 def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
@@ -119,6 +216,7 @@ def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
 def _headers(event: Finished) -> dict[str, str]:
     return {
         "content-length": str(event.num_bytes),
+        "x-media-id": event.media_id,
         "x-mode": event.mode,
         "x-seed": str(event.seed),
         "x-frames-sha256": event.frames_sha256,

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from cosmos3_core.bench import theirs as their_module
 from cosmos3_core.bench.__main__ import main
-from cosmos3_core.bench.ours import Ours
+from cosmos3_core.bench.ours import Ours, video_vae
+from cosmos3_core.bench.random_models import RANDOM_MODELS
 from cosmos3_core.bench.report import Row, table
-from cosmos3_core.bench.subject import RANDOM_MODELS, Subject, Work, checkpoint_subject, random_subject
+from cosmos3_core.bench.subject import Clip, Subject, Work, checkpoint_subject, random_subject
 from cosmos3_core.bench.theirs import Theirs
 from cosmos3_core.checkpoint.tensors import transformer_tensors
 from cosmos3_core.engine import Engine
 
 CPU = torch.device("cpu")
-WORK = Work(num_frames=9, height=32, width=48, text_tokens=12, negative_tokens=7, runs=1, chunk_latents=1)
+CLIP = Clip(num_frames=9, height=32, width=48, chunk_latents=1)
+WORK = Work(CLIP, text_tokens=12, negative_tokens=7)
 STAGES = [
     "prefill, both prompts",
     "step, both branches",
@@ -39,10 +42,12 @@ def test_both_sides_run_the_same_model(tiny_nano: Path) -> None:
 
 def compare(subject: Subject) -> None:
     ours, theirs = Ours(subject, WORK), Theirs(subject, WORK)
-    latents = torch.randn((1, 48, *subject.latent_shape(WORK)), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(ours.decode_all(latents), theirs.decode_all(latents), atol=1e-5)
+    vae, latents = video_vae(subject), subject.latents(CLIP)
+    pixels = torch.cat(list(vae.decode(latents, chunk_latents=CLIP.chunk_latents)), dim=2)
+    assert torch.allclose(pixels, theirs.vae.decode(latents), atol=1e-5)
     frame = torch.rand((1, 3, 1, 32, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.allclose(ours.encode_frame(frame), theirs.encode_frame(frame), atol=1e-5)
+    assert torch.allclose(vae.encode(frame), theirs.vae.encode(frame), atol=1e-5)
+    assert torch.equal(theirs.vae.encode(frame), theirs._pipeline._encode_video(frame)), "as its pipeline does it"
 
     # Same seed, and both schedules begin at the timestep 999.
     their_velocities: list[torch.Tensor] = []
@@ -100,33 +105,47 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     )
     output = capsys.readouterr().out
     report = json.loads(path.read_text())
-    assert [stage["stage"] for stage in report["stages"]] == STAGES
-    for stage in report["stages"]:
-        assert stage["stage"] in output
-        assert stage["ours_s"]["median"] > 0
-        assert (stage["ratio"] is not None) == (stage["stage"] in COMPARED)
-    assert report["work"]["num_frames"] == 9
+    assert [row["measure"] for row in report["measures"]] == STAGES
+    for row in report["measures"]:
+        assert row["measure"] in output
+        assert row["unit"] == "s"
+        assert row["ours"]["median"] > 0
+        assert (row["ratio"] is not None) == (row["measure"] in COMPARED)
+    assert report["num_frames"] == 9
+    assert report["notes"] == []
     assert report["dtype"] == "float32"
 
 
 def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--random-weights", "tiny", "--num-frames", "1", "--height", "32", "--width", "32", "--runs", "1"]
-    assert main([*arguments, "--no-compare", "--device", "cpu"]) == 0
+    assert main([*arguments, "--without-diffusers", "--device", "cpu"]) == 0
     assert "each later chunk" not in capsys.readouterr().out
 
 
+def test_without_the_reference_it_measures_alone_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(their_module, "VERSION", "0.1")
+    arguments = ["--random-weights", "tiny", "--num-frames", "1", "--height", "32", "--width", "32", "--runs", "1"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert "Measured alone: diffusers 0.42.1 is installed, 0.1 is compared with." in capsys.readouterr().out
+    with pytest.raises(ImportError, match="diffusers 0.42.1 is installed, 0.1 is compared with"):
+        Theirs(random_subject("tiny", CPU, torch.float32), WORK)
+
+
 def test_the_ratio_is_ours_over_theirs() -> None:
-    row = Row("step", ours_s=[1.0, 9.0, 2.0], theirs_s=[4.0, 4.0])
+    row = Row("step", ours=[1.0, 9.0, 2.0], theirs=[4.0, 4.0])
     assert row.ratio == 0.5
-    assert table([row]).splitlines()[1].split() == [
+    assert table([row], "diffusers").splitlines()[1].split() == [
         "step",
+        "s",
         "2.0000",
         "(1.0000-9.0000)",
         "4.0000",
         "(4.0000-4.0000)",
         "0.50",
     ]
-    assert Row("prefill", ours_s=[1.0]).ratio is None
+    assert Row("prefill", ours=[1.0]).ratio is None
 
 
 def test_prefill_is_measured_anew_each_time() -> None:
@@ -142,11 +161,14 @@ def test_wrong_flags_are_refused_before_anything_is_measured(
     for flags in (["--height", "100"], ["--json", str(tmp_path / "no" / "x.json")]):
         assert main(["--random-weights", "tiny", "--device", "cpu", *flags]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+    for flags in ([], ["--runs", "3", "vae", "--random-weights", "tiny"], ["--random-weights", "huge"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(flags)
 
 
 def test_chunks_of_several_latents(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--random-weights", "tiny", "--num-frames", "9", "--height", "32", "--width", "32", "--runs", "1"]
-    assert main([*arguments, "--chunk-latents", "4", "--no-compare", "--device", "cpu"]) == 0
+    assert main([*arguments, "--chunk-latents", "4", "--without-diffusers", "--device", "cpu"]) == 0
     assert "each later chunk" not in capsys.readouterr().out
 
 

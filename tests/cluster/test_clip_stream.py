@@ -21,8 +21,8 @@ def test_chunks_come_in_order_and_the_end_is_told() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=2)
         for item in ("x", "y"):
-            assert await clips.acquire("a", 1)
-            await clips.post("a", [item])
+            assert await clips.acquire("a", "p", 1)
+            await clips.post("a", "p", [item])
         await clips.complete("a")
         assert [await clips.take("a", 1) for _ in range(3)] == [["x"], ["y"], []]
 
@@ -33,12 +33,12 @@ def test_a_producer_waits_for_its_credit() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=2)
-        assert await clips.acquire("a", 1)
-        assert await clips.acquire("a", 1)
+        assert await clips.acquire("a", "p", 1)
+        assert await clips.acquire("a", "p", 1)
         with pytest.raises(TimeoutError):
-            await clips.acquire("a", 0.05)
+            await clips.acquire("a", "p", 0.05)
         await clips.release("a")
-        assert await clips.acquire("a", 1)
+        assert await clips.acquire("a", "p", 1)
 
     run(body())
 
@@ -51,7 +51,7 @@ def test_a_consumer_waits_for_a_chunk() -> None:
             await clips.take("a", 0.05)
         taking = asyncio.create_task(clips.take("a", 5))
         await asyncio.sleep(0.01)
-        await clips.post("a", ["x"])
+        await clips.post("a", "p", ["x"])
         assert await taking == ["x"]
 
     run(body())
@@ -61,8 +61,8 @@ def test_closing_ends_both_sides() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=1)
-        assert await clips.acquire("a", 1)
-        producing = asyncio.create_task(clips.acquire("a", 5))
+        assert await clips.acquire("a", "p", 1)
+        producing = asyncio.create_task(clips.acquire("a", "p", 5))
         consuming = asyncio.create_task(clips.take("a", 5))
         await asyncio.sleep(0.01)
         await clips.close("a", "because")
@@ -70,10 +70,10 @@ def test_closing_ends_both_sides() -> None:
         with pytest.raises(StreamClosed, match="because"):
             await consuming
         # And for whoever comes later.
-        assert await clips.acquire("a", 1) is False
+        assert await clips.acquire("a", "p", 1) is False
         with pytest.raises(StreamClosed, match="not open"):
             await clips.take("a", 1)
-        await clips.post("a", ["late"])
+        await clips.post("a", "p", ["late"])
         await clips.release("a")
         await clips.complete("a")
         await clips.close("a", "twice")
@@ -86,8 +86,8 @@ def test_closing_ends_every_producer() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=1)
-        assert await clips.acquire("a", 1)
-        waiting = [asyncio.create_task(clips.acquire("a", 10)) for _ in range(3)]
+        assert await clips.acquire("a", "p", 1)
+        waiting = [asyncio.create_task(clips.acquire("a", "p", 10)) for _ in range(3)]
         await asyncio.sleep(0.01)
         await clips.close("a", "because")
         async with asyncio.timeout(1):
@@ -103,10 +103,47 @@ def test_clips_do_not_mix_and_their_number_is_bounded() -> None:
         await clips.open("b", window=1)
         with pytest.raises(OverloadedError):
             await clips.open("c", window=1)
-        await clips.post("b", ["b0"])
-        await clips.post("a", ["a0"])
+        await clips.post("b", "p", ["b0"])
+        await clips.post("a", "p", ["a0"])
         assert (await clips.take("a", 1), await clips.take("b", 1)) == (["a0"], ["b0"])
         await clips.close("a", "done")
         await clips.open("c", window=1)
+
+    run(body())
+
+
+def test_a_producer_that_died_gives_back_the_credits_that_it_had_not_used() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=3)
+        for _ in range(3):
+            assert await clips.acquire("a", "first", 1)
+        await clips.post("a", "first", ["x"])
+        late = asyncio.create_task(clips.acquire("a", "first", 5))
+        await asyncio.sleep(0.01)
+        await clips.forget("a", "first")
+        assert await late is False, "it would have made a chunk that nobody posts"
+        # Two of three: the chunk that was posted is still to be used up.
+        assert await clips.acquire("a", "second", 1)
+        assert await clips.acquire("a", "second", 1)
+        with pytest.raises(TimeoutError):
+            await clips.acquire("a", "second", 0.05)
+        assert await clips.take("a", 1) == ["x"]
+        await clips.release("a")
+        assert await clips.acquire("a", "second", 1)
+
+    run(body())
+
+
+def test_a_credit_without_a_chunk_is_given_back_once() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=1)
+        assert await clips.acquire("a", "p", 1)
+        for _ in range(2):
+            await clips.drop("a", "p")
+        assert await clips.acquire("a", "p", 1)
+        with pytest.raises(TimeoutError):
+            await clips.acquire("a", "p", 0.05)
 
     run(body())

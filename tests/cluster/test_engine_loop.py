@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
-from collections.abc import Coroutine
+import threading
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from cluster import engine_loop
-from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Queued, Saved
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError
-from cluster.rank import Step, StepReport
+from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
+from cluster.transformer_rank import Step, StepReport
 from cosmos3_core.admission import PromptOrders, RequestMemory, text_key
 from cosmos3_core.denoise_request import DenoiseRequest
-from cosmos3_core.errors import RequestError, StateError
+from cosmos3_core.errors import MediaError, RequestError, StateError
+from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.shapes import LatentShape
 
 VIDEO, IMAGE = LatentShape(2, 1, 1), LatentShape(1, 1, 1)
@@ -41,6 +45,9 @@ class FakeGang:
     timeouts_s: list[tuple[str, float]] = field(default_factory=list)
     save_s: float = 0.0
     ends: list[bool] = field(default_factory=list)
+    no_previews_from_step: int | None = None
+    gate: asyncio.Semaphore | None = None  # one place a quantum
+    told_step_s: float | None = None  # what it says that a step took, where that is not what it took
     max_begun: int = 0
     # 100 bytes for each latent frame.
     request_memory: RequestMemory = RequestMemory(100, 0, 0, 0, 0, 1)  # noqa: RUF009 - frozen
@@ -49,7 +56,10 @@ class FakeGang:
         assert method in ("begin", "step")
         return await self.call(method, *arguments, phase=phase, timeout_s=timeout_s)
 
-    async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
+    async def first(
+        self, method: str, *arguments: Any, phase: str, timeout_s: float, passes_on: type[Exception] | None = None
+    ) -> Any:
+        assert passes_on is (PreviewFailed if method == "preview" else None)
         return (await self.call(method, *arguments, phase=phase, timeout_s=timeout_s))[0]
 
     async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
@@ -78,11 +88,18 @@ class FakeGang:
             if self.no_memory_at_step is not None and done >= self.no_memory_at_step and job_id == "large":
                 del self.progress[job_id]
                 raise OutOfMemory("of 1 GiB")
+            if self.gate is not None:
+                await self.gate.acquire()
             count = min(arguments[1], total - done)
             await asyncio.sleep(self.step_s * count)
             self.progress[job_id] = (done + count, total)
             steps = tuple(Step(done + index + 1, total, 0.5, os.getpid()) for index in range(count))
-            return [StepReport(steps, self.step_s * count)]
+            return [StepReport(steps, (self.told_step_s or self.step_s) * count)]
+        elif method == "preview":
+            done, _ = self.progress[job_id]
+            if self.no_previews_from_step is not None and done >= self.no_previews_from_step:
+                raise PreviewFailed("another VAE's map")
+            return [TensorEnvelope.of_array(np.full((arguments[2] // 2, 3, 4, 3), 20 * done % 256, np.uint8))]
         elif method in ("latents", "save"):
             await asyncio.sleep(self.save_s if method == "save" else 0)
             envelope = TensorEnvelope.of_array(np.array([self.progress[job_id][0]], np.int64))
@@ -114,7 +131,7 @@ def loop_on(gang: FakeGang, **changes: Any) -> EngineLoop:
         "first_step_timeout_s": 10.0,
         "quantum_timeout_s": 10.0,
     }
-    return EngineLoop(gang, LoopSpec(**{**spec, **changes}), lambda: gang.ends.append(True))  # type: ignore[arg-type]
+    return EngineLoop(gang, gang.request_memory, LoopSpec(**{**spec, **changes}), lambda: gang.ends.append(True))  # type: ignore[arg-type]
 
 
 async def follow(loop: EngineLoop, job_id: str, num_steps: int, **fields: Any) -> list[Any]:
@@ -484,5 +501,195 @@ def test_saving_takes_a_small_share_of_the_time_and_waits_for_who_takes_it() -> 
             await asyncio.sleep(0.01)
         assert len(gang.of("save")) <= 1
         await stalled.aclose()  # type: ignore[attr-defined]
+
+    run(body())
+
+
+MAP = PreviewMap(((1.0, 0.0, 0.0),), (0.0, 0.0, 0.0))
+
+
+class GatedGang(FakeGang):
+    """Runs one step a quantum, each when the gate is opened for it."""
+
+    gate: asyncio.Semaphore
+
+
+def gated(num_open: int, **fields: Any) -> GatedGang:
+    return GatedGang(told_step_s=1.0, gate=asyncio.Semaphore(num_open), **fields)
+
+
+def previewing(loop: EngineLoop, num_steps: int, num_previews: int, state: Any = None) -> AsyncIterator[Any]:
+    order = PreviewOrder(num_previews, duration_s=2.0, preview_map=MAP)
+    return loop.submit("a", request(num_steps), 60.0, state, previews=order)
+
+
+def test_with_steps_held_by_a_gate_every_step_shows_another_preview() -> None:
+    async def body() -> None:
+        gang = gated(0)
+        updates = previewing(loop_on(gang), 4, 3)
+        assert await anext(updates) == Queued(0)
+        seen = []
+        for step in (1, 2, 3):
+            gang.gate.release()
+            done = await anext(updates)
+            assert (type(done), done.step) == (Step, step)
+            # The next step waits at the gate: a preview does not wait for it.
+            made = await anext(updates)
+            assert (type(made), made.step, made.sigma) == (Previewed, step, 0.5)
+            with PIL.Image.open(io.BytesIO(made.webp)) as image:
+                assert (image.format, image.size) == ("WEBP", (256, 192))
+                seen.append(np.asarray(image.convert("RGB")).mean())
+        assert np.allclose(seen, [20, 40, 60], atol=3)
+        gang.gate.release()
+        assert [type(update) async for update in updates] == [Step, Denoised], "after the last step comes the clip"
+        assert [arguments[1:] for arguments in gang.of("preview")] == [(MAP, engine_loop.MAX_FRAMES)] * 3
+
+    run(body())
+
+
+@pytest.mark.parametrize("num_previews", [1, 3, 32])
+def test_previews_are_spread_over_the_steps_and_none_comes_after_the_last(
+    num_previews: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_loop, "animated_webp", lambda frames, fps: b"webp")
+
+    async def body() -> None:
+        gang = FakeGang(step_s=0.002, told_step_s=0.03)
+        updates = [update async for update in previewing(loop_on(gang), 100, num_previews)]
+        assert steps_of(updates) == list(range(1, 101))
+        steps = [update.step for update in updates if isinstance(update, Previewed)]
+        assert 1 <= len(steps) <= num_previews
+        assert steps == sorted(set(steps))
+        assert isinstance(updates[-2], Step), "a preview after the last step"
+        assert isinstance(updates[-1], Denoised)
+        order = [update.step for update in updates if isinstance(update, Step | Previewed)]
+        for index, update in enumerate(u for u in updates if isinstance(u, Step | Previewed)):
+            assert not isinstance(update, Previewed) or update.step in order[:index]
+
+    run(body())
+
+
+def test_who_asks_for_no_previews_costs_none() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        await follow(loop_on(gang), "a", 100)
+        assert gang.of("preview") == []
+
+    run(body())
+
+
+def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = threading.Event()
+
+    def slow(frames: Any, fps: float) -> bytes:
+        assert finish.wait(20)
+        return b"late"
+
+    monkeypatch.setattr(engine_loop, "animated_webp", slow)
+
+    async def body() -> None:
+        gang = gated(4)
+        updates = previewing(loop_on(gang), 6, 5)
+        assert [(await anext(updates)) for _ in range(5)][1:] == [Step(n, 6, 0.5, os.getpid()) for n in (1, 2, 3, 4)]
+        assert len(gang.of("preview")) == 1, "more than one preview in the making"
+        finish.set()
+        late = await anext(updates)
+        assert (late.step, late.webp) == (1, b"late")
+        gang.gate.release()
+        # Those skipped do not all come now: one, of the newest step.
+        assert [(await anext(updates)).step for _ in range(2)] == [5, 5]
+        gang.gate.release()
+        assert [type(update) async for update in updates] == [Step, Denoised]
+
+    run(body())
+
+
+def test_a_preview_that_is_not_ready_at_the_last_step_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = threading.Event()
+    monkeypatch.setattr(engine_loop, "animated_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
+
+    async def body() -> None:
+        loop = loop_on(FakeGang(told_step_s=1.0))
+        updates = [type(update) async for update in previewing(loop, 2, 1)]
+        assert updates == [Queued, Step, Step, Denoised]
+        finish.set()
+        assert isinstance((await follow(loop, "b", 2))[-1], Denoised)
+
+    run(body())
+
+
+def test_a_preview_that_is_ready_while_the_latents_are_fetched_is_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = threading.Event()
+    monkeypatch.setattr(engine_loop, "animated_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
+
+    class Fetching(FakeGang):
+        async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+            if method == "latents":
+                assert loop._encoding is not None
+                assert not loop._encoding.done()
+                finish.set()
+                await loop._encoding
+            return await super().call(method, *arguments, phase=phase, timeout_s=timeout_s)
+
+    loop: EngineLoop
+
+    async def body() -> None:
+        nonlocal loop
+        loop = loop_on(Fetching(told_step_s=1.0))
+        assert [type(update) async for update in previewing(loop, 2, 1)] == [Queued, Step, Step, Denoised]
+
+    run(body())
+
+
+def test_a_preview_that_fails_ends_the_previews_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(frames: Any, fps: float) -> bytes:
+        raise MediaError("no WebP here")
+
+    async def body() -> None:
+        for rank_fails in (True, False):
+            gang = gated(1, no_previews_from_step=1 if rank_fails else None)
+            monkeypatch.setattr(engine_loop, "animated_webp", broken)
+            loop = loop_on(gang)
+            caplog.clear()
+            updates = previewing(loop, 4, 3)
+            assert [type(await anext(updates)) for _ in range(2)] == [Queued, Step]
+            reason = "another VAE's map" if rank_fails else "MediaError: no WebP here"
+            assert await anext(updates) == PreviewsEnded(reason)
+            for _ in range(3):
+                gang.gate.release()
+            assert [type(update) async for update in updates] == [Step, Step, Step, Denoised]
+            assert len(gang.of("preview")) == 1, "asked again after a failure"
+            assert [record.levelname for record in caplog.records] == ["WARNING"]
+            assert "goes on without previews" in caplog.text
+            assert loop.failure is None
+
+    run(body())
+
+
+def test_a_rank_that_dies_over_a_preview_fails_the_gang_like_any_death() -> None:
+    class Dying(FakeGang):
+        async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+            if method == "preview":
+                raise GangFailed("step", "died in preview()", 0)
+            return await super().call(method, *arguments, phase=phase, timeout_s=timeout_s)
+
+    async def body() -> None:
+        with pytest.raises(GangFailed, match="died in preview"):
+            _ = [update async for update in previewing(loop_on(Dying(told_step_s=1.0)), 4, 3)]
+
+    run(body())
+
+
+def test_a_request_that_is_taken_up_in_the_middle_is_previewed_from_there() -> None:
+    async def body() -> None:
+        gang = gated(1)
+        state = TensorEnvelope.of_array(np.array([6], np.int64))
+        updates = previewing(loop_on(gang), 9, 2, state)  # every third step
+        assert [getattr(await anext(updates), "step", 0) for _ in range(3)] == [0, 7, 7]
+        gang.gate.release()
+        gang.gate.release()
+        assert [type(update) async for update in updates] == [Step, Step, Denoised]
 
     run(body())

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import ray
 
-from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, StageFailed, StreamClosed
-from cluster.gang import GangSpec, bundles, rank_order
-from cluster.rank import RankSpec
+from cluster import gang as gang_module
+from cluster.envelope import TensorEnvelope
+from cluster.errors import (
+    DeadlineExceeded,
+    GangFailed,
+    OutOfMemory,
+    OverloadedError,
+    PreviewFailed,
+    StageFailed,
+    StreamClosed,
+)
+from cluster.gang import Gang, GangSpec, bundles, rank_order
+from cluster.transformer_rank import TransformerSpec
+from cosmos3_core.errors import RequestError
 from cosmos3_core.parallel.layout import Layout
 
-RANK = RankSpec("checkpoint", "cpu", None, 1)
+RANK = TransformerSpec("checkpoint", "cpu", None, 1)
 
 
 def test_the_leader_shares_the_first_bundle() -> None:
@@ -35,6 +51,7 @@ def test_rank_zero_sits_beside_the_leader_and_a_nodes_ranks_are_adjacent() -> No
     [
         GangFailed("load", "no memory"),
         GangFailed("step", "died", 3),
+        PreviewFailed("another VAE's map"),
         StreamClosed("r/1", "why"),
         OverloadedError("places", 4, 2.5),
         DeadlineExceeded("decode", 60.0),
@@ -48,3 +65,55 @@ def test_errors_cross_processes_whole(error: Exception) -> None:
     assert vars(back) == vars(error)
     assert str(back) == str(error)
     assert len(str(error)) > 20
+
+
+REFUSAL, NO_MEMORY = RequestError("latents", 7, "48"), OutOfMemory("of 1 GiB")
+
+
+def rank_that(*does: float | Exception) -> Any:
+    """An actor's handle: ``work`` sleeps so many seconds, then raises what there is to raise."""
+
+    async def work(*arguments: Any) -> tuple[Any, ...]:
+        for it in does:
+            if isinstance(it, Exception):
+                raise it
+            await asyncio.sleep(it)
+        return arguments
+
+    return SimpleNamespace(work=SimpleNamespace(remote=work))
+
+
+def asked(*ranks: Any, timeout_s: float = 5) -> list[Any]:
+    return asyncio.run(asyncio.wait_for(Gang(list(ranks)).ask("work", phase="decode", timeout_s=timeout_s), 8))
+
+
+def test_a_refusal_waits_for_the_others_to_agree() -> None:
+    with pytest.raises(RequestError):
+        asked(rank_that(REFUSAL), rank_that(0.1, REFUSAL))
+    with pytest.raises(GangFailed, match="rank 0: work.. raised RequestError"):
+        asked(rank_that(REFUSAL), rank_that(0.1))
+    with pytest.raises(OutOfMemory):
+        asked(rank_that(NO_MEMORY))
+
+
+@pytest.mark.parametrize("others", [(3600,), (0.05, NO_MEMORY), (0.05, REFUSAL)], ids=str)
+def test_out_of_memory_on_one_of_several_waits_for_nobody(
+    others: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang_module, "_AGREE_S", 3600.0)
+    with pytest.raises(GangFailed, match="rank 1: work.. raised OutOfMemory") as raised:
+        asked(rank_that(*others), rank_that(NO_MEMORY), timeout_s=3600)
+    assert raised.value.__cause__ is NO_MEMORY
+
+
+def test_a_tensor_is_put_into_the_object_store_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    envelope, put = TensorEnvelope.of_array(np.zeros(3, np.float32)), []
+
+    def fake_put(value: Any) -> str:
+        put.append(value)
+        return "its reference"
+
+    monkeypatch.setattr(ray, "put", fake_put)
+    calls = Gang([rank_that(), rank_that(), rank_that()]).call("work", "clip", envelope, phase="decode", timeout_s=5)
+    assert asyncio.run(calls) == [("clip", "its reference")] * 3
+    assert put == [envelope]

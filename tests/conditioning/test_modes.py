@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos3_core.conditioning.clean import clean_latents
 from cosmos3_core.conditioning.modes import MODES, Actions, Mode, Resizing
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import CapabilityError, RequestError
@@ -58,7 +57,7 @@ def test_a_new_mode_is_a_row(
     assert (resolved.picture.num_frames, resolved.picture.clean_frames) == (9, (2,))
     result = generate(engine, request, output="latent")
     assert result.latents is not None
-    given = clean_latents(engine._video_vae, resolved.picture)
+    given = engine.clean_latents(resolved.picture)
     assert torch.equal(result.latents["video"][:, :, 2:], given)
     assert not torch.equal(result.latents["video"][:, :, :1], given)
     clip = generate(engine, request, tmp_path / "clip")

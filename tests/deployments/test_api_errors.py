@@ -19,8 +19,9 @@ from cluster.errors import (
     StageFailed,
     StreamClosed,
 )
-from cosmos3_core.errors import RequestError
-from deployments.api.errors import BodyError, error_response
+from cosmos3_core.errors import MediaError, RequestError
+from deployments.api.errors import BodyError, error_response, is_told
+from deployments.media_store import MediaStoreError
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,8 @@ from deployments.api.errors import BodyError, error_response
         (GangFailed("step", "died", 2), 503, "unavailable", "5"),
         (GangLost("step", "died"), 503, "unavailable", "5"),
         (StreamClosed("a", "why"), 503, "unavailable", "5"),
+        (MediaError("/a/secret/place: No space left on device"), 503, "media_unavailable", "5"),
+        (MediaStoreError("/a/secret/place cannot be used"), 503, "media_unavailable", "5"),
         (HTTPException(404, "Not Found"), 404, "no_such_route", None),
         (RayActorError(), 503, "stage_failed", "5"),
         (ZeroDivisionError("a secret"), 500, "internal_error", None),
@@ -49,6 +52,8 @@ def test_each_error_has_its_status(error: Exception, status: int, code: str, ret
     assert answer.headers.get("retry-after") == retry_after
     assert body["type"] == ("invalid_request_error" if status in (404, 415, 422) else "server_error")
     assert "secret" not in body["message"]
-    assert status in (404, 500) or str(error) in body["message"] or isinstance(error, RayActorError)
+    hidden = HTTPException | MediaError | MediaStoreError | ZeroDivisionError
+    assert isinstance(error, hidden) != (str(error) in body["message"])
+    assert is_told(error) == (code not in ("internal_error", "media_unavailable"))
     if isinstance(error, RequestError):
         assert (body["param"], body["given"], body["allowed"]) == ("seed", "-1", "0 or more")

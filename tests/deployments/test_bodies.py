@@ -32,7 +32,7 @@ def url_of(data: bytes, kind: str = "image/png") -> str:
 
 def parsed(body: dict[str, Any], *, as_form: bool = False) -> GenerationRequest:
     given = {name: FormText(value) for name, value in body.items()} if as_form else body
-    return parse_video_body(given, "nano")
+    return parse_video_body(given, "nano").request
 
 
 def refused(body: dict[str, Any]) -> RequestError:
@@ -72,6 +72,8 @@ FORM = {
     "view_point": "ego_view",
     "output": "mp4",
     "output_quality": "50",
+    "crf": "20.5",
+    "lossless": "true",
     "negative_prompt": "",
     "model": "nano",
     "user": "me",
@@ -94,6 +96,8 @@ JSON = {
     "raw_action_dim": 2,
     "resolution_tier": 256,
     "output_quality": 50,
+    "crf": 20.5,
+    "lossless": True,
 }
 
 
@@ -185,6 +189,42 @@ def test_a_size_and_seconds() -> None:
     assert parsed({"seconds": 2, "num_frames": 5}) == GenerationRequest(num_frames=5)
 
 
+@pytest.mark.parametrize("as_form", [False, True])
+@pytest.mark.parametrize("more", [{}, {"output": "mp4"}, {"mode": "image_to_video"}, {"mode": "forward_dynamics"}])
+def test_a_clip_may_be_sent_while_it_is_made(as_form: bool, more: dict[str, Any]) -> None:
+    for text, is_live in (("true", True), ("false", False)):
+        body: dict[str, Any] = {"prompt": "a", "stream": FormText(text) if as_form else is_live, **more}
+        job = parse_video_body(body, "nano")
+        assert job.is_live is is_live
+        assert job.request == GenerationRequest(prompt="a", **more), "the Director makes the same of it"
+    assert parse_video_body({"prompt": "a", **more}, "nano").is_live is False
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"output": "wav", "generate_sound": True},
+        {"output": "png"},
+        {"output": "actions"},
+        {"num_frames": 1},
+        {"mode": "text_to_image"},
+        {"mode": "policy"},
+        {"mode": "inverse_dynamics", "output": "mp4"},
+    ],
+    ids=str,
+)
+def test_what_does_not_grow_cannot_be_sent_while_it_does(more: dict[str, Any]) -> None:
+    error = refused({"prompt": "a", "stream": True, **more})
+    assert error.field == "stream"
+    assert "only with an mp4 and without generated actions" in str(error)
+    parsed({"prompt": "a", "stream": False, **more})
+
+
+def test_stream_is_yes_or_no() -> None:
+    assert refused({"stream": "yes"}).field == "stream"
+    assert refused({"stream": 1}).field == "stream"
+
+
 # Media
 
 
@@ -230,7 +270,7 @@ def test_media_however_it_is_sent(name: str, value: Any) -> None:
         ({"image": "file:///etc/passwd"}, "image", "URLs are not fetched"),
         ({"image": "/etc/passwd"}, "image", "a data URL"),
         ({"image_reference": {"image_url": "http://localhost:1/a"}}, "image_reference", "URLs are not fetched"),
-        ({"image_reference": {"file_id": "f-1"}}, "image_reference", "No files are kept here"),
+        ({"image_reference": {"file_id": "f-1"}}, "image_reference", "No files can be uploaded here"),
         ({"image_reference": {"video_url": url_of(MP4)}}, "image_reference", "an object of image_url and nothing else"),
         ({"image": {"video_url": url_of(MP4)}}, "image", "an object of image_url"),
         ({"image_reference": {}}, "image_reference", "an object of image_url"),
@@ -315,7 +355,7 @@ def test_images_are_requests_with_one_seed_after_the_other() -> None:
         ({"n": 11}, "n", "1 to 10"),
         ({"n": True}, "n", "1 to 10"),
         ({"n": "two"}, "n", "1 to 10"),
-        ({"response_format": "url"}, "response_format", "No files are kept here"),
+        ({"response_format": "url"}, "response_format", "Images are in the answer itself"),
         ({"response_format": "png"}, "response_format", "one of"),
         ({"output_format": "mp4"}, "output_format", "png"),
         ({"output_compression": 80}, "output_compression", "nothing for png"),
@@ -351,7 +391,7 @@ def test_what_a_form_says_the_library_takes() -> None:
 
 
 def test_actions_may_come_as_a_file() -> None:
-    request = parse_video_body({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()}, "nano")
+    request = parse_video_body({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()}, "nano").request
     assert request.actions == [[1.0, 2.0]]
     with pytest.raises(RequestError, match="actions"):
-        action_rows("actions", parse_video_body({"actions": b"\x00\xff"}, "nano").actions, None)
+        action_rows("actions", parse_video_body({"actions": b"\x00\xff"}, "nano").request.actions, None)

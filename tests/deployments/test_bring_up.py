@@ -30,7 +30,7 @@ def test_the_laptop_configuration_fits_two_cores(tiny_nano: Path) -> None:
 def test_replicas_gangs_and_autoscaling_count(tiny_nano: Path) -> None:
     gangs = config(tiny_nano, transformer__num_replicas=3, transformer__gpus_per_rank=1)
     assert needed(gangs) == pytest.approx({"CPU": 1.9 + 2 * 0.6, "GPU": 3})
-    scaled = config(tiny_nano, vae__autoscaling={"min_replicas": 2, "max_replicas": 9}, vae__num_gpus=0.5)
+    scaled = config(tiny_nano, vae__autoscaling={"min_replicas": 2, "max_replicas": 9}, vae__gpus_per_rank=0.5)
     assert needed(scaled) == pytest.approx({"CPU": 2.3, "GPU": 1})
 
 

@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
+from deployments.media_store import MediaSpec
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 
@@ -34,12 +35,14 @@ AUTOSCALING = {
     "metrics_interval_s",
 }
 DEVICE = {"device", "dtype", "num_threads"}
+GANG = STAGE | DEVICE | {"cpus_per_rank", "gpus_per_rank", "placement_strategy", "start_timeout_s"}
 KEYS = {
     "": {
         "checkpoint",
         "name",
         "model_name",
         "http",
+        "media",
         "ingress",
         "director",
         "tokenizer",
@@ -50,28 +53,32 @@ KEYS = {
         "encoder",
     },
     "http": {"host", "port", "max_body_bytes", "max_bodies_bytes", "request_timeout_s", "drain_timeout_s"},
+    "media": {"directory", "max_bytes", "keep_s"},
     "ingress": STAGE,
     "director": STAGE | {"max_requests", "max_attempts", "chunk_window"},
     "tokenizer": STAGE,
-    "transformer": STAGE
-    | DEVICE
+    "transformer": GANG
     | {
         "tp",
         "cfg",
         "sp",
-        "cpus_per_rank",
-        "gpus_per_rank",
-        "placement_strategy",
         "max_jobs",
         "max_held_bytes",
         "first_step_timeout_s",
         "quantum_timeout_s",
         "save_period_s",
-        "start_timeout_s",
         "text_cache_bytes",
     },
     "audio": STAGE | DEVICE | {"enabled"},
-    "vae": STAGE | DEVICE | {"chunk_latents"},
+    "vae": GANG
+    | {
+        "ranks",
+        "beside_transformer",
+        "chunk_latents",
+        "preview_cache_dir",
+        "first_chunk_timeout_s",
+        "chunk_timeout_s",
+    },
     "encoder": STAGE,
 }
 
@@ -105,7 +112,8 @@ def test_the_laptop_fits_two_cores() -> None:
         config.encoder,
         config.audio,
     )
-    assert sum(stage.num_cpus for stage in stages) + config.transformer.cpus_per_rank <= 2
+    ranks = config.transformer.cpus_per_rank + config.vae.cpus_per_rank
+    assert sum(stage.num_cpus for stage in stages) + ranks <= 2
 
 
 @pytest.mark.parametrize(
@@ -113,19 +121,23 @@ def test_the_laptop_fits_two_cores() -> None:
     [
         ({"transformr": {}}, "transformr: no such key; did you mean transformer?"),
         ({"vae": {"chunk_latent": 2}}, "vae.chunk_latent: no such key; did you mean chunk_latents?"),
-        ({"http": {"port": 70000}}, "http.port: "),
+        ({"http": {"port": 70000}}, "http.port="),
         ({"http": {"max_bodies_bytes": 1}}, "http: max_bodies_bytes=1 is below max_body_bytes=100663296"),
-        ({"vae": {"num_threads": 0}}, "vae.num_threads: "),
-        ({"vae": {"dtype": "fp16"}}, "vae.dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
-        ({"encoder": {"max_queued_requests": 0}}, "encoder.max_queued_requests: "),
-        ({"http": {"request_timeout_s": float("inf")}}, "http.request_timeout_s: "),
+        ({"vae": {"num_threads": 0}}, "vae.num_threads="),
+        ({"vae": {"dtype": "fp16"}}, "vae.dtype='fp16': Input should be 'float32', 'bfloat16' or 'float16'"),
+        ({"encoder": {"max_queued_requests": 0}}, "encoder.max_queued_requests="),
+        ({"http": {"request_timeout_s": float("inf")}}, "http.request_timeout_s="),
+        ({"media": {"max_bytes": 0}}, "media.max_bytes="),
+        ({"media": {"path": "x"}}, "media.path: no such key"),
+        ({"media": {"keep_s": 600}}, "media.keep_s=600 is below http.request_timeout_s=3600: the file of a request"),
+        ({"http": {"request_timeout_s": 3601}}, "media.keep_s=3600 is below http.request_timeout_s=3601"),
         ({"transformer": {"max_jobs": 32}}, "max_ongoing_requests=64 must exceed 2 * max_jobs = 64"),
         ({"unguided": {"dtype": "float16"}}, "transformer and unguided need the same device and dtype"),
         ({"transformer": {"device": "cuda:1", "gpus_per_rank": 1}}, "Ray decides which card a rank gets; say cuda"),
         ({"unguided": {"num_gpus": 1}}, "the leader of a gang uses no GPU"),
         ({"vae": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "max_replicas=2 is below min_replicas=3"),
-        ({"name": "two words"}, "name: "),
-        ({"transformer": {"placement_strategy": "TOGETHER"}}, "transformer.placement_strategy: "),
+        ({"name": "two words"}, "name="),
+        ({"transformer": {"placement_strategy": "TOGETHER"}}, "transformer.placement_strategy="),
         ({"transformer": {"cfg": 3}}, "cfg: allowed is 1 or 2, there are two guidance branches; 3 was given"),
         ({"transformer": {"gpus_per_rank": 1.5}}, "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of"),
         ({"transformer": {"num_gpus": 1}}, "num_gpus=1: the leader of a gang uses no GPU; set gpus_per_rank instead"),
@@ -135,7 +147,26 @@ def test_the_laptop_fits_two_cores() -> None:
             "gpus_per_rank=0.5: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
         ),
         ({"vae": {"num_gpus": 2}}, "vae.num_gpus: allowed is 0 to 1, a card or a share of one; 2 was given"),
-        ({"vae": {"device": "cuda:0"}}, "vae: device=cuda:0 needs a GPU: set num_gpus, 1 for a whole card"),
+        ({"vae": {"num_gpus": 1}}, "vae: num_gpus=1: the leader of a gang uses no GPU; set gpus_per_rank instead"),
+        ({"vae": {"device": "cuda:0"}}, "vae: device=cuda:0: Ray decides which card a rank gets; say cuda"),
+        ({"vae": {"device": "cuda"}}, "vae: device=cuda needs a GPU: set gpus_per_rank, 1 for a card a rank"),
+        (
+            {"vae": {"device": "cuda", "gpus_per_rank": 0.4, "ranks": 2}},
+            "vae: gpus_per_rank=0.4: ranks of a gang cannot share a card, which NCCL refuses; set more than 0.5",
+        ),
+        (
+            {"vae": {"beside_transformer": True}},
+            "beside_transformer needs device=cuda and gpus_per_rank=0; given are cpu",
+        ),
+        (
+            {"vae": {"beside_transformer": True, "device": "cuda", "gpus_per_rank": 0.1}},
+            "beside_transformer needs device=cuda and gpus_per_rank=0; given are cuda and 0.1",
+        ),
+        (
+            {"vae": {"beside_transformer": True, "device": "cuda", "placement_strategy": "PACK"}},
+            "beside_transformer needs STRICT_PACK, one node; given is PACK",
+        ),
+        ({"audio": {"device": "cuda"}}, "audio: device=cuda needs a GPU: set num_gpus, 1 for a whole card"),
         ({"vae": {"node_labels": {"zone": "a b"}}}, "vae.node_labels.zone: 'a b' is no label of a node, such as H200"),
         ({"vae": {"node_labels": {"gpu": "in(H100, H200)"}}}, "vae.node_labels.gpu: 'in(H100, H200)' is no label of a"),
         ({"vae": {"node_labels": {"a b": "c"}}}, "vae.node_labels.a b.[key]: 'a b' is no label of a node"),
@@ -180,7 +211,11 @@ def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None
     assert replica.placement_group_strategy == "STRICT_PACK"
     assert replica.placement_group_bundles == [{"CPU": 1.1, "GPU": 0.8}, *[{"CPU": 1.0, "GPU": 0.8}] * 3]
     assert replica.placement_group_bundle_label_selector == [{"zone": "!a"}] * 4
-    assert options["VideoVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.075, "label_selector": {"zone": "a"}}
+    vae, replica = options["VideoVAE"]
+    assert vae == {"num_cpus": 0.1, "num_gpus": 0.0}
+    assert replica.placement_group_bundles == [{"CPU": 1.1}, *[{"CPU": 1.0}] * 3]
+    assert replica.placement_group_bundle_label_selector == [{"zone": "a"}] * 4
+    assert options["AudioVAE"][0] == {"num_cpus": 1.0, "num_gpus": 0.05}
     assert "label_selector" not in options["Mp4Encoder"][0]
 
 
@@ -192,6 +227,21 @@ def _deployments(application: Any) -> list[Any]:
         if hasattr(argument, "_bound_deployment"):
             found += _deployments(argument)
     return found
+
+
+def test_every_process_opens_the_store_itself(tiny_nano: Path, tmp_path: Path) -> None:
+    from deployments.app import build_app
+
+    media = {"directory": str(tmp_path / "media"), "max_bytes": 7, "keep_s": 4000}
+    app = build_app(AppConfig.parse({"checkpoint": tiny_nano, "media": media}))
+    bound = {it.name: [spec for spec in it.init_args if isinstance(spec, MediaSpec)] for it in _deployments(app)}
+    directory = tmp_path / "media"
+    spec = MediaSpec(directory, 7, 4000)
+    expected = {name: [spec] for name in ("Ingress", "Director", "Mp4Encoder")}
+    assert {name: specs for name, specs in bound.items() if specs} == expected
+    assert not directory.exists(), "where they run, not where they are started from"
+    assert spec.open().directory == directory
+    assert AppConfig.parse({"checkpoint": "x"}).media.directory is None
 
 
 def test_a_packaged_file_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

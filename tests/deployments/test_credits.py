@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cluster.clip_stream import ClipStreams
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from deployments.credits import made_on_credit
 from deployments.messages import RequestContext
-
-CPU = torch.device("cpu")
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
@@ -26,7 +23,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
 
 def remote(clips: ClipStreams) -> Any:
     """The actor's handle."""
-    return SimpleNamespace(acquire=SimpleNamespace(remote=clips.acquire), release=SimpleNamespace(remote=clips.release))
+    return SimpleNamespace(acquire=SimpleNamespace(remote=clips.acquire), drop=SimpleNamespace(remote=clips.drop))
 
 
 class Source:
@@ -35,7 +32,7 @@ class Source:
     def __init__(self, num_chunks: int) -> None:
         self.num_chunks, self.made = num_chunks, 0
 
-    def __call__(self) -> TensorEnvelope | None:
+    async def __call__(self) -> TensorEnvelope | None:
         if self.made == self.num_chunks:
             return None
         self.made += 1
@@ -46,16 +43,46 @@ def test_a_chunk_is_made_when_there_is_a_credit_for_it() -> None:
     async def body() -> None:
         clips, source = ClipStreams(1), Source(5)
         await clips.open("a", window=2)
-        made = made_on_credit(RequestContext.new("r", 20), remote(clips), "a", CPU, source)
-        assert [await anext(made) for _ in range(2)][1][0] == 1
+        made = made_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", source)
+        assert (await anext(made))[0] == 0
+        await asyncio.sleep(0.05)
+        assert source.made == 2, "the second is made while the first is on its way"
+        assert (await anext(made))[0] == 1
         waiting = asyncio.create_task(anext(made))
         await asyncio.sleep(0.05)
         assert source.made == 2, "the third waits for its credit"
+        await clips.post("a", "p", ["chunk 0"])
         await clips.release("a")
         assert (await waiting)[0] == 2
         await clips.close("a", "enough")
         assert [index async for index, _ in made] == []
         assert source.made == 3
+
+    run(body())
+
+
+def test_leaving_stops_what_is_being_made() -> None:
+    async def body() -> None:
+        clips = ClipStreams(1)
+        await clips.open("a", window=2)
+        was_stopped = asyncio.Event()
+
+        async def make() -> int:
+            if source.made:
+                try:
+                    await asyncio.sleep(100)
+                finally:
+                    was_stopped.set()
+            source.made += 1
+            return source.made
+
+        source = Source(0)
+        made = made_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
+        assert await anext(made) == (0, 1)
+        await asyncio.sleep(0.01)
+        async with asyncio.timeout(2):  # not until its end, nor until the request's
+            await made.aclose()
+        assert was_stopped.is_set()
 
     run(body())
 
@@ -71,8 +98,9 @@ def test_two_producers_share_the_credits_whoever_ends_first(window: int, late: i
         async def produce(number: int, num_chunks: int) -> None:
             await asyncio.sleep(0.05 * (number == late))
             context = RequestContext.new("r", 5)
-            async for index, _ in made_on_credit(context, remote(clips), "a", CPU, Source(num_chunks)):
+            async for index, _ in made_on_credit(context, remote(clips), "a", str(number), Source(num_chunks)):
                 taken.append((number, index))
+                await clips.post("a", str(number), ["chunk"])
                 await clips.release("a")  # the encoder's
 
         await asyncio.gather(produce(0, 4), produce(1, 1))
@@ -85,8 +113,8 @@ def test_waiting_ends_with_the_deadline() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=1)
-        assert await clips.acquire("a", 1)
+        assert await clips.acquire("a", "other", 1)
         with pytest.raises(DeadlineExceeded):
-            await anext(made_on_credit(RequestContext.new("r", 0.1), remote(clips), "a", CPU, Source(1)))
+            await anext(made_on_credit(RequestContext.new("r", 0.1), remote(clips), "a", "p", Source(1)))
 
     run(body())

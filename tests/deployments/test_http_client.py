@@ -223,7 +223,7 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
     for image in (file, str(file), file.read_bytes(), frame, PIL.Image.fromarray(frame)):
         body = json.loads(json.dumps(body_of(GenerationRequest(prompt="a", image=image))))
         assert set(body) == {"prompt", "image"}
-        sent = parse_video_body(body, "nano").image
+        sent = parse_video_body(body, "nano").request.image
         assert isinstance(sent, bytes)
         assert np.array_equal(read_image("image", sent), frame)
     request = GenerationRequest(
@@ -233,7 +233,7 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
         guidance_interval=(1, 2),
         condition_frame_indexes_vision=range(2),
     )
-    received = parse_video_body(json.loads(json.dumps(body_of(request))), "nano")
+    received = parse_video_body(json.loads(json.dumps(body_of(request))), "nano").request
     assert received.video == b"a clip"
     assert np.array_equal(np.array(received.actions, np.float32), ACTIONS.values)
     assert (received.guidance_interval, received.condition_frame_indexes_vision) == ([1, 2], [0, 1])

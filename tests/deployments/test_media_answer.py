@@ -1,4 +1,4 @@
-"""Answers made of a Director's events, which is a stand-in here: files, JSON, zips, and what becomes of refusals."""
+"""Answers made of a Director's events, which is a stand-in here: files, JSON, zips, files that grow, refusals."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from cluster.errors import OverloadedError
+from cluster.errors import OverloadedError, StageFailed
 from cosmos3_core.actions import GeneratedActions
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api import exchange
 from deployments.api.bodies import ImageJob, parse_image_body
 from deployments.api.body_room import BodyRoom
 from deployments.api.exchange import Exchange, answered
-from deployments.api.media_answer import images_answer, media_answer
-from deployments.messages import Accepted, Finished, MediaPart, StepDone
+from deployments.api.media_answer import images_answer, live_answer, media_answer
+from deployments.media_store import MediaEntry, MediaStore, new_media_id
+from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 
 FINISHED = Finished(
     request_id="r",
     mode="text_to_video",
+    media_id="",
     media_type="video/mp4",
-    num_bytes=6,
+    num_bytes=0,
     num_frames=5,
     fps=24.0,
     height=32,
@@ -47,7 +50,7 @@ ACTIONS = GeneratedActions(np.array([[0.1, 2.0]], np.float32), "av", 1, True)
 
 
 class Director:
-    """Answers each request with the next of some scripts: events and errors in order. Notes what it was asked."""
+    """Answers each request with the next of some scripts: events, errors, what to wait for. Notes what it was asked."""
 
     def __init__(self, *scripts: list[Any]) -> None:
         self._scripts = list(scripts)
@@ -73,6 +76,9 @@ class Stream:
         if not self._script:
             raise StopAsyncIteration
         item = self._script.pop(0)
+        while callable(item):
+            await item()
+            item = self._script.pop(0)
         if isinstance(item, BaseException):
             raise item
         return item
@@ -81,13 +87,26 @@ class Stream:
         self.is_cancelled = True
 
 
-def script(finished: Finished = FINISHED, *parts: bytes) -> list[Any]:
-    accepted = Accepted("r", 2, 5, 7, (), 1)
-    return [accepted, StepDone(1, 2, 0.5, 1), finished, *(MediaPart(data) for data in parts or (b"abc", b"def"))]
+@pytest.fixture
+def store(tmp_path: Path) -> MediaStore:
+    return MediaStore(tmp_path, max_bytes=1 << 20, keep_s=1000)
 
 
-def image(seed: int, media_type: str = "image/png") -> list[Any]:
-    return script(replace(FINISHED, seed=seed, media_type=media_type), b"image%d" % (seed % 10))
+def made(store: MediaStore, finished: Finished = FINISHED, data: bytes = b"abcdef") -> Finished:
+    """The event of a file that is in the store."""
+    media_id = new_media_id()
+    entry = store.create(media_id, finished.media_type, ".bin", is_live=False)
+    entry.path.write_bytes(data)
+    return replace(finished, media_id=media_id, num_bytes=entry.finish().num_bytes)
+
+
+def script(finished: Finished) -> list[Any]:
+    return [Accepted("r", 2, 5, 7, (), 1), StepDone(1, 2, 0.5, 1), finished]
+
+
+def image(store: MediaStore, seed: int, media_type: str = "image/png") -> list[Any]:
+    finished = replace(FINISHED, seed=seed, media_type=media_type)
+    return script(made(store, finished, b"image%d" % (seed % 10)))
 
 
 async def sent(response: Response) -> tuple[int, dict[str, str], bytes]:
@@ -105,15 +124,18 @@ async def sent(response: Response) -> tuple[int, dict[str, str], bytes]:
     return messages[0]["status"], headers, b"".join(message.get("body", b"") for message in messages)
 
 
-def answer(director: Director, job: ImageJob | None = None, room: int = 10_000, timeout_s: float = 60) -> Any:
+def answer(
+    store: MediaStore, director: Director, job: ImageJob | None = None, room: int = 10_000, timeout_s: float = 60
+) -> Any:
     """(status, headers, body) of what was made of the Director's events."""
     bodies = BodyRoom(room)
 
     async def work(an_exchange: Exchange) -> Response:
         with bodies.hold() as held:
             await an_exchange.ask(GenerationRequest() if job is None else job.requests[0])
-            made = media_answer(an_exchange, held) if job is None else images_answer(an_exchange, job, held)
-            return await made
+            if job is None:
+                return await media_answer(an_exchange, held, store)
+            return await images_answer(an_exchange, job, held, store)
 
     async def run() -> Any:
         request = Request({"type": "http", "headers": [(b"x-request-id", b"mine")]})
@@ -126,21 +148,22 @@ def answer(director: Director, job: ImageJob | None = None, room: int = 10_000, 
     return status, headers, json.loads(body) if headers["content-type"] == "application/json" else body
 
 
-def test_a_file_is_the_answer_itself() -> None:
-    status, headers, body = answer(Director(script()))
+def test_a_file_is_the_answer_itself(store: MediaStore) -> None:
+    finished = made(store)
+    status, headers, body = answer(store, Director(script(finished)))
     assert (status, body) == (200, b"abcdef")
     assert headers["content-type"] == "video/mp4"
     assert headers["content-length"] == "6"
+    assert headers["x-media-id"] == finished.media_id
     assert (headers["x-mode"], headers["x-seed"], headers["x-notes"]) == ("text_to_video", "7", '["a note"]')
     assert json.loads(headers["x-stage-durations"]) == {"denoise": 1.2346, "total": 2.0}
 
 
 @pytest.mark.parametrize("has_file", [True, False])
-def test_generated_actions_are_json_with_the_file_in_it(has_file: bool) -> None:
+def test_generated_actions_are_json_with_the_file_in_it(has_file: bool, store: MediaStore) -> None:
     finished = replace(FINISHED, mode="policy", actions=ACTIONS)
-    if not has_file:
-        finished = replace(finished, media_type="", num_bytes=0)
-    status, headers, body = answer(Director(script(finished) if has_file else script(finished)[:3]))
+    finished = made(store, finished) if has_file else replace(finished, media_type="")
+    status, headers, body = answer(store, Director(script(finished)))
     assert (status, headers["content-type"], headers["x-seed"]) == (200, "application/json", "7")
     assert int(headers["content-length"]) > 100
     assert (body["id"], body["mode"], body["seed"], body["notes"]) == ("r", "policy", 7, ["a note"])
@@ -152,9 +175,9 @@ def test_generated_actions_are_json_with_the_file_in_it(has_file: bool) -> None:
     assert body["stage_durations"] == {"denoise": 1.2346, "total": 2.0}
 
 
-def test_a_result_is_never_refused_and_new_bodies_make_room_for_it() -> None:
-    finished = replace(FINISHED, actions=ACTIONS)
-    assert answer(Director(script(finished)), room=0)[0] == 200
+def test_a_result_is_never_refused_and_new_bodies_make_room_for_it(store: MediaStore) -> None:
+    finished = made(store, replace(FINISHED, actions=ACTIONS))
+    assert answer(store, Director(script(finished)), room=0)[0] == 200
     room = BodyRoom(1000)
     with room.hold() as result, room.hold() as body:
         result.need(1200)
@@ -169,9 +192,9 @@ def images(n: int, **fields: Any) -> ImageJob:
     return parse_image_body({"prompt": "a", "n": n, "seed": 3, **fields}, "nano")
 
 
-def test_images_come_as_json() -> None:
-    director = Director(image(3), image(4))
-    status, _, body = answer(director, images(2))
+def test_images_come_as_json(store: MediaStore) -> None:
+    director = Director(image(store, 3), image(store, 4))
+    status, _, body = answer(store, director, images(2))
     assert status == 200
     assert abs(body["created"] - time.time()) < 60
     assert (body["output_format"], body["size"]) == ("png", "64x32")
@@ -185,45 +208,274 @@ def test_images_come_as_json() -> None:
     assert 50 < second_timeout_s < 60, "what is left"  # type: ignore[operator]
 
 
-def test_images_as_files() -> None:
+def test_images_as_files(store: MediaStore) -> None:
     job = images(1, response_format="file", output_format="jpeg")
-    status, headers, body = answer(Director(image(3, "image/jpeg")), job, room=0)
+    status, headers, body = answer(store, Director(image(store, 3, "image/jpeg")), job, room=0)
     assert (status, headers["content-type"], headers["x-seed"], body) == (200, "image/jpeg", "3", b"image3")
     job = images(2, response_format="file", output_format="jpeg")
-    director = Director(image(3, "image/jpeg"), image(4, "image/jpeg"))
-    status, headers, body = answer(director, job)
+    director = Director(image(store, 3, "image/jpeg"), image(store, 4, "image/jpeg"))
+    status, headers, body = answer(store, director, job)
     assert (status, headers["content-type"], headers["x-seed"]) == (200, "application/zip", "3,4")
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         assert {name: archive.read(name) for name in archive.namelist()} == {"0.jpg": b"image3", "1.jpg": b"image4"}
 
 
-def test_a_full_queue_is_waited_out_once_the_first_image_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_waited_out_once_the_first_image_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, store: MediaStore
+) -> None:
     monkeypatch.setattr(exchange, "_LONGEST_PAUSE_S", 0.01)
     full = OverloadedError("requests", 4, 2.0)
-    director = Director(image(3), [full], [*image(4)[:1], full], image(4))
-    status, _, body = answer(director, images(2))
+    director = Director(image(store, 3), [full], [*image(store, 4)[:1], full], image(store, 4))
+    status, _, body = answer(store, director, images(2))
     assert (status, [item["seed"] for item in body["data"]]) == (200, [3, 4])
     assert [request.seed for request, _, _ in director.asked] == [3, 4, 4, 4]
     # The first one is refused like any request.
-    status, headers, body = answer(Director([full]), images(2))
+    status, headers, body = answer(store, Director([full]), images(2))
     assert (status, headers["retry-after"], body["error"]["code"]) == (429, "2", "overloaded")
 
 
-def test_waiting_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch, store: MediaStore) -> None:
     monkeypatch.setattr(exchange, "_LONGEST_PAUSE_S", 0.01)
     monkeypatch.setattr(exchange, "_SLACK_S", 0.0)
     full = OverloadedError("requests", 4, 2.0)
-    status, _, body = answer(Director(image(3), *([full] for _ in range(1000))), images(2), timeout_s=0.3)
+    status, _, body = answer(store, Director(image(store, 3), *([full] for _ in range(1000))), images(2), timeout_s=0.3)
     assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
 
 
-def test_what_is_wrong_with_a_later_image_is_said() -> None:
+def test_what_is_wrong_with_a_later_image_is_said(store: MediaStore) -> None:
     wrong = RequestError("seed", 1, "another")
-    status, _, body = answer(Director(image(3), [wrong]), images(2))
+    status, _, body = answer(store, Director(image(store, 3), [wrong]), images(2))
     assert (status, body["error"]["param"]) == (422, "seed")
 
 
-def test_an_unknown_error_says_nothing_of_the_inside() -> None:
-    status, _, body = answer(Director([ZeroDivisionError("a secret")]))
+def test_an_unknown_error_says_nothing_of_the_inside(store: MediaStore) -> None:
+    status, _, body = answer(store, Director([ZeroDivisionError("a secret")]))
     assert (status, body["error"]["code"]) == (500, "internal_error")
     assert "secret" not in json.dumps(body)
+
+
+def test_a_file_that_is_not_to_be_seen_here_is_our_fault(
+    store: MediaStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange.logger, "propagate", True)
+    status, _, body = answer(store, Director(script(replace(FINISHED, media_id="0" * 32))))
+    assert (status, body["error"]["code"]) == (503, "media_unavailable")
+    assert str(store.directory) not in json.dumps(body)
+    assert str(store.directory) in caplog.text, "the log says where"
+
+
+# Files that grow
+
+
+class Growing:
+    """A clip that is being written, and the events of its request."""
+
+    def __init__(self, store: MediaStore) -> None:
+        media_id = new_media_id()
+        self.entry: MediaEntry = store.create(media_id, "video/mp4", ".mp4", is_live=True)
+        self.begin = [Accepted("r", 2, 5, 7, (), 1), StepDone(1, 2, 0.5, 1), FileStarted(media_id, "video/mp4", 1)]
+        self.finished = replace(FINISHED, media_id=media_id)
+
+    def grow(self, data: bytes) -> None:
+        assert self.entry.live_path is not None
+        with self.entry.live_path.open("ab") as file:
+            file.write(data)
+
+    def finish(self) -> None:
+        self.entry.path.write_bytes(b"finished")
+        self.entry.finish()
+
+
+class Watched:
+    """What is sent of an answer that grows.
+
+    Args:
+        taken: called with all that was sent so far, after every part.
+    """
+
+    def __init__(self, taken: Callable[[bytes], Awaitable[None]]) -> None:
+        self._taken = taken
+        self.headers: dict[str, str] = {}
+        self.status, self.body, self.is_whole = 0, b"", False
+
+    async def watch(self, store: MediaStore, director: Director) -> None:
+        async def work(an_exchange: Exchange) -> Response:
+            await an_exchange.ask(GenerationRequest())
+            return await live_answer(an_exchange, store)
+
+        async def receive() -> Any:
+            await asyncio.sleep(60)
+
+        async with asyncio.timeout(60):
+            response = await answered(Request({"type": "http", "headers": []}), director, 60, work)
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, self._send)
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            return
+        self.body += message["body"]
+        self.is_whole = not message.get("more_body", False)
+        if not self.is_whole:
+            await self._taken(self.body)
+
+
+def test_an_answer_grows_with_its_file(store: MediaStore) -> None:
+    growing, is_finished = Growing(store), asyncio.Event()
+
+    async def go_on(body: bytes) -> None:
+        if body == b"one":
+            growing.grow(b"two")
+        else:
+            growing.finish()
+            is_finished.set()
+
+    growing.grow(b"one")
+    director = Director([*growing.begin, StepDone(2, 2, 0.0, 1), is_finished.wait, growing.finished])
+    watched = Watched(go_on)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, watched.body, watched.is_whole) == (200, b"onetwo", True)
+    assert watched.headers["content-type"] == "video/mp4"
+    assert watched.headers["x-media-id"] == growing.finished.media_id
+    assert "content-length" not in watched.headers
+    assert director.streams[0].is_cancelled
+
+
+async def goes_on(body: bytes) -> None:
+    """Nothing depends on what has come."""
+
+
+def test_what_fails_before_the_file_grows_is_an_answer(store: MediaStore) -> None:
+    director = Director([Accepted("r", 2, 5, 7, (), 1), RequestError("seed", 1, "another")])
+    watched = Watched(goes_on)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, json.loads(watched.body)["error"]["param"]) == (422, "seed")
+    assert director.streams[0].is_cancelled
+
+
+def test_a_file_that_grows_elsewhere_is_our_fault(store: MediaStore) -> None:
+    director = Director([Accepted("r", 2, 5, 7, (), 1), FileStarted("0" * 32, "video/mp4", 1)])
+    watched = Watched(goes_on)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "media_unavailable")
+    assert director.streams[0].is_cancelled
+
+
+@pytest.mark.parametrize("who", ["request", "file"])
+def test_a_failure_breaks_the_answer_off(who: str, store: MediaStore) -> None:
+    """Whichever says so: the request, while its file only does not grow, or the file."""
+    growing, has_failed = Growing(store), asyncio.Event()
+
+    async def fail(body: bytes) -> None:
+        if who == "request":
+            has_failed.set()
+        else:
+            store.fail(growing.finished.media_id, "the encoder died")
+
+    growing.grow(b"half")
+    director = Director([*growing.begin, has_failed.wait, StageFailed("encode", 3, "died")])
+    watched = Watched(fail)
+    with pytest.raises((StageFailed, MediaError), match="died"):
+        asyncio.run(watched.watch(store, director))
+    assert (watched.status, watched.body, watched.is_whole) == (200, b"half", False)
+    assert director.streams[0].is_cancelled
+
+
+def test_a_file_that_is_whole_is_not_enough_when_its_request_fails(store: MediaStore) -> None:
+    growing, is_finished = Growing(store), asyncio.Event()
+
+    async def finish(body: bytes) -> None:
+        growing.finish()
+        is_finished.set()
+
+    async def later() -> None:
+        await is_finished.wait()
+        await asyncio.sleep(0.3)  # the file's end is seen
+
+    growing.grow(b"whole")
+    director = Director([*growing.begin, later, StageFailed("encode", 3, "died")])
+    watched = Watched(finish)
+    with pytest.raises(StageFailed, match="died"):
+        asyncio.run(watched.watch(store, director))
+    assert (watched.body, watched.is_whole) == (b"whole", False)
+
+
+@pytest.mark.parametrize("how", ["file says so first", "director says so first", "nobody says so of the file"])
+def test_a_file_that_fails_before_its_first_byte_is_nobodys_loss(how: str, store: MediaStore) -> None:
+    """The encoder died; the answer is the file that another one makes."""
+    dead, growing = Growing(store), Growing(store)
+    is_finished = asyncio.Event()
+
+    async def die() -> None:
+        if how != "nobody says so of the file":
+            store.fail(dead.finished.media_id, "the encoder died")
+        if how == "file says so first":
+            await asyncio.sleep(0.2)
+
+    async def finish(body: bytes) -> None:
+        growing.finish()
+        is_finished.set()
+
+    growing.grow(b"one")
+    script = [*dead.begin, die, StageRetried("encode", 2, "died", 0), growing.begin[-1], is_finished.wait]
+    director = Director([*script, growing.finished])
+    watched = Watched(finish)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, watched.body, watched.is_whole) == (200, b"one", True)
+    assert watched.headers["x-media-id"] == growing.finished.media_id
+    assert director.streams[0].is_cancelled
+
+
+def test_when_no_encoder_makes_the_file_the_answer_says_so(store: MediaStore) -> None:
+    dead = Growing(store)
+    store.fail(dead.finished.media_id, "the encoder died")
+    director = Director([*dead.begin, StageFailed("encode", 3, "died")])
+    watched = Watched(goes_on)
+    asyncio.run(watched.watch(store, director))
+    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "stage_failed")
+    assert director.streams[0].is_cancelled
+
+
+def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStore) -> None:
+    growing = Growing(store)
+    growing.grow(b"a")
+    director = Director([*growing.begin, asyncio.Event().wait])
+
+    async def send(message: Any) -> None:
+        raise OSError("gone")
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        an_exchange = Exchange(director, "r", 60)
+        await an_exchange.ask(GenerationRequest())
+        response = await live_answer(an_exchange, store)
+        with pytest.raises(ClientDisconnect):
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert director.streams[0].is_cancelled
+
+    asyncio.run(run())
+
+
+def test_who_leaves_a_growing_file_stops_the_request(store: MediaStore) -> None:
+    growing, came = Growing(store), asyncio.Event()
+
+    async def stall(body: bytes) -> None:
+        came.set()
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        watching = asyncio.create_task(Watched(stall).watch(store, director))
+        await came.wait()
+        assert not director.streams[0].is_cancelled
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    growing.grow(b"a")
+    director = Director([*growing.begin, asyncio.Event().wait])
+    asyncio.run(run())
+    assert director.streams[0].is_cancelled

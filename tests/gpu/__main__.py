@@ -23,6 +23,7 @@ from tests.gpu.app import check_app_on
 from tests.gpu.layouts import check_layouts
 from tests.gpu.modes import check_modes
 from tests.gpu.operators import check_operators
+from tests.gpu.strips import check_strips
 from tests.gpu.verdict import Verdict
 from tests.gpu.video_vae import check_video_vae
 
@@ -32,13 +33,13 @@ _ORDER = ("FAIL", "ok", "skip")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.gpu", description="Check operators, video VAE, modes, layouts, app."
+        prog="python -m tests.gpu", description="Check operators, video VAE, strips of frames, modes, layouts, app."
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default %(default)s")
     parser.add_argument("--num-devices", type=int, help="GPUs, or ranks on the CPU; default: all GPUs, 2 on the CPU")
     parser.add_argument("--checkpoint", type=Path, help="default: a tiny one with random weights")
     parser.add_argument(
-        "--only", choices=("operators", "video-vae", "modes", "layouts", "app"), help="default: all of them"
+        "--only", choices=("operators", "video-vae", "strips", "modes", "layouts", "app"), help="default: all of them"
     )
     options = parser.parse_args(arguments)
     available = torch.cuda.device_count() if options.device == "cuda" else options.num_devices or 2
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checks: dict[str, Callable[[], list[Verdict]]] = {
             "operators": lambda: check_operators(options.device),
             "video-vae": lambda: check_video_vae(checkpoint, options.device),
+            "strips": lambda: check_strips(checkpoint, options.device, num_devices),
             "modes": lambda: check_modes(checkpoint, options.device),
             "layouts": lambda: check_layouts(checkpoint, options.device, num_devices),
             "app": lambda: [check_app_on(options.device, num_devices, checkpoint)],

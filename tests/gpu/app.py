@@ -17,7 +17,7 @@ _NUM_CPUS = 64
 
 
 def layout_for(num_devices: int) -> Layout:
-    """The layout that the app gets: guidance branches first, then shares of the tokens."""
+    """The layout that the app's transformer gets: guidance branches first, then shares of the tokens."""
     return Layout(cfg=2, sp=2) if num_devices >= 4 else Layout(cfg=min(num_devices, 2))
 
 
@@ -25,10 +25,10 @@ def check_app_on(device: str, num_devices: int, checkpoint: Path) -> Verdict:
     """Start, ask, probe, stop. For the main thread, in a process that runs no other Ray."""
     if importlib.util.find_spec("ray") is None:
         return Verdict(_CHECK, "skip", "ray is not installed")
-    return checked(_CHECK, lambda: _run(device, layout_for(num_devices), checkpoint))
+    return checked(_CHECK, lambda: _run(device, num_devices, checkpoint))
 
 
-def _run(device: str, layout: Layout, checkpoint: Path) -> str:
+def _run(device: str, num_devices: int, checkpoint: Path) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     from deployments.bring_up import running
@@ -37,11 +37,12 @@ def _run(device: str, layout: Layout, checkpoint: Path) -> str:
     from deployments.processes import no_leftovers
     from deployments.ray_session import Placement
 
-    overrides: dict[str, Any] = {"checkpoint": str(checkpoint), "http.port": 0}
+    layout = layout_for(num_devices)
+    overrides: dict[str, Any] = {"checkpoint": str(checkpoint), "http.port": 0, "vae.ranks": num_devices}
     overrides |= {f"transformer.{axis}": getattr(layout, axis) for axis in ("tp", "cfg", "sp")}
     if device == "cuda":
-        # No two ranks on one card, as NCCL asks, and still room for the decoder.
-        overrides |= {"transformer.gpus_per_rank": 0.75, "vae.num_gpus": 0.25}
+        # No two ranks of a gang on one card, as NCCL asks.
+        overrides |= {"transformer.gpus_per_rank": 0.75, "vae.beside_transformer": True}
         for stage in ("transformer", "vae"):
             overrides |= {f"{stage}.device": "cuda", f"{stage}.dtype": "bfloat16"}
     lines: list[str] = []
@@ -51,4 +52,4 @@ def _run(device: str, layout: Layout, checkpoint: Path) -> str:
         is_well = check_app(app.url, timeout_s=_START_S, tell=lines.append)
     if not is_well:
         raise AssertionError(" | ".join(lines))
-    return f"{layout}: up in {app.start_seconds:.0f} s, {lines[-1].split('ok', 1)[1].strip()}"
+    return f"{layout}, decoded by {num_devices}: up in {app.start_seconds:.0f} s, {lines[-1].split('ok', 1)[1].strip()}"

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from cosmos3_core.parallel.layout import Layout
+from tests.gpu import split_decode
 from tests.gpu.__main__ import main
 from tests.gpu.layouts import DTYPES, LAYOUTS, check_layouts, compare
+from tests.gpu.strips import check_strips
 from tests.gpu.verdict import checked
+from tests.gpu.video_vae import check_video_vae
 from tests.parallel.gang_work import RESULTS
 
 pytestmark = pytest.mark.timeout(600)
@@ -29,6 +32,20 @@ def test_layouts_over_nccl(num_devices: int, tiny_nano: Path) -> None:
     needs_gpus(num_devices)
     layouts = [layout for layout in LAYOUTS if layout.num_ranks == num_devices]
     failed = [verdict for verdict in check_layouts(tiny_nano, "cuda", num_devices, layouts) if verdict.word != "ok"]
+    assert not failed, "\n".join(map(str, failed))
+
+
+@pytest.mark.gpu
+def test_strips_over_nccl(tiny_nano: Path) -> None:
+    needs_gpus(2)
+    failed = [verdict for verdict in check_strips(tiny_nano, "cuda", torch.cuda.device_count()) if verdict.word != "ok"]
+    assert not failed, "\n".join(map(str, failed))
+
+
+@pytest.mark.gpu
+def test_the_video_vae_on_a_gpu(tiny_nano: Path) -> None:
+    needs_gpus(1)
+    failed = [verdict for verdict in check_video_vae(tiny_nano, "cuda") if verdict.word != "ok"]
     assert not failed, "\n".join(map(str, failed))
 
 
@@ -78,7 +95,28 @@ def test_the_check_of_modes_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFi
 
 def test_the_check_of_the_video_vae_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--only", "video-vae", "--checkpoint", str(tiny_nano)]) == 0
-    assert capsys.readouterr().out.endswith("0 FAIL, 2 ok, 0 skip, on 2 x cpu\n")
+    assert capsys.readouterr().out.endswith("0 FAIL, 3 ok, 0 skip, on 2 x cpu\n")
+
+
+@pytest.mark.slow
+@pytest.mark.gang
+def test_the_check_of_strips_on_gloo(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--num-devices", "3", "--only", "strips", "--checkpoint", str(tiny_nano)]) == 0
+    assert capsys.readouterr().out.endswith("0 FAIL, 2 ok, 0 skip, on 3 x cpu\n")
+
+
+def test_strips_of_one_device_are_not_checked(tmp_path: Path) -> None:
+    assert [verdict.word for verdict in check_strips(tmp_path, "cpu", 1)] == ["skip", "skip"]
+
+
+@pytest.mark.slow
+@pytest.mark.gang
+def test_the_times_of_split_decode_on_gloo(capsys: pytest.CaptureFixture[str]) -> None:
+    clip = ["--num-frames", "5", "--height", "48", "--width", "64", "--model", "tiny", "--runs", "1"]
+    assert split_decode.main(["--device", "cpu", "--num-devices", "2", *clip]) == 0
+    ways = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("one,", "all,"))]
+    assert len(ways) == 3
+    assert split_decode.main(["--device", "cpu", "--num-devices", "1", *clip]) == 2
 
 
 def test_the_operator_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_video_vae
-from cosmos3_core.device import resolve_device
+from cosmos3_core.device import HostCopies, resolve_device
+from cosmos3_core.media.pixels import to_uint8
+from cosmos3_core.vae.to_host import frames_on_host
 from tests.gpu.verdict import Verdict, checked
 
 FP32_TOLERANCE = 1e-4
@@ -17,13 +21,16 @@ FP32_TOLERANCE = 1e-4
 BF16_FACTOR = 1.5
 
 _GRID = (4, 7, 9)
+# Pixel frames of chunks: larger and smaller ones, so that buffers grow and are used in part.
+_CHUNK_FRAMES = (1, 4, 4, 2, 8, 3, 8, 16, 1, 16, 16, 5)
 
 
 def check_video_vae(checkpoint: Path, device: str) -> list[Verdict]:
-    """A verdict for each dtype."""
+    """A verdict for each dtype, and for the way to the host."""
     return [
         checked("video VAE's decode, float32", lambda: _exact(checkpoint, device)),
         checked("video VAE's decode, bfloat16", lambda: _served(checkpoint, device)),
+        checked("frames on their way to the host", lambda: _on_host(resolve_device(device))),
     ]
 
 
@@ -48,6 +55,27 @@ def _served(checkpoint: Path, device: str) -> str:
     if not difference <= allowed:
         raise AssertionError(said)
     return said
+
+
+def _on_host(device: torch.device) -> str:
+    generator = torch.Generator().manual_seed(0)
+    made = [(torch.rand((1, 3, frames, 192, 320), generator=generator) * 2 - 1).to(device) for frames in _CHUNK_FRAMES]
+    expected = [to_uint8(pixels).cpu().numpy() for pixels in made]
+    busy = torch.ones((4096, 4096) if device.type == "cuda" else (1, 1), device=device)
+
+    def chunks() -> Iterator[Tensor]:
+        for pixels in made:
+            work = busy
+            for _ in range(8):
+                work = work @ busy  # a copy that did not wait for this would find another chunk's bytes
+            yield pixels + 0 * work[0, 0].clamp(0, 1)
+
+    num_chunks = 0
+    for frames, wanted in zip(frames_on_host(chunks(), HostCopies(device)), expected, strict=True):
+        if not np.array_equal(frames, wanted):
+            raise AssertionError(f"chunk {num_chunks} has other bytes")
+        num_chunks += 1
+    return f"{num_chunks} chunks of {min(_CHUNK_FRAMES)} to {max(_CHUNK_FRAMES)} frames, the bytes of a plain copy"
 
 
 def _decoded(checkpoint: Path, device: str, dtype: torch.dtype, chunk_latents: int) -> Tensor:

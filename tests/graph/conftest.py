@@ -23,7 +23,6 @@ os.environ |= {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # Ray's workers would step back behind everything else that runs, other tests say.
     "RAY_worker_niceness": "0",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.02",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
 }
 
@@ -68,7 +67,7 @@ def ray_cluster() -> Iterator[int]:
     ray.shutdown()
 
 
-def _start(tiny_nano: Path, port: int, name: str, overrides: dict[str, Any]) -> App:
+def _start(tiny_nano: Path, port: int, media: Path, name: str, overrides: dict[str, Any]) -> App:
     from ray import serve
 
     from deployments.app import build
@@ -76,15 +75,21 @@ def _start(tiny_nano: Path, port: int, name: str, overrides: dict[str, Any]) -> 
     from deployments.config import AppConfig
 
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), **dotted})
+    config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), "media.directory": str(media), **dotted})
     # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
     application = build(config.model_dump(mode="json"))
     serve.run(application, name=name, route_prefix=f"/{name}")
     return App(name, connect(name), f"http://127.0.0.1:{port}/{name}", config)
 
 
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The media store that all apps share."""
+    return tmp_path_factory.mktemp("media")
+
+
 @pytest.fixture(scope="module")
-def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]:
+def start_app(ray_cluster: int, tiny_nano: Path, media: Path) -> Iterator[Callable[..., App]]:
     """Starts an app of a name with some keys of the laptop's configuration replaced; it is deleted with the module."""
     from ray import serve
 
@@ -92,7 +97,7 @@ def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]
 
     def start(name: str, **overrides: Any) -> App:
         names.append(name)
-        return _start(tiny_nano, ray_cluster, name, overrides)
+        return _start(tiny_nano, ray_cluster, media, name, overrides)
 
     yield start
     for name in names:
@@ -100,9 +105,9 @@ def start_app(ray_cluster: int, tiny_nano: Path) -> Iterator[Callable[..., App]]
 
 
 @pytest.fixture(scope="session")
-def app(ray_cluster: int, tiny_nano: Path) -> App:
+def app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
     """The app that most tests share."""
-    return _start(tiny_nano, ray_cluster, "shared", {})
+    return _start(tiny_nano, ray_cluster, media, "shared", {})
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,82 +24,14 @@ from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
 from deployments.http_client import AnswerError, get, save_video
+from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, environment, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-REPOSITORY = Path(__file__).parents[2]
-DEADLINE_S = 300.0
 REQUEST = [
     *("--prompt", "A red car.", "--num-frames", "9", "--height", "64", "--width", "96"),
     *("--steps", "3", "--seed", "5"),
 ]
-
-
-@dataclass(frozen=True)
-class Serving:
-    """A `cosmos3 serve` of a session of its own, the file with what it says, and the mark of all its processes."""
-
-    process: subprocess.Popen[str]
-    output: Path
-    mark: str
-
-    def said(self) -> str:
-        return self.output.read_text()
-
-    def url(self) -> str:
-        """Of the app, once it is ready."""
-        deadline_s = time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline_s and self.process.poll() is None:
-            if match := re.search(r"ready after [\d.]+ s: (http://\S+)", self.said()):
-                return match[1]
-            time.sleep(0.05)
-        pytest.fail(f"not ready: {self.said()}")
-
-    def leftovers(self) -> list[str]:
-        """Every process that it started, however distantly, and that still runs."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"COSMOS3_TEST={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                    found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue
-        return found
-
-
-def environment(mark: str = "") -> dict[str, str]:
-    """Without the settings that the other tests make for Ray."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    kept["RAY_worker_niceness"] = "0"  # as in conftest.py
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COSMOS3_TEST": mark}
-
-
-def cosmos3(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deployments.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S)
-
-
-@contextmanager
-def serving(tmp_path: Path, *arguments: str) -> Iterator[Serving]:
-    mark, output = uuid.uuid4().hex, tmp_path / "serve.txt"
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", "0", *arguments]
-    with output.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment(mark),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    with process:
-        try:
-            yield Serving(process, output, mark)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                process.wait(DEADLINE_S)
 
 
 def only_line(text: str) -> str:
@@ -215,12 +144,10 @@ for event in connect().stream(request):
 def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, tmp_path: Path) -> None:
     url = served.url()
     assert len(served.leftovers()) > 8, "the mark is not inherited"
-    # The environment that serve prints leads a process of nothing but Ray's defaults to its cluster.
-    printed = re.search(r"from Python: ((?:RAY_\w+=\S+ )+)python", served.said())
-    assert printed is not None
-    joined = environment() | dict(pair.split("=", 1) for pair in printed[1].split())
     command = [sys.executable, "-c", FOLLOW]
-    with subprocess.Popen(command, env=joined, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as client:
+    with subprocess.Popen(
+        command, env=served.client_environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as client:
         assert client.stdout is not None
         assert "StepDone\n" in client.stdout
         # As a terminal sends it.
@@ -231,13 +158,13 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
         # From here: a command's own start may outlast the request in hand, and with it the app.
         with pytest.raises(AnswerError, match="the app is being stopped and takes no new request"):
             save_video(url, GenerationRequest(prompt="x", num_frames=5), tmp_path / "late.mp4", timeout_s=60)
-        assert client.stdout.read().splitlines()[-2:] == ["Finished", "MediaPart"]
+        assert client.stdout.read().splitlines()[-2:] == ["ClipEncoded", "Finished"]
     assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
     assert served.said().endswith(
         "stopping ...\nfinishing the requests in hand; Ctrl-C once more drops them\nstopped\n"
     )
-    assert served.leftovers() == []
+    assert served.leftovers() == {}
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
         probe.connect((host, int(port)))
@@ -256,7 +183,7 @@ def test_a_signal_while_starting_leaves_nothing(group: bool, tiny_nano: Path, tm
         (os.killpg if group else os.kill)(started.process.pid, signal.SIGTERM)
         assert started.process.wait(DEADLINE_S) == 130, started.said()
         assert started.said().splitlines()[-1] == "interrupted"
-        assert started.leftovers() == []
+        assert started.leftovers() == {}
 
 
 @pytest.mark.slow  # Serve tries three times; tests/checkpoint shows the words
@@ -271,7 +198,7 @@ def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) 
         first, last = started.said().splitlines()
         assert first.startswith("starting cosmos3 with ")
         assert last.startswith(f"error: the stage Transformer did not start: CorruptFileError: {shard}: truncated: ")
-        assert started.leftovers() == []
+        assert started.leftovers() == {}
 
 
 @pytest.mark.parametrize(
@@ -279,7 +206,7 @@ def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) 
     [
         (["--num-cpus", "1"], "0.9 CPU missing: the app needs 1.9 CPU and 0 GPU, Ray has 1 CPU and 0 GPU for it."),
         (
-            ["--set", "transformer.gpus_per_rank=1", "--set", "vae.num_gpus=0.5", "--cfg", "2", "--num-cpus", "4"],
+            ["--set", "transformer.gpus_per_rank=1", "--set", "vae.gpus_per_rank=0.5", "--cfg", "2", "--num-cpus", "4"],
             "2.5 GPU missing: the app needs 2.4 CPU and 2.5 GPU, Ray has 4 CPU and 0 GPU for it.",
         ),
         (["--ray-address", "127.0.0.1:9"], "cannot join the Ray cluster at 127.0.0.1:9: nothing listens there"),
@@ -290,7 +217,7 @@ def test_a_place_that_cannot_hold_the_app(arguments: list[str], said: str, tiny_
     with serving(tmp_path, "--checkpoint", str(tiny_nano), *arguments) as started:
         assert started.process.wait(DEADLINE_S) == 2, started.said()
         assert said in started.said().splitlines()[-1]
-        assert started.leftovers() == []
+        assert started.leftovers() == {}
 
 
 def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
@@ -326,9 +253,12 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
         ),
         (["serve", "--checkpoint", "x", "--set", "vae"], "error: set='vae': allowed is KEY=VALUE"),
         (["serve", "--checkpoint", "x", "--cfg", "3"], "transformer.cfg: allowed is 1 or 2, there are two guidance"),
-        (["serve", "--checkpoint", "x", "--tp", "two"], "transformer.tp: Input should be a valid integer"),
-        (["serve", "--checkpoint", "x", "--sp", "0"], "transformer.sp: Input should be greater than or equal to 1"),
-        (["serve", "--checkpoint", "x", "--gangs", "-1"], "transformer.num_replicas: Input should be greater than or"),
+        (["serve", "--checkpoint", "x", "--tp", "two"], "transformer.tp='two': Input should be a valid integer"),
+        (["serve", "--checkpoint", "x", "--sp", "0"], "transformer.sp='0': Input should be greater than or equal to 1"),
+        (
+            ["serve", "--checkpoint", "x", "--gangs", "-1"],
+            "transformer.num_replicas='-1': Input should be",
+        ),
         (
             ["serve", "--config", "four-gpus", "--set", "transformer.gpus_per_rank=1.5"],
             "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of one; 1.5 was given",
@@ -337,7 +267,7 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
             ["serve", "--config", "autoscaling", "--gangs", "2"],
             "transformer: num_replicas=2 and autoscaling exclude each other",
         ),
-        (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port: Input should be a valid integer"),
+        (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port='eighty': Input should be a valid integer"),
         (["generate", *REQUEST], "error: checkpoint=None: allowed is a checkpoint's directory, or --url"),
         (["generate", *REQUEST, "--url", "http://127.0.0.1:9"], "error: http://127.0.0.1:9: nothing listens there"),
         (["serve", "--checkpoint", "x", "--set", "name.x=1"], "name.x: no such key; name is a single value"),
@@ -398,7 +328,7 @@ def test_help_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:
     )
     start_s = time.monotonic()
     commands = ("generate", "serve", "check", "demo", "tiny-checkpoint", "bench")
-    for arguments in (["--help"], ["generate", "--help"], ["serve", "--help"]):
+    for arguments in (["--help"], ["generate", "--help"], ["serve", "--help"], ["bench", "vae", "--help"]):
         command = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0

@@ -53,7 +53,8 @@ def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference:
     assert generated.info.negative_origin == "built-in"
 
     events = list(app.client.stream(request_))
-    assert b"".join(event.data for event in events if isinstance(event, messages.MediaPart)) == expected
+    assert isinstance(events[-1], messages.Finished)
+    assert b"".join(app.client.read(events[-1].media_id)) == expected
 
     with post(app.url, body_of(request_)) as answer:
         assert answer.read() == expected
@@ -107,8 +108,8 @@ def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_f
 def test_the_events_tell_the_story_in_order_and_from_different_processes(app: Any) -> None:
     events = list(app.client.stream(SMALL))
     kinds = [type(event).__name__ for event in events]
-    order = ["Accepted", "Tokenized", "QueuePosition", "StepDone", "LatentsReady", "ChunkDecoded", "ChunkEncoded"]
-    order += ["ClipEncoded", "Finished", "MediaPart"]
+    order = ["Accepted", "Tokenized", "QueuePosition", "StepDone", "LatentsReady", "FileStarted"]
+    order += ["ChunkDecoded", "ChunkEncoded", "ClipEncoded", "Finished"]
     assert list(dict.fromkeys(kinds)) == order
 
     steps = [event for event in events if isinstance(event, messages.StepDone)]
@@ -125,7 +126,8 @@ def test_the_events_tell_the_story_in_order_and_from_different_processes(app: An
         "tokenizer": by_kind[messages.Tokenized].pid,
         "leader": by_kind[messages.LatentsReady].pid,
         "rank": by_kind[messages.StepDone].pid,
-        "vae": encoded[0].decoded_by,
+        "vae leader": by_kind[messages.ChunkDecoded].pid,
+        "vae rank": encoded[0].decoded_by,
         "encoder": encoded[0].pid,
     }
     assert len(set(pids.values())) == len(pids), pids

@@ -18,11 +18,12 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from tests.graph.acting_rank import Act
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# Long enough in every stage to be hit in the middle: 300 steps, 16 chunks.
-LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=300, seed=3)
+# Long enough in every stage to be hit in the middle: 100 steps, 16 chunks.
+LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=100, seed=3)
 DEADLINE_S = 120.0
 
 
@@ -33,17 +34,19 @@ class Victim:
     name: str
     kill_at: type
     pid_of: Callable[[dict[type, Any]], int]
+    stage: str
     must_complete: bool = True
 
 
 VICTIMS = [
-    Victim("tokenizer", messages.Accepted, lambda known: known[messages.Tokenized].pid),
-    Victim("rank", messages.StepDone, lambda known: known[messages.StepDone].pid),
-    Victim("leader", messages.StepDone, lambda known: known[messages.LatentsReady].pid),
-    Victim("vae", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].decoded_by),
-    Victim("encoder", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].pid),
+    Victim("tokenizer", messages.Accepted, lambda known: known[messages.Tokenized].pid, "tokenize"),
+    Victim("rank", messages.StepDone, lambda known: known[messages.StepDone].pid, "denoise"),
+    Victim("leader", messages.StepDone, lambda known: known[messages.LatentsReady].pid, "denoise"),
+    Victim("vae rank", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].decoded_by, "decode"),
+    Victim("vae leader", messages.ChunkEncoded, lambda known: known[messages.ChunkDecoded].pid, "decode"),
+    Victim("encoder", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].pid, "encode"),
     # Whoever dies with the request in its hands cannot finish it; the caller is told, and may ask again.
-    Victim("director", messages.ChunkEncoded, lambda known: known[messages.Accepted].pid, must_complete=False),
+    Victim("director", messages.ChunkEncoded, lambda known: known[messages.Accepted].pid, "", must_complete=False),
 ]
 
 
@@ -95,7 +98,7 @@ def test_a_killed_process(
         assert finished is not None
         assert finished.frames_sha256 == expected
         if victim.name != "tokenizer":  # whose part may be done before it dies
-            assert retried
+            assert set(retried) == {victim.stage}
     else:
         assert finished is None
 
@@ -106,6 +109,9 @@ def test_a_killed_process(
     if victim.name in ("rank", "leader"):
         assert again[messages.StepDone].pid != rank_pid
         assert eventually(lambda: not is_alive(rank_pid) and not is_alive(leader_pid))
+    if victim.name in ("vae rank", "vae leader"):
+        whole_gang = known[messages.ChunkEncoded].decoded_by, known[messages.ChunkDecoded].pid
+        assert eventually(lambda: not any(is_alive(pid) for pid in whole_gang))
     assert eventually(
         lambda: [group["state"] for group in placement_group_table().values()].count("CREATED") == num_gangs()
     )
@@ -117,7 +123,8 @@ def num_gangs() -> int:
     from ray import serve
 
     apps = serve.status().applications.values()
-    return sum(it.deployments["Transformer"].replica_states.get("RUNNING", 0) for it in apps)
+    stages = "Transformer", "VideoVAE"
+    return sum(it.deployments[stage].replica_states.get("RUNNING", 0) for it in apps for stage in stages)
 
 
 def object_store_bytes() -> int:
@@ -126,27 +133,6 @@ def object_store_bytes() -> int:
 
     total = ray.cluster_resources()["object_store_memory"]
     return int(total - ray.available_resources()["object_store_memory"])
-
-
-class Act:
-    """A rank that does as it is told."""
-
-    def __init__(self, part: str) -> None:
-        self._part = part
-
-    def step(self) -> str:
-        if self._part == "sleep":
-            time.sleep(100)
-        if self._part == "refuse":
-            raise RequestError("seed", 1, "2")
-        if self._part == "bug":
-            raise ZeroDivisionError("a rank's own trouble")
-        if self._part == "no memory":
-            raise OutOfMemory("of 1 GiB")
-        if self._part == "die":
-            time.sleep(0.3)
-            os._exit(1)
-        return "done"
 
 
 @pytest.mark.parametrize(

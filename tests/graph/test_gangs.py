@@ -24,7 +24,7 @@ from deployments.http_client import save_video
 pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(900)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=6, seed=5)
-LONG = replace(SMALL, num_inference_steps=150)
+LONG = replace(SMALL, num_inference_steps=80)
 IMAGE = replace(SMALL, num_frames=1)
 DEADLINE_S = 300.0
 Reference = Callable[[GenerationRequest], GenerationResult]
@@ -37,9 +37,10 @@ def gang_app(start_app: Callable[..., Any]) -> Any:
         "gang",
         transformer__tp=2,
         transformer__cfg=2,
-        transformer__save_period_s=0.5,
+        transformer__save_period_s=0.25,
         transformer__quantum_timeout_s=10,
         transformer__max_jobs=3,
+        vae__ranks=2,
         director__max_requests=32,
     )
 
@@ -73,11 +74,11 @@ def parent_of(pid: int) -> int:
 
 
 def rank_processes(raylet: int) -> set[int]:
-    """Every child of this raylet that Ray has titled a rank; other tests may have a Ray of their own."""
+    """Every child of this raylet that Ray has titled a transformer's rank; other tests may have a Ray of their own."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::Rank") and parent_of(int(path.parent.name)) == raylet:
+            if path.read_bytes().startswith(b"ray::TransformerRank") and parent_of(int(path.parent.name)) == raylet:
                 found.add(int(path.parent.name))
         except OSError:
             continue

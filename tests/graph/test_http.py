@@ -419,7 +419,7 @@ def test_the_python_client_reads_files_where_the_caller_is(
 def test_media_that_are_refused(app: Any, mp4: bytes, png: bytes) -> None:
     for send_it, fields, field, said in (
         (send_json, {"image": "http://127.0.0.1:9/a.png"}, "image", "URLs are not fetched"),
-        (send_json, {"image_reference": {"file_id": "f"}}, "image_reference", "No files are kept here"),
+        (send_json, {"image_reference": {"file_id": "f"}}, "image_reference", "No files can be uploaded here"),
         (send_json, {"image": "/etc/passwd"}, "image", "a data URL"),
         (send_form, {"input_reference": b"hello"}, "input_reference", "a file of kind unknown"),
         (send_form, {"image": b"hello"}, "image", "PNG"),

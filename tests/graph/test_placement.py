@@ -30,7 +30,7 @@ def test_decoders_share_the_cards_of_ranks(start_app: Callable[..., Any], eventu
         "shared-cards",
         transformer__cfg=2,
         transformer__gpus_per_rank=0.9,
-        vae__num_gpus=0.1,
+        vae__gpus_per_rank=0.1,
         vae__num_replicas=2,
     )
     # Ranks of 0.9 never share one of the two cards. So both decoders, which run too, are beside a rank.

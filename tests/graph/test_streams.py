@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -15,20 +16,24 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from cluster.errors import DeadlineExceeded, OverloadedError
+from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from deployments.client import EventStream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
-# Minutes of work in the stage in question, so that a stage that is idle within IDLE_S was stopped and did not just end.
+# Four times IDLE_S of work and more in the stage in question: one that is idle within it was stopped, and did not end.
 LONG_DENOISE = replace(SMALL, num_inference_steps=1000, num_frames=241, height=192, width=320)
-LONG_DECODE = replace(SMALL, num_inference_steps=1, num_frames=1201, height=192, width=320)
-IDLE_S = 30.0
+# Unguided, since the one step before it, of attention over the whole clip, is not what is tested.
+LONG_DECODE = replace(LONG_DENOISE, num_inference_steps=1, num_frames=801, guidance_scale=1.0)
+IDLE_S = 20.0
 
 
 def test_clips_do_not_mix_and_each_stays_with_one_encoder(
@@ -168,12 +173,62 @@ def test_a_client_that_hangs_up_stops_every_stage(app: Any, eventually: Callable
     assert eventually(lambda: open_clips(app) == 0)
 
 
+def webp_of(event: messages.PreviewReady) -> PIL.Image.Image:
+    assert event.media_type == "image/webp"
+    assert len(event.data) < 50_000
+    return PIL.Image.open(io.BytesIO(event.data), formats=["WEBP"])
+
+
+def test_previews_come_while_steps_are_made_and_change_with_them(app: Any) -> None:
+    """Steps of a tenth of a second or more, so that a quantum is one or two; the clip itself is not waited for."""
+    request = replace(SMALL, num_frames=121, height=192, width=320, num_inference_steps=12)
+    told: list[messages.StepDone | messages.PreviewReady] = []
+    with app.client.stream(request, previews=6) as stream:
+        for event in stream:
+            assert not isinstance(event, messages.PreviewsOff), event.reason
+            if isinstance(event, messages.StepDone | messages.PreviewReady):
+                told.append(event)
+            if isinstance(event, messages.LatentsReady):
+                break
+    previews = [event for event in told if isinstance(event, messages.PreviewReady)]
+    assert 2 <= len(previews) <= 6
+    sigmas = {event.step: event.sigma for event in told if isinstance(event, messages.StepDone)}
+    assert list(sigmas) == list(range(1, 13))
+    for preview in previews:
+        before = [event.step for event in told[: told.index(preview)] if isinstance(event, messages.StepDone)]
+        assert preview.step in before
+        assert preview.sigma == sigmas[preview.step]
+        with webp_of(preview) as image:
+            assert (image.size, image.n_frames) == ((256, 154), 12)
+    assert isinstance(told[-1], messages.StepDone), "a preview after the last step"
+    assert [preview.step for preview in previews] == sorted({preview.step for preview in previews})
+    assert len({preview.data for preview in previews}) == len(previews), "a preview did not change"
+
+
+def test_previews_leave_the_clip_as_it_is_and_are_stills_of_images(app: Any, reference: Callable[..., Any]) -> None:
+    request = replace(SMALL, num_frames=1, num_inference_steps=200)  # several quanta
+    events = list(app.client.stream(request, previews=5))
+    (finished,) = (event for event in events if isinstance(event, messages.Finished))
+    assert finished.frames_sha256 == reference(request).frames_sha256
+    previews = [event for event in events if isinstance(event, messages.PreviewReady)]
+    assert 1 <= len(previews) <= 5
+    for preview in previews:
+        with webp_of(preview) as image:
+            assert (image.size, image.n_frames) == ((256, 213), 1)
+
+
+def test_a_director_refuses_more_previews_than_there_may_be(app: Any) -> None:
+    response = app.client._streaming.stream.remote(SMALL.packed(), None, 60.0, 33)
+    with pytest.raises(RequestError, match="previews=33: allowed is a whole number from 0 to 32"):
+        list(EventStream(response, 60.0))
+
+
 def test_past_its_bounds_the_app_says_when_to_come_back(start_app: Callable[..., Any]) -> None:
     """Two places behind three: of twelve callers over HTTP and three by handle, two are served at a time; the rest is
     told 429, or its typed twin, by whichever bound it met first. Nobody gets a 5xx."""
     app = start_app("narrow", director__max_requests=2, ingress__max_ongoing_requests=3, ingress__max_queued_requests=1)
-    request = replace(SMALL, num_frames=5, num_inference_steps=1000)
-    body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 1000}
+    request = replace(SMALL, num_frames=5, num_inference_steps=300)
+    body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 300}
     barrier = threading.Barrier(15)
 
     def by_http() -> tuple[int, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
-from cosmos3_core.media.mp4 import Mp4Writer, exact_frame_rate
+from cosmos3_core.media.mp4 import Mp4Writer, encoder_threads, exact_frame_rate
 from cosmos3_core.media.probe import probe_video, read_frames
 
 
@@ -277,6 +277,23 @@ def test_wrong_frames_are_refused_and_the_writer_goes_on(tmp_path, clip, frames)
             writer.write(frames)
         writer.write(clip)
     assert probe_video(tmp_path / "clip.mp4").num_frames == 13
+
+
+@pytest.mark.parametrize(
+    ("size", "threads"),
+    [
+        ((32, 32), 1),
+        ((192, 320), 1),
+        ((512, 512), 1),
+        ((512, 514), 2),
+        ((480, 832), 2),
+        ((720, 1280), 4),
+        ((1024, 1024), 4),
+        ((8192, 8192), 16),
+    ],
+)
+def test_larger_frames_take_more_threads(size: tuple[int, int], threads: int) -> None:
+    assert encoder_threads(*size) == threads
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cosmos3_core.bench.ours import Ours
-from cosmos3_core.bench.subject import Work, random_subject
+from cosmos3_core.bench.subject import Clip, Work, random_subject
 from cosmos3_core.model.rope import RopeTable
 from cosmos3_core.ops import eager
 from cosmos3_core.ops.registry import IMPLEMENTATIONS, Ops, select_ops
@@ -90,7 +90,7 @@ def relative_difference(
 def step_errors(device: torch.device) -> tuple[float, float]:
     """How far bf16 velocities of a small model are from fp32 ones, relative: with eager elementwise operators, and with
     those chosen for the device."""
-    work = Work(num_frames=9, height=96, width=160, text_tokens=40, negative_tokens=30, runs=1, chunk_latents=1)
+    work = Work(Clip(num_frames=9, height=96, width=160, chunk_latents=1), text_tokens=40, negative_tokens=30)
     ours = Ours(random_subject("tiny", device, torch.bfloat16), work)
     transformer = ours.denoiser.transformer
     chosen = select_ops(device, torch.bfloat16, {"attention": "sdpa"})

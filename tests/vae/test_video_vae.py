@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,26 +18,16 @@ from torch import Tensor
 
 from cosmos3_core import shapes
 from cosmos3_core.checkpoint.configs import VideoVAEConfig
-from cosmos3_core.errors import CapabilityError, RequestError, StateError
+from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.ops.video import VideoOps
-from cosmos3_core.vae.video import DecodeState, VideoVAE, patchify, unpatchify
+from cosmos3_core.vae.video import VideoVAE, patchify, unpatchify
 from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache
 from cosmos3_core.vae.video_resample import DuplicateUp
 from tests.live_bytes import peak_bytes
+from tests.vae.small_vae import random_latents, random_pixels, small_config
 
 # Latent (frames, rows, columns): odd and even, one frame (an image), two, and more than a chunk of four.
 GRIDS = [(3, 5, 4), (1, 4, 4), (2, 1, 1), (5, 3, 5), (6, 2, 3)]
-
-
-def small_config() -> VideoVAEConfig:
-    values = torch.rand(2, 48, generator=torch.Generator().manual_seed(5))
-    return VideoVAEConfig(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=48,
-        latents_mean=tuple((values[0] - 0.5).tolist()),
-        latents_std=tuple((values[1] + 0.5).tolist()),
-    )
 
 
 def diffusers_vae(config: VideoVAEConfig) -> AutoencoderKLWan:
@@ -72,22 +63,22 @@ def statistics(reference: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reference_decode(reference: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Its first convolution, a 1x1x1, goes frame by frame as ours does: it rounds otherwise with more of them."""
     mean, inverse_std = statistics(reference)
-    return reference.decode(latents.to(reference.dtype) / inverse_std + mean).sample
+    conv = reference.post_quant_conv
+    by_frame = partial(_frame_by_frame, partial(type(conv).forward, conv))
+    with mock.patch.object(conv, "forward", by_frame):
+        return reference.decode(latents.to(reference.dtype) / inverse_std + mean).sample
+
+
+def _frame_by_frame(conv: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
+    return torch.cat([conv(x_BC1HW) for x_BC1HW in x_BCTHW.split(1, dim=2)], dim=2)
 
 
 @torch.no_grad()
 def reference_encode(reference: AutoencoderKLWan, pixels: Tensor) -> Tensor:
     mean, inverse_std = statistics(reference)
     return (reference.encode(pixels.to(reference.dtype)).latent_dist.mode() - mean) * inverse_std
-
-
-def random_latents(grid: Sequence[int], *, batch: int = 1, seed: int = 1) -> Tensor:
-    return torch.randn(batch, 48, *grid, generator=torch.Generator().manual_seed(seed))
-
-
-def random_pixels(num_frames: int, height: int, width: int, *, batch: int = 1) -> Tensor:
-    return torch.rand(batch, 3, num_frames, height, width, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
 def whole(chunks: Iterator[Tensor]) -> Tensor:
@@ -195,7 +186,7 @@ def test_a_chunk_is_computed_when_it_is_asked_for(
         assert next(chunks).shape == (1, 3, num_frames, 32, 16)
         assert calls == latents_per_chunk[: index + 1]
         # This one rounds otherwise with its number of frames, so it must not see the chunks.
-        assert input_calls == [6]
+        assert input_calls == [1] * sum(calls)
     assert next(chunks, None) is None
 
 
@@ -210,7 +201,7 @@ def test_small_frames_come_several_at_a_time(grid: tuple[int, int], at_least: in
 def test_the_size_of_the_frames_decides_unless_told(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = random_latents((6, 2, 3))
     assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 4, 4, 4, 4, 4], "on a CPU one by one"
-    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", lambda device: 18)
+    monkeypatch.setattr("cosmos3_core.vae.video.latents_to_fill", lambda device, is_split: 18)
     assert [chunk.shape[2] for chunk in vae.decode(latents)] == [1, 12, 8]
     assert torch.equal(whole(vae.decode(latents)), whole(vae.decode(latents, chunk_latents=3)))
 
@@ -240,31 +231,12 @@ def test_clips_taking_turns_do_not_disturb_each_other(vae: VideoVAE) -> None:
     assert module_contents(vae) == before, "something of a clip stayed on the module"
 
 
-def test_a_state_is_a_value(vae: VideoVAE) -> None:
-    """It can be sent away, kept, and gone on from twice."""
-    latents = random_latents((4, 3, 2))
-    expected = list(vae.decode(latents))
-    z = vae.decoder_input(latents)
-    state = DecodeState()
-    for index in range(4):
-        before = [None if frames is None else frames.clone() for frames in state.frames]
-        first, _ = vae.decode_chunk(z[:, :, index : index + 1], state)
-        again, after = vae.decode_chunk(z[:, :, index : index + 1], pickle.loads(pickle.dumps(state)))
-        assert torch.equal(first, expected[index])
-        assert torch.equal(again, expected[index])
-        assert all(x is y if x is None else torch.equal(x, y) for x, y in zip(before, state.frames, strict=True))
-        state = after
-    assert state.num_latent_frames == 4
-    assert state.grid_BHW == (1, 3, 2)
-
-
-def test_a_state_keeps_no_more_than_it_needs(vae: VideoVAE) -> None:
+def test_the_cache_keeps_no_more_than_it_needs(vae: VideoVAE) -> None:
     """Frames, not views into windows; and their number does not grow."""
-    z = vae.decoder_input(random_latents((5, 3, 2)))
-    state, num_bytes = DecodeState(), []
-    for start, stop in [(0, 1), (1, 3), (3, 5)]:
-        _, state = vae.decode_chunk(z[:, :, start:stop], state)
-        held = [frames for frames in state.frames if frames is not None]
+    caches, num_bytes = [], []
+    vae.decoder.register_forward_hook(lambda _, args, output: caches.append(args[1]))
+    for _ in vae.decode(random_latents((5, 3, 2)), chunk_latents=2):
+        held = [frames for frames in caches[-1].frames if frames is not None]
         assert all(frames.untyped_storage().nbytes() == frames.nbytes for frames in held)
         num_bytes.append(sum(frames.nbytes for frames in held))
     assert num_bytes[1] == num_bytes[2]
@@ -301,7 +273,7 @@ def test_decoding_holds_less_than_diffusers(vae: VideoVAE, reference: Autoencode
 def test_a_window_is_history_then_chunk_inside_zeros() -> None:
     conv = CausalConv3d(2, 2, (3, 3, 3), VideoOps())
     conv.slot = 0
-    cache = FrameCache.empty(1)
+    cache = FrameCache(1)
     x = torch.randn(1, 2, 5, 4, 3)
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1, 2, 0))
     assert torch.equal(conv.window(x[:, :, :1], cache), padded[:, :, :3])
@@ -348,7 +320,7 @@ def test_a_patch_counts_its_rows_fastest() -> None:
 @pytest.mark.parametrize("shape", [(48, 3, 2, 2), (1, 16, 3, 2, 2), (1, 48, 0, 2, 2), (1, 48, 3, 2, 0)])
 def test_wrong_latents_are_refused_at_the_call(vae: VideoVAE, shape: tuple[int, ...]) -> None:
     calls = count_calls(vae.decoder)
-    for refuse in (vae.decode, vae.decoder_input, lambda z: vae.decode_chunk(z, DecodeState())):
+    for refuse in (vae.decode, vae.check_latents):
         with pytest.raises(RequestError, match="batch, 48, frames, rows, columns"):
             refuse(torch.zeros(shape))
     assert calls == []
@@ -375,20 +347,6 @@ def test_wrong_pixels_are_refused(vae: VideoVAE, shape: tuple[int, ...], field: 
         vae.encode(torch.zeros(shape))
 
 
-def test_a_clip_begins_with_one_frame(vae: VideoVAE) -> None:
-    with pytest.raises(RequestError, match="one frame where a clip begins"):
-        vae.decode_chunk(vae.decoder_input(random_latents((2, 2, 2))), DecodeState())
-
-
-def test_a_state_of_another_clip_is_refused(vae: VideoVAE) -> None:
-    z = vae.decoder_input(random_latents((2, 2, 3)))
-    _, state = vae.decode_chunk(z[:, :, :1], DecodeState())
-    with pytest.raises(StateError, match="given \\(1, 3, 2\\)"):
-        vae.decode_chunk(z[:, :, 1:].transpose(3, 4), state)
-    with pytest.raises(StateError, match="holds 0 caches"):
-        vae.decode_chunk(z[:, :, 1:], dataclasses.replace(state, frames=()))
-
-
 def test_without_encoder_nothing_encodes() -> None:
     vae = VideoVAE(small_config(), with_encoder=False)
     assert {name.split(".")[0] for name in vae.state_dict()} == {"decoder", "post_quant_conv"}
@@ -413,4 +371,4 @@ def test_a_config_that_contradicts_itself_is_refused(change: dict[str, Any], mes
 def test_missing_statistics_are_named() -> None:
     vae = VideoVAE(dataclasses.replace(small_config(), latents_std=()))
     with pytest.raises(CapabilityError, match="latents_std='0 values': allowed is 48 values"):
-        vae.decoder_input(random_latents((1, 1, 1)))
+        next(vae.decode(random_latents((1, 1, 1))))

@@ -18,7 +18,7 @@ import pytest
 
 from cosmos3_core.media.probe import probe_video
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BIN = Path(sys.executable).parent
 READY_S = 280.0
 
@@ -53,7 +53,7 @@ def await_ready(port: int, server: subprocess.Popen[bytes]) -> None:
 @pytest.mark.timeout(1500)
 def test_every_block_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"^```(bash background|bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    kinds = ["bash", "bash background", "bash", "bash", "python", "python", "bash"]
+    kinds = ["bash", "bash background", "bash", "bash", "bash", "python", "python", "bash"]
     assert [kind for kind, _ in blocks] == kinds
     port = free_port()  # 8000 may be taken
     server: subprocess.Popen[bytes] | None = None
@@ -82,7 +82,8 @@ def test_every_block_runs(tmp_path: Path) -> None:
             assert server.wait(timeout=120) == 0
     first = probe_video(tmp_path / "first.mp4")
     assert (first.num_frames, first.height, first.width, first.fps) == (17, 192, 320, 24)
-    for name, num_frames in (("clip", 17), ("curl", 17), ("handle", 9), ("library", 9), ("posted", 13)):
+    made = {"clip": 17, "curl": 17, "live": 33, "whole": 33, "handle": 9, "events": 9, "library": 9, "posted": 13}
+    for name, num_frames in made.items():
         assert probe_video(tmp_path / f"{name}.mp4").num_frames == num_frames
     for name in ("text", "image", "video", "waves", "loud", "louder", "policy", "carried"):
         info = probe_video(tmp_path / f"{name}.mp4")

@@ -1,4 +1,4 @@
-"""A rank in this process: what becomes of a request that does not fit into memory."""
+"""A transformer's rank in this process: what becomes of a request that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.errors import OutOfMemory
-from cluster.rank import Rank, RankSpec
+from cluster.errors import OutOfMemory, PreviewFailed
+from cluster.transformer_rank import TransformerRank, TransformerSpec
 from cosmos3_core import device
 from cosmos3_core.admission import PromptOrders
 from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.preview import PreviewMap
+from cosmos3_core.sampler.unipc import SolverState
 from cosmos3_core.shapes import LatentShape
 
 REQUEST = DenoiseRequest((1,), (1,), LatentShape(1, 1, 1), 24.0, 4, 1.0, "native", 3.0, 0)
@@ -52,8 +54,8 @@ class FakeDenoiser:
         return SimpleNamespace(step_index=state.step_index + 1)
 
 
-def rank_with(denoiser: FakeDenoiser) -> Rank:
-    rank = Rank(0, RankSpec("checkpoint", "cpu", None, 1))
+def rank_with(denoiser: FakeDenoiser) -> TransformerRank:
+    rank = TransformerRank(0, TransformerSpec("checkpoint", "cpu", None, 1))
     rank._denoiser = denoiser  # type: ignore[assignment]
     return rank
 
@@ -97,3 +99,34 @@ def test_a_quantum_reports_every_step_and_stops_at_the_last() -> None:
     rank.begin("a", REQUEST, PromptOrders())
     assert [step.step for step in rank.step("a", 1).steps] == [1]
     assert [(step.step, step.sigma) for step in rank.step("a", 9).steps] == [(2, 0.0)]
+
+
+RED = PreviewMap(((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, -1.0, -1.0))
+
+
+def test_a_preview_is_of_the_newest_prediction_and_of_frames_of_the_whole_clip() -> None:
+    rank = rank_with(FakeDenoiser("", MemoryError))
+    newest, older = torch.zeros(1, 2, 9, 2, 3), torch.full((1, 2, 9, 2, 3), 9.0)
+    newest[:, 0] = torch.linspace(-1, 1, 9).view(9, 1, 1)
+    state = SimpleNamespace(solver={"video": SolverState(older, older, (newest, older))})
+    rank._jobs["a"] = (None, state)  # type: ignore[assignment]
+    preview = rank.preview("a", RED, 4)
+    assert (preview.dtype, preview.shape) == ("uint8", (4, 2, 3, 3))
+    frames = preview.array()
+    assert frames[:, 0, 0, 0].tolist() == [0, 64, 128, 191]
+    assert (frames == frames[:, :1, :1]).all()
+    assert (frames[..., 1:] == 0).all()
+
+
+def test_a_preview_that_cannot_be_made_leaves_the_request_alone() -> None:
+    rank = rank_with(FakeDenoiser("", MemoryError))
+    other = torch.zeros(1, 3, 1, 1, 1)
+    rank._jobs["a"] = job = (None, SimpleNamespace(solver={"video": SolverState(other, other, (other,))}))  # type: ignore[assignment]
+    with pytest.raises(PreviewFailed, match=r"RequestError: x0=.*allowed is .1, 2, frames, rows, columns"):
+        rank.preview("a", RED, 4)
+    assert rank._jobs["a"] is job
+    rank.begin("unstepped", REQUEST, PromptOrders())
+    with pytest.raises(PreviewFailed):
+        rank.preview("unstepped", RED, 4)
+    with pytest.raises(PreviewFailed, match="KeyError"):
+        rank.preview("not there", RED, 4)

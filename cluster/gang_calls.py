@@ -1,0 +1,165 @@
+"""Calls to a gang on behalf of requests that come and go: one after the other, none taken back once it is made.
+
+A request that is cancelled must not take its calls with it: Ray drops those that wait at one rank and leaves those that
+run at another, which then waits for its neighbour for ever. So one task makes every call, and whoever asked may leave:
+what has begun goes on to its end, what has not had its turn is made to no rank. The task also looks after idle ranks,
+so that a death is noticed before a request meets it.
+
+When the gang fails, every caller gets the failure, and so does every later one: the leader ends and is rebuilt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cluster.errors import GangFailed, GangLost, OutOfMemory
+from cluster.gang import Gang
+from cosmos3_core.errors import Cosmos3Error
+
+# Between two questions to idle ranks whether they are there, and for their answer.
+_IDLE_S = 5.0
+_ANSWER_S = 60.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Call:
+    method: str
+    arguments: tuple[Any, ...]
+    phase: str
+    timeout_s: float
+    is_for_first: bool  # rank 0 alone
+    answer: asyncio.Future[Any]
+
+
+class GangCalls:
+    """See the module. Make it inside the event loop that will use it.
+
+    What waits here is bounded by the callers: each has one question at a time, and a word to say at its end.
+
+    Args:
+        gang: up and warm.
+        on_failure: called once, when the gang has failed and everybody was told.
+    """
+
+    def __init__(self, gang: Gang, on_failure: Callable[[], None]) -> None:
+        self._gang = gang
+        self._on_failure = on_failure
+        self._calls: asyncio.Queue[_Call] = asyncio.Queue()
+        self.failure: GangFailed | None = None
+        self._failed = asyncio.Event()
+        # A context of its own: a task made inside a request would be cancelled with that request.
+        self._task = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
+
+    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        """Call a method on every rank, in its turn; the results in rank order. See :meth:`Gang.ask`.
+
+        Args:
+            method, arguments: of the ranks' class.
+            phase: for messages.
+            timeout_s: from the turn on.
+
+        Raises:
+            Cosmos3Error: what every rank raised.
+            OutOfMemory: it did not fit.
+            GangFailed: the gang failed; :class:`GangLost` if it was at work for somebody else.
+        """
+        results: list[Any] = await self._put(method, arguments, phase, timeout_s)
+        return results
+
+    async def first(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> Any:
+        """Call a method that exchanges nothing on rank 0 alone, in its turn; as :meth:`ask` otherwise.
+
+        Raises:
+            Cosmos3Error: what rank 0 raised; the gang is as it was.
+            GangFailed: as :meth:`ask`.
+        """
+        return await self._put(method, arguments, phase, timeout_s, is_for_first=True)
+
+    def tell(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> None:
+        """:meth:`ask` without waiting for the answer; a gang that has failed need not be told."""
+        if self.failure is None:
+            self._put(method, arguments, phase, timeout_s)
+
+    async def while_up(self, awaitable: Awaitable[T]) -> T:
+        """Wait for something that is not the gang's, for as long as the gang is there.
+
+        Raises:
+            GangLost: the gang failed first.
+        """
+        waiting, failed = asyncio.ensure_future(awaitable), asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait([waiting, failed], return_when=asyncio.FIRST_COMPLETED)
+            if self.failure is not None and not waiting.done():
+                raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
+            return await waiting
+        finally:
+            waiting.cancel()
+            failed.cancel()
+
+    def _put(
+        self, method: str, arguments: tuple[Any, ...], phase: str, timeout_s: float, *, is_for_first: bool = False
+    ) -> asyncio.Future[Any]:
+        if self.failure is not None:
+            raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # Whoever asked may be gone when it comes: an error that nobody fetched is not to be reported as a bug.
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._calls.put_nowait(_Call(method, arguments, phase, timeout_s, is_for_first, answer))
+        return answer
+
+    async def _run(self) -> None:
+        while self.failure is None:
+            call: _Call | None = None
+            try:
+                async with asyncio.timeout(_IDLE_S):
+                    call = await self._calls.get()
+            except TimeoutError:
+                pass
+            if call is not None and call.answer.cancelled():
+                continue
+            try:
+                await self._make(call)
+            except GangFailed as error:
+                self._fail(error, call)
+            except Exception as error:  # noqa: BLE001 - our own bug; to wait for an answer for ever would hide it
+                self._fail(GangFailed("call", f"the leader met {type(error).__name__}: {error}"), call)
+
+    async def _make(self, call: _Call | None) -> None:
+        if call is None:
+            await self._gang.call("describe", phase="idle", timeout_s=_ANSWER_S)
+            return
+        try:
+            result = await self._asked(call)
+        except GangFailed:
+            raise
+        except Cosmos3Error as error:
+            if not call.answer.done():
+                call.answer.set_exception(error)
+        else:
+            if not call.answer.done():
+                call.answer.set_result(result)
+
+    async def _asked(self, call: _Call) -> Any:
+        limits: dict[str, Any] = {"phase": call.phase, "timeout_s": call.timeout_s}
+        if call.is_for_first:
+            return await self._gang.first(call.method, *call.arguments, **limits, passes_on=Cosmos3Error)
+        return await self._gang.ask(call.method, *call.arguments, **limits)
+
+    def _fail(self, error: GangFailed, running: _Call | None) -> None:
+        """End everything. Only the call that was being made may be to blame."""
+        self.failure = error
+        if running is not None and not running.answer.done():
+            # Out of memory on some ranks, while others went on without them.
+            running.answer.set_exception(error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error)
+        while not self._calls.empty():
+            waiting = self._calls.get_nowait()
+            if not waiting.answer.done():
+                waiting.answer.set_exception(GangLost(error.phase, error.reason, error.rank))
+        self._failed.set()
+        self._on_failure()

@@ -1,0 +1,249 @@
+"""One rank of a transformer gang: its share of the transformer, stepping requests as the leader says."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cluster.envelope import TensorEnvelope
+from cluster.errors import PreviewFailed
+from cluster.rank import Loaded, Rank, RankSpec
+from cosmos3_core.admission import PromptOrders, RequestMemory
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.parallel.layout import Layout
+from cosmos3_core.preview import PreviewMap, evenly
+from cosmos3_core.shapes import LatentShape
+
+if TYPE_CHECKING:
+    from cosmos3_core.denoiser import DenoisePlan, Denoiser
+    from cosmos3_core.parallel.groups import Groups
+    from cosmos3_core.sampler.state import DenoiseState
+
+_WARM_UP = DenoiseRequest(
+    text_ids=(1, 2),
+    negative_text_ids=(2,),
+    latent_shape=LatentShape(2, 2, 2),
+    fps=24.0,
+    num_inference_steps=2,
+    guidance_scale=2.0,
+    schedule="native",
+    flow_shift=10.0,
+    seed=0,
+)
+
+
+@dataclass(frozen=True)
+class TransformerSpec(RankSpec):
+    """What a rank of a transformer gang has to load.
+
+    Attributes:
+        layout: how the model spreads over the gang's ranks.
+    """
+
+    layout: Layout = field(default_factory=Layout)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.layout.num_ranks
+
+    @property
+    def rank_class(self) -> type[Rank]:
+        return TransformerRank
+
+    @property
+    def warm_up(self) -> list[tuple[str, tuple[Any, ...]]]:
+        return [
+            ("begin", ("warm up", _WARM_UP, PromptOrders())),
+            ("step", ("warm up", 2)),
+            ("save", ("warm up",)),
+            ("end", ("warm up",)),
+        ]
+
+
+@dataclass(frozen=True)
+class TransformerLoaded(Loaded):
+    """What came of loading.
+
+    Attributes:
+        request_memory: what requests hold of this rank's memory.
+    """
+
+    request_memory: RequestMemory
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was done.
+
+    Attributes:
+        step: steps done so far, this one included.
+        num_steps: of the request.
+        sigma: noise level that is left.
+        pid: of the rank.
+    """
+
+    step: int
+    num_steps: int
+    sigma: float
+    pid: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What came of a quantum: its steps, and the seconds that they took together."""
+
+    steps: tuple[Step, ...]
+    seconds: float
+
+
+class TransformerRank(Rank):
+    """See the module.
+
+    Args:
+        rank: its number in the gang.
+        spec: what to load.
+    """
+
+    def __init__(self, rank: int, spec: TransformerSpec) -> None:
+        super().__init__(rank, spec)
+        self._layout = spec.layout
+        self._groups: Groups | None = None
+        self._denoiser: Denoiser | None = None
+        self._jobs: dict[str, tuple[DenoisePlan, DenoiseState]] = {}
+
+    def _make_groups(self, store: Any) -> None:
+        from cosmos3_core.device import collective_backend
+        from cosmos3_core.parallel.groups import init_groups
+
+        backend, timeout_s = collective_backend(self._device), self._spec.collective_timeout_s
+        self._groups = init_groups(self._layout, self._rank, backend=backend, timeout_s=timeout_s, store=store)
+
+    def load(self) -> TransformerLoaded:
+        """Load this rank's share of the transformer.
+
+        Raises:
+            CheckpointError, RequestError: the checkpoint or the device cannot be used.
+        """
+        import torch
+
+        from cosmos3_core.checkpoint.layout import CheckpointLayout
+        from cosmos3_core.checkpoint.load import load_transformer
+        from cosmos3_core.denoiser import Denoiser
+        from cosmos3_core.ops.registry import names_of
+        from cosmos3_core.parallel.apply import branch_share, parallelize
+        from cosmos3_core.parallel.groups import ALONE
+
+        start_s = time.perf_counter()
+        torch.set_num_threads(self._spec.num_threads)
+        layout = CheckpointLayout.open(self._spec.checkpoint)
+        groups = self._groups if self._groups is not None else ALONE
+        transformer = load_transformer(
+            layout, device=self._device, dtype=self._dtype, shard=groups.layout.shard(groups.rank)
+        )
+        parallelize(transformer, groups)
+        self._denoiser = Denoiser(
+            transformer,
+            layout.geometry,
+            layout.scheduler,
+            branch_share=branch_share(groups),
+        )
+        seconds = time.perf_counter() - start_s
+        return TransformerLoaded(seconds, names_of(transformer.ops), self._denoiser.request_memory)
+
+    def begin(
+        self,
+        job_id: str,
+        request: DenoiseRequest,
+        orders: PromptOrders,
+        saved: TensorEnvelope | None = None,
+        clean: TensorEnvelope | None = None,
+    ) -> None:
+        """Prefill a request's prompts and make its first state, or take up a saved one.
+
+        Args:
+            job_id: its name in later calls.
+            request: what is asked for.
+            orders: which prompts to keep, which to drop.
+            saved: what :meth:`save` gave, on this gang or another.
+            clean: latents of the frames that the request gives, fp32 [1, C, frames, H, W].
+
+        Raises:
+            RequestError: the request's fault; nothing of it is kept.
+            StateError: the saved state is another request's, or damaged.
+            OutOfMemory: it does not fit; nothing of it is kept.
+        """
+        from cosmos3_core.sampler.state import DenoiseState
+
+        denoiser = self._loaded()
+
+        def begin() -> tuple[DenoisePlan, DenoiseState]:
+            plan = denoiser.prepare(request.with_clean_latents(None if clean is None else clean.tensor()), orders)
+            if saved is None:
+                return plan, denoiser.start(plan)
+            return plan, denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
+
+        self._jobs[job_id] = self._if_it_fits(begin, lambda: self.end(job_id))
+
+    def step(self, job_id: str, num_steps: int) -> StepReport:
+        """Run up to ``num_steps`` steps of a request.
+
+        Raises:
+            OutOfMemory: they do not fit; nothing of the request is kept.
+        """
+        from cosmos3_core.device import synchronize
+
+        start_s = time.perf_counter()
+        denoiser = self._loaded()
+        steps = []
+
+        def step() -> tuple[DenoisePlan, DenoiseState]:
+            plan, state = self._jobs[job_id]
+            for _ in range(min(num_steps, plan.num_steps - state.step_index)):
+                state = denoiser.step(plan, state)
+                sigma = plan.solver.schedule.sigmas[state.step_index]
+                steps.append(Step(state.step_index, plan.num_steps, sigma, os.getpid()))
+            synchronize(denoiser.transformer.device)  # a quantum is over when its steps are done, not queued
+            return plan, state
+
+        self._jobs[job_id] = self._if_it_fits(step, lambda: self.end(job_id))
+        return StepReport(tuple(steps), time.perf_counter() - start_s)
+
+    def save(self, job_id: str) -> TensorEnvelope:
+        """A request's state, as bytes for :meth:`begin`."""
+        import numpy as np
+
+        _, state = self._jobs[job_id]
+        return TensorEnvelope.of_array(np.frombuffer(state.to_bytes(), np.uint8))
+
+    def preview(self, job_id: str, preview_map: PreviewMap, max_frames: int) -> TensorEnvelope:
+        """What the pictures of a request are going to be, by its last step: uint8 RGB [frames, H, W, 3].
+
+        A pixel is a latent position; of the latent frames up to ``max_frames``, evenly. Every rank holds the whole
+        prediction, so one can be asked alone.
+
+        Raises:
+            PreviewFailed: whatever went wrong; the request is as it was.
+        """
+        try:
+            _, state = self._jobs[job_id]
+            x0_BCTHW = state.solver["video"].x0[0]
+            frames = evenly(x0_BCTHW.shape[2], max_frames)
+            return TensorEnvelope.of_tensor(preview_map.colours(x0_BCTHW[:, :, frames]))
+        except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all requests
+            raise PreviewFailed(f"{type(error).__name__}: {error}") from None
+
+    def latents(self, job_id: str) -> dict[str, TensorEnvelope]:
+        """The latents as they are now, modality -> fp32; see :meth:`cosmos3_core.engine.Engine.denoise`."""
+        _, state = self._jobs[job_id]
+        return {name: TensorEnvelope.of_tensor(latents) for name, latents in state.latents.items()}
+
+    def end(self, job_id: str) -> None:
+        """Forget a request; one that is not there is fine."""
+        self._jobs.pop(job_id, None)
+
+    def _loaded(self) -> Denoiser:
+        if self._denoiser is None:
+            raise RuntimeError("the leader called a rank before load()")
+        return self._denoiser

@@ -1,0 +1,230 @@
+"""One rank of a video VAE's gang: decodes and encodes its strip of every frame.
+
+Several ranks split each frame between them (:mod:`cosmos3_core.parallel.strips`); of a frame that is too small for
+that, rank 0 does all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.envelope import TensorEnvelope
+from cluster.errors import PreviewFailed
+from cluster.rank import Loaded, Rank, RankSpec
+from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.preview import PreviewMap
+
+if TYPE_CHECKING:
+    import torch
+
+    from cosmos3_core.media.pixels import Frames
+    from cosmos3_core.parallel.groups import RankGroup
+    from cosmos3_core.parallel.strips import Strip
+    from cosmos3_core.vae.video import VideoVAE
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP = "warm up"
+
+
+@dataclass(frozen=True)
+class VideoVAESpec(RankSpec):
+    """What a rank of a video VAE's gang has to load.
+
+    Attributes:
+        ranks: how many split a frame.
+        latent_channels: of the checkpoint.
+        chunk_latents: latent frames per chunk, after the first; None: as the VAE chooses by the size of the frames.
+        is_card_by_rank: rank i works on card i of the node, which is not Ray's to give.
+        preview_cache_dir: where a node keeps fitted maps of previews; None: nowhere.
+    """
+
+    ranks: int = 1
+    latent_channels: int = field(default=48, kw_only=True)
+    chunk_latents: int | None = field(default=None, kw_only=True)
+    is_card_by_rank: bool = field(default=False, kw_only=True)
+    preview_cache_dir: str | None = field(default=None, kw_only=True)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.ranks
+
+    @property
+    def rank_class(self) -> type[Rank]:
+        return VideoVAERank
+
+    @property
+    def warm_up(self) -> list[tuple[str, tuple[Any, ...]]]:
+        # As many columns as ranks: each has one.
+        latents = np.zeros((1, self.latent_channels, 2, 1, self.ranks), np.float32)
+        next_strip = ("next_strip", (_WARM_UP,))
+        return [
+            ("begin", (_WARM_UP, TensorEnvelope.of_array(latents))),
+            next_strip,
+            next_strip,
+            ("end", (_WARM_UP,)),
+            ("prepare_previews", ()),
+        ]
+
+
+@dataclass(frozen=True)
+class ChunkStrip:
+    """A rank's part of a chunk of frames.
+
+    Attributes:
+        frames: uint8 RGB [F, Y, X, 3]; without rows where rank 0 does all and this is another.
+        axis: along which the ranks' strips lie side by side, 1 (rows) or 2 (columns).
+        pid: of the rank.
+    """
+
+    frames: TensorEnvelope
+    axis: int
+    pid: int
+
+
+class VideoVAERank(Rank):
+    """See the module.
+
+    Args:
+        rank: its number in the gang.
+        spec: what to load.
+    """
+
+    def __init__(self, rank: int, spec: VideoVAESpec) -> None:
+        super().__init__(rank, spec)
+        self._chunk_latents = spec.chunk_latents
+        self._is_card_by_rank = spec.is_card_by_rank
+        self._preview_cache_dir = spec.preview_cache_dir
+        self._group: RankGroup | None = None
+        self._vae: VideoVAE | None = None
+        self._clips: dict[str, tuple[int, Iterator[Frames]]] = {}
+        self._preview_map: PreviewMap | None = None
+
+    @property
+    def _device(self) -> torch.device:
+        from cosmos3_core.device import local_device
+
+        return local_device(self._spec.device, self._rank) if self._is_card_by_rank else super()._device
+
+    def load(self) -> Loaded:
+        """Load the VAE: every rank has all of it.
+
+        Raises:
+            CheckpointError, RequestError: the checkpoint or the device cannot be used.
+        """
+        import torch
+
+        from cosmos3_core.checkpoint.layout import CheckpointLayout
+        from cosmos3_core.checkpoint.load import load_video_vae
+
+        start_s = time.perf_counter()
+        torch.set_num_threads(self._spec.num_threads)
+        layout = CheckpointLayout.open(self._spec.checkpoint)
+        self._vae = load_video_vae(layout, device=self._device, dtype=self._dtype)
+        return Loaded(time.perf_counter() - start_s, {})
+
+    def encode(self, picture: PictureCondition, frames: TensorEnvelope) -> TensorEnvelope | None:
+        """The latents of a request's given frames, fp32 [1, C, T, H, W], made by all ranks; rank 0 hands them out.
+
+        Args:
+            picture: what is given, without its media.
+            frames: of :func:`cosmos3_core.conditioning.picture.read_picture`.
+
+        Raises:
+            OutOfMemory: it does not fit.
+        """
+        from cosmos3_core.conditioning.clean import clean_latents
+
+        vae = self._loaded()
+        latents = self._if_it_fits(
+            lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
+        )
+        return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
+
+    def prepare_previews(self) -> None:
+        """Part of the warm-up: rank 0 makes its :meth:`preview_map` before a clip can wait for that.
+
+        What goes wrong is logged; the map is tried again when it is asked for.
+        """
+        if self._rank == 0:
+            try:
+                self.preview_map()
+            except PreviewFailed as error:
+                logger.warning("there is no map of previews yet: %s", error.reason)
+
+    def preview_map(self) -> PreviewMap:
+        """The map of previews of this VAE's latents, once from the cache or fitted. Any rank can be asked alone.
+
+        Raises:
+            PreviewFailed: whatever went wrong; the rank is as it was.
+        """
+        from cosmos3_core.preview_fit import cached_preview_map
+
+        if self._preview_map is not None:
+            return self._preview_map
+        cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
+        try:
+            self._preview_map = self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+            return self._preview_map
+        except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
+            raise PreviewFailed(f"{type(error).__name__}: {error}") from None
+
+    def begin(self, clip_id: str, latents: TensorEnvelope) -> None:
+        """Take up a clip.
+
+        Args:
+            clip_id: its name in later calls.
+            latents: [1, C, T, H, W] fp32.
+
+        Raises:
+            RequestError: latents of another shape.
+        """
+        from cosmos3_core.device import HostCopies
+        from cosmos3_core.vae.to_host import frames_on_host
+
+        vae, whole = self._loaded(), latents.borrowed_tensor()
+        vae.check_latents(whole)
+        strip = self._strip_of(*whole.shape[-2:])
+        chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)
+        axis = strip.pixels(vae.geometry.spatial).axis
+        self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
+
+    def next_strip(self, clip_id: str) -> ChunkStrip | None:
+        """This rank's part of a clip's next chunk; None after the last.
+
+        Raises:
+            OutOfMemory: it does not fit; nothing of the clip is kept.
+        """
+        axis, strips = self._clips[clip_id]
+        frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))
+        return None if frames is None else ChunkStrip(TensorEnvelope.of_array(frames), axis, os.getpid())
+
+    def end(self, clip_id: str) -> None:
+        """Forget a clip; one that is not there is fine."""
+        self._clips.pop(clip_id, None)
+
+    def _make_groups(self, store: Any) -> None:
+        from cosmos3_core.parallel.groups import init_group
+
+        num_ranks, timeout_s = self._spec.num_ranks, self._spec.collective_timeout_s
+        self._group = init_group(num_ranks, self._rank, self._device, timeout_s=timeout_s, store=store)
+
+    def _strip_of(self, height: int, width: int) -> Strip:
+        """This rank's strip of frames of ``height`` x ``width`` latents."""
+        from cosmos3_core.parallel.groups import RankGroup
+        from cosmos3_core.parallel.strips import strip_of
+
+        return strip_of(self._group if self._group is not None else RankGroup(), height, width)
+
+    def _loaded(self) -> VideoVAE:
+        if self._vae is None:
+            raise RuntimeError("the leader called a rank before load()")
+        return self._vae

@@ -1,0 +1,49 @@
+"""Seconds of calls, ours and the reference's, row by row. No torch here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cosmos3_core.bench.report import Row
+
+
+class Stopwatch:
+    """Rows of seconds, filled by timed calls; runs below 0 warm up and are not counted.
+
+    Args:
+        synchronize: waits until all that was asked for is done; a clock read before that tells nothing of a GPU.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._synchronize = synchronize
+        self._rows: dict[str, Row] = {}
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the order of their first call."""
+        return list(self._rows.values())
+
+    def row(self, measure: str) -> Row:
+        """The row of a measure; made where there is none."""
+        return self._rows.setdefault(measure, Row(measure))
+
+    def ours(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
+        """Call ``of`` and count its seconds as ours."""
+        seconds = self._seconds(of, arguments)
+        if run >= 0:
+            self.row(measure).ours.append(seconds)
+
+    def theirs(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
+        """Call ``of`` and count its seconds as the reference's."""
+        seconds = self._seconds(of, arguments)
+        if run >= 0:
+            self.row(measure).theirs.append(seconds)
+
+    def _seconds(self, of: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+        self._synchronize()
+        start_s = time.perf_counter()
+        of(*arguments)
+        self._synchronize()
+        return time.perf_counter() - start_s

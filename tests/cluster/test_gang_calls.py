@@ -1,0 +1,240 @@
+"""Calls to a gang: in turn, never taken back, and when it fails nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Coroutine
+from typing import Any, cast
+
+import pytest
+
+from cluster import gang_calls
+from cluster.errors import GangFailed, GangLost, OutOfMemory, PreviewFailed
+from cluster.gang import Gang
+from cluster.gang_calls import GangCalls
+from cosmos3_core.errors import Cosmos3Error, RequestError
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 20))
+
+
+class FakeGang:
+    """Answers with its arguments once the gate is open; fails as told."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.failures: dict[str, Exception] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.num_at_once = 0
+
+    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        assert self.num_at_once == 0
+        self.num_at_once += 1
+        try:
+            await self.gate.wait()
+            self.made.append(method)
+            if method in self.failures:
+                raise self.failures[method]
+            return [arguments]
+        finally:
+            self.num_at_once -= 1
+
+    call = ask
+
+    async def first(
+        self, method: str, *arguments: Any, phase: str, timeout_s: float, passes_on: type[Cosmos3Error]
+    ) -> Any:
+        assert passes_on is Cosmos3Error, "a refusal would fail the gang"
+        return (await self.ask(f"first {method}", *arguments, phase=phase, timeout_s=timeout_s))[0]
+
+
+class Ended:
+    count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def calls_of(gang: FakeGang, on_failure: Any = lambda: None) -> GangCalls:
+    return GangCalls(cast(Gang, gang), on_failure)
+
+
+def test_calls_are_made_one_after_the_other_and_answered() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        calls = calls_of(gang)
+        answers = await asyncio.gather(*(calls.ask(f"m{i}", i, phase="decode", timeout_s=5) for i in range(4)))
+        assert answers == [[(0,)], [(1,)], [(2,)], [(3,)]]
+        assert gang.made == ["m0", "m1", "m2", "m3"]
+
+    run(body())
+
+
+def test_a_caller_who_leaves_takes_back_what_is_not_made_yet_and_nothing_else() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        gang.gate.clear()
+        calls = calls_of(gang)
+        leaving = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(2)]
+        await asyncio.sleep(0.01)
+        for task in leaving:
+            task.cancel()
+        await asyncio.wait(leaving)
+        gang.gate.set()
+        assert await calls.ask("m2", phase="decode", timeout_s=5) == [()]
+        assert gang.made == ["m0", "m2"], "m0 was at the ranks already, m1 at none"
+
+    run(body())
+
+
+def test_what_the_ranks_are_told_is_made_whoever_leaves() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        gang.gate.clear()
+        calls = calls_of(gang)
+
+        async def clip() -> None:
+            try:
+                await calls.ask("next_strip", phase="decode", timeout_s=5)
+            finally:
+                calls.tell("end", phase="decode", timeout_s=5)
+
+        leaving = asyncio.create_task(clip())
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        gang.gate.set()
+        await calls.ask("begin", phase="decode", timeout_s=5)
+        assert gang.made == ["next_strip", "end", "begin"]
+
+    run(body())
+
+
+def test_a_wait_for_something_else_ends_with_the_gang() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        gang.failures["next_strip"] = GangFailed("decode", "died", 1)
+        calls, credit = calls_of(gang), asyncio.Event()
+        before = asyncio.all_tasks()
+        credit.set()
+        assert await calls.while_up(credit.wait()) is True
+        credit.clear()
+        waiting = asyncio.create_task(calls.while_up(credit.wait()))
+        leaving = asyncio.create_task(calls.while_up(credit.wait()))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        with pytest.raises(GangFailed, match="rank 1"):
+            await calls.ask("next_strip", phase="decode", timeout_s=5)
+        with pytest.raises(GangLost, match="rank 1"):
+            await waiting
+        with pytest.raises(GangLost):
+            await calls.while_up(credit.wait())
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() <= before, "waits that were left hanging"
+
+    run(body())
+
+
+def test_what_the_maker_set_is_not_set_in_the_task() -> None:
+    """Serve keeps the request in a variable, and cancels with it what was called inside."""
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
+
+    class Looking(FakeGang):
+        async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+            return [request.get("none")]
+
+    async def body() -> None:
+        request.set("the first one")
+        assert await calls_of(Looking()).ask("begin", phase="decode", timeout_s=5) == ["none"]
+
+    run(body())
+
+
+def test_what_the_ranks_refuse_is_the_callers_alone() -> None:
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        calls = calls_of(gang, ended)
+        gang.failures = {"encode": RequestError("image", 1, "2"), "next_strip": OutOfMemory("no room")}
+        for method, error in gang.failures.items():
+            with pytest.raises(type(error)):
+                await calls.ask(method, phase="decode", timeout_s=5)
+        assert await calls.ask("begin", phase="decode", timeout_s=5) == [()]
+        assert ended.count == 0
+
+    run(body())
+
+
+def test_rank_0_alone_is_asked_in_turn_and_may_refuse_alone() -> None:
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        gang.gate.clear()
+        calls = calls_of(gang, ended)
+        before = asyncio.create_task(calls.ask("next_strip", phase="decode", timeout_s=5))
+        asked = asyncio.create_task(calls.first("preview_map", 7, phase="previews", timeout_s=5))
+        await asyncio.sleep(0.01)
+        assert gang.num_at_once == 1
+        gang.gate.set()
+        assert await before == [()]
+        assert await asked == (7,)
+        assert gang.made == ["next_strip", "first preview_map"]
+        gang.failures["first preview_map"] = PreviewFailed("no memory")
+        with pytest.raises(PreviewFailed, match="no memory"):
+            await calls.first("preview_map", phase="previews", timeout_s=5)
+        assert await calls.ask("next_strip", phase="decode", timeout_s=5) == [()]
+        assert ended.count == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("error", [GangFailed("decode", "died", 1), ZeroDivisionError("a bug")], ids=repr)
+def test_a_failure_is_everybodys_and_ends_the_leader_once(error: Exception) -> None:
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        gang.gate.clear()
+        gang.failures["m0"] = error
+        calls = calls_of(gang, ended)
+        asked = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(3)]
+        await asyncio.sleep(0.01)
+        gang.gate.set()
+        raised = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(it) for it in raised] == [GangFailed, GangLost, GangLost]
+        with pytest.raises(GangLost):
+            await calls.ask("m3", phase="decode", timeout_s=5)
+        calls.tell("end", phase="decode", timeout_s=5)
+        await asyncio.sleep(0.01)
+        assert gang.made == ["m0"]
+        assert ended.count == 1
+
+    run(body())
+
+
+def test_out_of_memory_on_some_ranks_is_told_as_that() -> None:
+    async def body() -> None:
+        gang = FakeGang()
+        failure = GangFailed("decode", "next_strip() raised OutOfMemory", 1)
+        failure.__cause__ = OutOfMemory("no room")
+        gang.failures["next_strip"] = failure
+        calls = calls_of(gang)
+        with pytest.raises(OutOfMemory):
+            await calls.ask("next_strip", phase="decode", timeout_s=5)
+        assert calls.failure is failure
+
+    run(body())
+
+
+def test_idle_ranks_are_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gang_calls, "_IDLE_S", 0.01)
+
+    async def body() -> None:
+        gang, ended = FakeGang(), Ended()
+        gang.failures["describe"] = GangFailed("idle", "died", 0)
+        calls = calls_of(gang, ended)
+        while not ended.count:
+            await asyncio.sleep(0.01)
+        assert calls.failure is not None
+
+    run(body())

@@ -1,0 +1,470 @@
+"""The media store: what readers, writers and sweepers of several processes find; who is first; what damage does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos3_core.errors import MediaError, RequestError
+from deployments import media_store
+from deployments.media_record import DONE, FAILED, WRITING, MediaRecord
+from deployments.media_store import MediaEntry, MediaSpec, MediaStore, MediaStoreError, new_media_id
+
+KEEP_S = 100.0
+DATA = bytes(range(256)) * 5
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MediaStore:
+    return MediaStore(tmp_path / "made" / "media", max_bytes=1 << 20, keep_s=KEEP_S)
+
+
+def begin(store: MediaStore, *, is_live: bool = True) -> tuple[str, MediaEntry]:
+    media_id = new_media_id()
+    return media_id, store.create(media_id, "video/mp4", ".mp4", is_live=is_live)
+
+
+def make(store: MediaStore, data: bytes = DATA) -> str:
+    media_id, entry = begin(store)
+    entry.path.write_bytes(data)
+    entry.finish()
+    return media_id
+
+
+def found(store: MediaStore, media_id: str) -> MediaRecord:
+    record = store.find(media_id)
+    assert record is not None
+    return record
+
+
+def age(store: MediaStore, media_id: str, seconds: float) -> None:
+    """Have a clip's files and records be older."""
+    folder = store.directory / media_id
+    for path in folder.iterdir():
+        if path.suffix == ".json":
+            values = json.loads(path.read_text())
+            path.write_text(json.dumps(values | {"updated_s": values["updated_s"] - seconds}))
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def left(store: MediaStore) -> list[str]:
+    return sorted(os.listdir(store.directory))
+
+
+def test_a_clip_is_written_then_done(store: MediaStore) -> None:
+    before_s = time.time()
+    media_id, entry = begin(store)
+    reader = MediaStore(store.directory, 1, 1)
+    record = found(reader, media_id)
+    assert (record.state, record.media_type, record.num_bytes, record.reason) == (WRITING, "video/mp4", 0, "")
+    assert before_s <= record.created_s == record.updated_s <= time.time()
+    assert reader.live_path(record) == entry.live_path
+    assert not entry.path.exists(), "the writer's business"
+    assert entry.live_path is not None
+    entry.live_path.write_bytes(b"grows")
+    entry.path.write_bytes(DATA)
+    entry.finish()
+    record = reader.expect(media_id)
+    assert (record.state, record.num_bytes) == (DONE, len(DATA))
+    assert record.etag == f'"{hashlib.sha256(DATA).hexdigest()}"' != record.live_etag
+    assert record.updated_s >= record.created_s
+    assert reader.file_path(record).read_bytes() == DATA
+    assert left(store) == [media_id]
+    assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json", "live.mp4"]
+
+
+def test_a_clip_without_a_file_that_grows(store: MediaStore) -> None:
+    media_id, entry = begin(store, is_live=False)
+    assert entry.live_path is None
+    assert found(store, media_id).live_name == ""
+
+
+def test_parts_of_a_finished_file(store: MediaStore) -> None:
+    media_id = make(store)
+    assert store.read(media_id) == DATA
+    assert store.read(media_id, 10, 5) == DATA[10:15]
+    assert store.read(media_id, 1000) == DATA[1000:]
+    assert store.read(media_id, len(DATA) - 1, 100) == DATA[-1:]
+    assert store.read(media_id, len(DATA), 100) == store.read(media_id, 1 << 60, 100) == b""
+
+
+@pytest.mark.parametrize("start", [-1, 1.0, "0", 1 << 70])
+def test_what_is_no_position_is_refused(store: MediaStore, start: Any) -> None:
+    with pytest.raises(RequestError, match="start="):
+        store.read(make(store), start)
+
+
+def test_only_finished_files_can_be_read(store: MediaStore) -> None:
+    media_id, entry = begin(store)
+    entry.path.write_bytes(DATA)
+    for known in (media_id, new_media_id(), "no id"):
+        with pytest.raises(RequestError, match="allowed is the id of a finished file, as long as it is kept"):
+            store.read(known)
+    store.fail(media_id, "no more paper")
+    with pytest.raises(RequestError, match="media_id="):
+        store.read(media_id)
+    gone = make(store)
+    store.file_path(found(store, gone)).unlink()
+    with pytest.raises(RequestError, match="media_id="):
+        store.read(gone)
+
+
+OUTSIDE = "0" * 32
+
+
+PATHS = ["", ".", "..", "../" + OUTSIDE, OUTSIDE + "/", ".new-" + OUTSIDE, OUTSIDE + "\n"]
+OTHERS = ["0" * 31, "0" * 33, "A" * 32, "\0" * 32, "٠" * 32, "x" * 1_000_000, None, 5, b"0" * 32]
+
+
+@pytest.mark.parametrize("media_id", [*PATHS, *OTHERS], ids=lambda value: repr(value)[:20])
+def test_what_is_no_id_never_becomes_a_path(store: MediaStore, media_id: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_store, "folder_record", lambda folder: pytest.fail(f"{folder} was looked at"))
+    assert store.find(media_id) is None
+    store.fail(media_id, "why")
+    with pytest.raises(RequestError):
+        store.read(media_id)
+    with pytest.raises((ValueError, TypeError)):
+        store.create(media_id, "video/mp4", ".mp4", is_live=True)
+    assert left(store) == []
+
+
+@pytest.mark.parametrize(("media_type", "suffix"), [("video", ".mp4"), ("video/mp4", "/../a"), ("video/mp4", "")])
+def test_what_is_no_ending_never_becomes_a_path(store: MediaStore, media_type: str, suffix: str) -> None:
+    with pytest.raises(ValueError, match="="):
+        store.create(new_media_id(), media_type, suffix, is_live=True)
+    assert left(store) == []
+
+
+def test_an_id_is_for_one_clip(store: MediaStore) -> None:
+    media_id = make(store)
+    with pytest.raises(MediaError, match="cannot take"):
+        store.create(media_id, "video/mp4", ".mp4", is_live=True)
+    assert store.read(media_id) == DATA
+    assert left(store) == [media_id]
+
+
+def test_a_failure_is_for_good_and_said_once(store: MediaStore) -> None:
+    media_id, entry = begin(store)
+    entry.path.write_bytes(DATA)
+    other = MediaStore(store.directory, 1, 1)
+    other.fail(media_id, "the encoder died " + "\N{BUG}\ud800" * 10_000)
+    record = found(store, media_id)
+    assert (record.state, record.num_bytes) == (FAILED, 0)
+    assert record.reason.startswith("the encoder died \N{BUG}")
+    assert len(record.reason) == 2000
+    store.fail(media_id, "again")
+    assert found(store, media_id) == record
+    with pytest.raises(MediaError, match="was declared failed while it was written"):
+        entry.finish()
+    assert found(store, media_id) == record
+
+
+def test_what_is_done_does_not_fail(store: MediaStore) -> None:
+    media_id = make(store)
+    record = found(store, media_id)
+    store.fail(media_id, "too late")
+    store.fail(new_media_id(), "there is none")
+    assert found(store, media_id) == record
+    assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json"]
+
+
+def test_of_those_who_end_a_clip_at_once_one_does(store: MediaStore) -> None:
+    """And everybody agrees which, then and later."""
+    for _ in range(20):
+        media_id, entry = begin(store)
+        entry.path.write_bytes(DATA)
+        together = threading.Barrier(4)
+
+        def finish(entry: MediaEntry = entry, together: threading.Barrier = together) -> bool:
+            together.wait(30)
+            try:
+                entry.finish()
+            except MediaError:
+                return False
+            return True
+
+        def fail(index: int, media_id: str = media_id, together: threading.Barrier = together) -> None:
+            together.wait(30)
+            store.fail(media_id, f"failure {index}")
+
+        with ThreadPoolExecutor(4) as pool:
+            others = [pool.submit(fail, index) for index in range(3)]
+            has_finished = pool.submit(finish).result(30)
+            for other in others:
+                other.result(30)
+        record = found(store, media_id)
+        assert record.state == (DONE if has_finished else FAILED)
+        assert bool(record.reason) != has_finished
+
+
+def test_a_failure_that_cannot_be_written_is_no_second_error(
+    store: MediaStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    media_id, _ = begin(store)
+    monkeypatch.setattr(media_store.logger, "propagate", True)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(media_store, "put_record", full)
+    store.fail(media_id, "why")
+    assert f"the failure of {media_id} could not be written down" in caplog.text
+    assert found(store, media_id).state == WRITING
+
+
+def test_a_file_that_is_not_there_is_not_done(store: MediaStore) -> None:
+    media_id, entry = begin(store)
+    with pytest.raises(MediaError, match="is not in the media store"):
+        entry.finish()
+    assert found(store, media_id).state == WRITING
+
+
+def test_a_store_that_is_another_one(store: MediaStore, tmp_path: Path) -> None:
+    elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1)
+    with pytest.raises(MediaStoreError, match=f"in {elsewhere.directory}: media.directory must be one directory for"):
+        elsewhere.expect(make(store))
+
+
+def test_a_file_is_on_the_disk_before_it_is_done(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    media_id, entry = begin(store)
+    synced: list[tuple[str, str]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix, found(store, media_id).state))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    entry.path.write_bytes(DATA)
+    entry.finish()
+    assert synced == [(".mp4", WRITING), (".part", WRITING)]
+    assert found(store, media_id).state == DONE
+
+
+# Sweeping
+
+
+def test_what_is_old_goes_and_what_is_new_stays(store: MediaStore) -> None:
+    old, new, failed = make(store), make(store), begin(store)[0]
+    store.fail(failed, "why")
+    age(store, old, KEEP_S + 5)
+    age(store, failed, KEEP_S + 5)
+    age(store, new, KEEP_S - 50)
+    assert store.sweep(time.time()) == 2
+    assert left(store) == [new]
+    assert store.find(old) is None
+    assert store.sweep(time.time() + KEEP_S) == 1
+    assert left(store) == []
+
+
+def test_a_clip_that_grows_stays_and_one_that_does_not_is_given_up(store: MediaStore) -> None:
+    growing, given_up = begin(store), begin(store)
+    for media_id, entry in (growing, given_up):
+        assert entry.live_path is not None
+        entry.live_path.write_bytes(b"a")
+        age(store, media_id, KEEP_S + 50)
+    assert growing[1].live_path is not None
+    growing[1].live_path.write_bytes(b"more")
+    assert store.sweep(time.time()) == 1
+    assert left(store) == [growing[0]]
+    store.fail(given_up[0], "it is gone: nothing to say")
+    with pytest.raises(MediaError, match="is not in the media store"):
+        given_up[1].finish()
+
+
+def test_too_many_bytes_take_the_longest_finished_ones(tmp_path: Path) -> None:
+    store = MediaStore(tmp_path, max_bytes=35_000, keep_s=KEEP_S)
+    clips = [make(store, bytes(10_000)) for _ in range(4)]
+    for index, media_id in enumerate(clips):
+        age(store, media_id, 40 - 10 * index)
+    writing, entry = begin(store)
+    entry.path.write_bytes(bytes(8_000))
+    age(store, writing, 90)
+    assert store.sweep(time.time()) == 2
+    assert left(store) == sorted([*clips[2:], writing])
+    entry.path.write_bytes(bytes(50_000))
+    assert store.sweep(time.time()) == 2, "what is being written is not removed for it"
+    assert left(store) == [writing]
+    assert store.sweep(time.time()) == 0
+
+
+def test_as_many_bytes_as_may_be_stay_and_one_more_is_too_many(store: MediaStore) -> None:
+    make(store), make(store)
+    num_bytes = sum(path.stat().st_size for path in store.directory.glob("*/*"))
+    assert MediaStore(store.directory, num_bytes, KEEP_S).sweep(time.time()) == 0
+    assert MediaStore(store.directory, num_bytes - 1, KEEP_S).sweep(time.time()) == 1
+    assert len(left(store)) == 1
+
+
+def damage(name: str) -> Callable[[dict[str, Any]], str]:
+    values = {
+        "nothing": lambda record: "",
+        "half": lambda record: json.dumps(record)[:50],
+        "bytes": lambda record: "\0" * 400,
+        "deep": lambda record: "[" * 50_000,
+        "list": lambda record: "[]",
+        "key more": lambda record: json.dumps(record | {"more": 1}),
+        "key less": lambda record: json.dumps({key: record[key] for key in list(record)[1:]}),
+        "other id": lambda record: json.dumps(record | {"media_id": "1" * 32}),
+        "path": lambda record: json.dumps(record | {"file_name": "../../etc/passwd"}),
+        "live path": lambda record: json.dumps(record | {"live_name": "live./etc"}),
+        "state": lambda record: json.dumps(record | {"state": "new"}),
+        "no hash": lambda record: json.dumps(record | {"state": "done"}),
+        "text": lambda record: json.dumps(record | {"updated_s": "now"}),
+        "true": lambda record: json.dumps(record | {"num_bytes": True}),
+        "NaN": lambda record: json.dumps(record | {"updated_s": float("nan")}),
+        "huge": lambda record: json.dumps(record | {"updated_s": 10**400}),
+        "endless": lambda record: json.dumps(record).replace('"num_bytes": 0', '"num_bytes": ' + "1" * 5000),
+        "long": lambda record: json.dumps(record | {"reason": "x" * 100_000}),
+    }
+    return values[name]
+
+
+DAMAGES = ["nothing", "half", "bytes", "deep", "list", "key more", "key less", "other id", "path", "live path", "state"]
+DAMAGES += ["no hash", "text", "true", "NaN", "huge", "endless", "long"]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_clip_is_nobodys_and_hinders_no_sweep(store: MediaStore, name: str) -> None:
+    damaged, old = begin(store)[0], make(store)
+    path = store.directory / damaged / "begun.json"
+    path.write_text(damage(name)(json.loads(path.read_text())))
+    age(store, old, KEEP_S + 5)
+    assert store.find(damaged) is None
+    assert store.sweep(time.time()) == 1
+    assert left(store) == [damaged]
+
+
+def test_a_damaged_end_is_none(store: MediaStore) -> None:
+    media_id = make(store)
+    (store.directory / media_id / "ended.json").write_text("{")
+    assert found(store, media_id).state == WRITING
+
+
+def test_what_is_not_the_stores_is_left_alone(store: MediaStore, tmp_path: Path) -> None:
+    (store.directory / "a file").write_text("mine")
+    (store.directory / ("0" * 32)).write_text("a file with a clip's name")
+    (store.directory / ("1" * 32)).mkdir()
+    (store.directory / ("2" * 32)).symlink_to(tmp_path / "nowhere")
+    (store.directory / ".new-mine").mkdir()
+    before = left(store)
+    assert store.sweep(time.time() + 10 * KEEP_S) == 0
+    assert left(store) == before
+
+
+def test_what_dead_processes_left_half_done_goes(store: MediaStore) -> None:
+    names = [f".{kind}-{new_media_id()}-{'0' * 16}" for kind in ("new", "swept") for _ in range(2)]
+    for index, name in enumerate(names):
+        (store.directory / name).mkdir()
+        (store.directory / name / "clip.mp4").write_bytes(DATA)
+        if index % 2:
+            os.utime(store.directory / name, (time.time() - KEEP_S - 5,) * 2)
+    assert store.sweep(time.time()) == 0
+    assert left(store) == sorted(names[::2])
+
+
+def test_many_sweep_write_and_read_at_once(tmp_path: Path) -> None:
+    """Nobody fails but by being told that a clip is gone, and every clip is removed by one."""
+    stores = [MediaStore(tmp_path, max_bytes=3 * len(DATA), keep_s=KEEP_S) for _ in range(4)]
+    made: list[str] = []
+    stop = threading.Event()
+
+    def sweep(store: MediaStore) -> int:
+        num_removed = 0
+        while not stop.is_set():
+            num_removed += store.sweep(time.time())
+        return num_removed
+
+    def read(store: MediaStore) -> int:
+        num_read = 0
+        while not stop.is_set():
+            for media_id in made[-3:]:
+                try:
+                    assert store.read(media_id) == DATA
+                    num_read += 1
+                except RequestError:
+                    pass
+        return num_read
+
+    with ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(sweep, stores[0]), pool.submit(sweep, stores[1]), pool.submit(read, stores[2])]
+        for _ in range(150):
+            made.append(make(stores[3]))
+        stop.set()
+        *removed, num_read = [it.result(60) for it in work]
+    last = stores[3].sweep(time.time())
+    assert sum(removed) + last + len(left(stores[3])) == len(made)
+    assert num_read > 0
+    assert 1 <= len(left(stores[3])) <= 3
+    assert all(name in made for name in left(stores[3])), "nothing half removed"
+
+
+def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
+    """The writer is killed: its own process can say nothing any more."""
+    program = (
+        "import sys, os\nfrom pathlib import Path\nfrom deployments.media_store import MediaStore, new_media_id\n"
+        "store = MediaStore(Path(sys.argv[1]), 1 << 20, 100)\nmedia_id = new_media_id()\n"
+        "store.create(media_id, 'video/mp4', '.mp4', is_live=True).live_path.write_bytes(b'half')\n"
+        "print(media_id, flush=True)\nos.kill(os.getpid(), 9)"
+    )
+    died = subprocess.run(
+        [sys.executable, "-c", program, str(store.directory)], capture_output=True, text=True, timeout=60, check=False
+    )
+    media_id = died.stdout.strip()
+    record = found(store, media_id)
+    assert (record.state, store.live_path(record).read_bytes()) == (WRITING, b"half")
+    store.fail(media_id, "the encoder died")
+    assert found(store, media_id) == replace(
+        record, state=FAILED, reason="the encoder died", updated_s=found(store, media_id).updated_s
+    )
+
+
+# Where it is
+
+
+def test_the_own_directory_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = MediaSpec(None, 1, 1).open()
+    assert store.directory == tmp_path / f"cosmos3-media-{os.getuid()}"
+    assert store.directory.stat().st_mode & 0o777 == 0o700
+    assert left(store) == []
+    assert MediaSpec(None, 1, 1).open().directory == store.directory
+    store.directory.chmod(0o755)
+    with pytest.raises(MediaStoreError, match="not a directory of this user alone; set media.directory to another one"):
+        MediaSpec(None, 1, 1).open()
+    store.directory.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    store.directory.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MediaStoreError, match="not a directory of this user alone"):
+        MediaSpec(None, 1, 1).open()
+    store.directory.unlink()
+    store.directory.write_text("a file")
+    with pytest.raises(MediaStoreError, match="cannot be made"):
+        MediaSpec(None, 1, 1).open()
+
+
+def test_a_directory_that_cannot_be_used_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MediaStoreError, match="cannot be used"):
+        MediaSpec(tmp_path / "file" / "media", 1, 1).open()
+
+    def no_links(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(MediaStoreError, match="hard links.*Operation not supported"):
+        MediaSpec(tmp_path / "media", 1, 1).open()
+    assert os.listdir(tmp_path / "media") == []

@@ -1,0 +1,258 @@
+"""The encoder between a clip's stream and the media store, without Ray: whole files, failures, and leaving in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Coroutine
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from cluster.clip_stream import ClipStreams
+from cluster.envelope import TensorEnvelope
+from cluster.errors import DeadlineExceeded
+from cosmos3_core.errors import ClosedError
+from cosmos3_core.media.probe import read_frames
+from cosmos3_core.media.writer import ClipFormat
+from deployments import mp4_encoder
+from deployments.media_record import DONE, FAILED
+from deployments.media_store import MediaSpec, MediaStore, new_media_id
+from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext
+from deployments.mp4_encoder import Mp4Encoder
+from deployments.threads import in_thread
+
+FORMAT = ClipFormat("mp4", height=32, width=48, fps=24, lossless=True)
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 60))
+
+
+class Remote:
+    """The actor's handle."""
+
+    def __init__(self, clips: ClipStreams) -> None:
+        self.take, self.release = (SimpleNamespace(remote=method) for method in (clips.take, clips.release))
+
+
+async def fetched(chunk: FrameChunk) -> FrameChunk:
+    return chunk
+
+
+class Bench:
+    """An encoder, a store and one clip's stream with two strips a chunk."""
+
+    def __init__(self, directory: Path, num_chunks: int) -> None:
+        self.media_id = new_media_id()
+        self.spec = MediaSpec(directory, 10**9, 3600)
+        self.store, self.clips = self.spec.open(), ClipStreams(1)
+        self.encoder = cast(Any, Mp4Encoder).__new__(Mp4Encoder)
+        self.chunks = [np.full((2, 32, 48, 3), 40 * index, np.uint8) for index in range(num_chunks)]
+
+    async def post_all(self) -> None:
+        await self.encoder.__init__(self.spec)
+        await self.clips.open("clip", window=len(self.chunks) + 1)
+        for index, frames in enumerate(self.chunks):
+            assert await self.clips.acquire("clip", "p", 5)
+            strips = tuple(TensorEnvelope.of_array(part) for part in np.split(frames, 2, axis=2))
+            await self.clips.post("clip", "p", [fetched(FrameChunk(index, strips, 2, 7))])
+
+    def encode(self, limit_s: float = 30) -> Any:
+        context = RequestContext.new("r", limit_s)
+        return self.encoder.encode(context, FORMAT, self.media_id, Remote(self.clips), "clip")
+
+    @property
+    def state(self) -> str:
+        record = self.store.find(self.media_id)
+        assert record is not None
+        return record.state
+
+
+def test_a_clips_chunks_become_its_file(tmp_path: Path) -> None:
+    async def body() -> None:
+        bench = Bench(tmp_path, 3)
+        await bench.post_all()
+        await bench.clips.complete("clip")
+        events = [event async for event in bench.encode()]
+        assert [type(event) for event in events] == [FileStarted, *[ChunkEncoded] * 3, ClipEncoded]
+        assert (events[0].media_id, events[0].media_type) == (bench.media_id, "video/mp4")
+        assert [(event.num_frames, event.decoded_by) for event in events[1:4]] == [(2, 7)] * 3
+        assert (events[-1].num_frames, bench.state) == (6, DONE)
+        record = bench.store.find(bench.media_id)
+        assert record is not None
+        assert events[-1].num_bytes == record.num_bytes == bench.store.file_path(record).stat().st_size
+        shown = np.stack(list(read_frames(bench.store.file_path(record)))).astype(int)
+        assert np.abs(shown - np.concatenate(bench.chunks)).max() <= 2
+        assert bench.store.live_path(record).stat().st_size > 0
+
+    run(body())
+
+
+def test_a_request_whose_time_is_up_leaves_a_failed_file(tmp_path: Path) -> None:
+    async def body() -> None:
+        bench = Bench(tmp_path, 1)
+        await bench.post_all()
+        with pytest.raises(DeadlineExceeded):
+            async for _ in bench.encode(limit_s=0.5):
+                pass
+        assert bench.state == FAILED
+
+    run(body())
+
+
+def test_who_is_cancelled_leaves_the_writer_when_its_thread_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing an encoder in the middle of its work ends the process."""
+    entered, gate, order = threading.Event(), threading.Event(), []
+    write = mp4_encoder._write
+
+    def held(writer: Any, *arguments: Any) -> int:
+        entered.set()
+        assert gate.wait(30)
+        monkeypatch.setattr(writer, "abort", lambda: order.append("closed"))
+        num_new = write(writer, *arguments)
+        order.append("written")
+        return num_new
+
+    monkeypatch.setattr(mp4_encoder, "_write", held)
+
+    async def body() -> None:
+        bench = Bench(tmp_path, 1)
+        await bench.post_all()
+
+        async def all_of_it() -> None:
+            async for _ in bench.encode():
+                pass
+
+        encoding = asyncio.create_task(all_of_it())
+        await asyncio.to_thread(entered.wait, 30)
+        for _ in range(2):
+            encoding.cancel()
+            await asyncio.sleep(0.05)
+        assert not encoding.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await encoding
+        assert order == ["written", "closed"]
+        assert bench.state == FAILED
+
+    run(body())
+
+
+def test_the_event_loop_waits_for_no_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, bool] = {}
+
+    def noted(name: str, work: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            threads[name] = threading.current_thread() is threading.main_thread()
+            return work(*arguments, **named)
+
+        return call
+
+    def opened(*arguments: Any, **named: Any) -> Any:
+        writer: Any = open_writer(*arguments, **named)
+        for name in ("write", "close", "abort"):
+            monkeypatch.setattr(writer, name, noted(name, getattr(writer, name)))
+        return writer
+
+    open_writer = mp4_encoder.open_writer
+    monkeypatch.setattr(mp4_encoder, "open_writer", noted("open", opened))
+
+    async def body(*, is_given_up: bool) -> None:
+        bench = Bench(tmp_path, 1)
+        await bench.post_all()
+        if not is_given_up:
+            await bench.clips.complete("clip")
+        with pytest.raises(DeadlineExceeded) if is_given_up else nullcontext():
+            async for _ in bench.encode(limit_s=0.5 if is_given_up else 30):
+                pass
+
+    for is_given_up, last in ((False, "close"), (True, "abort")):
+        threads.clear()
+        run(body(is_given_up=is_given_up))
+        assert threads.items() >= dict.fromkeys(("open", "write", last), False).items()
+        assert not any(threads.values())
+
+
+@pytest.mark.parametrize("when", ["create", "open"])
+def test_who_is_cancelled_while_it_begins_leaves_a_failed_file(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate, writers = threading.Event(), threading.Event(), []
+
+    def held(work: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            entered.set()
+            assert gate.wait(30)
+            writers.append(work(*arguments, **named))
+            return writers[0]
+
+        return call
+
+    async def body() -> None:
+        bench = Bench(tmp_path, 0)
+        await bench.post_all()
+        if when == "create":
+            monkeypatch.setattr(bench.encoder._media, "create", held(bench.encoder._media.create))
+        else:
+            monkeypatch.setattr(mp4_encoder, "open_writer", held(mp4_encoder.open_writer))
+        beginning = asyncio.create_task(anext(bench.encode()))
+        await asyncio.to_thread(entered.wait, 30)
+        beginning.cancel()
+        await asyncio.sleep(0.02)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await beginning
+        assert bench.state == FAILED
+        if when == "open":
+            with pytest.raises(ClosedError):
+                writers[0].write(np.zeros((1, 32, 48, 3), np.uint8))
+
+    run(body())
+
+
+def test_the_store_is_swept_from_the_start_on_again_and_again_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept, times = threading.Event(), []
+    whose: list[str | None] = []
+    asked = contextvars.ContextVar[str | None]("asked", default=None)
+
+    def sweep(store: Any, now_s: float) -> int:
+        times.append(now_s)
+        whose.append(asked.get())
+        if len(times) == 2:
+            raise OSError("away for a moment")
+        if len(times) == 4:
+            swept.set()
+        return 0
+
+    monkeypatch.setattr(MediaStore, "sweep", sweep)
+    monkeypatch.setattr(mp4_encoder, "_SWEEP_PERIOD_S", 0.05)
+
+    async def body() -> None:
+        asked.set("the caller's")
+        bench = Bench(tmp_path, 0)
+        await bench.encoder.__init__(bench.spec)  # no clip
+        assert await asyncio.to_thread(swept.wait, 30)
+
+    run(body())
+    assert all(later - earlier >= 0.04 for earlier, later in pairwise(times))
+    assert set(whose) == {None}
+
+
+def test_work_in_a_thread_gives_what_it_returns_and_raises() -> None:
+    async def body() -> None:
+        assert await in_thread(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await in_thread(divmod, 7, 0)
+
+    run(body())

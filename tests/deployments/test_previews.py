@@ -1,0 +1,203 @@
+"""The map of previews on its way from a decoder, and what callers may ask for. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import pytest
+
+from cluster.errors import GangFailed, PreviewFailed
+from cosmos3_core.errors import RequestError
+from cosmos3_core.preview import PreviewMap, PreviewOrder
+from cosmos3_core.request import GenerationRequest
+from deployments import previews as previews_module
+from deployments.client import Client
+from deployments.messages import RequestContext
+from deployments.previews import Previews
+from deployments.video_vae import VAECalls, VideoVAE
+
+MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
+
+
+class FakeVAE:
+    """A handle of decoders that fail as often as they are told to, and answer when they may."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+        self.calls: list[RequestContext] = []
+        self.may_answer = asyncio.Event()
+        self.preview_map = self
+
+    def remote(self, context: RequestContext) -> FakeVAE:
+        assert context.remaining_s("previews") > 60
+        self.calls.append(context)
+        return self
+
+    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
+        async def refs() -> AsyncIterator[Any]:
+            await self.may_answer.wait()
+            if self.failures:
+                raise self.failures.pop(0)
+            yield asyncio.sleep(0, MAP)
+
+        return refs()
+
+    def cancel(self) -> None:
+        pass
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 30))
+
+
+def test_a_map_is_asked_for_once_whoever_wants_it_and_whoever_leaves() -> None:
+    async def body() -> None:
+        vae = FakeVAE()
+        previews = Previews(vae)
+        orders = [asyncio.create_task(previews.order(number, 2.0)) for number in (1, 2, 3)]
+        await asyncio.sleep(0)
+        orders[0].cancel()
+        await asyncio.sleep(0)
+        vae.may_answer.set()
+        assert await orders[1] == PreviewOrder(2, 2.0, MAP)
+        assert await orders[2] == PreviewOrder(3, 2.0, MAP)
+        assert await previews.order(4, 5.0) == PreviewOrder(4, 5.0, MAP)
+        assert len(vae.calls) == 1
+
+    run(body())
+
+
+def test_a_decoder_that_fails_is_told_of_and_the_next_request_asks_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        vae = FakeVAE(RuntimeError("no memory\nmore words"))
+        vae.may_answer.set()
+        previews = Previews(vae)
+        first = await asyncio.gather(*(previews.order(1, 1.0) for _ in range(2)), return_exceptions=True)
+        assert [str(error) for error in first] == ["no previews: RuntimeError: no memory"] * 2
+        assert caplog.text.count("previews cannot be made") == 1
+        assert (await previews.order(1, 1.0)).preview_map == MAP
+        assert len(vae.calls) == 2
+
+    run(body())
+
+
+def test_who_hears_late_of_a_failure_does_not_have_the_next_try_forgotten() -> None:
+    async def body() -> None:
+        vae = FakeVAE(RuntimeError("no memory"))
+        vae.may_answer.set()
+        previews = Previews(vae)
+
+        async def twice() -> PreviewOrder:
+            with pytest.raises(PreviewFailed):
+                await previews.order(1, 1.0)
+            return await previews.order(1, 1.0)
+
+        first, late = await asyncio.gather(twice(), previews.order(2, 1.0), return_exceptions=True)
+        assert (type(first), type(late)) == (PreviewOrder, PreviewFailed)
+        await previews.order(3, 1.0)
+        assert len(vae.calls) == 2
+
+    run(body())
+
+
+def test_the_map_is_nobodys_request() -> None:
+    """Serve keeps the request in a variable, and cancels with it what was called inside."""
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
+
+    class Looking(FakeVAE):
+        def remote(self, context: RequestContext) -> FakeVAE:
+            seen.append(request.get("none"))
+            return super().remote(context)
+
+    seen: list[str] = []
+
+    async def body() -> None:
+        request.set("the first one")
+        vae = Looking()
+        vae.may_answer.set()
+        await Previews(vae).order(1, 1.0)
+        assert seen == ["none"]
+
+    run(body())
+
+
+def test_what_a_rank_refuses_is_told_in_its_words() -> None:
+    async def body() -> None:
+        vae = FakeVAE(PreviewFailed("OutOfMemory: of 1 GiB"), GangFailed("previews", "died in preview_map()", 0))
+        vae.may_answer.set()
+        previews = Previews(vae)
+        with pytest.raises(PreviewFailed, match="^no previews: OutOfMemory: of 1 GiB$"):
+            await previews.order(1, 1.0)
+        with pytest.raises(PreviewFailed, match=r"^no previews: GangFailed: .*died in preview_map"):
+            await previews.order(1, 1.0)
+
+    run(body())
+
+
+def test_the_leader_of_the_decoders_asks_rank_0_alone() -> None:
+    class FakeCalls:
+        async def first(self, method: str, *, phase: str, timeout_s: float) -> PreviewMap:
+            assert (method, phase, timeout_s) == ("preview_map", "previews", 7.0)
+            return MAP
+
+    async def body() -> None:
+        leader = VideoVAE.__new__(VideoVAE)
+        leader._calls, leader._limits = FakeCalls(), VAECalls(first_timeout_s=7.0, timeout_s=1.0)  # type: ignore[assignment]
+        context = RequestContext.new(None, 60.0)
+        assert [item async for item in leader.preview_map(context)] == [MAP]
+
+    run(body())
+
+
+def test_a_request_does_not_wait_for_ever_but_the_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(previews_module, "_WAIT_S", 0.02)
+
+    async def body() -> None:
+        vae = FakeVAE()
+        previews = Previews(vae)
+        for _ in range(2):
+            with pytest.raises(PreviewFailed, match="goes on making it"):
+                await previews.order(1, 1.0)
+        vae.may_answer.set()
+        await asyncio.sleep(0.01)
+        assert (await previews.order(1, 1.0)).preview_map == MAP
+        assert len(vae.calls) == 1
+
+    run(body())
+
+
+class FakeDirector:
+    """A handle that only notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.stream = self
+
+    def options(self, **options: Any) -> FakeDirector:
+        return self
+
+    def remote(self, *arguments: Any) -> FakeDirector:
+        self.asked.append(arguments)
+        return self
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("previews", [-1, 33, True, 2.0, "4", None])
+def test_a_wrong_number_of_previews_is_refused_at_once(previews: Any) -> None:
+    director = FakeDirector()
+    with pytest.raises(RequestError, match="previews=.*a whole number from 0 to 32"):
+        Client(director).stream(GenerationRequest(prompt="a"), previews=previews)
+    assert director.asked == []
+
+
+def test_the_number_of_previews_goes_with_the_request() -> None:
+    director = FakeDirector()
+    for previews in (0, 32):
+        Client(director).stream(GenerationRequest(prompt="a"), previews=previews).close()
+    Client(director).stream(GenerationRequest(prompt="a")).close()
+    assert [arguments[3] for arguments in director.asked] == [0, 32, 0]
