@@ -16,7 +16,7 @@ from tests.graph.serving import DEADLINE_S, serving
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 # What is freed goes back to the system at once: glibc would keep it, more or less by chance, tens of megabytes of it.
-EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
 STAGES = re.compile(r"ray::.*(VideoVAE|VideoVAERank|AudioVAE|Mp4Encoder|Director|Ingress)\b")
 LONG, SHORT = 189, 9
 
