@@ -21,6 +21,8 @@ from typing import Any
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
 from cluster.gang import Gang
+from cluster.gang_meter import BusyClock, GangMeter, NoMeter
+from cluster.logs import Origin, log_event
 from cluster.transformer_rank import Step, StepReport
 from cluster.turns import Turns, Urgency, urgency_of
 from cosmos3_core.admission import PromptLedger, RequestMemory
@@ -113,6 +115,8 @@ class _Job:
     state: TensorEnvelope | None  # to begin from: saved by another gang, or parked by this one
     clean: TensorEnvelope | None  # latents of the frames that the request gives
     previews: PreviewOrder | None  # None as well once they have ended
+    origin: Origin | None
+    start_s: float
     updates: asyncio.Queue[Update | Exception] = field(default_factory=asyncio.Queue)
     position: int | None = None
     is_cancelled: bool = False
@@ -121,6 +125,10 @@ class _Job:
     save_at_s: float = 0.0
     is_save_taken: bool = True
     preview_due_step: int = 1
+
+    @property
+    def lane(self) -> str:
+        return self.urgency.name.lower()
 
 
 class EngineLoop:
@@ -131,15 +139,23 @@ class EngineLoop:
         request_memory: what requests hold of a rank's memory.
         spec: its bounds and deadlines.
         on_failure: called once, when the gang has failed and everybody was told.
+        meter: is told of the gang's work.
     """
 
     def __init__(
-        self, gang: Gang, request_memory: RequestMemory, spec: LoopSpec, on_failure: Callable[[], None]
+        self,
+        gang: Gang,
+        request_memory: RequestMemory,
+        spec: LoopSpec,
+        on_failure: Callable[[], None],
+        meter: GangMeter | None = None,
     ) -> None:
         self._gang = gang
         self._request_memory = request_memory
         self._spec = spec
         self._on_failure = on_failure
+        self._meter = meter or NoMeter()
+        self._busy = BusyClock(self._now_s())
         self._turns: Turns[_Job] = Turns()
         self._ledger = PromptLedger(spec.text_cache_bytes, request_memory.bytes_per_text_token)
         self._undropped: tuple[str, ...] = ()
@@ -163,6 +179,7 @@ class EngineLoop:
         state: TensorEnvelope | None = None,
         clean: TensorEnvelope | None = None,
         previews: PreviewOrder | None = None,
+        origin: Origin | None = None,
     ) -> AsyncIterator[Update]:
         """Queue a request and follow it: positions, every step, saved states, previews, the latents last.
 
@@ -176,6 +193,7 @@ class EngineLoop:
             clean: latents of the frames that the request gives.
             previews: those to make on the way; None: none. They come as soon as they are made, none after the last
                 step. While one is made no other is begun: a due one waits for the next quantum, or for ever.
+            origin: whose it is, for the logs, the ranks' as well.
 
         Raises:
             OverloadedError: the queue is full.
@@ -190,10 +208,11 @@ class EngineLoop:
         if (num_jobs := self._turns.num_of(urgency)) >= self._spec.max_jobs:
             what = f"requests for {urgency.name.lower()}s of one transformer gang"
             raise OverloadedError(what, self._spec.max_jobs, max(1.0, self._seconds_per_request * num_jobs))
-        job = _Job(job_id, request, self._now_s() + limit_s, limit_s, urgency, state, clean, previews)
+        start_s = self._now_s()
+        job = _Job(job_id, request, start_s + limit_s, limit_s, urgency, state, clean, previews, origin, start_s)
         if previews is not None:
             job.preview_due_step = previews.period_steps(request.num_inference_steps)
-        self._turns.add(job, urgency, self._now_s())
+        self._turns.add(job, urgency, start_s)
         self._tell_positions()
         self._wake.set()
         try:
@@ -215,6 +234,8 @@ class EngineLoop:
             job: _Job | None = None
             try:
                 self._wake.clear()
+                if (share := self._busy.share(self._now_s())) is not None:
+                    self._meter.busy(share)
                 await self._drop_abandoned()
                 job = self._turns.next(self._now_s())
                 if job is None:
@@ -223,6 +244,7 @@ class EngineLoop:
                 start_s = self._now_s()
                 if job.has_begun or await self._begin(job):
                     await self._quantum(job)
+                self._busy.worked(start_s, self._now_s())
                 self._turns.had_turn(job.urgency, start_s, self._now_s())
             except GangFailed as error:
                 self._fail(error, job)
@@ -247,6 +269,7 @@ class EngineLoop:
     async def _begin(self, job: _Job) -> bool:
         """Have the ranks begin a request, or go on with it from its state; False if they refuse it."""
         await self._make_room_for(job)
+        num_hits = self._ledger.num_kept(job.request.prompts)
         orders = self._ledger.admit(job.request.prompts)
         # What the ranks did not drop for a request that they refused is still to be dropped.
         orders = replace(orders, drop=tuple(sorted({*orders.drop, *self._undropped} - orders.keep)))
@@ -260,6 +283,7 @@ class EngineLoop:
                 orders,
                 job.state,
                 job.clean,
+                job.origin,
                 phase="begin",
                 timeout_s=self._spec.first_step_timeout_s,
             )
@@ -268,6 +292,10 @@ class EngineLoop:
         except Cosmos3Error as error:
             self._refuse(job, error)
             return False
+        self._meter.looked_up_prompts(num_hits, len(job.request.prompts) - num_hits)
+        if job.step_s is None:  # else it was parked
+            self._meter.waited_for_gang(job.lane, start_s - job.start_s)
+        self._log(job, "gang began", waited_s=start_s - job.start_s, is_resumed=job.state is not None)
         job.has_begun, job.state, self._undropped = True, None, ()
         job.save_at_s = start_s + self._spec.save_period_s
         return True
@@ -281,6 +309,7 @@ class EngineLoop:
             parked.state = await self._save(parked)
             await self._forget(parked)
             parked.has_begun = False
+            self._log(parked, "gang parked")
 
     async def _quantum(self, job: _Job) -> None:
         num_steps, timeout_s = 1, self._spec.first_step_timeout_s
@@ -301,6 +330,7 @@ class EngineLoop:
         for step in report.steps:
             job.updates.put_nowait(step)
         job.step_s = report.seconds / len(report.steps)
+        self._meter.stepped(job.lane, len(report.steps), report.seconds)
         if last.step == last.num_steps:
             job.updates.put_nowait(Denoised(await self._first("latents", job)))
             await self._end(job)
@@ -348,7 +378,7 @@ class EngineLoop:
     @staticmethod
     def _end_previews(job: _Job, reason: str) -> None:
         if job.previews is not None:
-            logger.warning("request %s goes on without previews: %s", job.job_id, reason)
+            log_event(logger, "goes on without previews", job.origin, logging.WARNING, try_id=job.job_id, reason=reason)
             job.updates.put_nowait(PreviewsEnded(reason))
             job.previews = None
 
@@ -368,6 +398,7 @@ class EngineLoop:
         self._leave(job)
 
     def _leave(self, job: _Job) -> None:
+        self._log(job, "gang ended", seconds=self._now_s() - job.start_s)
         self._turns.remove(job)
         self._tell_positions()
 
@@ -380,6 +411,8 @@ class EngineLoop:
     def _fail(self, error: GangFailed, running: _Job | None) -> None:
         """End everything. Only the request that was being worked on may be to blame."""
         self.failure = error
+        whose = None if running is None else running.origin
+        log_event(logger, "gang failed", whose, logging.ERROR, phase=error.phase, rank=error.rank, reason=error.reason)
         for job in list(self._turns):
             if job is not running:
                 job.updates.put_nowait(GangLost(error.phase, error.reason, error.rank))
@@ -388,6 +421,11 @@ class EngineLoop:
                 job.updates.put_nowait(error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error)
             self._turns.remove(job)
         self._on_failure()
+
+    @staticmethod
+    def _log(job: _Job, event: str, **fields: float) -> None:
+        if job.origin is not None:
+            log_event(logger, event, job.origin, stage="denoise", **fields)
 
     def _tell_positions(self) -> None:
         for position, job in enumerate(self._turns):

@@ -94,6 +94,7 @@ class Gang:
         order = _placed_bundles(spec)
         gang = cls(_start_actors(spec, order))
         try:
+            await gang.call("log_to_stderr", phase="start", timeout_s=spec.start_timeout_s)
             gang.infos = await gang.call("describe", phase="start", timeout_s=spec.start_timeout_s)
             logger.info("gang 2/5 start: ranks %s", [(info.rank, info.pid, info.node_id) for info in gang.infos])
             if spec.num_ranks > 1:

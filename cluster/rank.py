@@ -7,6 +7,7 @@ else goes wrong on one rank, out of memory among it, fails a gang of several as 
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,11 +15,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.errors import OutOfMemory
+from cluster.logs import RankLog, log_to_stderr
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class Rank(ABC):
         self._rank = rank
         self._spec = spec
         self._store: Any = None
+        self._log = RankLog(logger)
+
+    def log_to_stderr(self) -> None:
+        """Make JSON of what this process logs, with the rank in every line; see :mod:`cluster.logs`."""
+        log_to_stderr(gang=type(self).__name__, rank=self._rank)
 
     def describe(self) -> RankInfo:
         """Where this rank runs; answering means that its process is up."""

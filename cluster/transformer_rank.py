@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
+from cluster.logs import Origin
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.admission import PromptOrders, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
@@ -81,12 +82,14 @@ class Step:
         step: steps done so far, this one included.
         num_steps: of the request.
         sigma: noise level that is left.
+        seconds: that it took, as a share of its quantum.
         pid: of the rank.
     """
 
     step: int
     num_steps: int
     sigma: float
+    seconds: float
     pid: int
 
 
@@ -159,6 +162,7 @@ class TransformerRank(Rank):
         orders: PromptOrders,
         saved: TensorEnvelope | None = None,
         clean: TensorEnvelope | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Prefill a request's prompts and make its first state, or take up a saved one.
 
@@ -168,6 +172,7 @@ class TransformerRank(Rank):
             orders: which prompts to keep, which to drop.
             saved: what :meth:`save` gave, on this gang or another.
             clean: latents of the frames that the request gives, fp32 [1, C, frames, H, W].
+            origin: whose it is, for the logs.
 
         Raises:
             RequestError: the request's fault; nothing of it is kept.
@@ -184,7 +189,8 @@ class TransformerRank(Rank):
                 return plan, denoiser.start(plan)
             return plan, denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
 
-        self._jobs[job_id] = self._if_it_fits(begin, lambda: self.end(job_id))
+        with self._log.taking_up(job_id, origin):
+            self._jobs[job_id] = self._if_it_fits(begin, lambda: self.end(job_id))
 
     def step(self, job_id: str, num_steps: int) -> StepReport:
         """Run up to ``num_steps`` steps of a request.
@@ -196,19 +202,20 @@ class TransformerRank(Rank):
 
         start_s = time.perf_counter()
         denoiser = self._loaded()
-        steps = []
+        done: list[tuple[int, int, float]] = []
 
         def step() -> tuple[DenoisePlan, DenoiseState]:
             plan, state = self._jobs[job_id]
             for _ in range(min(num_steps, plan.num_steps - state.step_index)):
                 state = denoiser.step(plan, state)
-                sigma = plan.solver.schedule.sigmas[state.step_index]
-                steps.append(Step(state.step_index, plan.num_steps, sigma, os.getpid()))
+                done.append((state.step_index, plan.num_steps, plan.solver.schedule.sigmas[state.step_index]))
             synchronize(denoiser.transformer.device)  # a quantum is over when its steps are done, not queued
             return plan, state
 
-        self._jobs[job_id] = self._if_it_fits(step, lambda: self.end(job_id))
-        return StepReport(tuple(steps), time.perf_counter() - start_s)
+        with self._log.going_on(job_id, "step"):
+            self._jobs[job_id] = self._if_it_fits(step, lambda: self.end(job_id))
+        seconds = time.perf_counter() - start_s
+        return StepReport(tuple(Step(*it, seconds / len(done), os.getpid()) for it in done), seconds)
 
     def save(self, job_id: str) -> TensorEnvelope:
         """A request's state, as bytes for :meth:`begin`."""
@@ -242,6 +249,7 @@ class TransformerRank(Rank):
     def end(self, job_id: str) -> None:
         """Forget a request; one that is not there is fine."""
         self._jobs.pop(job_id, None)
+        self._log.end(job_id)
 
     def _loaded(self) -> Denoiser:
         if self._denoiser is None:

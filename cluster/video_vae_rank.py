@@ -18,6 +18,7 @@ import numpy as np
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
+from cluster.logs import Origin
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.preview import PreviewMap
@@ -131,12 +132,15 @@ class VideoVAERank(Rank):
         self._vae = load_video_vae(layout, device=self._device, dtype=self._dtype)
         return Loaded(time.perf_counter() - start_s, {})
 
-    def encode(self, picture: PictureCondition, frames: TensorEnvelope) -> TensorEnvelope | None:
+    def encode(
+        self, picture: PictureCondition, frames: TensorEnvelope, origin: Origin | None = None
+    ) -> TensorEnvelope | None:
         """The latents of a request's given frames, fp32 [1, C, T, H, W], made by all ranks; rank 0 hands them out.
 
         Args:
             picture: what is given, without its media.
             frames: of :func:`cosmos3_core.conditioning.picture.read_picture`.
+            origin: whose it is, for the logs.
 
         Raises:
             OutOfMemory: it does not fit.
@@ -144,9 +148,10 @@ class VideoVAERank(Rank):
         from cosmos3_core.conditioning.clean import clean_latents
 
         vae = self._loaded()
-        latents = self._if_it_fits(
-            lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
-        )
+        with self._log.doing("encode", origin):
+            latents = self._if_it_fits(
+                lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
+            )
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
 
     def prepare_previews(self) -> None:
@@ -177,12 +182,13 @@ class VideoVAERank(Rank):
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
-    def begin(self, clip_id: str, latents: TensorEnvelope) -> None:
+    def begin(self, clip_id: str, latents: TensorEnvelope, origin: Origin | None = None) -> None:
         """Take up a clip.
 
         Args:
             clip_id: its name in later calls.
             latents: [1, C, T, H, W] fp32.
+            origin: whose it is, for the logs.
 
         Raises:
             RequestError: latents of another shape.
@@ -190,12 +196,13 @@ class VideoVAERank(Rank):
         from cosmos3_core.device import HostCopies
         from cosmos3_core.vae.to_host import frames_on_host
 
-        vae, whole = self._loaded(), latents.borrowed_tensor()
-        vae.check_latents(whole)
-        strip = self._strip_of(*whole.shape[-2:])
-        chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)
-        axis = strip.pixels(vae.geometry.spatial).axis
-        self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
+        with self._log.taking_up(clip_id, origin):
+            vae, whole = self._loaded(), latents.borrowed_tensor()
+            vae.check_latents(whole)
+            strip = self._strip_of(*whole.shape[-2:])
+            chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)
+            axis = strip.pixels(vae.geometry.spatial).axis
+            self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
 
     def next_strip(self, clip_id: str) -> ChunkStrip | None:
         """This rank's part of a clip's next chunk; None after the last.
@@ -204,12 +211,14 @@ class VideoVAERank(Rank):
             OutOfMemory: it does not fit; nothing of the clip is kept.
         """
         axis, strips = self._clips[clip_id]
-        frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))
+        with self._log.going_on(clip_id, "decode"):
+            frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))
         return None if frames is None else ChunkStrip(TensorEnvelope.of_array(frames), axis, os.getpid())
 
     def end(self, clip_id: str) -> None:
         """Forget a clip; one that is not there is fine."""
         self._clips.pop(clip_id, None)
+        self._log.end(clip_id)
 
     def _make_groups(self, store: Any) -> None:
         from cosmos3_core.parallel.groups import init_group

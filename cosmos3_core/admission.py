@@ -49,6 +49,10 @@ class PromptLedger:
         self._bytes_per_token = bytes_per_token
         self._bytes_of: OrderedDict[str, int] = OrderedDict()
 
+    def num_kept(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many of a request's prompts need no computing."""
+        return sum(text_key(text_ids) in self._bytes_of for text_ids in prompts)
+
     def admit(self, prompts: Sequence[Sequence[int]]) -> PromptOrders:
         """Enter a request's prompts (token ids each); returns what every rank has to do for that."""
         before = set(self._bytes_of)

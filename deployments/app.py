@@ -5,6 +5,7 @@
                          ├─ (unguided     the same, for requests without guidance, where they have gangs of their own)
                          ├─ vae           given pictures -> latents, latents -> frames; a gang too
                          ├─ (audio        latents -> sound, where the checkpoint makes some)
+                         ├─ (guardrail    prompts and frames -> those that may be used, where an adapter is configured)
                          └─ encoder
 
 ``serve run deployments.app:build checkpoint=DIR`` and Serve's YAML call :func:`build`; ``cosmos3 serve`` calls
@@ -25,10 +26,14 @@ from cluster.video_vae_rank import VideoVAESpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.parallel.layout import Layout
+from deployments.api.service import IngressSpec
 from deployments.audio_vae import AudioVAE
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
 from deployments.director import Director
+from deployments.director_parts import DirectorSpec, Handles
+from deployments.guardrail import Guardrails
 from deployments.ingress import Ingress
+from deployments.jobs.database import database_url
 from deployments.media_store import MediaSpec
 from deployments.mp4_encoder import Mp4Encoder
 from deployments.prompt_tokenizer import PromptTokenizer
@@ -54,47 +59,53 @@ def build_app(config: AppConfig) -> serve.Application:
         audio = _deployment("AudioVAE", AudioVAE, config.audio).bind(
             checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
-    media = MediaSpec(config.media.directory, config.media.max_bytes, config.media.keep_s)
+    media = media_spec(config)
     encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind(media)
+    guardrail = None
+    if config.guardrails.adapter is not None:
+        guardrail = _deployment("Guardrails", Guardrails, config.guardrail).bind(config.guardrails)
     # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
-    director = (
-        _deployment("Director", Director, config.director)
-        .options(**longest)
-        .bind(
-            checkpoint,
-            config.director.max_requests,
-            config.director.max_attempts,
-            config.director.chunk_window,
-            config.http.request_timeout_s,
-            media,
-            tokenizer,
-            transformer,
-            vae,
-            encoder,
-            unguided,
-            audio,
-        )
+    director_spec = DirectorSpec(
+        checkpoint=checkpoint,
+        model=model_name(config),
+        max_attempts=config.director.max_attempts,
+        chunk_window=config.director.chunk_window,
+        request_timeout_s=config.http.request_timeout_s,
+        media=media,
+        database_url=database_url(config),
+        jobs=config.jobs,
     )
-    return (
-        _deployment("Ingress", Ingress, config.ingress)
-        .options(**longest)
-        .bind(
-            checkpoint,
-            config.model_name,
-            audio is not None,
-            config.http.max_body_bytes,
-            config.http.max_bodies_bytes,
-            config.http.request_timeout_s,
-            media,
-            director,
-        )
+    handles = Handles(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
+    director = _deployment("Director", Director, config.director).options(**longest).bind(director_spec, handles)
+    ingress_spec = IngressSpec(
+        checkpoint=checkpoint,
+        model_name=model_name(config),
+        is_sound_offered=audio is not None,
+        http=config.http,
+        media=media,
+        database_url=database_url(config),
+        jobs=config.jobs,
+        auth=config.auth,
+        remote_media=config.remote_media,
+        clients_may_disable_guardrails=config.guardrails.clients_may_disable,
     )
+    return _deployment("Ingress", Ingress, config.ingress).options(**longest).bind(ingress_spec, director)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Entry for Serve's YAML and ``serve run``: ``args`` are the keys of :class:`AppConfig`."""
     return build_app(AppConfig.parse(args))
+
+
+def model_name(config: AppConfig) -> str:
+    """What clients call the model."""
+    return config.model_name or CheckpointLayout.open(config.checkpoint).name
+
+
+def media_spec(config: AppConfig) -> MediaSpec:
+    """Where files are, and for how long."""
+    return MediaSpec(config.media.directory, config.media.max_bytes, config.media.keep_s, config.media.archive)
 
 
 def has_audio(config: AppConfig) -> bool:

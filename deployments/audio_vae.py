@@ -12,6 +12,7 @@ from typing import Any
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.credits import made_on_credit
+from deployments.logs import watched
 from deployments.messages import RequestContext, SoundChunk, SoundDecoded
 from deployments.on_device import within_memory
 
@@ -60,10 +61,11 @@ class AudioVAE:
             return await asyncio.to_thread(within_memory, self._device, lambda: _next_samples(chunks))
 
         made = made_on_credit(context, clips, stream_id, producer, next_chunk)
-        async with aclosing(made):
-            async for index, samples in made:
-                yield SoundChunk(index, samples, os.getpid())
-                yield SoundDecoded(index, time.time(), os.getpid())
+        with watched(context, "decode sound"):
+            async with aclosing(made):
+                async for index, samples in made:
+                    yield SoundChunk(index, samples, os.getpid())
+                    yield SoundDecoded(index, time.time(), os.getpid())
 
 
 def _next_samples(chunks: Any) -> TensorEnvelope | None:

@@ -92,7 +92,8 @@ class RunningApp:
             _application(self.name)
 
     def drain(self, timeout_s: float, tell: Callable[[str], None]) -> None:
-        """Have the app take no new request, and wait for those that it has.
+        """Have the app take no new request, and wait for those that it has. Jobs that wait stay for the next start; those
+        that run and are not done in time go on then.
 
         Args:
             timeout_s: for them.
@@ -107,7 +108,8 @@ class RunningApp:
         self._everywhere("Ingress", "drain")
         while num_running := sum(self._everywhere("Director", "drain")):
             if time.monotonic() > deadline_s:
-                tell(f"{num_running} requests are not done after {timeout_s:g} s and are dropped")
+                tell(f"{num_running} requests are not done after {timeout_s:g} s; jobs go on with the next start")
+                self._everywhere("Director", "release")
                 return
             if not has_told:
                 tell("finishing the requests in hand; Ctrl-C once more drops them")

@@ -81,6 +81,8 @@ def _stages(config: AppConfig) -> dict[str, Stage]:
     names = ["ingress", "director", "tokenizer", "transformer", "unguided", "vae", "encoder"]
     if has_audio(config):
         names.append("audio")
+    if config.guardrails.adapter is not None:
+        names.append("guardrail")
     return {name: stage for name in names if (stage := getattr(config, name)) is not None}
 
 

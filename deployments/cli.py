@@ -1,4 +1,4 @@
-"""The command line: ``cosmos3 generate | serve | check | demo | tiny-checkpoint | bench``.
+"""The command line: ``cosmos3 generate | serve | keys | check | demo | tiny-checkpoint | bench``.
 
 Every subcommand imports what it needs when it runs. Nothing else in this package reads the environment.
 """
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
+from deployments.config_flags import add_config_flags, config_of
+from deployments.keys_cli import add_keys_flags
 from deployments.processes import no_leftovers
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate_flags(command("generate", _generate, "make a video or image, in process or with a running app"))
     _add_serve_flags(command("serve", _serve, "start the app and keep it running until Ctrl-C"))
+    add_keys_flags(command("keys", _keys, "make, list and remove API keys of an app"))
     check = command("check", _check, "push one small request through every stage of an app")
     check.add_argument("--url", help="of a running app; without it one is started here, checked and stopped")
     check.add_argument("--checkpoint", type=Path, help="for an app that is started here; default a tiny one")
@@ -172,7 +175,7 @@ def _report(saved: SavedMedia, about: str) -> None:
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML, or the name of one in the package's cluster/configs; default laptop")
+    add_config_flags(parser)
     add("--checkpoint", help="directory; the key checkpoint")
     add("--tp", metavar="N", help="ranks of a gang that share heads and FFN columns; the key transformer.tp")
     add("--cfg", metavar="N", help="2 = the guidance branches side by side; the key transformer.cfg")
@@ -180,8 +183,6 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--gangs", metavar="N", help="of tp x cfg x sp ranks each; the key transformer.num_replicas")
     add("--host", help="to listen on; the key http.host")
     add("--port", help="to listen on, 0 = a free one; the key http.port")
-    add("--name", help="of the Serve application; the key name")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other key, such as vae.num_threads=4")
     add("--ray-address", help="of a Ray cluster to join; default $RAY_ADDRESS, else Ray is started here")
     add("--num-cpus", type=int, help="of the Ray that is started here; default as many as there are")
     add("--start-timeout", type=_seconds, default=1800, metavar="SECONDS", help="default %(default)s")
@@ -218,11 +219,8 @@ def _ray_environment(app: RunningApp) -> str:
 
 
 def _config(options: argparse.Namespace) -> AppConfig:
-    from deployments.config import DEFAULT_CONFIG, AppConfig, config_file
-
     flags = {
         "checkpoint": options.checkpoint,
-        "name": options.name,
         "transformer.tp": options.tp,
         "transformer.cfg": options.cfg,
         "transformer.sp": options.sp,
@@ -230,22 +228,13 @@ def _config(options: argparse.Namespace) -> AppConfig:
         "http.host": options.host,
         "http.port": options.port,
     }
-    overrides = dict(_key_and_value(text) for text in options.set)
-    overrides |= {key: value for key, value in flags.items() if value is not None}
-    return AppConfig.read(config_file(options.config) if options.config else DEFAULT_CONFIG, overrides)
+    return config_of(options, flags)
 
 
-def _key_and_value(text: str) -> tuple[str, Any]:
-    import yaml
+def _keys(options: argparse.Namespace) -> int:
+    from deployments.keys_cli import run
 
-    key, equals, value = text.partition("=")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        value = ""
-    if not key or not equals or not value:  # "null" is a value, nothing at all is none
-        raise RequestError("set", text, "KEY=VALUE: a dotted key and a YAML value, such as vae.num_threads=4")
-    return key, parsed
+    return run(options)
 
 
 def _prepare_ray() -> None:

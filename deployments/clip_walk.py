@@ -17,6 +17,7 @@ from typing import Any
 from cluster.errors import GangFailed, StageFailed, StreamClosed
 from cosmos3_core.media.writer import ClipFormat
 from deployments.errors import in_words
+from deployments.guardrail_calls import Passed, passed_chunk
 from deployments.media_store import MediaStore, new_media_id
 from deployments.messages import ChunkDecoded, ClipEncoded, Event, FileStarted, RequestContext, SoundDecoded
 from deployments.retries import retried
@@ -52,6 +53,8 @@ class ClipWalk:
         chunk_window: decoded chunks that may exist before they are encoded.
         max_attempts: tries of a stage whose process died.
         close_later: takes a stream id to be closed once nobody is waiting here any more.
+        guardrail: the deployment's handle, with ``stream=True``, which has to let every frame pass; None where none is
+            looked at.
         seconds: that the last try took.
     """
 
@@ -64,6 +67,7 @@ class ClipWalk:
     chunk_window: int
     max_attempts: int
     close_later: Callable[[str], None]
+    guardrail: Any = None
     seconds: float = field(default=0.0, init=False)
 
     async def events(self) -> AsyncIterator[Event]:
@@ -74,6 +78,7 @@ class ClipWalk:
             DeadlineExceeded: the time is up.
             MediaError: the file could not be written.
             MediaStoreError: nobody here can read it.
+            ContentBlocked, GuardrailUnavailable: its frames must not be used, or nobody can say whether they may.
         """
         async for event in retried("encode", self.context, self.max_attempts, self._file):
             yield event
@@ -145,6 +150,13 @@ class ClipWalk:
                 del chunk_ref  # before the credit that stands for its memory goes back
                 await in_time(context, "decode", self.clips.drop.remote(stream_id, producer))
                 continue
+            if self.guardrail is not None and isinstance(event, ChunkDecoded):
+                # While it is looked at there are two of it. Of the other try's context, which this one's tries are not.
+                async for item in passed_chunk(self.guardrail, self.context, self.max_attempts, chunk_ref):
+                    if isinstance(item, Passed):
+                        chunk_ref = item.ref
+                    else:
+                        yield item
             posted.num_chunks += 1
             # Announced before it is posted, so that nobody hears of its encoding first.
             yield event

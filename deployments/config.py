@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from cosmos3_core.errors import Cosmos3Error
+from deployments.service_config import Auth, Guardrails, Http, Jobs, Media, RemoteMedia, Strict
 
 _PACKAGED = Path(__file__).parents[1] / "cluster" / "configs"
 DEFAULT_CONFIG = _PACKAGED / "laptop.yaml"
@@ -43,11 +44,7 @@ class ConfigError(Cosmos3Error):
     """A configuration file or key is wrong; the message lists every fault."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Autoscaling(_Strict):
+class Autoscaling(Strict):
     """Bounds between which Serve scales a stage by its ongoing requests, those that wait for it included."""
 
     min_replicas: int = Field(1, ge=1)
@@ -70,7 +67,7 @@ class Autoscaling(_Strict):
         return self
 
 
-class Stage(_Strict):
+class Stage(Strict):
     """What every deployment has: resources, bounds, scaling."""
 
     num_cpus: float = Field(1, ge=0, description="of one replica")
@@ -93,7 +90,7 @@ class Stage(_Strict):
         return self
 
 
-class Device(_Strict):
+class Device(Strict):
     """Where weights live and in what."""
 
     device: str = Field("cpu", description="torch device string")
@@ -238,6 +235,12 @@ class EncoderStage(Stage):
     max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica encodes side by side")
 
 
+class GuardrailStage(Stage):
+    """Runs the adapter of ``guardrails``; there where one is configured."""
+
+    max_ongoing_requests: int = Field(8, ge=1, description="prompts and chunks that one replica looks at at once")
+
+
 class IngressStage(Stage):
     """The HTTP side."""
 
@@ -255,47 +258,12 @@ class DirectorStage(Stage):
     """The walk through the stages."""
 
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
-    max_ongoing_requests: int = Field(128, ge=1, description="per replica, refused ones included")
-    max_requests: int = Field(16, ge=1, description="per replica; one more gets 429")
+    max_ongoing_requests: int = Field(512, ge=1, description="per replica, those that wait for their turn included")
     max_attempts: int = Field(3, ge=1, description="tries of a stage whose process died")
     chunk_window: int = Field(2, ge=1, description="decoded chunks of a clip that may exist before they are encoded")
 
 
-class Http(_Strict):
-    """The HTTP side."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    max_body_bytes: int = Field(96 * 2**20, ge=1, description="of a request; base64 of the largest file takes 86 MiB")
-    max_bodies_bytes: int = Field(384 * 2**20, ge=1, description="of all that an ingress replica has in memory at once")
-    request_timeout_s: float = Field(3600, gt=0, description="from acceptance to the last byte")
-    drain_timeout_s: float = Field(120, ge=0, description="for the requests in hand when the app is told to stop")
-
-    @model_validator(mode="after")
-    def _room_for_one(self) -> Self:
-        if self.max_bodies_bytes < self.max_body_bytes:
-            raise ValueError(
-                f"max_bodies_bytes={self.max_bodies_bytes} is below max_body_bytes={self.max_body_bytes}: "
-                "the largest body could never be read"
-            )
-        return self
-
-
-class Media(_Strict):
-    """The media store: where files are made and read."""
-
-    directory: Path | None = Field(
-        None, description="the same on every node, of a file system that they share; null: this machine's temporary one"
-    )
-    max_bytes: int = Field(
-        20 * 2**30, ge=1, description="beyond it the longest finished files go; looked at once a minute"
-    )
-    keep_s: float = Field(
-        3600, gt=0, description="how long a file stays; one that does not grow for so long is given up"
-    )
-
-
-class AppConfig(_Strict):
+class AppConfig(Strict):
     """The whole app."""
 
     checkpoint: Path = Field(description="directory in the published layout, the same path on every node")
@@ -303,6 +271,10 @@ class AppConfig(_Strict):
     model_name: str | None = Field(None, description="what clients call the model; null = the checkpoint's name")
     http: Http = Http()
     media: Media = Media()
+    jobs: Jobs = Jobs()
+    auth: Auth = Auth()
+    remote_media: RemoteMedia = RemoteMedia()
+    guardrails: Guardrails = Guardrails()
     ingress: IngressStage = IngressStage()
     director: DirectorStage = DirectorStage()
     tokenizer: TokenizerStage = TokenizerStage()
@@ -313,6 +285,7 @@ class AppConfig(_Strict):
     vae: VideoVAEStage = VideoVAEStage()
     audio: AudioVAEStage = AudioVAEStage()
     encoder: EncoderStage = EncoderStage()
+    guardrail: GuardrailStage = GuardrailStage()
 
     @model_validator(mode="after")
     def _gangs_alike(self) -> Self:
@@ -325,11 +298,16 @@ class AppConfig(_Strict):
     @model_validator(mode="after")
     def _files_outlive_requests(self) -> Self:
         # A file is begun before there is a decoder for it, which may be as long as its request has.
-        if self.media.keep_s < self.http.request_timeout_s:
-            raise ValueError(
-                f"media.keep_s={self.media.keep_s:g} is below http.request_timeout_s={self.http.request_timeout_s:g}: "
-                "the file of a request that waits for a decoder would count as given up"
-            )
+        longest = {
+            "http.request_timeout_s": self.http.request_timeout_s,
+            "jobs.run_timeout_s": self.jobs.run_timeout_s,
+        }
+        for name, limit_s in longest.items():
+            if self.media.keep_s < limit_s:
+                raise ValueError(
+                    f"media.keep_s={self.media.keep_s:g} is below {name}={limit_s:g}: the file of a request that waits "
+                    "for a decoder would count as given up"
+                )
         return self
 
     @classmethod

@@ -15,7 +15,7 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from cluster.errors import GangFailed, OverloadedError, StageFailed, StreamClosed
-from cosmos3_core.errors import Cosmos3Error
+from cosmos3_core.errors import Cosmos3Error, StateError
 
 # Retry-After where Serve's own queue was full: nothing is known of how long it stays so.
 _FULL_QUEUE_S = 2.0
@@ -33,6 +33,8 @@ _RETRYABLE = (
     LocalRayletDiedError,
     ActorUnschedulableError,
     ReplicaUnavailableError,
+    # A saved state that the gang cannot read: the next try begins without it.
+    StateError,
 )
 
 
@@ -50,7 +52,7 @@ def typed(error: BaseException, stage: str) -> BaseException:
     """
     error = unwrapped(error)
     if isinstance(error, BackPressureError):
-        return OverloadedError(f"calls waiting for the stage {stage!r}", error.max_queued_requests, _FULL_QUEUE_S)
+        return OverloadedError(f"calls waiting for the stage {stage!r}", error.args[1], _FULL_QUEUE_S)
     if isinstance(error, (*_RETRYABLE, DeploymentUnavailableError)) and not isinstance(error, Cosmos3Error):
         return StageFailed(stage, 1, in_words(error))
     return error

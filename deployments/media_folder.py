@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deployments.media_record import MEDIA_ID, WRITING, MediaRecord, read_record
-
-BEGUN, ENDED = "begun.json", "ended.json"
-"""Records in a clip's folder; the second one counts where there are both."""
+from deployments.media_record import BEGUN, ENDED, MEDIA_ID, WRITING, MediaRecord, read_record
 
 _PASSING = re.compile(r"\.(new|swept)-[0-9a-f]{32}-[0-9a-f]{16}")
 
@@ -106,14 +103,28 @@ def _files(folder: Path) -> list[os.stat_result]:
     return found
 
 
+def remove_folder(directory: Path, media_id: str) -> None:
+    """Remove a clip at once: whoever dies meanwhile leaves no half of it under its name.
+
+    Args:
+        directory: the store.
+        media_id: of the clip.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be removed.
+    """
+    swept = passing_folder(directory, "swept", media_id)
+    (directory / media_id).rename(swept)
+    shutil.rmtree(swept, ignore_errors=True)
+
+
 def _remove(directory: Path, clip: _Clip) -> bool:
     """Returns False where another process was first."""
-    swept = passing_folder(directory, "swept", clip.record.media_id)
     try:
-        (directory / clip.record.media_id).rename(swept)
+        remove_folder(directory, clip.record.media_id)
     except OSError:
         return False
-    shutil.rmtree(swept, ignore_errors=True)
     return True
 
 

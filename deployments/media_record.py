@@ -16,11 +16,14 @@ WRITING, DONE, FAILED = "writing", "done", "failed"
 MEDIA_ID = re.compile(r"[0-9a-f]{32}")
 """What ids look like: a uuid in hex. Nothing else ever becomes part of a path."""
 
+BEGUN, ENDED = "begun.json", "ended.json"
+"""Records in a clip's folder; the second one counts where there are both."""
+
 _PATTERNS = {
     "media_id": MEDIA_ID,
     "state": re.compile(f"{WRITING}|{DONE}|{FAILED}"),
     "media_type": re.compile(r"[a-z]+/[a-z0-9.+-]{1,64}"),
-    "file_name": re.compile(r"clip\.[a-z0-9]{1,8}"),
+    "file_name": re.compile(r"(clip|[a-z]{1,16}-[0-9a-f]{16})\.[a-z0-9]{1,8}"),
     "live_name": re.compile(r"(live\.[a-z0-9]{1,8})?"),
     "sha256": re.compile(r"([0-9a-f]{64})?"),
 }

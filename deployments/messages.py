@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.media.pixels import Frames
 
+if TYPE_CHECKING:
+    from deployments.jobs.job import Job
+
 
 @dataclass(frozen=True)
 class RequestContext:
@@ -21,23 +25,25 @@ class RequestContext:
 
     Attributes:
         request_id: the caller's name for it, the same in every stage's logs. Callers may use one twice.
-        run_id: our own name for it, used by no other request.
+        job_id: our own name for it, used by no other request.
+        run_id: names this run of the job; another one begins where the Director of the first died.
         deadline_s: by this process' ``time.monotonic``; it travels as seconds that are left: nodes' clocks differ.
         limit_s: seconds it had in all, for messages.
         attempt: which try of the stage this is, from 1.
     """
 
     request_id: str
+    job_id: str
     run_id: str
     deadline_s: float
     limit_s: float
     attempt: int = 1
 
     @classmethod
-    def new(cls, request_id: str | None, limit_s: float) -> RequestContext:
-        """Of a request that comes now; an id is made up for one without."""
+    def new(cls, request_id: str | None, limit_s: float, job_id: str = "") -> RequestContext:
+        """Of a run that begins now; an id is made up for a request without."""
         run_id = uuid.uuid4().hex
-        return cls(request_id or run_id, run_id, time.monotonic() + limit_s, limit_s)
+        return cls(request_id or run_id, job_id or run_id, run_id, time.monotonic() + limit_s, limit_s)
 
     @property
     def try_id(self) -> str:
@@ -60,11 +66,14 @@ class RequestContext:
         return replace(self, attempt=self.attempt + 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrived, (self.request_id, self.run_id, self.deadline_s - time.monotonic(), self.limit_s, self.attempt)
+        left_s = self.deadline_s - time.monotonic()
+        return _arrived, (self.request_id, self.job_id, self.run_id, left_s, self.limit_s, self.attempt)
 
 
-def _arrived(request_id: str, run_id: str, left_s: float, limit_s: float, attempt: int) -> RequestContext:
-    return RequestContext(request_id, run_id, time.monotonic() + left_s, limit_s, attempt)
+def _arrived(
+    request_id: str, job_id: str, run_id: str, left_s: float, limit_s: float, attempt: int
+) -> RequestContext:
+    return RequestContext(request_id, job_id, run_id, time.monotonic() + left_s, limit_s, attempt)
 
 
 @dataclass(frozen=True)
@@ -120,19 +129,44 @@ class FrameChunk:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self.axis)
 
 
+@dataclass(frozen=True)
+class TextChecked:
+    """The guardrail lets a prompt pass; ``pid`` is of its process."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class FramesChecked:
+    """The guardrail lets a chunk of frames pass, as the item before has it; ``pid`` is of its process."""
+
+    index: int
+    pid: int
+
+
 # Events: what a caller of the graph sees, in order. Each says which process it is about.
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request was checked and given its place. ``notes`` say what was changed, a rounded clip length say."""
+    """The request was checked and given its place; it is the job ``job_id``. ``notes`` say what was changed, a rounded
+    clip length say.
+    """
 
     request_id: str
+    job_id: str
     num_steps: int
     num_frames: int
     seed: int
     notes: tuple[str, ...]
     pid: int
+
+    @classmethod
+    def of(cls, job: Job) -> Accepted:
+        """Of a job that was accepted by this process."""
+        return cls(
+            job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid()
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +181,7 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """The request waits for a gang; ``position`` others are before it."""
+    """The request waits, ``position`` others are before it: first for a place among those that run, then for a gang."""
 
     position: int
     pid: int
@@ -155,11 +189,14 @@ class QueuePosition:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Step ``step`` of ``num_steps`` is done, counted from 1; ``sigma`` is the noise level that is left."""
+    """Step ``step`` of ``num_steps`` is done, counted from 1; ``sigma`` is the noise level that is left, by the word of
+    the rank ``pid``, which took ``seconds`` for it.
+    """
 
     step: int
     num_steps: int
     sigma: float
+    seconds: float
     pid: int
 
 
@@ -288,12 +325,14 @@ class ClipEncoded:
 class Finished:
     """All is done.
 
-    ``media_id``: of the file in the media store, where it stays for a while. ``stage_seconds``: tokenize, condition (of
-    a given image or clip), denoise, decode_encode (side by side), encode (from the encoder's side), total. ``actions``:
-    those that were generated. Without a file, ``media_id`` and ``media_type`` are "" and ``num_bytes`` is 0.
+    ``job_id``: by which the file can be had, for a while; ``media_id``: what the media store calls it.
+    ``stage_seconds``: tokenize, condition (of a given image or clip), denoise, decode_encode (side by side), encode (from
+    the encoder's side), total. ``actions``: those that were generated. Without a file, ``media_id`` and ``media_type``
+    are "" and ``num_bytes`` is 0.
     """
 
     request_id: str
+    job_id: str
     mode: str
     media_id: str
     media_type: str

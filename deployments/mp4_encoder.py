@@ -17,6 +17,7 @@ from typing import Any
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
 from deployments.errors import in_words
+from deployments.logs import watched
 from deployments.media_store import MediaEntry, MediaSpec
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
 from deployments.streams import in_time
@@ -60,28 +61,30 @@ class Mp4Encoder:
             MediaError: the file could not be written.
         """
         start_s = time.monotonic()
-        try:
-            entry = await in_thread(self._create, media_id, clip_format)
-            digest, num_frames = FrameHash(), 0
-            async with _opened(entry, clip_format) as writer:
-                yield FileStarted(media_id, clip_format.media_type, os.getpid())
-                while boxed := await _next_chunk(context, clips, stream_id):
-                    chunk: FrameChunk | SoundChunk = await in_time(context, "encode", boxed[0])
-                    num_new = await in_thread(_write, writer, digest, chunk)
-                    num_frames += num_new
-                    event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
-                    # Nothing may hold the chunk when its credit goes back: the credit stands for its memory.
-                    del boxed, chunk
-                    await in_time(context, "encode", clips.release.remote(stream_id))
-                    if num_new:
-                        yield event
-            record = await in_thread(entry.finish)
-        except BaseException as error:
-            await in_thread(self._media.fail, media_id, in_words(error))
-            raise
-        frames_sha256 = digest.hexdigest() if num_frames else ""
-        seconds = time.monotonic() - start_s
-        yield ClipEncoded(media_id, frames_sha256, num_frames, record.num_bytes, seconds, os.getpid())
+        with watched(context, "encode") as watch:
+            try:
+                entry = await in_thread(self._create, media_id, clip_format)
+                digest, num_frames = FrameHash(), 0
+                async with _opened(entry, clip_format) as writer:
+                    yield FileStarted(media_id, clip_format.media_type, os.getpid())
+                    while boxed := await _next_chunk(context, clips, stream_id):
+                        chunk: FrameChunk | SoundChunk = await in_time(context, "encode", boxed[0])
+                        num_new = await in_thread(_write, writer, digest, chunk)
+                        num_frames += num_new
+                        event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
+                        # Nothing may hold the chunk when its credit goes back: the credit stands for its memory.
+                        del boxed, chunk
+                        await in_time(context, "encode", clips.release.remote(stream_id))
+                        if num_new:
+                            yield event
+                record = await in_thread(entry.finish)
+            except BaseException as error:
+                await in_thread(self._media.fail, media_id, in_words(error))
+                raise
+            frames_sha256 = digest.hexdigest() if num_frames else ""
+            seconds = time.monotonic() - start_s
+            watch.finish(num_frames=num_frames, num_bytes=record.num_bytes)
+            yield ClipEncoded(media_id, frames_sha256, num_frames, record.num_bytes, seconds, os.getpid())
 
     def _create(self, media_id: str, clip_format: ClipFormat) -> MediaEntry:
         is_live = clip_format.has_live_file

@@ -8,6 +8,7 @@ import os
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.processor import Cosmos3Processor, load_tokenizer
 from cosmos3_core.request import ResolvedRequest
+from deployments.logs import watched
 from deployments.messages import RequestContext, TokenizedPair
 
 
@@ -25,7 +26,8 @@ class PromptTokenizer:
             RequestError: a prompt has more tokens than allowed.
         """
         context.remaining_s("tokenize")
-        return await asyncio.to_thread(self._tokenize, request)
+        with watched(context, "tokenize"):
+            return await asyncio.to_thread(self._tokenize, request)
 
     def _tokenize(self, request: ResolvedRequest) -> TokenizedPair:
         processor = Cosmos3Processor.for_request(request, self._directory, self._tokenizer)

@@ -15,6 +15,7 @@ from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.media.webp import MEDIA_TYPE
 from cosmos3_core.preview import PreviewOrder
 from deployments.gang_leader import GangLeader
+from deployments.logs import origin_of, watched
 from deployments.messages import (
     LatentsReady,
     PreviewReady,
@@ -24,6 +25,7 @@ from deployments.messages import (
     StateSaved,
     StepDone,
 )
+from deployments.metrics import metrics
 
 
 class Transformer(GangLeader):
@@ -38,7 +40,7 @@ class Transformer(GangLeader):
         self._gang = await Gang.start(spec)
         loaded = self._gang.loaded
         assert isinstance(loaded, TransformerLoaded)
-        self._loop = EngineLoop(self._gang, loaded.request_memory, loop, self._end_soon)
+        self._loop = EngineLoop(self._gang, loaded.request_memory, loop, self._end_soon, metrics())
 
     async def denoise(
         self,
@@ -68,24 +70,27 @@ class Transformer(GangLeader):
         start_s = time.monotonic()
         pid = os.getpid()
         left_s = context.remaining_s("denoise")
-        async for update in self._loop.submit(context.try_id, request, left_s, state, clean, previews):
-            match update:
-                case Queued(position):
-                    yield QueuePosition(position, pid)
-                case Step():
-                    yield StepDone(update.step, update.num_steps, update.sigma, update.pid)
-                case Previewed(step, sigma, webp):
-                    yield PreviewReady(step, sigma, MEDIA_TYPE, webp, pid)
-                case PreviewsEnded(reason):
-                    yield PreviewsOff(reason, pid)
-                case Saved(step, envelope):
-                    yield StateSaved(step, envelope.num_bytes, pid)
-                    yield envelope
-                case Denoised(latents):
-                    ranks = tuple(info.pid for info in self._gang.infos)
-                    yield LatentsReady(time.monotonic() - start_s, tuple(latents), pid, ranks)
-                    for envelope in latents.values():
+        job = context.try_id, request, left_s, state, clean, previews
+        with watched(context, "denoise") as watch:
+            async for update in self._loop.submit(*job, origin_of(context)):
+                match update:
+                    case Queued(position):
+                        yield QueuePosition(position, pid)
+                    case Step():
+                        yield StepDone(update.step, update.num_steps, update.sigma, update.seconds, update.pid)
+                    case Previewed(step, sigma, webp):
+                        yield PreviewReady(step, sigma, MEDIA_TYPE, webp, pid)
+                    case PreviewsEnded(reason):
+                        yield PreviewsOff(reason, pid)
+                    case Saved(step, envelope):
+                        yield StateSaved(step, envelope.num_bytes, pid)
                         yield envelope
+                    case Denoised(latents):
+                        watch.finish(num_steps=request.num_inference_steps)
+                        ranks = tuple(info.pid for info in self._gang.infos)
+                        yield LatentsReady(time.monotonic() - start_s, tuple(latents), pid, ranks)
+                        for envelope in latents.values():
+                            yield envelope
 
     @property
     def _failure(self) -> GangFailed | None:

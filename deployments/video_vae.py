@@ -25,6 +25,7 @@ from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.preview import PreviewMap
 from deployments.credits import made_on_credit
 from deployments.gang_leader import GangLeader
+from deployments.logs import origin_of, watched
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.streams import in_time
 
@@ -68,18 +69,21 @@ class VideoVAE(GangLeader):
             GangFailed: the gang died; it is being rebuilt, and the picture may be encoded by another.
         """
         start_s = time.monotonic()
-        read = partial(read_clip_apart, limit_s=context.remaining_s("condition"))
-        frames = await asyncio.to_thread(read_picture, picture, read=read)
-        asked = self._calls.ask(
-            "encode",
-            replace(picture, media=b""),
-            TensorEnvelope.of_array(frames),
-            phase="encode",
-            timeout_s=self._limits.first_timeout_s,
-        )
-        latents: TensorEnvelope = (await in_time(context, "condition", asked))[0]
-        yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
-        yield latents
+        with watched(context, "condition") as watch:
+            read = partial(read_clip_apart, limit_s=context.remaining_s("condition"))
+            frames = await asyncio.to_thread(read_picture, picture, read=read)
+            asked = self._calls.ask(
+                "encode",
+                replace(picture, media=b""),
+                TensorEnvelope.of_array(frames),
+                origin_of(context),
+                phase="encode",
+                timeout_s=self._limits.first_timeout_s,
+            )
+            latents: TensorEnvelope = (await in_time(context, "condition", asked))[0]
+            watch.finish()
+            yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
+            yield latents
 
     async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
         """The map of previews of this VAE's latents, one item; rank 0 has it since its start, or tries once more.
@@ -122,16 +126,20 @@ class VideoVAE(GangLeader):
             strips = await self._calls.ask("next_strip", clip_id, phase="decode", timeout_s=timeout_s)
             return None if strips[0] is None else strips
 
-        try:
-            begun = self._calls.ask("begin", clip_id, latents, phase="decode", timeout_s=self._limits.timeout_s)
-            await in_time(context, "decode", begun)
-            made = made_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
-            async with aclosing(made):
-                async for index, strips in made:
-                    yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
-                    yield ChunkDecoded(index, time.time(), os.getpid())
-        finally:
-            self._calls.tell("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)
+        whose = origin_of(context)
+        with watched(context, "decode"):
+            try:
+                begun = self._calls.ask(
+                    "begin", clip_id, latents, whose, phase="decode", timeout_s=self._limits.timeout_s
+                )
+                await in_time(context, "decode", begun)
+                made = made_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
+                async with aclosing(made):
+                    async for index, strips in made:
+                        yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
+                        yield ChunkDecoded(index, time.time(), os.getpid())
+            finally:
+                self._calls.tell("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)
 
     @property
     def _failure(self) -> GangFailed | None:

@@ -9,18 +9,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ray
+
 from cluster.envelope import TensorEnvelope
 from cluster.errors import OverloadedError, PreviewFailed, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.errors import StateError
 from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
 from deployments.clip_walk import ClipWalk, Decoder
-from deployments.errors import is_lost, typed
+from deployments.errors import is_lost, typed, unwrapped
 from deployments.media_store import MediaStore
 from deployments.messages import (
-    Accepted,
     ClipEncoded,
     Event,
     Finished,
@@ -43,8 +45,8 @@ _FIRST_WORD_S = 5.0
 class Stages:
     """Handles of the stages that the Director calls; all but the tokenizer's with ``stream=True``.
 
-    ``unguided`` are gangs for requests that need one branch of guidance only, ``audio`` decodes sound; where the
-    app has such.
+    ``unguided`` are gangs for requests that need one branch of guidance only, ``audio`` decodes sound, ``guardrail``
+    looks at every frame before it is in a file; where the app has such.
     """
 
     tokenizer: Any
@@ -53,6 +55,11 @@ class Stages:
     encoder: Any
     unguided: Any = None
     audio: Any = None
+    guardrail: Any = None
+
+    def without_guardrail(self) -> Stages:
+        """For a request that does without, which the operator has to allow."""
+        return replace(self, guardrail=None)
 
     def gangs_for(self, job: DenoiseRequest) -> list[Any]:
         """The transformers that can take a request, the best one first."""
@@ -83,6 +90,8 @@ class Walk:
         max_attempts: tries of a stage whose process died.
         close_later: takes a stream id to be closed once nobody is waiting here any more.
         order_previews: makes the order for previews of a clip of so many seconds; None where nobody wants any.
+        begin_from: a state of the same request that another run has left, to go on from.
+        on_saved: is given every saved state, with the number of steps that are done.
     """
 
     request: ResolvedRequest
@@ -95,6 +104,8 @@ class Walk:
     max_attempts: int
     close_later: Callable[[str], None]
     order_previews: Callable[[float], Awaitable[PreviewOrder]] | None = None
+    begin_from: TensorEnvelope | None = None
+    on_saved: Callable[[int, TensorEnvelope], None] | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _saved: _Saved | None = None
     _clean: _Held | None = None
@@ -107,9 +118,11 @@ class Walk:
             OverloadedError: a stage's queue is full.
             DeadlineExceeded: the time is up.
             GangFailed, StageFailed: a stage's tries are used up.
+            ContentBlocked, GuardrailUnavailable: its pictures must not be used, or nobody can say whether they may.
         """
         start_s = time.monotonic()
-        yield self._accepted()
+        if self.begin_from is not None:
+            self._saved = _Saved(0, _Held(ray.put(self.begin_from), self.begin_from))
         pair, tokenized_events = await self._tokenize()
         for event in tokenized_events:
             yield event
@@ -155,6 +168,7 @@ class Walk:
             chunk_window=self.chunk_window,
             max_attempts=self.max_attempts,
             close_later=self.close_later,
+            guardrail=self.stages.guardrail,
         )
 
     def _retried(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
@@ -162,17 +176,6 @@ class Walk:
             return 0 if self._saved is None else self._saved.step
 
         return retried(stage, self.context, self.max_attempts, attempt, done_steps)
-
-    def _accepted(self) -> Accepted:
-        request = self.request
-        return Accepted(
-            self.context.request_id,
-            request.num_inference_steps,
-            request.num_frames,
-            request.seed,
-            request.notes,
-            os.getpid(),
-        )
 
     async def _tokenize(self) -> tuple[TokenizedPair, list[Event]]:
         start_s = time.monotonic()
@@ -211,6 +214,8 @@ class Walk:
     async def _previews(self, order_previews: Callable[[float], Awaitable[PreviewOrder]]) -> PreviewOrder:
         if not self.request.has_pictures:
             raise PreviewFailed("the request makes no pictures")
+        if self.stages.guardrail is not None:
+            raise PreviewFailed("the guardrail looks at pictures before anybody sees them, and these it cannot")
         duration_s = self.request.num_frames / self.request.fps
         return await in_time(self.context, "denoise", order_previews(duration_s))
 
@@ -251,6 +256,8 @@ class Walk:
                     has_arrived = True
                     if isinstance(event, StateSaved):
                         self._saved = _Saved(event.step, await self._held(stream, context, "denoise"))
+                        if self.on_saved is not None:
+                            self.on_saved(event.step, self._saved.held.envelope)
                     yield event
                     if isinstance(event, LatentsReady):
                         self._seconds["denoise"] = event.seconds
@@ -260,7 +267,8 @@ class Walk:
                         return
                     event = await stream.next_value()
         except Exception as error:
-            if is_lost(error) and not has_arrived:  # the state that this try was to begin with; the next starts anew
+            # The state that this try was to begin with is gone, or is none of this model's: the next starts anew.
+            if (is_lost(error) or isinstance(unwrapped(error), StateError)) and not has_arrived:
                 self._saved = None
             raise
         raise StageFailed("denoise", context.attempt, "the stream ended without latents")
@@ -275,6 +283,7 @@ class Walk:
     def _finished(self, clip: ClipEncoded | None, pair: TokenizedPair, actions: GeneratedActions | None) -> Finished:
         return Finished(
             request_id=self.context.request_id,
+            job_id=self.context.job_id,
             mode=self.request.mode,
             media_id="" if clip is None else clip.media_id,
             media_type="" if clip is None else self.request.clip_format().media_type,

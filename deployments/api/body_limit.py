@@ -11,9 +11,10 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from deployments.api.bodies import FormText
 from deployments.api.body_room import Held
 from deployments.api.errors import BodyError
+from deployments.api.field_kinds import FormText
+from deployments.api.form_fields import nested_fields
 from deployments.api.json_text import read_json
 
 _MAX_FIELDS = 64
@@ -24,6 +25,7 @@ _UPLOAD_S = 600.0
 _IDLE_S = 30.0
 _MAX_DIGITS = 18
 _MAX_SHOWN_CHARS = 60
+_VISIBLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 async def read_fields(request: Request, max_bytes: int, held: Held) -> dict[str, Any]:
@@ -59,10 +61,19 @@ def request_id_of(headers: Headers, default: str) -> str:
     Raises:
         BodyError: one that no log should hold.
     """
-    given = headers.get("x-request-id")
-    if given is not None and not re.fullmatch(r"[\x21-\x7e]{1,128}", given):
-        raise BodyError(400, "invalid_header", "x-request-id: allowed are 1 to 128 visible ASCII characters")
-    return given or default
+    return visible_header(headers, "x-request-id") or default
+
+
+def visible_header(headers: Headers, name: str) -> str | None:
+    """A header's value; None where there is none.
+
+    Raises:
+        BodyError: one that no log or database should hold.
+    """
+    given = headers.get(name)
+    if given is not None and not _VISIBLE.fullmatch(given):
+        raise BodyError(400, "invalid_header", f"{name}: allowed are 1 to 128 visible ASCII characters")
+    return given
 
 
 async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:
@@ -70,7 +81,7 @@ async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, An
     kind = content_type.strip().lower()
     charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise BodyError(415, "wrong_content_type", f"charset {charset[1]!r}: allowed is utf-8")
+        raise BodyError(415, "wrong_content_type", f"charset {charset[1][:_MAX_SHOWN_CHARS]!r}: allowed is utf-8")
     if kind == "application/json":
         data = bytearray()
         async for chunk in stream:
@@ -92,7 +103,8 @@ async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, An
                 await form.close()
         except (MultiPartException, KeyError) as error:
             raise BodyError(400, "broken_form", f"the form cannot be read: {error}") from None
-    message = f"content-type {kind!r}: allowed are application/json and multipart/form-data"
+    allowed = "application/json, multipart/form-data and application/x-www-form-urlencoded"
+    message = f"content-type {kind[:_MAX_SHOWN_CHARS]!r}: allowed are {allowed}"
     raise BodyError(415, "wrong_content_type", message)
 
 
@@ -126,11 +138,9 @@ def _json_object(data: bytearray) -> dict[str, Any]:
 
 
 async def _form_fields(form: FormData) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    items: list[tuple[str, FormText | bytes]] = []
     for name, value in form.multi_items():
         if isinstance(value, UploadFile) and not value.filename and not value.size:
             continue  # what browsers send for a file that was not chosen
-        if name in fields:
-            raise BodyError(400, "broken_form", f"the field {name[:_MAX_SHOWN_CHARS]!r} is given twice")
-        fields[name] = await value.read() if isinstance(value, UploadFile) else FormText(value)
-    return fields
+        items.append((name, await value.read() if isinstance(value, UploadFile) else FormText(value)))
+    return nested_fields(items)

@@ -34,7 +34,7 @@ class BodyRoom:
         try:
             yield held
         finally:
-            self._taken_bytes -= held.num_bytes
+            self.give_back(held.num_bytes)
 
     def take(self, num_bytes: int) -> None:
         """Use :meth:`Held.grow_to` instead.
@@ -57,6 +57,10 @@ class BodyRoom:
     def overdraw(self, num_bytes: int) -> None:
         """Use :meth:`Held.need` instead."""
         self._taken_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Use :meth:`Held.room_for` instead."""
+        self._taken_bytes -= num_bytes
 
 
 class Held:
@@ -90,3 +94,25 @@ class Held:
         if num_bytes > self.num_bytes:
             self._room.take(num_bytes - self.num_bytes)
             self.num_bytes = num_bytes
+
+    def grow_by(self, num_bytes: int) -> None:
+        """Have room for so many bytes more.
+
+        Raises:
+            OverloadedError: there is not so much room.
+        """
+        self.grow_to(self.num_bytes + num_bytes)
+
+    @contextmanager
+    def room_for(self, num_bytes: int) -> Iterator[None]:
+        """Room for so many bytes more inside the ``with`` block, for what may turn out to be less.
+
+        Raises:
+            OverloadedError: there is not so much room.
+        """
+        self.grow_by(num_bytes)
+        try:
+            yield
+        finally:
+            self.num_bytes -= num_bytes
+            self._room.give_back(num_bytes)

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from starlette.responses import Response, StreamingResponse
@@ -27,6 +26,8 @@ from deployments.threads import in_thread
 _PART_BYTES = 256 * 1024
 # Between two looks at a file that grows: the time that a reader is behind.
 _POLL_S = 0.05
+# The same where a look is a question to the archive.
+_ARCHIVE_POLL_S = 1.0
 _RETRY_AFTER_S = 1
 # One range. What has other units or more ranges may be answered with the whole, RFC 9110 14.2; positions of more digits
 # than these are no file's.
@@ -89,17 +90,53 @@ async def content_answer(store: MediaStore, media_id: str, method: str, headers:
 
 
 def _answer(store: MediaStore, media_id: str, asked: _Asked) -> Response:
+    record = found_record(store, media_id)
+    return (_finished_answer if record.state == DONE else _live_answer)(store, record, asked)
+
+
+def found_record(store: MediaStore, media_id: str) -> MediaRecord:
+    """What is known of a clip that is done or being written.
+
+    Args:
+        store: where it is.
+        media_id: as the client sent it.
+
+    Raises:
+        Refusal: there is none, or it failed.
+        MediaError: the store cannot say.
+    """
     record = store.find(media_id)
     if record is None:
         raise Refusal(404, "no_such_media", "there is no file of this id, or not any more")
     if record.state == FAILED:
         # Why is the business of who asked for it, and was told.
         raise Refusal(410, "media_failed", "this file was never finished: its request failed or was given up")
-    return (_finished_answer if record.state == DONE else _live_answer)(store, record, asked)
+    return record
+
+
+def finished_answer(store: MediaStore, record: MediaRecord, method: str, headers: Mapping[str, str]) -> Response:
+    """A finished file by its record, as :func:`content_answer` gives it.
+
+    Args:
+        store: where it is.
+        record: of the file.
+        method: GET or HEAD.
+        headers: of the request, by lower-case names.
+
+    Raises:
+        Refusal: 416, there is nothing of the range that was asked for.
+    """
+    return _finished_answer(store, record, _Asked(method, headers))
+
+
+def not_ready() -> Refusal:
+    """Of a file that has to be finished first."""
+    message = "this file cannot be read before it is finished"
+    return Refusal(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
 
 
 def finished_parts(store: MediaStore, record: MediaRecord, span: Span | None = None) -> AsyncGenerator[bytes, None]:
-    """A finished file, read as it is taken; to its end, even if the store removes it after the first part.
+    """A finished file, read as it is taken; to its end, even if the directory loses it after the first part.
 
     Args:
         store: where it is.
@@ -110,11 +147,13 @@ def finished_parts(store: MediaStore, record: MediaRecord, span: Span | None = N
         MediaError: it is not whole.
         OSError: it cannot be read.
     """
-    return _parts(store.file_path(record), span or Span(0, record.num_bytes))
+    return _parts(lambda: store.open(record), span or Span(0, record.num_bytes))
 
 
 async def live_parts(store: MediaStore, record: MediaRecord) -> AsyncGenerator[bytes, None]:
     """The file that grows, each part as it appears, until the clip is done.
+
+    Where it grows out of sight, in another node's directory, it is the finished file, when that is there.
 
     Args:
         store: where it is.
@@ -125,6 +164,12 @@ async def live_parts(store: MediaStore, record: MediaRecord) -> AsyncGenerator[b
         OSError: it cannot be read.
     """
     num_bytes, grown_s = 0, time.monotonic()
+    if not record.live_name:
+        finished = await _finished(store, record.media_id)
+        async with contextlib.aclosing(finished_parts(store, finished)) as parts:
+            async for whole_part in parts:
+                yield whole_part
+        return
     while (part := await asyncio.to_thread(_live_part, store, record.media_id, num_bytes)) is not None:
         if part:
             yield part
@@ -135,13 +180,31 @@ async def live_parts(store: MediaStore, record: MediaRecord) -> AsyncGenerator[b
             await asyncio.sleep(_POLL_S)
 
 
-def _live_part(store: MediaStore, media_id: str, start: int) -> bytes | None:
-    """What a growing file has from a position on: b"" while that is nothing, None when that is the end."""
-    record = store.find(media_id)  # first: what is done by now grows no more
+async def _finished(store: MediaStore, media_id: str) -> MediaRecord:
+    """Of a clip, when it is done."""
+    asked_s = time.monotonic()
+    while (record := await asyncio.to_thread(_going_on, store, media_id)).state != DONE:
+        if time.monotonic() - asked_s > store.keep_s:
+            raise MediaError(f"{media_id} is not done after {store.keep_s:g} s; its writer is gone")
+        await asyncio.sleep(_ARCHIVE_POLL_S)
+    return record
+
+
+def _going_on(store: MediaStore, media_id: str) -> MediaRecord:
+    """Of a clip that is done or still being written."""
+    record = store.find(media_id)
     if record is None:
         raise MediaError(f"{media_id} was removed while it was read")
     if record.state == FAILED:
         raise MediaError(f"{media_id} failed while it was read: {record.reason}")
+    return record
+
+
+def _live_part(store: MediaStore, media_id: str, start: int) -> bytes | None:
+    """What a growing file has from a position on: b"" while that is nothing, None when that is the end."""
+    record = _going_on(store, media_id)  # first: what is done by now grows no more
+    if not record.live_name:
+        raise MediaError(f"{media_id} was removed from the directory while it was read")
     try:
         # Opened for every part: a file that is open on one node need not be seen growing on another, NFS says.
         with store.live_path(record).open("rb", buffering=0) as file:
@@ -172,15 +235,15 @@ def _finished_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> R
 
 def _live_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> Response:
     if not record.live_name:
-        message = "this file cannot be read before it is finished"
-        raise Refusal(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
+        raise not_ready()
     # What a cache had stored of it would be taken for the whole.
     headers = {"etag": record.live_etag, "cache-control": "no-store"}
     path = store.live_path(record)
     num_bytes = path.stat().st_size if path.exists() else 0
     # A range of which nothing is there yet cannot be refused for good. It is ignored, as RFC 9110 14.2 allows.
     if asked.has_both_ends and asked.first < num_bytes and (span := asked.span(num_bytes, record.live_etag)):
-        return _part_answer(_parts(path, span), span, "*", record, headers)
+        opened = _parts(lambda: path.open("rb", buffering=0), span)
+        return _part_answer(opened, span, "*", record, headers)
     # A plain answer without a body would say that the file has a length, of 0.
     parts = _no_parts() if asked.is_head else live_parts(store, record)
     return PartsResponse(parts, headers, record.media_type)
@@ -201,16 +264,16 @@ def _part_answer(
     return PartsResponse(parts, headers, record.media_type, 206)
 
 
-async def _parts(path: Path, span: Span) -> AsyncGenerator[bytes, None]:
+async def _parts(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGenerator[bytes, None]:
     """A part of a file that is there. It is opened once: who has begun to read is not cut off when it is removed."""
     start = span.start
     with contextlib.ExitStack() as opened:
         # Nobody leaves a thread that has the file: it would be closed under its hands.
-        file = await in_thread(lambda: opened.enter_context(path.open("rb", buffering=0)))
+        file = await in_thread(lambda: opened.enter_context(open_file()))
         while start < span.end:
             part = await in_thread(_read_at, file, start, min(span.end - start, _PART_BYTES))
             if not part:
-                raise MediaError(f"{path} has {start} bytes; {span.end} are to be read")
+                raise MediaError(f"a file has {start} bytes; {span.end} are to be read")
             start += len(part)
             yield part
 

@@ -11,8 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from cluster.errors import ClusterError, DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
-from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
+from cosmos3_core.errors import CapabilityError, Cosmos3Error, MediaError, RequestError
 from deployments.errors import typed
+from deployments.guardrails.errors import ContentBlocked, GuardrailUnavailable
+from deployments.jobs.job import IdempotencyConflict, JobCancelled, JobsError
 from deployments.media_store import MediaStoreError
 
 
@@ -38,11 +40,14 @@ class BodyError(Refusal):
     """A request body that cannot be read at all."""
 
 
-_INTERNAL, _MEDIA = "internal_error", "media_unavailable"
+_INTERNAL, _MEDIA, _JOBS = "internal_error", "media_unavailable", "jobs_unavailable"
 
 # First match wins: more special types stand first.
 _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
+    (CapabilityError, 422, "not_offered"),
     (RequestError, 422, "invalid_field"),
+    (ContentBlocked, 400, "content_blocked"),
+    (GuardrailUnavailable, 503, "guardrail_unavailable"),
     (OutOfMemory, 422, "out_of_memory"),
     (OverloadedError, 429, "overloaded"),
     (ShuttingDown, 503, "shutting_down"),
@@ -51,11 +56,15 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (ClusterError, 503, "unavailable"),
     (MediaError, 503, _MEDIA),
     (MediaStoreError, 503, _MEDIA),
+    (IdempotencyConflict, 409, "idempotency_conflict"),
+    (JobCancelled, 409, "cancelled"),
+    (JobsError, 503, _JOBS),
 )
 # Of errors that are about the inside: addresses, paths.
 _MESSAGES = {
     _INTERNAL: "an internal error; the server's log has it under this request id",
     _MEDIA: "the file could not be written or read; the server's log has it under this request id",
+    _JOBS: "the database of jobs cannot be used just now; the server's log has it under this request id",
 }
 
 
@@ -70,13 +79,22 @@ def error_response(error: BaseException) -> JSONResponse:
         return _response(error.status_code, "no_such_route", str(error.detail), dict(error.headers or {}))
     if isinstance(error, Refusal):
         return _response(error.status, error.code, str(error), error.headers)
-    status, code = _meaning(error)
+    status, _ = _meaning(error)
     extra: dict[str, Any] = {}
     if isinstance(error, RequestError):
         extra = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}
     if status in (429, 503):
         headers["retry-after"] = str(math.ceil(getattr(error, "retry_after_s", 5.0)))
-    return _response(status, code, _MESSAGES.get(code, str(error)), headers, **extra)
+    return _response(status, *failure_of(error), headers, **extra)
+
+
+def failure_of(error: BaseException) -> tuple[str, str]:
+    """An error's code and message, as whoever asked may read them; of the inside they say nothing."""
+    error = typed(error, "director")
+    if isinstance(error, Refusal):
+        return error.code, str(error)
+    _, code = _meaning(error)
+    return code, _MESSAGES.get(code, str(error))
 
 
 def is_told(error: BaseException) -> bool:

@@ -17,7 +17,8 @@ from cosmos3_core.request import GenerationRequest
 from deployments.api.body_limit import request_id_of
 from deployments.api.errors import error_response, is_told
 from deployments.errors import typed
-from deployments.messages import FileStarted, Finished
+from deployments.jobs.asked import Asked
+from deployments.messages import Accepted, FileStarted, Finished
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,6 +39,9 @@ class Exchange:
         director: its handle, streaming.
         request_id: the caller's, or made up.
         timeout_s: for all of it.
+
+    Attributes:
+        job_id: of the request that the Director took last; "" before.
     """
 
     def __init__(self, director: Any, request_id: str, timeout_s: float) -> None:
@@ -45,22 +49,29 @@ class Exchange:
         self._director = director
         self._deadline_s = time.monotonic() + timeout_s
         self._events: Any = None
+        self.job_id = ""
 
-    async def ask(self, request: GenerationRequest, timeout_s: float | None = None) -> None:
-        """Have the Director take a request; ``timeout_s``: None for the app's own.
+    async def ask(self, request: GenerationRequest, asked: Asked, timeout_s: float | None = None) -> None:
+        """Have the Director take a request.
+
+        Args:
+            request: what is asked for.
+            asked: how.
+            timeout_s: None for the app's own.
 
         Raises:
             StageFailed: no word of it.
             Exception: why it does not.
         """
         self.cancel()  # the last one has ended; Serve is told so
-        self._events = self._director.stream.remote(request, self.request_id, timeout_s)
-        limit_s = _ACCEPT_S if request.video is None else _ACCEPT_CLIP_S
+        self._events = self._director.stream.remote(request, asked, timeout_s)
+        limit_s = accept_limit_s(request)
         try:
             async with asyncio.timeout(limit_s):
-                await anext(self._events)  # Accepted, or why not
+                accepted: Accepted = await anext(self._events)  # or why it is not
         except TimeoutError:
             raise StageFailed("director", 1, f"no word of the request within {limit_s:g} s") from None
+        self.job_id = accepted.job_id
 
     async def started(self) -> FileStarted | Finished:
         """Follow the request until its file grows; to its end where it has none.
@@ -86,7 +97,7 @@ class Exchange:
                 return event
         raise RuntimeError("the Director's stream ended before the request did")
 
-    async def asked_again(self, request: GenerationRequest) -> Finished:
+    async def asked_again(self, request: GenerationRequest, asked: Asked) -> Finished:
         """:meth:`ask` and :meth:`finished` for more of what was begun: a full queue is waited out.
 
         Raises:
@@ -94,7 +105,7 @@ class Exchange:
         """
         while True:
             try:
-                await self.ask(request, max(self._deadline_s - time.monotonic(), 0.0))
+                await self.ask(request, asked, max(self._deadline_s - time.monotonic(), 0.0))
                 return await self.finished()
             except Exception as error:  # told apart by what it wraps
                 self.cancel()
@@ -108,6 +119,11 @@ class Exchange:
         if self._events is not None:
             self._events.cancel()
             self._events = None
+
+
+def accept_limit_s(request: GenerationRequest | None) -> float:
+    """How long the Director may take to say whether it takes a request; None: one that it knows already."""
+    return _ACCEPT_CLIP_S if request is None or request.video is not None else _ACCEPT_S
 
 
 async def answered(

@@ -1,13 +1,17 @@
-"""Images and clips in request bodies: the bytes of a file, however they were sent. Nothing is fetched or opened."""
+"""Images and clips in request bodies: the bytes of a file, however they were sent. No path is ever opened.
+
+URLs of other servers are fetched only where the operator says so, by :class:`RemoteFiles`.
+"""
 
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Any, Protocol
 
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.kinds import CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, kind_of
 from cosmos3_core.presets import LIMITS
+from deployments.api.body_room import Held
 from deployments.api.fields import MEDIA
 from deployments.api.json_text import read_json
 
@@ -15,7 +19,47 @@ from deployments.api.json_text import read_json
 _BYTES_PER_CHAR = 0.75
 _MAX_SHOWN_CHARS = 60
 _WITHOUT_SPACE = dict.fromkeys(map(ord, " \t\r\n\f\v"))
+_REMOTE = ("http://", "https://")
 _ALLOWED = "a file part of a multipart form, a data URL (data:image/png;base64,...), or base64"
+
+
+class RemoteFiles(Protocol):
+    """Fetches files of other servers, :class:`deployments.api.remote_media.RemoteMedia`."""
+
+    async def fetch(self, url: str, field: str) -> bytes:
+        """The file that a URL in a field leads to.
+
+        Raises:
+            RequestError: it is not allowed, or cannot be had.
+        """
+        ...
+
+
+async def with_fetched(given: dict[str, Any], remote: RemoteFiles, held: Held) -> dict[str, Any]:
+    """The fields of a body, with the bytes in place of URLs of other servers.
+
+    Args:
+        given: its fields.
+        remote: fetches them.
+        held: the body's room, which grows by the files; while one is on its way, by the largest that may come.
+
+    Raises:
+        RequestError: a URL that is not allowed, or whose file cannot be had.
+        OverloadedError: there is no room for it now.
+    """
+    fetched = dict(given)
+    for name in MEDIA:
+        if name not in given or isinstance(given[name], bytes):
+            continue
+        text = _text_of(name, given[name])
+        if not text.lower().startswith(_REMOTE):
+            continue
+        with held.room_for(LIMITS.max_media_bytes):
+            data = await remote.fetch(str(text), name)
+            _refuse_too_large(name, len(data))
+        held.grow_by(len(data))
+        fetched[name] = data
+    return fetched
 
 
 def given_media(given: dict[str, Any]) -> tuple[bytes | None, bytes | None]:
@@ -33,7 +77,7 @@ def given_media(given: dict[str, Any]) -> tuple[bytes | None, bytes | None]:
         if name not in given:
             continue
         data = file_bytes(name, given[name])
-        kind = _told_by_content(name, data) if name == "input_reference" else name.removesuffix("_reference")
+        kind = _told_by_content(name, data) if name.startswith("input") else name.removesuffix("_reference")
         if kind in found:
             raise RequestError(name, "given", f"nothing beside {names[kind]}", f"A request has one {kind} at most.")
         names[kind], found[kind] = name, data
@@ -77,11 +121,13 @@ def _text_of(field: str, value: Any) -> str:
         except ValueError:
             raise _refused(field, value) from None
     if isinstance(value, list):
+        if len(value) > 1 and field == "input_references":
+            raise CapabilityError(field, f"a list of {len(value)}", "a list of one", "Not offered: several references.")
         if len(value) != 1:
             raise RequestError(field, f"a list of {len(value)}", "one reference, or a list of one")
         value = value[0]
     if isinstance(value, dict):
-        kind = field.removesuffix("_reference")
+        kind = field.removesuffix("s").removesuffix("_reference")
         keys = ("image_url", "video_url") if kind == "input" else (f"{kind}_url",)
         if "file_id" in value:
             raise RequestError(

@@ -13,10 +13,12 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from deployments.api.bodies import B64_JSON, ImageJob
+from deployments.api.bodies import ImageBody
 from deployments.api.body_room import Held
 from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
+from deployments.api.fields import B64_JSON
+from deployments.jobs.asked import Asked
 from deployments.media_store import MediaStore
 from deployments.messages import FileStarted, Finished
 
@@ -45,7 +47,7 @@ async def media_answer(exchange: Exchange, held: Held, media: MediaStore) -> Res
         video = {"media_type": event.media_type, "b64_json": base64.b64encode(data).decode()}
     return JSONResponse(
         {
-            "id": event.request_id,
+            "id": event.job_id,
             "mode": event.mode,
             "actions": event.actions.as_json(),
             "video": video,
@@ -91,7 +93,7 @@ async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
         exchange.cancel()
         news.cancel()
 
-    headers = {"x-media-id": started.media_id, "cache-control": "no-store"}
+    headers = {"x-video-id": exchange.job_id, "cache-control": "no-store"}
     return PartsResponse(_until_failed(parts, first, news, exchange), headers, started.media_type, ended=end)
 
 
@@ -144,24 +146,25 @@ async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any
     await parts.aclose()
 
 
-async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: MediaStore) -> Response:
+async def images_answer(exchange: Exchange, body: ImageBody, asked: Asked, held: Held, media: MediaStore) -> Response:
     """Images, made one after the other: as JSON, or as the file, or as a zip of several.
 
     Args:
         exchange: the Director has the first image's request.
-        job: what was asked for.
+        body: what was asked for.
+        asked: how.
         held: room for the images.
         media: where files are.
     """
-    is_json, num_images = job.response_format == B64_JSON, len(job.requests)
+    is_json, num_images = body.response_format == B64_JSON, len(body.requests)
     event = await exchange.finished()
     if not is_json and num_images == 1:
         exchange.cancel()
         return await _file(event, media)
     made: list[tuple[Finished, bytes]] = []
-    for request in job.requests:
+    for request in body.requests:
         if made:
-            event = await exchange.asked_again(request)
+            event = await exchange.asked_again(request, asked)
         made.append((event, await _whole(event, held, media)))
     exchange.cancel()
     stage_seconds: dict[str, float] = {}
@@ -174,6 +177,7 @@ async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: Me
         return Response(_zip(made), media_type="application/zip", headers=headers)
     data: list[dict[str, Any]] = [
         {
+            "id": event.job_id,
             "b64_json": base64.b64encode(image).decode(),
             "url": None,
             "revised_prompt": None,
@@ -186,7 +190,7 @@ async def images_answer(exchange: Exchange, job: ImageJob, held: Held, media: Me
         {
             "created": int(time.time()),
             "data": data,
-            "output_format": job.requests[0].output,
+            "output_format": body.requests[0].output,
             "size": f"{event.width}x{event.height}",
             "metrics": {"stage_durations": _rounded(stage_seconds)},
         }
@@ -216,7 +220,7 @@ def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
 def _headers(event: Finished) -> dict[str, str]:
     return {
         "content-length": str(event.num_bytes),
-        "x-media-id": event.media_id,
+        "x-video-id": event.job_id,
         "x-mode": event.mode,
         "x-seed": str(event.seed),
         "x-frames-sha256": event.frames_sha256,

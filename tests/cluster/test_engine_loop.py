@@ -69,7 +69,7 @@ class FakeGang:
         await asyncio.sleep(0)
         job_id = arguments[0]
         if method == "begin":
-            _, job, _, state, _ = arguments
+            _, job, _, state, _, _ = arguments
             if job.seed == 667:
                 raise ZeroDivisionError("a bug")
             if job.seed == 666:
@@ -93,7 +93,7 @@ class FakeGang:
             count = min(arguments[1], total - done)
             await asyncio.sleep(self.step_s * count)
             self.progress[job_id] = (done + count, total)
-            steps = tuple(Step(done + index + 1, total, 0.5, os.getpid()) for index in range(count))
+            steps = tuple(Step(done + index + 1, total, 0.5, 0.1, os.getpid()) for index in range(count))
             return [StepReport(steps, (self.told_step_s or self.step_s) * count)]
         elif method == "preview":
             done, _ = self.progress[job_id]
@@ -590,7 +590,7 @@ def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeyp
     async def body() -> None:
         gang = gated(4)
         updates = previewing(loop_on(gang), 6, 5)
-        assert [(await anext(updates)) for _ in range(5)][1:] == [Step(n, 6, 0.5, os.getpid()) for n in (1, 2, 3, 4)]
+        assert [(await anext(updates)) for _ in range(5)][1:] == [Step(n, 6, 0.5, 0.1, os.getpid()) for n in (1, 2, 3, 4)]
         assert len(gang.of("preview")) == 1, "more than one preview in the making"
         finish.set()
         late = await anext(updates)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -133,7 +133,9 @@ OTHERS = ["0" * 31, "0" * 33, "A" * 32, "\0" * 32, "٠" * 32, "x" * 1_000_000, N
 def test_what_is_no_id_never_becomes_a_path(store: MediaStore, media_id: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media_store, "folder_record", lambda folder: pytest.fail(f"{folder} was looked at"))
     assert store.find(media_id) is None
+    monkeypatch.setattr(media_store, "remove_folder", lambda *names: pytest.fail(f"{names} was to be removed"))
     store.fail(media_id, "why")
+    store.remove(media_id)
     with pytest.raises(RequestError):
         store.read(media_id)
     with pytest.raises((ValueError, TypeError)):
@@ -252,6 +254,74 @@ def test_a_file_is_on_the_disk_before_it_is_done(store: MediaStore, monkeypatch:
     entry.finish()
     assert synced == [(".mp4", WRITING), (".part", WRITING)]
     assert found(store, media_id).state == DONE
+
+
+# Removing
+
+
+def test_removing_takes_all_of_a_clip_and_nothing_else(store: MediaStore) -> None:
+    media_id, kept = make(store), make(store)
+    failed = begin(store)[0]
+    store.fail(failed, "why")
+    for gone in (media_id, failed, new_media_id()):
+        store.remove(gone)
+        store.remove(gone)
+        assert store.find(gone) is None
+    assert left(store) == [kept]
+    assert store.read(kept) == DATA
+
+
+def test_who_watches_a_clip_that_is_removed_is_told_and_its_writer_fails(
+    store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media_id, entry = begin(store)
+    entry.path.write_bytes(DATA)
+    seen: list[tuple[str, str]] = []
+    remove = media_store.remove_folder
+
+    def watched(directory: Path, media_id: str) -> None:
+        record = found(store, media_id)
+        seen.append((record.state, record.reason))
+        remove(directory, media_id)
+
+    monkeypatch.setattr(media_store, "remove_folder", watched)
+    store.remove(media_id)
+    assert seen == [(FAILED, "it was removed")]
+    with pytest.raises(MediaError, match="is not in the media store"):
+        entry.finish()
+    assert left(store) == []
+
+
+def test_who_has_begun_to_read_can_read_on_when_it_is_removed(store: MediaStore) -> None:
+    media_id = make(store)
+    with store.open(found(store, media_id)) as file:
+        store.remove(media_id)
+        assert file.read() == DATA
+
+
+def test_it_is_gone_at_once_and_the_rest_goes_with_a_sweep(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the rename, or not able to delete."""
+    media_id = make(store)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    store.remove(media_id)
+    monkeypatch.undo()
+    assert store.find(media_id) is None
+    assert [name[:7] for name in left(store)] == [".swept-"]
+    store.sweep(time.time() + 2 * KEEP_S)
+    assert left(store) == []
+
+
+def test_what_cannot_be_removed_is_said(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    media_id = make(store)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(MediaError, match=f"{media_id} cannot be removed: .*Permission denied"):
+        store.remove(media_id)
+    monkeypatch.undo()
+    assert store.read(media_id) == DATA
 
 
 # Sweeping
@@ -436,9 +506,9 @@ def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
 
 
 def test_the_own_directory_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     store = MediaSpec(None, 1, 1).open()
-    assert store.directory == tmp_path / f"cosmos3-media-{os.getuid()}"
+    assert store.directory == tmp_path / ".local" / "state" / "cosmos3"
     assert store.directory.stat().st_mode & 0o777 == 0o700
     assert left(store) == []
     assert MediaSpec(None, 1, 1).open().directory == store.directory
@@ -452,7 +522,10 @@ def test_the_own_directory_is_this_users_alone(tmp_path: Path, monkeypatch: pyte
         MediaSpec(None, 1, 1).open()
     store.directory.unlink()
     store.directory.write_text("a file")
-    with pytest.raises(MediaStoreError, match="cannot be made"):
+    with pytest.raises(MediaStoreError, match="cannot be made.*set media.directory"):
+        MediaSpec(None, 1, 1).open()
+    monkeypatch.setenv("HOME", str(store.directory))
+    with pytest.raises(MediaStoreError, match="cannot be made.*Not a directory.*set media.directory"):
         MediaSpec(None, 1, 1).open()
 
 

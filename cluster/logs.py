@@ -1,0 +1,250 @@
+"""Log lines about requests: what happened, whose request it was, how long it took. One line of one shape everywhere.
+
+Where to look for a request's lines, by its id, on every node of the cluster (``/tmp/ray/session_latest/logs`` there):
+
+    grep -rh '"request_id": "ID"' serve/ worker-*.err
+
+``serve/`` has the replicas': Director, tokenizer, leaders, encoder, one file each. A rank is a process of its own: Ray
+puts its standard error into ``worker-<worker id>-<Ray's job>-<pid>.err``; :func:`log_to_stderr` makes JSON of it.
+
+A caller chooses what a request is called, and messages of errors may hold what it has sent: :func:`one_line` lets
+nothing through that could begin a line, or speak to a terminal. Prompts are not logged, nor any other value a request
+brings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cosmos3_core.errors import Cosmos3Error, RequestError
+
+_MAX_CHARS = 300
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose work something is.
+
+    Attributes:
+        request_id: the caller's name for the request.
+        job_id: ours.
+        attempt: which try of the stage it is, from 1.
+    """
+
+    request_id: str
+    job_id: str
+    attempt: int = 1
+
+
+def one_line(text: object, max_chars: int = _MAX_CHARS) -> str:
+    """Text as a log line may have it: control characters, line ends of any kind among them, are written out."""
+    line = str(text)[: max_chars + 1]
+    if not line.isprintable():
+        line = "".join(it if it.isprintable() else it.encode("unicode_escape").decode() for it in line)
+    return line if len(line) <= max_chars else f"{line[: max_chars - 3]}..."
+
+
+def log_event(
+    logger: logging.Logger, event: str, origin: Origin | None = None, level: int = logging.INFO, /, **fields: Value
+) -> None:
+    """Log what happened. The fields are attributes of the record, for JSON, and in the message, for a reader.
+
+    Not the request id in the message: Serve's text has it at the beginning of a line.
+
+    Args:
+        logger: where.
+        event: in two or three words, always the same ones.
+        origin: whose request it is about.
+        level: of :mod:`logging`.
+        fields: names of them -> values. Names of :class:`logging.LogRecord`'s own are not for use.
+    """
+    if not logger.isEnabledFor(level):
+        return
+    whose: dict[str, Value] = {} if origin is None else vars(origin)
+    shown = {name: _shown(value) for name, value in (whose | fields).items() if value is not None}
+    message = " ".join([event, *(f"{name}={value}" for name, value in shown.items() if name != "request_id")])
+    path, line, function, _ = logger.findCaller(stacklevel=2)
+    logger.handle(_Event(logger.name, level, path, line, message, function, {"event": event, **shown}))
+
+
+def log_failure(
+    logger: logging.Logger, event: str, origin: Origin | None, error: BaseException, **fields: Value
+) -> None:
+    """:func:`log_event` of something that went wrong."""
+    log_event(logger, event, origin, logging.WARNING, error=type(error).__name__, reason=_reason(error), **fields)
+
+
+def _reason(error: BaseException) -> str:
+    """Of an error, in words of ours or the system's; others may quote anything, a prompt say: where it was raised."""
+    if isinstance(error, RequestError):
+        return f"{error.field}: allowed is {error.allowed}"
+    if isinstance(error, Cosmos3Error | OSError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"raised in {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
+
+
+def _shown(value: Value) -> str | int | float:
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else str(value)  # JSON has no infinity
+    return value if isinstance(value, int) else one_line(value)
+
+
+class _Event(logging.LogRecord):
+    """A record whose fields are there to stay.
+
+    Serve's handlers set a request id of their own on every record, and take ``job_id`` away, which is Ray's there.
+    """
+
+    __slots__ = ("_kept",)
+    _kept: frozenset[str]
+
+    def __init__(
+        self,
+        name: str,
+        level: int,
+        path: str,
+        line: int,
+        message: str,
+        function: str,
+        fields: dict[str, str | int | float],
+    ) -> None:
+        super().__init__(name, level, path, line, message, None, None, function)
+        self.__dict__.update(fields)
+        self._kept = frozenset(fields)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in getattr(self, "_kept", ()):
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self._kept:
+            super().__delattr__(name)
+
+
+_STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
+
+
+class JsonLines(logging.Formatter):
+    """Records as lines of JSON, with the names that Serve's have.
+
+    Args:
+        fields: of every line.
+    """
+
+    def __init__(self, **fields: Value) -> None:
+        super().__init__()
+        self._fields = fields
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line: dict[str, object] = {
+            "asctime": self.formatTime(record),
+            "levelname": record.levelname,
+            "message": record.getMessage(),
+            "filename": record.filename if hasattr(record, "filename") else record.module,
+            "lineno": record.lineno,
+            "process": os.getpid(),
+        }
+        line |= self._fields
+        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        if record.exc_info:
+            line["exc_text"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Ours, to be told from others'."""
+
+
+def log_to_stderr(**fields: Value) -> None:
+    """Have this process write everything that is logged in it to its standard error, as :class:`JsonLines`.
+
+    Args:
+        fields: of every line.
+    """
+    root = logging.getLogger()
+    for handler in [it for it in root.handlers if isinstance(it, _Handler)]:
+        root.removeHandler(handler)
+    handler = _Handler()
+    handler.setFormatter(JsonLines(**fields))
+    root.addHandler(handler)
+    for package in ("cluster", "cosmos3_core"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+@dataclass
+class _Work:
+    origin: Origin
+    seconds: float = 0.0
+    num_calls: int = 0
+
+
+@dataclass
+class RankLog:
+    """What a rank has in hand, and what it logs of that: when it takes something up, what fails, how it ends.
+
+    What comes without an origin, the warm-up, is not logged.
+
+    Attributes:
+        logger: where.
+    """
+
+    logger: logging.Logger
+    _works: dict[str, _Work] = field(default_factory=dict)
+
+    @contextmanager
+    def taking_up(self, name: str, origin: Origin | None) -> Iterator[None]:
+        """Around taking a piece of work up, which later calls name."""
+        with self.doing("begin", origin):
+            yield
+        if origin is not None:
+            self._works[name] = _Work(origin)
+
+    @contextmanager
+    def doing(self, phase: str, origin: Origin | None) -> Iterator[None]:
+        """Around something that is done in one call."""
+        if origin is None:
+            yield
+            return
+        start_s = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            log_failure(self.logger, f"{phase} failed", origin, error, phase=phase, seconds=time.monotonic() - start_s)
+            raise
+        log_event(self.logger, f"{phase} done", origin, phase=phase, seconds=time.monotonic() - start_s)
+
+    @contextmanager
+    def going_on(self, name: str, phase: str) -> Iterator[None]:
+        """Around one of the many calls that a piece of work takes: only its failure is a line."""
+        work = self._works.get(name)
+        if work is None:
+            yield
+            return
+        start_s = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            log_failure(self.logger, f"{phase} failed", work.origin, error, phase=phase)
+            raise
+        finally:
+            work.seconds += time.monotonic() - start_s
+            work.num_calls += 1
+
+    def end(self, name: str) -> None:
+        """A piece of work is over; one that is not there is fine."""
+        work = self._works.pop(name, None)
+        if work is not None:
+            log_event(
+                self.logger, "work ended", work.origin, phase="end", seconds=work.seconds, num_calls=work.num_calls
+            )

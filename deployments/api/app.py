@@ -1,0 +1,38 @@
+"""The HTTP API as one ASGI application, whatever serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.api import images, job_events, service_info, video_content, videos
+from deployments.api.errors import error_response
+from deployments.api.middleware import Cors, KeyCheck, SafeHeaders
+from deployments.api.service import Service
+
+
+def build_api(get_service: Callable[[], Service]) -> FastAPI:
+    """The application.
+
+    Args:
+        get_service: what it works with; called for every request.
+    """
+    app = FastAPI(title="cosmos3-serve", openapi_url=None)  # the document is written by hand
+    app.state.get_service = get_service
+    for module in (videos, video_content, job_events, images, service_info):
+        app.include_router(module.router)
+    app.add_exception_handler(HTTPException, _answer)
+    app.add_exception_handler(Exception, _answer)
+    # The one that is added last is the first to see a request.
+    app.add_middleware(KeyCheck, get_service=get_service)
+    app.add_middleware(Cors, get_service=get_service)
+    app.add_middleware(SafeHeaders)
+    return app
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    return error_response(error)

@@ -1,0 +1,112 @@
+"""Route of a job's events, as server-sent events: what was, and what comes, to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.errors import DeadlineExceeded
+from cosmos3_core.errors import RequestError
+from deployments.api.call import Call, routes
+from deployments.api.content import PartsResponse
+from deployments.jobs.feed import DELETED, FINAL_KINDS
+from deployments.jobs.job import JobEvent, JobsError
+from deployments.threads import in_thread
+
+logger = logging.getLogger("ray.serve")
+
+# What proxies take for a dead connection is longer.
+_KEEP_ALIVE_S = 15.0
+# Then the client comes back, with the number of the last event that it has.
+_LONGEST_S = 3600.0
+_COME_BACK_MS = 2000
+_LAST_EVENT_ID = "last-event-id"
+
+router = routes()
+
+
+@router.get("/v1/videos/{video_id}/events")
+async def follow_video(video_id: str, request: Request) -> Response:
+    """A job's events from the one behind ``Last-Event-ID`` on."""
+    call = Call.of(request)
+    after = _after(request.headers.get(_LAST_EVENT_ID, ""))
+    job = await call.job(video_id)
+    if job.state.is_final and after >= job.last_seq:
+        return Response(status_code=204)  # who gets this does not come back, says the standard
+    events = call.service.feed.follow(video_id, after, _LONGEST_S)
+    coming = asyncio.ensure_future(anext(events, None))
+    await asyncio.wait((coming,), timeout=0)
+    if coming.done() and coming.exception() is not None:
+        coming.result()  # refused, before anything was sent
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+
+    def end() -> None:
+        coming.cancel()
+
+    return PartsResponse(_lines(call, events, coming), headers, "text/event-stream", ended=end)
+
+
+async def _lines(
+    call: Call, events: AsyncGenerator[JobEvent, None], coming: asyncio.Future[JobEvent | None]
+) -> AsyncGenerator[bytes, None]:
+    """What is sent. A database that is away ends it: the client comes back.
+
+    Args:
+        call: of who follows.
+        events: those after the next.
+        coming: the next.
+    """
+    yield f"retry: {_COME_BACK_MS}\n\n".encode()
+    try:
+        while True:
+            await asyncio.wait((coming,), timeout=_KEEP_ALIVE_S)
+            if not coming.done():
+                yield b": keep-alive\n\n"
+                continue
+            if (event := coming.result()) is None:
+                break
+            kind, data = await _data_of(call, event)
+            yield line_of(kind, event.seq, data)
+            if kind == DELETED:
+                break
+            coming = asyncio.ensure_future(anext(events, None))
+    except DeadlineExceeded:
+        return
+    except JobsError:
+        logger.exception("a follower of a job was sent away")
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+        await events.aclose()
+
+
+def line_of(kind: str, seq: int, data: Mapping[str, Any]) -> bytes:
+    """An event as it is sent; those without a number are not history."""
+    number = f"id: {seq}\n" if seq else ""
+    return f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+async def _data_of(call: Call, event: JobEvent) -> tuple[str, Mapping[str, Any]]:
+    """Kind and data; the last event has the whole job."""
+    if event.kind in FINAL_KINDS:
+        job = await in_thread(call.service.store.get, event.job_id, call.caller.owner)
+        if job is not None:
+            return event.kind, await call.service.objects.of(job)
+    elif event.kind != DELETED:
+        return event.kind, event.data
+    return DELETED, {"id": event.job_id, "object": "video.deleted", "deleted": True}
+
+
+def _after(given: str) -> int:
+    if not given:
+        return 0
+    if not re.fullmatch("[0-9]{1,18}", given):
+        raise RequestError("Last-Event-ID", given[:100], "the id of an event")
+    return int(given)

@@ -1,0 +1,112 @@
+"""What every request passes on its way in and out: its key, the rules for browsers' pages, headers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cosmos3_core.errors import Cosmos3Error
+from deployments.api.auth import Caller
+from deployments.api.call import CALLER, logger
+from deployments.api.errors import Refusal, error_response, is_told
+from deployments.api.service import Service
+from deployments.api.service_info import OPEN_PATHS
+
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
+_UNSAFE_METHODS = ("POST", "DELETE")
+_ALLOWED_HEADERS = (
+    *("authorization", "content-type", "idempotency-key", "last-event-id", "x-request-id"),
+    *("range", "if-range", "if-none-match"),
+)
+_EXPOSED_HEADERS = (
+    *("accept-ranges", "content-range", "etag", "openai-poll-after-ms", "retry-after", "x-request-id"),
+    *("x-frames-sha256", "x-inference-time-s", "x-mode", "x-model", "x-negative-prompt", "x-notes", "x-seed"),
+    *("x-stage-durations", "x-video-id", "x-warnings"),
+)
+
+
+class KeyCheck:
+    """Lets through who has a key, where keys are needed; whatever is not listed as open needs one.
+
+    Args:
+        app: behind it.
+        get_service: whose keys they are.
+    """
+
+    def __init__(self, app: ASGIApp, get_service: Callable[[], Service]) -> None:
+        self._app = app
+        self._get_service = get_service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS:
+                scope[CALLER] = Caller()
+            else:
+                try:
+                    scope[CALLER] = await self._get_service().caller(Headers(scope=scope))
+                except Cosmos3Error as error:
+                    if not is_told(error):
+                        logger.exception("a key could not be checked")
+                    await error_response(error)(scope, receive, send)
+                    return
+        await self._app(scope, receive, send)
+
+
+class Cors:
+    """Pages of other origins: those that are allowed may call, others are not even let do what they cannot see.
+
+    Args:
+        app: behind it.
+        get_service: whose configuration says which.
+    """
+
+    def __init__(self, app: ASGIApp, get_service: Callable[[], Service]) -> None:
+        self._app = app
+        self._get_service = get_service
+        self._with_cors: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        origins = self._get_service().http.cors_origins
+        headers = Headers(scope=scope)
+        is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        is_allowed = "*" in origins or headers.get("origin") in origins
+        if is_foreign and not is_allowed and scope["method"] in _UNSAFE_METHODS:
+            refusal = Refusal(403, "cross_origin", "pages of this origin may not call; http.cors_origins allows some")
+            await error_response(refusal)(scope, receive, send)
+            return
+        if self._with_cors is None:
+            self._with_cors = self._app
+            if origins:
+                self._with_cors = CORSMiddleware(
+                    self._app,
+                    allow_origins=origins,
+                    allow_methods=_METHODS,
+                    allow_headers=_ALLOWED_HEADERS,
+                    expose_headers=_EXPOSED_HEADERS,
+                )
+        await self._with_cors(scope, receive, send)
+
+
+class SafeHeaders:
+    """Tells browsers to take answers for nothing but what they say they are.
+
+    Args:
+        app: behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        await self._app(scope, receive, send_safely)

@@ -1,0 +1,171 @@
+"""Service: all that the HTTP API works with, in one place; and how an ingress makes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+from starlette.datastructures import Headers
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.resolve import offered_modes
+from deployments.api.auth import Auth, Caller
+from deployments.api.bodies import BodyRules
+from deployments.api.body_room import BodyRoom
+from deployments.api.given_media import RemoteFiles
+from deployments.api.job_object import JobObjects
+from deployments.api.remote_media import RemoteMedia as RemoteFetcher
+from deployments.jobs.feed import EventFeed
+from deployments.jobs.files import JobFiles
+from deployments.jobs.store import JobStore
+from deployments.media_store import MediaSpec, MediaStore
+from deployments.metrics import metrics_text
+from deployments.service_config import Http, Jobs, RemoteMedia
+
+
+class Ready(Protocol):
+    """Knows which stages do not run yet, :class:`deployments.readiness.Readiness`."""
+
+    async def waiting_for(self) -> list[str]:
+        """Their names."""
+        ...
+
+
+@dataclass(frozen=True)
+class IngressSpec:
+    """How an ingress works.
+
+    Attributes:
+        checkpoint: the checkpoint's directory.
+        model_name: what clients call the model; None = the checkpoint's name.
+        is_sound_offered: whether the app has a decoder of sound.
+        http, jobs, remote_media: the configuration's sections.
+        media: of the store where files are.
+        database_url: of the jobs and keys.
+        needs_keys: whether requests need an API key.
+        may_disable_guardrails: whether a request may say that it does without.
+    """
+
+    checkpoint: str
+    model_name: str | None
+    is_sound_offered: bool
+    http: Http
+    jobs: Jobs
+    remote_media: RemoteMedia
+    media: MediaSpec
+    database_url: str
+    needs_keys: bool
+    may_disable_guardrails: bool
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What ``/v1/models`` tells.
+
+    Attributes:
+        name: what clients call it.
+        family: of the checkpoint.
+        modes: that it offers.
+        started_s: since when, in seconds since 1970.
+    """
+
+    name: str
+    family: str
+    modes: tuple[str, ...]
+    started_s: float
+
+
+@dataclass
+class Service:
+    """See the module.
+
+    Attributes:
+        model: that is served.
+        http: the configuration's section.
+        classes: names of the queue's classes.
+        may_disable_guardrails: whether a request may say that it does without.
+        store: of the jobs.
+        files: of the jobs.
+        media: where files are.
+        director: its handle, for answers in one piece.
+        streaming: the same, for streams.
+        ready: tells which stages do not run yet.
+        metrics_text: what Prometheus is told, and its content type.
+        feed: of the jobs' events.
+        auth: checks API keys; None where everybody may call.
+        remote_media: fetches files of other servers; None where that is off.
+        room: for bodies.
+        objects: jobs as they are told.
+        is_draining: the app is being stopped.
+    """
+
+    model: ServedModel
+    http: Http
+    classes: tuple[str, ...]
+    may_disable_guardrails: bool
+    store: JobStore
+    files: JobFiles
+    media: MediaStore
+    director: Any
+    streaming: Any
+    ready: Ready
+    metrics_text: Callable[[], Awaitable[tuple[str, str]]]
+    feed: EventFeed
+    auth: Auth | None = None
+    remote_media: RemoteFiles | None = None
+    room: BodyRoom = field(init=False)
+    objects: JobObjects = field(init=False)
+    is_draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.room = BodyRoom(self.http.max_bodies_bytes)
+        self.objects = JobObjects(self.store)
+
+    @classmethod
+    def open(cls, spec: IngressSpec, director: Any, ready: Ready) -> Self:
+        """Of an ingress.
+
+        Args:
+            spec: how it works.
+            director: the Director's handle.
+            ready: tells which stages do not run yet.
+
+        Raises:
+            CheckpointError, JobsError, MediaStoreError: the checkpoint, the database or the files cannot be used.
+        """
+        layout = CheckpointLayout.open(spec.checkpoint)
+        modes = offered_modes(layout, is_sound_offered=spec.is_sound_offered)
+        media, store = spec.media.open(), JobStore.open(spec.database_url)
+        return cls(
+            model=ServedModel(spec.model_name or layout.name, layout.family, modes, time.time()),
+            http=spec.http,
+            classes=tuple(spec.jobs.classes),
+            may_disable_guardrails=spec.may_disable_guardrails,
+            store=store,
+            files=JobFiles(media.directory, spec.media.archive),
+            media=media,
+            director=director,
+            # Configured once: every differently configured handle has a router of its own.
+            streaming=director.options(stream=True),
+            ready=ready,
+            metrics_text=metrics_text,
+            feed=EventFeed(store, spec.jobs.max_followers),
+            auth=Auth(store.keys) if spec.needs_keys else None,
+            remote_media=RemoteFetcher(spec.remote_media) if spec.remote_media.enabled else None,
+        )
+
+    async def caller(self, headers: Headers) -> Caller:
+        """Who sends a request.
+
+        Raises:
+            Refusal: 401, it needs a key and has none that is valid.
+        """
+        return Caller() if self.auth is None else await self.auth.caller(headers)
+
+    def rules(self, caller: Caller) -> BodyRules:
+        """What a caller's bodies may say."""
+        allowed = self.classes if caller.classes is None else caller.classes
+        classes = tuple(name for name in self.classes if name in allowed)
+        return BodyRules(self.model.name, classes, caller.service_class, self.may_disable_guardrails)

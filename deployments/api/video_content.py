@@ -1,0 +1,65 @@
+"""Route of what a job has made: its file, whole or as it grows, pictures and sound of it, its actions."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cosmos3_core import checks
+from deployments.api.call import Call, routes
+from deployments.api.content import content_answer
+from deployments.api.errors import Refusal, error_response
+from deployments.api.job_object import retry_after_s
+from deployments.api.variants import variant_answer
+from deployments.jobs.job import Job, JobState
+
+VIDEO, ACTION = "video", "action"
+VARIANTS = (VIDEO, "thumbnail", "spritesheet", "audio", ACTION)
+
+router = routes()
+
+
+@router.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
+async def get_content(video_id: str, request: Request) -> Response:
+    """What a job has made; the file from its first fragment on."""
+    call = Call.of(request, "variant")
+    variant = checks.choice("variant", call.query.get("variant", VIDEO), VARIANTS)
+    job = await call.job(video_id)
+    if job.state in (JobState.FAILED, JobState.CANCELLED):
+        raise Refusal(410, "media_failed", "there is no file: the job has failed or was cancelled")
+    if variant == ACTION:
+        return await _actions(call, job)
+    if job.state is JobState.COMPLETED and not job.media_id:
+        raise Refusal(404, "no_such_variant", "this job has made actions alone; variant=action has them")
+    if not job.media_id or (variant != VIDEO and job.state is not JobState.COMPLETED):
+        raise await _not_ready(call, job)
+    media, headers = call.service.media, request.headers
+    if variant == VIDEO:
+        answer = await content_answer(media, job.media_id, request.method, headers)
+    else:
+        answer = await variant_answer(media, job.media_id, variant, request.method, headers)
+    if answer.status_code == 404 and await _is_gone(call, job):
+        return error_response(Refusal(410, "media_expired", "the file of this job is not kept any more"))
+    return answer
+
+
+async def _actions(call: Call, job: Job) -> Response:
+    if job.state is not JobState.COMPLETED:
+        raise await _not_ready(call, job)
+    told = await call.service.objects.of(job)
+    if told["action"] is None:
+        raise Refusal(404, "no_such_variant", "this job has generated no actions")
+    return JSONResponse(told["action"])
+
+
+async def _not_ready(call: Call, job: Job) -> Refusal:
+    told = await call.service.objects.of(job)
+    message = "there is nothing of it yet; the job's progress says how far it is"
+    return Refusal(409, "media_not_ready", message, {"retry-after": str(retry_after_s(told["eta_s"]))})
+
+
+async def _is_gone(call: Call, job: Job) -> bool:
+    """Whether there is no file, not only none of the variant that was asked for."""
+    media = call.service.media
+    answer = await content_answer(media, job.media_id, "HEAD", {})
+    return answer.status_code == 404

@@ -1,0 +1,196 @@
+"""Routes of videos: made, waited for, listed, looked at, stopped, deleted, made again with another prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import urllib.parse
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import StageFailed
+from cosmos3_core import checks
+from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.presets import LIMITS
+from deployments.api.bodies import Wishes, video_body
+from deployments.api.body_limit import read_fields, request_id_of, visible_header
+from deployments.api.call import Call, found, routes
+from deployments.api.exchange import Exchange, accept_limit_s, answered
+from deployments.api.fields import Endpoint
+from deployments.api.job_object import poll_after_ms
+from deployments.api.media_answer import live_answer, media_answer
+from deployments.jobs.job import Job
+from deployments.threads import in_thread
+
+logger = logging.getLogger("ray.serve")
+
+_PAGE, _MAX_PAGE = 20, 100
+_ORDERS = ("asc", "desc")
+_IDEMPOTENCY_KEY = "idempotency-key"
+_NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
+_OPTIONS = ("prompt",)
+
+router = routes()
+
+
+@router.post(Endpoint.VIDEOS)
+async def create_video(request: Request) -> Response:
+    """Accept a request as a job, which is run whatever becomes of its caller."""
+    call = Call.of(request)
+    idempotency_key = visible_header(request.headers, _IDEMPOTENCY_KEY)
+    request_id = request_id_of(request.headers, uuid.uuid4().hex)
+    with call.service.room.hold() as held:
+        body = video_body(await call.body(Endpoint.VIDEOS, held), call.service.rules(call.caller))
+        asked = call.asked(body.wishes, request_id, idempotency_key)
+        response = call.service.director.submit.remote(body.request, asked)
+        limit_s = accept_limit_s(body.request)
+        del body
+        job = await _accepted(response, limit_s)
+    return await _told(call, job)
+
+
+@router.post(Endpoint.SYNC)
+async def create_video_and_wait(request: Request) -> Response:
+    """Make what is asked for; the answer is the file, or JSON where actions are generated."""
+    call = Call.of(request)
+    service = call.service
+
+    async def work(exchange: Exchange) -> Response:
+        with service.room.hold() as held:
+            body = video_body(await call.body(Endpoint.SYNC, held), service.rules(call.caller))
+            is_live, warnings = body.is_live, body.wishes.warnings
+            if _IDEMPOTENCY_KEY in request.headers:
+                warnings = (*warnings, _NO_REPLAY)
+            asked = call.asked(replace(body.wishes, warnings=warnings), exchange.request_id)
+            await exchange.ask(body.request, asked)
+            del body
+        if is_live:
+            answer = await live_answer(exchange, service.media)
+        else:
+            with service.room.hold() as held:  # the request's body is gone
+                answer = await media_answer(exchange, held, service.media)
+        answer.headers.update(service_headers(service.model.name, warnings))
+        return answer
+
+    return await answered(request, service.streaming, service.http.request_timeout_s, work)
+
+
+@router.get(Endpoint.VIDEOS)
+async def list_videos(request: Request) -> Response:
+    """The caller's jobs, in pages."""
+    call = Call.of(request, "after", "limit", "order")
+    limit = _limit(call.query.get("limit"))
+    order = checks.choice("order", call.query.get("order", "desc"), _ORDERS)
+    after, owner = call.query.get("after"), call.caller.owner
+    page = await in_thread(
+        lambda: call.service.store.list(owner, after=after, limit=max(limit, 1), is_ascending=order == "asc")
+    )
+    data = await call.service.objects.of_all(page.jobs[:limit])
+    body = {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": page.has_more if limit else bool(page.jobs),
+    }
+    return _json(body)
+
+
+@router.get("/v1/videos/{video_id}")
+async def get_video(video_id: str, request: Request) -> Response:
+    """A job as it stands; one that has failed as well."""
+    call = Call.of(request)
+    return await _told(call, await call.job(video_id))
+
+
+@router.post("/v1/videos/{video_id}/cancel")
+async def cancel_video(video_id: str, request: Request) -> Response:
+    """Stop a job; one that has ended stays as it is."""
+    call = Call.of(request)
+    return await _told(call, found(await in_thread(call.service.store.cancel, video_id, call.caller.owner)))
+
+
+@router.delete("/v1/videos/{video_id}")
+async def delete_video(video_id: str, request: Request) -> Response:
+    """Stop and forget a job, its files too."""
+    call = Call.of(request)
+    service = call.service
+    job = found(await in_thread(service.store.delete, video_id, call.caller.owner))
+    try:
+        await in_thread(service.files.remove, job.job_id)
+        if job.media_id:
+            await in_thread(service.media.remove, job.media_id)
+    except Cosmos3Error:  # the job is gone; what is left of it expires
+        logger.exception("the files of %s could not be removed", job.job_id)
+    return _json({"id": job.job_id, "object": "video.deleted", "deleted": True})
+
+
+@router.post("/v1/videos/{video_id}/remix")
+async def remix_video(video_id: str, request: Request) -> Response:
+    """Accept an earlier job's request again, with the same seed and fields and another prompt."""
+    call = Call.of(request)
+    idempotency_key = visible_header(request.headers, _IDEMPOTENCY_KEY)
+    request_id = request_id_of(request.headers, uuid.uuid4().hex)
+    with call.service.room.hold() as held:
+        fields = await read_fields(request, call.service.http.max_body_bytes, held)
+        for name in fields:
+            if name not in _OPTIONS:
+                hint = "Everything else is the earlier request's."
+                raise RequestError(name, "given", f"no field of this name here; known are {', '.join(_OPTIONS)}", hint)
+        prompt = checks.text("prompt", fields.get("prompt"), LIMITS.max_prompt_chars, may_be_empty=False)
+    source = await call.job(video_id)
+    rules = call.service.rules(call.caller)
+    wishes = Wishes(
+        service_class=source.service_class if source.service_class in rules.classes else rules.default_class,
+        previews=source.previews,
+        skip_guardrails=source.skip_guardrails and rules.may_disable_guardrails,
+        warnings=tuple(source.warnings),
+    )
+    asked = call.asked(wishes, request_id, idempotency_key)
+    response = call.service.director.remix.remote(source.job_id, str(prompt), asked)
+    return await _told(call, await _accepted(response, accept_limit_s(None)))
+
+
+def service_headers(model_name: str, warnings: tuple[str, ...]) -> dict[str, str]:
+    """Headers of an answer that is a file; of printable ASCII whatever the model is called."""
+    return {"x-model": urllib.parse.quote(model_name, safe="/:@+ ()"), "x-warnings": json.dumps(warnings)}
+
+
+async def _accepted(response: Any, limit_s: float) -> Job:
+    """The job that the Director makes of a request.
+
+    Raises:
+        StageFailed: no word of it.
+        Exception: why it makes none.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            job: Job = await response
+            return job
+    except TimeoutError:
+        response.cancel()
+        raise StageFailed("director", 1, f"no word of the request within {limit_s:g} s") from None
+
+
+async def _told(call: Call, job: Job) -> Response:
+    told = await call.service.objects.of(job)
+    headers = {} if job.state.is_final else {"openai-poll-after-ms": str(poll_after_ms(told))}
+    return _json(told, headers)
+
+
+def _json(body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(body, headers={"cache-control": "no-store", **(headers or {})})
+
+
+def _limit(given: str | None) -> int:
+    if given is None:
+        return _PAGE
+    if not re.fullmatch("[0-9]{1,4}", given) or int(given) > _MAX_PAGE:
+        raise RequestError("limit", given[:_MAX_PAGE], f"a whole number from 0 to {_MAX_PAGE}")
+    return int(given)

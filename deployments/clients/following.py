@@ -1,0 +1,97 @@
+"""Following a video over connections that break: every event once, in order, to the last one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from cluster.errors import DeadlineExceeded, StageFailed
+from cosmos3_core.errors import Cosmos3Error
+from deployments.clients.deadline import Deadline
+from deployments.clients.errors import COMEBACK, NotFound, UnreachableError
+from deployments.clients.events import DELETED, Ended, RawEvent, VideoEvent, event_of
+from deployments.clients.transport import Transport
+
+# What may be over in a moment: a broken connection, an app that is restarted, a Director that died.
+_PASSING = (UnreachableError, StageFailed, *COMEBACK)
+# A connection that was good for so long was no failure: there are proxies that end every one after a minute.
+_HELD_S = 10.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What is tried again, and for how long.
+
+    Attributes:
+        max_wait_s: how long a call that is refused for now (429, 503) is put off in all; 0: not at all.
+        max_reconnects: connections one after the other that tell nothing new before a follower gives up.
+        first_pause_s, max_pause_s: before the first of them; it doubles up to the longest.
+    """
+
+    max_wait_s: float = 0.0
+    max_reconnects: int = 8
+    first_pause_s: float = 0.25
+    max_pause_s: float = 10.0
+
+    def pause_s(self, tries: int) -> float:
+        """Before try number ``tries``, from 1. Not all who lost the same server come back at the same moment."""
+        longest = min(self.max_pause_s, self.first_pause_s * 2.0 ** (tries - 1))
+        return longest * random.uniform(0.75, 1.0)
+
+
+DEFAULT_PATIENCE = Patience()
+
+
+async def following(
+    transport: Transport, video_id: str, after: int, deadline: Deadline, patience: Patience
+) -> AsyncGenerator[VideoEvent, None]:
+    """The events of a video behind number ``after``; :class:`Ended` is the last.
+
+    Raises:
+        NotFound: there is no such video, or not any more.
+        DeadlineExceeded: the time is up.
+        UnreachableError: the app is away for longer than ``patience`` has.
+    """
+    tries = 0
+    while True:
+        began_s = time.monotonic()
+        try:
+            async with aclosing(transport.events(video_id, after, deadline.left_s)) as raws:
+                while (raw := await _next(raws, deadline)) is not None:
+                    tries = 0
+                    if raw.kind == DELETED:
+                        raise NotFound.video(video_id)
+                    if raw.seq is not None:
+                        if raw.seq <= after:
+                            continue
+                        after = raw.seq
+                    event = event_of(raw)
+                    yield event
+                    if isinstance(event, Ended):
+                        return
+            await transport.job(video_id)  # it may have been deleted
+            trouble: Cosmos3Error = UnreachableError(f"the events of {video_id} ended before their last one")
+        except _PASSING as error:
+            trouble = error
+        tries = 1 if time.monotonic() - began_s > _HELD_S else tries + 1
+        if tries > patience.max_reconnects:
+            raise trouble
+        try:
+            await deadline.wait(asyncio.sleep(patience.pause_s(tries)))
+        except TimeoutError:
+            raise _too_late(deadline) from None
+
+
+async def _next(raws: AsyncGenerator[RawEvent, None], deadline: Deadline) -> RawEvent | None:
+    try:
+        return await deadline.wait(anext(raws, None))
+    except TimeoutError:
+        raise _too_late(deadline) from None
+
+
+def _too_late(deadline: Deadline) -> DeadlineExceeded:
+    return DeadlineExceeded("follow", deadline.limit_s)

@@ -1,0 +1,194 @@
+"""An app over the handle of its Director, from any process of the Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from cluster.errors import DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
+from cosmos3_core.errors import RequestError
+from cosmos3_core.request import GenerationRequest
+from deployments.api.errors import error_response
+from deployments.clients.deadline import Deadline
+from deployments.clients.errors import AnswerError, NotFound, UnreachableError, refusal
+from deployments.clients.events import FINAL, RawEvent
+from deployments.clients.message_events import raw_event
+from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
+from deployments.errors import in_words, typed
+from deployments.guardrails.errors import ContentBlocked
+from deployments.jobs.asked import Asked
+from deployments.jobs.job import IdempotencyConflict, JobCancelled
+from deployments.messages import Accepted, RequestContext
+from deployments.service_config import DEFAULT_CLASS
+from deployments.streams import RefStream
+
+_PART_BYTES = 1 << 20
+# The Director keeps the deadline and says so; this is for one that is gone.
+_SLACK_S = 30.0
+# Jobs of handles are nobody's: keys are for HTTP.
+_OWNER = ""
+# Errors of the app that a client knows by their own types.
+_SHARED = (
+    *(RequestError, OverloadedError, ShuttingDown, DeadlineExceeded, StageFailed, OutOfMemory),
+    *(ContentBlocked, JobCancelled, IdempotencyConflict, NotFound, UnreachableError),
+)
+
+
+class HandleTransport:
+    """See :class:`deployments.clients.transport.Transport`.
+
+    Args:
+        director: handle of the Director deployment.
+        timeout_s: for one call.
+    """
+
+    def __init__(self, director: Any, timeout_s: float) -> None:
+        self._director = director
+        self._streaming = director.options(stream=True)
+        self._timeout_s = timeout_s
+
+    async def submit(self, request: GenerationRequest, terms: Terms) -> JobObject:
+        """See the protocol. Images and clips given as paths are read here, in the caller's process."""
+        packed = await asyncio.to_thread(request.packed)
+        job = await self._call(self._director.submit, packed, _asked(terms))
+        return await self.job(job.job_id)
+
+    async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
+        """See the protocol. The Director notices when the caller leaves."""
+        packed = await asyncio.to_thread(request.packed)
+        response = self._streaming.stream.remote(packed, _asked(terms), timeout_s)
+        items = self._items(response, timeout_s)
+        try:
+            accepted = await anext(items)
+        except BaseException:
+            response.cancel()
+            raise
+        assert isinstance(accepted, Accepted), "the first event of a Director"
+
+        async def leave() -> None:
+            response.cancel()
+
+        return Attached(accepted.job_id, self._told(items, accepted.job_id), leave)
+
+    async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
+        """See the protocol."""
+        await self.job(video_id)
+        job = await self._call(self._director.remix, video_id, prompt, _asked(terms))
+        return await self.job(job.job_id)
+
+    async def job(self, video_id: str) -> JobObject:
+        """See the protocol."""
+        found: JobObject | None = await self._call(self._director.job_object, video_id, _OWNER)
+        if found is None:
+            raise NotFound.video(video_id)
+        return found
+
+    async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
+        """See the protocol."""
+        page = await self._call(self._director.jobs, _OWNER, after, limit, order)
+        ids = [job.job_id for job in page.jobs]
+        found = await asyncio.gather(*(self._call(self._director.job_object, job_id, _OWNER) for job_id in ids))
+        # One may have been deleted meanwhile.
+        return {"data": [job for job in found if job is not None], "has_more": page.has_more}
+
+    async def cancel(self, video_id: str) -> JobObject:
+        """See the protocol."""
+        if await self._call(self._director.cancel, video_id, _OWNER) is None:
+            raise NotFound.video(video_id)
+        return await self.job(video_id)
+
+    async def delete(self, video_id: str) -> None:
+        """See the protocol."""
+        if await self._call(self._director.delete, video_id, _OWNER) is None:
+            raise NotFound.video(video_id)
+
+    async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[RawEvent, None]:
+        """See the protocol."""
+        response = self._streaming.events.remote(video_id, after, timeout_s, _OWNER)
+        try:
+            async with aclosing(self._items(response, timeout_s)) as items:
+                async for event in items:
+                    data = await self.job(video_id) if event.kind in FINAL else event.data
+                    yield RawEvent(event.seq or None, event.kind, data)
+        except RequestError:  # all that can be wrong with it is the id
+            raise NotFound.video(video_id) from None
+
+    async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
+        """See the protocol. Any Director can be asked: whoever reads asks for part after part."""
+        await self.job(video_id)
+        deadline, start = Deadline(timeout_s), 0
+        which = () if variant == VIDEO else (variant,)
+        while True:
+            try:
+                part: bytes = await deadline.wait(
+                    self._call(self._director.read, video_id, start, _PART_BYTES, _OWNER, *which)
+                )
+            except TimeoutError:
+                raise UnreachableError(f"the file of {video_id} did not come whole within {timeout_s:g} s") from None
+            except RequestError as error:
+                raise NotFound(404, str(error), "not_found") from None
+            if not part:
+                return
+            yield part
+            start += len(part)
+
+    async def models(self) -> Sequence[Mapping[str, Any]]:
+        """See the protocol."""
+        models: Sequence[Mapping[str, Any]] = await self._call(self._director.models)
+        return models
+
+    async def aclose(self) -> None:
+        """See the protocol. Handles need no end."""
+
+    async def _told(self, items: AsyncGenerator[Any, None], video_id: str) -> AsyncGenerator[RawEvent, None]:
+        async with aclosing(items):
+            async for event in items:
+                if (raw := raw_event(event)) is not None:
+                    yield raw
+        yield RawEvent(None, "completed", await self.job(video_id))
+
+    async def _items(self, response: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
+        """What a streaming call yields. Leaving it stops the call."""
+        stream = RefStream(response, RequestContext.new(None, timeout_s + _SLACK_S), "director")
+        try:
+            while (item := await stream.next_value()) is not None:
+                yield item
+        except Exception as error:  # noqa: BLE001 - told apart by what it wraps
+            raise _meaning(error) from None
+        finally:
+            stream.cancel()
+
+    async def _call(self, method: Any, *arguments: Any) -> Any:
+        response = method.remote(*arguments)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await response
+        except TimeoutError:
+            raise UnreachableError(f"the Director gave no answer within {self._timeout_s:g} s") from None
+        except Exception as error:  # noqa: BLE001 - told apart by what it wraps
+            raise _meaning(error) from None
+        finally:
+            response.cancel()  # of one that has come to its end nothing is left to stop
+
+
+def _asked(terms: Terms) -> Asked:
+    return Asked(
+        request_id=terms.request_id,
+        owner=_OWNER,
+        service_class=terms.service_class or DEFAULT_CLASS,
+        idempotency_key=terms.idempotency_key,
+        previews=terms.previews,
+    )
+
+
+def _meaning(error: BaseException) -> BaseException:
+    """The error as it would come over HTTP, but for what is known of it only here."""
+    error = typed(error, "director")
+    if isinstance(error, _SHARED):
+        return error
+    answer = error_response(error)
+    if answer.status_code == 500:
+        return AnswerError(500, in_words(error), "internal_error")
+    return refusal(answer.status_code, "", answer.headers, bytes(answer.body).decode(), None)

@@ -1,0 +1,152 @@
+"""An app over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from cosmos3_core.request import GenerationRequest
+from deployments.clients.deadline import Deadline
+from deployments.clients.errors import AnswerError
+from deployments.clients.events import RawEvent
+from deployments.clients.http_body import body_of
+from deployments.clients.http_calls import Connecting, HttpCalls
+from deployments.clients.server_sent_events import EventReader
+from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
+
+# Followers get a sign of life every 15 s.
+_SILENCE_S = 60.0
+
+
+class HttpTransport:
+    """See :class:`deployments.clients.transport.Transport`.
+
+    Args:
+        url: of the app.
+        api_key: None where the app asks for none.
+        timeout_s: for one call, uploads included.
+        connecting: see the class.
+
+    Raises:
+        RequestError: not a URL, or a key that no header can hold.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float, connecting: Connecting) -> None:
+        self._calls = HttpCalls(url, api_key, connecting)
+        self._timeout_s = timeout_s
+
+    async def submit(self, request: GenerationRequest, terms: Terms) -> JobObject:
+        """See the protocol."""
+
+        def written() -> bytes:
+            body = body_of(request)
+            if terms.service_class is not None:
+                body["service_class"] = terms.service_class
+            if terms.previews:
+                body["previews"] = terms.previews
+            return json.dumps(body).encode()
+
+        # Files are read and encoded beside the event loop.
+        body = await asyncio.to_thread(written)
+        return await self._json("POST", "/v1/videos", body=body, headers=_headers(terms))
+
+    async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
+        """See the protocol. The app does not know that somebody waits: it has to be told when nobody does any more."""
+        video_id = str((await self.submit(request, terms)).get("id"))
+
+        async def leave() -> None:
+            await self.cancel(video_id)
+
+        return Attached(video_id, None, leave)
+
+    async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
+        """See the protocol."""
+        body: dict[str, Any] = {"prompt": prompt}
+        if terms.service_class is not None:
+            body["service_class"] = terms.service_class
+        sent = json.dumps(body).encode()
+        return await self._json("POST", f"{_path(video_id)}/remix", body=sent, headers=_headers(terms))
+
+    async def job(self, video_id: str) -> JobObject:
+        """See the protocol."""
+        return await self._json("GET", _path(video_id))
+
+    async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
+        """See the protocol."""
+        params: dict[str, str | int] = {"limit": limit, "order": order}
+        if after is not None:
+            params["after"] = after
+        return await self._json("GET", "/v1/videos", params=params)
+
+    async def cancel(self, video_id: str) -> JobObject:
+        """See the protocol."""
+        return await self._json("POST", f"{_path(video_id)}/cancel")
+
+    async def delete(self, video_id: str) -> None:
+        """See the protocol."""
+        await self._json("DELETE", _path(video_id))
+
+    async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[RawEvent, None]:
+        """See the protocol."""
+        headers = {"accept": "text/event-stream"}
+        if after:
+            headers["last-event-id"] = str(after)
+        call = self._calls.answer(
+            "GET",
+            f"{_path(video_id)}/events",
+            deadline=Deadline(timeout_s),
+            headers=headers,
+            silence_s=_SILENCE_S,
+        )
+        async with call as answer:
+            await answer.check()
+            if answer.media_type != "text/event-stream":
+                raise answer.foreign()
+            reader = EventReader()
+            async for part in answer.parts():
+                for event in reader.feed(part):
+                    yield event
+
+    async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
+        """See the protocol."""
+        params = {} if variant == VIDEO else {"variant": variant}
+        path = f"{_path(video_id)}/content"
+        async with self._calls.answer("GET", path, deadline=Deadline(timeout_s), params=params) as answer:
+            await answer.check()
+            async for part in answer.parts():
+                yield part
+
+    async def models(self) -> Sequence[Mapping[str, Any]]:
+        """See the protocol."""
+        answer = await self._json("GET", "/v1/models")
+        if not isinstance(data := answer.get("data"), list):
+            raise AnswerError(200, f"{self._calls.url} tells of no models; is it a cosmos3 app?")
+        return data
+
+    async def aclose(self) -> None:
+        """See the protocol."""
+        await self._calls.aclose()
+
+    async def _json(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str | int] | None = None,
+    ) -> dict[str, Any]:
+        deadline = Deadline(self._timeout_s)
+        return await self._calls.json(method, path, deadline=deadline, body=body, headers=headers, params=params)
+
+
+def _path(video_id: str) -> str:
+    return f"/v1/videos/{quote(video_id, safe='')}"
+
+
+def _headers(terms: Terms) -> dict[str, str]:
+    named = {"x-request-id": terms.request_id, "idempotency-key": terms.idempotency_key}
+    return {name: value for name, value in named.items() if value is not None}

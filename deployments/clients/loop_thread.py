@@ -1,0 +1,94 @@
+"""An event loop in a thread of its own, for callers that have none."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from cosmos3_core.errors import ClosedError
+
+T = TypeVar("T")
+
+_STOP_S = 10.0
+
+
+class LoopThread:
+    """Runs coroutines for any number of threads. Ends when it is closed, when nobody holds it, or with the process."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="cosmos3-client", daemon=True)
+        self._thread.start()
+        self._stop = weakref.finalize(self, _stop, self._loop)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it still runs what it is given."""
+        return self._stop.alive
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run it and wait for its result. Where the wait is interrupted it is cancelled, and its end is waited for.
+
+        Raises:
+            ClosedError: the thread has been stopped.
+            Exception: whatever it raises.
+        """
+        if not self.is_open or threading.current_thread() is self._thread:
+            work.close()
+            raise ClosedError("the client is closed, or was called from its own event loop")
+        has_ended = threading.Event()
+
+        async def whole() -> T:
+            try:
+                return await work
+            finally:
+                has_ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
+        try:
+            return future.result()
+        except (KeyboardInterrupt, SystemExit):
+            future.cancel()
+            has_ended.wait(_STOP_S)
+            raise
+
+    def close(self) -> None:
+        """Stop, when what still runs has ended or was cancelled. May be called twice."""
+        self._stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * _STOP_S)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        loop.run_until_complete(_settle())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+
+
+async def _settle() -> None:
+    """Let what was begun come to its end: who has been left is told so."""
+    await asyncio.sleep(0)  # what was scheduled last is a task then
+    own = {asyncio.current_task()}
+    deadline_s = time.monotonic() + _STOP_S
+    while others := asyncio.all_tasks() - own:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            break
+        await asyncio.wait(others, timeout=left_s)
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=_STOP_S)
+
+
+def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.call_soon_threadsafe(loop.stop)

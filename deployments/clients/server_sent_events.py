@@ -1,0 +1,85 @@
+"""Server-sent events: bytes as they come -> events. As the HTML standard has it, but ``retry`` is not heeded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from deployments.clients.errors import AnswerError
+from deployments.clients.events import RawEvent
+
+# Of the text of one event: a finished video with its actions is far below.
+_MAX_EVENT_BYTES = 1 << 24
+
+
+class EventReader:
+    """Puts together what comes in parts of any size. Used once per connection."""
+
+    def __init__(self) -> None:
+        self._unread = bytearray()
+        self._lines: list[bytes] = []
+        self._num_bytes = 0
+        self._is_first = True
+
+    def feed(self, part: bytes) -> Iterator[RawEvent]:
+        """The events that are whole with this part.
+
+        Raises:
+            AnswerError: the text is none of events, or one is too long.
+        """
+        self._unread += part
+        while (line := self._line()) is not None:
+            if line:
+                self._keep(line)
+            elif (event := self._event()) is not None:
+                yield event
+        if self._num_bytes + len(self._unread) > _MAX_EVENT_BYTES:
+            raise AnswerError(200, f"the app sends an event of more than {_MAX_EVENT_BYTES} bytes")
+
+    def _line(self) -> bytes | None:
+        """The next whole line, without its end: CR, LF or both."""
+        ends = [at for at in (self._unread.find(b"\n"), self._unread.find(b"\r")) if at >= 0]
+        if not ends:
+            return None
+        end = min(ends)
+        after = end + 1
+        if self._unread[end] == 0x0D:
+            if after == len(self._unread):
+                return None  # an LF may follow
+            after += self._unread[after] == 0x0A
+        line = bytes(self._unread[:end])
+        del self._unread[:after]
+        if self._is_first:
+            self._is_first = False
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        return line
+
+    def _keep(self, line: bytes) -> None:
+        if not line.startswith(b":"):  # a comment, which keeps the connection alive
+            self._lines.append(line)
+            self._num_bytes += len(line)
+
+    def _event(self) -> RawEvent | None:
+        lines, self._lines, self._num_bytes = self._lines, [], 0
+        kind, number, data = "message", "", []
+        for line in lines:
+            name, _, value = line.decode("utf-8", "replace").partition(":")
+            value = value.removeprefix(" ")
+            match name:
+                case "event":
+                    kind = value
+                case "id":
+                    number = value
+                case "data":
+                    data.append(value)
+                case _:
+                    pass
+        if not data:
+            return None
+        try:
+            held = json.loads("\n".join(data))
+            if not isinstance(held, dict):
+                raise TypeError
+            return RawEvent(int(number) if number else None, kind, held)
+        except (ValueError, TypeError):
+            raise AnswerError(200, f"the app sends an event {kind!r} that is no JSON object") from None

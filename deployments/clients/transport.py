@@ -1,0 +1,100 @@
+"""What a client needs of a way to talk to an app; there is one over HTTP and one over handles."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cosmos3_core.request import GenerationRequest
+from deployments.clients.events import RawEvent
+
+VIDEO = "video"
+"""The variant that is the file itself; others are "thumbnail", "spritesheet", "audio" and "action"."""
+
+JobObject = Mapping[str, Any]
+"""A video as the HTTP API has it; :meth:`deployments.clients.video.Video.of` makes a value of it."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is asked for beside the generation itself.
+
+    Attributes:
+        request_id: the caller's name for the request, for logs; None: one is made up.
+        idempotency_key: two requests with the same one are one video; None without.
+        service_class: that it waits in; None: the app's standard one.
+        previews: how many of the pictures to tell while they are denoised, at most.
+    """
+
+    request_id: str | None = None
+    idempotency_key: str | None = None
+    service_class: str | None = None
+    previews: int = 0
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A video whose maker waits for it.
+
+    Attributes:
+        video_id: names it.
+        events: of it; None where they are followed like those of any other.
+        leave: stops it.
+    """
+
+    video_id: str
+    events: AsyncGenerator[RawEvent, None] | None
+    leave: Callable[[], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """See the module. Of one event loop.
+
+    Every call raises what :mod:`deployments.clients.errors` has: NotFound for ids that nothing is known of,
+    UnreachableError where no answer comes within the transport's own time.
+    """
+
+    async def submit(self, request: GenerationRequest, terms: Terms) -> JobObject:
+        """Have a video made that stays."""
+        ...
+
+    async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
+        """Have a video made for the caller alone, within so many seconds; returns when it has its place."""
+        ...
+
+    async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
+        """Have the video of another prompt made."""
+        ...
+
+    async def job(self, video_id: str) -> JobObject:
+        """What is known of it."""
+        ...
+
+    async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
+        """A page: "data" with job objects, and "has_more"."""
+        ...
+
+    async def cancel(self, video_id: str) -> JobObject:
+        """Stop it; nothing happens to one that has ended."""
+        ...
+
+    async def delete(self, video_id: str) -> None:
+        """Stop it and forget it, file and all."""
+        ...
+
+    def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[RawEvent, None]:
+        """What comes behind that event, over one connection: it may break, or end too early."""
+        ...
+
+    def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
+        """Its file in parts, within so many seconds."""
+        ...
+
+    async def models(self) -> Sequence[Mapping[str, Any]]:
+        """What is served."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give back what is held."""
+        ...

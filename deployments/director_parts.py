@@ -1,0 +1,196 @@
+"""What a Director is made of: the database and files of jobs, the check of requests, the runner, the walk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.clip_stream import start_clip_streams
+from cluster.envelope import TensorEnvelope
+from cosmos3_core import checks
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.request import ResolvedRequest
+from deployments.acceptance import Acceptance
+from deployments.api.errors import failure_of
+from deployments.api.job_object import JobObjects
+from deployments.clip_closer import ClipCloser
+from deployments.jobs.asked import Asked
+from deployments.jobs.cost import CostModel
+from deployments.jobs.feed import EventFeed
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job, Lane, new_job_id
+from deployments.jobs.runner import JobRunner, RunnerSpec
+from deployments.jobs.store import JobStore, QueueLimits
+from deployments.media_store import MediaSpec, MediaStore
+from deployments.messages import RequestContext
+from deployments.previews import Previews
+from deployments.request_check import RequestCheck
+from deployments.service_config import Jobs
+from deployments.walk import Stages, Walk
+
+
+@dataclass(frozen=True)
+class DirectorSpec:
+    """How a Director works.
+
+    Attributes:
+        checkpoint: the checkpoint's directory.
+        model: what clients call the model.
+        max_attempts: tries of a stage whose process died.
+        chunk_window: decoded chunks of a clip that may exist before they are encoded.
+        request_timeout_s: of requests whose caller waits, and that name none.
+        media: of the store where files go.
+        database_url: of jobs.
+        jobs: the configuration's section.
+    """
+
+    checkpoint: str
+    model: str
+    max_attempts: int
+    chunk_window: int
+    request_timeout_s: float
+    media: MediaSpec
+    database_url: str
+    jobs: Jobs
+
+
+@dataclass(frozen=True)
+class Handles:
+    """Handles of the stages; the last three where the app has such."""
+
+    tokenizer: Any
+    transformer: Any
+    vae: Any
+    encoder: Any
+    unguided: Any = None
+    audio: Any = None
+    guardrail: Any = None
+
+
+@dataclass(frozen=True)
+class DirectorParts:
+    """See the module; made in a thread, started in the Director's event loop."""
+
+    spec: DirectorSpec
+    layout: CheckpointLayout
+    stages: Stages
+    media: MediaStore
+    store: JobStore
+    files: JobFiles
+    feed: EventFeed
+    job_objects: JobObjects
+    acceptance: Acceptance
+    clips: Any
+
+    @classmethod
+    def of(cls, spec: DirectorSpec, handles: Handles) -> DirectorParts:
+        """The parts of a Director.
+
+        Raises:
+            CheckpointError, JobsError, MediaStoreError: the checkpoint, the database or the files cannot be used.
+        """
+        layout = CheckpointLayout.open(spec.checkpoint)
+        media = spec.media.open()
+        store = JobStore.open(spec.database_url)
+        files = JobFiles(media.directory, spec.media.archive)
+        # Configured once: every differently configured handle has a router of its own.
+        names = ("transformer", "vae", "encoder", "unguided", "audio", "guardrail")
+        streaming = {name: (it := getattr(handles, name)) and it.options(stream=True) for name in names}
+        stages = Stages(tokenizer=handles.tokenizer, **streaming)
+        acceptance = Acceptance(
+            store=store,
+            files=files,
+            check=RequestCheck(layout, is_sound_offered=handles.audio is not None),
+            cost=CostModel.of(layout.geometry, layout.transformer),
+            model=spec.model,
+            limits=limits_of(spec.jobs),
+            guardrail=stages.guardrail,
+        )
+        max_running = spec.jobs.max_running_images + spec.jobs.max_running_videos
+        return cls(
+            spec=spec,
+            layout=layout,
+            stages=stages,
+            media=media,
+            store=store,
+            files=files,
+            feed=EventFeed(store, spec.jobs.max_followers),
+            job_objects=JobObjects(store),
+            acceptance=acceptance,
+            clips=start_clip_streams(max_clips=4 * max_running),
+        )
+
+    def start(self) -> JobRunner:
+        """The runner, at work. Inside the event loop."""
+        jobs = self.spec.jobs
+        runner_spec = RunnerSpec(
+            model=self.spec.model,
+            max_running={Lane.IMAGE: jobs.max_running_images, Lane.VIDEO: jobs.max_running_videos},
+            limits=self.acceptance.limits,
+            run_timeout_s=jobs.run_timeout_s,
+            lease_s=jobs.lease_s,
+            max_attempts=jobs.max_attempts,
+            checkpoint_period_s=jobs.checkpoint_period_s,
+            poll_s=jobs.poll_s,
+            keep_jobs_s=jobs.keep_s,
+            max_kept=jobs.max_kept,
+            keep_media_s=self.spec.media.keep_s,
+        )
+        closer, previews = ClipCloser(self.clips), Previews(self.stages.vae)
+
+        def make_walk(
+            request: ResolvedRequest,
+            context: RequestContext,
+            job: Job,
+            begin_from: TensorEnvelope | None,
+            on_saved: Callable[[int, TensorEnvelope], None],
+        ) -> Walk:
+            stages = self.stages.without_guardrail() if job.skip_guardrails else self.stages
+            return Walk(
+                request=request,
+                context=context,
+                layout=self.layout,
+                stages=stages,
+                clips=self.clips,
+                media=self.media,
+                chunk_window=self.spec.chunk_window,
+                max_attempts=self.spec.max_attempts,
+                close_later=closer.close_later,
+                order_previews=previews.orders(job.previews),
+                begin_from=begin_from,
+                on_saved=on_saved,
+            )
+
+        check = self.acceptance.check
+        return JobRunner(self.store, self.files, self.media, check, make_walk, failure_of, runner_spec)
+
+    def context(self, asked: Asked, timeout_s: float | None) -> RequestContext:
+        """Of a request that comes now, under a fresh job id.
+
+        Raises:
+            RequestError: no number of seconds.
+        """
+        asked_s = math.inf if timeout_s is None else checks.real("timeout_s", timeout_s, 0, math.inf)
+        return RequestContext.new(asked.request_id, min(self.spec.request_timeout_s, asked_s), new_job_id())
+
+    def remove_files(self, job: Job) -> None:
+        """What a deleted job leaves."""
+        self.files.remove(job.job_id)
+        if job.media_id:
+            self.media.remove(job.media_id)
+
+    async def num_open_clips(self) -> int:
+        """How many clips are between decoder and encoder."""
+        return int(await self.clips.num_open.remote())
+
+
+def limits_of(jobs: Jobs) -> QueueLimits:
+    """The queue's bounds in a configuration."""
+    return QueueLimits(
+        max_queued=jobs.max_queued,
+        max_queued_per_key=jobs.max_queued_per_key,
+        max_running_per_key=jobs.max_running_per_key,
+        classes=jobs.classes,
+    )

@@ -1,0 +1,87 @@
+"""What can be asked about jobs that are there already, and done with them: by the Director's handle."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from cosmos3_core import checks
+from cosmos3_core.errors import RequestError
+from deployments.director_parts import DirectorParts
+from deployments.jobs.job import Job, JobEvent
+from deployments.jobs.store import Page
+from deployments.threads import in_thread
+
+MAX_PART_BYTES = 4 * 2**20
+_MAX_FOLLOW_S = 86_400.0
+
+
+class JobDesk:
+    """Base of the Director. ``owner`` is the API key whose jobs are meant, "" for those that came without."""
+
+    _parts: DirectorParts
+
+    async def job(self, job_id: str, owner: str = "") -> Job | None:
+        """What is known of a job."""
+        return await in_thread(self._parts.store.get, job_id, owner)
+
+    async def job_object(self, job_id: str, owner: str = "") -> dict[str, Any] | None:
+        """A job as the HTTP API tells of it."""
+        job = await self.job(job_id, owner)
+        return None if job is None else await self._parts.job_objects.of(job)
+
+    async def jobs(self, owner: str = "", after: str | None = None, limit: int = 20, order: str = "desc") -> Page:
+        """Jobs of an owner, the newest first unless ``order`` is "asc".
+
+        Raises:
+            RequestError: a value is out of range.
+        """
+        is_ascending = checks.choice("order", order, ("asc", "desc")) == "asc"
+        limit = checks.integer("limit", limit, 0, 100)
+        store = self._parts.store
+        return await asyncio.to_thread(store.list, owner, after=after, limit=limit, is_ascending=is_ascending)
+
+    async def cancel(self, job_id: str, owner: str = "") -> Job | None:
+        """Stop a job; one that has ended stays as it is. None where there is none."""
+        return await in_thread(self._parts.store.cancel, job_id, owner)
+
+    async def delete(self, job_id: str, owner: str = "") -> Job | None:
+        """Stop and forget a job, its files too. None where there is none."""
+        job = await in_thread(self._parts.store.delete, job_id, owner)
+        if job is not None:
+            await in_thread(self._parts.remove_files, job)
+        return job
+
+    async def events(
+        self, job_id: str, after: int = 0, timeout_s: float | None = None, owner: str = ""
+    ) -> AsyncIterator[JobEvent]:
+        """A job's history from an event on, and what comes; call with ``stream=True``. Ends with the job.
+
+        Raises:
+            RequestError: there is no such job.
+            OverloadedError: too many follow jobs here.
+            DeadlineExceeded: it has not ended in time.
+        """
+        if await self.job(job_id, owner) is None:
+            raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
+        limit_s = checks.real("timeout_s", _MAX_FOLLOW_S if timeout_s is None else timeout_s, 0, math.inf)
+        async with aclosing(self._parts.feed.follow(job_id, after, limit_s)) as events:
+            async for event in events:
+                yield event
+
+    async def read(self, job_id: str, start: int, num_bytes: int, owner: str = "") -> bytes:
+        """A part of a finished job's file, as long as it is kept; empty behind its end.
+
+        Any Director of the app can be asked: whoever reads asks for part after part, and holds nobody up by being slow.
+
+        Raises:
+            RequestError: there is no such file, or not any more; or ``num_bytes`` is too large.
+        """
+        num_bytes = checks.integer("num_bytes", num_bytes, 1, MAX_PART_BYTES)
+        job = await self.job(job_id, owner)
+        if job is None or not job.media_id:
+            raise RequestError("video_id", job_id, "the id of a video with a finished file, as long as it is kept")
+        return await asyncio.to_thread(self._parts.media.read, job.media_id, start, num_bytes)

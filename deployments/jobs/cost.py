@@ -1,0 +1,66 @@
+"""How much work a request is, and how fast work gets done: what waiting times are reckoned from.
+
+Work is counted in token-steps: steps x guidance branches x generated tokens, a token being worth more where there are
+many: attention looks from each at all of them. On Nano both cost the same at 23,600 tokens, between 480p and 720p. The
+prompt's tower, sound's decoder and the VAE are left out: all but the last are small, and the speed is measured from the
+begin of a request to its file, so that they are in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosmos3_core.checkpoint.configs import TransformerConfig
+from cosmos3_core.request import ResolvedRequest
+from cosmos3_core.sampler.guidance import needs_two_branches
+from cosmos3_core.shapes import Geometry
+
+# Two that end in one moment.
+_SHORTEST_S = 1e-3
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a checkpoint's requests cost.
+
+    Attributes:
+        geometry: of its VAE.
+        tokens_at_par: number of tokens at which attention takes as long as everything else in a layer.
+    """
+
+    geometry: Geometry
+    tokens_at_par: float
+
+    @classmethod
+    def of(cls, geometry: Geometry, config: TransformerConfig) -> CostModel:
+        """Of a checkpoint, by the sizes of its generation tower (see ``cosmos3_core.model.towers``)."""
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        num_matrices = 2 if config.hidden_act == "relu2" else 3
+        # Multiplications a token: of the layer's matrices, and of scores and values for each token looked at.
+        matrices = config.hidden_size * (2 * query + 2 * key + num_matrices * config.intermediate_size)
+        return cls(geometry, matrices / (2 * query))
+
+    def work_of(self, request: ResolvedRequest) -> float:
+        """Of a whole request, in token-steps."""
+        num_tokens = self.geometry.num_tokens(request.num_frames, request.height, request.width)
+        num_tokens += 0 if request.sound is None else request.sound.num_latents
+        num_tokens += 0 if request.action is None else request.action.chunk_size
+        num_branches = 2 if needs_two_branches(request.guidance_scale) else 1
+        return request.num_inference_steps * num_branches * num_tokens * (1 + num_tokens / self.tokens_at_par)
+
+
+class Throughput:
+    """How fast one runner gets the work of a lane done, measured over finished requests. Times are of any one clock.
+
+    The time of a request is that from the end of the one before it, or from its own begin where nothing ended since: so
+    several gangs count as the several that they are, and idle time as nothing.
+    """
+
+    def __init__(self) -> None:
+        self._last_end_s = 0.0
+
+    def finished(self, work: float, start_s: float, end_s: float) -> float:
+        """Enter a request that was finished; returns its work per second."""
+        seconds = max(end_s - max(start_s, self._last_end_s), _SHORTEST_S)
+        self._last_end_s = end_s
+        return work / seconds

@@ -1,0 +1,292 @@
+"""A job: what is known of one accepted request, and the states it may be in.
+
+Every request is a job, whether its caller waits for the answer or comes back for it. A job of a caller who waits is
+*attached*: it belongs to the Director that took it, and ends when the caller leaves. Any other is claimed by whichever
+Director has room, and outlives them all.
+
+    queued ──> in_progress ──> completed
+      ^  │        │  │ └─────> failed
+      │  │        │  └───────> cancelled     (a job whose runner died is claimed again: in_progress -> in_progress)
+      └──┼────────┘ given back
+         └─> failed, cancelled
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from cosmos3_core.errors import Cosmos3Error
+
+
+class JobState(StrEnum):
+    """See the module."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job has ended."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
+    {
+        JobState.QUEUED: frozenset({JobState.IN_PROGRESS, JobState.FAILED, JobState.CANCELLED}),
+        JobState.IN_PROGRESS: frozenset(JobState),
+        JobState.COMPLETED: frozenset(),
+        JobState.FAILED: frozenset(),
+        JobState.CANCELLED: frozenset(),
+    }
+)
+"""State -> the states that may follow it. Every change of a job goes through :func:`check_transition`."""
+
+
+class Lane(StrEnum):
+    """What waits for what: a picture never waits for a place that clips have taken."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+class JobsError(Cosmos3Error):
+    """The database of jobs cannot be used; says why and what to do."""
+
+
+class IllegalTransition(JobsError):
+    """A change of state that no job may make: always our own bug.
+
+    Args:
+        job_id: of the job.
+        before, after: the states.
+    """
+
+    def __init__(self, job_id: str, before: str, after: str) -> None:
+        super().__init__(job_id, before, after)
+        self.job_id, self.before, self.after = job_id, before, after
+
+    def __str__(self) -> str:
+        return f"{self.job_id} is {self.before}; it cannot become {self.after}"
+
+
+class LeaseLost(JobsError):
+    """The job is not this runner's any more: its lease ran out and another has it, or it was deleted or has ended.
+
+    Args:
+        job_id: of the job.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"{self.job_id} is not this runner's any more"
+
+
+class JobCancelled(JobsError):
+    """The job was stopped before its end.
+
+    Args:
+        job_id: of the job.
+        reason: why.
+    """
+
+    def __init__(self, job_id: str, reason: str) -> None:
+        super().__init__(job_id, reason)
+        self.job_id, self.reason = job_id, reason
+
+    def __str__(self) -> str:
+        return f"{self.job_id} was stopped before its end: {self.reason or 'it was deleted'}"
+
+
+class IdempotencyConflict(JobsError):
+    """An idempotency key comes again, with another request.
+
+    Args:
+        key: as it was given.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"the idempotency key {self.key!r} was used for another request; take a new one"
+
+
+def check_transition(job_id: str, before: JobState, after: JobState) -> None:
+    """See :data:`TRANSITIONS`.
+
+    Raises:
+        IllegalTransition: it is not in the table.
+    """
+    if after not in TRANSITIONS[before]:
+        raise IllegalTransition(job_id, before, after)
+
+
+JOB_ID = re.compile(r"video_gen_[0-9a-f]{32}")
+"""What ids of jobs look like, as vLLM-Omni's; nobody can guess one."""
+
+
+def new_job_id() -> str:
+    """An id for a job."""
+    return f"video_gen_{uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """A request that was checked and is about to be accepted.
+
+    Attributes:
+        job_id: of :func:`new_job_id`.
+        owner: id of the API key that it came with, "" without.
+        model: name of the served model: only Directors that serve it claim the job.
+        request: of :func:`deployments.jobs.request_codec.encoded`: plain JSON values.
+        inputs: names of the files in the media store that belong to it.
+        fingerprint: hash of the request; tells apart what comes with one idempotency key.
+        mode, prompt, width, height, num_frames, fps, seed, num_steps, media_type: of the resolved request, for whoever
+            asks; ``media_type`` is "" where there will be no file.
+        lane: see :class:`Lane`.
+        service_class: name of its class in the configuration.
+        work: of :mod:`deployments.jobs.cost`.
+        request_id: the caller's name for it, for logs.
+        idempotency_key: None without.
+        attached_to: the runner whose caller waits for it; None for a job that stays.
+        previews: how many of them to record.
+        remixed_from: id of the job whose request this one took over; None without.
+        skip_guardrails: whether its pictures are not looked at, which the operator has to allow.
+        warnings: fields that were accepted without effect.
+        notes: what was changed on the way.
+    """
+
+    job_id: str
+    owner: str
+    model: str
+    request: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
+    fingerprint: str
+    mode: str
+    prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    seed: int
+    num_steps: int
+    media_type: str
+    lane: Lane
+    service_class: str
+    work: float
+    request_id: str
+    idempotency_key: str | None = None
+    attached_to: str | None = None
+    previews: int = 0
+    remixed_from: str | None = None
+    skip_guardrails: bool = False
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(NewJob):
+    """A job as it is in the database. Times are seconds since 1970, by the clocks of who wrote them.
+
+    Attributes:
+        state: see the module.
+        order: jobs of a lane are claimed from the smallest one on; see :meth:`deployments.jobs.store.JobStore.create`.
+        created_s, updated_s, started_s, completed_s, expires_s: None for what has not been.
+        runner, lease, lease_until_s: who runs it, that claim's own name, and how long it is valid.
+        attempts: how often it was claimed.
+        is_cancelling: whether its runner was told to stop.
+        step, sigma: of the last denoising step that is done; 0 and None before.
+        stage: "queued", then what it is in: "denoising", "decoding" ...
+        step_s: seconds that the last step took on its gang.
+        media_id: of its file in the media store; "" before.
+        result: what is told of a completed one, see :mod:`deployments.jobs.recorder`; empty before.
+        error_code, error_message: of a failed one.
+        last_seq: number of its last event.
+    """
+
+    state: JobState = JobState.QUEUED
+    order: float = 0.0
+    created_s: float = 0.0
+    updated_s: float = 0.0
+    started_s: float | None = None
+    completed_s: float | None = None
+    expires_s: float | None = None
+    runner: str = ""
+    lease: str = ""
+    lease_until_s: float = 0.0
+    attempts: int = 0
+    is_cancelling: bool = False
+    step: int = 0
+    sigma: float | None = None
+    stage: str = "queued"
+    step_s: float | None = None
+    media_id: str = ""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    error_code: str = ""
+    error_message: str = ""
+    last_seq: int = 0
+
+    @property
+    def work_left(self) -> float:
+        """Of its denoising, in the unit of :attr:`work`."""
+        return 0.0 if self.state.is_final else self.work * (1 - self.step / self.num_steps)
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One line of a job's history, as ``GET /v1/videos/{id}/events`` tells it.
+
+    Attributes:
+        job_id: of the job.
+        seq: 1, 2, ... in the job; the SSE id.
+        kind: "started", "step", "preview", "previews_off", "file", "decoding", "retried", "completed", "failed" or
+            "cancelled".
+        data: plain JSON values.
+        at_s: seconds since 1970.
+    """
+
+    job_id: str
+    seq: int
+    kind: str
+    data: Mapping[str, Any]
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What changes of a job while it runs; None leaves a field as it is."""
+
+    step: int | None = None
+    sigma: float | None = None
+    step_s: float | None = None
+    stage: str | None = None
+    media_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ends.
+
+    Attributes:
+        state: a final one.
+        result: of a completed one.
+        error_code, error_message: of another one.
+    """
+
+    state: JobState
+    result: Mapping[str, Any] = field(default_factory=dict)
+    error_code: str = ""
+    error_message: str = ""

@@ -1,0 +1,204 @@
+"""API keys: who may ask, of what class, and how much at once.
+
+A key's text is told once, when it is made. Kept is a hash of its secret part, which is as random as the hash is long:
+nothing slower than SHA-256 is needed against guessing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Row, func, insert, select, update
+
+from cosmos3_core import checks
+from cosmos3_core.errors import RequestError
+from deployments.jobs.database import Database
+from deployments.jobs.job import JobsError
+from deployments.jobs.schema import API_KEYS
+
+MAX_KEYS = 10_000
+"""That are valid at one time."""
+
+_TEXT = re.compile(r"c3_(?P<key_id>[0-9a-f]{16})_(?P<secret>[A-Za-z0-9_-]{43})", re.ASCII)
+_SECRET_BYTES = 32
+_MAX_NAME_CHARS = 200
+_MAX_LIMIT = 1_000_000
+# Looked up and compared with where a text is no key: a refusal takes the same work whatever is wrong.
+_NO_ID, _NO_SECRET, _NO_HASH = "none", "none", "0" * 64
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """How much of one key's may be in the queue; None = what the configuration says for keys that say nothing.
+
+    Attributes:
+        max_queued: jobs that wait.
+        max_running: jobs that run.
+    """
+
+    max_queued: int | None = None
+    max_running: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewKey:
+    """What is said of a key that is about to be made.
+
+    Attributes:
+        name: whose it is, for people.
+        service_class: of requests that name none.
+        allowed_classes: that requests may name; the one above is always among them.
+        limits: see :class:`KeyLimits`.
+    """
+
+    name: str
+    service_class: str = "standard"
+    allowed_classes: tuple[str, ...] = ()
+    limits: KeyLimits = KeyLimits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiKey(NewKey):
+    """A key as it is kept.
+
+    Attributes:
+        key_id: owner of the jobs that come with it.
+        created_s: seconds since 1970.
+        revoked_s: since when it is refused; None while it is valid.
+        secret_sha256: of the secret part of its text, hexadecimal.
+    """
+
+    key_id: str
+    created_s: float
+    revoked_s: float | None = None
+    secret_sha256: str = field(repr=False)
+
+
+class KeyStore:
+    """The keys in a database. For any number of threads and processes.
+
+    Args:
+        database: where they are.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    @classmethod
+    def open(cls, url: str, clock: Callable[[], float] = time.time) -> KeyStore:
+        """The keys in a database; see :class:`deployments.jobs.database.Database`.
+
+        Raises:
+            JobsError: it cannot be reached or used, or is a newer release's.
+        """
+        return cls(Database(url), clock)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._database.close()
+
+    def create(self, new: NewKey) -> tuple[ApiKey, str]:
+        """Make a key; returns it with its text, which cannot be had again.
+
+        Raises:
+            RequestError: something about it is out of range.
+            JobsError: the database failed, or has too many keys.
+        """
+        checks.text("name", new.name, _MAX_NAME_CHARS, may_be_empty=False)
+        if not new.name.isprintable():
+            raise RequestError("name", new.name, "one line of printable characters")
+        for name in ("max_queued", "max_running"):
+            if (limit := getattr(new.limits, name)) is not None:
+                checks.integer(name, limit, 1, _MAX_LIMIT)
+        secret = secrets.token_urlsafe(_SECRET_BYTES)
+        key = ApiKey(
+            name=new.name,
+            service_class=new.service_class,
+            allowed_classes=tuple(dict.fromkeys((new.service_class, *new.allowed_classes))),
+            limits=new.limits,
+            key_id=secrets.token_hex(8),
+            created_s=self._clock(),
+            secret_sha256=_hash(secret),
+        )
+        with self._database.writing() as connection:
+            valid = select(func.count()).select_from(API_KEYS).where(API_KEYS.c.revoked_s.is_(None))
+            if connection.execute(valid).scalar_one() >= MAX_KEYS:
+                raise JobsError(f"{MAX_KEYS} keys are valid, which is as many as there may be; remove one first")
+            connection.execute(insert(API_KEYS).values(_columns(key)))
+        return key, f"c3_{key.key_id}_{secret}"
+
+    def verify(self, text: str) -> ApiKey | None:
+        """The key whose text this is; None where it is no valid key's.
+
+        Takes the same work for a text that is no key, an unknown one, a revoked one and a wrong secret.
+
+        Raises:
+            JobsError: the database failed.
+        """
+        parts = _TEXT.fullmatch(text)
+        key_id, secret = (parts["key_id"], parts["secret"]) if parts else (_NO_ID, _NO_SECRET)
+        with self._database.reading() as connection:
+            row = connection.execute(select(API_KEYS).where(API_KEYS.c.key_id == key_id)).one_or_none()
+        is_right = hmac.compare_digest(_hash(secret), _NO_HASH if row is None else row.secret_sha256)
+        if row is None or not is_right or row.revoked_s is not None:
+            return None
+        return _key_of(row)
+
+    def list(self) -> tuple[ApiKey, ...]:
+        """All keys, revoked ones too, the oldest first.
+
+        Raises:
+            JobsError: the database failed.
+        """
+        with self._database.reading() as connection:
+            rows = connection.execute(select(API_KEYS).order_by(API_KEYS.c.created_s, API_KEYS.c.key_id)).all()
+        return tuple(_key_of(row) for row in rows)
+
+    def revoke(self, key_id: str) -> ApiKey:
+        """Refuse a key from now on; its jobs stay. Harmless where it was done before.
+
+        Raises:
+            RequestError: there is no such key.
+            JobsError: the database failed.
+        """
+        this = API_KEYS.c.key_id == key_id
+        with self._database.writing() as connection:
+            still_valid = this & API_KEYS.c.revoked_s.is_(None)
+            connection.execute(update(API_KEYS).where(still_valid).values(revoked_s=self._clock()))
+            row = connection.execute(select(API_KEYS).where(this)).one_or_none()
+        if row is None:
+            raise RequestError("key", key_id, "the id of a key", "`cosmos3 keys list` shows them.")
+        return _key_of(row)
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _columns(key: ApiKey) -> dict[str, Any]:
+    return {
+        "key_id": key.key_id,
+        "name": key.name,
+        "secret_sha256": key.secret_sha256,
+        "service_class": key.service_class,
+        "allowed_classes": list(key.allowed_classes),
+        "max_queued": key.limits.max_queued,
+        "max_running": key.limits.max_running,
+        "created_s": key.created_s,
+        "revoked_s": key.revoked_s,
+    }
+
+
+def _key_of(row: Row[Any]) -> ApiKey:
+    values = dict(row._mapping)
+    limits = KeyLimits(values.pop("max_queued"), values.pop("max_running"))
+    return ApiKey(**values | {"limits": limits, "allowed_classes": tuple(values["allowed_classes"])})

@@ -1,0 +1,1 @@
+"""The database's schema, release by release: each file of ``versions`` leads from the one before it to its own."""

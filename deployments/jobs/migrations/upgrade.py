@@ -1,0 +1,58 @@
+"""Bring a database to this release's schema. No ini file: Alembic gets the connection from here."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+from deployments.jobs.job import JobsError
+from deployments.jobs.schema import VERSION_TABLE
+
+# Alembic keeps the running upgrade in a global of its own.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def is_current(connection: Connection, name: str) -> bool:
+    """Whether the schema is this release's.
+
+    Args:
+        connection: to the database.
+        name: of the database, for messages.
+
+    Raises:
+        JobsError: it is a newer one.
+    """
+    scripts = ScriptDirectory.from_config(_config(connection))
+    found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    newest = scripts.get_current_head()
+    if found not in {None, *(script.revision for script in scripts.walk_revisions())}:
+        raise JobsError(
+            f"the database of jobs {name} has the schema {found} of a newer release; this one knows those up to "
+            f"{newest}. Start the newer release, or set jobs.database to another database"
+        )
+    return found == newest
+
+
+def upgrade(connection: Connection, to: str = "head") -> None:
+    """Run the migrations that are missing, in the transaction that the connection is in.
+
+    Args:
+        connection: to the database, in a transaction that nobody else can be in.
+        to: the last one to run.
+    """
+    with _ONE_AT_A_TIME:
+        command.upgrade(_config(connection), to)
+
+
+def _config(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config

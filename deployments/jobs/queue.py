@@ -1,0 +1,253 @@
+"""What waits, and in what order: bounds of the queue, the place of a new job.
+
+The order is weighted fair queueing by a self-clocked virtual time (Golestani 1994). Jobs of one owner and class in a
+lane are a flow. A new job's place is behind the last one of its flow that waits, and behind the lane's virtual time, by
+its work over its class's share; that time is the place of the job that was begun last. So classes get their shares of
+the work and owners of a class equal ones. Who sends many jobs waits behind the own ones. Who was away has saved
+nothing, and what was cancelled costs nothing.
+
+What changes anything here is done in a transaction that decides alone (``is_queue``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, Select, and_, bindparam, delete, func, or_, select
+
+from cluster.errors import OverloadedError
+from cosmos3_core import checks
+from cosmos3_core.errors import RequestError
+from deployments.jobs.job import IdempotencyConflict, Job, JobState, Lane, NewJob
+from deployments.jobs.keys import KeyLimits
+from deployments.jobs.rows import add, job_of, put
+from deployments.jobs.schema import JOBS, LANES, RUNNERS
+from deployments.jobs.waiting import WORK_LEFT
+
+_QUEUED, _IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """The queue's bounds; they count the jobs of one model.
+
+    Attributes:
+        max_queued: jobs that wait.
+        max_queued_per_key: of one API key that says nothing else; without keys there is no such bound.
+        max_running_per_key: the same of jobs that run; None = any number.
+        classes: class -> its share of the work while others wait as well.
+    """
+
+    max_queued: int
+    max_queued_per_key: int
+    max_running_per_key: int | None
+    classes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is before a job that waits, in its lane: what runs, and what is run before it.
+
+    Attributes:
+        num_jobs: how many.
+        work: that is left of them.
+    """
+
+    num_jobs: int
+    work: float
+
+
+@dataclass(frozen=True)
+class ClassLoad:
+    """Jobs of one class in a lane that have not ended.
+
+    Attributes:
+        lane, service_class: which.
+        num_queued, num_running: how many.
+        work_queued, work_running: that is left of them.
+    """
+
+    lane: Lane
+    service_class: str
+    num_queued: int
+    num_running: int
+    work_queued: float
+    work_running: float
+
+
+@dataclass(frozen=True)
+class QueueLoad:
+    """All jobs of a model that have not ended.
+
+    Attributes:
+        classes: those that have some.
+    """
+
+    classes: tuple[ClassLoad, ...]
+
+    @property
+    def num_queued(self) -> int:
+        """Of all classes in both lanes."""
+        return sum(load.num_queued for load in self.classes)
+
+    @property
+    def num_running(self) -> int:
+        """Of all classes in both lanes."""
+        return sum(load.num_running for load in self.classes)
+
+
+# Accepting
+
+
+class QueueFull(Exception):
+    """A bound was reached; inside the store, which tells how long to wait.
+
+    Attributes:
+        what: which bound.
+        limit: the bound.
+        owner: whose; None where it is everybody's.
+    """
+
+    def __init__(self, what: str, limit: int, owner: str | None) -> None:
+        super().__init__(what, limit, owner)
+        self.what, self.limit, self.owner = what, limit, owner
+
+    def error(self, retry_after_s: float) -> OverloadedError:
+        """For the caller."""
+        return OverloadedError(self.what, self.limit, retry_after_s)
+
+
+def accepted_before(connection: Connection, new: NewJob) -> Job | None:
+    """The job that the same idempotency key has brought before.
+
+    Raises:
+        IdempotencyConflict: it was another request.
+    """
+    if new.idempotency_key is None:
+        return None
+    query = select(JOBS).where(JOBS.c.owner == new.owner, JOBS.c.idempotency_key == new.idempotency_key)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        return None
+    if row.fingerprint != new.fingerprint:
+        raise IdempotencyConflict(new.idempotency_key)
+    return job_of(row)
+
+
+@cache
+def _count_query(is_own: bool) -> Select[Any]:
+    queued = select(func.count()).select_from(JOBS).where(JOBS.c.model == bindparam("model"), JOBS.c.state == _QUEUED)
+    return queued.where(JOBS.c.owner == bindparam("owner")) if is_own else queued
+
+
+def check_room(connection: Connection, new: NewJob, limits: QueueLimits, key_limits: KeyLimits | None) -> None:
+    """Whether one more may wait.
+
+    Raises:
+        QueueFull: it may not.
+    """
+    parameters = {"model": new.model, "owner": new.owner}
+    if connection.execute(_count_query(False), parameters).scalar_one() >= limits.max_queued:
+        raise QueueFull("jobs that wait", limits.max_queued, None)
+    own_limit = None if key_limits is None else key_limits.max_queued
+    if own_limit is None and new.owner:
+        own_limit = limits.max_queued_per_key
+    if own_limit is not None and connection.execute(_count_query(True), parameters).scalar_one() >= own_limit:
+        raise QueueFull("jobs of this API key that wait", own_limit, new.owner)
+
+
+def enqueue(connection: Connection, new: NewJob, limits: QueueLimits, now_s: float) -> Job:
+    """Enter a job that there is room for, in its place."""
+    if new.attached_to is not None:
+        note_runner(connection, new.attached_to, new.model, now_s)
+    # Of a flow's jobs that do not wait any more none has a place behind the virtual time.
+    flow = {"model": new.model, "lane": new.lane.value, "service_class": new.service_class, "owner": new.owner}
+    last = connection.execute(_last_query(), flow).scalar_one() or 0.0
+    begin = max(virtual_time(connection, new.model, new.lane), last)
+    return add(connection, new, begin + new.work / limits.classes[new.service_class], now_s)
+
+
+@cache
+def _last_query() -> Select[Any]:
+    """The last place of a flow that is taken; null where none is."""
+    names = ("model", "lane", "service_class", "owner")
+    flow = (JOBS.c[name] == bindparam(name) for name in names)
+    return select(func.max(JOBS.c.queue_order)).where(JOBS.c.state == _QUEUED, *flow)
+
+
+def check_storable(new: NewJob, limits: QueueLimits) -> None:
+    """Whether the databases can hold a job's texts, and its class has a share.
+
+    Raises:
+        RequestError: one cannot; or there is no such class.
+    """
+    checks.choice("service_class", new.service_class, tuple(limits.classes))
+    assert new.work > 0, "every job has some"
+    assert new.num_steps > 0, "every job has some"
+    for name in ("prompt", "request_id", "idempotency_key", "owner"):
+        text = getattr(new, name) or ""
+        if "\0" in text:
+            raise RequestError(name, text, "a text without the character NUL")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(name, text, "valid Unicode; this has half of a surrogate pair") from None
+
+
+def note_runner(connection: Connection, runner: str, model: str, now_s: float) -> None:
+    """It is alive."""
+    put(connection, RUNNERS, runner=runner, model=model, seen_s=now_s)
+
+
+def virtual_time(connection: Connection, model: str, lane: Lane) -> float:
+    """Place of the job of a lane that was begun last."""
+    query = select(LANES.c.virtual_time).where(LANES.c.model == model, LANES.c.lane == lane.value)
+    return connection.execute(query).scalar_one_or_none() or 0.0
+
+
+# Looking
+
+
+def ahead_of(connection: Connection, job: Job) -> Ahead:
+    """What is before a job; nothing where it does not wait."""
+    if job.state is not JobState.QUEUED:
+        return Ahead(0, 0.0)
+    earlier = or_(
+        JOBS.c.queue_order < job.order,
+        and_(JOBS.c.queue_order == job.order, JOBS.c.created_s < job.created_s),
+        and_(JOBS.c.queue_order == job.order, JOBS.c.created_s == job.created_s, JOBS.c.job_id < job.job_id),
+    )
+    query = select(func.count(), func.coalesce(func.sum(WORK_LEFT), 0.0)).where(
+        JOBS.c.model == job.model,
+        JOBS.c.lane == job.lane.value,
+        or_(JOBS.c.state == _IN_PROGRESS, and_(JOBS.c.state == _QUEUED, earlier)),
+    )
+    num_jobs, work = connection.execute(query).one()
+    return Ahead(num_jobs, work)
+
+
+def load_of(connection: Connection, model: str) -> QueueLoad:
+    """How much of a model's is waiting and running."""
+    query = (
+        select(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state, func.count(), func.sum(WORK_LEFT))
+        .where(JOBS.c.model == model, JOBS.c.state.in_((_QUEUED, _IN_PROGRESS)))
+        .group_by(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state)
+    )
+    found = {(lane, name, state): (num_jobs, work) for lane, name, state, num_jobs, work in connection.execute(query)}
+    loads = []
+    for lane, name in sorted({(lane, name) for lane, name, _ in found}):
+        num_queued, work_queued = found.get((lane, name, _QUEUED), (0, 0.0))
+        num_running, work_running = found.get((lane, name, _IN_PROGRESS), (0, 0.0))
+        loads.append(ClassLoad(Lane(lane), name, num_queued, num_running, work_queued, work_running))
+    return QueueLoad(tuple(loads))
+
+
+# Forgetting
+
+
+def forget_runners(connection: Connection, before_s: float) -> None:
+    """Remove runners that have been silent since."""
+    connection.execute(delete(RUNNERS).where(RUNNERS.c.seen_s < before_s))

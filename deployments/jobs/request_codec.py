@@ -1,0 +1,64 @@
+"""A request as it is kept: plain JSON values, and beside them its image or clip."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cosmos3_core.actions import action_rows
+from cosmos3_core.conditioning.modes import IMAGE, VIDEO
+from cosmos3_core.errors import RequestError
+from cosmos3_core.media.source import Packed
+from cosmos3_core.request import GenerationRequest
+
+MEDIA = (IMAGE, VIDEO)
+"""Names of the files that a request may have."""
+
+_DEFAULTS = GenerationRequest()
+
+
+def encoded(request: GenerationRequest) -> tuple[dict[str, Any], dict[str, Packed]]:
+    """The fields of a request that differ from their defaults, and its media by name; :func:`decoded` is the way back.
+
+    Args:
+        request: checked, and with its media :meth:`~GenerationRequest.packed`.
+
+    Raises:
+        RequestError: it brings its own noise, which is not kept.
+    """
+    if request.noise is not None:
+        raise RequestError("noise", "tensors", "nothing where a service makes it", "Generate in process instead.")
+    values: dict[str, Any] = {}
+    media: dict[str, Packed] = {}
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        if field.name in MEDIA:
+            if value is not None:
+                media[field.name] = value
+        elif field.name == "actions":
+            if value is not None:
+                values["actions"] = action_rows("actions", value, None).tolist()
+        elif value != getattr(_DEFAULTS, field.name):
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            values[field.name] = list(value) if is_list else value
+    return values, media
+
+
+def decoded(values: Mapping[str, Any], media: Mapping[str, Packed]) -> GenerationRequest:
+    """The request of :func:`encoded` values and media."""
+    given: dict[str, Any] = {**values, **media}
+    return GenerationRequest(**given)
+
+
+def fingerprint_of(values: Mapping[str, Any], media: Mapping[str, Packed]) -> str:
+    """Names a request: equal for equal ones, in any process."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name in sorted(media):
+        data = media[name]
+        about = "bytes" if isinstance(data, bytes) else f"{data.dtype} {data.shape}"
+        digest.update(f"\0{name} {about}\0".encode())
+        digest.update(data if isinstance(data, bytes) else data.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Jobs as rows: found, and changed.
+
+A job changes in :func:`change` and nowhere else (but for the end of its lease, which is renewed in one statement): only
+as :data:`deployments.jobs.job.TRANSITIONS` allows, only if nobody else has changed its state or taken its lease
+meanwhile, and together with the events that tell of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from sqlalchemy import Connection, Row, Table, and_, bindparam, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from deployments.jobs.job import Job, JobEvent, JobsError, JobState, Lane, LeaseLost, NewJob, Outcome, check_transition
+from deployments.jobs.schema import JOB_EVENTS, JOBS
+
+MAX_EVENTS = 10_000
+"""Of a job, its end not counted: room for 1000 steps and 1201 chunks of three runners, and a preview a step."""
+
+Event = tuple[str, Mapping[str, Any]]
+"""Kind and data of an event that is about to be entered."""
+
+_TUPLES = ("inputs", "notes", "warnings")
+_FIND = select(JOBS).where(JOBS.c.job_id == bindparam("wanted"))
+_FIND_TO_CHANGE = _FIND.with_for_update()
+_FIELDS = tuple(field.name for field in fields(Job))
+
+
+def job_of(row: Row[Any]) -> Job:
+    """The job that a row of the table holds."""
+    values = dict(row._mapping)
+    values["order"] = values.pop("queue_order")
+    values |= {name: tuple(values[name]) for name in _TUPLES}
+    values |= {"lane": Lane(values["lane"]), "state": JobState(values["state"])}
+    return Job(**values)
+
+
+def _columns(job: Job) -> dict[str, Any]:
+    values = {name: getattr(job, name) for name in _FIELDS}
+    values["queue_order"] = values.pop("order")
+    values |= {name: list(values[name]) for name in _TUPLES}
+    values |= {"request": dict(job.request), "result": dict(job.result)}
+    return values | {"lane": job.lane.value, "state": job.state.value}
+
+
+def add(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
+    """Enter a new job, which waits."""
+    given = {field.name: getattr(new, field.name) for field in fields(NewJob)}
+    job = Job(**given, order=order, created_s=now_s, updated_s=now_s)
+    connection.execute(insert(JOBS), _columns(job))
+    return job
+
+
+def find(connection: Connection, job_id: str, owner: str | None, *, to_change: bool = False) -> Job | None:
+    """A job; None where there is none, or it is another owner's.
+
+    Args:
+        connection: in a transaction.
+        job_id: of the job.
+        owner: None = whoever's.
+        to_change: whether it stays as it is until the transaction ends.
+    """
+    row = connection.execute(_FIND_TO_CHANGE if to_change else _FIND, {"wanted": job_id}).one_or_none()
+    return None if row is None or owner not in (None, row.owner) else job_of(row)
+
+
+def leased(connection: Connection, job_id: str, lease: str) -> Job:
+    """The job that somebody has a lease for, which stays as it is until the transaction ends.
+
+    Raises:
+        LeaseLost: it is not in progress under this lease.
+    """
+    job = find(connection, job_id, None, to_change=True)
+    if job is None or job.state is not JobState.IN_PROGRESS or not lease or job.lease != lease:
+        raise LeaseLost(job_id)
+    return job
+
+
+def change(
+    connection: Connection, job: Job, state: JobState, now_s: float, events: Sequence[Event] = (), **changes: Any
+) -> Job:
+    """The job in its next state, which may be the one that it is in.
+
+    Args:
+        connection: in a transaction that writes.
+        job: as it was found in this transaction.
+        state: the next one.
+        now_s: seconds since 1970.
+        events: what is told of it.
+        changes: field -> value, of plain fields alone.
+
+    Raises:
+        IllegalTransition: no job may go there.
+        LeaseLost: somebody else has changed it.
+        JobsError: it has too many events.
+    """
+    check_transition(job.job_id, job.state, state)
+    last_seq = job.last_seq + len(events)
+    if last_seq > MAX_EVENTS + state.is_final:
+        raise JobsError(f"{job.job_id} has {job.last_seq} events; at most {MAX_EVENTS} are kept of one job")
+    changed = replace(job, state=state, updated_s=now_s, last_seq=last_seq, **changes)
+    before, after = _columns(job), _columns(changed)
+    values = {name: value for name, value in after.items() if value != before[name]}
+    as_found = and_(JOBS.c.job_id == job.job_id, JOBS.c.state == job.state.value, JOBS.c.lease == job.lease)
+    if values and connection.execute(update(JOBS).where(as_found).values(values)).rowcount != 1:
+        raise LeaseLost(job.job_id)
+    if events:
+        rows = [
+            {"job_id": job.job_id, "seq": seq, "kind": kind, "data": dict(data), "at_s": now_s}
+            for seq, (kind, data) in enumerate(events, start=job.last_seq + 1)
+        ]
+        connection.execute(insert(JOB_EVENTS), rows)
+    return changed
+
+
+def end(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_media_s: float | None = None) -> Job:
+    """The job, ended; its last event says how.
+
+    Args:
+        connection: in a transaction that writes.
+        job: as it was found in this transaction.
+        outcome: how.
+        now_s: seconds since 1970.
+        keep_media_s: how long its file stays; None without.
+
+    Raises:
+        As of :func:`change`.
+    """
+    assert outcome.state.is_final, "an end is final"
+    is_completed = outcome.state is JobState.COMPLETED
+    told = {} if is_completed else {"code": outcome.error_code, "message": outcome.error_message}
+    return change(
+        connection,
+        job,
+        outcome.state,
+        now_s,
+        [(outcome.state.value, told)],
+        completed_s=now_s,
+        expires_s=now_s + keep_media_s if is_completed and keep_media_s is not None else None,
+        result=dict(outcome.result),
+        error_code=outcome.error_code,
+        error_message=outcome.error_message,
+        stage=outcome.state.value,
+        lease="",
+        lease_until_s=0.0,
+        is_cancelling=False,
+    )
+
+
+def event_of(row: Row[Any]) -> JobEvent:
+    """The event that a row of the table holds."""
+    return JobEvent(**row._mapping)
+
+
+def put(connection: Connection, table: Table, **values: Any) -> None:
+    """Enter a row, or change the one of the same primary key, if another process has entered it."""
+    keys = [column.name for column in table.primary_key]
+    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = make(table).values(values)
+    others = {name: value for name, value in values.items() if name not in keys}
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=others))

@@ -1,0 +1,512 @@
+"""JobRunner: claims jobs while there is room for them, walks them through the stages, and writes down how they end.
+
+One lives in each Director. It alone runs jobs, whoever asked for them: those whose caller waits here (*attached*) hand
+every event on to the caller as it comes; the others are followed through the database.
+
+A claim is a lease: it is renewed while the job runs, and where that stops, another runner takes the job over and goes
+on from the last state that was left in the media store. Everything that this one still writes about the job is then
+refused, and its walk is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from cluster.envelope import TensorEnvelope
+from cluster.errors import ShuttingDown
+from cosmos3_core.errors import MediaError
+from cosmos3_core.request import ResolvedRequest
+from deployments.errors import typed
+from deployments.jobs.cost import Throughput
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job, JobCancelled, JobsError, JobState, Lane, LeaseLost, Outcome
+from deployments.jobs.recorder import Recorder, result_of
+from deployments.jobs.request_codec import decoded
+from deployments.jobs.store import JobStore, Lease, QueueLimits
+from deployments.media_store import MediaStore
+from deployments.messages import Event, Finished, QueuePosition, RequestContext
+from deployments.request_check import RequestCheck
+from deployments.threads import in_thread
+
+logger = logging.getLogger("ray.serve")
+
+CHECKPOINT = "checkpoint"
+"""Name of a job's saved state among its files."""
+
+_SWEEP_PERIOD_S = 60.0
+# Files are there before their job is: those of a job that is not there after so long belong to none.
+_ORPHAN_S = 3600.0
+# Between two looks at where a caller's job stands in the queue.
+_POSITION_PERIOD_S = 1.0
+# Renewals in the time of a lease: two may fail.
+_RENEWALS = 4
+# Between two looks whether the owner of a running job has cancelled it.
+_LOOK_S = 0.5
+# After an error of the loop's own: a database that is away, say.
+_PAUSE_S = 1.0
+_RESTART_S = 30.0
+# Why runs are stopped.
+_LOST = "it is another runner's"
+_GIVEN_BACK = "given back"
+_SHUT_DOWN = "the app is being stopped"
+_LEFT = "its caller has left"
+_CANCELLED = "cancelled by its owner"
+
+
+class Walking(Protocol):
+    """A request's way through the stages, :class:`deployments.walk.Walk`."""
+
+    def events(self) -> AsyncIterator[Event]:
+        """Every event, the last one :class:`Finished`."""
+        ...
+
+
+class MakeWalk(Protocol):
+    """Makes a job's walk.
+
+    Args:
+        request: with every field decided.
+        context: of this run.
+        job: as it was claimed.
+        begin_from: state to go on from, if any.
+        on_saved: takes states that are to be kept.
+    """
+
+    def __call__(
+        self,
+        request: ResolvedRequest,
+        context: RequestContext,
+        job: Job,
+        begin_from: TensorEnvelope | None,
+        on_saved: Callable[[int, TensorEnvelope], None],
+    ) -> Walking: ...
+
+
+class TellFailure(Protocol):
+    """An error -> its code and message, as a caller may read them."""
+
+    def __call__(self, error: BaseException) -> tuple[str, str]: ...
+
+
+@dataclass(frozen=True)
+class RunnerSpec:
+    """How a runner works.
+
+    Attributes:
+        model: name of the served model; jobs of others are left to others.
+        max_running: per lane.
+        limits: of the queue.
+        run_timeout_s: of a job that nobody waits for.
+        lease_s: a runner that is silent for so long has died.
+        max_attempts: runners that a job may have.
+        checkpoint_period_s: between two states that a job leaves in the media store.
+        poll_s: between two looks for jobs that others accepted.
+        keep_jobs_s, max_kept: how long, and how many ended jobs are kept.
+        keep_media_s: how long their files are.
+    """
+
+    model: str
+    max_running: Mapping[Lane, int]
+    limits: QueueLimits
+    run_timeout_s: float
+    lease_s: float
+    max_attempts: int
+    checkpoint_period_s: float
+    poll_s: float
+    keep_jobs_s: float
+    max_kept: int
+    keep_media_s: float
+
+
+@dataclass(eq=False)
+class _Caller:
+    """Who waits for an attached job."""
+
+    context: RequestContext
+    # A request has as many events as steps and chunks, which are bounded.
+    items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    has_begun: bool = False
+    has_ended: bool = False
+
+
+@dataclass(eq=False)
+class _Run:
+    job: Job
+    task: asyncio.Task[None] | None = None
+    # Between the begin and the end nothing is interrupted.
+    is_walking: bool = False
+    # Why it was stopped from outside; None while it goes on by itself.
+    stopped: str | None = None
+
+
+class JobRunner:
+    """See the module. Inside one event loop, which it has to be made in.
+
+    Args:
+        store: of jobs.
+        files: of jobs.
+        media: where results are.
+        check: of requests.
+        make_walk: see :class:`MakeWalk`.
+        tell_failure: see :class:`TellFailure`.
+        spec: how it works.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        files: JobFiles,
+        media: MediaStore,
+        check: RequestCheck,
+        make_walk: MakeWalk,
+        tell_failure: TellFailure,
+        spec: RunnerSpec,
+    ) -> None:
+        self.runner_id = uuid.uuid4().hex
+        self._store, self._files, self._media = store, files, media
+        self._check, self._make_walk, self._tell_failure = check, make_walk, tell_failure
+        self._spec = spec
+        self._callers: dict[str, _Caller] = {}
+        self._runs: dict[str, _Run] = {}
+        self._throughput: dict[Lane, Throughput] = {}
+        self._wake = asyncio.Event()
+        self._is_draining = False
+        # Contexts of their own: a task made inside a request would be cancelled with that request.
+        self._alive: set[asyncio.Task[Any]] = set()
+        for loop in (self._claim_loop(), self._renew_loop(), self._sweep_loop()):
+            self._detached(loop)
+
+    @property
+    def num_in_hand(self) -> int:
+        """Jobs that run here, and those that callers wait for."""
+        return len(self._runs.keys() | self._callers.keys())
+
+    def nudge(self) -> None:
+        """A job has come."""
+        self._wake.set()
+
+    def drain(self) -> int:
+        """Claim nothing from now on but what callers wait for; returns how many jobs are still in hand."""
+        self._is_draining = True
+        return self.num_in_hand
+
+    async def release(self) -> None:
+        """Give back what runs and nobody waits for, to be gone on with by the next runner; stop the rest."""
+        self._is_draining = True
+        runs = list(self._runs.values())
+        for run in runs:
+            self._stop(run, _GIVEN_BACK if run.job.attached_to is None else _SHUT_DOWN)
+        await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
+
+    def expect(self, job_id: str, context: RequestContext) -> None:
+        """Say before an attached job is created that its events are for a caller here."""
+        self._callers[job_id] = _Caller(context)
+
+    def unexpect(self, job_id: str) -> None:
+        """The job of :meth:`expect` was not created."""
+        self._callers.pop(job_id, None)
+
+    def forget(self, job_id: str) -> None:
+        """The caller of :meth:`expect` leaves: what is left of the job is not done."""
+        caller = self._callers.pop(job_id, None)
+        if caller is None or caller.has_ended:
+            return
+        if (run := self._runs.get(job_id)) is not None:
+            self._stop(run, _LEFT)
+        else:
+            self._detached(self._cancel_queued(job_id))
+
+    async def follow(self, job: Job) -> AsyncIterator[Event]:
+        """The events of an attached job, after :meth:`expect` and its creation; to be ended by :meth:`forget`.
+
+        Raises:
+            DeadlineExceeded: the time is up.
+            JobCancelled: its owner has cancelled it.
+            Exception: what the job failed with.
+        """
+        caller = self._callers[job.job_id]
+        self.nudge()
+        position: int | None = None
+        while True:
+            item = await self._next(caller)
+            if item is None:  # it waits, and it is time to look where
+                if not caller.has_begun and (found := await in_thread(self._position, job)) != position:
+                    position = found
+                    yield QueuePosition(position, os.getpid())
+                continue
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if isinstance(item, Finished):
+                return
+
+    async def _next(self, caller: _Caller) -> Event | Exception | None:
+        """The next event; None where none came and it is time to look at the queue again."""
+        if caller.has_begun:
+            return await caller.items.get()  # the walk keeps the deadline
+        limit_s = min(_POSITION_PERIOD_S, caller.context.remaining_s("queue"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                return await caller.items.get()
+        return None
+
+    def _position(self, job: Job) -> int:
+        """How many are before a job that waits here.
+
+        Raises:
+            JobCancelled: it does not wait any more.
+        """
+        found = self._store.get(job.job_id)
+        if found is None or found.state.is_final:
+            raise JobCancelled(job.job_id, "" if found is None else found.error_message)
+        return self._store.ahead(found).num_jobs if found.state is JobState.QUEUED else 0
+
+    # Claiming
+
+    async def _claim_loop(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                for lane, max_running in self._spec.max_running.items():
+                    while sum(run.job.lane == lane for run in self._runs.values()) < max_running:
+                        if (job := await in_thread(self._claim, lane)) is None:
+                            break
+                        self._begin(job)
+            except Exception:  # the database is away, say: what is wrong now may be right in a moment
+                logger.exception("jobs cannot be claimed")
+                await asyncio.sleep(_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._spec.poll_s):
+                    await self._wake.wait()
+
+    def _claim(self, lane: Lane) -> Job | None:
+        spec = self._spec
+        return self._store.claim(
+            self.runner_id,
+            spec.model,
+            lane,
+            spec.limits,
+            spec.lease_s,
+            spec.max_attempts,
+            only_attached=self._is_draining,
+        )
+
+    def _begin(self, job: Job) -> None:
+        run = self._runs[job.job_id] = _Run(job)
+        if (caller := self._callers.get(job.job_id)) is not None:
+            caller.has_begun = True
+        elif job.attached_to is not None:
+            run.stopped = _LEFT
+        run.task = self._detached(self._run(run, caller))
+
+    # Running
+
+    async def _run(self, run: _Run, caller: _Caller | None) -> None:
+        """One claimed job, to its end, whatever that is. Raises nothing."""
+        job = run.job
+        recorder = Recorder(self._store, job, lambda: self._lost(job.job_id))
+        finished: Finished | None = None
+        failure: Exception | None = None
+        if run.stopped is None:
+            run.is_walking = True
+            try:
+                async for event in self._walk(job, caller):
+                    recorder.note(event)
+                    if isinstance(event, Finished):
+                        finished = event
+                    elif caller is not None:
+                        caller.items.put_nowait(event)
+            except asyncio.CancelledError:
+                pass  # by _stop, which has said why
+            except Exception as error:  # noqa: BLE001 - whatever a stage raised ends the job, and nothing else
+                meaning = typed(error, "director")
+                failure = meaning if isinstance(meaning, Exception) else error
+            run.is_walking = False
+        try:
+            await self._end(run, recorder, finished, failure)
+        except LeaseLost as error:
+            failure = failure or error
+        except Exception as error:
+            logger.exception("the end of %s could not be written down", job.job_id)
+            failure = failure or error
+        del self._runs[job.job_id]
+        self.nudge()
+        if caller is not None:
+            # What the database does not know is not told: the file might be made once more.
+            caller.has_ended = True
+            caller.items.put_nowait(failure or _why(run) or finished or RuntimeError("the walk ended without a result"))
+
+    async def _walk(self, job: Job, caller: _Caller | None) -> AsyncIterator[Event]:
+        if job.attempts > 1 and job.media_id:
+            # Its writer may have died without a word: whoever watches it is told.
+            await in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
+        context = (
+            RequestContext.new(job.request_id, self._spec.run_timeout_s, job.job_id)
+            if caller is None
+            else caller.context
+        )
+        media = {name: await in_thread(self._files.get, job.job_id, name) for name in job.inputs}
+        resolved = await self._check.resolved(context, decoded(job.request, media))
+        del media
+        checkpoints = _Checkpoints(self._files, job.job_id, self._spec.checkpoint_period_s)
+        begin_from = await in_thread(checkpoints.read) if job.attempts > 1 else None
+        walk = self._make_walk(resolved, context, job, begin_from, checkpoints.offer)
+        del resolved, begin_from
+        try:
+            async for event in walk.events():
+                yield event
+        finally:
+            await checkpoints.settle()
+
+    async def _end(self, run: _Run, recorder: Recorder, finished: Finished | None, failure: Exception | None) -> None:
+        job, lease = run.job, Lease(run.job.job_id, run.job.lease)
+        if finished is None and run.stopped == _LOST:
+            raise LeaseLost(job.job_id)
+        if finished is None and run.stopped == _GIVEN_BACK:
+            await in_thread(self._store.give_back, lease)
+            return
+        if finished is not None:
+            run.stopped = None  # too late
+            outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
+        elif failure is not None:
+            code, message = self._tell_failure(failure)
+            outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
+        else:
+            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(run.stopped))
+        await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
+        if finished is not None:
+            await self._measure(job)
+        await in_thread(self._files.remove, job.job_id, CHECKPOINT)
+
+    async def _measure(self, job: Job) -> None:
+        assert job.started_s is not None, "it was claimed"
+        throughput = self._throughput.setdefault(job.lane, Throughput())
+        work_per_s = throughput.finished(job.work, job.started_s, time.time())
+        await in_thread(self._store.note_rate, self._spec.model, job.lane, work_per_s)
+
+    # Leases, and the end of what nobody wants
+
+    async def _renew_loop(self) -> None:
+        spec = self._spec
+        renewed_s = time.monotonic()
+        while True:
+            # More often while something runs: cancellations are found here as well.
+            await asyncio.sleep(min(spec.lease_s / _RENEWALS, _LOOK_S if self._runs else spec.lease_s))
+            runs = dict(self._runs)
+            leases = [Lease(run.job.job_id, run.job.lease) for run in runs.values()]
+            try:
+                lost, cancelling = await in_thread(self._store.renew, self.runner_id, leases, spec.lease_s)
+                renewed_s = time.monotonic()
+            except Exception:
+                logger.exception("leases of jobs cannot be renewed")
+                # What another runner may have by now is not run here as well.
+                lost, cancelling = set(), set()
+                if time.monotonic() - renewed_s > spec.lease_s:
+                    lost = set(runs)
+            for job_id in lost:
+                self._lost(job_id)
+            for job_id in cancelling:
+                if (run := self._runs.get(job_id)) is not None:
+                    self._stop(run, _CANCELLED)
+
+    async def _sweep_loop(self) -> None:
+        """Remove what has been kept long enough, now and from time to time."""
+        while True:
+            try:
+                removed = await in_thread(self._store.sweep, self._spec.keep_jobs_s, self._spec.max_kept)
+                for job in removed:
+                    await in_thread(self._files.remove, job.job_id)
+                    if job.media_id:
+                        await in_thread(self._media.remove, job.media_id)
+                await in_thread(self._files.sweep, self._is_known, _ORPHAN_S, time.time())
+            except Exception:
+                logger.exception("ended jobs could not be swept")
+            await asyncio.sleep(_SWEEP_PERIOD_S)
+
+    def _is_known(self, job_id: str) -> bool:
+        return self._store.get(job_id) is not None
+
+    def _lost(self, job_id: str) -> None:
+        if (run := self._runs.get(job_id)) is not None:
+            self._stop(run, _LOST)
+
+    def _stop(self, run: _Run, reason: str) -> None:
+        if run.stopped is None:
+            run.stopped = reason
+            if run.is_walking and run.task is not None:
+                run.task.cancel()
+
+    async def _cancel_queued(self, job_id: str) -> None:
+        try:
+            await in_thread(self._store.cancel, job_id)
+        except JobsError:
+            logger.exception("%s could not be cancelled", job_id)
+
+    def _detached(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._alive.add(task)  # the loop itself does not keep it
+        task.add_done_callback(self._alive.discard)
+        return task
+
+
+def _why(run: _Run) -> Exception | None:
+    """What the caller of a job that was stopped is told; None where it was not."""
+    if run.stopped == _SHUT_DOWN:
+        return ShuttingDown(_RESTART_S)
+    return JobCancelled(run.job.job_id, run.stopped) if run.stopped is not None else None
+
+
+class _Checkpoints:
+    """The states that a running job leaves in the media store; one is written at a time, beside everything else.
+
+    Args:
+        files: of jobs.
+        job_id: whose they are.
+        period_s: between two of them.
+    """
+
+    def __init__(self, files: JobFiles, job_id: str, period_s: float) -> None:
+        self._files, self._job_id, self._period_s = files, job_id, period_s
+        self._written_s = time.monotonic()
+        self._writing: asyncio.Task[None] | None = None
+
+    def offer(self, step: int, state: TensorEnvelope) -> None:
+        """Keep a state, if it is time for one."""
+        if self._writing is None and time.monotonic() - self._written_s >= self._period_s:
+            loop = asyncio.get_running_loop()
+            self._writing = loop.create_task(self._write(state), context=contextvars.Context())
+
+    def read(self) -> TensorEnvelope | None:
+        """The last state; None where there is none, or it is damaged: then the job begins anew."""
+        try:
+            if not self._files.exists(self._job_id, CHECKPOINT):
+                return None
+            return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, CHECKPOINT), np.uint8))
+        except MediaError:
+            logger.exception("the saved state of %s cannot be used; it begins anew", self._job_id)
+            return None
+
+    async def settle(self) -> None:
+        """Wait for what is being written: the file must not appear when the job's files are gone."""
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    async def _write(self, state: TensorEnvelope) -> None:
+        try:
+            await in_thread(self._files.put, self._job_id, CHECKPOINT, memoryview(state.data))
+            self._written_s = time.monotonic()
+        except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
+            logger.exception("the state of %s could not be kept", self._job_id)
+        finally:
+            self._writing = None

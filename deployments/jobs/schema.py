@@ -1,0 +1,140 @@
+"""Tables of the database of jobs, as the newest migration leaves them; see :mod:`deployments.jobs.migrations`.
+
+    jobs        one row a job, see :class:`deployments.jobs.job.Job`
+    job_events  their histories
+    api_keys    who may ask, see :mod:`deployments.jobs.keys`
+    lanes       where each lane is in its order, see :mod:`deployments.jobs.queue`
+    runners     when each runner was last heard of
+    rates       how fast work of each lane gets done
+
+Text columns have no length: neither SQLite nor PostgreSQL is faster with one.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    false,
+    text,
+)
+
+METADATA = MetaData()
+VERSION_TABLE = "schema_version"
+"""Where Alembic notes which migration was the last; not its own name for it, which other programs take as well."""
+
+JOBS = Table(
+    "jobs",
+    METADATA,
+    Column("job_id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("inputs", JSON, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("mode", Text, nullable=False),
+    Column("prompt", Text, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("num_frames", Integer, nullable=False),
+    Column("fps", Double, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("num_steps", Integer, nullable=False),
+    Column("media_type", Text, nullable=False),
+    Column("lane", Text, nullable=False),
+    Column("work", Double, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("idempotency_key", Text),
+    Column("notes", JSON, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("created_s", Double, nullable=False),
+    Column("updated_s", Double, nullable=False),
+    Column("started_s", Double),
+    Column("completed_s", Double),
+    Column("expires_s", Double),
+    Column("runner", Text, nullable=False),
+    Column("lease", Text, nullable=False),
+    Column("lease_until_s", Double, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("is_cancelling", Boolean, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("sigma", Double),
+    Column("stage", Text, nullable=False),
+    Column("media_id", Text, nullable=False),
+    Column("result", JSON, nullable=False),
+    Column("error_code", Text, nullable=False),
+    Column("error_message", Text, nullable=False),
+    Column("last_seq", Integer, nullable=False),
+    # Since 0002; the defaults are for jobs from before.
+    Column("service_class", Text, nullable=False, server_default="standard"),
+    Column("queue_order", Double, nullable=False, server_default=text("0")),
+    Column("attached_to", Text),
+    Column("step_s", Double),
+    Column("previews", Integer, nullable=False, server_default=text("0")),
+    Column("remixed_from", Text),
+    Column("skip_guardrails", Boolean, nullable=False, server_default=false()),
+    Column("warnings", JSON, nullable=False, server_default="[]"),
+    Index("jobs_by_queue", "model", "state", "lane", "queue_order"),
+    Index("jobs_by_owner", "owner", "created_s", "job_id"),
+    Index("jobs_by_end", "completed_s"),
+    Index("jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),
+)
+
+JOB_EVENTS = Table(
+    "job_events",
+    METADATA,
+    Column("job_id", Text, ForeignKey("jobs.job_id", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("kind", Text, nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("at_s", Double, nullable=False),
+)
+
+API_KEYS = Table(
+    "api_keys",
+    METADATA,
+    Column("key_id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("secret_sha256", Text, nullable=False),
+    Column("max_queued", Integer),
+    Column("max_running", Integer),
+    Column("created_s", Double, nullable=False),
+    Column("revoked_s", Double),
+    # Since 0002.
+    Column("service_class", Text, nullable=False, server_default="standard"),
+    Column("allowed_classes", JSON, nullable=False, server_default='["standard"]'),
+)
+
+LANES = Table(
+    "lanes",
+    METADATA,
+    Column("model", Text, primary_key=True),
+    Column("lane", Text, primary_key=True),
+    Column("virtual_time", Double, nullable=False),
+)
+
+RUNNERS = Table(
+    "runners",
+    METADATA,
+    Column("runner", Text, primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("seen_s", Double, nullable=False),
+)
+
+RATES = Table(
+    "rates",
+    METADATA,
+    Column("model", Text, primary_key=True),
+    Column("lane", Text, primary_key=True),
+    Column("work_per_s", Double, nullable=False),
+    Column("updated_s", Double, nullable=False),
+)

@@ -1,0 +1,425 @@
+"""The jobs: accepted, run under leases, followed, ended, forgotten. One database, any number of processes.
+
+Every method is durable when it has returned, and may wait for others, at most
+:data:`deployments.jobs.database.BUSY_S`: call it in a thread. All of them raise ``JobsError`` where the database fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import and_, delete, func, or_, select, tuple_, update
+
+from cosmos3_core.errors import RequestError
+from deployments.jobs import claims, queue, waiting
+from deployments.jobs.database import Database
+from deployments.jobs.job import (
+    JOB_ID,
+    Job,
+    JobEvent,
+    JobState,
+    Lane,
+    NewJob,
+    Outcome,
+    Progress,
+)
+from deployments.jobs.keys import KeyLimits, KeyStore
+from deployments.jobs.queue import Ahead, ClassLoad, QueueLimits, QueueLoad
+from deployments.jobs.rows import change, end, event_of, find, job_of, leased
+from deployments.jobs.schema import JOB_EVENTS, JOBS, RUNNERS
+
+__all__ = ["Ahead", "ClassLoad", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
+
+# Jobs in one query for events: SQLite's expressions have a bounded depth.
+_MAX_CURSORS = 200
+# Ended jobs that one transaction of a sweep removes, with up to 10,000 events each, and one sweep.
+_SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
+_CANCELLED = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A runner's hold on a job.
+
+    Attributes:
+        job_id: of the job.
+        lease: name of the claim.
+    """
+
+    job_id: str
+    lease: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A part of an owner's jobs.
+
+    Attributes:
+        jobs: in the order that was asked for.
+        has_more: whether others follow.
+    """
+
+    jobs: tuple[Job, ...]
+    has_more: bool
+
+
+class JobStore:
+    """See the module.
+
+    Args:
+        database: where they are.
+        clock: seconds since 1970.
+
+    Attributes:
+        keys: the API keys, in the same database.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+        self.keys = KeyStore(database, clock)
+
+    @classmethod
+    def open(cls, url: str, clock: Callable[[], float] = time.time) -> JobStore:
+        """The store in a database, which is brought to this release's schema.
+
+        Args:
+            url: see :class:`deployments.jobs.database.Database`.
+            clock: seconds since 1970.
+
+        Raises:
+            JobsError: it cannot be reached or used, or is a newer release's.
+        """
+        return cls(Database(url), clock)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._database.close()
+
+    # Accepting
+
+    def create(self, new: NewJob, limits: QueueLimits, key_limits: KeyLimits | None = None) -> Job:
+        """Accept a job: it is in the database when this has returned.
+
+        Args:
+            new: the job.
+            limits: of the queue.
+            key_limits: of the key that it came with.
+
+        Returns:
+            The job as it is now; the earlier one where its idempotency key has brought the same request before.
+
+        Raises:
+            OverloadedError: as many as may wait are waiting.
+            IdempotencyConflict: its idempotency key has brought another request before.
+            RequestError: the class is unknown, or a text cannot be stored.
+        """
+        queue.check_storable(new, limits)
+        try:
+            # First without a lock: those who come again and again to a full queue shall not hold up who works.
+            with self._database.reading() as connection:
+                if (earlier := queue.accepted_before(connection, new)) is not None:
+                    return earlier
+                queue.check_room(connection, new, limits, key_limits)
+            with self._database.writing(is_queue=True) as connection:
+                if (earlier := queue.accepted_before(connection, new)) is not None:
+                    return earlier
+                queue.check_room(connection, new, limits, key_limits)
+                return queue.enqueue(connection, new, limits, self._clock())
+        except queue.QueueFull as full:
+            with self._database.reading() as connection:
+                wait_s = waiting.retry_after_s(connection, new.model, full.owner, self._clock())
+            raise full.error(wait_s) from None
+
+    # Looking
+
+    def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """A job; None where there is none, the id is no id, or it is another owner's.
+
+        Args:
+            job_id: of the job.
+            owner: None = whoever's.
+        """
+        if not _is_id(job_id):
+            return None
+        with self._database.reading() as connection:
+            return find(connection, job_id, owner)
+
+    def list(self, owner: str, *, after: str | None, limit: int, is_ascending: bool) -> Page:
+        """An owner's jobs in the order of their acceptance; attached ones are not told of.
+
+        Args:
+            owner: "" where there are no keys.
+            after: id of the job that the page follows; None = from the begin.
+            limit: at most so many.
+            is_ascending: the oldest first, else the newest.
+
+        Raises:
+            RequestError: there is no job ``after``.
+        """
+        place = tuple_(JOBS.c.created_s, JOBS.c.job_id)
+        query = select(JOBS).where(JOBS.c.owner == owner, JOBS.c.attached_to.is_(None))
+        order = (JOBS.c.created_s, JOBS.c.job_id)
+        query = query.order_by(*(order if is_ascending else (column.desc() for column in order))).limit(limit + 1)
+        with self._database.reading() as connection:
+            if after is not None:
+                last = find(connection, after, owner) if _is_id(after) else None
+                if last is None:
+                    raise RequestError("after", after, "the id of a job, as long as it is kept")
+                edge = tuple_(last.created_s, last.job_id)
+                query = query.where(place > edge if is_ascending else place < edge)
+            jobs = [job_of(row) for row in connection.execute(query)]
+        return Page(tuple(jobs[:limit]), len(jobs) > limit)
+
+    def events(self, cursors: Mapping[str, int], limit: int = 1000) -> Sequence[JobEvent]:
+        """What happened since, of several jobs; in order of each job.
+
+        Args:
+            cursors: id of a job -> number of the last event that is known of it.
+            limit: at most so many.
+        """
+        found: list[JobEvent] = []
+        remaining = iter(cursors.items())
+        with self._database.reading() as connection:
+            while len(found) < limit and (some := tuple(islice(remaining, _MAX_CURSORS))):
+                later = (and_(JOB_EVENTS.c.job_id == job_id, JOB_EVENTS.c.seq > seq) for job_id, seq in some)
+                query = select(JOB_EVENTS).where(or_(*later)).order_by(JOB_EVENTS.c.job_id, JOB_EVENTS.c.seq)
+                found += [event_of(row) for row in connection.execute(query.limit(limit - len(found)))]
+        return found
+
+    def ahead(self, job: Job) -> Ahead:
+        """What is before a job that waits; nothing where it does not wait."""
+        with self._database.reading() as connection:
+            return queue.ahead_of(connection, job)
+
+    def load(self, model: str) -> QueueLoad:
+        """How much of a model's is waiting and running."""
+        with self._database.reading() as connection:
+            return queue.load_of(connection, model)
+
+    def num_running(self, model: str, owner: str) -> int:
+        """How many jobs of an owner run."""
+        running = (JOBS.c.model == model, JOBS.c.state == JobState.IN_PROGRESS.value, JOBS.c.owner == owner)
+        with self._database.reading() as connection:
+            return connection.execute(select(func.count()).select_from(JOBS).where(*running)).scalar_one()
+
+    def runners(self, model: str, silent_s: float) -> tuple[str, ...]:
+        """Runners of a model that were heard of in the last ``silent_s`` seconds."""
+        alive = (RUNNERS.c.model == model, RUNNERS.c.seen_s >= self._clock() - silent_s)
+        with self._database.reading() as connection:
+            query = select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)
+            return tuple(connection.execute(query).scalars())
+
+    # Running
+
+    def claim(
+        self,
+        runner: str,
+        model: str,
+        lane: Lane,
+        limits: QueueLimits,
+        lease_s: float,
+        max_attempts: int,
+        *,
+        only_attached: bool = False,
+    ) -> Job | None:
+        """The job that a runner has to run now, under a new lease; None where there is none for it.
+
+        First a job whose lease has run out: its runner died. Such a job is ended instead where it was attached to that
+        runner, was to be cancelled, or has had as many runners as it may. Then the first of those that wait.
+
+        Args:
+            runner: who asks; unlike any other there was.
+            model: that it serves.
+            lane: in which it has room.
+            limits: of the queue.
+            lease_s: how long the lease is valid; a runner that was silent for longer is dead.
+            max_attempts: runners that a job may have.
+            only_attached: whether to leave to others what they can run.
+        """
+        claim = claims.Claim(runner, model, lane, limits, lease_s, max_attempts, only_attached, self._clock())
+        with self._database.reading() as connection:
+            seen = claims.look(connection, claim)
+        if not seen.is_worth_a_claim:
+            return None
+        with self._database.writing(is_queue=True) as connection:
+            return claims.claim_next(connection, claim, seen)
+
+    def renew(self, runner: str, leases: Sequence[Lease], lease_s: float) -> tuple[set[str], set[str]]:
+        """Say that a runner is alive, and at work on these jobs.
+
+        Returns:
+            Ids of those that are not its own any more, and of those that it has to stop.
+        """
+        now_s = self._clock()
+        wanted = {lease.job_id: lease.lease for lease in leases}
+        kept: set[str] = set()
+        cancelling: set[str] = set()
+        with self._database.writing() as connection:
+            connection.execute(update(RUNNERS).where(RUNNERS.c.runner == runner).values(seen_s=now_s))
+            for job_id in sorted(wanted):
+                this = (JOBS.c.job_id == job_id, JOBS.c.lease == wanted[job_id])
+                running = JOBS.c.state == JobState.IN_PROGRESS.value
+                statement = update(JOBS).where(*this, running).values(lease_until_s=now_s + lease_s)
+                for (is_cancelling,) in connection.execute(statement.returning(JOBS.c.is_cancelling)):
+                    kept.add(job_id)
+                    cancelling |= {job_id} if is_cancelling else set()
+        return set(wanted) - kept, cancelling
+
+    def record(self, lease: Lease, progress: Progress, events: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
+        """Write down how far a job is.
+
+        Args:
+            lease: of the one who runs it.
+            progress: what has changed.
+            events: kind and data of what is told of it.
+
+        Returns:
+            The number of its last event.
+
+        Raises:
+            LeaseLost: it is not the runner's any more.
+            JobsError: it has more events than are kept.
+        """
+        changes = {name: value for name, value in vars(progress).items() if value is not None}
+        with self._database.writing() as connection:
+            job = leased(connection, lease.job_id, lease.lease)
+            return change(connection, job, JobState.IN_PROGRESS, self._clock(), events, **changes).last_seq
+
+    def finish(self, lease: Lease, outcome: Outcome, *, keep_media_s: float) -> Job:
+        """End a job, with the event that says so.
+
+        Args:
+            lease: of the one who ran it.
+            outcome: how it ended.
+            keep_media_s: how long the file of a completed one stays.
+
+        Raises:
+            LeaseLost: it is not the runner's any more.
+        """
+        with self._database.writing() as connection:
+            job = leased(connection, lease.job_id, lease.lease)
+            return end(connection, job, outcome, self._clock(), keep_media_s)
+
+    def give_back(self, lease: Lease) -> None:
+        """Let others run a job, as if it had not been claimed: it has its place again. Ends one that was cancelled.
+
+        Raises:
+            LeaseLost: it is not the runner's any more.
+        """
+        with self._database.writing(is_queue=True) as connection:
+            job = leased(connection, lease.job_id, lease.lease)
+            if job.is_cancelling:
+                end(connection, job, _CANCELLED, self._clock())
+                return
+            change(
+                connection,
+                job,
+                JobState.QUEUED,
+                self._clock(),
+                runner="",
+                lease="",
+                lease_until_s=0.0,
+                stage="queued",
+                attempts=job.attempts - 1,
+            )
+
+    # Ending
+
+    def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
+        """End a job that waits; have its runner end one that runs. One that has ended stays as it is.
+
+        Returns:
+            The job as it is now; None as :meth:`get`.
+        """
+        return self._ended(job_id, owner, _CANCELLED)
+
+    def fail_queued(self, job_id: str, error_code: str, error_message: str) -> Job | None:
+        """Fail a job that waits; any other stays as it is.
+
+        Returns:
+            The job as it is now; None where there is none.
+        """
+        outcome = Outcome(JobState.FAILED, error_code=error_code, error_message=error_message)
+        return self._ended(job_id, None, outcome)
+
+    def _ended(self, job_id: str, owner: str | None, outcome: Outcome) -> Job | None:
+        if not _is_id(job_id):
+            return None
+        with self._database.writing(is_queue=True) as connection:
+            job = find(connection, job_id, owner, to_change=True)
+            if job is None or job.state.is_final:
+                return job
+            if job.state is JobState.QUEUED:
+                return end(connection, job, outcome, self._clock())
+            if outcome.state is not JobState.CANCELLED or job.is_cancelling:
+                return job
+            return change(connection, job, JobState.IN_PROGRESS, self._clock(), is_cancelling=True)
+
+    def delete(self, job_id: str, owner: str | None = None) -> Job | None:
+        """Forget a job and its events at once; a runner that is at work on it finds out.
+
+        Returns:
+            The job as it was, for its files to be removed; None as :meth:`get`.
+        """
+        if not _is_id(job_id):
+            return None
+        with self._database.writing(is_queue=True) as connection:
+            job = find(connection, job_id, owner, to_change=True)
+            if job is not None:
+                connection.execute(delete(JOBS).where(JOBS.c.job_id == job_id))  # its events go with it
+        return job
+
+    def sweep(self, keep_s: float, max_kept: int | None = None) -> Sequence[Job]:
+        """Forget jobs that ended longer ago, and the longest ended ones beyond a number; at most 1000 at a time.
+
+        Their idempotency keys are forgotten with them.
+
+        Args:
+            keep_s: since the end of a job.
+            max_kept: ended jobs; None = any number.
+
+        Returns:
+            Those that were forgotten, for their files to be removed.
+        """
+        swept: list[Job] = []
+        before_s = self._clock() - keep_s
+        while len(swept) < _MAX_SWEPT and (some := self._sweep_some(before_s, max_kept)):
+            swept += some
+        with self._database.writing(is_queue=True) as connection:
+            queue.forget_runners(connection, before_s)
+        return swept
+
+    def _sweep_some(self, before_s: float, max_kept: int | None) -> Sequence[Job]:
+        ended = JOBS.c.completed_s.is_not(None)
+        # Of several processes that sweep each job is told to one.
+        with self._database.writing(is_queue=True) as connection:
+            num_many = 0
+            if max_kept is not None:
+                num_ended = connection.execute(select(func.count()).select_from(JOBS).where(ended)).scalar_one()
+                num_many = max(num_ended - max_kept, 0)
+            oldest = select(JOBS.c.job_id, JOBS.c.completed_s).where(ended).order_by(JOBS.c.completed_s)
+            rows = connection.execute(oldest.limit(_SWEPT_AT_ONCE)).all()
+            ids = [job_id for i, (job_id, ended_s) in enumerate(rows) if i < num_many or ended_s < before_s]
+            gone = connection.execute(delete(JOBS).where(JOBS.c.job_id.in_(ids)).returning(*JOBS.c))
+            return sorted((job_of(row) for row in gone), key=lambda job: job.completed_s or 0.0)
+
+    # Speed
+
+    def note_rate(self, model: str, lane: Lane, work_per_s: float) -> None:
+        """Enter how fast a runner gets work of a lane done, into an average of all."""
+        with self._database.writing() as connection:
+            waiting.note_rate(connection, model, lane, work_per_s, self._clock())
+
+    def rate(self, model: str, lane: Lane) -> float | None:
+        """Work per second that one runner gets done in a lane; None where it was never measured."""
+        with self._database.reading() as connection:
+            return waiting.rate(connection, model, lane)
+
+
+def _is_id(job_id: object) -> bool:
+    return isinstance(job_id, str) and JOB_ID.fullmatch(job_id) is not None

@@ -1,0 +1,58 @@
+"""An API of its own for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from deployments.jobs.store import JobStore
+from tests.api.fake_service import Api
+
+
+@pytest.fixture(scope="session")
+def layout(tiny_nano: Path) -> CheckpointLayout:
+    return CheckpointLayout.open(tiny_nano)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of jobs; not to be changed."""
+    path = tmp_path_factory.mktemp("database") / "jobs.sqlite"
+    JobStore.open(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture
+def make_api(tmp_path: Path, empty_database: Path, layout: CheckpointLayout) -> Iterator[Callable[..., Api]]:
+    """Makes APIs, see :class:`Api` for how they may differ."""
+    apis: list[Api] = []
+
+    def make(**options: Any) -> Api:
+        directory = tmp_path / str(len(apis))
+        directory.mkdir()
+        apis.append(Api(directory, empty_database, layout, **options))
+        return apis[-1]
+
+    yield make
+    for api in apis:
+        api.close()
+
+
+@pytest.fixture
+def api(make_api: Callable[..., Api]) -> Api:
+    return make_api()
+
+
+@pytest.fixture(scope="module")
+def shared_api(
+    tmp_path_factory: pytest.TempPathFactory, empty_database: Path, layout: CheckpointLayout
+) -> Iterator[Api]:
+    """For tests that leave nothing behind."""
+    api = Api(tmp_path_factory.mktemp("shared"), empty_database, layout)
+    yield api
+    assert api.store.list("", after=None, limit=1, is_ascending=True).jobs == ()
+    api.close()

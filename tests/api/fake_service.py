@@ -1,0 +1,403 @@
+"""The API's service with a stand-in for the Director: what it accepts is a real job in a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import offered_modes, resolve
+from deployments.api.app import build_api
+from deployments.api.auth import Auth
+from deployments.api.given_media import RemoteFiles
+from deployments.api.service import ServedModel, Service
+from deployments.jobs.asked import Asked
+from deployments.jobs.feed import EventFeed
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
+from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
+from deployments.jobs.store import JobStore, Lease, QueueLimits
+from deployments.media_store import MediaEntry, MediaStore, new_media_id
+from deployments.messages import Accepted, FileStarted, Finished
+from deployments.service_config import Http
+
+MODEL = "nano"
+DEADLINE_S = 60.0
+CLASSES = {"interactive": 8.0, "standard": 4.0, "batch": 1.0}
+LIMITS = QueueLimits(max_queued=20, max_queued_per_key=2, max_running_per_key=None, classes=CLASSES)
+
+
+class Response:
+    """What a handle's call gives: one answer."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = work
+        self.is_cancelled = False
+
+    def __await__(self) -> Any:
+        return self._work.__await__()
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Stream:
+    """What a handle's call gives: a stream."""
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self._items = items
+        self.is_cancelled = False
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._items)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+@dataclass
+class Method:
+    """A method of a handle."""
+
+    call: Callable[..., Any]
+
+    def remote(self, *arguments: Any) -> Any:
+        return self.call(*arguments)
+
+
+@dataclass
+class FakeDirector:
+    """Accepts as the Director does, and makes a file of a few bytes of what is waited for.
+
+    Attributes:
+        asked: requests that came, and how.
+        gate: awaited before a file that is waited for is made.
+        media_type, actions: of what is made.
+        error: raised instead of accepting.
+    """
+
+    layout: CheckpointLayout
+    store: JobStore
+    files: JobFiles
+    media: MediaStore
+    asked: list[tuple[GenerationRequest, Asked]] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    gate: Callable[[], Coroutine[Any, Any, Any]] | None = None
+    actions: Any = None
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.submit = Method(lambda *arguments: Response(self._submit(*arguments)))
+        self.remix = Method(lambda *arguments: Response(self._remix(*arguments)))
+        self.stream = Method(self._stream)
+
+    async def _submit(self, request: GenerationRequest, asked: Asked, attached_to: str | None = None) -> Job:
+        if self.error is not None:
+            raise self.error
+        resolved = resolve(request, self.layout)
+        self.asked.append((request, asked))
+        values, media = encoded(request)
+        job_id = new_job_id()
+        for name, data in media.items():
+            self.files.put(job_id, name, data)
+        new = NewJob(
+            job_id=job_id,
+            owner=asked.owner,
+            model=MODEL,
+            request=values,
+            inputs=tuple(sorted(media)),
+            fingerprint=fingerprint_of(values, media),
+            mode=resolved.mode,
+            prompt=resolved.prompt,
+            width=resolved.width,
+            height=resolved.height,
+            num_frames=resolved.num_frames,
+            fps=resolved.fps,
+            seed=resolved.seed,
+            num_steps=resolved.num_inference_steps,
+            media_type=resolved.clip_format().media_type if resolved.has_file else "",
+            lane=Lane.IMAGE if resolved.num_frames == 1 else Lane.VIDEO,
+            service_class=asked.service_class,
+            work=1000.0,
+            request_id=asked.request_id or "none",
+            idempotency_key=asked.idempotency_key,
+            attached_to=attached_to,
+            previews=asked.previews,
+            remixed_from=asked.remixed_from,
+            warnings=asked.warnings,
+            notes=resolved.notes,
+        )
+        return self.store.create(new, LIMITS, asked.limits)
+
+    async def _remix(self, job_id: str, prompt: str, asked: Asked) -> Job:
+        job = self.store.get(job_id, asked.owner)
+        assert job is not None
+        media: dict[str, Any] = {name: self.files.get(job_id, name) for name in job.inputs}
+        request = replace(decoded(job.request, media), prompt=prompt)
+        return await self._submit(request, replace(asked, remixed_from=job_id))
+
+    def _stream(self, request: GenerationRequest, asked: Asked, timeout_s: float | None) -> Stream:
+        self.streams.append(Stream(self._events(request, asked)))
+        return self.streams[-1]
+
+    async def _events(self, request: GenerationRequest, asked: Asked) -> AsyncIterator[Any]:
+        job = await self._submit(request, asked, "this-one")
+        yield Accepted.of(job)
+        if job.media_type == "video/mp4":
+            media_id = new_media_id()
+            entry = self.media.create(media_id, job.media_type, ".mp4", is_live=True)
+            assert entry.live_path is not None
+            entry.live_path.write_bytes(b"live")
+            yield FileStarted(media_id, job.media_type, 1)
+        elif job.media_type:
+            media_id = new_media_id()
+            entry = self.media.create(media_id, job.media_type, ".bin", is_live=False)
+        if self.gate is not None:
+            await self.gate()
+        if job.media_type:
+            entry.path.write_bytes(b"finished")
+            entry.finish()
+        yield Finished(
+            request_id=job.request_id,
+            job_id=job.job_id,
+            mode=job.mode,
+            media_id=media_id if job.media_type else "",
+            media_type=job.media_type,
+            num_bytes=8 if job.media_type else 0,
+            num_frames=job.num_frames,
+            fps=job.fps,
+            height=job.height,
+            width=job.width,
+            seed=job.seed,
+            frames_sha256="a" * 64,
+            negative_origin="built-in",
+            notes=tuple(job.notes),
+            stage_seconds={"denoise": 1.0, "total": 2.0},
+            actions=self.actions,
+        )
+
+
+@dataclass
+class FakeReadiness:
+    """Says what it is told to."""
+
+    missing: list[str] = field(default_factory=list)
+
+    async def waiting_for(self) -> list[str]:
+        return self.missing
+
+
+async def no_metrics() -> tuple[str, str]:
+    return "cosmos3_requests_total 1\n", "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Api:
+    """A running API: calls of it, and who runs its jobs. Everything happens in one event loop.
+
+    Args:
+        directory: for all that it keeps.
+        database: that it begins with; to be made takes longer than to be copied.
+        layout: of the checkpoint.
+        needs_keys, ..., http: of the service.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        database: Path,
+        layout: CheckpointLayout,
+        *,
+        needs_keys: bool = False,
+        may_disable_guardrails: bool = False,
+        max_followers: int = 8,
+        remote_media: RemoteFiles | None = None,
+        http: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.runner = asyncio.Runner()
+        shutil.copy(database, directory / "jobs.sqlite")
+        self.store = JobStore.open(f"sqlite:///{directory / 'jobs.sqlite'}")
+        self.media = MediaStore(directory / "media", max_bytes=1 << 30, keep_s=1000.0)
+        self.files = JobFiles(self.media.directory, None)
+        self.director = FakeDirector(layout, self.store, self.files, self.media)
+        self.readiness = FakeReadiness()
+        self.service = Service(
+            model=ServedModel(MODEL, layout.family, offered_modes(layout), 1_700_000_000.5),
+            http=Http(**(http or {})),
+            classes=tuple(CLASSES),
+            may_disable_guardrails=may_disable_guardrails,
+            store=self.store,
+            files=self.files,
+            media=self.media,
+            director=self.director,
+            streaming=self.director,
+            ready=self.readiness,
+            metrics_text=no_metrics,
+            feed=EventFeed(self.store, max_followers),
+            auth=Auth(self.store.keys) if needs_keys else None,
+            remote_media=remote_media,
+        )
+        self.app = build_api(lambda: self.service)
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        async def in_time() -> Any:
+            async with asyncio.timeout(DEADLINE_S):
+                return await work
+
+        return self.runner.run(in_time())
+
+    async def asend(self, method: str, path: str, **asked: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://cosmos3") as client:
+            return await client.request(method, path, **asked)
+
+    def send(self, method: str, path: str, **asked: Any) -> httpx.Response:
+        response: httpx.Response = self.run(self.asend(method, path, **asked))
+        return response
+
+    def get(self, path: str, **asked: Any) -> httpx.Response:
+        return self.send("GET", path, **asked)
+
+    def post(self, path: str, **asked: Any) -> httpx.Response:
+        return self.send("POST", path, **asked)
+
+    def created(self, body: dict[str, Any] | None = None, **asked: Any) -> dict[str, Any]:
+        """The object of a job that is made of a body."""
+        answer = self.post("/v1/videos", json={"prompt": "a cat"} if body is None else body, **asked)
+        assert answer.status_code == 200, answer.text
+        told: dict[str, Any] = answer.json()
+        return told
+
+    def refused(self, method: str, path: str, status: int, **asked: Any) -> dict[str, Any]:
+        """The error of an answer that is a no."""
+        answer = self.send(method, path, **asked)
+        assert answer.status_code == status, answer.text
+        error: dict[str, Any] = answer.json()["error"]
+        return error
+
+    # What runners do
+
+    def claimed(self, lane: Lane = Lane.VIDEO) -> Job:
+        job = self.store.claim("runner", MODEL, lane, LIMITS, 1000.0, 3)
+        assert job is not None
+        return job
+
+    def stepped(self, job: Job, step: int, sigma: float = 0.5) -> None:
+        told = {"step": step, "num_steps": job.num_steps, "sigma": sigma, "eta_s": 1.0, "step_s": 0.1, "pid": 7}
+        self.store.record(lease_of(job), Progress(step=step, sigma=sigma, step_s=0.1, stage="denoising"), [("step", told)])
+
+    def begun_file(self, job: Job, *, is_live: bool = True) -> MediaEntry:
+        media_id = new_media_id()
+        entry = self.media.create(media_id, "video/mp4", ".mp4", is_live=is_live)
+        self.store.record(lease_of(job), Progress(media_id=media_id), [("file", {"media_type": "video/mp4"})])
+        return entry
+
+    def completed(self, job: Job, data: bytes | None = b"finished", actions: Any = None) -> Job:
+        if data is not None:
+            entry = self.begun_file(job)
+            entry.path.write_bytes(data)
+            entry.finish()
+        result = {
+            "num_bytes": 0 if data is None else len(data),
+            "num_frames": job.num_frames,
+            "frames_sha256": "b" * 64,
+            "stage_durations": {"denoise": 1.0, "total": 2.0},
+            "inference_time_s": 2.0,
+            "actions": actions,
+        }
+        return self.store.finish(lease_of(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
+
+    def failed(self, job: Job) -> Job:
+        outcome = Outcome(JobState.FAILED, error_code="stage_failed", error_message="it broke")
+        return self.store.finish(lease_of(job), outcome, keep_media_s=100.0)
+
+    def close(self) -> None:
+        self.runner.close()
+        self.store.close()
+
+
+def lease_of(job: Job) -> Lease:
+    return Lease(job.job_id, job.lease)
+
+
+class Follower:
+    """A GET whose answer comes in parts, straight from the application."""
+
+    def __init__(self, api: Api, path: str, headers: Mapping[str, str] | None = None) -> None:
+        self._api, self._path, self._headers = api, path, headers or {}
+        self.status, self.headers, self.body = 0, httpx.Headers(), b""
+        self.is_whole = False
+        self._came = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def begin(self) -> Follower:
+        path, _, query = self._path.partition("?")
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": query.encode(),
+            "headers": [(name.lower().encode(), value.encode()) for name, value in self._headers.items()],
+            "server": ("cosmos3", 80),
+        }
+        self._task = asyncio.create_task(self._api.app(scope, self._receive, self._send))
+        while not self.status:
+            await self._next()
+        return self
+
+    async def until(self, text: bytes) -> bytes:
+        """All that came, once it has this."""
+        while text not in self.body:
+            await self._next()
+        return self.body
+
+    async def to_its_end(self) -> bytes:
+        assert self._task is not None
+        await self._task
+        return self.body
+
+    async def leave(self) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _next(self) -> None:
+        assert self._task is not None
+        waiting = asyncio.ensure_future(self._came.wait())
+        await asyncio.wait((waiting, self._task), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self._task.done() and not self._came.is_set():
+            self._task.result()
+            raise AssertionError(f"it has ended: {self.status} {self.body!r}")
+        self._came.clear()
+
+    async def _receive(self) -> Any:
+        await asyncio.sleep(0)
+        if not self._came.is_set() and not self.status:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await asyncio.sleep(DEADLINE_S)
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = httpx.Headers([(name.decode(), value.decode()) for name, value in message["headers"]])
+        else:
+            self.body += message.get("body", b"")
+            self.is_whole = not message.get("more_body", False)
+        self._came.set()

@@ -1,0 +1,285 @@
+"""Fields of bodies over HTTP: effective, without effect, not offered, unknown; as vLLM-Omni's users send them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cosmos3_core.conditioning.modes import MODES
+from deployments.api.fields import ALIASES, FIELDS, Endpoint, Use, fields_table, known
+from tests.api.fake_service import Api
+from tests.api.test_videos import png_url
+
+ACTION: dict[str, Any] = {"action_mode": "policy", "domain_name": "bridge_orig_lerobot"}
+
+
+def test_the_docs_have_every_field_once() -> None:
+    table = fields_table()
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert all(len(row) == 6 for row in rows)
+    for endpoint, fields in FIELDS.items():
+        column = 2 + list(Endpoint).index(endpoint)
+        for name, field in fields.items():
+            for written in (name, *field.also):
+                told = [row[column] for row in rows if f"`{written}`" in row[0] and row[column]]
+                assert told == [field.uses[endpoint].value], (endpoint, written)
+    assert {f"`{alias}`" for alias in ALIASES} <= set(table.replace(",", " ").split())
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_what_is_not_offered_says_so(endpoint: Endpoint, shared_api: Api) -> None:
+    refused = known(endpoint, Use.NOT_OFFERED)
+    assert "lora" in refused
+    for name, field in refused.items():
+        written = name.replace("*", "video")
+        for body in ({written: "a"}, {"extra_params": {written: {"path": "/etc/passwd"}}}):
+            error = shared_api.refused("POST", endpoint, 422, json={"prompt": "a", **body})
+            assert (error["code"], error["param"]) == ("not_offered", written)
+            assert f"Not offered: {field.about}." in error["message"]
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_what_is_without_effect_is_named(endpoint: Endpoint, api: Api) -> None:
+    ignored = [name.replace("*", "exp") for name in known(endpoint, Use.IGNORED)]
+    assert {"user", "max_sequence_length", "true_cfg_scale"} <= set(ignored)
+    values: list[Any] = [4, "a", 0.5, True, [1], {"b": [None]}]
+    beside = {name: values[index % len(values)] for index, name in enumerate(ignored)}
+    beside |= {"stream": True} if "stream" in ignored else {}
+    beside |= {"previews": 3} if "previews" in ignored else {}
+    answer = api.post(
+        endpoint, json={"prompt": "a", **beside, "extra_params": {"max_sequence_length": 4096, "user": None}}
+    )
+    assert answer.status_code == 200, answer.text
+    told = answer.json()["warnings"] if endpoint is Endpoint.VIDEOS else json.loads(answer.headers["x-warnings"])
+    assert [line.split()[0] for line in told] == [*ignored, "extra_params.max_sequence_length"]
+    assert all(" is without effect: " in line for line in told)
+    (request, asked), *_ = api.director.asked
+    assert asked.warnings == tuple(told)
+    assert (asked.previews, request.prompt) == (0, "a")
+
+
+@pytest.mark.parametrize("value", ["x" * 50_001, [1] * 10_000, {str(i): "" for i in range(10_000)}, [["x" * 60_000]]])
+def test_what_is_without_effect_is_small(value: Any, shared_api: Api) -> None:
+    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "user": value})
+    assert error["param"] == "user"
+    assert "at most 50000 characters" in error["message"]
+    assert len(json.dumps(error)) < 1000
+
+
+@pytest.mark.parametrize("value", ["0.5", True, {"a": 1}])
+def test_an_unknown_field_has_a_nearest_one(value: Any, shared_api: Api) -> None:
+    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "guidance_scal": value})
+    assert (error["code"], error["param"]) == ("invalid_field", "guidance_scal")
+    assert "Did you mean guidance_scale?" in error["message"]
+
+
+def test_quality(api: Api) -> None:
+    assert api.created({"prompt": "a", "quality": "lossless"})["quality"] == "lossless"
+    assert api.created({"prompt": "a", "lossless": True})["quality"] == "lossless"
+    assert api.created({"prompt": "a", "quality": "high"})["quality"] == "high"
+    assert api.created({"prompt": "a"})["quality"] == "high"
+    assert [request.lossless for request, _ in api.director.asked] == [True, True, False, False]
+    assert api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "best"})["param"] == "quality"
+    error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "high", "lossless": True})
+    assert "Give one of both." in error["message"]
+
+
+def test_classes(api: Api) -> None:
+    assert api.created({"prompt": "a"})["service_class"] == "standard"
+    assert api.created({"prompt": "a", "service_class": "batch"})["service_class"] == "batch"
+    assert api.created({"prompt": "a", "extra_params": {"priority": "interactive"}})["service_class"] == "interactive"
+    error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "priority": "urgent"})
+    assert (error["param"], "standard" in error["allowed"]) == ("service_class", True)
+
+
+def test_previews(api: Api) -> None:
+    api.created({"prompt": "a", "previews": 32})
+    assert api.director.asked[0][1].previews == 32
+    for wrong in (33, -1, "some", True):
+        assert api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "previews": wrong})["param"] == "previews"
+
+
+@pytest.mark.parametrize("path", Endpoint)
+def test_guardrails_are_the_operators_to_turn_off(path: str, make_api: Any) -> None:
+    strict, lax = make_api(), make_api(may_disable_guardrails=True)
+    for body in ({"guardrails": False}, {"extra_params": {"guardrails": False}}):
+        error = strict.refused("POST", path, 422, json={"prompt": "a", **body})
+        assert "does not let clients turn them off" in error["message"]
+        assert lax.post(path, json={"prompt": "a", **body}).status_code == 200
+    assert strict.post(path, json={"prompt": "a", "guardrails": True}).status_code == 200
+    assert [asked.skip_guardrails for _, asked in strict.director.asked] == [False]
+    assert [asked.skip_guardrails for _, asked in lax.director.asked] == [True, True]
+    assert strict.refused("POST", path, 422, json={"prompt": "a", "guardrails": "no"})["param"] == "guardrails"
+
+
+# What vLLM-Omni 0.30 gets wrong, or its users send (the request set of its recipes)
+
+
+def test_a_clip_without_a_length_is_of_the_documented_length(api: Api) -> None:
+    """There one frame."""
+    for body in ({}, {"image": png_url()}):
+        told = api.created({"prompt": "a", **body})
+        assert (told["num_frames"], told["size"], told["fps"], told["num_steps"]) == (189, "1280x720", 24.0, 35)
+        assert told["seconds"] == "7.875"
+
+
+def test_actions_without_a_length_are_of_the_presets(api: Api) -> None:
+    """There an error."""
+    told = api.created({"prompt": "go", "extra_params": ACTION, "image_reference": {"image_url": png_url()}})
+    assert (told["mode"], told["num_frames"], told["num_steps"], told["fps"]) == ("policy", 17, 30, 5.0)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"edge": True},
+        {"edge": {"preset_edge_threshold": "low"}},
+        {"depth": {"control_path": "/data/depth.mp4"}},
+        {"wsm": "/etc/passwd"},
+        {"control_guidance": 1.5},
+    ],
+)
+def test_transfer_is_not_offered(extra: dict[str, Any], shared_api: Api) -> None:
+    """There 500, or a file of the server's is opened."""
+    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "extra_params": extra})
+    assert error["code"] == "not_offered"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"extra_params": {**ACTION, "domain_name": "unknown_robot"}, "image": png_url()}, "domain_name"),
+        ({"extra_params": {"action_mode": "policy"}, "image": png_url()}, "domain_name"),
+        ({"extra_params": {**ACTION, "resolution": 640}, "image": png_url()}, "resolution_tier"),
+        ({"image": png_url(), "mode": "text_to_video"}, "image"),
+        ({"num_inference_steps": 5000}, "num_inference_steps"),
+        ({"guidance_scale": 50}, "guidance_scale"),
+        ({"size": "0x0"}, "height"),
+        ({"size": "100x100"}, "height"),
+        ({"width": 2**62, "height": 2**62}, "height"),
+        ({"num_frames": 2**62}, "num_frames"),
+        ({"generate_sound": True, "output": "png"}, "output"),
+        ({"model": "sora-2"}, "model"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_a_422_that_names_it(body: dict[str, Any], param: str, shared_api: Api) -> None:
+    """There 500, or a machine without memory."""
+    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", **body})
+    assert error["param"] == param
+
+
+REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    (
+        {"prompt": "a", "size": "1280x720", "num_frames": "189", "fps": "24", "num_inference_steps": "35"},
+        "text_to_video",
+        {"num_frames": 189},
+    ),
+    (
+        {"prompt": "a", "negative_prompt": "b", "guidance_scale": "6.0", "flow_shift": "10.0", "seed": "17"},
+        "text_to_video",
+        {"seed": 17},
+    ),
+    ({"prompt": "a", "seconds": "4", "size": "832x480"}, "text_to_video", {"num_frames": 97, "size": "832x480"}),
+    ({"prompt": "a", "generate_sound": "true", "sound_duration": "7.875"}, "text_to_video_with_sound", {}),
+    ({"prompt": "a", "input_reference": "PNG", "max_sequence_length": "4096"}, "image_to_video", {}),
+    ({"prompt": "a", "image_reference": json.dumps({"image_url": png_url()})}, "image_to_video", {}),
+    (
+        {"prompt": "a", "input_reference": "PNG", "extra_params": json.dumps({"sound_gen": True})},
+        "image_to_video_with_sound",
+        {},
+    ),
+    (
+        {
+            "prompt": json.dumps({"subject": "a cat"}),
+            "extra_params": json.dumps({"use_duration_template": True, "negative_metadata_mode": "inverse"}),
+        },
+        "text_to_video",
+        {},
+    ),
+    (
+        {
+            "prompt": "",
+            "input_reference": "PNG",
+            "num_frames": "3",
+            "extra_params": json.dumps(
+                {"action_mode": "forward_dynamics", "domain_name": "av", "action": [[0.0] * 9] * 2, "action_fps": 10}
+            ),
+        },
+        "forward_dynamics",
+        {"fps": 10.0},
+    ),
+    (
+        {
+            "prompt": "go",
+            "input_reference": "PNG",
+            "extra_params": json.dumps({**ACTION, "raw_action_dim": 10, "image_size": 256, "action_chunk_size": 16}),
+        },
+        "policy",
+        {"num_frames": 17},
+    ),
+    ({"prompt": "a", "aspect_ratio": "16:9", "lossless": "false", "return_stage_metrics": "true"}, "text_to_video", {}),
+]
+
+
+@pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
+def test_forms_as_vllm_omnis_users_send_them(
+    form: dict[str, Any], mode: str, told: dict[str, Any], api: Api
+) -> None:
+    import base64
+
+    png = base64.b64decode(png_url().partition(",")[2])
+    files = {
+        name: ("a.png", png, "image/png") if value == "PNG" else (None, value.encode()) for name, value in form.items()
+    }
+    answer = api.post("/v1/videos", files=files)
+    assert answer.status_code == 200, answer.text
+    video = answer.json()
+    assert video["mode"] == mode
+    assert {name: video[name] for name in told} == told
+
+
+def test_objects_in_forms_as_openais_client_sends_them(api: Api) -> None:
+    form = {
+        "prompt": "a",
+        "input_reference[image_url]": png_url(),
+        "extra_params[num_frames]": "5",
+        "extra_params[condition_video_keep]": "first",
+        "extra_params[guidance_interval][]": ["400", "1000"],
+    }
+    answer = api.post("/v1/videos", files=[(name, (None, text)) for name, text in pairs(form)])
+    assert answer.status_code == 422, "the clip's field is for clips"
+    del form["extra_params[condition_video_keep]"]
+    for asked in ({"files": [(name, (None, text)) for name, text in pairs(form)]}, {"data": form}):
+        answer = api.post("/v1/videos", **asked)
+        assert answer.status_code == 200, answer.text
+        request, _ = api.director.asked.pop()
+        assert (request.num_frames, request.guidance_interval) == (5, [400.0, 1000.0])
+        assert isinstance(request.image, bytes)
+    twice = [*pairs(form), ("extra_params[num_frames]", "5")]
+    error = api.refused("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in twice])
+    assert error["code"] == "broken_form"
+    mixed = [*pairs(form), ("input_reference", png_url())]
+    assert api.refused("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in mixed])
+
+
+def pairs(form: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, it) for name, value in form.items() for it in (value if isinstance(value, list) else [value])]
+
+
+@pytest.mark.parametrize("name", ["input_references", "input_references[]"])
+def test_one_reference_of_several_that_there_may_be(name: str, api: Api) -> None:
+    file = (None, png_url())
+    answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
+    assert answer.json()["mode"] == "image_to_video"
+    error = api.refused("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
+    assert (error["code"], error["param"]) == ("not_offered", "input_references")
+    assert api.created({"prompt": "a", "input_references": [{"image_url": png_url()}]})["mode"] == "image_to_video"
+
+
+def test_every_mode_has_a_request_here() -> None:
+    tested = {mode for _, mode, _ in REQUESTS}
+    clips = {"video_to_video", "video_to_video_with_sound", "inverse_dynamics"}  # a clip is looked at in a process
+    assert tested | clips | {"text_to_image", "text_to_video"} == set(MODES)

@@ -1,0 +1,377 @@
+"""Jobs over HTTP: made, listed, looked at, stopped, deleted, made again; and what is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from cluster.errors import OverloadedError, ShuttingDown, StageFailed
+from deployments.jobs.job import JobState, JobsError
+from tests.api.fake_service import Api, lease_of
+
+UNKNOWN = "video_gen_" + "0" * 32
+
+
+def test_a_request_becomes_a_job(api: Api) -> None:
+    answer = api.post("/v1/videos", json={"prompt": "a cat", "seed": 5}, headers={"x-request-id": "mine"})
+    told = answer.json()
+    assert (answer.status_code, told["object"], told["status"], told["progress"]) == (200, "video", "queued", 0)
+    assert (told["model"], told["prompt"], told["seed"], told["mode"]) == ("nano", "a cat", 5, "text_to_video")
+    assert (told["queue_position"], told["service_class"], told["warnings"]) == (0, "standard", [])
+    assert int(answer.headers["openai-poll-after-ms"]) > 0
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    job = api.store.get(told["id"])
+    assert job is not None
+    assert (job.attached_to, job.owner, job.request_id) == (None, "", "mine")
+    assert api.get(f"/v1/videos/{told['id']}").json() == told
+
+
+@pytest.mark.parametrize("how", ["json", "multipart", "urlencoded"])
+def test_a_body_may_come_in_three_ways(how: str, api: Api) -> None:
+    fields = {"prompt": "a cat", "seconds": "4", "size": "64x32", "fps": "12", "model": "nano"}
+    asked: dict[str, Any] = {
+        "json": {"json": {**fields, "fps": 12}},
+        "multipart": {"files": {name: (None, value) for name, value in fields.items()}},
+        "urlencoded": {"data": fields},
+    }
+    told = api.post("/v1/videos", **asked[how]).json()
+    assert (told["size"], told["num_frames"], told["fps"], told["seconds"]) == ("64x32", 49, 12, "4.083")
+    assert told["notes"] == ["num_frames=48 was rounded up to 49: clips have 1 + k * 4 frames"]
+
+
+def test_the_job_tells_how_far_it_is(api: Api) -> None:
+    told = api.created({"prompt": "a", "num_inference_steps": 10})
+    job = api.claimed()
+    assert api.get(f"/v1/videos/{told['id']}").json()["status"] == "in_progress"
+    api.stepped(job, 4, 0.75)
+    now = api.get(f"/v1/videos/{told['id']}").json()
+    assert (now["progress"], now["step"], now["num_steps"], now["sigma"], now["stage"]) == (38, 4, 10, 0.75, "denoising")
+    assert 0 <= now["eta_s"] < 60
+    assert now["queue_position"] is None
+    api.stepped(job, 10, 0.0)
+    assert api.get(f"/v1/videos/{told['id']}").json()["progress"] == 95
+    api.completed(job)
+    answer = api.get(f"/v1/videos/{told['id']}")
+    now = answer.json()
+    assert (now["status"], now["progress"], now["error"]) == ("completed", 100, None)
+    assert (now["file_name"], now["media_type"]) == (f"{told['id']}.mp4", "video/mp4")
+    assert now["completed_at"] >= now["created_at"] > 1_600_000_000
+    assert now["expires_at"] == pytest.approx(now["completed_at"] + 100, abs=2)
+    assert (now["inference_time_s"], now["stage_durations"]["denoise"], now["frames_sha256"]) == (2.0, 1.0, "b" * 64)
+    assert "openai-poll-after-ms" not in answer.headers
+
+
+def test_a_failed_job_is_an_answer_like_any_other(api: Api) -> None:
+    told = api.created()
+    api.failed(api.claimed())
+    answer = api.get(f"/v1/videos/{told['id']}")
+    assert (answer.status_code, answer.json()["status"]) == (200, "failed")
+    assert answer.json()["error"] == {"code": "stage_failed", "message": "it broke"}
+
+
+def test_generated_actions_are_told_at_the_top(api: Api) -> None:
+    body = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"}
+    told = api.created(body)
+    assert (told["mode"], told["media_type"], told["file_name"], told["action"]) == ("policy", None, None, None)
+    actions = {"data": [[1.0]], "shape": [1, 1], "dtype": "float32"}
+    api.completed(api.claimed(), None, actions)
+    assert api.get(f"/v1/videos/{told['id']}").json()["action"] == {**actions, "action_mode": "policy"}
+    assert api.get(f"/v1/videos/{told['id']}/content?variant=action").json()["data"] == [[1.0]]
+    assert api.refused("GET", f"/v1/videos/{told['id']}/content", 404)["code"] == "no_such_variant"
+
+
+def test_pages(api: Api) -> None:
+    ids = [api.created({"prompt": str(index)})["id"] for index in range(5)]
+    page = api.get("/v1/videos").json()
+    assert [video["id"] for video in page["data"]] == ids[::-1]
+    assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", ids[-1], ids[0], False)
+    page = api.get("/v1/videos", params={"limit": 2, "order": "asc"}).json()
+    assert ([video["id"] for video in page["data"]], page["has_more"]) == (ids[:2], True)
+    page = api.get("/v1/videos", params={"limit": 3, "order": "asc", "after": page["last_id"]}).json()
+    assert ([video["id"] for video in page["data"]], page["has_more"]) == (ids[2:], False)
+    page = api.get("/v1/videos", params={"limit": 0}).json()
+    assert (page["data"], page["first_id"], page["last_id"], page["has_more"]) == ([], None, None, True)
+
+
+def test_an_empty_page(shared_api: Api) -> None:
+    page = shared_api.get("/v1/videos").json()
+    assert page == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+
+
+@pytest.mark.parametrize(
+    ("query", "param", "said"),
+    [
+        ("limit=101", "limit", "0 to 100"),
+        ("limit=-1", "limit", "0 to 100"),
+        ("limit=five", "limit", "0 to 100"),
+        ("limit=%C2%B2", "limit", "0 to 100"),
+        ("limit=", "limit", "0 to 100"),
+        ("order=up", "order", "asc"),
+        ("after=nobody", "after", "the id of a job"),
+        ("limit=1&limit=2", "limit", "given once"),
+        ("lmit=1", "lmit", "Did you mean limit?"),
+        ("x" * 5000, "x" * 100, "known are after, limit, order"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_wrong_query_is_named(query: str, param: str, said: str, shared_api: Api) -> None:
+    error = shared_api.refused("GET", f"/v1/videos?{query}", 422)
+    assert error["param"].startswith(param)
+    assert said in error["message"]
+    assert len(json.dumps(error)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/videos"),
+        ("POST", "/v1/videos/sync"),
+        ("POST", "/v1/images/generations"),
+        ("GET", f"/v1/videos/{UNKNOWN}"),
+        ("DELETE", f"/v1/videos/{UNKNOWN}"),
+        ("POST", f"/v1/videos/{UNKNOWN}/cancel"),
+        ("POST", f"/v1/videos/{UNKNOWN}/remix"),
+        ("GET", f"/v1/videos/{UNKNOWN}/content"),
+        ("HEAD", f"/v1/videos/{UNKNOWN}/content"),
+        ("GET", f"/v1/videos/{UNKNOWN}/events"),
+        ("GET", "/v1/models"),
+    ],
+)
+def test_no_endpoint_takes_an_unknown_query_parameter(method: str, path: str, shared_api: Api) -> None:
+    answer = shared_api.send(method, f"{path}?zzz=1", **({"json": {"prompt": "a"}} if method == "POST" else {}))
+    assert answer.status_code == 422
+    assert method == "HEAD" or answer.json()["error"]["param"] == "zzz"
+    assert shared_api.director.asked == []
+
+
+@pytest.mark.parametrize("video_id", [UNKNOWN, "video_gen_1", "sync2", "..", "%2e%2e%2fetc%2fpasswd", "é"])
+@pytest.mark.parametrize(
+    ("method", "rest"),
+    [("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("POST", "/remix"), ("GET", "/content"), ("GET", "/events")],
+)
+def test_there_is_no_such_video(video_id: str, method: str, rest: str, shared_api: Api) -> None:
+    more = {"json": {"prompt": "a"}} if rest == "/remix" else {}
+    error = shared_api.refused(method, f"/v1/videos/{video_id}{rest}", 404, **more)
+    assert error["code"] in ("not_found", "no_such_route")
+
+
+def test_a_job_that_waits_is_cancelled_at_once(api: Api) -> None:
+    told = api.created()
+    now = api.post(f"/v1/videos/{told['id']}/cancel").json()
+    assert (now["status"], now["error"]["code"]) == ("failed", "cancelled")
+    assert api.post(f"/v1/videos/{told['id']}/cancel").json() == now, "it stays as it is"
+
+
+def test_the_runner_of_a_job_is_told_to_stop(api: Api) -> None:
+    told = api.created()
+    job = api.claimed()
+    assert api.post(f"/v1/videos/{told['id']}/cancel").json()["status"] == "in_progress"
+    assert api.store.renew("runner", [lease_of(job)], 100.0) == (set(), {job.job_id})
+
+
+@pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])
+def test_a_deleted_job_is_gone_with_its_files(state: str, api: Api) -> None:
+    told = api.created({"prompt": "a", "image": png_url()})
+    job = api.store.get(told["id"])
+    media_id = ""
+    if state != "queued":
+        job = api.claimed()
+    if state == "completed":
+        media_id = api.completed(job).media_id
+        assert api.media.find(media_id) is not None
+    assert api.files.exists(told["id"], "image")
+    answer = api.send("DELETE", f"/v1/videos/{told['id']}")
+    assert answer.json() == {"id": told["id"], "object": "video.deleted", "deleted": True}
+    assert api.refused("GET", f"/v1/videos/{told['id']}", 404)["code"] == "not_found"
+    assert api.refused("DELETE", f"/v1/videos/{told['id']}", 404)["code"] == "not_found"
+    assert not api.files.exists(told["id"], "image")
+    assert not media_id or api.media.find(media_id) is None
+    if state == "in_progress":
+        assert api.store.renew("runner", [lease_of(job)], 100.0) == ({told["id"]}, set())
+
+
+@pytest.mark.parametrize("state", ["queued", "failed", "completed"])
+@pytest.mark.parametrize("as_form", [False, True])
+def test_a_remix_is_the_same_with_another_prompt(state: str, as_form: bool, api: Api) -> None:
+    body = {"prompt": "a cat", "image": png_url(), "seed": 9, "num_frames": 5, "size": "32x32", "user": "me"}
+    told = api.created({**body, "service_class": "batch", "previews": 3})
+    if state != "queued":
+        job = api.claimed()
+        api.failed(job) if state == "failed" else api.completed(job)
+    asked: dict[str, Any] = {"data" if as_form else "json": {"prompt": "a dog"}}
+    answer = api.post(f"/v1/videos/{told['id']}/remix", **asked)
+    remix = answer.json()
+    assert (answer.status_code, remix["status"], remix["prompt"]) == (200, "queued", "a dog")
+    assert (remix["remixed_from_video_id"], remix["seed"], remix["mode"]) == (told["id"], 9, "image_to_video")
+    assert (remix["size"], remix["num_frames"], remix["service_class"]) == ("32x32", 5, "batch")
+    assert remix["warnings"] == told["warnings"] != []
+    (first, _), (second, how) = api.director.asked
+    assert second.image == first.image
+    assert how.previews == 3
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": ""}, {"prompt": " "}, {"prompt": 5}, {"prompt": "a", "seed": 1}])
+def test_a_remix_needs_a_prompt_and_nothing_else(body: dict[str, Any], api: Api) -> None:
+    told = api.created()
+    error = api.refused("POST", f"/v1/videos/{told['id']}/remix", 422, json=body)
+    assert error["param"] == ("seed" if "seed" in body else "prompt")
+
+
+def test_an_idempotency_key_gives_the_same_job(api: Api) -> None:
+    headers = {"Idempotency-Key": "once"}
+    told = api.created({"prompt": "a"}, headers=headers)
+    assert api.created({"prompt": "a"}, headers=headers)["id"] == told["id"]
+    assert api.created({"prompt": "a"})["id"] != told["id"]
+    error = api.refused("POST", "/v1/videos", 409, json={"prompt": "b"}, headers=headers)
+    assert error["code"] == "idempotency_conflict"
+    for bad in ("", "two words", "x" * 129, "a\tb"):
+        error = api.refused("POST", "/v1/videos", 400, json={"prompt": "a"}, headers={"Idempotency-Key": bad})
+        assert error["code"] == "invalid_header"
+    assert len(api.get("/v1/videos").json()["data"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry_after"),
+    [
+        (OverloadedError("jobs that wait", 4, 41.2), 429, "overloaded", "42"),
+        (ShuttingDown(30), 503, "shutting_down", "30"),
+        (StageFailed("director", 1, "died"), 503, "stage_failed", "5"),
+        (JobsError("postgresql://user:secret@host/ is away"), 503, "jobs_unavailable", "5"),
+        (ZeroDivisionError("a secret"), 500, "internal_error", None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/videos/sync", "/v1/images/generations"])
+def test_what_is_not_accepted(
+    error: Exception, status: int, code: str, retry_after: str | None, path: str, api: Api
+) -> None:
+    api.director.error = error
+    answer = api.post(path, json={"prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.headers.get("retry-after") == retry_after
+    assert "secret" not in answer.text
+    assert api.service.room.taken_bytes == 0
+
+
+def test_a_full_queue_says_so(api: Api) -> None:
+    for index in range(20):
+        api.created({"prompt": str(index)})
+    answer = api.post("/v1/videos", json={"prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_database_that_is_away_is_our_fault(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = api.created()
+
+    def away(*arguments: Any, **more: Any) -> Any:
+        raise JobsError("/a/secret/place is away")
+
+    for name in ("get", "list", "delete", "cancel"):
+        monkeypatch.setattr(api.store, name, away)
+    for method, rest in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/content"), ("GET", "/events")):
+        answer = api.send(method, f"/v1/videos/{told['id']}{rest}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "jobs_unavailable")
+        assert "secret" not in answer.text
+
+
+# Waited for
+
+
+def test_a_file_is_waited_for(api: Api) -> None:
+    answer = api.post("/v1/videos/sync", json={"prompt": "a", "user": "me"}, headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"finished", "video/mp4")
+    job = api.store.get(answer.headers["x-video-id"])
+    assert job is not None
+    assert (job.attached_to, job.request_id) == ("this-one", "mine")
+    assert (answer.headers["x-model"], answer.headers["x-seed"], answer.headers["x-mode"]) == (
+        "nano",
+        "42",
+        "text_to_video",
+    )
+    assert json.loads(answer.headers["x-warnings"]) == ["user is without effect: the caller's own note"]
+    assert json.loads(answer.headers["x-stage-durations"]) == {"denoise": 1.0, "total": 2.0}
+    assert api.director.streams[0].is_cancelled, "Serve is told that nobody reads on"
+
+
+def test_a_growing_file_is_sent_as_it_grows(api: Api) -> None:
+    answer = api.post("/v1/videos/sync", json={"prompt": "a", "stream": True})
+    assert (answer.status_code, answer.content) == (200, b"live")
+    assert api.store.get(answer.headers["x-video-id"]) is not None
+    assert answer.headers["x-model"] == "nano"
+
+
+def test_who_waits_cannot_have_the_same_answer_again(api: Api) -> None:
+    answer = api.post("/v1/videos/sync", json={"prompt": "a"}, headers={"Idempotency-Key": "once"})
+    assert "Idempotency-Key is without effect" in answer.headers["x-warnings"]
+    assert api.director.asked[0][1].idempotency_key is None
+
+
+def test_who_leaves_stops_the_request(api: Api) -> None:
+    async def leave() -> None:
+        came = asyncio.Event()
+
+        async def wait() -> None:
+            came.set()
+            await asyncio.sleep(60)
+
+        api.director.gate = wait
+        asking = asyncio.create_task(api.asend("POST", "/v1/videos/sync", json={"prompt": "a"}))
+        await came.wait()
+        assert not api.director.streams[0].is_cancelled
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    api.run(leave())
+    assert api.director.streams[0].is_cancelled
+    assert api.service.room.taken_bytes == 0
+
+
+def test_images(api: Api) -> None:
+    answer = api.post("/v1/images/generations", json={"prompt": "a", "n": 2, "size": "32x32", "layers": 4})
+    told = answer.json()
+    assert (answer.status_code, len(told["data"]), told["size"]) == (200, 2, "32x32")
+    assert [item["seed"] for item in told["data"]] == [42, 43]
+    for item in told["data"]:
+        job = api.store.get(item["id"])
+        assert job is not None
+        assert (job.mode, job.attached_to) == ("text_to_image", "this-one")
+    assert json.loads(answer.headers["x-warnings"]) == ["layers is without effect: of other models"]
+    answer = api.post("/v1/images/generations", data={"prompt": "a", "response_format": "file", "size": "32x32"})
+    assert (answer.headers["content-type"], answer.content) == ("image/png", b"finished")
+    assert answer.headers["x-video-id"].startswith("video_gen_")
+
+
+def test_a_model_of_any_name_fits_into_a_header(api: Api) -> None:
+    model = api.service.model
+    api.service.model = type(model)("né\r\nx: y", model.family, model.modes, model.started_s)
+    answer = api.post("/v1/videos/sync", json={"prompt": "a"})
+    assert answer.headers["x-model"] == "n%C3%A9%0D%0Ax: y"
+    assert "x" not in answer.headers
+
+
+def test_states_of_jobs_are_those_of_openai(api: Api) -> None:
+    from deployments.api.job_object import job_object
+    from deployments.jobs.place import NOWHERE
+
+    job = api.store.get(api.created()["id"])
+    assert job is not None
+    for state in JobState:
+        told = job_object(type(job)(**{**vars(job), "state": state}), NOWHERE)
+        assert told["status"] in ("queued", "in_progress", "completed", "failed")
+        assert (told["error"] is not None) == (told["status"] == "failed")
+        assert (told["progress"] == 100) == (told["status"] == "completed")
+
+
+def png_url() -> str:
+    import base64
+    import io
+
+    import PIL.Image
+
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (32, 32), (200, 30, 30)).save(stream, "png")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

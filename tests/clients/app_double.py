@@ -1,0 +1,454 @@
+"""An app of one process and no Ray: what it knows of its videos, with a face over HTTP and one like a Director's handle.
+
+A video's story is a list of events; some have not happened yet. Both faces tell it, each in its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+from ray.exceptions import RayActorError
+
+from cluster.errors import DeadlineExceeded
+from cosmos3_core.errors import RequestError
+from cosmos3_core.request import GenerationRequest
+from deployments import messages
+from deployments.api.errors import Refusal, error_response
+from deployments.jobs.asked import Asked
+from deployments.jobs.job import JobCancelled
+
+FINAL = ("completed", "failed", "cancelled")
+WAIT = ("wait", {})
+"""Of a story: what follows happens when :attr:`App.may_go_on` is set, or does not where the video is stopped first."""
+
+STORY: list[tuple[str, dict[str, Any]]] = [
+    ("queued", {"position": 1, "eta_s": None}),
+    ("step", {"step": 1, "num_steps": 2, "sigma": 0.5, "step_s": 0.25, "eta_s": None, "pid": 7}),
+    ("preview", {"step": 1, "sigma": 0.5, "media_type": "image/webp", "b64_json": "d2VicA=="}),
+    ("step", {"step": 2, "num_steps": 2, "sigma": 0.0, "step_s": 0.25, "eta_s": None, "pid": 7}),
+    ("file", {"media_type": "video/mp4"}),
+    ("retried", {"stage": "decode", "attempt": 1, "from_step": 0}),
+    ("decoding", {"chunk": 0, "num_frames": 9}),
+    ("completed", {}),
+]
+
+
+def made(kind: type, **values: Any) -> Any:
+    """A message of which only some fields matter."""
+    return kind(**{field.name: values.get(field.name) for field in dataclasses.fields(kind)})
+
+
+class App:
+    """See the module.
+
+    Attributes:
+        story: of videos that are made from now on.
+        failing: errors that the next calls raise, one each.
+        breaks: after how many events the next connections to events break; None: not.
+        ends: the same of connections that end as if all were told.
+        api_key: that HTTP callers need; None: none.
+        file: of finished videos.
+        breaks_in_file: after how many bytes of it the connection of the next who reads breaks; None: not.
+        submitted: what was asked for.
+        followed: from which event on each connection to events began.
+        stopped: ids of videos that were cancelled or whose caller has left.
+        calls: number of calls.
+    """
+
+    def __init__(self) -> None:
+        self.story = list(STORY)
+        self.failing: list[Exception] = []
+        self.breaks: list[int | None] = []
+        self.ends: list[int | None] = []
+        self.api_key: str | None = None
+        self.file: bytes | None = b"0123456789" * 20_000
+        self.breaks_in_file: int | None = None
+        self.media_type: str | None = "video/mp4"
+        self.submitted: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.followed: list[int] = []
+        self.stopped: list[str] = []
+        self.calls = 0
+        self.may_go_on = False
+        self.videos: dict[str, dict[str, Any]] = {}
+        self.stories: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+
+    # What both faces do
+
+    def begin(self, prompt: str, asked: dict[str, Any], remixed_from: str | None = None) -> str:
+        """A video."""
+        self.submitted.append(({"prompt": prompt}, asked))
+        video_id = f"video_gen_{len(self.submitted):032x}"
+        self.stories[video_id] = list(self.story)
+        self.videos[video_id] = {
+            "id": video_id,
+            "object": "video",
+            "status": "queued",
+            "progress": 0,
+            "model": "tiny",
+            "mode": "text_to_video",
+            "prompt": prompt,
+            "size": "96x64",
+            "seconds": "0.375",
+            "created_at": 1000 + len(self.submitted),
+            "media_type": None,
+            "error": None,
+            "remixed_from_video_id": remixed_from,
+            "service_class": asked.get("service_class") or "standard",
+            "action": None,
+            "notes": ["a note"],
+            "something_new": {"of": "a later version"},
+        }
+        return video_id
+
+    def check(self) -> None:
+        """What comes first in any call."""
+        self.calls += 1
+        if self.failing:
+            raise self.failing.pop(0)
+
+    def end(self, video_id: str, kind: str, data: dict[str, Any]) -> None:
+        video = self.videos[video_id]
+        if video["status"] in ("completed", "failed"):
+            return
+        if kind == "completed":
+            shown = {"media_type": self.media_type, "frames_sha256": "f00d", "stage_durations": {"total": 1.5}}
+            video |= {"status": "completed", "progress": 100, **shown}
+        else:
+            error = data or {"code": "cancelled", "message": "cancelled by its owner"}
+            video |= {"status": "failed", "error": error}
+
+    def cancel(self, video_id: str) -> dict[str, Any] | None:
+        if video_id in self.videos:
+            self.stopped.append(video_id)
+            self.end(video_id, "cancelled", {})
+        return self.videos.get(video_id)
+
+    def page(self, after: str | None, limit: int, order: str) -> tuple[list[dict[str, Any]], bool]:
+        videos = list(self.videos.values())
+        if order == "desc":
+            videos.reverse()
+        ids = [video["id"] for video in videos]
+        if after is not None and after not in ids:
+            raise RequestError("after", after, "the id of a video that is there")
+        start = 0 if after is None else ids.index(after) + 1
+        return videos[start : start + limit], start + limit < len(videos)
+
+    def read(self, video_id: str, variant: str) -> bytes:
+        if video_id not in self.videos or self.file is None:
+            raise RequestError("video_id", video_id, "the id of a video with a finished file, as long as it is kept")
+        return self.file if variant == "video" else variant.encode()
+
+    async def told(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
+        """A video's events behind number ``after``."""
+        seq = 0
+        for kind, data in self.stories[video_id]:
+            if kind == "wait":
+                while not self.may_go_on and video_id not in self.stopped:
+                    await asyncio.sleep(0.002)
+                continue
+            if video_id in self.stopped:
+                self.end(video_id, "cancelled", {})
+                yield seq + 1, "cancelled", self.videos[video_id]
+                return
+            if kind == "queued":
+                yield 0, kind, data
+                continue
+            seq += 1
+            if kind in FINAL:
+                self.end(video_id, kind, data)
+                data = self.videos[video_id]
+            if seq > after:
+                yield seq, kind, data
+
+    async def followers(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
+        """The same over a connection that may break."""
+        self.followed.append(after)
+        breaks = self.breaks.pop(0) if self.breaks else None
+        ends = self.ends.pop(0) if self.ends else None
+        number = 0
+        async for event in self.told(video_id, after):
+            if number == breaks:
+                raise RayActorError
+            if number == ends:
+                return
+            number += 1
+            yield event
+
+    # Over HTTP
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        try:
+            return await self._answer(request)
+        except Exception as error:  # noqa: BLE001 - as the API has it
+            answer = error_response(error)
+            return httpx.Response(answer.status_code, headers=dict(answer.headers), stream=Body(in_parts(answer.body)))
+
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
+            raise Refusal(401, "invalid_api_key", "the API key is missing or wrong")
+        self.check()
+        parts = request.url.path.removeprefix("/v1/").split("/")
+        match [request.method, *parts]:
+            case ["POST", "videos"]:
+                body = json.loads(request.content)
+                return self._json(self.videos[self.begin(body["prompt"], self._asked(request, body))])
+            case ["POST", "videos", video_id, "remix"]:
+                body = json.loads(request.content)
+                self._found(video_id)
+                return self._json(self.videos[self.begin(body["prompt"], self._asked(request, body), video_id)])
+            case ["GET", "videos"]:
+                query = request.url.params
+                videos, has_more = self.page(query.get("after"), int(query["limit"]), query["order"])
+                return self._json({"object": "list", "data": videos, "has_more": has_more})
+            case ["GET", "videos", video_id]:
+                return self._json(self._found(video_id))
+            case ["POST", "videos", video_id, "cancel"]:
+                self._found(video_id)
+                return self._json(self.cancel(video_id) or {})
+            case ["DELETE", "videos", video_id]:
+                self._found(video_id)
+                self.cancel(video_id)
+                del self.videos[video_id]
+                return self._json({"id": video_id, "object": "video.deleted", "deleted": True})
+            case ["GET", "videos", video_id, "events"]:
+                self._found(video_id)
+                after = int(request.headers.get("last-event-id", 0))
+                headers = {"content-type": "text/event-stream; charset=utf-8"}
+                return httpx.Response(200, headers=headers, stream=Body(self._sse(video_id, after)))
+            case ["GET", "videos", video_id, "content"]:
+                self._found(video_id)
+                try:
+                    data = self.read(video_id, request.url.params.get("variant", "video"))
+                except RequestError as error:
+                    raise Refusal(404, "not_found", str(error)) from None
+                headers = {"content-length": str(len(data))}
+                return httpx.Response(200, headers=headers, stream=Body(self._file(data)))
+            case ["GET", "models"]:
+                return self._json({"object": "list", "data": MODELS})
+            case _:
+                raise Refusal(404, "no_such_route", "Not Found")
+
+    def _asked(self, request: httpx.Request, body: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "request_id": request.headers.get("x-request-id"),
+            "idempotency_key": request.headers.get("idempotency-key"),
+            "service_class": body.get("service_class"),
+            "previews": body.get("previews", 0),
+        }
+
+    def _json(self, value: dict[str, Any]) -> httpx.Response:
+        return httpx.Response(200, stream=Body(in_parts(json.dumps(value).encode())))
+
+    def _found(self, video_id: str) -> dict[str, Any]:
+        if video_id not in self.videos:
+            raise Refusal(404, "not_found", f"there is no video {video_id!r}")
+        return self.videos[video_id]
+
+    async def _file(self, data: bytes) -> AsyncIterator[bytes]:
+        breaks, self.breaks_in_file = self.breaks_in_file, None
+        async for part in in_parts(data[:breaks]):
+            yield part
+        if breaks is not None:
+            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    async def _sse(self, video_id: str, after: int) -> AsyncIterator[bytes]:
+        yield b": hello\n\n"
+        try:
+            async for seq, kind, data in self.followers(video_id, after):
+                number = f"id: {seq}\n" if seq else ""
+                text = f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+                for start in range(0, len(text), 50):  # connections cut where they like
+                    yield text[start : start + 50]
+        except RayActorError:
+            yield b"id: 999\nevent: step\nda"
+            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body") from None
+
+    # Over handles
+
+    @property
+    def director(self) -> Director:
+        """Its handle."""
+        return Director(self)
+
+
+MODELS = [{"id": "tiny", "object": "model", "created": 5, "owned_by": "nvidia", "family": "nano", "modes": ["a", "b"]}]
+
+
+class Body(httpx.AsyncByteStream):
+    """Of an answer, as it comes."""
+
+    def __init__(self, parts: AsyncIterator[bytes]) -> None:
+        self._parts = parts
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._parts:
+            yield part
+
+    async def aclose(self) -> None:
+        await self._parts.aclose()  # type: ignore[attr-defined]
+
+
+async def in_parts(data: bytes | memoryview[int]) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), 50_000):
+        yield bytes(data[start : start + 50_000])
+
+
+class Response:
+    """Of a call that answers once. Awaited, it may be cancelled."""
+
+    def __init__(self, answer: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._answer = answer
+
+    def __await__(self) -> Any:
+        return self._answer().__await__()
+
+    def cancel(self) -> None:
+        """Nothing of it goes on."""
+
+
+class StreamResponse:
+    """Of a call that streams; cancelling it is noticed."""
+
+    def __init__(self, items: AsyncIterator[Any], cancelled: Callable[[], None]) -> None:
+        self._items, self._cancelled = items, cancelled
+
+    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
+        async def refs() -> AsyncIterator[Any]:
+            async for item in self._items:
+                yield _value(item)
+
+        return refs()
+
+    def cancel(self) -> None:
+        self._cancelled()
+
+
+async def _value(item: Any) -> Any:
+    return item
+
+
+class Method:
+    """``handle.method``."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+
+class Director:
+    """The handle of a Director."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    def options(self, *, stream: bool) -> Director:
+        assert stream
+        return self
+
+    def __getattr__(self, name: str) -> Method:
+        if name in ("stream", "events"):
+            return Method(getattr(self, f"_{name}"))
+
+        def call(*arguments: Any) -> Response:
+            async def answer() -> Any:
+                self._app.check()
+                return getattr(self, f"_{name}")(*arguments)
+
+            return Response(answer)
+
+        return Method(call)
+
+    def _submit(self, request: GenerationRequest, asked: Asked) -> Any:
+        return SimpleNamespace(job_id=self._app.begin(request.prompt, dataclasses.asdict(asked)))
+
+    def _remix(self, job_id: str, prompt: str, asked: Asked) -> Any:
+        return SimpleNamespace(job_id=self._app.begin(prompt, dataclasses.asdict(asked), job_id))
+
+    def _job_object(self, job_id: str, owner: str) -> dict[str, Any] | None:
+        assert owner == ""
+        return self._app.videos.get(job_id)
+
+    def _jobs(self, owner: str, after: str | None, limit: int, order: str) -> Any:
+        videos, has_more = self._app.page(after, limit, order)
+        return SimpleNamespace(jobs=[SimpleNamespace(job_id=video["id"]) for video in videos], has_more=has_more)
+
+    def _cancel(self, job_id: str, owner: str) -> Any:
+        return self._app.cancel(job_id)
+
+    def _delete(self, job_id: str, owner: str) -> Any:
+        self._app.cancel(job_id)
+        return self._app.videos.pop(job_id, None)
+
+    def _read(self, job_id: str, start: int, num_bytes: int, owner: str, variant: str = "video") -> bytes:
+        if self._app.breaks_in_file is not None and start >= self._app.breaks_in_file:
+            self._app.breaks_in_file = None
+            raise RayActorError
+        return self._app.read(job_id, variant)[start : start + num_bytes]
+
+    def _models(self) -> list[dict[str, Any]]:
+        return MODELS
+
+    def _events(self, job_id: str, after: int, timeout_s: float, owner: str) -> StreamResponse:
+        async def items() -> AsyncIterator[Any]:
+            self._app.check()
+            if job_id not in self._app.videos:
+                raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
+            async for seq, kind, data in self._app.followers(job_id, after):
+                yield SimpleNamespace(seq=seq, kind=kind, data={} if kind in FINAL else data)
+
+        return StreamResponse(items(), lambda: None)
+
+    def _stream(self, request: GenerationRequest, asked: Asked, timeout_s: float) -> StreamResponse:
+        app = self._app
+        begun: list[str] = []
+
+        async def items() -> AsyncIterator[Any]:
+            app.check()
+            job_id = app.begin(request.prompt, dataclasses.asdict(asked))
+            begun.append(job_id)
+            yield made(messages.Accepted, job_id=job_id, notes=())
+            yield made(messages.Tokenized)
+            async for _, kind, data in app.told(job_id, 0):
+                yield _message(kind, data, job_id)
+
+        def left() -> None:
+            # To cancel what has ended does nothing.
+            if begun and app.videos[begun[0]]["status"] not in ("completed", "failed"):
+                app.cancel(begun[0])
+
+        return StreamResponse(items(), left)
+
+
+def _message(kind: str, data: dict[str, Any], job_id: str) -> Any:
+    """What a Director says of it."""
+    match kind:
+        case "queued":
+            return made(messages.QueuePosition, **data)
+        case "step":
+            return made(messages.StepDone, **data, seconds=data["step_s"])
+        case "preview":
+            return made(messages.PreviewReady, **data, data=b"webp")
+        case "file":
+            return made(messages.FileStarted, **data)
+        case "retried":
+            return made(messages.StageRetried, **data)
+        case "decoding":
+            return made(messages.ChunkEncoded, index=data["chunk"], num_frames=data["num_frames"])
+        case "completed":
+            return made(messages.Finished, job_id=job_id)
+        case "cancelled":
+            raise JobCancelled(job_id, data["error"]["message"])
+        case "failed":
+            raise FAILURES[data["error"]["code"]]
+        case _:
+            raise AssertionError(kind)
+
+
+FAILURES: dict[str, Exception] = {"deadline_exceeded": DeadlineExceeded("denoise", 60.0)}
+"""What a Director raises for a job that fails with a code."""

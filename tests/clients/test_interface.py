@@ -1,0 +1,486 @@
+"""One interface, four clients: the same calls, values, events and errors over HTTP and handles, blocking and not."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import DeadlineExceeded, GangFailed, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
+from cosmos3_core.actions import GeneratedActions
+from cosmos3_core.errors import CapabilityError, MediaError, RequestError
+from cosmos3_core.request import GenerationRequest
+from deployments.client import AsyncCosmos3Client, Cosmos3Client, Patience, Video
+from deployments.clients.errors import AnswerError, NotFound, Unavailable, UnreachableError
+from deployments.clients.events import (
+    Decoding,
+    Ended,
+    FileBegun,
+    Preview,
+    PreviewsOff,
+    Queued,
+    Retried,
+    Started,
+    Step,
+    VideoEvent,
+)
+from deployments.jobs.job import IdempotencyConflict, JobCancelled, JobsError
+from tests.clients.app_double import STORY, WAIT, App
+from tests.clients.conftest import InLoop, connected
+
+REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
+DEADLINE_S = 30.0
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not holds() and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    return holds()
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    def calls(kind: type) -> dict[str, list[str]]:
+        public = {name: call for name, call in vars(kind).items() if not name.startswith("_")}
+        return {name: list(inspect.signature(getattr(kind, name)).parameters) for name in public}
+
+    blocking, asynchronous = calls(Cosmos3Client), calls(AsyncCosmos3Client)
+    assert blocking.pop("close") == asynchronous.pop("aclose")
+    assert blocking == asynchronous
+
+
+# Calls that answer at once
+
+
+def test_a_video_is_made_with_what_was_asked_for(client: Any, app: App) -> None:
+    video = client.create(
+        REQUEST, idempotency_key="once", service_class="batch", previews=3, request_id="mine"
+    )
+    assert isinstance(video, Video)
+    assert (video.status, video.progress, video.prompt, video.size) == ("queued", 0, "A red car.", "96x64")
+    assert (video.service_class, video.notes, video.error, video.has_file) == ("batch", ("a note",), None, False)
+    ((request, asked),) = app.submitted
+    assert request == {"prompt": "A red car."}
+    told = {name: asked[name] for name in ("request_id", "idempotency_key", "service_class", "previews")}
+    assert told == {"request_id": "mine", "idempotency_key": "once", "service_class": "batch", "previews": 3}
+    client.create(REQUEST)
+    asked = app.submitted[1][1]
+    assert (asked["request_id"], asked["idempotency_key"], asked["previews"]) == (None, None, 0)
+
+
+@pytest.mark.parametrize("previews", [-1, 33, True, 2.0, "4", None])
+def test_a_wrong_number_of_previews_is_refused_before_anything_is_asked(previews: Any, client: Any, app: App) -> None:
+    for call in (client.create, client.stream):
+        with pytest.raises(RequestError, match="previews=.*a whole number from 0 to 32"):
+            call(REQUEST, previews=previews)
+    assert app.calls == 0
+
+
+def test_media_are_read_where_the_caller_is(client: Any, app: App, tmp_path: Path) -> None:
+    for call in (client.create, client.stream, client.generate):
+        with pytest.raises(RequestError, match="image="):
+            call(GenerationRequest(prompt="a", image=tmp_path / "none.png"))
+    assert app.calls == 0
+
+
+def test_a_video_is_found_listed_and_forgotten(client: Any, app: App) -> None:
+    ids = [client.create(REQUEST).id for _ in range(5)]
+    assert client.retrieve(ids[2]).id == ids[2]
+    page = client.list(limit=2)
+    assert ([video.id for video in page.videos], page.has_more) == ([ids[4], ids[3]], True)
+    page = client.list(ids[1], limit=20, order="desc")
+    assert ([video.id for video in page.videos], page.has_more) == ([ids[0]], False)
+    assert [video.id for video in client.list(limit=3, order="asc").videos] == ids[:3]
+    assert [video.id for video in client.list_all(order="asc")] == ids
+    client.delete(ids[2])
+    for call in (client.retrieve, client.cancel, client.delete, client.wait):
+        with pytest.raises(NotFound):
+            call(ids[2])
+    for items in (client.events(ids[2]), client.content(ids[2])):
+        with pytest.raises(NotFound):
+            next(items)
+    assert len(client.list().videos) == 4
+    with pytest.raises(RequestError, match="after='nobodys'"):
+        client.list("nobodys")
+    with pytest.raises(RequestError, match="order="):
+        client.list(order="up")
+    with pytest.raises(RequestError, match="limit="):
+        client.list(limit=0)
+
+
+def test_many_videos_are_listed_page_after_page(client: Any, app: App) -> None:
+    for number in range(230):
+        app.begin(str(number), {})
+    assert [video.prompt for video in client.list_all(order="asc")] == [str(number) for number in range(230)]
+
+
+@pytest.mark.parametrize("video_id", ["", "..", "a/b", "a?b", "a b", "ä", "x" * 200, "../../v1/models"])
+def test_what_can_be_no_id_is_not_asked_for(video_id: str, client: Any, app: App) -> None:
+    for call in (client.retrieve, client.cancel, client.delete, client.wait):
+        with pytest.raises(NotFound):
+            call(video_id)
+    with pytest.raises(NotFound):
+        next(client.content(video_id))
+    assert app.calls == 0
+
+
+def test_a_video_is_stopped(client: Any, app: App) -> None:
+    video = client.cancel(client.create(REQUEST).id)
+    assert video.status == "failed"
+    assert video.error is not None
+    assert (video.error.code, video.error.message) == ("cancelled", "cancelled by its owner")
+    assert video.has_ended
+
+
+def test_a_video_is_made_again_with_another_prompt(client: Any, app: App) -> None:
+    first = client.create(REQUEST)
+    again = client.remix(first.id, "A blue car.", idempotency_key="k", service_class="batch")
+    assert (again.prompt, again.remixed_from_video_id, again.service_class) == ("A blue car.", first.id, "batch")
+    assert app.submitted[1][1]["idempotency_key"] == "k"
+    with pytest.raises(NotFound):
+        client.remix("video_gen_0", "a")
+
+
+def test_the_models(client: Any) -> None:
+    (model,) = client.models()
+    assert (model.id, model.family, model.modes) == ("tiny", "nano", ("a", "b"))
+
+
+def test_generated_actions_are_numbers(client: Any, app: App) -> None:
+    video = client.create(REQUEST)
+    assert video.actions is None
+    actions = GeneratedActions(np.array([[0.5, 2.0]], np.float32), "av", 1, False)
+    app.videos[video.id]["action"] = {**actions.as_json(), "action_mode": "policy"}
+    found = client.retrieve(video.id).actions
+    assert found is not None
+    assert np.array_equal(found.values, actions.values)
+    assert (found.domain_name, found.is_normalised) == ("av", False)
+
+
+# Events
+
+
+def without_numbers(events: list[VideoEvent]) -> list[tuple[type, dict[str, Any]]]:
+    held = [{name: value for name, value in vars(event).items() if name not in ("seq", "data")} for event in events]
+    return [(type(event), values) for event, values in zip(events, held, strict=True)]
+
+
+def test_events_are_values_and_the_same_however_they_come(client: Any, app: App) -> None:
+    video = client.create(REQUEST)
+    events = list(client.events(video.id))
+    assert [type(event) for event in events] == [Queued, Step, Preview, Step, FileBegun, Retried, Decoding, Ended]
+    assert [event.seq for event in events] == [None, 1, 2, 3, 4, 5, 6, 7]
+    queued, step, preview, _, begun, retried, decoding, ended = events
+    assert (queued.position, queued.eta_s) == (1, None)
+    assert (step.step, step.num_steps, step.sigma, step.step_s, step.pid) == (1, 2, 0.5, 0.25, 7)
+    assert (preview.step, preview.media_type, preview.image) == (1, "image/webp", b"webp")
+    assert (begun.media_type, retried.stage, decoding.num_frames) == ("video/mp4", "decode", 9)
+    assert ended.video == client.retrieve(video.id)
+    assert (ended.video.status, ended.video.progress, ended.video.frames_sha256) == ("completed", 100, "f00d")
+    with client.stream(REQUEST) as stream:
+        streamed = list(stream)
+    assert without_numbers(streamed)[:-1] == without_numbers(events)[:-1]
+    assert streamed[-1].video.id == stream.video_id
+
+
+def test_kinds_of_events(client: Any, app: App) -> None:
+    app.story = [
+        ("started", {"attempt": 2}),
+        ("previews_off", {"reason": "no memory", "more": 1}),
+        ("song", {"of": "a later version"}),
+        ("completed", {}),
+    ]
+    started, off, song, ended = client.events(client.create(REQUEST).id)
+    assert (type(started), started.attempt) == (Started, 2)
+    assert (type(off), off.reason, off.data["more"]) == (PreviewsOff, "no memory", 1)
+    assert (type(song), song.kind, song.data) == (VideoEvent, "song", {"of": "a later version"})
+    assert ended.kind == "completed"
+
+
+def test_events_can_be_followed_from_a_number_on(client: Any, app: App) -> None:
+    video_id = client.create(REQUEST).id
+    assert [event.seq for event in client.events(video_id, 5)] == [None, 6, 7]
+    assert app.followed == [5]
+
+
+def test_a_broken_connection_is_resumed_without_a_gap_or_anything_twice(client: Any, app: App) -> None:
+    video_id = client.create(REQUEST).id
+    app.breaks = [3, 0, 2, None]
+    assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
+    assert app.followed == [0, 2, 2, 3]
+
+
+def test_a_connection_that_ends_too_early_is_resumed(client: Any, app: App) -> None:
+    video_id = client.create(REQUEST).id
+    app.ends = [3, 0, None]
+    assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
+    assert app.followed == [0, 2, 2]
+
+
+def test_an_app_that_is_restarted_is_waited_for(client: Any, app: App) -> None:
+    video_id = client.create(REQUEST).id
+    app.failing = [ShuttingDown(0.0), OverloadedError("followers", 1, 0.0), StageFailed("director", 1, "died")]
+    assert client.wait(video_id).status == "completed"
+    assert app.calls >= 5
+
+
+def test_what_was_told_before_is_not_told_again(client: Any, app: App) -> None:
+    """An app that forgets where its follower was."""
+    video_id = client.create(REQUEST).id
+    told = app.told
+    app.told = lambda video_id, after: told(video_id, 0)  # type: ignore[method-assign]
+    app.breaks = [4]
+    assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_follower_gives_up_in_the_end(client: Any, app: App) -> None:
+    video_id = client.create(REQUEST).id
+    app.breaks = [0] * 100
+    with pytest.raises((UnreachableError, StageFailed)):
+        list(client.events(video_id))
+    assert len(app.followed) == 9
+    assert app.stopped == []
+
+
+@pytest.mark.parametrize("way_out", ["event", "end"])
+def test_a_video_that_is_deleted_is_not_followed_on(way_out: str, client: Any, app: App) -> None:
+    app.story = [STORY[1], ("deleted", {}) if way_out == "event" else WAIT, *STORY[2:]]
+    video_id = client.create(REQUEST).id
+    app.ends = [None if way_out == "event" else 1]
+    events = client.events(video_id)
+    assert next(events).seq == 1
+    app.may_go_on = True
+    if way_out == "end":
+        del app.videos[video_id]
+    with pytest.raises(NotFound):
+        next(events)
+
+
+def test_nonsense_is_no_event(client: Any, app: App) -> None:
+    app.story = [("step", {"step": "first"})]
+    with pytest.raises(AnswerError, match="tells of 'step', but not as this API does"):
+        list(client.events(client.create(REQUEST).id))
+
+
+# Waiting
+
+
+def test_a_video_is_waited_for_well_or_not(client: Any, app: App) -> None:
+    app.story = [WAIT, *STORY]
+    video_id = client.create(REQUEST).id
+    with pytest.raises(DeadlineExceeded, match="not done within 0 s"):
+        client.wait(video_id, timeout_s=0.05)
+    assert app.stopped == [], "waiting is all that ended"
+    app.may_go_on = True
+    assert client.wait(video_id).status == "completed"
+    app.story = [("failed", {"code": "stage_failed", "message": "the stage 'decode' failed"})]
+    video = client.wait(client.create(REQUEST).id)
+    assert video.status == "failed"
+    assert video.error is not None
+    assert video.error.code == "stage_failed"
+
+
+# Files
+
+
+def test_a_file_comes_in_parts(client: Any, app: App, tmp_path: Path) -> None:
+    video_id = client.generate(REQUEST).video.id
+    parts = list(client.content(video_id))
+    assert b"".join(parts) == app.file
+    assert list(client.content(video_id, "thumbnail")) == [b"thumbnail"]
+    assert client.save(video_id, tmp_path / "a.mp4") == tmp_path / "a.mp4"
+    client.save(video_id, str(tmp_path / "a.webp"), "thumbnail")
+    assert (tmp_path / "a.mp4").read_bytes() == app.file
+    assert (tmp_path / "a.webp").read_bytes() == b"thumbnail"
+    with pytest.raises(RequestError, match="existing directory"):
+        client.save(video_id, tmp_path / "no" / "a.mp4")
+    with pytest.raises(MediaError, match="cannot be written"):
+        client.save(video_id, tmp_path / ("a" * 250))
+    app.file = None
+    with pytest.raises(NotFound):
+        client.save(video_id, tmp_path / "b.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.webp"]
+
+
+def test_half_a_file_is_none(client: Any, app: App, tmp_path: Path) -> None:
+    app.file = b"x" * 3_000_000
+    video_id = client.generate(REQUEST).video.id
+    for save in (lambda: client.save(video_id, tmp_path / "a.mp4"), lambda: list(client.content(video_id))):
+        app.breaks_in_file = 2_000_000
+        with pytest.raises((UnreachableError, StageFailed)):
+            save()
+    assert list(tmp_path.iterdir()) == []
+    with client.content(video_id) as parts:
+        next(parts)
+
+
+# Making one and waiting for it
+
+
+def test_a_request_is_generated_in_one_piece(client: Any, app: App) -> None:
+    generated = client.generate(REQUEST, service_class="batch", request_id="mine")
+    assert generated.media == app.file
+    assert (generated.video.status, generated.video.stage_durations) == ("completed", {"total": 1.5})
+    assert (app.submitted[0][1]["service_class"], app.submitted[0][1]["request_id"]) == ("batch", "mine")
+    assert app.stopped == []
+    app.media_type, app.file = None, None
+    assert client.generate(REQUEST).media == b""
+
+
+def test_the_file_is_not_part_of_what_is_shown(client: Any) -> None:
+    assert len(repr(client.generate(REQUEST))) < 2000
+
+
+FAILED = {"code": "deadline_exceeded", "message": str(DeadlineExceeded("denoise", 60.0))}
+
+
+def test_why_a_video_failed_is_raised(client: Any, app: App) -> None:
+    app.story = [*STORY[:2], ("failed", FAILED)]
+    for call in (lambda: client.generate(REQUEST), lambda: list(client.stream(REQUEST))):
+        with pytest.raises(DeadlineExceeded, match="was not done within 60 s; it was in the stage 'denoise'"):
+            call()
+    app.story = [*STORY[:2], ("cancelled", {})]
+    with pytest.raises(JobCancelled, match="was stopped before its end: cancelled by its owner"):
+        client.generate(REQUEST)
+    assert app.stopped == [], "what has ended is left alone"
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_who_gives_up_waiting_stops_the_work(call: str, client: Any, app: App) -> None:
+    app.story = [*STORY[:2], WAIT, *STORY[2:]]
+    with pytest.raises(DeadlineExceeded):
+        made = getattr(client, call)(REQUEST, timeout_s=0.2)
+        list(made)
+    assert len(app.stopped) == 1
+
+
+@pytest.mark.parametrize("how", ["close", "leave", "break off", "drop"])
+def test_leaving_a_stream_stops_the_work(how: str, client: Any, app: App) -> None:
+    app.story = [*STORY[:2], WAIT, *STORY[2:]]
+    stream = client.stream(REQUEST)
+    assert next(stream).kind == "queued"
+    assert app.stopped == []
+    if how == "close":
+        stream.close()
+        assert list(stream) == []
+    elif how == "leave":
+        with pytest.raises(ZeroDivisionError), stream:
+            next(stream)
+            raise ZeroDivisionError
+    elif how == "break off":
+        for event in stream:
+            if event.kind == "step":
+                break
+        del event, stream
+    else:
+        del stream
+    if how in ("break off", "drop"):
+        assert eventually(lambda: app.stopped or _turn(client))
+    assert len(app.stopped) == 1
+
+
+def _turn(client: Any) -> bool:
+    """Let the client's event loop run, where it runs only when it is asked."""
+    if isinstance(client, InLoop):
+        client.models()
+    return False
+
+
+def test_a_stream_that_has_ended_stops_nothing(client: Any, app: App) -> None:
+    with client.stream(REQUEST) as stream:
+        assert [type(event) for event in stream][-1] is Ended
+        assert list(stream) == []
+    stream.close()
+    del stream
+    client.models()
+    assert app.stopped == []
+
+
+def test_leaving_events_leaves_the_video_alone(client: Any, app: App) -> None:
+    app.story = [*STORY[:2], WAIT, *STORY[2:]]
+    video_id = client.create(REQUEST).id
+    events = client.events(video_id)
+    next(events)
+    events.close()
+    assert app.stopped == []
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RequestError("height", 100, "a multiple of 16", "Nearest are 96 and 112."), RequestError),
+        (CapabilityError("lora", "x", "nothing", "It is not offered."), CapabilityError),
+        (OverloadedError("jobs that wait", 256, 12.0), OverloadedError),
+        (ShuttingDown(30.0), ShuttingDown),
+        (DeadlineExceeded("decode", 60.0), DeadlineExceeded),
+        (StageFailed("encode", 3, "died"), StageFailed),
+        (OutOfMemory("of 1 GiB"), OutOfMemory),
+        (IdempotencyConflict("once"), IdempotencyConflict),
+        (GangFailed("step", "died", 2), Unavailable),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_errors_are_the_same_however_they_come(
+    raised: Exception, expected: type[Exception], client: Any, app: App
+) -> None:
+    calls = {
+        "create": lambda: client.create(REQUEST, idempotency_key="once"),
+        "stream": lambda: client.stream(REQUEST),
+        "generate": lambda: client.generate(REQUEST),
+    }
+    for call in list(calls)[: 1 if expected is IdempotencyConflict else None]:
+        app.failing = [raised]
+        with pytest.raises(expected) as caught:
+            calls[call]()
+        assert str(caught.value) == str(raised)
+        for name in ("retry_after_s", "field", "given", "allowed", "hint"):
+            if hasattr(raised, name):
+                assert getattr(caught.value, name) == getattr(raised, name)
+
+
+def test_what_is_wrong_inside_is_an_error_of_the_app(client: Any, app: App) -> None:
+    app.failing = [ZeroDivisionError("a secret")]
+    with pytest.raises(AnswerError) as caught:
+        client.models()
+    assert (caught.value.status, caught.value.code) == (500, "internal_error")
+    app.failing = [JobsError("/a/secret/place is locked")]
+    with pytest.raises(Unavailable, match="the database of jobs cannot be used just now") as away:
+        client.models()
+    assert "secret" not in str(away.value)
+
+
+def test_nothing_is_tried_again_unless_it_is_asked_for(client: Any, app: App) -> None:
+    app.failing = [OverloadedError("jobs", 1, 0.0)]
+    with pytest.raises(OverloadedError):
+        client.create(REQUEST)
+    assert app.calls == 1
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_a_polite_client_comes_back_when_it_is_told_to(kind: str, way: str, app: App) -> None:
+    made = connected(app, way, Patience(max_wait_s=5.0, first_pause_s=0.001))
+    client: Any = Cosmos3Client(made) if kind == "blocking" else InLoop(made)
+    app.failing = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0), GangFailed("load", "begins")]
+    with pytest.raises(Unavailable):  # it says 5 s, and some of them have passed
+        client.create(REQUEST)
+    app.failing = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0)]
+    assert client.create(REQUEST).status == "queued"
+    app.failing = [OverloadedError("jobs", 1, 60.0)]
+    calls = app.calls
+    with pytest.raises(OverloadedError) as caught:
+        client.create(REQUEST)
+    assert (caught.value.retry_after_s, app.calls) == (60.0, calls + 1)
+    client.close()
+
+
+def test_base64_is_what_the_double_says() -> None:
+    assert base64.b64decode(str(STORY[2][1]["b64_json"])) == b"webp"

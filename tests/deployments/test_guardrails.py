@@ -1,0 +1,632 @@
+"""Guardrails: adapters, the stage, its place on a request's way. Whatever goes wrong, nothing passes. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, ObjectLostError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from cluster.clip_stream import ClipStreams
+from cluster.envelope import TensorEnvelope
+from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, PreviewFailed, StageFailed
+from cosmos3_core.errors import RequestError
+from cosmos3_core.media.pixels import FrameHash, Frames
+from cosmos3_core.media.writer import ClipFormat
+from deployments import guardrail, guardrail_calls, messages, service_config
+from deployments.api.errors import error_response, is_told
+from deployments.clip_walk import ClipWalk, Decoder
+from deployments.guardrail import Guardrails
+from deployments.guardrail_calls import PromptCheck, check_prompt
+from deployments.guardrails.cosmos_guardrail import CosmosGuardrail
+from deployments.guardrails.errors import AdapterError, ContentBlocked, GuardrailUnavailable
+from deployments.guardrails.protocol import load_guardrail
+from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
+from tests.deployments.test_walk import FakeMedia, FakeStages, Method, as_ref
+
+PROMPT = "a prompt that must not be told on"
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 60))
+
+
+class Pixelating:
+    """Blocks a word, and black pictures; halves all others. Fails when told to."""
+
+    def __init__(self, word: str = "forbidden") -> None:
+        self.word = word
+        self.failures: list[Exception] = []
+        self.prompts: list[str] = []
+        self.num_frames = 0
+
+    def check_text(self, prompt: str) -> None:
+        self.prompts.append(prompt)
+        self.fail()
+        if self.word in prompt:
+            raise ContentBlocked("prompt")
+
+    def check_frames(self, frames: Frames) -> Frames:
+        self.num_frames += len(frames)
+        self.fail()
+        if not frames.any():
+            raise ContentBlocked("pictures")
+        return frames // 2
+
+    def fail(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
+
+class WithoutFrames:
+    """No guardrail."""
+
+    def check_text(self, prompt: str) -> None: ...
+
+
+def test_an_adapter_is_found_by_module_and_class_and_made_with_its_options() -> None:
+    made = load_guardrail(f"{__name__}:Pixelating", {"word": "other"})
+    with pytest.raises(ContentBlocked):
+        made.check_text("the other one")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "problem"),
+    [
+        ("cosmos-gardrail", {}, "no such adapter"),
+        ("no.such.module:Class", {}, "cannot be imported"),
+        (f"{__name__}:NoSuchClass", {}, "cannot be imported"),
+        (":Class", {}, "cannot be imported"),
+        (f"{__name__}:Pixelating", {"wrod": "a"}, "(word: 'str' = 'forbidden')"),
+        (f"{__name__}:WithoutFrames", {}, "lacks check_text or check_frames"),
+        ("cosmos-guardrail", {"gpu": True}, "(device: 'str' = 'cpu'"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_refused_at_the_start(
+    adapter: str, options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(AdapterError) as caught:
+        load_guardrail(adapter, options)
+    assert str(caught.value).startswith(f"guardrails.adapter={adapter}: ")
+    assert problem in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def cosmos_guardrail(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """NVIDIA's package 0.3, as far as its interface goes; the module has what its models are told to answer."""
+    package: Any = ModuleType("cosmos_guardrail")
+    package.listed, package.label, package.devices, package.faces = [], "Safe", [], []
+
+    class Blocklist:
+        def is_safe(self, prompt: str) -> tuple[bool, str]:
+            is_safe = not any(word in prompt for word in package.listed)
+            return is_safe, "" if is_safe else f"Prompt blocked: {prompt}"
+
+    class Qwen3Guard:
+        def extract_label_and_categories(self, prompt: str) -> tuple[bool, str]:
+            return package.label.lower() != "unsafe", f"blocked {prompt}"
+
+        def is_safe(self, prompt: str) -> tuple[bool, str]:
+            try:
+                return self.extract_label_and_categories(prompt)
+            except Exception:  # noqa: BLE001 - as it is there
+                return True, "Unexpected error occurred when running Qwen3Guard guardrail."
+
+    class RetinaFaceFilter:
+        pass
+
+    class CosmosSafetyChecker:
+        def __init__(self) -> None:
+            self.models: list[Any] = [Blocklist(), Qwen3Guard(), RetinaFaceFilter()]
+
+        def to(self, device: Any = None, dtype: Any = None) -> None:
+            package.devices.append(device)
+
+        def check_text_safety(self, prompt: str) -> bool:
+            return all(model.is_safe(prompt)[0] for model in self.models[:2])
+
+        def check_video_safety(self, frames: Frames) -> Frames | None:
+            frames[:, 0] = 0  # in place, as there
+            return None if package.faces is None else np.array(list(frames))
+
+    package.CosmosSafetyChecker, package.Qwen3Guard = CosmosSafetyChecker, Qwen3Guard
+    monkeypatch.setitem(sys.modules, "cosmos_guardrail", package)
+    return package
+
+
+def test_nvidias_guardrail_looks_at_text_and_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = cosmos_guardrail(monkeypatch)
+    made = load_guardrail("cosmos-guardrail", {"device": "cuda"})
+    assert package.devices == ["cuda"]
+    made.check_text(PROMPT)
+    frames = np.full((2, 4, 4, 3), 9, np.uint8)
+    frames.flags.writeable = False
+    checked = made.check_frames(frames)
+    assert not checked[:, 0].any()
+    assert (frames == 9).all()
+    package.listed = ["prompt"]
+    with pytest.raises(ContentBlocked) as caught:
+        made.check_text(PROMPT)
+    assert PROMPT not in str(caught.value)
+    package.listed, package.label = [], "Unsafe"
+    with pytest.raises(ContentBlocked):
+        made.check_text(PROMPT)
+    package.faces = None
+    with pytest.raises(ContentBlocked, match="pictures"):
+        made.check_frames(frames)
+
+
+def test_nvidias_guardrail_does_not_pass_what_its_language_model_failed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = cosmos_guardrail(monkeypatch)
+    made = CosmosGuardrail()
+    package.label = None  # an answer without a label
+    assert package.CosmosSafetyChecker().check_text_safety(PROMPT), "asked as a whole it passes"
+    with pytest.raises(AttributeError):
+        made.check_text(PROMPT)
+
+
+def test_nvidias_guardrail_is_refused_where_it_is_not_there_or_has_unknown_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cosmos_guardrail", None)
+    with pytest.raises(AdapterError, match="pip install cosmos-guardrail"):
+        CosmosGuardrail()
+    package = cosmos_guardrail(monkeypatch)
+    package.Qwen3Guard.__name__ = "Aegis"
+    with pytest.raises(AdapterError, match="Aegis.*version 0.3"):
+        CosmosGuardrail()
+
+
+def stage(adapter: Any, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Guardrails:
+    monkeypatch.setattr(guardrail, "load_guardrail", lambda name, options: adapter)
+    return Guardrails(service_config.Guardrails(adapter="given", **config))
+
+
+def context(limit_s: float = 30.0) -> RequestContext:
+    return RequestContext.new("r", limit_s)
+
+
+def chunk_of(*strips: Frames, index: int = 0, axis: int = 1) -> FrameChunk:
+    return FrameChunk(index, tuple(map(TensorEnvelope.of_array, strips)), axis, 7)
+
+
+async def all_of(items: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in items]
+
+
+LEFT, RIGHT = np.full((2, 4, 3, 3), 100, np.uint8), np.full((2, 4, 5, 3), 50, np.uint8)
+
+
+def test_what_passes_is_a_chunk_of_one_strip_with_all_else_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Pixelating()
+    checked, word = run(all_of(stage(adapter, monkeypatch).check_frames(context(), chunk_of(LEFT, RIGHT, axis=2))))
+    assert np.array_equal(checked.frames(), np.concatenate([LEFT, RIGHT], 2) // 2)
+    assert (checked.index, checked.pid, len(checked.strips)) == (0, 7, 1)
+    assert isinstance(word, FramesChecked)
+    (said,) = run(all_of(stage(adapter, monkeypatch).check_text(context(), PROMPT)))
+    assert isinstance(said, TextChecked)
+    assert adapter.prompts == [PROMPT]
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (lambda frames: None, "pictures"),
+        (lambda frames: list(frames), "pictures"),
+        (lambda frames: frames[:1], "pictures"),
+        (lambda frames: frames.astype(np.float32), "pictures"),
+        (lambda frames: frames.__setitem__(0, 0), "pictures"),
+        (lambda frames: 1 / 0, "pictures"),
+    ],
+)
+@pytest.mark.parametrize("strips", [(LEFT,), (LEFT, RIGHT)])
+def test_frames_that_the_adapter_fails_on_do_not_pass(
+    answer: Callable[[Frames], Any], match: str, strips: tuple[Frames, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Pixelating()
+    monkeypatch.setattr(adapter, "check_frames", answer)
+    with pytest.raises(GuardrailUnavailable, match=match):
+        run(all_of(stage(adapter, monkeypatch).check_frames(context(), chunk_of(*strips, axis=2))))
+
+
+def test_a_prompt_that_the_adapter_fails_on_does_not_pass_and_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Pixelating()
+    adapter.failures = [ZeroDivisionError(PROMPT)]
+    with pytest.raises(GuardrailUnavailable) as caught:
+        run(all_of(stage(adapter, monkeypatch).check_text(context(), PROMPT)))
+    assert PROMPT not in str(caught.value)
+
+
+def test_what_an_adapter_says_of_a_block_does_not_leave_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Pixelating()
+    adapter.failures = [ContentBlocked(PROMPT)]
+    with pytest.raises(ContentBlocked) as caught:
+        run(all_of(stage(adapter, monkeypatch).check_text(context(), PROMPT)))
+    assert PROMPT not in str(caught.value)
+
+
+class Slow(Pixelating):
+    """Takes its time, and notes how many are at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.num_now = self.num_most = 0
+
+    def check_text(self, prompt: str) -> None:
+        self.num_now += 1
+        self.num_most = max(self.num_most, self.num_now)
+        self.go_on.wait(20)
+        self.num_now -= 1
+
+
+def test_an_adapter_that_hangs_lets_nothing_pass_and_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve puts another one in its place."""
+    adapter, ended = Slow(), []
+    monkeypatch.setattr(guardrail.os, "_exit", ended.append)
+    monkeypatch.setattr(guardrail, "_LAST_WORDS_S", 0.01)
+
+    async def body() -> None:
+        with pytest.raises(GuardrailUnavailable, match="prompt"):
+            await all_of(stage(adapter, monkeypatch, text_timeout_s=0.1).check_text(context(), PROMPT))
+        while not ended:
+            await asyncio.sleep(0.01)
+        adapter.go_on.set()
+
+    run(body())
+    assert ended == [1]
+
+
+def test_one_is_looked_at_at_a_time_also_when_a_caller_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Slow()
+
+    async def body() -> None:
+        guardrails = stage(adapter, monkeypatch)
+        first = asyncio.create_task(all_of(guardrails.check_text(context(), "first")))
+        while not adapter.num_now:
+            await asyncio.sleep(0.01)
+        first.cancel()
+        second = asyncio.create_task(all_of(guardrails.check_text(context(), "second")))
+        with pytest.raises(DeadlineExceeded):
+            await all_of(guardrails.check_text(context(0.05), "third"))
+        assert adapter.num_now == 1
+        adapter.go_on.set()
+        assert len(await second) == 1
+
+    run(body())
+    assert adapter.num_most == 1
+
+
+class Handle:
+    """The stage's handle, with ``stream=True``; each call can be told to fail before the stage has it."""
+
+    def __init__(self, guardrails: Any) -> None:
+        self._guardrails = guardrails
+        self.failures: list[Exception] = []
+        self.check_text, self.check_frames = Method(self._text), Method(self._frames)
+
+    async def _text(self, context: RequestContext, prompt: str) -> AsyncIterator[Any]:
+        self._fail()
+        async for item in self._guardrails.check_text(context, prompt):
+            yield item
+
+    async def _frames(self, context: RequestContext, chunk_ref: Any) -> AsyncIterator[Any]:
+        self._fail()
+        async for item in self._guardrails.check_frames(context, await chunk_ref):
+            yield item
+
+    def _fail(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
+
+def died() -> Exception:
+    return ActorDiedError()
+
+
+def test_a_prompt_is_looked_at_before_its_request_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle(stage(Pixelating(), monkeypatch))
+    run(check_prompt(handle, 1.0, context(), PROMPT))
+    with pytest.raises(ContentBlocked, match="prompt"):
+        run(check_prompt(handle, 1.0, context(), "something forbidden"))
+    assert all(response.was_cancelled for response in handle.check_text.responses)
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ([died()], None),
+        ([died(), died()], GuardrailUnavailable),
+        ([DeploymentUnavailableError(SimpleNamespace(name="Guardrails", app_name="a"))], GuardrailUnavailable),
+        ([BackPressureError(1, 2)], OverloadedError),
+        ([GuardrailUnavailable("prompt")], GuardrailUnavailable),
+    ],
+    ids=["one death", "two deaths", "none is up", "full", "the adapter"],
+)
+def test_a_prompt_passes_only_by_the_guardrails_word(
+    failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardrail_calls, "_RETRY_PAUSE_S", 0.01)
+    adapter = Pixelating()
+    handle = Handle(stage(adapter, monkeypatch))
+    handle.failures = list(failures)
+    if expected is None:
+        run(check_prompt(handle, 1.0, context(), PROMPT))
+    else:
+        with pytest.raises(expected):
+            run(check_prompt(handle, 1.0, context(), PROMPT))
+    assert adapter.prompts == [PROMPT] * (expected is None)
+
+
+def test_a_guardrail_that_never_answers_or_says_nothing_lets_no_prompt_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(context: RequestContext, prompt: str) -> AsyncIterator[Any]:
+        await asyncio.sleep(1000)
+        yield TextChecked(1)
+
+    async def nothing(context: RequestContext, prompt: str) -> AsyncIterator[Any]:
+        return
+        yield TextChecked(1)
+
+    monkeypatch.setattr(guardrail_calls, "_WAIT_S", 0.1)
+    for answer in (never, nothing):
+        with pytest.raises(GuardrailUnavailable):
+            run(check_prompt(SimpleNamespace(check_text=Method(answer)), 0.1, context(), PROMPT))
+    with pytest.raises(DeadlineExceeded):
+        run(check_prompt(SimpleNamespace(check_text=Method(never)), 30.0, context(0.1), PROMPT))
+
+
+@pytest.mark.parametrize("may_be_skipped", [False, True])
+def test_nobody_does_without_unless_the_operator_lets_them(
+    may_be_skipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Pixelating()
+    check = PromptCheck(Handle(stage(adapter, monkeypatch)), 1.0, may_be_skipped)
+    with pytest.raises(ContentBlocked):
+        run(check.check(context(), "forbidden", is_skipped=False))
+    if may_be_skipped:
+        run(check.check(context(), "forbidden", is_skipped=True))
+    else:
+        with pytest.raises(RequestError, match="skip_guardrails"):
+            run(check.check(context(), "forbidden", is_skipped=True))
+    assert adapter.prompts == ["forbidden"]
+
+
+@dataclass
+class Clip:
+    """A decoder of real frames, an encoder that hashes them, and the guardrail between them."""
+
+    guardrail: Handle | None
+    shades: tuple[int, ...] = (10, 20, 30, 40, 50)
+    with_sound: bool = False
+    failures: dict[str, list[Exception]] = field(default_factory=dict)
+    media: FakeMedia = field(default_factory=FakeMedia)
+    clips: ClipStreams = field(default_factory=lambda: ClipStreams(4))
+    taken: list[Any] = field(default_factory=list)
+    num_decoded: int = 0
+
+    def frames(self, shade: int) -> Frames:
+        return np.full((2, 4, 4, 3), shade, np.uint8)
+
+    async def decode(
+        self, context: RequestContext, latents: Any, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[Any]:
+        for index, shade in enumerate(self.shades):
+            assert await self.clips.acquire(stream_id, producer, 10)
+            if index == 2 and self.failures.get("decode"):
+                raise self.failures["decode"].pop(0)
+            self.num_decoded += 1
+            yield chunk_of(self.frames(shade), index=index)
+            yield messages.ChunkDecoded(index, time.time(), 1)
+
+    async def decode_sound(
+        self, context: RequestContext, latents: Any, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[Any]:
+        assert await self.clips.acquire(stream_id, producer, 10)
+        yield messages.SoundChunk(0, TensorEnvelope.of_array(np.zeros((2, 8), np.float32)), 3)
+        yield messages.SoundDecoded(0, time.time(), 3)
+
+    async def encode(
+        self, context: RequestContext, form: Any, media_id: str, clips: Any, stream_id: str
+    ) -> AsyncIterator[Any]:
+        self.media.begun.append(media_id)
+        digest, num_frames = FrameHash(), 0
+        yield messages.FileStarted(media_id, "video/mp4", 2)
+        while boxed := await self.clips.take(stream_id, 10):
+            chunk = await boxed[0]
+            self.taken.append(chunk)
+            if isinstance(chunk, FrameChunk):
+                digest.update(chunk.frames())
+                num_frames += len(chunk.frames())
+            await self.clips.release(stream_id)
+        yield messages.ClipEncoded(media_id, digest.hexdigest(), num_frames, 6, 0.1, 2)
+
+    def walk(self, max_attempts: int = 3) -> ClipWalk:
+        names = ("open", "complete", "forget", "drop", "post")
+        decoders = [Decoder("video", SimpleNamespace(decode=Method(self.decode)), as_ref("latents"))]
+        if self.with_sound:
+            decoders.append(Decoder("sound", SimpleNamespace(decode=Method(self.decode_sound)), as_ref("latents")))
+        return ClipWalk(
+            context=context(),
+            clip_format=ClipFormat("mp4", height=4, width=4, fps=24),
+            decoders=tuple(decoders),
+            encoder=SimpleNamespace(encode=Method(self.encode)),
+            clips=SimpleNamespace(**{name: Method(getattr(self.clips, name)) for name in names}),
+            media=self.media,  # type: ignore[arg-type]
+            chunk_window=2,
+            max_attempts=max_attempts,
+            close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
+            guardrail=self.guardrail,
+        )
+
+    def events(self, **options: Any) -> list[Any]:
+        async def body() -> list[Any]:
+            return [event async for event in self.walk(**options).events()]
+
+        events = run(body())
+        assert isinstance(events, list)
+        return events
+
+    def taken_shades(self) -> list[int]:
+        return [int(chunk.frames()[0, 0, 0, 0]) for chunk in self.taken if isinstance(chunk, FrameChunk)]
+
+
+def of_kind(kind: type, events: list[Any]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_frames_reach_the_encoder_as_the_guardrail_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = Clip(Handle(stage(Pixelating(), monkeypatch)))
+    events = clip.events()
+    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+    assert [chunk.index for chunk in clip.taken] == list(range(5))
+    assert {chunk.pid for chunk in clip.taken} == {7}
+    assert [event.index for event in of_kind(messages.ChunkDecoded, events)] == list(range(5))
+    unguarded = Clip(None).events()
+    assert unguarded[-1].num_frames == events[-1].num_frames == 10
+    assert unguarded[-1].frames_sha256 != events[-1].frames_sha256
+
+
+def test_sound_passes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Pixelating()
+    clip = Clip(Handle(stage(adapter, monkeypatch)), with_sound=True)
+    events = clip.events()
+    assert len(of_kind(messages.SoundChunk, clip.taken)) == len(of_kind(messages.SoundDecoded, events)) == 1
+    assert adapter.num_frames == 10
+
+
+@pytest.mark.parametrize(
+    ("shades", "failures", "expected"),
+    [
+        ((10, 0, 30), [], ContentBlocked),
+        ((10, 20, 30), [ZeroDivisionError(PROMPT)], GuardrailUnavailable),
+        ((10, 20, 30), [MemoryError()], GuardrailUnavailable),
+    ],
+)
+def test_frames_that_do_not_pass_end_the_request_and_its_file(
+    shades: tuple[int, ...], failures: list[Exception], expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Pixelating()
+    adapter.failures = list(failures)
+    clip = Clip(Handle(stage(adapter, monkeypatch)), shades)
+    with pytest.raises(expected, match="pictures"):
+        clip.events()
+    assert list(clip.media.failed) == clip.media.begun
+    assert expected.__name__ in clip.media.failed[clip.media.begun[0]]
+    assert clip.taken_shades() in ([], [5]), "nothing from there on"
+    assert len(clip.media.begun) == 1, "it is not tried again"
+
+
+def test_a_guardrail_that_dies_is_asked_again_and_the_order_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle(stage(Pixelating(), monkeypatch))
+    handle.failures = [died(), died()]
+    clip = Clip(handle)
+    events = clip.events()
+    assert [(event.stage, event.attempt) for event in of_kind(messages.StageRetried, events)] == [
+        ("guardrail", 2),
+        ("guardrail", 3),
+    ]
+    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+    assert clip.num_decoded == 5
+    assert all(response.was_cancelled for response in handle.check_frames.responses)
+
+
+def test_a_guardrail_that_dies_again_and_again_lets_nothing_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle(stage(Pixelating(), monkeypatch))
+    handle.failures = [died() for _ in range(20)]
+    clip = Clip(handle)
+    with pytest.raises(StageFailed, match="'guardrail' failed 2 times"):
+        clip.events(max_attempts=2)
+    assert len(handle.check_frames.responses) == 2
+    assert clip.taken == []
+    assert list(clip.media.failed) == clip.media.begun
+
+
+def test_a_guardrail_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle(stage(Pixelating(), monkeypatch))
+    handle.failures = [BackPressureError(1, 2)]
+    clip = Clip(handle, (10, 20))
+    monkeypatch.setattr("deployments.retries._LONGEST_PAUSE_S", 0.01)
+    assert of_kind(messages.StageRetried, clip.events()) == []
+    assert clip.taken_shades() == [5, 10]
+
+
+def test_a_guardrail_that_ends_without_a_word_lets_nothing_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def wordless(context: RequestContext, chunk_ref: Any) -> AsyncIterator[Any]:
+        yield await chunk_ref
+
+    clip = Clip(SimpleNamespace(check_frames=Method(wordless)))  # type: ignore[arg-type]
+    with pytest.raises(StageFailed, match="without checked frames"):
+        clip.events()
+    assert clip.taken == []
+
+
+def test_a_chunk_that_is_lost_on_its_way_to_the_guardrail_is_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle(stage(Pixelating(), monkeypatch))
+    clip = Clip(handle)
+    calls = handle.check_frames
+
+    def lose_the_third(context: RequestContext, chunk_ref: Any) -> Any:
+        if len(calls.responses) == 2 and not clip.failures:
+            clip.failures["lost"] = []
+            return calls.remote(context, as_ref(None, ObjectLostError("00", None, "")))
+        return calls.remote(context, chunk_ref)
+
+    clip.guardrail = SimpleNamespace(check_frames=SimpleNamespace(remote=lose_the_third))  # type: ignore[assignment]
+    events = clip.events()
+    assert [event.stage for event in of_kind(messages.StageRetried, events)] == ["decode"]
+    assert [event.index for event in of_kind(messages.ChunkDecoded, events)] == list(range(5))
+    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+
+
+def test_chunks_that_were_looked_at_are_not_looked_at_again_when_a_decoder_dies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = Pixelating()
+    clip = Clip(Handle(stage(adapter, monkeypatch)))
+    clip.failures["decode"] = [GangFailed("decode", "died")]
+    events = clip.events()
+    assert [event.stage for event in of_kind(messages.StageRetried, events)] == ["decode"]
+    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+    assert (clip.num_decoded, adapter.num_frames) == (7, 10)
+
+
+def test_nobody_sees_previews_of_what_is_not_looked_at(tiny_nano: Path) -> None:
+    """A preview is a file when the Director has it, and comes long before the frames that the guardrail sees."""
+
+    async def order(duration_s: float) -> Any:
+        raise AssertionError("no order is needed")
+
+    walk = FakeStages().walk(tiny_nano)
+    walk.stages = replace(walk.stages, guardrail=object())
+    with pytest.raises(PreviewFailed, match="guardrail"):
+        run(walk._previews(order))
+    assert walk.stages.without_guardrail().guardrail is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (ContentBlocked("prompt"), 400, "content_blocked"),
+        (ContentBlocked("pictures"), 400, "content_blocked"),
+        (GuardrailUnavailable("prompt"), 503, "guardrail_unavailable"),
+    ],
+)
+def test_what_http_says(error: Exception, status: int, code: str) -> None:
+    answer = error_response(pickle.loads(pickle.dumps(error)))
+    body = json.loads(bytes(answer.body))["error"]
+    assert (answer.status_code, body["code"], body["message"]) == (status, code, str(error))
+    assert body["type"] == ("invalid_request_error" if status == 400 else "server_error")
+    assert ("retry-after" in answer.headers) == (status == 503)
+    assert is_told(error)

@@ -1,0 +1,529 @@
+"""The archive of a media store: what nodes without a common directory find, read and remove; what breaks on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from starlette.datastructures import Headers
+
+from cosmos3_core.errors import MediaError, RequestError
+from deployments import media_archive
+from deployments.api.content import content_answer, finished_parts, live_parts
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import new_job_id
+from deployments.media_record import DONE, FAILED, WRITING, MediaRecord
+from deployments.media_store import MediaEntry, MediaSpec, MediaStore, MediaStoreError, new_media_id
+
+KEEP_S = 100.0
+DEADLINE_S = 60.0
+DATA = bytes(range(256)) * 5
+LONG = os.urandom(1 << 20) * 3 + b"end"
+
+
+class Wavering(MemoryFileSystem):
+    """Objects in memory; fails when it is told to, and counts what it is asked for."""
+
+    protocol = "wavering"
+    asked: list[tuple[str, str]] = []  # noqa: RUF012 - of all instances, which are one a thread
+    failing: Callable[[str, str], bool] = staticmethod(lambda verb, name: False)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).removeprefix("wavering://"))
+
+    def _ask(self, verb: str, path: str) -> None:
+        name = path.rpartition("/")[2]
+        self.asked.append((verb, name))
+        if Wavering.failing(verb, name):
+            raise TimeoutError("no answer from someone:secret@host")
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        self._ask("get", path)
+        return super().cat_file(path, start, end, **options)
+
+    def pipe_file(self, path: str, value: bytes, *arguments: Any, **options: Any) -> None:
+        self._ask("put", path)
+        super().pipe_file(path, value, *arguments, **options)
+
+    def put_file(self, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
+        self._ask("put", rpath)
+        super().put_file(lpath, rpath, *arguments, **options)
+
+    def ls(self, path: str, *arguments: Any, **options: Any) -> Any:
+        self._ask("list", path)
+        return super().ls(path, *arguments, **options)
+
+    def rm_file(self, path: str) -> None:
+        self._ask("remove", path)
+        super().rm_file(path)
+
+    def rm(self, path: str, *arguments: Any, **options: Any) -> None:
+        self._ask("remove", path)
+        super().rm(path, *arguments, **options)
+
+
+@pytest.fixture(autouse=True)
+def archives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    fsspec.register_implementation("wavering", Wavering, clobber=True)
+    monkeypatch.setattr(media_archive, "_PAUSES_S", (0.0, 0.0))
+    Wavering.asked.clear()
+    Wavering.failing = staticmethod(lambda verb, name: False)
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(params=["objects", "directory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "directory":
+        return f"file://{tmp_path}/archive"
+    return f"wavering://someone:secret@{uuid.uuid4().hex}/prefix"
+
+
+class Nodes:
+    """Two stores without a directory in common."""
+
+    def __init__(self, directory: Path, url: str) -> None:
+        self.one, self.other = (MediaStore(directory / name, 1 << 30, KEEP_S, url) for name in ("one", "other"))
+        self.raw = fsspec.url_to_fs(url)[0]
+        self.root = f"{fsspec.url_to_fs(url)[1]}/clips"
+
+    def path(self, *names: str) -> str:
+        return "/".join([self.root, *names])
+
+    def archived(self) -> list[str]:
+        found = self.raw.find(self.root) if self.raw.exists(self.root) else []
+        return sorted(path.partition("/clips/")[2] for path in found)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, url: str) -> Nodes:
+    return Nodes(tmp_path, url)
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Nodes:
+    """Whose archive can be made to fail."""
+    return Nodes(tmp_path, f"wavering://someone:secret@{uuid.uuid4().hex}/prefix")
+
+
+def fail(*, verb: str = "", name: str = "", times: int = 1_000_000) -> None:
+    """Have so many of what is asked fail from now on; of all of it by default."""
+    left = times
+
+    def is_failing(asked_verb: str, asked_name: str) -> bool:
+        nonlocal left
+        if left and (not verb or verb == asked_verb) and (not name or name == asked_name):
+            left -= 1
+            return True
+        return False
+
+    Wavering.failing = staticmethod(is_failing)
+
+
+def heal() -> None:
+    Wavering.failing = staticmethod(lambda verb, name: False)
+
+
+def begin(store: MediaStore, *, is_live: bool = True) -> tuple[str, MediaEntry]:
+    media_id = new_media_id()
+    return media_id, store.create(media_id, "video/mp4", ".mp4", is_live=is_live)
+
+
+def make(store: MediaStore, data: bytes = DATA) -> str:
+    media_id, entry = begin(store)
+    entry.path.write_bytes(data)
+    entry.finish()
+    return media_id
+
+
+def asked(store: MediaStore, media_id: str, **headers: str) -> tuple[int, Headers, bytes]:
+    """What HTTP says."""
+    status, given, body = 0, Headers(), b""
+
+    async def receive() -> Any:
+        await asyncio.sleep(DEADLINE_S)
+
+    async def send(message: Any) -> None:
+        nonlocal status, given, body
+        if message["type"] == "http.response.start":
+            status, given = message["status"], Headers(raw=message["headers"])
+        body += message.get("body", b"")
+
+    async def ask() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            response = await content_answer(store, media_id, "GET", Headers(headers))
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    asyncio.run(ask())
+    return status, given, body
+
+
+def code(body: bytes) -> str:
+    return str(json.loads(body)["error"]["code"])
+
+
+def test_a_clip_is_found_and_read_where_it_was_not_made(nodes: Nodes) -> None:
+    media_id, entry = begin(nodes.one)
+    record = nodes.other.expect(media_id)
+    assert (record.state, record.live_name) == (WRITING, ""), "what grows cannot be seen"
+    assert nodes.one.expect(media_id).live_name == "live.mp4"
+    entry.path.write_bytes(DATA)
+    assert nodes.other.expect(media_id).state == WRITING
+    done = entry.finish()
+    assert nodes.other.expect(media_id) == nodes.one.expect(media_id) == done
+    assert done.state == DONE
+    assert nodes.other.read(media_id) == DATA
+    assert nodes.other.read(media_id, 10, 5) == DATA[10:15]
+    assert nodes.other.read(media_id, len(DATA)) == nodes.other.read(media_id, 5, 0) == b""
+    assert nodes.other.read(media_id, len(DATA) - 1, 100) == DATA[-1:]
+    assert os.listdir(nodes.other.directory) == [], "it is not copied"
+    assert nodes.archived() == [f"{media_id}/{name}" for name in ("begun.json", "clip.mp4", "ended.json")]
+
+
+def test_a_new_machine_finds_what_was_made(nodes: Nodes, tmp_path: Path, url: str) -> None:
+    media_id = make(nodes.one)
+    shutil.rmtree(nodes.one.directory)
+    again = MediaSpec(nodes.one.directory, 1 << 30, KEEP_S, url).open()
+    assert again.read(media_id) == DATA
+    assert asked(again, media_id)[::2] == (200, DATA)
+
+
+def test_what_the_directory_lost_is_read_from_the_archive(nodes: Nodes) -> None:
+    media_id = make(nodes.one, LONG)
+    small = MediaStore(nodes.one.directory, 1, KEEP_S)
+    assert small.sweep(time.time()) == 1
+    assert small.find(media_id) is None
+    assert nodes.one.read(media_id) == LONG
+
+
+def test_http_gives_all_of_it_from_the_archive(nodes: Nodes) -> None:
+    media_id = make(nodes.one, LONG)
+    here, there = (asked(store, media_id) for store in (nodes.one, nodes.other))
+    assert here == there
+    assert there[0] == 200
+    assert there[2] == LONG
+    for given, start, end in (
+        ("bytes=5-9", 5, 10),
+        ("bytes=1048570-2097160", 1048570, 2097161),
+        ("bytes=-7", -7, None),
+    ):
+        status, headers, body = asked(nodes.other, media_id, range=given)
+        assert (status, body) == (206, LONG[start:end])
+        assert headers["content-range"].endswith(f"/{len(LONG)}")
+    assert asked(nodes.other, media_id, **{"if-none-match": there[1]["etag"]})[0] == 304
+    assert asked(nodes.other, media_id, range=f"bytes={len(LONG)}-")[0] == 416
+
+
+def test_what_grows_elsewhere_is_not_ready(nodes: Nodes) -> None:
+    media_id, _ = begin(nodes.one)
+    status, headers, body = asked(nodes.other, media_id)
+    assert (status, code(body), headers["retry-after"]) == (409, "media_not_ready", "1")
+    nodes.one.fail(media_id, "why")
+    status, _, body = asked(nodes.other, media_id)
+    assert (status, code(body)) == (410, "media_failed")
+
+
+def test_who_follows_what_grows_elsewhere_gets_it_when_it_is_done(nodes: Nodes) -> None:
+    media_id, entry = begin(nodes.one)
+    entry.path.write_bytes(DATA)
+    record = nodes.other.expect(media_id)
+
+    async def follow() -> bytes:
+        async def parts() -> list[bytes]:
+            return [part async for part in live_parts(nodes.other, record)]
+
+        async with asyncio.timeout(DEADLINE_S):
+            following = asyncio.create_task(parts())
+            await asyncio.sleep(0.1)
+            assert not following.done()
+            await asyncio.to_thread(entry.finish)
+            return b"".join(await following)
+
+    assert asyncio.run(follow()) == DATA
+
+
+def test_a_failure_is_known_wherever_it_is_said(nodes: Nodes) -> None:
+    for sayer in (nodes.one, nodes.other):
+        media_id, entry = begin(nodes.one)
+        entry.path.write_bytes(DATA)
+        sayer.fail(media_id, "the encoder died")
+        for store in (sayer, nodes.other):
+            record = store.expect(media_id)
+            assert (record.state, record.reason) == (FAILED, "the encoder died")
+        with pytest.raises(MediaError, match="was declared failed while it was written"):
+            entry.finish()
+        assert nodes.archived() == []
+
+
+def test_what_is_done_does_not_fail(nodes: Nodes) -> None:
+    media_id = make(nodes.one)
+    nodes.other.fail(media_id, "too late")
+    nodes.one.fail(media_id, "too late")
+    assert nodes.one.expect(media_id).state == nodes.other.expect(media_id).state == DONE
+
+
+def test_removing_takes_it_out_of_the_archive(nodes: Nodes) -> None:
+    for remover in (nodes.one, nodes.other):
+        media_id, kept = make(nodes.one), make(nodes.one)
+        remover.remove(media_id)
+        remover.remove(media_id)
+        assert nodes.other.find(media_id) is None
+        assert [name for name in nodes.archived() if media_id in name] == []
+        assert nodes.other.read(kept) == DATA
+    assert len(os.listdir(nodes.one.directory)) == 3, "what only the other node knew of"
+
+
+@pytest.mark.parametrize("remover", ["one", "other"])
+def test_what_is_removed_while_it_is_written_does_not_come_back(nodes: Nodes, remover: str) -> None:
+    media_id, entry = begin(nodes.one)
+    entry.path.write_bytes(DATA)
+    getattr(nodes, remover).remove(media_id)
+    with pytest.raises(MediaError, match="is not in the media store"):
+        entry.finish()
+    assert nodes.archived() == []
+    assert nodes.other.find(media_id) is None
+
+
+def test_a_store_with_another_archive_is_another_one(nodes: Nodes, tmp_path: Path) -> None:
+    elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1, f"wavering://someone:secret@{uuid.uuid4().hex}")
+    with pytest.raises(MediaStoreError, match="nor in wavering://.*: all nodes need the same media.archive") as raised:
+        elsewhere.expect(make(nodes.one))
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("media_id", ["", "..", "../" + "0" * 32, "0" * 31, "A" * 32, "0" * 32 + "\n", None, 5])
+def test_what_is_no_id_is_never_asked_for(objects: Nodes, media_id: Any) -> None:
+    Wavering.asked.clear()
+    assert objects.one.find(media_id) is None
+    objects.one.fail(media_id, "why")
+    objects.one.remove(media_id)
+    with pytest.raises(RequestError):
+        objects.one.read(media_id)
+    assert Wavering.asked == []
+
+
+def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To its end, and from a place in it; never the whole of it at once."""
+    media_id = make(objects.one, LONG)
+    sizes: list[int] = []
+    cat = MemoryFileSystem.cat_file
+
+    def counted(*arguments: Any, **options: Any) -> bytes:
+        sizes.append(len(data := cat(*arguments, **options)))
+        return data
+
+    record = objects.other.expect(media_id)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+
+    async def read() -> bytes:
+        return b"".join([part async for part in finished_parts(objects.other, record)])
+
+    assert asyncio.run(read()) == LONG
+    assert max(sizes) <= 1 << 20
+    assert len(sizes) <= 5
+    sizes.clear()
+    with objects.other.open(record) as file:
+        assert file.seek(-10, io.SEEK_END) == len(LONG) - 10
+        assert file.read(5) == LONG[-10:-5]
+        assert file.seek(2, io.SEEK_CUR) == file.tell() == len(LONG) - 3
+        assert file.read() == b"end"
+        file.seek(len(LONG) + 50)
+        assert file.read(1) == b""
+    assert sum(sizes) < 100
+
+
+# When the archive fails
+
+
+def test_a_clip_whose_file_does_not_get_there_is_not_done(objects: Nodes) -> None:
+    for name in ("clip.mp4", "ended.json"):
+        media_id, entry = begin(objects.one)
+        entry.path.write_bytes(DATA)
+        fail(verb="put", name=name)
+        with pytest.raises(MediaError, match=r"is not in the media store: wavering://\*\*\*@") as raised:
+            entry.finish()
+        assert "secret" not in str(raised.value)
+        heal()
+        assert objects.one.expect(media_id).state == WRITING
+        assert objects.other.find(media_id) is None, "no half of it is left"
+        objects.one.fail(media_id, "the archive failed")
+        assert objects.one.expect(media_id).state == FAILED
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "ended.json", "begun.json"])
+def test_what_fails_twice_is_tried_a_third_time(objects: Nodes, name: str) -> None:
+    fail(verb="put", name=name, times=2)
+    media_id = make(objects.one)
+    assert objects.other.read(media_id) == DATA
+    assert Wavering.asked.count(("put", name)) == 3
+
+
+def test_a_clip_that_cannot_be_begun_there_is_not_begun(objects: Nodes) -> None:
+    fail(verb="put")
+    media_id = new_media_id()
+    with pytest.raises(MediaError, match=r"the media archive cannot take .*: wavering://\*\*\*@"):
+        objects.one.create(media_id, "video/mp4", ".mp4", is_live=True)
+    heal()
+    assert objects.one.expect(media_id).state == FAILED
+
+
+def test_what_cannot_be_asked_for_is_not_said_to_be_gone(objects: Nodes, caplog: pytest.LogCaptureFixture) -> None:
+    media_id, local = make(objects.one), make(objects.other)
+    fail()
+    with pytest.raises(MediaError, match="cannot be asked for") as raised:
+        objects.other.find(media_id)
+    assert "secret" not in str(raised.value)
+    with pytest.raises(MediaError, match="cannot be asked for"):
+        asked(objects.other, media_id)
+    with pytest.raises(MediaError, match="cannot be removed"):
+        objects.other.remove(media_id)
+    objects.other.fail(media_id, "no second error")
+    assert objects.other.read(local) == DATA, "what is in the directory is given"
+    assert "secret" not in caplog.text
+    heal()
+    assert objects.other.read(media_id) == DATA
+
+
+def test_a_file_that_cannot_be_read_breaks_the_connection(objects: Nodes) -> None:
+    record = objects.other.expect(make(objects.one))
+    fail(verb="get", name="clip.mp4")
+
+    async def read() -> bytes:
+        return b"".join([part async for part in finished_parts(objects.other, record)])
+
+    with pytest.raises(OSError, match="TimeoutError"):
+        asyncio.run(read())
+    with pytest.raises(MediaError, match="cannot be read"):
+        objects.other.read(record.media_id)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"\0" * 50, b'{"media_id": "../../etc"}', b"[" * 50_000])
+def test_a_damaged_record_is_none(nodes: Nodes, damaged: bytes) -> None:
+    """What a killed writer may leave in a store of files."""
+    media_id, entry = begin(nodes.one)
+    entry.path.write_bytes(DATA)
+    nodes.raw.pipe_file(nodes.path(media_id, "ended.json"), damaged)
+    assert nodes.other.expect(media_id).state == WRITING
+    nodes.raw.pipe_file(nodes.path(media_id, "begun.json"), damaged)
+    assert nodes.other.find(media_id) is None
+
+
+def test_anothers_record_is_none(nodes: Nodes) -> None:
+    one, other = make(nodes.one), make(nodes.one)
+    nodes.raw.pipe_file(nodes.path(one, "ended.json"), nodes.raw.cat_file(nodes.path(other, "ended.json")))
+    nodes.raw.pipe_file(nodes.path(one, "begun.json"), nodes.raw.cat_file(nodes.path(other, "begun.json")))
+    assert nodes.other.find(one) is None
+    assert nodes.other.read(other) == DATA
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("/a/directory", "/a/directory is no place for files: a single URL is, such as s3://bucket/prefix"),
+        ("nosuch://someone:secret@b/p", r"nosuch://\*\*\*@b/p cannot be opened"),
+        ("s3://bucket/prefix", "s3:// needs a package that is not installed: .*s3fs"),
+        (
+            "wavering://someone:secret@fails/x",
+            r"the media archive wavering://\*\*\*@fails/x cannot be used: .*TimeoutError",
+        ),
+        ("file:///proc/none", "the media archive file:///proc/none cannot be used: .*; check media.archive"),
+    ],
+)
+def test_an_archive_that_cannot_be_used_is_told_at_once(
+    tmp_path: Path, url: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    fail()
+    with pytest.raises(MediaStoreError, match=said) as raised:
+        MediaSpec(tmp_path, 1, 1, url).open()
+    assert "secret" not in str(raised.value)
+    assert "secret" not in repr(MediaSpec(tmp_path, 1, 1, url))
+
+
+# Sweeping
+
+
+def aged(nodes: Nodes, media_id: str, seconds: float) -> None:
+    for name in ("begun.json", "ended.json"):
+        path = nodes.path(media_id, name)
+        if nodes.raw.exists(path):
+            record = json.loads(nodes.raw.cat_file(path))
+            nodes.raw.pipe_file(path, json.dumps(record | {"updated_s": record["updated_s"] - seconds}).encode())
+
+
+def test_what_is_old_goes_and_what_is_new_stays(nodes: Nodes) -> None:
+    old, new, failed, given_up = make(nodes.one), make(nodes.one), begin(nodes.one)[0], begin(nodes.one)[0]
+    nodes.one.fail(failed, "why")
+    for media_id, seconds in ((old, KEEP_S + 5), (new, KEEP_S - 50), (failed, KEEP_S + 5), (given_up, KEEP_S + 5)):
+        aged(nodes, media_id, seconds)
+    nodes.raw.makedirs(nodes.path("mine"), exist_ok=True)
+    nodes.raw.pipe_file(nodes.path("mine", "notes"), b"no clip")
+    nodes.raw.makedirs(nodes.path("1" * 32), exist_ok=True)
+    nodes.raw.pipe_file(nodes.path("1" * 32, "ended.json"), b"no record")
+    now_s = time.time()
+    assert nodes.other.sweep(now_s) == 3
+    left = {name.partition("/")[0] for name in nodes.archived()}
+    assert left == {new, "mine", "1" * 32}
+    assert nodes.other.sweep(now_s + 52) == 1
+    assert {name.partition("/")[0] for name in nodes.archived()} == {"mine", "1" * 32}
+
+
+def test_many_bytes_are_no_matter_in_the_archive(nodes: Nodes, url: str) -> None:
+    media_ids = [make(nodes.one) for _ in range(3)]
+    assert MediaStore(nodes.one.directory, 1, KEEP_S, url).sweep(time.time()) == 3
+    assert os.listdir(nodes.one.directory) == []
+    assert all(nodes.one.read(media_id) == DATA for media_id in media_ids)
+
+
+def test_it_is_looked_at_less_often_and_records_are_read_once(objects: Nodes) -> None:
+    media_ids, now_s = [make(objects.one) for _ in range(3)], time.time()
+    Wavering.asked.clear()
+    assert objects.other.sweep(now_s) == 0
+    assert Wavering.asked.count(("get", "ended.json")) == 3
+    Wavering.asked.clear()
+    assert objects.other.sweep(now_s + KEEP_S / 200) == 0
+    assert Wavering.asked == []
+    assert objects.other.sweep(now_s + KEEP_S / 2) == 0
+    assert Wavering.asked == [("list", "clips")]
+    assert objects.other.sweep(now_s + 2 * KEEP_S) == len(media_ids)
+    assert objects.archived() == []
+
+
+def test_a_sweep_that_fails_sweeps_the_directory_all_the_same(objects: Nodes) -> None:
+    make(objects.one)
+    fail(verb="list")
+    with pytest.raises(MediaError, match="the media archive cannot be swept"):
+        objects.one.sweep(time.time() + 2 * KEEP_S)
+    assert os.listdir(objects.one.directory) == []
+    heal()
+    assert objects.one.sweep(time.time() + 2 * KEEP_S) == 1, "and the next one goes on"
+
+
+def test_jobs_are_beside_clips(nodes: Nodes, url: str) -> None:
+    files, job_id = JobFiles(nodes.one.directory, url), new_job_id()
+    files.put(job_id, "image", DATA)
+    media_id = make(nodes.one)
+    assert nodes.one.sweep(time.time() + 2 * KEEP_S) == 2
+    assert nodes.other.find(media_id) is None
+    assert JobFiles(nodes.other.directory, url).get(job_id, "image") == DATA
+    assert os.listdir(nodes.one.directory) == []
+
+
+def test_a_record_says_nothing_else_in_the_archive(nodes: Nodes) -> None:
+    media_id = make(nodes.one)
+    record = MediaRecord.of_json(nodes.raw.cat_file(nodes.path(media_id, "ended.json")))
+    assert record == nodes.one.expect(media_id)

@@ -1,0 +1,318 @@
+"""The table of metrics, what records them, and the text of a whole cluster; the cluster itself is in graph/."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.gang_meter import BusyClock
+from deployments import cluster_metrics
+from deployments.cluster_metrics import FAILURES, ClusterMetrics, fetched
+from deployments.metrics import TABLE, Metrics, _of_ray, metrics
+
+PACKAGES = Path(__file__).parents[2]
+
+
+class Taken:
+    """What Ray would be given."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[str, float, dict[str, str]]] = []
+        self.metrics = Metrics(lambda metric: lambda value, labels: self.values.append((metric.name, value, labels)))
+
+    def of(self, name: str) -> list[tuple[float, ...]]:
+        return [(value, *labels.values()) for it, value, labels in self.values if it == name]
+
+
+@pytest.fixture
+def taken() -> Taken:
+    return Taken()
+
+
+def record_everything(ours: Metrics) -> None:
+    ours.request_ended("text_to_video", "completed", 12.5)
+    ours.rejected("jobs that wait")
+    ours.jobs({("video", "batch"): 2}, {("image", "standard"): 1})
+    ours.waited_in_queue("video", "batch", 3.0)
+    ours.stage_ended("denoise", "finished", 10.0)
+    ours.stage_retried("decode")
+    ours.taken_over()
+    ours.first_chunk(0.5)
+    ours.first_byte("text_to_video", 11.0)
+    ours.file_made("text_to_video", 1000)
+    ours.sent(500)
+    ours.stepped("video", 4, 2.0)
+    ours.waited_for_gang("video", 1.0)
+    ours.busy(0.75)
+    ours.looked_up_prompts(1, 1)
+
+
+def test_every_row_of_the_table_is_recorded_with_its_labels(taken: Taken) -> None:
+    record_everything(taken.metrics)
+    assert {name for name, *_ in taken.values} == {metric.name for metric in TABLE}
+    labels = {metric.name: metric.labels for metric in TABLE}
+    assert all(tuple(given) == labels[name] for name, _, given in taken.values)
+    assert taken.of("cosmos3_requests") == [(1, "text_to_video", "completed")]
+    assert taken.of("cosmos3_step_seconds") == [(0.5, "video")]
+    assert taken.of("cosmos3_steps") == [(4, "video")]
+    assert taken.of("cosmos3_queue_wait_seconds") == [(3, "jobs", "video", "batch"), (1, "gang", "video", "")]
+
+
+def test_the_table_is_in_order() -> None:
+    assert len({metric.name for metric in TABLE}) == len(TABLE)
+    for metric in TABLE:
+        assert re.fullmatch(r"cosmos3_[a-z_]+", metric.name)
+        assert not metric.name.endswith("_total"), "Ray adds it"
+        assert bool(metric.bounds) == (metric.kind == "histogram"), metric
+        assert list(metric.bounds) == sorted(set(metric.bounds))
+        assert metric.tells.endswith(".")
+        # What Serve adds.
+        assert not {"deployment", "replica", "application"} & set(metric.labels)
+
+
+def test_nothing_else_names_a_metric() -> None:
+    names = re.compile("|".join(rf"\b{metric.name}\b" for metric in TABLE))
+    found = {
+        str(path.relative_to(PACKAGES))
+        for package in ("cosmos3_core", "cluster", "deployments")
+        for path in (PACKAGES / package).rglob("*.py")
+        if names.search(path.read_text())
+    }
+    assert found == {"deployments/metrics.py"}
+
+
+def test_jobs_that_are_gone_are_zero_and_told_again(taken: Taken) -> None:
+    taken.metrics.jobs({("video", "batch"): 2}, {})
+    taken.metrics.jobs({}, {("video", "batch"): 2})
+    assert sorted(taken.of("cosmos3_jobs")) == [
+        (0, "queued", "video", "batch"),
+        (2, "queued", "video", "batch"),
+        (2, "running", "video", "batch"),
+    ]
+
+
+def test_recording_fails_nobody_and_is_complained_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(value: float, labels: dict[str, str]) -> None:
+        raise RuntimeError("no agent")
+
+    def no_instrument(metric: Any) -> Any:
+        raise RuntimeError("no registry")
+
+    for instrument in (lambda metric: broken, no_instrument):
+        caplog.clear()
+        record_everything(Metrics(instrument))
+        assert len(caplog.records) == 1
+
+
+def test_without_ray_nothing_is_recorded_and_later_it_is() -> None:
+    import ray
+
+    if not ray.is_initialized():
+        assert all(_of_ray(metric) is None for metric in TABLE)
+        record_everything(metrics())
+    values: list[float] = []
+    instruments: list[Any] = [None, None, lambda value, labels: values.append(value)]
+    ours = Metrics(lambda metric: instruments.pop(0))
+    for share in (0.1, 0.2, 0.3, 0.4):
+        ours.busy(share)
+    assert values == [0.3, 0.4]
+
+
+def test_labels_are_bounded_in_number_and_form(taken: Taken) -> None:
+    for number in range(1000):
+        taken.metrics.rejected(f"bound {number}\n{'x' * 1000}")
+    labels = {bound for _, bound in taken.of("cosmos3_rejections")}
+    assert len(labels) == 257
+    assert "other" in labels
+    assert all(label.isprintable() and len(label) <= 80 for label in labels)
+    taken.metrics.rejected("bound 0\n" + "x" * 1000)  # a known one stays itself
+    assert taken.of("cosmos3_rejections")[-1][1] != "other"
+
+
+def test_a_gangs_busy_share_is_of_the_time_since_it_was_told() -> None:
+    clock = BusyClock(100.0)
+    clock.worked(100.0, 102.0)
+    assert clock.share(104.0) is None
+    assert clock.share(105.0) == pytest.approx(0.4)
+    clock.worked(105.0, 115.0)
+    assert clock.share(115.0) == 1.0
+    assert clock.share(125.0) == 0.0
+
+
+NODE = """# HELP ray_node_cpu_count Not ours.
+# TYPE ray_node_cpu_count gauge
+ray_node_cpu_count{{node="{node}"}} 8.0
+# HELP ray_cosmos3_requests_total Accepted requests that have ended.
+# TYPE ray_cosmos3_requests_total counter
+ray_cosmos3_requests_total{{node="{node}",mode="a b"}} {value}
+# HELP ray_serve_latency_ms Of Serve.
+# TYPE ray_serve_latency_ms histogram
+ray_serve_latency_ms_bucket{{node="{node}",le="1.0"}} 1.0
+ray_serve_latency_ms_bucket{{node="{node}",le="+Inf"}} 2.0
+ray_serve_latency_ms_count{{node="{node}"}} 2.0
+ray_serve_latency_ms_sum{{node="{node}"}} 3.5
+# HELP ray_tasks Not ours.
+# TYPE ray_tasks gauge
+ray_tasks{{Name="ray_serve_x"}} 1.0
+"""
+
+
+def node_text(node: str, value: float) -> bytes:
+    return NODE.format(node=node, value=value).encode()
+
+
+class Nodes:
+    """Agents that are not there."""
+
+    def __init__(self, **texts: bytes | float | Exception) -> None:
+        self.texts = texts
+        self.num_asked = 0
+
+    def urls(self) -> Sequence[str | None]:
+        return [None if name == "without" else name for name in self.texts]
+
+    async def fetch(self, url: str) -> bytes:
+        self.num_asked += 1
+        answer = self.texts[url]
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, float):
+            await asyncio.sleep(answer)
+            return b""
+        return answer
+
+    def text(self, limit_s: float = 20.0) -> str:
+        text, content_type = asyncio.run(ClusterMetrics(self.urls, self.fetch, limit_s).text())
+        assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+        return text
+
+
+def families(text: str) -> dict[str, Any]:
+    """As Prometheus' own parser reads them."""
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def test_nodes_are_merged_by_family_and_filtered() -> None:
+    text = Nodes(a=node_text("a", 1.0), b=node_text("b", 2.0)).text()
+    read = families(text)
+    assert set(read) == {"ray_cosmos3_requests", "ray_serve_latency_ms", FAILURES}
+    assert {(it.labels["node"], it.labels["mode"], it.value) for it in read["ray_cosmos3_requests"].samples} == {
+        ("a", "a b", 1.0),
+        ("b", "a b", 2.0),
+    }
+    assert len(read["ray_serve_latency_ms"].samples) == 8
+    assert text.count("# HELP ") == text.count("# TYPE ") == 3
+    assert text.endswith("\n")
+
+
+def failures(text: str) -> float:
+    return float(families(text)[FAILURES].samples[0].value)
+
+
+def test_nodes_that_are_away_sick_or_late_are_counted_and_cost_the_others_nothing() -> None:
+    nodes = Nodes(a=node_text("a", 1.0), b=OSError("away"), c=1000.0, without=b"", d=node_text("d", 2.0))
+    text = nodes.text(limit_s=2.0)
+    assert failures(text) == 3
+    assert len(families(text)["ray_cosmos3_requests"].samples) == 2
+    late = {f"late{number}": 1000.0 for number in range(40)}
+    text = Nodes(**late, a=node_text("a", 1.0)).text(limit_s=2.0)
+    assert failures(text) == 40
+    assert len(families(text)["ray_cosmos3_requests"].samples) == 1
+
+
+def test_a_cluster_that_cannot_be_asked_is_a_failure() -> None:
+    def urls() -> Sequence[str]:
+        raise ConnectionError("the head is away")
+
+    assert failures(asyncio.run(ClusterMetrics(urls, Nodes().fetch).text())[0]) == 1
+
+
+def test_the_same_series_comes_once_and_another_kind_not_at_all() -> None:
+    other = node_text("b", 2.0).replace(b"_total counter", b"_total gauge")
+    text = Nodes(a=node_text("a", 1.0), again=node_text("a", 1.0), b=other).text()
+    assert [it.labels["node"] for it in families(text)["ray_cosmos3_requests"].samples] == ["a"]
+    assert len(families(text)["ray_serve_latency_ms"].samples) == 8
+
+
+def test_a_text_that_would_be_too_long_leaves_nodes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_metrics, "_MAX_TEXT_BYTES", 700)
+    text = Nodes(a=node_text("a", 1.0), b=node_text("b", 2.0)).text()
+    assert failures(text) == 1
+    assert len(families(text)["ray_cosmos3_requests"].samples) == 1
+
+
+def test_who_asks_at_the_same_time_shares_an_answer() -> None:
+    nodes = Nodes(a=node_text("a", 1.0))
+
+    async def ask() -> None:
+        cluster = ClusterMetrics(nodes.urls, nodes.fetch)
+        first = asyncio.create_task(cluster.text())
+        others = [asyncio.create_task(cluster.text()) for _ in range(9)]
+        await asyncio.sleep(0)
+        first.cancel()  # who leaves does not take the others' answer away
+        texts = await asyncio.gather(*others)
+        assert len(set(texts)) == 1
+        assert nodes.num_asked == 1
+        cluster._made_s -= 100
+        await cluster.text()
+        assert nodes.num_asked == 2
+
+    asyncio.run(ask())
+
+
+@contextmanager
+def agent(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """An HTTP server on this machine; its URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/metrics"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_an_agent_is_asked_without_a_proxy_and_its_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(cluster_metrics, "_MAX_NODE_BYTES", 1000)
+    body = b"x" * 1000
+    status = 200
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    with agent(answer) as url:
+        assert asyncio.run(fetched(url)) == body
+        body = b"x" * 1001
+        with pytest.raises(ValueError, match="says more than 1000 bytes"):
+            asyncio.run(fetched(url))
+        status = 500
+        with pytest.raises(Exception, match="500"):
+            asyncio.run(fetched(url))
+
+
+def test_addresses_of_both_kinds_make_urls() -> None:
+    assert cluster_metrics._url("10.0.0.1", 80) == "http://10.0.0.1:80/metrics"
+    assert cluster_metrics._url("fd00::1", 80) == "http://[fd00::1]:80/metrics"
+    assert cluster_metrics._url("10.0.0.1", 0) is None

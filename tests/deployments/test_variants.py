@@ -1,0 +1,385 @@
+"""Variants of finished files over HTTP: what is made of what, made once, kept beside the clip, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import numpy as np
+import PIL.Image
+import pytest
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from cosmos3_core.errors import MediaError
+from cosmos3_core.media.probe import read_sound
+from cosmos3_core.media.sound import SoundFormat
+from cosmos3_core.media.thumbnail import write_thumbnail
+from cosmos3_core.media.writer import ClipFormat, open_writer
+from deployments import media_variant
+from deployments.api import variants
+from deployments.api.variants import VARIANTS, variant_answer
+from deployments.media_record import read_record
+from deployments.media_store import MediaStore, new_media_id
+from deployments.media_variant import Variant, make_variant
+
+DEADLINE_S = 60.0
+RATE, NUM_SAMPLES = 16000, 6000
+FRAMES = np.repeat(np.linspace(30, 220, 9).astype(np.uint8), 32 * 48 * 3).reshape(9, 32, 48, 3)
+SOUND = 0.5 * np.sin(np.arange(NUM_SAMPLES, dtype=np.float32) / 10)[None].repeat(2, 0)
+VARIANT = Variant("thumbnail", "image/webp", ".webp", write_thumbnail)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MediaStore:
+    return MediaStore(tmp_path, max_bytes=1 << 30, keep_s=1000.0)
+
+
+@pytest.fixture(params=["directory", "archive"])
+def reading(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[MediaStore, MediaStore]]:
+    """A store where clips are made, and one that reads them; in an archive they meet there alone."""
+    if request.param == "directory":
+        store = MediaStore(tmp_path, max_bytes=1 << 30, keep_s=1000.0)
+        yield store, store
+        return
+    url = f"memory://{uuid.uuid4().hex}"
+    yield tuple(MediaStore(tmp_path / name, 1 << 30, 1000.0, url) for name in ("made", "read"))  # type: ignore[misc]
+    fsspec.filesystem("memory").store.clear()
+
+
+def make(store: MediaStore, kind: str, *, with_sound: bool = False, frames: np.ndarray = FRAMES) -> str:
+    sound = SoundFormat(RATE, 2, NUM_SAMPLES) if with_sound or kind == "wav" else None
+    clip_format = ClipFormat(kind, *frames.shape[1:3], 24.0, sound=sound)
+    media_id = new_media_id()
+    entry = store.create(media_id, clip_format.media_type, clip_format.suffix, is_live=False)
+    with open_writer(entry.path, clip_format) as writer:
+        if kind != "wav":
+            writer.write(frames[:1] if clip_format.is_image else frames)
+        if sound is not None:
+            writer.write_sound(SOUND)
+    entry.finish()
+    return media_id
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def code(self) -> str:
+        return str(json.loads(self.body)["error"]["code"])
+
+    def image(self) -> PIL.Image.Image:
+        image = PIL.Image.open(io.BytesIO(self.body))
+        image.load()
+        return image
+
+
+async def sent(response: Response) -> Answer:
+    answer = Answer(0, Headers(), b"")
+
+    async def receive() -> Any:
+        await asyncio.sleep(DEADLINE_S)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answer.status, answer.headers = message["status"], Headers(raw=message["headers"])
+        answer.body += message.get("body", b"")
+
+    await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+    return answer
+
+
+def run(work: Awaitable[Any]) -> Any:
+    async def in_time() -> Any:
+        async with asyncio.timeout(DEADLINE_S):
+            return await work
+
+    return asyncio.run(in_time())
+
+
+def asked(store: MediaStore, media_id: str, variant: str, method: str = "GET", **headers: str) -> Answer:
+    async def ask() -> Answer:
+        given = Headers({name.replace("_", "-"): value for name, value in headers.items()})
+        return await sent(await variant_answer(store, media_id, variant, method, given))
+
+    answer: Answer = run(ask())
+    return answer
+
+
+def made_times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is made from now on."""
+    names: list[str] = []
+    written = media_variant._written
+
+    def counted(store: Any, record: Any, variant: Variant, folder: Path) -> Any:
+        names.append(variant.name)
+        return written(store, record, variant, folder)
+
+    monkeypatch.setattr(media_variant, "_written", counted)
+    return names
+
+
+def test_pictures_of_a_clip(reading: tuple[MediaStore, MediaStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = made_times(monkeypatch)
+    media_id = make(reading[0], "mp4")
+    store = reading[1]
+    thumbnail, sheet = (asked(store, media_id, name) for name in ("thumbnail", "spritesheet"))
+    assert (thumbnail.status, thumbnail.headers["content-type"]) == (200, "image/webp")
+    assert (thumbnail.image().format, thumbnail.image().size) == ("WEBP", (48, 32))
+    assert (sheet.status, sheet.headers["content-type"]) == (200, "image/jpeg")
+    assert (sheet.image().format, sheet.image().size) == ("JPEG", (144, 96))
+    for answer, again in (
+        (thumbnail, asked(store, media_id, "thumbnail")),
+        (sheet, asked(store, media_id, "spritesheet")),
+    ):
+        assert again == answer
+        assert answer.headers["content-length"] == str(len(answer.body))
+    assert names == ["thumbnail", "spritesheet"], "each once"
+
+
+def test_the_sound_of_a_clip(reading: tuple[MediaStore, MediaStore], tmp_path: Path) -> None:
+    media_id = make(reading[0], "mp4", with_sound=True)
+    answer = asked(reading[1], media_id, "audio")
+    assert (answer.status, answer.headers["content-type"]) == (200, "audio/mp4")
+    (tmp_path / "a.m4a").write_bytes(answer.body)
+    record = reading[0].expect(media_id)
+    np.testing.assert_array_equal(read_sound(tmp_path / "a.m4a"), read_sound(reading[0].file_path(record)))
+
+
+def test_a_wav_is_its_own_sound(store: MediaStore) -> None:
+    media_id = make(store, "wav")
+    answer = asked(store, media_id, "audio")
+    assert (answer.status, answer.headers["content-type"]) == (200, "audio/wav")
+    assert answer.body == store.read(media_id)
+    assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.wav", "ended.json"]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_an_image_has_a_thumbnail(store: MediaStore, kind: str) -> None:
+    answer = asked(store, make(store, kind), "thumbnail")
+    assert (answer.status, answer.image().format, answer.image().size) == (200, "WEBP", (48, 32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [("mp4", "audio"), ("png", "spritesheet"), ("png", "audio"), ("wav", "thumbnail"), ("wav", "spritesheet")]
+    + [("mp4", name) for name in ("video", "action", "", "../clip", "thumbnail.json", "Thumbnail")],
+)
+def test_what_a_file_does_not_have(store: MediaStore, kind: str, variant: str) -> None:
+    media_id = make(store, kind)
+    before = sorted(os.listdir(store.directory / media_id))
+    answer = asked(store, media_id, variant)
+    assert (answer.status, answer.code) == (404, "no_such_variant")
+    assert sorted(os.listdir(store.directory / media_id)) == before
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_that_are_not_finished(store: MediaStore, variant: str) -> None:
+    media_id = new_media_id()
+    store.create(media_id, "video/mp4", ".mp4", is_live=True)
+    answer = asked(store, media_id, variant)
+    assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "1")
+    store.fail(media_id, "secret reason")
+    answer = asked(store, media_id, variant)
+    assert (answer.status, answer.code) == (410, "media_failed")
+    for unknown in (new_media_id(), "../x", ""):
+        answer = asked(store, unknown, variant)
+        assert (answer.status, answer.code) == (404, "no_such_media")
+
+
+def test_ranges_tags_and_heads_are_as_of_other_files(store: MediaStore) -> None:
+    media_id = make(store, "mp4")
+    whole = asked(store, media_id, "thumbnail", "HEAD")
+    assert (whole.status, whole.body) == (200, b"")
+    tag, size = whole.headers["etag"], int(whole.headers["content-length"])
+    data = asked(store, media_id, "thumbnail").body
+    assert len(data) == size
+    part = asked(store, media_id, "thumbnail", range="bytes=5-9")
+    assert (part.status, part.body, part.headers["content-range"]) == (206, data[5:10], f"bytes 5-9/{size}")
+    assert asked(store, media_id, "thumbnail", if_none_match=tag).status == 304
+    assert asked(store, media_id, "spritesheet", if_none_match=tag).status == 200
+    beyond = asked(store, media_id, "thumbnail", range=f"bytes={size}-")
+    assert (beyond.status, beyond.code) == (416, "range_not_satisfiable")
+
+
+def test_it_counts_and_goes_with_the_clip(store: MediaStore) -> None:
+    media_id = make(store, "mp4", with_sound=True)
+    for variant in VARIANTS:
+        asked(store, media_id, variant)
+    folder = store.directory / media_id
+    assert len(os.listdir(folder)) == 3 + 2 * len(VARIANTS)
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    assert MediaStore(store.directory, num_bytes, 1000.0).sweep(time.time()) == 0
+    assert MediaStore(store.directory, num_bytes - 1, 1000.0).sweep(time.time()) == 1
+    assert os.listdir(store.directory) == []
+    assert asked(store, media_id, "thumbnail").status == 404
+
+
+def test_many_who_ask_at_once_get_one(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = made_times(monkeypatch)
+    media_id = make(store, "mp4")
+
+    async def ask() -> set[bytes]:
+        answers = (variant_answer(store, media_id, "spritesheet", "GET", Headers()) for _ in range(20))
+        return {(await sent(response)).body for response in await asyncio.gather(*answers)}
+
+    assert len(run(ask())) == 1
+    assert names == ["spritesheet"]
+
+
+def test_processes_that_make_it_at_once_agree(store: MediaStore) -> None:
+    """The second one finds the first one's when it is about to say that it is done."""
+    record = store.expect(make(store, "mp4"))
+    first: list[Any] = []
+
+    def write(path: Path, source: BinaryIO) -> None:
+        if not first:
+            first.append(None)
+            first[0] = make_variant(store, record, VARIANT)
+        write_thumbnail(path, source)
+
+    other = make_variant(store, record, Variant("thumbnail", "image/webp", ".webp", write))
+    assert other == first[0]
+    kept = [name for name in os.listdir(store.directory / record.media_id) if name.startswith("thumbnail")]
+    assert sorted(kept) == sorted(["thumbnail.json", other.file_name]), "the second one's is gone"
+
+
+class Gate:
+    """Has whatever is made wait."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started, self.open = threading.Semaphore(0), threading.Event()
+        self.most, self._at_once, self._lock = 0, 0, threading.Lock()
+        make = variants.make_variant
+
+        def wait(*arguments: Any) -> Any:
+            with self._lock:
+                self._at_once += 1
+                self.most = max(self.most, self._at_once)
+            self.started.release()
+            assert self.open.wait(DEADLINE_S)
+            with self._lock:
+                self._at_once -= 1
+            return make(*arguments)
+
+        monkeypatch.setattr(variants, "make_variant", wait)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+def test_few_are_made_at_once_and_too_many_are_refused(
+    store: MediaStore, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "_MAX_WAITING", 5)
+    media_ids = [make(store, "png") for _ in range(6)]
+
+    async def ask() -> list[int]:
+        asking = [
+            asyncio.create_task(variant_answer(store, media_id, "thumbnail", "GET", Headers()))
+            for media_id in media_ids
+        ]
+        done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        asking.remove(first := done.pop())
+        refused = await sent(first.result())
+        assert (refused.status, refused.code, refused.headers["retry-after"]) == (429, "overloaded", "5")
+        gate.open.set()
+        return [(await sent(await answer)).status for answer in asking]
+
+    assert run(ask()) == [200] * 5
+    assert gate.most <= 2
+    assert variants._MAKER._making == {}
+
+
+def test_who_waits_for_long_is_told_and_who_leaves_stops_nothing(
+    store: MediaStore, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "_WAIT_S", 0.05)
+    media_id = make(store, "png")
+    answer = asked(store, media_id, "thumbnail")
+    assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "5")
+    gate.open.set()
+    monkeypatch.setattr(variants, "_WAIT_S", DEADLINE_S)
+    assert asked(store, media_id, "thumbnail").status == 200
+
+
+@pytest.mark.parametrize("remove", [MediaStore.remove, lambda store, media_id: store.sweep(time.time() + 1e6)])
+def test_a_file_that_is_removed_meanwhile(
+    store: MediaStore, gate: Gate, remove: Callable[[MediaStore, str], Any]
+) -> None:
+    media_id = make(store, "png")
+
+    async def ask() -> Answer:
+        asking = asyncio.create_task(variant_answer(store, media_id, "thumbnail", "GET", Headers()))
+        assert await asyncio.to_thread(gate.started.acquire, timeout=DEADLINE_S)
+        remove(store, media_id)
+        gate.open.set()
+        return await sent(await asking)
+
+    answer: Answer = run(ask())
+    assert (answer.status, answer.code) == (404, "no_such_media")
+    assert os.listdir(store.directory) == []
+
+
+def test_a_file_that_is_removed_under_the_makers_hands(store: MediaStore) -> None:
+    record = store.expect(make(store, "mp4"))
+
+    def write(path: Path, source: BinaryIO) -> None:
+        store.remove(record.media_id)
+        write_thumbnail(path, source)
+
+    with pytest.raises(FileNotFoundError, match="was removed"):
+        make_variant(store, record, Variant("thumbnail", "image/webp", ".webp", write))
+    assert os.listdir(store.directory) == []
+
+
+def test_a_damaged_file_is_an_error_and_leaves_nothing(store: MediaStore) -> None:
+    media_id = new_media_id()
+    entry = store.create(media_id, "video/mp4", ".mp4", is_live=False)
+    entry.path.write_bytes(b"no mp4" * 100)
+    entry.finish()
+    for variant in VARIANTS:
+        with pytest.raises(MediaError):
+            asked(store, media_id, variant)
+    assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    media_id = make(store, "mp4")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(media_variant, "put_record", full)
+    with pytest.raises(MediaError, match="the thumbnail of .* cannot be written: .*No space left"):
+        asked(store, media_id, "thumbnail")
+    monkeypatch.undo()
+    assert not [name for name in os.listdir(store.directory / media_id) if name.startswith("thumbnail")]
+    assert asked(store, media_id, "thumbnail").status == 200
+
+
+def test_a_variants_record_is_no_clips(store: MediaStore) -> None:
+    """It is only ever taken for what it is named."""
+    media_id = make(store, "mp4")
+    asked(store, media_id, "thumbnail")
+    record = read_record(store.directory / media_id / "thumbnail.json")
+    assert record is not None
+    assert record.file_name.startswith("thumbnail-")
+    assert store.expect(media_id).file_name == "clip.mp4"

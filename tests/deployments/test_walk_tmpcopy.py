@@ -1,0 +1,852 @@
+"""A request's walk with stages that are not there: order, retries, deadlines, ends. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import pickle
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from ray.exceptions import ObjectLostError
+
+from cluster.clip_stream import ClipStreams
+from cluster.envelope import TensorEnvelope
+from cluster.errors import (
+    DeadlineExceeded,
+    GangFailed,
+    GangLost,
+    OverloadedError,
+    PreviewFailed,
+    StageFailed,
+    StreamClosed,
+)
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.errors import RequestError
+from cosmos3_core.preview import PreviewMap, PreviewOrder
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import resolve
+from deployments import messages
+from deployments import walk as walk_module
+from deployments.clip_walk import merged
+from deployments.media_store import MediaStoreError
+from deployments.messages import RequestContext
+from deployments.streams import RefStream
+from deployments.walk import Stages, Walk
+
+
+class Response:
+    """What a handle's call gives: awaited it is a value, iterated a stream of awaitables."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.was_cancelled = False
+
+    def __await__(self) -> Any:
+        return self._source.__await__()
+
+    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
+        async def refs() -> AsyncIterator[Any]:
+            # As Ray's: what the producer raises, or dies of, is the last item.
+            try:
+                async for item in self._source:
+                    yield as_ref(item)
+            except Exception as error:  # noqa: BLE001 - as Ray's
+                yield as_ref(None, error)
+
+        return refs()
+
+    def cancel(self) -> None:
+        self.was_cancelled = True
+
+
+class as_ref:
+    """An object reference: awaited, it is the value, or raises."""
+
+    def __init__(self, value: Any, error: Exception | None = None) -> None:
+        self.value, self.error = value, error
+
+    def __await__(self) -> Any:
+        yield from asyncio.sleep(0).__await__()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Method:
+    """``handle.method.remote(...)`` for a coroutine or an async generator function."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self._body = body
+        self.responses: list[Response] = []
+
+    def remote(self, *arguments: Any) -> Response:
+        self.responses.append(Response(self._body(*arguments)))
+        return self.responses[-1]
+
+
+class FakeMedia:
+    """A media store that notes what became of its files."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.is_shared = True
+
+    def expect(self, media_id: str) -> None:
+        assert media_id in self.begun
+        if not self.is_shared:
+            raise MediaStoreError("not to be seen here")
+
+    def fail(self, media_id: str, reason: str) -> None:
+        self.failed[media_id] = reason
+
+
+class FakeStages:
+    """Four stages that do next to nothing; each can be told to fail so many times."""
+
+    def __init__(self, num_chunks: int = 5) -> None:
+        self.num_chunks = num_chunks
+        self.failures: dict[str, list[BaseException]] = {}
+        self.saves = self.loses = self.misses = False
+        self.is_full = False
+        self.resumed_from: list[Any] = []
+        self.clips = ClipStreams(8)
+        self.media = FakeMedia()
+        self.tokenize, self.denoise = Method(self._tokenize), Method(self._denoise)
+        self.encode_picture = Method(self._encode_picture)
+        self.tokenized: list[Any] = []
+        self.decode, self.encode = Method(self._decode), Method(self._encode)
+        self.clean: list[Any] = []
+        self.previews: list[Any] = []
+        self.preview: messages.PreviewReady | None = None
+        self.request_has_pictures = True
+        self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
+        self.open, self.drop, self.forget = (Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget))
+        self.encoded: list[str] = []
+        self.decoded = 0
+
+    def fail(self, stage: str) -> None:
+        if self.failures.get(stage):
+            raise self.failures[stage].pop(0)
+
+    async def _tokenize(self, context: RequestContext, request: Any) -> messages.TokenizedPair:
+        self.fail("tokenize")
+        self.tokenized.append(request)
+        return messages.TokenizedPair((1, 2), (3,), "given", 11)
+
+    async def _denoise(
+        self, context: RequestContext, job: Any, saved: Any, clean: Any, previews: Any
+    ) -> AsyncIterator[Any]:
+        self.previews.append(previews)
+        self.resumed_from.append(saved and saved.value)
+        self.clean.append(clean and clean.value)
+        if self.misses and saved is not None:
+            self.misses = False
+            raise ObjectLostError("00", None, "")
+        if self.is_full:
+            raise OverloadedError("requests", 1, 1.0)
+        yield messages.StepDone(1, 2, 0.5, 0.1, 12)
+        if self.preview is not None:
+            yield self.preview
+        if self.saves:
+            yield messages.StateSaved(1, 5, 13)
+            yield f"state of try {context.attempt}"
+        if self.loses:
+            self.loses = False
+            yield messages.StateSaved(2, 5, 13)
+            raise ObjectLostError("00", None, "")
+        self.fail("denoise")
+        yield messages.LatentsReady(0.1, ("video",), 13, (12,))
+        yield "latents"
+
+    async def _encode_picture(self, context: RequestContext, picture: Any) -> AsyncIterator[Any]:
+        assert len(picture.media) > 0
+        self.fail("condition")
+        yield messages.PictureEncoded(0.1, 1, 14)
+        yield f"clean latents of try {context.attempt}"
+
+    async def _decode(
+        self, context: RequestContext, latents: Any, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[Any]:
+        assert latents.value == "latents"
+        for index in range(self.num_chunks):
+            assert await self.clips.acquire(stream_id, producer, 10)
+            if index == 2:
+                self.fail("decode")
+            self.decoded += 1
+            yield f"chunk {index}"
+            if index == 3:
+                self.fail("decode's word")
+            yield messages.ChunkDecoded(index, time.time(), 1)
+
+    async def _encode(
+        self, context: RequestContext, form: Any, media_id: str, clips: Any, stream_id: str
+    ) -> AsyncIterator[Any]:
+        self.media.begun.append(media_id)
+        yield messages.FileStarted(media_id, "video/mp4", 15)
+        taken = 0
+        while boxed := await self.clips.take(stream_id, 10):
+            self.encoded.append(await boxed[0])
+            assert self.encoded[-1] == f"chunk {taken}"
+            if taken == 1:
+                self.fail("encode")
+            yield messages.ChunkEncoded(taken, 1, 14, time.time(), 15)
+            taken += 1
+            await self.clips.release(stream_id)
+        yield messages.ClipEncoded(media_id, "hash", taken, 6, 0.1, 15)
+
+    def walk(self, tiny: Path, *, limit_s: float = 30, max_attempts: int = 3, **fields: Any) -> Walk:
+        layout = CheckpointLayout.open(tiny)
+        small = {"num_frames": 17, "height": 32, "width": 32, "num_inference_steps": 2}
+        request = GenerationRequest(**{"prompt": "a", **({} if "mode" in fields else small), **fields})
+        return Walk(
+            request=resolve(request, layout),
+            context=RequestContext.new("r", limit_s),
+            layout=layout,
+            stages=Stages(self, self, SimpleNamespace(decode=self.decode, encode=self.encode_picture), self),
+            clips=self,
+            media=self.media,
+            chunk_window=2,
+            max_attempts=max_attempts,
+            close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
+        )
+
+
+def run(body: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(body, 60))
+
+
+async def collect(walk: Walk) -> list[Any]:
+    return [event async for event in walk.events()]
+
+
+def kinds(events: list[Any]) -> list[str]:
+    return [type(event).__name__ for event in events]
+
+
+def test_a_whole_walk(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    events = run(collect(stages.walk(tiny_nano)))
+    assert kinds(events)[:4] == ["Accepted", "Tokenized", "StepDone", "LatentsReady"]
+    assert kinds(events)[4] == "FileStarted"
+    assert kinds(events)[-2:] == ["ClipEncoded", "Finished"]
+    assert [events[-1].media_id] == stages.media.begun
+    assert stages.media.failed == {}
+    for kind in ("ChunkDecoded", "ChunkEncoded"):
+        assert [event.index for event in events if type(event).__name__ == kind] == list(range(5))
+    finished = events[-1]
+    assert set(finished.stage_seconds) == {"tokenize", "denoise", "decode_encode", "encode", "total"}
+    assert all(method.responses[0].was_cancelled for method in (stages.denoise, stages.decode, stages.encode))
+
+
+IMAGE = np.zeros((32, 32, 3), np.uint8)
+
+
+def test_a_given_picture_is_encoded_once_and_its_latents_go_to_every_try(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["condition"] = [GangFailed("step", "died")]
+    stages.failures["denoise"] = [GangFailed("step", "died")]
+    walk = stages.walk(tiny_nano, image=IMAGE)
+    events = run(collect(walk))
+    assert kinds(events)[:4] == ["Accepted", "Tokenized", "StageRetried", "PictureEncoded"]
+    assert stages.clean == ["clean latents of try 2"] * 2
+    assert len(stages.encode_picture.responses) == 2
+    assert all(response.was_cancelled for response in stages.encode_picture.responses)
+    assert [request.picture for request in stages.tokenized] == [None], "prompts need no picture"
+    assert walk.request.picture is not None
+    assert walk.request.picture.media == b"", "the caller's file was kept"
+    assert events[-1].stage_seconds["condition"] == 0.1
+    assert stages.walk(tiny_nano).request.picture is None
+
+
+def test_a_damaged_picture_is_the_callers_fault_and_not_tried_again(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["condition"] = [RequestError("image", "bytes", "an image")]
+    with pytest.raises(RequestError, match="image=.*bytes"):
+        run(collect(stages.walk(tiny_nano, image=IMAGE)))
+    assert stages.denoise.responses == []
+
+
+PREVIEW_MAP = PreviewMap(((0.0, 0.0, 0.0),), (0.0, 0.0, 0.0))
+
+
+def test_an_order_for_previews_goes_to_every_try_and_previews_come_with_the_steps(tiny_nano: Path) -> None:
+    async def order(duration_s: float) -> PreviewOrder:
+        return PreviewOrder(3, duration_s, PREVIEW_MAP)
+
+    stages = FakeStages()
+    stages.failures["denoise"] = [GangFailed("step", "died")]
+    stages.preview = messages.PreviewReady(1, 0.5, "image/webp", b"RIFF", 13)
+    walk = stages.walk(tiny_nano, fps=8.0)
+    walk.order_previews = order
+    events = run(collect(walk))
+    assert stages.previews == [PreviewOrder(3, 17 / 8, PREVIEW_MAP)] * 2
+    assert kinds(events)[2:8] == [
+        "StepDone",
+        "PreviewReady",
+        "StageRetried",
+        "StepDone",
+        "PreviewReady",
+        "LatentsReady",
+    ]
+    assert events[3] == stages.preview
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"), [({}, "the VAE is away"), ({"generate_sound": True, "output": "wav"}, "makes no pictures")]
+)
+def test_previews_that_cannot_be_had_are_told_of_and_done_without(
+    fields: dict[str, Any], reason: str, tiny_nano: Path
+) -> None:
+    async def order(duration_s: float) -> PreviewOrder:
+        raise PreviewFailed("the VAE is away")
+
+    stages = FakeSound() if fields else FakeStages()
+    stages.request_has_pictures = False
+    walk = stages.walk(tiny_nano, **fields)
+    walk.stages = replace(walk.stages, audio=getattr(stages, "audio", None))
+    walk.order_previews = order
+    events = run(collect(walk))
+    (off,) = [event for event in events if isinstance(event, messages.PreviewsOff)]
+    assert reason in off.reason
+    assert events.index(off) < kinds(events).index("LatentsReady")
+    assert stages.previews == [None]
+    assert kinds(events).count("Finished") == 1
+
+
+def test_who_asks_for_no_previews_has_none_ordered(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.previews == [None]
+    assert not {"PreviewReady", "PreviewsOff"} & set(kinds(events))
+
+
+class FakeSound(FakeStages):
+    """Denoises sound as well; its decoder waits until the last frame is decoded."""
+
+    def __init__(self) -> None:
+        super().__init__(num_chunks=2)
+        self.denoise = Method(self._denoise_both)
+        self.encode = Method(self._encode_both)
+        self.audio = SimpleNamespace(decode=Method(self._decode_sound))
+        self.taken: list[str] = []
+
+    async def _denoise_both(self, context: Any, job: Any, saved: Any, clean: Any, previews: Any) -> AsyncIterator[Any]:
+        assert job.num_sound_latents > 0
+        self.previews.append(previews)
+        yield messages.LatentsReady(0.1, ("video", "sound"), 13, (12,))
+        yield "latents"
+        yield "sound latents"
+
+    async def _decode_sound(
+        self, context: Any, latents: Any, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[Any]:
+        assert latents.value == "sound latents"
+        while self.request_has_pictures and self.decoded < self.num_chunks:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert await self.clips.acquire(stream_id, producer, 10)
+        self.fail("sound")
+        yield "samples"
+        yield messages.SoundDecoded(0, time.time(), 2)
+
+    async def _encode_both(
+        self, context: Any, form: Any, media_id: str, clips: Any, stream_id: str
+    ) -> AsyncIterator[Any]:
+        self.media.begun.append(media_id)
+        yield messages.FileStarted(media_id, "video/mp4", 15)
+        while boxed := await self.clips.take(stream_id, 10):
+            self.taken.append(await boxed[0])
+            await self.clips.release(stream_id)
+        yield messages.ClipEncoded(media_id, "hash", 2, 3, 0.1, 15)
+
+
+def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    walk = stages.walk(tiny_nano, generate_sound=True)
+    walk.stages = replace(walk.stages, audio=stages.audio)
+    events = run(collect(walk))
+    assert stages.taken == ["chunk 0", "chunk 1", "samples"]
+    assert "SoundDecoded" in kinds(events)
+    assert all(response.was_cancelled for response in stages.audio.decode.responses)
+
+
+@pytest.mark.parametrize("where", ["decode", "decode's word"])
+def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(where: str, tiny_nano: Path) -> None:
+    """Another one begins anew; what the encoder has had is dropped, and no credit is lost on the way."""
+    stages = FakeStages(num_chunks=6)
+    stages.failures[where] = [GangFailed("decode", "died")] * 2
+    walk = stages.walk(tiny_nano)
+    events = run(collect(walk))
+    assert stages.encoded == [f"chunk {index}" for index in range(6)]
+    assert len(stages.encode.responses) == 1
+    assert len(stages.decode.responses) == 3
+    assert kinds(events).count("FileStarted") == 1
+    assert [event.index for event in events if isinstance(event, messages.ChunkDecoded)] == list(range(6))
+    assert [event.stage for event in events if isinstance(event, messages.StageRetried)] == ["decode"] * 2
+    assert stages.media.failed == {}
+
+
+@pytest.mark.parametrize("max_attempts", [1, 3])
+def test_a_clip_that_no_decoder_survives_takes_its_tries_and_not_the_encoders(
+    max_attempts: int, tiny_nano: Path
+) -> None:
+    stages = FakeStages()
+    stages.failures["decode"] = [GangFailed("decode", "died", 1) for _ in range(20)]
+    walk = stages.walk(tiny_nano, max_attempts=max_attempts)
+    with pytest.raises(StageFailed, match=rf"'decode'.*{max_attempts}.*GangFailed.*rank 1"):
+        run(collect(walk))
+    assert len(stages.decode.responses) == max_attempts
+    assert len(stages.encode.responses) == 1
+    assert list(stages.media.failed) == stages.media.begun
+
+
+def test_what_was_decoded_before_is_let_go_before_its_credit_goes_back(tiny_nano: Path) -> None:
+    """The credit stands for its memory."""
+    stages = FakeStages(num_chunks=4)
+    stages.failures["decode"] = [GangFailed("decode", "died")]
+    refs: list[weakref.ref[Any]] = []
+    drop = stages.clips.drop
+
+    async def dropping(stream_id: str, producer: str) -> None:
+        gc.collect()
+        assert [ref() for ref in refs if ref() is not None and ref().value == "chunk 0"] == []
+        dropped.append(producer)
+        await drop(stream_id, producer)
+
+    class noted_ref(as_ref):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            refs.append(weakref.ref(self))
+
+    dropped: list[str] = []
+    stages.drop = Method(dropping)
+    with mock.patch(f"{__name__}.as_ref", noted_ref):
+        run(collect(stages.walk(tiny_nano)))
+    assert dropped == ["video/2"] * 2
+
+
+def test_a_source_that_nobody_takes_from_waits() -> None:
+    made = 0
+
+    async def source() -> AsyncIterator[int]:
+        nonlocal made
+        for made in range(1, 101):
+            yield made
+
+    async def body() -> None:
+        items = merged(source())
+        assert await anext(items) == 1
+        await asyncio.sleep(0.05)
+        assert made < 25
+        assert [item async for item in items] == list(range(2, 101))
+
+    run(body())
+
+
+def test_an_encoder_that_dies_has_the_file_made_anew(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["encode"] = [GangFailed("encode", "died")]
+    events = run(collect(stages.walk(tiny_nano)))
+    started = [event.media_id for event in events if isinstance(event, messages.FileStarted)]
+    assert started == stages.media.begun
+    assert len(set(started)) == 2
+    assert list(stages.media.failed) == started[:1]
+    assert "died" in stages.media.failed[started[0]]
+    assert next(event for event in events if isinstance(event, messages.Finished)).media_id == started[1]
+    order = [kind for kind in kinds(events) if kind in ("FileStarted", "StageRetried")]
+    assert order == ["FileStarted", "StageRetried", "FileStarted"]
+
+
+def test_a_media_store_that_is_not_shared_is_said_in_words(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.media.is_shared = False
+    with pytest.raises(MediaStoreError, match="not to be seen here"):
+        run(collect(stages.walk(tiny_nano)))
+    assert stages.decode.responses == []
+
+
+def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    stages.request_has_pictures = False
+    walk = stages.walk(tiny_nano, generate_sound=True, output="wav")
+    walk.stages = replace(walk.stages, audio=stages.audio)
+    events = run(collect(walk))
+    assert stages.taken == ["samples"]
+    assert stages.decode.responses == []
+    assert next(event for event in events if isinstance(event, messages.Finished)).media_type == "audio/wav"
+
+
+def test_the_death_of_the_decoder_of_sound_is_retried_without_the_pictures(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    stages.failures["sound"] = [GangFailed("step", "died")]
+    walk = stages.walk(tiny_nano, generate_sound=True)
+    walk.stages = replace(walk.stages, audio=stages.audio)
+    events = run(collect(walk))
+    assert kinds(events).count("StageRetried") == 1
+    assert stages.taken == ["chunk 0", "chunk 1", "samples"]
+    assert kinds(events).count("Finished") == 1
+
+
+def test_actions_alone_need_no_decoder(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    actions = np.arange(8 * 64, dtype=np.float32).reshape(8, 64)
+
+    async def denoise(context: Any, job: Any, saved: Any, clean: Any, previews: Any) -> AsyncIterator[Any]:
+        assert clean.value == "clean latents of try 1"
+        yield messages.LatentsReady(0.1, ("video", "action"), 13, (12,))
+        yield "latents"
+        yield TensorEnvelope.of_array(actions)
+
+    stages.denoise = Method(denoise)
+    clip = np.zeros((9, 64, 64, 3), np.uint8)
+    walk = stages.walk(tiny_nano, mode="inverse_dynamics", video=clip, domain_name="av", action_chunk_size=8)
+    events = run(collect(walk))
+    assert kinds(events)[-2:] == ["LatentsReady", "Finished"]
+    finished = events[-1]
+    assert (finished.media_type, finished.num_bytes, finished.num_frames) == ("", 0, 0)
+    assert np.array_equal(finished.actions.values, actions[:, :9])
+    assert stages.decode.responses == stages.encode.responses == []
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])
+def test_a_death_is_retried_and_nothing_is_handed_out_twice(stage: str, tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures[stage] = [GangFailed("step", "died"), GangFailed("step", "died again")]
+    events = run(collect(stages.walk(tiny_nano)))
+    retried = [event for event in events if isinstance(event, messages.StageRetried)]
+    assert [event.attempt for event in retried] == [2, 3]
+    assert "died" in retried[0].reason
+    assert kinds(events).count("Finished") == 1
+    assert list(stages.media.failed) == stages.media.begun[:-1], "files of encoders that died"
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])
+def test_tries_are_counted(stage: str, tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures[stage] = [StreamClosed("r/1", "died")] * 9
+    with pytest.raises(StageFailed) as caught:
+        run(collect(stages.walk(tiny_nano)))
+    assert caught.value.attempts == 3
+    assert len(stages.failures[stage]) == 6
+
+
+def test_when_no_try_is_left_a_gangs_failure_is_told_as_it_is(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["denoise"] = [GangFailed("step", "died", rank) for rank in range(9)]
+    with pytest.raises(GangFailed) as caught:
+        run(collect(stages.walk(tiny_nano)))
+    assert (caught.value.phase, caught.value.rank) == ("step", 2)
+
+
+def test_denoising_goes_on_from_the_last_state_that_was_saved(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.saves = True
+    stages.failures["denoise"] = [GangFailed("step", "died"), GangFailed("step", "died")]
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.resumed_from == [None, "state of try 1", "state of try 2"]
+    assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 1]
+
+
+def test_a_state_that_was_lost_means_to_start_anew(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.saves = stages.misses = True
+    stages.failures["denoise"] = [GangFailed("step", "died")]
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.resumed_from == [None, "state of try 1", None]
+    assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 0]
+
+
+def test_a_newer_state_that_is_lost_on_its_way_leaves_the_older_one(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.saves = stages.loses = True
+    events = run(collect(stages.walk(tiny_nano)))
+    assert stages.resumed_from == [None, "state of try 1"]
+    assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1]
+
+
+@pytest.mark.parametrize(("guidance_scale", "expected"), [(1.0, "unguided"), (6.0, "transformer")])
+@pytest.mark.parametrize("is_full", [False, True])
+def test_requests_go_to_the_gang_that_suits_them_and_to_the_other_if_it_is_full(
+    guidance_scale: float, expected: str, is_full: bool, tiny_nano: Path
+) -> None:
+    gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
+    gangs[expected].is_full = is_full
+    walk = gangs["transformer"].walk(tiny_nano)
+    walk.request = replace(walk.request, guidance_scale=guidance_scale)
+    walk.stages = replace(walk.stages, unguided=gangs["unguided"])
+    events = run(collect(walk))
+    assert kinds(events).count("Finished") == 1
+    assert "StageRetried" not in kinds(events)
+    other = next(name for name in gangs if name != expected)
+    assert len(gangs[expected].denoise.responses) == 1
+    assert len(gangs[other].denoise.responses) == int(is_full)
+
+
+def test_where_no_gang_of_the_right_kind_is_up_the_other_kind_takes_the_request(
+    tiny_nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, away = FakeStages(), FakeStages()
+
+    async def never(*arguments: Any) -> AsyncIterator[Any]:
+        await asyncio.sleep(1000)
+        yield None
+
+    away.denoise = Method(never)
+    monkeypatch.setattr(walk_module, "_FIRST_WORD_S", 0.1)
+    walk = stages.walk(tiny_nano)
+    walk.request = replace(walk.request, guidance_scale=1.0)
+    walk.stages = replace(walk.stages, unguided=away)
+    events = run(collect(walk))
+    assert kinds(events).count("Finished") == 1
+    assert away.denoise.responses[0].was_cancelled
+
+
+def test_an_accepted_request_waits_where_all_gangs_are_full(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.is_full = True
+
+    async def body() -> None:
+        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        while len(stages.denoise.responses) < 2:
+            await asyncio.sleep(0.01)
+        stages.is_full = False
+        events = await walk
+        assert kinds(events).count("Finished") == 1
+        assert "StageRetried" not in kinds(events), "waiting is no failure"
+
+    run(body())
+    stages.is_full = True
+    with pytest.raises(DeadlineExceeded):
+        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+
+
+def test_another_requests_failure_does_not_count_as_a_try(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["denoise"] = [GangLost("step", "died")] * 5
+    events = run(collect(stages.walk(tiny_nano)))
+    assert [event.attempt for event in events if isinstance(event, messages.StageRetried)] == [2, 3, 4, 5, 6]
+    assert kinds(events).count("Finished") == 1
+
+
+def test_a_clip_is_decoded_only_when_an_encoder_has_a_place_for_it(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    has_place = asyncio.Event()
+    encode = stages._encode
+
+    async def waits(context: Any, form: Any, media_id: str, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        await has_place.wait()
+        async for item in encode(context, form, media_id, clips, stream_id):
+            yield item
+
+    stages.encode = Method(waits)
+
+    async def body() -> None:
+        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        while not stages.encode.responses:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert stages.decode.responses == []
+        has_place.set()
+        assert kinds(await walk).count("Finished") == 1
+
+    run(body())
+
+
+def test_leaving_while_a_clip_is_being_opened_leaves_none_open(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    is_opening = asyncio.Event()
+
+    async def slow_open(stream_id: str, window: int) -> None:
+        await stages.clips.open(stream_id, window)
+        is_opening.set()
+        await asyncio.sleep(10)
+
+    stages.open = Method(slow_open)
+
+    async def body() -> None:
+        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        await is_opening.wait()
+        walk.cancel()
+        await asyncio.wait([walk])
+        await asyncio.sleep(0.05)
+        assert await stages.clips.num_open() == 0
+
+    run(body())
+
+
+@pytest.mark.parametrize("call", ["open", "post", "complete"])
+def test_a_clip_stream_that_does_not_answer_meets_the_deadline(call: str, tiny_nano: Path) -> None:
+    stages = FakeStages()
+
+    async def never(*arguments: Any) -> None:
+        await asyncio.sleep(1000)
+
+    setattr(stages, call, Method(never))
+    with pytest.raises(DeadlineExceeded):
+        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+
+
+def test_an_item_that_never_arrives_meets_the_deadline(tiny_nano: Path) -> None:
+    class Never:
+        def __await__(self) -> Any:
+            yield from asyncio.sleep(1000).__await__()
+
+    class Stuck(Response):
+        async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
+            async def refs() -> AsyncIterator[Any]:
+                yield Never()
+
+            return refs()
+
+    async def body() -> None:
+        context = RequestContext.new("r", 0.3)
+        await RefStream(Stuck(None), context, "decode").next_value()
+
+    with pytest.raises(DeadlineExceeded):
+        run(body())
+
+
+def test_a_deadline_travels_as_seconds_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = RequestContext.new("r", 10.0)
+    data = pickle.dumps(context)
+    before_s = time.monotonic()
+    monkeypatch.setattr(messages.time, "monotonic", lambda: before_s + 5000.0)  # another machine's clock
+    there = pickle.loads(data)
+    assert 9.0 < there.remaining_s("x") <= 10.0
+    assert (there.request_id, there.try_id, there.limit_s) == ("r", context.try_id, 10.0)
+
+
+def test_requests_of_one_name_do_not_meet(tiny_nano: Path) -> None:
+    one, two = RequestContext.new("same", 1.0), RequestContext.new("same", 1.0)
+    assert len({one.try_id, two.try_id, one.retried().try_id}) == 3
+
+
+def test_the_requests_own_fault_is_not_retried(tiny_nano: Path) -> None:
+    stages = FakeStages()
+    stages.failures["denoise"] = [RequestError("seed", 1, "2")]
+    with pytest.raises(RequestError):
+        run(collect(stages.walk(tiny_nano)))
+    assert len(stages.denoise.responses) == 1
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])
+def test_a_stage_that_never_answers_meets_the_deadline(stage: str, tiny_nano: Path) -> None:
+    stages = FakeStages()
+
+    async def never(*arguments: Any) -> None:
+        await asyncio.sleep(1000)
+
+    async def never_yields(*arguments: Any) -> AsyncIterator[Any]:
+        await asyncio.sleep(1000)
+        yield None
+
+    setattr(stages, stage, Method(never if stage == "tokenize" else never_yields))
+    start_s = time.monotonic()
+    with pytest.raises(DeadlineExceeded) as caught:
+        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+    assert caught.value.limit_s == 0.5
+    assert time.monotonic() - start_s < 10
+
+
+def test_a_file_that_ends_early_is_not_handed_out(tiny_nano: Path) -> None:
+    stages = FakeStages()
+
+    async def cut_short(context: Any, form: Any, media_id: str, clips: Any, stream_id: str) -> AsyncIterator[Any]:
+        stages.media.begun.append(media_id)
+        yield messages.FileStarted(media_id, "video/mp4", 15)
+        while await stages.clips.take(stream_id, 10):
+            await stages.clips.release(stream_id)
+
+    stages.encode = Method(cut_short)
+    with pytest.raises(StageFailed, match="ended before the file"):
+        run(collect(stages.walk(tiny_nano)))
+
+
+def test_leaving_in_the_middle_cancels_what_runs(tiny_nano: Path) -> None:
+    stages = FakeStages(num_chunks=1000)
+
+    async def leave() -> None:
+        events = stages.walk(tiny_nano).events()
+        async for event in events:
+            if isinstance(event, messages.ChunkEncoded):
+                break
+        await events.aclose()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.05)
+        assert await stages.clips.num_open() == 0
+
+    run(leave())
+    assert stages.decode.responses[0].was_cancelled
+    assert stages.encode.responses[0].was_cancelled
+    assert stages.decoded < 20
+    assert list(stages.media.failed) == stages.media.begun, "whoever watches the file is told"
+
+
+def test_the_callers_picture_is_let_go_when_it_is_encoded(tiny_nano: Path) -> None:
+    class Media(np.ndarray[Any, Any]):
+        """An array that can be watched."""
+
+    stages = FakeStages()
+    media = IMAGE.copy().view(Media)
+    watched = weakref.ref(media)
+    walk = stages.walk(tiny_nano, image=media)
+    del media
+    is_gone: list[bool] = []
+
+    async def follow() -> None:
+        async for event in walk.events():
+            if isinstance(event, messages.StepDone):
+                gc.collect()
+                is_gone.append(watched() is None)
+
+    # The fakes keep what they were called with.
+    stages.encode_picture = Method(stages._encode_picture)
+    walk.stages = replace(walk.stages, vae=SimpleNamespace(decode=stages.decode, encode=ForgetfulMethod(stages)))
+    run(follow())
+    assert is_gone == [True]
+
+
+class ForgetfulMethod:
+    """:meth:`FakeStages._encode_picture` that keeps nothing of its arguments."""
+
+    def __init__(self, stages: FakeStages) -> None:
+        self._stages = stages
+
+    def remote(self, context: RequestContext, picture: Any) -> Response:
+        async def encode() -> AsyncIterator[Any]:
+            yield messages.PictureEncoded(0.1, 1, 14)
+            yield "clean latents"
+
+        return Response(encode())
+
+
+def test_another_gang_gets_the_given_frames_too(tiny_nano: Path) -> None:
+    gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
+    gangs["transformer"].is_full = True
+    walk = gangs["transformer"].walk(tiny_nano, image=IMAGE)
+    walk.stages = replace(walk.stages, unguided=gangs["unguided"])
+    events = run(collect(walk))
+    assert kinds(events).count("Finished") == 1
+    assert gangs["unguided"].clean == ["clean latents of try 1"]
+
+
+def test_the_streams_of_sound_requests_are_closed(tiny_nano: Path) -> None:
+    stages = FakeSound()
+    walk = stages.walk(tiny_nano, generate_sound=True)
+    walk.stages = replace(walk.stages, audio=stages.audio)
+
+    async def body() -> int:
+        await collect(walk)
+        await asyncio.sleep(0.05)
+        return await stages.clips.num_open()
+
+    assert run(body()) == 0

@@ -1,0 +1,114 @@
+"""What a process does that races others for a database: ``python -m tests.jobs.racing ACTION URL NUMBER``.
+
+It says "ready", begins at the first line from its parent, and prints what came of it as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import OverloadedError
+from deployments.jobs.job import JobState
+from deployments.jobs.store import JobStore
+from tests.jobs.making import COMPLETED, LIMITS, claim, lease_of, new_job
+
+_ROOT = Path(__file__).parents[2]
+# For all of them: start, work and end, on a machine with other things to do.
+_RACE_S = 100
+
+
+def race(action: str, url: str, number: int, num_processes: int) -> list[Any]:
+    """What each of so many processes has to tell that were let go at once."""
+    command = [sys.executable, "-m", "tests.jobs.racing", action, url, str(number)]
+    running = [
+        subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(num_processes)
+    ]
+    try:
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        told = [process.communicate(timeout=_RACE_S)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return [json.loads(text) for text in told]
+
+
+def _open(url: str, _: int) -> str:
+    JobStore.open(url).close()
+    return "opened"
+
+
+def _claim(url: str, number: int) -> list[str]:
+    """Claims and ends jobs until all of them have ended, whoever did it."""
+    store, mine = JobStore.open(url), []
+    deadline_s = time.monotonic() + _RACE_S
+    while time.monotonic() < deadline_s:
+        if (job := claim(store, f"runner-{time.monotonic_ns()}", lease_s=1000.0)) is not None:
+            store.finish(lease_of(job), COMPLETED, keep_media_s=1)
+            mine.append(job.job_id)
+        elif not store.load(job_model()).num_queued:
+            return mine
+    raise TimeoutError(f"{len(mine)} of {number} were mine, and some still wait")
+
+
+def job_model() -> str:
+    """Of all jobs here."""
+    return new_job().model
+
+
+def _create(url: str, number: int) -> dict[str, int]:
+    """Creates jobs in a queue for ``number``, twice as many as it takes."""
+    from dataclasses import replace
+
+    store, limits = JobStore.open(url), replace(LIMITS, max_queued=number)
+    told = {"accepted": 0, "refused": 0, "most": 0}
+    for _ in range(2 * number):
+        try:
+            store.create(new_job(), limits)
+            told["accepted"] += 1
+        except OverloadedError:
+            told["refused"] += 1
+        told["most"] = max(told["most"], store.load(job_model()).num_queued)
+    return told
+
+
+def _repeat(url: str, number: int) -> list[str]:
+    """The job of one idempotency key, asked for several times."""
+    store = JobStore.open(url)
+    return [store.create(new_job(idempotency_key="again"), LIMITS).job_id for _ in range(number)]
+
+
+def _die(url: str, _: int) -> None:
+    """Accepts a job, tells of it, and is killed at once."""
+    import os
+    import signal
+
+    job = JobStore.open(url).create(new_job(), LIMITS)
+    assert job.state is JobState.QUEUED
+    print(json.dumps(job.job_id), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    """See the module."""
+    action, url, number = sys.argv[1:]
+    actions = {"open": _open, "claim": _claim, "create": _create, "repeat": _repeat, "die": _die}
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(actions[action](url, int(number))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What requests cost, and how fast work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cosmos3_core.checkpoint.configs import TransformerConfig
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.request import GenerationRequest
+from cosmos3_core.resolve import resolve
+from cosmos3_core.shapes import Geometry
+from deployments.jobs.cost import CostModel, Throughput
+
+
+def test_attention_and_matrices_cost_the_same_where_they_do_on_nano() -> None:
+    """720p: 44,160 tokens, of which attention is 66 % (2427 of 3654 TFLOP a step, both branches)."""
+    cost = CostModel.of(Geometry(), TransformerConfig())
+    assert cost.tokens_at_par == pytest.approx(23_552)
+    share = 44_160 / cost.tokens_at_par / (1 + 44_160 / cost.tokens_at_par)
+    assert share == pytest.approx(0.66, abs=0.01)
+
+
+def test_work_counts_steps_branches_and_tokens(tiny_nano: Path) -> None:
+    layout = CheckpointLayout.open(tiny_nano)
+    cost = CostModel(Geometry(), 1e12)  # attention costs nothing
+
+    def work(**fields: object) -> float:
+        request = GenerationRequest(prompt="a", height=64, width=64, **fields)  # type: ignore[arg-type]
+        return cost.work_of(resolve(request, layout))
+
+    one = work(num_frames=1, num_inference_steps=1, guidance_scale=1.0)
+    assert one == pytest.approx(4)
+    assert work(num_frames=1, num_inference_steps=10, guidance_scale=1.0) == pytest.approx(10 * one)
+    assert work(num_frames=1, num_inference_steps=1, guidance_scale=6.0) == pytest.approx(2 * one)
+    assert work(num_frames=9, num_inference_steps=1, guidance_scale=1.0) == pytest.approx(3 * one)
+    sound = work(num_frames=9, num_inference_steps=1, guidance_scale=1.0, generate_sound=True)
+    assert sound == pytest.approx(3 * one + 10), "9 frames at 24 per second are 10 latents of sound"
+    tight = CostModel(Geometry(), 4.0)
+    request = GenerationRequest(prompt="a", height=64, width=64, num_frames=1, num_inference_steps=1, guidance_scale=1)
+    assert tight.work_of(resolve(request, layout)) == pytest.approx(8), "at par a token counts twice"
+
+
+def test_throughput_of_one_after_the_other_and_of_several_at_once() -> None:
+    alone = Throughput()
+    assert alone.finished(100, start_s=10, end_s=20) == pytest.approx(10)
+    side_by_side = Throughput()
+    side_by_side.finished(100, start_s=0, end_s=10)
+    # Began with the first one, ended right behind it: twice as much in about the same time.
+    assert side_by_side.finished(100, start_s=0, end_s=10.5) > 50
+
+
+def test_idle_time_is_no_slowness() -> None:
+    throughput = Throughput()
+    throughput.finished(100, start_s=0, end_s=10)
+    assert throughput.finished(100, start_s=1000, end_s=1010) == pytest.approx(10)

@@ -1,0 +1,328 @@
+"""Files of jobs, in a directory and an archive: what comes back, what damage and killed writers do, what goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from cosmos3_core.errors import MediaError
+from deployments import objects
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import new_job_id
+from deployments.media_store import MediaStore
+from deployments.objects import ObjectsError
+
+DATA = bytes(range(256)) * 40
+KEEP_S = 100.0
+DEADLINE_S = 60.0
+
+
+class Place:
+    """Where files are, and a way to them beside :class:`JobFiles`."""
+
+    def __init__(self, directory: Path, archive_url: str | None) -> None:
+        self.files = JobFiles(directory, archive_url)
+        self.raw = fsspec.filesystem("memory" if str(archive_url).startswith("memory") else "file")
+        self.root = f"{archive_url.removeprefix('file://') if archive_url else directory}/jobs"
+
+    def path(self, *names: str) -> str:
+        return "/".join([self.root, *names])
+
+    def left(self) -> list[str]:
+        found = self.raw.find(self.root) if self.raw.exists(self.root) else []
+        return sorted(path.partition("/jobs/")[2] for path in found)
+
+
+@pytest.fixture(params=["directory", "file archive", "object archive"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    if request.param == "directory":
+        yield Place(tmp_path, None)
+    elif request.param == "file archive":
+        yield Place(tmp_path / "unused", f"file://{tmp_path}/archive")
+        assert not (tmp_path / "unused").exists()
+    else:
+        url = f"memory://{uuid.uuid4().hex}/archive"
+        yield Place(tmp_path / "unused", url)
+        assert not (tmp_path / "unused").exists()
+        fsspec.filesystem("memory").store.clear()
+
+
+@pytest.mark.parametrize(
+    "data", [DATA, b"", memoryview(DATA)[5:], b"\n\0" * 1000], ids=["some", "none", "view", "lines"]
+)
+def test_bytes_come_back(place: Place, data: bytes) -> None:
+    job_id = new_job_id()
+    assert not place.files.exists(job_id, "checkpoint")
+    place.files.put(job_id, "checkpoint", data)
+    assert place.files.exists(job_id, "checkpoint")
+    assert not place.files.exists(job_id, "image")
+    found = place.files.get(job_id, "checkpoint")
+    assert isinstance(found, bytes)
+    assert found == bytes(data)
+    assert place.left() == [f"{job_id}/checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(5 * 6 * 7 * 3, dtype=np.uint8).reshape(5, 6, 7, 3),
+        np.arange(60, dtype=np.uint8).reshape(3, 4, 5)[::-1, ::2].transpose(2, 0, 1),
+        np.linspace(0, 1, 7, dtype=np.float32),
+        np.zeros((0, 4), np.uint8),
+        np.array(3.5),
+        np.array([[True, False]]),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_arrays_come_back(place: Place, array: np.ndarray) -> None:
+    job_id = new_job_id()
+    place.files.put(job_id, "clip", array)
+    found = place.files.get(job_id, "clip")
+    assert isinstance(found, np.ndarray)
+    assert (found.dtype, found.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.parametrize("array", [np.array([{}], object), np.array(["a"]), np.zeros(1, "V8"), np.zeros((1,) * 9)])
+def test_what_would_need_pickle_is_no_array(place: Place, array: Any) -> None:
+    with pytest.raises(ValueError, match="is no array of numbers"):
+        place.files.put(new_job_id(), "clip", array)
+    assert place.left() == []
+
+
+def test_a_file_takes_the_place_of_the_one_before(place: Place) -> None:
+    job_id = new_job_id()
+    for data in (DATA, b"new", DATA[1:]):
+        place.files.put(job_id, "checkpoint", data)
+        assert place.files.get(job_id, "checkpoint") == data
+    place.files.put(job_id, "image", b"other")
+    assert place.left() == [f"{job_id}/checkpoint", f"{job_id}/image"]
+
+
+def test_removing_takes_all_of_a_job_and_nothing_else(place: Place) -> None:
+    one, other = new_job_id(), new_job_id()
+    for job_id in (one, other):
+        place.files.put(job_id, "checkpoint", DATA)
+        place.files.put(job_id, "image", DATA)
+    place.files.remove(one)
+    place.files.remove(one)
+    place.files.remove(new_job_id())
+    assert place.left() == [f"{other}/checkpoint", f"{other}/image"]
+    assert not place.files.exists(one, "image")
+    with pytest.raises(MediaError, match=f"{one} has no image"):
+        place.files.get(one, "image")
+
+
+PATHS = ["", "..", "../x", "a/b", "A", "a1", "a" * 17, ".part", "a\n", "ä", None, 5, b"a"]
+
+
+@pytest.mark.parametrize("name", PATHS, ids=repr)
+def test_what_is_no_name_never_becomes_a_path(place: Place, name: Any) -> None:
+    for job_id, file_name in ((new_job_id(), name), (name, "image"), (f"video_gen_{name}", "image")):
+        with pytest.raises(ValueError, match="="):
+            place.files.put(job_id, file_name, DATA)
+        with pytest.raises(ValueError, match="="):
+            place.files.get(job_id, file_name)
+        with pytest.raises(ValueError, match="="):
+            place.files.exists(job_id, file_name)
+    with pytest.raises(ValueError, match="="):
+        place.files.remove(name)
+    assert place.left() == []
+
+
+def test_every_damage_is_found(place: Place) -> None:
+    """Whichever byte it is, and wherever the file ends."""
+    job_id = new_job_id()
+    for data in (b"some state", np.arange(4, dtype=np.uint8).reshape(2, 2)):
+        place.files.put(job_id, "checkpoint", data)
+        path = place.path(job_id, "checkpoint")
+        whole = place.raw.cat_file(path)
+        damages = [whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :] for index in range(len(whole))]
+        damages += [whole[:index] for index in range(len(whole))] + [whole + b"\0", b"[" * 10_000, b"\n" * 10]
+        for damaged in damages:
+            place.raw.pipe_file(path, damaged)
+            with pytest.raises(MediaError, match=f"checkpoint of {job_id} is damaged"):
+                place.files.get(job_id, "checkpoint")
+        place.raw.pipe_file(path, whole)
+        place.files.get(job_id, "checkpoint")
+
+
+def test_a_sweep_takes_what_nobody_knows(place: Place) -> None:
+    known, fresh, old = new_job_id(), new_job_id(), new_job_id()
+    for job_id in (known, old):
+        place.files.put(job_id, "image", DATA)
+    now_s = time.time()
+    place.raw.makedirs(place.path("mine"))
+    place.raw.pipe_file(place.path("mine", "notes"), b"no job")
+    asked: list[str] = []
+
+    def is_known(job_id: str) -> bool:
+        asked.append(job_id)
+        return job_id == known
+
+    assert place.files.sweep(is_known, KEEP_S, now_s + KEEP_S - 1) == 0
+    place.files.put(fresh, "image", DATA)
+    assert place.files.sweep(lambda _: True, 0, now_s + 10 * KEEP_S) == 0
+    assert place.files.sweep(is_known, KEEP_S, now_s + KEEP_S + 5) == 2
+    assert place.left() == ["mine/notes", f"{known}/image"]
+    assert set(asked) == {known, fresh, old}
+
+
+def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, now_s = new_job_id(), time.time()
+    place.files.put(job_id, "image", DATA)
+    monkeypatch.setattr(time, "time", lambda: now_s + 5 * KEEP_S)
+    place.files.put(job_id, "checkpoint", DATA)
+    place.raw.pipe_file(place.path(job_id, "damaged"), b"no header")
+    monkeypatch.undo()
+    assert place.files.sweep(lambda _: False, KEEP_S, now_s + 5.5 * KEEP_S) == 0
+    assert place.files.sweep(lambda _: False, KEEP_S, now_s + 7 * KEEP_S) == 1
+
+
+def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
+    """Killed again and again while it writes: what is there is always whole, and what is left over is swept."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom deployments.jobs.files import JobFiles\n"
+        "files = JobFiles(Path(sys.argv[1]), None)\nprint('go', flush=True)\n"
+        "for index in range(10**9):\n    files.put(sys.argv[2], 'checkpoint', bytes([index % 256]) * 3_000_000)\n"
+    )
+    job_id, files = new_job_id(), JobFiles(tmp_path, None)
+    files.put(job_id, "checkpoint", b"before")
+    for delay_s in (0.0, 0.02, 0.05, 0.09):
+        command = [sys.executable, "-c", program, str(tmp_path), job_id]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            time.sleep(delay_s)
+            child.send_signal(signal.SIGKILL)
+        data = files.get(job_id, "checkpoint")
+        assert isinstance(data, bytes)
+        assert data == b"before" or (len(data) == 3_000_000 and len(set(data)) == 1)
+    files.sweep(lambda _: True, KEEP_S, time.time() + 2 * KEEP_S)
+    assert os.listdir(tmp_path / "jobs") == [job_id]
+    assert os.listdir(tmp_path / "jobs" / job_id) == ["checkpoint"]
+
+
+def test_a_writer_that_dies_before_the_name_leaves_the_file_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, files = new_job_id(), JobFiles(tmp_path, None)
+    files.put(job_id, "checkpoint", b"before")
+    synced: list[str] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MediaError, match="checkpoint of video_gen_.* cannot be written: .*No space left"):
+        files.put(job_id, "checkpoint", DATA)
+    assert len(synced) == 1
+    assert files.get(job_id, "checkpoint") == b"before"
+    assert os.listdir(tmp_path / "jobs") == [job_id]
+
+
+def test_putting_and_removing_at_once_ends_with_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is removed just when the file is to go into it."""
+    job_id, files = new_job_id(), JobFiles(tmp_path, None)
+    replace, num_removed = Path.replace, 0
+
+    def removed_first(self: Path, target: Path) -> Path:
+        nonlocal num_removed
+        if num_removed < 2:
+            num_removed += 1
+            files.remove(job_id)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", removed_first)
+    files.put(job_id, "image", DATA)
+    assert files.get(job_id, "image") == DATA
+
+
+def test_a_media_store_leaves_jobs_alone(tmp_path: Path) -> None:
+    store, files, job_id = MediaStore(tmp_path, max_bytes=1, keep_s=1), JobFiles(tmp_path, None), new_job_id()
+    files.put(job_id, "image", DATA)
+    assert store.sweep(time.time() + 1e6) == 0
+    assert files.get(job_id, "image") == DATA
+
+
+def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "jobs").write_text("in its place")
+    files, job_id = JobFiles(tmp_path, None), new_job_id()
+    with pytest.raises(MediaError, match="image of video_gen_.* cannot be written"):
+        files.put(job_id, "image", DATA)
+    with pytest.raises(MediaError, match="image of video_gen_.* cannot be read"):
+        files.get(job_id, "image")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("/a/directory", "is no place for files: a single URL is"),
+        ("simplecache::s3://bucket", "is no place for files"),
+        ("nosuch://bucket/p", "nosuch://bucket/p cannot be opened: .*nosuch"),
+    ],
+)
+def test_an_archive_that_there_is_not(tmp_path: Path, url: str, said: str) -> None:
+    with pytest.raises(ObjectsError, match=said):
+        JobFiles(tmp_path, url)
+
+
+def test_an_archive_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ObjectsError, match="s3:// needs a package that is not installed: .*s3fs"):
+        JobFiles(tmp_path, "s3://bucket/prefix")
+
+
+class Unreachable(fsspec.AbstractFileSystem):
+    """Says what it was opened with in whatever it raises."""
+
+    protocol = "unreachable"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.options = options
+
+    @classmethod
+    def _get_kwargs_from_urls(cls, path: str) -> dict[str, Any]:
+        return {"url": path}
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+        raise RuntimeError(f"no such host: {self.options}")
+
+    def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"no such host: {self.options}")
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+
+def test_no_message_has_credentials(tmp_path: Path) -> None:
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    url = "unreachable://someone:se%20cret@host/prefix?token=t0ken#x"
+    files, job_id = JobFiles(tmp_path, url), new_job_id()
+    for work in (
+        lambda: files.put(job_id, "image", DATA),
+        lambda: files.get(job_id, "image"),
+        lambda: files.exists(job_id, "image"),
+        lambda: files.remove(job_id),
+        lambda: files.sweep(lambda _: False, 0, 0),
+    ):
+        with pytest.raises(MediaError, match=r"unreachable://\*\*\*@host/prefix: RuntimeError: no such host") as raised:
+            work()
+        error: BaseException | None = raised.value
+        while error is not None:
+            assert not any(secret in str(error) for secret in ("se%20cret", "se cret", "t0ken", "someone"))
+            error = error.__cause__
+    assert objects.shown_url(url) == "unreachable://***@host/prefix"

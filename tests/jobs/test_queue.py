@@ -1,0 +1,474 @@
+"""The queue: its bounds, what Retry-After says, the order, whom a job goes to, what becomes of dead runners' jobs."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import sqlalchemy
+
+from cluster.errors import OverloadedError
+from deployments.jobs import claims, waiting
+from deployments.jobs.job import Job, JobState, Lane, Progress
+from deployments.jobs.keys import KeyLimits, NewKey
+from deployments.jobs.store import Ahead, ClassLoad, JobStore
+from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, until_freed_s
+from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
+from tests.jobs.racing import race
+
+
+def wait(store: JobStore, num: int = 1, **changes: Any) -> list[Job]:
+    """So many jobs in the queue."""
+    return [store.create(new_job(**changes), LIMITS) for _ in range(num)]
+
+
+def run_out(store: JobStore, **how: Any) -> list[Job]:
+    """All jobs that wait, in the order in which they are claimed."""
+    jobs = []
+    while (job := claim(store, **how)) is not None:
+        jobs.append(job)
+    return jobs
+
+
+def refusal(
+    store: JobStore, key_limits: KeyLimits | None = None, limits: Any = LIMITS, **changes: Any
+) -> OverloadedError:
+    """What a job is told that there is no room for."""
+    with pytest.raises(OverloadedError) as caught:
+        store.create(new_job(**changes), limits, key_limits)
+    return caught.value
+
+
+# Bounds
+
+
+def test_so_many_jobs_may_wait(store: JobStore) -> None:
+    limits = replace(LIMITS, max_queued=3)
+    for owner, name in [("", "standard"), ("key1", "batch"), ("key2", "standard")]:
+        store.create(new_job(owner=owner, service_class=name, lane=Lane.IMAGE if owner else Lane.VIDEO), limits)
+    error = refusal(store, limits=limits, owner="key3")
+    assert (error.what, error.limit) == ("jobs that wait", 3)
+    assert store.load(MODEL).num_queued == 3
+    store.create(new_job(model="super"), limits)  # another app in the same database
+    claimed(store)
+    store.create(new_job(), limits)
+    refusal(store, limits=limits)
+    store.cancel(run_out_of(store, limits))
+    store.create(new_job(), limits)
+
+
+def run_out_of(store: JobStore, limits: Any) -> str:
+    """Id of a job that waits."""
+    page = store.list("", after=None, limit=100, is_ascending=True)
+    return next(job.job_id for job in page.jobs if job.state is JobState.QUEUED and job.model == MODEL)
+
+
+def test_so_many_of_a_key_may_wait(store: JobStore) -> None:
+    limits = replace(LIMITS, max_queued_per_key=2)
+    for _ in range(2):
+        store.create(new_job(owner="key1"), limits)
+    error = refusal(store, limits=limits, owner="key1")
+    assert (error.what, error.limit) == ("jobs of this API key that wait", 2)
+    store.create(new_job(owner="key2"), limits)
+    for _ in range(4):  # without keys there is no such bound
+        store.create(new_job(), limits)
+    store.create(new_job(owner="key1"), limits, KeyLimits(max_queued=3))
+    assert refusal(store, KeyLimits(max_queued=3), limits, owner="key1").limit == 3
+    assert refusal(store, KeyLimits(max_queued=1), limits, owner="key2").limit == 1
+    assert refusal(store, KeyLimits(), limits, owner="key1").limit == 2
+
+
+# Retry-After
+
+
+def simulated(running: list[float], queued: list[float], num_places: int, work_per_s: float) -> float:
+    """In small steps of time."""
+    left, waits, elapsed_s, step_s = list(running), list(queued), 0.0, 1e-4
+    while num_places > 0:
+        elapsed_s += step_s
+        left = [work - step_s * work_per_s / len(left) for work in left]
+        for i, work in enumerate(left):
+            if work <= 0 and num_places > 0:
+                num_places -= 1
+                left[i] = waits.pop(0)
+    return elapsed_s
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_places_become_free_when_jobs_that_share_the_speed_end(seed: int) -> None:
+    dice = random.Random(seed)
+    running = [dice.uniform(1, 9) for _ in range(dice.randint(1, 3))]
+    queued = [dice.uniform(1, 9) for _ in range(4)]
+    for num_places in (1, 2, 4):
+        expected_s = simulated(running, queued, num_places, 20.0)
+        assert until_freed_s(running, queued, num_places, 20.0) == pytest.approx(expected_s, abs=0.01)
+
+
+def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobStore) -> None:
+    limits = replace(LIMITS, max_queued=2)
+    for work in (600.0, 400.0):
+        store.create(new_job(work=work), limits)
+    assert refusal(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing runs"
+    jobs = [claimed(store), claimed(store)]
+    wait(store, work=1000.0)
+    wait(store, lane=Lane.IMAGE)
+    assert refusal(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing was measured"
+    store.note_rate(MODEL, Lane.VIDEO, 10.0)
+    # Of 10 a second each has 5.
+    assert refusal(store, limits=limits).retry_after_s == pytest.approx(400 / 5)
+    larger = max(jobs, key=lambda job: job.work)
+    store.record(lease_of(larger), Progress(step=3), [])
+    assert refusal(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 5)
+    claim(store, "runner2", lane=Lane.IMAGE)
+    wait(store, lane=Lane.IMAGE)
+    assert refusal(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), "two runners"
+    store.note_rate(MODEL, Lane.IMAGE, 1.0)
+    assert refusal(store, limits=limits).retry_after_s == pytest.approx(4 / 2), "the other lane is sooner"
+
+
+def test_retry_after_of_a_key_is_the_begin_of_its_own_next_job(store: JobStore) -> None:
+    store.note_rate(MODEL, Lane.VIDEO, 10.0)
+    store.create(new_job(work=100.0), LIMITS)
+    claimed(store)
+    for owner, work in [("key1", 200.0), ("key2", 300.0)]:
+        store.create(new_job(owner=owner, work=work), LIMITS)
+    # The one that runs, then key1's.
+    assert refusal(store, KeyLimits(max_queued=1), owner="key1").retry_after_s == pytest.approx(10)
+    assert refusal(store, KeyLimits(max_queued=1), owner="key2").retry_after_s == pytest.approx(10 + 20)
+
+
+def test_retry_after_has_bounds(store: JobStore) -> None:
+    limits = replace(LIMITS, max_queued=1)
+    store.create(new_job(work=1.0), limits)
+    claimed(store)
+    store.create(new_job(work=1.0), limits)
+    store.note_rate(MODEL, Lane.VIDEO, 1000.0)
+    assert refusal(store, limits=limits).retry_after_s == MIN_WAIT_S
+    for _ in range(60):
+        store.note_rate(MODEL, Lane.VIDEO, 1e-9)
+    assert refusal(store, limits=limits).retry_after_s == MAX_WAIT_S
+
+
+def test_runners_that_are_long_silent_do_not_count(store: JobStore, clock: Clock) -> None:
+    limits = replace(LIMITS, max_queued=1)
+    claim(store, "dead")
+    clock.passes(waiting._ALIVE_S + 1)
+    store.create(new_job(work=100.0), limits)
+    claimed(store)
+    store.create(new_job(), limits)
+    store.note_rate(MODEL, Lane.VIDEO, 10.0)
+    assert refusal(store, limits=limits).retry_after_s == pytest.approx(10)
+
+
+# Order
+
+
+def shares(jobs: list[Job], of: str) -> Mapping[str, int]:
+    return Counter(getattr(job, of) for job in jobs)
+
+
+def test_classes_get_their_shares(store: JobStore) -> None:
+    for name in ("batch", "standard", "interactive"):
+        wait(store, 16, service_class=name)
+    order = run_out(store)
+    for begin in (0, 13):  # two whole rounds of 8 + 4 + 1
+        assert shares(order[begin : begin + 13], "service_class") == {"interactive": 8, "standard": 4, "batch": 1}
+    assert len(order) == 48
+
+
+def test_shares_are_of_the_work_not_of_the_number(store: JobStore) -> None:
+    wait(store, 30, service_class="interactive", work=8.0)
+    wait(store, 60, service_class="standard", work=1.0)
+    begun = Counter[str]()
+    for job in run_out(store):
+        begun[job.service_class] += int(job.work)
+        if begun["interactive"] == 80:
+            break
+    assert begun["standard"] == pytest.approx(40, abs=8)
+
+
+def test_one_owner_with_many_jobs_does_not_starve_another(store: JobStore) -> None:
+    wait(store, 100, owner="key1")
+    wait(store, 10, owner="key2")
+    order = run_out(store)
+    assert shares(order[:20], "owner") == {"key1": 10, "key2": 10}
+    assert [job.job_id for job in order if job.owner == "key1"] == [
+        job.job_id for job in sorted(order, key=lambda job: job.created_s) if job.owner == "key1"
+    ] or len({job.created_s for job in order}) == 1
+
+
+def test_jobs_of_one_owner_keep_their_order(store: JobStore) -> None:
+    jobs = [wait(store, work=work)[0].job_id for work in (9.0, 1.0, 5.0, 1.0)]
+    assert [job.job_id for job in run_out(store)] == jobs
+
+
+def test_who_was_away_gets_no_credit(store: JobStore) -> None:
+    wait(store, 40, owner="key1")
+    for _ in range(20):
+        claimed(store)
+    wait(store, 20, owner="key2")  # idle while key1 had twenty
+    order = run_out(store)
+    assert shares(order[:20], "owner") == {"key1": 10, "key2": 10}
+
+
+def test_a_place_that_is_given_up_costs_nothing(store: JobStore) -> None:
+    for job in wait(store, 20, owner="key1"):
+        store.cancel(job.job_id)
+    for job in wait(store, 20, owner="key1"):
+        store.delete(job.job_id)
+    wait(store, 2, owner="key2")
+    wait(store, 2, owner="key1")
+    assert shares(run_out(store)[:2], "owner") == {"key1": 1, "key2": 1}
+
+
+def test_lanes_do_not_wait_for_each_other(store: JobStore) -> None:
+    wait(store, 5, work=1000.0)
+    pictures = wait(store, 2, lane=Lane.IMAGE, work=1.0)
+    assert [job.order for job in pictures] == [0.25, 0.5]
+    assert [job.job_id for job in run_out(store, lane=Lane.IMAGE)] == [job.job_id for job in pictures]
+
+
+def test_a_job_that_is_given_back_is_the_next_one(store: JobStore) -> None:
+    wait(store, 4)
+    first = claimed(store)
+    claimed(store)
+    store.give_back(lease_of(first))
+    assert claimed(store).job_id == first.job_id
+    last = wait(store)[0]
+    assert run_out(store)[-1].job_id == last.job_id, "the order goes on where it was"
+
+
+# Whom a job goes to
+
+
+def test_an_attached_job_is_its_runners(store: JobStore) -> None:
+    own = wait(store, attached_to="runner1")[0]
+    free = wait(store)[0]
+    assert claimed(store, "runner2").job_id == free.job_id
+    assert claim(store, "runner2") is None
+    assert claimed(store, "runner1").job_id == own.job_id
+
+
+def test_a_runner_that_is_to_stop_takes_its_own_alone(store: JobStore, clock: Clock) -> None:
+    wait(store)
+    died = claimed(store, "dead")
+    free, own = wait(store)[0], wait(store, attached_to="runner1")[0]
+    clock.passes(LEASE_S + 1)
+    store.renew("runner1", [], LEASE_S)
+    assert claimed(store, "runner1", only_attached=True).job_id == own.job_id
+    assert claim(store, "runner1", only_attached=True) is None
+    assert [job.job_id for job in run_out(store)] == [died.job_id, free.job_id]
+
+
+def test_so_many_of_a_key_may_run(store: JobStore) -> None:
+    limits = replace(LIMITS, max_running_per_key=2)
+    for owner in ("key1", "key2", ""):
+        wait(store, 4, owner=owner)
+    order = run_out(store, limits=limits)
+    assert shares(order, "owner") == {"key1": 2, "key2": 2, "": 4}
+    assert store.num_running(MODEL, "key1") == 2
+    store.finish(lease_of(next(job for job in order if job.owner == "key1")), COMPLETED, keep_media_s=1)
+    assert [job.owner for job in run_out(store, limits=limits)] == ["key1"]
+
+
+def test_a_keys_own_bound_counts(store: JobStore) -> None:
+    few, _ = store.keys.create(NewKey(name="few", limits=KeyLimits(max_running=1)))
+    many, _ = store.keys.create(NewKey(name="many", limits=KeyLimits(max_running=3)))
+    any_, _ = store.keys.create(NewKey(name="any"))
+    owners = [key.key_id for key in (few, many, any_)]
+    for owner in owners:
+        wait(store, 4, owner=owner)
+    limited = run_out(store, limits=replace(LIMITS, max_running_per_key=2))
+    assert [shares(limited, "owner")[owner] for owner in owners] == [1, 3, 2]
+    assert [job.owner for job in run_out(store)] == [any_.key_id] * 2
+
+
+# Runners that died
+
+
+def test_a_job_of_a_dead_runner_goes_first(store: JobStore, clock: Clock) -> None:
+    job = wait(store)[0]
+    claimed(store, "runner1")
+    wait(store)
+    clock.passes(LEASE_S)
+    assert claimed(store, "runner2").job_id != job.job_id, "the lease is valid"
+    clock.passes(0.1)
+    assert (claimed(store, "runner2").job_id, found(store, job).attempts) == (job.job_id, 2)
+
+
+def test_a_job_has_so_many_runners(store: JobStore, clock: Clock) -> None:
+    job, other = wait(store, 2)
+    for attempt in (1, 2):
+        assert claimed(store, f"runner{attempt}", max_attempts=2).job_id == job.job_id
+        clock.passes(LEASE_S + 1)
+    assert claimed(store, "runner3", max_attempts=2).job_id == other.job_id
+    failed = found(store, job)
+    assert (failed.state, failed.error_code, failed.attempts) == (JobState.FAILED, "runner_died", 2)
+    assert "died 2 times" in failed.error_message
+    assert kinds(store, job) == ["started", "started", "failed"]
+
+
+def test_a_cancelled_job_of_a_dead_runner_ends(store: JobStore, clock: Clock) -> None:
+    job = wait(store)[0]
+    claimed(store)
+    store.cancel(job.job_id)
+    clock.passes(LEASE_S + 1)
+    assert claim(store, "runner2") is None
+    assert found(store, job).state is JobState.CANCELLED
+
+
+def test_an_attached_job_ends_with_its_runner(store: JobStore, clock: Clock) -> None:
+    runs = wait(store, attached_to="runner1")[0]
+    claimed(store, "runner1")
+    waits = wait(store, attached_to="runner1")[0]
+    clock.passes(LEASE_S)
+    assert claim(store, "runner2") is None
+    assert found(store, waits).state is JobState.QUEUED
+    clock.passes(0.1)
+    assert claim(store, "runner2") is None
+    for job in (runs, waits):
+        ended = found(store, job)
+        assert (ended.state, ended.error_code) == (JobState.FAILED, "abandoned")
+        assert "silent for 20 s; send it again" in ended.error_message
+        assert kinds(store, job)[-1] == "failed"
+
+
+@pytest.mark.parametrize("sign", ["renew", "claim"])
+def test_an_attached_job_waits_for_a_runner_that_gives_signs_of_life(store: JobStore, clock: Clock, sign: str) -> None:
+    claim(store, "runner1")
+    job = wait(store, attached_to="runner1")[0]
+    for _ in range(4):
+        clock.passes(LEASE_S / 2)
+        if sign == "renew":
+            store.renew("runner1", [], LEASE_S)
+        else:
+            claim(store, "runner1", lane=Lane.IMAGE)
+        assert claim(store, "runner2") is None
+    assert claimed(store, "runner1").job_id == job.job_id
+
+
+def test_a_runner_that_was_late_gets_its_attached_job_again(store: JobStore, clock: Clock) -> None:
+    job = wait(store, attached_to="runner1")[0]
+    claimed(store, "runner1")
+    clock.passes(LEASE_S + 1)
+    assert (claimed(store, "runner1").job_id, found(store, job).attempts) == (job.job_id, 2)
+
+
+def test_an_idle_runner_seldom_writes(store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait(store, attached_to="another")
+    claim(store)
+    monkeypatch.setattr(claims, "claim_next", lambda *_: pytest.fail("it wrote"))
+    clock.passes(LEASE_S / 5)
+    assert claim(store) is None
+    monkeypatch.undo()
+    clock.passes(LEASE_S / 5)
+    claim(store)
+    assert store.runners(MODEL, silent_s=0) == ("runner",)
+
+
+# Looking
+
+
+def test_what_is_ahead(store: JobStore) -> None:
+    jobs = wait(store, 3, work=10.0)
+    wait(store, lane=Lane.IMAGE)
+    wait(store, model="super")
+    assert [store.ahead(job) for job in jobs] == [Ahead(0, 0.0), Ahead(1, 10.0), Ahead(2, 20.0)]
+    running = claimed(store)
+    store.record(lease_of(running), Progress(step=1), [])
+    assert store.ahead(jobs[2]) == Ahead(2, 17.5)
+    assert store.ahead(found(store, running)) == Ahead(0, 0.0)
+    sooner = wait(store, service_class="interactive", work=10.0)[0]
+    assert store.ahead(sooner).num_jobs == 2
+    assert store.ahead(jobs[2]).num_jobs == 3
+
+
+def test_the_load(store: JobStore) -> None:
+    assert store.load(MODEL).classes == ()
+    wait(store, 2, work=10.0)
+    wait(store, service_class="batch", work=3.0)
+    wait(store, lane=Lane.IMAGE, work=1.0)
+    wait(store, model="super")
+    running = claimed(store)
+    store.record(lease_of(running), Progress(step=1), [])
+    store.cancel(wait(store)[0].job_id)
+    load = store.load(MODEL)
+    assert load.classes == (
+        ClassLoad(Lane.IMAGE, "standard", 1, 0, 1.0, 0.0),
+        ClassLoad(Lane.VIDEO, "batch", 1, 0, 3.0, 0.0),
+        ClassLoad(Lane.VIDEO, "standard", 1, 1, 10.0, 7.5),
+    )
+    assert (load.num_queued, load.num_running) == (3, 1)
+
+
+# Several processes
+
+
+def test_no_job_is_claimed_twice(store: JobStore, jobs_url: str) -> None:
+    jobs = {job.job_id for job in wait(store, 40)}
+    told = [job_id for mine in race("claim", jobs_url, len(jobs), 4) for job_id in mine]
+    assert len(told) == len(jobs)
+    assert set(told) == jobs
+
+
+def test_the_bound_holds_for_all_processes_together(store: JobStore, jobs_url: str) -> None:
+    told = race("create", jobs_url, 10, 4)
+    assert sum(one["accepted"] for one in told) == 10
+    assert sum(one["refused"] for one in told) == 4 * 20 - 10
+    assert max(one["most"] for one in told) <= 10
+    assert store.load(MODEL).num_queued == 10
+
+
+def test_an_idempotency_key_makes_one_job_of_all_processes(store: JobStore, jobs_url: str) -> None:
+    ids = [job_id for mine in race("repeat", jobs_url, 5, 4) for job_id in mine]
+    assert (len(ids), len(set(ids))) == (20, 1)
+    assert store.load(MODEL).num_queued == 1
+
+
+# Many jobs
+
+
+def test_no_query_goes_through_all_jobs(store: JobStore, jobs_url: str) -> None:
+    """Not by the clock: by what SQLite says that it is going to do."""
+    if not jobs_url.startswith("sqlite"):
+        pytest.skip("PostgreSQL reads small tables as a whole")
+    asked: list[tuple[str, Any]] = []
+    engine = store._database._engine
+    sqlalchemy.event.listen(
+        engine, "before_cursor_execute", lambda _c, _u, sql, values, *_: asked.append((sql, values))
+    )
+    everything(store)
+    asked = [(sql, values) for sql, values in asked if sql.startswith(("SELECT", "UPDATE", "DELETE"))]
+    with store._database.reading() as connection:
+        for sql, values in asked:
+            plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values)]
+            full = [step for step in plan if step.startswith(("SCAN jobs", "SCAN job_events")) and "INDEX" not in step]
+            assert not full, (sql, plan)
+    assert len({sql for sql, _ in asked}) > 20
+
+
+def everything(store: JobStore) -> None:
+    """One call of every method."""
+    store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
+    wait(store, 4, owner="key1")
+    for job in (claimed(store), claimed(store, only_attached=False)):
+        store.renew("runner", [lease_of(job)], LEASE_S)
+        store.record(lease_of(job), Progress(step=1), [("step", {})])
+    store.give_back(lease_of(job))
+    store.finish(lease_of(claimed(store)), COMPLETED, keep_media_s=1)
+    refusal(store, KeyLimits(max_queued=1), owner="key1")
+    page = store.list("key1", after=None, limit=1, is_ascending=True)
+    last = page.jobs[-1]
+    for is_ascending in (True, False):
+        store.list("key1", after=last.job_id, limit=10, is_ascending=is_ascending)
+    store.events({last.job_id: 0})
+    store.ahead(wait(store)[0])
+    store.load(MODEL)
+    store.num_running(MODEL, "key1")
+    store.cancel(wait(store)[0].job_id)
+    store.delete(last.job_id)
+    store.sweep(-1.0, 0)

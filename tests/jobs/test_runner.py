@@ -1,0 +1,496 @@
+"""The runner, with a real database and walks that are not there: claims, callers, leases, takeovers, ends. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.envelope import TensorEnvelope
+from cluster.errors import DeadlineExceeded, ShuttingDown, StageFailed
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.request import GenerationRequest
+from deployments.acceptance import Acceptance
+from deployments.jobs import runner as runner_module
+from deployments.jobs.asked import Asked
+from deployments.jobs.cost import CostModel
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job, JobCancelled, JobState, Lane, new_job_id
+from deployments.jobs.runner import CHECKPOINT, JobRunner, RunnerSpec
+from deployments.jobs.store import JobStore, QueueLimits
+from deployments.media_store import MediaStore
+from deployments.messages import (
+    FileStarted,
+    Finished,
+    LatentsReady,
+    QueuePosition,
+    RequestContext,
+    StateSaved,
+    StepDone,
+)
+from deployments.request_check import RequestCheck
+
+LIMITS = QueueLimits(max_queued=50, max_queued_per_key=50, max_running_per_key=None, classes={"standard": 1.0})
+SMALL = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=4)
+IMAGE = replace(SMALL, num_frames=1)
+DEADLINE_S = 30.0
+
+
+class FakeWalk:
+    """Four steps, which wait for the stage's gate, and an end."""
+
+    def __init__(self, stage: FakeStage, request: Any, context: RequestContext, job: Job, begin_from: Any) -> None:
+        self.stage, self.request, self.context, self.job = stage, request, context, job
+        self.begin_from = begin_from
+        self.on_saved: Callable[[int, TensorEnvelope], None]
+        self.was_stopped = False
+
+    async def events(self) -> AsyncIterator[Any]:
+        try:
+            first = 1 if self.begin_from is None else 1 + int(self.begin_from.data[0])
+            for step in range(first, 5):
+                await self.stage.gate.wait()
+                if self.stage.fails_at == step:
+                    raise self.stage.failure
+                yield StepDone(step, 4, 1 - step / 4, 0.01, 77)
+                state = TensorEnvelope.of_array(np.full(8, step, np.uint8))
+                self.on_saved(step, state)
+                yield StateSaved(step, 8, 78)
+                if self.stage.holds_after == step:
+                    await asyncio.sleep(DEADLINE_S)
+            yield LatentsReady(0.1, ("video",), 78, (77,))
+            yield FileStarted("0" * 32, "video/mp4", 79)
+            yield finished_of(self.context, self.request)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.was_stopped = True
+            raise
+
+
+def finished_of(context: RequestContext, request: Any) -> Finished:
+    return Finished(
+        request_id=context.request_id,
+        job_id=context.job_id,
+        mode=request.mode,
+        media_id="0" * 32,
+        media_type="video/mp4",
+        num_bytes=10,
+        num_frames=request.num_frames,
+        fps=request.fps,
+        height=request.height,
+        width=request.width,
+        seed=request.seed,
+        frames_sha256="abc",
+        negative_origin="given",
+        notes=(),
+        stage_seconds={"total": 1.0},
+    )
+
+
+class FakeStage:
+    """Makes walks, and holds them up."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.walks: list[FakeWalk] = []
+        self.fails_at = 0
+        self.holds_after = 0
+        self.failure: Exception = StageFailed("denoise", 3, "it died")
+
+    def make_walk(
+        self, request: Any, context: RequestContext, job: Job, begin_from: Any, on_saved: Callable[..., None]
+    ) -> FakeWalk:
+        walk = FakeWalk(self, request, context, job, begin_from)
+        walk.on_saved = on_saved
+        self.walks.append(walk)
+        return walk
+
+
+class Service:
+    """A Director's inside on a directory; several may be on one."""
+
+    def __init__(self, directory: Path, layout: CheckpointLayout, **changed: Any) -> None:
+        self.store = JobStore.open(f"sqlite:///{directory}/jobs.sqlite3")
+        self.media = MediaStore(directory / "media", 2**30, 3600)
+        self.files = JobFiles(directory / "media", None)
+        self.stage = FakeStage()
+        check = RequestCheck(layout, is_sound_offered=True)
+        cost = CostModel.of(layout.geometry, layout.transformer)
+        self.acceptance = Acceptance(self.store, self.files, check, cost, "nano", LIMITS)
+        spec = RunnerSpec(
+            **{
+                "model": "nano",
+                "max_running": {Lane.IMAGE: 2, Lane.VIDEO: 2},
+                "limits": LIMITS,
+                "run_timeout_s": 60.0,
+                "lease_s": 1.0,
+                "max_attempts": 2,
+                "checkpoint_period_s": 0.0,
+                "poll_s": 0.05,
+                "keep_jobs_s": 3600.0,
+                "max_kept": 100,
+                "keep_media_s": 3600.0,
+                **changed,
+            }
+        )
+        told = lambda error: ("told", str(error))  # noqa: E731
+        self.runner = JobRunner(self.store, self.files, self.media, check, self.stage.make_walk, told, spec)
+
+    async def submit(self, request: GenerationRequest = SMALL, asked: Asked = Asked()) -> Job:  # noqa: B008
+        context = RequestContext.new(None, 60, new_job_id())
+        job = await self.acceptance.accept(request, asked, context)
+        self.runner.nudge()
+        return job
+
+    async def stream(self, request: GenerationRequest = SMALL, limit_s: float = 60.0) -> AsyncIterator[Any]:
+        """As the Director does it."""
+        context = RequestContext.new(None, limit_s, new_job_id())
+        self.runner.expect(context.job_id, context)
+        try:
+            job = await self.acceptance.accept(request, Asked(), context, self.runner.runner_id)
+            async with aclosing(self.runner.follow(job)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.runner.forget(context.job_id)
+
+    async def until(self, job_id: str, *states: JobState) -> Job:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while (job := self.store.get(job_id)) is None or job.state not in states:
+            assert time.monotonic() < deadline_s, job
+            await asyncio.sleep(0.02)
+        return job
+
+    def die(self) -> None:
+        """As a SIGKILL: nothing is said, nothing is tidied up."""
+        for run in self.runner._runs.values():
+            run.stopped = runner_module._LOST  # so nothing is written down
+        for task in self.runner._alive:
+            task.cancel()
+
+
+@pytest.fixture
+def serve(tmp_path: Path, tiny_nano: Path) -> Callable[..., None]:
+    """Runs a test's coroutine with what makes services on one directory."""
+    layout = CheckpointLayout.open(tiny_nano)
+
+    def run(body: Callable[[Callable[..., Service]], Coroutine[Any, Any, None]]) -> None:
+        services: list[Service] = []
+
+        def make(**changed: Any) -> Service:
+            services.append(Service(tmp_path, layout, **changed))
+            return services[-1]
+
+        async def whole() -> None:
+            try:
+                await asyncio.wait_for(body(make), 2 * DEADLINE_S)
+            finally:
+                for service in services:
+                    service.die()
+
+        asyncio.run(whole())
+
+    return run
+
+
+def test_a_job_that_stays_is_run_and_written_down(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        job = await service.submit()
+        assert job.state is JobState.QUEUED
+        done = await service.until(job.job_id, JobState.COMPLETED)
+        assert done.result["frames_sha256"] == "abc"
+        assert done.media_id == "0" * 32
+        assert done.expires_s == pytest.approx(done.completed_s + 3600)
+        events = service.store.events({job.job_id: 0})
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        kinds = [event.kind for event in events]
+        assert kinds == ["started", "step", "step", "step", "step", "file", "completed"]
+        steps = [event.data for event in events if event.kind == "step"]
+        assert [(step["step"], step["sigma"], step["pid"]) for step in steps] == [
+            (n, 1 - n / 4, 77) for n in range(1, 5)
+        ]
+        while service.files.exists(job.job_id, CHECKPOINT):  # nobody goes on from it any more
+            await asyncio.sleep(0.02)
+        while not service.store.rate("nano", Lane.VIDEO):
+            await asyncio.sleep(0.02)
+
+    serve(body)
+
+
+def test_a_caller_gets_every_event_and_the_end_when_it_is_written(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        kinds = []
+        async for event in service.stream():
+            kinds.append(type(event))
+            if isinstance(event, Finished):
+                job = service.store.get(event.job_id)
+                assert job is not None
+                assert job.state is JobState.COMPLETED
+        assert kinds.count(StepDone) == 4
+        assert kinds[-1] is Finished
+        assert service.runner.num_in_hand == 0
+
+    serve(body)
+
+
+def test_a_caller_that_leaves_stops_its_job_running_or_not(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
+        service.stage.gate.clear()
+        streams = [service.stream(), service.stream()]
+        waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        while not service.stage.walks:
+            await asyncio.sleep(0.02)
+        position = await waiting[1]
+        assert isinstance(position, QueuePosition)
+        assert position.position == 1
+        ids = list(service.runner._callers)
+        assert len(ids) == 2
+        waiting[0].cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+        for job_id in ids:
+            job = await service.until(job_id, JobState.CANCELLED)
+            assert job.error_code == "cancelled"
+        assert [walk.was_stopped for walk in service.stage.walks] == [True]
+        service.stage.gate.set()
+        assert [event async for event in service.stream()], "places are free again"
+
+    serve(body)
+
+
+def test_places_are_held_by_lane(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
+        service.stage.gate.clear()
+        videos = [await service.submit(), await service.submit()]
+        image = await service.submit(IMAGE)
+        await service.until(image.job_id, JobState.IN_PROGRESS)
+        await service.until(videos[0].job_id, JobState.IN_PROGRESS)
+        assert service.store.get(videos[1].job_id).state is JobState.QUEUED
+        service.stage.gate.set()
+        await service.until(videos[1].job_id, JobState.COMPLETED)
+
+    serve(body)
+
+
+def test_what_a_stage_raises_is_told(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        service.stage.fails_at = 3
+        job = await service.submit()
+        failed = await service.until(job.job_id, JobState.FAILED)
+        assert failed.error_code == "told"
+        assert "it died" in failed.error_message
+        assert failed.step == 2
+        with pytest.raises(StageFailed, match="it died"):
+            _ = [event async for event in service.stream()]
+
+    serve(body)
+
+
+def test_an_owner_cancels_and_deletes_what_runs(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        service.stage.gate.clear()
+        cancelled, deleted = await service.submit(), await service.submit()
+        await service.until(cancelled.job_id, JobState.IN_PROGRESS)
+        await service.until(deleted.job_id, JobState.IN_PROGRESS)
+        service.store.cancel(cancelled.job_id, "")
+        service.store.delete(deleted.job_id, "")
+        await service.until(cancelled.job_id, JobState.CANCELLED)
+        while service.runner.num_in_hand:
+            await asyncio.sleep(0.02)
+        assert all(walk.was_stopped for walk in service.stage.walks)
+        assert service.store.get(deleted.job_id) is None
+        assert service.store.events({cancelled.job_id: 0})[-1].kind == "cancelled"
+
+    serve(body)
+
+
+def test_a_caller_whose_job_is_cancelled_is_told(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
+        service.stage.gate.clear()
+
+        async def told() -> None:
+            with pytest.raises(JobCancelled):
+                _ = [event async for event in service.stream()]
+
+        callers = [asyncio.ensure_future(told()) for _ in range(2)]
+        while not all(service.store.get(job_id) for job_id in service.runner._callers) or not service.stage.walks:
+            await asyncio.sleep(0.02)
+        for job_id in list(service.runner._callers):
+            service.store.cancel(job_id, "")
+        await asyncio.gather(*callers)
+
+    serve(body)
+
+
+def test_a_dead_runners_job_goes_on_from_its_last_state(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make()
+        first.stage.holds_after = 3
+        job = await first.submit()
+        while not first.files.exists(job.job_id, CHECKPOINT):
+            await asyncio.sleep(0.02)
+        while (found := first.store.get(job.job_id)) is None or found.step < 3:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
+        first.die()
+        second = make()
+        done = await second.until(job.job_id, JobState.COMPLETED)
+        assert done.attempts == 2
+        (walk,) = second.stage.walks
+        assert walk.begin_from is not None
+        assert 1 <= walk.begin_from.data[0] <= 3
+        steps = [event.data["step"] for event in second.store.events({job.job_id: 0}) if event.kind == "step"]
+        assert steps[:3] == [1, 2, 3]
+        assert steps[-1] == 4
+
+    serve(body)
+
+
+def test_a_damaged_state_is_not_gone_on_from(serve: Any, tmp_path: Path) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make()
+        first.stage.holds_after = 2
+        job = await first.submit()
+        while not first.files.exists(job.job_id, CHECKPOINT):
+            await asyncio.sleep(0.02)
+        first.die()
+        (path,) = (path for path in (tmp_path / "media").rglob(f"*{CHECKPOINT}*") if job.job_id in str(path))
+        path.write_bytes(path.read_bytes()[:-1])
+        second = make()
+        await second.until(job.job_id, JobState.COMPLETED)
+        (walk,) = second.stage.walks
+        assert walk.begin_from is None
+
+    serve(body)
+
+
+def test_a_job_has_so_many_runners_and_then_fails_with_the_reason(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        job: Job | None = None
+        for number in (1, 2):
+            service = make()
+            service.stage.gate.clear()
+            job = job or await service.submit()
+            while not service.stage.walks:
+                await asyncio.sleep(0.02)
+            assert service.store.get(job.job_id).attempts == number
+            service.die()
+        assert job is not None
+        failed = await make().until(job.job_id, JobState.FAILED)
+        assert "2" in failed.error_message
+
+    serve(body)
+
+
+def test_an_attached_job_ends_with_its_runner(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make()
+        first.stage.gate.clear()
+        stream = first.stream()
+        waiting = asyncio.ensure_future(anext(stream))
+        while not first.stage.walks:
+            await asyncio.sleep(0.02)
+        job_id = first.stage.walks[0].job.job_id
+        first.die()
+        second = make()
+        failed = await second.until(job_id, JobState.FAILED)
+        assert failed.error_code == "abandoned"
+        assert not second.stage.walks
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    serve(body)
+
+
+def test_a_drained_runner_finishes_what_callers_wait_for_and_gives_back_the_rest(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 2})
+        service.stage.gate.clear()
+        running = await service.submit()
+        await service.until(running.job_id, JobState.IN_PROGRESS)
+        stream = service.stream()
+        waiting = asyncio.ensure_future(anext(stream))
+        while len(service.stage.walks) < 2:
+            await asyncio.sleep(0.02)
+        queued = await service.submit()
+        assert service.runner.drain() == 2
+        await service.runner.release()
+        with pytest.raises(ShuttingDown):
+            await waiting
+        for job in (running, queued):
+            found = service.store.get(job.job_id)
+            assert found is not None
+            assert found.state is JobState.QUEUED
+        assert service.runner.num_in_hand == 0
+        other = make()
+        for job in (running, queued):
+            done = await other.until(job.job_id, JobState.COMPLETED)
+        assert done.attempts == 1
+
+    serve(body)
+
+
+def test_the_deadline_of_a_caller_holds_in_the_queue(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
+        service.stage.gate.clear()
+        blocking = await service.submit()
+        await service.until(blocking.job_id, JobState.IN_PROGRESS)
+        stream = service.stream(limit_s=1.5)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.3)
+        (job_id,) = service.runner._callers
+        await waiting  # its position
+        with pytest.raises(DeadlineExceeded, match="in the stage 'queue'"):
+            await anext(stream)
+        await service.until(job_id, JobState.CANCELLED)
+
+    serve(body)
+
+
+def test_inputs_are_kept_with_the_job_and_go_with_it(serve: Any) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
+
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        job = await service.submit(replace(SMALL, image=picture))
+        await service.until(job.job_id, JobState.COMPLETED)
+        (walk,) = service.stage.walks
+        np.testing.assert_array_equal(walk.request.picture.media, picture)
+        request, asked = await service.acceptance.again(job.job_id, "another", Asked())
+        assert request.prompt == "another"
+        assert asked.remixed_from == job.job_id
+        np.testing.assert_array_equal(request.image, picture)
+        with pytest.raises(Exception, match="video_id"):
+            await service.acceptance.again(job.job_id, "another", Asked(owner="somebody else"))
+
+    serve(body)
+
+
+def test_a_refused_request_leaves_no_files(serve: Any, tmp_path: Path) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        service.acceptance = replace(service.acceptance, limits=replace(LIMITS, max_queued=1))
+        service.runner.drain()
+        picture = np.zeros((32, 32, 3), np.uint8)
+        await service.submit(replace(SMALL, image=picture))
+        with pytest.raises(Exception, match="places are taken"):
+            await service.submit(replace(SMALL, image=picture))
+        assert len(list((tmp_path / "media").rglob("*image*"))) == 1
+
+    serve(body)

@@ -1,0 +1,504 @@
+"""The store of jobs: accepted, told of, run under leases, ended, forgotten. Its order is test_queue.py's matter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from cosmos3_core.errors import RequestError
+from deployments.jobs import rows
+from deployments.jobs import store as store_module
+from deployments.jobs.job import (
+    IdempotencyConflict,
+    IllegalTransition,
+    Job,
+    JobsError,
+    JobState,
+    Lane,
+    LeaseLost,
+    NewJob,
+    Outcome,
+    Progress,
+    new_job_id,
+)
+from deployments.jobs.store import JobStore, Lease
+from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
+from tests.jobs.racing import race
+
+FAILED = Outcome(JobState.FAILED, error_code="out_of_memory", error_message="too large")
+OTHER = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
+
+# Accepting
+
+
+def test_a_job_comes_back_as_it_was_given(store: JobStore, clock: Clock) -> None:
+    new = new_job(
+        owner="key1",
+        request={"prompt": "x", "deep": {"list": [1, 2.5, None, True, "é\u0001"]}},
+        inputs=("image.png", "clip.mp4"),
+        fingerprint="abc",
+        mode="image_to_video",
+        prompt="Ein Auto 🚗\nfährt",
+        width=1280,
+        height=720,
+        num_frames=189,
+        fps=23.976,
+        seed=2**63 - 1,
+        num_steps=35,
+        media_type="image/png",
+        lane=Lane.IMAGE,
+        service_class="batch",
+        work=1.5e12,
+        request_id="req-1",
+        idempotency_key="once",
+        attached_to="runner",
+        previews=3,
+        remixed_from=new_job_id(),
+        skip_guardrails=True,
+        warnings=("a", "b"),
+        notes=("c",),
+    )
+    plain = new_job()
+    for field in fields(NewJob):
+        if field.name != "model":
+            assert getattr(new, field.name) != getattr(plain, field.name), f"{field.name} is not tried"
+    for job in (new, plain):
+        accepted = store.create(job, LIMITS)
+        assert {field.name: getattr(accepted, field.name) for field in fields(NewJob)} == vars(job)
+        assert (accepted.state, accepted.stage, accepted.created_s) == (JobState.QUEUED, "queued", clock.now_s)
+        assert found(store, job) == accepted
+
+
+def test_whose_job_it_is_decides_who_sees_it(store: JobStore) -> None:
+    job = store.create(new_job(owner="key1"), LIMITS)
+    assert store.get(job.job_id) == store.get(job.job_id, "key1") == job
+    for action in (store.get, store.cancel, store.delete):
+        assert action(job.job_id, "key2") is None
+        assert action(job.job_id, "") is None
+    assert store.get(job.job_id) == job
+
+
+def test_what_is_no_id_is_no_job(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.get(new_job_id()) is None
+    monkeypatch.setattr(store_module, "find", lambda *_, **__: pytest.fail("it was looked up"))
+    unfit: list[Any] = ["", "x", "video_gen_", "video_gen_" + "A" * 32, "video_gen_" + "0" * 32 + "\n", None, 5]
+    for job_id in unfit:
+        for action in (store.get, store.cancel, store.delete):
+            assert action(job_id) is None
+        assert store.fail_queued(job_id, "code", "text") is None
+
+
+def test_what_a_database_cannot_hold_is_refused(store: JobStore) -> None:
+    for field in ("prompt", "request_id", "idempotency_key", "owner"):
+        for text in ("a\0b", "a\ud800"):
+            with pytest.raises(RequestError, match=field):
+                store.create(new_job(**{field: text}), LIMITS)
+    assert store.load(MODEL).num_queued == 0
+
+
+def test_an_unknown_class_is_refused(store: JobStore) -> None:
+    with pytest.raises(RequestError, match="service_class='standart'.*Did you mean standard"):
+        store.create(new_job(service_class="standart"), LIMITS)
+
+
+def test_an_idempotency_key_brings_the_first_job_again(store: JobStore) -> None:
+    first = store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
+    assert store.create(new_job(owner="key1", idempotency_key="k"), LIMITS) == first
+    claimed(store)
+    assert store.create(new_job(owner="key1", idempotency_key="k"), replace(LIMITS, max_queued=1)) == found(
+        store, first
+    )
+    with pytest.raises(IdempotencyConflict, match="'k' was used for another request"):
+        store.create(new_job(owner="key1", idempotency_key="k", fingerprint="g"), LIMITS)
+    others = [
+        store.create(new_job(owner=owner, idempotency_key=key), LIMITS).job_id
+        for owner, key in [("key2", "k"), ("", "k"), ("key1", "l"), ("key1", None), ("key1", None)]
+    ]
+    assert len({first.job_id, *others}) == 6
+
+
+def test_an_idempotency_key_brings_its_job_into_a_full_queue(store: JobStore) -> None:
+    limits = replace(LIMITS, max_queued=1)
+    first = store.create(new_job(idempotency_key="k"), limits)
+    assert store.create(new_job(idempotency_key="k"), limits) == first
+
+
+# Listing
+
+
+def test_pages_of_jobs(store: JobStore, clock: Clock) -> None:
+    ids = []
+    for i in range(7):
+        ids.append(store.create(new_job(owner="key1"), LIMITS).job_id)
+        store.create(new_job(owner="key2"), LIMITS)
+        store.create(new_job(owner="key1", attached_to="runner"), LIMITS)
+        clock.passes(i % 3)  # some at the same time: then by id
+    ids.sort(key=lambda job_id: (found(store, new_job(job_id=job_id)).created_s, job_id))
+    for is_ascending, expected in ((True, ids), (False, ids[::-1])):
+        seen, after, has_more = [], None, True
+        while has_more:
+            page = store.list("key1", after=after, limit=3, is_ascending=is_ascending)
+            assert page.jobs == tuple(store.get(job.job_id) for job in page.jobs)
+            seen += [job.job_id for job in page.jobs]
+            after, has_more = seen[-1], page.has_more
+        assert seen == expected
+    nothing = store.list("key1", after=None, limit=0, is_ascending=True)
+    assert (nothing.jobs, nothing.has_more) == ((), True)
+    nobodys = store.list("key3", after=None, limit=3, is_ascending=True)
+    assert (nobodys.jobs, nobodys.has_more) == ((), False)
+
+
+def test_a_page_after_nothing_is_refused(store: JobStore) -> None:
+    others = store.create(new_job(owner="key2"), LIMITS)
+    for after in ("x", new_job_id(), others.job_id):
+        with pytest.raises(RequestError, match="after="):
+            store.list("key1", after=after, limit=3, is_ascending=True)
+
+
+# Running
+
+
+def test_a_claim_begins_a_job(store: JobStore, clock: Clock) -> None:
+    new = store.create(new_job(), LIMITS)
+    assert claim(store, lane=Lane.IMAGE) is None
+    assert claim(store, model="super") is None
+    clock.passes(5)
+    job = claimed(store)
+    assert job == replace(
+        new,
+        state=JobState.IN_PROGRESS,
+        runner="runner",
+        lease=job.lease,
+        lease_until_s=clock.now_s + LEASE_S,
+        attempts=1,
+        started_s=clock.now_s,
+        updated_s=clock.now_s,
+        stage="starting",
+        last_seq=1,
+    )
+    assert len(job.lease) == 32
+    assert found(store, job) == job
+    assert [(event.kind, event.data, event.at_s) for event in store.events({job.job_id: 0})] == [
+        ("started", {"attempt": 1}, clock.now_s)
+    ]
+    assert claim(store) is None
+
+
+def test_progress_and_events_are_written_together(store: JobStore, clock: Clock) -> None:
+    store.create(new_job(), LIMITS)
+    job = claimed(store)
+    clock.passes(2)
+    steps = [("step", {"step": step, "sigma": 1 - step / 4}) for step in (1, 2)]
+    assert store.record(lease_of(job), Progress(step=2, sigma=0.5, step_s=0.25, stage="denoising"), steps) == 3
+    expected = replace(job, step=2, sigma=0.5, step_s=0.25, stage="denoising", updated_s=clock.now_s, last_seq=3)
+    assert found(store, job) == expected
+    assert expected.work_left == 2.0
+    clock.passes(2)
+    assert store.record(lease_of(job), Progress(media_id="m"), []) == 3
+    assert found(store, job) == replace(expected, media_id="m", updated_s=clock.now_s)
+    events = store.events({job.job_id: 1})
+    assert [(event.seq, event.kind, event.data) for event in events] == [(2, *steps[0]), (3, *steps[1])]
+
+
+@pytest.mark.parametrize("outcome", [COMPLETED, FAILED, OTHER], ids=lambda outcome: outcome.state.value)
+def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> None:
+    store.create(new_job(), LIMITS)
+    job = claimed(store)
+    clock.passes(9)
+    ended = store.finish(lease_of(job), outcome, keep_media_s=60)
+    assert ended == found(store, job)
+    assert ended == replace(
+        job,
+        state=outcome.state,
+        stage=outcome.state.value,
+        updated_s=clock.now_s,
+        completed_s=clock.now_s,
+        expires_s=clock.now_s + 60 if outcome is COMPLETED else None,
+        result=outcome.result,
+        error_code=outcome.error_code,
+        error_message=outcome.error_message,
+        lease="",
+        lease_until_s=0.0,
+        last_seq=2,
+    )
+    last = store.events({job.job_id: 1})
+    told = {} if outcome is COMPLETED else {"code": outcome.error_code, "message": outcome.error_message}
+    assert [(event.kind, event.data) for event in last] == [(outcome.state.value, told)]
+    clock.passes(2 * LEASE_S)
+    assert_out_of_reach(store, job)
+    assert claim(store) is None
+    assert store.cancel(job.job_id) == store.fail_queued(job.job_id, "a", "b") == ended == found(store, job)
+
+
+def assert_out_of_reach(store: JobStore, job: Job) -> None:
+    """Whoever ran a job can neither change it nor tell of it."""
+    before = store.get(job.job_id), store.events({job.job_id: 0})
+    for lease in (lease_of(job), Lease(job.job_id, ""), Lease(job.job_id, "x")):
+        with pytest.raises(LeaseLost, match=job.job_id):
+            store.record(lease, Progress(step=1), [("step", {})])
+        with pytest.raises(LeaseLost):
+            store.finish(lease, COMPLETED, keep_media_s=1)
+        with pytest.raises(LeaseLost):
+            store.give_back(lease)
+        assert store.renew("runner", [lease], LEASE_S) == ({job.job_id}, set())
+    assert (store.get(job.job_id), store.events({job.job_id: 0})) == before
+
+
+def test_a_job_that_was_taken_over_is_out_of_its_first_runners_reach(store: JobStore, clock: Clock) -> None:
+    store.create(new_job(), LIMITS)
+    first = claimed(store, "runner1")
+    clock.passes(LEASE_S + 1)
+    # Nobody has taken it yet: it goes on.
+    assert store.renew("runner1", [lease_of(first)], LEASE_S) == (set(), set())
+    assert claim(store, "runner2") is None
+    clock.passes(LEASE_S + 1)
+    second = claimed(store, "runner2")
+    assert second.job_id == first.job_id
+    assert (second.attempts, second.runner) == (2, "runner2")
+    assert second.lease != first.lease
+    assert_out_of_reach(store, first)
+    assert store.record(lease_of(second), Progress(step=1), []) == 2
+    assert kinds(store, first) == ["started", "started"]
+
+
+def test_leases_are_renewed_and_cancellations_told(store: JobStore, clock: Clock) -> None:
+    jobs = [store.create(new_job(), LIMITS) for _ in range(3)]
+    running = {job.job_id: job for job in (claimed(store) for _ in range(3))}
+    store.cancel(jobs[1].job_id)
+    store.delete(jobs[2].job_id)
+    clock.passes(LEASE_S - 1)
+    leases = [lease_of(job) for job in running.values()]
+    assert store.renew("runner", leases, LEASE_S) == ({jobs[2].job_id}, {jobs[1].job_id})
+    assert found(store, jobs[0]).lease_until_s == clock.now_s + LEASE_S
+    clock.passes(LEASE_S - 1)
+    assert claim(store, "runner2") is None
+    assert store.renew("runner", [], LEASE_S) == (set(), set())
+
+
+def test_a_job_has_so_many_events_and_its_end(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_EVENTS", 3)
+    store.create(new_job(), LIMITS)
+    job = claimed(store)
+    store.record(lease_of(job), Progress(), [("step", {}), ("step", {})])
+    with pytest.raises(JobsError, match="has 3 events; at most 3 are kept"):
+        store.record(lease_of(job), Progress(step=4), [("step", {})])
+    assert found(store, job).step == 0, "what could not be told of has not happened"
+    store.finish(lease_of(job), COMPLETED, keep_media_s=1)
+    assert kinds(store, job) == ["started", "step", "step", "completed"]
+
+
+def test_what_is_no_json_is_not_half_written(store: JobStore) -> None:
+    store.create(new_job(), LIMITS)
+    job = claimed(store)
+    with pytest.raises(JobsError, match="Out of range float values are not JSON compliant"):
+        store.record(lease_of(job), Progress(step=1), [("step", {"sigma": math.nan})])
+    assert found(store, job) == job
+
+
+def test_a_job_that_is_given_back_can_be_claimed_again(store: JobStore, clock: Clock) -> None:
+    new = store.create(new_job(), LIMITS)
+    job = claimed(store)
+    clock.passes(1)
+    store.record(lease_of(job), Progress(step=2, sigma=0.5), [("step", {})])
+    store.give_back(lease_of(job))
+    back = found(store, job)
+    assert (back.state, back.attempts, back.runner, back.lease, back.stage) == (JobState.QUEUED, 0, "", "", "queued")
+    assert (back.order, back.step, back.lease_until_s) == (new.order, 2, 0)
+    assert_out_of_reach(store, job)
+    again = claimed(store, "runner2")
+    assert (again.job_id, again.attempts) == (job.job_id, 1)
+    assert kinds(store, job) == ["started", "step", "started"]
+
+
+def test_a_cancelled_job_that_is_given_back_ends(store: JobStore) -> None:
+    store.create(new_job(), LIMITS)
+    job = claimed(store)
+    store.cancel(job.job_id)
+    store.give_back(lease_of(job))
+    assert found(store, job).state is JobState.CANCELLED
+    assert kinds(store, job) == ["started", "cancelled"]
+
+
+# Ending
+
+
+def test_a_job_that_waits_is_cancelled_at_once(store: JobStore, clock: Clock) -> None:
+    job = store.create(new_job(), LIMITS)
+    clock.passes(1)
+    cancelled = store.cancel(job.job_id)
+    assert cancelled == found(store, job)
+    assert cancelled.state is JobState.CANCELLED
+    assert (cancelled.error_code, cancelled.completed_s, cancelled.expires_s) == ("cancelled", clock.now_s, None)
+    assert kinds(store, job) == ["cancelled"]
+    assert claim(store) is None
+
+
+def test_a_job_that_runs_is_cancelled_by_its_runner(store: JobStore) -> None:
+    store.create(new_job(), LIMITS)
+    job = claimed(store)
+    told = store.cancel(job.job_id)
+    assert told == replace(job, is_cancelling=True) == found(store, job) == store.cancel(job.job_id)
+    assert store.fail_queued(job.job_id, "a", "b") == told
+    ended = store.finish(lease_of(job), OTHER, keep_media_s=1)
+    assert (ended.state, ended.is_cancelling) == (JobState.CANCELLED, False)
+
+
+def test_a_job_that_waits_can_be_failed(store: JobStore) -> None:
+    job = store.create(new_job(), LIMITS)
+    failed = store.fail_queued(job.job_id, "too_late", "it waited too long")
+    assert failed == found(store, job)
+    assert (failed.state, failed.error_code, failed.error_message) == ("failed", "too_late", "it waited too long")
+    assert kinds(store, job) == ["failed"]
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_deleted_job_is_gone_with_its_events(store: JobStore, is_running: bool) -> None:
+    job = store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
+    if is_running:
+        job = claimed(store)
+        store.record(lease_of(job), Progress(media_id="m"), [("step", {})])
+    assert store.delete(job.job_id, "key1") == (replace(job, media_id="m", last_seq=2) if is_running else job)
+    assert store.get(job.job_id) is None
+    assert store.delete(job.job_id) is None
+    assert store.events({job.job_id: 0}) == []
+    with store._database.reading() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM job_events").scalar_one() == 0
+    if is_running:
+        assert_out_of_reach(store, job)
+    assert claim(store) is None
+    assert store.create(new_job(owner="key1", idempotency_key="k", fingerprint="g"), LIMITS).job_id != job.job_id
+
+
+def test_no_job_goes_where_none_may_go(store: JobStore) -> None:
+    job = store.create(new_job(), LIMITS)
+    with (
+        pytest.raises(IllegalTransition, match="is queued; it cannot become completed"),
+        store._database.writing() as open_,
+    ):
+        rows.end(open_, job, COMPLETED, 0.0)
+    assert found(store, job) == job
+
+
+def test_a_change_of_what_has_changed_meanwhile_is_refused(store: JobStore) -> None:
+    job = store.create(new_job(), LIMITS)
+    claimed(store)
+    with pytest.raises(LeaseLost), store._database.writing() as connection:
+        rows.end(connection, job, OTHER, 0.0)
+    assert kinds(store, job) == ["started"]
+
+
+# Events
+
+
+def test_events_of_many_jobs_come_in_order_and_in_part(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_MAX_CURSORS", 8)  # in one query
+    jobs = [store.create(new_job(), LIMITS) for _ in range(13)]
+    for job in jobs:
+        store.cancel(job.job_id)
+    cursors = {job.job_id: 0 for job in jobs}
+    assert {event.job_id for event in store.events(cursors)} == cursors.keys()
+    assert len(store.events(cursors, limit=7)) == 7
+    assert len(store.events(cursors, limit=10)) == 10
+    assert store.events({job.job_id: 1 for job in jobs}) == []
+    assert store.events({}) == []
+    running = [store.create(new_job(), LIMITS) for _ in range(2)]
+    for job in (claimed(store), claimed(store)):
+        store.record(lease_of(job), Progress(), [("step", {"i": i}) for i in range(4)])
+    events = store.events({running[0].job_id: 3, running[1].job_id: 4})
+    assert sorted((event.job_id, event.seq) for event in events) == sorted(
+        [(running[0].job_id, 4), (running[0].job_id, 5), (running[1].job_id, 5)]
+    )
+    of_first = [event.seq for event in events if event.job_id == running[0].job_id]
+    assert of_first == [4, 5]
+
+
+# Forgetting
+
+
+def test_old_jobs_are_forgotten(store: JobStore, clock: Clock) -> None:
+    old = [store.create(new_job(idempotency_key=f"{i}"), LIMITS) for i in range(45)]  # several transactions
+    ended = [store.finish(lease_of(claimed(store)), COMPLETED, keep_media_s=1) for _ in old]
+    clock.passes(50)
+    young = store.create(new_job(), LIMITS)
+    store.cancel(young.job_id)
+    waits, runs = store.create(new_job(), LIMITS), store.create(new_job(), LIMITS)
+    running = claimed(store, lease_s=1000)
+    clock.passes(51)
+    assert running.job_id in (waits.job_id, runs.job_id)
+    swept = store.sweep(100)
+    assert sorted(swept, key=lambda job: job.job_id) == sorted(ended, key=lambda job: job.job_id)
+    assert store.sweep(100) == []
+    assert all(store.get(job.job_id) is None for job in old)
+    assert store.create(new_job(idempotency_key="0", fingerprint="g"), LIMITS).job_id != old[0].job_id
+    clock.passes(1000)
+    assert [job.job_id for job in store.sweep(100)] == [young.job_id]
+    assert found(store, waits).job_id == waits.job_id
+    assert found(store, runs).job_id == runs.job_id
+
+
+def test_of_too_many_ended_jobs_the_longest_ended_are_forgotten(store: JobStore, clock: Clock) -> None:
+    jobs = [store.create(new_job(), LIMITS) for _ in range(5)]
+    for job in (jobs[i] for i in (3, 1, 4, 0)):
+        clock.passes(1)
+        store.cancel(job.job_id)
+    assert store.sweep(1e6, 4) == []
+    assert [job.job_id for job in store.sweep(1e6, 2)] == [jobs[3].job_id, jobs[1].job_id]
+    assert [job.job_id for job in store.sweep(1e6, 0)] == [jobs[4].job_id, jobs[0].job_id]
+    assert found(store, jobs[2]).state is JobState.QUEUED
+
+
+def test_silent_runners_are_forgotten(store: JobStore, clock: Clock) -> None:
+    claim(store, "runner1")
+    clock.passes(60)
+    claim(store, "runner2")
+    claim(store, "runner3", model="super")
+    assert store.runners(MODEL, silent_s=100) == ("runner1", "runner2")
+    assert store.runners(MODEL, silent_s=50) == ("runner2",)
+    store.renew("runner1", [], LEASE_S)
+    assert store.runners(MODEL, silent_s=50) == ("runner1", "runner2")
+    clock.passes(60)
+    claim(store, "runner2")
+    store.sweep(50)
+    assert store.runners(MODEL, silent_s=1e9) == ("runner2",)
+
+
+# Speed
+
+
+def test_measured_speed_is_averaged_and_kept(store: JobStore, jobs_url: str) -> None:
+    assert store.rate(MODEL, Lane.VIDEO) is None
+    store.note_rate(MODEL, Lane.VIDEO, 100.0)
+    store.note_rate(MODEL, Lane.IMAGE, 7.0)
+    store.note_rate("super", Lane.VIDEO, 3.0)
+    assert store.rate(MODEL, Lane.VIDEO) == 100.0
+    store.note_rate(MODEL, Lane.VIDEO, 200.0)
+    other = JobStore.open(jobs_url)
+    assert other.rate(MODEL, Lane.VIDEO) == pytest.approx(130.0)
+    assert other.rate(MODEL, Lane.IMAGE) == 7.0
+    other.close()
+
+
+# Lasting
+
+
+def test_another_process_finds_everything(store: JobStore, jobs_url: str) -> None:
+    store.create(new_job(), LIMITS)
+    job = claimed(store)
+    store.record(lease_of(job), Progress(step=1, sigma=0.1), [("step", {"sigma": 0.1})])
+    store.close()
+    other = JobStore.open(jobs_url)
+    assert other.get(job.job_id) == found(store, job)
+    assert other.events({job.job_id: 0}) == store.events({job.job_id: 0})
+    other.close()
+
+
+def test_what_was_accepted_survives_sigkill(store: JobStore, jobs_url: str) -> None:
+    ids = race("die", jobs_url, 0, 2)
+    assert len(set(ids)) == 2
+    for job_id in ids:
+        accepted = store.get(job_id)
+        assert accepted is not None
+        assert accepted.state is JobState.QUEUED
