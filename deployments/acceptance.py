@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from cosmos3_core import checks
@@ -11,6 +10,7 @@ from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.source import Packed
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
+from deployments.guardrail_calls import PromptCheck
 from deployments.jobs.asked import Asked
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
@@ -33,7 +33,7 @@ class Acceptance:
         cost: of requests.
         model: name of the served model.
         limits: of the queue.
-        check_prompt: raises where a prompt must not be used; None where nothing is looked at.
+        prompt_check: the guardrail's; None where nothing is looked at.
     """
 
     store: JobStore
@@ -42,7 +42,7 @@ class Acceptance:
     cost: CostModel
     model: str
     limits: QueueLimits
-    check_prompt: Callable[[RequestContext, str], Awaitable[None]] | None = None
+    prompt_check: PromptCheck | None = None
 
     async def accept(
         self, request: GenerationRequest, asked: Asked, context: RequestContext, attached_to: str | None = None
@@ -69,8 +69,8 @@ class Acceptance:
         previews = checks.integer("previews", asked.previews, 0, MAX_PREVIEWS)
         checks.choice("service_class", asked.service_class, tuple(self.limits.classes))
         resolved = await self.check.resolved(context, request)
-        if self.check_prompt is not None and not asked.skip_guardrails:
-            await self.check_prompt(context, resolved.prompt)
+        if self.prompt_check is not None:
+            await self.prompt_check.check(context, resolved.prompt, is_skipped=asked.skip_guardrails)
         values, media = encoded(request)
         del request
         new = NewJob(

@@ -26,6 +26,7 @@ from cluster.video_vae_rank import VideoVAESpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.parallel.layout import Layout
+from deployments.api.auth import auth_required
 from deployments.api.service import IngressSpec
 from deployments.audio_vae import AudioVAE
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
@@ -75,6 +76,7 @@ def build_app(config: AppConfig) -> serve.Application:
         media=media,
         database_url=database_url(config),
         jobs=config.jobs,
+        guardrails=config.guardrails,
     )
     handles = Handles(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
     director = _deployment("Director", Director, config.director).options(**longest).bind(director_spec, handles)
@@ -86,9 +88,9 @@ def build_app(config: AppConfig) -> serve.Application:
         media=media,
         database_url=database_url(config),
         jobs=config.jobs,
-        auth=config.auth,
+        needs_keys=auth_required(config.auth.enabled, config.http.host),
         remote_media=config.remote_media,
-        clients_may_disable_guardrails=config.guardrails.clients_may_disable,
+        may_disable_guardrails=config.guardrails.clients_may_disable,
     )
     return _deployment("Ingress", Ingress, config.ingress).options(**longest).bind(ingress_spec, director)
 

@@ -25,8 +25,9 @@ from ray import serve
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.app import build_app
 from deployments.capacity import Resources, missing, needed, out_of_reach
-from deployments.config import AppConfig, Http
-from deployments.http_client import UnreachableError, get
+from deployments.clients.errors import UnreachableError
+from deployments.config import AppConfig
+from deployments.http_client import get
 from deployments.ray_session import (
     RAY_FAILURES,
     LostError,
@@ -40,6 +41,7 @@ from deployments.ray_session import (
     ray_session,
     reason,
 )
+from deployments.service_config import Http
 
 _POLL_S = 0.1
 _WATCH_S = 2.0
@@ -92,8 +94,8 @@ class RunningApp:
             _application(self.name)
 
     def drain(self, timeout_s: float, tell: Callable[[str], None]) -> None:
-        """Have the app take no new request, and wait for those that it has. Jobs that wait stay for the next start; those
-        that run and are not done in time go on then.
+        """Have the app take no new request, and wait for those that it has. Jobs that wait stay for the next start, and
+        so do those that run and are not done in time.
 
         Args:
             timeout_s: for them.

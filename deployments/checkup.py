@@ -15,7 +15,8 @@ from cosmos3_core.conditioning.modes import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, WITH_
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
-from deployments.http_client import AnswerError, SavedMedia, get, save_video
+from deployments.clients.errors import AnswerError, AuthError
+from deployments.http_client import SavedMedia, get, save_video
 
 _READY_S = 30.0
 _PROBE = GenerationRequest(
@@ -31,24 +32,25 @@ _STAGES = {
 _FAILING = {**{stage: stage for stage in _STAGES}, "decode": "decode_encode", "encode": "decode_encode"}
 
 
-def check_app(url: str, *, timeout_s: float, tell: Callable[[str], None] = print) -> bool:
+def check_app(url: str, *, timeout_s: float, tell: Callable[[str], None] = print, api_key: str | None = None) -> bool:
     """Whether every stage does its part: with an image to begin with and with sound, where the app offers them.
 
     Args:
         url: of the app.
         timeout_s: for the request.
         tell: takes a line per stage.
+        api_key: None where the app asks for none.
     """
     try:
         _check_ready(url)
-        probe = _probe(url)
+        probe = _probe(url, api_key)
     except Cosmos3Error as error:
         tell(_line("ready", "FAIL", error))
         return False
     tell(_line("ready", "ok", url))
     with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
         try:
-            saved = save_video(url, probe, Path(directory) / "check", timeout_s=timeout_s)
+            saved = save_video(url, probe, Path(directory) / "check", timeout_s=timeout_s, api_key=api_key)
         except Cosmos3Error as error:
             _tell_failure(str(error), probe, tell)
             return False
@@ -68,9 +70,11 @@ def _check_ready(url: str) -> None:
         raise AnswerError(status, f"HTTP {status}: {text}")
 
 
-def _probe(url: str) -> GenerationRequest:
+def _probe(url: str, api_key: str | None) -> GenerationRequest:
     """A request of which every stage that the app has does a part."""
-    status, text = get(url, "/v1/models", timeout_s=_READY_S)
+    status, text = get(url, "/v1/models", timeout_s=_READY_S, api_key=api_key)
+    if status == 401:
+        raise AuthError(status, "the app asks for an API key, and this is none that it knows: see --api-key-file")
     try:
         modes = json.loads(text)["data"][0]["modes"]
     except (ValueError, TypeError, KeyError, IndexError):

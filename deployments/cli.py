@@ -37,6 +37,8 @@ _EXAMPLE: dict[str, Any] = {
 }
 _LAPTOP_START_S = 300.0
 _MAX_SECONDS = 1e6
+_API_KEY = "COSMOS3_API_KEY"
+_MAX_KEY_CHARS = 4096
 
 # Read by Ray when it is imported; what the user has set stays.
 _RAY_ENVIRONMENT = {
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "push one small request through every stage of an app")
     check.add_argument("--url", help="of a running app; without it one is started here, checked and stopped")
     check.add_argument("--checkpoint", type=Path, help="for an app that is started here; default a tiny one")
+    _add_api_key_flag(check)
     _add_timeout_flag(check, 600)
     demo = command("demo", _demo, "start the app with a tiny checkpoint, have a video made over HTTP, stop")
     demo.add_argument(
@@ -117,6 +120,24 @@ def _add_timeout_flag(parser: argparse.ArgumentParser, default_s: float) -> None
     parser.add_argument("--timeout", type=_seconds, default=default_s, metavar="SECONDS", help=help_text)
 
 
+def _add_api_key_flag(parser: argparse.ArgumentParser) -> None:
+    help_text = f"with the API key that the app at --url asks for; default ${_API_KEY}"
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=help_text)
+
+
+def _api_key(options: argparse.Namespace) -> str | None:
+    path = options.api_key_file
+    if path is None:
+        return os.environ.get(_API_KEY) or None
+    if options.url is None:
+        raise RequestError("api_key_file", str(path), "only with --url", "Nothing else asks for a key.")
+    try:
+        with path.open(encoding="ascii") as file:
+            return file.read(_MAX_KEY_CHARS).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError("api_key_file", str(path), "a file with the key and nothing else", str(error)) from None
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -132,12 +153,14 @@ def _seconds(text: str) -> float:
 
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="of a running app, such as http://127.0.0.1:8000; without it, in this process")
+    _add_api_key_flag(parser)
     _add_timeout_flag(parser, 3600)
     add_request_flags(parser)
     add_engine_flags(parser, is_checkpoint_required=False)
 
 
 def _generate(options: argparse.Namespace) -> int:
+    api_key = _api_key(options)
     if options.url is None:
         if options.checkpoint is None:
             raise RequestError("checkpoint", None, "a checkpoint's directory, or --url of a running app instead")
@@ -153,9 +176,12 @@ def _generate(options: argparse.Namespace) -> int:
             raise RequestError(name, given, "only without --url", "The running app has decided it.")
     from deployments.http_client import save_video
 
-    saved = save_video(options.url, request_of(options), Path(options.out), timeout_s=options.timeout)
+    out = Path(options.out)
+    saved = save_video(options.url, request_of(options), out, timeout_s=options.timeout, api_key=api_key)
     for note in saved.notes:
         print(f"note: {note}", file=sys.stderr)
+    for warning in saved.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     _report(saved, f"seed {saved.seed}, negative prompt: {saved.negative_origin}")
     return 0
 
@@ -285,8 +311,9 @@ def _tiny_checkpoint(directory: Path) -> Path:
 def _check(options: argparse.Namespace) -> int:
     from deployments.checkup import check_app
 
+    api_key = _api_key(options)
     if options.url is not None:
-        is_well = check_app(options.url, timeout_s=options.timeout, tell=_say)
+        is_well = check_app(options.url, timeout_s=options.timeout, tell=_say, api_key=api_key)
     else:
         with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
             checkpoint = options.checkpoint or _tiny_checkpoint(Path(directory) / "tiny-nano")

@@ -16,6 +16,7 @@ from deployments.acceptance import Acceptance
 from deployments.api.errors import failure_of
 from deployments.api.job_object import JobObjects
 from deployments.clip_closer import ClipCloser
+from deployments.guardrail_calls import PromptCheck
 from deployments.jobs.asked import Asked
 from deployments.jobs.cost import CostModel
 from deployments.jobs.feed import EventFeed
@@ -27,7 +28,7 @@ from deployments.media_store import MediaSpec, MediaStore
 from deployments.messages import RequestContext
 from deployments.previews import Previews
 from deployments.request_check import RequestCheck
-from deployments.service_config import Jobs
+from deployments.service_config import Guardrails, Jobs
 from deployments.walk import Stages, Walk
 
 
@@ -43,7 +44,7 @@ class DirectorSpec:
         request_timeout_s: of requests whose caller waits, and that name none.
         media: of the store where files go.
         database_url: of jobs.
-        jobs: the configuration's section.
+        jobs, guardrails: the configuration's sections.
     """
 
     checkpoint: str
@@ -54,6 +55,7 @@ class DirectorSpec:
     media: MediaSpec
     database_url: str
     jobs: Jobs
+    guardrails: Guardrails
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class DirectorParts:
             cost=CostModel.of(layout.geometry, layout.transformer),
             model=spec.model,
             limits=limits_of(spec.jobs),
-            guardrail=stages.guardrail,
+            prompt_check=_prompt_check(stages, spec.guardrails),
         )
         max_running = spec.jobs.max_running_images + spec.jobs.max_running_videos
         return cls(
@@ -184,6 +186,12 @@ class DirectorParts:
     async def num_open_clips(self) -> int:
         """How many clips are between decoder and encoder."""
         return int(await self.clips.num_open.remote())
+
+
+def _prompt_check(stages: Stages, guardrails: Guardrails) -> PromptCheck | None:
+    if stages.guardrail is None:
+        return None
+    return PromptCheck(stages.guardrail, guardrails.text_timeout_s, guardrails.clients_may_disable)
 
 
 def limits_of(jobs: Jobs) -> QueueLimits:

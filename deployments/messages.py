@@ -326,9 +326,9 @@ class Finished:
     """All is done.
 
     ``job_id``: by which the file can be had, for a while; ``media_id``: what the media store calls it.
-    ``stage_seconds``: tokenize, condition (of a given image or clip), denoise, decode_encode (side by side), encode (from
-    the encoder's side), total. ``actions``: those that were generated. Without a file, ``media_id`` and ``media_type``
-    are "" and ``num_bytes`` is 0.
+    ``stage_seconds``: tokenize, condition (of a given image or clip), denoise, decode_encode (side by side), encode
+    (from the encoder's side), total. ``actions``: those that were generated. Without a file, ``media_id`` and
+    ``media_type`` are "" and ``num_bytes`` is 0.
     """
 
     request_id: str

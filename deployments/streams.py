@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import ray
-
 from cluster.errors import DeadlineExceeded
 from deployments.messages import RequestContext
 
@@ -85,39 +83,3 @@ async def following(response: Any, context: RequestContext, stage: str) -> Async
         yield stream
     finally:
         stream.cancel()
-
-
-class BlockingStream:
-    """The items of one streaming call for a thread that may block.
-
-    Args:
-        response: as for :class:`RefStream`.
-        limit_s: for all items together.
-    """
-
-    def __init__(self, response: Any, limit_s: float) -> None:
-        self._response = response
-        self._deadline_s = time.monotonic() + limit_s
-        self._refs: Any = None
-
-    def __next__(self) -> Any:
-        """The next item.
-
-        Raises:
-            StopIteration: there is none.
-            TimeoutError: it did not come in time.
-            Exception: whatever the stage raised.
-        """
-        if self._refs is None:
-            self._refs = self._response._to_object_ref_gen_sync(_timeout_s=self._left_s())
-        ref = self._refs._next_sync(timeout_s=self._left_s())
-        if ref.is_nil():
-            raise TimeoutError
-        return ray.get(ref, timeout=self._left_s())
-
-    def cancel(self) -> None:
-        """Stop the producer."""
-        self._response.cancel()
-
-    def _left_s(self) -> float:
-        return max(0.0, self._deadline_s - time.monotonic())

@@ -114,6 +114,8 @@ class HandleTransport:
                     yield RawEvent(event.seq or None, event.kind, data)
         except RequestError:  # all that can be wrong with it is the id
             raise NotFound.video(video_id) from None
+        except StageFailed as error:
+            raise UnreachableError(f"the events of {video_id} broke off: {error.reason}") from None
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """See the protocol. Any Director can be asked: whoever reads asks for part after part."""
@@ -129,6 +131,8 @@ class HandleTransport:
                 raise UnreachableError(f"the file of {video_id} did not come whole within {timeout_s:g} s") from None
             except RequestError as error:
                 raise NotFound(404, str(error), "not_found") from None
+            except StageFailed as error:
+                raise UnreachableError(f"the file of {video_id} broke off: {error.reason}") from None
             if not part:
                 return
             yield part

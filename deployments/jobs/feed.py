@@ -136,17 +136,19 @@ class EventFeed:
             # A context of its own: a task made inside a request would be cancelled with that request.
             loop = asyncio.get_running_loop()
             self._polling = loop.create_task(self._poll(), context=contextvars.Context())
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                while True:
+            while True:
+                # Not around the yield: each event may be waited for by another task.
+                async with asyncio.timeout_at(deadline_s):
                     await follower.came.wait()
-                    had_room = follower.has_room
-                    event = follower.take()
-                    if event is None:
-                        break
-                    if follower.has_room and not had_room:
-                        self._wake.set()
-                    yield event
+                had_room = follower.has_room
+                event = follower.take()
+                if event is None:
+                    break
+                if follower.has_room and not had_room:
+                    self._wake.set()
+                yield event
         except TimeoutError:
             raise DeadlineExceeded("following a job", timeout_s) from None
         finally:

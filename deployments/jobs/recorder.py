@@ -76,7 +76,7 @@ class Recorder:
             case QueuePosition():
                 self._add(stage="waiting for a gang")
             case StepDone():
-                told = {
+                told: dict[str, Any] = {
                     "step": event.step,
                     "num_steps": event.num_steps,
                     "sigma": event.sigma,

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -227,7 +227,7 @@ class JobRunner:
         else:
             self._detached(self._cancel_queued(job_id))
 
-    async def follow(self, job: Job) -> AsyncIterator[Event]:
+    async def follow(self, job: Job) -> AsyncGenerator[Event, None]:
         """The events of an attached job, after :meth:`expect` and its creation; to be ended by :meth:`forget`.
 
         Raises:
@@ -504,7 +504,7 @@ class _Checkpoints:
 
     async def _write(self, state: TensorEnvelope) -> None:
         try:
-            await in_thread(self._files.put, self._job_id, CHECKPOINT, memoryview(state.data))
+            await in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
             self._written_s = time.monotonic()
         except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
             logger.exception("the state of %s could not be kept", self._job_id)

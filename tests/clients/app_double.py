@@ -1,4 +1,4 @@
-"""An app of one process and no Ray: what it knows of its videos, with a face over HTTP and one like a Director's handle.
+"""An app of one process and no Ray: what it knows of its videos, a face over HTTP and one like a Director's handle.
 
 A video's story is a list of events; some have not happened yet. Both faces tell it, each in its way.
 """

@@ -18,6 +18,7 @@ from cluster import engine_loop
 from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
+from cluster.logs import Origin
 from cluster.transformer_rank import Step, StepReport
 from cosmos3_core.admission import PromptOrders, RequestMemory, text_key
 from cosmos3_core.denoise_request import DenoiseRequest
@@ -122,7 +123,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(body, 30))
 
 
-def loop_on(gang: FakeGang, **changes: Any) -> EngineLoop:
+def loop_on(gang: FakeGang, meter: Any = None, **changes: Any) -> EngineLoop:
     spec = {
         "max_jobs": 4,
         "max_held_bytes": 10_000,
@@ -131,7 +132,8 @@ def loop_on(gang: FakeGang, **changes: Any) -> EngineLoop:
         "first_step_timeout_s": 10.0,
         "quantum_timeout_s": 10.0,
     }
-    return EngineLoop(gang, gang.request_memory, LoopSpec(**{**spec, **changes}), lambda: gang.ends.append(True))  # type: ignore[arg-type]
+    how = LoopSpec(**{**spec, **changes})  # type: ignore[arg-type]
+    return EngineLoop(gang, gang.request_memory, how, lambda: gang.ends.append(True), meter)  # type: ignore[arg-type]
 
 
 async def follow(loop: EngineLoop, job_id: str, num_steps: int, **fields: Any) -> list[Any]:
@@ -416,7 +418,7 @@ def test_what_has_begun_makes_room_and_comes_back_where_it_was() -> None:
         assert gang.max_begun == 1
         assert steps_of(await video) == list(range(1, 61)), "no step is lost, none is done twice"
         begun = [
-            (job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state, _ in gang.of("begin")
+            (job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state, _, _ in gang.of("begin")
         ]
         assert [job_id for job_id, _ in begun] == ["video", "image", "video"]
         assert begun[0][1] is None
@@ -465,10 +467,66 @@ def test_the_leader_decides_which_prompts_are_kept() -> None:
             async for _ in loop.submit(job_id, job, 60.0):
                 pass
         one, two = ((text_key((number,))) for number in (1, 2))
-        assert [orders for _, _, orders, _, _ in gang.of("begin")] == [
+        assert [orders for _, _, orders, *_ in gang.of("begin")] == [
             PromptOrders((), frozenset([one])),
             PromptOrders((one,), frozenset([two])),
         ]
+
+    run(body())
+
+
+class Told:
+    """A meter that remembers."""
+
+    def __init__(self) -> None:
+        self.words: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.words.append((name, *arguments))
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for word, *arguments in self.words if word == name]
+
+
+def test_the_meter_is_told_of_quanta_waits_prompts_and_how_busy_the_gang_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.gang_meter._PERIOD_S", 0.0)
+    monkeypatch.setattr(engine_loop, "_IDLE_S", 0.02)
+
+    async def body() -> None:
+        gang, told = FakeGang(request_memory=RequestMemory(1, 0, 0, 0, 8, 1)), Told()
+        loop = loop_on(gang, told, text_cache_bytes=100)
+        for job_id in ("a", "b"):
+            await follow(loop, job_id, 8)
+        await follow(loop, "c", 8, shape=IMAGE)
+        assert sum(num_steps for _, num_steps, _ in told.of("stepped")) == 24
+        assert {lane for lane, *_ in told.of("stepped")} == {"video", "image"}
+        assert all(seconds > 0 for *_, seconds in told.of("stepped"))
+        assert [lane for lane, _ in told.of("waited_for_gang")] == ["video", "video", "image"]
+        assert told.of("looked_up_prompts") == [[0, 1], [1, 0], [1, 0]]
+        shares = [share for (share,) in told.of("busy")]
+        assert any(share > 0.5 for share in shares)
+        # Told while idle as well: a gauge that is not set again is forgotten.
+        async with asyncio.timeout(20):
+            while told.of("busy")[-1][0] != 0.0:
+                await asyncio.sleep(0.01)
+
+    run(body())
+
+
+def test_whose_a_request_is_goes_to_the_ranks_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ray.serve")
+
+    async def body() -> None:
+        gang, origin = FakeGang(fail_at_step=1), Origin("otter-1", "video_gen_1", 2)
+        with pytest.raises(GangFailed):
+            async for _ in loop_on(gang).submit("a", request(8), 60.0, origin=origin):
+                pass
+        assert gang.of("begin")[0][-1] == origin
+        lines = [vars(record) for record in caplog.records]
+        assert [line["event"] for line in lines] == ["gang began", "gang failed"]
+        assert all(
+            (line["request_id"], line["job_id"], line["attempt"]) == ("otter-1", "video_gen_1", 2) for line in lines
+        )
 
     run(body())
 
@@ -590,7 +648,9 @@ def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeyp
     async def body() -> None:
         gang = gated(4)
         updates = previewing(loop_on(gang), 6, 5)
-        assert [(await anext(updates)) for _ in range(5)][1:] == [Step(n, 6, 0.5, 0.1, os.getpid()) for n in (1, 2, 3, 4)]
+        assert [(await anext(updates)) for _ in range(5)][1:] == [
+            Step(n, 6, 0.5, 0.1, os.getpid()) for n in (1, 2, 3, 4)
+        ]
         assert len(gang.of("preview")) == 1, "more than one preview in the making"
         finish.set()
         late = await anext(updates)

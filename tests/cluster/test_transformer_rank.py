@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cluster.errors import OutOfMemory, PreviewFailed
+from cluster.logs import Origin
 from cluster.transformer_rank import TransformerRank, TransformerSpec
 from cosmos3_core import device
 from cosmos3_core.admission import PromptOrders
@@ -99,6 +100,20 @@ def test_a_quantum_reports_every_step_and_stops_at_the_last() -> None:
     rank.begin("a", REQUEST, PromptOrders())
     assert [step.step for step in rank.step("a", 1).steps] == [1]
     assert [(step.step, step.sigma) for step in rank.step("a", 9).steps] == [(2, 0.0)]
+
+
+def test_a_rank_logs_whose_work_it_does(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "cluster")
+    rank = rank_with(FakeDenoiser("", MemoryError))
+    rank.begin("a", REQUEST, PromptOrders(), None, None, Origin("otter-1", "video_gen_1"))
+    rank.step("a", 9)
+    rank.end("a")
+    rank.begin("warm up", REQUEST, PromptOrders())
+    lines = [vars(record) for record in caplog.records]
+    assert [(line["event"], line["request_id"]) for line in lines] == [
+        ("begin done", "otter-1"),
+        ("work ended", "otter-1"),
+    ]
 
 
 RED = PreviewMap(((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, -1.0, -1.0))

@@ -1,4 +1,4 @@
-"""The HTTP client against servers that answer well, badly, slowly, in part, or not at all."""
+"""What the command line asks over HTTP, of servers that answer well, badly, slowly, in part, or not at all."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from cosmos3_core.media.image import write_image
 from cosmos3_core.media.source import read_image
 from cosmos3_core.request import GenerationRequest
 from deployments.api.bodies import parse_video_body
-from deployments.http_client import AnswerError, UnreachableError, body_of, get, save_video
+from deployments.clients.errors import AnswerError, AuthError, UnreachableError
+from deployments.clients.http_body import body_of
+from deployments.http_client import get, save_video
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
 HEADERS = {
     "content-type": "video/mp4",
+    "x-video-id": "video_gen_1",
     "x-seed": "7",
     "x-negative-prompt": "built-in",
     "x-notes": '["a note"]',
+    "x-warnings": '["user"]',
     "x-stage-durations": '{"denoise": 1.5, "total": 2.0}',
 }
 Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
@@ -86,6 +90,7 @@ def test_a_file_is_saved_with_what_the_server_said(serve: Callable[[Answer], str
     assert (saved.path, saved.num_bytes) == (tmp_path / "a.b.mp4", 3_000_000)
     assert saved.path.read_bytes() == b"x" * 3_000_000
     assert (saved.seed, saved.negative_origin, saved.notes) == (7, "built-in", ("a note",))
+    assert (saved.video_id, saved.warnings) == ("video_gen_1", ("user",))
     assert saved.stage_seconds == {"denoise": 1.5, "total": 2.0}
 
 
@@ -139,8 +144,12 @@ def test_an_image_is_a_png(serve: Callable[[Answer], str], tmp_path: Path) -> No
         (answer(200, {**HEADERS, "content-type": "application/json"}, b"[]"), AnswerError, "is it a cosmos3 app?"),
         (answer(200, {**HEADERS, "content-type": "application/json"}, b"{"), AnswerError, "is it a cosmos3 app?"),
         (answer(200, HEADERS, b"half", announced=8), UnreachableError, "broke off after 4 of 8 bytes"),
-        (lambda handler, received: None, UnreachableError, "RemoteDisconnected"),
-        (lambda handler, received: handler.wfile.write(b"SSH-2.0\r\n"), UnreachableError, "BadStatusLine"),
+        (answer(200, {**HEADERS, "x-seed": "one"}, b"mp4"), AnswerError, "is it a cosmos3 app?"),
+        (answer(401, {}, b'{"error": {"message": "wrong key"}}'), AuthError, "wrong key"),
+        (answer(302, {"location": "http://127.0.0.1:9/"}, b""), AnswerError, "HTTP 302 Found"),
+        (answer(500, {}, b"x" * 20_000_000), AnswerError, "HTTP 500 Internal Server Error: x"),
+        (lambda handler, received: None, UnreachableError, "Server disconnected without sending a response"),
+        (lambda handler, received: handler.wfile.write(b"SSH-2.0\r\n"), UnreachableError, "RemoteProtocolError"),
     ],
     ids=[
         "422",
@@ -152,6 +161,10 @@ def test_an_image_is_a_png(serve: Callable[[Answer], str], tmp_path: Path) -> No
         "list",
         "broken",
         "half a file",
+        "odd header",
+        "wrong key",
+        "elsewhere",
+        "huge",
         "no answer",
         "no HTTP",
     ],

@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import GangFailed, PreviewFailed
-from cosmos3_core.errors import RequestError
 from cosmos3_core.preview import PreviewMap, PreviewOrder
-from cosmos3_core.request import GenerationRequest
 from deployments import previews as previews_module
-from deployments.client import Client
 from deployments.messages import RequestContext
 from deployments.previews import Previews
 from deployments.video_vae import VAECalls, VideoVAE
@@ -167,37 +164,3 @@ def test_a_request_does_not_wait_for_ever_but_the_map_is_made(monkeypatch: pytes
         assert len(vae.calls) == 1
 
     run(body())
-
-
-class FakeDirector:
-    """A handle that only notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.stream = self
-
-    def options(self, **options: Any) -> FakeDirector:
-        return self
-
-    def remote(self, *arguments: Any) -> FakeDirector:
-        self.asked.append(arguments)
-        return self
-
-    def cancel(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("previews", [-1, 33, True, 2.0, "4", None])
-def test_a_wrong_number_of_previews_is_refused_at_once(previews: Any) -> None:
-    director = FakeDirector()
-    with pytest.raises(RequestError, match="previews=.*a whole number from 0 to 32"):
-        Client(director).stream(GenerationRequest(prompt="a"), previews=previews)
-    assert director.asked == []
-
-
-def test_the_number_of_previews_goes_with_the_request() -> None:
-    director = FakeDirector()
-    for previews in (0, 32):
-        Client(director).stream(GenerationRequest(prompt="a"), previews=previews).close()
-    Client(director).stream(GenerationRequest(prompt="a")).close()
-    assert [arguments[3] for arguments in director.asked] == [0, 32, 0]

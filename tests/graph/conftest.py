@@ -71,11 +71,13 @@ def _start(tiny_nano: Path, port: int, media: Path, name: str, overrides: dict[s
     from ray import serve
 
     from deployments.app import build
-    from deployments.client import connect
     from deployments.config import AppConfig
+    from tests.graph.director_client import connect
 
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), "media.directory": str(media), **dotted})
+    # Each app its own jobs: what serves the same model would run them as well.
+    own = {"media.directory": str(media), "jobs.database": f"sqlite:///{media}/{name}.sqlite3"}
+    config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), **own, **dotted})
     # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
     application = build(config.model_dump(mode="json"))
     serve.run(application, name=name, route_prefix=f"/{name}")

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.errors import ShuttingDown
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
-from deployments.http_client import AnswerError, get, save_video
+from deployments.http_client import get, save_video
 from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, environment, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -149,16 +150,16 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
         command, env=served.client_environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True
     ) as client:
         assert client.stdout is not None
-        assert "StepDone\n" in client.stdout
+        assert "Step\n" in client.stdout
         # As a terminal sends it.
         os.killpg(served.process.pid, signal.SIGINT)
         deadline_s = time.monotonic() + DEADLINE_S
         while get(url, "/ready", timeout_s=60)[0] != 503 and time.monotonic() < deadline_s:
             time.sleep(0.02)
         # From here: a command's own start may outlast the request in hand, and with it the app.
-        with pytest.raises(AnswerError, match="the app is being stopped and takes no new request"):
+        with pytest.raises(ShuttingDown, match="the app is being stopped and takes no new request"):
             save_video(url, GenerationRequest(prompt="x", num_frames=5), tmp_path / "late.mp4", timeout_s=60)
-        assert client.stdout.read().splitlines()[-2:] == ["ClipEncoded", "Finished"]
+        assert client.stdout.read().splitlines()[-2:] == ["Decoding", "Ended"]
     assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
     assert served.said().endswith(

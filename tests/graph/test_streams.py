@@ -24,7 +24,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.client import EventStream
+from tests.graph.director_client import EventStream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

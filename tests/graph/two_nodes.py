@@ -35,9 +35,9 @@ from ray.cluster_utils import Cluster
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.app import build_app
-from deployments.client import Client, connect
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.ray_session import can_grow
+from tests.graph.director_client import DirectorClient, connect
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=64, width=64, num_inference_steps=4, seed=5)
 # Most of its time with a gang, so that callers who wait for nothing else are load.
@@ -114,7 +114,7 @@ def placement(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
 class Load:
     """Callers that send one request after another until they are told to stop."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: DirectorClient) -> None:
         self._client = client
         self.gangs: Counter[tuple[int, ...]] = Counter()
         self.frames: set[str] = set()

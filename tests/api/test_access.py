@@ -1,0 +1,276 @@
+"""Who may call: keys, whose jobs are whose, pages of other origins; and what is open to all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster.errors import OverloadedError
+from deployments.api import auth as auths
+from deployments.api.auth import Auth, auth_required
+from deployments.jobs.job import JobsError
+from deployments.jobs.keys import KeyLimits, NewKey
+from tests.api.fake_service import Api
+
+VIDEO = "/v1/videos/video_gen_" + "0" * 32
+CALLS = [
+    ("POST", "/v1/videos"),
+    ("POST", "/v1/videos/sync"),
+    ("GET", "/v1/videos"),
+    ("GET", VIDEO),
+    ("DELETE", VIDEO),
+    ("POST", f"{VIDEO}/cancel"),
+    ("POST", f"{VIDEO}/remix"),
+    ("GET", f"{VIDEO}/content"),
+    ("HEAD", f"{VIDEO}/content"),
+    ("GET", f"{VIDEO}/events"),
+    ("POST", "/v1/images/generations"),
+    ("GET", "/v1/models"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/nothing"),
+    ("PATCH", "/v1/videos"),
+]
+
+
+@pytest.fixture
+def guarded(make_api: Callable[..., Api]) -> Api:
+    return make_api(needs_keys=True)
+
+
+def key_of(api: Api, name: str = "a", **more: Any) -> dict[str, str]:
+    _, text = api.store.keys.create(NewKey(name=name, **more))
+    return {"authorization": f"Bearer {text}"}
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+def test_everything_needs_a_key(method: str, path: str, guarded: Api) -> None:
+    for headers in ({}, {"authorization": "Bearer c3_0000000000000000_" + "0" * 43}):
+        answer = guarded.send(method, path, headers=headers, content=b"{")
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        if method != "HEAD":
+            assert answer.json()["error"]["code"] == ("wrong_api_key" if headers else "no_api_key")
+    assert guarded.director.asked == []
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
+def test_what_is_open_to_all(path: str, guarded: Api) -> None:
+    assert guarded.get(path).status_code == 200
+
+
+def test_open_paths_are_those_and_no_others(guarded: Api) -> None:
+    for path in ("/health/", "//health", "/health/../v1/videos", "/ready/v1", "/v1/health"):
+        assert guarded.get(path).status_code == 401
+
+
+def test_a_key_lets_in(guarded: Api) -> None:
+    headers = key_of(guarded)
+    told = guarded.created(headers=headers)
+    job = guarded.store.get(told["id"])
+    assert job is not None
+    assert f"c3_{job.owner}_" in headers["authorization"]
+    assert guarded.get("/metrics", headers=headers).text == "cosmos3_requests_total 1\n"
+    for scheme in ("bearer", "BEARER"):
+        assert guarded.get("/v1/models", headers={"authorization": headers["authorization"].replace("Bearer", scheme)})
+
+
+def test_keys_in_other_places_are_none(guarded: Api) -> None:
+    text = key_of(guarded)["authorization"].removeprefix("Bearer ")
+    for headers in (
+        {"authorization": text},
+        {"authorization": f"Basic {text}"},
+        {"authorization": f"Bearer {text} "},
+        {"authorization": f"Bearer  {text} x"},
+        {"authorization": f"Bearer {text}".replace("_", " ", 1)},
+        {"x-api-key": text},
+        {"authorization": "Bearer " + "x" * 100_000},
+        {"authorization": "Bearer"},
+    ):
+        assert guarded.get("/v1/models", headers=headers).status_code == 401
+    assert guarded.get(f"/v1/models?api_key={text}").status_code == 401
+    twice = [("authorization", f"Bearer {text}")] * 2
+    assert guarded.get("/v1/models", headers=twice).status_code == 401
+
+
+def test_another_keys_job_is_none(guarded: Api) -> None:
+    mine, theirs = key_of(guarded, "a"), key_of(guarded, "b")
+    told = guarded.created({"prompt": "a"}, headers=mine)
+    api = f"/v1/videos/{told['id']}"
+    for method, path in (
+        ("GET", api),
+        ("DELETE", api),
+        ("POST", f"{api}/cancel"),
+        ("POST", f"{api}/remix"),
+        ("GET", f"{api}/content"),
+        ("GET", f"{api}/content?variant=action"),
+        ("GET", f"{api}/events"),
+    ):
+        more = {"json": {"prompt": "b"}} if "remix" in path else {}
+        error = guarded.refused(method, path, 404, headers=theirs, **more)
+        assert error == guarded.refused(method, path.replace(told["id"], VIDEO[11:]), 404, headers=theirs, **more)
+        assert error["code"] == "not_found"
+    assert guarded.get("/v1/videos", headers=theirs).json()["data"] == []
+    assert guarded.refused("GET", f"/v1/videos?after={told['id']}", 422, headers=theirs)["param"] == "after"
+    assert guarded.get(api, headers=mine).json()["status"] == "queued", "it was touched by nobody"
+    both = {"Idempotency-Key": "same"}
+    first = guarded.created({"prompt": "a"}, headers={**mine, **both})
+    assert guarded.created({"prompt": "b"}, headers={**theirs, **both})["id"] != first["id"]
+
+
+def test_jobs_of_keys_are_nobodys_without(guarded: Api) -> None:
+    told = guarded.created(headers=key_of(guarded))
+    guarded.service.auth = None
+    assert guarded.get(f"/v1/videos/{told['id']}").status_code == 404
+
+
+def test_a_keys_own_limits_and_classes(guarded: Api) -> None:
+    headers = key_of(guarded, service_class="batch", limits=KeyLimits(max_queued=1))
+    assert guarded.created({"prompt": "a"}, headers=headers)["service_class"] == "batch"
+    answer = guarded.post("/v1/videos", json={"prompt": "b"}, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+    error = guarded.refused("POST", "/v1/videos", 422, json={"prompt": "a", "priority": "interactive"}, headers=headers)
+    assert (error["param"], error["allowed"]) == ("service_class", "one of ['batch']")
+    headers = key_of(guarded, allowed_classes=("interactive",))
+    told = guarded.created({"prompt": "a", "service_class": "interactive"}, headers=headers)
+    assert told["service_class"] == "interactive"
+    headers = key_of(guarded, service_class="gone")
+    assert guarded.refused("POST", "/v1/videos", 422, json={"prompt": "a"}, headers=headers)["param"] == "service_class"
+
+
+def test_a_revoked_key_is_let_in_for_seconds_at_most(guarded: Api) -> None:
+    now_s = [0.0]
+    guarded.service.auth = Auth(guarded.store.keys, clock=lambda: now_s[0])
+    key, text = guarded.store.keys.create(NewKey(name="a"))
+    headers = {"authorization": f"Bearer {text}"}
+    assert guarded.get("/v1/models", headers=headers).status_code == 200
+    guarded.store.keys.revoke(key.key_id)
+    assert guarded.get("/v1/models", headers=headers).status_code == 200, "as it was found before"
+    now_s[0] += auths._CACHE_S + 0.1
+    assert guarded.get("/v1/models", headers=headers).status_code == 401
+
+
+def test_a_key_that_was_refused_may_be_made_meanwhile(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, answers = [0.0], [None, guarded.store.keys.create(NewKey(name="a"))[0]]
+    guarded.service.auth = Auth(guarded.store.keys, clock=lambda: now_s[0])
+    monkeypatch.setattr(guarded.store.keys, "verify", lambda text: answers.pop(0))
+    for wait_s, status in ((0.0, 401), (4.0, 401), (1.1, 200), (4.0, 200)):
+        now_s[0] += wait_s
+        assert guarded.get("/v1/models", headers={"authorization": "Bearer k"}).status_code == status
+    assert answers == [], "looked up twice"
+
+
+def test_key_guessing_takes_a_bounded_part_of_the_service(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auths, "_MAX_WAITING", 8)
+    monkeypatch.setattr(auths, "_MAX_CACHED", 16)
+    headers = key_of(guarded)
+    assert guarded.get("/v1/models", headers=headers).status_code == 200
+    at_once, most, verify = [0], [0], guarded.store.keys.verify
+
+    def counted(text: str) -> Any:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        try:
+            return verify(text)
+        finally:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(guarded.store.keys, "verify", counted)
+
+    async def guess() -> list[int]:
+        answers = await asyncio.gather(
+            *(guarded.asend("GET", "/v1/models", headers={"authorization": f"Bearer {i}"}) for i in range(60))
+        )
+        own = await guarded.asend("GET", "/v1/models", headers=headers)
+        assert own.status_code == 200
+        return [answer.status_code for answer in answers]
+
+    statuses = guarded.run(guess())
+    assert set(statuses) == {401, 429}
+    assert most[0] <= auths._MAX_LOOKS
+    assert guarded.service.auth is not None
+    assert len(guarded.service.auth._unknown._found) <= 16
+    assert verify is not None
+
+
+def test_a_database_of_keys_that_is_away_lets_nobody_in(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(text: str) -> Any:
+        raise JobsError("postgresql://user:secret@host is away")
+
+    monkeypatch.setattr(guarded.store.keys, "verify", away)
+    answer = guarded.get("/v1/models", headers={"authorization": "Bearer k"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "jobs_unavailable")
+    assert "secret" not in answer.text
+    assert isinstance(OverloadedError("a", 1, 1.0), Exception)
+
+
+@pytest.mark.parametrize(
+    ("configured", "host", "expected"),
+    [
+        (None, "127.0.0.1", False),
+        (None, "127.1.2.3", False),
+        (None, "::1", False),
+        (None, "localhost", False),
+        (None, "0.0.0.0", True),
+        (None, "::", True),
+        (None, "10.0.0.5", True),
+        (None, "my-host", True),
+        (None, "", True),
+        (True, "127.0.0.1", True),
+        (False, "0.0.0.0", False),
+    ],
+)
+def test_where_keys_are_needed(configured: bool | None, host: str, expected: bool) -> None:
+    assert auth_required(configured, host) is expected
+
+
+# Browsers
+
+
+def test_pages_of_other_origins_may_not_call(api: Api) -> None:
+    page = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
+    for answer in (
+        api.get("/v1/videos", headers=page),
+        api.send("OPTIONS", "/v1/videos", headers={**page, "access-control-request-method": "POST"}),
+    ):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    for method, path in (("POST", "/v1/videos"), ("DELETE", VIDEO), ("POST", f"{VIDEO}/cancel")):
+        error = api.refused(method, path, 403, headers=page, json={"prompt": "a"})
+        assert error["code"] == "cross_origin"
+    assert api.director.asked == []
+    for own in ({}, {"sec-fetch-site": "same-origin", "origin": "http://cosmos3"}, {"sec-fetch-site": "none"}):
+        assert api.post("/v1/videos", json={"prompt": "a"}, headers=own).status_code == 200
+
+
+def test_pages_of_listed_origins_may_call(make_api: Callable[..., Api]) -> None:
+    api = make_api(http={"cors_origins": ("https://good.example",)}, needs_keys=True)
+    good = {"origin": "https://good.example", "sec-fetch-site": "cross-site"}
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    answer = api.send("OPTIONS", "/v1/videos", headers={**good, **asked})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://good.example")
+    answer = api.post("/v1/videos", json={"prompt": "a"}, headers={**good, **key_of(api)})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://good.example")
+    assert "x-video-id" in answer.headers["access-control-expose-headers"].lower()
+    assert "access-control-allow-credentials" not in answer.headers
+    assert api.get("/v1/videos", headers=good).headers["access-control-allow-origin"], "a page can read what is wrong"
+    evil = {**good, "origin": "https://evil.example"}
+    assert "access-control-allow-origin" not in api.get("/v1/models", headers={**evil, **key_of(api)}).headers
+    assert api.post("/v1/videos", json={"prompt": "a"}, headers={**evil, **key_of(api)}).status_code == 403
+
+
+# Texts of clients in answers
+
+
+@pytest.mark.parametrize("text", ["a\r\nx-evil: 1", "a\nb", "\x00", "é", "a b", "x" * 200, ""])
+def test_no_text_of_a_client_becomes_a_header(text: str, api: Api) -> None:
+    for name in (b"x-request-id", b"idempotency-key"):
+        answer = api.post("/v1/videos", json={"prompt": "a"}, headers={name: text.encode()})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_header")
+        assert "x-evil" not in answer.headers
+    body = {"prompt": text + "a", "user": text, "extra_params": {"frame_interpolation_" + "a\r\nx-evil: 1": 1}}
+    answer = api.post("/v1/videos/sync", json=body)
+    assert answer.status_code == (422 if "\x00" in text else 200), answer.text
+    assert "x-evil" not in answer.headers
+    assert all(char.isprintable() and char.isascii() for value in answer.headers.values() for char in value)

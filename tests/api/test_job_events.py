@@ -1,0 +1,283 @@
+"""A job's events over HTTP: all of them, what comes, from any of them on; and who follows too many, or leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from cluster.errors import DeadlineExceeded
+from deployments.api import job_events
+from deployments.jobs import feed as feeds
+from deployments.jobs.job import JobsError, Progress
+from tests.api.fake_service import Api, Follower, lease_of
+
+
+def events_of(body: bytes) -> list[tuple[int, str, dict[str, Any]]]:
+    """Number (0 without), kind and data of each event; comments and retry times are none."""
+    found = []
+    for block in body.decode().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if "event" in fields:
+            found.append((int(fields.get("id", 0)), fields["event"], json.loads(fields["data"])))
+    return found
+
+
+def path_of(told: dict[str, Any]) -> str:
+    return f"/v1/videos/{told['id']}/events"
+
+
+def test_the_history_of_a_job_that_has_ended(api: Api) -> None:
+    told = api.created({"prompt": "a", "num_inference_steps": 2})
+    job = api.claimed()
+    api.stepped(job, 1, 0.5)
+    api.stepped(job, 2, 0.0)
+    api.completed(job)
+    answer = api.get(path_of(told))
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-store"
+    events = events_of(answer.content)
+    assert [(seq, kind) for seq, kind, _ in events] == [
+        (1, "started"),
+        (2, "step"),
+        (3, "step"),
+        (4, "file"),
+        (5, "completed"),
+    ]
+    assert events[1][2]["sigma"] == 0.5
+    assert events[-1][2] == api.get(f"/v1/videos/{told['id']}").json(), "the whole job"
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelled"])
+def test_a_job_that_comes_to_nothing_says_why(how: str, api: Api) -> None:
+    told = api.created()
+    if how == "failed":
+        api.failed(api.claimed())
+    else:
+        api.post(f"/v1/videos/{told['id']}/cancel")
+    *_, (_, kind, data) = events_of(api.get(path_of(told)).content)
+    assert kind == how
+    assert (data["status"], data["error"]["code"]) == ("failed", "stage_failed" if how == "failed" else "cancelled")
+
+
+def test_who_comes_back_goes_on_where_it_was(api: Api) -> None:
+    told = api.created({"prompt": "a", "num_inference_steps": 2})
+    job = api.claimed()
+    api.stepped(job, 1)
+    api.completed(job, None)
+    last = events_of(api.get(path_of(told)).content)[-1][0]
+    for seq in range(last):
+        got = events_of(api.get(path_of(told), headers={"Last-Event-ID": str(seq)}).content)
+        assert [it for it, _, _ in got] == list(range(seq + 1, last + 1))
+    for seq in (last, last + 5):
+        answer = api.get(path_of(told), headers={"Last-Event-ID": str(seq)})
+        assert (answer.status_code, answer.content) == (204, b""), "browsers then stop asking"
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "9" * 19, "²"])
+def test_what_is_no_number_of_an_event(value: str, api: Api) -> None:
+    told = api.created()
+    error = api.refused("GET", path_of(told), 422, headers={b"Last-Event-ID": value.encode("utf-8")})
+    assert error["param"] == "Last-Event-ID"
+    assert api.service.feed.num_followers == 0
+
+
+def test_events_come_as_they_happen(api: Api) -> None:
+    async def follow() -> None:
+        first, second = api_created("a"), api_created("b")
+        follower = await Follower(api, path_of(second)).begin()
+        body = await follower.until(b"event: queued")
+        assert events_of(body) == [(0, "queued", {"position": 1, "eta_s": None})]
+        job = api.claimed()
+        assert job.job_id == first["id"]
+        await asyncio.sleep(0)
+        api.completed(job, None)
+        body = await follower.until(b'"position": 0')
+        job = api.claimed()
+        await follower.until(b"event: started")
+        for step in (1, 2, 3):
+            api.stepped(job, step, 1 - step / 3)
+            body = await follower.until(b'"step": %d' % step)
+        assert events_of(body)[-1][2]["pid"] == 7
+        api.store.record(lease_of(job), Progress(), [("preview", {"step": 3, "b64_json": "AAAA"})])
+        assert events_of(await follower.until(b"event: preview"))[-1][2]["b64_json"] == "AAAA"
+        api.completed(job, None)
+        body = await follower.to_its_end()
+        assert events_of(body)[-1][1] == "completed"
+        assert follower.is_whole
+        await idle(api)
+
+    def api_created(prompt: str) -> dict[str, Any]:
+        async def post() -> dict[str, Any]:
+            answer = await api.asend("POST", "/v1/videos", json={"prompt": prompt, "num_inference_steps": 3})
+            told: dict[str, Any] = answer.json()
+            return told
+
+        loop_answers.append(asyncio.ensure_future(post()))
+        return made.pop(0)
+
+    loop_answers: list[Any] = []
+    made = [api.created({"prompt": prompt, "num_inference_steps": 3}) for prompt in "ab"]
+    api.run(follow())
+
+
+async def idle(api: Api) -> None:
+    """Nobody follows, and nobody looks at the database any more."""
+    while api.service.feed.num_followers or api.service.feed._polling is not None:
+        await asyncio.sleep(0.01)
+
+
+def test_without_followers_nobody_asks_the_database(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = api.created()
+    looks = []
+    events = api.store.events
+
+    def looked(*arguments: Any) -> Any:
+        looks.append(arguments)
+        return events(*arguments)
+
+    monkeypatch.setattr(api.store, "events", looked)
+
+    async def come_and_go() -> None:
+        follower = await Follower(api, path_of(told)).begin()
+        await follower.until(b"event: queued")
+        assert looks
+        await follower.leave()
+        await idle(api)
+        looks.clear()
+        await asyncio.sleep(3 * feeds._POLL_S)
+        assert looks == []
+        await (follower := await Follower(api, path_of(told)).begin()).until(b"event: queued")
+        await follower.leave()
+        await idle(api)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    api.run(come_and_go())
+
+
+def test_one_look_serves_all(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [api.created({"prompt": str(index)}) for index in range(3)]
+    looks: list[dict[str, int]] = []
+    events = api.store.events
+
+    def looked(cursors: dict[str, int], limit: int) -> Any:
+        looks.append(dict(cursors))
+        return events(cursors, limit)
+
+    async def follow() -> None:
+        followers = [await Follower(api, path_of(it)).begin() for it in (*told, told[0])]
+        for follower in followers:
+            await follower.until(b"event: queued")
+        monkeypatch.setattr(api.store, "events", looked)
+        while not looks:
+            await asyncio.sleep(0.01)
+        assert looks[0] == {it["id"]: 0 for it in told}
+        for follower in followers:
+            await follower.leave()
+        await idle(api)
+
+    api.run(follow())
+
+
+def test_one_follower_too_many(make_api: Any) -> None:
+    api = make_api(max_followers=2)
+    told = api.created()
+
+    async def follow() -> None:
+        followers = [await Follower(api, path_of(told)).begin() for _ in range(2)]
+        answer = await api.asend("GET", path_of(told))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+        assert int(answer.headers["retry-after"]) > 0
+        await followers[0].leave()
+        await (third := await Follower(api, path_of(told)).begin()).until(b"event: queued")
+        for follower in (followers[1], third):
+            await follower.leave()
+        await idle(api)
+
+    api.run(follow())
+
+
+def test_a_job_that_is_deleted_under_its_followers(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "_LOOK_S", 0.05)
+    told = api.created()
+
+    async def follow() -> None:
+        follower = await Follower(api, path_of(told)).begin()
+        await follower.until(b"event: queued")
+        await api.asend("DELETE", f"/v1/videos/{told['id']}")
+        *_, (seq, kind, data) = events_of(await follower.to_its_end())
+        assert (seq, kind, data["deleted"]) == (0, "deleted", True)
+        await idle(api)
+
+    api.run(follow())
+
+
+def test_a_silent_job_keeps_the_connection_alive(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_events, "_KEEP_ALIVE_S", 0.05)
+    told = api.created()
+
+    async def follow() -> None:
+        follower = await Follower(api, path_of(told)).begin()
+        await follower.until(b": keep-alive\n\n: keep-alive\n\n")
+        await follower.leave()
+        await idle(api)
+
+    api.run(follow())
+
+
+def test_nobody_follows_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_events, "_LONGEST_S", 0.2)
+    told = api.created()
+    answer = api.get(path_of(told))
+    assert answer.status_code == 200
+    assert answer.text.startswith("retry: 2000\n\n")
+    assert api.service.feed.num_followers == 0
+
+    async def follow() -> None:
+        with pytest.raises(DeadlineExceeded):
+            async for _ in api.service.feed.follow(told["id"], 0, 0.1):
+                pass
+
+    api.run(follow())
+
+
+def test_a_database_that_goes_away_sends_followers_away(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = api.created()
+
+    def away(*arguments: Any) -> Any:
+        raise JobsError("/a/secret/place is away")
+
+    async def follow() -> None:
+        follower = await Follower(api, path_of(told)).begin()
+        await follower.until(b"event: queued")
+        monkeypatch.setattr(api.store, "events", away)
+        body = await follower.to_its_end()
+        assert b"secret" not in body
+        assert follower.is_whole
+        await idle(api)
+
+    api.run(follow())
+
+
+def test_who_reads_slowly_holds_up_nobody_and_misses_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "_BUFFER_BYTES", 3 * feeds._EVENT_BYTES)
+    monkeypatch.setattr(feeds, "_MAX_EVENTS", 7)
+    told = api.created({"prompt": "a", "num_inference_steps": 30})
+    job = api.claimed()
+    for step in range(1, 31):
+        api.stepped(job, step)
+    api.completed(job, None)
+
+    async def follow() -> None:
+        slow = api.service.feed.follow(told["id"], 0, 60.0)
+        first = await anext(slow)
+        (held,) = api.service.feed._followers
+        fast = [event.seq async for event in api.service.feed.follow(told["id"], 0, 60.0)]
+        assert fast == list(range(1, 33))
+        assert len(held.events) <= 4
+        assert [first.seq] + [event.seq async for event in slow] == fast
+        await idle(api)
+
+    api.run(follow())

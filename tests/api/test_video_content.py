@@ -1,0 +1,135 @@
+"""What a job has made, over HTTP: its file, whole and as it grows, what can be made of it, its actions."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cosmos3_core.media.writer import ClipFormat, open_writer
+from tests.api.fake_service import Api, Follower
+
+
+def path_of(told: dict[str, Any], variant: str = "") -> str:
+    return f"/v1/videos/{told['id']}/content{'?variant=' + variant if variant else ''}"
+
+
+def test_a_finished_file(api: Api) -> None:
+    told = api.created()
+    api.completed(api.claimed(), b"0123456789")
+    answer = api.get(path_of(told))
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"0123456789", "video/mp4")
+    assert answer.headers["content-length"] == "10"
+    assert api.get(path_of(told, "video")).content == answer.content
+    head = api.send("HEAD", path_of(told))
+    assert (head.status_code, head.content, head.headers) == (200, b"", answer.headers)
+    part = api.get(path_of(told), headers={"range": "bytes=2-4"})
+    assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
+    assert api.get(path_of(told), headers={"if-none-match": answer.headers["etag"]}).status_code == 304
+    assert api.refused("GET", path_of(told), 416, headers={"range": "bytes=10-"})["code"] == "range_not_satisfiable"
+
+
+@pytest.mark.parametrize("variant", ["video", "thumbnail", "spritesheet", "audio", "action"])
+@pytest.mark.parametrize("state", ["queued", "in_progress"])
+def test_what_is_not_there_yet(state: str, variant: str, api: Api) -> None:
+    told = api.created()
+    if state == "in_progress":
+        api.claimed()
+    for method in ("GET", "HEAD"):
+        answer = api.send(method, path_of(told, variant))
+        assert answer.status_code == 409
+        assert int(answer.headers["retry-after"]) >= 1
+    assert answer.headers["content-length"] != "0"
+    assert api.refused("GET", path_of(told, variant), 409)["code"] == "media_not_ready"
+
+
+def test_only_the_file_itself_can_be_had_while_it_grows(api: Api) -> None:
+    told = api.created()
+    entry = api.begun_file(api.claimed())
+    assert entry.live_path is not None
+    entry.live_path.write_bytes(b"live")
+    assert api.refused("GET", path_of(told, "thumbnail"), 409)["code"] == "media_not_ready"
+    assert api.send("HEAD", path_of(told)).status_code == 200
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelled"])
+@pytest.mark.parametrize("variant", ["video", "thumbnail", "action"])
+def test_what_will_never_be(how: str, variant: str, api: Api) -> None:
+    told = api.created()
+    if how == "failed":
+        api.failed(api.claimed())
+    else:
+        api.post(f"/v1/videos/{told['id']}/cancel")
+    assert api.refused("GET", path_of(told, variant), 410)["code"] == "media_failed"
+
+
+@pytest.mark.parametrize("variant", ["video", "thumbnail"])
+def test_a_file_that_is_not_kept_any_more(variant: str, api: Api) -> None:
+    told = api.created()
+    api.media.remove(api.completed(api.claimed()).media_id)
+    assert api.refused("GET", path_of(told, variant), 410)["code"] == "media_expired"
+
+
+def test_a_growing_file_comes_as_it_grows(api: Api) -> None:
+    told = api.created()
+    entry = api.begun_file(api.claimed())
+    live = entry.live_path
+    assert live is not None
+
+    def grow(data: bytes) -> None:
+        with live.open("ab") as file:
+            file.write(data)
+
+    async def follow() -> None:
+        viewer = await Follower(api, path_of(told)).begin()
+        assert (viewer.status, viewer.headers.get("content-length")) == (200, None)
+        for part in (b"one", b"two"):
+            grow(part)
+            await viewer.until(part)
+        entry.path.write_bytes(b"finished")
+        entry.finish()
+        assert await viewer.to_its_end() == b"onetwo"
+        assert viewer.is_whole
+
+    api.run(follow())
+
+
+def test_who_leaves_a_growing_file_stops_nothing(api: Api) -> None:
+    told = api.created()
+    entry = api.begun_file(api.claimed())
+    assert entry.live_path is not None
+    entry.live_path.write_bytes(b"live")
+
+    async def leave() -> None:
+        viewer = await Follower(api, path_of(told)).begin()
+        await viewer.until(b"live")
+        await viewer.leave()
+        await asyncio.sleep(0)
+
+    api.run(leave())
+    assert api.get(f"/v1/videos/{told['id']}").json()["status"] == "in_progress"
+
+
+def test_pictures_of_a_clip(api: Api) -> None:
+    stream = io.BytesIO()
+    with open_writer(stream, ClipFormat("mp4", height=48, width=64, fps=24)) as writer:
+        writer.write(np.random.default_rng(1).integers(0, 256, (9, 48, 64, 3), np.uint8))
+        writer.close()
+    told = api.created()
+    api.completed(api.claimed(), stream.getvalue())
+    for variant, media_type in (("thumbnail", "image/webp"), ("spritesheet", "image/jpeg")):
+        answer = api.get(path_of(told, variant))
+        assert (answer.status_code, answer.headers["content-type"]) == (200, media_type)
+        assert len(answer.content) > 100
+    assert api.refused("GET", path_of(told, "audio"), 404)["code"] == "no_such_variant"
+    assert api.refused("GET", path_of(told, "action"), 404)["code"] == "no_such_variant"
+
+
+@pytest.mark.parametrize("variant", ["poster", "", "../video", "VIDEO"])
+def test_there_is_no_such_variant(variant: str, api: Api) -> None:
+    told = api.created()
+    error = api.refused("GET", f"/v1/videos/{told['id']}/content?variant={variant}", 422)
+    assert (error["param"], "thumbnail" in error["allowed"]) == ("variant", True)

@@ -1,0 +1,212 @@
+"""What only HTTP has: keys, headers, sizes, silence, proxies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.errors import OverloadedError
+from cosmos3_core.errors import RequestError
+from cosmos3_core.request import GenerationRequest
+from deployments.client import AsyncCosmos3Client, Connecting, Cosmos3Client
+from deployments.clients import http_transport
+from deployments.clients.errors import AnswerError, AuthError, NotFound, UnreachableError
+from tests.clients.app_double import App, Body, in_parts
+from tests.clients.conftest import QUICK, connected
+
+REQUEST = GenerationRequest(prompt="A red car.")
+
+
+def asking(answer: Callable[[httpx.Request], Any], timeout_s: float = 30.0) -> Cosmos3Client:
+    """A client of a server that gives one kind of answer."""
+
+    async def answered(request: httpx.Request) -> httpx.Response:
+        made = answer(request)
+        return await made if asyncio.iscoroutine(made) else made
+
+    connecting = Connecting(transport=httpx.MockTransport(answered))
+    return Cosmos3Client.over_http("http://app.test", timeout_s=timeout_s, connecting=connecting, patience=QUICK)
+
+
+def body(text: bytes) -> Body:
+    return Body(in_parts(text))
+
+
+def test_a_key_is_needed_and_sent_and_never_shown(app: App) -> None:
+    app.api_key = "sk-right"
+    for key in (None, "sk-wrong"):
+        with Cosmos3Client(connected(app, "http", api_key=key)) as client, pytest.raises(AuthError) as caught:
+            client.create(REQUEST)
+        assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+        assert "sk-" not in str(caught.value)
+    with Cosmos3Client(connected(app, "http", api_key="sk-right")) as client:
+        assert client.create(REQUEST).status == "queued"
+    assert app.calls == 1
+
+
+@pytest.mark.parametrize("key", ["", "a b", "a\r\nx-evil: 1", "schlüssel", "a\x00"])
+def test_what_no_header_can_hold_is_no_key(key: str) -> None:
+    with pytest.raises(RequestError, match=r"api_key='\*\*\*'"):
+        AsyncCosmos3Client.over_http("http://app.test", key)
+
+
+@pytest.mark.parametrize("value", ["", "a\r\nx-evil: 1", "ä", "x" * 257])
+def test_what_no_header_can_hold_is_no_name(value: str, app: App) -> None:
+    with Cosmos3Client(connected(app, "http")) as client:
+        for name in ("request_id", "idempotency_key"):
+            with pytest.raises(RequestError, match=f"{name}=.*1 to 256 printable ASCII characters"):
+                client.create(REQUEST, **{name: value})
+    assert app.calls == 0
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://[::1", "http://u:p@a"]
+)
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(RequestError, match="url="):
+        Cosmos3Client.over_http(url)
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    async def never(request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(1000)
+        raise AssertionError
+
+    async def trickle() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    for answer in (never, lambda request: httpx.Response(200, stream=Body(trickle()))):
+        with (
+            asking(answer, timeout_s=0.2) as client,
+            pytest.raises(UnreachableError, match="no complete answer within"),
+        ):
+            client.retrieve("video_gen_1")
+    with asking(lambda request: httpx.Response(200, stream=Body(trickle()))) as client:
+        with pytest.raises(UnreachableError, match="no complete answer within 0.2 s"):
+            list(client.content("video_gen_1", timeout_s=0.2))
+
+
+def test_the_words_of_an_error_are_cut_off() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(2000):
+            yield b"x" * 50_000
+
+    with asking(lambda request: httpx.Response(500, stream=Body(endless()))) as client:
+        tracemalloc.start()
+        with pytest.raises(AnswerError) as caught:
+            client.models()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 70_000
+    assert peak_bytes < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "said"),
+    [
+        (404, b"Path '/v1' not found.\nmore", NotFound, "HTTP 404 Not Found: Path '/v1' not found."),
+        (410, b'{"error": {"message": "gone", "code": "expired"}}', NotFound, "gone"),
+        (403, b"{}", AuthError, "HTTP 403 Forbidden: {}"),
+        (429, b"Request dropped", OverloadedError, "HTTP 429 Too Many Requests: Request dropped"),
+        (200, b"<html>", AnswerError, "is it a cosmos3 app?"),
+        (200, b"[]", AnswerError, "is it a cosmos3 app?"),
+        (200, b'{"id": "a"}', AnswerError, "status: Field required"),
+        (200, b'{"id": "a", "status": "asleep", "progress": 1, "created_at": 1}', AnswerError, "status: Input should"),
+        (302, b"", AnswerError, "HTTP 302 Found"),
+        (422, b'{"error": {"message": "no", "param": 3}}', AnswerError, "no"),
+    ],
+)
+def test_answers_of_other_servers(status: int, text: bytes, kind: type[Exception], said: str) -> None:
+    headers = {"location": "http://elsewhere.test/"}
+    with asking(lambda request: httpx.Response(status, headers=headers, stream=body(text))) as client:
+        with pytest.raises(kind, match=said.replace("?", r"\?")) as caught:
+            client.retrieve("a")
+    if isinstance(caught.value, OverloadedError):
+        assert caught.value.retry_after_s == 5.0
+
+
+def test_when_to_come_back_is_a_number_or_unknown() -> None:
+    for told, retry_after_s in (("12", 12.0), ("0.5", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 5.0), ("nan", 5.0)):
+        headers = {"retry-after": told}
+        with asking(lambda request, it=headers: httpx.Response(429, headers=it, stream=body(b""))) as client:
+            with pytest.raises(OverloadedError) as caught:
+                client.retrieve("a")
+        assert caught.value.retry_after_s == retry_after_s
+
+
+def test_a_page_is_no_stream_of_events() -> None:
+    with asking(lambda request: httpx.Response(200, headers={"content-type": "text/html"}, stream=body(b""))) as client:
+        with pytest.raises(AnswerError, match="is it a cosmos3 app?"):
+            list(client.events("a"))
+
+
+def test_a_silent_connection_counts_as_broken(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Followers get a sign of life; where there is none, the other side is gone without a word."""
+    monkeypatch.setattr(http_transport, "_SILENCE_S", 0.2)
+    event = b'id: 1\nevent: started\ndata: {"attempt": 1}\n\n'
+    job = {"id": "a", "status": "completed", "progress": 100, "created_at": 1}
+    last = f"id: 2\nevent: completed\ndata: {json.dumps(job)}\n\n".encode()
+    asked: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            asked.append(self.headers["last-event-id"])
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.send_header("transfer-encoding", "chunked")
+            self.end_headers()
+            text = event if len(asked) == 1 else last
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(text), text))
+            self.wfile.flush()
+            self.rfile.read(1)  # until the client hangs up
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    # What the environment says of proxies is not for this.
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    with Cosmos3Client.over_http(f"http://127.0.0.1:{server.server_port}", patience=QUICK) as client:
+        assert [event.kind for event in client.events("a")] == ["started", "completed"]
+    assert asked == [None, "1"]
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_app_that_cannot_be_told_to_stop_is_told_of(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    app.story = [("step", {"step": 1, "num_steps": 2, "sigma": 0.5}), ("wait", {})]
+    with Cosmos3Client(connected(app, "http")) as client:
+        stream = client.stream(REQUEST)
+        next(stream)
+        app.failing = [OverloadedError("calls", 1, 3.0)]
+        stream.close()
+    assert f"{stream.video_id} could not be stopped: calls: all 1 places are taken" in caplog.text
+
+
+def test_many_follow_over_one_client(app: App) -> None:
+    """Each with a connection of its own; none waits for another."""
+
+    async def follow() -> list[int]:
+        async with connected(app, "http") as client:
+            videos = [await client.create(REQUEST) for _ in range(50)]
+
+            async def num_events(video_id: str) -> int:
+                return len([event async for event in client.events(video_id)])
+
+            return await asyncio.gather(*(num_events(video.id) for video in videos))
+
+    assert asyncio.run(follow()) == [8] * 50

@@ -1,0 +1,50 @@
+"""Server-sent events, however they are cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from deployments.clients import server_sent_events
+from deployments.clients.errors import AnswerError
+from deployments.clients.events import RawEvent
+from deployments.clients.server_sent_events import EventReader
+
+TEXT = (
+    "\ufeff: hello\n\n"
+    'event: queued\ndata: {"position": 1}\n\n'
+    'id: 1\r\nevent: step\r\ndata: {"text":\r\ndata: "ä"}\r\n\r\n'
+    "id:2\revent:step\rdata:{}\r\r"
+    ": keep-alive\n\n"
+    "retry: 10\nid: 3\n\n"
+    "data: {}\n\n"
+    "id: 4\nevent: lost\ndata: {}\n"
+).encode()
+EVENTS = [
+    RawEvent(None, "queued", {"position": 1}),
+    RawEvent(1, "step", {"text": "ä"}),
+    RawEvent(2, "step", {}),
+    RawEvent(None, "message", {}),
+]
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2, 3, 7, 64, 1000])
+def test_events_are_the_same_however_they_are_cut(num_bytes: int) -> None:
+    reader = EventReader()
+    parts = [TEXT[start : start + num_bytes] for start in range(0, len(TEXT), num_bytes)]
+    assert [event for part in parts for event in reader.feed(part)] == EVENTS
+
+
+@pytest.mark.parametrize("data", ["{", "[]", "3", "", "{}\nid: one"])
+def test_what_is_no_event_is_refused(data: str) -> None:
+    with pytest.raises(AnswerError, match="sends an event 'step' that is no JSON object"):
+        list(EventReader().feed(f"event: step\ndata: {data}\n\n".encode()))
+
+
+def test_an_event_has_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_sent_events, "_MAX_EVENT_BYTES", 1000)
+    for text in (b"data: " + b"x" * 1000, b"data: x\n" * 200, b"x" * 1001):
+        with pytest.raises(AnswerError, match="more than 1000 bytes"):
+            list(EventReader().feed(text))
+    reader = EventReader()
+    for _ in range(100):  # many short ones are no long one
+        assert len(list(reader.feed(b"data: {}\n\n"))) == 1

@@ -1,0 +1,262 @@
+"""Where jobs are: which URLs, how a file is opened, what transactions promise, what failures say."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from deployments.config import AppConfig
+from deployments.jobs import database, sqlite_file
+from deployments.jobs.database import Database, database_url
+from deployments.jobs.job import JobsError
+from deployments.media_store import MediaStoreError
+
+SECRET = "hush-hush"
+DEADLINE_S = 30.0
+
+
+def sqlite_url(directory: Path) -> str:
+    return f"sqlite:///{directory}/jobs.sqlite3"
+
+
+# Where it is
+
+
+def config(**values: object) -> AppConfig:
+    return AppConfig.parse({"checkpoint": "/nowhere", **values})
+
+
+def test_jobs_are_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    media = {"directory": str(tmp_path / "new" / "media")}
+    assert database_url(config(media=media, name="my.app")) == f"sqlite:///{tmp_path}/new/media/jobs-my.app.sqlite3"
+    assert (tmp_path / "new" / "media").is_dir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert database_url(config()) == f"sqlite:///{tmp_path}/.local/state/cosmos3/jobs-cosmos3.sqlite3"
+    url = f"postgresql+psycopg://u:{SECRET}@h/d"
+    assert database_url(config(jobs={"database": url}, media=media)) == url
+
+
+def test_a_strange_directory_makes_a_url_that_leads_there(tmp_path: Path) -> None:
+    directory = tmp_path / "a b%2F?#é"
+    Database(database_url(config(media={"directory": str(directory)}))).close()
+    assert (directory / "jobs-cosmos3.sqlite3").is_file()
+
+
+def test_no_place_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JobsError, match="cannot be made.*set media.directory or jobs.database"):
+        database_url(config(media={"directory": str(tmp_path / "file" / "media")}))
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(MediaStoreError, match="set media.directory"):
+        database_url(config())
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "is no URL of a database"),
+        (f"{SECRET} is no url", "is no URL of a database"),
+        (f"mysql://user:{SECRET}@host/jobs", "is a URL of mysql"),
+        (f"postgresql+asyncpg://user:{SECRET}@host/jobs", "is a URL of postgresql.asyncpg"),
+        ("sqlite+aiosqlite:////a/b", "is a URL of sqlite.aiosqlite"),
+        ("sqlite://", "names no absolute path"),
+        ("sqlite:///:memory:", "names no absolute path"),
+        ("sqlite:///jobs.sqlite3", "names no absolute path"),
+        ("sqlite:///file:/a/b?mode=memory&uri=true", "names no absolute path"),
+    ],
+)
+def test_other_urls_are_refused(url: str, message: str) -> None:
+    with pytest.raises(JobsError, match=message) as caught:
+        Database(url)
+    assert "allowed is sqlite:////absolute/path/of/a/file or postgresql+psycopg://" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    with pytest.raises(JobsError, match="No such file or directory.*make its directory first"):
+        Database(sqlite_url(tmp_path / "nowhere"))
+    (tmp_path / "jobs.sqlite3").write_text("this is a letter, which is long enough to look at " * 40)
+    with pytest.raises(JobsError, match="file is not a database; the file is another one's or damaged"):
+        Database(sqlite_url(tmp_path))
+    (tmp_path / "jobs.sqlite3").unlink()
+    (tmp_path / "jobs.sqlite3").mkdir()
+    with pytest.raises(JobsError, match="unable to open"):
+        Database(sqlite_url(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://user:{SECRET}@127.0.0.1:1/jobs",
+        f"postgresql+psycopg://user@127.0.0.1:1/jobs?password={SECRET}",
+        f"postgresql+psycopg://user:{SECRET}@/jobs?host=127.0.0.1&port=1",
+    ],
+)
+def test_a_server_that_is_not_there_is_said_without_the_password(url: str) -> None:
+    with pytest.raises(JobsError, match="jobs of PostgreSQL at 127.0.0.1.* failed: .*refused") as caught:
+        Database(url)
+    assert SECRET not in str(caught.value)
+    assert "user" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.slow
+def test_a_wrong_password_is_said_without_it(postgres_url: str) -> None:
+    wrong = re.sub(":[^:/]*@", f":{SECRET}@", postgres_url)
+    with pytest.raises(JobsError, match="see the user and password in jobs.database") as caught:
+        Database(wrong)
+    assert SECRET not in str(caught.value)
+    with pytest.raises(JobsError, match='database "nowhere" does not exist; create it first'):
+        Database(postgres_url.removesuffix("postgres") + "nowhere")
+
+
+# A file
+
+
+def test_a_file_is_for_this_user_alone_and_keeps_what_it_was_told(tmp_path: Path) -> None:
+    opened = Database(sqlite_url(tmp_path))
+    with opened.writing() as connection:
+        pragmas = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10_000}
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["jobs.sqlite3", "jobs.sqlite3-shm", "jobs.sqlite3-wal"]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    opened.close()
+
+
+def test_a_file_system_without_shared_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_file, "_write_ahead", lambda *_: "delete")
+    with pytest.raises(JobsError, match="cannot have SQLite's write-ahead log.*'delete'.*local disk, or to PostgreSQL"):
+        Database(sqlite_url(tmp_path))
+
+
+def test_the_write_ahead_log_is_waited_for(tmp_path: Path) -> None:
+    """SQLite itself fails at once where somebody else has the file."""
+    path = tmp_path / "jobs.sqlite3"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    other.execute("CREATE TABLE a (b)")
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        sqlite_file.prepare(path, 0.05)
+    release = threading.Timer(0.3, other.commit)
+    release.start()
+    sqlite_file.prepare(path, DEADLINE_S)
+    release.join()
+    assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.close()
+
+
+# Transactions
+
+
+@pytest.fixture
+def opened(jobs_url: str) -> Database:
+    return Database(jobs_url)
+
+
+ADD = text("INSERT INTO runners VALUES (:runner, 'm', 0)")
+
+
+def runners(opened: Database) -> set[str]:
+    with opened.reading() as connection:
+        return set(connection.execute(text("SELECT runner FROM runners")).scalars())
+
+
+def test_a_transaction_is_whole_or_not_at_all(opened: Database) -> None:
+    with opened.writing() as connection:
+        connection.execute(ADD, {"runner": "a"})
+    with pytest.raises(KeyError), opened.writing() as connection:
+        connection.execute(ADD, {"runner": "b"})
+        raise KeyError
+    with pytest.raises(JobsError, match="(?i)unique"), opened.writing() as connection:
+        connection.execute(ADD, {"runner": "c"})
+        connection.execute(ADD, {"runner": "a"})
+    assert runners(opened) == {"a"}
+    opened.close()
+
+
+def test_those_who_decide_wait_for_each_other_and_readers_do_not(opened: Database, jobs_url: str) -> None:
+    other, has_begun, order = Database(jobs_url), threading.Event(), []
+
+    def second() -> None:
+        has_begun.set()
+        with other.writing(is_queue=True) as connection:
+            order.append("second")
+            assert set(connection.execute(text("SELECT runner FROM runners")).scalars()) == {"a"}
+
+    with opened.writing(is_queue=True) as connection:
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert has_begun.wait(DEADLINE_S)
+        time.sleep(0.2)
+        connection.execute(ADD, {"runner": "a"})
+        assert runners(other) == set(), "a reader sees what is done"
+        order.append("first")
+    thread.join(DEADLINE_S)
+    assert order == ["first", "second"]
+    opened.close()
+    other.close()
+
+
+def test_threads_of_a_process_wait_for_each_other(opened: Database) -> None:
+    def add(i: int) -> None:
+        with opened.writing(is_queue=True) as connection:
+            connection.execute(ADD, {"runner": str(i)})
+
+    threads = [threading.Thread(target=add, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert len(runners(opened)) == 16
+    opened.close()
+
+
+@pytest.mark.parametrize("who", ["another process", "another thread"])
+def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.2)
+    opened = Database(sqlite_url(tmp_path))
+    holder = opened if who == "another thread" else Database(sqlite_url(tmp_path))
+    with holder.writing(), pytest.raises(JobsError, match="kept it busy for.*try again"), opened.writing():
+        pytest.fail("both write")
+    with opened.writing():
+        pass
+    opened.close()
+    holder.close()
+
+
+@pytest.mark.slow
+def test_waiting_for_postgres_has_an_end(fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.5)
+    opened = Database(fresh_postgres_url)
+    with opened.writing(is_queue=True):
+        with pytest.raises(JobsError, match="lock timeout; others kept it busy"), opened.writing(is_queue=True):
+            pytest.fail("both decide")
+        with opened.writing():  # who decides nothing does not wait
+            pass
+    opened.close()
+
+
+@pytest.mark.slow
+def test_a_connection_that_the_server_has_closed_is_made_anew(fresh_postgres_url: str) -> None:
+    opened, other = Database(fresh_postgres_url), Database(fresh_postgres_url)
+    assert runners(opened) == set()
+    with other.writing() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = :name"
+            ),
+            {"name": fresh_postgres_url.rpartition("/")[2]},
+        )
+    assert runners(opened) == set()
+    opened.close()
+    other.close()

@@ -1,0 +1,239 @@
+"""The database's schema: the newest one, upgrades from every earlier one with jobs in it, refusal of a later one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, text
+
+from deployments.jobs import database
+from deployments.jobs.database import Database
+from deployments.jobs.job import JobsError, JobState, Lane, Outcome, Progress
+from deployments.jobs.keys import KeyLimits
+from deployments.jobs.migrations.upgrade import upgrade
+from deployments.jobs.schema import METADATA, VERSION_TABLE
+from deployments.jobs.store import JobStore
+from tests.jobs.making import COMPLETED, LIMITS, claim, claimed, kinds, lease_of, new_job
+from tests.jobs.racing import race
+
+# A key's of the first release, as its `keys add` printed it.
+OLD_TEXT = "c3_0123456789abcdef_" + "s" * 43
+OLD_JOB: dict[str, Any] = {
+    "owner": "0123456789abcdef",
+    "model": "nano",
+    "request": json.dumps({"prompt": "a car", "seed": 5}),
+    "inputs": json.dumps(["image.png"]),
+    "fingerprint": "f",
+    "mode": "text_to_video",
+    "prompt": "a car",
+    "width": 320,
+    "height": 192,
+    "num_frames": 17,
+    "fps": 24.0,
+    "seed": 5,
+    "num_steps": 4,
+    "media_type": "video/mp4",
+    "lane": "video",
+    "work": 8.0,
+    "request_id": "r",
+    "idempotency_key": None,
+    "notes": json.dumps(["a note"]),
+    "state": "queued",
+    "created_s": 1000.0,
+    "updated_s": 1000.0,
+    "started_s": None,
+    "completed_s": None,
+    "expires_s": None,
+    "runner": "",
+    "lease": "",
+    "lease_until_s": 0.0,
+    "attempts": 0,
+    "is_cancelling": False,
+    "step": 0,
+    "sigma": None,
+    "stage": "queued",
+    "media_id": "",
+    "result": "{}",
+    "error_code": "",
+    "error_message": "",
+    "last_seq": 0,
+}
+
+
+def job_id(number: int) -> str:
+    """Of an old job."""
+    return f"video_gen_{number:032x}"
+
+
+def write_old(connection: Connection) -> None:
+    """What the first release left: two that wait (and one of another owner), one that runs, one that is done."""
+    columns = ", ".join(["job_id", *OLD_JOB])
+    values = ", ".join(f":{name}" for name in ["job_id", *OLD_JOB])
+    for number, changes in enumerate(
+        [
+            {"created_s": 1003.0, "idempotency_key": "late"},
+            {"created_s": 1001.0, "work": 80.0},
+            {"created_s": 1002.0, "owner": "another"},
+            {"state": "in_progress", "runner": "old", "lease": "l", "lease_until_s": 5e9, "attempts": 1, "step": 2},
+            {"state": "completed", "completed_s": 1010.0, "result": json.dumps({"num_bytes": 3}), "last_seq": 2},
+        ]
+    ):
+        row = {"job_id": job_id(number), **OLD_JOB, **changes}
+        connection.execute(text(f"INSERT INTO jobs ({columns}) VALUES ({values})"), row)
+    for seq, kind in ((1, "started"), (2, "completed")):
+        connection.execute(
+            text("INSERT INTO job_events VALUES (:job_id, :seq, :kind, '{}', 1005)"),
+            {"job_id": job_id(4), "seq": seq, "kind": kind},
+        )
+    connection.execute(
+        text("INSERT INTO api_keys VALUES (:id, 'old team', :hash, 3, NULL, 900, NULL)"),
+        {"id": "0123456789abcdef", "hash": __import__("hashlib").sha256(b"s" * 43).hexdigest()},
+    )
+
+
+@pytest.fixture
+def old_url(jobs_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a database as the first release made and filled it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "upgrade", lambda connection: upgrade(connection, "0001"))
+        old = Database(jobs_url)
+    with old.writing() as connection:
+        write_old(connection)
+    old.close()
+    return jobs_url
+
+
+def revision(url: str) -> str:
+    """Which schema is there."""
+    engine = sqlalchemy.create_engine(url)
+    with engine.connect() as connection:
+        found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one()
+    engine.dispose()
+    return str(found)
+
+
+def test_the_migrations_lead_to_the_tables_that_the_code_has(jobs_url: str) -> None:
+    opened = Database(jobs_url)
+    with opened.reading() as connection:
+        options = {"version_table": VERSION_TABLE, "compare_server_default": True}
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), METADATA) == []
+    opened.close()
+
+
+def test_an_upgrade_keeps_jobs_events_and_keys(old_url: str) -> None:
+    assert revision(old_url) == "0001"
+    store = JobStore.open(old_url)
+    assert revision(old_url) == "0002"
+    waiting = store.get(job_id(0))
+    assert waiting is not None
+    assert (waiting.state, waiting.owner, waiting.lane) == (JobState.QUEUED, "0123456789abcdef", Lane.VIDEO)
+    assert (waiting.request, waiting.inputs, waiting.notes) == (
+        {"prompt": "a car", "seed": 5},
+        ("image.png",),
+        ("a note",),
+    )
+    assert (waiting.service_class, waiting.previews, waiting.warnings, waiting.attached_to) == ("standard", 0, (), None)
+    assert (waiting.remixed_from, waiting.skip_guardrails, waiting.step_s) == (None, False, None)
+    running = store.get(job_id(3))
+    assert running is not None
+    assert (running.state, running.lease, running.step, running.attempts) == (JobState.IN_PROGRESS, "l", 2, 1)
+    done = store.get(job_id(4))
+    assert done is not None
+    assert (done.state, done.result, done.completed_s) == (JobState.COMPLETED, {"num_bytes": 3}, 1010.0)
+    assert kinds(store, done) == ["started", "completed"]
+    key = store.keys.verify(OLD_TEXT)
+    assert key is not None
+    assert (key.name, key.limits, key.service_class) == ("old team", KeyLimits(3, None), "standard")
+    assert key.allowed_classes == ("standard",)
+    store.close()
+
+
+def test_old_jobs_are_run_in_a_fair_order_with_new_ones(old_url: str) -> None:
+    store = JobStore.open(old_url)
+    new = store.create(new_job(owner="third"), LIMITS)
+    own = store.create(new_job(owner="0123456789abcdef"), LIMITS)
+    order = []
+    while (job := claim(store)) is not None:
+        order.append(job.job_id)
+    # By work: the new one's 4, the other owner's 8, then the first owner's own in the order of their acceptance.
+    assert order == [new.job_id, job_id(2), job_id(1), job_id(0), own.job_id]
+    store.close()
+
+
+def test_an_old_job_that_ran_is_taken_over_and_ends(old_url: str) -> None:
+    store = JobStore.open(old_url, clock=lambda: 6e9)
+    taken = claimed(store)
+    assert (taken.job_id, taken.attempts, taken.step) == (job_id(3), 2, 2)
+    store.record(lease_of(taken), Progress(step=4, step_s=0.1), [("step", {})])
+    assert store.finish(lease_of(taken), COMPLETED, keep_media_s=1).state is JobState.COMPLETED
+    assert store.create(new_job(owner="0123456789abcdef", idempotency_key="late"), LIMITS).job_id == job_id(0)
+    store.close()
+
+
+def test_a_second_opening_changes_nothing(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    JobStore.open(old_url).close()
+    monkeypatch.setattr(database, "upgrade", lambda *_: pytest.fail("it was upgraded again"))
+    store = JobStore.open(old_url)
+    assert store.fail_queued(job_id(0), "a", "b") is not None
+    assert Outcome(JobState.FAILED).state is JobState.FAILED
+    store.close()
+
+
+@pytest.mark.parametrize("start", ["empty", "old"])
+def test_several_processes_may_open_it_at_once(start: str, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("jobs_url" if start == "empty" else "old_url")
+    assert race("open", url, 0, 3) == ["opened"] * 3
+    store = JobStore.open(url)
+    assert (store.get(job_id(0)) is not None) == (start == "old")
+    store.close()
+
+
+def test_an_upgrade_that_fails_leaves_everything_as_it_was(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(connection: Connection) -> None:
+        upgrade(connection)
+        connection.execute(text("SELECT nothing FROM nowhere"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "upgrade", broken)
+        with pytest.raises(JobsError, match="nowhere"):
+            JobStore.open(old_url)
+    assert revision(old_url) == "0001"
+    store = JobStore.open(old_url)
+    assert store.get(job_id(0)) is not None
+    store.close()
+
+
+def test_a_database_of_a_newer_release_is_refused(jobs_url: str) -> None:
+    opened = Database(jobs_url)
+    with opened.writing() as connection:
+        connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0099'"))
+    opened.close()
+    with pytest.raises(
+        JobsError, match=r"schema 0099 of a newer release.*up to 0002\. Start the newer release, or set"
+    ):
+        JobStore.open(jobs_url)
+    assert revision(jobs_url) == "0099"
+
+
+def test_a_database_of_another_program_is_refused(jobs_url: str) -> None:
+    engine = sqlalchemy.create_engine(jobs_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE jobs (a INTEGER)"))
+    engine.dispose()
+    with pytest.raises(JobsError, match="already exists; it holds tables of another program"):
+        JobStore.open(jobs_url)
+
+
+def test_every_migration_comes_with_the_package() -> None:
+    """setuptools finds them as modules of packages."""
+    from setuptools import find_namespace_packages
+
+    root = Path(database.__file__).parents[2]
+    packages = find_namespace_packages(str(root), include=["deployments*"])
+    assert {"deployments.jobs.migrations", "deployments.jobs.migrations.versions"} <= set(packages)
