@@ -73,7 +73,10 @@ def log_event(
     shown = {name: _shown(value) for name, value in (whose | fields).items() if value is not None}
     message = " ".join([event, *(f"{name}={value}" for name, value in shown.items() if name != "request_id")])
     path, line, function, _ = logger.findCaller(stacklevel=2)
-    logger.handle(_Event(logger.name, level, path, line, message, function, {"event": event, **shown}))
+    record = logging.LogRecord(logger.name, level, path, line, message, None, None, function)
+    record.__dict__.update(shown, event=event)
+    record.__class__ = _Event  # only now: to set each attribute by it is slow
+    logger.handle(record)
 
 
 def log_failure(
@@ -100,34 +103,19 @@ def _shown(value: Value) -> str | int | float:
 
 
 class _Event(logging.LogRecord):
-    """A record whose fields are there to stay.
+    """A record whose request is there to stay.
 
     Serve's handlers set a request id of their own on every record, and take ``job_id`` away, which is Ray's there.
     """
 
-    __slots__ = ("_kept",)
-    _kept: frozenset[str]
-
-    def __init__(
-        self,
-        name: str,
-        level: int,
-        path: str,
-        line: int,
-        message: str,
-        function: str,
-        fields: dict[str, str | int | float],
-    ) -> None:
-        super().__init__(name, level, path, line, message, None, None, function)
-        self.__dict__.update(fields)
-        self._kept = frozenset(fields)
+    _KEPT = frozenset({"request_id", "job_id"})
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name not in getattr(self, "_kept", ()):
+        if name not in self._KEPT or name not in self.__dict__:
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name not in self._kept:
+        if name not in self._KEPT:
             super().__delattr__(name)
 
 

@@ -125,7 +125,7 @@ class _Turn:
         try:
             return await calling
         except ContentBlocked:
-            raise
+            raise ContentBlocked(self._what) from None
         except Exception:  # whatever an adapter raises, nothing passes
             logger.exception("the guardrail's adapter has failed on the %s", self._what)
             raise GuardrailUnavailable(self._what) from None

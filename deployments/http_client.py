@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cosmos3_core.actions import GeneratedActions, write_actions
@@ -108,25 +108,28 @@ async def _save_video(calls: HttpCalls, body: bytes, out: Path, deadline: Deadli
 
 
 async def _saved(answer: Answer, out: Path) -> SavedMedia:
-    headers = answer.headers
-    if "x-stage-durations" not in headers:
-        raise answer.foreign()
-    path, actions_path, num_bytes = None, None, 0
+    about = _about(answer)
     if answer.media_type == JSON:
         path, actions_path, num_bytes = await _save_json(answer, out)
     else:
-        path = _file_path(answer, out, answer.media_type)
+        path, actions_path = _file_path(answer, out, answer.media_type), None
         num_bytes = await write_parts(answer.parts(), path)
+    return replace(about, path=path, actions_path=actions_path, num_bytes=num_bytes)
+
+
+def _about(answer: Answer) -> SavedMedia:
+    """What the server says of a file that is not saved yet."""
+    headers = answer.headers
     try:
         return SavedMedia(
-            path=path,
-            actions_path=actions_path,
-            num_bytes=num_bytes,
+            path=None,
+            actions_path=None,
+            num_bytes=0,
             video_id=headers["x-video-id"],
             seed=int(headers["x-seed"]),
             negative_origin=headers["x-negative-prompt"],
             notes=tuple(json.loads(headers["x-notes"])),
-            warnings=tuple(json.loads(headers.get("x-warnings", "[]"))),
+            warnings=tuple(json.loads(headers["x-warnings"])),
             stage_seconds=dict(json.loads(headers["x-stage-durations"])),
         )
     except (KeyError, ValueError, TypeError):

@@ -97,8 +97,9 @@ def picked_indices(num_frames: int, max_frames: int) -> list[int]:
     num_picked = min(num_frames, max_frames)
     if num_picked == 1:
         return [0]
-    # Halves up, in integers: floating point could name a frame twice.
-    return [(2 * index * (num_frames - 1) + num_picked - 1) // (2 * (num_picked - 1)) for index in range(num_picked)]
+    last_frame, last_picked = num_frames - 1, num_picked - 1
+    # Halves up, in integers.
+    return [(2 * index * last_frame + last_picked) // (2 * last_picked) for index in range(num_picked)]
 
 
 def _kind(source: BinaryIO) -> FileKind:

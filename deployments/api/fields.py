@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -246,7 +246,7 @@ FIELDS: Mapping[Endpoint, Mapping[str, Field]] = {
     endpoint: {name: field for rows in _ROWS for name, field in rows.items() if endpoint in field.uses}
     for endpoint in Endpoint
 }
-"""Endpoint -> its fields by name; a ``*`` in a name stands for anything."""
+"""Endpoint -> its fields by name; what a ``*`` in one stands for says :func:`name_pattern`."""
 
 _OWN = {field.name for field in dataclasses.fields(GenerationRequest)} - {"image", "video", "width", "height"}
 PASSED_ON = tuple(name for name in (*_SAMPLING, *_OF_VIDEOS) if name in _OWN)
@@ -259,6 +259,11 @@ ALIASES = {alias: name for rows in _ROWS for name, field in rows.items() for ali
 def known(endpoint: Endpoint, use: Use = Use.EFFECTIVE) -> Mapping[str, Field]:
     """An endpoint's fields of one use."""
     return {name: field for name, field in FIELDS[endpoint].items() if field.uses[endpoint] is use}
+
+
+def name_pattern(name: str) -> str:
+    """The names that one with ``*`` in it stands for, as a regular expression."""
+    return "[a-z0-9_]+".join(re.escape(part) for part in name.split("*"))
 
 
 def find_field(written: str, given: Any, endpoint: Endpoint) -> tuple[str, Field]:
@@ -277,7 +282,7 @@ def find_field(written: str, given: Any, endpoint: Endpoint) -> tuple[str, Field
     if name in fields and "*" not in name:
         return name, fields[name]
     for pattern, field in fields.items():
-        if "*" in pattern and "*" not in written and fnmatch.fnmatchcase(written, pattern):
+        if "*" in pattern and re.fullmatch(name_pattern(pattern), written):
             return written, field
     names = known(endpoint)
     aliases = [alias for alias, meant in ALIASES.items() if meant in names]

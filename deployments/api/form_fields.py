@@ -10,10 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from deployments.api.errors import BodyError
-from deployments.api.field_kinds import FormText
+from deployments.api.field_kinds import INDEXES, NUMBERS, FormText
+from deployments.api.fields import FIELDS
 
-# Fields that forms have several times, once a file.
-_LISTS = ("input_references",)
+# Fields that forms may have several times, once a value.
+_LISTS = tuple(
+    {name for fields in FIELDS.values() for name, field in fields.items() if field.kind in (INDEXES, NUMBERS)}
+    | {"input_references"}
+)
 _MAX_SHOWN_CHARS = 60
 _BRACKETED = re.compile(r"([^\[\]]{1,200})((?:\[[^\[\]]{0,200}\]){1,4})")
 

@@ -207,6 +207,13 @@ def _paths() -> Document:
     }
 
 
+_PROMPT = "a red car on a mountain road, seen from above"
+_CLIP: Document = {"prompt": _PROMPT, "size": "832x480", "num_frames": 93, "seed": 7}
+_EXAMPLES: dict[Endpoint, Document] = {
+    Endpoint.VIDEOS: {**_CLIP, "previews": 4},
+    Endpoint.SYNC: _CLIP,
+    Endpoint.IMAGES: {"prompt": _PROMPT, "size": "640x640", "n": 2},
+}
 _FILE: Document = {"type": "string", "format": "binary"}
 _EVENTS = (
     "Server-sent events: queued {position, eta_s}, started {attempt}, "
@@ -314,7 +321,10 @@ def _contents(schemas: dict[str, Document]) -> Document:
 
 def _body(endpoint: Endpoint) -> Document:
     form = ref(body_name(endpoint, is_form=True))
-    return _contents({_JSON: ref(body_name(endpoint, is_form=False)), _MULTIPART: form, _URLENCODED: form})
+    body = _contents({_JSON: ref(body_name(endpoint, is_form=False)), _MULTIPART: form, _URLENCODED: form})
+    for content in body["content"].values():
+        content["example"] = _EXAMPLES[endpoint]
+    return body
 
 
 def _json(name: str) -> Document:

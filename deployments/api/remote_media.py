@@ -20,6 +20,7 @@ import httpcore
 
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
+from cosmos3_core.presets import LIMITS
 from deployments import service_config
 from deployments.api.errors import Refusal
 from deployments.api.public_address import IPAddress, is_public
@@ -66,6 +67,7 @@ class RemoteMedia:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._spec = spec
+        self._max_bytes = min(spec.max_bytes, LIMITS.max_media_bytes)  # what is larger is refused all the same
         self._rules = tuple(HostRule.parse(entry) for entry in spec.hosts)
         self._resolve = resolve
         self._is_allowed_address = is_allowed_address
@@ -203,9 +205,9 @@ class RemoteMedia:
         return b"".join(parts)
 
     def _refuse_too_large(self, num_bytes: int, url: str, field: str) -> None:
-        if num_bytes > self._spec.max_bytes:
+        if num_bytes > self._max_bytes:
             raise RequestError(
-                field, shown_url(url), f"a file of at most {self._spec.max_bytes} bytes", "Name a smaller file."
+                field, shown_url(url), f"a file of at most {self._max_bytes} bytes", "Name a smaller file."
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.presets import LIMITS
 from deployments.api.field_kinds import ANYTHING, FILE, Schema
-from deployments.api.fields import ALIASES, FIELDS, HIGH, LOSSLESS, Endpoint, Field, Use
+from deployments.api.fields import ALIASES, FIELDS, HIGH, LOSSLESS, Endpoint, Field, Use, name_pattern
 from deployments.api.service import Service
 from deployments.jobs.job import JOB_ID
 
@@ -112,7 +112,7 @@ def bodies(service: Service) -> dict[str, Schema]:
         schemas[_extra_name(endpoint)] = extra
         for is_form in (False, True):
             schemas[body_name(endpoint, is_form=is_form)] = _fields(endpoint, service, is_form=is_form)
-    prompt: Schema = {"type": "string", "minLength": 1, "maxLength": LIMITS.max_prompt_chars}
+    prompt: Schema = {"type": "string", "pattern": r"\S", "maxLength": LIMITS.max_prompt_chars}
     schemas["Remix"] = _object(prompt=prompt)
     return schemas
 
@@ -133,7 +133,7 @@ def _fields(endpoint: Endpoint, service: Service, *, is_form: bool = False) -> S
     for name, field in FIELDS[endpoint].items():
         schema = _field(name, field, endpoint, service, is_form=is_form)
         if "*" in name:
-            patterns["^" + ".*".join(re.escape(part) for part in name.split("*")) + "$"] = schema
+            patterns[f"^{name_pattern(name)}$"] = schema
         else:
             properties[name] = schema
     for alias, name in ALIASES.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from cosmos3_core import checks
 from deployments.api.call import Call, routes
@@ -49,7 +52,11 @@ async def _actions(call: Call, job: Job) -> Response:
     told = await call.service.objects.of(job)
     if told["action"] is None:
         raise Refusal(404, "no_such_variant", "this job has generated no actions")
-    return JSONResponse(told["action"])
+    body = json.dumps(told["action"]).encode()
+    etag = f'"{hashlib.sha256(body).hexdigest()}"'
+    if etag in call.request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers={"etag": etag})
+    return Response(body, headers={"etag": etag}, media_type="application/json")
 
 
 async def _not_ready(call: Call, job: Job) -> Refusal:

@@ -111,7 +111,6 @@ class AsyncCosmos3Client:
         prompt: str,
         *,
         idempotency_key: str | None = None,
-        service_class: str | None = None,
         request_id: str | None = None,
     ) -> Video:
         """Have a video made again with the same seed and fields and another prompt.
@@ -119,7 +118,7 @@ class AsyncCosmos3Client:
         Raises:
             Cosmos3Error: as :meth:`create`.
         """
-        terms = _terms(request_id, idempotency_key, service_class, 0)
+        terms = _terms(request_id, idempotency_key, None, 0)
         _check_id(video_id)
         return Video.of(await self._patiently(lambda: self._transport.remix(video_id, prompt, terms)))
 
@@ -203,7 +202,8 @@ class AsyncCosmos3Client:
             timeout_s: for all of it.
 
         Raises, while iterating:
-            NotFound: there is no such file, not yet, or not any more.
+            NotFound: there is no such file, or not any more.
+            NotReady: not yet.
             UnreachableError: it did not come whole, or not in time.
         """
         _check_id(video_id)

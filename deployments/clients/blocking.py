@@ -73,7 +73,6 @@ class Cosmos3Client:
         prompt: str,
         *,
         idempotency_key: str | None = None,
-        service_class: str | None = None,
         request_id: str | None = None,
     ) -> Video:
         """Have a video made again with the same seed and fields and another prompt."""
@@ -82,7 +81,6 @@ class Cosmos3Client:
                 video_id,
                 prompt,
                 idempotency_key=idempotency_key,
-                service_class=service_class,
                 request_id=request_id,
             )
         )

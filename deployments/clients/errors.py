@@ -13,6 +13,7 @@
     └── AnswerError             any other answer that is a no; by its status and code
         ├── AuthError           the key is missing, wrong, or may not do this
         ├── NotFound            there is no such video, or not any more, or not this caller's
+        ├── NotReady            there is no such file yet
         └── Unavailable         the service cannot just now; try again after ``retry_after_s``
 
 Those that come from elsewhere in this tree hold less when they come over HTTP: what they say, and ``retry_after_s``.
@@ -32,6 +33,8 @@ from deployments.jobs.job import IdempotencyConflict, JobCancelled
 
 # For an answer that does not say when to come back.
 _RETRY_AFTER_S = 5.0
+_MAX_RETRY_AFTER_S = 86_400.0
+_NOT_READY = "media_not_ready"
 
 
 class UnreachableError(Cosmos3Error):
@@ -66,6 +69,15 @@ class NotFound(AnswerError):
     def video(cls, video_id: str) -> NotFound:
         """Of an id that nothing is known of."""
         return cls(404, f"there is no video {video_id!r}, or not any more", "not_found")
+
+
+class NotReady(AnswerError):
+    """There is no such file yet."""
+
+    @classmethod
+    def video(cls, video_id: str) -> NotReady:
+        """Of one that is not finished."""
+        return cls(409, f"there is no file of {video_id} yet; its progress says how far it is", _NOT_READY)
 
 
 class Unavailable(AnswerError):
@@ -188,6 +200,8 @@ def failure(video_id: str, code: str, message: str) -> Cosmos3Error:
 def _meaning(status: int, message: str, code: str, retry_after_s: float) -> Cosmos3Error:
     if code in _BY_CODE:
         return _BY_CODE[code](message, retry_after_s)
+    if code == _NOT_READY:
+        return NotReady(status, message, code)
     if status == 429:
         return ToldOverloaded(message, retry_after_s)
     if status == 503:
@@ -207,6 +221,7 @@ def _parts(error: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
 
 def _seconds(text: str | None) -> float:
     try:
-        return min(max(0.0, float(text or "")), 86_400.0)
+        seconds = float(text or "")
     except ValueError:  # a date, or nothing
         return _RETRY_AFTER_S
+    return seconds if 0 <= seconds <= _MAX_RETRY_AFTER_S else _RETRY_AFTER_S

@@ -15,6 +15,7 @@ from deployments.clients.deadline import Deadline
 from deployments.clients.errors import COMEBACK, NotFound, UnreachableError
 from deployments.clients.events import DELETED, Ended, RawEvent, VideoEvent, event_of
 from deployments.clients.transport import Transport
+from deployments.clients.video import COMPLETED, FAILED
 
 # What may be over in a moment: a broken connection, an app that is restarted, a Director that died.
 _PASSING = (UnreachableError, StageFailed, *COMEBACK)
@@ -49,20 +50,20 @@ DEFAULT_PATIENCE = Patience()
 async def following(
     transport: Transport, video_id: str, after: int, deadline: Deadline, patience: Patience
 ) -> AsyncGenerator[VideoEvent, None]:
-    """The events of a video behind number ``after``; :class:`Ended` is the last.
+    """The events of a video behind number ``after``; :class:`Ended` is the last, where it is behind that.
 
     Raises:
         NotFound: there is no such video, or not any more.
         DeadlineExceeded: the time is up.
         UnreachableError: the app is away for longer than ``patience`` has.
     """
-    tries = 0
+    tries, was_final = 0, False
     while True:
-        began_s = time.monotonic()
+        began_s, is_told = time.monotonic(), False
         try:
             async with aclosing(transport.events(video_id, after, deadline.left_s)) as raws:
                 while (raw := await _next(raws, deadline)) is not None:
-                    tries = 0
+                    tries, is_told = 0, True
                     if raw.kind == DELETED:
                         raise NotFound.video(video_id)
                     if raw.seq is not None:
@@ -73,7 +74,11 @@ async def following(
                     yield event
                     if isinstance(event, Ended):
                         return
-            await transport.job(video_id)  # it may have been deleted
+            # It may have been deleted, or its last event was told before.
+            is_final = (await transport.job(video_id)).get("status") in (COMPLETED, FAILED)
+            if was_final and not is_told:
+                return
+            was_final = is_final
             trouble: Cosmos3Error = UnreachableError(f"the events of {video_id} ended before their last one")
         except _PASSING as error:
             trouble = error

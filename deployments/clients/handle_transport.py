@@ -12,10 +12,11 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api.errors import error_response
 from deployments.clients.deadline import Deadline
-from deployments.clients.errors import AnswerError, NotFound, UnreachableError, refusal
+from deployments.clients.errors import AnswerError, NotFound, NotReady, UnreachableError, refusal
 from deployments.clients.events import FINAL, RawEvent
 from deployments.clients.message_events import raw_event
 from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
+from deployments.clients.video import COMPLETED, FAILED
 from deployments.errors import in_words, typed
 from deployments.guardrails.errors import ContentBlocked
 from deployments.jobs.asked import Asked
@@ -119,7 +120,11 @@ class HandleTransport:
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """See the protocol. Any Director can be asked: whoever reads asks for part after part."""
-        await self.job(video_id)
+        status = (await self.job(video_id))["status"]
+        if status == FAILED:
+            raise NotFound(410, "there is no file: the job has failed or was cancelled", "media_failed")
+        if status != COMPLETED:
+            raise NotReady.video(video_id)
         deadline, start = Deadline(timeout_s), 0
         which = () if variant == VIDEO else (variant,)
         while True:

@@ -64,11 +64,8 @@ class HttpTransport:
 
     async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
         """See the protocol."""
-        body: dict[str, Any] = {"prompt": prompt}
-        if terms.service_class is not None:
-            body["service_class"] = terms.service_class
-        sent = json.dumps(body).encode()
-        return await self._json("POST", f"{_path(video_id)}/remix", body=sent, headers=_headers(terms))
+        body = json.dumps({"prompt": prompt}).encode()
+        return await self._json("POST", f"{_path(video_id)}/remix", body=body, headers=_headers(terms))
 
     async def job(self, video_id: str) -> JobObject:
         """See the protocol."""
@@ -103,6 +100,8 @@ class HttpTransport:
         )
         async with call as answer:
             await answer.check()
+            if answer.status == 204:  # nothing is to come
+                return
             if answer.media_type != "text/event-stream":
                 raise answer.foreign()
             reader = EventReader()

@@ -41,18 +41,26 @@ class LoopThread:
             work.close()
             raise ClosedError("the client is closed, or was called from its own event loop")
         has_ended = threading.Event()
+        tasks: list[asyncio.Task[Any]] = []
 
         async def whole() -> T:
+            task = asyncio.current_task()
+            assert task is not None, "a coroutine that runs has one"
+            tasks.append(task)
             try:
                 return await work
             finally:
                 has_ended.set()
 
-        future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(whole(), self._loop).result()
         except (KeyboardInterrupt, SystemExit):
-            future.cancel()
+            # Behind the task's first step, wherever between two lines the interrupt came.
+            self._loop.call_soon_threadsafe(self._loop.call_soon, cancel)
             has_ended.wait(_STOP_S)
             raise
 

@@ -32,6 +32,7 @@ class Claim:
     lease_s: float
     max_attempts: int
     only_attached: bool
+    in_hand: tuple[str, ...]
     now_s: float
 
     @property
@@ -42,6 +43,7 @@ class Claim:
             "model": self.model,
             "lane": self.lane.value,
             "now_s": self.now_s,
+            "in_hand": list(self.in_hand),
             "silent_since_s": self.now_s - self.lease_s,
             "fresh_since_s": self.now_s - self.lease_s / _NOTES_PER_LEASE,
         }
@@ -145,8 +147,9 @@ def _gone_with_its_runner(claim: Claim) -> Outcome:
 
 
 def _run_out(only_attached: bool) -> ColumnElement[bool]:
-    """Jobs in progress whose lease has run out."""
-    expired = and_(*_of_lane(_IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"))
+    """Jobs in progress whose lease has run out, but for those that the runner itself has renewed too late."""
+    of_others = JOBS.c.job_id.not_in(bindparam("in_hand", expanding=True))
+    expired = and_(*_of_lane(_IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"), of_others)
     return and_(expired, JOBS.c.attached_to.is_not(None)) if only_attached else expired
 
 

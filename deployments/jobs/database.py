@@ -47,9 +47,11 @@ _ADVICE = {
     "malformed": "the file is damaged; restore it, or set jobs.database to another one",
     "readonly": "this user must be able to write to the file and its directory",
     "unable to open": "this user must be able to write to the file and its directory",
+    "Permission denied": "this user must be able to write to the file and its directory",
+    "No such file or directory": "make its directory first",
     "already exists": "it holds tables of another program; set jobs.database to a database of its own",
     "password authentication failed": "see the user and password in jobs.database",
-    "does not exist": "create it first, or see jobs.database",
+    "FATAL: database": "create it first, or see jobs.database",
 }
 
 
@@ -160,8 +162,11 @@ class Database:
 
     def _sqlite(self, url: URL) -> Engine:
         assert url.database is not None, "it was checked"
-        with self._in_words():
-            sqlite_file.prepare(Path(url.database), BUSY_S)
+        try:
+            with self._in_words():
+                sqlite_file.prepare(Path(url.database), BUSY_S)
+        except OSError as error:
+            raise self._failure(error) from error
         engine = sqlalchemy.create_engine(
             url,
             hide_parameters=True,
@@ -180,13 +185,16 @@ class Database:
             yield
         except NoConnectionLeft as error:
             raise JobsError(f"{self.name}: all its connections were in use for {BUSY_S:g} s; try again") from error
-        except (SQLAlchemyError, SQLiteError, OSError) as error:
-            text = " ".join(str(getattr(error, "orig", None) or error).split())
-            for secret in self._secrets:
-                text = text.replace(secret, "***")
-            advice = next((f"; {words}" for part, words in _ADVICE.items() if part in text), "")
+        except (SQLAlchemyError, SQLiteError) as error:
             # Not "from error": its own text would be printed too.
-            raise JobsError(f"the database of jobs {self.name} failed: {text}{advice}") from None
+            raise self._failure(getattr(error, "orig", None) or error) from None
+
+    def _failure(self, error: BaseException) -> JobsError:
+        text = " ".join(str(error).split())
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        advice = next((f"; {words}" for part, words in _ADVICE.items() if part in text), "")
+        return JobsError(f"the database of jobs {self.name} failed: {text}{advice}")
 
 
 def _postgresql(url: URL) -> Engine:

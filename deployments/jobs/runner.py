@@ -241,8 +241,13 @@ class JobRunner:
         while True:
             item = await self._next(caller)
             if item is None:  # it waits, and it is time to look where
-                if not caller.has_begun and (found := await in_thread(self._position, job)) != position:
-                    position = found
+                found = None if caller.has_begun else await in_thread(self._store.get, job.job_id)
+                if caller.has_begun:
+                    continue
+                if found is None or found.state.is_final:
+                    raise JobCancelled(job.job_id, "" if found is None else found.error_message)
+                before, position = position, (await in_thread(self._store.ahead, found)).num_jobs
+                if position != before and not caller.has_begun:
                     yield QueuePosition(position, os.getpid())
                 continue
             if isinstance(item, Exception):
@@ -260,17 +265,6 @@ class JobRunner:
             async with asyncio.timeout(limit_s):
                 return await caller.items.get()
         return None
-
-    def _position(self, job: Job) -> int:
-        """How many are before a job that waits here.
-
-        Raises:
-            JobCancelled: it does not wait any more.
-        """
-        found = self._store.get(job.job_id)
-        if found is None or found.state.is_final:
-            raise JobCancelled(job.job_id, "" if found is None else found.error_message)
-        return self._store.ahead(found).num_jobs if found.state is JobState.QUEUED else 0
 
     # Claiming
 
@@ -300,6 +294,7 @@ class JobRunner:
             spec.lease_s,
             spec.max_attempts,
             only_attached=self._is_draining,
+            in_hand=tuple(self._runs),
         )
 
     def _begin(self, job: Job) -> None:

@@ -45,7 +45,7 @@ def prepare(path: Path, busy_s: float) -> None:
 
 def _write_ahead(path: Path, is_last_try: bool) -> str | None:
     """The mode of the file's journal afterwards; None where another process was about it: SQLite does not wait here."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+    with contextlib.closing(sqlite3.connect(path, timeout=_PAUSE_S, isolation_level=None)) as connection:
         try:
             return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
         except sqlite3.OperationalError as error:

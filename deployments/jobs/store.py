@@ -226,6 +226,7 @@ class JobStore:
         max_attempts: int,
         *,
         only_attached: bool = False,
+        in_hand: Sequence[str] = (),
     ) -> Job | None:
         """The job that a runner has to run now, under a new lease; None where there is none for it.
 
@@ -240,8 +241,12 @@ class JobStore:
             lease_s: how long the lease is valid; a runner that was silent for longer is dead.
             max_attempts: runners that a job may have.
             only_attached: whether to leave to others what they can run.
+            in_hand: jobs that the runner is at work on; it may be late to renew their leases.
         """
-        claim = claims.Claim(runner, model, lane, limits, lease_s, max_attempts, only_attached, self._clock())
+        now_s = self._clock()
+        claim = claims.Claim(
+            runner, model, lane, limits, lease_s, max_attempts, only_attached, tuple(sorted(in_hand)), now_s
+        )
         with self._database.reading() as connection:
             seen = claims.look(connection, claim)
         if not seen.is_worth_a_claim:

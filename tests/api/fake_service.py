@@ -18,6 +18,7 @@ from cosmos3_core.resolve import offered_modes, resolve
 from deployments.api.app import build_api
 from deployments.api.auth import Auth
 from deployments.api.given_media import RemoteFiles
+from deployments.api.openapi import document
 from deployments.api.service import ServedModel, Service
 from deployments.jobs.asked import Asked
 from deployments.jobs.feed import EventFeed
@@ -28,6 +29,7 @@ from deployments.jobs.store import JobStore, Lease, QueueLimits
 from deployments.media_store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished
 from deployments.service_config import Http
+from tests.api.documented import Documented
 
 MODEL = "nano"
 DEADLINE_S = 60.0
@@ -203,7 +205,8 @@ async def no_metrics() -> tuple[str, str]:
 
 
 class Api:
-    """A running API: calls of it, and who runs its jobs. Everything happens in one event loop.
+    """A running API: calls of it, and who runs its jobs. Everything happens in one event loop, and every answer of a call
+    is held against the OpenAPI document.
 
     Args:
         directory: for all that it keeps.
@@ -248,6 +251,7 @@ class Api:
             remote_media=remote_media,
         )
         self.app = build_api(lambda: self.service)
+        self.documented = Documented(document(self.service))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         async def in_time() -> Any:
@@ -259,7 +263,9 @@ class Api:
     async def asend(self, method: str, path: str, **asked: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://cosmos3") as client:
-            return await client.request(method, path, **asked)
+            answer = await client.request(method, path, **asked)
+        self.documented.check(answer)
+        return answer
 
     def send(self, method: str, path: str, **asked: Any) -> httpx.Response:
         response: httpx.Response = self.run(self.asend(method, path, **asked))

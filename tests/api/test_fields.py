@@ -258,6 +258,9 @@ def test_objects_in_forms_as_openais_client_sends_them(api: Api) -> None:
         request, _ = api.director.asked.pop()
         assert (request.num_frames, request.guidance_interval) == (5, [400.0, 1000.0])
         assert isinstance(request.image, bytes)
+    for several in (["400", "1000"], ["400,1000"], "[400, 1000]"):
+        api.post("/v1/videos", data={"prompt": "a", "guidance_interval": several})
+        assert api.director.asked.pop()[0].guidance_interval == [400.0, 1000.0]
     twice = [*pairs(form), ("extra_params[num_frames]", "5")]
     error = api.refused("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in twice])
     assert error["code"] == "broken_form"

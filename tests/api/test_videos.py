@@ -6,9 +6,11 @@ import asyncio
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.errors import OverloadedError, ShuttingDown, StageFailed
+from cosmos3_core.actions import GeneratedActions
 from deployments.jobs.job import JobState, JobsError
 from tests.api.fake_service import Api, lease_of
 
@@ -76,7 +78,7 @@ def test_generated_actions_are_told_at_the_top(api: Api) -> None:
     body = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"}
     told = api.created(body)
     assert (told["mode"], told["media_type"], told["file_name"], told["action"]) == ("policy", None, None, None)
-    actions = {"data": [[1.0]], "shape": [1, 1], "dtype": "float32"}
+    actions = GeneratedActions(np.ones((1, 1), np.float32), "av", 1, False).as_json()
     api.completed(api.claimed(), None, actions)
     assert api.get(f"/v1/videos/{told['id']}").json()["action"] == {**actions, "action_mode": "policy"}
     assert api.get(f"/v1/videos/{told['id']}/content?variant=action").json()["data"] == [[1.0]]

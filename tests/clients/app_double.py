@@ -223,7 +223,11 @@ class App:
                 headers = {"content-type": "text/event-stream; charset=utf-8"}
                 return httpx.Response(200, headers=headers, stream=Body(self._sse(video_id, after)))
             case ["GET", "videos", video_id, "content"]:
-                self._found(video_id)
+                status = self._found(video_id)["status"]
+                if status == "failed":
+                    raise Refusal(410, "media_failed", "there is no file: the job has failed or was cancelled")
+                if status != "completed":
+                    raise Refusal(409, "media_not_ready", "there is nothing of it yet")
                 try:
                     data = self.read(video_id, request.url.params.get("variant", "video"))
                 except RequestError as error:

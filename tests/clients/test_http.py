@@ -91,9 +91,9 @@ def test_an_answer_that_does_not_come_is_not_waited_for_for_ever() -> None:
             pytest.raises(UnreachableError, match="no complete answer within"),
         ):
             client.retrieve("video_gen_1")
-    with asking(lambda request: httpx.Response(200, stream=Body(trickle()))) as client:
-        with pytest.raises(UnreachableError, match="no complete answer within 0.2 s"):
-            list(client.content("video_gen_1", timeout_s=0.2))
+    slow = asking(lambda request: httpx.Response(200, stream=Body(trickle())))
+    with slow as client, pytest.raises(UnreachableError, match="no complete answer within 0.2 s"):
+        list(client.content("video_gen_1", timeout_s=0.2))
 
 
 def test_the_words_of_an_error_are_cut_off() -> None:
@@ -128,9 +128,9 @@ def test_the_words_of_an_error_are_cut_off() -> None:
 )
 def test_answers_of_other_servers(status: int, text: bytes, kind: type[Exception], said: str) -> None:
     headers = {"location": "http://elsewhere.test/"}
-    with asking(lambda request: httpx.Response(status, headers=headers, stream=body(text))) as client:
-        with pytest.raises(kind, match=said.replace("?", r"\?")) as caught:
-            client.retrieve("a")
+    server = asking(lambda request: httpx.Response(status, headers=headers, stream=body(text)))
+    with server as client, pytest.raises(kind, match=said.replace("?", r"\?")) as caught:
+        client.retrieve("a")
     if isinstance(caught.value, OverloadedError):
         assert caught.value.retry_after_s == 5.0
 
@@ -138,16 +138,16 @@ def test_answers_of_other_servers(status: int, text: bytes, kind: type[Exception
 def test_when_to_come_back_is_a_number_or_unknown() -> None:
     for told, retry_after_s in (("12", 12.0), ("0.5", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 5.0), ("nan", 5.0)):
         headers = {"retry-after": told}
-        with asking(lambda request, it=headers: httpx.Response(429, headers=it, stream=body(b""))) as client:
-            with pytest.raises(OverloadedError) as caught:
-                client.retrieve("a")
+        full = asking(lambda request, it=headers: httpx.Response(429, headers=it, stream=body(b"")))
+        with full as client, pytest.raises(OverloadedError) as caught:
+            client.retrieve("a")
         assert caught.value.retry_after_s == retry_after_s
 
 
 def test_a_page_is_no_stream_of_events() -> None:
-    with asking(lambda request: httpx.Response(200, headers={"content-type": "text/html"}, stream=body(b""))) as client:
-        with pytest.raises(AnswerError, match="is it a cosmos3 app?"):
-            list(client.events("a"))
+    page = asking(lambda request: httpx.Response(200, headers={"content-type": "text/html"}, stream=body(b"")))
+    with page as client, pytest.raises(AnswerError, match="is it a cosmos3 app?"):
+        list(client.events("a"))
 
 
 def test_a_silent_connection_counts_as_broken(app: App, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Cosmos3Client, Patience, Video
-from deployments.clients.errors import AnswerError, NotFound, Unavailable, UnreachableError
+from deployments.clients.errors import AnswerError, NotFound, NotReady, Unavailable, UnreachableError
 from deployments.clients.events import (
     Decoding,
     Ended,
@@ -138,9 +138,9 @@ def test_a_video_is_stopped(client: Any, app: App) -> None:
 
 def test_a_video_is_made_again_with_another_prompt(client: Any, app: App) -> None:
     first = client.create(REQUEST)
-    again = client.remix(first.id, "A blue car.", idempotency_key="k", service_class="batch")
-    assert (again.prompt, again.remixed_from_video_id, again.service_class) == ("A blue car.", first.id, "batch")
-    assert app.submitted[1][1]["idempotency_key"] == "k"
+    again = client.remix(first.id, "A blue car.", idempotency_key="k", request_id="mine")
+    assert (again.prompt, again.remixed_from_video_id) == ("A blue car.", first.id)
+    assert (app.submitted[1][1]["idempotency_key"], app.submitted[1][1]["request_id"]) == ("k", "mine")
     with pytest.raises(NotFound):
         client.remix("video_gen_0", "a")
 
@@ -205,6 +205,8 @@ def test_events_can_be_followed_from_a_number_on(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     assert [event.seq for event in client.events(video_id, 5)] == [None, 6, 7]
     assert app.followed == [5]
+    app.stories[video_id] = app.stories[video_id][1:]
+    assert list(client.events(video_id, 7)) == [], "all was told"
 
 
 def test_a_broken_connection_is_resumed_without_a_gap_or_anything_twice(client: Any, app: App) -> None:
@@ -303,6 +305,12 @@ def test_a_file_comes_in_parts(client: Any, app: App, tmp_path: Path) -> None:
     app.file = None
     with pytest.raises(NotFound):
         client.save(video_id, tmp_path / "b.mp4")
+    queued = client.create(REQUEST).id
+    with pytest.raises(NotReady, match="yet"):
+        client.save(queued, tmp_path / "b.mp4")
+    client.cancel(queued)
+    with pytest.raises(NotFound, match="has failed or was cancelled"):
+        client.save(queued, tmp_path / "b.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.webp"]
 
 

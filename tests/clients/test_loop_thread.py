@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import gc
+import signal
 import threading
 import time
 
@@ -58,7 +58,7 @@ def test_who_is_interrupted_waits_for_the_end_of_what_he_stops() -> None:
 
     def interrupt() -> None:
         has_begun.wait(DEADLINE_S)
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
@@ -76,7 +76,7 @@ def test_ctrl_c_stops_what_is_generated(way: str, app: App) -> None:
         while not app.submitted and time.monotonic() < deadline_s:
             time.sleep(0.002)
         time.sleep(0.05)
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     with Cosmos3Client(connected(app, way)) as client:
         threading.Thread(target=interrupt).start()

@@ -68,7 +68,7 @@ class FakeGang:
         self.calls.append((method, arguments))
         self.timeouts_s.append((method, timeout_s))
         await asyncio.sleep(0)
-        job_id = arguments[0]
+        job_id = arguments[0] if arguments else None
         if method == "begin":
             _, job, _, state, _, _ = arguments
             if job.seed == 667:
@@ -524,9 +524,7 @@ def test_whose_a_request_is_goes_to_the_ranks_and_the_log(caplog: pytest.LogCapt
         assert gang.of("begin")[0][-1] == origin
         lines = [vars(record) for record in caplog.records]
         assert [line["event"] for line in lines] == ["gang began", "gang failed"]
-        assert all(
-            (line["request_id"], line["job_id"], line["attempt"]) == ("otter-1", "video_gen_1", 2) for line in lines
-        )
+        assert all(line.items() >= vars(origin).items() for line in lines)
 
     run(body())
 

@@ -19,8 +19,9 @@ from cluster.errors import (
     StageFailed,
     StreamClosed,
 )
-from cosmos3_core.errors import MediaError, RequestError
-from deployments.api.errors import BodyError, error_response, is_told
+from cosmos3_core.errors import CapabilityError, MediaError, RequestError
+from deployments.api.errors import BodyError, error_response, failure_of, is_told
+from deployments.jobs.job import IdempotencyConflict, JobCancelled, JobsError, LeaseLost
 from deployments.media_store import MediaStoreError
 
 
@@ -39,6 +40,11 @@ from deployments.media_store import MediaStoreError
         (StreamClosed("a", "why"), 503, "unavailable", "5"),
         (MediaError("/a/secret/place: No space left on device"), 503, "media_unavailable", "5"),
         (MediaStoreError("/a/secret/place cannot be used"), 503, "media_unavailable", "5"),
+        (CapabilityError("seed", -1, "0 or more"), 422, "not_offered", None),
+        (IdempotencyConflict("a"), 409, "idempotency_conflict", None),
+        (JobCancelled("video_gen_1", "it was cancelled"), 409, "cancelled", None),
+        (JobsError("postgresql://user:secret@host is away"), 503, "jobs_unavailable", "5"),
+        (LeaseLost("a secret job"), 503, "jobs_unavailable", "5"),
         (HTTPException(404, "Not Found"), 404, "no_such_route", None),
         (RayActorError(), 503, "stage_failed", "5"),
         (ZeroDivisionError("a secret"), 500, "internal_error", None),
@@ -50,10 +56,12 @@ def test_each_error_has_its_status(error: Exception, status: int, code: str, ret
     body: dict[str, Any] = json.loads(bytes(answer.body))["error"]
     assert (answer.status_code, body["code"]) == (status, code)
     assert answer.headers.get("retry-after") == retry_after
-    assert body["type"] == ("invalid_request_error" if status in (404, 415, 422) else "server_error")
+    assert body["type"] == ("invalid_request_error" if status in (404, 409, 415, 422) else "server_error")
     assert "secret" not in body["message"]
-    hidden = HTTPException | MediaError | MediaStoreError | ZeroDivisionError
-    assert isinstance(error, hidden) != (str(error) in body["message"])
-    assert is_told(error) == (code not in ("internal_error", "media_unavailable"))
+    is_hidden = code in ("internal_error", "media_unavailable", "jobs_unavailable")
+    assert (is_hidden or isinstance(error, HTTPException)) != (str(error) in body["message"])
+    assert is_told(error) != is_hidden
+    if not isinstance(error, HTTPException):
+        assert failure_of(error) == (code, body["message"]), "the same of a job that failed"
     if isinstance(error, RequestError):
         assert (body["param"], body["given"], body["allowed"]) == ("seed", "-1", "0 or more")

@@ -267,7 +267,7 @@ def test_leaving_a_request_ends_its_walk(stage_lines: Lines, recorded: list[tupl
         watching = watched_request(walk(), context(), "text_to_video")
         await anext(watching)
         await watching.aclose()  # type: ignore[attr-defined]
+        assert has_ended
 
     asyncio.run(leave())
-    assert has_ended
     assert outcomes(recorded) == [("request", "left")]

@@ -23,15 +23,19 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api import exchange
-from deployments.api.bodies import ImageJob, parse_image_body
+from deployments.api.bodies import BodyRules, ImageBody, image_body
 from deployments.api.body_room import BodyRoom
 from deployments.api.exchange import Exchange, answered
+from deployments.api.fields import Endpoint
+from deployments.api.given_fields import read_given
 from deployments.api.media_answer import images_answer, live_answer, media_answer
+from deployments.jobs.asked import Asked
 from deployments.media_store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 
 FINISHED = Finished(
     request_id="r",
+    job_id="video_gen_1",
     mode="text_to_video",
     media_id="",
     media_type="video/mp4",
@@ -54,12 +58,12 @@ class Director:
 
     def __init__(self, *scripts: list[Any]) -> None:
         self._scripts = list(scripts)
-        self.asked: list[tuple[GenerationRequest, str, float | None]] = []
+        self.asked: list[tuple[GenerationRequest, Asked, float | None]] = []
         self.streams: list[Stream] = []
         self.stream = self
 
-    def remote(self, request: GenerationRequest, request_id: str, timeout_s: float | None) -> Stream:
-        self.asked.append((request, request_id, timeout_s))
+    def remote(self, request: GenerationRequest, asked: Asked, timeout_s: float | None) -> Stream:
+        self.asked.append((request, asked, timeout_s))
         self.streams.append(Stream(self._scripts.pop(0)))
         return self.streams[-1]
 
@@ -101,7 +105,7 @@ def made(store: MediaStore, finished: Finished = FINISHED, data: bytes = b"abcde
 
 
 def script(finished: Finished) -> list[Any]:
-    return [Accepted("r", 2, 5, 7, (), 1), StepDone(1, 2, 0.5, 1), finished]
+    return [Accepted("r", "video_gen_1", 2, 5, 7, (), 1), StepDone(1, 2, 0.5, 0.1, 1), finished]
 
 
 def image(store: MediaStore, seed: int, media_type: str = "image/png") -> list[Any]:
@@ -125,17 +129,19 @@ async def sent(response: Response) -> tuple[int, dict[str, str], bytes]:
 
 
 def answer(
-    store: MediaStore, director: Director, job: ImageJob | None = None, room: int = 10_000, timeout_s: float = 60
+    store: MediaStore, director: Director, job: ImageBody | None = None, room: int = 10_000, timeout_s: float = 60
 ) -> Any:
     """(status, headers, body) of what was made of the Director's events."""
     bodies = BodyRoom(room)
 
     async def work(an_exchange: Exchange) -> Response:
         with bodies.hold() as held:
-            await an_exchange.ask(GenerationRequest() if job is None else job.requests[0])
+            asked = Asked(request_id=an_exchange.request_id)
+            await an_exchange.ask(GenerationRequest() if job is None else job.requests[0], asked)
+            assert an_exchange.job_id == "video_gen_1"
             if job is None:
                 return await media_answer(an_exchange, held, store)
-            return await images_answer(an_exchange, job, held, store)
+            return await images_answer(an_exchange, job, asked, held, store)
 
     async def run() -> Any:
         request = Request({"type": "http", "headers": [(b"x-request-id", b"mine")]})
@@ -144,7 +150,7 @@ def answer(
     status, headers, body = asyncio.run(run())
     assert bodies.taken_bytes == 0
     assert {stream.is_cancelled for stream in director.streams} <= {True}, "nothing runs on"
-    assert {request_id for _, request_id, _ in director.asked} <= {"mine"}
+    assert {asked.request_id for _, asked, _ in director.asked} <= {"mine"}
     return status, headers, json.loads(body) if headers["content-type"] == "application/json" else body
 
 
@@ -154,7 +160,7 @@ def test_a_file_is_the_answer_itself(store: MediaStore) -> None:
     assert (status, body) == (200, b"abcdef")
     assert headers["content-type"] == "video/mp4"
     assert headers["content-length"] == "6"
-    assert headers["x-media-id"] == finished.media_id
+    assert headers["x-video-id"] == "video_gen_1"
     assert (headers["x-mode"], headers["x-seed"], headers["x-notes"]) == ("text_to_video", "7", '["a note"]')
     assert json.loads(headers["x-stage-durations"]) == {"denoise": 1.2346, "total": 2.0}
 
@@ -166,7 +172,7 @@ def test_generated_actions_are_json_with_the_file_in_it(has_file: bool, store: M
     status, headers, body = answer(store, Director(script(finished)))
     assert (status, headers["content-type"], headers["x-seed"]) == (200, "application/json", "7")
     assert int(headers["content-length"]) > 100
-    assert (body["id"], body["mode"], body["seed"], body["notes"]) == ("r", "policy", 7, ["a note"])
+    assert (body["id"], body["mode"], body["seed"], body["notes"]) == ("video_gen_1", "policy", 7, ["a note"])
     assert body["actions"] == ACTIONS.as_json()
     again = GeneratedActions.from_json(body["actions"])
     assert again.values.tobytes() == ACTIONS.values.tobytes()
@@ -188,8 +194,9 @@ def test_a_result_is_never_refused_and_new_bodies_make_room_for_it(store: MediaS
         body.grow_to(1000)
 
 
-def images(n: int, **fields: Any) -> ImageJob:
-    return parse_image_body({"prompt": "a", "n": n, "seed": 3, **fields}, "nano")
+def images(n: int, **fields: Any) -> ImageBody:
+    given = read_given({"prompt": "a", "n": n, "seed": 3, **fields}, Endpoint.IMAGES)
+    return image_body(given, BodyRules("nano", ("standard",)))
 
 
 def test_images_come_as_json(store: MediaStore) -> None:
@@ -273,7 +280,7 @@ class Growing:
     def __init__(self, store: MediaStore) -> None:
         media_id = new_media_id()
         self.entry: MediaEntry = store.create(media_id, "video/mp4", ".mp4", is_live=True)
-        self.begin = [Accepted("r", 2, 5, 7, (), 1), StepDone(1, 2, 0.5, 1), FileStarted(media_id, "video/mp4", 1)]
+        self.begin = [Accepted("r", "video_gen_1", 2, 5, 7, (), 1), StepDone(1, 2, 0.5, 0.1, 1), FileStarted(media_id, "video/mp4", 1)]
         self.finished = replace(FINISHED, media_id=media_id)
 
     def grow(self, data: bytes) -> None:
@@ -300,7 +307,7 @@ class Watched:
 
     async def watch(self, store: MediaStore, director: Director) -> None:
         async def work(an_exchange: Exchange) -> Response:
-            await an_exchange.ask(GenerationRequest())
+            await an_exchange.ask(GenerationRequest(), Asked())
             return await live_answer(an_exchange, store)
 
         async def receive() -> Any:
@@ -332,12 +339,12 @@ def test_an_answer_grows_with_its_file(store: MediaStore) -> None:
             is_finished.set()
 
     growing.grow(b"one")
-    director = Director([*growing.begin, StepDone(2, 2, 0.0, 1), is_finished.wait, growing.finished])
+    director = Director([*growing.begin, StepDone(2, 2, 0.0, 0.1, 1), is_finished.wait, growing.finished])
     watched = Watched(go_on)
     asyncio.run(watched.watch(store, director))
     assert (watched.status, watched.body, watched.is_whole) == (200, b"onetwo", True)
     assert watched.headers["content-type"] == "video/mp4"
-    assert watched.headers["x-media-id"] == growing.finished.media_id
+    assert watched.headers["x-video-id"] == "video_gen_1"
     assert "content-length" not in watched.headers
     assert director.streams[0].is_cancelled
 
@@ -347,7 +354,7 @@ async def goes_on(body: bytes) -> None:
 
 
 def test_what_fails_before_the_file_grows_is_an_answer(store: MediaStore) -> None:
-    director = Director([Accepted("r", 2, 5, 7, (), 1), RequestError("seed", 1, "another")])
+    director = Director([Accepted("r", "video_gen_1", 2, 5, 7, (), 1), RequestError("seed", 1, "another")])
     watched = Watched(goes_on)
     asyncio.run(watched.watch(store, director))
     assert (watched.status, json.loads(watched.body)["error"]["param"]) == (422, "seed")
@@ -355,7 +362,7 @@ def test_what_fails_before_the_file_grows_is_an_answer(store: MediaStore) -> Non
 
 
 def test_a_file_that_grows_elsewhere_is_our_fault(store: MediaStore) -> None:
-    director = Director([Accepted("r", 2, 5, 7, (), 1), FileStarted("0" * 32, "video/mp4", 1)])
+    director = Director([Accepted("r", "video_gen_1", 2, 5, 7, (), 1), FileStarted("0" * 32, "video/mp4", 1)])
     watched = Watched(goes_on)
     asyncio.run(watched.watch(store, director))
     assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "media_unavailable")
@@ -423,7 +430,7 @@ def test_a_file_that_fails_before_its_first_byte_is_nobodys_loss(how: str, store
     watched = Watched(finish)
     asyncio.run(watched.watch(store, director))
     assert (watched.status, watched.body, watched.is_whole) == (200, b"one", True)
-    assert watched.headers["x-media-id"] == growing.finished.media_id
+    assert watched.headers["x-video-id"] == "video_gen_1"
     assert director.streams[0].is_cancelled
 
 
@@ -450,7 +457,7 @@ def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStor
 
     async def run() -> None:
         an_exchange = Exchange(director, "r", 60)
-        await an_exchange.ask(GenerationRequest())
+        await an_exchange.ask(GenerationRequest(), Asked())
         response = await live_answer(an_exchange, store)
         with pytest.raises(ClientDisconnect):
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)

@@ -100,6 +100,12 @@ def test_jobs_that_are_gone_are_zero_and_told_again(taken: Taken) -> None:
     ]
 
 
+def test_a_counter_is_not_told_of_nothing(taken: Taken) -> None:
+    taken.metrics.looked_up_prompts(2, 0)  # Ray refuses a zero
+    taken.metrics.busy(0.0)
+    assert [name for name, *_ in taken.values] == ["cosmos3_text_cache_lookups", "cosmos3_gang_busy_share"]
+
+
 def test_recording_fails_nobody_and_is_complained_of_once(caplog: pytest.LogCaptureFixture) -> None:
     def broken(value: float, labels: dict[str, str]) -> None:
         raise RuntimeError("no agent")

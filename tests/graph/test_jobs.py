@@ -35,11 +35,11 @@ LONG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def jobs_app(start_app: Callable[..., Any]) -> Any:
-    """Two videos run at a time; a silent runner is dead after two seconds; states are left often."""
+    """Two videos run at a time; a silent runner is dead after five seconds; states are left often."""
     return start_app(
         "jobs",
         jobs__max_running_videos=2,
-        jobs__lease_s=2,
+        jobs__lease_s=5,
         jobs__checkpoint_period_s=0.2,
         transformer__save_period_s=0.2,
     )

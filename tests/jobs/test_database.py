@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
 import threading
@@ -151,8 +152,9 @@ def test_the_write_ahead_log_is_waited_for(tmp_path: Path) -> None:
     release.start()
     sqlite_file.prepare(path, DEADLINE_S)
     release.join()
-    assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     other.close()
+    with contextlib.closing(sqlite3.connect(path)) as anew:
+        assert anew.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 # Transactions
@@ -251,12 +253,8 @@ def test_a_connection_that_the_server_has_closed_is_made_anew(fresh_postgres_url
     opened, other = Database(fresh_postgres_url), Database(fresh_postgres_url)
     assert runners(opened) == set()
     with other.writing() as connection:
-        connection.execute(
-            text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = :name"
-            ),
-            {"name": fresh_postgres_url.rpartition("/")[2]},
-        )
+        others = "pid <> pg_backend_pid() AND datname = current_database()"
+        connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"))
     assert runners(opened) == set()
     opened.close()
     other.close()

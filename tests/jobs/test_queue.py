@@ -15,7 +15,7 @@ from cluster.errors import OverloadedError
 from deployments.jobs import claims, waiting
 from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
-from deployments.jobs.store import Ahead, ClassLoad, JobStore
+from deployments.jobs.store import Ahead, ClassLoad, JobStore, QueueLimits
 from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, until_freed_s
 from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
 from tests.jobs.racing import race
@@ -35,7 +35,7 @@ def run_out(store: JobStore, **how: Any) -> list[Job]:
 
 
 def refusal(
-    store: JobStore, key_limits: KeyLimits | None = None, limits: Any = LIMITS, **changes: Any
+    store: JobStore, key_limits: KeyLimits | None = None, limits: QueueLimits = LIMITS, **changes: Any
 ) -> OverloadedError:
     """What a job is told that there is no room for."""
     with pytest.raises(OverloadedError) as caught:
@@ -57,11 +57,11 @@ def test_so_many_jobs_may_wait(store: JobStore) -> None:
     claimed(store)
     store.create(new_job(), limits)
     refusal(store, limits=limits)
-    store.cancel(run_out_of(store, limits))
+    store.cancel(one_that_waits(store))
     store.create(new_job(), limits)
 
 
-def run_out_of(store: JobStore, limits: Any) -> str:
+def one_that_waits(store: JobStore) -> str:
     """Id of a job that waits."""
     page = store.list("", after=None, limit=100, is_ascending=True)
     return next(job.job_id for job in page.jobs if job.state is JobState.QUEUED and job.model == MODEL)
@@ -192,13 +192,10 @@ def test_shares_are_of_the_work_not_of_the_number(store: JobStore) -> None:
 
 
 def test_one_owner_with_many_jobs_does_not_starve_another(store: JobStore) -> None:
-    wait(store, 100, owner="key1")
+    wait(store, 60, owner="key1")
     wait(store, 10, owner="key2")
     order = run_out(store)
     assert shares(order[:20], "owner") == {"key1": 10, "key2": 10}
-    assert [job.job_id for job in order if job.owner == "key1"] == [
-        job.job_id for job in sorted(order, key=lambda job: job.created_s) if job.owner == "key1"
-    ] or len({job.created_s for job in order}) == 1
 
 
 def test_jobs_of_one_owner_keep_their_order(store: JobStore) -> None:
@@ -383,7 +380,7 @@ def test_what_is_ahead(store: JobStore) -> None:
     assert store.ahead(jobs[2]) == Ahead(2, 17.5)
     assert store.ahead(found(store, running)) == Ahead(0, 0.0)
     sooner = wait(store, service_class="interactive", work=10.0)[0]
-    assert store.ahead(sooner).num_jobs == 2
+    assert store.ahead(sooner).num_jobs == 1
     assert store.ahead(jobs[2]).num_jobs == 3
 
 
@@ -410,22 +407,22 @@ def test_the_load(store: JobStore) -> None:
 
 def test_no_job_is_claimed_twice(store: JobStore, jobs_url: str) -> None:
     jobs = {job.job_id for job in wait(store, 40)}
-    told = [job_id for mine in race("claim", jobs_url, len(jobs), 4) for job_id in mine]
+    told = [job_id for mine in race("claim", jobs_url, len(jobs), 3) for job_id in mine]
     assert len(told) == len(jobs)
     assert set(told) == jobs
 
 
 def test_the_bound_holds_for_all_processes_together(store: JobStore, jobs_url: str) -> None:
-    told = race("create", jobs_url, 10, 4)
+    told = race("create", jobs_url, 10, 3)
     assert sum(one["accepted"] for one in told) == 10
-    assert sum(one["refused"] for one in told) == 4 * 20 - 10
+    assert sum(one["refused"] for one in told) == 3 * 20 - 10
     assert max(one["most"] for one in told) <= 10
     assert store.load(MODEL).num_queued == 10
 
 
 def test_an_idempotency_key_makes_one_job_of_all_processes(store: JobStore, jobs_url: str) -> None:
-    ids = [job_id for mine in race("repeat", jobs_url, 5, 4) for job_id in mine]
-    assert (len(ids), len(set(ids))) == (20, 1)
+    ids = [job_id for mine in race("repeat", jobs_url, 5, 3) for job_id in mine]
+    assert (len(ids), len(set(ids))) == (15, 1)
     assert store.load(MODEL).num_queued == 1
 
 
@@ -437,18 +434,19 @@ def test_no_query_goes_through_all_jobs(store: JobStore, jobs_url: str) -> None:
     if not jobs_url.startswith("sqlite"):
         pytest.skip("PostgreSQL reads small tables as a whole")
     asked: list[tuple[str, Any]] = []
-    engine = store._database._engine
-    sqlalchemy.event.listen(
-        engine, "before_cursor_execute", lambda _c, _u, sql, values, *_: asked.append((sql, values))
-    )
+
+    def note(_connection: Any, _cursor: Any, sql: str, values: Any, *_: Any) -> None:
+        asked.append((sql, values))
+
+    sqlalchemy.event.listen(store._database._engine, "before_cursor_execute", note)
     everything(store)
-    asked = [(sql, values) for sql, values in asked if sql.startswith(("SELECT", "UPDATE", "DELETE"))]
+    queries = [(sql, values) for sql, values in asked if sql.startswith(("SELECT", "UPDATE", "DELETE"))]
     with store._database.reading() as connection:
-        for sql, values in asked:
+        for sql, values in queries:
             plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values)]
             full = [step for step in plan if step.startswith(("SCAN jobs", "SCAN job_events")) and "INDEX" not in step]
             assert not full, (sql, plan)
-    assert len({sql for sql, _ in asked}) > 20
+    assert len({sql for sql, _ in queries}) > 20
 
 
 def everything(store: JobStore) -> None:

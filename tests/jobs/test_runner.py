@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
@@ -250,12 +251,13 @@ def test_a_caller_that_leaves_stops_its_job_running_or_not(serve: Any) -> None:
         waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
         while not service.stage.walks:
             await asyncio.sleep(0.02)
-        position = await waiting[1]
+        (queued,), (running,) = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        position = queued.result()
         assert isinstance(position, QueuePosition)
         assert position.position == 1
         ids = list(service.runner._callers)
         assert len(ids) == 2
-        waiting[0].cancel()
+        running.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
@@ -459,6 +461,28 @@ def test_the_deadline_of_a_caller_holds_in_the_queue(serve: Any) -> None:
         with pytest.raises(DeadlineExceeded, match="in the stage 'queue'"):
             await anext(stream)
         await service.until(job_id, JobState.CANCELLED)
+
+    serve(body)
+
+
+def test_a_runner_that_is_late_with_a_lease_keeps_its_job(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        service.stage.gate.clear()
+        renew, late = service.store.renew, threading.Event()
+
+        def late_renew(*arguments: Any) -> Any:
+            late.wait(3 * 1.0)  # three leases long
+            return renew(*arguments)
+
+        monkeypatch.setattr(service.store, "renew", late_renew)
+        job = await service.submit()
+        await service.until(job.job_id, JobState.IN_PROGRESS)
+        await asyncio.sleep(2.0)
+        late.set()
+        service.stage.gate.set()
+        done = await service.until(job.job_id, JobState.COMPLETED)
+        assert (done.attempts, len(service.stage.walks)) == (1, 1)
 
     serve(body)
 

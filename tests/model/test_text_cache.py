@@ -60,6 +60,15 @@ def test_one_prompt_for_both_branches_is_prefilled_once() -> None:
     assert cache.num_bytes == 0
 
 
+def test_the_ledger_knows_what_needs_no_computing() -> None:
+    ledger = PromptLedger(2 * BYTES_PER_TOKEN, BYTES_PER_TOKEN)
+    assert ledger.num_kept([(1,), (2,)]) == 0
+    ledger.admit([(1,), (2,)])
+    assert ledger.num_kept([(1,), (3,)]) == 1
+    ledger.admit([(3,)])
+    assert ledger.num_kept([(1,), (3,)]) == 1
+
+
 def test_ranks_that_follow_one_ledger_hold_the_same_and_prefill_alike() -> None:
     """Each rank holds its own bytes, and the ledger counts one rank's: nobody decides by what lies before him."""
     ledger = PromptLedger(3 * BYTES_PER_TOKEN, BYTES_PER_TOKEN)

@@ -1,0 +1,97 @@
+"""Whether an answer is one that the OpenAPI document allows."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import httpx
+import jsonschema
+
+from cosmos3_core.errors import Cosmos3Error
+
+
+_SENT = ("Retry-After", "WWW-Authenticate", "Content-Range", "ETag", "X-Model", "X-Warnings")
+
+
+class Undocumented(Cosmos3Error):
+    """An answer that the document does not have."""
+
+
+class Documented:
+    """A document to hold answers against.
+
+    Args:
+        document: of the API.
+    """
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self._validators: dict[str, Any] = {}
+        self._paths = [
+            (re.compile(re.sub(r"\{[a-z_]+\}", "[^/]+", path)), item) for path, item in document["paths"].items()
+        ]
+
+    def operation(self, method: str, path: str) -> dict[str, Any] | None:
+        """Of a request; None where there is none. Paths without a parameter come first."""
+        found = [item for pattern, item in self._paths if pattern.fullmatch(path)]
+        exact = self.document["paths"].get(path)
+        for item in ([exact] if exact else []) + found:
+            if method.lower() in item:
+                operation: dict[str, Any] = item[method.lower()]
+                return operation
+        return None
+
+    def resolved(self, value: dict[str, Any]) -> dict[str, Any]:
+        """A reference's target; anything else as it is."""
+        while "$ref" in value:
+            target: Any = self.document
+            for name in value["$ref"].removeprefix("#/").split("/"):
+                target = target[name]
+            value = target
+        return value
+
+    def is_valid(self, schema: dict[str, Any], value: Any) -> bool:
+        """Whether a schema of the document allows a value."""
+        validator: bool = self._validator(schema).is_valid(value)
+        return validator
+
+    def check(self, answer: httpx.Response) -> None:
+        """Hold an answer against the document.
+
+        Raises:
+            Undocumented: the document does not have it.
+            jsonschema.ValidationError: its body is another than it says.
+        """
+        method, path = answer.request.method, answer.request.url.path
+        operation = self.operation(method, path)
+        if operation is None:
+            if answer.status_code not in (200, 401, 403, 404, 405):
+                raise Undocumented(f"{method} {path}: {answer.status_code}")
+            return
+        told = operation["responses"].get(str(answer.status_code))
+        if told is None:
+            if answer.status_code < 500:
+                raise Undocumented(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
+            told = operation["responses"]["default"]
+        told = self.resolved(told)
+        for name in told.get("headers", {}):
+            # Of conflicts only those that pass by themselves say when.
+            is_needed = name in _SENT and (answer.status_code != 409 or path.endswith("/content"))
+            if is_needed and name not in answer.headers:
+                raise Undocumented(f"{method} {path}: {answer.status_code} without {name}")
+        if method == "HEAD" or answer.status_code in (204, 304):
+            return
+        kind = answer.headers["content-type"].partition(";")[0]
+        if kind not in told["content"]:
+            raise Undocumented(f"{method} {path}: {answer.status_code} as {kind}")
+        if kind == "application/json":
+            self._validator(told["content"][kind]["schema"]).validate(answer.json())
+
+    def _validator(self, schema: dict[str, Any]) -> Any:
+        key = json.dumps(schema)
+        if key not in self._validators:
+            whole = {**schema, "components": self.document["components"]}
+            self._validators[key] = jsonschema.Draft202012Validator(whole)
+        return self._validators[key]

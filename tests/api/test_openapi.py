@@ -1,0 +1,233 @@
+"""The OpenAPI document is complete and true. That answers are as it says is checked with every answer of these tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+
+from deployments.api.fields import ALIASES, FIELDS, MEDIA, Endpoint, Use, known
+from deployments.api.middleware import _EXPOSED_HEADERS
+from deployments.api.video_content import VARIANTS
+from tests.api.documented import Documented
+from tests.api.fake_service import CLASSES, Api
+from tests.api.test_fields import REQUESTS
+
+JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"
+
+
+@pytest.fixture
+def documented(shared_api: Api) -> Documented:
+    return Documented(shared_api.get("/openapi.json").json())
+
+
+def body_of(documented: Documented, endpoint: str, kind: str = JSON) -> dict[str, Any]:
+    content = documented.document["paths"][endpoint]["post"]["requestBody"]["content"]
+    schema: dict[str, Any] = content[kind]["schema"]
+    return schema
+
+
+def test_it_has_every_route_and_no_other(documented: Documented, shared_api: Api) -> None:
+    routes = {
+        (method.lower(), route.path)
+        for router in shared_api.app.router.routes
+        for route in getattr(getattr(router, "original_router", None), "routes", [])
+        for method in route.methods
+    }
+    assert len(routes) > 10
+    told = {(method, path) for path, item in documented.document["paths"].items() for method in item}
+    assert told == routes
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for it in value.values():
+            yield from references(it)
+    elif isinstance(value, list):
+        for it in value:
+            yield from references(it)
+
+
+def test_every_reference_leads_somewhere_and_every_component_is_used(documented: Documented) -> None:
+    used = set(references(documented.document))
+    for reference in used:
+        documented.resolved({"$ref": reference})
+    there = {
+        f"#/components/{kind}/{name}"
+        for kind in ("schemas", "responses", "headers")
+        for name in documented.document["components"][kind]
+    }
+    assert there == used
+
+
+def test_its_schemas_are_schemas(documented: Documented) -> None:
+    for schema in documented.document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_each_operation_says_what_may_go_wrong(documented: Documented) -> None:
+    for path, item in documented.document["paths"].items():
+        for method, operation in item.items():
+            assert operation["operationId"]
+            assert operation["summary"]
+            responses = operation["responses"]
+            assert "default" in responses
+            if path.startswith("/v1/"):
+                assert {"401", "429", "503"} <= set(responses), (method, path)
+            if "requestBody" in operation:
+                assert {"400", "403", "408", "413", "415", "422", "504"} <= set(responses), path
+            if "{video_id}" in path:
+                assert "404" in responses
+                assert operation["parameters"][0]["name"] == "video_id"
+    names = [op["operationId"] for item in documented.document["paths"].values() for op in item.values()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("kind", [JSON, MULTIPART, URLENCODED])
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_it_has_every_field(endpoint: Endpoint, kind: str, documented: Documented) -> None:
+    schema = documented.resolved(body_of(documented, endpoint, kind))
+    aliases = {alias for alias, name in ALIASES.items() if name in FIELDS[endpoint]}
+    named = {name for name in FIELDS[endpoint] if "*" not in name}
+    assert set(schema["properties"]) == named | aliases
+    assert len(schema["patternProperties"]) == len(FIELDS[endpoint]) - len(named)
+    files = {name for name, it in schema["properties"].items() if it.get("format") == "binary"}
+    assert files == (set() if kind == JSON else set(MEDIA) & named)
+    assert schema["properties"]["model"]["description"]
+
+
+def test_what_depends_on_the_service(make_api: Callable[..., Api]) -> None:
+    def fields(api: Api) -> dict[str, Any]:
+        schemas = api.get("/openapi.json").json()["components"]["schemas"]
+        properties: dict[str, Any] = schemas["VideosBody"]["properties"]
+        return properties
+
+    strict, lax = make_api(), make_api(may_disable_guardrails=True, needs_keys=True)
+    assert fields(strict)["service_class"]["anyOf"][0]["enum"] == list(CLASSES)
+    assert fields(strict)["model"]["anyOf"][0]["enum"] == ["nano"]
+    assert fields(strict)["guardrails"]["anyOf"][0]["enum"] == [True]
+    assert "enum" not in fields(lax)["guardrails"]["anyOf"][0]
+    assert strict.get("/openapi.json").json()["security"] == []
+    assert lax.get("/openapi.json").json()["security"] == [{"apiKey": []}]
+
+
+BODIES: list[tuple[dict[str, Any], bool]] = [
+    ({"prompt": "a"}, True),
+    ({"prompt": None}, True),
+    ({"prompt": 5}, False),
+    ({"num_frames": 1202}, False),
+    ({"num_frames": 0}, False),
+    ({"num_frames": "5"}, False),
+    ({"num_inference_steps": 1001}, False),
+    ({"guidance_scale": 20.5}, False),
+    ({"guidance_interval": [400, 1000]}, True),
+    ({"guidance_interval": "400,1000"}, True),
+    ({"guidance_interval": [400]}, False),
+    ({"guidance_interval": "some"}, False),
+    ({"seed": -1}, False),
+    ({"seed": 2**63 - 1}, True),
+    ({"seed": 2**63}, False),
+    ({"size": "64x32"}, True),
+    ({"size": "64"}, False),
+    ({"height": 40, "width": 40}, False),
+    ({"height": 8, "width": 32}, False),
+    ({"seconds": "1.5", "fps": 8}, True),
+    ({"seconds": 2}, True),
+    ({"seconds": 0}, False),
+    ({"fps": 0.5}, False),
+    ({"mode": "text_to_text"}, False),
+    ({"crf": 52}, False),
+    ({"quality": "best"}, False),
+    ({"service_class": "urgent"}, False),
+    ({"priority": "batch"}, True),
+    ({"model": "sora-2"}, False),
+    ({"guardrails": False}, False),
+    ({"guardrails": True}, True),
+    ({"lora": None}, True),
+    ({"lora": {}}, False),
+    ({"extra_params": {"lora": {}}}, False),
+    ({"extra_params": {"video_noise_mask": 1}}, False),
+    ({"user": {"a": [1]}}, True),
+    ({"extra_params": {"max_sequence_length": 4096, "frame_interpolation_exp": 1}}, True),
+    ({"extra_params": '{"seed": 3}'}, True),
+    ({"extra_params": "seed"}, False),
+    ({"extra_params": [1]}, False),
+    ({"extra_params": {"extra_params": {}}}, False),
+    ({"extra_params": {"num_frames": 2000}}, False),
+    ({"promt": "a"}, False),
+    ({"condition_frame_indexes_vision": -1}, False),
+    ({"output": "gif"}, False),
+    ({"previews": 33}, False),
+    ({"image": []}, False),
+    ({"image": ""}, False),
+    ({"image": 5}, False),
+    ({"image": {"a": "b", "c": "d"}}, False),
+    ({"domain_id": -1}, False),
+]
+
+
+def test_it_takes_what_is_accepted_and_refuses_what_is_refused(documented: Documented, api: Api) -> None:
+    for body, is_valid in BODIES:
+        assert documented.is_valid(body_of(documented, Endpoint.VIDEOS), body) is is_valid, body
+        sent = {"prompt": "a", **body}
+        answer = api.post("/v1/videos", json=sent)
+        assert answer.status_code == (200 if is_valid and sent["prompt"] else 422), (body, answer.text)
+
+
+@pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
+def test_it_takes_what_vllm_omnis_users_send(
+    form: dict[str, Any], mode: str, told: dict[str, Any], documented: Documented
+) -> None:
+    """As JSON, where numbers are numbers."""
+    kinds = {name: FIELDS[Endpoint.VIDEOS][name].kind for name in form}
+    body = {name: kinds[name].read(value) for name, value in form.items()}
+    assert documented.is_valid(body_of(documented, Endpoint.VIDEOS), body), body
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_its_examples_are_accepted(endpoint: Endpoint, documented: Documented, api: Api) -> None:
+    content = documented.document["paths"][endpoint]["post"]["requestBody"]["content"]
+    for kind in (JSON, MULTIPART, URLENCODED):
+        example = content[kind]["example"]
+        assert documented.is_valid(content[kind]["schema"], example)
+        texts = {name: str(value) for name, value in example.items()}
+        files = {name: (None, text) for name, text in texts.items()}
+        sent: dict[str, Any] = {JSON: {"json": example}, MULTIPART: {"files": files}, URLENCODED: {"data": texts}}
+        assert api.post(endpoint, **sent[kind]).status_code == 200
+
+
+def test_what_has_bounds_is_refused_beyond_them(documented: Documented, shared_api: Api) -> None:
+    properties = documented.resolved(body_of(documented, Endpoint.VIDEOS))["properties"]
+    tested = 0
+    for name in known(Endpoint.VIDEOS, Use.EFFECTIVE):
+        schema = properties[name].get("anyOf", [{}])[0]
+        for bound, step in (("minimum", -1), ("maximum", 1)):
+            if bound not in schema or name in ("domain_id", "raw_action_dim", "action_chunk_size"):
+                continue  # those are for some modes only
+            assert shared_api.post("/v1/videos", json={"prompt": "a", name: schema[bound] + step}).status_code == 422
+            tested += 1
+        if "enum" in schema and schema.get("type") == "string":
+            assert shared_api.post("/v1/videos", json={"prompt": "a", name: "zzz"}).status_code == 422
+            tested += 1
+    assert tested > 25
+
+
+def test_variants_and_headers_are_those_of_the_code(documented: Documented) -> None:
+    content = documented.document["paths"]["/v1/videos/{video_id}/content"]["get"]
+    (variant,) = (it for it in content["parameters"] if it["name"] == "variant")
+    assert tuple(variant["schema"]["enum"]) == VARIANTS
+    told = {name.lower() for name in documented.document["components"]["headers"]}
+    assert told - {"www-authenticate"} <= set(_EXPOSED_HEADERS)
+
+
+def test_a_prefix_is_told(shared_api: Api) -> None:
+    from deployments.api.openapi import document
+
+    assert document(shared_api.service, "/app")["servers"] == [{"url": "/app"}]
+    assert document(shared_api.service)["servers"] == [{"url": "/"}]
+    json.dumps(document(shared_api.service))

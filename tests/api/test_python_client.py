@@ -1,0 +1,194 @@
+"""The Python client in front of the real API, over a real connection, and of the real desk of a Director."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+
+from cosmos3_core.errors import RequestError
+from cosmos3_core.request import GenerationRequest
+from deployments.client import AsyncCosmos3Client, Cosmos3Client
+from deployments.clients.errors import AuthError, NotFound, NotReady, UnreachableError
+from deployments.clients.events import Ended, Queued, Started, Step
+from deployments.clients.handle_transport import HandleTransport
+from deployments.http_client import save_video
+from deployments.job_desk import JobDesk
+from deployments.jobs.job import IdempotencyConflict, Job
+from deployments.jobs.keys import NewKey
+from tests.api.fake_service import DEADLINE_S, Api, Response
+
+REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=4)
+
+
+class Desk(JobDesk):
+    """What the Director does about jobs, without a runner."""
+
+    def __init__(self, api: Api) -> None:
+        parts = SimpleNamespace(
+            store=api.store, media=api.media, feed=api.service.feed, job_objects=api.service.objects
+        )
+        self._parts = SimpleNamespace(**vars(parts), remove_files=lambda job: None)  # type: ignore[assignment]
+        self.submit = api.director._submit
+        self.remix = api.director._remix
+
+
+class Handle:
+    """Of a desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def options(self, *, stream: bool) -> Handle:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._desk, name)
+        kind = Streamed if name == "events" else Response
+        return SimpleNamespace(remote=lambda *arguments: kind(method(*arguments)))
+
+
+class Streamed:
+    """Of a call that streams."""
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self._items = items
+
+    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
+        async def value(item: Any) -> Any:
+            return item
+
+        async def refs() -> AsyncIterator[Any]:
+            async for item in self._items:
+                yield value(item)
+
+        return refs()
+
+    def cancel(self) -> None: ...
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Api], str]]:
+    """Puts an API behind a port; returns its URL."""
+    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def serve(api: Api) -> str:
+        server = uvicorn.Server(uvicorn.Config(api.app, port=0, log_level="error", ws="none"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not server.started and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+    yield serve
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(DEADLINE_S)
+
+
+@pytest.fixture(params=["http", "handle"])
+def client(request: pytest.FixtureRequest, api: Api, served: Callable[[Api], str]) -> Iterator[Cosmos3Client]:
+    if request.param == "http":
+        made = AsyncCosmos3Client.over_http(served(api), timeout_s=DEADLINE_S)
+    else:
+        made = AsyncCosmos3Client(HandleTransport(Handle(Desk(api)), DEADLINE_S))
+    with Cosmos3Client(made) as client:
+        yield client
+
+
+def test_a_video_from_its_request_to_its_end(api: Api, client: Cosmos3Client) -> None:
+    told: dict[str, Any] = {"idempotency_key": "once", "service_class": "batch", "previews": 2, "request_id": "mine"}
+    video = client.create(REQUEST, **told)
+    assert (video.status, video.progress, video.size, video.num_frames) == ("queued", 0, "96x80", 9)
+    assert (video.service_class, video.num_steps, video.queue_position) == ("batch", 4, 0)
+    job = api.store.get(video.id)
+    assert job is not None
+    assert (job.previews, job.request_id, job.idempotency_key) == (2, "mine", "once")
+    assert client.create(REQUEST, **told).id == video.id
+    with pytest.raises(IdempotencyConflict, match="'once' was used for another request"):
+        client.create(GenerationRequest(prompt="Another one."), idempotency_key="once")
+    with pytest.raises(RequestError, match="height=100: allowed is a multiple of 16. Nearest are 96 and 112."):
+        client.create(GenerationRequest(prompt="a", height=100))
+    with pytest.raises(NotReady):
+        list(client.content(video.id))
+
+    events = client.events(video.id)
+    assert isinstance(next(events), Queued)
+    claimed: Job = api.claimed()
+    api.stepped(claimed, 1, sigma=0.75)
+    rest = [next(events), next(events)]
+    assert [type(event) for event in rest] == [Started, Step]
+    assert isinstance(rest[1], Step)
+    assert (rest[1].step, rest[1].num_steps, rest[1].sigma, rest[1].pid) == (1, 4, 0.75, 7)
+    running = client.retrieve(video.id)
+    assert (running.status, running.step, running.sigma, running.stage) == ("in_progress", 1, 0.75, "denoising")
+    assert 0 < running.progress < 100
+    api.completed(claimed, b"finished" * 1000)
+    ended = list(events)[-1]
+    assert isinstance(ended, Ended)
+    assert (ended.video.status, ended.video.progress, ended.video.media_type) == ("completed", 100, "video/mp4")
+    assert ended.video == client.wait(video.id) == client.retrieve(video.id)
+    assert ended.seq is not None
+    assert list(client.events(video.id, ended.seq)) == [], "all was told"
+    assert b"".join(client.content(video.id)) == b"finished" * 1000
+
+    again = client.remix(video.id, "A blue car.", request_id="mine")
+    assert (again.prompt, again.seed, again.remixed_from_video_id) == ("A blue car.", video.seed, video.id)
+    stopped = client.cancel(again.id)
+    assert stopped.error is not None
+    assert (stopped.status, stopped.error.code) == ("failed", "cancelled")
+    assert [found.id for found in client.list_all(order="asc")] == [video.id, again.id]
+    page = client.list(limit=1)
+    assert ([found.id for found in page.videos], page.has_more) == ([again.id], True)
+    with pytest.raises(RequestError, match="after="):
+        client.list("video_gen_" + "0" * 32)
+    client.delete(video.id)
+    for call in (client.retrieve, client.cancel, client.delete, client.wait):
+        with pytest.raises(NotFound):
+            call(video.id)
+    with pytest.raises(NotFound):
+        client.remix(video.id, "a")
+
+
+def test_a_video_that_is_deleted_while_it_is_followed(api: Api, client: Cosmos3Client) -> None:
+    video = client.create(REQUEST)
+    events = client.events(video.id)
+    next(events)
+    client.delete(video.id)
+    with pytest.raises(NotFound):
+        list(events)
+
+
+def test_keys(make_api: Callable[..., Api], served: Callable[[Api], str], tmp_path: Path) -> None:
+    api = make_api(needs_keys=True)
+    _, key = api.store.keys.create(NewKey(name="mine"))
+    url = served(api)
+    with Cosmos3Client.over_http(url, "sk-wrong") as client, pytest.raises(AuthError):
+        client.create(REQUEST)
+    with pytest.raises(AuthError):
+        save_video(url, REQUEST, tmp_path / "a", timeout_s=DEADLINE_S)
+    with Cosmos3Client.over_http(url, key) as client:
+        assert client.create(REQUEST).status == "queued"
+    assert save_video(url, REQUEST, tmp_path / "a", timeout_s=DEADLINE_S, api_key=key).num_bytes == 8
+
+
+def test_the_command_line_saves_what_the_answer_is(api: Api, served: Callable[[Api], str], tmp_path: Path) -> None:
+    saved = save_video(served(api), REQUEST, tmp_path / "a", timeout_s=DEADLINE_S)
+    assert saved.path == tmp_path / "a.mp4"
+    assert saved.path.read_bytes() == b"finished"
+    assert api.store.get(saved.video_id) is not None
+    assert (saved.seed, saved.negative_origin, saved.warnings) == (42, "built-in", ())
+    assert saved.stage_seconds == {"denoise": 1.0, "total": 2.0}
+
+
+def test_nobody_is_there() -> None:
+    with Cosmos3Client.over_http("http://127.0.0.1:9") as client, pytest.raises(UnreachableError, match="listens"):
+        client.models()

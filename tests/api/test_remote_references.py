@@ -1,0 +1,124 @@
+"""URLs of other servers in bodies: fetched where the operator says so, and counted like what is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cosmos3_core.errors import RequestError
+from cosmos3_core.presets import LIMITS
+from tests.api.fake_service import Api
+from tests.api.test_videos import png_url
+
+URL = "https://pictures.example/a.png"
+PNG = base64.b64decode(png_url().partition(",")[2])
+
+
+class Remote:
+    """Has files by URL; notes what was asked for."""
+
+    def __init__(self, **files: Any) -> None:
+        self.files: dict[str, Any] = {URL: PNG, **files}
+        self.asked: list[tuple[str, str]] = []
+        self.gate: asyncio.Event | None = None
+
+    async def fetch(self, url: str, field: str) -> bytes:
+        self.asked.append((url, field))
+        if self.gate is not None:
+            await self.gate.wait()
+        if url not in self.files:
+            raise RequestError(field, url, "a host that is listed")
+        data: bytes = self.files[url]
+        return data
+
+
+@pytest.fixture
+def remote() -> Remote:
+    return Remote()
+
+
+@pytest.fixture
+def fetching(make_api: Callable[..., Api], remote: Remote) -> Api:
+    return make_api(remote_media=remote)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"image": URL}, "image"),
+        ({"input_reference": URL}, "input_reference"),
+        ({"input_reference": {"image_url": URL}}, "input_reference"),
+        ({"input_references": [URL]}, "input_references"),
+        ({"image_reference": {"image_url": {"url": URL}}}, "image_reference"),
+        ({"image_reference": f'{{"image_url": "{URL}"}}'}, "image_reference"),
+        ({"extra_params": {"image": URL}}, "image"),
+    ],
+)
+def test_a_url_is_fetched_however_it_is_written(
+    body: dict[str, Any], field: str, fetching: Api, remote: Remote
+) -> None:
+    told = fetching.created({"prompt": "a", **body})
+    assert told["mode"] == "image_to_video"
+    assert remote.asked == [(URL, field)]
+    assert fetching.director.asked[0][0].image == PNG
+    assert fetching.service.room.taken_bytes == 0
+
+
+def test_forms_have_urls_too(fetching: Api, remote: Remote) -> None:
+    answer = fetching.post("/v1/videos/sync", data={"prompt": "a", "image_reference[image_url]": URL})
+    assert (answer.status_code, answer.headers["x-mode"]) == (200, "image_to_video")
+    assert remote.asked == [(URL, "image_reference")]
+
+
+@pytest.mark.parametrize("url", [URL, "http://169.254.169.254/latest/meta-data", "HTTPS://localhost/a"])
+def test_nothing_is_fetched_where_it_is_off(url: str, api: Api) -> None:
+    for body in ({"image": url}, {"image_reference": {"image_url": url}}, {"extra_params": {"image": url}}):
+        error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", **body})
+        assert "URLs are not fetched: send the file itself." in error["message"]
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://pictures.example/a", "gopher://x", "/etc/passwd"])
+def test_other_schemes_are_fetched_nowhere(url: str, fetching: Api, remote: Remote) -> None:
+    assert fetching.refused("POST", "/v1/videos", 422, json={"prompt": "a", "image": url})["param"] == "image"
+    assert remote.asked == []
+
+
+def test_what_is_not_allowed_is_said_of_its_field(fetching: Api, remote: Remote) -> None:
+    body = {"prompt": "a", "image": "https://evil.example/a"}
+    error = fetching.refused("POST", "/v1/videos", 422, json=body)
+    assert (error["param"], error["allowed"]) == ("image", "a host that is listed")
+    remote.files[URL] = bytes(LIMITS.max_media_bytes + 1)
+    error = fetching.refused("POST", "/v1/videos", 422, json={"prompt": "a", "image": URL})
+    assert "at most 67108864 bytes" in error["message"]
+    assert fetching.service.room.taken_bytes == 0
+
+
+def test_a_field_that_is_wrong_is_refused_before_anything_is_fetched(fetching: Api, remote: Remote) -> None:
+    fetching.refused("POST", "/v1/videos", 422, json={"prompt": "a", "image": URL, "zzz": 1})
+    assert remote.asked == []
+
+
+def test_files_on_their_way_have_their_room(make_api: Callable[..., Api], remote: Remote) -> None:
+    """Each as much as the largest, as long as nobody knows; so a third one is told to come later."""
+    room_bytes = int(LIMITS.max_media_bytes * 2.5)
+    api = make_api(remote_media=remote, http={"max_bodies_bytes": room_bytes, "max_body_bytes": 1 << 20})
+    body = {"prompt": "a", "image": URL}
+
+    async def ask() -> None:
+        remote.gate = asyncio.Event()
+        first = [asyncio.create_task(api.asend("POST", "/v1/videos", json=body)) for _ in range(2)]
+        while len(remote.asked) < 2:
+            await asyncio.sleep(0.01)
+        assert api.service.room.taken_bytes > 2 * LIMITS.max_media_bytes
+        answer = await api.asend("POST", "/v1/videos", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+        assert len(remote.asked) == 2
+        remote.gate.set()
+        assert [(await task).status_code for task in first] == [200, 200]
+
+    api.run(ask())
+    assert api.service.room.taken_bytes == 0

@@ -1,0 +1,120 @@
+"""The whole service dies at once, Ray and all, and is started again: nothing that was accepted is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cosmos3_core.generate import GenerationResult
+from cosmos3_core.media.probe import read_frames
+from cosmos3_core.request import GenerationRequest
+from tests.graph.serving import Serving, serving
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+
+Reference = Callable[[GenerationRequest], GenerationResult]
+DEADLINE_S = 300.0
+LONG: dict[str, Any] = {
+    "prompt": "A red car.",
+    "num_frames": 33,
+    "height": 96,
+    "width": 128,
+    "num_inference_steps": 80,
+    "negative_prompt": "",
+}
+SEEDS = (1, 2, 1, 2, 1)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.sqlite3"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@contextmanager
+def service(directory: Path, checkpoint: Path, database: str) -> Iterator[tuple[Serving, httpx.Client]]:
+    settings = {
+        "media.directory": directory / "media",
+        "jobs.database": database,
+        "jobs.max_running_videos": 2,
+        "jobs.lease_s": 5,
+        "jobs.checkpoint_period_s": 0.2,
+        "transformer.save_period_s": 0.2,
+    }
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    with (
+        serving(directory, "--checkpoint", str(checkpoint), "--num-cpus", "4", *flags) as app,
+        httpx.Client(base_url=app.url(), timeout=60) as http,
+    ):
+        yield app, http
+
+
+def kill_everything(app: Serving) -> None:
+    """SIGKILL, to every process of the service."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while pids := app.leftovers():
+        assert time.monotonic() < deadline_s
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        app.process.poll()
+        time.sleep(0.05)
+
+
+def jobs_of(http: httpx.Client, ids: list[str]) -> list[dict[str, Any]]:
+    return [http.get(f"/v1/videos/{job_id}").json() for job_id in ids]
+
+
+def ended(http: httpx.Client, ids: list[str]) -> list[dict[str, Any]]:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while True:
+        jobs = jobs_of(http, ids)
+        if all(job["status"] not in ("queued", "in_progress") for job in jobs):
+            return jobs
+        assert time.monotonic() < deadline_s, jobs
+        time.sleep(0.1)
+
+
+def test_all_of_it_is_killed_and_every_job_completes(
+    tmp_path: Path, tiny_nano: Path, database: str, reference: Reference
+) -> None:
+    """Three jobs wait and two run; one has ended."""
+    with service(tmp_path, tiny_nano, database) as (app, http):
+        quick = http.post("/v1/videos", json={**LONG, "num_frames": 5, "num_inference_steps": 2}).json()["id"]
+        (before,) = ended(http, [quick])
+        content = http.get(f"/v1/videos/{quick}/content").content
+        ids = [http.post("/v1/videos", json={**LONG, "seed": seed}).json()["id"] for seed in SEEDS]
+        deadline_s = time.monotonic() + DEADLINE_S
+        while sum(job["step"] > 5 for job in jobs_of(http, ids)) < 1:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        states = [job["status"] for job in jobs_of(http, ids)]
+        assert states.count("in_progress") == 2, states
+        assert states.count("queued") == 3, states
+        kill_everything(app)
+    with service(tmp_path, tiny_nano, database) as (_, http):
+        jobs = ended(http, ids)
+        assert [job["status"] for job in jobs] == ["completed"] * 5, [job["error"] for job in jobs]
+        assert sorted(job["attempts"] for job in jobs) == [1, 1, 1, 2, 2]
+        for seed, job in zip(SEEDS, jobs, strict=True):
+            expected = reference(GenerationRequest(**LONG, seed=seed))
+            assert job["frames_sha256"] == expected.frames_sha256
+            path = tmp_path / f"{job['id']}.mp4"
+            path.write_bytes(http.get(f"/v1/videos/{job['id']}/content").content)
+            assert sum(1 for _ in read_frames(path)) == 33, "no file is half written"
+        assert http.get(f"/v1/videos/{quick}/content").content == content
+        (after,) = jobs_of(http, [quick])
+        assert after == before
+        listed = http.get("/v1/videos", params={"limit": 10}).json()["data"]
+        assert {job["id"] for job in listed} == {*ids, quick}
