@@ -9,7 +9,7 @@ from typing import Any
 from cosmos3_core import checks
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.presets import LIMITS
-from deployments.api.field_kinds import ANYTHING, FILE, INDEXES, NUMBERS, OBJECT, ROWS, FormText, Kind
+from deployments.api.field_kinds import FILE, INDEXES, NUMBERS, OBJECT, ROWS, FormText, Kind
 from deployments.api.fields import Endpoint, Use, find_field
 
 _MAX_SHOWN_CHARS = 200
@@ -68,10 +68,11 @@ def _merge(
         use = field.uses[endpoint]
         if use is Use.NOT_OFFERED:
             raise CapabilityError(written, start_of(value), "nothing", f"Not offered: {field.about}.")
-        value = _read(written, value, field.kind)
         if use is Use.IGNORED:
+            _check_small(written, value)
             warnings.append(f"{where}{written} is without effect: {field.about}")
             continue
+        value = _read(written, value, field.kind)
         if name in values and values[name] != value:
             raise RequestError(written, start_of(value), f"one value; {name} is given with another one as well")
         values[name] = value
@@ -83,9 +84,6 @@ def _read(name: str, value: Any, kind: Kind) -> Any:
         value = FormText(value.decode("utf-8", "replace"))  # a JSON file
     if isinstance(value, bytes) and kind is not FILE:
         raise RequestError(name, "a file", "a text")
-    if kind is ANYTHING:
-        _check_small(name, value)
-        return value
     if kind in (INDEXES, NUMBERS) and isinstance(value, list) and all(isinstance(it, FormText) for it in value):
         value = FormText(",".join(value))  # a form's list
     if isinstance(value, str) and kind not in (FILE, ROWS, OBJECT):
@@ -106,6 +104,8 @@ def _check_small(name: str, value: Any) -> None:
     Raises:
         RequestError: it is.
     """
+    if isinstance(value, bytes):
+        raise RequestError(name, "a file", "a text", "It has no effect anyway.")
     left, waiting = LIMITS.max_prompt_chars, [value]
     while waiting:
         it = waiting.pop()

@@ -49,7 +49,7 @@ def document(service: Service, root_path: str = "") -> Document:
         "info": {"title": "cosmos3-serve", "version": "1", "description": about},
         "servers": [{"url": root_path or "/"}],
         "security": [{_KEY: []}] if service.auth is not None else [],
-        "paths": _paths(),
+        "paths": {**_making_paths(), **_video_paths(), **_service_paths()},
         "components": {
             "schemas": {**bodies(service), **answers()},
             "responses": {f"Error{status}": _error(status) for status in _ERRORS},
@@ -59,8 +59,7 @@ def document(service: Service, root_path: str = "") -> Document:
     }
 
 
-def _paths() -> Document:
-    one = "/v1/videos/{video_id}"
+def _making_paths() -> Document:
     return {
         Endpoint.VIDEOS: {
             "post": _operation(
@@ -94,6 +93,22 @@ def _paths() -> Document:
                 body=_body(Endpoint.SYNC),
             )
         },
+        Endpoint.IMAGES: {
+            "post": _operation(
+                "createImages",
+                "Make n images from a prompt, one after the other; image i has the seed + i.",
+                {200: _made({_JSON: ref("Images"), "application/zip": _FILE})},
+                *_OF_BODIES,
+                parameters=[_REQUEST_ID],
+                body=_body(Endpoint.IMAGES),
+            )
+        },
+    }
+
+
+def _video_paths() -> Document:
+    one = "/v1/videos/{video_id}"
+    return {
         one: {
             "get": _operation(
                 "getVideo",
@@ -166,16 +181,11 @@ def _paths() -> Document:
                 parameters=[_VIDEO_ID, _header("Last-Event-ID", "^[0-9]{0,18}$", "begin behind this one")],
             )
         },
-        Endpoint.IMAGES: {
-            "post": _operation(
-                "createImages",
-                "Make n images from a prompt, one after the other; image i has the seed + i.",
-                {200: _made({_JSON: ref("Images"), "application/zip": _FILE})},
-                *_OF_BODIES,
-                parameters=[_REQUEST_ID],
-                body=_body(Endpoint.IMAGES),
-            )
-        },
+    }
+
+
+def _service_paths() -> Document:
+    return {
         "/v1/models": {
             "get": _operation("listModels", "The one model that is served.", {200: _json("Models")}, *_OF_ALL)
         },

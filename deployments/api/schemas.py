@@ -7,7 +7,7 @@ from typing import Any
 
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.presets import LIMITS
-from deployments.api.field_kinds import ANYTHING, FILE, Schema
+from deployments.api.field_kinds import FILE, Schema
 from deployments.api.fields import ALIASES, FIELDS, HIGH, LOSSLESS, Endpoint, Field, Use, name_pattern
 from deployments.api.service import Service
 from deployments.jobs.job import JOB_ID
@@ -151,7 +151,9 @@ def _field(name: str, field: Field, endpoint: Endpoint, service: Service, *, is_
     use = field.uses[endpoint]
     if use is Use.NOT_OFFERED:
         return {**({"not": {}} if is_form else {"type": "null"}), "description": f"not offered: {field.about}"}
-    about = field.about if use is Use.EFFECTIVE else f"without effect: {field.about}"
+    if use is Use.IGNORED:
+        anything: Schema = {"type": "string", "maxLength": LIMITS.max_prompt_chars} if is_form else {}
+        return {**anything, "description": f"without effect: {field.about}"}
     schema = field.kind.schema
     if name == "model":
         schema = {"type": "string", "enum": [service.model.name]}
@@ -164,10 +166,7 @@ def _field(name: str, field: Field, endpoint: Endpoint, service: Service, *, is_
         schema = {"anyOf": [ref(_extra_name(endpoint)), text]}
     if field.kind is FILE and is_form:
         schema = _BINARY
-    if field.kind is ANYTHING:
-        schema = {"type": "string", "maxLength": LIMITS.max_prompt_chars} if is_form else {}
-        return {**schema, "description": about}
-    return {**(schema if is_form else _or_null(schema)), "description": about}
+    return {**(schema if is_form else _or_null(schema)), "description": field.about}
 
 
 def _error() -> Schema:

@@ -86,7 +86,7 @@ class AsyncVideoStream:
         await self.aclose()
 
     def __del__(self) -> None:
-        if False:
+        if not self._has_ended:
             left = _left(self.video_id, self._events, self._leave)
             try:
                 self._loop.call_soon_threadsafe(_leave_later, left)

@@ -340,7 +340,7 @@ class JobRunner:
         if caller is not None:
             # What the database does not know is not told: the file might be made once more.
             caller.has_ended = True
-            caller.items.put_nowait(failure or _why(run) or finished or RuntimeError("the walk ended without a result"))
+            caller.items.put_nowait(failure or finished or _why(run))
 
     async def _walk(self, job: Job, caller: _Caller | None) -> AsyncIterator[Event]:
         if job.attempts > 1 and job.media_id:
@@ -371,14 +371,13 @@ class JobRunner:
         if finished is None and run.stopped == _GIVEN_BACK:
             await in_thread(self._store.give_back, lease)
             return
-        if finished is not None:
-            run.stopped = None  # too late
+        if finished is not None:  # whoever wanted it stopped came too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
         elif failure is not None:
             code, message = self._tell_failure(failure)
             outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
         else:
-            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(run.stopped))
+            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(_why(run)))
         await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
         if finished is not None:
             await self._measure(job)
@@ -455,11 +454,11 @@ class JobRunner:
         return task
 
 
-def _why(run: _Run) -> Exception | None:
-    """What the caller of a job that was stopped is told; None where it was not."""
+def _why(run: _Run) -> Exception:
+    """What the caller of a job that was stopped is told."""
     if run.stopped == _SHUT_DOWN:
         return ShuttingDown(_RESTART_S)
-    return JobCancelled(run.job.job_id, run.stopped) if run.stopped is not None else None
+    return JobCancelled(run.job.job_id, run.stopped or "its walk ended without a result")
 
 
 class _Checkpoints:

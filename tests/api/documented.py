@@ -11,7 +11,6 @@ import jsonschema
 
 from cosmos3_core.errors import Cosmos3Error
 
-
 _SENT = ("Retry-After", "WWW-Authenticate", "Content-Range", "ETag", "X-Model", "X-Warnings")
 
 

@@ -205,8 +205,9 @@ async def no_metrics() -> tuple[str, str]:
 
 
 class Api:
-    """A running API: calls of it, and who runs its jobs. Everything happens in one event loop, and every answer of a call
-    is held against the OpenAPI document.
+    """A running API: calls of it, and who runs its jobs.
+
+    Everything happens in one event loop, and every answer of a call is held against the OpenAPI document.
 
     Args:
         directory: for all that it keeps.
@@ -300,7 +301,9 @@ class Api:
 
     def stepped(self, job: Job, step: int, sigma: float = 0.5) -> None:
         told = {"step": step, "num_steps": job.num_steps, "sigma": sigma, "eta_s": 1.0, "step_s": 0.1, "pid": 7}
-        self.store.record(lease_of(job), Progress(step=step, sigma=sigma, step_s=0.1, stage="denoising"), [("step", told)])
+        self.store.record(
+            lease_of(job), Progress(step=step, sigma=sigma, step_s=0.1, stage="denoising"), [("step", told)]
+        )
 
     def begun_file(self, job: Job, *, is_live: bool = True) -> MediaEntry:
         media_id = new_media_id()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import OverloadedError
 from deployments.api import auth as auths
 from deployments.api.auth import Auth, auth_required
 from deployments.jobs.job import JobsError
@@ -192,7 +191,6 @@ def test_key_guessing_takes_a_bounded_part_of_the_service(guarded: Api, monkeypa
     assert most[0] <= auths._MAX_LOOKS
     assert guarded.service.auth is not None
     assert len(guarded.service.auth._unknown._found) <= 16
-    assert verify is not None
 
 
 def test_a_database_of_keys_that_is_away_lets_nobody_in(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +201,6 @@ def test_a_database_of_keys_that_is_away_lets_nobody_in(guarded: Api, monkeypatc
     answer = guarded.get("/v1/models", headers={"authorization": "Bearer k"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "jobs_unavailable")
     assert "secret" not in answer.text
-    assert isinstance(OverloadedError("a", 1, 1.0), Exception)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +266,9 @@ def test_no_text_of_a_client_becomes_a_header(text: str, api: Api) -> None:
         answer = api.post("/v1/videos", json={"prompt": "a"}, headers={name: text.encode()})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_header")
         assert "x-evil" not in answer.headers
-    body = {"prompt": text + "a", "user": text, "extra_params": {"frame_interpolation_" + "a\r\nx-evil: 1": 1}}
+    odd = {"frame_interpolation_a\r\nx-evil: 1": 1}
+    assert api.refused("POST", "/v1/videos/sync", 422, json={"prompt": "a", **odd})["param"] == next(iter(odd))
+    body = {"prompt": text + "a", "user": text, "extra_params": {"max_sequence_length": text}}
     answer = api.post("/v1/videos/sync", json=body)
     assert answer.status_code == (422 if "\x00" in text else 200), answer.text
     assert "x-evil" not in answer.headers

@@ -65,6 +65,10 @@ def test_what_is_without_effect_is_small(value: Any, shared_api: Api) -> None:
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "user": value})
     assert error["param"] == "user"
     assert "at most 50000 characters" in error["message"]
+    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "stream": value})
+    assert "at most 50000 characters" in error["message"]
+    files = {"prompt": (None, "a"), "user": ("a", b"a")}
+    assert shared_api.refused("POST", "/v1/videos", 422, files=files)["given"] == "'a file'"
     assert len(json.dumps(error)) < 1000
 
 
@@ -225,9 +229,7 @@ REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
-def test_forms_as_vllm_omnis_users_send_them(
-    form: dict[str, Any], mode: str, told: dict[str, Any], api: Api
-) -> None:
+def test_forms_as_vllm_omnis_users_send_them(form: dict[str, Any], mode: str, told: dict[str, Any], api: Api) -> None:
     import base64
 
     png = base64.b64decode(png_url().partition(",")[2])

@@ -85,16 +85,16 @@ def test_what_is_no_number_of_an_event(value: str, api: Api) -> None:
 
 
 def test_events_come_as_they_happen(api: Api) -> None:
+    first, second = (api.created({"prompt": prompt, "num_inference_steps": 3}) for prompt in "ab")
+
     async def follow() -> None:
-        first, second = api_created("a"), api_created("b")
         follower = await Follower(api, path_of(second)).begin()
         body = await follower.until(b"event: queued")
         assert events_of(body) == [(0, "queued", {"position": 1, "eta_s": None})]
         job = api.claimed()
         assert job.job_id == first["id"]
-        await asyncio.sleep(0)
         api.completed(job, None)
-        body = await follower.until(b'"position": 0')
+        await follower.until(b'"position": 0')
         job = api.claimed()
         await follower.until(b"event: started")
         for step in (1, 2, 3):
@@ -109,17 +109,6 @@ def test_events_come_as_they_happen(api: Api) -> None:
         assert follower.is_whole
         await idle(api)
 
-    def api_created(prompt: str) -> dict[str, Any]:
-        async def post() -> dict[str, Any]:
-            answer = await api.asend("POST", "/v1/videos", json={"prompt": prompt, "num_inference_steps": 3})
-            told: dict[str, Any] = answer.json()
-            return told
-
-        loop_answers.append(asyncio.ensure_future(post()))
-        return made.pop(0)
-
-    loop_answers: list[Any] = []
-    made = [api.created({"prompt": prompt, "num_inference_steps": 3}) for prompt in "ab"]
     api.run(follow())
 
 

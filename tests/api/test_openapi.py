@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete and true. That answers are as it says is checked with every answer of these tests."""
+"""The OpenAPI document is complete and true. All answers that these tests get are held against it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.actions import GeneratedActions
-from deployments.jobs.job import JobState, JobsError
+from deployments.jobs.job import JobsError, JobState
 from tests.api.fake_service import Api, lease_of
 
 UNKNOWN = "video_gen_" + "0" * 32
@@ -50,7 +50,13 @@ def test_the_job_tells_how_far_it_is(api: Api) -> None:
     assert api.get(f"/v1/videos/{told['id']}").json()["status"] == "in_progress"
     api.stepped(job, 4, 0.75)
     now = api.get(f"/v1/videos/{told['id']}").json()
-    assert (now["progress"], now["step"], now["num_steps"], now["sigma"], now["stage"]) == (38, 4, 10, 0.75, "denoising")
+    assert (now["progress"], now["step"], now["num_steps"], now["sigma"], now["stage"]) == (
+        38,
+        4,
+        10,
+        0.75,
+        "denoising",
+    )
     assert 0 <= now["eta_s"] < 60
     assert now["queue_position"] is None
     api.stepped(job, 10, 0.0)

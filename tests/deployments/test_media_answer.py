@@ -280,7 +280,11 @@ class Growing:
     def __init__(self, store: MediaStore) -> None:
         media_id = new_media_id()
         self.entry: MediaEntry = store.create(media_id, "video/mp4", ".mp4", is_live=True)
-        self.begin = [Accepted("r", "video_gen_1", 2, 5, 7, (), 1), StepDone(1, 2, 0.5, 0.1, 1), FileStarted(media_id, "video/mp4", 1)]
+        self.begin = [
+            Accepted("r", "video_gen_1", 2, 5, 7, (), 1),
+            StepDone(1, 2, 0.5, 0.1, 1),
+            FileStarted(media_id, "video/mp4", 1),
+        ]
         self.finished = replace(FINISHED, media_id=media_id)
 
     def grow(self, data: bytes) -> None:
