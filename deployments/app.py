@@ -18,6 +18,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster.engine_loop import LoopSpec
 from cluster.gang import GangSpec, bundles
@@ -48,23 +49,23 @@ _SHUTDOWN_POLL_S = 0.1
 def build_app(config: AppConfig) -> serve.Application:
     """The application for a configuration."""
     checkpoint = str(config.checkpoint)
-    tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config.tokenizer).bind(checkpoint)
+    tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config, config.tokenizer).bind(checkpoint)
     transformer = _transformer("Transformer", config, config.transformer)
     unguided = _transformer("UnguidedTransformer", config, config.unguided) if config.unguided else None
     decoders = vae_gang_spec(config)
-    vae = _gangs("VideoVAE", VideoVAE, config.vae, decoders).bind(
+    vae = _gangs("VideoVAE", VideoVAE, config, config.vae, decoders).bind(
         decoders, VAECalls(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
     )
     audio = None
     if has_audio(config):
-        audio = _deployment("AudioVAE", AudioVAE, config.audio).bind(
+        audio = _deployment("AudioVAE", AudioVAE, config, config.audio).bind(
             checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
     media = media_spec(config)
-    encoder = _deployment("Mp4Encoder", Mp4Encoder, config.encoder).bind(media)
+    encoder = _deployment("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(media)
     guardrail = None
     if config.guardrails.adapter is not None:
-        guardrail = _deployment("Guardrails", Guardrails, config.guardrail).bind(config.guardrails)
+        guardrail = _deployment("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)
     # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
     director_spec = DirectorSpec(
@@ -79,7 +80,9 @@ def build_app(config: AppConfig) -> serve.Application:
         guardrails=config.guardrails,
     )
     handles = Handles(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
-    director = _deployment("Director", Director, config.director).options(**longest).bind(director_spec, handles)
+    director = (
+        _deployment("Director", Director, config, config.director).options(**longest).bind(director_spec, handles)
+    )
     ingress_spec = IngressSpec(
         checkpoint=checkpoint,
         model_name=model_name(config),
@@ -92,7 +95,7 @@ def build_app(config: AppConfig) -> serve.Application:
         remote_media=config.remote_media,
         may_disable_guardrails=config.guardrails.clients_may_disable,
     )
-    return _deployment("Ingress", Ingress, config.ingress).options(**longest).bind(ingress_spec, director)
+    return _deployment("Ingress", Ingress, config, config.ingress).options(**longest).bind(ingress_spec, director)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -182,11 +185,11 @@ def loop_spec(stage: TransformerStage) -> LoopSpec:
 
 def _transformer(name: str, config: AppConfig, stage: TransformerStage) -> Any:
     gang = gang_spec(config, stage)
-    return _gangs(name, Transformer, stage, gang).bind(gang, loop_spec(stage))
+    return _gangs(name, Transformer, config, stage, gang).bind(gang, loop_spec(stage))
 
 
-def _gangs(name: str, body: type, stage: GangStage, gang: GangSpec) -> Any:
-    return _deployment(name, body, stage).options(
+def _gangs(name: str, body: type, config: AppConfig, stage: GangStage, gang: GangSpec) -> Any:
+    return _deployment(name, body, config, stage).options(
         placement_group_bundles=bundles(gang, stage.num_cpus),
         placement_group_strategy=stage.placement_strategy,
         # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas, it
@@ -195,7 +198,7 @@ def _gangs(name: str, body: type, stage: GangStage, gang: GangSpec) -> Any:
     )
 
 
-def _deployment(name: str, body: type, stage: Stage) -> Any:
+def _deployment(name: str, body: type, config: AppConfig, stage: Stage) -> Any:
     scaling: dict[str, Any] = {"num_replicas": stage.num_replicas}
     if stage.autoscaling is not None:
         scaling = {"autoscaling_config": AutoscalingConfig(**stage.autoscaling.model_dump())}
@@ -211,6 +214,7 @@ def _deployment(name: str, body: type, stage: Stage) -> Any:
         graceful_shutdown_timeout_s=stage.graceful_shutdown_timeout_s,
         health_check_period_s=stage.health_check_period_s,
         health_check_timeout_s=stage.health_check_timeout_s,
+        logging_config=LoggingConfig(encoding=config.logging.encoding, log_level=config.logging.level),
         # A full queue is the callers' business (429), not a fault of the service (503, Serve's default).
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_FULL_QUEUE_RETRY_S),
         **scaling,

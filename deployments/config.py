@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from cosmos3_core.errors import Cosmos3Error
-from deployments.service_config import Auth, Guardrails, Http, Jobs, Media, RemoteMedia, Strict
+from deployments.service_config import Auth, Guardrails, Http, Jobs, Logging, Media, RemoteMedia, Strict
 
 _PACKAGED = Path(__file__).parents[1] / "cluster" / "configs"
 DEFAULT_CONFIG = _PACKAGED / "laptop.yaml"
@@ -272,6 +272,7 @@ class AppConfig(Strict):
     http: Http = Http()
     media: Media = Media()
     jobs: Jobs = Jobs()
+    logging: Logging = Logging()
     auth: Auth = Auth()
     remote_media: RemoteMedia = RemoteMedia()
     guardrails: Guardrails = Guardrails()

@@ -34,6 +34,7 @@ class Director(JobDesk):
         self._spec = spec
         self._parts = await asyncio.to_thread(DirectorParts.of, spec, handles)
         self._runner = self._parts.start()
+        self._upkeep = self._parts.upkeep.start()
         self._is_draining = False
 
     async def stream(

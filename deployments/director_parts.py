@@ -24,6 +24,7 @@ from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, new_job_id
 from deployments.jobs.runner import JobRunner, RunnerSpec
 from deployments.jobs.store import JobStore, QueueLimits
+from deployments.jobs.upkeep import Upkeep
 from deployments.media_store import MediaSpec, MediaStore
 from deployments.messages import RequestContext
 from deployments.previews import Previews
@@ -136,8 +137,6 @@ class DirectorParts:
             max_attempts=jobs.max_attempts,
             checkpoint_period_s=jobs.checkpoint_period_s,
             poll_s=jobs.poll_s,
-            keep_jobs_s=jobs.keep_s,
-            max_kept=jobs.max_kept,
             keep_media_s=self.spec.media.keep_s,
         )
         closer, previews = ClipCloser(self.clips), Previews(self.stages.vae)
@@ -177,11 +176,11 @@ class DirectorParts:
         asked_s = math.inf if timeout_s is None else checks.real("timeout_s", timeout_s, 0, math.inf)
         return RequestContext.new(asked.request_id, min(self.spec.request_timeout_s, asked_s), new_job_id())
 
-    def remove_files(self, job: Job) -> None:
-        """What a deleted job leaves."""
-        self.files.remove(job.job_id)
-        if job.media_id:
-            self.media.remove(job.media_id)
+    @property
+    def upkeep(self) -> Upkeep:
+        """What is to be done about jobs now and then."""
+        jobs = self.spec.jobs
+        return Upkeep(self.store, self.files, self.media, self.spec.model, jobs.keep_s, jobs.max_kept)
 
     async def num_open_clips(self) -> int:
         """How many clips are between decoder and encoder."""

@@ -52,7 +52,7 @@ class JobDesk:
         """Stop and forget a job, its files too. None where there is none."""
         job = await in_thread(self._parts.store.delete, job_id, owner)
         if job is not None:
-            await in_thread(self._parts.remove_files, job)
+            await in_thread(self._parts.upkeep.remove_files, job)
         return job
 
     async def events(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 
 from cluster.errors import OverloadedError
@@ -88,7 +88,7 @@ def watched(context: RequestContext, stage: str, **fields: Value) -> Iterator[St
 
 async def watched_request(
     events: AsyncIterator[Event], context: RequestContext, mode: str, waited_s: float = 0.0
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event, None]:
     """A request's events, handed on as they come; what they tell is logged and measured.
 
     Args:

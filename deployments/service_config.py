@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -92,6 +92,13 @@ class Jobs(Strict):
         if self.keep_s < self.run_timeout_s:
             raise ValueError(f"keep_s={self.keep_s:g} is below run_timeout_s={self.run_timeout_s:g}")
         return self
+
+
+class Logging(Strict):
+    """What replicas write to Serve's log files; ranks always write JSON."""
+
+    encoding: Literal["JSON", "TEXT"] = "JSON"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="INFO has two lines a stage")
 
 
 class Auth(Strict):

@@ -97,7 +97,7 @@ class Call:
             Refusal: 404, there is none; somebody else's is none.
             JobsError: the database cannot be used.
         """
-        return found(await in_thread(self.service.store.get, video_id, None))
+        return found(await in_thread(self.service.store.get, video_id, self.caller.owner))
 
     async def body(self, endpoint: Endpoint, held: Held) -> Given:
         """The fields of its body, files of other servers included.

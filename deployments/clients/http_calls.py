@@ -73,7 +73,7 @@ class HttpCalls:
             verify=certificates,
             transport=connecting.transport,
             trust_env=False,
-            follow_redirects=True,  # the key is for this server
+            follow_redirects=False,  # the key is for this server
             limits=httpx.Limits(max_connections=_MAX_CONNECTIONS),
         )
 

@@ -18,35 +18,30 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
-from cosmos3_core.errors import MediaError
 from cosmos3_core.request import ResolvedRequest
 from deployments.errors import typed
+from deployments.jobs.checkpoints import CHECKPOINT, Checkpoints
 from deployments.jobs.cost import Throughput
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobCancelled, JobsError, JobState, Lane, LeaseLost, Outcome
 from deployments.jobs.recorder import Recorder, result_of
 from deployments.jobs.request_codec import decoded
 from deployments.jobs.store import JobStore, Lease, QueueLimits
+from deployments.logs import watched_request
 from deployments.media_store import MediaStore
 from deployments.messages import Event, Finished, QueuePosition, RequestContext
+from deployments.metrics import metrics
 from deployments.request_check import RequestCheck
 from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")
 
-CHECKPOINT = "checkpoint"
-"""Name of a job's saved state among its files."""
-
-_SWEEP_PERIOD_S = 60.0
-# Files are there before their job is: those of a job that is not there after so long belong to none.
-_ORPHAN_S = 3600.0
 # Between two looks at where a caller's job stands in the queue.
 _POSITION_PERIOD_S = 1.0
 # Renewals in the time of a lease: two may fail.
@@ -112,8 +107,7 @@ class RunnerSpec:
         max_attempts: runners that a job may have.
         checkpoint_period_s: between two states that a job leaves in the media store.
         poll_s: between two looks for jobs that others accepted.
-        keep_jobs_s, max_kept: how long, and how many ended jobs are kept.
-        keep_media_s: how long their files are.
+        keep_media_s: how long files of jobs stay.
     """
 
     model: str
@@ -124,8 +118,6 @@ class RunnerSpec:
     max_attempts: int
     checkpoint_period_s: float
     poll_s: float
-    keep_jobs_s: float
-    max_kept: int
     keep_media_s: float
 
 
@@ -184,7 +176,7 @@ class JobRunner:
         self._is_draining = False
         # Contexts of their own: a task made inside a request would be cancelled with that request.
         self._alive: set[asyncio.Task[Any]] = set()
-        for loop in (self._claim_loop(), self._renew_loop(), self._sweep_loop()):
+        for loop in (self._claim_loop(), self._renew_loop()):
             self._detached(loop)
 
     @property
@@ -303,6 +295,11 @@ class JobRunner:
             caller.has_begun = True
         elif job.attached_to is not None:
             run.stopped = _LEFT
+        assert job.started_s is not None, "it was claimed"
+        if job.attempts == 1:
+            metrics().waited_in_queue(job.lane, job.service_class, job.started_s - job.created_s)
+        else:
+            metrics().taken_over()
         run.task = self._detached(self._run(run, caller))
 
     # Running
@@ -354,13 +351,16 @@ class JobRunner:
         media = {name: await in_thread(self._files.get, job.job_id, name) for name in job.inputs}
         resolved = await self._check.resolved(context, decoded(job.request, media))
         del media
-        checkpoints = _Checkpoints(self._files, job.job_id, self._spec.checkpoint_period_s)
+        checkpoints = Checkpoints(self._files, job.job_id, self._spec.checkpoint_period_s)
         begin_from = await in_thread(checkpoints.read) if job.attempts > 1 else None
         walk = self._make_walk(resolved, context, job, begin_from, checkpoints.offer)
         del resolved, begin_from
+        assert job.started_s is not None, "it was claimed"
+        events = watched_request(walk.events(), context, job.mode, job.started_s - job.created_s)
         try:
-            async for event in walk.events():
-                yield event
+            async with aclosing(events) as watched:
+                async for event in watched:
+                    yield event
         finally:
             await checkpoints.settle()
 
@@ -378,7 +378,8 @@ class JobRunner:
             outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
         else:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(_why(run)))
-        await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
+        ended = await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
+        metrics().request_ended(job.mode, ended.state, (ended.completed_s or ended.created_s) - ended.created_s)
         if finished is not None:
             await self._measure(job)
         await in_thread(self._files.remove, job.job_id, CHECKPOINT)
@@ -414,23 +415,6 @@ class JobRunner:
                 if (run := self._runs.get(job_id)) is not None:
                     self._stop(run, _CANCELLED)
 
-    async def _sweep_loop(self) -> None:
-        """Remove what has been kept long enough, now and from time to time."""
-        while True:
-            try:
-                removed = await in_thread(self._store.sweep, self._spec.keep_jobs_s, self._spec.max_kept)
-                for job in removed:
-                    await in_thread(self._files.remove, job.job_id)
-                    if job.media_id:
-                        await in_thread(self._media.remove, job.media_id)
-                await in_thread(self._files.sweep, self._is_known, _ORPHAN_S, time.time())
-            except Exception:
-                logger.exception("ended jobs could not be swept")
-            await asyncio.sleep(_SWEEP_PERIOD_S)
-
-    def _is_known(self, job_id: str) -> bool:
-        return self._store.get(job_id) is not None
-
     def _lost(self, job_id: str) -> None:
         if (run := self._runs.get(job_id)) is not None:
             self._stop(run, _LOST)
@@ -459,48 +443,3 @@ def _why(run: _Run) -> Exception:
     if run.stopped == _SHUT_DOWN:
         return ShuttingDown(_RESTART_S)
     return JobCancelled(run.job.job_id, run.stopped or "its walk ended without a result")
-
-
-class _Checkpoints:
-    """The states that a running job leaves in the media store; one is written at a time, beside everything else.
-
-    Args:
-        files: of jobs.
-        job_id: whose they are.
-        period_s: between two of them.
-    """
-
-    def __init__(self, files: JobFiles, job_id: str, period_s: float) -> None:
-        self._files, self._job_id, self._period_s = files, job_id, period_s
-        self._written_s = time.monotonic()
-        self._writing: asyncio.Task[None] | None = None
-
-    def offer(self, step: int, state: TensorEnvelope) -> None:
-        """Keep a state, if it is time for one."""
-        if self._writing is None and time.monotonic() - self._written_s >= self._period_s:
-            loop = asyncio.get_running_loop()
-            self._writing = loop.create_task(self._write(state), context=contextvars.Context())
-
-    def read(self) -> TensorEnvelope | None:
-        """The last state; None where there is none, or it is damaged: then the job begins anew."""
-        try:
-            if not self._files.exists(self._job_id, CHECKPOINT):
-                return None
-            return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, CHECKPOINT), np.uint8))
-        except MediaError:
-            logger.exception("the saved state of %s cannot be used; it begins anew", self._job_id)
-            return None
-
-    async def settle(self) -> None:
-        """Wait for what is being written: the file must not appear when the job's files are gone."""
-        if self._writing is not None:
-            await asyncio.shield(self._writing)
-
-    async def _write(self, state: TensorEnvelope) -> None:
-        try:
-            await in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
-            self._written_s = time.monotonic()
-        except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
-            logger.exception("the state of %s could not be kept", self._job_id)
-        finally:
-            self._writing = None

@@ -24,7 +24,8 @@ from deployments.jobs.asked import Asked
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobCancelled, JobState, Lane, new_job_id
-from deployments.jobs.runner import CHECKPOINT, JobRunner, RunnerSpec
+from deployments.jobs.checkpoints import CHECKPOINT
+from deployments.jobs.runner import JobRunner, RunnerSpec
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.media_store import MediaStore
 from deployments.messages import (
@@ -135,8 +136,6 @@ class Service:
                 "max_attempts": 2,
                 "checkpoint_period_s": 0.0,
                 "poll_s": 0.05,
-                "keep_jobs_s": 3600.0,
-                "max_kept": 100,
                 "keep_media_s": 3600.0,
                 **changed,
             }

@@ -1,0 +1,65 @@
+"""The states that a running job leaves in the media store, for the runner that goes on with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+
+import numpy as np
+
+from cluster.envelope import TensorEnvelope
+from cosmos3_core.errors import MediaError
+from deployments.jobs.files import JobFiles
+from deployments.threads import in_thread
+
+logger = logging.getLogger("ray.serve")
+
+CHECKPOINT = "checkpoint"
+"""Name of a job's saved state among its files."""
+
+
+class Checkpoints:
+    """See the module. One is written at a time, beside everything else.
+
+    Args:
+        files: of jobs.
+        job_id: whose they are.
+        period_s: between two of them.
+    """
+
+    def __init__(self, files: JobFiles, job_id: str, period_s: float) -> None:
+        self._files, self._job_id, self._period_s = files, job_id, period_s
+        self._written_s = time.monotonic()
+        self._writing: asyncio.Task[None] | None = None
+
+    def offer(self, step: int, state: TensorEnvelope) -> None:
+        """Keep a state, if it is time for one."""
+        if self._writing is None and time.monotonic() - self._written_s >= self._period_s:
+            loop = asyncio.get_running_loop()
+            self._writing = loop.create_task(self._write(state), context=contextvars.Context())
+
+    def read(self) -> TensorEnvelope | None:
+        """The last state; None where there is none, or it is damaged: then the job begins anew."""
+        try:
+            if not self._files.exists(self._job_id, CHECKPOINT):
+                return None
+            return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, CHECKPOINT), np.uint8))
+        except MediaError:
+            logger.exception("the saved state of %s cannot be used; it begins anew", self._job_id)
+            return None
+
+    async def settle(self) -> None:
+        """Wait for what is being written: the file must not appear when the job's files are gone."""
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    async def _write(self, state: TensorEnvelope) -> None:
+        try:
+            await in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
+            self._written_s = time.monotonic()
+        except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
+            logger.exception("the state of %s could not be kept", self._job_id)
+        finally:
+            self._writing = None
