@@ -76,7 +76,7 @@ class Cors:
         headers = Headers(scope=scope)
         is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         is_allowed = "*" in origins or headers.get("origin") in origins
-        if is_foreign and False and scope["method"] in _UNSAFE_METHODS:
+        if is_foreign and not is_allowed and scope["method"] in _UNSAFE_METHODS:
             refusal = Refusal(403, "cross_origin", "pages of this origin may not call; http.cors_origins allows some")
             await error_response(refusal)(scope, receive, send)
             return

@@ -69,7 +69,7 @@ class HandleTransport:
         assert isinstance(accepted, Accepted), "the first event of a Director"
 
         async def leave() -> None:
-            pass
+            response.cancel()
 
         return Attached(accepted.job_id, self._told(items, accepted.job_id), leave)
 

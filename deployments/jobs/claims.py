@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, exists, func, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, exists, func, not_, or_, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from deployments.jobs.job import Job, JobState, Lane, Outcome
 from deployments.jobs.queue import QueueLimits, note_runner, virtual_time
@@ -109,6 +111,21 @@ def claim_next(connection: Connection, claim: Claim, seen: Look) -> Job | None:
     return _begun(connection, job, claim)
 
 
+def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> dict[str, bool]:
+    """Have leases last longer.
+
+    Args:
+        connection: in a transaction that writes.
+        held: id of a job -> the lease that is held on it.
+        until_s: seconds since 1970.
+
+    Returns:
+        Id of each job that is still held -> whether it is to be stopped.
+    """
+    parameters = {"ids": list(held), "leases": list(held.values()), "until_s": until_s}
+    return {row.job_id: row.is_cancelling for row in connection.execute(_renew_statement(), parameters)}
+
+
 def _begun(connection: Connection, job: Job, claim: Claim) -> Job:
     attempt = job.attempts + 1
     return change(
@@ -186,6 +203,17 @@ def _look_query(only_attached: bool) -> Select[bool, bool, bool, bool]:
     is_noted = exists().where(RUNNERS.c.runner == bindparam("runner"), RUNNERS.c.seen_s > bindparam("fresh_since_s"))
     abandoned, run_out, waiting = _abandoned(), _run_out(only_attached), _waiting(only_attached)
     return select(is_noted, exists().where(abandoned), exists().where(run_out), exists().where(waiting))
+
+
+@cache
+def _renew_statement() -> ReturningUpdate[str, bool]:
+    return (
+        update(JOBS)
+        .where(JOBS.c.job_id.in_(bindparam("ids", expanding=True)), JOBS.c.state == _IN_PROGRESS)
+        .where(JOBS.c.lease.in_(bindparam("leases", expanding=True)))  # a claim's name is its own
+        .values(lease_until_s=bindparam("until_s"))
+        .returning(JOBS.c.job_id, JOBS.c.is_cancelling)
+    )
 
 
 @cache

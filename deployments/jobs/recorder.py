@@ -63,7 +63,8 @@ class Recorder:
         self._step_at_s: float | None = None
         self._interval_s: float | None = None
         self._writing: asyncio.Task[None] | None = None
-        self._ending = asyncio.Event()
+        self._is_ending = False
+        self._hurry = asyncio.Event()
         self._failure: JobsError | None = None
 
     def note(self, event: Event) -> None:
@@ -114,7 +115,8 @@ class Recorder:
             LeaseLost: it is not this runner's any more.
             JobsError: the database cannot be used.
         """
-        self._ending.set()
+        self._is_ending = True
+        self._hurry.set()
         if self._writing is not None:
             await asyncio.shield(self._writing)
         await self._write()
@@ -126,6 +128,8 @@ class Recorder:
         if kind is not None and self._has_followers:
             self._events.append((kind, data or {}))
         self._progress = replace(self._progress, **progress)
+        if "media_id" in progress:  # whoever has the job's id may ask for its file now
+            self._hurry.set()
         if self._writing is None and self._failure is None:
             # A context of its own: a call made inside a request would be cancelled with that request.
             loop = asyncio.get_running_loop()
@@ -146,12 +150,13 @@ class Recorder:
     async def _write_soon(self) -> None:
         try:
             while self._failure is None and (self._events or self._progress != Progress()):
+                self._hurry.clear()
                 await self._write()
-                if self._ending.is_set():
+                if self._is_ending:
                     break
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_PAUSE_S if self._has_followers else _PAUSE_WITHOUT_FOLLOWERS_S):
-                        await self._ending.wait()
+                        await self._hurry.wait()
         finally:
             self._writing = None
 

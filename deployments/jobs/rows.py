@@ -9,9 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, and_, bindparam, insert, select, update
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Integer,
+    Row,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from deployments.jobs.job import Job, JobEvent, JobsError, JobState, Lane, LeaseLost, NewJob, Outcome, check_transition
@@ -150,9 +165,31 @@ def end(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_m
     )
 
 
-def event_of(row: Row[Any]) -> JobEvent:
-    """The event that a row of the table holds."""
-    return JobEvent(**row._mapping)
+def events_after(connection: Connection, cursors: Mapping[str, int], limit: int) -> list[JobEvent]:
+    """Events of several jobs, behind the last one that is known of each; in order of each job.
+
+    Args:
+        connection: in a transaction.
+        cursors: id of a job -> number of that event.
+        limit: at most so many.
+    """
+    query = _later_events(connection.dialect.name == "sqlite")
+    found = connection.execute(query, {"cursors": dict(cursors), "most": limit})
+    return [JobEvent(**row._mapping) for row in found]
+
+
+@cache
+def _later_events(is_sqlite: bool) -> Select[*tuple[Any, ...]]:
+    """The cursors are one parameter, however many they are."""
+    unfold = func.json_each if is_sqlite else func.json_each_text
+    cursors = unfold(bindparam("cursors", type_=JSON)).table_valued("key", "value")
+    return (
+        select(JOB_EVENTS)
+        .join(cursors, JOB_EVENTS.c.job_id == cursors.c.key)
+        .where(JOB_EVENTS.c.seq > cast(cursors.c.value, Integer))
+        .order_by(JOB_EVENTS.c.job_id, JOB_EVENTS.c.seq)
+        .limit(bindparam("most"))
+    )
 
 
 def put(connection: Connection, table: Table, **values: Any) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-from sqlalchemy import and_, delete, func, or_, select, tuple_, update
+from sqlalchemy import delete, func, select, tuple_, update
 
 from cosmos3_core.errors import RequestError
 from deployments.jobs import claims, queue, waiting
@@ -29,13 +28,11 @@ from deployments.jobs.job import (
 )
 from deployments.jobs.keys import KeyLimits, KeyStore
 from deployments.jobs.queue import Ahead, ClassLoad, QueueLimits, QueueLoad
-from deployments.jobs.rows import change, end, event_of, find, job_of, leased
-from deployments.jobs.schema import JOB_EVENTS, JOBS, RUNNERS
+from deployments.jobs.rows import change, end, events_after, find, job_of, leased
+from deployments.jobs.schema import JOBS, RUNNERS
 
 __all__ = ["Ahead", "ClassLoad", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
 
-# Jobs in one query for events: SQLite's expressions have a bounded depth.
-_MAX_CURSORS = 200
 # Ended jobs that one transaction of a sweep removes, with up to 10,000 events each, and one sweep.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
 _CANCELLED = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
@@ -182,14 +179,8 @@ class JobStore:
             cursors: id of a job -> number of the last event that is known of it.
             limit: at most so many.
         """
-        found: list[JobEvent] = []
-        remaining = iter(cursors.items())
         with self._database.reading() as connection:
-            while len(found) < limit and (some := tuple(islice(remaining, _MAX_CURSORS))):
-                later = (and_(JOB_EVENTS.c.job_id == job_id, JOB_EVENTS.c.seq > seq) for job_id, seq in some)
-                query = select(JOB_EVENTS).where(or_(*later)).order_by(JOB_EVENTS.c.job_id, JOB_EVENTS.c.seq)
-                found += [event_of(row) for row in connection.execute(query.limit(limit - len(found)))]
-        return found
+            return events_after(connection, cursors, limit)
 
     def ahead(self, job: Job) -> Ahead:
         """What is before a job that waits; nothing where it does not wait."""
@@ -261,19 +252,11 @@ class JobStore:
             Ids of those that are not its own any more, and of those that it has to stop.
         """
         now_s = self._clock()
-        wanted = {lease.job_id: lease.lease for lease in leases}
-        kept: set[str] = set()
-        cancelling: set[str] = set()
+        held = {lease.job_id: lease.lease for lease in leases}
         with self._database.writing() as connection:
             connection.execute(update(RUNNERS).where(RUNNERS.c.runner == runner).values(seen_s=now_s))
-            for job_id in sorted(wanted):
-                this = (JOBS.c.job_id == job_id, JOBS.c.lease == wanted[job_id])
-                running = JOBS.c.state == JobState.IN_PROGRESS.value
-                statement = update(JOBS).where(*this, running).values(lease_until_s=now_s + lease_s)
-                for (is_cancelling,) in connection.execute(statement.returning(JOBS.c.is_cancelling)):
-                    kept.add(job_id)
-                    cancelling |= {job_id} if is_cancelling else set()
-        return set(wanted) - kept, cancelling
+            renewed = claims.renew(connection, held, now_s + lease_s)
+        return held.keys() - renewed.keys(), {job_id for job_id, is_cancelling in renewed.items() if is_cancelling}
 
     def record(self, lease: Lease, progress: Progress, events: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
         """Write down how far a job is.

@@ -137,6 +137,7 @@ class FakeDirector:
             attached_to=attached_to,
             previews=asked.previews,
             remixed_from=asked.remixed_from,
+            skip_guardrails=asked.skip_guardrails,
             warnings=asked.warnings,
             notes=resolved.notes,
         )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cosmos3_core.conditioning.modes import MODES
-from deployments.api.fields import ALIASES, FIELDS, Endpoint, Use, fields_table, known
+from deployments.api.fields import ALIASES, FIELDS, Endpoint, Use, fields_table, find_field, known
 from tests.api.fake_service import Api
 from tests.api.test_videos import png_url
 
@@ -26,6 +26,32 @@ def test_the_docs_have_every_field_once() -> None:
                 told = [row[column] for row in rows if f"`{written}`" in row[0] and row[column]]
                 assert told == [field.uses[endpoint].value], (endpoint, written)
     assert {f"`{alias}`" for alias in ALIASES} <= set(table.replace(",", " ").split())
+
+
+VLLM_OMNIS = """
+    prompt model input_reference input_references image_reference video_reference audio_reference control_reference
+    control_type seconds size width height num_frames fps aspect_ratio short_edge num_inference_steps guidance_scale
+    guidance_scale_2 true_cfg_scale flow_shift boundary_ratio seed negative_prompt user generate_sound sound_duration
+    num_outputs_per_prompt quality lora extra_params return_stage_metrics enable_frame_interpolation
+    frame_interpolation_exp source_video source_audio video_noise_mask max_sequence_length
+    video_codec_options use_duration_template use_resolution_template negative_metadata_mode use_system_prompt
+    condition_frame_indexes_vision condition_video_keep sound_gen audio_duration guidance_interval guardrails modalities
+    edge blur depth seg wsm control_guidance control_guidance_interval num_video_frames_per_chunk num_conditional_frames
+    num_first_chunk_conditional_frames max_frames share_vision_temporal_positions emphasize_control_in_prompt
+    show_control_condition show_input resolution image_size domain_id domain_name raw_action_dim action action_mode
+    action_chunk_size action_fps action_path view_point robot_obs observation
+""".split()
+VLLM_OMNIS_OF_IMAGES = """
+    prompt model n size response_format negative_prompt system_prompt use_system_prompt num_inference_steps
+    guidance_scale true_cfg_scale flow_shift seed generator_device lora extra_params vae_use_slicing vae_use_tiling
+    output_format output_compression return_stage_metrics layers bot_task guidance_interval user
+""".split()
+
+
+def test_no_field_of_vllm_omnis_is_unknown() -> None:
+    for endpoint in Endpoint:
+        for name in VLLM_OMNIS_OF_IMAGES if endpoint is Endpoint.IMAGES else VLLM_OMNIS:
+            find_field(name, None, endpoint)
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)

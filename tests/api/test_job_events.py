@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 from typing import Any
 
@@ -144,6 +145,40 @@ def test_without_followers_nobody_asks_the_database(api: Api, monkeypatch: pytes
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     api.run(come_and_go())
+
+
+def test_who_has_the_last_event_gets_no_more(api: Api) -> None:
+    told = api.created()
+    last = api.completed(api.claimed(), None).last_seq
+
+    async def follow() -> None:
+        assert [event async for event in api.service.feed.follow(told["id"], last, 60.0)] == []
+        await idle(api)
+
+    api.run(follow())
+
+
+def test_nobodys_request_is_behind_the_looks(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would stop them with the request of the first who followed."""
+    told, inside = api.created(), contextvars.ContextVar("inside", default=False)
+    seen, get = [], api.store.get
+
+    def looked(*arguments: Any) -> Any:
+        seen.append(inside.get())
+        return get(*arguments)
+
+    monkeypatch.setattr(api.store, "get", looked)
+
+    async def follow() -> None:
+        inside.set(True)
+        events = api.service.feed.follow(told["id"], 0, 60.0)
+        await anext(events)
+        await events.aclose()
+        await idle(api)
+
+    api.run(follow())
+    assert seen
+    assert not any(seen)
 
 
 def test_one_look_serves_all(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

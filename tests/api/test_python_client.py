@@ -31,10 +31,13 @@ class Desk(JobDesk):
     """What the Director does about jobs, without a runner."""
 
     def __init__(self, api: Api) -> None:
-        parts = SimpleNamespace(
-            store=api.store, media=api.media, feed=api.service.feed, job_objects=api.service.objects
+        self._parts = SimpleNamespace(  # type: ignore[assignment]
+            store=api.store,
+            media=api.media,
+            feed=api.service.feed,
+            job_objects=api.service.objects,
+            upkeep=SimpleNamespace(remove_files=lambda job: None),
         )
-        self._parts = SimpleNamespace(**vars(parts), remove_files=lambda job: None)  # type: ignore[assignment]
         self.submit = api.director._submit
         self.remix = api.director._remix
 

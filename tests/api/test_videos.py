@@ -228,6 +228,16 @@ def test_a_remix_needs_a_prompt_and_nothing_else(body: dict[str, Any], api: Api)
     assert error["param"] == ("seed" if "seed" in body else "prompt")
 
 
+def test_a_remix_may_no_more_than_a_new_request(make_api: Any) -> None:
+    api = make_api(may_disable_guardrails=True)
+    told = api.created({"prompt": "a", "guardrails": False, "service_class": "batch"})
+    api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
+    api.service.may_disable_guardrails, api.service.classes = False, ("standard",)
+    api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
+    asked = [(asked.skip_guardrails, asked.service_class) for _, asked in api.director.asked]
+    assert asked == [(True, "batch"), (True, "batch"), (False, "standard")]
+
+
 def test_an_idempotency_key_gives_the_same_job(api: Api) -> None:
     headers = {"Idempotency-Key": "once"}
     told = api.created({"prompt": "a"}, headers=headers)

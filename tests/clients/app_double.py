@@ -59,6 +59,8 @@ class App:
         followed: from which event on each connection to events began.
         stopped: ids of videos that were cancelled or whose caller has left.
         calls: number of calls.
+        delay_s: of answers over HTTP.
+        num_left: connections to events that have ended, or were left.
     """
 
     def __init__(self) -> None:
@@ -74,6 +76,8 @@ class App:
         self.followed: list[int] = []
         self.stopped: list[str] = []
         self.calls = 0
+        self.delay_s = 0.0
+        self.num_left = 0
         self.may_go_on = False
         self.videos: dict[str, dict[str, Any]] = {}
         self.stories: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -191,6 +195,7 @@ class App:
             return httpx.Response(answer.status_code, headers=dict(answer.headers), stream=Body(in_parts(answer.body)))
 
     async def _answer(self, request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(self.delay_s)
         if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
             raise Refusal(401, "invalid_api_key", "the API key is missing or wrong")
         self.check()
@@ -273,6 +278,8 @@ class App:
         except RayActorError:
             yield b"id: 999\nevent: step\nda"
             raise httpx.RemoteProtocolError("peer closed connection without sending complete message body") from None
+        finally:
+            self.num_left += 1
 
     # Over handles
 
@@ -406,7 +413,10 @@ class Director:
             async for seq, kind, data in self._app.followers(job_id, after):
                 yield SimpleNamespace(seq=seq, kind=kind, data={} if kind in FINAL else data)
 
-        return StreamResponse(items(), lambda: None)
+        def left() -> None:
+            self._app.num_left += 1
+
+        return StreamResponse(items(), left)
 
     def _stream(self, request: GenerationRequest, asked: Asked, timeout_s: float) -> StreamResponse:
         app = self._app

@@ -30,6 +30,7 @@ from deployments.clients.events import (
     Step,
     VideoEvent,
 )
+from deployments.guardrails.errors import ContentBlocked, GuardrailUnavailable
 from deployments.jobs.job import IdempotencyConflict, JobCancelled, JobsError
 from tests.clients.app_double import STORY, WAIT, App
 from tests.clients.conftest import InLoop, connected
@@ -366,13 +367,14 @@ def test_who_gives_up_waiting_stops_the_work(call: str, client: Any, app: App) -
     assert len(app.stopped) == 1
 
 
-@pytest.mark.parametrize("how", ["close", "leave", "break off", "drop"])
+@pytest.mark.parametrize("how", ["close", "close at once", "leave", "break off", "drop", "drop at once"])
 def test_leaving_a_stream_stops_the_work(how: str, client: Any, app: App) -> None:
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
     stream = client.stream(REQUEST)
-    assert next(stream).kind == "queued"
+    if "at once" not in how:
+        assert next(stream).kind == "queued"
     assert app.stopped == []
-    if how == "close":
+    if how.startswith("close"):
         stream.close()
         assert list(stream) == []
     elif how == "leave":
@@ -386,7 +388,7 @@ def test_leaving_a_stream_stops_the_work(how: str, client: Any, app: App) -> Non
         del event, stream
     else:
         del stream
-    if how in ("break off", "drop"):
+    if how.startswith(("break off", "drop")):
         assert eventually(lambda: app.stopped or _turn(client))
     assert len(app.stopped) == 1
 
@@ -413,8 +415,9 @@ def test_leaving_events_leaves_the_video_alone(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     events = client.events(video_id)
     next(events)
+    assert app.num_left == 0
     events.close()
-    assert app.stopped == []
+    assert (app.num_left, app.stopped) == (1, [])
 
 
 # Errors
@@ -431,6 +434,8 @@ def test_leaving_events_leaves_the_video_alone(client: Any, app: App) -> None:
         (StageFailed("encode", 3, "died"), StageFailed),
         (OutOfMemory("of 1 GiB"), OutOfMemory),
         (IdempotencyConflict("once"), IdempotencyConflict),
+        (ContentBlocked("prompt"), ContentBlocked),
+        (GuardrailUnavailable("prompt"), Unavailable),
         (GangFailed("step", "died", 2), Unavailable),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

@@ -96,6 +96,7 @@ def test_a_client_that_is_dropped_ends_its_thread_and_what_it_follows(way: str, 
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
     for event in Cosmos3Client(connected(app, way)).stream(GenerationRequest(prompt="a")):
         if event.kind == "step":
+            app.delay_s = 0.05
             break
     deadline_s = time.monotonic() + DEADLINE_S
     while num_threads() > before and time.monotonic() < deadline_s:

@@ -77,7 +77,7 @@ def test_the_rules_find_what_they_look_for(planted, rule, path, code):
     "module",
     [
         *("app", "director", "walk", "ingress", "prompt_tokenizer", "mp4_encoder", "transformer", "video_vae"),
-        *("audio_vae", "client", "http_client"),
+        *("audio_vae", "client", "http_client", "guardrail", "job_desk", "acceptance", "api.app", "jobs.store"),
     ],
 )
 def test_importing_a_deployment_loads_no_torch(module):
@@ -85,7 +85,7 @@ def test_importing_a_deployment_loads_no_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
-DEPLOYMENTS = ("director", "ingress", "mp4_encoder", "prompt_tokenizer", "transformer", "video_vae", "audio_vae")
+DEPLOYMENTS = ("director", "ingress", "mp4_encoder", "prompt_tokenizer", "transformer", "video_vae", "audio_vae", "guardrail")
 
 
 def test_deployments_are_thin(product):

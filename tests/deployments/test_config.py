@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
+from deployments.director_parts import Handles
 from deployments.media_store import MediaSpec
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
@@ -43,6 +44,11 @@ KEYS = {
         "model_name",
         "http",
         "media",
+        "jobs",
+        "logging",
+        "auth",
+        "remote_media",
+        "guardrails",
         "ingress",
         "director",
         "tokenizer",
@@ -51,11 +57,42 @@ KEYS = {
         "vae",
         "audio",
         "encoder",
+        "guardrail",
     },
-    "http": {"host", "port", "max_body_bytes", "max_bodies_bytes", "request_timeout_s", "drain_timeout_s"},
-    "media": {"directory", "max_bytes", "keep_s"},
+    "http": {
+        "host",
+        "port",
+        "max_body_bytes",
+        "max_bodies_bytes",
+        "request_timeout_s",
+        "drain_timeout_s",
+        "cors_origins",
+    },
+    "media": {"directory", "archive", "max_bytes", "keep_s"},
+    "jobs": {
+        "database",
+        "max_running_images",
+        "max_running_videos",
+        "max_queued",
+        "max_queued_per_key",
+        "max_running_per_key",
+        "classes",
+        "keep_s",
+        "max_kept",
+        "run_timeout_s",
+        "lease_s",
+        "max_attempts",
+        "checkpoint_period_s",
+        "poll_s",
+        "max_followers",
+    },
+    "logging": {"encoding", "level"},
+    "auth": {"enabled"},
+    "remote_media": {"enabled", "hosts", "schemes", "max_bytes", "timeout_s", "max_redirects"},
+    "guardrails": {"adapter", "options", "clients_may_disable", "text_timeout_s", "frames_timeout_s"},
+    "guardrail": STAGE,
     "ingress": STAGE,
-    "director": STAGE | {"max_requests", "max_attempts", "chunk_window"},
+    "director": STAGE | {"max_attempts", "chunk_window"},
     "tokenizer": STAGE,
     "transformer": GANG
     | {
@@ -130,7 +167,13 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"media": {"max_bytes": 0}}, "media.max_bytes="),
         ({"media": {"path": "x"}}, "media.path: no such key"),
         ({"media": {"keep_s": 600}}, "media.keep_s=600 is below http.request_timeout_s=3600: the file of a request"),
-        ({"http": {"request_timeout_s": 3601}}, "media.keep_s=3600 is below http.request_timeout_s=3601"),
+        ({"http": {"request_timeout_s": 86401}}, "media.keep_s=86400 is below http.request_timeout_s=86401"),
+        ({"media": {"keep_s": 7199}}, "media.keep_s=7199 is below jobs.run_timeout_s=7200"),
+        ({"jobs": {"classes": {"batch": 1}}}, "classes needs 'standard'"),
+        ({"jobs": {"classes": {"standard": 0}}}, "classes need a share above 0"),
+        ({"jobs": {"keep_s": 60}}, "keep_s=60 is below run_timeout_s=7200"),
+        ({"remote_media": {"enabled": True}}, "enabled needs hosts"),
+        ({"remote_media": {"schemes": ["file"]}}, "schemes are http and https; given are ['file']"),
         ({"transformer": {"max_jobs": 32}}, "max_ongoing_requests=64 must exceed 2 * max_jobs = 64"),
         ({"unguided": {"dtype": "float16"}}, "transformer and unguided need the same device and dtype"),
         ({"transformer": {"device": "cuda:1", "gpus_per_rank": 1}}, "Ray decides which card a rank gets; say cuda"),
@@ -224,19 +267,23 @@ def _deployments(application: Any) -> list[Any]:
     bound = application._bound_deployment
     found = [bound]
     for argument in bound.init_args:
-        if hasattr(argument, "_bound_deployment"):
-            found += _deployments(argument)
+        for handle in vars(argument).values() if isinstance(argument, Handles) else [argument]:
+            if hasattr(handle, "_bound_deployment"):
+                found += _deployments(handle)
     return found
 
 
 def test_every_process_opens_the_store_itself(tiny_nano: Path, tmp_path: Path) -> None:
     from deployments.app import build_app
 
-    media = {"directory": str(tmp_path / "media"), "max_bytes": 7, "keep_s": 4000}
+    media = {"directory": str(tmp_path / "media"), "max_bytes": 7, "keep_s": 7200}
     app = build_app(AppConfig.parse({"checkpoint": tiny_nano, "media": media}))
-    bound = {it.name: [spec for spec in it.init_args if isinstance(spec, MediaSpec)] for it in _deployments(app)}
+    bound = {}
+    for deployment in _deployments(app):
+        specs = [getattr(argument, "media", argument) for argument in deployment.init_args]
+        bound[deployment.name] = [spec for spec in specs if isinstance(spec, MediaSpec)]
     directory = tmp_path / "media"
-    spec = MediaSpec(directory, 7, 4000)
+    spec = MediaSpec(directory, 7, 7200)
     expected = {name: [spec] for name in ("Ingress", "Director", "Mp4Encoder")}
     assert {name: specs for name, specs in bound.items() if specs} == expected
     assert not directory.exists(), "where they run, not where they are started from"

@@ -117,6 +117,15 @@ def test_a_wrong_password_is_said_without_it(postgres_url: str) -> None:
         Database(postgres_url.removesuffix("postgres") + "nowhere")
 
 
+def test_whatever_fails_nobody_reads_the_password(tmp_path: Path) -> None:
+    opened = Database(sqlite_url(tmp_path))
+    opened._secrets = (SECRET,)
+    with pytest.raises(JobsError) as caught, opened.reading():
+        raise sqlite3.OperationalError(f"nothing at u:{SECRET}@h\nnor there")
+    assert str(caught.value).endswith("jobs.sqlite3 failed: nothing at u:***@h nor there")
+    opened.close()
+
+
 # A file
 
 

@@ -388,12 +388,13 @@ def test_a_change_of_what_has_changed_meanwhile_is_refused(store: JobStore) -> N
 # Events
 
 
-def test_events_of_many_jobs_come_in_order_and_in_part(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_MAX_CURSORS", 8)  # in one query
+def test_events_of_many_jobs_come_in_order_and_in_part(store: JobStore) -> None:
     jobs = [store.create(new_job(), LIMITS) for _ in range(13)]
     for job in jobs:
         store.cancel(job.job_id)
     cursors = {job.job_id: 0 for job in jobs}
+    many = cursors | {new_job_id(): 0 for _ in range(2000)}  # as many as may be followed, and more
+    assert store.events(many) == store.events(cursors)
     assert {event.job_id for event in store.events(cursors)} == cursors.keys()
     assert len(store.events(cursors, limit=7)) == 7
     assert len(store.events(cursors, limit=10)) == 10
