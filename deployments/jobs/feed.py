@@ -212,7 +212,7 @@ class EventFeed:
                 continue
             if job is None:
                 follower.put(JobEvent(job_id, 0, DELETED, {}, now_s))
-            elif False:  # it had the last one before it came
+            elif job.state.is_final and follower.seq >= job.last_seq:  # it had the last one before it came
                 follower.end()
             elif place.position not in (None, follower.position):
                 told = {"position": place.position, "eta_s": eta_s}
