@@ -27,7 +27,6 @@ from cluster.video_vae_rank import VideoVAESpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.parallel.layout import Layout
-from deployments.api.auth import auth_required
 from deployments.api.service import IngressSpec
 from deployments.audio_vae import AudioVAE
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
@@ -35,7 +34,7 @@ from deployments.director import Director
 from deployments.director_parts import DirectorSpec, Handles
 from deployments.guardrail import Guardrails
 from deployments.ingress import Ingress
-from deployments.jobs.database import database_url
+from deployments.jobs.database import DatabaseSpec
 from deployments.media_store import MediaSpec
 from deployments.mp4_encoder import Mp4Encoder
 from deployments.prompt_tokenizer import PromptTokenizer
@@ -75,7 +74,7 @@ def build_app(config: AppConfig) -> serve.Application:
         chunk_window=config.director.chunk_window,
         request_timeout_s=config.http.request_timeout_s,
         media=media,
-        database_url=database_url(config),
+        database=DatabaseSpec.of(config),
         jobs=config.jobs,
         guardrails=config.guardrails,
     )
@@ -89,11 +88,12 @@ def build_app(config: AppConfig) -> serve.Application:
         is_sound_offered=audio is not None,
         http=config.http,
         media=media,
-        database_url=database_url(config),
+        database=DatabaseSpec.of(config),
         jobs=config.jobs,
-        needs_keys=auth_required(config.auth.enabled, config.http.host),
+        needs_keys=config.auth.enabled,
         remote_media=config.remote_media,
-        may_disable_guardrails=config.guardrails.clients_may_disable,
+        has_guardrails=config.guardrails.adapter is not None,
+        may_disable_guardrails=config.guardrails.clients_may_disable or config.guardrails.adapter is None,
     )
     return _deployment("Ingress", Ingress, config, config.ingress).options(**longest).bind(ingress_spec, director)
 

@@ -23,11 +23,14 @@ import ray
 from ray import serve
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from deployments.api.auth import auth_required, check_keys
 from deployments.app import build_app
 from deployments.capacity import Resources, missing, needed, out_of_reach
 from deployments.clients.errors import UnreachableError
 from deployments.config import AppConfig
 from deployments.http_client import get
+from deployments.jobs.database import DatabaseSpec
+from deployments.jobs.store import JobStore
 from deployments.ray_session import (
     RAY_FAILURES,
     LostError,
@@ -41,6 +44,7 @@ from deployments.ray_session import (
     ray_session,
     reason,
 )
+from deployments.serve_http import http_in_force
 from deployments.service_config import Http
 
 _POLL_S = 0.1
@@ -140,13 +144,15 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
         tell: takes lines about the progress.
 
     Raises:
-        Cosmos3Error: the checkpoint or the layout cannot be used; found before anything is started.
+        Cosmos3Error: the checkpoint or the layout cannot be used, or nobody would be let in; found before anything is
+            started.
         StartError: anything else; see the class.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a second one also while requests are being finished.
     """
     start_s = time.monotonic()
     config = config.model_copy(update={"checkpoint": CheckpointLayout.open(config.checkpoint).directory})
     needs = needed(config)
+    _check_access(config, tell)
     with ray_session(placement):
         room = Room(placement)
         if not can_grow() and (lack := out_of_reach(config, nodes())):
@@ -162,6 +168,24 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
             yield RunningApp(config.name, url, address, time.monotonic() - start_s, patience)
 
 
+def _check_access(config: AppConfig, tell: Callable[[str], None]) -> None:
+    """Who will be let in, as far as that can be told here; the Ingress looks again, where Serve really listens.
+
+    Raises:
+        NoKeys: nobody.
+        JobsError, MediaStoreError: the keys cannot be read.
+    """
+    host = config.http.host
+    if auth_required(config.auth.enabled, host):
+        store = JobStore.open(DatabaseSpec.of(config).resolved())
+        try:
+            check_keys(store.keys, host)
+        finally:
+            store.close()
+    elif auth_required(None, host):
+        tell(f"auth.enabled is false and http.host is {host}: whoever reaches the port may use the app")
+
+
 @contextmanager
 def _serve(http: Http, placement: Placement, patience: Patience, tell: Callable[[str], None]) -> Iterator[str]:
     """A running Serve, found or started; yields the URL of its HTTP side."""
@@ -169,7 +193,7 @@ def _serve(http: Http, placement: Placement, patience: Patience, tell: Callable[
         status = serve.status()
     head = _head_elsewhere()
     if status.proxies or status.applications:
-        found = _http_in_force()
+        found = http_in_force()
         if http.port and found != (http.host, http.port):
             tell(f"Serve runs there already, at {found[0]}:{found[1]}; http.host and http.port change nothing")
         yield _url(*found, head)
@@ -222,13 +246,6 @@ def _stop(call: Callable[[], None], patience: Patience) -> None:
         in_time(patience.stop_s),
     ):
         call()
-
-
-def _http_in_force() -> tuple[str, int]:
-    """Host and port of the Serve that was found; they cannot be changed while it runs."""
-    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    options = ray.get(controller.get_http_config.remote(), timeout=_STATUS_S)
-    return options.host, options.port
 
 
 def _url(host: str, port: int, head: str) -> str:

@@ -19,6 +19,7 @@ from deployments.clip_closer import ClipCloser
 from deployments.guardrail_calls import PromptCheck
 from deployments.jobs.asked import Asked
 from deployments.jobs.cost import CostModel
+from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, new_job_id
@@ -44,7 +45,7 @@ class DirectorSpec:
         chunk_window: decoded chunks of a clip that may exist before they are encoded.
         request_timeout_s: of requests whose caller waits, and that name none.
         media: of the store where files go.
-        database_url: of jobs.
+        database: of jobs.
         jobs, guardrails: the configuration's sections.
     """
 
@@ -54,7 +55,7 @@ class DirectorSpec:
     chunk_window: int
     request_timeout_s: float
     media: MediaSpec
-    database_url: str
+    database: DatabaseSpec
     jobs: Jobs
     guardrails: Guardrails
 
@@ -96,7 +97,7 @@ class DirectorParts:
         """
         layout = CheckpointLayout.open(spec.checkpoint)
         media = spec.media.open()
-        store = JobStore.open(spec.database_url)
+        store = JobStore.open(spec.database.resolved())
         files = JobFiles(media.directory, spec.media.archive)
         # Configured once: every differently configured handle has a router of its own.
         names = ("transformer", "vae", "encoder", "unguided", "audio", "guardrail")

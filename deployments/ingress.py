@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,6 +12,9 @@ from ray import serve
 from deployments.api.app import build_api
 from deployments.api.service import IngressSpec, Service
 from deployments.readiness import Readiness
+from deployments.serve_http import http_in_force
+
+_NUM_THREADS = 32
 
 
 def _api() -> FastAPI:
@@ -29,8 +34,12 @@ class Ingress:
         service: what the API works with.
     """
 
-    def __init__(self, spec: IngressSpec, director: Any) -> None:
-        self.service = Service.open(spec, director, Readiness())
+    async def __init__(self, spec: IngressSpec, director: Any) -> None:  # type: ignore[misc] # Serve awaits it
+        # What the API asks the database and the disk for; asyncio's own default is by the number of cores.
+        executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ingress")
+        asyncio.get_running_loop().set_default_executor(executor)
+        host, _ = await asyncio.to_thread(http_in_force)
+        self.service = await asyncio.to_thread(Service.open, spec, director, Readiness(), host)
 
     async def drain(self) -> None:
         """Say so at /ready: whoever balances the load sends no more. The Director refuses new requests."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 from cosmos3_core import checks
 from cosmos3_core.errors import RequestError
+from deployments.api.variants import made_variant
+from deployments.api.video_content import ACTION, VARIANTS, VIDEO
 from deployments.director_parts import DirectorParts
-from deployments.jobs.job import Job, JobEvent
+from deployments.jobs.job import Job, JobEvent, JobState
 from deployments.jobs.store import Page
+from deployments.media_record import DONE, MediaRecord
+from deployments.media_store import MediaStore
 from deployments.threads import in_thread
 
 MAX_PART_BYTES = 4 * 2**20
@@ -72,16 +78,46 @@ class JobDesk:
             async for event in events:
                 yield event
 
-    async def read(self, job_id: str, start: int, num_bytes: int, owner: str = "") -> bytes:
-        """A part of a finished job's file, as long as it is kept; empty behind its end.
+    async def read(self, job_id: str, start: int, num_bytes: int, owner: str = "", variant: str = VIDEO) -> bytes:
+        """A part of what a finished job has made, as long as it is kept; empty behind its end.
 
         Any Director of the app can be asked: whoever reads asks for part after part, and holds nobody up by being slow.
 
+        Args:
+            job_id: of the job.
+            start: first byte.
+            num_bytes: at most so many; up to 4 MiB.
+            owner: whose job it is.
+            variant: as of ``GET /v1/videos/{id}/content``.
+
         Raises:
-            RequestError: there is no such file, or not any more; or ``num_bytes`` is too large.
+            RequestError: there is no such file, or not any more; or a value is out of range.
+            Refusal: there is no such variant of it, or not yet.
+            MediaError: it cannot be read.
         """
+        start = checks.integer("start", start, 0, sys.maxsize)
         num_bytes = checks.integer("num_bytes", num_bytes, 1, MAX_PART_BYTES)
+        checks.choice("variant", variant, VARIANTS)
         job = await self.job(job_id, owner)
-        if job is None or not job.media_id:
-            raise RequestError("video_id", job_id, "the id of a video with a finished file, as long as it is kept")
-        return await asyncio.to_thread(self._parts.media.read, job.media_id, start, num_bytes)
+        if job is None or job.state is not JobState.COMPLETED:
+            raise _no_file(job_id)
+        if variant == ACTION:
+            told = (await self._parts.job_objects.of(job))["action"]
+            return b"" if told is None else json.dumps(told).encode()[start : start + num_bytes]
+        media = self._parts.media
+        record = await asyncio.to_thread(media.find, job.media_id)
+        if record is None or record.state != DONE:
+            raise _no_file(job_id)
+        if variant != VIDEO:
+            record = await made_variant(media, record, variant)
+        return await in_thread(_part, media, record, start, num_bytes)
+
+
+def _no_file(job_id: str) -> RequestError:
+    return RequestError("video_id", job_id, "the id of a video with a finished file, as long as it is kept")
+
+
+def _part(media: MediaStore, record: MediaRecord, start: int, num_bytes: int) -> bytes:
+    with media.open(record) as file:
+        file.seek(start)
+        return file.read(num_bytes)

@@ -43,11 +43,11 @@ def run(options: argparse.Namespace) -> int:
         RequestError: something that was given is out of range, or there is no such key.
         ConfigError, JobsError, MediaStoreError: the database cannot be found or used.
     """
-    from deployments.jobs.database import database_url
+    from deployments.jobs.database import DatabaseSpec
     from deployments.jobs.keys import KeyStore
 
     config = config_of(options, {"jobs.database": options.database, **_NO_CHECKPOINT})
-    keys = KeyStore.open(database_url(config))
+    keys = KeyStore.open(DatabaseSpec.of(config).resolved())
     try:
         if options.action == "add":
             _add(options, config, keys)

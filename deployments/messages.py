@@ -70,9 +70,7 @@ class RequestContext:
         return _arrived, (self.request_id, self.job_id, self.run_id, left_s, self.limit_s, self.attempt)
 
 
-def _arrived(
-    request_id: str, job_id: str, run_id: str, left_s: float, limit_s: float, attempt: int
-) -> RequestContext:
+def _arrived(request_id: str, job_id: str, run_id: str, left_s: float, limit_s: float, attempt: int) -> RequestContext:
     return RequestContext(request_id, job_id, run_id, time.monotonic() + left_s, limit_s, attempt)
 
 
@@ -164,9 +162,7 @@ class Accepted:
     @classmethod
     def of(cls, job: Job) -> Accepted:
         """Of a job that was accepted by this process."""
-        return cls(
-            job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid()
-        )
+        return cls(job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from starlette.datastructures import Headers
 
 from cluster.errors import OverloadedError
+from cosmos3_core.errors import Cosmos3Error
 from deployments.api.errors import Refusal
 from deployments.jobs.keys import ApiKey, KeyLimits, KeyStore
 from deployments.service_config import DEFAULT_CLASS
@@ -63,6 +64,28 @@ def auth_required(configured: bool | None, host: str) -> bool:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:
         return True  # a name: whoever can look it up may reach it
+
+
+class NoKeys(Cosmos3Error):
+    """Requests need a key, and nobody has one; says what to do."""
+
+
+def check_keys(keys: KeyStore, host: str) -> None:
+    """See to it that somebody can use an app that asks for keys.
+
+    Args:
+        keys: of its database.
+        host: that it listens at.
+
+    Raises:
+        NoKeys: there is none, or all are revoked.
+        JobsError: the database cannot be used.
+    """
+    if all(key.revoked_s is not None for key in keys.list()):
+        raise NoKeys(
+            f"requests need an API key where http.host={host}, and there is none. Make one with `cosmos3 keys add "
+            "NAME` and the same --config and --set; or let in whoever reaches the port, with --set auth.enabled=false"
+        )
 
 
 class Auth:

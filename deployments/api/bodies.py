@@ -13,7 +13,7 @@ from typing import Any
 
 from cosmos3_core import checks
 from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE, Actions
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.image import IMAGE_KINDS
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.preview import MAX_PREVIEWS
@@ -44,12 +44,14 @@ class BodyRules:
         model_name: of the served model.
         classes: that the caller may wait in.
         default_class: of bodies that name none.
-        may_disable_guardrails: whether a caller may.
+        has_guardrails: whether anything is looked at.
+        may_disable_guardrails: whether a caller may do without.
     """
 
     model_name: str
     classes: tuple[str, ...]
     default_class: str = DEFAULT_CLASS
+    has_guardrails: bool = False
     may_disable_guardrails: bool = False
 
 
@@ -161,6 +163,9 @@ def _wishes(body: Given, rules: BodyRules) -> Wishes:
     if given.get("model", rules.model_name) != rules.model_name:
         raise RequestError("model", start_of(given["model"]), f"{rules.model_name!r}, the one that is served")
     guardrails = checks.flag("guardrails", given.get("guardrails", True))
+    if guardrails and not rules.has_guardrails and "guardrails" in given:
+        hint = "Nothing is looked at here: the operator has not configured any."
+        raise CapabilityError("guardrails", True, "false, or nothing", hint)
     if not guardrails and not rules.may_disable_guardrails:
         hint = "The operator of this service does not let clients turn them off."
         raise RequestError("guardrails", False, "true, or nothing", hint)

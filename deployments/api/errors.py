@@ -16,6 +16,7 @@ from deployments.errors import typed
 from deployments.guardrails.errors import ContentBlocked, GuardrailUnavailable
 from deployments.jobs.job import IdempotencyConflict, JobCancelled, JobsError
 from deployments.media_store import MediaStoreError
+from deployments.metrics import metrics
 
 
 class Refusal(Cosmos3Error):
@@ -80,6 +81,8 @@ def error_response(error: BaseException) -> JSONResponse:
     if isinstance(error, Refusal):
         return _response(error.status, error.code, str(error), error.headers)
     status, _ = _meaning(error)
+    if isinstance(error, OverloadedError):
+        metrics().rejected(error.what)
     extra: dict[str, Any] = {}
     if isinstance(error, RequestError):
         extra = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}

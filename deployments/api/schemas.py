@@ -159,8 +159,9 @@ def _field(name: str, field: Field, endpoint: Endpoint, service: Service, *, is_
         schema = {"type": "string", "enum": [service.model.name]}
     elif name == "service_class":
         schema = {"type": "string", "enum": list(service.classes)}
-    elif name == "guardrails" and not service.may_disable_guardrails:
-        schema = {"type": "boolean", "enum": [True]}
+    elif name == "guardrails":
+        allowed = [*([True] if service.has_guardrails else []), *([False] if service.may_disable_guardrails else [])]
+        schema = {"type": "boolean", "enum": allowed}
     elif name == "extra_params":
         _, text = schema["anyOf"]
         schema = {"anyOf": [ref(_extra_name(endpoint)), text]}

@@ -11,12 +11,13 @@ from starlette.datastructures import Headers
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.resolve import offered_modes
-from deployments.api.auth import Auth, Caller
+from deployments.api.auth import Auth, Caller, auth_required, check_keys
 from deployments.api.bodies import BodyRules
 from deployments.api.body_room import BodyRoom
 from deployments.api.given_media import RemoteFiles
 from deployments.api.job_object import JobObjects
 from deployments.api.remote_media import RemoteMedia as RemoteFetcher
+from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.store import JobStore
@@ -43,8 +44,9 @@ class IngressSpec:
         is_sound_offered: whether the app has a decoder of sound.
         http, jobs, remote_media: the configuration's sections.
         media: of the store where files are.
-        database_url: of the jobs and keys.
-        needs_keys: whether requests need an API key.
+        database: of the jobs and keys.
+        needs_keys: whether requests need an API key; None: if others than this machine reach the port.
+        has_guardrails: whether anything is looked at.
         may_disable_guardrails: whether a request may say that it does without.
     """
 
@@ -55,8 +57,9 @@ class IngressSpec:
     jobs: Jobs
     remote_media: RemoteMedia
     media: MediaSpec
-    database_url: str
-    needs_keys: bool
+    database: DatabaseSpec
+    needs_keys: bool | None
+    has_guardrails: bool
     may_disable_guardrails: bool
 
 
@@ -94,6 +97,7 @@ class Service:
         ready: tells which stages do not run yet.
         metrics_text: what Prometheus is told, and its content type.
         feed: of the jobs' events.
+        has_guardrails: whether anything is looked at.
         auth: checks API keys; None where everybody may call.
         remote_media: fetches files of other servers; None where that is off.
         room: for bodies.
@@ -113,6 +117,7 @@ class Service:
     ready: Ready
     metrics_text: Callable[[], Awaitable[tuple[str, str]]]
     feed: EventFeed
+    has_guardrails: bool = False
     auth: Auth | None = None
     remote_media: RemoteFiles | None = None
     room: BodyRoom = field(init=False)
@@ -124,24 +129,30 @@ class Service:
         self.objects = JobObjects(self.store)
 
     @classmethod
-    def open(cls, spec: IngressSpec, director: Any, ready: Ready) -> Self:
+    def open(cls, spec: IngressSpec, director: Any, ready: Ready, host: str) -> Self:
         """Of an ingress.
 
         Args:
             spec: how it works.
             director: the Director's handle.
             ready: tells which stages do not run yet.
+            host: that Serve listens at.
 
         Raises:
             CheckpointError, JobsError, MediaStoreError: the checkpoint, the database or the files cannot be used.
+            NoKeys: requests need a key, and there is none.
         """
         layout = CheckpointLayout.open(spec.checkpoint)
         modes = offered_modes(layout, is_sound_offered=spec.is_sound_offered)
-        media, store = spec.media.open(), JobStore.open(spec.database_url)
+        media, store = spec.media.open(), JobStore.open(spec.database.resolved())
+        needs_keys = auth_required(spec.needs_keys, host)
+        if needs_keys:
+            check_keys(store.keys, host)
         return cls(
             model=ServedModel(spec.model_name or layout.name, layout.family, modes, time.time()),
             http=spec.http,
             classes=tuple(spec.jobs.classes),
+            has_guardrails=spec.has_guardrails,
             may_disable_guardrails=spec.may_disable_guardrails,
             store=store,
             files=JobFiles(media.directory, spec.media.archive),
@@ -152,7 +163,7 @@ class Service:
             ready=ready,
             metrics_text=metrics_text,
             feed=EventFeed(store, spec.jobs.max_followers),
-            auth=Auth(store.keys) if spec.needs_keys else None,
+            auth=Auth(store.keys) if needs_keys else None,
             remote_media=RemoteFetcher(spec.remote_media) if spec.remote_media.enabled else None,
         )
 
@@ -168,4 +179,10 @@ class Service:
         """What a caller's bodies may say."""
         allowed = self.classes if caller.classes is None else caller.classes
         classes = tuple(name for name in self.classes if name in allowed)
-        return BodyRules(self.model.name, classes, caller.service_class, self.may_disable_guardrails)
+        return BodyRules(
+            model_name=self.model.name,
+            classes=classes,
+            default_class=caller.service_class,
+            has_guardrails=self.has_guardrails,
+            may_disable_guardrails=self.may_disable_guardrails,
+        )

@@ -60,13 +60,23 @@ async def variant_answer(
         record = await asyncio.to_thread(found_record, media, media_id)
         if record.state != DONE:
             raise not_ready()
-        return finished_answer(media, await _made(media, record, variant), method, headers)
+        return finished_answer(media, await made_variant(media, record, variant), method, headers)
     except Refusal as refusal:
         return error_response(refusal)
 
 
-async def _made(media: MediaStore, record: MediaRecord, name: str) -> MediaRecord:
-    """Of the variant's file."""
+async def made_variant(media: MediaStore, record: MediaRecord, name: str) -> MediaRecord:
+    """The record of a variant's file, which is made if it is not there.
+
+    Args:
+        media: where the file is.
+        record: of the file, which is done.
+        name: one of :data:`VARIANTS`.
+
+    Raises:
+        Refusal: there is no such variant of this file, or not yet.
+        MediaError: it cannot be made, or not be written or read.
+    """
     if name == _AUDIO and record.media_type == _WAV:
         return record
     variant, media_types = _VARIANTS.get(name, (None, frozenset[str]()))

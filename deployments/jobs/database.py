@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from sqlite3 import Error as SQLiteError
@@ -55,23 +56,41 @@ _ADVICE = {
 }
 
 
-def database_url(config: AppConfig) -> str:
-    """Where an app's jobs are: the key jobs.database, else a SQLite file in the directory of its media.
+@dataclass(frozen=True)
+class DatabaseSpec:
+    """Where an app's jobs are; every process opens the database itself.
 
-    Such a file is for the processes of one machine, on a local disk: SQLite's locks do not reach over a network.
-
-    Raises:
-        MediaStoreError: the directory is to be this user's own, and cannot be made.
-        JobsError: the directory cannot be made.
+    Attributes:
+        url: the key ``jobs.database``; None = a SQLite file in the directory of the app's media. Such a file is for the
+            processes of one machine, on a local disk: SQLite's locks do not reach over a network.
+        directory: of the media store; None = this user's own.
+        app_name: the file is called after it.
     """
-    if config.jobs.database is not None:
-        return config.jobs.database
-    directory = own_directory() if config.media.directory is None else config.media.directory.absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JobsError(f"{directory} cannot be made: {error}; set media.directory or jobs.database") from error
-    return URL.create("sqlite", database=str(directory / f"jobs-{config.name}.sqlite3")).render_as_string()
+
+    url: str | None = field(repr=False)  # it may hold a password
+    directory: Path | None
+    app_name: str
+
+    @classmethod
+    def of(cls, config: AppConfig) -> DatabaseSpec:
+        """Of a configuration."""
+        return cls(config.jobs.database, config.media.directory, config.name)
+
+    def resolved(self) -> str:
+        """SQLAlchemy's URL of it.
+
+        Raises:
+            MediaStoreError: the directory is to be this user's own, and cannot be made.
+            JobsError: the directory cannot be made.
+        """
+        if self.url is not None:
+            return self.url
+        directory = own_directory() if self.directory is None else self.directory.absolute()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise JobsError(f"{directory} cannot be made: {error}; set media.directory or jobs.database") from error
+        return URL.create("sqlite", database=str(directory / f"jobs-{self.app_name}.sqlite3")).render_as_string()
 
 
 class Database:

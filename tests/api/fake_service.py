@@ -224,6 +224,7 @@ class Api:
         layout: CheckpointLayout,
         *,
         needs_keys: bool = False,
+        has_guardrails: bool = True,
         may_disable_guardrails: bool = False,
         max_followers: int = 8,
         remote_media: RemoteFiles | None = None,
@@ -251,6 +252,7 @@ class Api:
             feed=EventFeed(self.store, max_followers),
             auth=Auth(self.store.keys) if needs_keys else None,
             remote_media=remote_media,
+            has_guardrails=has_guardrails,
         )
         self.app = build_api(lambda: self.service)
         self.documented = Documented(document(self.service))

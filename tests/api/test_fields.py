@@ -142,6 +142,10 @@ def test_guardrails_are_the_operators_to_turn_off(path: str, make_api: Any) -> N
     assert [asked.skip_guardrails for _, asked in strict.director.asked] == [False]
     assert [asked.skip_guardrails for _, asked in lax.director.asked] == [True, True]
     assert strict.refused("POST", path, 422, json={"prompt": "a", "guardrails": "no"})["param"] == "guardrails"
+    without = make_api(has_guardrails=False, may_disable_guardrails=True)
+    error = without.refused("POST", path, 422, json={"prompt": "a", "guardrails": True})
+    assert "has not configured any" in error["message"], "who asks for them must not believe that there are some"
+    assert without.post(path, json={"prompt": "a", "guardrails": False}).status_code == 200
 
 
 # What vLLM-Omni 0.30 gets wrong, or its users send (the request set of its recipes)

@@ -111,7 +111,9 @@ def test_what_depends_on_the_service(make_api: Callable[..., Api]) -> None:
     assert fields(strict)["service_class"]["anyOf"][0]["enum"] == list(CLASSES)
     assert fields(strict)["model"]["anyOf"][0]["enum"] == ["nano"]
     assert fields(strict)["guardrails"]["anyOf"][0]["enum"] == [True]
-    assert "enum" not in fields(lax)["guardrails"]["anyOf"][0]
+    assert fields(lax)["guardrails"]["anyOf"][0]["enum"] == [True, False]
+    without = make_api(has_guardrails=False, may_disable_guardrails=True)
+    assert fields(without)["guardrails"]["anyOf"][0]["enum"] == [False]
     assert strict.get("/openapi.json").json()["security"] == []
     assert lax.get("/openapi.json").json()["security"] == [{"apiKey": []}]
 

@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from deployments.config import AppConfig
 from deployments.jobs import database, sqlite_file
-from deployments.jobs.database import Database, database_url
+from deployments.jobs.database import Database, DatabaseSpec
 from deployments.jobs.job import JobsError
 from deployments.media_store import MediaStoreError
 
@@ -33,29 +33,34 @@ def config(**values: object) -> AppConfig:
     return AppConfig.parse({"checkpoint": "/nowhere", **values})
 
 
+def resolved(**values: object) -> str:
+    return DatabaseSpec.of(config(**values)).resolved()
+
+
 def test_jobs_are_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media = {"directory": str(tmp_path / "new" / "media")}
-    assert database_url(config(media=media, name="my.app")) == f"sqlite:///{tmp_path}/new/media/jobs-my.app.sqlite3"
+    assert resolved(media=media, name="my.app") == f"sqlite:///{tmp_path}/new/media/jobs-my.app.sqlite3"
     assert (tmp_path / "new" / "media").is_dir()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert database_url(config()) == f"sqlite:///{tmp_path}/.local/state/cosmos3/jobs-cosmos3.sqlite3"
+    assert resolved() == f"sqlite:///{tmp_path}/.local/state/cosmos3/jobs-cosmos3.sqlite3"
     url = f"postgresql+psycopg://u:{SECRET}@h/d"
-    assert database_url(config(jobs={"database": url}, media=media)) == url
+    assert resolved(jobs={"database": url}, media=media) == url
+    assert SECRET not in repr(DatabaseSpec.of(config(jobs={"database": url})))
 
 
 def test_a_strange_directory_makes_a_url_that_leads_there(tmp_path: Path) -> None:
     directory = tmp_path / "a b%2F?#é"
-    Database(database_url(config(media={"directory": str(directory)}))).close()
+    Database(resolved(media={"directory": str(directory)})).close()
     assert (directory / "jobs-cosmos3.sqlite3").is_file()
 
 
 def test_no_place_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JobsError, match="cannot be made.*set media.directory or jobs.database"):
-        database_url(config(media={"directory": str(tmp_path / "file" / "media")}))
+        resolved(media={"directory": str(tmp_path / "file" / "media")})
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     with pytest.raises(MediaStoreError, match="set media.directory"):
-        database_url(config())
+        resolved()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,19 @@
+"""Where the Serve of this Ray cluster listens. It is set when Serve is started, by whoever did that."""
+
+from __future__ import annotations
+
+import ray
+
+_ANSWER_S = 30.0
+
+
+def http_in_force() -> tuple[str, int]:
+    """Host and port; they cannot be changed while Serve runs.
+
+    Raises:
+        ValueError: no Serve runs.
+        RayError: it does not answer.
+    """
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    options = ray.get(controller.get_http_config.remote(), timeout=_ANSWER_S)
+    return str(options.host), int(options.port)
