@@ -23,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 
 from deployments.jobs import sqlite_file
 from deployments.jobs.job import JobsError
-from deployments.jobs.migrations.upgrade import is_current, upgrade
+from deployments.jobs.schema import NEWEST, VERSION_TABLE
 from deployments.media_store import own_directory
 
 if TYPE_CHECKING:
@@ -91,6 +91,14 @@ class DatabaseSpec:
         except OSError as error:
             raise JobsError(f"{directory} cannot be made: {error}; set media.directory or jobs.database") from error
         return URL.create("sqlite", database=str(directory / f"jobs-{self.app_name}.sqlite3")).render_as_string()
+
+
+def _is_newest(connection: Connection) -> bool:
+    """Whether the schema is this release's; whatever else it is, is for the migrations to find out."""
+    if not sqlalchemy.inspect(connection).has_table(VERSION_TABLE):
+        return False
+    versions = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalars().all()
+    return list(versions) == [NEWEST]
 
 
 class Database:
@@ -168,8 +176,11 @@ class Database:
 
     def _upgrade(self) -> None:
         with self.reading() as connection:
-            if is_current(connection, self.name):
+            if _is_newest(connection):
                 return
+        # Alembic takes as long to be imported as all the rest, and is seldom needed.
+        from deployments.jobs.migrations.upgrade import is_current, upgrade
+
         with self._in_words(), self._write_transaction() as connection:
             if not self.is_sqlite:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_UPGRADE_S * 1000:.0f}")

@@ -29,6 +29,9 @@ from sqlalchemy import (
 )
 
 METADATA = MetaData()
+NEWEST = "0002"
+"""The last of :mod:`deployments.jobs.migrations`, as the tables are here."""
+
 VERSION_TABLE = "schema_version"
 """Where Alembic notes which migration was the last; not its own name for it, which other programs take as well."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from deployments.jobs import database
 from deployments.jobs.database import Database
 from deployments.jobs.job import JobsError, JobState, Lane, Outcome, Progress
 from deployments.jobs.keys import KeyLimits
+from deployments.jobs.migrations import upgrade as upgrade_module
 from deployments.jobs.migrations.upgrade import upgrade
-from deployments.jobs.schema import METADATA, VERSION_TABLE
+from deployments.jobs.schema import METADATA, NEWEST, VERSION_TABLE
 from deployments.jobs.store import JobStore
 from tests.jobs.making import COMPLETED, LIMITS, claim, claimed, kinds, lease_of, new_job
 from tests.jobs.racing import race
@@ -180,7 +183,7 @@ def test_an_old_job_that_ran_is_taken_over_and_ends(old_url: str) -> None:
 
 def test_a_second_opening_changes_nothing(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     JobStore.open(old_url).close()
-    monkeypatch.setattr(database, "upgrade", lambda *_: pytest.fail("it was upgraded again"))
+    monkeypatch.setattr(upgrade_module, "upgrade", lambda *_: pytest.fail("it was upgraded again"))
     store = JobStore.open(old_url)
     assert store.fail_queued(job_id(0), "a", "b") is not None
     assert Outcome(JobState.FAILED).state is JobState.FAILED
@@ -205,7 +208,7 @@ def test_an_upgrade_that_fails_leaves_everything_as_it_was(old_url: str, monkeyp
         connection.execute(text("SELECT 1 FROM nowhere"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(database, "upgrade", broken)
+        patch.setattr(upgrade_module, "upgrade", broken)
         with pytest.raises(JobsError, match="nowhere"):
             JobStore.open(old_url)
     assert revision(old_url) == "0001"
@@ -242,3 +245,16 @@ def test_every_migration_comes_with_the_package() -> None:
     root = Path(database.__file__).parents[2]
     packages = find_namespace_packages(str(root), include=["deployments*"])
     assert {"deployments.jobs.migrations", "deployments.jobs.migrations.versions"} <= set(packages)
+
+
+def test_the_newest_migration_is_the_one_that_processes_look_for(jobs_url: str) -> None:
+    """Those that find it there do not load Alembic."""
+    scripts = sorted(Path(upgrade_module.__file__).parent.glob("versions/0*.py"))
+    assert scripts[-1].stem.partition("_")[0] == NEWEST
+    JobStore.open(jobs_url).close()
+    code = "import sys; from deployments.jobs.store import JobStore; JobStore.open(sys.argv[1])"
+    code = f"{code}; print('alembic' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, jobs_url], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout.strip() == "False"

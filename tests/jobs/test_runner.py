@@ -21,10 +21,10 @@ from cosmos3_core.request import GenerationRequest
 from deployments.acceptance import Acceptance
 from deployments.jobs import runner as runner_module
 from deployments.jobs.asked import Asked
+from deployments.jobs.checkpoints import CHECKPOINT
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobCancelled, JobState, Lane, new_job_id
-from deployments.jobs.checkpoints import CHECKPOINT
 from deployments.jobs.runner import JobRunner, RunnerSpec
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.media_store import MediaStore

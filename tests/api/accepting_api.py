@@ -1,0 +1,184 @@
+"""An API whose Director accepts for real, and which is asked in bytes: nothing in between tidies up what is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.request import GenerationRequest
+from deployments.acceptance import Acceptance
+from deployments.jobs.asked import Asked
+from deployments.jobs.cost import CostModel
+from deployments.jobs.job import Job, new_job_id
+from deployments.jobs.store import QueueLimits
+from deployments.messages import RequestContext
+from deployments.request_check import RequestCheck
+from tests.api.fake_service import CLASSES, MODEL, Api, FakeDirector
+from tests.api.safe_answers import Inside
+
+_LIMITS = QueueLimits(max_queued=100_000, max_queued_per_key=100_000, max_running_per_key=None, classes=CLASSES)
+_ANSWER_S = 60.0
+# A body without a length that grows no further is waited for no longer: of events, of a file that is being written.
+_PATIENCE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One HTTP request as it goes over the wire, or as a server hands it on.
+
+    Attributes:
+        method, target: of the request line; the target with its query, percent-encoded.
+        headers: names and values as they are.
+        body: in the pieces that come.
+    """
+
+    method: str
+    target: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    body: tuple[bytes, ...] = ()
+
+    @classmethod
+    def post(cls, target: str, content_type: str | bytes, body: bytes, *headers: tuple[bytes, bytes]) -> Sent:
+        """With a length that is right."""
+        kind = content_type if isinstance(content_type, bytes) else content_type.encode("latin-1")
+        length = (b"content-length", str(len(body)).encode())
+        return cls("POST", target, ((b"content-type", kind), length, *headers), (body,))
+
+    @property
+    def everything(self) -> bytes:
+        """All that was sent, for what an answer may repeat."""
+        told = [self.target.encode(), urllib.parse.unquote_to_bytes(self.target)]
+        return b"\n".join([*told, *(name + b": " + value for name, value in self.headers), *self.body])
+
+
+class RealAcceptance(FakeDirector):
+    """Accepts with what the Director accepts with: clips are looked at in a process of their own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check = RequestCheck(self.layout, is_sound_offered=True)
+        cost = CostModel.of(self.layout.geometry, self.layout.transformer)
+        self.acceptance = Acceptance(self.store, self.files, check, cost, MODEL, _LIMITS)
+
+    async def _submit(self, request: GenerationRequest, asked: Asked, attached_to: str | None = None) -> Job:
+        context = RequestContext.new(asked.request_id, _ANSWER_S, new_job_id())
+        job = await self.acceptance.accept(request, asked, context, attached_to)
+        self.asked.append((request, asked))
+        return job
+
+    async def _remix(self, job_id: str, prompt: str, asked: Asked) -> Job:
+        return await self._submit(*await self.acceptance.again(job_id, prompt, asked))
+
+    async def _events(self, request: GenerationRequest, asked: Asked) -> AsyncIterator[Any]:
+        job_id = ""
+        async for event in super()._events(request, asked):
+            job_id = job_id or event.job_id
+            yield event
+        self.store.delete(job_id)  # nobody runs what was waited for
+
+
+class AcceptingApi(Api):
+    """See the module.
+
+    Args:
+        directory, database, layout, options: as of :class:`Api`.
+        canary: what a file holds that no answer may have.
+
+    Attributes:
+        inside: what no answer may say.
+        num_sent: requests so far.
+    """
+
+    def __init__(
+        self, directory: Path, database: Path, layout: CheckpointLayout, *, canary: bytes = b"", **options: Any
+    ) -> None:
+        super().__init__(directory, database, layout, **options)
+        self.director = RealAcceptance(layout, self.store, self.files, self.media)
+        self.service.director = self.service.streaming = self.director
+        self.inside = Inside.of(directory, layout.directory, canary=canary)
+        self.num_sent = 0
+
+    def answer(self, sent: Sent) -> httpx.Response:
+        """What comes back; it is safe, in time, and leaves no room taken."""
+        self.num_sent += 1
+        answer: httpx.Response = self.run(_asked(self.app, sent))
+        self.inside.check(answer, sent.everything)
+        assert self.service.room.taken_bytes == 0, sent
+        return answer
+
+    def tidy(self, keep: Iterable[str] = ()) -> None:
+        """Delete all jobs but some, as if they had expired."""
+        kept = set(keep)
+        while jobs := [job for job in self._page() if job.job_id not in kept]:
+            for job in jobs:
+                self.store.delete(job.job_id)
+                self.files.remove(job.job_id)
+        self.director.asked.clear()
+        self.director.streams.clear()
+
+    def _page(self) -> tuple[Job, ...]:
+        return self.store.list("", after=None, limit=100, is_ascending=False).jobs
+
+
+async def _asked(app: Any, sent: Sent) -> httpx.Response:
+    """Ask an application, and hang up on an answer that does not go on."""
+    path, _, query = sent.target.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": sent.method,
+        "scheme": "http",
+        "path": urllib.parse.unquote(path),
+        "raw_path": path.encode("latin-1"),
+        "root_path": "",
+        "query_string": query.encode("latin-1"),
+        "headers": [(b"host", b"cosmos3"), *((name.lower(), value) for name, value in sent.headers)],
+        "client": ("127.0.0.1", 1),
+        "server": ("cosmos3", 80),
+    }
+    status, headers, body = 0, [], bytearray()
+    pieces, came, gone = list(sent.body or (b"",)), asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Any:
+        if pieces:
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal status, headers
+        if message["type"] == "http.response.start":
+            status, headers = message["status"], message["headers"]
+        else:
+            body.extend(message.get("body", b""))
+        came.set()
+
+    begun_s = time.monotonic()
+    answering = asyncio.ensure_future(app(scope, receive, send))
+    while not answering.done():
+        came.clear()
+        coming = asyncio.ensure_future(came.wait())
+        await asyncio.wait((answering, coming), timeout=_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        is_silent = not coming.done()
+        coming.cancel()
+        is_endless = status and not any(name == b"content-length" for name, _ in headers)
+        if is_endless and is_silent:
+            gone.set()  # and the answer has to end of it
+            break
+    async with asyncio.timeout(_ANSWER_S):
+        await answering
+    assert status, "there was no answer"
+    request = httpx.Request(sent.method, f"http://cosmos3{sent.target}", headers=list(sent.headers))
+    answer = httpx.Response(status, headers=headers, content=bytes(body), request=request)
+    answer.elapsed = datetime.timedelta(seconds=time.monotonic() - begun_s)
+    return answer

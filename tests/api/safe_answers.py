@@ -1,0 +1,101 @@
+"""What no answer may be, whatever was asked: a fault of the server, or a word about its inside."""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+_REPOSITORY = Path(__file__).parents[2]
+# Of stack traces, of the database and its drivers, of the readers of media; of Python's objects as they print.
+_WORDS = (
+    b"Traceback",
+    b'File "',
+    b"sqlite",
+    b"psycopg",
+    b"sqlalchemy",
+    b"SELECT ",
+    b"site-packages",
+    b"starlette",
+    b"fastapi",
+    b"ray.serve",
+    b"<none>",
+)
+_OBJECT = re.compile(rb"<[\w.]+ object at 0x[0-9a-f]+>|0x[0-9a-f]{8,16}\b")
+_LINE_OF_PASSWD = re.compile(rb"root:[^:\n]*:0:0:")
+# Names of texts, where the others have bytes of a picture, in which any word may be.
+_TEXTS = ("text/", "application/json")
+
+
+class UnsafeAnswer(AssertionError):
+    """An answer that must not be."""
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What is nobody's business outside.
+
+    Attributes:
+        words: none of which an answer may have.
+    """
+
+    words: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, *directories: Path, canary: bytes = b"") -> Inside:
+        """Of this machine and of a service on it.
+
+        Args:
+            directories: of its checkpoint, its files, its database.
+            canary: what a file holds that nobody may read.
+        """
+        paths = [*directories, _REPOSITORY, Path.home(), sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib")]
+        paths += [tempfile.gettempdir()]
+        texts = {str(path).encode() for path in paths if str(path) != "/"}
+        return cls((*sorted(texts), *_WORDS, *([canary] if canary else [])))
+
+    def check(self, answer: httpx.Response, sent: bytes = b"") -> None:
+        """See to it that an answer says nothing of it, and is no fault of the server.
+
+        Args:
+            answer: to anything.
+            sent: all that was sent: an answer may repeat it.
+
+        Raises:
+            UnsafeAnswer: it does, or it is.
+        """
+        what = f"{answer.request.method} {answer.request.url}: {answer.status_code}"
+        if not 200 <= answer.status_code < 500:
+            raise UnsafeAnswer(f"{what} {answer.text[:2000]}")
+        told = b"\n".join(name + b": " + value for name, value in answer.headers.raw)
+        if any(byte not in range(0x20, 0x7F) for byte in told.replace(b"\n", b"")):
+            raise UnsafeAnswer(f"{what}: a header that is not printable ASCII: {told!r}")
+        if answer.headers.get("content-type", "").startswith(_TEXTS):
+            told += b"\n" + answer.content
+        repeated = sent.lower()
+        for word in self.words:
+            if word.lower() in told.lower() and word.lower() not in repeated:
+                raise UnsafeAnswer(f"{what} has {word!r}: {told[:2000]!r}")
+        for pattern in (_OBJECT, _LINE_OF_PASSWD):
+            if (found := pattern.search(told)) is not None and found[0].lower() not in repeated:
+                raise UnsafeAnswer(f"{what} has {found[0]!r}: {told[:2000]!r}")
+        if 400 <= answer.status_code:
+            _check_error(answer, what)
+
+
+def _check_error(answer: httpx.Response, what: str) -> None:
+    """The body of a refusal: one shape, and short whatever was sent."""
+    if answer.request.method == "HEAD":
+        return
+    if len(answer.content) > 6000:
+        raise UnsafeAnswer(f"{what} has {len(answer.content)} bytes: {answer.content[:300]!r}")
+    error = answer.json()["error"]
+    if error["type"] != ("server_error" if answer.status_code == 429 else "invalid_request_error"):
+        raise UnsafeAnswer(f"{what} is of type {error['type']}")
+    if not error["code"] or not error["message"].strip() or not isinstance(error["param"], str | None):
+        raise UnsafeAnswer(f"{what} says too little: {error}")
