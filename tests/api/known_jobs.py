@@ -1,18 +1,20 @@
-"""Jobs of every kind, which tests ask about: whoever deletes one finds another in its place."""
+"""Jobs of every kind to ask about: who deletes one finds another in its place."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import PIL.Image
 
 from cosmos3_core.media.writer import ClipFormat, open_writer
-from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
+from cosmos3_core.request import GenerationRequest
+from deployments.jobs.asked import Asked
+from deployments.jobs.job import Job, JobState, Outcome, Progress, new_job_id
 from deployments.media_store import new_media_id
-from tests.api.accepting_api import AcceptingApi
-from tests.api.fake_service import CLASSES, MODEL, lease_of
+from tests.api.accepting_api import LIMITS, AcceptingApi
+from tests.api.fake_service import MODEL, lease_of
 from tests.mode_inputs import CLIP, IMAGE
 
 UNKNOWN = "video_gen_" + "0" * 32
@@ -25,6 +27,7 @@ _ACTIONS = {
     "domain_name": "av",
     "is_normalised": False,
 }
+_SMALL = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2}
 
 
 def png() -> bytes:
@@ -37,9 +40,9 @@ def png() -> bytes:
 def mp4() -> bytes:
     """A small clip."""
     stream = io.BytesIO()
-    num_frames, height, width, _ = CLIP.shape
+    _, height, width, _ = CLIP.shape
     with open_writer(stream, ClipFormat("mp4", height=height, width=width, fps=24)) as writer:
-        writer.write(CLIP[:num_frames])
+        writer.write(CLIP)
         writer.close()
     return stream.getvalue()
 
@@ -49,32 +52,90 @@ class KnownJobs:
 
     Args:
         api: that has them.
+
+    Attributes:
+        kinds: what can be asked for.
     """
 
     def __init__(self, api: AcceptingApi) -> None:
         self._api = api
         self._mp4, self._png = mp4(), png()
-        self._makers: dict[str, Callable[[], Job]] = {
-            "queued": self._queued,
-            "running": lambda: self._run(self._queued()),
+        self._makers: Mapping[str, Callable[[], Job]] = {
+            "queued": lambda: self._accepted(None),
+            "running": self._running,
             "live": self._live,
-            "completed": lambda: self._completed("video/mp4", self._mp4),
-            "image": lambda: self._completed("image/png", self._png, num_frames=1, output="png"),
-            "actions": lambda: self._completed("", None, actions=_ACTIONS),
+            "completed": lambda: self._completed(".mp4", self._mp4),
+            "image": lambda: self._completed(".png", self._png),
+            "actions": lambda: self._completed("", b""),
             "expired": self._expired,
             "failed": lambda: self._ended(JobState.FAILED, "stage_failed"),
             "cancelled": lambda: self._ended(JobState.CANCELLED, "cancelled"),
         }
-        self._ids: dict[str, str] = {}
+        self._jobs: dict[str, Job] = {}
         self.kinds = (*self._makers, "unknown")
 
+    @property
+    def ids(self) -> set[str]:
+        """Of those that were made last."""
+        return {job.job_id for job in self._jobs.values()}
+
     def id_of(self, kind: str) -> str:
-        """Of the job of a kind that there is now."""
+        """Of a job of a kind, which is made where there is none any more."""
         if kind == "unknown":
             return UNKNOWN
-        job = self._api.store.get(self._ids.get(kind, UNKNOWN))
-        # A queued one may have been cancelled, say.
-        if job is None or _kind_of(job) != _kind_of(self._known[kind]):
-            job = self._known[kind] = self._makers[kind]()
-            self._ids[kind] = job.job_id
-        return job.job_id
+        made = self._jobs.get(kind)
+        now = None if made is None else self._api.store.get(made.job_id)
+        if made is None or now is None or now.state is not made.state:
+            made = self._jobs[kind] = self._makers[kind]()
+        return made.job_id
+
+    def _accepted(self, attached_to: str | None, **fields: Any) -> Job:
+        request = GenerationRequest(**{**_SMALL, "num_frames": 5, **fields})
+        job: Job = self._api.run(self._api.director._submit(request, Asked(), attached_to))
+        return job
+
+    def _running(self, **fields: Any) -> Job:
+        runner = new_job_id()  # of its own: so it claims this one and none of the others
+        job = self._accepted(runner, **fields)
+        store = self._api.store
+        claimed = store.claim(runner, MODEL, job.lane, LIMITS, 1e6, 3, only_attached=True)
+        assert claimed is not None
+        assert claimed.job_id == job.job_id
+        step = {"step": 1, "num_steps": 2, "sigma": 0.5, "eta_s": 1.0, "step_s": 0.1, "pid": 7}
+        store.record(lease_of(claimed), Progress(step=1, sigma=0.5, step_s=0.1, stage="denoising"), [("step", step)])
+        return claimed
+
+    def _live(self) -> Job:
+        job = self._running()
+        entry = self._api.begun_file(job)
+        assert entry.live_path is not None
+        entry.live_path.write_bytes(self._mp4)
+        return job
+
+    def _completed(self, suffix: str, data: bytes) -> Job:
+        fields: dict[str, Any] = {"num_frames": 1, "mode": "text_to_image"} if suffix == ".png" else {}
+        job, media = self._running(**fields), self._api.media
+        if data:
+            media_id, media_type = new_media_id(), "image/png" if suffix == ".png" else "video/mp4"
+            entry = media.create(media_id, media_type, suffix, is_live=False)
+            self._api.store.record(lease_of(job), Progress(media_id=media_id), [])
+            entry.path.write_bytes(data)
+            entry.finish()
+        result = {
+            "num_bytes": len(data),
+            "num_frames": job.num_frames,
+            "frames_sha256": "b" * 64,
+            "stage_durations": {"denoise": 1.0, "total": 2.0},
+            "inference_time_s": 2.0,
+            "actions": None if data else _ACTIONS,
+        }
+        return self._api.store.finish(lease_of(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
+
+    def _expired(self) -> Job:
+        job = self._completed(".mp4", self._mp4)
+        self._api.media.remove(job.media_id)
+        return job
+
+    def _ended(self, state: JobState, code: str) -> Job:
+        outcome = Outcome(state, error_code=code, error_message="it broke")
+        return self._api.store.finish(lease_of(self._running()), outcome, keep_media_s=100.0)

@@ -54,7 +54,7 @@ def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference:
 
     events = list(app.client.stream(request_))
     assert isinstance(events[-1], messages.Finished)
-    assert b"".join(app.client.read(events[-1].media_id)) == expected
+    assert b"".join(app.client.read(events[-1].job_id)) == expected
 
     with post(app.url, body_of(request_)) as answer:
         assert answer.read() == expected

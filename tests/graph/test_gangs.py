@@ -41,7 +41,7 @@ def gang_app(start_app: Callable[..., Any]) -> Any:
         transformer__quantum_timeout_s=10,
         transformer__max_jobs=3,
         vae__ranks=2,
-        director__max_requests=32,
+        jobs__max_running_videos=32,
     )
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,9 +48,21 @@ def post(app: Any, request: GenerationRequest, **more: Any) -> Any:
     return urllib.request.urlopen(asked, timeout=DEADLINE_S)
 
 
-def content(app: Any, media_id: str, **headers: str) -> Any:
-    asked = urllib.request.Request(f"{app.url}/v1/videos/{media_id}/content", headers=headers)
+def content(app: Any, job_id: str, **headers: str) -> Any:
+    asked = urllib.request.Request(f"{app.url}/v1/videos/{job_id}/content", headers=headers)
     return urllib.request.urlopen(asked, timeout=DEADLINE_S)
+
+
+def live_content(app: Any, started: messages.FileStarted, job_id: str) -> Any:
+    """The file that grows, once the job is known to have it: a moment after its begin was told."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return content(app, job_id)
+        except urllib.error.HTTPError as error:
+            assert error.code == 409, started
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
 
 
 class FollowedClip:
@@ -95,7 +108,7 @@ def test_the_first_fragment_plays_and_the_gang_is_at_the_next_request_before_the
     """Order of events, by the clocks of one machine: nobody is timed."""
     clip = FollowedClip(app, LONG)
     started = clip.first(messages.FileStarted)
-    with content(app, started.media_id) as answer, av.open(answer, format="mp4") as growing:
+    with live_content(app, started, clip.first(messages.Accepted).job_id) as answer, av.open(answer, format="mp4") as growing:
         assert answer.headers["content-type"] == "video/mp4"
         assert answer.headers["content-length"] is None
         frames = growing.decode(video=0)
@@ -122,7 +135,7 @@ def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_i
     assert path is not None
     expected = path.read_bytes()
     with post(app, request, stream=True) as answer:
-        media_id = answer.headers["x-media-id"]
+        job_id = answer.headers["x-video-id"]
         live = answer.read()
     assert live[4:8] == expected[4:8] == b"ftyp"
     assert b"moof" in live
@@ -130,10 +143,10 @@ def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_i
     (tmp_path / "live.mp4").write_bytes(live)
     watched, kept = (np.stack(list(read_frames(clip))) for clip in (tmp_path / "live.mp4", path))
     assert np.array_equal(watched, kept), "the same packets"
-    with content(app, media_id) as answer:
+    with content(app, job_id) as answer:
         assert answer.read() == expected
         assert int(answer.headers["content-length"]) == len(expected)
-    with content(app, media_id, range="bytes=100-199") as part:
+    with content(app, job_id, range="bytes=100-199") as part:
         assert (part.status, part.headers["content-range"]) == (206, f"bytes 100-199/{len(expected)}")
         assert part.read() == expected[100:200]
 
@@ -143,7 +156,7 @@ def test_a_dead_encoder_breaks_the_live_stream_and_the_clip_is_made_anew(
 ) -> None:
     clip = FollowedClip(app, LONG)
     started = clip.first(messages.FileStarted)
-    with content(app, started.media_id) as answer:
+    with live_content(app, started, clip.first(messages.Accepted).job_id) as answer:
         assert answer.read(1000)
         os.kill(started.pid, signal.SIGKILL)
         with pytest.raises((HTTPException, OSError)):
@@ -154,13 +167,13 @@ def test_a_dead_encoder_breaks_the_live_stream_and_the_clip_is_made_anew(
     assert [event.stage for event in clip.all_of(messages.StageRetried)] == ["encode"]
     assert finished.media_id == again.media_id != started.media_id
     assert finished.frames_sha256 == reference(LONG).frames_sha256
-    assert b"".join(app.client.read(finished.media_id)) == Path(reference(LONG).path or "").read_bytes()
+    assert b"".join(app.client.read(finished.job_id)) == Path(reference(LONG).path or "").read_bytes()
 
 
 def test_a_dead_decoder_changes_nothing_for_who_watches(app: Any, reference: Reference) -> None:
     clip = FollowedClip(app, LONG)
     started = clip.first(messages.FileStarted)
-    with content(app, started.media_id) as answer:
+    with live_content(app, started, clip.first(messages.Accepted).job_id) as answer:
         live = answer.read(1000)
         os.kill(clip.first(messages.ChunkEncoded).decoded_by, signal.SIGKILL)
         live += answer.read()
@@ -168,7 +181,7 @@ def test_a_dead_decoder_changes_nothing_for_who_watches(app: Any, reference: Ref
     assert [event.stage for event in clip.all_of(messages.StageRetried)] == ["decode"]
     assert finished.media_id == started.media_id
     expected = Path(reference(LONG).path or "").read_bytes()
-    assert b"".join(app.client.read(finished.media_id)) == expected
+    assert b"".join(app.client.read(finished.job_id)) == expected
     with post(app, LONG, stream=True) as undisturbed:
         assert live == undisturbed.read()
 

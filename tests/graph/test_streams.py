@@ -24,6 +24,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from deployments.jobs.asked import Asked
 from tests.graph.director_client import EventStream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -218,15 +219,21 @@ def test_previews_leave_the_clip_as_it_is_and_are_stills_of_images(app: Any, ref
 
 
 def test_a_director_refuses_more_previews_than_there_may_be(app: Any) -> None:
-    response = app.client._streaming.stream.remote(SMALL.packed(), None, 60.0, 33)
+    response = app.client._streaming.stream.remote(SMALL.packed(), Asked(previews=33), 60.0)
     with pytest.raises(RequestError, match="previews=33: allowed is a whole number from 0 to 32"):
         list(EventStream(response, 60.0))
 
 
 def test_past_its_bounds_the_app_says_when_to_come_back(start_app: Callable[..., Any]) -> None:
-    """Two places behind three: of twelve callers over HTTP and three by handle, two are served at a time; the rest is
-    told 429, or its typed twin, by whichever bound it met first. Nobody gets a 5xx."""
-    app = start_app("narrow", director__max_requests=2, ingress__max_ongoing_requests=3, ingress__max_queued_requests=1)
+    """Two places behind three: of twelve callers over HTTP and three by handle, one is served and one waits at a time;
+    the rest is told 429, or its typed twin, by whichever bound it met first. Nobody gets a 5xx."""
+    app = start_app(
+        "narrow",
+        jobs__max_running_videos=1,
+        jobs__max_queued=1,
+        ingress__max_ongoing_requests=3,
+        ingress__max_queued_requests=1,
+    )
     request = replace(SMALL, num_frames=5, num_inference_steps=300)
     body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 300}
     barrier = threading.Barrier(15)

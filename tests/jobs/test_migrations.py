@@ -105,7 +105,7 @@ def write_old(connection: Connection) -> None:
 def old_url(jobs_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of a database as the first release made and filled it."""
     with monkeypatch.context() as patch:
-        patch.setattr(database, "upgrade", lambda connection: upgrade(connection, "0001"))
+        patch.setattr(upgrade_module, "upgrade", lambda connection: upgrade(connection, "0001"))
         old = Database(jobs_url)
     with old.writing() as connection:
         write_old(connection)
