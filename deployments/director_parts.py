@@ -15,6 +15,7 @@ from cosmos3_core.request import ResolvedRequest
 from deployments.acceptance import Acceptance
 from deployments.api.errors import failure_of
 from deployments.api.job_object import JobObjects
+from deployments.api.served_model import ServedModel
 from deployments.clip_closer import ClipCloser
 from deployments.guardrail_calls import PromptCheck
 from deployments.jobs.asked import Asked
@@ -86,6 +87,7 @@ class DirectorParts:
     feed: EventFeed
     job_objects: JobObjects
     acceptance: Acceptance
+    model: ServedModel
     clips: Any
 
     @classmethod
@@ -123,6 +125,7 @@ class DirectorParts:
             feed=EventFeed(store, spec.jobs.max_followers),
             job_objects=JobObjects(store),
             acceptance=acceptance,
+            model=ServedModel.of(layout, spec.model, is_sound_offered=handles.audio is not None),
             clips=start_clip_streams(max_clips=4 * max_running),
         )
 

@@ -30,6 +30,10 @@ class JobDesk:
 
     _parts: DirectorParts
 
+    async def models(self) -> list[dict[str, Any]]:
+        """The one model that is served, and what it can do."""
+        return [self._parts.model.told()]
+
     async def job(self, job_id: str, owner: str = "") -> Job | None:
         """What is known of a job."""
         return await in_thread(self._parts.store.get, job_id, owner)

@@ -200,12 +200,14 @@ def _frame_size(given: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _num_frames(given: Mapping[str, Any]) -> Any:
-    if "num_frames" in given or "seconds" not in given:
+    if "seconds" not in given:
         return given.get("num_frames")
+    seconds = checks.real("seconds", given["seconds"], 1 / _MAX_SECONDS, _MAX_SECONDS)
+    if "num_frames" in given:
+        return given["num_frames"]
     mode = MODES.get(given["mode"]) if isinstance(given.get("mode"), str) else None
     if mode is not None and mode.has_actions:
         raise RequestError("seconds", given["seconds"], f"nothing for {mode.name}; action_chunk_size decides")
-    seconds = checks.real("seconds", given["seconds"], 1 / _MAX_SECONDS, _MAX_SECONDS)
     fps = checks.real("fps", given.get("fps", _DEFAULT_FPS), LIMITS.min_fps, LIMITS.max_fps)
     return max(1, int(seconds * fps))
 

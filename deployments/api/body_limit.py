@@ -17,7 +17,9 @@ from deployments.api.field_kinds import FormText
 from deployments.api.form_fields import nested_fields
 from deployments.api.json_text import read_json
 
-_MAX_FIELDS = 64
+MAX_FIELDS = 64
+"""Of a form."""
+
 _MAX_FILES = 4
 # The slowest client: 160 KiB/s for the largest body.
 _UPLOAD_S = 600.0
@@ -88,7 +90,7 @@ async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, An
             data += chunk
         # Beside the event loop: a large one takes a second.
         return await asyncio.to_thread(_json_object, data)
-    limits = {"max_fields": _MAX_FIELDS, "max_part_size": max_bytes}
+    limits = {"max_fields": MAX_FIELDS, "max_part_size": max_bytes}
     parser: MultiPartParser | FormParser | None = None
     if kind == "multipart/form-data":
         parser = MultiPartParser(request.headers, stream, max_files=_MAX_FILES, **limits)

@@ -59,10 +59,11 @@ def _list_of(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 _TEXT: Schema = {"type": "string", "maxLength": LIMITS.max_prompt_chars}
-_JSON_OBJECT: Schema = {"type": "string", "pattern": r"^\s*\{"}
+_JSON_OBJECT: Schema = {"type": "string", "pattern": r"^\s*\{[\s\S]*\}\s*$"}
 _NUMBERS: Schema = {"type": "array", "items": {"type": "number"}}
 _INTEGERS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _WRITTEN_LIST = r"^\s*\[?\s*[-+.0-9eE]+\s*(,\s*[-+.0-9eE]+\s*)*\]?\s*$"
+_WRITTEN_PAIR = r"^\s*\[?\s*[-+.0-9eE]+\s*,\s*[-+.0-9eE]+\s*\]?\s*$"
 _URL: Schema = {"type": "string", "minLength": 1, "description": "a data URL, base64, or a URL where they are fetched"}
 _NAMED_URL: Schema = {"anyOf": [_URL, {"type": "object", "minProperties": 1, "maxProperties": 1}]}
 
@@ -92,7 +93,7 @@ NUMBERS = Kind(
     {
         "anyOf": [
             {**_NUMBERS, "minItems": 2, "maxItems": 2},
-            {"type": "string", "pattern": _WRITTEN_LIST},
+            {"type": "string", "pattern": _WRITTEN_PAIR},
         ]
     },
     _list_of(float),
@@ -104,7 +105,7 @@ ROWS = Kind(
         "anyOf": [
             {"type": "array", "items": _NUMBERS, "minItems": 1},
             {"type": "object", "required": ["data"], "properties": {"data": {"type": "array", "items": _NUMBERS}}},
-            {"type": "string", "pattern": r"^\s*[\[{]"},
+            {"type": "string", "pattern": r"^\s*(\[[\s\S]*\]|\{[\s\S]*\})\s*$"},
         ]
     },
     read_json,

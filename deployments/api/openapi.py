@@ -65,7 +65,7 @@ def _making_paths() -> Document:
             "post": _operation(
                 "createVideo",
                 "Accept a request as a job, which is run whatever becomes of its caller.",
-                {200: _video()},
+                {200: {**_video(), "links": _LINKS}},
                 *_OF_BODIES,
                 parameters=[_REQUEST_ID, _IDEMPOTENCY_KEY],
                 body=_body(Endpoint.VIDEOS),
@@ -143,7 +143,7 @@ def _video_paths() -> Document:
             "post": _operation(
                 "remixVideo",
                 "Accept an earlier job's request again, with the same seed and fields and another prompt.",
-                {200: _video()},
+                {200: {**_video(), "links": _LINKS}},
                 *_OF_BODIES,
                 404,
                 parameters=[_VIDEO_ID, _REQUEST_ID, _IDEMPOTENCY_KEY],
@@ -225,6 +225,11 @@ _EXAMPLES: dict[Endpoint, Document] = {
     Endpoint.IMAGES: {"prompt": _PROMPT, "size": "640x640", "n": 2},
 }
 _FILE: Document = {"type": "string", "format": "binary"}
+# What can be done with a job from then on.
+_LINKS: Document = {
+    operation_id: {"operationId": operation_id, "parameters": {"video_id": "$response.body#/id"}}
+    for operation_id in ("getVideo", "followVideo", "getVideoContent", "cancelVideo", "remixVideo", "deleteVideo")
+}
 _EVENTS = (
     "Server-sent events: queued {position, eta_s}, started {attempt}, "
     "step {step, num_steps, sigma, eta_s, step_s, pid}, preview {step, sigma, media_type, b64_json}, "

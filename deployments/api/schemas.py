@@ -7,7 +7,8 @@ from typing import Any
 
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.presets import LIMITS
-from deployments.api.field_kinds import FILE, Schema
+from deployments.api.body_limit import MAX_FIELDS
+from deployments.api.field_kinds import FILE, OBJECT, ROWS, Schema
 from deployments.api.fields import ALIASES, FIELDS, HIGH, LOSSLESS, Endpoint, Field, Use, name_pattern
 from deployments.api.service import Service
 from deployments.jobs.job import JOB_ID
@@ -144,6 +145,7 @@ def _fields(endpoint: Endpoint, service: Service, *, is_form: bool = False) -> S
         "properties": properties,
         "patternProperties": patterns,
         "additionalProperties": False,
+        **({"maxProperties": MAX_FIELDS} if is_form else {}),
     }
 
 
@@ -165,6 +167,8 @@ def _field(name: str, field: Field, endpoint: Endpoint, service: Service, *, is_
     elif name == "extra_params":
         _, text = schema["anyOf"]
         schema = {"anyOf": [ref(_extra_name(endpoint)), text]}
+    if field.kind in (OBJECT, ROWS) and is_form:
+        schema = schema["anyOf"][-1]  # the text
     if field.kind is FILE and is_form:
         schema = _BINARY
     return {**(schema if is_form else _or_null(schema)), "description": field.about}

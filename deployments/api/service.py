@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
@@ -10,13 +9,13 @@ from typing import Any, Protocol, Self
 from starlette.datastructures import Headers
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.resolve import offered_modes
 from deployments.api.auth import Auth, Caller, auth_required, check_keys
 from deployments.api.bodies import BodyRules
 from deployments.api.body_room import BodyRoom
 from deployments.api.given_media import RemoteFiles
 from deployments.api.job_object import JobObjects
 from deployments.api.remote_media import RemoteMedia as RemoteFetcher
+from deployments.api.served_model import ServedModel
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
@@ -61,23 +60,6 @@ class IngressSpec:
     needs_keys: bool | None
     has_guardrails: bool
     may_disable_guardrails: bool
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """What ``/v1/models`` tells.
-
-    Attributes:
-        name: what clients call it.
-        family: of the checkpoint.
-        modes: that it offers.
-        started_s: since when, in seconds since 1970.
-    """
-
-    name: str
-    family: str
-    modes: tuple[str, ...]
-    started_s: float
 
 
 @dataclass
@@ -143,13 +125,12 @@ class Service:
             NoKeys: requests need a key, and there is none.
         """
         layout = CheckpointLayout.open(spec.checkpoint)
-        modes = offered_modes(layout, is_sound_offered=spec.is_sound_offered)
         media, store = spec.media.open(), JobStore.open(spec.database.resolved())
         needs_keys = auth_required(spec.needs_keys, host)
         if needs_keys:
             check_keys(store.keys, host)
         return cls(
-            model=ServedModel(spec.model_name or layout.name, layout.family, modes, time.time()),
+            model=ServedModel.of(layout, spec.model_name, is_sound_offered=spec.is_sound_offered),
             http=spec.http,
             classes=tuple(spec.jobs.classes),
             has_guardrails=spec.has_guardrails,

@@ -20,15 +20,7 @@ router = routes()
 async def list_models(request: Request) -> Response:
     """The one model that is served, and what it can do."""
     model = Call.of(request).service.model
-    told = {
-        "id": model.name,
-        "object": "model",
-        "created": int(model.started_s),
-        "owned_by": "nvidia",
-        "family": model.family,
-        "modes": model.modes,
-    }
-    return JSONResponse({"object": "list", "data": [told]})
+    return JSONResponse({"object": "list", "data": [model.told()]})
 
 
 @router.get("/health")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -16,10 +17,12 @@ from dataclasses import dataclass, field
 
 from cluster.errors import DeadlineExceeded, OverloadedError
 from cosmos3_core.errors import Cosmos3Error
-from deployments.jobs.job import Job, JobEvent, JobState
+from deployments.jobs.job import Job, JobEvent, JobsError, JobState
 from deployments.jobs.place import NOWHERE, Place, places_of
 from deployments.jobs.store import JobStore
 from deployments.threads import in_thread
+
+logger = logging.getLogger("ray.serve")
 
 FINAL_KINDS = frozenset(state.value for state in JobState if state.is_final)
 """Kinds of the last events of jobs."""
@@ -164,9 +167,11 @@ class EventFeed:
                 self._wake.clear()
                 try:
                     await self._look()
-                except Cosmos3Error as error:  # the database is away: who follows comes back
+                except Exception as error:  # the database is away, say: who follows comes back
+                    logger.exception("events of jobs cannot be read")
+                    told = error if isinstance(error, Cosmos3Error) else JobsError(f"{type(error).__name__}: {error}")
                     for follower in self._followers:
-                        follower.end(error)
+                        follower.end(told)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S):
                         await self._wake.wait()

@@ -111,7 +111,7 @@ class AcceptingApi(Api):
     def answer(self, sent: Sent) -> httpx.Response:
         """What comes back; it is safe, in time, and leaves no room taken."""
         self.num_sent += 1
-        answer: httpx.Response = self.run(_asked(self.app, sent))
+        answer: httpx.Response = self.run(answer_of(self.app, sent))
         self.inside.check(answer, sent.everything)
         assert self.service.room.taken_bytes == 0, sent
         return answer
@@ -130,7 +130,7 @@ class AcceptingApi(Api):
         return self.store.list("", after=None, limit=100, is_ascending=False).jobs
 
 
-async def _asked(app: Any, sent: Sent) -> httpx.Response:
+async def answer_of(app: Any, sent: Sent) -> httpx.Response:
     """Ask an application, and hang up on an answer that does not go on."""
     path, _, query = sent.target.partition("?")
     scope = {

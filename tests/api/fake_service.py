@@ -19,7 +19,8 @@ from deployments.api.app import build_api
 from deployments.api.auth import Auth
 from deployments.api.given_media import RemoteFiles
 from deployments.api.openapi import document
-from deployments.api.service import ServedModel, Service
+from deployments.api.served_model import ServedModel
+from deployments.api.service import Service
 from deployments.jobs.asked import Asked
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles

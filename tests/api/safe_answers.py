@@ -84,7 +84,7 @@ class Inside:
         for pattern in (_OBJECT, _LINE_OF_PASSWD):
             if (found := pattern.search(told)) is not None and found[0].lower() not in repeated:
                 raise UnsafeAnswer(f"{what} has {found[0]!r}: {told[:2000]!r}")
-        if 400 <= answer.status_code:
+        if answer.status_code >= 400:
             _check_error(answer, what)
 
 

@@ -1,202 +1,63 @@
-"""Whatever the OpenAPI document allows, and what it forbids, is asked by Schemathesis; answers are those that it has.
+"""Whatever the OpenAPI document allows, and what it forbids, asked by Schemathesis.
 
-In `make test` the cases are always the same; those of the long tier are drawn with a seed that a failure tells.
+In `make test` the cases are always the same; in the long tier all of those at bounds are tried, and others are drawn
+with a seed that is printed.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
+import json
 import os
 import random
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import hypothesis
 import pytest
-import requests
 import schemathesis
 from hypothesis import strategies as st
-from schemathesis.checks import load_all_checks
+from hypothesis.stateful import run_state_machine_as_test
 from schemathesis.generation import GenerationMode
-from schemathesis.generation.drivers import CoverageGenerator
-from schemathesis.generation.feedback import NO_FEEDBACK
-from schemathesis.generation.overrides import Override
-from schemathesis.specs.openapi import checks
 from schemathesis.specs.openapi.formats import unregister_string_format
-from schemathesis.transport.serialization import Binary
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.jobs.keys import NewKey
-from tests.api.accepting_api import AcceptingApi, Sent
-from tests.api.known_jobs import KnownJobs, mp4, png
+from cosmos3_core.presets import LIMITS
+from deployments.api.fields import Endpoint
+from deployments.api.service_info import OPEN_PATHS
+from tests.api.accepting_api import AcceptingApi, Sent, answer_of
+from tests.api.asking import EVENTS, MODES, Asking, bounds_of, chained, files, sent_of
+from tests.api.fake_service import Api
 
 SEED = "COSMOS3_TEST_SEED"
-"""Names the variable that repeats a run of the long tier."""
+"""The variable that repeats a run of the long tier."""
 
-_CHECKS = [
-    checks.status_code_conformance,
-    checks.content_type_conformance,
-    checks.response_schema_conformance,
-    checks.response_headers_conformance,
-    checks.negative_data_rejection,
-    checks.unsupported_method,
-    checks.allow_header_conformance,
-    checks.missing_required_header,
-]
-_MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
-_MAKING = ("POST /v1/videos", "POST /v1/videos/sync", "POST /v1/images/generations")
-_ABOUT_ONE = "/v1/videos/{video_id}"
+_ONE = "/v1/videos/{video_id}"
+MAKING = tuple(f"POST {endpoint}" for endpoint in Endpoint)
 OPERATIONS = (
-    *_MAKING,
+    *MAKING,
     "GET /v1/videos",
-    f"GET {_ABOUT_ONE}",
-    f"DELETE {_ABOUT_ONE}",
-    f"POST {_ABOUT_ONE}/cancel",
-    f"POST {_ABOUT_ONE}/remix",
-    f"GET {_ABOUT_ONE}/content",
-    f"HEAD {_ABOUT_ONE}/content",
-    f"GET {_ABOUT_ONE}/events",
-    "GET /v1/models",
-    "GET /health",
-    "GET /ready",
-    "GET /metrics",
-    "GET /openapi.json",
+    *(f"{method} {_ONE}" for method in ("GET", "DELETE")),
+    *(f"POST {_ONE}/{verb}" for verb in ("cancel", "remix")),
+    *(f"{method} {_ONE}/content" for method in ("GET", "HEAD")),
+    f"GET {EVENTS}",
+    *(f"GET {path}" for path in ("/v1/models", "/health", "/ready", "/metrics", "/openapi.json")),
 )
-_EVENT = {
-    "type": "object",
-    "required": ["event", "data"],
-    "properties": {
-        "event": {"enum": ["queued", "started", "step", "file", "completed", "failed", "cancelled", "deleted"]},
-        "id": {"type": "string", "pattern": "^[1-9][0-9]*$"},
-        "data": {"type": "string", "pattern": r"^\{.*\}$"},
-    },
-    "additionalProperties": False,
-}
 # One way to write each body is tried in `make test`, another for each operation.
 _KINDS = {
-    "/v1/videos": "multipart/form-data",
-    "/v1/videos/sync": "application/json",
-    "/v1/images/generations": "application/x-www-form-urlencoded",
-    f"{_ABOUT_ONE}/remix": "application/json",
+    Endpoint.VIDEOS: "multipart/form-data",
+    Endpoint.SYNC: "application/json",
+    Endpoint.IMAGES: "application/x-www-form-urlencoded",
+    f"{_ONE}/remix": "application/json",
 }
-# What the document cannot say: fields that do not go together, and texts that are not what they have to hold.
-_REFUSED = ("invalid_field", "not_offered")
-
-
-@dataclass
-class Asking:
-    """Sends cases of a document to an API and judges the answers.
-
-    Attributes:
-        api: that is asked.
-        known: its jobs.
-        operations: of the document, by method and path.
-        statuses: how often each kind of case was answered how.
-    """
-
-    api: AcceptingApi
-    known: KnownJobs
-    operations: Mapping[str, Any]
-    statuses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-    num_asked: int = 0
-
-    @classmethod
-    def of(cls, api: AcceptingApi, document: dict[str, Any]) -> Asking:
-        schema = schemathesis.openapi.from_dict(fitted(document))
-        found = [it.ok() for it in schema.get_all_operations()]
-        return cls(api, KnownJobs(api), {it.label: it for it in found})
-
-    def ask(self, case: Any, kind: str, *, key: str = "") -> httpx.Response:
-        """Send a case.
-
-        Args:
-            case: Schemathesis's.
-            kind: of the job that it is about, where it is about one.
-            key: an API key.
-
-        Raises:
-            AssertionError: the answer is one that must not be, or that the document does not have.
-        """
-        self._about(case, kind)
-        sent = sent_of(case)
-        if key:
-            sent = Sent(sent.method, sent.target, (*sent.headers, (b"authorization", f"Bearer {key}".encode())), sent.body)
-        answer = self.api.answer(sent)
-        mode = case.meta.generation.mode.value
-        self.statuses[case.operation.label, mode, answer.status_code] += 1
-        self.api.documented.check(answer)
-        case.validate_response(answer, checks=_CHECKS)
-        if mode == "positive" and answer.status_code in (400, 422):
-            error = answer.json()["error"]
-            assert error["code"] in _REFUSED, (sent, error)
-        if len(self.api.director.asked) > 200:
-            self.api.tidy(self.known.ids)
-        return answer
-
-    def _about(self, case: Any, kind: str) -> None:
-        """Make it be about something that there is, where it means well."""
-        self.num_asked += 1
-        if case.meta.generation.mode is not GenerationMode.POSITIVE:
-            return
-        if "video_id" in case.path_parameters:
-            case.path_parameters["video_id"] = self.known.id_of(kind)
-        if "after" in case.query:
-            case.query["after"] = self.known.id_of(kind)
-        if "Idempotency-Key" in case.headers and self.num_asked % 8:
-            # Most are no repetitions.
-            case.headers["Idempotency-Key"] = f"{case.headers['Idempotency-Key'][:100]}{self.num_asked}"
-        if case.operation.label in _MAKING and isinstance(case.body, dict):
-            case.body.setdefault("prompt", "a red car")
-
-
-def sent_of(case: Any) -> Sent:
-    """A case as it goes over the wire."""
-    written = case.as_transport_kwargs(base_url="http://cosmos3")
-    names = ("method", "url", "headers", "params", "data", "json", "files", "cookies")
-    prepared = requests.Request(**{name: written[name] for name in names if name in written}).prepare()
-    body = prepared.body or b""
-    headers = tuple((_bytes(name), _bytes(value)) for name, value in prepared.headers.items())
-    return Sent(str(prepared.method), prepared.path_url, headers, (_bytes(body),) if body else ())
-
-
-def _bytes(text: str | bytes) -> bytes:
-    return text if isinstance(text, bytes) else text.encode("latin-1" if text.isascii() else "utf-8")
-
-
-def narrowed(document: dict[str, Any]) -> dict[str, Any]:
-    """With one way to write each body."""
-    document = copy.deepcopy(document)
-    for path, item in document["paths"].items():
-        for operation in item.values():
-            if "requestBody" in operation:
-                content = operation["requestBody"]["content"]
-                operation["requestBody"]["content"] = {_KINDS[path]: content[_KINDS[path]]}
-    return document
-
-
-def fitted(document: dict[str, Any]) -> dict[str, Any]:
-    """As Schemathesis needs it: without examples, all cases would be variations of them; with a schema of one event."""
-    document = copy.deepcopy(document)
-    for item in document["paths"].values():
-        for operation in item.values():
-            for content in operation.get("requestBody", {}).get("content", {}).values():
-                content.pop("example", None)
-    told = document["paths"][f"{_ABOUT_ONE}/events"]["get"]["responses"]["200"]["content"]
-    told["text/event-stream"]["schema"] = _EVENT
-    return document
+_EVERY = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
 def real_files() -> Iterator[None]:
-    """File parts hold pictures now and then."""
-    load_all_checks()
-    files = st.sampled_from([png(), png(), mp4()[:2000]]) | st.binary(max_size=100)
-    schemathesis.openapi.format("binary", files.map(Binary))
+    schemathesis.openapi.format("binary", files())
     yield
     unregister_string_format("binary")
 
@@ -210,7 +71,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, empty_database: Path, layout: 
 
 @pytest.fixture(scope="module")
 def document(api: AcceptingApi) -> dict[str, Any]:
-    told: dict[str, Any] = api.get("/openapi.json").json()
+    told: dict[str, Any] = api.answer(Sent("GET", "/openapi.json")).json()
     return told
 
 
@@ -224,41 +85,51 @@ def asking_all(api: AcceptingApi, document: dict[str, Any]) -> Asking:
     return Asking.of(api, document)
 
 
-def coverage_of(operation: Any) -> Iterator[Any]:
-    """Cases at, below and above each bound that the document has, one after the other."""
-    config = operation.schema.config.generation_for(operation=operation, phase="coverage")
-    return iter(
-        CoverageGenerator(
-            operation=operation,
-            generation_modes=_MODES,
-            generation_config=config,
-            auth_storage=None,
-            override=Override(),
-            feedback=NO_FEEDBACK,
-        )
-    )
+def narrowed(document: dict[str, Any]) -> dict[str, Any]:
+    """With one way to write each body, all fields once, and without the longest texts."""
+    document = json.loads(json.dumps(document).replace(str(LIMITS.max_prompt_chars), "1000"))
+    for path, kind in _KINDS.items():
+        body = document["paths"][path]["post"]["requestBody"]
+        body["content"] = {kind: body["content"][kind]}
+    for schema in document["components"]["schemas"].values():
+        schema.get("properties", {}).pop("extra_params", None)
+    return document
 
 
-def ask_generated(asking: Asking, label: str, num_examples: int, **settings: Any) -> None:
-    """Have Hypothesis draw cases, half of which break the document."""
+def ask_generated(asking: Asking, label: str, num_examples: int, seed: int | None) -> None:
+    """Have Hypothesis draw cases.
+
+    Args:
+        asking: sends them.
+        label: of the operation.
+        num_examples: that the document allows, and the same number that it forbids.
+        seed: None for always the same.
+    """
     operation = asking.operations[label]
-    quiet = hypothesis.settings(
-        max_examples=num_examples,
-        deadline=None,  # two workers share the machine with others
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate],
-        **settings,
-    )
-    takes_something = bool(list(operation.iter_parameters()) or list(operation.body))
-    for mode in _MODES if takes_something else _MODES[:1]:
+    takes_something = bool([*operation.iter_parameters(), *operation.body])
+    for mode in MODES if takes_something else MODES[:1]:
 
-        @quiet
+        @hypothesis.settings(
+            max_examples=num_examples,
+            deadline=None,  # of a machine that others use as well
+            database=None,
+            derandomize=seed is None,
+            suppress_health_check=list(hypothesis.HealthCheck),  # these strategies are large and filter a lot
+            phases=[hypothesis.Phase.generate],  # a failure is told as it is: to make it smaller takes minutes
+        )
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode), kind=st.sampled_from(asking.known.kinds))
         def ask(case: Any, kind: str) -> None:
             asking.ask(case, kind)
 
-        ask()
+        (ask if seed is None else hypothesis.seed(seed)(ask))()
+
+
+def ask_bounds(asking: Asking, label: str, every: int) -> None:
+    """Ask one of so many cases at the bounds of an operation; those about a job about one of each kind."""
+    for case in itertools.islice(bounds_of(asking.operations[label]), 0, None, every):
+        is_about_one = "video_id" in case.path_parameters and case.meta.generation.mode is GenerationMode.POSITIVE
+        for kind in asking.known.kinds if is_about_one else ("completed",):
+            asking.ask(case, kind)
 
 
 def test_every_operation_is_asked(asking: Asking) -> None:
@@ -267,12 +138,66 @@ def test_every_operation_is_asked(asking: Asking) -> None:
 
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_bounds(label: str, asking: Asking) -> None:
-    kinds = itertools.cycle(asking.known.kinds)
-    cases = coverage_of(asking.operations[label])
-    for case in itertools.islice(cases, 0, None, 12 if label in _MAKING else 1):
-        asking.ask(case, next(kinds))
+    before, accepted = asking.num_asked, asking.num_accepted(label)
+    ask_bounds(asking, label, _EVERY if label in MAKING else 1)
+    assert asking.num_asked > before + 5
+    assert asking.num_accepted(label) > accepted, "some are accepted"
 
 
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_generated(label: str, asking: Asking) -> None:
-    ask_generated(asking, label, 10, derandomize=True)
+    ask_generated(asking, label, 5, seed=None)
+
+
+def test_without_a_key_nothing_is_done(asking: Asking, make_api: Callable[..., Api]) -> None:
+    """Cases that are accepted where everybody may call."""
+    guarded = make_api(needs_keys=True)
+    for label, operation in asking.operations.items():
+        case = next(bounds_of(operation))
+        asking.ask(case, "completed")
+        sent = sent_of(case)
+        for key in (None, b"Bearer c3_0000000000000000_" + b"0" * 43, b"Basic YTpi"):
+            headers = sent.headers if key is None else (*sent.headers, (b"authorization", key))
+            answer = guarded.run(answer_of(guarded.app, replace(sent, headers=headers)))
+            assert answer.status_code == (200 if operation.path in OPEN_PATHS else 401), label
+            guarded.documented.check(answer)
+    assert guarded.director.asked == []
+
+
+@pytest.fixture
+def seed() -> int:
+    seed = int(os.environ.get(SEED, random.SystemRandom().randrange(2**32)))
+    print(f"{SEED}={seed} repeats this")
+    return seed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_all_bounds(label: str, asking_all: Asking) -> None:
+    ask_bounds(asking_all, label, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_many_generated(label: str, asking_all: Asking, seed: int) -> None:
+    ask_generated(asking_all, label, 200, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_chains(asking_all: Asking, seed: int) -> None:
+    """What was made can be asked for until it is deleted, and not any more then."""
+    before = asking_all.num_asked
+    machine = hypothesis.seed(seed)(chained(asking_all, asking_all.api.tidy))
+    settings = hypothesis.settings(
+        max_examples=100,
+        stateful_step_count=8,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    run_state_machine_as_test(machine, settings=settings)
+    assert asking_all.num_asked > before + 100

@@ -85,7 +85,10 @@ def test_importing_a_deployment_loads_no_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
-DEPLOYMENTS = ("director", "ingress", "mp4_encoder", "prompt_tokenizer", "transformer", "video_vae", "audio_vae", "guardrail")
+DEPLOYMENTS = (
+    *("director", "ingress", "mp4_encoder", "prompt_tokenizer", "transformer", "video_vae", "audio_vae"),
+    *("guardrail", "job_desk"),
+)
 
 
 def test_deployments_are_thin(product):

@@ -111,9 +111,7 @@ def replica_pids(app_name: str, stage: str) -> list[int]:
 
 def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx.Client) -> None:
     small = GenerationRequest(prompt="x", num_frames=5, height=32, width=32, num_inference_steps=2)
-    (rank_pid,) = {
-        event.pid for event in jobs_app.client.stream(small) if isinstance(event, messages.StepDone)
-    }
+    (rank_pid,) = {event.pid for event in jobs_app.client.stream(small) if isinstance(event, messages.StepDone)}
     job_id = job_of(http, num_inference_steps=12, num_frames=9)
     events = list(events_of(http, job_id))
     numbers = [number for number, kind, _ in events if kind != "queued"]
@@ -137,9 +135,7 @@ def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx.Cli
 
 def test_while_steps_are_held_progress_stands_still(jobs_app: Any, http: httpx.Client) -> None:
     small = GenerationRequest(prompt="x", num_frames=5, height=32, width=32, num_inference_steps=2)
-    (rank_pid,) = {
-        event.pid for event in jobs_app.client.stream(small) if isinstance(event, messages.StepDone)
-    }
+    (rank_pid,) = {event.pid for event in jobs_app.client.stream(small) if isinstance(event, messages.StepDone)}
     job_id = job_of(http, num_inference_steps=400)
     events = events_of(http, job_id)
     try:

@@ -1,0 +1,216 @@
+"""Schemathesis' cases of the OpenAPI document, sent to an API; each answer is one that the document has, and safe."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import requests
+import schemathesis
+from hypothesis import strategies as st
+from schemathesis.checks import load_all_checks
+from schemathesis.core.transport import Response
+from schemathesis.generation import GenerationMode
+from schemathesis.generation.drivers import CoverageGenerator
+from schemathesis.generation.feedback import NO_FEEDBACK
+from schemathesis.generation.overrides import Override
+from schemathesis.specs.openapi import checks
+from schemathesis.transport.serialization import Binary
+
+from deployments.api.fields import Endpoint
+from tests.api.accepting_api import AcceptingApi, Sent
+from tests.api.known_jobs import KnownJobs, mp4, png
+
+MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+"""Cases that the document allows, and such that it forbids."""
+
+EVENTS = "/v1/videos/{video_id}/events"
+
+_MAKING = tuple(f"POST {endpoint}" for endpoint in Endpoint)
+_CHECKS = (
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.response_headers_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+    checks.allow_header_conformance,
+    checks.missing_required_header,
+)
+_CHECKS_OF_CHAINS = (checks.use_after_free, checks.ensure_resource_availability)
+# What the document cannot say: which fields go together, and what a text has to hold.
+_REFUSED = ("invalid_field", "not_offered")
+# Of one event: what Schemathesis takes a stream's schema for.
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["queued", "started", "step", "file", "completed", "failed", "cancelled", "deleted"]},
+        "id": {"type": "string", "pattern": "^[1-9][0-9]*$"},
+        "data": {"type": "string", "pattern": r"^\{.*\}$"},
+    },
+    "additionalProperties": False,
+}
+# Of cases about one job, how many repeat an earlier one's idempotency key.
+_REPEATED = 8
+_MAX_LEFT = 200
+
+
+@dataclass
+class Asking:
+    """See the module.
+
+    Attributes:
+        api: that is asked.
+        schema: Schemathesis', of its document.
+        known: its jobs.
+        statuses: (operation, mode, status) -> number of cases.
+    """
+
+    api: AcceptingApi
+    schema: Any
+    known: KnownJobs
+    statuses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, api: AcceptingApi, document: dict[str, Any]) -> Asking:
+        """Of an API by its document, or a part of that."""
+        load_all_checks()
+        return cls(api, schemathesis.openapi.from_dict(_fitted(document)), KnownJobs(api))
+
+    @property
+    def operations(self) -> dict[str, Any]:
+        """By method and path."""
+        found = (it.ok() for it in self.schema.get_all_operations())
+        return {it.label: it for it in found}
+
+    @property
+    def num_asked(self) -> int:
+        """Cases so far."""
+        return sum(self.statuses.values())
+
+    def num_accepted(self, label: str) -> int:
+        """Of an operation's cases that were to be accepted, how many were."""
+        return sum(
+            count for (of, mode, status), count in self.statuses.items() if (of, mode) == (label, "positive") and status < 300
+        )
+
+    def ask(self, case: Any, kind: str) -> None:
+        """Send a case.
+
+        Args:
+            case: Schemathesis'.
+            kind: of the job that it is to be about, if it is about one.
+
+        Raises:
+            AssertionError, Exception: the answer is one that must not be, or that the document does not have.
+        """
+        case.freeze_metadata()  # what follows makes no other case of it
+        if case.meta.generation.mode is GenerationMode.POSITIVE:
+            self._to_be_accepted(case, kind)
+        self.judge(case, self.answer(case))
+
+    def answer(self, case: Any) -> httpx.Response:
+        """To a case."""
+        answer = self.api.answer(sent_of(case))
+        if len(self.api.director.asked) > _MAX_LEFT:
+            self.api.tidy(self.known.ids)
+        return answer
+
+    def judge(self, case: Any, answer: Any, recorder: Any = None) -> None:
+        """Hold an answer against the document.
+
+        Args:
+            case: that it is to.
+            answer: httpx's or Schemathesis'.
+            recorder: has what was asked before, in a chain.
+        """
+        mode = case.meta.generation.mode.value
+        self.statuses[case.operation.label, mode, answer.status_code] += 1
+        chain = _CHECKS_OF_CHAINS if recorder is not None else ()
+        case.validate_response(answer, checks=[*_CHECKS, *chain], recorder=recorder)
+        if mode == "positive" and answer.status_code in (400, 422):
+            error = answer.json()["error"]
+            assert error["code"] in _REFUSED, (sent_of(case), error)
+
+    def _to_be_accepted(self, case: Any, kind: str) -> None:
+        """What the document cannot say is made right."""
+        if "video_id" in case.path_parameters:
+            case.path_parameters["video_id"] = self.known.id_of(kind)
+        if "after" in case.query:
+            case.query["after"] = self.known.id_of(kind)
+        key = case.headers.get("Idempotency-Key")
+        if key is not None and self.num_asked % _REPEATED:
+            case.headers["Idempotency-Key"] = f"{key[:100]}{self.num_asked}"
+        if case.operation.label in _MAKING and isinstance(case.body, dict):
+            case.body.setdefault("prompt", "a red car")
+
+
+def sent_of(case: Any) -> Sent:
+    """A case as it goes over the wire."""
+    written = case.as_transport_kwargs(base_url="http://cosmos3")
+    names = ("method", "url", "headers", "params", "data", "json", "files", "cookies")
+    prepared = requests.Request(**{name: written[name] for name in names if name in written}).prepare()
+    headers = tuple((_bytes(name), _bytes(value)) for name, value in prepared.headers.items())
+    return Sent(str(prepared.method), prepared.path_url, headers, (_bytes(prepared.body),) if prepared.body else ())
+
+
+def files() -> st.SearchStrategy[Any]:
+    """What file parts hold: pictures, clips that are cut off, anything."""
+    return (st.sampled_from([png(), png(), mp4()[:2000]]) | st.binary(max_size=100)).map(Binary)
+
+
+def bounds_of(operation: Any) -> Iterator[Any]:
+    """Cases at, below and above each bound that the document has, one after the other."""
+    return iter(
+        CoverageGenerator(
+            operation=operation,
+            generation_modes=list(MODES),
+            generation_config=operation.schema.config.generation_for(operation=operation, phase="coverage"),
+            auth_storage=None,
+            override=Override(),
+            feedback=NO_FEEDBACK,
+        )
+    )
+
+
+def chained(asking: Asking, begun: Callable[[], None]) -> type[Any]:
+    """A state machine of cases, each about what an earlier one has made.
+
+    Args:
+        asking: sends them.
+        begun: called before each chain.
+    """
+    machine: type[Any] = asking.schema.as_state_machine()
+
+    class Chained(machine):  # type: ignore[misc]
+        def setup(self) -> None:
+            begun()
+
+        def call(self, case: Any, **_: Any) -> Response:
+            return Response.from_any(asking.answer(case))
+
+        def validate_response(self, response: Response, case: Any, *_: Any, **__: Any) -> None:
+            asking.judge(case, response, self.recorder)
+
+    return Chained
+
+
+def _fitted(document: dict[str, Any]) -> dict[str, Any]:
+    """A document for Schemathesis: without examples, which all cases would be variations of."""
+    document = copy.deepcopy(document)
+    for item in document["paths"].values():
+        for operation in item.values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                content.pop("example", None)
+    told = document["paths"][EVENTS]["get"]["responses"]["200"]["content"]
+    told["text/event-stream"]["schema"] = _EVENT
+    return document
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode()

@@ -1,0 +1,167 @@
+"""Many clients at once: nobody's job is lost, everybody gets their share, memory stays bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cosmos3_core.engine import Engine
+from cosmos3_core.generate import generate
+from cosmos3_core.request import GenerationRequest
+from deployments import messages
+from deployments.jobs.store import JobStore
+from tests.graph.test_jobs import replica_pids
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
+CLASSES = ("interactive", "standard", "batch")
+DEADLINE_S = 1500.0
+
+
+@pytest.fixture(scope="module")
+def busy_app(start_app: Callable[..., Any]) -> Any:
+    return start_app("busy", jobs__max_running_videos=2, jobs__max_queued=24, jobs__max_queued_per_key=24)
+
+
+def own_bytes(pid: int) -> int:
+    """What a process has of its own in memory."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+async def client(http: httpx.AsyncClient, number: int) -> tuple[str, list[int]]:
+    """Has one job made, as the server says when; its id, and what it was told to wait."""
+    waits: list[int] = []
+    body = {**SMALL, "seed": number, "service_class": CLASSES[number % 3]}
+    while (answer := await http.post("/v1/videos", json=body)).status_code == 429:
+        waits.append(int(answer.headers["retry-after"]))
+        await asyncio.sleep(waits[-1])
+    assert answer.status_code == 200, answer.text
+    job_id = answer.json()["id"]
+    while (job := (await http.get(f"/v1/videos/{job_id}")).json())["status"] in ("queued", "in_progress"):
+        await asyncio.sleep(0.5)
+    assert job["status"] == "completed", job["error"]
+    return job_id, waits
+
+
+@pytest.mark.parametrize("num_clients", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_clients_at_once(num_clients: int, busy_app: Any) -> None:
+    pids = [*replica_pids("busy", "Ingress"), *replica_pids("busy", "Director")]
+    before = {pid: own_bytes(pid) for pid in pids}
+    start_s = time.monotonic()
+
+    async def all_of_them() -> list[tuple[str, list[int]]]:
+        limits = httpx.Limits(max_connections=num_clients)
+        async with httpx.AsyncClient(base_url=busy_app.url, timeout=300, limits=limits) as http:
+            async with asyncio.timeout(DEADLINE_S):
+                return await asyncio.gather(*(client(http, number) for number in range(num_clients)))
+
+    made = asyncio.run(all_of_them())
+    seconds = time.monotonic() - start_s
+    ids, waits = [job_id for job_id, _ in made], [wait for _, told in made for wait in told]
+    assert len(set(ids)) == num_clients
+    assert waits, "the queue was full"
+    assert all(1 <= wait <= 3600 for wait in waits)
+    # Who comes when it was told to has no more to do than to come a few times: what is said is no guess.
+    tries = [1 + len(told) for _, told in made]
+    assert statistics.mean(tries) < 10, tries
+    grown = max(own_bytes(pid) - before[pid] for pid in pids)
+    assert grown < 100e6, grown
+    print(
+        f"{num_clients} clients in {seconds:.1f} s: tries {statistics.mean(tries):.1f} on average, {max(tries)} at most; "
+        f"told to wait {min(waits)} to {max(waits)} s; grown by {grown / 1e6:.1f} MB at most"
+    )
+
+
+@contextmanager
+def held(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(busy_app: Any) -> None:
+    """Steps are held until the queue is full: then the order is the queue's own."""
+    request = GenerationRequest(**SMALL)
+    events = list(busy_app.client.stream(request))
+    (rank_pid,) = {event.pid for event in events if isinstance(event, messages.StepDone)}
+    with httpx.Client(base_url=busy_app.url, timeout=300) as http:
+        with held(rank_pid):
+            first = [http.post("/v1/videos", json=SMALL).json()["id"] for _ in range(2)]
+            while any(http.get(f"/v1/videos/{job_id}").json()["status"] == "queued" for job_id in first):
+                time.sleep(0.05)
+            # The least urgent come first.
+            classes = [name for name in reversed(CLASSES) for _ in range(8)]
+            ids = [http.post("/v1/videos", json={**SMALL, "service_class": name}).json()["id"] for name in classes]
+            refused = http.post("/v1/videos", json=SMALL)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "overloaded"
+            positions = [http.get(f"/v1/videos/{job_id}").json()["queue_position"] for job_id in ids]
+            assert sorted(positions) == list(range(2, 26)), "two run"
+        freed_s = time.monotonic()
+        while http.post("/v1/videos", json=SMALL).status_code == 429:
+            time.sleep(0.05)
+        freed_s = time.monotonic() - freed_s
+        deadline_s = time.monotonic() + DEADLINE_S
+        while any(http.get(f"/v1/videos/{job_id}").json()["status"] != "completed" for job_id in ids):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+    store = JobStore.open(busy_app.config.jobs.database)
+    jobs = [store.get(job_id) for job_id in ids]
+    store.close()
+    order = [job.service_class for job in sorted((job for job in jobs if job), key=lambda job: job.started_s or 0.0)]
+    # Of the first thirteen eight are interactive, four standard and one batch, give or take one at the edges.
+    shares = Counter(order[:13])
+    assert abs(shares["interactive"] - 8) <= 1, order
+    assert abs(shares["standard"] - 4) <= 1, order
+    assert abs(shares["batch"] - 1) <= 1, order
+    print(f"told to wait {refused.headers['retry-after']} s; a place was free after {freed_s:.1f} s; order {order}")
+
+
+@pytest.mark.slow
+def test_what_the_service_takes_beside_the_core(busy_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
+    """A request's seconds in one process, over HTTP and as a job; printed, nothing is asserted of them."""
+    request = GenerationRequest(**SMALL)
+    seconds: dict[str, list[float]] = {"one process": [], "POST /v1/videos/sync": [], "handle": [], "job, events": []}
+    with Engine(tiny_nano, device="cpu") as engine, httpx.Client(base_url=busy_app.url, timeout=300) as http:
+
+        def alone() -> None:
+            generate(engine, request, tmp_path / "alone")
+
+        def sync() -> None:
+            assert http.post("/v1/videos/sync", json=SMALL).status_code == 200
+
+        def handle() -> None:
+            busy_app.client.generate(request)
+
+        def job() -> None:
+            job_id = http.post("/v1/videos", json=SMALL).json()["id"]
+            assert "event: completed" in http.get(f"/v1/videos/{job_id}/events").text
+
+        for number in range(23):
+            for name, work in zip(seconds, (alone, sync, handle, job), strict=True):
+                start_s = time.perf_counter()
+                work()
+                if number >= 3:
+                    seconds[name].append(time.perf_counter() - start_s)
+    alone_s = statistics.median(seconds["one process"])
+    for name, measured in seconds.items():
+        median_s = statistics.median(measured)
+        print(f"{name:24} {1000 * median_s:7.1f} ms, {1000 * (median_s - alone_s):+7.1f} ms")
+    assert all(measured for measured in seconds.values())
