@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
 
+from cluster.errors import OverloadedError
 from cosmos3_core import checks
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.source import Packed
@@ -21,6 +25,32 @@ from deployments.messages import RequestContext
 from deployments.request_check import RequestCheck
 from deployments.threads import in_thread
 
+_MAX_PROMISES = 4096
+
+
+class Promises:
+    """When callers who were refused were told to come again: each is told a time of its own, or all would come at once
+    for one place. Those of this process; from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._until_s: deque[tuple[float, str]] = deque(maxlen=_MAX_PROMISES)
+        self._lock = threading.Lock()
+
+    def add(self, owner: str, seconds: float) -> None:
+        """A caller was told to come again after so long."""
+        with self._lock:
+            self._until_s.append((time.monotonic() + seconds, owner))
+
+    def num_open(self, owner: str) -> int:
+        """How many of an owner's callers are still to come."""
+        now_s = time.monotonic()
+        with self._lock:
+            still = [promise for promise in self._until_s if promise[0] > now_s]
+            self._until_s.clear()
+            self._until_s.extend(still)
+        return sum(whose == owner for _, whose in still)
+
 
 @dataclass(frozen=True)
 class Acceptance:
@@ -34,6 +64,7 @@ class Acceptance:
         model: name of the served model.
         limits: of the queue.
         prompt_check: the guardrail's; None where nothing is looked at.
+        promises: to callers who were refused.
     """
 
     store: JobStore
@@ -43,6 +74,7 @@ class Acceptance:
     model: str
     limits: QueueLimits
     prompt_check: PromptCheck | None = None
+    promises: Promises = field(default_factory=Promises)
 
     async def accept(
         self, request: GenerationRequest, asked: Asked, context: RequestContext, attached_to: str | None = None
@@ -127,7 +159,11 @@ class Acceptance:
         try:
             for name, data in media.items():
                 self.files.put(new.job_id, name, data)
-            job = self.store.create(new, self.limits, asked.limits)
+            job = self.store.create(new, self.limits, asked.limits, self.promises.num_open(new.owner))
+        except OverloadedError as error:
+            self.files.remove(new.job_id)
+            self.promises.add(new.owner, error.retry_after_s)
+            raise
         except Cosmos3Error:
             self.files.remove(new.job_id)
             raise

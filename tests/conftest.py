@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 # processes make idle OpenMP threads wait for each other, sixty times slower than none.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# Apps that are told nothing else keep jobs and files in this user's home: not in that of whoever runs the tests.
+_HOME = tempfile.TemporaryDirectory(prefix="cosmos3-home-")
+os.environ["HOME"] = _HOME.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -310,3 +310,16 @@ def fields_table() -> str:
     for (about, kind, _), (names, uses) in cells.items():
         lines.append((", ".join(names), kind, *(uses.get(endpoint, "") for endpoint in Endpoint), about))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def fields_page() -> str:
+    """``FIELDS.md``, the table for people to read."""
+    return f"""# Fields of requests
+
+Effective ones do what they say. Those without effect are accepted and named in the `warnings` of the job
+(`x-warnings` of an answer with a file). Those that are not offered are refused with a 422 that says so; so is every other
+name, with the nearest known one. Absent fields take the checkpoint's own defaults (`cosmos3_core/presets.py`). This page is
+made from `fields.py`, a test compares them.
+
+{fields_table()}
+"""

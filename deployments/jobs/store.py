@@ -99,13 +99,16 @@ class JobStore:
 
     # Accepting
 
-    def create(self, new: NewJob, limits: QueueLimits, key_limits: KeyLimits | None = None) -> Job:
+    def create(
+        self, new: NewJob, limits: QueueLimits, key_limits: KeyLimits | None = None, num_promised: int = 0
+    ) -> Job:
         """Accept a job: it is in the database when this has returned.
 
         Args:
             new: the job.
             limits: of the queue.
             key_limits: of the key that it came with.
+            num_promised: callers who were told when to come again, and have not done so yet.
 
         Returns:
             The job as it is now; the earlier one where its idempotency key has brought the same request before.
@@ -129,7 +132,7 @@ class JobStore:
                 return queue.enqueue(connection, new, limits, self._clock())
         except queue.QueueFull as full:
             with self._database.reading() as connection:
-                wait_s = waiting.retry_after_s(connection, new.model, full.owner, self._clock())
+                wait_s = waiting.retry_after_s(connection, new.model, full.owner, self._clock(), num_promised)
             raise full.error(wait_s) from None
 
     # Looking

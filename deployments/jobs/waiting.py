@@ -67,15 +67,19 @@ class _Lane:
     queued: tuple[tuple[str, float], ...]
     work_per_s: float | None
 
-    def wait_s(self, owner: str | None) -> float | None:
-        """Until the first job that waits is begun, or the first of an owner; None where that cannot be told."""
+    def wait_s(self, owner: str | None, num_promised: int) -> float | None:
+        """Until the first job that waits is begun, or the first of an owner, and then as many more as were promised a
+        place; None where that cannot be told.
+        """
         before = next((i for i, (whose, _) in enumerate(self.queued) if owner in (None, whose)), None)
         if before is None or not self.running or not self.work_per_s:
             return None
-        return until_freed_s(self.running, [work for _, work in self.queued], before + 1, self.work_per_s)
+        works = [work for _, work in self.queued]
+        further_s = num_promised * sum(works) / len(works) / self.work_per_s
+        return until_freed_s(self.running, works, before + 1, self.work_per_s) + further_s
 
 
-def retry_after_s(connection: Connection, model: str, owner: str | None, now_s: float) -> float:
+def retry_after_s(connection: Connection, model: str, owner: str | None, now_s: float, num_promised: int = 0) -> float:
     """Seconds until a job that waits is likely to be begun, so that another one may.
 
     Args:
@@ -83,9 +87,10 @@ def retry_after_s(connection: Connection, model: str, owner: str | None, now_s: 
         model: whose queue is full.
         owner: whose own bound was reached; None where it is everybody's.
         now_s: seconds since 1970.
+        num_promised: callers who were told to come again and have not done so yet: they have the places before.
     """
     lanes = (_lane(connection, model, lane, now_s) for lane in Lane)
-    waits_s = [wait_s for lane in lanes if (wait_s := lane.wait_s(owner)) is not None]
+    waits_s = [wait_s for lane in lanes if (wait_s := lane.wait_s(owner, num_promised)) is not None]
     return min(max(min(waits_s, default=UNKNOWN_WAIT_S), MIN_WAIT_S), MAX_WAIT_S)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,12 +68,14 @@ class Asking:
     Attributes:
         api: that is asked.
         schema: Schemathesis', of its document.
+        schema_of_texts: the same with texts for files.
         known: its jobs.
         statuses: (operation, mode, status) -> number of cases.
     """
 
     api: AcceptingApi
     schema: Any
+    schema_of_texts: Any
     known: KnownJobs
     statuses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 
@@ -80,13 +83,22 @@ class Asking:
     def of(cls, api: AcceptingApi, document: dict[str, Any]) -> Asking:
         """Of an API by its document, or a part of that."""
         load_all_checks()
-        return cls(api, schemathesis.openapi.from_dict(_fitted(document)), KnownJobs(api))
+        fitted = _fitted(document)
+        # Schemathesis 4.32 cannot make wrong bodies of right ones with files in them.
+        texts = json.loads(json.dumps(fitted).replace('"format": "binary"', '"format": "text"'))
+        of_files, of_texts = (schemathesis.openapi.from_dict(it) for it in (fitted, texts))
+        return cls(api, of_files, of_texts, KnownJobs(api))
 
     @property
     def operations(self) -> dict[str, Any]:
         """By method and path."""
-        found = (it.ok() for it in self.schema.get_all_operations())
-        return {it.label: it for it in found}
+        return _by_label(self.schema)
+
+    def strategy(self, label: str, mode: GenerationMode) -> st.SearchStrategy[Any]:
+        """Of an operation's cases."""
+        schema = self.schema if mode is GenerationMode.POSITIVE else self.schema_of_texts
+        strategy: st.SearchStrategy[Any] = _by_label(schema)[label].as_strategy(generation_mode=mode)
+        return strategy
 
     @property
     def num_asked(self) -> int:
@@ -96,7 +108,9 @@ class Asking:
     def num_accepted(self, label: str) -> int:
         """Of an operation's cases that were to be accepted, how many were."""
         return sum(
-            count for (of, mode, status), count in self.statuses.items() if (of, mode) == (label, "positive") and status < 300
+            count
+            for (of, mode, status), count in self.statuses.items()
+            if (of, mode) == (label, "positive") and status < 300
         )
 
     def ask(self, case: Any, kind: str) -> None:
@@ -131,8 +145,10 @@ class Asking:
         """
         mode = case.meta.generation.mode.value
         self.statuses[case.operation.label, mode, answer.status_code] += 1
-        chain = _CHECKS_OF_CHAINS if recorder is not None else ()
-        case.validate_response(answer, checks=[*_CHECKS, *chain], recorder=recorder)
+        told = [*_CHECKS, *(_CHECKS_OF_CHAINS if recorder is not None else ())]
+        if case.operation.path == Endpoint.SYNC:
+            told.remove(checks.unsupported_method)  # GET and DELETE ask for the job "sync", which there is not
+        case.validate_response(answer, checks=told, recorder=recorder)
         if mode == "positive" and answer.status_code in (400, 422):
             error = answer.json()["error"]
             assert error["code"] in _REFUSED, (sent_of(case), error)
@@ -150,13 +166,19 @@ class Asking:
             case.body.setdefault("prompt", "a red car")
 
 
+def _by_label(schema: Any) -> dict[str, Any]:
+    found = (it.ok() for it in schema.get_all_operations())
+    return {it.label: it for it in found}
+
+
 def sent_of(case: Any) -> Sent:
     """A case as it goes over the wire."""
     written = case.as_transport_kwargs(base_url="http://cosmos3")
     names = ("method", "url", "headers", "params", "data", "json", "files", "cookies")
     prepared = requests.Request(**{name: written[name] for name in names if name in written}).prepare()
     headers = tuple((_bytes(name), _bytes(value)) for name, value in prepared.headers.items())
-    return Sent(str(prepared.method), prepared.path_url, headers, (_bytes(prepared.body),) if prepared.body else ())
+    body: Any = prepared.body
+    return Sent(str(prepared.method), prepared.path_url, headers, (_bytes(body),) if body else ())
 
 
 def files() -> st.SearchStrategy[Any]:

@@ -24,7 +24,6 @@ _WORDS = (
     b"starlette",
     b"fastapi",
     b"ray.serve",
-    b"<none>",
 )
 _OBJECT = re.compile(rb"<[\w.]+ object at 0x[0-9a-f]+>|0x[0-9a-f]{8,16}\b")
 _LINE_OF_PASSWD = re.compile(rb"root:[^:\n]*:0:0:")

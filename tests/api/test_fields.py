@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cosmos3_core.conditioning.modes import MODES
+from deployments.api import fields as fields_module
 from deployments.api.fields import ALIASES, FIELDS, Endpoint, Use, fields_table, find_field, known
 from tests.api.fake_service import Api
 from tests.api.test_videos import png_url
@@ -318,3 +320,8 @@ def test_every_mode_has_a_request_here() -> None:
     tested = {mode for _, mode, _ in REQUESTS}
     clips = {"video_to_video", "video_to_video_with_sound", "inverse_dynamics"}  # a clip is looked at in a process
     assert tested | clips | {"text_to_image", "text_to_video"} == set(MODES)
+
+
+def test_the_written_table_is_the_tables() -> None:
+    """Rewritten by: python -c 'from deployments.api.fields import fields_page; print(fields_page(), end="")'."""
+    assert (Path(fields_module.__file__).parent / "FIELDS.md").read_text("utf-8") == fields_module.fields_page()

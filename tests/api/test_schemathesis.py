@@ -117,7 +117,7 @@ def ask_generated(asking: Asking, label: str, num_examples: int, seed: int | Non
             suppress_health_check=list(hypothesis.HealthCheck),  # these strategies are large and filter a lot
             phases=[hypothesis.Phase.generate],  # a failure is told as it is: to make it smaller takes minutes
         )
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode), kind=st.sampled_from(asking.known.kinds))
+        @hypothesis.given(case=asking.strategy(label, mode), kind=st.sampled_from(asking.known.kinds))
         def ask(case: Any, kind: str) -> None:
             asking.ask(case, kind)
 

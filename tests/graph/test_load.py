@@ -82,7 +82,7 @@ def test_many_clients_at_once(num_clients: int, busy_app: Any) -> None:
     grown = max(own_bytes(pid) - before[pid] for pid in pids)
     assert grown < 100e6, grown
     print(
-        f"{num_clients} clients in {seconds:.1f} s: tries {statistics.mean(tries):.1f} on average, {max(tries)} at most; "
+        f"{num_clients} clients in {seconds:.1f} s; tries: {statistics.mean(tries):.1f}, {max(tries)} at most; "
         f"told to wait {min(waits)} to {max(waits)} s; grown by {grown / 1e6:.1f} MB at most"
     )
 

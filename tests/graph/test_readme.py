@@ -82,7 +82,8 @@ def test_every_block_runs(tmp_path: Path) -> None:
             assert server.wait(timeout=120) == 0
     first = probe_video(tmp_path / "first.mp4")
     assert (first.num_frames, first.height, first.width, first.fps) == (17, 192, 320, 24)
-    made = {"clip": 17, "curl": 17, "live": 33, "whole": 33, "handle": 9, "events": 9, "library": 9, "posted": 13}
+    made = {"clip": 17, "curl": 17, "job": 17, "live": 33, "whole": 33, "posted": 13}
+    made |= {"handle": 9, "events": 9, "created": 9, "library": 9}
     for name, num_frames in made.items():
         assert probe_video(tmp_path / f"{name}.mp4").num_frames == num_frames
     for name in ("text", "image", "video", "waves", "loud", "louder", "policy", "carried"):
@@ -94,5 +95,9 @@ def test_every_block_runs(tmp_path: Path) -> None:
         assert actions["shape"] == [16, 10]
     assert not (tmp_path / "found.mp4").exists()
     assert (tmp_path / "picture.png").exists()
+    assert (tmp_path / "thumbnail.webp").read_bytes()[8:12] == b"WEBP"
+    told = (tmp_path / "events.txt").read_text()
+    assert told.count("event: step") == 8
+    assert "event: completed" in told
     assert len(json.loads((tmp_path / "images.json").read_text())["data"]) == 2
     assert not os.path.exists(f"/proc/{server.pid}") if server is not None else False

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, ShuttingDown, StageFailed
+from cluster.errors import DeadlineExceeded, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
 from deployments.acceptance import Acceptance
@@ -515,5 +515,23 @@ def test_a_refused_request_leaves_no_files(serve: Any, tmp_path: Path) -> None:
         with pytest.raises(Exception, match="places are taken"):
             await service.submit(replace(SMALL, image=picture))
         assert len(list((tmp_path / "media").rglob("*image*"))) == 1
+
+    serve(body)
+
+
+def test_callers_who_are_refused_are_told_one_after_the_other(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
+        service.acceptance = replace(service.acceptance, limits=replace(LIMITS, max_queued=1))
+        service.stage.gate.clear()
+        await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
+        queued = await service.submit()
+        service.store.note_rate("nano", Lane.VIDEO, queued.work / 10)  # ten seconds each
+        told = []
+        for _ in range(4):
+            with pytest.raises(OverloadedError) as refused:
+                await service.submit()
+            told.append(refused.value.retry_after_s)
+        assert told == pytest.approx([10, 20, 30, 40])
 
     serve(body)
