@@ -317,9 +317,9 @@ def fields_page() -> str:
     return f"""# Fields of requests
 
 Effective ones do what they say. Those without effect are accepted and named in the `warnings` of the job
-(`x-warnings` of an answer with a file). Those that are not offered are refused with a 422 that says so; so is every other
-name, with the nearest known one. Absent fields take the checkpoint's own defaults (`cosmos3_core/presets.py`). This page is
-made from `fields.py`, a test compares them.
+(`x-warnings` of an answer with a file). Those that are not offered are refused with a 422 that says so; so is every
+other name, with the nearest known one. Absent fields take the checkpoint's own defaults (`cosmos3_core/presets.py`).
+This page is made from `fields.py`; a test compares them.
 
 {fields_table()}
 """
