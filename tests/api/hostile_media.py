@@ -17,8 +17,11 @@ import av
 import numpy as np
 import PIL.Image
 
+from tests.api.hostile_bodies import JSON, MULTIPART, form, part
 from tests.api.known_jobs import mp4
 from tests.mode_inputs import CLIP, IMAGE
+
+_UNFOLDED_BYTES = 20_001_000
 
 
 def stills() -> dict[str, bytes]:
@@ -50,8 +53,8 @@ def bombs() -> dict[str, bytes]:
     gif = bytearray(_picture("gif"))
     gif[6:10] = b"\xff\xff\xff\xff"
     webp = b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\0" * 4 + b"\xff" * 6
-    zeros = zlib.compress(bytes(50_000_000), 9)
-    tall = struct.pack(">IIBBBBB", 50_000, 1000, 8, 0, 0, 0, 0)
+    zeros = zlib.compress(bytes(_UNFOLDED_BYTES), 9)
+    tall = struct.pack(">IIBBBBB", 20_000, 1000, 8, 0, 0, 0, 0)
     text = _chunk(b"zTXt", b"a\0\0" + zeros)
     return {
         "a png of a huge size": png[:16] + huge + huge + png[24:],
@@ -71,7 +74,7 @@ def bombs() -> dict[str, bytes]:
         "an mp4 with a huge box": struct.pack(">I4s", 16, b"ftyp")
         + b"isommp42"
         + struct.pack(">I4sQ", 1, b"moov", 2**63),
-        "a zip that unfolds": _zip(bytes(50_000_000)),
+        "a zip that unfolds": _zip(bytes(_UNFOLDED_BYTES)),
     }
 
 
@@ -214,22 +217,22 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def bodies_with(data: bytes, field: str, name: str) -> Iterator[tuple[str | bytes, bytes]]:
-    """Content type and body of each way to send a file.
+def body_with(data: bytes, field: str, name: str, *, is_json: bool) -> tuple[str, bytes]:
+    """Content type and body of a request with a file.
 
     Args:
         data: of the file.
         field: that it is for.
         name: of the file, as a client says it.
+        is_json: as a data URL in JSON, not as a part of a form.
     """
-    from tests.api.hostile_bodies import JSON, MULTIPART, form, part
-
-    kind = b"Content-Type: video/mp4\r\n" if name.endswith("png") else b"Content-Type: image/png\r\n"
-    file = part(field.encode(), data, more=b'; filename="' + name.encode() + b'"', headers=kind)
-    yield MULTIPART, form(part(b"prompt", b"a"), part(b"num_inference_steps", b"2"), file)
-    key = "video_url" if field.startswith("video") else "image_url"
-    value = {key: data_url(data)} if field.endswith("reference") else data_url(data)
-    yield JSON, json.dumps({"prompt": "a", field: value}).encode()
+    if is_json:
+        key = "video_url" if field.startswith("video") else "image_url"
+        value = {key: data_url(data)} if field.endswith("reference") else data_url(data)
+        return JSON, json.dumps({"prompt": "a", field: value}).encode()
+    headers = b"Content-Type: image/png\r\n"  # nobody believes that
+    file = part(field.encode(), data, more=b'; filename="' + name.encode() + b'"', headers=headers)
+    return MULTIPART, form(part(b"prompt", b"a"), part(b"num_inference_steps", b"2"), file)
 
 
 def _picture(kind: str, *, is_animated: bool = False) -> bytes:

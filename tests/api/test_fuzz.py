@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import random
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -99,13 +100,12 @@ class Fuzz:
         """Send them one by one; returns how many they were."""
         return sum(self.send(Sent.post(path, kind, body), what) > 0 for what, kind, body in bodies)
 
-    def send_file(self, name: str, data: bytes, field: str) -> set[int]:
-        """The statuses of a file that is sent in each way."""
-        bodies = hostile_media.bodies_with(data, field, f"{name}.mp4")
-        found = {self.send(Sent.post(Endpoint.VIDEOS, kind, body), (name, field)) for kind, body in bodies}
-        if 200 in found:
-            self.accepted[name] += 1
-        return found
+    def send_file(self, name: str, data: bytes, field: str, *, is_json: bool = False) -> int:
+        """The status of a request with a file."""
+        kind, body = hostile_media.body_with(data, field, f"{name}.mp4", is_json=is_json)
+        status = self.send(Sent.post(Endpoint.VIDEOS, kind, body), (name, field))
+        self.accepted[name] += status == 200
+        return status
 
     def _check_accepted(self) -> None:
         """What was accepted can be read, by those who did not check it."""
@@ -118,7 +118,7 @@ class Fuzz:
                 with PIL.Image.open(io.BytesIO(data)) as picture:
                     assert min(picture.size) > 0
             else:
-                with av.open(io.BytesIO(data), "r") as clip:
+                with av.open(io.BytesIO(data), "r", options={"protocol_whitelist": "none"}) as clip:
                     assert next(clip.decode(video=0)).width > 0
 
 
@@ -203,10 +203,7 @@ def send_mutated(fuzz: Fuzz, rng: random.Random, num_bodies: int) -> None:
 def send_damaged(fuzz: Fuzz, rng: random.Random, files: Mapping[str, bytes], fields: Sequence[str], count: int) -> None:
     for index in range(count):
         name, data = hostile_media.damaged(files, rng)
-        field = rng.choice(fields)
-        (kind, body), *_ = rng.sample(list(hostile_media.bodies_with(data, field, f"{name}.png")), 1)
-        status = fuzz.send(Sent.post(Endpoint.VIDEOS, kind, body), (f"number {index}", name, field))
-        fuzz.accepted[name] += status == 200
+        fuzz.send_file(f"{name} {index}", data, rng.choice(fields), is_json=rng.random() < 0.5)
 
 
 def test_odd_values(fuzz: Fuzz) -> None:
@@ -217,24 +214,28 @@ def test_mutated_bodies(fuzz: Fuzz) -> None:
     send_mutated(fuzz, random.Random(0), 200)
 
 
+@pytest.mark.parametrize("is_json", [False, True])
 @pytest.mark.parametrize("field", ["image", "input_reference"])
-def test_whole_pictures_are_accepted(field: str, fuzz: Fuzz) -> None:
+def test_whole_pictures_are_accepted(field: str, is_json: bool, fuzz: Fuzz) -> None:
     for name, data in hostile_media.stills().items():
-        assert fuzz.send_file(name, data, field) == {200}, name
+        assert fuzz.send_file(name, data, field, is_json=is_json) == 200, name
 
 
 def test_whole_clips_are_accepted(fuzz: Fuzz) -> None:
-    for name, data in list(hostile_media.clips().items())[:2]:
-        assert fuzz.send_file(name, data, "video") == {200}, name
+    clips = hostile_media.clips()
+    assert fuzz.send_file("mp4", clips["mp4"], "video") == 200
+    assert fuzz.send_file("mkv", clips["mkv"], "video", is_json=True) == 200
 
 
 def test_damaged_pictures(fuzz: Fuzz, memory: Memory) -> None:
-    send_damaged(fuzz, random.Random(0), hostile_media.stills(), IMAGE_FIELDS, 150)
-    memory.check("150 pictures")
+    fuzz.accepted.clear()
+    send_damaged(fuzz, random.Random(0), hostile_media.stills(), IMAGE_FIELDS, 100)
+    memory.check(f"100 pictures, {fuzz.accepted.total()} of which have a header that can be read")
+    assert 10 < fuzz.accepted.total() < 90
 
 
 def test_damaged_clips(fuzz: Fuzz) -> None:
-    send_damaged(fuzz, random.Random(0), hostile_media.clips(), ["video"], 6)
+    send_damaged(fuzz, random.Random(0), hostile_media.clips(), ["video"], 4)
 
 
 def test_bombs(fuzz: Fuzz, memory: Memory) -> None:
@@ -245,7 +246,8 @@ def test_bombs(fuzz: Fuzz, memory: Memory) -> None:
 
 def test_files_that_are_neither(fuzz: Fuzz) -> None:
     for name, data in hostile_media.others().items():
-        assert fuzz.send_file(name, data, "input_reference") == {422}, name
+        for is_json in (False, True):
+            assert fuzz.send_file(name, data, "input_reference", is_json=is_json) == 422, name
 
 
 def test_texts_in_place_of_files_lead_nowhere(fuzz: Fuzz) -> None:
@@ -254,18 +256,16 @@ def test_texts_in_place_of_files_lead_nowhere(fuzz: Fuzz) -> None:
             for value in (text, {"image_url": text}, [{"image_url": {"url": text}}]):
                 body = json.dumps({"prompt": "a", field: value}).encode()
                 assert fuzz.send(Sent.post(Endpoint.VIDEOS, JSON, body), text) == 422
-        fuzz.send(
-            Sent.post(Endpoint.VIDEOS, MULTIPART, form(part(b"prompt", b"a"), part(b"video", text.encode()))), text
-        )
+        body = form(part(b"prompt", b"a"), part(b"video", text.encode()))
+        assert fuzz.send(Sent.post(Endpoint.VIDEOS, MULTIPART, body), text) == 422
 
 
 def test_files_that_refer_to_others_lead_nowhere(fuzz: Fuzz) -> None:
     lures = fuzz.watch.lures.files()
-    for name, data in lures.items():
-        fuzz.send_file(name, data, "input_reference")
-    assert not {"svg", "m3u8", "ffconcat", "mpd", "sdp", "pdf", "postscript"} & set(fuzz.accepted)
-    kind, body = next(hostile_media.bodies_with(lures["m3u8"], "video", "a.mp4"))
-    assert fuzz.send(Sent.post(Endpoint.VIDEOS, kind, body), "m3u8") == 422
+    accepted = {name for name, data in lures.items() if fuzz.send_file(name, data, "input_reference") == 200}
+    # Those have a picture or a clip in front, and are taken for that.
+    assert accepted <= {name for name in lures if re.match("png|jpeg|avi|mp4", name)}
+    assert fuzz.send_file("m3u8", lures["m3u8"], "video") == 422, "the reader of clips does not take it either"
 
 
 # The long tier
@@ -327,5 +327,6 @@ def test_every_file_in_every_field(fuzz: Fuzz, memory: Memory) -> None:
     }
     for name, data in files.items():
         for field in MEDIA:
-            fuzz.send_file(name, data, field)
+            for is_json in (False, True):
+                fuzz.send_file(name, data, field, is_json=is_json)
     memory.check(f"{len(files)} files in every field")

@@ -52,7 +52,7 @@ _KINDS = {
     Endpoint.IMAGES: "application/x-www-form-urlencoded",
     f"{_ONE}/remix": "application/json",
 }
-_EVERY = 20
+_EVERY = 30
 
 
 @pytest.fixture(scope="module", autouse=True)
