@@ -13,7 +13,7 @@ from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import ResolvedRequest
 from deployments.acceptance import Acceptance
-from deployments.api.errors import failure_of
+from deployments.api.errors import failure_of, is_told
 from deployments.api.job_object import JobObjects
 from deployments.api.served_model import ServedModel
 from deployments.clip_closer import ClipCloser
@@ -169,7 +169,7 @@ class DirectorParts:
             )
 
         check = self.acceptance.check
-        return JobRunner(self.store, self.files, self.media, check, make_walk, failure_of, runner_spec)
+        return JobRunner(self.store, self.files, self.media, check, make_walk, failure_of, is_told, runner_spec)
 
     def context(self, asked: Asked, timeout_s: float | None) -> RequestContext:
         """Of a request that comes now, under a fresh job id.

@@ -10,7 +10,15 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from cluster.errors import ClusterError, DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
+from cluster.errors import (
+    ClusterError,
+    DeadlineExceeded,
+    GangFailed,
+    OutOfMemory,
+    OverloadedError,
+    ShuttingDown,
+    StageFailed,
+)
 from cosmos3_core.errors import CapabilityError, Cosmos3Error, MediaError, RequestError
 from deployments.errors import typed
 from deployments.guardrails.errors import ContentBlocked, GuardrailUnavailable
@@ -61,11 +69,12 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (JobCancelled, 409, "cancelled"),
     (JobsError, 503, _JOBS),
 )
+_LOGGED = "the server's log has it under this request id"
 # Of errors that are about the inside: addresses, paths.
 _MESSAGES = {
-    _INTERNAL: "an internal error; the server's log has it under this request id",
-    _MEDIA: "the file could not be written or read; the server's log has it under this request id",
-    _JOBS: "the database of jobs cannot be used just now; the server's log has it under this request id",
+    _INTERNAL: f"an internal error; {_LOGGED}",
+    _MEDIA: f"the file could not be written or read; {_LOGGED}",
+    _JOBS: f"the database of jobs cannot be used just now; {_LOGGED}",
 }
 
 
@@ -97,12 +106,18 @@ def failure_of(error: BaseException) -> tuple[str, str]:
     if isinstance(error, Refusal):
         return error.code, str(error)
     _, code = _meaning(error)
+    if isinstance(error, StageFailed):  # the reason is Ray's own words, with addresses and processes in them
+        return code, f"the stage {error.stage!r} failed {error.attempts} times; {_LOGGED}"
+    if isinstance(error, GangFailed):
+        return code, f"a gang of processes failed during {error.phase!r}; {_LOGGED}"
     return code, _MESSAGES.get(code, str(error))
 
 
 def is_told(error: BaseException) -> bool:
     """Whether the answer for an error says what was wrong; else it belongs into the log."""
     error = typed(error, "director")
+    if isinstance(error, StageFailed | GangFailed):
+        return False
     return isinstance(error, HTTPException | Refusal) or _meaning(error)[1] not in _MESSAGES
 
 

@@ -152,6 +152,7 @@ class JobRunner:
         check: of requests.
         make_walk: see :class:`MakeWalk`.
         tell_failure: see :class:`TellFailure`.
+        is_told: whether that says all there is; else it belongs into the log.
         spec: how it works.
     """
 
@@ -163,11 +164,13 @@ class JobRunner:
         check: RequestCheck,
         make_walk: MakeWalk,
         tell_failure: TellFailure,
+        is_told: Callable[[BaseException], bool],
         spec: RunnerSpec,
     ) -> None:
         self.runner_id = uuid.uuid4().hex
         self._store, self._files, self._media = store, files, media
         self._check, self._make_walk, self._tell_failure = check, make_walk, tell_failure
+        self._is_told = is_told
         self._spec = spec
         self._callers: dict[str, _Caller] = {}
         self._runs: dict[str, _Run] = {}
@@ -375,6 +378,8 @@ class JobRunner:
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
         elif failure is not None:
             code, message = self._tell_failure(failure)
+            if not self._is_told(failure):
+                logger.error("%s failed", job.job_id, exc_info=failure)
             outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
         else:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(_why(run)))

@@ -230,7 +230,7 @@ def broken_forms() -> Iterator[Body]:
         yield "header", MULTIPART, form(part(b"prompt", b"a", headers=headers))
         yield "header", MULTIPART, form(_PROMPT, headers + part(b"image", b"1", more=_FILE))
     long = form(_PROMPT, part(b"seed", b"7"))
-    for end in range(0, len(long), 7):
+    for end in range(0, len(long), 13):
         yield f"cut off at {end}", MULTIPART, long[:end]
     yield from _broken_ends(whole)
     yield from _many_parts()

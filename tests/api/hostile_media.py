@@ -21,8 +21,6 @@ from tests.api.hostile_bodies import JSON, MULTIPART, form, part
 from tests.api.known_jobs import mp4
 from tests.mode_inputs import CLIP, IMAGE
 
-_UNFOLDED_BYTES = 20_001_000
-
 
 def stills() -> dict[str, bytes]:
     """Name -> a small picture of each kind."""
@@ -47,34 +45,40 @@ def others() -> dict[str, bytes]:
     return {"wav": _wav(), "zip": _zip(b"a"), "text": b"a red car", "nothing": b"", "pdf": b"%PDF-1.7\n%%EOF"}
 
 
-def bombs() -> dict[str, bytes]:
-    """Name -> small files that say that they are large."""
+def bombs(scale: int) -> dict[str, bytes]:
+    """Name -> files that say that they are large, or have very many parts.
+
+    Args:
+        scale: 10 for those of the long tier.
+    """
+    unfolded_bytes = 2_000_100 * scale
     png, huge = _picture("png"), (2**31 - 1).to_bytes(4, "big")
     gif = bytearray(_picture("gif"))
     gif[6:10] = b"\xff\xff\xff\xff"
     webp = b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\0" * 4 + b"\xff" * 6
-    zeros = zlib.compress(bytes(_UNFOLDED_BYTES), 9)
-    tall = struct.pack(">IIBBBBB", 20_000, 1000, 8, 0, 0, 0, 0)
+    zeros = zlib.compress(bytes(unfolded_bytes), 9)
+    tall = struct.pack(">IIBBBBB", 2000 * scale, 1000, 8, 0, 0, 0, 0)
     text = _chunk(b"zTXt", b"a\0\0" + zeros)
     return {
         "a png of a huge size": png[:16] + huge + huge + png[24:],
         "a png that unfolds": png[:8] + _chunk(b"IHDR", tall) + _chunk(b"IDAT", zeros) + _chunk(b"IEND", b""),
         "a png with a text that unfolds": png[:33] + text + png[33:],
-        "a png of chunks": png[:33] + _chunk(b"tEXt", b"a\0b") * 20_000 + png[33:],
+        "a png of chunks": png[:33] + _chunk(b"tEXt", b"a\0b") * 2000 * scale + png[33:],
         "a gif of a huge size": bytes(gif),
-        "a gif of frames": bytes(gif[:13]) + b"\x2c\0\0\0\0\1\0\1\0\0\2\1\0\0" * 50_000 + b"\x3b",
+        "a gif of frames": bytes(gif[:13]) + b"\x2c\0\0\0\0\1\0\1\0\0\2\1\0\0" * 5000 * scale + b"\x3b",
         "a webp of a huge size": webp,
         "a bmp of a huge size": b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 2**30, 2**30, 1, 24, 0, 0, 0, 0, 0, 0),
         "a tiff that leads to itself": b"II*\0" + struct.pack("<IHI", 8, 0, 8),
-        "an mp4 of boxes": _box(b"ftyp", b"isommp42") + _box(b"free", b"") * 200_000,
+        "an mp4 of boxes": _box(b"ftyp", b"isommp42") + _box(b"free", b"") * 20_000 * scale,
         "an mp4 of boxes in boxes": b"".join(
-            struct.pack(">I4s", 16 + 8 * (20_000 - depth), b"moov" if depth % 2 else b"trak") for depth in range(20_000)
+            struct.pack(">I4s", 8 * (depth + 1), b"moov" if depth % 2 else b"trak")
+            for depth in reversed(range(2000 * scale))
         ),
         "an mp4 with a huge box": struct.pack(">I4s", 16, b"ftyp")
         + b"isommp42"
         + struct.pack(">I4sQ", 1, b"moov", 2**63),
-        "a zip that unfolds": _zip(bytes(_UNFOLDED_BYTES)),
+        "a zip that unfolds": _zip(bytes(unfolded_bytes)),
     }
 
 

@@ -229,9 +229,9 @@ def test_whole_clips_are_accepted(fuzz: Fuzz) -> None:
 
 def test_damaged_pictures(fuzz: Fuzz, memory: Memory) -> None:
     fuzz.accepted.clear()
-    send_damaged(fuzz, random.Random(0), hostile_media.stills(), IMAGE_FIELDS, 100)
-    memory.check(f"100 pictures, {fuzz.accepted.total()} of which have a header that can be read")
-    assert 10 < fuzz.accepted.total() < 90
+    send_damaged(fuzz, random.Random(0), hostile_media.stills(), IMAGE_FIELDS, 60)
+    memory.check(f"60 pictures, {fuzz.accepted.total()} of which have a header that can be read")
+    assert 5 < fuzz.accepted.total() < 55
 
 
 def test_damaged_clips(fuzz: Fuzz) -> None:
@@ -239,7 +239,7 @@ def test_damaged_clips(fuzz: Fuzz) -> None:
 
 
 def test_bombs(fuzz: Fuzz, memory: Memory) -> None:
-    for name, data in hostile_media.bombs().items():
+    for name, data in hostile_media.bombs(1).items():
         fuzz.send_file(name, data, "input_reference")
     memory.check("bombs")
 
@@ -251,11 +251,10 @@ def test_files_that_are_neither(fuzz: Fuzz) -> None:
 
 
 def test_texts_in_place_of_files_lead_nowhere(fuzz: Fuzz) -> None:
-    for text in fuzz.watch.lures.texts():
-        for field in ("image", "input_reference"):
-            for value in (text, {"image_url": text}, [{"image_url": {"url": text}}]):
-                body = json.dumps({"prompt": "a", field: value}).encode()
-                assert fuzz.send(Sent.post(Endpoint.VIDEOS, JSON, body), text) == 422
+    for text, field in zip(fuzz.watch.lures.texts(), itertools.cycle(("image", "input_reference")), strict=False):
+        for value in (text, {"image_url": text}, [{"image_url": {"url": text}}]):
+            body = json.dumps({"prompt": "a", field: value}).encode()
+            assert fuzz.send(Sent.post(Endpoint.VIDEOS, JSON, body), text) == 422
         body = form(part(b"prompt", b"a"), part(b"video", text.encode()))
         assert fuzz.send(Sent.post(Endpoint.VIDEOS, MULTIPART, body), text) == 422
 
@@ -320,7 +319,7 @@ def test_every_file_in_every_field(fuzz: Fuzz, memory: Memory) -> None:
     lures = fuzz.watch.lures.files()
     files = {
         **lures,
-        **hostile_media.bombs(),
+        **hostile_media.bombs(10),
         **hostile_media.others(),
         **hostile_media.stills(),
         **hostile_media.clips(),

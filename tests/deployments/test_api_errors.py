@@ -34,9 +34,9 @@ from deployments.media_store import MediaStoreError
         (OverloadedError("places", 4, 2.1), 429, "overloaded", "3"),
         (ShuttingDown(30), 503, "shutting_down", "30"),
         (DeadlineExceeded("decode", 60), 504, "deadline_exceeded", None),
-        (StageFailed("encode", 3, "died"), 503, "stage_failed", "5"),
-        (GangFailed("step", "died", 2), 503, "unavailable", "5"),
-        (GangLost("step", "died"), 503, "unavailable", "5"),
+        (StageFailed("encode", 3, "a secret address died"), 503, "stage_failed", "5"),
+        (GangFailed("step", "a secret died", 2), 503, "unavailable", "5"),
+        (GangLost("step", "a secret died"), 503, "unavailable", "5"),
         (StreamClosed("a", "why"), 503, "unavailable", "5"),
         (MediaError("/a/secret/place: No space left on device"), 503, "media_unavailable", "5"),
         (MediaStoreError("/a/secret/place cannot be used"), 503, "media_unavailable", "5"),
@@ -58,7 +58,8 @@ def test_each_error_has_its_status(error: Exception, status: int, code: str, ret
     assert answer.headers.get("retry-after") == retry_after
     assert body["type"] == ("invalid_request_error" if status in (404, 409, 415, 422) else "server_error")
     assert "secret" not in body["message"]
-    is_hidden = code in ("internal_error", "media_unavailable", "jobs_unavailable")
+    is_hidden = code in ("internal_error", "media_unavailable", "jobs_unavailable", "stage_failed")
+    is_hidden |= isinstance(error, GangFailed)
     assert (is_hidden or isinstance(error, HTTPException)) != (str(error) in body["message"])
     assert is_told(error) != is_hidden
     if not isinstance(error, HTTPException):

@@ -194,7 +194,7 @@ def test_images(http: httpx.Client, reference: Reference) -> None:
 
 
 def test_what_they_say_and_do_not_do(http: httpx.Client) -> None:
-    """A clip without a length has the documented one; what is not offered is refused in words, and no path is opened."""
+    """A clip without a length has the documented one; what is not offered is refused in words, no path is opened."""
     job = http.post("/v1/videos", json={"prompt": "a", "size": "64x32"}).json()
     try:
         assert (job["num_frames"], job["num_steps"], job["seconds"]) == (189, 35, "7.875")

@@ -141,7 +141,7 @@ class Service:
             }
         )
         told = lambda error: ("told", str(error))  # noqa: E731
-        self.runner = JobRunner(self.store, self.files, self.media, check, self.stage.make_walk, told, spec)
+        self.runner = JobRunner(self.store, self.files, self.media, check, self.stage.make_walk, told, bool, spec)
 
     async def submit(self, request: GenerationRequest = SMALL, asked: Asked = Asked()) -> Job:  # noqa: B008
         context = RequestContext.new(None, 60, new_job_id())
