@@ -34,22 +34,22 @@ class Promises:
     """
 
     def __init__(self) -> None:
-        self._until_s: deque[tuple[float, str]] = deque(maxlen=_MAX_PROMISES)
+        self._until_s: deque[tuple[float, tuple[str, str]]] = deque(maxlen=_MAX_PROMISES)
         self._lock = threading.Lock()
 
-    def add(self, owner: str, seconds: float) -> None:
-        """A caller was told to come again after so long."""
+    def add(self, queue: tuple[str, str], seconds: float) -> None:
+        """A caller of a lane and owner was told to come again after so long."""
         with self._lock:
-            self._until_s.append((time.monotonic() + seconds, owner))
+            self._until_s.append((time.monotonic() + seconds, queue))
 
-    def num_open(self, owner: str) -> int:
-        """How many of an owner's callers are still to come."""
+    def num_open(self, queue: tuple[str, str]) -> int:
+        """How many callers of a lane and owner are still to come."""
         now_s = time.monotonic()
         with self._lock:
             still = [promise for promise in self._until_s if promise[0] > now_s]
             self._until_s.clear()
             self._until_s.extend(still)
-        return sum(whose == owner for _, whose in still)
+        return sum(whose == queue for _, whose in still)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,16 @@ class Acceptance:
         """An earlier job's request with another prompt, and how it comes.
 
         Raises:
-            RequestError: there is no such job of this owner.
-            MediaError: its image or clip is not there any more.
+            RequestError: there is no such job of this owner, or its image or clip is not kept any more.
+            MediaError: its image or clip cannot be read.
         """
         job = await in_thread(self.store.get, job_id, asked.owner)
         if job is None:
             raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
+        for name in job.inputs:
+            if not await in_thread(self.files.exists, job_id, name):
+                hint = "Of a job that was not completed they are not kept: send it again."
+                raise RequestError("video_id", job_id, f"the id of a video whose {name} is still there", hint)
         media = {name: await in_thread(self.files.get, job_id, name) for name in job.inputs}
         request = replace(decoded(job.request, media), prompt=prompt)
         return request, replace(asked, remixed_from=job_id)
@@ -159,10 +163,10 @@ class Acceptance:
         try:
             for name, data in media.items():
                 self.files.put(new.job_id, name, data)
-            job = self.store.create(new, self.limits, asked.limits, self.promises.num_open(new.owner))
+            job = self.store.create(new, self.limits, asked.limits, self.promises.num_open((new.lane, new.owner)))
         except OverloadedError as error:
             self.files.remove(new.job_id)
-            self.promises.add(new.owner, error.retry_after_s)
+            self.promises.add((new.lane, new.owner), error.retry_after_s)
             raise
         except Cosmos3Error:
             self.files.remove(new.job_id)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 
 from cluster.errors import ShuttingDown
 from cosmos3_core.request import GenerationRequest
@@ -18,6 +20,8 @@ from deployments.jobs.asked import Asked
 from deployments.jobs.job import Job
 from deployments.messages import Accepted, Event, Finished, Generated, RequestContext
 
+_NUM_THREADS = 32
+_MAX_REMIXES = 4
 _RESTART_S = 30.0  # what a restart of the app takes, about
 _AS_BEFORE = Asked()
 
@@ -31,10 +35,12 @@ class Director(JobDesk):
     """
 
     async def __init__(self, spec: DirectorSpec, handles: Handles) -> None:  # type: ignore[misc] # Serve awaits it
-        self._spec = spec
+        # For the database and for files; asyncio's own default is by the number of cores.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="director"))
         self._parts = await asyncio.to_thread(DirectorParts.of, spec, handles)
         self._runner = self._parts.start()
         self._upkeep = self._parts.upkeep.start()
+        self._remixes = asyncio.Semaphore(_MAX_REMIXES)
         self._is_draining = False
 
     async def stream(
@@ -56,6 +62,7 @@ class Director(JobDesk):
             DeadlineExceeded, StageFailed: it could not be done.
             JobCancelled: its owner has cancelled it.
         """
+        asked = replace(asked, idempotency_key=None)  # an earlier job's events are not this caller's
         context = self._context(asked, timeout_s)
         self._runner.expect(context.job_id, context)
         try:
@@ -104,12 +111,17 @@ class Director(JobDesk):
         Raises:
             RequestError: there is no such job; or as :meth:`submit`.
         """
-        return await self.submit(*await self._parts.acceptance.again(job_id, prompt, asked))
+        async with self._remixes:  # each has the earlier one's media in memory
+            return await self.submit(*await self._parts.acceptance.again(job_id, prompt, asked))
 
     async def drain(self) -> int:
         """Take no new request from now on; returns how many jobs are still in hand."""
         self._is_draining = True
         return self._runner.drain()
+
+    async def __del__(self) -> None:
+        """Serve's, before it ends a replica that has no request: jobs are none."""
+        await self.release()
 
     async def release(self) -> None:
         """Give back what is in hand, for the next Director to go on with."""

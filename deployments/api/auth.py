@@ -32,6 +32,10 @@ _RETRY_S = 1.0
 _REFUSED = {"www-authenticate": "Bearer"}
 
 
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+"""What browsers of this machine call it."""
+
+
 @dataclass(frozen=True)
 class Caller:
     """Who sends a request.

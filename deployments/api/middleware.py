@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +16,7 @@ from deployments.api.errors import Refusal, error_response, is_told
 from deployments.api.service import Service
 from deployments.api.service_info import OPEN_PATHS
 
+_PORT = re.compile(r":[0-9]{1,5}$")
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
 _UNSAFE_METHODS = ("POST", "DELETE")
 _ALLOWED_HEADERS = (
@@ -72,8 +74,12 @@ class Cors:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        origins = self._get_service().http.cors_origins
-        headers = Headers(scope=scope)
+        service, headers = self._get_service(), Headers(scope=scope)
+        origins = service.http.cors_origins
+        if service.hosts is not None and _PORT.sub("", headers.get("host", "").lower()) not in service.hosts:
+            message = f"this app is called by {', '.join(sorted(service.hosts))} alone, as it asks for no keys"
+            await error_response(Refusal(403, "wrong_host", message))(scope, receive, send)
+            return
         is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         is_allowed = "*" in origins or headers.get("origin") in origins
         if is_foreign and not is_allowed and scope["method"] in _UNSAFE_METHODS:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 from starlette.datastructures import Headers
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.api.auth import Auth, Caller, auth_required, check_keys
+from deployments.api.auth import LOOPBACK_HOSTS, Auth, Caller, auth_required, check_keys
 from deployments.api.bodies import BodyRules
 from deployments.api.body_room import BodyRoom
 from deployments.api.given_media import RemoteFiles
@@ -80,6 +80,7 @@ class Service:
         metrics_text: what Prometheus is told, and its content type.
         feed: of the jobs' events.
         has_guardrails: whether anything is looked at.
+        hosts: names that it may be called by; None: any.
         auth: checks API keys; None where everybody may call.
         remote_media: fetches files of other servers; None where that is off.
         room: for bodies.
@@ -100,6 +101,7 @@ class Service:
     metrics_text: Callable[[], Awaitable[tuple[str, str]]]
     feed: EventFeed
     has_guardrails: bool = False
+    hosts: frozenset[str] | None = None
     auth: Auth | None = None
     remote_media: RemoteFiles | None = None
     room: BodyRoom = field(init=False)
@@ -134,6 +136,8 @@ class Service:
             http=spec.http,
             classes=tuple(spec.jobs.classes),
             has_guardrails=spec.has_guardrails,
+            # Without keys, a page whose name has been made to lead here would be let in as one of this machine's own.
+            hosts=None if needs_keys or auth_required(None, host) else LOOPBACK_HOSTS,
             may_disable_guardrails=spec.may_disable_guardrails,
             store=store,
             files=JobFiles(media.directory, spec.media.archive),

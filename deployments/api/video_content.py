@@ -41,6 +41,8 @@ async def get_content(video_id: str, request: Request) -> Response:
         answer = await content_answer(media, job.media_id, request.method, headers)
     else:
         answer = await variant_answer(media, job.media_id, variant, request.method, headers)
+    if answer.status_code in (404, 410) and not job.state.is_final:
+        raise await _not_ready(call, job)  # what has failed is an earlier try's file
     if answer.status_code == 404 and await _is_gone(call, job):
         return error_response(Refusal(410, "media_expired", "the file of this job is not kept any more"))
     return answer

@@ -254,6 +254,8 @@ def _base(url: str) -> str:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise ValueError("no address")
+        if any(character.isspace() for character in parts.netloc):
+            raise ValueError("no address")
         _ = parts.port
         httpx.URL(url)
     except (ValueError, TypeError, AttributeError, httpx.InvalidURL):

@@ -32,13 +32,16 @@ class Checkpoints:
     def __init__(self, files: JobFiles, job_id: str, period_s: float) -> None:
         self._files, self._job_id, self._period_s = files, job_id, period_s
         self._written_s = time.monotonic()
+        self._last: tuple[int, TensorEnvelope] | None = None
+        self._written_step = 0
         self._writing: asyncio.Task[None] | None = None
 
     def offer(self, step: int, state: TensorEnvelope) -> None:
         """Keep a state, if it is time for one."""
+        self._last = step, state
         if self._writing is None and time.monotonic() - self._written_s >= self._period_s:
             loop = asyncio.get_running_loop()
-            self._writing = loop.create_task(self._write(state), context=contextvars.Context())
+            self._writing = loop.create_task(self._write(step, state), context=contextvars.Context())
 
     def read(self) -> TensorEnvelope | None:
         """The last state; None where there is none, or it is damaged: then the job begins anew."""
@@ -55,10 +58,16 @@ class Checkpoints:
         if self._writing is not None:
             await asyncio.shield(self._writing)
 
-    async def _write(self, state: TensorEnvelope) -> None:
+    async def write_last(self) -> None:
+        """Keep the newest state, whether it is time for one or not: whoever goes on with the job begins from it."""
+        await self.settle()
+        if self._last is not None and self._last[0] > self._written_step:
+            await self._write(*self._last)
+
+    async def _write(self, step: int, state: TensorEnvelope) -> None:
         try:
             await in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
-            self._written_s = time.monotonic()
+            self._written_s, self._written_step = time.monotonic(), step
         except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
             logger.exception("the state of %s could not be kept", self._job_id)
         finally:

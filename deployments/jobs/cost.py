@@ -8,6 +8,7 @@ begin of a request to its file, so that they are in it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cosmos3_core.checkpoint.configs import TransformerConfig
@@ -15,7 +16,8 @@ from cosmos3_core.request import ResolvedRequest
 from cosmos3_core.sampler.guidance import needs_two_branches
 from cosmos3_core.shapes import Geometry
 
-# Two that end in one moment.
+# What is longer ago has a smaller say.
+_MEMORY_S = 600.0
 _SHORTEST_S = 1e-3
 
 
@@ -50,17 +52,22 @@ class CostModel:
 
 
 class Throughput:
-    """How fast one runner gets the work of a lane done, measured over finished requests. Times are of any one clock.
+    """How fast one runner gets the work of a lane done: work over the time in which any was done, of the last minutes.
 
-    The time of a request is that from the end of the one before it, or from its own begin where nothing ended since: so
-    several gangs count as the several that they are, and idle time as nothing.
+    Jobs that run side by side end together: only sums tell how fast they were. Several gangs count as the several that
+    they are, and idle time as nothing. Times are of any one clock.
     """
 
     def __init__(self) -> None:
         self._last_end_s = 0.0
+        self._work = self._busy_s = 0.0
 
     def finished(self, work: float, start_s: float, end_s: float) -> float:
-        """Enter a request that was finished; returns its work per second."""
-        seconds = max(end_s - max(start_s, self._last_end_s), _SHORTEST_S)
-        self._last_end_s = end_s
-        return work / seconds
+        """Enter a request that was finished, and when it was begun; returns the work per second."""
+        # Of its time the part that is not an earlier request's as well.
+        busy_s = max(end_s - max(start_s, self._last_end_s), 0.0)
+        self._last_end_s = max(end_s, self._last_end_s)
+        kept = math.exp(-busy_s / _MEMORY_S)
+        self._work = kept * self._work + work
+        self._busy_s = kept * self._busy_s + busy_s
+        return self._work / max(self._busy_s, _SHORTEST_S)

@@ -19,6 +19,7 @@ from cluster.errors import DeadlineExceeded, OverloadedError
 from cosmos3_core.errors import Cosmos3Error
 from deployments.jobs.job import Job, JobEvent, JobsError, JobState
 from deployments.jobs.place import NOWHERE, Place, places_of
+from deployments.jobs.rows import MAX_EVENTS
 from deployments.jobs.store import JobStore
 from deployments.threads import in_thread
 
@@ -129,6 +130,7 @@ class EventFeed:
             DeadlineExceeded: the job has not ended in time.
             JobsError: the database cannot be used.
         """
+        after = min(max(after, 0), MAX_EVENTS + 1)
         if len(self._followers) >= self._max_followers:
             raise OverloadedError("followers of jobs", self._max_followers, _RETRY_S)
         follower = _Follower(job_id, after)

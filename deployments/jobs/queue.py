@@ -139,7 +139,8 @@ def accepted_before(connection: Connection, new: NewJob) -> Job | None:
 
 @cache
 def _count_query(is_own: bool) -> Select[Any]:
-    queued = select(func.count()).select_from(JOBS).where(JOBS.c.model == bindparam("model"), JOBS.c.state == _QUEUED)
+    of_lane = (JOBS.c.model == bindparam("model"), JOBS.c.lane == bindparam("lane"))
+    queued = select(func.count()).select_from(JOBS).where(*of_lane, JOBS.c.state == _QUEUED)
     return queued.where(JOBS.c.owner == bindparam("owner")) if is_own else queued
 
 
@@ -149,14 +150,14 @@ def check_room(connection: Connection, new: NewJob, limits: QueueLimits, key_lim
     Raises:
         QueueFull: it may not.
     """
-    parameters = {"model": new.model, "owner": new.owner}
+    parameters = {"model": new.model, "lane": new.lane.value, "owner": new.owner}
     if connection.execute(_count_query(False), parameters).scalar_one() >= limits.max_queued:
-        raise QueueFull("jobs that wait", limits.max_queued, None)
+        raise QueueFull(f"{new.lane}s that wait", limits.max_queued, None)
     own_limit = None if key_limits is None else key_limits.max_queued
     if own_limit is None and new.owner:
         own_limit = limits.max_queued_per_key
     if own_limit is not None and connection.execute(_count_query(True), parameters).scalar_one() >= own_limit:
-        raise QueueFull("jobs of this API key that wait", own_limit, new.owner)
+        raise QueueFull(f"{new.lane}s of this API key that wait", own_limit, new.owner)
 
 
 def enqueue(connection: Connection, new: NewJob, limits: QueueLimits, now_s: float) -> Job:

@@ -55,7 +55,7 @@ class Recorder:
     def __init__(self, store: JobStore, job: Job, lost: Callable[[], None]) -> None:
         self._store = store
         self._lease = Lease(job.job_id, job.lease)
-        # Nobody knows the id of a job whose caller waits for it before it ends: its steps are not history.
+        # Who waits for a job is told its steps as they come: they are not history.
         self._has_followers = job.attached_to is None
         self._lost = lost
         self._progress = Progress()
@@ -95,7 +95,8 @@ class Recorder:
                 }
                 self._add("preview", told)
             case PreviewsOff():
-                self._add("previews_off", {"reason": event.reason})
+                # Why is about the inside, and in the log.
+                self._add("previews_off", {"reason": "there are no previews, or no more"})
             case LatentsReady():
                 self._add(stage="decoding")
             case FileStarted():

@@ -14,8 +14,8 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Connection,
-    Integer,
     Row,
     Select,
     Table,
@@ -186,7 +186,7 @@ def _later_events(is_sqlite: bool) -> Select[*tuple[Any, ...]]:
     return (
         select(JOB_EVENTS)
         .join(cursors, JOB_EVENTS.c.job_id == cursors.c.key)
-        .where(JOB_EVENTS.c.seq > cast(cursors.c.value, Integer))
+        .where(JOB_EVENTS.c.seq > cast(cursors.c.value, BigInteger))
         .order_by(JOB_EVENTS.c.job_id, JOB_EVENTS.c.seq)
         .limit(bindparam("most"))
     )

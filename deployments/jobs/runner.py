@@ -18,6 +18,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -46,13 +47,16 @@ logger = logging.getLogger("ray.serve")
 _POSITION_PERIOD_S = 1.0
 # Renewals in the time of a lease: two may fail.
 _RENEWALS = 4
+# Leases that pass before a runner that cannot renew them stops: a slow database is no reason to begin anew, and what two
+# runners do side by side for a while, one of them writes down.
+_PATIENCE = 2
 # Between two looks whether the owner of a running job has cancelled it.
 _LOOK_S = 0.5
 # After an error of the loop's own: a database that is away, say.
 _PAUSE_S = 1.0
 _RESTART_S = 30.0
 # Why runs are stopped.
-_LOST = "it is another runner's"
+_LOST = "it was deleted, or another runner has it"
 _GIVEN_BACK = "given back"
 _SHUT_DOWN = "the app is being stopped"
 _LEFT = "its caller has left"
@@ -140,6 +144,12 @@ class _Run:
     is_walking: bool = False
     # Why it was stopped from outside; None while it goes on by itself.
     stopped: str | None = None
+    checkpoints: Checkpoints | None = None
+
+    @property
+    def old_media_id(self) -> str:
+        """Of the file that an earlier run of the job has begun."""
+        return self.job.media_id
 
 
 class JobRunner:
@@ -176,6 +186,7 @@ class JobRunner:
         self._runs: dict[str, _Run] = {}
         self._throughput: dict[Lane, Throughput] = {}
         self._wake = asyncio.Event()
+        self._renewer = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._is_draining = False
         # Contexts of their own: a task made inside a request would be cancelled with that request.
         self._alive: set[asyncio.Task[Any]] = set()
@@ -271,6 +282,9 @@ class JobRunner:
                     while sum(run.job.lane == lane for run in self._runs.values()) < max_running:
                         if (job := await in_thread(self._claim, lane)) is None:
                             break
+                        if self._is_draining and job.attached_to is None:  # it was claimed just before
+                            await in_thread(self._store.give_back, Lease(job.job_id, job.lease))
+                            break
                         self._begin(job)
             except Exception:  # the database is away, say: what is wrong now may be right in a moment
                 logger.exception("jobs cannot be claimed")
@@ -316,7 +330,7 @@ class JobRunner:
         if run.stopped is None:
             run.is_walking = True
             try:
-                async for event in self._walk(job, caller):
+                async for event in self._walk(run, caller):
                     recorder.note(event)
                     if isinstance(event, Finished):
                         finished = event
@@ -330,8 +344,8 @@ class JobRunner:
             run.is_walking = False
         try:
             await self._end(run, recorder, finished, failure)
-        except LeaseLost as error:
-            failure = failure or error
+        except LeaseLost:
+            failure = failure or JobCancelled(job.job_id, _LOST)
         except Exception as error:
             logger.exception("the end of %s could not be written down", job.job_id)
             failure = failure or error
@@ -342,10 +356,11 @@ class JobRunner:
             caller.has_ended = True
             caller.items.put_nowait(failure or finished or _why(run))
 
-    async def _walk(self, job: Job, caller: _Caller | None) -> AsyncIterator[Event]:
-        if job.attempts > 1 and job.media_id:
+    async def _walk(self, run: _Run, caller: _Caller | None) -> AsyncIterator[Event]:
+        job = run.job
+        if run.old_media_id:
             # Its writer may have died without a word: whoever watches it is told.
-            await in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
+            await in_thread(self._media.fail, run.old_media_id, "the job was taken over by another runner")
         context = (
             RequestContext.new(job.request_id, self._spec.run_timeout_s, job.job_id)
             if caller is None
@@ -354,8 +369,8 @@ class JobRunner:
         media = {name: await in_thread(self._files.get, job.job_id, name) for name in job.inputs}
         resolved = await self._check.resolved(context, decoded(job.request, media))
         del media
-        checkpoints = Checkpoints(self._files, job.job_id, self._spec.checkpoint_period_s)
-        begin_from = await in_thread(checkpoints.read) if job.attempts > 1 else None
+        run.checkpoints = checkpoints = Checkpoints(self._files, job.job_id, self._spec.checkpoint_period_s)
+        begin_from = await in_thread(checkpoints.read)
         walk = self._make_walk(resolved, context, job, begin_from, checkpoints.offer)
         del resolved, begin_from
         assert job.started_s is not None, "it was claimed"
@@ -372,6 +387,8 @@ class JobRunner:
         if finished is None and run.stopped == _LOST:
             raise LeaseLost(job.job_id)
         if finished is None and run.stopped == _GIVEN_BACK:
+            if run.checkpoints is not None:
+                await run.checkpoints.write_last()
             await in_thread(self._store.give_back, lease)
             return
         if finished is not None:  # whoever wanted it stopped came too late
@@ -384,36 +401,47 @@ class JobRunner:
         else:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(_why(run)))
         ended = await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
-        metrics().request_ended(job.mode, ended.state, (ended.completed_s or ended.created_s) - ended.created_s)
-        if finished is not None:
-            await self._measure(job)
-        await in_thread(self._files.remove, job.job_id, CHECKPOINT)
+        try:
+            metrics().request_ended(job.mode, ended.state, (ended.completed_s or ended.created_s) - ended.created_s)
+            if finished is not None:
+                await self._measure(job)
+            # Inputs stay for a remix of what was made; of anything else they would fill the disk for nothing.
+            is_kept = finished is not None and job.attached_to is None
+            await in_thread(self._files.remove, job.job_id, CHECKPOINT if is_kept else None)
+        except Exception:  # the job has ended all the same, and its caller is told so
+            logger.exception("what %s leaves could not be tidied up", job.job_id)
 
     async def _measure(self, job: Job) -> None:
         assert job.started_s is not None, "it was claimed"
         throughput = self._throughput.setdefault(job.lane, Throughput())
-        work_per_s = throughput.finished(job.work, job.started_s, time.time())
+        # Of one that was gone on with, what was left of it when it was claimed.
+        work = job.work * (1 - job.step / job.num_steps) if job.attempts > 1 else job.work
+        work_per_s = throughput.finished(max(work, job.work / job.num_steps), job.started_s, time.time())
         await in_thread(self._store.note_rate, self._spec.model, job.lane, work_per_s)
 
     # Leases, and the end of what nobody wants
 
     async def _renew_loop(self) -> None:
-        spec = self._spec
+        spec, loop = self._spec, asyncio.get_running_loop()
         renewed_s = time.monotonic()
         while True:
             # More often while something runs: cancellations are found here as well.
             await asyncio.sleep(min(spec.lease_s / _RENEWALS, _LOOK_S if self._runs else spec.lease_s))
             runs = dict(self._runs)
             leases = [Lease(run.job.job_id, run.job.lease) for run in runs.values()]
+            asked_s = time.monotonic()
+            lost: set[str] = set()
+            cancelling: set[str] = set()
             try:
-                lost, cancelling = await in_thread(self._store.renew, self.runner_id, leases, spec.lease_s)
-                renewed_s = time.monotonic()
-            except Exception:
+                # In a thread of its own: it must not wait behind files that are written.
+                renewing = loop.run_in_executor(self._renewer, self._store.renew, self.runner_id, leases, spec.lease_s)
+                async with asyncio.timeout(max(renewed_s + _PATIENCE * spec.lease_s - asked_s, 0.1)):
+                    lost, cancelling = await asyncio.shield(renewing)
+                renewed_s = asked_s
+            except Exception:  # late, or whatever the database raised
                 logger.exception("leases of jobs cannot be renewed")
-                # What another runner may have by now is not run here as well.
-                lost, cancelling = set(), set()
-                if time.monotonic() - renewed_s > spec.lease_s:
-                    lost = set(runs)
+            if time.monotonic() - renewed_s > _PATIENCE * spec.lease_s:
+                lost = set(runs)  # what another runner has had for a while is not run here as well
             for job_id in lost:
                 self._lost(job_id)
             for job_id in cancelling:

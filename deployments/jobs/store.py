@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy import delete, func, or_, select, tuple_, update
 
 from cosmos3_core.errors import RequestError
 from deployments.jobs import claims, queue, waiting
@@ -132,7 +132,8 @@ class JobStore:
                 return queue.enqueue(connection, new, limits, self._clock())
         except queue.QueueFull as full:
             with self._database.reading() as connection:
-                wait_s = waiting.retry_after_s(connection, new.model, full.owner, self._clock(), num_promised)
+                now_s = self._clock()
+                wait_s = waiting.retry_after_s(connection, new.model, new.lane, full.owner, now_s, num_promised)
             raise full.error(wait_s) from None
 
     # Looking
@@ -387,17 +388,48 @@ class JobStore:
 
     def _sweep_some(self, before_s: float, max_kept: int | None) -> Sequence[Job]:
         ended = JOBS.c.completed_s.is_not(None)
+        # A file that was promised until a time is not given up for the number of jobs.
+        is_spare = or_(JOBS.c.attached_to.is_not(None), JOBS.c.expires_s.is_(None), JOBS.c.expires_s < self._clock())
         # Of several processes that sweep each job is told to one.
         with self._database.writing(is_queue=True) as connection:
             num_many = 0
             if max_kept is not None:
                 num_ended = connection.execute(select(func.count()).select_from(JOBS).where(ended)).scalar_one()
                 num_many = max(num_ended - max_kept, 0)
-            oldest = select(JOBS.c.job_id, JOBS.c.completed_s).where(ended).order_by(JOBS.c.completed_s)
-            rows = connection.execute(oldest.limit(_SWEPT_AT_ONCE)).all()
-            ids = [job_id for i, (job_id, ended_s) in enumerate(rows) if i < num_many or ended_s < before_s]
+            old = select(JOBS.c.job_id).where(ended, JOBS.c.completed_s < before_s).limit(_SWEPT_AT_ONCE)
+            ids = set(connection.execute(old).scalars())
+            # Those that nobody comes back for, then the longest ended ones.
+            many = (
+                select(JOBS.c.job_id)
+                .where(ended, is_spare)
+                .order_by(JOBS.c.attached_to.is_(None), JOBS.c.completed_s)
+                .limit(min(num_many, _SWEPT_AT_ONCE))
+            )
+            ids |= set(connection.execute(many).scalars())
             gone = connection.execute(delete(JOBS).where(JOBS.c.job_id.in_(ids)).returning(*JOBS.c))
             return sorted((job_of(row) for row in gone), key=lambda job: job.completed_s or 0.0)
+
+    def fail_unserved(self, silent_s: float) -> int:
+        """Fail jobs of models that nobody serves any more, and has not for so long; nobody would ever run them.
+
+        Returns:
+            How many.
+        """
+        since_s = self._clock() - silent_s
+        served = select(RUNNERS.c.model).where(RUNNERS.c.seen_s >= since_s)
+        unserved = (JOBS.c.completed_s.is_(None), JOBS.c.updated_s < since_s, JOBS.c.model.not_in(served))
+        with self._database.writing(is_queue=True) as connection:
+            rows = connection.execute(select(JOBS).where(*unserved).limit(_SWEPT_AT_ONCE)).all()
+            for row in rows:
+                job = job_of(row)
+                reason = f"nobody has served the model {job.model} for {silent_s:g} s"
+                end(
+                    connection,
+                    job,
+                    Outcome(JobState.FAILED, error_code="not_served", error_message=reason),
+                    self._clock(),
+                )
+        return len(rows)
 
     # Speed
 

@@ -50,7 +50,8 @@ class Upkeep:
         return [loop.create_task(_repeated(*each), context=contextvars.Context()) for each in work]
 
     def sweep(self) -> None:
-        """Forget old jobs, and remove their files."""
+        """Forget old jobs, and remove their files; end those that nobody would ever run."""
+        self.store.fail_unserved(self.keep_s)
         for job in self.store.sweep(self.keep_s, self.max_kept):
             self.remove_files(job)
         self.files.sweep(lambda job_id: self.store.get(job_id) is not None, _ORPHAN_S, time.time())

@@ -79,19 +79,20 @@ class _Lane:
         return until_freed_s(self.running, works, before + 1, self.work_per_s) + further_s
 
 
-def retry_after_s(connection: Connection, model: str, owner: str | None, now_s: float, num_promised: int = 0) -> float:
+def retry_after_s(
+    connection: Connection, model: str, lane: Lane, owner: str | None, now_s: float, num_promised: int = 0
+) -> float:
     """Seconds until a job that waits is likely to be begun, so that another one may.
 
     Args:
         connection: in a transaction.
-        model: whose queue is full.
+        model, lane: whose queue is full.
         owner: whose own bound was reached; None where it is everybody's.
         now_s: seconds since 1970.
         num_promised: callers who were told to come again and have not done so yet: they have the places before.
     """
-    lanes = (_lane(connection, model, lane, now_s) for lane in Lane)
-    waits_s = [wait_s for lane in lanes if (wait_s := lane.wait_s(owner, num_promised)) is not None]
-    return min(max(min(waits_s, default=UNKNOWN_WAIT_S), MIN_WAIT_S), MAX_WAIT_S)
+    wait_s = _lane(connection, model, lane, now_s).wait_s(owner, num_promised)
+    return min(max(UNKNOWN_WAIT_S if wait_s is None else wait_s, MIN_WAIT_S), MAX_WAIT_S)
 
 
 def _lane(connection: Connection, model: str, lane: Lane, now_s: float) -> _Lane:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import io
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
+import PIL.Image
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.media.kinds import STILL, kind_of
 from cosmos3_core.request import GenerationRequest
 from deployments.acceptance import Acceptance
 from deployments.jobs.asked import Asked
@@ -28,6 +32,7 @@ from tests.api.safe_answers import Inside
 
 LIMITS = QueueLimits(max_queued=100_000, max_queued_per_key=100_000, max_running_per_key=None, classes=CLASSES)
 _ANSWER_S = 60.0
+_MAX_LEFT = 200
 # A body without a length that grows no further is waited for no longer: of events, of a file that is being written.
 _PATIENCE_S = 0.1
 
@@ -96,7 +101,7 @@ class AcceptingApi(Api):
 
     Attributes:
         inside: what no answer may say.
-        num_sent: requests so far.
+        kept: ids of jobs that are not tidied away.
     """
 
     def __init__(
@@ -106,20 +111,34 @@ class AcceptingApi(Api):
         self.director = RealAcceptance(layout, self.store, self.files, self.media)
         self.service.director = self.service.streaming = self.director
         self.inside = Inside.of(directory, layout.directory, canary=canary)
-        self.num_sent = 0
+        self.kept: set[str] = set()
 
     def answer(self, sent: Sent) -> httpx.Response:
         """What comes back; it is safe, in time, and leaves no room taken."""
-        self.num_sent += 1
+        if len(self.director.asked) > _MAX_LEFT:
+            self.tidy()
         answer: httpx.Response = self.run(answer_of(self.app, sent))
         self.inside.check(answer, sent.everything)
         assert self.service.room.taken_bytes == 0, sent
         return answer
 
-    def tidy(self, keep: Iterable[str] = ()) -> None:
-        """Delete all jobs but some, as if they had expired."""
-        kept = set(keep)
-        while jobs := [job for job in self._page() if job.job_id not in kept]:
+    def check_accepted(self) -> None:
+        """See to it that the files of the request that was accepted last can be read, by whom did not check them."""
+        request, _ = self.director.asked[-1]
+        for data in (request.image, request.video):
+            if data is None:
+                continue
+            assert isinstance(data, bytes)
+            if kind_of(data).category == STILL:
+                with PIL.Image.open(io.BytesIO(data)) as picture:
+                    assert min(picture.size) > 0
+            else:
+                with av.open(io.BytesIO(data), "r", options={"protocol_whitelist": "none"}) as clip:
+                    assert next(clip.decode(video=0)).width > 0
+
+    def tidy(self) -> None:
+        """Delete all jobs that are not kept, as if they had expired."""
+        while jobs := [job for job in self._page() if job.job_id not in self.kept]:
             for job in jobs:
                 self.store.delete(job.job_id)
                 self.files.remove(job.job_id)

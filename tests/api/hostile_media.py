@@ -72,8 +72,7 @@ def bombs(scale: int) -> dict[str, bytes]:
         "a tiff that leads to itself": b"II*\0" + struct.pack("<IHI", 8, 0, 8),
         "an mp4 of boxes": _box(b"ftyp", b"isommp42") + _box(b"free", b"") * 20_000 * scale,
         "an mp4 of boxes in boxes": b"".join(
-            struct.pack(">I4s", 8 * (depth + 1), b"moov" if depth % 2 else b"trak")
-            for depth in reversed(range(2000 * scale))
+            struct.pack(">I4s", 8 * size, b"moov" if size % 2 else b"trak") for size in range(2000 * scale, 0, -1)
         ),
         "an mp4 with a huge box": struct.pack(">I4s", 16, b"ftyp")
         + b"isommp42"

@@ -74,11 +74,6 @@ class KnownJobs:
         self._jobs: dict[str, Job] = {}
         self.kinds = (*self._makers, "unknown")
 
-    @property
-    def ids(self) -> set[str]:
-        """Of those that were made last."""
-        return {job.job_id for job in self._jobs.values()}
-
     def id_of(self, kind: str) -> str:
         """Of a job of a kind, which is made where there is none any more."""
         if kind == "unknown":
@@ -87,6 +82,7 @@ class KnownJobs:
         now = None if made is None else self._api.store.get(made.job_id)
         if made is None or now is None or now.state is not made.state:
             made = self._jobs[kind] = self._makers[kind]()
+            self._api.kept = {job.job_id for job in self._jobs.values()}
         return made.job_id
 
     def _accepted(self, attached_to: str | None, **fields: Any) -> Job:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments.api import auth as auths
-from deployments.api.auth import Auth, auth_required
+from deployments.api.auth import LOOPBACK_HOSTS, Auth, auth_required
 from deployments.jobs.job import JobsError
 from deployments.jobs.keys import KeyLimits, NewKey
 from tests.api.fake_service import Api
@@ -273,3 +273,17 @@ def test_no_text_of_a_client_becomes_a_header(text: str, api: Api) -> None:
     assert answer.status_code == (422 if "\x00" in text else 200), answer.text
     assert "x-evil" not in answer.headers
     assert all(char.isprintable() and char.isascii() for value in answer.headers.values() for char in value)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example:8000", 403), ("", 403)],
+)
+def test_without_keys_an_app_of_this_machine_is_called_by_its_names(host: str, status: int, make_api: Any) -> None:
+    """A page whose own name was made to lead here (DNS rebinding) is told by the name that it calls."""
+    api = make_api()
+    api.service.hosts = LOOPBACK_HOSTS
+    answer = api.get("/v1/models", headers={"host": host})
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "wrong_host"

@@ -6,6 +6,7 @@ with a seed that is printed.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -147,6 +148,11 @@ def test_bounds(label: str, asking: Asking) -> None:
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_generated(label: str, asking: Asking) -> None:
     ask_generated(asking, label, 5, seed=None)
+
+
+def test_hypothesis_leaves_the_garbage_collector_alone(asking: Asking) -> None:
+    ask_generated(asking, "GET /health", 1, seed=None)
+    assert not [it for it in gc.callbacks if "hypothesis" in getattr(it, "__module__", "")]
 
 
 def test_without_a_key_nothing_is_done(asking: Asking, make_api: Callable[..., Api]) -> None:

@@ -203,7 +203,7 @@ def test_a_body_that_cannot_be_read(
 def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
     """A gigabyte without an announced length: the answer comes after a small part of it."""
     host, port = small_app.url.split("/")[2].split(":")
-    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     sent_mib = 0
     with socket.create_connection((host, int(port)), timeout=60) as connection:
@@ -227,7 +227,7 @@ def test_bodies_together_are_bounded(small_app: Any, eventually: Callable[..., b
     """One is on its way; another that would not fit beside it is refused unread, until the first one is gone."""
     host, port = small_app.url.split("/")[2].split(":")
     large = {**GOOD, "seed": -1, "extra_params": {}, "prompt": "a" + " " * 900_000}
-    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as slow:
         slow.sendall(f"{head}content-length: 1000000\r\n\r\n".encode() + b" " * 900_000)
         assert eventually(lambda: send(small_app, json.dumps(large).encode(), JSON)[0] == 429)

@@ -197,7 +197,7 @@ def test_a_client_that_stops_reading_holds_up_nobody(
     large = replace(LONG, num_frames=num_frames, height=192, width=320, num_inference_steps=1, lossless=True)
     host, port = app.url.split("/")[2].split(":")
     data = body_of(large, stream=True)
-    head = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     before, files_before = object_store_bytes(), bytes_of_files(media)
     with socket.socket() as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)

@@ -42,16 +42,30 @@ def test_work_counts_steps_branches_and_tokens(tiny_nano: Path) -> None:
     assert tight.work_of(resolve(request, layout)) == pytest.approx(8), "at par a token counts twice"
 
 
-def test_throughput_of_one_after_the_other_and_of_several_at_once() -> None:
+def test_throughput_of_one_after_the_other() -> None:
     alone = Throughput()
-    assert alone.finished(100, start_s=10, end_s=20) == pytest.approx(10)
-    side_by_side = Throughput()
-    side_by_side.finished(100, start_s=0, end_s=10)
-    # Began with the first one, ended right behind it: twice as much in about the same time.
-    assert side_by_side.finished(100, start_s=0, end_s=10.5) > 50
+    for number in range(5):
+        assert alone.finished(100, start_s=10 * number, end_s=10 * number + 10) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.1, 5.0])
+def test_throughput_of_many_side_by_side(apart_s: float) -> None:
+    """Sixteen that take turns end one step, or one decoding, apart."""
+    throughput = Throughput()
+    for number in range(16):
+        found = throughput.finished(100, start_s=0, end_s=160 + apart_s * number)
+    assert found == pytest.approx(1600 / (160 + 15 * apart_s), rel=0.1)
 
 
 def test_idle_time_is_no_slowness() -> None:
     throughput = Throughput()
     throughput.finished(100, start_s=0, end_s=10)
     assert throughput.finished(100, start_s=1000, end_s=1010) == pytest.approx(10)
+
+
+def test_what_is_long_ago_has_a_small_say() -> None:
+    throughput = Throughput()
+    throughput.finished(1e6, start_s=0, end_s=10)
+    for number in range(100):
+        found = throughput.finished(100, start_s=100 + 60 * number, end_s=160 + 60 * number)
+    assert found == pytest.approx(100 / 60, rel=0.1)

@@ -17,6 +17,7 @@ import pytest
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.acceptance import Acceptance
 from deployments.jobs import runner as runner_module
@@ -446,6 +447,27 @@ def test_a_drained_runner_finishes_what_callers_wait_for_and_gives_back_the_rest
     serve(body)
 
 
+def test_what_is_given_back_goes_on_from_where_it_was(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make(checkpoint_period_s=1000.0)
+        first.stage.holds_after = 3
+        job = await first.submit()
+        while (found := first.store.get(job.job_id)) is None or found.step < 3:
+            await asyncio.sleep(0.02)
+        assert not first.files.exists(job.job_id, CHECKPOINT), "it was not time for one"
+        await first.runner.release()
+        given_back = first.store.get(job.job_id)
+        assert (given_back.state, given_back.attempts) == (JobState.QUEUED, 0)
+        second = make()
+        done = await second.until(job.job_id, JobState.COMPLETED)
+        assert done.attempts == 1
+        (walk,) = second.stage.walks
+        assert walk.begin_from is not None
+        assert walk.begin_from.data[0] == 3
+
+    serve(body)
+
+
 def test_the_deadline_of_a_caller_holds_in_the_queue(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
@@ -471,14 +493,15 @@ def test_a_runner_that_is_late_with_a_lease_keeps_its_job(serve: Any, monkeypatc
         renew, late = service.store.renew, threading.Event()
 
         def late_renew(*arguments: Any) -> Any:
-            late.wait(3 * 1.0)  # three leases long
+            late.wait(1.4)  # of a lease of one second
             return renew(*arguments)
 
         monkeypatch.setattr(service.store, "renew", late_renew)
         job = await service.submit()
         await service.until(job.job_id, JobState.IN_PROGRESS)
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(1.3)
         late.set()
+        await asyncio.sleep(0.5)
         service.stage.gate.set()
         done = await service.until(job.job_id, JobState.COMPLETED)
         assert (done.attempts, len(service.stage.walks)) == (1, 1)
@@ -501,6 +524,40 @@ def test_inputs_are_kept_with_the_job_and_go_with_it(serve: Any) -> None:
         np.testing.assert_array_equal(request.image, picture)
         with pytest.raises(Exception, match="video_id"):
             await service.acceptance.again(job.job_id, "another", Asked(owner="somebody else"))
+
+    serve(body)
+
+
+def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        service.stage.fails_at = 2
+        request = replace(SMALL, image=np.zeros((32, 32, 3), np.uint8))
+        job = await service.submit(request)
+        await service.until(job.job_id, JobState.FAILED)
+        while list((tmp_path / "media" / "jobs").glob("video_gen_*")):
+            await asyncio.sleep(0.02)
+        with pytest.raises(RequestError, match="whose image is still there"):
+            await service.acceptance.again(job.job_id, "another", Asked())
+        service.stage.fails_at = 0
+        assert [event async for event in service.stream(request)], "who waits has the file, and comes back for nothing"
+        while list((tmp_path / "media" / "jobs").glob("video_gen_*")):
+            await asyncio.sleep(0.02)
+
+    serve(body)
+
+
+def test_a_full_lane_is_not_the_others_business(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
+        service.acceptance = replace(service.acceptance, limits=replace(LIMITS, max_queued=1))
+        service.stage.gate.clear()
+        await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
+        await service.submit()
+        with pytest.raises(OverloadedError, match="videos that wait"):
+            await service.submit()
+        service.stage.gate.set()
+        await service.until((await service.submit(IMAGE)).job_id, JobState.COMPLETED)
 
     serve(body)
 

@@ -498,3 +498,26 @@ def test_what_was_accepted_survives_sigkill(store: JobStore, jobs_url: str) -> N
         accepted = store.get(job_id)
         assert accepted is not None
         assert accepted.state is JobState.QUEUED
+
+
+def test_files_that_were_promised_are_not_given_up_for_the_number_of_jobs(store: JobStore, clock: Any) -> None:
+    """Those that nobody comes back for go first."""
+    for _ in range(3):
+        store.create(new_job(), LIMITS)
+        store.finish(lease_of(claimed(store)), COMPLETED, keep_media_s=1000.0)
+    cancelled = store.create(new_job(), LIMITS)
+    store.cancel(cancelled.job_id)
+    assert [job.job_id for job in store.sweep(1e6, max_kept=1)] == [cancelled.job_id]
+    clock.now_s += 1001
+    assert len(store.sweep(1e6, max_kept=1)) == 2
+
+
+def test_jobs_of_a_model_that_nobody_serves_any_more_fail(store: JobStore, clock: Any) -> None:
+    job = store.create(new_job(), LIMITS)
+    assert store.fail_unserved(1000.0) == 0
+    clock.now_s += 1001
+    assert store.fail_unserved(1000.0) == 1
+    failed = store.get(job.job_id)
+    assert failed is not None
+    assert (failed.state, failed.error_code) == (JobState.FAILED, "not_served")
+    assert "nobody has served the model" in failed.error_message

@@ -1,0 +1,115 @@
+"""Sending what is of ill will, and judging the answers: of an API in this process, or of a running app."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import httpx
+
+from deployments.api.fields import Endpoint
+from tests.api import hostile_bodies, hostile_media
+from tests.api.accepting_api import Sent
+from tests.api.documented import Documented
+from tests.api.hostile_bodies import JSON, MULTIPART, Body
+from tests.api.known_jobs import png
+from tests.api.lure_watch import Watch
+
+IMAGE_FIELDS = ("image", "image_reference", "input_reference", "input_references")
+
+_SMALL_BYTES = 300_000
+
+
+class Askable(Protocol):
+    """An API that can be asked in bytes."""
+
+    @property
+    def documented(self) -> Documented:
+        """What it says of itself."""
+        ...
+
+    def answer(self, sent: Sent) -> httpx.Response:
+        """What comes back, once it was found safe."""
+        ...
+
+    def check_accepted(self) -> None:
+        """Look at what was accepted last."""
+        ...
+
+
+class Fuzz:
+    """See the module.
+
+    Args:
+        api: that is asked.
+        watch: on what nobody may touch.
+
+    Attributes:
+        statuses: how many answers of each.
+        accepted: names of files that were accepted.
+    """
+
+    def __init__(self, api: Askable, watch: Watch) -> None:
+        self.api, self.watch = api, watch
+        self.statuses: Counter[int] = Counter()
+        self.accepted: Counter[str] = Counter()
+
+    def send(self, sent: Sent, what: object) -> int:
+        """The status of a request, once it was found harmless."""
+        with self.watch.untouched((what, sent)):
+            answer = self.api.answer(sent)
+        self.api.documented.check(answer)
+        self.statuses[answer.status_code] += 1
+        if answer.status_code == 200:
+            self.api.check_accepted()
+        return answer.status_code
+
+    def send_all(self, bodies: Iterable[Body], path: str = Endpoint.VIDEOS) -> int:
+        """Send them one by one; returns how many they were."""
+        return sum(self.send(Sent.post(path, kind, body), what) > 0 for what, kind, body in bodies)
+
+    def send_file(self, name: str, data: bytes, field: str, *, is_json: bool = False) -> int:
+        """The status of a request with a file."""
+        kind, body = hostile_media.body_with(data, field, f"{name}.mp4", is_json=is_json)
+        status = self.send(Sent.post(Endpoint.VIDEOS, kind, body), (name, field))
+        self.accepted[name] += status == 200
+        return status
+
+    def send_odd_values(self, rng: random.Random, num_values: int, endpoints: Iterable[Endpoint] = Endpoint) -> None:
+        """Each field with so many values of any type."""
+        for endpoint in endpoints:
+            self.send_all(hostile_bodies.odd_values(endpoint, rng, num_values), endpoint)
+
+    def send_mutated(
+        self, rng: random.Random, num_bodies: int, endpoints: Sequence[Endpoint] = tuple(Endpoint)
+    ) -> None:
+        """Forms, and half as much JSON, with accidents, that come in pieces."""
+        good = hostile_bodies.good_form(png())
+        jsons = [b'{"prompt": "a", "size": "64x32"}']
+        jsons += [body for _, _, body in small(hostile_bodies.broken_json())][:20]
+        for index in range(num_bodies):
+            kind, body = (JSON, rng.choice(jsons)) if index % 3 == 2 else (MULTIPART, good)
+            sent = Sent.post(rng.choice(paths), kind, hostile_bodies.mutated(body, rng))
+            self.send(hostile_bodies.in_pieces(sent, rng), f"number {index}")
+
+    def send_damaged(
+        self, rng: random.Random, files: Mapping[str, bytes], fields: Sequence[str], num_files: int
+    ) -> None:
+        """Some of these files with accidents."""
+        for index in range(num_files):
+            name, data = hostile_media.damaged(files, rng)
+            self.send_file(f"{name} {index}", data, rng.choice(fields), is_json=rng.random() < 0.5)
+
+
+def small(bodies: Iterable[Body]) -> Iterator[Body]:
+    """Those that are not large."""
+    return (it for it in bodies if len(it[2]) < _SMALL_BYTES)
+
+
+def large() -> Iterator[Body]:
+    """Forms and JSON that are."""
+    bodies = itertools.chain(hostile_bodies.broken_forms(), hostile_bodies.broken_json())
+    return (it for it in bodies if len(it[2]) >= _SMALL_BYTES)
