@@ -18,7 +18,7 @@ _VISIBLE = r"^[\x21-\x7e]{1,128}$"
 _ERRORS = {
     400: "the body or a header cannot be read, or a guardrail has stopped it",
     401: "no API key, or none that is valid",
-    403: "a page of another origin, which may not call",
+    403: "a page of another origin, which may not call; or another name than this machine's own, without keys",
     404: "there is none, or not any more, or it is another key's",
     408: "the body did not come in time",
     409: "not now: there is nothing of it yet, it was stopped, or the idempotency key was used for another request",
@@ -31,8 +31,8 @@ _ERRORS = {
     503: "not ready, being stopped, or a part of it has failed",
     504: "not done in the time that it may take",
 }
-_OF_ALL = (401, 422, 429, 503)
-_OF_BODIES = (*_OF_ALL, 400, 403, 408, 409, 413, 415, 504)
+_OF_ALL = (401, 403, 422, 429, 503)
+_OF_BODIES = (*_OF_ALL, 400, 408, 409, 413, 415, 504)
 _COMEBACKS = (409, 429, 503)
 
 
@@ -123,7 +123,6 @@ def _video_paths() -> Document:
                 "Stop and forget a job, its files too.",
                 {200: _json("VideoDeleted")},
                 *_OF_ALL,
-                403,
                 404,
                 parameters=[_VIDEO_ID],
             ),
@@ -134,7 +133,6 @@ def _video_paths() -> Document:
                 "Stop a job, which then has failed with the code cancelled; one that has ended stays as it is.",
                 {200: _video()},
                 *_OF_ALL,
-                403,
                 404,
                 parameters=[_VIDEO_ID],
             )

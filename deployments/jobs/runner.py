@@ -47,8 +47,8 @@ logger = logging.getLogger("ray.serve")
 _POSITION_PERIOD_S = 1.0
 # Renewals in the time of a lease: two may fail.
 _RENEWALS = 4
-# Leases that pass before a runner that cannot renew them stops: a slow database is no reason to begin anew, and what two
-# runners do side by side for a while, one of them writes down.
+# Leases that pass before a runner that cannot renew them stops: a slow database is no reason to begin anew, and of two
+# runners that have one job for a while one writes it down.
 _PATIENCE = 2
 # Between two looks whether the owner of a running job has cancelled it.
 _LOOK_S = 0.5

@@ -87,6 +87,7 @@ class Fuzz:
         self, rng: random.Random, num_bodies: int, endpoints: Sequence[Endpoint] = tuple(Endpoint)
     ) -> None:
         """Forms, and half as much JSON, with accidents, that come in pieces."""
+        paths = list(endpoints)
         good = hostile_bodies.good_form(png())
         jsons = [b'{"prompt": "a", "size": "64x32"}']
         jsons += [body for _, _, body in small(hostile_bodies.broken_json())][:20]

@@ -76,9 +76,9 @@ class Inside:
             raise UnsafeAnswer(f"{what}: a header that is not printable ASCII: {told!r}")
         if answer.headers.get("content-type", "").startswith(_TEXTS):
             told += b"\n" + answer.content
-        repeated = sent.lower()
+        lowered, repeated = told.lower(), sent.lower()
         for word in self.words:
-            if word.lower() in told.lower() and word.lower() not in repeated:
+            if word.lower() in lowered and word.lower() not in repeated:
                 raise UnsafeAnswer(f"{what} has {word!r}: {told[:2000]!r}")
         for pattern in (_OBJECT, _LINE_OF_PASSWD):
             if (found := pattern.search(told)) is not None and found[0].lower() not in repeated:

@@ -166,7 +166,7 @@ def test_a_client_that_hangs_up_stops_every_stage(app: Any, eventually: Callable
     watched = Watched(app)
     host, port = app.url.split("/")[2].split(":")
     body = json.dumps({"prompt": "a car", "num_frames": 241, "height": 192, "width": 320, "num_inference_steps": 1000})
-    head = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
         assert eventually(lambda: not watched.is_idle()), "the request never started"
