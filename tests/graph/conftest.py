@@ -113,6 +113,19 @@ def app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
 
 
 @pytest.fixture(scope="session")
+def jobs_app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
+    """Two videos run at a time, few wait; a silent runner is dead after five seconds; states are left often."""
+    overrides = {
+        "jobs__max_running_videos": 2,
+        "jobs__max_queued": 24,
+        "jobs__lease_s": 5,
+        "jobs__checkpoint_period_s": 0.2,
+        "transformer__save_period_s": 0.2,
+    }
+    return _start(tiny_nano, ray_cluster, media, "jobs", overrides)
+
+
+@pytest.fixture(scope="session")
 def reference(
     tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[GenerationRequest], GenerationResult]:

@@ -33,18 +33,6 @@ LONG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def jobs_app(start_app: Callable[..., Any]) -> Any:
-    """Two videos run at a time; a silent runner is dead after five seconds; states are left often."""
-    return start_app(
-        "jobs",
-        jobs__max_running_videos=2,
-        jobs__lease_s=5,
-        jobs__checkpoint_period_s=0.2,
-        transformer__save_period_s=0.2,
-    )
-
-
 @pytest.fixture
 def http(jobs_app: Any) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=jobs_app.url, timeout=DEADLINE_S) as client:

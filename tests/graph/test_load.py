@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
 CLASSES = ("interactive", "standard", "batch")
 DEADLINE_S = 1500.0
-
-
-@pytest.fixture(scope="module")
-def busy_app(start_app: Callable[..., Any]) -> Any:
-    return start_app("busy", jobs__max_running_videos=2, jobs__max_queued=24, jobs__max_queued_per_key=24)
 
 
 def own_bytes(pid: int) -> int:
@@ -59,14 +54,14 @@ async def client(http: httpx.AsyncClient, number: int) -> tuple[str, list[int]]:
 
 
 @pytest.mark.parametrize("num_clients", [40, pytest.param(200, marks=pytest.mark.slow)])
-def test_many_clients_at_once(num_clients: int, busy_app: Any) -> None:
-    pids = [*replica_pids("busy", "Ingress"), *replica_pids("busy", "Director")]
+def test_many_clients_at_once(num_clients: int, jobs_app: Any) -> None:
+    pids = [*replica_pids("jobs", "Ingress"), *replica_pids("jobs", "Director")]
     before = {pid: own_bytes(pid) for pid in pids}
     start_s = time.monotonic()
 
     async def all_of_them() -> list[tuple[str, list[int]]]:
         limits = httpx.Limits(max_connections=num_clients)
-        async with httpx.AsyncClient(base_url=busy_app.url, timeout=300, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=jobs_app.url, timeout=300, limits=limits) as http:
             async with asyncio.timeout(DEADLINE_S):
                 return await asyncio.gather(*(client(http, number) for number in range(num_clients)))
 
@@ -96,12 +91,12 @@ def held(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(busy_app: Any) -> None:
+def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(jobs_app: Any) -> None:
     """Steps are held until the queue is full: then the order is the queue's own."""
     request = GenerationRequest(**SMALL)
-    events = list(busy_app.client.stream(request))
+    events = list(jobs_app.client.stream(request))
     (rank_pid,) = {event.pid for event in events if isinstance(event, messages.StepDone)}
-    with httpx.Client(base_url=busy_app.url, timeout=300) as http:
+    with httpx.Client(base_url=jobs_app.url, timeout=300) as http:
         with held(rank_pid):
             first = [http.post("/v1/videos", json=SMALL).json()["id"] for _ in range(2)]
             while any(http.get(f"/v1/videos/{job_id}").json()["status"] == "queued" for job_id in first):
@@ -122,7 +117,7 @@ def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(busy_app:
         while any(http.get(f"/v1/videos/{job_id}").json()["status"] != "completed" for job_id in ids):
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
-    store = JobStore.open(busy_app.config.jobs.database)
+    store = JobStore.open(jobs_app.config.jobs.database)
     jobs = [store.get(job_id) for job_id in ids]
     store.close()
     order = [job.service_class for job in sorted((job for job in jobs if job), key=lambda job: job.started_s or 0.0)]
@@ -135,11 +130,11 @@ def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(busy_app:
 
 
 @pytest.mark.slow
-def test_what_the_service_takes_beside_the_core(busy_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
+def test_what_the_service_takes_beside_the_core(jobs_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
     """A request's seconds in one process, over HTTP and as a job; printed, nothing is asserted of them."""
     request = GenerationRequest(**SMALL)
     seconds: dict[str, list[float]] = {"one process": [], "POST /v1/videos/sync": [], "handle": [], "job, events": []}
-    with Engine(tiny_nano, device="cpu") as engine, httpx.Client(base_url=busy_app.url, timeout=300) as http:
+    with Engine(tiny_nano, device="cpu") as engine, httpx.Client(base_url=jobs_app.url, timeout=300) as http:
 
         def alone() -> None:
             generate(engine, request, tmp_path / "alone")
@@ -148,7 +143,7 @@ def test_what_the_service_takes_beside_the_core(busy_app: Any, tiny_nano: Path, 
             assert http.post("/v1/videos/sync", json=SMALL).status_code == 200
 
         def handle() -> None:
-            busy_app.client.generate(request)
+            jobs_app.client.generate(request)
 
         def job() -> None:
             job_id = http.post("/v1/videos", json=SMALL).json()["id"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -29,14 +29,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def openai_app(start_app: Callable[..., Any]) -> Any:
-    return start_app("openai")
-
-
 @pytest.fixture
-def client(openai_app: Any) -> Iterator[Any]:
-    with openai.OpenAI(api_key="none is needed", base_url=f"{openai_app.url}/v1", max_retries=0, timeout=120) as client:
+def client(app: Any) -> Iterator[Any]:
+    with openai.OpenAI(api_key="none is needed", base_url=f"{app.url}/v1", max_retries=0, timeout=120) as client:
         yield client
 
 

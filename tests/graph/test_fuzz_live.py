@@ -1,0 +1,220 @@
+"""Bodies and files of ill will, and cases of the OpenAPI document, sent to a running app over sockets.
+
+What of the two takes work is shown elsewhere: here ranks are held, so that what is accepted waits, and is deleted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from schemathesis.generation import GenerationMode
+
+from cosmos3_core.request import GenerationRequest
+from deployments import messages
+from deployments.api.fields import MEDIA, Endpoint
+from tests.api import hostile_bodies, hostile_media
+from tests.api.accepting_api import Sent
+from tests.api.asking import Asking, bounds_of
+from tests.api.fuzzing import IMAGE_FIELDS, Fuzz, large, small
+from tests.api.known_jobs import UNKNOWN
+from tests.api.lure_watch import Watch
+from tests.api.process_memory import MIB, ProcessMemory
+from tests.api.safe_answers import Inside
+from tests.graph.raw_http import LiveApi
+from tests.graph.test_jobs import replica_pids
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+DEADLINE_S = 300.0
+SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "size": "32x32", "num_inference_steps": 2}
+_MAX_BODY_BYTES = 16 * MIB
+# Whose answer is waited for until something is made.
+_WAITING = (f"POST {Endpoint.SYNC}", f"POST {Endpoint.IMAGES}")
+
+
+@dataclass
+class LiveJobs:
+    """Jobs of a running app to ask about.
+
+    Attributes:
+        http: asks it.
+        ids: kind -> id.
+        queued: id of one that waits, or did.
+    """
+
+    http: httpx.Client
+    ids: dict[str, str] = field(default_factory=dict)
+    queued: str = UNKNOWN
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (*self.ids, "queued", "unknown")
+
+    def made(self, **fields: Any) -> str:
+        """The id of a new one."""
+        answer = self.http.post("/v1/videos", json={**SMALL, **fields})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def status(self, job_id: str) -> str:
+        return str(self.http.get(f"/v1/videos/{job_id}").json().get("status"))
+
+    def wait(self, job_id: str, *statuses: str) -> None:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while (now := self.status(job_id)) not in statuses:
+            assert time.monotonic() < deadline_s, now
+            time.sleep(0.1)
+
+    def id_of(self, kind: str) -> str:
+        """Of a job of a kind; those that wait are made anew."""
+        if kind != "queued":
+            return self.ids.get(kind, UNKNOWN)
+        if self.status(self.queued) != "queued":
+            self.queued = self.made()
+        return self.queued
+
+
+@dataclass
+class Held:
+    """An app whose rank is held, with a job in each lane."""
+
+    app: Any
+    jobs: LiveJobs
+    rank_pid: int
+    running: tuple[str, str]
+    is_held: bool = True
+
+    def release(self) -> None:
+        if self.is_held:
+            os.kill(self.rank_pid, signal.SIGCONT)
+            self.is_held = False
+
+
+@pytest.fixture(scope="module")
+def held(start_app: Callable[..., Any]) -> Iterator[Held]:
+    app = start_app(
+        "fuzz",
+        jobs__max_running_videos=1,
+        jobs__max_running_images=1,
+        transformer__first_step_timeout_s=3000,
+        http__max_body_bytes=_MAX_BODY_BYTES,
+        http__max_bodies_bytes=2 * _MAX_BODY_BYTES,
+    )
+    request = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=2)
+    (rank_pid,) = {it.pid for it in app.client.stream(request) if isinstance(it, messages.StepDone)}
+    with httpx.Client(base_url=app.url, timeout=DEADLINE_S) as http:
+        jobs = LiveJobs(http)
+        ids = {"completed": jobs.made(), "image": jobs.made(num_frames=1, mode="text_to_image", output="png")}
+        for job_id in ids.values():
+            jobs.wait(job_id, "completed")
+        jobs.ids |= ids
+        os.kill(rank_pid, signal.SIGSTOP)
+        running = (jobs.made(), jobs.made(num_frames=1, mode="text_to_image"))
+        held = Held(app, jobs, rank_pid, running)
+        try:
+            for job_id in running:
+                jobs.wait(job_id, "in_progress")
+            jobs.ids["cancelled"] = jobs.made()
+            http.post(f"/v1/videos/{jobs.ids['cancelled']}/cancel")
+            yield held
+        finally:
+            held.release()
+
+
+@pytest.fixture(scope="module")
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    watch = Watch(tmp_path_factory.mktemp("lure"), is_here=False)
+    yield watch
+    watch.close()
+
+
+@pytest.fixture(scope="module")
+def api(held: Held, watch: Watch, media: Path) -> LiveApi:
+    return LiveApi(held.app.url, Inside.of(media, Path(held.app.config.checkpoint), canary=watch.canary))
+
+
+@pytest.fixture
+def fuzz(api: LiveApi, watch: Watch) -> Fuzz:
+    return Fuzz(api, watch)
+
+
+@pytest.fixture
+def check_memory(held: Held) -> Callable[[str], None]:
+    """To be called with what was sent: the processes that had it in hand have not grown."""
+    names = ("Ingress", "Director")
+    memories = {name: ProcessMemory(*replica_pids("fuzz", name)) for name in names}
+
+    def check(what: str) -> None:
+        for name, memory in memories.items():
+            memory.check(f"{name}, {what}", max_left_bytes=160 * MIB, max_peak_bytes=16 * _MAX_BODY_BYTES)
+
+    return check
+
+
+def test_cases_of_the_document(held: Held, api: LiveApi, check_memory: Callable[[str], None]) -> None:
+    asking = Asking.of(api, api.documented.document, held.jobs)
+    for label, operation in asking.operations.items():
+        is_large = label.startswith("POST /v1/videos") or label in _WAITING
+        cases = itertools.islice(bounds_of(operation), 0, None, 60 if is_large and "{" not in label else 1)
+        for case in cases:
+            is_positive = case.meta.generation.mode is GenerationMode.POSITIVE
+            if is_positive and label in _WAITING:
+                continue
+            kinds = ("queued", "unknown") if label.startswith("DELETE") or "cancel" in label else held.jobs.kinds
+            for kind in kinds if is_positive and "{video_id}" in label else kinds[:1]:
+                asking.ask(case, kind)
+    print(f"{asking.num_asked} cases")
+    assert asking.num_asked > 300
+    check_memory("cases of the document")
+
+
+def test_bodies_of_ill_will(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
+    fuzz.send_all(itertools.islice(small(hostile_bodies.broken_forms()), 0, None, 6))
+    fuzz.send_all(small(hostile_bodies.broken_json()))
+    fuzz.send_all(itertools.islice(large(), 0, None, 3))
+    fuzz.send_odd_values(random.Random(0), 1, [Endpoint.VIDEOS])
+    fuzz.send_mutated(random.Random(0), 500, [Endpoint.VIDEOS])
+    print(dict(fuzz.statuses))
+    check_memory("bodies")
+
+
+def test_files_of_ill_will(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
+    rng = random.Random(0)
+    fuzz.send_damaged(rng, hostile_media.stills(), IMAGE_FIELDS, 200)
+    fuzz.send_damaged(rng, hostile_media.clips(), ["video"], 20)
+    good = {**hostile_media.stills(), **hostile_media.clips(), **hostile_media.others()}
+    for name, data in {**good, **hostile_media.bombs(5), **fuzz.watch.lures.files()}.items():
+        fuzz.send_file(name, data, rng.choice(MEDIA), is_json=rng.random() < 0.5)
+    for text in fuzz.watch.lures.texts():
+        body = json.dumps({"prompt": "a", rng.choice(MEDIA): text}).encode()
+        assert fuzz.send(Sent.post(Endpoint.VIDEOS, hostile_bodies.JSON, body), text) == 422
+    print(dict(fuzz.statuses))
+    assert fuzz.statuses[200] > 50
+    check_memory("files")
+
+
+def test_lengths_that_are_none(held: Held, api: LiveApi) -> None:
+    """The HTTP server's own business: it refuses, or reads as far as was announced."""
+    for sent in hostile_bodies.lengths(hostile_bodies.form(hostile_bodies.part(b"prompt", b"a"))):
+        answer = api.exchanged(sent)
+        assert answer.status_code in (200, 400, 413, 422), (sent, answer.text)
+        assert b"Traceback" not in answer.content
+
+
+def test_afterwards_it_works(held: Held) -> None:
+    held.release()
+    for job_id in held.running:
+        held.jobs.wait(job_id, "completed")
+    last = held.jobs.made()
+    held.jobs.wait(last, "completed")
