@@ -38,7 +38,9 @@ class LiveApi:
         self._address, self._prefix = (str(parts.hostname), int(parts.port or 80)), parts.path
         self._inside = inside
         self.num_accepted = 0
-        self.documented = Documented(self.exchanged(Sent("GET", "/openapi.json")).json())
+        answer = self.exchanged(Sent("GET", "/openapi.json"))
+        assert answer.status_code == 200, answer.text
+        self.documented = Documented(answer.json())
 
     def answer(self, sent: Sent) -> httpx.Response:
         """What comes back, which is safe."""
