@@ -36,7 +36,7 @@ class LiveApi:
     def __init__(self, url: str, inside: Inside) -> None:
         parts = urllib.parse.urlsplit(url)
         self._address, self._prefix = (str(parts.hostname), int(parts.port or 80)), parts.path
-        self._inside = inside
+        self._host, self._inside = f"Host: {parts.netloc}".encode(), inside
         self.num_accepted = 0
         answer = self.exchanged(Sent("GET", "/openapi.json"))
         assert answer.status_code == 200, answer.text
@@ -57,7 +57,7 @@ class LiveApi:
     def exchanged(self, sent: Sent) -> httpx.Response:
         """What comes back. A server may answer before it has all, and hang up."""
         names = {name.lower() for name, _ in sent.headers}
-        lines = [f"{sent.method} {self._prefix}{sent.target} HTTP/1.1".encode(), b"Host: x", b"Connection: close"]
+        lines = [f"{sent.method} {self._prefix}{sent.target} HTTP/1.1".encode(), self._host, b"Connection: close"]
         lines += [name + b": " + value for name, value in sent.headers if name.lower() not in (b"host", b"connection")]
         if sent.body and b"content-length" not in names:
             lines.append(b"Content-Length: %d" % sum(map(len, sent.body)))
