@@ -52,12 +52,24 @@ _CHECKS = (
 _CHECKS_OF_CHAINS = (checks.use_after_free, checks.ensure_resource_availability)
 # What the document cannot say: which fields go together, and what a text has to hold.
 _REFUSED = ("invalid_field", "not_offered")
+_KINDS_OF_EVENTS = [
+    *("queued", "started", "step", "preview", "previews_off", "file", "decoding", "retried"),
+    *("completed", "failed", "cancelled", "deleted"),
+]
+# Fields with values that need others, or another mode, or hold a file; the others are accepted alone.
+_NEEDY = {
+    *("image", "video", "input_reference", "input_references", "image_reference", "video_reference"),
+    *("width", "height", "size", "num_frames", "seconds", "output", "output_quality", "output_compression"),
+    *("mode", "action_mode", "condition_frame_indexes_vision", "condition_video_keep", "actions", "action"),
+    *("action_chunk_size", "domain_name", "domain_id", "raw_action_dim", "view_point"),
+    *("resolution_tier", "resolution", "image_size", "extra_params", "guidance_interval"),
+}
 # Of one event: what Schemathesis takes a stream's schema for.
 _EVENT = {
     "type": "object",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": ["queued", "started", "step", "file", "completed", "failed", "cancelled", "deleted"]},
+        "event": {"enum": _KINDS_OF_EVENTS},
         "id": {"type": "string", "pattern": "^[1-9][0-9]*$"},
         "data": {"type": "string", "pattern": r"^\{.*\}$"},
     },
@@ -166,6 +178,7 @@ class Asking:
         if mode == "positive" and answer.status_code in (400, 422):
             error = answer.json()["error"]
             assert error["code"] in _REFUSED, (sent_of(case), error)
+            assert not _stands_alone(case), (sent_of(case), error)
 
     def _to_be_accepted(self, case: Any, kind: str) -> None:
         """What the document cannot say is made right."""
@@ -178,6 +191,15 @@ class Asking:
             case.headers["Idempotency-Key"] = f"{key[:100]}{self.num_asked}"
         if case.operation.label in _MAKING and isinstance(case.body, dict):
             case.body.setdefault("prompt", "a red car")
+
+
+def _stands_alone(case: Any) -> bool:
+    """Whether a body has a prompt and one field, and the document tells all about that."""
+    if case.operation.label not in _MAKING or not isinstance(case.body, dict):
+        return False
+    prompt = case.body.get("prompt")
+    fields = set(case.body) - {"prompt"}
+    return isinstance(prompt, str) and bool(prompt.strip()) and len(fields) == 1 and not fields & _NEEDY
 
 
 def _by_label(schema: Any) -> dict[str, Any]:

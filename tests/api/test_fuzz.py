@@ -7,6 +7,7 @@ printed.
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import os
@@ -43,6 +44,8 @@ _SLOW = (
     *("an mp4 of boxes", "an mp4 with a huge box", "mov of references"),
     *("mkv that begins with a playlist", "ts that begins with a playlist"),
 )
+
+_ANY = {"allowed_extensions": "ALL", "extension_picky": "0"}
 
 Check = Callable[[str], None]
 
@@ -96,6 +99,15 @@ def test_the_watch_sees_who_touches(watch: Watch) -> None:
         pass
     with pytest.raises(av.FFmpegError):
         av.open(f"tcp://{watch.lures.address}", timeout=0.1)
+    assert watch.touched()
+
+
+@pytest.mark.parametrize(("name", "demuxer", "options"), [("m3u8", "hls", _ANY), ("ffconcat", "concat", {"safe": "0"})])
+def test_a_careless_reader_takes_the_lures(name: str, demuxer: str, options: dict[str, str], watch: Watch) -> None:
+    """From memory, as ours reads."""
+    data = io.BytesIO(watch.lures.files()[name])
+    with pytest.raises(av.FFmpegError):
+        av.open(data, "r", format=demuxer, options=options, timeout=0.2)
     assert watch.touched()
 
 

@@ -141,6 +141,7 @@ BODIES: list[tuple[dict[str, Any], bool]] = [
     ({"seconds": "1.5", "fps": 8}, True),
     ({"seconds": 2}, True),
     ({"seconds": 0}, False),
+    ({"seconds": "soon", "num_frames": 5}, False),
     ({"fps": 0.5}, False),
     ({"mode": "text_to_text"}, False),
     ({"crf": 52}, False),

@@ -47,9 +47,13 @@ class LiveApi:
         answer = self.exchanged(sent)
         self._inside.check(answer, sent.everything)
         if sent.method == "POST" and answer.status_code == 200 and not sent.target.endswith("/cancel"):
-            self.num_accepted += 1
-            self.exchanged(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
+            self.delete(answer)
         return answer
+
+    def delete(self, answer: httpx.Response) -> None:
+        """The job that an answer tells of."""
+        self.num_accepted += 1
+        self.exchanged(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
 
     def check_accepted(self) -> None:
         """Nothing: whether it can be read is for the app to say."""
