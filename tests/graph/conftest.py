@@ -15,6 +15,7 @@ import pytest
 from cosmos3_core.engine import Engine
 from cosmos3_core.generate import GenerationResult, generate
 from cosmos3_core.request import GenerationRequest
+from tests.jobs.postgres import fresh_postgres_url, postgres_url  # noqa: F401  fixtures
 
 # Ray reads these once, when it is imported or its processes start.
 os.environ |= {

@@ -97,6 +97,16 @@ def replica_pids(app_name: str, stage: str) -> list[int]:
     return pids
 
 
+def director_replica(app_name: str) -> Any:
+    """The actor that Serve runs the app's one Director in."""
+    import ray
+    from ray.util import list_named_actors
+
+    prefix = f"SERVE_REPLICA::{app_name}#Director#"
+    (name,) = (it["name"] for it in list_named_actors(all_namespaces=True) if it["name"].startswith(prefix))
+    return ray.get_actor(name, namespace="serve")
+
+
 def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx.Client) -> None:
     small = GenerationRequest(prompt="x", num_frames=5, height=32, width=32, num_inference_steps=2)
     (rank_pid,) = {event.pid for event in jobs_app.client.stream(small) if isinstance(event, messages.StepDone)}
@@ -198,3 +208,21 @@ def test_a_taken_over_job_goes_on_where_it_was(jobs_app: Any, http: httpx.Client
     assert again > steps // 8, "it did not begin anew"
     request = GenerationRequest(**{**LONG, "num_inference_steps": steps, "num_frames": 9}, seed=5)
     assert job["frames_sha256"] == reference(request).frames_sha256
+
+
+def test_a_replica_that_serve_stops_gives_its_jobs_back(
+    jobs_app: Any, http: httpx.Client, reference: Reference, eventually: Callable[..., bool]
+) -> None:
+    """As when there are to be fewer of them: jobs are no requests, and Serve waits for requests alone."""
+    import ray
+
+    job_id = job_of(http, seed=6)
+    assert eventually(lambda: patiently(http, f"/v1/videos/{job_id}")["step"] > 3)
+    replica = director_replica("jobs")
+    ray.get(replica.perform_graceful_shutdown.remote(), timeout=DEADLINE_S)
+    ray.kill(replica)  # as Serve does next
+    job = ended(http, job_id)
+    assert (job["status"], job["attempts"]) == ("completed", 1), "what is given back was no attempt"
+    kinds = [kind for _, kind, _ in events_of(http, job_id)]
+    assert kinds.count("started") == 2
+    assert job["frames_sha256"] == reference(GenerationRequest(**LONG, seed=6)).frames_sha256

@@ -37,7 +37,7 @@ SEEDS = (1, 2, 1, 2, 1)
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.sqlite3"
-    return str(request.getfixturevalue("postgres_url"))
+    return str(request.getfixturevalue("fresh_postgres_url"))
 
 
 @contextmanager

@@ -447,6 +447,33 @@ def test_a_drained_runner_finishes_what_callers_wait_for_and_gives_back_the_rest
     serve(body)
 
 
+def test_what_was_claimed_while_the_runner_was_drained_is_given_back(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make()
+        claim, asked, drained = first.store.claim, threading.Event(), threading.Event()
+
+        def slow_claim(*arguments: Any, **changes: Any) -> Job | None:
+            job = claim(*arguments, **changes)
+            if job is not None:
+                asked.set()
+                drained.wait(DEADLINE_S)
+            return job
+
+        monkeypatch.setattr(first.store, "claim", slow_claim)
+        job = await first.submit()
+        while not asked.is_set():
+            await asyncio.sleep(0.02)
+        assert first.runner.drain() == 0
+        drained.set()
+        given_back = await first.until(job.job_id, JobState.QUEUED)
+        assert (given_back.attempts, first.stage.walks) == (0, [])
+        assert (await make().until(job.job_id, JobState.COMPLETED)).attempts == 1
+
+    serve(body)
+
+
 def test_what_is_given_back_goes_on_from_where_it_was(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make(checkpoint_period_s=1000.0)

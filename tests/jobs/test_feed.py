@@ -1,0 +1,36 @@
+"""The feed of events on every database; what it does for callers over HTTP is in tests/api/test_job_events.py."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from deployments.jobs.feed import EventFeed
+from deployments.jobs.job import JobEvent
+from deployments.jobs.store import JobStore
+from tests.jobs.making import COMPLETED, LIMITS, claimed, lease_of, new_job
+
+DEADLINE_S = 60.0
+
+
+@pytest.mark.parametrize(("after", "seqs"), [(-5, [1, 2]), (0, [1, 2]), (1, [2]), (2, []), (2**31, []), (2**70, [])])
+def test_any_number_is_the_number_of_an_event(after: int, seqs: list[int], store: JobStore) -> None:
+    """Also one that is larger than the database's own: who sends it must not end what others follow."""
+    told, other = new_job(), new_job()
+    for new in (told, other):
+        store.create(new, LIMITS)
+        job = claimed(store)
+        store.finish(lease_of(job), COMPLETED, keep_media_s=60.0)
+
+    async def both() -> list[list[JobEvent]]:
+        feed = EventFeed(store, max_followers=2)
+
+        async def events(job_id: str, number: int) -> list[JobEvent]:
+            return [event async for event in feed.follow(job_id, number, DEADLINE_S)]
+
+        return await asyncio.gather(events(told.job_id, after), events(other.job_id, 0))
+
+    mine, others = asyncio.run(both())
+    assert [event.seq for event in mine] == seqs
+    assert [event.kind for event in others] == ["started", "completed"]
