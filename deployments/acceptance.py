@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections import deque
 from dataclasses import dataclass, field, replace
 
-from cluster.errors import OverloadedError
 from cosmos3_core import checks
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.source import Packed
@@ -19,37 +15,12 @@ from deployments.jobs.asked import Asked
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, NewJob
+from deployments.jobs.promises import Promises
 from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.messages import RequestContext
 from deployments.request_check import RequestCheck
 from deployments.threads import in_thread
-
-_MAX_PROMISES = 4096
-
-
-class Promises:
-    """When callers who were refused were told to come again: each is told a time of its own, or all would come at once
-    for one place. Those of this process; from any thread.
-    """
-
-    def __init__(self) -> None:
-        self._until_s: deque[tuple[float, tuple[str, str]]] = deque(maxlen=_MAX_PROMISES)
-        self._lock = threading.Lock()
-
-    def add(self, queue: tuple[str, str], seconds: float) -> None:
-        """A caller of a lane and owner was told to come again after so long."""
-        with self._lock:
-            self._until_s.append((time.monotonic() + seconds, queue))
-
-    def num_open(self, queue: tuple[str, str]) -> int:
-        """How many callers of a lane and owner are still to come."""
-        now_s = time.monotonic()
-        with self._lock:
-            still = [promise for promise in self._until_s if promise[0] > now_s]
-            self._until_s.clear()
-            self._until_s.extend(still)
-        return sum(whose == queue for _, whose in still)
 
 
 @dataclass(frozen=True)
@@ -111,7 +82,14 @@ class Acceptance:
             model=self.model,
             request=values,
             inputs=tuple(sorted(media)),
-            fingerprint=await asyncio.to_thread(fingerprint_of, values, media),
+            fingerprint=await asyncio.to_thread(
+                fingerprint_of,
+                values,
+                media,
+                service_class=asked.service_class,
+                previews=previews,
+                skip_guardrails=asked.skip_guardrails,
+            ),
             mode=resolved.mode,
             prompt=resolved.prompt,
             width=resolved.width,
@@ -163,11 +141,7 @@ class Acceptance:
         try:
             for name, data in media.items():
                 self.files.put(new.job_id, name, data)
-            job = self.store.create(new, self.limits, asked.limits, self.promises.num_open((new.lane, new.owner)))
-        except OverloadedError as error:
-            self.files.remove(new.job_id)
-            self.promises.add((new.lane, new.owner), error.retry_after_s)
-            raise
+            job = self.store.create(new, self.limits, asked.limits, self.promises)
         except Cosmos3Error:
             self.files.remove(new.job_id)
             raise

@@ -19,6 +19,8 @@ from cosmos3_core.shapes import Geometry
 # What is longer ago has a smaller say.
 _MEMORY_S = 600.0
 _SHORTEST_S = 1e-3
+# Apart from each other, that are remembered: more would be as many requests within a single long one.
+_MAX_SPANS = 1000
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,19 @@ class Throughput:
     """
 
     def __init__(self) -> None:
-        self._last_end_s = 0.0
+        # When something was done, without overlaps, as (begin, end).
+        self._busy: list[tuple[float, float]] = []
         self._work = self._busy_s = 0.0
 
     def finished(self, work: float, start_s: float, end_s: float) -> float:
         """Enter a request that was finished, and when it was begun; returns the work per second."""
-        # Of its time the part that is not an earlier request's as well.
-        busy_s = max(end_s - max(start_s, self._last_end_s), 0.0)
-        self._last_end_s = max(end_s, self._last_end_s)
+        # Of its time the part that is not an earlier request's as well: a short one may end inside a long one's.
+        joined = [span for span in self._busy if span[0] <= end_s and start_s <= span[1]]
+        counted_s = sum(min(end, end_s) - max(begin, start_s) for begin, end in joined)
+        busy_s = max(end_s - start_s - counted_s, 0.0)
+        span = (min([start_s, *(begin for begin, _ in joined)]), max([end_s, *(end for _, end in joined)]))
+        apart = [other for other in self._busy if other not in joined]
+        self._busy = sorted([*apart, span])[-_MAX_SPANS:]
         kept = math.exp(-busy_s / _MEMORY_S)
         self._work = kept * self._work + work
         self._busy_s = kept * self._busy_s + busy_s

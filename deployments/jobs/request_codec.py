@@ -53,9 +53,9 @@ def decoded(values: Mapping[str, Any], media: Mapping[str, Packed]) -> Generatio
     return GenerationRequest(**given)
 
 
-def fingerprint_of(values: Mapping[str, Any], media: Mapping[str, Packed]) -> str:
-    """Names a request: equal for equal ones, in any process."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+def fingerprint_of(values: Mapping[str, Any], media: Mapping[str, Packed], **asked: Any) -> str:
+    """Names a request, and how it is to be served: equal for equal ones, in any process."""
+    digest = hashlib.sha256(json.dumps([values, asked], sort_keys=True).encode())
     for name in sorted(media):
         data = media[name]
         about = "bytes" if isinstance(data, bytes) else f"{data.dtype} {data.shape}"

@@ -27,6 +27,7 @@ from deployments.jobs.job import (
     Progress,
 )
 from deployments.jobs.keys import KeyLimits, KeyStore
+from deployments.jobs.promises import FullQueue, Promises
 from deployments.jobs.queue import Ahead, ClassLoad, QueueLimits, QueueLoad
 from deployments.jobs.rows import change, end, events_after, find, job_of, leased
 from deployments.jobs.schema import JOBS, RUNNERS
@@ -100,7 +101,11 @@ class JobStore:
     # Accepting
 
     def create(
-        self, new: NewJob, limits: QueueLimits, key_limits: KeyLimits | None = None, num_promised: int = 0
+        self,
+        new: NewJob,
+        limits: QueueLimits,
+        key_limits: KeyLimits | None = None,
+        promises: Promises | None = None,
     ) -> Job:
         """Accept a job: it is in the database when this has returned.
 
@@ -108,7 +113,7 @@ class JobStore:
             new: the job.
             limits: of the queue.
             key_limits: of the key that it came with.
-            num_promised: callers who were told when to come again, and have not done so yet.
+            promises: made to callers who were refused: one more where this one is.
 
         Returns:
             The job as it is now; the earlier one where its idempotency key has brought the same request before.
@@ -131,9 +136,13 @@ class JobStore:
                 queue.check_room(connection, new, limits, key_limits)
                 return queue.enqueue(connection, new, limits, self._clock())
         except queue.QueueFull as full:
+            bound = FullQueue(new.lane, full.owner, full.limit)
+            num_promised = 0 if promises is None else promises.num_open(bound)
             with self._database.reading() as connection:
                 now_s = self._clock()
                 wait_s = waiting.retry_after_s(connection, new.model, new.lane, full.owner, now_s, num_promised)
+            if promises is not None:
+                promises.add(bound, wait_s)
             raise full.error(wait_s) from None
 
     # Looking

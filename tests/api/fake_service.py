@@ -120,7 +120,7 @@ class FakeDirector:
             model=MODEL,
             request=values,
             inputs=tuple(sorted(media)),
-            fingerprint=fingerprint_of(values, media),
+            fingerprint=fingerprint_of(values, media, service_class=asked.service_class, previews=asked.previews),
             mode=resolved.mode,
             prompt=resolved.prompt,
             width=resolved.width,

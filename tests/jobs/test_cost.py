@@ -57,6 +57,15 @@ def test_throughput_of_many_side_by_side(apart_s: float) -> None:
     assert found == pytest.approx(1600 / (160 + 15 * apart_s), rel=0.1)
 
 
+def test_throughput_of_short_ones_beside_a_long_one() -> None:
+    throughput = Throughput()
+    for number in range(10):
+        throughput.finished(10, start_s=10 * number + 2, end_s=10 * number + 3)
+    assert throughput.finished(1000, start_s=0, end_s=100) == pytest.approx(1100 / 100, rel=0.01)
+    throughput.finished(10, start_s=198, end_s=199)
+    assert throughput.finished(1000, start_s=100, end_s=200) == pytest.approx(2110 / 200, rel=0.1)
+
+
 def test_idle_time_is_no_slowness() -> None:
     throughput = Throughput()
     throughput.finished(100, start_s=0, end_s=10)

@@ -95,3 +95,6 @@ def test_fingerprints_tell_requests_apart() -> None:
         of(prompt="a", image=IMAGE.tobytes()),
     }
     assert len(different) == 8
+    values, media = encoded(GenerationRequest(prompt="a"))
+    asked = [{}, {"service_class": "batch"}, {"service_class": "standard"}, {"previews": 1}, {"skip_guardrails": True}]
+    assert len({fingerprint_of(values, media, **how) for how in asked}) == 5
