@@ -24,7 +24,8 @@ from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, new_job_id
-from deployments.jobs.runner import JobRunner, RunnerSpec
+from deployments.jobs.runner import JobRunner
+from deployments.jobs.runner_spec import RunnerSpec
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.jobs.upkeep import Upkeep
 from deployments.media_store import MediaSpec, MediaStore

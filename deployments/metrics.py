@@ -61,7 +61,7 @@ class Metric:
 REQUESTS = Metric(
     "cosmos3_requests",
     "counter",
-    "Accepted requests that have ended: completed, failed, cancelled.",
+    "Accepted requests that were run and have ended: completed, failed, cancelled.",
     ("mode", "outcome"),
 )
 REQUEST_SECONDS = Metric(

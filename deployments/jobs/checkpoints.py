@@ -19,6 +19,9 @@ logger = logging.getLogger("ray.serve")
 CHECKPOINT = "checkpoint"
 """Name of a job's saved state among its files."""
 
+# For a place that does not answer: nobody waits longer for a state to be kept.
+_SETTLE_S = 60.0
+
 
 class Checkpoints:
     """See the module. One is written at a time, beside everything else.
@@ -35,6 +38,8 @@ class Checkpoints:
         self._last: tuple[int, TensorEnvelope] | None = None
         self._written_step = 0
         self._writing: asyncio.Task[None] | None = None
+        # Nobody has waited for what is still being written.
+        self._is_too_late = False
 
     def offer(self, step: int, state: TensorEnvelope) -> None:
         """Keep a state, if it is time for one."""
@@ -55,19 +60,30 @@ class Checkpoints:
 
     async def settle(self) -> None:
         """Wait for what is being written: the file must not appear when the job's files are gone."""
-        if self._writing is not None:
-            await asyncio.shield(self._writing)
+        if self._writing is None:
+            return
+        try:
+            async with asyncio.timeout(_SETTLE_S):
+                await asyncio.shield(self._writing)
+        except TimeoutError:
+            self._is_too_late = True
+            logger.error("the state of %s is still not kept after %g s", self._job_id, _SETTLE_S)
+        except asyncio.CancelledError:
+            self._is_too_late = True
+            raise
 
     async def write_last(self) -> None:
         """Keep the newest state, whether it is time for one or not: whoever goes on with the job begins from it."""
         await self.settle()
-        if self._last is not None and self._last[0] > self._written_step:
+        if self._last is not None and self._writing is None and self._last[0] > self._written_step:
             await self._write(*self._last)
 
     async def _write(self, step: int, state: TensorEnvelope) -> None:
         try:
             await in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
             self._written_s, self._written_step = time.monotonic(), step
+            if self._is_too_late:
+                await in_thread(self._files.remove, self._job_id, CHECKPOINT)
         except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
             logger.exception("the state of %s could not be kept", self._job_id)
         finally:

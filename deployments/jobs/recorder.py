@@ -37,8 +37,8 @@ from deployments.threads import in_thread
 # Between two writings: what a follower is behind, and what a database has to bear.
 _PAUSE_S = 0.05
 _PAUSE_WITHOUT_FOLLOWERS_S = 1.0
-# A database that is away for a moment.
-_TRIES, _TRY_PAUSE_S = 5, 1.0
+# Between two tries where a database is away for a moment.
+_TRY_PAUSE_S = 1.0
 # Of the newest interval in the average that the time left is reckoned from.
 _NEWEST_SHARE = 0.2
 
@@ -49,11 +49,13 @@ class Recorder:
     Args:
         store: where it writes.
         job: that was claimed.
-        lost: called once, when the job is not this runner's any more: what it does is to be stopped.
+        lost: called once with the reason, when nothing can be written any more: what the runner does is to be stopped.
+        patience_s: how long a database may be away.
     """
 
-    def __init__(self, store: JobStore, job: Job, lost: Callable[[], None]) -> None:
+    def __init__(self, store: JobStore, job: Job, lost: Callable[[JobsError], None], patience_s: float) -> None:
         self._store = store
+        self._patience_s = patience_s
         self._lease = Lease(job.job_id, job.lease)
         # Who waits for a job is told its steps as they come: they are not history.
         self._has_followers = job.attached_to is None
@@ -112,6 +114,9 @@ class Recorder:
     async def end(self, outcome: Outcome, *, keep_media_s: float) -> Job:
         """Write down how the job ended, behind all that was noted.
 
+        Returns:
+            The job as it is now.
+
         Raises:
             LeaseLost: it is not this runner's any more.
             JobsError: the database cannot be used.
@@ -123,7 +128,16 @@ class Recorder:
         await self._write()
         if self._failure is not None:
             raise self._failure
-        return await _tried(lambda: self._store.finish(self._lease, outcome, keep_media_s=keep_media_s))
+        tries = Tries(self._patience_s)
+        try:
+            ended: Job = await tries.of(lambda: self._store.finish(self._lease, outcome, keep_media_s=keep_media_s))
+        except LeaseLost:
+            # Of a try that seemed to fail only the answer may have been lost.
+            found = await in_thread(self._store.get, self._lease.job_id) if tries.num_failed else None
+            if found is None or found.state is not outcome.state:
+                raise
+            return found
+        return ended
 
     def _add(self, kind: str | None = None, data: Mapping[str, Any] | None = None, **progress: Any) -> None:
         if kind is not None and self._has_followers:
@@ -167,28 +181,43 @@ class Recorder:
             return
         self._progress, self._events = Progress(), []
         try:
-            await _tried(lambda: self._store.record(self._lease, progress, events))
+            await Tries(self._patience_s).of(lambda: self._store.record(self._lease, progress, events))
         except JobsError as error:
             self._failure = error
-            self._lost()
+            self._lost(error)
 
 
-async def _tried(write: Callable[[], Any]) -> Any:
-    """Write; again where the database cannot be used just now.
+class Tries:
+    """Writes, again and again where the database cannot be used just now.
 
-    Raises:
-        JobsError: the job is lost, or the database is away for longer.
+    Args:
+        patience_s: for so long.
+
+    Attributes:
+        num_failed: tries that did.
     """
-    for number in range(_TRIES):
-        try:
-            return await in_thread(write)
-        except LeaseLost:
-            raise
-        except JobsError:
-            if number == _TRIES - 1:
+
+    def __init__(self, patience_s: float) -> None:
+        self._until_s = time.monotonic() + patience_s
+        self.num_failed = 0
+
+    async def of(self, write: Callable[[], Any]) -> Any:
+        """What is written returns.
+
+        Raises:
+            LeaseLost: the job is another runner's, or gone.
+            JobsError: the database is away for longer.
+        """
+        while True:
+            try:
+                return await in_thread(write)
+            except LeaseLost:
                 raise
-        await asyncio.sleep(_TRY_PAUSE_S)
-    raise AssertionError("the last try returns or raises")
+            except JobsError:
+                self.num_failed += 1
+                if time.monotonic() + _TRY_PAUSE_S > self._until_s:
+                    raise
+            await asyncio.sleep(_TRY_PAUSE_S)
 
 
 def result_of(finished: Finished) -> dict[str, Any]:

@@ -17,26 +17,26 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
-from cosmos3_core.request import ResolvedRequest
+from cosmos3_core.errors import Cosmos3Error
 from deployments.errors import typed
 from deployments.jobs.checkpoints import CHECKPOINT, Checkpoints
 from deployments.jobs.cost import Throughput
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobCancelled, JobsError, JobState, Lane, LeaseLost, Outcome
-from deployments.jobs.recorder import Recorder, result_of
+from deployments.jobs.recorder import Recorder, Tries, result_of
 from deployments.jobs.request_codec import decoded
-from deployments.jobs.store import JobStore, Lease, QueueLimits
+from deployments.jobs.runner_spec import MakeWalk, RunnerSpec, TellFailure
+from deployments.jobs.store import JobStore, Lease
 from deployments.logs import watched_request
 from deployments.media_store import MediaStore
-from deployments.messages import Event, Finished, QueuePosition, RequestContext
+from deployments.messages import Event, FileStarted, Finished, QueuePosition, RequestContext
 from deployments.metrics import metrics
 from deployments.request_check import RequestCheck
 from deployments.threads import in_thread
@@ -57,72 +57,11 @@ _PAUSE_S = 1.0
 _RESTART_S = 30.0
 # Why runs are stopped.
 _LOST = "it was deleted, or another runner has it"
+_AWAY = "the database of jobs cannot be used"
 _GIVEN_BACK = "given back"
 _SHUT_DOWN = "the app is being stopped"
 _LEFT = "its caller has left"
 _CANCELLED = "cancelled by its owner"
-
-
-class Walking(Protocol):
-    """A request's way through the stages, :class:`deployments.walk.Walk`."""
-
-    def events(self) -> AsyncIterator[Event]:
-        """Every event, the last one :class:`Finished`."""
-        ...
-
-
-class MakeWalk(Protocol):
-    """Makes a job's walk.
-
-    Args:
-        request: with every field decided.
-        context: of this run.
-        job: as it was claimed.
-        begin_from: state to go on from, if any.
-        on_saved: takes states that are to be kept.
-    """
-
-    def __call__(
-        self,
-        request: ResolvedRequest,
-        context: RequestContext,
-        job: Job,
-        begin_from: TensorEnvelope | None,
-        on_saved: Callable[[int, TensorEnvelope], None],
-    ) -> Walking: ...
-
-
-class TellFailure(Protocol):
-    """An error -> its code and message, as a caller may read them."""
-
-    def __call__(self, error: BaseException) -> tuple[str, str]: ...
-
-
-@dataclass(frozen=True)
-class RunnerSpec:
-    """How a runner works.
-
-    Attributes:
-        model: name of the served model; jobs of others are left to others.
-        max_running: per lane.
-        limits: of the queue.
-        run_timeout_s: of a job that nobody waits for.
-        lease_s: a runner that is silent for so long has died.
-        max_attempts: runners that a job may have.
-        checkpoint_period_s: between two states that a job leaves in the media store.
-        poll_s: between two looks for jobs that others accepted.
-        keep_media_s: how long files of jobs stay.
-    """
-
-    model: str
-    max_running: Mapping[Lane, int]
-    limits: QueueLimits
-    run_timeout_s: float
-    lease_s: float
-    max_attempts: int
-    checkpoint_period_s: float
-    poll_s: float
-    keep_media_s: float
 
 
 @dataclass(eq=False)
@@ -145,6 +84,8 @@ class _Run:
     # Why it was stopped from outside; None while it goes on by itself.
     stopped: str | None = None
     checkpoints: Checkpoints | None = None
+    # Of the file that this run has begun.
+    media_id: str = ""
 
     @property
     def old_media_id(self) -> str:
@@ -182,12 +123,13 @@ class JobRunner:
         self._check, self._make_walk, self._tell_failure = check, make_walk, tell_failure
         self._is_told = is_told
         self._spec = spec
+        self._patience_s = _PATIENCE * spec.lease_s
         self._callers: dict[str, _Caller] = {}
         self._runs: dict[str, _Run] = {}
         self._throughput: dict[Lane, Throughput] = {}
         self._wake = asyncio.Event()
         self._renewer = ThreadPoolExecutor(1, thread_name_prefix="leases")
-        self._is_draining = False
+        self._is_draining = self._is_released = False
         # Contexts of their own: a task made inside a request would be cancelled with that request.
         self._alive: set[asyncio.Task[Any]] = set()
         for loop in (self._claim_loop(), self._renew_loop()):
@@ -209,7 +151,11 @@ class JobRunner:
 
     async def release(self) -> None:
         """Give back what runs and nobody waits for, to be gone on with by the next runner; stop the rest."""
-        self._is_draining = True
+        self._is_draining = self._is_released = True
+        self.nudge()
+        for caller in self._callers.values():
+            if not caller.has_begun:
+                caller.items.put_nowait(ShuttingDown(_RESTART_S))
         runs = list(self._runs.values())
         for run in runs:
             self._stop(run, _GIVEN_BACK if run.job.attached_to is None else _SHUT_DOWN)
@@ -275,14 +221,15 @@ class JobRunner:
     # Claiming
 
     async def _claim_loop(self) -> None:
-        while True:
+        while not self._is_released:
             self._wake.clear()
             try:
                 for lane, max_running in self._spec.max_running.items():
                     while sum(run.job.lane == lane for run in self._runs.values()) < max_running:
                         if (job := await in_thread(self._claim, lane)) is None:
                             break
-                        if self._is_draining and job.attached_to is None:  # it was claimed just before
+                        # It may have been claimed just before.
+                        if self._is_released or (self._is_draining and job.attached_to is None):
                             await in_thread(self._store.give_back, Lease(job.job_id, job.lease))
                             break
                         self._begin(job)
@@ -313,9 +260,9 @@ class JobRunner:
         elif job.attached_to is not None:
             run.stopped = _LEFT
         assert job.started_s is not None, "it was claimed"
-        if job.attempts == 1:
+        if job.attempts == 1 and job.step == 0:  # not given back
             metrics().waited_in_queue(job.lane, job.service_class, job.started_s - job.created_s)
-        else:
+        elif job.attempts > 1:
             metrics().taken_over()
         run.task = self._detached(self._run(run, caller))
 
@@ -324,7 +271,7 @@ class JobRunner:
     async def _run(self, run: _Run, caller: _Caller | None) -> None:
         """One claimed job, to its end, whatever that is. Raises nothing."""
         job = run.job
-        recorder = Recorder(self._store, job, lambda: self._lost(job.job_id))
+        recorder = Recorder(self._store, job, lambda error: self._stop(run, _reason(error)), self._patience_s)
         finished: Finished | None = None
         failure: Exception | None = None
         if run.stopped is None:
@@ -332,6 +279,8 @@ class JobRunner:
             try:
                 async for event in self._walk(run, caller):
                     recorder.note(event)
+                    if isinstance(event, FileStarted):
+                        run.media_id = event.media_id
                     if isinstance(event, Finished):
                         finished = event
                     elif caller is not None:
@@ -345,7 +294,9 @@ class JobRunner:
         try:
             await self._end(run, recorder, finished, failure)
         except LeaseLost:
-            failure = failure or JobCancelled(job.job_id, _LOST)
+            run.stopped = run.stopped or _LOST
+            failure = failure or _why(run)
+            await self._tidy_lost(run)
         except Exception as error:
             logger.exception("the end of %s could not be written down", job.job_id)
             failure = failure or error
@@ -384,12 +335,12 @@ class JobRunner:
 
     async def _end(self, run: _Run, recorder: Recorder, finished: Finished | None, failure: Exception | None) -> None:
         job, lease = run.job, Lease(run.job.job_id, run.job.lease)
-        if finished is None and run.stopped == _LOST:
+        if finished is None and run.stopped in (_LOST, _AWAY):
             raise LeaseLost(job.job_id)
         if finished is None and run.stopped == _GIVEN_BACK:
             if run.checkpoints is not None:
                 await run.checkpoints.write_last()
-            await in_thread(self._store.give_back, lease)
+            await Tries(self._patience_s).of(lambda: self._store.give_back(lease))
             return
         if finished is not None:  # whoever wanted it stopped came too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
@@ -402,7 +353,7 @@ class JobRunner:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(_why(run)))
         ended = await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
         try:
-            metrics().request_ended(job.mode, ended.state, (ended.completed_s or ended.created_s) - ended.created_s)
+            _tell_end(ended)
             if finished is not None:
                 await self._measure(job)
             # Inputs stay for a remix of what was made; of anything else they would fill the disk for nothing.
@@ -411,12 +362,24 @@ class JobRunner:
         except Exception:  # the job has ended all the same, and its caller is told so
             logger.exception("what %s leaves could not be tidied up", job.job_id)
 
+    async def _tidy_lost(self, run: _Run) -> None:
+        """What a run leaves whose job is another runner's, or gone."""
+        job_id = run.job.job_id
+        try:
+            now = await in_thread(self._store.get, job_id)
+            if now is None:
+                await in_thread(self._files.remove, job_id)
+            if run.media_id and (now is None or now.media_id != run.media_id):
+                await in_thread(self._media.remove, run.media_id)
+        except Exception:  # it expires
+            logger.exception("what %s leaves could not be tidied up", job_id)
+
     async def _measure(self, job: Job) -> None:
         assert job.started_s is not None, "it was claimed"
         throughput = self._throughput.setdefault(job.lane, Throughput())
         # Of one that was gone on with, what was left of it when it was claimed.
-        work = job.work * (1 - job.step / job.num_steps) if job.attempts > 1 else job.work
-        work_per_s = throughput.finished(max(work, job.work / job.num_steps), job.started_s, time.time())
+        work = job.work * max(1 - job.step / job.num_steps, 1 / job.num_steps)
+        work_per_s = throughput.finished(work, job.started_s, time.time())
         await in_thread(self._store.note_rate, self._spec.model, job.lane, work_per_s)
 
     # Leases, and the end of what nobody wants
@@ -435,12 +398,12 @@ class JobRunner:
             try:
                 # In a thread of its own: it must not wait behind files that are written.
                 renewing = loop.run_in_executor(self._renewer, self._store.renew, self.runner_id, leases, spec.lease_s)
-                async with asyncio.timeout(max(renewed_s + _PATIENCE * spec.lease_s - asked_s, 0.1)):
+                async with asyncio.timeout(max(renewed_s + self._patience_s - asked_s, 0.1)):
                     lost, cancelling = await asyncio.shield(renewing)
                 renewed_s = asked_s
             except Exception:  # late, or whatever the database raised
                 logger.exception("leases of jobs cannot be renewed")
-            if time.monotonic() - renewed_s > _PATIENCE * spec.lease_s:
+            if time.monotonic() - renewed_s > self._patience_s:
                 lost = set(runs)  # what another runner has had for a while is not run here as well
             for job_id in lost:
                 self._lost(job_id)
@@ -460,8 +423,11 @@ class JobRunner:
 
     async def _cancel_queued(self, job_id: str) -> None:
         try:
-            await in_thread(self._store.cancel, job_id)
-        except JobsError:
+            job = await in_thread(self._store.cancel, job_id)
+            if job is not None and job.state.is_final:
+                _tell_end(job)
+                await in_thread(self._files.remove, job_id)
+        except Cosmos3Error:
             logger.exception("%s could not be cancelled", job_id)
 
     def _detached(self, work: Any) -> asyncio.Task[Any]:
@@ -471,8 +437,19 @@ class JobRunner:
         return task
 
 
+def _tell_end(job: Job) -> None:
+    metrics().request_ended(job.mode, job.state, (job.completed_s or job.created_s) - job.created_s)
+
+
+def _reason(error: JobsError) -> str:
+    """Why a run is stopped of which nothing can be written down."""
+    return _LOST if isinstance(error, LeaseLost) else _AWAY
+
+
 def _why(run: _Run) -> Exception:
     """What the caller of a job that was stopped is told."""
     if run.stopped == _SHUT_DOWN:
         return ShuttingDown(_RESTART_S)
+    if run.stopped == _AWAY:
+        return JobsError(f"{_AWAY}, and {run.job.job_id} was given up")
     return JobCancelled(run.job.job_id, run.stopped or "its walk ended without a result")

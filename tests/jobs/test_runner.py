@@ -26,7 +26,8 @@ from deployments.jobs.checkpoints import CHECKPOINT
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobCancelled, JobState, Lane, new_job_id
-from deployments.jobs.runner import JobRunner, RunnerSpec
+from deployments.jobs.runner import JobRunner
+from deployments.jobs.runner_spec import RunnerSpec
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.media_store import MediaStore
 from deployments.messages import (
