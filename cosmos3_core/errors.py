@@ -34,6 +34,8 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
         text = f"a {type(value).__name__} too large to print"
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deep to print"
     return _shortened(text)
 
 

@@ -24,7 +24,8 @@ def build_api(get_service: Callable[[], Service]) -> FastAPI:
     Args:
         get_service: what it works with; called for every request.
     """
-    app = FastAPI(title="cosmos3-serve", openapi_url=None)  # the document is written by hand
+    # The document is written by hand. A redirect would lead to whatever Host says.
+    app = FastAPI(title="cosmos3-serve", openapi_url=None, redirect_slashes=False)
     app.state.get_service = get_service
     for router in _ROUTERS:
         app.include_router(router)

@@ -30,10 +30,14 @@ from deployments.api.fields import (
 )
 from deployments.api.given_fields import Given, start_of
 from deployments.api.given_media import given_media
+from deployments.api.written import Origin, Origins, as_written
 from deployments.service_config import DEFAULT_CLASS
 
 _DEFAULT_FPS = 24.0
 _MAX_SECONDS = 3600.0
+# A request's field -> the one of a body that it is made of; and that is the same by another name.
+_MADE_OF = {"num_frames": "seconds", "width": "size", "height": "size", "lossless": "quality"}
+_SAME_AS = {"output": "output_format", "output_quality": "output_compression"}
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,13 @@ class VideoBody:
         request: for the Director.
         wishes: beside it.
         is_live: whether the answer is to be the file while it grows.
+        origins: of the request's fields.
     """
 
     request: GenerationRequest
     wishes: Wishes
     is_live: bool
+    origins: Origins
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,13 @@ class ImageBody:
         requests: one an image, in order; each has the next seed.
         wishes: beside them.
         response_format: ``b64_json`` or ``file``.
+        origins: of the requests' fields.
     """
 
     requests: tuple[GenerationRequest, ...]
     wishes: Wishes
     response_format: str
+    origins: Origins
 
 
 def video_body(body: Given, rules: BodyRules) -> VideoBody:
@@ -112,6 +120,11 @@ def video_body(body: Given, rules: BodyRules) -> VideoBody:
     Raises:
         RequestError: another model's name, sizes that contradict each other, media that cannot be read ...
     """
+    with as_written(body.origins):
+        return _video_body(body, rules)
+
+
+def _video_body(body: Given, rules: BodyRules) -> VideoBody:
     given = body.values
     wishes = _wishes(body, rules)
     width, height = _frame_size(given)
@@ -119,9 +132,11 @@ def video_body(body: Given, rules: BodyRules) -> VideoBody:
     passed |= {"num_frames": _num_frames(given), "lossless": _lossless(given)}
     if isinstance(actions := given.get("actions"), dict) and "data" in actions:  # as an answer has them
         passed["actions"] = actions["data"]
-    image, video = given_media(given)
-    request = GenerationRequest(width=width, height=height, image=image, video=video, **passed)
-    return VideoBody(request, wishes, body.endpoint is Endpoint.SYNC and _is_live(given, request))
+    media = given_media(given)
+    passed |= {kind: data for kind, (_, data) in media.items()}
+    request = GenerationRequest(width=width, height=height, **passed)
+    origins = {**_origins(body), **{kind: Origin(name) for kind, (name, _) in media.items() if kind != name}}
+    return VideoBody(request, wishes, body.endpoint is Endpoint.SYNC and _is_live(given, request), origins)
 
 
 def image_body(body: Given, rules: BodyRules) -> ImageBody:
@@ -133,6 +148,11 @@ def image_body(body: Given, rules: BodyRules) -> ImageBody:
     Raises:
         RequestError: as there, and what only images have is wrong.
     """
+    with as_written(body.origins):
+        return _image_body(body, rules)
+
+
+def _image_body(body: Given, rules: BodyRules) -> ImageBody:
     given = dict(body.values)
     wishes = _wishes(body, rules)
     response_format = given.get("response_format", B64_JSON)
@@ -155,7 +175,15 @@ def image_body(body: Given, rules: BodyRules) -> ImageBody:
         "output_quality": _quality(given.get("output_compression"), output),
     }
     seeds = range(first_seed, first_seed + num_images)
-    return ImageBody(tuple(GenerationRequest(**{**passed, "seed": seed}) for seed in seeds), wishes, response_format)
+    requests = tuple(GenerationRequest(**{**passed, "seed": seed}) for seed in seeds)
+    return ImageBody(requests, wishes, response_format, _origins(body))
+
+
+def _origins(body: Given) -> dict[str, Origin]:
+    given = body.values
+    made = {name: Origin(of, given[of]) for name, of in _MADE_OF.items() if of in given and name not in given}
+    same = {name: Origin(of) for name, of in _SAME_AS.items() if of in given}
+    return {**body.origins, **made, **same}
 
 
 def _wishes(body: Given, rules: BodyRules) -> Wishes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import parse_qsl
 
 from starlette.datastructures import FormData, Headers, UploadFile
-from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from deployments.api.body_room import Held
@@ -16,15 +18,23 @@ from deployments.api.errors import BodyError
 from deployments.api.field_kinds import FormText
 from deployments.api.form_fields import nested_fields
 from deployments.api.json_text import read_json
+from deployments.threads import in_thread
 
-MAX_FIELDS = 64
-"""Of a form."""
+MAX_FIELDS = 128
+"""Of a form, or of a JSON body; all that have a name of their own fit in."""
 
+MAX_URLENCODED_BYTES = 1 << 20
+"""Of a URL-encoded form, which carries no files: two prompts of the longest, of letters that take most."""
+
+_JSON = "application/json"
+_MULTIPART = "multipart/form-data"
+_URLENCODED = "application/x-www-form-urlencoded"
 _MAX_FILES = 4
-# The slowest client: 160 KiB/s for the largest body.
+# For all of it, however much that is.
 _UPLOAD_S = 600.0
-# Between two pieces: a connection that says nothing holds its place no longer.
+# That a client may be behind: a connection that says nothing, or next to nothing, holds its place no longer.
 _IDLE_S = 30.0
+_LEAST_BYTES_PER_S = 64 * 1024
 _MAX_DIGITS = 18
 _MAX_SHOWN_CHARS = 60
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,128}")
@@ -42,16 +52,20 @@ async def read_fields(request: Request, max_bytes: int, held: Held) -> dict[str,
         BodyError: 413 too large, 415 another content type, 400 not readable or not whole, 408 too slow.
         OverloadedError: there is no room for it now.
     """
+    kind = _kind_of(request.headers)
+    if kind == _URLENCODED:
+        max_bytes = min(max_bytes, MAX_URLENCODED_BYTES)
     announced = request.headers.get("content-length", "")
     if announced.isdecimal():
         if len(announced) > _MAX_DIGITS or int(announced) > max_bytes:
-            raise _too_large(max_bytes)
+            raise _too_large(kind, max_bytes)
         held.check(int(announced))
     try:
         async with asyncio.timeout(_UPLOAD_S):
-            return await _fields(request, _bounded(request, max_bytes, held), max_bytes)
+            return await _fields(kind, request, _bounded(kind, request, max_bytes, held), max_bytes)
     except TimeoutError:
-        limits = f"allowed are {_UPLOAD_S:g} s for all of it and {_IDLE_S:g} s between two pieces"
+        behind = f"at most {_IDLE_S:g} s behind {_LEAST_BYTES_PER_S} bytes a second"
+        limits = f"allowed are {_UPLOAD_S:g} s for all of it, and {behind}"
         raise BodyError(408, "body_too_slow", f"the body did not come in time; {limits}") from None
     except ClientDisconnect:
         raise BodyError(400, "body_incomplete", "the connection was closed before the end of the body") from None
@@ -78,55 +92,71 @@ def visible_header(headers: Headers, name: str) -> str | None:
     return given
 
 
-async def _fields(request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:
-    content_type, _, parameters = request.headers.get("content-type", "").partition(";")
+def _kind_of(headers: Headers) -> str:
+    """A body's content type.
+
+    Raises:
+        BodyError: one that is not read.
+    """
+    content_type, _, parameters = headers.get("content-type", "").partition(";")
     kind = content_type.strip().lower()
     charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise BodyError(415, "wrong_content_type", f"charset {charset[1][:_MAX_SHOWN_CHARS]!r}: allowed is utf-8")
-    if kind == "application/json":
-        data = bytearray()
-        async for chunk in stream:
-            data += chunk
-        # Beside the event loop: a large one takes a second.
-        return await asyncio.to_thread(_json_object, data)
-    limits = {"max_fields": MAX_FIELDS, "max_part_size": max_bytes}
-    parser: MultiPartParser | FormParser | None = None
-    if kind == "multipart/form-data":
-        parser = MultiPartParser(request.headers, stream, max_files=_MAX_FILES, **limits)
-    elif kind == "application/x-www-form-urlencoded":
-        parser = FormParser(request.headers, stream, **limits)
-    if parser is not None:
+    if kind not in (_JSON, _MULTIPART, _URLENCODED):
+        allowed = f"{_JSON}, {_MULTIPART} and {_URLENCODED}"
+        message = f"content-type {kind[:_MAX_SHOWN_CHARS]!r}: allowed are {allowed}"
+        raise BodyError(415, "wrong_content_type", message)
+    return kind
+
+
+async def _fields(kind: str, request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:
+    if kind == _MULTIPART:
+        return await _multipart_fields(request, stream, max_bytes)
+    data = bytearray()
+    async for chunk in stream:
+        data += chunk
+    # Beside the event loop: a large one takes a second.
+    return await in_thread(_json_object if kind == _JSON else _urlencoded_fields, data)
+
+
+async def _multipart_fields(request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:
+    limits = {"max_files": _MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": max_bytes}
+    try:
+        form = await MultiPartParser(request.headers, stream, **limits).parse()
         try:
-            form = await parser.parse()
-            try:
-                return await _form_fields(form)
-            finally:
-                await form.close()
-        except (MultiPartException, KeyError) as error:
-            raise BodyError(400, "broken_form", f"the form cannot be read: {error}") from None
-    allowed = "application/json, multipart/form-data and application/x-www-form-urlencoded"
-    message = f"content-type {kind[:_MAX_SHOWN_CHARS]!r}: allowed are {allowed}"
-    raise BodyError(415, "wrong_content_type", message)
+            return await _form_fields(form)
+        finally:
+            await form.close()
+    except (MultiPartException, KeyError) as error:
+        raise _broken_form(error) from None
 
 
-async def _bounded(request: Request, max_bytes: int, held: Held) -> AsyncIterator[bytes]:
+async def _bounded(kind: str, request: Request, max_bytes: int, held: Held) -> AsyncIterator[bytes]:
     num_bytes = 0
+    left_s = _IDLE_S
     chunks = request.stream()
     while True:
-        async with asyncio.timeout(_IDLE_S):
+        asked_s = time.monotonic()
+        async with asyncio.timeout(left_s):
             chunk = await anext(chunks, None)
+        came_s = time.monotonic()
         if chunk is None:
             return
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
-            raise _too_large(max_bytes)
+            raise _too_large(kind, max_bytes)
         held.grow_to(num_bytes)
         yield chunk
+        # A faster beginning is no reason to be slow later: it holds more room.
+        left_s = min(left_s - (came_s - asked_s) + len(chunk) / _LEAST_BYTES_PER_S, _IDLE_S)
 
 
-def _too_large(max_bytes: int) -> BodyError:
-    return BodyError(413, "body_too_large", f"the body is larger than the {max_bytes} bytes that are allowed")
+def _too_large(kind: str, max_bytes: int) -> BodyError:
+    message = f"the body is larger than the {max_bytes} bytes that are allowed"
+    if max_bytes == MAX_URLENCODED_BYTES and kind == _URLENCODED:
+        message += f" of {_URLENCODED}; send {_MULTIPART} or {_JSON}"
+    return BodyError(413, "body_too_large", message)
 
 
 def _json_object(data: bytearray) -> dict[str, Any]:
@@ -136,7 +166,21 @@ def _json_object(data: bytearray) -> dict[str, Any]:
         raise BodyError(400, "broken_json", f"the body cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise BodyError(400, "broken_json", f"the body is a JSON {type(values).__name__}; allowed is an object")
+    if len(values) > MAX_FIELDS:
+        raise BodyError(400, "broken_json", f"the body has {len(values)} fields; allowed are {MAX_FIELDS}")
     return values
+
+
+def _urlencoded_fields(data: bytearray) -> dict[str, Any]:
+    try:
+        items = parse_qsl(data.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    except ValueError:
+        raise _broken_form(f"it has more than the {MAX_FIELDS} fields that are allowed") from None
+    return nested_fields((name, FormText(value)) for name, value in items)
+
+
+def _broken_form(reason: object) -> BodyError:
+    return BodyError(400, "broken_form", f"the form cannot be read: {reason}")
 
 
 async def _form_fields(form: FormData) -> dict[str, Any]:

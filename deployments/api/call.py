@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from cosmos3_core.errors import RequestError
 from deployments.api.auth import Caller
-from deployments.api.bodies import Wishes
+from deployments.api.bodies import BodyRules, Wishes
 from deployments.api.body_limit import read_fields
 from deployments.api.body_room import Held
 from deployments.api.errors import Refusal, error_response, is_told
@@ -34,6 +34,7 @@ CALLER = "cosmos3.caller"
 """Key of the caller in a request's scope."""
 
 _MAX_SHOWN_CHARS = 200
+T = TypeVar("T")
 
 
 class AnsweringRoute(APIRoute):
@@ -99,23 +100,25 @@ class Call:
         """
         return found(await in_thread(self.service.store.get, video_id, self.caller.owner))
 
-    async def body(self, endpoint: Endpoint, held: Held) -> Given:
-        """The fields of its body, files of other servers included.
+    async def body(self, endpoint: Endpoint, held: Held, meant: Callable[[Given, BodyRules], T]) -> T:
+        """What its body asks for, files of other servers included.
 
         Args:
-            endpoint: whose fields they are.
+            endpoint: whose fields it has.
             held: room for the body.
+            meant: what fields ask for; called in a thread, as texts and base64 of the largest files take seconds.
 
         Raises:
             BodyError: it cannot be read.
-            RequestError: it has a field that there is not, or a file that cannot be had.
+            RequestError: it has a field that there is not, or a file that cannot be had, or what ``meant`` raises.
             OverloadedError: there is no room for it now.
         """
         service = self.service
-        given = read_given(await read_fields(self.request, service.http.max_body_bytes, held), endpoint)
-        if service.remote_media is None:
-            return given
-        return replace(given, values=await with_fetched(given.values, service.remote_media, held))
+        fields = await read_fields(self.request, service.http.max_body_bytes, held)
+        given = await in_thread(read_given, fields, endpoint)
+        if service.remote_media is not None:
+            given = replace(given, values=await with_fetched(given.values, service.remote_media, held))
+        return await in_thread(meant, given, service.rules(self.caller))
 
     def asked(self, wishes: Wishes, request_id: str, idempotency_key: str | None = None) -> Asked:
         """What the Director is told beside a request."""

@@ -84,12 +84,12 @@ async def content_answer(store: MediaStore, media_id: str, method: str, headers:
         headers: of the request, by lower-case names.
     """
     try:
-        return await asyncio.to_thread(_answer, store, media_id, _Asked(method, headers))
+        return await asyncio.to_thread(_answer, store, media_id, Conditions(method, headers))
     except Refusal as refusal:
         return error_response(refusal)
 
 
-def _answer(store: MediaStore, media_id: str, asked: _Asked) -> Response:
+def _answer(store: MediaStore, media_id: str, asked: Conditions) -> Response:
     record = found_record(store, media_id)
     return (_finished_answer if record.state == DONE else _live_answer)(store, record, asked)
 
@@ -126,7 +126,7 @@ def finished_answer(store: MediaStore, record: MediaRecord, method: str, headers
     Raises:
         Refusal: 416, there is nothing of the range that was asked for.
     """
-    return _finished_answer(store, record, _Asked(method, headers))
+    return _finished_answer(store, record, Conditions(method, headers))
 
 
 def not_ready() -> Refusal:
@@ -221,7 +221,7 @@ def _read_at(file: BinaryIO, start: int, num_bytes: int) -> bytes:
     return file.read(num_bytes)
 
 
-def _finished_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> Response:
+def _finished_answer(store: MediaStore, record: MediaRecord, asked: Conditions) -> Response:
     headers = {"accept-ranges": "bytes", "etag": record.etag}
     if asked.knows(record.etag):
         return Response(status_code=304, headers=headers)
@@ -233,7 +233,7 @@ def _finished_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> R
     return PartsResponse(finished_parts(store, record), headers, record.media_type)
 
 
-def _live_answer(store: MediaStore, record: MediaRecord, asked: _Asked) -> Response:
+def _live_answer(store: MediaStore, record: MediaRecord, asked: Conditions) -> Response:
     if not record.live_name:
         raise not_ready()
     # What a cache had stored of it would be taken for the whole.
@@ -278,8 +278,13 @@ async def _parts(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGenerato
             yield part
 
 
-class _Asked:
-    """What a request's headers say, RFC 9110 13.1.2, 13.1.5 and 14.2."""
+class Conditions:
+    """What a request's headers say, RFC 9110 13.1.2, 13.1.5 and 14.2.
+
+    Args:
+        method: GET or HEAD.
+        headers: by lower-case names.
+    """
 
     def __init__(self, method: str, headers: Mapping[str, str]) -> None:
         self.is_head = method == "HEAD"

@@ -46,6 +46,11 @@ class Kind:
         """The same, one of these values."""
         return replace(self, schema={**self.schema, "enum": list(values)})
 
+    def or_text(self) -> Kind:
+        """The same, of listed values, which JSON bodies may have as text too."""
+        text = {"type": "string", "enum": [str(value) for value in self.schema["enum"]]}
+        return replace(self, schema={"anyOf": [self.schema, text]}, is_text_too=True)
+
 
 def _flag(text: str) -> bool:
     values = {"true": True, "1": True, "false": False, "0": False}

@@ -158,7 +158,7 @@ _OF_VIDEOS = {
     "domain_id": _effective(INTEGER.within(0, 1023), "embodiment by number", at=_CLIPS),
     "raw_action_dim": _effective(INTEGER.within(1, 1024), "numbers in an action; the embodiment's", at=_CLIPS),
     "resolution_tier": _effective(
-        INTEGER.of(*ACTION_TIERS), "with actions: of the canvas", "resolution", "image_size", at=_CLIPS
+        INTEGER.of(*ACTION_TIERS).or_text(), "with actions: of the canvas", "resolution", "image_size", at=_CLIPS
     ),
     "view_point": _effective(TEXT.of(*VIEW_POINTS), "with actions: where the camera is", at=_CLIPS),
     "output": _effective(
@@ -263,7 +263,7 @@ def known(endpoint: Endpoint, use: Use = Use.EFFECTIVE) -> Mapping[str, Field]:
 
 def name_pattern(name: str) -> str:
     """The names that one with ``*`` in it stands for, as a regular expression."""
-    return "[a-z0-9_]+".join(re.escape(part) for part in name.split("*"))
+    return "[a-z0-9_]{1,64}".join(re.escape(part) for part in name.split("*"))
 
 
 def find_field(written: str, given: Any, endpoint: Endpoint) -> tuple[str, Field]:

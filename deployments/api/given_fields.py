@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cosmos3_core import checks
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.presets import LIMITS
+from deployments.api.body_limit import MAX_FIELDS
 from deployments.api.field_kinds import FILE, INDEXES, NUMBERS, OBJECT, ROWS, FormText, Kind
 from deployments.api.fields import Endpoint, Use, find_field
+from deployments.api.written import Origin, Origins
 
 _MAX_SHOWN_CHARS = 200
 # A value's own cost beside its characters.
@@ -25,11 +27,13 @@ class Given:
         endpoint: whose body it is.
         values: by the fields' own names; those of ``extra_params`` are among them, those that are null are not.
         warnings: one for each field that was accepted without effect.
+        origins: of fields that were given by another name.
     """
 
     endpoint: Endpoint
     values: dict[str, Any]
     warnings: tuple[str, ...]
+    origins: Origins
 
 
 def read_given(fields: Mapping[str, Any], endpoint: Endpoint) -> Given:
@@ -40,17 +44,19 @@ def read_given(fields: Mapping[str, Any], endpoint: Endpoint) -> Given:
         endpoint: whose body it is.
 
     Raises:
-        RequestError: an unknown field (names the nearest known one), or one given twice.
+        RequestError: an unknown field (names the nearest known one), one given twice, or too many.
         CapabilityError: one that asks for what is not offered.
     """
-    values: dict[str, Any] = {}
-    warnings: list[str] = []
-    _merge(values, warnings, fields, endpoint, "")
-    extra = values.pop("extra_params", {})
+    found = _Found(endpoint)
+    found.add(fields, "")
+    extra = found.values.pop("extra_params", {})
     if not isinstance(extra, dict) or "extra_params" in extra:
         raise RequestError("extra_params", start_of(extra), "a JSON object, without extra_params in it")
-    _merge(values, warnings, extra, endpoint, "extra_params.")
-    return Given(endpoint, values, tuple(warnings))
+    if len(extra) > MAX_FIELDS:
+        raise RequestError("extra_params", f"an object of {len(extra)} fields", f"at most {MAX_FIELDS} of them")
+    found.add(extra, "extra_params.")
+    origins = {name: Origin(written) for name, written in found.names.items() if written != name}
+    return Given(endpoint, found.values, tuple(found.warnings), origins)
 
 
 def start_of(value: Any) -> Any:
@@ -58,30 +64,46 @@ def start_of(value: Any) -> Any:
     return value[:_MAX_SHOWN_CHARS] if isinstance(value, str | bytes) else value
 
 
-def _merge(
-    values: dict[str, Any], warnings: list[str], fields: Mapping[str, Any], endpoint: Endpoint, where: str
-) -> None:
-    for written, value in fields.items():
-        name, field = find_field(written, start_of(value), endpoint)
-        if value is None:
-            continue
-        use = field.uses[endpoint]
-        if use is Use.NOT_OFFERED:
-            raise CapabilityError(written, start_of(value), "nothing", f"Not offered: {field.about}.")
-        if use is Use.IGNORED:
-            _check_small(written, value)
-            warnings.append(f"{where}{written} is without effect: {field.about}")
-            continue
-        value = _read(written, value, field.kind)
-        if name in values and values[name] != value:
-            raise RequestError(written, start_of(value), f"one value; {name} is given with another one as well")
-        values[name] = value
+@dataclass
+class _Found:
+    """What was read so far.
+
+    Attributes:
+        endpoint, values, warnings: as of :class:`Given`.
+        names: by the fields' own names, what the body calls them; where it has several names for one, its own.
+    """
+
+    endpoint: Endpoint
+    values: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def add(self, fields: Mapping[str, Any], where: str) -> None:
+        """Read more; ``where`` stands before their names in warnings."""
+        for written, value in fields.items():
+            name, known = find_field(written, start_of(value), self.endpoint)
+            if value is None:
+                continue
+            use = known.uses[self.endpoint]
+            if use is Use.NOT_OFFERED:
+                raise CapabilityError(written, start_of(value), "nothing", f"Not offered: {known.about}.")
+            if use is Use.IGNORED:
+                _check_small(written, value)
+                self.warnings.append(f"{where}{written} is without effect: {known.about}")
+                continue
+            value = _read(written, value, known.kind)
+            if name in self.values and self.values[name] != value:
+                raise RequestError(written, start_of(value), f"one value; {name} is given with another one as well")
+            self.values[name] = value
+            self.names[name] = written if self.names.get(name, written) == written else name
 
 
 def _read(name: str, value: Any, kind: Kind) -> Any:
     """What a field holds; what cannot be read stays text, for the library to refuse."""
     if isinstance(value, bytes) and kind in (ROWS, OBJECT):
         value = FormText(value.decode("utf-8", "replace"))  # a JSON file
+    if kind is FILE and isinstance(value, list) and len(value) == 1 and isinstance(value[0], bytes):
+        value = value[0]  # a form's list of one file part
     if isinstance(value, bytes) and kind is not FILE:
         raise RequestError(name, "a file", "a text")
     if kind in (INDEXES, NUMBERS) and isinstance(value, list) and all(isinstance(it, FormText) for it in value):

@@ -14,6 +14,7 @@ from cosmos3_core.presets import LIMITS
 from deployments.api.body_room import Held
 from deployments.api.fields import MEDIA
 from deployments.api.json_text import read_json
+from deployments.threads import in_thread
 
 # Of base64.
 _BYTES_PER_CHAR = 0.75
@@ -48,22 +49,24 @@ async def with_fetched(given: dict[str, Any], remote: RemoteFiles, held: Held) -
         OverloadedError: there is no room for it now.
     """
     fetched = dict(given)
-    for name in MEDIA:
-        if name not in given or isinstance(given[name], bytes):
-            continue
-        text = _text_of(name, given[name])
-        if not text.lower().startswith(_REMOTE):
-            continue
+    for name, url in (await in_thread(_remote_urls, given)).items():
         with held.room_for(LIMITS.max_media_bytes):
-            data = await remote.fetch(str(text), name)
+            data = await remote.fetch(url, name)
             _refuse_too_large(name, len(data))
         held.grow_by(len(data))
         fetched[name] = data
     return fetched
 
 
-def given_media(given: dict[str, Any]) -> tuple[bytes | None, bytes | None]:
-    """The image and the clip that a body brings.
+def _remote_urls(given: dict[str, Any]) -> dict[str, str]:
+    """Field -> URL of another server that it holds."""
+    texts = {name: _text_of(name, given[name]) for name in MEDIA if not isinstance(given.get(name, b""), bytes)}
+    longest = max(map(len, _REMOTE))
+    return {name: str(text) for name, text in texts.items() if text[:longest].lower().startswith(_REMOTE)}
+
+
+def given_media(given: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
+    """The image and the clip that a body brings, each with the field that brings it.
 
     Args:
         given: its fields.
@@ -71,17 +74,16 @@ def given_media(given: dict[str, Any]) -> tuple[bytes | None, bytes | None]:
     Raises:
         RequestError: a field holds no file, or there are two images or two clips.
     """
-    names: dict[str, str] = {}
-    found: dict[str, bytes] = {}
+    found: dict[str, tuple[str, bytes]] = {}
     for name in MEDIA:
         if name not in given:
             continue
         data = file_bytes(name, given[name])
         kind = _told_by_content(name, data) if name.startswith("input") else name.removesuffix("_reference")
         if kind in found:
-            raise RequestError(name, "given", f"nothing beside {names[kind]}", f"A request has one {kind} at most.")
-        names[kind], found[kind] = name, data
-    return found.get("image"), found.get("video")
+            raise RequestError(name, "given", f"nothing beside {found[kind][0]}", f"A request has one {kind} at most.")
+        found[kind] = name, data
+    return found
 
 
 def file_bytes(field: str, value: Any) -> bytes:

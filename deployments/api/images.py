@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,7 +12,8 @@ from deployments.api.call import Call, routes
 from deployments.api.exchange import Exchange, answered
 from deployments.api.fields import Endpoint
 from deployments.api.media_answer import images_answer
-from deployments.api.videos import service_headers
+from deployments.api.videos import service_headers, told_no_replay
+from deployments.api.written import as_written
 
 router = routes()
 
@@ -22,13 +25,16 @@ async def create_images(request: Request) -> Response:
     service = call.service
 
     async def work(exchange: Exchange) -> Response:
+        no_replay = told_no_replay(request.headers)
         with service.room.hold() as held:
-            body = image_body(await call.body(Endpoint.IMAGES, held), service.rules(call.caller))
-            asked = call.asked(body.wishes, exchange.request_id)
-            await exchange.ask(body.requests[0], asked)
+            body = await call.body(Endpoint.IMAGES, held, image_body)
+            warnings = (*no_replay, *body.wishes.warnings)
+            asked = call.asked(replace(body.wishes, warnings=warnings), exchange.request_id)
+            with as_written(body.origins):
+                await exchange.ask(body.requests[0], asked)
         with service.room.hold() as held:
             answer = await images_answer(exchange, body, asked, held, service.media)
-        answer.headers.update(service_headers(service.model.name, body.wishes.warnings))
+        answer.headers.update(service_headers(service.model.name, warnings))
         return answer
 
     return await answered(request, service.streaming, service.http.request_timeout_s, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deployments.api.body_limit import MAX_FIELDS, MAX_URLENCODED_BYTES
 from deployments.api.fields import Endpoint
 from deployments.api.schemas import JOB_ID_PATTERN, answers, bodies, body_name, ref
 from deployments.api.service import Service
@@ -228,6 +229,9 @@ _LINKS: Document = {
     operation_id: {"operationId": operation_id, "parameters": {"video_id": "$response.body#/id"}}
     for operation_id in ("getVideo", "followVideo", "getVideoContent", "cancelVideo", "remixVideo", "deleteVideo")
 }
+_BODIES = (
+    f"At most {MAX_FIELDS} fields. A URL-encoded form carries no files and has at most {MAX_URLENCODED_BYTES} bytes."
+)
 _EVENTS = (
     "Server-sent events: queued {position, eta_s}, started {attempt}, "
     "step {step, num_steps, sigma, eta_s, step_s, pid}, preview {step, sigma, media_type, b64_json}, "
@@ -322,7 +326,7 @@ def _operation(
     if parameters:
         operation["parameters"] = parameters
     if body is not None:
-        operation["requestBody"] = {"required": True, **body}
+        operation["requestBody"] = {"description": _BODIES, "required": True, **body}
     if is_open:
         operation["security"] = []
     return operation

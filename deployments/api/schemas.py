@@ -145,7 +145,7 @@ def _fields(endpoint: Endpoint, service: Service, *, is_form: bool = False) -> S
         "properties": properties,
         "patternProperties": patterns,
         "additionalProperties": False,
-        **({"maxProperties": MAX_FIELDS} if is_form else {}),
+        "maxProperties": MAX_FIELDS,
     }
 
 

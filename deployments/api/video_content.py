@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from cosmos3_core import checks
 from deployments.api.call import Call, routes
-from deployments.api.content import content_answer
+from deployments.api.content import Conditions, content_answer
 from deployments.api.errors import Refusal, error_response
 from deployments.api.job_object import retry_after_s
 from deployments.api.variants import variant_answer
@@ -56,7 +56,7 @@ async def _actions(call: Call, job: Job) -> Response:
         raise Refusal(404, "no_such_variant", "this job has generated no actions")
     body = json.dumps(told["action"]).encode()
     etag = f'"{hashlib.sha256(body).hexdigest()}"'
-    if etag in call.request.headers.get("if-none-match", ""):
+    if Conditions(call.request.method, call.request.headers).knows(etag):
         return Response(status_code=304, headers={"etag": etag})
     return Response(body, headers={"etag": etag}, media_type="application/json")
 

@@ -11,6 +11,7 @@ import uuid
 from dataclasses import replace
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -25,6 +26,7 @@ from deployments.api.exchange import Exchange, accept_limit_s, answered
 from deployments.api.fields import Endpoint
 from deployments.api.job_object import poll_after_ms
 from deployments.api.media_answer import live_answer, media_answer
+from deployments.api.written import as_written
 from deployments.jobs.job import Job
 from deployments.threads import in_thread
 
@@ -35,6 +37,8 @@ _ORDERS = ("asc", "desc")
 _IDEMPOTENCY_KEY = "idempotency-key"
 _NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
 _OPTIONS = ("prompt",)
+# Of a header: proxies and clients take 8 KiB of all headers together.
+_MAX_WARNINGS_CHARS = 6000
 
 router = routes()
 
@@ -46,12 +50,13 @@ async def create_video(request: Request) -> Response:
     idempotency_key = visible_header(request.headers, _IDEMPOTENCY_KEY)
     request_id = request_id_of(request.headers, uuid.uuid4().hex)
     with call.service.room.hold() as held:
-        body = video_body(await call.body(Endpoint.VIDEOS, held), call.service.rules(call.caller))
+        body = await call.body(Endpoint.VIDEOS, held, video_body)
         asked = call.asked(body.wishes, request_id, idempotency_key)
         response = call.service.director.submit.remote(body.request, asked)
-        limit_s = accept_limit_s(body.request)
+        limit_s, origins = accept_limit_s(body.request), body.origins
         del body
-        job = await _accepted(response, limit_s)
+        with as_written(origins):
+            job = await _accepted(response, limit_s)
     return await _told(call, job)
 
 
@@ -62,13 +67,13 @@ async def create_video_and_wait(request: Request) -> Response:
     service = call.service
 
     async def work(exchange: Exchange) -> Response:
+        no_replay = told_no_replay(request.headers)
         with service.room.hold() as held:
-            body = video_body(await call.body(Endpoint.SYNC, held), service.rules(call.caller))
-            is_live, warnings = body.is_live, body.wishes.warnings
-            if _IDEMPOTENCY_KEY in request.headers:
-                warnings = (*warnings, _NO_REPLAY)
+            body = await call.body(Endpoint.SYNC, held, video_body)
+            is_live, warnings = body.is_live, (*no_replay, *body.wishes.warnings)
             asked = call.asked(replace(body.wishes, warnings=warnings), exchange.request_id)
-            await exchange.ask(body.request, asked)
+            with as_written(body.origins):
+                await exchange.ask(body.request, asked)
             del body
         if is_live:
             answer = await live_answer(exchange, service.media)
@@ -157,9 +162,31 @@ async def remix_video(video_id: str, request: Request) -> Response:
     return await _told(call, await _accepted(response, accept_limit_s(None)))
 
 
+def told_no_replay(headers: Headers) -> tuple[str, ...]:
+    """Warnings of an answer that is the file itself: who has given an idempotency key is told that it is for nothing.
+
+    Raises:
+        BodyError: one that no log or database should hold.
+    """
+    return () if visible_header(headers, _IDEMPOTENCY_KEY) is None else (_NO_REPLAY,)
+
+
 def service_headers(model_name: str, warnings: tuple[str, ...]) -> dict[str, str]:
     """Headers of an answer that is a file; of printable ASCII whatever the model is called."""
-    return {"x-model": urllib.parse.quote(model_name, safe="/:@+ ()"), "x-warnings": json.dumps(warnings)}
+    return {"x-model": urllib.parse.quote(model_name, safe="/:@+ ()"), "x-warnings": _warnings_header(warnings)}
+
+
+def _warnings_header(warnings: tuple[str, ...]) -> str:
+    """A JSON list of the first ones, as many as fit, and of how many more there are."""
+    told: list[str] = []
+    num_chars = 0
+    for warning in warnings:
+        num_chars += len(json.dumps(warning)) + len(", ")
+        if num_chars > _MAX_WARNINGS_CHARS:
+            told.append(f"and {len(warnings) - len(told)} more, which the job's warnings name")
+            break
+        told.append(warning)
+    return json.dumps(told)
 
 
 async def _accepted(response: Any, limit_s: float) -> Job:

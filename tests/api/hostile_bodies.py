@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from deployments.api.body_limit import MAX_FIELDS
 from deployments.api.fields import ALIASES, Endpoint, Use, known
 from tests.api.accepting_api import Sent
 
@@ -267,7 +268,7 @@ def _broken_ends(whole: bytes) -> Iterator[Body]:
 
 
 def _many_parts() -> Iterator[Body]:
-    for count in (64, 65, 1000, 100_000):
+    for count in (MAX_FIELDS, MAX_FIELDS + 1, 1000, 100_000):
         yield f"{count} parts", MULTIPART, form(*(part(b"a%d" % index, b"") for index in range(count)))
         yield f"{count} times one name", MULTIPART, form(*([part(b"seed", b"7")] * count))
         yield f"{count} fields", URLENCODED, b"&".join(b"a%d=" % index for index in range(count))

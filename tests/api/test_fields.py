@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from cosmos3_core.conditioning.modes import MODES
+from cosmos3_core.errors import CapabilityError
 from deployments.api import fields as fields_module
+from deployments.api.body_limit import MAX_FIELDS
 from deployments.api.fields import ALIASES, FIELDS, Endpoint, Use, fields_table, find_field, known
 from tests.api.fake_service import Api
 from tests.api.test_videos import png_url
 
+PNG = base64.b64decode(png_url().partition(",")[2])
 ACTION: dict[str, Any] = {"action_mode": "policy", "domain_name": "bridge_orig_lerobot"}
 
 
@@ -123,7 +128,7 @@ def test_classes(api: Api) -> None:
     assert api.created({"prompt": "a", "service_class": "batch"})["service_class"] == "batch"
     assert api.created({"prompt": "a", "extra_params": {"priority": "interactive"}})["service_class"] == "interactive"
     error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "priority": "urgent"})
-    assert (error["param"], "standard" in error["allowed"]) == ("service_class", True)
+    assert (error["param"], "standard" in error["allowed"]) == ("priority", True)
 
 
 def test_previews(api: Api) -> None:
@@ -188,12 +193,12 @@ def test_transfer_is_not_offered(extra: dict[str, Any], shared_api: Api) -> None
     [
         ({"extra_params": {**ACTION, "domain_name": "unknown_robot"}, "image": png_url()}, "domain_name"),
         ({"extra_params": {"action_mode": "policy"}, "image": png_url()}, "domain_name"),
-        ({"extra_params": {**ACTION, "resolution": 640}, "image": png_url()}, "resolution_tier"),
+        ({"extra_params": {**ACTION, "resolution": 640}, "image": png_url()}, "resolution"),
         ({"image": png_url(), "mode": "text_to_video"}, "image"),
         ({"num_inference_steps": 5000}, "num_inference_steps"),
         ({"guidance_scale": 50}, "guidance_scale"),
-        ({"size": "0x0"}, "height"),
-        ({"size": "100x100"}, "height"),
+        ({"size": "0x0"}, "size"),
+        ({"size": "100x100"}, "size"),
         ({"width": 2**62, "height": 2**62}, "height"),
         ({"num_frames": 2**62}, "num_frames"),
         ({"generate_sound": True, "output": "png"}, "output"),
@@ -205,6 +210,48 @@ def test_what_is_wrong_is_a_422_that_names_it(body: dict[str, Any], param: str, 
     """There 500, or a machine without memory."""
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", **body})
     assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "given"),
+    [
+        ({"extra_params": {**ACTION, "resolution": 640}, "image": png_url()}, "resolution", "640"),
+        ({"extra_params": {**ACTION, "image_size": 640, "resolution": 640}, "image": png_url()}, "resolution_tier", ""),
+        ({"resolution_tier": 640, "resolution": 640, "image": png_url(), **ACTION}, "resolution_tier", "640"),
+        ({"seconds": "4", "mode": "text_to_image"}, "seconds", "4"),
+        ({"seconds": 4, "num_frames": 97, "mode": "text_to_image"}, "num_frames", "97"),
+        ({"size": "100x100"}, "size", "'100x100'"),
+        ({"size": "100x100", "height": 100, "width": 100}, "height", "100"),
+        ({"input_reference": png_url(), "mode": "text_to_video"}, "input_reference", ""),
+        ({"action_fps": 0}, "action_fps", "0"),
+        ({"action_fps": 0, "seconds": 4}, "action_fps", "0"),
+        ({"action_mode": "dance"}, "action_mode", "'dance'"),
+        ({"quality": "lossless", "crf": 20}, "crf", "20"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", [Endpoint.VIDEOS, Endpoint.SYNC])
+def test_an_error_has_the_name_that_was_written(
+    path: str, body: dict[str, Any], param: str, given: str, shared_api: Api
+) -> None:
+    error = shared_api.refused("POST", path, 422, json={"prompt": "a", **body})
+    assert error["param"] == param
+    assert error["given"].startswith(given)
+    assert error["message"].startswith(f"{param}={error['given']}: allowed is ")
+
+
+def test_an_error_of_what_a_field_becomes_says_so(shared_api: Api) -> None:
+    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "size": "100x100"})
+    assert "what makes height a multiple of 16" in error["allowed"]
+    assert "It makes height=100." in error["hint"]
+
+
+def test_an_error_of_another_process_has_the_name_that_was_written(api: Api) -> None:
+    cause = CapabilityError("output_quality", 7, "nothing", "Not now.")
+    api.director.error = RayTaskError("submit", "a traceback", cause).as_instanceof_cause()
+    body = {"prompt": "a", "output_format": "jpeg", "output_compression": 7}
+    error = api.refused("POST", Endpoint.IMAGES, 422, json=body)
+    assert (error["code"], error["param"], error["hint"]) == ("not_offered", "output_compression", "Not now.")
 
 
 REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
@@ -262,11 +309,8 @@ REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
 def test_forms_as_vllm_omnis_users_send_them(form: dict[str, Any], mode: str, told: dict[str, Any], api: Api) -> None:
-    import base64
-
-    png = base64.b64decode(png_url().partition(",")[2])
     files = {
-        name: ("a.png", png, "image/png") if value == "PNG" else (None, value.encode()) for name, value in form.items()
+        name: ("a.png", PNG, "image/png") if value == "PNG" else (None, value.encode()) for name, value in form.items()
     }
     answer = api.post("/v1/videos", files=files)
     assert answer.status_code == 200, answer.text
@@ -313,7 +357,114 @@ def test_one_reference_of_several_that_there_may_be(name: str, api: Api) -> None
     assert answer.json()["mode"] == "image_to_video"
     error = api.refused("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
     assert (error["code"], error["param"]) == ("not_offered", "input_references")
+    assert api.director.asked.pop()[0].image == PNG
     assert api.created({"prompt": "a", "input_references": [{"image_url": png_url()}]})["mode"] == "image_to_video"
+
+
+@pytest.mark.parametrize("fetches", [False, True])
+@pytest.mark.parametrize("name", ["input_references", "input_references[]", "image[]", "input_reference"])
+def test_a_reference_may_be_a_file_part(name: str, fetches: bool, make_api: Any) -> None:
+    api = make_api(remote_media=Nothing() if fetches else None)
+    file = ("a.png", PNG, "image/png")
+    answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
+    assert answer.status_code == 200, answer.text
+    assert api.director.asked.pop()[0].image == PNG
+    if name.startswith("input_references"):
+        error = api.refused("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
+        assert (error["code"], error["param"]) == ("not_offered", "input_references")
+
+
+class Nothing:
+    """Has no files of other servers."""
+
+    async def fetch(self, url: str, field: str) -> bytes:
+        raise AssertionError(url)
+
+
+@pytest.mark.parametrize("value", [480, "480"])
+@pytest.mark.parametrize("name", ["resolution", "image_size", "resolution_tier"])
+def test_a_tier_may_be_text(name: str, value: Any, api: Api) -> None:
+    body = {"prompt": "go", "image": png_url(), "extra_params": {**ACTION, name: value}}
+    assert api.created(body)["mode"] == "policy"
+    assert api.director.asked[0][0].resolution_tier == 480
+    for wrong in ("640", "480p", ""):
+        body["extra_params"][name] = wrong
+        assert api.refused("POST", "/v1/videos", 422, json=body)["param"] == name
+
+
+# Bounds
+
+
+def test_names_of_ignored_fields_are_short(shared_api: Api) -> None:
+    written = "frame_interpolation_" + "x" * 65
+    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", written: 1})
+    assert "no field of this name here" in error["message"]
+    find_field(written[:-1], 1, Endpoint.VIDEOS)
+
+
+def many_ignored(count: int) -> dict[str, int]:
+    return {f"frame_interpolation_{index:064d}": 1 for index in range(count)}
+
+
+def test_fields_are_few(api: Api) -> None:
+    all_of_them = {name: None for name in (*FIELDS[Endpoint.VIDEOS], *ALIASES) if "*" not in name}
+    assert len(all_of_them) <= MAX_FIELDS, "whoever sends every field that there is may do so"
+    api.created({**all_of_them, "prompt": "a"})
+    for path in (*Endpoint, f"/v1/videos/{api.created()['id']}/remix"):
+        error = api.refused("POST", path, 400, json={"prompt": "a", **many_ignored(MAX_FIELDS)})
+        assert (error["code"], f"{MAX_FIELDS + 1} fields" in error["message"]) == ("broken_json", True)
+    for extra in (many_ignored(MAX_FIELDS + 1), json.dumps(many_ignored(MAX_FIELDS + 1))):
+        error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "extra_params": extra})
+        assert (error["param"], f"at most {MAX_FIELDS} of them" in error["message"]) == ("extra_params", True)
+
+
+def test_warnings_fit_into_a_header(api: Api) -> None:
+    body = {"prompt": "a", **many_ignored(MAX_FIELDS - 2), "extra_params": many_ignored(MAX_FIELDS)}
+    headers = {"idempotency-key": "once"}
+    answer = api.post("/v1/videos/sync", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.headers["x-warnings"]) < 7000
+    told = json.loads(answer.headers["x-warnings"])
+    job = api.store.get(answer.headers["x-video-id"])
+    assert job is not None
+    assert len(job.warnings) == 2 * MAX_FIELDS - 1
+    assert told[:-1] == list(job.warnings[: len(told) - 1])
+    assert told[-1] == f"and {len(job.warnings) - len(told) + 1} more, which the job's warnings name"
+    assert told[0].startswith("Idempotency-Key ")
+
+
+# Depth
+
+
+def nested(depth: int, *, is_list: bool = True) -> str:
+    return "[" * depth + "]" * depth if is_list else '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize("name", ["seed", "actions", "extra_params", "image", "user", "lora", "zzz", "prompt"])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_how_deep_json_may_be(name: str, is_list: bool, api: Api) -> None:
+    """What is too deep is refused where it is read, whatever would trip over it later."""
+    headers = {"content-type": "application/json"}
+    for depth in (50, 98, 101, *range(900, 1001, 10), 100_000):
+        body = f'{{"prompt": "a", "{name}": {nested(depth, is_list=is_list)}}}'
+        if name == "prompt":
+            body = f'{{"prompt": {nested(depth, is_list=is_list)}}}'
+        answer = api.post("/v1/videos", content=body.encode(), headers=headers)
+        assert answer.status_code == (400 if depth > 98 else 200 if name == "user" else 422), (depth, answer.text)
+        assert depth <= 98 or "the 100 levels that are allowed" in answer.text
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "actions", "extra_params", "image", "user", "lora", "zzz", "guidance_interval"]
+)
+def test_how_deep_a_text_may_be(name: str, api: Api) -> None:
+    for depth in (50, 101, 950, 960, 970, 980, 990, 20_000):
+        for is_list in (False, True):
+            answer = api.post("/v1/videos", data={"prompt": "a", name: nested(depth, is_list=is_list)})
+            is_ignored = name == "user" and len(nested(depth, is_list=is_list)) < 50_000
+            assert answer.status_code == (200 if is_ignored else 422), (depth, answer.text)
+            if is_ignored:
+                api.send("DELETE", f"/v1/videos/{answer.json()['id']}")
 
 
 def test_every_mode_has_a_request_here() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from tests.api.fake_service import Api, Follower
+from tests.api.test_videos import png_url
 
 
 def path_of(told: dict[str, Any], variant: str = "") -> str:
@@ -126,6 +128,35 @@ def test_pictures_of_a_clip(api: Api) -> None:
         assert len(answer.content) > 100
     assert api.refused("GET", path_of(told, "audio"), 404)["code"] == "no_such_variant"
     assert api.refused("GET", path_of(told, "action"), 404)["code"] == "no_such_variant"
+
+
+def test_actions_are_not_sent_again(api: Api) -> None:
+    told = api.created({"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"})
+    actions = GeneratedActions(np.ones((1, 1), np.float32), "av", 1, False).as_json()
+    api.completed(api.claimed(), None, actions)
+    path = path_of(told, "action")
+    etag = api.get(path).headers["etag"]
+    for known in (etag, "*", f'"other", W/{etag}'):
+        answer = api.get(path, headers={"if-none-match": known})
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", etag)
+    for other in ('"other"', etag[:-1], f'"a{etag[1:]}', f"x{etag}"):
+        assert api.get(path, headers={"if-none-match": other}).json()["data"] == [[1.0]]
+
+
+@pytest.mark.parametrize("variant", ["video", "thumbnail"])
+@pytest.mark.parametrize("how", ["failed", "removed"])
+def test_the_file_of_an_earlier_try_is_not_the_end(how: str, variant: str, api: Api) -> None:
+    """The job goes on: its next file is waited for."""
+    told = api.created()
+    api.begun_file(api.claimed())
+    job = api.store.get(told["id"])
+    assert job is not None
+    if how == "failed":
+        api.media.fail(job.media_id, "it broke")
+    else:
+        api.media.remove(job.media_id)
+    error = api.refused("GET", path_of(told, variant), 409)
+    assert error["code"] == "media_not_ready"
 
 
 @pytest.mark.parametrize("variant", ["poster", "", "../video", "VIDEO"])

@@ -25,10 +25,12 @@ def test_a_request_becomes_a_job(api: Api) -> None:
     assert (told["queue_position"], told["service_class"], told["warnings"]) == (0, "standard", [])
     assert int(answer.headers["openai-poll-after-ms"]) > 0
     assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cache-control"] == "no-store"
     job = api.store.get(told["id"])
     assert job is not None
     assert (job.attached_to, job.owner, job.request_id) == (None, "", "mine")
-    assert api.get(f"/v1/videos/{told['id']}").json() == told
+    again = api.get(f"/v1/videos/{told['id']}")
+    assert (again.json(), again.headers["cache-control"]) == (told, "no-store")
 
 
 @pytest.mark.parametrize("how", ["json", "multipart", "urlencoded"])
@@ -322,10 +324,16 @@ def test_a_growing_file_is_sent_as_it_grows(api: Api) -> None:
     assert answer.headers["x-model"] == "nano"
 
 
-def test_who_waits_cannot_have_the_same_answer_again(api: Api) -> None:
-    answer = api.post("/v1/videos/sync", json={"prompt": "a"}, headers={"Idempotency-Key": "once"})
-    assert "Idempotency-Key is without effect" in answer.headers["x-warnings"]
+@pytest.mark.parametrize("path", ["/v1/videos/sync", "/v1/images/generations"])
+def test_who_waits_cannot_have_the_same_answer_again(path: str, api: Api) -> None:
+    answer = api.post(path, json={"prompt": "a", "user": "me"}, headers={"Idempotency-Key": "once"})
+    told = json.loads(answer.headers["x-warnings"])
+    assert [line.split()[0] for line in told] == ["Idempotency-Key", "user"]
     assert api.director.asked[0][1].idempotency_key is None
+    assert api.director.asked[0][1].warnings == tuple(told)
+    for bad in ("", "two words", "x" * 129):
+        error = api.refused("POST", path, 400, json={"prompt": "a"}, headers={"Idempotency-Key": bad})
+        assert error["code"] == "invalid_header"
 
 
 def test_who_leaves_stops_the_request(api: Api) -> None:

@@ -237,6 +237,13 @@ def test_stream_is_yes_or_no() -> None:
     assert refused({"stream": 1}).field == "stream"
 
 
+def test_an_error_shows_what_cannot_be_printed() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    assert str(RequestError("seed", deep, "a number")) == "seed=a list nested too deep to print: allowed is a number."
+
+
 # Media
 
 

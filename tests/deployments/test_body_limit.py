@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import threading
 import tracemalloc
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from starlette.requests import Request
 
 from cluster.errors import OverloadedError
+from cosmos3_core.presets import LIMITS
 from deployments.api import body_limit
-from deployments.api.body_limit import read_fields
+from deployments.api.body_limit import MAX_FIELDS, MAX_URLENCODED_BYTES, read_fields
 from deployments.api.body_room import BodyRoom
 from deployments.api.errors import BodyError
 
@@ -114,6 +118,108 @@ def test_small_values_without_number_are_refused_before_they_take_memory() -> No
         assert tracemalloc.get_traced_memory()[1] < 3 * len(body)
     finally:
         tracemalloc.stop()
+
+
+def test_a_urlencoded_form_is_small() -> None:
+    async def never() -> dict[str, Any]:
+        raise AssertionError("it was read")
+
+    headers = [(b"content-type", FORM.encode()), (b"content-length", b"%d" % (MAX_URLENCODED_BYTES + 1))]
+    with pytest.raises(BodyError, match=f"{MAX_URLENCODED_BYTES} bytes .* send multipart/form-data") as caught:
+        read(Request({"type": "http", "headers": headers}, never), 1 << 24)
+    assert caught.value.status == 413
+    for piece in (b"%41", b"&", b"a=1&"):
+        with pytest.raises(BodyError, match="send multipart/form-data") as caught:
+            read(request_of(FORM, [b"a=", *[piece * 100_000] * 11]), 1 << 24)
+        assert caught.value.status == 413
+    with pytest.raises(BodyError, match="than the 1000 bytes that are allowed$"):
+        read(request_of(FORM, [b"a=" + b"1" * 1000]), 1000)
+    longest = "🦊" * LIMITS.max_prompt_chars
+    assert read(request_of(FORM, [urlencode({"a": longest}).encode()]), 1 << 24) == {"a": longest}
+    text = b"1" * MAX_URLENCODED_BYTES
+    assert read(request_of(JSON, [b'{"a": "', text, b'"}']), 1 << 24)["a"] == text.decode()
+
+
+def test_a_form_has_few_fields() -> None:
+    for count in (MAX_FIELDS, MAX_FIELDS + 1):
+        forms = {
+            FORM: b"&".join(b"a%d=" % index for index in range(count)),
+            MULTIPART: b"".join(part(f"a{index}", b"") for index in range(count)) + b"--x--",
+            JSON: json.dumps({f"a{index}": "" for index in range(count)}).encode(),
+        }
+        for kind, body in forms.items():
+            if count > MAX_FIELDS:
+                with pytest.raises(BodyError, match=str(MAX_FIELDS)):
+                    read(request_of(kind, [body]), 1 << 20)
+            else:
+                assert len(read(request_of(kind, [body]), 1 << 20)) == MAX_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "name"),
+    [(FORM, b"a=1", "_urlencoded_fields"), (JSON, b'{"a": 1}', "_json_object")],
+)
+def test_bodies_are_taken_apart_beside_the_event_loop(
+    kind: str, body: bytes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    work = getattr(body_limit, name)
+
+    def noted(data: bytearray) -> Any:
+        threads.append(threading.current_thread())
+        return work(data)
+
+    monkeypatch.setattr(body_limit, name, noted)
+    assert read(request_of(kind, [body])).keys() == {"a"}
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+class Slow:
+    """A client whose pieces come each after a pause, by a clock of its own; the last one over and over.
+
+    Args:
+        pieces: of the body.
+        pause_s: before each.
+    """
+
+    def __init__(self, pieces: list[bytes], pause_s: float) -> None:
+        self._pieces, self._pause_s = pieces, pause_s
+        self.num_sent, self.now_s = 0, 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    @property
+    def request(self) -> Request:
+        return Request({"type": "http", "headers": [(b"content-type", JSON.encode())]}, self._receive)
+
+    async def _receive(self) -> dict[str, Any]:
+        assert self.num_sent < 1000
+        self.now_s += self._pause_s
+        for _ in range(3):
+            await asyncio.sleep(0)  # or no timeout comes
+        self.num_sent += 1
+        piece = self._pieces[min(self.num_sent, len(self._pieces)) - 1]
+        return {"type": "http.request", "body": piece, "more_body": True}
+
+
+@pytest.mark.parametrize("pieces", [[b" "], [b" " * (1 << 24), b" "]], ids=["from the start", "after a fast start"])
+def test_a_body_that_trickles_is_given_up(pieces: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(pieces, 10.0)
+    monkeypatch.setattr(body_limit, "time", slow)
+    with pytest.raises(BodyError, match="30 s behind 65536 bytes a second") as caught:
+        read(slow.request, 1 << 25)
+    assert (caught.value.status, caught.value.code) == (408, "body_too_slow")
+    assert slow.num_sent < 6
+
+
+def test_a_slow_body_that_goes_on_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow([b" " * 700_000], 10.0)
+    monkeypatch.setattr(body_limit, "time", slow)
+    with pytest.raises(BodyError) as caught:
+        read(slow.request, 1 << 25)
+    assert (caught.value.status, slow.num_sent) == (413, 48)
 
 
 @pytest.mark.parametrize("limit", ["_UPLOAD_S", "_IDLE_S"])

@@ -285,6 +285,7 @@ def test_every_fragment_is_passed_on_as_it_appears(store: MediaStore) -> None:
         assert viewer.headers["content-type"] == "video/mp4"
         assert "content-length" not in viewer.headers
         assert viewer.headers["etag"] == clip.record.live_etag
+        assert viewer.headers["cache-control"] == "no-store", "a cache would take what is there for the whole"
         clip.grow(fragments[0])
         await watching
         assert viewer.is_whole
@@ -401,6 +402,7 @@ def test_a_range_of_what_is_there_of_a_growing_file(store: MediaStore, asked: st
         viewer = got(clip, range=asked, **condition)
         assert (viewer.status, viewer.body) == (206, b"0123456789"[2:end])
         assert viewer.headers["content-range"] == f"bytes 2-{end - 1}/*"
+        assert viewer.headers["cache-control"] == "no-store"
         assert viewer.headers["content-length"] == str(end - 2)
 
 

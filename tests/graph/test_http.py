@@ -29,6 +29,7 @@ from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import offered_modes, resolve
 from deployments.http_client import save_video
 from deployments.messages import Finished
+from tests.graph.serving import cosmos3
 
 Reference = Callable[[GenerationRequest], GenerationResult]
 
@@ -36,12 +37,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
+# App -> the header with its key, where it asks for one.
+KEYS: dict[str, dict[str, str]] = {}
 GOOD: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
 
 
 def send(app: Any, data: Any, headers: dict[str, str], path: str = "/v1/videos/sync") -> tuple[int, Any, Any]:
     """(status, headers, body) of a POST; JSON bodies are read."""
-    request = urllib.request.Request(app.url + path, data, headers)
+    request = urllib.request.Request(app.url + path, data, {**KEYS.get(app.name, {}), **headers})
     try:
         answer = urllib.request.urlopen(request, timeout=100)
     except urllib.error.HTTPError as error:
@@ -69,9 +72,19 @@ def send_form(app: Any, fields: dict[str, Any], path: str = "/v1/videos/sync") -
 
 
 @pytest.fixture(scope="module")
-def small_app(start_app: Callable[..., Any]) -> Any:
-    """One that takes bodies of 1 MiB, and 1.5 MiB of them at once."""
-    return start_app("limits", http__max_body_bytes=2**20, http__max_bodies_bytes=3 * 2**19)
+def small_app(start_app: Callable[..., Any], media: Path) -> Any:
+    """One that takes bodies of 1 MiB, and 1.5 MiB of them at once, from who has a key."""
+    added = cosmos3("keys", "add", "tests", "--database", f"sqlite:///{media}/limits.sqlite3", cwd=media)
+    assert added.returncode == 0, added.stderr
+    KEYS["limits"] = {"authorization": f"Bearer {added.stdout.strip()}"}
+    return start_app("limits", auth__enabled=True, http__max_body_bytes=2**20, http__max_bodies_bytes=3 * 2**19)
+
+
+def head_of(app: Any) -> str:
+    """Of a POST by hand, without its length."""
+    host, key = app.url.split("/")[2], KEYS[app.name]["authorization"]
+    first = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: {host}\r\nauthorization: {key}\r\n"
+    return f"{first}content-type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +216,10 @@ def test_a_body_that_cannot_be_read(
 def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
     """A gigabyte without an announced length: the answer comes after a small part of it."""
     host, port = small_app.url.split("/")[2].split(":")
-    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     sent_mib = 0
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
+        connection.sendall(f"{head_of(small_app)}transfer-encoding: chunked\r\n\r\n".encode())
         while sent_mib < 1024 and not select.select([connection], [], [], 0)[0]:
             try:
                 connection.sendall(chunk)
@@ -227,9 +239,8 @@ def test_bodies_together_are_bounded(small_app: Any, eventually: Callable[..., b
     """One is on its way; another that would not fit beside it is refused unread, until the first one is gone."""
     host, port = small_app.url.split("/")[2].split(":")
     large = {**GOOD, "seed": -1, "extra_params": {}, "prompt": "a" + " " * 900_000}
-    head = f"POST /{small_app.name}/v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as slow:
-        slow.sendall(f"{head}content-length: 1000000\r\n\r\n".encode() + b" " * 900_000)
+        slow.sendall(f"{head_of(small_app)}content-length: 1000000\r\n\r\n".encode() + b" " * 900_000)
         assert eventually(lambda: send(small_app, json.dumps(large).encode(), JSON)[0] == 429)
         status, headers, answer = send(small_app, json.dumps(large).encode(), JSON)
         assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "5")
@@ -307,6 +318,22 @@ def test_health_ready_and_models(app: Any) -> None:
         answer_status, answer = get(app, path)
         assert (answer_status, answer["error"]["code"]) == (status, code)
     assert send(app, b"", JSON, "/v1/models")[0] == 405
+
+
+def test_an_app_of_this_machine_is_called_by_its_names(app: Any) -> None:
+    status, _, answer = send(app, b"{}", {**JSON, "host": "evil.example"})
+    assert (status, answer["error"]["code"]) == (403, "wrong_host")
+    port = app.url.split("/")[2].partition(":")[2]
+    assert send(app, b"{}", {**JSON, "host": f"localhost:{port}"})[0] == 422
+
+
+def test_where_keys_are_asked_for_one_lets_in(small_app: Any) -> None:
+    assert send(small_app, b"{}", {**JSON, "host": "any.example"})[0] == 422, "nothing is wrong but the body"
+    for key, code in (("", "no_api_key"), ("Bearer c3_0", "wrong_api_key")):
+        status, headers, answer = send(small_app, b"{}", {**JSON, "authorization": key})
+        assert (status, answer["error"]["code"], headers["www-authenticate"]) == (401, code, "Bearer")
+    assert get(small_app, "/v1/models")[0] == 401
+    assert get(small_app, "/ready")[0] == 200
 
 
 def test_the_openapi_document_has_the_fields(app: Any) -> None:
@@ -480,7 +507,7 @@ def test_images_of_other_formats(kind: str, app: Any, reference: Reference) -> N
     [
         ({"response_format": "url"}, "response_format"),
         ({"n": 11}, "n"),
-        ({"size": "60x32"}, "width"),
+        ({"size": "60x32"}, "size"),
         ({"prompt": ""}, "prompt"),
         ({"output_compression": 5}, "output_compression"),
     ],

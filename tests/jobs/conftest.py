@@ -11,6 +11,7 @@ import pytest
 from deployments.jobs.store import JobStore
 from tests.jobs.making import Clock
 from tests.jobs.postgres import fresh_postgres_url, postgres_url  # noqa: F401  fixtures
+from tests.jobs.running import serve  # noqa: F401  fixture
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])

@@ -1,0 +1,64 @@
+"""Large bodies are read in threads: meanwhile the event loop answers others."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deployments.api import given_media, images, json_text, videos
+from deployments.api.fields import Endpoint
+from tests.api.fake_service import Api
+from tests.api.test_remote_references import Remote
+from tests.api.test_videos import png_url
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[threading.Thread]]:
+    """Name of a function -> threads that it has run in."""
+    seen: dict[str, set[threading.Thread]] = {}
+
+    def note(module: Any, name: str) -> None:
+        work: Callable[..., Any] = getattr(module, name)
+
+        def noted(*arguments: Any, **more: Any) -> Any:
+            seen.setdefault(name, set()).add(threading.current_thread())
+            return work(*arguments, **more)
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(given_media, "_decoded")
+    note(given_media, "_text_of")
+    note(json_text, "_check_depth")
+    note(videos, "video_body")
+    note(images, "image_body")
+    return seen
+
+
+@pytest.mark.parametrize("path", [Endpoint.VIDEOS, Endpoint.SYNC])
+@pytest.mark.parametrize("is_form", [False, True])
+@pytest.mark.parametrize("fetches", [False, True])
+def test_texts_and_files_of_bodies(
+    path: str, is_form: bool, fetches: bool, make_api: Callable[..., Api], threads: dict[str, set[threading.Thread]]
+) -> None:
+    api = make_api(remote_media=Remote() if fetches else None)
+    fields = {
+        "prompt": "a",
+        "image_reference": json.dumps({"image_url": png_url()}),
+        "extra_params": json.dumps({"action_mode": "forward_dynamics", "domain_name": "av", "num_frames": 3}),
+        "actions": json.dumps([[0.0] * 9] * 2),
+    }
+    answer = api.post(path, **{"data" if is_form else "json": fields})
+    assert answer.status_code == 200, answer.text
+    assert threads.keys() == {"_decoded", "_text_of", "_check_depth", "video_body"}
+    assert threading.main_thread() not in set().union(*threads.values())
+
+
+def test_fields_of_images(api: Api, threads: dict[str, set[threading.Thread]]) -> None:
+    body = {"prompt": "a", "extra_params": '{"seed": 3}'}
+    assert api.post(Endpoint.IMAGES, json=body).status_code == 200
+    assert threads.keys() == {"_check_depth", "image_body"}
+    assert threading.main_thread() not in set().union(*threads.values())

@@ -1,0 +1,201 @@
+"""A runner with a real database, and walks that are not there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.envelope import TensorEnvelope
+from cluster.errors import StageFailed
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.request import GenerationRequest
+from deployments.acceptance import Acceptance
+from deployments.jobs.asked import Asked
+from deployments.jobs.cost import CostModel
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job, JobState, Lane, new_job_id
+from deployments.jobs.run import Stop
+from deployments.jobs.runner import JobRunner
+from deployments.jobs.runner_spec import RunnerSpec
+from deployments.jobs.store import JobStore, QueueLimits
+from deployments.media_store import MediaStore
+from deployments.messages import (
+    FileStarted,
+    Finished,
+    LatentsReady,
+    RequestContext,
+    StateSaved,
+    StepDone,
+)
+from deployments.request_check import RequestCheck
+
+LIMITS = QueueLimits(max_queued=50, max_queued_per_key=50, max_running_per_key=None, classes={"standard": 1.0})
+SMALL = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=4)
+IMAGE = replace(SMALL, num_frames=1)
+DEADLINE_S = 30.0
+
+
+class FakeWalk:
+    """Four steps, which wait for the stage's gate, and an end."""
+
+    def __init__(self, stage: FakeStage, request: Any, context: RequestContext, job: Job, begin_from: Any) -> None:
+        self.stage, self.request, self.context, self.job = stage, request, context, job
+        self.begin_from = begin_from
+        self.on_saved: Callable[[int, TensorEnvelope], None]
+        self.was_stopped = False
+
+    async def events(self) -> AsyncIterator[Any]:
+        try:
+            first = 1 if self.begin_from is None else 1 + int(self.begin_from.data[0])
+            for step in range(first, 5):
+                await self.stage.gate.wait()
+                if self.stage.fails_at == step:
+                    raise self.stage.failure
+                yield StepDone(step, 4, 1 - step / 4, 0.01, 77)
+                state = TensorEnvelope.of_array(np.full(8, step, np.uint8))
+                self.on_saved(step, state)
+                yield StateSaved(step, 8, 78)
+                if self.stage.holds_after == step:
+                    await asyncio.sleep(DEADLINE_S)
+            yield LatentsReady(0.1, ("video",), 78, (77,))
+            yield FileStarted("0" * 32, "video/mp4", 79)
+            if self.stage.holds_at_end:
+                await asyncio.sleep(DEADLINE_S)
+            yield finished_of(self.context, self.request)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.was_stopped = True
+            raise
+
+
+def finished_of(context: RequestContext, request: Any) -> Finished:
+    return Finished(
+        request_id=context.request_id,
+        job_id=context.job_id,
+        mode=request.mode,
+        media_id="0" * 32,
+        media_type="video/mp4",
+        num_bytes=10,
+        num_frames=request.num_frames,
+        fps=request.fps,
+        height=request.height,
+        width=request.width,
+        seed=request.seed,
+        frames_sha256="abc",
+        negative_origin="given",
+        notes=(),
+        stage_seconds={"total": 1.0},
+    )
+
+
+class FakeStage:
+    """Makes walks, and holds them up."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.walks: list[FakeWalk] = []
+        self.fails_at = 0
+        self.holds_after = 0
+        self.holds_at_end = False
+        self.failure: Exception = StageFailed("denoise", 3, "it died")
+
+    def make_walk(
+        self, request: Any, context: RequestContext, job: Job, begin_from: Any, on_saved: Callable[..., None]
+    ) -> FakeWalk:
+        walk = FakeWalk(self, request, context, job, begin_from)
+        walk.on_saved = on_saved
+        self.walks.append(walk)
+        return walk
+
+
+class Service:
+    """A Director's inside on a directory; several may be on one."""
+
+    def __init__(self, directory: Path, layout: CheckpointLayout, **changed: Any) -> None:
+        self.store = JobStore.open(f"sqlite:///{directory}/jobs.sqlite3")
+        self.media = MediaStore(directory / "media", 2**30, 3600)
+        self.files = JobFiles(directory / "media", None)
+        self.stage = FakeStage()
+        check = RequestCheck(layout, is_sound_offered=True)
+        cost = CostModel.of(layout.geometry, layout.transformer)
+        self.acceptance = Acceptance(self.store, self.files, check, cost, "nano", LIMITS)
+        spec = RunnerSpec(
+            **{
+                "model": "nano",
+                "max_running": {Lane.IMAGE: 2, Lane.VIDEO: 2},
+                "limits": LIMITS,
+                "run_timeout_s": 60.0,
+                "lease_s": 1.0,
+                "max_attempts": 2,
+                "checkpoint_period_s": 0.0,
+                "poll_s": 0.05,
+                "keep_media_s": 3600.0,
+                **changed,
+            }
+        )
+        told = lambda error: ("told", str(error))  # noqa: E731
+        self.runner = JobRunner(self.store, self.files, self.media, check, self.stage.make_walk, told, bool, spec)
+
+    async def submit(self, request: GenerationRequest = SMALL, asked: Asked = Asked()) -> Job:  # noqa: B008
+        context = RequestContext.new(None, 60, new_job_id())
+        job = await self.acceptance.accept(request, asked, context)
+        self.runner.nudge()
+        return job
+
+    async def stream(self, request: GenerationRequest = SMALL, limit_s: float = 60.0) -> AsyncIterator[Any]:
+        """As the Director does it."""
+        context = RequestContext.new(None, limit_s, new_job_id())
+        self.runner.expect(context.job_id, context)
+        try:
+            job = await self.acceptance.accept(request, Asked(), context, self.runner.runner_id)
+            async with aclosing(self.runner.follow(job)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.runner.forget(context.job_id)
+
+    async def until(self, job_id: str, *states: JobState) -> Job:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while (job := self.store.get(job_id)) is None or job.state not in states:
+            assert time.monotonic() < deadline_s, job
+            await asyncio.sleep(0.02)
+        return job
+
+    def die(self) -> None:
+        """As a SIGKILL: nothing is said, nothing is tidied up."""
+        for run in self.runner._runs.values():
+            run.stopped = Stop.LOST  # so nothing is written down
+        for task in self.runner._alive:
+            task.cancel()
+
+
+@pytest.fixture
+def serve(tmp_path: Path, tiny_nano: Path) -> Callable[..., None]:
+    """Runs a test's coroutine with what makes services on one directory."""
+    layout = CheckpointLayout.open(tiny_nano)
+
+    def run(body: Callable[[Callable[..., Service]], Coroutine[Any, Any, None]]) -> None:
+        services: list[Service] = []
+
+        def make(**changed: Any) -> Service:
+            services.append(Service(tmp_path, layout, **changed))
+            return services[-1]
+
+        async def whole() -> None:
+            try:
+                await asyncio.wait_for(body(make), 2 * DEADLINE_S)
+            finally:
+                for service in services:
+                    service.die()
+
+        asyncio.run(whole())
+
+    return run

@@ -1,0 +1,499 @@
+"""What a runner does when something else fails: the database, the files, another runner, the app itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+from sqlalchemy import update
+
+from cluster.envelope import TensorEnvelope
+from cluster.errors import ShuttingDown
+from deployments.jobs import checkpoints as checkpoints_module
+from deployments.jobs import recorder as recorder_module
+from deployments.jobs import runner as runner_module
+from deployments.jobs.checkpoints import CHECKPOINT, Checkpoints
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import IllegalTransition, Job, JobsError, JobState, Lane, LeaseLost, new_job_id
+from deployments.jobs.leases import Leases
+from deployments.jobs.run import Run, Stop
+from deployments.jobs.schema import JOBS
+from deployments.messages import Finished
+from tests.jobs.making import new_job
+from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
+
+AWAY = JobsError("the database is away")
+
+
+class Told:
+    """Stands for the metrics: which were told, with what."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *values: self.calls.append((name, values))
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        return [values for called, values in self.calls if called == name]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+    monkeypatch.setattr(runner_module, "metrics", lambda: told)
+    return told
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "_TRY_PAUSE_S", 0.05)
+
+
+def failing(work: Callable[..., Any], num_failures: int, is_done: bool = False) -> Callable[..., Any]:
+    """That fails so often at first; ``is_done``: and has done it all the same."""
+    left = [num_failures]
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if left[0] > 0:
+            left[0] -= 1
+            if is_done:
+                work(*arguments, **named)
+            raise AWAY
+        return work(*arguments, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["record", "finish"])
+def test_a_database_that_is_away_for_a_moment_costs_nothing(
+    name: str, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0)
+        monkeypatch.setattr(service.store, name, failing(getattr(service.store, name), 12))
+        job = await service.submit()
+        done = await service.until(job.job_id, JobState.COMPLETED)
+        assert (done.attempts, len(service.stage.walks)) == (1, 1)
+        assert [event.kind for event in service.store.events({job.job_id: 0})].count("step") == 4
+
+    serve(body)
+
+
+def test_what_is_given_back_while_the_database_is_away(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0)
+        service.stage.gate.clear()
+        job = await service.submit()
+        await service.until(job.job_id, JobState.IN_PROGRESS)
+        monkeypatch.setattr(service.store, "give_back", failing(service.store.give_back, 12))
+        await service.runner.release()
+        assert service.store.get(job.job_id).state is JobState.QUEUED
+
+    serve(body)
+
+
+def test_a_database_that_stays_away_ends_the_run(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another runner's by then; the caller is not told that anybody has cancelled it."""
+
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=0.3)
+        service.stage.holds_after = 2
+        monkeypatch.setattr(service.store, "record", failing(service.store.record, 10**6))
+        with pytest.raises(JobsError, match="was given up: the database is away"):
+            _ = [event async for event in service.stream()]
+        (walk,) = service.stage.walks
+        assert walk.was_stopped
+
+    serve(body)
+
+
+def test_an_end_whose_confirmation_was_lost_is_the_end(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0)
+        monkeypatch.setattr(service.store, "finish", failing(service.store.finish, 1, is_done=True))
+        events = [event async for event in service.stream()]
+        assert isinstance(events[-1], Finished)
+
+    serve(body)
+
+
+def test_another_runners_end_is_not_taken_for_the_own_one(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made in vain goes; what is the job's stays."""
+
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0)
+        removed: list[str] = []
+        monkeypatch.setattr(service.media, "remove", removed.append)
+        is_ended = False
+
+        def finish(*_: Any, **__: Any) -> Job:
+            nonlocal is_ended
+            if is_ended:
+                raise LeaseLost("whatever")
+            is_ended = True
+            with service.store._database.writing() as connection:
+                others = {"state": "completed", "runner": "other", "lease": "", "media_id": "1" * 32}
+                connection.execute(update(JOBS).values(others))
+            raise AWAY
+
+        monkeypatch.setattr(service.store, "finish", finish)
+        await service.submit()
+        async with asyncio.timeout(DEADLINE_S):
+            while not removed:
+                await asyncio.sleep(0.02)
+        assert removed == ["0" * 32]
+
+    serve(body)
+
+
+def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=0.3)
+        service.stage.gate.clear()
+        monkeypatch.setattr(service.store, "renew", failing(service.store.renew, 10**6))
+        with pytest.raises(JobsError, match="was given up: the database of jobs cannot be used"):
+            _ = [event async for event in service.stream()]
+        assert service.stage.walks[0].was_stopped
+
+    serve(body)
+
+
+def test_a_job_that_was_claimed_just_now_is_not_given_up_for_renewals_before_it() -> None:
+    old, fresh = (Run(Job(**vars(new_job()))) for _ in range(2))
+    leases = Leases(MagicMock(), "runner", 20.0, {})
+    old.begun_s -= 41
+    leases._give_up([old, fresh], renewed_s=old.begun_s)
+    assert (old.stopped, fresh.stopped) == (Stop.AWAY, None)
+
+
+def test_what_cannot_be_written_is_not_tried_again(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0)
+        wrong = IllegalTransition("video_gen_0", "completed", "failed")
+        finish = MagicMock(side_effect=wrong)
+        monkeypatch.setattr(service.store, "finish", finish)
+        with pytest.raises(IllegalTransition):
+            _ = [event async for event in service.stream()]
+        finish.assert_called_once()
+
+    serve(body)
+
+
+def test_who_waits_is_told_of_a_shutdown_and_nothing_is_begun(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
+        cancel = service.store.cancel
+
+        def slow_cancel(job_id: str) -> Any:
+            time.sleep(0.5)
+            return cancel(job_id)
+
+        monkeypatch.setattr(service.store, "cancel", slow_cancel)
+        service.stage.gate.clear()
+
+        async def ask() -> str:
+            try:
+                async with aclosing(service.stream()) as events:
+                    _ = [event async for event in events]
+            except ShuttingDown:
+                return "shutting down"
+            return "served"
+
+        asking = [asyncio.ensure_future(ask()) for _ in range(3)]
+        while service.store.load("nano").num_queued + len(service.stage.walks) < 3 or not service.stage.walks:
+            await asyncio.sleep(0.02)
+        service.stage.gate.set()
+        await service.runner.release()
+        assert await asyncio.gather(*asking) == ["shutting down"] * 3
+        await asyncio.sleep(0.3)
+        assert len(service.stage.walks) == 1
+        await service.runner.release()  # once more does no harm
+
+    serve(body)
+
+
+def test_jobs_of_who_waits_are_cancelled_when_a_runner_is_released(serve: Any) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
+        streams = [service.stream() for _ in range(3)]
+        asking = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.gather(*asking)  # their positions
+        assert service.store.load("nano").num_queued == 3
+        await service.runner.release()
+        assert service.store.load("nano").num_queued == 0
+        for stream in streams:
+            with pytest.raises(ShuttingDown):
+                await anext(stream)
+
+    serve(body)
+
+
+def test_who_looks_at_the_queue_during_a_shutdown_is_told_of_the_shutdown(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
+        get, looking, goes_on = service.store.get, threading.Event(), threading.Event()
+
+        def slow_get(*arguments: Any) -> Any:
+            looking.set()
+            goes_on.wait(DEADLINE_S)
+            return get(*arguments)
+
+        monkeypatch.setattr(service.store, "get", slow_get)
+        stream = service.stream()
+        asking = asyncio.ensure_future(anext(stream))
+        while not looking.is_set():
+            await asyncio.sleep(0.02)
+        await service.runner.release()
+        goes_on.set()
+        with pytest.raises(ShuttingDown):
+            await asking
+
+    serve(body)
+
+
+def test_a_job_that_is_created_during_a_shutdown_is_cancelled(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        create, asked, goes_on = service.store.create, threading.Event(), threading.Event()
+
+        def slow_create(*arguments: Any) -> Any:
+            asked.set()
+            goes_on.wait(DEADLINE_S)
+            return create(*arguments)
+
+        monkeypatch.setattr(service.store, "create", slow_create)
+        asking = asyncio.ensure_future(anext(service.stream()))
+        while not asked.is_set():
+            await asyncio.sleep(0.02)
+        (job_id,) = service.runner._callers
+        await service.runner.release()
+        goes_on.set()
+        with pytest.raises(ShuttingDown):
+            await asking
+        await service.until(job_id, JobState.CANCELLED)
+        assert not service.stage.walks
+
+    serve(body)
+
+
+def test_what_is_told_of_jobs(serve: Any, told: Told) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=0.5)
+        done = await service.submit(IMAGE)
+        await service.until(done.job_id, JobState.COMPLETED)
+        service.stage.gate.clear()
+        job = await service.submit()
+        await service.until(job.job_id, JobState.IN_PROGRESS)
+        service.die()
+        other = make()
+        await other.until(job.job_id, JobState.COMPLETED)
+        async with asyncio.timeout(DEADLINE_S):
+            while len(told.of("request_ended")) < 2:
+                await asyncio.sleep(0.02)
+        assert [values[:2] for values in told.of("request_ended")] == [
+            ("text_to_image", "completed"),
+            ("text_to_video", "completed"),
+        ]
+        assert [values[:2] for values in told.of("waited_in_queue")] == [("image", "standard"), ("video", "standard")]
+        assert told.of("taken_over") == [()]
+
+    serve(body)
+
+
+def test_who_leaves_the_queue_is_counted(serve: Any, told: Told) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
+        stream = service.stream()
+        await anext(stream)
+        await stream.aclose()
+        async with asyncio.timeout(DEADLINE_S):
+            while not told.calls:
+                await asyncio.sleep(0.02)
+        assert [values[:2] for values in told.of("request_ended")] == [("text_to_video", "cancelled")]
+
+    serve(body)
+
+
+def test_what_is_given_back_before_its_first_step_has_waited_once(serve: Any, told: Told) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make()
+        first.stage.gate.clear()
+        job = await first.submit()
+        await first.until(job.job_id, JobState.IN_PROGRESS)
+        await first.runner.release()
+        await make().until(job.job_id, JobState.COMPLETED)
+        assert len(told.of("waited_in_queue")) == 1
+        assert told.of("taken_over") == []
+
+    serve(body)
+
+
+def test_speed_counts_what_was_done_here(serve: Any, monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make(checkpoint_period_s=1000.0)
+        first.stage.holds_after = 3
+        job = await first.submit()
+        while first.store.get(job.job_id).step < 3:
+            await asyncio.sleep(0.02)
+        await first.runner.release()
+        counted: list[float] = []
+        monkeypatch.setattr(
+            runner_module.Throughput, "finished", lambda self, work, start_s, end_s: counted.append(work) or 1.0
+        )
+        second = make()
+        await second.until(job.job_id, JobState.COMPLETED)
+        while second.runner.num_in_hand:
+            await asyncio.sleep(0.02)
+        assert counted == pytest.approx([job.work / 4])
+        assert len(told.of("waited_in_queue")) == 1, "it has waited once"
+
+    serve(body)
+
+
+def test_who_watches_a_file_whose_writer_has_died_is_told(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        first = make(lease_s=0.5)
+        job = await first.submit()
+        await first.until(job.job_id, JobState.COMPLETED)
+        media_id = first.store.get(job.job_id).media_id
+        first.stage.holds_at_end = True
+        second_job = await first.submit()
+        while not first.store.get(second_job.job_id).media_id:
+            await asyncio.sleep(0.02)
+        first.die()
+        failed: list[str] = []
+        other = make()
+        monkeypatch.setattr(other.media, "fail", lambda media_id, reason: failed.append(media_id))
+        await other.until(second_job.job_id, JobState.COMPLETED)
+        assert failed == [media_id]
+
+    serve(body)
+
+
+def test_a_job_that_is_deleted_while_it_runs_leaves_nothing(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        service.stage.holds_at_end = True
+        removed: list[str] = []
+        monkeypatch.setattr(service.media, "remove", removed.append)
+        job = await service.submit()
+        while not service.store.get(job.job_id).media_id:
+            await asyncio.sleep(0.02)
+        service.store.delete(job.job_id, "")
+        service.files.put(job.job_id, CHECKPOINT, b"late")
+        async with asyncio.timeout(DEADLINE_S):
+            while service.runner.num_in_hand:
+                await asyncio.sleep(0.02)
+        assert not service.files.exists(job.job_id, CHECKPOINT)
+        assert removed == ["0" * 32]
+
+    serve(body)
+
+
+@pytest.fixture
+def hanging_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """States are not kept before this is set."""
+    monkeypatch.setattr(checkpoints_module, "_SETTLE_S", 0.1)
+    goes_on, put = threading.Event(), JobFiles.put
+
+    def slow_put(files: JobFiles, job_id: str, name: str, data: Any) -> None:
+        if name == CHECKPOINT:
+            goes_on.wait(DEADLINE_S)
+        put(files, job_id, name, data)
+
+    monkeypatch.setattr(JobFiles, "put", slow_put)
+    yield goes_on
+    goes_on.set()
+
+
+def test_a_state_that_is_kept_too_late_is_not_kept(tmp_path: Path, hanging_files: threading.Event) -> None:
+    files = JobFiles(tmp_path, None)
+
+    async def body() -> None:
+        job_id = new_job_id()
+        states = Checkpoints(files, job_id, 0.0)
+        states.offer(1, TensorEnvelope.of_array(np.zeros(4, np.uint8)))
+        await asyncio.sleep(0.05)
+        await states.settle()
+        hanging_files.set()
+        async with asyncio.timeout(DEADLINE_S):
+            while states._writing is not None:
+                await asyncio.sleep(0.02)
+        assert not files.exists(job_id, CHECKPOINT)
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("period_s", [0.0, 1000.0], ids=["being written", "written last"])
+def test_files_that_hang_hold_up_no_shutdown(period_s: float, serve: Any, hanging_files: threading.Event) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(checkpoint_period_s=period_s)
+        service.stage.holds_after = 2
+        job = await service.submit()
+        while service.store.get(job.job_id).step < 2:
+            await asyncio.sleep(0.02)
+        async with asyncio.timeout(DEADLINE_S / 2):
+            await service.runner.release()
+        assert service.store.get(job.job_id).state is JobState.QUEUED
+        hanging_files.set()
+
+    serve(body)
+
+
+def test_files_that_hang_hold_up_no_end(
+    serve: Any, hanging_files: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        monkeypatch.setattr(checkpoints_module, "_SETTLE_S", DEADLINE_S)
+        service = make()
+        job = await service.submit()
+        async with asyncio.timeout(DEADLINE_S / 2):
+            await service.until(job.job_id, JobState.COMPLETED)
+        hanging_files.set()
+        async with asyncio.timeout(DEADLINE_S):
+            while service.runner.num_in_hand:
+                await asyncio.sleep(0.02)
+        assert not service.files.exists(job.job_id, CHECKPOINT)
+
+    serve(body)
+
+
+PICTURE = replace(SMALL, image=np.zeros((32, 32, 3), np.uint8))
+
+
+def test_a_job_is_accepted_whose_creation_only_seemed_to_fail(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        monkeypatch.setattr(service.store, "create", failing(service.store.create, 1, is_done=True))
+        job = await service.submit(PICTURE)
+        await service.until(job.job_id, JobState.COMPLETED)
+
+    serve(body)
+
+
+@pytest.mark.parametrize("can_be_asked", [True, False])
+def test_files_of_a_job_that_is_not_there_go_where_that_is_known(
+    can_be_asked: bool, serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        monkeypatch.setattr(service.store, "create", MagicMock(side_effect=AWAY))
+        if not can_be_asked:
+            monkeypatch.setattr(service.store, "get", MagicMock(side_effect=JobsError("it cannot be asked")))
+        with pytest.raises(JobsError, match="the database is away"):
+            await service.submit(PICTURE)
+        assert len(list((tmp_path / "media" / "jobs").glob("video_gen_*"))) == (0 if can_be_asked else 1)
+
+    serve(body)
