@@ -14,6 +14,8 @@ from deployments.service_config import Auth, Guardrails, Http, Jobs, Logging, Me
 
 _PACKAGED = Path(__file__).parents[1] / "cluster" / "configs"
 DEFAULT_CONFIG = _PACKAGED / "laptop.yaml"
+# Keys whose values may hold passwords.
+_URLS = (("jobs", "database"), ("media", "archive"))
 
 # Ray's grammar of labels; a selector is a label, "in(a,b)", or either with a "!" before it. Ray also takes "in(a, b)",
 # and then finds no node for b.
@@ -376,7 +378,7 @@ def _fault(fault: Any, root: type[BaseModel]) -> str:
         text = fault["input"]
         return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
     if fault["type"] != "extra_forbidden":
-        return f"{where}={fault['input']!r}: {fault['msg']}"
+        return f"{where}{_shown(fault)}: {fault['msg']}"
     model: Any = root
     for part in fault["loc"][:-1]:
         annotation = model.model_fields[part].annotation
@@ -386,3 +388,12 @@ def _fault(fault: Any, root: type[BaseModel]) -> str:
     return f"{where}: no such key" + (
         f"; did you mean {near[0]}?" if near else f"; known are {sorted(model.model_fields)}"
     )
+
+
+def _shown(fault: Any) -> str:
+    """What was given, where that is one plain value and cannot be a URL with a password."""
+    given = fault["input"]
+    is_plain = given is None or isinstance(given, str | int | float)
+    if fault["type"] == "missing" or not is_plain or fault["loc"] in _URLS or "://" in str(given):
+        return ""
+    return f"={given!r}"

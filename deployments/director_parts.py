@@ -17,6 +17,7 @@ from deployments.api.errors import failure_of, is_told
 from deployments.api.job_object import JobObjects
 from deployments.api.served_model import ServedModel
 from deployments.clip_closer import ClipCloser
+from deployments.guarded_walk import GuardedWalk
 from deployments.guardrail_calls import PromptCheck
 from deployments.jobs.asked import Asked
 from deployments.jobs.cost import CostModel
@@ -152,9 +153,11 @@ class DirectorParts:
             job: Job,
             begin_from: TensorEnvelope | None,
             on_saved: Callable[[int, TensorEnvelope], None],
-        ) -> Walk:
-            stages = self.stages.without_guardrail() if job.skip_guardrails else self.stages
-            return Walk(
+        ) -> Walk | GuardedWalk:
+            # It may have been accepted when the operator let requests do without, or there was nothing to do without.
+            is_skipped = job.skip_guardrails and self.spec.guardrails.clients_may_disable
+            stages = self.stages.without_guardrail() if is_skipped else self.stages
+            walk = Walk(
                 request=request,
                 context=context,
                 layout=self.layout,
@@ -168,6 +171,8 @@ class DirectorParts:
                 begin_from=begin_from,
                 on_saved=on_saved,
             )
+            prompt_check = None if is_skipped else self.acceptance.prompt_check
+            return walk if prompt_check is None else GuardedWalk(walk, prompt_check)
 
         check = self.acceptance.check
         return JobRunner(self.store, self.files, self.media, check, make_walk, failure_of, is_told, runner_spec)

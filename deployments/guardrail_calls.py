@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import StageFailed
@@ -21,11 +23,13 @@ _MAX_TRIES = 2
 _RETRY_PAUSE_S = 0.2
 # Beside what the adapter may take for a prompt: for others' prompts that are before it, and the way.
 _WAIT_S = 10.0
+# Prompts that are known to have passed; one takes 100 bytes.
+_MAX_PASSED = 10_000
 
 
 @dataclass(frozen=True)
 class PromptCheck:
-    """What a request has to go through before it is accepted, whoever asks and however.
+    """What a request has to go through before it is accepted, whoever asks and however, and a job before it is begun.
 
     Attributes:
         handle: of the Guardrails deployment, streaming.
@@ -36,6 +40,8 @@ class PromptCheck:
     handle: Any
     text_timeout_s: float
     may_be_skipped: bool
+    # By hash. As long as this process lives the adapter is the same: what it has passed it need not see again.
+    _passed: OrderedDict[bytes, None] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
         """Have a prompt looked at, unless the request does without.
@@ -46,9 +52,45 @@ class PromptCheck:
         """
         if not is_skipped:
             await check_prompt(self.handle, self.text_timeout_s, context, prompt)
+            self._note(prompt)
         elif not self.may_be_skipped:
             hint = "The operator of this service does not let clients turn the guardrails off."
             raise RequestError("skip_guardrails", True, "false", hint)
+
+    async def before_a_walk(
+        self, context: RequestContext, max_attempts: int, prompt: str
+    ) -> AsyncIterator[StageRetried]:
+        """Have the prompt of a job looked at, unless that was done. A guardrail that is not up yet is waited for.
+
+        Args:
+            context: of the request.
+            max_attempts: tries of a guardrail whose process died.
+            prompt: of the job.
+
+        Raises:
+            ContentBlocked: it must not be used.
+            GuardrailUnavailable, StageFailed: nobody can say so.
+            DeadlineExceeded: the request's time is up.
+        """
+
+        async def attempt(context: RequestContext) -> AsyncIterator[TextChecked]:
+            yield await _text_checked(self.handle, context, prompt)
+
+        if _digest(prompt) in self._passed:
+            return
+        async for item in retried(_STAGE, context, max_attempts, attempt):
+            if isinstance(item, StageRetried):
+                yield item
+        self._note(prompt)
+
+    def _note(self, prompt: str) -> None:
+        self._passed[_digest(prompt)] = None
+        if len(self._passed) > _MAX_PASSED:
+            self._passed.popitem(last=False)
+
+
+def _digest(prompt: str) -> bytes:
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
 
 
 async def check_prompt(handle: Any, text_timeout_s: float, context: RequestContext, prompt: str) -> None:
@@ -71,7 +113,8 @@ async def check_prompt(handle: Any, text_timeout_s: float, context: RequestConte
         async with limit:
             for num_tries in range(1, _MAX_TRIES + 1):
                 try:
-                    return await _text_checked(handle, context, prompt)
+                    await _text_checked(handle, context, prompt)
+                    return
                 except Exception as error:  # noqa: BLE001 - what another process raised can be anything
                     if num_tries == _MAX_TRIES or not is_retryable(error):
                         raise _meaning(error) from None
@@ -87,10 +130,12 @@ def _meaning(error: Exception) -> BaseException:
     return GuardrailUnavailable("prompt") if isinstance(meaning, StageFailed) else meaning
 
 
-async def _text_checked(handle: Any, context: RequestContext, prompt: str) -> None:
+async def _text_checked(handle: Any, context: RequestContext, prompt: str) -> TextChecked:
     async with following(handle.check_text.remote(context, prompt), context, _STAGE) as stream:
-        if not isinstance(await stream.next_value(), TextChecked):
+        word = await stream.next_value()
+        if not isinstance(word, TextChecked):
             raise GuardrailUnavailable("prompt")
+        return word
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 _Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,31}$")]
+# As in the header Host: IPv6 addresses in brackets.
+_Host = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])$")]
 DEFAULT_CLASS = "standard"
 
 
@@ -27,6 +29,11 @@ class Http(Strict):
     request_timeout_s: float = Field(3600, gt=0, description="of one whose caller waits: from acceptance to the file")
     drain_timeout_s: float = Field(120, ge=0, description="for the requests in hand when the app is told to stop")
     cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call the API; none by default")
+    allowed_hosts: tuple[_Host, ...] = Field(
+        (),
+        description="names, without a port, that an app of this machine that asks for no keys is called by besides "
+        "localhost and its address: that of a reverse proxy say",
+    )
 
     @model_validator(mode="after")
     def _room_for_one(self) -> Self:
@@ -45,7 +52,9 @@ class Media(Strict):
         None, description="the same on every node, of a file system that they share; null: one of this user's own"
     )
     archive: str | None = Field(
-        None, description="fsspec URL, s3://bucket/prefix say, for files that have to outlive the directory"
+        None,
+        repr=False,  # it may hold a password
+        description="fsspec URL, s3://bucket/prefix say, for files that have to outlive the directory",
     )
     max_bytes: int = Field(
         20 * 2**30, ge=1, description="beyond it the longest finished files go; looked at once a minute"
@@ -59,7 +68,9 @@ class Jobs(Strict):
     """Accepted requests: where they are kept, how many may wait, in what order they are run."""
 
     database: str | None = Field(
-        None, description="SQLAlchemy URL: sqlite:///FILE or postgresql+psycopg://...; null: a file beside the media"
+        None,
+        repr=False,  # it may hold a password
+        description="SQLAlchemy URL: sqlite:///FILE or postgresql+psycopg://...; null: a file beside the media",
     )
     max_running_images: int = Field(16, ge=1, description="per Director")
     max_running_videos: int = Field(16, ge=1, description="per Director")

@@ -70,6 +70,22 @@ def auth_required(configured: bool | None, host: str) -> bool:
         return True  # a name: whoever can look it up may reach it
 
 
+def names_of(host: str, allowed: tuple[str, ...], *, needs_keys: bool) -> frozenset[str] | None:
+    """What a request may call an app by in its header Host, in lower case and without a port; None: anything.
+
+    Without keys, a page whose name has been made to lead here would be let in as one of this machine's own.
+
+    Args:
+        host: that the port is opened at.
+        allowed: ``http.allowed_hosts``.
+        needs_keys: whether requests need one.
+    """
+    if needs_keys or auth_required(None, host):
+        return None
+    own = f"[{host}]" if ":" in host else host
+    return LOOPBACK_HOSTS | {name.lower() for name in (own, *allowed)}
+
+
 class NoKeys(Cosmos3Error):
     """Requests need a key, and nobody has one; says what to do."""
 

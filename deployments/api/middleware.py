@@ -19,6 +19,7 @@ from deployments.api.service_info import OPEN_PATHS
 _PORT = re.compile(r":[0-9]{1,5}$")
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
 _UNSAFE_METHODS = ("POST", "DELETE")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _ALLOWED_HEADERS = (
     *("authorization", "content-type", "idempotency-key", "last-event-id", "x-request-id"),
     *("range", "if-range", "if-none-match"),
@@ -77,12 +78,14 @@ class Cors:
         service, headers = self._get_service(), Headers(scope=scope)
         origins = service.http.cors_origins
         if service.hosts is not None and _PORT.sub("", headers.get("host", "").lower()) not in service.hosts:
-            message = f"this app is called by {', '.join(sorted(service.hosts))} alone, as it asks for no keys"
+            message = (
+                f"this app is called by {', '.join(sorted(service.hosts))} alone, as it asks for no keys; "
+                "http.allowed_hosts allows more"
+            )
             await error_response(Refusal(403, "wrong_host", message))(scope, receive, send)
             return
-        is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         is_allowed = "*" in origins or headers.get("origin") in origins
-        if is_foreign and not is_allowed and scope["method"] in _UNSAFE_METHODS:
+        if scope["method"] in _UNSAFE_METHODS and not is_allowed and _is_foreign(headers):
             refusal = Refusal(403, "cross_origin", "pages of this origin may not call; http.cors_origins allows some")
             await error_response(refusal)(scope, receive, send)
             return
@@ -97,6 +100,18 @@ class Cors:
                     expose_headers=_EXPOSED_HEADERS,
                 )
         await self._with_cors(scope, receive, send)
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether a page of another origin sends a request, as far as its browser says so."""
+    if (site := headers.get("sec-fetch-site")) is not None:
+        return site not in ("same-origin", "none")
+    # Browsers do not say it of plain http but on this machine, and older ones never. Who is no browser has no origin.
+    if (origin := headers.get("origin")) is None:
+        return False
+    scheme, _, called = origin.lower().partition("://")
+    port = _DEFAULT_PORTS.get(scheme, "")
+    return not called or called.removesuffix(port) != headers.get("host", "").lower().removesuffix(port)
 
 
 class SafeHeaders:

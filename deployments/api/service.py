@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 from starlette.datastructures import Headers
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.api.auth import LOOPBACK_HOSTS, Auth, Caller, auth_required, check_keys
+from deployments.api.auth import Auth, Caller, auth_required, check_keys, names_of
 from deployments.api.bodies import BodyRules
 from deployments.api.body_room import BodyRoom
 from deployments.api.given_media import RemoteFiles
@@ -136,8 +136,7 @@ class Service:
             http=spec.http,
             classes=tuple(spec.jobs.classes),
             has_guardrails=spec.has_guardrails,
-            # Without keys, a page whose name has been made to lead here would be let in as one of this machine's own.
-            hosts=None if needs_keys or auth_required(None, host) else LOOPBACK_HOSTS,
+            hosts=names_of(host, spec.http.allowed_hosts, needs_keys=needs_keys),
             may_disable_guardrails=spec.may_disable_guardrails,
             store=store,
             files=JobFiles(media.directory, spec.media.archive),

@@ -245,10 +245,18 @@ class AsyncCosmos3Client:
 
         Raises:
             Cosmos3Error: as :meth:`create`.
+            DeadlineExceeded: it has no place in time.
         """
         terms = _terms(request_id, None, service_class, previews)
         deadline = _deadline(timeout_s)
-        attached = await self._patiently(lambda: self._transport.attach(request, terms, deadline.limit_s))
+        try:
+            attached = await self._patiently(
+                lambda: self._transport.attach(request, terms, deadline.left_s), deadline.left_s
+            )
+        except UnreachableError:
+            if not deadline.left_s:
+                raise DeadlineExceeded("submit", timeout_s) from None
+            raise
         if attached.events is not None:
             events = told(attached.events, deadline)
         else:
@@ -294,9 +302,9 @@ class AsyncCosmos3Client:
     async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
-    async def _patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        """A call, put off where the app says when to come back, as long as ``max_wait_s`` allows."""
-        left_s = self._patience.max_wait_s
+    async def _patiently(self, call: Callable[[], Awaitable[_T]], limit_s: float = LONGEST_S) -> _T:
+        """A call, put off where the app says when to come back, as long as ``max_wait_s`` and the limit allow."""
+        left_s = min(self._patience.max_wait_s, limit_s)
         while True:
             try:
                 return await call()

@@ -38,10 +38,13 @@ class Patience:
     first_pause_s: float = 0.25
     max_pause_s: float = 10.0
 
-    def pause_s(self, tries: int) -> float:
-        """Before try number ``tries``, from 1. Not all who lost the same server come back at the same moment."""
+    def pause_s(self, tries: int, asked_s: float = 0.0) -> float:
+        """Before try number ``tries``, from 1; no shorter than the app asks for.
+
+        Not all who lost the same server, or were told the same, come back at the same moment.
+        """
         longest = min(self.max_pause_s, self.first_pause_s * 2.0 ** (tries - 1))
-        return longest * random.uniform(0.75, 1.0)
+        return max(longest * random.uniform(0.75, 1.0), asked_s * random.uniform(1.0, 1.1))
 
 
 DEFAULT_PATIENCE = Patience()
@@ -80,13 +83,15 @@ async def following(
                 return
             was_final = is_final
             trouble: Cosmos3Error = UnreachableError(f"the events of {video_id} ended before their last one")
+            asked_s = 0.0
         except _PASSING as error:
             trouble = error
+            asked_s = error.retry_after_s if isinstance(error, COMEBACK) else 0.0
         tries = 1 if time.monotonic() - began_s > _HELD_S else tries + 1
         if tries > patience.max_reconnects:
             raise trouble
         try:
-            await deadline.wait(asyncio.sleep(patience.pause_s(tries)))
+            await deadline.wait(asyncio.sleep(patience.pause_s(tries, asked_s)))
         except TimeoutError:
             raise _too_late(deadline) from None
 

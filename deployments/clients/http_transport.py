@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.deadline import Deadline
-from deployments.clients.errors import AnswerError
+from deployments.clients.errors import AnswerError, NotFound, UnreachableError
 from deployments.clients.events import RawEvent
 from deployments.clients.http_body import body_of
 from deployments.clients.http_calls import Connecting, HttpCalls
 from deployments.clients.server_sent_events import EventReader
-from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
+from deployments.clients.transport import LEAVE_S, VIDEO, Attached, JobObject, Terms
+
+logger = logging.getLogger(__name__)
 
 # Followers get a sign of life every 15 s.
 _SILENCE_S = 60.0
@@ -37,6 +41,7 @@ class HttpTransport:
     def __init__(self, url: str, api_key: str | None, timeout_s: float, connecting: Connecting) -> None:
         self._calls = HttpCalls(url, api_key, connecting)
         self._timeout_s = timeout_s
+        self._withdrawals: set[asyncio.Task[None]] = set()
 
     async def submit(self, request: GenerationRequest, terms: Terms) -> JobObject:
         """See the protocol."""
@@ -55,7 +60,16 @@ class HttpTransport:
 
     async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
         """See the protocol. The app does not know that somebody waits: it has to be told when nobody does any more."""
-        video_id = str((await self.submit(request, terms)).get("id"))
+        submitting = asyncio.create_task(self.submit(request, terms))
+        try:
+            done, _ = await asyncio.wait([submitting], timeout=timeout_s)
+        except asyncio.CancelledError:
+            await self._withdraw(submitting)
+            raise
+        if not done:
+            await self._withdraw(submitting)
+            raise UnreachableError(f"{self._calls.url}: no complete answer within {timeout_s:g} s")
+        video_id = str(submitting.result().get("id"))
 
         async def leave() -> None:
             await self.cancel(video_id)
@@ -127,7 +141,31 @@ class HttpTransport:
 
     async def aclose(self) -> None:
         """See the protocol."""
+        if self._withdrawals:
+            await asyncio.wait(self._withdrawals, timeout=LEAVE_S)
         await self._calls.aclose()
+
+    async def _withdraw(self, submitting: asyncio.Task[JobObject]) -> None:
+        """Have a video stopped whose id is still to come: the app may make it, whoever has left."""
+        withdrawal = asyncio.create_task(self._withdrawn(submitting))
+        self._withdrawals.add(withdrawal)
+        withdrawal.add_done_callback(self._withdrawals.discard)
+        await asyncio.wait([withdrawal], timeout=LEAVE_S)
+
+    async def _withdrawn(self, submitting: asyncio.Task[JobObject]) -> None:
+        try:
+            video_id = str((await submitting).get("id"))
+        except UnreachableError as error:
+            logger.warning("a video may be made that nobody waits for any more: %s", error)
+            return
+        except Cosmos3Error:
+            return  # it was refused
+        try:
+            await self.cancel(video_id)
+        except NotFound:
+            pass  # somebody has deleted it
+        except Cosmos3Error as error:
+            logger.warning("%s could not be stopped: %s", video_id, error)
 
     async def _json(
         self,

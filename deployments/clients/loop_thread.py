@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 import threading
 import time
 import weakref
@@ -14,6 +16,8 @@ from cosmos3_core.errors import ClosedError
 T = TypeVar("T")
 
 _STOP_S = 10.0
+# A signal that comes just before a thread falls asleep does not wake it: how long an interrupt may go unnoticed.
+_NOTICE_S = 0.5
 
 
 class LoopThread:
@@ -34,34 +38,46 @@ class LoopThread:
         """Run it and wait for its result. Where the wait is interrupted it is cancelled, and its end is waited for.
 
         Raises:
-            ClosedError: the thread has been stopped.
+            ClosedError: the thread has been stopped, or is before there is a result.
             Exception: whatever it raises.
         """
         if not self.is_open or threading.current_thread() is self._thread:
             work.close()
             raise ClosedError("the client is closed, or was called from its own event loop")
-        has_ended = threading.Event()
-        tasks: list[asyncio.Task[Any]] = []
+        # Not a lock of Python's own: an interrupt between two of its lines would leave it held, and the loop hanging.
+        ended: queue.SimpleQueue[asyncio.Task[T] | None] = queue.SimpleQueue()
+        tasks: list[asyncio.Task[T]] = []
 
-        async def whole() -> T:
-            task = asyncio.current_task()
-            assert task is not None, "a coroutine that runs has one"
-            tasks.append(task)
-            try:
-                return await work
-            finally:
-                has_ended.set()
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(end)
+
+        def end(task: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # or it would be reported as one that nobody asked for
+            ended.put(task)
 
         def cancel() -> None:
-            for task in tasks:
-                task.cancel()
+            if not tasks:
+                work.close()  # the interrupt came before it was handed over
+            elif tasks[0].cancel():
+                return
+            ended.put(None)  # nobody else says so, or not again
 
         try:
-            return asyncio.run_coroutine_threadsafe(whole(), self._loop).result()
+            self._loop.call_soon_threadsafe(begin)
+            task = None
+            while task is None:
+                with contextlib.suppress(queue.Empty):
+                    task = ended.get(timeout=_NOTICE_S)
+            return task.result()
+        except asyncio.CancelledError:
+            raise ClosedError("the client was closed before this had an end") from None
         except (KeyboardInterrupt, SystemExit):
             # Behind the task's first step, wherever between two lines the interrupt came.
             self._loop.call_soon_threadsafe(self._loop.call_soon, cancel)
-            has_ended.wait(_STOP_S)
+            with contextlib.suppress(queue.Empty):
+                ended.get(timeout=_STOP_S)
             raise
 
     def close(self) -> None:

@@ -12,6 +12,9 @@ from deployments.clients.events import RawEvent
 VIDEO = "video"
 """The variant that is the file itself; others are "thumbnail", "spritesheet", "audio" and "action"."""
 
+LEAVE_S = 10.0
+"""Who leaves waits no longer for the app to hear of it."""
+
 JobObject = Mapping[str, Any]
 """A video as the HTTP API has it; :meth:`deployments.clients.video.Video.of` makes a value of it."""
 
@@ -60,7 +63,10 @@ class Transport(Protocol):
         ...
 
     async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
-        """Have a video made for the caller alone, within so many seconds; returns when it has its place."""
+        """Have a video made for the caller alone, within so many seconds; returns when it has its place.
+
+        Of who is cancelled meanwhile, or for whom that takes too long, no video is left.
+        """
         ...
 
     async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:

@@ -13,12 +13,10 @@ from cosmos3_core.errors import Cosmos3Error
 from deployments.clients.deadline import Deadline
 from deployments.clients.errors import NotFound, UnreachableError, failure
 from deployments.clients.events import Ended, RawEvent, VideoEvent, event_of
+from deployments.clients.transport import LEAVE_S
 from deployments.clients.video import COMPLETED, Video
 
 logger = logging.getLogger(__name__)
-
-# Who leaves waits no longer for the app to hear of it.
-_LEAVE_S = 10.0
 
 
 class AsyncVideoStream:
@@ -107,7 +105,7 @@ def _leave_later(left: Coroutine[Any, Any, None]) -> None:
 async def _left(video_id: str, events: AsyncGenerator[VideoEvent, None], leave: Callable[[], Awaitable[None]]) -> None:
     """Stop a video. An app that cannot be told is told of in the log: whoever leaves has something else to do."""
     try:
-        async with asyncio.timeout(_LEAVE_S):
+        async with asyncio.timeout(LEAVE_S):
             await events.aclose()
             await leave()
     except NotFound:

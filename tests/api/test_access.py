@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from deployments.api import auth as auths
-from deployments.api.auth import LOOPBACK_HOSTS, Auth, auth_required
+from deployments.api.auth import LOOPBACK_HOSTS, Auth, NoKeys, auth_required, check_keys
+from deployments.api.service import IngressSpec, Service
+from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.job import JobsError
-from deployments.jobs.keys import KeyLimits, NewKey
-from tests.api.fake_service import Api
+from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
+from deployments.media_store import MediaSpec
+from deployments.service_config import Http, Jobs, RemoteMedia
+from tests.api.fake_service import Api, FakeReadiness
 
 VIDEO = "/v1/videos/video_gen_" + "0" * 32
 CALLS = [
@@ -131,7 +138,7 @@ def test_a_keys_own_limits_and_classes(guarded: Api) -> None:
     answer = guarded.post("/v1/videos", json={"prompt": "b"}, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
     error = guarded.refused("POST", "/v1/videos", 422, json={"prompt": "a", "priority": "interactive"}, headers=headers)
-    assert (error["param"], error["allowed"]) == ("service_class", "one of ['batch']")
+    assert (error["param"], error["allowed"]) == ("priority", "one of ['batch']")
     headers = key_of(guarded, allowed_classes=("interactive",))
     told = guarded.created({"prompt": "a", "service_class": "interactive"}, headers=headers)
     assert told["service_class"] == "interactive"
@@ -223,6 +230,79 @@ def test_where_keys_are_needed(configured: bool | None, host: str, expected: boo
     assert auth_required(configured, host) is expected
 
 
+def test_an_app_that_asks_for_keys_starts_only_where_somebody_has_one(api: Api) -> None:
+    keys = api.store.keys
+    with pytest.raises(NoKeys, match=r"http\.host=0\.0\.0\.0.*`cosmos3 keys add NAME`.*--set auth\.enabled=false"):
+        check_keys(keys, "0.0.0.0")
+    key, _ = keys.create(NewKey(name="a"))
+    check_keys(keys, "0.0.0.0")
+    keys.revoke(key.key_id)
+    with pytest.raises(NoKeys):
+        check_keys(keys, "0.0.0.0")
+
+
+OWN = {"localhost", "127.0.0.1", "[::1]"}
+
+
+@pytest.mark.parametrize(
+    ("host", "needs_keys", "allowed", "hosts"),
+    [
+        ("127.0.0.1", None, (), OWN),
+        ("localhost", None, (), OWN),
+        ("::1", None, (), OWN),
+        ("127.0.0.2", None, (), OWN | {"127.0.0.2"}),
+        ("0:0:0:0:0:0:0:1", None, (), OWN | {"[0:0:0:0:0:0:0:1]"}),
+        ("127.0.0.1", False, ("Videos.Example", "[fd00::1]"), OWN | {"videos.example", "[fd00::1]"}),
+        ("127.0.0.1", True, ("videos.example",), None),
+        ("0.0.0.0", None, (), None),
+        ("0.0.0.0", False, (), None),
+        ("10.0.0.5", None, (), None),
+        ("my-host", None, (), None),
+    ],
+)
+def test_an_ingress_asks_for_a_key_or_for_its_own_name(
+    host: str,
+    needs_keys: bool | None,
+    allowed: tuple[str, ...],
+    hosts: set[str] | None,
+    empty_database: Path,
+    tiny_nano: Path,
+    tmp_path: Path,
+) -> None:
+    """Or the operator says that whoever reaches the port may use the app."""
+    database = tmp_path / "jobs.sqlite3"
+    shutil.copy(empty_database, database)
+    spec = IngressSpec(
+        checkpoint=str(tiny_nano),
+        model_name=None,
+        is_sound_offered=False,
+        http=Http(host="10.1.1.1", allowed_hosts=allowed),  # Serve may listen elsewhere than this says
+        jobs=Jobs(),
+        remote_media=RemoteMedia(),
+        media=MediaSpec(tmp_path / "media", 1 << 20, 1000.0),
+        database=DatabaseSpec(f"sqlite:///{database}", None, "a"),
+        needs_keys=needs_keys,
+        has_guardrails=False,
+        may_disable_guardrails=True,
+    )
+
+    def opened() -> Service:
+        director = SimpleNamespace(options=lambda *, stream: stream)
+        service = Service.open(spec, director, FakeReadiness(), host)
+        service.store.close()
+        return service
+
+    if auth_required(needs_keys, host):
+        with pytest.raises(NoKeys, match=f"http.host={host}"):
+            opened()
+        keys = KeyStore.open(f"sqlite:///{database}")
+        keys.create(NewKey(name="a"))
+        keys.close()
+    service = opened()
+    assert (service.auth is not None) == auth_required(needs_keys, host)
+    assert service.hosts == hosts
+
+
 # Browsers
 
 
@@ -239,6 +319,54 @@ def test_pages_of_other_origins_may_not_call(api: Api) -> None:
     assert api.director.asked == []
     for own in ({}, {"sec-fetch-site": "same-origin", "origin": "http://cosmos3"}, {"sec-fetch-site": "none"}):
         assert api.post("/v1/videos", json={"prompt": "a"}, headers=own).status_code == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "something new"])
+def test_a_browser_that_says_so_is_believed(site: str, api: Api) -> None:
+    """Also of another port of this machine, which is the same site."""
+    for more in ({}, {"origin": "http://cosmos3"}):
+        error = api.refused("POST", "/v1/videos", 403, headers={"sec-fetch-site": site, **more}, json={"prompt": "a"})
+        assert error["code"] == "cross_origin"
+    for site in ("same-origin", "none"):  # a proxy may have put another Host
+        page = {"sec-fetch-site": site, "origin": "https://videos.example"}
+        assert api.post("/v1/videos", json={"prompt": "a"}, headers=page).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "is_own"),
+    [
+        ("http://10.0.0.5:8000", "10.0.0.5:8000", True),
+        ("http://Cosmos3", "cosmos3:80", True),
+        ("https://cosmos3", "cosmos3", True),
+        ("https://cosmos3", "COSMOS3:443", True),
+        ("http://[fd00::1]:8000", "[fd00::1]:8000", True),
+        ("http://10.0.0.5:3000", "10.0.0.5:8000", False),
+        ("http://10.0.0.5", "10.0.0.5:8000", False),
+        ("https://cosmos3", "cosmos3:80", False),
+        ("http://evil.example", "10.0.0.5:8000", False),
+        ("http://10.0.0.5.evil.example:8000", "10.0.0.5:8000", False),
+        ("null", "10.0.0.5:8000", False),
+        ("null", "null", False),
+        ("", "", False),
+    ],
+)
+def test_where_a_browser_says_nothing_else_the_origin_tells(origin: str, host: str, is_own: bool, api: Api) -> None:
+    """Of an address in a LAN over plain http, say."""
+    page = {"origin": origin, "host": host}
+    for method, path in (("POST", "/v1/videos"), ("DELETE", VIDEO)):
+        answer = api.send(method, path, headers=page, json={"prompt": "a"})
+        assert (answer.status_code != 403) == is_own
+        if not is_own:
+            assert answer.json()["error"]["code"] == "cross_origin"
+    assert api.get("/v1/models", headers=page).status_code == 200, "which such a page cannot read"
+
+
+def test_a_listed_origin_may_call_whatever_its_browser_says(make_api: Callable[..., Api]) -> None:
+    for origins in (("https://good.example",), ("*",)):
+        api = make_api(http={"cors_origins": origins})
+        for more in ({}, {"sec-fetch-site": "cross-site"}):
+            page = {"origin": "https://good.example", **more}
+            assert api.post("/v1/videos", json={"prompt": "a"}, headers=page).status_code == 200
 
 
 def test_pages_of_listed_origins_may_call(make_api: Callable[..., Api]) -> None:

@@ -61,6 +61,7 @@ class App:
         calls: number of calls.
         delay_s: of answers over HTTP.
         num_left: connections to events that have ended, or were left.
+        num_asked: requests over HTTP that have come.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,8 @@ class App:
         self.stopped: list[str] = []
         self.calls = 0
         self.delay_s = 0.0
-        self.num_left = 0
+        self.num_left = self.num_asked = 0
+        self._answering: set[asyncio.Task[httpx.Response]] = set()
         self.may_go_on = False
         self.videos: dict[str, dict[str, Any]] = {}
         self.stories: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -188,8 +190,13 @@ class App:
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         await request.aread()
+        self.num_asked += 1
+        # What has come whole is done, whether or not its caller waits for the answer.
+        answering = asyncio.create_task(self._answer(request))
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
         try:
-            return await self._answer(request)
+            return await asyncio.shield(answering)
         except Exception as error:  # noqa: BLE001 - as the API has it
             answer = error_response(error)
             return httpx.Response(answer.status_code, headers=dict(answer.headers), stream=Body(in_parts(answer.body)))

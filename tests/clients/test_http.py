@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.errors import OverloadedError
+from cluster.errors import DeadlineExceeded, OverloadedError
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Connecting, Cosmos3Client
 from deployments.clients import http_transport
 from deployments.clients.errors import AnswerError, AuthError, NotFound, UnreachableError
-from tests.clients.app_double import App, Body, in_parts
+from tests.clients.app_double import STORY, WAIT, App, Body, in_parts
 from tests.clients.conftest import QUICK, connected
 
 REQUEST = GenerationRequest(prompt="A red car.")
@@ -195,6 +195,50 @@ def test_an_app_that_cannot_be_told_to_stop_is_told_of(app: App, caplog: pytest.
         app.failing = [OverloadedError("calls", 1, 3.0)]
         stream.close()
     assert f"{stream.video_id} could not be stopped: calls: all 1 places are taken" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["stream", "generate"])
+@pytest.mark.parametrize("how", ["cancelled", "too late"])
+def test_who_leaves_before_the_answer_leaves_no_video(how: str, call: str, app: App) -> None:
+    """The app makes what it was asked for, and knows of nobody who waits."""
+    app.story = [*STORY[:2], WAIT, *STORY[2:]]
+    app.delay_s = 0.2
+
+    async def leave() -> None:
+        async with connected(app, "http") as client:
+            limit_s = 0.05 if how == "too late" else 60.0
+            making = asyncio.create_task(getattr(client, call)(REQUEST, timeout_s=limit_s))
+            if how == "too late":
+                with pytest.raises(DeadlineExceeded, match="not done within 0 s; it was in the stage 'submit'"):
+                    await making
+            else:
+                while not app.num_asked:
+                    await asyncio.sleep(0.002)
+                making.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await making
+        assert app.stopped == list(app.videos)
+
+    asyncio.run(leave())
+    assert len(app.stopped) == 1
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_who_leaves_what_is_not_made_stops_nothing(
+    refused: bool, app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http_transport, "LEAVE_S", 10.0 if refused else 0.05)
+    app.delay_s = 0.2 if refused else 1000.0
+    app.failing = [OverloadedError("jobs", 1, 5.0)]
+
+    async def leave() -> None:
+        async with connected(app, "http") as client:
+            with pytest.raises(DeadlineExceeded):
+                await client.generate(REQUEST, timeout_s=0.05)
+        await asyncio.sleep(0)
+
+    asyncio.run(leave())
+    assert (app.submitted, app.stopped, caplog.records) == ([], [], [])
 
 
 def test_many_follow_over_one_client(app: App) -> None:

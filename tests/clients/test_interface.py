@@ -231,6 +231,20 @@ def test_an_app_that_is_restarted_is_waited_for(client: Any, app: App) -> None:
     assert app.calls >= 5
 
 
+def test_a_follower_comes_back_no_sooner_than_it_is_asked_to(client: Any, app: App) -> None:
+    video_id = client.create(REQUEST).id
+    app.failing = [ShuttingDown(60.0)]
+    with pytest.raises(DeadlineExceeded):
+        list(client.events(video_id, timeout_s=0.3))
+    assert app.followed == []
+
+
+@pytest.mark.parametrize(("asked_s", "least_s", "most_s"), [(0.0, 1.5, 2.0), (0.1, 1.5, 2.0), (60.0, 60.0, 66.0)])
+def test_pauses_grow_and_are_no_shorter_than_asked_for(asked_s: float, least_s: float, most_s: float) -> None:
+    pauses = [Patience(first_pause_s=1.0, max_pause_s=8.0).pause_s(2, asked_s) for _ in range(100)]
+    assert least_s <= min(pauses) <= max(pauses) <= most_s
+
+
 def test_what_was_told_before_is_not_told_again(client: Any, app: App) -> None:
     """An app that forgets where its follower was."""
     video_id = client.create(REQUEST).id
@@ -493,6 +507,14 @@ def test_a_polite_client_comes_back_when_it_is_told_to(kind: str, way: str, app:
         client.create(REQUEST)
     assert (caught.value.retry_after_s, app.calls) == (60.0, calls + 1)
     client.close()
+
+
+def test_nobody_is_put_off_for_longer_than_he_waits(way: str, app: App) -> None:
+    with Cosmos3Client(connected(app, way, Patience(max_wait_s=600.0))) as client:
+        app.failing = [OverloadedError("jobs", 1, 5.0)]
+        with pytest.raises(OverloadedError):
+            client.generate(REQUEST, timeout_s=2.0)
+    assert app.submitted == []
 
 
 def test_base64_is_what_the_double_says() -> None:

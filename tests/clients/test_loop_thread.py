@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from cosmos3_core.errors import ClosedError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import Cosmos3Client
+from deployments.clients import loop_thread
 from deployments.clients.loop_thread import LoopThread
 from tests.clients.app_double import STORY, WAIT, App
 from tests.clients.conftest import connected
 
 DEADLINE_S = 30.0
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which has its jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def test_what_is_run_has_its_result_or_its_error() -> None:
@@ -45,6 +61,7 @@ def test_what_is_run_has_its_result_or_its_error() -> None:
         thread.run(value())
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_who_is_interrupted_waits_for_the_end_of_what_he_stops() -> None:
     thread, has_begun, ended = LoopThread(), threading.Event(), []
 
@@ -56,30 +73,120 @@ def test_who_is_interrupted_waits_for_the_end_of_what_he_stops() -> None:
             await asyncio.sleep(0.05)
             ended.append(True)
 
-    def interrupt() -> None:
+    def interrupt_work() -> None:
         has_begun.wait(DEADLINE_S)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        interrupt()
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt_work).start()
     with pytest.raises(KeyboardInterrupt):
         thread.run(work())
     assert ended == [True]
     thread.close()
 
 
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_just_before_the_wait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal does not wake who was not asleep when it came."""
+    thread, ended = LoopThread(), []
+
+    class NeverWoken:
+        """A queue whose first get the signal comes too early for."""
+
+        def __init__(self) -> None:
+            self._items: list[Any] = []
+            self._has_come = False
+
+        def put(self, item: Any) -> None:
+            self._items.append(item)
+
+        def get(self, timeout: float = DEADLINE_S) -> Any:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                if not self._has_come:
+                    self._has_come = True
+                    interrupt()
+                deadline_s = time.monotonic() + timeout
+                while not self._items and time.monotonic() < deadline_s:
+                    time.sleep(0.002)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return self._items.pop(0)
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            ended.append(True)
+            raise
+
+    monkeypatch.setattr(loop_thread.queue, "SimpleQueue", NeverWoken)
+    monkeypatch.setattr(loop_thread, "_NOTICE_S", 0.05)
+    with pytest.raises(KeyboardInterrupt):
+        thread.run(work())
+    thread.close()
+    assert ended == [True], "it was not slept through"
+
+
+@pytest.mark.parametrize("is_handed_over", [False, True])
+def test_an_interrupt_while_work_is_handed_over_leaves_nothing(
+    is_handed_over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_thread, "_STOP_S", DEADLINE_S)
+    thread, num_calls = LoopThread(), 0
+    hand_over = thread._loop.call_soon_threadsafe
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 1 or is_handed_over:
+            hand_over(*arguments)
+        if num_calls == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread._loop, "call_soon_threadsafe", interrupted)
+    work = asyncio.sleep(DEADLINE_S)
+    with pytest.raises(KeyboardInterrupt):
+        thread.run(work)
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
+    assert thread.run(asyncio.sleep(0, 3)) == 3
+    thread.close()
+
+
+def test_who_waits_for_a_client_that_is_closed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_thread, "_STOP_S", 0.05)
+    thread, has_begun, raised = LoopThread(), threading.Event(), []
+
+    async def work() -> None:
+        has_begun.set()
+        await asyncio.sleep(DEADLINE_S)
+
+    def wait() -> None:
+        try:
+            thread.run(work())
+        except BaseException as error:  # noqa: BLE001 - whatever it is
+            raised.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert has_begun.wait(DEADLINE_S)
+    thread.close()
+    waiter.join(DEADLINE_S)
+    assert [type(error) for error in raised] == [ClosedError]
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("way", ["http", "handle"])
 def test_ctrl_c_stops_what_is_generated(way: str, app: App) -> None:
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
 
-    def interrupt() -> None:
+    def interrupt_work() -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         while not app.submitted and time.monotonic() < deadline_s:
             time.sleep(0.002)
-        time.sleep(0.05)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        interrupt()
 
     with Cosmos3Client(connected(app, way)) as client:
-        threading.Thread(target=interrupt).start()
+        threading.Thread(target=interrupt_work).start()
         with pytest.raises(KeyboardInterrupt):
             client.generate(GenerationRequest(prompt="a"))
         assert len(app.stopped) == 1

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from cosmos3_core.errors import CapabilityError
+from deployments.api.auth import NoKeys
+from deployments.bring_up import _check_access
 from deployments.capacity import Node, missing, needed, out_of_reach
 from deployments.config import DEFAULT_CONFIG, AppConfig
+from deployments.jobs.database import DatabaseSpec
+from deployments.jobs.keys import KeyStore, NewKey
 from deployments.processes import no_leftovers
 from deployments.ray_session import LostError, in_time, reason
 
@@ -137,6 +141,44 @@ def test_a_call_that_hangs_is_given_up() -> None:
         pass
     with pytest.raises(KeyboardInterrupt), in_time(60):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("host", "enabled", "needs_key"),
+    [
+        ("127.0.0.1", None, False),
+        ("localhost", None, False),
+        ("::1", None, False),
+        ("127.0.0.1", True, True),
+        ("0.0.0.0", None, True),
+        ("::", None, True),
+        ("10.0.0.5", None, True),
+        ("my-host", None, True),
+        ("10.0.0.5", True, True),
+        ("0.0.0.0", False, False),
+    ],
+)
+def test_an_app_that_others_reach_is_refused_where_nobody_has_a_key(
+    host: str, enabled: bool | None, needs_key: bool, tiny_nano: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    asked = config(tiny_nano, http__host=host, auth__enabled=enabled, media__directory=str(tmp_path))
+    if not needs_key:
+        _check_access(asked, told.append)
+        warning = f"auth.enabled is false and http.host is {host}: whoever reaches the port may use the app"
+        assert told == [warning] * (enabled is False), "it is said where it is not the default"
+        assert list(tmp_path.iterdir()) == [], "no database is needed to tell"
+        return
+    with pytest.raises(NoKeys, match=f"http.host={host}, and there is none"):
+        _check_access(asked, told.append)
+    keys = KeyStore.open(DatabaseSpec.of(asked).resolved())
+    key, _ = keys.create(NewKey(name="a"))
+    _check_access(asked, told.append)
+    keys.revoke(key.key_id)
+    keys.close()
+    with pytest.raises(NoKeys):
+        _check_access(asked, told.append)
+    assert told == []
 
 
 def test_no_process_outlives_the_block(tmp_path: Path) -> None:

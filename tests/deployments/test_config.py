@@ -67,6 +67,7 @@ KEYS = {
         "request_timeout_s",
         "drain_timeout_s",
         "cors_origins",
+        "allowed_hosts",
     },
     "media": {"directory", "archive", "max_bytes", "keep_s"},
     "jobs": {
@@ -174,6 +175,8 @@ def test_the_laptop_fits_two_cores() -> None:
         ({"jobs": {"keep_s": 60}}, "keep_s=60 is below run_timeout_s=7200"),
         ({"remote_media": {"enabled": True}}, "enabled needs hosts"),
         ({"remote_media": {"schemes": ["file"]}}, "schemes are http and https; given are ['file']"),
+        ({"http": {"allowed_hosts": ["a:80"]}}, "http.allowed_hosts.0='a:80': String should match pattern"),
+        ({"http": {"allowed_hosts": ["*"]}}, "http.allowed_hosts.0='*': String should match pattern"),
         ({"transformer": {"max_jobs": 32}}, "max_ongoing_requests=64 must exceed 2 * max_jobs = 64"),
         ({"unguided": {"dtype": "float16"}}, "transformer and unguided need the same device and dtype"),
         ({"transformer": {"device": "cuda:1", "gpus_per_rank": 1}}, "Ray decides which card a rank gets; say cuda"),
@@ -227,6 +230,41 @@ def test_faults_are_named(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         AppConfig.parse({"checkpoint": "x", **change})
     assert said in str(caught.value)
+
+
+URL = "postgresql+psycopg://user:hush@host/jobs"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"jobs": {"database": URL}}, "checkpoint: Field required"),
+        ({"checkpoint": "x", "jobs": {"database": [URL]}}, "jobs.database: Input should be a valid string"),
+        ({"checkpoint": "x", "jobs": {"database": 5}}, "jobs.database: Input should be a valid string"),
+        ({"checkpoint": "x", "media": {"archive": {"url": URL}}}, "media.archive: Input should be a valid string"),
+        ({"checkpoint": "x", "jobs": URL}, "jobs: Input should be a valid dictionary"),
+        ({"checkpoint": "x", "jobs": [URL]}, "jobs: Input should be a valid dictionary"),
+        ({"checkpoint": "x", "jobs": {"max_queued": URL}}, "jobs.max_queued: Input should be a valid integer"),
+        (
+            {"checkpoint": "x", "jobs": {"max_queued": {"password": "hush"}}},
+            "jobs.max_queued: Input should be a valid integer",
+        ),
+        ({"checkpoint": "x", "jobs": {"database": URL, "keep_s": 1}}, "jobs: keep_s=1 is below run_timeout_s=7200"),
+        ({"checkpoint": "x", "jobs": {"databse": URL}}, "jobs.databse: no such key; did you mean database?"),
+        ({"checkpoint": "x", "jobs": {"database": URL, "poll_s": 0}}, "jobs.poll_s=0: Input should be greater than 0"),
+    ],
+)
+def test_faults_show_no_passwords(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AppConfig.parse(values)
+    assert said in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_configuration_shows_no_passwords() -> None:
+    config = AppConfig.parse({"checkpoint": "x", "jobs": {"database": URL}, "media": {"archive": "s3://me:hush@a/b"}})
+    assert "hush" not in f"{config!r} {config}"
+    assert config.jobs.database == config.model_dump()["jobs"]["database"] == URL
 
 
 @pytest.mark.parametrize("selector", ["H200", "!H200", "in(H100,H200)", "!in(H100)"])

@@ -25,7 +25,7 @@ from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, Previe
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.writer import ClipFormat
-from deployments import guardrail, guardrail_calls, messages, service_config
+from deployments import director_parts, guardrail, guardrail_calls, messages, service_config
 from deployments.api.errors import error_response, is_told
 from deployments.clip_walk import ClipWalk, Decoder
 from deployments.guardrail import Guardrails
@@ -401,6 +401,146 @@ def test_nobody_does_without_unless_the_operator_lets_them(
         with pytest.raises(RequestError, match="skip_guardrails"):
             run(check.check(context(), "forbidden", is_skipped=True))
     assert adapter.prompts == ["forbidden"]
+
+
+def test_a_prompt_that_has_passed_is_not_looked_at_again_before_its_job_is_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guardrail_calls, "_MAX_PASSED", 2)
+    adapter = Pixelating()
+    check = PromptCheck(Handle(stage(adapter, monkeypatch)), 1.0, True)
+
+    async def body() -> None:
+        await check.check(context(), "a", is_skipped=False)
+        await check.check(context(), "b", is_skipped=True)
+        for prompt in ("a", "b", "c", "b", "a"):
+            assert await all_of(check.before_a_walk(context(), 3, prompt)) == []
+        for _ in range(2):
+            with pytest.raises(ContentBlocked):
+                await all_of(check.before_a_walk(context(), 3, "forbidden"))
+
+    run(body())
+    assert adapter.prompts == ["a", "b", "c", "a", "forbidden", "forbidden"], "the oldest is forgotten"
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ([died(), died()], None),
+        ([died(), died(), died()], StageFailed),
+        ([BackPressureError(1, 2)], None),
+        ([GuardrailUnavailable("prompt")], GuardrailUnavailable),
+    ],
+    ids=["two deaths", "three deaths", "full", "the adapter"],
+)
+def test_a_job_is_begun_only_by_the_guardrails_word(
+    failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.retries._RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.retries._LONGEST_PAUSE_S", 0.01)
+    adapter = Pixelating()
+    handle = Handle(stage(adapter, monkeypatch))
+    handle.failures = list(failures)
+    check = PromptCheck(handle, 1.0, False)
+    if expected is None:
+        events = run(all_of(check.before_a_walk(context(), 3, PROMPT)))
+        assert [event.stage for event in events] == ["guardrail"] * sum(type(it) is ActorDiedError for it in failures)
+    else:
+        with pytest.raises(expected):
+            run(all_of(check.before_a_walk(context(), 3, PROMPT)))
+    assert adapter.prompts == [PROMPT] * (expected is None)
+
+
+@dataclass
+class Begun:
+    """A Director's parts, as far as they begin a job; what was accepted was before there was a guardrail."""
+
+    tiny: Path
+    handle: Handle | None
+    clients_may_disable: bool
+    stages: FakeStages = field(default_factory=FakeStages)
+
+    def make_walk(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """What the parts give the runner."""
+        given: list[Any] = []
+        monkeypatch.setattr(director_parts, "JobRunner", lambda *arguments: given.append(arguments[4]))
+        walk = self.stages.walk(self.tiny)
+        guardrails = service_config.Guardrails(adapter="given", clients_may_disable=self.clients_may_disable)
+        stages = replace(walk.stages, guardrail=self.handle)
+        fields: Any = {
+            **dict.fromkeys(director_parts.DirectorParts.__dataclass_fields__),
+            "spec": SimpleNamespace(
+                model="tiny",
+                jobs=service_config.Jobs(),
+                media=SimpleNamespace(keep_s=1.0),
+                guardrails=guardrails,
+                chunk_window=2,
+                max_attempts=3,
+            ),
+            "layout": walk.layout,
+            "stages": stages,
+            "media": self.stages.media,
+            "acceptance": SimpleNamespace(
+                prompt_check=director_parts._prompt_check(stages, guardrails), limits=None, check=None
+            ),
+            "clips": self.stages,
+        }
+        director_parts.DirectorParts(**fields).start()
+        return given[0]
+
+    def walk(self, monkeypatch: pytest.MonkeyPatch, prompt: str = "a", *, skips: bool = False) -> Any:
+        made = self.stages.walk(self.tiny, prompt=prompt)
+        job: Any = SimpleNamespace(skip_guardrails=skips, previews=0)
+        return self.make_walk(monkeypatch)(made.request, made.context, job, None, lambda step, state: None)
+
+
+@pytest.mark.parametrize(
+    ("skips", "may_skip", "is_looked_at"),
+    [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
+)
+def test_a_job_does_without_only_where_the_operator_still_lets_it(
+    skips: bool, may_skip: bool, is_looked_at: bool, tiny_nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been accepted under another configuration."""
+    adapter = Pixelating()
+    begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), may_skip)
+
+    async def body() -> None:
+        walk = begun.walk(monkeypatch, "forbidden", skips=skips)
+        if is_looked_at:
+            with pytest.raises(ContentBlocked, match="prompt"):
+                await all_of(walk.events())
+            assert walk.walk.stages.guardrail is begun.handle, "its pictures would be looked at"
+        else:
+            assert walk.stages.guardrail is None
+            assert isinstance((await all_of(walk.events()))[-1], messages.Finished)
+
+    run(body())
+    assert adapter.prompts == ["forbidden"] * is_looked_at
+    assert len(begun.stages.tokenized) == (not is_looked_at), "nothing is begun"
+
+
+def test_a_job_whose_prompt_passes_is_walked(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Pixelating()
+    begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), False)
+
+    async def body() -> None:
+        async for event in begun.walk(monkeypatch).events():
+            assert isinstance(event, messages.Tokenized)
+            break
+
+    run(body())
+    assert adapter.prompts == ["a"]
+
+
+def test_without_a_guardrail_a_job_is_just_walked(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Begun(tiny_nano, None, False)
+
+    async def body() -> None:
+        events = await all_of(begun.walk(monkeypatch, skips=True).events())
+        assert isinstance(events[-1], messages.Finished)
+
+    run(body())
 
 
 @dataclass
