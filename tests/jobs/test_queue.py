@@ -64,9 +64,10 @@ def test_so_many_jobs_may_wait(store: JobStore) -> None:
 
 
 def one_that_waits(store: JobStore) -> str:
-    """Id of a job that waits."""
+    """Id of a video that waits."""
     page = store.list("", after=None, limit=100, is_ascending=True)
-    return next(job.job_id for job in page.jobs if job.state is JobState.QUEUED and job.model == MODEL)
+    jobs = (job for job in page.jobs if job.state is JobState.QUEUED and job.model == MODEL)
+    return next(job.job_id for job in jobs if job.lane is Lane.VIDEO)
 
 
 def test_so_many_of_a_key_may_wait(store: JobStore) -> None:
