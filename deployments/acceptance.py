@@ -14,7 +14,7 @@ from deployments.guardrail_calls import PromptCheck
 from deployments.jobs.asked import Asked
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job import Job, Lane, NewJob
+from deployments.jobs.job import Job, JobsError, Lane, NewJob
 from deployments.jobs.promises import Promises
 from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
 from deployments.jobs.store import JobStore, QueueLimits
@@ -142,9 +142,25 @@ class Acceptance:
             for name, data in media.items():
                 self.files.put(new.job_id, name, data)
             job = self.store.create(new, self.limits, asked.limits, self.promises)
-        except Cosmos3Error:
-            self.files.remove(new.job_id)
-            raise
+        except Cosmos3Error as error:
+            found = self._created_after_all(new.job_id, error)
+            if found is None:
+                self.files.remove(new.job_id)
+                raise
+            return found
         if job.job_id != new.job_id:  # it was accepted before
             self.files.remove(new.job_id)
         return job
+
+    def _created_after_all(self, job_id: str, error: Cosmos3Error) -> Job | None:
+        """The job of a creation that seemed to fail, of which only the answer was lost; None where it is not there.
+
+        Raises:
+            Cosmos3Error: the given one, where nobody can say: then its files stay. Those of no job are swept later.
+        """
+        if not isinstance(error, JobsError):
+            return None
+        try:
+            return self.store.get(job_id)
+        except JobsError:
+            raise error from None

@@ -124,7 +124,10 @@ class Director(JobDesk):
         await self.release()
 
     async def release(self) -> None:
-        """Give back what is in hand, for the next Director to go on with."""
+        """Give back the jobs that stay, for the next Director to go on with; callers who wait are told to come again.
+
+        See :meth:`deployments.jobs.runner.JobRunner.release`.
+        """
         self._is_draining = True
         await self._runner.release()
 

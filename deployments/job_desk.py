@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import sys
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cosmos3_core import checks
-from cosmos3_core.errors import RequestError
+from cosmos3_core.errors import MediaError, RequestError
 from deployments.api.variants import made_variant
 from deployments.api.video_content import ACTION, VARIANTS, VIDEO
 from deployments.director_parts import DirectorParts
@@ -20,6 +21,8 @@ from deployments.jobs.store import Page
 from deployments.media_record import DONE, MediaRecord
 from deployments.media_store import MediaStore
 from deployments.threads import in_thread
+
+logger = logging.getLogger("ray.serve")
 
 MAX_PART_BYTES = 4 * 2**20
 _MAX_FOLLOW_S = 86_400.0
@@ -56,7 +59,13 @@ class JobDesk:
 
     async def cancel(self, job_id: str, owner: str = "") -> Job | None:
         """Stop a job; one that has ended stays as it is. None where there is none."""
-        return await in_thread(self._parts.store.cancel, job_id, owner)
+        job = await in_thread(self._parts.store.cancel, job_id, owner)
+        if job is not None and job.state is JobState.CANCELLED:  # it waited
+            try:
+                await in_thread(self._parts.files.remove, job_id)
+            except MediaError:  # they are swept
+                logger.exception("what %s came with could not be removed", job_id)
+        return job
 
     async def delete(self, job_id: str, owner: str = "") -> Job | None:
         """Stop and forget a job, its files too. None where there is none."""
@@ -75,10 +84,10 @@ class JobDesk:
             OverloadedError: too many follow jobs here.
             DeadlineExceeded: it has not ended in time.
         """
-        if await self.job(job_id, owner) is None:
+        if (job := await self.job(job_id, owner)) is None:
             raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
         limit_s = checks.real("timeout_s", _MAX_FOLLOW_S if timeout_s is None else timeout_s, 0, math.inf)
-        async with aclosing(self._parts.feed.follow(job_id, after, limit_s)) as events:
+        async with aclosing(self._parts.feed.follow(job_id, min(after, job.last_seq), limit_s)) as events:
             async for event in events:
                 yield event
 
@@ -114,7 +123,13 @@ class JobDesk:
             raise _no_file(job_id)
         if variant != VIDEO:
             record = await made_variant(media, record, variant)
-        return await in_thread(_part, media, record, start, num_bytes)
+        try:
+            return await in_thread(_part, media, record, start, num_bytes)
+        except FileNotFoundError:  # it was removed meanwhile
+            raise _no_file(job_id) from None
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise MediaError(f"the file of {job_id} cannot be read: {why}") from error
 
 
 def _no_file(job_id: str) -> RequestError:

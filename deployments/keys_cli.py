@@ -27,7 +27,7 @@ def add_keys_flags(parser: argparse.ArgumentParser) -> None:
     add.add_argument("--class", dest="service_class", metavar="CLASS", help="of requests that name none")
     add.add_argument("--allow", action="append", default=[], metavar="CLASS", help="another class that they may name")
     add.add_argument("--max-queued", type=int, metavar="N", help="jobs that wait; default jobs.max_queued_per_key")
-    add.add_argument("--max-running", type=int, metavar="N", help="jobs that run; default jobs.max_running_per_key")
+    add.add_argument("--max-running", type=int, metavar="N", help="that run; default jobs.max_running_per_key")
     shown = actions.add_parser("list", help="all keys, removed ones too; not their texts, which nobody has kept")
     remove = actions.add_parser("remove", help="refuse a key from now on; its jobs stay")
     remove.add_argument("key", metavar="ID", help="as `list` shows it: the part between the two _ of the key's text")

@@ -13,6 +13,11 @@ from pathlib import Path
 
 from deployments.media_record import BEGUN, ENDED, MEDIA_ID, WRITING, MediaRecord, read_record
 
+JOB_FILES = "jobs"
+"""Where :mod:`deployments.jobs.files` are in a store that has no archive."""
+
+# Of the bytes that a store may have, what those count for at most: however much waits, finished clips have the rest.
+_JOBS_SHARE = 0.5
 _PASSING = re.compile(r"\.(new|swept)-[0-9a-f]{32}-[0-9a-f]{16}")
 
 
@@ -50,7 +55,8 @@ def sweep(directory: Path, max_bytes: int, keep_s: float, now_s: float) -> int:
 
     Args:
         directory: the store.
-        max_bytes: of all clips together. Those that are being written count, but are not removed for it.
+        max_bytes: of all clips and files of jobs together. These, up to half of it, and clips that are being written
+            count, but are not removed for it.
         keep_s: since a clip's end.
         now_s: seconds since 1970.
 
@@ -64,7 +70,8 @@ def sweep(directory: Path, max_bytes: int, keep_s: float, now_s: float) -> int:
             num_removed += _remove(directory, clip)
         else:
             clips.append(clip)
-    num_bytes = sum(clip.num_bytes for clip in clips)
+    num_job_bytes = sum(job_bytes(directory).values())
+    num_bytes = sum(clip.num_bytes for clip in clips) + min(num_job_bytes, max_job_bytes(max_bytes))
     for clip in sorted(clips, key=lambda clip: clip.changed_s):
         if num_bytes <= max_bytes:
             break
@@ -72,6 +79,17 @@ def sweep(directory: Path, max_bytes: int, keep_s: float, now_s: float) -> int:
             num_removed += _remove(directory, clip)
             num_bytes -= clip.num_bytes
     return num_removed
+
+
+def max_job_bytes(max_bytes: int) -> int:
+    """How many of a store's bytes files of jobs may take from its clips."""
+    return int(max_bytes * _JOBS_SHARE)
+
+
+def job_bytes(directory: Path) -> dict[str, int]:
+    """Of the files of each job that has some in a store's directory."""
+    folder = directory / JOB_FILES
+    return {job_id: sum(file.st_size for file in _files(folder / job_id)) for job_id in _names(folder)}
 
 
 def _clips(directory: Path) -> Iterator[_Clip]:

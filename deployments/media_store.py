@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +31,7 @@ from typing import BinaryIO
 from cosmos3_core import checks
 from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
 from deployments.media_archive import MediaArchive
-from deployments.media_folder import folder_record, passing_folder, remove_folder, sweep
+from deployments.media_folder import folder_record, job_bytes, max_job_bytes, passing_folder, remove_folder, sweep
 from deployments.media_record import BEGUN, DONE, ENDED, FAILED, MEDIA_ID, WRITING, MediaRecord, put_record
 from deployments.objects import ObjectsError
 
@@ -100,8 +101,8 @@ class MediaStore:
 
     Args:
         directory: made where it is not.
-        max_bytes: :meth:`sweep` keeps the directory's files below it; clips that are being written count, but are not
-            removed.
+        max_bytes: :meth:`sweep` keeps the directory's files below it; clips that are being written and files of jobs,
+            these up to half of it, count, but are not removed.
         keep_s: how long a clip stays after its last change; one whose writer lets it lie longer counts as given up.
         archive: fsspec's URL of one; None for none.
 
@@ -310,6 +311,21 @@ class MediaStore:
             return num_removed + self.archive.sweep(self.keep_s, now_s)
         except OSError as error:
             raise MediaError(f"the media archive cannot be swept: {error}") from error
+
+    def spare_job_files(self, needed_until_s: Mapping[str, float]) -> list[str]:
+        """Jobs whose files have to go, for those of all to be at most half of what the directory may have.
+
+        Args:
+            needed_until_s: id of a job whose files may go -> when they would go anyway; the earliest go first.
+        """
+        sizes = job_bytes(self.directory) if self.archive is None else {}
+        num_bytes, spare = sum(sizes.values()), []
+        for job_id in sorted(sizes.keys() & needed_until_s.keys(), key=needed_until_s.__getitem__):
+            if num_bytes <= max_job_bytes(self._max_bytes):
+                break
+            spare.append(job_id)
+            num_bytes -= sizes[job_id]
+        return spare
 
     def _end(self, record: MediaRecord) -> None:
         """Write down a clip's end.

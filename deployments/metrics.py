@@ -61,7 +61,8 @@ class Metric:
 REQUESTS = Metric(
     "cosmos3_requests",
     "counter",
-    "Accepted requests that were run and have ended: completed, failed, cancelled.",
+    "Accepted requests that were run to an end, and those that ended in the queue when their caller left. Without jobs "
+    "that were cancelled in the queue, or failed when their Director had died.",
     ("mode", "outcome"),
 )
 REQUEST_SECONDS = Metric(

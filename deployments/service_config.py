@@ -76,7 +76,7 @@ class Jobs(Strict):
     max_running_videos: int = Field(16, ge=1, description="per Director")
     max_queued: int = Field(256, ge=1, description="that wait, of all keys and classes together")
     max_queued_per_key: int = Field(64, ge=1, description="that wait, of one key that says nothing else")
-    max_running_per_key: int | None = Field(None, ge=1, description="of one key that says nothing else; null: any")
+    max_running_per_key: int | None = Field(None, ge=1, description="of one key by default, per lane; null: any")
     classes: dict[_Name, float] = Field(
         default_factory=lambda: {"interactive": 8.0, DEFAULT_CLASS: 4.0, "batch": 1.0},
         description="class -> its share of the work while others wait as well",

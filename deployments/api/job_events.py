@@ -40,7 +40,7 @@ async def follow_video(video_id: str, request: Request) -> Response:
     job = await call.job(video_id)
     if job.state.is_final and after >= job.last_seq:
         return Response(status_code=204)  # who gets this does not come back, says the standard
-    events = call.service.feed.follow(video_id, after, _LONGEST_S)
+    events = call.service.feed.follow(video_id, min(after, job.last_seq), _LONGEST_S)
     coming = asyncio.ensure_future(anext(events, None))
     await asyncio.wait((coming,), timeout=0)
     if coming.done() and coming.exception() is not None:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.errors import StageFailed
 from cosmos3_core import checks
-from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
 from cosmos3_core.presets import LIMITS
 from deployments.api.bodies import Wishes, video_body
 from deployments.api.body_limit import read_fields, request_id_of, visible_header
@@ -27,7 +27,7 @@ from deployments.api.fields import Endpoint
 from deployments.api.job_object import poll_after_ms
 from deployments.api.media_answer import live_answer, media_answer
 from deployments.api.written import as_written
-from deployments.jobs.job import Job
+from deployments.jobs.job import Job, JobState
 from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")
@@ -118,7 +118,13 @@ async def get_video(video_id: str, request: Request) -> Response:
 async def cancel_video(video_id: str, request: Request) -> Response:
     """Stop a job; one that has ended stays as it is."""
     call = Call.of(request)
-    return await _told(call, found(await in_thread(call.service.store.cancel, video_id, call.caller.owner)))
+    job = found(await in_thread(call.service.store.cancel, video_id, call.caller.owner))
+    if job.state is JobState.CANCELLED:  # it waited
+        try:
+            await in_thread(call.service.files.remove, job.job_id)
+        except MediaError:  # they expire
+            logger.exception("what %s came with could not be removed", job.job_id)
+    return await _told(call, job)
 
 
 @router.delete("/v1/videos/{video_id}")

@@ -45,8 +45,7 @@ class Checkpoints:
         """Keep a state, if it is time for one."""
         self._last = step, state
         if self._writing is None and time.monotonic() - self._written_s >= self._period_s:
-            loop = asyncio.get_running_loop()
-            self._writing = loop.create_task(self._write(step, state), context=contextvars.Context())
+            self._begin_writing(step, state)
 
     def read(self) -> TensorEnvelope | None:
         """The last state; None where there is none, or it is damaged: then the job begins anew."""
@@ -59,7 +58,10 @@ class Checkpoints:
             return None
 
     async def settle(self) -> None:
-        """Wait for what is being written: the file must not appear when the job's files are gone."""
+        """Wait for what is being written: the file must not appear when the job's files are gone.
+
+        What takes longer than a minute is removed as soon as it is written.
+        """
         if self._writing is None:
             return
         try:
@@ -68,15 +70,17 @@ class Checkpoints:
         except TimeoutError:
             self._is_too_late = True
             logger.error("the state of %s is still not kept after %g s", self._job_id, _SETTLE_S)
-        except asyncio.CancelledError:
-            self._is_too_late = True
-            raise
 
     async def write_last(self) -> None:
         """Keep the newest state, whether it is time for one or not: whoever goes on with the job begins from it."""
         await self.settle()
         if self._last is not None and self._writing is None and self._last[0] > self._written_step:
-            await self._write(*self._last)
+            self._begin_writing(*self._last)
+            await self.settle()
+
+    def _begin_writing(self, step: int, state: TensorEnvelope) -> None:
+        loop = asyncio.get_running_loop()
+        self._writing = loop.create_task(self._write(step, state), context=contextvars.Context())
 
     async def _write(self, step: int, state: TensorEnvelope) -> None:
         try:
@@ -85,6 +89,6 @@ class Checkpoints:
             if self._is_too_late:
                 await in_thread(self._files.remove, self._job_id, CHECKPOINT)
         except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
-            logger.exception("the state of %s could not be kept", self._job_id)
+            logger.exception("the state of %s could not be kept, or not removed again", self._job_id)
         finally:
             self._writing = None

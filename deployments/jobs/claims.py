@@ -233,11 +233,11 @@ def _first_query(only_attached: bool) -> Select[Any]:
 
 @cache
 def _running_query() -> Select[Any]:
-    """Owners, their keys' own bounds, and how many of theirs run."""
+    """Owners, their keys' own bounds, and how many of theirs run in a lane."""
     return (
         select(JOBS.c.owner, API_KEYS.c.max_running, func.count())
         .join(API_KEYS, API_KEYS.c.key_id == JOBS.c.owner, isouter=True)
-        .where(JOBS.c.model == bindparam("model"), JOBS.c.state == _IN_PROGRESS, JOBS.c.owner != "")
+        .where(*_of_lane(_IN_PROGRESS), JOBS.c.owner != "")
         .group_by(JOBS.c.owner, API_KEYS.c.max_running)
     )
 

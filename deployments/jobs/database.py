@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ BUSY_S = 10.0
 _UPGRADE_S = 120.0
 _CONNECT_S = 10
 _STATEMENT_S = 60.0
+# Less than any lease.
+_MAX_SKEW_S = 2.0
 _NUM_CONNECTIONS, _MAX_MORE_CONNECTIONS = 8, 24
 # Numbers that nobody else takes, of our advisory locks in a PostgreSQL database.
 _QUEUE_LOCK, _UPGRADE_LOCK = 0x636F736D6F7303, 0x636F736D6F7304
@@ -124,6 +127,7 @@ class Database:
         self._turn = threading.Lock()
         self._engine = self._sqlite(parsed) if self.is_sqlite else _postgresql(parsed)
         try:
+            self._check_clock()
             self._upgrade()
         except BaseException:
             self.close()
@@ -173,6 +177,20 @@ class Database:
                     yield connection
         finally:
             self._turn.release()
+
+    def _check_clock(self) -> None:
+        """Leases and times of expiry are compared with each machine's own clock."""
+        if self.is_sqlite:  # of this machine
+            return
+        with self.reading() as connection:
+            asked_s = time.time()
+            server_s = float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+            ahead_s = _ahead_s(asked_s, server_s, time.time())
+        if abs(ahead_s) > _MAX_SKEW_S:
+            raise JobsError(
+                f"this machine's clock is {ahead_s:+.1f} s from that of {self.name}; allowed are {_MAX_SKEW_S:g} s, or "
+                "jobs that run would be taken for abandoned: have both set by NTP"
+            )
 
     def _upgrade(self) -> None:
         with self.reading() as connection:
@@ -225,6 +243,11 @@ class Database:
             text = text.replace(secret, "***")
         advice = next((f"; {words}" for part, words in _ADVICE.items() if part in text), "")
         return JobsError(f"the database of jobs {self.name} failed: {text}{advice}")
+
+
+def _ahead_s(asked_s: float, server_s: float, answered_s: float) -> float:
+    """How far our clock is at least before the server's, which answered meanwhile; below 0 where it is behind."""
+    return max(asked_s - server_s, 0.0) + min(answered_s - server_s, 0.0)
 
 
 def _postgresql(url: URL) -> Engine:

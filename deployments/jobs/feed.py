@@ -106,6 +106,8 @@ class EventFeed:
         self._followers: set[_Follower] = set()
         # Job that is followed -> when to look again where it stands, by time.monotonic.
         self._look_s: dict[str, float] = {}
+        # Jobs whose events filled a look: the others' turn comes before theirs.
+        self._served: set[str] = set()
         self._polling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
@@ -190,7 +192,16 @@ class EventFeed:
         due = sorted((again_s, job_id) for job_id, again_s in self._look_s.items() if again_s <= now_s)[:_MAX_LOOKS]
         if not cursors and not due:
             return
-        events, places = await in_thread(self._read, cursors, [job_id for _, job_id in due])
+        if not (cursors.keys() - self._served):
+            self._served.clear()
+        turn = {job_id: seq for job_id, seq in cursors.items() if job_id not in self._served}
+        events, places = await in_thread(self._read, turn, [job_id for _, job_id in due])
+        if len(events) >= _MAX_EVENTS:
+            self._served |= {event.job_id for event in events}
+            self._wake.set()  # there is more
+        elif self._served:
+            self._served.clear()
+            self._wake.set()
         # In the order in which they were read: that a job waits is not told behind its begin.
         for job_id, (job, place) in places.items():
             if job_id in self._look_s:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ import numpy.typing as npt
 
 from cosmos3_core.errors import MediaError
 from deployments.jobs.job import JOB_ID
+from deployments.media_folder import JOB_FILES
 from deployments.objects import DirectoryObjects, Objects, open_objects
 
-_FOLDER = "jobs"
 _NAME = re.compile(r"[a-z]{1,16}")
 # Of an array: numbers, and nothing that would have to be unpickled.
 _DTYPE = re.compile(r"[<>|=][biuf][0-9]{1,2}")
 _MAX_HEADER_BYTES = 512
 _MAX_NUM_AXES = 8
+# Jobs that a sweep asks about at a time.
+_MAX_ASKED = 500
 
 JobData = bytes | npt.NDArray[Any]
 """What a file holds."""
@@ -46,7 +48,7 @@ class JobFiles:
 
     def __init__(self, directory: Path, archive_url: str | None) -> None:
         self._objects: Objects = (
-            DirectoryObjects(directory / _FOLDER) if archive_url is None else open_objects(archive_url, _FOLDER)
+            DirectoryObjects(directory / JOB_FILES) if archive_url is None else open_objects(archive_url, JOB_FILES)
         )
 
     def put(self, job_id: str, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
@@ -119,12 +121,12 @@ class JobFiles:
         except OSError as error:
             raise MediaError(f"files of {job_id} cannot be removed: {error}") from error
 
-    def sweep(self, known: Callable[[str], bool], older_than_s: float, now_s: float) -> int:
-        """Remove files of jobs that nobody knows any more, and what killed writers left.
+    def sweep(self, needed: Callable[[Sequence[str]], Mapping[str, bool]], older_than_s: float, now_s: float) -> int:
+        """Remove files that jobs do not need any more, those of no job, and what killed writers left.
 
         Args:
-            known: whether there is a job of this id.
-            older_than_s: the last file of such a job is at least so old: a job's files are there before the job is.
+            needed: ids of up to 500 jobs -> of those that are there, whether their files are to stay.
+            older_than_s: the last file of one that is not there is at least so old: files come before their job.
             now_s: seconds since 1970.
 
         Returns:
@@ -132,15 +134,22 @@ class JobFiles:
 
         Raises:
             MediaError: the store cannot be used.
-            Exception: whatever ``known`` raised.
+            Exception: whatever ``needed`` raised.
         """
         num_removed = 0
         try:
             self._objects.sweep(older_than_s, now_s)
-            for job_id in filter(JOB_ID.fullmatch, self._objects.folders()):
-                if not known(job_id) and now_s - self._written_s(job_id) > older_than_s:
-                    self._objects.remove(job_id)
-                    num_removed += 1
+            there = list(filter(JOB_ID.fullmatch, self._objects.folders()))
+            for first in range(0, len(there), _MAX_ASKED):
+                some = there[first : first + _MAX_ASKED]
+                found = needed(some)
+                for job_id in some:
+                    is_kept = found.get(job_id)
+                    if is_kept is None:
+                        is_kept = now_s - self._written_s(job_id) <= older_than_s
+                    if not is_kept:
+                        self._objects.remove(job_id)
+                        num_removed += 1
         except OSError as error:
             raise MediaError(f"files of jobs cannot be swept: {error}") from error
         return num_removed

@@ -40,7 +40,7 @@ class KeyLimits:
 
     Attributes:
         max_queued: jobs that wait.
-        max_running: jobs that run.
+        max_running: jobs that run, in each lane.
     """
 
     max_queued: int | None = None

@@ -4,7 +4,7 @@ The order is weighted fair queueing by a self-clocked virtual time (Golestani 19
 lane are a flow. A new job's place is behind the last one of its flow that waits, and behind the lane's virtual time, by
 its work over its class's share; that time is the place of the job that was begun last. So classes get their shares of
 the work and owners of a class equal ones. Who sends many jobs waits behind the own ones. Who was away has saved
-nothing, and what was cancelled costs nothing.
+nothing. What was cancelled costs nothing where none of its flow waits behind it; those that do keep their places.
 
 What changes anything here is done in a transaction that decides alone (``is_queue``).
 """
@@ -37,7 +37,7 @@ class QueueLimits:
     Attributes:
         max_queued: jobs that wait.
         max_queued_per_key: of one API key that says nothing else; without keys there is no such bound.
-        max_running_per_key: the same of jobs that run; None = any number.
+        max_running_per_key: the same of jobs that run, in each lane; None = any number.
         classes: class -> its share of the work while others wait as well.
     """
 

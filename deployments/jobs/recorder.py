@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from deployments.jobs.job import Job, JobsError, LeaseLost, Outcome, Progress
+from deployments.jobs.job import IllegalTransition, Job, JobsError, LeaseLost, Outcome, Progress
 from deployments.jobs.store import JobStore, Lease
 from deployments.messages import (
     ChunkEncoded,
@@ -56,7 +56,7 @@ class Recorder:
     def __init__(self, store: JobStore, job: Job, lost: Callable[[JobsError], None], patience_s: float) -> None:
         self._store = store
         self._patience_s = patience_s
-        self._lease = Lease(job.job_id, job.lease)
+        self._job, self._lease = job, Lease(job.job_id, job.lease)
         # Who waits for a job is told its steps as they come: they are not history.
         self._has_followers = job.attached_to is None
         self._lost = lost
@@ -133,11 +133,16 @@ class Recorder:
             ended: Job = await tries.of(lambda: self._store.finish(self._lease, outcome, keep_media_s=keep_media_s))
         except LeaseLost:
             # Of a try that seemed to fail only the answer may have been lost.
-            found = await in_thread(self._store.get, self._lease.job_id) if tries.num_failed else None
-            if found is None or found.state is not outcome.state:
+            found = await tries.of(lambda: self._store.get(self._job.job_id)) if tries.num_failed else None
+            if found is None or not self._is_own_end(found, outcome):
                 raise
             return found
         return ended
+
+    def _is_own_end(self, found: Job, outcome: Outcome) -> bool:
+        """Whether a job has ended as it was to, and not by another runner."""
+        claim = self._job.runner, self._job.attempts
+        return found.state is outcome.state and (found.runner, found.attempts) == claim
 
     def _add(self, kind: str | None = None, data: Mapping[str, Any] | None = None, **progress: Any) -> None:
         if kind is not None and self._has_followers:
@@ -205,13 +210,13 @@ class Tries:
         """What is written returns.
 
         Raises:
-            LeaseLost: the job is another runner's, or gone.
+            LeaseLost, IllegalTransition: the job is another runner's, or gone; it must not be written.
             JobsError: the database is away for longer.
         """
         while True:
             try:
                 return await in_thread(write)
-            except LeaseLost:
+            except (LeaseLost, IllegalTransition):
                 raise
             except JobsError:
                 self.num_failed += 1

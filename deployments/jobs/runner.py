@@ -15,10 +15,8 @@ import contextlib
 import contextvars
 import logging
 import os
-import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +27,11 @@ from deployments.errors import typed
 from deployments.jobs.checkpoints import CHECKPOINT, Checkpoints
 from deployments.jobs.cost import Throughput
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job import Job, JobCancelled, JobsError, JobState, Lane, LeaseLost, Outcome
+from deployments.jobs.job import Job, JobCancelled, JobState, Lane, LeaseLost, Outcome
+from deployments.jobs.leases import Leases
 from deployments.jobs.recorder import Recorder, Tries, result_of
 from deployments.jobs.request_codec import decoded
+from deployments.jobs.run import RESTART_S, Run, Stop
 from deployments.jobs.runner_spec import MakeWalk, RunnerSpec, TellFailure
 from deployments.jobs.store import JobStore, Lease
 from deployments.logs import watched_request
@@ -45,23 +45,8 @@ logger = logging.getLogger("ray.serve")
 
 # Between two looks at where a caller's job stands in the queue.
 _POSITION_PERIOD_S = 1.0
-# Renewals in the time of a lease: two may fail.
-_RENEWALS = 4
-# Leases that pass before a runner that cannot renew them stops: a slow database is no reason to begin anew, and of two
-# runners that have one job for a while one writes it down.
-_PATIENCE = 2
-# Between two looks whether the owner of a running job has cancelled it.
-_LOOK_S = 0.5
 # After an error of the loop's own: a database that is away, say.
 _PAUSE_S = 1.0
-_RESTART_S = 30.0
-# Why runs are stopped.
-_LOST = "it was deleted, or another runner has it"
-_AWAY = "the database of jobs cannot be used"
-_GIVEN_BACK = "given back"
-_SHUT_DOWN = "the app is being stopped"
-_LEFT = "its caller has left"
-_CANCELLED = "cancelled by its owner"
 
 
 @dataclass(eq=False)
@@ -69,28 +54,12 @@ class _Caller:
     """Who waits for an attached job."""
 
     context: RequestContext
+    # From then on its job is there.
+    is_following: bool = False
     # A request has as many events as steps and chunks, which are bounded.
     items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     has_begun: bool = False
     has_ended: bool = False
-
-
-@dataclass(eq=False)
-class _Run:
-    job: Job
-    task: asyncio.Task[None] | None = None
-    # Between the begin and the end nothing is interrupted.
-    is_walking: bool = False
-    # Why it was stopped from outside; None while it goes on by itself.
-    stopped: str | None = None
-    checkpoints: Checkpoints | None = None
-    # Of the file that this run has begun.
-    media_id: str = ""
-
-    @property
-    def old_media_id(self) -> str:
-        """Of the file that an earlier run of the job has begun."""
-        return self.job.media_id
 
 
 class JobRunner:
@@ -123,17 +92,16 @@ class JobRunner:
         self._check, self._make_walk, self._tell_failure = check, make_walk, tell_failure
         self._is_told = is_told
         self._spec = spec
-        self._patience_s = _PATIENCE * spec.lease_s
         self._callers: dict[str, _Caller] = {}
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self._throughput: dict[Lane, Throughput] = {}
         self._wake = asyncio.Event()
-        self._renewer = ThreadPoolExecutor(1, thread_name_prefix="leases")
+        self._leases = Leases(store, self.runner_id, spec.lease_s, self._runs)
         self._is_draining = self._is_released = False
         # Contexts of their own: a task made inside a request would be cancelled with that request.
         self._alive: set[asyncio.Task[Any]] = set()
-        for loop in (self._claim_loop(), self._renew_loop()):
-            self._detached(loop)
+        self._claiming = self._detached(self._claim_loop())
+        self._detached(self._leases.keep())
 
     @property
     def num_in_hand(self) -> int:
@@ -150,16 +118,30 @@ class JobRunner:
         return self.num_in_hand
 
     async def release(self) -> None:
-        """Give back what runs and nobody waits for, to be gone on with by the next runner; stop the rest."""
+        """Give back what runs and nobody waits for, to be gone on with by the next runner; stop the rest.
+
+        Nothing is begun any more. Callers who wait are told, and their jobs are cancelled when this has returned.
+        """
         self._is_draining = self._is_released = True
         self.nudge()
-        for caller in self._callers.values():
-            if not caller.has_begun:
-                caller.items.put_nowait(ShuttingDown(_RESTART_S))
+        waiting = [job_id for job_id, caller in self._callers.items() if not (caller.has_begun or caller.has_ended)]
+        queued = [job_id for job_id in waiting if self._shut_out(self._callers[job_id])]
         runs = list(self._runs.values())
         for run in runs:
-            self._stop(run, _GIVEN_BACK if run.job.attached_to is None else _SHUT_DOWN)
-        await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
+            run.stop(Stop.GIVEN_BACK if run.job.attached_to is None else Stop.SHUT_DOWN)
+        tasks = [run.task for run in runs if run.task is not None]
+        await asyncio.gather(self._cancel_all(queued), *tasks, return_exceptions=True)
+
+    def _shut_out(self, caller: _Caller) -> bool:
+        """Tell a caller who waits of the shutdown; returns whether its job is there, to be cancelled."""
+        caller.items.put_nowait(ShuttingDown(RESTART_S))
+        # Else it is about to be created, and is cancelled when the caller leaves.
+        caller.has_ended = caller.is_following
+        return caller.is_following
+
+    async def _cancel_all(self, job_ids: Sequence[str]) -> None:
+        await asyncio.wait([self._claiming])  # it may have claimed one, and gives it back then
+        await asyncio.gather(*map(self._cancel_queued, job_ids))
 
     def expect(self, job_id: str, context: RequestContext) -> None:
         """Say before an attached job is created that its events are for a caller here."""
@@ -175,7 +157,7 @@ class JobRunner:
         if caller is None or caller.has_ended:
             return
         if (run := self._runs.get(job_id)) is not None:
-            self._stop(run, _LEFT)
+            run.stop(Stop.LEFT)
         else:
             self._detached(self._cancel_queued(job_id))
 
@@ -188,13 +170,14 @@ class JobRunner:
             Exception: what the job failed with.
         """
         caller = self._callers[job.job_id]
+        caller.is_following = True
         self.nudge()
         position: int | None = None
         while True:
             item = await self._next(caller)
             if item is None:  # it waits, and it is time to look where
                 found = None if caller.has_begun else await in_thread(self._store.get, job.job_id)
-                if caller.has_begun:
+                if caller.has_begun or not caller.items.empty():
                     continue
                 if found is None or found.state.is_final:
                     raise JobCancelled(job.job_id, "" if found is None else found.error_message)
@@ -228,6 +211,7 @@ class JobRunner:
                     while sum(run.job.lane == lane for run in self._runs.values()) < max_running:
                         if (job := await in_thread(self._claim, lane)) is None:
                             break
+                        _tell_claim(job)
                         # It may have been claimed just before.
                         if self._is_released or (self._is_draining and job.attached_to is None):
                             await in_thread(self._store.give_back, Lease(job.job_id, job.lease))
@@ -254,24 +238,19 @@ class JobRunner:
         )
 
     def _begin(self, job: Job) -> None:
-        run = self._runs[job.job_id] = _Run(job)
+        run = self._runs[job.job_id] = Run(job)
         if (caller := self._callers.get(job.job_id)) is not None:
             caller.has_begun = True
         elif job.attached_to is not None:
-            run.stopped = _LEFT
-        assert job.started_s is not None, "it was claimed"
-        if job.attempts == 1 and job.step == 0:  # not given back
-            metrics().waited_in_queue(job.lane, job.service_class, job.started_s - job.created_s)
-        elif job.attempts > 1:
-            metrics().taken_over()
+            run.stop(Stop.LEFT)
         run.task = self._detached(self._run(run, caller))
 
     # Running
 
-    async def _run(self, run: _Run, caller: _Caller | None) -> None:
+    async def _run(self, run: Run, caller: _Caller | None) -> None:
         """One claimed job, to its end, whatever that is. Raises nothing."""
         job = run.job
-        recorder = Recorder(self._store, job, lambda error: self._stop(run, _reason(error)), self._patience_s)
+        recorder = Recorder(self._store, job, run.cannot_be_written, self._leases.patience_s)
         finished: Finished | None = None
         failure: Exception | None = None
         if run.stopped is None:
@@ -279,14 +258,14 @@ class JobRunner:
             try:
                 async for event in self._walk(run, caller):
                     recorder.note(event)
-                    if isinstance(event, FileStarted):
+                    if isinstance(event, FileStarted | Finished):
                         run.media_id = event.media_id
                     if isinstance(event, Finished):
                         finished = event
                     elif caller is not None:
                         caller.items.put_nowait(event)
             except asyncio.CancelledError:
-                pass  # by _stop, which has said why
+                pass  # by whoever stopped it, and has said why
             except Exception as error:  # noqa: BLE001 - whatever a stage raised ends the job, and nothing else
                 meaning = typed(error, "director")
                 failure = meaning if isinstance(meaning, Exception) else error
@@ -294,8 +273,8 @@ class JobRunner:
         try:
             await self._end(run, recorder, finished, failure)
         except LeaseLost:
-            run.stopped = run.stopped or _LOST
-            failure = failure or _why(run)
+            run.stop(Stop.LOST)
+            failure = failure or run.why()
             await self._tidy_lost(run)
         except Exception as error:
             logger.exception("the end of %s could not be written down", job.job_id)
@@ -305,13 +284,13 @@ class JobRunner:
         if caller is not None:
             # What the database does not know is not told: the file might be made once more.
             caller.has_ended = True
-            caller.items.put_nowait(failure or finished or _why(run))
+            caller.items.put_nowait(failure or finished or run.why())
 
-    async def _walk(self, run: _Run, caller: _Caller | None) -> AsyncIterator[Event]:
+    async def _walk(self, run: Run, caller: _Caller | None) -> AsyncIterator[Event]:
         job = run.job
-        if run.old_media_id:
-            # Its writer may have died without a word: whoever watches it is told.
-            await in_thread(self._media.fail, run.old_media_id, "the job was taken over by another runner")
+        if job.media_id:
+            # An earlier run's, whose writer may have died without a word: whoever watches it is told.
+            await in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
         context = (
             RequestContext.new(job.request_id, self._spec.run_timeout_s, job.job_id)
             if caller is None
@@ -326,106 +305,76 @@ class JobRunner:
         del resolved, begin_from
         assert job.started_s is not None, "it was claimed"
         events = watched_request(walk.events(), context, job.mode, job.started_s - job.created_s)
-        try:
-            async with aclosing(events) as watched:
-                async for event in watched:
-                    yield event
-        finally:
-            await checkpoints.settle()
+        async with aclosing(events) as watched:
+            async for event in watched:
+                yield event
 
-    async def _end(self, run: _Run, recorder: Recorder, finished: Finished | None, failure: Exception | None) -> None:
-        job, lease = run.job, Lease(run.job.job_id, run.job.lease)
-        if finished is None and run.stopped in (_LOST, _AWAY):
-            raise LeaseLost(job.job_id)
-        if finished is None and run.stopped == _GIVEN_BACK:
+    async def _end(self, run: Run, recorder: Recorder, finished: Finished | None, failure: Exception | None) -> None:
+        if finished is None and run.is_out_of_hand:
+            raise LeaseLost(run.job.job_id)
+        if finished is None and run.stopped is Stop.GIVEN_BACK:
             if run.checkpoints is not None:
                 await run.checkpoints.write_last()
-            await Tries(self._patience_s).of(lambda: self._store.give_back(lease))
+            lease = Lease(run.job.job_id, run.job.lease)
+            await Tries(self._leases.patience_s).of(lambda: self._store.give_back(lease))
             return
         if finished is not None:  # whoever wanted it stopped came too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
         elif failure is not None:
             code, message = self._tell_failure(failure)
             if not self._is_told(failure):
-                logger.error("%s failed", job.job_id, exc_info=failure)
+                logger.error("%s failed", run.job.job_id, exc_info=failure)
             outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
         else:
-            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(_why(run)))
+            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(run.why()))
         ended = await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
+        await self._tidy_ended(run, ended)
+
+    async def _tidy_ended(self, run: Run, ended: Job) -> None:
+        """Count a job that has ended, and remove what it leaves."""
+        is_completed = ended.state is JobState.COMPLETED
         try:
             _tell_end(ended)
-            if finished is not None:
-                await self._measure(job)
+            if run.checkpoints is not None:
+                await run.checkpoints.settle()
             # Inputs stay for a remix of what was made; of anything else they would fill the disk for nothing.
-            is_kept = finished is not None and job.attached_to is None
-            await in_thread(self._files.remove, job.job_id, CHECKPOINT if is_kept else None)
+            is_kept = is_completed and ended.attached_to is None
+            await in_thread(self._files.remove, ended.job_id, CHECKPOINT if is_kept else None)
+            if is_completed:
+                await self._measure(run.job, ended)
         except Exception:  # the job has ended all the same, and its caller is told so
-            logger.exception("what %s leaves could not be tidied up", job.job_id)
+            logger.exception("what %s leaves could not be tidied up", ended.job_id)
 
-    async def _tidy_lost(self, run: _Run) -> None:
-        """What a run leaves whose job is another runner's, or gone."""
+    async def _tidy_lost(self, run: Run) -> None:
+        """Remove what a run leaves whose job is another runner's, or gone."""
         job_id = run.job.job_id
         try:
+            if run.checkpoints is not None:
+                await run.checkpoints.settle()
             now = await in_thread(self._store.get, job_id)
             if now is None:
                 await in_thread(self._files.remove, job_id)
             if run.media_id and (now is None or now.media_id != run.media_id):
                 await in_thread(self._media.remove, run.media_id)
-        except Exception:  # it expires
+        except Exception:  # what nobody removes expires
             logger.exception("what %s leaves could not be tidied up", job_id)
 
-    async def _measure(self, job: Job) -> None:
+    async def _measure(self, job: Job, ended: Job) -> None:
+        """Enter how fast a job was done; it is given as it was claimed, and as it ended."""
         assert job.started_s is not None, "it was claimed"
+        assert ended.completed_s is not None, "it has ended"
         throughput = self._throughput.setdefault(job.lane, Throughput())
         # Of one that was gone on with, what was left of it when it was claimed.
         work = job.work * max(1 - job.step / job.num_steps, 1 / job.num_steps)
-        work_per_s = throughput.finished(work, job.started_s, time.time())
+        work_per_s = throughput.finished(work, job.started_s, ended.completed_s)
         await in_thread(self._store.note_rate, self._spec.model, job.lane, work_per_s)
-
-    # Leases, and the end of what nobody wants
-
-    async def _renew_loop(self) -> None:
-        spec, loop = self._spec, asyncio.get_running_loop()
-        renewed_s = time.monotonic()
-        while True:
-            # More often while something runs: cancellations are found here as well.
-            await asyncio.sleep(min(spec.lease_s / _RENEWALS, _LOOK_S if self._runs else spec.lease_s))
-            runs = dict(self._runs)
-            leases = [Lease(run.job.job_id, run.job.lease) for run in runs.values()]
-            asked_s = time.monotonic()
-            lost: set[str] = set()
-            cancelling: set[str] = set()
-            try:
-                # In a thread of its own: it must not wait behind files that are written.
-                renewing = loop.run_in_executor(self._renewer, self._store.renew, self.runner_id, leases, spec.lease_s)
-                async with asyncio.timeout(max(renewed_s + self._patience_s - asked_s, 0.1)):
-                    lost, cancelling = await asyncio.shield(renewing)
-                renewed_s = asked_s
-            except Exception:  # late, or whatever the database raised
-                logger.exception("leases of jobs cannot be renewed")
-            if time.monotonic() - renewed_s > self._patience_s:
-                lost = set(runs)  # what another runner has had for a while is not run here as well
-            for job_id in lost:
-                self._lost(job_id)
-            for job_id in cancelling:
-                if (run := self._runs.get(job_id)) is not None:
-                    self._stop(run, _CANCELLED)
-
-    def _lost(self, job_id: str) -> None:
-        if (run := self._runs.get(job_id)) is not None:
-            self._stop(run, _LOST)
-
-    def _stop(self, run: _Run, reason: str) -> None:
-        if run.stopped is None:
-            run.stopped = reason
-            if run.is_walking and run.task is not None:
-                run.task.cancel()
 
     async def _cancel_queued(self, job_id: str) -> None:
         try:
             job = await in_thread(self._store.cancel, job_id)
             if job is not None and job.state.is_final:
-                _tell_end(job)
+                if job.attempts == 0:  # a run tells its own end
+                    _tell_end(job)
                 await in_thread(self._files.remove, job_id)
         except Cosmos3Error:
             logger.exception("%s could not be cancelled", job_id)
@@ -437,19 +386,13 @@ class JobRunner:
         return task
 
 
+def _tell_claim(job: Job) -> None:
+    assert job.started_s is not None, "it was claimed"
+    if job.last_seq == 1:  # its first claim; what was given back has had one before
+        metrics().waited_in_queue(job.lane, job.service_class, job.started_s - job.created_s)
+    elif job.attempts > 1:
+        metrics().taken_over()
+
+
 def _tell_end(job: Job) -> None:
     metrics().request_ended(job.mode, job.state, (job.completed_s or job.created_s) - job.created_s)
-
-
-def _reason(error: JobsError) -> str:
-    """Why a run is stopped of which nothing can be written down."""
-    return _LOST if isinstance(error, LeaseLost) else _AWAY
-
-
-def _why(run: _Run) -> Exception:
-    """What the caller of a job that was stopped is told."""
-    if run.stopped == _SHUT_DOWN:
-        return ShuttingDown(_RESTART_S)
-    if run.stopped == _AWAY:
-        return JobsError(f"{_AWAY}, and {run.job.job_id} was given up")
-    return JobCancelled(run.job.job_id, run.stopped or "its walk ended without a result")

@@ -32,7 +32,7 @@ from deployments.jobs.queue import Ahead, ClassLoad, QueueLimits, QueueLoad
 from deployments.jobs.rows import change, end, events_after, find, job_of, leased
 from deployments.jobs.schema import JOBS, RUNNERS
 
-__all__ = ["Ahead", "ClassLoad", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
+__all__ = ["Ahead", "ClassLoad", "FileNeed", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
 
 # Ended jobs that one transaction of a sweep removes, with up to 10,000 events each, and one sweep.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
@@ -50,6 +50,19 @@ class Lease:
 
     job_id: str
     lease: str
+
+
+@dataclass(frozen=True)
+class FileNeed:
+    """Until when a job needs the files that it came with.
+
+    Attributes:
+        until_s: seconds since 1970, of a completed one for a remix; 0 = not any more, None = until its end.
+        media_id: of a completed one, its clip, without which it does not need them; "" where it has none.
+    """
+
+    until_s: float | None
+    media_id: str
 
 
 @dataclass(frozen=True)
@@ -205,12 +218,6 @@ class JobStore:
         with self._database.reading() as connection:
             return queue.load_of(connection, model)
 
-    def num_running(self, model: str, owner: str) -> int:
-        """How many jobs of an owner run."""
-        running = (JOBS.c.model == model, JOBS.c.state == JobState.IN_PROGRESS.value, JOBS.c.owner == owner)
-        with self._database.reading() as connection:
-            return connection.execute(select(func.count()).select_from(JOBS).where(*running)).scalar_one()
-
     def runners(self, model: str, silent_s: float) -> tuple[str, ...]:
         """Runners of a model that were heard of in the last ``silent_s`` seconds."""
         alive = (RUNNERS.c.model == model, RUNNERS.c.seen_s >= self._clock() - silent_s)
@@ -337,28 +344,14 @@ class JobStore:
         Returns:
             The job as it is now; None as :meth:`get`.
         """
-        return self._ended(job_id, owner, _CANCELLED)
-
-    def fail_queued(self, job_id: str, error_code: str, error_message: str) -> Job | None:
-        """Fail a job that waits; any other stays as it is.
-
-        Returns:
-            The job as it is now; None where there is none.
-        """
-        outcome = Outcome(JobState.FAILED, error_code=error_code, error_message=error_message)
-        return self._ended(job_id, None, outcome)
-
-    def _ended(self, job_id: str, owner: str | None, outcome: Outcome) -> Job | None:
         if not _is_id(job_id):
             return None
         with self._database.writing(is_queue=True) as connection:
             job = find(connection, job_id, owner, to_change=True)
-            if job is None or job.state.is_final:
+            if job is None or job.state.is_final or job.is_cancelling:
                 return job
             if job.state is JobState.QUEUED:
-                return end(connection, job, outcome, self._clock())
-            if outcome.state is not JobState.CANCELLED or job.is_cancelling:
-                return job
+                return end(connection, job, _CANCELLED, self._clock())
             return change(connection, job, JobState.IN_PROGRESS, self._clock(), is_cancelling=True)
 
     def delete(self, job_id: str, owner: str | None = None) -> Job | None:
@@ -374,6 +367,27 @@ class JobStore:
             if job is not None:
                 connection.execute(delete(JOBS).where(JOBS.c.job_id == job_id))  # its events go with it
         return job
+
+    def file_needs(self, job_ids: Sequence[str]) -> dict[str, FileNeed]:
+        """Of some jobs those that are there, and whether they need their files.
+
+        Args:
+            job_ids: some hundreds of them.
+        """
+        names = ("job_id", "state", "attached_to", "expires_s", "media_id")
+        query = select(*(JOBS.c[name] for name in names)).where(JOBS.c.job_id.in_(job_ids))
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        now_s = self._clock()
+        found = {}
+        for row in rows:
+            need = FileNeed(None, "")
+            if JobState(row.state).is_final:
+                # To be made again, as long as what was made is there.
+                is_kept = row.state == JobState.COMPLETED and row.attached_to is None and (row.expires_s or 0.0) > now_s
+                need = FileNeed(row.expires_s if is_kept else 0.0, row.media_id)
+            found[row.job_id] = need
+        return found
 
     def sweep(self, keep_s: float, max_kept: int | None = None) -> Sequence[Job]:
         """Forget jobs that ended longer ago, and the longest ended ones beyond a number; at most 1000 at a time.

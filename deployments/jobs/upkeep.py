@@ -6,12 +6,12 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job
-from deployments.jobs.store import JobStore
+from deployments.jobs.store import FileNeed, JobStore
 from deployments.media_store import MediaStore
 from deployments.metrics import metrics
 from deployments.threads import in_thread
@@ -19,6 +19,7 @@ from deployments.threads import in_thread
 logger = logging.getLogger("ray.serve")
 
 _SWEEP_PERIOD_S = 60.0
+_SWEEPS_PER_KEEP = 100
 # Files are there before their job is: those of a job that is not there after so long belong to none.
 _ORPHAN_S = 3600.0
 _TELL_PERIOD_S = 5.0
@@ -46,7 +47,13 @@ class Upkeep:
     def start(self) -> list[asyncio.Task[None]]:
         """Begin, inside an event loop; whoever calls holds on to the tasks."""
         loop = asyncio.get_running_loop()
-        work = ((self.sweep, _SWEEP_PERIOD_S), (self.tell, _TELL_PERIOD_S))
+        # To list an archive costs money.
+        files_period_s = _SWEEP_PERIOD_S if self.media.archive is None else self.media.keep_s / _SWEEPS_PER_KEEP
+        work = (
+            (self.sweep, _SWEEP_PERIOD_S),
+            (self.sweep_files, max(files_period_s, _SWEEP_PERIOD_S)),
+            (self.tell, _TELL_PERIOD_S),
+        )
         return [loop.create_task(_repeated(*each), context=contextvars.Context()) for each in work]
 
     def sweep(self) -> None:
@@ -54,7 +61,27 @@ class Upkeep:
         self.store.fail_unserved(self.keep_s)
         for job in self.store.sweep(self.keep_s, self.max_kept):
             self.remove_files(job)
-        self.files.sweep(lambda job_id: self.store.get(job_id) is not None, _ORPHAN_S, time.time())
+
+    def sweep_files(self) -> None:
+        """Remove what jobs came with that will not be run, and are not to be made again.
+
+        For that a completed one's stays as long as its clip; not even so long where there is too much of it.
+        """
+        spare: dict[str, float] = {}
+
+        def needed(job_ids: Sequence[str]) -> dict[str, bool]:
+            needs = self.store.file_needs(job_ids)
+            spare.update({job_id: need.until_s for job_id, need in needs.items() if need.until_s is not None})
+            return {job_id: self._is_needed(need) for job_id, need in needs.items()}
+
+        self.files.sweep(needed, _ORPHAN_S, time.time())
+        for job_id in self.media.spare_job_files(spare):
+            self.files.remove(job_id)
+
+    def _is_needed(self, need: FileNeed) -> bool:
+        if need.until_s is None:
+            return True
+        return need.until_s > 0 and (not need.media_id or self.media.find(need.media_id) is not None)
 
     def tell(self) -> None:
         """Set the gauges of jobs."""

@@ -147,6 +147,19 @@ def test_without_followers_nobody_asks_the_database(api: Api, monkeypatch: pytes
     api.run(come_and_go())
 
 
+def test_a_number_that_is_not_there_yet_hides_nothing(api: Api) -> None:
+    told = api.created()
+    job = api.claimed()
+
+    async def follow() -> None:
+        follower = await Follower(api, path_of(told), {"last-event-id": "5000"}).begin()
+        api.completed(job, None)
+        assert b"event: completed" in await follower.to_its_end()
+        await idle(api)
+
+    api.run(follow())
+
+
 def test_who_has_the_last_event_gets_no_more(api: Api) -> None:
     told = api.created()
     last = api.completed(api.claimed(), None).last_seq

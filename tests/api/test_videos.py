@@ -13,6 +13,7 @@ from cluster.errors import OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from deployments.jobs.job import JobsError, JobState
 from tests.api.fake_service import Api, lease_of
+from tests.api.known_jobs import png
 
 UNKNOWN = "video_gen_" + "0" * 32
 
@@ -173,6 +174,15 @@ def test_a_job_that_waits_is_cancelled_at_once(api: Api) -> None:
     now = api.post(f"/v1/videos/{told['id']}/cancel").json()
     assert (now["status"], now["error"]["code"]) == ("failed", "cancelled")
     assert api.post(f"/v1/videos/{told['id']}/cancel").json() == now, "it stays as it is"
+
+
+def test_what_a_cancelled_job_came_with_goes_at_once(api: Api) -> None:
+    told = api.post(
+        "/v1/videos", files={"prompt": (None, "a"), "input_reference": ("a.png", png(), "image/png")}
+    ).json()
+    assert api.service.files.exists(told["id"], "image")
+    api.post(f"/v1/videos/{told['id']}/cancel")
+    assert not api.service.files.exists(told["id"], "image")
 
 
 def test_the_runner_of_a_job_is_told_to_stop(api: Api) -> None:

@@ -272,3 +272,16 @@ def test_a_connection_that_the_server_has_closed_is_made_anew(fresh_postgres_url
     assert runners(opened) == set()
     opened.close()
     other.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead_s", [-30.0, 30.0])
+def test_a_clock_that_goes_wrong_is_refused(
+    ahead_s: float, fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leases would run out at once, or not at all."""
+    Database(fresh_postgres_url).close()
+    now = time.time
+    monkeypatch.setattr(database.time, "time", lambda: now() + ahead_s)
+    with pytest.raises(JobsError, match="clock is [+-](29|30)[.0-9]* s from that of jobs_.*allowed are 2 s.*NTP"):
+        Database(fresh_postgres_url)

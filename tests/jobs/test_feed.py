@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
+from deployments.jobs import feed as feeds
 from deployments.jobs.feed import EventFeed
-from deployments.jobs.job import JobEvent
+from deployments.jobs.job import JobEvent, Progress
 from deployments.jobs.store import JobStore
 from tests.jobs.making import COMPLETED, LIMITS, claimed, lease_of, new_job
 
@@ -34,3 +35,33 @@ def test_any_number_is_the_number_of_an_event(after: int, seqs: list[int], store
     mine, others = asyncio.run(both())
     assert [event.seq for event in mine] == seqs
     assert [event.kind for event in others] == ["started", "completed"]
+
+
+def test_many_who_follow_long_stories_take_turns(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's begin is behind another one's end, and nobody waits between two full looks."""
+    monkeypatch.setattr(feeds, "_MAX_EVENTS", 10)
+    monkeypatch.setattr(feeds, "_POLL_S", DEADLINE_S / 10)
+    ids = []
+    for _ in range(4):
+        store.create(new_job(), LIMITS)
+        job = claimed(store)
+        store.record(lease_of(job), Progress(step=1), [("step", {"step": number}) for number in range(30)])
+        store.finish(lease_of(job), COMPLETED, keep_media_s=60.0)
+        ids.append(job.job_id)
+    order: list[str] = []
+
+    async def all_of_them() -> None:
+        feed = EventFeed(store, max_followers=4)
+
+        async def follow(job_id: str) -> None:
+            async for _ in feed.follow(job_id, 0, DEADLINE_S):
+                order.append(job_id)
+
+        async with asyncio.timeout(DEADLINE_S / 2):
+            await asyncio.gather(*map(follow, ids))
+
+    asyncio.run(all_of_them())
+    assert len(order) == 4 * 32
+    firsts = [order.index(job_id) for job_id in ids]
+    ends = [len(order) - 1 - order[::-1].index(job_id) for job_id in ids]
+    assert max(firsts) < min(ends)

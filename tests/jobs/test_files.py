@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def test_every_damage_is_found(place: Place) -> None:
         place.files.get(job_id, "checkpoint")
 
 
-def test_a_sweep_takes_what_nobody_knows(place: Place) -> None:
+def test_a_sweep_takes_what_nobody_needs(place: Place) -> None:
     known, fresh, old = new_job_id(), new_job_id(), new_job_id()
     for job_id in (known, old):
         place.files.put(job_id, "image", DATA)
@@ -167,14 +167,14 @@ def test_a_sweep_takes_what_nobody_knows(place: Place) -> None:
     place.raw.pipe_file(place.path("mine", "notes"), b"no job")
     asked: list[str] = []
 
-    def is_known(job_id: str) -> bool:
-        asked.append(job_id)
-        return job_id == known
+    def needed(job_ids: Sequence[str]) -> set[str]:
+        asked.extend(job_ids)
+        return {known}
 
-    assert place.files.sweep(is_known, KEEP_S, now_s + KEEP_S - 1) == 0
+    assert place.files.sweep(needed, KEEP_S, now_s + KEEP_S - 1) == 0
     place.files.put(fresh, "image", DATA)
-    assert place.files.sweep(lambda _: True, 0, now_s + 10 * KEEP_S) == 0
-    assert place.files.sweep(is_known, KEEP_S, now_s + KEEP_S + 5) == 2
+    assert place.files.sweep(set, 0, now_s + 10 * KEEP_S) == 0
+    assert place.files.sweep(needed, KEEP_S, now_s + KEEP_S + 5) == 2
     assert place.left() == ["mine/notes", f"{known}/image"]
     assert set(asked) == {known, fresh, old}
 
@@ -186,8 +186,8 @@ def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.M
     place.files.put(job_id, "checkpoint", DATA)
     place.raw.pipe_file(place.path(job_id, "damaged"), b"no header")
     monkeypatch.undo()
-    assert place.files.sweep(lambda _: False, KEEP_S, now_s + 5.5 * KEEP_S) == 0
-    assert place.files.sweep(lambda _: False, KEEP_S, now_s + 7 * KEEP_S) == 1
+    assert place.files.sweep(lambda _: set(), KEEP_S, now_s + 5.5 * KEEP_S) == 0
+    assert place.files.sweep(lambda _: set(), KEEP_S, now_s + 7 * KEEP_S) == 1
 
 
 def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
         data = files.get(job_id, "checkpoint")
         assert isinstance(data, bytes)
         assert data == b"before" or (len(data) == 3_000_000 and len(set(data)) == 1)
-    files.sweep(lambda _: True, KEEP_S, time.time() + 2 * KEEP_S)
+    files.sweep(set, KEEP_S, time.time() + 2 * KEEP_S)
     assert os.listdir(tmp_path / "jobs") == [job_id]
     assert os.listdir(tmp_path / "jobs" / job_id) == ["checkpoint"]
 
@@ -317,7 +317,7 @@ def test_no_message_has_credentials(tmp_path: Path) -> None:
         lambda: files.get(job_id, "image"),
         lambda: files.exists(job_id, "image"),
         lambda: files.remove(job_id),
-        lambda: files.sweep(lambda _: False, 0, 0),
+        lambda: files.sweep(lambda _: set(), 0, 0),
     ):
         with pytest.raises(MediaError, match=r"unreachable://\*\*\*@host/prefix: RuntimeError: no such host") as raised:
             work()

@@ -185,7 +185,7 @@ def test_a_second_opening_changes_nothing(old_url: str, monkeypatch: pytest.Monk
     JobStore.open(old_url).close()
     monkeypatch.setattr(upgrade_module, "upgrade", lambda *_: pytest.fail("it was upgraded again"))
     store = JobStore.open(old_url)
-    assert store.fail_queued(job_id(0), "a", "b") is not None
+    assert store.cancel(job_id(0)) is not None
     assert Outcome(JobState.FAILED).state is JobState.FAILED
     store.close()
 

@@ -288,7 +288,11 @@ def test_so_many_of_a_key_may_run(store: JobStore) -> None:
         wait(store, 4, owner=owner)
     order = run_out(store, limits=limits)
     assert shares(order, "owner") == {"key1": 2, "key2": 2, "": 4}
-    assert store.num_running(MODEL, "key1") == 2
+    assert claim(store, lane=Lane.IMAGE, limits=limits) is None
+    (image,) = wait(store, lane=Lane.IMAGE, owner="key1")
+    taken = claim(store, lane=Lane.IMAGE, limits=limits)
+    assert taken is not None
+    assert taken.job_id == image.job_id, "the other lane has a bound of its own"
     store.finish(lease_of(next(job for job in order if job.owner == "key1")), COMPLETED, keep_media_s=1)
     assert [job.owner for job in run_out(store, limits=limits)] == ["key1"]
 
@@ -487,7 +491,7 @@ def everything(store: JobStore) -> None:
     store.events({last.job_id: 0})
     store.ahead(wait(store)[0])
     store.load(MODEL)
-    store.num_running(MODEL, "key1")
+    store.file_needs([last.job_id])
     store.cancel(wait(store)[0].job_id)
     store.delete(last.job_id)
     store.sweep(-1.0, 0)

@@ -27,7 +27,7 @@ from deployments.jobs.job import IllegalTransition, Job, JobsError, JobState, La
 from deployments.jobs.leases import Leases
 from deployments.jobs.run import Run, Stop
 from deployments.jobs.schema import JOBS
-from deployments.messages import Finished
+from deployments.messages import Finished, QueuePosition
 from tests.jobs.making import new_job
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 
@@ -259,6 +259,40 @@ def test_who_looks_at_the_queue_during_a_shutdown_is_told_of_the_shutdown(
         goes_on.set()
         with pytest.raises(ShuttingDown):
             await asking
+
+    serve(body)
+
+
+def test_a_callers_job_that_is_claimed_during_a_shutdown_is_not_begun(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(make: Callable[..., Service]) -> None:
+        service = make()
+        claim, may_claim = service.store.claim, threading.Event()
+        claimed, goes_on = threading.Event(), threading.Event()
+
+        def slow_claim(*arguments: Any, **named: Any) -> Job | None:
+            job = claim(*arguments, **named) if may_claim.is_set() else None
+            if job is not None:
+                claimed.set()
+                goes_on.wait(DEADLINE_S)
+            return job
+
+        monkeypatch.setattr(service.store, "claim", slow_claim)
+        stream = service.stream()
+        assert isinstance(await anext(stream), QueuePosition)  # and is slow to ask for more
+        (job_id,) = service.runner._callers
+        may_claim.set()
+        while not claimed.is_set():
+            await asyncio.sleep(0.02)
+        releasing = asyncio.ensure_future(service.runner.release())
+        await asyncio.sleep(0.05)
+        goes_on.set()
+        await releasing
+        assert service.store.get(job_id).state is JobState.CANCELLED
+        assert not service.stage.walks
+        with pytest.raises(ShuttingDown):
+            await anext(stream)
 
     serve(body)
 

@@ -88,7 +88,6 @@ def test_what_is_no_id_is_no_job(store: JobStore, monkeypatch: pytest.MonkeyPatc
     for job_id in unfit:
         for action in (store.get, store.cancel, store.delete):
             assert action(job_id) is None
-        assert store.fail_queued(job_id, "code", "text") is None
 
 
 def test_what_a_database_cannot_hold_is_refused(store: JobStore) -> None:
@@ -228,7 +227,7 @@ def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> Non
     clock.passes(2 * LEASE_S)
     assert_out_of_reach(store, job)
     assert claim(store) is None
-    assert store.cancel(job.job_id) == store.fail_queued(job.job_id, "a", "b") == ended == found(store, job)
+    assert store.cancel(job.job_id) == ended == found(store, job)
 
 
 def assert_out_of_reach(store: JobStore, job: Job) -> None:
@@ -339,17 +338,8 @@ def test_a_job_that_runs_is_cancelled_by_its_runner(store: JobStore) -> None:
     job = claimed(store)
     told = store.cancel(job.job_id)
     assert told == replace(job, is_cancelling=True) == found(store, job) == store.cancel(job.job_id)
-    assert store.fail_queued(job.job_id, "a", "b") == told
     ended = store.finish(lease_of(job), OTHER, keep_media_s=1)
     assert (ended.state, ended.is_cancelling) == (JobState.CANCELLED, False)
-
-
-def test_a_job_that_waits_can_be_failed(store: JobStore) -> None:
-    job = store.create(new_job(), LIMITS)
-    failed = store.fail_queued(job.job_id, "too_late", "it waited too long")
-    assert failed == found(store, job)
-    assert (failed.state, failed.error_code, failed.error_message) == ("failed", "too_late", "it waited too long")
-    assert kinds(store, job) == ["failed"]
 
 
 @pytest.mark.parametrize("is_running", [False, True])
