@@ -62,7 +62,7 @@ class JobDesk:
         job = await in_thread(self._parts.store.cancel, job_id, owner)
         if job is not None and job.state is JobState.CANCELLED:  # it waited
             try:
-                await in_thread(self._parts.files.remove, job_id)
+                await in_thread(self._parts.upkeep.remove_files, job)
             except MediaError:  # they are swept
                 logger.exception("what %s came with could not be removed", job_id)
         return job

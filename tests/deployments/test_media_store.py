@@ -20,6 +20,8 @@ import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
 from deployments import media_store
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import new_job_id
 from deployments.media_record import DONE, FAILED, WRITING, MediaRecord
 from deployments.media_store import MediaEntry, MediaSpec, MediaStore, MediaStoreError, new_media_id
 
@@ -377,6 +379,21 @@ def test_as_many_bytes_as_may_be_stay_and_one_more_is_too_many(store: MediaStore
     assert MediaStore(store.directory, num_bytes, KEEP_S).sweep(time.time()) == 0
     assert MediaStore(store.directory, num_bytes - 1, KEEP_S).sweep(time.time()) == 1
     assert len(left(store)) == 1
+
+
+def test_files_of_jobs_count_up_to_half_of_the_bytes(tmp_path: Path) -> None:
+    store, files, job_id = MediaStore(tmp_path, max_bytes=50_000, keep_s=KEEP_S), JobFiles(tmp_path, None), new_job_id()
+    clips = [make(store, bytes(10_000)) for _ in range(4)]
+    for index, media_id in enumerate(clips):
+        age(store, media_id, 40 - 10 * index)
+    assert store.sweep(time.time()) == 0
+    files.put(job_id, "image", bytes(15_000))
+    assert store.sweep(time.time()) == 1
+    assert left(store) == sorted([*clips[1:], "jobs"])
+    files.put(job_id, "image", bytes(500_000))
+    assert store.sweep(time.time()) == 1, "two have room in the other half"
+    assert left(store) == sorted([*clips[2:], "jobs"])
+    assert len(files.get(job_id, "image")) == 500_000
 
 
 def damage(name: str) -> Callable[[dict[str, Any]], str]:

@@ -274,6 +274,13 @@ def test_a_connection_that_the_server_has_closed_is_made_anew(fresh_postgres_url
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("server_s", "ahead_s"), [(97.0, 3.0), (100.0, 0.0), (104.0, 0.0), (110.0, 0.0), (113.0, -3.0)]
+)
+def test_a_slow_answer_is_no_wrong_clock(server_s: float, ahead_s: float) -> None:
+    assert database._ahead_s(100.0, server_s, 110.0) == ahead_s
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead_s", [-30.0, 30.0])
 def test_a_clock_that_goes_wrong_is_refused(

@@ -18,6 +18,7 @@ import pytest
 
 from cosmos3_core.errors import MediaError
 from deployments import objects
+from deployments.jobs import files as files_module
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
 from deployments.media_store import MediaStore
@@ -159,24 +160,40 @@ def test_every_damage_is_found(place: Place) -> None:
 
 
 def test_a_sweep_takes_what_nobody_needs(place: Place) -> None:
-    known, fresh, old = new_job_id(), new_job_id(), new_job_id()
-    for job_id in (known, old):
+    known, fresh, old, ended = new_job_id(), new_job_id(), new_job_id(), new_job_id()
+    for job_id in (known, old, ended):
         place.files.put(job_id, "image", DATA)
     now_s = time.time()
     place.raw.makedirs(place.path("mine"))
     place.raw.pipe_file(place.path("mine", "notes"), b"no job")
     asked: list[str] = []
 
-    def needed(job_ids: Sequence[str]) -> set[str]:
+    def needed(job_ids: Sequence[str]) -> dict[str, bool]:
         asked.extend(job_ids)
-        return {known}
+        return {known: True, ended: False}
 
-    assert place.files.sweep(needed, KEEP_S, now_s + KEEP_S - 1) == 0
+    assert place.files.sweep(needed, KEEP_S, now_s + KEEP_S - 1) == 1, "of the one that has ended, however young"
     place.files.put(fresh, "image", DATA)
-    assert place.files.sweep(set, 0, now_s + 10 * KEEP_S) == 0
+    assert place.files.sweep(lambda ids: dict.fromkeys(ids, True), 0, now_s + 10 * KEEP_S) == 0
     assert place.files.sweep(needed, KEEP_S, now_s + KEEP_S + 5) == 2
     assert place.left() == ["mine/notes", f"{known}/image"]
-    assert set(asked) == {known, fresh, old}
+    assert set(asked) == {known, fresh, old, ended}
+
+
+def test_a_sweep_asks_about_some_hundred_jobs_at_a_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_MAX_ASKED", 2)
+    ids = sorted(new_job_id() for _ in range(5))
+    for job_id in ids:
+        place.files.put(job_id, "image", DATA)
+    asked: list[list[str]] = []
+
+    def needed(job_ids: Sequence[str]) -> dict[str, bool]:
+        asked.append(list(job_ids))
+        return dict.fromkeys(job_ids, job_ids[0] == ids[-1])
+
+    assert place.files.sweep(needed, KEEP_S, time.time()) == 4
+    assert asked == [ids[:2], ids[2:4], ids[4:]]
+    assert place.left() == [f"{ids[4]}/image"]
 
 
 def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +203,8 @@ def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.M
     place.files.put(job_id, "checkpoint", DATA)
     place.raw.pipe_file(place.path(job_id, "damaged"), b"no header")
     monkeypatch.undo()
-    assert place.files.sweep(lambda _: set(), KEEP_S, now_s + 5.5 * KEEP_S) == 0
-    assert place.files.sweep(lambda _: set(), KEEP_S, now_s + 7 * KEEP_S) == 1
+    assert place.files.sweep(lambda _: {}, KEEP_S, now_s + 5.5 * KEEP_S) == 0
+    assert place.files.sweep(lambda _: {}, KEEP_S, now_s + 7 * KEEP_S) == 1
 
 
 def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
@@ -209,7 +226,7 @@ def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
         data = files.get(job_id, "checkpoint")
         assert isinstance(data, bytes)
         assert data == b"before" or (len(data) == 3_000_000 and len(set(data)) == 1)
-    files.sweep(set, KEEP_S, time.time() + 2 * KEEP_S)
+    files.sweep(lambda ids: dict.fromkeys(ids, True), KEEP_S, time.time() + 2 * KEEP_S)
     assert os.listdir(tmp_path / "jobs") == [job_id]
     assert os.listdir(tmp_path / "jobs" / job_id) == ["checkpoint"]
 
@@ -317,7 +334,7 @@ def test_no_message_has_credentials(tmp_path: Path) -> None:
         lambda: files.get(job_id, "image"),
         lambda: files.exists(job_id, "image"),
         lambda: files.remove(job_id),
-        lambda: files.sweep(lambda _: set(), 0, 0),
+        lambda: files.sweep(lambda _: {}, 0, 0),
     ):
         with pytest.raises(MediaError, match=r"unreachable://\*\*\*@host/prefix: RuntimeError: no such host") as raised:
             work()

@@ -460,7 +460,11 @@ def test_a_state_that_is_kept_too_late_is_not_kept(tmp_path: Path, hanging_files
         states = Checkpoints(files, job_id, 0.0)
         states.offer(1, TensorEnvelope.of_array(np.zeros(4, np.uint8)))
         await asyncio.sleep(0.05)
+        writing = states._writing
         await states.settle()
+        states.offer(2, TensorEnvelope.of_array(np.ones(4, np.uint8)))
+        await states.write_last()
+        assert states._writing is writing, "two at once would write into one another's file"
         hanging_files.set()
         async with asyncio.timeout(DEADLINE_S):
             while states._writing is not None:

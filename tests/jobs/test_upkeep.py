@@ -48,20 +48,12 @@ def completed(upkeep: Upkeep) -> Job:
     return upkeep.store.finish(lease_of(job), COMPLETED, keep_media_s=KEEP_MEDIA_S)
 
 
-def sweep_later(upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When no file is young any more."""
-    with monkeypatch.context() as changed:
-        now_s = time.time()
-        changed.setattr(upkeep_module.time, "time", lambda: now_s + upkeep_module._ORPHAN_S + 60)
-        upkeep.sweep_files()
-
-
-def test_files_of_jobs_that_will_be_run_stay(upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_jobs_that_will_be_run_stay(upkeep: Upkeep) -> None:
     waiting = with_picture(upkeep)
     running = claimed(upkeep.store)
     other = with_picture(upkeep)
     assert waiting.job_id == running.job_id
-    sweep_later(upkeep, monkeypatch)
+    upkeep.sweep_files()
     assert has_picture(upkeep, running)
     assert has_picture(upkeep, other)
 
@@ -71,14 +63,14 @@ def test_files_of_jobs_that_are_not_there_yet_stay(upkeep: Upkeep, monkeypatch: 
     upkeep.files.put(new.job_id, "image", b"picture")
     upkeep.sweep_files()
     assert upkeep.files.exists(new.job_id, "image"), "its request is being accepted"
-    sweep_later(upkeep, monkeypatch)
+    now_s = time.time()
+    monkeypatch.setattr(upkeep_module.time, "time", lambda: now_s + upkeep_module._ORPHAN_S + 60)
+    upkeep.sweep_files()
     assert not upkeep.files.exists(new.job_id, "image")
 
 
 @pytest.mark.parametrize("end", ["cancelled", "abandoned", "runner_died", "not_served", "given_back"])
-def test_files_of_jobs_that_came_to_nothing_go(
-    end: str, upkeep: Upkeep, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_no_job_is_made_of_any_more_go(end: str, upkeep: Upkeep, clock: Clock) -> None:
     store = upkeep.store
     job = with_picture(upkeep, attached_to="gone" if end == "abandoned" else None)
     if end == "cancelled":
@@ -100,20 +92,35 @@ def test_files_of_jobs_that_came_to_nothing_go(
     ended = store.get(job.job_id)
     assert ended is not None
     assert ended.state.is_final
-    sweep_later(upkeep, monkeypatch)
+    upkeep.sweep_files()
     assert not has_picture(upkeep, job)
 
 
-def test_what_a_completed_job_came_with_stays_as_long_as_its_clip(
-    upkeep: Upkeep, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_completed_job_came_with_stays_as_long_as_its_clip(upkeep: Upkeep, clock: Clock) -> None:
     kept, removed, expired = completed(upkeep), completed(upkeep), completed(upkeep)
     upkeep.media.remove(removed.media_id)  # as for too many bytes
-    sweep_later(upkeep, monkeypatch)
+    upkeep.sweep_files()
     assert [has_picture(upkeep, job) for job in (kept, removed, expired)] == [True, False, True]
     clock.passes(KEEP_MEDIA_S + 1)
-    sweep_later(upkeep, monkeypatch)
+    upkeep.sweep_files()
     assert not has_picture(upkeep, expired)
+
+
+def test_what_completed_jobs_came_with_is_at_most_half_of_what_there_is(upkeep: Upkeep, clock: Clock) -> None:
+    """The longest completed lose it first; what is to be run needs it."""
+    jobs = []
+    for _ in range(4):
+        jobs.append(completed(upkeep))
+        clock.passes(1)
+    waiting = with_picture(upkeep)
+    size = sum(path.stat().st_size for path in (upkeep.media.directory / "jobs" / waiting.job_id).iterdir())
+    small = replace(upkeep, media=MediaStore(upkeep.media.directory, 6 * size, KEEP_MEDIA_S))
+    small.sweep_files()
+    assert [has_picture(upkeep, job) for job in jobs] == [False, False, True, True]
+    assert has_picture(upkeep, waiting)
+    tiny = replace(upkeep, media=MediaStore(upkeep.media.directory, 1, KEEP_MEDIA_S))
+    tiny.sweep_files()
+    assert [has_picture(upkeep, job) for job in (*jobs, waiting)] == [False, False, False, False, True]
 
 
 def test_a_forgotten_job_takes_its_files_with_it(upkeep: Upkeep, clock: Clock) -> None:
