@@ -23,9 +23,12 @@ from ray.serve.exceptions import RayServeException
 
 from cosmos3_core.errors import Cosmos3Error
 from deployments.capacity import Node, Resources
+from deployments.processes import ended_by
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CONNECT_S = 5.0
+# For Ray to come out of its start after a signal: it waits a minute for daemons that the signal has killed.
+_PATIENCE_S = 10.0
 _MAX_REASON_CHARS = 600
 # Set on all nodes by what starts them for an autoscaler (KubeRay, Ray's cluster launcher), on none by `ray start`.
 _NODE_GROUP_LABEL = "ray.io/node-group"
@@ -74,7 +77,8 @@ def ray_session(placement: Placement) -> Iterator[None]:
     try:
         _on_signals(signal.default_int_handler)
         try:
-            _init(placement)
+            with ended_by(_SIGNALS, _PATIENCE_S):
+                _init(placement)
             _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -208,3 +209,50 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# A mutex that is locked twice: like Ray's native code, it goes on waiting whatever signal comes.
+HANGING = """
+import ctypes, os, signal, subprocess, sys
+from deployments.processes import ended_by, no_leftovers
+native = ctypes.CDLL(None)
+mutex = ctypes.create_string_buffer(64)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+with no_leftovers(os.environ), ended_by({signal.SIGTERM}, 0.2):
+    child = subprocess.Popen(["sleep", "600"])
+    native.pthread_mutex_lock(mutex)
+    print(child.pid, flush=True)
+    native.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_signal_ends_what_hangs_in_native_code() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            child = int(process.stdout.readline())
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 130
+            assert process.stderr.read() == "interrupted\n"
+            assert not is_running(child)
+        finally:
+            process.kill()
+
+
+def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
+    program = (
+        "import os, signal, time\n"
+        "from deployments.processes import ended_by\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "try:\n"
+        "    with ended_by({signal.SIGTERM}, 60):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('left', signal.set_wakeup_fd(-1))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left -1\n", "")

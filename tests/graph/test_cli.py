@@ -179,7 +179,7 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
 def test_a_signal_while_starting_leaves_nothing(group: bool, tiny_nano: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--checkpoint", str(tiny_nano)) as started:
         deadline_s = time.monotonic() + DEADLINE_S
-        while len(started.leftovers()) < 4 and time.monotonic() < deadline_s:  # Ray's own processes appear
+        while len(started.leftovers()) < 2 and time.monotonic() < deadline_s:  # the first of Ray's own appears
             time.sleep(0.05)
         (os.killpg if group else os.kill)(started.process.pid, signal.SIGTERM)
         assert started.process.wait(DEADLINE_S) == 130, started.said()
