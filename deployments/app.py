@@ -31,13 +31,14 @@ from deployments.api.service import IngressSpec
 from deployments.audio_vae import AudioVAE
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
 from deployments.director import Director
-from deployments.director_parts import DirectorSpec, Handles
+from deployments.director_parts import DirectorSpec
 from deployments.guardrail import Guardrails
 from deployments.ingress import Ingress
 from deployments.jobs.database import DatabaseSpec
 from deployments.media_store import MediaSpec
 from deployments.mp4_encoder import Mp4Encoder
 from deployments.prompt_tokenizer import PromptTokenizer
+from deployments.stages import Stages
 from deployments.transformer import Transformer
 from deployments.video_vae import VAECalls, VideoVAE
 
@@ -78,10 +79,8 @@ def build_app(config: AppConfig) -> serve.Application:
         jobs=config.jobs,
         guardrails=config.guardrails,
     )
-    handles = Handles(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
-    director = (
-        _deployment("Director", Director, config, config.director).options(**longest).bind(director_spec, handles)
-    )
+    stages = Stages(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
+    director = _deployment("Director", Director, config, config.director).options(**longest).bind(director_spec, stages)
     ingress_spec = IngressSpec(
         checkpoint=checkpoint,
         model_name=model_name(config),

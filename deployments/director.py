@@ -14,11 +14,12 @@ from dataclasses import replace
 
 from cluster.errors import ShuttingDown
 from cosmos3_core.request import GenerationRequest
-from deployments.director_parts import DirectorParts, DirectorSpec, Handles
+from deployments.director_parts import DirectorParts, DirectorSpec
 from deployments.job_desk import JobDesk
 from deployments.jobs.asked import Asked
 from deployments.jobs.job import Job
 from deployments.messages import Accepted, Event, Finished, Generated, RequestContext
+from deployments.stages import Stages
 
 _NUM_THREADS = 32
 _MAX_REMIXES = 4
@@ -31,13 +32,13 @@ class Director(JobDesk):
 
     Args:
         spec: how it works.
-        handles: of the stages.
+        stages: their handles.
     """
 
-    async def __init__(self, spec: DirectorSpec, handles: Handles) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, spec: DirectorSpec, stages: Stages) -> None:  # type: ignore[misc] # Serve awaits it
         # For the database and for files; asyncio's own default is by the number of cores.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="director"))
-        self._parts = await asyncio.to_thread(DirectorParts.of, spec, handles)
+        self._parts = await asyncio.to_thread(DirectorParts.of, spec, stages)
         self._runner = self._parts.start()
         self._upkeep = self._parts.upkeep.start()
         self._remixes = asyncio.Semaphore(_MAX_REMIXES)

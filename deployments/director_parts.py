@@ -34,7 +34,8 @@ from deployments.messages import RequestContext
 from deployments.previews import Previews
 from deployments.request_check import RequestCheck
 from deployments.service_config import Guardrails, Jobs
-from deployments.walk import Stages, Walk
+from deployments.stages import Stages
+from deployments.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,6 @@ class DirectorSpec:
 
 
 @dataclass(frozen=True)
-class Handles:
-    """Handles of the stages; the last three where the app has such."""
-
-    tokenizer: Any
-    transformer: Any
-    vae: Any
-    encoder: Any
-    unguided: Any = None
-    audio: Any = None
-    guardrail: Any = None
-
-
-@dataclass(frozen=True)
 class DirectorParts:
     """See the module; made in a thread, started in the Director's event loop."""
 
@@ -93,7 +81,7 @@ class DirectorParts:
     clips: Any
 
     @classmethod
-    def of(cls, spec: DirectorSpec, handles: Handles) -> DirectorParts:
+    def of(cls, spec: DirectorSpec, stages: Stages) -> DirectorParts:
         """The parts of a Director.
 
         Raises:
@@ -103,14 +91,11 @@ class DirectorParts:
         media = spec.media.open()
         store = JobStore.open(spec.database.resolved())
         files = JobFiles(media.directory, spec.media.archive)
-        # Configured once: every differently configured handle has a router of its own.
-        names = ("transformer", "vae", "encoder", "unguided", "audio", "guardrail")
-        streaming = {name: (it := getattr(handles, name)) and it.options(stream=True) for name in names}
-        stages = Stages(tokenizer=handles.tokenizer, **streaming)
+        stages = stages.streaming()
         acceptance = Acceptance(
             store=store,
             files=files,
-            check=RequestCheck(layout, is_sound_offered=handles.audio is not None),
+            check=RequestCheck(layout, is_sound_offered=stages.audio is not None),
             cost=CostModel.of(layout.geometry, layout.transformer),
             model=spec.model,
             limits=limits_of(spec.jobs),
@@ -127,7 +112,7 @@ class DirectorParts:
             feed=EventFeed(store, spec.jobs.max_followers),
             job_objects=JobObjects(store),
             acceptance=acceptance,
-            model=ServedModel.of(layout, spec.model, is_sound_offered=handles.audio is not None),
+            model=ServedModel.of(layout, spec.model, is_sound_offered=stages.audio is not None),
             clips=start_clip_streams(max_clips=4 * max_running),
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cosmos3_core.actions import GeneratedActions, write_actions
 from cosmos3_core.errors import RequestError
+from cosmos3_core.media.file_kinds import SUFFIXES
 from cosmos3_core.media.output import OutputFile
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.deadline import Deadline
@@ -18,13 +19,6 @@ from deployments.clients.http_body import body_of
 from deployments.clients.http_calls import JSON, Answer, HttpCalls
 from deployments.clients.saving import write_parts
 
-_SUFFIXES = {
-    "video/mp4": ".mp4",
-    "audio/wav": ".wav",
-    "image/png": ".png",
-    "image/jpeg": ".jpg",
-    "image/webp": ".webp",
-}
 # Of actions with a clip in base64.
 _MAX_JSON_BYTES = 1 << 30
 
@@ -137,9 +131,9 @@ def _about(answer: Answer) -> SavedMedia:
 
 
 def _file_path(answer: Answer, out: Path, media_type: str) -> Path:
-    if media_type not in _SUFFIXES:
+    if media_type not in SUFFIXES:
         raise answer.foreign()
-    return out.with_name(out.name + _SUFFIXES[media_type])
+    return out.with_name(out.name + SUFFIXES[media_type])
 
 
 async def _save_json(answer: Answer, out: Path) -> tuple[Path | None, Path, int]:

@@ -35,44 +35,11 @@ from deployments.messages import (
     TokenizedPair,
 )
 from deployments.retries import retried
+from deployments.stages import Stages
 from deployments.streams import RefStream, following, in_time
 
 # A leader that is up says at once where in its queue a request stands.
 _FIRST_WORD_S = 5.0
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Handles of the stages that the Director calls; all but the tokenizer's with ``stream=True``.
-
-    ``unguided`` are gangs for requests that need one branch of guidance only, ``audio`` decodes sound, ``guardrail``
-    looks at every frame before it is in a file; where the app has such.
-    """
-
-    tokenizer: Any
-    transformer: Any
-    vae: Any
-    encoder: Any
-    unguided: Any = None
-    audio: Any = None
-    guardrail: Any = None
-
-    def without_guardrail(self) -> Stages:
-        """For a request that does without, which the operator has to allow."""
-        return replace(self, guardrail=None)
-
-    def gangs_for(self, job: DenoiseRequest) -> list[Any]:
-        """The transformers that can take a request, the best one first."""
-        if self.unguided is None:
-            return [self.transformer]
-        if len(job.prompts) == 1:
-            return [self.unguided, self.transformer]
-        return [self.transformer, self.unguided]
-
-    def decoders_for(self, request: ResolvedRequest) -> dict[str, Any]:
-        """Who decodes which of a request's latents."""
-        video = {"video": self.vae} if request.has_pictures else {}
-        return video | ({"sound": self.audio} if request.sound is not None else {})
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 from cosmos3_core import checks
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.media.file_kinds import FILE_KINDS, MEDIA_TYPES, SUFFIXES
 from cosmos3_core.media.image import DEFAULT_QUALITY, IMAGE_KINDS, check_image, write_image
 from cosmos3_core.media.mp4 import DEFAULT_CRF, Mp4Writer
 from cosmos3_core.media.output import Target
@@ -16,24 +17,13 @@ from cosmos3_core.media.pixels import Frames, check_frames
 from cosmos3_core.media.sound import Samples, WavWriter, refused_sound
 from cosmos3_core.media.sound import SoundFormat as SoundFormat
 
-FILE_KINDS = ("mp4", "png", "jpeg", "webp", "wav")
-
-_MEDIA_TYPES = {
-    "mp4": "video/mp4",
-    "png": "image/png",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "wav": "audio/wav",
-}
-_SUFFIXES = {"mp4": ".mp4", "png": ".png", "jpeg": ".jpg", "webp": ".webp", "wav": ".wav"}
-
 
 @dataclass(frozen=True)
 class ClipFormat:
     """The file to make.
 
     Attributes:
-        kind: one of :data:`FILE_KINDS`; the images hold the only frame.
+        kind: one of :data:`cosmos3_core.media.file_kinds.FILE_KINDS`; the images hold the only frame.
         height, width: pixels; no matter for a wav.
         fps: frames per second of an mp4.
         crf: H.264 quality of an mp4, see :data:`DEFAULT_CRF`.
@@ -74,12 +64,12 @@ class ClipFormat:
     @property
     def media_type(self) -> str:
         """MIME type of the file."""
-        return _MEDIA_TYPES[self.kind]
+        return MEDIA_TYPES[self.kind]
 
     @property
     def suffix(self) -> str:
         """Ending of the file's name."""
-        return _SUFFIXES[self.kind]
+        return SUFFIXES[self.media_type]
 
 
 class MediaWriter(Protocol):

@@ -6,19 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from cosmos3_core.media.file_kinds import SUFFIXES
 from deployments.api.fields import HIGH, LOSSLESS
 from deployments.jobs.job import Job, JobState
 from deployments.jobs.place import Place, places_of
 from deployments.jobs.store import JobStore
 from deployments.threads import in_thread
 
-_SUFFIXES = {
-    "video/mp4": ".mp4",
-    "audio/wav": ".wav",
-    "image/png": ".png",
-    "image/jpeg": ".jpg",
-    "image/webp": ".webp",
-}
 # Denoising is most of it: what is left is for decoding.
 _DENOISED_PERCENT = 95
 _MAX_UNFINISHED_PERCENT = 99
@@ -112,7 +106,7 @@ def job_object(job: Job, place: Place) -> dict[str, Any]:
 
 def file_name(job: Job) -> str | None:
     """What a job's file would be called on a disk; None where there is none."""
-    return f"{job.job_id}{_SUFFIXES[job.media_type]}" if job.media_type else None
+    return f"{job.job_id}{SUFFIXES[job.media_type]}" if job.media_type else None
 
 
 def poll_after_ms(told: dict[str, Any]) -> int:

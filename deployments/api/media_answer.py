@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from cosmos3_core.media.file_kinds import SUFFIXES
 from deployments.api.bodies import ImageBody
 from deployments.api.body_room import Held
 from deployments.api.content import PartsResponse, finished_parts, live_parts
@@ -22,7 +23,6 @@ from deployments.jobs.asked import Asked
 from deployments.media_store import MediaStore
 from deployments.messages import FileStarted, Finished
 
-_SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 _Part = asyncio.Future[bytes | None]
 _News = asyncio.Future[FileStarted | Finished]
 # Of a file in base64, in bytes of the file; and the file beside it.
@@ -213,7 +213,7 @@ def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # they are compressed
         for index, (event, image) in enumerate(made):
-            archive.writestr(f"{index}.{_SUFFIXES[event.media_type]}", image)
+            archive.writestr(f"{index}{SUFFIXES[event.media_type]}", image)
     return packed.getvalue()
 
 

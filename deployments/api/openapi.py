@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cosmos3_core.media.file_kinds import SUFFIXES
 from deployments.api.body_limit import MAX_FIELDS, MAX_URLENCODED_BYTES
 from deployments.api.fields import Endpoint
 from deployments.api.schemas import JOB_ID_PATTERN, answers, bodies, body_name, ref
@@ -12,7 +13,6 @@ from deployments.api.service import Service
 Document = dict[str, Any]
 
 _JSON, _MULTIPART, _URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"
-_FILES = ("video/mp4", "audio/wav", "image/png", "image/jpeg", "image/webp")
 _KEY = "apiKey"
 _VISIBLE = r"^[\x21-\x7e]{1,128}$"
 
@@ -358,14 +358,14 @@ def _made(others: dict[str, Document]) -> Document:
     return {
         "description": "what was made",
         "headers": _refs(*names, *more),
-        **_contents({**dict.fromkeys(_FILES, _FILE), **others}),
+        **_contents({**dict.fromkeys(SUFFIXES, _FILE), **others}),
     }
 
 
 def _content(*, has_body: bool) -> Document:
     told: Document = {"description": "the whole", "headers": _refs("ETag")}
     if has_body:
-        told |= _contents({**dict.fromkeys((*_FILES, "audio/mp4"), _FILE), _JSON: ref("Actions")})
+        told |= _contents({**dict.fromkeys((*SUFFIXES, "audio/mp4"), _FILE), _JSON: ref("Actions")})
     return told
 
 
@@ -373,5 +373,5 @@ def _range() -> Document:
     return {
         "description": "a part",
         "headers": _refs("ETag", "Content-Range"),
-        **_contents(dict.fromkeys((*_FILES, "audio/mp4"), _FILE)),
+        **_contents(dict.fromkeys((*SUFFIXES, "audio/mp4"), _FILE)),
     }

@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
-from deployments.director_parts import Handles
 from deployments.media_store import MediaSpec
+from deployments.stages import Stages
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 
@@ -305,7 +305,7 @@ def _deployments(application: Any) -> list[Any]:
     bound = application._bound_deployment
     found = [bound]
     for argument in bound.init_args:
-        for handle in vars(argument).values() if isinstance(argument, Handles) else [argument]:
+        for handle in vars(argument).values() if isinstance(argument, Stages) else [argument]:
             if hasattr(handle, "_bound_deployment"):
                 found += _deployments(handle)
     return found

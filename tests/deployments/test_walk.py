@@ -39,8 +39,9 @@ from deployments import walk as walk_module
 from deployments.clip_walk import merged
 from deployments.media_store import MediaStoreError
 from deployments.messages import RequestContext
+from deployments.stages import Stages
 from deployments.streams import RefStream
-from deployments.walk import Stages, Walk
+from deployments.walk import Walk
 
 
 class Response:

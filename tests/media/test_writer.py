@@ -6,9 +6,10 @@ import PIL.Image
 import pytest
 
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.media.file_kinds import FILE_KINDS
 from cosmos3_core.media.probe import probe_sound, probe_video
 from cosmos3_core.media.sound import SoundFormat
-from cosmos3_core.media.writer import FILE_KINDS, ClipFormat, ImageWriter, open_writer
+from cosmos3_core.media.writer import ClipFormat, ImageWriter, open_writer
 
 STEREO = SoundFormat(48000, 2, 26000)
 IMAGES = ("png", "jpeg", "webp")
