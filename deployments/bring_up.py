@@ -111,6 +111,8 @@ class RunningApp:
         """
         deadline_s = time.monotonic() + timeout_s
         has_told = False
+        # In this order: where /ready says that the app is shutting down, no request is accepted any more.
+        self._everywhere("Director", "drain")
         self._everywhere("Ingress", "drain")
         while num_running := sum(self._everywhere("Director", "drain")):
             if time.monotonic() > deadline_s:
