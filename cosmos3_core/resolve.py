@@ -275,8 +275,10 @@ def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
             raise RequestError(name, "given" if name in (IMAGE, VIDEO) else getattr(request, name), allowed)
     given = [name for name in mode.media if getattr(request, name) is not None]
     if mode.media and len(given) != 1:
-        allowed = " or ".join(mode.media)
-        raise RequestError(" or ".join(mode.media), "both" if given else None, f"{mode.name} needs one {allowed}")
+        allowed = f"one {' or '.join(mode.media)}, which {mode.name} needs"
+        if given:
+            raise RequestError(", ".join(mode.media), "both", allowed)
+        raise RequestError(mode.media[0], None, allowed)
 
 
 def _num_frames(

@@ -99,7 +99,7 @@ class RunningApp:
 
     def drain(self, timeout_s: float, tell: Callable[[str], None]) -> None:
         """Have the app take no new request, and wait for those that it has. Jobs that wait stay for the next start, and
-        so do those that run and are not done in time.
+        so do those that run and are not done in time, or when somebody interrupts this.
 
         Args:
             timeout_s: for them.
@@ -109,22 +109,33 @@ class RunningApp:
             LostError: Serve no longer answers.
             KeyboardInterrupt: Ctrl-C or SIGTERM.
         """
-        deadline_s = time.monotonic() + timeout_s
-        has_told = False
         # In this order: where /ready says that the app is shutting down, no request is accepted any more.
         self._everywhere("Director", "drain")
         self._everywhere("Ingress", "drain")
+        try:
+            num_running = self._await_idle(timeout_s, tell)
+        except KeyboardInterrupt:
+            self._everywhere("Director", "release")
+            raise
+        if num_running:
+            tell(f"{num_running} requests are not done after {timeout_s:g} s; jobs go on with the next start")
+            self._everywhere("Director", "release")
+        else:
+            # What is left is on its way to its client; Serve lets a stopping Ingress finish that.
+            self.patience.stop_s = _STOP_S
+
+    def _await_idle(self, timeout_s: float, tell: Callable[[str], None]) -> int:
+        """How many requests are still in hand when none is, or the time is up."""
+        deadline_s = time.monotonic() + timeout_s
+        has_told = False
         while num_running := sum(self._everywhere("Director", "drain")):
             if time.monotonic() > deadline_s:
-                tell(f"{num_running} requests are not done after {timeout_s:g} s; jobs go on with the next start")
-                self._everywhere("Director", "release")
-                return
+                break
             if not has_told:
-                tell("finishing the requests in hand; Ctrl-C once more drops them")
+                tell(f"finishing what runs, for {timeout_s:g} s at most; Ctrl-C once more leaves it to the next start")
                 has_told = True
             time.sleep(_POLL_S)
-        # What is left is on its way to its client; Serve lets a stopping Ingress finish that.
-        self.patience.stop_s = _STOP_S
+        return num_running
 
     def _everywhere(self, stage: str, method: str) -> list[Any]:
         """What every replica of a stage answers."""

@@ -74,7 +74,8 @@ def _probe(url: str, api_key: str | None) -> GenerationRequest:
     """A request of which every stage that the app has does a part."""
     status, text = get(url, "/v1/models", timeout_s=_READY_S, api_key=api_key)
     if status == 401:
-        raise AuthError(status, "the app asks for an API key, and this is none that it knows: see --api-key-file")
+        what = "none was given" if api_key is None else "this is none that it knows"
+        raise AuthError(status, f"the app asks for an API key, and {what}: see --api-key-file and $COSMOS3_API_KEY")
     try:
         modes = json.loads(text)["data"][0]["modes"]
     except (ValueError, TypeError, KeyError, IndexError):

@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in _PASSED_ON:
             return _PASSED_ON[arguments[0]](arguments[1:])
-        options = _parser().parse_args(arguments)
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:  # argparse itself would show the usage of `cosmos3`
+            options.parser.error(f"unknown arguments: {' '.join(unknown)}")
         return int(options.run(options))
     except Cosmos3Error as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     _add_generate_flags(command("generate", _generate, "make a video or image, in process or with a running app"))
@@ -217,6 +219,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> int:
     config = _config(options)
     _prepare_ray()
+    from deployments.api.auth import auth_required
     from deployments.bring_up import running
     from deployments.ray_session import Placement
 
@@ -227,6 +230,8 @@ def _serve(options: argparse.Namespace) -> int:
         try:
             _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
             _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
+            if auth_required(config.auth.enabled, config.http.host):
+                _say(f'    -H "Authorization: Bearer ${_API_KEY}" \\')
             _say(f"    -d '{json.dumps(_EXAMPLE)}'")
             _say(f"  from Python: {_ray_environment(app)} python -c 'from deployments.client import connect; ...'")
             app.watch()

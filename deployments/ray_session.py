@@ -30,6 +30,7 @@ _CONNECT_S = 5.0
 # For Ray to come out of its start after a signal: it waits a minute for daemons that the signal has killed.
 _PATIENCE_S = 10.0
 _MAX_REASON_CHARS = 600
+_LOGS = "/tmp/ray/session_latest/logs"
 # Set on all nodes by what starts them for an autoscaler (KubeRay, Ray's cluster launcher), on none by `ray start`.
 _NODE_GROUP_LABEL = "ray.io/node-group"
 
@@ -108,9 +109,10 @@ def _init(placement: Placement) -> None:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except SystemExit:  # Ray's answer to SIGTERM while it starts
         raise KeyboardInterrupt from None
-    except RAY_FAILURES as error:
+    except Exception as error:  # noqa: BLE001 - a bare one where its own daemons did not come up in time
         if placement.is_alone:
-            raise StartError(f"Ray did not start: {reason(error)}") from None
+            hint = f"Is the machine very busy, or short of memory? Ray's logs are in {_LOGS}."
+            raise StartError(f"Ray did not start: {reason(error)} {hint}") from None
         hint = "Where it wants a token, set RAY_AUTH_MODE=token."
         raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: {reason(error)}. {hint}") from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

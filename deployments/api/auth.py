@@ -139,7 +139,7 @@ class Auth:
         given = headers.getlist("authorization")
         match = _BEARER.fullmatch(given[0]) if len(given) == 1 else None
         if match is None:
-            raise Refusal(401, "no_api_key", "this needs the header Authorization: Bearer KEY, once", _REFUSED)
+            raise Refusal(401, "no_api_key", "this needs one header Authorization: Bearer KEY", _REFUSED)
         digest = hashlib.sha256(match[1].encode()).digest()
         if (caller := self._known.get(digest)) is not None:
             return caller

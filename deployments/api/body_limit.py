@@ -172,6 +172,8 @@ def _json_object(data: bytearray) -> dict[str, Any]:
 
 
 def _urlencoded_fields(data: bytearray) -> dict[str, Any]:
+    if data.lstrip()[:1] == b"{":  # curl -d says that everything is a form
+        raise _broken_form(f"it looks like JSON, which needs the header content-type: {_JSON}")
     try:
         items = parse_qsl(data.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:

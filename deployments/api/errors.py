@@ -86,7 +86,8 @@ def error_response(error: BaseException) -> JSONResponse:
     error = typed(error, "director")
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):  # the framework's own: no such path, another method
-        return _response(error.status_code, "no_such_route", str(error.detail), dict(error.headers or {}))
+        message = f"{error.detail}; /openapi.json has all routes"
+        return _response(error.status_code, "no_such_route", message, dict(error.headers or {}))
     if isinstance(error, Refusal):
         return _response(error.status, error.code, str(error), error.headers)
     status, _ = _meaning(error)

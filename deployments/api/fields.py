@@ -50,6 +50,9 @@ LOSSLESS, HIGH = "lossless", "high"
 """Values of ``quality``."""
 
 
+NO_SUCH_FIELD = "nothing, as there is no field of this name here"
+
+
 class Endpoint(StrEnum):
     """What takes these bodies."""
 
@@ -81,6 +84,13 @@ class Field:
     about: str
     uses: Mapping[Endpoint, Use]
     also: tuple[str, ...] = ()
+
+    def without_effect_at(self, endpoint: Endpoint) -> str:
+        """Why, in words."""
+        where = [other for other, use in self.uses.items() if use is Use.EFFECTIVE]
+        if not where:
+            return f"without effect: {self.about}"
+        return f"without effect at {endpoint}; at {where[0]}: {self.about}"
 
 
 def _effective(kind: Kind, about: str, *also: str, at: tuple[Endpoint, ...] = tuple(Endpoint)) -> Field:
@@ -287,10 +297,10 @@ def find_field(written: str, given: Any, endpoint: Endpoint) -> tuple[str, Field
     names = known(endpoint)
     aliases = [alias for alias, meant in ALIASES.items() if meant in names]
     near = difflib.get_close_matches(written[:_MAX_COMPARED_CHARS], [*names, *aliases], n=1)
-    hint = f"Did you mean {near[0]}?" if near else ""
+    hint = f"Did you mean {near[0]}? " if near else ""
     if endpoint is Endpoint.IMAGES and written in ("width", "height"):
-        hint = "Give size, WIDTHxHEIGHT."
-    raise RequestError(written, given, f"no field of this name here; known are {', '.join(names)}", hint)
+        hint = "Give size, WIDTHxHEIGHT. "
+    raise RequestError(written, given, NO_SUCH_FIELD, f"{hint}Fields are {', '.join(names)}.")
 
 
 _HEAD = ("fields", "written as", *(f"`{endpoint}`" for endpoint in Endpoint), "what it is for")

@@ -89,7 +89,7 @@ class _Found:
                 raise CapabilityError(written, start_of(value), "nothing", f"Not offered: {known.about}.")
             if use is Use.IGNORED:
                 _check_small(written, value)
-                self.warnings.append(f"{where}{written} is without effect: {known.about}")
+                self.warnings.append(f"{where}{written} is {known.without_effect_at(self.endpoint)}")
                 continue
             value = _read(written, value, known.kind)
             if name in self.values and self.values[name] != value:

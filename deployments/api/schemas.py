@@ -210,7 +210,13 @@ def _video() -> Schema:
         fps=_SECONDS,
         num_frames=_COUNT,
         duration_s=_SECONDS,
-        metrics={"type": "object", "properties": {"queue_s": _SECONDS, "run_s": _SECONDS}},
+        metrics={
+            "type": "object",
+            "properties": {
+                "queue_s": {**_SECONDS, "description": "until its run began; with runs before it that did not end"},
+                "run_s": _SECONDS,
+            },
+        },
         stage_durations=_DURATIONS,
         peak_memory_mb={"type": "null"},
         action=_or_null(ref("Actions")),

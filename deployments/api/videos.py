@@ -23,7 +23,7 @@ from deployments.api.bodies import Wishes, video_body
 from deployments.api.body_limit import read_fields, request_id_of, visible_header
 from deployments.api.call import Call, found, routes
 from deployments.api.exchange import Exchange, accept_limit_s, answered
-from deployments.api.fields import Endpoint
+from deployments.api.fields import NO_SUCH_FIELD, Endpoint
 from deployments.api.job_object import poll_after_ms
 from deployments.api.media_answer import live_answer, media_answer
 from deployments.api.written import as_written
@@ -152,8 +152,8 @@ async def remix_video(video_id: str, request: Request) -> Response:
         fields = await read_fields(request, call.service.http.max_body_bytes, held)
         for name in fields:
             if name not in _OPTIONS:
-                hint = "Everything else is the earlier request's."
-                raise RequestError(name, "given", f"no field of this name here; known are {', '.join(_OPTIONS)}", hint)
+                hint = f"Fields are {', '.join(_OPTIONS)}; everything else is the earlier request's."
+                raise RequestError(name, "given", NO_SUCH_FIELD, hint)
         prompt = checks.text("prompt", fields.get("prompt"), LIMITS.max_prompt_chars, may_be_empty=False)
     source = await call.job(video_id)
     rules = call.service.rules(call.caller)

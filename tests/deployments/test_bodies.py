@@ -169,7 +169,7 @@ def test_extra_params_count_as_if_they_stood_beside_it(as_text: bool) -> None:
     [
         ({"promt": "a"}, "promt", "Did you mean prompt?"),
         ({"actoin": [[1]]}, "actoin", "Did you mean action?"),
-        ({"zzz": "x" * 10_000_000}, "zzz", "known are prompt"),
+        ({"zzz": "x" * 10_000_000}, "zzz", "Fields are prompt"),
         ({"seed": 1, "extra_params": {"seed": 2}}, "seed", "one value"),
         ({"extra_params": {"sed": 2}}, "sed", "Did you mean seed?"),
         ({"extra_params": "[1]"}, "extra_params", "a JSON object"),

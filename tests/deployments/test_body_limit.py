@@ -120,6 +120,12 @@ def test_small_values_without_number_are_refused_before_they_take_memory() -> No
         tracemalloc.stop()
 
 
+def test_json_that_says_it_is_a_form() -> None:
+    """As curl -d sends it."""
+    with pytest.raises(BodyError, match="looks like JSON, which needs the header content-type: application/json"):
+        read(request_of(FORM, [b'\n{"prompt": "a"}']))
+
+
 def test_a_urlencoded_form_is_small() -> None:
     async def never() -> dict[str, Any]:
         raise AssertionError("it was read")

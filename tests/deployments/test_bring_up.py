@@ -7,19 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import ray
 
 from cosmos3_core.errors import CapabilityError
 from deployments.api.auth import NoKeys
-from deployments.bring_up import _check_access
+from deployments.bring_up import Patience, RunningApp, _check_access
 from deployments.capacity import Node, missing, needed, out_of_reach
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.keys import KeyStore, NewKey
 from deployments.processes import no_leftovers
-from deployments.ray_session import LostError, in_time, reason
+from deployments.ray_session import LostError, Placement, StartError, in_time, ray_session, reason
 
 
 def config(checkpoint: Path, **overrides: object) -> AppConfig:
@@ -256,3 +259,54 @@ def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "left -1\n", "")
+
+
+class Scripted(RunningApp):
+    """An app whose Directors have so many requests in hand, one look after the other; None is Ctrl-C."""
+
+    asked: list[str]
+    left: Iterator[int | None]
+
+    def _everywhere(self, stage: str, method: str) -> list[int]:
+        self.asked.append(f"{stage}.{method}")
+        if (stage, method) != ("Director", "drain"):
+            return [0]
+        left = next(self.left)
+        if left is None:
+            raise KeyboardInterrupt
+        return [left]
+
+
+@pytest.mark.parametrize(
+    ("left", "timeout_s", "is_released", "said"),
+    [
+        ((2, 0), 60.0, False, []),
+        ((2, 2, 1, 0), 60.0, False, ["finishing what runs, for 60 s at most"]),
+        ((2, 2, None), 60.0, True, ["finishing what runs, for 60 s at most"]),
+        ((2, 2), 0.0, True, ["2 requests are not done after 0 s"]),
+    ],
+    ids=["idle", "in time", "interrupted", "too long"],
+)
+def test_what_is_not_done_is_given_back(
+    left: Sequence[int | None], timeout_s: float, is_released: bool, said: list[str]
+) -> None:
+    app = Scripted("cosmos3", "http://127.0.0.1:8000", "127.0.0.1:6379", 0.0, Patience())
+    app.asked, app.left = [], iter(left)
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt) if None in left else nullcontext():
+        app.drain(timeout_s, told.append)
+    assert app.asked[:2] == ["Director.drain", "Ingress.drain"], "what /ready says is so"
+    assert (app.asked[-1] == "Director.release") is is_released
+    assert [line.split(";")[0] for line in told] == said
+
+
+def test_a_ray_that_does_not_come_up_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a bare Exception where its own daemon takes longer than half a minute."""
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", late)
+    expected = "Ray did not start: The current node timed out during startup. Is the machine very busy, .* logs are in "
+    with pytest.raises(StartError, match=expected), ray_session(Placement()):
+        pass

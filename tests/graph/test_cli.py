@@ -164,7 +164,7 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
     assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
     assert served.said().endswith(
-        "stopping ...\nfinishing the requests in hand; Ctrl-C once more drops them\nstopped\n"
+        "stopping ...\nfinishing what runs, for 120 s at most; Ctrl-C once more leaves it to the next start\nstopped\n"
     )
     assert served.leftovers() == {}
     host, port = url.removeprefix("http://").split(":")

@@ -452,7 +452,7 @@ def test_media_that_are_refused(app: Any, mp4: bytes, png: bytes) -> None:
         (send_form, {"image": png[:60]}, "image", "Damaged"),
         (send_form, {"image": png, "video": mp4}, "image, video", "one of them"),
         (send_form, {"mode": "policy", "image": png}, "height", "resolution_tier decide"),
-        (send_json, {"mode": "image_to_video"}, "image", "needs one image"),
+        (send_json, {"mode": "image_to_video"}, "image", "one image, which image_to_video needs"),
     ):
         status, _, answer = send_it(app, {**GOOD, **fields})
         assert status == 422, (fields.keys(), answer)
