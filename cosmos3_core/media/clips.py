@@ -74,6 +74,27 @@ class OpenClip:
                         raise too_many_frames(self.field, f"over {LIMITS.max_clip_frames}")
                     yield frame
 
+    def to_rgb(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
+        """uint8 RGB [Y, X, 3], upright; colours are converted as :func:`cosmos3_core.media.probe.read_frames` does.
+
+        Raises:
+            RequestError: its colours are written in a way that FFmpeg cannot convert.
+        """
+        try:
+            rgb = reformatter.reformat(
+                frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=YUV_TO_RGB, threads=1
+            )
+        except av.FFmpegError as error:
+            given = f"a clip with colour matrix {int(frame.colorspace)} ({error.strerror})"
+            raise RequestError(
+                self.field, given, "RGB, BT.601, BT.709, BT.2020 or the like", "Convert it first."
+            ) from error
+        pixels = np.asarray(rgb.to_ndarray(), dtype=np.uint8)
+        is_swapped, flips_rows, flips_columns = _turns(frame)
+        if is_swapped:
+            pixels = pixels.swapaxes(0, 1)
+        return pixels[:: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
+
 
 @contextlib.contextmanager
 def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
@@ -119,18 +140,6 @@ def upright_size(frame: av.VideoFrame) -> PictureSize:
     """Rows and columns after the rotation that the file asks for."""
     is_swapped, _, _ = _turns(frame)
     return PictureSize(frame.width, frame.height) if is_swapped else PictureSize(frame.height, frame.width)
-
-
-def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
-    """uint8 RGB [Y, X, 3], upright; the colours are converted as :func:`cosmos3_core.media.probe.read_frames` does."""
-    rgb = reformatter.reformat(
-        frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=YUV_TO_RGB, threads=1
-    )
-    pixels = np.asarray(rgb.to_ndarray(), dtype=np.uint8)
-    is_swapped, flips_rows, flips_columns = _turns(frame)
-    if is_swapped:
-        pixels = pixels.swapaxes(0, 1)
-    return pixels[:: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
 
 
 def too_many_frames(field: str, count: str | int) -> RequestError:

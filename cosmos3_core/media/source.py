@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.clips import OpenClip, open_clip, to_rgb, too_many_frames, upright_size
+from cosmos3_core.media.clips import OpenClip, open_clip, too_many_frames, upright_size
 from cosmos3_core.media.kinds import AUDIO, CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, FileKind, a, damaged, kind_of
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.stills import (
@@ -148,7 +148,7 @@ def probe_clip(field: str, packed: Packed) -> ClipInfo:
     """A clip's rows, columns and number of frames, from its header.
 
     What the header announces is checked first; then the first frame of a video file is decoded, because only a frame
-    tells how the file is to be turned.
+    tells how the file is to be turned, and converted, because not everything that can be decoded can be.
 
     Args:
         field: the request's field, for errors.
@@ -168,6 +168,7 @@ def probe_clip(field: str, packed: Packed) -> ClipInfo:
         first = next(clip.frames(), None)
         if first is None:
             raise damaged(field, kind.name, "no frame can be decoded")
+        clip.to_rgb(first, VideoReformatter())
         return ClipInfo(*upright_size(first), clip.num_frames)
 
 
@@ -200,7 +201,8 @@ def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["fir
         return _stack(_kept(decode_all(still), num_frames, keep), lambda frame: frame)
     with open_clip(field, kind, packed) as clip:
         reformatter = VideoReformatter()
-        return _stack(_kept(_watched(clip, num_frames), num_frames, keep), lambda frame: to_rgb(frame, reformatter))
+        frames = _kept(_watched(clip, num_frames), num_frames, keep)
+        return _stack(frames, lambda frame: clip.to_rgb(frame, reformatter))
 
 
 def _watched(clip: OpenClip, num_frames: int) -> Iterator[Any]:

@@ -114,7 +114,7 @@ def test_what_completed_jobs_came_with_is_at_most_half_of_what_there_is(upkeep: 
         clock.passes(1)
     waiting = with_picture(upkeep)
     size = sum(path.stat().st_size for path in (upkeep.media.directory / "jobs" / waiting.job_id).iterdir())
-    small = replace(upkeep, media=MediaStore(upkeep.media.directory, 6 * size, KEEP_MEDIA_S))
+    small = replace(upkeep, media=MediaStore(upkeep.media.directory, 7 * size, KEEP_MEDIA_S))
     small.sweep_files()
     assert [has_picture(upkeep, job) for job in jobs] == [False, False, True, True]
     assert has_picture(upkeep, waiting)

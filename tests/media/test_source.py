@@ -15,6 +15,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
 from PIL import Image
 
 import cosmos3_core.media.source as reading
@@ -73,6 +74,21 @@ def encoded(frames, kind="mp4", codec="libx264", *, pts=None, rotation=None, sou
         packets += song.encode(None)
     container.mux(packets)
     container.close()
+    return file.getvalue()
+
+
+def with_colour_matrix(number):
+    """A clip whose colours say that they were made with a matrix of ITU-T H.273."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpegts") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.pix_fmt = "yuv420p"
+        rewriter = BitStreamFilterContext(f"h264_metadata=matrix_coefficients={number}", video, video)
+        for pixels in steps(3, 480, 640):
+            for packet in video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(rewriter.filter(packet))
+        for packet in video.encode(None):
+            container.mux(rewriter.filter(packet))
     return file.getvalue()
 
 
@@ -573,6 +589,14 @@ def test_lying_signatures(mp4):
         for body in bodies:
             refusal(read_image, head + body)
             assert both_refuse(head + body)[1]
+
+
+def test_colours_that_cannot_be_converted_are_refused_before_anything_is_made():
+    assert len(read_clip("video", with_colour_matrix(1), num_frames=1, keep="first")) == 1, "BT.709"
+    ictcp = with_colour_matrix(14)
+    for read in (lambda: probe_clip("video", ictcp), lambda: read_clip("video", ictcp, num_frames=1, keep="first")):
+        with pytest.raises(RequestError, match=r"video='a clip with colour matrix 14 \(.*Convert it first\."):
+            read()
 
 
 def test_random_damage_raises_nothing_else(mp4):
