@@ -214,7 +214,7 @@ class JobRunner:
                         _tell_claim(job)
                         # It may have been claimed just before.
                         if self._is_released or (self._is_draining and job.attached_to is None):
-                            await in_thread(self._store.give_back, Lease(job.job_id, job.lease))
+                            await self._give_back(job)
                             break
                         self._begin(job)
             except Exception:  # the database is away, say: what is wrong now may be right in a moment
@@ -315,8 +315,7 @@ class JobRunner:
         if finished is None and run.stopped is Stop.GIVEN_BACK:
             if run.checkpoints is not None:
                 await run.checkpoints.write_last()
-            lease = Lease(run.job.job_id, run.job.lease)
-            await Tries(self._leases.patience_s).of(lambda: self._store.give_back(lease))
+            await self._give_back(run.job)
             return
         if finished is not None:  # whoever wanted it stopped came too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
@@ -329,6 +328,10 @@ class JobRunner:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(run.why()))
         ended = await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
         await self._tidy_ended(run, ended)
+
+    async def _give_back(self, job: Job) -> None:
+        lease = Lease(job.job_id, job.lease)
+        await Tries(self._leases.patience_s).of(lambda: self._store.give_back(lease))
 
     async def _tidy_ended(self, run: Run, ended: Job) -> None:
         """Count a job that has ended, and remove what it leaves."""

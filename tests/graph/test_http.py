@@ -173,7 +173,7 @@ def test_too_many_tokens_are_found_by_the_tokenizer_and_told_as_422(app: Any) ->
     [
         ({"promt": "a car"}, "promt", "Did you mean prompt?"),
         ({**GOOD, "num_frame": 5}, "num_frame", "Did you mean num_frames?"),
-        ({**GOOD, "zzz": 5}, "zzz", "known are prompt"),
+        ({**GOOD, "zzz": 5}, "zzz", "Fields are prompt"),
         ({}, "prompt", "at least one visible character"),
         ({**GOOD, "model": "other"}, "model", "the one that is served"),
         ({**GOOD, "size": "32"}, "size", "WIDTHxHEIGHT"),

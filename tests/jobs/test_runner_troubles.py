@@ -102,6 +102,37 @@ def test_what_is_given_back_while_the_database_is_away(serve: Any, monkeypatch: 
     serve(body)
 
 
+def test_what_was_just_claimed_is_given_back_while_the_database_is_away(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runner is released when the database has the claim, and the runner has not heard of it."""
+    claimed, go_on = threading.Event(), threading.Event()
+
+    async def body(make: Callable[..., Service]) -> None:
+        service = make(lease_s=20.0)
+        claim = service.store.claim
+
+        def slow(*arguments: Any, **named: Any) -> Job | None:
+            if (job := claim(*arguments, **named)) is not None:
+                claimed.set()
+                go_on.wait(DEADLINE_S)
+            return job
+
+        monkeypatch.setattr(service.store, "claim", slow)
+        monkeypatch.setattr(service.store, "give_back", failing(service.store.give_back, 12))
+        job = await service.submit()
+        assert await asyncio.to_thread(claimed.wait, DEADLINE_S)
+        releasing = asyncio.create_task(service.runner.release())
+        await asyncio.sleep(0)
+        go_on.set()
+        async with asyncio.timeout(DEADLINE_S):
+            await releasing
+        assert service.store.get(job.job_id).state is JobState.QUEUED
+        assert service.stage.walks == []
+
+    serve(body)
+
+
 def test_a_database_that_stays_away_ends_the_run(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is another runner's by then; the caller is not told that anybody has cancelled it."""
 
