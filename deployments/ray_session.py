@@ -30,7 +30,6 @@ _CONNECT_S = 5.0
 # For Ray to come out of its start after a signal: it waits a minute for daemons that the signal has killed.
 _PATIENCE_S = 10.0
 _MAX_REASON_CHARS = 600
-_LOGS = "/tmp/ray/session_latest/logs"
 # Set on all nodes by what starts them for an autoscaler (KubeRay, Ray's cluster launcher), on none by `ray start`.
 _NODE_GROUP_LABEL = "ray.io/node-group"
 
@@ -111,8 +110,10 @@ def _init(placement: Placement) -> None:
         raise KeyboardInterrupt from None
     except Exception as error:  # noqa: BLE001 - a bare one where its own daemons did not come up in time
         if placement.is_alone:
-            hint = f"Is the machine very busy, or short of memory? Ray's logs are in {_LOGS}."
-            raise StartError(f"Ray did not start: {reason(error)} {hint}") from None
+            hint = (
+                "Is the machine very busy, or short of memory? Ray's logs are in session_latest/logs of its directory."
+            )
+            raise StartError(f"Ray did not start: {reason(error).rstrip('.')}. {hint}") from None
         hint = "Where it wants a token, set RAY_AUTH_MODE=token."
         raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: {reason(error)}. {hint}") from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

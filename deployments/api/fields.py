@@ -49,8 +49,8 @@ B64_JSON, FILE_ITSELF = "b64_json", "file"
 LOSSLESS, HIGH = "lossless", "high"
 """Values of ``quality``."""
 
-
 NO_SUCH_FIELD = "nothing, as there is no field of this name here"
+"""What is allowed for a field that is none."""
 
 
 class Endpoint(StrEnum):
