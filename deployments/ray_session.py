@@ -110,9 +110,7 @@ def _init(placement: Placement) -> None:
         raise KeyboardInterrupt from None
     except Exception as error:  # noqa: BLE001 - a bare one where its own daemons did not come up in time
         if placement.is_alone:
-            hint = (
-                "Is the machine very busy, or short of memory? Ray's logs are in session_latest/logs of its directory."
-            )
+            hint = "Is the machine very busy, or short of memory? Ray's logs are below its directory: session_latest."
             raise StartError(f"Ray did not start: {reason(error).rstrip('.')}. {hint}") from None
         hint = "Where it wants a token, set RAY_AUTH_MODE=token."
         raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: {reason(error)}. {hint}") from None
