@@ -1,0 +1,34 @@
+"""What the check says of an app that does not let it in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deployments import checkup
+
+
+@pytest.mark.parametrize(
+    ("api_key", "said"), [(None, "none was given: see --api-key-file"), ("c3_wrong", "this is none that it knows")]
+)
+def test_a_key_that_is_missing_is_not_a_wrong_one(
+    api_key: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def get(url: str, path: str, *, timeout_s: float, api_key: str | None = None) -> tuple[int, str]:
+        asked.append(api_key)
+        return (200, "") if path == "/ready" else (401, "")
+
+    def save_video(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("it was not let in")
+
+    monkeypatch.setattr(checkup, "get", get)
+    monkeypatch.setattr(checkup, "save_video", save_video)
+    told: list[str] = []
+    assert not checkup.check_app("http://127.0.0.1:8000", timeout_s=60, tell=told.append, api_key=api_key)
+    (line,) = told
+    assert "FAIL" in line
+    assert said in line
+    assert asked == [None, api_key], "whether it is ready is no secret"
