@@ -45,7 +45,8 @@ def ended_by(signals: Collection[int], patience_s: float) -> Iterator[None]:
     """End this process, and those of `no_leftovers`, where a signal comes and the block is not left because of it.
 
     For native code that waits for a process which the same signal has killed, as when all processes of a group get it:
-    Python's own handlers have to wait for that code. The exit status is 130. To be called by the main thread.
+    Python's own handlers have to wait for that code. Where it does not let go of Python's lock, this waits with them.
+    The exit status is 130. To be called by the main thread.
 
     Args:
         signals: that have a handler of Python's.

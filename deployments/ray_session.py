@@ -27,7 +27,8 @@ from deployments.processes import ended_by
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CONNECT_S = 5.0
-# For Ray to come out of its start after a signal: it waits a minute for daemons that the signal has killed.
+# For Ray to come out of its start after a signal: it waits a minute for daemons that the signal has killed, half of it
+# with Python's lock held, which nothing here can end.
 _PATIENCE_S = 10.0
 _MAX_REASON_CHARS = 600
 # Set on all nodes by what starts them for an autoscaler (KubeRay, Ray's cluster launcher), on none by `ray start`.
@@ -77,9 +78,12 @@ def ray_session(placement: Placement) -> Iterator[None]:
     try:
         _on_signals(signal.default_int_handler)
         try:
-            with ended_by(_SIGNALS, _PATIENCE_S):
-                _init(placement)
-            _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
+            try:
+                with ended_by(_SIGNALS, _PATIENCE_S):
+                    _init(placement)
+                _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
+            except SystemExit:  # what that one raises, sometimes not before Ray has given up itself
+                raise KeyboardInterrupt from None
             yield
         finally:
             # Half-stopped, Ray would leave processes behind; this takes little more than a second.
@@ -106,8 +110,6 @@ def _init(placement: Placement) -> None:
         raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: nothing listens there")
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except SystemExit:  # Ray's answer to SIGTERM while it starts
-        raise KeyboardInterrupt from None
     except Exception as error:  # noqa: BLE001 - a bare one where its own daemons did not come up in time
         if placement.is_alone:
             hint = "Is the machine very busy, or short of memory? Ray's logs are below its directory: session_latest."

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -224,8 +224,11 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)
 with no_leftovers(os.environ), ended_by({signal.SIGTERM}, 0.2):
     child = subprocess.Popen(["sleep", "600"])
     native.pthread_mutex_lock(mutex)
-    print(child.pid, flush=True)
-    native.pthread_mutex_lock(mutex)
+    try:
+        print(child.pid, flush=True)
+        native.pthread_mutex_lock(mutex)
+    except KeyboardInterrupt:  # the signal was there first
+        native.pthread_mutex_lock(mutex)
 """
 
 
@@ -259,6 +262,45 @@ def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "left -1\n", "")
+
+
+class LateError(Exception):
+    """Its words are asked for when Ray has given up; the signal that it was stopped by is handled no sooner."""
+
+    def __str__(self) -> str:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return "late"
+
+
+@pytest.mark.parametrize("moment", ["Ray starts", "Ray has given up", "Ray has started"])
+def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own handler raises `SystemExit`, and with it the command would end without a word."""
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        if moment == "Ray has given up":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            terminate()
+            raise LateError
+        if moment == "Ray starts":
+            terminate()
+
+    @contextmanager
+    def watched(*arguments: object) -> Iterator[None]:
+        yield
+        terminate()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    if moment == "Ray has started":
+        monkeypatch.setattr("deployments.ray_session.ended_by", watched)
+    with pytest.raises(KeyboardInterrupt), ray_session(Placement()):
+        pytest.fail("started")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class Scripted(RunningApp):
