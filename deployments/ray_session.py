@@ -78,12 +78,7 @@ def ray_session(placement: Placement) -> Iterator[None]:
     try:
         _on_signals(signal.default_int_handler)
         try:
-            try:
-                with ended_by(_SIGNALS, _PATIENCE_S):
-                    _init(placement)
-                _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
-            except SystemExit:  # what that one raises, sometimes not before Ray has given up itself
-                raise KeyboardInterrupt from None
+            _start(placement)
             yield
         finally:
             # Half-stopped, Ray would leave processes behind; this takes little more than a second.
@@ -98,6 +93,15 @@ def ray_session(placement: Placement) -> Iterator[None]:
 def _on_signals(handler: Any) -> None:
     for number in _SIGNALS:
         signal.signal(number, handler)
+
+
+def _start(placement: Placement) -> None:
+    try:
+        with ended_by(_SIGNALS, _PATIENCE_S):
+            _init(placement)
+        _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
+    except SystemExit:  # what that one raises, sometimes not before Ray has given up itself
+        raise KeyboardInterrupt from None
 
 
 def _init(placement: Placement) -> None:
