@@ -27,20 +27,20 @@ from cluster.video_vae_rank import VideoVAESpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.parallel.layout import Layout
+from deployments.api.ingress import Ingress
 from deployments.api.service import IngressSpec
-from deployments.audio_vae import AudioVAE
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
-from deployments.director import Director
-from deployments.director_parts import DirectorSpec
-from deployments.guardrail import Guardrails
-from deployments.ingress import Ingress
+from deployments.director.director import Director
+from deployments.director.parts import DirectorSpec
 from deployments.jobs.database import DatabaseSpec
-from deployments.media_store import MediaSpec
-from deployments.mp4_encoder import Mp4Encoder
-from deployments.prompt_tokenizer import PromptTokenizer
-from deployments.stages import Stages
-from deployments.transformer import Transformer
-from deployments.video_vae import VAECalls, VideoVAE
+from deployments.media.store import MediaSpec
+from deployments.stages.audio_vae import AudioVAE
+from deployments.stages.guardrail import Guardrails
+from deployments.stages.handles import Stages
+from deployments.stages.mp4_encoder import Mp4Encoder
+from deployments.stages.prompt_tokenizer import PromptTokenizer
+from deployments.stages.transformer import Transformer
+from deployments.stages.video_vae import VAECalls, VideoVAE
 
 _FULL_QUEUE_RETRY_S = 5
 _SHUTDOWN_POLL_S = 0.1

@@ -1,75 +1,166 @@
-"""Errors that come back from another process: what they really are, and whether trying again can help."""
+"""The types of the graph's errors.
+
+    Cosmos3Error
+    ├── Refusal                   has an HTTP status, a code and a message of its own
+    │   └── BodyError             a request body that cannot be read at all
+    ├── ContentBlocked            a prompt or pictures must not be used
+    ├── GuardrailUnavailable      nobody can say whether they may; the request fails, nothing passes unchecked
+    ├── AdapterError              the configured guardrail cannot be used; the stage does not start
+    ├── MediaStoreError           the media store cannot be used
+    └── JobsError                 the database of jobs cannot be used
+        ├── IllegalTransition     a change of state that no job may make
+        ├── LeaseLost             the job has another runner by now, or has ended
+        ├── JobCancelled          the job was stopped before its end
+        └── IdempotencyConflict   an idempotency key comes again, with another request
+
+Others come from below: :mod:`cosmos3_core.errors` and :mod:`cluster.errors`. All of them cross process boundaries
+whole: their arguments are all they hold. None repeats a prompt. :mod:`deployments.failures` has what
+each means to callers, and what Ray raises as one of them.
+"""
 
 from __future__ import annotations
 
-from ray.exceptions import (
-    ActorUnschedulableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RaySystemError,
-    RayTaskError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from cluster.errors import GangFailed, OverloadedError, StageFailed, StreamClosed
-from cosmos3_core.errors import Cosmos3Error, StateError
-
-# Retry-After where Serve's own queue was full: nothing is known of how long it stays so.
-_FULL_QUEUE_S = 2.0
-
-# A process or node died, or took an object with it; the same request on another replica can succeed. A stream that was
-# closed under its consumer is the other side's death seen from here.
-_RETRYABLE = (
-    GangFailed,
-    StreamClosed,
-    RayActorError,
-    ObjectLostError,
-    WorkerCrashedError,
-    RaySystemError,
-    NodeDiedError,
-    LocalRayletDiedError,
-    ActorUnschedulableError,
-    ReplicaUnavailableError,
-    # A saved state that the gang cannot read: the next try begins without it.
-    StateError,
-)
+from cosmos3_core.errors import Cosmos3Error
 
 
-def unwrapped(error: BaseException) -> BaseException:
-    """The exception that a remote method raised, without Ray's wrapping and its traceback text."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
+class Refusal(Cosmos3Error):
+    """A fault that only HTTP has.
 
-
-def typed(error: BaseException, stage: str) -> BaseException:
-    """The error as one of ours where it has a meaning: a full queue, a process that died; else as it was raised.
-
-    What a stage may be tried again after stays itself if it is ours: a :class:`GangFailed` says more.
+    Args:
+        status: of the answer.
+        code: short name of the fault.
+        message: what is wrong and what is allowed.
+        headers: of the answer.
     """
-    error = unwrapped(error)
-    if isinstance(error, BackPressureError):
-        return OverloadedError(f"calls waiting for the stage {stage!r}", error.args[1], _FULL_QUEUE_S)
-    if isinstance(error, (*_RETRYABLE, DeploymentUnavailableError)) and not isinstance(error, Cosmos3Error):
-        return StageFailed(stage, 1, in_words(error))
-    return error
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.status, self.code, self.message, self.headers = status, code, message, dict(headers)
+        super().__init__(status, code, message, self.headers)
+
+    def __str__(self) -> str:
+        return self.message
 
 
-def is_retryable(error: BaseException) -> bool:
-    """Whether the same stage may succeed on another replica; never true of the request's own faults."""
-    return isinstance(unwrapped(error), _RETRYABLE)
+class BodyError(Refusal):
+    """A request body that cannot be read at all."""
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an object that was to be used is gone."""
-    return isinstance(unwrapped(error), ObjectLostError)
+class ContentBlocked(Cosmos3Error):
+    """The guardrail has stopped a request.
+
+    Args:
+        what: that must not be used: "prompt" or "pictures".
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        advice = "; change the prompt" if self.what == "prompt" else ""
+        return f"the guardrail has stopped the request because of its {self.what}{advice}"
 
 
-def in_words(error: BaseException) -> str:
-    """One line about an error."""
-    error = unwrapped(error)
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"
+class GuardrailUnavailable(Cosmos3Error):
+    """The guardrail has failed, is away or takes too long. Why is in its own log.
+
+    Args:
+        what: that it was to look at: "prompt" or "pictures".
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return f"the guardrail cannot look at the {self.what} just now, and nothing passes without; try again later"
+
+
+class AdapterError(Cosmos3Error):
+    """The adapter of ``guardrails`` in the configuration cannot be used.
+
+    Args:
+        adapter: as it is configured.
+        problem: what is wrong with it.
+        hint: what to do about it, a full sentence.
+    """
+
+    def __init__(self, adapter: str, problem: str, hint: str) -> None:
+        self.adapter, self.problem, self.hint = adapter, problem, hint
+        super().__init__(adapter, problem, hint)
+
+    def __str__(self) -> str:
+        return f"guardrails.adapter={self.adapter}: {self.problem}. {self.hint}"
+
+
+class MediaStoreError(Cosmos3Error):
+    """The store's directory or archive cannot be used; says why and what to do."""
+
+
+class JobsError(Cosmos3Error):
+    """The database of jobs cannot be used; says why and what to do."""
+
+
+class IllegalTransition(JobsError):
+    """A change of state that no job may make: always our own bug.
+
+    Args:
+        job_id: of the job.
+        before, after: the states.
+    """
+
+    def __init__(self, job_id: str, before: str, after: str) -> None:
+        super().__init__(job_id, before, after)
+        self.job_id, self.before, self.after = job_id, before, after
+
+    def __str__(self) -> str:
+        return f"{self.job_id} is {self.before}; it cannot become {self.after}"
+
+
+class LeaseLost(JobsError):
+    """The job is not this runner's any more: its lease ran out and another has it, or it was deleted or has ended.
+
+    Args:
+        job_id: of the job.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"{self.job_id} is not this runner's any more"
+
+
+class JobCancelled(JobsError):
+    """The job was stopped before its end.
+
+    Args:
+        job_id: of the job.
+        reason: why.
+    """
+
+    def __init__(self, job_id: str, reason: str) -> None:
+        super().__init__(job_id, reason)
+        self.job_id, self.reason = job_id, reason
+
+    def __str__(self) -> str:
+        return f"{self.job_id} was stopped before its end: {self.reason or 'it was deleted'}"
+
+
+class IdempotencyConflict(JobsError):
+    """An idempotency key comes again, with another request.
+
+    Args:
+        key: as it was given.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"the idempotency key {self.key!r} was used for another request; take a new one"

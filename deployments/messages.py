@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,6 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.media.pixels import Frames
-
-if TYPE_CHECKING:
-    from deployments.jobs.job import Job
 
 
 @dataclass(frozen=True)
@@ -158,11 +154,6 @@ class Accepted:
     seed: int
     notes: tuple[str, ...]
     pid: int
-
-    @classmethod
-    def of(cls, job: Job) -> Accepted:
-        """Of a job that was accepted by this process."""
-        return cls(job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid())
 
 
 @dataclass(frozen=True)

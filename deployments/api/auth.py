@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import Cosmos3Error
-from deployments.api.errors import Refusal
+from deployments.errors import Refusal
 from deployments.jobs.keys import ApiKey, KeyLimits, KeyStore
 from deployments.service_config import DEFAULT_CLASS
 from deployments.threads import in_thread

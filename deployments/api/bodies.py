@@ -21,8 +21,6 @@ from cosmos3_core.request import GenerationRequest
 from deployments.api.fields import (
     B64_JSON,
     FILE_ITSELF,
-    HIGH,
-    LOSSLESS,
     MAX_IMAGES,
     PASSED_ON,
     SIZE_PATTERN,
@@ -31,6 +29,7 @@ from deployments.api.fields import (
 from deployments.api.given_fields import Given, start_of
 from deployments.api.given_media import given_media
 from deployments.api.written import Origin, Origins, as_written
+from deployments.jobs.job_object import HIGH, LOSSLESS
 from deployments.service_config import DEFAULT_CLASS
 
 _DEFAULT_FPS = 24.0

@@ -13,11 +13,11 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from deployments.api.body_room import Held
-from deployments.api.errors import BodyError
 from deployments.api.field_kinds import FormText
 from deployments.api.form_fields import nested_fields
 from deployments.api.json_text import read_json
+from deployments.api.memory_budget import Held
+from deployments.errors import BodyError
 from deployments.threads import in_thread
 
 MAX_FIELDS = 128

@@ -18,14 +18,15 @@ from cosmos3_core.errors import RequestError
 from deployments.api.auth import Caller
 from deployments.api.bodies import BodyRules, Wishes
 from deployments.api.body_limit import read_fields
-from deployments.api.body_room import Held
-from deployments.api.errors import Refusal, error_response, is_told
+from deployments.api.errors import error_response, is_told
 from deployments.api.fields import Endpoint
 from deployments.api.given_fields import Given, read_given
 from deployments.api.given_media import with_fetched
+from deployments.api.memory_budget import Held
 from deployments.api.service import Service
-from deployments.jobs.asked import Asked
+from deployments.errors import Refusal
 from deployments.jobs.job import Job
+from deployments.jobs.submit_options import Asked
 from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")

@@ -18,9 +18,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cosmos3_core.errors import MediaError
-from deployments.api.errors import Refusal, error_response
-from deployments.media_record import DONE, FAILED, MediaRecord
-from deployments.media_store import MediaStore
+from deployments.api.errors import error_response
+from deployments.errors import Refusal
+from deployments.media.record import DONE, FAILED, MediaRecord
+from deployments.media.store import MediaStore
 from deployments.threads import in_thread
 
 _PART_BYTES = 256 * 1024

@@ -16,8 +16,8 @@ from cluster.errors import DeadlineExceeded, OverloadedError, StageFailed
 from cosmos3_core.request import GenerationRequest
 from deployments.api.body_limit import request_id_of
 from deployments.api.errors import error_response, is_told
-from deployments.errors import typed
-from deployments.jobs.asked import Asked
+from deployments.failures import typed
+from deployments.jobs.submit_options import Asked
 from deployments.messages import Accepted, FileStarted, Finished
 
 logger = logging.getLogger("ray.serve")

@@ -38,6 +38,7 @@ from deployments.api.field_kinds import (
     TEXT,
     Kind,
 )
+from deployments.jobs.job_object import HIGH, LOSSLESS
 
 _MAX_COMPARED_CHARS = 200
 MAX_IMAGES = 10
@@ -45,9 +46,6 @@ SIZE_PATTERN = r"\d{1,6}x\d{1,6}"
 
 B64_JSON, FILE_ITSELF = "b64_json", "file"
 """How an answer has its images."""
-
-LOSSLESS, HIGH = "lossless", "high"
-"""Values of ``quality``."""
 
 NO_SUCH_FIELD = "nothing, as there is no field of this name here"
 """What is allowed for a field that is none."""

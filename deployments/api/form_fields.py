@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from deployments.api.errors import BodyError
 from deployments.api.field_kinds import INDEXES, NUMBERS, FormText
 from deployments.api.fields import FIELDS
+from deployments.errors import BodyError
 
 # Fields that forms may have several times, once a value.
 _LISTS = tuple(

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.kinds import CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, kind_of
 from cosmos3_core.presets import LIMITS
-from deployments.api.body_room import Held
 from deployments.api.fields import MEDIA
 from deployments.api.json_text import read_json
+from deployments.api.memory_budget import Held
 from deployments.threads import in_thread
 
 # Of base64.

@@ -16,8 +16,9 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import RequestError
 from deployments.api.call import Call, routes
 from deployments.api.content import PartsResponse
+from deployments.errors import JobsError
 from deployments.jobs.feed import DELETED, FINAL_KINDS
-from deployments.jobs.job import JobEvent, JobsError
+from deployments.jobs.job import JobEvent
 from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")

@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse, Response
 
 from cosmos3_core.media.file_kinds import SUFFIXES
 from deployments.api.bodies import ImageBody
-from deployments.api.body_room import Held
 from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
 from deployments.api.fields import B64_JSON
-from deployments.jobs.asked import Asked
-from deployments.media_store import MediaStore
+from deployments.api.memory_budget import Held
+from deployments.jobs.submit_options import Asked
+from deployments.media.store import MediaStore
 from deployments.messages import FileStarted, Finished
 
 _Part = asyncio.Future[bytes | None]

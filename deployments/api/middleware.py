@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cosmos3_core.errors import Cosmos3Error
 from deployments.api.auth import Caller
 from deployments.api.call import CALLER, logger
-from deployments.api.errors import Refusal, error_response, is_told
+from deployments.api.errors import error_response, is_told
 from deployments.api.service import Service
 from deployments.api.service_info import OPEN_PATHS
+from deployments.errors import Refusal
 
 _PORT = re.compile(r":[0-9]{1,5}$")
 _METHODS = ("GET", "HEAD", "POST", "DELETE")

@@ -22,9 +22,9 @@ from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from deployments import service_config
-from deployments.api.errors import Refusal
 from deployments.api.public_address import IPAddress, is_public
 from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl, shown_url
+from deployments.errors import Refusal
 
 # Each has a file in memory.
 _MAX_FETCHES = 4

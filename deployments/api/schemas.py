@@ -9,9 +9,10 @@ from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.presets import LIMITS
 from deployments.api.body_limit import MAX_FIELDS
 from deployments.api.field_kinds import FILE, OBJECT, ROWS, Schema
-from deployments.api.fields import ALIASES, FIELDS, HIGH, LOSSLESS, Endpoint, Field, Use, name_pattern
+from deployments.api.fields import ALIASES, FIELDS, Endpoint, Field, Use, name_pattern
 from deployments.api.service import Service
 from deployments.jobs.job import JOB_ID
+from deployments.jobs.job_object import HIGH, LOSSLESS
 
 JOB_ID_PATTERN = f"^{JOB_ID.pattern}$"
 

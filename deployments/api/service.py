@@ -11,22 +11,22 @@ from starlette.datastructures import Headers
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.auth import Auth, Caller, auth_required, check_keys, names_of
 from deployments.api.bodies import BodyRules
-from deployments.api.body_room import BodyRoom
 from deployments.api.given_media import RemoteFiles
-from deployments.api.job_object import JobObjects
+from deployments.api.memory_budget import BodyRoom
 from deployments.api.remote_media import RemoteMedia as RemoteFetcher
-from deployments.api.served_model import ServedModel
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
+from deployments.jobs.job_object import JobObjects
 from deployments.jobs.store import JobStore
-from deployments.media_store import MediaSpec, MediaStore
-from deployments.metrics import metrics_text
+from deployments.media.store import MediaSpec, MediaStore
+from deployments.observability.metrics import metrics_text
+from deployments.served_model import ServedModel
 from deployments.service_config import Http, Jobs, RemoteMedia
 
 
 class Ready(Protocol):
-    """Knows which stages do not run yet, :class:`deployments.readiness.Readiness`."""
+    """Knows which stages do not run yet, :class:`deployments.api.readiness.Readiness`."""
 
     async def waiting_for(self) -> list[str]:
         """Their names."""

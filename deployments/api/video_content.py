@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cosmos3_core import checks
 from deployments.api.call import Call, routes
-from deployments.api.content import Conditions, content_answer
-from deployments.api.errors import Refusal, error_response
-from deployments.api.job_object import retry_after_s
-from deployments.api.variants import variant_answer
+from deployments.api.content import Conditions, content_answer, finished_answer, found_record, not_ready
+from deployments.api.errors import error_response
+from deployments.errors import Refusal
 from deployments.jobs.job import Job, JobState
-
-VIDEO, ACTION = "video", "action"
-VARIANTS = (VIDEO, "thumbnail", "spritesheet", "audio", ACTION)
+from deployments.jobs.job_object import retry_after_s
+from deployments.media.record import DONE
+from deployments.media.store import MediaStore
+from deployments.media.variants import ACTION, CONTENT_VARIANTS, VIDEO, made_variant
 
 router = routes()
 
@@ -26,7 +28,7 @@ router = routes()
 async def get_content(video_id: str, request: Request) -> Response:
     """What a job has made; the file from its first fragment on."""
     call = Call.of(request, "variant")
-    variant = checks.choice("variant", call.query.get("variant", VIDEO), VARIANTS)
+    variant = checks.choice("variant", call.query.get("variant", VIDEO), CONTENT_VARIANTS)
     job = await call.job(video_id)
     if job.state in (JobState.FAILED, JobState.CANCELLED):
         raise Refusal(410, "media_failed", "there is no file: the job has failed or was cancelled")
@@ -72,3 +74,27 @@ async def _is_gone(call: Call, job: Job) -> bool:
     media = call.service.media
     answer = await content_answer(media, job.media_id, "HEAD", {})
     return answer.status_code == 404
+
+
+async def variant_answer(
+    media: MediaStore, media_id: str, variant: str, method: str, headers: Mapping[str, str]
+) -> Response:
+    """A variant of a finished file, given as :func:`deployments.api.content.content_answer` gives finished files.
+
+    Args:
+        media: where the file is.
+        media_id: of the file.
+        variant: one of :data:`deployments.media.variants.MADE_VARIANTS`.
+        method: GET or HEAD.
+        headers: of the request, by lower-case names.
+
+    Raises:
+        MediaError: it cannot be made of this file, or not be written or read.
+    """
+    try:
+        record = await asyncio.to_thread(found_record, media, media_id)
+        if record.state != DONE:
+            raise not_ready()
+        return finished_answer(media, await made_variant(media, record, variant), method, headers)
+    except Refusal as refusal:
+        return error_response(refusal)

@@ -24,10 +24,10 @@ from deployments.api.body_limit import read_fields, request_id_of, visible_heade
 from deployments.api.call import Call, found, routes
 from deployments.api.exchange import Exchange, accept_limit_s, answered
 from deployments.api.fields import NO_SUCH_FIELD, Endpoint
-from deployments.api.job_object import poll_after_ms
 from deployments.api.media_answer import live_answer, media_answer
 from deployments.api.written import as_written
 from deployments.jobs.job import Job, JobState
+from deployments.jobs.job_object import poll_after_ms
 from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")

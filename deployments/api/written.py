@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosmos3_core.errors import RequestError
-from deployments.errors import unwrapped
+from deployments.failures import unwrapped
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ from typing import Any
 
 from cluster.errors import DeadlineExceeded, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.errors import CapabilityError, Cosmos3Error, RequestError
-from deployments.guardrails.errors import ContentBlocked
-from deployments.jobs.job import IdempotencyConflict, JobCancelled
+from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 
 # For an answer that does not say when to come back.
 _RETRY_AFTER_S = 5.0

@@ -17,13 +17,12 @@ from deployments.clients.events import FINAL, RawEvent
 from deployments.clients.message_events import raw_event
 from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
 from deployments.clients.video import COMPLETED, FAILED
-from deployments.errors import in_words, typed
-from deployments.guardrails.errors import ContentBlocked
-from deployments.jobs.asked import Asked
-from deployments.jobs.job import IdempotencyConflict, JobCancelled
+from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
+from deployments.failures import in_words, typed
+from deployments.jobs.submit_options import Asked
 from deployments.messages import Accepted, RequestContext
 from deployments.service_config import DEFAULT_CLASS
-from deployments.streams import RefStream
+from deployments.stages.streams import RefStream
 
 _PART_BYTES = 1 << 20
 # The Director keeps the deadline and says so; this is for one that is gone.

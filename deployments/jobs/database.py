@@ -22,10 +22,10 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 
+from deployments.errors import JobsError
 from deployments.jobs import sqlite_file
-from deployments.jobs.job import JobsError
 from deployments.jobs.schema import NEWEST, VERSION_TABLE
-from deployments.media_store import own_directory
+from deployments.media.store import own_directory
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig

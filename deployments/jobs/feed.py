@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 from cluster.errors import DeadlineExceeded, OverloadedError
 from cosmos3_core.errors import Cosmos3Error
-from deployments.jobs.job import Job, JobEvent, JobsError, JobState
-from deployments.jobs.place import NOWHERE, Place, places_of
+from deployments.errors import JobsError
+from deployments.jobs.job import Job, JobEvent, JobState
+from deployments.jobs.queue_position import NOWHERE, Place, places_of
 from deployments.jobs.rows import MAX_EVENTS
 from deployments.jobs.store import JobStore
 from deployments.threads import in_thread

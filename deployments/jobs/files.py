@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from cosmos3_core.errors import MediaError
 from deployments.jobs.job import JOB_ID
-from deployments.media_folder import JOB_FILES
-from deployments.objects import DirectoryObjects, Objects, open_objects
+from deployments.media.folder import JOB_FILES
+from deployments.media.objects import DirectoryObjects, Objects, open_objects
 
 _NAME = re.compile(r"[a-z]{1,16}")
 # Of an array: numbers, and nothing that would have to be unpickled.

@@ -21,7 +21,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from cosmos3_core.errors import Cosmos3Error
+from deployments.errors import IllegalTransition
 
 
 class JobState(StrEnum):
@@ -56,72 +56,6 @@ class Lane(StrEnum):
 
     IMAGE = "image"
     VIDEO = "video"
-
-
-class JobsError(Cosmos3Error):
-    """The database of jobs cannot be used; says why and what to do."""
-
-
-class IllegalTransition(JobsError):
-    """A change of state that no job may make: always our own bug.
-
-    Args:
-        job_id: of the job.
-        before, after: the states.
-    """
-
-    def __init__(self, job_id: str, before: str, after: str) -> None:
-        super().__init__(job_id, before, after)
-        self.job_id, self.before, self.after = job_id, before, after
-
-    def __str__(self) -> str:
-        return f"{self.job_id} is {self.before}; it cannot become {self.after}"
-
-
-class LeaseLost(JobsError):
-    """The job is not this runner's any more: its lease ran out and another has it, or it was deleted or has ended.
-
-    Args:
-        job_id: of the job.
-    """
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(job_id)
-        self.job_id = job_id
-
-    def __str__(self) -> str:
-        return f"{self.job_id} is not this runner's any more"
-
-
-class JobCancelled(JobsError):
-    """The job was stopped before its end.
-
-    Args:
-        job_id: of the job.
-        reason: why.
-    """
-
-    def __init__(self, job_id: str, reason: str) -> None:
-        super().__init__(job_id, reason)
-        self.job_id, self.reason = job_id, reason
-
-    def __str__(self) -> str:
-        return f"{self.job_id} was stopped before its end: {self.reason or 'it was deleted'}"
-
-
-class IdempotencyConflict(JobsError):
-    """An idempotency key comes again, with another request.
-
-    Args:
-        key: as it was given.
-    """
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-    def __str__(self) -> str:
-        return f"the idempotency key {self.key!r} was used for another request; take a new one"
 
 
 def check_transition(job_id: str, before: JobState, after: JobState) -> None:
@@ -212,7 +146,7 @@ class Job(NewJob):
         stage: "queued", then what it is in: "denoising", "decoding" ...
         step_s: seconds that the last step took on its gang.
         media_id: of its file in the media store; "" before.
-        result: what is told of a completed one, see :mod:`deployments.jobs.recorder`; empty before.
+        result: what is told of a completed one, see :mod:`deployments.director.recorder`; empty before.
         error_code, error_message: of a failed one.
         last_seq: number of its last event.
     """

@@ -19,8 +19,8 @@ from sqlalchemy import Row, func, insert, select, update
 
 from cosmos3_core import checks
 from cosmos3_core.errors import RequestError
+from deployments.errors import JobsError
 from deployments.jobs.database import Database
-from deployments.jobs.job import JobsError
 from deployments.jobs.schema import API_KEYS
 
 MAX_KEYS = 10_000

@@ -21,7 +21,8 @@ from sqlalchemy import Connection, Select, and_, bindparam, delete, func, or_, s
 from cluster.errors import OverloadedError
 from cosmos3_core import checks
 from cosmos3_core.errors import RequestError
-from deployments.jobs.job import IdempotencyConflict, Job, JobState, Lane, NewJob
+from deployments.errors import IdempotencyConflict
+from deployments.jobs.job import Job, JobState, Lane, NewJob
 from deployments.jobs.keys import KeyLimits
 from deployments.jobs.rows import add, job_of, put
 from deployments.jobs.schema import JOBS, LANES, RUNNERS

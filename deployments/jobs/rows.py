@@ -29,7 +29,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from deployments.jobs.job import Job, JobEvent, JobsError, JobState, Lane, LeaseLost, NewJob, Outcome, check_transition
+from deployments.errors import JobsError, LeaseLost
+from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome, check_transition
 from deployments.jobs.schema import JOB_EVENTS, JOBS
 
 MAX_EVENTS = 10_000

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 
-from deployments.jobs.job import JobsError
+from deployments.errors import JobsError
 
 _PAUSE_S = 0.02
 

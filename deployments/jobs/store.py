@@ -27,8 +27,8 @@ from deployments.jobs.job import (
     Progress,
 )
 from deployments.jobs.keys import KeyLimits, KeyStore
-from deployments.jobs.promises import FullQueue, Promises
 from deployments.jobs.queue import Ahead, ClassLoad, QueueLimits, QueueLoad
+from deployments.jobs.retry_estimator import FullQueue, Promises
 from deployments.jobs.rows import change, end, events_after, find, job_of, leased
 from deployments.jobs.schema import JOBS, RUNNERS
 

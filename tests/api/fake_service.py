@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,16 +20,16 @@ from deployments.api.app import build_api
 from deployments.api.auth import Auth
 from deployments.api.given_media import RemoteFiles
 from deployments.api.openapi import document
-from deployments.api.served_model import ServedModel
 from deployments.api.service import Service
-from deployments.jobs.asked import Asked
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
 from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
 from deployments.jobs.store import JobStore, Lease, QueueLimits
-from deployments.media_store import MediaEntry, MediaStore, new_media_id
+from deployments.jobs.submit_options import Asked
+from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished
+from deployments.served_model import ServedModel
 from deployments.service_config import Http
 from tests.api.documented import Documented
 
@@ -157,7 +158,9 @@ class FakeDirector:
 
     async def _events(self, request: GenerationRequest, asked: Asked) -> AsyncIterator[Any]:
         job = await self._submit(request, asked, "this-one")
-        yield Accepted.of(job)
+        yield Accepted(
+            job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid()
+        )
         if job.media_type == "video/mp4":
             media_id = new_media_id()
             entry = self.media.create(media_id, job.media_type, ".mp4", is_live=True)

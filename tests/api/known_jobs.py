@@ -10,9 +10,9 @@ import PIL.Image
 
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
-from deployments.jobs.asked import Asked
 from deployments.jobs.job import Job, JobState, Outcome, Progress, new_job_id
-from deployments.media_store import new_media_id
+from deployments.jobs.submit_options import Asked
+from deployments.media.store import new_media_id
 from tests.api.accepting_api import LIMITS, AcceptingApi
 from tests.api.fake_service import MODEL, lease_of
 from tests.mode_inputs import CLIP, IMAGE

@@ -14,10 +14,10 @@ import pytest
 from deployments.api import auth as auths
 from deployments.api.auth import LOOPBACK_HOSTS, Auth, NoKeys, auth_required, check_keys
 from deployments.api.service import IngressSpec, Service
+from deployments.errors import JobsError
 from deployments.jobs.database import DatabaseSpec
-from deployments.jobs.job import JobsError
 from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
-from deployments.media_store import MediaSpec
+from deployments.media.store import MediaSpec
 from deployments.service_config import Http, Jobs, RemoteMedia
 from tests.api.fake_service import Api, FakeReadiness
 

@@ -11,8 +11,9 @@ import pytest
 
 from cluster.errors import DeadlineExceeded
 from deployments.api import job_events
+from deployments.errors import JobsError
 from deployments.jobs import feed as feeds
-from deployments.jobs.job import JobsError, Progress
+from deployments.jobs.job import Progress
 from tests.api.fake_service import Api, Follower, lease_of
 
 

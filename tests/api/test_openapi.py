@@ -11,7 +11,7 @@ import pytest
 
 from deployments.api.fields import ALIASES, FIELDS, MEDIA, Endpoint, Use, known
 from deployments.api.middleware import _EXPOSED_HEADERS
-from deployments.api.video_content import VARIANTS
+from deployments.media.variants import CONTENT_VARIANTS
 from tests.api.documented import Documented
 from tests.api.fake_service import CLASSES, Api
 from tests.api.test_fields import REQUESTS
@@ -223,7 +223,7 @@ def test_what_has_bounds_is_refused_beyond_them(documented: Documented, shared_a
 def test_variants_and_headers_are_those_of_the_code(documented: Documented) -> None:
     content = documented.document["paths"]["/v1/videos/{video_id}/content"]["get"]
     (variant,) = (it for it in content["parameters"] if it["name"] == "variant")
-    assert tuple(variant["schema"]["enum"]) == VARIANTS
+    assert tuple(variant["schema"]["enum"]) == CONTENT_VARIANTS
     told = {name.lower() for name in documented.document["components"]["headers"]}
     assert told - {"www-authenticate"} <= set(_EXPOSED_HEADERS)
 

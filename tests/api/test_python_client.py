@@ -18,10 +18,11 @@ from deployments.client import AsyncCosmos3Client, Cosmos3Client
 from deployments.clients.errors import AuthError, NotFound, NotReady, UnreachableError
 from deployments.clients.events import Ended, Queued, Started, Step
 from deployments.clients.handle_transport import HandleTransport
-from deployments.http_client import save_video
-from deployments.job_desk import JobDesk
-from deployments.jobs.job import IdempotencyConflict, Job
+from deployments.director.job_desk import JobDesk
+from deployments.errors import IdempotencyConflict
+from deployments.jobs.job import Job
 from deployments.jobs.keys import NewKey
+from deployments.launch.http_client import save_video
 from tests.api.fake_service import DEADLINE_S, Api, Response
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=4)

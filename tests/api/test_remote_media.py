@@ -18,11 +18,11 @@ from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from deployments import service_config
 from deployments.api import remote_media
-from deployments.api.errors import Refusal
 from deployments.api.public_address import is_public
 from deployments.api.remote_media import RemoteMedia
 from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl
 from deployments.config import ConfigError
+from deployments.errors import Refusal
 
 HOST, OTHER = "media.example.com", "other.example.org"
 LOOPBACK = "127.0.0.1"

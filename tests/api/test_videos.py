@@ -11,7 +11,8 @@ import pytest
 
 from cluster.errors import OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.actions import GeneratedActions
-from deployments.jobs.job import JobsError, JobState
+from deployments.errors import JobsError
+from deployments.jobs.job import JobState
 from tests.api.fake_service import Api, lease_of
 from tests.api.known_jobs import png
 
@@ -390,8 +391,8 @@ def test_a_model_of_any_name_fits_into_a_header(api: Api) -> None:
 
 
 def test_states_of_jobs_are_those_of_openai(api: Api) -> None:
-    from deployments.api.job_object import job_object
-    from deployments.jobs.place import NOWHERE
+    from deployments.jobs.job_object import job_object
+    from deployments.jobs.queue_position import NOWHERE
 
     job = api.store.get(api.created()["id"])
     assert job is not None

@@ -19,9 +19,9 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.api.errors import Refusal, error_response
-from deployments.jobs.asked import Asked
-from deployments.jobs.job import JobCancelled
+from deployments.api.errors import error_response
+from deployments.errors import JobCancelled, Refusal
+from deployments.jobs.submit_options import Asked
 
 FINAL = ("completed", "failed", "cancelled")
 WAIT = ("wait", {})

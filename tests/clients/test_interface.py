@@ -30,8 +30,7 @@ from deployments.clients.events import (
     Step,
     VideoEvent,
 )
-from deployments.guardrails.errors import ContentBlocked, GuardrailUnavailable
-from deployments.jobs.job import IdempotencyConflict, JobCancelled, JobsError
+from deployments.errors import ContentBlocked, GuardrailUnavailable, IdempotencyConflict, JobCancelled, JobsError
 from tests.clients.app_double import STORY, WAIT, App
 from tests.clients.conftest import InLoop, connected
 

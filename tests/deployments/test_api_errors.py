@@ -20,9 +20,9 @@ from cluster.errors import (
     StreamClosed,
 )
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
-from deployments.api.errors import BodyError, error_response, failure_of, is_told
-from deployments.jobs.job import IdempotencyConflict, JobCancelled, JobsError, LeaseLost
-from deployments.media_store import MediaStoreError
+from deployments.api.errors import error_response, is_told
+from deployments.errors import BodyError, IdempotencyConflict, JobCancelled, JobsError, LeaseLost, MediaStoreError
+from deployments.failures import failure_of
 
 
 @pytest.mark.parametrize(

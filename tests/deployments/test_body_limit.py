@@ -18,8 +18,8 @@ from cluster.errors import OverloadedError
 from cosmos3_core.presets import LIMITS
 from deployments.api import body_limit
 from deployments.api.body_limit import MAX_FIELDS, MAX_URLENCODED_BYTES, read_fields
-from deployments.api.body_room import BodyRoom
-from deployments.api.errors import BodyError
+from deployments.api.memory_budget import BodyRoom
+from deployments.errors import BodyError
 
 JSON = "application/json"
 MULTIPART = "multipart/form-data; boundary=x"

@@ -16,13 +16,13 @@ import ray
 
 from cosmos3_core.errors import CapabilityError
 from deployments.api.auth import NoKeys
-from deployments.bring_up import Patience, RunningApp, _check_access
-from deployments.capacity import Node, missing, needed, out_of_reach
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.keys import KeyStore, NewKey
-from deployments.processes import no_leftovers
-from deployments.ray_session import LostError, Placement, StartError, in_time, ray_session, reason
+from deployments.launch.bring_up import Patience, RunningApp, _check_access
+from deployments.launch.capacity import Node, missing, needed, out_of_reach
+from deployments.launch.processes import no_leftovers
+from deployments.launch.ray_session import LostError, Placement, StartError, in_time, ray_session, reason
 
 
 def config(checkpoint: Path, **overrides: object) -> AppConfig:
@@ -217,7 +217,7 @@ def is_running(pid: int) -> bool:
 # A mutex that is locked twice: like Ray's native code, it goes on waiting whatever signal comes.
 HANGING = """
 import ctypes, os, signal, subprocess, sys
-from deployments.processes import ended_by, no_leftovers
+from deployments.launch.processes import ended_by, no_leftovers
 native = ctypes.CDLL(None)
 mutex = ctypes.create_string_buffer(64)
 signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -251,7 +251,7 @@ def test_a_signal_ends_what_hangs_in_native_code() -> None:
 def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
     program = (
         "import os, signal, time\n"
-        "from deployments.processes import ended_by\n"
+        "from deployments.launch.processes import ended_by\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "try:\n"
         "    with ended_by({signal.SIGTERM}, 60):\n"
@@ -297,7 +297,7 @@ def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatc
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     if moment == "Ray has started":
-        monkeypatch.setattr("deployments.ray_session.ended_by", watched)
+        monkeypatch.setattr("deployments.launch.ray_session.ended_by", watched)
     with pytest.raises(KeyboardInterrupt), ray_session(Placement()):
         pytest.fail("started")
     assert signal.getsignal(signal.SIGTERM) == before

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments import checkup
+from deployments.launch import checkup
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
-from deployments.media_store import MediaSpec
-from deployments.stages import Stages
+from deployments.media.store import MediaSpec
+from deployments.stages.handles import Stages
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 

@@ -18,8 +18,8 @@ from starlette.datastructures import Headers
 from cosmos3_core.errors import MediaError
 from deployments.api import content
 from deployments.api.content import PartsResponse, content_answer, finished_parts, live_parts
-from deployments.media_record import MediaRecord
-from deployments.media_store import MediaEntry, MediaStore, new_media_id
+from deployments.media.record import MediaRecord
+from deployments.media.store import MediaEntry, MediaStore, new_media_id
 
 DATA = bytes(range(256)) * 4 + b"end"
 SIZE = len(DATA)

@@ -13,8 +13,8 @@ import pytest
 from cluster.clip_stream import ClipStreams
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
-from deployments.credits import made_on_credit
 from deployments.messages import RequestContext
+from deployments.stages.credits import made_on_credit
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:

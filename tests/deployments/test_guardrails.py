@@ -25,15 +25,18 @@ from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, Previe
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.writer import ClipFormat
-from deployments import director_parts, guardrail, guardrail_calls, messages, service_config
+from deployments import messages, service_config
 from deployments.api.errors import error_response, is_told
-from deployments.clip_walk import ClipWalk, Decoder
-from deployments.guardrail import Guardrails
-from deployments.guardrail_calls import PromptCheck, check_prompt
-from deployments.guardrails.cosmos_guardrail import CosmosGuardrail
-from deployments.guardrails.errors import AdapterError, ContentBlocked, GuardrailUnavailable
-from deployments.guardrails.protocol import load_guardrail
+from deployments.director import guardrail_calls
+from deployments.director import parts as director_parts
+from deployments.director.clip_pipeline import ClipWalk, Decoder
+from deployments.director.guardrail_calls import PromptCheck, check_prompt
+from deployments.errors import AdapterError, ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
+from deployments.stages import guardrail
+from deployments.stages.cosmos_guardrail import CosmosGuardrail
+from deployments.stages.guardrail import Guardrails
+from deployments.stages.guardrail_adapter import load_guardrail
 from tests.deployments.test_walk import FakeMedia, FakeStages, Method, as_ref
 
 PROMPT = "a prompt that must not be told on"
@@ -436,8 +439,8 @@ def test_a_prompt_that_has_passed_is_not_looked_at_again_before_its_job_is_begun
 def test_a_job_is_begun_only_by_the_guardrails_word(
     failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.retries._RETRY_PAUSE_S", 0.01)
-    monkeypatch.setattr("deployments.retries._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.director.retries._RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.director.retries._LONGEST_PAUSE_S", 0.01)
     adapter = Pixelating()
     handle = Handle(stage(adapter, monkeypatch))
     handle.failures = list(failures)
@@ -697,7 +700,7 @@ def test_a_guardrail_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     handle = Handle(stage(Pixelating(), monkeypatch))
     handle.failures = [BackPressureError(1, 2)]
     clip = Clip(handle, (10, 20))
-    monkeypatch.setattr("deployments.retries._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.director.retries._LONGEST_PAUSE_S", 0.01)
     assert of_kind(messages.StageRetried, clip.events()) == []
     assert clip.taken_shades() == [5, 10]
 

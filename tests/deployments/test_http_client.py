@@ -26,7 +26,7 @@ from deployments.api.fields import Endpoint
 from deployments.api.given_fields import read_given
 from deployments.clients.errors import AnswerError, AuthError, UnreachableError
 from deployments.clients.http_body import body_of
-from deployments.http_client import get, save_video
+from deployments.launch.http_client import get, save_video
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
 HEADERS = {

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
-from deployments.job_desk import JobDesk
+from deployments.director.job_desk import JobDesk
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.job import Job, JobState, Progress
 from deployments.jobs.store import JobStore
-from deployments.media_store import MediaStore, new_media_id
+from deployments.media.store import MediaStore, new_media_id
 from tests.jobs.making import COMPLETED, LIMITS, claimed, lease_of, new_job
 
 DEADLINE_S = 60.0

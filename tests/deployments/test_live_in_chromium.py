@@ -28,7 +28,7 @@ from starlette.routing import Route
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.sound import SoundFormat
 from deployments.api.content import content_answer
-from deployments.media_store import MediaStore, new_media_id
+from deployments.media.store import MediaStore, new_media_id
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -15,8 +15,6 @@ import pytest
 from cluster.errors import GangFailed, OverloadedError
 from cluster.logs import JsonLines, Origin, RankLog, log_event, log_failure, one_line
 from cosmos3_core.errors import RequestError
-from deployments import logs
-from deployments.logs import watched, watched_request
 from deployments.messages import (
     ChunkDecoded,
     ChunkEncoded,
@@ -27,7 +25,9 @@ from deployments.messages import (
     StageRetried,
     StepDone,
 )
-from deployments.metrics import Metrics
+from deployments.observability import logs
+from deployments.observability.logs import watched, watched_request
+from deployments.observability.metrics import Metrics
 
 ORIGIN = Origin("otter-1", "video_gen_1", 2)
 

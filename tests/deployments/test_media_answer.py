@@ -24,13 +24,13 @@ from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api import exchange
 from deployments.api.bodies import BodyRules, ImageBody, image_body
-from deployments.api.body_room import BodyRoom
 from deployments.api.exchange import Exchange, answered
 from deployments.api.fields import Endpoint
 from deployments.api.given_fields import read_given
 from deployments.api.media_answer import images_answer, live_answer, media_answer
-from deployments.jobs.asked import Asked
-from deployments.media_store import MediaEntry, MediaStore, new_media_id
+from deployments.api.memory_budget import BodyRoom
+from deployments.jobs.submit_options import Asked
+from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 
 FINISHED = Finished(

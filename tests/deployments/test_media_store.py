@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
-from deployments import media_store
+from deployments.errors import MediaStoreError
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
-from deployments.media_record import DONE, FAILED, WRITING, MediaRecord
-from deployments.media_store import MediaEntry, MediaSpec, MediaStore, MediaStoreError, new_media_id
+from deployments.media import store as media_store
+from deployments.media.record import DONE, FAILED, WRITING, MediaRecord
+from deployments.media.store import MediaEntry, MediaSpec, MediaStore, new_media_id
 
 KEEP_S = 100.0
 DATA = bytes(range(256)) * 5
@@ -502,7 +503,7 @@ def test_many_sweep_write_and_read_at_once(tmp_path: Path) -> None:
 def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
     """The writer is killed: its own process can say nothing any more."""
     program = (
-        "import sys, os\nfrom pathlib import Path\nfrom deployments.media_store import MediaStore, new_media_id\n"
+        "import sys, os\nfrom pathlib import Path\nfrom deployments.media.store import MediaStore, new_media_id\n"
         "store = MediaStore(Path(sys.argv[1]), 1 << 20, 100)\nmedia_id = new_media_id()\n"
         "store.create(media_id, 'video/mp4', '.mp4', is_live=True).live_path.write_bytes(b'half')\n"
         "print(media_id, flush=True)\nos.kill(os.getpid(), 9)"

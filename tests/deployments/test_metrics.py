@@ -15,9 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gang_meter import BusyClock
-from deployments import cluster_metrics
-from deployments.cluster_metrics import FAILURES, ClusterMetrics, fetched
-from deployments.metrics import TABLE, Metrics, _of_ray, metrics
+from deployments.observability import cluster_metrics
+from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetched
+from deployments.observability.metrics import TABLE, Metrics, _of_ray, metrics
 
 PACKAGES = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ def test_nothing_else_names_a_metric() -> None:
         for path in (PACKAGES / package).rglob("*.py")
         if names.search(path.read_text())
     }
-    assert found == {"deployments/metrics.py"}
+    assert found == {"deployments/observability/metrics.py"}
 
 
 def test_jobs_that_are_gone_are_zero_and_told_again(taken: Taken) -> None:

@@ -21,11 +21,11 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import ClosedError
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.media.writer import ClipFormat
-from deployments import mp4_encoder
-from deployments.media_record import DONE, FAILED
-from deployments.media_store import MediaSpec, MediaStore, new_media_id
+from deployments.media.record import DONE, FAILED
+from deployments.media.store import MediaSpec, MediaStore, new_media_id
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext
-from deployments.mp4_encoder import Mp4Encoder
+from deployments.stages import mp4_encoder
+from deployments.stages.mp4_encoder import Mp4Encoder
 from deployments.threads import in_thread
 
 FORMAT = ClipFormat("mp4", height=32, width=48, fps=24, lossless=True)

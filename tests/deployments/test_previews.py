@@ -12,9 +12,9 @@ import pytest
 from cluster.errors import GangFailed, PreviewFailed
 from cosmos3_core.preview import PreviewMap, PreviewOrder
 from deployments import previews as previews_module
+from deployments.director.previews import Previews
 from deployments.messages import RequestContext
-from deployments.previews import Previews
-from deployments.video_vae import VAECalls, VideoVAE
+from deployments.stages.video_vae import VAECalls, VideoVAE
 
 MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
 

@@ -16,9 +16,9 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.media import apart
 from cosmos3_core.request import GenerationRequest
-from deployments import request_check
+from deployments.director import request_check
+from deployments.director.request_check import RequestCheck
 from deployments.messages import RequestContext
-from deployments.request_check import RequestCheck
 
 CLIP = GenerationRequest(prompt="a", video=b"a file", num_inference_steps=2)
 

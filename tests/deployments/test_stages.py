@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from deployments.stages import Stages
+from deployments.stages.handles import Stages
 
 
 class Handle:

@@ -26,12 +26,11 @@ from cosmos3_core.media.probe import read_sound
 from cosmos3_core.media.sound import SoundFormat
 from cosmos3_core.media.thumbnail import write_thumbnail
 from cosmos3_core.media.writer import ClipFormat, open_writer
-from deployments import media_variant
-from deployments.api import variants
-from deployments.api.variants import VARIANTS, variant_answer
-from deployments.media_record import read_record
-from deployments.media_store import MediaStore, new_media_id
-from deployments.media_variant import Variant, make_variant
+from deployments.api.video_content import variant_answer
+from deployments.media import variants as media_variants
+from deployments.media.record import read_record
+from deployments.media.store import MediaStore, new_media_id
+from deployments.media.variants import MADE_VARIANTS, Variant, make_variant
 
 DEADLINE_S = 60.0
 RATE, NUM_SAMPLES = 16000, 6000
@@ -122,13 +121,13 @@ def asked(store: MediaStore, media_id: str, variant: str, method: str = "GET", *
 def made_times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what is made from now on."""
     names: list[str] = []
-    written = media_variant._written
+    written = media_variants._written
 
     def counted(store: Any, record: Any, variant: Variant, folder: Path) -> Any:
         names.append(variant.name)
         return written(store, record, variant, folder)
 
-    monkeypatch.setattr(media_variant, "_written", counted)
+    monkeypatch.setattr(media_variants, "_written", counted)
     return names
 
 
@@ -186,7 +185,7 @@ def test_what_a_file_does_not_have(store: MediaStore, kind: str, variant: str) -
     assert sorted(os.listdir(store.directory / media_id)) == before
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MADE_VARIANTS)
 def test_files_that_are_not_finished(store: MediaStore, variant: str) -> None:
     media_id = new_media_id()
     store.create(media_id, "video/mp4", ".mp4", is_live=True)
@@ -217,10 +216,10 @@ def test_ranges_tags_and_heads_are_as_of_other_files(store: MediaStore) -> None:
 
 def test_it_counts_and_goes_with_the_clip(store: MediaStore) -> None:
     media_id = make(store, "mp4", with_sound=True)
-    for variant in VARIANTS:
+    for variant in MADE_VARIANTS:
         asked(store, media_id, variant)
     folder = store.directory / media_id
-    assert len(os.listdir(folder)) == 3 + 2 * len(VARIANTS)
+    assert len(os.listdir(folder)) == 3 + 2 * len(MADE_VARIANTS)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     assert MediaStore(store.directory, num_bytes, 1000.0).sweep(time.time()) == 0
     assert MediaStore(store.directory, num_bytes - 1, 1000.0).sweep(time.time()) == 1
@@ -263,7 +262,7 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started, self.open = threading.Semaphore(0), threading.Event()
         self.most, self._at_once, self._lock = 0, 0, threading.Lock()
-        make = variants.make_variant
+        make = media_variants.make_variant
 
         def wait(*arguments: Any) -> Any:
             with self._lock:
@@ -275,7 +274,7 @@ class Gate:
                 self._at_once -= 1
             return make(*arguments)
 
-        monkeypatch.setattr(variants, "make_variant", wait)
+        monkeypatch.setattr(media_variants, "make_variant", wait)
 
 
 @pytest.fixture
@@ -288,7 +287,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def test_few_are_made_at_once_and_too_many_are_refused(
     store: MediaStore, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants, "_MAX_WAITING", 5)
+    monkeypatch.setattr(media_variants, "_MAX_WAITING", 5)
     media_ids = [make(store, "png") for _ in range(6)]
 
     async def ask() -> list[int]:
@@ -305,18 +304,18 @@ def test_few_are_made_at_once_and_too_many_are_refused(
 
     assert run(ask()) == [200] * 5
     assert gate.most <= 2
-    assert variants._MAKER._making == {}
+    assert media_variants._MAKER._making == {}
 
 
 def test_who_waits_for_long_is_told_and_who_leaves_stops_nothing(
     store: MediaStore, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants, "_WAIT_S", 0.05)
+    monkeypatch.setattr(media_variants, "_WAIT_S", 0.05)
     media_id = make(store, "png")
     answer = asked(store, media_id, "thumbnail")
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "5")
     gate.open.set()
-    monkeypatch.setattr(variants, "_WAIT_S", DEADLINE_S)
+    monkeypatch.setattr(media_variants, "_WAIT_S", DEADLINE_S)
     assert asked(store, media_id, "thumbnail").status == 200
 
 
@@ -355,7 +354,7 @@ def test_a_damaged_file_is_an_error_and_leaves_nothing(store: MediaStore) -> Non
     entry = store.create(media_id, "video/mp4", ".mp4", is_live=False)
     entry.path.write_bytes(b"no mp4" * 100)
     entry.finish()
-    for variant in VARIANTS:
+    for variant in MADE_VARIANTS:
         with pytest.raises(MediaError):
             asked(store, media_id, variant)
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json"]
@@ -367,7 +366,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(store: MediaStore, monkeypat
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media_variant, "put_record", full)
+    monkeypatch.setattr(media_variants, "put_record", full)
     with pytest.raises(MediaError, match="the thumbnail of .* cannot be written: .*No space left"):
         asked(store, media_id, "thumbnail")
     monkeypatch.undo()

@@ -36,12 +36,12 @@ from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from deployments import messages
 from deployments import walk as walk_module
-from deployments.clip_walk import merged
-from deployments.media_store import MediaStoreError
+from deployments.director.clip_pipeline import merged
+from deployments.director.pipeline import Walk
+from deployments.errors import MediaStoreError
 from deployments.messages import RequestContext
-from deployments.stages import Stages
-from deployments.streams import RefStream
-from deployments.walk import Walk
+from deployments.stages.handles import Stages
+from deployments.stages.streams import RefStream
 
 
 class Response:

@@ -31,11 +31,11 @@ def check_app_on(device: str, num_devices: int, checkpoint: Path) -> Verdict:
 def _run(device: str, num_devices: int, checkpoint: Path) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    from deployments.bring_up import running
-    from deployments.checkup import check_app
     from deployments.config import DEFAULT_CONFIG, AppConfig
-    from deployments.processes import no_leftovers
-    from deployments.ray_session import Placement
+    from deployments.launch.bring_up import running
+    from deployments.launch.checkup import check_app
+    from deployments.launch.processes import no_leftovers
+    from deployments.launch.ray_session import Placement
 
     layout = layout_for(num_devices)
     overrides: dict[str, Any] = {"checkpoint": str(checkpoint), "http.port": 0, "vae.ranks": num_devices}

@@ -16,8 +16,8 @@ from ray.exceptions import RayError
 
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
-from deployments.errors import typed
-from deployments.jobs.asked import Asked
+from deployments.failures import typed
+from deployments.jobs.submit_options import Asked
 from deployments.messages import Event, Generated
 
 DEFAULT_TIMEOUT_S = 3600.0

@@ -66,7 +66,7 @@ def environment(mark: str = "") -> dict[str, str]:
 
 
 def cosmos3(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deployments.cli", *arguments]
+    command = [sys.executable, "-m", "deployments", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S)
 
 
@@ -80,7 +80,7 @@ def serving(tmp_path: Path, *arguments: str, variables: dict[str, str] | None = 
         variables: of its environment, on top of the others.
     """
     mark, output = uuid.uuid4().hex, tmp_path / "serve.txt"
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", "0", *arguments]
+    command = [sys.executable, "-m", "deployments", "serve", "--port", "0", *arguments]
     with output.open("w") as stream:
         process = subprocess.Popen(
             command,

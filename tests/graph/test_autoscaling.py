@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deployments.processes import no_leftovers
+from deployments.launch.processes import no_leftovers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -24,7 +24,7 @@ from cluster.errors import ShuttingDown
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
-from deployments.http_client import get, save_video
+from deployments.launch.http_client import get, save_video
 from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, environment, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -324,7 +324,7 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
 
 def test_help_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom deployments.cli import main\n"
+        "import sys\nfrom deployments.launch.cli import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n    print(sorted({'torch', 'ray', 'av', 'pydantic', 'numpy'} & set(sys.modules)), file=sys.stderr)"
     )

@@ -27,7 +27,7 @@ from cosmos3_core.media.image import write_image
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import offered_modes, resolve
-from deployments.http_client import save_video
+from deployments.launch.http_client import save_video
 from deployments.messages import Finished
 from tests.graph.serving import cosmos3
 

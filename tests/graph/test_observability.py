@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.metrics import metrics_text
+from deployments.observability.metrics import metrics_text
 
 pytestmark = pytest.mark.cluster
 

@@ -47,7 +47,7 @@ def test_a_cluster_with_too_few_gpus_is_refused_at_once(ray_cluster: int, tiny_n
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "deployments.cli", "serve", "--ray-address", address]
+    command = [sys.executable, "-m", "deployments", "serve", "--ray-address", address]
     layout = ["--cfg", "2", "--tp", "2", "--set", "transformer.gpus_per_rank=1"]
     start_s = time.monotonic()
     done = subprocess.run(

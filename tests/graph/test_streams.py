@@ -24,7 +24,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.jobs.asked import Asked
+from deployments.jobs.submit_options import Asked
 from tests.graph.director_client import EventStream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -76,7 +76,7 @@ def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
 
     from cluster.envelope import TensorEnvelope
     from deployments.messages import LatentsReady, RequestContext
-    from deployments.streams import following
+    from deployments.stages.streams import following
 
     class Producer:
         async def denoise(self) -> Any:

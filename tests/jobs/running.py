@@ -17,16 +17,17 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import StageFailed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
-from deployments.acceptance import Acceptance
-from deployments.jobs.asked import Asked
+from deployments.director.admission import Acceptance
+from deployments.director.request_check import RequestCheck
+from deployments.director.run import Stop
+from deployments.director.runner import JobRunner
+from deployments.director.runner_spec import RunnerSpec
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
-from deployments.jobs.run import Stop
-from deployments.jobs.runner import JobRunner
-from deployments.jobs.runner_spec import RunnerSpec
 from deployments.jobs.store import JobStore, QueueLimits
-from deployments.media_store import MediaStore
+from deployments.jobs.submit_options import Asked
+from deployments.media.store import MediaStore
 from deployments.messages import (
     FileStarted,
     Finished,
@@ -35,7 +36,6 @@ from deployments.messages import (
     StateSaved,
     StepDone,
 )
-from deployments.request_check import RequestCheck
 
 LIMITS = QueueLimits(max_queued=50, max_queued_per_key=50, max_running_per_key=None, classes={"standard": 1.0})
 SMALL = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=4)

@@ -13,10 +13,9 @@ import pytest
 from sqlalchemy import text
 
 from deployments.config import AppConfig
+from deployments.errors import JobsError, MediaStoreError
 from deployments.jobs import database, sqlite_file
 from deployments.jobs.database import Database, DatabaseSpec
-from deployments.jobs.job import JobsError
-from deployments.media_store import MediaStoreError
 
 SECRET = "hush-hush"
 DEADLINE_S = 30.0

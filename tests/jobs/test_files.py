@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from cosmos3_core.errors import MediaError
-from deployments import objects
 from deployments.jobs import files as files_module
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
-from deployments.media_store import MediaStore
-from deployments.objects import ObjectsError
+from deployments.media import objects
+from deployments.media.objects import ObjectsError
+from deployments.media.store import MediaStore
 
 DATA = bytes(range(256)) * 40
 KEEP_S = 100.0

@@ -12,11 +12,11 @@ import pytest
 import sqlalchemy
 
 from cosmos3_core.errors import RequestError
-from deployments import cli
+from deployments.errors import JobsError
 from deployments.jobs import keys
-from deployments.jobs.job import JobsError
 from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
 from deployments.jobs.store import JobStore
+from deployments.launch import cli
 from tests.jobs.making import Clock
 
 

@@ -15,9 +15,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 
+from deployments.errors import JobsError
 from deployments.jobs import database
 from deployments.jobs.database import Database
-from deployments.jobs.job import JobsError, JobState, Lane, Outcome, Progress
+from deployments.jobs.job import JobState, Lane, Outcome, Progress
 from deployments.jobs.keys import KeyLimits
 from deployments.jobs.migrations import upgrade as upgrade_module
 from deployments.jobs.migrations.upgrade import upgrade

@@ -15,7 +15,7 @@ from cluster.errors import OverloadedError
 from deployments.jobs import claims, waiting
 from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
-from deployments.jobs.promises import Promises
+from deployments.jobs.retry_estimator import Promises
 from deployments.jobs.store import Ahead, ClassLoad, JobStore, QueueLimits
 from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, until_freed_s
 from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job

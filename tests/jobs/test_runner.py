@@ -14,9 +14,10 @@ import pytest
 
 from cluster.errors import DeadlineExceeded, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.errors import RequestError
-from deployments.jobs.asked import Asked
-from deployments.jobs.checkpoints import CHECKPOINT
-from deployments.jobs.job import Job, JobCancelled, JobState, Lane
+from deployments.director.saved_states import CHECKPOINT
+from deployments.errors import JobCancelled
+from deployments.jobs.job import Job, JobState, Lane
+from deployments.jobs.submit_options import Asked
 from deployments.messages import (
     Finished,
     QueuePosition,

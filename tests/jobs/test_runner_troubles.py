@@ -18,14 +18,15 @@ from sqlalchemy import update
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
+from deployments.director.leases import Leases
+from deployments.director.run import Run, Stop
+from deployments.director.saved_states import CHECKPOINT, Checkpoints
+from deployments.errors import IllegalTransition, JobsError, LeaseLost
 from deployments.jobs import checkpoints as checkpoints_module
 from deployments.jobs import recorder as recorder_module
 from deployments.jobs import runner as runner_module
-from deployments.jobs.checkpoints import CHECKPOINT, Checkpoints
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job import IllegalTransition, Job, JobsError, JobState, Lane, LeaseLost, new_job_id
-from deployments.jobs.leases import Leases
-from deployments.jobs.run import Run, Stop
+from deployments.jobs.job import Job, JobState, Lane, new_job_id
 from deployments.jobs.schema import JOBS
 from deployments.messages import Finished, QueuePosition
 from tests.jobs.making import new_job

@@ -9,21 +9,10 @@ from typing import Any
 import pytest
 
 from cosmos3_core.errors import RequestError
+from deployments.errors import IdempotencyConflict, IllegalTransition, JobsError, LeaseLost
 from deployments.jobs import rows
 from deployments.jobs import store as store_module
-from deployments.jobs.job import (
-    IdempotencyConflict,
-    IllegalTransition,
-    Job,
-    JobsError,
-    JobState,
-    Lane,
-    LeaseLost,
-    NewJob,
-    Outcome,
-    Progress,
-    new_job_id,
-)
+from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
 from deployments.jobs.store import JobStore, Lease
 from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
 from tests.jobs.racing import race

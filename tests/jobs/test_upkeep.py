@@ -11,10 +11,10 @@ import pytest
 from deployments.jobs import upkeep as upkeep_module
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, Progress
-from deployments.jobs.place import places_of
+from deployments.jobs.maintenance import Upkeep
+from deployments.jobs.queue_position import places_of
 from deployments.jobs.store import JobStore
-from deployments.jobs.upkeep import Upkeep
-from deployments.media_store import MediaStore, new_media_id
+from deployments.media.store import MediaStore, new_media_id
 from tests.jobs.making import COMPLETED, LIMITS, MODEL, Clock, claim, claimed, lease_of, new_job
 
 KEEP_S, KEEP_MEDIA_S = 1000.0, 100.0

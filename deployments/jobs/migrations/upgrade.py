@@ -11,7 +11,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-from deployments.jobs.job import JobsError
+from deployments.errors import JobsError
 from deployments.jobs.schema import VERSION_TABLE
 
 # Alembic keeps the running upgrade in a global of its own.

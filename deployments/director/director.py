@@ -1,0 +1,149 @@
+"""Director: makes jobs of requests and has them run. Sees neither tensors nor frames.
+
+What the HTTP API does, any process of the cluster can do by this deployment's handle; about jobs that are there already
+see :class:`deployments.director.job_desk.JobDesk`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
+
+from cluster.errors import ShuttingDown
+from cosmos3_core.request import GenerationRequest
+from deployments.director.job_desk import JobDesk
+from deployments.director.parts import DirectorParts, DirectorSpec
+from deployments.jobs.job import Job
+from deployments.jobs.submit_options import Asked
+from deployments.messages import Accepted, Event, Finished, Generated, RequestContext
+from deployments.stages.handles import Stages
+
+_NUM_THREADS = 32
+_MAX_REMIXES = 4
+_RESTART_S = 30.0  # what a restart of the app takes, about
+_AS_BEFORE = Asked()
+
+
+class Director(JobDesk):
+    """See the module.
+
+    Args:
+        spec: how it works.
+        stages: their handles.
+    """
+
+    async def __init__(self, spec: DirectorSpec, stages: Stages) -> None:  # type: ignore[misc] # Serve awaits it
+        # For the database and for files; asyncio's own default is by the number of cores.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="director"))
+        self._parts = await asyncio.to_thread(DirectorParts.of, spec, stages)
+        self._runner = self._parts.start()
+        self._upkeep = self._parts.upkeep.start()
+        self._remixes = asyncio.Semaphore(_MAX_REMIXES)
+        self._is_draining = False
+
+    async def stream(
+        self, request: GenerationRequest, asked: Asked = _AS_BEFORE, timeout_s: float | None = None
+    ) -> AsyncIterator[Event]:
+        """Serve a request while its caller waits; call with ``stream=True``. Cancelling the response stops every stage.
+
+        Args:
+            request: what is asked for.
+            asked: how it comes.
+            timeout_s: from now to the whole file; the app's own limit if omitted or longer than that.
+
+        Yields:
+            Events, :class:`Accepted` the first and :class:`Finished` the last; :meth:`read` has the file.
+
+        Raises:
+            RequestError, ContentBlocked: the request is wrong, or its prompt must not be used.
+            OverloadedError, ShuttingDown: a bound of the queue is reached; the app is being stopped.
+            DeadlineExceeded, StageFailed: it could not be done.
+            JobCancelled: its owner has cancelled it.
+        """
+        asked = replace(asked, idempotency_key=None)  # an earlier job's events are not this caller's
+        context = self._context(asked, timeout_s)
+        self._runner.expect(context.job_id, context)
+        try:
+            job = await self._parts.acceptance.accept(request, asked, context, self._runner.runner_id)
+        except BaseException:
+            self._runner.unexpect(context.job_id)
+            raise
+        try:
+            del request  # and its media with it
+            yield _acceptance_of(job)
+            async with aclosing(self._runner.follow(job)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._runner.forget(job.job_id)
+
+    async def generate(
+        self, request: GenerationRequest, asked: Asked = _AS_BEFORE, timeout_s: float | None = None
+    ) -> Generated:
+        """Serve a request and return its file in one piece.
+
+        Raises:
+            Cosmos3Error: as :meth:`stream`.
+        """
+        info: Finished | None = None
+        async for event in self.stream(request, asked, timeout_s):
+            if isinstance(event, Finished):
+                info = event
+        assert info is not None, "a stream that raises nothing finishes"
+        data = await asyncio.to_thread(self._parts.media.read, info.media_id) if info.num_bytes else b""
+        return Generated(data, info)
+
+    async def submit(self, request: GenerationRequest, asked: Asked = _AS_BEFORE) -> Job:
+        """Accept a request as a job that stays: it is run whatever becomes of its caller, and of this process.
+
+        Raises:
+            RequestError, ContentBlocked, OverloadedError, ShuttingDown, IdempotencyConflict: it is not accepted.
+        """
+        job = await self._parts.acceptance.accept(request, asked, self._context(asked, None))
+        self._runner.nudge()
+        return job
+
+    async def remix(self, job_id: str, prompt: str, asked: Asked = _AS_BEFORE) -> Job:
+        """Accept an earlier job's request again, with the same seed and fields and another prompt.
+
+        Raises:
+            RequestError: there is no such job; or as :meth:`submit`.
+        """
+        async with self._remixes:  # each has the earlier one's media in memory
+            return await self.submit(*await self._parts.acceptance.again(job_id, prompt, asked))
+
+    async def drain(self) -> int:
+        """Take no new request from now on; returns how many jobs are still in hand."""
+        self._is_draining = True
+        return self._runner.drain()
+
+    async def __del__(self) -> None:
+        """Serve's, before it ends a replica that has no request: jobs are none."""
+        await self.release()
+
+    async def release(self) -> None:
+        """Give back the jobs that stay, for the next Director to go on with; callers who wait are told to come again.
+
+        See :meth:`deployments.director.runner.JobRunner.release`.
+        """
+        self._is_draining = True
+        await self._runner.release()
+
+    async def num_open_clips(self) -> int:
+        """How many clips are between decoder and encoder; 0 when idle."""
+        return await self._parts.num_open_clips()
+
+    def _context(self, asked: Asked, timeout_s: float | None) -> RequestContext:
+        """Of a request that comes now."""
+        if self._is_draining:
+            raise ShuttingDown(_RESTART_S)
+        return self._parts.context(asked, timeout_s)
+
+
+def _acceptance_of(job: Job) -> Accepted:
+    """The first event of a job that this process has accepted."""
+    return Accepted(job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid())

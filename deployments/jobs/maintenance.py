@@ -1,0 +1,107 @@
+"""What has to be done about jobs now and then, whatever runs: old ones are forgotten, numbers of them are told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job
+from deployments.jobs.store import FileNeed, JobStore
+from deployments.media.store import MediaStore
+from deployments.observability.metrics import metrics
+from deployments.threads import in_thread
+
+logger = logging.getLogger("ray.serve")
+
+_SWEEP_PERIOD_S = 60.0
+_SWEEPS_PER_KEEP = 100
+# Files are there before their job is: those of a job that is not there after so long belong to none.
+_ORPHAN_S = 3600.0
+_TELL_PERIOD_S = 5.0
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """See the module. Any number of processes may do it at once.
+
+    Attributes:
+        store: of jobs.
+        files: of jobs.
+        media: where results are.
+        model: whose jobs are counted.
+        keep_s, max_kept: how long, and how many ended jobs are kept.
+    """
+
+    store: JobStore
+    files: JobFiles
+    media: MediaStore
+    model: str
+    keep_s: float
+    max_kept: int
+
+    def start(self) -> list[asyncio.Task[None]]:
+        """Begin, inside an event loop; whoever calls holds on to the tasks."""
+        loop = asyncio.get_running_loop()
+        # To list an archive costs money.
+        files_period_s = _SWEEP_PERIOD_S if self.media.archive is None else self.media.keep_s / _SWEEPS_PER_KEEP
+        work = (
+            (self.sweep, _SWEEP_PERIOD_S),
+            (self.sweep_files, max(files_period_s, _SWEEP_PERIOD_S)),
+            (self.tell, _TELL_PERIOD_S),
+        )
+        return [loop.create_task(_repeated(*each), context=contextvars.Context()) for each in work]
+
+    def sweep(self) -> None:
+        """Forget old jobs, and remove their files; end those that nobody would ever run."""
+        self.store.fail_unserved(self.keep_s)
+        for job in self.store.sweep(self.keep_s, self.max_kept):
+            self.remove_files(job)
+
+    def sweep_files(self) -> None:
+        """Remove what jobs came with that will not be run, and are not to be made again.
+
+        For that a completed one's stays as long as its clip; not even so long where there is too much of it.
+        """
+        spare: dict[str, float] = {}
+
+        def needed(job_ids: Sequence[str]) -> dict[str, bool]:
+            needs = self.store.file_needs(job_ids)
+            spare.update({job_id: need.until_s for job_id, need in needs.items() if need.until_s is not None})
+            return {job_id: self._is_needed(need) for job_id, need in needs.items()}
+
+        self.files.sweep(needed, _ORPHAN_S, time.time())
+        for job_id in self.media.spare_job_files(spare):
+            self.files.remove(job_id)
+
+    def _is_needed(self, need: FileNeed) -> bool:
+        if need.until_s is None:
+            return True
+        return need.until_s > 0 and (not need.media_id or self.media.find(need.media_id) is not None)
+
+    def tell(self) -> None:
+        """Set the gauges of jobs."""
+        classes = self.store.load(self.model).classes
+        metrics().jobs(
+            queued={(each.lane, each.service_class): each.num_queued for each in classes},
+            running={(each.lane, each.service_class): each.num_running for each in classes},
+        )
+
+    def remove_files(self, job: Job) -> None:
+        """What a job leaves that is forgotten."""
+        self.files.remove(job.job_id)
+        if job.media_id:
+            self.media.remove(job.media_id)
+
+
+async def _repeated(work: Callable[[], None], period_s: float) -> None:
+    while True:
+        try:
+            await in_thread(work)
+        except Exception:  # what is wrong now may be right in a minute
+            logger.exception("jobs could not be looked after")
+        await asyncio.sleep(period_s)

@@ -1,0 +1,343 @@
+"""The command line: ``cosmos3 generate | serve | keys | check | demo | tiny-checkpoint | bench``.
+
+Every subcommand imports what it needs when it runs. Nothing else in this package reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
+from deployments.launch.config_flags import add_config_flags, config_of
+from deployments.launch.keys import add_keys_flags
+from deployments.launch.processes import no_leftovers
+
+if TYPE_CHECKING:
+    from deployments.config import AppConfig
+    from deployments.launch.bring_up import RunningApp
+    from deployments.launch.http_client import SavedMedia
+
+_EXAMPLE: dict[str, Any] = {
+    "prompt": "A red car drives along the coast.",
+    "num_frames": 17,
+    "height": 192,
+    "width": 320,
+    "num_inference_steps": 8,
+}
+_LAPTOP_START_S = 300.0
+_MAX_SECONDS = 1e6
+_API_KEY = "COSMOS3_API_KEY"
+_MAX_KEY_CHARS = 4096
+
+# Read by Ray when it is imported; what the user has set stays.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else Serve's threads start another Ray after ours was shut down
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 a check failed, 2 an error, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments and arguments[0] in _PASSED_ON:
+            return _PASSED_ON[arguments[0]](arguments[1:])
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:  # argparse itself would show the usage of `cosmos3`
+            options.parser.error(f"unknown arguments: {' '.join(unknown)}")
+        return int(options.run(options))
+    except Cosmos3Error as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cosmos3", description="Video from prompts with NVIDIA's Cosmos3 models.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(run=run, parser=added)
+        return added
+
+    _add_generate_flags(command("generate", _generate, "make a video or image, in process or with a running app"))
+    _add_serve_flags(command("serve", _serve, "start the app and keep it running until Ctrl-C"))
+    add_keys_flags(command("keys", _keys, "make, list and remove API keys of an app"))
+    check = command("check", _check, "push one small request through every stage of an app")
+    check.add_argument("--url", help="of a running app; without it one is started here, checked and stopped")
+    check.add_argument("--checkpoint", type=Path, help="for an app that is started here; default a tiny one")
+    _add_api_key_flag(check)
+    _add_timeout_flag(check, 600)
+    demo = command("demo", _demo, "start the app with a tiny checkpoint, have a video made over HTTP, stop")
+    demo.add_argument(
+        "--checkpoint", type=Path, default=Path("outputs/tiny-nano"), help="made if not there: %(default)s"
+    )
+    demo.add_argument("--out", default="demo", metavar="PREFIX", help="writes PREFIX.mp4; default %(default)s")
+    _add_timeout_flag(demo, 600)
+    passed_on = {
+        "tiny-checkpoint": "write a small random checkpoint",
+        "bench": "measure every stage; `bench vae` the video VAE, `bench encode` the mp4 writer",
+    }
+    for name, text in passed_on.items():
+        commands.add_parser(name, help=f"{text}; `cosmos3 {name} --help` lists its flags")
+    return parser
+
+
+def _tiny_checkpoint_command(arguments: list[str]) -> int:
+    from cosmos3_core.checkpoint.tiny import main as build
+
+    build(arguments)
+    return 0
+
+
+def _bench_command(arguments: list[str]) -> int:
+    from cosmos3_core.bench.__main__ import main as measure
+
+    return measure(arguments, "cosmos3 bench")
+
+
+# Commands that parse their own flags.
+_PASSED_ON: dict[str, Callable[[list[str]], int]] = {
+    "tiny-checkpoint": _tiny_checkpoint_command,
+    "bench": _bench_command,
+}
+
+
+def _add_timeout_flag(parser: argparse.ArgumentParser, default_s: float) -> None:
+    help_text = "for the request; default %(default)s"
+    parser.add_argument("--timeout", type=_seconds, default=default_s, metavar="SECONDS", help=help_text)
+
+
+def _add_api_key_flag(parser: argparse.ArgumentParser) -> None:
+    help_text = f"with the API key that the app at --url asks for; default ${_API_KEY}"
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=help_text)
+
+
+def _api_key(options: argparse.Namespace) -> str | None:
+    path = options.api_key_file
+    if path is None:
+        return os.environ.get(_API_KEY) or None
+    if options.url is None:
+        raise RequestError("api_key_file", str(path), "only with --url", "Nothing else asks for a key.")
+    try:
+        with path.open(encoding="ascii") as file:
+            return file.read(_MAX_KEY_CHARS).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError("api_key_file", str(path), "a file with the key and nothing else", str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number above 0, up to {_MAX_SECONDS:g}")
+    return seconds
+
+
+# generate
+
+
+def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="of a running app, such as http://127.0.0.1:8000; without it, in this process")
+    _add_api_key_flag(parser)
+    _add_timeout_flag(parser, 3600)
+    add_request_flags(parser)
+    add_engine_flags(parser, is_checkpoint_required=False)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    api_key = _api_key(options)
+    if options.url is None:
+        if options.checkpoint is None:
+            raise RequestError("checkpoint", None, "a checkpoint's directory, or --url of a running app instead")
+        from cosmos3_core.generate import run
+
+        run(options)
+        return 0
+    for name in ("checkpoint", "dtype", "device"):
+        if (given := getattr(options, name)) is not None:
+            raise RequestError(name, given, "only without --url", "The running app has decided it.")
+    for name in ("tp", "cfg", "sp"):
+        if (given := getattr(options, name)) != 1:
+            raise RequestError(name, given, "only without --url", "The running app has decided it.")
+    from deployments.launch.http_client import save_video
+
+    out = Path(options.out)
+    saved = save_video(options.url, request_of(options), out, timeout_s=options.timeout, api_key=api_key)
+    for note in saved.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for warning in saved.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    _report(saved, f"seed {saved.seed}, negative prompt: {saved.negative_origin}")
+    return 0
+
+
+def _report(saved: SavedMedia, about: str) -> None:
+    if saved.path is not None:
+        print(f"{saved.path}: {saved.num_bytes} bytes, {about}")
+    if saved.actions_path is not None:
+        print(f"{saved.actions_path}: actions, {about}")
+    # The total last; encoding is a part of decode_encode, where both run side by side.
+    for name, seconds in sorted(saved.stage_seconds.items(), key=lambda item: item[0] == "total"):
+        print(f"  {name:<14}{seconds:9.2f} s")
+
+
+# serve
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_config_flags(parser)
+    add("--checkpoint", help="directory; the key checkpoint")
+    add("--tp", metavar="N", help="ranks of a gang that share heads and FFN columns; the key transformer.tp")
+    add("--cfg", metavar="N", help="2 = the guidance branches side by side; the key transformer.cfg")
+    add("--sp", metavar="N", help="ranks of a gang that share the generated tokens; the key transformer.sp")
+    add("--gangs", metavar="N", help="of tp x cfg x sp ranks each; the key transformer.num_replicas")
+    add("--host", help="to listen on; the key http.host")
+    add("--port", help="to listen on, 0 = a free one; the key http.port")
+    add("--ray-address", help="of a Ray cluster to join; default $RAY_ADDRESS, else Ray is started here")
+    add("--num-cpus", type=int, help="of the Ray that is started here; default as many as there are")
+    add("--start-timeout", type=_seconds, default=1800, metavar="SECONDS", help="default %(default)s")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = _config(options)
+    _prepare_ray()
+    from deployments.api.auth import auth_required
+    from deployments.launch.bring_up import running
+    from deployments.launch.ray_session import Placement
+
+    address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
+    _say(f"starting {config.name} with {config.checkpoint} ...")
+    with no_leftovers(os.environ), running(config, placement, _say) as app:
+        try:
+            _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
+            _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
+            if auth_required(config.auth.enabled, config.http.host):
+                _say(f'    -H "Authorization: Bearer ${_API_KEY}" \\')
+            _say(f"    -d '{json.dumps(_EXAMPLE)}'")
+            _say(f"  from Python: {_ray_environment(app)} python -c 'from deployments.client import connect; ...'")
+            app.watch()
+        except KeyboardInterrupt:
+            _say("stopping ...")
+            with contextlib.suppress(KeyboardInterrupt):
+                app.drain(config.http.drain_timeout_s, _say)
+    _say("stopped")
+    return 0
+
+
+def _ray_environment(app: RunningApp) -> str:
+    """What another process needs in its environment to reach the app's Ray cluster."""
+    mode = os.environ.get("RAY_AUTH_MODE")  # set by Ray where it has started itself
+    return f"RAY_ADDRESS={app.ray_address}" + (f" RAY_AUTH_MODE={mode}" if mode else "")
+
+
+def _config(options: argparse.Namespace) -> AppConfig:
+    flags = {
+        "checkpoint": options.checkpoint,
+        "transformer.tp": options.tp,
+        "transformer.cfg": options.cfg,
+        "transformer.sp": options.sp,
+        "transformer.num_replicas": options.gangs,
+        "http.host": options.host,
+        "http.port": options.port,
+    }
+    return config_of(options, flags)
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from deployments.launch.keys import run
+
+    return run(options)
+
+
+def _prepare_ray() -> None:
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+# check and demo: an app of the laptop's configuration on a free port, in a Ray of its own
+
+
+@contextmanager
+def _laptop_app(checkpoint: Path) -> Iterator[RunningApp]:
+    _prepare_ray()
+    from deployments.config import DEFAULT_CONFIG, AppConfig
+    from deployments.launch.bring_up import running
+    from deployments.launch.ray_session import Placement
+
+    config = AppConfig.read(DEFAULT_CONFIG, {"checkpoint": str(checkpoint), "http.port": 0})
+    _say(f"starting {config.name} with {checkpoint} ...")
+    with no_leftovers(os.environ), running(config, Placement(start_timeout_s=_LAPTOP_START_S), _say) as app:
+        _say(f"ready after {app.start_seconds:.1f} s: {app.url}")
+        yield app
+    _say("stopped")
+
+
+def _tiny_checkpoint(directory: Path) -> Path:
+    """The tiny checkpoint in a directory; made if there is none, and then whole or not at all."""
+    if not directory.exists():
+        _say(f"making a tiny checkpoint in {directory} ...")
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tiny-") as scratch:
+                path = Path(scratch) / "checkpoint"
+                # A process of its own: torch would stay in this one.
+                command = [sys.executable, "-m", "cosmos3_core.checkpoint.tiny", str(path)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LAPTOP_START_S)
+                path.rename(directory)
+        except (OSError, subprocess.SubprocessError) as error:
+            allowed = "a checkpoint's directory, or a place for a new one"
+            raise RequestError("checkpoint", str(directory), allowed, str(error)) from None
+    return directory
+
+
+def _check(options: argparse.Namespace) -> int:
+    from deployments.launch.checkup import check_app
+
+    api_key = _api_key(options)
+    if options.url is not None:
+        is_well = check_app(options.url, timeout_s=options.timeout, tell=_say, api_key=api_key)
+    else:
+        with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
+            checkpoint = options.checkpoint or _tiny_checkpoint(Path(directory) / "tiny-nano")
+            with _laptop_app(checkpoint) as app:
+                is_well = check_app(app.url, timeout_s=options.timeout, tell=_say)
+    return 0 if is_well else 1
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from cosmos3_core.media.output import OutputFile
+    from cosmos3_core.media.probe import probe_video
+    from cosmos3_core.request import GenerationRequest
+    from deployments.launch.http_client import save_video
+
+    OutputFile(Path(f"{options.out}.mp4"))  # no place for the file is said before the work, not after it
+    with _laptop_app(_tiny_checkpoint(options.checkpoint)) as app:
+        _say(f"POST {app.url}/v1/videos/sync {json.dumps(_EXAMPLE)}")
+        saved = save_video(app.url, GenerationRequest(**_EXAMPLE), Path(options.out), timeout_s=options.timeout)
+    assert saved.path is not None, "a video was asked for"
+    info = probe_video(saved.path)
+    _report(saved, f"{info.num_frames} frames, {info.width}x{info.height}, {float(info.fps):g} fps")
+    return 0

@@ -1,0 +1,100 @@
+"""``cosmos3 keys add | list | remove``: API keys, in the database of an app's jobs. The app may be running, or not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from cosmos3_core import checks
+from deployments.launch.config_flags import add_config_flags, config_of
+
+if TYPE_CHECKING:
+    from deployments.config import AppConfig
+    from deployments.jobs.keys import ApiKey, KeyStore
+
+# Which checkpoint it is does not matter for keys, but a configuration has to name one.
+_NO_CHECKPOINT = {"checkpoint": "none"}
+_COLUMNS = ("id", "name", "class", "may ask for", "max queued", "max running", "made", "removed")
+
+
+def add_keys_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the actions and their flags."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    add = actions.add_parser("add", help="make a key and print it: it cannot be shown again")
+    add.add_argument("key_name", metavar="NAME", help="whose it is, for `list`")
+    add.add_argument("--class", dest="service_class", metavar="CLASS", help="of requests that name none")
+    add.add_argument("--allow", action="append", default=[], metavar="CLASS", help="another class that they may name")
+    add.add_argument("--max-queued", type=int, metavar="N", help="jobs that wait; default jobs.max_queued_per_key")
+    add.add_argument("--max-running", type=int, metavar="N", help="that run; default jobs.max_running_per_key")
+    shown = actions.add_parser("list", help="all keys, removed ones too; not their texts, which nobody has kept")
+    remove = actions.add_parser("remove", help="refuse a key from now on; its jobs stay")
+    remove.add_argument("key", metavar="ID", help="as `list` shows it: the part between the two _ of the key's text")
+    for action in (add, shown, remove):
+        add_config_flags(action)
+        action.add_argument("--database", metavar="URL", help="where the jobs are; the key jobs.database")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run an action; returns the exit status.
+
+    Raises:
+        RequestError: something that was given is out of range, or there is no such key.
+        ConfigError, JobsError, MediaStoreError: the database cannot be found or used.
+    """
+    from deployments.jobs.database import DatabaseSpec
+    from deployments.jobs.keys import KeyStore
+
+    config = config_of(options, {"jobs.database": options.database, **_NO_CHECKPOINT})
+    keys = KeyStore.open(DatabaseSpec.of(config).resolved())
+    try:
+        if options.action == "add":
+            _add(options, config, keys)
+        elif options.action == "remove":
+            removed = keys.revoke(options.key)
+            print(f"{removed.key_id} ({removed.name}) is refused from now on; a running app may take seconds to notice")
+        else:
+            _print_table([_row(key) for key in keys.list()])
+    finally:
+        keys.close()
+    return 0
+
+
+def _add(options: argparse.Namespace, config: AppConfig, keys: KeyStore) -> None:
+    from deployments.jobs.keys import KeyLimits, NewKey
+    from deployments.service_config import DEFAULT_CLASS
+
+    known = tuple(config.jobs.classes)
+    service_class = checks.choice("class", options.service_class or DEFAULT_CLASS, known)
+    new = NewKey(
+        name=options.key_name,
+        service_class=service_class,
+        allowed_classes=tuple(checks.choice("allow", name, known) for name in options.allow),
+        limits=KeyLimits(options.max_queued, options.max_running),
+    )
+    key, text = keys.create(new)
+    print(f"{key.key_id} ({key.name}) may ask from now on, with this key, which is not shown again:", file=sys.stderr)
+    print(text)
+
+
+def _row(key: ApiKey) -> tuple[str, ...]:
+    return (
+        key.key_id,
+        key.name,
+        key.service_class,
+        ",".join(key.allowed_classes),
+        *("default" if limit is None else str(limit) for limit in (key.limits.max_queued, key.limits.max_running)),
+        _date(key.created_s),
+        "" if key.revoked_s is None else _date(key.revoked_s),
+    )
+
+
+def _date(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d")
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+    for row in (_COLUMNS, *rows):
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,211 @@
+"""Ray under an app: joined or started, and stopped again; whether it still lives; a bound for calls that may hang.
+
+For the main thread only: it works with signals.
+Ray reads the environment when it is imported: the command line prepares it before it imports this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from cosmos3_core.errors import Cosmos3Error
+from deployments.launch.capacity import Node, Resources
+from deployments.launch.processes import ended_by
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_CONNECT_S = 5.0
+# For Ray to come out of its start after a signal: it waits a minute for daemons that the signal has killed, half of it
+# with Python's lock held, which nothing here can end.
+_PATIENCE_S = 10.0
+_MAX_REASON_CHARS = 600
+# Set on all nodes by what starts them for an autoscaler (KubeRay, Ray's cluster launcher), on none by `ray start`.
+_NODE_GROUP_LABEL = "ray.io/node-group"
+
+RAY_FAILURES = (RayError, RayServeException, ConnectionError, TimeoutError, RuntimeError, ValueError, OSError)
+"""What Ray and Serve raise when something cannot be done. Which does what is not documented."""
+
+
+class StartError(Cosmos3Error):
+    """The app did not come up; says what is missing, or what a stage said."""
+
+
+class LostError(Cosmos3Error):
+    """The app, or the Ray under it, went away."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an app is to run.
+
+    Attributes:
+        ray_address: of the cluster to join; None starts Ray on this machine, for this app alone.
+        num_cpus: logical CPUs of the Ray that is started; None = as many as the machine has.
+        start_timeout_s: for all of the bring-up.
+    """
+
+    ray_address: str | None = None
+    num_cpus: int | None = None
+    start_timeout_s: float = 1800.0
+
+    @property
+    def is_alone(self) -> bool:
+        """Ray is there for this app and ends with it."""
+        return self.ray_address is None
+
+
+@contextmanager
+def ray_session(placement: Placement) -> Iterator[None]:
+    """A connection to Ray, and the Ray itself where none was named. Inside, SIGTERM does what Ctrl-C does.
+
+    Raises:
+        StartError: there is none, or it cannot be started.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        _on_signals(signal.default_int_handler)
+        try:
+            _start(placement)
+            yield
+        finally:
+            # Half-stopped, Ray would leave processes behind; this takes little more than a second.
+            _on_signals(signal.SIG_IGN)
+            with contextlib.redirect_stdout(io.StringIO()):  # where Ray still reports what it has ended itself
+                ray.shutdown()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_signals(handler: Any) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, handler)
+
+
+def _start(placement: Placement) -> None:
+    try:
+        with ended_by(_SIGNALS, _PATIENCE_S):
+            _init(placement)
+        _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
+    except SystemExit:  # what that one raises, sometimes not before Ray has given up itself
+        raise KeyboardInterrupt from None
+
+
+def _init(placement: Placement) -> None:
+    options: dict[str, Any] = {"address": placement.ray_address}
+    if placement.ray_address is None:
+        # "local" never joins a cluster, whatever this machine runs and the environment names.
+        options = {"address": "local", "num_cpus": placement.num_cpus, "include_dashboard": False}
+    elif (endpoint := _endpoint(placement.ray_address)) and not _is_listening(endpoint):
+        # Ray itself would try for minutes.
+        raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: nothing listens there")
+    try:
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # noqa: BLE001 - a bare one where its own daemons did not come up in time
+        if placement.is_alone:
+            hint = "Is the machine very busy, or short of memory? Ray's logs are below its directory: session_latest."
+            raise StartError(f"Ray did not start: {reason(error).rstrip('.')}. {hint}") from None
+        hint = "Where it wants a token, set RAY_AUTH_MODE=token."
+        raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: {reason(error)}. {hint}") from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+class Room:
+    """What the cluster has for an app that is about to come: what is free now, and what the cluster gains later.
+
+    Args:
+        placement: of the app.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self._before = ray.cluster_resources()
+        self._free = self._before if placement.is_alone else ray.available_resources()
+
+    def free(self) -> Resources:
+        """As of now, the app's own share included."""
+        now = ray.cluster_resources()
+        return {kind: self._free.get(kind, 0) + now[kind] - self._before.get(kind, 0) for kind in now}
+
+
+def nodes() -> list[Node]:
+    """The cluster's nodes as of now."""
+    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def can_grow() -> bool:
+    """Whether the cluster may have an autoscaler. True also where its launcher could run one and does not."""
+    return any(_NODE_GROUP_LABEL in node.labels for node in nodes())
+
+
+def is_ray_alive() -> bool:
+    """Whether Ray's head listens and this node belongs to it. Else calls hang, and Ray ends this process in the end."""
+    context = ray.get_runtime_context()
+    endpoint = _endpoint(context.gcs_address)
+    if endpoint is not None and not _is_listening(endpoint):
+        return False
+    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+
+
+@contextmanager
+def in_time(timeout_s: float) -> Iterator[None]:
+    """Bound what happens inside: Serve's calls have no deadline, and never return where Ray has died.
+
+    Raises:
+        LostError: it was not done in time.
+    """
+    is_late = False
+
+    def give_up(number: int, frame: object) -> None:
+        nonlocal is_late
+        is_late = True
+        raise KeyboardInterrupt  # the one exception that Ray lets out of its calls
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    rest_s, _ = signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_late:
+            raise LostError(f"Serve has not answered for {timeout_s:g} s") from None
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, rest_s)  # of somebody else's alarm, 0 for none
+
+
+def _endpoint(address: str) -> tuple[str, int] | None:
+    """Host and port of an address such as "10.0.0.1:6379" or "ray://10.0.0.1:10001"; None for "auto"."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdecimal() else None
+
+
+def _is_listening(endpoint: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(endpoint, timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def reason(error: object) -> str:
+    """One line about a failure; where Ray's text holds tracebacks, the exception that the last one ends with."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    raised = list(re.finditer(r"^(?:\w+\.)*([A-Z]\w+: )", text, re.MULTILINE))
+    if raised:
+        text = text[raised[-1].start(1) :]
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_REASON_CHARS else f"{line[:_MAX_REASON_CHARS]}..."

@@ -1,0 +1,405 @@
+"""The media store: a directory of clips, shared by the processes, and by the nodes where there are several.
+
+A folder a clip, named by an id that is made here. In it lie the file that grows while the clip is encoded, the finished
+file and records of what is known (:mod:`deployments.media.record`): one of its begin, later one of its end. Writers
+never wait for readers; readers may come and go at any time.
+
+Many processes may write, read and sweep at the same time, without locks. A folder appears with its record in it and
+disappears by one rename. Of its end there is one record, made by a hard link, which exactly one of several can make: a
+clip that is done never fails later, nor the other way round.
+
+Where there is an archive (:mod:`deployments.media.archive`), a clip is done when it is there as well, and what the
+directory does not have is looked for there: nodes need no directory in common then, and a new machine finds the clips
+of the old one. What grows can be read in the directory only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from cosmos3_core import checks
+from cosmos3_core.errors import MediaError, RequestError
+from deployments.errors import MediaStoreError
+from deployments.media.archive import MediaArchive
+from deployments.media.folder import folder_record, job_bytes, max_job_bytes, passing_folder, remove_folder, sweep
+from deployments.media.objects import ObjectsError
+from deployments.media.record import BEGUN, DONE, ENDED, FAILED, MEDIA_ID, WRITING, MediaRecord, put_record
+
+logger = logging.getLogger("ray.serve")
+
+_MAX_REASON_CHARS = 2000
+_READ_BYTES = 1 << 20
+
+
+def new_media_id() -> str:
+    """An id for a clip; nobody can guess it."""
+    return uuid.uuid4().hex
+
+
+def own_directory() -> Path:
+    """A directory of this user, for the processes of one machine; made where it is not. It outlives restarts.
+
+    Raises:
+        MediaStoreError: the user has no home to make it in, or something else is in its place.
+    """
+    hint = "set media.directory to another one"
+    try:
+        path = Path.home() / ".local" / "state" / "cosmos3"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        facts = path.lstat()
+    except RuntimeError as error:
+        raise MediaStoreError(f"this user has no home directory for its media: {error}; {hint}") from error
+    except OSError as error:
+        raise MediaStoreError(f"the directory of this user's media cannot be made: {error}; {hint}") from error
+    # A home may be open to others: what is kept here must not be led elsewhere, nor read by them.
+    if path.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        raise MediaStoreError(f"{path} is there, but not a directory of this user alone; {hint}")
+    return path
+
+
+@dataclass(frozen=True)
+class MediaSpec:
+    """Where a store is and how much it keeps; every process opens its own.
+
+    Attributes:
+        directory: None = :func:`own_directory` of the process that opens it.
+        max_bytes, keep_s, archive: see :class:`MediaStore`.
+    """
+
+    directory: Path | None
+    max_bytes: int
+    keep_s: float
+    archive: str | None = field(default=None, repr=False)  # may have credentials
+
+    def open(self) -> MediaStore:
+        """The store.
+
+        Raises:
+            MediaStoreError: its directory cannot be made, or its archive not be used.
+        """
+        directory = own_directory() if self.directory is None else self.directory
+        return MediaStore(directory, self.max_bytes, self.keep_s, self.archive)
+
+
+class MediaStore:
+    """See the module. Any number of them may be open on one directory.
+
+    Args:
+        directory: made where it is not.
+        max_bytes: :meth:`sweep` keeps the directory's files below it; clips that are being written and files of jobs,
+            these up to half of it, count, but are not removed.
+        keep_s: how long a clip stays after its last change; one whose writer lets it lie longer counts as given up.
+        archive: fsspec's URL of one; None for none.
+
+    Attributes:
+        directory, keep_s: as given.
+        archive: the one at the URL.
+
+    Raises:
+        MediaStoreError: the directory or the archive cannot be made or used.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int, keep_s: float, archive: str | None = None) -> None:
+        self.directory = directory
+        self.keep_s = keep_s
+        self._max_bytes = max_bytes
+        self._try_out()
+        try:
+            self.archive = None if archive is None else MediaArchive(archive)
+        except ObjectsError as error:
+            raise MediaStoreError(str(error)) from None
+
+    def create(self, media_id: str, media_type: str, suffix: str, *, is_live: bool) -> MediaEntry:
+        """Begin a clip.
+
+        Args:
+            media_id: of :func:`new_media_id`; one clip's and no other's.
+            media_type: MIME type of its files.
+            suffix: ending of their names.
+            is_live: whether there will be a file that grows.
+
+        Raises:
+            MediaError: it cannot be written, or is there already.
+        """
+        now_s = time.time()
+        record = MediaRecord(
+            media_id=media_id,
+            state=WRITING,
+            reason="",
+            media_type=media_type,
+            file_name=f"clip{suffix}",
+            live_name=f"live{suffix}" if is_live else "",
+            num_bytes=0,
+            sha256="",
+            created_s=now_s,
+            updated_s=now_s,
+        )
+        fresh = passing_folder(self.directory, "new", media_id)
+        try:
+            fresh.mkdir()
+            put_record(fresh / BEGUN, record)
+            fresh.rename(self.directory / media_id)
+        except OSError as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise MediaError(f"the media store cannot take {media_id}: {error}") from error
+        if self.archive is not None:
+            try:
+                self.archive.begin(record)
+            except OSError as error:
+                self.fail(media_id, "the media archive failed")
+                raise MediaError(f"the media archive cannot take {media_id}: {error}") from error
+        return MediaEntry(self, record)
+
+    def find(self, media_id: str) -> MediaRecord | None:
+        """What is known of a clip; None where there is none, or the id is no id.
+
+        A clip that only the archive knows and that is being written has no ``live_name``: it grows out of sight.
+
+        Raises:
+            MediaError: the directory does not have it, and the archive cannot be asked.
+        """
+        if not isinstance(media_id, str) or not MEDIA_ID.fullmatch(media_id):
+            return None
+        record = folder_record(self.directory / media_id)
+        if record is None and self.archive is not None:
+            try:
+                return self.archive.find(media_id)
+            except OSError as error:
+                raise MediaError(f"the media archive cannot be asked for {media_id}: {error}") from error
+        return record
+
+    def expect(self, media_id: str) -> MediaRecord:
+        """What is known of a clip that another process has just begun or finished.
+
+        Raises:
+            MediaStoreError: nothing; so the other one's store is not this one.
+            MediaError: as :meth:`find`.
+        """
+        record = self.find(media_id)
+        if record is not None:
+            return record
+        missing = f"the encoder's file {media_id} is not to be seen in {self.directory}"
+        if self.archive is not None:
+            raise MediaStoreError(f"{missing}, nor in {self.archive.place}: all nodes need the same media.archive")
+        raise MediaStoreError(
+            f"{missing}: media.directory must be one directory for all nodes, on a file system that they share; "
+            "or set media.archive"
+        )
+
+    def fail(self, media_id: str, reason: str) -> None:
+        """Say that there will be no file: whoever watches is told. For the writer, and for who sees that it died.
+
+        Harmless when the clip has ended, or is not there. Where it cannot be written, the log has it: who calls this is
+        busy with an error already, and who watches finds out by a file that does not grow.
+
+        Args:
+            media_id: of the clip.
+            reason: in words.
+        """
+        try:
+            record = self.find(media_id)
+            if record is None or record.state != WRITING:
+                return
+            failed = replace(record, state=FAILED, reason=reason[:_MAX_REASON_CHARS], updated_s=time.time())
+            with contextlib.suppress(FileNotFoundError):  # it has just been swept, or is in another directory
+                self._end(failed)
+            if self.archive is not None:
+                self.archive.fail(failed)
+        except FileExistsError:  # it has just ended
+            pass
+        except (OSError, MediaError):
+            logger.exception("the failure of %s could not be written down", media_id)
+
+    def remove(self, media_id: str) -> None:
+        """Remove a clip at once; harmless when it is not there. One that is being written is declared failed first.
+
+        Out of the archive as well; what another node has in a directory of its own goes with the next sweep after
+        ``keep_s`` there.
+
+        Args:
+            media_id: of the clip; what is no id is not there.
+
+        Raises:
+            MediaError: it cannot be removed.
+        """
+        if not isinstance(media_id, str) or not MEDIA_ID.fullmatch(media_id):
+            return
+        self.fail(media_id, "it was removed")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                remove_folder(self.directory, media_id)
+            if self.archive is not None:
+                self.archive.remove(media_id)
+        except OSError as error:
+            raise MediaError(f"{media_id} cannot be removed: {error}") from error
+
+    def read(self, media_id: str, start: int = 0, num_bytes: int | None = None) -> bytes:
+        """A finished file, or a part of it; empty behind its end.
+
+        Args:
+            media_id: of the clip.
+            start: first byte.
+            num_bytes: at most so many; None for all.
+
+        Raises:
+            RequestError: there is no such file yet, or not any more; or ``start`` is no position.
+            MediaError: it cannot be read.
+        """
+        checks.integer("start", start, 0, sys.maxsize)
+        record = self.find(media_id)
+        if record is None or record.state != DONE:
+            raise _no_file(media_id)
+        start = min(start, record.num_bytes)
+        try:
+            with self.open(record) as file:
+                file.seek(start)
+                return file.read(-1 if num_bytes is None else num_bytes)
+        except FileNotFoundError:  # swept just now
+            raise _no_file(media_id) from None
+        except OSError as error:
+            raise MediaError(f"the file of {media_id} cannot be read: {error}") from error
+
+    def open(self, record: MediaRecord) -> BinaryIO:
+        """A finished file, to be read from wherever it is, a block at a time.
+
+        Whoever has it open from the directory can read it to its end even if it is removed.
+
+        Raises:
+            OSError: it cannot be read. From the archive, reading raises it: FileNotFoundError where it is not there.
+        """
+        try:
+            return self.file_path(record).open("rb", buffering=0)
+        except FileNotFoundError:
+            if self.archive is None:
+                raise
+            return self.archive.open(record)
+
+    def file_path(self, record: MediaRecord) -> Path:
+        """Of the finished file in the directory, where it is there."""
+        return self.directory / record.media_id / record.file_name
+
+    def live_path(self, record: MediaRecord) -> Path:
+        """Of the file that grows, of a clip that has one."""
+        assert record.live_name, "it has none"
+        return self.directory / record.media_id / record.live_name
+
+    def sweep(self, now_s: float) -> int:
+        """See :func:`deployments.media.folder.sweep`. From the archive goes what is too old, looked at less often.
+
+        Raises:
+            MediaError: the archive cannot be swept.
+        """
+        num_removed = sweep(self.directory, self._max_bytes, self.keep_s, now_s)
+        if self.archive is None:
+            return num_removed
+        try:
+            return num_removed + self.archive.sweep(self.keep_s, now_s)
+        except OSError as error:
+            raise MediaError(f"the media archive cannot be swept: {error}") from error
+
+    def spare_job_files(self, needed_until_s: Mapping[str, float]) -> list[str]:
+        """Jobs whose files have to go, for those of all to be at most half of what the directory may have.
+
+        Args:
+            needed_until_s: id of a job whose files may go -> when they would go anyway; the earliest go first.
+        """
+        sizes = job_bytes(self.directory) if self.archive is None else {}
+        num_bytes, spare = sum(sizes.values()), []
+        for job_id in sorted(sizes.keys() & needed_until_s.keys(), key=needed_until_s.__getitem__):
+            if num_bytes <= max_job_bytes(self._max_bytes):
+                break
+            spare.append(job_id)
+            num_bytes -= sizes[job_id]
+        return spare
+
+    def _end(self, record: MediaRecord) -> None:
+        """Write down a clip's end.
+
+        Raises:
+            FileExistsError: it has ended.
+            OSError: it was swept, or cannot be written.
+        """
+        put_record(self.directory / record.media_id / ENDED, record)
+
+    def _try_out(self) -> None:
+        folder = passing_folder(self.directory, "new", new_media_id())
+        try:
+            folder.mkdir(parents=True)
+            (folder / "a").touch()
+            os.link(folder / "a", folder / "b")
+        except OSError as error:
+            raise MediaStoreError(
+                f"the media store {self.directory} cannot be used, it needs a file system with hard links: {error}"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class MediaEntry:
+    """A clip that is being written; for one writer.
+
+    Attributes:
+        path: where the finished file goes, before :meth:`finish`.
+        live_path: where the file goes that grows meanwhile; None where there is none.
+    """
+
+    def __init__(self, store: MediaStore, record: MediaRecord) -> None:
+        self._store = store
+        self._record = record
+        self.path = store.file_path(record)
+        self.live_path = store.live_path(record) if record.live_name else None
+
+    def finish(self) -> MediaRecord:
+        """Say that the finished file is there; reads it once for its hash, and takes it to the archive.
+
+        Raises:
+            MediaError: it is not, or the clip was swept or declared failed meanwhile; or the archive failed.
+        """
+        media_id = self._record.media_id
+        digest, num_bytes = hashlib.sha256(), 0
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())  # or a crash of the machine leaves an empty one that is done
+                while part := file.read(_READ_BYTES):
+                    digest.update(part)
+                    num_bytes += len(part)
+            now_s, sha256 = time.time(), digest.hexdigest()
+            record = replace(self._record, state=DONE, num_bytes=num_bytes, sha256=sha256, updated_s=now_s)
+            self._archive(record)
+            self._store._end(record)
+        except FileExistsError:
+            self._unarchive()
+            raise MediaError(f"{media_id} was declared failed while it was written") from None
+        except OSError as error:
+            self._unarchive()
+            raise MediaError(f"the finished file of {media_id} is not in the media store: {error}") from error
+        return record
+
+    def _archive(self, record: MediaRecord) -> None:
+        """Before the directory's record of the end, so that a clip that is done is in the archive."""
+        if self._store.archive is not None:
+            self._store.archive.finish(record, self.path)
+
+    def _unarchive(self) -> None:
+        """What was taken there of a clip that is not done goes; where that fails too, with the sweep."""
+        if self._store.archive is not None:
+            try:
+                self._store.archive.remove(self._record.media_id)
+            except OSError:
+                logger.exception("%s could not be removed from the media archive", self._record.media_id)
+
+
+def _no_file(media_id: str) -> RequestError:
+    return RequestError("media_id", media_id, "the id of a finished file, as long as it is kept")

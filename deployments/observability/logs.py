@@ -1,0 +1,133 @@
+"""Log lines and numbers of a request's way through the stages. Where to find the lines: :mod:`cluster.logs`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+
+from cluster.errors import OverloadedError
+from cluster.logs import Origin, Value, log_event, log_failure
+from deployments.failures import unwrapped
+from deployments.messages import (
+    ChunkDecoded,
+    ChunkEncoded,
+    ClipEncoded,
+    Event,
+    Finished,
+    LatentsReady,
+    RequestContext,
+    StageRetried,
+)
+from deployments.observability.metrics import metrics
+
+logger = logging.getLogger("ray.serve")
+
+
+def origin_of(context: RequestContext) -> Origin:
+    """Whose request it is."""
+    return Origin(context.request_id, context.job_id, context.attempt)
+
+
+class StageWatch:
+    """What :func:`watched` gives."""
+
+    def __init__(self, context: RequestContext, stage: str, **fields: Value) -> None:
+        self._origin = origin_of(context)
+        self._stage = stage
+        self._start_s = time.monotonic()
+        self._has_ended = False
+        log_event(logger, "stage began", self._origin, stage=stage, **fields)
+
+    def finish(self, **fields: Value) -> None:
+        """The stage's work is done: before the last item is given out, whoever has that may not come back."""
+        seconds = self._end("finished")
+        if seconds is not None:
+            log_event(logger, "stage finished", self._origin, stage=self._stage, seconds=seconds, **fields)
+
+    def fail(self, error: BaseException) -> None:
+        """The block was left by an exception."""
+        error = unwrapped(error)
+        is_failure = isinstance(error, Exception)
+        # Full is no failure: it is waited for. Whoever cancels, or closes a generator, leaves.
+        outcome = "full" if isinstance(error, OverloadedError) else "failed" if is_failure else "left"
+        seconds = self._end(outcome)
+        if seconds is None:
+            return
+        if outcome == "failed":
+            log_failure(logger, "stage failed", self._origin, error, stage=self._stage, seconds=seconds)
+        else:
+            log_event(logger, f"stage {outcome}", self._origin, stage=self._stage, seconds=seconds)
+
+    def _end(self, outcome: str) -> float | None:
+        """Seconds that it took; None where it had ended before."""
+        if self._has_ended:
+            return None
+        self._has_ended = True
+        seconds = time.monotonic() - self._start_s
+        metrics().stage_ended(self._stage, outcome, seconds)
+        return seconds
+
+
+@contextmanager
+def watched(context: RequestContext, stage: str, **fields: Value) -> Iterator[StageWatch]:
+    """Around one try of a stage, in the process that works: a line when it begins, one when it ends; its seconds.
+
+    The block ends well where :meth:`StageWatch.finish` was called or its end is reached; it is "left" where whoever
+    asked does not want it any more.
+    """
+    watch = StageWatch(context, stage, **fields)
+    try:
+        yield watch
+    except BaseException as error:
+        watch.fail(error)
+        raise
+    watch.finish()
+
+
+async def watched_request(
+    events: AsyncIterator[Event], context: RequestContext, mode: str, waited_s: float = 0.0
+) -> AsyncGenerator[Event, None]:
+    """A request's events, handed on as they come; what they tell is logged and measured.
+
+    Args:
+        events: of :class:`deployments.director.pipeline.Walk`.
+        context: of the request.
+        mode: of the request.
+        waited_s: from its acceptance until now.
+    """
+    origin, numbers, start_s = origin_of(context), metrics(), time.monotonic()
+    denoised_s: float | None = None
+    has_frames = False
+    with watched(context, "request", mode=mode, waited_s=waited_s) as watch:
+        async with aclosing(events) as stream:  # type: ignore[type-var] # an async generator, whatever it is called
+            async for event in stream:
+                now_s = time.monotonic()
+                match event:
+                    case LatentsReady():
+                        denoised_s = now_s
+                    case ChunkDecoded() if denoised_s is not None:
+                        numbers.first_chunk(now_s - denoised_s)
+                        denoised_s = None
+                    case ChunkEncoded() if not has_frames:
+                        has_frames = True
+                        numbers.first_byte(mode, waited_s + now_s - start_s)
+                    case ClipEncoded():
+                        numbers.file_made(mode, event.num_bytes)
+                    case StageRetried():
+                        numbers.stage_retried(event.stage)
+                        _log_retry(origin, event)
+                    case Finished():
+                        watch.finish(mode=mode, num_bytes=event.num_bytes, num_frames=event.num_frames)
+                yield event
+
+
+def _log_retry(origin: Origin, event: StageRetried) -> None:
+    about: dict[str, Value] = {
+        "stage": event.stage,
+        "next_attempt": event.attempt,
+        "reason": event.reason,
+        "from_step": event.from_step,
+    }
+    log_event(logger, "stage retried", origin, logging.WARNING, **about)

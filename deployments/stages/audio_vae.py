@@ -1,0 +1,73 @@
+"""AudioVAE: sound latents -> samples, chunk by chunk, each made when there is a credit for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from cluster.envelope import TensorEnvelope
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from deployments.messages import RequestContext, SoundChunk, SoundDecoded
+from deployments.observability.logs import watched
+from deployments.stages.credits import made_on_credit
+from deployments.stages.on_device import within_memory
+
+
+class AudioVAE:
+    """The decoder of sound.
+
+    Args:
+        checkpoint: the checkpoint's directory.
+        device: torch device string.
+        dtype: name of the weights' dtype; None keeps what is stored.
+        num_threads: torch's CPU threads.
+    """
+
+    def __init__(self, checkpoint: str, device: str, dtype: str | None, num_threads: int) -> None:
+        import torch
+
+        from cosmos3_core.checkpoint.load import load_audio_vae
+        from cosmos3_core.device import DTYPES, resolve_device
+
+        torch.set_num_threads(num_threads)
+        self._device = resolve_device(device)
+        self._vae = load_audio_vae(
+            CheckpointLayout.open(checkpoint), device=self._device, dtype=DTYPES[dtype] if dtype else None
+        )
+
+    async def decode(
+        self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
+    ) -> AsyncIterator[SoundChunk | SoundDecoded]:
+        """Decode a request's sound: a :class:`SoundChunk`, then its :class:`SoundDecoded`, and so on.
+
+        Args:
+            context: of the request.
+            latents: [C, T] fp32.
+            clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
+            stream_id: the clip's; a chunk is only made when it has a credit.
+            producer: this decoder's name in it.
+
+        Raises:
+            DeadlineExceeded: the request's time is up.
+            OutOfMemory: the sound does not fit.
+        """
+        chunks = self._vae.decode(latents.tensor())
+
+        async def next_chunk() -> TensorEnvelope | None:
+            return await asyncio.to_thread(within_memory, self._device, lambda: _next_samples(chunks))
+
+        made = made_on_credit(context, clips, stream_id, producer, next_chunk)
+        with watched(context, "decode sound"):
+            async with aclosing(made):
+                async for index, samples in made:
+                    yield SoundChunk(index, samples, os.getpid())
+                    yield SoundDecoded(index, time.time(), os.getpid())
+
+
+def _next_samples(chunks: Any) -> TensorEnvelope | None:
+    samples = next(chunks, None)
+    return None if samples is None else TensorEnvelope.of_tensor(samples)

@@ -1,0 +1,35 @@
+"""PromptTokenizer: prompts -> token ids. CPU, no torch, as many replicas as one likes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.processor import Cosmos3Processor, load_tokenizer
+from cosmos3_core.request import ResolvedRequest
+from deployments.messages import RequestContext, TokenizedPair
+from deployments.observability.logs import watched
+
+
+class PromptTokenizer:
+    """Args: checkpoint, the checkpoint's directory."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self._directory = CheckpointLayout.open(checkpoint).component_dir("text_tokenizer")
+        self._tokenizer = load_tokenizer(self._directory)
+
+    async def tokenize(self, context: RequestContext, request: ResolvedRequest) -> TokenizedPair:
+        """Token ids of both prompts.
+
+        Raises:
+            RequestError: a prompt has more tokens than allowed.
+        """
+        context.remaining_s("tokenize")
+        with watched(context, "tokenize"):
+            return await asyncio.to_thread(self._tokenize, request)
+
+    def _tokenize(self, request: ResolvedRequest) -> TokenizedPair:
+        processor = Cosmos3Processor.for_request(request, self._directory, self._tokenizer)
+        conditional, unconditional = processor.token_id_pair(request.prompt, request.negative_prompt)
+        return TokenizedPair(conditional.ids, unconditional.ids, unconditional.origin, os.getpid())

@@ -1,0 +1,97 @@
+"""Transformer: one replica is the leader of one gang of ranks. It holds no weights and touches no GPU."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
+from cluster.envelope import TensorEnvelope
+from cluster.errors import GangFailed
+from cluster.gang import Gang, GangSpec
+from cluster.transformer_rank import Step, TransformerLoaded
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.media.webp import MEDIA_TYPE
+from cosmos3_core.preview import PreviewOrder
+from deployments.messages import (
+    LatentsReady,
+    PreviewReady,
+    PreviewsOff,
+    QueuePosition,
+    RequestContext,
+    StateSaved,
+    StepDone,
+)
+from deployments.observability.logs import origin_of, watched
+from deployments.observability.metrics import metrics
+from deployments.stages.gang_leader import GangLeader
+
+
+class Transformer(GangLeader):
+    """The leader.
+
+    Args:
+        spec: of the gang.
+        loop: how to run it.
+    """
+
+    async def __init__(self, spec: GangSpec, loop: LoopSpec) -> None:  # type: ignore[misc] # Serve awaits it
+        self._gang = await Gang.start(spec)
+        loaded = self._gang.loaded
+        assert isinstance(loaded, TransformerLoaded)
+        self._loop = EngineLoop(self._gang, loaded.request_memory, loop, self._end_soon, metrics())
+
+    async def denoise(
+        self,
+        context: RequestContext,
+        request: DenoiseRequest,
+        state: TensorEnvelope | None = None,
+        clean: TensorEnvelope | None = None,
+        previews: PreviewOrder | None = None,
+    ) -> AsyncIterator[
+        QueuePosition | StepDone | PreviewReady | PreviewsOff | StateSaved | LatentsReady | TensorEnvelope
+    ]:
+        """Denoise a request: positions and steps, then :class:`LatentsReady`, then the latents' envelopes.
+
+        ``clean`` are the latents of the frames that the request gives. With ``previews`` some steps are followed by a
+        :class:`PreviewReady`; a :class:`PreviewsOff` says that no more will come.
+
+        Now and then a :class:`StateSaved` and then the state's envelope: whoever holds on to it can have the request
+        go on from there, on another gang, by giving it as ``state``.
+
+        Raises:
+            OverloadedError: this gang's queue is full.
+            GangFailed: the gang died; it is being rebuilt, and the request may be tried on another.
+            DeadlineExceeded: the request's time is up.
+            OutOfMemory: the request does not fit.
+            RequestError: the request's fault.
+        """
+        start_s = time.monotonic()
+        pid = os.getpid()
+        left_s = context.remaining_s("denoise")
+        job = context.try_id, request, left_s, state, clean, previews
+        with watched(context, "denoise") as watch:
+            async for update in self._loop.submit(*job, origin_of(context)):
+                match update:
+                    case Queued(position):
+                        yield QueuePosition(position, pid)
+                    case Step():
+                        yield StepDone(update.step, update.num_steps, update.sigma, update.seconds, update.pid)
+                    case Previewed(step, sigma, webp):
+                        yield PreviewReady(step, sigma, MEDIA_TYPE, webp, pid)
+                    case PreviewsEnded(reason):
+                        yield PreviewsOff(reason, pid)
+                    case Saved(step, envelope):
+                        yield StateSaved(step, envelope.num_bytes, pid)
+                        yield envelope
+                    case Denoised(latents):
+                        watch.finish(num_steps=request.num_inference_steps)
+                        ranks = tuple(info.pid for info in self._gang.infos)
+                        yield LatentsReady(time.monotonic() - start_s, tuple(latents), pid, ranks)
+                        for envelope in latents.values():
+                            yield envelope
+
+    @property
+    def _failure(self) -> GangFailed | None:
+        return self._loop.failure
