@@ -1,8 +1,8 @@
 """The leader's loop: it alone calls the ranks, a quantum of about a quarter second of steps at a time.
 
 Every request is taken in at once and waits here, where its class is known, never in a router in front; whose turn it is
-says :mod:`cluster.turns`. Between quanta a request costs its state on every rank, within a bound: one that has to make
-room is parked, its state with the leader, and taken up again later. A cancelled one leaves at the next quantum.
+says :mod:`cluster.step_scheduler`. Between quanta a request costs its state on every rank, within a bound: one that has
+to make room is parked, its state with the leader, and taken up again later. A cancelled one leaves at the next quantum.
 Now and then the state of a running request goes to the caller, who can have it taken up by another gang. Where previews
 are asked for, rank 0 gives their colours between two quanta, and the file is made beside the next one.
 
@@ -23,8 +23,8 @@ from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, 
 from cluster.gang import Gang
 from cluster.gang_meter import BusyClock, GangMeter, NoMeter
 from cluster.logs import Origin, log_event
+from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
 from cluster.transformer_rank import Step, StepReport
-from cluster.turns import Turns, Urgency, urgency_of
 from cosmos3_core.admission import PromptLedger, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
@@ -156,7 +156,7 @@ class EngineLoop:
         self._on_failure = on_failure
         self._meter = meter or NoMeter()
         self._busy = BusyClock(self._now_s())
-        self._turns: Turns[_Job] = Turns()
+        self._turns: StepScheduler[_Job] = StepScheduler()
         self._ledger = PromptLedger(spec.text_cache_bytes, request_memory.bytes_per_text_token)
         self._undropped: tuple[str, ...] = ()
         self._wake = asyncio.Event()

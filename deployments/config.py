@@ -10,7 +10,16 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from cosmos3_core.errors import Cosmos3Error
-from deployments.service_config import Auth, Guardrails, Http, Jobs, Logging, Media, RemoteMedia, Strict
+from deployments.service_config import (
+    AuthConfig,
+    GuardrailsConfig,
+    HttpConfig,
+    JobsConfig,
+    LoggingConfig,
+    MediaConfig,
+    RemoteMediaConfig,
+    Strict,
+)
 
 _PACKAGED = Path(__file__).parents[1] / "cluster" / "configs"
 DEFAULT_CONFIG = _PACKAGED / "laptop.yaml"
@@ -257,7 +266,7 @@ class TokenizerStage(Stage):
 
 
 class DirectorStage(Stage):
-    """The walk through the stages."""
+    """The Director: admission, queue and the pipeline of requests."""
 
     num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
     max_ongoing_requests: int = Field(512, ge=1, description="per replica, those that wait for their turn included")
@@ -271,13 +280,13 @@ class AppConfig(Strict):
     checkpoint: Path = Field(description="directory in the published layout, the same path on every node")
     name: str = Field("cosmos3", pattern="^[A-Za-z0-9_.-]+$", description="of the Serve application")
     model_name: str | None = Field(None, description="what clients call the model; null = the checkpoint's name")
-    http: Http = Http()
-    media: Media = Media()
-    jobs: Jobs = Jobs()
-    logging: Logging = Logging()
-    auth: Auth = Auth()
-    remote_media: RemoteMedia = RemoteMedia()
-    guardrails: Guardrails = Guardrails()
+    http: HttpConfig = HttpConfig()
+    media: MediaConfig = MediaConfig()
+    jobs: JobsConfig = JobsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    auth: AuthConfig = AuthConfig()
+    remote_media: RemoteMediaConfig = RemoteMediaConfig()
+    guardrails: GuardrailsConfig = GuardrailsConfig()
     ingress: IngressStage = IngressStage()
     director: DirectorStage = DirectorStage()
     tokenizer: TokenizerStage = TokenizerStage()

@@ -1,7 +1,7 @@
 """The types of the graph's errors.
 
     Cosmos3Error
-    ├── Refusal                   has an HTTP status, a code and a message of its own
+    ├── ApiError                   has an HTTP status, a code and a message of its own
     │   └── BodyError             a request body that cannot be read at all
     ├── ContentBlocked            a prompt or pictures must not be used
     ├── GuardrailUnavailable      nobody can say whether they may; the request fails, nothing passes unchecked
@@ -26,7 +26,7 @@ from types import MappingProxyType
 from cosmos3_core.errors import Cosmos3Error
 
 
-class Refusal(Cosmos3Error):
+class ApiError(Cosmos3Error):
     """A fault that only HTTP has.
 
     Args:
@@ -44,7 +44,7 @@ class Refusal(Cosmos3Error):
         return self.message
 
 
-class BodyError(Refusal):
+class BodyError(ApiError):
     """A request body that cannot be read at all."""
 
 

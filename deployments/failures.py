@@ -26,13 +26,13 @@ from cluster.errors import (
 )
 from cosmos3_core.errors import CapabilityError, Cosmos3Error, MediaError, RequestError, StateError
 from deployments.errors import (
+    ApiError,
     ContentBlocked,
     GuardrailUnavailable,
     IdempotencyConflict,
     JobCancelled,
     JobsError,
     MediaStoreError,
-    Refusal,
 )
 
 # Retry-After where Serve's own queue was full: nothing is known of how long it stays so.
@@ -125,7 +125,7 @@ def in_words(error: BaseException) -> str:
 def failure_of(error: BaseException) -> tuple[str, str]:
     """An error's code and message, as whoever asked may read them; of the inside they say nothing."""
     error = typed(error, "director")
-    if isinstance(error, Refusal):
+    if isinstance(error, ApiError):
         return error.code, str(error)
     _, code = meaning_of(error)
     if isinstance(error, StageFailed):  # the reason is Ray's own words, with addresses and processes in them
@@ -140,7 +140,7 @@ def is_told(error: BaseException) -> bool:
     error = typed(error, "director")
     if isinstance(error, StageFailed | GangFailed):
         return False
-    return isinstance(error, Refusal) or meaning_of(error)[1] not in _MESSAGES
+    return isinstance(error, ApiError) or meaning_of(error)[1] not in _MESSAGES
 
 
 def meaning_of(error: BaseException) -> tuple[int, str]:

@@ -19,7 +19,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Http(Strict):
+class HttpConfig(Strict):
     """The HTTP side."""
 
     host: str = "127.0.0.1"
@@ -45,7 +45,7 @@ class Http(Strict):
         return self
 
 
-class Media(Strict):
+class MediaConfig(Strict):
     """The media store: where files are made and read."""
 
     directory: Path | None = Field(
@@ -64,7 +64,7 @@ class Media(Strict):
     )
 
 
-class Jobs(Strict):
+class JobsConfig(Strict):
     """Accepted requests: where they are kept, how many may wait, in what order they are run."""
 
     database: str | None = Field(
@@ -105,14 +105,14 @@ class Jobs(Strict):
         return self
 
 
-class Logging(Strict):
+class LoggingConfig(Strict):
     """What replicas write to Serve's log files; ranks always write JSON."""
 
     encoding: Literal["JSON", "TEXT"] = "JSON"
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="INFO has two lines a stage")
 
 
-class Auth(Strict):
+class AuthConfig(Strict):
     """API keys, which `cosmos3 keys` makes."""
 
     enabled: bool | None = Field(
@@ -120,7 +120,7 @@ class Auth(Strict):
     )
 
 
-class RemoteMedia(Strict):
+class RemoteMediaConfig(Strict):
     """URLs of other servers in requests; none is fetched unless this says so."""
 
     enabled: bool = False
@@ -139,7 +139,7 @@ class RemoteMedia(Strict):
         return self
 
 
-class Guardrails(Strict):
+class GuardrailsConfig(Strict):
     """What is looked at before a request is accepted, and before its pictures are in a file."""
 
     adapter: str | None = Field(

@@ -12,7 +12,7 @@ from starlette.routing import Match, Route
 
 from deployments.api import images, job_events, service_info, video_content, videos
 from deployments.api.errors import error_response
-from deployments.api.middleware import Cors, KeyCheck, SafeHeaders
+from deployments.api.middleware import Cors, KeyMiddleware, SafeHeaders
 from deployments.api.service import Service
 
 _ROUTERS = tuple(module.router for module in (videos, video_content, job_events, images, service_info))
@@ -32,7 +32,7 @@ def build_api(get_service: Callable[[], Service]) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(Exception, _answer)
     # The one that is added last is the first to see a request.
-    app.add_middleware(KeyCheck, get_service=get_service)
+    app.add_middleware(KeyMiddleware, get_service=get_service)
     app.add_middleware(Cors, get_service=get_service)
     app.add_middleware(SafeHeaders)
     return app

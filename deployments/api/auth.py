@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import Cosmos3Error
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 from deployments.jobs.keys import ApiKey, KeyLimits, KeyStore
 from deployments.service_config import DEFAULT_CLASS
 from deployments.threads import in_thread
@@ -108,7 +108,7 @@ def check_keys(keys: KeyStore, host: str) -> None:
         )
 
 
-class Auth:
+class Authenticator:
     """Checks keys, with what was found in the last seconds at hand.
 
     Args:
@@ -132,14 +132,14 @@ class Auth:
             headers: of the request.
 
         Raises:
-            Refusal: 401, there is no valid key in them.
+            ApiError: 401, there is no valid key in them.
             OverloadedError: too many keys are looked up just now.
             JobsError: the database cannot be used.
         """
         given = headers.getlist("authorization")
         match = _BEARER.fullmatch(given[0]) if len(given) == 1 else None
         if match is None:
-            raise Refusal(401, "no_api_key", "this needs one header Authorization: Bearer KEY", _REFUSED)
+            raise ApiError(401, "no_api_key", "this needs one header Authorization: Bearer KEY", _REFUSED)
         digest = hashlib.sha256(match[1].encode()).digest()
         if (caller := self._known.get(digest)) is not None:
             return caller
@@ -147,7 +147,7 @@ class Auth:
         if key is None:
             if not self._unknown.has(digest):
                 self._unknown.put(digest, None)
-            raise Refusal(401, "wrong_api_key", "this API key is not known, or not any more", _REFUSED)
+            raise ApiError(401, "wrong_api_key", "this API key is not known, or not any more", _REFUSED)
         caller = Caller(key.key_id, key.limits, key.service_class, key.allowed_classes)
         self._known.put(digest, caller)
         return caller

@@ -28,7 +28,7 @@ from deployments.api.fields import (
 )
 from deployments.api.given_fields import Given, start_of
 from deployments.api.given_media import given_media
-from deployments.api.written import Origin, Origins, as_written
+from deployments.api.written import FieldOrigin, FieldOrigins, as_written
 from deployments.jobs.job_object import HIGH, LOSSLESS
 from deployments.service_config import DEFAULT_CLASS
 
@@ -89,7 +89,7 @@ class VideoBody:
     request: GenerationRequest
     wishes: Wishes
     is_live: bool
-    origins: Origins
+    origins: FieldOrigins
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ImageBody:
     requests: tuple[GenerationRequest, ...]
     wishes: Wishes
     response_format: str
-    origins: Origins
+    origins: FieldOrigins
 
 
 def video_body(body: Given, rules: BodyRules) -> VideoBody:
@@ -134,7 +134,7 @@ def _video_body(body: Given, rules: BodyRules) -> VideoBody:
     media = given_media(given)
     passed |= {kind: data for kind, (_, data) in media.items()}
     request = GenerationRequest(width=width, height=height, **passed)
-    origins = {**_origins(body), **{kind: Origin(name) for kind, (name, _) in media.items() if kind != name}}
+    origins = {**_origins(body), **{kind: FieldOrigin(name) for kind, (name, _) in media.items() if kind != name}}
     return VideoBody(request, wishes, body.endpoint is Endpoint.SYNC and _is_live(given, request), origins)
 
 
@@ -178,10 +178,10 @@ def _image_body(body: Given, rules: BodyRules) -> ImageBody:
     return ImageBody(requests, wishes, response_format, _origins(body))
 
 
-def _origins(body: Given) -> dict[str, Origin]:
+def _origins(body: Given) -> dict[str, FieldOrigin]:
     given = body.values
-    made = {name: Origin(of, given[of]) for name, of in _MADE_OF.items() if of in given and name not in given}
-    same = {name: Origin(of) for name, of in _SAME_AS.items() if of in given}
+    made = {name: FieldOrigin(of, given[of]) for name, of in _MADE_OF.items() if of in given and name not in given}
+    same = {name: FieldOrigin(of) for name, of in _SAME_AS.items() if of in given}
     return {**body.origins, **made, **same}
 
 

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from deployments.api.field_kinds import FormText
 from deployments.api.form_fields import nested_fields
 from deployments.api.json_text import read_json
-from deployments.api.memory_budget import Held
+from deployments.api.memory_budget import Reservation
 from deployments.errors import BodyError
 from deployments.threads import in_thread
 
@@ -40,7 +40,7 @@ _MAX_SHOWN_CHARS = 60
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-async def read_fields(request: Request, max_bytes: int, held: Held) -> dict[str, Any]:
+async def read_fields(request: Request, max_bytes: int, held: Reservation) -> dict[str, Any]:
     """The fields of a JSON, multipart or URL-encoded body: JSON's values, :class:`FormText`, the bytes of files.
 
     Args:
@@ -132,7 +132,7 @@ async def _multipart_fields(request: Request, stream: Any, max_bytes: int) -> di
         raise _broken_form(error) from None
 
 
-async def _bounded(kind: str, request: Request, max_bytes: int, held: Held) -> AsyncIterator[bytes]:
+async def _bounded(kind: str, request: Request, max_bytes: int, held: Reservation) -> AsyncIterator[bytes]:
     num_bytes = 0
     left_s = _IDLE_S
     chunks = request.stream()

@@ -22,11 +22,11 @@ from deployments.api.errors import error_response, is_told
 from deployments.api.fields import Endpoint
 from deployments.api.given_fields import Given, read_given
 from deployments.api.given_media import with_fetched
-from deployments.api.memory_budget import Held
+from deployments.api.memory_budget import Reservation
 from deployments.api.service import Service
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 from deployments.jobs.job import Job
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")
@@ -96,12 +96,12 @@ class Call:
         """The caller's job of an id.
 
         Raises:
-            Refusal: 404, there is none; somebody else's is none.
+            ApiError: 404, there is none; somebody else's is none.
             JobsError: the database cannot be used.
         """
         return found(await in_thread(self.service.store.get, video_id, self.caller.owner))
 
-    async def body(self, endpoint: Endpoint, held: Held, meant: Callable[[Given, BodyRules], T]) -> T:
+    async def body(self, endpoint: Endpoint, held: Reservation, meant: Callable[[Given, BodyRules], T]) -> T:
         """What its body asks for, files of other servers included.
 
         Args:
@@ -121,9 +121,9 @@ class Call:
             given = replace(given, values=await with_fetched(given.values, service.remote_media, held))
         return await in_thread(meant, given, service.rules(self.caller))
 
-    def asked(self, wishes: Wishes, request_id: str, idempotency_key: str | None = None) -> Asked:
+    def options(self, wishes: Wishes, request_id: str, idempotency_key: str | None = None) -> SubmitOptions:
         """What the Director is told beside a request."""
-        return Asked(
+        return SubmitOptions(
             request_id=request_id,
             owner=self.caller.owner,
             service_class=wishes.service_class,
@@ -145,10 +145,10 @@ def found(job: Job | None) -> Job:
     """A job that there is.
 
     Raises:
-        Refusal: 404, there is none.
+        ApiError: 404, there is none.
     """
     if job is None:
-        raise Refusal(404, "not_found", "there is no video of this id, or not any more")
+        raise ApiError(404, "not_found", "there is no video of this id, or not any more")
     return job
 
 

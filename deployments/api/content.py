@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from cosmos3_core.errors import MediaError
 from deployments.api.errors import error_response
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 from deployments.media.record import DONE, FAILED, MediaRecord
 from deployments.media.store import MediaStore
 from deployments.threads import in_thread
@@ -86,7 +86,7 @@ async def content_answer(store: MediaStore, media_id: str, method: str, headers:
     """
     try:
         return await asyncio.to_thread(_answer, store, media_id, Conditions(method, headers))
-    except Refusal as refusal:
+    except ApiError as refusal:
         return error_response(refusal)
 
 
@@ -103,15 +103,15 @@ def found_record(store: MediaStore, media_id: str) -> MediaRecord:
         media_id: as the client sent it.
 
     Raises:
-        Refusal: there is none, or it failed.
+        ApiError: there is none, or it failed.
         MediaError: the store cannot say.
     """
     record = store.find(media_id)
     if record is None:
-        raise Refusal(404, "no_such_media", "there is no file of this id, or not any more")
+        raise ApiError(404, "no_such_media", "there is no file of this id, or not any more")
     if record.state == FAILED:
         # Why is the business of who asked for it, and was told.
-        raise Refusal(410, "media_failed", "this file was never finished: its request failed or was given up")
+        raise ApiError(410, "media_failed", "this file was never finished: its request failed or was given up")
     return record
 
 
@@ -125,15 +125,15 @@ def finished_answer(store: MediaStore, record: MediaRecord, method: str, headers
         headers: of the request, by lower-case names.
 
     Raises:
-        Refusal: 416, there is nothing of the range that was asked for.
+        ApiError: 416, there is nothing of the range that was asked for.
     """
     return _finished_answer(store, record, Conditions(method, headers))
 
 
-def not_ready() -> Refusal:
+def not_ready() -> ApiError:
     """Of a file that has to be finished first."""
     message = "this file cannot be read before it is finished"
-    return Refusal(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
+    return ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
 
 
 def finished_parts(store: MediaStore, record: MediaRecord, span: Span | None = None) -> AsyncGenerator[bytes, None]:
@@ -315,7 +315,7 @@ class Conditions:
         """The range to give of a file; None for all of it.
 
         Raises:
-            Refusal: 416, nothing of it is there.
+            ApiError: 416, nothing of it is there.
         """
         if not (self._first or self._last) or self._if_range not in (None, etag):
             return None
@@ -325,5 +325,5 @@ class Conditions:
             start, end = max(num_bytes - int(self._last), 0), num_bytes
         if start >= end:
             message = f"the range is outside of the {num_bytes} bytes that there are"
-            raise Refusal(416, "range_not_satisfiable", message, {"content-range": f"bytes */{num_bytes}"})
+            raise ApiError(416, "range_not_satisfiable", message, {"content-range": f"bytes */{num_bytes}"})
         return Span(start, end)

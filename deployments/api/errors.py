@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from deployments import failures
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 from deployments.failures import failure_of, meaning_of, typed
 from deployments.observability.metrics import metrics
 
@@ -26,7 +26,7 @@ def error_response(error: BaseException) -> JSONResponse:
     if isinstance(error, HTTPException):  # the framework's own: no such path, another method
         message = f"{error.detail}; /openapi.json has all routes"
         return _response(error.status_code, "no_such_route", message, dict(error.headers or {}))
-    if isinstance(error, Refusal):
+    if isinstance(error, ApiError):
         return _response(error.status, error.code, str(error), error.headers)
     status, _ = meaning_of(error)
     if isinstance(error, OverloadedError):

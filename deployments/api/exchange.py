@@ -17,7 +17,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.api.body_limit import request_id_of
 from deployments.api.errors import error_response, is_told
 from deployments.failures import typed
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import Accepted, FileStarted, Finished
 
 logger = logging.getLogger("ray.serve")
@@ -51,7 +51,7 @@ class Exchange:
         self._events: Any = None
         self.job_id = ""
 
-    async def ask(self, request: GenerationRequest, asked: Asked, timeout_s: float | None = None) -> None:
+    async def ask(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None = None) -> None:
         """Have the Director take a request.
 
         Args:
@@ -64,7 +64,7 @@ class Exchange:
             Exception: why it does not.
         """
         self.cancel()  # the last one has ended; Serve is told so
-        self._events = self._director.stream.remote(request, asked, timeout_s)
+        self._events = self._director.stream.remote(request, options, timeout_s)
         limit_s = accept_limit_s(request)
         try:
             async with asyncio.timeout(limit_s):
@@ -97,7 +97,7 @@ class Exchange:
                 return event
         raise RuntimeError("the Director's stream ended before the request did")
 
-    async def asked_again(self, request: GenerationRequest, asked: Asked) -> Finished:
+    async def asked_again(self, request: GenerationRequest, options: SubmitOptions) -> Finished:
         """:meth:`ask` and :meth:`finished` for more of what was begun: a full queue is waited out.
 
         Raises:
@@ -105,7 +105,7 @@ class Exchange:
         """
         while True:
             try:
-                await self.ask(request, asked, max(self._deadline_s - time.monotonic(), 0.0))
+                await self.ask(request, options, max(self._deadline_s - time.monotonic(), 0.0))
                 return await self.finished()
             except Exception as error:  # told apart by what it wraps
                 self.cancel()

@@ -12,7 +12,7 @@ from cosmos3_core.presets import LIMITS
 from deployments.api.body_limit import MAX_FIELDS
 from deployments.api.field_kinds import FILE, INDEXES, NUMBERS, OBJECT, ROWS, FormText, Kind
 from deployments.api.fields import Endpoint, Use, find_field
-from deployments.api.written import Origin, Origins
+from deployments.api.written import FieldOrigin, FieldOrigins
 
 _MAX_SHOWN_CHARS = 200
 # A value's own cost beside its characters.
@@ -33,7 +33,7 @@ class Given:
     endpoint: Endpoint
     values: dict[str, Any]
     warnings: tuple[str, ...]
-    origins: Origins
+    origins: FieldOrigins
 
 
 def read_given(fields: Mapping[str, Any], endpoint: Endpoint) -> Given:
@@ -55,7 +55,7 @@ def read_given(fields: Mapping[str, Any], endpoint: Endpoint) -> Given:
     if len(extra) > MAX_FIELDS:
         raise RequestError("extra_params", f"an object of {len(extra)} fields", f"at most {MAX_FIELDS} of them")
     found.add(extra, "extra_params.")
-    origins = {name: Origin(written) for name, written in found.names.items() if written != name}
+    origins = {name: FieldOrigin(written) for name, written in found.names.items() if written != name}
     return Given(endpoint, found.values, tuple(found.warnings), origins)
 
 

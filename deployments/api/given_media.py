@@ -13,7 +13,7 @@ from cosmos3_core.media.kinds import CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, kind_
 from cosmos3_core.presets import LIMITS
 from deployments.api.fields import MEDIA
 from deployments.api.json_text import read_json
-from deployments.api.memory_budget import Held
+from deployments.api.memory_budget import Reservation
 from deployments.threads import in_thread
 
 # Of base64.
@@ -25,7 +25,7 @@ _ALLOWED = "a file part of a multipart form, a data URL (data:image/png;base64,.
 
 
 class RemoteFiles(Protocol):
-    """Fetches files of other servers, :class:`deployments.api.remote_media.RemoteMedia`."""
+    """Fetches files of other servers, :class:`deployments.api.remote_media.RemoteMediaFetcher`."""
 
     async def fetch(self, url: str, field: str) -> bytes:
         """The file that a URL in a field leads to.
@@ -36,7 +36,7 @@ class RemoteFiles(Protocol):
         ...
 
 
-async def with_fetched(given: dict[str, Any], remote: RemoteFiles, held: Held) -> dict[str, Any]:
+async def with_fetched(given: dict[str, Any], remote: RemoteFiles, held: Reservation) -> dict[str, Any]:
     """The fields of a body, with the bytes in place of URLs of other servers.
 
     Args:

@@ -29,7 +29,7 @@ async def create_images(request: Request) -> Response:
         with service.room.hold() as held:
             body = await call.body(Endpoint.IMAGES, held, image_body)
             warnings = (*no_replay, *body.wishes.warnings)
-            asked = call.asked(replace(body.wishes, warnings=warnings), exchange.request_id)
+            asked = call.options(replace(body.wishes, warnings=warnings), exchange.request_id)
             with as_written(body.origins):
                 await exchange.ask(body.requests[0], asked)
         with service.room.hold() as held:

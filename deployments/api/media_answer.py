@@ -18,8 +18,8 @@ from deployments.api.bodies import ImageBody
 from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
 from deployments.api.fields import B64_JSON
-from deployments.api.memory_budget import Held
-from deployments.jobs.submit_options import Asked
+from deployments.api.memory_budget import Reservation
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaStore
 from deployments.messages import FileStarted, Finished
 
@@ -29,7 +29,7 @@ _News = asyncio.Future[FileStarted | Finished]
 _SPACE_OF_BASE64 = 7 / 3
 
 
-async def media_answer(exchange: Exchange, held: Held, media: MediaStore) -> Response:
+async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore) -> Response:
     """The file, with what is to be said about it in its headers; with generated actions, JSON of both.
 
     Args:
@@ -146,7 +146,9 @@ async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any
     await parts.aclose()
 
 
-async def images_answer(exchange: Exchange, body: ImageBody, asked: Asked, held: Held, media: MediaStore) -> Response:
+async def images_answer(
+    exchange: Exchange, body: ImageBody, options: SubmitOptions, held: Reservation, media: MediaStore
+) -> Response:
     """Images, made one after the other: as JSON, or as the file, or as a zip of several.
 
     Args:
@@ -164,7 +166,7 @@ async def images_answer(exchange: Exchange, body: ImageBody, asked: Asked, held:
     made: list[tuple[Finished, bytes]] = []
     for request in body.requests:
         if made:
-            event = await exchange.asked_again(request, asked)
+            event = await exchange.asked_again(request, options)
         made.append((event, await _whole(event, held, media)))
     exchange.cancel()
     stage_seconds: dict[str, float] = {}
@@ -203,7 +205,7 @@ async def _file(event: Finished, media: MediaStore) -> Response:
     return PartsResponse(finished_parts(media, record), _headers(event), event.media_type)
 
 
-async def _whole(event: Finished, held: Held, media: MediaStore) -> bytes:
+async def _whole(event: Finished, held: Reservation, media: MediaStore) -> bytes:
     """A finished file in one piece."""
     held.need(int(event.num_bytes * _SPACE_OF_BASE64))
     return await asyncio.to_thread(media.read, event.media_id)

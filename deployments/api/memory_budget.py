@@ -11,7 +11,7 @@ from cluster.errors import OverloadedError
 _RETRY_S = 5.0
 
 
-class BodyRoom:
+class MemoryBudget:
     """Room for so many bytes; see the module.
 
     Args:
@@ -28,16 +28,16 @@ class BodyRoom:
         return self._taken_bytes
 
     @contextmanager
-    def hold(self) -> Iterator[Held]:
+    def hold(self) -> Iterator[Reservation]:
         """Room for a body, as much as it turns out to take; given back at the end of the ``with`` block."""
-        held = Held(self)
+        held = Reservation(self)
         try:
             yield held
         finally:
             self.give_back(held.num_bytes)
 
     def take(self, num_bytes: int) -> None:
-        """Use :meth:`Held.grow_to` instead.
+        """Use :meth:`Reservation.grow_to` instead.
 
         Raises:
             OverloadedError: there is not so much room.
@@ -46,7 +46,7 @@ class BodyRoom:
         self._taken_bytes += num_bytes
 
     def check(self, num_bytes: int) -> None:
-        """Use :meth:`Held.check` instead.
+        """Use :meth:`Reservation.check` instead.
 
         Raises:
             OverloadedError: there is not so much room.
@@ -55,18 +55,18 @@ class BodyRoom:
             raise OverloadedError("bytes of bodies in memory", self._max_bytes, _RETRY_S)
 
     def overdraw(self, num_bytes: int) -> None:
-        """Use :meth:`Held.need` instead."""
+        """Use :meth:`Reservation.need` instead."""
         self._taken_bytes += num_bytes
 
     def give_back(self, num_bytes: int) -> None:
-        """Use :meth:`Held.room_for` instead."""
+        """Use :meth:`Reservation.room_for` instead."""
         self._taken_bytes -= num_bytes
 
 
-class Held:
+class Reservation:
     """The room that one body has."""
 
-    def __init__(self, room: BodyRoom) -> None:
+    def __init__(self, room: MemoryBudget) -> None:
         self._room = room
         self.num_bytes = 0
 

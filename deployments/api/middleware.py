@@ -15,7 +15,7 @@ from deployments.api.call import CALLER, logger
 from deployments.api.errors import error_response, is_told
 from deployments.api.service import Service
 from deployments.api.service_info import OPEN_PATHS
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 
 _PORT = re.compile(r":[0-9]{1,5}$")
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
@@ -32,7 +32,7 @@ _EXPOSED_HEADERS = (
 )
 
 
-class KeyCheck:
+class KeyMiddleware:
     """Lets through who has a key, where keys are needed; whatever is not listed as open needs one.
 
     Args:
@@ -83,11 +83,11 @@ class Cors:
                 f"this app is called by {', '.join(sorted(service.hosts))} alone, as it asks for no keys; "
                 "http.allowed_hosts allows more"
             )
-            await error_response(Refusal(403, "wrong_host", message))(scope, receive, send)
+            await error_response(ApiError(403, "wrong_host", message))(scope, receive, send)
             return
         is_allowed = "*" in origins or headers.get("origin") in origins
         if scope["method"] in _UNSAFE_METHODS and not is_allowed and _is_foreign(headers):
-            refusal = Refusal(403, "cross_origin", "pages of this origin may not call; http.cors_origins allows some")
+            refusal = ApiError(403, "cross_origin", "pages of this origin may not call; http.cors_origins allows some")
             await error_response(refusal)(scope, receive, send)
             return
         if self._with_cors is None:

@@ -24,7 +24,7 @@ from cosmos3_core.presets import LIMITS
 from deployments import service_config
 from deployments.api.public_address import IPAddress, is_public
 from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl, shown_url
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 
 # Each has a file in memory.
 _MAX_FETCHES = 4
@@ -45,7 +45,7 @@ def system_addresses(host: str, port: int) -> Sequence[str]:
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
-class RemoteMedia:
+class RemoteMediaFetcher:
     """See the module.
 
     Args:
@@ -60,7 +60,7 @@ class RemoteMedia:
 
     def __init__(
         self,
-        spec: service_config.RemoteMedia,
+        spec: service_config.RemoteMediaConfig,
         *,
         resolve: Callable[[str, int], Sequence[str]] = system_addresses,
         is_allowed_address: Callable[[IPAddress], bool] = is_public,
@@ -85,7 +85,7 @@ class RemoteMedia:
 
         Raises:
             RequestError: it may not be fetched, or leads to what may not, or is too large.
-            Refusal: the server cannot be reached, fails, or is too slow; 422, as it was the client who chose it.
+            ApiError: the server cannot be reached, fails, or is too slow; 422, as it was the client who chose it.
             OverloadedError: too many files are being fetched.
         """
         if not self._spec.enabled:
@@ -107,7 +107,7 @@ class RemoteMedia:
         message = (
             f"{field}: {shown_url(url)} could not be fetched within {self._spec.timeout_s:g} s; send the file itself"
         )
-        raise Refusal(422, "remote_timeout", message)
+        raise ApiError(422, "remote_timeout", message)
 
     @property
     def _allowed(self) -> str:
@@ -257,10 +257,10 @@ def _one_header(answer: httpcore.Response, name: bytes) -> str:
         raise UnfitUrl("It redirects to what is no URL.") from None
 
 
-def _refusal(code: str, field: str, url: str, reason: str) -> Refusal:
+def _refusal(code: str, field: str, url: str, reason: str) -> ApiError:
     # 422 and not 502 or 504, which clients take for ours and try again by themselves.
     shown = shown_url(url)[:_MAX_SHOWN_CHARS]
-    return Refusal(422, code, f"{field}: {shown} could not be fetched: {reason}; send the file itself")
+    return ApiError(422, code, f"{field}: {shown} could not be fetched: {reason}; send the file itself")
 
 
 def _in_words(error: Exception) -> str:

@@ -9,11 +9,11 @@ from typing import Any, Protocol, Self
 from starlette.datastructures import Headers
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.api.auth import Auth, Caller, auth_required, check_keys, names_of
+from deployments.api.auth import Authenticator, Caller, auth_required, check_keys, names_of
 from deployments.api.bodies import BodyRules
 from deployments.api.given_media import RemoteFiles
-from deployments.api.memory_budget import BodyRoom
-from deployments.api.remote_media import RemoteMedia as RemoteFetcher
+from deployments.api.memory_budget import MemoryBudget
+from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
@@ -22,7 +22,7 @@ from deployments.jobs.store import JobStore
 from deployments.media.store import MediaSpec, MediaStore
 from deployments.observability.metrics import metrics_text
 from deployments.served_model import ServedModel
-from deployments.service_config import Http, Jobs, RemoteMedia
+from deployments.service_config import HttpConfig, JobsConfig, RemoteMediaConfig
 
 
 class Ready(Protocol):
@@ -52,9 +52,9 @@ class IngressSpec:
     checkpoint: str
     model_name: str | None
     is_sound_offered: bool
-    http: Http
-    jobs: Jobs
-    remote_media: RemoteMedia
+    http: HttpConfig
+    jobs: JobsConfig
+    remote_media: RemoteMediaConfig
     media: MediaSpec
     database: DatabaseSpec
     needs_keys: bool | None
@@ -89,7 +89,7 @@ class Service:
     """
 
     model: ServedModel
-    http: Http
+    http: HttpConfig
     classes: tuple[str, ...]
     may_disable_guardrails: bool
     store: JobStore
@@ -102,14 +102,14 @@ class Service:
     feed: EventFeed
     has_guardrails: bool = False
     hosts: frozenset[str] | None = None
-    auth: Auth | None = None
+    auth: Authenticator | None = None
     remote_media: RemoteFiles | None = None
-    room: BodyRoom = field(init=False)
+    room: MemoryBudget = field(init=False)
     objects: JobObjects = field(init=False)
     is_draining: bool = False
 
     def __post_init__(self) -> None:
-        self.room = BodyRoom(self.http.max_bodies_bytes)
+        self.room = MemoryBudget(self.http.max_bodies_bytes)
         self.objects = JobObjects(self.store)
 
     @classmethod
@@ -147,15 +147,15 @@ class Service:
             ready=ready,
             metrics_text=metrics_text,
             feed=EventFeed(store, spec.jobs.max_followers),
-            auth=Auth(store.keys) if needs_keys else None,
-            remote_media=RemoteFetcher(spec.remote_media) if spec.remote_media.enabled else None,
+            auth=Authenticator(store.keys) if needs_keys else None,
+            remote_media=RemoteMediaFetcher(spec.remote_media) if spec.remote_media.enabled else None,
         )
 
     async def caller(self, headers: Headers) -> Caller:
         """Who sends a request.
 
         Raises:
-            Refusal: 401, it needs a key and has none that is valid.
+            ApiError: 401, it needs a key and has none that is valid.
         """
         return Caller() if self.auth is None else await self.auth.caller(headers)
 

@@ -14,7 +14,7 @@ from cosmos3_core import checks
 from deployments.api.call import Call, routes
 from deployments.api.content import Conditions, content_answer, finished_answer, found_record, not_ready
 from deployments.api.errors import error_response
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 from deployments.jobs.job import Job, JobState
 from deployments.jobs.job_object import retry_after_s
 from deployments.media.record import DONE
@@ -31,11 +31,11 @@ async def get_content(video_id: str, request: Request) -> Response:
     variant = checks.choice("variant", call.query.get("variant", VIDEO), CONTENT_VARIANTS)
     job = await call.job(video_id)
     if job.state in (JobState.FAILED, JobState.CANCELLED):
-        raise Refusal(410, "media_failed", "there is no file: the job has failed or was cancelled")
+        raise ApiError(410, "media_failed", "there is no file: the job has failed or was cancelled")
     if variant == ACTION:
         return await _actions(call, job)
     if job.state is JobState.COMPLETED and not job.media_id:
-        raise Refusal(404, "no_such_variant", "this job has made actions alone; variant=action has them")
+        raise ApiError(404, "no_such_variant", "this job has made actions alone; variant=action has them")
     if not job.media_id or (variant != VIDEO and job.state is not JobState.COMPLETED):
         raise await _not_ready(call, job)
     media, headers = call.service.media, request.headers
@@ -46,7 +46,7 @@ async def get_content(video_id: str, request: Request) -> Response:
     if answer.status_code in (404, 410) and not job.state.is_final:
         raise await _not_ready(call, job)  # what has failed is an earlier try's file
     if answer.status_code == 404 and await _is_gone(call, job):
-        return error_response(Refusal(410, "media_expired", "the file of this job is not kept any more"))
+        return error_response(ApiError(410, "media_expired", "the file of this job is not kept any more"))
     return answer
 
 
@@ -55,7 +55,7 @@ async def _actions(call: Call, job: Job) -> Response:
         raise await _not_ready(call, job)
     told = await call.service.objects.of(job)
     if told["action"] is None:
-        raise Refusal(404, "no_such_variant", "this job has generated no actions")
+        raise ApiError(404, "no_such_variant", "this job has generated no actions")
     body = json.dumps(told["action"]).encode()
     etag = f'"{hashlib.sha256(body).hexdigest()}"'
     if Conditions(call.request.method, call.request.headers).knows(etag):
@@ -63,10 +63,10 @@ async def _actions(call: Call, job: Job) -> Response:
     return Response(body, headers={"etag": etag}, media_type="application/json")
 
 
-async def _not_ready(call: Call, job: Job) -> Refusal:
+async def _not_ready(call: Call, job: Job) -> ApiError:
     told = await call.service.objects.of(job)
     message = "there is nothing of it yet; the job's progress says how far it is"
-    return Refusal(409, "media_not_ready", message, {"retry-after": str(retry_after_s(told["eta_s"]))})
+    return ApiError(409, "media_not_ready", message, {"retry-after": str(retry_after_s(told["eta_s"]))})
 
 
 async def _is_gone(call: Call, job: Job) -> bool:
@@ -96,5 +96,5 @@ async def variant_answer(
         if record.state != DONE:
             raise not_ready()
         return finished_answer(media, await made_variant(media, record, variant), method, headers)
-    except Refusal as refusal:
+    except ApiError as refusal:
         return error_response(refusal)

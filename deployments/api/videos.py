@@ -51,7 +51,7 @@ async def create_video(request: Request) -> Response:
     request_id = request_id_of(request.headers, uuid.uuid4().hex)
     with call.service.room.hold() as held:
         body = await call.body(Endpoint.VIDEOS, held, video_body)
-        asked = call.asked(body.wishes, request_id, idempotency_key)
+        asked = call.options(body.wishes, request_id, idempotency_key)
         response = call.service.director.submit.remote(body.request, asked)
         limit_s, origins = accept_limit_s(body.request), body.origins
         del body
@@ -71,7 +71,7 @@ async def create_video_and_wait(request: Request) -> Response:
         with service.room.hold() as held:
             body = await call.body(Endpoint.SYNC, held, video_body)
             is_live, warnings = body.is_live, (*no_replay, *body.wishes.warnings)
-            asked = call.asked(replace(body.wishes, warnings=warnings), exchange.request_id)
+            asked = call.options(replace(body.wishes, warnings=warnings), exchange.request_id)
             with as_written(body.origins):
                 await exchange.ask(body.request, asked)
             del body
@@ -163,7 +163,7 @@ async def remix_video(video_id: str, request: Request) -> Response:
         skip_guardrails=source.skip_guardrails and rules.may_disable_guardrails,
         warnings=tuple(source.warnings),
     )
-    asked = call.asked(wishes, request_id, idempotency_key)
+    asked = call.options(wishes, request_id, idempotency_key)
     response = call.service.director.remix.remote(source.job_id, str(prompt), asked)
     return await _told(call, await _accepted(response, accept_limit_s(None)))
 

@@ -12,7 +12,7 @@ from deployments.failures import unwrapped
 
 
 @dataclass(frozen=True)
-class Origin:
+class FieldOrigin:
     """What a field of a request comes from.
 
     Attributes:
@@ -31,12 +31,12 @@ class Origin:
         return type(reason)(self.name, self.value, allowed, f"It makes {reason.field}={reason.given}. {reason.hint}")
 
 
-Origins = Mapping[str, Origin]
+FieldOrigins = Mapping[str, FieldOrigin]
 """A request's field -> what it comes from, where the body calls it otherwise."""
 
 
 @contextmanager
-def as_written(origins: Origins) -> Iterator[None]:
+def as_written(origins: FieldOrigins) -> Iterator[None]:
     """Errors about fields that are raised inside, here or in another process, name those of the body.
 
     Args:

@@ -19,7 +19,7 @@ from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
 from deployments.clients.video import COMPLETED, FAILED
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 from deployments.failures import in_words, typed
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import Accepted, RequestContext
 from deployments.service_config import DEFAULT_CLASS
 from deployments.stages.streams import RefStream
@@ -181,8 +181,8 @@ class HandleTransport:
             response.cancel()  # of one that has come to its end nothing is left to stop
 
 
-def _asked(terms: Terms) -> Asked:
-    return Asked(
+def _asked(terms: Terms) -> SubmitOptions:
+    return SubmitOptions(
         request_id=terms.request_id,
         owner=_OWNER,
         service_class=terms.service_class or DEFAULT_CLASS,

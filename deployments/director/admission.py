@@ -1,4 +1,4 @@
-"""Acceptance: a request that comes -> a job that is kept, or why not. What can be refused is refused here."""
+"""Admission: a request that comes -> a job that is kept, or why not. What can be refused is refused here."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, NewJob
 from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
-from deployments.jobs.retry_estimator import Promises
+from deployments.jobs.retry_estimator import RetryEstimator
 from deployments.jobs.store import JobStore, QueueLimits
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import RequestContext
 from deployments.threads import in_thread
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class Admission:
     """See the module.
 
     Attributes:
@@ -46,10 +46,14 @@ class Acceptance:
     model: str
     limits: QueueLimits
     prompt_check: PromptCheck | None = None
-    promises: Promises = field(default_factory=Promises)
+    retry_estimator: RetryEstimator = field(default_factory=RetryEstimator)
 
     async def accept(
-        self, request: GenerationRequest, asked: Asked, context: RequestContext, attached_to: str | None = None
+        self,
+        request: GenerationRequest,
+        options: SubmitOptions,
+        context: RequestContext,
+        attached_to: str | None = None,
     ) -> Job:
         """Make a job of a request; nothing that is accepted is refused later.
 
@@ -70,16 +74,16 @@ class Acceptance:
             DeadlineExceeded: the time is up.
             JobsError, MediaError: it cannot be kept.
         """
-        previews = checks.integer("previews", asked.previews, 0, MAX_PREVIEWS)
-        checks.choice("service_class", asked.service_class, tuple(self.limits.classes))
+        previews = checks.integer("previews", options.previews, 0, MAX_PREVIEWS)
+        checks.choice("service_class", options.service_class, tuple(self.limits.classes))
         resolved = await self.check.resolved(context, request)
         if self.prompt_check is not None:
-            await self.prompt_check.check(context, resolved.prompt, is_skipped=asked.skip_guardrails)
+            await self.prompt_check.check(context, resolved.prompt, is_skipped=options.skip_guardrails)
         values, media = encoded(request)
         del request
         new = NewJob(
             job_id=context.job_id,
-            owner=asked.owner,
+            owner=options.owner,
             model=self.model,
             request=values,
             inputs=tuple(sorted(media)),
@@ -87,9 +91,9 @@ class Acceptance:
                 fingerprint_of,
                 values,
                 media,
-                service_class=asked.service_class,
+                service_class=options.service_class,
                 previews=previews,
-                skip_guardrails=asked.skip_guardrails,
+                skip_guardrails=options.skip_guardrails,
             ),
             mode=resolved.mode,
             prompt=resolved.prompt,
@@ -101,27 +105,27 @@ class Acceptance:
             num_steps=resolved.num_inference_steps,
             media_type=resolved.clip_format().media_type if resolved.has_file else "",
             lane=Lane.IMAGE if resolved.num_frames == 1 else Lane.VIDEO,
-            service_class=asked.service_class,
+            service_class=options.service_class,
             work=self.cost.work_of(resolved),
             request_id=context.request_id,
-            idempotency_key=asked.idempotency_key,
+            idempotency_key=options.idempotency_key,
             attached_to=attached_to,
             previews=previews,
-            remixed_from=asked.remixed_from,
-            skip_guardrails=asked.skip_guardrails,
-            warnings=asked.warnings,
+            remixed_from=options.remixed_from,
+            skip_guardrails=options.skip_guardrails,
+            warnings=options.warnings,
             notes=resolved.notes,
         )
-        return await self._kept(new, asked, media)
+        return await self._kept(new, options, media)
 
-    async def again(self, job_id: str, prompt: str, asked: Asked) -> tuple[GenerationRequest, Asked]:
+    async def again(self, job_id: str, prompt: str, options: SubmitOptions) -> tuple[GenerationRequest, SubmitOptions]:
         """An earlier job's request with another prompt, and how it comes.
 
         Raises:
             RequestError: there is no such job of this owner, or its image or clip is not kept any more.
             MediaError: its image or clip cannot be read.
         """
-        job = await in_thread(self.store.get, job_id, asked.owner)
+        job = await in_thread(self.store.get, job_id, options.owner)
         if job is None:
             raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
         for name in job.inputs:
@@ -130,19 +134,19 @@ class Acceptance:
                 raise RequestError("video_id", job_id, f"the id of a video whose {name} is still there", hint)
         media = {name: await in_thread(self.files.get, job_id, name) for name in job.inputs}
         request = replace(decoded(job.request, media), prompt=prompt)
-        return request, replace(asked, remixed_from=job_id)
+        return request, replace(options, remixed_from=job_id)
 
-    async def _kept(self, new: NewJob, asked: Asked, media: dict[str, Packed]) -> Job:
+    async def _kept(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
         """The job, once it and its files are on the disk: files first, or there were a job without."""
         # Nobody is cancelled in between: what was accepted has its files, what was not has none.
-        keeping = asyncio.ensure_future(in_thread(self._keep, new, asked, media))
+        keeping = asyncio.ensure_future(in_thread(self._keep, new, options, media))
         return await asyncio.shield(keeping)
 
-    def _keep(self, new: NewJob, asked: Asked, media: dict[str, Packed]) -> Job:
+    def _keep(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
         try:
             for name, data in media.items():
                 self.files.put(new.job_id, name, data)
-            job = self.store.create(new, self.limits, asked.limits, self.promises)
+            job = self.store.create(new, self.limits, options.limits, self.retry_estimator)
         except Cosmos3Error as error:
             found = self._created_after_all(new.job_id, error)
             if found is None:

@@ -1,4 +1,4 @@
-"""The second half of a request's walk: latents -> a file in the media store, decoded and encoded side by side.
+"""The second half of a pipeline: latents -> a file in the media store, decoded and encoded side by side.
 
 Decoders and encoder fail apart. When a decoder dies, another one begins anew with the latents; what the encoder has had
 already is dropped, so the file and whoever watches it grow go on. When the encoder dies, the file is lost with it: its
@@ -40,7 +40,7 @@ class Decoder:
 
 
 @dataclass
-class ClipWalk:
+class ClipPipeline:
     """A clip on its way; :meth:`events` does it all.
 
     Attributes:

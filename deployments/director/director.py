@@ -18,14 +18,14 @@ from cosmos3_core.request import GenerationRequest
 from deployments.director.job_desk import JobDesk
 from deployments.director.parts import DirectorParts, DirectorSpec
 from deployments.jobs.job import Job
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import Accepted, Event, Finished, Generated, RequestContext
 from deployments.stages.handles import Stages
 
 _NUM_THREADS = 32
 _MAX_REMIXES = 4
 _RESTART_S = 30.0  # what a restart of the app takes, about
-_AS_BEFORE = Asked()
+_AS_BEFORE = SubmitOptions()
 
 
 class Director(JobDesk):
@@ -41,12 +41,12 @@ class Director(JobDesk):
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="director"))
         self._parts = await asyncio.to_thread(DirectorParts.of, spec, stages)
         self._runner = self._parts.start()
-        self._upkeep = self._parts.upkeep.start()
+        self._maintenance = self._parts.maintenance.start()
         self._remixes = asyncio.Semaphore(_MAX_REMIXES)
         self._is_draining = False
 
     async def stream(
-        self, request: GenerationRequest, asked: Asked = _AS_BEFORE, timeout_s: float | None = None
+        self, request: GenerationRequest, options: SubmitOptions = _AS_BEFORE, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
         """Serve a request while its caller waits; call with ``stream=True``. Cancelling the response stops every stage.
 
@@ -64,11 +64,11 @@ class Director(JobDesk):
             DeadlineExceeded, StageFailed: it could not be done.
             JobCancelled: its owner has cancelled it.
         """
-        asked = replace(asked, idempotency_key=None)  # an earlier job's events are not this caller's
-        context = self._context(asked, timeout_s)
+        options = replace(options, idempotency_key=None)  # an earlier job's events are not this caller's
+        context = self._context(options, timeout_s)
         self._runner.expect(context.job_id, context)
         try:
-            job = await self._parts.acceptance.accept(request, asked, context, self._runner.runner_id)
+            job = await self._parts.admission.accept(request, options, context, self._runner.runner_id)
         except BaseException:
             self._runner.unexpect(context.job_id)
             raise
@@ -82,7 +82,7 @@ class Director(JobDesk):
             self._runner.forget(job.job_id)
 
     async def generate(
-        self, request: GenerationRequest, asked: Asked = _AS_BEFORE, timeout_s: float | None = None
+        self, request: GenerationRequest, options: SubmitOptions = _AS_BEFORE, timeout_s: float | None = None
     ) -> Generated:
         """Serve a request and return its file in one piece.
 
@@ -90,31 +90,31 @@ class Director(JobDesk):
             Cosmos3Error: as :meth:`stream`.
         """
         info: Finished | None = None
-        async for event in self.stream(request, asked, timeout_s):
+        async for event in self.stream(request, options, timeout_s):
             if isinstance(event, Finished):
                 info = event
         assert info is not None, "a stream that raises nothing finishes"
         data = await asyncio.to_thread(self._parts.media.read, info.media_id) if info.num_bytes else b""
         return Generated(data, info)
 
-    async def submit(self, request: GenerationRequest, asked: Asked = _AS_BEFORE) -> Job:
+    async def submit(self, request: GenerationRequest, options: SubmitOptions = _AS_BEFORE) -> Job:
         """Accept a request as a job that stays: it is run whatever becomes of its caller, and of this process.
 
         Raises:
             RequestError, ContentBlocked, OverloadedError, ShuttingDown, IdempotencyConflict: it is not accepted.
         """
-        job = await self._parts.acceptance.accept(request, asked, self._context(asked, None))
+        job = await self._parts.admission.accept(request, options, self._context(options, None))
         self._runner.nudge()
         return job
 
-    async def remix(self, job_id: str, prompt: str, asked: Asked = _AS_BEFORE) -> Job:
+    async def remix(self, job_id: str, prompt: str, options: SubmitOptions = _AS_BEFORE) -> Job:
         """Accept an earlier job's request again, with the same seed and fields and another prompt.
 
         Raises:
             RequestError: there is no such job; or as :meth:`submit`.
         """
         async with self._remixes:  # each has the earlier one's media in memory
-            return await self.submit(*await self._parts.acceptance.again(job_id, prompt, asked))
+            return await self.submit(*await self._parts.admission.again(job_id, prompt, options))
 
     async def drain(self) -> int:
         """Take no new request from now on; returns how many jobs are still in hand."""
@@ -137,11 +137,11 @@ class Director(JobDesk):
         """How many clips are between decoder and encoder; 0 when idle."""
         return await self._parts.num_open_clips()
 
-    def _context(self, asked: Asked, timeout_s: float | None) -> RequestContext:
+    def _context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
         """Of a request that comes now."""
         if self._is_draining:
             raise ShuttingDown(_RESTART_S)
-        return self._parts.context(asked, timeout_s)
+        return self._parts.context(options, timeout_s)
 
 
 def _acceptance_of(job: Job) -> Accepted:

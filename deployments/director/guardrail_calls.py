@@ -57,7 +57,7 @@ class PromptCheck:
             hint = "The operator of this service does not let clients turn the guardrails off."
             raise RequestError("skip_guardrails", True, "false", hint)
 
-    async def before_a_walk(
+    async def check_before(
         self, context: RequestContext, max_attempts: int, prompt: str
     ) -> AsyncIterator[StageRetried]:
         """Have the prompt of a job looked at, unless that was done. A guardrail that is not up yet is waited for.

@@ -61,7 +61,7 @@ class JobDesk:
         job = await in_thread(self._parts.store.cancel, job_id, owner)
         if job is not None and job.state is JobState.CANCELLED:  # it waited
             try:
-                await in_thread(self._parts.upkeep.remove_files, job)
+                await in_thread(self._parts.maintenance.remove_files, job)
             except MediaError:  # they are swept
                 logger.exception("what %s came with could not be removed", job_id)
         return job
@@ -70,7 +70,7 @@ class JobDesk:
         """Stop and forget a job, its files too. None where there is none."""
         job = await in_thread(self._parts.store.delete, job_id, owner)
         if job is not None:
-            await in_thread(self._parts.upkeep.remove_files, job)
+            await in_thread(self._parts.maintenance.remove_files, job)
         return job
 
     async def events(
@@ -104,7 +104,7 @@ class JobDesk:
 
         Raises:
             RequestError: there is no such file, or not any more; or a value is out of range.
-            Refusal: there is no such variant of it, or not yet.
+            ApiError: there is no such variant of it, or not yet.
             MediaError: it cannot be read.
         """
         start = checks.integer("start", start, 0, sys.maxsize)

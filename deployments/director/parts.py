@@ -1,4 +1,4 @@
-"""What a Director is made of: the database and files of jobs, the check of requests, the runner, the walk."""
+"""What a Director is made of: the database and files of jobs, the check of requests, the runner, the pipeline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cluster.envelope import TensorEnvelope
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import ResolvedRequest
-from deployments.director.admission import Acceptance
+from deployments.director.admission import Admission
 from deployments.director.clip_closer import ClipCloser
-from deployments.director.guarded_pipeline import GuardedWalk
+from deployments.director.guarded_pipeline import GuardedPipeline
 from deployments.director.guardrail_calls import PromptCheck
-from deployments.director.pipeline import Walk
+from deployments.director.pipeline import Pipeline
 from deployments.director.previews import Previews
 from deployments.director.request_check import RequestCheck
 from deployments.director.runner import JobRunner
@@ -28,13 +28,13 @@ from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, new_job_id
 from deployments.jobs.job_object import JobObjects
-from deployments.jobs.maintenance import Upkeep
+from deployments.jobs.maintenance import Maintenance
 from deployments.jobs.store import JobStore, QueueLimits
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaSpec, MediaStore
 from deployments.messages import RequestContext
 from deployments.served_model import ServedModel
-from deployments.service_config import Guardrails, Jobs
+from deployments.service_config import GuardrailsConfig, JobsConfig
 from deployments.stages.handles import Stages
 
 
@@ -60,8 +60,8 @@ class DirectorSpec:
     request_timeout_s: float
     media: MediaSpec
     database: DatabaseSpec
-    jobs: Jobs
-    guardrails: Guardrails
+    jobs: JobsConfig
+    guardrails: GuardrailsConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class DirectorParts:
     files: JobFiles
     feed: EventFeed
     job_objects: JobObjects
-    acceptance: Acceptance
+    admission: Admission
     model: ServedModel
     clips: Any
 
@@ -92,7 +92,7 @@ class DirectorParts:
         store = JobStore.open(spec.database.resolved())
         files = JobFiles(media.directory, spec.media.archive)
         stages = stages.streaming()
-        acceptance = Acceptance(
+        admission = Admission(
             store=store,
             files=files,
             check=RequestCheck(layout, is_sound_offered=stages.audio is not None),
@@ -111,7 +111,7 @@ class DirectorParts:
             files=files,
             feed=EventFeed(store, spec.jobs.max_followers),
             job_objects=JobObjects(store),
-            acceptance=acceptance,
+            admission=admission,
             model=ServedModel.of(layout, spec.model, is_sound_offered=stages.audio is not None),
             clips=start_clip_streams(max_clips=4 * max_running),
         )
@@ -122,7 +122,7 @@ class DirectorParts:
         runner_spec = RunnerSpec(
             model=self.spec.model,
             max_running={Lane.IMAGE: jobs.max_running_images, Lane.VIDEO: jobs.max_running_videos},
-            limits=self.acceptance.limits,
+            limits=self.admission.limits,
             run_timeout_s=jobs.run_timeout_s,
             lease_s=jobs.lease_s,
             max_attempts=jobs.max_attempts,
@@ -132,17 +132,17 @@ class DirectorParts:
         )
         closer, previews = ClipCloser(self.clips), Previews(self.stages.vae)
 
-        def make_walk(
+        def make_pipeline(
             request: ResolvedRequest,
             context: RequestContext,
             job: Job,
             begin_from: TensorEnvelope | None,
             on_saved: Callable[[int, TensorEnvelope], None],
-        ) -> Walk | GuardedWalk:
+        ) -> Pipeline | GuardedPipeline:
             # It may have been accepted when the operator let requests do without, or there was nothing to do without.
             is_skipped = job.skip_guardrails and self.spec.guardrails.clients_may_disable
             stages = self.stages.without_guardrail() if is_skipped else self.stages
-            walk = Walk(
+            pipeline = Pipeline(
                 request=request,
                 context=context,
                 layout=self.layout,
@@ -156,39 +156,39 @@ class DirectorParts:
                 begin_from=begin_from,
                 on_saved=on_saved,
             )
-            prompt_check = None if is_skipped else self.acceptance.prompt_check
-            return walk if prompt_check is None else GuardedWalk(walk, prompt_check)
+            prompt_check = None if is_skipped else self.admission.prompt_check
+            return pipeline if prompt_check is None else GuardedPipeline(pipeline, prompt_check)
 
-        check = self.acceptance.check
-        return JobRunner(self.store, self.files, self.media, check, make_walk, failure_of, is_told, runner_spec)
+        check = self.admission.check
+        return JobRunner(self.store, self.files, self.media, check, make_pipeline, failure_of, is_told, runner_spec)
 
-    def context(self, asked: Asked, timeout_s: float | None) -> RequestContext:
+    def context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
         """Of a request that comes now, under a fresh job id.
 
         Raises:
             RequestError: no number of seconds.
         """
         asked_s = math.inf if timeout_s is None else checks.real("timeout_s", timeout_s, 0, math.inf)
-        return RequestContext.new(asked.request_id, min(self.spec.request_timeout_s, asked_s), new_job_id())
+        return RequestContext.new(options.request_id, min(self.spec.request_timeout_s, asked_s), new_job_id())
 
     @property
-    def upkeep(self) -> Upkeep:
+    def maintenance(self) -> Maintenance:
         """What is to be done about jobs now and then."""
         jobs = self.spec.jobs
-        return Upkeep(self.store, self.files, self.media, self.spec.model, jobs.keep_s, jobs.max_kept)
+        return Maintenance(self.store, self.files, self.media, self.spec.model, jobs.keep_s, jobs.max_kept)
 
     async def num_open_clips(self) -> int:
         """How many clips are between decoder and encoder."""
         return int(await self.clips.num_open.remote())
 
 
-def _prompt_check(stages: Stages, guardrails: Guardrails) -> PromptCheck | None:
+def _prompt_check(stages: Stages, guardrails: GuardrailsConfig) -> PromptCheck | None:
     if stages.guardrail is None:
         return None
     return PromptCheck(stages.guardrail, guardrails.text_timeout_s, guardrails.clients_may_disable)
 
 
-def limits_of(jobs: Jobs) -> QueueLimits:
+def limits_of(jobs: JobsConfig) -> QueueLimits:
     """The queue's bounds in a configuration."""
     return QueueLimits(
         max_queued=jobs.max_queued,

@@ -1,4 +1,4 @@
-"""One request's walk through the stages: tokenize, condition, denoise, then decode and encode side by side."""
+"""The way of one request through the stages: tokenize, condition, denoise, then decode and encode side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import StateError
 from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
-from deployments.director.clip_pipeline import ClipWalk, Decoder
+from deployments.director.clip_pipeline import ClipPipeline, Decoder
 from deployments.director.retries import retried
 from deployments.failures import is_lost, typed, unwrapped
 from deployments.media.store import MediaStore
@@ -43,7 +43,7 @@ _FIRST_WORD_S = 5.0
 
 
 @dataclass
-class Walk:
+class Pipeline:
     """A request on its way; :meth:`events` does it all.
 
     Attributes:
@@ -123,9 +123,9 @@ class Walk:
                 self._seconds["total"] = time.monotonic() - start_s
                 yield self._finished(event, pair, actions)
 
-    def _clip_walk(self, latents: _Latents) -> ClipWalk:
+    def _clip_walk(self, latents: _Latents) -> ClipPipeline:
         handles = self.stages.decoders_for(self.request)
-        return ClipWalk(
+        return ClipPipeline(
             context=self.context,
             clip_format=self.request.clip_format(),
             decoders=tuple(Decoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),

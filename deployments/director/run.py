@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.errors import ShuttingDown
-from deployments.director.saved_states import Checkpoints
+from deployments.director.saved_states import SavedStates
 from deployments.errors import JobCancelled, JobsError, LeaseLost
 from deployments.jobs.job import Job
 
@@ -51,7 +51,7 @@ class Run:
     is_walking: bool = False
     stopped: Stop | None = None
     trouble: JobsError | None = None
-    checkpoints: Checkpoints | None = None
+    checkpoints: SavedStates | None = None
     media_id: str = ""
 
     def stop(self, reason: Stop, trouble: JobsError | None = None) -> None:
@@ -80,4 +80,4 @@ class Run:
             return ShuttingDown(RESTART_S)
         if self.stopped is Stop.AWAY:
             return JobsError(f"{self.job.job_id} was given up: {self.trouble or self.stopped}")
-        return JobCancelled(self.job.job_id, self.stopped or "its walk ended without a result")
+        return JobCancelled(self.job.job_id, self.stopped or "its pipeline ended without a result")

@@ -1,11 +1,11 @@
-"""JobRunner: claims jobs while there is room for them, walks them through the stages, and writes down how they end.
+"""JobRunner: claims jobs while there is room for them, runs them through the stages, and writes down how they end.
 
 One lives in each Director. It alone runs jobs, whoever asked for them: those whose caller waits here (*attached*) hand
 every event on to the caller as it comes; the others are followed through the database.
 
 A claim is a lease: it is renewed while the job runs, and where that stops, another runner takes the job over and goes
 on from the last state that was left in the media store. Everything that this one still writes about the job is then
-refused, and its walk is stopped.
+refused, and its pipeline is stopped.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from deployments.director.leases import Leases
 from deployments.director.recorder import Recorder, Tries, result_of
 from deployments.director.request_check import RequestCheck
 from deployments.director.run import RESTART_S, Run, Stop
-from deployments.director.runner_spec import MakeWalk, RunnerSpec, TellFailure
-from deployments.director.saved_states import CHECKPOINT, Checkpoints
+from deployments.director.runner_spec import DescribeFailure, MakePipeline, RunnerSpec
+from deployments.director.saved_states import CHECKPOINT, SavedStates
 from deployments.errors import JobCancelled, LeaseLost
 from deployments.failures import typed
 from deployments.jobs.cost import Throughput
@@ -71,8 +71,8 @@ class JobRunner:
         files: of jobs.
         media: where results are.
         check: of requests.
-        make_walk: see :class:`MakeWalk`.
-        tell_failure: see :class:`TellFailure`.
+        make_pipeline: see :class:`MakePipeline`.
+        tell_failure: see :class:`DescribeFailure`.
         is_told: whether that says all there is; else it belongs into the log.
         spec: how it works.
     """
@@ -83,14 +83,14 @@ class JobRunner:
         files: JobFiles,
         media: MediaStore,
         check: RequestCheck,
-        make_walk: MakeWalk,
-        tell_failure: TellFailure,
+        make_pipeline: MakePipeline,
+        tell_failure: DescribeFailure,
         is_told: Callable[[BaseException], bool],
         spec: RunnerSpec,
     ) -> None:
         self.runner_id = uuid.uuid4().hex
         self._store, self._files, self._media = store, files, media
-        self._check, self._make_walk, self._tell_failure = check, make_walk, tell_failure
+        self._check, self._make_pipeline, self._tell_failure = check, make_pipeline, tell_failure
         self._is_told = is_told
         self._spec = spec
         self._callers: dict[str, _Caller] = {}
@@ -195,7 +195,7 @@ class JobRunner:
     async def _next(self, caller: _Caller) -> Event | Exception | None:
         """The next event; None where none came and it is time to look at the queue again."""
         if caller.has_begun:
-            return await caller.items.get()  # the walk keeps the deadline
+            return await caller.items.get()  # the pipeline keeps the deadline
         limit_s = min(_POSITION_PERIOD_S, caller.context.remaining_s("queue"))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
@@ -300,12 +300,12 @@ class JobRunner:
         media = {name: await in_thread(self._files.get, job.job_id, name) for name in job.inputs}
         resolved = await self._check.resolved(context, decoded(job.request, media))
         del media
-        run.checkpoints = checkpoints = Checkpoints(self._files, job.job_id, self._spec.checkpoint_period_s)
+        run.checkpoints = checkpoints = SavedStates(self._files, job.job_id, self._spec.checkpoint_period_s)
         begin_from = await in_thread(checkpoints.read)
-        walk = self._make_walk(resolved, context, job, begin_from, checkpoints.offer)
+        pipeline = self._make_pipeline(resolved, context, job, begin_from, checkpoints.offer)
         del resolved, begin_from
         assert job.started_s is not None, "it was claimed"
-        events = watched_request(walk.events(), context, job.mode, job.started_s - job.created_s)
+        events = watched_request(pipeline.events(), context, job.mode, job.started_s - job.created_s)
         async with aclosing(events) as watched:
             async for event in watched:
                 yield event

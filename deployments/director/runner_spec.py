@@ -13,16 +13,16 @@ from deployments.jobs.store import QueueLimits
 from deployments.messages import Event, RequestContext
 
 
-class Walking(Protocol):
-    """A request's way through the stages, :class:`deployments.director.pipeline.Walk`."""
+class RunsRequest(Protocol):
+    """A request on its way through the stages, as :class:`deployments.director.pipeline.Pipeline` is."""
 
     def events(self) -> AsyncIterator[Event]:
         """Every event, the last one :class:`Finished`."""
         ...
 
 
-class MakeWalk(Protocol):
-    """Makes a job's walk.
+class MakePipeline(Protocol):
+    """Makes a job's pipeline.
 
     Args:
         request: with every field decided.
@@ -39,10 +39,10 @@ class MakeWalk(Protocol):
         job: Job,
         begin_from: TensorEnvelope | None,
         on_saved: Callable[[int, TensorEnvelope], None],
-    ) -> Walking: ...
+    ) -> RunsRequest: ...
 
 
-class TellFailure(Protocol):
+class DescribeFailure(Protocol):
     """An error -> its code and message, as a caller may read them."""
 
     def __call__(self, error: BaseException) -> tuple[str, str]: ...

@@ -23,7 +23,7 @@ CHECKPOINT = "checkpoint"
 _SETTLE_S = 60.0
 
 
-class Checkpoints:
+class SavedStates:
     """See the module. One is written at a time, beside everything else.
 
     Args:

@@ -26,7 +26,7 @@ _TELL_PERIOD_S = 5.0
 
 
 @dataclass(frozen=True)
-class Upkeep:
+class Maintenance:
     """See the module. Any number of processes may do it at once.
 
     Attributes:

@@ -28,7 +28,7 @@ class FullQueue:
     num_places: int
 
 
-class Promises:
+class RetryEstimator:
     """When callers who were refused were told to come again: each is told a time of its own, or all would come at once
     for one place. Those of this process; from any thread.
 

@@ -28,7 +28,7 @@ from deployments.jobs.job import (
 )
 from deployments.jobs.keys import KeyLimits, KeyStore
 from deployments.jobs.queue import Ahead, ClassLoad, QueueLimits, QueueLoad
-from deployments.jobs.retry_estimator import FullQueue, Promises
+from deployments.jobs.retry_estimator import FullQueue, RetryEstimator
 from deployments.jobs.rows import change, end, events_after, find, job_of, leased
 from deployments.jobs.schema import JOBS, RUNNERS
 
@@ -118,7 +118,7 @@ class JobStore:
         new: NewJob,
         limits: QueueLimits,
         key_limits: KeyLimits | None = None,
-        promises: Promises | None = None,
+        retry_estimator: RetryEstimator | None = None,
     ) -> Job:
         """Accept a job: it is in the database when this has returned.
 
@@ -150,12 +150,12 @@ class JobStore:
                 return queue.enqueue(connection, new, limits, self._clock())
         except queue.QueueFull as full:
             bound = FullQueue(new.lane, full.owner, full.limit)
-            num_promised = 0 if promises is None else promises.num_open(bound)
+            num_promised = 0 if retry_estimator is None else retry_estimator.num_open(bound)
             with self._database.reading() as connection:
                 now_s = self._clock()
                 wait_s = waiting.retry_after_s(connection, new.model, new.lane, full.owner, now_s, num_promised)
-            if promises is not None:
-                promises.add(bound, wait_s)
+            if retry_estimator is not None:
+                retry_estimator.add(bound, wait_s)
             raise full.error(wait_s) from None
 
     # Looking

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SubmitOptions:
     """Travels with a request to the Director.
 
     Attributes:

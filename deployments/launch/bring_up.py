@@ -45,7 +45,7 @@ from deployments.launch.ray_session import (
     ray_session,
     reason,
 )
-from deployments.service_config import Http
+from deployments.service_config import HttpConfig
 
 _POLL_S = 0.1
 _WATCH_S = 2.0
@@ -62,7 +62,7 @@ _SIGNAL_S = 0.2
 
 
 @dataclass
-class Patience:
+class StartTimeouts:
     """How long to wait for the end of an app and of Serve, each; what was asked to end goes on doing so after that."""
 
     stop_s: float = _STOP_SOON_S
@@ -84,7 +84,7 @@ class RunningApp:
     url: str
     ray_address: str
     start_seconds: float
-    patience: Patience
+    patience: StartTimeouts
 
     def watch(self) -> None:
         """Wait as long as the app is there.
@@ -173,7 +173,7 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
             if needs["GPU"] > sum(node.resources.get("GPU", 0) for node in nodes()):
                 hint = " --config laptop does without GPUs."
             raise StartError(lack + (hint if placement.is_alone else ""))
-        patience = Patience()
+        patience = StartTimeouts()
         with _serve(config.http, placement, patience, tell) as url, _submitted(config, patience):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)
             _await_http(url)
@@ -200,7 +200,9 @@ def _check_access(config: AppConfig, tell: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _serve(http: Http, placement: Placement, patience: Patience, tell: Callable[[str], None]) -> Iterator[str]:
+def _serve(
+    http: HttpConfig, placement: Placement, patience: StartTimeouts, tell: Callable[[str], None]
+) -> Iterator[str]:
     """A running Serve, found or started; yields the URL of its HTTP side."""
     with in_time(_STATUS_S):
         status = serve.status()
@@ -247,7 +249,7 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
-def _stop(call: Callable[[], None], patience: Patience) -> None:
+def _stop(call: Callable[[], None], patience: StartTimeouts) -> None:
     # It takes a moment until Ray is seen to end when the whole process group got the signal that ends this process.
     time.sleep(_SIGNAL_S)
     if not is_ray_alive():
@@ -267,7 +269,7 @@ def _url(host: str, port: int, head: str) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _free_port(http: Http) -> int:
+def _free_port(http: HttpConfig) -> int:
     """The port that was asked for, or a free one for 0. Left to itself, Serve shares one that another program has."""
     with socket.socket(socket.AF_INET6 if ":" in http.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -280,7 +282,7 @@ def _free_port(http: Http) -> int:
 
 
 @contextmanager
-def _submitted(config: AppConfig, patience: Patience) -> Iterator[None]:
+def _submitted(config: AppConfig, patience: StartTimeouts) -> Iterator[None]:
     """The application: submitted to Serve, its replicas starting."""
     with in_time(_STATUS_S):
         applications = serve.status().applications

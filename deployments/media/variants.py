@@ -24,7 +24,7 @@ from typing import BinaryIO
 from cosmos3_core.errors import MediaError
 from cosmos3_core.media.sound_track import NoSoundTrack, write_sound_track
 from cosmos3_core.media.thumbnail import write_spritesheet, write_thumbnail
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 from deployments.media.folder import passing_folder
 from deployments.media.record import DONE, MediaRecord, put_record, read_record
 from deployments.media.store import MediaStore
@@ -204,22 +204,22 @@ async def made_variant(media: MediaStore, record: MediaRecord, name: str) -> Med
         name: one of :data:`MADE_VARIANTS`.
 
     Raises:
-        Refusal: there is no such variant of this file, or not yet.
+        ApiError: there is no such variant of this file, or not yet.
         MediaError: it cannot be made, or not be written or read.
     """
     if name == _AUDIO and record.media_type == _WAV:
         return record
     variant, media_types = _VARIANTS.get(name, (None, frozenset[str]()))
     if variant is None or record.media_type not in media_types:
-        raise Refusal(404, "no_such_variant", f"a file of type {record.media_type} has no such variant")
+        raise ApiError(404, "no_such_variant", f"a file of type {record.media_type} has no such variant")
     if found := await asyncio.to_thread(find_variant, media, record, variant):
         return found
     try:
         return await _MAKER.made(media, record, variant)
     except FileNotFoundError:
-        raise Refusal(404, "no_such_media", "this file was removed just now") from None
+        raise ApiError(404, "no_such_media", "this file was removed just now") from None
     except NoSoundTrack:
-        raise Refusal(404, "no_such_variant", "this file has no sound") from None
+        raise ApiError(404, "no_such_variant", "this file has no sound") from None
 
 
 class _Maker:
@@ -234,7 +234,7 @@ class _Maker:
         """Of the file. Who leaves meanwhile stops nothing: the next one to ask finds it.
 
         Raises:
-            Refusal: too many are waited for, or it takes long.
+            ApiError: too many are waited for, or it takes long.
             Exception: as :func:`make_variant`.
         """
         key = (str(media.directory), record.media_id, variant.name)
@@ -243,7 +243,7 @@ class _Maker:
         await asyncio.wait((made,), timeout=_WAIT_S)
         if not made.done():
             message = f"the {variant.name} is still being made"
-            raise Refusal(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
+            raise ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
         return made.result()
 
     def _started(self, key: tuple[str, ...], make: Callable[[], MediaRecord]) -> Future[MediaRecord]:
@@ -252,7 +252,7 @@ class _Maker:
                 return self._making[key]
             if len(self._making) >= _MAX_WAITING:
                 message = f"{_MAX_WAITING} pictures or sounds of files are being made; one more is too many"
-                raise Refusal(429, "overloaded", message, {"retry-after": str(_RETRY_AFTER_S)})
+                raise ApiError(429, "overloaded", message, {"retry-after": str(_RETRY_AFTER_S)})
             future = self._making[key] = self._threads.submit(make)
         future.add_done_callback(lambda _: self._ended(key))
         return future

@@ -92,7 +92,7 @@ async def watched_request(
     """A request's events, handed on as they come; what they tell is logged and measured.
 
     Args:
-        events: of :class:`deployments.director.pipeline.Walk`.
+        events: of :class:`deployments.director.pipeline.Pipeline`.
         context: of the request.
         mode: of the request.
         waited_s: from its acceptance until now.

@@ -43,7 +43,7 @@ class Guardrails:
         AdapterError: the adapter cannot be used.
     """
 
-    def __init__(self, config: service_config.Guardrails) -> None:
+    def __init__(self, config: service_config.GuardrailsConfig) -> None:
         assert config.adapter is not None, "without an adapter there is no such stage"
         self._adapter = load_guardrail(config.adapter, config.options)
         self._text = _Turn("prompt", config.text_timeout_s)

@@ -20,12 +20,12 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.media.kinds import STILL, kind_of
 from cosmos3_core.request import GenerationRequest
-from deployments.director.admission import Acceptance
+from deployments.director.admission import Admission
 from deployments.director.request_check import RequestCheck
 from deployments.jobs.cost import CostModel
 from deployments.jobs.job import Job, new_job_id
 from deployments.jobs.store import QueueLimits
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import RequestContext
 from tests.api.fake_service import CLASSES, MODEL, Api, FakeDirector
 from tests.api.safe_answers import Inside
@@ -73,20 +73,20 @@ class RealAcceptance(FakeDirector):
         super().__post_init__()
         check = RequestCheck(self.layout, is_sound_offered=True)
         cost = CostModel.of(self.layout.geometry, self.layout.transformer)
-        self.acceptance = Acceptance(self.store, self.files, check, cost, MODEL, LIMITS)
+        self.admission = Admission(self.store, self.files, check, cost, MODEL, LIMITS)
 
-    async def _submit(self, request: GenerationRequest, asked: Asked, attached_to: str | None = None) -> Job:
-        context = RequestContext.new(asked.request_id, _ANSWER_S, new_job_id())
-        job = await self.acceptance.accept(request, asked, context, attached_to)
-        self.asked.append((request, asked))
+    async def _submit(self, request: GenerationRequest, options: SubmitOptions, attached_to: str | None = None) -> Job:
+        context = RequestContext.new(options.request_id, _ANSWER_S, new_job_id())
+        job = await self.admission.accept(request, options, context, attached_to)
+        self.submitted.append((request, options))
         return job
 
-    async def _remix(self, job_id: str, prompt: str, asked: Asked) -> Job:
-        return await self._submit(*await self.acceptance.again(job_id, prompt, asked))
+    async def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Job:
+        return await self._submit(*await self.admission.again(job_id, prompt, options))
 
-    async def _events(self, request: GenerationRequest, asked: Asked) -> AsyncIterator[Any]:
+    async def _events(self, request: GenerationRequest, options: SubmitOptions) -> AsyncIterator[Any]:
         job_id = ""
-        async for event in super()._events(request, asked):
+        async for event in super()._events(request, options):
             job_id = job_id or event.job_id
             yield event
         self.store.delete(job_id)  # nobody runs what was waited for
@@ -115,7 +115,7 @@ class AcceptingApi(Api):
 
     def answer(self, sent: Sent) -> httpx.Response:
         """What comes back; it is safe, in time, and leaves no room taken."""
-        if len(self.director.asked) > _MAX_LEFT:
+        if len(self.director.submitted) > _MAX_LEFT:
             self.tidy()
         answer: httpx.Response = self.run(answer_of(self.app, sent))
         self.inside.check(answer, sent.everything)
@@ -124,7 +124,7 @@ class AcceptingApi(Api):
 
     def check_accepted(self) -> None:
         """See to it that the file of the request that was accepted last can be read."""
-        request, _ = self.director.asked[-1]
+        request, _ = self.director.submitted[-1]
         for data in (request.image, request.video):
             if data is None:
                 continue
@@ -141,7 +141,7 @@ class AcceptingApi(Api):
             for job in jobs:
                 self.store.delete(job.job_id)
                 self.files.remove(job.job_id)
-        self.director.asked.clear()
+        self.director.submitted.clear()
         self.director.streams.clear()
 
     def _page(self) -> tuple[Job, ...]:

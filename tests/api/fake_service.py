@@ -17,7 +17,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import offered_modes, resolve
 from deployments.api.app import build_api
-from deployments.api.auth import Auth
+from deployments.api.auth import Authenticator
 from deployments.api.given_media import RemoteFiles
 from deployments.api.openapi import document
 from deployments.api.service import Service
@@ -26,11 +26,11 @@ from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
 from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
 from deployments.jobs.store import JobStore, Lease, QueueLimits
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished
 from deployments.served_model import ServedModel
-from deployments.service_config import Http
+from deployments.service_config import HttpConfig
 from tests.api.documented import Documented
 
 MODEL = "nano"
@@ -85,7 +85,7 @@ class FakeDirector:
     """Accepts as the Director does, and makes a file of a few bytes of what is waited for.
 
     Attributes:
-        asked: requests that came, and how.
+        submitted: requests that came, and how.
         gate: awaited before a file that is waited for is made.
         media_type, actions: of what is made.
         error: raised instead of accepting.
@@ -95,7 +95,7 @@ class FakeDirector:
     store: JobStore
     files: JobFiles
     media: MediaStore
-    asked: list[tuple[GenerationRequest, Asked]] = field(default_factory=list)
+    submitted: list[tuple[GenerationRequest, SubmitOptions]] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
     gate: Callable[[], Coroutine[Any, Any, Any]] | None = None
     actions: Any = None
@@ -106,22 +106,22 @@ class FakeDirector:
         self.remix = Method(lambda *arguments: Response(self._remix(*arguments)))
         self.stream = Method(self._stream)
 
-    async def _submit(self, request: GenerationRequest, asked: Asked, attached_to: str | None = None) -> Job:
+    async def _submit(self, request: GenerationRequest, options: SubmitOptions, attached_to: str | None = None) -> Job:
         if self.error is not None:
             raise self.error
         resolved = resolve(request, self.layout)
-        self.asked.append((request, asked))
+        self.submitted.append((request, options))
         values, media = encoded(request)
         job_id = new_job_id()
         for name, data in media.items():
             self.files.put(job_id, name, data)
         new = NewJob(
             job_id=job_id,
-            owner=asked.owner,
+            owner=options.owner,
             model=MODEL,
             request=values,
             inputs=tuple(sorted(media)),
-            fingerprint=fingerprint_of(values, media, service_class=asked.service_class, previews=asked.previews),
+            fingerprint=fingerprint_of(values, media, service_class=options.service_class, previews=options.previews),
             mode=resolved.mode,
             prompt=resolved.prompt,
             width=resolved.width,
@@ -132,32 +132,32 @@ class FakeDirector:
             num_steps=resolved.num_inference_steps,
             media_type=resolved.clip_format().media_type if resolved.has_file else "",
             lane=Lane.IMAGE if resolved.num_frames == 1 else Lane.VIDEO,
-            service_class=asked.service_class,
+            service_class=options.service_class,
             work=1000.0,
-            request_id=asked.request_id or "none",
-            idempotency_key=asked.idempotency_key,
+            request_id=options.request_id or "none",
+            idempotency_key=options.idempotency_key,
             attached_to=attached_to,
-            previews=asked.previews,
-            remixed_from=asked.remixed_from,
-            skip_guardrails=asked.skip_guardrails,
-            warnings=asked.warnings,
+            previews=options.previews,
+            remixed_from=options.remixed_from,
+            skip_guardrails=options.skip_guardrails,
+            warnings=options.warnings,
             notes=resolved.notes,
         )
-        return self.store.create(new, LIMITS, asked.limits)
+        return self.store.create(new, LIMITS, options.limits)
 
-    async def _remix(self, job_id: str, prompt: str, asked: Asked) -> Job:
-        job = self.store.get(job_id, asked.owner)
+    async def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Job:
+        job = self.store.get(job_id, options.owner)
         assert job is not None
         media: dict[str, Any] = {name: self.files.get(job_id, name) for name in job.inputs}
         request = replace(decoded(job.request, media), prompt=prompt)
-        return await self._submit(request, replace(asked, remixed_from=job_id))
+        return await self._submit(request, replace(options, remixed_from=job_id))
 
-    def _stream(self, request: GenerationRequest, asked: Asked, timeout_s: float | None) -> Stream:
-        self.streams.append(Stream(self._events(request, asked)))
+    def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None) -> Stream:
+        self.streams.append(Stream(self._events(request, options)))
         return self.streams[-1]
 
-    async def _events(self, request: GenerationRequest, asked: Asked) -> AsyncIterator[Any]:
-        job = await self._submit(request, asked, "this-one")
+    async def _events(self, request: GenerationRequest, options: SubmitOptions) -> AsyncIterator[Any]:
+        job = await self._submit(request, options, "this-one")
         yield Accepted(
             job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid()
         )
@@ -243,7 +243,7 @@ class Api:
         self.readiness = FakeReadiness()
         self.service = Service(
             model=ServedModel(MODEL, layout.family, offered_modes(layout), 1_700_000_000.5),
-            http=Http(**(http or {})),
+            http=HttpConfig(**(http or {})),
             classes=tuple(CLASSES),
             may_disable_guardrails=may_disable_guardrails,
             store=self.store,
@@ -254,7 +254,7 @@ class Api:
             ready=self.readiness,
             metrics_text=no_metrics,
             feed=EventFeed(self.store, max_followers),
-            auth=Auth(self.store.keys) if needs_keys else None,
+            auth=Authenticator(self.store.keys) if needs_keys else None,
             remote_media=remote_media,
             has_guardrails=has_guardrails,
         )
@@ -268,33 +268,33 @@ class Api:
 
         return self.runner.run(in_time())
 
-    async def asend(self, method: str, path: str, **asked: Any) -> httpx.Response:
+    async def asend(self, method: str, path: str, **options: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://cosmos3") as client:
-            answer = await client.request(method, path, **asked)
+            answer = await client.request(method, path, **options)
         self.documented.check(answer)
         return answer
 
-    def send(self, method: str, path: str, **asked: Any) -> httpx.Response:
-        response: httpx.Response = self.run(self.asend(method, path, **asked))
+    def send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        response: httpx.Response = self.run(self.asend(method, path, **options))
         return response
 
-    def get(self, path: str, **asked: Any) -> httpx.Response:
-        return self.send("GET", path, **asked)
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.send("GET", path, **options)
 
-    def post(self, path: str, **asked: Any) -> httpx.Response:
-        return self.send("POST", path, **asked)
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return self.send("POST", path, **options)
 
-    def created(self, body: dict[str, Any] | None = None, **asked: Any) -> dict[str, Any]:
+    def created(self, body: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
         """The object of a job that is made of a body."""
-        answer = self.post("/v1/videos", json={"prompt": "a cat"} if body is None else body, **asked)
+        answer = self.post("/v1/videos", json={"prompt": "a cat"} if body is None else body, **options)
         assert answer.status_code == 200, answer.text
         told: dict[str, Any] = answer.json()
         return told
 
-    def refused(self, method: str, path: str, status: int, **asked: Any) -> dict[str, Any]:
+    def refused(self, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
         """The error of an answer that is a no."""
-        answer = self.send(method, path, **asked)
+        answer = self.send(method, path, **options)
         assert answer.status_code == status, answer.text
         error: dict[str, Any] = answer.json()["error"]
         return error

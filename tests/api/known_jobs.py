@@ -11,7 +11,7 @@ import PIL.Image
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from deployments.jobs.job import Job, JobState, Outcome, Progress, new_job_id
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import new_media_id
 from tests.api.accepting_api import LIMITS, AcceptingApi
 from tests.api.fake_service import MODEL, lease_of
@@ -87,7 +87,7 @@ class KnownJobs:
 
     def _accepted(self, attached_to: str | None, **fields: Any) -> Job:
         request = GenerationRequest(**{**_SMALL, "num_frames": 5, **fields})
-        job: Job = self._api.run(self._api.director._submit(request, Asked(), attached_to))
+        job: Job = self._api.run(self._api.director._submit(request, SubmitOptions(), attached_to))
         return job
 
     def _running(self, **fields: Any) -> Job:

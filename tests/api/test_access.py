@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from deployments.api import auth as auths
-from deployments.api.auth import LOOPBACK_HOSTS, Auth, NoKeys, auth_required, check_keys
+from deployments.api.auth import LOOPBACK_HOSTS, Authenticator, NoKeys, auth_required, check_keys
 from deployments.api.service import IngressSpec, Service
 from deployments.errors import JobsError
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
 from deployments.media.store import MediaSpec
-from deployments.service_config import Http, Jobs, RemoteMedia
+from deployments.service_config import HttpConfig, JobsConfig, RemoteMediaConfig
 from tests.api.fake_service import Api, FakeReadiness
 
 VIDEO = "/v1/videos/video_gen_" + "0" * 32
@@ -59,7 +59,7 @@ def test_everything_needs_a_key(method: str, path: str, guarded: Api) -> None:
         assert answer.headers["www-authenticate"] == "Bearer"
         if method != "HEAD":
             assert answer.json()["error"]["code"] == ("wrong_api_key" if headers else "no_api_key")
-    assert guarded.director.asked == []
+    assert guarded.director.submitted == []
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
@@ -148,7 +148,7 @@ def test_a_keys_own_limits_and_classes(guarded: Api) -> None:
 
 def test_a_revoked_key_is_let_in_for_seconds_at_most(guarded: Api) -> None:
     now_s = [0.0]
-    guarded.service.auth = Auth(guarded.store.keys, clock=lambda: now_s[0])
+    guarded.service.auth = Authenticator(guarded.store.keys, clock=lambda: now_s[0])
     key, text = guarded.store.keys.create(NewKey(name="a"))
     headers = {"authorization": f"Bearer {text}"}
     assert guarded.get("/v1/models", headers=headers).status_code == 200
@@ -160,7 +160,7 @@ def test_a_revoked_key_is_let_in_for_seconds_at_most(guarded: Api) -> None:
 
 def test_a_key_that_was_refused_may_be_made_meanwhile(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s, answers = [0.0], [None, guarded.store.keys.create(NewKey(name="a"))[0]]
-    guarded.service.auth = Auth(guarded.store.keys, clock=lambda: now_s[0])
+    guarded.service.auth = Authenticator(guarded.store.keys, clock=lambda: now_s[0])
     monkeypatch.setattr(guarded.store.keys, "verify", lambda text: answers.pop(0))
     for wait_s, status in ((0.0, 401), (4.0, 401), (1.1, 200), (4.0, 200)):
         now_s[0] += wait_s
@@ -276,9 +276,9 @@ def test_an_ingress_asks_for_a_key_or_for_its_own_name(
         checkpoint=str(tiny_nano),
         model_name=None,
         is_sound_offered=False,
-        http=Http(host="10.1.1.1", allowed_hosts=allowed),  # Serve may listen elsewhere than this says
-        jobs=Jobs(),
-        remote_media=RemoteMedia(),
+        http=HttpConfig(host="10.1.1.1", allowed_hosts=allowed),  # Serve may listen elsewhere than this says
+        jobs=JobsConfig(),
+        remote_media=RemoteMediaConfig(),
         media=MediaSpec(tmp_path / "media", 1 << 20, 1000.0),
         database=DatabaseSpec(f"sqlite:///{database}", None, "a"),
         needs_keys=needs_keys,
@@ -316,7 +316,7 @@ def test_pages_of_other_origins_may_not_call(api: Api) -> None:
     for method, path in (("POST", "/v1/videos"), ("DELETE", VIDEO), ("POST", f"{VIDEO}/cancel")):
         error = api.refused(method, path, 403, headers=page, json={"prompt": "a"})
         assert error["code"] == "cross_origin"
-    assert api.director.asked == []
+    assert api.director.submitted == []
     for own in ({}, {"sec-fetch-site": "same-origin", "origin": "http://cosmos3"}, {"sec-fetch-site": "none"}):
         assert api.post("/v1/videos", json={"prompt": "a"}, headers=own).status_code == 200
 

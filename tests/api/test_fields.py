@@ -90,7 +90,7 @@ def test_what_is_without_effect_is_named(endpoint: Endpoint, api: Api) -> None:
     assert [line.split()[0] for line in told] == [*ignored, "extra_params.max_sequence_length"]
     said = re.compile(r"\S+ is without effect(: .| at /v1/videos(/sync)?; at /v1/videos(/sync)?: .)")
     assert [line for line in told if not said.match(line)] == []
-    (request, asked), *_ = api.director.asked
+    (request, asked), *_ = api.director.submitted
     assert asked.warnings == tuple(told)
     assert (asked.previews, request.prompt) == (0, "a")
 
@@ -119,7 +119,7 @@ def test_quality(api: Api) -> None:
     assert api.created({"prompt": "a", "lossless": True})["quality"] == "lossless"
     assert api.created({"prompt": "a", "quality": "high"})["quality"] == "high"
     assert api.created({"prompt": "a"})["quality"] == "high"
-    assert [request.lossless for request, _ in api.director.asked] == [True, True, False, False]
+    assert [request.lossless for request, _ in api.director.submitted] == [True, True, False, False]
     assert api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "best"})["param"] == "quality"
     error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "high", "lossless": True})
     assert "Give one of both." in error["message"]
@@ -135,7 +135,7 @@ def test_classes(api: Api) -> None:
 
 def test_previews(api: Api) -> None:
     api.created({"prompt": "a", "previews": 32})
-    assert api.director.asked[0][1].previews == 32
+    assert api.director.submitted[0][1].previews == 32
     for wrong in (33, -1, "some", True):
         assert api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "previews": wrong})["param"] == "previews"
 
@@ -148,8 +148,8 @@ def test_guardrails_are_the_operators_to_turn_off(path: str, make_api: Any) -> N
         assert "does not let clients turn them off" in error["message"]
         assert lax.post(path, json={"prompt": "a", **body}).status_code == 200
     assert strict.post(path, json={"prompt": "a", "guardrails": True}).status_code == 200
-    assert [asked.skip_guardrails for _, asked in strict.director.asked] == [False]
-    assert [asked.skip_guardrails for _, asked in lax.director.asked] == [True, True]
+    assert [asked.skip_guardrails for _, asked in strict.director.submitted] == [False]
+    assert [asked.skip_guardrails for _, asked in lax.director.submitted] == [True, True]
     assert strict.refused("POST", path, 422, json={"prompt": "a", "guardrails": "no"})["param"] == "guardrails"
     without = make_api(has_guardrails=False, may_disable_guardrails=True)
     error = without.refused("POST", path, 422, json={"prompt": "a", "guardrails": True})
@@ -335,12 +335,12 @@ def test_objects_in_forms_as_openais_client_sends_them(api: Api) -> None:
     for asked in ({"files": [(name, (None, text)) for name, text in pairs(form)]}, {"data": form}):
         answer = api.post("/v1/videos", **asked)
         assert answer.status_code == 200, answer.text
-        request, _ = api.director.asked.pop()
+        request, _ = api.director.submitted.pop()
         assert (request.num_frames, request.guidance_interval) == (5, [400.0, 1000.0])
         assert isinstance(request.image, bytes)
     for several in (["400", "1000"], ["400,1000"], "[400, 1000]"):
         api.post("/v1/videos", data={"prompt": "a", "guidance_interval": several})
-        assert api.director.asked.pop()[0].guidance_interval == [400.0, 1000.0]
+        assert api.director.submitted.pop()[0].guidance_interval == [400.0, 1000.0]
     twice = [*pairs(form), ("extra_params[num_frames]", "5")]
     error = api.refused("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in twice])
     assert error["code"] == "broken_form"
@@ -359,7 +359,7 @@ def test_one_reference_of_several_that_there_may_be(name: str, api: Api) -> None
     assert answer.json()["mode"] == "image_to_video"
     error = api.refused("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
     assert (error["code"], error["param"]) == ("not_offered", "input_references")
-    assert api.director.asked.pop()[0].image == PNG
+    assert api.director.submitted.pop()[0].image == PNG
     assert api.created({"prompt": "a", "input_references": [{"image_url": png_url()}]})["mode"] == "image_to_video"
 
 
@@ -370,7 +370,7 @@ def test_a_reference_may_be_a_file_part(name: str, fetches: bool, make_api: Any)
     file = ("a.png", PNG, "image/png")
     answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
     assert answer.status_code == 200, answer.text
-    assert api.director.asked.pop()[0].image == PNG
+    assert api.director.submitted.pop()[0].image == PNG
     if name.startswith("input_references"):
         error = api.refused("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
         assert (error["code"], error["param"]) == ("not_offered", "input_references")
@@ -388,7 +388,7 @@ class Nothing:
 def test_a_tier_may_be_text(name: str, value: Any, api: Api) -> None:
     body = {"prompt": "go", "image": png_url(), "extra_params": {**ACTION, name: value}}
     assert api.created(body)["mode"] == "policy"
-    assert api.director.asked[0][0].resolution_tier == 480
+    assert api.director.submitted[0][0].resolution_tier == 480
     for wrong in ("640", "480p", ""):
         body["extra_params"][name] = wrong
         assert api.refused("POST", "/v1/videos", 422, json=body)["param"] == name

@@ -37,7 +37,7 @@ class Desk(JobDesk):
             media=api.media,
             feed=api.service.feed,
             job_objects=api.service.objects,
-            upkeep=SimpleNamespace(remove_files=lambda job: None),
+            maintenance=SimpleNamespace(remove_files=lambda job: None),
         )
         self.submit = api.director._submit
         self.remix = api.director._remix

@@ -19,10 +19,10 @@ from cosmos3_core.errors import RequestError
 from deployments import service_config
 from deployments.api import remote_media
 from deployments.api.public_address import is_public
-from deployments.api.remote_media import RemoteMedia
+from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl
 from deployments.config import ConfigError
-from deployments.errors import Refusal
+from deployments.errors import ApiError
 
 HOST, OTHER = "media.example.com", "other.example.org"
 LOOPBACK = "127.0.0.1"
@@ -120,8 +120,8 @@ def fetch(
                 "schemes": ("http", "https"),
                 **spec,
             }
-            media = RemoteMedia(
-                service_config.RemoteMedia(**given),
+            media = RemoteMediaFetcher(
+                service_config.RemoteMediaConfig(**given),
                 resolve=resolver or Resolver(),
                 is_allowed_address=allowed,
                 tls=TRUSTS_NOBODY,
@@ -319,9 +319,9 @@ def test_redirects_have_an_end() -> None:
 )
 def test_urls_that_are_refused_before_anything_is_looked_up(url: str, reason: str) -> None:
     resolver = Resolver()
-    spec = service_config.RemoteMedia(enabled=True, hosts=("media.example.com", "*.example.org"))
+    spec = service_config.RemoteMediaConfig(enabled=True, hosts=("media.example.com", "*.example.org"))
     with pytest.raises(RequestError) as caught:
-        run(RemoteMedia(spec, resolve=resolver, tls=TRUSTS_NOBODY).fetch(url, "image_reference"))
+        run(RemoteMediaFetcher(spec, resolve=resolver, tls=TRUSTS_NOBODY).fetch(url, "image_reference"))
     assert reason in caught.value.hint
     assert caught.value.allowed == "a URL of https on media.example.com, *.example.org"
     assert "secret" not in str(caught.value)
@@ -422,7 +422,7 @@ async def slow_redirects(writer: asyncio.StreamWriter) -> None:
 @pytest.mark.parametrize("slow", [drip, drip_headers, silence, endless_informing, slow_redirects])
 def test_the_time_is_for_everything_together(slow: Any) -> None:
     start_s = time.monotonic()
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         fetch({"/": slow}, f"http://{HOST}:PORT/", timeout_s=0.3, max_redirects=1000)
     assert (caught.value.status, caught.value.code) == (422, "remote_timeout")
     assert "0.3 s" in str(caught.value)
@@ -434,7 +434,7 @@ def test_a_resolver_that_hangs_meets_the_time_as_well() -> None:
         time.sleep(0.5)
         return [LOOPBACK]
 
-    with pytest.raises(Refusal, match="0.05 s"):
+    with pytest.raises(ApiError, match="0.05 s"):
         fetch({}, f"http://{HOST}:PORT/", resolver=hanging, timeout_s=0.05)  # type: ignore[arg-type]
 
 
@@ -508,7 +508,7 @@ async def chunk_bomb(writer: asyncio.StreamWriter) -> None:
     ],
 )
 def test_a_server_that_fails_is_told_of_without_the_urls_secrets(given: Any, reason: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         fetch({"/a?token=secret": given}, f"http://{HOST}:PORT/a?token=secret")
     assert (caught.value.status, caught.value.code) == (422, "remote_unavailable")
     assert reason in str(caught.value)
@@ -518,12 +518,12 @@ def test_a_server_that_fails_is_told_of_without_the_urls_secrets(given: Any, rea
 
 
 def test_names_and_servers_that_are_not_there() -> None:
-    with pytest.raises(Refusal, match="host is not known") as caught:
+    with pytest.raises(ApiError, match="host is not known") as caught:
         fetch({}, f"http://{HOST}:PORT/", resolver=Resolver({}))
     assert "10.1.2.3" not in str(caught.value)
-    with pytest.raises(Refusal, match="host is not known"):
+    with pytest.raises(ApiError, match="host is not known"):
         fetch({}, f"http://{HOST}:PORT/", resolver=Resolver({HOST: [[]]}))
-    with pytest.raises(Refusal, match="takes no connection") as caught:
+    with pytest.raises(ApiError, match="takes no connection") as caught:
         fetch({}, f"http://{HOST}:PORT/", resolver=Resolver({HOST: [["127.0.0.2"]]}), allowed=lambda address: True)
     assert "127.0.0.2" not in str(caught.value)
 
@@ -536,9 +536,11 @@ def fetch_by_tls(host: str, trusted: bool) -> bytes:
         served.sni_callback = lambda socket, name, context: names.append(name)
         server = Server({"/": answer(b"by tls"), "/down": redirect(f"http://{HOST}:PORT/")})
         async with await server.serve(served):
-            spec = service_config.RemoteMedia(enabled=True, hosts=(f"{HOST}:{server.port}", f"{OTHER}:{server.port}"))
+            spec = service_config.RemoteMediaConfig(
+                enabled=True, hosts=(f"{HOST}:{server.port}", f"{OTHER}:{server.port}")
+            )
             tls = ssl.create_default_context(cafile=str(CERTIFICATE)) if trusted else None
-            media = RemoteMedia(spec, resolve=Resolver(), is_allowed_address=loopback_or_public, tls=tls)
+            media = RemoteMediaFetcher(spec, resolve=Resolver(), is_allowed_address=loopback_or_public, tls=tls)
             try:
                 return await media.fetch(f"https://{host}:{server.port}/", "video_reference")
             finally:
@@ -555,7 +557,7 @@ def test_tls_goes_by_the_name() -> None:
 
 @pytest.mark.parametrize(("host", "trusted"), [(OTHER, True), (HOST, False)])
 def test_a_certificate_for_another_name_or_of_nobody_is_refused(host: str, trusted: bool) -> None:
-    with pytest.raises(Refusal, match="certificate") as caught:
+    with pytest.raises(ApiError, match="certificate") as caught:
         fetch_by_tls(host, trusted)
     assert caught.value.code == "remote_unavailable"
 
@@ -566,12 +568,12 @@ def test_no_way_leads_from_https_to_http() -> None:
         served.load_cert_chain(CERTIFICATE)
         server = Server({"/": redirect(f"http://{OTHER}/")})
         async with await server.serve(served):
-            spec = service_config.RemoteMedia(
+            spec = service_config.RemoteMediaConfig(
                 enabled=True, hosts=(f"{HOST}:{server.port}", OTHER), schemes=("http", "https")
             )
             tls = ssl.create_default_context(cafile=str(CERTIFICATE))
             resolver = Resolver()
-            media = RemoteMedia(spec, resolve=resolver, is_allowed_address=loopback_or_public, tls=tls)
+            media = RemoteMediaFetcher(spec, resolve=resolver, is_allowed_address=loopback_or_public, tls=tls)
             with pytest.raises(RequestError, match="from https to http"):
                 await media.fetch(f"https://{HOST}:{server.port}/", "video_reference")
             assert resolver.asked == [HOST]
@@ -583,10 +585,10 @@ def test_few_are_fetched_at_once_and_others_wait_no_longer_than_their_time(monke
     async def body() -> None:
         server = Server({"/slow": silence, "/": answer(b"x")})
         async with await server.serve():
-            spec = service_config.RemoteMedia(
+            spec = service_config.RemoteMediaConfig(
                 enabled=True, hosts=(f"{HOST}:{server.port}",), schemes=("http",), timeout_s=0.5
             )
-            media = RemoteMedia(spec, resolve=Resolver(), is_allowed_address=loopback_or_public)
+            media = RemoteMediaFetcher(spec, resolve=Resolver(), is_allowed_address=loopback_or_public)
             url = f"http://{HOST}:{server.port}"
             first = [asyncio.create_task(media.fetch(f"{url}/slow", "image")) for _ in range(2)]
             await asyncio.sleep(0.1)
@@ -597,7 +599,7 @@ def test_few_are_fetched_at_once_and_others_wait_no_longer_than_their_time(monke
             first[0].cancel()
             first[1].cancel()
             results = await asyncio.gather(*waiting, late, return_exceptions=True)
-            assert [type(result) for result in results] == [Refusal, Refusal, OverloadedError]
+            assert [type(result) for result in results] == [ApiError, ApiError, OverloadedError]
             assert await media.fetch(url, "image") == b"x", "places of those who left are free"
 
     monkeypatch.setattr(remote_media, "_MAX_FETCHES", 2)
@@ -607,6 +609,8 @@ def test_few_are_fetched_at_once_and_others_wait_no_longer_than_their_time(monke
 def test_nothing_is_fetched_where_the_operator_has_not_said_so() -> None:
     resolver = Resolver()
     with pytest.raises(RequestError, match="URLs are not fetched") as caught:
-        run(RemoteMedia(service_config.RemoteMedia(), resolve=resolver).fetch("https://a/?secret", "image"))
+        run(
+            RemoteMediaFetcher(service_config.RemoteMediaConfig(), resolve=resolver).fetch("https://a/?secret", "image")
+        )
     assert resolver.asked == []
     assert "secret" not in str(caught.value)

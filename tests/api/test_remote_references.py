@@ -64,7 +64,7 @@ def test_a_url_is_fetched_however_it_is_written(
     told = fetching.created({"prompt": "a", **body})
     assert told["mode"] == "image_to_video"
     assert remote.asked == [(URL, field)]
-    assert fetching.director.asked[0][0].image == PNG
+    assert fetching.director.submitted[0][0].image == PNG
     assert fetching.service.room.taken_bytes == 0
 
 

@@ -176,7 +176,7 @@ def test_without_a_key_nothing_is_done(asking: Asking, make_api: Callable[..., A
             answer = guarded.run(answer_of(guarded.app, replace(sent, headers=headers)))
             assert answer.status_code == (200 if operation.path in OPEN_PATHS else 401), label
             guarded.documented.check(answer)
-    assert guarded.director.asked == []
+    assert guarded.director.submitted == []
 
 
 @pytest.fixture

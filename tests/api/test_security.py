@@ -20,7 +20,7 @@ import pytest
 from deployments import service_config
 from deployments.api import body_limit
 from deployments.api.public_address import is_public
-from deployments.api.remote_media import RemoteMedia
+from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.jobs.keys import NewKey
 from tests.api.fake_service import Api
 
@@ -179,7 +179,7 @@ def test_path_traversal_in_file_names_of_parts(api: Api) -> None:
             assert MARK not in answer.text
             assert answer.status_code == 400 or answer.json()["mode"] == "image_to_video"
     assert [path for path in paths if MARK in path] == []
-    assert api.director.asked
+    assert api.director.submitted
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_no_path_in_a_body_is_opened(value: Any, path: str, shared_api: Api) -> 
             answer = shared_api.post(path, json={"prompt": "a", field: value})
             assert answer.status_code == 422, answer.text
     assert [it for it in paths if MARK in it] == []
-    assert shared_api.director.asked == []
+    assert shared_api.director.submitted == []
 
 
 @pytest.mark.parametrize("field", ["model", "output", "mode", "domain_name", "service_class", "size", "output_format"])
@@ -331,7 +331,7 @@ def test_a_body_that_says_nothing_of_its_length_is_read_as_far_as_allowed(make_a
             assert error["code"] == "body_too_large"
             assert num_read < 10
     assert api.service.room.taken_bytes == 0
-    assert api.director.asked == []
+    assert api.director.submitted == []
 
 
 @pytest.mark.parametrize("limit", ["_IDLE_S", "_UPLOAD_S"])
@@ -391,7 +391,7 @@ def test_bodies_that_are_bombs(kind: str, body: bytes, status: int, path: str, s
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.content) < 3000
     assert shared_api.service.room.taken_bytes == 0
-    assert shared_api.director.asked == []
+    assert shared_api.director.submitted == []
 
 
 def test_an_image_that_unfolds_is_refused_by_its_header(shared_api: Api) -> None:
@@ -534,8 +534,8 @@ def test_ssrf(is_on: bool, api: Api) -> None:
         return ["10.0.0.1", "8.8.8.8"]
 
     if is_on:
-        spec = service_config.RemoteMedia(enabled=True, hosts=("files.example.com", "inside.example.com"))
-        api.service.remote_media = RemoteMedia(spec, resolve=resolve, is_allowed_address=is_public)
+        spec = service_config.RemoteMediaConfig(enabled=True, hosts=("files.example.com", "inside.example.com"))
+        api.service.remote_media = RemoteMediaFetcher(spec, resolve=resolve, is_allowed_address=is_public)
     for url in URLS:
         for path in POSTS[:2]:
             bodies: list[dict[str, Any]] = [
@@ -548,7 +548,7 @@ def test_ssrf(is_on: bool, api: Api) -> None:
                 answer = api.post(path, **body)
                 assert answer.status_code == 422, answer.text
                 assert "10.0.0.1" not in answer.text
-    assert api.director.asked == []
+    assert api.director.submitted == []
     assert api.service.room.taken_bytes == 0
     assert set(asked) == ({"inside.example.com"} if is_on else set()), "others are not even looked up"
 
@@ -563,8 +563,10 @@ def test_a_url_that_is_allowed_is_fetched_like_a_file_that_was_sent(make_api: Ca
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            spec = service_config.RemoteMedia(enabled=True, hosts=(f"files.example.com:{port}",), schemes=("http",))
-            api.service.remote_media = RemoteMedia(
+            spec = service_config.RemoteMediaConfig(
+                enabled=True, hosts=(f"files.example.com:{port}",), schemes=("http",)
+            )
+            api.service.remote_media = RemoteMediaFetcher(
                 spec, resolve=lambda host, port: ["127.0.0.1"], is_allowed_address=lambda address: True
             )
             url = f"http://files.example.com:{port}/a.png"
@@ -573,6 +575,6 @@ def test_a_url_that_is_allowed_is_fetched_like_a_file_that_was_sent(make_api: Ca
     api = make_api()
     answer = api.run(body())
     assert (answer.status_code, answer.json()["mode"]) == (200, "image_to_video")
-    ((request, _),) = api.director.asked
+    ((request, _),) = api.director.submitted
     assert request.image == PNG
     assert api.service.room.taken_bytes == 0

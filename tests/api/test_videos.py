@@ -156,7 +156,7 @@ def test_no_endpoint_takes_an_unknown_query_parameter(method: str, path: str, sh
     answer = shared_api.send(method, f"{path}?zzz=1", **({"json": {"prompt": "a"}} if method == "POST" else {}))
     assert answer.status_code == 422
     assert method == "HEAD" or answer.json()["error"]["param"] == "zzz"
-    assert shared_api.director.asked == []
+    assert shared_api.director.submitted == []
 
 
 @pytest.mark.parametrize("video_id", [UNKNOWN, "video_gen_1", "sync2", "..", "%2e%2e%2fetc%2fpasswd", "é"])
@@ -229,7 +229,7 @@ def test_a_remix_is_the_same_with_another_prompt(state: str, as_form: bool, api:
     assert (remix["remixed_from_video_id"], remix["seed"], remix["mode"]) == (told["id"], 9, "image_to_video")
     assert (remix["size"], remix["num_frames"], remix["service_class"]) == ("32x32", 5, "batch")
     assert remix["warnings"] == told["warnings"] != []
-    (first, _), (second, how) = api.director.asked
+    (first, _), (second, how) = api.director.submitted
     assert second.image == first.image
     assert how.previews == 3
 
@@ -247,7 +247,7 @@ def test_a_remix_may_no_more_than_a_new_request(make_api: Any) -> None:
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
     api.service.may_disable_guardrails, api.service.classes = False, ("standard",)
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
-    asked = [(asked.skip_guardrails, asked.service_class) for _, asked in api.director.asked]
+    asked = [(asked.skip_guardrails, asked.service_class) for _, asked in api.director.submitted]
     assert asked == [(True, "batch"), (True, "batch"), (False, "standard")]
 
 
@@ -340,8 +340,8 @@ def test_who_waits_cannot_have_the_same_answer_again(path: str, api: Api) -> Non
     answer = api.post(path, json={"prompt": "a", "user": "me"}, headers={"Idempotency-Key": "once"})
     told = json.loads(answer.headers["x-warnings"])
     assert [line.split()[0] for line in told] == ["Idempotency-Key", "user"]
-    assert api.director.asked[0][1].idempotency_key is None
-    assert api.director.asked[0][1].warnings == tuple(told)
+    assert api.director.submitted[0][1].idempotency_key is None
+    assert api.director.submitted[0][1].warnings == tuple(told)
     for bad in ("", "two words", "x" * 129):
         error = api.refused("POST", path, 400, json={"prompt": "a"}, headers={"Idempotency-Key": bad})
         assert error["code"] == "invalid_header"

@@ -20,8 +20,8 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.api.errors import error_response
-from deployments.errors import JobCancelled, Refusal
-from deployments.jobs.submit_options import Asked
+from deployments.errors import ApiError, JobCancelled
+from deployments.jobs.submit_options import SubmitOptions
 
 FINAL = ("completed", "failed", "cancelled")
 WAIT = ("wait", {})
@@ -86,9 +86,9 @@ class App:
 
     # What both faces do
 
-    def begin(self, prompt: str, asked: dict[str, Any], remixed_from: str | None = None) -> str:
+    def begin(self, prompt: str, options: dict[str, Any], remixed_from: str | None = None) -> str:
         """A video."""
-        self.submitted.append(({"prompt": prompt}, asked))
+        self.submitted.append(({"prompt": prompt}, options))
         video_id = f"video_gen_{len(self.submitted):032x}"
         self.stories[video_id] = list(self.story)
         self.videos[video_id] = {
@@ -105,7 +105,7 @@ class App:
             "media_type": None,
             "error": None,
             "remixed_from_video_id": remixed_from,
-            "service_class": asked.get("service_class") or "standard",
+            "service_class": options.get("service_class") or "standard",
             "action": None,
             "notes": ["a note"],
             "something_new": {"of": "a later version"},
@@ -204,7 +204,7 @@ class App:
     async def _answer(self, request: httpx.Request) -> httpx.Response:
         await asyncio.sleep(self.delay_s)
         if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
-            raise Refusal(401, "invalid_api_key", "the API key is missing or wrong")
+            raise ApiError(401, "invalid_api_key", "the API key is missing or wrong")
         self.check()
         parts = request.url.path.removeprefix("/v1/").split("/")
         match [request.method, *parts]:
@@ -237,19 +237,19 @@ class App:
             case ["GET", "videos", video_id, "content"]:
                 status = self._found(video_id)["status"]
                 if status == "failed":
-                    raise Refusal(410, "media_failed", "there is no file: the job has failed or was cancelled")
+                    raise ApiError(410, "media_failed", "there is no file: the job has failed or was cancelled")
                 if status != "completed":
-                    raise Refusal(409, "media_not_ready", "there is nothing of it yet")
+                    raise ApiError(409, "media_not_ready", "there is nothing of it yet")
                 try:
                     data = self.read(video_id, request.url.params.get("variant", "video"))
                 except RequestError as error:
-                    raise Refusal(404, "not_found", str(error)) from None
+                    raise ApiError(404, "not_found", str(error)) from None
                 headers = {"content-length": str(len(data))}
                 return httpx.Response(200, headers=headers, stream=Body(self._file(data)))
             case ["GET", "models"]:
                 return self._json({"object": "list", "data": MODELS})
             case _:
-                raise Refusal(404, "no_such_route", "Not Found")
+                raise ApiError(404, "no_such_route", "Not Found")
 
     def _asked(self, request: httpx.Request, body: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -264,7 +264,7 @@ class App:
 
     def _found(self, video_id: str) -> dict[str, Any]:
         if video_id not in self.videos:
-            raise Refusal(404, "not_found", f"there is no video {video_id!r}")
+            raise ApiError(404, "not_found", f"there is no video {video_id!r}")
         return self.videos[video_id]
 
     async def _file(self, data: bytes) -> AsyncIterator[bytes]:
@@ -382,11 +382,11 @@ class Director:
 
         return Method(call)
 
-    def _submit(self, request: GenerationRequest, asked: Asked) -> Any:
-        return SimpleNamespace(job_id=self._app.begin(request.prompt, dataclasses.asdict(asked)))
+    def _submit(self, request: GenerationRequest, options: SubmitOptions) -> Any:
+        return SimpleNamespace(job_id=self._app.begin(request.prompt, dataclasses.asdict(options)))
 
-    def _remix(self, job_id: str, prompt: str, asked: Asked) -> Any:
-        return SimpleNamespace(job_id=self._app.begin(prompt, dataclasses.asdict(asked), job_id))
+    def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Any:
+        return SimpleNamespace(job_id=self._app.begin(prompt, dataclasses.asdict(options), job_id))
 
     def _job_object(self, job_id: str, owner: str) -> dict[str, Any] | None:
         assert owner == ""
@@ -425,13 +425,13 @@ class Director:
 
         return StreamResponse(items(), left)
 
-    def _stream(self, request: GenerationRequest, asked: Asked, timeout_s: float) -> StreamResponse:
+    def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> StreamResponse:
         app = self._app
         begun: list[str] = []
 
         async def items() -> AsyncIterator[Any]:
             app.check()
-            job_id = app.begin(request.prompt, dataclasses.asdict(asked))
+            job_id = app.begin(request.prompt, dataclasses.asdict(options))
             begun.append(job_id)
             yield made(messages.Accepted, job_id=job_id, notes=())
             yield made(messages.Tokenized)

@@ -37,7 +37,7 @@ class InLoop:
             if inspect.iscoroutine(result):
                 result = self._runner.run(result)
             if isinstance(result, AsyncVideoStream | AsyncIterator):
-                return Asked(self._runner, result)
+                return BlockingIterator(self._runner, result)
             return result
 
         return call
@@ -47,7 +47,7 @@ class InLoop:
         self._runner.close()
 
 
-class Asked:
+class BlockingIterator:
     """An asynchronous iterator, asked like another one."""
 
     def __init__(self, runner: asyncio.Runner, items: Any) -> None:
@@ -69,7 +69,7 @@ class Asked:
     def close(self) -> None:
         self._runner.run(self._items.aclose())
 
-    def __enter__(self) -> Asked:
+    def __enter__(self) -> BlockingIterator:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -91,9 +91,9 @@ def way(request: pytest.FixtureRequest) -> str:
 def client(request: pytest.FixtureRequest, way: str, app: App) -> Iterator[Any]:
     """Each of the four."""
     made = connected(app, way, QUICK)
-    asked = Cosmos3Client(made) if request.param == "blocking" else InLoop(made)
-    yield asked
-    asked.close()
+    options = Cosmos3Client(made) if request.param == "blocking" else InLoop(made)
+    yield options
+    options.close()
 
 
 def connected(app: App, way: str, patience: Patience = QUICK, api_key: str | None = None) -> AsyncCosmos3Client:

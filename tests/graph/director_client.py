@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
 from deployments.failures import typed
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import Event, Generated
 
 DEFAULT_TIMEOUT_S = 3600.0
@@ -39,15 +39,17 @@ class DirectorClient:
 
     def generate(self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Generated:
         """Serve a request and wait for its file."""
-        generated: Generated = self.ask(self._handle.generate, request.packed(), Asked(), timeout_s, limit_s=timeout_s)
+        generated: Generated = self.ask(
+            self._handle.generate, request.packed(), SubmitOptions(), timeout_s, limit_s=timeout_s
+        )
         return generated
 
     def stream(
         self, request: GenerationRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S, previews: int = 0
     ) -> EventStream:
         """Serve a request and follow it."""
-        asked = Asked(previews=previews)
-        return EventStream(self._streaming.stream.remote(request.packed(), asked, timeout_s), timeout_s)
+        options = SubmitOptions(previews=previews)
+        return EventStream(self._streaming.stream.remote(request.packed(), options, timeout_s), timeout_s)
 
     def read(self, job_id: str) -> Iterator[bytes]:
         """A finished file in parts."""

@@ -86,7 +86,7 @@ class LiveJobs:
 
 
 @dataclass
-class Held:
+class Reservation:
     """An app whose rank is held, with a job in each lane."""
 
     app: Any
@@ -102,7 +102,7 @@ class Held:
 
 
 @pytest.fixture(scope="module")
-def held(start_app: Callable[..., Any]) -> Iterator[Held]:
+def held(start_app: Callable[..., Any]) -> Iterator[Reservation]:
     app = start_app(
         "fuzz",
         jobs__max_running_videos=1,
@@ -121,7 +121,7 @@ def held(start_app: Callable[..., Any]) -> Iterator[Held]:
         jobs.ids |= ids
         os.kill(rank_pid, signal.SIGSTOP)
         running = (jobs.made(), jobs.made(num_frames=1, mode="text_to_image"))
-        held = Held(app, jobs, rank_pid, running)
+        held = Reservation(app, jobs, rank_pid, running)
         try:
             for job_id in running:
                 jobs.wait(job_id, "in_progress")
@@ -140,7 +140,7 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
 
 
 @pytest.fixture(scope="module")
-def api(held: Held, watch: Watch, media: Path) -> LiveApi:
+def api(held: Reservation, watch: Watch, media: Path) -> LiveApi:
     return LiveApi(held.app.url, Inside.of(media, Path(held.app.config.checkpoint), canary=watch.canary))
 
 
@@ -150,7 +150,7 @@ def fuzz(api: LiveApi, watch: Watch) -> Fuzz:
 
 
 @pytest.fixture
-def check_memory(held: Held) -> Callable[[str], None]:
+def check_memory(held: Reservation) -> Callable[[str], None]:
     """To be called with what was sent: the processes that had it in hand have not grown."""
     names = ("Ingress", "Director")
     memories = {name: ProcessMemory(*replica_pids("fuzz", name)) for name in names}
@@ -162,7 +162,7 @@ def check_memory(held: Held) -> Callable[[str], None]:
     return check
 
 
-def test_cases_of_the_document(held: Held, api: LiveApi, check_memory: Callable[[str], None]) -> None:
+def test_cases_of_the_document(held: Reservation, api: LiveApi, check_memory: Callable[[str], None]) -> None:
     asking = Asking.of(api, api.documented.document, held.jobs)
     for label, operation in asking.operations.items():
         is_large = label.startswith("POST /v1/videos") or label in _WAITING
@@ -204,7 +204,7 @@ def test_files_of_ill_will(fuzz: Fuzz, check_memory: Callable[[str], None]) -> N
     check_memory("files")
 
 
-def test_lengths_that_are_none(held: Held, api: LiveApi) -> None:
+def test_lengths_that_are_none(held: Reservation, api: LiveApi) -> None:
     """The HTTP server's own business: it refuses, or reads as far as was announced."""
     for sent in hostile_bodies.lengths(hostile_bodies.form(hostile_bodies.part(b"prompt", b"a"))):
         answer = api.exchanged(sent)
@@ -214,7 +214,7 @@ def test_lengths_that_are_none(held: Held, api: LiveApi) -> None:
             api.delete(answer)
 
 
-def test_afterwards_it_works(held: Held) -> None:
+def test_afterwards_it_works(held: Reservation) -> None:
     held.release()
     for job_id in held.running:
         held.jobs.wait(job_id, "completed")

@@ -81,7 +81,7 @@ def test_list_with_pagination_then_delete(client: Any) -> None:
     assert page.has_more
     assert [video.id for video in client.videos.list(limit=2, after=made[3]).data] == [made[2], made[1]]
     walked = [video.id for video in client.videos.list(limit=2)]
-    assert walked[:5] == made[::-1], "the client's own walk over the pages"
+    assert walked[:5] == made[::-1], "the client's own pipeline over the pages"
     assert [video.id for video in client.videos.list(limit=100, order="asc").data][-5:] == made
     gone = client.videos.delete(made[0])
     assert (gone.id, gone.deleted, gone.object) == (made[0], True, "video.deleted")

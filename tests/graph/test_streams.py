@@ -24,7 +24,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from tests.graph.director_client import EventStream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -219,7 +219,7 @@ def test_previews_leave_the_clip_as_it_is_and_are_stills_of_images(app: Any, ref
 
 
 def test_a_director_refuses_more_previews_than_there_may_be(app: Any) -> None:
-    response = app.client._streaming.stream.remote(SMALL.packed(), Asked(previews=33), 60.0)
+    response = app.client._streaming.stream.remote(SMALL.packed(), SubmitOptions(previews=33), 60.0)
     with pytest.raises(RequestError, match="previews=33: allowed is a whole number from 0 to 32"):
         list(EventStream(response, 60.0))
 

@@ -29,7 +29,7 @@ def peak_anonymous_bytes(pid: int) -> int:
 
 
 def object_store_bytes() -> int:
-    """Held in memory now, and all that was ever spilled to disk."""
+    """Reservation in memory now, and all that was ever spilled to disk."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 

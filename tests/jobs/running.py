@@ -1,4 +1,4 @@
-"""A runner with a real database, and walks that are not there."""
+"""A runner with a real database, and pipelines that are not there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import StageFailed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
-from deployments.director.admission import Acceptance
+from deployments.director.admission import Admission
 from deployments.director.request_check import RequestCheck
 from deployments.director.run import Stop
 from deployments.director.runner import JobRunner
@@ -26,7 +26,7 @@ from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
 from deployments.jobs.store import JobStore, QueueLimits
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaStore
 from deployments.messages import (
     FileStarted,
@@ -96,24 +96,24 @@ def finished_of(context: RequestContext, request: Any) -> Finished:
 
 
 class FakeStage:
-    """Makes walks, and holds them up."""
+    """Makes pipelines, and holds them up."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
-        self.walks: list[FakeWalk] = []
+        self.pipelines: list[FakeWalk] = []
         self.fails_at = 0
         self.holds_after = 0
         self.holds_at_end = False
         self.failure: Exception = StageFailed("denoise", 3, "it died")
 
-    def make_walk(
+    def make_pipeline(
         self, request: Any, context: RequestContext, job: Job, begin_from: Any, on_saved: Callable[..., None]
     ) -> FakeWalk:
-        walk = FakeWalk(self, request, context, job, begin_from)
-        walk.on_saved = on_saved
-        self.walks.append(walk)
-        return walk
+        pipeline = FakeWalk(self, request, context, job, begin_from)
+        pipeline.on_saved = on_saved
+        self.pipelines.append(pipeline)
+        return pipeline
 
 
 class Service:
@@ -126,7 +126,7 @@ class Service:
         self.stage = FakeStage()
         check = RequestCheck(layout, is_sound_offered=True)
         cost = CostModel.of(layout.geometry, layout.transformer)
-        self.acceptance = Acceptance(self.store, self.files, check, cost, "nano", LIMITS)
+        self.admission = Admission(self.store, self.files, check, cost, "nano", LIMITS)
         spec = RunnerSpec(
             **{
                 "model": "nano",
@@ -142,11 +142,11 @@ class Service:
             }
         )
         told = lambda error: ("told", str(error))  # noqa: E731
-        self.runner = JobRunner(self.store, self.files, self.media, check, self.stage.make_walk, told, bool, spec)
+        self.runner = JobRunner(self.store, self.files, self.media, check, self.stage.make_pipeline, told, bool, spec)
 
-    async def submit(self, request: GenerationRequest = SMALL, asked: Asked = Asked()) -> Job:  # noqa: B008
+    async def submit(self, request: GenerationRequest = SMALL, options: SubmitOptions = SubmitOptions()) -> Job:  # noqa: B008
         context = RequestContext.new(None, 60, new_job_id())
-        job = await self.acceptance.accept(request, asked, context)
+        job = await self.admission.accept(request, options, context)
         self.runner.nudge()
         return job
 
@@ -155,7 +155,7 @@ class Service:
         context = RequestContext.new(None, limit_s, new_job_id())
         self.runner.expect(context.job_id, context)
         try:
-            job = await self.acceptance.accept(request, Asked(), context, self.runner.runner_id)
+            job = await self.admission.accept(request, SubmitOptions(), context, self.runner.runner_id)
             async with aclosing(self.runner.follow(job)) as events:
                 async for event in events:
                     yield event

@@ -15,7 +15,7 @@ from cluster.errors import OverloadedError
 from deployments.jobs import claims, waiting
 from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
-from deployments.jobs.retry_estimator import Promises
+from deployments.jobs.retry_estimator import RetryEstimator
 from deployments.jobs.store import Ahead, ClassLoad, JobStore, QueueLimits
 from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, until_freed_s
 from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
@@ -134,7 +134,7 @@ def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobSto
 
 def test_who_is_refused_for_everybodys_bound_is_told_one_after_the_other(store: JobStore) -> None:
     """Whoever they are: they all come for the same places."""
-    promises, limits = Promises(), replace(LIMITS, max_queued=1)
+    retry_estimator, limits = RetryEstimator(), replace(LIMITS, max_queued=1)
     store.create(new_job(work=10.0), limits)
     claimed(store)
     store.create(new_job(work=10.0), limits)
@@ -142,12 +142,12 @@ def test_who_is_refused_for_everybodys_bound_is_told_one_after_the_other(store: 
     told = []
     for owner in ("a", "b", "c", "c", "d", "e", "f"):
         with pytest.raises(OverloadedError) as refused:
-            store.create(new_job(owner=owner), limits, promises=promises)
+            store.create(new_job(owner=owner), limits, retry_estimator=retry_estimator)
         told.append(refused.value.retry_after_s)
     assert told[:5] == pytest.approx([10, 20, 30, 40, 50])
     assert told[5:] == pytest.approx([50, 50]), "who does not wait as told makes it no worse for the others"
     with pytest.raises(OverloadedError) as refused:
-        store.create(new_job(owner="a"), replace(LIMITS, max_queued_per_key=0), promises=promises)
+        store.create(new_job(owner="a"), replace(LIMITS, max_queued_per_key=0), retry_estimator=retry_estimator)
     assert refused.value.retry_after_s < 20, "a key's own bound is another one"
 
 

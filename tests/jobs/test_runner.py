@@ -1,4 +1,4 @@
-"""The runner, with a real database and walks that are not there: claims, callers, leases, takeovers, ends. No Ray."""
+"""The runner, with a real database and fake pipelines: claims, callers, leases, takeovers, ends. No Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cosmos3_core.errors import RequestError
 from deployments.director.saved_states import CHECKPOINT
 from deployments.errors import JobCancelled
 from deployments.jobs.job import Job, JobState, Lane
-from deployments.jobs.submit_options import Asked
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import (
     Finished,
     QueuePosition,
@@ -74,7 +74,7 @@ def test_a_caller_that_leaves_stops_its_job_running_or_not(serve: Any) -> None:
         service.stage.gate.clear()
         streams = [service.stream(), service.stream()]
         waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
-        while not service.stage.walks:
+        while not service.stage.pipelines:
             await asyncio.sleep(0.02)
         (queued,), (running,) = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         position = queued.result()
@@ -89,7 +89,7 @@ def test_a_caller_that_leaves_stops_its_job_running_or_not(serve: Any) -> None:
         for job_id in ids:
             job = await service.until(job_id, JobState.CANCELLED)
             assert job.error_code == "cancelled"
-        assert [walk.was_stopped for walk in service.stage.walks] == [True]
+        assert [pipeline.was_stopped for pipeline in service.stage.pipelines] == [True]
         service.stage.gate.set()
         assert [event async for event in service.stream()], "places are free again"
 
@@ -138,7 +138,7 @@ def test_an_owner_cancels_and_deletes_what_runs(serve: Any) -> None:
         await service.until(cancelled.job_id, JobState.CANCELLED)
         while service.runner.num_in_hand:
             await asyncio.sleep(0.02)
-        assert all(walk.was_stopped for walk in service.stage.walks)
+        assert all(pipeline.was_stopped for pipeline in service.stage.pipelines)
         assert service.store.get(deleted.job_id) is None
         assert service.store.events({cancelled.job_id: 0})[-1].kind == "cancelled"
 
@@ -155,7 +155,7 @@ def test_a_caller_whose_job_is_cancelled_is_told(serve: Any) -> None:
                 _ = [event async for event in service.stream()]
 
         callers = [asyncio.ensure_future(told()) for _ in range(2)]
-        while not all(service.store.get(job_id) for job_id in service.runner._callers) or not service.stage.walks:
+        while not all(service.store.get(job_id) for job_id in service.runner._callers) or not service.stage.pipelines:
             await asyncio.sleep(0.02)
         for job_id in list(service.runner._callers):
             service.store.cancel(job_id, "")
@@ -178,9 +178,9 @@ def test_a_dead_runners_job_goes_on_from_its_last_state(serve: Any) -> None:
         second = make()
         done = await second.until(job.job_id, JobState.COMPLETED)
         assert done.attempts == 2
-        (walk,) = second.stage.walks
-        assert walk.begin_from is not None
-        assert 1 <= walk.begin_from.data[0] <= 3
+        (pipeline,) = second.stage.pipelines
+        assert pipeline.begin_from is not None
+        assert 1 <= pipeline.begin_from.data[0] <= 3
         steps = [event.data["step"] for event in second.store.events({job.job_id: 0}) if event.kind == "step"]
         assert steps[:3] == [1, 2, 3]
         assert steps[-1] == 4
@@ -200,8 +200,8 @@ def test_a_damaged_state_is_not_gone_on_from(serve: Any, tmp_path: Path) -> None
         path.write_bytes(path.read_bytes()[:-1])
         second = make()
         await second.until(job.job_id, JobState.COMPLETED)
-        (walk,) = second.stage.walks
-        assert walk.begin_from is None
+        (pipeline,) = second.stage.pipelines
+        assert pipeline.begin_from is None
 
     serve(body)
 
@@ -213,7 +213,7 @@ def test_a_job_has_so_many_runners_and_then_fails_with_the_reason(serve: Any) ->
             service = make()
             service.stage.gate.clear()
             job = job or await service.submit()
-            while not service.stage.walks:
+            while not service.stage.pipelines:
                 await asyncio.sleep(0.02)
             assert service.store.get(job.job_id).attempts == number
             service.die()
@@ -230,14 +230,14 @@ def test_an_attached_job_ends_with_its_runner(serve: Any) -> None:
         first.stage.gate.clear()
         stream = first.stream()
         waiting = asyncio.ensure_future(anext(stream))
-        while not first.stage.walks:
+        while not first.stage.pipelines:
             await asyncio.sleep(0.02)
-        job_id = first.stage.walks[0].job.job_id
+        job_id = first.stage.pipelines[0].job.job_id
         first.die()
         second = make()
         failed = await second.until(job_id, JobState.FAILED)
         assert failed.error_code == "abandoned"
-        assert not second.stage.walks
+        assert not second.stage.pipelines
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
@@ -252,7 +252,7 @@ def test_a_drained_runner_finishes_what_callers_wait_for_and_gives_back_the_rest
         await service.until(running.job_id, JobState.IN_PROGRESS)
         stream = service.stream()
         waiting = asyncio.ensure_future(anext(stream))
-        while len(service.stage.walks) < 2:
+        while len(service.stage.pipelines) < 2:
             await asyncio.sleep(0.02)
         queued = await service.submit()
         assert service.runner.drain() == 2
@@ -277,23 +277,23 @@ def test_what_was_claimed_while_the_runner_was_drained_is_given_back(
 ) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make()
-        claim, asked, drained = first.store.claim, threading.Event(), threading.Event()
+        claim, options, drained = first.store.claim, threading.Event(), threading.Event()
 
         def slow_claim(*arguments: Any, **changes: Any) -> Job | None:
             job = claim(*arguments, **changes)
             if job is not None:
-                asked.set()
+                options.set()
                 drained.wait(DEADLINE_S)
             return job
 
         monkeypatch.setattr(first.store, "claim", slow_claim)
         job = await first.submit()
-        while not asked.is_set():
+        while not options.is_set():
             await asyncio.sleep(0.02)
         assert first.runner.drain() == 0
         drained.set()
         given_back = await first.until(job.job_id, JobState.QUEUED)
-        assert (given_back.attempts, first.stage.walks) == (0, [])
+        assert (given_back.attempts, first.stage.pipelines) == (0, [])
         assert (await make().until(job.job_id, JobState.COMPLETED)).attempts == 1
 
     serve(body)
@@ -313,9 +313,9 @@ def test_what_is_given_back_goes_on_from_where_it_was(serve: Any) -> None:
         second = make()
         done = await second.until(job.job_id, JobState.COMPLETED)
         assert done.attempts == 1
-        (walk,) = second.stage.walks
-        assert walk.begin_from is not None
-        assert walk.begin_from.data[0] == 3
+        (pipeline,) = second.stage.pipelines
+        assert pipeline.begin_from is not None
+        assert pipeline.begin_from.data[0] == 3
 
     serve(body)
 
@@ -356,7 +356,7 @@ def test_a_runner_that_is_late_with_a_lease_keeps_its_job(serve: Any, monkeypatc
         await asyncio.sleep(0.5)
         service.stage.gate.set()
         done = await service.until(job.job_id, JobState.COMPLETED)
-        assert (done.attempts, len(service.stage.walks)) == (1, 1)
+        assert (done.attempts, len(service.stage.pipelines)) == (1, 1)
 
     serve(body)
 
@@ -368,14 +368,14 @@ def test_inputs_are_kept_with_the_job_and_go_with_it(serve: Any) -> None:
         service = make()
         job = await service.submit(replace(SMALL, image=picture))
         await service.until(job.job_id, JobState.COMPLETED)
-        (walk,) = service.stage.walks
-        np.testing.assert_array_equal(walk.request.picture.media, picture)
-        request, asked = await service.acceptance.again(job.job_id, "another", Asked())
+        (pipeline,) = service.stage.pipelines
+        np.testing.assert_array_equal(pipeline.request.picture.media, picture)
+        request, options = await service.admission.again(job.job_id, "another", SubmitOptions())
         assert request.prompt == "another"
-        assert asked.remixed_from == job.job_id
+        assert options.remixed_from == job.job_id
         np.testing.assert_array_equal(request.image, picture)
         with pytest.raises(Exception, match="video_id"):
-            await service.acceptance.again(job.job_id, "another", Asked(owner="somebody else"))
+            await service.admission.again(job.job_id, "another", SubmitOptions(owner="somebody else"))
 
     serve(body)
 
@@ -390,7 +390,7 @@ def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> 
         while list((tmp_path / "media" / "jobs").glob("video_gen_*")):
             await asyncio.sleep(0.02)
         with pytest.raises(RequestError, match="whose image is still there"):
-            await service.acceptance.again(job.job_id, "another", Asked())
+            await service.admission.again(job.job_id, "another", SubmitOptions())
         service.stage.fails_at = 0
         assert [event async for event in service.stream(request)], "who waits has the file, and comes back for nothing"
         while list((tmp_path / "media" / "jobs").glob("video_gen_*")):
@@ -402,7 +402,7 @@ def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> 
 def test_a_full_lane_is_not_the_others_business(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
-        service.acceptance = replace(service.acceptance, limits=replace(LIMITS, max_queued=1))
+        service.admission = replace(service.admission, limits=replace(LIMITS, max_queued=1))
         service.stage.gate.clear()
         await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
         await service.submit()
@@ -417,7 +417,7 @@ def test_a_full_lane_is_not_the_others_business(serve: Any) -> None:
 def test_a_refused_request_leaves_no_files(serve: Any, tmp_path: Path) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
-        service.acceptance = replace(service.acceptance, limits=replace(LIMITS, max_queued=1))
+        service.admission = replace(service.admission, limits=replace(LIMITS, max_queued=1))
         service.runner.drain()
         picture = np.zeros((32, 32, 3), np.uint8)
         await service.submit(replace(SMALL, image=picture))
@@ -431,7 +431,7 @@ def test_a_refused_request_leaves_no_files(serve: Any, tmp_path: Path) -> None:
 def test_callers_who_are_refused_are_told_one_after_the_other(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
-        service.acceptance = replace(service.acceptance, limits=replace(LIMITS, max_queued=1))
+        service.admission = replace(service.admission, limits=replace(LIMITS, max_queued=1))
         service.stage.gate.clear()
         await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
         queued = await service.submit()

@@ -20,7 +20,7 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
 from deployments.director.leases import Leases
 from deployments.director.run import Run, Stop
-from deployments.director.saved_states import CHECKPOINT, Checkpoints
+from deployments.director.saved_states import CHECKPOINT, SavedStates
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
 from deployments.jobs import checkpoints as checkpoints_module
 from deployments.jobs import recorder as recorder_module
@@ -84,7 +84,7 @@ def test_a_database_that_is_away_for_a_moment_costs_nothing(
         monkeypatch.setattr(service.store, name, failing(getattr(service.store, name), 12))
         job = await service.submit()
         done = await service.until(job.job_id, JobState.COMPLETED)
-        assert (done.attempts, len(service.stage.walks)) == (1, 1)
+        assert (done.attempts, len(service.stage.pipelines)) == (1, 1)
         assert [event.kind for event in service.store.events({job.job_id: 0})].count("step") == 4
 
     serve(body)
@@ -129,7 +129,7 @@ def test_what_was_just_claimed_is_given_back_while_the_database_is_away(
         async with asyncio.timeout(DEADLINE_S):
             await releasing
         assert service.store.get(job.job_id).state is JobState.QUEUED
-        assert service.stage.walks == []
+        assert service.stage.pipelines == []
 
     serve(body)
 
@@ -143,8 +143,8 @@ def test_a_database_that_stays_away_ends_the_run(serve: Any, monkeypatch: pytest
         monkeypatch.setattr(service.store, "record", failing(service.store.record, 10**6))
         with pytest.raises(JobsError, match="was given up: the database is away"):
             _ = [event async for event in service.stream()]
-        (walk,) = service.stage.walks
-        assert walk.was_stopped
+        (pipeline,) = service.stage.pipelines
+        assert pipeline.was_stopped
 
     serve(body)
 
@@ -195,7 +195,7 @@ def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: py
         monkeypatch.setattr(service.store, "renew", failing(service.store.renew, 10**6))
         with pytest.raises(JobsError, match="was given up: the database of jobs cannot be used"):
             _ = [event async for event in service.stream()]
-        assert service.stage.walks[0].was_stopped
+        assert service.stage.pipelines[0].was_stopped
 
     serve(body)
 
@@ -242,13 +242,13 @@ def test_who_waits_is_told_of_a_shutdown_and_nothing_is_begun(serve: Any, monkey
             return "served"
 
         asking = [asyncio.ensure_future(ask()) for _ in range(3)]
-        while service.store.load("nano").num_queued + len(service.stage.walks) < 3 or not service.stage.walks:
+        while service.store.load("nano").num_queued + len(service.stage.pipelines) < 3 or not service.stage.pipelines:
             await asyncio.sleep(0.02)
         service.stage.gate.set()
         await service.runner.release()
         assert await asyncio.gather(*asking) == ["shutting down"] * 3
         await asyncio.sleep(0.3)
-        assert len(service.stage.walks) == 1
+        assert len(service.stage.pipelines) == 1
         await service.runner.release()  # once more does no harm
 
     serve(body)
@@ -322,7 +322,7 @@ def test_a_callers_job_that_is_claimed_during_a_shutdown_is_not_begun(
         goes_on.set()
         await releasing
         assert service.store.get(job_id).state is JobState.CANCELLED
-        assert not service.stage.walks
+        assert not service.stage.pipelines
         with pytest.raises(ShuttingDown):
             await anext(stream)
 
@@ -349,7 +349,7 @@ def test_a_job_that_is_created_during_a_shutdown_is_cancelled(serve: Any, monkey
         with pytest.raises(ShuttingDown):
             await asking
         await service.until(job_id, JobState.CANCELLED)
-        assert not service.stage.walks
+        assert not service.stage.pipelines
 
     serve(body)
 
@@ -489,7 +489,7 @@ def test_a_state_that_is_kept_too_late_is_not_kept(tmp_path: Path, hanging_files
 
     async def body() -> None:
         job_id = new_job_id()
-        states = Checkpoints(files, job_id, 0.0)
+        states = SavedStates(files, job_id, 0.0)
         states.offer(1, TensorEnvelope.of_array(np.zeros(4, np.uint8)))
         await asyncio.sleep(0.05)
         writing = states._writing

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def config(tiny_nano: Path) -> TransformerConfig:
     return CheckpointLayout.open(tiny_nano).transformer
 
 
+def are_products_alike(products: Iterable[tuple[int, int, int]], num_rows: int, share: int) -> bool:
+    """Whether this CPU's library computes a row of every product alike, among ``num_rows`` and among ``share`` rows.
+
+    Some of MKL's kernels for AVX-512 sum long rows in another order where there are few of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for width, columns in {(width, columns) for _, width, columns in products}:
+        rows, weight = (
+            torch.randn(num_rows, width, generator=generator),
+            torch.randn(columns, width, generator=generator),
+        )
+        whole = torch.nn.functional.linear(rows, weight)
+        for start in range(0, num_rows, share):
+            part = slice(start, start + share)
+            if not torch.equal(whole[part], torch.nn.functional.linear(rows[part].contiguous(), weight)):
+                return False
+    return True
+
+
 @pytest.mark.gang
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.sp > layout.tp == 1], ids=str)
 def test_sharing_tokens_changes_no_bit_but_for_short_blocks(layout: Layout, ranks: Ranks) -> None:
@@ -41,13 +61,16 @@ def test_sharing_tokens_changes_no_bit_but_for_short_blocks(layout: Layout, rank
     mine = [result for rank, result in enumerate(ranks[layout]) if layout.place(rank).cfg == 0]
     kept = [num_tokens for num_tokens in NUM_TOKENS if is_kept_to_the_bit(num_tokens, layout)]
     assert len(kept) >= 8
+    num_equal = 0
     for num_tokens in NUM_TOKENS:
-        expected = ranks[Layout()][0].steps[num_tokens].velocity
+        alone = ranks[Layout()][0].steps[num_tokens]
         for result in mine:
-            difference = (result.steps[num_tokens].velocity - expected).norm() / expected.norm()
+            difference = (result.steps[num_tokens].velocity - alone.velocity).norm() / alone.velocity.norm()
             assert difference <= 1e-6
-            if num_tokens in kept:
-                assert difference == 0
+        if num_tokens in kept and are_products_alike(alone.products, num_tokens, share_of(num_tokens, layout)):
+            assert all(torch.equal(result.steps[num_tokens].velocity, alone.velocity) for result in mine)
+            num_equal += 1
+    assert num_equal >= 4, "from some size on every CPU computes a row alike"
 
 
 @pytest.mark.gang

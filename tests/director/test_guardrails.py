@@ -29,7 +29,7 @@ from deployments import messages, service_config
 from deployments.api.errors import error_response, is_told
 from deployments.director import guardrail_calls
 from deployments.director import parts as director_parts
-from deployments.director.clip_pipeline import ClipWalk, Decoder
+from deployments.director.clip_pipeline import ClipPipeline, Decoder
 from deployments.director.guardrail_calls import PromptCheck, check_prompt
 from deployments.errors import AdapterError, ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
@@ -37,7 +37,7 @@ from deployments.stages import guardrail
 from deployments.stages.cosmos_guardrail import CosmosGuardrail
 from deployments.stages.guardrail import Guardrails
 from deployments.stages.guardrail_adapter import load_guardrail
-from tests.deployments.test_walk import FakeMedia, FakeStages, Method, as_ref
+from tests.director.test_pipeline import FakeMedia, FakeStages, Method, as_ref
 
 PROMPT = "a prompt that must not be told on"
 
@@ -194,7 +194,7 @@ def test_nvidias_guardrail_is_refused_where_it_is_not_there_or_has_unknown_model
 
 def stage(adapter: Any, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Guardrails:
     monkeypatch.setattr(guardrail, "load_guardrail", lambda name, options: adapter)
-    return Guardrails(service_config.Guardrails(adapter="given", **config))
+    return Guardrails(service_config.GuardrailsConfig(adapter="given", **config))
 
 
 def context(limit_s: float = 30.0) -> RequestContext:
@@ -417,10 +417,10 @@ def test_a_prompt_that_has_passed_is_not_looked_at_again_before_its_job_is_begun
         await check.check(context(), "a", is_skipped=False)
         await check.check(context(), "b", is_skipped=True)
         for prompt in ("a", "b", "c", "b", "a"):
-            assert await all_of(check.before_a_walk(context(), 3, prompt)) == []
+            assert await all_of(check.check_before(context(), 3, prompt)) == []
         for _ in range(2):
             with pytest.raises(ContentBlocked):
-                await all_of(check.before_a_walk(context(), 3, "forbidden"))
+                await all_of(check.check_before(context(), 3, "forbidden"))
 
     run(body())
     assert adapter.prompts == ["a", "b", "c", "a", "forbidden", "forbidden"], "the oldest is forgotten"
@@ -446,11 +446,11 @@ def test_a_job_is_begun_only_by_the_guardrails_word(
     handle.failures = list(failures)
     check = PromptCheck(handle, 1.0, False)
     if expected is None:
-        events = run(all_of(check.before_a_walk(context(), 3, PROMPT)))
+        events = run(all_of(check.check_before(context(), 3, PROMPT)))
         assert [event.stage for event in events] == ["guardrail"] * sum(type(it) is ActorDiedError for it in failures)
     else:
         with pytest.raises(expected):
-            run(all_of(check.before_a_walk(context(), 3, PROMPT)))
+            run(all_of(check.check_before(context(), 3, PROMPT)))
     assert adapter.prompts == [PROMPT] * (expected is None)
 
 
@@ -463,24 +463,24 @@ class Begun:
     clients_may_disable: bool
     stages: FakeStages = field(default_factory=FakeStages)
 
-    def make_walk(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make_pipeline(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         """What the parts give the runner."""
         given: list[Any] = []
         monkeypatch.setattr(director_parts, "JobRunner", lambda *arguments: given.append(arguments[4]))
-        walk = self.stages.walk(self.tiny)
-        guardrails = service_config.Guardrails(adapter="given", clients_may_disable=self.clients_may_disable)
-        stages = replace(walk.stages, guardrail=self.handle)
+        pipeline = self.stages.pipeline(self.tiny)
+        guardrails = service_config.GuardrailsConfig(adapter="given", clients_may_disable=self.clients_may_disable)
+        stages = replace(pipeline.stages, guardrail=self.handle)
         fields: Any = {
             **dict.fromkeys(director_parts.DirectorParts.__dataclass_fields__),
             "spec": SimpleNamespace(
                 model="tiny",
-                jobs=service_config.Jobs(),
+                jobs=service_config.JobsConfig(),
                 media=SimpleNamespace(keep_s=1.0),
                 guardrails=guardrails,
                 chunk_window=2,
                 max_attempts=3,
             ),
-            "layout": walk.layout,
+            "layout": pipeline.layout,
             "stages": stages,
             "media": self.stages.media,
             "acceptance": SimpleNamespace(
@@ -491,10 +491,10 @@ class Begun:
         director_parts.DirectorParts(**fields).start()
         return given[0]
 
-    def walk(self, monkeypatch: pytest.MonkeyPatch, prompt: str = "a", *, skips: bool = False) -> Any:
-        made = self.stages.walk(self.tiny, prompt=prompt)
+    def pipeline(self, monkeypatch: pytest.MonkeyPatch, prompt: str = "a", *, skips: bool = False) -> Any:
+        made = self.stages.pipeline(self.tiny, prompt=prompt)
         job: Any = SimpleNamespace(skip_guardrails=skips, previews=0)
-        return self.make_walk(monkeypatch)(made.request, made.context, job, None, lambda step, state: None)
+        return self.make_pipeline(monkeypatch)(made.request, made.context, job, None, lambda step, state: None)
 
 
 @pytest.mark.parametrize(
@@ -509,14 +509,14 @@ def test_a_job_does_without_only_where_the_operator_still_lets_it(
     begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), may_skip)
 
     async def body() -> None:
-        walk = begun.walk(monkeypatch, "forbidden", skips=skips)
+        pipeline = begun.pipeline(monkeypatch, "forbidden", skips=skips)
         if is_looked_at:
             with pytest.raises(ContentBlocked, match="prompt"):
-                await all_of(walk.events())
-            assert walk.walk.stages.guardrail is begun.handle, "its pictures would be looked at"
+                await all_of(pipeline.events())
+            assert pipeline.pipeline.stages.guardrail is begun.handle, "its pictures would be looked at"
         else:
-            assert walk.stages.guardrail is None
-            assert isinstance((await all_of(walk.events()))[-1], messages.Finished)
+            assert pipeline.stages.guardrail is None
+            assert isinstance((await all_of(pipeline.events()))[-1], messages.Finished)
 
     run(body())
     assert adapter.prompts == ["forbidden"] * is_looked_at
@@ -528,7 +528,7 @@ def test_a_job_whose_prompt_passes_is_walked(tiny_nano: Path, monkeypatch: pytes
     begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), False)
 
     async def body() -> None:
-        async for event in begun.walk(monkeypatch).events():
+        async for event in begun.pipeline(monkeypatch).events():
             assert isinstance(event, messages.Tokenized)
             break
 
@@ -540,7 +540,7 @@ def test_without_a_guardrail_a_job_is_just_walked(tiny_nano: Path, monkeypatch: 
     begun = Begun(tiny_nano, None, False)
 
     async def body() -> None:
-        events = await all_of(begun.walk(monkeypatch, skips=True).events())
+        events = await all_of(begun.pipeline(monkeypatch, skips=True).events())
         assert isinstance(events[-1], messages.Finished)
 
     run(body())
@@ -595,12 +595,12 @@ class Clip:
             await self.clips.release(stream_id)
         yield messages.ClipEncoded(media_id, digest.hexdigest(), num_frames, 6, 0.1, 2)
 
-    def walk(self, max_attempts: int = 3) -> ClipWalk:
+    def pipeline(self, max_attempts: int = 3) -> ClipPipeline:
         names = ("open", "complete", "forget", "drop", "post")
         decoders = [Decoder("video", SimpleNamespace(decode=Method(self.decode)), as_ref("latents"))]
         if self.with_sound:
             decoders.append(Decoder("sound", SimpleNamespace(decode=Method(self.decode_sound)), as_ref("latents")))
-        return ClipWalk(
+        return ClipPipeline(
             context=context(),
             clip_format=ClipFormat("mp4", height=4, width=4, fps=24),
             decoders=tuple(decoders),
@@ -615,7 +615,7 @@ class Clip:
 
     def events(self, **options: Any) -> list[Any]:
         async def body() -> list[Any]:
-            return [event async for event in self.walk(**options).events()]
+            return [event async for event in self.pipeline(**options).events()]
 
         events = run(body())
         assert isinstance(events, list)
@@ -751,11 +751,11 @@ def test_nobody_sees_previews_of_what_is_not_looked_at(tiny_nano: Path) -> None:
     async def order(duration_s: float) -> Any:
         raise AssertionError("no order is needed")
 
-    walk = FakeStages().walk(tiny_nano)
-    walk.stages = replace(walk.stages, guardrail=object())
+    pipeline = FakeStages().pipeline(tiny_nano)
+    pipeline.stages = replace(pipeline.stages, guardrail=object())
     with pytest.raises(PreviewFailed, match="guardrail"):
-        run(walk._previews(order))
-    assert walk.stages.without_guardrail().guardrail is None
+        run(pipeline._previews(order))
+    assert pipeline.stages.without_guardrail().guardrail is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import GangFailed, PreviewFailed
 from cosmos3_core.preview import PreviewMap, PreviewOrder
-from deployments import previews as previews_module
+from deployments.director import previews as previews_module
 from deployments.director.previews import Previews
 from deployments.messages import RequestContext
 from deployments.stages.video_vae import VAECalls, VideoVAE

@@ -1,14 +1,14 @@
-"""Turns by a clock of the test's own: urgency, order within a class, ageing."""
+"""StepScheduler by a clock of the test's own: urgency, order within a class, ageing."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from cluster.turns import AGEING_FLOOR_S, Turns, Urgency
+from cluster.step_scheduler import AGEING_FLOOR_S, StepScheduler, Urgency
 
 
 def test_nobody_has_no_turn() -> None:
-    turns: Turns[str] = Turns()
+    turns: StepScheduler[str] = StepScheduler()
     assert turns.next(0.0) is None
     turns.add("a", Urgency.VIDEO, 0.0)
     turns.remove("a")
@@ -18,7 +18,7 @@ def test_nobody_has_no_turn() -> None:
 
 
 def test_images_first_then_in_order_of_arrival() -> None:
-    turns: Turns[str] = Turns()
+    turns: StepScheduler[str] = StepScheduler()
     for job, urgency in (("v1", Urgency.VIDEO), ("v2", Urgency.VIDEO), ("i1", Urgency.IMAGE), ("i2", Urgency.IMAGE)):
         turns.add(job, urgency, 0.0)
     assert list(turns) == ["i1", "i2", "v1", "v2"]
@@ -30,7 +30,7 @@ def test_images_first_then_in_order_of_arrival() -> None:
 
 
 def test_one_keeps_its_turn_until_it_is_done() -> None:
-    turns: Turns[str] = Turns()
+    turns: StepScheduler[str] = StepScheduler()
     turns.add("v1", Urgency.VIDEO, 0.0)
     turns.add("v2", Urgency.VIDEO, 0.0)
     for now_s in range(100):
@@ -40,7 +40,7 @@ def test_one_keeps_its_turn_until_it_is_done() -> None:
 
 def simulate(quantum_s: dict[Urgency, float], until_s: float) -> Counter[Urgency]:
     """Both classes always have somebody; returns the seconds each got."""
-    turns: Turns[Urgency] = Turns()
+    turns: StepScheduler[Urgency] = StepScheduler()
     for urgency in Urgency:
         turns.add(urgency, urgency, 0.0)
     now_s, got = 0.0, Counter[Urgency]()
@@ -65,7 +65,7 @@ def test_slow_steps_of_a_video_do_not_take_over() -> None:
 
 
 def test_an_image_that_comes_while_a_video_runs_is_next() -> None:
-    turns: Turns[str] = Turns()
+    turns: StepScheduler[str] = StepScheduler()
     turns.add("video", Urgency.VIDEO, 0.0)
     assert turns.next(50.0) == "video"
     turns.add("image", Urgency.IMAGE, 51.0)
@@ -74,7 +74,7 @@ def test_an_image_that_comes_while_a_video_runs_is_next() -> None:
 
 
 def test_a_class_does_not_age_while_it_is_empty() -> None:
-    turns: Turns[str] = Turns()
+    turns: StepScheduler[str] = StepScheduler()
     turns.add("image", Urgency.IMAGE, 0.0)
     turns.add("video", Urgency.VIDEO, 100.0)
     assert turns.next(100.0 + AGEING_FLOOR_S / 2) == "image"
@@ -83,7 +83,7 @@ def test_a_class_does_not_age_while_it_is_empty() -> None:
 
 def test_requests_that_end_with_their_turn_count_as_served() -> None:
     """Short videos, each done in one quantum, must not stay aged for ever because none of them is there afterwards."""
-    turns: Turns[str] = Turns()
+    turns: StepScheduler[str] = StepScheduler()
     turns.add("image", Urgency.IMAGE, 0.0)
     for index in range(100):
         turns.add(f"video {index}", Urgency.VIDEO, 0.0)

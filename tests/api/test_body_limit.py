@@ -18,7 +18,7 @@ from cluster.errors import OverloadedError
 from cosmos3_core.presets import LIMITS
 from deployments.api import body_limit
 from deployments.api.body_limit import MAX_FIELDS, MAX_URLENCODED_BYTES, read_fields
-from deployments.api.memory_budget import BodyRoom
+from deployments.api.memory_budget import MemoryBudget
 from deployments.errors import BodyError
 
 JSON = "application/json"
@@ -50,8 +50,8 @@ def request_of(kind: str, chunks: Iterable[bytes | None], length: int | str | No
     return Request({"type": "http", "method": "POST", "headers": headers}, receive)
 
 
-def read(request: Request, max_bytes: int = 10_000, room: BodyRoom | None = None) -> dict[str, Any]:
-    room = room or BodyRoom(1 << 30)
+def read(request: Request, max_bytes: int = 10_000, room: MemoryBudget | None = None) -> dict[str, Any]:
+    room = room or MemoryBudget(1 << 30)
     before = room.taken_bytes
     with room.hold() as held:
         try:
@@ -243,7 +243,7 @@ def test_a_body_that_never_ends_is_given_up(limit: str, monkeypatch: pytest.Monk
 
 
 def test_bodies_together_are_bounded_and_refused_before_they_are_read() -> None:
-    room = BodyRoom(1000)
+    room = MemoryBudget(1000)
 
     async def never() -> dict[str, Any]:
         raise AssertionError("it was read")
@@ -265,7 +265,7 @@ def test_bodies_together_are_bounded_and_refused_before_they_are_read() -> None:
 
 
 def test_room_is_given_back_however_the_reading_ends() -> None:
-    room = BodyRoom(1000)
+    room = MemoryBudget(1000)
     for chunks in ([b'{"a"', GONE], [b"x"], [b"{}"]):
         with contextlib.nullcontext() if chunks == [b"{}"] else pytest.raises(BodyError):
             read(request_of(JSON, chunks, 900), room=room)
@@ -278,7 +278,7 @@ def test_room_is_given_back_however_the_reading_ends() -> None:
 
 
 def test_what_is_announced_and_does_not_come_keeps_nobody_out() -> None:
-    room = BodyRoom(1000)
+    room = MemoryBudget(1000)
     with room.hold() as held:
         held.check(1000)
         assert room.taken_bytes == 0

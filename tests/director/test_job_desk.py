@@ -31,7 +31,7 @@ class Desk(JobDesk):
             store=self.store,
             media=self.media,
             feed=EventFeed(self.store, 2),
-            upkeep=SimpleNamespace(remove_files=self._remove),
+            maintenance=SimpleNamespace(remove_files=self._remove),
         )
 
     def _remove(self, job: Job) -> None:

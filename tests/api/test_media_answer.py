@@ -28,8 +28,8 @@ from deployments.api.exchange import Exchange, answered
 from deployments.api.fields import Endpoint
 from deployments.api.given_fields import read_given
 from deployments.api.media_answer import images_answer, live_answer, media_answer
-from deployments.api.memory_budget import BodyRoom
-from deployments.jobs.submit_options import Asked
+from deployments.api.memory_budget import MemoryBudget
+from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 
@@ -58,12 +58,12 @@ class Director:
 
     def __init__(self, *scripts: list[Any]) -> None:
         self._scripts = list(scripts)
-        self.asked: list[tuple[GenerationRequest, Asked, float | None]] = []
+        self.submitted: list[tuple[GenerationRequest, SubmitOptions, float | None]] = []
         self.streams: list[Stream] = []
         self.stream = self
 
-    def remote(self, request: GenerationRequest, asked: Asked, timeout_s: float | None) -> Stream:
-        self.asked.append((request, asked, timeout_s))
+    def remote(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None) -> Stream:
+        self.submitted.append((request, options, timeout_s))
         self.streams.append(Stream(self._scripts.pop(0)))
         return self.streams[-1]
 
@@ -132,16 +132,16 @@ def answer(
     store: MediaStore, director: Director, job: ImageBody | None = None, room: int = 10_000, timeout_s: float = 60
 ) -> Any:
     """(status, headers, body) of what was made of the Director's events."""
-    bodies = BodyRoom(room)
+    bodies = MemoryBudget(room)
 
     async def work(an_exchange: Exchange) -> Response:
         with bodies.hold() as held:
-            asked = Asked(request_id=an_exchange.request_id)
-            await an_exchange.ask(GenerationRequest() if job is None else job.requests[0], asked)
+            options = SubmitOptions(request_id=an_exchange.request_id)
+            await an_exchange.ask(GenerationRequest() if job is None else job.requests[0], options)
             assert an_exchange.job_id == "video_gen_1"
             if job is None:
                 return await media_answer(an_exchange, held, store)
-            return await images_answer(an_exchange, job, asked, held, store)
+            return await images_answer(an_exchange, job, options, held, store)
 
     async def run() -> Any:
         request = Request({"type": "http", "headers": [(b"x-request-id", b"mine")]})
@@ -150,7 +150,7 @@ def answer(
     status, headers, body = asyncio.run(run())
     assert bodies.taken_bytes == 0
     assert {stream.is_cancelled for stream in director.streams} <= {True}, "nothing runs on"
-    assert {asked.request_id for _, asked, _ in director.asked} <= {"mine"}
+    assert {options.request_id for _, options, _ in director.submitted} <= {"mine"}
     return status, headers, json.loads(body) if headers["content-type"] == "application/json" else body
 
 
@@ -184,7 +184,7 @@ def test_generated_actions_are_json_with_the_file_in_it(has_file: bool, store: M
 def test_a_result_is_never_refused_and_new_bodies_make_room_for_it(store: MediaStore) -> None:
     finished = made(store, replace(FINISHED, actions=ACTIONS))
     assert answer(store, Director(script(finished)), room=0)[0] == 200
-    room = BodyRoom(1000)
+    room = MemoryBudget(1000)
     with room.hold() as result, room.hold() as body:
         result.need(1200)
         assert room.taken_bytes == 1200
@@ -209,7 +209,7 @@ def test_images_come_as_json(store: MediaStore) -> None:
     assert [base64.b64decode(item["b64_json"]) for item in body["data"]] == [b"image3", b"image4"]
     assert [item["seed"] for item in body["data"]] == [3, 4]
     assert {(item["url"], item["revised_prompt"]) for item in body["data"]} == {(None, None)}
-    (first, _, first_timeout_s), (second, _, second_timeout_s) = director.asked
+    (first, _, first_timeout_s), (second, _, second_timeout_s) = director.submitted
     assert (first.seed, second.seed) == (3, 4)
     assert first_timeout_s is None, "the app's own"
     assert 50 < second_timeout_s < 60, "what is left"  # type: ignore[operator]
@@ -235,7 +235,7 @@ def test_a_full_queue_is_waited_out_once_the_first_image_is_accepted(
     director = Director(image(store, 3), [full], [*image(store, 4)[:1], full], image(store, 4))
     status, _, body = answer(store, director, images(2))
     assert (status, [item["seed"] for item in body["data"]]) == (200, [3, 4])
-    assert [request.seed for request, _, _ in director.asked] == [3, 4, 4, 4]
+    assert [request.seed for request, _, _ in director.submitted] == [3, 4, 4, 4]
     # The first one is refused like any request.
     status, headers, body = answer(store, Director([full]), images(2))
     assert (status, headers["retry-after"], body["error"]["code"]) == (429, "2", "overloaded")
@@ -311,7 +311,7 @@ class Watched:
 
     async def watch(self, store: MediaStore, director: Director) -> None:
         async def work(an_exchange: Exchange) -> Response:
-            await an_exchange.ask(GenerationRequest(), Asked())
+            await an_exchange.ask(GenerationRequest(), SubmitOptions())
             return await live_answer(an_exchange, store)
 
         async def receive() -> Any:
@@ -461,7 +461,7 @@ def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStor
 
     async def run() -> None:
         an_exchange = Exchange(director, "r", 60)
-        await an_exchange.ask(GenerationRequest(), Asked())
+        await an_exchange.ask(GenerationRequest(), SubmitOptions())
         response = await live_answer(an_exchange, store)
         with pytest.raises(ClientDisconnect):
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)

@@ -228,12 +228,12 @@ def test_a_requests_events_are_handed_on_and_measured(stage_lines: Lines, record
         ClipEncoded("media", "sha", 8, 1234, 0.5, 1),
     ]
 
-    async def walk() -> AsyncIterator[Event]:
+    async def pipeline() -> AsyncIterator[Event]:
         for event in events:
             yield event
 
     async def follow() -> list[Event]:
-        return [event async for event in watched_request(walk(), context(), "text_to_video", waited_s=100.0)]
+        return [event async for event in watched_request(pipeline(), context(), "text_to_video", waited_s=100.0)]
 
     assert asyncio.run(follow()) == events
     names = [name for name, *_ in recorded]
@@ -255,7 +255,7 @@ def test_a_requests_events_are_handed_on_and_measured(stage_lines: Lines, record
 def test_leaving_a_request_ends_its_walk(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
     has_ended = False
 
-    async def walk() -> AsyncIterator[Event]:
+    async def pipeline() -> AsyncIterator[Event]:
         nonlocal has_ended
         try:
             while True:
@@ -264,7 +264,7 @@ def test_leaving_a_request_ends_its_walk(stage_lines: Lines, recorded: list[tupl
             has_ended = True
 
     async def leave() -> None:
-        watching = watched_request(walk(), context(), "text_to_video")
+        watching = watched_request(pipeline(), context(), "text_to_video")
         await anext(watching)
         await watching.aclose()  # type: ignore[attr-defined]
         assert has_ended

@@ -33,7 +33,7 @@ def urgency_of(request: DenoiseRequest) -> Urgency:
     return Urgency.IMAGE if request.latent_shape.num_frames == 1 else Urgency.VIDEO
 
 
-class Turns(Generic[JobT]):
+class StepScheduler(Generic[JobT]):
     """The requests of one gang. Times are seconds of any one clock, given by the caller."""
 
     def __init__(self) -> None:

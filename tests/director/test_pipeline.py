@@ -1,4 +1,4 @@
-"""A request's walk with stages that are not there: order, retries, deadlines, ends. Without Ray."""
+"""A request's pipeline with stages that are not there: order, retries, deadlines, ends. Without Ray."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from deployments import messages
-from deployments import walk as walk_module
+from deployments.director import pipeline as pipeline_module
 from deployments.director.clip_pipeline import merged
-from deployments.director.pipeline import Walk
+from deployments.director.pipeline import Pipeline
 from deployments.errors import MediaStoreError
 from deployments.messages import RequestContext
 from deployments.stages.handles import Stages
@@ -205,11 +205,11 @@ class FakeStages:
             await self.clips.release(stream_id)
         yield messages.ClipEncoded(media_id, "hash", taken, 6, 0.1, 15)
 
-    def walk(self, tiny: Path, *, limit_s: float = 30, max_attempts: int = 3, **fields: Any) -> Walk:
+    def pipeline(self, tiny: Path, *, limit_s: float = 30, max_attempts: int = 3, **fields: Any) -> Pipeline:
         layout = CheckpointLayout.open(tiny)
         small = {"num_frames": 17, "height": 32, "width": 32, "num_inference_steps": 2}
         request = GenerationRequest(**{"prompt": "a", **({} if "mode" in fields else small), **fields})
-        return Walk(
+        return Pipeline(
             request=resolve(request, layout),
             context=RequestContext.new("r", limit_s),
             layout=layout,
@@ -226,8 +226,8 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(body, 60))
 
 
-async def collect(walk: Walk) -> list[Any]:
-    return [event async for event in walk.events()]
+async def collect(pipeline: Pipeline) -> list[Any]:
+    return [event async for event in pipeline.events()]
 
 
 def kinds(events: list[Any]) -> list[str]:
@@ -236,7 +236,7 @@ def kinds(events: list[Any]) -> list[str]:
 
 def test_a_whole_walk(tiny_nano: Path) -> None:
     stages = FakeStages()
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     assert kinds(events)[:4] == ["Tokenized", "StepDone", "LatentsReady", "FileStarted"]
     assert kinds(events)[-2:] == ["ClipEncoded", "Finished"]
     assert [events[-1].media_id] == stages.media.begun
@@ -255,24 +255,24 @@ def test_a_given_picture_is_encoded_once_and_its_latents_go_to_every_try(tiny_na
     stages = FakeStages()
     stages.failures["condition"] = [GangFailed("step", "died")]
     stages.failures["denoise"] = [GangFailed("step", "died")]
-    walk = stages.walk(tiny_nano, image=IMAGE)
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano, image=IMAGE)
+    events = run(collect(pipeline))
     assert kinds(events)[:3] == ["Tokenized", "StageRetried", "PictureEncoded"]
     assert stages.clean == ["clean latents of try 2"] * 2
     assert len(stages.encode_picture.responses) == 2
     assert all(response.was_cancelled for response in stages.encode_picture.responses)
     assert [request.picture for request in stages.tokenized] == [None], "prompts need no picture"
-    assert walk.request.picture is not None
-    assert walk.request.picture.media == b"", "the caller's file was kept"
+    assert pipeline.request.picture is not None
+    assert pipeline.request.picture.media == b"", "the caller's file was kept"
     assert events[-1].stage_seconds["condition"] == 0.1
-    assert stages.walk(tiny_nano).request.picture is None
+    assert stages.pipeline(tiny_nano).request.picture is None
 
 
 def test_a_damaged_picture_is_the_callers_fault_and_not_tried_again(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["condition"] = [RequestError("image", "bytes", "an image")]
     with pytest.raises(RequestError, match="image=.*bytes"):
-        run(collect(stages.walk(tiny_nano, image=IMAGE)))
+        run(collect(stages.pipeline(tiny_nano, image=IMAGE)))
     assert stages.denoise.responses == []
 
 
@@ -286,9 +286,9 @@ def test_an_order_for_previews_goes_to_every_try_and_previews_come_with_the_step
     stages = FakeStages()
     stages.failures["denoise"] = [GangFailed("step", "died")]
     stages.preview = messages.PreviewReady(1, 0.5, "image/webp", b"RIFF", 13)
-    walk = stages.walk(tiny_nano, fps=8.0)
-    walk.order_previews = order
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano, fps=8.0)
+    pipeline.order_previews = order
+    events = run(collect(pipeline))
     assert stages.previews == [PreviewOrder(3, 17 / 8, PREVIEW_MAP)] * 2
     assert kinds(events)[1:7] == [
         "StepDone",
@@ -312,10 +312,10 @@ def test_previews_that_cannot_be_had_are_told_of_and_done_without(
 
     stages = FakeSound() if fields else FakeStages()
     stages.request_has_pictures = False
-    walk = stages.walk(tiny_nano, **fields)
-    walk.stages = replace(walk.stages, audio=getattr(stages, "audio", None))
-    walk.order_previews = order
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano, **fields)
+    pipeline.stages = replace(pipeline.stages, audio=getattr(stages, "audio", None))
+    pipeline.order_previews = order
+    events = run(collect(pipeline))
     (off,) = [event for event in events if isinstance(event, messages.PreviewsOff)]
     assert reason in off.reason
     assert events.index(off) < kinds(events).index("LatentsReady")
@@ -325,7 +325,7 @@ def test_previews_that_cannot_be_had_are_told_of_and_done_without(
 
 def test_who_asks_for_no_previews_has_none_ordered(tiny_nano: Path) -> None:
     stages = FakeStages()
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     assert stages.previews == [None]
     assert not {"PreviewReady", "PreviewsOff"} & set(kinds(events))
 
@@ -372,9 +372,9 @@ class FakeSound(FakeStages):
 
 def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) -> None:
     stages = FakeSound()
-    walk = stages.walk(tiny_nano, generate_sound=True)
-    walk.stages = replace(walk.stages, audio=stages.audio)
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano, generate_sound=True)
+    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
+    events = run(collect(pipeline))
     assert stages.taken == ["chunk 0", "chunk 1", "samples"]
     assert "SoundDecoded" in kinds(events)
     assert all(response.was_cancelled for response in stages.audio.decode.responses)
@@ -385,8 +385,8 @@ def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(where: str, t
     """Another one begins anew; what the encoder has had is dropped, and no credit is lost on the way."""
     stages = FakeStages(num_chunks=6)
     stages.failures[where] = [GangFailed("decode", "died")] * 2
-    walk = stages.walk(tiny_nano)
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano)
+    events = run(collect(pipeline))
     assert stages.encoded == [f"chunk {index}" for index in range(6)]
     assert len(stages.encode.responses) == 1
     assert len(stages.decode.responses) == 3
@@ -402,9 +402,9 @@ def test_a_clip_that_no_decoder_survives_takes_its_tries_and_not_the_encoders(
 ) -> None:
     stages = FakeStages()
     stages.failures["decode"] = [GangFailed("decode", "died", 1) for _ in range(20)]
-    walk = stages.walk(tiny_nano, max_attempts=max_attempts)
+    pipeline = stages.pipeline(tiny_nano, max_attempts=max_attempts)
     with pytest.raises(StageFailed, match=rf"'decode'.*{max_attempts}.*GangFailed.*rank 1"):
-        run(collect(walk))
+        run(collect(pipeline))
     assert len(stages.decode.responses) == max_attempts
     assert len(stages.encode.responses) == 1
     assert list(stages.media.failed) == stages.media.begun
@@ -431,7 +431,7 @@ def test_what_was_decoded_before_is_let_go_before_its_credit_goes_back(tiny_nano
     dropped: list[str] = []
     stages.drop = Method(dropping)
     with mock.patch(f"{__name__}.as_ref", noted_ref):
-        run(collect(stages.walk(tiny_nano)))
+        run(collect(stages.pipeline(tiny_nano)))
     assert dropped == ["video/2"] * 2
 
 
@@ -456,7 +456,7 @@ def test_a_source_that_nobody_takes_from_waits() -> None:
 def test_an_encoder_that_dies_has_the_file_made_anew(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["encode"] = [GangFailed("encode", "died")]
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     started = [event.media_id for event in events if isinstance(event, messages.FileStarted)]
     assert started == stages.media.begun
     assert len(set(started)) == 2
@@ -471,16 +471,16 @@ def test_a_media_store_that_is_not_shared_is_said_in_words(tiny_nano: Path) -> N
     stages = FakeStages()
     stages.media.is_shared = False
     with pytest.raises(MediaStoreError, match="not to be seen here"):
-        run(collect(stages.walk(tiny_nano)))
+        run(collect(stages.pipeline(tiny_nano)))
     assert stages.decode.responses == []
 
 
 def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
     stages = FakeSound()
     stages.request_has_pictures = False
-    walk = stages.walk(tiny_nano, generate_sound=True, output="wav")
-    walk.stages = replace(walk.stages, audio=stages.audio)
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano, generate_sound=True, output="wav")
+    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
+    events = run(collect(pipeline))
     assert stages.taken == ["samples"]
     assert stages.decode.responses == []
     assert next(event for event in events if isinstance(event, messages.Finished)).media_type == "audio/wav"
@@ -489,9 +489,9 @@ def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
 def test_the_death_of_the_decoder_of_sound_is_retried_without_the_pictures(tiny_nano: Path) -> None:
     stages = FakeSound()
     stages.failures["sound"] = [GangFailed("step", "died")]
-    walk = stages.walk(tiny_nano, generate_sound=True)
-    walk.stages = replace(walk.stages, audio=stages.audio)
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano, generate_sound=True)
+    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
+    events = run(collect(pipeline))
     assert kinds(events).count("StageRetried") == 1
     assert stages.taken == ["chunk 0", "chunk 1", "samples"]
     assert kinds(events).count("Finished") == 1
@@ -509,8 +509,8 @@ def test_actions_alone_need_no_decoder(tiny_nano: Path) -> None:
 
     stages.denoise = Method(denoise)
     clip = np.zeros((9, 64, 64, 3), np.uint8)
-    walk = stages.walk(tiny_nano, mode="inverse_dynamics", video=clip, domain_name="av", action_chunk_size=8)
-    events = run(collect(walk))
+    pipeline = stages.pipeline(tiny_nano, mode="inverse_dynamics", video=clip, domain_name="av", action_chunk_size=8)
+    events = run(collect(pipeline))
     assert kinds(events)[-2:] == ["LatentsReady", "Finished"]
     finished = events[-1]
     assert (finished.media_type, finished.num_bytes, finished.num_frames) == ("", 0, 0)
@@ -522,7 +522,7 @@ def test_actions_alone_need_no_decoder(tiny_nano: Path) -> None:
 def test_a_death_is_retried_and_nothing_is_handed_out_twice(stage: str, tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures[stage] = [GangFailed("step", "died"), GangFailed("step", "died again")]
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     retried = [event for event in events if isinstance(event, messages.StageRetried)]
     assert [event.attempt for event in retried] == [2, 3]
     assert "died" in retried[0].reason
@@ -535,7 +535,7 @@ def test_tries_are_counted(stage: str, tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures[stage] = [StreamClosed("r/1", "died")] * 9
     with pytest.raises(StageFailed) as caught:
-        run(collect(stages.walk(tiny_nano)))
+        run(collect(stages.pipeline(tiny_nano)))
     assert caught.value.attempts == 3
     assert len(stages.failures[stage]) == 6
 
@@ -544,7 +544,7 @@ def test_when_no_try_is_left_a_gangs_failure_is_told_as_it_is(tiny_nano: Path) -
     stages = FakeStages()
     stages.failures["denoise"] = [GangFailed("step", "died", rank) for rank in range(9)]
     with pytest.raises(GangFailed) as caught:
-        run(collect(stages.walk(tiny_nano)))
+        run(collect(stages.pipeline(tiny_nano)))
     assert (caught.value.phase, caught.value.rank) == ("step", 2)
 
 
@@ -552,7 +552,7 @@ def test_denoising_goes_on_from_the_last_state_that_was_saved(tiny_nano: Path) -
     stages = FakeStages()
     stages.saves = True
     stages.failures["denoise"] = [GangFailed("step", "died"), GangFailed("step", "died")]
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     assert stages.resumed_from == [None, "state of try 1", "state of try 2"]
     assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 1]
 
@@ -561,7 +561,7 @@ def test_a_state_that_was_lost_means_to_start_anew(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.saves = stages.misses = True
     stages.failures["denoise"] = [GangFailed("step", "died")]
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     assert stages.resumed_from == [None, "state of try 1", None]
     assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 0]
 
@@ -569,7 +569,7 @@ def test_a_state_that_was_lost_means_to_start_anew(tiny_nano: Path) -> None:
 def test_a_newer_state_that_is_lost_on_its_way_leaves_the_older_one(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.saves = stages.loses = True
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     assert stages.resumed_from == [None, "state of try 1"]
     assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1]
 
@@ -581,10 +581,10 @@ def test_requests_go_to_the_gang_that_suits_them_and_to_the_other_if_it_is_full(
 ) -> None:
     gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
     gangs[expected].is_full = is_full
-    walk = gangs["transformer"].walk(tiny_nano)
-    walk.request = replace(walk.request, guidance_scale=guidance_scale)
-    walk.stages = replace(walk.stages, unguided=gangs["unguided"])
-    events = run(collect(walk))
+    pipeline = gangs["transformer"].pipeline(tiny_nano)
+    pipeline.request = replace(pipeline.request, guidance_scale=guidance_scale)
+    pipeline.stages = replace(pipeline.stages, unguided=gangs["unguided"])
+    events = run(collect(pipeline))
     assert kinds(events).count("Finished") == 1
     assert "StageRetried" not in kinds(events)
     other = next(name for name in gangs if name != expected)
@@ -602,11 +602,11 @@ def test_where_no_gang_of_the_right_kind_is_up_the_other_kind_takes_the_request(
         yield None
 
     away.denoise = Method(never)
-    monkeypatch.setattr(walk_module, "_FIRST_WORD_S", 0.1)
-    walk = stages.walk(tiny_nano)
-    walk.request = replace(walk.request, guidance_scale=1.0)
-    walk.stages = replace(walk.stages, unguided=away)
-    events = run(collect(walk))
+    monkeypatch.setattr(pipeline_module, "_FIRST_WORD_S", 0.1)
+    pipeline = stages.pipeline(tiny_nano)
+    pipeline.request = replace(pipeline.request, guidance_scale=1.0)
+    pipeline.stages = replace(pipeline.stages, unguided=away)
+    events = run(collect(pipeline))
     assert kinds(events).count("Finished") == 1
     assert away.denoise.responses[0].was_cancelled
 
@@ -616,24 +616,24 @@ def test_an_accepted_request_waits_where_all_gangs_are_full(tiny_nano: Path) -> 
     stages.is_full = True
 
     async def body() -> None:
-        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        pipeline = asyncio.create_task(collect(stages.pipeline(tiny_nano)))
         while len(stages.denoise.responses) < 2:
             await asyncio.sleep(0.01)
         stages.is_full = False
-        events = await walk
+        events = await pipeline
         assert kinds(events).count("Finished") == 1
         assert "StageRetried" not in kinds(events), "waiting is no failure"
 
     run(body())
     stages.is_full = True
     with pytest.raises(DeadlineExceeded):
-        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+        run(collect(stages.pipeline(tiny_nano, limit_s=0.5)))
 
 
 def test_another_requests_failure_does_not_count_as_a_try(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["denoise"] = [GangLost("step", "died")] * 5
-    events = run(collect(stages.walk(tiny_nano)))
+    events = run(collect(stages.pipeline(tiny_nano)))
     assert [event.attempt for event in events if isinstance(event, messages.StageRetried)] == [2, 3, 4, 5, 6]
     assert kinds(events).count("Finished") == 1
 
@@ -651,13 +651,13 @@ def test_a_clip_is_decoded_only_when_an_encoder_has_a_place_for_it(tiny_nano: Pa
     stages.encode = Method(waits)
 
     async def body() -> None:
-        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        pipeline = asyncio.create_task(collect(stages.pipeline(tiny_nano)))
         while not stages.encode.responses:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         assert stages.decode.responses == []
         has_place.set()
-        assert kinds(await walk).count("Finished") == 1
+        assert kinds(await pipeline).count("Finished") == 1
 
     run(body())
 
@@ -674,10 +674,10 @@ def test_leaving_while_a_clip_is_being_opened_leaves_none_open(tiny_nano: Path) 
     stages.open = Method(slow_open)
 
     async def body() -> None:
-        walk = asyncio.create_task(collect(stages.walk(tiny_nano)))
+        pipeline = asyncio.create_task(collect(stages.pipeline(tiny_nano)))
         await is_opening.wait()
-        walk.cancel()
-        await asyncio.wait([walk])
+        pipeline.cancel()
+        await asyncio.wait([pipeline])
         await asyncio.sleep(0.05)
         assert await stages.clips.num_open() == 0
 
@@ -693,7 +693,7 @@ def test_a_clip_stream_that_does_not_answer_meets_the_deadline(call: str, tiny_n
 
     setattr(stages, call, Method(never))
     with pytest.raises(DeadlineExceeded):
-        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+        run(collect(stages.pipeline(tiny_nano, limit_s=0.5)))
 
 
 def test_an_item_that_never_arrives_meets_the_deadline(tiny_nano: Path) -> None:
@@ -735,7 +735,7 @@ def test_the_requests_own_fault_is_not_retried(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["denoise"] = [RequestError("seed", 1, "2")]
     with pytest.raises(RequestError):
-        run(collect(stages.walk(tiny_nano)))
+        run(collect(stages.pipeline(tiny_nano)))
     assert len(stages.denoise.responses) == 1
 
 
@@ -753,7 +753,7 @@ def test_a_stage_that_never_answers_meets_the_deadline(stage: str, tiny_nano: Pa
     setattr(stages, stage, Method(never if stage == "tokenize" else never_yields))
     start_s = time.monotonic()
     with pytest.raises(DeadlineExceeded) as caught:
-        run(collect(stages.walk(tiny_nano, limit_s=0.5)))
+        run(collect(stages.pipeline(tiny_nano, limit_s=0.5)))
     assert caught.value.limit_s == 0.5
     assert time.monotonic() - start_s < 10
 
@@ -769,14 +769,14 @@ def test_a_file_that_ends_early_is_not_handed_out(tiny_nano: Path) -> None:
 
     stages.encode = Method(cut_short)
     with pytest.raises(StageFailed, match="ended before the file"):
-        run(collect(stages.walk(tiny_nano)))
+        run(collect(stages.pipeline(tiny_nano)))
 
 
 def test_leaving_in_the_middle_cancels_what_runs(tiny_nano: Path) -> None:
     stages = FakeStages(num_chunks=1000)
 
     async def leave() -> None:
-        events = stages.walk(tiny_nano).events()
+        events = stages.pipeline(tiny_nano).events()
         async for event in events:
             if isinstance(event, messages.ChunkEncoded):
                 break
@@ -798,19 +798,21 @@ def test_the_callers_picture_is_let_go_when_it_is_encoded(tiny_nano: Path) -> No
     stages = FakeStages()
     media = IMAGE.copy().view(Media)
     watched = weakref.ref(media)
-    walk = stages.walk(tiny_nano, image=media)
+    pipeline = stages.pipeline(tiny_nano, image=media)
     del media
     is_gone: list[bool] = []
 
     async def follow() -> None:
-        async for event in walk.events():
+        async for event in pipeline.events():
             if isinstance(event, messages.StepDone):
                 gc.collect()
                 is_gone.append(watched() is None)
 
     # The fakes keep what they were called with.
     stages.encode_picture = Method(stages._encode_picture)
-    walk.stages = replace(walk.stages, vae=SimpleNamespace(decode=stages.decode, encode=ForgetfulMethod(stages)))
+    pipeline.stages = replace(
+        pipeline.stages, vae=SimpleNamespace(decode=stages.decode, encode=ForgetfulMethod(stages))
+    )
     run(follow())
     assert is_gone == [True]
 
@@ -832,20 +834,20 @@ class ForgetfulMethod:
 def test_another_gang_gets_the_given_frames_too(tiny_nano: Path) -> None:
     gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
     gangs["transformer"].is_full = True
-    walk = gangs["transformer"].walk(tiny_nano, image=IMAGE)
-    walk.stages = replace(walk.stages, unguided=gangs["unguided"])
-    events = run(collect(walk))
+    pipeline = gangs["transformer"].pipeline(tiny_nano, image=IMAGE)
+    pipeline.stages = replace(pipeline.stages, unguided=gangs["unguided"])
+    events = run(collect(pipeline))
     assert kinds(events).count("Finished") == 1
     assert gangs["unguided"].clean == ["clean latents of try 1"]
 
 
 def test_the_streams_of_sound_requests_are_closed(tiny_nano: Path) -> None:
     stages = FakeSound()
-    walk = stages.walk(tiny_nano, generate_sound=True)
-    walk.stages = replace(walk.stages, audio=stages.audio)
+    pipeline = stages.pipeline(tiny_nano, generate_sound=True)
+    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
 
     async def body() -> int:
-        await collect(walk)
+        await collect(pipeline)
         await asyncio.sleep(0.05)
         return await stages.clips.num_open()
 
