@@ -483,7 +483,7 @@ class Begun:
             "layout": pipeline.layout,
             "stages": stages,
             "media": self.stages.media,
-            "acceptance": SimpleNamespace(
+            "admission": SimpleNamespace(
                 prompt_check=director_parts._prompt_check(stages, guardrails), limits=None, check=None
             ),
             "clips": self.stages,
@@ -523,7 +523,7 @@ def test_a_job_does_without_only_where_the_operator_still_lets_it(
     assert len(begun.stages.tokenized) == (not is_looked_at), "nothing is begun"
 
 
-def test_a_job_whose_prompt_passes_is_walked(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_whose_prompt_passes_runs(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = Pixelating()
     begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), False)
 
@@ -536,7 +536,7 @@ def test_a_job_whose_prompt_passes_is_walked(tiny_nano: Path, monkeypatch: pytes
     assert adapter.prompts == ["a"]
 
 
-def test_without_a_guardrail_a_job_is_just_walked(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_guardrail_a_job_begins_at_once(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = Begun(tiny_nano, None, False)
 
     async def body() -> None:

@@ -18,13 +18,13 @@ from sqlalchemy import update
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
+from deployments.director import recorder as recorder_module
+from deployments.director import runner as runner_module
+from deployments.director import saved_states as saved_states_module
 from deployments.director.leases import Leases
 from deployments.director.run import Run, Stop
 from deployments.director.saved_states import CHECKPOINT, SavedStates
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
-from deployments.jobs import checkpoints as checkpoints_module
-from deployments.jobs import recorder as recorder_module
-from deployments.jobs import runner as runner_module
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
 from deployments.jobs.schema import JOBS
@@ -471,7 +471,7 @@ def test_a_job_that_is_deleted_while_it_runs_leaves_nothing(serve: Any, monkeypa
 @pytest.fixture
 def hanging_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """States are not kept before this is set."""
-    monkeypatch.setattr(checkpoints_module, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(saved_states_module, "_SETTLE_S", 0.1)
     goes_on, put = threading.Event(), JobFiles.put
 
     def slow_put(files: JobFiles, job_id: str, name: str, data: Any) -> None:
@@ -526,7 +526,7 @@ def test_files_that_hang_hold_up_no_end(
     serve: Any, hanging_files: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(make: Callable[..., Service]) -> None:
-        monkeypatch.setattr(checkpoints_module, "_SETTLE_S", DEADLINE_S)
+        monkeypatch.setattr(saved_states_module, "_SETTLE_S", DEADLINE_S)
         service = make()
         job = await service.submit()
         async with asyncio.timeout(DEADLINE_S / 2):
