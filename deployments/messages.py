@@ -168,10 +168,14 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """The request waits, ``position`` others are before it: first for a place among those that run, then for a gang."""
+    """The request waits behind ``position`` others: first for a place among those that run, then for a gang.
+
+    Its last step is done in about ``eta_s`` seconds; None where that cannot be estimated. ``pid`` is of who says so.
+    """
 
     position: int
     pid: int
+    eta_s: float | None = None
 
 
 @dataclass(frozen=True)

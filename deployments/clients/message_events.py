@@ -26,7 +26,7 @@ def raw_event(event: Event) -> RawEvent | None:
     """The event; None for one that is between stages. The last one, of the finished video, is not made here."""
     match event:
         case QueuePosition():
-            return RawEvent(None, "queued", {"position": event.position, "eta_s": None})
+            return RawEvent(None, "queued", {"position": event.position, "eta_s": event.eta_s})
         case StepDone():
             told: dict[str, Any] = {"step": event.step, "num_steps": event.num_steps, "sigma": event.sigma}
             return RawEvent(None, "step", {**told, "step_s": event.seconds, "eta_s": None, "pid": event.pid})

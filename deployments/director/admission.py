@@ -17,9 +17,9 @@ from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, NewJob
 from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
-from deployments.jobs.retry_estimator import RetryEstimator
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.waiting import RetryEstimator
 from deployments.messages import RequestContext
 from deployments.threads import in_thread
 

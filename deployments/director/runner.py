@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -37,7 +36,7 @@ from deployments.jobs.job import Job, JobState, Lane, Outcome
 from deployments.jobs.request_codec import decoded
 from deployments.jobs.store import JobStore, Lease
 from deployments.media.store import MediaStore
-from deployments.messages import Event, FileStarted, Finished, QueuePosition, RequestContext
+from deployments.messages import Event, FileStarted, Finished, RequestContext
 from deployments.observability.logs import watched_request
 from deployments.observability.metrics import metrics
 from deployments.threads import in_thread
@@ -182,9 +181,10 @@ class JobRunner:
                     continue
                 if found is None or found.state.is_final:
                     raise JobCancelled(job.job_id, "" if found is None else found.error_message)
-                before, position = position, (await in_thread(self._store.ahead, found)).num_jobs
-                if position != before and not caller.has_begun:
-                    yield QueuePosition(position, os.getpid())
+                waits = (await in_thread(self._store.queue_positions, [found])).get(job.job_id)
+                if waits is not None and waits.position != position and not caller.has_begun:
+                    position = waits.position
+                    yield waits
                 continue
             if isinstance(item, Exception):
                 raise item

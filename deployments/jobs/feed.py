@@ -19,9 +19,9 @@ from cluster.errors import DeadlineExceeded, OverloadedError
 from cosmos3_core.errors import Cosmos3Error
 from deployments.errors import JobsError
 from deployments.jobs.job import Job, JobEvent, JobState
-from deployments.jobs.queue_position import NOWHERE, Place, places_of
 from deployments.jobs.rows import MAX_EVENTS
 from deployments.jobs.store import JobStore
+from deployments.messages import QueuePosition
 from deployments.threads import in_thread
 
 logger = logging.getLogger("ray.serve")
@@ -196,18 +196,18 @@ class EventFeed:
         if not (cursors.keys() - self._served):
             self._served.clear()
         turn = {job_id: seq for job_id, seq in cursors.items() if job_id not in self._served}
-        events, places = await in_thread(self._read, turn, [job_id for _, job_id in due])
+        events, found = await in_thread(self._read, turn, [job_id for _, job_id in due])
         if len(events) >= _MAX_EVENTS:
             self._served |= {event.job_id for event in events}
             self._wake.set()  # there is more
         elif self._served:
             self._served.clear()
             self._wake.set()
-        # In the order in which they were read: that a job waits is not told behind its begin.
-        for job_id, (job, place) in places.items():
+        # In the order in which they were read: never report "queued" after "started".
+        for job_id, (job, position) in found.items():
             if job_id in self._look_s:
                 self._look_s[job_id] = time.monotonic() + _LOOK_S
-                self._tell(job_id, job, place)
+                self._tell(job_id, job, position)
         for event in events:
             for follower in self._followers:
                 if follower.job_id == event.job_id and follower.has_room and event.seq > follower.seq:
@@ -215,17 +215,16 @@ class EventFeed:
 
     def _read(
         self, cursors: Mapping[str, int], due: Sequence[str]
-    ) -> tuple[Sequence[JobEvent], dict[str, tuple[Job | None, Place]]]:
+    ) -> tuple[Sequence[JobEvent], dict[str, tuple[Job | None, QueuePosition | None]]]:
         """Where jobs stand, and then their events; for a thread."""
         jobs = {job_id: self._store.get(job_id) for job_id in due}
-        there = [job for job in jobs.values() if job is not None]
-        places = dict(zip([job.job_id for job in there], places_of(self._store, there), strict=True))
+        positions = self._store.queue_positions([job for job in jobs.values() if job is not None])
         events = self._store.events(cursors, _MAX_EVENTS) if cursors else []
-        return events, {job_id: (job, places.get(job_id, NOWHERE)) for job_id, job in jobs.items()}
+        return events, {job_id: (job, positions.get(job_id)) for job_id, job in jobs.items()}
 
-    def _tell(self, job_id: str, job: Job | None, place: Place) -> None:
+    def _tell(self, job_id: str, job: Job | None, waits: QueuePosition | None) -> None:
         now_s = time.time()
-        eta_s = None if place.eta_s is None else round(place.eta_s, 1)
+        position, eta_s = (None, None) if waits is None else (waits.position, waits.eta_s)
         for follower in self._followers:
             if follower.job_id != job_id or not follower.has_room:
                 continue
@@ -233,10 +232,10 @@ class EventFeed:
                 follower.put(JobEvent(job_id, 0, DELETED, {}, now_s))
             elif job.state.is_final and follower.seq >= job.last_seq:  # it had the last one before it came
                 follower.end()
-            elif place.position not in (None, follower.position):
-                told = {"position": place.position, "eta_s": eta_s}
+            elif position not in (None, follower.position):
+                told = {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
                 follower.put(JobEvent(job_id, 0, QUEUED, told, now_s))
-            follower.position = place.position
+            follower.position = position
 
 
 def _bytes_of(event: JobEvent) -> int:

@@ -174,6 +174,15 @@ class Job(NewJob):
     last_seq: int = 0
 
     @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last step of a job that denoises, by its own pace; None where that cannot be estimated."""
+        if self.state is not JobState.IN_PROGRESS or self.started_s is None or not 0 < self.step < self.num_steps:
+            return None
+        # The time that has passed includes other jobs' turns, but not what was done before a restart.
+        pace_s = max((self.updated_s - self.started_s) / self.step, self.step_s or 0.0)
+        return (self.num_steps - self.step) * pace_s
+
+    @property
     def work_left(self) -> float:
         """Of its denoising, in the unit of :attr:`work`."""
         return 0.0 if self.state.is_final else self.work * (1 - self.step / self.num_steps)

@@ -8,8 +8,8 @@ from typing import Any
 
 from cosmos3_core.media.file_kinds import SUFFIXES
 from deployments.jobs.job import Job, JobState
-from deployments.jobs.queue_position import Place, places_of
 from deployments.jobs.store import JobStore
+from deployments.messages import QueuePosition
 from deployments.threads import in_thread
 
 LOSSLESS, HIGH = "lossless", "high"
@@ -51,17 +51,18 @@ class JobObjects:
         Raises:
             JobsError: the database cannot be used.
         """
-        places = await in_thread(places_of, self._store, jobs)
-        return [job_object(job, place) for job, place in zip(jobs, places, strict=True)]
+        positions = await in_thread(self._store.queue_positions, jobs)
+        return [job_object(job, positions.get(job.job_id)) for job in jobs]
 
 
-def job_object(job: Job, place: Place) -> dict[str, Any]:
+def job_object(job: Job, position: QueuePosition | None) -> dict[str, Any]:
     """The object.
 
     Args:
         job: which one.
-        place: where it stands.
+        position: in the queue; None where it does not wait.
     """
+    eta_s = job.eta_s if position is None else position.eta_s
     result = job.result
     duration_s = result.get("num_frames", job.num_frames) / job.fps
     actions = result.get("actions")
@@ -97,8 +98,8 @@ def job_object(job: Job, place: Place) -> dict[str, Any]:
         "step": job.step,
         "num_steps": job.num_steps,
         "sigma": job.sigma,
-        "eta_s": None if place.eta_s is None else round(place.eta_s, 3),
-        "queue_position": place.position,
+        "eta_s": None if eta_s is None else round(eta_s, 3),
+        "queue_position": None if position is None else position.position,
         "attempts": job.attempts,
         "notes": list(job.notes),
         "warnings": list(job.warnings),

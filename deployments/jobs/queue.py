@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, bindparam, delete, func, or_, select
+from sqlalchemy import Connection, Select, bindparam, delete, func, select
 
 from cluster.errors import OverloadedError
 from cosmos3_core import checks
@@ -46,19 +46,6 @@ class QueueLimits:
     max_queued_per_key: int
     max_running_per_key: int | None
     classes: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What is before a job that waits, in its lane: what runs, and what is run before it.
-
-    Attributes:
-        num_jobs: how many.
-        work: that is left of them.
-    """
-
-    num_jobs: int
-    work: float
 
 
 @dataclass(frozen=True)
@@ -211,24 +198,6 @@ def virtual_time(connection: Connection, model: str, lane: Lane) -> float:
 
 
 # Looking
-
-
-def ahead_of(connection: Connection, job: Job) -> Ahead:
-    """What is before a job; nothing where it does not wait."""
-    if job.state is not JobState.QUEUED:
-        return Ahead(0, 0.0)
-    earlier = or_(
-        JOBS.c.queue_order < job.order,
-        and_(JOBS.c.queue_order == job.order, JOBS.c.created_s < job.created_s),
-        and_(JOBS.c.queue_order == job.order, JOBS.c.created_s == job.created_s, JOBS.c.job_id < job.job_id),
-    )
-    query = select(func.count(), func.coalesce(func.sum(WORK_LEFT), 0.0)).where(
-        JOBS.c.model == job.model,
-        JOBS.c.lane == job.lane.value,
-        or_(JOBS.c.state == _IN_PROGRESS, and_(JOBS.c.state == _QUEUED, earlier)),
-    )
-    num_jobs, work = connection.execute(query).one()
-    return Ahead(num_jobs, work)
 
 
 def load_of(connection: Connection, model: str) -> QueueLoad:

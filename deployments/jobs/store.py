@@ -27,12 +27,13 @@ from deployments.jobs.job import (
     Progress,
 )
 from deployments.jobs.keys import KeyLimits, KeyStore
-from deployments.jobs.queue import Ahead, ClassLoad, QueueLimits, QueueLoad
-from deployments.jobs.retry_estimator import FullQueue, RetryEstimator
+from deployments.jobs.queue import ClassLoad, QueueLimits, QueueLoad
 from deployments.jobs.rows import change, end, events_after, find, job_of, leased
 from deployments.jobs.schema import JOBS, RUNNERS
+from deployments.jobs.waiting import QueueBound, RetryEstimator
+from deployments.messages import QueuePosition
 
-__all__ = ["Ahead", "ClassLoad", "FileNeed", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
+__all__ = ["ClassLoad", "FileNeed", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
 
 # Ended jobs that one transaction of a sweep removes, with up to 10,000 events each, and one sweep.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
@@ -149,11 +150,11 @@ class JobStore:
                 queue.check_room(connection, new, limits, key_limits)
                 return queue.enqueue(connection, new, limits, self._clock())
         except queue.QueueFull as full:
-            bound = FullQueue(new.lane, full.owner, full.limit)
-            num_promised = 0 if retry_estimator is None else retry_estimator.num_open(bound)
+            bound = QueueBound(new.lane, full.owner, full.limit)
+            num_before = 0 if retry_estimator is None else retry_estimator.num_open(bound)
             with self._database.reading() as connection:
                 now_s = self._clock()
-                wait_s = waiting.retry_after_s(connection, new.model, new.lane, full.owner, now_s, num_promised)
+                wait_s = waiting.retry_after_s(connection, new.model, new.lane, full.owner, now_s, num_before)
             if retry_estimator is not None:
                 retry_estimator.add(bound, wait_s)
             raise full.error(wait_s) from None
@@ -208,10 +209,12 @@ class JobStore:
         with self._database.reading() as connection:
             return events_after(connection, cursors, limit)
 
-    def ahead(self, job: Job) -> Ahead:
-        """What is before a job that waits; nothing where it does not wait."""
+    def queue_positions(self, jobs: Sequence[Job]) -> dict[str, QueuePosition]:
+        """Return id -> position of those jobs that wait; one that was claimed meanwhile has none any more."""
+        if all(job.state is not JobState.QUEUED for job in jobs):
+            return {}
         with self._database.reading() as connection:
-            return queue.ahead_of(connection, job)
+            return waiting.queue_positions(connection, jobs, self._clock())
 
     def load(self, model: str) -> QueueLoad:
         """How much of a model's is waiting and running."""

@@ -12,7 +12,6 @@ from deployments.jobs import maintenance as maintenance_module
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, Progress
 from deployments.jobs.maintenance import Maintenance
-from deployments.jobs.queue_position import places_of
 from deployments.jobs.store import JobStore
 from deployments.media.store import MediaStore, new_media_id
 from tests.jobs.making import COMPLETED, LIMITS, MODEL, Clock, claim, claimed, lease_of, new_job
@@ -153,7 +152,7 @@ def test_runners_together_are_as_fast_as_they_are_many(store: JobStore) -> None:
     waiting = store.create(new_job(work=30.0), LIMITS)
     assert claim(store, "one") is not None
     store.note_rate(MODEL, Lane.VIDEO, 1.0)
-    (alone,) = places_of(store, [waiting])
+    alone = store.queue_positions([waiting])[waiting.job_id]
     assert claim(store, "two", lane=Lane.IMAGE) is None
-    (together,) = places_of(store, [waiting])
+    together = store.queue_positions([waiting])[waiting.job_id]
     assert (alone.eta_s, together.eta_s) == (pytest.approx(60.0), pytest.approx(30.0))

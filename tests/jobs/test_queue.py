@@ -15,9 +15,8 @@ from cluster.errors import OverloadedError
 from deployments.jobs import claims, waiting
 from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
-from deployments.jobs.retry_estimator import RetryEstimator
-from deployments.jobs.store import Ahead, ClassLoad, JobStore, QueueLimits
-from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, until_freed_s
+from deployments.jobs.store import ClassLoad, JobStore, QueueLimits
+from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, RetryEstimator, until_freed_s
 from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
 from tests.jobs.racing import race
 
@@ -399,14 +398,43 @@ def test_what_is_ahead(store: JobStore) -> None:
     jobs = wait(store, 3, work=10.0)
     wait(store, lane=Lane.IMAGE)
     wait(store, model="super")
-    assert [store.ahead(job) for job in jobs] == [Ahead(0, 0.0), Ahead(1, 10.0), Ahead(2, 20.0)]
+    assert [where(store, job) for job in jobs] == [(0, None), (1, None), (2, None)]
     running = claimed(store)
     store.record(lease_of(running), Progress(step=1), [])
-    assert store.ahead(jobs[2]) == Ahead(2, 17.5)
-    assert store.ahead(found(store, running)) == Ahead(0, 0.0)
+    store.note_rate(MODEL, Lane.VIDEO, 2.0)
+    assert where(store, jobs[2]) == (2, (7.5 + 10.0 + 10.0) / 2.0)
+    assert store.queue_positions([found(store, running), jobs[0]]) == {}, "neither waits, whatever is known of it here"
     sooner = wait(store, service_class="interactive", work=10.0)[0]
-    assert store.ahead(sooner).num_jobs == 1
-    assert store.ahead(jobs[2]).num_jobs == 3
+    assert where(store, sooner) == (1, (7.5 + 10.0) / 2.0)
+    assert where(store, jobs[2]) == (3, (7.5 + 30.0) / 2.0)
+
+
+def test_one_question_places_a_whole_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of jobs of both lanes and of two models, each behind its own lane's."""
+    videos, images = wait(store, 60, work=10.0), wait(store, 39, work=1.0, lane=Lane.IMAGE)
+    others = wait(store, model="super")
+    running = claimed(store)
+    store.note_rate(MODEL, Lane.IMAGE, 2.0)
+    page, reading, transactions = [*videos, *images, *others], store._database.reading, []
+
+    def counted() -> Any:
+        transactions.append(1)
+        return reading()
+
+    monkeypatch.setattr(store._database, "reading", counted)
+    positions = store.queue_positions(page)
+    assert len(transactions) == 1
+    assert [positions[job.job_id].position for job in videos[1:]] == list(range(1, 60)), "behind the one that runs"
+    assert [positions[job.job_id].eta_s for job in images] == [(i + 1) / 2.0 for i in range(39)]
+    assert (positions[others[0].job_id].position, positions[others[0].job_id].eta_s) == (0, None)
+    assert running.job_id not in positions
+    assert store.queue_positions([found(store, running)]) == {}
+    assert len(transactions) == 2, "of jobs that do not wait the database is not asked"
+
+
+def where(store: JobStore, job: Job) -> tuple[int, float | None]:
+    position = store.queue_positions([job])[job.job_id]
+    return position.position, position.eta_s
 
 
 def test_the_load(store: JobStore) -> None:
@@ -489,7 +517,7 @@ def everything(store: JobStore) -> None:
     for is_ascending in (True, False):
         store.list("key1", after=last.job_id, limit=10, is_ascending=is_ascending)
     store.events({last.job_id: 0})
-    store.ahead(wait(store)[0])
+    store.queue_positions(wait(store))
     store.load(MODEL)
     store.file_needs([last.job_id])
     store.cancel(wait(store)[0].job_id)
