@@ -222,6 +222,11 @@ async def made_variant(media: MediaStore, record: MediaRecord, name: str) -> Med
         raise ApiError(404, "no_such_variant", "this file has no sound") from None
 
 
+def _find_or_make(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
+    """Look again before making it: another caller may have finished since this one looked."""
+    return find_variant(store, record, variant) or make_variant(store, record, variant)
+
+
 class _Maker:
     """Makes variants in threads of its own: a few at once, each for all who ask for it meanwhile."""
 
@@ -238,7 +243,7 @@ class _Maker:
             Exception: as :func:`make_variant`.
         """
         key = (str(media.directory), record.media_id, variant.name)
-        made = asyncio.wrap_future(self._started(key, lambda: make_variant(media, record, variant)))
+        made = asyncio.wrap_future(self._started(key, lambda: _find_or_make(media, record, variant)))
         made.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may be there any more
         await asyncio.wait((made,), timeout=_WAIT_S)
         if not made.done():

@@ -239,6 +239,38 @@ def test_many_who_ask_at_once_get_one(store: MediaStore, monkeypatch: pytest.Mon
     assert names == ["spritesheet"]
 
 
+def test_a_caller_that_looked_before_it_was_made_does_not_make_it_again(
+    store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first caller finds nothing, and goes on only when the second one has its file."""
+    names = made_times(monkeypatch)
+    media_id = make(store, "mp4")
+    looks = threading.Semaphore(1)
+    has_looked, may_go_on = threading.Event(), threading.Event()
+    find = media_variants.find_variant
+
+    def find_and_wait(*arguments: Any) -> Any:
+        found = find(*arguments)
+        if looks.acquire(blocking=False):  # the first look of all
+            assert found is None
+            has_looked.set()
+            assert may_go_on.wait(DEADLINE_S)
+        return found
+
+    monkeypatch.setattr(media_variants, "find_variant", find_and_wait)
+
+    async def ask() -> list[bytes]:
+        early = asyncio.create_task(variant_answer(store, media_id, "spritesheet", "GET", Headers()))
+        assert await asyncio.to_thread(has_looked.wait, DEADLINE_S)
+        other = await sent(await variant_answer(store, media_id, "spritesheet", "GET", Headers()))
+        may_go_on.set()
+        return [other.body, (await sent(await early)).body]
+
+    first, second = run(ask())
+    assert first == second
+    assert names == ["spritesheet"]
+
+
 def test_processes_that_make_it_at_once_agree(store: MediaStore) -> None:
     """The second one finds the first one's when it is about to say that it is done."""
     record = store.expect(make(store, "mp4"))
