@@ -85,49 +85,49 @@ _MESSAGES = {
 }
 
 
-def unwrapped(error: BaseException) -> BaseException:
+def unwrap_error(error: BaseException) -> BaseException:
     """The exception that a remote method raised, without Ray's wrapping and its traceback text."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
-def typed(error: BaseException, stage: str) -> BaseException:
+def translate_error(error: BaseException, stage: str) -> BaseException:
     """The error as one of ours where it has a meaning: a full queue, a process that died; else as it was raised.
 
     What a stage may be tried again after stays itself if it is ours: a :class:`GangFailed` says more.
     """
-    error = unwrapped(error)
+    error = unwrap_error(error)
     if isinstance(error, BackPressureError):
         return OverloadedError(f"calls waiting for the stage {stage!r}", error.args[1], _FULL_QUEUE_S)
     if isinstance(error, (*_RETRYABLE, DeploymentUnavailableError)) and not isinstance(error, Cosmos3Error):
-        return StageFailed(stage, 1, in_words(error))
+        return StageFailed(stage, 1, summarize_error(error))
     return error
 
 
 def is_retryable(error: BaseException) -> bool:
     """Whether the same stage may succeed on another replica; never true of the request's own faults."""
-    return isinstance(unwrapped(error), _RETRYABLE)
+    return isinstance(unwrap_error(error), _RETRYABLE)
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether an object that was to be used is gone."""
-    return isinstance(unwrapped(error), ObjectLostError)
+    return isinstance(unwrap_error(error), ObjectLostError)
 
 
-def in_words(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """One line about an error."""
-    error = unwrapped(error)
+    error = unwrap_error(error)
     first_line = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first_line}"
 
 
-def failure_of(error: BaseException) -> tuple[str, str]:
+def explain_failure(error: BaseException) -> tuple[str, str]:
     """An error's code and message, as whoever asked may read them; of the inside they say nothing."""
-    error = typed(error, "director")
+    error = translate_error(error, "director")
     if isinstance(error, ApiError):
         return error.code, str(error)
-    _, code = meaning_of(error)
+    _, code = find_status(error)
     if isinstance(error, StageFailed):  # the reason is Ray's own words, with addresses and processes in them
         return code, f"the stage {error.stage!r} failed {error.attempts} times; {_LOGGED}"
     if isinstance(error, GangFailed):
@@ -135,14 +135,14 @@ def failure_of(error: BaseException) -> tuple[str, str]:
     return code, _MESSAGES.get(code, str(error))
 
 
-def is_told(error: BaseException) -> bool:
+def is_explained(error: BaseException) -> bool:
     """Whether the answer for an error says what was wrong; else it belongs into the log."""
-    error = typed(error, "director")
+    error = translate_error(error, "director")
     if isinstance(error, StageFailed | GangFailed):
         return False
-    return isinstance(error, ApiError) or meaning_of(error)[1] not in _MESSAGES
+    return isinstance(error, ApiError) or find_status(error)[1] not in _MESSAGES
 
 
-def meaning_of(error: BaseException) -> tuple[int, str]:
+def find_status(error: BaseException) -> tuple[int, str]:
     """The HTTP status and the code of an error that has none of its own; unknown ones are 500."""
     return next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, _INTERNAL))

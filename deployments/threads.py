@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def in_thread(work: Callable[..., T], *arguments: object) -> T:
+async def run_in_thread(work: Callable[..., T], *arguments: object) -> T:
     """As :func:`asyncio.to_thread`, but whoever is cancelled meanwhile goes on only when the work has ended.
 
     A thread cannot be stopped: what it works on would be closed under its hands.

@@ -19,7 +19,7 @@ from cosmos3_core.errors import Cosmos3Error
 from deployments.errors import ApiError
 from deployments.jobs.keys import ApiKey, KeyLimits, KeyStore
 from deployments.service_config import DEFAULT_CLASS
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([\x21-\x7e]{1,256})")
 # How long a key that was revoked is still let in, and one that was just made may be refused.
@@ -158,7 +158,7 @@ class Authenticator:
         self._num_waiting += 1
         try:
             async with self._looks:
-                return await in_thread(self._keys.verify, secret)
+                return await run_in_thread(self._keys.verify, secret)
         finally:
             self._num_waiting -= 1
 

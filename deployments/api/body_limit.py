@@ -18,7 +18,7 @@ from deployments.api.form_fields import nested_fields
 from deployments.api.json_text import read_json
 from deployments.api.memory_budget import Reservation
 from deployments.errors import BodyError
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 MAX_FIELDS = 128
 """Of a form, or of a JSON body; all that have a name of their own fit in."""
@@ -117,7 +117,7 @@ async def _fields(kind: str, request: Request, stream: Any, max_bytes: int) -> d
     async for chunk in stream:
         data += chunk
     # Beside the event loop: a large one takes a second.
-    return await in_thread(_json_object if kind == _JSON else _urlencoded_fields, data)
+    return await run_in_thread(_json_object if kind == _JSON else _urlencoded_fields, data)
 
 
 async def _multipart_fields(request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:

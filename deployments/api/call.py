@@ -18,7 +18,7 @@ from cosmos3_core.errors import RequestError
 from deployments.api.auth import Caller
 from deployments.api.bodies import BodyRules, Wishes
 from deployments.api.body_limit import read_fields
-from deployments.api.errors import error_response, is_told
+from deployments.api.errors import error_response, is_explained
 from deployments.api.fields import Endpoint
 from deployments.api.given_fields import Given, read_given
 from deployments.api.given_media import with_fetched
@@ -27,7 +27,7 @@ from deployments.api.service import Service
 from deployments.errors import ApiError
 from deployments.jobs.job import Job
 from deployments.jobs.submit_options import SubmitOptions
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,7 +51,7 @@ class AnsweringRoute(APIRoute):
             except HTTPException:
                 raise
             except Exception as error:
-                if not is_told(error):
+                if not is_explained(error):
                     logger.exception("%s %s failed", request.method, self.path)
                 return error_response(error)
 
@@ -99,7 +99,7 @@ class Call:
             ApiError: 404, there is none; somebody else's is none.
             JobsError: the database cannot be used.
         """
-        return found(await in_thread(self.service.store.get, video_id, self.caller.owner))
+        return found(await run_in_thread(self.service.store.get, video_id, self.caller.owner))
 
     async def body(self, endpoint: Endpoint, held: Reservation, meant: Callable[[Given, BodyRules], T]) -> T:
         """What its body asks for, files of other servers included.
@@ -116,10 +116,10 @@ class Call:
         """
         service = self.service
         fields = await read_fields(self.request, service.http.max_body_bytes, held)
-        given = await in_thread(read_given, fields, endpoint)
+        given = await run_in_thread(read_given, fields, endpoint)
         if service.remote_media is not None:
             given = replace(given, values=await with_fetched(given.values, service.remote_media, held))
-        return await in_thread(meant, given, service.rules(self.caller))
+        return await run_in_thread(meant, given, service.rules(self.caller))
 
     def options(self, wishes: Wishes, request_id: str, idempotency_key: str | None = None) -> SubmitOptions:
         """What the Director is told beside a request."""

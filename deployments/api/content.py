@@ -22,7 +22,7 @@ from deployments.api.errors import error_response
 from deployments.errors import ApiError
 from deployments.media.record import DONE, FAILED, MediaRecord
 from deployments.media.store import MediaStore
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 _PART_BYTES = 256 * 1024
 # Between two looks at a file that grows: the time that a reader is behind.
@@ -270,9 +270,9 @@ async def _parts(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGenerato
     start = span.start
     with contextlib.ExitStack() as opened:
         # Nobody leaves a thread that has the file: it would be closed under its hands.
-        file = await in_thread(lambda: opened.enter_context(open_file()))
+        file = await run_in_thread(lambda: opened.enter_context(open_file()))
         while start < span.end:
-            part = await in_thread(_read_at, file, start, min(span.end - start, _PART_BYTES))
+            part = await run_in_thread(_read_at, file, start, min(span.end - start, _PART_BYTES))
             if not part:
                 raise MediaError(f"a file has {start} bytes; {span.end} are to be read")
             start += len(part)

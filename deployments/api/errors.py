@@ -12,7 +12,7 @@ from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from deployments import failures
 from deployments.errors import ApiError
-from deployments.failures import failure_of, meaning_of, typed
+from deployments.failures import explain_failure, find_status, translate_error
 from deployments.observability.metrics import metrics
 
 
@@ -21,14 +21,14 @@ def error_response(error: BaseException) -> JSONResponse:
 
     Serve puts the request's id into the headers of every answer.
     """
-    error = typed(error, "director")
+    error = translate_error(error, "director")
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):  # the framework's own: no such path, another method
         message = f"{error.detail}; /openapi.json has all routes"
         return _response(error.status_code, "no_such_route", message, dict(error.headers or {}))
     if isinstance(error, ApiError):
         return _response(error.status, error.code, str(error), error.headers)
-    status, _ = meaning_of(error)
+    status, _ = find_status(error)
     if isinstance(error, OverloadedError):
         metrics().rejected(error.what)
     extra: dict[str, Any] = {}
@@ -36,12 +36,12 @@ def error_response(error: BaseException) -> JSONResponse:
         extra = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}
     if status in (429, 503):
         headers["retry-after"] = str(math.ceil(getattr(error, "retry_after_s", 5.0)))
-    return _response(status, *failure_of(error), headers, **extra)
+    return _response(status, *explain_failure(error), headers, **extra)
 
 
-def is_told(error: BaseException) -> bool:
+def is_explained(error: BaseException) -> bool:
     """Whether the answer for an error says what was wrong; else it belongs into the log."""
-    return isinstance(error, HTTPException) or failures.is_told(error)
+    return isinstance(error, HTTPException) or failures.is_explained(error)
 
 
 def _response(status: int, code: str, message: str, headers: dict[str, str], **extra: Any) -> JSONResponse:

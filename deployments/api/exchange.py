@@ -15,8 +15,8 @@ from starlette.responses import Response
 from cluster.errors import DeadlineExceeded, OverloadedError, StageFailed
 from cosmos3_core.request import GenerationRequest
 from deployments.api.body_limit import request_id_of
-from deployments.api.errors import error_response, is_told
-from deployments.failures import typed
+from deployments.api.errors import error_response, is_explained
+from deployments.failures import translate_error
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import Accepted, FileStarted, Finished
 
@@ -109,7 +109,7 @@ class Exchange:
                 return await self.finished()
             except Exception as error:  # told apart by what it wraps
                 self.cancel()
-                reason = typed(error, "director")
+                reason = translate_error(error, "director")
                 if not isinstance(reason, OverloadedError):
                     raise
             await asyncio.sleep(min(reason.retry_after_s, _LONGEST_PAUSE_S))
@@ -148,7 +148,7 @@ async def answered(
     except Exception as error:  # every error becomes an answer
         exchange.cancel()
         response = error_response(error)
-        if not is_told(error):
+        if not is_explained(error):
             logger.exception("request %s failed", exchange.request_id)
         return response
     except asyncio.CancelledError:

@@ -14,7 +14,7 @@ from cosmos3_core.presets import LIMITS
 from deployments.api.fields import MEDIA
 from deployments.api.json_text import read_json
 from deployments.api.memory_budget import Reservation
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 # Of base64.
 _BYTES_PER_CHAR = 0.75
@@ -49,7 +49,7 @@ async def with_fetched(given: dict[str, Any], remote: RemoteFiles, held: Reserva
         OverloadedError: there is no room for it now.
     """
     fetched = dict(given)
-    for name, url in (await in_thread(_remote_urls, given)).items():
+    for name, url in (await run_in_thread(_remote_urls, given)).items():
         with held.room_for(LIMITS.max_media_bytes):
             data = await remote.fetch(url, name)
             _refuse_too_large(name, len(data))

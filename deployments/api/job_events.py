@@ -19,7 +19,7 @@ from deployments.api.content import PartsResponse
 from deployments.errors import JobsError
 from deployments.jobs.feed import DELETED, FINAL_KINDS
 from deployments.jobs.job import JobEvent
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -97,7 +97,7 @@ def line_of(kind: str, seq: int, data: Mapping[str, Any]) -> bytes:
 async def _data_of(call: Call, event: JobEvent) -> tuple[str, Mapping[str, Any]]:
     """Kind and data; the last event has the whole job."""
     if event.kind in FINAL_KINDS:
-        job = await in_thread(call.service.store.get, event.job_id, call.caller.owner)
+        job = await run_in_thread(call.service.store.get, event.job_id, call.caller.owner)
         if job is not None:
             return event.kind, await call.service.objects.of(job)
     elif event.kind != DELETED:

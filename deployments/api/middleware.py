@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cosmos3_core.errors import Cosmos3Error
 from deployments.api.auth import Caller
 from deployments.api.call import CALLER, logger
-from deployments.api.errors import error_response, is_told
+from deployments.api.errors import error_response, is_explained
 from deployments.api.service import Service
 from deployments.api.service_info import OPEN_PATHS
 from deployments.errors import ApiError
@@ -52,7 +52,7 @@ class KeyMiddleware:
                 try:
                     scope[CALLER] = await self._get_service().caller(Headers(scope=scope))
                 except Cosmos3Error as error:
-                    if not is_told(error):
+                    if not is_explained(error):
                         logger.exception("a key could not be checked")
                     await error_response(error)(scope, receive, send)
                     return

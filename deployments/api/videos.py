@@ -28,7 +28,7 @@ from deployments.api.media_answer import live_answer, media_answer
 from deployments.api.written import as_written
 from deployments.jobs.job import Job, JobState
 from deployments.jobs.job_object import poll_after_ms
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -93,7 +93,7 @@ async def list_videos(request: Request) -> Response:
     limit = _limit(call.query.get("limit"))
     order = checks.choice("order", call.query.get("order", "desc"), _ORDERS)
     after, owner = call.query.get("after"), call.caller.owner
-    page = await in_thread(
+    page = await run_in_thread(
         lambda: call.service.store.list(owner, after=after, limit=max(limit, 1), is_ascending=order == "asc")
     )
     data = await call.service.objects.of_all(page.jobs[:limit])
@@ -118,10 +118,10 @@ async def get_video(video_id: str, request: Request) -> Response:
 async def cancel_video(video_id: str, request: Request) -> Response:
     """Stop a job; one that has ended stays as it is."""
     call = Call.of(request)
-    job = found(await in_thread(call.service.store.cancel, video_id, call.caller.owner))
+    job = found(await run_in_thread(call.service.store.cancel, video_id, call.caller.owner))
     if job.state is JobState.CANCELLED:  # it waited
         try:
-            await in_thread(call.service.files.remove, job.job_id)
+            await run_in_thread(call.service.files.remove, job.job_id)
         except MediaError:  # they expire
             logger.exception("what %s came with could not be removed", job.job_id)
     return await _told(call, job)
@@ -132,11 +132,11 @@ async def delete_video(video_id: str, request: Request) -> Response:
     """Stop and forget a job, its files too."""
     call = Call.of(request)
     service = call.service
-    job = found(await in_thread(service.store.delete, video_id, call.caller.owner))
+    job = found(await run_in_thread(service.store.delete, video_id, call.caller.owner))
     try:
-        await in_thread(service.files.remove, job.job_id)
+        await run_in_thread(service.files.remove, job.job_id)
         if job.media_id:
-            await in_thread(service.media.remove, job.media_id)
+            await run_in_thread(service.media.remove, job.media_id)
     except Cosmos3Error:  # the job is gone; what is left of it expires
         logger.exception("the files of %s could not be removed", job.job_id)
     return _json({"id": job.job_id, "object": "video.deleted", "deleted": True})

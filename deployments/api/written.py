@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosmos3_core.errors import RequestError
-from deployments.failures import unwrapped
+from deployments.failures import unwrap_error
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def as_written(origins: FieldOrigins) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # told apart by what it wraps
-        reason = unwrapped(error)
+        reason = unwrap_error(error)
         origin = origins.get(reason.field) if isinstance(reason, RequestError) else None
         if origin is None or not isinstance(reason, RequestError):
             raise

@@ -18,7 +18,7 @@ from deployments.clients.message_events import raw_event
 from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
 from deployments.clients.video import COMPLETED, FAILED
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
-from deployments.failures import in_words, typed
+from deployments.failures import summarize_error, translate_error
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import Accepted, RequestContext
 from deployments.service_config import DEFAULT_CLASS
@@ -193,10 +193,10 @@ def _asked(terms: Terms) -> SubmitOptions:
 
 def _meaning(error: BaseException) -> BaseException:
     """The error as it would come over HTTP, but for what is known of it only here."""
-    error = typed(error, "director")
+    error = translate_error(error, "director")
     if isinstance(error, _SHARED):
         return error
     answer = error_response(error)
     if answer.status_code == 500:
-        return AnswerError(500, in_words(error), "internal_error")
+        return AnswerError(500, summarize_error(error), "internal_error")
     return refusal(answer.status_code, "", answer.headers, bytes(answer.body).decode(), None)

@@ -21,7 +21,7 @@ from deployments.jobs.store import JobStore, QueueLimits
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.jobs.waiting import RetryEstimator
 from deployments.messages import RequestContext
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 
 @dataclass(frozen=True)
@@ -125,21 +125,21 @@ class Admission:
             RequestError: there is no such job of this owner, or its image or clip is not kept any more.
             MediaError: its image or clip cannot be read.
         """
-        job = await in_thread(self.store.get, job_id, options.owner)
+        job = await run_in_thread(self.store.get, job_id, options.owner)
         if job is None:
             raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
         for name in job.inputs:
-            if not await in_thread(self.files.exists, job_id, name):
+            if not await run_in_thread(self.files.exists, job_id, name):
                 hint = "Of a job that was not completed they are not kept: send it again."
                 raise RequestError("video_id", job_id, f"the id of a video whose {name} is still there", hint)
-        media = {name: await in_thread(self.files.get, job_id, name) for name in job.inputs}
+        media = {name: await run_in_thread(self.files.get, job_id, name) for name in job.inputs}
         request = replace(decoded(job.request, media), prompt=prompt)
         return request, replace(options, remixed_from=job_id)
 
     async def _kept(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
         """The job, once it and its files are on the disk: files first, or there were a job without."""
         # Nobody is cancelled in between: what was accepted has its files, what was not has none.
-        keeping = asyncio.ensure_future(in_thread(self._keep, new, options, media))
+        keeping = asyncio.ensure_future(run_in_thread(self._keep, new, options, media))
         return await asyncio.shield(keeping)
 
     def _keep(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:

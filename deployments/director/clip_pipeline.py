@@ -18,10 +18,10 @@ from cluster.errors import GangFailed, StageFailed, StreamClosed
 from cosmos3_core.media.writer import ClipFormat
 from deployments.director.guardrail_calls import Passed, passed_chunk
 from deployments.director.retries import retried
-from deployments.failures import in_words
+from deployments.failures import summarize_error
 from deployments.media.store import MediaStore, new_media_id
 from deployments.messages import ChunkDecoded, ClipEncoded, Event, FileStarted, RequestContext, SoundDecoded
-from deployments.stages.streams import RefStream, following, in_time
+from deployments.stages.streams import RefStream, follow_stream, wait_within
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class ClipPipeline:
         stream_id, media_id = context.try_id, new_media_id()
         start_s = time.monotonic()
         try:
-            await in_time(context, "decode", self.clips.open.remote(stream_id, self.chunk_window))
+            await wait_within(context, "decode", self.clips.open.remote(stream_id, self.chunk_window))
             encode = self.encoder.encode.remote(context, self.clip_format, media_id, self.clips, stream_id)
-            async with following(encode, context, "encode") as encoded:
+            async with follow_stream(encode, context, "encode") as encoded:
                 # First the encoder's place, then the decoder's: two clips that hold one each would wait for ever.
                 started = await encoded.next_value()
                 if not isinstance(started, FileStarted):
@@ -103,7 +103,7 @@ class ClipPipeline:
                     yield event
         except BaseException as error:
             # An encoder that is alive says so itself; one that died cannot.
-            await asyncio.to_thread(self.media.fail, media_id, in_words(error))
+            await asyncio.to_thread(self.media.fail, media_id, summarize_error(error))
             raise
         finally:
             self.close_later(stream_id)
@@ -112,7 +112,7 @@ class ClipPipeline:
         """Post all decoders' chunks to the clip's stream; it is complete when all are done."""
         async for event in merged(*(self._decode(context, stream_id, decoder) for decoder in self.decoders)):
             yield event
-        await in_time(context, "decode", self.clips.complete.remote(stream_id))
+        await wait_within(context, "decode", self.clips.complete.remote(stream_id))
 
     async def _decode(self, context: RequestContext, stream_id: str, decoder: Decoder) -> AsyncIterator[Event]:
         posted = _Posted()
@@ -121,11 +121,11 @@ class ClipPipeline:
             producer = f"{decoder.name}/{context.attempt}"
             decode = decoder.handle.decode.remote(context, decoder.latents, self.clips, stream_id, producer)
             try:
-                async with following(decode, context, "decode") as stream:
+                async with follow_stream(decode, context, "decode") as stream:
                     async for event in self._forward(stream, context, stream_id, producer, posted):
                         yield event
             except Exception:
-                await in_time(context, "decode", self.clips.forget.remote(stream_id, producer))
+                await wait_within(context, "decode", self.clips.forget.remote(stream_id, producer))
                 raise
 
         try:
@@ -133,7 +133,7 @@ class ClipPipeline:
                 yield event
         except GangFailed as error:
             # These were all its tries: the encoder's are not for it.
-            raise StageFailed("decode", self.max_attempts, in_words(error)) from error
+            raise StageFailed("decode", self.max_attempts, summarize_error(error)) from error
 
     async def _forward(
         self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: _Posted
@@ -144,11 +144,11 @@ class ClipPipeline:
             # chunk comes behind it, and so only of one that is there.
             event = await decoded.next_value()
             if event is None:
-                await in_time(context, "decode", chunk_ref)
+                await wait_within(context, "decode", chunk_ref)
             assert isinstance(event, ChunkDecoded | SoundDecoded)
             if event.index < posted.num_chunks:  # a clip decodes alike every time
                 del chunk_ref  # before the credit that stands for its memory goes back
-                await in_time(context, "decode", self.clips.drop.remote(stream_id, producer))
+                await wait_within(context, "decode", self.clips.drop.remote(stream_id, producer))
                 continue
             if self.guardrail is not None and isinstance(event, ChunkDecoded):
                 # While it is looked at there are two of it. Of the other try's context, which this one's tries are not.
@@ -160,7 +160,7 @@ class ClipPipeline:
             posted.num_chunks += 1
             # Announced before it is posted, so that nobody hears of its encoding first.
             yield event
-            await in_time(context, "decode", self.clips.post.remote(stream_id, producer, [chunk_ref]))
+            await wait_within(context, "decode", self.clips.post.remote(stream_id, producer, [chunk_ref]))
 
 
 @dataclass

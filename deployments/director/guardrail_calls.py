@@ -13,9 +13,9 @@ from cluster.errors import StageFailed
 from cosmos3_core.errors import RequestError
 from deployments.director.retries import retried
 from deployments.errors import GuardrailUnavailable
-from deployments.failures import is_lost, is_retryable, typed
+from deployments.failures import is_lost, is_retryable, translate_error
 from deployments.messages import FramesChecked, RequestContext, StageRetried, TextChecked
-from deployments.stages.streams import following, in_time
+from deployments.stages.streams import follow_stream, wait_within
 
 _STAGE = "guardrail"
 # For a prompt, whose caller waits to be accepted: the second is for a replica that died.
@@ -126,12 +126,12 @@ async def check_prompt(handle: Any, text_timeout_s: float, context: RequestConte
 
 
 def _meaning(error: Exception) -> BaseException:
-    meaning = typed(error, _STAGE)
+    meaning = translate_error(error, _STAGE)
     return GuardrailUnavailable("prompt") if isinstance(meaning, StageFailed) else meaning
 
 
 async def _text_checked(handle: Any, context: RequestContext, prompt: str) -> TextChecked:
-    async with following(handle.check_text.remote(context, prompt), context, _STAGE) as stream:
+    async with follow_stream(handle.check_text.remote(context, prompt), context, _STAGE) as stream:
         word = await stream.next_value()
         if not isinstance(word, TextChecked):
             raise GuardrailUnavailable("prompt")
@@ -183,13 +183,13 @@ async def passed_chunk(
 
 
 async def _frames_checked(handle: Any, context: RequestContext, chunk_ref: Any) -> Any:
-    async with following(handle.check_frames.remote(context, chunk_ref), context, _STAGE) as stream:
+    async with follow_stream(handle.check_frames.remote(context, chunk_ref), context, _STAGE) as stream:
         checked_ref = await stream.next_ref()
         # What comes in the place of a chunk may be the error that the stage has died of; its word comes behind it.
         if isinstance(await stream.next_value(), FramesChecked):
             return checked_ref
         if checked_ref is not None:
-            await in_time(context, _STAGE, checked_ref)
+            await wait_within(context, _STAGE, checked_ref)
         raise StageFailed(_STAGE, context.attempt, "the stream ended without checked frames")
 
 

@@ -19,7 +19,7 @@ from deployments.jobs.store import Page
 from deployments.media.record import DONE, MediaRecord
 from deployments.media.store import MediaStore
 from deployments.media.variants import ACTION, CONTENT_VARIANTS, VIDEO, made_variant
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,7 +38,7 @@ class JobDesk:
 
     async def job(self, job_id: str, owner: str = "") -> Job | None:
         """What is known of a job."""
-        return await in_thread(self._parts.store.get, job_id, owner)
+        return await run_in_thread(self._parts.store.get, job_id, owner)
 
     async def job_object(self, job_id: str, owner: str = "") -> dict[str, Any] | None:
         """A job as the HTTP API tells of it."""
@@ -58,19 +58,19 @@ class JobDesk:
 
     async def cancel(self, job_id: str, owner: str = "") -> Job | None:
         """Stop a job; one that has ended stays as it is. None where there is none."""
-        job = await in_thread(self._parts.store.cancel, job_id, owner)
+        job = await run_in_thread(self._parts.store.cancel, job_id, owner)
         if job is not None and job.state is JobState.CANCELLED:  # it waited
             try:
-                await in_thread(self._parts.maintenance.remove_files, job)
+                await run_in_thread(self._parts.maintenance.remove_files, job)
             except MediaError:  # they are swept
                 logger.exception("what %s came with could not be removed", job_id)
         return job
 
     async def delete(self, job_id: str, owner: str = "") -> Job | None:
         """Stop and forget a job, its files too. None where there is none."""
-        job = await in_thread(self._parts.store.delete, job_id, owner)
+        job = await run_in_thread(self._parts.store.delete, job_id, owner)
         if job is not None:
-            await in_thread(self._parts.maintenance.remove_files, job)
+            await run_in_thread(self._parts.maintenance.remove_files, job)
         return job
 
     async def events(
@@ -123,7 +123,7 @@ class JobDesk:
         if variant != VIDEO:
             record = await made_variant(media, record, variant)
         try:
-            return await in_thread(_part, media, record, start, num_bytes)
+            return await run_in_thread(_part, media, record, start, num_bytes)
         except FileNotFoundError:  # it was removed meanwhile
             raise _no_file(job_id) from None
         except OSError as error:

@@ -21,7 +21,7 @@ from deployments.director.previews import Previews
 from deployments.director.request_check import RequestCheck
 from deployments.director.runner import JobRunner
 from deployments.director.runner_spec import RunnerSpec
-from deployments.failures import failure_of, is_told
+from deployments.failures import explain_failure, is_explained
 from deployments.jobs.cost import CostModel
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.feed import EventFeed
@@ -160,7 +160,9 @@ class DirectorParts:
             return pipeline if prompt_check is None else GuardedPipeline(pipeline, prompt_check)
 
         check = self.admission.check
-        return JobRunner(self.store, self.files, self.media, check, make_pipeline, failure_of, is_told, runner_spec)
+        return JobRunner(
+            self.store, self.files, self.media, check, make_pipeline, explain_failure, is_explained, runner_spec
+        )
 
     def context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
         """Of a request that comes now, under a fresh job id.

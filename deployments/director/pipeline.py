@@ -21,7 +21,7 @@ from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
 from deployments.director.clip_pipeline import ClipPipeline, Decoder
 from deployments.director.retries import retried
-from deployments.failures import is_lost, typed, unwrapped
+from deployments.failures import is_lost, translate_error, unwrap_error
 from deployments.media.store import MediaStore
 from deployments.messages import (
     ClipEncoded,
@@ -36,7 +36,7 @@ from deployments.messages import (
     TokenizedPair,
 )
 from deployments.stages.handles import Stages
-from deployments.stages.streams import RefStream, following, in_time
+from deployments.stages.streams import RefStream, follow_stream, wait_within
 
 # A leader that is up says at once where in its queue a request stands.
 _FIRST_WORD_S = 5.0
@@ -159,14 +159,14 @@ class Pipeline:
     async def _tokenize_once(self, context: RequestContext) -> AsyncIterator[TokenizedPair]:
         response = self.stages.tokenizer.tokenize.remote(context, replace(self.request, picture=None))
         try:
-            yield await in_time(context, "tokenize", response)
+            yield await wait_within(context, "tokenize", response)
         finally:
             response.cancel()
 
     async def _condition(self, context: RequestContext) -> AsyncIterator[Event]:
         """Have what the request gives encoded, and hold its latents."""
         encode = self.stages.vae.encode.remote(context, self.request.picture)
-        async with following(encode, context, "condition") as stream:
+        async with follow_stream(encode, context, "condition") as stream:
             event = await stream.next_value()
             if not isinstance(event, PictureEncoded):
                 raise StageFailed("condition", context.attempt, "the stream ended without latents")
@@ -176,7 +176,7 @@ class Pipeline:
 
     async def _held(self, stream: RefStream, context: RequestContext, stage: str) -> _Held:
         ref = await stream.next_ref()
-        return _Held(ref, await in_time(context, stage, ref))
+        return _Held(ref, await wait_within(context, stage, ref))
 
     async def _previews(self, order_previews: Callable[[float], Awaitable[PreviewOrder]]) -> PreviewOrder:
         if not self.request.has_pictures:
@@ -184,7 +184,7 @@ class Pipeline:
         if self.stages.guardrail is not None:
             raise PreviewFailed("the guardrail looks at pictures before anybody sees them, and these it cannot")
         duration_s = self.request.num_frames / self.request.fps
-        return await in_time(self.context, "denoise", order_previews(duration_s))
+        return await wait_within(self.context, "denoise", order_previews(duration_s))
 
     async def _denoise(
         self, context: RequestContext, pair: TokenizedPair, previews: PreviewOrder | None
@@ -198,7 +198,7 @@ class Pipeline:
                 return
             except Exception as error:
                 # Full, or away: nothing of the request was done. The next gang may have room.
-                if not isinstance(typed(error, "denoise"), OverloadedError | _NoWord):
+                if not isinstance(translate_error(error, "denoise"), OverloadedError | _NoWord):
                     raise
         async for item in self._denoise_on(last, context, job, previews):
             yield item
@@ -217,7 +217,7 @@ class Pipeline:
         has_arrived = False
         try:
             denoise = gang.denoise.remote(context, job, saved_ref, clean_ref, previews)
-            async with following(denoise, context, "denoise") as stream:
+            async with follow_stream(denoise, context, "denoise") as stream:
                 event = await _within(first_word_s, stream.next_value())
                 while event is not None:
                     has_arrived = True
@@ -235,7 +235,7 @@ class Pipeline:
                     event = await stream.next_value()
         except Exception as error:
             # The state that this try was to begin with is gone, or is none of this model's: the next starts anew.
-            if (is_lost(error) or isinstance(unwrapped(error), StateError)) and not has_arrived:
+            if (is_lost(error) or isinstance(unwrap_error(error), StateError)) and not has_arrived:
                 self._saved = None
             raise
         raise StageFailed("denoise", context.attempt, "the stream ended without latents")

@@ -12,9 +12,9 @@ from typing import Any
 from cluster.errors import PreviewFailed
 from cosmos3_core import checks
 from cosmos3_core.preview import MAX_PREVIEWS, PreviewMap, PreviewOrder
-from deployments.failures import in_words, unwrapped
+from deployments.failures import summarize_error, unwrap_error
 from deployments.messages import RequestContext
-from deployments.stages.streams import following
+from deployments.stages.streams import follow_stream
 
 logger = logging.getLogger("ray.serve")
 
@@ -69,13 +69,13 @@ class Previews:
         context = RequestContext.new("previews", _FIT_S)
         try:
             call = self._vae.preview_map.remote(context)
-            async with following(call, context, "previews") as stream:
+            async with follow_stream(call, context, "previews") as stream:
                 preview_map = await stream.next_value()
             if isinstance(preview_map, PreviewMap):
                 return preview_map
             reason = "the decoder's stream ended without their map"
         except Exception as error:  # noqa: BLE001 - a preview fails no request, whatever another process raised
-            refusal = unwrapped(error)
-            reason = refusal.reason if isinstance(refusal, PreviewFailed) else in_words(error)
+            refusal = unwrap_error(error)
+            reason = refusal.reason if isinstance(refusal, PreviewFailed) else summarize_error(error)
         logger.warning("previews cannot be made: %s", reason)
         return PreviewFailed(reason)

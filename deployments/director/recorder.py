@@ -33,7 +33,7 @@ from deployments.messages import (
     StepDone,
     Tokenized,
 )
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 # Between two writings: what a follower is behind, and what a database has to bear.
 _PAUSE_S = 0.05
@@ -216,7 +216,7 @@ class Tries:
         """
         while True:
             try:
-                return await in_thread(write)
+                return await run_in_thread(write)
             except (LeaseLost, IllegalTransition):
                 raise
             except JobsError:

@@ -10,7 +10,7 @@ from cosmos3_core.media.apart import probe_clip_apart
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from cosmos3_core.resolve import resolve
 from deployments.messages import RequestContext
-from deployments.stages.streams import in_time
+from deployments.stages.streams import wait_within
 
 # Each is a process, and a thread that waits for it.
 _MAX_PROBES = 2
@@ -38,8 +38,8 @@ class RequestCheck:
         """
         if not isinstance(request.video, bytes):
             return self._resolve(request)  # moments: of an image the header is read
-        await in_time(context, "director", self._probes.acquire())
+        await wait_within(context, "director", self._probes.acquire())
         probing = asyncio.get_running_loop().run_in_executor(None, self._resolve, request)
         # The place is free when the thread is, not when its caller has left.
         probing.add_done_callback(lambda _: self._probes.release())
-        return await in_time(context, "director", asyncio.shield(probing))
+        return await wait_within(context, "director", asyncio.shield(probing))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
-from deployments.failures import in_words, is_retryable, typed
+from deployments.failures import is_retryable, summarize_error, translate_error
 from deployments.messages import RequestContext, StageRetried
 
 # Before a stage is tried again: a dead replica is still in the routers' tables for a moment.
@@ -47,7 +47,7 @@ async def retried(
                 yield item
             return
         except Exception as error:  # noqa: BLE001 - what another process raised can be anything
-            meaning = typed(error, stage)
+            meaning = translate_error(error, stage)
             if isinstance(meaning, OverloadedError):
                 event = None
                 pause_s = min(max(meaning.retry_after_s, _RETRY_PAUSE_S), _LONGEST_PAUSE_S)
@@ -59,8 +59,8 @@ async def retried(
                 if num_tries > max_attempts:
                     if isinstance(meaning, GangFailed):
                         raise meaning from None  # says more: the phase and the rank
-                    raise StageFailed(stage, max_attempts, in_words(error)) from None
-                event = StageRetried(stage, context.attempt + 1, in_words(error), done_steps())
+                    raise StageFailed(stage, max_attempts, summarize_error(error)) from None
+                event = StageRetried(stage, context.attempt + 1, summarize_error(error), done_steps())
         if event is not None:
             yield event
         context = context.retried()

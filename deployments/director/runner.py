@@ -29,7 +29,7 @@ from deployments.director.run import RESTART_S, Run, Stop
 from deployments.director.runner_spec import DescribeFailure, MakePipeline, RunnerSpec
 from deployments.director.saved_states import CHECKPOINT, SavedStates
 from deployments.errors import JobCancelled, LeaseLost
-from deployments.failures import typed
+from deployments.failures import translate_error
 from deployments.jobs.cost import Throughput
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, Outcome
@@ -37,9 +37,9 @@ from deployments.jobs.request_codec import decoded
 from deployments.jobs.store import JobStore, Lease
 from deployments.media.store import MediaStore
 from deployments.messages import Event, FileStarted, Finished, RequestContext
-from deployments.observability.logs import watched_request
+from deployments.observability.logs import watch_request
 from deployments.observability.metrics import metrics
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -176,12 +176,12 @@ class JobRunner:
         while True:
             item = await self._next(caller)
             if item is None:  # it waits, and it is time to look where
-                found = None if caller.has_begun else await in_thread(self._store.get, job.job_id)
+                found = None if caller.has_begun else await run_in_thread(self._store.get, job.job_id)
                 if caller.has_begun or not caller.items.empty():
                     continue
                 if found is None or found.state.is_final:
                     raise JobCancelled(job.job_id, "" if found is None else found.error_message)
-                waits = (await in_thread(self._store.queue_positions, [found])).get(job.job_id)
+                waits = (await run_in_thread(self._store.queue_positions, [found])).get(job.job_id)
                 if waits is not None and waits.position != position and not caller.has_begun:
                     position = waits.position
                     yield waits
@@ -210,7 +210,7 @@ class JobRunner:
             try:
                 for lane, max_running in self._spec.max_running.items():
                     while sum(run.job.lane == lane for run in self._runs.values()) < max_running:
-                        if (job := await in_thread(self._claim, lane)) is None:
+                        if (job := await run_in_thread(self._claim, lane)) is None:
                             break
                         _tell_claim(job)
                         # It may have been claimed just before.
@@ -268,7 +268,7 @@ class JobRunner:
             except asyncio.CancelledError:
                 pass  # by whoever stopped it, and has said why
             except Exception as error:  # noqa: BLE001 - whatever a stage raised ends the job, and nothing else
-                meaning = typed(error, "director")
+                meaning = translate_error(error, "director")
                 failure = meaning if isinstance(meaning, Exception) else error
             run.is_walking = False
         try:
@@ -291,21 +291,21 @@ class JobRunner:
         job = run.job
         if job.media_id:
             # An earlier run's, whose writer may have died without a word: whoever watches it is told.
-            await in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
+            await run_in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
         context = (
             RequestContext.new(job.request_id, self._spec.run_timeout_s, job.job_id)
             if caller is None
             else caller.context
         )
-        media = {name: await in_thread(self._files.get, job.job_id, name) for name in job.inputs}
+        media = {name: await run_in_thread(self._files.get, job.job_id, name) for name in job.inputs}
         resolved = await self._check.resolved(context, decoded(job.request, media))
         del media
         run.checkpoints = checkpoints = SavedStates(self._files, job.job_id, self._spec.checkpoint_period_s)
-        begin_from = await in_thread(checkpoints.read)
+        begin_from = await run_in_thread(checkpoints.read)
         pipeline = self._make_pipeline(resolved, context, job, begin_from, checkpoints.offer)
         del resolved, begin_from
         assert job.started_s is not None, "it was claimed"
-        events = watched_request(pipeline.events(), context, job.mode, job.started_s - job.created_s)
+        events = watch_request(pipeline.events(), context, job.mode, job.started_s - job.created_s)
         async with aclosing(events) as watched:
             async for event in watched:
                 yield event
@@ -343,7 +343,7 @@ class JobRunner:
                 await run.checkpoints.settle()
             # Inputs stay for a remix of what was made; of anything else they would fill the disk for nothing.
             is_kept = is_completed and ended.attached_to is None
-            await in_thread(self._files.remove, ended.job_id, CHECKPOINT if is_kept else None)
+            await run_in_thread(self._files.remove, ended.job_id, CHECKPOINT if is_kept else None)
             if is_completed:
                 await self._measure(run.job, ended)
         except Exception:  # the job has ended all the same, and its caller is told so
@@ -355,11 +355,11 @@ class JobRunner:
         try:
             if run.checkpoints is not None:
                 await run.checkpoints.settle()
-            now = await in_thread(self._store.get, job_id)
+            now = await run_in_thread(self._store.get, job_id)
             if now is None:
-                await in_thread(self._files.remove, job_id)
+                await run_in_thread(self._files.remove, job_id)
             if run.media_id and (now is None or now.media_id != run.media_id):
-                await in_thread(self._media.remove, run.media_id)
+                await run_in_thread(self._media.remove, run.media_id)
         except Exception:  # what nobody removes expires
             logger.exception("what %s leaves could not be tidied up", job_id)
 
@@ -371,15 +371,15 @@ class JobRunner:
         # Of one that was gone on with, what was left of it when it was claimed.
         work = job.work * max(1 - job.step / job.num_steps, 1 / job.num_steps)
         work_per_s = throughput.finished(work, job.started_s, ended.completed_s)
-        await in_thread(self._store.note_rate, self._spec.model, job.lane, work_per_s)
+        await run_in_thread(self._store.note_rate, self._spec.model, job.lane, work_per_s)
 
     async def _cancel_queued(self, job_id: str) -> None:
         try:
-            job = await in_thread(self._store.cancel, job_id)
+            job = await run_in_thread(self._store.cancel, job_id)
             if job is not None and job.state.is_final:
                 if job.attempts == 0:  # a run tells its own end
                     _tell_end(job)
-                await in_thread(self._files.remove, job_id)
+                await run_in_thread(self._files.remove, job_id)
         except Cosmos3Error:
             logger.exception("%s could not be cancelled", job_id)
 

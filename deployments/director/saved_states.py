@@ -12,7 +12,7 @@ import numpy as np
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.errors import MediaError
 from deployments.jobs.files import JobFiles
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -84,10 +84,10 @@ class SavedStates:
 
     async def _write(self, step: int, state: TensorEnvelope) -> None:
         try:
-            await in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
+            await run_in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
             self._written_s, self._written_step = time.monotonic(), step
             if self._is_too_late:
-                await in_thread(self._files.remove, self._job_id, CHECKPOINT)
+                await run_in_thread(self._files.remove, self._job_id, CHECKPOINT)
         except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
             logger.exception("the state of %s could not be kept, or not removed again", self._job_id)
         finally:

@@ -22,7 +22,7 @@ from deployments.jobs.job import Job, JobEvent, JobState
 from deployments.jobs.rows import MAX_EVENTS
 from deployments.jobs.store import JobStore
 from deployments.messages import QueuePosition
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -196,7 +196,7 @@ class EventFeed:
         if not (cursors.keys() - self._served):
             self._served.clear()
         turn = {job_id: seq for job_id, seq in cursors.items() if job_id not in self._served}
-        events, found = await in_thread(self._read, turn, [job_id for _, job_id in due])
+        events, found = await run_in_thread(self._read, turn, [job_id for _, job_id in due])
         if len(events) >= _MAX_EVENTS:
             self._served |= {event.job_id for event in events}
             self._wake.set()  # there is more

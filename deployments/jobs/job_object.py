@@ -10,7 +10,7 @@ from cosmos3_core.media.file_kinds import SUFFIXES
 from deployments.jobs.job import Job, JobState
 from deployments.jobs.store import JobStore
 from deployments.messages import QueuePosition
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 LOSSLESS, HIGH = "lossless", "high"
 """Values of ``quality``."""
@@ -51,7 +51,7 @@ class JobObjects:
         Raises:
             JobsError: the database cannot be used.
         """
-        positions = await in_thread(self._store.queue_positions, jobs)
+        positions = await run_in_thread(self._store.queue_positions, jobs)
         return [job_object(job, positions.get(job.job_id)) for job in jobs]
 
 

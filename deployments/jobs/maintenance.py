@@ -14,7 +14,7 @@ from deployments.jobs.job import Job
 from deployments.jobs.store import FileNeed, JobStore
 from deployments.media.store import MediaStore
 from deployments.observability.metrics import metrics
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -101,7 +101,7 @@ class Maintenance:
 async def _repeated(work: Callable[[], None], period_s: float) -> None:
     while True:
         try:
-            await in_thread(work)
+            await run_in_thread(work)
         except Exception:  # what is wrong now may be right in a minute
             logger.exception("jobs could not be looked after")
         await asyncio.sleep(period_s)

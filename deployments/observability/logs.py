@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager
 
 from cluster.errors import OverloadedError
 from cluster.logs import Origin, Value, log_event, log_failure
-from deployments.failures import unwrapped
+from deployments.failures import unwrap_error
 from deployments.messages import (
     ChunkDecoded,
     ChunkEncoded,
@@ -31,7 +31,7 @@ def origin_of(context: RequestContext) -> Origin:
 
 
 class StageWatch:
-    """What :func:`watched` gives."""
+    """What :func:`watch_stage` gives."""
 
     def __init__(self, context: RequestContext, stage: str, **fields: Value) -> None:
         self._origin = origin_of(context)
@@ -48,7 +48,7 @@ class StageWatch:
 
     def fail(self, error: BaseException) -> None:
         """The block was left by an exception."""
-        error = unwrapped(error)
+        error = unwrap_error(error)
         is_failure = isinstance(error, Exception)
         # Full is no failure: it is waited for. Whoever cancels, or closes a generator, leaves.
         outcome = "full" if isinstance(error, OverloadedError) else "failed" if is_failure else "left"
@@ -71,7 +71,7 @@ class StageWatch:
 
 
 @contextmanager
-def watched(context: RequestContext, stage: str, **fields: Value) -> Iterator[StageWatch]:
+def watch_stage(context: RequestContext, stage: str, **fields: Value) -> Iterator[StageWatch]:
     """Around one try of a stage, in the process that works: a line when it begins, one when it ends; its seconds.
 
     The block ends well where :meth:`StageWatch.finish` was called or its end is reached; it is "left" where whoever
@@ -86,7 +86,7 @@ def watched(context: RequestContext, stage: str, **fields: Value) -> Iterator[St
     watch.finish()
 
 
-async def watched_request(
+async def watch_request(
     events: AsyncIterator[Event], context: RequestContext, mode: str, waited_s: float = 0.0
 ) -> AsyncGenerator[Event, None]:
     """A request's events, handed on as they come; what they tell is logged and measured.
@@ -100,7 +100,7 @@ async def watched_request(
     origin, numbers, start_s = origin_of(context), metrics(), time.monotonic()
     denoised_s: float | None = None
     has_frames = False
-    with watched(context, "request", mode=mode, waited_s=waited_s) as watch:
+    with watch_stage(context, "request", mode=mode, waited_s=waited_s) as watch:
         async with aclosing(events) as stream:  # type: ignore[type-var] # an async generator, whatever it is called
             async for event in stream:
                 now_s = time.monotonic()

@@ -163,7 +163,7 @@ class Metrics:
         self._add(QUEUE_WAIT_SECONDS, seconds, "jobs", lane, service_class)
 
     def stage_ended(self, stage: str, outcome: str, seconds: float) -> None:
-        """A try of a stage is over; see :func:`deployments.observability.logs.watched`."""
+        """A try of a stage is over; see :func:`deployments.observability.logs.watch_stage`."""
         self._add(STAGE_SECONDS, seconds, stage, outcome)
 
     def stage_retried(self, stage: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.messages import RequestContext, SoundChunk, SoundDecoded
-from deployments.observability.logs import watched
-from deployments.stages.credits import made_on_credit
-from deployments.stages.on_device import within_memory
+from deployments.observability.logs import watch_stage
+from deployments.stages.credits import produce_on_credit
+from deployments.stages.on_device import run_within_memory
 
 
 class AudioVAE:
@@ -58,10 +58,10 @@ class AudioVAE:
         chunks = self._vae.decode(latents.tensor())
 
         async def next_chunk() -> TensorEnvelope | None:
-            return await asyncio.to_thread(within_memory, self._device, lambda: _next_samples(chunks))
+            return await asyncio.to_thread(run_within_memory, self._device, lambda: _next_samples(chunks))
 
-        made = made_on_credit(context, clips, stream_id, producer, next_chunk)
-        with watched(context, "decode sound"):
+        made = produce_on_credit(context, clips, stream_id, producer, next_chunk)
+        with watch_stage(context, "decode sound"):
             async with aclosing(made):
                 async for index, samples in made:
                     yield SoundChunk(index, samples, os.getpid())

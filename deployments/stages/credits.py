@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from deployments.messages import RequestContext
-from deployments.stages.streams import in_time
+from deployments.stages.streams import wait_within
 
 Chunk = TypeVar("Chunk")
 
 
-async def made_on_credit(
+async def produce_on_credit(
     context: RequestContext,
     clips: Any,
     stream_id: str,
@@ -41,12 +41,12 @@ async def made_on_credit(
     async def next_chunk() -> Chunk | None:
         left_s = context.remaining_s("decode")
         acquired = clips.acquire.remote(stream_id, producer, left_s)
-        if not await in_time(context, "decode", acquired if while_up is None else while_up(acquired)):
+        if not await wait_within(context, "decode", acquired if while_up is None else while_up(acquired)):
             return None
-        chunk = await in_time(context, "decode", make())
+        chunk = await wait_within(context, "decode", make())
         if chunk is None:
             # The clip's other producer may still need it.
-            await in_time(context, "decode", clips.drop.remote(stream_id, producer))
+            await wait_within(context, "decode", clips.drop.remote(stream_id, producer))
         return chunk
 
     index = 0

@@ -20,9 +20,9 @@ from cosmos3_core.media.pixels import Frames
 from deployments import service_config
 from deployments.errors import ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
-from deployments.observability.logs import watched
+from deployments.observability.logs import watch_stage
 from deployments.stages.guardrail_adapter import load_guardrail
-from deployments.stages.streams import in_time
+from deployments.stages.streams import wait_within
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,7 +57,7 @@ class Guardrails:
             GuardrailUnavailable: the adapter has failed, or takes too long.
             DeadlineExceeded: the request's time is up.
         """
-        with watched(context, "check text"):
+        with watch_stage(context, "check text"):
             await self._text.take(context, lambda: self._adapter.check_text(prompt))
         yield TextChecked(os.getpid())
 
@@ -71,7 +71,7 @@ class Guardrails:
             GuardrailUnavailable: the adapter has failed, or takes too long.
             DeadlineExceeded: the request's time is up.
         """
-        with watched(context, "check frames"):
+        with watch_stage(context, "check frames"):
             frames = await self._frames.take(context, lambda: self._checked(chunk))
         yield replace(chunk, strips=(TensorEnvelope.of_array(frames),), axis=_ROWS)
         yield FramesChecked(chunk.index, os.getpid())
@@ -108,7 +108,7 @@ class _Turn:
             DeadlineExceeded: the request's time is up.
         """
         loop = asyncio.get_running_loop()
-        await in_time(context, _STAGE, self._free.acquire())
+        await wait_within(context, _STAGE, self._free.acquire())
         calling = loop.run_in_executor(None, call)
         hung = loop.call_later(self._limit_s, self._end_soon)
 
@@ -119,7 +119,7 @@ class _Turn:
 
         # The turn is over when the thread is, not when its caller has left.
         calling.add_done_callback(done)
-        await in_time(context, _STAGE, asyncio.wait([calling], timeout=self._limit_s))
+        await wait_within(context, _STAGE, asyncio.wait([calling], timeout=self._limit_s))
         if not calling.done():
             raise GuardrailUnavailable(self._what)
         try:

@@ -16,12 +16,12 @@ from typing import Any
 
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
-from deployments.failures import in_words
+from deployments.failures import summarize_error
 from deployments.media.store import MediaEntry, MediaSpec
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
-from deployments.observability.logs import watched
-from deployments.stages.streams import in_time
-from deployments.threads import in_thread
+from deployments.observability.logs import watch_stage
+from deployments.stages.streams import wait_within
+from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,25 +61,25 @@ class Mp4Encoder:
             MediaError: the file could not be written.
         """
         start_s = time.monotonic()
-        with watched(context, "encode") as watch:
+        with watch_stage(context, "encode") as watch:
             try:
-                entry = await in_thread(self._create, media_id, clip_format)
+                entry = await run_in_thread(self._create, media_id, clip_format)
                 digest, num_frames = FrameHash(), 0
                 async with _opened(entry, clip_format) as writer:
                     yield FileStarted(media_id, clip_format.media_type, os.getpid())
                     while boxed := await _next_chunk(context, clips, stream_id):
-                        chunk: FrameChunk | SoundChunk = await in_time(context, "encode", boxed[0])
-                        num_new = await in_thread(_write, writer, digest, chunk)
+                        chunk: FrameChunk | SoundChunk = await wait_within(context, "encode", boxed[0])
+                        num_new = await run_in_thread(_write, writer, digest, chunk)
                         num_frames += num_new
                         event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
                         # Nothing may hold the chunk when its credit goes back: the credit stands for its memory.
                         del boxed, chunk
-                        await in_time(context, "encode", clips.release.remote(stream_id))
+                        await wait_within(context, "encode", clips.release.remote(stream_id))
                         if num_new:
                             yield event
-                record = await in_thread(entry.finish)
+                record = await run_in_thread(entry.finish)
             except BaseException as error:
-                await in_thread(self._media.fail, media_id, in_words(error))
+                await run_in_thread(self._media.fail, media_id, summarize_error(error))
                 raise
             frames_sha256 = digest.hexdigest() if num_frames else ""
             seconds = time.monotonic() - start_s
@@ -113,16 +113,16 @@ async def _opened(entry: MediaEntry, clip_format: ClipFormat) -> AsyncIterator[M
         return with_writer.enter_context(open_writer(entry.path, clip_format, live=entry.live_path))
 
     try:
-        yield await in_thread(enter)
+        yield await run_in_thread(enter)
     except BaseException as error:
-        await in_thread(with_writer.__exit__, type(error), error, error.__traceback__)
+        await run_in_thread(with_writer.__exit__, type(error), error, error.__traceback__)
         raise
-    await in_thread(with_writer.close)
+    await run_in_thread(with_writer.close)
 
 
 async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> list[Any]:
     left_s = context.remaining_s("encode")
-    boxed: list[Any] = await in_time(context, "encode", clips.take.remote(stream_id, left_s))
+    boxed: list[Any] = await wait_within(context, "encode", clips.take.remote(stream_id, left_s))
     return boxed
 
 

@@ -10,7 +10,7 @@ from cluster.errors import OutOfMemory
 T = TypeVar("T")
 
 
-def within_memory(device: Any, work: Callable[[], T]) -> T:
+def run_within_memory(device: Any, work: Callable[[], T]) -> T:
     """What ``work`` returns. For a thread beside the event loop.
 
     Args:

@@ -9,7 +9,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.processor import Cosmos3Processor, load_tokenizer
 from cosmos3_core.request import ResolvedRequest
 from deployments.messages import RequestContext, TokenizedPair
-from deployments.observability.logs import watched
+from deployments.observability.logs import watch_stage
 
 
 class PromptTokenizer:
@@ -26,7 +26,7 @@ class PromptTokenizer:
             RequestError: a prompt has more tokens than allowed.
         """
         context.remaining_s("tokenize")
-        with watched(context, "tokenize"):
+        with watch_stage(context, "tokenize"):
             return await asyncio.to_thread(self._tokenize, request)
 
     def _tokenize(self, request: ResolvedRequest) -> TokenizedPair:

@@ -18,7 +18,7 @@ from deployments.messages import RequestContext
 T = TypeVar("T")
 
 
-async def in_time(context: RequestContext, stage: str, awaitable: Awaitable[T]) -> T:
+async def wait_within(context: RequestContext, stage: str, awaitable: Awaitable[T]) -> T:
     """Wait for something, no longer than the request has left.
 
     Raises:
@@ -56,8 +56,8 @@ class RefStream:
         """
         try:
             if self._refs is None:
-                self._refs = await in_time(self._context, self._stage, self._response._to_object_ref_gen())
-            return await in_time(self._context, self._stage, anext(self._refs))
+                self._refs = await wait_within(self._context, self._stage, self._response._to_object_ref_gen())
+            return await wait_within(self._context, self._stage, anext(self._refs))
         except StopAsyncIteration:
             return None
 
@@ -68,7 +68,7 @@ class RefStream:
             Exception: as :meth:`next_ref`.
         """
         ref = await self.next_ref()
-        return None if ref is None else await in_time(self._context, self._stage, ref)
+        return None if ref is None else await wait_within(self._context, self._stage, ref)
 
     def cancel(self) -> None:
         """Stop the producer. Dropping the response would let it run to its end."""
@@ -76,7 +76,7 @@ class RefStream:
 
 
 @asynccontextmanager
-async def following(response: Any, context: RequestContext, stage: str) -> AsyncIterator[RefStream]:
+async def follow_stream(response: Any, context: RequestContext, stage: str) -> AsyncIterator[RefStream]:
     """A :class:`RefStream` that is cancelled when the block is left, however it is left."""
     stream = RefStream(response, context, stage)
     try:

@@ -23,7 +23,7 @@ from deployments.messages import (
     StateSaved,
     StepDone,
 )
-from deployments.observability.logs import origin_of, watched
+from deployments.observability.logs import origin_of, watch_stage
 from deployments.observability.metrics import metrics
 from deployments.stages.gang_leader import GangLeader
 
@@ -71,7 +71,7 @@ class Transformer(GangLeader):
         pid = os.getpid()
         left_s = context.remaining_s("denoise")
         job = context.try_id, request, left_s, state, clean, previews
-        with watched(context, "denoise") as watch:
+        with watch_stage(context, "denoise") as watch:
             async for update in self._loop.submit(*job, origin_of(context)):
                 match update:
                     case Queued(position):

@@ -24,10 +24,10 @@ from cosmos3_core.conditioning.picture import PictureCondition, read_picture
 from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.preview import PreviewMap
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
-from deployments.observability.logs import origin_of, watched
-from deployments.stages.credits import made_on_credit
+from deployments.observability.logs import origin_of, watch_stage
+from deployments.stages.credits import produce_on_credit
 from deployments.stages.gang_leader import GangLeader
-from deployments.stages.streams import in_time
+from deployments.stages.streams import wait_within
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class VideoVAE(GangLeader):
             GangFailed: the gang died; it is being rebuilt, and the picture may be encoded by another.
         """
         start_s = time.monotonic()
-        with watched(context, "condition") as watch:
+        with watch_stage(context, "condition") as watch:
             read = partial(read_clip_apart, limit_s=context.remaining_s("condition"))
             frames = await asyncio.to_thread(read_picture, picture, read=read)
             asked = self._calls.ask(
@@ -80,7 +80,7 @@ class VideoVAE(GangLeader):
                 phase="encode",
                 timeout_s=self._limits.first_timeout_s,
             )
-            latents: TensorEnvelope = (await in_time(context, "condition", asked))[0]
+            latents: TensorEnvelope = (await wait_within(context, "condition", asked))[0]
             watch.finish()
             yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
             yield latents
@@ -94,7 +94,7 @@ class VideoVAE(GangLeader):
             GangFailed: the gang died; it is being rebuilt.
         """
         asked = self._calls.first("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
-        preview_map: PreviewMap = await in_time(context, "previews", asked)
+        preview_map: PreviewMap = await wait_within(context, "previews", asked)
         yield preview_map
 
     async def decode(
@@ -127,13 +127,13 @@ class VideoVAE(GangLeader):
             return None if strips[0] is None else strips
 
         whose = origin_of(context)
-        with watched(context, "decode"):
+        with watch_stage(context, "decode"):
             try:
                 begun = self._calls.ask(
                     "begin", clip_id, latents, whose, phase="decode", timeout_s=self._limits.timeout_s
                 )
-                await in_time(context, "decode", begun)
-                made = made_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
+                await wait_within(context, "decode", begun)
+                made = produce_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
                 async with aclosing(made):
                     async for index, strips in made:
                         yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)

@@ -26,7 +26,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.writer import ClipFormat
 from deployments import messages, service_config
-from deployments.api.errors import error_response, is_told
+from deployments.api.errors import error_response, is_explained
 from deployments.director import guardrail_calls
 from deployments.director import parts as director_parts
 from deployments.director.clip_pipeline import ClipPipeline, Decoder
@@ -772,4 +772,4 @@ def test_what_http_says(error: Exception, status: int, code: str) -> None:
     assert (answer.status_code, body["code"], body["message"]) == (status, code, str(error))
     assert body["type"] == ("invalid_request_error" if status == 400 else "server_error")
     assert ("retry-after" in answer.headers) == (status == 503)
-    assert is_told(error)
+    assert is_explained(error)

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
-from deployments.failures import typed
+from deployments.failures import translate_error
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import Event, Generated
 
@@ -66,7 +66,7 @@ class DirectorClient:
         except TimeoutError:
             raise DeadlineExceeded("director", limit_s) from None
         except Exception as error:  # noqa: BLE001 - told apart by what it wraps
-            raise typed(error, "director") from None
+            raise translate_error(error, "director") from None
         finally:
             response.cancel()
 
@@ -98,7 +98,7 @@ class EventStream:
         except TimeoutError:
             raise DeadlineExceeded("director", self._timeout_s) from None
         except Exception as error:  # noqa: BLE001 - told apart by what it wraps
-            raise typed(error, "director") from None
+            raise translate_error(error, "director") from None
 
     def close(self) -> None:
         """Stop. Does nothing once the stream has ended."""

@@ -76,7 +76,7 @@ def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
 
     from cluster.envelope import TensorEnvelope
     from deployments.messages import LatentsReady, RequestContext
-    from deployments.stages.streams import following
+    from deployments.stages.streams import follow_stream
 
     class Producer:
         async def denoise(self) -> Any:
@@ -94,11 +94,11 @@ def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
         async def walk(self) -> dict[str, int]:
             context = RequestContext.new("r", 100)
             before = rss_bytes(os.getpid())
-            async with following(self._producer.denoise.remote(), context, "denoise") as stream:
+            async with follow_stream(self._producer.denoise.remote(), context, "denoise") as stream:
                 assert isinstance(await stream.next_value(), LatentsReady)
                 latents = await stream.next_ref()
                 held = await latents  # so that its bytes stay on this node
-            async with following(self._consumer.decode.remote(latents), context, "decode") as stream:
+            async with follow_stream(self._consumer.decode.remote(latents), context, "decode") as stream:
                 total, consumer_pid = await stream.next_value()
             grown = rss_bytes(os.getpid()) - before
             assert held.num_bytes == 100 * 2**20

@@ -26,7 +26,7 @@ from deployments.messages import (
     StepDone,
 )
 from deployments.observability import logs
-from deployments.observability.logs import watched, watched_request
+from deployments.observability.logs import watch_request, watch_stage
 from deployments.observability.metrics import Metrics
 
 ORIGIN = Origin("otter-1", "video_gen_1", 2)
@@ -178,14 +178,14 @@ def outcomes(recorded: list[tuple[Any, ...]]) -> list[tuple[str, str]]:
 
 
 def test_a_stage_is_finished_failed_full_or_left(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
-    with watched(context(), "tokenize") as watch:
+    with watch_stage(context(), "tokenize") as watch:
         pass
-    with watched(context(), "encode") as watch:
+    with watch_stage(context(), "encode") as watch:
         watch.finish(num_frames=9)
     for error in (GangFailed("step", "a rank died"), OverloadedError("places", 4, 1.0)):
-        with pytest.raises(type(error)), watched(context(), "denoise"):
+        with pytest.raises(type(error)), watch_stage(context(), "denoise"):
             raise error
-    with pytest.raises(asyncio.CancelledError), watched(context(), "decode"):
+    with pytest.raises(asyncio.CancelledError), watch_stage(context(), "decode"):
         raise asyncio.CancelledError
     ends = [("tokenize", "finished"), ("encode", "finished"), ("denoise", "failed"), ("denoise", "full")]
     assert outcomes(recorded) == [*ends, ("decode", "left")]
@@ -200,7 +200,7 @@ def test_who_leaves_with_the_last_item_leaves_a_finished_stage(
     stage_lines: Lines, recorded: list[tuple[Any, ...]]
 ) -> None:
     async def stage() -> AsyncIterator[int]:
-        with watched(context(), "denoise") as watch:
+        with watch_stage(context(), "denoise") as watch:
             yield 1
             watch.finish()
             yield 2
@@ -233,7 +233,7 @@ def test_a_requests_events_are_handed_on_and_measured(stage_lines: Lines, record
             yield event
 
     async def follow() -> list[Event]:
-        return [event async for event in watched_request(pipeline(), context(), "text_to_video", waited_s=100.0)]
+        return [event async for event in watch_request(pipeline(), context(), "text_to_video", waited_s=100.0)]
 
     assert asyncio.run(follow()) == events
     names = [name for name, *_ in recorded]
@@ -264,7 +264,7 @@ def test_leaving_a_request_ends_its_walk(stage_lines: Lines, recorded: list[tupl
             has_ended = True
 
     async def leave() -> None:
-        watching = watched_request(pipeline(), context(), "text_to_video")
+        watching = watch_request(pipeline(), context(), "text_to_video")
         await anext(watching)
         await watching.aclose()  # type: ignore[attr-defined]
         assert has_ended

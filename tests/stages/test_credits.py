@@ -14,7 +14,7 @@ from cluster.clip_stream import ClipStreams
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from deployments.messages import RequestContext
-from deployments.stages.credits import made_on_credit
+from deployments.stages.credits import produce_on_credit
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
@@ -43,7 +43,7 @@ def test_a_chunk_is_made_when_there_is_a_credit_for_it() -> None:
     async def body() -> None:
         clips, source = ClipStreams(1), Source(5)
         await clips.open("a", window=2)
-        made = made_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", source)
+        made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", source)
         assert (await anext(made))[0] == 0
         await asyncio.sleep(0.05)
         assert source.made == 2, "the second is made while the first is on its way"
@@ -77,7 +77,7 @@ def test_leaving_stops_what_is_being_made() -> None:
             return source.made
 
         source = Source(0)
-        made = made_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
+        made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
         assert await anext(made) == (0, 1)
         await asyncio.sleep(0.01)
         async with asyncio.timeout(2):  # not until its end, nor until the request's
@@ -98,7 +98,7 @@ def test_two_producers_share_the_credits_whoever_ends_first(window: int, late: i
         async def produce(number: int, num_chunks: int) -> None:
             await asyncio.sleep(0.05 * (number == late))
             context = RequestContext.new("r", 5)
-            async for index, _ in made_on_credit(context, remote(clips), "a", str(number), Source(num_chunks)):
+            async for index, _ in produce_on_credit(context, remote(clips), "a", str(number), Source(num_chunks)):
                 taken.append((number, index))
                 await clips.post("a", str(number), ["chunk"])
                 await clips.release("a")  # the encoder's
@@ -115,6 +115,6 @@ def test_waiting_ends_with_the_deadline() -> None:
         await clips.open("a", window=1)
         assert await clips.acquire("a", "other", 1)
         with pytest.raises(DeadlineExceeded):
-            await anext(made_on_credit(RequestContext.new("r", 0.1), remote(clips), "a", "p", Source(1)))
+            await anext(produce_on_credit(RequestContext.new("r", 0.1), remote(clips), "a", "p", Source(1)))
 
     run(body())

@@ -26,7 +26,7 @@ from deployments.media.store import MediaSpec, MediaStore, new_media_id
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext
 from deployments.stages import mp4_encoder
 from deployments.stages.mp4_encoder import Mp4Encoder
-from deployments.threads import in_thread
+from deployments.threads import run_in_thread
 
 FORMAT = ClipFormat("mp4", height=32, width=48, fps=24, lossless=True)
 
@@ -251,8 +251,8 @@ def test_the_store_is_swept_from_the_start_on_again_and_again_whatever_happens(
 
 def test_work_in_a_thread_gives_what_it_returns_and_raises() -> None:
     async def body() -> None:
-        assert await in_thread(divmod, 7, 2) == (3, 1)
+        assert await run_in_thread(divmod, 7, 2) == (3, 1)
         with pytest.raises(ZeroDivisionError):
-            await in_thread(divmod, 7, 0)
+            await run_in_thread(divmod, 7, 0)
 
     run(body())

@@ -10,7 +10,7 @@ import torch
 
 from cluster.errors import OutOfMemory
 from cosmos3_core import device
-from deployments.stages.on_device import within_memory
+from deployments.stages.on_device import run_within_memory
 
 CPU = torch.device("cpu")
 
@@ -30,12 +30,12 @@ def test_what_does_not_fit_is_told_as_such_and_its_memory_given_back(monkeypatch
 
     monkeypatch.setattr(device, "forget_unused_memory", lambda _: was_free.append(held[0]() is None))
     with pytest.raises(OutOfMemory, match="Tried to allocate") as caught:
-        within_memory(CPU, work)
+        run_within_memory(CPU, work)
     assert "More words" not in str(caught.value)
     assert was_free == [True], "the activations were still held when the allocator was asked for its spare memory"
 
 
 def test_any_other_error_is_left_as_it_is_and_a_result_is_handed_on() -> None:
     with pytest.raises(ZeroDivisionError):
-        within_memory(CPU, lambda: 1 // 0)
-    assert within_memory(CPU, lambda: 5) == 5
+        run_within_memory(CPU, lambda: 1 // 0)
+    assert run_within_memory(CPU, lambda: 5) == 5
