@@ -1,4 +1,4 @@
-"""Errors that come back from another process: what they really are, what callers are told, whether a retry can help."""
+"""Translate errors from other processes: into our own types, HTTP statuses and messages, and "retry or not"."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from deployments.errors import (
     MediaStoreError,
 )
 
-# Retry-After where Serve's own queue was full: nothing is known of how long it stays so.
+# Retry-After when Serve's own queue is full: nothing tells how long it stays full.
 _FULL_QUEUE_S = 2.0
 
-# A process or node died, or took an object with it; the same request on another replica can succeed. A stream that was
-# closed under its consumer is the other side's death seen from here.
+# A process or node died, or took an object with it: the same request can succeed on another replica. A stream that is
+# closed under its consumer means that the producer's process died.
 _RETRYABLE = (
     GangFailed,
     StreamClosed,
@@ -51,14 +51,14 @@ _RETRYABLE = (
     LocalRayletDiedError,
     ActorUnschedulableError,
     ReplicaUnavailableError,
-    # A saved state that the gang cannot read: the next try begins without it.
+    # The gang cannot read a saved state: the next attempt starts without it.
     StateError,
 )
 
 
 _INTERNAL, _MEDIA, _JOBS = "internal_error", "media_unavailable", "jobs_unavailable"
 
-# First match wins: more special types stand first.
+# The first match wins, so subclasses stand before their bases.
 _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (CapabilityError, 422, "not_offered"),
     (RequestError, 422, "invalid_field"),
@@ -77,7 +77,7 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (JobsError, 503, _JOBS),
 )
 _LOGGED = "the server's log has it under this request id"
-# Of errors that are about the inside: addresses, paths.
+# Their own messages would show addresses and paths.
 _MESSAGES = {
     _INTERNAL: f"an internal error; {_LOGGED}",
     _MEDIA: f"the file could not be written or read; {_LOGGED}",
@@ -86,16 +86,16 @@ _MESSAGES = {
 
 
 def unwrap_error(error: BaseException) -> BaseException:
-    """The exception that a remote method raised, without Ray's wrapping and its traceback text."""
+    """Return the exception that a remote method raised, without Ray's wrapper and traceback text."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
 def translate_error(error: BaseException, stage: str) -> BaseException:
-    """The error as one of ours where it has a meaning: a full queue, a process that died; else as it was raised.
+    """Return the error as one of our own types: a full queue, a dead process. Others are returned unchanged.
 
-    What a stage may be tried again after stays itself if it is ours: a :class:`GangFailed` says more.
+    Retryable errors of our own types are kept, because a :class:`GangFailed` says more than a :class:`StageFailed`.
     """
     error = unwrap_error(error)
     if isinstance(error, BackPressureError):
@@ -106,29 +106,29 @@ def translate_error(error: BaseException, stage: str) -> BaseException:
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same stage may succeed on another replica; never true of the request's own faults."""
+    """Whether the same call may succeed on another replica. False for faults of the request itself."""
     return isinstance(unwrap_error(error), _RETRYABLE)
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an object that was to be used is gone."""
+    """Whether an object of the object store is gone."""
     return isinstance(unwrap_error(error), ObjectLostError)
 
 
 def summarize_error(error: BaseException) -> str:
-    """One line about an error."""
+    """Describe an error in one line."""
     error = unwrap_error(error)
     first_line = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first_line}"
 
 
 def explain_failure(error: BaseException) -> tuple[str, str]:
-    """An error's code and message, as whoever asked may read them; of the inside they say nothing."""
+    """Return the code and the message that a caller may read: without addresses, paths or process ids."""
     error = translate_error(error, "director")
     if isinstance(error, ApiError):
         return error.code, str(error)
     _, code = find_status(error)
-    if isinstance(error, StageFailed):  # the reason is Ray's own words, with addresses and processes in them
+    if isinstance(error, StageFailed):  # its reason is Ray's text, with addresses and process ids
         return code, f"the stage {error.stage!r} failed {error.attempts} times; {_LOGGED}"
     if isinstance(error, GangFailed):
         return code, f"a gang of processes failed during {error.phase!r}; {_LOGGED}"
@@ -136,7 +136,7 @@ def explain_failure(error: BaseException) -> tuple[str, str]:
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether the answer for an error says what was wrong; else it belongs into the log."""
+    """Whether a caller's message says all there is; other errors have to be logged."""
     error = translate_error(error, "director")
     if isinstance(error, StageFailed | GangFailed):
         return False
@@ -144,5 +144,5 @@ def is_explained(error: BaseException) -> bool:
 
 
 def find_status(error: BaseException) -> tuple[int, str]:
-    """The HTTP status and the code of an error that has none of its own; unknown ones are 500."""
+    """Look up the HTTP status and the code of an error; unknown types are 500."""
     return next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, _INTERNAL))

@@ -1,4 +1,4 @@
-"""Work in a thread beside the event loop, which nobody leaves before it has ended."""
+"""Run blocking work in a thread; cancellation waits for it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 async def run_in_thread(work: Callable[..., T], *arguments: object) -> T:
-    """As :func:`asyncio.to_thread`, but whoever is cancelled meanwhile goes on only when the work has ended.
+    """Run work as :func:`asyncio.to_thread` does, but wait for its end before a cancellation is raised.
 
-    A thread cannot be stopped: what it works on would be closed under its hands.
+    A thread cannot be stopped, so the caller must not close what the thread still works on.
 
     Raises:
-        Exception: whatever the work raised.
+        Exception: as ``work`` raises.
     """
     working = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     cancelled: asyncio.CancelledError | None = None
@@ -25,6 +25,6 @@ async def run_in_thread(work: Callable[..., T], *arguments: object) -> T:
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        working.exception()  # or it would be reported as one that nobody asked for
+        working.exception()  # marks it as retrieved, so that asyncio does not log it
         raise cancelled
     return working.result()

@@ -40,7 +40,7 @@ def error_response(error: BaseException) -> JSONResponse:
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether the answer for an error says what was wrong; else it belongs into the log."""
+    """Whether the answer says all there is about the error; other errors have to be logged."""
     return isinstance(error, HTTPException) or failures.is_explained(error)
 
 

@@ -1,1 +1,1 @@
-"""The deployments that do a request's work, one thin file each, and what they share: handles, references, credits."""
+"""The deployments that work on a request, one thin file each, and what they share: handles, references, credits."""

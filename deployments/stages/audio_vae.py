@@ -1,4 +1,4 @@
-"""AudioVAE: sound latents -> samples, chunk by chunk, each made when there is a credit for it."""
+"""AudioVAE: sound latents -> samples, one chunk for each credit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from deployments.stages.on_device import run_within_memory
 
 
 class AudioVAE:
-    """The decoder of sound.
+    """Serve deployment that decodes sound.
 
     Args:
         checkpoint: the checkpoint's directory.
         device: torch device string.
-        dtype: name of the weights' dtype; None keeps what is stored.
+        dtype: name of the weights' dtype; None keeps the stored one.
         num_threads: torch's CPU threads.
     """
 
@@ -42,14 +42,14 @@ class AudioVAE:
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
     ) -> AsyncIterator[SoundChunk | SoundDecoded]:
-        """Decode a request's sound: a :class:`SoundChunk`, then its :class:`SoundDecoded`, and so on.
+        """Decode a request's sound. Yields a :class:`SoundChunk` and its :class:`SoundDecoded` in turns.
 
         Args:
             context: of the request.
             latents: [C, T] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: the clip's; a chunk is only made when it has a credit.
-            producer: this decoder's name in it.
+            stream_id: names the clip's stream; each chunk takes a credit of it.
+            producer: names this decoder in the stream.
 
         Raises:
             DeadlineExceeded: the request's time is up.
@@ -60,10 +60,10 @@ class AudioVAE:
         async def next_chunk() -> TensorEnvelope | None:
             return await asyncio.to_thread(run_within_memory, self._device, lambda: _next_samples(chunks))
 
-        made = produce_on_credit(context, clips, stream_id, producer, next_chunk)
+        numbered = produce_on_credit(context, clips, stream_id, producer, next_chunk)
         with watch_stage(context, "decode sound"):
-            async with aclosing(made):
-                async for index, samples in made:
+            async with aclosing(numbered):
+                async for index, samples in numbered:
                     yield SoundChunk(index, samples, os.getpid())
                     yield SoundDecoded(index, time.time(), os.getpid())
 

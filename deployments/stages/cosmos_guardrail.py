@@ -1,7 +1,7 @@
-"""NVIDIA's ``cosmos-guardrail``: prompts by a list of words and a language model, faces in pictures pixelated.
+"""Adapter of NVIDIA's ``cosmos-guardrail``: a block list and a language model for prompts, pixelated faces in frames.
 
-Of the package's ``CosmosSafetyChecker`` the models of text are asked one by one: asked as a whole, it passes every
-prompt that its language model failed on, and writes blocked prompts into the log.
+The adapter calls the text models of ``CosmosSafetyChecker`` one by one, because the checker itself passes every prompt
+that its language model failed on, and logs blocked prompts.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from cosmos3_core.media.pixels import Frames
 from deployments.errors import AdapterError, ContentBlocked
 
 _NAME = "cosmos-guardrail"
-# Model -> the method that says whether a prompt is safe, and raises where it cannot say.
+# Model -> its method that says whether a prompt is safe, and raises when it cannot say.
 _TEXT_METHODS = {"Blocklist": "is_safe", "Qwen3Guard": "extract_label_and_categories"}
 _FRAME_MODELS = {"RetinaFaceFilter"}
 
 
 class CosmosGuardrail:
-    """See the module. The models are read from the Hugging Face cache, or fetched into it.
+    """The guardrail ``cosmos-guardrail``. Loads its models from the Hugging Face cache, or downloads them into it.
 
     Args:
         device: torch device string that the models run on.
         num_threads: torch's CPU threads.
 
     Raises:
-        AdapterError: the package is not there, or is another version than those that this adapter knows.
+        AdapterError: the package is not installed, or is a version that this adapter does not know.
     """
 
     def __init__(self, device: str = "cpu", num_threads: int = 1) -> None:
@@ -44,19 +44,19 @@ class CosmosGuardrail:
         if set(found) != {*_TEXT_METHODS, *_FRAME_MODELS}:
             problem = f"the package has the models {sorted(found)}"
             known = sorted({*_TEXT_METHODS, *_FRAME_MODELS})
-            raise AdapterError(_NAME, problem, f"Known are {known}, of version 0.3; others may pass what they fail on.")
+            raise AdapterError(_NAME, problem, f"They must be {known}, as in version 0.3.")
         self._text_checks = [getattr(found[name], method) for name, method in _TEXT_METHODS.items()]
 
     def check_text(self, prompt: str) -> None:
-        """Check a positive prompt, as the protocol says. NVIDIA checks no negative ones either."""
+        """Check the positive prompt; NVIDIA does not check negative prompts."""
         for check in self._text_checks:
             is_safe, _ = check(prompt)
             if not is_safe:
                 raise ContentBlocked("prompt")
 
     def check_frames(self, frames: Frames) -> Frames:
-        """As :class:`deployments.stages.guardrail_adapter.Guardrail`."""
-        checked: Frames | None = self._checker.check_video_safety(frames.copy())  # which it writes to
+        """Return the frames with pixelated faces."""
+        checked: Frames | None = self._checker.check_video_safety(frames.copy())  # the checker writes into it
         if checked is None:
             raise ContentBlocked("pictures")
         return checked

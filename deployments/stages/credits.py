@@ -1,4 +1,4 @@
-"""A producer's side of a clip's stream: each chunk is made when there is a credit for it."""
+"""The producer's side of a clip's stream: it makes one chunk for each credit."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ async def produce_on_credit(
     make: Callable[[], Awaitable[Chunk | None]],
     while_up: Callable[[Awaitable[bool]], Awaitable[bool]] | None = None,
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Chunks with their numbers, until there are none, or they are not wanted any more.
+    """Yield chunks with their indices until ``make`` returns None or the stream is closed.
 
-    The next one is begun, as soon as there is a credit for it, while this one is on its way.
+    The next chunk is made, as soon as there is a credit for it, while the consumer handles this one.
 
     Args:
         context: of the request.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-        stream_id: the clip's.
-        producer: this one's name in it.
-        make: the next chunk, None after the last.
-        while_up: waits for a credit, and raises where the maker is gone before one comes.
+        stream_id: names the clip's stream.
+        producer: names this producer in the stream.
+        make: makes the next chunk; returns None after the last one.
+        while_up: waits for a credit, and raises if the gang dies first.
 
     Raises:
-        Exception: what ``make`` and ``while_up`` raise.
+        Exception: as ``make`` and ``while_up`` raise.
         DeadlineExceeded: the request's time is up.
         OutOfMemory: a chunk does not fit.
     """
@@ -45,7 +45,7 @@ async def produce_on_credit(
             return None
         chunk = await wait_within(context, "decode", make())
         if chunk is None:
-            # The clip's other producer may still need it.
+            # Ends this producer only: the clip's other producer goes on.
             await wait_within(context, "decode", clips.drop.remote(stream_id, producer))
         return chunk
 
@@ -55,7 +55,7 @@ async def produce_on_credit(
         while (chunk := await making) is not None:
             making = asyncio.ensure_future(next_chunk())
             yield index, chunk
-            del chunk  # its memory is the next one's
+            del chunk  # frees its memory for the next chunk
             index += 1
     finally:
         making.cancel()

@@ -1,4 +1,4 @@
-"""What every leader of a gang does, whatever the gang works on: answer for its health, and end with it."""
+"""The base of gang leaders: report the gang's health, and end with the gang."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from abc import ABC, abstractmethod
 from cluster.errors import GangFailed
 from cluster.gang import Gang
 
-# Long enough for the failures to reach their callers before the process ends.
-_LAST_WORDS_S = 0.2
+# Lets the failures reach their callers before the process exits.
+_GRACE_S = 0.2
 
 
 class GangLeader(ABC):
-    """Base of the deployments that lead a gang. They hold no weights and touch no GPU."""
+    """Base of deployments that lead a gang. A leader holds no weights and touches no GPU."""
 
     _gang: Gang
 
     @property
     @abstractmethod
     def _failure(self) -> GangFailed | None:
-        """What the gang failed with; None while it works."""
+        """The gang's failure; None while it works."""
 
     async def check_health(self) -> None:
-        """Serve's question. A failed gang answers by its end; this is the second net.
+        """Fail Serve's health check once the gang has failed. The process usually exits before Serve asks.
 
         Raises:
             GangFailed: the gang is gone.
@@ -33,6 +33,6 @@ class GangLeader(ABC):
             raise self._failure
 
     def _end_soon(self) -> None:
-        """End the ranks and this process: Serve puts a new leader with a new gang in its place."""
+        """Stop the ranks and exit: Serve replaces the leader, which starts a new gang."""
         self._gang.stop()
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+        asyncio.get_running_loop().call_later(_GRACE_S, os._exit, 1)

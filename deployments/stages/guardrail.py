@@ -1,7 +1,7 @@
-"""Guardrails: looks at prompts before they are accepted, and at pictures before they are in a file. Fails closed.
+"""Guardrails: checks prompts before admission, and frames before they enter a file. Fails closed.
 
-Looked at are the prompt, not the negative one, and every decoded frame, not the sound; an image or clip that a request
-gives is not, beyond what is made of it. So it is with NVIDIA.
+It checks the prompt and every decoded frame. It does not check the negative prompt, the sound, or the image or clip
+that a request gives. NVIDIA's guardrail does the same.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ logger = logging.getLogger("ray.serve")
 
 _STAGE = "guardrail"
 _ROWS = 1
-# Long enough for the failure to reach its caller before the process ends.
-_LAST_WORDS_S = 0.2
+# Lets the failure reach its caller before the process exits.
+_GRACE_S = 0.2
 T = TypeVar("T")
 
 
 class Guardrails:
-    """The stage. One prompt and one chunk are looked at at a time; more of them take more replicas.
+    """Serve deployment of the guardrail. A replica checks one prompt and one chunk at a time.
 
     Args:
-        config: the adapter, its options, and how long it may take.
+        config: the adapter, its options and its timeouts.
 
     Raises:
         AdapterError: the adapter cannot be used.
@@ -46,51 +46,52 @@ class Guardrails:
     def __init__(self, config: service_config.GuardrailsConfig) -> None:
         assert config.adapter is not None, "without an adapter there is no such stage"
         self._adapter = load_guardrail(config.adapter, config.options)
-        self._text = _Turn("prompt", config.text_timeout_s)
-        self._frames = _Turn("pictures", config.frames_timeout_s)
+        self._text = _SerialCalls("prompt", config.text_timeout_s)
+        self._frames = _SerialCalls("pictures", config.frames_timeout_s)
 
     async def check_text(self, context: RequestContext, prompt: str) -> AsyncIterator[TextChecked]:
-        """One item where the prompt may be used.
+        """Yield one item if the prompt may be used.
 
         Raises:
-            ContentBlocked: it must not.
+            ContentBlocked: the prompt must not be used.
             GuardrailUnavailable: the adapter has failed, or takes too long.
             DeadlineExceeded: the request's time is up.
         """
         with watch_stage(context, "check text"):
-            await self._text.take(context, lambda: self._adapter.check_text(prompt))
+            await self._text.run(context, lambda: self._adapter.check_text(prompt))
         yield TextChecked(os.getpid())
 
     async def check_frames(
         self, context: RequestContext, chunk: FrameChunk
     ) -> AsyncIterator[FrameChunk | FramesChecked]:
-        """What may be shown of a chunk, as one strip, then its :class:`FramesChecked`.
+        """Yield the frames that may be shown, as one strip, then their :class:`FramesChecked`.
 
         Raises:
-            ContentBlocked: nothing may.
+            ContentBlocked: none of them may be shown.
             GuardrailUnavailable: the adapter has failed, or takes too long.
             DeadlineExceeded: the request's time is up.
         """
         with watch_stage(context, "check frames"):
-            frames = await self._frames.take(context, lambda: self._checked(chunk))
+            frames = await self._frames.run(context, lambda: self._check_chunk(chunk))
         yield replace(chunk, strips=(TensorEnvelope.of_array(frames),), axis=_ROWS)
         yield FramesChecked(chunk.index, os.getpid())
 
-    def _checked(self, chunk: FrameChunk) -> Frames:
+    def _check_chunk(self, chunk: FrameChunk) -> Frames:
         frames = chunk.frames().view()
-        frames.flags.writeable = False  # also where they are of several strips, and memory of their own
+        frames.flags.writeable = False  # concatenated strips would be writable
         checked: Any = self._adapter.check_frames(frames)
         if not isinstance(checked, np.ndarray) or (checked.dtype, checked.shape) != (frames.dtype, frames.shape):
             raise TypeError(f"the adapter gave back {type(checked).__name__}, not uint8 {list(frames.shape)}")
         return checked
 
 
-class _Turn:
-    """One call of the adapter after the other, in a thread. A call that hangs ends the process: no thread can be
-    stopped, and Serve puts another process in the place of this one.
+class _SerialCalls:
+    """Runs calls of the adapter one after the other, in a thread.
+
+    A call that hangs ends the process, because a thread cannot be stopped. Serve then starts another replica.
 
     Args:
-        what: is looked at.
+        what: the adapter checks, for messages.
         limit_s: for one call.
     """
 
@@ -99,12 +100,12 @@ class _Turn:
         self._limit_s = limit_s
         self._free = asyncio.Lock()
 
-    async def take(self, context: RequestContext, call: Callable[[], T]) -> T:
-        """What the call returns.
+    async def run(self, context: RequestContext, call: Callable[[], T]) -> T:
+        """Run a call once the earlier ones are done, and return its result.
 
         Raises:
-            ContentBlocked: the call has raised it.
-            GuardrailUnavailable: it has raised something else, or takes too long.
+            ContentBlocked: as the call raised.
+            GuardrailUnavailable: the call raised something else, or takes too long.
             DeadlineExceeded: the request's time is up.
         """
         loop = asyncio.get_running_loop()
@@ -115,9 +116,9 @@ class _Turn:
         def done(calling: asyncio.Future[T]) -> None:
             hung.cancel()
             self._free.release()
-            calling.exception()  # or it would be reported as one that nobody asked for
+            calling.exception()  # marks it as retrieved, so that asyncio does not log it
 
-        # The turn is over when the thread is, not when its caller has left.
+        # The next call waits for the thread's end, even if this caller has left.
         calling.add_done_callback(done)
         await wait_within(context, _STAGE, asyncio.wait([calling], timeout=self._limit_s))
         if not calling.done():
@@ -126,10 +127,10 @@ class _Turn:
             return await calling
         except ContentBlocked:
             raise ContentBlocked(self._what) from None
-        except Exception:  # whatever an adapter raises, nothing passes
+        except Exception:  # adapters may raise anything; nothing passes unchecked
             logger.exception("the guardrail's adapter has failed on the %s", self._what)
             raise GuardrailUnavailable(self._what) from None
 
     def _end_soon(self) -> None:
         logger.error("the guardrail's adapter has hung on the %s for %g s; ending", self._what, self._limit_s)
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+        asyncio.get_running_loop().call_later(_GRACE_S, os._exit, 1)

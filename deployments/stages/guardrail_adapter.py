@@ -1,4 +1,4 @@
-"""What a guardrail has to offer, and how the one that is configured is found."""
+"""The protocol of guardrail adapters, and the loader of the configured one."""
 
 from __future__ import annotations
 
@@ -13,58 +13,58 @@ from deployments.errors import AdapterError
 Option = str | int | float | bool
 
 _BUILT_IN = {"cosmos-guardrail": "deployments.stages.cosmos_guardrail:CosmosGuardrail"}
-_ALLOWED = f"{', '.join(_BUILT_IN)}, or module:Class of an adapter that can be imported where the guardrail runs"
+_HINT = f"It must be {', '.join(_BUILT_IN)}, or module:Class of an adapter that the guardrail's node can import."
 
 
 @runtime_checkable
 class Guardrail(Protocol):
-    """An adapter. Its methods are called in threads, each of them by one thread at a time.
+    """An adapter. Its methods are called in threads, each by one thread at a time.
 
-    Whatever else they raise fails the request, as what they take too long for does.
+    Any other exception than the documented ones, and a call past its timeout, fail the request.
     """
 
     def check_text(self, prompt: str) -> None:
-        """Look at the prompt of a request, the positive one, as it was given.
+        """Check a request's positive prompt, as the caller wrote it.
 
         Raises:
-            ContentBlocked: it must not be used.
+            ContentBlocked: the prompt must not be used.
         """
 
     def check_frames(self, frames: Frames) -> Frames:
-        """Look at some frames of a clip, or at an image; clips come in chunks, in order, several clips in turns.
+        """Check an image, or a chunk of a clip. A clip's chunks come in order; chunks of several clips may alternate.
 
         Args:
             frames: uint8 RGB [F, Y, X, 3], read-only.
 
         Returns:
-            What may be shown instead, of the same shape; ``frames`` themselves where nothing is to be changed.
+            The frames to show, of the same shape; ``frames`` itself if nothing has to change.
 
         Raises:
-            ContentBlocked: they must not be used.
+            ContentBlocked: the frames must not be shown.
         """
 
 
 def load_guardrail(adapter: str, options: Mapping[str, Option]) -> Guardrail:
-    """The adapter of a name, made with its options.
+    """Load and construct the adapter of a name.
 
     Raises:
-        AdapterError: there is none of that name, it takes no such options, or it is no guardrail.
+        AdapterError: no such adapter can be imported, it does not take these options, or it is not a guardrail.
     """
     module_name, _, class_name = _BUILT_IN.get(adapter, adapter).partition(":")
     if not class_name:
-        raise AdapterError(adapter, "there is no such adapter", f"Allowed is {_ALLOWED}.")
+        raise AdapterError(adapter, "there is no such adapter", _HINT)
     try:
         body = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise AdapterError(adapter, f"it cannot be imported: {error}", f"Allowed is {_ALLOWED}.") from error
+        raise AdapterError(adapter, f"it cannot be imported: {error}", _HINT) from error
     signature = inspect.signature(body)
     try:
         signature.bind(**options)
     except TypeError as error:
         raise AdapterError(adapter, f"guardrails.options: {error}", f"It takes {signature}.") from None
-    made = body(**options)
-    if not isinstance(made, Guardrail):
+    guardrail = body(**options)
+    if not isinstance(guardrail, Guardrail):
         raise AdapterError(
             adapter, "it lacks check_text or check_frames", "See deployments/stages/guardrail_adapter.py."
         )
-    return made
+    return guardrail

@@ -1,4 +1,4 @@
-"""Handles of the stages that the Director calls."""
+"""Handles of the stages that the Director calls, and which of them a request needs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from cosmos3_core.request import ResolvedRequest
 
 @dataclass(frozen=True)
 class Stages:
-    """Of one app.
+    """Handles of one app's deployments; None where the app has no such stage.
 
-    ``unguided`` are gangs for requests that need one branch of guidance only, ``audio`` decodes sound, ``guardrail``
-    looks at every frame before it is in a file; where the app has such.
+    ``unguided`` serves requests without guidance, ``audio`` decodes sound, ``guardrail`` checks prompts and frames.
     """
 
     tokenizer: Any
@@ -26,19 +25,19 @@ class Stages:
     guardrail: Any = None
 
     def streaming(self) -> Stages:
-        """As they are called: all but the tokenizer answer with streams.
+        """Return handles whose calls stream; the tokenizer's stays unary.
 
-        Once a process: every differently configured handle has a router of its own.
+        Call it once a process: each differently configured handle has a router of its own.
         """
         handles = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "tokenizer"}
         return replace(self, **{name: it and it.options(stream=True) for name, it in handles.items()})
 
     def without_guardrail(self) -> Stages:
-        """For a request that does without, which the operator has to allow."""
+        """Return the handles for a request that skips the guardrail."""
         return replace(self, guardrail=None)
 
     def gangs_for(self, job: DenoiseRequest) -> list[Any]:
-        """The transformers that can take a request, the best one first."""
+        """Return the transformers that can take a request, the preferred one first."""
         if self.unguided is None:
             return [self.transformer]
         if len(job.prompts) == 1:
@@ -46,6 +45,6 @@ class Stages:
         return [self.transformer, self.unguided]
 
     def decoders_for(self, request: ResolvedRequest) -> dict[str, Any]:
-        """Who decodes which of a request's latents."""
+        """Return the decoder of each modality that the request generates."""
         video = {"video": self.vae} if request.has_pictures else {}
         return video | ({"sound": self.audio} if request.sound is not None else {})

@@ -1,6 +1,6 @@
-"""Mp4Encoder: frames and sound -> a file in the media store, which can be read while it grows.
+"""Mp4Encoder: frames and sound -> a file in the media store, readable while it grows.
 
-One call takes a whole clip, so that its chunks meet in one place.
+One call encodes a whole clip, so that all its chunks reach the same replica.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SWEEP_PERIOD_S = 60.0
 
 
 class Mp4Encoder:
-    """The encoder. Keeps nothing between clips; keeps the media store within its bounds.
+    """Serve deployment that encodes clips and sweeps the media store. It keeps no state between clips.
 
     Args:
         media: of the store where files go.
@@ -37,7 +37,7 @@ class Mp4Encoder:
 
     async def __init__(self, media: MediaSpec) -> None:  # type: ignore[misc] # Serve awaits it
         self._media = media.open()
-        # A task of no request.
+        # An empty context: the task belongs to no request.
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
 
     async def encode(
@@ -47,16 +47,16 @@ class Mp4Encoder:
 
         Args:
             context: of the request.
-            clip_format: what to make.
-            media_id: of the file, which is made here.
+            clip_format: of the file.
+            media_id: of the file that this call creates.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: the clip's.
+            stream_id: names the clip's stream.
 
         Yields:
-            :class:`FileStarted`, a :class:`ChunkEncoded` each, then :class:`ClipEncoded`: the file is whole.
+            :class:`FileStarted`, a :class:`ChunkEncoded` for each chunk of frames, and :class:`ClipEncoded` at the end.
 
         Raises:
-            StreamClosed: the clip was given up.
+            StreamClosed: the Director gave the clip up.
             DeadlineExceeded: the request's time is up.
             MediaError: the file could not be written.
         """
@@ -65,14 +65,14 @@ class Mp4Encoder:
             try:
                 entry = await run_in_thread(self._create, media_id, clip_format)
                 digest, num_frames = FrameHash(), 0
-                async with _opened(entry, clip_format) as writer:
+                async with _open_in_thread(entry, clip_format) as writer:
                     yield FileStarted(media_id, clip_format.media_type, os.getpid())
                     while boxed := await _next_chunk(context, clips, stream_id):
                         chunk: FrameChunk | SoundChunk = await wait_within(context, "encode", boxed[0])
                         num_new = await run_in_thread(_write, writer, digest, chunk)
                         num_frames += num_new
                         event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
-                        # Nothing may hold the chunk when its credit goes back: the credit stands for its memory.
+                        # Drop the chunk before its credit goes back: the credit stands for its memory.
                         del boxed, chunk
                         await wait_within(context, "encode", clips.release.remote(stream_id))
                         if num_new:
@@ -91,23 +91,23 @@ class Mp4Encoder:
         return self._media.create(media_id, clip_format.media_type, clip_format.suffix, is_live=is_live)
 
     async def _sweep(self) -> None:
-        """Remove what is too old or too much, now and from time to time."""
+        """Remove expired and surplus files, now and periodically."""
         while True:
             try:
                 await asyncio.to_thread(self._media.sweep, time.time())
-            except Exception:  # what is wrong now may be right in a minute
+            except Exception:  # a fault of the disk may pass; the next round tries again
                 logger.exception("the media store could not be swept")
             await asyncio.sleep(_SWEEP_PERIOD_S)
 
 
 @asynccontextmanager
-async def _opened(entry: MediaEntry, clip_format: ClipFormat) -> AsyncIterator[MediaWriter]:
-    """The writer, closed at the end and given up after an exception.
+async def _open_in_thread(entry: MediaEntry, clip_format: ClipFormat) -> AsyncIterator[MediaWriter]:
+    """Open the writer; close it at the end, or abandon its file after an exception.
 
-    All in threads: x264 takes seconds at 720p to be flushed, and to be given up. The other clip and Serve's questions
-    go on meanwhile.
+    All of it runs in threads, because x264 takes seconds to flush a 720p clip, and the event loop serves another clip
+    and Serve's health checks meanwhile.
     """
-    with_writer = ExitStack()  # knows of a writer that was opened for somebody who was cancelled meanwhile
+    with_writer = ExitStack()  # also closes a writer that was opened while this task was cancelled
 
     def enter() -> MediaWriter:
         return with_writer.enter_context(open_writer(entry.path, clip_format, live=entry.live_path))
@@ -127,7 +127,7 @@ async def _next_chunk(context: RequestContext, clips: Any, stream_id: str) -> li
 
 
 def _write(writer: MediaWriter, digest: FrameHash, chunk: FrameChunk | SoundChunk) -> int:
-    """Returns how many frames that were."""
+    """Write a chunk; return its number of frames, 0 for sound."""
     if isinstance(chunk, SoundChunk):
         writer.write_sound(chunk.samples.array())
         return 0

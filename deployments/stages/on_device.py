@@ -1,4 +1,4 @@
-"""Work on a device that may not have the memory for it."""
+"""Run work on a device, and report an out-of-memory error as :class:`OutOfMemory`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def run_within_memory(device: Any, work: Callable[[], T]) -> T:
-    """What ``work`` returns. For a thread beside the event loop.
+    """Run ``work`` and return its result. Call it in a thread, not in the event loop.
 
     Args:
         device: a torch device.
-        work: whatever it holds is let go of when it fails.
+        work: its tensors are released when it fails.
 
     Raises:
-        OutOfMemory: it does not fit.
+        OutOfMemory: the work does not fit into the device's memory.
     """
     from cosmos3_core.device import forget_unused_memory, is_out_of_memory
 
@@ -28,6 +28,6 @@ def run_within_memory(device: Any, work: Callable[[], T]) -> T:
         if not is_out_of_memory(error):
             raise
         what = str(error).splitlines()[0]
-    # Only here: as long as the error is there, its traceback holds all that the failed work had in its hands.
+    # After the except block: its traceback would keep the failed work's tensors alive.
     forget_unused_memory(device)
     raise OutOfMemory(what)

@@ -1,4 +1,4 @@
-"""PromptTokenizer: prompts -> token ids. CPU, no torch, as many replicas as one likes."""
+"""PromptTokenizer: prompts -> token ids, on the CPU and without torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from deployments.observability.logs import watch_stage
 
 
 class PromptTokenizer:
-    """Args: checkpoint, the checkpoint's directory."""
+    """Serve deployment that tokenizes prompts.
+
+    Args:
+        checkpoint: the checkpoint's directory.
+    """
 
     def __init__(self, checkpoint: str) -> None:
         self._directory = CheckpointLayout.open(checkpoint).component_dir("text_tokenizer")
         self._tokenizer = load_tokenizer(self._directory)
 
     async def tokenize(self, context: RequestContext, request: ResolvedRequest) -> TokenizedPair:
-        """Token ids of both prompts.
+        """Tokenize the prompt and the negative prompt.
 
         Raises:
             RequestError: a prompt has more tokens than allowed.

@@ -1,7 +1,7 @@
-"""Following another deployment's stream. The one module that touches Serve's underscored API.
+"""Follow another deployment's stream by reference. The only module that uses Serve's underscored API.
 
-Serve's public generators fetch every item to whoever iterates. The Director must not: frames and latents pass through
-it as references. ``_to_object_ref_gen`` gives those; it needs Serve's by-reference transport, which is the default.
+Serve's public generators copy every item to the iterating process. The Director only passes frames and latents on, so
+it takes their references from ``_to_object_ref_gen``, which needs Serve's by-reference transport (the default).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 async def wait_within(context: RequestContext, stage: str, awaitable: Awaitable[T]) -> T:
-    """Wait for something, no longer than the request has left.
+    """Await something, but no longer than the request has left.
 
     Raises:
-        DeadlineExceeded: it did not come in time, by this clock or by the other side's.
+        DeadlineExceeded: the wait timed out, here or on the other side.
     """
     try:
-        # A time-out of zero still starts the wait, and ends it: what is never awaited would be left hanging.
+        # Even with no time left the awaitable has to be awaited, or its coroutine would never be closed.
         async with asyncio.timeout(max(0.0, context.deadline_s - time.monotonic())):
             return await awaitable
     except TimeoutError:
@@ -36,7 +36,7 @@ class RefStream:
     """The items of one streaming call, as object references.
 
     Args:
-        response: what ``handle.method.remote(...)`` gave, with ``stream=True``.
+        response: of ``handle.method.remote(...)`` with ``stream=True``.
         context: of the request; bounds every wait.
         stage: for messages.
     """
@@ -48,11 +48,11 @@ class RefStream:
         self._refs: Any = None
 
     async def next_ref(self) -> Any:
-        """The next item's reference, or None after the last one.
+        """Return the next item's reference, or None after the last one.
 
         Raises:
             DeadlineExceeded: the request's time is up.
-            Exception: whatever the stage raised.
+            Exception: as the stage raised.
         """
         try:
             if self._refs is None:
@@ -62,7 +62,7 @@ class RefStream:
             return None
 
     async def next_value(self) -> Any:
-        """The next item itself, or None after the last one. For small messages.
+        """Return the next item itself, or None after the last one. Meant for small messages.
 
         Raises:
             Exception: as :meth:`next_ref`.
@@ -71,13 +71,13 @@ class RefStream:
         return None if ref is None else await wait_within(self._context, self._stage, ref)
 
     def cancel(self) -> None:
-        """Stop the producer. Dropping the response would let it run to its end."""
+        """Stop the producer, which would run to its end if the response were only dropped."""
         self._response.cancel()
 
 
 @asynccontextmanager
 async def follow_stream(response: Any, context: RequestContext, stage: str) -> AsyncIterator[RefStream]:
-    """A :class:`RefStream` that is cancelled when the block is left, however it is left."""
+    """Open a :class:`RefStream`, and cancel it at the end of the block."""
     stream = RefStream(response, context, stage)
     try:
         yield stream

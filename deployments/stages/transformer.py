@@ -1,4 +1,4 @@
-"""Transformer: one replica is the leader of one gang of ranks. It holds no weights and touches no GPU."""
+"""Transformer: latents by denoising. One replica leads one gang of ranks; it holds no weights and touches no GPU."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from deployments.stages.gang_leader import GangLeader
 
 
 class Transformer(GangLeader):
-    """The leader.
+    """Serve deployment that leads a gang of transformer ranks.
 
     Args:
         spec: of the gang.
-        loop: how to run it.
+        loop: limits of the engine loop.
     """
 
     async def __init__(self, spec: GangSpec, loop: LoopSpec) -> None:  # type: ignore[misc] # Serve awaits it
@@ -52,20 +52,20 @@ class Transformer(GangLeader):
     ) -> AsyncIterator[
         QueuePosition | StepDone | PreviewReady | PreviewsOff | StateSaved | LatentsReady | TensorEnvelope
     ]:
-        """Denoise a request: positions and steps, then :class:`LatentsReady`, then the latents' envelopes.
+        """Denoise a request. Yields positions and steps, then :class:`LatentsReady`, then the latents' envelopes.
 
-        ``clean`` are the latents of the frames that the request gives. With ``previews`` some steps are followed by a
-        :class:`PreviewReady`; a :class:`PreviewsOff` says that no more will come.
+        ``clean`` holds the latents of the frames that the request gives. With ``previews`` a :class:`PreviewReady`
+        follows some of the steps, until a :class:`PreviewsOff` says that no more will come.
 
-        Now and then a :class:`StateSaved` and then the state's envelope: whoever holds on to it can have the request
-        go on from there, on another gang, by giving it as ``state``.
+        A :class:`StateSaved` and the state's envelope follow periodically. Given as ``state``, to any gang, the
+        envelope resumes the request from there.
 
         Raises:
             OverloadedError: this gang's queue is full.
-            GangFailed: the gang died; it is being rebuilt, and the request may be tried on another.
+            GangFailed: the gang died and is being rebuilt; the request may be retried on another.
             DeadlineExceeded: the request's time is up.
-            OutOfMemory: the request does not fit.
-            RequestError: the request's fault.
+            OutOfMemory: the request does not fit into the ranks' memory.
+            RequestError: a value of the request cannot be used.
         """
         start_s = time.monotonic()
         pid = os.getpid()

@@ -1,6 +1,6 @@
-"""VideoVAE: given pictures -> latents; latents -> frames, chunk by chunk, each made when there is a credit for it.
+"""VideoVAE: given images and clips -> latents; latents -> frames, one chunk for each credit.
 
-One replica is the leader of one gang of ranks, which split every frame between them. It holds no weights and touches no
+One replica leads one gang of ranks, which split every frame between them. The leader holds no weights and touches no
 GPU.
 """
 
@@ -32,11 +32,11 @@ from deployments.stages.streams import wait_within
 
 @dataclass(frozen=True)
 class VAECalls:
-    """How long a gang may take for one call; a silent one then counts as hung.
+    """Time limits of one call of the gang; a gang that does not answer in time counts as hung.
 
     Attributes:
-        first_timeout_s: for a clip's first two chunks, compiling for their size included, for encoding, and for fitting
-            the map of previews.
+        first_timeout_s: for a clip's first two chunks (kernels may be compiled for their size), for encoding, and for
+            fitting the preview map.
         timeout_s: for any later chunk.
     """
 
@@ -45,7 +45,7 @@ class VAECalls:
 
 
 class VideoVAE(GangLeader):
-    """The leader.
+    """Serve deployment that leads a gang of video VAE ranks.
 
     Args:
         spec: of the gang.
@@ -60,19 +60,19 @@ class VideoVAE(GangLeader):
     async def encode(
         self, context: RequestContext, picture: PictureCondition
     ) -> AsyncIterator[PictureEncoded | TensorEnvelope]:
-        """Encode what a request gives: a :class:`PictureEncoded`, then the latents' envelope, fp32.
+        """Encode the image or clip of a request. Yields :class:`PictureEncoded`, then the envelope of its fp32 latents.
 
         Raises:
             RequestError: the media is damaged, or larger than allowed.
             DeadlineExceeded: the request's time is up.
-            OutOfMemory: it does not fit.
-            GangFailed: the gang died; it is being rebuilt, and the picture may be encoded by another.
+            OutOfMemory: it does not fit into the ranks' memory.
+            GangFailed: the gang died and is being rebuilt; the call may be retried on another.
         """
         start_s = time.monotonic()
         with watch_stage(context, "condition") as watch:
             read = partial(read_clip_apart, limit_s=context.remaining_s("condition"))
             frames = await asyncio.to_thread(read_picture, picture, read=read)
-            asked = self._calls.ask(
+            call = self._calls.ask(
                 "encode",
                 replace(picture, media=b""),
                 TensorEnvelope.of_array(frames),
@@ -80,62 +80,62 @@ class VideoVAE(GangLeader):
                 phase="encode",
                 timeout_s=self._limits.first_timeout_s,
             )
-            latents: TensorEnvelope = (await wait_within(context, "condition", asked))[0]
+            latents: TensorEnvelope = (await wait_within(context, "condition", call))[0]
             watch.finish()
             yield PictureEncoded(time.monotonic() - start_s, latents.shape[2], os.getpid())
             yield latents
 
     async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
-        """The map of previews of this VAE's latents, one item; rank 0 has it since its start, or tries once more.
+        """Yield the map from this VAE's latents to preview colours. Rank 0 fits it at its start, else now.
 
         Raises:
-            DeadlineExceeded: the call came too late, or waited too long.
-            PreviewFailed: it cannot be made.
-            GangFailed: the gang died; it is being rebuilt.
+            DeadlineExceeded: the request's time is up.
+            PreviewFailed: the map cannot be fitted.
+            GangFailed: the gang died and is being rebuilt.
         """
-        asked = self._calls.first("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
-        preview_map: PreviewMap = await wait_within(context, "previews", asked)
+        call = self._calls.first("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
+        preview_map: PreviewMap = await wait_within(context, "previews", call)
         yield preview_map
 
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
     ) -> AsyncIterator[FrameChunk | ChunkDecoded]:
-        """Decode a clip: a :class:`FrameChunk`, then its :class:`ChunkDecoded`, and so on.
+        """Decode a clip. Yields a :class:`FrameChunk` and its :class:`ChunkDecoded` in turns.
 
         Args:
             context: of the request.
             latents: [1, C, T, H, W] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: the clip's; a chunk is only made when it has a credit.
-            producer: this decoder's name in it.
+            stream_id: names the clip's stream; each chunk takes a credit of it.
+            producer: names this decoder in the stream.
 
         Raises:
             DeadlineExceeded: the request's time is up.
-            OutOfMemory: the clip does not fit.
-            GangFailed: the gang died; it is being rebuilt, and the clip may be decoded by another. :class:`GangLost`
-                where it was at work for somebody else, while this clip waited for a credit too.
+            OutOfMemory: the clip does not fit into the ranks' memory.
+            GangFailed: the gang died and is being rebuilt; the clip may be decoded by another. :class:`GangLost` if it
+                died while this clip waited for a credit.
         """
         clip_id = f"{stream_id}/{producer}"
-        num_made = 0
+        num_chunks = 0
 
         async def next_chunk() -> list[ChunkStrip] | None:
-            nonlocal num_made
-            # The second chunk is the first of the shape that all the others have.
-            timeout_s = self._limits.first_timeout_s if num_made < 2 else self._limits.timeout_s
-            num_made += 1
+            nonlocal num_chunks
+            # The second chunk is the first one of the shape that all later ones have.
+            timeout_s = self._limits.first_timeout_s if num_chunks < 2 else self._limits.timeout_s
+            num_chunks += 1
             strips = await self._calls.ask("next_strip", clip_id, phase="decode", timeout_s=timeout_s)
             return None if strips[0] is None else strips
 
-        whose = origin_of(context)
+        origin = origin_of(context)
         with watch_stage(context, "decode"):
             try:
-                begun = self._calls.ask(
-                    "begin", clip_id, latents, whose, phase="decode", timeout_s=self._limits.timeout_s
+                beginning = self._calls.ask(
+                    "begin", clip_id, latents, origin, phase="decode", timeout_s=self._limits.timeout_s
                 )
-                await wait_within(context, "decode", begun)
-                made = produce_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
-                async with aclosing(made):
-                    async for index, strips in made:
+                await wait_within(context, "decode", beginning)
+                chunks = produce_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
+                async with aclosing(chunks):
+                    async for index, strips in chunks:
                         yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
                         yield ChunkDecoded(index, time.time(), os.getpid())
             finally:

@@ -279,7 +279,7 @@ def test_an_adapter_that_hangs_lets_nothing_pass_and_ends_its_process(monkeypatc
     """Serve puts another one in its place."""
     adapter, ended = Slow(), []
     monkeypatch.setattr(guardrail.os, "_exit", ended.append)
-    monkeypatch.setattr(guardrail, "_LAST_WORDS_S", 0.01)
+    monkeypatch.setattr(guardrail, "_GRACE_S", 0.01)
 
     async def body() -> None:
         with pytest.raises(GuardrailUnavailable, match="prompt"):

@@ -128,7 +128,7 @@ def test_a_failed_gang_is_said_and_not_healthy_any_more(monkeypatch: pytest.Monk
         gang = FakeGang()
         leader = await leader_of(gang, monkeypatch)
         # A dead rank ends this process, in time for its last words.
-        monkeypatch.setattr("deployments.stages.gang_leader._LAST_WORDS_S", 1000.0)
+        monkeypatch.setattr("deployments.stages.gang_leader._GRACE_S", 1000.0)
         await leader.check_health()
         gang.failure = GangFailed("decode", "died", 1)
         with pytest.raises(GangFailed, match="rank 1"):
@@ -144,7 +144,7 @@ def test_a_clip_that_waits_for_a_credit_hears_of_a_death_that_is_anothers(monkey
     async def body() -> None:
         gang, clips = FakeGang(num_chunks=100), ClipStreams(1)
         leader = await leader_of(gang, monkeypatch)
-        monkeypatch.setattr("deployments.stages.gang_leader._LAST_WORDS_S", 1000.0)
+        monkeypatch.setattr("deployments.stages.gang_leader._GRACE_S", 1000.0)
         await clips.open("clip", window=1)
         latents = TensorEnvelope.of_array(np.zeros((1, 2, 3, 4, 5), np.float32))
         stream = leader.decode(RequestContext.new("r", 20), latents, remote(clips), "clip", "video/1")
