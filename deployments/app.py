@@ -34,13 +34,13 @@ from deployments.director.director import Director
 from deployments.director.parts import DirectorSpec
 from deployments.jobs.database import DatabaseSpec
 from deployments.media.store import MediaSpec
-from deployments.stages.audio_vae import AudioVAE
+from deployments.stages.audio_vae import AudioVAEDeployment
 from deployments.stages.guardrail import Guardrails
 from deployments.stages.handles import Stages
 from deployments.stages.mp4_encoder import Mp4Encoder
 from deployments.stages.prompt_tokenizer import PromptTokenizer
 from deployments.stages.transformer import Transformer
-from deployments.stages.video_vae import VAECalls, VideoVAE
+from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
 
 _FULL_QUEUE_RETRY_S = 5
 _SHUTDOWN_POLL_S = 0.1
@@ -53,12 +53,12 @@ def build_app(config: AppConfig) -> serve.Application:
     transformer = _transformer("Transformer", config, config.transformer)
     unguided = _transformer("UnguidedTransformer", config, config.unguided) if config.unguided else None
     decoders = vae_gang_spec(config)
-    vae = _gangs("VideoVAE", VideoVAE, config, config.vae, decoders).bind(
+    vae = _gangs("VideoVAE", VideoVAEDeployment, config, config.vae, decoders).bind(
         decoders, VAECalls(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
     )
     audio = None
     if has_audio(config):
-        audio = _deployment("AudioVAE", AudioVAE, config, config.audio).bind(
+        audio = _deployment("AudioVAE", AudioVAEDeployment, config, config.audio).bind(
             checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
     media = media_spec(config)

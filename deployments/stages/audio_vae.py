@@ -17,7 +17,7 @@ from deployments.stages.credits import produce_on_credit
 from deployments.stages.on_device import run_within_memory
 
 
-class AudioVAE:
+class AudioVAEDeployment:
     """Serve deployment that decodes sound.
 
     Args:

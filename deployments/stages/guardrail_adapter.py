@@ -17,7 +17,7 @@ _HINT = f"It must be {', '.join(_BUILT_IN)}, or module:Class of an adapter that 
 
 
 @runtime_checkable
-class Guardrail(Protocol):
+class GuardrailAdapter(Protocol):
     """An adapter. Its methods are called in threads, each by one thread at a time.
 
     Any other exception than the documented ones, and a call past its timeout, fail the request.
@@ -44,7 +44,7 @@ class Guardrail(Protocol):
         """
 
 
-def load_guardrail(adapter: str, options: Mapping[str, Option]) -> Guardrail:
+def load_guardrail(adapter: str, options: Mapping[str, Option]) -> GuardrailAdapter:
     """Load and construct the adapter of a name.
 
     Raises:
@@ -63,7 +63,7 @@ def load_guardrail(adapter: str, options: Mapping[str, Option]) -> Guardrail:
     except TypeError as error:
         raise AdapterError(adapter, f"guardrails.options: {error}", f"It takes {signature}.") from None
     guardrail = body(**options)
-    if not isinstance(guardrail, Guardrail):
+    if not isinstance(guardrail, GuardrailAdapter):
         raise AdapterError(
             adapter, "it lacks check_text or check_frames", "See deployments/stages/guardrail_adapter.py."
         )

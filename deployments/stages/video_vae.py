@@ -44,7 +44,7 @@ class VAECalls:
     timeout_s: float
 
 
-class VideoVAE(GangLeader):
+class VideoVAEDeployment(GangLeader):
     """Serve deployment that leads a gang of video VAE ranks.
 
     Args:

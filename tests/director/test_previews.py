@@ -14,7 +14,7 @@ from cosmos3_core.preview import PreviewMap, PreviewOrder
 from deployments.director import previews as previews_module
 from deployments.director.previews import Previews
 from deployments.messages import RequestContext
-from deployments.stages.video_vae import VAECalls, VideoVAE
+from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
 
 MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
 
@@ -141,7 +141,7 @@ def test_the_leader_of_the_decoders_asks_rank_0_alone() -> None:
             return MAP
 
     async def body() -> None:
-        leader = VideoVAE.__new__(VideoVAE)
+        leader = VideoVAEDeployment.__new__(VideoVAEDeployment)
         leader._calls, leader._limits = FakeCalls(), VAECalls(first_timeout_s=7.0, timeout_s=1.0)  # type: ignore[assignment]
         context = RequestContext.new(None, 60.0)
         assert [item async for item in leader.preview_map(context)] == [MAP]

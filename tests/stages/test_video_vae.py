@@ -24,7 +24,7 @@ from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.media.image import write_image
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.stages.audio_vae import _next_samples
-from deployments.stages.video_vae import VAECalls, VideoVAE
+from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
 
 LIMITS = VAECalls(first_timeout_s=20, timeout_s=10)
 
@@ -70,7 +70,7 @@ async def leader_of(gang: FakeGang, monkeypatch: pytest.MonkeyPatch) -> Any:
         return gang
 
     monkeypatch.setattr(Gang, "start", start)
-    leader = cast(Any, VideoVAE).__new__(VideoVAE)
+    leader = cast(Any, VideoVAEDeployment).__new__(VideoVAEDeployment)
     await leader.__init__(cast(GangSpec, None), LIMITS)
     return leader
 
