@@ -13,6 +13,10 @@ from deployments.jobs.store import JobStore
 from tests.api.fake_service import Api
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write the files of tests/golden anew")
+
+
 @pytest.fixture(scope="session")
 def layout(tiny_nano: Path) -> CheckpointLayout:
     return CheckpointLayout.open(tiny_nano)

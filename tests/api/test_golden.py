@@ -1,0 +1,564 @@
+"""What clients see, frozen: answers of the HTTP API, events byte for byte, and what the Python client makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+import typing
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+from starlette.exceptions import HTTPException
+
+from cluster.errors import (
+    DeadlineExceeded,
+    GangFailed,
+    GangLost,
+    OutOfMemory,
+    OverloadedError,
+    ShuttingDown,
+    StageFailed,
+    StreamClosed,
+)
+from cosmos3_core.actions import GeneratedActions
+from cosmos3_core.errors import CapabilityError, MediaError, RequestError
+from cosmos3_core.request import GenerationRequest
+from deployments import messages
+from deployments.api.errors import error_response, is_told
+from deployments.client import AsyncCosmos3Client, Connecting
+from deployments.clients.errors import NotFound, failure, refusal
+from deployments.clients.events import event_of
+from deployments.clients.handle_transport import _meaning
+from deployments.clients.message_events import raw_event
+from deployments.director import recorder
+from deployments.errors import (
+    ApiError,
+    BodyError,
+    ContentBlocked,
+    GuardrailUnavailable,
+    IdempotencyConflict,
+    JobCancelled,
+    JobsError,
+    LeaseLost,
+    MediaStoreError,
+)
+from deployments.failures import failure_of
+from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
+from deployments.jobs.submit_options import SubmitOptions
+from deployments.media.store import new_media_id
+from tests.api.fake_service import MODEL, Api, Follower, lease_of
+from tests.api.golden import Golden, answer_as_json
+from tests.api.known_jobs import UNKNOWN, png
+from tests.api.test_videos import png_url
+
+_NOW_S = 1_800_000_000.0
+_SMALL = {"prompt": "a cat", "size": "64x32", "seed": 5, "num_inference_steps": 10}
+_ACTIONS = GeneratedActions(np.array([[0.25, -1.0], [0.5, 2.0]], np.float32), "av", 1, False)
+_EVENTS = [
+    messages.Accepted("mine", "a-job", 10, 9, 5, ("a note",), 7),
+    messages.Tokenized(12, 34, "built-in", 7),
+    messages.QueuePosition(2, 7),
+    messages.PictureEncoded(0.5, 3, 7),
+    messages.StepDone(1, 10, 0.75, 0.12345678, 7),
+    messages.PreviewReady(1, 0.75, "image/webp", b"webp", 7),
+    messages.PreviewsOff("the map cannot be read", 7),
+    messages.StepDone(2, 10, 0.5, 0.25, 8),
+    messages.StateSaved(2, 1000, 7),
+    messages.StageRetried("denoise", 2, "a gang died", 2),
+    messages.LatentsReady(1.5, ("video",), 7, (8, 9)),
+    messages.FileStarted("0123456789abcdef" * 2, "video/mp4", 7),
+    messages.ChunkDecoded(0, 1.25, 7),
+    messages.SoundDecoded(0, 1.5, 7),
+    messages.ChunkEncoded(0, 9, 8, 1.75, 7),
+    messages.StageRetried("decode", 3, "it died"),
+    messages.ClipEncoded("0123456789abcdef" * 2, "b" * 64, 9, 8, 2.0, 7),
+]
+_ERRORS: dict[str, BaseException] = {
+    "RequestError": RequestError("seed", -1, "0 or more", "Take another one."),
+    "CapabilityError": CapabilityError("generate_sound", True, "a checkpoint with sound"),
+    "BodyError": BodyError(415, "wrong_content_type", "no"),
+    "ApiError": ApiError(401, "wrong_api_key", "not known", {"www-authenticate": "Bearer"}),
+    "ApiError 404": ApiError(404, "not_found", "none"),
+    "ApiError 409": ApiError(409, "media_not_ready", "not yet", {"retry-after": "7"}),
+    "ApiError 410": ApiError(410, "media_expired", "not any more"),
+    "ContentBlocked prompt": ContentBlocked("prompt"),
+    "ContentBlocked pictures": ContentBlocked("pictures"),
+    "GuardrailUnavailable": GuardrailUnavailable("prompt"),
+    "OutOfMemory": OutOfMemory("of 1 GiB"),
+    "OverloadedError": OverloadedError("jobs that wait", 4, 2.1),
+    "ShuttingDown": ShuttingDown(30),
+    "DeadlineExceeded": DeadlineExceeded("decode", 60),
+    "StageFailed": StageFailed("encode", 3, "a secret address died"),
+    "GangFailed": GangFailed("step", "a secret died", 2),
+    "GangLost": GangLost("step", "a secret died"),
+    "StreamClosed": StreamClosed("a", "why"),
+    "MediaError": MediaError("/a/secret/place: No space left on device"),
+    "MediaStoreError": MediaStoreError("/a/secret/place cannot be used"),
+    "IdempotencyConflict": IdempotencyConflict("once"),
+    "JobCancelled": JobCancelled("video_gen_1", "it was cancelled"),
+    "JobsError": JobsError("postgresql://user:secret@host is away"),
+    "LeaseLost": LeaseLost("a secret job"),
+    "HTTPException": HTTPException(404, "Not Found"),
+    "RayActorError": RayActorError(),
+    "ZeroDivisionError": ZeroDivisionError("a secret"),
+}
+
+
+class Clock:
+    """A clock that stands still between two ticks."""
+
+    def __init__(self) -> None:
+        self.now_s = _NOW_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def tick(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The file of a test's name."""
+    is_written = request.config.getoption("--write-golden", default=False)
+    return Golden(request.node.name.removeprefix("test_"), is_written=is_written)
+
+
+@pytest.fixture
+def clock(api: Api, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Of the API and its database."""
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock)
+    api.store._clock = clock
+    return clock
+
+
+# Videos
+
+
+def test_videos(api: Api, clock: Clock, golden: Golden) -> None:
+    answers = {name: answer_as_json(answer) for name, answer in _videos(api, clock)}
+    golden.check(answers)
+
+
+def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx.Response]]:
+    """An object in every state, and what it looks like in each step on the way there."""
+    first = api.created(_SMALL)
+    clock.tick(1.0)
+    second = api.created({**_SMALL, "previews": 2})
+    yield "queued", _got(api, clock, first)
+    yield "queued behind another one", _got(api, clock, second)
+    api.store.note_rate(MODEL, Lane.VIDEO, 100.0)
+    yield "queued, pace known", _got(api, clock, second)
+    clock.tick(1.5)
+    job = api.claimed()
+    yield "starting", _got(api, clock, first)
+    _record(api, job, stage="tokenized")
+    yield "tokenized", _got(api, clock, first)
+    clock.tick(2.25)
+    api.stepped(job, 4, 0.75)
+    yield "denoising", _got(api, clock, first)
+    clock.tick(3.0)
+    api.stepped(job, 10, 0.0)
+    _record(api, job, stage="decoding")
+    yield "decoding", _got(api, clock, first)
+    api.begun_file(job)
+    yield "file begun", _got(api, clock, first)
+    clock.tick(0.5)
+    api.completed(job)
+    yield "completed", _got(api, clock, first)
+    api.failed(api.claimed())
+    yield "failed", _got(api, clock, second)
+
+    told = api.created(_SMALL)
+    outcome = Outcome(JobState.FAILED)
+    api.store.finish(lease_of(api.claimed()), outcome, keep_media_s=100.0)
+    yield "failed without a reason", _got(api, clock, told)
+    told = api.created(_SMALL)
+    yield "cancelled while it waited", api.post(f"/v1/videos/{told['id']}/cancel")
+    yield "cancelled", _got(api, clock, told)
+    yield "cancelled again", api.post(f"/v1/videos/{told['id']}/cancel")
+    told = api.created(_SMALL)
+    job = api.claimed()
+    yield "being cancelled", api.post(f"/v1/videos/{told['id']}/cancel")
+    outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
+    api.store.finish(lease_of(job), outcome, keep_media_s=100.0)
+    yield "cancelled while it ran", _got(api, clock, told)
+
+    image = {"prompt": "a cat", "mode": "text_to_image", "size": "32x32"}
+    told = api.created(image)
+    _complete(api, api.claimed(Lane.IMAGE), "image/png", ".png")
+    yield "image", _got(api, clock, told)
+    sound = api.post("/v1/videos", json={**_SMALL, "generate_sound": True, "quality": "lossless"})
+    yield "with sound, lossless, queued", sound
+    clock.tick(1.0)
+    _complete(api, api.claimed(), "video/mp4", ".mp4")
+    yield "with sound, lossless", _got(api, clock, sound.json())
+    policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url()}
+    told = api.created({**policy, "output": "actions"})
+    yield "actions, queued", _got(api, clock, told)
+    api.completed(api.claimed(), None, _ACTIONS.as_json())
+    yield "actions", _got(api, clock, told)
+    told = api.created(policy)
+    api.completed(api.claimed(), b"finished", _ACTIONS.as_json())
+    yield "actions and video", _got(api, clock, told)
+
+    noted = api.post("/v1/videos", json={**_SMALL, "num_frames": 48, "fps": 12, "user": "me", "service_class": "batch"})
+    yield "with notes and warnings", noted
+    clock.tick(1.0)
+    yield "remixed", api.post(f"/v1/videos/{noted.json()['id']}/remix", json={"prompt": "a dog"})
+    clock.tick(1.0)
+    yield "remixed of a form", api.post(f"/v1/videos/{noted.json()['id']}/remix", data={"prompt": "a cow"})
+    clock.tick(1.0)
+    request = GenerationRequest(prompt="a cat", width=64, height=32, seed=5, num_inference_steps=10)
+    attached: Job = api.run(api.director._submit(request, SubmitOptions(), "runner"))
+    yield "attached", _got(api, clock, {"id": attached.job_id})
+    told = noted.json()
+    yield "deleted", api.send("DELETE", f"/v1/videos/{told['id']}")
+    yield "not any more", _got(api, clock, told)
+
+
+def _got(api: Api, clock: Clock, told: dict[str, Any]) -> httpx.Response:
+    clock.tick(0.125)
+    return api.get(f"/v1/videos/{told['id']}")
+
+
+def _record(api: Api, job: Job, **changes: Any) -> None:
+    api.store.record(lease_of(job), Progress(**changes), [])
+
+
+def _complete(api: Api, job: Job, media_type: str, suffix: str) -> None:
+    """End a job as its runner does."""
+    media_id = new_media_id()
+    entry = api.media.create(media_id, media_type, suffix, is_live=False)
+    _record(api, job, media_id=media_id)
+    entry.path.write_bytes(b"finished")
+    entry.finish()
+    finished = _finished(job, media_id, None)
+    outcome = Outcome(JobState.COMPLETED, recorder.result_of(finished))
+    api.store.finish(lease_of(job), outcome, keep_media_s=100.0)
+
+
+def _finished(job: Job, media_id: str, actions: GeneratedActions | None) -> messages.Finished:
+    return messages.Finished(
+        request_id="mine",
+        job_id=job.job_id,
+        mode=job.mode,
+        media_id=media_id,
+        media_type=job.media_type,
+        num_bytes=8,
+        num_frames=job.num_frames,
+        fps=job.fps,
+        height=job.height,
+        width=job.width,
+        seed=job.seed,
+        frames_sha256="c" * 64,
+        negative_origin="built-in",
+        notes=tuple(job.notes),
+        stage_seconds={"denoise": 1.23456, "total": 2.34567},
+        actions=actions,
+    )
+
+
+def test_lists(api: Api, clock: Clock, golden: Golden) -> None:
+    empty = api.get("/v1/videos")
+    ids = []
+    for number in range(5):
+        clock.tick(1.0)
+        ids.append(api.created({**_SMALL, "prompt": str(number)})["id"])
+    api.completed(api.claimed())
+    queries = {
+        "all": "",
+        "of none": "?limit=0",
+        "first two": "?limit=2&order=asc",
+        "next two": f"?limit=2&order=asc&after={ids[1]}",
+        "the last one": f"?limit=2&order=asc&after={ids[3]}",
+        "newest first": f"?limit=2&order=desc&after={ids[3]}",
+        "wrong limit": "?limit=101",
+        "wrong order": "?order=up",
+        "wrong after": "?after=nobody",
+        "unknown after": f"?after={UNKNOWN}",
+        "unknown name": "?lmit=1",
+        "twice": "?limit=1&limit=2",
+    }
+    pages = {name: answer_as_json(api.get(f"/v1/videos{query}")) for name, query in queries.items()}
+    golden.check({"empty": answer_as_json(empty), **pages})
+
+
+# Events
+
+
+def test_events(api: Api, clock: Clock, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(1000.0)
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    answers: dict[str, Any] = {}
+    first = api.created(_SMALL)
+    clock.tick(1.0)
+    second = api.created(_SMALL)
+    job = api.claimed()
+    api.run(_recorded(api, job))
+    path = f"/v1/videos/{first['id']}/events"
+    answers["completed"] = answer_as_json(api.get(path))
+    answers["from event 7 on"] = answer_as_json(api.get(path, headers={"Last-Event-ID": "7"}))
+    last = api.store.get(first["id"])
+    assert last is not None
+    answers["nothing to come"] = answer_as_json(api.get(path, headers={"Last-Event-ID": str(last.last_seq)}))
+    answers["wrong number"] = answer_as_json(api.get(path, headers={"Last-Event-ID": "x"}))
+    answers["unknown"] = answer_as_json(api.get(f"/v1/videos/{UNKNOWN}/events"))
+
+    api.failed(api.claimed())
+    answers["failed"] = answer_as_json(api.get(f"/v1/videos/{second['id']}/events"))
+    third = api.created(_SMALL)
+    api.post(f"/v1/videos/{third['id']}/cancel")
+    answers["cancelled"] = answer_as_json(api.get(f"/v1/videos/{third['id']}/events"))
+
+    async def follow() -> Any:
+        waiting = await api.asend("POST", "/v1/videos", json=_SMALL)
+        follower = await Follower(api, f"/v1/videos/{waiting.json()['id']}/events").begin()
+        await follower.until(b"event: queued")
+        await api.asend("DELETE", f"/v1/videos/{waiting.json()['id']}")
+        body = (await follower.to_its_end()).decode().split("\n")
+        return {"status": follower.status, "headers": dict(sorted(follower.headers.items())), "body": body}
+
+    answers["deleted under its follower"] = api.run(follow())
+    golden.check(answers)
+
+
+async def _recorded(api: Api, job: Job) -> None:
+    """A job that meets with everything a job may meet with, as its runner writes it down."""
+
+    def lost(error: Exception) -> None:
+        raise error
+
+    writer = recorder.Recorder(api.store, job, lost, 5.0)
+    for event in _EVENTS:
+        writer.note(event)
+    finished = _finished(job, "0123456789abcdef" * 2, _ACTIONS)
+    await writer.end(Outcome(JobState.COMPLETED, recorder.result_of(finished)), keep_media_s=100.0)
+
+
+def test_events_over_handles(golden: Golden) -> None:
+    """What a client is told that waits at the Director: the wire's form, and the values."""
+    raws = [raw for event in _EVENTS if (raw := raw_event(event)) is not None]
+    golden.check([{"raw": _plain(raw), "value": _plain(event_of(raw))} for raw in raws])
+
+
+def _plain(value: Any) -> Any:
+    """A value of the client's as JSON: its type's name and its public fields."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, BaseException):
+        fields = {name: _plain(held) for name, held in sorted(vars(value).items()) if not name.startswith("_")}
+        return {"type": type(value).__name__, "says": str(value), **fields}
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {name: _plain(held) for name, held in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(held) for held in value]
+    if dataclasses.is_dataclass(value) or hasattr(value, "model_fields_set"):
+        names = sorted(name for name in typing.get_type_hints(type(value)) if not name.startswith(("_", "model_")))
+        return {"type": type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
+    return value
+
+
+# What clients return
+
+
+def test_client(api: Api, clock: Clock, golden: Golden) -> None:
+    connecting = Connecting(transport=httpx.ASGITransport(api.app))
+
+    def client() -> AsyncCosmos3Client:
+        return AsyncCosmos3Client.over_http("http://cosmos3", connecting=connecting)
+
+    async def retrieved(video_id: str) -> Any:
+        async with client() as http:
+            try:
+                return _plain(await http.retrieve(video_id))
+            except NotFound as error:
+                return _plain(error)
+
+    found: dict[str, Any] = {}
+    for name, answer in _videos(api, clock):
+        if answer.status_code == 200:
+            found[name] = api.run(retrieved(answer.json()["id"]))
+    clock.tick(1.0)
+    done = api.created(_SMALL)
+    while (job := api.claimed()).job_id != done["id"]:
+        api.failed(job)
+    api.run(_recorded(api, job))
+    clock.tick(1.0)
+
+    async def asked() -> dict[str, Any]:
+        async with client() as http:
+            return {
+                "page": _plain(await http.list(limit=1)),
+                "models": _plain(await http.models()),
+                "events": [_plain(event) async for event in http.events(done["id"])],
+                "made": _plain(await http.create(GenerationRequest(prompt="a", width=64, height=32))),
+            }
+
+    golden.check({**found, **api.run(asked())})
+
+
+# Errors
+
+
+def test_error_table(api: Api, golden: Golden) -> None:
+    table = {}
+    for name, error in _ERRORS.items():
+        answer = error_response(error)
+        headers = dict(answer.headers.items())
+        code, message = failure_of(error)
+        text = bytes(answer.body).decode()
+        table[name] = {
+            "http": {"status": answer.status_code, "headers": headers, "body": text},
+            "is told": is_told(error),
+            "of a job": [code, message],
+            "client": _plain(refusal(answer.status_code, "reason", headers, text, "once")),
+            "client over handles": _plain(_meaning(error)),
+            "client of a job": _plain(failure("a-job", code, message)),
+        }
+    golden.check(table)
+
+
+def test_refusals(make_api: Any, golden: Golden) -> None:
+    api: Api = make_api(http={"max_body_bytes": 2000})
+    told = api.created(_SMALL)
+    done = api.created(_SMALL)
+    path = f"/v1/videos/{done['id']}"
+    answers = {
+        "no route": api.get("/v1/nothing"),
+        "no method": api.send("PATCH", "/v1/videos"),
+        "no method of one": api.send("PUT", path),
+        "no video": api.get(f"/v1/videos/{UNKNOWN}"),
+        "no id": api.get("/v1/videos/nobody"),
+        "too large": api.post("/v1/videos", json={"prompt": "a" * 3000}),
+        "wrong content type": api.post("/v1/videos", content=b"a", headers={"content-type": "text/plain"}),
+        "no content type": api.post("/v1/videos", content=b"a"),
+        "no json": api.post("/v1/videos", content=b"{", headers={"content-type": "application/json"}),
+        "no object": api.post("/v1/videos", json=[1]),
+        "key twice": api.post(
+            "/v1/videos", content=b'{"prompt": "a", "prompt": "b"}', headers={"content-type": "application/json"}
+        ),
+        "too deep": api.post(
+            "/v1/videos", content=b"[" * 500 + b"]" * 500, headers={"content-type": "application/json"}
+        ),
+        "no prompt": api.post("/v1/videos", json={}),
+        "wrong value": api.post("/v1/videos", json={**_SMALL, "num_inference_steps": 0}),
+        "wrong type": api.post("/v1/videos", json={**_SMALL, "seed": "x"}),
+        "wrong size": api.post("/v1/videos", json={"prompt": "a", "size": "a"}),
+        "unknown field": api.post("/v1/videos", json={"prompt": "a", "sede": 1}),
+        "another model": api.post("/v1/videos", json={"prompt": "a", "model": "other"}),
+        "not offered": api.post("/v1/videos", json={"prompt": "a", "loras": ["x"]}),
+        "wrong class": api.post("/v1/videos", json={"prompt": "a", "service_class": "first"}),
+        "wrong form": api.post("/v1/videos", data={"prompt": "a", "seed": "x"}),
+        "wrong key": api.post("/v1/videos", json=_SMALL, headers={"Idempotency-Key": "two words"}),
+        "url": api.post("/v1/images/generations", json={"prompt": "a", "response_format": "url"}),
+        "remix of more": api.post(f"{path}/remix", json={"prompt": "a", "seed": 1}),
+        "not ready": api.get(f"{path}/content"),
+        "wrong variant": api.get(f"{path}/content?variant=nothing"),
+    }
+    headers = {"Idempotency-Key": "once"}
+    api.created(_SMALL, headers=headers)
+    answers["conflict"] = api.post("/v1/videos", json={"prompt": "b"}, headers=headers)
+    api.completed(api.claimed())
+    path = f"/v1/videos/{told['id']}/content"
+    answers["no range"] = api.get(path, headers={"range": "bytes=10-"})
+    answers["no actions"] = api.get(f"{path}?variant=action")
+    record = api.store.get(told["id"])
+    assert record is not None
+    api.media.remove(record.media_id)
+    answers["expired"] = api.get(path)
+    api.failed(api.claimed())
+    answers["failed"] = api.get(f"/v1/videos/{done['id']}/content")
+    for _ in range(19):
+        api.created({"prompt": "a"})
+    answers["full"] = api.post("/v1/videos", json={"prompt": "a"})
+    golden.check({name: answer_as_json(answer) for name, answer in answers.items()})
+
+
+def test_refusals_with_keys(make_api: Any, golden: Golden) -> None:
+    api: Api = make_api(needs_keys=True)
+    answers = {
+        "no key": api.get("/v1/videos"),
+        "wrong key": api.get("/v1/videos", headers={"authorization": "Bearer wrong"}),
+        "open": api.get("/health"),
+        "cross origin": api.post("/v1/videos", headers={"sec-fetch-site": "cross-site"}),
+    }
+    golden.check({name: answer_as_json(answer) for name, answer in answers.items()})
+
+
+# The service, and what is waited for
+
+
+def test_service(api: Api, golden: Golden) -> None:
+    answers = {path: api.get(path) for path in ("/v1/models", "/health", "/ready", "/metrics")}
+    api.readiness.missing = ["denoiser", "decoder"]
+    answers["not ready"] = api.get("/ready")
+    api.service.is_draining = True
+    answers["shutting down"] = api.get("/ready")
+    golden.check({name: answer_as_json(answer) for name, answer in answers.items()})
+
+
+def test_openapi(api: Api, golden: Golden) -> None:
+    """Of the document: paths, parameters and status codes of each operation."""
+    document = api.get("/openapi.json").json()
+    operations: dict[str, Any] = {}
+    for path, item in sorted(document["paths"].items()):
+        for method, operation in sorted(item.items()):
+            parameters = (_resolved(document, it) for it in operation.get("parameters", []))
+            shown = sorted([it["name"], it["in"], it.get("required", False)] for it in parameters)
+            operations[f"{method} {path}"] = {"parameters": shown, "statuses": sorted(operation["responses"])}
+    golden.check(operations)
+
+
+def _resolved(document: Any, value: Any) -> Any:
+    while "$ref" in value:
+        target = document
+        for name in value["$ref"].removeprefix("#/").split("/"):
+            target = target[name]
+        value = target
+    return value
+
+
+def test_files(api: Api, clock: Clock, golden: Golden) -> None:
+    """What is waited for, and what a job has made."""
+    sync, images = "/v1/videos/sync", "/v1/images/generations"
+    image = {"prompt": "a", "size": "32x32"}
+    answers = {
+        "sync": api.post(sync, json={**_SMALL, "user": "me", "num_frames": 48}, headers={"Idempotency-Key": "once"}),
+        "live": api.post(sync, json={**_SMALL, "stream": True}),
+        "images": api.post(images, json={**image, "n": 2, "layers": 4}),
+        "image file": api.post(images, data={**image, "response_format": "file"}),
+        "image files": api.post(images, json={**image, "n": 2, "response_format": "file"}),
+    }
+    zipped = answers["image files"].headers
+    assert int(zipped.pop("content-length")) > 16  # it holds times
+    api.director.actions = _ACTIONS
+    policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url()}
+    answers["actions"] = api.post(sync, json={**policy, "output": "actions"})
+    answers["actions and video"] = api.post(sync, json=policy)
+    answers["sync of a form"] = api.post(sync, files={"prompt": (None, "a"), "image": ("a.png", png(), "image/png")})
+    told = api.created(_SMALL)
+    job = api.claimed()
+    path = f"/v1/videos/{told['id']}/content"
+    entry = api.begun_file(job)
+    assert entry.live_path is not None
+    entry.live_path.write_bytes(b"live")
+    answers["growing, a part"] = api.get(path, headers={"range": "bytes=0-1"})
+    answers["growing, head"] = api.send("HEAD", path)
+    api.completed(job, b"0123456789")
+    etag = api.get(path).headers["etag"]
+    answers["whole"] = api.get(path)
+    answers["head"] = api.send("HEAD", path)
+    answers["a part"] = api.get(path, headers={"range": "bytes=2-4"})
+    answers["known"] = api.get(path, headers={"if-none-match": etag})
+    told = api.created({**policy, "output": "actions"})
+    api.completed(api.claimed(), None, _ACTIONS.as_json())
+    answers["action"] = api.get(f"/v1/videos/{told['id']}/content?variant=action")
+    golden.check({name: answer_as_json(answer) for name, answer in answers.items()})
