@@ -235,7 +235,7 @@ class EngineLoop:
             try:
                 self._wake.clear()
                 if (share := self._busy.share(self._now_s())) is not None:
-                    self._meter.busy(share)
+                    self._meter.set_busy_share(share)
                 await self._drop_abandoned()
                 job = self._turns.next(self._now_s())
                 if job is None:
@@ -292,9 +292,9 @@ class EngineLoop:
         except Cosmos3Error as error:
             self._refuse(job, error)
             return False
-        self._meter.looked_up_prompts(num_hits, len(job.request.prompts) - num_hits)
+        self._meter.count_prompt_lookups(num_hits, len(job.request.prompts) - num_hits)
         if job.step_s is None:  # else it was parked
-            self._meter.waited_for_gang(job.lane, start_s - job.start_s)
+            self._meter.record_gang_wait(job.lane, start_s - job.start_s)
         self._log(job, "gang began", waited_s=start_s - job.start_s, is_resumed=job.state is not None)
         job.has_begun, job.state, self._undropped = True, None, ()
         job.save_at_s = start_s + self._spec.save_period_s
@@ -330,7 +330,7 @@ class EngineLoop:
         for step in report.steps:
             job.updates.put_nowait(step)
         job.step_s = report.seconds / len(report.steps)
-        self._meter.stepped(job.lane, len(report.steps), report.seconds)
+        self._meter.record_steps(job.lane, len(report.steps), report.seconds)
         if last.step == last.num_steps:
             job.updates.put_nowait(Denoised(await self._first("latents", job)))
             await self._end(job)

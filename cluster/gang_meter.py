@@ -11,19 +11,19 @@ _PERIOD_S = 5.0
 class GangMeter(Protocol):
     """Who is told. Lanes are "image" and "video". Nothing here may raise, or take long."""
 
-    def stepped(self, lane: str, num_steps: int, seconds: float) -> None:
+    def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
         """A quantum was run."""
         ...
 
-    def waited_for_gang(self, lane: str, seconds: float) -> None:
+    def record_gang_wait(self, lane: str, seconds: float) -> None:
         """A request waited so long before it was begun."""
         ...
 
-    def busy(self, share: float) -> None:
+    def set_busy_share(self, share: float) -> None:
         """The gang was at work in this share of the last seconds."""
         ...
 
-    def looked_up_prompts(self, num_hits: int, num_misses: int) -> None:
+    def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
         """So many of a request's prompts were kept from before, so many were not."""
         ...
 
@@ -31,16 +31,16 @@ class GangMeter(Protocol):
 class NoMeter:
     """Nobody is told."""
 
-    def stepped(self, lane: str, num_steps: int, seconds: float) -> None:
+    def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
         """See :class:`GangMeter`."""
 
-    def waited_for_gang(self, lane: str, seconds: float) -> None:
+    def record_gang_wait(self, lane: str, seconds: float) -> None:
         """See :class:`GangMeter`."""
 
-    def busy(self, share: float) -> None:
+    def set_busy_share(self, share: float) -> None:
         """See :class:`GangMeter`."""
 
-    def looked_up_prompts(self, num_hits: int, num_misses: int) -> None:
+    def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
         """See :class:`GangMeter`."""
 
 

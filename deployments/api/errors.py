@@ -30,7 +30,7 @@ def error_response(error: BaseException) -> JSONResponse:
         return _response(error.status, error.code, str(error), error.headers)
     status, _ = find_status(error)
     if isinstance(error, OverloadedError):
-        metrics().rejected(error.what)
+        metrics().count_rejection(error.what)
     extra: dict[str, Any] = {}
     if isinstance(error, RequestError):
         extra = {"param": error.field, "given": error.given, "allowed": error.allowed, "hint": error.hint}

@@ -393,10 +393,10 @@ class JobRunner:
 def _tell_claim(job: Job) -> None:
     assert job.started_s is not None, "it was claimed"
     if job.last_seq == 1:  # its first claim; what was given back has had one before
-        metrics().waited_in_queue(job.lane, job.service_class, job.started_s - job.created_s)
+        metrics().record_queue_wait(job.lane, job.service_class, job.started_s - job.created_s)
     elif job.attempts > 1:
-        metrics().taken_over()
+        metrics().count_takeover()
 
 
 def _tell_end(job: Job) -> None:
-    metrics().request_ended(job.mode, job.state, (job.completed_s or job.created_s) - job.created_s)
+    metrics().record_request(job.mode, job.state, (job.completed_s or job.created_s) - job.created_s)

@@ -86,7 +86,7 @@ class Maintenance:
     def tell(self) -> None:
         """Set the gauges of jobs."""
         classes = self.store.load(self.model).classes
-        metrics().jobs(
+        metrics().set_jobs(
             queued={(each.lane, each.service_class): each.num_queued for each in classes},
             running={(each.lane, each.service_class): each.num_running for each in classes},
         )

@@ -1,4 +1,4 @@
-"""Log lines and numbers of a request's way through the stages. Where to find the lines: :mod:`cluster.logs`."""
+"""Log and measure each stage of a request. :mod:`cluster.logs` says where the log lines go."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.getLogger("ray.serve")
 
 
 def origin_of(context: RequestContext) -> Origin:
-    """Whose request it is."""
+    """Return the ids that log lines of a request carry."""
     return Origin(context.request_id, context.job_id, context.attempt)
 
 
 class StageWatch:
-    """What :func:`watch_stage` gives."""
+    """One attempt of a stage, logged and measured; made by :func:`watch_stage`."""
 
     def __init__(self, context: RequestContext, stage: str, **fields: Value) -> None:
         self._origin = origin_of(context)
@@ -41,16 +41,16 @@ class StageWatch:
         log_event(logger, "stage began", self._origin, stage=stage, **fields)
 
     def finish(self, **fields: Value) -> None:
-        """The stage's work is done: before the last item is given out, whoever has that may not come back."""
+        """Record that the stage is done. Call it before the last item is yielded: its consumer may not come back."""
         seconds = self._end("finished")
         if seconds is not None:
             log_event(logger, "stage finished", self._origin, stage=self._stage, seconds=seconds, **fields)
 
     def fail(self, error: BaseException) -> None:
-        """The block was left by an exception."""
+        """Record that an exception ended the stage."""
         error = unwrap_error(error)
         is_failure = isinstance(error, Exception)
-        # Full is no failure: it is waited for. Whoever cancels, or closes a generator, leaves.
+        # A full queue is no failure: the caller waits for it. A cancelled task or a closed generator counts as left.
         outcome = "full" if isinstance(error, OverloadedError) else "failed" if is_failure else "left"
         seconds = self._end(outcome)
         if seconds is None:
@@ -61,21 +61,21 @@ class StageWatch:
             log_event(logger, f"stage {outcome}", self._origin, stage=self._stage, seconds=seconds)
 
     def _end(self, outcome: str) -> float | None:
-        """Seconds that it took; None where it had ended before."""
+        """Return the seconds that the stage took; None if it had ended before."""
         if self._has_ended:
             return None
         self._has_ended = True
         seconds = time.monotonic() - self._start_s
-        metrics().stage_ended(self._stage, outcome, seconds)
+        metrics().record_stage(self._stage, outcome, seconds)
         return seconds
 
 
 @contextmanager
 def watch_stage(context: RequestContext, stage: str, **fields: Value) -> Iterator[StageWatch]:
-    """Around one try of a stage, in the process that works: a line when it begins, one when it ends; its seconds.
+    """Log the begin and the end of one attempt of a stage, and measure its seconds, in the process that does the work.
 
-    The block ends well where :meth:`StageWatch.finish` was called or its end is reached; it is "left" where whoever
-    asked does not want it any more.
+    The outcome is "finished" once :meth:`StageWatch.finish` was called or the block has ended, "left" when the caller
+    has cancelled the stage.
     """
     watch = StageWatch(context, stage, **fields)
     try:
@@ -89,34 +89,34 @@ def watch_stage(context: RequestContext, stage: str, **fields: Value) -> Iterato
 async def watch_request(
     events: AsyncIterator[Event], context: RequestContext, mode: str, waited_s: float = 0.0
 ) -> AsyncGenerator[Event, None]:
-    """A request's events, handed on as they come; what they tell is logged and measured.
+    """Pass a request's events on, and log and measure them.
 
     Args:
         events: of :class:`deployments.director.pipeline.Pipeline`.
         context: of the request.
         mode: of the request.
-        waited_s: from its acceptance until now.
+        waited_s: from its admission until now.
     """
     origin, numbers, start_s = origin_of(context), metrics(), time.monotonic()
     denoised_s: float | None = None
     has_frames = False
     with watch_stage(context, "request", mode=mode, waited_s=waited_s) as watch:
-        async with aclosing(events) as stream:  # type: ignore[type-var] # an async generator, whatever it is called
+        async with aclosing(events) as stream:  # type: ignore[type-var] # it is an async generator
             async for event in stream:
                 now_s = time.monotonic()
                 match event:
                     case LatentsReady():
                         denoised_s = now_s
                     case ChunkDecoded() if denoised_s is not None:
-                        numbers.first_chunk(now_s - denoised_s)
+                        numbers.record_first_chunk(now_s - denoised_s)
                         denoised_s = None
                     case ChunkEncoded() if not has_frames:
                         has_frames = True
-                        numbers.first_byte(mode, waited_s + now_s - start_s)
+                        numbers.record_first_byte(mode, waited_s + now_s - start_s)
                     case ClipEncoded():
-                        numbers.file_made(mode, event.num_bytes)
+                        numbers.count_file_bytes(mode, event.num_bytes)
                     case StageRetried():
-                        numbers.stage_retried(event.stage)
+                        numbers.count_retry(event.stage)
                         _log_retry(origin, event)
                     case Finished():
                         watch.finish(mode=mode, num_bytes=event.num_bytes, num_frames=event.num_frames)

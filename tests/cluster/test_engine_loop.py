@@ -498,16 +498,16 @@ def test_the_meter_is_told_of_quanta_waits_prompts_and_how_busy_the_gang_is(monk
         for job_id in ("a", "b"):
             await follow(loop, job_id, 8)
         await follow(loop, "c", 8, shape=IMAGE)
-        assert sum(num_steps for _, num_steps, _ in told.of("stepped")) == 24
-        assert {lane for lane, *_ in told.of("stepped")} == {"video", "image"}
-        assert all(seconds > 0 for *_, seconds in told.of("stepped"))
-        assert [lane for lane, _ in told.of("waited_for_gang")] == ["video", "video", "image"]
-        assert told.of("looked_up_prompts") == [[0, 1], [1, 0], [1, 0]]
-        shares = [share for (share,) in told.of("busy")]
+        assert sum(num_steps for _, num_steps, _ in told.of("record_steps")) == 24
+        assert {lane for lane, *_ in told.of("record_steps")} == {"video", "image"}
+        assert all(seconds > 0 for *_, seconds in told.of("record_steps"))
+        assert [lane for lane, _ in told.of("record_gang_wait")] == ["video", "video", "image"]
+        assert told.of("count_prompt_lookups") == [[0, 1], [1, 0], [1, 0]]
+        shares = [share for (share,) in told.of("set_busy_share")]
         assert any(share > 0.5 for share in shares)
         # Told while idle as well: a gauge that is not set again is forgotten.
         async with asyncio.timeout(20):
-            while told.of("busy")[-1][0] != 0.0:
+            while told.of("set_busy_share")[-1][0] != 0.0:
                 await asyncio.sleep(0.01)
 
     run(body())

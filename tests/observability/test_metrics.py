@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.gang_meter import BusyClock
 from deployments.observability import cluster_metrics
 from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetched
-from deployments.observability.metrics import TABLE, Metrics, _of_ray, metrics
+from deployments.observability.metrics import TABLE, Metrics, _make_ray_recorder, metrics
 
 PACKAGES = Path(__file__).parents[2]
 
@@ -39,21 +39,21 @@ def taken() -> Taken:
 
 
 def record_everything(ours: Metrics) -> None:
-    ours.request_ended("text_to_video", "completed", 12.5)
-    ours.rejected("jobs that wait")
-    ours.jobs({("video", "batch"): 2}, {("image", "standard"): 1})
-    ours.waited_in_queue("video", "batch", 3.0)
-    ours.stage_ended("denoise", "finished", 10.0)
-    ours.stage_retried("decode")
-    ours.taken_over()
-    ours.first_chunk(0.5)
-    ours.first_byte("text_to_video", 11.0)
-    ours.file_made("text_to_video", 1000)
-    ours.sent(500)
-    ours.stepped("video", 4, 2.0)
-    ours.waited_for_gang("video", 1.0)
-    ours.busy(0.75)
-    ours.looked_up_prompts(1, 1)
+    ours.record_request("text_to_video", "completed", 12.5)
+    ours.count_rejection("jobs that wait")
+    ours.set_jobs({("video", "batch"): 2}, {("image", "standard"): 1})
+    ours.record_queue_wait("video", "batch", 3.0)
+    ours.record_stage("denoise", "finished", 10.0)
+    ours.count_retry("decode")
+    ours.count_takeover()
+    ours.record_first_chunk(0.5)
+    ours.record_first_byte("text_to_video", 11.0)
+    ours.count_file_bytes("text_to_video", 1000)
+    ours.count_sent_bytes(500)
+    ours.record_steps("video", 4, 2.0)
+    ours.record_gang_wait("video", 1.0)
+    ours.set_busy_share(0.75)
+    ours.count_prompt_lookups(1, 1)
 
 
 def test_every_row_of_the_table_is_recorded_with_its_labels(taken: Taken) -> None:
@@ -74,7 +74,7 @@ def test_the_table_is_in_order() -> None:
         assert not metric.name.endswith("_total"), "Ray adds it"
         assert bool(metric.bounds) == (metric.kind == "histogram"), metric
         assert list(metric.bounds) == sorted(set(metric.bounds))
-        assert metric.tells.endswith(".")
+        assert metric.description.endswith(".")
         # What Serve adds.
         assert not {"deployment", "replica", "application"} & set(metric.labels)
 
@@ -91,8 +91,8 @@ def test_nothing_else_names_a_metric() -> None:
 
 
 def test_jobs_that_are_gone_are_zero_and_told_again(taken: Taken) -> None:
-    taken.metrics.jobs({("video", "batch"): 2}, {})
-    taken.metrics.jobs({}, {("video", "batch"): 2})
+    taken.metrics.set_jobs({("video", "batch"): 2}, {})
+    taken.metrics.set_jobs({}, {("video", "batch"): 2})
     assert sorted(taken.of("cosmos3_jobs")) == [
         (0, "queued", "video", "batch"),
         (2, "queued", "video", "batch"),
@@ -101,8 +101,8 @@ def test_jobs_that_are_gone_are_zero_and_told_again(taken: Taken) -> None:
 
 
 def test_a_counter_is_not_told_of_nothing(taken: Taken) -> None:
-    taken.metrics.looked_up_prompts(2, 0)  # Ray refuses a zero
-    taken.metrics.busy(0.0)
+    taken.metrics.count_prompt_lookups(2, 0)  # Ray refuses a zero
+    taken.metrics.set_busy_share(0.0)
     assert [name for name, *_ in taken.values] == ["cosmos3_text_cache_lookups", "cosmos3_gang_busy_share"]
 
 
@@ -123,24 +123,24 @@ def test_without_ray_nothing_is_recorded_and_later_it_is() -> None:
     import ray
 
     if not ray.is_initialized():
-        assert all(_of_ray(metric) is None for metric in TABLE)
+        assert all(_make_ray_recorder(metric) is None for metric in TABLE)
         record_everything(metrics())
     values: list[float] = []
     instruments: list[Any] = [None, None, lambda value, labels: values.append(value)]
     ours = Metrics(lambda metric: instruments.pop(0))
     for share in (0.1, 0.2, 0.3, 0.4):
-        ours.busy(share)
+        ours.set_busy_share(share)
     assert values == [0.3, 0.4]
 
 
 def test_labels_are_bounded_in_number_and_form(taken: Taken) -> None:
     for number in range(1000):
-        taken.metrics.rejected(f"bound {number}\n{'x' * 1000}")
+        taken.metrics.count_rejection(f"bound {number}\n{'x' * 1000}")
     labels = {bound for _, bound in taken.of("cosmos3_rejections")}
     assert len(labels) == 257
     assert "other" in labels
     assert all(label.isprintable() and len(label) <= 80 for label in labels)
-    taken.metrics.rejected("bound 0\n" + "x" * 1000)  # a known one stays itself
+    taken.metrics.count_rejection("bound 0\n" + "x" * 1000)  # a known one stays itself
     assert taken.of("cosmos3_rejections")[-1][1] != "other"
 
 
