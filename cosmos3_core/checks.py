@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, TypeVar
 
 from cosmos3_core.errors import RequestError
 
 # Of a word that is looked up: the time for it grows with its length.
 _MAX_COMPARED_CHARS = 100
+
+_Choice = TypeVar("_Choice", str, int)
 
 
 def integer(field: str, value: Any, low: int, high: int) -> int:
@@ -34,14 +36,14 @@ def real(field: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def choice(field: str, value: Any, allowed: tuple[str, ...]) -> str:
-    """One of ``allowed``.
+def choice(field: str, value: Any, allowed: tuple[_Choice, ...]) -> _Choice:
+    """One of ``allowed``; True is not 1.
 
     Raises:
         RequestError: something else.
     """
-    if not isinstance(value, str) or value not in allowed:
-        near = difflib.get_close_matches(value[:_MAX_COMPARED_CHARS], allowed, n=1) if isinstance(value, str) else []
+    if isinstance(value, bool) or not isinstance(value, str | int) or value not in allowed:
+        near = difflib.get_close_matches(str(value)[:_MAX_COMPARED_CHARS], [str(name) for name in allowed], n=1)
         raise RequestError(field, value, f"one of {list(allowed)}", f"Did you mean {near[0]}?" if near else "")
     return value
 

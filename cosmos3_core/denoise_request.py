@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from cosmos3_core import checks
 from cosmos3_core.actions import ActionTrack
 from cosmos3_core.errors import RequestError
-from cosmos3_core.presets import LIMITS
-from cosmos3_core.request import ResolvedRequest
+from cosmos3_core.presets import LIMITS, SCHEDULES
+from cosmos3_core.request import FIELDS, ResolvedRequest
 from cosmos3_core.sampler.guidance import needs_two_branches
-from cosmos3_core.sampler.schedule import SCHEDULES
 from cosmos3_core.shapes import Geometry, LatentShape
 
 if TYPE_CHECKING:
@@ -91,11 +90,8 @@ class DenoiseRequest:
             raise RequestError(
                 "video_shape", tuple(self.latent_shape), "latent (frames, rows, columns), each at least 1"
             )
-        checks.real("fps", self.fps, LIMITS.min_fps, LIMITS.max_fps)
-        checks.integer("num_inference_steps", self.num_inference_steps, 1, LIMITS.max_num_inference_steps)
-        checks.real("guidance_scale", self.guidance_scale, 0, LIMITS.max_guidance_scale)
-        checks.real("flow_shift", self.flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift)
-        checks.integer("seed", self.seed, 0, LIMITS.max_seed)
+        for name in ("fps", "num_inference_steps", "guidance_scale", "flow_shift", "seed"):
+            FIELDS[name].check(name, getattr(self, name))
         checks.choice("schedule", self.schedule, SCHEDULES)
         if self.clean_frames and not 0 <= min(self.clean_frames) <= max(self.clean_frames) < self.latent_shape[0]:
             raise RequestError("clean_frames", self.clean_frames, f"latent frames below {self.latent_shape[0]}")

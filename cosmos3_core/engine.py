@@ -30,9 +30,8 @@ from cosmos3_core.model.transformer import SOUND, VIDEO
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import ALONE, Groups, connect
 from cosmos3_core.parallel.strips import Strip, strip_of
-from cosmos3_core.presets import LIMITS
 from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
-from cosmos3_core.request import ResolvedRequest
+from cosmos3_core.request import FIELDS, ResolvedRequest
 from cosmos3_core.resolve import shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.shapes import LatentShape
@@ -116,7 +115,7 @@ class Engine:
         self.device = resolve_device(device)
         if dtype is not None and dtype not in DTYPES.values():
             raise RequestError("dtype", dtype, f"one of {[str(known) for known in DTYPES.values()]}, or None")
-        self.flow_shift = checks.real("flow_shift", flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift)
+        self.flow_shift: float = FIELDS["flow_shift"].check("flow_shift", flow_shift)
         if use_karras_sigmas is not None:
             checks.flag("use_karras_sigmas", use_karras_sigmas)
         # Before gigabytes are read: a damaged VAE should not be found behind a loaded transformer.

@@ -19,6 +19,9 @@ from cosmos3_core.conditioning.modes import (
     WITH_SOUND,
 )
 
+SCHEDULES = ("native", "linear", "karras")
+"""The noise schedules, which :mod:`cosmos3_core.sampler.schedule` makes."""
+
 
 @dataclass(frozen=True)
 class ActionPreset:
@@ -125,13 +128,12 @@ PRESETS: dict[tuple[str, str], Preset] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, whatever the checkpoint. Inclusive.
+    """Inclusive bounds that several fields of a request share, or that belong to its inputs as a whole.
+
+    The bounds of a single field stand beside it, in :class:`cosmos3_core.request.GenerationRequest`.
 
     Attributes:
-        max_num_frames: 50 s at 24 fps, four times the longest clip NVIDIA documents (300 frames).
         max_side_pixels: what an H.264 encoder takes.
-        max_num_inference_steps: one per training timestep.
-        max_guidance_scale: as in vLLM-Omni's API.
         max_prompt_chars: three times NVIDIA's structured negative prompt (14,850 characters).
         max_text_tokens: of one prompt after templates; keys and values of this many take 2.4 GB on Nano.
         max_actions: of a chunk, and of given ones; as many as the longest clip has steps between frames.
@@ -146,15 +148,7 @@ class Limits:
             for 9 s at 24 fps. In memory together: 576 MiB of RGB, 2.3 GiB to be encoded.
     """
 
-    max_num_frames: int = 1201
     max_side_pixels: int = 16_384
-    max_num_inference_steps: int = 1000
-    max_guidance_scale: float = 20.0
-    min_flow_shift: float = 0.001
-    max_flow_shift: float = 100.0
-    min_fps: float = 1.0
-    max_fps: float = 120.0
-    max_seed: int = 2**63 - 1
     max_prompt_chars: int = 50_000
     max_text_tokens: int = 16_384
     max_actions: int = 1200

@@ -19,6 +19,7 @@ from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import (
     BEHAVIOURS,
     DIFFUSERS_BEHAVIOUR,
+    FIELDS,
     NATIVE_BEHAVIOUR,
     NEGATIVE_METADATA,
     VIEW_POINTS,
@@ -128,8 +129,8 @@ class Cosmos3Processor:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         like_diffusers = checks.choice("compat", compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
-        checks.real("fps", fps, LIMITS.min_fps, LIMITS.max_fps)
-        checks.integer("num_frames", num_frames, 1, LIMITS.max_num_frames)
+        FIELDS["fps"].check("fps", fps)
+        FIELDS["num_frames"].check("num_frames", num_frames)
         checks.integer("height", height, 1, LIMITS.max_side_pixels)
         checks.integer("width", width, 1, LIMITS.max_side_pixels)
         path = Path(tokenizer_dir)

@@ -1,32 +1,32 @@
 """What a user asks for, and the same with every gap filled.
 
 :class:`GenerationRequest` is what arrives: most fields may be left out. :func:`cosmos3_core.resolve.resolve` checks it
-against a checkpoint and makes a :class:`ResolvedRequest` of it, in which nothing is optional. No torch here.
+against a checkpoint and makes a :class:`ResolvedRequest` of it, in which nothing is optional. Importing this loads
+neither torch nor numpy: the command line reads the fields for its help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cosmos3_core.actions import ActionTrack
-from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, VIDEO
-from cosmos3_core.conditioning.picture import PictureCondition
+from cosmos3_core.conditioning.canvas import ACTION_TIERS, SIDE_MULTIPLE
+from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, MODES, VIDEO, Actions, Mode
+from cosmos3_core.embodiments import EMBODIMENTS
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.image import DEFAULT_QUALITY
-from cosmos3_core.media.mp4 import DEFAULT_CRF
-from cosmos3_core.media.source import (
-    ImageSource,
-    VideoSource,
-    pack_image,
-    pack_video,
-)
-from cosmos3_core.media.writer import ClipFormat, SoundFormat
-from cosmos3_core.sampler.schedule import SCHEDULES
+from cosmos3_core.field_spec import FieldSpec, ValueKind, spec_field, spec_of
+from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, IMAGE_KINDS, MAX_CRF, MAX_QUALITY
+from cosmos3_core.presets import LIMITS, SCHEDULES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from cosmos3_core.actions import ActionTrack
+    from cosmos3_core.conditioning.picture import PictureCondition
+    from cosmos3_core.media.source import ImageSource, VideoSource
+    from cosmos3_core.media.writer import ClipFormat, SoundFormat
 
 SHIPPED = "shipped"
 NATIVE_BEHAVIOUR = "native"
@@ -36,84 +36,191 @@ SCHEDULE_NAMES = (*SCHEDULES, SHIPPED)
 NEGATIVE_METADATA = ("same", "none", "inverse")
 KEEP = ("first", "last")
 VIEW_POINTS = ("ego_view", "third_person_view", "wrist_view", "concat_view")
+NUM_TIMESTEPS = 1000
+"""Noise levels that a model was trained on."""
+
+
+def _has_actions(mode: Mode) -> bool:
+    return mode.has_actions
+
+
+def _has_no_actions(mode: Mode) -> bool:
+    return not mode.has_actions
+
+
+def _takes_actions(mode: Mode) -> bool:
+    return mode.actions is Actions.GIVEN
+
+
+def _takes_image(mode: Mode) -> bool:
+    return IMAGE in mode.media
+
+
+def _takes_video(mode: Mode) -> bool:
+    return VIDEO in mode.media
+
+
+def _chooses_frames(mode: Mode) -> bool:
+    return mode.chooses_frames
+
+
+_SIDE: dict[str, Any] = {
+    "low": SIDE_MULTIPLE,
+    "high": LIMITS.max_side_pixels,
+    "multiple_of": SIDE_MULTIPLE,
+    "unit": "pixels",
+    "is_for": _has_no_actions,
+    "otherwise": "the given picture and resolution_tier decide",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One generation, as asked for. ``None`` means: the preset of the checkpoint and the mode.
 
-    Attributes:
-        prompt: plain text, or a JSON object as a string; may be empty for dynamics.
-        mode: a name of :data:`cosmos3_core.conditioning.modes.MODES`; None tells it from the fields: an image or a
-            video continues it, one frame makes an image. Modes with actions have to be named.
-        image: to begin with: a path, a file's bytes, a PIL image, an array [Y, X, 3].
-        video: to begin with, or to find the actions of: a path, a file's bytes, an array [F, Y, X, 3], frames in a
-            list.
-        generate_sound: a sound track as well.
-        actions: what forward dynamics is to carry out: rows of numbers [steps, width].
-        action_chunk_size: actions; of given ones the last is repeated, or those behind are cut off.
-        domain_name, domain_id: of the embodiment, see :mod:`cosmos3_core.embodiments`; one of them will do.
-        raw_action_dim: numbers in an action; None = the embodiment's.
-        resolution_tier: of the canvas for the given picture of modes with actions: 256, 480, 704 or 720.
-        view_point: of their camera: ``ego_view``, ``third_person_view``, ``wrist_view`` or ``concat_view``.
-        condition_frame_indexes_vision: latent frames that a given video fixes; (0, 1).
-        condition_video_keep: which of its frames are used where it is longer: ``first`` or ``last``.
-        negative_prompt: None = the structured default; "" = empty.
-        num_frames: pixel frames; 1 makes an image; rounded up to 1 + k * (temporal compression).
-        height, width: pixels, multiples of the spatial compression (16); not for modes with actions.
-        fps: frames per second of the result.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 turns it off.
-        guidance_interval: lowest and highest timestep, of 1000, that guidance is for; None = all.
-        flow_shift: of the native and linear schedules.
-        schedule: ``native``, ``linear``, ``karras``, or ``shipped`` for whatever the checkpoint's scheduler says.
-        seed: of the initial noise.
-        use_system_prompt: put the training system prompt first.
-        append_metadata: add duration, frame rate and resolution to the prompt.
-        negative_metadata: on the negative prompt: ``same`` as on the positive, ``none`` or ``inverse``.
-        output: ``mp4``, ``wav`` (with sound), ``png``, ``jpeg`` or ``webp`` (images), or ``actions`` alone; None =
-            mp4 or png, and actions alone for inverse dynamics, whose pictures are the given ones.
-        output_quality: of jpeg and webp, 0 (smallest) to 100 (best); 90.
-        crf: of mp4, H.264's quality, 0 (best) to 51; 18.
-        lossless: of mp4: its yuv420p planes are stored exactly; large, and few players open it. Not with ``crf``.
-        noise: modality -> initial noise to start from instead of drawing it; ``{"video": [1, C, T, H, W] fp32}``.
-        compat: ``diffusers`` gives that pipeline's prompts and schedule (0.42.1) wherever a field is None.
+    Each field carries a :class:`~cosmos3_core.field_spec.FieldSpec`: what it is for, its bounds, and the modes that
+    read it; :data:`FIELDS` has them by name. Bounds are inclusive.
     """
 
-    prompt: str = ""
-    mode: str | None = None
-    image: ImageSource | None = field(default=None, compare=False, repr=False)
-    video: VideoSource | None = field(default=None, compare=False, repr=False)
-    generate_sound: bool = False
-    actions: Any = field(default=None, compare=False, repr=False)
-    action_chunk_size: int | None = None
-    domain_name: str | None = None
-    domain_id: int | None = None
-    raw_action_dim: int | None = None
-    resolution_tier: int | None = None
-    view_point: str | None = None
-    condition_frame_indexes_vision: Sequence[int] | int | None = None
-    condition_video_keep: str | None = None
-    negative_prompt: str | None = None
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: float | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_interval: Sequence[float] | None = None
-    flow_shift: float | None = None
-    schedule: str | None = None
-    seed: int = 42
-    use_system_prompt: bool | None = None
-    append_metadata: bool = True
-    negative_metadata: str | None = None
-    output: str | None = None
-    output_quality: int | None = None
-    crf: float | None = None
-    lossless: bool = False
-    noise: dict[str, Tensor] | None = field(default=None, compare=False)
-    compat: str = NATIVE_BEHAVIOUR
+    prompt: str = spec_field(
+        ValueKind.TEXT,
+        "plain text, or a JSON object as a string; may be empty for dynamics",
+        default="",
+    )
+    mode: str | None = spec_field(
+        ValueKind.TEXT,
+        "by default an image or a video is continued, and one frame makes an image; modes with actions must be named",
+        choices=tuple(MODES),
+    )
+    image: ImageSource | None = spec_field(
+        ValueKind.IMAGE,
+        "the picture to begin with: a path, a file's bytes, a PIL image, or an array [Y, X, 3]",
+        is_compared=False,
+        is_for=_takes_image,
+    )
+    video: VideoSource | None = spec_field(
+        ValueKind.VIDEO,
+        "the clip to continue, or to find the actions of: a path, a file's bytes, an array [F, Y, X, 3], or frames",
+        is_compared=False,
+        is_for=_takes_video,
+    )
+    generate_sound: bool = spec_field(ValueKind.FLAG, "generate a sound track as well", default=False)
+    actions: Any = spec_field(
+        ValueKind.ROWS,
+        "what forward_dynamics carries out: rows of numbers [steps, width]",
+        is_compared=False,
+        is_for=_takes_actions,
+    )
+    action_chunk_size: int | None = spec_field(
+        ValueKind.INTEGER,
+        "actions, one between two frames; the last given action is repeated, or those behind are cut off",
+        low=1,
+        high=LIMITS.max_actions,
+        unit="actions",
+        is_for=_has_actions,
+    )
+    domain_name: str | None = spec_field(
+        ValueKind.TEXT,
+        f"embodiment of the actions: {', '.join(EMBODIMENTS)}",
+        is_for=_has_actions,
+    )
+    domain_id: int | None = spec_field(
+        ValueKind.INTEGER,
+        "embodiment of the actions by number, below the number that the checkpoint has",
+        low=0,
+        high=1023,
+        is_for=_has_actions,
+    )
+    raw_action_dim: int | None = spec_field(
+        ValueKind.INTEGER,
+        "numbers in an action; by default the embodiment's",
+        low=1,
+        high=1024,
+        is_for=_has_actions,
+    )
+    resolution_tier: int | None = spec_field(
+        ValueKind.INTEGER,
+        "tier of the canvas that the given picture is fitted into",
+        choices=tuple(ACTION_TIERS),
+        is_for=_has_actions,
+    )
+    view_point: str | None = spec_field(ValueKind.TEXT, "where the camera is", choices=VIEW_POINTS, is_for=_has_actions)
+    condition_frame_indexes_vision: Sequence[int] | int | None = spec_field(
+        ValueKind.INTEGERS,
+        "latent frames that the given video fixes; by default 0 and 1",
+        low=0,
+        is_for=_chooses_frames,
+    )
+    condition_video_keep: str | None = spec_field(
+        ValueKind.TEXT, "which frames of a longer video are used", choices=KEEP, is_for=_chooses_frames
+    )
+    negative_prompt: str | None = spec_field(
+        ValueKind.TEXT,
+        "what to steer away from; by default a structured text, none if empty",
+    )
+    # 50 s at 24 fps, four times the longest clip NVIDIA documents (300 frames).
+    num_frames: int | None = spec_field(
+        ValueKind.INTEGER, "pixel frames, rounded up to 1 + 4k; 1 makes an image", low=1, high=1201, unit="frames"
+    )
+    height: int | None = spec_field(ValueKind.INTEGER, "rows of the result, given together with width", **_SIDE)
+    width: int | None = spec_field(ValueKind.INTEGER, "columns of the result, given together with height", **_SIDE)
+    fps: float | None = spec_field(ValueKind.NUMBER, "frames per second", low=1.0, high=120.0, unit="frames/s")
+    num_inference_steps: int | None = spec_field(
+        ValueKind.INTEGER, "denoising steps", low=1, high=NUM_TIMESTEPS, unit="steps"
+    )
+    # As in vLLM-Omni's API.
+    guidance_scale: float | None = spec_field(
+        ValueKind.NUMBER, "classifier-free guidance; 1 turns it off", low=0.0, high=20.0
+    )
+    guidance_interval: Sequence[float] | None = spec_field(
+        ValueKind.NUMBERS,
+        "lowest and highest timestep that guidance is for; by default all",
+        low=0.0,
+        high=NUM_TIMESTEPS,
+        num_items=2,
+        unit="timesteps",
+    )
+    flow_shift: float | None = spec_field(
+        ValueKind.NUMBER, "shift of the native and linear schedules towards noise", low=0.001, high=100.0
+    )
+    schedule: str | None = spec_field(
+        ValueKind.TEXT, "schedule of the noise levels; shipped: the checkpoint's own", choices=SCHEDULE_NAMES
+    )
+    seed: int = spec_field(ValueKind.INTEGER, "seed of the initial noise", default=42, low=0, high=2**63 - 1)
+    use_system_prompt: bool | None = spec_field(ValueKind.FLAG, "put the training system prompt first")
+    append_metadata: bool = spec_field(
+        ValueKind.FLAG, "add duration, frame rate and resolution to the prompt", default=True
+    )
+    negative_metadata: str | None = spec_field(
+        ValueKind.TEXT, "what the negative prompt says of duration and resolution", choices=NEGATIVE_METADATA
+    )
+    output: str | None = spec_field(
+        ValueKind.TEXT,
+        "kind of the file: wav with sound, png, jpeg or webp of one frame; or actions alone",
+        choices=("mp4", "wav", *IMAGE_KINDS, ACTIONS_ONLY),
+    )
+    output_quality: int | None = spec_field(
+        ValueKind.INTEGER, f"quality of jpeg and webp, 0 is smallest; {DEFAULT_QUALITY}", low=0, high=MAX_QUALITY
+    )
+    crf: float | None = spec_field(
+        ValueKind.NUMBER, f"H.264 quality of mp4, 0 is best; {DEFAULT_CRF}", low=0.0, high=MAX_CRF
+    )
+    lossless: bool = spec_field(
+        ValueKind.FLAG,
+        "store the yuv420p planes of mp4 exactly; large, and few players open it; not with crf",
+        default=False,
+    )
+    noise: dict[str, Tensor] | None = spec_field(
+        ValueKind.TENSORS,
+        "modality -> initial noise instead of the seed's; video: [1, C, T, H, W] fp32",
+        is_compared=False,
+    )
+    compat: str = spec_field(
+        ValueKind.TEXT,
+        "whose prompts and schedule to follow where a field is left out: diffusers means its 0.42.1 pipeline",
+        default=NATIVE_BEHAVIOUR,
+        choices=BEHAVIOURS,
+    )
 
     def packed(self) -> GenerationRequest:
         """The same with its image or video as bytes or frames, to travel: files are read here and nowhere else.
@@ -121,9 +228,15 @@ class GenerationRequest:
         Raises:
             RequestError: it cannot be read, or is larger than allowed.
         """
+        from cosmos3_core.media.source import pack_image, pack_video
+
         image = None if self.image is None else pack_image(IMAGE, self.image)
         video = None if self.video is None else pack_video(VIDEO, self.video)
         return self if image is None and video is None else replace(self, image=image, video=video)
+
+
+FIELDS: Mapping[str, FieldSpec] = MappingProxyType({it.name: spec_of(it) for it in fields(GenerationRequest)})
+"""Name of a field of :class:`GenerationRequest` -> its bounds and description."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +321,8 @@ class ResolvedRequest:
         Raises:
             RequestError: it becomes none.
         """
+        from cosmos3_core.media.writer import ClipFormat
+
         if not self.has_file:
             raise RequestError("output", self.output, "a kind of file")
         return ClipFormat(

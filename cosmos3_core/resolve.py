@@ -15,7 +15,7 @@ import numpy as np
 from cosmos3_core import checks
 from cosmos3_core.actions import ActionStatistics, ActionTrack, action_rows, given_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.conditioning.canvas import ACTION_TIERS, action_canvas, content_size, covering_size
+from cosmos3_core.conditioning.canvas import action_canvas, content_size, covering_size
 from cosmos3_core.conditioning.modes import (
     ACTIONS_ONLY,
     IMAGE,
@@ -33,8 +33,8 @@ from cosmos3_core.conditioning.modes import (
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.embodiments import find_embodiment
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.media.image import DEFAULT_QUALITY, IMAGE_KINDS, check_image
-from cosmos3_core.media.mp4 import DEFAULT_CRF, MAX_CRF
+from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, IMAGE_KINDS, LOSSY_IMAGE_KINDS
+from cosmos3_core.media.image import check_image
 from cosmos3_core.media.source import (
     ClipInfo,
     Packed,
@@ -44,11 +44,9 @@ from cosmos3_core.media.source import (
 from cosmos3_core.media.writer import SoundFormat
 from cosmos3_core.presets import LIMITS, PRESETS, ActionPreset, Preset
 from cosmos3_core.request import (
-    BEHAVIOURS,
     DIFFUSERS_BEHAVIOUR,
+    FIELDS,
     KEEP,
-    NEGATIVE_METADATA,
-    SCHEDULE_NAMES,
     SHIPPED,
     VIEW_POINTS,
     GenerationRequest,
@@ -57,22 +55,8 @@ from cosmos3_core.request import (
 )
 from cosmos3_core.shapes import num_sound_latents, sound_samples
 
-_LOSSY_OUTPUTS = ("jpeg", "webp")
 # Of diffusers and cosmos-framework for clips that go on.
 _CHOSEN_FRAMES = (0, 1)
-_TIMESTEPS = 1000
-
-# Fields that only some modes read: another mode's request must not bring them.
-_OF_ACTIONS = (
-    "actions",
-    "action_chunk_size",
-    "domain_name",
-    "domain_id",
-    "raw_action_dim",
-    "resolution_tier",
-    "view_point",
-)
-_OF_CHOSEN_FRAMES = ("condition_frame_indexes_vision", "condition_video_keep")
 
 
 def offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) -> tuple[str, ...]:
@@ -110,20 +94,20 @@ def resolve(
         CapabilityError: a mode that the checkpoint cannot do; names those that it can.
         RequestError: a field is out of bounds; names it, what was given and what is allowed.
     """
-    like_diffusers = checks.choice("compat", request.compat, BEHAVIOURS) == DIFFUSERS_BEHAVIOUR
+    like_diffusers = _checked("compat", request.compat) == DIFFUSERS_BEHAVIOUR
     mode = _mode_of(request)
     preset = _preset(mode, request, layout, is_sound_offered, like_diffusers=like_diffusers)
-    checks.text("prompt", request.prompt, LIMITS.max_prompt_chars, may_be_empty=not mode.needs_prompt)
+    checks.text("prompt", request.prompt, FIELDS["prompt"].max_chars, may_be_empty=not mode.needs_prompt)
     if request.negative_prompt is not None:
-        checks.text("negative_prompt", request.negative_prompt, LIMITS.max_prompt_chars, may_be_empty=True)
+        _checked("negative_prompt", request.negative_prompt)
     _refuse_foreign_fields(mode, request)
     given = _given_picture(request, probe)
 
     notes: list[str] = []
-    fps = checks.real("fps", _or(request.fps, preset.fps), LIMITS.min_fps, LIMITS.max_fps)
+    fps: float = _checked("fps", _or(request.fps, preset.fps))
     if preset.action is not None and mode.has_actions:
         action = _action_track(mode, request, preset.action, layout, notes, like_diffusers=like_diffusers)
-        tier = _choice_of_tier(_or(request.resolution_tier, preset.action.resolution_tier))
+        tier = _checked("resolution_tier", _or(request.resolution_tier, preset.action.resolution_tier))
         height, width, prompt_size = _fitted(given, tier, layout)
         num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
         if num_frames != action.chunk_size + 1:
@@ -162,13 +146,11 @@ def resolve(
             width=width,
             resolution_tier=tier,
             num_frames=num_needed,
-            keep=checks.choice("condition_video_keep", _or(request.condition_video_keep, KEEP[0]), KEEP),
+            keep=_checked("condition_video_keep", _or(request.condition_video_keep, KEEP[0])),
             clean_frames=clean,
         )
 
-    steps = _or(request.num_inference_steps, preset.num_inference_steps)
-    guidance_scale = _or(request.guidance_scale, preset.guidance_scale)
-    schedule = checks.choice("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"), SCHEDULE_NAMES)
+    schedule = _checked("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"))
     as_shipped = like_diffusers or schedule == SHIPPED
     flow_shift = _or(request.flow_shift, shipped_flow_shift(layout) if as_shipped else preset.flow_shift)
     system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
@@ -188,15 +170,17 @@ def resolve(
         width=width,
         prompt_size=prompt_size,
         fps=fps,
-        num_inference_steps=checks.integer("num_inference_steps", steps, 1, LIMITS.max_num_inference_steps),
-        guidance_scale=checks.real("guidance_scale", guidance_scale, 0, LIMITS.max_guidance_scale),
+        num_inference_steps=_checked(
+            "num_inference_steps", _or(request.num_inference_steps, preset.num_inference_steps)
+        ),
+        guidance_scale=_checked("guidance_scale", _or(request.guidance_scale, preset.guidance_scale)),
         guidance_interval=_interval(_or(request.guidance_interval, preset.guidance_interval)),
-        flow_shift=checks.real("flow_shift", flow_shift, LIMITS.min_flow_shift, LIMITS.max_flow_shift),
+        flow_shift=_checked("flow_shift", flow_shift),
         schedule=shipped_schedule(layout) if schedule == SHIPPED else schedule,
-        seed=checks.integer("seed", request.seed, 0, LIMITS.max_seed),
-        use_system_prompt=checks.flag("use_system_prompt", system_prompt),
-        append_metadata=checks.flag("append_metadata", request.append_metadata),
-        negative_metadata=checks.choice("negative_metadata", negative_metadata, NEGATIVE_METADATA),
+        seed=_checked("seed", request.seed),
+        use_system_prompt=_checked("use_system_prompt", system_prompt),
+        append_metadata=_checked("append_metadata", request.append_metadata),
+        negative_metadata=_checked("negative_metadata", negative_metadata),
         output=output,
         output_quality=quality,
         crf=crf,
@@ -210,13 +194,17 @@ def resolve(
     )
 
 
+def _checked(name: str, value: Any) -> Any:
+    return FIELDS[name].check(name, value)
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
 def _mode_of(request: GenerationRequest) -> Mode:
     """The mode that a request names, or that its fields tell."""
-    wants_sound = checks.flag("generate_sound", request.generate_sound)
+    wants_sound = _checked("generate_sound", request.generate_sound)
     name = request.mode
     if name is None:
         if request.image is not None and request.video is not None:
@@ -227,7 +215,7 @@ def _mode_of(request: GenerationRequest) -> Mode:
             name = VIDEO_TO_VIDEO
         else:
             name = TEXT_TO_IMAGE if request.num_frames == 1 else TEXT_TO_VIDEO
-    checks.choice("mode", name, tuple(MODES))
+    _checked("mode", name)
     if wants_sound and not MODES[name].has_sound:
         if name + WITH_SOUND not in MODES:
             with_sound = [mode.name for mode in MODES.values() if mode.name + WITH_SOUND in MODES]
@@ -261,18 +249,11 @@ def _preset(
 
 def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
     """Every field that is given has to matter."""
-    foreign = {name: f"nothing for {mode.name}" for name in (IMAGE, VIDEO) if name not in mode.media}
-    if not mode.has_actions:
-        foreign |= dict.fromkeys(_OF_ACTIONS, f"nothing for {mode.name}; it is for modes with actions")
-    else:
-        foreign |= dict.fromkeys(("height", "width"), "nothing: the given picture and resolution_tier decide")
-        if mode.actions is Actions.GENERATED:
-            foreign["actions"] = f"nothing for {mode.name}, which generates them"
-    if not mode.chooses_frames:
-        foreign |= dict.fromkeys(_OF_CHOSEN_FRAMES, f"nothing for {mode.name}; it is for {VIDEO_TO_VIDEO}")
-    for name, allowed in foreign.items():
-        if getattr(request, name) is not None:
-            raise RequestError(name, "given" if name in (IMAGE, VIDEO) else getattr(request, name), allowed)
+    for name, spec in FIELDS.items():
+        if getattr(request, name) is not None and not spec.is_for(mode):
+            given = "given" if name in (IMAGE, VIDEO) else getattr(request, name)
+            hint = spec.otherwise or f"it is for {', '.join(spec.modes)}"
+            raise RequestError(name, given, f"left out for {mode.name}", hint)
     given = [name for name in mode.media if getattr(request, name) is not None]
     if mode.media and len(given) != 1:
         allowed = f"one {' or '.join(mode.media)}, which {mode.name} needs"
@@ -284,7 +265,7 @@ def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
 def _num_frames(
     mode: Mode, request: GenerationRequest, preset: Preset, layout: CheckpointLayout, notes: list[str]
 ) -> int:
-    asked = checks.integer("num_frames", _or(request.num_frames, preset.num_frames), 1, LIMITS.max_num_frames)
+    asked = _checked("num_frames", _or(request.num_frames, preset.num_frames))
     if mode.is_image != (asked == 1):
         allowed = "1 for an image" if mode.is_image else f"2 or more for {mode.name}"
         raise RequestError("num_frames", asked, allowed)
@@ -332,9 +313,7 @@ def _action_track(
     chunk_size = request.action_chunk_size
     if chunk_size is None and request.num_frames is not None:
         chunk_size = checks.integer("num_frames", request.num_frames, 2, LIMITS.max_actions + 1) - 1
-    chunk_size = checks.integer(
-        "action_chunk_size", _or(chunk_size, num_given or preset.chunk_size), 1, LIMITS.max_actions
-    )
+    chunk_size = _checked("action_chunk_size", _or(chunk_size, num_given or preset.chunk_size))
     if request.num_frames is not None and request.num_frames != chunk_size + 1:
         raise RequestError("num_frames", request.num_frames, f"{chunk_size + 1}, one more than the actions")
     if num_given > chunk_size:
@@ -350,16 +329,10 @@ def _action_track(
         domain_name=embodiment.name,
         domain_id=embodiment.domain_id,
         width=width,
-        view_point=checks.choice("view_point", _or(request.view_point, VIEW_POINTS[0]), VIEW_POINTS),
+        view_point=_checked("view_point", _or(request.view_point, VIEW_POINTS[0])),
         given=given,
         statistics=statistics,
     )
-
-
-def _choice_of_tier(tier: Any) -> int:
-    if isinstance(tier, bool) or not isinstance(tier, int) or tier not in ACTION_TIERS:
-        raise RequestError("resolution_tier", tier, f"one of {sorted(ACTION_TIERS)}")
-    return tier
 
 
 @dataclass(frozen=True)
@@ -466,12 +439,9 @@ def _sound_track(num_frames: int, fps: float, layout: CheckpointLayout, *, like_
 def _interval(interval: Any) -> tuple[float, float] | None:
     if interval is None:
         return None
-    allowed = f"two numbers, 0 <= lowest <= highest <= {_TIMESTEPS}"
-    if not isinstance(interval, Sequence) or isinstance(interval, str | bytes) or len(interval) != 2:
-        raise RequestError("guidance_interval", interval, allowed)
-    low, high = (checks.real("guidance_interval", value, 0, _TIMESTEPS) for value in interval)
+    low, high = _checked("guidance_interval", interval)
     if low > high:
-        raise RequestError("guidance_interval", interval, allowed)
+        raise RequestError("guidance_interval", interval, "the lowest timestep, then the highest", "Swap them.")
     return low, high
 
 
@@ -490,22 +460,23 @@ def _output(mode: Mode, output: str | None) -> str:
 def _output_quality(output: str, quality: int | None) -> int:
     if quality is None:
         return DEFAULT_QUALITY
-    if output not in _LOSSY_OUTPUTS:
-        raise RequestError("output_quality", quality, f"nothing for {output}; it is for {' and '.join(_LOSSY_OUTPUTS)}")
-    return checks.integer("output_quality", quality, 0, 100)
+    if output not in LOSSY_IMAGE_KINDS:
+        hint = f"it is for {' and '.join(LOSSY_IMAGE_KINDS)}"
+        raise RequestError("output_quality", quality, f"left out for {output}", hint)
+    return int(_checked("output_quality", quality))
 
 
 def _crf(output: str, request: GenerationRequest) -> float:
     """H.264's quality; looks at ``lossless`` as well, which goes without one."""
-    is_lossless = checks.flag("lossless", request.lossless)
+    is_lossless = _checked("lossless", request.lossless)
     for name, given in (("crf", request.crf is not None), ("lossless", is_lossless)):
         if given and output != "mp4":
-            raise RequestError(name, getattr(request, name), f"nothing for {output}; it is for mp4")
+            raise RequestError(name, getattr(request, name), f"left out for {output}", "it is for mp4")
     if request.crf is None:
         return DEFAULT_CRF
     if is_lossless:
         raise RequestError("crf", request.crf, "nothing beside lossless", "Choose one of both.")
-    return checks.real("crf", request.crf, 0, MAX_CRF)
+    return float(_checked("crf", request.crf))
 
 
 def shipped_flow_shift(layout: CheckpointLayout) -> float:

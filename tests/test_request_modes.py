@@ -17,7 +17,7 @@ from PIL import Image
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.modes import MODES, Actions
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.request import GenerationRequest, ResolvedRequest
+from cosmos3_core.request import FIELDS, GenerationRequest, ResolvedRequest
 from cosmos3_core.resolve import offered_modes, resolve
 from tests.mode_inputs import ACTIONS, CLIP, IMAGE, MINIMAL, moving_clip
 
@@ -172,7 +172,8 @@ def test_a_field_that_a_mode_does_not_read_is_refused(mode: str, field: str, nan
         return
     error = refused(nano, **given)
     assert error.field == field
-    assert "nothing" in error.allowed
+    assert error.allowed == f"left out for {mode}"
+    assert error.hint == FIELDS[field].otherwise or all(other in error.hint for other in FIELDS[field].modes)
 
 
 # --- what the checkpoint can do --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from cosmos3_core import checks
 from cosmos3_core.bench.random_models import RANDOM_MODELS
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
+from cosmos3_core.request import FIELDS
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def check_clip(options: argparse.Namespace, multiple: int) -> None:
     Raises:
         RequestError: it is beyond them.
     """
-    checks.integer("num_frames", options.num_frames, 1, LIMITS.max_num_frames)
+    FIELDS["num_frames"].check("num_frames", options.num_frames)
     for side in ("height", "width"):
         checks.pixels(side, getattr(options, side), multiple, LIMITS.max_side_pixels)
 

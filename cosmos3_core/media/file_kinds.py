@@ -1,4 +1,4 @@
-"""The kinds of files that are made: their names, media types and suffixes."""
+"""The kinds of files that are made: names, media types, suffixes, and the range of their quality."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ SUFFIXES = {
 """By media type."""
 
 FILE_KINDS = tuple(MEDIA_TYPES)
+
+IMAGE_KINDS = ("png", "jpeg", "webp")
+LOSSY_IMAGE_KINDS = ("jpeg", "webp")
+DEFAULT_QUALITY, MAX_QUALITY = 90, 100
+"""Quality of the lossy images, from 0, the smallest."""
+
+DEFAULT_CRF, MAX_CRF = 18, 51
+"""H.264 quality, 0 (best) to 51; 18 is visually lossless."""

@@ -11,11 +11,10 @@ import PIL.Image
 
 from cosmos3_core import checks
 from cosmos3_core.errors import MediaError, RequestError
+from cosmos3_core.media.file_kinds import DEFAULT_QUALITY, IMAGE_KINDS, MAX_QUALITY
 from cosmos3_core.media.output import OutputFile, Target
 from cosmos3_core.media.pixels import Frames
 
-IMAGE_KINDS = ("png", "jpeg", "webp")
-DEFAULT_QUALITY = 90
 LOSSLESS_WEBP_QUALITY = 100
 _LOSSLESS_WEBP_EFFORT = 50  # 0 to 100; more takes several times as long for a few per cent
 
@@ -60,7 +59,7 @@ def check_image(kind: str, height: int, width: int, quality: int) -> None:
     checks.choice("kind", kind, IMAGE_KINDS)
     checks.integer("height", height, 1, _MAX_SIDE_PIXELS[kind])
     checks.integer("width", width, 1, _MAX_SIDE_PIXELS[kind])
-    checks.integer("quality", quality, 0, 100)
+    checks.integer("quality", quality, 0, MAX_QUALITY)
 
 
 def _encode_lossy(frame: Frames, kind: str, quality: int) -> bytes:

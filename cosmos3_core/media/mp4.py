@@ -28,6 +28,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from cosmos3_core import checks
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
 from cosmos3_core.media.aac import AacTrack, PacketOrder, check_aac
+from cosmos3_core.media.file_kinds import DEFAULT_CRF, MAX_CRF
 from cosmos3_core.media.live_mp4 import LiveMp4
 from cosmos3_core.media.output import OutputFile, Target
 from cosmos3_core.media.pixels import Frames, check_frames
@@ -38,8 +39,6 @@ PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 """x264's speed presets, fastest first."""
 
 MIN_FPS, MAX_FPS = 1, 240
-DEFAULT_CRF, MAX_CRF = 18, 51
-"""H.264 quality, 0 (best) to 51; 18 is visually lossless."""
 MAX_THREADS = 16
 _PIXELS_PER_THREAD = 2**18
 

@@ -9,9 +9,9 @@ from typing import Protocol, Self
 
 from cosmos3_core import checks
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
-from cosmos3_core.media.file_kinds import FILE_KINDS, MEDIA_TYPES, SUFFIXES
-from cosmos3_core.media.image import DEFAULT_QUALITY, IMAGE_KINDS, check_image, write_image
-from cosmos3_core.media.mp4 import DEFAULT_CRF, Mp4Writer
+from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, FILE_KINDS, IMAGE_KINDS, MEDIA_TYPES, SUFFIXES
+from cosmos3_core.media.image import check_image, write_image
+from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.output import Target
 from cosmos3_core.media.pixels import Frames, check_frames
 from cosmos3_core.media.sound import Samples, WavWriter, refused_sound

@@ -17,8 +17,8 @@ import numpy as np
 
 from cosmos3_core.checkpoint.configs import SchedulerConfig
 from cosmos3_core.errors import RequestError
+from cosmos3_core.presets import SCHEDULES
 
-SCHEDULES = ("native", "linear", "karras")
 _KARRAS_RHO = 7.0
 # sigma 1 exactly would make log(1 - sigma) infinite in the solver; the published pipelines back off by this much.
 _FROM_ONE = 1e-6

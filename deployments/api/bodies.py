@@ -14,10 +14,9 @@ from typing import Any
 from cosmos3_core import checks
 from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE, Actions
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.media.image import IMAGE_KINDS
-from cosmos3_core.presets import LIMITS
+from cosmos3_core.media.file_kinds import IMAGE_KINDS
 from cosmos3_core.preview import MAX_PREVIEWS
-from cosmos3_core.request import GenerationRequest
+from cosmos3_core.request import FIELDS, GenerationRequest
 from deployments.api.fields import (
     B64_JSON,
     FILE_ITSELF,
@@ -161,7 +160,7 @@ def _image_body(body: Given, rules: BodyRules) -> ImageBody:
     checks.choice("response_format", response_format, (B64_JSON, FILE_ITSELF))
     num_images = checks.integer("n", given.get("n", 1), 1, MAX_IMAGES)
     first_seed = given.get("seed", GenerationRequest.seed)
-    checks.integer("seed", first_seed, 0, LIMITS.max_seed - num_images + 1)
+    checks.integer("seed", first_seed, 0, FIELDS["seed"].bounds[1] - num_images + 1)
     output = checks.choice("output_format", given.get("output_format", IMAGE_KINDS[0]), IMAGE_KINDS)
     if given.get("size") == "auto":
         del given["size"]
@@ -235,7 +234,7 @@ def _num_frames(given: Mapping[str, Any]) -> Any:
     mode = MODES.get(given["mode"]) if isinstance(given.get("mode"), str) else None
     if mode is not None and mode.has_actions:
         raise RequestError("seconds", given["seconds"], f"nothing for {mode.name}; action_chunk_size decides")
-    fps = checks.real("fps", given.get("fps", _DEFAULT_FPS), LIMITS.min_fps, LIMITS.max_fps)
+    fps = FIELDS["fps"].check("fps", given.get("fps", _DEFAULT_FPS))
     return max(1, int(seconds * fps))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cosmos3_core.field_spec import FieldSpec
 from cosmos3_core.presets import LIMITS
 from deployments.api.json_text import read_json
 
@@ -37,6 +38,10 @@ class Kind:
     def within(self, low: float, high: float) -> Kind:
         """The same, of numbers from ``low`` to ``high``."""
         return replace(self, schema={**self.schema, "minimum": low, "maximum": high})
+
+    def bounded_by(self, spec: FieldSpec) -> Kind:
+        """The same, of numbers within the bounds of a request's field."""
+        return self.within(*spec.bounds)
 
     def pixels(self) -> Kind:
         """The same, of a number of pixels."""

@@ -19,11 +19,10 @@ from cosmos3_core.conditioning.canvas import ACTION_TIERS
 from cosmos3_core.conditioning.modes import ACTIONS_ONLY, MODES
 from cosmos3_core.embodiments import EMBODIMENTS
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.image import IMAGE_KINDS
-from cosmos3_core.media.mp4 import MAX_CRF
-from cosmos3_core.presets import LIMITS
+from cosmos3_core.media.file_kinds import IMAGE_KINDS
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import BEHAVIOURS, KEEP, NEGATIVE_METADATA, SCHEDULE_NAMES, VIEW_POINTS, GenerationRequest
+from cosmos3_core.request import FIELDS as CORE_FIELDS
 from deployments.api.field_kinds import (
     ANYTHING,
     FILE,
@@ -113,16 +112,14 @@ _OF_PIXELS = "pixels, a multiple of 16"
 _SAMPLING = {
     "prompt": _effective(TEXT, "plain text, or a JSON object as a string"),
     "negative_prompt": _effective(TEXT, "absent: the structured default; empty: none"),
-    "num_inference_steps": _effective(INTEGER.within(1, LIMITS.max_num_inference_steps), "denoising steps"),
+    "num_inference_steps": _effective(INTEGER.bounded_by(CORE_FIELDS["num_inference_steps"]), "denoising steps"),
     "guidance_scale": _effective(
-        NUMBER.within(0, LIMITS.max_guidance_scale), "classifier-free guidance; 1 turns it off"
+        NUMBER.bounded_by(CORE_FIELDS["guidance_scale"]), "classifier-free guidance; 1 turns it off"
     ),
     "guidance_interval": _effective(NUMBERS, "lowest and highest timestep, of 1000, that guidance is for: [400, 1000]"),
-    "flow_shift": _effective(
-        NUMBER.within(LIMITS.min_flow_shift, LIMITS.max_flow_shift), "of the native and linear schedules"
-    ),
+    "flow_shift": _effective(NUMBER.bounded_by(CORE_FIELDS["flow_shift"]), "of the native and linear schedules"),
     "schedule": _effective(TEXT.of(*SCHEDULE_NAMES), "of the noise levels; shipped: the checkpoint's own"),
-    "seed": _effective(INTEGER.within(0, LIMITS.max_seed), "of the initial noise"),
+    "seed": _effective(INTEGER.bounded_by(CORE_FIELDS["seed"]), "of the initial noise"),
     "use_system_prompt": _effective(FLAG, "put the training system prompt first"),
     "negative_metadata": _effective(
         TEXT.of(*NEGATIVE_METADATA), "what the negative prompt says of length and size", "negative_metadata_mode"
@@ -151,20 +148,22 @@ _OF_VIDEOS = {
     "height": _effective(INTEGER.pixels(), _OF_PIXELS, at=_CLIPS),
     "seconds": _effective(SECONDS, "length; num_frames wins over it", at=_CLIPS),
     "num_frames": _effective(
-        INTEGER.within(1, LIMITS.max_num_frames), "rounded up to 1 + 4k; 1 makes an image", at=_CLIPS
+        INTEGER.bounded_by(CORE_FIELDS["num_frames"]), "rounded up to 1 + 4k; 1 makes an image", at=_CLIPS
     ),
-    "fps": _effective(NUMBER.within(LIMITS.min_fps, LIMITS.max_fps), "frames per second", "action_fps", at=_CLIPS),
+    "fps": _effective(NUMBER.bounded_by(CORE_FIELDS["fps"]), "frames per second", "action_fps", at=_CLIPS),
     "condition_frame_indexes_vision": _effective(INDEXES, "latent frames that a given video fixes: [0, 1]", at=_CLIPS),
     "condition_video_keep": _effective(TEXT.of(*KEEP), "which frames of a longer video are used", at=_CLIPS),
     "actions": _effective(
         ROWS, "rows of numbers, or an earlier answer's actions: what forward_dynamics carries out", "action", at=_CLIPS
     ),
     "action_chunk_size": _effective(
-        INTEGER.within(1, LIMITS.max_actions), "actions; one between two frames", at=_CLIPS
+        INTEGER.bounded_by(CORE_FIELDS["action_chunk_size"]), "actions; one between two frames", at=_CLIPS
     ),
     "domain_name": _effective(TEXT, f"embodiment of the actions: {', '.join(EMBODIMENTS)}", at=_CLIPS),
-    "domain_id": _effective(INTEGER.within(0, 1023), "embodiment by number", at=_CLIPS),
-    "raw_action_dim": _effective(INTEGER.within(1, 1024), "numbers in an action; the embodiment's", at=_CLIPS),
+    "domain_id": _effective(INTEGER.bounded_by(CORE_FIELDS["domain_id"]), "embodiment by number", at=_CLIPS),
+    "raw_action_dim": _effective(
+        INTEGER.bounded_by(CORE_FIELDS["raw_action_dim"]), "numbers in an action; the embodiment's", at=_CLIPS
+    ),
     "resolution_tier": _effective(
         INTEGER.of(*ACTION_TIERS).or_text(), "with actions: of the canvas", "resolution", "image_size", at=_CLIPS
     ),
@@ -174,8 +173,8 @@ _OF_VIDEOS = {
         "the file's kind: wav with sound, png, jpeg and webp of one frame; or actions alone",
         at=_CLIPS,
     ),
-    "output_quality": _effective(INTEGER.within(0, 100), "of jpeg and webp", at=_CLIPS),
-    "crf": _effective(NUMBER.within(0, MAX_CRF), "of mp4, H.264's quality, 0 is best", at=_CLIPS),
+    "output_quality": _effective(INTEGER.bounded_by(CORE_FIELDS["output_quality"]), "of jpeg and webp", at=_CLIPS),
+    "crf": _effective(NUMBER.bounded_by(CORE_FIELDS["crf"]), "of mp4, H.264's quality, 0 is best", at=_CLIPS),
     "lossless": _effective(FLAG, "of mp4: its yuv420p planes are stored exactly; not with crf", at=_CLIPS),
     "quality": _effective(TEXT.of(HIGH, LOSSLESS), "lossless: as lossless=true; high: the default", at=_CLIPS),
     "previews": Field(
