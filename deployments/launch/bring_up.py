@@ -1,10 +1,9 @@
-"""From a configuration to an app that answers, and back to nothing: Ray, Serve, the graph, the HTTP side.
+"""Start an app from its configuration, and stop it again: Ray, Serve, the graph, the HTTP side.
 
     with running(config, Placement()) as app:
         ...  # app.url serves
 
-Whatever was started is stopped when the block is left, however it is left; what was found running stays. Every wait has
-a deadline.
+The end of the block stops what it started; what ran before stays. Every wait has a deadline.
 """
 
 from __future__ import annotations
@@ -49,96 +48,99 @@ from deployments.service_config import HttpConfig
 
 _POLL_S = 0.1
 _WATCH_S = 2.0
-# Before missing resources are worth a line: a cluster's autoscaler may be at work.
-_PATIENCE_S = 5.0
-# Between Serve's word that every replica runs and the first answer over HTTP.
+# Before missing resources are reported: the cluster's autoscaler may be adding nodes.
+_AUTOSCALER_S = 5.0
+# From the moment when Serve reports all replicas running to the first HTTP answer.
 _HTTP_S = 60.0
 _STATUS_S = 30.0
-# A drained app may still be sending its last files. One that did not come up, or is dropped on purpose, has nothing to
-# wait for.
+# A drained app may still be sending its last files. One that did not start, or is dropped on purpose, is stopped soon.
 _STOP_S = 90.0
 _STOP_SOON_S = 5.0
 _SIGNAL_S = 0.2
 
 
 @dataclass
-class StartTimeouts:
-    """How long to wait for the end of an app and of Serve, each; what was asked to end goes on doing so after that."""
+class StopTimeout:
+    """Seconds to wait for the end of the app, and then of Serve. Both go on stopping after that."""
 
     stop_s: float = _STOP_SOON_S
 
 
 @dataclass(frozen=True)
 class RunningApp:
-    """An app that answers.
+    """An app that answers over HTTP.
 
     Attributes:
         name: of the Serve application.
         url: of its HTTP side, as this machine reaches it.
         ray_address: of the Ray cluster that it runs in.
-        start_seconds: the bring-up took.
-        patience: with its end.
+        start_seconds: duration of the bring-up.
+        stop_timeout: of the app and of Serve.
     """
 
     name: str
     url: str
     ray_address: str
     start_seconds: float
-    patience: StartTimeouts
+    stop_timeout: StopTimeout
 
     def watch(self) -> None:
-        """Wait as long as the app is there.
+        """Block as long as the app runs.
 
         Raises:
-            LostError: it is gone.
+            LostError: the app is gone.
             KeyboardInterrupt: Ctrl-C or SIGTERM.
         """
         while True:
             time.sleep(_WATCH_S)
             _application(self.name)
 
-    def drain(self, timeout_s: float, tell: Callable[[str], None]) -> None:
-        """Have the app take no new request, and wait for those that it has. Jobs that wait stay for the next start, and
-        so do those that run and are not done in time, or when somebody interrupts this.
+    def drain(self, timeout_s: float, report: Callable[[str], None]) -> None:
+        """Refuse new requests and wait for the running ones.
+
+        Queued jobs stay for the next start. So do running jobs that are not done in time, or when a signal ends the
+        wait.
 
         Args:
-            timeout_s: for them.
-            tell: takes a line where there is something to wait for.
+            timeout_s: for the running requests.
+            report: takes a line if there is something to wait for.
 
         Raises:
             LostError: Serve no longer answers.
             KeyboardInterrupt: Ctrl-C or SIGTERM.
         """
-        # In this order: where /ready says that the app is shutting down, no request is accepted any more.
-        self._everywhere("Director", "drain")
-        self._everywhere("Ingress", "drain")
+        # In this order: once /ready says that the app is shutting down, no request is admitted any more.
+        self._broadcast("Director", "drain")
+        self._broadcast("Ingress", "drain")
         try:
-            num_running = self._await_idle(timeout_s, tell)
+            num_running = self._await_idle(timeout_s, report)
         except KeyboardInterrupt:
-            self._everywhere("Director", "release")
+            self._broadcast("Director", "release")
             raise
         if num_running:
-            tell(f"{num_running} requests are not done after {timeout_s:g} s; jobs go on with the next start")
-            self._everywhere("Director", "release")
+            report(f"{num_running} requests are not done after {timeout_s:g} s; jobs go on with the next start")
+            self._broadcast("Director", "release")
         else:
-            # What is left is on its way to its client; Serve lets a stopping Ingress finish that.
-            self.patience.stop_s = _STOP_S
+            # Files may still be on their way to clients; Serve lets a stopping Ingress finish them.
+            self.stop_timeout.stop_s = _STOP_S
 
-    def _await_idle(self, timeout_s: float, tell: Callable[[str], None]) -> int:
-        """How many requests are still in hand when none is, or the time is up."""
+    def _await_idle(self, timeout_s: float, report: Callable[[str], None]) -> int:
+        """Wait until no request runs or the time is up; return how many still run."""
         deadline_s = time.monotonic() + timeout_s
-        has_told = False
-        while num_running := sum(self._everywhere("Director", "drain")):
+        has_reported = False
+        while num_running := sum(self._broadcast("Director", "drain")):
             if time.monotonic() > deadline_s:
                 break
-            if not has_told:
-                tell(f"finishing what runs, for {timeout_s:g} s at most; Ctrl-C once more leaves it to the next start")
-                has_told = True
+            if not has_reported:
+                report(
+                    f"finishing what runs, for {timeout_s:g} s at most; a second Ctrl-C leaves jobs to the next start"
+                )
+                has_reported = True
             time.sleep(_POLL_S)
         return num_running
 
-    def _everywhere(self, stage: str, method: str) -> list[Any]:
-        """What every replica of a stage answers."""
+    def _broadcast(self, stage: str, method: str) -> list[Any]:
+        """Call a method on every replica of a stage; return their answers."""
         try:
             with in_time(_STATUS_S):
                 results: list[Any] = serve.get_deployment_handle(stage, app_name=self.name).broadcast(method).results()
@@ -148,24 +150,24 @@ class RunningApp:
 
 
 @contextmanager
-def running(config: AppConfig, placement: Placement, tell: Callable[[str], None] = print) -> Iterator[RunningApp]:
-    """Bring an app up, and down again. To be called by the main thread: it takes over the signals.
+def running(config: AppConfig, placement: Placement, report: Callable[[str], None] = print) -> Iterator[RunningApp]:
+    """Start an app, and stop it at the end of the block. Only for the main thread, as it handles signals.
 
     Args:
-        config: of the app; port 0 takes a free one.
-        placement: where it is to run.
-        tell: takes lines about the progress.
+        config: of the app; HTTP port 0 takes a free one.
+        placement: where the app runs.
+        report: takes lines about the progress.
 
     Raises:
-        Cosmos3Error: the checkpoint or the layout cannot be used, or nobody would be let in; found before anything is
-            started.
-        StartError: anything else; see the class.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a second one also while requests are being finished.
+        Cosmos3Error: the checkpoint or the layout cannot be used, or no caller would be let in; raised before anything
+            is started.
+        StartError: the app did not start for another reason.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a second one also while running requests finish.
     """
     start_s = time.monotonic()
     config = config.model_copy(update={"checkpoint": CheckpointLayout.open(config.checkpoint).directory})
     needs = needed(config)
-    _check_access(config, tell)
+    _check_access(config, report)
     with ray_session(placement):
         room = Room(placement)
         if not can_grow() and (lack := out_of_reach(config, nodes())):
@@ -173,19 +175,19 @@ def running(config: AppConfig, placement: Placement, tell: Callable[[str], None]
             if needs["GPU"] > sum(node.resources.get("GPU", 0) for node in nodes()):
                 hint = " --config laptop does without GPUs."
             raise StartError(lack + (hint if placement.is_alone else ""))
-        patience = StartTimeouts()
-        with _serve(config.http, placement, patience, tell) as url, _submitted(config, patience):
-            _await_replicas(config.name, needs, room, placement.start_timeout_s, tell)
+        stop_timeout = StopTimeout()
+        with _serve(config.http, placement, stop_timeout, report) as url, _submitted(config, stop_timeout):
+            _await_replicas(config.name, needs, room, placement.start_timeout_s, report)
             _await_http(url)
             address = ray.get_runtime_context().gcs_address
-            yield RunningApp(config.name, url, address, time.monotonic() - start_s, patience)
+            yield RunningApp(config.name, url, address, time.monotonic() - start_s, stop_timeout)
 
 
-def _check_access(config: AppConfig, tell: Callable[[str], None]) -> None:
-    """Who will be let in, as far as that can be told here; the Ingress looks again, where Serve really listens.
+def _check_access(config: AppConfig, report: Callable[[str], None]) -> None:
+    """Check that callers can get in. The Ingress checks again with the address where Serve listens.
 
     Raises:
-        NoKeys: nobody.
+        NoKeys: keys are required and there are none.
         JobsError, MediaStoreError: the keys cannot be read.
     """
     host = config.http.host
@@ -196,29 +198,29 @@ def _check_access(config: AppConfig, tell: Callable[[str], None]) -> None:
         finally:
             store.close()
     elif auth_required(None, host):
-        tell(f"auth.enabled is false and http.host is {host}: whoever reaches the port may use the app")
+        report(f"auth.enabled is false and http.host is {host}: whoever reaches the port may use the app")
 
 
 @contextmanager
 def _serve(
-    http: HttpConfig, placement: Placement, patience: StartTimeouts, tell: Callable[[str], None]
+    http: HttpConfig, placement: Placement, stop_timeout: StopTimeout, report: Callable[[str], None]
 ) -> Iterator[str]:
-    """A running Serve, found or started; yields the URL of its HTTP side."""
+    """Find or start Serve; yield the URL of its HTTP side."""
     with in_time(_STATUS_S):
         status = serve.status()
     head = _head_elsewhere()
     if status.proxies or status.applications:
         found = http_in_force()
         if http.port and found != (http.host, http.port):
-            tell(f"Serve runs there already, at {found[0]}:{found[1]}; http.host and http.port change nothing")
+            report(f"Serve runs there already, at {found[0]}:{found[1]}; http.host and http.port change nothing")
         yield _url(*found, head)
         return
     if head and _is_loopback(http.host):
         hint = "Set --host 0.0.0.0, or an address of that machine."
         raise StartError(f"http.host={http.host}: Ray's head is another machine, {head}, and only hears itself. {hint}")
-    # Elsewhere nothing can be probed: a port that is taken shows when the app does not answer.
+    # A port on another machine cannot be probed: if it is taken, the app does not answer in time.
     port = http.port if head else _free_port(http)
-    is_in_a_hurry = False
+    skips_stop = False
     try:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": port})
@@ -226,21 +228,21 @@ def _serve(
             raise StartError(f"Serve did not start: {reason(error)}") from None
         yield _url(http.host, port, head)
     except KeyboardInterrupt:
-        is_in_a_hurry = placement.is_alone  # Ray takes Serve with it
+        skips_stop = placement.is_alone  # Ray takes Serve with it
         raise
     finally:
-        if not is_in_a_hurry:
-            _stop(_shutdown_if_alone, patience)
+        if not skips_stop:
+            _stop(_shutdown_if_alone, stop_timeout)
 
 
 def _shutdown_if_alone() -> None:
-    """Stop Serve, unless others have deployed to it meanwhile."""
+    """Stop Serve, unless others have deployed to it since."""
     if not serve.status().applications:
         serve.shutdown()
 
 
 def _head_elsewhere() -> str:
-    """The address of Ray's head where that is another machine, else "". Serve listens there."""
+    """Return the address of Ray's head, where Serve listens, if that is another machine; else ""."""
     head = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
     return "" if _is_loopback(head) or head == ray.util.get_node_ip_address() else head
 
@@ -249,16 +251,16 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
-def _stop(call: Callable[[], None], patience: StartTimeouts) -> None:
-    # It takes a moment until Ray is seen to end when the whole process group got the signal that ends this process.
+def _stop(call: Callable[[], None], stop_timeout: StopTimeout) -> None:
+    # When the whole process group got the signal, Ray takes a moment until it is seen to end.
     time.sleep(_SIGNAL_S)
     if not is_ray_alive():
         return
     with (
-        # Serve's controller ends while it answers, which Ray reports on stdout as a failed task.
+        # Serve's controller exits while it answers, which Ray prints as a failed task.
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(LostError, *RAY_FAILURES),
-        in_time(patience.stop_s),
+        in_time(stop_timeout.stop_s),
     ):
         call()
 
@@ -270,7 +272,7 @@ def _url(host: str, port: int, head: str) -> str:
 
 
 def _free_port(http: HttpConfig) -> int:
-    """The port that was asked for, or a free one for 0. Left to itself, Serve shares one that another program has."""
+    """Return the configured port, or a free one for 0. Serve itself would share a port that another program has."""
     with socket.socket(socket.AF_INET6 if ":" in http.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -282,8 +284,8 @@ def _free_port(http: HttpConfig) -> int:
 
 
 @contextmanager
-def _submitted(config: AppConfig, patience: StartTimeouts) -> Iterator[None]:
-    """The application: submitted to Serve, its replicas starting."""
+def _submitted(config: AppConfig, stop_timeout: StopTimeout) -> Iterator[None]:
+    """Submit the application to Serve, which starts its replicas; delete it at the end of the block."""
     with in_time(_STATUS_S):
         applications = serve.status().applications
     if config.name in applications:
@@ -296,14 +298,14 @@ def _submitted(config: AppConfig, patience: StartTimeouts) -> Iterator[None]:
             raise StartError(f"Serve refused the app: {reason(error)}") from None
         yield
     finally:
-        _stop(lambda: serve.delete(config.name), patience)
+        _stop(lambda: serve.delete(config.name), stop_timeout)
 
 
 def _application(name: str) -> Any:
-    """What Serve says of the application.
+    """Return Serve's status of the application.
 
     Raises:
-        LostError: it knows none of that name, or no longer answers.
+        LostError: Serve has no such application, or no longer answers.
     """
     if not is_ray_alive():
         raise LostError("Ray is gone, and the app with it")
@@ -313,13 +315,13 @@ def _application(name: str) -> Any:
     except RAY_FAILURES as error:
         raise LostError(f"Serve no longer answers: {reason(error)}") from None
     if name not in applications:
-        raise LostError(f"Serve no longer has an app {name!r}; somebody has deleted it")
+        raise LostError(f"Serve no longer has an app {name!r}; it was deleted")
     return applications[name]
 
 
-def _await_replicas(name: str, needs: Resources, room: Room, timeout_s: float, tell: Callable[[str], None]) -> None:
+def _await_replicas(name: str, needs: Resources, room: Room, timeout_s: float, report: Callable[[str], None]) -> None:
     start_s = time.monotonic()
-    has_told = False
+    has_reported = False
     while (app := _application(name)).status != "RUNNING":
         if app.status == "DEPLOY_FAILED":
             raise StartError(_why_it_failed(app))
@@ -328,9 +330,9 @@ def _await_replicas(name: str, needs: Resources, room: Room, timeout_s: float, t
         if waited_s > timeout_s:
             idle = sorted(stage for stage, it in app.deployments.items() if not it.replica_states.get("RUNNING"))
             raise StartError(f"not up within {timeout_s:g} s: {', '.join(idle)} did not start. {lack}".rstrip())
-        if lack and waited_s > _PATIENCE_S and not has_told:
-            tell(f"waiting: {lack}")
-            has_told = True
+        if lack and waited_s > _AUTOSCALER_S and not has_reported:
+            report(f"waiting: {lack}")
+            has_reported = True
         time.sleep(_POLL_S)
 
 

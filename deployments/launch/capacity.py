@@ -1,4 +1,4 @@
-"""What an app takes of a Ray cluster, and in words what the cluster lacks for it."""
+"""The resources that an app needs of a Ray cluster, and a sentence about what the cluster lacks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _KINDS = ("CPU", "GPU")
 _MAX_EXAMPLES = 4
 
 Resources = Mapping[str, float]
-"""Ray's name of a resource -> how much of it."""
+"""Ray's resource name -> amount."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a cluster: all that it has, whoever uses it, and its labels."""
+    """A node of a cluster: its total resources, used or not, and its labels."""
 
     resources: Resources
     labels: Mapping[str, str]
 
 
 def needed(config: AppConfig) -> Resources:
-    """What the fewest replicas of all stages take together.
+    """Return the resources of all stages at their smallest number of replicas.
 
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
@@ -41,7 +41,7 @@ def needed(config: AppConfig) -> Resources:
 
 
 def missing(needed: Resources, free: Resources) -> str:
-    """A sentence about what is missing, "" if nothing is."""
+    """Describe the missing resources in a sentence; "" if none are missing."""
     lacks = {kind: round(needed[kind] - free.get(kind, 0), 4) for kind in _KINDS}
     lacks = {kind: amount for kind, amount in lacks.items() if amount > 0}
     if not lacks:
@@ -51,10 +51,10 @@ def missing(needed: Resources, free: Resources) -> str:
 
 
 def out_of_reach(config: AppConfig, nodes: Sequence[Node]) -> str:
-    """Sentences about why these nodes could not hold the app even if all they have were free; "" if they could.
+    """Describe why these nodes cannot hold the app, even if all their resources were free; "" if they can.
 
-    Sums are compared, and each gang of the stages ``transformer`` and ``vae`` with single nodes; how everything would
-    have to be packed is not worked out.
+    Compares sums, and each gang of the stages ``transformer`` and ``vae`` with single nodes. It does not solve the
+    packing of all stages.
 
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
@@ -71,7 +71,7 @@ def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Nod
     if (cards := _cards(num_ranks, gang.gpus_per_rank)) > num_cards:
         return f"{num_ranks} ranks of {gang.gpus_per_rank:g} GPU each need {cards} cards, and there are {num_cards}."
     for name, stage in _stages(config).items():
-        if not _labelled(nodes, stage):
+        if not _nodes_with_labels(nodes, stage):
             labels = ", ".join(f"{key}: {value}" for key, value in stage.node_labels.items())
             return f"No node has the labels that {name}.node_labels asks for ({labels})."
     return _no_place(config.transformer, gang, nodes) or _no_place(config.vae, vae_gang_spec(config), nodes)
@@ -87,7 +87,7 @@ def _stages(config: AppConfig) -> dict[str, Stage]:
 
 
 def _cards(num_ranks: int, share: float) -> int:
-    """The fewest cards for that many ranks: a share is of one card, it is never put together from two."""
+    """Return the fewest cards for that many ranks; one rank's share never spans two cards."""
     return math.ceil(num_ranks / int(1 / share + 1e-9)) if share else 0
 
 
@@ -113,12 +113,12 @@ def _sum(parts: Sequence[Resources]) -> dict[str, float]:
 
 
 def _what_fits(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]) -> str:
-    """A sentence with the largest layouts that the nodes could hold, "" if there are none."""
+    """Name the largest layouts that the nodes could hold in a sentence; "" if there are none."""
     rank = gang.rank
     assert isinstance(rank, TransformerSpec)
     allowed_tp = allowed_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
     degrees = range(1, gang.num_ranks + 1)
-    # In the order in which they are worth trying: exchanges between ranks grow from CFG to SP to TP.
+    # The preferred layouts first: the traffic between ranks grows from CFG to SP to TP.
     layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]
     for num_gangs in range(max_gangs, 0, -1):
         specs = [(layout, replace(gang, rank=replace(rank, layout=layout))) for layout in layouts]
@@ -136,8 +136,8 @@ def _flags(layout: Layout) -> str:
 
 
 def _no_place(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
-    """A sentence if not even one gang of a stage, all else aside, can be placed on these nodes as its strategy says."""
-    gang, strategy, nodes = bundles(spec, stage.num_cpus), stage.placement_strategy, _labelled(nodes, stage)
+    """Describe why not even one gang of a stage fits these nodes under its placement strategy; "" if one fits."""
+    gang, strategy, nodes = bundles(spec, stage.num_cpus), stage.placement_strategy, _nodes_with_labels(nodes, stage)
     num_cards = spec.num_ranks if isinstance(stage, VideoVAEStage) and stage.beside_transformer else 0
     if num_cards > max((node.resources.get("GPU", 0) for node in nodes), default=0):
         return f"vae.beside_transformer wants {num_cards} cards on one node, one for each of vae.ranks; none has them."
@@ -165,8 +165,8 @@ def _holds(node: Node, wanted: Resources) -> bool:
     return not missing(wanted, node.resources)
 
 
-def _labelled(nodes: Sequence[Node], stage: Stage) -> list[Node]:
-    """The nodes that carry what the stage asks for. A label that a node lacks is unequal to everything."""
+def _nodes_with_labels(nodes: Sequence[Node], stage: Stage) -> list[Node]:
+    """Return the nodes with the labels that the stage requires. A missing label is unequal to every value."""
     return [node for node in nodes if all(_matches(node.labels.get(key), it) for key, it in stage.node_labels.items())]
 
 

@@ -1,4 +1,4 @@
-"""One small request through every stage of a running app, reported stage by stage."""
+"""Check a running app with one small request, and report stage by stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _READY_S = 30.0
 _PROBE = GenerationRequest(
     prompt="A red car.", num_frames=5, height=64, width=96, fps=24, num_inference_steps=2, seed=1
 )
-# Stages as errors name them and as answers time them -> as they are reported.
+# Names of stages in errors and timings -> in the report.
 _STAGES = {
     "tokenize": "tokenize",
     "condition": "condition",
@@ -32,34 +32,34 @@ _STAGES = {
 _FAILING = {**{stage: stage for stage in _STAGES}, "decode": "decode_encode", "encode": "decode_encode"}
 
 
-def check_app(url: str, *, timeout_s: float, tell: Callable[[str], None] = print, api_key: str | None = None) -> bool:
-    """Whether every stage does its part: with an image to begin with and with sound, where the app offers them.
+def check_app(url: str, *, timeout_s: float, report: Callable[[str], None] = print, api_key: str | None = None) -> bool:
+    """Check every stage of an app, with a given image and with sound if the app offers them; return whether all work.
 
     Args:
         url: of the app.
         timeout_s: for the request.
-        tell: takes a line per stage.
-        api_key: None where the app asks for none.
+        report: takes a line per stage.
+        api_key: None if the app requires none.
     """
     try:
         _check_ready(url)
         probe = _probe(url, api_key)
     except Cosmos3Error as error:
-        tell(_line("ready", "FAIL", error))
+        report(_line("ready", "FAIL", error))
         return False
-    tell(_line("ready", "ok", url))
+    report(_line("ready", "ok", url))
     with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
         try:
             saved = save_video(url, probe, Path(directory) / "check", timeout_s=timeout_s, api_key=api_key)
         except Cosmos3Error as error:
-            _tell_failure(str(error), probe, tell)
+            _report_failure(str(error), probe, report)
             return False
         for stage, name in _stages(probe).items():
-            tell(_line(name, "ok", f"{saved.stage_seconds[stage]:.2f} s"))
+            report(_line(name, "ok", f"{saved.stage_seconds[stage]:.2f} s"))
         try:
-            tell(_line("file", "ok", _check_file(saved, probe)))
+            report(_line("file", "ok", _check_file(saved, probe)))
         except Cosmos3Error as error:
-            tell(_line("file", "FAIL", error))
+            report(_line("file", "FAIL", error))
             return False
     return True
 
@@ -71,10 +71,10 @@ def _check_ready(url: str) -> None:
 
 
 def _probe(url: str, api_key: str | None) -> GenerationRequest:
-    """A request of which every stage that the app has does a part."""
+    """Return a request that needs every stage of the app."""
     status, text = get(url, "/v1/models", timeout_s=_READY_S, api_key=api_key)
     if status == 401:
-        what = "none was given" if api_key is None else "this is none that it knows"
+        what = "none was given" if api_key is None else "it does not know this one"
         raise AuthError(status, f"the app asks for an API key, and {what}: see --api-key-file and $COSMOS3_API_KEY")
     try:
         modes = json.loads(text)["data"][0]["modes"]
@@ -90,15 +90,15 @@ def _stages(probe: GenerationRequest) -> dict[str, str]:
     return {stage: name for stage, name in _STAGES.items() if stage != "condition" or probe.image is not None}
 
 
-def _tell_failure(message: str, probe: GenerationRequest, tell: Callable[[str], None]) -> None:
-    """Errors of a stage name it; those before it did their part."""
+def _report_failure(message: str, probe: GenerationRequest, report: Callable[[str], None]) -> None:
+    """Report the failing stage, which the message names, and the earlier ones as ok."""
     named = re.search(r"stage '(\w+)'", message)
     failing = _FAILING.get(named[1]) if named else None
     for stage, name in _stages(probe).items():
         if failing is None or stage == failing:
-            tell(_line(name if failing else "request", "FAIL", message))
+            report(_line(name if failing else "request", "FAIL", message))
             return
-        tell(_line(name, "ok", ""))
+        report(_line(name, "ok", ""))
 
 
 def _check_file(saved: SavedMedia, probe: GenerationRequest) -> str:
@@ -107,7 +107,7 @@ def _check_file(saved: SavedMedia, probe: GenerationRequest) -> str:
     info = probe_video(saved.path)
     found: tuple[object, ...] = info.num_frames, info.height, info.width, info.fps, info.sound is not None
     if found != (probe.num_frames, probe.height, probe.width, probe.fps, probe.generate_sound):
-        raise Cosmos3Error(f"the file holds something else than was asked for: {info}")
+        raise Cosmos3Error(f"the file does not match the request: {info}")
     sound = "" if info.sound is None else " with sound"
     shape = f"{info.num_frames} frames, {info.width}x{info.height}, {float(info.fps):g} fps{sound}"
     return f"{shape}, {saved.num_bytes} bytes"

@@ -1,6 +1,6 @@
 """The command line: ``cosmos3 generate | serve | keys | check | demo | tiny-checkpoint | bench``.
 
-Every subcommand imports what it needs when it runs. Nothing else in this package reads the environment.
+Each subcommand imports what it needs when it runs. No other module of this package reads the environment.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _MAX_SECONDS = 1e6
 _API_KEY = "COSMOS3_API_KEY"
 _MAX_KEY_CHARS = 4096
 
-# Read by Ray when it is imported; what the user has set stays.
+# Ray reads it at its import; values that the user has set stay.
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # else Serve's threads start another Ray after ours was shut down
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else Serve's threads start another Ray after ours has shut down
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 a check failed, 2 an error, 130 interrupted."""
+    """Run the command line; return the exit status: 0 done, 1 a check failed, 2 an error, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in _PASSED_ON:
@@ -146,7 +146,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= _MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number above 0, up to {_MAX_SECONDS:g}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, up to {_MAX_SECONDS:g} (got {text!r})")
     return seconds
 
 
@@ -172,10 +172,10 @@ def _generate(options: argparse.Namespace) -> int:
         return 0
     for name in ("checkpoint", "dtype", "device"):
         if (given := getattr(options, name)) is not None:
-            raise RequestError(name, given, "only without --url", "The running app has decided it.")
+            raise RequestError(name, given, "only without --url", "The running app decides it.")
     for name in ("tp", "cfg", "sp"):
         if (given := getattr(options, name)) != 1:
-            raise RequestError(name, given, "only without --url", "The running app has decided it.")
+            raise RequestError(name, given, "only without --url", "The running app decides it.")
     from deployments.launch.http_client import save_video
 
     out = Path(options.out)
@@ -193,7 +193,7 @@ def _report(saved: SavedMedia, about: str) -> None:
         print(f"{saved.path}: {saved.num_bytes} bytes, {about}")
     if saved.actions_path is not None:
         print(f"{saved.actions_path}: actions, {about}")
-    # The total last; encoding is a part of decode_encode, where both run side by side.
+    # The total last. Encoding is a part of decode_encode, where both run side by side.
     for name, seconds in sorted(saved.stage_seconds.items(), key=lambda item: item[0] == "total"):
         print(f"  {name:<14}{seconds:9.2f} s")
 
@@ -244,8 +244,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _ray_environment(app: RunningApp) -> str:
-    """What another process needs in its environment to reach the app's Ray cluster."""
-    mode = os.environ.get("RAY_AUTH_MODE")  # set by Ray where it has started itself
+    """Return the environment variables with which another process reaches the app's Ray cluster."""
+    mode = os.environ.get("RAY_AUTH_MODE")  # Ray sets it when it starts a cluster
     return f"RAY_ADDRESS={app.ray_address}" + (f" RAY_AUTH_MODE={mode}" if mode else "")
 
 
@@ -295,15 +295,15 @@ def _laptop_app(checkpoint: Path) -> Iterator[RunningApp]:
     _say("stopped")
 
 
-def _tiny_checkpoint(directory: Path) -> Path:
-    """The tiny checkpoint in a directory; made if there is none, and then whole or not at all."""
+def _ensure_tiny_checkpoint(directory: Path) -> Path:
+    """Return a directory with a tiny checkpoint; build it, whole or not at all, if the directory does not exist."""
     if not directory.exists():
         _say(f"making a tiny checkpoint in {directory} ...")
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tiny-") as scratch:
                 path = Path(scratch) / "checkpoint"
-                # A process of its own: torch would stay in this one.
+                # In a process of its own, because torch would stay loaded in this one.
                 command = [sys.executable, "-m", "cosmos3_core.checkpoint.tiny", str(path)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LAPTOP_START_S)
                 path.rename(directory)
@@ -318,12 +318,12 @@ def _check(options: argparse.Namespace) -> int:
 
     api_key = _api_key(options)
     if options.url is not None:
-        is_well = check_app(options.url, timeout_s=options.timeout, tell=_say, api_key=api_key)
+        is_well = check_app(options.url, timeout_s=options.timeout, report=_say, api_key=api_key)
     else:
         with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
-            checkpoint = options.checkpoint or _tiny_checkpoint(Path(directory) / "tiny-nano")
+            checkpoint = options.checkpoint or _ensure_tiny_checkpoint(Path(directory) / "tiny-nano")
             with _laptop_app(checkpoint) as app:
-                is_well = check_app(app.url, timeout_s=options.timeout, tell=_say)
+                is_well = check_app(app.url, timeout_s=options.timeout, report=_say)
     return 0 if is_well else 1
 
 
@@ -333,8 +333,8 @@ def _demo(options: argparse.Namespace) -> int:
     from cosmos3_core.request import GenerationRequest
     from deployments.launch.http_client import save_video
 
-    OutputFile(Path(f"{options.out}.mp4"))  # no place for the file is said before the work, not after it
-    with _laptop_app(_tiny_checkpoint(options.checkpoint)) as app:
+    OutputFile(Path(f"{options.out}.mp4"))  # refuses a place that cannot be written before the work
+    with _laptop_app(_ensure_tiny_checkpoint(options.checkpoint)) as app:
         _say(f"POST {app.url}/v1/videos/sync {json.dumps(_EXAMPLE)}")
         saved = save_video(app.url, GenerationRequest(**_EXAMPLE), Path(options.out), timeout_s=options.timeout)
     assert saved.path is not None, "a video was asked for"

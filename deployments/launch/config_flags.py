@@ -1,4 +1,4 @@
-"""Flags of commands that say which app they are about: a configuration file, and keys of it."""
+"""Command-line flags that choose an app's configuration: a file, and keys on top of it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace, flags: Mapping[str, Any]) -> AppConfig:
-    """The configuration that flags tell of.
+    """Read the configuration that the flags name.
 
     Args:
-        options: with those of :func:`add_config_flags`.
+        options: parsed flags, those of :func:`add_config_flags` among them.
         flags: key -> value of a command's other flags; None leaves a key as it is.
 
     Raises:
-        RequestError: ``--set`` with something else than KEY=VALUE.
-        ConfigError: the configuration cannot be read, or is wrong.
+        RequestError: ``--set`` is not KEY=VALUE.
+        ConfigError: the configuration cannot be read, or a value is wrong.
     """
     from deployments.config import DEFAULT_CONFIG, AppConfig, config_file
 
@@ -46,6 +46,6 @@ def _key_and_value(text: str) -> tuple[str, Any]:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         value = ""
-    if not key or not equals or not value:  # "null" is a value, nothing at all is none
+    if not key or not equals or not value:  # "null" is a value; an empty text is not
         raise RequestError("set", text, "KEY=VALUE: a dotted key and a YAML value, such as vae.num_threads=4")
     return key, parsed

@@ -1,4 +1,4 @@
-"""What the command line asks of an app over HTTP: a small answer, or a file made while it waits."""
+"""The command line's HTTP client: fetch a small answer, or have a file made and save it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from deployments.clients.http_body import body_of
 from deployments.clients.http_calls import JSON, Answer, HttpCalls
 from deployments.clients.saving import write_parts
 
-# Of actions with a clip in base64.
+# Bound of an answer with actions and a clip in base64.
 _MAX_JSON_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class SavedMedia:
-    """What a server made, and what it said about it.
+    """The saved files of a request, and the server's facts about them.
 
     Attributes:
-        path: where the file was saved; None where there is none, only actions.
-        actions_path: where generated actions were saved; None where there are none.
+        path: of the saved file; None if only actions were made.
+        actions_path: of the saved actions; None if there are none.
         num_bytes: of the file.
-        video_id: by which the server knows it.
-        seed: that it was made with.
+        video_id: the server's id of it.
+        seed: of the noise.
         negative_origin: where the negative prompt came from.
-        notes: what was changed on the way.
+        notes: changes that the server made to the request.
         warnings: fields that were accepted without effect.
-        stage_seconds: stage -> seconds, in the order of the path.
+        stage_seconds: stage -> seconds, in order.
     """
 
     path: Path | None
@@ -51,7 +51,7 @@ class SavedMedia:
 
 
 def get(url: str, path: str, *, timeout_s: float, api_key: str | None = None) -> tuple[int, str]:
-    """A small answer of the app: its status and text.
+    """Fetch a small answer of the app; return its status and text.
 
     Raises:
         RequestError: not a URL.
@@ -63,23 +63,23 @@ def get(url: str, path: str, *, timeout_s: float, api_key: str | None = None) ->
 def save_video(
     url: str, request: GenerationRequest, out: Path, *, timeout_s: float, api_key: str | None = None
 ) -> SavedMedia:
-    """Have a request served and save what comes of it. Who is interrupted stops it.
+    """Have a request served and save its files. An interruption stops the request.
 
     Args:
         url: of the app.
-        request: what is asked for; its image or clip is read here.
-        out: path without its ending: the answer decides on ``.mp4``, ``.png`` ..., ``.actions.json``.
+        request: its image or clip is read here.
+        out: path without suffix; the answer decides on ``.mp4``, ``.png`` ..., ``.actions.json``.
         timeout_s: for all of it.
-        api_key: None where the app asks for none.
+        api_key: None if the app requires none.
 
     Raises:
-        RequestError: not a URL, no place for the file, or an image or clip that cannot be read or sent.
-        UnreachableError, MediaError: the answer did not come whole, or could not be written.
+        RequestError: ``url`` is not a URL, ``out`` cannot be written, or the image or clip cannot be read or sent.
+        UnreachableError, MediaError: the answer was cut off, or could not be written.
         Cosmos3Error: the server refused or failed, see :mod:`deployments.clients.errors`.
     """
     if not out.name:
         raise RequestError("out", str(out), "a path that ends in a name, without its ending")
-    OutputFile(out.with_name(out.name + ".mp4"))  # a place that does not exist is refused before the work, not after it
+    OutputFile(out.with_name(out.name + ".mp4"))  # refuses a place that cannot be written before the work
     body = json.dumps(body_of(request)).encode()
     return asyncio.run(_save_video(HttpCalls(url, api_key), body, out, Deadline(timeout_s)))
 
@@ -96,23 +96,23 @@ async def _save_video(calls: HttpCalls, body: bytes, out: Path, deadline: Deadli
     try:
         async with calls.answer("POST", "/v1/videos/sync", deadline=deadline, body=body) as answer:
             await answer.check()
-            return await _saved(answer, out)
+            return await _save_answer(answer, out)
     finally:
         await calls.aclose()
 
 
-async def _saved(answer: Answer, out: Path) -> SavedMedia:
-    about = _about(answer)
+async def _save_answer(answer: Answer, out: Path) -> SavedMedia:
+    facts = _read_facts(answer)
     if answer.media_type == JSON:
         path, actions_path, num_bytes = await _save_json(answer, out)
     else:
         path, actions_path = _file_path(answer, out, answer.media_type), None
         num_bytes = await write_parts(answer.parts(), path)
-    return replace(about, path=path, actions_path=actions_path, num_bytes=num_bytes)
+    return replace(facts, path=path, actions_path=actions_path, num_bytes=num_bytes)
 
 
-def _about(answer: Answer) -> SavedMedia:
-    """What the server says of a file that is not saved yet."""
+def _read_facts(answer: Answer) -> SavedMedia:
+    """Read the server's facts about a file from the answer's headers, before the file is saved."""
     headers = answer.headers
     try:
         return SavedMedia(
@@ -137,20 +137,20 @@ def _file_path(answer: Answer, out: Path, media_type: str) -> Path:
 
 
 async def _save_json(answer: Answer, out: Path) -> tuple[Path | None, Path, int]:
-    """Write what an answer with actions holds. Returns the file's path, that of the actions, the file's size."""
+    """Save an answer with actions; return the path of its file, the path of the actions, and the file's bytes."""
     path, data = None, b""
-    told = await answer.json(_MAX_JSON_BYTES)
+    values = await answer.json(_MAX_JSON_BYTES)
     try:
-        actions = GeneratedActions.from_json(told["actions"])
-        if (video := told["video"]) is not None:
+        actions = GeneratedActions.from_json(values["actions"])
+        if (video := values["video"]) is not None:
             path = _file_path(answer, out, video["media_type"])
             data = base64.b64decode(video["b64_json"])
     except (ValueError, TypeError, KeyError):
         raise answer.foreign() from None
     if path is not None:
-        await write_parts(_only(data), path)
+        await write_parts(_yield_once(data), path)
     return path, write_actions(actions, out), len(data)
 
 
-async def _only(data: bytes) -> AsyncIterator[bytes]:
+async def _yield_once(data: bytes) -> AsyncIterator[bytes]:
     yield data

@@ -1,4 +1,4 @@
-"""``cosmos3 keys add | list | remove``: API keys, in the database of an app's jobs. The app may be running, or not."""
+"""``cosmos3 keys add | list | remove``: API keys in an app's database, whether the app runs or not."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from deployments.config import AppConfig
     from deployments.jobs.keys import ApiKey, KeyStore
 
-# Which checkpoint it is does not matter for keys, but a configuration has to name one.
+# Keys need no checkpoint, but a configuration has to name one.
 _NO_CHECKPOINT = {"checkpoint": "none"}
 _COLUMNS = ("id", "name", "class", "may ask for", "max queued", "max running", "made", "removed")
 
 
 def add_keys_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the actions and their flags."""
+    """Add the actions of ``cosmos3 keys`` and their flags."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     add = actions.add_parser("add", help="make a key and print it: it cannot be shown again")
     add.add_argument("key_name", metavar="NAME", help="whose it is, for `list`")
@@ -28,19 +28,21 @@ def add_keys_flags(parser: argparse.ArgumentParser) -> None:
     add.add_argument("--allow", action="append", default=[], metavar="CLASS", help="another class that they may name")
     add.add_argument("--max-queued", type=int, metavar="N", help="jobs that wait; default jobs.max_queued_per_key")
     add.add_argument("--max-running", type=int, metavar="N", help="that run; default jobs.max_running_per_key")
-    shown = actions.add_parser("list", help="all keys, removed ones too; not their texts, which nobody has kept")
+    listing = actions.add_parser(
+        "list", help="list all keys, removed ones too, without their texts, which are not stored"
+    )
     remove = actions.add_parser("remove", help="refuse a key from now on; its jobs stay")
     remove.add_argument("key", metavar="ID", help="as `list` shows it: the part between the two _ of the key's text")
-    for action in (add, shown, remove):
+    for action in (add, listing, remove):
         add_config_flags(action)
         action.add_argument("--database", metavar="URL", help="where the jobs are; the key jobs.database")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run an action; returns the exit status.
+    """Run an action; return the exit status.
 
     Raises:
-        RequestError: something that was given is out of range, or there is no such key.
+        RequestError: a value is out of range, or there is no such key.
         ConfigError, JobsError, MediaStoreError: the database cannot be found or used.
     """
     from deployments.jobs.database import DatabaseSpec

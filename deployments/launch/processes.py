@@ -1,8 +1,8 @@
-"""No process outlives the block that started it, or a signal.
+"""End the processes that a block or a command has started.
 
-Ray ends its processes itself, but not all of them, and not soon, when it is stopped while it starts or when one of its
-own daemons has died. They are found by a mark that they inherit with the environment; where there is no ``/proc``,
-Ray's own care has to do.
+Ray ends its own processes, but late or not at all when it is stopped while it starts, or after one of its daemons has
+died. This module finds them by a mark that they inherit with the environment. It needs ``/proc``; without it only Ray's
+own clean-up works.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _POLL_S = 0.05
 
 @contextmanager
 def no_leftovers(environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Kill the processes that were started inside the block and are still there a moment after it.
+    """Kill the processes that were started inside the block and still run shortly after it.
 
     Args:
-        environment: the one that they inherit, ``os.environ``.
+        environment: that they inherit, ``os.environ``.
     """
     environment[_NAME] = mark = uuid.uuid4().hex
     try:
@@ -42,21 +42,21 @@ def no_leftovers(environment: MutableMapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def ended_by(signals: Collection[int], patience_s: float) -> Iterator[None]:
-    """End this process, and those of `no_leftovers`, where a signal comes and the block is not left because of it.
+    """End this process, and those of `no_leftovers`, if a signal comes and the block does not end in time.
 
-    For native code that waits for a process which the same signal has killed, as when all processes of a group get it:
-    Python's own handlers have to wait for that code. Where it does not let go of Python's lock, this waits with them.
-    The exit status is 130. To be called by the main thread.
+    For native code that waits for a process which the same signal has killed (all processes of a group get it): Python
+    runs its signal handlers only after that code. While the code holds Python's lock, this waits as well. The exit
+    status is 130. Only for the main thread.
 
     Args:
-        signals: that have a handler of Python's.
+        signals: with a Python handler.
         patience_s: from the signal to the end of the block.
     """
     reader, writer = socket.socketpair()
     is_left = threading.Event()
 
     def watch() -> None:
-        while number := reader.recv(1):  # until it is closed
+        while number := reader.recv(1):  # until the writer is closed
             if number[0] in signals and not is_left.wait(patience_s):
                 if mark := os.environ.get(_NAME):
                     _kill(mark)
@@ -78,7 +78,7 @@ def ended_by(signals: Collection[int], patience_s: float) -> Iterator[None]:
 
 
 def _kill(mark: str) -> None:
-    for pid in _marked(mark):
+    for pid in _find_marked(mark):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     _await_end(mark)
@@ -86,16 +86,16 @@ def _kill(mark: str) -> None:
 
 def _await_end(mark: str) -> None:
     deadline_s = time.monotonic() + _GRACE_S
-    while _marked(mark) and time.monotonic() < deadline_s:
+    while _find_marked(mark) and time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
 
 
-def _marked(mark: str) -> list[int]:
-    """Processes with the mark. Not this one: what it started with shows there, not what it has set since."""
+def _find_marked(mark: str) -> list[int]:
+    """Find the processes with the mark. Never this one: /proc shows the environment that a process started with."""
     entry = f"{_NAME}={mark}".encode()
     pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        # Gone in the meantime, or another user's.
+        # The process has ended, or is another user's.
         with contextlib.suppress(OSError):
             if entry in path.read_bytes().split(b"\0"):
                 pids.append(int(path.parent.name))

@@ -1,7 +1,7 @@
-"""Ray under an app: joined or started, and stopped again; whether it still lives; a bound for calls that may hang.
+"""The Ray session of an app: join or start Ray, stop it, check that it lives, bound calls that may hang.
 
-For the main thread only: it works with signals.
-Ray reads the environment when it is imported: the command line prepares it before it imports this module.
+Only for the main thread, because it handles signals. Ray reads the environment when it is imported, so the command line
+sets it before it imports this module.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from deployments.launch.processes import ended_by
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CONNECT_S = 5.0
-# For Ray to come out of its start after a signal: it waits a minute for daemons that the signal has killed, half of it
-# with Python's lock held, which nothing here can end.
-_PATIENCE_S = 10.0
+# For Ray's start to end after a signal: it waits a minute for daemons that the signal has killed, half of it with
+# Python's lock held, which cannot be interrupted.
+_START_ABORT_S = 10.0
 _MAX_REASON_CHARS = 600
-# Set on all nodes by what starts them for an autoscaler (KubeRay, Ray's cluster launcher), on none by `ray start`.
+# KubeRay and Ray's cluster launcher set it on all nodes; `ray start` sets it on none.
 _NODE_GROUP_LABEL = "ray.io/node-group"
 
 RAY_FAILURES = (RayError, RayServeException, ConnectionError, TimeoutError, RuntimeError, ValueError, OSError)
-"""What Ray and Serve raise when something cannot be done. Which does what is not documented."""
+"""Exceptions that Ray and Serve raise for failed calls; their documentation does not say which call raises which."""
 
 
 class StartError(Cosmos3Error):
-    """The app did not come up; says what is missing, or what a stage said."""
+    """The app did not start; the message says what is missing, or what a stage reported."""
 
 
 class LostError(Cosmos3Error):
-    """The app, or the Ray under it, went away."""
+    """The app, or its Ray, is gone."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an app is to run.
+    """Where an app runs.
 
     Attributes:
-        ray_address: of the cluster to join; None starts Ray on this machine, for this app alone.
-        num_cpus: logical CPUs of the Ray that is started; None = as many as the machine has.
+        ray_address: of the cluster to join; None starts a Ray on this machine for this app alone.
+        num_cpus: logical CPUs of a Ray that is started; None: as many as the machine has.
         start_timeout_s: for all of the bring-up.
     """
 
@@ -62,16 +62,16 @@ class Placement:
 
     @property
     def is_alone(self) -> bool:
-        """Ray is there for this app and ends with it."""
+        """Whether Ray is started for this app, and ends with it."""
         return self.ray_address is None
 
 
 @contextmanager
 def ray_session(placement: Placement) -> Iterator[None]:
-    """A connection to Ray, and the Ray itself where none was named. Inside, SIGTERM does what Ctrl-C does.
+    """Connect to Ray, or start it, for the block. Inside, SIGTERM acts as Ctrl-C.
 
     Raises:
-        StartError: there is none, or it cannot be started.
+        StartError: Ray cannot be joined or started.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -81,9 +81,11 @@ def ray_session(placement: Placement) -> Iterator[None]:
             _start(placement)
             yield
         finally:
-            # Half-stopped, Ray would leave processes behind; this takes little more than a second.
+            # Interrupting Ray's shutdown would leave processes behind; it takes little more than a second.
             _on_signals(signal.SIG_IGN)
-            with contextlib.redirect_stdout(io.StringIO()):  # where Ray still reports what it has ended itself
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # Ray prints failures of processes that it has stopped itself
                 ray.shutdown()
     finally:
         for number, handler in before.items():
@@ -97,24 +99,24 @@ def _on_signals(handler: Any) -> None:
 
 def _start(placement: Placement) -> None:
     try:
-        with ended_by(_SIGNALS, _PATIENCE_S):
+        with ended_by(_SIGNALS, _START_ABORT_S):
             _init(placement)
-        _on_signals(signal.default_int_handler)  # Ray has put its own handler of SIGTERM there
-    except SystemExit:  # what that one raises, sometimes not before Ray has given up itself
+        _on_signals(signal.default_int_handler)  # Ray replaces the handler of SIGTERM
+    except SystemExit:  # raised by Ray's handler, sometimes only after Ray has given up
         raise KeyboardInterrupt from None
 
 
 def _init(placement: Placement) -> None:
     options: dict[str, Any] = {"address": placement.ray_address}
     if placement.ray_address is None:
-        # "local" never joins a cluster, whatever this machine runs and the environment names.
+        # "local" never joins a cluster, even if RAY_ADDRESS names one.
         options = {"address": "local", "num_cpus": placement.num_cpus, "include_dashboard": False}
     elif (endpoint := _endpoint(placement.ray_address)) and not _is_listening(endpoint):
-        # Ray itself would try for minutes.
+        # Ray itself would retry for minutes.
         raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: nothing listens there")
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # noqa: BLE001 - a bare one where its own daemons did not come up in time
+    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception when its daemons start too late
         if placement.is_alone:
             hint = "Is the machine very busy, or short of memory? Ray's logs are below its directory: session_latest."
             raise StartError(f"Ray did not start: {reason(error).rstrip('.')}. {hint}") from None
@@ -124,7 +126,7 @@ def _init(placement: Placement) -> None:
 
 
 class Room:
-    """What the cluster has for an app that is about to come: what is free now, and what the cluster gains later.
+    """The resources that a cluster has for an app that starts: free now, plus what the cluster gains later.
 
     Args:
         placement: of the app.
@@ -135,23 +137,23 @@ class Room:
         self._free = self._before if placement.is_alone else ray.available_resources()
 
     def free(self) -> Resources:
-        """As of now, the app's own share included."""
+        """Return the free resources as of now, with the app's own share counted as free."""
         now = ray.cluster_resources()
         return {kind: self._free.get(kind, 0) + now[kind] - self._before.get(kind, 0) for kind in now}
 
 
 def nodes() -> list[Node]:
-    """The cluster's nodes as of now."""
+    """Return the cluster's live nodes."""
     return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def can_grow() -> bool:
-    """Whether the cluster may have an autoscaler. True also where its launcher could run one and does not."""
+    """Whether the cluster may have an autoscaler. Also true if its launcher could run one and does not."""
     return any(_NODE_GROUP_LABEL in node.labels for node in nodes())
 
 
 def is_ray_alive() -> bool:
-    """Whether Ray's head listens and this node belongs to it. Else calls hang, and Ray ends this process in the end."""
+    """Whether Ray's head listens and knows this node. Otherwise calls hang, until Ray ends this process."""
     context = ray.get_runtime_context()
     endpoint = _endpoint(context.gcs_address)
     if endpoint is not None and not _is_listening(endpoint):
@@ -161,17 +163,17 @@ def is_ray_alive() -> bool:
 
 @contextmanager
 def in_time(timeout_s: float) -> Iterator[None]:
-    """Bound what happens inside: Serve's calls have no deadline, and never return where Ray has died.
+    """Bound the block's duration. Serve's calls have no deadline and never return once Ray has died.
 
     Raises:
-        LostError: it was not done in time.
+        LostError: the block was not done in time.
     """
     is_late = False
 
     def give_up(number: int, frame: object) -> None:
         nonlocal is_late
         is_late = True
-        raise KeyboardInterrupt  # the one exception that Ray lets out of its calls
+        raise KeyboardInterrupt  # the only exception that passes through Ray's calls
 
     before = signal.signal(signal.SIGALRM, give_up)
     rest_s, _ = signal.setitimer(signal.ITIMER_REAL, timeout_s)
@@ -184,11 +186,11 @@ def in_time(timeout_s: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, rest_s)  # of somebody else's alarm, 0 for none
+        signal.setitimer(signal.ITIMER_REAL, rest_s)  # restores an outer alarm; 0 for none
 
 
 def _endpoint(address: str) -> tuple[str, int] | None:
-    """Host and port of an address such as "10.0.0.1:6379" or "ray://10.0.0.1:10001"; None for "auto"."""
+    """Parse host and port of an address such as "10.0.0.1:6379" or "ray://10.0.0.1:10001"; None for "auto"."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     return (host.strip("[]"), int(port)) if host and port.isdecimal() else None
 
@@ -202,7 +204,7 @@ def _is_listening(endpoint: tuple[str, int]) -> bool:
 
 
 def reason(error: object) -> str:
-    """One line about a failure; where Ray's text holds tracebacks, the exception that the last one ends with."""
+    """Describe a failure in one line. Of a text with tracebacks it takes the last one's exception."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     raised = list(re.finditer(r"^(?:\w+\.)*([A-Z]\w+: )", text, re.MULTILINE))
     if raised:

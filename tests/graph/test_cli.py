@@ -164,7 +164,7 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
     assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
     assert served.said().endswith(
-        "stopping ...\nfinishing what runs, for 120 s at most; Ctrl-C once more leaves it to the next start\nstopped\n"
+        "stopping ...\nfinishing what runs, for 120 s at most; a second Ctrl-C leaves jobs to the next start\nstopped\n"
     )
     assert served.leftovers() == {}
     host, port = url.removeprefix("http://").split(":")
@@ -306,7 +306,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 def test_a_time_out_that_is_none(timeout: str, tmp_path: Path) -> None:
     done = cosmos3("check", "--url", "http://127.0.0.1:9", "--timeout", timeout, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"argument --timeout: '{timeout}': allowed is a number above 0, up to 1e+06" in done.stderr
+    assert f"argument --timeout: must be a number above 0, up to 1e+06 (got '{timeout}')" in done.stderr
     assert "Traceback" not in done.stderr
 
 

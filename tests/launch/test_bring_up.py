@@ -19,7 +19,7 @@ from deployments.api.auth import NoKeys
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.keys import KeyStore, NewKey
-from deployments.launch.bring_up import RunningApp, StartTimeouts, _check_access
+from deployments.launch.bring_up import RunningApp, StopTimeout, _check_access
 from deployments.launch.capacity import Node, missing, needed, out_of_reach
 from deployments.launch.processes import no_leftovers
 from deployments.launch.ray_session import LostError, Placement, StartError, in_time, ray_session, reason
@@ -309,7 +309,7 @@ class Scripted(RunningApp):
     asked: list[str]
     left: Iterator[int | None]
 
-    def _everywhere(self, stage: str, method: str) -> list[int]:
+    def _broadcast(self, stage: str, method: str) -> list[int]:
         self.asked.append(f"{stage}.{method}")
         if (stage, method) != ("Director", "drain"):
             return [0]
@@ -332,7 +332,7 @@ class Scripted(RunningApp):
 def test_what_is_not_done_is_given_back(
     left: Sequence[int | None], timeout_s: float, is_released: bool, said: list[str]
 ) -> None:
-    app = Scripted("cosmos3", "http://127.0.0.1:8000", "127.0.0.1:6379", 0.0, StartTimeouts())
+    app = Scripted("cosmos3", "http://127.0.0.1:8000", "127.0.0.1:6379", 0.0, StopTimeout())
     app.asked, app.left = [], iter(left)
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt) if None in left else nullcontext():

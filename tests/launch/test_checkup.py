@@ -10,7 +10,7 @@ from deployments.launch import checkup
 
 
 @pytest.mark.parametrize(
-    ("api_key", "said"), [(None, "none was given: see --api-key-file"), ("c3_wrong", "this is none that it knows")]
+    ("api_key", "said"), [(None, "none was given: see --api-key-file"), ("c3_wrong", "it does not know this one")]
 )
 def test_a_key_that_is_missing_is_not_a_wrong_one(
     api_key: str | None, said: str, monkeypatch: pytest.MonkeyPatch
@@ -27,7 +27,7 @@ def test_a_key_that_is_missing_is_not_a_wrong_one(
     monkeypatch.setattr(checkup, "get", get)
     monkeypatch.setattr(checkup, "save_video", save_video)
     told: list[str] = []
-    assert not checkup.check_app("http://127.0.0.1:8000", timeout_s=60, tell=told.append, api_key=api_key)
+    assert not checkup.check_app("http://127.0.0.1:8000", timeout_s=60, report=told.append, api_key=api_key)
     (line,) = told
     assert "FAIL" in line
     assert said in line
