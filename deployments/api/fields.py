@@ -37,7 +37,7 @@ from deployments.api.field_kinds import (
     TEXT,
     Kind,
 )
-from deployments.jobs.job_object import HIGH, LOSSLESS
+from deployments.jobs.video import HIGH, LOSSLESS
 
 _MAX_COMPARED_CHARS = 200
 MAX_IMAGES = 10

@@ -12,7 +12,7 @@ from deployments.api.field_kinds import FILE, OBJECT, ROWS, Schema
 from deployments.api.fields import ALIASES, FIELDS, Endpoint, Field, Use, name_pattern
 from deployments.api.service import Service
 from deployments.jobs.job import JOB_ID
-from deployments.jobs.job_object import HIGH, LOSSLESS
+from deployments.jobs.video import HIGH, LOSSLESS
 
 JOB_ID_PATTERN = f"^{JOB_ID.pattern}$"
 

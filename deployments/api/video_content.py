@@ -16,7 +16,7 @@ from deployments.api.content import Conditions, content_answer, finished_answer,
 from deployments.api.errors import error_response
 from deployments.errors import ApiError
 from deployments.jobs.job import Job, JobState
-from deployments.jobs.job_object import retry_after_s
+from deployments.jobs.video import retry_after_s
 from deployments.media.record import DONE
 from deployments.media.store import MediaStore
 from deployments.media.variants import ACTION, CONTENT_VARIANTS, VIDEO, made_variant

@@ -27,7 +27,7 @@ from deployments.api.fields import NO_SUCH_FIELD, Endpoint
 from deployments.api.media_answer import live_answer, media_answer
 from deployments.api.written import as_written
 from deployments.jobs.job import Job, JobState
-from deployments.jobs.job_object import poll_after_ms
+from deployments.jobs.video import poll_after_ms
 from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
@@ -213,7 +213,7 @@ async def _accepted(response: Any, limit_s: float) -> Job:
 
 async def _told(call: Call, job: Job) -> Response:
     told = await call.service.objects.of(job)
-    headers = {} if job.state.is_final else {"openai-poll-after-ms": str(poll_after_ms(told))}
+    headers = {} if job.state.is_final else {"openai-poll-after-ms": str(poll_after_ms(told["eta_s"]))}
     return _json(told, headers)
 
 

@@ -30,7 +30,7 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.api.errors import error_response, is_told
+from deployments.api.errors import error_response, is_explained
 from deployments.client import AsyncCosmos3Client, Connecting
 from deployments.clients.errors import NotFound, failure, refusal
 from deployments.clients.events import event_of
@@ -48,7 +48,7 @@ from deployments.errors import (
     LeaseLost,
     MediaStoreError,
 )
-from deployments.failures import failure_of
+from deployments.failures import explain_failure
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import new_media_id
@@ -413,11 +413,11 @@ def test_error_table(api: Api, golden: Golden) -> None:
     for name, error in _ERRORS.items():
         answer = error_response(error)
         headers = dict(answer.headers.items())
-        code, message = failure_of(error)
+        code, message = explain_failure(error)
         text = bytes(answer.body).decode()
         table[name] = {
             "http": {"status": answer.status_code, "headers": headers, "body": text},
-            "is told": is_told(error),
+            "is told": is_explained(error),
             "of a job": [code, message],
             "client": _plain(refusal(answer.status_code, "reason", headers, text, "once")),
             "client over handles": _plain(_meaning(error)),
