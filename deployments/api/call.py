@@ -24,7 +24,6 @@ from deployments.api.given_fields import Given, read_given
 from deployments.api.given_media import with_fetched
 from deployments.api.memory_budget import Reservation
 from deployments.api.service import Service
-from deployments.errors import ApiError
 from deployments.jobs.job import Job
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.threads import run_in_thread
@@ -99,7 +98,7 @@ class Call:
             ApiError: 404, there is none; somebody else's is none.
             JobsError: the database cannot be used.
         """
-        return found(await run_in_thread(self.service.store.get, video_id, self.caller.owner))
+        return await self.service.jobs.get(video_id, self.caller.owner)
 
     async def body(self, endpoint: Endpoint, held: Reservation, meant: Callable[[Given, BodyRules], T]) -> T:
         """What its body asks for, files of other servers included.
@@ -127,6 +126,7 @@ class Call:
             request_id=request_id,
             owner=self.caller.owner,
             service_class=wishes.service_class,
+            classes=self.caller.classes,
             limits=self.caller.limits,
             idempotency_key=idempotency_key,
             previews=wishes.previews,
@@ -139,17 +139,6 @@ def service_of(request: Request) -> Service:
     """The service that a request is for."""
     service: Service = request.app.state.get_service()
     return service
-
-
-def found(job: Job | None) -> Job:
-    """A job that there is.
-
-    Raises:
-        ApiError: 404, there is none.
-    """
-    if job is None:
-        raise ApiError(404, "not_found", "there is no video of this id, or not any more")
-    return job
 
 
 def _query(request: Request, known: tuple[str, ...]) -> dict[str, str]:

@@ -18,7 +18,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cosmos3_core.errors import MediaError
-from deployments.api.errors import error_response
 from deployments.errors import ApiError
 from deployments.media.record import DONE, FAILED, MediaRecord
 from deployments.media.store import MediaStore
@@ -71,8 +70,8 @@ class PartsResponse(StreamingResponse):
             await self._parts.aclose()
 
 
-async def content_answer(store: MediaStore, media_id: str, method: str, headers: Mapping[str, str]) -> Response:
-    """A clip by its id. RFC 9110 is what it follows about conditions and ranges; of ranges it gives one at a time.
+async def file_answer(store: MediaStore, record: MediaRecord, method: str, headers: Mapping[str, str]) -> Response:
+    """Answer with a clip by its record, as RFC 9110 has it for conditions and ranges; of ranges one at a time.
 
     A finished file is given by its length, with ``If-None-Match``, ``Range`` and ``If-Range``. One that is still made
     is given from its start, without length, part by part as it grows, and to its end even when the finished one is
@@ -80,60 +79,15 @@ async def content_answer(store: MediaStore, media_id: str, method: str, headers:
 
     Args:
         store: where it is.
-        media_id: as the client sent it.
-        method: GET or HEAD.
-        headers: of the request, by lower-case names.
-    """
-    try:
-        return await asyncio.to_thread(_answer, store, media_id, Conditions(method, headers))
-    except ApiError as refusal:
-        return error_response(refusal)
-
-
-def _answer(store: MediaStore, media_id: str, asked: Conditions) -> Response:
-    record = found_record(store, media_id)
-    return (_finished_answer if record.state == DONE else _live_answer)(store, record, asked)
-
-
-def found_record(store: MediaStore, media_id: str) -> MediaRecord:
-    """What is known of a clip that is done or being written.
-
-    Args:
-        store: where it is.
-        media_id: as the client sent it.
-
-    Raises:
-        ApiError: there is none, or it failed.
-        MediaError: the store cannot say.
-    """
-    record = store.find(media_id)
-    if record is None:
-        raise ApiError(404, "no_such_media", "there is no file of this id, or not any more")
-    if record.state == FAILED:
-        # Why is the business of who asked for it, and was told.
-        raise ApiError(410, "media_failed", "this file was never finished: its request failed or was given up")
-    return record
-
-
-def finished_answer(store: MediaStore, record: MediaRecord, method: str, headers: Mapping[str, str]) -> Response:
-    """A finished file by its record, as :func:`content_answer` gives it.
-
-    Args:
-        store: where it is.
-        record: of the file.
+        record: of the clip, as it is now.
         method: GET or HEAD.
         headers: of the request, by lower-case names.
 
     Raises:
-        ApiError: 416, there is nothing of the range that was asked for.
+        ApiError: 416, nothing of the range is there; 409, the file grows where this process cannot read it.
     """
-    return _finished_answer(store, record, Conditions(method, headers))
-
-
-def not_ready() -> ApiError:
-    """Of a file that has to be finished first."""
-    message = "this file cannot be read before it is finished"
-    return ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
+    answer = _finished_answer if record.state == DONE else _live_answer
+    return await asyncio.to_thread(answer, store, record, Conditions(method, headers))
 
 
 def finished_parts(store: MediaStore, record: MediaRecord, span: Span | None = None) -> AsyncGenerator[bytes, None]:
@@ -236,7 +190,8 @@ def _finished_answer(store: MediaStore, record: MediaRecord, asked: Conditions) 
 
 def _live_answer(store: MediaStore, record: MediaRecord, asked: Conditions) -> Response:
     if not record.live_name:
-        raise not_ready()
+        message = "this file cannot be read before it is finished"
+        raise ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
     # What a cache had stored of it would be taken for the whole.
     headers = {"etag": record.live_etag, "cache-control": "no-store"}
     path = store.live_path(record)

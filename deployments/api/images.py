@@ -33,7 +33,7 @@ async def create_images(request: Request) -> Response:
             with as_written(body.origins):
                 await exchange.ask(body.requests[0], asked)
         with service.room.hold() as held:
-            answer = await images_answer(exchange, body, asked, held, service.media)
+            answer = await images_answer(exchange, body, asked, held, service.jobs.media)
         answer.headers.update(service_headers(service.model.name, warnings))
         return answer
 

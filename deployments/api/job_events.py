@@ -17,9 +17,7 @@ from cosmos3_core.errors import RequestError
 from deployments.api.call import Call, routes
 from deployments.api.content import PartsResponse
 from deployments.errors import JobsError
-from deployments.jobs.feed import DELETED, FINAL_KINDS
 from deployments.jobs.job import JobEvent
-from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,7 +39,7 @@ async def follow_video(video_id: str, request: Request) -> Response:
     job = await call.job(video_id)
     if job.state.is_final and after >= job.last_seq:
         return Response(status_code=204)  # who gets this does not come back, says the standard
-    events = call.service.feed.follow(video_id, min(after, job.last_seq), _LONGEST_S)
+    events = call.service.jobs.follow(job, after, _LONGEST_S)
     coming = asyncio.ensure_future(anext(events, None))
     await asyncio.wait((coming,), timeout=0)
     if coming.done() and coming.exception() is not None:
@@ -51,16 +49,15 @@ async def follow_video(video_id: str, request: Request) -> Response:
     def end() -> None:
         coming.cancel()
 
-    return PartsResponse(_lines(call, events, coming), headers, "text/event-stream", ended=end)
+    return PartsResponse(_lines(events, coming), headers, "text/event-stream", ended=end)
 
 
 async def _lines(
-    call: Call, events: AsyncGenerator[JobEvent, None], coming: asyncio.Future[JobEvent | None]
+    events: AsyncGenerator[JobEvent, None], coming: asyncio.Future[JobEvent | None]
 ) -> AsyncGenerator[bytes, None]:
-    """What is sent. A database that is away ends it: the client comes back.
+    """Yield what is sent. A database that is away ends it: the client comes back.
 
     Args:
-        call: of who follows.
         events: those after the next.
         coming: the next.
     """
@@ -73,10 +70,7 @@ async def _lines(
                 continue
             if (event := coming.result()) is None:
                 break
-            kind, data = await _data_of(call, event)
-            yield line_of(kind, event.seq, data)
-            if kind == DELETED:
-                break
+            yield line_of(event.kind, event.seq, event.data)
             coming = asyncio.ensure_future(anext(events, None))
     except DeadlineExceeded:
         return
@@ -92,17 +86,6 @@ def line_of(kind: str, seq: int, data: Mapping[str, Any]) -> bytes:
     """An event as it is sent; those without a number are not history."""
     number = f"id: {seq}\n" if seq else ""
     return f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-async def _data_of(call: Call, event: JobEvent) -> tuple[str, Mapping[str, Any]]:
-    """Kind and data; the last event has the whole job."""
-    if event.kind in FINAL_KINDS:
-        job = await run_in_thread(call.service.store.get, event.job_id, call.caller.owner)
-        if job is not None:
-            return event.kind, await call.service.objects.of(job)
-    elif event.kind != DELETED:
-        return event.kind, event.data
-    return DELETED, {"id": event.job_id, "object": "video.deleted", "deleted": True}
 
 
 def _after(given: str) -> int:

@@ -15,11 +15,10 @@ from deployments.api.given_media import RemoteFiles
 from deployments.api.memory_budget import MemoryBudget
 from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.jobs.database import DatabaseSpec
-from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job_object import JobObjects
+from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore
-from deployments.media.store import MediaSpec, MediaStore
+from deployments.media.store import MediaSpec
 from deployments.observability.metrics import metrics_text
 from deployments.served_model import ServedModel
 from deployments.service_config import HttpConfig, JobsConfig, RemoteMediaConfig
@@ -71,20 +70,16 @@ class Service:
         http: the configuration's section.
         classes: names of the queue's classes.
         may_disable_guardrails: whether a request may say that it does without.
-        store: of the jobs.
-        files: of the jobs.
-        media: where files are.
+        jobs: what can be done with them.
         director: its handle, for answers in one piece.
         streaming: the same, for streams.
         ready: tells which stages do not run yet.
         metrics_text: what Prometheus is told, and its content type.
-        feed: of the jobs' events.
         has_guardrails: whether anything is looked at.
         hosts: names that it may be called by; None: any.
         auth: checks API keys; None where everybody may call.
         remote_media: fetches files of other servers; None where that is off.
         room: for bodies.
-        objects: jobs as they are told.
         is_draining: the app is being stopped.
     """
 
@@ -92,25 +87,20 @@ class Service:
     http: HttpConfig
     classes: tuple[str, ...]
     may_disable_guardrails: bool
-    store: JobStore
-    files: JobFiles
-    media: MediaStore
+    jobs: JobService
     director: Any
     streaming: Any
     ready: Ready
     metrics_text: Callable[[], Awaitable[tuple[str, str]]]
-    feed: EventFeed
     has_guardrails: bool = False
     hosts: frozenset[str] | None = None
     auth: Authenticator | None = None
     remote_media: RemoteFiles | None = None
     room: MemoryBudget = field(init=False)
-    objects: JobObjects = field(init=False)
     is_draining: bool = False
 
     def __post_init__(self) -> None:
         self.room = MemoryBudget(self.http.max_bodies_bytes)
-        self.objects = JobObjects(self.store)
 
     @classmethod
     def open(cls, spec: IngressSpec, director: Any, ready: Ready, host: str) -> Self:
@@ -138,15 +128,14 @@ class Service:
             has_guardrails=spec.has_guardrails,
             hosts=names_of(host, spec.http.allowed_hosts, needs_keys=needs_keys),
             may_disable_guardrails=spec.may_disable_guardrails,
-            store=store,
-            files=JobFiles(media.directory, spec.media.archive),
-            media=media,
+            jobs=JobService(
+                store, JobFiles(media.directory, spec.media.archive), media, max_followers=spec.jobs.max_followers
+            ),
             director=director,
             # Configured once: every differently configured handle has a router of its own.
             streaming=director.options(stream=True),
             ready=ready,
             metrics_text=metrics_text,
-            feed=EventFeed(store, spec.jobs.max_followers),
             auth=Authenticator(store.keys) if needs_keys else None,
             remote_media=RemoteMediaFetcher(spec.remote_media) if spec.remote_media.enabled else None,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import urllib.parse
 import uuid
@@ -17,23 +16,21 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.errors import StageFailed
 from cosmos3_core import checks
-from cosmos3_core.errors import Cosmos3Error, MediaError, RequestError
+from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from deployments.api.bodies import Wishes, video_body
 from deployments.api.body_limit import read_fields, request_id_of, visible_header
-from deployments.api.call import Call, found, routes
+from deployments.api.call import Call, routes
 from deployments.api.exchange import Exchange, accept_limit_s, answered
 from deployments.api.fields import NO_SUCH_FIELD, Endpoint
 from deployments.api.media_answer import live_answer, media_answer
 from deployments.api.written import as_written
-from deployments.jobs.job import Job, JobState
-from deployments.jobs.video import poll_after_ms
-from deployments.threads import run_in_thread
+from deployments.jobs.job import Job
+from deployments.jobs.service import MAX_PAGE
+from deployments.jobs.video import ApiModel, poll_after_ms
 
-logger = logging.getLogger("ray.serve")
-
-_PAGE, _MAX_PAGE = 20, 100
-_ORDERS = ("asc", "desc")
+_PAGE = 20
+_MAX_SHOWN_CHARS = 100
 _IDEMPOTENCY_KEY = "idempotency-key"
 _NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
 _OPTIONS = ("prompt",)
@@ -76,10 +73,10 @@ async def create_video_and_wait(request: Request) -> Response:
                 await exchange.ask(body.request, asked)
             del body
         if is_live:
-            answer = await live_answer(exchange, service.media)
+            answer = await live_answer(exchange, service.jobs.media)
         else:
             with service.room.hold() as held:  # the request's body is gone
-                answer = await media_answer(exchange, held, service.media)
+                answer = await media_answer(exchange, held, service.jobs.media)
         answer.headers.update(service_headers(service.model.name, warnings))
         return answer
 
@@ -91,20 +88,8 @@ async def list_videos(request: Request) -> Response:
     """The caller's jobs, in pages."""
     call = Call.of(request, "after", "limit", "order")
     limit = _limit(call.query.get("limit"))
-    order = checks.choice("order", call.query.get("order", "desc"), _ORDERS)
-    after, owner = call.query.get("after"), call.caller.owner
-    page = await run_in_thread(
-        lambda: call.service.store.list(owner, after=after, limit=max(limit, 1), is_ascending=order == "asc")
-    )
-    data = await call.service.objects.of_all(page.jobs[:limit])
-    body = {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": page.has_more if limit else bool(page.jobs),
-    }
-    return _json(body)
+    order = call.query.get("order", "desc")
+    return _json(await call.service.jobs.list(call.caller.owner, call.query.get("after"), limit, order))
 
 
 @router.get("/v1/videos/{video_id}")
@@ -118,28 +103,14 @@ async def get_video(video_id: str, request: Request) -> Response:
 async def cancel_video(video_id: str, request: Request) -> Response:
     """Stop a job; one that has ended stays as it is."""
     call = Call.of(request)
-    job = found(await run_in_thread(call.service.store.cancel, video_id, call.caller.owner))
-    if job.state is JobState.CANCELLED:  # it waited
-        try:
-            await run_in_thread(call.service.files.remove, job.job_id)
-        except MediaError:  # they expire
-            logger.exception("what %s came with could not be removed", job.job_id)
-    return await _told(call, job)
+    return await _told(call, await call.service.jobs.cancel(video_id, call.caller.owner))
 
 
 @router.delete("/v1/videos/{video_id}")
 async def delete_video(video_id: str, request: Request) -> Response:
     """Stop and forget a job, its files too."""
     call = Call.of(request)
-    service = call.service
-    job = found(await run_in_thread(service.store.delete, video_id, call.caller.owner))
-    try:
-        await run_in_thread(service.files.remove, job.job_id)
-        if job.media_id:
-            await run_in_thread(service.media.remove, job.media_id)
-    except Cosmos3Error:  # the job is gone; what is left of it expires
-        logger.exception("the files of %s could not be removed", job.job_id)
-    return _json({"id": job.job_id, "object": "video.deleted", "deleted": True})
+    return _json(await call.service.jobs.delete(video_id, call.caller.owner))
 
 
 @router.post("/v1/videos/{video_id}/remix")
@@ -155,16 +126,8 @@ async def remix_video(video_id: str, request: Request) -> Response:
                 hint = f"Fields are {', '.join(_OPTIONS)}; everything else is the earlier request's."
                 raise RequestError(name, "given", NO_SUCH_FIELD, hint)
         prompt = checks.text("prompt", fields.get("prompt"), LIMITS.max_prompt_chars, may_be_empty=False)
-    source = await call.job(video_id)
-    rules = call.service.rules(call.caller)
-    wishes = Wishes(
-        service_class=source.service_class if source.service_class in rules.classes else rules.default_class,
-        previews=source.previews,
-        skip_guardrails=source.skip_guardrails and rules.may_disable_guardrails,
-        warnings=tuple(source.warnings),
-    )
-    asked = call.options(wishes, request_id, idempotency_key)
-    response = call.service.director.remix.remote(source.job_id, str(prompt), asked)
+    options = call.options(Wishes(call.caller.service_class), request_id, idempotency_key)
+    response = call.service.director.remix.remote(video_id, str(prompt), options)
     return await _told(call, await _accepted(response, accept_limit_s(None)))
 
 
@@ -212,18 +175,18 @@ async def _accepted(response: Any, limit_s: float) -> Job:
 
 
 async def _told(call: Call, job: Job) -> Response:
-    told = await call.service.objects.of(job)
-    headers = {} if job.state.is_final else {"openai-poll-after-ms": str(poll_after_ms(told["eta_s"]))}
-    return _json(told, headers)
+    video = await call.service.jobs.video(job)
+    headers = {} if job.state.is_final else {"openai-poll-after-ms": str(poll_after_ms(video.eta_s))}
+    return _json(video, headers)
 
 
-def _json(body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(body, headers={"cache-control": "no-store", **(headers or {})})
+def _json(body: ApiModel, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(body.as_json(), headers={"cache-control": "no-store", **(headers or {})})
 
 
 def _limit(given: str | None) -> int:
     if given is None:
         return _PAGE
-    if not re.fullmatch("[0-9]{1,4}", given) or int(given) > _MAX_PAGE:
-        raise RequestError("limit", given[:_MAX_PAGE], f"a whole number from 0 to {_MAX_PAGE}")
+    if not re.fullmatch("[0-9]{1,4}", given):
+        raise RequestError("limit", given[:_MAX_SHOWN_CHARS], f"a whole number from 0 to {MAX_PAGE}")
     return int(given)

@@ -12,11 +12,10 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api.errors import error_response
 from deployments.clients.deadline import Deadline
-from deployments.clients.errors import AnswerError, NotFound, NotReady, UnreachableError, refusal
-from deployments.clients.events import FINAL, RawEvent
+from deployments.clients.errors import AnswerError, NotFound, UnreachableError, refusal
+from deployments.clients.events import RawEvent
 from deployments.clients.message_events import raw_event
 from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
-from deployments.clients.video import COMPLETED, FAILED
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 from deployments.failures import summarize_error, translate_error
 from deployments.jobs.submit_options import SubmitOptions
@@ -74,35 +73,27 @@ class HandleTransport:
 
     async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
         """See the protocol."""
-        await self.job(video_id)
         job = await self._call(self._director.remix, video_id, prompt, _asked(terms))
         return await self.job(job.job_id)
 
     async def job(self, video_id: str) -> JobObject:
         """See the protocol."""
-        found: JobObject | None = await self._call(self._director.job_object, video_id, _OWNER)
-        if found is None:
-            raise NotFound.video(video_id)
-        return found
+        video: JobObject = await self._call(self._director.job, video_id, _OWNER)
+        return video
 
     async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
         """See the protocol."""
-        page = await self._call(self._director.jobs, _OWNER, after, limit, order)
-        ids = [job.job_id for job in page.jobs]
-        found = await asyncio.gather(*(self._call(self._director.job_object, job_id, _OWNER) for job_id in ids))
-        # One may have been deleted meanwhile.
-        return {"data": [job for job in found if job is not None], "has_more": page.has_more}
+        page: Mapping[str, Any] = await self._call(self._director.jobs, _OWNER, after, limit, order)
+        return page
 
     async def cancel(self, video_id: str) -> JobObject:
         """See the protocol."""
-        if await self._call(self._director.cancel, video_id, _OWNER) is None:
-            raise NotFound.video(video_id)
-        return await self.job(video_id)
+        video: JobObject = await self._call(self._director.cancel, video_id, _OWNER)
+        return video
 
     async def delete(self, video_id: str) -> None:
         """See the protocol."""
-        if await self._call(self._director.delete, video_id, _OWNER) is None:
-            raise NotFound.video(video_id)
+        await self._call(self._director.delete, video_id, _OWNER)
 
     async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[RawEvent, None]:
         """See the protocol."""
@@ -110,20 +101,12 @@ class HandleTransport:
         try:
             async with aclosing(self._items(response, timeout_s)) as items:
                 async for event in items:
-                    data = await self.job(video_id) if event.kind in FINAL else event.data
-                    yield RawEvent(event.seq or None, event.kind, data)
-        except RequestError:  # all that can be wrong with it is the id
-            raise NotFound.video(video_id) from None
+                    yield RawEvent(event.seq or None, event.kind, event.data)
         except StageFailed as error:
             raise UnreachableError(f"the events of {video_id} broke off: {error.reason}") from None
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """See the protocol. Any Director can be asked: whoever reads asks for part after part."""
-        status = (await self.job(video_id))["status"]
-        if status == FAILED:
-            raise NotFound(410, "there is no file: the job has failed or was cancelled", "media_failed")
-        if status != COMPLETED:
-            raise NotReady.video(video_id)
         deadline, start = Deadline(timeout_s), 0
         which = () if variant == VIDEO else (variant,)
         while True:
@@ -133,8 +116,6 @@ class HandleTransport:
                 )
             except TimeoutError:
                 raise UnreachableError(f"the file of {video_id} did not come whole within {timeout_s:g} s") from None
-            except RequestError as error:
-                raise NotFound(404, str(error), "not_found") from None
             except StageFailed as error:
                 raise UnreachableError(f"the file of {video_id} broke off: {error.reason}") from None
             if not part:

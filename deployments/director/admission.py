@@ -118,23 +118,23 @@ class Admission:
         )
         return await self._kept(new, options, media)
 
-    async def again(self, job_id: str, prompt: str, options: SubmitOptions) -> tuple[GenerationRequest, SubmitOptions]:
-        """An earlier job's request with another prompt, and how it comes.
+    async def load_remix(
+        self, job: Job, prompt: str, options: SubmitOptions
+    ) -> tuple[GenerationRequest, SubmitOptions]:
+        """Return an earlier job's request with another prompt, and the options that it comes with.
 
         Raises:
-            RequestError: there is no such job of this owner, or its image or clip is not kept any more.
+            RequestError: its image or clip is not kept any more.
             MediaError: its image or clip cannot be read.
         """
-        job = await run_in_thread(self.store.get, job_id, options.owner)
-        if job is None:
-            raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
         for name in job.inputs:
-            if not await run_in_thread(self.files.exists, job_id, name):
-                hint = "Of a job that was not completed they are not kept: send it again."
-                raise RequestError("video_id", job_id, f"the id of a video whose {name} is still there", hint)
-        media = {name: await run_in_thread(self.files.get, job_id, name) for name in job.inputs}
+            if not await run_in_thread(self.files.exists, job.job_id, name):
+                hint = "A job that was not completed keeps none; send the request itself again."
+                raise RequestError("video_id", job.job_id, f"the id of a video whose {name} is still there", hint)
+        media = {name: await run_in_thread(self.files.get, job.job_id, name) for name in job.inputs}
+        may_skip = self.prompt_check is None or self.prompt_check.may_be_skipped
         request = replace(decoded(job.request, media), prompt=prompt)
-        return request, replace(options, remixed_from=job_id)
+        return request, remix_options(job, options, tuple(self.limits.classes), may_skip_guardrails=may_skip)
 
     async def _kept(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
         """The job, once it and its files are on the disk: files first, or there were a job without."""
@@ -169,3 +169,25 @@ class Admission:
             return self.store.get(job_id)
         except JobsError:
             raise error from None
+
+
+def remix_options(
+    job: Job, options: SubmitOptions, classes: tuple[str, ...], *, may_skip_guardrails: bool
+) -> SubmitOptions:
+    """Return the options of a remix: those of the earlier job, as far as its caller may still have them.
+
+    Args:
+        job: the earlier one.
+        options: the caller's; their class is for an earlier one that the caller may not name, or that is gone.
+        classes: of the configuration.
+        may_skip_guardrails: whether the operator lets requests do without.
+    """
+    is_open = job.service_class in classes and (options.classes is None or job.service_class in options.classes)
+    return replace(
+        options,
+        service_class=job.service_class if is_open else options.service_class,
+        previews=job.previews,
+        skip_guardrails=job.skip_guardrails and may_skip_guardrails,
+        warnings=job.warnings,
+        remixed_from=job.job_id,
+    )

@@ -1,7 +1,6 @@
-"""Director: makes jobs of requests and has them run. Sees neither tensors nor frames.
+"""Director: admits requests as jobs and has them run. Sees neither tensors nor frames.
 
-What the HTTP API does, any process of the cluster can do by this deployment's handle; about jobs that are there already
-see :class:`deployments.director.job_desk.JobDesk`.
+Whatever the HTTP API does, any process of the cluster can do by this deployment's handle.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import replace
 
 from cluster.errors import ShuttingDown
 from cosmos3_core.request import GenerationRequest
-from deployments.director.job_desk import JobDesk
+from deployments.director.job_calls import JobCalls
 from deployments.director.parts import DirectorParts, DirectorSpec
 from deployments.jobs.job import Job
 from deployments.jobs.submit_options import SubmitOptions
@@ -25,11 +24,11 @@ from deployments.stages.handles import Stages
 _NUM_THREADS = 32
 _MAX_REMIXES = 4
 _RESTART_S = 30.0  # what a restart of the app takes, about
-_AS_BEFORE = SubmitOptions()
+_DEFAULTS = SubmitOptions()
 
 
-class Director(JobDesk):
-    """See the module.
+class Director(JobCalls):
+    """The deployment: admission, queue and the pipeline of requests.
 
     Args:
         spec: how it works.
@@ -46,7 +45,7 @@ class Director(JobDesk):
         self._is_draining = False
 
     async def stream(
-        self, request: GenerationRequest, options: SubmitOptions = _AS_BEFORE, timeout_s: float | None = None
+        self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
         """Serve a request while its caller waits; call with ``stream=True``. Cancelling the response stops every stage.
 
@@ -82,7 +81,7 @@ class Director(JobDesk):
             self._runner.forget(job.job_id)
 
     async def generate(
-        self, request: GenerationRequest, options: SubmitOptions = _AS_BEFORE, timeout_s: float | None = None
+        self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS, timeout_s: float | None = None
     ) -> Generated:
         """Serve a request and return its file in one piece.
 
@@ -94,10 +93,10 @@ class Director(JobDesk):
             if isinstance(event, Finished):
                 info = event
         assert info is not None, "a stream that raises nothing finishes"
-        data = await asyncio.to_thread(self._parts.media.read, info.media_id) if info.num_bytes else b""
+        data = await asyncio.to_thread(self._parts.jobs.media.read, info.media_id) if info.num_bytes else b""
         return Generated(data, info)
 
-    async def submit(self, request: GenerationRequest, options: SubmitOptions = _AS_BEFORE) -> Job:
+    async def submit(self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS) -> Job:
         """Accept a request as a job that stays: it is run whatever becomes of its caller, and of this process.
 
         Raises:
@@ -107,14 +106,18 @@ class Director(JobDesk):
         self._runner.nudge()
         return job
 
-    async def remix(self, job_id: str, prompt: str, options: SubmitOptions = _AS_BEFORE) -> Job:
+    async def remix(self, job_id: str, prompt: str, options: SubmitOptions = _DEFAULTS) -> Job:
         """Accept an earlier job's request again, with the same seed and fields and another prompt.
 
+        Its class, previews and warnings are the earlier one's, as far as its caller may still have them.
+
         Raises:
-            RequestError: there is no such job; or as :meth:`submit`.
+            ApiError: there is no such job.
+            RequestError: its image or clip is not kept any more; or as :meth:`submit`.
         """
+        earlier = await self._parts.jobs.get(job_id, options.owner)
         async with self._remixes:  # each has the earlier one's media in memory
-            return await self.submit(*await self._parts.admission.again(job_id, prompt, options))
+            return await self.submit(*await self._parts.admission.load_remix(earlier, prompt, options))
 
     async def drain(self) -> int:
         """Take no new request from now on; returns how many jobs are still in hand."""

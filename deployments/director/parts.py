@@ -24,14 +24,13 @@ from deployments.director.runner_spec import RunnerSpec
 from deployments.failures import explain_failure, is_explained
 from deployments.jobs.cost import CostModel
 from deployments.jobs.database import DatabaseSpec
-from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, new_job_id
-from deployments.jobs.job_object import JobObjects
 from deployments.jobs.maintenance import Maintenance
+from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.jobs.submit_options import SubmitOptions
-from deployments.media.store import MediaSpec, MediaStore
+from deployments.media.store import MediaSpec
 from deployments.messages import RequestContext
 from deployments.served_model import ServedModel
 from deployments.service_config import GuardrailsConfig, JobsConfig
@@ -71,11 +70,7 @@ class DirectorParts:
     spec: DirectorSpec
     layout: CheckpointLayout
     stages: Stages
-    media: MediaStore
-    store: JobStore
-    files: JobFiles
-    feed: EventFeed
-    job_objects: JobObjects
+    jobs: JobService
     admission: Admission
     model: ServedModel
     clips: Any
@@ -106,11 +101,7 @@ class DirectorParts:
             spec=spec,
             layout=layout,
             stages=stages,
-            media=media,
-            store=store,
-            files=files,
-            feed=EventFeed(store, spec.jobs.max_followers),
-            job_objects=JobObjects(store),
+            jobs=JobService(store, files, media, spec.jobs.max_followers),
             admission=admission,
             model=ServedModel.of(layout, spec.model, is_sound_offered=stages.audio is not None),
             clips=start_clip_streams(max_clips=4 * max_running),
@@ -148,7 +139,7 @@ class DirectorParts:
                 layout=self.layout,
                 stages=stages,
                 clips=self.clips,
-                media=self.media,
+                media=self.jobs.media,
                 chunk_window=self.spec.chunk_window,
                 max_attempts=self.spec.max_attempts,
                 close_later=closer.close_later,
@@ -160,9 +151,7 @@ class DirectorParts:
             return pipeline if prompt_check is None else GuardedPipeline(pipeline, prompt_check)
 
         check = self.admission.check
-        return JobRunner(
-            self.store, self.files, self.media, check, make_pipeline, explain_failure, is_explained, runner_spec
-        )
+        return JobRunner(self.jobs, check, make_pipeline, explain_failure, is_explained, runner_spec)
 
     def context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
         """Of a request that comes now, under a fresh job id.
@@ -177,7 +166,7 @@ class DirectorParts:
     def maintenance(self) -> Maintenance:
         """What is to be done about jobs now and then."""
         jobs = self.spec.jobs
-        return Maintenance(self.store, self.files, self.media, self.spec.model, jobs.keep_s, jobs.max_kept)
+        return Maintenance(self.jobs, self.spec.model, jobs.keep_s, jobs.max_kept)
 
     async def num_open_clips(self) -> int:
         """How many clips are between decoder and encoder."""

@@ -31,11 +31,10 @@ from deployments.director.saved_states import CHECKPOINT, SavedStates
 from deployments.errors import JobCancelled, LeaseLost
 from deployments.failures import translate_error
 from deployments.jobs.cost import Throughput
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, Outcome
 from deployments.jobs.request_codec import decoded
-from deployments.jobs.store import JobStore, Lease
-from deployments.media.store import MediaStore
+from deployments.jobs.service import JobService
+from deployments.jobs.store import Lease
 from deployments.messages import Event, FileStarted, Finished, RequestContext
 from deployments.observability.logs import watch_request
 from deployments.observability.metrics import metrics
@@ -66,9 +65,7 @@ class JobRunner:
     """See the module. Inside one event loop, which it has to be made in.
 
     Args:
-        store: of jobs.
-        files: of jobs.
-        media: where results are.
+        jobs: with their files.
         check: of requests.
         make_pipeline: see :class:`MakePipeline`.
         tell_failure: see :class:`DescribeFailure`.
@@ -78,9 +75,7 @@ class JobRunner:
 
     def __init__(
         self,
-        store: JobStore,
-        files: JobFiles,
-        media: MediaStore,
+        jobs: JobService,
         check: RequestCheck,
         make_pipeline: MakePipeline,
         tell_failure: DescribeFailure,
@@ -88,7 +83,8 @@ class JobRunner:
         spec: RunnerSpec,
     ) -> None:
         self.runner_id = uuid.uuid4().hex
-        self._store, self._files, self._media = store, files, media
+        self._jobs = jobs
+        self._store, self._files, self._media = jobs.store, jobs.files, jobs.media
         self._check, self._make_pipeline, self._tell_failure = check, make_pipeline, tell_failure
         self._is_told = is_told
         self._spec = spec
@@ -96,7 +92,7 @@ class JobRunner:
         self._runs: dict[str, Run] = {}
         self._throughput: dict[Lane, Throughput] = {}
         self._wake = asyncio.Event()
-        self._leases = Leases(store, self.runner_id, spec.lease_s, self._runs)
+        self._leases = Leases(jobs.store, self.runner_id, spec.lease_s, self._runs)
         self._is_draining = self._is_released = False
         # Contexts of their own: a task made inside a request would be cancelled with that request.
         self._alive: set[asyncio.Task[Any]] = set()
@@ -379,7 +375,7 @@ class JobRunner:
             if job is not None and job.state.is_final:
                 if job.attempts == 0:  # a run tells its own end
                     _tell_end(job)
-                await run_in_thread(self._files.remove, job_id)
+                await run_in_thread(self._jobs.remove_files, job)
         except Cosmos3Error:
             logger.exception("%s could not be cancelled", job_id)
 

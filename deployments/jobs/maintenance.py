@@ -1,4 +1,4 @@
-"""What has to be done about jobs now and then, whatever runs: old ones are forgotten, numbers of them are told."""
+"""Maintenance of jobs: old ones are forgotten, files that no job needs are removed, gauges are set."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deployments.jobs.files import JobFiles
-from deployments.jobs.job import Job
-from deployments.jobs.store import FileNeed, JobStore
-from deployments.media.store import MediaStore
+from deployments.jobs.service import JobService
+from deployments.jobs.store import FileNeed
 from deployments.observability.metrics import metrics
 from deployments.threads import run_in_thread
 
@@ -27,19 +25,15 @@ _TELL_PERIOD_S = 5.0
 
 @dataclass(frozen=True)
 class Maintenance:
-    """See the module. Any number of processes may do it at once.
+    """Periodic work on jobs; any number of processes may do it at once.
 
     Attributes:
-        store: of jobs.
-        files: of jobs.
-        media: where results are.
+        jobs: with their files.
         model: whose jobs are counted.
         keep_s, max_kept: how long, and how many ended jobs are kept.
     """
 
-    store: JobStore
-    files: JobFiles
-    media: MediaStore
+    jobs: JobService
     model: str
     keep_s: float
     max_kept: int
@@ -48,7 +42,9 @@ class Maintenance:
         """Begin, inside an event loop; whoever calls holds on to the tasks."""
         loop = asyncio.get_running_loop()
         # To list an archive costs money.
-        files_period_s = _SWEEP_PERIOD_S if self.media.archive is None else self.media.keep_s / _SWEEPS_PER_KEEP
+        files_period_s = (
+            _SWEEP_PERIOD_S if self.jobs.media.archive is None else self.jobs.media.keep_s / _SWEEPS_PER_KEEP
+        )
         work = (
             (self.sweep, _SWEEP_PERIOD_S),
             (self.sweep_files, max(files_period_s, _SWEEP_PERIOD_S)),
@@ -58,9 +54,9 @@ class Maintenance:
 
     def sweep(self) -> None:
         """Forget old jobs, and remove their files; end those that nobody would ever run."""
-        self.store.fail_unserved(self.keep_s)
-        for job in self.store.sweep(self.keep_s, self.max_kept):
-            self.remove_files(job)
+        self.jobs.store.fail_unserved(self.keep_s)
+        for job in self.jobs.store.sweep(self.keep_s, self.max_kept):
+            self.jobs.remove_files(job)
 
     def sweep_files(self) -> None:
         """Remove what jobs came with that will not be run, and are not to be made again.
@@ -70,32 +66,26 @@ class Maintenance:
         spare: dict[str, float] = {}
 
         def needed(job_ids: Sequence[str]) -> dict[str, bool]:
-            needs = self.store.file_needs(job_ids)
+            needs = self.jobs.store.file_needs(job_ids)
             spare.update({job_id: need.until_s for job_id, need in needs.items() if need.until_s is not None})
             return {job_id: self._is_needed(need) for job_id, need in needs.items()}
 
-        self.files.sweep(needed, _ORPHAN_S, time.time())
-        for job_id in self.media.spare_job_files(spare):
-            self.files.remove(job_id)
+        self.jobs.files.sweep(needed, _ORPHAN_S, time.time())
+        for job_id in self.jobs.media.spare_job_files(spare):
+            self.jobs.files.remove(job_id)
 
     def _is_needed(self, need: FileNeed) -> bool:
         if need.until_s is None:
             return True
-        return need.until_s > 0 and (not need.media_id or self.media.find(need.media_id) is not None)
+        return need.until_s > 0 and (not need.media_id or self.jobs.media.find(need.media_id) is not None)
 
     def tell(self) -> None:
         """Set the gauges of jobs."""
-        classes = self.store.load(self.model).classes
+        classes = self.jobs.store.load(self.model).classes
         metrics().set_jobs(
             queued={(each.lane, each.service_class): each.num_queued for each in classes},
             running={(each.lane, each.service_class): each.num_running for each in classes},
         )
-
-    def remove_files(self, job: Job) -> None:
-        """What a job leaves that is forgotten."""
-        self.files.remove(job.job_id)
-        if job.media_id:
-            self.media.remove(job.media_id)
 
 
 async def _repeated(work: Callable[[], None], period_s: float) -> None:

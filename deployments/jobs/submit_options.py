@@ -19,6 +19,7 @@ class SubmitOptions:
         request_id: the caller's name for it, for logs; None: one is made up.
         owner: id of the API key that it came with, "" without.
         service_class: name of a class of the configuration.
+        classes: that its key may name; None: all of the configuration's.
         limits: the key's own; None: the configuration's.
         idempotency_key: None without.
         previews: how many of them to record, 0 to 32.
@@ -30,6 +31,7 @@ class SubmitOptions:
     request_id: str | None = None
     owner: str = ""
     service_class: str = DEFAULT_CLASS
+    classes: tuple[str, ...] | None = None
     limits: KeyLimits | None = None
     idempotency_key: str | None = None
     previews: int = 0

@@ -26,7 +26,7 @@ from cosmos3_core.media.sound_track import NoSoundTrack, write_sound_track
 from cosmos3_core.media.thumbnail import write_spritesheet, write_thumbnail
 from deployments.errors import ApiError
 from deployments.media.folder import passing_folder
-from deployments.media.record import DONE, MediaRecord, put_record, read_record
+from deployments.media.record import DONE, FAILED, MediaRecord, put_record, read_record
 from deployments.media.store import MediaStore
 
 _READ_BYTES = 1 << 20
@@ -195,18 +195,33 @@ def _written(store: MediaStore, record: MediaRecord, variant: Variant, folder: P
     return made, path
 
 
-async def made_variant(media: MediaStore, record: MediaRecord, name: str) -> MediaRecord:
-    """The record of a variant's file, which is made if it is not there.
+async def find_content(media: MediaStore, media_id: str, name: str) -> MediaRecord:
+    """Return the record of a file, which may still grow, or of a variant of a finished one, made if it is not there.
 
     Args:
         media: where the file is.
-        record: of the file, which is done.
-        name: one of :data:`MADE_VARIANTS`.
+        media_id: of the file.
+        name: :data:`VIDEO` for the file itself, or one of :data:`MADE_VARIANTS`.
 
     Raises:
-        ApiError: there is no such variant of this file, or not yet.
-        MediaError: it cannot be made, or not be written or read.
+        ApiError: 404, this file has no such variant; 409, the file or the variant is not ready; 410, there is no file.
+        MediaError: the file cannot be looked up, or the variant cannot be made.
     """
+    record = await asyncio.to_thread(media.find, media_id)
+    if record is None:
+        raise _expired()
+    if record.state == FAILED:
+        # The reason went to the caller who asked for the file.
+        raise ApiError(410, "media_failed", "this file was never finished: its request failed or was given up")
+    if name == VIDEO:
+        return record
+    if record.state != DONE:
+        message = f"the {name} cannot be made before the file is finished"
+        raise ApiError(409, "media_not_ready", message, {"retry-after": "1"})
+    return await _variant_of(media, record, name)
+
+
+async def _variant_of(media: MediaStore, record: MediaRecord, name: str) -> MediaRecord:
     if name == _AUDIO and record.media_type == _WAV:
         return record
     variant, media_types = _VARIANTS.get(name, (None, frozenset[str]()))
@@ -217,9 +232,13 @@ async def made_variant(media: MediaStore, record: MediaRecord, name: str) -> Med
     try:
         return await _MAKER.made(media, record, variant)
     except FileNotFoundError:
-        raise ApiError(404, "no_such_media", "this file was removed just now") from None
+        raise _expired() from None
     except NoSoundTrack:
         raise ApiError(404, "no_such_variant", "this file has no sound") from None
+
+
+def _expired() -> ApiError:
+    return ApiError(410, "media_expired", "this file has expired, or was removed")
 
 
 def _find_or_make(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:

@@ -24,6 +24,7 @@ from deployments.director.admission import Admission
 from deployments.director.request_check import RequestCheck
 from deployments.jobs.cost import CostModel
 from deployments.jobs.job import Job, new_job_id
+from deployments.jobs.service import JobService
 from deployments.jobs.store import QueueLimits
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import RequestContext
@@ -82,7 +83,8 @@ class RealAcceptance(FakeDirector):
         return job
 
     async def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Job:
-        return await self._submit(*await self.admission.again(job_id, prompt, options))
+        earlier = await JobService(self.store, self.files, self.media, 1).get(job_id, options.owner)
+        return await self._submit(*await self.admission.load_remix(earlier, prompt, options))
 
     async def _events(self, request: GenerationRequest, options: SubmitOptions) -> AsyncIterator[Any]:
         job_id = ""

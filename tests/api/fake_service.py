@@ -21,10 +21,11 @@ from deployments.api.auth import Authenticator
 from deployments.api.given_media import RemoteFiles
 from deployments.api.openapi import document
 from deployments.api.service import Service
-from deployments.jobs.feed import EventFeed
+from deployments.director.admission import remix_options
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
 from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
+from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, Lease, QueueLimits
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
@@ -89,6 +90,7 @@ class FakeDirector:
         gate: awaited before a file that is waited for is made.
         media_type, actions: of what is made.
         error: raised instead of accepting.
+        classes, may_skip_guardrails: what a remix may take over.
     """
 
     layout: CheckpointLayout
@@ -100,6 +102,8 @@ class FakeDirector:
     gate: Callable[[], Coroutine[Any, Any, Any]] | None = None
     actions: Any = None
     error: BaseException | None = None
+    classes: tuple[str, ...] = tuple(CLASSES)
+    may_skip_guardrails: bool = False
 
     def __post_init__(self) -> None:
         self.submit = Method(lambda *arguments: Response(self._submit(*arguments)))
@@ -146,11 +150,11 @@ class FakeDirector:
         return self.store.create(new, LIMITS, options.limits)
 
     async def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Job:
-        job = self.store.get(job_id, options.owner)
-        assert job is not None
+        job = await JobService(self.store, self.files, self.media, 1).get(job_id, options.owner)
         media: dict[str, Any] = {name: self.files.get(job_id, name) for name in job.inputs}
         request = replace(decoded(job.request, media), prompt=prompt)
-        return await self._submit(request, replace(options, remixed_from=job_id))
+        options = remix_options(job, options, self.classes, may_skip_guardrails=self.may_skip_guardrails)
+        return await self._submit(request, options)
 
     def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None) -> Stream:
         self.streams.append(Stream(self._events(request, options)))
@@ -240,20 +244,18 @@ class Api:
         self.media = MediaStore(directory / "media", max_bytes=1 << 30, keep_s=1000.0)
         self.files = JobFiles(self.media.directory, None)
         self.director = FakeDirector(layout, self.store, self.files, self.media)
+        self.director.may_skip_guardrails = may_disable_guardrails
         self.readiness = FakeReadiness()
         self.service = Service(
             model=ServedModel(MODEL, layout.family, offered_modes(layout), 1_700_000_000.5),
             http=HttpConfig(**(http or {})),
             classes=tuple(CLASSES),
             may_disable_guardrails=may_disable_guardrails,
-            store=self.store,
-            files=self.files,
-            media=self.media,
+            jobs=JobService(self.store, self.files, self.media, max_followers),
             director=self.director,
             streaming=self.director,
             ready=self.readiness,
             metrics_text=no_metrics,
-            feed=EventFeed(self.store, max_followers),
             auth=Authenticator(self.store.keys) if needs_keys else None,
             remote_media=remote_media,
             has_guardrails=has_guardrails,

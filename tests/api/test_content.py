@@ -17,9 +17,10 @@ from starlette.datastructures import Headers
 
 from cosmos3_core.errors import MediaError
 from deployments.api import content
-from deployments.api.content import PartsResponse, content_answer, finished_parts, live_parts
+from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.media.record import MediaRecord
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
+from tests.api.content_answers import content_answer
 
 DATA = bytes(range(256)) * 4 + b"end"
 SIZE = len(DATA)
@@ -243,7 +244,7 @@ def test_a_file_that_lost_its_end_is_not_passed_off_as_whole(store: MediaStore) 
 
 @pytest.mark.parametrize("media_id", ["0" * 32, "no id", "..", "%2e%2e/etc/passwd", "é" * 32])
 def test_an_unknown_id(store: MediaStore, media_id: str) -> None:
-    assert refused(Clip(store), media_id=media_id)[:2] == (404, "no_such_media")
+    assert refused(Clip(store), media_id=media_id)[:2] == (410, "media_expired")
 
 
 def test_a_file_that_will_never_be(store: MediaStore) -> None:

@@ -83,7 +83,7 @@ def test_what_is_no_number_of_an_event(value: str, api: Api) -> None:
     told = api.created()
     error = api.refused("GET", path_of(told), 422, headers={b"Last-Event-ID": value.encode("utf-8")})
     assert error["param"] == "Last-Event-ID"
-    assert api.service.feed.num_followers == 0
+    assert api.service.jobs.feed.num_followers == 0
 
 
 def test_events_come_as_they_happen(api: Api) -> None:
@@ -116,7 +116,7 @@ def test_events_come_as_they_happen(api: Api) -> None:
 
 async def idle(api: Api) -> None:
     """Nobody follows, and nobody looks at the database any more."""
-    while api.service.feed.num_followers or api.service.feed._polling is not None:
+    while api.service.jobs.feed.num_followers or api.service.jobs.feed._polling is not None:
         await asyncio.sleep(0.01)
 
 
@@ -166,7 +166,7 @@ def test_who_has_the_last_event_gets_no_more(api: Api) -> None:
     last = api.completed(api.claimed(), None).last_seq
 
     async def follow() -> None:
-        assert [event async for event in api.service.feed.follow(told["id"], last, 60.0)] == []
+        assert [event async for event in api.service.jobs.feed.follow(told["id"], last, 60.0)] == []
         await idle(api)
 
     api.run(follow())
@@ -185,7 +185,7 @@ def test_nobodys_request_is_behind_the_looks(api: Api, monkeypatch: pytest.Monke
 
     async def follow() -> None:
         inside.set(True)
-        events = api.service.feed.follow(told["id"], 0, 60.0)
+        events = api.service.jobs.feed.follow(told["id"], 0, 60.0)
         await anext(events)
         await events.aclose()
         await idle(api)
@@ -271,11 +271,11 @@ def test_nobody_follows_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch) -> N
     answer = api.get(path_of(told))
     assert answer.status_code == 200
     assert answer.text.startswith("retry: 2000\n\n")
-    assert api.service.feed.num_followers == 0
+    assert api.service.jobs.feed.num_followers == 0
 
     async def follow() -> None:
         with pytest.raises(DeadlineExceeded):
-            async for _ in api.service.feed.follow(told["id"], 0, 0.1):
+            async for _ in api.service.jobs.feed.follow(told["id"], 0, 0.1):
                 pass
 
     api.run(follow())
@@ -309,10 +309,10 @@ def test_who_reads_slowly_holds_up_nobody_and_misses_nothing(api: Api, monkeypat
     api.completed(job, None)
 
     async def follow() -> None:
-        slow = api.service.feed.follow(told["id"], 0, 60.0)
+        slow = api.service.jobs.feed.follow(told["id"], 0, 60.0)
         first = await anext(slow)
-        (held,) = api.service.feed._followers
-        fast = [event.seq async for event in api.service.feed.follow(told["id"], 0, 60.0)]
+        (held,) = api.service.jobs.feed._followers
+        fast = [event.seq async for event in api.service.jobs.feed.follow(told["id"], 0, 60.0)]
         assert fast == list(range(1, 33))
         assert len(held.events) <= 4
         assert [first.seq] + [event.seq async for event in slow] == fast

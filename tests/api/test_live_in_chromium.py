@@ -27,8 +27,8 @@ from starlette.routing import Route
 
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.sound import SoundFormat
-from deployments.api.content import content_answer
 from deployments.media.store import MediaStore, new_media_id
+from tests.api.content_answers import content_answer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

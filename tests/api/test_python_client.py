@@ -18,7 +18,7 @@ from deployments.client import AsyncCosmos3Client, Cosmos3Client
 from deployments.clients.errors import AuthError, NotFound, NotReady, UnreachableError
 from deployments.clients.events import Ended, Queued, Started, Step
 from deployments.clients.handle_transport import HandleTransport
-from deployments.director.job_desk import JobDesk
+from deployments.director.job_calls import JobCalls
 from deployments.errors import IdempotencyConflict
 from deployments.jobs.job import Job
 from deployments.jobs.keys import NewKey
@@ -28,17 +28,11 @@ from tests.api.fake_service import DEADLINE_S, Api, Response
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=4)
 
 
-class Desk(JobDesk):
-    """What the Director does about jobs, without a runner."""
+class Desk(JobCalls):
+    """What the Director's handle does about jobs, without a runner."""
 
     def __init__(self, api: Api) -> None:
-        self._parts = SimpleNamespace(  # type: ignore[assignment]
-            store=api.store,
-            media=api.media,
-            feed=api.service.feed,
-            job_objects=api.service.objects,
-            maintenance=SimpleNamespace(remove_files=lambda job: None),
-        )
+        self._parts = SimpleNamespace(jobs=api.service.jobs)  # type: ignore[assignment]
         self.submit = api.director._submit
         self.remix = api.director._remix
 

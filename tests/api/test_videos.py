@@ -181,9 +181,9 @@ def test_what_a_cancelled_job_came_with_goes_at_once(api: Api) -> None:
     told = api.post(
         "/v1/videos", files={"prompt": (None, "a"), "input_reference": ("a.png", png(), "image/png")}
     ).json()
-    assert api.service.files.exists(told["id"], "image")
+    assert api.service.jobs.files.exists(told["id"], "image")
     api.post(f"/v1/videos/{told['id']}/cancel")
-    assert not api.service.files.exists(told["id"], "image")
+    assert not api.service.jobs.files.exists(told["id"], "image")
 
 
 def test_the_runner_of_a_job_is_told_to_stop(api: Api) -> None:
@@ -245,7 +245,7 @@ def test_a_remix_may_no_more_than_a_new_request(make_api: Any) -> None:
     api = make_api(may_disable_guardrails=True)
     told = api.created({"prompt": "a", "guardrails": False, "service_class": "batch"})
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
-    api.service.may_disable_guardrails, api.service.classes = False, ("standard",)
+    api.director.may_skip_guardrails, api.director.classes = False, ("standard",)
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
     asked = [(asked.skip_guardrails, asked.service_class) for _, asked in api.director.submitted]
     assert asked == [(True, "batch"), (True, "batch"), (False, "standard")]
@@ -391,12 +391,12 @@ def test_a_model_of_any_name_fits_into_a_header(api: Api) -> None:
 
 
 def test_states_of_jobs_are_those_of_openai(api: Api) -> None:
-    from deployments.jobs.job_object import job_object
+    from deployments.jobs.video import Video
 
     job = api.store.get(api.created()["id"])
     assert job is not None
     for state in JobState:
-        told = job_object(type(job)(**{**vars(job), "state": state}), None)
+        told = Video.of(type(job)(**{**vars(job), "state": state}), None).as_json()
         assert told["status"] in ("queued", "in_progress", "completed", "failed")
         assert (told["error"] is not None) == (told["status"] == "failed")
         assert (told["progress"] == 100) == (told["status"] == "completed")

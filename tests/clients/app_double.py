@@ -146,8 +146,13 @@ class App:
         return videos[start : start + limit], start + limit < len(videos)
 
     def read(self, video_id: str, variant: str) -> bytes:
-        if video_id not in self.videos or self.file is None:
-            raise RequestError("video_id", video_id, "the id of a video with a finished file, as long as it is kept")
+        status = self.found(video_id)["status"]
+        if status == "failed":
+            raise ApiError(410, "media_failed", "there is no file: the job has failed or was cancelled")
+        if status != "completed":
+            raise ApiError(409, "media_not_ready", "the file is not ready yet")
+        if self.file is None:
+            raise ApiError(404, "no_such_variant", "this job has made actions alone")
         return self.file if variant == "video" else variant.encode()
 
     async def told(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
@@ -213,37 +218,29 @@ class App:
                 return self._json(self.videos[self.begin(body["prompt"], self._asked(request, body))])
             case ["POST", "videos", video_id, "remix"]:
                 body = json.loads(request.content)
-                self._found(video_id)
+                self.found(video_id)
                 return self._json(self.videos[self.begin(body["prompt"], self._asked(request, body), video_id)])
             case ["GET", "videos"]:
                 query = request.url.params
                 videos, has_more = self.page(query.get("after"), int(query["limit"]), query["order"])
                 return self._json({"object": "list", "data": videos, "has_more": has_more})
             case ["GET", "videos", video_id]:
-                return self._json(self._found(video_id))
+                return self._json(self.found(video_id))
             case ["POST", "videos", video_id, "cancel"]:
-                self._found(video_id)
+                self.found(video_id)
                 return self._json(self.cancel(video_id) or {})
             case ["DELETE", "videos", video_id]:
-                self._found(video_id)
+                self.found(video_id)
                 self.cancel(video_id)
                 del self.videos[video_id]
                 return self._json({"id": video_id, "object": "video.deleted", "deleted": True})
             case ["GET", "videos", video_id, "events"]:
-                self._found(video_id)
+                self.found(video_id)
                 after = int(request.headers.get("last-event-id", 0))
                 headers = {"content-type": "text/event-stream; charset=utf-8"}
                 return httpx.Response(200, headers=headers, stream=Body(self._sse(video_id, after)))
             case ["GET", "videos", video_id, "content"]:
-                status = self._found(video_id)["status"]
-                if status == "failed":
-                    raise ApiError(410, "media_failed", "there is no file: the job has failed or was cancelled")
-                if status != "completed":
-                    raise ApiError(409, "media_not_ready", "there is nothing of it yet")
-                try:
-                    data = self.read(video_id, request.url.params.get("variant", "video"))
-                except RequestError as error:
-                    raise ApiError(404, "not_found", str(error)) from None
+                data = self.read(video_id, request.url.params.get("variant", "video"))
                 headers = {"content-length": str(len(data))}
                 return httpx.Response(200, headers=headers, stream=Body(self._file(data)))
             case ["GET", "models"]:
@@ -262,7 +259,7 @@ class App:
     def _json(self, value: dict[str, Any]) -> httpx.Response:
         return httpx.Response(200, stream=Body(in_parts(json.dumps(value).encode())))
 
-    def _found(self, video_id: str) -> dict[str, Any]:
+    def found(self, video_id: str) -> dict[str, Any]:
         if video_id not in self.videos:
             raise ApiError(404, "not_found", f"there is no video {video_id!r}")
         return self.videos[video_id]
@@ -386,22 +383,25 @@ class Director:
         return SimpleNamespace(job_id=self._app.begin(request.prompt, dataclasses.asdict(options)))
 
     def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Any:
+        self._app.found(job_id)
         return SimpleNamespace(job_id=self._app.begin(prompt, dataclasses.asdict(options), job_id))
 
-    def _job_object(self, job_id: str, owner: str) -> dict[str, Any] | None:
+    def _job(self, job_id: str, owner: str) -> dict[str, Any]:
         assert owner == ""
-        return self._app.videos.get(job_id)
+        return self._app.found(job_id)
 
     def _jobs(self, owner: str, after: str | None, limit: int, order: str) -> Any:
         videos, has_more = self._app.page(after, limit, order)
-        return SimpleNamespace(jobs=[SimpleNamespace(job_id=video["id"]) for video in videos], has_more=has_more)
+        return {"data": videos, "has_more": has_more}
 
     def _cancel(self, job_id: str, owner: str) -> Any:
+        self._app.found(job_id)
         return self._app.cancel(job_id)
 
     def _delete(self, job_id: str, owner: str) -> Any:
+        self._app.found(job_id)
         self._app.cancel(job_id)
-        return self._app.videos.pop(job_id, None)
+        del self._app.videos[job_id]
 
     def _read(self, job_id: str, start: int, num_bytes: int, owner: str, variant: str = "video") -> bytes:
         if self._app.breaks_in_file is not None and start >= self._app.breaks_in_file:
@@ -415,10 +415,9 @@ class Director:
     def _events(self, job_id: str, after: int, timeout_s: float, owner: str) -> StreamResponse:
         async def items() -> AsyncIterator[Any]:
             self._app.check()
-            if job_id not in self._app.videos:
-                raise RequestError("video_id", job_id, "the id of a video, as long as it is kept")
+            self._app.found(job_id)
             async for seq, kind, data in self._app.followers(job_id, after):
-                yield SimpleNamespace(seq=seq, kind=kind, data={} if kind in FINAL else data)
+                yield SimpleNamespace(seq=seq, kind=kind, data=data)
 
         def left() -> None:
             self._app.num_left += 1

@@ -78,7 +78,7 @@ def test_the_rules_find_what_they_look_for(planted, rule, path, code):
     [
         *("app", "director.director", "director.pipeline", "api.ingress", "stages.prompt_tokenizer"),
         *("stages.mp4_encoder", "stages.transformer", "stages.video_vae", "stages.audio_vae", "stages.guardrail"),
-        *("client", "launch.http_client", "director.job_desk", "director.admission", "api.app", "jobs.store"),
+        *("client", "launch.http_client", "jobs.service", "director.admission", "api.app", "jobs.store"),
     ],
 )
 def test_importing_a_deployment_loads_no_torch(module):
@@ -87,7 +87,7 @@ def test_importing_a_deployment_loads_no_torch(module):
 
 
 DEPLOYMENTS = (
-    *("director/director", "director/job_desk", "api/ingress", "stages/mp4_encoder", "stages/prompt_tokenizer"),
+    *("director/director", "director/job_calls", "api/ingress", "stages/mp4_encoder", "stages/prompt_tokenizer"),
     *("stages/transformer", "stages/video_vae", "stages/audio_vae", "stages/guardrail"),
 )
 

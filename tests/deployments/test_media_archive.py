@@ -20,13 +20,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from starlette.datastructures import Headers
 
 from cosmos3_core.errors import MediaError, RequestError
-from deployments.api.content import content_answer, finished_parts, live_parts
+from deployments.api.content import finished_parts, live_parts
 from deployments.errors import MediaStoreError
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
 from deployments.media import archive as media_archive
 from deployments.media.record import DONE, FAILED, WRITING, MediaRecord
 from deployments.media.store import MediaEntry, MediaSpec, MediaStore, new_media_id
+from tests.api.content_answers import content_answer
 
 KEEP_S = 100.0
 DEADLINE_S = 60.0

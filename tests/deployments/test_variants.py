@@ -26,11 +26,11 @@ from cosmos3_core.media.probe import read_sound
 from cosmos3_core.media.sound import SoundFormat
 from cosmos3_core.media.thumbnail import write_thumbnail
 from cosmos3_core.media.writer import ClipFormat, open_writer
-from deployments.api.video_content import variant_answer
 from deployments.media import variants as media_variants
 from deployments.media.record import read_record
 from deployments.media.store import MediaStore, new_media_id
 from deployments.media.variants import MADE_VARIANTS, Variant, make_variant
+from tests.api.content_answers import variant_answer
 
 DEADLINE_S = 60.0
 RATE, NUM_SAMPLES = 16000, 6000
@@ -175,7 +175,7 @@ def test_an_image_has_a_thumbnail(store: MediaStore, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [("mp4", "audio"), ("png", "spritesheet"), ("png", "audio"), ("wav", "thumbnail"), ("wav", "spritesheet")]
-    + [("mp4", name) for name in ("video", "action", "", "../clip", "thumbnail.json", "Thumbnail")],
+    + [("mp4", name) for name in ("action", "", "../clip", "thumbnail.json", "Thumbnail")],
 )
 def test_what_a_file_does_not_have(store: MediaStore, kind: str, variant: str) -> None:
     media_id = make(store, kind)
@@ -196,7 +196,7 @@ def test_files_that_are_not_finished(store: MediaStore, variant: str) -> None:
     assert (answer.status, answer.code) == (410, "media_failed")
     for unknown in (new_media_id(), "../x", ""):
         answer = asked(store, unknown, variant)
-        assert (answer.status, answer.code) == (404, "no_such_media")
+        assert (answer.status, answer.code) == (410, "media_expired")
 
 
 def test_ranges_tags_and_heads_are_as_of_other_files(store: MediaStore) -> None:
@@ -224,7 +224,7 @@ def test_it_counts_and_goes_with_the_clip(store: MediaStore) -> None:
     assert MediaStore(store.directory, num_bytes, 1000.0).sweep(time.time()) == 0
     assert MediaStore(store.directory, num_bytes - 1, 1000.0).sweep(time.time()) == 1
     assert os.listdir(store.directory) == []
-    assert asked(store, media_id, "thumbnail").status == 404
+    assert asked(store, media_id, "thumbnail").status == 410
 
 
 def test_many_who_ask_at_once_get_one(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,7 @@ def test_a_file_that_is_removed_meanwhile(
         return await sent(await asking)
 
     answer: Answer = run(ask())
-    assert (answer.status, answer.code) == (404, "no_such_media")
+    assert (answer.status, answer.code) == (410, "media_expired")
     assert os.listdir(store.directory) == []
 
 

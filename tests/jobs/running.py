@@ -25,6 +25,7 @@ from deployments.director.runner_spec import RunnerSpec
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
+from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaStore
@@ -142,7 +143,8 @@ class Service:
             }
         )
         told = lambda error: ("told", str(error))  # noqa: E731
-        self.runner = JobRunner(self.store, self.files, self.media, check, self.stage.make_pipeline, told, bool, spec)
+        self.jobs = JobService(self.store, self.files, self.media, 8)
+        self.runner = JobRunner(self.jobs, check, self.stage.make_pipeline, told, bool, spec)
 
     async def submit(self, request: GenerationRequest = SMALL, options: SubmitOptions = SubmitOptions()) -> Job:  # noqa: B008
         context = RequestContext.new(None, 60, new_job_id())

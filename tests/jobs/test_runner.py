@@ -370,12 +370,12 @@ def test_inputs_are_kept_with_the_job_and_go_with_it(serve: Any) -> None:
         await service.until(job.job_id, JobState.COMPLETED)
         (pipeline,) = service.stage.pipelines
         np.testing.assert_array_equal(pipeline.request.picture.media, picture)
-        request, options = await service.admission.again(job.job_id, "another", SubmitOptions())
+        request, options = await service.admission.load_remix(
+            await service.jobs.get(job.job_id, ""), "another", SubmitOptions(service_class="batch")
+        )
         assert request.prompt == "another"
-        assert options.remixed_from == job.job_id
+        assert (options.remixed_from, options.service_class) == (job.job_id, "standard"), "it inherits the class"
         np.testing.assert_array_equal(request.image, picture)
-        with pytest.raises(Exception, match="video_id"):
-            await service.admission.again(job.job_id, "another", SubmitOptions(owner="somebody else"))
 
     serve(body)
 
@@ -390,7 +390,7 @@ def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> 
         while list((tmp_path / "media" / "jobs").glob("video_gen_*")):
             await asyncio.sleep(0.02)
         with pytest.raises(RequestError, match="whose image is still there"):
-            await service.admission.again(job.job_id, "another", SubmitOptions())
+            await service.admission.load_remix(await service.jobs.get(job.job_id, ""), "another", SubmitOptions())
         service.stage.fails_at = 0
         assert [event async for event in service.stream(request)], "who waits has the file, and comes back for nothing"
         while list((tmp_path / "media" / "jobs").glob("video_gen_*")):

@@ -1,0 +1,76 @@
+"""Calls of the Director's handle about jobs that are there already; the HTTP API answers the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from cosmos3_core import checks
+from deployments.director.parts import DirectorParts
+from deployments.jobs.job import JobEvent
+from deployments.media.variants import VIDEO
+
+_MAX_FOLLOW_S = 86_400.0
+
+
+class JobCalls:
+    """Base of the Director: :class:`deployments.jobs.service.JobService` by its handle.
+
+    An ``owner`` is the API key whose jobs are meant, "" for jobs that came without. A job that is not there, or belongs
+    to another owner, is an ``ApiError`` with status 404, as over HTTP.
+    """
+
+    _parts: DirectorParts
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Return the one model that is served, as ``GET /v1/models`` shows it."""
+        return [self._parts.model.told()]
+
+    async def job(self, job_id: str, owner: str = "") -> dict[str, Any]:
+        """Return a job, as ``GET /v1/videos/{id}`` shows it."""
+        jobs = self._parts.jobs
+        return (await jobs.video(await jobs.get(job_id, owner))).as_json()
+
+    async def jobs(
+        self, owner: str = "", after: str | None = None, limit: int = 20, order: str = "desc"
+    ) -> dict[str, Any]:
+        """Return a page of an owner's jobs, as ``GET /v1/videos`` shows it; the newest first unless "asc".
+
+        Raises:
+            RequestError: a value is out of range.
+        """
+        return (await self._parts.jobs.list(owner, after, limit, order)).as_json()
+
+    async def cancel(self, job_id: str, owner: str = "") -> dict[str, Any]:
+        """Stop a job and return it; one that has ended stays as it is."""
+        jobs = self._parts.jobs
+        return (await jobs.video(await jobs.cancel(job_id, owner))).as_json()
+
+    async def delete(self, job_id: str, owner: str = "") -> dict[str, Any]:
+        """Stop and forget a job with its files."""
+        return (await self._parts.jobs.delete(job_id, owner)).as_json()
+
+    async def events(
+        self, job_id: str, after: int = 0, timeout_s: float | None = None, owner: str = ""
+    ) -> AsyncIterator[JobEvent]:
+        """Yield a job's history behind an event, and what comes, to its end; call with ``stream=True``.
+
+        Raises:
+            OverloadedError: too many follow jobs here.
+            DeadlineExceeded: it has not ended in time.
+        """
+        limit_s = checks.real("timeout_s", _MAX_FOLLOW_S if timeout_s is None else timeout_s, 0, math.inf)
+        job = await self._parts.jobs.get(job_id, owner)
+        async with aclosing(self._parts.jobs.follow(job, after, limit_s)) as events:
+            async for event in events:
+                yield event
+
+    async def read(self, job_id: str, start: int, num_bytes: int, owner: str = "", variant: str = VIDEO) -> bytes:
+        """Return a part of what a finished job has made; see :meth:`deployments.jobs.service.JobService.read`.
+
+        Any Director of the app can be asked: a reader asks for part after part, and a slow one holds nobody up.
+        """
+        jobs = self._parts.jobs
+        return await jobs.read(await jobs.get(job_id, owner), start, num_bytes, variant)

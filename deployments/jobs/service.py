@@ -1,0 +1,209 @@
+"""JobService: all that can be done with accepted jobs, for the HTTP API and for the Director's handle alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from cosmos3_core import checks
+from cosmos3_core.errors import Cosmos3Error, MediaError
+from deployments.errors import ApiError
+from deployments.jobs.feed import DELETED, FINAL_KINDS, EventFeed
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job, JobEvent, JobState
+from deployments.jobs.store import JobStore
+from deployments.jobs.video import Video, VideoDeleted, VideoPage, retry_after_s
+from deployments.media.record import DONE, MediaRecord
+from deployments.media.store import MediaStore
+from deployments.media.variants import ACTION, CONTENT_VARIANTS, VIDEO, find_content
+from deployments.threads import run_in_thread
+
+logger = logging.getLogger("ray.serve")
+
+MAX_PART_BYTES = 4 * 2**20
+MAX_PAGE = 100
+ORDERS = ("asc", "desc")
+
+
+class JobService:
+    """Jobs of a database, with their files. Used inside one event loop.
+
+    Every method raises ``JobsError`` where the database cannot be used, and ``ApiError`` 404 for a job that is not
+    there or belongs to another owner. An owner is the id of an API key, "" without keys.
+
+    Args:
+        store: of jobs.
+        files: of jobs: what they came with, and their saved states.
+        media: where results are.
+        max_followers: who may follow events at a time.
+
+    Attributes:
+        store, files, media: as given.
+        feed: of the jobs' events.
+    """
+
+    def __init__(self, store: JobStore, files: JobFiles, media: MediaStore, max_followers: int) -> None:
+        self.store, self.files, self.media = store, files, media
+        self.feed = EventFeed(store, max_followers)
+
+    async def get(self, job_id: str, owner: str) -> Job:
+        """Return a job."""
+        return _found(await run_in_thread(self.store.get, job_id, owner))
+
+    async def video(self, job: Job) -> Video:
+        """Return a job as clients see it."""
+        (video,) = await self._videos([job])
+        return video
+
+    async def _videos(self, jobs: Sequence[Job]) -> tuple[Video, ...]:
+        positions = await run_in_thread(self.store.queue_positions, jobs)
+        return tuple(Video.of(job, positions.get(job.job_id)) for job in jobs)
+
+    async def list(self, owner: str, after: str | None, limit: int, order: str) -> VideoPage:
+        """Return a page of an owner's jobs.
+
+        Args:
+            owner: of the jobs.
+            after: id of the job that the page follows; None = from the begin.
+            limit: number of jobs, at most 100.
+            order: "asc" = the oldest first, "desc" = the newest.
+
+        Raises:
+            RequestError: a value is out of range, or there is no job ``after``.
+        """
+        limit = checks.integer("limit", limit, 0, MAX_PAGE)
+        is_ascending = checks.choice("order", order, ORDERS) == "asc"
+        page = await run_in_thread(lambda: self.store.list(owner, after=after, limit=limit, is_ascending=is_ascending))
+        return VideoPage.of(await self._videos(page.jobs), has_more=page.has_more)
+
+    async def cancel(self, job_id: str, owner: str) -> Job:
+        """Stop a job; one that has ended stays as it is.
+
+        A job that waits ends at once: what it came with goes, and the clip that an earlier run has begun. One that runs
+        is ended by its runner.
+        """
+        job = _found(await run_in_thread(self.store.cancel, job_id, owner))
+        if job.state is JobState.CANCELLED:
+            await run_in_thread(self.remove_files, job)
+        return job
+
+    async def delete(self, job_id: str, owner: str) -> VideoDeleted:
+        """Stop and forget a job with its files."""
+        job = _found(await run_in_thread(self.store.delete, job_id, owner))
+        await run_in_thread(self.remove_files, job)
+        return VideoDeleted.of(job.job_id)
+
+    def remove_files(self, job: Job) -> None:
+        """Remove what a job leaves that has ended. What cannot be removed now is logged, and swept later."""
+        for remove, name in ((self.files.remove, job.job_id), (self.media.remove, job.media_id)):
+            try:
+                if name:
+                    remove(name)
+            except Cosmos3Error:
+                logger.exception("files of %s could not be removed; a sweep will try again", job.job_id)
+
+    async def follow(self, job: Job, after: int, timeout_s: float) -> AsyncGenerator[JobEvent, None]:
+        """Yield a job's events behind number ``after``, and those that come; the last one holds the whole job.
+
+        Raises:
+            OverloadedError: too many follow jobs in this process.
+            DeadlineExceeded: the job has not ended in time.
+        """
+        async with aclosing(self.feed.follow(job.job_id, min(after, job.last_seq), timeout_s)) as events:
+            async for event in events:
+                event = await self._completed(event, job.owner)
+                yield event
+                if event.kind == DELETED:
+                    return
+
+    async def _completed(self, event: JobEvent, owner: str) -> JobEvent:
+        """Return an event with its data: a final one gets the job."""
+        if event.kind in FINAL_KINDS:
+            job = await run_in_thread(self.store.get, event.job_id, owner)
+            if job is not None:
+                return replace(event, data=(await self.video(job)).as_json())
+        elif event.kind != DELETED:
+            return event
+        return replace(event, seq=0, kind=DELETED, data=VideoDeleted.of(event.job_id).as_json())
+
+    async def content(self, job: Job, variant: str) -> MediaRecord | bytes:
+        """Return the record of a job's file, which may still grow, or of a variant of it; of actions their JSON text.
+
+        Args:
+            job: as it is now.
+            variant: one of :data:`deployments.media.variants.CONTENT_VARIANTS`.
+
+        Raises:
+            RequestError: there is no variant of this name.
+            ApiError: 404, this job has no such variant; 409, it is not ready; 410, it failed or has expired.
+            MediaError: the file cannot be looked up, or the variant not be made.
+        """
+        checks.choice("variant", variant, CONTENT_VARIANTS)
+        if job.state in (JobState.FAILED, JobState.CANCELLED):
+            raise ApiError(410, "media_failed", "there is no file: the job has failed or was cancelled")
+        is_completed = job.state is JobState.COMPLETED
+        if not is_completed and (variant != VIDEO or not job.media_id):
+            raise await self._not_ready(job)
+        if variant == ACTION:
+            actions = Video.of(job, None).action
+            if actions is None:
+                raise ApiError(404, "no_such_variant", "this job has generated no actions")
+            return json.dumps(actions).encode()
+        if not job.media_id:
+            raise ApiError(404, "no_such_variant", "this job has made actions alone; variant=action has them")
+        try:
+            return await find_content(self.media, job.media_id, variant)
+        except ApiError as error:
+            if is_completed or error.status != 410:
+                raise
+        raise await self._not_ready(job)  # an earlier run began that file
+
+    async def read(self, job: Job, start: int, num_bytes: int, variant: str = VIDEO) -> bytes:
+        """Return a part of a job's finished content; empty behind its end.
+
+        Args:
+            job: as it is now.
+            start: first byte.
+            num_bytes: at most so many, up to 4 MiB.
+            variant: as for :meth:`content`.
+
+        Raises:
+            RequestError: a value is out of range.
+            ApiError: as :meth:`content`; 409 while the file grows.
+            MediaError: the file cannot be read.
+        """
+        start = checks.integer("start", start, 0, sys.maxsize)
+        num_bytes = checks.integer("num_bytes", num_bytes, 1, MAX_PART_BYTES)
+        content = await self.content(job, variant)
+        if isinstance(content, bytes):
+            return content[start : start + num_bytes]
+        if content.state != DONE:
+            raise await self._not_ready(job)
+        try:
+            return await run_in_thread(_read_part, self.media, content, start, num_bytes)
+        except FileNotFoundError:
+            raise ApiError(410, "media_expired", f"the file of {job.job_id} has expired, or was removed") from None
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise MediaError(f"the file of {job.job_id} cannot be read: {why}") from error
+
+    async def _not_ready(self, job: Job) -> ApiError:
+        eta_s = (await self.video(job)).eta_s
+        message = "the file is not ready yet; the job's progress says how far it is"
+        return ApiError(409, "media_not_ready", message, {"retry-after": str(retry_after_s(eta_s))})
+
+
+def _read_part(media: MediaStore, record: MediaRecord, start: int, num_bytes: int) -> bytes:
+    with media.open(record) as file:
+        file.seek(start)
+        return file.read(num_bytes)
+
+
+def _found(job: Job | None) -> Job:
+    if job is None:
+        raise ApiError(404, "not_found", "video not found, or already deleted")
+    return job

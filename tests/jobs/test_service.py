@@ -1,0 +1,208 @@
+"""What can be done with jobs where files are gone or cannot be used; over HTTP and handle alike see ``tests/api``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos3_core.errors import MediaError, RequestError
+from deployments.errors import ApiError
+from deployments.jobs.files import JobFiles
+from deployments.jobs.job import Job, JobState, Lane, Progress
+from deployments.jobs.service import MAX_PART_BYTES, JobService
+from deployments.jobs.store import JobStore
+from deployments.media.store import MediaStore, new_media_id
+from deployments.media.variants import CONTENT_VARIANTS
+from tests.jobs.making import COMPLETED, LIMITS, MODEL, Clock, claimed, lease_of, new_job
+
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def jobs(store: JobStore, tmp_path: Path) -> JobService:
+    media = MediaStore(tmp_path / "media", 2**20, 1000.0)
+    return JobService(store, JobFiles(media.directory, None), media, 2)
+
+
+def with_clip(jobs: JobService, *, is_finished: bool = True) -> Job:
+    """A running job that came with a picture and has a clip."""
+    new = new_job(inputs=("image",))
+    jobs.files.put(new.job_id, "image", b"picture")
+    jobs.store.create(new, LIMITS)
+    job, media_id = claimed(jobs.store), new_media_id()
+    entry = jobs.media.create(media_id, "video/mp4", ".mp4", is_live=True)
+    if is_finished:
+        entry.path.write_bytes(b"a clip")
+        entry.finish()
+    jobs.store.record(lease_of(job), Progress(media_id=media_id), [])
+    return job
+
+
+def completed(jobs: JobService) -> Job:
+    return jobs.store.finish(lease_of(with_clip(jobs)), COMPLETED, keep_media_s=1000.0)
+
+
+def leftovers(jobs: JobService, job: Job) -> tuple[bool, bool]:
+    """Whether its picture is there, and its clip."""
+    return jobs.files.exists(job.job_id, "image"), jobs.media.find(job.media_id) is not None
+
+
+def break_disk(jobs: JobService, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what was to be removed since."""
+    names: list[str] = []
+
+    def remove(name: str) -> None:
+        names.append(name)
+        raise MediaError("the disk is away")
+
+    monkeypatch.setattr(jobs.files, "remove", remove)
+    monkeypatch.setattr(jobs.media, "remove", remove)
+    return names
+
+
+def test_a_deleted_job_is_gone_whatever_becomes_of_its_files(
+    jobs: JobService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of its files is tried; what is left of them is swept."""
+    job = completed(jobs)
+    names = break_disk(jobs, monkeypatch)
+    told = asyncio.run(jobs.delete(job.job_id, ""))
+    assert told.as_json() == {"id": job.job_id, "object": "video.deleted", "deleted": True}
+    assert names == [job.job_id, job.media_id]
+    assert caplog.text.count("could not be removed") == 2
+    for call in (jobs.delete, jobs.cancel, jobs.get):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(call(job.job_id, ""))
+        assert (caught.value.status, caught.value.code) == (404, "not_found")
+
+
+def test_a_job_of_another_owner_is_not_there(jobs: JobService) -> None:
+    job = completed(jobs)
+    for call in (jobs.delete, jobs.cancel, jobs.get):
+        with pytest.raises(ApiError, match="video not found"):
+            asyncio.run(call(job.job_id, "somebody"))
+    assert leftovers(jobs, job) == (True, True)
+
+
+def test_a_cancelled_job_takes_its_files_along(jobs: JobService) -> None:
+    """What it came with, and the clip that a runner began which gave it back."""
+    job = with_clip(jobs, is_finished=False)
+    jobs.store.give_back(lease_of(job))
+    cancelled = asyncio.run(jobs.cancel(job.job_id, ""))
+    assert (cancelled.state, bool(cancelled.media_id)) == (JobState.CANCELLED, True)
+    assert leftovers(jobs, cancelled) == (False, False)
+
+
+def test_a_cancelled_job_is_cancelled_whatever_becomes_of_its_files(
+    jobs: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = jobs.store.create(new_job(), LIMITS)
+    names = break_disk(jobs, monkeypatch)
+    assert asyncio.run(jobs.cancel(waiting.job_id, "")).state is JobState.CANCELLED
+    assert names == [waiting.job_id]
+    jobs.store.create(new_job(), LIMITS)
+    running = claimed(jobs.store)
+    assert asyncio.run(jobs.cancel(running.job_id, "")).state is JobState.IN_PROGRESS
+    assert names == [waiting.job_id], "its runner needs them until it has stopped"
+
+
+@pytest.mark.parametrize("how", ["removed", "unreadable"])
+def test_a_file_that_goes_while_it_is_read(how: str, jobs: JobService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says nothing of the directory."""
+    job = completed(jobs)
+    assert asyncio.run(jobs.read(job, 2, 100)) == b"clip"
+    assert asyncio.run(jobs.read(job, 6, 100)) == b""
+    opened = jobs.media.open
+
+    def open_gone(record: Any) -> Any:
+        if how == "unreadable":
+            raise PermissionError(13, "Permission denied", str(jobs.media.file_path(record)))
+        jobs.media.remove(record.media_id)
+        return opened(record)
+
+    monkeypatch.setattr(jobs.media, "open", open_gone)
+    expected = "has expired, or was removed" if how == "removed" else "cannot be read: Permission denied"
+    with pytest.raises(ApiError if how == "removed" else MediaError, match=expected) as caught:
+        asyncio.run(jobs.read(job, 0, 100))
+    assert str(jobs.media.directory) not in str(caught.value)
+    assert job.job_id in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"start": -1}, "start"),
+        ({"num_bytes": 0}, "num_bytes"),
+        ({"num_bytes": MAX_PART_BYTES + 1}, "num_bytes"),
+        ({"variant": "poster"}, "variant"),
+    ],
+)
+def test_parts_have_bounds(given: dict[str, Any], field: str, jobs: JobService) -> None:
+    job = completed(jobs)
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(jobs.read(job, **{"start": 0, "num_bytes": 1, **given}))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("variant", CONTENT_VARIANTS)
+def test_what_grows_is_read_in_parts_when_it_is_finished(variant: str, jobs: JobService) -> None:
+    job = with_clip(jobs, is_finished=False)
+    now = jobs.store.get(job.job_id)
+    assert now is not None
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(jobs.read(now, 0, 1, variant))
+    assert (caught.value.status, caught.value.code) == (409, "media_not_ready")
+    assert "retry-after" in caught.value.headers
+
+
+def test_a_page_of_jobs_that_wait_takes_two_reads(
+    jobs: JobService, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created = []
+    for _ in range(101):
+        created.append(jobs.store.create(new_job(), LIMITS))
+        clock.passes(1.0)
+    jobs.store.note_rate(MODEL, Lane.VIDEO, 2.0)
+    reading, transactions = jobs.store._database.reading, []
+
+    def counted() -> Any:
+        transactions.append(1)
+        return reading()
+
+    monkeypatch.setattr(jobs.store._database, "reading", counted)
+    page = asyncio.run(jobs.list("", None, 100, "asc"))
+    assert len(transactions) == 2, "the jobs, and where all of them stand"
+    assert [video.id for video in page.videos] == [job.job_id for job in created[:100]]
+    assert [video.queue_position for video in page.videos] == list(range(100))
+    assert [video.eta_s for video in page.videos] == [2.0 * (i + 1) for i in range(100)]
+    assert (page.first_id, page.last_id, page.has_more) == (created[0].job_id, created[99].job_id, True)
+
+
+def test_the_number_of_an_event_that_is_still_to_come_hides_nothing(jobs: JobService) -> None:
+    job = jobs.store.create(new_job(), LIMITS)
+
+    async def follow() -> list[Any]:
+        events = jobs.follow(job, 5000, DEADLINE_S)
+        told = [await anext(events)]
+        await jobs.cancel(job.job_id, "")
+        return told + [event async for event in events]
+
+    queued, cancelled = asyncio.run(follow())
+    assert (queued.kind, cancelled.kind) == ("queued", "cancelled")
+    assert (cancelled.data["id"], cancelled.data["status"]) == (job.job_id, "failed"), "the last one has the job"
+
+
+def test_who_follows_a_deleted_job_is_told_so(jobs: JobService) -> None:
+    job = jobs.store.create(new_job(), LIMITS)
+
+    async def follow() -> list[Any]:
+        events = jobs.follow(job, 0, DEADLINE_S)
+        told = [await anext(events)]
+        deleted = await jobs.delete(job.job_id, "")
+        assert [event.data for event in told + [event async for event in events]][-1] == deleted.as_json()
+        return told
+
+    assert [event.kind for event in asyncio.run(follow())] == ["queued"]
