@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cosmos3_core.engine import Engine
-from cosmos3_core.generate import GenerationResult, generate
-from cosmos3_core.request import GenerationRequest
+from tests.app.director_client import connect
+from tests.app.in_process import app_config
+from tests.core_reference import eventually_fixture, reference  # noqa: F401  fixtures
 from tests.jobs.postgres import fresh_postgres_url, postgres_url  # noqa: F401  fixtures
 
 # Ray reads these once, when it is imported or its processes start.
@@ -28,7 +27,6 @@ os.environ |= {
 }
 
 REPOSITORY = Path(__file__).parents[2]
-LAPTOP = REPOSITORY / "cluster" / "configs" / "laptop.yaml"
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,10 @@ def _start(tiny_nano: Path, port: int, media: Path, name: str, overrides: dict[s
     from ray import serve
 
     from deployments.app import build
-    from deployments.config import AppConfig
-    from tests.graph.director_client import connect
 
-    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    # Each app its own jobs: what serves the same model would run them as well.
-    own = {"media.directory": str(media), "jobs.database": f"sqlite:///{media}/{name}.sqlite3"}
-    config = AppConfig.read(LAPTOP, {"checkpoint": str(tiny_nano), **own, **dotted})
+    config = app_config(tiny_nano, media, name, overrides)
     # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
-    application = build(config.model_dump(mode="json"))
-    serve.run(application, name=name, route_prefix=f"/{name}")
+    serve.run(build(config.model_dump(mode="json")), name=name, route_prefix=f"/{name}")
     return App(name, connect(name), f"http://127.0.0.1:{port}/{name}", config)
 
 
@@ -124,38 +116,3 @@ def jobs_app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
         "transformer__save_period_s": 0.2,
     }
     return _start(tiny_nano, ray_cluster, media, "jobs", overrides)
-
-
-@pytest.fixture(scope="session")
-def reference(
-    tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[GenerationRequest], GenerationResult]:
-    """A request's result in one process, without Ray; each computed once."""
-    results: dict[Any, GenerationResult] = {}
-    directory = tmp_path_factory.mktemp("reference")
-    engine = Engine(tiny_nano, device="cpu")
-
-    def get(request: GenerationRequest) -> GenerationResult:
-        packed = request.packed()
-        # Requests count as equal whatever media they bring.
-        key = (request, *(hash(bytes(media)) for media in (packed.image, packed.video) if media is not None))
-        if key not in results:
-            results[key] = generate(engine, packed, directory / str(len(results)))
-        return results[key]
-
-    return get
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    """Whether something becomes true in time."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.fixture(scope="session", name="eventually")
-def eventually_fixture() -> Callable[..., bool]:
-    return eventually

@@ -74,6 +74,7 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow  # tests/app runs the same in one process
 @pytest.mark.parametrize("mode", MINIMAL)
 def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_file: bytes) -> None:
     fields: dict[str, Any] = {**MINIMAL[mode], "num_inference_steps": 3}

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import statistics
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +14,6 @@ import pytest
 from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate
 from cosmos3_core.request import GenerationRequest
-from deployments import messages
-from deployments.jobs.store import JobStore
 from tests.graph.test_jobs import replica_pids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -80,56 +73,6 @@ def test_many_clients_at_once(num_clients: int, jobs_app: Any) -> None:
         f"{num_clients} clients in {seconds:.1f} s; tries: {statistics.mean(tries):.1f}, {max(tries)} at most; "
         f"told to wait {min(waits)} to {max(waits)} s; grown by {grown / 1e6:.1f} MB at most"
     )
-
-
-@contextmanager
-def held(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(jobs_app: Any) -> None:
-    """Steps are held until the queue is full: then the order is the queue's own."""
-    request = GenerationRequest(**SMALL)
-    events = list(jobs_app.client.stream(request))
-    (rank_pid,) = {event.pid for event in events if isinstance(event, messages.StepDone)}
-    with httpx.Client(base_url=jobs_app.url, timeout=300) as http:
-        with held(rank_pid):
-            first = [http.post("/v1/videos", json=SMALL).json()["id"] for _ in range(2)]
-            while any(http.get(f"/v1/videos/{job_id}").json()["status"] == "queued" for job_id in first):
-                time.sleep(0.05)
-            # The least urgent come first.
-            classes = [name for name in reversed(CLASSES) for _ in range(8)]
-            ids = [http.post("/v1/videos", json={**SMALL, "service_class": name}).json()["id"] for name in classes]
-            refused = http.post("/v1/videos", json=SMALL)
-            assert refused.status_code == 429
-            assert refused.json()["error"]["code"] == "overloaded"
-            positions = [http.get(f"/v1/videos/{job_id}").json()["queue_position"] for job_id in ids]
-            assert sorted(positions) == list(range(2, 26)), "two run"
-        freed_s = time.monotonic()
-        while http.post("/v1/videos", json=SMALL).status_code == 429:
-            time.sleep(0.05)
-        freed_s = time.monotonic() - freed_s
-        told_s = int(refused.headers["retry-after"])
-        # Whole seconds, and as exact as the speed of a machine that others use as well.
-        assert freed_s / 10 <= told_s <= 1 + 10 * freed_s, (told_s, freed_s)
-        deadline_s = time.monotonic() + DEADLINE_S
-        while any(http.get(f"/v1/videos/{job_id}").json()["status"] != "completed" for job_id in ids):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.1)
-    store = JobStore.open(jobs_app.config.jobs.database)
-    jobs = [store.get(job_id) for job_id in ids]
-    store.close()
-    order = [job.service_class for job in sorted((job for job in jobs if job), key=lambda job: job.started_s or 0.0)]
-    # Of the first thirteen eight are interactive, four standard and one batch, give or take one at the edges.
-    shares = Counter(order[:13])
-    assert abs(shares["interactive"] - 8) <= 1, order
-    assert abs(shares["standard"] - 4) <= 1, order
-    assert abs(shares["batch"] - 1) <= 1, order
-    print(f"told to wait {told_s} s; a place was free after {freed_s:.1f} s; order {order}")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.jobs.submit_options import SubmitOptions
-from tests.graph.director_client import EventStream
+from tests.app.director_client import EventStream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

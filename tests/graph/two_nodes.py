@@ -37,7 +37,7 @@ from deployments import messages
 from deployments.app import build_app
 from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.launch.ray_session import can_grow
-from tests.graph.director_client import DirectorClient, connect
+from tests.app.director_client import DirectorClient, connect
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=64, width=64, num_inference_steps=4, seed=5)
 # Most of its time with a gang, so that callers who wait for nothing else are load.

@@ -7,15 +7,14 @@ import io
 import json
 import select
 import socket
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import PIL.Image
 import pytest
@@ -27,13 +26,11 @@ from cosmos3_core.media.image import write_image
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import offered_modes, resolve
+from deployments.jobs.keys import KeyStore, NewKey
 from deployments.launch.http_client import save_video
 from deployments.messages import Finished
-from tests.graph.serving import cosmos3
 
 Reference = Callable[[GenerationRequest], GenerationResult]
-
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
@@ -44,15 +41,9 @@ GOOD: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width
 
 def send(app: Any, data: Any, headers: dict[str, str], path: str = "/v1/videos/sync") -> tuple[int, Any, Any]:
     """(status, headers, body) of a POST; JSON bodies are read."""
-    request = urllib.request.Request(app.url + path, data, {**KEYS.get(app.name, {}), **headers})
-    try:
-        answer = urllib.request.urlopen(request, timeout=100)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        body = answer.read()
+    answer = httpx.post(app.url + path, content=data, headers={**KEYS.get(app.name, {}), **headers}, timeout=100)
     is_json = "json" in answer.headers.get("content-type", "")
-    return answer.status, answer.headers, json.loads(body) if is_json else body
+    return answer.status_code, answer.headers, answer.json() if is_json else answer.content
 
 
 def send_json(app: Any, body: Any, path: str = "/v1/videos/sync") -> tuple[int, Any, Any]:
@@ -74,16 +65,17 @@ def send_form(app: Any, fields: dict[str, Any], path: str = "/v1/videos/sync") -
 @pytest.fixture(scope="module")
 def small_app(start_app: Callable[..., Any], media: Path) -> Any:
     """One that takes bodies of 1 MiB, and 1.5 MiB of them at once, from who has a key."""
-    added = cosmos3("keys", "add", "tests", "--database", f"sqlite:///{media}/limits.sqlite3", cwd=media)
-    assert added.returncode == 0, added.stderr
-    KEYS["limits"] = {"authorization": f"Bearer {added.stdout.strip()}"}
+    keys = KeyStore.open(f"sqlite:///{media}/limits.sqlite3")
+    _, text = keys.create(NewKey(name="tests"))
+    keys.close()
+    KEYS["limits"] = {"authorization": f"Bearer {text}"}
     return start_app("limits", auth__enabled=True, http__max_body_bytes=2**20, http__max_bodies_bytes=3 * 2**19)
 
 
 def head_of(app: Any) -> str:
     """Of a POST by hand, without its length."""
     host, key = app.url.split("/")[2], KEYS[app.name]["authorization"]
-    first = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: {host}\r\nauthorization: {key}\r\n"
+    first = f"POST /v1/videos/sync HTTP/1.1\r\nhost: {host}\r\nauthorization: {key}\r\n"
     return f"{first}content-type: application/json\r\n"
 
 
@@ -148,7 +140,7 @@ def test_a_bad_value_says_what_it_says_in_python(bad: dict[str, Any], app: Any) 
     body = {**GOOD, **bad}
     with pytest.raises(RequestError) as caught:
         resolve(GenerationRequest(**body), CheckpointLayout.open(app.config.checkpoint))
-    status, headers, answer = send_json(app, body)
+    status, _, answer = send_json(app, body)
     assert status == 422
     error = answer["error"]
     assert error["message"] == str(caught.value)
@@ -159,7 +151,6 @@ def test_a_bad_value_says_what_it_says_in_python(bad: dict[str, Any], app: Any) 
     )
     assert error["code"] == "invalid_field"
     assert error["type"] == "invalid_request_error"
-    assert headers["x-request-id"]
 
 
 def test_too_many_tokens_are_found_by_the_tokenizer_and_told_as_422(app: Any) -> None:
@@ -269,10 +260,7 @@ def test_seconds_make_frames(app: Any) -> None:
     assert "num_frames=8 was rounded up to 9" in headers["x-notes"]
 
 
-def test_the_request_id_goes_through(app: Any) -> None:
-    headers = {**JSON, "x-request-id": "mine"}
-    _, answer_headers, _ = send(app, json.dumps(GOOD).encode(), headers)
-    assert answer_headers["x-request-id"] == "mine"
+def test_a_request_id_is_a_word(app: Any) -> None:
     for refused in ("a" * 129, "two words"):
         status, _, answer = send(app, json.dumps(GOOD).encode(), {**JSON, "x-request-id": refused})
         assert status == 400, refused
@@ -295,11 +283,8 @@ def test_requests_of_one_id_at_once_do_not_mix(
 
 
 def get(app: Any, path: str) -> tuple[int, Any]:
-    try:
-        with urllib.request.urlopen(app.url + path, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+    answer = httpx.get(app.url + path, timeout=60)
+    return answer.status_code, answer.json()
 
 
 def test_health_ready_and_models(app: Any) -> None:

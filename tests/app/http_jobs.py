@@ -1,0 +1,67 @@
+"""Jobs over HTTP, on Ray or in process: made, waited for and followed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+DEADLINE_S = 200.0
+LONG: dict[str, Any] = {
+    "prompt": "A red car.",
+    "num_frames": 33,
+    "height": 96,
+    "width": 128,
+    "num_inference_steps": 60,
+    "negative_prompt": "",
+}
+
+
+def job_of(http: httpx.Client, **changed: Any) -> str:
+    """The id of a new job."""
+    answer = http.post("/v1/videos", json={**LONG, **changed})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def patiently(http: httpx.Client, path: str) -> dict[str, Any]:
+    """What a path answers, once the process behind it is there again."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            answer = http.get(path)
+            if answer.status_code == 200:
+                return dict(answer.json())
+        except httpx.TransportError as error:
+            answer = error  # type: ignore[assignment]
+        assert time.monotonic() < deadline_s, answer
+        time.sleep(0.2)
+
+
+def ended(http: httpx.Client, job_id: str) -> dict[str, Any]:
+    """A job, once it has ended."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while (job := patiently(http, f"/v1/videos/{job_id}"))["status"] not in ("completed", "failed"):
+        assert time.monotonic() < deadline_s, job
+        time.sleep(0.1)
+    return job
+
+
+def events_of(http: httpx.Client, job_id: str, after: int = 0) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(number, kind, data) of every event."""
+    headers = {"last-event-id": str(after)} if after else {}
+    with http.stream("GET", f"/v1/videos/{job_id}/events", headers=headers) as answer:
+        assert answer.status_code == 200
+        number, kind = 0, ""
+        for line in answer.iter_lines():
+            name, _, value = line.partition(": ")
+            if name == "id":
+                number = int(value)
+            elif name == "event":
+                kind = value
+            elif name == "data":
+                yield number, kind, json.loads(value)
+                number = 0

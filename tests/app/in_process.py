@@ -1,0 +1,180 @@
+"""The whole app in one process: what :func:`deployments.app.build_app` says, over :mod:`tests.app.local_ray`.
+
+Every deployment is the product's own class, gangs are one rank in a thread with the real model, HTTP goes over a real
+socket. Missing is what only processes can show: their deaths, their memory, Serve's proxy and its controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from cluster import clip_stream, gang
+from deployments.api.app import build_api
+from deployments.api.service import IngressSpec, Service
+from deployments.app import build_app
+from deployments.config import AppConfig
+from deployments.director.director import Director
+from tests.app.director_client import DirectorClient
+from tests.app.local_ray import Deployment, Handle, LocalRay, Loop, Packed
+
+REPOSITORY = Path(__file__).parents[2]
+LAPTOP = REPOSITORY / "cluster" / "configs" / "laptop.yaml"
+_START_S = _STOP_S = 100.0
+
+logger = logging.getLogger(__name__)
+
+
+def app_config(checkpoint: Path, media: Path, name: str, overrides: dict[str, Any]) -> AppConfig:
+    """The laptop's configuration with some keys replaced; ``__`` stands for the dots in their names."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    # Each app its own jobs: what serves the same model would run them as well.
+    own = {"media.directory": str(media), "jobs.database": f"sqlite:///{media}/{name}.sqlite3"}
+    return AppConfig.read(LAPTOP, {"checkpoint": str(checkpoint), **own, **dotted})
+
+
+@contextmanager
+def local_ray() -> Iterator[Loop]:
+    """A loop for apps, in which :mod:`cluster` finds a Ray of this process."""
+    loop = Loop()
+    ray = LocalRay(loop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_stream, "ray", ray)
+        patch.setattr(gang, "ray", ray)
+        patch.setattr(gang, "get_current_placement_group", lambda: "the leader's")
+        patch.setattr(gang, "placement_group_table", lambda _: {"bundles_to_node_id": {0: "here"}})
+        yield loop
+        loop.close()
+        ray.close()
+
+
+class InProcessApp:
+    """A running app.
+
+    Args:
+        loop: of :func:`local_ray`.
+        name: for messages.
+        config: of the app.
+
+    Attributes:
+        url: of the API.
+        client: calls the Director.
+        director: its handle.
+        service: of the ingress.
+        failures: of gangs, after which a leader would have ended its process; here it only says so.
+    """
+
+    def __init__(self, loop: Loop, name: str, config: AppConfig) -> None:
+        self.name, self.config = name, config
+        self.failures: list[str] = []
+        self._loop = loop
+        self._deployments: dict[str, Deployment] = {}
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.listen(128)
+        self.url = "http://{}:{}".format(*self._socket.getsockname())
+        # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
+        ingress = build_app(AppConfig.parse(config.model_dump(mode="json")))._bound_deployment
+        spec, director = self._arguments_of(ingress)
+        self.director: Handle = director
+        self.service = loop.run(self._opened(spec), _START_S)
+        server = uvicorn.Config(_ends_with_its_client(build_api(lambda: self.service)), log_config=None, lifespan="off")
+        self._server = uvicorn.Server(server)
+        self._serving = loop.start(self._server.serve([self._socket]))
+        self.client = DirectorClient(director)
+
+    def close(self) -> None:
+        """Stop as Serve does: the Director gives its jobs back."""
+        for replica in self.replicas("Director"):
+            self._loop.run(Director.__del__(replica), _STOP_S)
+        self._server.should_exit = self._server.force_exit = True
+        self._serving.result(_STOP_S)
+        self._loop.run(asyncio.to_thread(self.service.store.close), _STOP_S)
+        assert not self.failures
+
+    def replicas(self, name: str) -> list[Any]:
+        """The objects of a deployment."""
+        return self._deployments[name].replicas
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the transformer's ranks: what they are asked in the block they do after it."""
+        ended = threading.Event()
+        begun = [rank.hold(ended) for leader in self.replicas("Transformer") for rank in leader._gang._actors]
+        try:
+            for each in begun:
+                assert each.wait(_START_S)
+            yield
+        finally:
+            ended.set()
+
+    async def _opened(self, spec: IngressSpec) -> Service:
+        return await asyncio.to_thread(Service.open, spec, self.director, _Ready(), "127.0.0.1")
+
+    def _arguments_of(self, deployment: Any) -> Any:
+        """What a deployment is made with: other deployments are running, and are replaced by their handles."""
+        return Packed.of(deployment.init_args).unpack(lambda application: self._handle(application._bound_deployment))
+
+    def _handle(self, deployment: Any) -> Handle:
+        if deployment.name not in self._deployments:
+            arguments = self._arguments_of(deployment)
+            replicas = [self._replica(deployment, arguments) for _ in range(deployment.num_replicas)]
+            self._deployments[deployment.name] = Deployment(
+                self._loop, replicas, deployment.max_ongoing_requests, deployment.max_queued_requests
+            )
+        return Handle(self._deployments[deployment.name])
+
+    def _replica(self, deployment: Any, arguments: Any) -> Any:
+        # Serve awaits what ends a replica; here :meth:`close` does.
+        body = type(deployment.name, (deployment.func_or_class,), {"__del__": lambda _: None})
+        replica = body.__new__(body)
+        # A leader whose gang has failed ends its process.
+        replica._end_soon = lambda: self.failures.append(deployment.name)
+
+        async def made() -> None:
+            making = replica.__init__(*arguments)
+            if making is not None:
+                await making
+
+        self._loop.run(made(), _START_S)
+        return replica
+
+
+class _Ready:
+    """The stages of an app that has been made are all up."""
+
+    async def waiting_for(self) -> list[str]:
+        return []
+
+
+def _ends_with_its_client(app: Any) -> Any:
+    """Cancel a call whose client has hung up, as Serve does it."""
+
+    async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+        messages: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)  # a body is read as the app takes it
+
+        async def listen() -> None:
+            while (message := await receive())["type"] != "http.disconnect":
+                await messages.put(message)
+            calling.cancel()
+            await messages.put(message)
+
+        calling = asyncio.ensure_future(app(scope, messages.get, send))
+        listening = asyncio.ensure_future(listen())
+        try:
+            with suppress(asyncio.CancelledError):
+                await calling
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    return wrapped

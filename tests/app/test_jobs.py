@@ -1,0 +1,111 @@
+"""Jobs: progress is real, whoever comes back misses nothing, a full queue is shared out by class."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.sampler.schedule import make_schedule
+from deployments.jobs.store import JobStore
+from tests.app.http_jobs import DEADLINE_S, ended, events_of, job_of, patiently
+
+SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
+CLASSES = ("interactive", "standard", "batch")
+
+
+@pytest.fixture(scope="module")
+def jobs_app(start_app: Callable[..., Any]) -> Any:
+    """Two videos run at a time, few wait."""
+    return start_app("jobs", jobs__max_running_videos=2, jobs__max_queued=24)
+
+
+@pytest.fixture
+def http(jobs_app: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=jobs_app.url, timeout=DEADLINE_S) as client:
+        yield client
+
+
+def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx.Client) -> None:
+    job_id = job_of(http, num_inference_steps=12, num_frames=9)
+    events = list(events_of(http, job_id))
+    numbers = [number for number, kind, _ in events if kind != "queued"]
+    assert numbers == list(range(1, len(numbers) + 1))
+    steps = [data for _, kind, data in events if kind == "step"]
+    layout = CheckpointLayout.open(jobs_app.config.checkpoint)
+    sigmas = make_schedule("native", 12, flow_shift=10.0, config=layout.scheduler).sigmas
+    assert [(step["step"], step["num_steps"], step["sigma"], step["pid"]) for step in steps] == [
+        (n, 12, sigmas[n], os.getpid()) for n in range(1, 13)
+    ]
+    assert all(step["eta_s"] >= 0 and step["step_s"] > 0 for step in steps)
+    assert steps[-1]["eta_s"] == 0
+    kinds = [kind for _, kind, _ in events]
+    assert kinds.index("started") < kinds.index("step") < kinds.index("file") < kinds.index("decoding")
+    number, kind, job = events[-1]
+    assert kind == "completed"
+    assert (job["status"], job["progress"], job["step"]) == ("completed", 100, 12)
+    # Whoever comes back is told what came since.
+    assert list(events_of(http, job_id, after=number - 2)) == events[-2:]
+
+
+def test_while_steps_are_held_progress_stands_still(
+    jobs_app: Any, http: httpx.Client, eventually: Callable[..., bool]
+) -> None:
+    job_id = job_of(http, num_inference_steps=400)
+    path = f"/v1/videos/{job_id}"
+    assert eventually(lambda: patiently(http, path)["step"] >= 5)
+    with jobs_app.held():
+        # What was told before arrives within a quantum or two of a quarter second.
+        before, held = patiently(http, path), None
+        while held is None or before["step"] != held["step"]:
+            before = held or before
+            time.sleep(0.5)
+            held = patiently(http, path)
+        assert 5 <= held["step"] < 400
+        time.sleep(1.5)
+        still = patiently(http, path)
+        for name in ("step", "sigma", "progress", "stage", "status"):
+            assert still[name] == held[name]
+        assert still["status"] == "in_progress"
+    assert eventually(lambda: patiently(http, path)["step"] > held["step"]), "and then it goes on"
+    assert http.post(f"{path}/cancel").status_code == 200
+    job = ended(http, job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "cancelled")
+    assert 0 < job["progress"] < 100
+
+
+def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(
+    jobs_app: Any, http: httpx.Client, eventually: Callable[..., bool]
+) -> None:
+    """Steps are held until the queue is full: then the order is the queue's own."""
+    assert ended(http, job_of(http, **SMALL))["status"] == "completed", "there is a speed to tell times by"
+    with jobs_app.held():
+        running = [job_of(http, **SMALL) for _ in range(2)]
+        assert eventually(lambda: all(patiently(http, f"/v1/videos/{it}")["status"] != "queued" for it in running))
+        # The least urgent come first.
+        classes = [name for name in reversed(CLASSES) for _ in range(8)]
+        ids = [job_of(http, **SMALL, service_class=name) for name in classes]
+        refused = http.post("/v1/videos", json=SMALL)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 3600
+        positions = [patiently(http, f"/v1/videos/{job_id}")["queue_position"] for job_id in ids]
+        assert sorted(positions) == list(range(2, 26)), "two run"
+    jobs = [ended(http, job_id) for job_id in ids]
+    assert {job["status"] for job in jobs} == {"completed"}
+    assert http.post("/v1/videos", json=SMALL).status_code == 200
+    store = JobStore.open(jobs_app.config.jobs.database)
+    stored = [store.get(job_id) for job_id in ids]
+    store.close()
+    order = [job.service_class for job in sorted((job for job in stored if job), key=lambda job: job.started_s or 0.0)]
+    # Of the first thirteen eight are interactive, four standard and one batch, give or take one at the edges.
+    shares = Counter(order[:13])
+    assert abs(shares["interactive"] - 8) <= 1, order
+    assert abs(shares["standard"] - 4) <= 1, order
+    assert abs(shares["batch"] - 1) <= 1, order

@@ -1,0 +1,56 @@
+"""Every mode by handle and over HTTP gives the file, the frames and the actions of one process."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from cosmos3_core.conditioning.modes import MODES
+from cosmos3_core.media.mp4 import Mp4Writer
+from cosmos3_core.request import GenerationRequest
+from deployments.clients.http_body import body_of
+from tests.core_reference import Reference
+from tests.mode_inputs import CLIP, MINIMAL
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    with Mp4Writer(path, fps=24, height=32, width=48) as writer:
+        writer.write(CLIP)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("mode", MINIMAL)
+def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_file: bytes) -> None:
+    fields: dict[str, Any] = {**MINIMAL[mode], "num_inference_steps": 3}
+    if "video" in fields:
+        fields["video"] = clip_file
+    if MODES[mode].has_actions:
+        fields["action_chunk_size"] = 8
+    else:
+        fields |= {"height": 64, "width": 96, "num_frames": 1 if MODES[mode].is_image else 13}
+    request = GenerationRequest(**fields)
+    alone = reference(request)
+    expected = b"" if alone.path is None else alone.path.read_bytes()
+
+    generated = app.client.generate(request)
+    assert generated.info.mode == mode
+    assert generated.media == expected
+    assert generated.info.frames_sha256 == alone.frames_sha256
+    answer = httpx.post(f"{app.url}/v1/videos/sync", json=body_of(request), timeout=100)
+    assert answer.headers["x-mode"] == mode
+    if alone.actions is None:
+        assert generated.info.actions is None
+        assert answer.content == expected
+        return
+    assert generated.info.actions is not None
+    assert np.array_equal(generated.info.actions.values, alone.actions.values)
+    said = json.loads(answer.content)
+    assert said["actions"] == alone.actions.as_json()
+    assert (said["video"] and base64.b64decode(said["video"]["b64_json"])) == (expected or None)

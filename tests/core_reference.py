@@ -1,0 +1,49 @@
+"""What apps are compared with: the core's own results in one process, and the wait for a state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos3_core.engine import Engine
+from cosmos3_core.generate import GenerationResult, generate
+from cosmos3_core.request import GenerationRequest
+
+Reference = Callable[[GenerationRequest], GenerationResult]
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    """A request's result in one process, without Ray; each computed once."""
+    results: dict[Any, GenerationResult] = {}
+    directory = tmp_path_factory.mktemp("reference")
+    with Engine(tiny_nano, device="cpu") as engine:
+
+        def get(request: GenerationRequest) -> GenerationResult:
+            packed = request.packed()
+            # Requests count as equal whatever media they bring.
+            key = (request, *(hash(bytes(media)) for media in (packed.image, packed.video) if media is not None))
+            if key not in results:
+                results[key] = generate(engine, packed, directory / str(len(results)))
+            return results[key]
+
+        yield get
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+    """Whether something becomes true in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="session", name="eventually")
+def eventually_fixture() -> Callable[..., bool]:
+    return eventually
