@@ -99,10 +99,11 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page(page: Path, served: tuple[Path, App], tmp_path: Path) -> None:
-    folder, app = served
-    if page.stem == "library":  # makes its own checkpoint
-        folder = tmp_path
-    run_blocks(blocks_of(page), folder, app)
+def test_page(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    blocks = blocks_of(page)
+    folder, app = tmp_path, None
+    if any(":8000" in block.code or "connect()" in block.code for block in blocks):
+        folder, app = request.getfixturevalue("served")
+    run_blocks(blocks, folder, app)
     if page.stem in CHECKS:
         CHECKS[page.stem](folder)
