@@ -98,7 +98,6 @@ class InProcessApp:
             self._loop.run(Director.__del__(replica), _STOP_S)
         self._server.should_exit = self._server.force_exit = True
         self._serving.result(_STOP_S)
-        self._loop.run(asyncio.to_thread(self.service.store.close), _STOP_S)
         assert not self.failures
 
     def replicas(self, name: str) -> list[Any]:

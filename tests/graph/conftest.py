@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from tests.app.director_client import connect
 from tests.app.in_process import app_config
-from tests.core_reference import eventually_fixture, reference  # noqa: F401  fixtures
+from tests.core_reference import eventually, eventually_fixture, reference  # noqa: F401  fixtures
 from tests.jobs.postgres import fresh_postgres_url, postgres_url  # noqa: F401  fixtures
 
 # Ray reads these once, when it is imported or its processes start.
@@ -39,6 +40,13 @@ class App:
     config: Any
 
 
+def has_agent(node: dict[str, Any]) -> bool:
+    """Whether the node's metrics can be had."""
+    with suppress(OSError), socket.create_connection((node["NodeManagerAddress"], node["MetricsExportPort"]), 1.0):
+        return True
+    return False
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[int]:
     """A local Ray, and Serve's HTTP port. Logical CPUs and GPUs, more than there are: replicas mostly wait."""
@@ -57,6 +65,8 @@ def ray_cluster() -> Iterator[int]:
         log_to_driver=False,
         logging_level="ERROR",
     )
+    # Ray's processes look for the agent that takes their metrics a few times when they start, and never again.
+    assert eventually(lambda: all(has_agent(node) for node in ray.nodes()), 300.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -25,9 +25,9 @@ from cosmos3_core.media.image import write_image
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
 from deployments.launch.http_client import get, save_video
-from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, environment, serving
+from tests.graph.serving import DEADLINE_S, REPOSITORY, Serving, cosmos3, serving
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 REQUEST = [
     *("--prompt", "A red car.", "--num-frames", "9", "--height", "64", "--width", "96"),
@@ -230,113 +230,6 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
         with serving(tmp_path, "--checkpoint", str(tiny_nano), "--port", str(port)) as started:
             assert started.process.wait(DEADLINE_S) == 2, started.said()
             assert f"error: cannot listen on 127.0.0.1:{port}: Address already in use." in started.said()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["serve", "--checkpoint", "nowhere"], "error: nowhere: no such directory. A local path to"),
-        (
-            ["serve", "--config", "no-such-file.yaml"],
-            "error: no-such-file.yaml: no such file, nor one of the packaged",
-        ),
-        (["serve", "--checkpoint", "x", "--set", "transfomer.device=cpu"], "did you mean transformer?"),
-        (
-            ["serve", "--checkpoint", "x", "--set", "vae.num_thread=2"],
-            "vae.num_thread: no such key; did you mean num_threads?",
-        ),
-        (
-            ["serve", "--checkpoint", "x", "--set", "vae.autoscaling.max_replica=2"],
-            "vae.autoscaling.max_replica: no such key; did you mean max_replicas?",
-        ),
-        (
-            ["serve", "--checkpoint", "x", "--set", "http.port.x=2"],
-            "http.port.x: no such key; http.port is a single value",
-        ),
-        (["serve", "--checkpoint", "x", "--set", "vae"], "error: set='vae': allowed is KEY=VALUE"),
-        (["serve", "--checkpoint", "x", "--cfg", "3"], "transformer.cfg: allowed is 1 or 2, there are two guidance"),
-        (["serve", "--checkpoint", "x", "--tp", "two"], "transformer.tp='two': Input should be a valid integer"),
-        (["serve", "--checkpoint", "x", "--sp", "0"], "transformer.sp='0': Input should be greater than or equal to 1"),
-        (
-            ["serve", "--checkpoint", "x", "--gangs", "-1"],
-            "transformer.num_replicas='-1': Input should be",
-        ),
-        (
-            ["serve", "--config", "four-gpus", "--set", "transformer.gpus_per_rank=1.5"],
-            "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of one; 1.5 was given",
-        ),
-        (
-            ["serve", "--config", "autoscaling", "--gangs", "2"],
-            "transformer: num_replicas=2 and autoscaling exclude each other",
-        ),
-        (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port='eighty': Input should be a valid integer"),
-        (["generate", *REQUEST], "error: checkpoint=None: allowed is a checkpoint's directory, or --url"),
-        (["generate", *REQUEST, "--url", "http://127.0.0.1:9"], "error: http://127.0.0.1:9: nothing listens there"),
-        (["serve", "--checkpoint", "x", "--set", "name.x=1"], "name.x: no such key; name is a single value"),
-        (["generate", *REQUEST, "--url", "http://a b"], "error: url='http://a b': allowed is an address"),
-        (["generate", *REQUEST, "--url", f"http://{'a' * 64}.b"], "error: http://aaaa"),
-        (["generate", *REQUEST, "--url", "http://127.0.0.1:9", "--out", "."], "error: out='.': allowed is a path that"),
-        (["demo", "--out", "no/such/folder/demo"], "allowed is a path in an existing directory."),
-        (["demo", "--checkpoint", "/proc/no/such/place"], "error: checkpoint='/proc/no/such/place': allowed is "),
-        (["generate", *REQUEST, "--url", "127.0.0.1:9"], "error: url='127.0.0.1:9': allowed is an address such as"),
-    ],
-)
-def test_wrong_arguments_are_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = cosmos3(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in only_line(done.stderr)
-
-
-def test_a_wrong_key_in_a_file_names_the_nearest_one(tmp_path: Path) -> None:
-    (tmp_path / "typo.yaml").write_text("checkpoint: x\nvae: {chunk_latent: 2}\n")
-    done = cosmos3("serve", "--config", "typo.yaml", cwd=tmp_path)
-    assert done.returncode == 2
-    expected = "error: the configuration is wrong: vae.chunk_latent: no such key; did you mean chunk_latents?"
-    assert only_line(done.stderr) == expected
-
-
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "broken.yaml").write_bytes(b"checkpoint: \xff\xfe\n")
-    done = cosmos3("serve", "--config", "broken.yaml", cwd=tmp_path)
-    assert done.returncode == 2
-    assert only_line(done.stderr).startswith("error: broken.yaml: cannot be read as YAML: ")
-
-
-@pytest.mark.parametrize("timeout", ["nan", "inf", "-1", "0", "soon"])
-def test_a_time_out_that_is_none(timeout: str, tmp_path: Path) -> None:
-    done = cosmos3("check", "--url", "http://127.0.0.1:9", "--timeout", timeout, cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"argument --timeout: must be a number above 0, up to 1e+06 (got '{timeout}')" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "given"),
-    [(["--set", "transformer.tp=3"], 3), (["--tp", "16"], 16), (["--set", "transformer.tp=2", "--tp", "3"], 3)],
-)
-def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
-    arguments: list[str], given: int, tiny_nano: Path, tmp_path: Path
-) -> None:
-    done = cosmos3("serve", "--checkpoint", str(tiny_nano), *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"error: tp={given}: allowed is one of 1, 2, 4" in only_line(done.stderr)
-
-
-def test_help_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom deployments.launch.cli import main\n"
-        "try:\n    main(sys.argv[1:])\n"
-        "finally:\n    print(sorted({'torch', 'ray', 'av', 'pydantic', 'numpy'} & set(sys.modules)), file=sys.stderr)"
-    )
-    start_s = time.monotonic()
-    commands = ("generate", "serve", "check", "demo", "tiny-checkpoint", "bench")
-    for arguments in (["--help"], ["generate", "--help"], ["serve", "--help"], ["bench", "vae", "--help"]):
-        command = [sys.executable, "-c", script, *arguments]
-        done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0
-        assert done.stderr == "[]\n"
-        assert arguments != ["--help"] or all(name in done.stdout for name in commands)
-    assert time.monotonic() - start_s < 6, "0.05 s each on an idle machine"
 
 
 @pytest.mark.slow  # the README's commands, which every change runs, go the same way

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
 import os
+import signal
 import socket
-import threading
+import sqlite3
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
-import PIL.Image
 import pytest
 
 from cluster.errors import DeadlineExceeded, OverloadedError
-from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.jobs.submit_options import SubmitOptions
-from tests.app.director_client import EventStream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -62,6 +59,10 @@ def test_clips_do_not_mix_and_each_stays_with_one_encoder(
         many = list(pool.map(run, requests * 2))
     assert [digest for digest, _ in many] == expected * 2
     assert len(set.union(*(encoders for _, encoders in results))) == 2, "both encoders had work"
+
+
+def of_kind(events: Iterable[Any], kind: type) -> Iterator[Any]:
+    return (event for event in events if isinstance(event, kind))
 
 
 def rss_bytes(pid: int, kind: str = "RssAnon") -> int:
@@ -143,7 +144,7 @@ class Watched:
 
 
 def open_clips(app: Any) -> int:
-    return int(app.client._handle.num_open_clips.remote().result(timeout_s=30))
+    return int(app.client.ask("num_open_clips"))
 
 
 @pytest.mark.parametrize("at", [messages.StepDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
@@ -174,100 +175,53 @@ def test_a_client_that_hangs_up_stops_every_stage(app: Any, eventually: Callable
     assert eventually(lambda: open_clips(app) == 0)
 
 
-def webp_of(event: messages.PreviewReady) -> PIL.Image.Image:
-    assert event.media_type == "image/webp"
-    assert len(event.data) < 50_000
-    return PIL.Image.open(io.BytesIO(event.data), formats=["WEBP"])
+def num_queued(app: Any) -> int:
+    """Jobs that wait, those of callers too, which no page shows."""
+    path = app.config.jobs.database.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path)) as database:
+        return int(database.execute("select count(*) from jobs where state = 'queued'").fetchone()[0])
 
 
-def test_previews_come_while_steps_are_made_and_change_with_them(app: Any) -> None:
-    """Steps of a tenth of a second or more, so that a quantum is one or two; the clip itself is not waited for."""
-    request = replace(SMALL, num_frames=121, height=192, width=320, num_inference_steps=12)
-    told: list[messages.StepDone | messages.PreviewReady] = []
-    with app.client.stream(request, previews=6) as stream:
-        for event in stream:
-            assert not isinstance(event, messages.PreviewsOff), event.reason
-            if isinstance(event, messages.StepDone | messages.PreviewReady):
-                told.append(event)
-            if isinstance(event, messages.LatentsReady):
-                break
-    previews = [event for event in told if isinstance(event, messages.PreviewReady)]
-    assert 2 <= len(previews) <= 6
-    sigmas = {event.step: event.sigma for event in told if isinstance(event, messages.StepDone)}
-    assert list(sigmas) == list(range(1, 13))
-    for preview in previews:
-        before = [event.step for event in told[: told.index(preview)] if isinstance(event, messages.StepDone)]
-        assert preview.step in before
-        assert preview.sigma == sigmas[preview.step]
-        with webp_of(preview) as image:
-            assert (image.size, image.n_frames) == ((256, 154), 12)
-    assert isinstance(told[-1], messages.StepDone), "a preview after the last step"
-    assert [preview.step for preview in previews] == sorted({preview.step for preview in previews})
-    assert len({preview.data for preview in previews}) == len(previews), "a preview did not change"
-
-
-def test_previews_leave_the_clip_as_it_is_and_are_stills_of_images(app: Any, reference: Callable[..., Any]) -> None:
-    request = replace(SMALL, num_frames=1, num_inference_steps=200)  # several quanta
-    events = list(app.client.stream(request, previews=5))
-    (finished,) = (event for event in events if isinstance(event, messages.Finished))
-    assert finished.frames_sha256 == reference(request).frames_sha256
-    previews = [event for event in events if isinstance(event, messages.PreviewReady)]
-    assert 1 <= len(previews) <= 5
-    for preview in previews:
-        with webp_of(preview) as image:
-            assert (image.size, image.n_frames) == ((256, 213), 1)
-
-
-def test_a_director_refuses_more_previews_than_there_may_be(app: Any) -> None:
-    response = app.client._streaming.stream.remote(SMALL.packed(), SubmitOptions(previews=33), 60.0)
-    with pytest.raises(RequestError, match="previews=33: allowed is a whole number from 0 to 32"):
-        list(EventStream(response, 60.0))
-
-
-def test_past_its_bounds_the_app_says_when_to_come_back(start_app: Callable[..., Any]) -> None:
-    """Two places behind three: of twelve callers over HTTP and three by handle, one is served and one waits at a time;
-    the rest is told 429, or its typed twin, by whichever bound it met first. Nobody gets a 5xx."""
+def test_past_its_bounds_the_app_says_when_to_come_back(
+    start_app: Callable[..., Any], eventually: Callable[..., bool]
+) -> None:
+    """One clip runs and is held, so whatever is full stays full: the ingress with three calls and a fourth that waits
+    for it, then the queue of jobs with four. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
+    """
     app = start_app(
         "narrow",
         jobs__max_running_videos=1,
-        jobs__max_queued=1,
+        jobs__max_queued=4,
         ingress__max_ongoing_requests=3,
         ingress__max_queued_requests=1,
+        transformer__quantum_timeout_s=1000,
     )
-    request = replace(SMALL, num_frames=5, num_inference_steps=300)
-    body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 300}
-    barrier = threading.Barrier(15)
+    body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 2}
 
-    def by_http() -> tuple[int, str]:
-        barrier.wait()
-        headers = {"content-type": "application/json"}
-        data = json.dumps(body).encode()
+    def by_http() -> httpx.Response:
+        return httpx.post(f"{app.url}/v1/videos/sync", json=body, timeout=500)
+
+    with app.client.stream(replace(SMALL, num_inference_steps=1000)) as running, ThreadPoolExecutor(11) as pool:
+        (rank_pid,) = {event.pid for event in itertools.islice(of_kind(running, messages.StepDone), 1)}
+        os.kill(rank_pid, signal.SIGSTOP)
         try:
-            answer = urllib.request.urlopen(
-                urllib.request.Request(f"{app.url}/v1/videos/sync", data, headers), timeout=200
-            )
-        except urllib.error.HTTPError as refused:
-            answer = refused
-        with answer:
-            answer.read()
-            return answer.status, answer.headers.get("retry-after", "")
-
-    def by_handle() -> tuple[int, str]:
-        barrier.wait()
-        try:
-            app.client.generate(request)
-        except OverloadedError as refused:
-            return 429, str(refused.retry_after_s)
-        return 200, ""
-
-    with ThreadPoolExecutor(15) as pool:
-        futures = [pool.submit(by_http) for _ in range(12)] + [pool.submit(by_handle) for _ in range(3)]
-        answers = [future.result() for future in futures]
-    codes = [code for code, _ in answers]
-    assert set(codes) == {200, 429}
-    assert codes.count(200) >= 2
-    assert codes.count(429) >= 9
-    assert all(float(retry_after) >= 1 for code, retry_after in answers if code == 429)
+            taken = [pool.submit(by_http) for _ in range(3)]
+            assert eventually(lambda: num_queued(app) == 3)
+            others = [pool.submit(by_http) for _ in range(8)]
+            assert eventually(lambda: sum(each.done() for each in others) == 7), "one has the place that there is"
+            refused = [each.result() for each in others if each.done()]
+            with app.client.stream(SMALL) as last:
+                assert isinstance(next(last), messages.Accepted)
+                with pytest.raises(OverloadedError) as full:
+                    app.client.generate(SMALL)
+        finally:
+            os.kill(rank_pid, signal.SIGCONT)
+        running.close()
+        served = [each.result() for each in (*taken, *others) if each.result() not in refused]
+    assert {answer.status_code for answer in refused} == {429}
+    assert all(float(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert full.value.retry_after_s >= 1
+    assert [answer.status_code for answer in served] == [200] * 4
     assert app.client.generate(SMALL).info.num_frames == 17, "a place is free again"
 
 

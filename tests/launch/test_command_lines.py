@@ -1,0 +1,155 @@
+"""Command lines that are refused, and their words: the command runs in this process, nothing is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deployments.launch.cli import main
+from tests.graph.serving import environment
+
+REQUEST = [
+    *("--prompt", "A red car.", "--num-frames", "9", "--height", "64", "--width", "96"),
+    *("--steps", "3", "--seed", "5"),
+]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it wrote to standard error."""
+
+    returncode: int
+    stderr: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def ended(*arguments: str) -> Ended:
+        try:
+            status = main(arguments)
+        except SystemExit as left:
+            status = left.code if isinstance(left.code, int) else 1
+        return Ended(status, capsys.readouterr().err)
+
+    return ended
+
+
+def only_line(text: str) -> str:
+    (line,) = text.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "--checkpoint", "nowhere"], "error: nowhere: no such directory. A local path to"),
+        (
+            ["serve", "--config", "no-such-file.yaml"],
+            "error: no-such-file.yaml: no such file, nor one of the packaged",
+        ),
+        (["serve", "--checkpoint", "x", "--set", "transfomer.device=cpu"], "did you mean transformer?"),
+        (
+            ["serve", "--checkpoint", "x", "--set", "vae.num_thread=2"],
+            "vae.num_thread: no such key; did you mean num_threads?",
+        ),
+        (
+            ["serve", "--checkpoint", "x", "--set", "vae.autoscaling.max_replica=2"],
+            "vae.autoscaling.max_replica: no such key; did you mean max_replicas?",
+        ),
+        (
+            ["serve", "--checkpoint", "x", "--set", "http.port.x=2"],
+            "http.port.x: no such key; http.port is a single value",
+        ),
+        (["serve", "--checkpoint", "x", "--set", "vae"], "error: set='vae': allowed is KEY=VALUE"),
+        (["serve", "--checkpoint", "x", "--cfg", "3"], "transformer.cfg: allowed is 1 or 2, there are two guidance"),
+        (["serve", "--checkpoint", "x", "--tp", "two"], "transformer.tp='two': Input should be a valid integer"),
+        (["serve", "--checkpoint", "x", "--sp", "0"], "transformer.sp='0': Input should be greater than or equal to 1"),
+        (
+            ["serve", "--checkpoint", "x", "--gangs", "-1"],
+            "transformer.num_replicas='-1': Input should be",
+        ),
+        (
+            ["serve", "--config", "four-gpus", "--set", "transformer.gpus_per_rank=1.5"],
+            "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of one; 1.5 was given",
+        ),
+        (
+            ["serve", "--config", "autoscaling", "--gangs", "2"],
+            "transformer: num_replicas=2 and autoscaling exclude each other",
+        ),
+        (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port='eighty': Input should be a valid integer"),
+        (["generate", *REQUEST], "error: checkpoint=None: allowed is a checkpoint's directory, or --url"),
+        (["generate", *REQUEST, "--url", "http://127.0.0.1:9"], "error: http://127.0.0.1:9: nothing listens there"),
+        (["serve", "--checkpoint", "x", "--set", "name.x=1"], "name.x: no such key; name is a single value"),
+        (["generate", *REQUEST, "--url", "http://a b"], "error: url='http://a b': allowed is an address"),
+        (["generate", *REQUEST, "--url", f"http://{'a' * 64}.b"], "error: http://aaaa"),
+        (["generate", *REQUEST, "--url", "http://127.0.0.1:9", "--out", "."], "error: out='.': allowed is a path that"),
+        (["demo", "--out", "no/such/folder/demo"], "allowed is a path in an existing directory."),
+        (["demo", "--checkpoint", "/proc/no/such/place"], "error: checkpoint='/proc/no/such/place': allowed is "),
+        (["generate", *REQUEST, "--url", "127.0.0.1:9"], "error: url='127.0.0.1:9': allowed is an address such as"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], said: str, run: Run) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in only_line(done.stderr)
+
+
+def test_a_wrong_key_in_a_file_names_the_nearest_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("checkpoint: x\nvae: {chunk_latent: 2}\n")
+    done = run("serve", "--config", "typo.yaml")
+    assert done.returncode == 2
+    expected = "error: the configuration is wrong: vae.chunk_latent: no such key; did you mean chunk_latents?"
+    assert only_line(done.stderr) == expected
+
+
+def test_a_file_that_is_no_text(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_bytes(b"checkpoint: \xff\xfe\n")
+    done = run("serve", "--config", "broken.yaml")
+    assert done.returncode == 2
+    assert only_line(done.stderr).startswith("error: broken.yaml: cannot be read as YAML: ")
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "-1", "0", "soon"])
+def test_a_time_out_that_is_none(timeout: str, run: Run) -> None:
+    done = run("check", "--url", "http://127.0.0.1:9", "--timeout", timeout)
+    assert done.returncode == 2
+    assert f"argument --timeout: must be a number above 0, up to 1e+06 (got '{timeout}')" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [(["--set", "transformer.tp=3"], 3), (["--tp", "16"], 16), (["--set", "transformer.tp=2", "--tp", "3"], 3)],
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
+    arguments: list[str], given: int, tiny_nano: Path, run: Run
+) -> None:
+    done = run("serve", "--checkpoint", str(tiny_nano), *arguments)
+    assert done.returncode == 2
+    assert f"error: tp={given}: allowed is one of 1, 2, 4" in only_line(done.stderr)
+
+
+def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom deployments.launch.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print(sorted({'torch', 'ray', 'av', 'pydantic', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    commands = ("generate", "serve", "check", "demo", "tiny-checkpoint", "bench")
+    for arguments in (["--help"], ["generate", "--help"], ["serve", "--help"], ["bench", "vae", "--help"]):
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0
+        assert done.stderr == "[]\n"
+        assert arguments != ["--help"] or all(name in done.stdout for name in commands)
