@@ -57,7 +57,7 @@ class RequestContext:
             raise DeadlineExceeded(stage, self.limit_s)
         return left
 
-    def retried(self) -> RequestContext:
+    def next_attempt(self) -> RequestContext:
         """The context of the next try."""
         return replace(self, attempt=self.attempt + 1)
 

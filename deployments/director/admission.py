@@ -76,7 +76,7 @@ class Admission:
         """
         previews = checks.integer("previews", options.previews, 0, MAX_PREVIEWS)
         checks.choice("service_class", options.service_class, tuple(self.limits.classes))
-        resolved = await self.check.resolved(context, request)
+        resolved = await self.check.resolve(context, request)
         if self.prompt_check is not None:
             await self.prompt_check.check(context, resolved.prompt, is_skipped=options.skip_guardrails)
         values, media = encoded(request)

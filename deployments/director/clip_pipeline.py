@@ -1,14 +1,15 @@
-"""The second half of a pipeline: latents -> a file in the media store, decoded and encoded side by side.
+"""Second half of a pipeline: latents -> a file in the media store, decoded and encoded side by side.
 
-Decoders and encoder fail apart. When a decoder dies, another one begins anew with the latents; what the encoder has had
-already is dropped, so the file and whoever watches it grow go on. When the encoder dies, the file is lost with it: its
-record says so, and another one is begun. So a decoder's tries lie inside one of the encoder's, whose name the clip's
-stream has (:mod:`cluster.clip_stream`, where credits are explained as well).
+Decoders and the encoder fail independently. When a decoder dies, another one decodes the latents again, and chunks that
+the encoder already has are dropped: the file keeps growing. When the encoder dies, its file is lost. Its record says
+so, and the next attempt starts another file. A decoder's attempts therefore lie within one attempt of the encoder, and
+that attempt names the clip's stream (:mod:`cluster.clip_stream` explains streams and credits).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -16,22 +17,24 @@ from typing import Any
 
 from cluster.errors import GangFailed, StageFailed, StreamClosed
 from cosmos3_core.media.writer import ClipFormat
-from deployments.director.guardrail_calls import Passed, passed_chunk
-from deployments.director.retries import retried
+from deployments.director.guardrail_calls import PassedChunk, check_chunk
+from deployments.director.retries import retry_stage
 from deployments.failures import summarize_error
 from deployments.media.store import MediaStore, new_media_id
 from deployments.messages import ChunkDecoded, ClipEncoded, Event, FileStarted, RequestContext, SoundDecoded
 from deployments.stages.streams import RefStream, follow_stream, wait_within
 
+_CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
+
 
 @dataclass(frozen=True)
-class Decoder:
-    """Who decodes one of the latents.
+class LatentsDecoder:
+    """The decoder of one modality's latents.
 
     Attributes:
         name: of the modality.
         handle: of the deployment, with ``stream=True``.
-        latents: the reference to their envelope.
+        latents: reference to their envelope.
     """
 
     name: str
@@ -41,26 +44,25 @@ class Decoder:
 
 @dataclass
 class ClipPipeline:
-    """A clip on its way; :meth:`events` does it all.
+    """Decodes and encodes a clip; :meth:`events` does it all.
 
     Attributes:
         context: of the request.
         clip_format: of the file.
-        decoders: of what goes into it.
+        decoders: of the file's modalities.
         encoder: the deployment's handle, with ``stream=True``.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
-        media: where the file goes.
+        media: store of the file.
         chunk_window: decoded chunks that may exist before they are encoded.
-        max_attempts: tries of a stage whose process died.
-        close_later: takes a stream id to be closed once nobody is waiting here any more.
-        guardrail: the deployment's handle, with ``stream=True``, which has to let every frame pass; None where none is
-            looked at.
-        seconds: that the last try took.
+        max_attempts: attempts of a stage whose process died.
+        close_later: closes a clip's stream in the background.
+        guardrail: the deployment's handle, with ``stream=True``, that checks every frame; None without checks.
+        seconds: of the last attempt.
     """
 
     context: RequestContext
     clip_format: ClipFormat
-    decoders: tuple[Decoder, ...]
+    decoders: tuple[LatentsDecoder, ...]
     encoder: Any
     clips: Any
     media: MediaStore
@@ -71,51 +73,52 @@ class ClipPipeline:
     seconds: float = field(default=0.0, init=False)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Every event, :class:`ClipEncoded` the last: the file is whole then.
+        """Make the file; yield its events, :class:`ClipEncoded` at the end.
 
         Raises:
-            StageFailed, GangFailed: a stage's tries are used up.
+            StageFailed, GangFailed: a stage's attempts are used up.
             DeadlineExceeded: the time is up.
             MediaError: the file could not be written.
-            MediaStoreError: nobody here can read it.
-            ContentBlocked, GuardrailUnavailable: its frames must not be used, or nobody can say whether they may.
+            MediaStoreError: this node cannot see the file.
+            ContentBlocked: the guardrail blocked the frames.
+            GuardrailUnavailable: the guardrail cannot check them.
         """
-        async for event in retried("encode", self.context, self.max_attempts, self._file):
+        async for event in retry_stage("encode", self.context, self.max_attempts, self._make_file):
             yield event
 
-    async def _file(self, context: RequestContext) -> AsyncIterator[Event]:
-        """One try to make the file."""
+    async def _make_file(self, context: RequestContext) -> AsyncIterator[Event]:
+        """Make the file in one attempt of the encoder."""
         stream_id, media_id = context.try_id, new_media_id()
         start_s = time.monotonic()
         try:
             await wait_within(context, "decode", self.clips.open.remote(stream_id, self.chunk_window))
             encode = self.encoder.encode.remote(context, self.clip_format, media_id, self.clips, stream_id)
             async with follow_stream(encode, context, "encode") as encoded:
-                # First the encoder's place, then the decoder's: two clips that hold one each would wait for ever.
+                # The encoder's slot first, then the decoder's: two clips that hold one slot each would deadlock.
                 started = await encoded.next_value()
                 if not isinstance(started, FileStarted):
                     raise StreamClosed(stream_id, "the encoder went away")
-                await asyncio.to_thread(self.media.expect, media_id)  # or nobody here could read it
+                await asyncio.to_thread(self.media.expect, media_id)  # fails if this node does not see the file
                 yield started
                 decoded = self._decode_all(context, stream_id)
-                async for event in merged(decoded, _encoded(encoded, context)):
+                async for event in merge(decoded, _follow_encoder(encoded, context)):
                     self.seconds = time.monotonic() - start_s
                     yield event
         except BaseException as error:
-            # An encoder that is alive says so itself; one that died cannot.
+            # A dead encoder cannot mark its file as failed; a live one has done so.
             await asyncio.to_thread(self.media.fail, media_id, summarize_error(error))
             raise
         finally:
             self.close_later(stream_id)
 
     async def _decode_all(self, context: RequestContext, stream_id: str) -> AsyncIterator[Event]:
-        """Post all decoders' chunks to the clip's stream; it is complete when all are done."""
-        async for event in merged(*(self._decode(context, stream_id, decoder) for decoder in self.decoders)):
+        """Post all decoders' chunks to the clip's stream, and complete it at the end."""
+        async for event in merge(*(self._decode(context, stream_id, decoder) for decoder in self.decoders)):
             yield event
         await wait_within(context, "decode", self.clips.complete.remote(stream_id))
 
-    async def _decode(self, context: RequestContext, stream_id: str, decoder: Decoder) -> AsyncIterator[Event]:
-        posted = _Posted()
+    async def _decode(self, context: RequestContext, stream_id: str, decoder: LatentsDecoder) -> AsyncIterator[Event]:
+        posted = _PostedChunks()
 
         async def attempt(context: RequestContext) -> AsyncIterator[Event]:
             producer = f"{decoder.name}/{context.attempt}"
@@ -129,49 +132,49 @@ class ClipPipeline:
                 raise
 
         try:
-            async for event in retried("decode", context, self.max_attempts, attempt):
+            async for event in retry_stage("decode", context, self.max_attempts, attempt):
                 yield event
         except GangFailed as error:
-            # These were all its tries: the encoder's are not for it.
+            # The decoder has used its attempts; the encoder must not be retried for it.
             raise StageFailed("decode", self.max_attempts, summarize_error(error)) from error
 
     async def _forward(
-        self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: _Posted
+        self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: _PostedChunks
     ) -> AsyncIterator[Event]:
-        """Post a decoder's chunks to the clip's stream, unseen; yields what the decoder says about them."""
+        """Post a decoder's chunks to the clip's stream by reference; yield the decoder's events about them."""
         while (chunk_ref := await decoded.next_ref()) is not None:
-            # The last thing that comes of a decoder that died may be its error in a chunk's place: what is said of a
-            # chunk comes behind it, and so only of one that is there.
+            # A dying decoder may leave its error in a chunk's place. An event follows each real chunk: without one, the
+            # reference holds an error.
             event = await decoded.next_value()
             if event is None:
                 await wait_within(context, "decode", chunk_ref)
             assert isinstance(event, ChunkDecoded | SoundDecoded)
-            if event.index < posted.num_chunks:  # a clip decodes alike every time
-                del chunk_ref  # before the credit that stands for its memory goes back
+            if event.index < posted.num_chunks:  # decoding is deterministic: the encoder has this chunk
+                del chunk_ref  # frees its memory before its credit goes back
                 await wait_within(context, "decode", self.clips.drop.remote(stream_id, producer))
                 continue
             if self.guardrail is not None and isinstance(event, ChunkDecoded):
-                # While it is looked at there are two of it. Of the other try's context, which this one's tries are not.
-                async for item in passed_chunk(self.guardrail, self.context, self.max_attempts, chunk_ref):
-                    if isinstance(item, Passed):
+                # Uses the pipeline's context: the guardrail's attempts do not count as the decoder's.
+                async for item in check_chunk(self.guardrail, self.context, self.max_attempts, chunk_ref):
+                    if isinstance(item, PassedChunk):
                         chunk_ref = item.ref
                     else:
                         yield item
             posted.num_chunks += 1
-            # Announced before it is posted, so that nobody hears of its encoding first.
+            # Yield the event before the chunk is posted, or its encoding could be reported first.
             yield event
             await wait_within(context, "decode", self.clips.post.remote(stream_id, producer, [chunk_ref]))
 
 
 @dataclass
-class _Posted:
-    """How many of a decoder's chunks are in the clip's stream, whichever try made them."""
+class _PostedChunks:
+    """Number of a decoder's chunks in the clip's stream, over all its attempts."""
 
     num_chunks: int = 0
 
 
-async def _encoded(encoded: RefStream, context: RequestContext) -> AsyncIterator[Event]:
-    """The encoder's events as they come."""
+async def _follow_encoder(encoded: RefStream, context: RequestContext) -> AsyncIterator[Event]:
+    """Yield the encoder's events; fail if they end before the file does."""
     is_whole = False
     while (event := await encoded.next_value()) is not None:
         is_whole = isinstance(event, ClipEncoded)
@@ -180,8 +183,8 @@ async def _encoded(encoded: RefStream, context: RequestContext) -> AsyncIterator
         raise StageFailed("encode", context.attempt, "the encoder's stream ended before the file did")
 
 
-async def merged(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Items of several iterators as they come; the first failure ends them all."""
+async def merge(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Yield the items of several iterators as they come; the first failure ends them all."""
     queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=16)
     ended = object()
 
@@ -190,7 +193,7 @@ async def merged(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
             await queue.put(item)
 
     async def watch(pumps: list[asyncio.Task[None]]) -> None:
-        # Ends with the first failure or with the last pump; the mark comes after everything they put.
+        # Ends with the first failure or the last pump, so the sentinel follows everything that they put.
         await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
         await queue.put(ended)
 
@@ -206,3 +209,34 @@ async def merged(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
         for task in (*pumps, watcher):
             task.cancel()
         await asyncio.gather(*pumps, watcher, return_exceptions=True)
+
+
+class ClipCloser:
+    """Closes clips' streams in a background task, because calls of a cancelled request may be lost.
+
+    Args:
+        clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
+    """
+
+    def __init__(self, clips: Any) -> None:
+        self._clips = clips
+        self._stream_ids: asyncio.Queue[str] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def close_later(self, stream_id: str) -> None:
+        """Close a clip's stream in the background. Call it in the event loop."""
+        if self._task is None:
+            loop = asyncio.get_running_loop()
+            self._task = loop.create_task(self._close_streams(), context=contextvars.Context())
+        self._stream_ids.put_nowait(stream_id)
+
+    async def _close_streams(self) -> None:
+        while True:
+            stream_id = await self._stream_ids.get()
+            for _ in range(_CLOSE_TRIES):
+                try:
+                    async with asyncio.timeout(_CLOSE_S):
+                        await self._clips.close.remote(stream_id, "the request has ended")
+                    break
+                except Exception:  # noqa: BLE001 - the actor is away for a moment, or dead with all its streams
+                    await asyncio.sleep(_CLOSE_PAUSE_S)

@@ -1,4 +1,4 @@
-"""How the Director calls the guardrail. What cannot be looked at does not pass."""
+"""The Director's calls of the guardrail. What cannot be checked does not pass."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from typing import Any
 
 from cluster.errors import StageFailed
 from cosmos3_core.errors import RequestError
-from deployments.director.retries import retried
+from deployments.director.retries import retry_stage
 from deployments.errors import GuardrailUnavailable
 from deployments.failures import is_lost, is_retryable, translate_error
 from deployments.messages import FramesChecked, RequestContext, StageRetried, TextChecked
 from deployments.stages.streams import follow_stream, wait_within
 
 _STAGE = "guardrail"
-# For a prompt, whose caller waits to be accepted: the second is for a replica that died.
-_MAX_TRIES = 2
+# For a prompt whose caller waits for admission; the second attempt covers a dead replica.
+_MAX_ATTEMPTS = 2
 _RETRY_PAUSE_S = 0.2
-# Beside what the adapter may take for a prompt: for others' prompts that are before it, and the way.
+# On top of the adapter's own timeout: for prompts that are ahead in its queue, and for the call itself.
 _WAIT_S = 10.0
-# Prompts that are known to have passed; one takes 100 bytes.
+# Bound of the cache of passed prompts; one takes 100 bytes.
 _MAX_PASSED = 10_000
 
 
 @dataclass(frozen=True)
 class PromptCheck:
-    """What a request has to go through before it is accepted, whoever asks and however, and a job before it is begun.
+    """Checks the prompt of a request at admission, and of a job before its pipeline starts.
 
     Attributes:
         handle: of the Guardrails deployment, streaming.
-        text_timeout_s: that its adapter may take.
-        may_be_skipped: whether the operator lets requests do without.
+        text_timeout_s: of the adapter.
+        may_be_skipped: whether the operator lets requests skip the guardrail.
     """
 
     handle: Any
     text_timeout_s: float
     may_be_skipped: bool
-    # By hash. As long as this process lives the adapter is the same: what it has passed it need not see again.
+    # Hashes of passed prompts. The adapter stays the same as long as this process lives, so they need no second check.
     _passed: OrderedDict[bytes, None] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
-        """Have a prompt looked at, unless the request does without.
+        """Check a prompt unless the request skips the guardrail.
 
         Raises:
-            RequestError: the request does without, and may not.
+            RequestError: the request must not skip the guardrail.
             Cosmos3Error: as :func:`check_prompt`.
         """
         if not is_skipped:
             await check_prompt(self.handle, self.text_timeout_s, context, prompt)
-            self._note(prompt)
+            self._remember(prompt)
         elif not self.may_be_skipped:
             hint = "The operator of this service does not let clients turn the guardrails off."
             raise RequestError("skip_guardrails", True, "false", hint)
@@ -60,30 +60,30 @@ class PromptCheck:
     async def check_before(
         self, context: RequestContext, max_attempts: int, prompt: str
     ) -> AsyncIterator[StageRetried]:
-        """Have the prompt of a job looked at, unless that was done. A guardrail that is not up yet is waited for.
+        """Check a job's prompt unless this process has done so. Waits for a guardrail that is not up yet.
 
         Args:
             context: of the request.
-            max_attempts: tries of a guardrail whose process died.
+            max_attempts: attempts of a guardrail whose process died.
             prompt: of the job.
 
         Raises:
-            ContentBlocked: it must not be used.
-            GuardrailUnavailable, StageFailed: nobody can say so.
+            ContentBlocked: the prompt must not be used.
+            GuardrailUnavailable, StageFailed: the guardrail cannot check it.
             DeadlineExceeded: the request's time is up.
         """
 
         async def attempt(context: RequestContext) -> AsyncIterator[TextChecked]:
-            yield await _text_checked(self.handle, context, prompt)
+            yield await _check_text_once(self.handle, context, prompt)
 
         if _digest(prompt) in self._passed:
             return
-        async for item in retried(_STAGE, context, max_attempts, attempt):
+        async for item in retry_stage(_STAGE, context, max_attempts, attempt):
             if isinstance(item, StageRetried):
                 yield item
-        self._note(prompt)
+        self._remember(prompt)
 
-    def _note(self, prompt: str) -> None:
+    def _remember(self, prompt: str) -> None:
         self._passed[_digest(prompt)] = None
         if len(self._passed) > _MAX_PASSED:
             self._passed.popitem(last=False)
@@ -94,30 +94,30 @@ def _digest(prompt: str) -> bytes:
 
 
 async def check_prompt(handle: Any, text_timeout_s: float, context: RequestContext, prompt: str) -> None:
-    """Have a request's prompt looked at, before the request is accepted. The negative prompt is not.
+    """Check the prompt of a request, not its negative prompt, before admission.
 
     Args:
         handle: of the Guardrails deployment, streaming.
-        text_timeout_s: that the adapter may take.
+        text_timeout_s: of the adapter.
         context: of the request.
-        prompt: as it was given.
+        prompt: as the caller wrote it.
 
     Raises:
-        ContentBlocked: it must not be used.
-        GuardrailUnavailable: nobody can say so: the stage is down, fails, or takes too long.
-        OverloadedError: its queue is full.
+        ContentBlocked: the prompt must not be used.
+        GuardrailUnavailable: the stage is down, fails, or takes too long.
+        OverloadedError: the stage's queue is full.
         DeadlineExceeded: the request's time is up.
     """
     limit = asyncio.timeout(text_timeout_s + _WAIT_S)
     try:
         async with limit:
-            for num_tries in range(1, _MAX_TRIES + 1):
+            for num_attempts in range(1, _MAX_ATTEMPTS + 1):
                 try:
-                    await _text_checked(handle, context, prompt)
+                    await _check_text_once(handle, context, prompt)
                     return
-                except Exception as error:  # noqa: BLE001 - what another process raised can be anything
-                    if num_tries == _MAX_TRIES or not is_retryable(error):
-                        raise _meaning(error) from None
+                except Exception as error:  # noqa: BLE001 - another process may raise anything
+                    if num_attempts == _MAX_ATTEMPTS or not is_retryable(error):
+                        raise _translate(error) from None
                 await asyncio.sleep(_RETRY_PAUSE_S)
     except TimeoutError:
         if not limit.expired():
@@ -125,67 +125,63 @@ async def check_prompt(handle: Any, text_timeout_s: float, context: RequestConte
     raise GuardrailUnavailable("prompt")
 
 
-def _meaning(error: Exception) -> BaseException:
+def _translate(error: Exception) -> BaseException:
     meaning = translate_error(error, _STAGE)
     return GuardrailUnavailable("prompt") if isinstance(meaning, StageFailed) else meaning
 
 
-async def _text_checked(handle: Any, context: RequestContext, prompt: str) -> TextChecked:
+async def _check_text_once(handle: Any, context: RequestContext, prompt: str) -> TextChecked:
     async with follow_stream(handle.check_text.remote(context, prompt), context, _STAGE) as stream:
-        word = await stream.next_value()
-        if not isinstance(word, TextChecked):
+        checked = await stream.next_value()
+        if not isinstance(checked, TextChecked):
             raise GuardrailUnavailable("prompt")
-        return word
+        return checked
 
 
 @dataclass(frozen=True)
-class Passed:
-    """A chunk that may be shown.
-
-    Attributes:
-        ref: to it.
-    """
+class PassedChunk:
+    """Reference to a chunk that may be shown."""
 
     ref: Any
 
 
-async def passed_chunk(
+async def check_chunk(
     handle: Any, context: RequestContext, max_attempts: int, chunk_ref: Any
-) -> AsyncIterator[StageRetried | Passed]:
-    """Have a chunk of frames looked at; :class:`Passed` is the last item.
+) -> AsyncIterator[StageRetried | PassedChunk]:
+    """Check a chunk of frames; :class:`PassedChunk` is the last item.
 
     Args:
         handle: of the Guardrails deployment, streaming.
         context: of the request.
-        max_attempts: tries of a guardrail whose process died.
+        max_attempts: attempts of a guardrail whose process died.
         chunk_ref: to the chunk.
 
     Raises:
-        ContentBlocked: it must not be used.
-        GuardrailUnavailable, StageFailed: nobody can say so.
+        ContentBlocked: the frames must not be shown.
+        GuardrailUnavailable, StageFailed: the guardrail cannot check them.
         DeadlineExceeded: the request's time is up.
-        ObjectLostError: the chunk is gone, and has to be made anew.
+        ObjectLostError: the chunk is lost and has to be decoded again.
     """
 
-    async def attempt(context: RequestContext) -> AsyncIterator[Passed]:
+    async def attempt(context: RequestContext) -> AsyncIterator[PassedChunk]:
         try:
-            yield Passed(await _frames_checked(handle, context, chunk_ref))
+            yield PassedChunk(await _check_frames_once(handle, context, chunk_ref))
         except Exception as error:
             if is_lost(error):
                 raise _ChunkLost(error) from error
             raise
 
     try:
-        async for item in retried(_STAGE, context, max_attempts, attempt):
+        async for item in retry_stage(_STAGE, context, max_attempts, attempt):
             yield item
     except _ChunkLost as error:
         raise error.reason from None
 
 
-async def _frames_checked(handle: Any, context: RequestContext, chunk_ref: Any) -> Any:
+async def _check_frames_once(handle: Any, context: RequestContext, chunk_ref: Any) -> Any:
     async with follow_stream(handle.check_frames.remote(context, chunk_ref), context, _STAGE) as stream:
         checked_ref = await stream.next_ref()
-        # What comes in the place of a chunk may be the error that the stage has died of; its word comes behind it.
+        # A dying stage may leave its error in the chunk's place; FramesChecked follows only a real chunk.
         if isinstance(await stream.next_value(), FramesChecked):
             return checked_ref
         if checked_ref is not None:
@@ -194,7 +190,7 @@ async def _frames_checked(handle: Any, context: RequestContext, chunk_ref: Any) 
 
 
 class _ChunkLost(Exception):
-    """Not to be tried again here: what was to be looked at is gone."""
+    """The chunk to check is lost; a retry here cannot help."""
 
     def __init__(self, reason: Exception) -> None:
         self.reason = reason

@@ -13,8 +13,7 @@ from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import ResolvedRequest
 from deployments.director.admission import Admission
-from deployments.director.clip_closer import ClipCloser
-from deployments.director.guarded_pipeline import GuardedPipeline
+from deployments.director.clip_pipeline import ClipCloser
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.director.pipeline import Pipeline
 from deployments.director.previews import Previews
@@ -129,11 +128,11 @@ class DirectorParts:
             job: Job,
             begin_from: TensorEnvelope | None,
             on_saved: Callable[[int, TensorEnvelope], None],
-        ) -> Pipeline | GuardedPipeline:
-            # It may have been accepted when the operator let requests do without, or there was nothing to do without.
+        ) -> Pipeline:
+            # Skipping is allowed by today's configuration, not by that of the job's admission.
             is_skipped = job.skip_guardrails and self.spec.guardrails.clients_may_disable
             stages = self.stages.without_guardrail() if is_skipped else self.stages
-            pipeline = Pipeline(
+            return Pipeline(
                 request=request,
                 context=context,
                 layout=self.layout,
@@ -144,11 +143,10 @@ class DirectorParts:
                 max_attempts=self.spec.max_attempts,
                 close_later=closer.close_later,
                 order_previews=previews.orders(job.previews),
+                prompt_check=None if is_skipped else self.admission.prompt_check,
                 begin_from=begin_from,
                 on_saved=on_saved,
             )
-            prompt_check = None if is_skipped else self.admission.prompt_check
-            return pipeline if prompt_check is None else GuardedPipeline(pipeline, prompt_check)
 
         check = self.admission.check
         return JobRunner(self.jobs, check, make_pipeline, explain_failure, is_explained, runner_spec)

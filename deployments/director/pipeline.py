@@ -1,4 +1,4 @@
-"""The way of one request through the stages: tokenize, condition, denoise, then decode and encode side by side."""
+"""Pipeline of one request: check its prompt, tokenize, condition, denoise, then decode and encode side by side."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import StateError
 from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
-from deployments.director.clip_pipeline import ClipPipeline, Decoder
-from deployments.director.retries import retried
+from deployments.director.clip_pipeline import ClipPipeline, LatentsDecoder
+from deployments.director.guardrail_calls import PromptCheck
+from deployments.director.retries import retry_stage
 from deployments.failures import is_lost, translate_error, unwrap_error
 from deployments.media.store import MediaStore
 from deployments.messages import (
@@ -38,27 +39,28 @@ from deployments.messages import (
 from deployments.stages.handles import Stages
 from deployments.stages.streams import RefStream, follow_stream, wait_within
 
-# A leader that is up says at once where in its queue a request stands.
-_FIRST_WORD_S = 5.0
+# A leader that is up reports a request's queue position at once.
+_FIRST_ANSWER_S = 5.0
 
 
 @dataclass
 class Pipeline:
-    """A request on its way; :meth:`events` does it all.
+    """Runs a request through the stages; :meth:`events` does it all.
 
     Attributes:
-        request: with every field decided.
+        request: with every field resolved.
         context: its id and deadline.
         layout: of the checkpoint.
-        stages: whom to call.
+        stages: handles of the deployments.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
-        media: where files go.
+        media: store of the files.
         chunk_window: decoded chunks that may exist before they are encoded.
-        max_attempts: tries of a stage whose process died.
-        close_later: takes a stream id to be closed once nobody is waiting here any more.
-        order_previews: makes the order for previews of a clip of so many seconds; None where nobody wants any.
-        begin_from: a state of the same request that another run has left, to go on from.
-        on_saved: is given every saved state, with the number of steps that are done.
+        max_attempts: attempts of a stage whose process died.
+        close_later: closes a clip's stream in the background.
+        order_previews: makes the order of previews for a clip's seconds; None without previews.
+        prompt_check: checks the prompt before the first stage; None if it needs no check.
+        begin_from: saved state of this request to resume from; None to start anew.
+        on_saved: takes every saved state and the number of its steps.
     """
 
     request: ResolvedRequest
@@ -71,64 +73,70 @@ class Pipeline:
     max_attempts: int
     close_later: Callable[[str], None]
     order_previews: Callable[[float], Awaitable[PreviewOrder]] | None = None
+    prompt_check: PromptCheck | None = None
     begin_from: TensorEnvelope | None = None
     on_saved: Callable[[int, TensorEnvelope], None] | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
-    _saved: _Saved | None = None
-    _clean: _Held | None = None
+    _saved: _SavedState | None = None
+    _clean: _HeldTensor | None = None
 
     async def events(self) -> AsyncIterator[Event]:
-        """Every event of the request, :class:`Finished` the last.
+        """Run the request; yield its events, :class:`Finished` at the end.
 
         Raises:
-            RequestError: the request's fault, found by a stage.
+            RequestError: a stage found a fault of the request.
             OverloadedError: a stage's queue is full.
             DeadlineExceeded: the time is up.
-            GangFailed, StageFailed: a stage's tries are used up.
-            ContentBlocked, GuardrailUnavailable: its pictures must not be used, or nobody can say whether they may.
+            GangFailed, StageFailed: a stage's attempts are used up.
+            ContentBlocked: the guardrail blocked the prompt or the frames.
+            GuardrailUnavailable: the guardrail cannot check them.
         """
+        if self.prompt_check is not None:
+            # Admission has checked the prompt, but maybe under another configuration, before the app was restarted.
+            async for retry in self.prompt_check.check_before(self.context, self.max_attempts, self.request.prompt):
+                yield retry
         start_s = time.monotonic()
         if self.begin_from is not None:
-            self._saved = _Saved(0, _Held(ray.put(self.begin_from), self.begin_from))
+            self._saved = _SavedState(0, _HeldTensor(ray.put(self.begin_from), self.begin_from))
         pair, tokenized_events = await self._tokenize()
         for event in tokenized_events:
             yield event
         if self.request.picture is not None:
-            async for event in self._retried("condition", self._condition):
+            async for event in self._retry("condition", self._condition):
                 yield event
-            # As large as the caller's file; nobody needs it any more.
+            # It is as large as the caller's file, and no later stage needs it.
             self.request = replace(self.request, picture=replace(self.request.picture, media=b""))
         previews: PreviewOrder | None = None
         if self.order_previews is not None:
             try:
-                previews = await self._previews(self.order_previews)
+                previews = await self._make_preview_order(self.order_previews)
             except PreviewFailed as error:
                 yield PreviewsOff(error.reason, os.getpid())
         latents: _Latents
-        async for item in self._retried("denoise", lambda context: self._denoise(context, pair, previews)):
+        async for item in self._retry("denoise", lambda context: self._denoise(context, pair, previews)):
             if isinstance(item, _Latents):
                 latents = item
             else:
                 yield item
-        actions = self._actions(latents)
+        actions = self._read_actions(latents)
         if not self.request.has_file:
             self._seconds["total"] = time.monotonic() - start_s
             yield self._finished(None, pair, actions)
             return
-        clip_walk = self._clip_walk(latents)
-        async for event in clip_walk.events():
+        clip = self._clip_pipeline(latents)
+        async for event in clip.events():
             yield event
             if isinstance(event, ClipEncoded):
-                self._seconds |= {"decode_encode": clip_walk.seconds, "encode": event.seconds}
+                self._seconds |= {"decode_encode": clip.seconds, "encode": event.seconds}
                 self._seconds["total"] = time.monotonic() - start_s
                 yield self._finished(event, pair, actions)
 
-    def _clip_walk(self, latents: _Latents) -> ClipPipeline:
+    def _clip_pipeline(self, latents: _Latents) -> ClipPipeline:
         handles = self.stages.decoders_for(self.request)
         return ClipPipeline(
             context=self.context,
             clip_format=self.request.clip_format(),
-            decoders=tuple(Decoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),
+            decoders=tuple(LatentsDecoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),
             encoder=self.stages.encoder,
             clips=self.clips,
             media=self.media,
@@ -138,16 +146,16 @@ class Pipeline:
             guardrail=self.stages.guardrail,
         )
 
-    def _retried(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
-        def done_steps() -> int:
+    def _retry(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
+        def num_saved_steps() -> int:
             return 0 if self._saved is None else self._saved.step
 
-        return retried(stage, self.context, self.max_attempts, attempt, done_steps)
+        return retry_stage(stage, self.context, self.max_attempts, attempt, num_saved_steps)
 
     async def _tokenize(self) -> tuple[TokenizedPair, list[Event]]:
         start_s = time.monotonic()
         events: list[Event] = []
-        async for item in self._retried("tokenize", self._tokenize_once):
+        async for item in self._retry("tokenize", self._tokenize_once):
             if isinstance(item, TokenizedPair):
                 pair = item
             else:
@@ -164,21 +172,21 @@ class Pipeline:
             response.cancel()
 
     async def _condition(self, context: RequestContext) -> AsyncIterator[Event]:
-        """Have what the request gives encoded, and hold its latents."""
+        """Encode the image or clip that the request gives, and hold its latents."""
         encode = self.stages.vae.encode.remote(context, self.request.picture)
         async with follow_stream(encode, context, "condition") as stream:
             event = await stream.next_value()
             if not isinstance(event, PictureEncoded):
                 raise StageFailed("condition", context.attempt, "the stream ended without latents")
-            self._clean = await self._held(stream, context, "condition")
+            self._clean = await self._hold_next(stream, context, "condition")
             self._seconds["condition"] = event.seconds
             yield event
 
-    async def _held(self, stream: RefStream, context: RequestContext, stage: str) -> _Held:
+    async def _hold_next(self, stream: RefStream, context: RequestContext, stage: str) -> _HeldTensor:
         ref = await stream.next_ref()
-        return _Held(ref, await wait_within(context, stage, ref))
+        return _HeldTensor(ref, await wait_within(context, stage, ref))
 
-    async def _previews(self, order_previews: Callable[[float], Awaitable[PreviewOrder]]) -> PreviewOrder:
+    async def _make_preview_order(self, order_previews: Callable[[float], Awaitable[PreviewOrder]]) -> PreviewOrder:
         if not self.request.has_pictures:
             raise PreviewFailed("the request makes no pictures")
         if self.stages.guardrail is not None:
@@ -193,12 +201,12 @@ class Pipeline:
         *others, last = self.stages.gangs_for(job)
         for gang in others:
             try:
-                async for item in self._denoise_on(gang, context, job, previews, first_word_s=_FIRST_WORD_S):
+                async for item in self._denoise_on(gang, context, job, previews, answer_timeout_s=_FIRST_ANSWER_S):
                     yield item
                 return
             except Exception as error:
-                # Full, or away: nothing of the request was done. The next gang may have room.
-                if not isinstance(translate_error(error, "denoise"), OverloadedError | _NoWord):
+                # The gang is full or away and has done nothing of the request; the next one may have room.
+                if not isinstance(translate_error(error, "denoise"), OverloadedError | _GangSilent):
                     raise
         async for item in self._denoise_on(last, context, job, previews):
             yield item
@@ -210,7 +218,7 @@ class Pipeline:
         job: DenoiseRequest,
         previews: PreviewOrder | None,
         *,
-        first_word_s: float | None = None,
+        answer_timeout_s: float | None = None,
     ) -> AsyncIterator[Event | _Latents]:
         saved_ref = None if self._saved is None else self._saved.held.ref
         clean_ref = None if self._clean is None else self._clean.ref
@@ -218,30 +226,30 @@ class Pipeline:
         try:
             denoise = gang.denoise.remote(context, job, saved_ref, clean_ref, previews)
             async with follow_stream(denoise, context, "denoise") as stream:
-                event = await _within(first_word_s, stream.next_value())
+                event = await _await_answer(answer_timeout_s, stream.next_value())
                 while event is not None:
                     has_arrived = True
                     if isinstance(event, StateSaved):
-                        self._saved = _Saved(event.step, await self._held(stream, context, "denoise"))
+                        self._saved = _SavedState(event.step, await self._hold_next(stream, context, "denoise"))
                         if self.on_saved is not None:
                             self.on_saved(event.step, self._saved.held.envelope)
                     yield event
                     if isinstance(event, LatentsReady):
                         self._seconds["denoise"] = event.seconds
-                        latents = {name: await self._held(stream, context, "denoise") for name in event.modalities}
+                        latents = {name: await self._hold_next(stream, context, "denoise") for name in event.modalities}
                         self._saved = None
                         yield _Latents(latents)
                         return
                     event = await stream.next_value()
         except Exception as error:
-            # The state that this try was to begin with is gone, or is none of this model's: the next starts anew.
+            # The saved state is lost or does not fit this model: the next attempt starts anew.
             if (is_lost(error) or isinstance(unwrap_error(error), StateError)) and not has_arrived:
                 self._saved = None
             raise
         raise StageFailed("denoise", context.attempt, "the stream ended without latents")
 
-    def _actions(self, latents: _Latents) -> GeneratedActions | None:
-        """Generated actions are small: they are read here."""
+    def _read_actions(self, latents: _Latents) -> GeneratedActions | None:
+        """Read the generated actions, which are small; None if there are none."""
         track = self.request.action
         if track is None or not self.request.has_generated_actions:
             return None
@@ -268,25 +276,28 @@ class Pipeline:
         )
 
 
-class _NoWord(Exception):
-    """A gang has not said that it has the request: none of its kind is up."""
+class _GangSilent(Exception):
+    """A gang did not report the request's queue position in time: no replica of it is up."""
 
 
-async def _within(limit_s: float | None, awaitable: Awaitable[Any]) -> Any:
+async def _await_answer(limit_s: float | None, awaitable: Awaitable[Any]) -> Any:
     limit = asyncio.timeout(limit_s)
     try:
         async with limit:
             return await awaitable
     except TimeoutError:
         if limit.expired():
-            raise _NoWord from None
+            raise _GangSilent from None
         raise
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A tensor of a stage, to be passed on. Its envelope is held, unread, so that the bytes stay on this node when the
-    stage's is gone: what comes after can be tried again."""
+class _HeldTensor:
+    """A tensor that a stage made for a later one.
+
+    Its envelope, unread, keeps the bytes on this node when the stage's node is gone, so that later stages can be
+    retried.
+    """
 
     ref: Any
     envelope: TensorEnvelope
@@ -294,14 +305,14 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Latents:
-    """The latents, by modality."""
+    """Denoised latents by modality."""
 
-    held: dict[str, _Held]
+    held: dict[str, _HeldTensor]
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """A denoising state, after ``step`` steps."""
+class _SavedState:
+    """A saved denoising state after ``step`` steps."""
 
     step: int
-    held: _Held
+    held: _HeldTensor

@@ -1,4 +1,4 @@
-"""The app's map of previews: asked of a decoder when somebody first wants a preview, and kept."""
+"""The app's preview map, fetched from a decoder for the first request with previews, and cached."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from deployments.stages.streams import follow_stream
 
 logger = logging.getLogger("ray.serve")
 
-# How long a request waits for the map. A decoder has it from its start, but hands it out between two chunks of clips.
+# A request waits this long for the map. A decoder has it from its start, but answers only between two chunks.
 _WAIT_S = 10.0
-# How long a decoder may take for it, where it could not at its start: 2.4 TFLOP, 10 to 20 s on one CPU thread.
+# A decoder that could not fit the map at its start may take this long: 2.4 TFLOP, 10 to 20 s on one CPU thread.
 _FIT_S = 600.0
 
 
 class Previews:
-    """See the module.
+    """Makes the preview orders of requests.
 
     Args:
         vae: handle of the VideoVAE deployment, streaming.
@@ -36,22 +36,22 @@ class Previews:
         self._fetching: asyncio.Task[PreviewMap | PreviewFailed] | None = None
 
     def orders(self, num_previews: int) -> Callable[[float], Awaitable[PreviewOrder]] | None:
-        """What makes a request's :meth:`order`, of its clip's seconds; None where it wants none.
+        """Return the function that makes a request's order from its clip's seconds; None without previews.
 
         Raises:
-            RequestError: not a number of previews that a request may have.
+            RequestError: the number of previews is out of range.
         """
         num_previews = checks.integer("previews", num_previews, 0, MAX_PREVIEWS)
         return partial(self.order, num_previews) if num_previews else None
 
     async def order(self, num_previews: int, duration_s: float) -> PreviewOrder:
-        """What a transformer has to be told for previews of a clip of so many seconds.
+        """Make the transformer's order of previews for a clip of ``duration_s`` seconds.
 
         Raises:
-            PreviewFailed: there is no map, or not in time; the next request may find one.
+            PreviewFailed: the map cannot be fitted, or not in time. The next request tries again.
         """
         if self._fetching is None:
-            # A context of its own: a call made inside a request would be cancelled with that request.
+            # In an empty context: a call made in a request's context would be cancelled with the request.
             loop = asyncio.get_running_loop()
             self._fetching = loop.create_task(self._fetch(), context=contextvars.Context())
         fetching = self._fetching
@@ -61,7 +61,7 @@ class Previews:
         result = fetching.result()
         if isinstance(result, PreviewFailed):
             if self._fetching is fetching:
-                self._fetching = None  # to be tried again, by the next request
+                self._fetching = None  # the next request tries again
             raise result
         return PreviewOrder(num_previews, duration_s, result)
 
@@ -74,7 +74,7 @@ class Previews:
             if isinstance(preview_map, PreviewMap):
                 return preview_map
             reason = "the decoder's stream ended without their map"
-        except Exception as error:  # noqa: BLE001 - a preview fails no request, whatever another process raised
+        except Exception as error:  # noqa: BLE001 - another process may raise anything, and a preview never fails a request
             refusal = unwrap_error(error)
             reason = refusal.reason if isinstance(refusal, PreviewFailed) else summarize_error(error)
         logger.warning("previews cannot be made: %s", reason)

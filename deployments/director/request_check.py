@@ -1,4 +1,4 @@
-"""Requests checked in the Director, given clips looked at on the way: few at a time, whoever comes and leaves."""
+"""Resolve requests in the Director, and probe the clips that they give, a few at a time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cosmos3_core.resolve import resolve
 from deployments.messages import RequestContext
 from deployments.stages.streams import wait_within
 
-# Each is a process, and a thread that waits for it.
+# A probe is a process, and a thread that waits for it.
 _MAX_PROBES = 2
 
 
 class RequestCheck:
-    """See the module.
+    """Resolves requests against a checkpoint.
 
     Args:
         layout: of the checkpoint.
@@ -28,18 +28,18 @@ class RequestCheck:
         self._resolve = partial(resolve, layout=layout, is_sound_offered=is_sound_offered, probe=probe_clip_apart)
         self._probes = asyncio.Semaphore(_MAX_PROBES)
 
-    async def resolved(self, context: RequestContext, request: GenerationRequest) -> ResolvedRequest:
-        """The request with every field decided.
+    async def resolve(self, context: RequestContext, request: GenerationRequest) -> ResolvedRequest:
+        """Resolve every field of a request.
 
         Raises:
-            RequestError: it is wrong.
-            DeadlineExceeded: its time is up.
-            MediaError: a clip's reader was killed from outside.
+            RequestError: a value is wrong.
+            DeadlineExceeded: the request's time is up.
+            MediaError: the process that probes the clip was killed.
         """
         if not isinstance(request.video, bytes):
-            return self._resolve(request)  # moments: of an image the header is read
+            return self._resolve(request)  # quick: of an image only the header is read
         await wait_within(context, "director", self._probes.acquire())
         probing = asyncio.get_running_loop().run_in_executor(None, self._resolve, request)
-        # The place is free when the thread is, not when its caller has left.
+        # The slot is free when the thread ends, even if the caller has left.
         probing.add_done_callback(lambda _: self._probes.release())
         return await wait_within(context, "director", asyncio.shield(probing))

@@ -1,4 +1,4 @@
-"""A stage is tried again when its process died, and waited for when it is full."""
+"""Retry a stage whose process died; wait for a stage that is full."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from cluster.errors import GangFailed, GangLost, OverloadedError, StageFailed
 from deployments.failures import is_retryable, summarize_error, translate_error
 from deployments.messages import RequestContext, StageRetried
 
-# Before a stage is tried again: a dead replica is still in the routers' tables for a moment.
+# Before a retry: a dead replica stays in the routers' tables for a moment.
 _RETRY_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 2.0
 
 
-async def retried(
+async def retry_stage(
     stage: str,
     context: RequestContext,
     max_attempts: int,
     attempt: Callable[[RequestContext], AsyncIterator[Any]],
-    done_steps: Callable[[], int] = lambda: 0,
+    num_saved_steps: Callable[[], int] = lambda: 0,
 ) -> AsyncIterator[Any]:
-    """Run a stage until it succeeds or fails for good.
+    """Run a stage until it succeeds or fails for good; yield its items.
 
-    Deaths are retried with the same seed. A stage that is full is waited for: a request that was accepted is not
-    refused any more.
+    A dead process is retried with the same seed. A full stage is waited for, because an admitted request is never
+    rejected.
 
     Args:
         stage: for messages.
-        context: of the first try.
-        max_attempts: tries that may be a death's.
-        attempt: a try; its items are handed on as they come.
-        done_steps: how many steps the next try need not do again, for :class:`StageRetried`.
+        context: of the first attempt.
+        max_attempts: attempts in all; waits for a full stage do not count.
+        attempt: runs the stage once.
+        num_saved_steps: denoising steps that the next attempt resumes after, for :class:`StageRetried`.
 
     Raises:
-        GangFailed, StageFailed: the tries are used up.
+        GangFailed, StageFailed: the attempts are used up.
         DeadlineExceeded: the request's time is up.
-        Exception: what trying again cannot help.
+        Exception: as the stage raised, if a retry cannot help.
     """
-    num_tries = 1
+    num_attempts = 1
     while True:
         pause_s = _RETRY_PAUSE_S
         try:
             async for item in attempt(context):
                 yield item
             return
-        except Exception as error:  # noqa: BLE001 - what another process raised can be anything
+        except Exception as error:  # noqa: BLE001 - another process may raise anything
             meaning = translate_error(error, stage)
             if isinstance(meaning, OverloadedError):
                 event = None
@@ -54,14 +54,14 @@ async def retried(
             elif not is_retryable(error):
                 raise meaning from None
             else:
-                if not isinstance(meaning, GangLost):  # else the fault was another request's
-                    num_tries += 1
-                if num_tries > max_attempts:
+                if not isinstance(meaning, GangLost):  # GangLost: another request caused it
+                    num_attempts += 1
+                if num_attempts > max_attempts:
                     if isinstance(meaning, GangFailed):
-                        raise meaning from None  # says more: the phase and the rank
+                        raise meaning from None  # it names the phase and the rank
                     raise StageFailed(stage, max_attempts, summarize_error(error)) from None
-                event = StageRetried(stage, context.attempt + 1, summarize_error(error), done_steps())
+                event = StageRetried(stage, context.attempt + 1, summarize_error(error), num_saved_steps())
         if event is not None:
             yield event
-        context = context.retried()
+        context = context.next_attempt()
         await asyncio.sleep(min(pause_s, context.remaining_s(stage)))

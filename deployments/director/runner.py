@@ -294,7 +294,7 @@ class JobRunner:
             else caller.context
         )
         media = {name: await run_in_thread(self._files.get, job.job_id, name) for name in job.inputs}
-        resolved = await self._check.resolved(context, decoded(job.request, media))
+        resolved = await self._check.resolve(context, decoded(job.request, media))
         del media
         run.checkpoints = checkpoints = SavedStates(self._files, job.job_id, self._spec.checkpoint_period_s)
         begin_from = await run_in_thread(checkpoints.read)

@@ -29,7 +29,7 @@ from deployments import messages, service_config
 from deployments.api.errors import error_response, is_explained
 from deployments.director import guardrail_calls
 from deployments.director import parts as director_parts
-from deployments.director.clip_pipeline import ClipPipeline, Decoder
+from deployments.director.clip_pipeline import ClipPipeline, LatentsDecoder
 from deployments.director.guardrail_calls import PromptCheck, check_prompt
 from deployments.errors import AdapterError, ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
@@ -513,7 +513,7 @@ def test_a_job_does_without_only_where_the_operator_still_lets_it(
         if is_looked_at:
             with pytest.raises(ContentBlocked, match="prompt"):
                 await all_of(pipeline.events())
-            assert pipeline.pipeline.stages.guardrail is begun.handle, "its pictures would be looked at"
+            assert pipeline.stages.guardrail is begun.handle, "its pictures would be looked at"
         else:
             assert pipeline.stages.guardrail is None
             assert isinstance((await all_of(pipeline.events()))[-1], messages.Finished)
@@ -597,9 +597,10 @@ class Clip:
 
     def pipeline(self, max_attempts: int = 3) -> ClipPipeline:
         names = ("open", "complete", "forget", "drop", "post")
-        decoders = [Decoder("video", SimpleNamespace(decode=Method(self.decode)), as_ref("latents"))]
+        decoders = [LatentsDecoder("video", SimpleNamespace(decode=Method(self.decode)), as_ref("latents"))]
         if self.with_sound:
-            decoders.append(Decoder("sound", SimpleNamespace(decode=Method(self.decode_sound)), as_ref("latents")))
+            sound = SimpleNamespace(decode=Method(self.decode_sound))
+            decoders.append(LatentsDecoder("sound", sound, as_ref("latents")))
         return ClipPipeline(
             context=context(),
             clip_format=ClipFormat("mp4", height=4, width=4, fps=24),
@@ -754,7 +755,7 @@ def test_nobody_sees_previews_of_what_is_not_looked_at(tiny_nano: Path) -> None:
     pipeline = FakeStages().pipeline(tiny_nano)
     pipeline.stages = replace(pipeline.stages, guardrail=object())
     with pytest.raises(PreviewFailed, match="guardrail"):
-        run(pipeline._previews(order))
+        run(pipeline._make_preview_order(order))
     assert pipeline.stages.without_guardrail().guardrail is None
 
 

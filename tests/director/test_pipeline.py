@@ -36,7 +36,7 @@ from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from deployments import messages
 from deployments.director import pipeline as pipeline_module
-from deployments.director.clip_pipeline import merged
+from deployments.director.clip_pipeline import merge
 from deployments.director.pipeline import Pipeline
 from deployments.errors import MediaStoreError
 from deployments.messages import RequestContext
@@ -444,7 +444,7 @@ def test_a_source_that_nobody_takes_from_waits() -> None:
             yield made
 
     async def body() -> None:
-        items = merged(source())
+        items = merge(source())
         assert await anext(items) == 1
         await asyncio.sleep(0.05)
         assert made < 25
@@ -602,7 +602,7 @@ def test_where_no_gang_of_the_right_kind_is_up_the_other_kind_takes_the_request(
         yield None
 
     away.denoise = Method(never)
-    monkeypatch.setattr(pipeline_module, "_FIRST_WORD_S", 0.1)
+    monkeypatch.setattr(pipeline_module, "_FIRST_ANSWER_S", 0.1)
     pipeline = stages.pipeline(tiny_nano)
     pipeline.request = replace(pipeline.request, guidance_scale=1.0)
     pipeline.stages = replace(pipeline.stages, unguided=away)
@@ -728,7 +728,7 @@ def test_a_deadline_travels_as_seconds_that_are_left(monkeypatch: pytest.MonkeyP
 
 def test_requests_of_one_name_do_not_meet(tiny_nano: Path) -> None:
     one, two = RequestContext.new("same", 1.0), RequestContext.new("same", 1.0)
-    assert len({one.try_id, two.try_id, one.retried().try_id}) == 3
+    assert len({one.try_id, two.try_id, one.next_attempt().try_id}) == 3
 
 
 def test_the_requests_own_fault_is_not_retried(tiny_nano: Path) -> None:

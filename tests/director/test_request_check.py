@@ -60,7 +60,7 @@ def test_clips_are_looked_at_in_other_processes(layout: CheckpointLayout, monkey
     asked: list[Any] = []
     monkeypatch.setattr(apart, "_ask", lambda question, *_: asked.append(question) or ({"info": [32, 48, 9]}, b""))
     check = RequestCheck(layout, is_sound_offered=True)
-    resolved = run(check.resolved(context(), CLIP))
+    resolved = run(check.resolve(context(), CLIP))
     assert resolved.mode == "video_to_video"
     assert [question["do"] for question in asked] == ["probe"]
 
@@ -69,9 +69,9 @@ def test_few_are_looked_at_at_a_time_and_nobody_else_waits(layout: CheckpointLay
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
         slow = SlowResolve(check, 0.5)
-        clips = [asyncio.create_task(check.resolved(context(), CLIP)) for _ in range(6)]
+        clips = [asyncio.create_task(check.resolve(context(), CLIP)) for _ in range(6)]
         await asyncio.sleep(0.05)
-        await check.resolved(context(), GenerationRequest(prompt="a"))
+        await check.resolve(context(), GenerationRequest(prompt="a"))
         assert not any(task.done() for task in clips)
         await asyncio.gather(*clips)
         assert slow.most == request_check._MAX_PROBES
@@ -83,14 +83,14 @@ def test_those_who_leave_leave_no_work_behind(layout: CheckpointLayout) -> None:
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
         slow = SlowResolve(check, 0.2)
-        clips = [asyncio.create_task(check.resolved(context(), CLIP)) for _ in range(20)]
+        clips = [asyncio.create_task(check.resolve(context(), CLIP)) for _ in range(20)]
         await asyncio.sleep(0.05)
         for task in clips:
             task.cancel()
         await asyncio.gather(*clips, return_exceptions=True)
         await asyncio.sleep(0.5)
         assert slow.calls == request_check._MAX_PROBES
-        assert await check.resolved(context(), CLIP) == "resolved", "their places are free again"
+        assert await check.resolve(context(), CLIP) == "resolved", "their places are free again"
 
     run(body())
 
@@ -100,7 +100,7 @@ def test_looking_counts_towards_the_deadline(layout: CheckpointLayout) -> None:
         check = RequestCheck(layout, is_sound_offered=True)
         SlowResolve(check, 1.0)
         with pytest.raises(DeadlineExceeded):
-            await check.resolved(context(0.1), CLIP)
+            await check.resolve(context(0.1), CLIP)
 
     run(body())
 
@@ -108,4 +108,4 @@ def test_looking_counts_towards_the_deadline(layout: CheckpointLayout) -> None:
 def test_sound_is_refused_where_nothing_decodes_it(layout: CheckpointLayout) -> None:
     check = RequestCheck(layout, is_sound_offered=False)
     with pytest.raises(CapabilityError, match="configured without"):
-        run(check.resolved(context(), GenerationRequest(prompt="a", generate_sound=True)))
+        run(check.resolve(context(), GenerationRequest(prompt="a", generate_sound=True)))
