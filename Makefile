@@ -1,5 +1,7 @@
 # make env        create .venv with the pinned versions (again only when pyproject.toml or constraints.txt changed)
-# make test       the CPU tests (minutes)              make test-all   every test this machine can run
+# make test       the CPU tests (minutes), on one Ray at most
+# make test-serve those that start Ray sessions of their own: the commands, README's blocks, restarts
+# make test-all   every test this machine can run
 # make test-gpu   what needs GPUs, on those that this machine has; without pytest: python -m tests.gpu
 # make lint       ruff and mypy, changing nothing     make format     let ruff rewrite
 # make demo       the whole graph on this machine: a prompt over HTTP becomes demo.mp4, with a tiny random checkpoint
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: env demo test test-all test-gpu lint format clean
+.PHONY: env demo test test-serve test-all test-gpu lint format clean
 
 env: $(STAMP)
 
@@ -27,7 +29,10 @@ demo: env
 	$(BIN)/cosmos3 demo --checkpoint outputs/tiny-nano --out demo
 
 test: env
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not serve"
+
+test-serve: env
+	$(BIN)/python -m pytest -m "serve and not slow"
 
 test-all: env
 	$(BIN)/python -m pytest -n 2

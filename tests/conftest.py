@@ -12,6 +12,12 @@ import pytest
 import torch
 
 from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint
+from tests.process_budget import (  # noqa: F401  hooks
+    pytest_configure,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 if TYPE_CHECKING:
     from cosmos3_core.engine import Engine

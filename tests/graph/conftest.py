@@ -16,6 +16,7 @@ from tests.app.director_client import connect
 from tests.app.in_process import app_config
 from tests.core_reference import eventually, eventually_fixture, reference  # noqa: F401  fixtures
 from tests.jobs.postgres import fresh_postgres_url, postgres_url  # noqa: F401  fixtures
+from tests.process_budget import APPS, started
 
 # Ray reads these once, when it is imported or its processes start.
 os.environ |= {
@@ -40,6 +41,16 @@ class App:
     config: Any
 
 
+def counted(run: Callable[..., Any]) -> Callable[..., Any]:
+    """As it is, and counted."""
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started[APPS] += 1
+        return run(*arguments, **options)
+
+    return start
+
+
 def has_agent(node: dict[str, Any]) -> bool:
     """Whether the node's metrics can be had."""
     with suppress(OSError), socket.create_connection((node["NodeManagerAddress"], node["MetricsExportPort"]), 1.0):
@@ -56,6 +67,7 @@ def ray_cluster() -> Iterator[int]:
     from ray import serve
 
     serve_client.CLIENT_POLLING_INTERVAL_S = 0.05
+    serve.run = counted(serve.run)
     ray.init(
         "local",
         num_cpus=64,

@@ -15,7 +15,7 @@ from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint
 from cosmos3_core.media.probe import probe_video
 from tests.pages import BACKGROUND, DOWNLOAD, PAGES, README, App, app_served, blocks_of, run_blocks
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.serve
 
 
 def assert_frames(folder: Path, expected: dict[str, int]) -> None:

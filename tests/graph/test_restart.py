@@ -18,7 +18,7 @@ from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from tests.graph.serving import Serving, serving
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(1500)]
 
 Reference = Callable[[GenerationRequest], GenerationResult]
 DEADLINE_S = 300.0
