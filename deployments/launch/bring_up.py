@@ -29,7 +29,7 @@ from deployments.clients.errors import UnreachableError
 from deployments.config import AppConfig
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.store import JobStore
-from deployments.launch.capacity import Resources, missing, needed, out_of_reach
+from deployments.launch.capacity import Resources, describe_missing, describe_shortfall, sum_needs
 from deployments.launch.http_client import get
 from deployments.launch.ray_session import (
     RAY_FAILURES,
@@ -38,11 +38,11 @@ from deployments.launch.ray_session import (
     Room,
     StartError,
     can_grow,
-    in_time,
+    describe_failure,
     is_ray_alive,
-    nodes,
+    list_nodes,
     ray_session,
-    reason,
+    time_limit,
 )
 from deployments.service_config import HttpConfig
 
@@ -142,15 +142,15 @@ class RunningApp:
     def _broadcast(self, stage: str, method: str) -> list[Any]:
         """Call a method on every replica of a stage; return their answers."""
         try:
-            with in_time(_STATUS_S):
+            with time_limit(_STATUS_S):
                 results: list[Any] = serve.get_deployment_handle(stage, app_name=self.name).broadcast(method).results()
                 return results
         except RAY_FAILURES as error:
-            raise LostError(f"the app no longer answers: {reason(error)}") from None
+            raise LostError(f"the app no longer answers: {describe_failure(error)}") from None
 
 
 @contextmanager
-def running(config: AppConfig, placement: Placement, report: Callable[[str], None] = print) -> Iterator[RunningApp]:
+def run_app(config: AppConfig, placement: Placement, report: Callable[[str], None] = print) -> Iterator[RunningApp]:
     """Start an app, and stop it at the end of the block. Only for the main thread, as it handles signals.
 
     Args:
@@ -166,17 +166,17 @@ def running(config: AppConfig, placement: Placement, report: Callable[[str], Non
     """
     start_s = time.monotonic()
     config = config.model_copy(update={"checkpoint": CheckpointLayout.open(config.checkpoint).directory})
-    needs = needed(config)
+    needs = sum_needs(config)
     _check_access(config, report)
     with ray_session(placement):
         room = Room(placement)
-        if not can_grow() and (lack := out_of_reach(config, nodes())):
+        if not can_grow() and (lack := describe_shortfall(config, list_nodes())):
             hint = f" Or set --num-cpus {math.ceil(needs['CPU'])}: processes are counted, not held to it."
-            if needs["GPU"] > sum(node.resources.get("GPU", 0) for node in nodes()):
+            if needs["GPU"] > sum(node.resources.get("GPU", 0) for node in list_nodes()):
                 hint = " --config laptop does without GPUs."
             raise StartError(lack + (hint if placement.is_alone else ""))
         stop_timeout = StopTimeout()
-        with _serve(config.http, placement, stop_timeout, report) as url, _submitted(config, stop_timeout):
+        with _serve(config.http, placement, stop_timeout, report) as url, _submit(config, stop_timeout):
             _await_replicas(config.name, needs, room, placement.start_timeout_s, report)
             _await_http(url)
             address = ray.get_runtime_context().gcs_address
@@ -206,7 +206,7 @@ def _serve(
     http: HttpConfig, placement: Placement, stop_timeout: StopTimeout, report: Callable[[str], None]
 ) -> Iterator[str]:
     """Find or start Serve; yield the URL of its HTTP side."""
-    with in_time(_STATUS_S):
+    with time_limit(_STATUS_S):
         status = serve.status()
     head = _head_elsewhere()
     if status.proxies or status.applications:
@@ -225,7 +225,7 @@ def _serve(
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": port})
         except RAY_FAILURES as error:
-            raise StartError(f"Serve did not start: {reason(error)}") from None
+            raise StartError(f"Serve did not start: {describe_failure(error)}") from None
         yield _url(http.host, port, head)
     except KeyboardInterrupt:
         skips_stop = placement.is_alone  # Ray takes Serve with it
@@ -260,7 +260,7 @@ def _stop(call: Callable[[], None], stop_timeout: StopTimeout) -> None:
         # Serve's controller exits while it answers, which Ray prints as a failed task.
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(LostError, *RAY_FAILURES),
-        in_time(stop_timeout.stop_s),
+        time_limit(stop_timeout.stop_s),
     ):
         call()
 
@@ -284,9 +284,9 @@ def _free_port(http: HttpConfig) -> int:
 
 
 @contextmanager
-def _submitted(config: AppConfig, stop_timeout: StopTimeout) -> Iterator[None]:
+def _submit(config: AppConfig, stop_timeout: StopTimeout) -> Iterator[None]:
     """Submit the application to Serve, which starts its replicas; delete it at the end of the block."""
-    with in_time(_STATUS_S):
+    with time_limit(_STATUS_S):
         applications = serve.status().applications
     if config.name in applications:
         raise StartError(f"an app {config.name!r} already runs in that Ray cluster; stop it, or choose another --name")
@@ -295,7 +295,7 @@ def _submitted(config: AppConfig, stop_timeout: StopTimeout) -> Iterator[None]:
         try:
             serve.run_many([target], wait_for_applications_running=False)
         except RAY_FAILURES as error:
-            raise StartError(f"Serve refused the app: {reason(error)}") from None
+            raise StartError(f"Serve refused the app: {describe_failure(error)}") from None
         yield
     finally:
         _stop(lambda: serve.delete(config.name), stop_timeout)
@@ -310,10 +310,10 @@ def _application(name: str) -> Any:
     if not is_ray_alive():
         raise LostError("Ray is gone, and the app with it")
     try:
-        with in_time(_STATUS_S):
+        with time_limit(_STATUS_S):
             applications = serve.status().applications
     except RAY_FAILURES as error:
-        raise LostError(f"Serve no longer answers: {reason(error)}") from None
+        raise LostError(f"Serve no longer answers: {describe_failure(error)}") from None
     if name not in applications:
         raise LostError(f"Serve no longer has an app {name!r}; it was deleted")
     return applications[name]
@@ -324,9 +324,9 @@ def _await_replicas(name: str, needs: Resources, room: Room, timeout_s: float, r
     has_reported = False
     while (app := _application(name)).status != "RUNNING":
         if app.status == "DEPLOY_FAILED":
-            raise StartError(_why_it_failed(app))
+            raise StartError(_describe_deploy_failure(app))
         waited_s = time.monotonic() - start_s
-        lack = missing(needs, room.free())
+        lack = describe_missing(needs, room.free())
         if waited_s > timeout_s:
             idle = sorted(stage for stage, it in app.deployments.items() if not it.replica_states.get("RUNNING"))
             raise StartError(f"not up within {timeout_s:g} s: {', '.join(idle)} did not start. {lack}".rstrip())
@@ -336,13 +336,13 @@ def _await_replicas(name: str, needs: Resources, room: Room, timeout_s: float, r
         time.sleep(_POLL_S)
 
 
-def _why_it_failed(app: Any) -> str:
+def _describe_deploy_failure(app: Any) -> str:
     reasons = [
-        f"the stage {stage} did not start: {reason(it.message)}"
+        f"the stage {stage} did not start: {describe_failure(it.message)}"
         for stage, it in app.deployments.items()
         if it.status == "DEPLOY_FAILED"
     ]
-    return "; ".join(reasons) or f"Serve refused the app: {reason(app.message)}"
+    return "; ".join(reasons) or f"Serve refused the app: {describe_failure(app.message)}"
 
 
 def _await_http(url: str) -> None:

@@ -31,26 +31,26 @@ class Node:
     labels: Mapping[str, str]
 
 
-def needed(config: AppConfig) -> Resources:
+def sum_needs(config: AppConfig) -> Resources:
     """Return the resources of all stages at their smallest number of replicas.
 
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
     """
-    return _needed(config, gang_spec(config, config.transformer), _num_replicas(config.transformer))
+    return _sum_needs(config, gang_spec(config, config.transformer), _num_replicas(config.transformer))
 
 
-def missing(needed: Resources, free: Resources) -> str:
+def describe_missing(needs: Resources, free: Resources) -> str:
     """Describe the missing resources in a sentence; "" if none are missing."""
-    lacks = {kind: round(needed[kind] - free.get(kind, 0), 4) for kind in _KINDS}
+    lacks = {kind: round(needs[kind] - free.get(kind, 0), 4) for kind in _KINDS}
     lacks = {kind: amount for kind, amount in lacks.items() if amount > 0}
     if not lacks:
         return ""
     has = {kind: free.get(kind, 0) for kind in _KINDS}
-    return f"{_words(lacks)} missing: the app needs {_words(needed)}, Ray has {_words(has)} for it."
+    return f"{_format(lacks)} missing: the app needs {_format(needs)}, Ray has {_format(has)} for it."
 
 
-def out_of_reach(config: AppConfig, nodes: Sequence[Node]) -> str:
+def describe_shortfall(config: AppConfig, nodes: Sequence[Node]) -> str:
     """Describe why these nodes cannot hold the app, even if all their resources were free; "" if they can.
 
     Compares sums, and each gang of the stages ``transformer`` and ``vae`` with single nodes. It does not solve the
@@ -60,12 +60,12 @@ def out_of_reach(config: AppConfig, nodes: Sequence[Node]) -> str:
         Cosmos3Error: the checkpoint or the layout cannot be used.
     """
     gang, num_gangs = gang_spec(config, config.transformer), _num_replicas(config.transformer)
-    lack = _lack(config, gang, num_gangs, nodes)
-    return " ".join(filter(None, [lack, _what_fits(config, gang, num_gangs, nodes)])) if lack else ""
+    lack = _describe_lack(config, gang, num_gangs, nodes)
+    return " ".join(filter(None, [lack, _suggest_layouts(config, gang, num_gangs, nodes)])) if lack else ""
 
 
-def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Node]) -> str:
-    if lack := missing(_needed(config, gang, num_gangs), _sum([node.resources for node in nodes])):
+def _describe_lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Node]) -> str:
+    if lack := describe_missing(_sum_needs(config, gang, num_gangs), _sum([node.resources for node in nodes])):
         return lack
     num_ranks, num_cards = num_gangs * gang.num_ranks, sum(int(node.resources.get("GPU", 0)) for node in nodes)
     if (cards := _cards(num_ranks, gang.gpus_per_rank)) > num_cards:
@@ -74,7 +74,9 @@ def _lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Nod
         if not _nodes_with_labels(nodes, stage):
             labels = ", ".join(f"{key}: {value}" for key, value in stage.node_labels.items())
             return f"No node has the labels that {name}.node_labels asks for ({labels})."
-    return _no_place(config.transformer, gang, nodes) or _no_place(config.vae, vae_gang_spec(config), nodes)
+    return _describe_misfit(config.transformer, gang, nodes) or _describe_misfit(
+        config.vae, vae_gang_spec(config), nodes
+    )
 
 
 def _stages(config: AppConfig) -> dict[str, Stage]:
@@ -95,7 +97,7 @@ def _num_replicas(stage: Stage) -> int:
     return stage.autoscaling.min_replicas if stage.autoscaling else stage.num_replicas
 
 
-def _needed(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
+def _sum_needs(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
     parts = num_gangs * bundles(gang, config.transformer.num_cpus)
     for name, stage in _stages(config).items():
         if isinstance(stage, TransformerStage):
@@ -112,7 +114,7 @@ def _sum(parts: Sequence[Resources]) -> dict[str, float]:
     return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in _KINDS}
 
 
-def _what_fits(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]) -> str:
+def _suggest_layouts(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]) -> str:
     """Name the largest layouts that the nodes could hold in a sentence; "" if there are none."""
     rank = gang.rank
     assert isinstance(rank, TransformerSpec)
@@ -122,7 +124,7 @@ def _what_fits(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequenc
     layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]
     for num_gangs in range(max_gangs, 0, -1):
         specs = [(layout, replace(gang, rank=replace(rank, layout=layout))) for layout in layouts]
-        fitting = [layout for layout, spec in specs if not _lack(config, spec, num_gangs, nodes)]
+        fitting = [layout for layout, spec in specs if not _describe_lack(config, spec, num_gangs, nodes)]
         most = max((layout.num_ranks for layout in fitting), default=0)
         key = "--set transformer.autoscaling.min_replicas=" if config.transformer.autoscaling else "--gangs "
         flags = [f"{_flags(layout)} {key}{num_gangs}" for layout in fitting if layout.num_ranks == most]
@@ -135,7 +137,7 @@ def _flags(layout: Layout) -> str:
     return f"--tp {layout.tp} --cfg {layout.cfg} --sp {layout.sp}"
 
 
-def _no_place(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
+def _describe_misfit(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
     """Describe why not even one gang of a stage fits these nodes under its placement strategy; "" if one fits."""
     gang, strategy, nodes = bundles(spec, stage.num_cpus), stage.placement_strategy, _nodes_with_labels(nodes, stage)
     num_cards = spec.num_ranks if isinstance(stage, VideoVAEStage) and stage.beside_transformer else 0
@@ -148,21 +150,21 @@ def _no_place(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
             return ""
         return (
             f"placement_strategy STRICT_PACK wants all {len(gang)} ranks of a gang on one node, and none has "
-            f"{_words(whole)}; PACK takes several nodes."
+            f"{_format(whole)}; PACK takes several nodes."
         )
     a_rank, with_leader = _sum(gang[-1:]), _sum(gang[:1])
     num_wanted = len(gang) if strategy == "STRICT_SPREAD" else 1
     num_there = sum(_holds(node, a_rank) for node in nodes)
     if num_there < num_wanted or not any(_holds(node, with_leader) for node in nodes):
         return (
-            f"placement_strategy {strategy} wants {num_wanted} nodes with {_words(a_rank)} for a rank, one with "
-            f"{_words(with_leader)} for the leader too; there are {num_there}."
+            f"placement_strategy {strategy} wants {num_wanted} nodes with {_format(a_rank)} for a rank, one with "
+            f"{_format(with_leader)} for the leader too; there are {num_there}."
         )
     return ""
 
 
 def _holds(node: Node, wanted: Resources) -> bool:
-    return not missing(wanted, node.resources)
+    return not describe_missing(wanted, node.resources)
 
 
 def _nodes_with_labels(nodes: Sequence[Node], stage: Stage) -> list[Node]:
@@ -175,5 +177,5 @@ def _matches(label: str | None, selector: str) -> bool:
     return (label in re.findall(r"[\w.-]+", re.sub(r"^!?(in\()?", "", selector))) == is_wanted
 
 
-def _words(resources: Resources) -> str:
+def _format(resources: Resources) -> str:
     return " and ".join(f"{round(amount, 4):g} {kind}" for kind, amount in resources.items())

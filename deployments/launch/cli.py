@@ -21,7 +21,7 @@ from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
 from deployments.launch.config_flags import add_config_flags, config_of
 from deployments.launch.keys import add_keys_flags
-from deployments.launch.processes import no_leftovers
+from deployments.launch.processes import kill_leftovers
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
@@ -220,13 +220,13 @@ def _serve(options: argparse.Namespace) -> int:
     config = _config(options)
     _prepare_ray()
     from deployments.api.auth import auth_required
-    from deployments.launch.bring_up import running
+    from deployments.launch.bring_up import run_app
     from deployments.launch.ray_session import Placement
 
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
     _say(f"starting {config.name} with {config.checkpoint} ...")
-    with no_leftovers(os.environ), running(config, placement, _say) as app:
+    with kill_leftovers(os.environ), run_app(config, placement, _say) as app:
         try:
             _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
             _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
@@ -284,12 +284,12 @@ def _say(line: str) -> None:
 def _laptop_app(checkpoint: Path) -> Iterator[RunningApp]:
     _prepare_ray()
     from deployments.config import DEFAULT_CONFIG, AppConfig
-    from deployments.launch.bring_up import running
+    from deployments.launch.bring_up import run_app
     from deployments.launch.ray_session import Placement
 
     config = AppConfig.read(DEFAULT_CONFIG, {"checkpoint": str(checkpoint), "http.port": 0})
     _say(f"starting {config.name} with {checkpoint} ...")
-    with no_leftovers(os.environ), running(config, Placement(start_timeout_s=_LAPTOP_START_S), _say) as app:
+    with kill_leftovers(os.environ), run_app(config, Placement(start_timeout_s=_LAPTOP_START_S), _say) as app:
         _say(f"ready after {app.start_seconds:.1f} s: {app.url}")
         yield app
     _say("stopped")

@@ -25,7 +25,7 @@ _POLL_S = 0.05
 
 
 @contextmanager
-def no_leftovers(environment: MutableMapping[str, str]) -> Iterator[None]:
+def kill_leftovers(environment: MutableMapping[str, str]) -> Iterator[None]:
     """Kill the processes that were started inside the block and still run shortly after it.
 
     Args:
@@ -41,8 +41,8 @@ def no_leftovers(environment: MutableMapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def ended_by(signals: Collection[int], patience_s: float) -> Iterator[None]:
-    """End this process, and those of `no_leftovers`, if a signal comes and the block does not end in time.
+def end_on_signals(signals: Collection[int], patience_s: float) -> Iterator[None]:
+    """End this process, and those of `kill_leftovers`, if a signal comes and the block does not end in time.
 
     For native code that waits for a process which the same signal has killed (all processes of a group get it): Python
     runs its signal handlers only after that code. While the code holds Python's lock, this waits as well. The exit
@@ -65,7 +65,7 @@ def ended_by(signals: Collection[int], patience_s: float) -> Iterator[None]:
 
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=watch, name="ended_by", daemon=True)
+    thread = threading.Thread(target=watch, name="end_on_signals", daemon=True)
     thread.start()
     try:
         yield

@@ -23,7 +23,7 @@ from ray.serve.exceptions import RayServeException
 
 from cosmos3_core.errors import Cosmos3Error
 from deployments.launch.capacity import Node, Resources
-from deployments.launch.processes import ended_by
+from deployments.launch.processes import end_on_signals
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CONNECT_S = 5.0
@@ -99,7 +99,7 @@ def _on_signals(handler: Any) -> None:
 
 def _start(placement: Placement) -> None:
     try:
-        with ended_by(_SIGNALS, _START_ABORT_S):
+        with end_on_signals(_SIGNALS, _START_ABORT_S):
             _init(placement)
         _on_signals(signal.default_int_handler)  # Ray replaces the handler of SIGTERM
     except SystemExit:  # raised by Ray's handler, sometimes only after Ray has given up
@@ -119,9 +119,11 @@ def _init(placement: Placement) -> None:
     except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception when its daemons start too late
         if placement.is_alone:
             hint = "Is the machine very busy, or short of memory? Ray's logs are below its directory: session_latest."
-            raise StartError(f"Ray did not start: {reason(error).rstrip('.')}. {hint}") from None
+            raise StartError(f"Ray did not start: {describe_failure(error).rstrip('.')}. {hint}") from None
         hint = "Where it wants a token, set RAY_AUTH_MODE=token."
-        raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: {reason(error)}. {hint}") from None
+        raise StartError(
+            f"cannot join the Ray cluster at {placement.ray_address}: {describe_failure(error)}. {hint}"
+        ) from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
@@ -142,14 +144,14 @@ class Room:
         return {kind: self._free.get(kind, 0) + now[kind] - self._before.get(kind, 0) for kind in now}
 
 
-def nodes() -> list[Node]:
+def list_nodes() -> list[Node]:
     """Return the cluster's live nodes."""
     return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def can_grow() -> bool:
     """Whether the cluster may have an autoscaler. Also true if its launcher could run one and does not."""
-    return any(_NODE_GROUP_LABEL in node.labels for node in nodes())
+    return any(_NODE_GROUP_LABEL in node.labels for node in list_nodes())
 
 
 def is_ray_alive() -> bool:
@@ -162,7 +164,7 @@ def is_ray_alive() -> bool:
 
 
 @contextmanager
-def in_time(timeout_s: float) -> Iterator[None]:
+def time_limit(timeout_s: float) -> Iterator[None]:
     """Bound the block's duration. Serve's calls have no deadline and never return once Ray has died.
 
     Raises:
@@ -203,7 +205,7 @@ def _is_listening(endpoint: tuple[str, int]) -> bool:
     return True
 
 
-def reason(error: object) -> str:
+def describe_failure(error: object) -> str:
     """Describe a failure in one line. Of a text with tracebacks it takes the last one's exception."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     raised = list(re.finditer(r"^(?:\w+\.)*([A-Z]\w+: )", text, re.MULTILINE))

@@ -32,9 +32,9 @@ def _run(device: str, num_devices: int, checkpoint: Path) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     from deployments.config import DEFAULT_CONFIG, AppConfig
-    from deployments.launch.bring_up import running
+    from deployments.launch.bring_up import run_app
     from deployments.launch.checkup import check_app
-    from deployments.launch.processes import no_leftovers
+    from deployments.launch.processes import kill_leftovers
     from deployments.launch.ray_session import Placement
 
     layout = layout_for(num_devices)
@@ -48,7 +48,7 @@ def _run(device: str, num_devices: int, checkpoint: Path) -> str:
     lines: list[str] = []
     placement = Placement(num_cpus=_NUM_CPUS, start_timeout_s=_START_S)
     config = AppConfig.read(DEFAULT_CONFIG, overrides)
-    with no_leftovers(os.environ), running(config, placement, lines.append) as app:
+    with kill_leftovers(os.environ), run_app(config, placement, lines.append) as app:
         is_well = check_app(app.url, timeout_s=_START_S, tell=lines.append)
     if not is_well:
         raise AssertionError(" | ".join(lines))

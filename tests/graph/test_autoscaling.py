@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deployments.launch.processes import no_leftovers
+from deployments.launch.processes import kill_leftovers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -24,7 +24,7 @@ def seen(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What `two_nodes.py` saw; it takes a minute on two quiet cores."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(REPOSITORY)}
-    with no_leftovers(environment):
+    with kill_leftovers(environment):
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "tests" / "graph" / "two_nodes.py"), str(tiny_nano)],
             env=environment,

@@ -20,9 +20,9 @@ from deployments.config import DEFAULT_CONFIG, AppConfig
 from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.keys import KeyStore, NewKey
 from deployments.launch.bring_up import RunningApp, StopTimeout, _check_access
-from deployments.launch.capacity import Node, missing, needed, out_of_reach
-from deployments.launch.processes import no_leftovers
-from deployments.launch.ray_session import LostError, Placement, StartError, in_time, ray_session, reason
+from deployments.launch.capacity import Node, describe_missing, describe_shortfall, sum_needs
+from deployments.launch.processes import kill_leftovers
+from deployments.launch.ray_session import LostError, Placement, StartError, describe_failure, ray_session, time_limit
 
 
 def config(checkpoint: Path, **overrides: object) -> AppConfig:
@@ -31,32 +31,32 @@ def config(checkpoint: Path, **overrides: object) -> AppConfig:
 
 
 def test_the_laptop_configuration_fits_two_cores(tiny_nano: Path) -> None:
-    assert needed(config(tiny_nano)) == pytest.approx({"CPU": 1.9, "GPU": 0})
-    assert missing(needed(config(tiny_nano)), {"CPU": 2.0}) == ""
+    assert sum_needs(config(tiny_nano)) == pytest.approx({"CPU": 1.9, "GPU": 0})
+    assert describe_missing(sum_needs(config(tiny_nano)), {"CPU": 2.0}) == ""
 
 
 def test_replicas_gangs_and_autoscaling_count(tiny_nano: Path) -> None:
     gangs = config(tiny_nano, transformer__num_replicas=3, transformer__gpus_per_rank=1)
-    assert needed(gangs) == pytest.approx({"CPU": 1.9 + 2 * 0.6, "GPU": 3})
+    assert sum_needs(gangs) == pytest.approx({"CPU": 1.9 + 2 * 0.6, "GPU": 3})
     scaled = config(tiny_nano, vae__autoscaling={"min_replicas": 2, "max_replicas": 9}, vae__gpus_per_rank=0.5)
-    assert needed(scaled) == pytest.approx({"CPU": 2.3, "GPU": 1})
+    assert sum_needs(scaled) == pytest.approx({"CPU": 2.3, "GPU": 1})
 
 
 def test_the_decoder_of_sound_counts_where_there_is_one(tiny_nano: Path, tiny_edge: Path) -> None:
     silent = config(tiny_nano, audio__enabled=False)
-    assert needed(silent) == pytest.approx({"CPU": 1.7, "GPU": 0})
-    assert needed(config(tiny_edge)) == needed(silent)
+    assert sum_needs(silent) == pytest.approx({"CPU": 1.7, "GPU": 0})
+    assert sum_needs(config(tiny_edge)) == sum_needs(silent)
     with pytest.raises(CapabilityError, match="makes no sound"):
-        needed(config(tiny_edge, audio__enabled=True))
+        sum_needs(config(tiny_edge, audio__enabled=True))
 
 
 def test_what_is_missing_is_said_in_numbers() -> None:
     needs = {"CPU": 1.9, "GPU": 2.0}
-    assert missing(needs, {"CPU": 1.0}) == (
+    assert describe_missing(needs, {"CPU": 1.0}) == (
         "0.9 CPU and 2 GPU missing: the app needs 1.9 CPU and 2 GPU, Ray has 1 CPU and 0 GPU for it."
     )
     # Ray counts in ten-thousandths; sums of tenths are not exact.
-    assert missing({"CPU": 0.1 + 0.2, "GPU": 0.0}, {"CPU": 0.3}) == ""
+    assert describe_missing({"CPU": 0.1 + 0.2, "GPU": 0.0}, {"CPU": 0.3}) == ""
 
 
 def node(gpus: float, **labels: str) -> Node:
@@ -69,32 +69,34 @@ def test_more_ranks_than_gpus_names_layouts_that_there_are_enough_for(tiny_nano:
         "--tp 1 --cfg 2 --sp 2 --gangs 1, or --tp 1 --cfg 1 --sp 4 --gangs 1, or --tp 2 --cfg 2 --sp 1 --gangs 1, or "
         "--tp 2 --cfg 1 --sp 2 --gangs 1."
     )
-    assert out_of_reach(eight, [node(4)]) == (
+    assert describe_shortfall(eight, [node(4)]) == (
         f"4 GPU missing: the app needs 5.4 CPU and 8 GPU, Ray has 16 CPU and 4 GPU for it. What fits: {largest}"
     )
-    assert out_of_reach(eight, [node(4), node(4)]) == (
+    assert describe_shortfall(eight, [node(4), node(4)]) == (
         "placement_strategy STRICT_PACK wants all 8 ranks of a gang on one node, and none has 4.1 CPU and 8 GPU; "
         f"PACK takes several nodes. What fits: {largest}"
     )
     two_gangs = config(tiny_nano, transformer__cfg=2, transformer__num_replicas=2, transformer__gpus_per_rank=1)
-    assert out_of_reach(two_gangs, [node(2)]).endswith("What fits: --tp 1 --cfg 1 --sp 1 --gangs 2.")
-    assert out_of_reach(two_gangs, [node(1)]).endswith("What fits: --tp 1 --cfg 1 --sp 1 --gangs 1.")
-    assert out_of_reach(two_gangs, [node(0)]).endswith("Ray has 16 CPU and 0 GPU for it.")
-    assert out_of_reach(two_gangs, [node(4)]) == ""
+    assert describe_shortfall(two_gangs, [node(2)]).endswith("What fits: --tp 1 --cfg 1 --sp 1 --gangs 2.")
+    assert describe_shortfall(two_gangs, [node(1)]).endswith("What fits: --tp 1 --cfg 1 --sp 1 --gangs 1.")
+    assert describe_shortfall(two_gangs, [node(0)]).endswith("Ray has 16 CPU and 0 GPU for it.")
+    assert describe_shortfall(two_gangs, [node(4)]) == ""
     scaled = config(
         tiny_nano, transformer__autoscaling={"min_replicas": 2, "max_replicas": 2}, transformer__gpus_per_rank=1
     )
-    assert out_of_reach(scaled, [node(1)]).endswith("--sp 1 --set transformer.autoscaling.min_replicas=1.")
+    assert describe_shortfall(scaled, [node(1)]).endswith("--sp 1 --set transformer.autoscaling.min_replicas=1.")
 
 
 def test_a_share_is_of_one_card(tiny_nano: Path) -> None:
     five = config(tiny_nano, transformer__sp=5, transformer__gpus_per_rank=0.8)
     fits = "What fits: --tp 1 --cfg 2 --sp 2 --gangs 1, "
-    assert out_of_reach(five, [node(4)]).startswith(f"5 ranks of 0.8 GPU each need 5 cards, and there are 4. {fits}")
-    assert "on one node, and none has 2.6 CPU and 5 GPU" in out_of_reach(five, [node(4), node(4)])
-    assert out_of_reach(five, [node(5)]) == ""
+    assert describe_shortfall(five, [node(4)]).startswith(
+        f"5 ranks of 0.8 GPU each need 5 cards, and there are 4. {fits}"
+    )
+    assert "on one node, and none has 2.6 CPU and 5 GPU" in describe_shortfall(five, [node(4), node(4)])
+    assert describe_shortfall(five, [node(5)]) == ""
     halves = config(tiny_nano, transformer__sp=5, transformer__gpus_per_rank=0.5)
-    assert out_of_reach(halves, [node(3)]) == ""
+    assert describe_shortfall(halves, [node(3)]) == ""
 
 
 def test_strategies_and_labels_want_nodes_that_fit(tiny_nano: Path) -> None:
@@ -102,26 +104,28 @@ def test_strategies_and_labels_want_nodes_that_fit(tiny_nano: Path) -> None:
         gang = {"transformer__cfg": 2, "transformer__gpus_per_rank": 1, "transformer__placement_strategy": strategy}
         return config(tiny_nano, **gang, **more)
 
-    assert out_of_reach(pair("PACK"), [node(1), node(1)]) == ""
-    assert out_of_reach(pair("STRICT_SPREAD"), [node(1), node(1)]) == ""
-    assert out_of_reach(pair("STRICT_SPREAD"), [node(2), node(0)]) == (
+    assert describe_shortfall(pair("PACK"), [node(1), node(1)]) == ""
+    assert describe_shortfall(pair("STRICT_SPREAD"), [node(1), node(1)]) == ""
+    assert describe_shortfall(pair("STRICT_SPREAD"), [node(2), node(0)]) == (
         "placement_strategy STRICT_SPREAD wants 2 nodes with 0.5 CPU and 1 GPU for a rank, one with "
         "0.6 CPU and 1 GPU for the leader too; there are 1. What fits: --tp 1 --cfg 1 --sp 1 --gangs 1."
     )
     slivers = [Node({"CPU": 0.3, "GPU": 1.0}, {})] * 10
-    assert out_of_reach(pair("SPREAD"), slivers).startswith("placement_strategy SPREAD wants 1 nodes with")
+    assert describe_shortfall(pair("SPREAD"), slivers).startswith("placement_strategy SPREAD wants 1 nodes with")
 
     here, there = node(2, gpu="H200"), node(2, gpu="H100")
     for selector, is_held in (("H200", True), ("!H200", True), ("in(H100,H200)", True), ("!in(H100,H200)", False)):
         asking = pair("STRICT_PACK", transformer__node_labels={"gpu": selector})
-        assert (out_of_reach(asking, [here, there]) == "") == is_held, selector
-    assert out_of_reach(pair("PACK", vae__node_labels={"gpu": "B200", "zone": "!a"}), [here]) == (
+        assert (describe_shortfall(asking, [here, there]) == "") == is_held, selector
+    assert describe_shortfall(pair("PACK", vae__node_labels={"gpu": "B200", "zone": "!a"}), [here]) == (
         "No node has the labels that vae.node_labels asks for (gpu: B200, zone: !a)."
     )
-    assert out_of_reach(pair("PACK", vae__node_labels={"zone": "!a"}), [here]) == "", "no label is unequal to a label"
+    assert describe_shortfall(pair("PACK", vae__node_labels={"zone": "!a"}), [here]) == "", (
+        "no label is unequal to a label"
+    )
     # Enough in all, but not where the labels say.
     small = [node(1, gpu="H200"), node(8, gpu="H100")]
-    assert "on one node" in out_of_reach(pair("STRICT_PACK", transformer__node_labels={"gpu": "H200"}), small)
+    assert "on one node" in describe_shortfall(pair("STRICT_PACK", transformer__node_labels={"gpu": "H200"}), small)
 
 
 def test_a_reason_is_what_the_innermost_traceback_ends_with() -> None:
@@ -131,19 +135,19 @@ def test_a_reason_is_what_the_innermost_traceback_ends_with() -> None:
         "ray.exceptions.RayTaskError(CorruptFileError): \x1b[36mray::Rank.load()\x1b[39m (pid=2)\n"
         "cosmos3_core.errors.CorruptFileError: /tmp/a: truncated:\n  1000 bytes."
     )
-    assert reason(text) == "CorruptFileError: /tmp/a: truncated: 1000 bytes."
-    assert reason(ValueError("plain\nand simple")) == "plain and simple"
-    assert len(reason("x" * 10_000)) < 1000
+    assert describe_failure(text) == "CorruptFileError: /tmp/a: truncated: 1000 bytes."
+    assert describe_failure(ValueError("plain\nand simple")) == "plain and simple"
+    assert len(describe_failure("x" * 10_000)) < 1000
 
 
 def test_a_call_that_hangs_is_given_up() -> None:
     start_s = time.monotonic()
-    with pytest.raises(LostError, match="has not answered for 0.2 s"), in_time(0.2):
+    with pytest.raises(LostError, match="has not answered for 0.2 s"), time_limit(0.2):
         time.sleep(60)
     assert time.monotonic() - start_s < 10
-    with in_time(60):
+    with time_limit(60):
         pass
-    with pytest.raises(KeyboardInterrupt), in_time(60):
+    with pytest.raises(KeyboardInterrupt), time_limit(60):
         raise KeyboardInterrupt
 
 
@@ -195,7 +199,7 @@ def test_no_process_outlives_the_block(tmp_path: Path) -> None:
     )
     bystander = subprocess.Popen(["sleep", "600"])
     try:
-        with no_leftovers(os.environ):
+        with kill_leftovers(os.environ):
             subprocess.run([sys.executable, "-c", child], check=True, timeout=60)
             pid = int(pid_file.read_text())
             assert is_running(pid)
@@ -217,11 +221,11 @@ def is_running(pid: int) -> bool:
 # A mutex that is locked twice: like Ray's native code, it goes on waiting whatever signal comes.
 HANGING = """
 import ctypes, os, signal, subprocess, sys
-from deployments.launch.processes import ended_by, no_leftovers
+from deployments.launch.processes import end_on_signals, kill_leftovers
 native = ctypes.CDLL(None)
 mutex = ctypes.create_string_buffer(64)
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-with no_leftovers(os.environ), ended_by({signal.SIGTERM}, 0.2):
+with kill_leftovers(os.environ), end_on_signals({signal.SIGTERM}, 0.2):
     child = subprocess.Popen(["sleep", "600"])
     native.pthread_mutex_lock(mutex)
     try:
@@ -251,10 +255,10 @@ def test_a_signal_ends_what_hangs_in_native_code() -> None:
 def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
     program = (
         "import os, signal, time\n"
-        "from deployments.launch.processes import ended_by\n"
+        "from deployments.launch.processes import end_on_signals\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "try:\n"
-        "    with ended_by({signal.SIGTERM}, 60):\n"
+        "    with end_on_signals({signal.SIGTERM}, 60):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        time.sleep(60)\n"
         "except KeyboardInterrupt:\n"
@@ -297,7 +301,7 @@ def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatc
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     if moment == "Ray has started":
-        monkeypatch.setattr("deployments.launch.ray_session.ended_by", watched)
+        monkeypatch.setattr("deployments.launch.ray_session.end_on_signals", watched)
     with pytest.raises(KeyboardInterrupt), ray_session(Placement()):
         pytest.fail("started")
     assert signal.getsignal(signal.SIGTERM) == before
