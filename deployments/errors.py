@@ -27,13 +27,13 @@ from cosmos3_core.errors import Cosmos3Error
 
 
 class ApiError(Cosmos3Error):
-    """A fault that only HTTP has.
+    """An error that has an HTTP status and a code of its own.
 
     Args:
-        status: of the answer.
-        code: short name of the fault.
-        message: what is wrong and what is allowed.
-        headers: of the answer.
+        status: HTTP status.
+        code: short name of the error, for programs.
+        message: what must be true, what was given, what to do.
+        headers: further headers of the answer.
     """
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -45,14 +45,14 @@ class ApiError(Cosmos3Error):
 
 
 class BodyError(ApiError):
-    """A request body that cannot be read at all."""
+    """The request body cannot be parsed or is too large."""
 
 
 class ContentBlocked(Cosmos3Error):
-    """The guardrail has stopped a request.
+    """The guardrail blocked a request.
 
     Args:
-        what: that must not be used: "prompt" or "pictures".
+        what: it blocked: "prompt" or "pictures".
     """
 
     def __init__(self, what: str) -> None:
@@ -65,10 +65,10 @@ class ContentBlocked(Cosmos3Error):
 
 
 class GuardrailUnavailable(Cosmos3Error):
-    """The guardrail has failed, is away or takes too long. Why is in its own log.
+    """The guardrail failed, is away or takes too long; its own log says why.
 
     Args:
-        what: that it was to look at: "prompt" or "pictures".
+        what: it could not check: "prompt" or "pictures".
     """
 
     def __init__(self, what: str) -> None:
@@ -80,10 +80,10 @@ class GuardrailUnavailable(Cosmos3Error):
 
 
 class AdapterError(Cosmos3Error):
-    """The adapter of ``guardrails`` in the configuration cannot be used.
+    """The configured guardrail adapter cannot be used.
 
     Args:
-        adapter: as it is configured.
+        adapter: value of ``guardrails.adapter``.
         problem: what is wrong with it.
         hint: what to do about it, a full sentence.
     """
@@ -97,15 +97,15 @@ class AdapterError(Cosmos3Error):
 
 
 class MediaStoreError(Cosmos3Error):
-    """The store's directory or archive cannot be used; says why and what to do."""
+    """The media store's directory or archive cannot be used; the message says why and what to do."""
 
 
 class JobsError(Cosmos3Error):
-    """The database of jobs cannot be used; says why and what to do."""
+    """The jobs database cannot be used; the message says why and what to do."""
 
 
 class IllegalTransition(JobsError):
-    """A change of state that no job may make: always our own bug.
+    """A job cannot change its state like this: a bug of ours.
 
     Args:
         job_id: of the job.
@@ -121,7 +121,7 @@ class IllegalTransition(JobsError):
 
 
 class LeaseLost(JobsError):
-    """The job is not this runner's any more: its lease ran out and another has it, or it was deleted or has ended.
+    """The runner has lost a job: its lease expired and another runner has the job, or the job was deleted or has ended.
 
     Args:
         job_id: of the job.
@@ -152,10 +152,10 @@ class JobCancelled(JobsError):
 
 
 class IdempotencyConflict(JobsError):
-    """An idempotency key comes again, with another request.
+    """An idempotency key was used for another request before.
 
     Args:
-        key: as it was given.
+        key: of both requests.
     """
 
     def __init__(self, key: str) -> None:
