@@ -1,21 +1,21 @@
-"""The types of the graph's errors.
+"""Exception types of the graph.
 
     Cosmos3Error
-    ├── ApiError                   has an HTTP status, a code and a message of its own
-    │   └── BodyError             a request body that cannot be read at all
-    ├── ContentBlocked            a prompt or pictures must not be used
-    ├── GuardrailUnavailable      nobody can say whether they may; the request fails, nothing passes unchecked
-    ├── AdapterError              the configured guardrail cannot be used; the stage does not start
+    ├── ApiError                  has an HTTP status and a code of its own
+    │   └── BodyError             the request body cannot be parsed or is too large
+    ├── ContentBlocked            the guardrail blocked a prompt or frames
+    ├── GuardrailUnavailable      the guardrail cannot check them; the request fails, nothing passes unchecked
+    ├── AdapterError              the configured guardrail adapter cannot be used; the stage does not start
     ├── MediaStoreError           the media store cannot be used
-    └── JobsError                 the database of jobs cannot be used
-        ├── IllegalTransition     a change of state that no job may make
-        ├── LeaseLost             the job has another runner by now, or has ended
+    └── JobsError                 the jobs database cannot be used
+        ├── IllegalTransition     a job cannot change its state like this
+        ├── LeaseLost             another runner has the job, or the job has ended
         ├── JobCancelled          the job was stopped before its end
-        └── IdempotencyConflict   an idempotency key comes again, with another request
+        └── IdempotencyConflict   an idempotency key was used for another request before
 
-Others come from below: :mod:`cosmos3_core.errors` and :mod:`cluster.errors`. All of them cross process boundaries
-whole: their arguments are all they hold. None repeats a prompt. :mod:`deployments.failures` has what
-each means to callers, and what Ray raises as one of them.
+:mod:`cosmos3_core.errors` and :mod:`cluster.errors` hold the types of the layers below. All of them survive pickling
+between processes, because their arguments are all that they hold. None repeats a prompt. :mod:`deployments.failures`
+translates Ray's errors into these types, and these types into HTTP statuses and messages.
 """
 
 from __future__ import annotations
