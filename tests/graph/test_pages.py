@@ -84,8 +84,8 @@ def check_library(folder: Path) -> None:
 
 
 def check_jobs_and_operations(folder: Path) -> None:
-    assert (folder / "alice.key").read_text().startswith("cosmos3_")
-    assert "ray_cosmos3_requests_total" in (folder / "metrics.txt").read_text()
+    assert (folder / "alice.key").read_text().startswith("c3_")
+    assert "ray_cosmos3_scrape_failures" in (folder / "metrics.txt").read_text()
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {
