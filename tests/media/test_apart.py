@@ -100,12 +100,12 @@ import sys
 sys.path.insert(0, {str(apart._ROOT)!r})
 import cosmos3_core.media.apart as apart
 apart._MEMORY_BYTES = {bound}
-apart.probe_clip = lambda field, data: (len(bytearray(4 << 30)) >> 30, 1, 1)
+apart.probe_clip = lambda field, data: (len(bytearray(3 << 29)) >> 29, 1, 1)
 apart.serve()
 """
     monkeypatch.setattr(apart, "_CHILD", hungry)
-    if bound > 4 << 30:
-        assert probe_clip_apart("video", clip).height == 4, "it has the memory"
+    if bound > 3 << 29:
+        assert probe_clip_apart("video", clip).height == 3, "it has the memory"
         return
     with pytest.raises(RequestError, match="a clip that is read within 1 GiB"):
         probe_clip_apart("video", clip)
