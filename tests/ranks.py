@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from cosmos3_core.parallel.layout import Layout
 
 Work = Callable[..., Any]
 _TIMEOUT_S = 200.0
+# Imported once, by the process that all ranks of a session are forked from.
+_PRELOADED = ["torch.distributed", "tests.parallel.gang_work", "tests.parallel.strip_work"]
 
 
 def run_layouts(work: Work, layouts: Sequence[Layout], *arguments: Any, device: str = "cpu") -> list[list[Any]]:
@@ -33,7 +36,10 @@ def run_layouts(work: Work, layouts: Sequence[Layout], *arguments: Any, device: 
     """
     num_processes = max(layout.num_ranks for layout in layouts)
     with tempfile.TemporaryDirectory(prefix="cosmos3-ranks-") as directory:
-        mp.spawn(_process, (directory, device, work, list(layouts), arguments), nprocs=num_processes)
+        multiprocessing.set_forkserver_preload(_PRELOADED)
+        start_method = "forkserver" if device == "cpu" else "spawn"
+        given = (directory, device, work, list(layouts), arguments)
+        mp.start_processes(_process, given, nprocs=num_processes, start_method=start_method)
         return [
             [torch.load(Path(directory, f"{index}-{rank}.pt"), weights_only=False) for rank in range(layout.num_ranks)]
             for index, layout in enumerate(layouts)

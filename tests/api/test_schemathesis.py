@@ -55,7 +55,7 @@ _KINDS = {
     Endpoint.IMAGES: "application/x-www-form-urlencoded",
     f"{_ONE}/remix": "application/json",
 }
-_EVERY = 20
+_EVERY = 30
 _IDLE = "not offered|without effect"
 
 
@@ -156,7 +156,7 @@ def test_bounds(label: str, asking: Asking) -> None:
     "label", [*MAKING, "GET /v1/videos", f"POST {_ONE}/remix", f"GET {_ONE}/content", f"GET {EVENTS}"]
 )
 def test_generated(label: str, asking: Asking) -> None:
-    ask_generated(asking, label, 5, seed=None)
+    ask_generated(asking, label, 3, seed=None)
 
 
 def test_hypothesis_leaves_the_garbage_collector_alone(asking: Asking) -> None:

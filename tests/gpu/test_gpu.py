@@ -71,6 +71,7 @@ def test_the_app_check_on_the_cpu() -> None:
     run_app_check("--device", "cpu", "--num-devices", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.gang
 def test_the_layout_check_on_gloo(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--num-devices", "2", "--only", "layouts", "--checkpoint", str(tiny_nano)]) == 0
@@ -88,6 +89,7 @@ def test_all_three_degrees_at_once(tiny_nano: Path, capsys: pytest.CaptureFixtur
     assert lines[-1] == "0 FAIL, 21 ok, 0 skip, on 8 x cpu"
 
 
+@pytest.mark.slow
 def test_the_check_of_modes_on_the_cpu(tiny_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--only", "modes", "--checkpoint", str(tiny_nano)]) == 0
     assert capsys.readouterr().out.endswith("0 FAIL, 20 ok, 0 skip, on 2 x cpu\n")

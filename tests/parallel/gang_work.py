@@ -72,6 +72,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
 NUM_TOKENS = [4, 7, 16, 20, 24, 33, 45, 46, 64, 65, 66, 96, 100, 129, 192, 200, 384, 390, 771, 1536]
 
 
+def token_counts(layout: Layout) -> list[int]:
+    """Those of :data:`NUM_TOKENS` that a layout is tried with: where ranks share no tokens, not the largest ones, whose
+    blocks and shares are those of one rank."""
+    return NUM_TOKENS if layout.tp == layout.cfg == 1 or layout.sp > layout.tp else NUM_TOKENS[:-4]
+
+
 def small_request(fields: dict[str, Any]) -> DenoiseRequest:
     """One of :data:`REQUESTS`, or another with these fields; frames that are given are noise of another seed."""
     shape = LatentShape(*fields["latent_shape"])
@@ -166,7 +172,7 @@ class RankResult:
 
     Attributes:
         latents: see :func:`final_latents`.
-        steps: one for each of :data:`NUM_TOKENS`.
+        steps: one for each of :func:`token_counts`.
         unguided: a step without guidance.
         warnings: lines that the rank logged in all of that, as warnings.
     """
@@ -184,7 +190,7 @@ def latents_and_steps(groups: Groups, device: torch.device, checkpoint: Path) ->
     logger.addHandler(log)
     denoiser = sharded_denoiser(groups, device, checkpoint)
     latents = final_latents(denoiser)
-    steps = {num_tokens: _one_step(denoiser, num_tokens, 6.0) for num_tokens in NUM_TOKENS}
+    steps = {num_tokens: _one_step(denoiser, num_tokens, 6.0) for num_tokens in token_counts(groups.layout)}
     unguided = _one_step(denoiser, NUM_TOKENS[0], 1.0)
     logger.removeHandler(log)
     records = [log.queue.get() for _ in range(log.queue.qsize())]

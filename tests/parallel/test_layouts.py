@@ -162,6 +162,7 @@ def test_as_many_processes_as_ranks(tiny_nano: Path, capsys: pytest.CaptureFixtu
     assert "1 or 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_torchrun_with_another_number_of_processes_says_so_once(tiny_nano: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     request = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--tp", "2", "--cfg", "2", "--device", "cpu"]

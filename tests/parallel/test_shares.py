@@ -18,7 +18,7 @@ from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.ops.registry import Ops
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.sharding import local_config
-from tests.parallel.gang_work import LAYOUTS, NUM_TOKENS, RankResult, is_kept_to_the_bit, share_of
+from tests.parallel.gang_work import LAYOUTS, NUM_TOKENS, RankResult, is_kept_to_the_bit, share_of, token_counts
 
 NANO = TransformerConfig()
 SUPER = dataclasses.replace(
@@ -82,7 +82,7 @@ def test_every_product_has_a_ranks_share_of_rows_and_columns(
     heads, kv_heads = config.num_attention_heads // layout.tp, config.num_key_value_heads // layout.tp
     columns, head_dim, patch = config.intermediate_size // layout.tp, config.head_dim, config.patch_latent_dim
     num_branches = 2 // layout.cfg
-    for num_tokens in NUM_TOKENS:
+    for num_tokens in token_counts(layout):
         share = share_of(num_tokens, layout)
         for rank, result in enumerate(ranks[layout]):
             # The last runs may be short of tokens, and then are padded after the embedding.
@@ -126,7 +126,7 @@ def received_bytes(
 @pytest.mark.gang
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_collectives_bring_the_bytes_of_the_formula(layout: Layout, ranks: Ranks, config: TransformerConfig) -> None:
-    for num_tokens in NUM_TOKENS:
+    for num_tokens in token_counts(layout):
         num_latents = config.latent_channel * 2 * 2 * num_tokens
         expected = received_bytes(config, layout, num_tokens, num_latents, element=4)
         for result in ranks[layout]:
