@@ -55,7 +55,7 @@ _KINDS = {
     Endpoint.IMAGES: "application/x-www-form-urlencoded",
     f"{_ONE}/remix": "application/json",
 }
-_EVERY = 30
+_EVERY = 20
 _IDLE = "not offered|without effect"
 
 
