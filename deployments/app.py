@@ -25,15 +25,11 @@ from cluster.gang import GangSpec, bundles
 from cluster.transformer_rank import TransformerSpec
 from cluster.video_vae_rank import VideoVAESpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.errors import CapabilityError
 from cosmos3_core.parallel.layout import Layout
 from deployments.api.ingress import Ingress
-from deployments.api.service import IngressSpec
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage
 from deployments.director.director import Director
-from deployments.director.parts import DirectorSpec
-from deployments.jobs.database import DatabaseSpec
-from deployments.media.store import MediaSpec
+from deployments.served_model import offers_sound
 from deployments.stages.audio_vae import AudioVAEDeployment
 from deployments.stages.guardrail import Guardrails
 from deployments.stages.handles import Stages
@@ -61,40 +57,15 @@ def build_app(config: AppConfig) -> serve.Application:
         audio = _deployment("AudioVAE", AudioVAEDeployment, config, config.audio).bind(
             checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
-    media = media_spec(config)
-    encoder = _deployment("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(media)
+    encoder = _deployment("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(config.media)
     guardrail = None
     if config.guardrails.adapter is not None:
         guardrail = _deployment("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)
     # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
-    director_spec = DirectorSpec(
-        checkpoint=checkpoint,
-        model=model_name(config),
-        max_attempts=config.director.max_attempts,
-        chunk_window=config.director.chunk_window,
-        request_timeout_s=config.http.request_timeout_s,
-        media=media,
-        database=DatabaseSpec.of(config),
-        jobs=config.jobs,
-        guardrails=config.guardrails,
-    )
     stages = Stages(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
-    director = _deployment("Director", Director, config, config.director).options(**longest).bind(director_spec, stages)
-    ingress_spec = IngressSpec(
-        checkpoint=checkpoint,
-        model_name=model_name(config),
-        is_sound_offered=audio is not None,
-        http=config.http,
-        media=media,
-        database=DatabaseSpec.of(config),
-        jobs=config.jobs,
-        needs_keys=config.auth.enabled,
-        remote_media=config.remote_media,
-        has_guardrails=config.guardrails.adapter is not None,
-        may_disable_guardrails=config.guardrails.clients_may_disable or config.guardrails.adapter is None,
-    )
-    return _deployment("Ingress", Ingress, config, config.ingress).options(**longest).bind(ingress_spec, director)
+    director = _deployment("Director", Director, config, config.director).options(**longest).bind(config, stages)
+    return _deployment("Ingress", Ingress, config, config.ingress).options(**longest).bind(config, director)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -102,27 +73,14 @@ def build(args: dict[str, Any]) -> serve.Application:
     return build_app(AppConfig.parse(args))
 
 
-def model_name(config: AppConfig) -> str:
-    """What clients call the model."""
-    return config.model_name or CheckpointLayout.open(config.checkpoint).name
-
-
-def media_spec(config: AppConfig) -> MediaSpec:
-    """Where files are, and for how long."""
-    return MediaSpec(config.media.directory, config.media.max_bytes, config.media.keep_s, config.media.archive)
-
-
 def has_audio(config: AppConfig) -> bool:
-    """Whether the app decodes sound.
+    """Return whether the app decodes sound.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
         CapabilityError: sound was asked for, and the checkpoint makes none.
     """
-    layout = CheckpointLayout.open(config.checkpoint)
-    if config.audio.enabled and not layout.has_sound:
-        raise CapabilityError("audio.enabled", True, "null or false", f"{layout.name} makes no sound.")
-    return layout.has_sound if config.audio.enabled is None else config.audio.enabled
+    return offers_sound(config.audio, CheckpointLayout.open(config.checkpoint))
 
 
 def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.errors import CapabilityError
 from cosmos3_core.resolve import offered_modes
+from deployments.config import AudioVAEStage
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,14 @@ class ServedModel:
             "family": self.family,
             "modes": list(self.modes),
         }
+
+
+def offers_sound(audio: AudioVAEStage, layout: CheckpointLayout) -> bool:
+    """Return whether an app decodes sound.
+
+    Raises:
+        CapabilityError: sound was asked for, and the checkpoint makes none.
+    """
+    if audio.enabled and not layout.has_sound:
+        raise CapabilityError("audio.enabled", True, "null or false", f"{layout.name} makes no sound.")
+    return layout.has_sound if audio.enabled is None else audio.enabled

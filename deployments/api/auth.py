@@ -16,9 +16,9 @@ from starlette.datastructures import Headers
 
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import Cosmos3Error
+from deployments.config import DEFAULT_CLASS
 from deployments.errors import ApiError
 from deployments.jobs.keys import ApiKey, KeyLimits, KeyStore
-from deployments.service_config import DEFAULT_CLASS
 from deployments.threads import run_in_thread
 
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([\x21-\x7e]{1,256})")

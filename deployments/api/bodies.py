@@ -28,8 +28,8 @@ from deployments.api.fields import (
 from deployments.api.given_fields import Given, start_of
 from deployments.api.given_media import given_media
 from deployments.api.written import FieldOrigin, FieldOrigins, as_written
+from deployments.config import DEFAULT_CLASS
 from deployments.jobs.video import HIGH, LOSSLESS
-from deployments.service_config import DEFAULT_CLASS
 
 _DEFAULT_FPS = 24.0
 _MAX_SECONDS = 3600.0

@@ -24,8 +24,7 @@ from deployments.api.given_fields import Given, read_given
 from deployments.api.given_media import with_fetched
 from deployments.api.memory_budget import Reservation
 from deployments.api.service import Service
-from deployments.jobs.job import Job
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import Job, SubmitOptions
 from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")

@@ -17,7 +17,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.api.body_limit import request_id_of
 from deployments.api.errors import error_response, is_explained
 from deployments.failures import translate_error
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import SubmitOptions
 from deployments.messages import Accepted, FileStarted, Finished
 
 logger = logging.getLogger("ray.serve")

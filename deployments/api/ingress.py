@@ -12,7 +12,8 @@ from ray import serve
 from deployments.api.app import build_api
 from deployments.api.readiness import Readiness
 from deployments.api.serve_http import http_in_force
-from deployments.api.service import IngressSpec, Service
+from deployments.api.service import Service
+from deployments.config import AppConfig
 
 _NUM_THREADS = 32
 
@@ -27,19 +28,19 @@ class Ingress:
     """See the module.
 
     Args:
-        spec: how it works.
-        director: its handle.
+        config: of the app.
+        director: the Director's handle.
 
     Attributes:
         service: what the API works with.
     """
 
-    async def __init__(self, spec: IngressSpec, director: Any) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, config: AppConfig, director: Any) -> None:  # type: ignore[misc] # Serve awaits it
         # What the API asks the database and the disk for; asyncio's own default is by the number of cores.
         executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ingress")
         asyncio.get_running_loop().set_default_executor(executor)
         host, _ = await asyncio.to_thread(http_in_force)
-        self.service = await asyncio.to_thread(Service.open, spec, director, Readiness(), host)
+        self.service = await asyncio.to_thread(Service.open, config, director, Readiness(), host)
 
     async def drain(self) -> None:
         """Say so at /ready: whoever balances the load sends no more. The Director refuses new requests."""

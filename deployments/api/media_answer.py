@@ -19,7 +19,7 @@ from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
 from deployments.api.fields import B64_JSON
 from deployments.api.memory_budget import Reservation
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import SubmitOptions
 from deployments.media.store import MediaStore
 from deployments.messages import FileStarted, Finished
 

@@ -21,9 +21,9 @@ import httpcore
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
-from deployments import service_config
 from deployments.api.public_address import IPAddress, is_public
 from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl, shown_url
+from deployments.config import RemoteMediaConfig
 from deployments.errors import ApiError
 
 # Each has a file in memory.
@@ -60,7 +60,7 @@ class RemoteMediaFetcher:
 
     def __init__(
         self,
-        spec: service_config.RemoteMediaConfig,
+        spec: RemoteMediaConfig,
         *,
         resolve: Callable[[str, int], Sequence[str]] = system_addresses,
         is_allowed_address: Callable[[IPAddress], bool] = is_public,

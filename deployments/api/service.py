@@ -14,14 +14,10 @@ from deployments.api.bodies import BodyRules
 from deployments.api.given_media import RemoteFiles
 from deployments.api.memory_budget import MemoryBudget
 from deployments.api.remote_media import RemoteMediaFetcher
-from deployments.jobs.database import DatabaseSpec
-from deployments.jobs.files import JobFiles
+from deployments.config import AppConfig, HttpConfig
 from deployments.jobs.service import JobService
-from deployments.jobs.store import JobStore
-from deployments.media.store import MediaSpec
 from deployments.observability.metrics import metrics_text
-from deployments.served_model import ServedModel
-from deployments.service_config import HttpConfig, JobsConfig, RemoteMediaConfig
+from deployments.served_model import ServedModel, offers_sound
 
 
 class Ready(Protocol):
@@ -30,35 +26,6 @@ class Ready(Protocol):
     async def waiting_for(self) -> list[str]:
         """Their names."""
         ...
-
-
-@dataclass(frozen=True)
-class IngressSpec:
-    """How an ingress works.
-
-    Attributes:
-        checkpoint: the checkpoint's directory.
-        model_name: what clients call the model; None = the checkpoint's name.
-        is_sound_offered: whether the app has a decoder of sound.
-        http, jobs, remote_media: the configuration's sections.
-        media: of the store where files are.
-        database: of the jobs and keys.
-        needs_keys: whether requests need an API key; None: if others than this machine reach the port.
-        has_guardrails: whether anything is looked at.
-        may_disable_guardrails: whether a request may say that it does without.
-    """
-
-    checkpoint: str
-    model_name: str | None
-    is_sound_offered: bool
-    http: HttpConfig
-    jobs: JobsConfig
-    remote_media: RemoteMediaConfig
-    media: MediaSpec
-    database: DatabaseSpec
-    needs_keys: bool | None
-    has_guardrails: bool
-    may_disable_guardrails: bool
 
 
 @dataclass
@@ -103,11 +70,11 @@ class Service:
         self.room = MemoryBudget(self.http.max_bodies_bytes)
 
     @classmethod
-    def open(cls, spec: IngressSpec, director: Any, ready: Ready, host: str) -> Self:
-        """Of an ingress.
+    def open(cls, config: AppConfig, director: Any, ready: Ready, host: str) -> Self:
+        """Open what an ingress works with.
 
         Args:
-            spec: how it works.
+            config: of the app.
             director: the Director's handle.
             ready: tells which stages do not run yet.
             host: that Serve listens at.
@@ -116,28 +83,28 @@ class Service:
             CheckpointError, JobsError, MediaStoreError: the checkpoint, the database or the files cannot be used.
             NoKeys: requests need a key, and there is none.
         """
-        layout = CheckpointLayout.open(spec.checkpoint)
-        media, store = spec.media.open(), JobStore.open(spec.database.resolved())
-        needs_keys = auth_required(spec.needs_keys, host)
+        layout = CheckpointLayout.open(config.checkpoint)
+        jobs = JobService.open(config)
+        keys = jobs.store.keys
+        needs_keys = auth_required(config.auth.enabled, host)
         if needs_keys:
-            check_keys(store.keys, host)
+            check_keys(keys, host)
+        has_guardrails = config.guardrails.adapter is not None
         return cls(
-            model=ServedModel.of(layout, spec.model_name, is_sound_offered=spec.is_sound_offered),
-            http=spec.http,
-            classes=tuple(spec.jobs.classes),
-            has_guardrails=spec.has_guardrails,
-            hosts=names_of(host, spec.http.allowed_hosts, needs_keys=needs_keys),
-            may_disable_guardrails=spec.may_disable_guardrails,
-            jobs=JobService(
-                store, JobFiles(media.directory, spec.media.archive), media, max_followers=spec.jobs.max_followers
-            ),
+            model=ServedModel.of(layout, config.model_name, is_sound_offered=offers_sound(config.audio, layout)),
+            http=config.http,
+            classes=tuple(config.jobs.classes),
+            has_guardrails=has_guardrails,
+            hosts=names_of(host, config.http.allowed_hosts, needs_keys=needs_keys),
+            may_disable_guardrails=config.guardrails.clients_may_disable or not has_guardrails,
+            jobs=jobs,
             director=director,
             # Configured once: every differently configured handle has a router of its own.
             streaming=director.options(stream=True),
             ready=ready,
             metrics_text=metrics_text,
-            auth=Authenticator(store.keys) if needs_keys else None,
-            remote_media=RemoteMediaFetcher(spec.remote_media) if spec.remote_media.enabled else None,
+            auth=Authenticator(keys) if needs_keys else None,
+            remote_media=RemoteMediaFetcher(config.remote_media) if config.remote_media.enabled else None,
         )
 
     async def caller(self, headers: Headers) -> Caller:

@@ -16,11 +16,11 @@ from deployments.clients.errors import AnswerError, NotFound, UnreachableError, 
 from deployments.clients.events import RawEvent
 from deployments.clients.message_events import raw_event
 from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
+from deployments.config import DEFAULT_CLASS
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 from deployments.failures import summarize_error, translate_error
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import SubmitOptions
 from deployments.messages import Accepted, RequestContext
-from deployments.service_config import DEFAULT_CLASS
 from deployments.stages.streams import RefStream
 
 _PART_BYTES = 1 << 20

@@ -1,32 +1,67 @@
-"""Admission: a request that comes -> a job that is kept, or why not. What can be refused is refused here."""
+"""Admission: a request is checked and becomes a job, or is refused; nothing that is accepted is refused later."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from cosmos3_core import checks
+from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.media.apart import probe_clip_apart
 from cosmos3_core.media.source import Packed
 from cosmos3_core.preview import MAX_PREVIEWS
-from cosmos3_core.request import GenerationRequest
+from cosmos3_core.request import GenerationRequest, ResolvedRequest
+from cosmos3_core.resolve import resolve
 from deployments.director.guardrail_calls import PromptCheck
-from deployments.director.request_check import RequestCheck
 from deployments.errors import JobsError
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job import Job, Lane, NewJob
-from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
+from deployments.jobs.job import Job, Lane, NewJob, SubmitOptions
+from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
 from deployments.jobs.store import JobStore, QueueLimits
-from deployments.jobs.submit_options import SubmitOptions
 from deployments.jobs.waiting import RetryEstimator
 from deployments.messages import RequestContext
+from deployments.stages.streams import wait_within
 from deployments.threads import run_in_thread
+
+# A probe is a process, and a thread that waits for it.
+_MAX_PROBES = 2
+
+
+class RequestCheck:
+    """Resolves requests against a checkpoint.
+
+    Args:
+        layout: of the checkpoint.
+        is_sound_offered: whether the app decodes sound.
+    """
+
+    def __init__(self, layout: CheckpointLayout, *, is_sound_offered: bool) -> None:
+        self._resolve = partial(resolve, layout=layout, is_sound_offered=is_sound_offered, probe=probe_clip_apart)
+        self._probes = asyncio.Semaphore(_MAX_PROBES)
+
+    async def resolve(self, context: RequestContext, request: GenerationRequest) -> ResolvedRequest:
+        """Resolve every field of a request.
+
+        Raises:
+            RequestError: a value is wrong.
+            DeadlineExceeded: the request's time is up.
+            MediaError: the process that probes the clip was killed.
+        """
+        if not isinstance(request.video, bytes):
+            return self._resolve(request)  # quick: of an image only the header is read
+        await wait_within(context, "director", self._probes.acquire())
+        probing = asyncio.get_running_loop().run_in_executor(None, self._resolve, request)
+        # The slot is free when the thread ends, even if the caller has left.
+        probing.add_done_callback(lambda _: self._probes.release())
+        return await wait_within(context, "director", asyncio.shield(probing))
 
 
 @dataclass(frozen=True)
 class Admission:
-    """See the module.
+    """Admits requests to the queue of a Director's app.
 
     Attributes:
         store: of jobs.
@@ -35,8 +70,8 @@ class Admission:
         cost: of requests.
         model: name of the served model.
         limits: of the queue.
-        prompt_check: the guardrail's; None where nothing is looked at.
-        promises: to callers who were refused.
+        prompt_check: the guardrail's; None without one.
+        retry_estimator: when refused callers were told to come again.
     """
 
     store: JobStore
@@ -59,7 +94,7 @@ class Admission:
 
         Args:
             request: with its media packed.
-            asked: how it came.
+            options: that it comes with.
             context: of the request; its job id is the job's.
             attached_to: the runner whose caller waits for it; None for a job that stays.
 
@@ -68,18 +103,18 @@ class Admission:
 
         Raises:
             RequestError: the request is wrong.
-            ContentBlocked, GuardrailUnavailable: its prompt must not be used; nobody can say whether it may.
+            ContentBlocked, GuardrailUnavailable: its prompt must not be used, or could not be checked.
             OverloadedError: a bound of the queue is reached.
             IdempotencyConflict: the key was used for another request.
             DeadlineExceeded: the time is up.
-            JobsError, MediaError: it cannot be kept.
+            JobsError, MediaError: it cannot be stored.
         """
         previews = checks.integer("previews", options.previews, 0, MAX_PREVIEWS)
         checks.choice("service_class", options.service_class, tuple(self.limits.classes))
         resolved = await self.check.resolve(context, request)
         if self.prompt_check is not None:
             await self.prompt_check.check(context, resolved.prompt, is_skipped=options.skip_guardrails)
-        values, media = encoded(request)
+        values, media = encode_request(request)
         del request
         new = NewJob(
             job_id=context.job_id,
@@ -88,7 +123,7 @@ class Admission:
             request=values,
             inputs=tuple(sorted(media)),
             fingerprint=await asyncio.to_thread(
-                fingerprint_of,
+                compute_fingerprint,
                 values,
                 media,
                 service_class=options.service_class,
@@ -116,7 +151,7 @@ class Admission:
             warnings=options.warnings,
             notes=resolved.notes,
         )
-        return await self._kept(new, options, media)
+        return await self._store_job(new, options, media)
 
     async def load_remix(
         self, job: Job, prompt: str, options: SubmitOptions
@@ -133,22 +168,23 @@ class Admission:
                 raise RequestError("video_id", job.job_id, f"the id of a video whose {name} is still there", hint)
         media = {name: await run_in_thread(self.files.get, job.job_id, name) for name in job.inputs}
         may_skip = self.prompt_check is None or self.prompt_check.may_be_skipped
-        request = replace(decoded(job.request, media), prompt=prompt)
+        request = replace(decode_request(job.request, media), prompt=prompt)
         return request, remix_options(job, options, tuple(self.limits.classes), may_skip_guardrails=may_skip)
 
-    async def _kept(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
-        """The job, once it and its files are on the disk: files first, or there were a job without."""
-        # Nobody is cancelled in between: what was accepted has its files, what was not has none.
-        keeping = asyncio.ensure_future(run_in_thread(self._keep, new, options, media))
-        return await asyncio.shield(keeping)
+    async def _store_job(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
+        """Return the job once it and its files are on the disk."""
+        # A caller who leaves does not interrupt this: an accepted job has its files, a refused one leaves none.
+        storing = asyncio.ensure_future(run_in_thread(self._write, new, options, media))
+        return await asyncio.shield(storing)
 
-    def _keep(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
+    def _write(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
+        """Write files first, so that no job exists without them."""
         try:
             for name, data in media.items():
                 self.files.put(new.job_id, name, data)
             job = self.store.create(new, self.limits, options.limits, self.retry_estimator)
         except Cosmos3Error as error:
-            found = self._created_after_all(new.job_id, error)
+            found = self._find_created(new.job_id, error)
             if found is None:
                 self.files.remove(new.job_id)
                 raise
@@ -157,11 +193,11 @@ class Admission:
             self.files.remove(new.job_id)
         return job
 
-    def _created_after_all(self, job_id: str, error: Cosmos3Error) -> Job | None:
-        """The job of a creation that seemed to fail, of which only the answer was lost; None where it is not there.
+    def _find_created(self, job_id: str, error: Cosmos3Error) -> Job | None:
+        """Return the job whose creation failed only in its answer; None where it was not created.
 
         Raises:
-            Cosmos3Error: the given one, where nobody can say: then its files stay. Those of no job are swept later.
+            Cosmos3Error: the given one, where the database cannot tell; files of no job are swept later.
         """
         if not isinstance(error, JobsError):
             return None

@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from cluster.errors import ShuttingDown
 from cosmos3_core.request import GenerationRequest
+from deployments.config import AppConfig
 from deployments.director.job_calls import JobCalls
-from deployments.director.parts import DirectorParts, DirectorSpec
-from deployments.jobs.job import Job
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.director.parts import DirectorParts
+from deployments.jobs.job import Job, SubmitOptions
 from deployments.messages import Accepted, Event, Finished, Generated, RequestContext
 from deployments.stages.handles import Stages
 
@@ -31,16 +31,16 @@ class Director(JobCalls):
     """The deployment: admission, queue and the pipeline of requests.
 
     Args:
-        spec: how it works.
+        config: of the app.
         stages: their handles.
     """
 
-    async def __init__(self, spec: DirectorSpec, stages: Stages) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, config: AppConfig, stages: Stages) -> None:  # type: ignore[misc] # Serve awaits it
         # For the database and for files; asyncio's own default is by the number of cores.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="director"))
-        self._parts = await asyncio.to_thread(DirectorParts.of, spec, stages)
-        self._runner = self._parts.start()
-        self._maintenance = self._parts.maintenance.start()
+        self._parts = await asyncio.to_thread(DirectorParts.open, config, stages)
+        self._runner = self._parts.start_runner()
+        self._maintenance = self._parts.make_maintenance().start()
         self._remixes = asyncio.Semaphore(_MAX_REMIXES)
         self._is_draining = False
 
@@ -144,7 +144,7 @@ class Director(JobCalls):
         """Of a request that comes now."""
         if self._is_draining:
             raise ShuttingDown(_RESTART_S)
-        return self._parts.context(options, timeout_s)
+        return self._parts.make_context(options, timeout_s)
 
 
 def _acceptance_of(job: Job) -> Accepted:

@@ -1,4 +1,4 @@
-"""The leases of what a runner has in hand: renewed while it runs. Cancellations by owners are found on the way."""
+"""Claimed jobs in a runner's hands: why one is stopped, and the renewal of their leases."""
 
 from __future__ import annotations
 
@@ -7,72 +7,144 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
 
-from deployments.director.run import Run, Stop
+from cluster.errors import ShuttingDown
+from deployments.director.saved_states import SavedStates
+from deployments.errors import JobCancelled, JobsError, LeaseLost
+from deployments.jobs.job import Job
 from deployments.jobs.store import JobStore, Lease
 
 logger = logging.getLogger("ray.serve")
 
+RESTART_S = 30.0
+"""What a restart of the app takes, about."""
+
 # Renewals in the time of a lease: two may fail.
-_RENEWALS = 4
-# Leases that pass before a runner that cannot renew them stops: a slow database is no reason to begin anew, and of two
-# runners that have one job for a while one writes it down.
-_PATIENCE = 2
-# Between two looks whether the owner of a running job has cancelled it.
-_LOOK_S = 0.5
+_RENEWALS_PER_LEASE = 4
+# Leases that pass before a runner that cannot renew them stops. A slow database is no reason to begin anew: of two
+# runners that have one job for a while, one records its end.
+_PATIENCE_LEASES = 2
+# Between two renewals while jobs run: this is how an owner's cancellation is noticed.
+_CANCEL_POLL_S = 0.5
 _SHORTEST_TRY_S = 0.1
 
 
-class Leases:
-    """See the module.
+class StopReason(StrEnum):
+    """Why a claimed job is stopped, in words that its caller may read."""
+
+    LOST = "it was deleted, or another runner has it"
+    DATABASE_AWAY = "the database of jobs cannot be used"
+    GIVEN_BACK = "given back"
+    SHUT_DOWN = "the app is being stopped"
+    CALLER_LEFT = "its caller has left"
+    CANCELLED = "cancelled by its owner"
+
+
+@dataclass(eq=False)
+class ClaimedJob:
+    """A job that a runner has claimed and runs.
+
+    Attributes:
+        job: as it was claimed; its ``media_id`` is of the file that an earlier run has begun.
+        task: runs it.
+        claimed_s: by the monotonic clock.
+        is_interruptible: whether stopping cancels the task: its begin and its end run to completion.
+        stop_reason: None while nobody stops it.
+        database_error: why nothing can be recorded of it, if that is so.
+        saved_states: of its denoising.
+        media_id: of the file that this run has begun; "" before.
+    """
+
+    job: Job
+    task: asyncio.Task[None] | None = None
+    claimed_s: float = field(default_factory=time.monotonic)
+    is_interruptible: bool = False
+    stop_reason: StopReason | None = None
+    database_error: JobsError | None = None
+    saved_states: SavedStates | None = None
+    media_id: str = ""
+
+    def stop(self, reason: StopReason, database_error: JobsError | None = None) -> None:
+        """Stop it, unless it is being stopped already, or at its end."""
+        if self.stop_reason is None:
+            self.stop_reason, self.database_error = reason, database_error
+            if self.is_interruptible and self.task is not None:
+                self.task.cancel()
+
+    def give_up(self, error: JobsError) -> None:
+        """Stop it because nothing can be recorded of it any more."""
+        if isinstance(error, LeaseLost):
+            self.stop(StopReason.LOST)
+        else:
+            logger.error("%s is given up: %s", self.job.job_id, error)
+            self.stop(StopReason.DATABASE_AWAY, error)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be recorded of it any more."""
+        return self.stop_reason in (StopReason.LOST, StopReason.DATABASE_AWAY)
+
+    def stop_error(self) -> Exception:
+        """Return the error that the caller of a stopped job gets."""
+        if self.stop_reason is StopReason.SHUT_DOWN:
+            return ShuttingDown(RESTART_S)
+        if self.stop_reason is StopReason.DATABASE_AWAY:
+            return JobsError(f"{self.job.job_id} was given up: {self.database_error or self.stop_reason}")
+        return JobCancelled(self.job.job_id, self.stop_reason or "its pipeline ended without a result")
+
+
+class LeaseKeeper:
+    """Renews the leases of a runner's jobs, and stops the jobs that were lost or cancelled.
 
     Args:
         store: of jobs.
-        runner_id: whose they are.
-        lease_s: how long one is valid.
-        runs: what is in hand now, by the job's id.
+        runner_id: of the runner.
+        lease_s: how long a lease is valid.
+        claimed: the runner's jobs as of now, by id.
 
     Attributes:
-        patience_s: how long a run goes on when the database is away.
+        patience_s: how long a job goes on when the database is away.
     """
 
-    def __init__(self, store: JobStore, runner_id: str, lease_s: float, runs: Mapping[str, Run]) -> None:
-        self._store, self._runner_id, self._lease_s, self._runs = store, runner_id, lease_s, runs
-        self.patience_s = _PATIENCE * lease_s
-        # A thread of its own: it must not wait behind files that are written.
+    def __init__(self, store: JobStore, runner_id: str, lease_s: float, claimed: Mapping[str, ClaimedJob]) -> None:
+        self._store, self._runner_id, self._lease_s, self._claimed = store, runner_id, lease_s, claimed
+        self.patience_s = _PATIENCE_LEASES * lease_s
+        # A thread of its own: renewals must not wait behind files that are written.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="leases")
 
-    async def keep(self) -> None:
-        """Renew them, for ever, and stop the runs that are not to go on."""
+    async def renew_forever(self) -> None:
+        """Renew the leases until this task is cancelled."""
         renewed_s = time.monotonic()
         while True:
-            # More often while something runs, for the sake of cancellations.
-            await asyncio.sleep(min(self._lease_s / _RENEWALS, _LOOK_S if self._runs else self._lease_s))
-            runs = dict(self._runs)
-            asked_s = time.monotonic()
-            limit_s = max(renewed_s + self.patience_s - asked_s, _SHORTEST_TRY_S)
+            period_s = self._lease_s / _RENEWALS_PER_LEASE
+            await asyncio.sleep(min(period_s, _CANCEL_POLL_S if self._claimed else self._lease_s))
+            claimed = dict(self._claimed)
+            start_s = time.monotonic()
+            limit_s = max(renewed_s + self.patience_s - start_s, _SHORTEST_TRY_S)
             try:
-                lost, cancelling = await self._renewed(list(runs.values()), limit_s)
+                lost, cancelling = await self._renew(list(claimed.values()), limit_s)
             except Exception:  # late, or whatever the database raised
                 logger.exception("leases of jobs cannot be renewed")
-                self._give_up(list(runs.values()), renewed_s)
+                self._give_up_expired(list(claimed.values()), renewed_s)
                 continue
-            renewed_s = asked_s
+            renewed_s = start_s
             for job_id in lost:
-                runs[job_id].stop(Stop.LOST)
+                claimed[job_id].stop(StopReason.LOST)
             for job_id in cancelling:
-                runs[job_id].stop(Stop.CANCELLED)
+                claimed[job_id].stop(StopReason.CANCELLED)
 
-    async def _renewed(self, runs: Sequence[Run], limit_s: float) -> tuple[set[str], set[str]]:
-        """Ids of jobs that are lost, and of those that were cancelled."""
-        leases = [Lease(run.job.job_id, run.job.lease) for run in runs]
+    async def _renew(self, claimed: Sequence[ClaimedJob], limit_s: float) -> tuple[set[str], set[str]]:
+        """Return the ids of jobs that are lost, and of those that were cancelled."""
+        leases = [Lease(each.job.job_id, each.job.lease) for each in claimed]
         loop = asyncio.get_running_loop()
         renewing = loop.run_in_executor(self._thread, self._store.renew, self._runner_id, leases, self._lease_s)
         async with asyncio.timeout(limit_s):
             return await asyncio.shield(renewing)
 
-    def _give_up(self, runs: Sequence[Run], renewed_s: float) -> None:
-        """Stop what another runner has had for a while: it is not run here as well."""
-        for run in runs:
-            if time.monotonic() - max(renewed_s, run.begun_s) > self.patience_s:
-                run.stop(Stop.AWAY)
+    def _give_up_expired(self, claimed: Sequence[ClaimedJob], renewed_s: float) -> None:
+        """Stop jobs that another runner has had for a while, so that they do not run twice for long."""
+        for each in claimed:
+            if time.monotonic() - max(renewed_s, each.claimed_s) > self.patience_s:
+                each.stop(StopReason.DATABASE_AWAY)

@@ -1,11 +1,11 @@
-"""JobRunner: claims jobs while there is room for them, runs them through the stages, and writes down how they end.
+"""JobRunner: claims jobs while there is room for them, runs them through the stages, and records how they end.
 
-One lives in each Director. It alone runs jobs, whoever asked for them: those whose caller waits here (*attached*) hand
-every event on to the caller as it comes; the others are followed through the database.
+Each Director has one. Jobs whose caller waits here (*attached*) hand every event on to the caller as it comes; the
+others are followed through the database.
 
-A claim is a lease: it is renewed while the job runs, and where that stops, another runner takes the job over and goes
-on from the last state that was left in the media store. Everything that this one still writes about the job is then
-refused, and its pipeline is stopped.
+A claim is a lease, renewed while the job runs. When a runner stops renewing it, another runner takes the job over and
+resumes it from its last saved state; whatever the first one still records about the job is refused, and its pipeline is
+stopped.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import contextlib
 import contextvars
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
 from cosmos3_core.errors import Cosmos3Error
-from deployments.director.leases import Leases
+from cosmos3_core.request import ResolvedRequest
+from deployments.config import JobsConfig
+from deployments.director.admission import RequestCheck
+from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, StopReason
 from deployments.director.recorder import Recorder, Tries, result_of
-from deployments.director.request_check import RequestCheck
-from deployments.director.run import RESTART_S, Run, Stop
-from deployments.director.runner_spec import DescribeFailure, MakePipeline, RunnerSpec
-from deployments.director.saved_states import CHECKPOINT, SavedStates
+from deployments.director.saved_states import SAVED_STATE, SavedStates
 from deployments.errors import JobCancelled, LeaseLost
-from deployments.failures import translate_error
+from deployments.failures import explain_failure, is_explained, translate_error
 from deployments.jobs.cost import Throughput
 from deployments.jobs.job import Job, JobState, Lane, Outcome
-from deployments.jobs.request_codec import decoded
+from deployments.jobs.request_codec import decode_request
 from deployments.jobs.service import JobService
-from deployments.jobs.store import Lease
+from deployments.jobs.store import Lease, QueueLimits
 from deployments.messages import Event, FileStarted, Finished, RequestContext
 from deployments.observability.logs import watch_request
 from deployments.observability.metrics import metrics
@@ -42,94 +43,127 @@ from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
-# Between two looks at where a caller's job stands in the queue.
+# Between two reports of where a caller's job stands in the queue.
 _POSITION_PERIOD_S = 1.0
-# After an error of the loop's own: a database that is away, say.
+# After a claim failed: the database may be away.
 _PAUSE_S = 1.0
+
+
+class RunsRequest(Protocol):
+    """A request on its way through the stages, as :class:`deployments.director.pipeline.Pipeline` is."""
+
+    def events(self) -> AsyncIterator[Event]:
+        """Yield every event, the last one :class:`Finished`."""
+        ...
+
+
+class MakePipeline(Protocol):
+    """Makes a job's pipeline.
+
+    Args:
+        request: with every field decided.
+        context: of this run.
+        job: as it was claimed.
+        begin_from: the saved state to resume from, if any.
+        on_saved: takes states that are to be saved.
+    """
+
+    def __call__(
+        self,
+        request: ResolvedRequest,
+        context: RequestContext,
+        job: Job,
+        begin_from: TensorEnvelope | None,
+        on_saved: Callable[[int, TensorEnvelope], None],
+    ) -> RunsRequest: ...
 
 
 @dataclass(eq=False)
 class _Caller:
-    """Who waits for an attached job."""
+    """The caller of an attached job, who waits here for its events.
+
+    Attributes:
+        context: of the request.
+        is_following: whether its job is there.
+        items: events to come, and the error that ends them; bounded, as a request's steps and chunks are.
+        has_begun: whether its job runs.
+        has_ended: whether its last item is there.
+    """
 
     context: RequestContext
-    # From then on its job is there.
     is_following: bool = False
-    # A request has as many events as steps and chunks, which are bounded.
     items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     has_begun: bool = False
     has_ended: bool = False
 
 
 class JobRunner:
-    """See the module. Inside one event loop, which it has to be made in.
+    """The runner of one Director. Made and used inside one event loop.
 
     Args:
         jobs: with their files.
+        model: name of the served model; jobs of other models are left to other runners.
+        config: the configuration's section.
         check: of requests.
-        make_pipeline: see :class:`MakePipeline`.
-        tell_failure: see :class:`DescribeFailure`.
-        is_told: whether that says all there is; else it belongs into the log.
-        spec: how it works.
+        make_pipeline: of claimed jobs.
     """
 
     def __init__(
         self,
         jobs: JobService,
+        model: str,
+        config: JobsConfig,
         check: RequestCheck,
         make_pipeline: MakePipeline,
-        tell_failure: DescribeFailure,
-        is_told: Callable[[BaseException], bool],
-        spec: RunnerSpec,
     ) -> None:
         self.runner_id = uuid.uuid4().hex
         self._jobs = jobs
         self._store, self._files, self._media = jobs.store, jobs.files, jobs.media
-        self._check, self._make_pipeline, self._tell_failure = check, make_pipeline, tell_failure
-        self._is_told = is_told
-        self._spec = spec
+        self._model, self._config = model, config
+        self._limits = QueueLimits.of(config)
+        self._max_running = {Lane.IMAGE: config.max_running_images, Lane.VIDEO: config.max_running_videos}
+        self._check, self._make_pipeline = check, make_pipeline
         self._callers: dict[str, _Caller] = {}
-        self._runs: dict[str, Run] = {}
+        self._claimed: dict[str, ClaimedJob] = {}
         self._throughput: dict[Lane, Throughput] = {}
         self._wake = asyncio.Event()
-        self._leases = Leases(jobs.store, self.runner_id, spec.lease_s, self._runs)
+        self._leases = LeaseKeeper(jobs.store, self.runner_id, config.lease_s, self._claimed)
         self._is_draining = self._is_released = False
-        # Contexts of their own: a task made inside a request would be cancelled with that request.
         self._alive: set[asyncio.Task[Any]] = set()
-        self._claiming = self._detached(self._claim_loop())
-        self._detached(self._leases.keep())
+        self._claiming = self._spawn(self._claim_jobs())
+        self._spawn(self._leases.renew_forever())
 
     @property
     def num_in_hand(self) -> int:
-        """Jobs that run here, and those that callers wait for."""
-        return len(self._runs.keys() | self._callers.keys())
+        """Number of jobs that run here or whose callers wait here."""
+        return len(self._claimed.keys() | self._callers.keys())
 
     def nudge(self) -> None:
-        """A job has come."""
+        """Look for jobs now: one was accepted."""
         self._wake.set()
 
     def drain(self) -> int:
-        """Claim nothing from now on but what callers wait for; returns how many jobs are still in hand."""
+        """Claim only jobs of callers who wait from now on; return how many jobs are in hand."""
         self._is_draining = True
         return self.num_in_hand
 
     async def release(self) -> None:
-        """Give back what runs and nobody waits for, to be gone on with by the next runner; stop the rest.
+        """Give running jobs back to the next runner, and stop those whose callers wait here.
 
-        Nothing is begun any more. Callers who wait are told, and their jobs are cancelled when this has returned.
+        No job begins any more. When this has returned, callers who wait have an error, and their jobs are cancelled.
         """
         self._is_draining = self._is_released = True
         self.nudge()
         waiting = [job_id for job_id, caller in self._callers.items() if not (caller.has_begun or caller.has_ended)]
-        queued = [job_id for job_id in waiting if self._shut_out(self._callers[job_id])]
-        runs = list(self._runs.values())
-        for run in runs:
-            run.stop(Stop.GIVEN_BACK if run.job.attached_to is None else Stop.SHUT_DOWN)
-        tasks = [run.task for run in runs if run.task is not None]
+        queued = [job_id for job_id in waiting if self._turn_away(self._callers[job_id])]
+        claimed = list(self._claimed.values())
+        for each in claimed:
+            each.stop(StopReason.GIVEN_BACK if each.job.attached_to is None else StopReason.SHUT_DOWN)
+        tasks = [each.task for each in claimed if each.task is not None]
         await asyncio.gather(self._cancel_all(queued), *tasks, return_exceptions=True)
 
-    def _shut_out(self, caller: _Caller) -> bool:
-        """Tell a caller who waits of the shutdown; returns whether its job is there, to be cancelled."""
+    def _turn_away(self, caller: _Caller) -> bool:
+        """Report the shutdown to a caller who waits; return whether its job is there and has to be cancelled."""
         caller.items.put_nowait(ShuttingDown(RESTART_S))
         # Else it is about to be created, and is cancelled when the caller leaves.
         caller.has_ended = caller.is_following
@@ -140,25 +174,25 @@ class JobRunner:
         await asyncio.gather(*map(self._cancel_queued, job_ids))
 
     def expect(self, job_id: str, context: RequestContext) -> None:
-        """Say before an attached job is created that its events are for a caller here."""
+        """Announce an attached job before it is created: its events are for a caller here."""
         self._callers[job_id] = _Caller(context)
 
     def unexpect(self, job_id: str) -> None:
-        """The job of :meth:`expect` was not created."""
+        """Withdraw :meth:`expect`: the job was not created."""
         self._callers.pop(job_id, None)
 
     def forget(self, job_id: str) -> None:
-        """The caller of :meth:`expect` leaves: what is left of the job is not done."""
+        """Stop the job of :meth:`expect`: its caller leaves."""
         caller = self._callers.pop(job_id, None)
         if caller is None or caller.has_ended:
             return
-        if (run := self._runs.get(job_id)) is not None:
-            run.stop(Stop.LEFT)
+        if (claimed := self._claimed.get(job_id)) is not None:
+            claimed.stop(StopReason.CALLER_LEFT)
         else:
-            self._detached(self._cancel_queued(job_id))
+            self._spawn(self._cancel_queued(job_id))
 
     async def follow(self, job: Job) -> AsyncGenerator[Event, None]:
-        """The events of an attached job, after :meth:`expect` and its creation; to be ended by :meth:`forget`.
+        """Yield the events of an attached job that was created after :meth:`expect`; :meth:`forget` ends it.
 
         Raises:
             DeadlineExceeded: the time is up.
@@ -171,7 +205,7 @@ class JobRunner:
         position: int | None = None
         while True:
             item = await self._next(caller)
-            if item is None:  # it waits, and it is time to look where
+            if item is None:  # time to report the position
                 found = None if caller.has_begun else await run_in_thread(self._store.get, job.job_id)
                 if caller.has_begun or not caller.items.empty():
                     continue
@@ -189,7 +223,7 @@ class JobRunner:
                 return
 
     async def _next(self, caller: _Caller) -> Event | Exception | None:
-        """The next event; None where none came and it is time to look at the queue again."""
+        """Return the next event; None where it is time to report the position again."""
         if caller.has_begun:
             return await caller.items.get()  # the pipeline keeps the deadline
         limit_s = min(_POSITION_PERIOD_S, caller.context.remaining_s("queue"))
@@ -200,105 +234,103 @@ class JobRunner:
 
     # Claiming
 
-    async def _claim_loop(self) -> None:
+    async def _claim_jobs(self) -> None:
         while not self._is_released:
             self._wake.clear()
             try:
-                for lane, max_running in self._spec.max_running.items():
-                    while sum(run.job.lane == lane for run in self._runs.values()) < max_running:
+                for lane, max_running in self._max_running.items():
+                    while sum(each.job.lane == lane for each in self._claimed.values()) < max_running:
                         if (job := await run_in_thread(self._claim, lane)) is None:
                             break
-                        _tell_claim(job)
-                        # It may have been claimed just before.
+                        _count_claim(job)
+                        # The claim may have been on its way when this was told to stop.
                         if self._is_released or (self._is_draining and job.attached_to is None):
                             await self._give_back(job)
                             break
-                        self._begin(job)
-            except Exception:  # the database is away, say: what is wrong now may be right in a moment
+                        self._start(job)
+            except Exception:  # such as a database that is away: try again
                 logger.exception("jobs cannot be claimed")
                 await asyncio.sleep(_PAUSE_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._spec.poll_s):
+                async with asyncio.timeout(self._config.poll_s):
                     await self._wake.wait()
 
     def _claim(self, lane: Lane) -> Job | None:
-        spec = self._spec
         return self._store.claim(
             self.runner_id,
-            spec.model,
+            self._model,
             lane,
-            spec.limits,
-            spec.lease_s,
-            spec.max_attempts,
+            self._limits,
+            self._config.lease_s,
+            self._config.max_attempts,
             only_attached=self._is_draining,
-            in_hand=tuple(self._runs),
+            in_hand=tuple(self._claimed),
         )
 
-    def _begin(self, job: Job) -> None:
-        run = self._runs[job.job_id] = Run(job)
+    def _start(self, job: Job) -> None:
+        claimed = self._claimed[job.job_id] = ClaimedJob(job)
         if (caller := self._callers.get(job.job_id)) is not None:
             caller.has_begun = True
         elif job.attached_to is not None:
-            run.stop(Stop.LEFT)
-        run.task = self._detached(self._run(run, caller))
+            claimed.stop(StopReason.CALLER_LEFT)
+        claimed.task = self._spawn(self._run(claimed, caller))
 
     # Running
 
-    async def _run(self, run: Run, caller: _Caller | None) -> None:
-        """One claimed job, to its end, whatever that is. Raises nothing."""
-        job = run.job
-        recorder = Recorder(self._store, job, run.cannot_be_written, self._leases.patience_s)
+    async def _run(self, claimed: ClaimedJob, caller: _Caller | None) -> None:
+        """Run one claimed job to its end, whatever that is. Raises nothing."""
+        job = claimed.job
+        recorder = Recorder(self._store, job, claimed.give_up, self._leases.patience_s)
         finished: Finished | None = None
         failure: Exception | None = None
-        if run.stopped is None:
-            run.is_walking = True
+        if claimed.stop_reason is None:
+            claimed.is_interruptible = True
             try:
-                async for event in self._walk(run, caller):
+                async for event in self._process(claimed, caller):
                     recorder.note(event)
                     if isinstance(event, FileStarted | Finished):
-                        run.media_id = event.media_id
+                        claimed.media_id = event.media_id
                     if isinstance(event, Finished):
                         finished = event
                     elif caller is not None:
                         caller.items.put_nowait(event)
             except asyncio.CancelledError:
-                pass  # by whoever stopped it, and has said why
+                pass  # by stop(), which has noted the reason
             except Exception as error:  # noqa: BLE001 - whatever a stage raised ends the job, and nothing else
-                meaning = translate_error(error, "director")
-                failure = meaning if isinstance(meaning, Exception) else error
-            run.is_walking = False
+                translated = translate_error(error, "director")
+                failure = translated if isinstance(translated, Exception) else error
+            claimed.is_interruptible = False
         try:
-            await self._end(run, recorder, finished, failure)
+            await self._end(claimed, recorder, finished, failure)
         except LeaseLost:
-            run.stop(Stop.LOST)
-            failure = failure or run.why()
-            await self._tidy_lost(run)
+            claimed.stop(StopReason.LOST)
+            failure = failure or claimed.stop_error()
+            await self._tidy_lost(claimed)
         except Exception as error:
-            logger.exception("the end of %s could not be written down", job.job_id)
+            logger.exception("the end of %s could not be recorded", job.job_id)
             failure = failure or error
-        del self._runs[job.job_id]
+        del self._claimed[job.job_id]
         self.nudge()
         if caller is not None:
-            # What the database does not know is not told: the file might be made once more.
+            # Report nothing that the database does not know: the file might be made once more.
             caller.has_ended = True
-            caller.items.put_nowait(failure or finished or run.why())
+            caller.items.put_nowait(failure or finished or claimed.stop_error())
 
-    async def _walk(self, run: Run, caller: _Caller | None) -> AsyncIterator[Event]:
-        job = run.job
+    async def _process(self, claimed: ClaimedJob, caller: _Caller | None) -> AsyncIterator[Event]:
+        """Yield the events of a job's pipeline, which begins from the last saved state."""
+        job, config = claimed.job, self._config
         if job.media_id:
-            # An earlier run's, whose writer may have died without a word: whoever watches it is told.
+            # The writer of an earlier run may have died without a word: end its file for those who watch it.
             await run_in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
         context = (
-            RequestContext.new(job.request_id, self._spec.run_timeout_s, job.job_id)
-            if caller is None
-            else caller.context
+            RequestContext.new(job.request_id, config.run_timeout_s, job.job_id) if caller is None else caller.context
         )
         media = {name: await run_in_thread(self._files.get, job.job_id, name) for name in job.inputs}
-        resolved = await self._check.resolve(context, decoded(job.request, media))
+        resolved = await self._check.resolve(context, decode_request(job.request, media))
         del media
-        run.checkpoints = checkpoints = SavedStates(self._files, job.job_id, self._spec.checkpoint_period_s)
-        begin_from = await run_in_thread(checkpoints.read)
-        pipeline = self._make_pipeline(resolved, context, job, begin_from, checkpoints.offer)
+        claimed.saved_states = saved_states = SavedStates(self._files, job.job_id, config.checkpoint_period_s)
+        begin_from = await run_in_thread(saved_states.read)
+        pipeline = self._make_pipeline(resolved, context, job, begin_from, saved_states.offer)
         del resolved, begin_from
         assert job.started_s is not None, "it was claimed"
         events = watch_request(pipeline.events(), context, job.mode, job.started_s - job.created_s)
@@ -306,87 +338,90 @@ class JobRunner:
             async for event in watched:
                 yield event
 
-    async def _end(self, run: Run, recorder: Recorder, finished: Finished | None, failure: Exception | None) -> None:
-        if finished is None and run.is_out_of_hand:
-            raise LeaseLost(run.job.job_id)
-        if finished is None and run.stopped is Stop.GIVEN_BACK:
-            if run.checkpoints is not None:
-                await run.checkpoints.write_last()
-            await self._give_back(run.job)
+    async def _end(
+        self, claimed: ClaimedJob, recorder: Recorder, finished: Finished | None, failure: Exception | None
+    ) -> None:
+        if finished is None and claimed.is_lost:
+            raise LeaseLost(claimed.job.job_id)
+        if finished is None and claimed.stop_reason is StopReason.GIVEN_BACK:
+            if claimed.saved_states is not None:
+                await claimed.saved_states.write_last()
+            await self._give_back(claimed.job)
             return
-        if finished is not None:  # whoever wanted it stopped came too late
+        if finished is not None:  # a stop that came too late changes nothing
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
         elif failure is not None:
-            code, message = self._tell_failure(failure)
-            if not self._is_told(failure):
-                logger.error("%s failed", run.job.job_id, exc_info=failure)
+            code, message = explain_failure(failure)
+            if not is_explained(failure):
+                logger.error("%s failed", claimed.job.job_id, exc_info=failure)
             outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
         else:
-            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(run.why()))
-        ended = await recorder.end(outcome, keep_media_s=self._spec.keep_media_s)
-        await self._tidy_ended(run, ended)
+            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(claimed.stop_error()))
+        ended = await recorder.end(outcome, keep_media_s=self._media.keep_s)
+        await self._tidy_ended(claimed, ended)
 
     async def _give_back(self, job: Job) -> None:
         lease = Lease(job.job_id, job.lease)
         await Tries(self._leases.patience_s).of(lambda: self._store.give_back(lease))
 
-    async def _tidy_ended(self, run: Run, ended: Job) -> None:
+    async def _tidy_ended(self, claimed: ClaimedJob, ended: Job) -> None:
         """Count a job that has ended, and remove what it leaves."""
         is_completed = ended.state is JobState.COMPLETED
         try:
-            _tell_end(ended)
-            if run.checkpoints is not None:
-                await run.checkpoints.settle()
+            _count_end(ended)
+            if claimed.saved_states is not None:
+                await claimed.saved_states.settle()
             # Inputs stay for a remix of what was made; of anything else they would fill the disk for nothing.
             is_kept = is_completed and ended.attached_to is None
-            await run_in_thread(self._files.remove, ended.job_id, CHECKPOINT if is_kept else None)
+            await run_in_thread(self._files.remove, ended.job_id, SAVED_STATE if is_kept else None)
             if is_completed:
-                await self._measure(run.job, ended)
-        except Exception:  # the job has ended all the same, and its caller is told so
+                await self._measure(claimed.job, ended)
+        except Exception:  # the job has ended all the same
             logger.exception("what %s leaves could not be tidied up", ended.job_id)
 
-    async def _tidy_lost(self, run: Run) -> None:
-        """Remove what a run leaves whose job is another runner's, or gone."""
-        job_id = run.job.job_id
+    async def _tidy_lost(self, claimed: ClaimedJob) -> None:
+        """Remove what this run leaves of a job that is another runner's by now, or gone."""
+        job_id = claimed.job.job_id
         try:
-            if run.checkpoints is not None:
-                await run.checkpoints.settle()
+            if claimed.saved_states is not None:
+                await claimed.saved_states.settle()
             now = await run_in_thread(self._store.get, job_id)
             if now is None:
                 await run_in_thread(self._files.remove, job_id)
-            if run.media_id and (now is None or now.media_id != run.media_id):
-                await run_in_thread(self._media.remove, run.media_id)
-        except Exception:  # what nobody removes expires
+            if claimed.media_id and (now is None or now.media_id != claimed.media_id):
+                await run_in_thread(self._media.remove, claimed.media_id)
+        except Exception:  # sweeps remove the rest
             logger.exception("what %s leaves could not be tidied up", job_id)
 
     async def _measure(self, job: Job, ended: Job) -> None:
-        """Enter how fast a job was done; it is given as it was claimed, and as it ended."""
+        """Record how fast a job was done, given as it was claimed and as it ended."""
         assert job.started_s is not None, "it was claimed"
         assert ended.completed_s is not None, "it has ended"
         throughput = self._throughput.setdefault(job.lane, Throughput())
-        # Of one that was gone on with, what was left of it when it was claimed.
+        # A resumed job counts with the work that was left of it when it was claimed.
         work = job.work * max(1 - job.step / job.num_steps, 1 / job.num_steps)
         work_per_s = throughput.finished(work, job.started_s, ended.completed_s)
-        await run_in_thread(self._store.note_rate, self._spec.model, job.lane, work_per_s)
+        await run_in_thread(self._store.note_rate, self._model, job.lane, work_per_s)
 
     async def _cancel_queued(self, job_id: str) -> None:
         try:
             job = await run_in_thread(self._store.cancel, job_id)
             if job is not None and job.state.is_final:
-                if job.attempts == 0:  # a run tells its own end
-                    _tell_end(job)
+                if job.attempts == 0:  # a run counts its own end
+                    _count_end(job)
                 await run_in_thread(self._jobs.remove_files, job)
         except Cosmos3Error:
             logger.exception("%s could not be cancelled", job_id)
 
-    def _detached(self, work: Any) -> asyncio.Task[Any]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
+        # A context of its own: a task made inside a request would be cancelled with that request.
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._alive.add(task)  # the loop itself does not keep it
         task.add_done_callback(self._alive.discard)
         return task
 
 
-def _tell_claim(job: Job) -> None:
+def _count_claim(job: Job) -> None:
     assert job.started_s is not None, "it was claimed"
     if job.last_seq == 1:  # its first claim; what was given back has had one before
         metrics().record_queue_wait(job.lane, job.service_class, job.started_s - job.created_s)
@@ -394,5 +429,5 @@ def _tell_claim(job: Job) -> None:
         metrics().count_takeover()
 
 
-def _tell_end(job: Job) -> None:
+def _count_end(job: Job) -> None:
     metrics().record_request(job.mode, job.state, (job.completed_s or job.created_s) - job.created_s)

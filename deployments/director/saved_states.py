@@ -16,7 +16,7 @@ from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
-CHECKPOINT = "checkpoint"
+SAVED_STATE = "checkpoint"
 """Name of a job's saved state among its files."""
 
 # For a place that does not answer: nobody waits longer for a state to be kept.
@@ -50,9 +50,9 @@ class SavedStates:
     def read(self) -> TensorEnvelope | None:
         """The last state; None where there is none, or it is damaged: then the job begins anew."""
         try:
-            if not self._files.exists(self._job_id, CHECKPOINT):
+            if not self._files.exists(self._job_id, SAVED_STATE):
                 return None
-            return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, CHECKPOINT), np.uint8))
+            return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, SAVED_STATE), np.uint8))
         except MediaError:
             logger.exception("the saved state of %s cannot be used; it begins anew", self._job_id)
             return None
@@ -84,10 +84,10 @@ class SavedStates:
 
     async def _write(self, step: int, state: TensorEnvelope) -> None:
         try:
-            await run_in_thread(self._files.put, self._job_id, CHECKPOINT, state.data.data)
+            await run_in_thread(self._files.put, self._job_id, SAVED_STATE, state.data.data)
             self._written_s, self._written_step = time.monotonic(), step
             if self._is_too_late:
-                await run_in_thread(self._files.remove, self._job_id, CHECKPOINT)
+                await run_in_thread(self._files.remove, self._job_id, SAVED_STATE)
         except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
             logger.exception("the state of %s could not be kept, or not removed again", self._job_id)
         finally:

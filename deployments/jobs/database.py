@@ -11,24 +11,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from sqlite3 import Error as SQLiteError
-from typing import TYPE_CHECKING
 
 import sqlalchemy
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 
+from deployments.config import AppConfig
 from deployments.errors import JobsError
 from deployments.jobs import sqlite_file
 from deployments.jobs.schema import NEWEST, VERSION_TABLE
 from deployments.media.store import own_directory
-
-if TYPE_CHECKING:
-    from deployments.config import AppConfig
 
 BUSY_S = 10.0
 """How long a transaction waits for the ones before it."""
@@ -59,41 +55,23 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True)
-class DatabaseSpec:
-    """Where an app's jobs are; every process opens the database itself.
+def database_url(config: AppConfig) -> str:
+    """Return SQLAlchemy's URL of an app's jobs: the key ``jobs.database``, or a SQLite file beside the app's media.
 
-    Attributes:
-        url: the key ``jobs.database``; None = a SQLite file in the directory of the app's media. Such a file is for the
-            processes of one machine, on a local disk: SQLite's locks do not reach over a network.
-        directory: of the media store; None = this user's own.
-        app_name: the file is called after it.
+    Such a file is for the processes of one machine, on a local disk: SQLite's locks do not reach over a network.
+
+    Raises:
+        MediaStoreError: the directory is to be this user's own, and cannot be made.
+        JobsError: the directory cannot be made.
     """
-
-    url: str | None = field(repr=False)  # it may hold a password
-    directory: Path | None
-    app_name: str
-
-    @classmethod
-    def of(cls, config: AppConfig) -> DatabaseSpec:
-        """Of a configuration."""
-        return cls(config.jobs.database, config.media.directory, config.name)
-
-    def resolved(self) -> str:
-        """SQLAlchemy's URL of it.
-
-        Raises:
-            MediaStoreError: the directory is to be this user's own, and cannot be made.
-            JobsError: the directory cannot be made.
-        """
-        if self.url is not None:
-            return self.url
-        directory = own_directory() if self.directory is None else self.directory.absolute()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise JobsError(f"{directory} cannot be made: {error}; set media.directory or jobs.database") from error
-        return URL.create("sqlite", database=str(directory / f"jobs-{self.app_name}.sqlite3")).render_as_string()
+    if config.jobs.database is not None:
+        return config.jobs.database
+    directory = own_directory() if config.media.directory is None else config.media.directory.absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobsError(f"{directory} cannot be made: {error}; set media.directory or jobs.database") from error
+    return URL.create("sqlite", database=str(directory / f"jobs-{config.name}.sqlite3")).render_as_string()
 
 
 def _is_newest(connection: Connection) -> bool:

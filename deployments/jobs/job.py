@@ -19,9 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deployments.config import DEFAULT_CLASS
 from deployments.errors import IllegalTransition
+
+if TYPE_CHECKING:
+    from deployments.jobs.keys import KeyLimits
 
 
 class JobState(StrEnum):
@@ -77,6 +81,35 @@ def new_job_id() -> str:
     return f"video_gen_{uuid.uuid4().hex}"
 
 
+@dataclass(frozen=True)
+class SubmitOptions:
+    """What a caller asks for beside the generation itself. Travels with a request to the Director.
+
+    Attributes:
+        request_id: the caller's name for it, for logs; None: one is made up.
+        owner: id of the API key that it came with, "" without.
+        service_class: name of a class of the configuration.
+        classes: that its key may name; None: all of the configuration's.
+        limits: the key's own; None: the configuration's.
+        idempotency_key: None without.
+        previews: how many of them to record, 0 to 32.
+        remixed_from: id of the job whose request this one takes over; None without.
+        warnings: fields that were accepted without effect.
+        skip_guardrails: the caller does without them, and may.
+    """
+
+    request_id: str | None = None
+    owner: str = ""
+    service_class: str = DEFAULT_CLASS
+    classes: tuple[str, ...] | None = None
+    limits: KeyLimits | None = None
+    idempotency_key: str | None = None
+    previews: int = 0
+    remixed_from: str | None = None
+    warnings: tuple[str, ...] = ()
+    skip_guardrails: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
     """A request that was checked and is about to be accepted.
@@ -85,7 +118,7 @@ class NewJob:
         job_id: of :func:`new_job_id`.
         owner: id of the API key that it came with, "" without.
         model: name of the served model: only Directors that serve it claim the job.
-        request: of :func:`deployments.jobs.request_codec.encoded`: plain JSON values.
+        request: of :func:`deployments.jobs.request_codec.encode_request`: plain JSON values.
         inputs: names of the files in the media store that belong to it.
         fingerprint: hash of the request; tells apart what comes with one idempotency key.
         mode, prompt, width, height, num_frames, fps, seed, num_steps, media_type: of the resolved request, for whoever

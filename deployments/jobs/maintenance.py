@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deployments.config import JobsConfig
 from deployments.jobs.service import JobService
 from deployments.jobs.store import FileNeed
 from deployments.observability.metrics import metrics
@@ -30,13 +31,12 @@ class Maintenance:
     Attributes:
         jobs: with their files.
         model: whose jobs are counted.
-        keep_s, max_kept: how long, and how many ended jobs are kept.
+        config: the configuration's section.
     """
 
     jobs: JobService
     model: str
-    keep_s: float
-    max_kept: int
+    config: JobsConfig
 
     def start(self) -> list[asyncio.Task[None]]:
         """Begin, inside an event loop; whoever calls holds on to the tasks."""
@@ -54,8 +54,8 @@ class Maintenance:
 
     def sweep(self) -> None:
         """Forget old jobs, and remove their files; end those that nobody would ever run."""
-        self.jobs.store.fail_unserved(self.keep_s)
-        for job in self.jobs.store.sweep(self.keep_s, self.max_kept):
+        self.jobs.store.fail_unserved(self.config.keep_s)
+        for job in self.jobs.store.sweep(self.config.keep_s, self.config.max_kept):
             self.jobs.remove_files(job)
 
     def sweep_files(self) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Select, bindparam, delete, func, select
 from cluster.errors import OverloadedError
 from cosmos3_core import checks
 from cosmos3_core.errors import RequestError
+from deployments.config import JobsConfig
 from deployments.errors import IdempotencyConflict
 from deployments.jobs.job import Job, JobState, Lane, NewJob
 from deployments.jobs.keys import KeyLimits
@@ -46,6 +47,11 @@ class QueueLimits:
     max_queued_per_key: int
     max_running_per_key: int | None
     classes: Mapping[str, float]
+
+    @classmethod
+    def of(cls, config: JobsConfig) -> QueueLimits:
+        """Return the bounds in a configuration."""
+        return cls(config.max_queued, config.max_queued_per_key, config.max_running_per_key, config.classes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A request as it is kept: plain JSON values, and beside them its image or clip."""
+"""A request as it is stored: plain JSON values, and beside them its image or clip."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MEDIA = (IMAGE, VIDEO)
 _DEFAULTS = GenerationRequest()
 
 
-def encoded(request: GenerationRequest) -> tuple[dict[str, Any], dict[str, Packed]]:
-    """The fields of a request that differ from their defaults, and its media by name; :func:`decoded` is the way back.
+def encode_request(request: GenerationRequest) -> tuple[dict[str, Any], dict[str, Packed]]:
+    """Return the fields of a request that differ from their defaults, and its media by name.
 
     Args:
         request: checked, and with its media :meth:`~GenerationRequest.packed`.
@@ -47,15 +47,15 @@ def encoded(request: GenerationRequest) -> tuple[dict[str, Any], dict[str, Packe
     return values, media
 
 
-def decoded(values: Mapping[str, Any], media: Mapping[str, Packed]) -> GenerationRequest:
-    """The request of :func:`encoded` values and media."""
+def decode_request(values: Mapping[str, Any], media: Mapping[str, Packed]) -> GenerationRequest:
+    """Return the request that :func:`encode_request` made values and media of."""
     given: dict[str, Any] = {**values, **media}
     return GenerationRequest(**given)
 
 
-def fingerprint_of(values: Mapping[str, Any], media: Mapping[str, Packed], **asked: Any) -> str:
-    """Names a request, and how it is to be served: equal for equal ones, in any process."""
-    digest = hashlib.sha256(json.dumps([values, asked], sort_keys=True).encode())
+def compute_fingerprint(values: Mapping[str, Any], media: Mapping[str, Packed], **options: Any) -> str:
+    """Return a hash of a request and of the options that it comes with: equal for equal ones, in any process."""
+    digest = hashlib.sha256(json.dumps([values, options], sort_keys=True).encode())
     for name in sorted(media):
         data = media[name]
         about = "bytes" if isinstance(data, bytes) else f"{data.dtype} {data.shape}"

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from cosmos3_core import checks
 from cosmos3_core.errors import Cosmos3Error, MediaError
+from deployments.config import AppConfig
 from deployments.errors import ApiError
+from deployments.jobs.database import database_url
 from deployments.jobs.feed import DELETED, FINAL_KINDS, EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobEvent, JobState
@@ -49,6 +51,17 @@ class JobService:
     def __init__(self, store: JobStore, files: JobFiles, media: MediaStore, max_followers: int) -> None:
         self.store, self.files, self.media = store, files, media
         self.feed = EventFeed(store, max_followers)
+
+    @classmethod
+    def open(cls, config: AppConfig) -> JobService:
+        """Open the database and the files of a configuration.
+
+        Raises:
+            JobsError, MediaStoreError: they cannot be used.
+        """
+        media = MediaStore.of(config.media)
+        store = JobStore.open(database_url(config))
+        return cls(store, JobFiles(media.directory, config.media.archive), media, config.jobs.max_followers)
 
     async def get(self, job_id: str, owner: str) -> Job:
         """Return a job."""

@@ -26,8 +26,8 @@ from deployments.api.auth import auth_required, check_keys
 from deployments.api.serve_http import http_in_force
 from deployments.app import build_app
 from deployments.clients.errors import UnreachableError
-from deployments.config import AppConfig
-from deployments.jobs.database import DatabaseSpec
+from deployments.config import AppConfig, HttpConfig
+from deployments.jobs.database import database_url
 from deployments.jobs.store import JobStore
 from deployments.launch.capacity import Resources, describe_missing, describe_shortfall, sum_needs
 from deployments.launch.http_client import get
@@ -44,7 +44,6 @@ from deployments.launch.ray_session import (
     ray_session,
     time_limit,
 )
-from deployments.service_config import HttpConfig
 
 _POLL_S = 0.1
 _WATCH_S = 2.0
@@ -192,7 +191,7 @@ def _check_access(config: AppConfig, report: Callable[[str], None]) -> None:
     """
     host = config.http.host
     if auth_required(config.auth.enabled, host):
-        store = JobStore.open(DatabaseSpec.of(config).resolved())
+        store = JobStore.open(database_url(config))
         try:
             check_keys(store.keys, host)
         finally:

@@ -45,11 +45,11 @@ def run(options: argparse.Namespace) -> int:
         RequestError: a value is out of range, or there is no such key.
         ConfigError, JobsError, MediaStoreError: the database cannot be found or used.
     """
-    from deployments.jobs.database import DatabaseSpec
+    from deployments.jobs.database import database_url
     from deployments.jobs.keys import KeyStore
 
     config = config_of(options, {"jobs.database": options.database, **_NO_CHECKPOINT})
-    keys = KeyStore.open(DatabaseSpec.of(config).resolved())
+    keys = KeyStore.open(database_url(config))
     try:
         if options.action == "add":
             _add(options, config, keys)
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _add(options: argparse.Namespace, config: AppConfig, keys: KeyStore) -> None:
+    from deployments.config import DEFAULT_CLASS
     from deployments.jobs.keys import KeyLimits, NewKey
-    from deployments.service_config import DEFAULT_CLASS
 
     known = tuple(config.jobs.classes)
     service_class = checks.choice("class", options.service_class or DEFAULT_CLASS, known)

@@ -24,12 +24,13 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from cosmos3_core import checks
 from cosmos3_core.errors import MediaError, RequestError
+from deployments.config import MediaConfig
 from deployments.errors import MediaStoreError
 from deployments.media.archive import MediaArchive
 from deployments.media.folder import folder_record, job_bytes, max_job_bytes, passing_folder, remove_folder, sweep
@@ -69,30 +70,6 @@ def own_directory() -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class MediaSpec:
-    """Where a store is and how much it keeps; every process opens its own.
-
-    Attributes:
-        directory: None = :func:`own_directory` of the process that opens it.
-        max_bytes, keep_s, archive: see :class:`MediaStore`.
-    """
-
-    directory: Path | None
-    max_bytes: int
-    keep_s: float
-    archive: str | None = field(default=None, repr=False)  # may have credentials
-
-    def open(self) -> MediaStore:
-        """The store.
-
-        Raises:
-            MediaStoreError: its directory cannot be made, or its archive not be used.
-        """
-        directory = own_directory() if self.directory is None else self.directory
-        return MediaStore(directory, self.max_bytes, self.keep_s, self.archive)
-
-
 class MediaStore:
     """See the module. Any number of them may be open on one directory.
 
@@ -110,6 +87,16 @@ class MediaStore:
     Raises:
         MediaStoreError: the directory or the archive cannot be made or used.
     """
+
+    @classmethod
+    def of(cls, config: MediaConfig) -> MediaStore:
+        """Open the store of a configuration; every process opens its own.
+
+        Raises:
+            MediaStoreError: its directory cannot be made, or its archive not be used.
+        """
+        directory = own_directory() if config.directory is None else config.directory
+        return cls(directory, config.max_bytes, config.keep_s, config.archive)
 
     def __init__(self, directory: Path, max_bytes: int, keep_s: float, archive: str | None = None) -> None:
         self.directory = directory

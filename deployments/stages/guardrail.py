@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.media.pixels import Frames
-from deployments import service_config
+from deployments.config import GuardrailsConfig
 from deployments.errors import ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
 from deployments.observability.logs import watch_stage
@@ -43,7 +43,7 @@ class Guardrails:
         AdapterError: the adapter cannot be used.
     """
 
-    def __init__(self, config: service_config.GuardrailsConfig) -> None:
+    def __init__(self, config: GuardrailsConfig) -> None:
         assert config.adapter is not None, "without an adapter there is no such stage"
         self._adapter = load_guardrail(config.adapter, config.options)
         self._text = _SerialCalls("prompt", config.text_timeout_s)

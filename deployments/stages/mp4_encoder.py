@@ -16,8 +16,9 @@ from typing import Any
 
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
+from deployments.config import MediaConfig
 from deployments.failures import summarize_error
-from deployments.media.store import MediaEntry, MediaSpec
+from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
 from deployments.observability.logs import watch_stage
 from deployments.stages.streams import wait_within
@@ -35,8 +36,8 @@ class Mp4Encoder:
         media: of the store where files go.
     """
 
-    async def __init__(self, media: MediaSpec) -> None:  # type: ignore[misc] # Serve awaits it
-        self._media = media.open()
+    async def __init__(self, media: MediaConfig) -> None:  # type: ignore[misc] # Serve awaits it
+        self._media = MediaStore.of(media)
         # An empty context: the task belongs to no request.
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
 

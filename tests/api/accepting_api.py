@@ -20,13 +20,11 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.media.kinds import STILL, kind_of
 from cosmos3_core.request import GenerationRequest
-from deployments.director.admission import Admission
-from deployments.director.request_check import RequestCheck
+from deployments.director.admission import Admission, RequestCheck
 from deployments.jobs.cost import CostModel
-from deployments.jobs.job import Job, new_job_id
+from deployments.jobs.job import Job, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
 from deployments.jobs.store import QueueLimits
-from deployments.jobs.submit_options import SubmitOptions
 from deployments.messages import RequestContext
 from tests.api.fake_service import CLASSES, MODEL, Api, FakeDirector
 from tests.api.safe_answers import Inside

@@ -21,17 +21,16 @@ from deployments.api.auth import Authenticator
 from deployments.api.given_media import RemoteFiles
 from deployments.api.openapi import document
 from deployments.api.service import Service
+from deployments.config import HttpConfig
 from deployments.director.admission import remix_options
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
-from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
+from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, SubmitOptions, new_job_id
+from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, Lease, QueueLimits
-from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished
 from deployments.served_model import ServedModel
-from deployments.service_config import HttpConfig
 from tests.api.documented import Documented
 
 MODEL = "nano"
@@ -115,7 +114,7 @@ class FakeDirector:
             raise self.error
         resolved = resolve(request, self.layout)
         self.submitted.append((request, options))
-        values, media = encoded(request)
+        values, media = encode_request(request)
         job_id = new_job_id()
         for name, data in media.items():
             self.files.put(job_id, name, data)
@@ -125,7 +124,9 @@ class FakeDirector:
             model=MODEL,
             request=values,
             inputs=tuple(sorted(media)),
-            fingerprint=fingerprint_of(values, media, service_class=options.service_class, previews=options.previews),
+            fingerprint=compute_fingerprint(
+                values, media, service_class=options.service_class, previews=options.previews
+            ),
             mode=resolved.mode,
             prompt=resolved.prompt,
             width=resolved.width,
@@ -152,7 +153,7 @@ class FakeDirector:
     async def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Job:
         job = await JobService(self.store, self.files, self.media, 1).get(job_id, options.owner)
         media: dict[str, Any] = {name: self.files.get(job_id, name) for name in job.inputs}
-        request = replace(decoded(job.request, media), prompt=prompt)
+        request = replace(decode_request(job.request, media), prompt=prompt)
         options = remix_options(job, options, self.classes, may_skip_guardrails=self.may_skip_guardrails)
         return await self._submit(request, options)
 

@@ -10,8 +10,7 @@ import PIL.Image
 
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
-from deployments.jobs.job import Job, JobState, Outcome, Progress, new_job_id
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import Job, JobState, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.media.store import new_media_id
 from tests.api.accepting_api import LIMITS, AcceptingApi
 from tests.api.fake_service import MODEL, lease_of

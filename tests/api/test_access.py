@@ -13,12 +13,10 @@ import pytest
 
 from deployments.api import auth as auths
 from deployments.api.auth import LOOPBACK_HOSTS, Authenticator, NoKeys, auth_required, check_keys
-from deployments.api.service import IngressSpec, Service
+from deployments.api.service import Service
+from deployments.config import AppConfig, AuthConfig, HttpConfig, JobsConfig, MediaConfig
 from deployments.errors import JobsError
-from deployments.jobs.database import DatabaseSpec
 from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
-from deployments.media.store import MediaSpec
-from deployments.service_config import HttpConfig, JobsConfig, RemoteMediaConfig
 from tests.api.fake_service import Api, FakeReadiness
 
 VIDEO = "/v1/videos/video_gen_" + "0" * 32
@@ -272,24 +270,18 @@ def test_an_ingress_asks_for_a_key_or_for_its_own_name(
     """Or the operator says that whoever reaches the port may use the app."""
     database = tmp_path / "jobs.sqlite3"
     shutil.copy(empty_database, database)
-    spec = IngressSpec(
-        checkpoint=str(tiny_nano),
-        model_name=None,
-        is_sound_offered=False,
+    config = AppConfig(
+        checkpoint=tiny_nano,
         http=HttpConfig(host="10.1.1.1", allowed_hosts=allowed),  # Serve may listen elsewhere than this says
-        jobs=JobsConfig(),
-        remote_media=RemoteMediaConfig(),
-        media=MediaSpec(tmp_path / "media", 1 << 20, 1000.0),
-        database=DatabaseSpec(f"sqlite:///{database}", None, "a"),
-        needs_keys=needs_keys,
-        has_guardrails=False,
-        may_disable_guardrails=True,
+        media=MediaConfig(directory=tmp_path / "media"),
+        jobs=JobsConfig(database=f"sqlite:///{database}"),
+        auth=AuthConfig(enabled=needs_keys),
     )
 
     def opened() -> Service:
         director = SimpleNamespace(options=lambda *, stream: stream)
-        service = Service.open(spec, director, FakeReadiness(), host)
-        service.store.close()
+        service = Service.open(config, director, FakeReadiness(), host)
+        service.jobs.store.close()
         return service
 
     if auth_required(needs_keys, host):

@@ -49,8 +49,7 @@ from deployments.errors import (
     MediaStoreError,
 )
 from deployments.failures import explain_failure
-from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions
 from deployments.media.store import new_media_id
 from tests.api.fake_service import MODEL, Api, Follower, lease_of
 from tests.api.golden import Golden, answer_as_json

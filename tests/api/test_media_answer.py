@@ -29,7 +29,7 @@ from deployments.api.fields import Endpoint
 from deployments.api.given_fields import read_given
 from deployments.api.media_answer import images_answer, live_answer, media_answer
 from deployments.api.memory_budget import MemoryBudget
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import SubmitOptions
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 

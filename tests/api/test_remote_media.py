@@ -16,12 +16,11 @@ import pytest
 
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
-from deployments import service_config
 from deployments.api import remote_media
 from deployments.api.public_address import is_public
 from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl
-from deployments.config import ConfigError
+from deployments.config import ConfigError, RemoteMediaConfig
 from deployments.errors import ApiError
 
 HOST, OTHER = "media.example.com", "other.example.org"
@@ -121,7 +120,7 @@ def fetch(
                 **spec,
             }
             media = RemoteMediaFetcher(
-                service_config.RemoteMediaConfig(**given),
+                RemoteMediaConfig(**given),
                 resolve=resolver or Resolver(),
                 is_allowed_address=allowed,
                 tls=TRUSTS_NOBODY,
@@ -319,7 +318,7 @@ def test_redirects_have_an_end() -> None:
 )
 def test_urls_that_are_refused_before_anything_is_looked_up(url: str, reason: str) -> None:
     resolver = Resolver()
-    spec = service_config.RemoteMediaConfig(enabled=True, hosts=("media.example.com", "*.example.org"))
+    spec = RemoteMediaConfig(enabled=True, hosts=("media.example.com", "*.example.org"))
     with pytest.raises(RequestError) as caught:
         run(RemoteMediaFetcher(spec, resolve=resolver, tls=TRUSTS_NOBODY).fetch(url, "image_reference"))
     assert reason in caught.value.hint
@@ -536,9 +535,7 @@ def fetch_by_tls(host: str, trusted: bool) -> bytes:
         served.sni_callback = lambda socket, name, context: names.append(name)
         server = Server({"/": answer(b"by tls"), "/down": redirect(f"http://{HOST}:PORT/")})
         async with await server.serve(served):
-            spec = service_config.RemoteMediaConfig(
-                enabled=True, hosts=(f"{HOST}:{server.port}", f"{OTHER}:{server.port}")
-            )
+            spec = RemoteMediaConfig(enabled=True, hosts=(f"{HOST}:{server.port}", f"{OTHER}:{server.port}"))
             tls = ssl.create_default_context(cafile=str(CERTIFICATE)) if trusted else None
             media = RemoteMediaFetcher(spec, resolve=Resolver(), is_allowed_address=loopback_or_public, tls=tls)
             try:
@@ -568,9 +565,7 @@ def test_no_way_leads_from_https_to_http() -> None:
         served.load_cert_chain(CERTIFICATE)
         server = Server({"/": redirect(f"http://{OTHER}/")})
         async with await server.serve(served):
-            spec = service_config.RemoteMediaConfig(
-                enabled=True, hosts=(f"{HOST}:{server.port}", OTHER), schemes=("http", "https")
-            )
+            spec = RemoteMediaConfig(enabled=True, hosts=(f"{HOST}:{server.port}", OTHER), schemes=("http", "https"))
             tls = ssl.create_default_context(cafile=str(CERTIFICATE))
             resolver = Resolver()
             media = RemoteMediaFetcher(spec, resolve=resolver, is_allowed_address=loopback_or_public, tls=tls)
@@ -585,9 +580,7 @@ def test_few_are_fetched_at_once_and_others_wait_no_longer_than_their_time(monke
     async def body() -> None:
         server = Server({"/slow": silence, "/": answer(b"x")})
         async with await server.serve():
-            spec = service_config.RemoteMediaConfig(
-                enabled=True, hosts=(f"{HOST}:{server.port}",), schemes=("http",), timeout_s=0.5
-            )
+            spec = RemoteMediaConfig(enabled=True, hosts=(f"{HOST}:{server.port}",), schemes=("http",), timeout_s=0.5)
             media = RemoteMediaFetcher(spec, resolve=Resolver(), is_allowed_address=loopback_or_public)
             url = f"http://{HOST}:{server.port}"
             first = [asyncio.create_task(media.fetch(f"{url}/slow", "image")) for _ in range(2)]
@@ -609,8 +602,6 @@ def test_few_are_fetched_at_once_and_others_wait_no_longer_than_their_time(monke
 def test_nothing_is_fetched_where_the_operator_has_not_said_so() -> None:
     resolver = Resolver()
     with pytest.raises(RequestError, match="URLs are not fetched") as caught:
-        run(
-            RemoteMediaFetcher(service_config.RemoteMediaConfig(), resolve=resolver).fetch("https://a/?secret", "image")
-        )
+        run(RemoteMediaFetcher(RemoteMediaConfig(), resolve=resolver).fetch("https://a/?secret", "image"))
     assert resolver.asked == []
     assert "secret" not in str(caught.value)

@@ -17,10 +17,10 @@ import httpx
 import PIL.Image
 import pytest
 
-from deployments import service_config
 from deployments.api import body_limit
 from deployments.api.public_address import is_public
 from deployments.api.remote_media import RemoteMediaFetcher
+from deployments.config import RemoteMediaConfig
 from deployments.jobs.keys import NewKey
 from tests.api.fake_service import Api
 
@@ -534,7 +534,7 @@ def test_ssrf(is_on: bool, api: Api) -> None:
         return ["10.0.0.1", "8.8.8.8"]
 
     if is_on:
-        spec = service_config.RemoteMediaConfig(enabled=True, hosts=("files.example.com", "inside.example.com"))
+        spec = RemoteMediaConfig(enabled=True, hosts=("files.example.com", "inside.example.com"))
         api.service.remote_media = RemoteMediaFetcher(spec, resolve=resolve, is_allowed_address=is_public)
     for url in URLS:
         for path in POSTS[:2]:
@@ -563,9 +563,7 @@ def test_a_url_that_is_allowed_is_fetched_like_a_file_that_was_sent(make_api: Ca
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            spec = service_config.RemoteMediaConfig(
-                enabled=True, hosts=(f"files.example.com:{port}",), schemes=("http",)
-            )
+            spec = RemoteMediaConfig(enabled=True, hosts=(f"files.example.com:{port}",), schemes=("http",))
             api.service.remote_media = RemoteMediaFetcher(
                 spec, resolve=lambda host, port: ["127.0.0.1"], is_allowed_address=lambda address: True
             )

@@ -11,7 +11,7 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.loop_thread import LoopThread
 from deployments.failures import translate_error
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import SubmitOptions
 from deployments.messages import Event, Generated, RequestContext
 from deployments.stages.streams import RefStream
 

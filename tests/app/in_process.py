@@ -20,7 +20,7 @@ import uvicorn
 
 from cluster import clip_stream, gang
 from deployments.api.app import build_api
-from deployments.api.service import IngressSpec, Service
+from deployments.api.service import Service
 from deployments.app import build_app
 from deployments.config import AppConfig
 from deployments.director.director import Director
@@ -116,8 +116,8 @@ class InProcessApp:
         finally:
             ended.set()
 
-    async def _opened(self, spec: IngressSpec) -> Service:
-        return await asyncio.to_thread(Service.open, spec, self.director, _Ready(), "127.0.0.1")
+    async def _opened(self, config: AppConfig) -> Service:
+        return await asyncio.to_thread(Service.open, config, self.director, _Ready(), "127.0.0.1")
 
     def _arguments_of(self, deployment: Any) -> Any:
         """What a deployment is made with: other deployments are running, and are replaced by their handles."""

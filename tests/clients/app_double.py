@@ -21,7 +21,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.api.errors import error_response
 from deployments.errors import ApiError, JobCancelled
-from deployments.jobs.submit_options import SubmitOptions
+from deployments.jobs.job import SubmitOptions
 
 FINAL = ("completed", "failed", "cancelled")
 WAIT = ("wait", {})

@@ -6,7 +6,7 @@ import pytest
 
 # From the lowest to the highest. A module imports from its own row and from rows before it.
 LAYERS = (
-    ("service_config", "threads", "errors"),
+    ("threads", "errors"),
     ("config", "served_model", "messages", "failures"),
     ("observability",),
     ("media",),

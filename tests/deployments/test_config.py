@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from deployments.config import AppConfig, Autoscaling, ConfigError, config_file
-from deployments.media.store import MediaSpec
+from deployments.config import AppConfig, Autoscaling, ConfigError, MediaConfig, config_file
+from deployments.media.store import MediaStore
 from deployments.stages.handles import Stages
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
@@ -318,14 +318,14 @@ def test_every_process_opens_the_store_itself(tiny_nano: Path, tmp_path: Path) -
     app = build_app(AppConfig.parse({"checkpoint": tiny_nano, "media": media}))
     bound = {}
     for deployment in _deployments(app):
-        specs = [getattr(argument, "media", argument) for argument in deployment.init_args]
-        bound[deployment.name] = [spec for spec in specs if isinstance(spec, MediaSpec)]
+        sections = [getattr(argument, "media", argument) for argument in deployment.init_args]
+        bound[deployment.name] = [section for section in sections if isinstance(section, MediaConfig)]
     directory = tmp_path / "media"
-    spec = MediaSpec(directory, 7, 7200)
-    expected = {name: [spec] for name in ("Ingress", "Director", "Mp4Encoder")}
-    assert {name: specs for name, specs in bound.items() if specs} == expected
+    section = MediaConfig(directory=directory, max_bytes=7, keep_s=7200)
+    expected = {name: [section] for name in ("Ingress", "Director", "Mp4Encoder")}
+    assert {name: sections for name, sections in bound.items() if sections} == expected
     assert not directory.exists(), "where they run, not where they are started from"
-    assert spec.open().directory == directory
+    assert MediaStore.of(section).directory == directory
     assert AppConfig.parse({"checkpoint": "x"}).media.directory is None
 
 

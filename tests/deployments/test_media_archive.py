@@ -21,12 +21,13 @@ from starlette.datastructures import Headers
 
 from cosmos3_core.errors import MediaError, RequestError
 from deployments.api.content import finished_parts, live_parts
+from deployments.config import MediaConfig
 from deployments.errors import MediaStoreError
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
 from deployments.media import archive as media_archive
 from deployments.media.record import DONE, FAILED, WRITING, MediaRecord
-from deployments.media.store import MediaEntry, MediaSpec, MediaStore, new_media_id
+from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from tests.api.content_answers import content_answer
 
 KEEP_S = 100.0
@@ -199,7 +200,7 @@ def test_a_clip_is_found_and_read_where_it_was_not_made(nodes: Nodes) -> None:
 def test_a_new_machine_finds_what_was_made(nodes: Nodes, tmp_path: Path, url: str) -> None:
     media_id = make(nodes.one)
     shutil.rmtree(nodes.one.directory)
-    again = MediaSpec(nodes.one.directory, 1 << 30, KEEP_S, url).open()
+    again = MediaStore.of(MediaConfig(directory=nodes.one.directory, max_bytes=1 << 30, keep_s=KEEP_S, archive=url))
     assert again.read(media_id) == DATA
     assert asked(again, media_id)[::2] == (200, DATA)
 
@@ -451,9 +452,9 @@ def test_an_archive_that_cannot_be_used_is_told_at_once(
     monkeypatch.setitem(sys.modules, "s3fs", None)
     fail()
     with pytest.raises(MediaStoreError, match=said) as raised:
-        MediaSpec(tmp_path, 1, 1, url).open()
+        MediaStore.of(MediaConfig(directory=tmp_path, max_bytes=1, keep_s=1, archive=url))
     assert "secret" not in str(raised.value)
-    assert "secret" not in repr(MediaSpec(tmp_path, 1, 1, url))
+    assert "secret" not in repr(MediaConfig(directory=tmp_path, max_bytes=1, keep_s=1, archive=url))
 
 
 # Sweeping

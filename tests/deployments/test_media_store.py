@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
+from deployments.config import MediaConfig
 from deployments.errors import MediaStoreError
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
 from deployments.media import store as media_store
 from deployments.media.record import DONE, FAILED, WRITING, MediaRecord
-from deployments.media.store import MediaEntry, MediaSpec, MediaStore, new_media_id
+from deployments.media.store import MediaEntry, MediaStore, new_media_id
 
 KEEP_S = 100.0
 DATA = bytes(range(256)) * 5
@@ -525,37 +526,37 @@ def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
 
 def test_the_own_directory_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    store = MediaSpec(None, 1, 1).open()
+    store = MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
     assert store.directory == tmp_path / ".local" / "state" / "cosmos3"
     assert store.directory.stat().st_mode & 0o777 == 0o700
     assert left(store) == []
-    assert MediaSpec(None, 1, 1).open().directory == store.directory
+    assert MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1)).directory == store.directory
     store.directory.chmod(0o755)
     with pytest.raises(MediaStoreError, match="not a directory of this user alone; set media.directory to another one"):
-        MediaSpec(None, 1, 1).open()
+        MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
     store.directory.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     store.directory.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(MediaStoreError, match="not a directory of this user alone"):
-        MediaSpec(None, 1, 1).open()
+        MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
     store.directory.unlink()
     store.directory.write_text("a file")
     with pytest.raises(MediaStoreError, match="cannot be made.*set media.directory"):
-        MediaSpec(None, 1, 1).open()
+        MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
     monkeypatch.setenv("HOME", str(store.directory))
     with pytest.raises(MediaStoreError, match="cannot be made.*Not a directory.*set media.directory"):
-        MediaSpec(None, 1, 1).open()
+        MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
 
 
 def test_a_directory_that_cannot_be_used_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MediaStoreError, match="cannot be used"):
-        MediaSpec(tmp_path / "file" / "media", 1, 1).open()
+        MediaStore.of(MediaConfig(directory=tmp_path / "file" / "media", max_bytes=1, keep_s=1))
 
     def no_links(*_: Any) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(MediaStoreError, match="hard links.*Operation not supported"):
-        MediaSpec(tmp_path / "media", 1, 1).open()
+        MediaStore.of(MediaConfig(directory=tmp_path / "media", max_bytes=1, keep_s=1))
     assert os.listdir(tmp_path / "media") == []

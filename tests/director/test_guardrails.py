@@ -25,12 +25,14 @@ from cluster.errors import DeadlineExceeded, GangFailed, OverloadedError, Previe
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.writer import ClipFormat
-from deployments import messages, service_config
+from deployments import messages
 from deployments.api.errors import error_response, is_explained
+from deployments.config import AppConfig, GuardrailsConfig
 from deployments.director import guardrail_calls
 from deployments.director import parts as director_parts
-from deployments.director.clip_pipeline import ClipPipeline, LatentsDecoder
+from deployments.director.clip_pipeline import ClipCloser, ClipPipeline, LatentsDecoder
 from deployments.director.guardrail_calls import PromptCheck, check_prompt
+from deployments.director.previews import Previews
 from deployments.errors import AdapterError, ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
 from deployments.stages import guardrail
@@ -194,7 +196,7 @@ def test_nvidias_guardrail_is_refused_where_it_is_not_there_or_has_unknown_model
 
 def stage(adapter: Any, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Guardrails:
     monkeypatch.setattr(guardrail, "load_guardrail", lambda name, options: adapter)
-    return Guardrails(service_config.GuardrailsConfig(adapter="given", **config))
+    return Guardrails(GuardrailsConfig(adapter="given", **config))
 
 
 def context(limit_s: float = 30.0) -> RequestContext:
@@ -463,38 +465,30 @@ class Begun:
     clients_may_disable: bool
     stages: FakeStages = field(default_factory=FakeStages)
 
-    def make_pipeline(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make_pipeline(self) -> Any:
         """What the parts give the runner."""
-        given: list[Any] = []
-        monkeypatch.setattr(director_parts, "JobRunner", lambda *arguments: given.append(arguments[4]))
         pipeline = self.stages.pipeline(self.tiny)
-        guardrails = service_config.GuardrailsConfig(adapter="given", clients_may_disable=self.clients_may_disable)
+        guardrails = GuardrailsConfig(adapter="given", clients_may_disable=self.clients_may_disable)
         stages = replace(pipeline.stages, guardrail=self.handle)
-        fields: Any = {
-            **dict.fromkeys(director_parts.DirectorParts.__dataclass_fields__),
-            "spec": SimpleNamespace(
-                model="tiny",
-                jobs=service_config.JobsConfig(),
-                media=SimpleNamespace(keep_s=1.0),
-                guardrails=guardrails,
-                chunk_window=2,
-                max_attempts=3,
-            ),
-            "layout": pipeline.layout,
-            "stages": stages,
-            "media": self.stages.media,
-            "admission": SimpleNamespace(
-                prompt_check=director_parts._prompt_check(stages, guardrails), limits=None, check=None
-            ),
-            "clips": self.stages,
-        }
-        director_parts.DirectorParts(**fields).start()
-        return given[0]
+        clips: Any = self.stages
+        prompt_check = director_parts.make_prompt_check(stages, guardrails)
+        jobs, admission = SimpleNamespace(media=self.stages.media), SimpleNamespace(prompt_check=prompt_check)
+        return director_parts.DirectorParts(
+            config=AppConfig(checkpoint=self.tiny, guardrails=guardrails),
+            layout=pipeline.layout,
+            stages=stages,
+            jobs=jobs,  # type: ignore[arg-type]
+            admission=admission,  # type: ignore[arg-type]
+            model=None,  # type: ignore[arg-type]
+            clips=clips,
+            closer=ClipCloser(clips),
+            previews=Previews(stages.vae),
+        )._make_pipeline
 
-    def pipeline(self, monkeypatch: pytest.MonkeyPatch, prompt: str = "a", *, skips: bool = False) -> Any:
+    def pipeline(self, prompt: str = "a", *, skips: bool = False) -> Any:
         made = self.stages.pipeline(self.tiny, prompt=prompt)
         job: Any = SimpleNamespace(skip_guardrails=skips, previews=0)
-        return self.make_pipeline(monkeypatch)(made.request, made.context, job, None, lambda step, state: None)
+        return self.make_pipeline()(made.request, made.context, job, None, lambda step, state: None)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +503,7 @@ def test_a_job_does_without_only_where_the_operator_still_lets_it(
     begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), may_skip)
 
     async def body() -> None:
-        pipeline = begun.pipeline(monkeypatch, "forbidden", skips=skips)
+        pipeline = begun.pipeline("forbidden", skips=skips)
         if is_looked_at:
             with pytest.raises(ContentBlocked, match="prompt"):
                 await all_of(pipeline.events())
@@ -528,7 +522,7 @@ def test_a_job_whose_prompt_passes_runs(tiny_nano: Path, monkeypatch: pytest.Mon
     begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), False)
 
     async def body() -> None:
-        async for event in begun.pipeline(monkeypatch).events():
+        async for event in begun.pipeline().events():
             assert isinstance(event, messages.Tokenized)
             break
 
@@ -540,7 +534,7 @@ def test_without_a_guardrail_a_job_begins_at_once(tiny_nano: Path, monkeypatch: 
     begun = Begun(tiny_nano, None, False)
 
     async def body() -> None:
-        events = await all_of(begun.pipeline(monkeypatch, skips=True).events())
+        events = await all_of(begun.pipeline(skips=True).events())
         assert isinstance(events[-1], messages.Finished)
 
     run(body())

@@ -16,8 +16,8 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.media import apart
 from cosmos3_core.request import GenerationRequest
-from deployments.director import request_check
-from deployments.director.request_check import RequestCheck
+from deployments.director import admission
+from deployments.director.admission import RequestCheck
 from deployments.messages import RequestContext
 
 CLIP = GenerationRequest(prompt="a", video=b"a file", num_inference_steps=2)
@@ -74,7 +74,7 @@ def test_few_are_looked_at_at_a_time_and_nobody_else_waits(layout: CheckpointLay
         await check.resolve(context(), GenerationRequest(prompt="a"))
         assert not any(task.done() for task in clips)
         await asyncio.gather(*clips)
-        assert slow.most == request_check._MAX_PROBES
+        assert slow.most == admission._MAX_PROBES
 
     run(body())
 
@@ -89,7 +89,7 @@ def test_those_who_leave_leave_no_work_behind(layout: CheckpointLayout) -> None:
             task.cancel()
         await asyncio.gather(*clips, return_exceptions=True)
         await asyncio.sleep(0.5)
-        assert slow.calls == request_check._MAX_PROBES
+        assert slow.calls == admission._MAX_PROBES
         assert await check.resolve(context(), CLIP) == "resolved", "their places are free again"
 
     run(body())

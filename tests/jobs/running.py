@@ -17,17 +17,15 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import StageFailed
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
-from deployments.director.admission import Admission
-from deployments.director.request_check import RequestCheck
-from deployments.director.run import Stop
+from deployments.config import JobsConfig
+from deployments.director.admission import Admission, RequestCheck
+from deployments.director.leases import StopReason
 from deployments.director.runner import JobRunner
-from deployments.director.runner_spec import RunnerSpec
 from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job import Job, JobState, Lane, new_job_id
+from deployments.jobs.job import Job, JobState, Lane, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, QueueLimits
-from deployments.jobs.submit_options import SubmitOptions
 from deployments.media.store import MediaStore
 from deployments.messages import (
     FileStarted,
@@ -128,23 +126,21 @@ class Service:
         check = RequestCheck(layout, is_sound_offered=True)
         cost = CostModel.of(layout.geometry, layout.transformer)
         self.admission = Admission(self.store, self.files, check, cost, "nano", LIMITS)
-        spec = RunnerSpec(
-            **{
-                "model": "nano",
-                "max_running": {Lane.IMAGE: 2, Lane.VIDEO: 2},
-                "limits": LIMITS,
+        max_running = changed.pop("max_running", {Lane.IMAGE: 2, Lane.VIDEO: 2})
+        config = JobsConfig(max_queued=50, max_queued_per_key=50, classes={"standard": 1.0}).model_copy(
+            update={
+                "max_running_images": max_running[Lane.IMAGE],
+                "max_running_videos": max_running[Lane.VIDEO],
                 "run_timeout_s": 60.0,
                 "lease_s": 1.0,
                 "max_attempts": 2,
                 "checkpoint_period_s": 0.0,
                 "poll_s": 0.05,
-                "keep_media_s": 3600.0,
                 **changed,
             }
         )
-        told = lambda error: ("told", str(error))  # noqa: E731
         self.jobs = JobService(self.store, self.files, self.media, 8)
-        self.runner = JobRunner(self.jobs, check, self.stage.make_pipeline, told, bool, spec)
+        self.runner = JobRunner(self.jobs, "nano", config, check, self.stage.make_pipeline)
 
     async def submit(self, request: GenerationRequest = SMALL, options: SubmitOptions = SubmitOptions()) -> Job:  # noqa: B008
         context = RequestContext.new(None, 60, new_job_id())
@@ -173,8 +169,8 @@ class Service:
 
     def die(self) -> None:
         """As a SIGKILL: nothing is said, nothing is tidied up."""
-        for run in self.runner._runs.values():
-            run.stopped = Stop.LOST  # so nothing is written down
+        for claimed in self.runner._claimed.values():
+            claimed.stop_reason = StopReason.LOST  # so nothing is recorded
         for task in self.runner._alive:
             task.cancel()
 

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from deployments.config import AppConfig
 from deployments.errors import JobsError, MediaStoreError
 from deployments.jobs import database, sqlite_file
-from deployments.jobs.database import Database, DatabaseSpec
+from deployments.jobs.database import Database, database_url
 
 SECRET = "hush-hush"
 DEADLINE_S = 30.0
@@ -33,7 +33,7 @@ def config(**values: object) -> AppConfig:
 
 
 def resolved(**values: object) -> str:
-    return DatabaseSpec.of(config(**values)).resolved()
+    return database_url(config(**values))
 
 
 def test_jobs_are_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_jobs_are_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resolved() == f"sqlite:///{tmp_path}/.local/state/cosmos3/jobs-cosmos3.sqlite3"
     url = f"postgresql+psycopg://u:{SECRET}@h/d"
     assert resolved(jobs={"database": url}, media=media) == url
-    assert SECRET not in repr(DatabaseSpec.of(config(jobs={"database": url})))
+    assert SECRET not in repr(config(jobs={"database": url}))
 
 
 def test_a_strange_directory_makes_a_url_that_leads_there(tmp_path: Path) -> None:

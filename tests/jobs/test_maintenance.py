@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.config import JobsConfig
 from deployments.jobs import maintenance as maintenance_module
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, Progress
@@ -23,7 +24,8 @@ KEEP_S, KEEP_MEDIA_S = 1000.0, 100.0
 @pytest.fixture
 def maintenance(store: JobStore, tmp_path: Path) -> Maintenance:
     media = MediaStore(tmp_path / "media", 2**20, KEEP_MEDIA_S)
-    return Maintenance(JobService(store, JobFiles(media.directory, None), media, 1), MODEL, KEEP_S, 100)
+    jobs = JobService(store, JobFiles(media.directory, None), media, 1)
+    return Maintenance(jobs, MODEL, JobsConfig(keep_s=KEEP_S, run_timeout_s=KEEP_S, max_kept=100))
 
 
 def with_media(maintenance: Maintenance, media: MediaStore) -> Maintenance:

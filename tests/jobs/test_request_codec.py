@@ -11,7 +11,7 @@ import pytest
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
-from deployments.jobs.request_codec import decoded, encoded, fingerprint_of
+from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
 
 IMAGE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 EVERY_FIELD: dict[str, Any] = {
@@ -54,8 +54,8 @@ EVERY_FIELD: dict[str, Any] = {
 def test_every_field_survives() -> None:
     assert set(EVERY_FIELD) == {field.name for field in dataclasses.fields(GenerationRequest)} - {"noise"}
     request = GenerationRequest(**EVERY_FIELD)
-    values, media = encoded(request)
-    back = decoded(json.loads(json.dumps(values)), media)
+    values, media = encode_request(request)
+    back = decode_request(json.loads(json.dumps(values)), media)
     for name, given in EVERY_FIELD.items():
         found = getattr(back, name)
         if name == "actions":
@@ -69,19 +69,19 @@ def test_every_field_survives() -> None:
 
 
 def test_what_was_left_out_stays_left_out() -> None:
-    values, media = encoded(GenerationRequest(prompt="a"))
+    values, media = encode_request(GenerationRequest(prompt="a"))
     assert (values, media) == ({"prompt": "a"}, {})
-    assert decoded(values, media) == GenerationRequest(prompt="a")
+    assert decode_request(values, media) == GenerationRequest(prompt="a")
 
 
 def test_noise_is_not_kept() -> None:
     with pytest.raises(RequestError, match="noise=.*Generate in process"):
-        encoded(GenerationRequest(prompt="a", noise={}))
+        encode_request(GenerationRequest(prompt="a", noise={}))
 
 
 def test_fingerprints_tell_requests_apart() -> None:
     def of(**fields: Any) -> str:
-        return fingerprint_of(*encoded(GenerationRequest(**fields)))
+        return compute_fingerprint(*encode_request(GenerationRequest(**fields)))
 
     assert of(prompt="a", seed=1) == of(seed=1, prompt="a")
     different = {
@@ -95,6 +95,6 @@ def test_fingerprints_tell_requests_apart() -> None:
         of(prompt="a", image=IMAGE.tobytes()),
     }
     assert len(different) == 8
-    values, media = encoded(GenerationRequest(prompt="a"))
+    values, media = encode_request(GenerationRequest(prompt="a"))
     asked = [{}, {"service_class": "batch"}, {"service_class": "standard"}, {"previews": 1}, {"skip_guardrails": True}]
-    assert len({fingerprint_of(values, media, **how) for how in asked}) == 5
+    assert len({compute_fingerprint(values, media, **how) for how in asked}) == 5

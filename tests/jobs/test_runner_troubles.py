@@ -21,9 +21,8 @@ from cluster.errors import ShuttingDown
 from deployments.director import recorder as recorder_module
 from deployments.director import runner as runner_module
 from deployments.director import saved_states as saved_states_module
-from deployments.director.leases import Leases
-from deployments.director.run import Run, Stop
-from deployments.director.saved_states import CHECKPOINT, SavedStates
+from deployments.director.leases import ClaimedJob, LeaseKeeper, StopReason
+from deployments.director.saved_states import SAVED_STATE, SavedStates
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
@@ -201,11 +200,11 @@ def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: py
 
 
 def test_a_job_that_was_claimed_just_now_is_not_given_up_for_renewals_before_it() -> None:
-    old, fresh = (Run(Job(**vars(new_job()))) for _ in range(2))
-    leases = Leases(MagicMock(), "runner", 20.0, {})
-    old.begun_s -= 41
-    leases._give_up([old, fresh], renewed_s=old.begun_s)
-    assert (old.stopped, fresh.stopped) == (Stop.AWAY, None)
+    old, fresh = (ClaimedJob(Job(**vars(new_job()))) for _ in range(2))
+    leases = LeaseKeeper(MagicMock(), "runner", 20.0, {})
+    old.claimed_s -= 41
+    leases._give_up_expired([old, fresh], renewed_s=old.claimed_s)
+    assert (old.stop_reason, fresh.stop_reason) == (StopReason.DATABASE_AWAY, None)
 
 
 def test_what_cannot_be_written_is_not_tried_again(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,14 +365,14 @@ def test_what_is_told_of_jobs(serve: Any, told: Told) -> None:
         other = make()
         await other.until(job.job_id, JobState.COMPLETED)
         async with asyncio.timeout(DEADLINE_S):
-            while len(told.of("request_ended")) < 2:
+            while len(told.of("record_request")) < 2:
                 await asyncio.sleep(0.02)
-        assert [values[:2] for values in told.of("request_ended")] == [
+        assert [values[:2] for values in told.of("record_request")] == [
             ("text_to_image", "completed"),
             ("text_to_video", "completed"),
         ]
-        assert [values[:2] for values in told.of("waited_in_queue")] == [("image", "standard"), ("video", "standard")]
-        assert told.of("taken_over") == [()]
+        assert [values[:2] for values in told.of("record_queue_wait")] == [("image", "standard"), ("video", "standard")]
+        assert told.of("count_takeover") == [()]
 
     serve(body)
 
@@ -387,7 +386,7 @@ def test_who_leaves_the_queue_is_counted(serve: Any, told: Told) -> None:
         async with asyncio.timeout(DEADLINE_S):
             while not told.calls:
                 await asyncio.sleep(0.02)
-        assert [values[:2] for values in told.of("request_ended")] == [("text_to_video", "cancelled")]
+        assert [values[:2] for values in told.of("record_request")] == [("text_to_video", "cancelled")]
 
     serve(body)
 
@@ -400,8 +399,8 @@ def test_what_is_given_back_before_its_first_step_has_waited_once(serve: Any, to
         await first.until(job.job_id, JobState.IN_PROGRESS)
         await first.runner.release()
         await make().until(job.job_id, JobState.COMPLETED)
-        assert len(told.of("waited_in_queue")) == 1
-        assert told.of("taken_over") == []
+        assert len(told.of("record_queue_wait")) == 1
+        assert told.of("count_takeover") == []
 
     serve(body)
 
@@ -423,7 +422,7 @@ def test_speed_counts_what_was_done_here(serve: Any, monkeypatch: pytest.MonkeyP
         while second.runner.num_in_hand:
             await asyncio.sleep(0.02)
         assert counted == pytest.approx([job.work / 4])
-        assert len(told.of("waited_in_queue")) == 1, "it has waited once"
+        assert len(told.of("record_queue_wait")) == 1, "it has waited once"
 
     serve(body)
 
@@ -458,11 +457,11 @@ def test_a_job_that_is_deleted_while_it_runs_leaves_nothing(serve: Any, monkeypa
         while not service.store.get(job.job_id).media_id:
             await asyncio.sleep(0.02)
         service.store.delete(job.job_id, "")
-        service.files.put(job.job_id, CHECKPOINT, b"late")
+        service.files.put(job.job_id, SAVED_STATE, b"late")
         async with asyncio.timeout(DEADLINE_S):
             while service.runner.num_in_hand:
                 await asyncio.sleep(0.02)
-        assert not service.files.exists(job.job_id, CHECKPOINT)
+        assert not service.files.exists(job.job_id, SAVED_STATE)
         assert removed == ["0" * 32]
 
     serve(body)
@@ -475,7 +474,7 @@ def hanging_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     goes_on, put = threading.Event(), JobFiles.put
 
     def slow_put(files: JobFiles, job_id: str, name: str, data: Any) -> None:
-        if name == CHECKPOINT:
+        if name == SAVED_STATE:
             goes_on.wait(DEADLINE_S)
         put(files, job_id, name, data)
 
@@ -501,7 +500,7 @@ def test_a_state_that_is_kept_too_late_is_not_kept(tmp_path: Path, hanging_files
         async with asyncio.timeout(DEADLINE_S):
             while states._writing is not None:
                 await asyncio.sleep(0.02)
-        assert not files.exists(job_id, CHECKPOINT)
+        assert not files.exists(job_id, SAVED_STATE)
 
     asyncio.run(body())
 
@@ -535,7 +534,7 @@ def test_files_that_hang_hold_up_no_end(
         async with asyncio.timeout(DEADLINE_S):
             while service.runner.num_in_hand:
                 await asyncio.sleep(0.02)
-        assert not service.files.exists(job.job_id, CHECKPOINT)
+        assert not service.files.exists(job.job_id, SAVED_STATE)
 
     serve(body)
 

@@ -17,7 +17,7 @@ import ray
 from cosmos3_core.errors import CapabilityError
 from deployments.api.auth import NoKeys
 from deployments.config import DEFAULT_CONFIG, AppConfig
-from deployments.jobs.database import DatabaseSpec
+from deployments.jobs.database import database_url
 from deployments.jobs.keys import KeyStore, NewKey
 from deployments.launch.bring_up import RunningApp, StopTimeout, _check_access
 from deployments.launch.capacity import Node, describe_missing, describe_shortfall, sum_needs
@@ -179,7 +179,7 @@ def test_an_app_that_others_reach_is_refused_where_nobody_has_a_key(
         return
     with pytest.raises(NoKeys, match=f"http.host={host}, and there is none"):
         _check_access(asked, told.append)
-    keys = KeyStore.open(DatabaseSpec.of(asked).resolved())
+    keys = KeyStore.open(database_url(asked))
     key, _ = keys.create(NewKey(name="a"))
     _check_access(asked, told.append)
     keys.revoke(key.key_id)

@@ -21,8 +21,9 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import ClosedError
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.media.writer import ClipFormat
+from deployments.config import MediaConfig
 from deployments.media.record import DONE, FAILED
-from deployments.media.store import MediaSpec, MediaStore, new_media_id
+from deployments.media.store import MediaStore, new_media_id
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext
 from deployments.stages import mp4_encoder
 from deployments.stages.mp4_encoder import Mp4Encoder
@@ -51,13 +52,13 @@ class Bench:
 
     def __init__(self, directory: Path, num_chunks: int) -> None:
         self.media_id = new_media_id()
-        self.spec = MediaSpec(directory, 10**9, 3600)
-        self.store, self.clips = self.spec.open(), ClipStreams(1)
+        self.config = MediaConfig(directory=directory, max_bytes=10**9, keep_s=3600)
+        self.store, self.clips = MediaStore.of(self.config), ClipStreams(1)
         self.encoder = cast(Any, Mp4Encoder).__new__(Mp4Encoder)
         self.chunks = [np.full((2, 32, 48, 3), 40 * index, np.uint8) for index in range(num_chunks)]
 
     async def post_all(self) -> None:
-        await self.encoder.__init__(self.spec)
+        await self.encoder.__init__(self.config)
         await self.clips.open("clip", window=len(self.chunks) + 1)
         for index, frames in enumerate(self.chunks):
             assert await self.clips.acquire("clip", "p", 5)
@@ -241,7 +242,7 @@ def test_the_store_is_swept_from_the_start_on_again_and_again_whatever_happens(
     async def body() -> None:
         asked.set("the caller's")
         bench = Bench(tmp_path, 0)
-        await bench.encoder.__init__(bench.spec)  # no clip
+        await bench.encoder.__init__(bench.config)  # no clip
         assert await asyncio.to_thread(swept.wait, 30)
 
     run(body())
