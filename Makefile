@@ -15,6 +15,9 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := test
 .PHONY: env demo test test-serve test-all test-gpu lint format clean
 
+# Python, and pytest for the tests, keep what they have compiled: tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 env: $(STAMP)
 
 # torch goes first and alone: with its version (from constraints.txt) in place before anything that depends on it is

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint
 from tests.process_budget import (  # noqa: F401  hooks
     pytest_configure,
     pytest_sessionfinish,
@@ -23,54 +21,74 @@ if TYPE_CHECKING:
     from cosmos3_core.engine import Engine
 
 # One thread: tiny tensors gain nothing from two, equality to the bit asks for one, and two cores shared by several
-# processes make idle OpenMP threads wait for each other, sixty times slower than none.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# processes make idle OpenMP threads wait for each other, sixty times slower than none. Set before torch is imported,
+# here and in the processes that tests start. No torch at the top: the process that only hands out tests needs none.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Apps that are told nothing else keep jobs and files in this user's home: not in that of whoever runs the tests.
 _HOME = tempfile.TemporaryDirectory(prefix="cosmos3-home-")
 os.environ["HOME"] = _HOME.name
 
 
+# Folders whose tests share what a session starts: Ray, an app, ranks, diffusers, PostgreSQL. The longest come first.
+_SHARING = [f"tests/{name}" for name in ("graph", "parallel", "parity", "app", "jobs")]
+
+
+def _scope(nodeid: str) -> str:
+    """Return what runs on one worker: a folder of :data:`_SHARING`, else a file."""
+    file = nodeid.split("::")[0]
+    folder = file.rpartition("/")[0]
+    return folder if folder in _SHARING else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for GPUs say why they do not run where there is none; those that start Ray, the longest, go first."""
+    """Skip tests for GPUs where there is none; order tests so that small scopes are left for the end."""
+    import torch
+
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+    order = {scope: number for number, scope in enumerate(_SHARING)}
+    items.sort(key=lambda item: order.get(_scope(item.nodeid), len(order)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers, one has all tests of a folder, which share one Ray, or one start of ranks.
+    """Give each worker whole scopes, in the order of the tests; whichever worker is free takes the next one.
 
     Not left to xdist's ``loadgroup``: since pytest 9.2 it takes no notice of groups (xdist 3.8, its issue 1386).
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFolder(LoadScopeScheduling):
+    class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.split("::")[0].rpartition("/")[0]
+            return _scope(nodeid)
 
     config.option.loadscopereorder = False  # in the order above, not by the number of tests
-    return ByFolder(config, log)
+    return ByScope(config, log)
+
+
+def _build_tiny(tmp_path_factory: pytest.TempPathFactory, family: str) -> Path:
+    from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint
+
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / family, family)
 
 
 @pytest.fixture(scope="session")
 def tiny_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Nano-like checkpoint; not to be changed."""
-    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "nano", "nano")
+    return _build_tiny(tmp_path_factory, "nano")
 
 
 @pytest.fixture(scope="session")
 def tiny_super(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Super-like checkpoint; not to be changed."""
-    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "super", "super")
+    return _build_tiny(tmp_path_factory, "super")
 
 
 @pytest.fixture(scope="session")
 def tiny_edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Edge-like checkpoint; not to be changed."""
-    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "edge", "edge")
+    return _build_tiny(tmp_path_factory, "edge")
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +97,8 @@ def engine_for() -> Iterator[Callable[[Path], Engine]]:
     engines: dict[Path, Engine] = {}
 
     def get(checkpoint: Path) -> Engine:
+        import torch
+
         from cosmos3_core.engine import Engine
 
         if checkpoint not in engines:
