@@ -8,7 +8,6 @@ import datetime
 import io
 import time
 import urllib.parse
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,9 @@ import PIL.Image
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.media.kinds import STILL, kind_of
-from cosmos3_core.request import GenerationRequest
-from deployments.director.admission import Admission, RequestCheck
-from deployments.jobs.cost import CostModel
-from deployments.jobs.job import Job, SubmitOptions, new_job_id
-from deployments.jobs.service import JobService
+from deployments.jobs.job import Job
 from deployments.jobs.store import QueueLimits
-from deployments.messages import RequestContext
-from tests.api.fake_service import CLASSES, MODEL, Api, FakeDirector
+from tests.api.fake_service import CLASSES, Api
 from tests.api.safe_answers import Inside
 
 LIMITS = QueueLimits(max_queued=100_000, max_queued_per_key=100_000, max_running_per_key=None, classes=CLASSES)
@@ -65,33 +59,6 @@ class Sent:
         return b"\n".join([*told, *(name + b": " + value for name, value in self.headers), *self.body])
 
 
-class RealAcceptance(FakeDirector):
-    """Accepts with what the Director accepts with: clips are looked at in a process of their own."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check = RequestCheck(self.layout, is_sound_offered=True)
-        cost = CostModel.of(self.layout.geometry, self.layout.transformer)
-        self.admission = Admission(self.store, self.files, check, cost, MODEL, LIMITS)
-
-    async def _submit(self, request: GenerationRequest, options: SubmitOptions, attached_to: str | None = None) -> Job:
-        context = RequestContext.new(options.request_id, _ANSWER_S, new_job_id())
-        job = await self.admission.accept(request, options, context, attached_to)
-        self.submitted.append((request, options))
-        return job
-
-    async def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Job:
-        earlier = await JobService(self.store, self.files, self.media, 1).get(job_id, options.owner)
-        return await self._submit(*await self.admission.load_remix(earlier, prompt, options))
-
-    async def _events(self, request: GenerationRequest, options: SubmitOptions) -> AsyncIterator[Any]:
-        job_id = ""
-        async for event in super()._events(request, options):
-            job_id = job_id or event.job_id
-            yield event
-        self.store.delete(job_id)  # nobody runs what was waited for
-
-
 class AcceptingApi(Api):
     """See the module.
 
@@ -107,9 +74,7 @@ class AcceptingApi(Api):
     def __init__(
         self, directory: Path, database: Path, layout: CheckpointLayout, *, canary: bytes = b"", **options: Any
     ) -> None:
-        super().__init__(directory, database, layout, **options)
-        self.director = RealAcceptance(layout, self.store, self.files, self.media)
-        self.service.director = self.service.streaming = self.director
+        super().__init__(directory, database, layout, limits=LIMITS, **options)
         self.inside = Inside.of(directory, layout.directory, canary=canary)
         self.kept: set[str] = set()
 

@@ -7,29 +7,30 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.request import GenerationRequest
-from cosmos3_core.resolve import offered_modes, resolve
+from cosmos3_core.request import GenerationRequest, ResolvedRequest
+from cosmos3_core.resolve import offered_modes
 from deployments.api.app import build_api
 from deployments.api.auth import Authenticator
 from deployments.api.given_media import RemoteFiles
 from deployments.api.openapi import document
 from deployments.api.service import Service
 from deployments.config import HttpConfig
-from deployments.director.admission import remix_options
+from deployments.director.admission import Admission, RequestCheck
+from deployments.director.guardrail_calls import PromptCheck
+from deployments.jobs.cost import CostModel
 from deployments.jobs.files import JobFiles
-from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, SubmitOptions, new_job_id
-from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
+from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, Lease, QueueLimits
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
-from deployments.messages import Accepted, FileStarted, Finished
+from deployments.messages import Accepted, FileStarted, Finished, RequestContext
 from deployments.served_model import ServedModel
 from tests.api.documented import Documented
 
@@ -80,31 +81,58 @@ class Method:
         return self.call(*arguments)
 
 
-@dataclass
+class EvenCost(CostModel):
+    """Every request takes as long as any other: times that are told do not hang on what is measured for real ones."""
+
+    def work_of(self, request: ResolvedRequest) -> float:
+        """See the base."""
+        return 1000.0
+
+
+class UnlookedPrompts(PromptCheck):
+    """Passes every prompt; who wants to do without the guardrail has to be allowed to."""
+
+    async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
+        """See the base."""
+        if is_skipped:
+            await super().check(context, prompt, is_skipped=True)
+
+
 class FakeDirector:
-    """Accepts as the Director does, and makes a file of a few bytes of what is waited for.
+    """Accepts with what the Director accepts with, and makes a file of a few bytes of what is waited for.
+
+    Args:
+        layout: of the checkpoint.
+        jobs: what can be done with them.
+        limits: of the queue.
+        may_skip_guardrails: whether a request may do without.
 
     Attributes:
         submitted: requests that came, and how.
+        streams: those that were waited for.
         gate: awaited before a file that is waited for is made.
-        media_type, actions: of what is made.
+        actions: of what is made.
         error: raised instead of accepting.
-        classes, may_skip_guardrails: what a remix may take over.
     """
 
-    layout: CheckpointLayout
-    store: JobStore
-    files: JobFiles
-    media: MediaStore
-    submitted: list[tuple[GenerationRequest, SubmitOptions]] = field(default_factory=list)
-    streams: list[Stream] = field(default_factory=list)
-    gate: Callable[[], Coroutine[Any, Any, Any]] | None = None
-    actions: Any = None
-    error: BaseException | None = None
-    classes: tuple[str, ...] = tuple(CLASSES)
-    may_skip_guardrails: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, layout: CheckpointLayout, jobs: JobService, limits: QueueLimits, *, may_skip_guardrails: bool
+    ) -> None:
+        self.admission = Admission(
+            store=jobs.store,
+            files=jobs.files,
+            check=RequestCheck(layout, is_sound_offered=True),
+            cost=EvenCost.of(layout.geometry, layout.transformer),
+            model=MODEL,
+            limits=limits,
+            prompt_check=UnlookedPrompts(None, DEADLINE_S, may_skip_guardrails),
+        )
+        self._jobs = jobs
+        self.submitted: list[tuple[GenerationRequest, SubmitOptions]] = []
+        self.streams: list[Stream] = []
+        self.gate: Callable[[], Coroutine[Any, Any, Any]] | None = None
+        self.actions: Any = None
+        self.error: BaseException | None = None
         self.submit = Method(lambda *arguments: Response(self._submit(*arguments)))
         self.remix = Method(lambda *arguments: Response(self._remix(*arguments)))
         self.stream = Method(self._stream)
@@ -112,50 +140,14 @@ class FakeDirector:
     async def _submit(self, request: GenerationRequest, options: SubmitOptions, attached_to: str | None = None) -> Job:
         if self.error is not None:
             raise self.error
-        resolved = resolve(request, self.layout)
+        context = RequestContext.new(options.request_id, DEADLINE_S, new_job_id())
+        job = await self.admission.accept(request, options, context, attached_to)
         self.submitted.append((request, options))
-        values, media = encode_request(request)
-        job_id = new_job_id()
-        for name, data in media.items():
-            self.files.put(job_id, name, data)
-        new = NewJob(
-            job_id=job_id,
-            owner=options.owner,
-            model=MODEL,
-            request=values,
-            inputs=tuple(sorted(media)),
-            fingerprint=compute_fingerprint(
-                values, media, service_class=options.service_class, previews=options.previews
-            ),
-            mode=resolved.mode,
-            prompt=resolved.prompt,
-            width=resolved.width,
-            height=resolved.height,
-            num_frames=resolved.num_frames,
-            fps=resolved.fps,
-            seed=resolved.seed,
-            num_steps=resolved.num_inference_steps,
-            media_type=resolved.clip_format().media_type if resolved.has_file else "",
-            lane=Lane.IMAGE if resolved.num_frames == 1 else Lane.VIDEO,
-            service_class=options.service_class,
-            work=1000.0,
-            request_id=options.request_id or "none",
-            idempotency_key=options.idempotency_key,
-            attached_to=attached_to,
-            previews=options.previews,
-            remixed_from=options.remixed_from,
-            skip_guardrails=options.skip_guardrails,
-            warnings=options.warnings,
-            notes=resolved.notes,
-        )
-        return self.store.create(new, LIMITS, options.limits)
+        return job
 
     async def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Job:
-        job = await JobService(self.store, self.files, self.media, 1).get(job_id, options.owner)
-        media: dict[str, Any] = {name: self.files.get(job_id, name) for name in job.inputs}
-        request = replace(decode_request(job.request, media), prompt=prompt)
-        options = remix_options(job, options, self.classes, may_skip_guardrails=self.may_skip_guardrails)
-        return await self._submit(request, options)
+        earlier = await self._jobs.get(job_id, options.owner)
+        return await self._submit(*await self.admission.load_remix(earlier, prompt, options))
 
     def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None) -> Stream:
         self.streams.append(Stream(self._events(request, options)))
@@ -168,13 +160,13 @@ class FakeDirector:
         )
         if job.media_type == "video/mp4":
             media_id = new_media_id()
-            entry = self.media.create(media_id, job.media_type, ".mp4", is_live=True)
+            entry = self._jobs.media.create(media_id, job.media_type, ".mp4", is_live=True)
             assert entry.live_path is not None
             entry.live_path.write_bytes(b"live")
             yield FileStarted(media_id, job.media_type, 1)
         elif job.media_type:
             media_id = new_media_id()
-            entry = self.media.create(media_id, job.media_type, ".bin", is_live=False)
+            entry = self._jobs.media.create(media_id, job.media_type, ".bin", is_live=False)
         if self.gate is not None:
             await self.gate()
         if job.media_type:
@@ -238,21 +230,22 @@ class Api:
         max_followers: int = 8,
         remote_media: RemoteFiles | None = None,
         http: Mapping[str, Any] | None = None,
+        limits: QueueLimits = LIMITS,
     ) -> None:
         self.runner = asyncio.Runner()
         shutil.copy(database, directory / "jobs.sqlite")
         self.store = JobStore.open(f"sqlite:///{directory / 'jobs.sqlite'}")
         self.media = MediaStore(directory / "media", max_bytes=1 << 30, keep_s=1000.0)
         self.files = JobFiles(self.media.directory, None)
-        self.director = FakeDirector(layout, self.store, self.files, self.media)
-        self.director.may_skip_guardrails = may_disable_guardrails
+        jobs = JobService(self.store, self.files, self.media, max_followers)
+        self.director = FakeDirector(layout, jobs, limits, may_skip_guardrails=may_disable_guardrails)
         self.readiness = FakeReadiness()
         self.service = Service(
             model=ServedModel(MODEL, layout.family, offered_modes(layout), 1_700_000_000.5),
             http=HttpConfig(**(http or {})),
             classes=tuple(CLASSES),
             may_disable_guardrails=may_disable_guardrails,
-            jobs=JobService(self.store, self.files, self.media, max_followers),
+            jobs=jobs,
             director=self.director,
             streaming=self.director,
             ready=self.readiness,

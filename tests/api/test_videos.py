@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from cluster.errors import OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from deployments.errors import JobsError
 from deployments.jobs.job import JobState
-from tests.api.fake_service import Api, lease_of
+from tests.api.fake_service import Api, UnlookedPrompts, lease_of
 from tests.api.known_jobs import png
 
 UNKNOWN = "video_gen_" + "0" * 32
@@ -245,7 +246,9 @@ def test_a_remix_may_no_more_than_a_new_request(make_api: Any) -> None:
     api = make_api(may_disable_guardrails=True)
     told = api.created({"prompt": "a", "guardrails": False, "service_class": "batch"})
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
-    api.director.may_skip_guardrails, api.director.classes = False, ("standard",)
+    admission = api.director.admission
+    limits = replace(admission.limits, classes={"standard": 1.0})
+    api.director.admission = replace(admission, limits=limits, prompt_check=UnlookedPrompts(None, 1.0, False))
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
     asked = [(asked.skip_guardrails, asked.service_class) for _, asked in api.director.submitted]
     assert asked == [(True, "batch"), (True, "batch"), (False, "standard")]
