@@ -325,9 +325,10 @@ def test_the_deadline_of_a_caller_holds_in_the_queue(serve: Any) -> None:
         service.stage.gate.clear()
         blocking = await service.submit()
         await service.until(blocking.job_id, JobState.IN_PROGRESS)
-        stream = service.stream(limit_s=1.5)
+        stream = service.stream(limit_s=3.0)
         waiting = asyncio.ensure_future(anext(stream))
-        await asyncio.sleep(0.3)
+        while not service.runner._callers:
+            await asyncio.sleep(0.02)
         (job_id,) = service.runner._callers
         await waiting  # its position
         with pytest.raises(DeadlineExceeded, match="in the stage 'queue'"):
