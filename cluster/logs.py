@@ -89,7 +89,7 @@ def log_failure(
 def _reason(error: BaseException) -> str:
     """Of an error, in words of ours or the system's; others may quote anything, a prompt say: where it was raised."""
     if isinstance(error, RequestError):
-        return f"{error.field}: allowed is {error.allowed}"
+        return f"{error.field} must be {error.allowed}"
     if isinstance(error, Cosmos3Error | OSError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)

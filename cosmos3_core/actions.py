@@ -207,7 +207,7 @@ def action_rows(field_name: str, values: Any, width: int | None) -> Actions:
     if rows.ndim != 2 or not 1 <= len(rows) <= LIMITS.max_actions or rows.shape[1] < 1:
         raise RequestError(field_name, f"an array of shape {list(rows.shape)}", allowed)
     if width is not None and rows.shape[1] != width:
-        raise RequestError(field_name, f"rows of {rows.shape[1]} numbers", allowed, "The embodiment decides on that.")
+        raise RequestError(field_name, f"rows of {rows.shape[1]} numbers", allowed, "the embodiment decides")
     if not (np.abs(rows) <= LIMITS.max_action_value).all():  # NaN fails the comparison
         raise RequestError(field_name, "a value out of range", f"finite numbers within {LIMITS.max_action_value:g}")
     return rows

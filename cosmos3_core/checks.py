@@ -44,7 +44,7 @@ def choice(field: str, value: Any, allowed: tuple[_Choice, ...]) -> _Choice:
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or value not in allowed:
         near = difflib.get_close_matches(str(value)[:_MAX_COMPARED_CHARS], [str(name) for name in allowed], n=1)
-        raise RequestError(field, value, f"one of {list(allowed)}", f"Did you mean {near[0]}?" if near else "")
+        raise RequestError(field, value, f"one of {list(allowed)}", f"did you mean {near[0]}?" if near else "")
     return value
 
 
@@ -70,11 +70,11 @@ def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
     if not may_be_empty and not value.strip():
         raise RequestError(field, value, "a text with at least one visible character")
     if len(value) > max_chars:
-        raise RequestError(field, value, f"at most {max_chars} characters", "Shorten the text.")
+        raise RequestError(field, value, f"at most {max_chars} characters", "shorten the text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RequestError(field, value, "valid Unicode; this has half of a surrogate pair") from None
+        raise RequestError(field, value, "valid Unicode, without half a surrogate pair") from None
     return value
 
 
@@ -88,5 +88,5 @@ def pixels(field: str, value: Any, multiple: int, high: int) -> int:
         raise RequestError(field, value, f"a multiple of {multiple}, at least {multiple}, at most {high}")
     if value % multiple:
         below = value - value % multiple
-        raise RequestError(field, value, f"a multiple of {multiple}", f"Nearest are {below} and {below + multiple}.")
+        raise RequestError(field, value, f"a multiple of {multiple}", f"use {below} or {below + multiple}")
     return value

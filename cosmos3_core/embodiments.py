@@ -77,14 +77,14 @@ def find_embodiment(domain_name: str | None, domain_id: int | None, num_domains:
         checks.integer("domain_id", domain_id, 0, num_domains - 1)
     if domain_name is None:
         if domain_id is None:
-            hint = "Actions need an embodiment; domain_id does as well."
+            hint = "actions need an embodiment; give domain_name or domain_id"
             raise RequestError("domain_name", None, f"one of {list(EMBODIMENTS)}", hint)
         named = (embodiment for embodiment in EMBODIMENTS.values() if embodiment.domain_id == domain_id)
         return next(named, Embodiment(f"domain {domain_id}", domain_id, None))
     name = domain_name.lower().strip() if isinstance(domain_name, str) else domain_name
     found = EMBODIMENTS[checks.choice("domain_name", name, tuple(EMBODIMENTS))]
     if domain_id not in (None, found.domain_id):
-        raise RequestError("domain_id", domain_id, f"{found.domain_id}, that of {found.name}, or left out")
+        raise RequestError("domain_id", domain_id, f"{found.domain_id}, that of {found.name}", "leave one of both out")
     if found.domain_id >= num_domains:
-        raise RequestError("domain_name", domain_name, f"of the {num_domains} domains that this checkpoint has")
+        raise RequestError("domain_name", domain_name, f"one of the {num_domains} domains that this checkpoint has")
     return found

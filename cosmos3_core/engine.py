@@ -111,7 +111,7 @@ class Engine:
     ) -> None:
         self.layout = CheckpointLayout.open(checkpoint_dir)
         if load_sound and not self.layout.has_sound:
-            raise CapabilityError("load_sound", True, "None or False", f"{self.layout.name} makes no sound.")
+            raise CapabilityError("load_sound", True, "None or False", f"{self.layout.name} makes no sound")
         self.device = resolve_device(device)
         if dtype is not None and dtype not in DTYPES.values():
             raise RequestError("dtype", dtype, f"one of {[str(known) for known in DTYPES.values()]}, or None")
@@ -249,7 +249,9 @@ class Engine:
         if self._audio_vae is None:
             if self._vae is None:
                 raise ClosedError(_CLOSED)
-            raise CapabilityError("sound", "latents", "none", "This engine has no decoder of sound: load_sound=True.")
+            raise CapabilityError(
+                "sound", "latents", "left out", "this engine has no decoder of sound; make it with load_sound=True"
+            )
         return self._audio_vae.decode(latents)
 
     @property
@@ -280,7 +282,7 @@ class Engine:
         if output not in ("pixels", "latent"):
             raise RequestError("output", output, "'pixels' or 'latent'")
         if request.sound_frames and self._denoiser is not None and self._audio_vae is None:
-            raise CapabilityError("sound_frames", request.sound_frames, "None: this engine has no decoder of sound")
+            raise CapabilityError("sound_frames", request.sound_frames, "None", "this engine has no decoder of sound")
         latents = self.denoise(request, on_step=on_step)
         if output == "latent":
             results = latents
@@ -349,5 +351,5 @@ def _unpad(name: str, ids: Tensor, mask: Tensor) -> tuple[int, ...]:
         raise RequestError(f"{name}_ids, {name}_mask", given, "two tensors of one shape (1, S)")
     num_tokens = int(mask.sum())
     if num_tokens == 0 or not bool(mask[0, :num_tokens].all()):
-        raise RequestError(f"{name}_mask", mask.tolist(), "ones, then zeros: at least one token, padding on the right")
+        raise RequestError(f"{name}_mask", mask.tolist(), "at least one 1, then zeros for the padding on the right")
     return tuple(ids[0, :num_tokens].tolist())

@@ -59,28 +59,31 @@ class Cosmos3Error(Exception):
 
 
 class RequestError(Cosmos3Error, ValueError):
-    """The caller's input is wrong.
+    """A field of the caller's input is wrong: ``num_frames must be 1 + 4k (got 8); use 9``.
 
     Args:
-        field: name of the offending field, as the caller wrote it.
-        given: the value that was given (shown shortened in the message).
-        allowed: what would have been accepted, in words.
-        hint: what to do about it, a full sentence; optional.
+        field: name of the field, as the caller wrote it.
+        given: the value that was given; the message shows it shortened.
+        allowed: what the field must be; completes "must be".
+        hint: what to do about it, a clause without capital or full stop; optional.
     """
 
     def __init__(self, field: str, given: Any, allowed: str, hint: str = "") -> None:
-        self.field = field = _shortened(field)
+        self.field = _shortened(field)
         self.given = _shown(given)
         self.allowed = allowed
         self.hint = hint
-        super().__init__(f"{field}={self.given}: allowed is {allowed}.{' ' + hint if hint else ''}")
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        return f"{self.field} must be {self.allowed} (got {self.given}){'; ' + self.hint if self.hint else ''}"
 
     @classmethod
     def of_parts(cls, field: str, given: str, allowed: str, hint: str) -> RequestError:
-        """The error whose attributes these are: ``given`` as it is shown, not the value."""
+        """Rebuild an error from its attributes: ``given`` as it is shown, not the value."""
         error = cls(field, None, allowed, hint)
         error.given = given
-        error.args = (f"{field}={given}: allowed is {allowed}.{' ' + hint if hint else ''}",)
+        error.args = (error._message(),)
         return error
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -291,7 +291,7 @@ def _layout(options: argparse.Namespace) -> Layout:
             "tp x cfg x sp",
             f"{layout}, {layout.num_ranks} ranks",
             f"as many ranks as there are processes, {num_processes}",
-            f"Choose --tp, --cfg and --sp whose product is {num_processes}, or start with: "
+            f"choose --tp, --cfg and --sp whose product is {num_processes}, or start with: "
             f"torchrun --nproc_per_node={layout.num_ranks} -m cosmos3_core.generate ...",
         )
     layout.check(CheckpointLayout.open(options.checkpoint).transformer)

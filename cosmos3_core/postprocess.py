@@ -61,7 +61,7 @@ class Cosmos3GenerationPostProcessor:
             return GeneratedMedia(unit_to_uint8(output).cpu().numpy())
         missing = {"video", "sound", "sample_rate"} - set(output)
         if missing:
-            hint = f"Missing: {', '.join(sorted(missing))}."
+            hint = f"missing: {', '.join(sorted(missing))}"
             raise RequestError("output", sorted(output), "a mapping with video, sound and sample_rate", hint)
         sound = output["sound"]
         if sound.ndim != 2 or not sound.is_floating_point():
@@ -103,12 +103,12 @@ class Cosmos3GenerationPostProcessor:
     def _track(self, media: GeneratedMedia) -> tuple[Samples, SoundFormat]:
         """The samples up to the video's end, padded with silence where a little is missing, and their format."""
         if media.sound is None or media.sampling_rate is None:
-            raise RequestError("media.sound", None, "a waveform with its sampling_rate", "This clip was made silent.")
+            raise RequestError("media.sound", None, "a waveform with its sampling_rate", "this clip was made silent")
         num_channels, num_given = media.sound.shape
         num_samples = sound_samples(len(media.frames), exact_frame_rate(self.fps), media.sampling_rate)
         num_missing = max(num_samples - num_given, 0)
         if num_missing > _MAX_PADDED_SAMPLES:
             allowed = f"at least {num_samples - _MAX_PADDED_SAMPLES} samples for {len(media.frames)} frames"
-            raise RequestError("media.sound", f"{num_given} samples", allowed, "Check fps and sampling_rate.")
+            raise RequestError("media.sound", f"{num_given} samples", allowed, "check fps and sampling_rate")
         samples = np.pad(media.sound[:, :num_samples], ((0, 0), (0, num_missing)))
         return samples, SoundFormat(media.sampling_rate, num_channels, num_samples)

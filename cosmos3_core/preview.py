@@ -64,7 +64,7 @@ class PreviewMap:
 
         shape, num_channels = tuple(x0_BCTHW.shape), len(self.weights)
         if len(shape) != 5 or shape[:2] != (1, num_channels):
-            raise RequestError("x0", shape, f"(1, {num_channels}, frames, rows, columns)", "The map is another VAE's.")
+            raise RequestError("x0", shape, f"(1, {num_channels}, frames, rows, columns)", "the map is another VAE's")
         weights_CR = torch.tensor(self.weights, dtype=torch.float32, device=x0_BCTHW.device)
         bias_R = torch.tensor(self.bias, dtype=torch.float32, device=x0_BCTHW.device)
         colours_BRTHW = torch.einsum("bcthw,cr->brthw", x0_BCTHW.float(), weights_CR) + bias_R.view(3, 1, 1, 1)

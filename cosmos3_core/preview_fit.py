@@ -123,7 +123,7 @@ def encoder_digest(vae: VideoVAE) -> str:
         CapabilityError: this VAE was built without its encoder.
     """
     if vae.encoder is None:
-        raise CapabilityError("preview_map", "a VAE that only decodes", "one with its encoder")
+        raise CapabilityError("preview_map", "a VAE that only decodes", "a VAE with its encoder")
     digest = hashlib.sha256(f"{_RECIPE} {vae.config}".encode())
     for name, parameter in sorted(vae.named_parameters()):
         if name.startswith(("encoder.", "quant_conv.")):
@@ -176,7 +176,7 @@ def _encoded(vae: VideoVAE, pixels_BCFYX: Tensor) -> Tensor:
     """
     latents_BCTHW = vae.encode(pixels_BCFYX).float()
     if not torch.isfinite(latents_BCTHW).all():
-        raise CapabilityError("preview_map", "a VAE whose latents are not finite", "one that encodes pictures")
+        raise CapabilityError("preview_map", "a VAE whose latents are not finite", "a VAE that encodes pictures")
     return latents_BCTHW
 
 

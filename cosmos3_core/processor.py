@@ -274,9 +274,7 @@ class Cosmos3Processor:
         )
         ids = [*encoded["input_ids"], *closing_ids(self.tokenizer, self.tokenizer_dir)]
         if len(ids) > LIMITS.max_text_tokens:
-            raise RequestError(
-                name, text, f"at most {LIMITS.max_text_tokens} tokens, this is {len(ids)}", "Shorten it."
-            )
+            raise RequestError(name, text, f"at most {LIMITS.max_text_tokens} tokens", f"shorten it from {len(ids)}")
         return PromptIds(tuple(ids), text, origin)
 
 

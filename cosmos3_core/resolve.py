@@ -121,7 +121,7 @@ def resolve(
         width = checks.pixels("width", _or(request.width, preset.width), side, LIMITS.max_side_pixels)
         for name, other in (("height", "width"), ("width", "height")):
             if getattr(request, name) is None and getattr(request, other) is not None:
-                raise RequestError(name, None, f"given together with {other}, or neither")
+                raise RequestError(name, None, f"given together with {other}")
         prompt_size = (height, width)
     sound = _sound_track(num_frames, fps, layout, like_diffusers=like_diffusers) if mode.has_sound else None
     num_others = (0 if sound is None else sound.num_latents) + (0 if action is None else action.chunk_size)
@@ -132,8 +132,8 @@ def resolve(
         clean = _clean_frames(mode, request, num_latent_frames)
         if mode.chooses_frames and len(clean) == num_latent_frames and not like_diffusers:
             least = layout.geometry.num_pixel_frames(num_latent_frames + 1)
-            hint = f"Latent frames {list(clean)} are given, so that nothing would be made."
-            raise RequestError("num_frames", num_frames, f"at least {least}, or fewer of its latent frames given", hint)
+            hint = f"latent frames {list(clean)} are given and nothing is left to generate; or give fewer of them"
+            raise RequestError("num_frames", num_frames, f"at least {least}", hint)
         num_needed = layout.geometry.num_pixel_frames(max(clean) + 1)
         _check_memory(given, mode.resizing, num_needed, prompt_size)
         if given.num_frames is not None:
@@ -208,18 +208,18 @@ def _mode_of(request: GenerationRequest) -> Mode:
     name = request.mode
     if name is None:
         if request.image is not None and request.video is not None:
-            raise RequestError("image, video", "both", "one of them", "An image begins a clip, a video is continued.")
+            raise RequestError("image, video", "both", "one of the two", "an image begins a clip, a video is continued")
         if request.image is not None:
             name = IMAGE_TO_VIDEO
         elif request.video is not None:
             name = VIDEO_TO_VIDEO
         else:
             name = TEXT_TO_IMAGE if request.num_frames == 1 else TEXT_TO_VIDEO
-    _checked("mode", name)
+    checks.choice("mode", name, tuple(MODES))
     if wants_sound and not MODES[name].has_sound:
         if name + WITH_SOUND not in MODES:
             with_sound = [mode.name for mode in MODES.values() if mode.name + WITH_SOUND in MODES]
-            raise RequestError("generate_sound", True, f"false for {name}; sound goes with {with_sound}")
+            raise RequestError("generate_sound", True, f"false for {name}", f"sound goes with {', '.join(with_sound)}")
         name += WITH_SOUND
     return MODES[name]
 
@@ -233,18 +233,18 @@ def _preset(
         return PRESETS[layout.preset_kind, mode.name]
     lacks = ""
     if mode.has_actions and not layout.has_action:
-        lacks = "The checkpoint has no weights for actions."
+        lacks = "the checkpoint has no weights for actions"
     elif mode.has_sound and not layout.has_sound:
-        lacks = "The checkpoint makes no sound: its transformer has no weights for it, or there is no sound_tokenizer."
+        lacks = "the checkpoint makes no sound: its transformer has no weights for it, or there is no sound_tokenizer"
     elif mode.has_sound and not is_sound_offered:
-        lacks = "Nothing decodes sound here; the app was configured without."
+        lacks = "the app was configured without a decoder of sound"
     elif like_diffusers:  # which asks of a checkpoint no more than the weights
         return PRESETS[layout.preset_kind, TEXT_TO_VIDEO]
     else:
-        lacks = "The checkpoint was not trained for it."
+        lacks = "the checkpoint was not trained for it"
     name = "generate_sound" if mode.has_sound and request.mode is None else "mode"
-    given = True if name == "generate_sound" else mode.name
-    raise CapabilityError(name, given, f"what {layout.name} can do: {', '.join(offered)}", lacks)
+    given, modes = (mode.name, "a mode") if name == "mode" else (True, "false, for a mode")
+    raise CapabilityError(name, given, f"{modes} that {layout.name} can do: {', '.join(offered)}", lacks)
 
 
 def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
@@ -298,7 +298,7 @@ def _action_track(
         width = known[0] if known else None
     elif checks.integer("raw_action_dim", width, 1, config.action_dim) not in (known or [width]):
         allowed = f"{' or '.join(map(str, known))}, the numbers in an action of {embodiment.name}"
-        raise RequestError("raw_action_dim", width, allowed, "Or leave it out.")
+        raise RequestError("raw_action_dim", width, allowed, "leave it out for the first of them")
     if mode.actions is Actions.GIVEN:
         if request.actions is None:
             raise RequestError("actions", None, f"the actions that {mode.name} is to carry out, [steps, width]")
@@ -307,8 +307,8 @@ def _action_track(
     else:
         num_given = 0
     if width is None:
-        hint = "It depends on the data set."
-        raise RequestError("raw_action_dim", None, f"numbers in an action of {embodiment.name}", hint)
+        hint = "it depends on the data set; give it"
+        raise RequestError("raw_action_dim", None, f"the numbers in an action of {embodiment.name}", hint)
     checks.integer("raw_action_dim", width, 1, config.action_dim)
     chunk_size = request.action_chunk_size
     if chunk_size is None and request.num_frames is not None:
@@ -357,7 +357,7 @@ def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], Cl
     if media is None:
         return None
     if not isinstance(media, bytes | np.ndarray):
-        raise RequestError(kind, type(media).__name__, "a file's bytes, or frames", "Call packed() on the request.")
+        raise RequestError(kind, type(media).__name__, "a file's bytes, or frames", "call packed() on the request")
     if kind == IMAGE:
         picture = probe_image(kind, media)
         return _Given(kind, media, picture.height, picture.width, None)
@@ -376,11 +376,11 @@ def _check_memory(given: _Given, resizing: Resizing, num_frames: int, onto: tupl
     if resizing is Resizing.CROP:
         rows, columns = covering_size(given.height, given.width, rows, columns)
         if rows * columns > LIMITS.max_image_pixels:
-            allowed = f"a shape nearer to {onto[1]} x {onto[0]}; scaled to cover that it has {columns} x {rows} pixels"
-            raise RequestError(given.kind, size, allowed, "Cut it first.")
+            allowed = f"of a shape nearer to {onto[1]} x {onto[0]}, which it covers when scaled to {columns} x {rows}"
+            raise RequestError(given.kind, size, allowed, "cut it first")
     if num_frames * rows * columns > LIMITS.max_clip_total_pixels:
-        allowed = f"at most {LIMITS.max_clip_total_pixels} pixels in all; these are {num_frames} of {columns} x {rows}"
-        raise RequestError("frames to encode", num_frames, allowed, "Ask for fewer, or a smaller size.")
+        allowed = f"at most {LIMITS.max_clip_total_pixels} pixels in all, of {columns} x {rows} each"
+        raise RequestError("frames to encode", num_frames, allowed, "ask for fewer, or a smaller size")
 
 
 def _note_length(num_given: int, num_needed: int, mode: Mode, notes: list[str]) -> None:
@@ -424,7 +424,7 @@ def _sound_track(num_frames: int, fps: float, layout: CheckpointLayout, *, like_
     assert layout.audio is not None, "offered_modes"
     audio, latent_fps = layout.audio, layout.transformer.sound_latent_fps
     if num_frames / fps > LIMITS.max_sound_s:
-        hint = "Ask for fewer frames, or more a second."
+        hint = "ask for fewer frames, or more a second"
         raise RequestError(
             "num_frames / fps", f"{num_frames / fps:.1f} s", f"at most {LIMITS.max_sound_s:g} s with sound", hint
         )
@@ -441,7 +441,7 @@ def _interval(interval: Any) -> tuple[float, float] | None:
         return None
     low, high = _checked("guidance_interval", interval)
     if low > high:
-        raise RequestError("guidance_interval", interval, "the lowest timestep, then the highest", "Swap them.")
+        raise RequestError("guidance_interval", interval, "the lowest timestep, then the highest", "swap the two")
     return low, high
 
 
@@ -475,7 +475,7 @@ def _crf(output: str, request: GenerationRequest) -> float:
     if request.crf is None:
         return DEFAULT_CRF
     if is_lossless:
-        raise RequestError("crf", request.crf, "nothing beside lossless", "Choose one of both.")
+        raise RequestError("crf", request.crf, "left out beside lossless", "choose one of both")
     return float(_checked("crf", request.crf))
 
 
@@ -501,6 +501,6 @@ def _check_token_budget(num_frames: int, height: int, width: int, num_others: in
         raise RequestError(
             "num_frames x height x width",
             f"{num_frames} x {height} x {width}",
-            f"at most {budget} video tokens, this is {num_tokens}",
-            "Ask for fewer frames or a smaller picture.",
+            f"at most {budget} video tokens, not {num_tokens}",
+            "ask for fewer frames or a smaller picture",
         )

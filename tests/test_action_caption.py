@@ -101,7 +101,7 @@ def test_the_negative_prompt_stays_as_it_is(settings: dict[str, Any], tiny_nano:
 
 
 def test_an_unknown_view_point_is_refused(tiny_nano: Path, tokenizer: Any) -> None:
-    with pytest.raises(RequestError, match="view_point='bird_view'.*concat_view"):
+    with pytest.raises(RequestError, match="view_point must be .*concat_view.*got 'bird_view'"):
         Cosmos3Processor(tiny_nano, view_point="bird_view", tokenizer=tokenizer)
 
 

@@ -99,7 +99,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"num_frames": 1, "output": "webp", "lossless": True}, "lossless", "True", "left out for webp"),
     ({"generate_sound": True, "output": "wav", "lossless": True}, "lossless", "True", "left out for wav"),
     ({"lossless": 1}, "lossless", "1", "true or false"),
-    ({"crf": 18, "lossless": True}, "crf", "18", "nothing beside lossless"),
+    ({"crf": 18, "lossless": True}, "crf", "18", "left out beside lossless"),
     ({"noise": [1]}, "noise", "list", "a mapping"),
     ({"noise": {"video": 5}}, "noise.video", "int", "a floating point tensor"),
     ({"noise": {"video": torch.full((1, 48, 3, 4, 4), float("nan"))}}, "noise.video", "NaN", "finite"),
@@ -212,7 +212,7 @@ BAD_CHECKPOINTS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] =
             root / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"
         ),
         CapabilityError,
-        "Distilled",
+        "distilled",
     ),
 ]
 
@@ -241,7 +241,7 @@ def test_the_engine_refuses_what_it_cannot_do(
 ) -> None:
     with pytest.raises(CapabilityError, match="load_sound"):
         Engine(tiny_edge, load_sound=True)
-    with pytest.raises(RequestError, match="device=.*cpu"):
+    with pytest.raises(RequestError, match="device must be cpu"):
         Engine(tiny_nano, device="cuda:99" if not torch.cuda.is_available() else "no-such-device")
     ids = torch.tensor([[1, 2, 3]])
     ones = torch.ones_like(ids)
@@ -295,7 +295,7 @@ def test_the_command_line_says_it_in_one_line_and_exits_2(
     arguments = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--height", "100", "--out", str(tmp_path / "x")]
     assert main([*arguments, "--device", "cpu"]) == 2
     output = capsys.readouterr()
-    assert output.err.strip().splitlines()[-1].startswith("error: height=100: allowed is a multiple of 16")
+    assert output.err.strip().splitlines()[-1].startswith("error: height must be a multiple of 16 (got 100)")
     assert "Traceback" not in output.err
     assert list(tmp_path.iterdir()) == []
 

@@ -84,11 +84,11 @@ def test_by_name_by_id_or_both(name: str | None, domain_id: int | None, found: s
 @pytest.mark.parametrize(
     ("name", "domain_id", "num_domains", "field", "said"),
     [
-        (None, None, 32, "domain_name", "domain_id does as well"),
+        (None, None, 32, "domain_name", "give domain_name or domain_id"),
         ("r2d2", None, 32, "domain_name", "bridge_orig_lerobot"),
         ("", None, 32, "domain_name", "bridge_orig_lerobot"),
         (7, None, 32, "domain_name", "bridge_orig_lerobot"),
-        ("av", 2, 32, "domain_id", "1, that of av, or left out"),
+        ("av", 2, 32, "domain_id", "1, that of av"),
         ("r2d2", 1, 32, "domain_name", "av"),
         (None, -1, 32, "domain_id", "0 to 31"),
         (None, 32, 32, "domain_id", "0 to 31"),

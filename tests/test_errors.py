@@ -25,7 +25,7 @@ def all_error_classes():
 
 def example(cls):
     if issubclass(cls, RequestError):
-        return cls("num_frames", 10_001, "1 to 400", "Shorten the clip.")
+        return cls("num_frames", 10_001, "1 to 400", "shorten the clip")
     if issubclass(cls, CheckpointError):
         return cls("/models/nano/vae", "holds a JSON list, not an object", "Download it again.")
     return cls("something went wrong at step 3")
@@ -57,18 +57,18 @@ def test_the_tree_is_the_one_drawn_in_the_module():
 
 
 def test_a_request_error_names_field_value_allowed_and_remedy():
-    error = RequestError("num_frames", 10_001, "1 to 400", "Shorten the clip.")
-    assert str(error) == "num_frames=10001: allowed is 1 to 400. Shorten the clip."
+    error = RequestError("num_frames", 10_001, "1 to 400", "shorten the clip")
+    assert str(error) == "num_frames must be 1 to 400 (got 10001); shorten the clip"
     assert (error.field, error.given, error.allowed, error.hint) == (
         "num_frames",
         "10001",
         "1 to 400",
-        "Shorten the clip.",
+        "shorten the clip",
     )
 
 
 def test_without_a_hint_nothing_trails():
-    assert str(RequestError("fps", -1, "1 to 60")) == "fps=-1: allowed is 1 to 60."
+    assert str(RequestError("fps", -1, "1 to 60")) == "fps must be 1 to 60 (got -1)"
     assert str(CheckpointError("/models", "is empty")) == "/models: is empty."
 
 

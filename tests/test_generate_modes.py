@@ -157,30 +157,36 @@ FORWARD = ["--mode", "forward_dynamics", "--image", "image.png", "--domain-name"
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--prompt", "a car", "--mode", "t2v"], "error: mode='t2v': allowed is one of"),
-        (["--prompt", "a car", "--image", "missing.png"], "error: image='missing.png'"),
-        (["--prompt", "a car", "--image", "actions.json"], "error: image="),
-        (["--prompt", "a car", "--video", "words.json"], "error: video="),
-        (["--prompt", "a car", "--image", "image.png", "--video", "clip.gif"], "error: image, video='both'"),
-        (["--prompt", "a car", "--actions", "actions.json"], "error: actions="),
-        (["--prompt", "a car", "--condition-frames", "0"], "error: condition_frame_indexes_vision="),
+        (["--prompt", "a car", "--mode", "t2v"], "error: mode must be one of...(got 't2v')"),
+        (["--prompt", "a car", "--image", "missing.png"], "error: image must be ...(got 'missing.png'"),
+        (["--prompt", "a car", "--image", "actions.json"], "error: image must be "),
+        (["--prompt", "a car", "--video", "words.json"], "error: video must be "),
+        (
+            ["--prompt", "a car", "--image", "image.png", "--video", "clip.gif"],
+            "error: image, video must be ...(got 'both'",
+        ),
+        (["--prompt", "a car", "--actions", "actions.json"], "error: actions must be "),
+        (["--prompt", "a car", "--condition-frames", "0"], "error: condition_frame_indexes_vision must be "),
         (["--prompt", "a car", "--video", "clip.gif", "--condition-frames", "48"], "latent frames from 0 to 47"),
-        (["--prompt", "a car", "--guidance-interval", "5", "1"], "error: guidance_interval="),
-        (["--prompt", "a car", "--num-frames", "1", "--sound"], "error: generate_sound=True"),
-        (["--prompt", "a car", "--output", "wav"], "error: output='wav': allowed is one of ['mp4']"),
-        ([*FORWARD], "error: actions=None"),
-        ([*FORWARD, "--actions", "missing.json"], "error: actions='missing.json': allowed is a JSON file"),
-        ([*FORWARD, "--actions", "."], "error: actions='.': allowed is a JSON file"),
-        ([*FORWARD, "--actions", "image.png"], "error: actions='image.png': allowed is a JSON file"),
-        ([*FORWARD, "--actions", "words.json"], "error: actions='words.json': allowed is a JSON file"),
-        ([*FORWARD, "--actions", "ragged.json"], "error: actions=[[1, 2], [3]]"),
-        ([*FORWARD, "--actions", "other.json"], "error: actions={'rows': []}"),
-        ([*POLICY, "--resolution-tier", "360"], "error: resolution_tier=360: allowed is one of [256, 480, 704, 720]"),
-        ([*POLICY, "--view-point", "bird"], "error: view_point='bird'"),
-        ([*POLICY, "--domain-id", "2"], "error: domain_id=2"),
-        ([*POLICY, "--raw-action-dim", "65"], "error: raw_action_dim=65"),
-        ([*POLICY, "--num-frames", "9", "--action-chunk-size", "9"], "error: num_frames=9"),
-        (["--prompt", ""], "error: prompt=''"),
+        (["--prompt", "a car", "--guidance-interval", "5", "1"], "error: guidance_interval must be "),
+        (["--prompt", "a car", "--num-frames", "1", "--sound"], "error: generate_sound must be ...(got True"),
+        (["--prompt", "a car", "--output", "wav"], "error: output must be one of ['mp4']...(got 'wav')"),
+        ([*FORWARD], "error: actions must be ...(got None"),
+        ([*FORWARD, "--actions", "missing.json"], "error: actions must be a JSON file...(got 'missing.json')"),
+        ([*FORWARD, "--actions", "."], "error: actions must be a JSON file...(got '.')"),
+        ([*FORWARD, "--actions", "image.png"], "error: actions must be a JSON file...(got 'image.png')"),
+        ([*FORWARD, "--actions", "words.json"], "error: actions must be a JSON file...(got 'words.json')"),
+        ([*FORWARD, "--actions", "ragged.json"], "error: actions must be ...(got [[1, 2], [3]]"),
+        ([*FORWARD, "--actions", "other.json"], "error: actions must be ...(got {'rows': []}"),
+        (
+            [*POLICY, "--resolution-tier", "360"],
+            "error: resolution_tier must be one of [256, 480, 704, 720]...(got 360)",
+        ),
+        ([*POLICY, "--view-point", "bird"], "error: view_point must be ...(got 'bird'"),
+        ([*POLICY, "--domain-id", "2"], "error: domain_id must be ...(got 2"),
+        ([*POLICY, "--raw-action-dim", "65"], "error: raw_action_dim must be ...(got 65"),
+        ([*POLICY, "--num-frames", "9", "--action-chunk-size", "9"], "error: num_frames must be ...(got 9"),
+        (["--prompt", ""], "error: prompt must be ...(got ''"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
@@ -189,7 +195,7 @@ def test_a_bad_flag_is_one_line_and_exit_2(
 ) -> None:
     assert run(tiny_nano, tmp_path / "out", *flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
+    assert all(part in line for part in said.split("..."))
     assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
 
 

@@ -45,7 +45,7 @@ def test_colours_are_the_linear_map_of_each_position() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 4, 4), (2, 2, 1, 4, 4), (2, 1, 4, 4)])
 def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(RequestError, match=r"allowed is \(1, 2, frames, rows, columns\)"):
+    with pytest.raises(RequestError, match=r"must be \(1, 2, frames, rows, columns\)"):
         MAP.colours(torch.zeros(shape))
 
 

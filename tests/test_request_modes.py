@@ -112,7 +112,7 @@ def test_one_frame_is_an_image_and_nothing_else(mode: str, num_frames: int, nano
 def test_sound_goes_with_clips_only(given: dict[str, Any], nano: CheckpointLayout) -> None:
     error = refused(nano, prompt="a car", generate_sound=True, **given)
     assert error.field == "generate_sound"
-    assert "['text_to_video', 'image_to_video', 'video_to_video']" in error.allowed
+    assert error.hint == "sound goes with text_to_video, image_to_video, video_to_video"
 
 
 def test_generate_sound_is_a_flag(nano: CheckpointLayout) -> None:
@@ -190,7 +190,7 @@ def test_edge_makes_no_sound_and_continues_no_clip(edge: CheckpointLayout) -> No
     ]:
         error = refused(edge, CapabilityError, prompt="a car", **given)
         assert error.field == field
-        assert error.allowed == f"what {edge.name} can do: {can}"
+        assert error.allowed.endswith(f"a mode that {edge.name} can do: {can}")
         assert why in error.hint
 
 
@@ -316,7 +316,7 @@ def test_a_clip_of_another_length_than_is_used_is_noted(
 
 def test_something_has_to_be_left_to_make(nano: CheckpointLayout) -> None:
     error = refused(nano, **MINIMAL["video_to_video"], num_frames=5)
-    assert (error.field, error.allowed) == ("num_frames", "at least 9, or fewer of its latent frames given")
+    assert (error.field, error.allowed) == ("num_frames", "at least 9")
     assert "[0, 1] are given" in error.hint
     one = resolved(nano, **MINIMAL["video_to_video"], num_frames=5, condition_frame_indexes_vision=0)
     assert one.picture is not None
@@ -536,7 +536,7 @@ def test_packing_takes_what_travels_and_leaves_the_rest(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"bytes")
     packed = GenerationRequest(prompt="a car", image=tmp_path / "file", seed=3).packed()
     assert (packed.image, packed.seed) == (b"bytes", 3)
-    with pytest.raises(RequestError, match="image=.*missing"):
+    with pytest.raises(RequestError, match="image must be .*missing"):
         GenerationRequest(prompt="a car", image=tmp_path / "missing").packed()
-    with pytest.raises(RequestError, match="video=.*int"):
+    with pytest.raises(RequestError, match="video must be .*int"):
         GenerationRequest(prompt="a car", video=5).packed()  # type: ignore[arg-type]

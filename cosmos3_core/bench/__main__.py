@@ -90,7 +90,9 @@ def _encode_command(arguments: list[str], prog: str) -> int:
     num_pixels = options.num_frames * options.height * options.width
     if num_pixels > LIMITS.max_clip_total_pixels:  # the frames of a clip are in memory, so that only encoding is timed
         allowed = f"a clip of at most {LIMITS.max_clip_total_pixels} pixels in all"
-        raise RequestError("num_frames", options.num_frames, allowed, f"This one has {num_pixels}.")
+        raise RequestError(
+            "num_frames", options.num_frames, allowed, f"ask for a shorter or smaller one than {num_pixels} pixels"
+        )
     flags.check_json(options.json)
     import av
 

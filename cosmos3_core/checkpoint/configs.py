@@ -109,7 +109,7 @@ def _check_positive(path: Path, config: Any, names: tuple[str, ...]) -> None:
 def _check_switches(path: Path, component: str, raw: dict[str, Any], switches: dict[str, tuple[Any, ...]]) -> None:
     for switch, offered in switches.items():
         if raw.get(switch) not in offered:
-            raise CapabilityError(f"{component}.{switch}", raw[switch], repr(offered[0]), f"Given in {path}.")
+            raise CapabilityError(f"{component}.{switch}", raw[switch], repr(offered[0]), f"given in {path}")
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -352,7 +352,7 @@ class SchedulerConfig:
                 "scheduler",
                 f"{name}, order {solver[0]} {solver[1]}, {solver[2]}",
                 "UniPCMultistepScheduler of order 2 (bh2) on flow predictions",
-                f"Distilled checkpoints are not offered yet ({path}).",
+                f"distilled checkpoints are not offered yet ({path})",
             )
         return config
 

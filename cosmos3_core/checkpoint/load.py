@@ -126,7 +126,7 @@ def load_audio_vae(layout: CheckpointLayout, *, device: torch.device, dtype: tor
     if layout.audio is None:
         lacking = "sound_tokenizer/" if layout.transformer.sound_gen else "sound heads in the transformer"
         raise CapabilityError(
-            "modality", "sound", "video", f"{layout.name} has no {lacking}; load a checkpoint that makes sound."
+            "modality", "sound", "video", f"{layout.name} has no {lacking}; load a checkpoint that makes sound"
         )
     files = _audio_vae_files(layout, layout.audio)
     with torch.device("meta"):

@@ -63,7 +63,7 @@ def build_tiny_checkpoint(
         raise RequestError("dtype", dtype, ", ".join(_DTYPES))
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        hint = "Nothing is overwritten: choose another directory, or remove this one first."
+        hint = "nothing is overwritten: choose another directory, or remove this one first"
         raise RequestError("directory", str(directory), "a new or an empty directory", hint)
     directory.mkdir(parents=True, exist_ok=True)
     _write_checkpoint(directory, TINY_FAMILIES[family], seed, _DTYPES[dtype])

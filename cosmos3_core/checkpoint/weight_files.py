@@ -347,8 +347,8 @@ def refuse_quantised(entries: Iterable[TensorEntry]) -> None:
             "checkpoint",
             f"{quantised[0]} is {quantised[0].dtype}",
             "weights in bf16, fp16, fp32 or fp64",
-            f"Quantised checkpoints are not offered yet ({quantised[0].path}, {len(quantised)} such tensors); "
-            "download the unquantised revision.",
+            f"quantised checkpoints are not offered yet ({quantised[0].path}, {len(quantised)} such tensors); "
+            "download the unquantised revision",
         )
 
 

@@ -32,7 +32,9 @@ def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: Trans
     shapes: dict[str, tuple[int, ...]] = {VIDEO: (1, geometry.channels, *request.latent_shape)}
     if request.num_sound_latents:
         if not config.sound_gen:
-            raise CapabilityError("num_sound_latents", request.num_sound_latents, "0: this transformer makes no sound")
+            raise CapabilityError(
+                "num_sound_latents", request.num_sound_latents, "0", "this transformer makes no sound"
+            )
         shapes[SOUND] = (config.sound_dim, request.num_sound_latents)
     if request.action is not None:
         _check_action(request.action, config)
@@ -90,9 +92,9 @@ def _action(noise: Tensor, action: ActionLatents, positions: Tensor) -> LatentSt
 
 def _check_action(action: ActionLatents, config: TransformerConfig) -> None:
     if not config.action_gen:
-        raise CapabilityError("action", "given", "None: this transformer has no weights for actions")
+        raise CapabilityError("action", "given", "None", "this transformer has no weights for actions")
     if not 0 <= action.domain_id < config.num_embodiment_domains:
-        raise RequestError("domain_id", action.domain_id, f"0 to {config.num_embodiment_domains - 1}")
+        raise RequestError("domain_id", action.domain_id, f"from 0 to {config.num_embodiment_domains - 1}")
     if action.num_actions < 1 or not 1 <= action.width <= config.action_dim:
         given = f"{action.num_actions} x {action.width}"
         raise RequestError("action", given, f"at least one action of 1 to {config.action_dim} numbers")

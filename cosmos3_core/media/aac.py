@@ -36,7 +36,7 @@ def check_aac(sound: SoundFormat) -> None:
     """
     if sound.sampling_rate not in AAC_SAMPLING_RATES:
         rates = ", ".join(map(str, AAC_SAMPLING_RATES))
-        raise RequestError("sampling_rate", sound.sampling_rate, f"one of {rates}", "A wav takes any rate.")
+        raise RequestError("sampling_rate", sound.sampling_rate, f"one of {rates}", "write a wav, which takes any rate")
 
 
 class AacTrack:

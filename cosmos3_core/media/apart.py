@@ -77,12 +77,12 @@ def _ask(question: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[st
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        raise RequestError(field, given, allowed, f"It was not read within {limit_s:.0f} s.") from None
+        raise RequestError(field, given, allowed, f"it was not read within {limit_s:.0f} s") from None
     if done.returncode == -signal.SIGKILL:
         raise MediaError("the process that read a clip was killed; the machine may be out of memory")
     line = done.stdout[: max(0, done.stdout.find(b"\n"))]
     if done.returncode != 0 or not line:
-        raise RequestError(field, given, allowed, f"It made the reader fail (exit status {done.returncode}).")
+        raise RequestError(field, given, allowed, f"it made the reader fail (exit status {done.returncode})")
     header: dict[str, Any] = json.loads(line)
     if "error" in header:
         raise RequestError.of_parts(*header["error"])

@@ -66,7 +66,7 @@ class OpenClip:
                     check_pixels(self.field, PictureSize(*picture), LIMITS.max_clip_pixels)
                     if picture != first:
                         given = f"a clip whose frame {count} is {frame.width} x {frame.height}"
-                        raise RequestError(self.field, given, f"one size; the first frame is {first[1]} x {first[0]}")
+                        raise RequestError(self.field, given, f"a clip of one size, {first[1]} x {first[0]}")
                     if frame.is_corrupt:
                         raise damaged(self.field, self.kind.name, f"frame {count} decodes in part only")
                     count += 1
@@ -87,7 +87,7 @@ class OpenClip:
         except av.FFmpegError as error:
             given = f"a clip with colour matrix {int(frame.colorspace)} ({error.strerror})"
             raise RequestError(
-                self.field, given, "RGB, BT.601, BT.709, BT.2020 or the like", "Convert it first."
+                self.field, given, "RGB, BT.601, BT.709, BT.2020 or the like", "convert it first"
             ) from error
         pixels = np.asarray(rgb.to_ndarray(), dtype=np.uint8)
         is_swapped, flips_rows, flips_columns = _turns(frame)
@@ -144,7 +144,7 @@ def upright_size(frame: av.VideoFrame) -> PictureSize:
 
 def too_many_frames(field: str, count: str | int) -> RequestError:
     """The error for a clip of ``count`` frames."""
-    return RequestError(field, f"a clip of {count} frames", f"at most {LIMITS.max_clip_frames} frames", "Cut it first.")
+    return RequestError(field, f"a clip of {count} frames", f"at most {LIMITS.max_clip_frames} frames", "cut it first")
 
 
 def _without_surprises(field: str, kind: FileKind, data: bytes) -> bytes:

@@ -37,7 +37,7 @@ def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT
     """
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         given = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
-        raise RequestError("frame", given, "a uint8 array [Y, X, 3]", "One frame of a clip is frames[i].")
+        raise RequestError("frame", given, "a uint8 array [Y, X, 3]", "use frames[i], one frame of a clip")
     if frame.size == 0:
         raise RequestError("frame", list(frame.shape), "at least one pixel")
     check_image(kind, frame.shape[0], frame.shape[1], quality)

@@ -91,12 +91,12 @@ def refusing(field: str, given: str, allowed: str) -> Iterator[None]:
         raise
     except Exception as error:  # on crafted files the readers raise every type there is
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARS]
-        raise RequestError(field, given, allowed, f"Damaged, or not what it says it is ({reason}).") from error
+        raise RequestError(field, given, allowed, f"damaged, or not what it says it is ({reason})") from error
 
 
 def damaged(field: str, name: str, reason: str) -> RequestError:
-    """The error for a file of kind ``name`` that is damaged; ``reason`` completes "Damaged: ..."."""
-    return RequestError(field, a(f"{name} file"), "a file that is whole", f"Damaged: {reason}.")
+    """The error for a file of kind ``name`` that is damaged; ``reason`` completes "damaged: ..."."""
+    return RequestError(field, a(f"{name} file"), "a whole file", f"damaged: {reason}")
 
 
 def a(noun: str) -> str:

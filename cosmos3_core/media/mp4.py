@@ -89,7 +89,7 @@ def exact_frame_rate(fps: float | Fraction) -> Fraction:
     """
     is_number = isinstance(fps, int | float | Fraction) and not isinstance(fps, bool)
     if not is_number or not MIN_FPS <= fps <= MAX_FPS:  # NaN fails the comparison
-        raise RequestError("fps", fps, f"a number from {MIN_FPS} to {MAX_FPS}", "Usual are 16, 24 and 30.")
+        raise RequestError("fps", fps, f"a number from {MIN_FPS} to {MAX_FPS}", "use 16, 24 or 30")
     return frame_rate(fps)
 
 
@@ -333,7 +333,7 @@ class Mp4Writer:
 def _check_settings(*, height: Any, width: Any, crf: Any, preset: Any) -> None:
     for field, value in (("height", height), ("width", width)):
         if not _is_int(value) or value < 2 or value % 2:
-            raise RequestError(field, value, "an even number of pixels", "H.264 in yuv420p stores 2 x 2 blocks.")
+            raise RequestError(field, value, "an even number of pixels", "H.264 in yuv420p stores 2 x 2 blocks")
     checks.real("crf", crf, 0, MAX_CRF)
     if preset not in PRESETS:
         raise RequestError("preset", preset, f"one of {', '.join(PRESETS)}")

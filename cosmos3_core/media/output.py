@@ -57,9 +57,9 @@ class OutputFile:
             # Absolute, because FFmpeg would read "a:b.mp4" as a URL of protocol "a".
             self._final = Path(target).absolute()
             if self._final.is_dir():
-                raise RequestError("target", str(target), "a file's path", "This one is a directory.")
+                raise RequestError("target", str(target), "a file's path", "name a file in that directory")
             if not self._final.parent.is_dir():
-                hint = "Create the directory first."
+                hint = "create the directory first"
                 raise RequestError("target", str(target), "a path in an existing directory", hint)
             self.path = self._final.with_name(f".{self._final.name}.{secrets.token_hex(8)}.part")
         else:

@@ -57,7 +57,7 @@ def unit_to_uint8(unit_BCFYX: torch.Tensor) -> torch.Tensor:
 def _check_pixels(pixels_BCFYX: torch.Tensor) -> None:
     shape = tuple(pixels_BCFYX.shape)
     if len(shape) != 5 or shape[:2] != (1, 3):
-        raise RequestError("pixels", shape, "a tensor [1, 3, F, Y, X]", "Convert the clips of a batch one by one.")
+        raise RequestError("pixels", shape, "a tensor [1, 3, F, Y, X]", "convert the clips of a batch one by one")
     if not pixels_BCFYX.is_floating_point():
         raise RequestError("pixels", str(pixels_BCFYX.dtype), "a floating point tensor")
 
@@ -71,7 +71,7 @@ def check_frames(frames: Any, *, height: int | None = None, width: int | None = 
     rows, columns = ("Y" if height is None else str(height)), ("X" if width is None else str(width))
     allowed = f"a uint8 array [F, {rows}, {columns}, 3]"
     if not isinstance(frames, np.ndarray):
-        hint = "Tensors: to_uint8(pixels).cpu().numpy()."
+        hint = "convert a tensor with to_uint8(pixels).cpu().numpy()"
         raise RequestError("frames", type(frames).__name__, allowed, hint)
     given = f"{frames.dtype} {list(frames.shape)}"
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:

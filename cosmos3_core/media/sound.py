@@ -61,7 +61,9 @@ def check_samples(samples: Any, num_channels: int | None = None) -> None:
     """
     allowed = f"a float32 array [{'channels' if num_channels is None else num_channels}, n]"
     if not isinstance(samples, np.ndarray):
-        raise RequestError("samples", type(samples).__name__, allowed, "Tensors: sound.float().cpu().numpy().")
+        raise RequestError(
+            "samples", type(samples).__name__, allowed, "convert a tensor with sound.float().cpu().numpy()"
+        )
     if samples.dtype != np.float32 or samples.ndim != 2 or num_channels not in (None, len(samples)):
         raise RequestError("samples", f"{samples.dtype} {list(samples.shape)}", allowed)
     if not np.isfinite(samples).all():
@@ -104,8 +106,8 @@ class SampleCounter:
 
 def refused_sound(kind: str) -> RequestError:
     """The error of a writer whose file of this ``kind`` has no sound track."""
-    hint = "Sound goes into a wav, or an mp4 opened with a SoundFormat."
-    return RequestError("samples", "sound", f"no sound in this {kind}", hint)
+    hint = "sound goes into a wav, or an mp4 opened with a SoundFormat"
+    return RequestError("samples", "sound", f"left out of this {kind}", hint)
 
 
 def to_pcm16(samples: Samples) -> npt.NDArray[np.int16]:
@@ -151,7 +153,7 @@ class WavWriter:
         Raises:
             RequestError: always.
         """
-        raise RequestError("frames", "frames", "no frames in a wav", "Open an mp4 for pictures with sound.")
+        raise RequestError("frames", "frames", "left out of a wav", "open an mp4 for pictures with sound")
 
     def write_sound(self, samples: Samples) -> None:
         """Write the next samples, float32 [channels, n] in [-1, 1]; what exceeds the track is dropped.

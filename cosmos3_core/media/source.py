@@ -241,7 +241,7 @@ def _check_total(field: str, picture: PictureSize, num_frames: int) -> None:
     if num_frames * picture.height * picture.width > LIMITS.max_clip_total_pixels:
         given = f"{num_frames} frames of {picture.width} x {picture.height}"
         allowed = f"at most {LIMITS.max_clip_total_pixels} pixels in all frames together"
-        raise RequestError(field, given, allowed, "Scale the clip down first.")
+        raise RequestError(field, given, allowed, "scale the clip down first")
 
 
 def _file_bytes(field: str, source: Any, allowed: str) -> bytes:
@@ -259,7 +259,7 @@ def _file_bytes(field: str, source: Any, allowed: str) -> bytes:
 def _read_path(field: str, path: str | os.PathLike[str]) -> bytes:
     shown = os.fspath(path)
     if "://" in str(shown):
-        raise RequestError(field, shown, "the path of a file", "URLs are not fetched: download it first.")
+        raise RequestError(field, shown, "the path of a file", "URLs are not fetched: download it first")
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device has no end
@@ -272,7 +272,7 @@ def _read_path(field: str, path: str | os.PathLike[str]) -> bytes:
         if isinstance(error, RequestError):
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(field, shown, "the path of a file that can be read", f"{reason}.") from error
+        raise RequestError(field, shown, "the path of a file that can be read", str(reason)) from error
 
 
 def _wrong_num_bytes(field: str, num_bytes: int) -> RequestError:
@@ -283,7 +283,7 @@ def _open_image(field: str, packed: Any) -> Still:
     data = _file_bytes(field, packed, _IMAGE)
     kind = kind_of(data)
     if kind.category == CLIP:
-        hint = "Give it as a video, or one of its frames as the image."
+        hint = "give it as a video, or one of its frames as the image"
         raise RequestError(field, a(f"{kind.name} file, which is a video"), IMAGE_KINDS, hint)
     if kind.category != STILL:
         raise RequestError(field, a(f"file of {kind.name} kind"), IMAGE_KINDS)
@@ -327,7 +327,7 @@ def _image_from_array(field: str, array: Array) -> Frames:
 
 def _clip_from_array(field: str, array: Array) -> Frames:
     if array.ndim != 4 or array.shape[3] not in _CHANNELS or not array.shape[0]:
-        hint = "Give a grey clip as [F, Y, X, 1]."
+        hint = "give a grey clip as [F, Y, X, 1]"
         raise RequestError(field, _described(array), "an array [F, Y, X, 3], [F, Y, X, 4] or [F, Y, X, 1]", hint)
     num_frames, height, width, _ = array.shape
     if num_frames > LIMITS.max_clip_frames:

@@ -121,7 +121,7 @@ def check_pixels(field: str, picture: PictureSize, max_pixels: int) -> None:
     height, width = picture
     if not 0 < height * width <= max_pixels:
         given = f"a {width} x {height} picture"
-        raise RequestError(field, given, f"1 to {max_pixels} pixels a frame", "Scale it down first.")
+        raise RequestError(field, given, f"1 to {max_pixels} pixels a frame", "scale it down first")
 
 
 def decode_first(still: Still) -> Frames:
@@ -205,7 +205,7 @@ def float_to_bytes(field: str, values: np.ndarray) -> Frames:
         RequestError: NaN or infinity.
     """
     if not np.isfinite(values).all():
-        raise RequestError(field, f"{values.dtype} {list(values.shape)}", "finite numbers; there is NaN or infinity")
+        raise RequestError(field, f"{values.dtype} {list(values.shape)}", "finite numbers, neither NaN nor infinity")
     low, high = values.min(), values.max()
     scaled = values.astype(np.float32)
     if low < 0:

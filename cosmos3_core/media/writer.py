@@ -47,9 +47,9 @@ class ClipFormat:
     def __post_init__(self) -> None:
         checks.choice("kind", self.kind, FILE_KINDS)
         if self.kind == "wav" and self.sound is None:
-            raise RequestError("sound", None, "a SoundFormat", "A wav holds nothing but sound.")
+            raise RequestError("sound", None, "a SoundFormat", "a wav holds nothing but sound")
         if self.is_image and self.sound is not None:
-            raise RequestError("sound", self.sound, f"None for a {self.kind}", "Sound goes into an mp4 or a wav.")
+            raise RequestError("sound", self.sound, f"None for a {self.kind}", "sound goes into an mp4 or a wav")
 
     @property
     def is_image(self) -> bool:
@@ -132,7 +132,7 @@ class ImageWriter:
             raise ClosedError("this ImageWriter is closed; open a new one to write another file")
         check_frames(frames, height=self._height, width=self._width)
         if self._frame is not None or len(frames) != 1:
-            raise RequestError("frames", len(frames), "one frame in all", "Write a clip as an mp4.")
+            raise RequestError("frames", len(frames), "one frame in all", "write a clip as an mp4")
         self._frame = frames[0]
 
     def write_sound(self, samples: Samples) -> None:

@@ -49,7 +49,7 @@ class Layout:
         checks.integer("tp", self.tp, 1, _MAX_DEGREE)
         checks.integer("sp", self.sp, 1, _MAX_DEGREE)
         if self.cfg not in (1, 2):
-            raise RequestError("cfg", self.cfg, "1 or 2: there are two guidance branches")
+            raise RequestError("cfg", self.cfg, "1 or 2", "there are two guidance branches")
 
     def __str__(self) -> str:
         return f"TP{self.tp} x CFG{self.cfg} x SP{self.sp}"

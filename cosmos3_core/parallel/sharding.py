@@ -62,7 +62,7 @@ class Shard:
         if self.num_shards < 1:
             raise RequestError("tp", self.num_shards, "at least 1")
         if not 0 <= self.rank < self.num_shards:
-            raise RequestError("rank", self.rank, f"0 to {self.num_shards - 1} (tp is {self.num_shards})")
+            raise RequestError("rank", self.rank, f"from 0 to {self.num_shards - 1}")
 
     def slice(self, extent: int, tensor: str = "tensor") -> slice:
         """This rank's run of ``extent`` rows or columns.

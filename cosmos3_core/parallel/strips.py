@@ -179,7 +179,7 @@ class Strip:
                 "part",
                 f"a strip of {own_height * scale} x {own_width * scale} rows and columns",
                 f"one of the clip's {height} x {width}",
-                "Make the part from the clip's own latent rows and columns.",
+                "make the part from the clip's own latent rows and columns",
             )
 
     def _joined(self, x: Tensor, axis: int) -> Tensor:

@@ -119,7 +119,9 @@ def _check_architecture(config: AudioVAEConfig) -> None:
     """Widths and strides go together, and the strides make up the hop."""
     mults, strides = config.dec_c_mults, config.dec_strides
     if not strides or len(mults) != len(strides):
-        raise CapabilityError("sound_tokenizer.dec_c_mults", mults, f"one for each of dec_strides={list(strides)}")
+        raise CapabilityError(
+            "sound_tokenizer.dec_c_mults", mults, f"one number for each of dec_strides={list(strides)}"
+        )
     # A stride of one would shorten by a sample: what is trimmed in front cannot be given back at the end.
     if min(strides) < 2:
         raise CapabilityError("sound_tokenizer.dec_strides", strides, "strides of 2 or more")

@@ -244,7 +244,7 @@ class VideoVAE(nn.Module):
         """
         if self.encoder is None or self.quant_conv is None:
             raise CapabilityError(
-                "encode", "pixels", "decoding only", "Build the VAE with with_encoder=True to encode."
+                "encode", "pixels", "left out: this VAE only decodes", "build the VAE with with_encoder=True to encode"
             )
         self._check_pixels(pixels_BCFYX)
         own_BCFYX = part.cut(pixels_BCFYX, self.geometry.spatial)
@@ -278,14 +278,12 @@ class VideoVAE(nn.Module):
             raise RequestError(
                 "num_frames",
                 num_frames,
-                f"1 + a multiple of {temporal}",
-                f"The next longer clip has {self.geometry.round_up_num_frames(num_frames)} frames.",
+                f"1 + {temporal}k",
+                f"use {self.geometry.round_up_num_frames(num_frames)}",
             )
         for name, num_pixels in (("height", height), ("width", width)):
             if num_pixels % spatial:
-                raise RequestError(
-                    name, num_pixels, f"a multiple of {spatial} pixels", "Resize or pad before encoding."
-                )
+                raise RequestError(name, num_pixels, f"a multiple of {spatial} pixels", "resize or pad before encoding")
 
     @property
     def _num_colours(self) -> int:
@@ -300,7 +298,7 @@ class VideoVAE(nn.Module):
             num_values = len(getattr(self.config, name))
             if num_values != self.config.z_dim:
                 raise CapabilityError(
-                    name, f"{num_values} values", f"{self.config.z_dim} values", "The config lacks them."
+                    name, f"{num_values} values", f"{self.config.z_dim} values", "the config lacks them"
                 )
         weight = self.post_quant_conv.weight
         shape_C111 = (self.config.z_dim, 1, 1, 1)

@@ -241,7 +241,7 @@ def test_an_error_shows_what_cannot_be_printed() -> None:
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
-    assert str(RequestError("seed", deep, "a number")) == "seed=a list nested too deep to print: allowed is a number."
+    assert str(RequestError("seed", deep, "a number")) == "seed must be a number (got a list nested too deep to print)"
 
 
 # Media

@@ -54,7 +54,7 @@ def test_a_key_is_needed_and_sent_and_never_shown(app: App) -> None:
 
 @pytest.mark.parametrize("key", ["", "a b", "a\r\nx-evil: 1", "schlüssel", "a\x00"])
 def test_what_no_header_can_hold_is_no_key(key: str) -> None:
-    with pytest.raises(RequestError, match=r"api_key='\*\*\*'"):
+    with pytest.raises(RequestError, match=r"api_key must be .*got '\*\*\*'"):
         AsyncCosmos3Client.over_http("http://app.test", key)
 
 
@@ -62,7 +62,7 @@ def test_what_no_header_can_hold_is_no_key(key: str) -> None:
 def test_what_no_header_can_hold_is_no_name(value: str, app: App) -> None:
     with Cosmos3Client(connected(app, "http")) as client:
         for name in ("request_id", "idempotency_key"):
-            with pytest.raises(RequestError, match=f"{name}=.*1 to 256 printable ASCII characters"):
+            with pytest.raises(RequestError, match=f"{name} must be 1 to 256 printable ASCII characters"):
                 client.create(REQUEST, **{name: value})
     assert app.calls == 0
 
@@ -71,7 +71,7 @@ def test_what_no_header_can_hold_is_no_name(value: str, app: App) -> None:
     "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://[::1", "http://u:p@a"]
 )
 def test_what_is_no_url_is_refused(url: str) -> None:
-    with pytest.raises(RequestError, match="url="):
+    with pytest.raises(RequestError, match="url must be "):
         Cosmos3Client.over_http(url)
 
 

@@ -57,5 +57,5 @@ def test_too_small_a_clip_is_refused(height, width):
 
 @pytest.mark.parametrize("tier", [0, 255, 1080, True, "480", None, [480]])
 def test_an_unknown_tier_is_refused(tier):
-    with pytest.raises(RequestError, match=r"resolution_tier=.*\[256, 480, 704, 720\]"):
+    with pytest.raises(RequestError, match=r"resolution_tier must be .*\[256, 480, 704, 720\]"):
         action_canvas(100, 100, tier)

@@ -186,7 +186,7 @@ def test_a_request_that_cannot_be_is_refused_as_a_value(changes: dict[str, Any],
 
 def test_a_transformer_without_the_heads_says_so(layout: CheckpointLayout) -> None:
     mute = replace(layout, transformer=replace(layout.transformer, sound_gen=False, action_gen=False))
-    with pytest.raises(CapabilityError, match="num_sound_latents=7.*no sound"):
+    with pytest.raises(CapabilityError, match="num_sound_latents must be 0 .got 7.*no sound"):
         states_of(replace(PLAIN, num_sound_latents=7), mute)
     with pytest.raises(CapabilityError, match="no weights for actions"):
         states_of(replace(PLAIN, action=GENERATED), mute)

@@ -107,7 +107,7 @@ def test_parts_of_a_finished_file(store: MediaStore) -> None:
 
 @pytest.mark.parametrize("start", [-1, 1.0, "0", 1 << 70])
 def test_what_is_no_position_is_refused(store: MediaStore, start: Any) -> None:
-    with pytest.raises(RequestError, match="start="):
+    with pytest.raises(RequestError, match="start must be "):
         store.read(make(store), start)
 
 
@@ -115,14 +115,14 @@ def test_only_finished_files_can_be_read(store: MediaStore) -> None:
     media_id, entry = begin(store)
     entry.path.write_bytes(DATA)
     for known in (media_id, new_media_id(), "no id"):
-        with pytest.raises(RequestError, match="allowed is the id of a finished file, as long as it is kept"):
+        with pytest.raises(RequestError, match="must be the id of a finished file, as long as it is kept"):
             store.read(known)
     store.fail(media_id, "no more paper")
-    with pytest.raises(RequestError, match="media_id="):
+    with pytest.raises(RequestError, match="media_id must be "):
         store.read(media_id)
     gone = make(store)
     store.file_path(found(store, gone)).unlink()
-    with pytest.raises(RequestError, match="media_id="):
+    with pytest.raises(RequestError, match="media_id must be "):
         store.read(gone)
 
 

@@ -88,7 +88,7 @@ def test_what_a_database_cannot_hold_is_refused(store: JobStore) -> None:
 
 
 def test_an_unknown_class_is_refused(store: JobStore) -> None:
-    with pytest.raises(RequestError, match="service_class='standart'.*Did you mean standard"):
+    with pytest.raises(RequestError, match="service_class must be .*got 'standart'.*did you mean standard"):
         store.create(new_job(service_class="standart"), LIMITS)
 
 
@@ -140,7 +140,7 @@ def test_pages_of_jobs(store: JobStore, clock: Clock) -> None:
 def test_a_page_after_nothing_is_refused(store: JobStore) -> None:
     others = store.create(new_job(owner="key2"), LIMITS)
     for after in ("x", new_job_id(), others.job_id):
-        with pytest.raises(RequestError, match="after="):
+        with pytest.raises(RequestError, match="after must be "):
             store.list("key1", after=after, limit=3, is_ascending=True)
 
 

@@ -202,7 +202,7 @@ def test_the_deadline_holds_before_the_answer_and_inside_it(serve: Callable[[Ans
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://[::1", ""])
 def test_what_is_no_url_is_refused(url: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="allowed is an address such as"):
+    with pytest.raises(RequestError, match="must be an address such as"):
         save_video(url, REQUEST, tmp_path / "a", timeout_s=1)
 
 
@@ -228,9 +228,9 @@ def test_small_answers_come_with_their_status(serve: Callable[[Answer], str]) ->
 
 def test_what_does_not_travel_is_refused() -> None:
     assert body_of(GenerationRequest(prompt="a", negative_prompt="")) == {"prompt": "a", "negative_prompt": ""}
-    with pytest.raises(RequestError, match="noise=.*: allowed is the default over HTTP"):
+    with pytest.raises(RequestError, match="noise must be the default over HTTP"):
         body_of(GenerationRequest(prompt="a", noise={}))
-    with pytest.raises(RequestError, match="append_metadata=False: allowed is the default over HTTP"):
+    with pytest.raises(RequestError, match="append_metadata must be the default over HTTP"):
         body_of(GenerationRequest(prompt="a", append_metadata=False))
 
 
@@ -260,11 +260,11 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
 
 
 def test_media_that_cannot_be_sent_are_refused_before_anything_is(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="video='frames': allowed is a file over HTTP. Write them to one"):
+    with pytest.raises(RequestError, match="video must be a file over HTTP. Write them to one"):
         body_of(GenerationRequest(prompt="a", video=np.zeros((2, 4, 4, 3), np.uint8)))
-    with pytest.raises(RequestError, match="image="):
+    with pytest.raises(RequestError, match="image must be "):
         save_video("http://127.0.0.1:9", GenerationRequest(image=tmp_path / "none.png"), tmp_path / "a", timeout_s=5)
-    with pytest.raises(RequestError, match="actions="):
+    with pytest.raises(RequestError, match="actions must be "):
         body_of(GenerationRequest(actions="up"))
 
 

@@ -73,7 +73,7 @@ def test_animations_are_read_there_too() -> None:
 @pytest.mark.parametrize("end", ["os.abort()", "os._exit(3)", "sys.stdout.close()"])
 def test_a_reader_that_dies_is_the_files_fault(end: str, clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apart, "_CHILD", f"import os, sys; sys.stdin.buffer.read(); {end}")
-    with pytest.raises(RequestError, match="It made the reader fail"):
+    with pytest.raises(RequestError, match="it made the reader fail"):
         probe_clip_apart("video", clip)
 
 

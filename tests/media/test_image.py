@@ -58,7 +58,7 @@ def test_an_empty_frame_is_refused(tmp_path):
 
 
 def test_a_missing_directory_is_named(tmp_path, clip):
-    with pytest.raises(RequestError, match="Create the directory first"):
+    with pytest.raises(RequestError, match="create the directory first"):
         write_image(tmp_path / "missing" / "frame.png", clip[0], "png")
 
 
@@ -129,7 +129,7 @@ def test_wrong_settings_name_the_field(tmp_path, clip, kind, quality, field):
 
 
 def test_a_side_that_the_format_cannot_state_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="width=16384.*1 to 16383"):
+    with pytest.raises(RequestError, match="width must be .*1 to 16383 .*16384"):
         write_image(tmp_path / "a.webp", np.zeros((1, 16384, 3), np.uint8), "webp")
 
 

@@ -323,7 +323,7 @@ def test_wrong_settings_name_the_field(tmp_path, field, value):
 
 @pytest.mark.parametrize("target", ["missing/clip.mp4", "."])
 def test_an_unusable_path_is_refused_before_anything_is_encoded(tmp_path, target):
-    with pytest.raises(RequestError, match="target="):
+    with pytest.raises(RequestError, match="target must be "):
         Mp4Writer(tmp_path / target, fps=24, height=48, width=80)
 
 

@@ -61,7 +61,7 @@ def test_equal_to_diffusers(dtype):
     ids=["batch", "channels", "no batch", "bytes"],
 )
 def test_other_tensors_are_refused(pixels):
-    with pytest.raises(RequestError, match="pixels="):
+    with pytest.raises(RequestError, match="pixels must be "):
         to_uint8(pixels)
 
 

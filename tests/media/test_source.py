@@ -292,7 +292,7 @@ def test_a_single_picture_from_memory_is_a_clip_of_one_frame():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (np.zeros((4, 4, 2), np.uint8), r"uint8 \[4, 4, 2\].*an array \[Y, X, 3\]"),
+        (np.zeros((4, 4, 2), np.uint8), r"an array \[Y, X, 3\].*uint8 \[4, 4, 2\]"),
         (np.zeros((1, 4, 4, 3), np.uint8), "an array"),
         (np.zeros((0, 4, 3), np.uint8), "1 to"),
         (np.zeros((4, 4, 3), np.int64), "uint8, uint16 or float"),
@@ -374,7 +374,7 @@ def test_paths_that_are_refused(tmp_path):
         "file:///etc/passwd",
     ]:
         for pack in (pack_image, pack_video):
-            with pytest.raises(RequestError, match="allowed is") as caught:
+            with pytest.raises(RequestError, match=" must be ") as caught:
                 pack("image", path)
             assert len(str(caught.value)) < 400
     with pytest.raises(RequestError, match=f"{LIMITS.max_media_bytes + 1} bytes"):
@@ -500,7 +500,7 @@ def both_refuse(data):
 
 def test_a_video_as_an_image_and_sound_as_a_clip(mp4):
     assert "which is a video" in refusal(probe_image, mp4.read_bytes())
-    assert "Give it as a video" in refusal(read_image, mp4.read_bytes())
+    assert "give it as a video" in refusal(read_image, mp4.read_bytes())
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         song = container.add_stream("aac", rate=48000, layout="mono")
@@ -595,7 +595,7 @@ def test_colours_that_cannot_be_converted_are_refused_before_anything_is_made():
     assert len(read_clip("video", with_colour_matrix(1), num_frames=1, keep="first")) == 1, "BT.709"
     ictcp = with_colour_matrix(14)
     for read in (lambda: probe_clip("video", ictcp), lambda: read_clip("video", ictcp, num_frames=1, keep="first")):
-        with pytest.raises(RequestError, match=r"video='a clip with colour matrix 14 \(.*Convert it first\."):
+        with pytest.raises(RequestError, match=r"video must be .*'a clip with colour matrix 14 \(.*convert it first"):
             read()
 
 

@@ -81,5 +81,5 @@ def test_what_cannot_be_made_small_is_refused(monkeypatch):
     ],
 )
 def test_other_frames_and_rates_are_refused(frames, fps, field):
-    with pytest.raises(RequestError, match=f"^{field}="):
+    with pytest.raises(RequestError, match=f"^{field} must be "):
         animated_webp(frames, fps)

@@ -126,7 +126,7 @@ def test_what_was_given_is_not_logged(lines: Lines) -> None:
             log_failure(lines.logger, "stage failed", ORIGIN, raised)
     assert "otter" not in lines.text.replace("otter-1", "")
     first, second, _ = lines.all
-    assert (first["error"], first["reason"]) == ("RequestError", "prompt: allowed is shorter ones")
+    assert (first["error"], first["reason"]) == ("RequestError", "prompt must be shorter ones")
     assert second["reason"].startswith("raised in test_logs.py, line ")
 
 

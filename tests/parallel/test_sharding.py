@@ -75,7 +75,7 @@ def test_shards_cover_everything_once_and_in_order() -> None:
 
 
 def test_an_indivisible_tensor_is_named() -> None:
-    with pytest.raises(RequestError, match=r"tp=4: allowed is a divisor of 6, .*layers\.3\.self_attn\.to_q\.weight"):
+    with pytest.raises(RequestError, match=r"tp must be a divisor of 6, .*layers\.3\.self_attn\.to_q\.weight .*got 4"):
         Shard(0, 4).slice(6, "layers.3.self_attn.to_q.weight")
 
 

@@ -327,16 +327,16 @@ def test_wrong_latents_are_refused_at_the_call(vae: VideoVAE, shape: tuple[int, 
 
 
 def test_a_chunk_has_at_least_one_latent_frame(vae: VideoVAE) -> None:
-    with pytest.raises(RequestError, match="chunk_latents=0"):
+    with pytest.raises(RequestError, match="chunk_latents must be 1 or more latent frames .got 0"):
         vae.decode(random_latents((2, 1, 1)), chunk_latents=0)
 
 
 @pytest.mark.parametrize(
     ("shape", "field"),
     [
-        ((1, 3, 4, 32, 32), "num_frames=4: allowed is 1 \\+ a multiple of 4. The next longer clip has 5"),
-        ((1, 3, 5, 24, 32), "height=24"),
-        ((1, 3, 5, 32, 40), "width=40"),
+        ((1, 3, 4, 32, 32), "num_frames must be 1 \\+ 4k \\(got 4\\); use 5"),
+        ((1, 3, 5, 24, 32), "height must be a multiple of 16 pixels \\(got 24"),
+        ((1, 3, 5, 32, 40), "width must be a multiple of 16 pixels \\(got 40"),
         ((1, 4, 5, 32, 32), "pixels_BCFYX"),
         ((3, 5, 32, 32), "pixels_BCFYX"),
         ((1, 3, 0, 32, 32), "pixels_BCFYX"),
@@ -370,5 +370,5 @@ def test_a_config_that_contradicts_itself_is_refused(change: dict[str, Any], mes
 
 def test_missing_statistics_are_named() -> None:
     vae = VideoVAE(dataclasses.replace(small_config(), latents_std=()))
-    with pytest.raises(CapabilityError, match="latents_std='0 values': allowed is 48 values"):
+    with pytest.raises(CapabilityError, match="latents_std must be 48 values .got '0 values'"):
         next(vae.decode(random_latents((1, 1, 1))))
