@@ -145,7 +145,7 @@ def _query(request: Request, known: tuple[str, ...]) -> dict[str, str]:
     for name, value in request.query_params.multi_items():
         if name not in known:
             near = difflib.get_close_matches(name[:_MAX_SHOWN_CHARS], known, n=1)
-            allowed = f"no query parameter of this name here; known are {', '.join(known) or 'none'}"
+            allowed = f"left out: unknown query parameter; known are {', '.join(known) or 'none'}"
             raise RequestError(name, value[:_MAX_SHOWN_CHARS], allowed, f"Did you mean {near[0]}?" if near else "")
         if name in given:
             raise RequestError(name, value[:_MAX_SHOWN_CHARS], "given once")

@@ -46,7 +46,7 @@ SIZE_PATTERN = r"\d{1,6}x\d{1,6}"
 B64_JSON, FILE_ITSELF = "b64_json", "file"
 """How an answer has its images."""
 
-NO_SUCH_FIELD = "nothing, as there is no field of this name here"
+NO_SUCH_FIELD = "left out: unknown field"
 """What is allowed for a field that is none."""
 
 

@@ -422,7 +422,7 @@ def test_the_python_client_reads_files_where_the_caller_is(
         path.unlink()
         assert [event.frames_sha256 for event in events if isinstance(event, Finished)] == [expected]
     for ask in (app.client.generate, app.client.stream):
-        with pytest.raises(RequestError, match="image="):
+        with pytest.raises(RequestError, match="image must be "):
             ask(asked)
 
 

@@ -75,7 +75,7 @@ def test_what_was_left_out_stays_left_out() -> None:
 
 
 def test_noise_is_not_kept() -> None:
-    with pytest.raises(RequestError, match="noise=.*Generate in process"):
+    with pytest.raises(RequestError, match="noise must be .*Generate in process"):
         encode_request(GenerationRequest(prompt="a", noise={}))
 
 
