@@ -22,7 +22,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 BACKGROUND, DOWNLOAD = "bash background", "bash download"
 KINDS = frozenset({"bash", BACKGROUND, DOWNLOAD, "python", "yaml", "text"})
-"""What a block may be. ``text`` is output or a drawing; ``yaml`` is a configuration; all else is run."""
+"""What a block may be. ``text`` is a drawing, or a command to fill in; ``yaml`` is a configuration; all else is run."""
 
 _BIN = Path(sys.executable).parent
 _READY_S = 280.0
