@@ -23,6 +23,7 @@ from deployments.api.app import build_api
 from deployments.api.service import Service
 from deployments.app import build_app
 from deployments.config import AppConfig
+from deployments.director import pipeline
 from deployments.director.director import Director
 from tests.app.director_client import DirectorClient
 from tests.app.local_ray import Deployment, Handle, LocalRay, Loop, Packed
@@ -44,12 +45,13 @@ def app_config(checkpoint: Path, media: Path, name: str, overrides: dict[str, An
 
 @contextmanager
 def local_ray() -> Iterator[Loop]:
-    """A loop for apps, in which :mod:`cluster` finds a Ray of this process."""
+    """A loop for apps, in which :mod:`cluster` and pipelines find a Ray of this process."""
     loop = Loop()
     ray = LocalRay(loop)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clip_stream, "ray", ray)
         patch.setattr(gang, "ray", ray)
+        patch.setattr(pipeline, "ray", ray)
         patch.setattr(gang, "get_current_placement_group", lambda: "the leader's")
         patch.setattr(gang, "placement_group_table", lambda _: {"bundles_to_node_id": {0: "here"}})
         yield loop

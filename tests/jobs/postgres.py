@@ -99,3 +99,12 @@ def fresh_postgres_url(postgres_url: str) -> Iterator[str]:
         connection.execute(f"CREATE DATABASE {name}")
         yield postgres_url.removesuffix("postgres") + name
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def load_dump(url: str, path: Path) -> None:
+    """Run what ``pg_dump`` wrote into an empty database."""
+    programs = _programs()
+    assert programs is not None, "the database is in a server of theirs"
+    command = [str(programs / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-f", str(path), url.replace("+psycopg", "")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_START_S, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,199 @@
+"""What commit 35475f6 left on the disk, opened by this release: every job ends as it would have, every file is served.
+
+The fixture is made by ``tests/fixtures/make_35475f6.py``, which says what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.app.http_jobs import ended, events_of
+from tests.app.in_process import InProcessApp, app_config
+from tests.app.local_ray import Loop
+from tests.jobs.postgres import fresh_postgres_url, load_dump, postgres_url  # noqa: F401  fixtures
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+COMPLETED = ("sound", "lossless", "image", "from_image", "from_clip", "previews", "actions", "remixed", "attached")
+UNFINISHED = ("running_video", "running_image", "queued", "queued_from_image", "queued_from_clip", "queued_image")
+# What earlier jobs said, and what this release says: wordings and names that the golden files list as changed.
+UNCHANGED = (
+    "id status progress prompt size num_frames fps seed created_at completed_at expires_at step num_steps "
+    "frames_sha256 remixed_from_video_id"
+).split()
+DEADLINE_S = 200.0
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture; not to be changed."""
+    place = tmp_path_factory.mktemp("35475f6")
+    with tarfile.open(FIXTURES / "35475f6.tar.xz") as archive:
+        archive.extractall(place, filter="data")
+    return place
+
+
+class Left:
+    """One run of the earlier release as it was left, in a place of its own."""
+
+    def __init__(self, place: Path, url: str, schema: str) -> None:
+        self.place, self.url = place, url
+        # There were no attached jobs before.
+        self.has_attached = schema == "0002"
+        self.manifest: dict[str, Any] = json.loads((place / "manifest.json").read_text())
+        self.jobs: dict[str, dict[str, Any]] = self.manifest["jobs"]
+
+    def headers(self, key: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.manifest['keys'][key]['text']}"}
+
+    def copies(self, job: dict[str, Any]) -> list[Path]:
+        """Where the finished file of a job is, in the directory and the archive."""
+        sha256 = job["contents"]["video"]["sha256"]
+        paths = self.place.rglob("clip.*")
+        return [path for path in paths if hashlib.sha256(path.read_bytes()).hexdigest() == sha256]
+
+    def start(self, loop: Loop, checkpoint: Path) -> InProcessApp:
+        archive = self.place / "archive"
+        overrides = {
+            "media__archive": f"file://{archive}" if archive.exists() else None,
+            "media__keep_s": 3e9,
+            "jobs__database": self.url,
+            "jobs__keep_s": 3e9,
+            "jobs__lease_s": 5,
+            "auth__enabled": True,
+        }
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return InProcessApp(loop, "earlier", app_config(checkpoint, self.place / "media", "earlier", given))
+
+
+@pytest.fixture(params=["directory", "archive"])
+def run(request: pytest.FixtureRequest) -> str:
+    """With an archive, or without."""
+    return str(request.param)
+
+
+@pytest.fixture(
+    params=[
+        "0001.sqlite3",
+        "0002.sqlite3",
+        pytest.param("0001.sql", marks=pytest.mark.slow),
+        pytest.param("0002.sql", marks=pytest.mark.slow),
+    ]
+)
+def left(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Left:
+    """A run with a database of one kind and schema."""
+    place, database = tmp_path / run, str(request.param)
+    shutil.copytree(unpacked / run, place)
+    if database.endswith(".sqlite3"):
+        return Left(place, f"sqlite:///{place}/{database}", database[:4])
+    url = str(request.getfixturevalue("fresh_postgres_url"))
+    load_dump(url, place / database)
+    return Left(place, url, database[:4])
+
+
+@pytest.fixture
+def app(left: Left, loop: Loop, tiny_nano: Path) -> Iterator[InProcessApp]:
+    app = left.start(loop, tiny_nano)
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def http(app: InProcessApp, left: Left) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as client:
+        yield client
+
+
+def test_the_checkpoint_is_the_one_that_the_fixture_was_made_with(unpacked: Path, tiny_nano: Path) -> None:
+    weights = hashlib.sha256()
+    for path in sorted(tiny_nano.rglob("*")):
+        if path.is_file():
+            weights.update(path.relative_to(tiny_nano).as_posix().encode() + path.read_bytes())
+    assert weights.hexdigest() == (unpacked / "checkpoint.sha256").read_text().strip()
+
+
+def test_every_job_ends_and_every_file_is_served(http: httpx.Client, left: Left) -> None:
+    """The half-denoised ones go on from their states; results are those that the earlier release came to itself."""
+    for name in COMPLETED:
+        if name != "attached" or left.has_attached:
+            job = http.get(f"/v1/videos/{left.jobs[name]['id']}").json()
+            check_video(job, left.jobs[name]["object"], left)
+            check_contents(http, left.jobs[name])
+            assert [kind for _, kind, _ in events_of(http, job["id"])][-1] == "completed"
+    for name in ("failed", "cancelled_running", "cancelled_waiting"):
+        job = http.get(f"/v1/videos/{left.jobs[name]['id']}").json()
+        check_video(job, left.jobs[name]["object"], left)
+        assert job["error"] == left.jobs[name]["object"]["error"]
+    for name in UNFINISHED:
+        job = ended(http, left.jobs[name]["id"])
+        assert job["status"] == "completed", (name, job["error"])
+        known = left.jobs[name]["object"]
+        assert job["frames_sha256"] == known["frames_sha256"], name
+        check_contents(http, left.jobs[name])
+        events = [(kind, data) for _, kind, data in events_of(http, job["id"])]
+        begun = [index for index, (kind, _) in enumerate(events) if kind == "started"]
+        first, *_ = [data["step"] for kind, data in events[begun[-1] :] if kind == "step"]
+        assert (len(begun), first > 1) == ((2, True) if name.startswith("running") else (1, False)), "from its state on"
+
+
+def test_what_clients_hold_is_worth_what_it_was(http: httpx.Client, app: InProcessApp, left: Left) -> None:
+    """API keys, idempotency keys, a job to be remixed, a job to be deleted."""
+    once = left.jobs["sound"]
+    body = {**once["fields"], "prompt": "A red car."}
+    again = http.post("/v1/videos", json=body, headers={"idempotency-key": "once"})
+    assert (again.status_code, again.json()["id"]) == (200, once["id"])
+    remixed = http.post(f"/v1/videos/{left.jobs['from_image']['id']}/remix", json={"prompt": "A blue car."})
+    assert remixed.status_code == 200, remixed.text
+    assert ended(http, remixed.json()["id"])["frames_sha256"] == left.jobs["remixed"]["object"]["frames_sha256"]
+    for key, status in (("small", 404), ("revoked", 401)):
+        answer = httpx.get(f"{app.url}/v1/videos/{once['id']}", headers=left.headers(key))
+        assert answer.status_code == status
+    assert left.copies(once)
+    assert http.delete(f"/v1/videos/{once['id']}").status_code == 200
+    assert http.get(f"/v1/videos/{once['id']}/content").status_code == 404
+    assert left.copies(once) == []
+
+
+def test_files_are_served_where_the_directory_was_lost(
+    run: str, unpacked: Path, loop: Loop, tiny_nano: Path, tmp_path: Path
+) -> None:
+    """On a new machine with the same archive; without one they have expired."""
+    place = tmp_path / run
+    shutil.copytree(unpacked / run, place)
+    for folder in (place / "media").iterdir():
+        if run == "archive" or folder.name != "jobs":
+            shutil.rmtree(folder)
+    left = Left(place, f"sqlite:///{place}/0002.sqlite3", "0002")
+    app = left.start(loop, tiny_nano)
+    try:
+        with httpx.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as http:
+            if run == "archive":
+                check_contents(http, left.jobs["sound"])
+                assert ended(http, left.jobs["running_image"]["id"])["status"] == "completed"
+            else:
+                assert http.get(f"/v1/videos/{left.jobs['sound']['id']}/content").status_code == 410
+    finally:
+        app.close()
+
+
+def check_video(job: dict[str, Any], known: dict[str, Any], left: Left) -> None:
+    """A job is told as the earlier release told it."""
+    fields = [name for name in UNCHANGED if left.has_attached or name != "remixed_from_video_id"]
+    assert {name: job[name] for name in fields} == {name: known[name] for name in fields}
+
+
+def check_contents(http: httpx.Client, known: dict[str, Any]) -> None:
+    """Every variant that there was is served to the byte."""
+    for variant, facts in known["contents"].items():
+        answer = http.get(f"/v1/videos/{known['id']}/content", params={"variant": variant})
+        assert answer.status_code == 200, (variant, answer.text)
+        assert answer.headers["content-type"] == facts["media_type"]
+        assert hashlib.sha256(answer.content).hexdigest() == facts["sha256"], variant
