@@ -82,8 +82,8 @@ def run(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(
     params=[
-        "0001.sqlite3",
         "0002.sqlite3",
+        pytest.param("0001.sqlite3", marks=pytest.mark.slow),
         pytest.param("0001.sql", marks=pytest.mark.slow),
         pytest.param("0002.sql", marks=pytest.mark.slow),
     ]
