@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 import httpx
 
 DEADLINE_S = 200.0
+SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
+CLASSES = ("interactive", "standard", "batch")
 LONG: dict[str, Any] = {
     "prompt": "A red car.",
     "num_frames": 33,
@@ -65,3 +68,18 @@ def events_of(http: httpx.Client, job_id: str, after: int = 0) -> Iterator[tuple
             elif name == "data":
                 yield number, kind, json.loads(value)
                 number = 0
+
+
+async def patient_client(http: httpx.AsyncClient, number: int) -> tuple[str, list[int]]:
+    """Have one job made, at the times that the server names; its id, and the seconds that it was told to wait."""
+    waits: list[int] = []
+    body = {**SMALL, "seed": number, "service_class": CLASSES[number % 3]}
+    while (answer := await http.post("/v1/videos", json=body)).status_code == 429:
+        waits.append(int(answer.headers["retry-after"]))
+        await asyncio.sleep(waits[-1])
+    assert answer.status_code == 200, answer.text
+    job_id = answer.json()["id"]
+    while (job := (await http.get(f"/v1/videos/{job_id}")).json())["status"] in ("queued", "in_progress"):
+        await asyncio.sleep(0.5)
+    assert job["status"] == "completed", job["error"]
+    return job_id, waits

@@ -32,6 +32,8 @@ from deployments.messages import Finished
 
 Reference = Callable[[GenerationRequest], GenerationResult]
 
+pytestmark = pytest.mark.timeout(600)
+
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
 # App -> the header with its key, where it asks for one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections import Counter
@@ -14,10 +15,9 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.sampler.schedule import make_schedule
 from deployments.jobs.store import JobStore
-from tests.app.http_jobs import DEADLINE_S, ended, events_of, job_of, patiently
+from tests.app.http_jobs import CLASSES, DEADLINE_S, SMALL, ended, events_of, job_of, patient_client, patiently
 
-SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
-CLASSES = ("interactive", "standard", "batch")
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +109,21 @@ def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(
     assert abs(shares["interactive"] - 8) <= 1, order
     assert abs(shares["standard"] - 4) <= 1, order
     assert abs(shares["batch"] - 1) <= 1, order
+
+
+def test_many_clients_at_once_all_get_their_clip_when_they_are_told_to_come(jobs_app: Any) -> None:
+    num_clients = 40
+
+    async def all_of_them() -> list[tuple[str, list[int]]]:
+        limits = httpx.Limits(max_connections=num_clients)
+        async with (
+            httpx.AsyncClient(base_url=jobs_app.url, timeout=DEADLINE_S, limits=limits) as http,
+            asyncio.timeout(DEADLINE_S),
+        ):
+            return await asyncio.gather(*(patient_client(http, number) for number in range(num_clients)))
+
+    made = asyncio.run(all_of_them())
+    waits = [wait for _, told in made for wait in told]
+    assert len({job_id for job_id, _ in made}) == num_clients
+    assert waits, "the queue was full"
+    assert all(1 <= wait <= 3600 for wait in waits)

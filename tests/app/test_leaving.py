@@ -15,6 +15,8 @@ from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from tests.app.in_process import InProcessApp
 
+pytestmark = pytest.mark.timeout(600)
+
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=32, width=32, num_inference_steps=2, seed=5)
 # Hours, were it not stopped.
 LONG = replace(SMALL, num_frames=61, height=96, width=128, num_inference_steps=1000)

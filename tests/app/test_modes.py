@@ -17,6 +17,8 @@ from deployments.clients.http_body import body_of
 from tests.core_reference import Reference
 from tests.mode_inputs import CLIP, MINIMAL
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:

@@ -17,6 +17,7 @@ from cosmos3_core.media.image import write_image
 openai = pytest.importorskip("openai")
 
 pytestmark = [
+    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
 ]
 

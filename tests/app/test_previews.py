@@ -14,6 +14,8 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 
+pytestmark = pytest.mark.timeout(600)
+
 SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
 
 

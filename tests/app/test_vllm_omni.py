@@ -20,6 +20,8 @@ from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.request import GenerationRequest
 from tests.mode_inputs import ACTIONS, CLIP, IMAGE
 
+pytestmark = pytest.mark.timeout(600)
+
 Reference = Callable[[GenerationRequest], GenerationResult]
 DEADLINE_S = 300.0
 FORM = {

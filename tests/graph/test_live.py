@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 import pytest
 
 from cosmos3_core.generate import GenerationResult
-from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from tests.graph.watch_memory import object_store_bytes
@@ -126,30 +124,6 @@ def test_the_first_fragment_plays_and_the_gang_is_at_the_next_request_before_the
     (finished,) = clip.all_of(messages.Finished)
     assert finished.media_id == started.media_id
     assert finished.frames_sha256 == reference(LONG).frames_sha256
-
-
-def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_id(
-    app: Any, reference: Reference, tmp_path: Path
-) -> None:
-    request = replace(LONG, num_frames=61)
-    path = reference(request).path
-    assert path is not None
-    expected = path.read_bytes()
-    with post(app, request, stream=True) as answer:
-        job_id = answer.headers["x-video-id"]
-        live = answer.read()
-    assert live[4:8] == expected[4:8] == b"ftyp"
-    assert b"moof" in live
-    assert b"moof" not in expected
-    (tmp_path / "live.mp4").write_bytes(live)
-    watched, kept = (np.stack(list(read_frames(clip))) for clip in (tmp_path / "live.mp4", path))
-    assert np.array_equal(watched, kept), "the same packets"
-    with content(app, job_id) as answer:
-        assert answer.read() == expected
-        assert int(answer.headers["content-length"]) == len(expected)
-    with content(app, job_id, range="bytes=100-199") as part:
-        assert (part.status, part.headers["content-range"]) == (206, f"bytes 100-199/{len(expected)}")
-        assert part.read() == expected[100:200]
 
 
 def test_a_dead_encoder_breaks_the_live_stream_and_the_clip_is_made_anew(

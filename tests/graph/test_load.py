@@ -14,12 +14,12 @@ import pytest
 from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate
 from cosmos3_core.request import GenerationRequest
+from tests.app.http_jobs import patient_client
 from tests.graph.test_jobs import replica_pids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
-CLASSES = ("interactive", "standard", "batch")
 DEADLINE_S = 1500.0
 
 
@@ -31,22 +31,8 @@ def own_bytes(pid: int) -> int:
     raise AssertionError("no RssAnon")
 
 
-async def client(http: httpx.AsyncClient, number: int) -> tuple[str, list[int]]:
-    """Has one job made, as the server says when; its id, and what it was told to wait."""
-    waits: list[int] = []
-    body = {**SMALL, "seed": number, "service_class": CLASSES[number % 3]}
-    while (answer := await http.post("/v1/videos", json=body)).status_code == 429:
-        waits.append(int(answer.headers["retry-after"]))
-        await asyncio.sleep(waits[-1])
-    assert answer.status_code == 200, answer.text
-    job_id = answer.json()["id"]
-    while (job := (await http.get(f"/v1/videos/{job_id}")).json())["status"] in ("queued", "in_progress"):
-        await asyncio.sleep(0.5)
-    assert job["status"] == "completed", job["error"]
-    return job_id, waits
-
-
-@pytest.mark.parametrize("num_clients", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/app has 40 of them in one process
+@pytest.mark.parametrize("num_clients", [40, 200])
 def test_many_clients_at_once(num_clients: int, jobs_app: Any) -> None:
     pids = [*replica_pids("jobs", "Ingress"), *replica_pids("jobs", "Director")]
     before = {pid: own_bytes(pid) for pid in pids}
@@ -56,7 +42,7 @@ def test_many_clients_at_once(num_clients: int, jobs_app: Any) -> None:
         limits = httpx.Limits(max_connections=num_clients)
         async with httpx.AsyncClient(base_url=jobs_app.url, timeout=300, limits=limits) as http:
             async with asyncio.timeout(DEADLINE_S):
-                return await asyncio.gather(*(client(http, number) for number in range(num_clients)))
+                return await asyncio.gather(*(patient_client(http, number) for number in range(num_clients)))
 
     made = asyncio.run(all_of_them())
     seconds = time.monotonic() - start_s
