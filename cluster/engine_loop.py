@@ -14,21 +14,23 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
+from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.gang import Gang
 from cluster.gang_meter import BusyClock, GangMeter, NoMeter
 from cluster.logs import Origin, log_event
 from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
-from cluster.transformer_rank import Step, StepReport
+from cluster.transformer_rank import StepReport
 from cosmos3_core.admission import PromptLedger, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
-from cosmos3_core.media.webp import MAX_FRAMES, animated_webp
+from cosmos3_core.media.webp import MAX_FRAMES, MEDIA_TYPE, animated_webp
 from cosmos3_core.preview import PreviewOrder
 
 logger = logging.getLogger("ray.serve")
@@ -65,34 +67,11 @@ class LoopSpec:
 
 
 @dataclass(frozen=True)
-class Queued:
-    """A request waits; ``position`` others are before it."""
-
-    position: int
-
-
-@dataclass(frozen=True)
 class Saved:
     """The state of a request after ``step`` steps, as bytes of :class:`cosmos3_core.sampler.state.DenoiseState`."""
 
     step: int
     state: TensorEnvelope
-
-
-@dataclass(frozen=True)
-class Previewed:
-    """What the pictures will be, as far as ``step`` steps tell; ``webp`` is a whole file."""
-
-    step: int
-    sigma: float
-    webp: bytes
-
-
-@dataclass(frozen=True)
-class PreviewsEnded:
-    """A preview could not be made, and there will be no more of them; the request goes on."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,8 @@ class Denoised:
     latents: dict[str, TensorEnvelope]
 
 
-Update = Queued | Step | Saved | Previewed | PreviewsEnded | Denoised
+Update = QueuePosition | StepDone | PreviewReady | PreviewsOff | Saved | Denoised
+"""Events for whoever waits, and tensors for whoever goes on with the request."""
 
 
 @dataclass(eq=False)
@@ -344,7 +324,7 @@ class EngineLoop:
             cost_s = self._now_s() - start_s
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
 
-    async def _preview(self, job: _Job, order: PreviewOrder, last: Step) -> None:
+    async def _preview(self, job: _Job, order: PreviewOrder, last: StepDone) -> None:
         """Have a due preview made, unless another one still is. The gang waits for rank 0's colours only."""
         if self._encoding is not None and not self._encoding.done():
             return
@@ -365,7 +345,7 @@ class EngineLoop:
             return
         self._encoding = asyncio.create_task(self._encode_preview(job, order, last, colours))
 
-    async def _encode_preview(self, job: _Job, order: PreviewOrder, last: Step, colours: TensorEnvelope) -> None:
+    async def _encode_preview(self, job: _Job, order: PreviewOrder, last: StepDone, colours: TensorEnvelope) -> None:
         try:
             frames = colours.array()
             webp = await asyncio.to_thread(animated_webp, frames, order.fps(len(frames)))
@@ -373,13 +353,13 @@ class EngineLoop:
             self._end_previews(job, f"{type(error).__name__}: {error}")
             return
         if job.previews is not None:
-            job.updates.put_nowait(Previewed(last.step, last.sigma, webp))
+            job.updates.put_nowait(PreviewReady(last.step, last.sigma, MEDIA_TYPE, webp, os.getpid()))
 
     @staticmethod
     def _end_previews(job: _Job, reason: str) -> None:
         if job.previews is not None:
             log_event(logger, "goes on without previews", job.origin, logging.WARNING, try_id=job.job_id, reason=reason)
-            job.updates.put_nowait(PreviewsEnded(reason))
+            job.updates.put_nowait(PreviewsOff(reason, os.getpid()))
             job.previews = None
 
     async def _save(self, job: _Job) -> TensorEnvelope:
@@ -431,7 +411,7 @@ class EngineLoop:
         for position, job in enumerate(self._turns):
             if not job.has_begun and job.position != position:
                 job.position = position
-                job.updates.put_nowait(Queued(position))
+                job.updates.put_nowait(QueuePosition(position, os.getpid()))
 
     @staticmethod
     def _now_s() -> float:

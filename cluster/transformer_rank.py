@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
+from cluster.events import StepDone
 from cluster.logs import Origin
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.admission import PromptOrders, RequestMemory
@@ -75,29 +76,10 @@ class TransformerLoaded(Loaded):
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step that was done.
-
-    Attributes:
-        step: steps done so far, this one included.
-        num_steps: of the request.
-        sigma: noise level that is left.
-        seconds: that it took, as a share of its quantum.
-        pid: of the rank.
-    """
-
-    step: int
-    num_steps: int
-    sigma: float
-    seconds: float
-    pid: int
-
-
-@dataclass(frozen=True)
 class StepReport:
     """What came of a quantum: its steps, and the seconds that they took together."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[StepDone, ...]
     seconds: float
 
 
@@ -215,7 +197,7 @@ class TransformerRank(Rank):
         with self._log.going_on(job_id, "step"):
             self._jobs[job_id] = self._if_it_fits(step, lambda: self.end(job_id))
         seconds = time.perf_counter() - start_s
-        return StepReport(tuple(Step(*it, seconds / len(done), os.getpid()) for it in done), seconds)
+        return StepReport(tuple(StepDone(*it, seconds / len(done), os.getpid()) for it in done), seconds)
 
     def save(self, job_id: str) -> TensorEnvelope:
         """A request's state, as bytes for :meth:`begin`."""

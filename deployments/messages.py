@@ -11,6 +11,7 @@ import numpy as np
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
+from cluster.events import Event, PreviewReady, PreviewsOff, QueuePosition, StepDone, internal
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.media.pixels import Frames
 
@@ -138,11 +139,15 @@ class FramesChecked:
     pid: int
 
 
-# Events: what a caller of the graph sees, in order. Each says which process it is about.
+# Events of a request, in order, with those of :mod:`cluster.events`. Each says which process it is about.
+
+
+GangEvent = QueuePosition | StepDone | PreviewReady | PreviewsOff
+"""What a gang's leader says of a request beside its tensors."""
 
 
 @dataclass(frozen=True)
-class Accepted:
+class Accepted(Event):
     """The request was checked and given its place; it is the job ``job_id``. ``notes`` say what was changed, a rounded
     clip length say.
     """
@@ -157,7 +162,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Tokenized:
+class Tokenized(Event):
     """The prompts are token ids. ``negative_origin`` says where the negative prompt came from."""
 
     num_text_tokens: int
@@ -167,55 +172,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class QueuePosition:
-    """The request waits behind ``position`` others: first for a place among those that run, then for a gang.
-
-    Its last step is done in about ``eta_s`` seconds; None where that cannot be estimated. ``pid`` is of who says so.
-    """
-
-    position: int
-    pid: int
-    eta_s: float | None = None
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """Step ``step`` of ``num_steps`` is done, counted from 1; ``sigma`` is the noise level that is left, by the word of
-    the rank ``pid``, which took ``seconds`` for it.
-    """
-
-    step: int
-    num_steps: int
-    sigma: float
-    seconds: float
-    pid: int
-
-
-@dataclass(frozen=True)
-class PreviewReady:
-    """What the pictures will be, as far as ``step`` steps tell; for who asked for previews.
-
-    ``data`` is a whole file of ``media_type``, below 50 kB: an animation, or a still where the request makes an image.
-    Steps after ``step`` may have been told before it. ``pid`` is the leader's.
-    """
-
-    step: int
-    sigma: float
-    media_type: str
-    data: bytes
-    pid: int
-
-
-@dataclass(frozen=True)
-class PreviewsOff:
-    """There will be no previews, or no more, though they were asked for. ``pid`` is of the process that cannot."""
-
-    reason: str
-    pid: int
-
-
-@dataclass(frozen=True)
-class StateSaved:
+class StateSaved(Event):
     """The denoising state after ``step`` steps is kept: should the gang die, another goes on from there.
 
     Between stages: the next item of the stream is the state's envelope. ``pid`` is the leader's.
@@ -227,7 +184,7 @@ class StateSaved:
 
 
 @dataclass(frozen=True)
-class PictureEncoded:
+class PictureEncoded(Event):
     """The given image or clip is latents. Between stages: the next item of the stream is their envelope."""
 
     seconds: float
@@ -236,7 +193,7 @@ class PictureEncoded:
 
 
 @dataclass(frozen=True)
-class LatentsReady:
+class LatentsReady(Event):
     """Denoising is done. Between stages: the next items of the stream are the latents' envelopes, one a modality, to be
     passed on unseen.
 
@@ -250,19 +207,20 @@ class LatentsReady:
 
 
 @dataclass(frozen=True)
-class FileStarted:
-    """An encoder has a place for the clip, which is decoded only then; its file is in the media store and grows.
+class FileStarted(Event):
+    """An encoder has a place for the clip; its file is in the media store and grows, and can be read over HTTP.
 
     Comes again, with another id, where an encoder has died: the first file is lost then.
     """
 
-    media_id: str
-    media_type: str
-    pid: int
+    KIND = "file"
+    media_id: str = internal("")
+    media_type: str = ""
+    pid: int = internal(0)
 
 
 @dataclass(frozen=True)
-class ChunkDecoded:
+class ChunkDecoded(Event):
     """The VAE's gang made a chunk of frames; ``pid`` is the leader's. Between stages: the chunk is the item before."""
 
     index: int
@@ -271,7 +229,7 @@ class ChunkDecoded:
 
 
 @dataclass(frozen=True)
-class SoundDecoded:
+class SoundDecoded(Event):
     """The audio VAE made a chunk of samples. Between stages: the chunk is the item before."""
 
     index: int
@@ -280,28 +238,30 @@ class SoundDecoded:
 
 
 @dataclass(frozen=True)
-class ChunkEncoded:
-    """The encoder has used up a chunk of frames, which the gang's rank ``decoded_by`` and its neighbours had made."""
+class ChunkEncoded(Event):
+    """Chunk ``chunk`` of the frames is in the file. The gang's rank ``decoded_by`` and its neighbours had made it."""
 
-    index: int
+    KIND = "decoding"
+    chunk: int
     num_frames: int
-    decoded_by: int
-    at_s: float
-    pid: int
+    decoded_by: int = internal(0)
+    at_s: float = internal(0.0)
+    pid: int = internal(0)
 
 
 @dataclass(frozen=True)
-class StageRetried:
+class StageRetried(Event):
     """A stage failed and is tried again; denoising goes on after ``from_step`` steps."""
 
+    KIND = "retried"
     stage: str
-    attempt: int
-    reason: str
+    attempt: int | None = None
+    reason: str = internal("")
     from_step: int = 0
 
 
 @dataclass(frozen=True)
-class ClipEncoded:
+class ClipEncoded(Event):
     """The file is whole."""
 
     media_id: str
@@ -313,7 +273,7 @@ class ClipEncoded:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finished(Event):
     """All is done.
 
     ``job_id``: by which the file can be had, for a while; ``media_id``: what the media store calls it.
@@ -338,26 +298,6 @@ class Finished:
     notes: tuple[str, ...]
     stage_seconds: dict[str, float]
     actions: GeneratedActions | None = None
-
-
-Event = (
-    Accepted
-    | Tokenized
-    | QueuePosition
-    | PictureEncoded
-    | StepDone
-    | PreviewReady
-    | PreviewsOff
-    | StateSaved
-    | LatentsReady
-    | ChunkDecoded
-    | SoundDecoded
-    | ChunkEncoded
-    | StageRetried
-    | FileStarted
-    | ClipEncoded
-    | Finished
-)
 
 
 @dataclass(frozen=True)

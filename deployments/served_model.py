@@ -1,49 +1,50 @@
-"""The one model that is served, as ``/v1/models`` tells of it."""
+"""The one model that is served, as ``/v1/models`` shows it."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.resolve import offered_modes
+from deployments.api_model import ApiModel
 from deployments.config import AudioVAEStage
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """What ``/v1/models`` tells.
+class Model(ApiModel):
+    """A model that the app serves, and the modes that it offers: OpenAI's model object with our fields."""
 
-    Attributes:
-        name: what clients call it.
-        family: of the checkpoint.
-        modes: that it offers.
-        started_s: since when, in seconds since 1970.
-    """
-
-    name: str
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
     family: str
     modes: tuple[str, ...]
-    started_s: float
 
     @classmethod
-    def of(cls, layout: CheckpointLayout, name: str | None, *, is_sound_offered: bool) -> ServedModel:
-        """Of a checkpoint that is served from now on; without a name it has the checkpoint's."""
-        modes = offered_modes(layout, is_sound_offered=is_sound_offered)
-        return cls(name or layout.name, layout.family, modes, time.time())
+    def of(cls, layout: CheckpointLayout, name: str | None, *, is_sound_offered: bool) -> Model:
+        """Return the model of a checkpoint that is served from now on; without a name it has the checkpoint's."""
+        return cls(
+            id=name or layout.name,
+            object="model",
+            created=int(time.time()),
+            owned_by="nvidia",
+            family=layout.family,
+            modes=offered_modes(layout, is_sound_offered=is_sound_offered),
+        )
 
-    def told(self) -> dict[str, Any]:
-        """OpenAI's model object, and what the model can do."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": int(self.started_s),
-            "owned_by": "nvidia",
-            "family": self.family,
-            "modes": list(self.modes),
-        }
+
+class ModelList(ApiModel):
+    """All models that the app serves."""
+
+    object: Literal["list"]
+    data: tuple[Model, ...]
+
+    @classmethod
+    def of(cls, model: Model) -> ModelList:
+        """Return the list of one model."""
+        return cls(object="list", data=(model,))
 
 
 def offers_sound(audio: AudioVAEStage, layout: CheckpointLayout) -> bool:

@@ -34,7 +34,7 @@ async def create_images(request: Request) -> Response:
                 await exchange.ask(body.requests[0], asked)
         with service.room.hold() as held:
             answer = await images_answer(exchange, body, asked, held, service.jobs.media)
-        answer.headers.update(service_headers(service.model.name, warnings))
+        answer.headers.update(service_headers(service.model.id, warnings))
         return answer
 
     return await answered(request, service.streaming, service.http.request_timeout_s, work)

@@ -159,7 +159,7 @@ def _field(name: str, field: Field, endpoint: Endpoint, service: Service, *, is_
         return {**anything, "description": f"without effect: {field.about}"}
     schema = field.kind.schema
     if name == "model":
-        schema = {"type": "string", "enum": [service.model.name]}
+        schema = {"type": "string", "enum": [service.model.id]}
     elif name == "service_class":
         schema = {"type": "string", "enum": list(service.classes)}
     elif name == "guardrails":

@@ -17,7 +17,7 @@ from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.config import AppConfig, HttpConfig
 from deployments.jobs.service import JobService
 from deployments.observability.metrics import metrics_text
-from deployments.served_model import ServedModel, offers_sound
+from deployments.served_model import Model, offers_sound
 
 
 class Ready(Protocol):
@@ -50,7 +50,7 @@ class Service:
         is_draining: the app is being stopped.
     """
 
-    model: ServedModel
+    model: Model
     http: HttpConfig
     classes: tuple[str, ...]
     may_disable_guardrails: bool
@@ -91,7 +91,7 @@ class Service:
             check_keys(keys, host)
         has_guardrails = config.guardrails.adapter is not None
         return cls(
-            model=ServedModel.of(layout, config.model_name, is_sound_offered=offers_sound(config.audio, layout)),
+            model=Model.of(layout, config.model_name, is_sound_offered=offers_sound(config.audio, layout)),
             http=config.http,
             classes=tuple(config.jobs.classes),
             has_guardrails=has_guardrails,
@@ -120,7 +120,7 @@ class Service:
         allowed = self.classes if caller.classes is None else caller.classes
         classes = tuple(name for name in self.classes if name in allowed)
         return BodyRules(
-            model_name=self.model.name,
+            model_name=self.model.id,
             classes=classes,
             default_class=caller.service_class,
             has_guardrails=self.has_guardrails,

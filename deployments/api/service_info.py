@@ -7,6 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from deployments.api.call import Call, routes, service_of
 from deployments.api.openapi import document
+from deployments.served_model import ModelList
 
 OPEN_PATHS = ("/health", "/ready", "/openapi.json")
 """What needs no key."""
@@ -20,7 +21,7 @@ router = routes()
 async def list_models(request: Request) -> Response:
     """The one model that is served, and what it can do."""
     model = Call.of(request).service.model
-    return JSONResponse({"object": "list", "data": [model.told()]})
+    return JSONResponse(ModelList.of(model).as_json())
 
 
 @router.get("/health")

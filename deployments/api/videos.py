@@ -25,9 +25,10 @@ from deployments.api.exchange import Exchange, accept_limit_s, answered
 from deployments.api.fields import NO_SUCH_FIELD, Endpoint
 from deployments.api.media_answer import live_answer, media_answer
 from deployments.api.written import as_written
+from deployments.api_model import ApiModel
 from deployments.jobs.job import Job
 from deployments.jobs.service import MAX_PAGE
-from deployments.jobs.video import ApiModel, poll_after_ms
+from deployments.jobs.video import poll_after_ms
 
 _PAGE = 20
 _MAX_SHOWN_CHARS = 100
@@ -77,7 +78,7 @@ async def create_video_and_wait(request: Request) -> Response:
         else:
             with service.room.hold() as held:  # the request's body is gone
                 answer = await media_answer(exchange, held, service.jobs.media)
-        answer.headers.update(service_headers(service.model.name, warnings))
+        answer.headers.update(service_headers(service.model.id, warnings))
         return answer
 
     return await answered(request, service.streaming, service.http.request_timeout_s, work)

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -14,16 +15,18 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core import checks
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
+from deployments.clients.answers import read_answer
 from deployments.clients.deadline import Deadline
 from deployments.clients.errors import COMEBACK, NotFound, UnreachableError
-from deployments.clients.events import Ended, VideoEvent
 from deployments.clients.following import DEFAULT_PATIENCE, Patience, following
 from deployments.clients.http_calls import DIRECTLY, Connecting
 from deployments.clients.http_transport import HttpTransport
 from deployments.clients.saving import write_parts
 from deployments.clients.transport import VIDEO, Terms, Transport
-from deployments.clients.video import Generation, Model, Video, VideoPage, models_of
 from deployments.clients.video_stream import AsyncVideoStream, told
+from deployments.jobs.events import VideoEnded, VideoEvent
+from deployments.jobs.video import Video, VideoPage
+from deployments.served_model import Model, ModelList
 
 DEFAULT_TIMEOUT_S = 3600.0
 """For a video: making it, waiting for it, reading its file."""
@@ -36,6 +39,19 @@ LONGEST_S = 1e6
 _MAX_PAGE = 100
 # Of any id that an app gives; what looks otherwise is not asked for.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished request in one piece.
+
+    Attributes:
+        media: its file; empty where there is none, only actions.
+        video: what is known of it.
+    """
+
+    media: bytes = field(repr=False)
+    video: Video
 
 
 class AsyncCosmos3Client:
@@ -103,7 +119,7 @@ class AsyncCosmos3Client:
             ContentBlocked: a guardrail has stopped it.
         """
         terms = _terms(request_id, idempotency_key, service_class, previews)
-        return Video.of(await self._patiently(lambda: self._transport.submit(request, terms)))
+        return read_answer(Video, await self._patiently(lambda: self._transport.submit(request, terms)))
 
     async def remix(
         self,
@@ -120,12 +136,12 @@ class AsyncCosmos3Client:
         """
         terms = _terms(request_id, idempotency_key, None, 0)
         _check_id(video_id)
-        return Video.of(await self._patiently(lambda: self._transport.remix(video_id, prompt, terms)))
+        return read_answer(Video, await self._patiently(lambda: self._transport.remix(video_id, prompt, terms)))
 
     async def retrieve(self, video_id: str) -> Video:
         """What is known of a video; of one that failed as well."""
         _check_id(video_id)
-        return Video.of(await self._patiently(lambda: self._transport.job(video_id)))
+        return read_answer(Video, await self._patiently(lambda: self._transport.job(video_id)))
 
     async def list(self, after: str | None = None, *, limit: int = 20, order: str = "desc") -> VideoPage:
         """Some of the videos: those behind ``after``, the newest first unless ``order`` is "asc".
@@ -135,7 +151,7 @@ class AsyncCosmos3Client:
         """
         limit = checks.integer("limit", limit, 1, _MAX_PAGE)
         order = checks.choice("order", order, ("asc", "desc"))
-        return VideoPage.of(await self._patiently(lambda: self._transport.jobs(after, limit, order)))
+        return read_answer(VideoPage, await self._patiently(lambda: self._transport.jobs(after, limit, order)))
 
     async def list_all(self, *, order: str = "desc") -> AsyncGenerator[Video, None]:
         """All videos, page after page."""
@@ -151,7 +167,7 @@ class AsyncCosmos3Client:
     async def cancel(self, video_id: str) -> Video:
         """Stop a video; one that has ended stays as it is. It has failed then, with the code "cancelled"."""
         _check_id(video_id)
-        return Video.of(await self._patiently(lambda: self._transport.cancel(video_id)))
+        return read_answer(Video, await self._patiently(lambda: self._transport.cancel(video_id)))
 
     async def delete(self, video_id: str) -> None:
         """Stop a video and forget it, file and all."""
@@ -160,12 +176,12 @@ class AsyncCosmos3Client:
 
     async def models(self) -> tuple[Model, ...]:
         """What is served."""
-        return models_of(await self._patiently(self._transport.models))
+        return read_answer(ModelList, await self._patiently(self._transport.models)).data
 
     async def events(
         self, video_id: str, after: int = 0, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> AsyncGenerator[VideoEvent, None]:
-        """What happens to a video, from event number ``after`` on; :class:`Ended` is the last.
+        """What happens to a video, from event number ``after`` on; :class:`VideoEnded` is the last.
 
         Goes on by itself where the connection breaks, with every event once. Leaving it leaves the video alone.
 
@@ -187,7 +203,7 @@ class AsyncCosmos3Client:
         """
         async with aclosing(self.events(video_id, timeout_s=timeout_s)) as events:
             async for event in events:
-                if isinstance(event, Ended):
+                if isinstance(event, VideoEnded):
                     return event.video
         raise AssertionError("events end with the last one, or raise")
 
@@ -279,7 +295,7 @@ class AsyncCosmos3Client:
         deadline = _deadline(timeout_s)
         events = await self.stream(request, timeout_s=timeout_s, service_class=service_class, request_id=request_id)
         async with events:
-            video = [event.video async for event in events if isinstance(event, Ended)][-1]
+            video = [event.video async for event in events if isinstance(event, VideoEnded)][-1]
         media = bytearray()
         if video.has_file:
             try:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Generic, Self, TypeVar
 
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.asynchronous import DEFAULT_CALL_S, DEFAULT_TIMEOUT_S, AsyncCosmos3Client
-from deployments.clients.events import VideoEvent
+from deployments.clients.asynchronous import DEFAULT_CALL_S, DEFAULT_TIMEOUT_S, AsyncCosmos3Client, Generation
 from deployments.clients.following import DEFAULT_PATIENCE, Patience
 from deployments.clients.http_calls import DIRECTLY, Connecting
 from deployments.clients.loop_thread import LoopThread
 from deployments.clients.transport import VIDEO
-from deployments.clients.video import Generation, Model, Video, VideoPage
 from deployments.clients.video_stream import AsyncVideoStream
+from deployments.jobs.events import VideoEvent
+from deployments.jobs.video import Video, VideoPage
+from deployments.served_model import Model
 
 _T = TypeVar("_T")
 
@@ -202,7 +203,7 @@ class Items(Generic[_T], Iterator[_T]):
 
 
 class VideoStream(Iterator[VideoEvent]):
-    """The events of a video that is made for whoever follows it here; :class:`Ended`, the last, has the finished one.
+    """The events of a video that is made for this caller; :class:`VideoEnded`, the last, has the finished one.
 
     Closing it, leaving its ``with`` block, or dropping it stops the work of every stage.
 

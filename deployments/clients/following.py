@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from cluster.errors import DeadlineExceeded, StageFailed
 from cosmos3_core.errors import Cosmos3Error
+from deployments.clients.answers import read_answer
 from deployments.clients.deadline import Deadline
 from deployments.clients.errors import COMEBACK, NotFound, UnreachableError
-from deployments.clients.events import DELETED, Ended, RawEvent, VideoEvent, event_of
 from deployments.clients.transport import Transport
-from deployments.clients.video import COMPLETED, FAILED
+from deployments.jobs.events import DELETED, VideoEnded, VideoEvent
+from deployments.jobs.video import Video
 
 # What may be over in a moment: a broken connection, an app that is restarted, a Director that died.
 _PASSING = (UnreachableError, StageFailed, *COMEBACK)
@@ -53,7 +54,7 @@ DEFAULT_PATIENCE = Patience()
 async def following(
     transport: Transport, video_id: str, after: int, deadline: Deadline, patience: Patience
 ) -> AsyncGenerator[VideoEvent, None]:
-    """The events of a video behind number ``after``; :class:`Ended` is the last, where it is behind that.
+    """The events of a video behind number ``after``; :class:`VideoEnded` is the last, where it is behind that.
 
     Raises:
         NotFound: there is no such video, or not any more.
@@ -64,21 +65,20 @@ async def following(
     while True:
         began_s, is_told = time.monotonic(), False
         try:
-            async with aclosing(transport.events(video_id, after, deadline.left_s)) as raws:
-                while (raw := await _next(raws, deadline)) is not None:
+            async with aclosing(transport.events(video_id, after, deadline.left_s)) as events:
+                while (event := await _next(events, deadline)) is not None:
                     tries, is_told = 0, True
-                    if raw.kind == DELETED:
+                    if event.kind == DELETED:
                         raise NotFound.video(video_id)
-                    if raw.seq is not None:
-                        if raw.seq <= after:
+                    if event.seq is not None:
+                        if event.seq <= after:
                             continue
-                        after = raw.seq
-                    event = event_of(raw)
+                        after = event.seq
                     yield event
-                    if isinstance(event, Ended):
+                    if isinstance(event, VideoEnded):
                         return
             # It may have been deleted, or its last event was told before.
-            is_final = (await transport.job(video_id)).get("status") in (COMPLETED, FAILED)
+            is_final = read_answer(Video, await transport.job(video_id)).has_ended
             if was_final and not is_told:
                 return
             was_final = is_final
@@ -96,9 +96,9 @@ async def following(
             raise _too_late(deadline) from None
 
 
-async def _next(raws: AsyncGenerator[RawEvent, None], deadline: Deadline) -> RawEvent | None:
+async def _next(events: AsyncGenerator[VideoEvent, None], deadline: Deadline) -> VideoEvent | None:
     try:
-        return await deadline.wait(anext(raws, None))
+        return await deadline.wait(anext(events, None))
     except TimeoutError:
         raise _too_late(deadline) from None
 

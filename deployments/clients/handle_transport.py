@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -11,14 +11,14 @@ from cluster.errors import DeadlineExceeded, OutOfMemory, OverloadedError, Shutt
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api.errors import error_response
+from deployments.clients.answers import read_event
 from deployments.clients.deadline import Deadline
 from deployments.clients.errors import AnswerError, NotFound, UnreachableError, refusal
-from deployments.clients.events import RawEvent
-from deployments.clients.message_events import raw_event
 from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
 from deployments.config import DEFAULT_CLASS
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 from deployments.failures import summarize_error, translate_error
+from deployments.jobs.events import VideoEvent, event_as_json
 from deployments.jobs.job import SubmitOptions
 from deployments.messages import Accepted, RequestContext
 from deployments.stages.streams import RefStream
@@ -95,13 +95,13 @@ class HandleTransport:
         """See the protocol."""
         await self._call(self._director.delete, video_id, _OWNER)
 
-    async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[RawEvent, None]:
+    async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
         """See the protocol."""
         response = self._streaming.events.remote(video_id, after, timeout_s, _OWNER)
         try:
             async with aclosing(self._items(response, timeout_s)) as items:
                 async for event in items:
-                    yield RawEvent(event.seq or None, event.kind, event.data)
+                    yield read_event(event.kind, event.data, event.seq or None)
         except StageFailed as error:
             raise UnreachableError(f"the events of {video_id} broke off: {error.reason}") from None
 
@@ -123,20 +123,19 @@ class HandleTransport:
             yield part
             start += len(part)
 
-    async def models(self) -> Sequence[Mapping[str, Any]]:
+    async def models(self) -> Mapping[str, Any]:
         """See the protocol."""
-        models: Sequence[Mapping[str, Any]] = await self._call(self._director.models)
-        return models
+        return {"object": "list", "data": await self._call(self._director.models)}
 
     async def aclose(self) -> None:
         """See the protocol. Handles need no end."""
 
-    async def _told(self, items: AsyncGenerator[Any, None], video_id: str) -> AsyncGenerator[RawEvent, None]:
+    async def _told(self, items: AsyncGenerator[Any, None], video_id: str) -> AsyncGenerator[VideoEvent, None]:
         async with aclosing(items):
             async for event in items:
-                if (raw := raw_event(event)) is not None:
-                    yield raw
-        yield RawEvent(None, "completed", await self.job(video_id))
+                if event.kind:
+                    yield read_event(event.kind, event_as_json(event))
+        yield read_event("completed", await self.job(video_id))
 
     async def _items(self, response: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
         """What a streaming call yields. Leaving it stops the call."""

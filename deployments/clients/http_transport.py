@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.request import GenerationRequest
+from deployments.clients.answers import read_event
 from deployments.clients.deadline import Deadline
-from deployments.clients.errors import AnswerError, NotFound, UnreachableError
-from deployments.clients.events import RawEvent
+from deployments.clients.errors import NotFound, UnreachableError
 from deployments.clients.http_body import body_of
 from deployments.clients.http_calls import Connecting, HttpCalls
 from deployments.clients.server_sent_events import EventReader
 from deployments.clients.transport import LEAVE_S, VIDEO, Attached, JobObject, Terms
+from deployments.jobs.events import VideoEvent
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class HttpTransport:
         """See the protocol."""
         await self._json("DELETE", _path(video_id))
 
-    async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[RawEvent, None]:
+    async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
         """See the protocol."""
         headers = {"accept": "text/event-stream"}
         if after:
@@ -120,8 +121,8 @@ class HttpTransport:
                 raise answer.foreign()
             reader = EventReader()
             async for part in answer.parts():
-                for event in reader.feed(part):
-                    yield event
+                for raw in reader.feed(part):
+                    yield read_event(raw.kind, raw.data, raw.seq)
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """See the protocol."""
@@ -132,12 +133,9 @@ class HttpTransport:
             async for part in answer.parts():
                 yield part
 
-    async def models(self) -> Sequence[Mapping[str, Any]]:
+    async def models(self) -> Mapping[str, Any]:
         """See the protocol."""
-        answer = await self._json("GET", "/v1/models")
-        if not isinstance(data := answer.get("data"), list):
-            raise AnswerError(200, f"{self._calls.url} tells of no models; is it a cosmos3 app?")
-        return data
+        return await self._json("GET", "/v1/models")
 
     async def aclose(self) -> None:
         """See the protocol."""

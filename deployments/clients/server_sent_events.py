@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from deployments.clients.errors import AnswerError
-from deployments.clients.events import RawEvent
 
 # Of the text of one event: a finished video with its actions is far below.
 _MAX_EVENT_BYTES = 1 << 24
+
+
+class RawEvent(NamedTuple):
+    """An event as it came; ``seq`` is its number in the video's history, None for events that are not kept."""
+
+    seq: int | None
+    kind: str
+    data: Mapping[str, Any]
 
 
 class EventReader:

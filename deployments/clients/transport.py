@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.events import RawEvent
+from deployments.jobs.events import VideoEvent
 
 VIDEO = "video"
 """The variant that is the file itself; others are "thumbnail", "spritesheet", "audio" and "action"."""
@@ -16,7 +16,7 @@ LEAVE_S = 10.0
 """Who leaves waits no longer for the app to hear of it."""
 
 JobObject = Mapping[str, Any]
-"""A video as the HTTP API has it; :meth:`deployments.clients.video.Video.of` makes a value of it."""
+"""A video as the HTTP API has it; :class:`deployments.jobs.video.Video` is the value."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Attached:
     """
 
     video_id: str
-    events: AsyncGenerator[RawEvent, None] | None
+    events: AsyncGenerator[VideoEvent, None] | None
     leave: Callable[[], Awaitable[None]]
 
 
@@ -89,7 +89,7 @@ class Transport(Protocol):
         """Stop it and forget it, file and all."""
         ...
 
-    def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[RawEvent, None]:
+    def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
         """What comes behind that event, over one connection: it may break, or end too early."""
         ...
 
@@ -97,8 +97,8 @@ class Transport(Protocol):
         """Its file in parts, within so many seconds."""
         ...
 
-    async def models(self) -> Sequence[Mapping[str, Any]]:
-        """What is served."""
+    async def models(self) -> Mapping[str, Any]:
+        """Return "data", a list of models."""
         ...
 
     async def aclose(self) -> None:

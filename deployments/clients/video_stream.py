@@ -12,15 +12,15 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import Cosmos3Error
 from deployments.clients.deadline import Deadline
 from deployments.clients.errors import NotFound, UnreachableError, failure
-from deployments.clients.events import Ended, RawEvent, VideoEvent, event_of
 from deployments.clients.transport import LEAVE_S
-from deployments.clients.video import COMPLETED, Video
+from deployments.jobs.events import VideoEnded, VideoEvent
+from deployments.jobs.video import Video
 
 logger = logging.getLogger(__name__)
 
 
 class AsyncVideoStream:
-    """The events of a video that is made for whoever follows it here; :class:`Ended`, the last, has the finished one.
+    """The events of a video that is made for this caller; :class:`VideoEnded`, the last, has the finished one.
 
     An iterator, and a context manager. Closing it, leaving its ``async with`` block, or dropping it stops the work.
 
@@ -62,10 +62,10 @@ class AsyncVideoStream:
         except BaseException:
             await self.aclose()
             raise
-        if isinstance(event, Ended):
+        if isinstance(event, VideoEnded):
             self._has_ended = True
             await self._events.aclose()
-            if event.video.status != COMPLETED:
+            if event.video.status != "completed":
                 raise _failure(event.video)
         return event
 
@@ -114,22 +114,22 @@ async def _left(video_id: str, events: AsyncGenerator[VideoEvent, None], leave: 
         logger.warning("%s could not be stopped: %s", video_id, str(error) or "no answer in time")
 
 
-async def told(raws: AsyncGenerator[RawEvent, None], deadline: Deadline) -> AsyncGenerator[VideoEvent, None]:
+async def told(events: AsyncGenerator[VideoEvent, None], deadline: Deadline) -> AsyncGenerator[VideoEvent, None]:
     """The events of a stream that the app sends to this caller alone.
 
     Raises:
         DeadlineExceeded: they do not come in time.
         UnreachableError: they end too early.
     """
-    async with aclosing(raws):
+    async with aclosing(events):
         while True:
             try:
-                raw = await deadline.wait(anext(raws, None))
+                event = await deadline.wait(anext(events, None))
             except TimeoutError:
                 raise DeadlineExceeded("follow", deadline.limit_s) from None
-            if raw is None:
+            if event is None:
                 raise UnreachableError("the app's events ended before their last one")
-            yield event_of(raw)
+            yield event
 
 
 def _failure(video: Video) -> Cosmos3Error:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import GangFailed, StageFailed, StreamClosed
+from cluster.events import Event
 from cosmos3_core.media.writer import ClipFormat
 from deployments.director.guardrail_calls import PassedChunk, check_chunk
 from deployments.director.retries import retry_stage
 from deployments.failures import summarize_error
 from deployments.media.store import MediaStore, new_media_id
-from deployments.messages import ChunkDecoded, ClipEncoded, Event, FileStarted, RequestContext, SoundDecoded
+from deployments.messages import ChunkDecoded, ClipEncoded, FileStarted, RequestContext, SoundDecoded
 from deployments.stages.streams import RefStream, follow_stream, wait_within
 
 _CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5

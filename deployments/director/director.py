@@ -13,12 +13,13 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from cluster.errors import ShuttingDown
+from cluster.events import Event
 from cosmos3_core.request import GenerationRequest
 from deployments.config import AppConfig
 from deployments.director.job_calls import JobCalls
 from deployments.director.parts import DirectorParts
 from deployments.jobs.job import Job, SubmitOptions
-from deployments.messages import Accepted, Event, Finished, Generated, RequestContext
+from deployments.messages import Accepted, Finished, Generated, RequestContext
 from deployments.stages.handles import Stages
 
 _NUM_THREADS = 32

@@ -26,7 +26,7 @@ class JobCalls:
 
     async def models(self) -> list[dict[str, Any]]:
         """Return the one model that is served, as ``GET /v1/models`` shows it."""
-        return [self._parts.model.told()]
+        return [self._parts.model.as_json()]
 
     async def job(self, job_id: str, owner: str = "") -> dict[str, Any]:
         """Return a job, as ``GET /v1/videos/{id}`` shows it."""

@@ -25,7 +25,7 @@ from deployments.jobs.maintenance import Maintenance
 from deployments.jobs.service import JobService
 from deployments.jobs.store import QueueLimits
 from deployments.messages import RequestContext
-from deployments.served_model import ServedModel
+from deployments.served_model import Model
 from deployments.stages.handles import Stages
 
 
@@ -50,7 +50,7 @@ class DirectorParts:
     stages: Stages
     jobs: JobService
     admission: Admission
-    model: ServedModel
+    model: Model
     clips: Any
     closer: ClipCloser
     previews: Previews
@@ -66,13 +66,13 @@ class DirectorParts:
         stages = stages.streaming()
         has_sound = stages.audio is not None
         jobs = JobService.open(config)
-        model = ServedModel.of(layout, config.model_name, is_sound_offered=has_sound)
+        model = Model.of(layout, config.model_name, is_sound_offered=has_sound)
         admission = Admission(
             store=jobs.store,
             files=jobs.files,
             check=RequestCheck(layout, is_sound_offered=has_sound),
             cost=CostModel.of(layout.geometry, layout.transformer),
-            model=model.name,
+            model=model.id,
             limits=QueueLimits.of(config.jobs),
             prompt_check=make_prompt_check(stages, config.guardrails),
         )
@@ -91,11 +91,11 @@ class DirectorParts:
 
     def start_runner(self) -> JobRunner:
         """Start the runner of this Director's jobs. Inside the event loop."""
-        return JobRunner(self.jobs, self.model.name, self.config.jobs, self.admission.check, self._make_pipeline)
+        return JobRunner(self.jobs, self.model.id, self.config.jobs, self.admission.check, self._make_pipeline)
 
     def make_maintenance(self) -> Maintenance:
         """Return the periodic work on jobs."""
-        return Maintenance(self.jobs, self.model.name, self.config.jobs)
+        return Maintenance(self.jobs, self.model.id, self.config.jobs)
 
     def _make_pipeline(
         self,

@@ -13,6 +13,7 @@ import ray
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import OverloadedError, PreviewFailed, StageFailed
+from cluster.events import Event, PreviewsOff
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
@@ -26,11 +27,9 @@ from deployments.failures import is_lost, translate_error, unwrap_error
 from deployments.media.store import MediaStore
 from deployments.messages import (
     ClipEncoded,
-    Event,
     Finished,
     LatentsReady,
     PictureEncoded,
-    PreviewsOff,
     RequestContext,
     StateSaved,
     Tokenized,

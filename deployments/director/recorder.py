@@ -7,32 +7,19 @@ waits for it but the end, which comes when everything before it is in the databa
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import contextvars
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from cluster.events import Event, PreviewsOff, QueuePosition, StepDone
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
+from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, Outcome, Progress
 from deployments.jobs.store import JobStore, Lease
-from deployments.messages import (
-    ChunkEncoded,
-    Event,
-    FileStarted,
-    Finished,
-    LatentsReady,
-    PictureEncoded,
-    PreviewReady,
-    PreviewsOff,
-    QueuePosition,
-    StageRetried,
-    StepDone,
-    Tokenized,
-)
+from deployments.messages import FileStarted, Finished, LatentsReady, PictureEncoded, Tokenized
 from deployments.threads import run_in_thread
 
 # Between two writings: what a follower is behind, and what a database has to bear.
@@ -42,6 +29,15 @@ _PAUSE_WITHOUT_FOLLOWERS_S = 1.0
 _TRY_PAUSE_S = 1.0
 # Of the newest interval in the average that the time left is reckoned from.
 _NEWEST_SHARE = 0.2
+
+
+# Event -> what the job is in from then on.
+_STAGES: Mapping[type[Event], str] = {
+    Tokenized: "tokenized",
+    PictureEncoded: "conditioned",
+    QueuePosition: "waiting for a gang",
+    LatentsReady: "decoding",
+}
 
 
 class Recorder:
@@ -72,45 +68,23 @@ class Recorder:
 
     def note(self, event: Event) -> None:
         """Enter an event; returns at once."""
+        progress: dict[str, Any] = {}
         match event:
-            case Tokenized():
-                self._add(stage="tokenized")
-            case PictureEncoded():
-                self._add(stage="conditioned")
-            case QueuePosition():
-                self._add(stage="waiting for a gang")
             case StepDone():
-                told: dict[str, Any] = {
-                    "step": event.step,
-                    "num_steps": event.num_steps,
-                    "sigma": event.sigma,
-                    "step_s": round(event.seconds, 6),
-                    "eta_s": self._eta_s(event),
-                    "pid": event.pid,
-                }
-                self._add("step", told, stage="denoising", step=event.step, sigma=event.sigma, step_s=event.seconds)
-            case PreviewReady():
-                told = {
-                    "step": event.step,
-                    "sigma": event.sigma,
-                    "media_type": event.media_type,
-                    "b64_json": base64.b64encode(event.data).decode(),
-                }
-                self._add("preview", told)
+                progress = {"stage": "denoising", "step": event.step, "sigma": event.sigma, "step_s": event.step_s}
+                event = replace(event, step_s=round(event.step_s or 0.0, 6), eta_s=self._eta_s(event))
             case PreviewsOff():
-                # Why is about the inside, and in the log.
-                self._add("previews_off", {"reason": "there are no previews, or no more"})
-            case LatentsReady():
-                self._add(stage="decoding")
+                # The reason is about the inside, and in the log.
+                event = replace(event, reason="there are no previews, or no more")
             case FileStarted():
-                self._add("file", {"media_type": event.media_type}, media_id=event.media_id)
-            case ChunkEncoded():
-                self._add("decoding", {"chunk": event.index, "num_frames": event.num_frames})
-            case StageRetried():
-                told = {"stage": event.stage, "attempt": event.attempt, "from_step": event.from_step}
-                self._add("retried", told)
+                progress = {"media_id": event.media_id}
+            case _ if type(event) in _STAGES:
+                progress = {"stage": _STAGES[type(event)]}
             case _:
                 pass
+        is_history = bool(event.kind) and not isinstance(event, QueuePosition)
+        if is_history or progress:
+            self._add(event if is_history else None, progress)
 
     async def end(self, outcome: Outcome, *, keep_media_s: float) -> Job:
         """Write down how the job ended, behind all that was noted.
@@ -145,9 +119,9 @@ class Recorder:
         claim = self._job.runner, self._job.attempts
         return found.state is outcome.state and (found.runner, found.attempts) == claim
 
-    def _add(self, kind: str | None = None, data: Mapping[str, Any] | None = None, **progress: Any) -> None:
-        if kind is not None and self._has_followers:
-            self._events.append((kind, data or {}))
+    def _add(self, event: Event | None, progress: Mapping[str, Any]) -> None:
+        if event is not None and self._has_followers:
+            self._events.append((event.kind, event_as_json(event)))
         self._progress = replace(self._progress, **progress)
         if "media_id" in progress:  # whoever has the job's id may ask for its file now
             self._hurry.set()
@@ -165,7 +139,7 @@ class Recorder:
                 interval_s = _NEWEST_SHARE * interval_s + (1 - _NEWEST_SHARE) * self._interval_s
             self._interval_s = interval_s
         self._step_at_s = now_s
-        pace_s = self._interval_s if self._interval_s is not None else event.seconds
+        pace_s = self._interval_s if self._interval_s is not None else event.step_s or 0.0
         return round((event.num_steps - event.step) * pace_s, 3)
 
     async def _write_soon(self) -> None:
@@ -227,13 +201,20 @@ class Tries:
 
 
 def result_of(finished: Finished) -> dict[str, Any]:
-    """What is kept of a finished request: plain JSON values."""
-    kept = dataclasses.asdict(replace(finished, actions=None))
-    for name in ("request_id", "mode", "media_id", "job_id"):  # the job has them
-        kept.pop(name)
-    kept["negative_prompt_origin"] = kept.pop("negative_origin")
-    kept["stage_durations"] = {name: round(seconds, 4) for name, seconds in kept.pop("stage_seconds").items()}
-    kept["inference_time_s"] = kept["stage_durations"]["total"]
-    kept["actions"] = None if finished.actions is None else finished.actions.as_json()
-    kept["notes"] = list(finished.notes)
-    return kept
+    """Return what is kept of a finished request beside its job: plain JSON values."""
+    stage_durations = {name: round(seconds, 4) for name, seconds in finished.stage_seconds.items()}
+    return {
+        "media_type": finished.media_type,
+        "num_bytes": finished.num_bytes,
+        "num_frames": finished.num_frames,
+        "fps": finished.fps,
+        "height": finished.height,
+        "width": finished.width,
+        "seed": finished.seed,
+        "frames_sha256": finished.frames_sha256,
+        "notes": list(finished.notes),
+        "negative_prompt_origin": finished.negative_origin,
+        "stage_durations": stage_durations,
+        "inference_time_s": stage_durations["total"],
+        "actions": None if finished.actions is None else finished.actions.as_json(),
+    }

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
+from cluster.events import Event
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.request import ResolvedRequest
 from deployments.config import JobsConfig
@@ -36,7 +37,7 @@ from deployments.jobs.job import Job, JobState, Lane, Outcome
 from deployments.jobs.request_codec import decode_request
 from deployments.jobs.service import JobService
 from deployments.jobs.store import Lease, QueueLimits
-from deployments.messages import Event, FileStarted, Finished, RequestContext
+from deployments.messages import FileStarted, Finished, RequestContext
 from deployments.observability.logs import watch_request
 from deployments.observability.metrics import metrics
 from deployments.threads import run_in_thread

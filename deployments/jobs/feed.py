@@ -13,24 +13,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import DeadlineExceeded, OverloadedError
+from cluster.events import QueuePosition
 from cosmos3_core.errors import Cosmos3Error
 from deployments.errors import JobsError
-from deployments.jobs.job import Job, JobEvent, JobState
+from deployments.jobs.events import DELETED, FINAL_KINDS, event_as_json
+from deployments.jobs.job import Job, JobEvent
 from deployments.jobs.rows import MAX_EVENTS
 from deployments.jobs.store import JobStore
-from deployments.messages import QueuePosition
 from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
-
-FINAL_KINDS = frozenset(state.value for state in JobState if state.is_final)
-"""Kinds of the last events of jobs."""
-
-QUEUED, DELETED = "queued", "deleted"
-"""Kinds of events that are told and not kept; their ``seq`` is 0."""
 
 _POLL_S = 0.1
 # Between two looks at where a job stands, and whether it is there at all.
@@ -224,7 +219,6 @@ class EventFeed:
 
     def _tell(self, job_id: str, job: Job | None, waits: QueuePosition | None) -> None:
         now_s = time.time()
-        position, eta_s = (None, None) if waits is None else (waits.position, waits.eta_s)
         for follower in self._followers:
             if follower.job_id != job_id or not follower.has_room:
                 continue
@@ -232,10 +226,10 @@ class EventFeed:
                 follower.put(JobEvent(job_id, 0, DELETED, {}, now_s))
             elif job.state.is_final and follower.seq >= job.last_seq:  # it had the last one before it came
                 follower.end()
-            elif position not in (None, follower.position):
-                told = {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
-                follower.put(JobEvent(job_id, 0, QUEUED, told, now_s))
-            follower.position = position
+            elif waits is not None and waits.position != follower.position:
+                told = replace(waits, eta_s=None if waits.eta_s is None else round(waits.eta_s, 1))
+                follower.put(JobEvent(job_id, 0, told.kind, event_as_json(told), now_s))
+            follower.position = None if waits is None else waits.position
 
 
 def _bytes_of(event: JobEvent) -> int:

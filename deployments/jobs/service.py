@@ -14,7 +14,8 @@ from cosmos3_core.errors import Cosmos3Error, MediaError
 from deployments.config import AppConfig
 from deployments.errors import ApiError
 from deployments.jobs.database import database_url
-from deployments.jobs.feed import DELETED, FINAL_KINDS, EventFeed
+from deployments.jobs.events import DELETED, FINAL_KINDS
+from deployments.jobs.feed import EventFeed
 from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobEvent, JobState
 from deployments.jobs.store import JobStore

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import delete, func, or_, select, tuple_, update
 
+from cluster.events import QueuePosition
 from cosmos3_core.errors import RequestError
 from deployments.jobs import claims, queue, waiting
 from deployments.jobs.database import Database
@@ -31,7 +32,6 @@ from deployments.jobs.queue import ClassLoad, QueueLimits, QueueLoad
 from deployments.jobs.rows import change, end, events_after, find, job_of, leased
 from deployments.jobs.schema import JOBS, RUNNERS
 from deployments.jobs.waiting import QueueBound, RetryEstimator
-from deployments.messages import QueuePosition
 
 __all__ = ["ClassLoad", "FileNeed", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
 

@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from typing_extensions import TypedDict
 
+from cluster.events import QueuePosition
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.media.file_kinds import SUFFIXES
+from deployments.api_model import ApiModel
 from deployments.jobs.job import JOB_ID, Job, JobState
-from deployments.messages import QueuePosition
 
 LOSSLESS, HIGH = "lossless", "high"
 """Values of ``quality``."""
@@ -27,20 +28,6 @@ _DEFAULT_MESSAGES = {JobState.CANCELLED: "the job was cancelled", JobState.FAILE
 # Between two requests of a client that polls.
 _LEAST_POLL_MS, _LONGEST_POLL_MS, _POLL_MS = 200, 5000, 1000
 _POLLS = 10
-
-
-class ApiModel(BaseModel):
-    """Base of what the API answers as JSON: frozen, with all of its fields in each answer.
-
-    A client ignores fields that its version does not know. Bounds are in the schema and not checked: an answer is made
-    of values that were checked, and a client has no better ones.
-    """
-
-    model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return self.model_dump(mode="json")
 
 
 def _schema(**bounds: Any) -> Any:

@@ -17,10 +17,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, bindparam, func, select
 
+from cluster.events import QueuePosition
 from deployments.jobs.job import Job, JobState, Lane
 from deployments.jobs.rows import put
 from deployments.jobs.schema import JOBS, RATES, RUNNERS
-from deployments.messages import QueuePosition
 
 MIN_WAIT_S, MAX_WAIT_S = 1.0, 3600.0
 UNKNOWN_WAIT_S = 5.0

@@ -8,13 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 
 from cluster.errors import OverloadedError
+from cluster.events import Event
 from cluster.logs import Origin, Value, log_event, log_failure
 from deployments.failures import unwrap_error
 from deployments.messages import (
     ChunkDecoded,
     ChunkEncoded,
     ClipEncoded,
-    Event,
     Finished,
     LatentsReady,
     RequestContext,

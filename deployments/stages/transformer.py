@@ -6,23 +6,15 @@ import os
 import time
 from collections.abc import AsyncIterator
 
-from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Saved
 from cluster.envelope import TensorEnvelope
 from cluster.errors import GangFailed
+from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.gang import Gang, GangSpec
-from cluster.transformer_rank import Step, TransformerLoaded
+from cluster.transformer_rank import TransformerLoaded
 from cosmos3_core.denoise_request import DenoiseRequest
-from cosmos3_core.media.webp import MEDIA_TYPE
 from cosmos3_core.preview import PreviewOrder
-from deployments.messages import (
-    LatentsReady,
-    PreviewReady,
-    PreviewsOff,
-    QueuePosition,
-    RequestContext,
-    StateSaved,
-    StepDone,
-)
+from deployments.messages import LatentsReady, RequestContext, StateSaved
 from deployments.observability.logs import origin_of, watch_stage
 from deployments.observability.metrics import metrics
 from deployments.stages.gang_leader import GangLeader
@@ -74,14 +66,6 @@ class Transformer(GangLeader):
         with watch_stage(context, "denoise") as watch:
             async for update in self._loop.submit(*job, origin_of(context)):
                 match update:
-                    case Queued(position):
-                        yield QueuePosition(position, pid)
-                    case Step():
-                        yield StepDone(update.step, update.num_steps, update.sigma, update.seconds, update.pid)
-                    case Previewed(step, sigma, webp):
-                        yield PreviewReady(step, sigma, MEDIA_TYPE, webp, pid)
-                    case PreviewsEnded(reason):
-                        yield PreviewsOff(reason, pid)
                     case Saved(step, envelope):
                         yield StateSaved(step, envelope.num_bytes, pid)
                         yield envelope
@@ -91,6 +75,8 @@ class Transformer(GangLeader):
                         yield LatentsReady(time.monotonic() - start_s, tuple(latents), pid, ranks)
                         for envelope in latents.values():
                             yield envelope
+                    case event:
+                        yield event
 
     @property
     def _failure(self) -> GangFailed | None:

@@ -15,7 +15,6 @@ import httpx
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
-from cosmos3_core.resolve import offered_modes
 from deployments.api.app import build_api
 from deployments.api.auth import Authenticator
 from deployments.api.given_media import RemoteFiles
@@ -31,7 +30,7 @@ from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, Lease, QueueLimits
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished, RequestContext
-from deployments.served_model import ServedModel
+from deployments.served_model import Model
 from tests.api.documented import Documented
 
 MODEL = "nano"
@@ -241,7 +240,7 @@ class Api:
         self.director = FakeDirector(layout, jobs, limits, may_skip_guardrails=may_disable_guardrails)
         self.readiness = FakeReadiness()
         self.service = Service(
-            model=ServedModel(MODEL, layout.family, offered_modes(layout), 1_700_000_000.5),
+            model=Model.of(layout, MODEL, is_sound_offered=True).model_copy(update={"created": 1_700_000_000}),
             http=HttpConfig(**(http or {})),
             classes=tuple(CLASSES),
             may_disable_guardrails=may_disable_guardrails,

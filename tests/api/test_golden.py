@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
-import typing
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from pydantic import BaseModel
 from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 
@@ -26,16 +25,16 @@ from cluster.errors import (
     StageFailed,
     StreamClosed,
 )
+from cluster.events import Event, public_names
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.api.errors import error_response, is_explained
 from deployments.client import AsyncCosmos3Client, Connecting
+from deployments.clients.answers import read_event
 from deployments.clients.errors import NotFound, failure, refusal
-from deployments.clients.events import event_of
 from deployments.clients.handle_transport import _meaning
-from deployments.clients.message_events import raw_event
 from deployments.director import recorder
 from deployments.errors import (
     ApiError,
@@ -49,6 +48,7 @@ from deployments.errors import (
     MediaStoreError,
 )
 from deployments.failures import explain_failure
+from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions
 from deployments.media.store import new_media_id
 from tests.api.fake_service import MODEL, Api, Follower, lease_of
@@ -344,8 +344,8 @@ async def _recorded(api: Api, job: Job) -> None:
 
 def test_events_over_handles(golden: Golden) -> None:
     """What a client is told that waits at the Director: the wire's form, and the values."""
-    raws = [raw for event in _EVENTS if (raw := raw_event(event)) is not None]
-    golden.check([{"raw": _plain(raw), "value": _plain(event_of(raw))} for raw in raws])
+    seen = [(event.kind, event_as_json(event)) for event in _EVENTS if event.kind]
+    golden.check([{"kind": kind, "data": data, "value": _plain(read_event(kind, data))} for kind, data in seen])
 
 
 def _plain(value: Any) -> Any:
@@ -359,8 +359,11 @@ def _plain(value: Any) -> Any:
         return {name: _plain(held) for name, held in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(held) for held in value]
-    if dataclasses.is_dataclass(value) or hasattr(value, "model_fields_set"):
-        names = sorted(name for name in typing.get_type_hints(type(value)) if not name.startswith(("_", "model_")))
+    if isinstance(value, Event):
+        names = sorted({"kind", "seq", "data", *public_names(type(value))})
+        return {"type": type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
+    if isinstance(value, BaseModel):
+        names = sorted(type(value).model_fields)
         return {"type": type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
     return value
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import uvicorn
 
+from cluster.events import QueuePosition, StepDone
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Cosmos3Client
 from deployments.clients.errors import AuthError, NotFound, NotReady, UnreachableError
-from deployments.clients.events import Ended, Queued, Started, Step
 from deployments.clients.handle_transport import HandleTransport
 from deployments.director.job_calls import JobCalls
 from deployments.errors import IdempotencyConflict
+from deployments.jobs.events import JobStarted, VideoEnded
 from deployments.jobs.job import Job
 from deployments.jobs.keys import NewKey
 from deployments.launch.http_client import save_video
@@ -119,19 +120,19 @@ def test_a_video_from_its_request_to_its_end(api: Api, client: Cosmos3Client) ->
         list(client.content(video.id))
 
     events = client.events(video.id)
-    assert isinstance(next(events), Queued)
+    assert isinstance(next(events), QueuePosition)
     claimed: Job = api.claimed()
     api.stepped(claimed, 1, sigma=0.75)
     rest = [next(events), next(events)]
-    assert [type(event) for event in rest] == [Started, Step]
-    assert isinstance(rest[1], Step)
+    assert [type(event) for event in rest] == [JobStarted, StepDone]
+    assert isinstance(rest[1], StepDone)
     assert (rest[1].step, rest[1].num_steps, rest[1].sigma, rest[1].pid) == (1, 4, 0.75, 7)
     running = client.retrieve(video.id)
     assert (running.status, running.step, running.sigma, running.stage) == ("in_progress", 1, 0.75, "denoising")
     assert 0 < running.progress < 100
     api.completed(claimed, b"finished" * 1000)
     ended = list(events)[-1]
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, VideoEnded)
     assert (ended.video.status, ended.video.progress, ended.video.media_type) == ("completed", 100, "video/mp4")
     assert ended.video == client.wait(video.id) == client.retrieve(video.id)
     assert ended.seq is not None

@@ -386,8 +386,7 @@ def test_images(api: Api) -> None:
 
 
 def test_a_model_of_any_name_fits_into_a_header(api: Api) -> None:
-    model = api.service.model
-    api.service.model = type(model)("né\r\nx: y", model.family, model.modes, model.started_s)
+    api.service.model = api.service.model.model_copy(update={"id": "né\r\nx: y"})
     answer = api.post("/v1/videos/sync", json={"prompt": "a"})
     assert answer.headers["x-model"] == "n%C3%A9%0D%0Ax: y"
     assert "x" not in answer.headers

@@ -21,8 +21,8 @@ SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=9
 
 def webp_of(event: messages.PreviewReady) -> PIL.Image.Image:
     assert event.media_type == "image/webp"
-    assert len(event.data) < 50_000
-    return PIL.Image.open(io.BytesIO(event.data), formats=["WEBP"])
+    assert len(event.image) < 50_000
+    return PIL.Image.open(io.BytesIO(event.image), formats=["WEBP"])
 
 
 def test_previews_come_while_steps_are_made_and_change_with_them(app: Any) -> None:
@@ -48,7 +48,7 @@ def test_previews_come_while_steps_are_made_and_change_with_them(app: Any) -> No
             assert (image.size, image.n_frames) == ((256, 154), 12)
     assert isinstance(told[-1], messages.StepDone), "a preview after the last step"
     assert [preview.step for preview in previews] == sorted({preview.step for preview in previews})
-    assert len({preview.data for preview in previews}) == len(previews), "a preview did not change"
+    assert len({preview.image for preview in previews}) == len(previews), "a preview did not change"
 
 
 def test_previews_leave_the_clip_as_it_is_and_are_stills_of_images(app: Any, reference: Callable[..., Any]) -> None:

@@ -21,9 +21,35 @@ from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.api.errors import error_response
 from deployments.errors import ApiError, JobCancelled
+from deployments.jobs.events import event_of_json
 from deployments.jobs.job import SubmitOptions
+from deployments.jobs.video import Video
 
 FINAL = ("completed", "failed", "cancelled")
+VIDEO: dict[str, Any] = {
+    **dict.fromkeys(Video.model_fields),
+    "object": "video",
+    "status": "queued",
+    "progress": 0,
+    "model": "tiny",
+    "mode": "text_to_video",
+    "size": "96x64",
+    "seconds": "0.375",
+    "duration_s": 0.375,
+    "quality": "high",
+    "fps": 24.0,
+    "num_frames": 9,
+    "seed": 7,
+    "step": 0,
+    "num_steps": 2,
+    "stage": "queued",
+    "attempts": 0,
+    "metrics": {},
+    "stage_durations": {},
+    "notes": ["a note"],
+    "warnings": [],
+}
+"""One that waits."""
 WAIT = ("wait", {})
 """Of a story: what follows happens when :attr:`App.may_go_on` is set, or does not where the video is stopped first."""
 
@@ -92,22 +118,12 @@ class App:
         video_id = f"video_gen_{len(self.submitted):032x}"
         self.stories[video_id] = list(self.story)
         self.videos[video_id] = {
+            **VIDEO,
             "id": video_id,
-            "object": "video",
-            "status": "queued",
-            "progress": 0,
-            "model": "tiny",
-            "mode": "text_to_video",
             "prompt": prompt,
-            "size": "96x64",
-            "seconds": "0.375",
             "created_at": 1000 + len(self.submitted),
-            "media_type": None,
-            "error": None,
             "remixed_from_video_id": remixed_from,
             "service_class": options.get("service_class") or "standard",
-            "action": None,
-            "notes": ["a note"],
             "something_new": {"of": "a later version"},
         }
         return video_id
@@ -223,7 +239,7 @@ class App:
             case ["GET", "videos"]:
                 query = request.url.params
                 videos, has_more = self.page(query.get("after"), int(query["limit"]), query["order"])
-                return self._json({"object": "list", "data": videos, "has_more": has_more})
+                return self._json(page_of(videos, has_more))
             case ["GET", "videos", video_id]:
                 return self._json(self.found(video_id))
             case ["POST", "videos", video_id, "cancel"]:
@@ -310,6 +326,11 @@ class Body(httpx.AsyncByteStream):
         await self._parts.aclose()  # type: ignore[attr-defined]
 
 
+def page_of(videos: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    ids = [video["id"] for video in videos] or [None]
+    return {"object": "list", "data": videos, "first_id": ids[0], "last_id": ids[-1], "has_more": has_more}
+
+
 async def in_parts(data: bytes | memoryview[int]) -> AsyncIterator[bytes]:
     for start in range(0, len(data), 50_000):
         yield bytes(data[start : start + 50_000])
@@ -392,7 +413,7 @@ class Director:
 
     def _jobs(self, owner: str, after: str | None, limit: int, order: str) -> Any:
         videos, has_more = self._app.page(after, limit, order)
-        return {"data": videos, "has_more": has_more}
+        return page_of(videos, has_more)
 
     def _cancel(self, job_id: str, owner: str) -> Any:
         self._app.found(job_id)
@@ -448,18 +469,6 @@ class Director:
 def _message(kind: str, data: dict[str, Any], job_id: str) -> Any:
     """What a Director says of it."""
     match kind:
-        case "queued":
-            return made(messages.QueuePosition, **data)
-        case "step":
-            return made(messages.StepDone, **data, seconds=data["step_s"])
-        case "preview":
-            return made(messages.PreviewReady, **data, data=b"webp")
-        case "file":
-            return made(messages.FileStarted, **data)
-        case "retried":
-            return made(messages.StageRetried, **data)
-        case "decoding":
-            return made(messages.ChunkEncoded, index=data["chunk"], num_frames=data["num_frames"])
         case "completed":
             return made(messages.Finished, job_id=job_id)
         case "cancelled":
@@ -467,7 +476,7 @@ def _message(kind: str, data: dict[str, Any], job_id: str) -> Any:
         case "failed":
             raise FAILURES[data["error"]["code"]]
         case _:
-            raise AssertionError(kind)
+            return event_of_json(kind, data)
 
 
 FAILURES: dict[str, Exception] = {"deadline_exceeded": DeadlineExceeded("denoise", 60.0)}

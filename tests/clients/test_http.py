@@ -19,7 +19,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Connecting, Cosmos3Client
 from deployments.clients import http_transport
 from deployments.clients.errors import AnswerError, AuthError, NotFound, UnreachableError
-from tests.clients.app_double import STORY, WAIT, App, Body, in_parts
+from tests.clients.app_double import STORY, VIDEO, WAIT, App, Body, in_parts
 from tests.clients.conftest import QUICK, connected
 
 REQUEST = GenerationRequest(prompt="A red car.")
@@ -120,8 +120,8 @@ def test_the_words_of_an_error_are_cut_off() -> None:
         (429, b"Request dropped", OverloadedError, "HTTP 429 Too Many Requests: Request dropped"),
         (200, b"<html>", AnswerError, "is it a cosmos3 app?"),
         (200, b"[]", AnswerError, "is it a cosmos3 app?"),
-        (200, b'{"id": "a"}', AnswerError, "status: Field required"),
-        (200, b'{"id": "a", "status": "asleep", "progress": 1, "created_at": 1}', AnswerError, "status: Input should"),
+        (200, b'{"id": "a", "object": "video"}', AnswerError, "status: Field required"),
+        (200, b'{"id": "a", "object": "video", "status": "asleep"}', AnswerError, "status: Input should"),
         (302, b"", AnswerError, "HTTP 302 Found"),
         (422, b'{"error": {"message": "no", "param": 3}}', AnswerError, "no"),
     ],
@@ -154,7 +154,7 @@ def test_a_silent_connection_counts_as_broken(app: App, monkeypatch: pytest.Monk
     """Followers get a sign of life; where there is none, the other side is gone without a word."""
     monkeypatch.setattr(http_transport, "_SILENCE_S", 0.2)
     event = b'id: 1\nevent: started\ndata: {"attempt": 1}\n\n'
-    job = {"id": "a", "status": "completed", "progress": 100, "created_at": 1}
+    job = {**VIDEO, "id": "a", "status": "completed", "prompt": "a", "created_at": 1, "service_class": "standard"}
     last = f"id: 2\nevent: completed\ndata: {json.dumps(job)}\n\n".encode()
     asked: list[str | None] = []
 

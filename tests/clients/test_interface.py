@@ -13,24 +13,15 @@ import numpy as np
 import pytest
 
 from cluster.errors import DeadlineExceeded, GangFailed, OutOfMemory, OverloadedError, ShuttingDown, StageFailed
+from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import CapabilityError, MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Cosmos3Client, Patience, Video
 from deployments.clients.errors import AnswerError, NotFound, NotReady, Unavailable, UnreachableError
-from deployments.clients.events import (
-    Decoding,
-    Ended,
-    FileBegun,
-    Preview,
-    PreviewsOff,
-    Queued,
-    Retried,
-    Started,
-    Step,
-    VideoEvent,
-)
 from deployments.errors import ContentBlocked, GuardrailUnavailable, IdempotencyConflict, JobCancelled, JobsError
+from deployments.jobs.events import JobStarted, OtherEvent, VideoEnded, VideoEvent
+from deployments.messages import ChunkEncoded, FileStarted, StageRetried
 from tests.clients.app_double import STORY, WAIT, App
 from tests.clients.conftest import InLoop, connected
 
@@ -172,7 +163,16 @@ def without_numbers(events: list[VideoEvent]) -> list[tuple[type, dict[str, Any]
 def test_events_are_values_and_the_same_however_they_come(client: Any, app: App) -> None:
     video = client.create(REQUEST)
     events = list(client.events(video.id))
-    assert [type(event) for event in events] == [Queued, Step, Preview, Step, FileBegun, Retried, Decoding, Ended]
+    assert [type(event) for event in events] == [
+        QueuePosition,
+        StepDone,
+        PreviewReady,
+        StepDone,
+        FileStarted,
+        StageRetried,
+        ChunkEncoded,
+        VideoEnded,
+    ]
     assert [event.seq for event in events] == [None, 1, 2, 3, 4, 5, 6, 7]
     queued, step, preview, _, begun, retried, decoding, ended = events
     assert (queued.position, queued.eta_s) == (1, None)
@@ -195,9 +195,9 @@ def test_kinds_of_events(client: Any, app: App) -> None:
         ("completed", {}),
     ]
     started, off, song, ended = client.events(client.create(REQUEST).id)
-    assert (type(started), started.attempt) == (Started, 2)
+    assert (type(started), started.attempt) == (JobStarted, 2)
     assert (type(off), off.reason, off.data["more"]) == (PreviewsOff, "no memory", 1)
-    assert (type(song), song.kind, song.data) == (VideoEvent, "song", {"of": "a later version"})
+    assert (type(song), song.kind, song.data) == (OtherEvent, "song", {"of": "a later version"})
     assert ended.kind == "completed"
 
 
@@ -415,7 +415,7 @@ def _turn(client: Any) -> bool:
 
 def test_a_stream_that_has_ended_stops_nothing(client: Any, app: App) -> None:
     with client.stream(REQUEST) as stream:
-        assert [type(event) for event in stream][-1] is Ended
+        assert [type(event) for event in stream][-1] is VideoEnded
         assert list(stream) == []
     stream.close()
     del stream

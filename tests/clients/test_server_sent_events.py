@@ -6,8 +6,7 @@ import pytest
 
 from deployments.clients import server_sent_events
 from deployments.clients.errors import AnswerError
-from deployments.clients.events import RawEvent
-from deployments.clients.server_sent_events import EventReader
+from deployments.clients.server_sent_events import EventReader, RawEvent
 
 TEXT = (
     "\ufeff: hello\n\n"

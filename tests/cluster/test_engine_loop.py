@@ -15,11 +15,12 @@ import PIL.Image
 import pytest
 
 from cluster import engine_loop
-from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Previewed, PreviewsEnded, Queued, Saved
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Saved
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
+from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.logs import Origin
-from cluster.transformer_rank import Step, StepReport
+from cluster.transformer_rank import StepReport
 from cosmos3_core.admission import PromptOrders, RequestMemory, text_key
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import MediaError, RequestError, StateError
@@ -94,7 +95,7 @@ class FakeGang:
             count = min(arguments[1], total - done)
             await asyncio.sleep(self.step_s * count)
             self.progress[job_id] = (done + count, total)
-            steps = tuple(Step(done + index + 1, total, 0.5, 0.1, os.getpid()) for index in range(count))
+            steps = tuple(StepDone(done + index + 1, total, 0.5, 0.1, os.getpid()) for index in range(count))
             return [StepReport(steps, (self.told_step_s or self.step_s) * count)]
         elif method == "preview":
             done, _ = self.progress[job_id]
@@ -142,7 +143,7 @@ async def follow(loop: EngineLoop, job_id: str, num_steps: int, **fields: Any) -
 
 
 def steps_of(updates: list[Any]) -> list[int]:
-    return [update.step for update in updates if isinstance(update, Step)]
+    return [update.step for update in updates if isinstance(update, StepDone)]
 
 
 def test_a_request_gets_its_position_every_step_and_its_latents() -> None:
@@ -150,7 +151,7 @@ def test_a_request_gets_its_position_every_step_and_its_latents() -> None:
         gang = FakeGang()
         loop = loop_on(gang)
         updates = await follow(loop, "a", 1000)
-        assert updates[0] == Queued(0)
+        assert updates[0] == QueuePosition(0, os.getpid())
         assert steps_of(updates) == list(range(1, 1001))
         # Quanta of about a quarter second: not one by one, not all at once.
         assert 3 <= len(gang.of("step")) <= 20
@@ -167,7 +168,9 @@ def test_requests_run_in_order_and_positions_count_down() -> None:
         gang = FakeGang()
         loop = loop_on(gang, max_jobs=3)
         results = await asyncio.gather(*(follow(loop, name, 300) for name in "abc"))
-        positions = [[update.position for update in updates if isinstance(update, Queued)] for updates in results]
+        positions = [
+            [update.position for update in updates if isinstance(update, QueuePosition)] for updates in results
+        ]
         assert positions == [[0], [1, 0], [2, 1, 0]]
         begun = [arguments[0] for method, arguments in gang.calls if method == "begin"]
         assert begun == ["a", "b", "c"]
@@ -182,7 +185,7 @@ def test_a_cancelled_request_leaves_at_the_next_quantum_and_the_next_one_runs() 
 
         async def leave_early() -> None:
             async for update in loop.submit("a", request(1000), 60.0):
-                if isinstance(update, Step):
+                if isinstance(update, StepDone):
                     return
 
         waiting = asyncio.create_task(follow(loop, "waiting", 10))
@@ -381,7 +384,7 @@ def test_an_image_passes_every_video_at_the_next_quantum() -> None:
             await asyncio.sleep(0.001)
         num_quanta = len(gang.of("step"))
         image = await follow(loop, "image", 10, shape=IMAGE)
-        assert image[0] == Queued(0)
+        assert image[0] == QueuePosition(0, os.getpid())
         assert isinstance(image[-1], Denoised)
         # What ran when it came, and one more at most.
         assert [arguments[0] for arguments in gang.of("step")].index("image") <= num_quanta + 1
@@ -552,7 +555,7 @@ def test_saving_takes_a_small_share_of_the_time_and_waits_for_who_takes_it() -> 
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang, save_period_s=0.01)
         stalled = loop.submit("a", request(200), 60.0)
-        assert await anext(stalled) == Queued(0)
+        assert await anext(stalled) == QueuePosition(0, os.getpid())
         while len(gang.of("step")) < 6:  # nobody reads what comes
             await asyncio.sleep(0.01)
         assert len(gang.of("save")) <= 1
@@ -583,21 +586,21 @@ def test_with_steps_held_by_a_gate_every_step_shows_another_preview() -> None:
     async def body() -> None:
         gang = gated(0)
         updates = previewing(loop_on(gang), 4, 3)
-        assert await anext(updates) == Queued(0)
+        assert await anext(updates) == QueuePosition(0, os.getpid())
         seen = []
         for step in (1, 2, 3):
             gang.gate.release()
             done = await anext(updates)
-            assert (type(done), done.step) == (Step, step)
+            assert (type(done), done.step) == (StepDone, step)
             # The next step waits at the gate: a preview does not wait for it.
             made = await anext(updates)
-            assert (type(made), made.step, made.sigma) == (Previewed, step, 0.5)
-            with PIL.Image.open(io.BytesIO(made.webp)) as image:
+            assert (type(made), made.step, made.sigma) == (PreviewReady, step, 0.5)
+            with PIL.Image.open(io.BytesIO(made.image)) as image:
                 assert (image.format, image.size) == ("WEBP", (256, 192))
                 seen.append(np.asarray(image.convert("RGB")).mean())
         assert np.allclose(seen, [20, 40, 60], atol=3)
         gang.gate.release()
-        assert [type(update) async for update in updates] == [Step, Denoised], "after the last step comes the clip"
+        assert [type(update) async for update in updates] == [StepDone, Denoised], "after the last step comes the clip"
         assert [arguments[1:] for arguments in gang.of("preview")] == [(MAP, engine_loop.MAX_FRAMES)] * 3
 
     run(body())
@@ -613,14 +616,14 @@ def test_previews_are_spread_over_the_steps_and_none_comes_after_the_last(
         gang = FakeGang(step_s=0.002, told_step_s=0.03)
         updates = [update async for update in previewing(loop_on(gang), 100, num_previews)]
         assert steps_of(updates) == list(range(1, 101))
-        steps = [update.step for update in updates if isinstance(update, Previewed)]
+        steps = [update.step for update in updates if isinstance(update, PreviewReady)]
         assert 1 <= len(steps) <= num_previews
         assert steps == sorted(set(steps))
-        assert isinstance(updates[-2], Step), "a preview after the last step"
+        assert isinstance(updates[-2], StepDone), "a preview after the last step"
         assert isinstance(updates[-1], Denoised)
-        order = [update.step for update in updates if isinstance(update, Step | Previewed)]
-        for index, update in enumerate(u for u in updates if isinstance(u, Step | Previewed)):
-            assert not isinstance(update, Previewed) or update.step in order[:index]
+        order = [update.step for update in updates if isinstance(update, StepDone | PreviewReady)]
+        for index, update in enumerate(u for u in updates if isinstance(u, StepDone | PreviewReady)):
+            assert not isinstance(update, PreviewReady) or update.step in order[:index]
 
     run(body())
 
@@ -647,17 +650,17 @@ def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeyp
         gang = gated(4)
         updates = previewing(loop_on(gang), 6, 5)
         assert [(await anext(updates)) for _ in range(5)][1:] == [
-            Step(n, 6, 0.5, 0.1, os.getpid()) for n in (1, 2, 3, 4)
+            StepDone(n, 6, 0.5, 0.1, os.getpid()) for n in (1, 2, 3, 4)
         ]
         assert len(gang.of("preview")) == 1, "more than one preview in the making"
         finish.set()
         late = await anext(updates)
-        assert (late.step, late.webp) == (1, b"late")
+        assert (late.step, late.image) == (1, b"late")
         gang.gate.release()
         # Those skipped do not all come now: one, of the newest step.
         assert [(await anext(updates)).step for _ in range(2)] == [5, 5]
         gang.gate.release()
-        assert [type(update) async for update in updates] == [Step, Denoised]
+        assert [type(update) async for update in updates] == [StepDone, Denoised]
 
     run(body())
 
@@ -669,7 +672,7 @@ def test_a_preview_that_is_not_ready_at_the_last_step_is_dropped(monkeypatch: py
     async def body() -> None:
         loop = loop_on(FakeGang(told_step_s=1.0))
         updates = [type(update) async for update in previewing(loop, 2, 1)]
-        assert updates == [Queued, Step, Step, Denoised]
+        assert updates == [QueuePosition, StepDone, StepDone, Denoised]
         finish.set()
         assert isinstance((await follow(loop, "b", 2))[-1], Denoised)
 
@@ -694,7 +697,12 @@ def test_a_preview_that_is_ready_while_the_latents_are_fetched_is_dropped_too(mo
     async def body() -> None:
         nonlocal loop
         loop = loop_on(Fetching(told_step_s=1.0))
-        assert [type(update) async for update in previewing(loop, 2, 1)] == [Queued, Step, Step, Denoised]
+        assert [type(update) async for update in previewing(loop, 2, 1)] == [
+            QueuePosition,
+            StepDone,
+            StepDone,
+            Denoised,
+        ]
 
     run(body())
 
@@ -712,12 +720,12 @@ def test_a_preview_that_fails_ends_the_previews_and_nothing_else(
             loop = loop_on(gang)
             caplog.clear()
             updates = previewing(loop, 4, 3)
-            assert [type(await anext(updates)) for _ in range(2)] == [Queued, Step]
+            assert [type(await anext(updates)) for _ in range(2)] == [QueuePosition, StepDone]
             reason = "another VAE's map" if rank_fails else "MediaError: no WebP here"
-            assert await anext(updates) == PreviewsEnded(reason)
+            assert await anext(updates) == PreviewsOff(reason, os.getpid())
             for _ in range(3):
                 gang.gate.release()
-            assert [type(update) async for update in updates] == [Step, Step, Step, Denoised]
+            assert [type(update) async for update in updates] == [StepDone, StepDone, StepDone, Denoised]
             assert len(gang.of("preview")) == 1, "asked again after a failure"
             assert [record.levelname for record in caplog.records] == ["WARNING"]
             assert "goes on without previews" in caplog.text
@@ -748,6 +756,6 @@ def test_a_request_that_is_taken_up_in_the_middle_is_previewed_from_there() -> N
         assert [getattr(await anext(updates), "step", 0) for _ in range(3)] == [0, 7, 7]
         gang.gate.release()
         gang.gate.release()
-        assert [type(update) async for update in updates] == [Step, Step, Denoised]
+        assert [type(update) async for update in updates] == [StepDone, StepDone, Denoised]
 
     run(body())

@@ -241,8 +241,8 @@ def test_a_whole_walk(tiny_nano: Path) -> None:
     assert kinds(events)[-2:] == ["ClipEncoded", "Finished"]
     assert [events[-1].media_id] == stages.media.begun
     assert stages.media.failed == {}
-    for kind in ("ChunkDecoded", "ChunkEncoded"):
-        assert [event.index for event in events if type(event).__name__ == kind] == list(range(5))
+    assert [event.index for event in events if isinstance(event, messages.ChunkDecoded)] == list(range(5))
+    assert [event.chunk for event in events if isinstance(event, messages.ChunkEncoded)] == list(range(5))
     finished = events[-1]
     assert set(finished.stage_seconds) == {"tokenize", "denoise", "decode_encode", "encode", "total"}
     assert all(method.responses[0].was_cancelled for method in (stages.denoise, stages.decode, stages.encode))

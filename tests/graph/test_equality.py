@@ -140,7 +140,7 @@ def test_the_encoder_has_the_first_chunk_before_the_decoder_makes_the_last(app: 
     assert app.config.director.chunk_window == 2
     events = list(app.client.stream(SMALL))
     decoded = {event.index: event.at_s for event in events if isinstance(event, messages.ChunkDecoded)}
-    encoded = {event.index: event.at_s for event in events if isinstance(event, messages.ChunkEncoded)}
+    encoded = {event.chunk: event.at_s for event in events if isinstance(event, messages.ChunkEncoded)}
     assert len(decoded) == len(encoded) == 5
     assert encoded[0] < decoded[4]
     # Never more than two chunks ahead: chunk i + 2 is made only after chunk i was used up and its credit given back.

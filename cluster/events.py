@@ -1,0 +1,105 @@
+"""Events of a request that a rank or its gang's leader makes; they go as they are to whoever waits for the request.
+
+Base and fields for all events, also those of other stages: :mod:`deployments.jobs.events` has the union and its JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
+
+INTERNAL: Mapping[str, Any] = MappingProxyType({"is_internal": True})
+"""Metadata of fields that stay inside the app."""
+
+
+def internal(default: T) -> T:
+    """Return a field that stays inside the app; a client has its default."""
+    value: T = field(default=default, metadata=INTERNAL)
+    return value
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to a request.
+
+    Attributes:
+        KIND: its name in JSON; "" for events that no client sees.
+        seq: its number in the video's history, from 1; None for events that are not kept.
+        data: its JSON values as a client got them, those of a later version included; None inside the app.
+    """
+
+    KIND: ClassVar[str] = ""
+    seq: int | None = field(default=None, kw_only=True, metadata=INTERNAL)
+    data: Mapping[str, Any] | None = field(default=None, kw_only=True, metadata=INTERNAL, repr=False, compare=False)
+
+    @property
+    def kind(self) -> str:
+        """Name of its kind in JSON."""
+        return self.KIND
+
+
+def public_names(kind: type[Event]) -> tuple[str, ...]:
+    """Return the names of the fields of a kind of events that clients see."""
+    return tuple(each.name for each in fields(kind) if "is_internal" not in each.metadata)
+
+
+@dataclass(frozen=True)
+class QueuePosition(Event):
+    """The request waits behind ``position`` others: first for a place among those that run, then for a gang.
+
+    Its last step is done in about ``eta_s`` seconds; None where that cannot be estimated. ``pid`` is of who says so.
+    """
+
+    KIND = "queued"
+    position: int
+    pid: int = internal(0)
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """Step ``step`` of ``num_steps`` is done, counted from 1.
+
+    Attributes:
+        sigma: noise level that is left.
+        step_s: seconds that the step took, as a share of its quantum.
+        eta_s: seconds until the last step; None where that is not estimated.
+        pid: process of the rank that did it.
+    """
+
+    KIND = "step"
+    step: int
+    num_steps: int
+    sigma: float
+    step_s: float | None = None
+    eta_s: float | None = field(default=None, kw_only=True)
+    pid: int | None = None
+
+
+@dataclass(frozen=True)
+class PreviewReady(Event):
+    """A preview of the pictures after ``step`` steps, for a request that asked for previews.
+
+    ``image`` is a whole file of ``media_type``, below 50 kB: an animation, or a still where the request makes an image.
+    Steps after ``step`` may come before it. ``pid`` is the leader's.
+    """
+
+    KIND = "preview"
+    step: int
+    sigma: float
+    media_type: str
+    image: bytes = field(repr=False)
+    pid: int = internal(0)
+
+
+@dataclass(frozen=True)
+class PreviewsOff(Event):
+    """The request goes on without previews, or without more. ``pid`` is of the process that cannot make them."""
+
+    KIND = "previews_off"
+    reason: str
+    pid: int = internal(0)
