@@ -131,9 +131,11 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture
 def clock(api: Api, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Of the API and its database."""
+    """Of the API and its database; the recorder's goes on by a second with each look."""
     clock = Clock()
     monkeypatch.setattr(time, "time", clock)
+    ticks = itertools.count(1000.0)
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     api.store._clock = clock
     return clock
 
@@ -293,9 +295,7 @@ def test_lists(api: Api, clock: Clock, golden: Golden) -> None:
 # Events
 
 
-def test_events(api: Api, clock: Clock, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count(1000.0)
-    monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+def test_events(api: Api, clock: Clock, golden: Golden) -> None:
     answers: dict[str, Any] = {}
     first = api.created(_SMALL)
     clock.tick(1.0)
