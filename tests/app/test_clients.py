@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from cluster.errors import DeadlineExceeded
+from cluster.events import PreviewReady, StepDone
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Cosmos3Client
 from deployments.clients.errors import NotFound, NotReady
-from deployments.clients.events import Decoding, Ended, FileBegun, Preview, Started, Step, VideoEvent
 from deployments.clients.handle_transport import HandleTransport
+from deployments.jobs.events import JobStarted, VideoEnded, VideoEvent
+from deployments.messages import ChunkEncoded, FileStarted
 from tests.app.in_process import InProcessApp
 from tests.clients.conftest import InLoop
 from tests.core_reference import Reference
@@ -58,10 +60,10 @@ def test_a_video_from_its_request_to_its_end(client: Any, reference: Reference, 
     assert (video.size, video.num_frames, video.service_class) == ("96x64", 9, "batch")
     events = list(client.events(video.id))
     assert [event.seq for event in events if event.seq] == list(range(1, len([it for it in events if it.seq]) + 1))
-    assert [event.step for event in events if isinstance(event, Step)][-1] == 4
+    assert [event.step for event in events if isinstance(event, StepDone)][-1] == 4
     done = client.wait(video.id)
     assert (done.status, done.progress, done.frames_sha256) == ("completed", 100, expected.frames_sha256)
-    assert isinstance(events[-1], Ended)
+    assert isinstance(events[-1], VideoEnded)
     assert events[-1].video == done == client.retrieve(video.id)
     assert b"".join(client.content(video.id)) == expected.path.read_bytes()
     client.save(video.id, tmp_path / "a.mp4")
@@ -82,8 +84,8 @@ def test_a_request_is_generated_and_streamed(client: Any, reference: Reference) 
     assert client.generate(REQUEST).media == expected.path.read_bytes()
     with client.stream(REQUEST, previews=2) as stream:
         events = list(stream)
-    kinds = [kind for kind in kinds_of(events) if kind not in (Preview, Started)]
-    assert kinds[-4:] == [Step, FileBegun, Decoding, Ended]
+    kinds = [kind for kind in kinds_of(events) if kind not in (PreviewReady, JobStarted)]
+    assert kinds[-4:] == [StepDone, FileStarted, ChunkEncoded, VideoEnded]
     assert events[-1].video.id == stream.video_id
     assert events[-1].video.frames_sha256 == expected.frames_sha256
 
@@ -101,7 +103,7 @@ def test_what_is_refused_and_what_is_stopped(client: Any, app: InProcessApp, eve
     stopped = client.wait(video.id)
     assert (stopped.status, stopped.error.code) == ("failed", "cancelled")
     with client.stream(ENDLESS) as stream:
-        assert any(isinstance(event, Step) for event in stream)
+        assert any(isinstance(event, StepDone) for event in stream)
     with pytest.raises(DeadlineExceeded):
         client.generate(ENDLESS, timeout_s=1.0)
     (leader,) = app.replicas("Transformer")
