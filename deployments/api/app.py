@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,13 +20,19 @@ _ROUTERS = tuple(module.router for module in (videos, video_content, job_events,
 
 
 def build_api(get_service: Callable[[], Service]) -> FastAPI:
-    """The application.
+    """Return the application.
 
     Args:
-        get_service: what it works with; called for every request.
+        get_service: returns what it works with; called for every request.
     """
-    # The document is written by hand. A redirect would lead to whatever Host says.
-    app = FastAPI(title="cosmos3-serve", openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="cosmos3-serve",
+        version="1",
+        description="Videos, images, sound and actions with NVIDIA's Cosmos3. Every answer has an x-request-id.",
+        openapi_url=None,  # a route of our own completes the document; pages that show it would load scripts
+        redirect_slashes=False,  # a redirect would lead to whatever Host says
+        generate_unique_id_function=_operation_id,
+    )
     app.state.get_service = get_service
     for router in _ROUTERS:
         app.include_router(router)
@@ -36,6 +43,11 @@ def build_api(get_service: Callable[[], Service]) -> FastAPI:
     app.add_middleware(Cors, get_service=get_service)
     app.add_middleware(SafeHeaders)
     return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    first, *others = route.name.split("_")
+    return first + "".join(word.capitalize() for word in others)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

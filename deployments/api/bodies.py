@@ -1,52 +1,46 @@
-"""Request bodies: fields as clients of vLLM-Omni's and OpenAI's APIs send them -> :class:`GenerationRequest`.
-
-Only names, and what is special to HTTP, are decided here. Values are checked where the library checks them, in
-:func:`cosmos3_core.resolve.resolve`, so that a wrong one says the same over HTTP as in Python.
-"""
+"""Fields of a request body -> what it asks for: generation requests and their :class:`SubmitOptions`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from cosmos3_core import checks
-from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE, Actions
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.media.file_kinds import IMAGE_KINDS
-from cosmos3_core.preview import MAX_PREVIEWS
-from cosmos3_core.request import FIELDS, GenerationRequest
-from deployments.api.fields import (
-    B64_JSON,
-    FILE_ITSELF,
-    MAX_IMAGES,
-    PASSED_ON,
-    SIZE_PATTERN,
-    Endpoint,
-)
-from deployments.api.given_fields import Given, start_of
-from deployments.api.given_media import given_media
-from deployments.api.written import FieldOrigin, FieldOrigins, as_written
+from cosmos3_core.presets import LIMITS
+from cosmos3_core.request import GenerationRequest
+from deployments.api.body_limit import MAX_FIELDS
+from deployments.api.fields import ImageBody, RequestBody, VideoBody, find_reason
+from deployments.api.media_fields import find_media
 from deployments.config import DEFAULT_CLASS
-from deployments.jobs.video import HIGH, LOSSLESS
+from deployments.failures import unwrap_error
+from deployments.jobs.job import SubmitOptions
 
-_DEFAULT_FPS = 24.0
-_MAX_SECONDS = 3600.0
-# A request's field -> the one of a body that it is made of; and that is the same by another name.
-_MADE_OF = {"num_frames": "seconds", "width": "size", "height": "size", "lossless": "quality"}
-_SAME_AS = {"output": "output_format", "output_quality": "output_compression"}
+_MAX_SHOWN_CHARS = 200
+# A value's own cost beside its characters.
+_CHARS_PER_VALUE = 8
+# Field of a request -> field of a body that it is computed from; and the one that it equals.
+_COMPUTED_FROM = {"num_frames": "seconds", "width": "size", "height": "size", "lossless": "quality"}
+_EQUAL_TO = {"output": "output_format", "output_quality": "output_compression"}
+
+B = TypeVar("B", bound=RequestBody)
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class BodyRules:
-    """What bodies may say that depends on the service, or on whose they are.
+    """Values that bodies may have, as the service and the caller allow.
 
     Attributes:
-        model_name: of the served model.
-        classes: that the caller may wait in.
+        model_name: name of the served model.
+        classes: of the queue, that the caller may wait in.
         default_class: of bodies that name none.
-        has_guardrails: whether anything is looked at.
+        has_guardrails: whether requests are looked at.
         may_disable_guardrails: whether a caller may do without.
     """
 
@@ -58,199 +52,246 @@ class BodyRules:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a body says beside the request itself.
+class Origins:
+    """Names of a request's fields in the body that it was made of.
 
     Attributes:
-        service_class: to wait in.
-        previews: to record, at most.
-        skip_guardrails: do without them.
-        warnings: fields that were accepted without effect.
+        names: field of the request -> field of the body, where that is another.
+        computed: field of the request that is computed from one of the body -> the value of that.
     """
 
-    service_class: str = DEFAULT_CLASS
-    previews: int = 0
-    skip_guardrails: bool = False
-    warnings: tuple[str, ...] = ()
+    names: dict[str, str]
+    computed: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Name fields as the body does in errors that are raised inside, here or in another process.
+
+        Raises:
+            Exception: whatever was raised.
+        """
+        try:
+            yield
+        except Exception as error:  # what it wraps decides
+            reason = unwrap_error(error)
+            if not isinstance(reason, RequestError) or reason.field not in self.names:
+                raise
+            raise self._renamed(reason) from None
+
+    def _renamed(self, reason: RequestError) -> RequestError:
+        name = self.names[reason.field]
+        if reason.field not in self.computed:
+            return reason.of_parts(name, reason.given, reason.allowed, reason.hint)
+        allowed, hint = f"what makes {reason.field} {reason.allowed}", f"It makes {reason.field}={reason.given}."
+        return type(reason)(name, self.computed[reason.field], allowed, f"{hint} {reason.hint}")
 
 
 @dataclass(frozen=True)
-class VideoBody:
-    """What ``POST /v1/videos`` and ``POST /v1/videos/sync`` ask for.
+class ParsedBody(Generic[B]):
+    """A body that was read and checked.
 
     Attributes:
-        request: for the Director.
-        wishes: beside it.
-        is_live: whether the answer is to be the file while it grows.
-        origins: of the request's fields.
-    """
-
-    request: GenerationRequest
-    wishes: Wishes
-    is_live: bool
-    origins: FieldOrigins
-
-
-@dataclass(frozen=True)
-class ImageBody:
-    """What ``POST /v1/images/generations`` asks for.
-
-    Attributes:
-        requests: one an image, in order; each has the next seed.
-        wishes: beside them.
-        response_format: ``b64_json`` or ``file``.
+        fields: of it.
+        requests: that it asks for.
+        options: that it has for them.
         origins: of the requests' fields.
     """
 
+    fields: B
     requests: tuple[GenerationRequest, ...]
-    wishes: Wishes
-    response_format: str
-    origins: FieldOrigins
+    options: SubmitOptions
+    origins: Origins
 
 
-def video_body(body: Given, rules: BodyRules) -> VideoBody:
-    """A body of one of both endpoints for videos as what it asks for.
+@dataclass(frozen=True)
+class NamedFields(Generic[B]):
+    """Fields of a body under their own names, not checked yet.
+
+    Attributes:
+        model: of the body.
+        values: by own name; those in ``extra_params`` are among them, those that are null are not.
+        warnings: one for each field that was accepted without effect.
+        written: own name -> name in the body, where that is another.
+    """
+
+    model: type[B]
+    values: dict[str, Any]
+    warnings: tuple[str, ...]
+    written: dict[str, str]
+
+    def parse(self, rules: BodyRules) -> ParsedBody[B]:
+        """Check the values.
+
+        Args:
+            rules: for them.
+
+        Raises:
+            RequestError: a field does not take its value, or not beside another one.
+        """
+        with Origins(self.written).restored():
+            fields = parse(self.model, self.values)
+            given = fields.given()
+            media = {kind: name for kind, (name, _) in find_media(given).items()}
+            computed = {name: of for name, of in _COMPUTED_FROM.items() if of in given and name not in given}
+            equal = {name: of for name, of in _EQUAL_TO.items() if of in given}
+            names = self.written | {name: self.written.get(of, of) for name, of in (media | computed | equal).items()}
+            options = _options(fields, rules, self.warnings)
+        origins = Origins(names, {name: self.values[of] for name, of in computed.items()})
+        with origins.restored():
+            return ParsedBody(fields, fields.requests(), options, origins)
+
+
+def name_fields(fields: Mapping[str, Any], model: type[B]) -> NamedFields[B]:
+    """Find the field that each name in a body means.
 
     Args:
-        body: its fields.
-        rules: for them.
+        fields: of a JSON body as they are; of a form :class:`FormText`, and the bytes of files.
+        model: of the body.
 
     Raises:
-        RequestError: another model's name, sizes that contradict each other, media that cannot be read ...
+        RequestError: a field is unknown (names the nearest one), given twice, or one too many.
+        CapabilityError: a field asks for what is not offered.
     """
-    with as_written(body.origins):
-        return _video_body(body, rules)
+    naming = _Naming(model)
+    naming.add(fields, "")
+    if (extra := naming.values.pop("extra_params", None)) is not None:
+        extra = model.type_of("extra_params").value_of("extra_params", extra)
+        if "extra_params" in extra:
+            raise RequestError("extra_params", start_of(extra), "a JSON object without extra_params in it")
+        if len(extra) > MAX_FIELDS:
+            raise RequestError("extra_params", f"an object of {len(extra)} fields", f"at most {MAX_FIELDS} of them")
+        naming.add(extra, "extra_params.")
+    written = {name: written for name, written in naming.names.items() if written != name}
+    return NamedFields(model, naming.values, tuple(naming.warnings), written)
 
 
-def _video_body(body: Given, rules: BodyRules) -> VideoBody:
-    given = body.values
-    wishes = _wishes(body, rules)
-    width, height = _frame_size(given)
-    passed = {name: given[name] for name in PASSED_ON if name in given}
-    passed |= {"num_frames": _num_frames(given), "lossless": _lossless(given)}
-    if isinstance(actions := given.get("actions"), dict) and "data" in actions:  # as an answer has them
-        passed["actions"] = actions["data"]
-    media = given_media(given)
-    passed |= {kind: data for kind, (_, data) in media.items()}
-    request = GenerationRequest(width=width, height=height, **passed)
-    origins = {**_origins(body), **{kind: FieldOrigin(name) for kind, (name, _) in media.items() if kind != name}}
-    return VideoBody(request, wishes, body.endpoint is Endpoint.SYNC and _is_live(given, request), origins)
+def parse(model: type[M], values: Mapping[str, Any]) -> M:
+    """Check the values of a model's fields.
+
+    Raises:
+        RequestError: a field does not take its value; the first such one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise request_error(error.errors(include_url=False)[0], model.model_fields) from None
 
 
-def image_body(body: Given, rules: BodyRules) -> ImageBody:
-    """A body of ``POST /v1/images/generations`` as what it asks for.
+def request_error(fault: Mapping[str, Any], names: Iterable[str]) -> RequestError:
+    """Return a fault that pydantic has found as an error of ours.
 
     Args:
-        body, rules: as of :func:`video_body`.
-
-    Raises:
-        RequestError: as there, and what only images have is wrong.
+        fault: one of its errors.
+        names: of the fields that there are.
     """
-    with as_written(body.origins):
-        return _image_body(body, rules)
+    name = str(fault["loc"][-1])
+    reason = fault.get("ctx", {}).get("error")
+    if isinstance(reason, RequestError):
+        return reason.of_parts(name, reason.given, reason.allowed, reason.hint)
+    if fault["type"] == "extra_forbidden":
+        return unknown_name(name, fault["input"], names)
+    if fault["type"] == "missing":
+        return RequestError(name, None, "given")
+    return RequestError(name, start_of(fault["input"]), fault["msg"].removeprefix("Input should be "))
 
 
-def _image_body(body: Given, rules: BodyRules) -> ImageBody:
-    given = dict(body.values)
-    wishes = _wishes(body, rules)
-    response_format = given.get("response_format", B64_JSON)
-    if response_format == "url":
-        hint = "Images are in the answer itself."
-        raise RequestError("response_format", response_format, f"{B64_JSON} or {FILE_ITSELF}", hint)
-    checks.choice("response_format", response_format, (B64_JSON, FILE_ITSELF))
-    num_images = checks.integer("n", given.get("n", 1), 1, MAX_IMAGES)
-    first_seed = given.get("seed", GenerationRequest.seed)
-    checks.integer("seed", first_seed, 0, FIELDS["seed"].bounds[1] - num_images + 1)
-    output = checks.choice("output_format", given.get("output_format", IMAGE_KINDS[0]), IMAGE_KINDS)
-    if given.get("size") == "auto":
-        del given["size"]
-    width, height = _frame_size(given)
-    passed = {name: given[name] for name in PASSED_ON if name in given} | {
-        "mode": TEXT_TO_IMAGE,
-        "width": width,
-        "height": height,
-        "output": output,
-        "output_quality": _quality(given.get("output_compression"), output),
-    }
-    seeds = range(first_seed, first_seed + num_images)
-    requests = tuple(GenerationRequest(**{**passed, "seed": seed}) for seed in seeds)
-    return ImageBody(requests, wishes, response_format, _origins(body))
+def start_of(value: Any) -> Any:
+    """Return a value for a message: of a long text or file its beginning."""
+    return value[:_MAX_SHOWN_CHARS] if isinstance(value, str | bytes) else value
 
 
-def _origins(body: Given) -> dict[str, FieldOrigin]:
-    given = body.values
-    made = {name: FieldOrigin(of, given[of]) for name, of in _MADE_OF.items() if of in given and name not in given}
-    same = {name: FieldOrigin(of) for name, of in _SAME_AS.items() if of in given}
-    return {**body.origins, **made, **same}
+@dataclass
+class _Naming:
+    """State of :func:`name_fields`.
+
+    Attributes:
+        model, values, warnings: as in :class:`NamedFields`.
+        names: own name -> name in the body; where it has several, the own one.
+    """
+
+    model: type[RequestBody]
+    values: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def add(self, fields: Mapping[str, Any], prefix: str) -> None:
+        """Add fields; the prefix stands before their names in warnings."""
+        for written, value in fields.items():
+            name = self.model.aliases().get(written, written)
+            if name in self.model.model_fields:
+                if value is not None:
+                    self._add_value(written, name, value)
+            elif reason := find_reason(self.model.not_offered, written):
+                if value is not None:
+                    raise CapabilityError(written, start_of(value), "left out", f"Not offered: {reason}.")
+            elif reason := find_reason(self.model.no_effect, written):
+                if value is not None:
+                    _check_small(written, value)
+                    self.warnings.append(f"{prefix}{written} is without effect: {reason}")
+            elif self.model is ImageBody and written in ("width", "height"):
+                raise RequestError(written, start_of(value), "left out: unknown field", "Give size, WIDTHxHEIGHT.")
+            else:
+                raise unknown_name(written, value, self.model.model_fields, also=self.model.aliases())
+
+    def _add_value(self, written: str, name: str, value: Any) -> None:
+        value = self.model.type_of(name).read_value(written, value)
+        if name in self.values and self.values[name] != value:
+            raise RequestError(written, start_of(value), f"equal to {name}, which is given as well")
+        self.values[name] = value
+        self.names[name] = written if self.names.get(name, written) == written else name
 
 
-def _wishes(body: Given, rules: BodyRules) -> Wishes:
-    given = body.values
-    if given.get("model", rules.model_name) != rules.model_name:
-        raise RequestError("model", start_of(given["model"]), f"{rules.model_name!r}, the one that is served")
-    guardrails = checks.flag("guardrails", given.get("guardrails", True))
-    if guardrails and not rules.has_guardrails and "guardrails" in given:
+def unknown_name(
+    name: str, value: Any, names: Iterable[str], what: str = "field", also: Iterable[str] = ()
+) -> RequestError:
+    """Return the error of a field or parameter that there is not.
+
+    Args:
+        name, value: of it.
+        names: of those that there are.
+        what: it is.
+        also: other names that it may have been meant for.
+    """
+    near = difflib.get_close_matches(name[:_MAX_SHOWN_CHARS], [*names, *also], n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    hint += f"{what.capitalize()}s are {', '.join(names)}." if names else f"There are no {what}s here."
+    return RequestError(name, start_of(value), f"left out: unknown {what}", hint)
+
+
+def _options(fields: RequestBody, rules: BodyRules, warnings: tuple[str, ...]) -> SubmitOptions:
+    if fields.model not in (None, rules.model_name):
+        raise RequestError("model", start_of(fields.model), f"{rules.model_name!r}, the one that is served")
+    if fields.guardrails and not rules.has_guardrails:
         hint = "Nothing is looked at here: the operator has not configured any."
-        raise CapabilityError("guardrails", True, "false, or nothing", hint)
-    if not guardrails and not rules.may_disable_guardrails:
+        raise CapabilityError("guardrails", True, "false or left out", hint)
+    if fields.guardrails is False and not rules.may_disable_guardrails:
         hint = "The operator of this service does not let clients turn them off."
-        raise RequestError("guardrails", False, "true, or nothing", hint)
-    return Wishes(
-        service_class=checks.choice("service_class", given.get("service_class", rules.default_class), rules.classes),
-        previews=checks.integer("previews", given.get("previews", 0), 0, MAX_PREVIEWS),
-        skip_guardrails=not guardrails,
-        warnings=body.warnings,
+        raise RequestError("guardrails", False, "true or left out", hint)
+    wanted = rules.default_class if fields.service_class is None else fields.service_class
+    return SubmitOptions(
+        service_class=checks.choice("service_class", wanted, rules.classes),
+        previews=fields.previews if isinstance(fields, VideoBody) else 0,
+        skip_guardrails=fields.guardrails is False,
+        warnings=warnings,
     )
 
 
-def _is_live(given: Mapping[str, Any], request: GenerationRequest) -> bool:
-    is_live = checks.flag("stream", given.get("stream", False))
-    mode = MODES.get(request.mode) if isinstance(request.mode, str) else None
-    is_clip = request.output in (None, "mp4") and request.num_frames != 1 and request.mode != TEXT_TO_IMAGE
-    if is_live and (not is_clip or (mode is not None and mode.actions is Actions.GENERATED)):
-        raise RequestError("stream", True, "only with an mp4 and without generated actions", "Nothing else grows.")
-    return is_live
+def _check_small(name: str, value: Any) -> None:
+    """Check that a value without effect is not large either.
 
-
-def _frame_size(given: Mapping[str, Any]) -> tuple[Any, Any]:
-    width, height = given.get("width"), given.get("height")
-    if "size" not in given:
-        return width, height
-    match = re.fullmatch(SIZE_PATTERN, given["size"], re.ASCII) if isinstance(given["size"], str) else None
-    if match is None:
-        raise RequestError("size", given["size"], "WIDTHxHEIGHT, such as 1280x720")
-    columns, rows = map(int, given["size"].split("x"))
-    if (width, height) not in ((None, None), (columns, rows)):
-        raise RequestError("size", given["size"], f"the same as width={width} and height={height}, or one of both ways")
-    return columns, rows
-
-
-def _num_frames(given: Mapping[str, Any]) -> Any:
-    if "seconds" not in given:
-        return given.get("num_frames")
-    seconds = checks.real("seconds", given["seconds"], 1 / _MAX_SECONDS, _MAX_SECONDS)
-    if "num_frames" in given:
-        return given["num_frames"]
-    mode = MODES.get(given["mode"]) if isinstance(given.get("mode"), str) else None
-    if mode is not None and mode.has_actions:
-        raise RequestError("seconds", given["seconds"], f"nothing for {mode.name}; action_chunk_size decides")
-    fps = FIELDS["fps"].check("fps", given.get("fps", _DEFAULT_FPS))
-    return max(1, int(seconds * fps))
-
-
-def _lossless(given: Mapping[str, Any]) -> Any:
-    lossless = given.get("lossless", GenerationRequest.lossless)
-    if "quality" not in given:
-        return lossless
-    is_lossless = checks.choice("quality", given["quality"], (HIGH, LOSSLESS)) == LOSSLESS
-    if "lossless" in given and lossless != is_lossless:
-        raise RequestError("quality", given["quality"], f"what agrees with lossless={lossless}", "Give one of both.")
-    return is_lossless
-
-
-def _quality(compression: Any, output: str) -> int | None:
-    if compression is None:
-        return None
-    if output == "png":
-        raise RequestError("output_compression", compression, "nothing for png; it is for jpeg and webp")
-    return checks.integer("output_compression", compression, 0, 100)
+    Raises:
+        RequestError: it is.
+    """
+    if isinstance(value, bytes):
+        raise RequestError(name, "a file", "a text", "It has no effect anyway.")
+    left, waiting = LIMITS.max_prompt_chars, [value]
+    while waiting:
+        it = waiting.pop()
+        left -= _CHARS_PER_VALUE + (len(it) if isinstance(it, str | list | dict) else 0)
+        if left < 0:
+            given = start_of(value) if isinstance(value, str) else f"a large {type(value).__name__}"
+            raise RequestError(name, given, f"at most {LIMITS.max_prompt_chars} characters", "It has no effect anyway.")
+        if isinstance(it, dict):
+            waiting += [*it, *it.values()]
+        elif isinstance(it, list):
+            waiting += it

@@ -13,12 +13,15 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from deployments.api.field_kinds import FormText
-from deployments.api.form_fields import nested_fields
+from deployments.api.field_types import FormText
+from deployments.api.forms import nested_fields
 from deployments.api.json_text import read_json
 from deployments.api.memory_budget import Reservation
 from deployments.errors import BodyError
 from deployments.threads import run_in_thread
+
+VISIBLE = {"pattern": r"^[\x21-\x7e]{1,128}$"}
+"""JSON schema of headers that are repeated in logs and the database."""
 
 MAX_FIELDS = 128
 """Of a form, or of a JSON body; all that have a name of their own fit in."""
@@ -26,9 +29,9 @@ MAX_FIELDS = 128
 MAX_URLENCODED_BYTES = 1 << 20
 """Of a URL-encoded form, which carries no files: two prompts of the longest, of letters that take most."""
 
-_JSON = "application/json"
-_MULTIPART = "multipart/form-data"
-_URLENCODED = "application/x-www-form-urlencoded"
+JSON = "application/json"
+MULTIPART = "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"
 _MAX_FILES = 4
 # For all of it, however much that is.
 _UPLOAD_S = 600.0
@@ -37,7 +40,6 @@ _IDLE_S = 30.0
 _LEAST_BYTES_PER_S = 64 * 1024
 _MAX_DIGITS = 18
 _MAX_SHOWN_CHARS = 60
-_VISIBLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 async def read_fields(request: Request, max_bytes: int, held: Reservation) -> dict[str, Any]:
@@ -53,7 +55,7 @@ async def read_fields(request: Request, max_bytes: int, held: Reservation) -> di
         OverloadedError: there is no room for it now.
     """
     kind = _kind_of(request.headers)
-    if kind == _URLENCODED:
+    if kind == URLENCODED:
         max_bytes = min(max_bytes, MAX_URLENCODED_BYTES)
     announced = request.headers.get("content-length", "")
     if announced.isdecimal():
@@ -71,25 +73,15 @@ async def read_fields(request: Request, max_bytes: int, held: Reservation) -> di
         raise BodyError(400, "body_incomplete", "the connection was closed before the end of the body") from None
 
 
-def request_id_of(headers: Headers, default: str) -> str:
-    """The caller's ``x-request-id``, or the default.
+def check_visible(name: str, value: str) -> str:
+    """Return a header's value.
 
     Raises:
-        BodyError: one that no log should hold.
+        BodyError: it is one that no log or database should hold.
     """
-    return visible_header(headers, "x-request-id") or default
-
-
-def visible_header(headers: Headers, name: str) -> str | None:
-    """A header's value; None where there is none.
-
-    Raises:
-        BodyError: one that no log or database should hold.
-    """
-    given = headers.get(name)
-    if given is not None and not _VISIBLE.fullmatch(given):
-        raise BodyError(400, "invalid_header", f"{name}: allowed are 1 to 128 visible ASCII characters")
-    return given
+    if not re.fullmatch(VISIBLE["pattern"], value, re.ASCII):
+        raise BodyError(400, "invalid_header", f"{name} must be 1 to 128 visible ASCII characters")
+    return value
 
 
 def _kind_of(headers: Headers) -> str:
@@ -103,21 +95,21 @@ def _kind_of(headers: Headers) -> str:
     charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise BodyError(415, "wrong_content_type", f"charset {charset[1][:_MAX_SHOWN_CHARS]!r}: allowed is utf-8")
-    if kind not in (_JSON, _MULTIPART, _URLENCODED):
-        allowed = f"{_JSON}, {_MULTIPART} and {_URLENCODED}"
+    if kind not in (JSON, MULTIPART, URLENCODED):
+        allowed = f"{JSON}, {MULTIPART} and {URLENCODED}"
         message = f"content-type {kind[:_MAX_SHOWN_CHARS]!r}: allowed are {allowed}"
         raise BodyError(415, "wrong_content_type", message)
     return kind
 
 
 async def _fields(kind: str, request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:
-    if kind == _MULTIPART:
+    if kind == MULTIPART:
         return await _multipart_fields(request, stream, max_bytes)
     data = bytearray()
     async for chunk in stream:
         data += chunk
     # Beside the event loop: a large one takes a second.
-    return await run_in_thread(_json_object if kind == _JSON else _urlencoded_fields, data)
+    return await run_in_thread(_json_object if kind == JSON else _urlencoded_fields, data)
 
 
 async def _multipart_fields(request: Request, stream: Any, max_bytes: int) -> dict[str, Any]:
@@ -154,8 +146,8 @@ async def _bounded(kind: str, request: Request, max_bytes: int, held: Reservatio
 
 def _too_large(kind: str, max_bytes: int) -> BodyError:
     message = f"the body is larger than the {max_bytes} bytes that are allowed"
-    if max_bytes == MAX_URLENCODED_BYTES and kind == _URLENCODED:
-        message += f" of {_URLENCODED}; send {_MULTIPART} or {_JSON}"
+    if max_bytes == MAX_URLENCODED_BYTES and kind == URLENCODED:
+        message += f" of {URLENCODED}; send {MULTIPART} or {JSON}"
     return BodyError(413, "body_too_large", message)
 
 
@@ -173,7 +165,7 @@ def _json_object(data: bytearray) -> dict[str, Any]:
 
 def _urlencoded_fields(data: bytearray) -> dict[str, Any]:
     if data.lstrip()[:1] == b"{":  # curl -d says that everything is a form
-        raise _broken_form(f"it looks like JSON, which needs the header content-type: {_JSON}")
+        raise _broken_form(f"it looks like JSON, which needs the header content-type: {JSON}")
     try:
         items = parse_qsl(data.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import DeadlineExceeded, OverloadedError, StageFailed
 from cosmos3_core.request import GenerationRequest
-from deployments.api.body_limit import request_id_of
-from deployments.api.errors import error_response, is_explained
 from deployments.failures import translate_error
 from deployments.jobs.job import SubmitOptions
 from deployments.messages import Accepted, FileStarted, Finished
-
-logger = logging.getLogger("ray.serve")
 
 # Beyond the request's own deadline, which the Director keeps.
 _SLACK_S = 15.0
@@ -127,30 +121,27 @@ def accept_limit_s(request: GenerationRequest | None) -> float:
 
 
 async def answered(
-    request: Request, director: Any, timeout_s: float, work: Callable[[Exchange], Awaitable[Response]]
+    director: Any, request_id: str | None, timeout_s: float, work: Callable[[Exchange], Awaitable[Response]]
 ) -> Response:
-    """The answer that some work makes, or that says why it could not.
+    """Return the answer that some work makes; whatever stops it, stops the stages.
 
     Args:
-        request: what came.
         director: its handle, streaming.
+        request_id: the caller's; None: one is made up.
         timeout_s: of the request. The Director keeps it; here it is for one that is gone.
         work: makes the answer; a file may still be on its way in it.
+
+    Raises:
+        DeadlineExceeded: it takes too long.
+        Exception: whatever the work raises.
     """
-    exchange = Exchange(director, uuid.uuid4().hex, timeout_s)
+    exchange = Exchange(director, request_id or uuid.uuid4().hex, timeout_s)
     try:
-        exchange.request_id = request_id_of(request.headers, exchange.request_id)
         async with asyncio.timeout(timeout_s + _SLACK_S):
             return await work(exchange)
     except TimeoutError:
         exchange.cancel()
-        return error_response(DeadlineExceeded("director", timeout_s))
-    except Exception as error:  # every error becomes an answer
-        exchange.cancel()
-        response = error_response(error)
-        if not is_explained(error):
-            logger.exception("request %s failed", exchange.request_id)
-        return response
-    except asyncio.CancelledError:
+        raise DeadlineExceeded("director", timeout_s) from None
+    except BaseException:
         exchange.cancel()
         raise

@@ -7,15 +7,16 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from starlette.requests import Request
+from fastapi import Header
 from starlette.responses import Response
 
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import RequestError
-from deployments.api.call import Call, routes
+from deployments.api.call import CurrentCall, VideoId, routes
 from deployments.api.content import PartsResponse
+from deployments.api.openapi import Responses, responses
 from deployments.errors import JobsError
 from deployments.jobs.job import JobEvent
 
@@ -26,16 +27,28 @@ _KEEP_ALIVE_S = 15.0
 # Then the client comes back, with the number of the last event that it has.
 _LONGEST_S = 3600.0
 _COME_BACK_MS = 2000
-_LAST_EVENT_ID = "last-event-id"
+_LastEventId = Annotated[
+    str,
+    Header(alias="Last-Event-ID", description="begin behind this one", json_schema_extra={"pattern": "^[0-9]{0,18}$"}),
+]
+_ANSWERS: Responses = {
+    200: {"description": "events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    204: {"description": "the client has the last one"},
+}
 
 router = routes()
 
 
-@router.get("/v1/videos/{video_id}/events")
-async def follow_video(video_id: str, request: Request) -> Response:
-    """A job's events from the one behind ``Last-Event-ID`` on."""
-    call = Call.of(request)
-    after = _after(request.headers.get(_LAST_EVENT_ID, ""))
+@router.get("/v1/videos/{video_id}/events", responses=responses(_ANSWERS, 404))
+async def follow_video(video_id: VideoId, call: CurrentCall, last_event_id: _LastEventId = "") -> Response:
+    """Send a job's events from the one behind ``Last-Event-ID`` on, as server-sent events.
+
+    queued {position, eta_s}, started {attempt}, step {step, num_steps, sigma, eta_s, step_s, pid},
+    preview {step, sigma, media_type, b64_json}, previews_off {reason}, file {media_type}: the content can be read,
+    decoding {chunk, num_frames}, retried {stage, attempt, from_step}; and as the last one completed, failed or
+    cancelled with the whole video, or deleted. Those with an id are history, which Last-Event-ID goes on with.
+    """
+    after = _after(last_event_id)
     job = await call.job(video_id)
     if job.state.is_final and after >= job.last_seq:
         return Response(status_code=204)  # who gets this does not come back, says the standard

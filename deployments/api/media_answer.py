@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import time
+import urllib.parse
 import zipfile
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from cosmos3_core.media.file_kinds import SUFFIXES
-from deployments.api.bodies import ImageBody
+from deployments.api.answers import GeneratedActions, GeneratedFile, Image, ImageMetrics, Images
+from deployments.api.bodies import ParsedBody
 from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
-from deployments.api.fields import B64_JSON
+from deployments.api.fields import B64_JSON, ImageBody
 from deployments.api.memory_budget import Reservation
 from deployments.jobs.job import SubmitOptions
 from deployments.media.store import MediaStore
@@ -27,6 +29,9 @@ _Part = asyncio.Future[bytes | None]
 _News = asyncio.Future[FileStarted | Finished]
 # Of a file in base64, in bytes of the file; and the file beside it.
 _SPACE_OF_BASE64 = 7 / 3
+_NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
+# Of a header: proxies and clients take 8 KiB of all headers together.
+_MAX_WARNINGS_CHARS = 6000
 
 
 async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore) -> Response:
@@ -44,25 +49,24 @@ async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore)
     video = None
     if event.num_bytes:
         data = await _whole(event, held, media)
-        video = {"media_type": event.media_type, "b64_json": base64.b64encode(data).decode()}
-    return JSONResponse(
-        {
-            "id": event.job_id,
-            "mode": event.mode,
-            "actions": event.actions.as_json(),
-            "video": video,
-            "seed": event.seed,
-            "fps": event.fps,
-            "num_frames": event.num_frames,
-            "height": event.height,
-            "width": event.width,
-            "frames_sha256": event.frames_sha256,
-            "negative_prompt_origin": event.negative_origin,
-            "notes": list(event.notes),
-            "stage_durations": _rounded(event.stage_seconds),
-        },
-        headers={name: value for name, value in _headers(event).items() if name != "content-length"},
+        video = GeneratedFile(media_type=event.media_type, b64_json=base64.b64encode(data).decode())
+    answer = GeneratedActions(
+        id=event.job_id,
+        mode=event.mode,
+        actions=event.actions.as_json(),
+        video=video,
+        seed=event.seed,
+        fps=event.fps,
+        num_frames=event.num_frames,
+        height=event.height,
+        width=event.width,
+        frames_sha256=event.frames_sha256,
+        negative_prompt_origin=event.negative_origin,
+        notes=tuple(event.notes),
+        stage_durations=_rounded(event.stage_seconds),
     )
+    headers = {name: value for name, value in _headers(event).items() if name != "content-length"}
+    return JSONResponse(answer.as_json(), headers=headers)
 
 
 async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
@@ -147,7 +151,7 @@ async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any
 
 
 async def images_answer(
-    exchange: Exchange, body: ImageBody, options: SubmitOptions, held: Reservation, media: MediaStore
+    exchange: Exchange, body: ParsedBody[ImageBody], options: SubmitOptions, held: Reservation, media: MediaStore
 ) -> Response:
     """Images, made one after the other: as JSON, or as the file, or as a zip of several.
 
@@ -158,7 +162,7 @@ async def images_answer(
         held: room for the images.
         media: where files are.
     """
-    is_json, num_images = body.response_format == B64_JSON, len(body.requests)
+    is_json, num_images = body.fields.response_format == B64_JSON, len(body.requests)
     event = await exchange.finished()
     if not is_json and num_images == 1:
         exchange.cancel()
@@ -177,26 +181,23 @@ async def images_answer(
         seeds = ",".join(str(event.seed) for event, _ in made)
         headers = {"x-seed": seeds, "x-stage-durations": json.dumps(_rounded(stage_seconds))}
         return Response(_zip(made), media_type="application/zip", headers=headers)
-    data: list[dict[str, Any]] = [
-        {
-            "id": event.job_id,
-            "b64_json": base64.b64encode(image).decode(),
-            "url": None,
-            "revised_prompt": None,
-            "seed": event.seed,
-            "frames_sha256": event.frames_sha256,
-        }
+    images = tuple(
+        Image(
+            id=event.job_id,
+            b64_json=base64.b64encode(image).decode(),
+            seed=event.seed,
+            frames_sha256=event.frames_sha256,
+        )
         for event, image in made
-    ]
-    return JSONResponse(
-        {
-            "created": int(time.time()),
-            "data": data,
-            "output_format": body.requests[0].output,
-            "size": f"{event.width}x{event.height}",
-            "metrics": {"stage_durations": _rounded(stage_seconds)},
-        }
     )
+    answer = Images(
+        created=int(time.time()),
+        data=images,
+        output_format=body.fields.output_format,
+        size=f"{event.width}x{event.height}",
+        metrics=ImageMetrics(stage_durations=_rounded(stage_seconds)),
+    )
+    return JSONResponse(answer.as_json())
 
 
 async def _file(event: Finished, media: MediaStore) -> Response:
@@ -235,3 +236,26 @@ def _headers(event: Finished) -> dict[str, str]:
 
 def _rounded(stage_seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(seconds, 4) for name, seconds in stage_seconds.items()}
+
+
+def all_warnings(idempotency_key: str | None, options: SubmitOptions) -> tuple[str, ...]:
+    """Return the warnings of an answer that is the file itself, which an idempotency key cannot repeat."""
+    return options.warnings if idempotency_key is None else (_NO_REPLAY, *options.warnings)
+
+
+def service_headers(model_name: str, warnings: tuple[str, ...]) -> dict[str, str]:
+    """Return the headers of an answer that is a file; in printable ASCII whatever the model is called."""
+    return {"x-model": urllib.parse.quote(model_name, safe="/:@+ ()"), "x-warnings": _warnings_header(warnings)}
+
+
+def _warnings_header(warnings: tuple[str, ...]) -> str:
+    """Return a JSON list of the first ones, as many as fit, and of how many more there are."""
+    first: list[str] = []
+    num_chars = 0
+    for warning in warnings:
+        num_chars += len(json.dumps(warning)) + len(", ")
+        if num_chars > _MAX_WARNINGS_CHARS:
+            first.append(f"and {len(warnings) - len(first)} more, which the job's warnings name")
+            break
+        first.append(warning)
+    return json.dumps(first)

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.auth import Authenticator, Caller, auth_required, check_keys, names_of
 from deployments.api.bodies import BodyRules
-from deployments.api.given_media import RemoteFiles
+from deployments.api.media_fields import RemoteFiles
 from deployments.api.memory_budget import MemoryBudget
 from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.config import AppConfig, HttpConfig

@@ -5,52 +5,57 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deployments.api.call import Call, routes, service_of
-from deployments.api.openapi import document
+from deployments.api.answers import Health, NotReady, Ready
+from deployments.api.call import CurrentCall, routes, service_of
+from deployments.api.openapi import Responses, document, header_docs, responses
 from deployments.served_model import ModelList
 
 OPEN_PATHS = ("/health", "/ready", "/openapi.json")
 """What needs no key."""
 
 _RETRY_S = 5
+_OPEN: dict[str, list[str]] = {"security": []}
+_NOT_READY: Responses = {
+    503: {"model": NotReady, "description": "not yet, or not any more", "headers": header_docs("Retry-After")}
+}
+_NUMBERS: Responses = {200: {"description": "numbers", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 router = routes()
 
 
-@router.get("/v1/models")
-async def list_models(request: Request) -> Response:
-    """The one model that is served, and what it can do."""
-    model = Call.of(request).service.model
-    return JSONResponse(ModelList.of(model).as_json())
+@router.get("/v1/models", responses=responses({}))
+async def list_models(call: CurrentCall) -> ModelList:
+    """List the one model that is served, and what it can do."""
+    return ModelList.of(call.service.model)
 
 
-@router.get("/health")
-async def health() -> Response:
-    """The process is up; whether it can serve is /ready's answer."""
-    return JSONResponse({"status": "ok"})
+@router.get("/health", responses=responses({}, is_open=True), openapi_extra=_OPEN)
+async def health() -> Health:
+    """Say that the process is up; whether it can serve is /ready's answer."""
+    return Health()
 
 
-@router.get("/ready")
+@router.get("/ready", responses=responses(_NOT_READY, is_open=True), openapi_extra=_OPEN, response_model=Ready)
 async def ready(request: Request) -> Response:
-    """200 when every stage has a running replica, else 503 with the stages that have none."""
+    """Say whether every stage has a running replica; if not, name the stages that have none."""
     service = service_of(request)
-    headers = {"retry-after": str(_RETRY_S)}
     if service.is_draining:
-        return JSONResponse({"status": "shutting down"}, status_code=503, headers=headers)
-    if waiting_for := await service.ready.waiting_for():
-        body = {"status": "not ready", "waiting_for": waiting_for}
-        return JSONResponse(body, status_code=503, headers=headers)
-    return JSONResponse({"status": "ready"})
+        body: Ready | NotReady = NotReady(status="shutting down")
+    elif waiting_for := await service.ready.waiting_for():
+        body = NotReady(status="not ready", waiting_for=tuple(waiting_for))
+    else:
+        return JSONResponse(Ready().as_json())
+    return JSONResponse(body.model_dump(exclude_unset=True), status_code=503, headers={"retry-after": str(_RETRY_S)})
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses=responses(_NUMBERS, 401, 403, 429, 503, is_open=True))
 async def metrics(request: Request) -> Response:
-    """Numbers for Prometheus."""
+    """Return numbers for Prometheus."""
     text, media_type = await service_of(request).metrics_text()
     return Response(text, media_type=media_type)
 
 
-@router.get("/openapi.json")
+@router.get("/openapi.json", responses=responses({}, is_open=True), openapi_extra=_OPEN)
 async def openapi(request: Request) -> Response:
-    """This API as an OpenAPI document."""
-    return JSONResponse(document(service_of(request), request.scope.get("root_path", "")))
+    """Return this API as an OpenAPI document."""
+    return JSONResponse(document(request.app, service_of(request), request.scope.get("root_path", "")))

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Annotated
 
-from starlette.requests import Request
+from fastapi import Query
 from starlette.responses import Response
 
-from deployments.api.call import Call, routes
+from deployments.api.call import Call, CurrentCall, VideoId, routes
 from deployments.api.content import Conditions, file_answer
-from deployments.media.variants import VIDEO
+from deployments.api.openapi import conditional_headers, content_answers, responses
+from deployments.media.variants import CONTENT_VARIANTS, VIDEO
+
+_CONTENT = "/v1/videos/{video_id}/content"
+_ERRORS = (404, 409, 410, 416)
+_Variant = Annotated[
+    str,
+    Query(
+        description="the file itself (an image or sound where that was asked for), pictures or the sound of it, or "
+        "generated actions",
+        json_schema_extra={"enum": list(CONTENT_VARIANTS)},
+    ),
+]
 
 router = routes()
 
 
-@router.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"])
-async def get_content(video_id: str, request: Request) -> Response:
-    """Send the content of a job; the file itself from its first fragment on."""
-    call = Call.of(request, "variant")
+@router.get(
+    _CONTENT, responses=responses(content_answers(has_body=True), *_ERRORS), openapi_extra=conditional_headers()
+)
+async def get_video_content(video_id: VideoId, call: CurrentCall, variant: _Variant = VIDEO) -> Response:
+    """Send the content of a job; the file itself from its first fragment on, and as it grows."""
     jobs = call.service.jobs
     job = await jobs.get(video_id, call.caller.owner)
-    content = await jobs.content(job, call.query.get("variant", VIDEO))
+    content = await jobs.content(job, variant)
     if isinstance(content, bytes):
         return _actions(call, content)
-    return await file_answer(jobs.media, content, request.method, request.headers)
+    return await file_answer(jobs.media, content, call.request.method, call.request.headers)
+
+
+@router.head(
+    _CONTENT, responses=responses(content_answers(has_body=False), *_ERRORS), openapi_extra=conditional_headers()
+)
+async def head_video_content(video_id: VideoId, call: CurrentCall, variant: _Variant = VIDEO) -> Response:
+    """Send the headers that the content of a job has."""
+    return await get_video_content(video_id, call, variant)
 
 
 def _actions(call: Call, body: bytes) -> Response:

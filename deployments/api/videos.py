@@ -3,160 +3,132 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
-import urllib.parse
-import uuid
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from fastapi import Query
+from starlette.responses import Response
 
 from cluster.errors import StageFailed
-from cosmos3_core import checks
-from cosmos3_core.errors import RequestError
-from cosmos3_core.presets import LIMITS
-from deployments.api.bodies import Wishes, video_body
-from deployments.api.body_limit import read_fields, request_id_of, visible_header
-from deployments.api.call import Call, routes
+from deployments.api.answers import GeneratedActions
+from deployments.api.bodies import parse
+from deployments.api.body_limit import read_fields
+from deployments.api.call import Call, CurrentCall, IdempotencyKey, NoReplay, RequestId, VideoId, routes
 from deployments.api.exchange import Exchange, accept_limit_s, answered
-from deployments.api.fields import NO_SUCH_FIELD, Endpoint
-from deployments.api.media_answer import live_answer, media_answer
-from deployments.api.written import as_written
-from deployments.api_model import ApiModel
-from deployments.jobs.job import Job
+from deployments.api.field_types import integer_type, text_type
+from deployments.api.fields import Endpoint, RemixBody, SyncBody, VideoBody
+from deployments.api.media_answer import all_warnings, live_answer, media_answer, service_headers
+from deployments.api.openapi import ACCEPTED, POLLED, made_files, responses, takes
+from deployments.jobs.job import Job, SubmitOptions
 from deployments.jobs.service import MAX_PAGE
-from deployments.jobs.video import poll_after_ms
+from deployments.jobs.video import Video, VideoDeleted, VideoPage, poll_after_ms
 
 _PAGE = 20
-_MAX_SHOWN_CHARS = 100
-_IDEMPOTENCY_KEY = "idempotency-key"
-_NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
-_OPTIONS = ("prompt",)
-# Of a header: proxies and clients take 8 KiB of all headers together.
-_MAX_WARNINGS_CHARS = 6000
+_LIMIT = replace(integer_type("videos in the page", 0, MAX_PAGE), is_text_too=True)
 
 router = routes()
 
 
-@router.post(Endpoint.VIDEOS)
-async def create_video(request: Request) -> Response:
-    """Accept a request as a job, which is run whatever becomes of its caller."""
-    call = Call.of(request)
-    idempotency_key = visible_header(request.headers, _IDEMPOTENCY_KEY)
-    request_id = request_id_of(request.headers, uuid.uuid4().hex)
-    with call.service.room.hold() as held:
-        body = await call.body(Endpoint.VIDEOS, held, video_body)
-        asked = call.options(body.wishes, request_id, idempotency_key)
-        response = call.service.director.submit.remote(body.request, asked)
-        limit_s, origins = accept_limit_s(body.request), body.origins
-        del body
-        with as_written(origins):
-            job = await _accepted(response, limit_s)
-    return await _told(call, job)
+@router.post(Endpoint.VIDEOS, responses=responses(ACCEPTED, has_body=True), openapi_extra=takes(VideoBody))
+async def create_video(
+    call: CurrentCall, response: Response, idempotency_key: IdempotencyKey = None, request_id: RequestId = None
+) -> Video:
+    """Accept a request as a job, which runs whatever its caller does."""
+    with call.service.room.hold() as reserved:
+        body = await call.body(VideoBody, reserved)
+        (generation,) = body.requests
+        submitted = call.service.director.submit.remote(
+            generation, call.options(body.options, request_id, idempotency_key)
+        )
+        limit_s, origins = accept_limit_s(generation), body.origins
+        del body, generation
+        with origins.restored():
+            job = await _accepted(submitted, limit_s)
+    return await _video(call, job, response)
 
 
-@router.post(Endpoint.SYNC)
-async def create_video_and_wait(request: Request) -> Response:
-    """Make what is asked for; the answer is the file, or JSON where actions are generated."""
-    call = Call.of(request)
+@router.post(
+    Endpoint.SYNC,
+    responses=responses({200: made_files(GeneratedActions)}, has_body=True),
+    openapi_extra=takes(SyncBody),
+)
+async def create_video_and_wait(
+    call: CurrentCall, no_replay: NoReplay = None, request_id: RequestId = None
+) -> Response:
+    """Make what is asked for and answer with it: the file, or JSON where actions are generated.
+
+    Leaving stops it.
+    """
     service = call.service
 
     async def work(exchange: Exchange) -> Response:
-        no_replay = told_no_replay(request.headers)
-        with service.room.hold() as held:
-            body = await call.body(Endpoint.SYNC, held, video_body)
-            is_live, warnings = body.is_live, (*no_replay, *body.wishes.warnings)
-            asked = call.options(replace(body.wishes, warnings=warnings), exchange.request_id)
-            with as_written(body.origins):
-                await exchange.ask(body.request, asked)
+        with service.room.hold() as reserved:
+            body = await call.body(SyncBody, reserved)
+            is_live, warnings = body.fields.stream, all_warnings(no_replay, body.options)
+            options = call.options(replace(body.options, warnings=warnings), exchange.request_id)
+            with body.origins.restored():
+                await exchange.ask(body.requests[0], options)
             del body
         if is_live:
             answer = await live_answer(exchange, service.jobs.media)
         else:
-            with service.room.hold() as held:  # the request's body is gone
-                answer = await media_answer(exchange, held, service.jobs.media)
+            with service.room.hold() as reserved:  # the request's body is gone
+                answer = await media_answer(exchange, reserved, service.jobs.media)
         answer.headers.update(service_headers(service.model.id, warnings))
         return answer
 
-    return await answered(request, service.streaming, service.http.request_timeout_s, work)
+    return await answered(service.streaming, request_id, service.http.request_timeout_s, work)
 
 
-@router.get(Endpoint.VIDEOS)
-async def list_videos(request: Request) -> Response:
-    """The caller's jobs, in pages."""
-    call = Call.of(request, "after", "limit", "order")
-    limit = _limit(call.query.get("limit"))
-    order = call.query.get("order", "desc")
-    return _json(await call.service.jobs.list(call.caller.owner, call.query.get("after"), limit, order))
+@router.get(Endpoint.VIDEOS, responses=responses({}))
+async def list_videos(
+    call: CurrentCall,
+    response: Response,
+    after: Annotated[str | None, Query(description="the last one of the page before")] = None,
+    limit: Annotated[int, _LIMIT] = _PAGE,
+    order: Annotated[str, text_type("by the time of acceptance", "asc", "desc")] = "desc",
+) -> VideoPage:
+    """List the caller's jobs, in pages."""
+    response.headers["cache-control"] = "no-store"
+    return await call.service.jobs.list(call.caller.owner, after, limit, order)
 
 
-@router.get("/v1/videos/{video_id}")
-async def get_video(video_id: str, request: Request) -> Response:
-    """A job as it stands; one that has failed as well."""
-    call = Call.of(request)
-    return await _told(call, await call.job(video_id))
+@router.get("/v1/videos/{video_id}", responses=responses(POLLED, 404))
+async def get_video(video_id: VideoId, call: CurrentCall, response: Response) -> Video:
+    """Return a job as it stands; one that has failed as well."""
+    return await _video(call, await call.job(video_id), response)
 
 
-@router.post("/v1/videos/{video_id}/cancel")
-async def cancel_video(video_id: str, request: Request) -> Response:
-    """Stop a job; one that has ended stays as it is."""
-    call = Call.of(request)
-    return await _told(call, await call.service.jobs.cancel(video_id, call.caller.owner))
+@router.post("/v1/videos/{video_id}/cancel", responses=responses(POLLED, 404))
+async def cancel_video(video_id: VideoId, call: CurrentCall, response: Response) -> Video:
+    """Stop a job, which then has failed with the code cancelled; one that has ended stays as it is."""
+    return await _video(call, await call.service.jobs.cancel(video_id, call.caller.owner), response)
 
 
-@router.delete("/v1/videos/{video_id}")
-async def delete_video(video_id: str, request: Request) -> Response:
+@router.delete("/v1/videos/{video_id}", responses=responses({}, 404))
+async def delete_video(video_id: VideoId, call: CurrentCall, response: Response) -> VideoDeleted:
     """Stop and forget a job, its files too."""
-    call = Call.of(request)
-    return _json(await call.service.jobs.delete(video_id, call.caller.owner))
+    response.headers["cache-control"] = "no-store"
+    return await call.service.jobs.delete(video_id, call.caller.owner)
 
 
-@router.post("/v1/videos/{video_id}/remix")
-async def remix_video(video_id: str, request: Request) -> Response:
+@router.post(
+    "/v1/videos/{video_id}/remix", responses=responses(ACCEPTED, 404, has_body=True), openapi_extra=takes(RemixBody)
+)
+async def remix_video(
+    video_id: VideoId,
+    call: CurrentCall,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+    request_id: RequestId = None,
+) -> Video:
     """Accept an earlier job's request again, with the same seed and fields and another prompt."""
-    call = Call.of(request)
-    idempotency_key = visible_header(request.headers, _IDEMPOTENCY_KEY)
-    request_id = request_id_of(request.headers, uuid.uuid4().hex)
-    with call.service.room.hold() as held:
-        fields = await read_fields(request, call.service.http.max_body_bytes, held)
-        for name in fields:
-            if name not in _OPTIONS:
-                hint = f"Fields are {', '.join(_OPTIONS)}; everything else is the earlier request's."
-                raise RequestError(name, "given", NO_SUCH_FIELD, hint)
-        prompt = checks.text("prompt", fields.get("prompt"), LIMITS.max_prompt_chars, may_be_empty=False)
-    options = call.options(Wishes(call.caller.service_class), request_id, idempotency_key)
-    response = call.service.director.remix.remote(video_id, str(prompt), options)
-    return await _told(call, await _accepted(response, accept_limit_s(None)))
-
-
-def told_no_replay(headers: Headers) -> tuple[str, ...]:
-    """Warnings of an answer that is the file itself: who has given an idempotency key is told that it is for nothing.
-
-    Raises:
-        BodyError: one that no log or database should hold.
-    """
-    return () if visible_header(headers, _IDEMPOTENCY_KEY) is None else (_NO_REPLAY,)
-
-
-def service_headers(model_name: str, warnings: tuple[str, ...]) -> dict[str, str]:
-    """Headers of an answer that is a file; of printable ASCII whatever the model is called."""
-    return {"x-model": urllib.parse.quote(model_name, safe="/:@+ ()"), "x-warnings": _warnings_header(warnings)}
-
-
-def _warnings_header(warnings: tuple[str, ...]) -> str:
-    """A JSON list of the first ones, as many as fit, and of how many more there are."""
-    told: list[str] = []
-    num_chars = 0
-    for warning in warnings:
-        num_chars += len(json.dumps(warning)) + len(", ")
-        if num_chars > _MAX_WARNINGS_CHARS:
-            told.append(f"and {len(warnings) - len(told)} more, which the job's warnings name")
-            break
-        told.append(warning)
-    return json.dumps(told)
+    with call.service.room.hold() as reserved:
+        fields = await read_fields(call.request, call.service.http.max_body_bytes, reserved)
+        prompt = parse(RemixBody, fields).prompt
+    options = call.options(SubmitOptions(service_class=call.caller.service_class), request_id, idempotency_key)
+    submitted = call.service.director.remix.remote(video_id, prompt, options)
+    return await _video(call, await _accepted(submitted, accept_limit_s(None)), response)
 
 
 async def _accepted(response: Any, limit_s: float) -> Job:
@@ -175,19 +147,9 @@ async def _accepted(response: Any, limit_s: float) -> Job:
         raise StageFailed("director", 1, f"no word of the request within {limit_s:g} s") from None
 
 
-async def _told(call: Call, job: Job) -> Response:
+async def _video(call: Call, job: Job, response: Response) -> Video:
     video = await call.service.jobs.video(job)
-    headers = {} if job.state.is_final else {"openai-poll-after-ms": str(poll_after_ms(video.eta_s))}
-    return _json(video, headers)
-
-
-def _json(body: ApiModel, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(body.as_json(), headers={"cache-control": "no-store", **(headers or {})})
-
-
-def _limit(given: str | None) -> int:
-    if given is None:
-        return _PAGE
-    if not re.fullmatch("[0-9]{1,4}", given):
-        raise RequestError("limit", given[:_MAX_SHOWN_CHARS], f"a whole number from 0 to {MAX_PAGE}")
-    return int(given)
+    response.headers["cache-control"] = "no-store"
+    if not job.state.is_final:
+        response.headers["openai-poll-after-ms"] = str(poll_after_ms(video.eta_s))
+    return video

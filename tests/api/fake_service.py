@@ -17,7 +17,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from deployments.api.app import build_api
 from deployments.api.auth import Authenticator
-from deployments.api.given_media import RemoteFiles
+from deployments.api.media_fields import RemoteFiles
 from deployments.api.openapi import document
 from deployments.api.service import Service
 from deployments.config import HttpConfig
@@ -254,7 +254,7 @@ class Api:
             has_guardrails=has_guardrails,
         )
         self.app = build_api(lambda: self.service)
-        self.documented = Documented(document(self.service))
+        self.documented = Documented(document(self.app, self.service))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         async def in_time() -> Any:

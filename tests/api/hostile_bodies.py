@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from deployments.api.body_limit import MAX_FIELDS
-from deployments.api.fields import ALIASES, Endpoint, Use, known
+from deployments.api.fields import BODIES, Endpoint
 from tests.api.accepting_api import Sent
 
 MULTIPART = "multipart/form-data; boundary=b"
@@ -458,7 +458,8 @@ def odd_values(endpoint: Endpoint, rng: random.Random, num_values: int) -> Itera
         rng: chooses.
         num_values: of a field.
     """
-    names = [*known(endpoint), *ALIASES, *list(known(endpoint, Use.IGNORED))[:4], "extra_params"]
+    model = BODIES[endpoint]
+    names = [*model.model_fields, *model.aliases(), *list(model.no_effect)[:4]]
     for name in names:
         for value in rng.sample(_ODD, num_values):
             for fields in ({"prompt": "a", name: value}, {"prompt": "a", "extra_params": {name: value}}):

@@ -14,10 +14,9 @@ from cosmos3_core.actions import action_rows
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import GenerationRequest
-from deployments.api.bodies import BodyRules, ImageBody, VideoBody, image_body, video_body
-from deployments.api.field_kinds import FormText
-from deployments.api.fields import ALIASES, FIELDS, PASSED_ON, Endpoint
-from deployments.api.given_fields import read_given
+from deployments.api.bodies import BodyRules, ParsedBody, name_fields
+from deployments.api.field_types import FormText
+from deployments.api.fields import BODIES, ImageBody, SyncBody
 
 RULES = BodyRules("nano", ("standard",))
 
@@ -34,17 +33,18 @@ def url_of(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{text_of(data)}"
 
 
-def video(body: dict[str, Any]) -> VideoBody:
-    return video_body(read_given(body, Endpoint.SYNC), RULES)
+def video(body: dict[str, Any]) -> ParsedBody[SyncBody]:
+    return name_fields(body, SyncBody).parse(RULES)
 
 
-def images(body: dict[str, Any]) -> ImageBody:
-    return image_body(read_given(body, Endpoint.IMAGES), RULES)
+def images(body: dict[str, Any]) -> ParsedBody[ImageBody]:
+    return name_fields(body, ImageBody).parse(RULES)
 
 
 def parsed(body: dict[str, Any], *, as_form: bool = False) -> GenerationRequest:
     given = {name: FormText(value) for name, value in body.items()} if as_form else body
-    return video(given).request
+    (request,) = video(given).requests
+    return request
 
 
 def refused(body: dict[str, Any]) -> RequestError:
@@ -56,9 +56,11 @@ def refused(body: dict[str, Any]) -> RequestError:
 
 def test_every_field_of_the_library_has_its_own_name_here() -> None:
     ours = {field.name for field in fields(GenerationRequest)}
-    assert set(PASSED_ON) | {"image", "video", "width", "height"} == ours - {"noise", "append_metadata"}
-    for fields_here in FIELDS.values():
-        assert not set(ALIASES) & set(fields_here)
+    assert ours - set(SyncBody.model_fields) == {"noise", "append_metadata"}
+    for model in BODIES.values():
+        assert not set(model.aliases()) & {*model.model_fields, *model.no_effect, *model.not_offered}
+        assert not set(model.no_effect) & {*model.model_fields, *model.not_offered}
+        assert not set(model.not_offered) & set(model.model_fields)
 
 
 FORM = {
@@ -130,13 +132,14 @@ def test_latent_frames_however_they_are_written(value: Any) -> None:
 
 def test_an_interval_as_text_is_read_in_json_too() -> None:
     assert parsed({"guidance_interval": "400,1000"}).guidance_interval == [400.0, 1000.0]
-    assert parsed({"guidance_interval": "high"}).guidance_interval == "high"  # the library refuses it
+    assert refused({"guidance_interval": "high"}).field == "guidance_interval"
 
 
 def test_json_numbers_are_not_read_from_text() -> None:
-    assert parsed({"num_frames": "5"}).num_frames == "5"
-    assert parsed({"num_frames": "many"}, as_form=True).num_frames == "many"
-    assert parsed({"use_system_prompt": "perhaps"}, as_form=True).use_system_prompt == "perhaps"
+    for body in ({"num_frames": "5"}, {"num_frames": FormText("many")}, {"use_system_prompt": FormText("perhaps")}):
+        (name,) = body
+        error = refused(body)
+        assert (error.field, error.given) == (name, repr(str(body[name])))
 
 
 def test_actions_of_an_answer_can_be_sent_again() -> None:
@@ -170,13 +173,13 @@ def test_extra_params_count_as_if_they_stood_beside_it(as_text: bool) -> None:
         ({"promt": "a"}, "promt", "Did you mean prompt?"),
         ({"actoin": [[1]]}, "actoin", "Did you mean action?"),
         ({"zzz": "x" * 10_000_000}, "zzz", "Fields are prompt"),
-        ({"seed": 1, "extra_params": {"seed": 2}}, "seed", "one value"),
+        ({"seed": 1, "extra_params": {"seed": 2}}, "seed", "equal to seed, which is given as well"),
         ({"extra_params": {"sed": 2}}, "sed", "Did you mean seed?"),
         ({"extra_params": "[1]"}, "extra_params", "a JSON object"),
         ({"extra_params": '{"seed": 1'}, "extra_params", "a JSON object"),
         ({"extra_params": '{"seed": 1, "seed": 1}'}, "extra_params", "a JSON object"),
         ({"extra_params": {"extra_params": {}}}, "extra_params", "without extra_params in it"),
-        ({"generate_sound": True, "sound_gen": False}, "sound_gen", "generate_sound is given"),
+        ({"generate_sound": True, "sound_gen": False}, "sound_gen", "equal to generate_sound"),
         ({"model": "other"}, "model", "the one that is served"),
         ({"size": "32"}, "size", "WIDTHxHEIGHT"),
         ({"size": "64x32", "width": 32, "height": 32}, "size", "the same as width=32"),
@@ -207,9 +210,9 @@ def test_a_clip_may_be_sent_while_it_is_made(as_form: bool, more: dict[str, Any]
     for text, is_live in (("true", True), ("false", False)):
         body: dict[str, Any] = {"prompt": "a", "stream": FormText(text) if as_form else is_live, **more}
         job = video(body)
-        assert job.is_live is is_live
-        assert job.request == GenerationRequest(prompt="a", **more), "the Director makes the same of it"
-    assert video({"prompt": "a", **more}).is_live is False
+        assert job.fields.stream is is_live
+        assert job.requests == (GenerationRequest(prompt="a", **more),), "the Director makes the same of it"
+    assert not video({"prompt": "a", **more}).fields.stream
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_a_clip_may_be_sent_while_it_is_made(as_form: bool, more: dict[str, Any]
 def test_what_does_not_grow_cannot_be_sent_while_it_does(more: dict[str, Any]) -> None:
     error = refused({"prompt": "a", "stream": True, **more})
     assert error.field == "stream"
-    assert "only with an mp4 and without generated actions" in str(error)
+    assert "an mp4 without generated actions" in str(error)
     parsed({"prompt": "a", "stream": False, **more})
 
 
@@ -314,7 +317,7 @@ def test_media_however_it_is_sent(name: str, value: Any) -> None:
         ({"image": PNG, "image_reference": url_of(PNG)}, "image_reference", "nothing beside image"),
         ({"image": PNG, "input_reference": PNG}, "input_reference", "nothing beside image"),
         ({"video": MP4, "input_reference": MP4}, "input_reference", "nothing beside video"),
-        ({"image": PNG, "extra_params": {"image": url_of(PNG)}}, "image", "one value"),
+        ({"image": PNG, "extra_params": {"image": url_of(PNG)}}, "image", "equal to image"),
         ({"input_references": [url_of(PNG)] * 2}, "input_references", "Not offered: several references."),
         ({"input_referenc": url_of(PNG)}, "input_referenc", "Did you mean input_reference?"),
     ],
@@ -337,7 +340,7 @@ def test_an_image_and_a_clip_are_left_to_the_library() -> None:
 def test_images_are_requests_with_one_seed_after_the_other() -> None:
     job = images({"prompt": "a cat"})
     first = GenerationRequest(prompt="a cat", mode="text_to_image", output="png")
-    assert (job.requests, job.response_format) == ((first,), "b64_json")
+    assert (job.requests, job.fields.response_format) == ((first,), "b64_json")
     body = {
         "prompt": "a cat",
         "n": "3",
@@ -364,7 +367,7 @@ def test_images_are_requests_with_one_seed_after_the_other() -> None:
         use_system_prompt=True,
     )
     assert job.requests == (first, replace(first, seed=6), replace(first, seed=7))
-    assert job.response_format == "file"
+    assert job.fields.response_format == "file"
     assert images({"prompt": "a", "size": "auto"}).requests[0].width is None
 
 
@@ -378,12 +381,12 @@ def test_images_are_requests_with_one_seed_after_the_other() -> None:
         ({"response_format": "url"}, "response_format", "Images are in the answer itself"),
         ({"response_format": "png"}, "response_format", "one of"),
         ({"output_format": "mp4"}, "output_format", "png"),
-        ({"output_compression": 80}, "output_compression", "nothing for png"),
+        ({"output_compression": 80}, "output_compression", "left out for png"),
         ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "0 to 100"),
         ({"seed": 2**63 - 1, "n": 2}, "seed", "a whole number from 0"),
         ({"size": "big"}, "size", "WIDTHxHEIGHT"),
-        ({"image": url_of(PNG)}, "image", "unknown field"),
-        ({"quality": "high"}, "quality", "unknown field"),
+        ({"image": url_of(PNG)}, "image", "left out: unknown field"),
+        ({"quality": "high"}, "quality", "left out: unknown field"),
         ({"width": 64}, "width", "Give size, WIDTHxHEIGHT"),
         ({"model": "dall-e-3"}, "model", "'nano'"),
     ],
@@ -402,7 +405,7 @@ def test_what_a_form_says_the_library_takes() -> None:
 
 
 def test_actions_may_come_as_a_file() -> None:
-    request = video({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()}).request
+    request = parsed({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()})
     assert request.actions == [[1.0, 2.0]]
     with pytest.raises(RequestError, match="actions"):
-        action_rows("actions", video({"actions": b"\x00\xff"}).request.actions, None)
+        action_rows("actions", parsed({"actions": b"\x00\xff"}).actions, None)

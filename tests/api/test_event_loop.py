@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.api import given_media, images, json_text, videos
+from deployments.api import bodies, json_text, media_fields
 from deployments.api.fields import Endpoint
 from tests.api.fake_service import Api
 from tests.api.test_remote_references import Remote
@@ -30,11 +30,10 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[threading.Thread]]
 
         monkeypatch.setattr(module, name, noted)
 
-    note(given_media, "_decoded")
-    note(given_media, "_text_of")
+    note(media_fields, "_decoded")
+    note(media_fields, "_text_of")
     note(json_text, "_check_depth")
-    note(videos, "video_body")
-    note(images, "image_body")
+    note(bodies, "parse")
     return seen
 
 
@@ -53,12 +52,12 @@ def test_texts_and_files_of_bodies(
     }
     answer = api.post(path, **{"data" if is_form else "json": fields})
     assert answer.status_code == 200, answer.text
-    assert threads.keys() == {"_decoded", "_text_of", "_check_depth", "video_body"}
+    assert threads.keys() == {"_decoded", "_text_of", "_check_depth", "parse"}
     assert threading.main_thread() not in set().union(*threads.values())
 
 
 def test_fields_of_images(api: Api, threads: dict[str, set[threading.Thread]]) -> None:
     body = {"prompt": "a", "extra_params": '{"seed": 3}'}
     assert api.post(Endpoint.IMAGES, json=body).status_code == 200
-    assert threads.keys() == {"_check_depth", "image_body"}
+    assert threads.keys() == {"_check_depth", "parse"}
     assert threading.main_thread() not in set().union(*threads.values())

@@ -13,9 +13,11 @@ from ray.exceptions import RayTaskError
 
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.errors import CapabilityError
-from deployments.api import fields as fields_module
+from deployments import api
+from deployments.api.bodies import name_fields
 from deployments.api.body_limit import MAX_FIELDS
-from deployments.api.fields import ALIASES, FIELDS, Endpoint, Use, fields_table, find_field, known
+from deployments.api.fields import BODIES, Endpoint
+from deployments.api.fields_page import fields_page
 from tests.api.fake_service import Api
 from tests.api.test_videos import png_url
 
@@ -23,17 +25,18 @@ PNG = base64.b64decode(png_url().partition(",")[2])
 ACTION: dict[str, Any] = {"action_mode": "policy", "domain_name": "bridge_orig_lerobot"}
 
 
-def test_the_docs_have_every_field_once() -> None:
-    table = fields_table()
-    rows = [line.split(" | ") for line in table.splitlines()[2:]]
-    assert all(len(row) == 6 for row in rows)
-    for endpoint, fields in FIELDS.items():
-        column = 2 + list(Endpoint).index(endpoint)
-        for name, field in fields.items():
-            for written in (name, *field.also):
-                told = [row[column] for row in rows if f"`{written}`" in row[0] and row[column]]
-                assert told == [field.uses[endpoint].value], (endpoint, written)
-    assert {f"`{alias}`" for alias in ALIASES} <= set(table.replace(",", " ").split())
+def test_the_page_has_every_field_once() -> None:
+    _, *tables = fields_page().split("\n## ")
+    names = ("Effective", "Without effect", "Not offered")
+    for table, name in zip(tables, names, strict=True):
+        assert table.startswith(name)
+    for endpoint, model in BODIES.items():
+        kinds = ({*model.model_fields, *model.aliases()}, model.no_effect, model.not_offered)
+        for table, fields in zip(tables, kinds, strict=True):
+            rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| `")]
+            column = list(Endpoint).index(endpoint) - len(Endpoint)
+            here = [it.strip("` ") for row in rows if row[column] == " yes " for it in row[0].split(",")]
+            assert sorted(here) == sorted(fields), (endpoint, table[:20])
 
 
 VLLM_OMNIS = """
@@ -59,24 +62,24 @@ VLLM_OMNIS_OF_IMAGES = """
 def test_no_field_of_vllm_omnis_is_unknown() -> None:
     for endpoint in Endpoint:
         for name in VLLM_OMNIS_OF_IMAGES if endpoint is Endpoint.IMAGES else VLLM_OMNIS:
-            find_field(name, None, endpoint)
+            name_fields({name: None}, BODIES[endpoint])
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
 def test_what_is_not_offered_says_so(endpoint: Endpoint, shared_api: Api) -> None:
-    refused = known(endpoint, Use.NOT_OFFERED)
+    refused = BODIES[endpoint].not_offered
     assert "lora" in refused
-    for name, field in refused.items():
+    for name, reason in refused.items():
         written = name.replace("*", "video")
         for body in ({written: "a"}, {"extra_params": {written: {"path": "/etc/passwd"}}}):
             error = shared_api.refused("POST", endpoint, 422, json={"prompt": "a", **body})
             assert (error["code"], error["param"]) == ("not_offered", written)
-            assert f"Not offered: {field.about}." in error["message"]
+            assert f"Not offered: {reason}." in error["message"]
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
 def test_what_is_without_effect_is_named(endpoint: Endpoint, api: Api) -> None:
-    ignored = [name.replace("*", "exp") for name in known(endpoint, Use.IGNORED)]
+    ignored = [name.replace("*", "exp") for name in BODIES[endpoint].no_effect]
     assert {"user", "max_sequence_length", "true_cfg_scale"} <= set(ignored)
     values: list[Any] = [4, "a", 0.5, True, [1], {"b": [None]}]
     beside = {name: values[index % len(values)] for index, name in enumerate(ignored)}
@@ -88,8 +91,7 @@ def test_what_is_without_effect_is_named(endpoint: Endpoint, api: Api) -> None:
     assert answer.status_code == 200, answer.text
     told = answer.json()["warnings"] if endpoint is Endpoint.VIDEOS else json.loads(answer.headers["x-warnings"])
     assert [line.split()[0] for line in told] == [*ignored, "extra_params.max_sequence_length"]
-    said = re.compile(r"\S+ is without effect(: .| at /v1/videos(/sync)?; at /v1/videos(/sync)?: .)")
-    assert [line for line in told if not said.match(line)] == []
+    assert [line for line in told if not re.match(r"\S+ is without effect: .", line)] == []
     (request, asked), *_ = api.director.submitted
     assert asked.warnings == tuple(told)
     assert (asked.previews, request.prompt) == (0, "a")
@@ -401,7 +403,7 @@ def test_names_of_ignored_fields_are_short(shared_api: Api) -> None:
     written = "frame_interpolation_" + "x" * 65
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", written: 1})
     assert "left out: unknown field" in error["message"]
-    find_field(written[:-1], 1, Endpoint.VIDEOS)
+    name_fields({written[:-1]: 1}, BODIES[Endpoint.VIDEOS])
 
 
 def many_ignored(count: int) -> dict[str, int]:
@@ -409,7 +411,9 @@ def many_ignored(count: int) -> dict[str, int]:
 
 
 def test_fields_are_few(api: Api) -> None:
-    all_of_them = {name: None for name in (*FIELDS[Endpoint.VIDEOS], *ALIASES) if "*" not in name}
+    model = BODIES[Endpoint.VIDEOS]
+    names = (*model.model_fields, *model.aliases(), *model.no_effect, *model.not_offered)
+    all_of_them = {name: None for name in names if "*" not in name}
     assert len(all_of_them) <= MAX_FIELDS, "whoever sends every field that there is may do so"
     api.created({**all_of_them, "prompt": "a"})
     for path in (*Endpoint, f"/v1/videos/{api.created()['id']}/remix"):
@@ -475,6 +479,6 @@ def test_every_mode_has_a_request_here() -> None:
     assert tested | clips | {"text_to_image", "text_to_video"} == set(MODES)
 
 
-def test_the_written_table_is_the_tables() -> None:
-    """Rewritten by: python -c 'from deployments.api.fields import fields_page; print(fields_page(), end="")'."""
-    assert (Path(fields_module.__file__).parent / "FIELDS.md").read_text("utf-8") == fields_module.fields_page()
+def test_the_written_page_is_that_of_the_models() -> None:
+    """Written by: python -m deployments.api.fields_page > deployments/api/FIELDS.md."""
+    assert (Path(api.__file__).parent / "FIELDS.md").read_text("utf-8") == fields_page()

@@ -21,7 +21,8 @@ import av
 import pytest
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.api.fields import MEDIA, Endpoint
+from deployments.api.fields import Endpoint
+from deployments.api.media_fields import MEDIA
 from tests.api import hostile_bodies, hostile_media
 from tests.api.accepting_api import AcceptingApi, Sent
 from tests.api.fuzzing import IMAGE_FIELDS, Fuzz, large, small

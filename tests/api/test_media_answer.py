@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster.errors import OverloadedError, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
-from deployments.api import exchange
-from deployments.api.bodies import BodyRules, ImageBody, image_body
+from deployments.api import call, exchange
+from deployments.api.bodies import BodyRules, ParsedBody, name_fields
+from deployments.api.call import answer_errors
 from deployments.api.exchange import Exchange, answered
-from deployments.api.fields import Endpoint
-from deployments.api.given_fields import read_given
+from deployments.api.fields import ImageBody
 from deployments.api.media_answer import images_answer, live_answer, media_answer
 from deployments.api.memory_budget import MemoryBudget
 from deployments.jobs.job import SubmitOptions
@@ -144,8 +144,7 @@ def answer(
             return await images_answer(an_exchange, job, options, held, store)
 
     async def run() -> Any:
-        request = Request({"type": "http", "headers": [(b"x-request-id", b"mine")]})
-        return await sent(await answered(request, director, timeout_s, work))
+        return await sent(await answer_errors(answered(director, "mine", timeout_s, work), "POST /"))
 
     status, headers, body = asyncio.run(run())
     assert bodies.taken_bytes == 0
@@ -194,9 +193,9 @@ def test_a_result_is_never_refused_and_new_bodies_make_room_for_it(store: MediaS
         body.grow_to(1000)
 
 
-def images(n: int, **fields: Any) -> ImageBody:
-    given = read_given({"prompt": "a", "n": n, "seed": 3, **fields}, Endpoint.IMAGES)
-    return image_body(given, BodyRules("nano", ("standard",)))
+def images(n: int, **fields: Any) -> ParsedBody[ImageBody]:
+    body = {"prompt": "a", "n": n, "seed": 3, **fields}
+    return name_fields(body, ImageBody).parse(BodyRules("nano", ("standard",)))
 
 
 def test_images_come_as_json(store: MediaStore) -> None:
@@ -264,7 +263,7 @@ def test_an_unknown_error_says_nothing_of_the_inside(store: MediaStore) -> None:
 def test_a_file_that_is_not_to_be_seen_here_is_our_fault(
     store: MediaStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange.logger, "propagate", True)
+    monkeypatch.setattr(call.logger, "propagate", True)
     status, _, body = answer(store, Director(script(replace(FINISHED, media_id="0" * 32))))
     assert (status, body["error"]["code"]) == (503, "media_unavailable")
     assert str(store.directory) not in json.dumps(body)
@@ -318,7 +317,7 @@ class Watched:
             await asyncio.sleep(60)
 
         async with asyncio.timeout(60):
-            response = await answered(Request({"type": "http", "headers": []}), director, 60, work)
+            response = await answer_errors(answered(director, None, 60, work), "POST /")
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, self._send)
 
     async def _send(self, message: Any) -> None:

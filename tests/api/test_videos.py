@@ -126,7 +126,7 @@ def test_an_empty_page(shared_api: Api) -> None:
         ("after=nobody", "after", "the id of a job"),
         ("limit=1&limit=2", "limit", "given once"),
         ("lmit=1", "lmit", "Did you mean limit?"),
-        ("x" * 5000, "x" * 100, "known are after, limit, order"),
+        ("x" * 5000, "x" * 100, "Query parameters are after, limit, order"),
     ],
     ids=lambda value: value[:20],
 )
@@ -379,7 +379,7 @@ def test_images(api: Api) -> None:
         job = api.store.get(item["id"])
         assert job is not None
         assert (job.mode, job.attached_to) == ("text_to_image", "this-one")
-    assert json.loads(answer.headers["x-warnings"]) == ["layers is without effect: of other models"]
+    assert json.loads(answer.headers["x-warnings"]) == ["layers is without effect: a field of other models"]
     answer = api.post("/v1/images/generations", data={"prompt": "a", "response_format": "file", "size": "32x32"})
     assert (answer.headers["content-type"], answer.content) == ("image/png", b"finished")
     assert answer.headers["x-video-id"].startswith("video_gen_")

@@ -22,7 +22,8 @@ from schemathesis.generation import GenerationMode
 
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.api.fields import MEDIA, Endpoint
+from deployments.api.fields import Endpoint
+from deployments.api.media_fields import MEDIA
 from tests.api import hostile_bodies, hostile_media
 from tests.api.accepting_api import Sent
 from tests.api.asking import Asking, bounds_of

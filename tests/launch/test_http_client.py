@@ -21,9 +21,8 @@ from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.source import read_image
 from cosmos3_core.request import GenerationRequest
-from deployments.api.bodies import BodyRules, VideoBody, video_body
-from deployments.api.fields import Endpoint
-from deployments.api.given_fields import read_given
+from deployments.api.bodies import BodyRules, ParsedBody, name_fields
+from deployments.api.fields import SyncBody
 from deployments.clients.errors import AnswerError, AuthError, UnreachableError
 from deployments.clients.http_body import body_of
 from deployments.launch.http_client import get, save_video
@@ -80,8 +79,8 @@ def serve() -> Iterator[Callable[[Answer], str]]:
         server.server_close()
 
 
-def received_of(body: dict[str, Any]) -> VideoBody:
-    return video_body(read_given(body, Endpoint.SYNC), BodyRules("nano", ("standard",)))
+def received_of(body: dict[str, Any]) -> ParsedBody[SyncBody]:
+    return name_fields(body, SyncBody).parse(BodyRules("nano", ("standard",)))
 
 
 def test_a_file_is_saved_with_what_the_server_said(serve: Callable[[Answer], str], tmp_path: Path) -> None:
@@ -242,7 +241,7 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
     for image in (file, str(file), file.read_bytes(), frame, PIL.Image.fromarray(frame)):
         body = json.loads(json.dumps(body_of(GenerationRequest(prompt="a", image=image))))
         assert set(body) == {"prompt", "image"}
-        sent = received_of(body).request.image
+        sent = received_of(body).requests[0].image
         assert isinstance(sent, bytes)
         assert np.array_equal(read_image("image", sent), frame)
     request = GenerationRequest(
@@ -252,7 +251,7 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
         guidance_interval=(1, 2),
         condition_frame_indexes_vision=range(2),
     )
-    received = received_of(json.loads(json.dumps(body_of(request)))).request
+    received = received_of(json.loads(json.dumps(body_of(request)))).requests[0]
     assert received.video == b"a clip"
     assert np.array_equal(np.array(received.actions, np.float32), ACTIONS.values)
     assert (received.guidance_interval, received.condition_frame_indexes_vision) == ([1, 2], [0, 1])

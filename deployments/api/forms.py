@@ -9,27 +9,24 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from deployments.api.field_kinds import INDEXES, NUMBERS, FormText
-from deployments.api.fields import FIELDS
+from deployments.api.field_types import FormText
+from deployments.api.fields import BODIES
 from deployments.errors import BodyError
 
 # Fields that forms may have several times, once a value.
-_LISTS = tuple(
-    {name for fields in FIELDS.values() for name, field in fields.items() if field.kind in (INDEXES, NUMBERS)}
-    | {"input_references"}
-)
+_LISTS = {name for model in BODIES.values() for name in model.model_fields if model.type_of(name).is_list}
 _MAX_SHOWN_CHARS = 60
 _BRACKETED = re.compile(r"([^\[\]]{1,200})((?:\[[^\[\]]{0,200}\]){1,4})")
 
 
 def nested_fields(items: Iterable[tuple[str, FormText | bytes]]) -> dict[str, Any]:
-    """The fields of a form.
+    """Return the fields of a form.
 
     Args:
         items: their names as they are written, and values.
 
     Raises:
-        BodyError: one is given twice.
+        BodyError: a field is given twice.
     """
     fields: dict[str, Any] = {}
     for written, value in items:

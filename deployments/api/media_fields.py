@@ -1,23 +1,25 @@
 """Images and clips in request bodies: the bytes of a file, however they were sent. No path is ever opened.
 
-URLs of other servers are fetched only where the operator says so, by :class:`RemoteFiles`.
+URLs of other servers are fetched only where the operator allows it, by :class:`RemoteFiles`.
 """
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.kinds import CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, kind_of
 from cosmos3_core.presets import LIMITS
-from deployments.api.fields import MEDIA
 from deployments.api.json_text import read_json
 from deployments.api.memory_budget import Reservation
 from deployments.threads import run_in_thread
 
-# Of base64.
-_BYTES_PER_CHAR = 0.75
+MEDIA = ("image", "video", "input_reference", "input_references", "image_reference", "video_reference")
+"""Fields that bring an image or a clip."""
+
+_BYTES_PER_BASE64_CHAR = 0.75
 _MAX_SHOWN_CHARS = 60
 _WITHOUT_SPACE = dict.fromkeys(map(ord, " \t\r\n\f\v"))
 _REMOTE = ("http://", "https://")
@@ -25,10 +27,10 @@ _ALLOWED = "a file part of a multipart form, a data URL (data:image/png;base64,.
 
 
 class RemoteFiles(Protocol):
-    """Fetches files of other servers, :class:`deployments.api.remote_media.RemoteMediaFetcher`."""
+    """Fetcher of files from other servers, :class:`deployments.api.remote_media.RemoteMediaFetcher`."""
 
     async def fetch(self, url: str, field: str) -> bytes:
-        """The file that a URL in a field leads to.
+        """Return the file that the URL in a field leads to.
 
         Raises:
             RequestError: it is not allowed, or cannot be had.
@@ -36,50 +38,56 @@ class RemoteFiles(Protocol):
         ...
 
 
-async def with_fetched(given: dict[str, Any], remote: RemoteFiles, held: Reservation) -> dict[str, Any]:
-    """The fields of a body, with the bytes in place of URLs of other servers.
+async def fetch_remote(values: dict[str, Any], remote: RemoteFiles, reserved: Reservation) -> dict[str, Any]:
+    """Return the fields of a body with the bytes in place of URLs of other servers.
 
     Args:
-        given: its fields.
+        values: of its fields.
         remote: fetches them.
-        held: the body's room, which grows by the files; while one is on its way, by the largest that may come.
+        reserved: the body's memory, which grows by the files; while one is on its way, by the largest that may come.
 
     Raises:
-        RequestError: a URL that is not allowed, or whose file cannot be had.
-        OverloadedError: there is no room for it now.
+        RequestError: a URL is not allowed, or its file cannot be had.
+        OverloadedError: there is no memory for it now.
     """
-    fetched = dict(given)
-    for name, url in (await run_in_thread(_remote_urls, given)).items():
-        with held.room_for(LIMITS.max_media_bytes):
+    fetched = dict(values)
+    for name, url in (await run_in_thread(_remote_urls, values)).items():
+        with reserved.room_for(LIMITS.max_media_bytes):
             data = await remote.fetch(url, name)
             _refuse_too_large(name, len(data))
-        held.grow_by(len(data))
+        reserved.grow_by(len(data))
         fetched[name] = data
     return fetched
 
 
-def _remote_urls(given: dict[str, Any]) -> dict[str, str]:
-    """Field -> URL of another server that it holds."""
-    texts = {name: _text_of(name, given[name]) for name in MEDIA if not isinstance(given.get(name, b""), bytes)}
+def _remote_urls(values: dict[str, Any]) -> dict[str, str]:
+    """Return the fields that hold a URL of another server, with the URL."""
+    references = {name: values[name] for name in MEDIA if not _is_file(values.get(name, b""))}
+    texts = {name: _text_of(name, value) for name, value in references.items()}
     longest = max(map(len, _REMOTE))
     return {name: str(text) for name, text in texts.items() if text[:longest].lower().startswith(_REMOTE)}
 
 
-def given_media(given: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
-    """The image and the clip that a body brings, each with the field that brings it.
+def _is_file(value: Any) -> bool:
+    """Return whether a value is a file part, or a form's list of one."""
+    return isinstance(value, bytes) or (isinstance(value, list) and len(value) == 1 and isinstance(value[0], bytes))
+
+
+def find_media(values: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
+    """Find the image and the clip that a body brings, each with the field that brings it.
 
     Args:
-        given: its fields.
+        values: of its fields; of those in :data:`MEDIA` the bytes of a file.
 
     Raises:
-        RequestError: a field holds no file, or there are two images or two clips.
+        RequestError: there are two images or two clips, or a file is neither.
     """
     found: dict[str, tuple[str, bytes]] = {}
     for name in MEDIA:
-        if name not in given:
+        if name not in values:
             continue
-        data = file_bytes(name, given[name])
-        kind = _told_by_content(name, data) if name.startswith("input") else name.removesuffix("_reference")
+        data = values[name]
+        kind = _kind_by_content(name, data) if name.startswith("input") else name.removesuffix("_reference")
         if kind in found:
             raise RequestError(name, "given", f"nothing beside {found[kind][0]}", f"A request has one {kind} at most.")
         found[kind] = name, data
@@ -87,20 +95,20 @@ def given_media(given: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
 
 
 def file_bytes(field: str, value: Any) -> bytes:
-    """The file that a field holds.
+    """Return the file that a field holds.
 
     Args:
         field: its name.
         value: the bytes of a file part, a text, or a reference: an object of one URL, or a list of one reference.
 
     Raises:
-        RequestError: something else, broken base64, a URL that would have to be fetched, nothing, or too much.
+        RequestError: the field holds something else, broken base64, a URL that is not fetched, nothing, or too much.
     """
-    if isinstance(value, bytes):
-        data = value
+    if _is_file(value):
+        data: bytes = value if isinstance(value, bytes) else value[0]
     else:
         text = _text_of(field, value)
-        _refuse_too_large(field, int(len(text) * _BYTES_PER_CHAR))
+        _refuse_too_large(field, int(len(text) * _BYTES_PER_BASE64_CHAR))
         data = _decoded(field, text)
     if not data:
         raise RequestError(field, "an empty file", _ALLOWED)
@@ -108,7 +116,7 @@ def file_bytes(field: str, value: Any) -> bytes:
     return data
 
 
-def _told_by_content(field: str, data: bytes) -> str:
+def _kind_by_content(field: str, data: bytes) -> str:
     kind = kind_of(data)
     if kind.category not in (STILL, CLIP):
         raise RequestError(field, f"a file of kind {kind.name}", f"{IMAGE_KINDS}, or {CLIP_KINDS}")
@@ -116,7 +124,7 @@ def _told_by_content(field: str, data: bytes) -> str:
 
 
 def _text_of(field: str, value: Any) -> str:
-    """The URL or base64 in a reference."""
+    """Return the URL or base64 in a reference."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             value = read_json(value)
