@@ -10,6 +10,7 @@ import pytest
 
 from cluster.clip_stream import ClipStreams
 from cluster.errors import OverloadedError, StreamClosed
+from tests.settling import settle
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
@@ -50,7 +51,7 @@ def test_a_consumer_waits_for_a_chunk() -> None:
         with pytest.raises(TimeoutError):
             await clips.take("a", 0.05)
         taking = asyncio.create_task(clips.take("a", 5))
-        await asyncio.sleep(0.01)
+        await settle()
         await clips.post("a", "p", ["x"])
         assert await taking == ["x"]
 
@@ -64,7 +65,7 @@ def test_closing_ends_both_sides() -> None:
         assert await clips.acquire("a", "p", 1)
         producing = asyncio.create_task(clips.acquire("a", "p", 5))
         consuming = asyncio.create_task(clips.take("a", 5))
-        await asyncio.sleep(0.01)
+        await settle()
         await clips.close("a", "because")
         assert await producing is False
         with pytest.raises(StreamClosed, match="because"):
@@ -88,7 +89,7 @@ def test_closing_ends_every_producer() -> None:
         await clips.open("a", window=1)
         assert await clips.acquire("a", "p", 1)
         waiting = [asyncio.create_task(clips.acquire("a", "p", 10)) for _ in range(3)]
-        await asyncio.sleep(0.01)
+        await settle()
         await clips.close("a", "because")
         async with asyncio.timeout(1):
             assert await asyncio.gather(*waiting) == [False] * 3
@@ -120,7 +121,7 @@ def test_a_producer_that_died_gives_back_the_credits_that_it_had_not_used() -> N
             assert await clips.acquire("a", "first", 1)
         await clips.post("a", "first", ["x"])
         late = asyncio.create_task(clips.acquire("a", "first", 5))
-        await asyncio.sleep(0.01)
+        await settle()
         await clips.forget("a", "first")
         assert await late is False, "it would have made a chunk that nobody posts"
         # Two of three: the chunk that was posted is still to be used up.

@@ -26,6 +26,7 @@ from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import MediaError, RequestError, StateError
 from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.shapes import LatentShape
+from tests.settling import settle
 
 VIDEO, IMAGE = LatentShape(2, 1, 1), LatentShape(1, 1, 1)
 
@@ -156,7 +157,7 @@ def test_a_request_gets_its_position_every_step_and_its_latents() -> None:
         # Quanta of about a quarter second: not one by one, not all at once.
         assert 3 <= len(gang.of("step")) <= 20
         assert isinstance(updates[-1], Denoised)
-        await asyncio.sleep(0.01)
+        await settle()
         assert gang.progress == {}
         assert loop.num_jobs == 0
 
@@ -206,7 +207,7 @@ def test_a_request_cancelled_while_it_waits_never_begins() -> None:
         loop = loop_on(gang, max_jobs=3)
         running = asyncio.create_task(follow(loop, "a", 500))
         waiting = asyncio.create_task(follow(loop, "b", 500))
-        await asyncio.sleep(0.02)
+        await settle()
         waiting.cancel()
         await running
         await follow(loop, "c", 1)
@@ -219,7 +220,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     async def body() -> None:
         loop = loop_on(FakeGang(), max_jobs=2)
         tasks = [asyncio.create_task(follow(loop, name, 200)) for name in "ab"]
-        await asyncio.sleep(0.02)
+        await settle()
         with pytest.raises(OverloadedError) as caught:
             await follow(loop, "c", 1)
         assert caught.value.retry_after_s >= 1
@@ -403,7 +404,7 @@ def test_a_full_class_does_not_lock_out_the_other() -> None:
     async def body() -> None:
         loop = loop_on(FakeGang(step_s=0.01), max_jobs=1)
         video = asyncio.create_task(follow(loop, "video", 40))
-        await asyncio.sleep(0.02)
+        await settle()
         assert isinstance((await follow(loop, "image", 3, shape=IMAGE))[-1], Denoised)
         await video
 

@@ -14,6 +14,7 @@ from cluster.errors import GangFailed, GangLost, OutOfMemory, PreviewFailed
 from cluster.gang import Gang
 from cluster.gang_calls import GangCalls
 from cosmos3_core.errors import Cosmos3Error, RequestError
+from tests.settling import settle
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
@@ -79,7 +80,7 @@ def test_a_caller_who_leaves_takes_back_what_is_not_made_yet_and_nothing_else() 
         gang.gate.clear()
         calls = calls_of(gang)
         leaving = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(2)]
-        await asyncio.sleep(0.01)
+        await settle()
         for task in leaving:
             task.cancel()
         await asyncio.wait(leaving)
@@ -103,7 +104,7 @@ def test_what_the_ranks_are_told_is_made_whoever_leaves() -> None:
                 calls.tell("end", phase="decode", timeout_s=5)
 
         leaving = asyncio.create_task(clip())
-        await asyncio.sleep(0.01)
+        await settle()
         leaving.cancel()
         await asyncio.wait([leaving])
         gang.gate.set()
@@ -124,7 +125,7 @@ def test_a_wait_for_something_else_ends_with_the_gang() -> None:
         credit.clear()
         waiting = asyncio.create_task(calls.while_up(credit.wait()))
         leaving = asyncio.create_task(calls.while_up(credit.wait()))
-        await asyncio.sleep(0.01)
+        await settle()
         leaving.cancel()
         await asyncio.wait([leaving])
         with pytest.raises(GangFailed, match="rank 1"):
@@ -133,7 +134,7 @@ def test_a_wait_for_something_else_ends_with_the_gang() -> None:
             await waiting
         with pytest.raises(GangLost):
             await calls.while_up(credit.wait())
-        await asyncio.sleep(0.01)
+        await settle()
         assert asyncio.all_tasks() <= before, "waits that were left hanging"
 
     run(body())
@@ -175,7 +176,7 @@ def test_rank_0_alone_is_asked_in_turn_and_may_refuse_alone() -> None:
         calls = calls_of(gang, ended)
         before = asyncio.create_task(calls.ask("next_strip", phase="decode", timeout_s=5))
         asked = asyncio.create_task(calls.first("preview_map", 7, phase="previews", timeout_s=5))
-        await asyncio.sleep(0.01)
+        await settle()
         assert gang.num_at_once == 1
         gang.gate.set()
         assert await before == [()]
@@ -198,14 +199,14 @@ def test_a_failure_is_everybodys_and_ends_the_leader_once(error: Exception) -> N
         gang.failures["m0"] = error
         calls = calls_of(gang, ended)
         asked = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(3)]
-        await asyncio.sleep(0.01)
+        await settle()
         gang.gate.set()
         raised = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(it) for it in raised] == [GangFailed, GangLost, GangLost]
         with pytest.raises(GangLost):
             await calls.ask("m3", phase="decode", timeout_s=5)
         calls.tell("end", phase="decode", timeout_s=5)
-        await asyncio.sleep(0.01)
+        await settle()
         assert gang.made == ["m0"]
         assert ended.count == 1
 
@@ -234,7 +235,7 @@ def test_idle_ranks_are_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
         gang.failures["describe"] = GangFailed("idle", "died", 0)
         calls = calls_of(gang, ended)
         while not ended.count:
-            await asyncio.sleep(0.01)
+            await settle()
         assert calls.failure is not None
 
     run(body())

@@ -42,6 +42,7 @@ from deployments.errors import MediaStoreError
 from deployments.messages import RequestContext
 from deployments.stages.handles import Stages
 from deployments.stages.streams import RefStream
+from tests.settling import settle, until
 
 
 class Response:
@@ -134,6 +135,9 @@ class FakeStages:
         self.open, self.drop, self.forget = (Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget))
         self.encoded: list[str] = []
         self.decoded = 0
+
+    async def has_no_clip_open(self) -> bool:
+        return await self.clips.num_open() == 0
 
     def fail(self, stage: str) -> None:
         if self.failures.get(stage):
@@ -446,7 +450,7 @@ def test_a_source_that_nobody_takes_from_waits() -> None:
     async def body() -> None:
         items = merge(source())
         assert await anext(items) == 1
-        await asyncio.sleep(0.05)
+        await settle()
         assert made < 25
         assert [item async for item in items] == list(range(2, 101))
 
@@ -654,7 +658,7 @@ def test_a_clip_is_decoded_only_when_an_encoder_has_a_place_for_it(tiny_nano: Pa
         pipeline = asyncio.create_task(collect(stages.pipeline(tiny_nano)))
         while not stages.encode.responses:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
+        await settle()
         assert stages.decode.responses == []
         has_place.set()
         assert kinds(await pipeline).count("Finished") == 1
@@ -678,8 +682,7 @@ def test_leaving_while_a_clip_is_being_opened_leaves_none_open(tiny_nano: Path) 
         await is_opening.wait()
         pipeline.cancel()
         await asyncio.wait([pipeline])
-        await asyncio.sleep(0.05)
-        assert await stages.clips.num_open() == 0
+        await until(stages.has_no_clip_open)
 
     run(body())
 
@@ -781,8 +784,7 @@ def test_leaving_in_the_middle_cancels_what_runs(tiny_nano: Path) -> None:
             if isinstance(event, messages.ChunkEncoded):
                 break
         await events.aclose()  # type: ignore[attr-defined]
-        await asyncio.sleep(0.05)
-        assert await stages.clips.num_open() == 0
+        await until(stages.has_no_clip_open)
 
     run(leave())
     assert stages.decode.responses[0].was_cancelled
@@ -846,9 +848,8 @@ def test_the_streams_of_sound_requests_are_closed(tiny_nano: Path) -> None:
     pipeline = stages.pipeline(tiny_nano, generate_sound=True)
     pipeline.stages = replace(pipeline.stages, audio=stages.audio)
 
-    async def body() -> int:
+    async def body() -> None:
         await collect(pipeline)
-        await asyncio.sleep(0.05)
-        return await stages.clips.num_open()
+        await until(stages.has_no_clip_open)
 
-    assert run(body()) == 0
+    run(body())

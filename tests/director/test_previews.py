@@ -15,6 +15,7 @@ from deployments.director import previews as previews_module
 from deployments.director.previews import Previews
 from deployments.messages import RequestContext
 from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
+from tests.settling import settle
 
 MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
 
@@ -159,7 +160,7 @@ def test_a_request_does_not_wait_for_ever_but_the_map_is_made(monkeypatch: pytes
             with pytest.raises(PreviewFailed, match="goes on making it"):
                 await previews.order(1, 1.0)
         vae.may_answer.set()
-        await asyncio.sleep(0.01)
+        await settle()
         assert (await previews.order(1, 1.0)).preview_map == MAP
         assert len(vae.calls) == 1
 

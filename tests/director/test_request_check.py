@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.director import admission
 from deployments.director.admission import RequestCheck
 from deployments.messages import RequestContext
+from tests.settling import settle, until
 
 CLIP = GenerationRequest(prompt="a", video=b"a file", num_inference_steps=2)
 
@@ -37,10 +37,11 @@ def context(limit_s: float = 20) -> RequestContext:
 
 
 class SlowResolve:
-    """In place of the real one: counts how many run at a time."""
+    """In place of the real one: holds clips until they may go on, or so long; counts how many run at a time."""
 
-    def __init__(self, check: RequestCheck, seconds: float) -> None:
-        self.seconds, self.now, self.most, self.calls = seconds, 0, 0, 0
+    def __init__(self, check: RequestCheck, limit_s: float = 60.0) -> None:
+        self.limit_s, self.now, self.most, self.calls = limit_s, 0, 0, 0
+        self.may_go_on = threading.Event()
         self.lock = threading.Lock()
         check._resolve = self  # type: ignore[assignment]
 
@@ -50,7 +51,7 @@ class SlowResolve:
         with self.lock:
             self.now, self.calls = self.now + 1, self.calls + 1
             self.most = max(self.most, self.now)
-        time.sleep(self.seconds)
+        self.may_go_on.wait(self.limit_s)
         with self.lock:
             self.now -= 1
         return "resolved"
@@ -68,11 +69,12 @@ def test_clips_are_looked_at_in_other_processes(layout: CheckpointLayout, monkey
 def test_few_are_looked_at_at_a_time_and_nobody_else_waits(layout: CheckpointLayout) -> None:
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
-        slow = SlowResolve(check, 0.5)
+        slow = SlowResolve(check)
         clips = [asyncio.create_task(check.resolve(context(), CLIP)) for _ in range(6)]
-        await asyncio.sleep(0.05)
+        await until(lambda: slow.now == admission._MAX_PROBES)
         await check.resolve(context(), GenerationRequest(prompt="a"))
         assert not any(task.done() for task in clips)
+        slow.may_go_on.set()
         await asyncio.gather(*clips)
         assert slow.most == admission._MAX_PROBES
 
@@ -82,13 +84,15 @@ def test_few_are_looked_at_at_a_time_and_nobody_else_waits(layout: CheckpointLay
 def test_those_who_leave_leave_no_work_behind(layout: CheckpointLayout) -> None:
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
-        slow = SlowResolve(check, 0.2)
+        slow = SlowResolve(check)
         clips = [asyncio.create_task(check.resolve(context(), CLIP)) for _ in range(20)]
-        await asyncio.sleep(0.05)
+        await until(lambda: slow.now == admission._MAX_PROBES)
         for task in clips:
             task.cancel()
+        slow.may_go_on.set()
         await asyncio.gather(*clips, return_exceptions=True)
-        await asyncio.sleep(0.5)
+        await until(lambda: slow.now == 0)
+        await settle()
         assert slow.calls == admission._MAX_PROBES
         assert await check.resolve(context(), CLIP) == "resolved", "their places are free again"
 
@@ -98,7 +102,7 @@ def test_those_who_leave_leave_no_work_behind(layout: CheckpointLayout) -> None:
 def test_looking_counts_towards_the_deadline(layout: CheckpointLayout) -> None:
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
-        SlowResolve(check, 1.0)
+        SlowResolve(check, limit_s=0.5)
         with pytest.raises(DeadlineExceeded):
             await check.resolve(context(0.1), CLIP)
 

@@ -15,6 +15,7 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from deployments.messages import RequestContext
 from deployments.stages.credits import produce_on_credit
+from tests.settling import settle
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
@@ -45,11 +46,11 @@ def test_a_chunk_is_made_when_there_is_a_credit_for_it() -> None:
         await clips.open("a", window=2)
         made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", source)
         assert (await anext(made))[0] == 0
-        await asyncio.sleep(0.05)
+        await settle()
         assert source.made == 2, "the second is made while the first is on its way"
         assert (await anext(made))[0] == 1
         waiting = asyncio.create_task(anext(made))
-        await asyncio.sleep(0.05)
+        await settle()
         assert source.made == 2, "the third waits for its credit"
         await clips.post("a", "p", ["chunk 0"])
         await clips.release("a")
@@ -79,7 +80,7 @@ def test_leaving_stops_what_is_being_made() -> None:
         source = Source(0)
         made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
         assert await anext(made) == (0, 1)
-        await asyncio.sleep(0.01)
+        await settle()
         async with asyncio.timeout(2):  # not until its end, nor until the request's
             await made.aclose()
         assert was_stopped.is_set()

@@ -25,6 +25,7 @@ from cosmos3_core.media.image import write_image
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.stages.audio_vae import _next_samples
 from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
+from tests.settling import settle
 
 LIMITS = VAECalls(first_timeout_s=20, timeout_s=10)
 
@@ -103,7 +104,7 @@ def test_a_clips_chunks_are_the_ranks_strips_side_by_side(monkeypatch: pytest.Mo
             frames = chunk.frames()
             assert frames.shape == (4, 2, 6, 3)
             assert frames[0, :, 0, 0].tolist() == [2 * number, 2 * number + 1]
-        await asyncio.sleep(0.01)
+        await settle()
         assert gang.methods == ["begin", *["next_strip"] * 4, "end"]
         assert {name for _, name, _ in gang.calls} == {"clip/video/1"}
         # Of a new size, the first chunk and the second one, which has the shape of all later ones, compile.
@@ -116,7 +117,7 @@ def test_leaving_a_clip_is_told_to_the_ranks(monkeypatch: pytest.MonkeyPatch) ->
     async def body() -> None:
         gang = FakeGang(num_chunks=100)
         await decoded(await leader_of(gang, monkeypatch), most=2)
-        await asyncio.sleep(0.01)
+        await settle()
         assert gang.methods[-1] == "end"
         assert not gang.is_stopped
 
@@ -150,14 +151,14 @@ def test_a_clip_that_waits_for_a_credit_hears_of_a_death_that_is_anothers(monkey
         stream = leader.decode(RequestContext.new("r", 20), latents, remote(clips), "clip", "video/1")
         assert {type(await anext(stream)) for _ in range(2)} == {ChunkDecoded, FrameChunk}
         waiting = asyncio.create_task(anext(stream))
-        await asyncio.sleep(0.05)
+        await settle()
         assert not waiting.done()
         gang.failure = GangFailed("decode", "died", 1)
         with pytest.raises(GangFailed) as blamed:
             await decoded(leader)
         assert type(blamed.value) is GangFailed
         with pytest.raises(GangLost):
-            await asyncio.wait_for(waiting, 0.1)
+            await asyncio.wait_for(waiting, 10)
 
     run(body())
 
