@@ -14,7 +14,7 @@ _Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
 
 
 class ErrorDetails(ApiModel):
-    """What was wrong with a request, or went wrong with it."""
+    """A fault of a request, or of the service while it worked on it."""
 
     message: str
     type: Literal["invalid_request_error", "server_error"]
@@ -68,7 +68,7 @@ class Image(ApiModel):
 
 
 class ImageMetrics(ApiModel):
-    """How long the images took."""
+    """Durations of the images."""
 
     stage_durations: Mapping[str, Seconds]
 

@@ -1,4 +1,4 @@
-"""Who calls: API keys of requests, checked. Where keys are off, everybody is the same caller."""
+"""API keys of requests, checked. Where keys are off, all callers are the same one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a request.
+    """Sender of a request.
 
     Attributes:
         owner: id of the key, "" where keys are off.
@@ -54,7 +54,7 @@ class Caller:
 
 
 def auth_required(configured: bool | None, host: str) -> bool:
-    """Whether requests need a key.
+    """Return whether requests need a key.
 
     Args:
         configured: ``auth.enabled``; None: where others than this machine reach the port.
@@ -71,7 +71,7 @@ def auth_required(configured: bool | None, host: str) -> bool:
 
 
 def names_of(host: str, allowed: tuple[str, ...], *, needs_keys: bool) -> frozenset[str] | None:
-    """What a request may call an app by in its header Host, in lower case and without a port; None: anything.
+    """Return the names that a header Host may have, in lower case and without a port; None: any.
 
     Without keys, a page whose name has been made to lead here would be let in as one of this machine's own.
 
@@ -87,11 +87,11 @@ def names_of(host: str, allowed: tuple[str, ...], *, needs_keys: bool) -> frozen
 
 
 class NoKeys(Cosmos3Error):
-    """Requests need a key, and nobody has one; says what to do."""
+    """Requests need a key, and none exists; the message says what to do."""
 
 
 def check_keys(keys: KeyStore, host: str) -> None:
-    """See to it that somebody can use an app that asks for keys.
+    """Check that an app that asks for keys has at least one.
 
     Args:
         keys: of its database.
@@ -109,7 +109,7 @@ def check_keys(keys: KeyStore, host: str) -> None:
 
 
 class Authenticator:
-    """Checks keys, with what was found in the last seconds at hand.
+    """Checker of keys, with a cache of the last seconds.
 
     Args:
         keys: of the database.
@@ -126,7 +126,7 @@ class Authenticator:
         self._num_waiting = 0
 
     async def caller(self, headers: Headers) -> Caller:
-        """Who sends a request.
+        """Return who sends a request.
 
         Args:
             headers: of the request.
@@ -167,7 +167,7 @@ V = TypeVar("V")
 
 
 class _Recent(Generic[V]):
-    """What was found in the last seconds, by hash; the oldest goes where there are too many."""
+    """Cache of the last seconds, by hash; the oldest entry is evicted where there are too many."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""Reading a request body with bounds: refused by its announced length before it is read, or while it is."""
+"""Bounded reading of request bodies: too large a body is refused by its announced length, or while it is read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MAX_SHOWN_CHARS = 60
 
 
 async def read_fields(request: Request, max_bytes: int, held: Reservation) -> dict[str, Any]:
-    """The fields of a JSON, multipart or URL-encoded body: JSON's values, :class:`FormText`, the bytes of files.
+    """Read the fields of a JSON, multipart or URL-encoded body: JSON's values, :class:`FormText`, the bytes of files.
 
     Args:
         request: whose body was not read yet.
@@ -85,7 +85,7 @@ def check_visible(name: str, value: str) -> str:
 
 
 def _kind_of(headers: Headers) -> str:
-    """A body's content type.
+    """Return a body's content type.
 
     Raises:
         BodyError: one that is not read.

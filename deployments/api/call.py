@@ -73,7 +73,7 @@ async def answer_errors(handling: Coroutine[Any, Any, Response], what: str) -> R
 
 
 def routes() -> APIRouter:
-    """An empty router of such routes."""
+    """Return an empty router of such routes."""
     return APIRouter(route_class=AnsweringRoute)
 
 
@@ -92,7 +92,7 @@ class Call:
     caller: Caller
 
     async def job(self, video_id: str) -> Job:
-        """The caller's job of an id.
+        """Return the caller's job of an id.
 
         Raises:
             ApiError: 404, there is none; somebody else's is none.
@@ -135,7 +135,7 @@ class Call:
 
 
 def service_of(request: Request) -> Service:
-    """The service that a request is for."""
+    """Return the service that a request is for."""
     service: Service = request.app.state.get_service()
     return service
 

@@ -91,7 +91,7 @@ async def file_answer(store: MediaStore, record: MediaRecord, method: str, heade
 
 
 def finished_parts(store: MediaStore, record: MediaRecord, span: Span | None = None) -> AsyncGenerator[bytes, None]:
-    """A finished file, read as it is taken; to its end, even if the directory loses it after the first part.
+    """Read a finished file as it is taken; to its end, even if the directory loses it after the first part.
 
     Args:
         store: where it is.
@@ -106,7 +106,7 @@ def finished_parts(store: MediaStore, record: MediaRecord, span: Span | None = N
 
 
 async def live_parts(store: MediaStore, record: MediaRecord) -> AsyncGenerator[bytes, None]:
-    """The file that grows, each part as it appears, until the clip is done.
+    """Read the file that grows, each part as it appears, until the clip is done.
 
     Where it grows out of sight, in another node's directory, it is the finished file, when that is there.
 
@@ -136,7 +136,7 @@ async def live_parts(store: MediaStore, record: MediaRecord) -> AsyncGenerator[b
 
 
 async def _finished(store: MediaStore, media_id: str) -> MediaRecord:
-    """Of a clip, when it is done."""
+    """Wait until a clip is done."""
     asked_s = time.monotonic()
     while (record := await asyncio.to_thread(_going_on, store, media_id)).state != DONE:
         if time.monotonic() - asked_s > store.keep_s:
@@ -146,7 +146,7 @@ async def _finished(store: MediaStore, media_id: str) -> MediaRecord:
 
 
 def _going_on(store: MediaStore, media_id: str) -> MediaRecord:
-    """Of a clip that is done or still being written."""
+    """Return the record of a clip that is done or still being written."""
     record = store.find(media_id)
     if record is None:
         raise MediaError(f"{media_id} was removed while it was read")
@@ -156,7 +156,7 @@ def _going_on(store: MediaStore, media_id: str) -> MediaRecord:
 
 
 def _live_part(store: MediaStore, media_id: str, start: int) -> bytes | None:
-    """What a growing file has from a position on: b"" while that is nothing, None when that is the end."""
+    """Read a growing file from a position on: b"" while there is nothing, None at its end."""
     record = _going_on(store, media_id)  # first: what is done by now grows no more
     if not record.live_name:
         raise MediaError(f"{media_id} was removed from the directory while it was read")
@@ -221,7 +221,7 @@ def _part_answer(
 
 
 async def _parts(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGenerator[bytes, None]:
-    """A part of a file that is there. It is opened once: who has begun to read is not cut off when it is removed."""
+    """Read a part of a file that exists. It is opened once, so that removing it does not cut off its readers."""
     start = span.start
     with contextlib.ExitStack() as opened:
         # Nobody leaves a thread that has the file: it would be closed under its hands.
@@ -235,7 +235,7 @@ async def _parts(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGenerato
 
 
 class Conditions:
-    """What a request's headers say, RFC 9110 13.1.2, 13.1.5 and 14.2.
+    """Conditions and range of a request's headers, RFC 9110 13.1.2, 13.1.5 and 14.2.
 
     Args:
         method: GET or HEAD.
@@ -253,21 +253,21 @@ class Conditions:
 
     @property
     def has_both_ends(self) -> bool:
-        """Whether a range was asked for that does not depend on the file's end."""
+        """Return whether the range does not depend on the file's end."""
         return bool(self._first and self._last)
 
     @property
     def first(self) -> int:
-        """Where the range begins that was asked for."""
+        """The first byte of the range."""
         return int(self._first)
 
     def knows(self, etag: str) -> bool:
-        """Whether the client has this file."""
+        """Return whether the client has this file."""
         known = {tag.strip().removeprefix("W/") for tag in self._known.split(",")}
         return bool(known & {etag, "*"})
 
     def span(self, num_bytes: int, etag: str) -> Span | None:
-        """The range to give of a file; None for all of it.
+        """Return the range to send of a file; None for all of it.
 
         Raises:
             ApiError: 416, nothing of it is there.

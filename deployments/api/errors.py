@@ -17,7 +17,7 @@ from deployments.observability.metrics import metrics
 
 
 def error_response(error: BaseException) -> JSONResponse:
-    """The answer for an error; unknown ones become a 500. Those and files say nothing of the inside.
+    """Return the answer for an error. Unknown errors become a 500 that reveals nothing of the inside.
 
     Serve puts the request's id into the headers of every answer.
     """
@@ -40,7 +40,7 @@ def error_response(error: BaseException) -> JSONResponse:
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether the answer says all there is about the error; other errors have to be logged."""
+    """Return whether the answer says all there is about the error; other errors have to be logged."""
     return isinstance(error, HTTPException) or failures.is_explained(error)
 
 

@@ -1,4 +1,4 @@
-"""One HTTP request and what the Director is asked for it: asked, followed, stopped."""
+"""Exchange of one HTTP request with the Director: submit, follow, cancel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LONGEST_PAUSE_S = 5.0
 
 
 class Exchange:
-    """See the module. What it asks for, it asks one after the other.
+    """The Director's work for one HTTP request; one generation after the other.
 
     Args:
         director: its handle, streaming.
@@ -46,7 +46,7 @@ class Exchange:
         self.job_id = ""
 
     async def ask(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None = None) -> None:
-        """Have the Director take a request.
+        """Submit a request to the Director.
 
         Args:
             request: what is asked for.
@@ -92,7 +92,7 @@ class Exchange:
         raise RuntimeError("the Director's stream ended before the request did")
 
     async def asked_again(self, request: GenerationRequest, options: SubmitOptions) -> Finished:
-        """:meth:`ask` and :meth:`finished` for more of what was begun: a full queue is waited out.
+        """Submit a further request of the same exchange and follow it to its end; a full queue is waited out.
 
         Raises:
             Exception: as there.
@@ -116,7 +116,7 @@ class Exchange:
 
 
 def accept_limit_s(request: GenerationRequest | None) -> float:
-    """How long the Director may take to say whether it takes a request; None: one that it knows already."""
+    """Return how long the Director may take to accept or refuse a request; None: one that it has already."""
     return _ACCEPT_CLIP_S if request is None or request.video is not None else _ACCEPT_S
 
 

@@ -19,13 +19,13 @@ _NUM_THREADS = 32
 
 
 def _api() -> FastAPI:
-    """Built in each replica."""
+    """Build the API in each replica."""
     return build_api(lambda: serve.get_replica_context().servable_object.service)
 
 
 @serve.ingress(_api)
 class Ingress:
-    """See the module.
+    """The deployment that serves the HTTP API.
 
     Args:
         config: of the app.
@@ -43,5 +43,5 @@ class Ingress:
         self.service = await asyncio.to_thread(Service.open, config, director, Readiness(), host)
 
     async def drain(self) -> None:
-        """Say so at /ready: whoever balances the load sends no more. The Director refuses new requests."""
+        """Report the shutdown at /ready, so that load balancers send no more. The Director refuses new requests."""
         self.service.is_draining = True

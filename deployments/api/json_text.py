@@ -1,4 +1,4 @@
-"""JSON from clients: with bounds on the memory that it becomes and on its depth, without keys that hide each other."""
+"""JSON from clients: bounded in memory and depth, without duplicate keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_SHOWN_CHARS = 60
 
 
 def read_json(text: str | bytes | bytearray) -> Any:
-    """The value that a text holds.
+    """Return the value that a text holds.
 
     Raises:
         ValueError: it holds none, too many, an object with a key twice, or lists in lists deeper than allowed.

@@ -1,4 +1,4 @@
-"""What was generated as an HTTP answer: the file itself, or JSON with what no file holds."""
+"""Generated media as HTTP answers: the file itself, or JSON with what no file holds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MAX_WARNINGS_CHARS = 6000
 
 
 async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore) -> Response:
-    """The file, with what is to be said about it in its headers; with generated actions, JSON of both.
+    """Answer with the file, described by headers; with generated actions, with JSON of both.
 
     Args:
         exchange: the Director has its request.
@@ -70,7 +70,7 @@ async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore)
 
 
 async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
-    """The file as it grows, from its first fragment on. Leaving it stops the request.
+    """Answer with the file as it grows, from its first fragment on. Leaving it stops the request.
 
     Instead of a file that fails before there is anything of it, the answer is the one that is made next. Later, the
     connection breaks: a file that ended early would look like a short one.
@@ -115,7 +115,7 @@ async def _made_instead(first: _Part, news: _News) -> FileStarted | None:
 async def _until_failed(
     parts: AsyncGenerator[bytes, None], part: _Part, news: _News, exchange: Exchange
 ) -> AsyncGenerator[bytes, None]:
-    """The parts, as long as their request has not failed; its file may take long to say so.
+    """Yield the parts while their request has not failed, which its file may show much later.
 
     Args:
         parts: those after the next.
@@ -153,7 +153,7 @@ async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any
 async def images_answer(
     exchange: Exchange, body: ParsedBody[ImageBody], options: SubmitOptions, held: Reservation, media: MediaStore
 ) -> Response:
-    """Images, made one after the other: as JSON, or as the file, or as a zip of several.
+    """Answer with images, made one after the other: as JSON, as the file, or as a zip of several.
 
     Args:
         exchange: the Director has the first image's request.
@@ -201,13 +201,13 @@ async def images_answer(
 
 
 async def _file(event: Finished, media: MediaStore) -> Response:
-    """A finished file, read as it is sent."""
+    """Answer with a finished file, read as it is sent."""
     record = await asyncio.to_thread(media.expect, event.media_id)
     return PartsResponse(finished_parts(media, record), _headers(event), event.media_type)
 
 
 async def _whole(event: Finished, held: Reservation, media: MediaStore) -> bytes:
-    """A finished file in one piece."""
+    """Read a finished file in one piece."""
     held.need(int(event.num_bytes * _SPACE_OF_BASE64))
     return await asyncio.to_thread(media.read, event.media_id)
 

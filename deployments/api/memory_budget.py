@@ -1,4 +1,4 @@
-"""Bytes of bodies that one process has in memory at a time, and their bound."""
+"""Bound on the bytes of bodies that one process has in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RETRY_S = 5.0
 
 
 class MemoryBudget:
-    """Room for so many bytes; see the module.
+    """A bounded number of bytes, shared by all bodies.
 
     Args:
         max_bytes: of all bodies together.
@@ -24,12 +24,12 @@ class MemoryBudget:
 
     @property
     def taken_bytes(self) -> int:
-        """0 when idle."""
+        """Bytes that are reserved now; 0 when idle."""
         return self._taken_bytes
 
     @contextmanager
     def hold(self) -> Iterator[Reservation]:
-        """Room for a body, as much as it turns out to take; given back at the end of the ``with`` block."""
+        """Reserve memory for a body as it grows; it is given back at the end of the ``with`` block."""
         held = Reservation(self)
         try:
             yield held
@@ -64,7 +64,7 @@ class MemoryBudget:
 
 
 class Reservation:
-    """The room that one body has."""
+    """The bytes that one body has reserved."""
 
     def __init__(self, room: MemoryBudget) -> None:
         self._room = room
@@ -78,7 +78,7 @@ class Reservation:
         self.num_bytes += num_bytes
 
     def check(self, num_bytes: int) -> None:
-        """Make sure that there would be room for so many bytes; none is taken for what has not come yet.
+        """Check that so many bytes could be reserved; none are, as they have not come yet.
 
         Raises:
             OverloadedError: there is not so much room.
@@ -86,7 +86,7 @@ class Reservation:
         self._room.check(num_bytes)
 
     def grow_to(self, num_bytes: int) -> None:
-        """Have room for so many bytes in all.
+        """Reserve so many bytes in all.
 
         Raises:
             OverloadedError: there is not so much room.
@@ -96,7 +96,7 @@ class Reservation:
             self.num_bytes = num_bytes
 
     def grow_by(self, num_bytes: int) -> None:
-        """Have room for so many bytes more.
+        """Reserve so many bytes more.
 
         Raises:
             OverloadedError: there is not so much room.
@@ -105,7 +105,7 @@ class Reservation:
 
     @contextmanager
     def room_for(self, num_bytes: int) -> Iterator[None]:
-        """Room for so many bytes more inside the ``with`` block, for what may turn out to be less.
+        """Reserve so many bytes more inside the ``with`` block, for what may turn out to be less.
 
         Raises:
             OverloadedError: there is not so much room.

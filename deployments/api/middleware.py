@@ -1,4 +1,4 @@
-"""What every request passes on its way in and out: its key, the rules for browsers' pages, headers."""
+"""Middleware of every request: keys, rules for pages of other origins, safe headers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EXPOSED_HEADERS = (
 
 
 class KeyMiddleware:
-    """Lets through who has a key, where keys are needed; whatever is not listed as open needs one.
+    """Guard that lets requests with a key through, where keys are needed; only listed paths are open.
 
     Args:
         app: behind it.
@@ -60,7 +60,7 @@ class KeyMiddleware:
 
 
 class Cors:
-    """Pages of other origins: those that are allowed may call, others are not even let do what they cannot see.
+    """Guard against pages of other origins: allowed ones may call, others may not even send what they cannot read.
 
     Args:
         app: behind it.
@@ -104,7 +104,7 @@ class Cors:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Whether a page of another origin sends a request, as far as its browser says so."""
+    """Return whether a page of another origin sends a request, as far as its browser says so."""
     if (site := headers.get("sec-fetch-site")) is not None:
         return site not in ("same-origin", "none")
     # Browsers do not say it of plain http but on this machine, and older ones never. Who is no browser has no origin.
@@ -116,7 +116,7 @@ def _is_foreign(headers: Headers) -> bool:
 
 
 class SafeHeaders:
-    """Tells browsers to take answers for nothing but what they say they are.
+    """Header that keeps browsers from guessing the type of an answer.
 
     Args:
         app: behind it.

@@ -1,4 +1,4 @@
-"""Which addresses belong to the public internet: those that a request may make the service connect to.
+"""Addresses of the public internet, the only ones that a request may make the service connect to.
 
 By tables of its own: what ``ipaddress.is_global`` says differs between releases of Python, and is true of multicast.
 """
@@ -48,7 +48,7 @@ _V4_MASK = 0xFFFFFFFF
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an address is of the public internet; of an IPv6 address that stands for an IPv4 one, whether that is."""
+    """Return whether an address is public; of an IPv6 address that stands for an IPv4 one, whether that is."""
     if isinstance(address, IPv4Address):
         return not any(address in network for network in _NOT_PUBLIC_V4)
     if meant := list(_v4_behind(address)):

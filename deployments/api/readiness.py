@@ -1,4 +1,4 @@
-"""Whether every stage of an app runs: Serve's controller is asked, not too often."""
+"""Readiness of an app's stages, asked of Serve's controller and cached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CACHE_S = 1.0
 
 
 class Readiness:
-    """Of the app that this replica belongs to, whatever it was deployed as. For use inside a replica."""
+    """Readiness of the app that this replica belongs to. For use inside a replica."""
 
     def __init__(self) -> None:
         self._app_name = serve.get_replica_context().app_name
@@ -25,7 +25,7 @@ class Readiness:
         self._asking = asyncio.Lock()
 
     async def waiting_for(self) -> list[str]:
-        """Names of the stages without a running replica; none when all is well."""
+        """Return the stages without a running replica."""
         try:
             async with asyncio.timeout(_ANSWER_S):
                 deployments = await self._all()

@@ -37,7 +37,7 @@ _MAX_SHOWN_CHARS = 200
 
 
 def system_addresses(host: str, port: int) -> Sequence[str]:
-    """All addresses that the system's resolver has for a name; blocks.
+    """Return all addresses that the system's resolver has for a name; blocks.
 
     Raises:
         OSError: there are none.
@@ -46,7 +46,7 @@ def system_addresses(host: str, port: int) -> Sequence[str]:
 
 
 class RemoteMediaFetcher:
-    """See the module.
+    """Fetcher of files from other servers.
 
     Args:
         spec: what may be fetched, how much, and how long it may take.
@@ -77,7 +77,7 @@ class RemoteMediaFetcher:
         self._resolvers = ThreadPoolExecutor(_MAX_FETCHES, thread_name_prefix="resolver")
 
     async def fetch(self, url: str, field: str) -> bytes:
-        """The file at a URL.
+        """Fetch the file at a URL.
 
         Args:
             url: as the client gave it.
@@ -115,7 +115,7 @@ class RemoteMediaFetcher:
         return f"a URL of {' or '.join(sorted(self._spec.schemes))} on {hosts}"
 
     async def _followed(self, url: str, field: str) -> bytes:
-        """The file at a URL, or where its server says it is."""
+        """Fetch the file at a URL, or return where its server says it is."""
         try:
             here = self._checked(url)
             for _ in range(self._spec.max_redirects + 1):
@@ -137,7 +137,7 @@ class RemoteMediaFetcher:
         return parsed
 
     def _redirected(self, here: RemoteUrl, url: str, location: str) -> RemoteUrl:
-        """Where a redirect leads.
+        """Return where a redirect leads.
 
         Its target is not repeated in messages: it is the other server's business what it gives away, not ours.
         """
@@ -150,7 +150,7 @@ class RemoteMediaFetcher:
         return there
 
     async def _addresses(self, url: RemoteUrl) -> list[IPAddress]:
-        """Where to connect to; every one is allowed.
+        """Return the addresses to connect to, all of them allowed.
 
         Raises:
             UnfitUrl: one is not.
@@ -173,7 +173,7 @@ class RemoteMediaFetcher:
 
     @asynccontextmanager
     async def _answer(self, url: RemoteUrl, addresses: Sequence[IPAddress]) -> AsyncIterator[httpcore.Response]:
-        """The answer to one request on a connection of its own."""
+        """Return the answer to one request on a connection of its own."""
         target = httpcore.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target)
         headers = [
             ("Host", url.host_header),
@@ -212,11 +212,11 @@ class RemoteMediaFetcher:
 
 
 class _RemoteFault(Exception):
-    """The other server's; says what, without addresses."""
+    """A fault of the other server; the message has no addresses."""
 
 
 class _Pinned(httpcore.AsyncNetworkBackend):
-    """Connects to addresses that were checked, whatever host it is told; TLS goes by the host all the same."""
+    """Network backend that connects to checked addresses whatever the host; TLS still verifies the host."""
 
     def __init__(self, addresses: Sequence[IPAddress]) -> None:
         self._addresses = addresses
@@ -230,7 +230,7 @@ class _Pinned(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """A connection to the first address that takes one.
+        """Connect to the first address that accepts.
 
         Raises:
             ConnectError: none does.
@@ -264,7 +264,7 @@ def _refusal(code: str, field: str, url: str, reason: str) -> ApiError:
 
 
 def _in_words(error: Exception) -> str:
-    """What went wrong, without addresses."""
+    """Return what went wrong, without addresses."""
     if isinstance(error, _RemoteFault):
         return str(error)
     if isinstance(error.__context__, ssl.SSLCertVerificationError):  # the cause httpcore hides

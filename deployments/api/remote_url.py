@@ -51,7 +51,7 @@ class RemoteUrl:
 
     @classmethod
     def parse(cls, text: str) -> RemoteUrl:
-        """A URL's parts.
+        """Parse a URL.
 
         Raises:
             UnfitUrl: it is none, or one that different readers read differently, or has a user name in it.
@@ -79,7 +79,7 @@ class RemoteUrl:
 
     @property
     def host_header(self) -> str:
-        """What the Host header says."""
+        """The value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.has_default_port else f"{host}:{self.port}"
 
@@ -100,7 +100,7 @@ class HostRule:
 
     @classmethod
     def parse(cls, entry: str) -> HostRule:
-        """An entry: ``files.example.com``, ``*.example.com``, either with ``:8443``, or an address.
+        """Parse an entry: ``files.example.com``, ``*.example.com``, either with ``:8443``, or an address.
 
         Raises:
             ConfigError: it is none of these.
@@ -121,7 +121,7 @@ class HostRule:
             ) from None
 
     def covers(self, url: RemoteUrl) -> bool:
-        """Whether a URL's host and port are those of the rule."""
+        """Return whether a URL's host and port are those of the rule."""
         if not (url.has_default_port if self.port is None else url.port == self.port):
             return False
         if self.is_wildcard:
@@ -130,7 +130,7 @@ class HostRule:
 
 
 def shown_url(text: str) -> str:
-    """A URL without what may be secret in it: user name and password, query, fragment."""
+    """Return a URL without what may be secret: user name and password, query, fragment."""
     head = re.split("[?#]", text, maxsplit=1)[0]
     scheme, slashes, rest = head.partition("//")
     netloc, slash, path = rest.partition("/")
@@ -138,7 +138,7 @@ def shown_url(text: str) -> str:
 
 
 def _host(text: str) -> tuple[str, IPAddress | None]:
-    """A host in its usual form, and the address that it is, if it is one.
+    """Return a host in its usual form, and the address that it is, if it is one.
 
     Raises:
         UnfitUrl: it is none, or an address in an unusual form.

@@ -1,4 +1,4 @@
-"""Where the Serve of this Ray cluster listens. It is set when Serve is started, by whoever did that."""
+"""Address that the Serve of this Ray cluster listens at; it is set when Serve starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ANSWER_S = 30.0
 
 
 def http_in_force() -> tuple[str, int]:
-    """Host and port; they cannot be changed while Serve runs.
+    """Return the host and port, which cannot be changed while Serve runs.
 
     Raises:
         ValueError: no Serve runs.

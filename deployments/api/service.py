@@ -1,4 +1,4 @@
-"""Service: all that the HTTP API works with, in one place; and how an ingress makes it."""
+"""Service: what the HTTP API works with, in one place."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from deployments.served_model import Model, offers_sound
 
 
 class Ready(Protocol):
-    """Knows which stages do not run yet, :class:`deployments.api.readiness.Readiness`."""
+    """Readiness of the stages, :class:`deployments.api.readiness.Readiness`."""
 
     async def waiting_for(self) -> list[str]:
-        """Their names."""
+        """Return the names of stages that do not run yet."""
         ...
 
 
 @dataclass
 class Service:
-    """See the module.
+    """What the routes work with; one a replica.
 
     Attributes:
         model: that is served.
@@ -108,7 +108,7 @@ class Service:
         )
 
     async def caller(self, headers: Headers) -> Caller:
-        """Who sends a request.
+        """Return who sends a request.
 
         Raises:
             ApiError: 401, it needs a key and has none that is valid.
@@ -116,7 +116,7 @@ class Service:
         return Caller() if self.auth is None else await self.auth.caller(headers)
 
     def rules(self, caller: Caller) -> BodyRules:
-        """What a caller's bodies may say."""
+        """Return the rules for a caller's bodies."""
         allowed = self.classes if caller.classes is None else caller.classes
         classes = tuple(name for name in self.classes if name in allowed)
         return BodyRules(

@@ -1,4 +1,4 @@
-"""Routes about the service itself: what it serves, how it is, what it may be asked."""
+"""Routes about the service itself: its model, its health, its metrics, its OpenAPI document."""
 
 from __future__ import annotations
 

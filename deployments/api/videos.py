@@ -1,4 +1,4 @@
-"""Routes of videos: made, waited for, listed, looked at, stopped, deleted, made again with another prompt."""
+"""Routes of videos: create, wait, list, get, cancel, delete, remix."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def remix_video(
 
 
 async def _accepted(response: Any, limit_s: float) -> Job:
-    """The job that the Director makes of a request.
+    """Wait for the job that the Director makes of a request.
 
     Raises:
         StageFailed: no word of it.
