@@ -32,6 +32,7 @@ from deployments.api.memory_budget import MemoryBudget
 from deployments.jobs.job import SubmitOptions
 from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
+from tests.settling import until
 
 FINISHED = Finished(
     request_id="r",
@@ -464,8 +465,7 @@ def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStor
         response = await live_answer(an_exchange, store)
         with pytest.raises(ClientDisconnect):
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
-        await asyncio.sleep(0.01)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
         assert director.streams[0].is_cancelled
 
     asyncio.run(run())

@@ -81,7 +81,7 @@ def test_leaving_stops_what_is_being_made() -> None:
         made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
         assert await anext(made) == (0, 1)
         await settle()
-        async with asyncio.timeout(2):  # not until its end, nor until the request's
+        async with asyncio.timeout(10):  # not until its end, nor until the request's
             await made.aclose()
         assert was_stopped.is_set()
 
