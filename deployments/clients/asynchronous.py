@@ -22,9 +22,10 @@ from deployments.clients.following import DEFAULT_PATIENCE, Patience, following
 from deployments.clients.http_calls import DIRECTLY, Connecting
 from deployments.clients.http_transport import HttpTransport
 from deployments.clients.saving import write_parts
-from deployments.clients.transport import VIDEO, Terms, Transport
+from deployments.clients.transport import VIDEO, Transport
 from deployments.clients.video_stream import AsyncVideoStream, told
 from deployments.jobs.events import VideoEnded, VideoEvent
+from deployments.jobs.job import SubmitOptions
 from deployments.jobs.video import Video, VideoPage
 from deployments.served_model import Model, ModelList
 
@@ -118,8 +119,8 @@ class AsyncCosmos3Client:
             IdempotencyConflict: the key was used for another request.
             ContentBlocked: a guardrail has stopped it.
         """
-        terms = _terms(request_id, idempotency_key, service_class, previews)
-        return read_answer(Video, await self._patiently(lambda: self._transport.submit(request, terms)))
+        options = _options(request_id, idempotency_key, service_class, previews)
+        return read_answer(Video, await self._patiently(lambda: self._transport.submit(request, options)))
 
     async def remix(
         self,
@@ -134,9 +135,9 @@ class AsyncCosmos3Client:
         Raises:
             Cosmos3Error: as :meth:`create`.
         """
-        terms = _terms(request_id, idempotency_key, None, 0)
+        options = _options(request_id, idempotency_key, None, 0)
         _check_id(video_id)
-        return read_answer(Video, await self._patiently(lambda: self._transport.remix(video_id, prompt, terms)))
+        return read_answer(Video, await self._patiently(lambda: self._transport.remix(video_id, prompt, options)))
 
     async def retrieve(self, video_id: str) -> Video:
         """What is known of a video; of one that failed as well."""
@@ -263,11 +264,11 @@ class AsyncCosmos3Client:
             Cosmos3Error: as :meth:`create`.
             DeadlineExceeded: it has no place in time.
         """
-        terms = _terms(request_id, None, service_class, previews)
+        options = _options(request_id, None, service_class, previews)
         deadline = _deadline(timeout_s)
         try:
             attached = await self._patiently(
-                lambda: self._transport.attach(request, terms, deadline.left_s), deadline.left_s
+                lambda: self._transport.attach(request, options, deadline.left_s), deadline.left_s
             )
         except UnreachableError:
             if not deadline.left_s:
@@ -333,8 +334,15 @@ class AsyncCosmos3Client:
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.1))
 
 
-def _terms(request_id: str | None, idempotency_key: str | None, service_class: str | None, previews: int) -> Terms:
-    return Terms(request_id, idempotency_key, service_class, checks.integer("previews", previews, 0, MAX_PREVIEWS))
+def _options(
+    request_id: str | None, idempotency_key: str | None, service_class: str | None, previews: int
+) -> SubmitOptions:
+    return SubmitOptions(
+        request_id=request_id,
+        idempotency_key=idempotency_key,
+        service_class=service_class,
+        previews=checks.integer("previews", previews, 0, MAX_PREVIEWS),
+    )
 
 
 def _deadline(timeout_s: float) -> Deadline:

@@ -14,8 +14,7 @@ from deployments.api.errors import error_response
 from deployments.clients.answers import read_event
 from deployments.clients.deadline import Deadline
 from deployments.clients.errors import AnswerError, NotFound, UnreachableError, refusal
-from deployments.clients.transport import VIDEO, Attached, JobObject, Terms
-from deployments.config import DEFAULT_CLASS
+from deployments.clients.transport import VIDEO, Attached, JobObject
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 from deployments.failures import summarize_error, translate_error
 from deployments.jobs.events import VideoEvent, event_as_json
@@ -48,16 +47,16 @@ class HandleTransport:
         self._streaming = director.options(stream=True)
         self._timeout_s = timeout_s
 
-    async def submit(self, request: GenerationRequest, terms: Terms) -> JobObject:
+    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
         """See the protocol. Images and clips given as paths are read here, in the caller's process."""
         packed = await asyncio.to_thread(request.packed)
-        job = await self._call(self._director.submit, packed, _asked(terms))
+        job = await self._call(self._director.submit, packed, options)
         return await self.job(job.job_id)
 
-    async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
+    async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
         """See the protocol. The Director notices when the caller leaves."""
         packed = await asyncio.to_thread(request.packed)
-        response = self._streaming.stream.remote(packed, _asked(terms), timeout_s)
+        response = self._streaming.stream.remote(packed, options, timeout_s)
         items = self._items(response, timeout_s)
         try:
             accepted = await anext(items)
@@ -71,9 +70,9 @@ class HandleTransport:
 
         return Attached(accepted.job_id, self._told(items, accepted.job_id), leave)
 
-    async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
+    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
         """See the protocol."""
-        job = await self._call(self._director.remix, video_id, prompt, _asked(terms))
+        job = await self._call(self._director.remix, video_id, prompt, options)
         return await self.job(job.job_id)
 
     async def job(self, video_id: str) -> JobObject:
@@ -159,16 +158,6 @@ class HandleTransport:
             raise _meaning(error) from None
         finally:
             response.cancel()  # of one that has come to its end nothing is left to stop
-
-
-def _asked(terms: Terms) -> SubmitOptions:
-    return SubmitOptions(
-        request_id=terms.request_id,
-        owner=_OWNER,
-        service_class=terms.service_class or DEFAULT_CLASS,
-        idempotency_key=terms.idempotency_key,
-        previews=terms.previews,
-    )
 
 
 def _meaning(error: BaseException) -> BaseException:

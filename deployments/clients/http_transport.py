@@ -17,8 +17,9 @@ from deployments.clients.errors import NotFound, UnreachableError
 from deployments.clients.http_body import body_of
 from deployments.clients.http_calls import Connecting, HttpCalls
 from deployments.clients.server_sent_events import EventReader
-from deployments.clients.transport import LEAVE_S, VIDEO, Attached, JobObject, Terms
+from deployments.clients.transport import LEAVE_S, VIDEO, Attached, JobObject
 from deployments.jobs.events import VideoEvent
+from deployments.jobs.job import SubmitOptions
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +45,24 @@ class HttpTransport:
         self._timeout_s = timeout_s
         self._withdrawals: set[asyncio.Task[None]] = set()
 
-    async def submit(self, request: GenerationRequest, terms: Terms) -> JobObject:
+    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
         """See the protocol."""
 
         def written() -> bytes:
             body = body_of(request)
-            if terms.service_class is not None:
-                body["service_class"] = terms.service_class
-            if terms.previews:
-                body["previews"] = terms.previews
+            if options.service_class is not None:
+                body["service_class"] = options.service_class
+            if options.previews:
+                body["previews"] = options.previews
             return json.dumps(body).encode()
 
         # Files are read and encoded beside the event loop.
         body = await asyncio.to_thread(written)
-        return await self._json("POST", "/v1/videos", body=body, headers=_headers(terms))
+        return await self._json("POST", "/v1/videos", body=body, headers=_headers(options))
 
-    async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
+    async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
         """See the protocol. The app does not know that somebody waits: it has to be told when nobody does any more."""
-        submitting = asyncio.create_task(self.submit(request, terms))
+        submitting = asyncio.create_task(self.submit(request, options))
         try:
             done, _ = await asyncio.wait([submitting], timeout=timeout_s)
         except asyncio.CancelledError:
@@ -77,10 +78,10 @@ class HttpTransport:
 
         return Attached(video_id, None, leave)
 
-    async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
+    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
         """See the protocol."""
         body = json.dumps({"prompt": prompt}).encode()
-        return await self._json("POST", f"{_path(video_id)}/remix", body=body, headers=_headers(terms))
+        return await self._json("POST", f"{_path(video_id)}/remix", body=body, headers=_headers(options))
 
     async def job(self, video_id: str) -> JobObject:
         """See the protocol."""
@@ -182,6 +183,6 @@ def _path(video_id: str) -> str:
     return f"/v1/videos/{quote(video_id, safe='')}"
 
 
-def _headers(terms: Terms) -> dict[str, str]:
-    named = {"x-request-id": terms.request_id, "idempotency-key": terms.idempotency_key}
+def _headers(options: SubmitOptions) -> dict[str, str]:
+    named = {"x-request-id": options.request_id, "idempotency-key": options.idempotency_key}
     return {name: value for name, value in named.items() if value is not None}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cosmos3_core.request import GenerationRequest
 from deployments.jobs.events import VideoEvent
+from deployments.jobs.job import SubmitOptions
 
 VIDEO = "video"
 """The variant that is the file itself; others are "thumbnail", "spritesheet", "audio" and "action"."""
@@ -17,23 +18,6 @@ LEAVE_S = 10.0
 
 JobObject = Mapping[str, Any]
 """A video as the HTTP API has it; :class:`deployments.jobs.video.Video` is the value."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What is asked for beside the generation itself.
-
-    Attributes:
-        request_id: the caller's name for the request, for logs; None: one is made up.
-        idempotency_key: two requests with the same one are one video; None without.
-        service_class: that it waits in; None: the app's standard one.
-        previews: how many of the pictures to tell while they are denoised, at most.
-    """
-
-    request_id: str | None = None
-    idempotency_key: str | None = None
-    service_class: str | None = None
-    previews: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,18 +42,18 @@ class Transport(Protocol):
     UnreachableError where no answer comes within the transport's own time.
     """
 
-    async def submit(self, request: GenerationRequest, terms: Terms) -> JobObject:
+    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
         """Have a video made that stays."""
         ...
 
-    async def attach(self, request: GenerationRequest, terms: Terms, timeout_s: float) -> Attached:
+    async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
         """Have a video made for the caller alone, within so many seconds; returns when it has its place.
 
         Of who is cancelled meanwhile, or for whom that takes too long, no video is left.
         """
         ...
 
-    async def remix(self, video_id: str, prompt: str, terms: Terms) -> JobObject:
+    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
         """Have the video of another prompt made."""
         ...
 

@@ -14,6 +14,7 @@ from cosmos3_core.media.source import Packed
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from cosmos3_core.resolve import resolve
+from deployments.config import DEFAULT_CLASS
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.errors import JobsError
 from deployments.jobs.cost import CostModel
@@ -110,7 +111,8 @@ class Admission:
             JobsError, MediaError: it cannot be stored.
         """
         previews = checks.integer("previews", options.previews, 0, MAX_PREVIEWS)
-        checks.choice("service_class", options.service_class, tuple(self.limits.classes))
+        classes = tuple(self.limits.classes)
+        service_class = checks.choice("service_class", options.service_class or DEFAULT_CLASS, classes)
         resolved = await self.check.resolve(context, request)
         if self.prompt_check is not None:
             await self.prompt_check.check(context, resolved.prompt, is_skipped=options.skip_guardrails)
@@ -126,7 +128,7 @@ class Admission:
                 compute_fingerprint,
                 values,
                 media,
-                service_class=options.service_class,
+                service_class=service_class,
                 previews=previews,
                 skip_guardrails=options.skip_guardrails,
             ),
@@ -140,7 +142,7 @@ class Admission:
             num_steps=resolved.num_inference_steps,
             media_type=resolved.clip_format().media_type if resolved.has_file else "",
             lane=Lane.IMAGE if resolved.num_frames == 1 else Lane.VIDEO,
-            service_class=options.service_class,
+            service_class=service_class,
             work=self.cost.work_of(resolved),
             request_id=context.request_id,
             idempotency_key=options.idempotency_key,

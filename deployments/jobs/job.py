@@ -21,7 +21,6 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from deployments.config import DEFAULT_CLASS
 from deployments.errors import IllegalTransition
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class SubmitOptions:
     Attributes:
         request_id: the caller's name for it, for logs; None: one is made up.
         owner: id of the API key that it came with, "" without.
-        service_class: name of a class of the configuration.
+        service_class: name of a class of the configuration; None: the standard one.
         classes: that its key may name; None: all of the configuration's.
         limits: the key's own; None: the configuration's.
         idempotency_key: None without.
@@ -100,7 +99,7 @@ class SubmitOptions:
 
     request_id: str | None = None
     owner: str = ""
-    service_class: str = DEFAULT_CLASS
+    service_class: str | None = None
     classes: tuple[str, ...] | None = None
     limits: KeyLimits | None = None
     idempotency_key: str | None = None
