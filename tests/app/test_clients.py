@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments.clients.events import Decoding, Ended, FileBegun, Preview, Started, Step, VideoEvent
 
 from cluster.errors import DeadlineExceeded
 from cluster.events import PreviewReady, StepDone
