@@ -34,6 +34,7 @@ def build_api(get_service: Callable[[], Service]) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.get_service = get_service
+    app.state.document = None  # made when it is asked for
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _answer)

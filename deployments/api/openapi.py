@@ -170,18 +170,22 @@ def content_answers(*, has_body: bool) -> Responses:
 
 
 def document(app: FastAPI, service: Service, root_path: str = "") -> Document:
-    """Return the document of a service.
+    """Return the document of a service; made once, which takes a good part of a second.
 
     Args:
-        app: has the operations.
+        app: has the operations, and keeps the document.
         service: it names its model, and what its configuration allows.
         root_path: that comes before all paths.
     """
-    told = app.openapi()
-    components = told["components"]
+    if app.state.document is None:
+        app.state.document = _complete(app.openapi(), service)
+    return {**app.state.document, "servers": [{"url": root_path or "/"}]}
+
+
+def _complete(document: Document, service: Service) -> Document:
+    components = document["components"]
     return {
-        **told,
-        "servers": [{"url": root_path or "/"}],
+        **document,
         "security": [{_KEY: []}] if service.auth is not None else [],
         "components": {
             **components,

@@ -30,7 +30,7 @@ class Ready(Protocol):
 
 @dataclass
 class Service:
-    """What the routes work with; one a replica.
+    """Service that the routes work with; one a replica.
 
     Attributes:
         model: that is served.

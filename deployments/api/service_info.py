@@ -9,6 +9,7 @@ from deployments.api.answers import Health, NotReady, Ready
 from deployments.api.call import CurrentCall, routes, service_of
 from deployments.api.openapi import Responses, document, header_docs, responses
 from deployments.served_model import ModelList
+from deployments.threads import run_in_thread
 
 OPEN_PATHS = ("/health", "/ready", "/openapi.json")
 """What needs no key."""
@@ -58,4 +59,5 @@ async def metrics(request: Request) -> Response:
 @router.get("/openapi.json", responses=responses({}, is_open=True), openapi_extra=_OPEN)
 async def openapi(request: Request) -> Response:
     """Return this API as an OpenAPI document."""
-    return JSONResponse(document(request.app, service_of(request), request.scope.get("root_path", "")))
+    root_path = request.scope.get("root_path", "")
+    return JSONResponse(await run_in_thread(document, request.app, service_of(request), root_path))
