@@ -1,7 +1,8 @@
 """What a test run starts, counted while it runs, and the most that ``make test`` may start.
 
-Counted are Ray sessions and apps, and the Python processes that tests start themselves: not those of Ray, which are as
-many as its sessions and apps want. With several workers the one in charge adds up. Hooks for ``tests/conftest.py``.
+Counted are Ray sessions and apps, and the Python processes that the tests' own processes start, a Ray session's few
+services among them: not its workers, which are as many as its apps want. With several workers the one in charge adds
+up. Hooks for ``tests/conftest.py``.
 """
 
 from __future__ import annotations
