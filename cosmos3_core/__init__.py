@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from cosmos3_core.checkpoint.layout import CheckpointLayout
     from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint
     from cosmos3_core.denoiser import StepEvent
-    from cosmos3_core.engine import Cosmos3T2VRequest, Engine
+    from cosmos3_core.engine import Engine
     from cosmos3_core.errors import Cosmos3Error
     from cosmos3_core.generate import GenerationResult
-    from cosmos3_core.postprocess import Cosmos3GenerationPostProcessor
+    from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, Cosmos3T2VRequest
     from cosmos3_core.processor import Cosmos3Processor
     from cosmos3_core.request import GenerationRequest
     from cosmos3_core.sampler.state import DenoiseState
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointLayout": "cosmos3_core.checkpoint.layout",
     "Cosmos3Error": "cosmos3_core.errors",
-    "Cosmos3GenerationPostProcessor": "cosmos3_core.postprocess",
+    "Cosmos3GenerationPostProcessor": "cosmos3_core.phyai",
     "Cosmos3Processor": "cosmos3_core.processor",
-    "Cosmos3T2VRequest": "cosmos3_core.engine",
+    "Cosmos3T2VRequest": "cosmos3_core.phyai",
     "DenoiseState": "cosmos3_core.sampler.state",
     "Engine": "cosmos3_core.engine",
     "GenerationRequest": "cosmos3_core.request",

@@ -1,13 +1,12 @@
 """A loaded checkpoint in one process: tokenised requests in, pixels, sound and actions out.
 
-The names ``Engine``, ``Cosmos3T2VRequest`` and their fields match PhyAI's documentation, so that code written for it
-finds its way; :func:`cosmos3_core.generate.generate` is the path from a prompt to a file.
+:func:`cosmos3_core.generate.generate` is the path from a prompt to a file; the calls of PhyAI are in
+:mod:`cosmos3_core.phyai`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cosmos3_core import checks
+from cosmos3_core import checks, phyai
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import check_weights, load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.conditioning.clean import clean_latents
@@ -25,54 +24,19 @@ from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DEFAULT_TEXT_CACHE_BYTES, Denoiser, StepEvent
 from cosmos3_core.device import DTYPES, resolve_device
 from cosmos3_core.errors import CapabilityError, ClosedError, RequestError
-from cosmos3_core.media.pixels import to_uint8, to_unit
-from cosmos3_core.model.transformer import SOUND, VIDEO
+from cosmos3_core.media.pixels import to_uint8
 from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import ALONE, Groups, connect
 from cosmos3_core.parallel.strips import Strip, strip_of
+from cosmos3_core.phyai import Cosmos3T2VRequest
 from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
 from cosmos3_core.request import FIELDS, ResolvedRequest
 from cosmos3_core.resolve import shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
-from cosmos3_core.shapes import LatentShape
 from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
 
 _CLOSED = "this engine was closed; make a new one"
-
-
-@dataclass(frozen=True)
-class Cosmos3T2VRequest:
-    """One tokenised text-to-video request.
-
-    Attributes:
-        text_ids: (1, S) int64, from :meth:`Cosmos3Processor.tokenize_pair`; right-padding is allowed.
-        text_mask: (1, S), 1 at real tokens.
-        neg_text_ids, neg_text_mask: the same of the negative prompt.
-        video_shape: latent (frames, rows, columns); see :func:`pixel_to_latent_shape`.
-        fps: pixel frames per second.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 runs the prompt's branch alone.
-        noise: initial noise (1, C, *video_shape) instead of the seed's, or a mapping modality -> noise.
-        seed: of the initial noise.
-        sound_frames: sound latents to generate with the video, see :func:`cosmos3_core.shapes.num_sound_latents`.
-        flow_shift: None = the engine's.
-        schedule: ``native``, ``linear`` or ``karras``; None = the engine's.
-    """
-
-    text_ids: Tensor
-    text_mask: Tensor
-    neg_text_ids: Tensor
-    neg_text_mask: Tensor
-    video_shape: tuple[int, int, int]
-    fps: float = 24.0
-    num_inference_steps: int = 35
-    guidance_scale: float = 6.0
-    noise: Tensor | Mapping[str, Tensor] | None = None
-    seed: int = 42
-    sound_frames: int | None = None
-    flow_shift: float | None = None
-    schedule: str | None = None
 
 
 class Engine:
@@ -160,9 +124,19 @@ class Engine:
         return processor.token_id_pair(request.prompt, request.negative_prompt)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the weights are gone."""
+        return self._denoiser is None
+
+    @property
     def has_sound(self) -> bool:
         """Whether the decoder of sound is loaded."""
         return self._audio_vae is not None
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second of the sound; 0 without its decoder."""
+        return 0 if self._audio_vae is None else self._audio_vae.sampling_rate
 
     def clean_latents(self, picture: PictureCondition) -> Tensor:
         """The latents of the frames that a request's image or clip gives; see :mod:`cosmos3_core.conditioning.clean`.
@@ -197,7 +171,9 @@ class Engine:
             ClosedError: the engine was closed.
         """
         denoiser = self.denoiser
-        plan = denoiser.prepare(request if isinstance(request, DenoiseRequest) else self.denoise_request(request))
+        if isinstance(request, Cosmos3T2VRequest):
+            request = request.to_denoise_request(schedule=self.schedule, flow_shift=self.flow_shift)
+        plan = denoiser.prepare(request)
         state = resume.to(self.device) if resume is not None else None
         return denoiser.run(plan, state, on_step).latents
 
@@ -279,41 +255,7 @@ class Engine:
             CapabilityError: sound, of an engine without.
             ClosedError: the engine was closed.
         """
-        if output not in ("pixels", "latent"):
-            raise RequestError("output", output, "'pixels' or 'latent'")
-        if request.sound_frames and self._denoiser is not None and self._audio_vae is None:
-            raise CapabilityError("sound_frames", request.sound_frames, "None", "this engine has no decoder of sound")
-        latents = self.denoise(request, on_step=on_step)
-        if output == "latent":
-            results = latents
-        else:
-            results = {VIDEO: torch.cat([to_unit(chunk).float() for chunk in self.decode(latents[VIDEO])], dim=2)}
-            if SOUND in latents:
-                results[SOUND] = torch.cat(list(self.decode_sound(latents[SOUND])), dim=1)
-        if self._audio_vae is None or SOUND not in results:
-            return results[VIDEO]
-        return {**results, "sample_rate": self._audio_vae.sampling_rate}
-
-    def denoise_request(self, request: Cosmos3T2VRequest) -> DenoiseRequest:
-        """The request with this engine's defaults, padding taken off.
-
-        Raises:
-            RequestError: ids and mask do not fit each other.
-        """
-        noise = {VIDEO: request.noise} if isinstance(request.noise, Tensor) else request.noise
-        return DenoiseRequest(
-            text_ids=_unpad("text", request.text_ids, request.text_mask),
-            negative_text_ids=_unpad("neg_text", request.neg_text_ids, request.neg_text_mask),
-            latent_shape=_latent_shape(request.video_shape),
-            fps=request.fps,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            schedule=request.schedule if request.schedule is not None else self.schedule,
-            flow_shift=request.flow_shift if request.flow_shift is not None else self.flow_shift,
-            seed=request.seed,
-            num_sound_latents=request.sound_frames or 0,
-            noise=noise,
-        )
+        return phyai.run_step(self, request, on_step=on_step, output=output)
 
     def close(self) -> None:
         """Let go of the weights and caches. Closing twice is fine; using the engine afterwards is a ClosedError."""
@@ -336,20 +278,3 @@ def _collected(strip: Strip, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
         del chunk  # or it would live until the next one is there
         if frames is not None:
             yield frames
-
-
-def _latent_shape(shape: tuple[int, int, int]) -> LatentShape:
-    try:
-        return LatentShape(*shape)
-    except TypeError:
-        raise RequestError("video_shape", shape, "latent (frames, rows, columns)") from None
-
-
-def _unpad(name: str, ids: Tensor, mask: Tensor) -> tuple[int, ...]:
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape != mask.shape:
-        given = f"{list(ids.shape)} and {list(mask.shape)}"
-        raise RequestError(f"{name}_ids, {name}_mask", given, "two tensors of one shape (1, S)")
-    num_tokens = int(mask.sum())
-    if num_tokens == 0 or not bool(mask[0, :num_tokens].all()):
-        raise RequestError(f"{name}_mask", mask.tolist(), "at least one 1, then zeros for the padding on the right")
-    return tuple(ids[0, :num_tokens].tolist())

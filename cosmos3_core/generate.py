@@ -32,7 +32,7 @@ from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.sound import Samples
-from cosmos3_core.media.writer import open_writer
+from cosmos3_core.media.writer import DiscardWriter, MediaWriter, open_writer
 from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
@@ -105,60 +105,54 @@ def generate(
         RequestError: the request, the path or a setting is wrong; raised before anything large is allocated.
         MediaError: the file could not be written.
     """
-    if output not in ("media", "latent"):
-        raise RequestError("output", output, "'media' or 'latent'")
+    checks.choice("output", output, ("media", "latent"))
     clock = StageClock(engine.device)
     with clock.stage("preprocess"):
         resolved = resolve(request.packed(), engine.layout, is_sound_offered=engine.has_sound)
         conditional, unconditional = engine.tokenize(resolved)
         job = DenoiseRequest.of(resolved, conditional.ids, unconditional.ids, engine.layout.geometry)
-
-    def denoised() -> dict[str, Tensor]:
-        clean = None
+    digest, has_file = FrameHash(), output == "media" and resolved.has_file
+    # Opened before the long part, so that a place or a setting that cannot be is refused before it.
+    path, writer = _open_writer(engine, out, resolved) if has_file else (None, DiscardWriter())
+    with writer:
         if resolved.picture is not None:
             with clock.stage("condition"):
-                clean = engine.clean_latents(resolved.picture)
+                job = job.with_clean_latents(engine.clean_latents(resolved.picture))
         with clock.stage("denoise"):
-            return engine.denoise(job.with_clean_latents(clean), on_step=on_step)
-
-    path, frames_sha256 = None, ""
-    if output == "latent" or not resolved.has_file:
-        latents = denoised()
-    elif engine.ranks.rank > 0:
-        latents = denoised()
-        if resolved.has_pictures:
-            # No frames come out here: this rank decodes its strips of them for the first one.
-            list(_frames(engine, latents[VIDEO], clock))
-    else:
-        clip_format = resolved.clip_format()
-        path, digest = path_with_suffix(out, clip_format.suffix), FrameHash()
-        # Opened before the long part, so that a place or a setting that cannot be is refused before it.
-        with open_writer(path, clip_format) as writer:
-            latents = denoised()
-            if SOUND in latents:
-                for samples in _samples(engine, latents[SOUND], clock):
-                    with clock.stage("encode"):
-                        writer.write_sound(samples)
-            if resolved.has_pictures:
-                for frames in _frames(engine, latents[VIDEO], clock):
-                    with clock.stage("encode"):
-                        digest.update(frames)
-                        writer.write(frames)
+            latents = engine.denoise(job, on_step=on_step)
+        for samples in _samples(engine, latents[SOUND], clock) if has_file and SOUND in latents else ():
             with clock.stage("encode"):
-                writer.close()
-        frames_sha256 = digest.hexdigest() if resolved.has_pictures else ""
-    actions = None
-    if resolved.action is not None and resolved.has_generated_actions:
-        actions = resolved.action.result(latents[ACTION][:, : resolved.action.width].cpu().numpy())
+                writer.write_sound(samples)
+        for frames in _frames(engine, latents[VIDEO], clock) if has_file and resolved.has_pictures else ():
+            with clock.stage("encode"):
+                digest.update(frames)
+                writer.write(frames)
+        with clock.stage("encode"):
+            writer.close()
     return GenerationResult(
         path,
         resolved,
         unconditional.origin,
-        frames_sha256,
+        digest.hexdigest() if path is not None and resolved.has_pictures else "",
         clock.timings_s,
         latents if output == "latent" else None,
-        actions,
+        _generated_actions(resolved, latents),
     )
+
+
+def _open_writer(engine: Engine, out: str | Path | None, resolved: ResolvedRequest) -> tuple[Path | None, MediaWriter]:
+    """Open the file on the first rank; the others decode their share of it and write nothing."""
+    if engine.ranks.rank > 0:
+        return None, DiscardWriter()
+    clip_format = resolved.clip_format()
+    path = path_with_suffix(out, clip_format.suffix)
+    return path, open_writer(path, clip_format)
+
+
+def _generated_actions(resolved: ResolvedRequest, latents: dict[str, Tensor]) -> GeneratedActions | None:
+    if resolved.action is None or not resolved.has_generated_actions:
+        return None
+    return resolved.action.result(latents[ACTION][:, : resolved.action.width].cpu().numpy())
 
 
 def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:

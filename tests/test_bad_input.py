@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosmos3_core.engine import Cosmos3T2VRequest, Engine
+from cosmos3_core.engine import Engine
 from cosmos3_core.errors import (
     CapabilityError,
     ClosedError,
@@ -23,6 +23,7 @@ from cosmos3_core.errors import (
     TensorMismatchError,
 )
 from cosmos3_core.generate import generate, main
+from cosmos3_core.phyai import Cosmos3T2VRequest
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 

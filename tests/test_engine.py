@@ -14,10 +14,11 @@ from torch import Tensor
 
 from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import StepEvent
-from cosmos3_core.engine import Cosmos3T2VRequest, Engine
+from cosmos3_core.engine import Engine
 from cosmos3_core.errors import CheckpointError, RequestError, StateError
 from cosmos3_core.generate import generate, main
 from cosmos3_core.ops import eager
+from cosmos3_core.phyai import Cosmos3T2VRequest
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.shapes import LatentShape

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from cosmos3_core.denoiser import StepEvent
-from cosmos3_core.engine import Cosmos3T2VRequest, Engine
+from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate, main
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.probe import probe_video, read_frames
-from cosmos3_core.postprocess import Cosmos3GenerationPostProcessor
+from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, Cosmos3T2VRequest
 from cosmos3_core.processor import Cosmos3Processor
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.shapes import pixel_to_latent_shape

@@ -6,7 +6,7 @@ import torch
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.probe import probe_sound, probe_video, read_sound
-from cosmos3_core.postprocess import Cosmos3GenerationPostProcessor, GeneratedMedia
+from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, GeneratedMedia
 
 # 9 frames at 24 fps and 48 kHz.
 NUM_SAMPLES = 18000

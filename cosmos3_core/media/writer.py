@@ -101,6 +101,26 @@ class MediaWriter(Protocol):
     ) -> None: ...
 
 
+class DiscardWriter:
+    """Writes nothing: the :class:`MediaWriter` of ranks whose frames another rank writes."""
+
+    def write(self, frames: Frames) -> None:
+        """Drop the frames."""
+
+    def write_sound(self, samples: Samples) -> None:
+        """Drop the samples."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
 class ImageWriter:
     """Writes one frame as a png, jpeg or webp when it is closed; see :func:`write_image`.
 

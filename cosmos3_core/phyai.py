@@ -1,0 +1,215 @@
+"""The classes of PhyAI's documentation, so that code written for it runs: its request, its step, its post-processor.
+
+:class:`~cosmos3_core.engine.Engine` and :class:`~cosmos3_core.processor.Cosmos3Processor` carry its names as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos3_core.denoise_request import DenoiseRequest
+from cosmos3_core.errors import CapabilityError, RequestError
+from cosmos3_core.media.mp4 import Mp4Writer, exact_frame_rate
+from cosmos3_core.media.pixels import Frames, to_unit, unit_to_uint8
+from cosmos3_core.media.sound import Samples, SoundFormat, WavWriter
+from cosmos3_core.model.transformer import SOUND, VIDEO
+from cosmos3_core.shapes import LatentShape, sound_samples
+
+if TYPE_CHECKING:
+    from cosmos3_core.denoiser import StepEvent
+    from cosmos3_core.engine import Engine
+
+# One latent of the sound tokenizer at 48 kHz: a waveform of whole latents may miss the video's end by less than that.
+_MAX_PADDED_SAMPLES = 1920
+
+
+@dataclass(frozen=True)
+class Cosmos3T2VRequest:
+    """One tokenised text-to-video request.
+
+    Attributes:
+        text_ids: (1, S) int64, from :meth:`Cosmos3Processor.tokenize_pair`; right-padding is allowed.
+        text_mask: (1, S), 1 at real tokens.
+        neg_text_ids, neg_text_mask: the same of the negative prompt.
+        video_shape: latent (frames, rows, columns); see :func:`pixel_to_latent_shape`.
+        fps: pixel frames per second.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 runs the prompt's branch alone.
+        noise: initial noise (1, C, *video_shape) instead of the seed's, or a mapping modality -> noise.
+        seed: of the initial noise.
+        sound_frames: sound latents to generate with the video, see :func:`cosmos3_core.shapes.num_sound_latents`.
+        flow_shift: None = the engine's.
+        schedule: ``native``, ``linear`` or ``karras``; None = the engine's.
+    """
+
+    text_ids: Tensor
+    text_mask: Tensor
+    neg_text_ids: Tensor
+    neg_text_mask: Tensor
+    video_shape: tuple[int, int, int]
+    fps: float = 24.0
+    num_inference_steps: int = 35
+    guidance_scale: float = 6.0
+    noise: Tensor | Mapping[str, Tensor] | None = None
+    seed: int = 42
+    sound_frames: int | None = None
+    flow_shift: float | None = None
+    schedule: str | None = None
+
+    def to_denoise_request(self, *, schedule: str, flow_shift: float) -> DenoiseRequest:
+        """Take the padding off, and fill the gaps with an engine's ``schedule`` and ``flow_shift``.
+
+        Raises:
+            RequestError: a field is out of bounds, or ids and mask do not fit each other.
+        """
+        return DenoiseRequest(
+            text_ids=_unpad("text", self.text_ids, self.text_mask),
+            negative_text_ids=_unpad("neg_text", self.neg_text_ids, self.neg_text_mask),
+            latent_shape=_latent_shape(self.video_shape),
+            fps=self.fps,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            schedule=schedule if self.schedule is None else self.schedule,
+            flow_shift=flow_shift if self.flow_shift is None else self.flow_shift,
+            seed=self.seed,
+            num_sound_latents=self.sound_frames or 0,
+            noise={VIDEO: self.noise} if isinstance(self.noise, Tensor) else self.noise,
+        )
+
+
+def run_step(
+    engine: Engine,
+    request: Cosmos3T2VRequest,
+    *,
+    on_step: Callable[[StepEvent], None] | None,
+    output: Literal["pixels", "latent"],
+) -> Tensor | dict[str, Tensor | int]:
+    """Serve one request; see :meth:`Engine.step`."""
+    if output not in ("pixels", "latent"):
+        raise RequestError("output", output, "'pixels' or 'latent'")
+    if request.sound_frames and not engine.is_closed and not engine.has_sound:
+        raise CapabilityError("sound_frames", request.sound_frames, "None", "this engine has no decoder of sound")
+    results = latents = engine.denoise(request, on_step=on_step)
+    if output == "pixels":
+        results = {VIDEO: torch.cat([to_unit(chunk).float() for chunk in engine.decode(latents[VIDEO])], dim=2)}
+        if SOUND in latents:
+            results[SOUND] = torch.cat(list(engine.decode_sound(latents[SOUND])), dim=1)
+    if SOUND not in results or not engine.has_sound:
+        return results[VIDEO]
+    return {**results, "sample_rate": engine.sampling_rate}
+
+
+@dataclass(frozen=True)
+class GeneratedMedia:
+    """One generation's media on the CPU.
+
+    Attributes:
+        frames: uint8 RGB [F, Y, X, 3].
+        sound: the waveform as generated, float32 [channels, samples] in about [-1, 1]; None for a silent clip.
+        sampling_rate: the sound's samples per second (Hz); None without sound.
+    """
+
+    frames: Frames
+    sound: Samples | None = None
+    sampling_rate: int | None = None
+
+
+class Cosmos3GenerationPostProcessor:
+    """Turns an engine's pixels, and sound, into files.
+
+    Args:
+        fps: frames per second of the clip.
+    """
+
+    def __init__(self, fps: float = 24.0) -> None:
+        self.fps = fps
+
+    def postprocess(self, output: Tensor | Mapping[str, Any]) -> GeneratedMedia:
+        """What the engine gave -> frames, and sound, on the CPU.
+
+        Args:
+            output: pixels (1, 3, F, Y, X) in [0, 1], or with sound the mapping ``{"video": those pixels, "sound":
+                floating point [channels, samples], "sample_rate": int}``.
+
+        Raises:
+            RequestError: another shape or dtype, or a mapping without these keys.
+        """
+        if not isinstance(output, Mapping):
+            return GeneratedMedia(unit_to_uint8(output).cpu().numpy())
+        missing = {"video", "sound", "sample_rate"} - set(output)
+        if missing:
+            hint = f"missing: {', '.join(sorted(missing))}"
+            raise RequestError("output", sorted(output), "a mapping with video, sound and sample_rate", hint)
+        sound = output["sound"]
+        if sound.ndim != 2 or not sound.is_floating_point():
+            given = f"{sound.dtype} {list(sound.shape)}"
+            raise RequestError("sound", given, "a floating point tensor [channels, samples]")
+        frames = unit_to_uint8(output["video"]).cpu().numpy()
+        return GeneratedMedia(frames, sound.detach().float().cpu().numpy(), int(output["sample_rate"]))
+
+    def save_mp4(self, media: GeneratedMedia, path: str | Path) -> Path:
+        """Write the frames as an H.264 mp4, with their sound as AAC if there is any, and return its path.
+
+        The sound ends with the video: what is longer is cut. What is shorter by up to one latent of the sound
+        tokenizer (1920 samples, 40 ms at 48 kHz) ends in silence; what is shorter still is not this video's sound.
+
+        Raises:
+            RequestError: the path is not in an existing directory, or the sound is too short.
+            MediaError: the file could not be written.
+        """
+        _, height, width, _ = media.frames.shape
+        samples, sound = self._track(media) if media.sound is not None else (None, None)
+        with Mp4Writer(path, fps=self.fps, height=height, width=width, sound=sound) as writer:
+            writer.write(media.frames)
+            if samples is not None:
+                writer.write_sound(samples)
+        return Path(path)
+
+    def save_wav(self, media: GeneratedMedia, path: str | Path) -> Path:
+        """Write the sound alone, 16-bit PCM, the very samples that :meth:`save_mp4` encodes, and return its path.
+
+        Raises:
+            RequestError: there is no sound, it is too short, or the path is not in an existing directory.
+            MediaError: the file could not be written.
+        """
+        samples, sound = self._track(media)
+        with WavWriter(path, sound) as writer:
+            writer.write_sound(samples)
+        return Path(path)
+
+    def _track(self, media: GeneratedMedia) -> tuple[Samples, SoundFormat]:
+        """The samples up to the video's end, padded with silence where a little is missing, and their format."""
+        if media.sound is None or media.sampling_rate is None:
+            raise RequestError("media.sound", None, "a waveform with its sampling_rate", "this clip was made silent")
+        num_channels, num_given = media.sound.shape
+        num_samples = sound_samples(len(media.frames), exact_frame_rate(self.fps), media.sampling_rate)
+        num_missing = max(num_samples - num_given, 0)
+        if num_missing > _MAX_PADDED_SAMPLES:
+            allowed = f"at least {num_samples - _MAX_PADDED_SAMPLES} samples for {len(media.frames)} frames"
+            raise RequestError("media.sound", f"{num_given} samples", allowed, "check fps and sampling_rate")
+        samples = np.pad(media.sound[:, :num_samples], ((0, 0), (0, num_missing)))
+        return samples, SoundFormat(media.sampling_rate, num_channels, num_samples)
+
+
+def _latent_shape(shape: tuple[int, int, int]) -> LatentShape:
+    try:
+        return LatentShape(*shape)
+    except TypeError:
+        raise RequestError("video_shape", shape, "latent (frames, rows, columns)") from None
+
+
+def _unpad(name: str, ids: Tensor, mask: Tensor) -> tuple[int, ...]:
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape != mask.shape:
+        given = f"{list(ids.shape)} and {list(mask.shape)}"
+        raise RequestError(f"{name}_ids, {name}_mask", given, "two tensors of one shape (1, S)")
+    num_tokens = int(mask.sum())
+    if num_tokens == 0 or not bool(mask[0, :num_tokens].all()):
+        raise RequestError(f"{name}_mask", mask.tolist(), "at least one 1, then zeros for the padding on the right")
+    return tuple(ids[0, :num_tokens].tolist())
