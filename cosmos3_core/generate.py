@@ -95,8 +95,6 @@ def generate(
     """Serve one request. Where the engine is one of several ranks, all of them call this; the first writes the file.
 
     Args:
-        engine: a loaded checkpoint.
-        request: what is asked for.
         out: path without its ending: ``.mp4`` is added, or what else the output is.
         output: ``latent`` stops before decoding and returns the latents.
         on_step: called after every denoising step.
@@ -129,15 +127,9 @@ def generate(
                 writer.write(frames)
         with clock.stage("encode"):
             writer.close()
-    return GenerationResult(
-        path,
-        resolved,
-        unconditional.origin,
-        digest.hexdigest() if path is not None and resolved.has_pictures else "",
-        clock.timings_s,
-        latents if output == "latent" else None,
-        _generated_actions(resolved, latents),
-    )
+    sha256 = digest.hexdigest() if path is not None and resolved.has_pictures else ""
+    kept, actions = latents if output == "latent" else None, _generated_actions(resolved, latents)
+    return GenerationResult(path, resolved, unconditional.origin, sha256, clock.timings_s, kept, actions)
 
 
 def _open_writer(engine: Engine, out: str | Path | None, resolved: ResolvedRequest) -> tuple[Path | None, MediaWriter]:
