@@ -32,6 +32,7 @@ from deployments.media.store import MediaEntry, MediaStore, new_media_id
 from deployments.messages import Accepted, FileStarted, Finished, RequestContext
 from deployments.served_model import Model
 from tests.api.documented import Documented
+from tests.app.local_ray import Method
 
 MODEL = "nano"
 DEADLINE_S = 60.0
@@ -68,16 +69,6 @@ class Stream:
 
     def cancel(self) -> None:
         self.is_cancelled = True
-
-
-@dataclass
-class Method:
-    """A method of a handle."""
-
-    call: Callable[..., Any]
-
-    def remote(self, *arguments: Any) -> Any:
-        return self.call(*arguments)
 
 
 class EvenCost(CostModel):

@@ -24,6 +24,7 @@ from deployments.errors import ApiError, JobCancelled
 from deployments.jobs.events import event_of_json
 from deployments.jobs.job import SubmitOptions
 from deployments.jobs.video import Video
+from tests.app.local_ray import Method
 
 FINAL = ("completed", "failed", "cancelled")
 VIDEO: dict[str, Any] = {
@@ -368,13 +369,6 @@ class StreamResponse:
 
 async def _value(item: Any) -> Any:
     return item
-
-
-class Method:
-    """``handle.method``."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.remote = call
 
 
 class Director:
