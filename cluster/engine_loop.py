@@ -24,14 +24,14 @@ from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, 
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.gang import Gang
 from cluster.gang_meter import BusyClock, GangMeter, NoMeter
-from cluster.logs import Origin, log_event
+from cluster.logs import LogOrigin, log_event
 from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
 from cluster.transformer_rank import StepReport
-from cosmos3_core.admission import PromptLedger, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.media.webp import MAX_FRAMES, MEDIA_TYPE, animated_webp
 from cosmos3_core.preview import PreviewOrder
+from cosmos3_core.prompt_ledger import PromptLedger, RequestMemory
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,7 +67,7 @@ class LoopSpec:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """The state of a request after ``step`` steps, as bytes of :class:`cosmos3_core.sampler.state.DenoiseState`."""
 
     step: int
@@ -81,7 +81,7 @@ class Denoised:
     latents: dict[str, TensorEnvelope]
 
 
-Update = QueuePosition | StepDone | PreviewReady | PreviewsOff | Saved | Denoised
+Update = QueuePosition | StepDone | PreviewReady | PreviewsOff | SavedState | Denoised
 """Events for whoever waits, and tensors for whoever goes on with the request."""
 
 
@@ -95,7 +95,7 @@ class _Job:
     state: TensorEnvelope | None  # to begin from: saved by another gang, or parked by this one
     clean: TensorEnvelope | None  # latents of the frames that the request gives
     previews: PreviewOrder | None  # None as well once they have ended
-    origin: Origin | None
+    origin: LogOrigin | None
     start_s: float
     updates: asyncio.Queue[Update | Exception] = field(default_factory=asyncio.Queue)
     position: int | None = None
@@ -159,7 +159,7 @@ class EngineLoop:
         state: TensorEnvelope | None = None,
         clean: TensorEnvelope | None = None,
         previews: PreviewOrder | None = None,
-        origin: Origin | None = None,
+        origin: LogOrigin | None = None,
     ) -> AsyncIterator[Update]:
         """Queue a request and follow it: positions, every step, saved states, previews, the latents last.
 
@@ -169,7 +169,7 @@ class EngineLoop:
             job_id: unique among the gang's requests.
             request: what is asked for.
             limit_s: seconds that it may take from now on, waiting included.
-            state: to go on from; a :class:`Saved` one of the same request.
+            state: to go on from; a :class:`SavedState` one of the same request.
             clean: latents of the frames that the request gives.
             previews: those to make on the way; None: none. They come as soon as they are made, none after the last
                 step. While one is made no other is begun: a due one waits for the next quantum, or for ever.
@@ -200,7 +200,7 @@ class EngineLoop:
                 update = await job.updates.get()
                 if isinstance(update, Exception):
                     raise update
-                job.is_save_taken |= isinstance(update, Saved)
+                job.is_save_taken |= isinstance(update, SavedState)
                 yield update
                 if isinstance(update, Denoised):
                     return
@@ -319,7 +319,7 @@ class EngineLoop:
         if job.previews is not None and last.step >= job.preview_due_step:
             await self._preview(job, job.previews, last)
         if (start_s := self._now_s()) >= job.save_at_s and job.is_save_taken:
-            job.updates.put_nowait(Saved(last.step, await self._save(job)))
+            job.updates.put_nowait(SavedState(last.step, await self._save(job)))
             job.is_save_taken = False
             cost_s = self._now_s() - start_s
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)

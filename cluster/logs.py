@@ -31,7 +31,7 @@ Value = str | int | float | None
 
 
 @dataclass(frozen=True)
-class Origin:
+class LogOrigin:
     """Whose work something is.
 
     Attributes:
@@ -54,7 +54,7 @@ def one_line(text: object, max_chars: int = _MAX_CHARS) -> str:
 
 
 def log_event(
-    logger: logging.Logger, event: str, origin: Origin | None = None, level: int = logging.INFO, /, **fields: Value
+    logger: logging.Logger, event: str, origin: LogOrigin | None = None, level: int = logging.INFO, /, **fields: Value
 ) -> None:
     """Log what happened. The fields are attributes of the record, for JSON, and in the message, for a reader.
 
@@ -80,7 +80,7 @@ def log_event(
 
 
 def log_failure(
-    logger: logging.Logger, event: str, origin: Origin | None, error: BaseException, **fields: Value
+    logger: logging.Logger, event: str, origin: LogOrigin | None, error: BaseException, **fields: Value
 ) -> None:
     """:func:`log_event` of something that went wrong."""
     log_event(logger, event, origin, logging.WARNING, error=type(error).__name__, reason=_reason(error), **fields)
@@ -172,7 +172,7 @@ def log_to_stderr(**fields: Value) -> None:
 
 @dataclass
 class _Work:
-    origin: Origin
+    origin: LogOrigin
     seconds: float = 0.0
     num_calls: int = 0
 
@@ -191,7 +191,7 @@ class RankLog:
     _works: dict[str, _Work] = field(default_factory=dict)
 
     @contextmanager
-    def taking_up(self, name: str, origin: Origin | None) -> Iterator[None]:
+    def taking_up(self, name: str, origin: LogOrigin | None) -> Iterator[None]:
         """Around taking a piece of work up, which later calls name."""
         with self.doing("begin", origin):
             yield
@@ -199,7 +199,7 @@ class RankLog:
             self._works[name] = _Work(origin)
 
     @contextmanager
-    def doing(self, phase: str, origin: Origin | None) -> Iterator[None]:
+    def doing(self, phase: str, origin: LogOrigin | None) -> Iterator[None]:
         """Around something that is done in one call."""
         if origin is None:
             yield

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
 from cluster.events import StepDone
-from cluster.logs import Origin
+from cluster.logs import LogOrigin
 from cluster.rank import Loaded, Rank, RankSpec
-from cosmos3_core.admission import PromptOrders, RequestMemory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.preview import PreviewMap, evenly
+from cosmos3_core.prompt_ledger import PromptOrders, RequestMemory
 from cosmos3_core.shapes import LatentShape
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class TransformerRank(Rank):
         orders: PromptOrders,
         saved: TensorEnvelope | None = None,
         clean: TensorEnvelope | None = None,
-        origin: Origin | None = None,
+        origin: LogOrigin | None = None,
     ) -> None:
         """Prefill a request's prompts and make its first state, or take up a saved one.
 

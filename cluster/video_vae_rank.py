@@ -18,7 +18,7 @@ import numpy as np
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
-from cluster.logs import Origin
+from cluster.logs import LogOrigin
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.preview import PreviewMap
@@ -133,7 +133,7 @@ class VideoVAERank(Rank):
         return Loaded(time.perf_counter() - start_s, {})
 
     def encode(
-        self, picture: PictureCondition, frames: TensorEnvelope, origin: Origin | None = None
+        self, picture: PictureCondition, frames: TensorEnvelope, origin: LogOrigin | None = None
     ) -> TensorEnvelope | None:
         """The latents of a request's given frames, fp32 [1, C, T, H, W], made by all ranks; rank 0 hands them out.
 
@@ -182,7 +182,7 @@ class VideoVAERank(Rank):
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
-    def begin(self, clip_id: str, latents: TensorEnvelope, origin: Origin | None = None) -> None:
+    def begin(self, clip_id: str, latents: TensorEnvelope, origin: LogOrigin | None = None) -> None:
         """Take up a clip.
 
         Args:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cosmos3_core.admission import PromptLedger, PromptOrders, RequestMemory
 from cosmos3_core.checkpoint.configs import SchedulerConfig
 from cosmos3_core.conditioning.initial import initial_states
 from cosmos3_core.conditioning.state import LatentState
@@ -25,6 +24,7 @@ from cosmos3_core.model.text_cache import TextCache
 from cosmos3_core.model.towers import TextKV
 from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.parallel.collectives import BranchShare
+from cosmos3_core.prompt_ledger import PromptLedger, PromptOrders, RequestMemory
 from cosmos3_core.sampler.guidance import guide
 from cosmos3_core.sampler.schedule import make_schedule
 from cosmos3_core.sampler.state import DenoiseState

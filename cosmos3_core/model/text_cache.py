@@ -1,7 +1,7 @@
 """Keys and values of prompts that were seen before, by the hash of their token ids.
 
 A default negative prompt comes with every request, so its prefill is paid once; a repeated prompt costs nothing. What
-is kept is decided in :mod:`cosmos3_core.admission`; here it lies.
+is kept is decided in :mod:`cosmos3_core.prompt_ledger`; here it lies.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cosmos3_core.admission import PromptOrders, text_key
 from cosmos3_core.model.towers import TextKV
+from cosmos3_core.prompt_ledger import PromptOrders, text_key
 
 
 class TextCache:

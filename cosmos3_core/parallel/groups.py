@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # exported, but not in its __all__
 
 from cosmos3_core.device import collective_backend
-from cosmos3_core.parallel.layout import Layout, Place
+from cosmos3_core.parallel.layout import Layout, RankCoordinates
 
 Group = Any  # torch's ProcessGroup; None stands for a group of one
 
@@ -43,7 +43,7 @@ class Groups:
     """
 
     layout: Layout
-    place: Place
+    place: RankCoordinates
     tp: Group = None
     cfg: Group = None
     sp: Group = None
@@ -54,7 +54,7 @@ class Groups:
         return self.layout.rank(self.place)
 
 
-ALONE = Groups(Layout(), Place(0, 0, 0))
+ALONE = Groups(Layout(), RankCoordinates(0, 0, 0))
 """The groups of a rank that is alone."""
 
 

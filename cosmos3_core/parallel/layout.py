@@ -20,7 +20,7 @@ _MAX_DEGREE = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class RankCoordinates:
     """One rank's coordinates in a layout."""
 
     cfg: int
@@ -58,7 +58,7 @@ class Layout:
     def num_ranks(self) -> int:
         return self.tp * self.cfg * self.sp
 
-    def place(self, rank: int) -> Place:
+    def place(self, rank: int) -> RankCoordinates:
         """A rank's coordinates.
 
         Raises:
@@ -67,9 +67,9 @@ class Layout:
         checks.integer("rank", rank, 0, self.num_ranks - 1)
         outer, tp = divmod(rank, self.tp)
         cfg, sp = divmod(outer, self.sp)
-        return Place(cfg, sp, tp)
+        return RankCoordinates(cfg, sp, tp)
 
-    def rank(self, place: Place) -> int:
+    def rank(self, place: RankCoordinates) -> int:
         """The rank at some coordinates."""
         return (place.cfg * self.sp + place.sp) * self.tp + place.tp
 

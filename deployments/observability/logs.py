@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager
 
 from cluster.errors import OverloadedError
 from cluster.events import Event
-from cluster.logs import Origin, Value, log_event, log_failure
+from cluster.logs import LogOrigin, Value, log_event, log_failure
 from deployments.failures import unwrap_error
 from deployments.messages import (
     ChunkDecoded,
@@ -25,9 +25,9 @@ from deployments.observability.metrics import metrics
 logger = logging.getLogger("ray.serve")
 
 
-def origin_of(context: RequestContext) -> Origin:
+def origin_of(context: RequestContext) -> LogOrigin:
     """Return the ids that log lines of a request carry."""
-    return Origin(context.request_id, context.job_id, context.attempt)
+    return LogOrigin(context.request_id, context.job_id, context.attempt)
 
 
 class StageWatch:
@@ -123,7 +123,7 @@ async def watch_request(
                 yield event
 
 
-def _log_retry(origin: Origin, event: StageRetried) -> None:
+def _log_retry(origin: LogOrigin, event: StageRetried) -> None:
     about: dict[str, Value] = {
         "stage": event.stage,
         "next_attempt": event.attempt,

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 
-from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Saved
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, SavedState
 from cluster.envelope import TensorEnvelope
 from cluster.errors import GangFailed
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
@@ -66,7 +66,7 @@ class Transformer(GangLeader):
         with watch_stage(context, "denoise") as watch:
             async for update in self._loop.submit(*job, origin_of(context)):
                 match update:
-                    case Saved(step, envelope):
+                    case SavedState(step, envelope):
                         yield StateSaved(step, envelope.num_bytes, pid)
                         yield envelope
                     case Denoised(latents):

@@ -15,16 +15,16 @@ import PIL.Image
 import pytest
 
 from cluster import engine_loop
-from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, Saved
+from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, SavedState
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
-from cluster.logs import Origin
+from cluster.logs import LogOrigin
 from cluster.transformer_rank import StepReport
-from cosmos3_core.admission import PromptOrders, RequestMemory, text_key
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import MediaError, RequestError, StateError
 from cosmos3_core.preview import PreviewMap, PreviewOrder
+from cosmos3_core.prompt_ledger import PromptOrders, RequestMemory, text_key
 from cosmos3_core.shapes import LatentShape
 from tests.settling import settle
 
@@ -451,7 +451,7 @@ def test_states_are_saved_now_and_then_and_a_request_goes_on_from_one() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.02)
         updates = await follow(loop_on(gang, save_period_s=0.1), "a", 60)
-        saved = [update for update in updates if isinstance(update, Saved)]
+        saved = [update for update in updates if isinstance(update, SavedState)]
         assert saved
         assert all(int(it.state.array()[0]) == it.step for it in saved)
         again = FakeGang()
@@ -521,7 +521,7 @@ def test_whose_a_request_is_goes_to_the_ranks_and_the_log(caplog: pytest.LogCapt
     caplog.set_level("INFO", "ray.serve")
 
     async def body() -> None:
-        gang, origin = FakeGang(fail_at_step=1), Origin("otter-1", "video_gen_1", 2)
+        gang, origin = FakeGang(fail_at_step=1), LogOrigin("otter-1", "video_gen_1", 2)
         with pytest.raises(GangFailed):
             async for _ in loop_on(gang).submit("a", request(8), 60.0, origin=origin):
                 pass
@@ -551,7 +551,7 @@ def test_saving_takes_a_small_share_of_the_time_and_waits_for_who_takes_it() -> 
     async def body() -> None:
         slow = FakeGang(step_s=0.01, save_s=0.05)
         updates = await follow(loop_on(slow, save_period_s=0.01), "a", 150)
-        assert len([update for update in updates if isinstance(update, Saved)]) <= 2, "one in a second of work"
+        assert len([update for update in updates if isinstance(update, SavedState)]) <= 2, "one in a second of work"
 
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang, save_period_s=0.01)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from cluster.errors import OutOfMemory, PreviewFailed
-from cluster.logs import Origin
+from cluster.logs import LogOrigin
 from cluster.transformer_rank import TransformerRank, TransformerSpec
 from cosmos3_core import device
-from cosmos3_core.admission import PromptOrders
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.preview import PreviewMap
+from cosmos3_core.prompt_ledger import PromptOrders
 from cosmos3_core.sampler.unipc import SolverState
 from cosmos3_core.shapes import LatentShape
 
@@ -105,7 +105,7 @@ def test_a_quantum_reports_every_step_and_stops_at_the_last() -> None:
 def test_a_rank_logs_whose_work_it_does(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "cluster")
     rank = rank_with(FakeDenoiser("", MemoryError))
-    rank.begin("a", REQUEST, PromptOrders(), None, None, Origin("otter-1", "video_gen_1"))
+    rank.begin("a", REQUEST, PromptOrders(), None, None, LogOrigin("otter-1", "video_gen_1"))
     rank.step("a", 9)
     rank.end("a")
     rank.begin("warm up", REQUEST, PromptOrders())

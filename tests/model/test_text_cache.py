@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosmos3_core.admission import PromptLedger, PromptOrders, text_key
 from cosmos3_core.model.text_cache import TextCache
 from cosmos3_core.model.towers import TextKV
+from cosmos3_core.prompt_ledger import PromptLedger, PromptOrders, text_key
 
 BYTES_PER_TOKEN = 8
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import GangFailed, OverloadedError
-from cluster.logs import JsonLines, Origin, RankLog, log_event, log_failure, one_line
+from cluster.logs import JsonLines, LogOrigin, RankLog, log_event, log_failure, one_line
 from cosmos3_core.errors import RequestError
 from deployments.messages import (
     ChunkDecoded,
@@ -29,7 +29,7 @@ from deployments.observability import logs
 from deployments.observability.logs import watch_request, watch_stage
 from deployments.observability.metrics import Metrics
 
-ORIGIN = Origin("otter-1", "video_gen_1", 2)
+ORIGIN = LogOrigin("otter-1", "video_gen_1", 2)
 
 
 class Lines:
@@ -103,7 +103,7 @@ def test_serves_own_request_id_does_not_take_ours_place(lines: Lines) -> None:
     "given", ["a\nb", "a\r\nb", "a\x1b[2Kb", "a\u2028b", "a\u0085b", "a\x00b", "a\u202eb", "a\ud800b", "x" * 10_000]
 )
 def test_nothing_can_begin_a_line_or_speak_to_a_terminal(lines: Lines, given: str) -> None:
-    log_event(lines.logger, "stage began", Origin(given, given), reason=given)
+    log_event(lines.logger, "stage began", LogOrigin(given, given), reason=given)
     log_failure(lines.logger, "stage failed", ORIGIN, GangFailed("step", given))
     text = lines.text
     assert len(text) < 5000

@@ -20,7 +20,7 @@ from cosmos3_core.generate import main
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.source import pack_video, read_clip
-from cosmos3_core.parallel.layout import Layout, Place
+from cosmos3_core.parallel.layout import Layout, RankCoordinates
 from tests.parallel.gang_work import (
     LAYOUTS,
     REQUESTS,
@@ -101,7 +101,7 @@ def test_cfg_is_the_outer_axis_and_tp_the_inner() -> None:
     assert layout.peers("cfg") == [[0, 4], [1, 5], [2, 6], [3, 7]]
     both = Layout(tp=2, cfg=2, sp=3)
     assert both.num_ranks == 12
-    assert both.place(7) == Place(cfg=1, sp=0, tp=1)
+    assert both.place(7) == RankCoordinates(cfg=1, sp=0, tp=1)
     for rank in range(12):
         assert both.rank(both.place(rank)) == rank
     for axis in ("tp", "cfg", "sp"):
