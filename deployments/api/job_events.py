@@ -39,7 +39,7 @@ _ANSWERS: Responses = {
 router = routes()
 
 
-@router.get("/v1/videos/{video_id}/events", responses=responses(_ANSWERS, 404))
+@router.get("/v1/videos/{video_id}/events", responses=responses(_ANSWERS, 404), response_class=Response)
 async def follow_video(video_id: VideoId, call: CurrentCall, last_event_id: _LastEventId = "") -> Response:
     """Send a job's events from the one behind ``Last-Event-ID`` on, as server-sent events.
 

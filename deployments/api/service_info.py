@@ -49,7 +49,7 @@ async def ready(request: Request) -> Response:
     return JSONResponse(body.model_dump(exclude_unset=True), status_code=503, headers={"retry-after": str(_RETRY_S)})
 
 
-@router.get("/metrics", responses=responses(_NUMBERS, 401, 403, 429, 503, is_open=True))
+@router.get("/metrics", responses=responses(_NUMBERS, 401, 403, 429, 503, is_open=True), response_class=Response)
 async def metrics(request: Request) -> Response:
     """Return numbers for Prometheus."""
     text, media_type = await service_of(request).metrics_text()

@@ -41,7 +41,10 @@ async def get_video_content(video_id: VideoId, call: CurrentCall, variant: _Vari
 
 
 @router.head(
-    _CONTENT, responses=responses(content_answers(has_body=False), *_ERRORS), openapi_extra=conditional_headers()
+    _CONTENT,
+    responses=responses(content_answers(has_body=False), *_ERRORS),
+    openapi_extra=conditional_headers(),
+    response_class=Response,
 )
 async def head_video_content(video_id: VideoId, call: CurrentCall, variant: _Variant = VIDEO) -> Response:
     """Send the headers that the content of a job has."""
