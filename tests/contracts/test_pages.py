@@ -16,7 +16,7 @@ from deployments.observability.metrics import TABLE
 from tests.pages import KINDS, PAGES, README, ROOT, blocks_of
 
 ALL = [README, *PAGES]
-TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+HTTP_API, TROUBLESHOOTING = ROOT / "docs" / "http-api.md", ROOT / "docs" / "troubleshooting.md"
 # Files of the repository, by their first folder. Others are a checkpoint's, or the reader's.
 FOLDERS = ("cosmos3_core", "cluster", "deployments", "tests", "docs", ".ci")
 MAX_README_LINES = 150
@@ -149,6 +149,14 @@ def test_messages_in_troubleshooting_are_those_of_the_product(product):
     pieces = [piece.strip(" ,:") for span in quoted for piece in span.split("...")]
     assert len(pieces) > 10
     assert [piece for piece in pieces if piece not in said] == []
+
+
+def test_error_codes_are_those_of_the_product(product):
+    (errors,) = re.findall(r"^## Errors\n(.*)", HTTP_API.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    rows = [line.split("|")[2] for line in errors.splitlines() if re.match(r"\| \d", line)]
+    codes = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
+    assert len(codes) > 20
+    assert codes - set(texts(product)) == set()
 
 
 def test_readme_is_one_page_and_names_every_other():
