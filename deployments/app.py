@@ -43,7 +43,7 @@ _SHUTDOWN_POLL_S = 0.1
 
 
 def build_app(config: AppConfig) -> serve.Application:
-    """The application for a configuration."""
+    """Return the application of a configuration."""
     checkpoint = str(config.checkpoint)
     tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config, config.tokenizer).bind(checkpoint)
     transformer = _transformer("Transformer", config, config.transformer)
@@ -61,7 +61,7 @@ def build_app(config: AppConfig) -> serve.Application:
     guardrail = None
     if config.guardrails.adapter is not None:
         guardrail = _deployment("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)
-    # Whoever has a request in hand must not be stopped before it is done; the other stages' work can be done again.
+    # A Director or Ingress must not be stopped before its requests are done; other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
     stages = Stages(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
     director = _deployment("Director", Director, config, config.director).options(**longest).bind(config, stages)
@@ -69,7 +69,7 @@ def build_app(config: AppConfig) -> serve.Application:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Entry for Serve's YAML and ``serve run``: ``args`` are the keys of :class:`AppConfig`."""
+    """Build the app for Serve's YAML and ``serve run``: ``args`` are the keys of :class:`AppConfig`."""
     return build_app(AppConfig.parse(args))
 
 
@@ -84,16 +84,16 @@ def has_audio(config: AppConfig) -> bool:
 
 
 def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
-    """The gang that one replica of a transformer stage owns.
+    """Return the gang that one replica of a transformer stage owns.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        RequestError: the layout does not fit it; names the degrees that do.
+        RequestError: the layout does not fit the checkpoint; names the degrees that do.
     """
     layout = Layout(stage.tp, stage.cfg, stage.sp)
-    # Refused here, before anything is placed; the message names the degrees that this checkpoint allows.
+    # A wrong layout is refused before anything is placed.
     layout.check(CheckpointLayout.open(config.checkpoint).transformer)
-    # The second net: the leader's deadlines come first.
+    # A fallback: the leader's own deadlines come first.
     collective_timeout_s = 2 * max(stage.start_timeout_s, stage.first_step_timeout_s, stage.quantum_timeout_s)
     rank = TransformerSpec(
         str(config.checkpoint),
@@ -107,7 +107,7 @@ def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
 
 
 def vae_gang_spec(config: AppConfig) -> GangSpec:
-    """The gang that one replica of the video VAE owns.
+    """Return the gang that one replica of the video VAE owns.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
@@ -129,7 +129,7 @@ def vae_gang_spec(config: AppConfig) -> GangSpec:
 
 
 def loop_spec(stage: TransformerStage) -> LoopSpec:
-    """How a leader of this stage runs its gang."""
+    """Return how a leader of this stage runs its gang."""
     return LoopSpec(
         max_jobs=stage.max_jobs,
         max_held_bytes=stage.max_held_bytes,

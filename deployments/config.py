@@ -23,22 +23,22 @@ _LabelKey = Annotated[str, StringConstraints(pattern=f"^([a-z0-9]([a-z0-9.-]{{0,
 _LabelSelector = Annotated[str, StringConstraints(pattern=rf"^!?({_LABEL}|in\({_LABEL}(,{_LABEL})*\))$")]
 
 
-def _share_of_card(share: float) -> float:
+def _check_share(share: float) -> float:
     if not 0 <= share <= 1:
-        raise ValueError(f"allowed is 0 to 1, a card or a share of one; {share:g} was given")
+        raise ValueError(f"must be 0 to 1, a card or a share of one (got {share:g})")
     return share
 
 
-def _guidance_branches(cfg: int) -> int:
+def _check_branches(cfg: int) -> int:
     if cfg not in (1, 2):
-        raise ValueError(f"allowed is 1 or 2, there are two guidance branches; {cfg} was given")
+        raise ValueError(f"must be 1 or 2, as there are two guidance branches (got {cfg})")
     return cfg
 
 
 # Of processes that mostly wait.
 _LIGHT_CPUS = 0.1
 # Processes use one card at most; Ray would give out several, whole ones only.
-_ShareOfCard = Annotated[float, AfterValidator(_share_of_card)]
+_ShareOfCard = Annotated[float, AfterValidator(_check_share)]
 _Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,31}$")]
 # As in the header Host: IPv6 addresses in brackets.
 _Host = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])$")]
@@ -56,7 +56,7 @@ class Strict(BaseModel):
 
 
 class HttpConfig(Strict):
-    """The HTTP side."""
+    """The HTTP side: where it listens, and the bounds of its requests."""
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -72,7 +72,7 @@ class HttpConfig(Strict):
     )
 
     @model_validator(mode="after")
-    def _room_for_one(self) -> Self:
+    def _check_room(self) -> Self:
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ValueError(
                 f"max_bodies_bytes={self.max_bodies_bytes} is below max_body_bytes={self.max_body_bytes}: "
@@ -82,7 +82,7 @@ class HttpConfig(Strict):
 
 
 class MediaConfig(Strict):
-    """The media store: where files are made and read."""
+    """The media store: where files lie, and for how long."""
 
     directory: Path | None = Field(
         None, description="the same on every node, of a file system that they share; null: one of this user's own"
@@ -127,22 +127,22 @@ class JobsConfig(Strict):
     max_followers: int = Field(512, ge=1, description="who follow events of jobs at one ingress replica")
 
     @model_validator(mode="after")
-    def _has_classes(self) -> Self:
+    def _check_classes(self) -> Self:
         if DEFAULT_CLASS not in self.classes:
-            raise ValueError(f"classes needs {DEFAULT_CLASS!r}, which requests have that name none")
+            raise ValueError(f"classes needs {DEFAULT_CLASS!r}, the class of requests that name none")
         if unfit := {name: weight for name, weight in self.classes.items() if not weight > 0}:
-            raise ValueError(f"classes need a share above 0; given are {unfit}")
+            raise ValueError(f"shares of classes must be above 0 (got {unfit})")
         return self
 
     @model_validator(mode="after")
-    def _kept_longer_than_it_runs(self) -> Self:
+    def _check_keep_time(self) -> Self:
         if self.keep_s < self.run_timeout_s:
             raise ValueError(f"keep_s={self.keep_s:g} is below run_timeout_s={self.run_timeout_s:g}")
         return self
 
 
 class LoggingConfig(Strict):
-    """What replicas write to Serve's log files; ranks always write JSON."""
+    """Logs of replicas in Serve's log files; ranks always write JSON."""
 
     encoding: Literal["JSON", "TEXT"] = "JSON"
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="INFO has two lines a stage")
@@ -167,16 +167,16 @@ class RemoteMediaConfig(Strict):
     max_redirects: int = Field(3, ge=0)
 
     @model_validator(mode="after")
-    def _has_hosts(self) -> Self:
+    def _check_hosts(self) -> Self:
         if self.enabled and not self.hosts:
             raise ValueError("enabled needs hosts, the names that may be fetched from")
         if unfit := sorted(set(self.schemes) - {"http", "https"}):
-            raise ValueError(f"schemes are http and https; given are {unfit}")
+            raise ValueError(f"schemes must be http or https (got {unfit})")
         return self
 
 
 class GuardrailsConfig(Strict):
-    """What is looked at before a request is accepted, and before its pictures are in a file."""
+    """Checks of prompts before a request is accepted, and of pictures before they are in a file."""
 
     adapter: str | None = Field(
         None, description="cosmos-guardrail (NVIDIA's package), or module:Class; null: nothing is looked at"
@@ -201,7 +201,7 @@ class Autoscaling(Strict):
     metrics_interval_s: float = Field(10, gt=0, description="between two counts")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}")
         if self.look_back_period_s < self.metrics_interval_s:
@@ -213,7 +213,7 @@ class Autoscaling(Strict):
 
 
 class Stage(Strict):
-    """What every deployment has: resources, bounds, scaling."""
+    """Base of every deployment's section: resources, bounds, scaling."""
 
     num_cpus: float = Field(1, ge=0, description="of one replica")
     num_gpus: _ShareOfCard = Field(0, description="of one replica; what is left of a card goes to other processes")
@@ -229,14 +229,14 @@ class Stage(Strict):
     health_check_timeout_s: float = Field(30, gt=0)
 
     @model_validator(mode="after")
-    def _one_way_to_scale(self) -> Self:
+    def _check_scaling(self) -> Self:
         if self.autoscaling is not None and self.num_replicas != 1:
             raise ValueError(f"num_replicas={self.num_replicas} and autoscaling exclude each other")
         return self
 
 
 class Device(Strict):
-    """Where weights live and in what."""
+    """The device of a stage's weights, and their dtype."""
 
     device: str = Field("cpu", description="torch device string")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null keeps what is stored")
@@ -262,7 +262,7 @@ class GangStage(Stage, Device):
         raise NotImplementedError
 
     @model_validator(mode="after")
-    def _leader_without_card(self) -> Self:
+    def _check_leader(self) -> Self:
         if self.num_gpus:
             raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
         if _is_on_gpu(self) and ":" in self.device:
@@ -272,7 +272,7 @@ class GangStage(Stage, Device):
         return self
 
     def _check_shares(self) -> None:
-        """Every rank has a card, and no two of a gang the same one."""
+        """Check that every rank has a card, and no two ranks of a gang the same one."""
         if not _is_on_gpu(self):
             return
         if not self.gpus_per_rank:
@@ -290,7 +290,7 @@ class TransformerStage(GangStage):
 
     max_ongoing_requests: int = Field(64, ge=1, description="per gang; all of them wait with the leader")
     tp: int = Field(1, ge=1, description="ranks that share every layer's heads and FFN columns")
-    cfg: Annotated[int, AfterValidator(_guidance_branches)] = Field(
+    cfg: Annotated[int, AfterValidator(_check_branches)] = Field(
         1, description="2 runs the guidance branches side by side"
     )
     sp: int = Field(1, ge=1, description="ranks that share the generated tokens")
@@ -307,7 +307,7 @@ class TransformerStage(GangStage):
         return self.tp * self.cfg * self.sp
 
     @model_validator(mode="after")
-    def _no_queue_in_front(self) -> Self:
+    def _check_queue(self) -> Self:
         # The leader refuses what is too much, class by class. In Serve's router an image would wait behind videos.
         most = 2 * self.max_jobs
         if self.max_ongoing_requests <= most:
@@ -315,7 +315,7 @@ class TransformerStage(GangStage):
         return self
 
     @model_validator(mode="after")
-    def _cards(self) -> Self:
+    def _check_cards(self) -> Self:
         self._check_shares()
         return self
 
@@ -343,28 +343,28 @@ class VideoVAEStage(GangStage):
         return self.ranks
 
     @model_validator(mode="after")
-    def _cards(self) -> Self:
+    def _check_cards(self) -> Self:
         if not self.beside_transformer:
             self._check_shares()
             return self
         if not _is_on_gpu(self) or self.gpus_per_rank:
             raise ValueError(
-                f"beside_transformer needs device=cuda and gpus_per_rank=0; given are {self.device} and "
-                f"{self.gpus_per_rank:g}"
+                f"beside_transformer needs device=cuda and gpus_per_rank=0 (got {self.device} and "
+                f"{self.gpus_per_rank:g})"
             )
         if self.placement_strategy != "STRICT_PACK":
-            raise ValueError(f"beside_transformer needs STRICT_PACK, one node; given is {self.placement_strategy}")
+            raise ValueError(f"beside_transformer needs STRICT_PACK, one node (got {self.placement_strategy})")
         return self
 
 
 class AudioVAEStage(Stage, Device):
-    """The decoder of sound; there where the checkpoint makes sound, unless the app does without."""
+    """The decoder of sound, of apps whose checkpoint makes sound."""
 
     enabled: bool | None = Field(None, description="null: if the checkpoint makes sound")
     max_ongoing_requests: int = Field(2, ge=1, description="clips whose sound one replica decodes side by side")
 
     @model_validator(mode="after")
-    def _cards(self) -> Self:
+    def _check_cards(self) -> Self:
         if _is_on_gpu(self) and not self.num_gpus:
             raise ValueError(f"device={self.device} needs a GPU: set num_gpus, 1 for a whole card")
         return self
@@ -434,15 +434,15 @@ class AppConfig(Strict):
     guardrail: GuardrailStage = GuardrailStage()
 
     @model_validator(mode="after")
-    def _gangs_alike(self) -> Self:
+    def _check_gangs(self) -> Self:
         # A request may be begun by one kind of gang and go on with the other; a seed gives one file.
         kinds = [(stage.device, stage.dtype) for stage in (self.transformer, self.unguided) if stage is not None]
         if len(set(kinds)) > 1:
-            raise ValueError(f"transformer and unguided need the same device and dtype; given are {kinds}")
+            raise ValueError(f"transformer and unguided must have the same device and dtype (got {kinds})")
         return self
 
     @model_validator(mode="after")
-    def _files_outlive_requests(self) -> Self:
+    def _check_file_times(self) -> Self:
         # A file is begun before there is a decoder for it, which may be as long as its request has.
         longest = {
             "http.request_timeout_s": self.http.request_timeout_s,
@@ -458,7 +458,7 @@ class AppConfig(Strict):
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> AppConfig:
-        """The config from plain values.
+        """Return the configuration of plain values.
 
         Raises:
             ConfigError: unknown keys (with the nearest known one), missing ones, values out of range.
@@ -466,12 +466,12 @@ class AppConfig(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            faults = [_fault(fault, cls) for fault in error.errors()]
+            faults = [_describe_fault(fault, cls) for fault in error.errors()]
             raise ConfigError("the configuration is wrong: " + "; ".join(faults)) from None
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> AppConfig:
-        """The config in a YAML file, with some keys replaced.
+        """Read the configuration in a YAML file, with some keys replaced.
 
         Args:
             path: the file; see :func:`config_file`.
@@ -487,12 +487,12 @@ class AppConfig(Strict):
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds no mapping of keys")
         for dotted, value in (overrides or {}).items():
-            _set(values, dotted.split("."), value)
+            _set_key(values, dotted.split("."), value)
         return cls.parse(values)
 
 
 def config_file(name: str) -> Path:
-    """The configuration file of a path, or of the bare name of one of those that come with the package.
+    """Return the configuration file at a path, or the packaged one of a bare name.
 
     Raises:
         ConfigError: there is none; lists the packaged ones.
@@ -505,7 +505,7 @@ def config_file(name: str) -> Path:
     return Path(name)
 
 
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+def _set_key(values: dict[str, Any], path: list[str], value: Any) -> None:
     for depth, key in enumerate(path[:-1], start=1):
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
@@ -513,7 +513,7 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _fault(fault: Any, root: type[BaseModel]) -> str:
+def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "value_error":  # one of ours, which names what it is about
         return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
@@ -521,7 +521,7 @@ def _fault(fault: Any, root: type[BaseModel]) -> str:
         text = fault["input"]
         return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
     if fault["type"] != "extra_forbidden":
-        return f"{where}{_shown(fault)}: {fault['msg']}"
+        return f"{where}{_show_given(fault)}: {fault['msg']}"
     model: Any = root
     for part in fault["loc"][:-1]:
         annotation = model.model_fields[part].annotation
@@ -533,8 +533,8 @@ def _fault(fault: Any, root: type[BaseModel]) -> str:
     )
 
 
-def _shown(fault: Any) -> str:
-    """What was given, where that is one plain value and cannot be a URL with a password."""
+def _show_given(fault: Any) -> str:
+    """Return "=" and the given value, unless it is no plain value, or may be a URL with a password."""
     given = fault["input"]
     is_plain = given is None or isinstance(given, str | int | float)
     if fault["type"] == "missing" or not is_plain or fault["loc"] in _URLS or "://" in str(given):

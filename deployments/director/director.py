@@ -51,8 +51,8 @@ class Director(JobCalls):
         """Serve a request while its caller waits; call with ``stream=True``. Cancelling the response stops every stage.
 
         Args:
-            request: what is asked for.
-            asked: how it comes.
+            request: with its media packed.
+            options: that it comes with.
             timeout_s: from now to the whole file; the app's own limit if omitted or longer than that.
 
         Yields:
@@ -74,7 +74,7 @@ class Director(JobCalls):
             raise
         try:
             del request  # and its media with it
-            yield _acceptance_of(job)
+            yield _accept_event(job)
             async with aclosing(self._runner.follow(job)) as events:
                 async for event in events:
                     yield event
@@ -98,7 +98,7 @@ class Director(JobCalls):
         return Generated(data, info)
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS) -> Job:
-        """Accept a request as a job that stays: it is run whatever becomes of its caller, and of this process.
+        """Accept a request as a job that keeps running when the caller leaves, and resumes after a restart.
 
         Raises:
             RequestError, ContentBlocked, OverloadedError, ShuttingDown, IdempotencyConflict: it is not accepted.
@@ -121,16 +121,16 @@ class Director(JobCalls):
             return await self.submit(*await self._parts.admission.load_remix(earlier, prompt, options))
 
     async def drain(self) -> int:
-        """Take no new request from now on; returns how many jobs are still in hand."""
+        """Refuse new requests from now on; return how many jobs are in hand."""
         self._is_draining = True
         return self._runner.drain()
 
     async def __del__(self) -> None:
-        """Serve's, before it ends a replica that has no request: jobs are none."""
+        """Release jobs before Serve ends the replica: it counts requests, not jobs."""
         await self.release()
 
     async def release(self) -> None:
-        """Give back the jobs that stay, for the next Director to go on with; callers who wait are told to come again.
+        """Give jobs back to the next Director; callers who wait get an error that says when to come again.
 
         See :meth:`deployments.director.runner.JobRunner.release`.
         """
@@ -138,16 +138,16 @@ class Director(JobCalls):
         await self._runner.release()
 
     async def num_open_clips(self) -> int:
-        """How many clips are between decoder and encoder; 0 when idle."""
+        """Return how many clips are between decoder and encoder; 0 when idle."""
         return await self._parts.num_open_clips()
 
     def _context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
-        """Of a request that comes now."""
+        """Return the context of a request that comes now; refuse it while draining."""
         if self._is_draining:
             raise ShuttingDown(_RESTART_S)
         return self._parts.make_context(options, timeout_s)
 
 
-def _acceptance_of(job: Job) -> Accepted:
-    """The first event of a job that this process has accepted."""
+def _accept_event(job: Job) -> Accepted:
+    """Return the first event of a job."""
     return Accepted(job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid())

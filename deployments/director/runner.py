@@ -401,7 +401,7 @@ class JobRunner:
         throughput = self._throughput.setdefault(job.lane, Throughput())
         # A resumed job counts with the work that was left of it when it was claimed.
         work = job.work * max(1 - job.step / job.num_steps, 1 / job.num_steps)
-        work_per_s = throughput.finished(work, job.started_s, ended.completed_s)
+        work_per_s = throughput.add(work, job.started_s, ended.completed_s)
         await run_in_thread(self._store.note_rate, self._model, job.lane, work_per_s)
 
     async def _cancel_queued(self, job_id: str) -> None:

@@ -1,4 +1,4 @@
-"""The states that a running job leaves in the media store, for the runner that goes on with it."""
+"""SavedStates: the denoising states that a running job saves, from which another runner resumes it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger("ray.serve")
 SAVED_STATE = "checkpoint"
 """Name of a job's saved state among its files."""
 
-# For a place that does not answer: nobody waits longer for a state to be kept.
+# Longest wait for a state that is being written: the disk or archive may not answer.
 _SETTLE_S = 60.0
 
 
 class SavedStates:
-    """See the module. One is written at a time, beside everything else.
+    """The saved states of one job. One is written at a time, beside everything else.
 
     Args:
         files: of jobs.
-        job_id: whose they are.
-        period_s: between two of them.
+        job_id: of the job.
+        period_s: between two saved states.
     """
 
     def __init__(self, files: JobFiles, job_id: str, period_s: float) -> None:
@@ -38,17 +38,17 @@ class SavedStates:
         self._last: tuple[int, TensorEnvelope] | None = None
         self._written_step = 0
         self._writing: asyncio.Task[None] | None = None
-        # Nobody has waited for what is still being written.
+        # The job is over; a state that is still being written has to go.
         self._is_too_late = False
 
     def offer(self, step: int, state: TensorEnvelope) -> None:
-        """Keep a state, if it is time for one."""
+        """Save a state, if it is time for one."""
         self._last = step, state
         if self._writing is None and time.monotonic() - self._written_s >= self._period_s:
             self._begin_writing(step, state)
 
     def read(self) -> TensorEnvelope | None:
-        """The last state; None where there is none, or it is damaged: then the job begins anew."""
+        """Return the last saved state; None where there is none or it is damaged: then the job begins anew."""
         try:
             if not self._files.exists(self._job_id, SAVED_STATE):
                 return None
@@ -58,9 +58,9 @@ class SavedStates:
             return None
 
     async def settle(self) -> None:
-        """Wait for what is being written: the file must not appear when the job's files are gone.
+        """Wait for the state that is being written: its file must not appear after the job's files are gone.
 
-        What takes longer than a minute is removed as soon as it is written.
+        A state that takes longer than a minute is removed as soon as it is written.
         """
         if self._writing is None:
             return
@@ -69,10 +69,10 @@ class SavedStates:
                 await asyncio.shield(self._writing)
         except TimeoutError:
             self._is_too_late = True
-            logger.error("the state of %s is still not kept after %g s", self._job_id, _SETTLE_S)
+            logger.error("the state of %s is not saved after %g s", self._job_id, _SETTLE_S)
 
     async def write_last(self) -> None:
-        """Keep the newest state, whether it is time for one or not: whoever goes on with the job begins from it."""
+        """Save the newest state now: the next runner resumes the job from it."""
         await self.settle()
         if self._last is not None and self._writing is None and self._last[0] > self._written_step:
             self._begin_writing(*self._last)
@@ -88,7 +88,7 @@ class SavedStates:
             self._written_s, self._written_step = time.monotonic(), step
             if self._is_too_late:
                 await run_in_thread(self._files.remove, self._job_id, SAVED_STATE)
-        except MediaError:  # the job goes on; should its runner die, it begins from an earlier state
-            logger.exception("the state of %s could not be kept, or not removed again", self._job_id)
+        except MediaError:  # the job goes on; if its runner dies, it resumes from an earlier state
+            logger.exception("the state of %s could not be saved, or not removed again", self._job_id)
         finally:
             self._writing = None

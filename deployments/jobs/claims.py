@@ -1,4 +1,4 @@
-"""Which job a runner gets: one whose runner died, or the first of those that wait."""
+"""Claims: the job that a runner gets next, one whose runner died or the first that waits; renewal of leases."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, exist
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from deployments.jobs.job import Job, JobState, Lane, Outcome
-from deployments.jobs.queue import QueueLimits, note_runner, virtual_time
+from deployments.jobs.queue import QueueLimits, note_runner, read_virtual_time
 from deployments.jobs.rows import change, end, job_of, put
 from deployments.jobs.schema import API_KEYS, JOBS, LANES, RUNNERS
 
 _QUEUED, _IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
 # Attached jobs of dead runners that one claim ends.
 _MAX_ABANDONED = 100
-# How often it is noted that a runner is alive.
+# How often a runner is noted as alive.
 _NOTES_PER_LEASE = 4
 
 
 @dataclass(frozen=True)
-class Claim:
-    """Who asks for a job, and how it is run; see :meth:`deployments.jobs.store.JobStore.claim`."""
+class ClaimRequest:
+    """The arguments of :meth:`deployments.jobs.store.JobStore.claim`, and its time."""
 
     runner: str
     model: str
@@ -39,7 +39,7 @@ class Claim:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Of the queries below."""
+        """Parameters of the queries below."""
         return {
             "runner": self.runner,
             "model": self.model,
@@ -52,67 +52,67 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a runner that asks for a job may find.
+class ClaimableWork:
+    """The work that a claim may find.
 
     Attributes:
-        is_noted: whether it was noted not long ago that the runner is alive.
+        is_alive_noted: whether it was noted not long ago that the runner is alive.
         has_abandoned: whether jobs wait for a runner that has died.
-        has_run_out: whether the lease of a job has run out.
-        has_waiting: whether jobs wait.
+        has_expired: whether the lease of a running job has expired.
+        has_queued: whether jobs wait.
     """
 
-    is_noted: bool
+    is_alive_noted: bool
     has_abandoned: bool
-    has_run_out: bool
-    has_waiting: bool
+    has_expired: bool
+    has_queued: bool
 
     @property
     def is_worth_a_claim(self) -> bool:
         """Whether there is anything to write."""
-        return self.has_abandoned or self.has_run_out or self.has_waiting or not self.is_noted
+        return self.has_abandoned or self.has_expired or self.has_queued or not self.is_alive_noted
 
 
-def look(connection: Connection, claim: Claim) -> Look:
-    """What there is; without writing, which whoever looks twice a second need not do each time."""
-    return Look(*connection.execute(_look_query(claim.only_attached), claim.parameters).one())
+def check_work(connection: Connection, claim: ClaimRequest) -> ClaimableWork:
+    """Check for claimable work without taking the write lock: runners do so twice a second."""
+    return ClaimableWork(*connection.execute(_work_query(claim.only_attached), claim.parameters).one())
 
 
-def claim_next(connection: Connection, claim: Claim, seen: Look) -> Job | None:
-    """See :meth:`deployments.jobs.store.JobStore.claim`.
+def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork) -> Job | None:
+    """Claim the next job for a runner; None where there is none for it.
 
     Args:
         connection: in a transaction that decides alone.
-        claim: who asks.
-        seen: by :func:`look` just before; what has come since is for the next one.
+        claim: what the runner asks for.
+        work: as :func:`check_work` found it just before; later work is for the next claim.
     """
-    if not seen.is_noted:
+    if not work.is_alive_noted:
         note_runner(connection, claim.runner, claim.model, claim.now_s)
-    if seen.has_abandoned:
+    if work.has_abandoned:
         for row in connection.execute(_abandoned_query(), claim.parameters).all():
-            end(connection, job_of(row), _gone_with_its_runner(claim), claim.now_s)
-    while seen.has_run_out:
-        found = connection.execute(_run_out_query(claim.only_attached), claim.parameters).one_or_none()
+            end(connection, job_of(row), _abandoned_outcome(claim), claim.now_s)
+    while work.has_expired:
+        found = connection.execute(_expired_query(claim.only_attached), claim.parameters).one_or_none()
         if found is None:
             break
         job = job_of(found)
-        if (outcome := _end_of_run_out(job, claim)) is None:
-            return _begun(connection, job, claim)
+        if (outcome := _outcome_of_expired(job, claim)) is None:
+            return _begin(connection, job, claim)
         end(connection, job, outcome, claim.now_s)  # and is not found again
-    if not seen.has_waiting:
+    if not work.has_queued:
         return None
-    parameters = claim.parameters | {"blocked": _owners_at_their_bound(connection, claim)}
+    parameters = claim.parameters | {"blocked": _find_blocked_owners(connection, claim)}
     first = connection.execute(_first_query(claim.only_attached), parameters).one_or_none()
     if first is None:
         return None
     job = job_of(first)
-    time_now = max(virtual_time(connection, job.model, job.lane), job.order)
+    time_now = max(read_virtual_time(connection, job.model, job.lane), job.order)
     put(connection, LANES, model=job.model, lane=job.lane.value, virtual_time=time_now)
-    return _begun(connection, job, claim)
+    return _begin(connection, job, claim)
 
 
 def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> dict[str, bool]:
-    """Have leases last longer.
+    """Extend leases.
 
     Args:
         connection: in a transaction that writes.
@@ -120,13 +120,13 @@ def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> di
         until_s: seconds since 1970.
 
     Returns:
-        Id of each job that is still held -> whether it is to be stopped.
+        Id of each job that is still held -> whether it has to be stopped.
     """
     parameters = {"ids": list(held), "leases": list(held.values()), "until_s": until_s}
     return {row.job_id: row.is_cancelling for row in connection.execute(_renew_statement(), parameters)}
 
 
-def _begun(connection: Connection, job: Job, claim: Claim) -> Job:
+def _begin(connection: Connection, job: Job, claim: ClaimRequest) -> Job:
     attempt = job.attempts + 1
     return change(
         connection,
@@ -143,41 +143,41 @@ def _begun(connection: Connection, job: Job, claim: Claim) -> Job:
     )
 
 
-def _end_of_run_out(job: Job, claim: Claim) -> Outcome | None:
-    """How a job ends whose runner has died; None where another runner goes on with it."""
+def _outcome_of_expired(job: Job, claim: ClaimRequest) -> Outcome | None:
+    """Return how a job ends whose runner has died; None where another runner resumes it."""
     if job.is_cancelling:
         return Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
     if job.attached_to not in (None, claim.runner):
-        return _gone_with_its_runner(claim)
+        return _abandoned_outcome(claim)
     if job.attempts >= claim.max_attempts:
         reason = f"the runner died {job.attempts} times while it ran this job, which is as often as may be"
         return Outcome(JobState.FAILED, error_code="runner_died", error_message=reason)
     return None
 
 
-def _gone_with_its_runner(claim: Claim) -> Outcome:
+def _abandoned_outcome(claim: ClaimRequest) -> Outcome:
     reason = f"the process that its caller was connected to has been silent for {claim.lease_s:g} s; send it again"
     return Outcome(JobState.FAILED, error_code="abandoned", error_message=reason)
 
 
-# Queries are made once: that takes as long as to run them.
+# Queries are built once: building one takes as long as running it.
 
 
-def _run_out(only_attached: bool) -> ColumnElement[bool]:
-    """Jobs in progress whose lease has run out, but for those that the runner itself has renewed too late."""
+def _expired(only_attached: bool) -> ColumnElement[bool]:
+    """Select running jobs whose lease has expired, except those that the runner itself renews too late."""
     of_others = JOBS.c.job_id.not_in(bindparam("in_hand", expanding=True))
     expired = and_(*_of_lane(_IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"), of_others)
     return and_(expired, JOBS.c.attached_to.is_not(None)) if only_attached else expired
 
 
-def _waiting(only_attached: bool) -> ColumnElement[bool]:
-    """Jobs that wait, and for this runner."""
+def _queued(only_attached: bool) -> ColumnElement[bool]:
+    """Select queued jobs that this runner may claim."""
     own = JOBS.c.attached_to == bindparam("runner")
     return and_(*_of_lane(_QUEUED), own if only_attached else or_(own, JOBS.c.attached_to.is_(None)))
 
 
 def _abandoned() -> ColumnElement[bool]:
-    """Jobs that wait for a runner that has died."""
+    """Select queued jobs that are attached to a runner that has died."""
     is_alive = exists().where(RUNNERS.c.runner == JOBS.c.attached_to, RUNNERS.c.seen_s >= bindparam("silent_since_s"))
     of_others = and_(JOBS.c.attached_to.is_not(None), JOBS.c.attached_to != bindparam("runner"))
     return and_(*_of_lane(_QUEUED), of_others, not_(is_alive))
@@ -188,7 +188,7 @@ def _of_lane(state: str) -> tuple[ColumnElement[bool], ...]:
 
 
 def _locked(condition: ColumnElement[bool], limit: int) -> Select[Any]:
-    """Rows in order that nobody else is changing; they stay as they are until the transaction ends."""
+    """Select rows in queue order, skipping those that others are changing, and lock them."""
     return (
         select(JOBS)
         .where(condition)
@@ -199,10 +199,12 @@ def _locked(condition: ColumnElement[bool], limit: int) -> Select[Any]:
 
 
 @cache
-def _look_query(only_attached: bool) -> Select[bool, bool, bool, bool]:
-    is_noted = exists().where(RUNNERS.c.runner == bindparam("runner"), RUNNERS.c.seen_s > bindparam("fresh_since_s"))
-    abandoned, run_out, waiting = _abandoned(), _run_out(only_attached), _waiting(only_attached)
-    return select(is_noted, exists().where(abandoned), exists().where(run_out), exists().where(waiting))
+def _work_query(only_attached: bool) -> Select[bool, bool, bool, bool]:
+    is_alive_noted = exists().where(
+        RUNNERS.c.runner == bindparam("runner"), RUNNERS.c.seen_s > bindparam("fresh_since_s")
+    )
+    abandoned, expired, queued = _abandoned(), _expired(only_attached), _queued(only_attached)
+    return select(is_alive_noted, exists().where(abandoned), exists().where(expired), exists().where(queued))
 
 
 @cache
@@ -222,18 +224,18 @@ def _abandoned_query() -> Select[Any]:
 
 
 @cache
-def _run_out_query(only_attached: bool) -> Select[Any]:
-    return _locked(_run_out(only_attached), 1)
+def _expired_query(only_attached: bool) -> Select[Any]:
+    return _locked(_expired(only_attached), 1)
 
 
 @cache
 def _first_query(only_attached: bool) -> Select[Any]:
-    return _locked(and_(_waiting(only_attached), JOBS.c.owner.not_in(bindparam("blocked", expanding=True))), 1)
+    return _locked(and_(_queued(only_attached), JOBS.c.owner.not_in(bindparam("blocked", expanding=True))), 1)
 
 
 @cache
 def _running_query() -> Select[Any]:
-    """Owners, their keys' own bounds, and how many of theirs run in a lane."""
+    """Select owners, the bounds of their keys, and how many of their jobs run in a lane."""
     return (
         select(JOBS.c.owner, API_KEYS.c.max_running, func.count())
         .join(API_KEYS, API_KEYS.c.key_id == JOBS.c.owner, isouter=True)
@@ -242,8 +244,8 @@ def _running_query() -> Select[Any]:
     )
 
 
-def _owners_at_their_bound(connection: Connection, claim: Claim) -> list[str]:
-    """Owners that have as many jobs running as they may."""
+def _find_blocked_owners(connection: Connection, claim: ClaimRequest) -> list[str]:
+    """Return owners that have as many jobs running as they may."""
     default = claim.limits.max_running_per_key
     found = []
     for owner, own_limit, num_running in connection.execute(_running_query(), claim.parameters):

@@ -1,9 +1,9 @@
-"""How much work a request is, and how fast work gets done: what waiting times are reckoned from.
+"""The work of a request, and the speed at which a runner gets work done; waiting times are estimated from both.
 
-Work is counted in token-steps: steps x guidance branches x generated tokens, a token being worth more where there are
-many: attention looks from each at all of them. On Nano both cost the same at 23,600 tokens, between 480p and 720p. The
-prompt's tower, sound's decoder and the VAE are left out: all but the last are small, and the speed is measured from the
-begin of a request to its file, so that they are in it.
+Work is counted in token-steps: steps x guidance branches x generated tokens. A token costs more where there are many,
+as attention is quadratic: on Nano attention and the rest of a layer cost the same at 23,600 tokens, between 480p and
+720p. The prompt's tower and the decoders are left out: the speed is measured from the begin of a request to its file,
+so that it includes them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from cosmos3_core.request import ResolvedRequest
 from cosmos3_core.sampler.guidance import needs_two_branches
 from cosmos3_core.shapes import Geometry
 
-# What is longer ago has a smaller say.
+# The weight of a measurement decays with this time.
 _MEMORY_S = 600.0
 _SHORTEST_S = 1e-3
-# Apart from each other, that are remembered: more would be as many requests within a single long one.
+# Separate busy spans that are remembered; more would mean as many requests within a single long one.
 _MAX_SPANS = 1000
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a checkpoint's requests cost.
+    """The work of a checkpoint's requests.
 
     Attributes:
         geometry: of its VAE.
@@ -37,7 +37,7 @@ class CostModel:
 
     @classmethod
     def of(cls, geometry: Geometry, config: TransformerConfig) -> CostModel:
-        """Of a checkpoint, by the sizes of its generation tower (see ``cosmos3_core.model.towers``)."""
+        """Return the model of a checkpoint, by the sizes of its generation tower (``cosmos3_core.model.towers``)."""
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         num_matrices = 2 if config.hidden_act == "relu2" else 3
         # Multiplications a token: of the layer's matrices, and of scores and values for each token looked at.
@@ -45,7 +45,7 @@ class CostModel:
         return cls(geometry, matrices / (2 * query))
 
     def work_of(self, request: ResolvedRequest) -> float:
-        """Of a whole request, in token-steps."""
+        """Return the work of a whole request, in token-steps."""
         num_tokens = self.geometry.num_tokens(request.num_frames, request.height, request.width)
         num_tokens += 0 if request.sound is None else request.sound.num_latents
         num_tokens += 0 if request.action is None else request.action.chunk_size
@@ -54,27 +54,27 @@ class CostModel:
 
 
 class Throughput:
-    """How fast one runner gets the work of a lane done: work over the time in which any was done, of the last minutes.
+    """The speed of one runner in a lane: work over busy time, of the last minutes.
 
-    Jobs that run side by side end together: only sums tell how fast they were. Several gangs count as the several that
-    they are, and idle time as nothing. Times are of any one clock.
+    Jobs run side by side, so that only sums tell the speed. Several gangs count as several, and idle time does not
+    count. Times are of any one clock.
     """
 
     def __init__(self) -> None:
-        # When something was done, without overlaps, as (begin, end).
+        # Busy spans without overlaps, as (begin, end).
         self._busy: list[tuple[float, float]] = []
         self._work = self._busy_s = 0.0
 
-    def finished(self, work: float, start_s: float, end_s: float) -> float:
-        """Enter a request that was finished, and when it was begun; returns the work per second."""
-        # Of its time the part that is not an earlier request's as well: a short one may end inside a long one's.
+    def add(self, work: float, start_s: float, end_s: float) -> float:
+        """Add a finished request; return the work per second."""
+        # Count only time that no earlier request was running: a short request may end inside a long one.
         joined = [span for span in self._busy if span[0] <= end_s and start_s <= span[1]]
         counted_s = sum(min(end, end_s) - max(begin, start_s) for begin, end in joined)
         busy_s = max(end_s - start_s - counted_s, 0.0)
         span = (min([start_s, *(begin for begin, _ in joined)]), max([end_s, *(end for _, end in joined)]))
         apart = [other for other in self._busy if other not in joined]
         self._busy = sorted([*apart, span])[-_MAX_SPANS:]
-        kept = math.exp(-busy_s / _MEMORY_S)
-        self._work = kept * self._work + work
-        self._busy_s = kept * self._busy_s + busy_s
+        share = math.exp(-busy_s / _MEMORY_S)
+        self._work = share * self._work + work
+        self._busy_s = share * self._busy_s + busy_s
         return self._work / max(self._busy_s, _SHORTEST_S)

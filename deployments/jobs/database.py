@@ -1,7 +1,7 @@
-"""The database of jobs: a SQLite file of one machine, or PostgreSQL for several.
+"""Database: the connections to the database of jobs, a SQLite file of one machine or PostgreSQL for several.
 
 Any number of processes may have it open. A transaction that writes waits for its turn, at most :data:`BUSY_S`; one that
-decides what is accepted or run next, for the one lock that all such decisions share.
+decides what is accepted or run next also takes the one lock that all such decisions share.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from sqlite3 import Error as SQLiteError
+from typing import TYPE_CHECKING
 
 import sqlalchemy
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 
-from deployments.config import AppConfig
 from deployments.errors import JobsError
 from deployments.jobs import sqlite_file
 from deployments.jobs.schema import NEWEST, VERSION_TABLE
 from deployments.media.store import own_directory
 
+if TYPE_CHECKING:
+    from deployments.config import AppConfig
+
 BUSY_S = 10.0
-"""How long a transaction waits for the ones before it."""
+"""Longest wait of a transaction for those before it."""
 
 _UPGRADE_S = 120.0
 _CONNECT_S = 10
@@ -35,11 +38,11 @@ _STATEMENT_S = 60.0
 # Less than any lease.
 _MAX_SKEW_S = 2.0
 _NUM_CONNECTIONS, _MAX_MORE_CONNECTIONS = 8, 24
-# Numbers that nobody else takes, of our advisory locks in a PostgreSQL database.
+# Advisory locks in a PostgreSQL database; the numbers are ours alone.
 _QUEUE_LOCK, _UPGRADE_LOCK = 0x636F736D6F7303, 0x636F736D6F7304
 _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
-_ALLOWED = "allowed is sqlite:////absolute/path/of/a/file or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
-# What of a failure's text tells what to do.
+_ALLOWED = "it must be sqlite:////absolute/path/of/a/file or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+# Part of a failure's text -> what to do.
 _ADVICE = {
     "locked": f"others kept it busy for {BUSY_S:g} s; try again",
     "lock timeout": f"others kept it busy for {BUSY_S:g} s; try again",
@@ -75,7 +78,7 @@ def database_url(config: AppConfig) -> str:
 
 
 def _is_newest(connection: Connection) -> bool:
-    """Whether the schema is this release's; whatever else it is, is for the migrations to find out."""
+    """Return whether the schema is this release's; the migrations handle any other."""
     if not sqlalchemy.inspect(connection).has_table(VERSION_TABLE):
         return False
     versions = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalars().all()
@@ -83,13 +86,13 @@ def _is_newest(connection: Connection) -> bool:
 
 
 class Database:
-    """Connections to it. For any number of threads; not to be taken into a forked process.
+    """Connections to a database of jobs. For any number of threads; not to be used in a forked process.
 
     Args:
         url: SQLAlchemy's, of SQLite (the absolute path of a file) or PostgreSQL (psycopg).
 
     Attributes:
-        name: for messages; without user and password.
+        name: of the database in messages, without user and password.
         is_sqlite: else it is PostgreSQL.
 
     Raises:
@@ -97,7 +100,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        parsed = _parsed(url)
+        parsed = _parse_url(url)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         self.name = _name(parsed)
         self._secrets = _secrets(parsed)
@@ -113,17 +116,17 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that only reads; it waits for nobody.
+        """Begin a transaction that only reads; it waits for nobody.
 
         Raises:
             JobsError: the database failed.
         """
-        with self._in_words(), self._engine.connect() as connection, connection.begin():
+        with self._translated_errors(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def writing(self, *, is_queue: bool = False) -> Iterator[Connection]:
-        """A transaction that writes: durable when this has returned, without effect when it raises.
+        """Begin a transaction that writes: durable when the block is left, without effect when it raises.
 
         Args:
             is_queue: whether it decides what is accepted or run next: one such after the other, of all processes.
@@ -131,7 +134,7 @@ class Database:
         Raises:
             JobsError: the database failed, or others kept it busy for :data:`BUSY_S`.
         """
-        with self._in_words(), self._write_transaction() as connection:
+        with self._translated_errors(), self._write_transaction() as connection:
             if is_queue and not self.is_sqlite:
                 _take_lock(connection, _QUEUE_LOCK)
             yield connection
@@ -177,7 +180,7 @@ class Database:
         # Alembic takes as long to be imported as all the rest, and is seldom needed.
         from deployments.jobs.migrations.upgrade import is_current, upgrade
 
-        with self._in_words(), self._write_transaction() as connection:
+        with self._translated_errors(), self._write_transaction() as connection:
             if not self.is_sqlite:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_UPGRADE_S * 1000:.0f}")
                 connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_UPGRADE_S * 1000:.0f}")
@@ -189,7 +192,7 @@ class Database:
     def _sqlite(self, url: URL) -> Engine:
         assert url.database is not None, "it was checked"
         try:
-            with self._in_words():
+            with self._translated_errors():
                 sqlite_file.prepare(Path(url.database), BUSY_S)
         except OSError as error:
             raise self._failure(error) from error
@@ -206,7 +209,7 @@ class Database:
         return engine
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
         except NoConnectionLeft as error:
@@ -224,7 +227,7 @@ class Database:
 
 
 def _ahead_s(asked_s: float, server_s: float, answered_s: float) -> float:
-    """How far our clock is at least before the server's, which answered meanwhile; below 0 where it is behind."""
+    """Return by how much this clock is at least ahead of the server's, which answered meanwhile; below 0 if behind."""
     return max(asked_s - server_s, 0.0) + min(answered_s - server_s, 0.0)
 
 
@@ -260,11 +263,11 @@ _as_json = partial(json.dumps, allow_nan=False)
 
 
 def _take_lock(connection: Connection, number: int) -> None:
-    """Until the transaction ends."""
+    """Take an advisory lock until the transaction ends."""
     connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(number)))
 
 
-def _parsed(url: str) -> URL:
+def _parse_url(url: str) -> URL:
     try:
         parsed = sqlalchemy.make_url(url)
     except ArgumentError:

@@ -1,7 +1,7 @@
-"""What belongs to a job and is too large for the database: its input media, and the state that it goes on from.
+"""JobFiles: what belongs to a job and is too large for the database, its input media and its saved state.
 
-In the media archive where there is one, else in a directory beside the clips. Every file says how long it is and what
-its hash is: what is damaged, or half written, is told from what is whole.
+They lie in the media archive where there is one, else in a directory beside the clips. Each file holds its own length
+and hash, so that a damaged or half-written file is noticed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from deployments.media.folder import JOB_FILES
 from deployments.media.objects import DirectoryObjects, Objects, open_objects
 
 _NAME = re.compile(r"[a-z]{1,16}")
-# Of an array: numbers, and nothing that would have to be unpickled.
+# Types of arrays: numbers, and nothing that would have to be unpickled.
 _DTYPE = re.compile(r"[<>|=][biuf][0-9]{1,2}")
 _MAX_HEADER_BYTES = 512
 _MAX_NUM_AXES = 8
-# Jobs that a sweep asks about at a time.
-_MAX_ASKED = 500
+# Jobs that a sweep looks up at a time.
+_SWEEP_BATCH = 500
 
 JobData = bytes | npt.NDArray[Any]
-"""What a file holds."""
+"""Content of a file."""
 
 
 class JobFiles:
-    """Files of jobs, by the job's id and a name of 1 to 16 letters a-z. For threads; any number of processes may do it.
+    """Files of jobs, by the job's id and a name of 1 to 16 letters a-z. For any number of threads and processes.
 
     Args:
         directory: of the media store; used where there is no archive.
@@ -52,7 +52,7 @@ class JobFiles:
         )
 
     def put(self, job_id: str, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
-        """Write a file, in the place of what was there; whoever is killed meanwhile leaves that.
+        """Write or replace a file; a writer that is killed leaves the earlier one.
 
         Args:
             job_id: of the job.
@@ -74,7 +74,7 @@ class JobFiles:
             raise MediaError(f"{name} of {job_id} cannot be written: {error}") from error
 
     def get(self, job_id: str, name: str) -> JobData:
-        """What a file holds; an array cannot be changed.
+        """Return the content of a file; an array is read-only.
 
         Raises:
             ValueError: no such id or name.
@@ -96,7 +96,7 @@ class JobFiles:
         return np.frombuffer(payload, np.dtype(header.dtype)).reshape(header.shape)
 
     def exists(self, job_id: str, name: str) -> bool:
-        """Whether there is such a file, damaged or not.
+        """Return whether there is such a file, damaged or not.
 
         Raises:
             ValueError: no such id or name.
@@ -122,15 +122,15 @@ class JobFiles:
             raise MediaError(f"files of {job_id} cannot be removed: {error}") from error
 
     def sweep(self, needed: Callable[[Sequence[str]], Mapping[str, bool]], older_than_s: float, now_s: float) -> int:
-        """Remove files that jobs do not need any more, those of no job, and what killed writers left.
+        """Remove files that jobs no longer need, files of no job, and what killed writers left.
 
         Args:
-            needed: ids of up to 500 jobs -> of those that are there, whether their files are to stay.
-            older_than_s: the last file of one that is not there is at least so old: files come before their job.
+            needed: ids of up to 500 jobs -> whether the job needs its files, of those jobs that are there.
+            older_than_s: age of the last file of a missing job: files are written before their job.
             now_s: seconds since 1970.
 
         Returns:
-            Of how many jobs.
+            The number of jobs whose files were removed.
 
         Raises:
             MediaError: the store cannot be used.
@@ -140,8 +140,8 @@ class JobFiles:
         try:
             self._objects.sweep(older_than_s, now_s)
             there = list(filter(JOB_ID.fullmatch, self._objects.folders()))
-            for first in range(0, len(there), _MAX_ASKED):
-                some = there[first : first + _MAX_ASKED]
+            for first in range(0, len(there), _SWEEP_BATCH):
+                some = there[first : first + _SWEEP_BATCH]
                 found = needed(some)
                 for job_id in some:
                     is_kept = found.get(job_id)
@@ -155,7 +155,7 @@ class JobFiles:
         return num_removed
 
     def _written_s(self, job_id: str) -> float:
-        """When the last file of a job was written; 0 where none can tell."""
+        """Return when the last file of a job was written; 0 where that is unknown."""
         written_s = 0.0
         for name in self._objects.names(job_id):
             try:
@@ -182,7 +182,7 @@ class _Header:
     shape: tuple[int, ...] = ()
 
     def line(self, payload: memoryview) -> bytes:
-        """With the hash of it all: of what follows and of itself."""
+        """Return the line, with the hash of itself and of the payload."""
         values = [self.written_s, self.dtype, list(self.shape), payload.nbytes]
         digest = hashlib.sha256(json.dumps(values).encode())
         digest.update(payload)
@@ -190,7 +190,7 @@ class _Header:
 
     @classmethod
     def of(cls, data: bytes) -> _Header | None:
-        """The one that a file begins with; None where it has none."""
+        """Return the header of a file; None where it has none."""
         try:
             written_s, dtype, shape, _, _ = json.loads(data[: data.index(b"\n", 0, _MAX_HEADER_BYTES)])
             return cls(float(written_s), str(dtype), tuple(map(int, shape)))

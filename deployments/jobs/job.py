@@ -1,8 +1,8 @@
-"""A job: what is known of one accepted request, and the states it may be in.
+"""A job: one accepted request, its states, and the options that it came with.
 
 Every request is a job, whether its caller waits for the answer or comes back for it. A job of a caller who waits is
-*attached*: it belongs to the Director that took it, and ends when the caller leaves. Any other is claimed by whichever
-Director has room, and outlives them all.
+*attached*: it belongs to the Director that admitted it, and ends when the caller leaves. Any other job is claimed by a
+Director that has room, keeps running when its client disconnects, and resumes after a restart.
 
     queued ──> in_progress ──> completed
       ^  │        │  │ └─────> failed
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class JobState(StrEnum):
-    """See the module."""
+    """The states of a job."""
 
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
@@ -55,46 +55,46 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
 
 
 class Lane(StrEnum):
-    """What waits for what: a picture never waits for a place that clips have taken."""
+    """The queue that a job waits in: an image never waits for a place that clips have taken."""
 
     IMAGE = "image"
     VIDEO = "video"
 
 
 def check_transition(job_id: str, before: JobState, after: JobState) -> None:
-    """See :data:`TRANSITIONS`.
+    """Check that a job may go from one state to another.
 
     Raises:
-        IllegalTransition: it is not in the table.
+        IllegalTransition: :data:`TRANSITIONS` has no such change.
     """
     if after not in TRANSITIONS[before]:
         raise IllegalTransition(job_id, before, after)
 
 
 JOB_ID = re.compile(r"video_gen_[0-9a-f]{32}")
-"""What ids of jobs look like, as vLLM-Omni's; nobody can guess one."""
+"""Pattern of job ids, which are vLLM-Omni's; nobody can guess one."""
 
 
 def new_job_id() -> str:
-    """An id for a job."""
+    """Return a fresh id."""
     return f"video_gen_{uuid.uuid4().hex}"
 
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """What a caller asks for beside the generation itself. Travels with a request to the Director.
+    """The options of a request beside the generation itself; they travel with it to the Director.
 
     Attributes:
-        request_id: the caller's name for it, for logs; None: one is made up.
-        owner: id of the API key that it came with, "" without.
-        service_class: name of a class of the configuration; None: the standard one.
-        classes: that its key may name; None: all of the configuration's.
-        limits: the key's own; None: the configuration's.
+        request_id: the caller's name for the request, for logs; None = one is made up.
+        owner: id of the API key that the request came with, "" without.
+        service_class: name of a class of the configuration; None = the standard one.
+        classes: classes that the key may name; None = all of the configuration.
+        limits: of the key; None = those of the configuration.
         idempotency_key: None without.
-        previews: how many of them to record, 0 to 32.
+        previews: number of previews to record, 0 to 32.
         remixed_from: id of the job whose request this one takes over; None without.
         warnings: fields that were accepted without effect.
-        skip_guardrails: the caller does without them, and may.
+        skip_guardrails: whether the caller does without them, and may.
     """
 
     request_id: str | None = None
@@ -120,17 +120,17 @@ class NewJob:
         request: of :func:`deployments.jobs.request_codec.encode_request`: plain JSON values.
         inputs: names of the files in the media store that belong to it.
         fingerprint: hash of the request; tells apart what comes with one idempotency key.
-        mode, prompt, width, height, num_frames, fps, seed, num_steps, media_type: of the resolved request, for whoever
-            asks; ``media_type`` is "" where there will be no file.
+        mode, prompt, width, height, num_frames, fps, seed, num_steps, media_type: of the resolved request;
+            ``media_type`` is "" where there will be no file.
         lane: see :class:`Lane`.
         service_class: name of its class in the configuration.
         work: of :mod:`deployments.jobs.cost`.
         request_id: the caller's name for it, for logs.
         idempotency_key: None without.
         attached_to: the runner whose caller waits for it; None for a job that stays.
-        previews: how many of them to record.
+        previews: number of previews to record.
         remixed_from: id of the job whose request this one took over; None without.
-        skip_guardrails: whether its pictures are not looked at, which the operator has to allow.
+        skip_guardrails: whether it does without guardrails, if the operator still allows that when it begins.
         warnings: fields that were accepted without effect.
         notes: what was changed on the way.
     """
@@ -165,20 +165,20 @@ class NewJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Job(NewJob):
-    """A job as it is in the database. Times are seconds since 1970, by the clocks of who wrote them.
+    """A job as it is in the database. Times are seconds since 1970, by the clocks of the processes that wrote them.
 
     Attributes:
         state: see the module.
         order: jobs of a lane are claimed from the smallest one on; see :meth:`deployments.jobs.store.JobStore.create`.
         created_s, updated_s, started_s, completed_s, expires_s: None for what has not been.
-        runner, lease, lease_until_s: who runs it, that claim's own name, and how long it is valid.
+        runner, lease, lease_until_s: its runner, the name of the claim, and until when that is valid.
         attempts: how often it was claimed.
-        is_cancelling: whether its runner was told to stop.
+        is_cancelling: whether its runner has to stop it.
         step, sigma: of the last denoising step that is done; 0 and None before.
         stage: "queued", then what it is in: "denoising", "decoding" ...
         step_s: seconds that the last step took on its gang.
         media_id: of its file in the media store; "" before.
-        result: what is told of a completed one, see :mod:`deployments.director.recorder`; empty before.
+        result: of a completed one, see :mod:`deployments.director.recorder`; empty before.
         error_code, error_message: of a failed one.
         last_seq: number of its last event.
     """
@@ -216,7 +216,7 @@ class Job(NewJob):
 
     @property
     def work_left(self) -> float:
-        """Of its denoising, in the unit of :attr:`work`."""
+        """Denoising that is left, in the unit of :attr:`work`."""
         return 0.0 if self.state.is_final else self.work * (1 - self.step / self.num_steps)
 
 
@@ -242,7 +242,7 @@ class JobEvent:
 
 @dataclass(frozen=True)
 class Progress:
-    """What changes of a job while it runs; None leaves a field as it is."""
+    """Progress of a running job; None leaves a field as it is."""
 
     step: int | None = None
     sigma: float | None = None
@@ -253,7 +253,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ends.
+    """The end of a job.
 
     Attributes:
         state: a final one.

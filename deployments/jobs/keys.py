@@ -1,7 +1,7 @@
-"""API keys: who may ask, of what class, and how much at once.
+"""API keys: their classes, limits and secrets.
 
-A key's text is told once, when it is made. Kept is a hash of its secret part, which is as random as the hash is long:
-nothing slower than SHA-256 is needed against guessing.
+A key's text is shown once, when it is made. The database holds a hash of its secret part, which is as random as the
+hash is long: nothing slower than SHA-256 is needed against guessing.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from deployments.jobs.database import Database
 from deployments.jobs.schema import API_KEYS
 
 MAX_KEYS = 10_000
-"""That are valid at one time."""
+"""Bound of the keys that are valid at one time."""
 
 _TEXT = re.compile(r"c3_(?P<key_id>[0-9a-f]{16})_(?P<secret>[A-Za-z0-9_-]{43})", re.ASCII)
 _SECRET_BYTES = 32
 _MAX_NAME_CHARS = 200
 _MAX_LIMIT = 1_000_000
-# Looked up and compared with where a text is no key: a refusal takes the same work whatever is wrong.
+# Stand-ins where a text is no key, so that every refusal takes the same work.
 _NO_ID, _NO_SECRET, _NO_HASH = "none", "none", "0" * 64
 
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """How much of one key's may be in the queue; None = what the configuration says for keys that say nothing.
+    """The bounds of one key's jobs; None = those of the configuration.
 
     Attributes:
         max_queued: jobs that wait.
@@ -49,10 +49,10 @@ class KeyLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class NewKey:
-    """What is said of a key that is about to be made.
+    """A key that is about to be made.
 
     Attributes:
-        name: whose it is, for people.
+        name: of its owner, for people.
         service_class: of requests that name none.
         allowed_classes: that requests may name; the one above is always among them.
         limits: see :class:`KeyLimits`.
@@ -66,7 +66,7 @@ class NewKey:
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey(NewKey):
-    """A key as it is kept.
+    """A key as it is in the database.
 
     Attributes:
         key_id: owner of the jobs that come with it.
@@ -95,7 +95,7 @@ class KeyStore:
 
     @classmethod
     def open(cls, url: str, clock: Callable[[], float] = time.time) -> KeyStore:
-        """The keys in a database; see :class:`deployments.jobs.database.Database`.
+        """Open the keys in a database; see :class:`deployments.jobs.database.Database`.
 
         Raises:
             JobsError: it cannot be reached or used, or is a newer release's.
@@ -107,10 +107,10 @@ class KeyStore:
         self._database.close()
 
     def create(self, new: NewKey) -> tuple[ApiKey, str]:
-        """Make a key; returns it with its text, which cannot be had again.
+        """Make a key; return it with its text, which cannot be shown again.
 
         Raises:
-            RequestError: something about it is out of range.
+            RequestError: a value is out of range.
             JobsError: the database failed, or has too many keys.
         """
         checks.text("name", new.name, _MAX_NAME_CHARS, may_be_empty=False)
@@ -137,9 +137,9 @@ class KeyStore:
         return key, f"c3_{key.key_id}_{secret}"
 
     def verify(self, text: str) -> ApiKey | None:
-        """The key whose text this is; None where it is no valid key's.
+        """Return the key of a text; None where there is no such valid key.
 
-        Takes the same work for a text that is no key, an unknown one, a revoked one and a wrong secret.
+        This takes the same work for a malformed text, an unknown key, a revoked one and a wrong secret.
 
         Raises:
             JobsError: the database failed.
@@ -154,7 +154,7 @@ class KeyStore:
         return _key_of(row)
 
     def list(self) -> tuple[ApiKey, ...]:
-        """All keys, revoked ones too, the oldest first.
+        """Return all keys, revoked ones too, the oldest first.
 
         Raises:
             JobsError: the database failed.
@@ -164,7 +164,7 @@ class KeyStore:
         return tuple(_key_of(row) for row in rows)
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Refuse a key from now on; its jobs stay. Harmless where it was done before.
+        """Revoke a key; its jobs stay. Harmless where it was revoked before.
 
         Raises:
             RequestError: there is no such key.

@@ -19,9 +19,9 @@ logger = logging.getLogger("ray.serve")
 
 _SWEEP_PERIOD_S = 60.0
 _SWEEPS_PER_KEEP = 100
-# Files are there before their job is: those of a job that is not there after so long belong to none.
+# Files are written before their job: files whose job is missing for so long belong to none.
 _ORPHAN_S = 3600.0
-_TELL_PERIOD_S = 5.0
+_GAUGES_PERIOD_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,29 @@ class Maintenance:
     config: JobsConfig
 
     def start(self) -> list[asyncio.Task[None]]:
-        """Begin, inside an event loop; whoever calls holds on to the tasks."""
+        """Start the work inside the event loop; the caller has to hold the tasks."""
         loop = asyncio.get_running_loop()
-        # To list an archive costs money.
+        # Listing an archive costs money.
         files_period_s = (
             _SWEEP_PERIOD_S if self.jobs.media.archive is None else self.jobs.media.keep_s / _SWEEPS_PER_KEEP
         )
         work = (
             (self.sweep, _SWEEP_PERIOD_S),
             (self.sweep_files, max(files_period_s, _SWEEP_PERIOD_S)),
-            (self.tell, _TELL_PERIOD_S),
+            (self.set_gauges, _GAUGES_PERIOD_S),
         )
-        return [loop.create_task(_repeated(*each), context=contextvars.Context()) for each in work]
+        return [loop.create_task(_repeat(*each), context=contextvars.Context()) for each in work]
 
     def sweep(self) -> None:
-        """Forget old jobs, and remove their files; end those that nobody would ever run."""
+        """Delete old jobs with their files, and fail jobs that no runner would ever claim."""
         self.jobs.store.fail_unserved(self.config.keep_s)
         for job in self.jobs.store.sweep(self.config.keep_s, self.config.max_kept):
             self.jobs.remove_files(job)
 
     def sweep_files(self) -> None:
-        """Remove what jobs came with that will not be run, and are not to be made again.
+        """Remove input files of jobs that will not run and cannot be remixed.
 
-        For that a completed one's stays as long as its clip; not even so long where there is too much of it.
+        A completed job can be remixed as long as its clip is there, or until its inputs have to make room.
         """
         spare: dict[str, float] = {}
 
@@ -79,7 +79,7 @@ class Maintenance:
             return True
         return need.until_s > 0 and (not need.media_id or self.jobs.media.find(need.media_id) is not None)
 
-    def tell(self) -> None:
+    def set_gauges(self) -> None:
         """Set the gauges of jobs."""
         classes = self.jobs.store.load(self.model).classes
         metrics().set_jobs(
@@ -88,10 +88,10 @@ class Maintenance:
         )
 
 
-async def _repeated(work: Callable[[], None], period_s: float) -> None:
+async def _repeat(work: Callable[[], None], period_s: float) -> None:
     while True:
         try:
             await run_in_thread(work)
-        except Exception:  # what is wrong now may be right in a minute
-            logger.exception("jobs could not be looked after")
+        except Exception:  # such as a database that is away: try again
+            logger.exception("maintenance of jobs failed")
         await asyncio.sleep(period_s)

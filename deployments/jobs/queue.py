@@ -1,12 +1,13 @@
-"""What waits, and in what order: bounds of the queue, the place of a new job.
+"""The queue: its bounds, and the place of a new job in its order.
 
 The order is weighted fair queueing by a self-clocked virtual time (Golestani 1994). Jobs of one owner and class in a
-lane are a flow. A new job's place is behind the last one of its flow that waits, and behind the lane's virtual time, by
-its work over its class's share; that time is the place of the job that was begun last. So classes get their shares of
-the work and owners of a class equal ones. Who sends many jobs waits behind the own ones. Who was away has saved
-nothing. What was cancelled costs nothing where none of its flow waits behind it; those that do keep their places.
+lane are a flow. A new job's place is its work over its class's share behind the last queued job of its flow, or behind
+the lane's virtual time if that is later; the virtual time is the place of the job that began last. So each class gets
+its share of the work, and owners of a class get equal ones. An owner who sends many jobs waits behind its own jobs, and
+one who sent none for a while has saved nothing. A cancelled job costs nothing where none of its flow waits behind it;
+jobs that do keep their places.
 
-What changes anything here is done in a transaction that decides alone (``is_queue``).
+Every change happens in a transaction that decides alone (``is_queue``).
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class QueueLimits:
     """The queue's bounds; they count the jobs of one model.
 
     Attributes:
-        max_queued: jobs that wait.
-        max_queued_per_key: of one API key that says nothing else; without keys there is no such bound.
-        max_running_per_key: the same of jobs that run, in each lane; None = any number.
+        max_queued: queued jobs.
+        max_queued_per_key: queued jobs of one API key without a bound of its own; without keys there is no such bound.
+        max_running_per_key: the same for running jobs, in each lane; None = any number.
         classes: class -> its share of the work while others wait as well.
     """
 
@@ -84,12 +85,12 @@ class QueueLoad:
 
     @property
     def num_queued(self) -> int:
-        """Of all classes in both lanes."""
+        """Number of queued jobs, of all classes in both lanes."""
         return sum(load.num_queued for load in self.classes)
 
     @property
     def num_running(self) -> int:
-        """Of all classes in both lanes."""
+        """Number of running jobs, of all classes in both lanes."""
         return sum(load.num_running for load in self.classes)
 
 
@@ -97,12 +98,12 @@ class QueueLoad:
 
 
 class QueueFull(Exception):
-    """A bound was reached; inside the store, which tells how long to wait.
+    """A bound was reached; the store adds when to come again.
 
     Attributes:
         what: which bound.
         limit: the bound.
-        owner: whose; None where it is everybody's.
+        owner: whose bound it is; None where it counts all jobs.
     """
 
     def __init__(self, what: str, limit: int, owner: str | None) -> None:
@@ -110,15 +111,15 @@ class QueueFull(Exception):
         self.what, self.limit, self.owner = what, limit, owner
 
     def error(self, retry_after_s: float) -> OverloadedError:
-        """For the caller."""
+        """Return the error for the caller."""
         return OverloadedError(self.what, self.limit, retry_after_s)
 
 
-def accepted_before(connection: Connection, new: NewJob) -> Job | None:
-    """The job that the same idempotency key has brought before.
+def find_earlier(connection: Connection, new: NewJob) -> Job | None:
+    """Return the job that came with the same idempotency key before.
 
     Raises:
-        IdempotencyConflict: it was another request.
+        IdempotencyConflict: that was another request.
     """
     if new.idempotency_key is None:
         return None
@@ -139,10 +140,10 @@ def _count_query(is_own: bool) -> Select[Any]:
 
 
 def check_room(connection: Connection, new: NewJob, limits: QueueLimits, key_limits: KeyLimits | None) -> None:
-    """Whether one more may wait.
+    """Check that one more job may wait.
 
     Raises:
-        QueueFull: it may not.
+        QueueFull: a bound is reached.
     """
     parameters = {"model": new.model, "lane": new.lane.value, "owner": new.owner}
     if connection.execute(_count_query(False), parameters).scalar_one() >= limits.max_queued:
@@ -155,29 +156,29 @@ def check_room(connection: Connection, new: NewJob, limits: QueueLimits, key_lim
 
 
 def enqueue(connection: Connection, new: NewJob, limits: QueueLimits, now_s: float) -> Job:
-    """Enter a job that there is room for, in its place."""
+    """Insert a job that there is room for, in its place."""
     if new.attached_to is not None:
         note_runner(connection, new.attached_to, new.model, now_s)
-    # Of a flow's jobs that do not wait any more none has a place behind the virtual time.
+    # A job of the flow that is no longer queued has no place behind the virtual time.
     flow = {"model": new.model, "lane": new.lane.value, "service_class": new.service_class, "owner": new.owner}
     last = connection.execute(_last_query(), flow).scalar_one() or 0.0
-    begin = max(virtual_time(connection, new.model, new.lane), last)
+    begin = max(read_virtual_time(connection, new.model, new.lane), last)
     return add(connection, new, begin + new.work / limits.classes[new.service_class], now_s)
 
 
 @cache
 def _last_query() -> Select[Any]:
-    """The last place of a flow that is taken; null where none is."""
+    """Build the query for the last place of a flow; null where none of it waits."""
     names = ("model", "lane", "service_class", "owner")
     flow = (JOBS.c[name] == bindparam(name) for name in names)
     return select(func.max(JOBS.c.queue_order)).where(JOBS.c.state == _QUEUED, *flow)
 
 
 def check_storable(new: NewJob, limits: QueueLimits) -> None:
-    """Whether the databases can hold a job's texts, and its class has a share.
+    """Check that the databases can hold a job's texts, and that its class has a share.
 
     Raises:
-        RequestError: one cannot; or there is no such class.
+        RequestError: a text cannot be stored, or there is no such class.
     """
     checks.choice("service_class", new.service_class, tuple(limits.classes))
     assert new.work > 0, "every job has some"
@@ -193,12 +194,12 @@ def check_storable(new: NewJob, limits: QueueLimits) -> None:
 
 
 def note_runner(connection: Connection, runner: str, model: str, now_s: float) -> None:
-    """It is alive."""
+    """Note that a runner is alive."""
     put(connection, RUNNERS, runner=runner, model=model, seen_s=now_s)
 
 
-def virtual_time(connection: Connection, model: str, lane: Lane) -> float:
-    """Place of the job of a lane that was begun last."""
+def read_virtual_time(connection: Connection, model: str, lane: Lane) -> float:
+    """Return the place of the job of a lane that began last."""
     query = select(LANES.c.virtual_time).where(LANES.c.model == model, LANES.c.lane == lane.value)
     return connection.execute(query).scalar_one_or_none() or 0.0
 
@@ -206,8 +207,8 @@ def virtual_time(connection: Connection, model: str, lane: Lane) -> float:
 # Looking
 
 
-def load_of(connection: Connection, model: str) -> QueueLoad:
-    """How much of a model's is waiting and running."""
+def read_load(connection: Connection, model: str) -> QueueLoad:
+    """Return how much of a model is queued and running."""
     query = (
         select(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state, func.count(), func.sum(WORK_LEFT))
         .where(JOBS.c.model == model, JOBS.c.state.in_((_QUEUED, _IN_PROGRESS)))
@@ -226,5 +227,5 @@ def load_of(connection: Connection, model: str) -> QueueLoad:
 
 
 def forget_runners(connection: Connection, before_s: float) -> None:
-    """Remove runners that have been silent since."""
+    """Delete runners that have been silent since."""
     connection.execute(delete(RUNNERS).where(RUNNERS.c.seen_s < before_s))

@@ -1,8 +1,8 @@
-"""Jobs as rows: found, and changed.
+"""Jobs as rows: finding and changing them.
 
-A job changes in :func:`change` and nowhere else (but for the end of its lease, which is renewed in one statement): only
-as :data:`deployments.jobs.job.TRANSITIONS` allows, only if nobody else has changed its state or taken its lease
-meanwhile, and together with the events that tell of it.
+A job changes in :func:`change` and nowhere else (only its lease is renewed elsewhere, in one statement): as
+:data:`deployments.jobs.job.TRANSITIONS` allows, only if nobody else has changed its state or taken its lease meanwhile,
+and together with its events.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome,
 from deployments.jobs.schema import JOB_EVENTS, JOBS
 
 MAX_EVENTS = 10_000
-"""Of a job, its end not counted: room for 1000 steps and 1201 chunks of three runners, and a preview a step."""
+"""Bound of a job's events, its end not counted: 1000 steps and 1201 chunks of three runners, and a preview a step."""
 
 Event = tuple[str, Mapping[str, Any]]
-"""Kind and data of an event that is about to be entered."""
+"""Kind and data of an event that is about to be inserted."""
 
 _TUPLES = ("inputs", "notes", "warnings")
 _FIND = select(JOBS).where(JOBS.c.job_id == bindparam("wanted"))
@@ -46,7 +46,7 @@ _FIELDS = tuple(field.name for field in fields(Job))
 
 
 def job_of(row: Row[Any]) -> Job:
-    """The job that a row of the table holds."""
+    """Return the job that a row of the table holds."""
     values = dict(row._mapping)
     values["order"] = values.pop("queue_order")
     values |= {name: tuple(values[name]) for name in _TUPLES}
@@ -63,7 +63,7 @@ def _columns(job: Job) -> dict[str, Any]:
 
 
 def add(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
-    """Enter a new job, which waits."""
+    """Insert a new job, queued."""
     given = {field.name: getattr(new, field.name) for field in fields(NewJob)}
     job = Job(**given, order=order, created_s=now_s, updated_s=now_s)
     connection.execute(insert(JOBS), _columns(job))
@@ -71,20 +71,20 @@ def add(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
 
 
 def find(connection: Connection, job_id: str, owner: str | None, *, to_change: bool = False) -> Job | None:
-    """A job; None where there is none, or it is another owner's.
+    """Return a job; None where there is none, or it is another owner's.
 
     Args:
         connection: in a transaction.
         job_id: of the job.
-        owner: None = whoever's.
-        to_change: whether it stays as it is until the transaction ends.
+        owner: None = anybody's.
+        to_change: whether to lock it until the transaction ends.
     """
     row = connection.execute(_FIND_TO_CHANGE if to_change else _FIND, {"wanted": job_id}).one_or_none()
     return None if row is None or owner not in (None, row.owner) else job_of(row)
 
 
-def leased(connection: Connection, job_id: str, lease: str) -> Job:
-    """The job that somebody has a lease for, which stays as it is until the transaction ends.
+def find_leased(connection: Connection, job_id: str, lease: str) -> Job:
+    """Return the job under a lease, and lock it until the transaction ends.
 
     Raises:
         LeaseLost: it is not in progress under this lease.
@@ -98,18 +98,18 @@ def leased(connection: Connection, job_id: str, lease: str) -> Job:
 def change(
     connection: Connection, job: Job, state: JobState, now_s: float, events: Sequence[Event] = (), **changes: Any
 ) -> Job:
-    """The job in its next state, which may be the one that it is in.
+    """Change a job and return it in its next state, which may be the same.
 
     Args:
         connection: in a transaction that writes.
         job: as it was found in this transaction.
         state: the next one.
         now_s: seconds since 1970.
-        events: what is told of it.
+        events: of the change.
         changes: field -> value, of plain fields alone.
 
     Raises:
-        IllegalTransition: no job may go there.
+        IllegalTransition: the state must not follow.
         LeaseLost: somebody else has changed it.
         JobsError: it has too many events.
     """
@@ -133,7 +133,7 @@ def change(
 
 
 def end(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_media_s: float | None = None) -> Job:
-    """The job, ended; its last event says how.
+    """End a job with its last event, and return it.
 
     Args:
         connection: in a transaction that writes.
@@ -166,8 +166,8 @@ def end(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_m
     )
 
 
-def events_after(connection: Connection, cursors: Mapping[str, int], limit: int) -> list[JobEvent]:
-    """Events of several jobs, behind the last one that is known of each; in order of each job.
+def find_events(connection: Connection, cursors: Mapping[str, int], limit: int) -> list[JobEvent]:
+    """Return the events of several jobs after a cursor of each, in the order of each job.
 
     Args:
         connection: in a transaction.
@@ -181,7 +181,7 @@ def events_after(connection: Connection, cursors: Mapping[str, int], limit: int)
 
 @cache
 def _later_events(is_sqlite: bool) -> Select[*tuple[Any, ...]]:
-    """The cursors are one parameter, however many they are."""
+    """Build the query; all cursors are one parameter of it."""
     unfold = func.json_each if is_sqlite else func.json_each_text
     cursors = unfold(bindparam("cursors", type_=JSON)).table_valued("key", "value")
     return (
@@ -194,7 +194,7 @@ def _later_events(is_sqlite: bool) -> Select[*tuple[Any, ...]]:
 
 
 def put(connection: Connection, table: Table, **values: Any) -> None:
-    """Enter a row, or change the one of the same primary key, if another process has entered it."""
+    """Insert a row, or update the row of the same primary key."""
     keys = [column.name for column in table.primary_key]
     make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     statement = make(table).values(values)

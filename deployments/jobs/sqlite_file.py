@@ -1,7 +1,7 @@
-"""A SQLite file: how it is made, and what each connection to it needs.
+"""SQLite files: creation, and the settings of each connection.
 
-The write-ahead log lets readers go on beside a writer. Every commit is on the disk before it returns
-(``synchronous=FULL``): the machine may lose its power.
+With the write-ahead log readers do not wait for a writer. A commit is on the disk when it returns
+(``synchronous=FULL``), so that it survives a power failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PAUSE_S = 0.02
 
 
 def prepare(path: Path, busy_s: float) -> None:
-    """Make the file where it is not, for this user alone: prompts are in it; and give it a write-ahead log.
+    """Create the file if it is not there, for this user alone (it holds prompts), and switch on its write-ahead log.
 
     Args:
         path: of the file.
@@ -44,7 +44,7 @@ def prepare(path: Path, busy_s: float) -> None:
 
 
 def _write_ahead(path: Path, is_last_try: bool) -> str | None:
-    """The mode of the file's journal afterwards; None where another process was about it: SQLite does not wait here."""
+    """Switch on the log and return the journal's mode; None where another process does the same just now."""
     with contextlib.closing(sqlite3.connect(path, timeout=_PAUSE_S, isolation_level=None)) as connection:
         try:
             return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
@@ -55,7 +55,7 @@ def _write_ahead(path: Path, is_last_try: bool) -> str | None:
 
 
 def listen(engine: Engine) -> None:
-    """Prepare every connection, and let those begin as writers that were told so by ``is_writing``."""
+    """Set up every connection, and begin transactions with the option ``is_writing`` as writers."""
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: Any) -> None:

@@ -1,7 +1,7 @@
-"""The jobs: accepted, run under leases, followed, ended, forgotten. One database, any number of processes.
+"""JobStore: the jobs of one database, shared by any number of processes.
 
-Every method is durable when it has returned, and may wait for others, at most
-:data:`deployments.jobs.database.BUSY_S`: call it in a thread. All of them raise ``JobsError`` where the database fails.
+Every method is durable when it has returned, and may wait for others for up to
+:data:`deployments.jobs.database.BUSY_S`: call it in a thread. Each raises ``JobsError`` where the database fails.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from deployments.jobs.job import (
 )
 from deployments.jobs.keys import KeyLimits, KeyStore
 from deployments.jobs.queue import ClassLoad, QueueLimits, QueueLoad
-from deployments.jobs.rows import change, end, events_after, find, job_of, leased
+from deployments.jobs.rows import change, end, find, find_events, find_leased, job_of
 from deployments.jobs.schema import JOBS, RUNNERS
 from deployments.jobs.waiting import QueueBound, RetryEstimator
 
 __all__ = ["ClassLoad", "FileNeed", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
 
-# Ended jobs that one transaction of a sweep removes, with up to 10,000 events each, and one sweep.
+# Ended jobs that one transaction of a sweep deletes, with up to 10,000 events each, and that one sweep deletes.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
 _CANCELLED = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
 
@@ -55,11 +55,11 @@ class Lease:
 
 @dataclass(frozen=True)
 class FileNeed:
-    """Until when a job needs the files that it came with.
+    """How long a job needs the files that it came with.
 
     Attributes:
-        until_s: seconds since 1970, of a completed one for a remix; 0 = not any more, None = until its end.
-        media_id: of a completed one, its clip, without which it does not need them; "" where it has none.
+        until_s: seconds since 1970; 0 = it does not, None = until the job ends. A completed job needs them for a remix.
+        media_id: clip of a completed job, which needs its files only as long as the clip; "" where it has none.
     """
 
     until_s: float | None
@@ -68,10 +68,10 @@ class FileNeed:
 
 @dataclass(frozen=True)
 class Page:
-    """A part of an owner's jobs.
+    """A page of an owner's jobs.
 
     Attributes:
-        jobs: in the order that was asked for.
+        jobs: in the requested order.
         has_more: whether others follow.
     """
 
@@ -80,10 +80,10 @@ class Page:
 
 
 class JobStore:
-    """See the module.
+    """The jobs of one database.
 
     Args:
-        database: where they are.
+        database: of the jobs.
         clock: seconds since 1970.
 
     Attributes:
@@ -97,7 +97,7 @@ class JobStore:
 
     @classmethod
     def open(cls, url: str, clock: Callable[[], float] = time.time) -> JobStore:
-        """The store in a database, which is brought to this release's schema.
+        """Open the store in a database, which is migrated to this release's schema.
 
         Args:
             url: see :class:`deployments.jobs.database.Database`.
@@ -121,31 +121,31 @@ class JobStore:
         key_limits: KeyLimits | None = None,
         retry_estimator: RetryEstimator | None = None,
     ) -> Job:
-        """Accept a job: it is in the database when this has returned.
+        """Accept a job.
 
         Args:
             new: the job.
             limits: of the queue.
             key_limits: of the key that it came with.
-            promises: made to callers who were refused: one more where this one is.
+            retry_estimator: remembers refused callers, this one too.
 
         Returns:
-            The job as it is now; the earlier one where its idempotency key has brought the same request before.
+            The job as it is now; the earlier one where its idempotency key came with the same request before.
 
         Raises:
-            OverloadedError: as many as may wait are waiting.
-            IdempotencyConflict: its idempotency key has brought another request before.
+            OverloadedError: a bound of the queue is reached.
+            IdempotencyConflict: its idempotency key came with another request before.
             RequestError: the class is unknown, or a text cannot be stored.
         """
         queue.check_storable(new, limits)
         try:
-            # First without a lock: those who come again and again to a full queue shall not hold up who works.
+            # First without the write lock: clients that keep trying a full queue must not hold up runners.
             with self._database.reading() as connection:
-                if (earlier := queue.accepted_before(connection, new)) is not None:
+                if (earlier := queue.find_earlier(connection, new)) is not None:
                     return earlier
                 queue.check_room(connection, new, limits, key_limits)
             with self._database.writing(is_queue=True) as connection:
-                if (earlier := queue.accepted_before(connection, new)) is not None:
+                if (earlier := queue.find_earlier(connection, new)) is not None:
                     return earlier
                 queue.check_room(connection, new, limits, key_limits)
                 return queue.enqueue(connection, new, limits, self._clock())
@@ -154,7 +154,7 @@ class JobStore:
             num_before = 0 if retry_estimator is None else retry_estimator.num_open(bound)
             with self._database.reading() as connection:
                 now_s = self._clock()
-                wait_s = waiting.retry_after_s(connection, new.model, new.lane, full.owner, now_s, num_before)
+                wait_s = waiting.estimate_retry_s(connection, new.model, new.lane, full.owner, now_s, num_before)
             if retry_estimator is not None:
                 retry_estimator.add(bound, wait_s)
             raise full.error(wait_s) from None
@@ -162,11 +162,11 @@ class JobStore:
     # Looking
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
-        """A job; None where there is none, the id is no id, or it is another owner's.
+        """Return a job; None where there is none, or it is another owner's.
 
         Args:
-            job_id: of the job.
-            owner: None = whoever's.
+            job_id: of the job; any text.
+            owner: None = anybody's.
         """
         if not _is_id(job_id):
             return None
@@ -174,7 +174,7 @@ class JobStore:
             return find(connection, job_id, owner)
 
     def list(self, owner: str, *, after: str | None, limit: int, is_ascending: bool) -> Page:
-        """An owner's jobs in the order of their acceptance; attached ones are not told of.
+        """Return a page of an owner's jobs in the order of their acceptance, without attached ones.
 
         Args:
             owner: "" where there are no keys.
@@ -200,14 +200,14 @@ class JobStore:
         return Page(tuple(jobs[:limit]), len(jobs) > limit)
 
     def events(self, cursors: Mapping[str, int], limit: int = 1000) -> Sequence[JobEvent]:
-        """What happened since, of several jobs; in order of each job.
+        """Return the events of several jobs after a cursor of each, in the order of each job.
 
         Args:
             cursors: id of a job -> number of the last event that is known of it.
             limit: at most so many.
         """
         with self._database.reading() as connection:
-            return events_after(connection, cursors, limit)
+            return find_events(connection, cursors, limit)
 
     def queue_positions(self, jobs: Sequence[Job]) -> dict[str, QueuePosition]:
         """Return id -> position of those jobs that wait; one that was claimed meanwhile has none any more."""
@@ -217,12 +217,12 @@ class JobStore:
             return waiting.queue_positions(connection, jobs, self._clock())
 
     def load(self, model: str) -> QueueLoad:
-        """How much of a model's is waiting and running."""
+        """Return how much of a model is queued and running."""
         with self._database.reading() as connection:
-            return queue.load_of(connection, model)
+            return queue.read_load(connection, model)
 
     def runners(self, model: str, silent_s: float) -> tuple[str, ...]:
-        """Runners of a model that were heard of in the last ``silent_s`` seconds."""
+        """Return the runners of a model that were alive in the last ``silent_s`` seconds."""
         alive = (RUNNERS.c.model == model, RUNNERS.c.seen_s >= self._clock() - silent_s)
         with self._database.reading() as connection:
             query = select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)
@@ -242,37 +242,37 @@ class JobStore:
         only_attached: bool = False,
         in_hand: Sequence[str] = (),
     ) -> Job | None:
-        """The job that a runner has to run now, under a new lease; None where there is none for it.
+        """Claim the next job for a runner under a new lease; None where there is none for it.
 
-        First a job whose lease has run out: its runner died. Such a job is ended instead where it was attached to that
-        runner, was to be cancelled, or has had as many runners as it may. Then the first of those that wait.
+        A job whose lease has expired comes first: its runner died. It is ended instead where it was attached to that
+        runner, is being cancelled, or has had as many runners as it may. Then the first queued job.
 
         Args:
-            runner: who asks; unlike any other there was.
+            runner: unique id of the runner.
             model: that it serves.
             lane: in which it has room.
             limits: of the queue.
-            lease_s: how long the lease is valid; a runner that was silent for longer is dead.
+            lease_s: how long the lease is valid; a runner that is silent for longer counts as dead.
             max_attempts: runners that a job may have.
-            only_attached: whether to leave to others what they can run.
-            in_hand: jobs that the runner is at work on; it may be late to renew their leases.
+            only_attached: whether to claim only jobs of callers who wait at this runner.
+            in_hand: jobs that the runner runs; it may be late to renew their leases.
         """
         now_s = self._clock()
-        claim = claims.Claim(
+        claim = claims.ClaimRequest(
             runner, model, lane, limits, lease_s, max_attempts, only_attached, tuple(sorted(in_hand)), now_s
         )
         with self._database.reading() as connection:
-            seen = claims.look(connection, claim)
-        if not seen.is_worth_a_claim:
+            work = claims.check_work(connection, claim)
+        if not work.is_worth_a_claim:
             return None
         with self._database.writing(is_queue=True) as connection:
-            return claims.claim_next(connection, claim, seen)
+            return claims.claim_next(connection, claim, work)
 
     def renew(self, runner: str, leases: Sequence[Lease], lease_s: float) -> tuple[set[str], set[str]]:
-        """Say that a runner is alive, and at work on these jobs.
+        """Renew a runner's leases, and note that it is alive.
 
         Returns:
-            Ids of those that are not its own any more, and of those that it has to stop.
+            Ids of the jobs that it has lost, and of those that it has to stop.
         """
         now_s = self._clock()
         held = {lease.job_id: lease.lease for lease in leases}
@@ -282,48 +282,48 @@ class JobStore:
         return held.keys() - renewed.keys(), {job_id for job_id, is_cancelling in renewed.items() if is_cancelling}
 
     def record(self, lease: Lease, progress: Progress, events: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
-        """Write down how far a job is.
+        """Record a job's progress.
 
         Args:
-            lease: of the one who runs it.
+            lease: of its runner.
             progress: what has changed.
-            events: kind and data of what is told of it.
+            events: kind and data of its new events.
 
         Returns:
             The number of its last event.
 
         Raises:
-            LeaseLost: it is not the runner's any more.
+            LeaseLost: the job is not the runner's any more.
             JobsError: it has more events than are kept.
         """
         changes = {name: value for name, value in vars(progress).items() if value is not None}
         with self._database.writing() as connection:
-            job = leased(connection, lease.job_id, lease.lease)
+            job = find_leased(connection, lease.job_id, lease.lease)
             return change(connection, job, JobState.IN_PROGRESS, self._clock(), events, **changes).last_seq
 
     def finish(self, lease: Lease, outcome: Outcome, *, keep_media_s: float) -> Job:
-        """End a job, with the event that says so.
+        """End a job, with its last event.
 
         Args:
-            lease: of the one who ran it.
+            lease: of its runner.
             outcome: how it ended.
-            keep_media_s: how long the file of a completed one stays.
+            keep_media_s: how long the file of a completed job stays.
 
         Raises:
-            LeaseLost: it is not the runner's any more.
+            LeaseLost: the job is not the runner's any more.
         """
         with self._database.writing() as connection:
-            job = leased(connection, lease.job_id, lease.lease)
+            job = find_leased(connection, lease.job_id, lease.lease)
             return end(connection, job, outcome, self._clock(), keep_media_s)
 
     def give_back(self, lease: Lease) -> None:
-        """Let others run a job, as if it had not been claimed: it has its place again. Ends one that was cancelled.
+        """Put a claimed job back to its place in the queue; end it where it is being cancelled.
 
         Raises:
-            LeaseLost: it is not the runner's any more.
+            LeaseLost: the job is not the runner's any more.
         """
         with self._database.writing(is_queue=True) as connection:
-            job = leased(connection, lease.job_id, lease.lease)
+            job = find_leased(connection, lease.job_id, lease.lease)
             if job.is_cancelling:
                 end(connection, job, _CANCELLED, self._clock())
                 return
@@ -342,7 +342,7 @@ class JobStore:
     # Ending
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
-        """End a job that waits; have its runner end one that runs. One that has ended stays as it is.
+        """End a queued job, or have a runner end its job; a job that has ended stays as it is.
 
         Returns:
             The job as it is now; None as :meth:`get`.
@@ -358,10 +358,10 @@ class JobStore:
             return change(connection, job, JobState.IN_PROGRESS, self._clock(), is_cancelling=True)
 
     def delete(self, job_id: str, owner: str | None = None) -> Job | None:
-        """Forget a job and its events at once; a runner that is at work on it finds out.
+        """Delete a job with its events; its runner loses the lease.
 
         Returns:
-            The job as it was, for its files to be removed; None as :meth:`get`.
+            The job as it was, so that its files can be removed; None as :meth:`get`.
         """
         if not _is_id(job_id):
             return None
@@ -372,7 +372,7 @@ class JobStore:
         return job
 
     def file_needs(self, job_ids: Sequence[str]) -> dict[str, FileNeed]:
-        """Of some jobs those that are there, and whether they need their files.
+        """Return id -> how long the job needs its files, of those jobs that are there.
 
         Args:
             job_ids: some hundreds of them.
@@ -393,16 +393,16 @@ class JobStore:
         return found
 
     def sweep(self, keep_s: float, max_kept: int | None = None) -> Sequence[Job]:
-        """Forget jobs that ended longer ago, and the longest ended ones beyond a number; at most 1000 at a time.
+        """Delete jobs that ended long ago, and the oldest beyond a number; at most 1000 at a time.
 
-        Their idempotency keys are forgotten with them.
+        Their idempotency keys go with them.
 
         Args:
             keep_s: since the end of a job.
             max_kept: ended jobs; None = any number.
 
         Returns:
-            Those that were forgotten, for their files to be removed.
+            The deleted jobs, so that their files can be removed.
         """
         swept: list[Job] = []
         before_s = self._clock() - keep_s
@@ -414,9 +414,9 @@ class JobStore:
 
     def _sweep_some(self, before_s: float, max_kept: int | None) -> Sequence[Job]:
         ended = JOBS.c.completed_s.is_not(None)
-        # A file that was promised until a time is not given up for the number of jobs.
+        # A file stays until its expiry, however many jobs there are.
         is_spare = or_(JOBS.c.attached_to.is_not(None), JOBS.c.expires_s.is_(None), JOBS.c.expires_s < self._clock())
-        # Of several processes that sweep each job is told to one.
+        # Several processes may sweep; each job is returned to one of them.
         with self._database.writing(is_queue=True) as connection:
             num_many = 0
             if max_kept is not None:
@@ -424,7 +424,7 @@ class JobStore:
                 num_many = max(num_ended - max_kept, 0)
             old = select(JOBS.c.job_id).where(ended, JOBS.c.completed_s < before_s).limit(_SWEPT_AT_ONCE)
             ids = set(connection.execute(old).scalars())
-            # Those that nobody comes back for, then the longest ended ones.
+            # Attached jobs first, which nobody comes back for, then the oldest.
             many = (
                 select(JOBS.c.job_id)
                 .where(ended, is_spare)
@@ -436,11 +436,7 @@ class JobStore:
             return sorted((job_of(row) for row in gone), key=lambda job: job.completed_s or 0.0)
 
     def fail_unserved(self, silent_s: float) -> int:
-        """Fail jobs of models that nobody serves any more, and has not for so long; nobody would ever run them.
-
-        Returns:
-            How many.
-        """
+        """Fail jobs of models that have had no runner for ``silent_s``; return how many."""
         since_s = self._clock() - silent_s
         served = select(RUNNERS.c.model).where(RUNNERS.c.seen_s >= since_s)
         unserved = (JOBS.c.completed_s.is_(None), JOBS.c.updated_s < since_s, JOBS.c.model.not_in(served))
@@ -448,7 +444,7 @@ class JobStore:
             rows = connection.execute(select(JOBS).where(*unserved).limit(_SWEPT_AT_ONCE)).all()
             for row in rows:
                 job = job_of(row)
-                reason = f"nobody has served the model {job.model} for {silent_s:g} s"
+                reason = f"the model {job.model} has not been served for {silent_s:g} s"
                 end(
                     connection,
                     job,
@@ -460,14 +456,14 @@ class JobStore:
     # Speed
 
     def note_rate(self, model: str, lane: Lane, work_per_s: float) -> None:
-        """Enter how fast a runner gets work of a lane done, into an average of all."""
+        """Enter how fast a runner works in a lane into the average of all."""
         with self._database.writing() as connection:
             waiting.note_rate(connection, model, lane, work_per_s, self._clock())
 
     def rate(self, model: str, lane: Lane) -> float | None:
-        """Work per second that one runner gets done in a lane; None where it was never measured."""
+        """Return the work per second that one runner gets done in a lane; None where it was never measured."""
         with self._database.reading() as connection:
-            return waiting.rate(connection, model, lane)
+            return waiting.find_rate(connection, model, lane)
 
 
 def _is_id(job_id: object) -> bool:

@@ -34,7 +34,7 @@ _ALIVE_S = 120.0
 _CALLERS_PER_PLACE = 4
 
 WORK_LEFT = JOBS.c.work * (1 - JOBS.c.step * 1.0 / JOBS.c.num_steps)
-"""The same as :attr:`deployments.jobs.job.Job.work_left`, of a job that has not ended."""
+"""SQL of :attr:`deployments.jobs.job.Job.work_left`, for a job that has not ended."""
 
 
 def queue_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -> dict[str, QueuePosition]:
@@ -88,7 +88,7 @@ def _positions_query() -> Select[Any]:
     )
 
 
-def until_freed_s(running: Sequence[float], queued: Sequence[float], num_places: int, work_per_s: float) -> float:
+def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_places: int, work_per_s: float) -> float:
     """Return the seconds until so many places of a lane have become free.
 
     Args:
@@ -136,10 +136,10 @@ class _LaneLoad:
             return None
         works = [work for _, work in self.queued]
         further_s = num_before * sum(works) / len(works) / self.work_per_s
-        return until_freed_s(self.running, works, before + 1, self.work_per_s) + further_s
+        return estimate_freed_s(self.running, works, before + 1, self.work_per_s) + further_s
 
 
-def retry_after_s(
+def estimate_retry_s(
     connection: Connection, model: str, lane: Lane, owner: str | None, now_s: float, num_before: int = 0
 ) -> float:
     """Estimate the seconds until a queued job begins, so that another one has room.
@@ -151,11 +151,11 @@ def retry_after_s(
         now_s: seconds since 1970.
         num_before: callers who were refused earlier and have not come again yet: they get the places before.
     """
-    wait_s = _load_of(connection, model, lane, now_s).wait_s(owner, num_before)
+    wait_s = _read_load(connection, model, lane, now_s).wait_s(owner, num_before)
     return min(max(UNKNOWN_WAIT_S if wait_s is None else wait_s, MIN_WAIT_S), MAX_WAIT_S)
 
 
-def _load_of(connection: Connection, model: str, lane: Lane, now_s: float) -> _LaneLoad:
+def _read_load(connection: Connection, model: str, lane: Lane, now_s: float) -> _LaneLoad:
     of_lane = (JOBS.c.model == model, JOBS.c.lane == lane.value)
     running = connection.execute(select(WORK_LEFT).where(*of_lane, JOBS.c.state == "in_progress")).scalars()
     queued = connection.execute(
@@ -166,7 +166,7 @@ def _load_of(connection: Connection, model: str, lane: Lane, now_s: float) -> _L
     alive = (
         select(func.count()).select_from(RUNNERS).where(RUNNERS.c.model == model, RUNNERS.c.seen_s > now_s - _ALIVE_S)
     )
-    rate_of_one = rate(connection, model, lane)
+    rate_of_one = find_rate(connection, model, lane)
     num_alive = max(connection.execute(alive).scalar_one(), 1)
     return _LaneLoad(
         running=tuple(running),
@@ -175,7 +175,7 @@ def _load_of(connection: Connection, model: str, lane: Lane, now_s: float) -> _L
     )
 
 
-def rate(connection: Connection, model: str, lane: Lane) -> float | None:
+def find_rate(connection: Connection, model: str, lane: Lane) -> float | None:
     """Return the work per second that one runner gets done in a lane; None where it was never measured."""
     query = select(RATES.c.work_per_s).where(RATES.c.model == model, RATES.c.lane == lane.value)
     return connection.execute(query).scalar_one_or_none()
@@ -184,7 +184,7 @@ def rate(connection: Connection, model: str, lane: Lane) -> float | None:
 def note_rate(connection: Connection, model: str, lane: Lane, work_per_s: float, now_s: float) -> None:
     """Enter a measurement into the average of all runners."""
     assert work_per_s > 0, "something was measured"
-    known = rate(connection, model, lane)
+    known = find_rate(connection, model, lane)
     if known is not None:
         work_per_s = _NEWEST_SHARE * work_per_s + (1 - _NEWEST_SHARE) * known
     put(connection, RATES, model=model, lane=lane.value, work_per_s=work_per_s, updated_s=now_s)

@@ -26,16 +26,18 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from cosmos3_core import checks
 from cosmos3_core.errors import MediaError, RequestError
-from deployments.config import MediaConfig
 from deployments.errors import MediaStoreError
 from deployments.media.archive import MediaArchive
 from deployments.media.folder import folder_record, job_bytes, max_job_bytes, passing_folder, remove_folder, sweep
 from deployments.media.objects import ObjectsError
 from deployments.media.record import BEGUN, DONE, ENDED, FAILED, MEDIA_ID, WRITING, MediaRecord, put_record
+
+if TYPE_CHECKING:
+    from deployments.config import MediaConfig
 
 logger = logging.getLogger("ray.serve")
 

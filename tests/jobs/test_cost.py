@@ -45,7 +45,7 @@ def test_work_counts_steps_branches_and_tokens(tiny_nano: Path) -> None:
 def test_throughput_of_one_after_the_other() -> None:
     alone = Throughput()
     for number in range(5):
-        assert alone.finished(100, start_s=10 * number, end_s=10 * number + 10) == pytest.approx(10)
+        assert alone.add(100, start_s=10 * number, end_s=10 * number + 10) == pytest.approx(10)
 
 
 @pytest.mark.parametrize("apart_s", [0.0, 0.1, 5.0])
@@ -53,28 +53,28 @@ def test_throughput_of_many_side_by_side(apart_s: float) -> None:
     """Sixteen that take turns end one step, or one decoding, apart."""
     throughput = Throughput()
     for number in range(16):
-        found = throughput.finished(100, start_s=0, end_s=160 + apart_s * number)
+        found = throughput.add(100, start_s=0, end_s=160 + apart_s * number)
     assert found == pytest.approx(1600 / (160 + 15 * apart_s), rel=0.1)
 
 
 def test_throughput_of_short_ones_beside_a_long_one() -> None:
     throughput = Throughput()
     for number in range(10):
-        throughput.finished(10, start_s=10 * number + 2, end_s=10 * number + 3)
-    assert throughput.finished(1000, start_s=0, end_s=100) == pytest.approx(1100 / 100, rel=0.01)
-    throughput.finished(10, start_s=198, end_s=199)
-    assert throughput.finished(1000, start_s=100, end_s=200) == pytest.approx(2110 / 200, rel=0.1)
+        throughput.add(10, start_s=10 * number + 2, end_s=10 * number + 3)
+    assert throughput.add(1000, start_s=0, end_s=100) == pytest.approx(1100 / 100, rel=0.01)
+    throughput.add(10, start_s=198, end_s=199)
+    assert throughput.add(1000, start_s=100, end_s=200) == pytest.approx(2110 / 200, rel=0.1)
 
 
 def test_idle_time_is_no_slowness() -> None:
     throughput = Throughput()
-    throughput.finished(100, start_s=0, end_s=10)
-    assert throughput.finished(100, start_s=1000, end_s=1010) == pytest.approx(10)
+    throughput.add(100, start_s=0, end_s=10)
+    assert throughput.add(100, start_s=1000, end_s=1010) == pytest.approx(10)
 
 
 def test_what_is_long_ago_has_a_small_say() -> None:
     throughput = Throughput()
-    throughput.finished(1e6, start_s=0, end_s=10)
+    throughput.add(1e6, start_s=0, end_s=10)
     for number in range(100):
-        found = throughput.finished(100, start_s=100 + 60 * number, end_s=160 + 60 * number)
+        found = throughput.add(100, start_s=100 + 60 * number, end_s=160 + 60 * number)
     assert found == pytest.approx(100 / 60, rel=0.1)

@@ -79,7 +79,7 @@ def test_no_place_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_urls_are_refused(url: str, message: str) -> None:
     with pytest.raises(JobsError, match=message) as caught:
         Database(url)
-    assert "allowed is sqlite:////absolute/path/of/a/file or postgresql+psycopg://" in str(caught.value)
+    assert "it must be sqlite:////absolute/path/of/a/file or postgresql+psycopg://" in str(caught.value)
     assert SECRET not in str(caught.value)
 
 

@@ -181,7 +181,7 @@ def test_a_sweep_takes_what_nobody_needs(place: Place) -> None:
 
 
 def test_a_sweep_asks_about_some_hundred_jobs_at_a_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module, "_MAX_ASKED", 2)
+    monkeypatch.setattr(files_module, "_SWEEP_BATCH", 2)
     ids = sorted(new_job_id() for _ in range(5))
     for job_id in ids:
         place.files.put(job_id, "image", DATA)

@@ -148,7 +148,7 @@ def test_an_archive_is_seldom_listed(maintenance: Maintenance, monkeypatch: pyte
             periods[work[0]] = work[1]
 
     monkeypatch.setattr(maintenance_module.asyncio, "get_running_loop", Loop)
-    monkeypatch.setattr(maintenance_module, "_repeated", lambda work, period_s: (work.__name__, period_s))
+    monkeypatch.setattr(maintenance_module, "_repeat", lambda work, period_s: (work.__name__, period_s))
     maintenance.start()
     assert periods["sweep_files"] == maintenance_module._SWEEP_PERIOD_S
     archived = MediaStore(

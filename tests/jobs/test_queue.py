@@ -16,7 +16,7 @@ from deployments.jobs import claims, waiting
 from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
 from deployments.jobs.store import ClassLoad, JobStore, QueueLimits
-from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, RetryEstimator, until_freed_s
+from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, RetryEstimator, estimate_freed_s
 from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
 from tests.jobs.racing import race
 
@@ -107,7 +107,7 @@ def test_places_become_free_when_jobs_that_share_the_speed_end(seed: int) -> Non
     queued = [dice.uniform(1, 9) for _ in range(4)]
     for num_places in (1, 2, 4):
         expected_s = simulated(running, queued, num_places, 20.0)
-        assert until_freed_s(running, queued, num_places, 20.0) == pytest.approx(expected_s, abs=0.01)
+        assert estimate_freed_s(running, queued, num_places, 20.0) == pytest.approx(expected_s, abs=0.01)
 
 
 def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobStore) -> None:

@@ -415,7 +415,7 @@ def test_speed_counts_what_was_done_here(serve: Any, monkeypatch: pytest.MonkeyP
         await first.runner.release()
         counted: list[float] = []
         monkeypatch.setattr(
-            runner_module.Throughput, "finished", lambda self, work, start_s, end_s: counted.append(work) or 1.0
+            runner_module.Throughput, "add", lambda self, work, start_s, end_s: counted.append(work) or 1.0
         )
         second = make()
         await second.until(job.job_id, JobState.COMPLETED)

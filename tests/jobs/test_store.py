@@ -499,4 +499,4 @@ def test_jobs_of_a_model_that_nobody_serves_any_more_fail(store: JobStore, clock
     failed = store.get(job.job_id)
     assert failed is not None
     assert (failed.state, failed.error_code) == (JobState.FAILED, "not_served")
-    assert "nobody has served the model" in failed.error_message
+    assert "has not been served for" in failed.error_message

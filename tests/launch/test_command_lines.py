@@ -72,7 +72,7 @@ def only_line(text: str) -> str:
             "http.port.x: no such key; http.port is a single value",
         ),
         (["serve", "--checkpoint", "x", "--set", "vae"], "error: set must be KEY=VALUE"),
-        (["serve", "--checkpoint", "x", "--cfg", "3"], "transformer.cfg: allowed is 1 or 2, there are two guidance"),
+        (["serve", "--checkpoint", "x", "--cfg", "3"], "transformer.cfg: must be 1 or 2, as there are two guidance"),
         (["serve", "--checkpoint", "x", "--tp", "two"], "transformer.tp='two': Input should be a valid integer"),
         (["serve", "--checkpoint", "x", "--sp", "0"], "transformer.sp='0': Input should be greater than or equal to 1"),
         (
@@ -81,7 +81,7 @@ def only_line(text: str) -> str:
         ),
         (
             ["serve", "--config", "four-gpus", "--set", "transformer.gpus_per_rank=1.5"],
-            "transformer.gpus_per_rank: allowed is 0 to 1, a card or a share of one; 1.5 was given",
+            "transformer.gpus_per_rank: must be 0 to 1, a card or a share of one (got 1.5)",
         ),
         (
             ["serve", "--config", "autoscaling", "--gangs", "2"],
