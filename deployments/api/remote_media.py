@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from urllib.parse import urljoin
 
-import httpcore
+import httpcore2
 
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
@@ -124,7 +124,7 @@ class RemoteMediaFetcher:
                         return await self._body(answer, url, field)
                     location = _one_header(answer, b"location")
                 here = self._redirected(here, url, location)
-        except (_RemoteFault, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+        except (_RemoteFault, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
             raise _refusal("remote_unavailable", field, url, _in_words(error)) from None
         raise UnfitUrl(f"It redirects more than {self._spec.max_redirects} times.")
 
@@ -172,9 +172,9 @@ class RemoteMediaFetcher:
         return list(dict.fromkeys(addresses))
 
     @asynccontextmanager
-    async def _answer(self, url: RemoteUrl, addresses: Sequence[IPAddress]) -> AsyncIterator[httpcore.Response]:
+    async def _answer(self, url: RemoteUrl, addresses: Sequence[IPAddress]) -> AsyncIterator[httpcore2.Response]:
         """Return the answer to one request on a connection of its own."""
-        target = httpcore.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target)
+        target = httpcore2.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target)
         headers = [
             ("Host", url.host_header),
             ("Accept", "*/*"),
@@ -182,14 +182,14 @@ class RemoteMediaFetcher:
             ("Connection", "close"),
         ]
         async with (
-            httpcore.AsyncConnectionPool(
+            httpcore2.AsyncConnectionPool(
                 ssl_context=self._tls, max_connections=1, network_backend=_Pinned(addresses)
             ) as connection,
             connection.stream("GET", target, headers=headers) as answer,
         ):
             yield answer
 
-    async def _body(self, answer: httpcore.Response, url: str, field: str) -> bytes:
+    async def _body(self, answer: httpcore2.Response, url: str, field: str) -> bytes:
         if answer.status != 200:
             raise _RemoteFault(f"its server answers with the status {answer.status}")
         if _header_values(answer, b"content-encoding") not in ([], [b"identity"]):
@@ -215,12 +215,12 @@ class _RemoteFault(Exception):
     """A fault of the other server; the message has no addresses."""
 
 
-class _Pinned(httpcore.AsyncNetworkBackend):
+class _Pinned(httpcore2.AsyncNetworkBackend):
     """Network backend that connects to checked addresses whatever the host; TLS still verifies the host."""
 
     def __init__(self, addresses: Sequence[IPAddress]) -> None:
         self._addresses = addresses
-        self._backend = httpcore.AnyIOBackend()
+        self._backend = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -228,8 +228,8 @@ class _Pinned(httpcore.AsyncNetworkBackend):
         port: int,
         timeout: float | None = None,
         local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
         """Connect to the first address that accepts.
 
         Raises:
@@ -238,16 +238,16 @@ class _Pinned(httpcore.AsyncNetworkBackend):
         for address in self._addresses:
             try:
                 return await self._backend.connect_tcp(str(address), port, _CONNECT_S, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 continue
-        raise httpcore.ConnectError
+        raise httpcore2.ConnectError
 
 
-def _header_values(answer: httpcore.Response, name: bytes) -> list[bytes]:
+def _header_values(answer: httpcore2.Response, name: bytes) -> list[bytes]:
     return [value.strip().lower() for key, value in answer.headers if key.lower() == name]
 
 
-def _one_header(answer: httpcore.Response, name: bytes) -> str:
+def _one_header(answer: httpcore2.Response, name: bytes) -> str:
     values = [value for key, value in answer.headers if key.lower() == name]
     if len(values) != 1:
         raise _RemoteFault(f"its server redirects with {len(values)} targets")
@@ -267,8 +267,8 @@ def _in_words(error: Exception) -> str:
     """Return what went wrong, without addresses."""
     if isinstance(error, _RemoteFault):
         return str(error)
-    if isinstance(error.__context__, ssl.SSLCertVerificationError):  # the cause httpcore hides
+    if isinstance(error.__context__, ssl.SSLCertVerificationError):  # the cause httpcore2 hides
         return "its server's certificate is not valid for this name, or not trusted here"
-    if isinstance(error, httpcore.ConnectError | httpcore.ConnectTimeout):
+    if isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout):
         return "its server takes no connection"
     return "its server's answer broke off, or is no HTTP"

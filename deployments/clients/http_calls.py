@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 
 from cosmos3_core.errors import RequestError
 from deployments.clients.deadline import Deadline
@@ -39,7 +39,7 @@ class Connecting:
 
     proxy: str | None = None
     certificates: ssl.SSLContext | None = None
-    transport: httpx.AsyncBaseTransport | None = None
+    transport: httpx2.AsyncBaseTransport | None = None
 
 
 DIRECTLY = Connecting()
@@ -67,14 +67,14 @@ class HttpCalls:
             headers["authorization"] = f"Bearer {api_key}"
         # Reading certificates takes a moment, which an app on this machine does without.
         certificates: ssl.SSLContext | bool = connecting.certificates or self._base.startswith("https:")
-        self._http = httpx.AsyncClient(
+        self._http = httpx2.AsyncClient(
             headers=headers,
             proxy=connecting.proxy,
             verify=certificates,
             transport=connecting.transport,
             trust_env=False,
             follow_redirects=False,  # the key is for this server
-            limits=httpx.Limits(max_connections=_MAX_CONNECTIONS),
+            limits=httpx2.Limits(max_connections=_MAX_CONNECTIONS),
         )
 
     @asynccontextmanager
@@ -107,7 +107,7 @@ class HttpCalls:
             _check_header(name, value)
         if body is not None:
             sent["content-type"] = JSON
-        limits = httpx.Timeout(silence_s, connect=_CONNECT_S, pool=_CONNECT_S)
+        limits = httpx2.Timeout(silence_s, connect=_CONNECT_S, pool=_CONNECT_S)
         request = self._http.build_request(
             method, self._base + path, content=body, headers=sent, params=params, timeout=limits
         )
@@ -149,11 +149,11 @@ class HttpCalls:
             yield
         except TimeoutError:
             raise UnreachableError(f"{self.url}: no complete answer within {deadline.limit_s:g} s") from None
-        except httpx.PoolTimeout:
+        except httpx2.PoolTimeout:
             raise UnreachableError(f"{self.url}: all {_MAX_CONNECTIONS} connections of this client are busy") from None
-        except httpx.ReadTimeout:
+        except httpx2.ReadTimeout:
             raise UnreachableError(f"{self.url}: nothing came for too long; the connection is dead") from None
-        except (httpx.HTTPError, OSError, ValueError) as error:  # a host's name may be no name at all
+        except (httpx2.HTTPError, OSError, ValueError) as error:  # a host's name may be no name at all
             if _is_refused(error):
                 hint = "nothing listens there; `cosmos3 serve` starts an app"
                 raise UnreachableError(f"{self.url}: {hint}") from None
@@ -169,7 +169,7 @@ class Answer:
         deadline: for all of it.
     """
 
-    def __init__(self, calls: HttpCalls, response: httpx.Response, deadline: Deadline) -> None:
+    def __init__(self, calls: HttpCalls, response: httpx2.Response, deadline: Deadline) -> None:
         self._calls, self._response, self._deadline = calls, response, deadline
 
     @property
@@ -210,7 +210,7 @@ class Answer:
                     part = await self._deadline.wait(anext(parts))
                 except StopAsyncIteration:
                     return
-                except (httpx.RemoteProtocolError, httpx.ReadError):
+                except (httpx2.RemoteProtocolError, httpx2.ReadError):
                     announced = self.headers.get("content-length")
                     size = f"{num_bytes} bytes" if announced is None else f"{num_bytes} of {announced} bytes"
                     raise UnreachableError(f"{self._calls.url}: the answer broke off after {size}") from None
@@ -257,8 +257,8 @@ def _base(url: str) -> str:
         if any(character.isspace() for character in parts.netloc):
             raise ValueError("no address")
         _ = parts.port
-        httpx.URL(url)
-    except (ValueError, TypeError, AttributeError, httpx.InvalidURL):
+        httpx2.URL(url)
+    except (ValueError, TypeError, AttributeError, httpx2.InvalidURL):
         raise RequestError("url", url, "an address such as http://127.0.0.1:8000") from None
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import httpx
+import httpx2
 import ray
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -107,13 +107,13 @@ async def fetched(url: str) -> bytes:
     """A node's text.
 
     Raises:
-        httpx.HTTPError: it cannot be had.
+        httpx2.HTTPError: it cannot be had.
         ValueError: it is longer than any is.
     """
     data = bytearray()
-    limits = httpx.Timeout(_LIMIT_S, connect=_CONNECT_S)
+    limits = httpx2.Timeout(_LIMIT_S, connect=_CONNECT_S)
     # Not by a proxy that the environment names: the nodes are neighbours.
-    async with httpx.AsyncClient(trust_env=False, timeout=limits) as client, client.stream("GET", url) as answer:
+    async with httpx2.AsyncClient(trust_env=False, timeout=limits) as client, client.stream("GET", url) as answer:
         answer.raise_for_status()
         async for part in answer.aiter_bytes():
             data += part

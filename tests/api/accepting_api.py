@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import PIL.Image
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -78,11 +78,11 @@ class AcceptingApi(Api):
         self.inside = Inside.of(directory, layout.directory, canary=canary)
         self.kept: set[str] = set()
 
-    def answer(self, sent: Sent) -> httpx.Response:
+    def answer(self, sent: Sent) -> httpx2.Response:
         """What comes back; it is safe, in time, and leaves no room taken."""
         if len(self.director.submitted) > _MAX_LEFT:
             self.tidy()
-        answer: httpx.Response = self.run(answer_of(self.app, sent))
+        answer: httpx2.Response = self.run(answer_of(self.app, sent))
         self.inside.check(answer, sent.everything)
         assert self.service.room.taken_bytes == 0, sent
         return answer
@@ -113,7 +113,7 @@ class AcceptingApi(Api):
         return self.store.list("", after=None, limit=100, is_ascending=False).jobs
 
 
-async def answer_of(app: Any, sent: Sent) -> httpx.Response:
+async def answer_of(app: Any, sent: Sent) -> httpx2.Response:
     """Ask an application, and hang up on an answer that does not go on."""
     path, _, query = sent.target.partition("?")
     scope = {
@@ -163,7 +163,7 @@ async def answer_of(app: Any, sent: Sent) -> httpx.Response:
     with contextlib.suppress(asyncio.CancelledError):
         await answering
     assert status, "there was no answer"
-    request = httpx.Request(sent.method, f"http://cosmos3{sent.target}", headers=list(sent.headers))
-    answer = httpx.Response(status, headers=headers, content=bytes(body), request=request)
+    request = httpx2.Request(sent.method, f"http://cosmos3{sent.target}", headers=list(sent.headers))
+    answer = httpx2.Response(status, headers=headers, content=bytes(body), request=request)
     answer.elapsed = datetime.timedelta(seconds=time.monotonic() - begun_s)
     return answer

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import httpx
+import httpx2
 import requests
 import schemathesis
 from hypothesis import strategies as st
@@ -157,7 +157,7 @@ class Asking:
             self._to_be_accepted(case, kind)
         self.judge(case, self.answer(case))
 
-    def answer(self, case: Any) -> httpx.Response:
+    def answer(self, case: Any) -> httpx2.Response:
         """To a case."""
         return self.api.answer(sent_of(case))
 
@@ -166,7 +166,7 @@ class Asking:
 
         Args:
             case: that it is to.
-            answer: httpx's or Schemathesis'.
+            answer: httpx2's or Schemathesis'.
             recorder: has what was asked before, in a chain.
         """
         mode = case.meta.generation.mode.value

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-import httpx
+import httpx2
 import jsonschema
 
 from cosmos3_core.errors import Cosmos3Error
@@ -56,7 +56,7 @@ class Documented:
         validator: bool = self._validator(schema).is_valid(value)
         return validator
 
-    def check(self, answer: httpx.Response) -> None:
+    def check(self, answer: httpx2.Response) -> None:
         """Hold an answer against the document.
 
         Raises:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
@@ -254,21 +254,21 @@ class Api:
 
         return self.runner.run(in_time())
 
-    async def asend(self, method: str, path: str, **options: Any) -> httpx.Response:
-        transport = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://cosmos3") as client:
+    async def asend(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        transport = httpx2.ASGITransport(self.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://cosmos3") as client:
             answer = await client.request(method, path, **options)
         self.documented.check(answer)
         return answer
 
-    def send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        response: httpx.Response = self.run(self.asend(method, path, **options))
+    def send(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        response: httpx2.Response = self.run(self.asend(method, path, **options))
         return response
 
-    def get(self, path: str, **options: Any) -> httpx.Response:
+    def get(self, path: str, **options: Any) -> httpx2.Response:
         return self.send("GET", path, **options)
 
-    def post(self, path: str, **options: Any) -> httpx.Response:
+    def post(self, path: str, **options: Any) -> httpx2.Response:
         return self.send("POST", path, **options)
 
     def created(self, body: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
@@ -337,7 +337,7 @@ class Follower:
 
     def __init__(self, api: Api, path: str, headers: Mapping[str, str] | None = None) -> None:
         self._api, self._path, self._headers = api, path, headers or {}
-        self.status, self.headers, self.body = 0, httpx.Headers(), b""
+        self.status, self.headers, self.body = 0, httpx2.Headers(), b""
         self.is_whole = False
         self._came = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -398,7 +398,7 @@ class Follower:
     async def _send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self.headers = httpx.Headers([(name.decode(), value.decode()) for name, value in message["headers"]])
+            self.headers = httpx2.Headers([(name.decode(), value.decode()) for name, value in message["headers"]])
         else:
             self.body += message.get("body", b"")
             self.is_whole = not message.get("more_body", False)

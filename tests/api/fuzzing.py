@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-import httpx
+import httpx2
 
 from deployments.api.fields import Endpoint
 from tests.api import hostile_bodies, hostile_media
@@ -31,7 +31,7 @@ class Askable(Protocol):
         """What it says of itself."""
         ...
 
-    def answer(self, sent: Sent) -> httpx.Response:
+    def answer(self, sent: Sent) -> httpx2.Response:
         """What comes back, once it was found safe."""
         ...
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 DIRECTORY = Path(__file__).parent.parent / "golden"
 
@@ -43,7 +43,7 @@ def _numbered(text: str) -> str:
     return _ID.sub(lambda match: numbers.setdefault(match[0], f"<id {len(numbers) + 1}>"), text)
 
 
-def answer_as_json(answer: httpx.Response) -> dict[str, Any]:
+def answer_as_json(answer: httpx2.Response) -> dict[str, Any]:
     """Status, headers and body of an answer. The length among the headers holds for the bytes of JSON, too."""
     kind = answer.headers.get("content-type", "").partition(";")[0]
     body: Any = answer.json() if kind == "application/json" and answer.content else answer.text

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 
 _REPOSITORY = Path(__file__).parents[2]
 # Of stack traces, of the database and its drivers, of the readers of media; of Python's objects as they print.
@@ -58,7 +58,7 @@ class Inside:
         texts = {str(path).encode() for path in paths if str(path) != "/"}
         return cls((*sorted(texts), *_WORDS, *([canary] if canary else [])))
 
-    def check(self, answer: httpx.Response, sent: bytes = b"") -> None:
+    def check(self, answer: httpx2.Response, sent: bytes = b"") -> None:
         """See to it that an answer says nothing of it, and is no fault of the server.
 
         Args:
@@ -87,7 +87,7 @@ class Inside:
             _check_error(answer, what)
 
 
-def _check_error(answer: httpx.Response, what: str) -> None:
+def _check_error(answer: httpx2.Response, what: str) -> None:
     """The body of a refusal: one shape, and short whatever was sent."""
     if answer.request.method == "HEAD":
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from pydantic import BaseModel
@@ -148,7 +148,7 @@ def test_videos(api: Api, clock: Clock, golden: Golden) -> None:
     golden.check(answers)
 
 
-def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx.Response]]:
+def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     """An object in every state, and what it looks like in each step on the way there."""
     first = api.created(_SMALL)
     clock.tick(1.0)
@@ -225,7 +225,7 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx.Response]]:
     yield "not any more", _got(api, clock, told)
 
 
-def _got(api: Api, clock: Clock, told: dict[str, Any]) -> httpx.Response:
+def _got(api: Api, clock: Clock, told: dict[str, Any]) -> httpx2.Response:
     clock.tick(0.125)
     return api.get(f"/v1/videos/{told['id']}")
 
@@ -372,7 +372,7 @@ def _plain(value: Any) -> Any:
 
 
 def test_client(api: Api, clock: Clock, golden: Golden) -> None:
-    connecting = Connecting(transport=httpx.ASGITransport(api.app))
+    connecting = Connecting(transport=httpx2.ASGITransport(api.app))
 
     def client() -> AsyncCosmos3Client:
         return AsyncCosmos3Client.over_http("http://cosmos3", connecting=connecting)

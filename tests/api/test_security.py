@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import PIL.Image
 import pytest
 
@@ -559,7 +559,7 @@ def test_a_url_that_is_allowed_is_fetched_like_a_file_that_was_sent(make_api: Ca
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG)
         writer.close()
 
-    async def body() -> httpx.Response:
+    async def body() -> httpx2.Response:
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 
 DEADLINE_S = 200.0
 SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
@@ -23,14 +23,14 @@ LONG: dict[str, Any] = {
 }
 
 
-def job_of(http: httpx.Client, **changed: Any) -> str:
+def job_of(http: httpx2.Client, **changed: Any) -> str:
     """The id of a new job."""
     answer = http.post("/v1/videos", json={**LONG, **changed})
     assert answer.status_code == 200, answer.text
     return str(answer.json()["id"])
 
 
-def patiently(http: httpx.Client, path: str) -> dict[str, Any]:
+def patiently(http: httpx2.Client, path: str) -> dict[str, Any]:
     """What a path answers, once the process behind it is there again."""
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
@@ -38,13 +38,13 @@ def patiently(http: httpx.Client, path: str) -> dict[str, Any]:
             answer = http.get(path)
             if answer.status_code == 200:
                 return dict(answer.json())
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             answer = error  # type: ignore[assignment]
         assert time.monotonic() < deadline_s, answer
         time.sleep(0.2)
 
 
-def ended(http: httpx.Client, job_id: str) -> dict[str, Any]:
+def ended(http: httpx2.Client, job_id: str) -> dict[str, Any]:
     """A job, once it has ended."""
     deadline_s = time.monotonic() + DEADLINE_S
     while (job := patiently(http, f"/v1/videos/{job_id}"))["status"] not in ("completed", "failed"):
@@ -53,7 +53,7 @@ def ended(http: httpx.Client, job_id: str) -> dict[str, Any]:
     return job
 
 
-def events_of(http: httpx.Client, job_id: str, after: int = 0) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def events_of(http: httpx2.Client, job_id: str, after: int = 0) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(number, kind, data) of every event."""
     headers = {"last-event-id": str(after)} if after else {}
     with http.stream("GET", f"/v1/videos/{job_id}/events", headers=headers) as answer:
@@ -70,7 +70,7 @@ def events_of(http: httpx.Client, job_id: str, after: int = 0) -> Iterator[tuple
                 number = 0
 
 
-async def patient_client(http: httpx.AsyncClient, number: int) -> tuple[str, list[int]]:
+async def patient_client(http: httpx2.AsyncClient, number: int) -> tuple[str, list[int]]:
     """Have one job made, at the times that the server names; its id, and the seconds that it was told to wait."""
     waits: list[int] = []
     body = {**SMALL, "seed": number, "service_class": CLASSES[number % 3]}

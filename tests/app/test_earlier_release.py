@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.app.http_jobs import ended, events_of
@@ -107,8 +107,8 @@ def app(left: Left, loop: Loop, tiny_nano: Path) -> Iterator[InProcessApp]:
 
 
 @pytest.fixture
-def http(app: InProcessApp, left: Left) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as client:
+def http(app: InProcessApp, left: Left) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as client:
         yield client
 
 
@@ -120,7 +120,7 @@ def test_the_checkpoint_is_the_one_that_the_fixture_was_made_with(unpacked: Path
     assert weights.hexdigest() == (unpacked / "checkpoint.sha256").read_text().strip()
 
 
-def test_every_job_ends_and_every_file_is_served(http: httpx.Client, left: Left) -> None:
+def test_every_job_ends_and_every_file_is_served(http: httpx2.Client, left: Left) -> None:
     """The half-denoised ones go on from their states; results are those that the earlier release came to itself."""
     for name in COMPLETED:
         if name != "attached" or left.has_attached:
@@ -144,7 +144,7 @@ def test_every_job_ends_and_every_file_is_served(http: httpx.Client, left: Left)
         assert (len(begun), first > 1) == ((2, True) if name.startswith("running") else (1, False)), "from its state on"
 
 
-def test_what_clients_hold_is_worth_what_it_was(http: httpx.Client, app: InProcessApp, left: Left) -> None:
+def test_what_clients_hold_is_worth_what_it_was(http: httpx2.Client, app: InProcessApp, left: Left) -> None:
     """API keys, idempotency keys, a job to be remixed, a job to be deleted."""
     once = left.jobs["sound"]
     body = {**once["fields"], "prompt": "A red car."}
@@ -154,7 +154,7 @@ def test_what_clients_hold_is_worth_what_it_was(http: httpx.Client, app: InProce
     assert remixed.status_code == 200, remixed.text
     assert ended(http, remixed.json()["id"])["frames_sha256"] == left.jobs["remixed"]["object"]["frames_sha256"]
     for key, status in (("small", 404), ("revoked", 401)):
-        answer = httpx.get(f"{app.url}/v1/videos/{once['id']}", headers=left.headers(key))
+        answer = httpx2.get(f"{app.url}/v1/videos/{once['id']}", headers=left.headers(key))
         assert answer.status_code == status
     assert left.copies(once)
     assert http.delete(f"/v1/videos/{once['id']}").status_code == 200
@@ -174,7 +174,7 @@ def test_files_are_served_where_the_directory_was_lost(
     left = Left(place, f"sqlite:///{place}/0002.sqlite3", "0002")
     app = left.start(loop, tiny_nano)
     try:
-        with httpx.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as http:
+        with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as http:
             if run == "archive":
                 check_contents(http, left.jobs["sound"])
                 assert ended(http, left.jobs["running_image"]["id"])["status"] == "completed"
@@ -190,7 +190,7 @@ def check_video(job: dict[str, Any], known: dict[str, Any], left: Left) -> None:
     assert {name: job[name] for name in fields} == {name: known[name] for name in fields}
 
 
-def check_contents(http: httpx.Client, known: dict[str, Any]) -> None:
+def check_contents(http: httpx2.Client, known: dict[str, Any]) -> None:
     """Every variant that there was is served to the byte."""
     for variant, facts in known["contents"].items():
         answer = http.get(f"/v1/videos/{known['id']}/content", params={"variant": variant})

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import PIL.Image
 import pytest
@@ -43,7 +43,7 @@ GOOD: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width
 
 def send(app: Any, data: Any, headers: dict[str, str], path: str = "/v1/videos/sync") -> tuple[int, Any, Any]:
     """(status, headers, body) of a POST; JSON bodies are read."""
-    answer = httpx.post(app.url + path, content=data, headers={**KEYS.get(app.name, {}), **headers}, timeout=100)
+    answer = httpx2.post(app.url + path, content=data, headers={**KEYS.get(app.name, {}), **headers}, timeout=100)
     is_json = "json" in answer.headers.get("content-type", "")
     return answer.status_code, answer.headers, answer.json() if is_json else answer.content
 
@@ -285,7 +285,7 @@ def test_requests_of_one_id_at_once_do_not_mix(
 
 
 def get(app: Any, path: str) -> tuple[int, Any]:
-    answer = httpx.get(app.url + path, timeout=60)
+    answer = httpx2.get(app.url + path, timeout=60)
     return answer.status_code, answer.json()
 
 

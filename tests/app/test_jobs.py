@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -27,12 +27,12 @@ def jobs_app(start_app: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def http(jobs_app: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=jobs_app.url, timeout=DEADLINE_S) as client:
+def http(jobs_app: Any) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=jobs_app.url, timeout=DEADLINE_S) as client:
         yield client
 
 
-def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx.Client) -> None:
+def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx2.Client) -> None:
     job_id = job_of(http, num_inference_steps=12, num_frames=9)
     events = list(events_of(http, job_id))
     numbers = [number for number, kind, _ in events if kind != "queued"]
@@ -55,7 +55,7 @@ def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx.Cli
 
 
 def test_while_steps_are_held_progress_stands_still(
-    jobs_app: Any, http: httpx.Client, eventually: Callable[..., bool]
+    jobs_app: Any, http: httpx2.Client, eventually: Callable[..., bool]
 ) -> None:
     job_id = job_of(http, num_inference_steps=400)
     path = f"/v1/videos/{job_id}"
@@ -81,7 +81,7 @@ def test_while_steps_are_held_progress_stands_still(
 
 
 def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(
-    jobs_app: Any, http: httpx.Client, eventually: Callable[..., bool]
+    jobs_app: Any, http: httpx2.Client, eventually: Callable[..., bool]
 ) -> None:
     """Steps are held until the queue is full: then the order is the queue's own."""
     assert ended(http, job_of(http, **SMALL))["status"] == "completed", "there is a speed to tell times by"
@@ -115,9 +115,9 @@ def test_many_clients_at_once_all_get_their_clip_when_they_are_told_to_come(jobs
     num_clients = 40
 
     async def all_of_them() -> list[tuple[str, list[int]]]:
-        limits = httpx.Limits(max_connections=num_clients)
+        limits = httpx2.Limits(max_connections=num_clients)
         async with (
-            httpx.AsyncClient(base_url=jobs_app.url, timeout=DEADLINE_S, limits=limits) as http,
+            httpx2.AsyncClient(base_url=jobs_app.url, timeout=DEADLINE_S, limits=limits) as http,
             asyncio.timeout(DEADLINE_S),
         ):
             return await asyncio.gather(*(patient_client(http, number) for number in range(num_clients)))

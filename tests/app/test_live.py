@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import av
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -30,7 +30,7 @@ def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_i
     path = reference(LONG).path
     assert path is not None
     expected = path.read_bytes()
-    answer = httpx.post(f"{app.url}/v1/videos/sync", json={**body_of(LONG), "stream": True}, timeout=DEADLINE_S)
+    answer = httpx2.post(f"{app.url}/v1/videos/sync", json={**body_of(LONG), "stream": True}, timeout=DEADLINE_S)
     live = answer.content
     assert live[4:8] == expected[4:8] == b"ftyp"
     assert b"moof" in live
@@ -39,10 +39,10 @@ def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_i
     watched, kept = (np.stack(list(read_frames(clip))) for clip in (tmp_path / "live.mp4", path))
     assert np.array_equal(watched, kept), "the same packets"
     url = f"{app.url}/v1/videos/{answer.headers['x-video-id']}/content"
-    whole = httpx.get(url, timeout=DEADLINE_S)
+    whole = httpx2.get(url, timeout=DEADLINE_S)
     assert whole.content == expected
     assert int(whole.headers["content-length"]) == len(expected)
-    part = httpx.get(url, headers={"range": "bytes=100-199"}, timeout=DEADLINE_S)
+    part = httpx2.get(url, headers={"range": "bytes=100-199"}, timeout=DEADLINE_S)
     assert (part.status_code, part.headers["content-range"]) == (206, f"bytes 100-199/{len(expected)}")
     assert part.content == expected[100:200]
 

@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -45,7 +45,7 @@ def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_f
     assert generated.info.mode == mode
     assert generated.media == expected
     assert generated.info.frames_sha256 == alone.frames_sha256
-    answer = httpx.post(f"{app.url}/v1/videos/sync", json=body_of(request), timeout=100)
+    answer = httpx2.post(f"{app.url}/v1/videos/sync", json=body_of(request), timeout=100)
     assert answer.headers["x-mode"] == mode
     if alone.actions is None:
         assert generated.info.actions is None

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from cosmos3_core.generate import GenerationResult
@@ -76,12 +76,12 @@ def mp4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def http(app: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=app.url, timeout=DEADLINE_S) as client:
+def http(app: Any) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=app.url, timeout=DEADLINE_S) as client:
         yield client
 
 
-def polled(http: httpx.Client, form: dict[str, str], files: dict[str, Any] | None = None) -> dict[str, Any]:
+def polled(http: httpx2.Client, form: dict[str, str], files: dict[str, Any] | None = None) -> dict[str, Any]:
     """Create and poll, as their recipes do it."""
     # A part that is no file makes it a form in parts.
     answer = http.post("/v1/videos", data=form, files=files or {"user": (None, "me")})
@@ -97,14 +97,14 @@ def polled(http: httpx.Client, form: dict[str, str], files: dict[str, Any] | Non
     return job
 
 
-def file_of(http: httpx.Client, job: dict[str, Any]) -> bytes:
+def file_of(http: httpx2.Client, job: dict[str, Any]) -> bytes:
     answer = http.get(f"/v1/videos/{job['id']}/content")
     assert answer.status_code == 200
     return answer.content
 
 
 @pytest.mark.parametrize("mode", ["t2v", "i2v", "v2v", "t2vs"])
-def test_videos(mode: str, http: httpx.Client, reference: Reference, png: bytes, mp4: bytes) -> None:
+def test_videos(mode: str, http: httpx2.Client, reference: Reference, png: bytes, mp4: bytes) -> None:
     form, files, meant = dict(FORM), None, dict(MEANT)
     if mode == "i2v":
         files = {"input_reference": ("a.png", png, "image/png")}
@@ -130,7 +130,7 @@ def test_videos(mode: str, http: httpx.Client, reference: Reference, png: bytes,
     assert job["stage_durations"]["total"] == job["inference_time_s"] > 0
 
 
-def test_sync_has_their_headers(http: httpx.Client, reference: Reference) -> None:
+def test_sync_has_their_headers(http: httpx2.Client, reference: Reference) -> None:
     answer = http.post("/v1/videos/sync", data=FORM)
     assert answer.status_code == 200, answer.text
     expected = reference(GenerationRequest(**MEANT))
@@ -143,7 +143,7 @@ def test_sync_has_their_headers(http: httpx.Client, reference: Reference) -> Non
 
 
 @pytest.mark.parametrize("mode", ["policy", "forward_dynamics", "inverse_dynamics"])
-def test_actions(mode: str, http: httpx.Client, reference: Reference, png: bytes, mp4: bytes) -> None:
+def test_actions(mode: str, http: httpx2.Client, reference: Reference, png: bytes, mp4: bytes) -> None:
     """No num_frames: theirs fails without. The actions are at the top of the job's object."""
     extra: dict[str, Any] = {**ARM, "action_mode": mode}
     meant: dict[str, Any] = {**ARM_MEANT, "mode": mode, "prompt": "Pick up the cup."}
@@ -173,7 +173,7 @@ def test_actions(mode: str, http: httpx.Client, reference: Reference, png: bytes
         assert file_of(http, job) == expected.path.read_bytes()
 
 
-def test_images(http: httpx.Client, reference: Reference) -> None:
+def test_images(http: httpx2.Client, reference: Reference) -> None:
     body = {"prompt": "A red car.", "size": "64x32", "n": 1, "num_inference_steps": 2, "seed": 7, "layers": 4}
     answer = http.post("/v1/images/generations", json={**body, "extra_params": {"guidance_interval": [400, 1000]}})
     assert answer.status_code == 200, answer.text
@@ -192,7 +192,7 @@ def test_images(http: httpx.Client, reference: Reference) -> None:
     assert base64.b64decode(image["b64_json"]) == expected.path.read_bytes()
 
 
-def test_what_they_say_and_do_not_do(http: httpx.Client) -> None:
+def test_what_they_say_and_do_not_do(http: httpx2.Client) -> None:
     """A clip without a length has the documented one; what is not offered is refused in words, no path is opened."""
     job = http.post("/v1/videos", json={"prompt": "a", "size": "64x32"}).json()
     try:
@@ -204,7 +204,7 @@ def test_what_they_say_and_do_not_do(http: httpx.Client) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "not_offered")
 
 
-def test_a_failed_job_is_a_job(http: httpx.Client) -> None:
+def test_a_failed_job_is_a_job(http: httpx2.Client) -> None:
     """Theirs answers with the failure's status."""
     job = http.post("/v1/videos", json={"prompt": "\U0001f600" * 20_000, "size": "64x32", "num_frames": 5}).json()
     deadline_s = time.monotonic() + DEADLINE_S
@@ -218,7 +218,7 @@ def test_a_failed_job_is_a_job(http: httpx.Client) -> None:
     assert http.get(f"/v1/videos/{job['id']}/content").status_code == 410
 
 
-def test_files_come_in_ranges_and_by_etag(http: httpx.Client) -> None:
+def test_files_come_in_ranges_and_by_etag(http: httpx2.Client) -> None:
     job = polled(http, FORM)
     whole = http.get(f"/v1/videos/{job['id']}/content")
     part = http.get(f"/v1/videos/{job['id']}/content", headers={"range": "bytes=10-19"})

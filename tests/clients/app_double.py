@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 from ray.exceptions import RayActorError
 
 from cluster.errors import DeadlineExceeded
@@ -106,7 +106,7 @@ class App:
         self.calls = 0
         self.delay_s = 0.0
         self.num_left = self.num_asked = 0
-        self._answering: set[asyncio.Task[httpx.Response]] = set()
+        self._answering: set[asyncio.Task[httpx2.Response]] = set()
         self.may_go_on = False
         self.videos: dict[str, dict[str, Any]] = {}
         self.stories: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -210,7 +210,7 @@ class App:
 
     # Over HTTP
 
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
+    async def __call__(self, request: httpx2.Request) -> httpx2.Response:
         await request.aread()
         self.num_asked += 1
         # What has come whole is done, whether or not its caller waits for the answer.
@@ -221,9 +221,9 @@ class App:
             return await asyncio.shield(answering)
         except Exception as error:  # noqa: BLE001 - as the API has it
             answer = error_response(error)
-            return httpx.Response(answer.status_code, headers=dict(answer.headers), stream=Body(in_parts(answer.body)))
+            return httpx2.Response(answer.status_code, headers=dict(answer.headers), stream=Body(in_parts(answer.body)))
 
-    async def _answer(self, request: httpx.Request) -> httpx.Response:
+    async def _answer(self, request: httpx2.Request) -> httpx2.Response:
         await asyncio.sleep(self.delay_s)
         if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
             raise ApiError(401, "invalid_api_key", "the API key is missing or wrong")
@@ -255,17 +255,17 @@ class App:
                 self.found(video_id)
                 after = int(request.headers.get("last-event-id", 0))
                 headers = {"content-type": "text/event-stream; charset=utf-8"}
-                return httpx.Response(200, headers=headers, stream=Body(self._sse(video_id, after)))
+                return httpx2.Response(200, headers=headers, stream=Body(self._sse(video_id, after)))
             case ["GET", "videos", video_id, "content"]:
                 data = self.read(video_id, request.url.params.get("variant", "video"))
                 headers = {"content-length": str(len(data))}
-                return httpx.Response(200, headers=headers, stream=Body(self._file(data)))
+                return httpx2.Response(200, headers=headers, stream=Body(self._file(data)))
             case ["GET", "models"]:
                 return self._json({"object": "list", "data": MODELS})
             case _:
                 raise ApiError(404, "no_such_route", "Not Found")
 
-    def _asked(self, request: httpx.Request, body: dict[str, Any]) -> dict[str, Any]:
+    def _asked(self, request: httpx2.Request, body: dict[str, Any]) -> dict[str, Any]:
         return {
             "request_id": request.headers.get("x-request-id"),
             "idempotency_key": request.headers.get("idempotency-key"),
@@ -273,8 +273,8 @@ class App:
             "previews": body.get("previews", 0),
         }
 
-    def _json(self, value: dict[str, Any]) -> httpx.Response:
-        return httpx.Response(200, stream=Body(in_parts(json.dumps(value).encode())))
+    def _json(self, value: dict[str, Any]) -> httpx2.Response:
+        return httpx2.Response(200, stream=Body(in_parts(json.dumps(value).encode())))
 
     def found(self, video_id: str) -> dict[str, Any]:
         if video_id not in self.videos:
@@ -286,7 +286,7 @@ class App:
         async for part in in_parts(data[:breaks]):
             yield part
         if breaks is not None:
-            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+            raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
 
     async def _sse(self, video_id: str, after: int) -> AsyncIterator[bytes]:
         yield b": hello\n\n"
@@ -298,7 +298,7 @@ class App:
                     yield text[start : start + 50]
         except RayActorError:
             yield b"id: 999\nevent: step\nda"
-            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body") from None
+            raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body") from None
         finally:
             self.num_left += 1
 
@@ -313,7 +313,7 @@ class App:
 MODELS = [{"id": "tiny", "object": "model", "created": 5, "owned_by": "nvidia", "family": "nano", "modes": ["a", "b"]}]
 
 
-class Body(httpx.AsyncByteStream):
+class Body(httpx2.AsyncByteStream):
     """Of an answer, as it comes."""
 
     def __init__(self, parts: AsyncIterator[bytes]) -> None:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from deployments.client import AsyncCosmos3Client, Connecting, Cosmos3Client, Patience
@@ -100,7 +100,7 @@ def connected(app: App, way: str, patience: Patience = QUICK, api_key: str | Non
     """An asynchronous client of the app."""
     transport: Transport
     if way == "http":
-        connecting = Connecting(transport=httpx.MockTransport(app))
+        connecting = Connecting(transport=httpx2.MockTransport(app))
         transport = HttpTransport("http://app.test/", api_key, CALL_S, connecting)
     else:
         transport = HandleTransport(app.director, CALL_S)

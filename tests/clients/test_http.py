@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from cluster.errors import DeadlineExceeded, OverloadedError
@@ -25,14 +25,14 @@ from tests.clients.conftest import QUICK, connected
 REQUEST = GenerationRequest(prompt="A red car.")
 
 
-def asking(answer: Callable[[httpx.Request], Any], timeout_s: float = 30.0) -> Cosmos3Client:
+def asking(answer: Callable[[httpx2.Request], Any], timeout_s: float = 30.0) -> Cosmos3Client:
     """A client of a server that gives one kind of answer."""
 
-    async def answered(request: httpx.Request) -> httpx.Response:
+    async def answered(request: httpx2.Request) -> httpx2.Response:
         made = answer(request)
         return await made if asyncio.iscoroutine(made) else made
 
-    connecting = Connecting(transport=httpx.MockTransport(answered))
+    connecting = Connecting(transport=httpx2.MockTransport(answered))
     return Cosmos3Client.over_http("http://app.test", timeout_s=timeout_s, connecting=connecting, patience=QUICK)
 
 
@@ -76,7 +76,7 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for_for_ever() -> None:
-    async def never(request: httpx.Request) -> httpx.Response:
+    async def never(request: httpx2.Request) -> httpx2.Response:
         await asyncio.sleep(1000)
         raise AssertionError
 
@@ -85,13 +85,13 @@ def test_an_answer_that_does_not_come_is_not_waited_for_for_ever() -> None:
             yield b" "
             await asyncio.sleep(0.01)
 
-    for answer in (never, lambda request: httpx.Response(200, stream=Body(trickle()))):
+    for answer in (never, lambda request: httpx2.Response(200, stream=Body(trickle()))):
         with (
             asking(answer, timeout_s=0.2) as client,
             pytest.raises(UnreachableError, match="no complete answer within"),
         ):
             client.retrieve("video_gen_1")
-    slow = asking(lambda request: httpx.Response(200, stream=Body(trickle())))
+    slow = asking(lambda request: httpx2.Response(200, stream=Body(trickle())))
     with slow as client, pytest.raises(UnreachableError, match="no complete answer within 0.2 s"):
         list(client.content("video_gen_1", timeout_s=0.2))
 
@@ -101,7 +101,7 @@ def test_the_words_of_an_error_are_cut_off() -> None:
         for _ in range(2000):
             yield b"x" * 50_000
 
-    with asking(lambda request: httpx.Response(500, stream=Body(endless()))) as client:
+    with asking(lambda request: httpx2.Response(500, stream=Body(endless()))) as client:
         tracemalloc.start()
         with pytest.raises(AnswerError) as caught:
             client.models()
@@ -128,7 +128,7 @@ def test_the_words_of_an_error_are_cut_off() -> None:
 )
 def test_answers_of_other_servers(status: int, text: bytes, kind: type[Exception], said: str) -> None:
     headers = {"location": "http://elsewhere.test/"}
-    server = asking(lambda request: httpx.Response(status, headers=headers, stream=body(text)))
+    server = asking(lambda request: httpx2.Response(status, headers=headers, stream=body(text)))
     with server as client, pytest.raises(kind, match=said.replace("?", r"\?")) as caught:
         client.retrieve("a")
     if isinstance(caught.value, OverloadedError):
@@ -138,14 +138,14 @@ def test_answers_of_other_servers(status: int, text: bytes, kind: type[Exception
 def test_when_to_come_back_is_a_number_or_unknown() -> None:
     for told, retry_after_s in (("12", 12.0), ("0.5", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 5.0), ("nan", 5.0)):
         headers = {"retry-after": told}
-        full = asking(lambda request, it=headers: httpx.Response(429, headers=it, stream=body(b"")))
+        full = asking(lambda request, it=headers: httpx2.Response(429, headers=it, stream=body(b"")))
         with full as client, pytest.raises(OverloadedError) as caught:
             client.retrieve("a")
         assert caught.value.retry_after_s == retry_after_s
 
 
 def test_a_page_is_no_stream_of_events() -> None:
-    page = asking(lambda request: httpx.Response(200, headers={"content-type": "text/html"}, stream=body(b"")))
+    page = asking(lambda request: httpx2.Response(200, headers={"content-type": "text/html"}, stream=body(b"")))
     with page as client, pytest.raises(AnswerError, match="is it a cosmos3 app?"):
         list(client.events("a"))
 

@@ -10,7 +10,7 @@ import urllib.parse
 from http.client import HTTPResponse
 from typing import Any
 
-import httpx
+import httpx2
 
 from tests.api.accepting_api import Sent
 from tests.api.documented import Documented
@@ -42,7 +42,7 @@ class LiveApi:
         assert answer.status_code == 200, answer.text
         self.documented = Documented(answer.json())
 
-    def answer(self, sent: Sent) -> httpx.Response:
+    def answer(self, sent: Sent) -> httpx2.Response:
         """What comes back, which is safe."""
         answer = self.exchanged(sent)
         self._inside.check(answer, sent.everything)
@@ -50,7 +50,7 @@ class LiveApi:
             self.delete(answer)
         return answer
 
-    def delete(self, answer: httpx.Response) -> None:
+    def delete(self, answer: httpx2.Response) -> None:
         """The job that an answer tells of."""
         self.num_accepted += 1
         self.exchanged(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
@@ -58,7 +58,7 @@ class LiveApi:
     def check_accepted(self) -> None:
         """Nothing: whether it can be read is for the app to say."""
 
-    def exchanged(self, sent: Sent) -> httpx.Response:
+    def exchanged(self, sent: Sent) -> httpx2.Response:
         """What comes back. A server may answer before it has all, and hang up."""
         names = {name.lower() for name, _ in sent.headers}
         lines = [f"{sent.method} {self._prefix}{sent.target} HTTP/1.1".encode(), self._host, b"Connection: close"]
@@ -84,7 +84,7 @@ class LiveApi:
         headers = [
             (name, value) for name, value in headers if name.lower() not in (b"transfer-encoding", b"connection")
         ]
-        request = httpx.Request(sent.method, f"http://cosmos3{sent.target}", headers=list(sent.headers))
-        answer = httpx.Response(told.status, headers=headers, content=bytes(body), request=request)
+        request = httpx2.Request(sent.method, f"http://cosmos3{sent.target}", headers=list(sent.headers))
+        answer = httpx2.Response(told.status, headers=headers, content=bytes(body), request=request)
         answer.elapsed = datetime.timedelta(seconds=time.monotonic() - begun_s)
         return answer

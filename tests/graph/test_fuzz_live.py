@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from schemathesis.generation import GenerationMode
 
@@ -54,7 +54,7 @@ class LiveJobs:
         queued: id of one that waits, or did.
     """
 
-    http: httpx.Client
+    http: httpx2.Client
     ids: dict[str, str] = field(default_factory=dict)
     queued: str = UNKNOWN
 
@@ -114,7 +114,7 @@ def held(start_app: Callable[..., Any]) -> Iterator[Reservation]:
     )
     request = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=2)
     (rank_pid,) = {it.pid for it in app.client.stream(request) if isinstance(it, messages.StepDone)}
-    with httpx.Client(base_url=app.url, timeout=DEADLINE_S) as http:
+    with httpx2.Client(base_url=app.url, timeout=DEADLINE_S) as http:
         jobs = LiveJobs(http)
         ids = {"completed": jobs.made(), "image": jobs.made(num_frames=1, mode="text_to_image", output="png")}
         for job_id in ids.values():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from cosmos3_core.request import GenerationRequest
@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
-def http(jobs_app: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=jobs_app.url, timeout=DEADLINE_S) as client:
+def http(jobs_app: Any) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=jobs_app.url, timeout=DEADLINE_S) as client:
         yield client
 
 
@@ -49,7 +49,7 @@ def director_replica(app_name: str) -> Any:
 
 @pytest.mark.parametrize("stage", ["Ingress", "Director"])
 def test_a_killed_process_costs_no_job(
-    stage: str, jobs_app: Any, http: httpx.Client, reference: Reference, eventually: Callable[..., bool]
+    stage: str, jobs_app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
 ) -> None:
     """Three that wait and two that run."""
     done_before = ended(http, job_of(http, num_inference_steps=2, num_frames=5))
@@ -79,7 +79,7 @@ def test_a_killed_process_costs_no_job(
     assert patiently(http, f"/v1/videos/{done_before['id']}") == done_before
 
 
-def test_a_taken_over_job_goes_on_where_it_was(jobs_app: Any, http: httpx.Client, reference: Reference) -> None:
+def test_a_taken_over_job_goes_on_where_it_was(jobs_app: Any, http: httpx2.Client, reference: Reference) -> None:
     steps = 300
     job_id = job_of(http, num_inference_steps=steps, seed=5, num_frames=9)
     for _, kind, data in events_of(http, job_id):
@@ -99,7 +99,7 @@ def test_a_taken_over_job_goes_on_where_it_was(jobs_app: Any, http: httpx.Client
 
 
 def test_a_replica_that_serve_stops_gives_its_jobs_back(
-    jobs_app: Any, http: httpx.Client, reference: Reference, eventually: Callable[..., bool]
+    jobs_app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
 ) -> None:
     """As when there are to be fewer of them: jobs are no requests, and Serve waits for requests alone."""
     import ray

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from cosmos3_core.engine import Engine
@@ -39,8 +39,8 @@ def test_many_clients_at_once(num_clients: int, jobs_app: Any) -> None:
     start_s = time.monotonic()
 
     async def all_of_them() -> list[tuple[str, list[int]]]:
-        limits = httpx.Limits(max_connections=num_clients)
-        async with httpx.AsyncClient(base_url=jobs_app.url, timeout=300, limits=limits) as http:
+        limits = httpx2.Limits(max_connections=num_clients)
+        async with httpx2.AsyncClient(base_url=jobs_app.url, timeout=300, limits=limits) as http:
             async with asyncio.timeout(DEADLINE_S):
                 return await asyncio.gather(*(patient_client(http, number) for number in range(num_clients)))
 
@@ -66,7 +66,7 @@ def test_what_the_service_takes_beside_the_core(jobs_app: Any, tiny_nano: Path, 
     """A request's seconds in one process, over HTTP and as a job; printed, nothing is asserted of them."""
     request = GenerationRequest(**SMALL)
     seconds: dict[str, list[float]] = {"one process": [], "POST /v1/videos/sync": [], "handle": [], "job, events": []}
-    with Engine(tiny_nano, device="cpu") as engine, httpx.Client(base_url=jobs_app.url, timeout=300) as http:
+    with Engine(tiny_nano, device="cpu") as engine, httpx2.Client(base_url=jobs_app.url, timeout=300) as http:
 
         def alone() -> None:
             generate(engine, request, tmp_path / "alone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -13,7 +13,7 @@ GOOD: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width
 
 
 def test_every_answer_has_a_request_id_the_callers_if_it_gave_one(app: Any) -> None:
-    with httpx.Client(base_url=app.url, timeout=100) as http:
+    with httpx2.Client(base_url=app.url, timeout=100) as http:
         for path in ("/v1/videos/sync", "/v1/videos"):
             assert http.post(path, json=GOOD, headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
         refused = http.post("/v1/videos/sync", json={**GOOD, "seed": -1})
@@ -22,6 +22,6 @@ def test_every_answer_has_a_request_id_the_callers_if_it_gave_one(app: Any) -> N
 
 
 def test_health_and_readiness_come_through_the_proxy(app: Any) -> None:
-    with httpx.Client(base_url=app.url, timeout=100) as http:
+    with httpx2.Client(base_url=app.url, timeout=100) as http:
         assert http.get("/health").json() == {"status": "ok"}
         assert http.get("/ready").json() == {"status": "ready"}, "the controller knows every stage"

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from cosmos3_core.generate import GenerationResult
@@ -41,7 +41,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @contextmanager
-def service(directory: Path, checkpoint: Path, database: str) -> Iterator[tuple[Serving, httpx.Client]]:
+def service(directory: Path, checkpoint: Path, database: str) -> Iterator[tuple[Serving, httpx2.Client]]:
     settings = {
         "media.directory": directory / "media",
         "jobs.database": database,
@@ -53,7 +53,7 @@ def service(directory: Path, checkpoint: Path, database: str) -> Iterator[tuple[
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     with (
         serving(directory, "--checkpoint", str(checkpoint), "--num-cpus", "4", *flags) as app,
-        httpx.Client(base_url=app.url(), timeout=60) as http,
+        httpx2.Client(base_url=app.url(), timeout=60) as http,
     ):
         yield app, http
 
@@ -70,11 +70,11 @@ def kill_everything(app: Serving) -> None:
         time.sleep(0.05)
 
 
-def jobs_of(http: httpx.Client, ids: list[str]) -> list[dict[str, Any]]:
+def jobs_of(http: httpx2.Client, ids: list[str]) -> list[dict[str, Any]]:
     return [http.get(f"/v1/videos/{job_id}").json() for job_id in ids]
 
 
-def ended(http: httpx.Client, ids: list[str]) -> list[dict[str, Any]]:
+def ended(http: httpx2.Client, ids: list[str]) -> list[dict[str, Any]]:
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
         jobs = jobs_of(http, ids)

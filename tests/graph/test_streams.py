@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -198,8 +198,8 @@ def test_past_its_bounds_the_app_says_when_to_come_back(
     )
     body = {"prompt": "a car", "num_frames": 5, "height": 80, "width": 96, "num_inference_steps": 2}
 
-    def by_http() -> httpx.Response:
-        return httpx.post(f"{app.url}/v1/videos/sync", json=body, timeout=500)
+    def by_http() -> httpx2.Response:
+        return httpx2.post(f"{app.url}/v1/videos/sync", json=body, timeout=500)
 
     with app.client.stream(replace(SMALL, num_inference_steps=1000)) as running, ThreadPoolExecutor(11) as pool:
         (rank_pid,) = {event.pid for event in itertools.islice(of_kind(running, messages.StepDone), 1)}
