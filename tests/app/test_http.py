@@ -437,7 +437,7 @@ def test_media_that_are_refused(app: Any, mp4: bytes, png: bytes) -> None:
         (send_form, {"image": b"hello"}, "image", "PNG"),
         (send_form, {"image": mp4}, "image", "PNG"),
         (send_form, {"image": png[:60]}, "image", "damaged"),
-        (send_form, {"image": png, "video": mp4}, "image, video", "one of them"),
+        (send_form, {"image": png, "video": mp4}, "image, video", "one of the two"),
         (send_form, {"mode": "policy", "image": png}, "height", "resolution_tier decide"),
         (send_json, {"mode": "image_to_video"}, "image", "one image, which image_to_video needs"),
     ):
