@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Literal
 
-from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.checkpoint.layout import FAMILY, CheckpointLayout
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.resolve import offered_modes
 from deployments.api_model import ApiModel
@@ -20,6 +20,7 @@ class Model(ApiModel):
     created: int
     owned_by: str
     family: str
+    variant: str
     modes: tuple[str, ...]
 
     @classmethod
@@ -30,7 +31,8 @@ class Model(ApiModel):
             object="model",
             created=int(time.time()),
             owned_by="nvidia",
-            family=layout.family,
+            family=FAMILY,
+            variant=layout.variant,
             modes=offered_modes(layout, is_sound_offered=is_sound_offered),
         )
 

@@ -67,10 +67,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByScope(config, log)
 
 
-def _build_tiny(tmp_path_factory: pytest.TempPathFactory, family: str) -> Path:
+def _build_tiny(tmp_path_factory: pytest.TempPathFactory, variant: str) -> Path:
     from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint
 
-    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / family, family)
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / variant, variant)
 
 
 @pytest.fixture(scope="session")

@@ -155,12 +155,12 @@ def test_the_command_runs_as_a_module(tiny_nano: Path, tmp_path: Path) -> None:
 def test_defaults_are_the_published_ones(engine: Engine) -> None:
     from cosmos3_core.resolve import resolve
 
-    layout = replace(engine.layout, family="nano")
+    layout = replace(engine.layout, variant="nano")
     video = resolve(GenerationRequest(prompt="a car"), layout)
     assert (video.num_frames, video.height, video.width, video.fps) == (189, 720, 1280, 24.0)
     assert (video.num_inference_steps, video.guidance_scale, video.flow_shift) == (35, 6.0, 10.0)
     assert (video.schedule, video.seed, video.use_system_prompt) == ("native", 42, False)
     image = resolve(GenerationRequest(prompt="a car", num_frames=1), layout)
     assert (image.num_inference_steps, image.guidance_scale, image.flow_shift) == (50, 4.0, 3.0)
-    edge = resolve(GenerationRequest(prompt="a car"), replace(engine.layout, family="edge"))
+    edge = resolve(GenerationRequest(prompt="a car"), replace(engine.layout, variant="edge"))
     assert (edge.height, edge.width, edge.guidance_scale, edge.flow_shift) == (480, 832, 5.0, 3.0)

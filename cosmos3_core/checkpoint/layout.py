@@ -23,7 +23,11 @@ from cosmos3_core.checkpoint.configs import (
 from cosmos3_core.errors import CheckpointError, CorruptFileError, MissingFileError
 from cosmos3_core.shapes import Geometry
 
-Family = Literal["nano", "super", "edge"]
+FAMILY = "cosmos3"
+"""The model family that this package runs."""
+
+ModelVariant = Literal["nano", "super", "edge"]
+"""The published models of the family."""
 
 PIPELINE_CLASSES = ("Cosmos3OmniPipeline", "Cosmos3OmniDiffusersPipeline")
 """Accepted ``_class_name`` values of model_index.json; the second is the older one, of Nano and Super."""
@@ -42,7 +46,7 @@ class CheckpointLayout:
     Attributes:
         directory: absolute path of the checkpoint.
         name: what to call it: the directory's name, or the repository's when it lies in the Hugging Face cache.
-        family: "nano", "super" or "edge"; see :func:`family_of`.
+        variant: "nano", "super" or "edge"; see :func:`recognize_variant`.
         components: components that are there, in the order of this module's tables.
         transformer: ``transformer/config.json``.
         vae: ``vae/config.json``.
@@ -56,7 +60,7 @@ class CheckpointLayout:
 
     directory: Path
     name: str
-    family: Family
+    variant: ModelVariant
     components: tuple[str, ...]
     transformer: TransformerConfig
     vae: VideoVAEConfig
@@ -102,7 +106,7 @@ class CheckpointLayout:
         return cls(
             directory=root,
             name=_checkpoint_name(root),
-            family=family_of(transformer, read_json_object(transformer_path).get("backbone_type")),
+            variant=recognize_variant(transformer, read_json_object(transformer_path).get("backbone_type")),
             components=components,
             transformer=transformer,
             vae=vae,
@@ -131,11 +135,11 @@ class CheckpointLayout:
 
     @property
     def preset_kind(self) -> str:
-        """Key of its defaults in :data:`cosmos3_core.presets.PRESETS`: the family, but for one fine-tuned model.
+        """The key in :data:`cosmos3_core.presets.PRESETS`: the variant, or a name of its own for one fine-tuned model.
 
-        Cosmos3-Nano-Policy-DROID has the files of Nano; nothing but its name tells it.
+        Cosmos3-Nano-Policy-DROID has the files of Nano: only its name differs.
         """
-        return "nano-policy-droid" if self.family == "nano" and "policy-droid" in self.name.lower() else self.family
+        return "nano-policy-droid" if self.variant == "nano" and "policy-droid" in self.name.lower() else self.variant
 
     def component_dir(self, component: str) -> Path:
         """Directory of a component, "vae" say.
@@ -150,10 +154,10 @@ class CheckpointLayout:
         return self.directory / component
 
 
-def family_of(transformer: TransformerConfig, backbone_type: object = None) -> Family:
-    """Which of the three published models a config resembles; presets are looked up by it.
+def recognize_variant(transformer: TransformerConfig, backbone_type: object = None) -> ModelVariant:
+    """Find the published model that a config resembles; presets are looked up by it.
 
-    No file states the family, so it is told by shape. Edge: squared-ReLU MLPs, or a ``backbone_type`` that says so.
+    No file states the variant, so its shapes decide. Edge: squared-ReLU MLPs, or a ``backbone_type`` that says so.
     Super: 64 layers, width 5120, or attention at least 1.5 times as wide as the model (64 heads x 128 over 5120 is 1.6;
     a copy made small keeps that proportion). Nano: the rest.
     """

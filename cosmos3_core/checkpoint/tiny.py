@@ -1,6 +1,6 @@
 """Builds a tiny checkpoint in the published layout: a few megabytes that every part of the code can run on.
 
-    python -m cosmos3_core.checkpoint.tiny DIRECTORY --family nano --seed 0
+    python -m cosmos3_core.checkpoint.tiny DIRECTORY --variant nano --seed 0
 
 The weights are random, the rest is real: file names, config keys, tensor names, special tokens and the geometry (48
 latent channels, 16 x 16 x 4 compression) are those of nvidia/Cosmos3-Nano, -Super and -Edge. The same seed gives the
@@ -20,11 +20,12 @@ from safetensors.torch import save
 
 from cosmos3_core.checkpoint.random_weights import random_tensors
 from cosmos3_core.checkpoint.tensors import TensorTable, audio_vae_tensors, transformer_tensors, video_vae_tensors
-from cosmos3_core.checkpoint.tiny_families import (
+from cosmos3_core.checkpoint.tiny_tokenizer import write_tiny_tokenizer
+from cosmos3_core.checkpoint.tiny_variants import (
     TINY_AUDIO_VAE,
-    TINY_FAMILIES,
+    TINY_VARIANTS,
     VISION_ENCODER_JSON,
-    TinyFamily,
+    TinyVariant,
     audio_vae_json,
     model_index_json,
     scheduler_json,
@@ -32,7 +33,6 @@ from cosmos3_core.checkpoint.tiny_families import (
     transformer_json,
     video_vae_json,
 )
-from cosmos3_core.checkpoint.tiny_tokenizer import write_tiny_tokenizer
 from cosmos3_core.errors import RequestError
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -41,13 +41,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_tiny_checkpoint(
-    directory: str | Path, family: str = "nano", seed: int = 0, *, dtype: str = "float32"
+    directory: str | Path, variant: str = "nano", seed: int = 0, *, dtype: str = "float32"
 ) -> Path:
-    """Write a tiny checkpoint of one family.
+    """Write a tiny checkpoint of one variant.
 
     Args:
         directory: where to; made where it does not exist.
-        family: "nano", "super" or "edge".
+        variant: "nano", "super" or "edge".
         seed: of the weights; the tokenizer is the same for every seed.
         dtype: of the weights on disk: "float32", or "bfloat16" as published.
 
@@ -55,10 +55,10 @@ def build_tiny_checkpoint(
         ``directory`` as a path.
 
     Raises:
-        RequestError: an unknown family or dtype, or a directory that already holds something.
+        RequestError: an unknown variant or dtype, or a directory that already holds something.
     """
-    if family not in TINY_FAMILIES:
-        raise RequestError("family", family, ", ".join(TINY_FAMILIES))
+    if variant not in TINY_VARIANTS:
+        raise RequestError("variant", variant, ", ".join(TINY_VARIANTS))
     if dtype not in _DTYPES:
         raise RequestError("dtype", dtype, ", ".join(_DTYPES))
     directory = Path(directory)
@@ -66,11 +66,11 @@ def build_tiny_checkpoint(
         hint = "nothing is overwritten: choose another directory, or remove this one first"
         raise RequestError("directory", str(directory), "a new or an empty directory", hint)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_checkpoint(directory, TINY_FAMILIES[family], seed, _DTYPES[dtype])
+    _write_checkpoint(directory, TINY_VARIANTS[variant], seed, _DTYPES[dtype])
     return directory
 
 
-def _write_checkpoint(directory: Path, family: TinyFamily, seed: int, dtype: torch.dtype) -> None:
+def _write_checkpoint(directory: Path, variant: TinyVariant, seed: int, dtype: torch.dtype) -> None:
     def folder(name: str) -> Path:
         (directory / name).mkdir()
         return directory / name
@@ -78,28 +78,28 @@ def _write_checkpoint(directory: Path, family: TinyFamily, seed: int, dtype: tor
     def weights(shapes: TensorTable) -> dict[str, torch.Tensor]:
         return dict(random_tensors(shapes, seed, dtype=dtype))
 
-    _write_json(directory / "model_index.json", model_index_json(family))
+    _write_json(directory / "model_index.json", model_index_json(variant))
 
     transformer = folder("transformer")
-    _write_json(transformer / "config.json", transformer_json(family, str(dtype).removeprefix("torch.")))
-    _write_shards(transformer, weights(transformer_tensors(family.transformer)))
+    _write_json(transformer / "config.json", transformer_json(variant, str(dtype).removeprefix("torch.")))
+    _write_shards(transformer, weights(transformer_tensors(variant.transformer)))
 
     vae, vae_config = folder("vae"), tiny_video_vae(seed)
     _write_json(vae / "config.json", video_vae_json(vae_config))
     _write_safetensors(vae / f"{_WEIGHTS}.safetensors", weights(video_vae_tensors(vae_config)))
 
-    if family.transformer.sound_gen:
+    if variant.transformer.sound_gen:
         sound = folder("sound_tokenizer")
         _write_json(sound / "config.json", audio_vae_json(TINY_AUDIO_VAE))
         _write_safetensors(sound / f"{_WEIGHTS}.safetensors", weights(audio_vae_tensors(TINY_AUDIO_VAE)))
 
-    num_tokens = write_tiny_tokenizer(folder("text_tokenizer"), family.tokenizer_class)
-    assert num_tokens <= family.transformer.vocab_size, num_tokens
+    num_tokens = write_tiny_tokenizer(folder("text_tokenizer"), variant.tokenizer_class)
+    assert num_tokens <= variant.transformer.vocab_size, num_tokens
 
-    _write_json(folder("scheduler") / "scheduler_config.json", scheduler_json(family.scheduler))
+    _write_json(folder("scheduler") / "scheduler_config.json", scheduler_json(variant.scheduler))
     _write_json(folder("vision_encoder") / "config.json", VISION_ENCODER_JSON)
-    if family.negative_prompt is not None:
-        _write_json(folder("assets") / "negative_prompt.json", family.negative_prompt)
+    if variant.negative_prompt is not None:
+        _write_json(folder("assets") / "negative_prompt.json", variant.negative_prompt)
 
 
 def _write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -146,16 +146,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m cosmos3_core.checkpoint.tiny", description="Write a tiny random checkpoint."
     )
     parser.add_argument("directory", type=Path, help="a new or an empty directory")
-    parser.add_argument("--family", default="nano", help=f"{', '.join(TINY_FAMILIES)} (default: %(default)s)")
+    parser.add_argument(
+        # --family is its former name.
+        "--variant",
+        "--family",
+        default="nano",
+        help=f"{', '.join(TINY_VARIANTS)} (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(_DTYPES)} (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        directory = build_tiny_checkpoint(options.directory, options.family, options.seed, dtype=options.dtype)
+        directory = build_tiny_checkpoint(options.directory, options.variant, options.seed, dtype=options.dtype)
     except RequestError as error:
         parser.error(str(error))
     num_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    print(f"{directory}: tiny {options.family}, {num_bytes / 1e6:.1f} MB")
+    print(f"{directory}: tiny {options.variant}, {num_bytes / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

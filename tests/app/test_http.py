@@ -296,7 +296,7 @@ def test_health_ready_and_models(app: Any) -> None:
     assert status == 200
     (model,) = models["data"]
     assert model["id"] == "nano"
-    assert model["family"] == "nano"
+    assert (model["family"], model["variant"]) == ("cosmos3", "nano")
     layout = CheckpointLayout.open(app.config.checkpoint)
     assert model["modes"] == list(offered_modes(layout))
     assert {"text_to_image", "image_to_video", "video_to_video", "policy"} <= set(model["modes"])

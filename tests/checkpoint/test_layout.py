@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cosmos3_core.checkpoint.configs import TransformerConfig
-from cosmos3_core.checkpoint.layout import CheckpointLayout, family_of, read_negative_prompt
+from cosmos3_core.checkpoint.layout import CheckpointLayout, read_negative_prompt, recognize_variant
 from cosmos3_core.errors import CapabilityError, CheckpointError, CorruptFileError, MissingFileError
 from cosmos3_core.shapes import Geometry
 
@@ -58,7 +58,7 @@ def edit(root: Path, name: str, **changes: object) -> None:
 
 def test_a_whole_checkpoint_is_read(root: Path) -> None:
     layout = CheckpointLayout.open(root)
-    assert (layout.name, layout.family, layout.directory) == ("Cosmos3-Nano", "nano", root)
+    assert (layout.name, layout.variant, layout.directory) == ("Cosmos3-Nano", "nano", root)
     assert layout.components == ("transformer", "vae", "text_tokenizer", "scheduler", "sound_tokenizer")
     assert layout.component_dir("vae") == root / "vae"
     assert layout.geometry == Geometry(temporal=4, spatial=16, channels=48, patch=2)
@@ -149,7 +149,7 @@ def test_sound_and_action_need_the_transformers_flags(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "backbone", "family"),
+    ("changes", "backbone", "variant"),
     [
         ({}, None, "nano"),
         ({"num_hidden_layers": 64, "hidden_size": 5120, "num_attention_heads": 64}, None, "super"),
@@ -162,13 +162,13 @@ def test_sound_and_action_need_the_transformers_flags(root: Path) -> None:
         ({}, "qwen3_vl", "nano"),
     ],
 )
-def test_families_are_told_by_shape(changes: dict[str, Any], backbone: str | None, family: str) -> None:
-    assert family_of(dataclasses.replace(TransformerConfig(), **changes), backbone) == family
+def test_a_variant_is_recognized_by_shape(changes: dict[str, Any], backbone: str | None, variant: str) -> None:
+    assert recognize_variant(dataclasses.replace(TransformerConfig(), **changes), backbone) == variant
 
 
 def test_the_backbone_is_read_from_the_transformers_config(root: Path) -> None:
     edit(root, "transformer/config.json", backbone_type="cosmos3_edge_nemotron_dense")
-    assert CheckpointLayout.open(root).family == "edge"
+    assert CheckpointLayout.open(root).variant == "edge"
 
 
 def test_a_hub_name_gets_the_command_that_downloads_it() -> None:

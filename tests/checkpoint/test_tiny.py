@@ -26,10 +26,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerF
 from cosmos3_core.checkpoint.configs import AudioVAEConfig, SchedulerConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tensors, video_vae_tensors
 from cosmos3_core.checkpoint.tiny import build_tiny_checkpoint, main
-from cosmos3_core.checkpoint.tiny_families import TINY_AUDIO_VAE, TINY_FAMILIES, tiny_video_vae
+from cosmos3_core.checkpoint.tiny_variants import TINY_AUDIO_VAE, TINY_VARIANTS, tiny_video_vae
 from cosmos3_core.errors import RequestError
 
-FAMILIES = ["nano", "super", "edge"]
+VARIANTS = ["nano", "super", "edge"]
 MAX_BYTES = 8_000_000
 
 Pipelines = Callable[[str], Cosmos3OmniPipeline]
@@ -42,12 +42,12 @@ def tiny(tiny_nano: Path, tiny_super: Path, tiny_edge: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pipelines(tiny: dict[str, Path]) -> Pipelines:
-    """Family -> diffusers' pipeline on it, in float32."""
+    """Variant -> diffusers' pipeline on it, in float32."""
 
     @cache
-    def load(family: str) -> Cosmos3OmniPipeline:
+    def load(variant: str) -> Cosmos3OmniPipeline:
         pipeline = Cosmos3OmniPipeline.from_pretrained(
-            tiny[family], safety_checker=None, enable_safety_checker=False, dtype=torch.float32
+            tiny[variant], safety_checker=None, enable_safety_checker=False, dtype=torch.float32
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -91,9 +91,9 @@ def test_the_folders_and_files_are_the_published_ones(tiny: dict[str, Path]) -> 
     assert set(digests(tiny["edge"])) == every_family | {"assets/negative_prompt.json"} | shards(4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_tiny(family: str, tiny: dict[str, Path]) -> None:
-    assert sum(path.stat().st_size for path in tiny[family].rglob("*")) < MAX_BYTES
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_tiny(variant: str, tiny: dict[str, Path]) -> None:
+    assert sum(path.stat().st_size for path in tiny[variant].rglob("*")) < MAX_BYTES
 
 
 def test_model_index_of_nano_is_the_legacy_one(tiny: dict[str, Path]) -> None:
@@ -134,23 +134,23 @@ def test_nano_transformer_config_has_the_published_keys(tiny: dict[str, Path]) -
     assert sorted(read_json(tiny["nano"] / "transformer" / "config.json")) == sorted(keys)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_configs_read_back(family: str, tiny: dict[str, Path]) -> None:
-    directory, expected = tiny[family], TINY_FAMILIES[family]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_configs_read_back(variant: str, tiny: dict[str, Path]) -> None:
+    directory, expected = tiny[variant], TINY_VARIANTS[variant]
     assert TransformerConfig.read(directory / "transformer" / "config.json") == expected.transformer
     assert VideoVAEConfig.read(directory / "vae" / "config.json") == tiny_video_vae(0)
     assert SchedulerConfig.read(directory / "scheduler" / "scheduler_config.json") == expected.scheduler
-    if family != "edge":
+    if variant != "edge":
         assert AudioVAEConfig.read(directory / "sound_tokenizer" / "config.json") == TINY_AUDIO_VAE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_index_says_where_each_tensor_is(family: str, tiny: dict[str, Path]) -> None:
-    directory = tiny[family] / "transformer"
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_index_says_where_each_tensor_is(variant: str, tiny: dict[str, Path]) -> None:
+    directory = tiny[variant] / "transformer"
     index = read_json(directory / "diffusion_pytorch_model.safetensors.index.json")
     shards = {name: load_file(directory / name) for name in set(index["weight_map"].values())}
     shapes = {name: tuple(shards[shard][name].shape) for name, shard in index["weight_map"].items()}
-    assert shapes == transformer_tensors(TINY_FAMILIES[family].transformer)
+    assert shapes == transformer_tensors(TINY_VARIANTS[variant].transformer)
     assert sum(len(shard) for shard in shards.values()) == len(shapes)
     assert index["metadata"]["total_size"] == sum(
         tensor.nbytes for shard in shards.values() for tensor in shard.values()
@@ -175,11 +175,11 @@ def test_other_processes_write_the_same_bytes(tiny: dict[str, Path], tmp_path: P
     processes = [
         # Another seed for str hashes: no order may depend on them.
         subprocess.Popen(
-            [*command, str(tmp_path / family), "--family", family, "--seed", "0"],
+            [*command, str(tmp_path / variant), "--variant", variant, "--seed", "0"],
             env={**os.environ, "PYTHONHASHSEED": str(number)},
             stdout=subprocess.DEVNULL,
         )
-        for number, family in enumerate(("nano", "edge"), start=1)
+        for number, variant in enumerate(("nano", "edge"), start=1)
     ]
     assert [process.wait() for process in processes] == [0, 0]
     assert digests(tmp_path / "nano") == digests(tiny["nano"])
@@ -210,15 +210,18 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_unknown_words_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="family must be nano, super, edge .got 'pico'"):
+    with pytest.raises(RequestError, match="variant must be nano, super, edge .got 'pico'"):
         build_tiny_checkpoint(tmp_path / "new", "pico")
     with pytest.raises(RequestError, match="dtype must be float32, bfloat16.*got 'fp8'"):
         build_tiny_checkpoint(tmp_path / "new", dtype="fp8")
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_says_what_it_wrote_or_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(tmp_path / "edge"), "--family", "edge", "--dtype", "bfloat16"])
+@pytest.mark.parametrize("flag", ["--variant", "--family"])
+def test_the_command_says_what_it_wrote_or_what_is_wrong(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(tmp_path / "edge"), flag, "edge", "--dtype", "bfloat16"])
     assert "tiny edge, 3." in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit_info:
         main([str(tmp_path / "edge")])
@@ -239,17 +242,17 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_any_text_tokenises_and_comes_back(text: str, family: str, tiny: dict[str, Path]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny[family] / "text_tokenizer")
+def test_any_text_tokenises_and_comes_back(text: str, variant: str, tiny: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny[variant] / "text_tokenizer")
     ids = tokenizer(text).input_ids
-    assert all(0 <= token < TINY_FAMILIES[family].transformer.vocab_size for token in ids)
+    assert all(0 <= token < TINY_VARIANTS[variant].transformer.vocab_size for token in ids)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
 @pytest.mark.parametrize(
-    ("family", "tokenizer_class", "end_of_turn", "start_of_vision"),
+    ("variant", "tokenizer_class", "end_of_turn", "start_of_vision"),
     [
         ("nano", Qwen2TokenizerFast, 462, 469),
         ("super", Qwen2TokenizerFast, 462, 469),
@@ -257,9 +260,9 @@ def test_any_text_tokenises_and_comes_back(text: str, family: str, tiny: dict[st
     ],
 )
 def test_special_tokens(
-    family: str, tokenizer_class: Any, end_of_turn: int, start_of_vision: int, tiny: dict[str, Path]
+    variant: str, tokenizer_class: Any, end_of_turn: int, start_of_vision: int, tiny: dict[str, Path]
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny[family] / "text_tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tiny[variant] / "text_tokenizer")
     assert isinstance(tokenizer, tokenizer_class)
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.eos_token_id == end_of_turn
@@ -267,9 +270,9 @@ def test_special_tokens(
     assert tokenizer.decode([end_of_turn, start_of_vision], skip_special_tokens=True) == ""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_chat_format_has_no_system_message_of_its_own(family: str, tiny: dict[str, Path]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny[family] / "text_tokenizer")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chat_format_has_no_system_message_of_its_own(variant: str, tiny: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny[variant] / "text_tokenizer")
     options = {"add_generation_prompt": True, "add_vision_id": False}
     user = {"role": "user", "content": "A cat."}
     parts = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A cat."}]}
@@ -312,31 +315,31 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_finds_every_tensor_and_no_other(family: str, tiny: dict[str, Path]) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_diffusers_finds_every_tensor_and_no_other(variant: str, tiny: dict[str, Path]) -> None:
     parts: list[tuple[Any, str]] = [(Cosmos3OmniTransformer, "transformer"), (AutoencoderKLWan, "vae")]
-    if family != "edge":
+    if variant != "edge":
         parts.append((Cosmos3AVAEAudioTokenizer, "sound_tokenizer"))
     for module_class, folder in parts:
         _, found = module_class.from_pretrained(
-            tiny[family], subfolder=folder, output_loading_info=True, dtype=torch.float32
+            tiny[variant], subfolder=folder, output_loading_info=True, dtype=torch.float32
         )
         problems = {kind: list(names) for kind, names in found.items() if names}
         assert not problems, (folder, problems)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_frames_are_neither_flat_nor_clipped(family: str, pipelines: Pipelines) -> None:
-    frames = generate(pipelines(family), output_type="np")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_frames_are_neither_flat_nor_clipped(variant: str, pipelines: Pipelines) -> None:
+    frames = generate(pipelines(variant), output_type="np")
     assert frames.shape == (9, 64, 96, 3)
     assert np.mean((frames <= 0) | (frames >= 1)) < 0.01
     assert all(255 * frame.std() > 10 for frame in frames)
     assert all(255 * np.abs(after - before).mean() > 5 for before, after in zip(frames, frames[1:], strict=False))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_latents_depend_on_everything_asked_for(family: str, pipelines: Pipelines) -> None:
-    pipeline = pipelines(family)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_latents_depend_on_everything_asked_for(variant: str, pipelines: Pipelines) -> None:
+    pipeline = pipelines(variant)
     latents = generate(pipeline)
     for change, least in (
         ({"prompt": "Rain falls on the street."}, 0.2),
@@ -349,17 +352,17 @@ def test_latents_depend_on_everything_asked_for(family: str, pipelines: Pipeline
         assert difference(generate(pipeline, **change), latents) > least, change
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rounding_errors_hardly_grow(family: str, pipelines: Pipelines) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rounding_errors_hardly_grow(variant: str, pipelines: Pipelines) -> None:
     noise = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     nudged = noise * (1 + 1e-4 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)))
-    latents, others = (generate(pipelines(family), latents=start, num_inference_steps=35) for start in (noise, nudged))
+    latents, others = (generate(pipelines(variant), latents=start, num_inference_steps=35) for start in (noise, nudged))
     assert difference(others, latents) < 4 * difference(nudged, noise)
 
 
-@pytest.mark.parametrize("family", ["nano", "super"])
-def test_sound_is_neither_silent_nor_clipped(family: str, pipelines: Pipelines) -> None:
-    decode = pipelines(family).decode_sound
+@pytest.mark.parametrize("variant", ["nano", "super"])
+def test_sound_is_neither_silent_nor_clipped(variant: str, pipelines: Pipelines) -> None:
+    decode = pipelines(variant).decode_sound
     latents = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
     nudged = latents * (1 + 1e-4 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():

@@ -310,7 +310,17 @@ class App:
         return Director(self)
 
 
-MODELS = [{"id": "tiny", "object": "model", "created": 5, "owned_by": "nvidia", "family": "nano", "modes": ["a", "b"]}]
+MODELS = [
+    {
+        "id": "tiny",
+        "object": "model",
+        "created": 5,
+        "owned_by": "nvidia",
+        "family": "cosmos3",
+        "variant": "nano",
+        "modes": ["a", "b"],
+    }
+]
 
 
 class Body(httpx2.AsyncByteStream):

@@ -138,7 +138,8 @@ def test_a_video_is_made_again_with_another_prompt(client: Any, app: App) -> Non
 
 def test_the_models(client: Any) -> None:
     (model,) = client.models()
-    assert (model.id, model.family, model.modes) == ("tiny", "nano", ("a", "b"))
+    assert (model.id, model.family, model.variant) == ("tiny", "cosmos3", "nano")
+    assert model.modes == ("a", "b")
 
 
 def test_generated_actions_are_numbers(client: Any, app: App) -> None:

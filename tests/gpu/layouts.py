@@ -49,7 +49,7 @@ def check_layouts(
     """A verdict for every layout and dtype.
 
     Args:
-        checkpoint: of any family whose heads divide by 4.
+        checkpoint: of any variant whose heads divide by 4.
         device: "cuda", a GPU a rank, or "cpu".
         num_devices: how many ranks there may be; layouts of more are skipped.
         layouts: the ones to check.

@@ -34,7 +34,7 @@ def check_strips(checkpoint: Path, device: str, num_devices: int) -> list[Verdic
     """A verdict for each dtype; skipped where there is one device.
 
     Args:
-        checkpoint: of any family.
+        checkpoint: of any variant.
         device: "cuda", a GPU a rank, or "cpu".
         num_devices: how many ranks share a frame.
     """

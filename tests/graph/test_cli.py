@@ -246,7 +246,7 @@ def test_the_demo_makes_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_commands_that_are_passed_on(tmp_path: Path) -> None:
-    made = cosmos3("tiny-checkpoint", "tiny", "--family", "edge", cwd=tmp_path)
+    made = cosmos3("tiny-checkpoint", "tiny", "--variant", "edge", cwd=tmp_path)
     assert made.stdout.startswith("tiny: tiny edge, "), made.stderr
     assert (tmp_path / "tiny" / "model_index.json").is_file()
     refused = cosmos3("bench", "--random-weights", "huge", cwd=tmp_path)

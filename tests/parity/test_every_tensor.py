@@ -112,12 +112,12 @@ def flat(latents: dict[str, Tensor]) -> Tensor:
     return torch.cat([modality.flatten() for modality in latents.values()])
 
 
-@pytest.mark.parametrize("family", ["nano", "super", "edge"])
-def test_every_transformer_tensor_matters(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    perturbed = Perturbed(request.getfixturevalue(f"tiny_{family}"), "transformer", tmp_path)
+@pytest.mark.parametrize("variant", ["nano", "super", "edge"])
+def test_every_transformer_tensor_matters(variant: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    perturbed = Perturbed(request.getfixturevalue(f"tiny_{variant}"), "transformer", tmp_path)
     layout = CheckpointLayout.open(perturbed.root)
     job = everything(layout, domain_id=7)
-    assert list(final_latents(layout, job)) == ["video", *(["sound"] if family != "edge" else []), "action"]
+    assert list(final_latents(layout, job)) == ["video", *(["sound"] if variant != "edge" else []), "action"]
 
     missed = unnoticed(perturbed, sorted(perturbed.names), lambda: flat(final_latents(layout, job)))
     rest = last_layer_rest(layout.transformer.num_hidden_layers)
@@ -130,11 +130,11 @@ DOMAIN_TENSORS = tuple(f"action_proj_{way}.{kind}.weight" for way in ("in", "out
 
 
 @pytest.mark.parametrize("domain_id", [0, 7, 31])
-@pytest.mark.parametrize("family", ["nano", "edge"])
+@pytest.mark.parametrize("variant", ["nano", "edge"])
 def test_an_embodiment_has_the_weights_of_its_domain_alone(
-    family: str, domain_id: int, request: pytest.FixtureRequest, tmp_path: Path
+    variant: str, domain_id: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    perturbed = Perturbed(request.getfixturevalue(f"tiny_{family}"), "transformer", tmp_path)
+    perturbed = Perturbed(request.getfixturevalue(f"tiny_{variant}"), "transformer", tmp_path)
     layout = CheckpointLayout.open(perturbed.root)
     num_domains = layout.transformer.num_embodiment_domains
     others = [row for row in range(num_domains) if row != domain_id]

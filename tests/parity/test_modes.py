@@ -35,7 +35,7 @@ class Case:
     Attributes:
         name: of the case.
         mode: a row of the table.
-        family: of the tiny checkpoint.
+        variant: of the tiny checkpoint.
         source: what is given: (rows, columns) of an image, (frames, rows, columns) of a clip.
         as_file: ours gets it as the bytes of a file.
         shape: frames, rows and columns; not for actions.
@@ -47,7 +47,7 @@ class Case:
 
     name: str
     mode: str
-    family: str = "nano"
+    variant: str = "nano"
     source: tuple[int, ...] = ()
     as_file: bool = False
     shape: tuple[int, int, int] = (9, 48, 64)
@@ -97,16 +97,16 @@ def at(*indexes: int) -> dict[str, Any]:
 
 CASES = [
     Case("image", "text_to_image", shape=(1, 80, 80), steps=5, guidance_scale=4.0),
-    Case("image", "text_to_image", family="edge", shape=(1, 48, 80), steps=4, guidance_scale=7.0),
+    Case("image", "text_to_image", variant="edge", shape=(1, 48, 80), steps=4, guidance_scale=7.0),
     Case("clip", "text_to_video", steps=6, schedule=None),
-    Case("clip", "text_to_video", family="edge", steps=6, schedule=None),
+    Case("clip", "text_to_video", variant="edge", steps=6, schedule=None),
     # An image is cut to the clip's proportions: at its sides, at top and bottom, with fractions on the way.
     Case("wide", CLIP, source=(50, 200), schedule=None, steps=6),
     Case("tall", CLIP, source=(211, 67), as_file=True, steps=5),
     Case("exact", CLIP, source=(48, 64)),
     Case("unguided", CLIP, source=(33, 41), guidance_scale=1.0),
-    Case("wide", CLIP, family="edge", source=(50, 200)),
-    Case("unguided", CLIP, family="edge", source=(90, 70), shape=(5, 80, 48), guidance_scale=1.0, schedule=None),
+    Case("wide", CLIP, variant="edge", source=(50, 200)),
+    Case("unguided", CLIP, variant="edge", source=(90, 70), shape=(5, 80, 48), guidance_scale=1.0, schedule=None),
     Case("default", MORE, source=(9, 48, 64), shape=(13, 48, 64)),
     Case("one frame", MORE, source=(9, 48, 64), chosen=at(0)),
     Case("late", MORE, source=(13, 48, 64), shape=(13, 48, 64), chosen=at(1, 2), steps=5),
@@ -119,8 +119,8 @@ CASES = [
     Case("single frame", MORE, source=(1, 48, 64), schedule=None),
     Case("odd size", MORE, source=(7, 37, 91), guidance_scale=1.0),
     # Edge was not trained for it; diffusers does it all the same.
-    Case("default", MORE, family="edge", source=(9, 37, 91), shape=(13, 48, 64)),
-    Case("last", MORE, family="edge", source=(9, 48, 64), chosen=LAST, schedule=None),
+    Case("default", MORE, variant="edge", source=(9, 37, 91), shape=(13, 48, 64)),
+    Case("last", MORE, variant="edge", source=(9, 48, 64), chosen=LAST, schedule=None),
     Case("24 fps", "text_to_video_with_sound", steps=5, schedule=None),
     Case("30 fps", "text_to_video_with_sound", fps=30.0),
     Case("10 fps", "text_to_video_with_sound", fps=10.0, shape=(13, 48, 48)),
@@ -139,30 +139,30 @@ CASES = [
     Case("one action", POLICY, source=(48, 48), chunk=1, domain="pusht"),
     Case("clip", POLICY, source=(12, 48, 80), domain="pusht", fps=10.0),
     Case("tier 480", POLICY, source=(64, 64), tier=480, chunk=4, domain="hand_pose"),
-    Case("image", POLICY, family="edge", source=(70, 48), domain="av", fps=5.0, steps=5),
+    Case("image", POLICY, variant="edge", source=(70, 48), domain="av", fps=5.0, steps=5),
     Case("fewer", FORWARD, source=(80, 48), chunk=16, num_given=5, fps=5.0, steps=5),
     Case("more", FORWARD, source=(64, 64), chunk=8, num_given=11, domain="av", guidance_scale=1.0),
     Case("exact", FORWARD, source=(5, 64, 96), chunk=8, num_given=8, domain="agibotworld", fps=10.0, prompt=""),
     Case("odd chunk", FORWARD, source=(40, 64), chunk=6, num_given=6, domain="pusht", schedule=None),
-    Case("exact", FORWARD, family="edge", source=(64, 64), num_given=8, domain="pusht", fps=5.0),
+    Case("exact", FORWARD, variant="edge", source=(64, 64), num_given=8, domain="pusht", fps=5.0),
     Case("exact", INVERSE, source=(9, 64, 48), fps=5.0, steps=5, domain="av"),
     Case("longer", INVERSE, source=(11, 200, 300), domain="bridge_orig_lerobot", prompt="", as_file=True),
     Case("shorter", INVERSE, source=(4, 64, 48), domain="agibotworld", guidance_scale=1.0, schedule=None),
     Case("odd chunk", INVERSE, source=(8, 48, 48), chunk=7, domain="pusht", view="wrist_view"),
-    Case("exact", INVERSE, family="edge", source=(9, 64, 48), fps=5.0, schedule=None),
+    Case("exact", INVERSE, variant="edge", source=(9, 64, 48), fps=5.0, schedule=None),
 ]
 LONG = [
     Case("long", "text_to_video_with_sound", shape=(49, 80, 96), steps=35, schedule=None),
     Case("long", CLIP, source=(480, 640), shape=(49, 80, 96), steps=35),
-    Case("long", MORE, family="edge", source=(60, 100, 150), shape=(49, 80, 96), steps=35),
+    Case("long", MORE, variant="edge", source=(60, 100, 150), shape=(49, 80, 96), steps=35),
     Case("long", POLICY, source=(96, 128), chunk=32, domain="droid_lerobot", fps=15.0, steps=30),
     Case("long", FORWARD, source=(240, 320), chunk=16, num_given=16, domain="fractal", fps=5.0, steps=30),
-    Case("long", INVERSE, family="edge", source=(17, 240, 320), chunk=16, domain="galbot", fps=5.0, steps=30),
+    Case("long", INVERSE, variant="edge", source=(17, 240, 320), chunk=16, domain="galbot", fps=5.0, steps=30),
 ]
 
 
 def id_of(case: Case) -> str:
-    return f"{case.family}-{case.mode}-{case.name}"
+    return f"{case.variant}-{case.mode}-{case.name}"
 
 
 ALL = [
@@ -173,8 +173,8 @@ ALL = [
 
 def test_every_mode_has_a_case(tiny_nano: Path, tiny_edge: Path, engine_for: Callable[[Path], Engine]) -> None:
     assert len({id_of(case) for case in (*CASES, *LONG)}) == len(CASES) + len(LONG)
-    for family, checkpoint in (("nano", tiny_nano), ("edge", tiny_edge)):
-        covered = {case.mode for case in CASES if case.family == family}
+    for variant, checkpoint in (("nano", tiny_nano), ("edge", tiny_edge)):
+        covered = {case.mode for case in CASES if case.variant == variant}
         assert covered >= set(offered_modes(engine_for(checkpoint).layout))
     assert {case.mode for case in CASES} == set(MODES)
 
@@ -255,7 +255,7 @@ def test_every_mode_equals_diffusers(
     relative_difference: Callable[[Tensor, Tensor], float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    checkpoint = request.getfixturevalue(f"tiny_{case.family}")
+    checkpoint = request.getfixturevalue(f"tiny_{case.variant}")
     reference = diffusers_pipeline(checkpoint).run(
         case.prompt,
         schedule=case.schedule,
@@ -348,7 +348,7 @@ def test_every_mode_with_media_is_begun() -> None:
 def test_what_is_given_comes_back_to_the_bit(
     case: Case, request: pytest.FixtureRequest, engine_for: Callable[[Path], Engine]
 ) -> None:
-    engine = engine_for(request.getfixturevalue(f"tiny_{case.family}"))
+    engine = engine_for(request.getfixturevalue(f"tiny_{case.variant}"))
     result = generate(engine, our_request(case), output="latent")
     picture, latents = result.request.picture, result.latents
     assert picture is not None

@@ -24,16 +24,16 @@ PROMPTS = [
 @pytest.mark.parametrize("num_frames", [1, 9, 189])
 @pytest.mark.parametrize("negative_prompt", [None, "", "blurry, dark."])
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("family", ["nano", "edge"])
+@pytest.mark.parametrize("variant", ["nano", "edge"])
 def test_token_ids_equal_diffusers(
-    family: str,
+    variant: str,
     prompt: str,
     negative_prompt: str | None,
     num_frames: int,
     request: pytest.FixtureRequest,
     diffusers_pipeline: Callable[[Path], Any],
 ) -> None:
-    checkpoint = request.getfixturevalue(f"tiny_{family}")
+    checkpoint = request.getfixturevalue(f"tiny_{variant}")
     pipeline = diffusers_pipeline(checkpoint).pipeline
     for use_system_prompt in (False, True):
         for fps in (10.0, 23.976, 30.0):

@@ -24,9 +24,9 @@ TOLERANCE = 1e-5  # relative L2, fp32
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the matrix: family x schedule x steps x fps x shape."""
+    """One point of the matrix: variant x schedule x steps x fps x shape."""
 
-    family: str
+    variant: str
     schedule: str | None  # None: as shipped
     steps: int
     fps: float
@@ -39,7 +39,7 @@ class Case:
 
     def __str__(self) -> str:
         shape = f"{self.num_frames}x{self.height}x{self.width}"
-        return f"{self.family}-{self.schedule or 'shipped'}-{self.steps}steps-{self.fps:g}fps-{shape}"
+        return f"{self.variant}-{self.schedule or 'shipped'}-{self.steps}steps-{self.fps:g}fps-{shape}"
 
 
 # 80 and 48 rows are 5 and 3 latent rows: odd, padded to whole patches, as 720p's 45 are.
@@ -69,7 +69,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def checkpoint(case: Case, request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{case.family}")
+    return request.getfixturevalue(f"tiny_{case.variant}")
 
 
 def test_every_intermediate_equals_diffusers(

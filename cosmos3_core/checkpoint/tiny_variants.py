@@ -1,6 +1,6 @@
-"""What the tiny checkpoint of each family says about itself: its configs and the JSON files that publish them.
+"""Configs of each variant's tiny checkpoint, and the JSON files that publish them.
 
-The keys are those of nvidia/Cosmos3-Nano, -Super and -Edge, including those that nobody reads. Widths and depths are
+The keys are those of nvidia/Cosmos3-Nano, -Super and -Edge, including those that no code reads. Widths and depths are
 small. In Nano and Super no two widths of a layer are equal, so that a mix-up cannot pass; Edge has one such pair, as
 real ones do: its queries are as wide as its hidden state.
 """
@@ -18,8 +18,8 @@ _Config = TypeVar("_Config", TransformerConfig, VideoVAEConfig, AudioVAEConfig, 
 
 
 @dataclass(frozen=True)
-class TinyFamily:
-    """One published family.
+class TinyVariant:
+    """Describe one published variant, made small.
 
     Attributes:
         transformer: config of both towers, small.
@@ -66,7 +66,7 @@ _QWEN3_KEYS: dict[str, Any] = {
     "video_temporal_causal": False,
 }
 
-_NANO = TinyFamily(
+_NANO = TinyVariant(
     transformer=dataclasses.replace(
         _COMMON, hidden_size=96, intermediate_size=192, num_hidden_layers=2, sound_gen=True
     ),
@@ -85,7 +85,7 @@ _SUPER = dataclasses.replace(
     ),
 )
 
-_EDGE = TinyFamily(
+_EDGE = TinyVariant(
     transformer=dataclasses.replace(
         _COMMON,
         hidden_size=128,
@@ -115,7 +115,7 @@ _EDGE = TinyFamily(
     },
 )
 
-TINY_FAMILIES = {"nano": _NANO, "super": _SUPER, "edge": _EDGE}
+TINY_VARIANTS = {"nano": _NANO, "super": _SUPER, "edge": _EDGE}
 
 TINY_AUDIO_VAE = AudioVAEConfig(enc_dim=4, dec_dim=4)
 
@@ -134,34 +134,34 @@ def tiny_video_vae(seed: int) -> VideoVAEConfig:
 # --- the JSON files --------------------------------------------------------------------------------------------------
 
 
-def model_index_json(family: TinyFamily) -> dict[str, Any]:
+def model_index_json(variant: TinyVariant) -> dict[str, Any]:
     """``model_index.json``: which class reads which folder."""
-    has_sound = family.transformer.sound_gen
+    has_sound = variant.transformer.sound_gen
     return {
-        "_class_name": family.pipeline_class,
+        "_class_name": variant.pipeline_class,
         "_diffusers_version": "0.37.1",
-        **family.pipeline_keys,
+        **variant.pipeline_keys,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "sound_tokenizer": ["diffusers", "Cosmos3AVAEAudioTokenizer"] if has_sound else [None, None],
-        "text_tokenizer": ["transformers", family.tokenizer_class],
+        "text_tokenizer": ["transformers", variant.tokenizer_class],
         "transformer": ["diffusers", "Cosmos3OmniTransformer"],
         "vae": ["diffusers", "AutoencoderKLWan"],
         "vision_encoder": ["transformers", "Qwen3VLVisionModel"],
     }
 
 
-def transformer_json(family: TinyFamily, dtype: str) -> dict[str, Any]:
+def transformer_json(variant: TinyVariant, dtype: str) -> dict[str, Any]:
     """``transformer/config.json``."""
-    config = family.transformer
+    config = variant.transformer
     keys = _published(config, "Cosmos3OmniTransformer") | {
         "attention_dropout": 0.0,
         "dtype": dtype,
         "sound_dim": config.sound_dim if config.sound_gen else None,
     }
-    # Families say in keys of their own how rotary slots are split, and only Edge knows the second key norm.
+    # Each variant states the split of its rotary slots in keys of its own; only Edge has the second key norm.
     for name in ("rope_axes_dim", "use_und_k_norm_for_gen"):
         del keys[name]
-    return keys | family.transformer_keys
+    return keys | variant.transformer_keys
 
 
 def video_vae_json(config: VideoVAEConfig) -> dict[str, Any]:
