@@ -4,53 +4,75 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from cosmos3_core.request import GenerationRequest
+from cosmos3_core.errors import RequestError
+from cosmos3_core.field_spec import FieldSpec, ValueKind
+from cosmos3_core.request import FIELDS, GenerationRequest
 
 _SCHEDULES = {"auto": "shipped", "true": "karras", "false": "native"}
 
+# Field -> its flag, where that is not the field's own name.
+_FLAGS = {
+    "generate_sound": "--sound",
+    "condition_frame_indexes_vision": "--condition-frames",
+    "condition_video_keep": "--condition-keep",
+    "num_inference_steps": "--steps",
+}
+
+# Fields without a flag; --use-karras-sigmas chooses the schedule.
+_WITHOUT_FLAG = ("schedule", "use_system_prompt", "append_metadata", "negative_metadata", "noise")
+
+_MEDIA = (ValueKind.IMAGE, ValueKind.VIDEO)
+
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what a user asks for, and ``--out``."""
+    """Add a flag for each field of a request, and ``--out``."""
     add = parser.add_argument
-    add("--prompt", default="", help="plain text, or a JSON object; dynamics can do without")
-    add("--mode", help="text_to_image, image_to_video, policy ...; told from the inputs where there are no actions")
-    add("--image", metavar="FILE", help="to begin with")
-    add("--video", metavar="FILE", help="to continue, or to find the actions of")
-    add("--sound", action="store_true", help="a sound track as well")
-    add("--condition-frames", type=int, nargs="+", metavar="N", help="latent frames that --video fixes; 0 1")
-    add("--condition-keep", choices=("first", "last"), help="frames of a longer --video")
-    add("--actions", metavar="FILE", help="JSON, rows of numbers: what forward dynamics carries out")
-    add("--action-chunk-size", type=int, help="actions; 16, or as many as --actions holds")
-    add("--domain-name", help="embodiment of the actions: bridge_orig_lerobot, av ...")
-    add("--domain-id", type=int, help="embodiment by number")
-    add("--raw-action-dim", type=int, help="numbers in an action; the embodiment's")
-    add("--resolution-tier", type=int, help="with actions: 256, 480, 704 or 720")
-    add("--view-point", help="with actions: ego_view, third_person_view, wrist_view or concat_view")
-    add("--negative-prompt", help="omit for the structured default; '' for none")
-    add("--num-frames", type=int, help="189 for video; 1 makes a png; rounded up to 1 + 4k")
-    add("--height", type=int, help="720 on Nano and Super; a multiple of 16")
-    add("--width", type=int, help="1280 on Nano and Super; a multiple of 16")
-    add("--steps", type=int, help="denoising steps, 35 for video")
-    add("--guidance-scale", type=float, help="6.0 for video on Nano and Super; 1 turns guidance off")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that guidance is for")
-    add("--flow-shift", type=float, help="10.0 for video on Nano and Super")
+    for field in fields(GenerationRequest):
+        if field.name not in _WITHOUT_FLAG:
+            spec, flag = FIELDS[field.name], _FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
+            add(flag, dest=field.name, default=field.default, help=_describe(spec), **_argparse_options(spec))
     add(
         "--use-karras-sigmas",
         choices=tuple(_SCHEDULES),
         help="noise schedule: false = native (default), true = karras, auto = what the checkpoint ships",
     )
-    add("--fps", type=float, help="24")
-    add("--seed", type=int, default=42)
-    add("--compat", choices=("native", "diffusers"), default="native", help="whose prompts and schedule to follow")
-    add("--output", help="mp4, wav (with --sound), png, jpeg or webp (one frame), or actions alone")
-    add("--output-quality", type=int, help="of jpeg and webp, 0 to 100")
-    add("--crf", type=float, help="of mp4, H.264's quality, 0 (best) to 51; 18")
-    add("--lossless", action="store_true", help="of mp4: its yuv420p planes are stored exactly")
     add("--out", default="cosmos3", metavar="PREFIX", help="writes PREFIX.mp4, PREFIX.png ..., PREFIX.actions.json")
+
+
+def _describe(spec: FieldSpec) -> str:
+    """Describe a field and its bounds in one line of help."""
+    if spec.kind in _MEDIA:
+        return spec.about.partition(":")[0]  # the rest is about values in Python
+    if spec.choices:
+        return f"{spec.about}: {', '.join(map(str, spec.choices))}"
+    if spec.low is None or spec.high is None:
+        return spec.about
+    multiple = f", a multiple of {spec.multiple_of}" if spec.multiple_of > 1 else ""
+    return f"{spec.about}; {spec.low} to {spec.high}{multiple}"
+
+
+def _argparse_options(spec: FieldSpec) -> dict[str, Any]:
+    """Return how argparse reads a value; bounds and choices are checked by ``resolve``, with a hint."""
+    match spec.kind:
+        case ValueKind.FLAG:
+            return {"action": "store_true"}
+        case ValueKind.INTEGER:
+            return {"type": int, "metavar": "N"}
+        case ValueKind.NUMBER:
+            return {"type": float, "metavar": "X"}
+        case ValueKind.INTEGERS:
+            return {"type": int, "metavar": "N", "nargs": "+"}
+        case ValueKind.NUMBERS:
+            return {"type": float, "metavar": "X", "nargs": spec.num_items}
+        case ValueKind.ROWS:
+            return {"metavar": "JSON_FILE"}
+        case kind if kind in _MEDIA:
+            return {"metavar": "FILE"}
+    return {"metavar": "TEXT"}
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, is_checkpoint_required: bool = True) -> None:
@@ -65,51 +87,21 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, is_checkpoint_required:
 
 
 def request_of(options: argparse.Namespace) -> GenerationRequest:
-    """The request that the flags of :func:`add_request_flags` describe.
+    """Make the request that the flags of :func:`add_request_flags` describe.
 
     Raises:
         RequestError: the file of actions cannot be read.
     """
-    from cosmos3_core.request import GenerationRequest
-
-    return GenerationRequest(
-        prompt=options.prompt,
-        mode=options.mode,
-        image=options.image,
-        video=options.video,
-        generate_sound=options.sound,
-        condition_frame_indexes_vision=options.condition_frames,
-        condition_video_keep=options.condition_keep,
-        actions=None if options.actions is None else _read_actions(Path(options.actions)),
-        action_chunk_size=options.action_chunk_size,
-        domain_name=options.domain_name,
-        domain_id=options.domain_id,
-        raw_action_dim=options.raw_action_dim,
-        resolution_tier=options.resolution_tier,
-        view_point=options.view_point,
-        negative_prompt=options.negative_prompt,
-        num_frames=options.num_frames,
-        height=options.height,
-        width=options.width,
-        fps=options.fps,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        guidance_interval=options.guidance_interval,
-        flow_shift=options.flow_shift,
-        schedule=None if options.use_karras_sigmas is None else _SCHEDULES[options.use_karras_sigmas],
-        seed=options.seed,
-        output=options.output,
-        output_quality=options.output_quality,
-        crf=options.crf,
-        lossless=options.lossless,
-        compat=options.compat,
-    )
+    values = {name: getattr(options, name) for name in FIELDS if name not in _WITHOUT_FLAG}
+    if options.actions is not None:
+        values["actions"] = _read_actions(Path(options.actions))
+    if options.use_karras_sigmas is not None:
+        values["schedule"] = _SCHEDULES[options.use_karras_sigmas]
+    return GenerationRequest(**values)
 
 
 def _read_actions(path: Path) -> Any:
-    """Rows of numbers in a JSON file: bare, or as the ``data`` of what a generation wrote."""
-    from cosmos3_core.errors import RequestError
-
+    """Read rows of numbers from a JSON file: bare, or as the ``data`` of what a generation wrote."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
