@@ -22,7 +22,7 @@ from cosmos3_core.errors import CorruptFileError, MediaError, RequestError
 from cosmos3_core.media.output import OutputFile, path_with_suffix
 from cosmos3_core.presets import LIMITS
 
-Actions = npt.NDArray[np.float32]
+ActionArray = npt.NDArray[np.float32]
 """float32 [steps, width]: one action a row."""
 
 ACTIONS_SUFFIX = ".actions.json"
@@ -41,8 +41,8 @@ class ActionStatistics:
         offset, scale: float32 [width].
     """
 
-    offset: Actions
-    scale: Actions
+    offset: ActionArray
+    scale: ActionArray
 
     @classmethod
     def of(cls, checkpoint_dir: Path, domain_name: str, width: int) -> ActionStatistics | None:
@@ -66,22 +66,22 @@ class ActionStatistics:
             return cls(mean, np.maximum(std, np.float32(_SMALLEST_SCALE)))
         raise CorruptFileError(path, "has none of q01 and q99, min and max, mean and std")
 
-    def normalise(self, actions: Actions) -> Actions:
+    def normalise(self, actions: ActionArray) -> ActionArray:
         """As the robot knows them -> as the model does."""
         return ((actions - self.offset) / self.scale).astype(np.float32)
 
-    def restore(self, actions: Actions) -> Actions:
+    def restore(self, actions: ActionArray) -> ActionArray:
         """As the model knows them -> as the robot does."""
         return (actions * self.scale + self.offset).astype(np.float32)
 
 
-def _as_float32(values: Any) -> Actions:
+def _as_float32(values: Any) -> ActionArray:
     # What float32 cannot hold becomes infinite; whoever asks refuses that, and needs no warning.
     with np.errstate(over="ignore"):
         return np.array(values, dtype=np.float32)
 
 
-def _numbers(path: Path, name: str, values: Any, width: int) -> Actions:
+def _numbers(path: Path, name: str, values: Any, width: int) -> ActionArray:
     try:
         numbers = _as_float32(values)
     except (TypeError, ValueError, OverflowError):
@@ -112,7 +112,7 @@ class ActionTrack:
     given: tuple[tuple[float, ...], ...] | None
     statistics: ActionStatistics | None = field(default=None, compare=False)
 
-    def result(self, actions: Actions) -> GeneratedActions:
+    def result(self, actions: ActionArray) -> GeneratedActions:
         """What a user gets of generated actions [chunk_size, width] as the model knows them."""
         restored = actions if self.statistics is None else self.statistics.restore(actions)
         return GeneratedActions(restored, self.domain_name, self.domain_id, self.statistics is None)
@@ -128,7 +128,7 @@ class GeneratedActions:
         is_normalised: they are as the model knows them, for want of statistics; else as the robot does.
     """
 
-    values: Actions
+    values: ActionArray
     domain_name: str
     domain_id: int
     is_normalised: bool
@@ -192,7 +192,7 @@ def given_actions(
     return tuple(tuple(row) for row in rows.tolist())
 
 
-def action_rows(field_name: str, values: Any, width: int | None) -> Actions:
+def action_rows(field_name: str, values: Any, width: int | None) -> ActionArray:
     """:func:`given_actions` as they were given, float32 [rows, width].
 
     Raises:

@@ -36,7 +36,7 @@ from cosmos3_core.media.writer import DiscardWriter, MediaWriter, open_writer
 from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
-from cosmos3_core.progress import Progress
+from cosmos3_core.progress import ProgressBar
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
 from cosmos3_core.resolve import resolve
@@ -233,7 +233,7 @@ def run(options: argparse.Namespace) -> None:
             OutputFile(path_with_suffix(options.out, ACTIONS_SUFFIX))  # refuses a place that cannot be
         layout = _layout(options)
     groups, device = _join_ranks(layout, options.device)
-    progress = Progress()
+    progress = ProgressBar()
     try:
         clock = StageClock(device)
         with clock.stage("model_load"):

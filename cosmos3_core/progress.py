@@ -13,7 +13,7 @@ _REDRAW_INTERVAL_S = 0.1
 _CLEAR_TO_END = "\x1b[K"
 
 
-class Progress:
+class ProgressBar:
     """Reports steps to stderr.
 
     One reporter serves any number of runs, one after the other: ``start``, ``update`` after each step, ``close``.

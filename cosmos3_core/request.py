@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cosmos3_core.conditioning.canvas import ACTION_TIERS, SIDE_MULTIPLE
-from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, MODES, VIDEO, Actions, Mode
+from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, MODES, VIDEO, ActionRole, Mode
 from cosmos3_core.embodiments import EMBODIMENTS
 from cosmos3_core.errors import RequestError
 from cosmos3_core.field_spec import FieldSpec, ValueKind, spec_field, spec_of
@@ -49,7 +49,7 @@ def _has_no_actions(mode: Mode) -> bool:
 
 
 def _takes_actions(mode: Mode) -> bool:
-    return mode.actions is Actions.GIVEN
+    return mode.actions is ActionRole.GIVEN
 
 
 def _takes_image(mode: Mode) -> bool:

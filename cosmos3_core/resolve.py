@@ -26,7 +26,7 @@ from cosmos3_core.conditioning.modes import (
     VIDEO,
     VIDEO_TO_VIDEO,
     WITH_SOUND,
-    Actions,
+    ActionRole,
     Mode,
     Resizing,
 )
@@ -299,7 +299,7 @@ def _action_track(
     elif checks.integer("raw_action_dim", width, 1, config.action_dim) not in (known or [width]):
         allowed = f"{' or '.join(map(str, known))}, the numbers in an action of {embodiment.name}"
         raise RequestError("raw_action_dim", width, allowed, "leave it out for the first of them")
-    if mode.actions is Actions.GIVEN:
+    if mode.actions is ActionRole.GIVEN:
         if request.actions is None:
             raise RequestError("actions", None, f"the actions that {mode.name} is to carry out, [steps, width]")
         num_given, given_width = action_rows("actions", request.actions, width).shape
@@ -322,7 +322,7 @@ def _action_track(
         notes.append(f"the last of {num_given} given actions is repeated, for {chunk_size}")
     statistics = None if like_diffusers else ActionStatistics.of(layout.directory, embodiment.name, width)
     given = None
-    if mode.actions is Actions.GIVEN:
+    if mode.actions is ActionRole.GIVEN:
         given = given_actions("actions", request.actions, width, chunk_size, statistics)
     return ActionTrack(
         chunk_size=chunk_size,
@@ -450,7 +450,7 @@ def _output(mode: Mode, output: str | None) -> str:
         allowed: tuple[str, ...] = IMAGE_KINDS
     elif mode.has_sound:
         allowed = ("mp4", "wav")
-    elif mode.actions is Actions.GENERATED:
+    elif mode.actions is ActionRole.GENERATED:
         allowed = ("mp4", ACTIONS_ONLY)
     else:
         allowed = ("mp4",)

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from cosmos3_core.progress import Progress
+from cosmos3_core.progress import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,7 @@ class Clock:
 
 def run(stream, total, seconds_per_step=2.0, label="denoise"):
     clock = Clock()
-    progress = Progress(stream, clock)
+    progress = ProgressBar(stream, clock)
     progress.start(total, label)
     for step in range(1, total + 1):
         clock.now_s += seconds_per_step
@@ -73,7 +73,7 @@ def test_hours_are_shown():
 
 def test_a_run_that_stops_early_leaves_the_cursor_on_a_fresh_line():
     stream, clock = Terminal(), Clock()
-    progress = Progress(stream, clock)
+    progress = ProgressBar(stream, clock)
     progress.start(10, "denoise")
     progress.close()
     assert stream.getvalue() == ""
@@ -88,7 +88,7 @@ def test_a_run_that_stops_early_leaves_the_cursor_on_a_fresh_line():
 
 def test_a_second_run_starts_afresh():
     stream, clock = io.StringIO(), Clock()
-    progress = Progress(stream, clock)
+    progress = ProgressBar(stream, clock)
     for label in ("denoise", "decode"):
         progress.start(2, label)
         clock.now_s += 1
@@ -113,7 +113,7 @@ def test_a_run_of_no_steps_is_quiet():
 
 
 def test_stderr_is_looked_up_when_the_run_starts(capsys):
-    progress = Progress()
+    progress = ProgressBar()
     progress.start(1, "denoise")
     progress.update(1)
     progress.close()

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.conditioning.modes import MODES, Actions
+from cosmos3_core.conditioning.modes import MODES, ActionRole
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.request import FIELDS, GenerationRequest, ResolvedRequest
 from cosmos3_core.resolve import offered_modes, resolve
@@ -134,7 +134,7 @@ FOREIGN: dict[str, tuple[Any, Callable[[str], bool]]] = {
     # field: a good value of it, whether a mode reads it
     "image": (IMAGE, lambda mode: "image" in MODES[mode].media),
     "video": (CLIP, lambda mode: "video" in MODES[mode].media),
-    "actions": (ACTIONS, lambda mode: MODES[mode].actions is Actions.GIVEN),
+    "actions": (ACTIONS, lambda mode: MODES[mode].actions is ActionRole.GIVEN),
     "action_chunk_size": (8, lambda mode: MODES[mode].has_actions),
     "domain_name": ("av", lambda mode: MODES[mode].has_actions),
     "domain_id": (1, lambda mode: MODES[mode].has_actions),

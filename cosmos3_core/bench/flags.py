@@ -15,7 +15,7 @@ from cosmos3_core.request import FIELDS
 
 
 @dataclass(frozen=True)
-class Model:
+class BenchModel:
     """Which model is measured, so that another process can open the same one.
 
     Attributes:
@@ -57,9 +57,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--without-diffusers", action="store_true", help="measure this project alone")
 
 
-def model_of(options: argparse.Namespace) -> Model:
+def model_of(options: argparse.Namespace) -> BenchModel:
     """The model that the flags of :func:`add_model_flags` name."""
-    return Model(options.checkpoint, options.random_weights, options.dtype)
+    return BenchModel(options.checkpoint, options.random_weights, options.dtype)
 
 
 def check_clip(options: argparse.Namespace, multiple: int) -> None:

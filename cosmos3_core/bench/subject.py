@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cosmos3_core import checks
-from cosmos3_core.bench.flags import Model
+from cosmos3_core.bench.flags import BenchModel
 from cosmos3_core.bench.random_models import RANDOM_MODELS
 from cosmos3_core.checkpoint.configs import SchedulerConfig, TransformerConfig, VideoVAEConfig, geometry
 from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -99,7 +99,7 @@ class Subject:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
 
-def open_subject(model: Model, device: torch.device) -> Subject:
+def open_subject(model: BenchModel, device: torch.device) -> Subject:
     """The model that was chosen, on a device.
 
     Raises:

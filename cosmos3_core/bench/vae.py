@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cosmos3_core.bench.flags import Model
+from cosmos3_core.bench.flags import BenchModel
 from cosmos3_core.bench.ours import video_vae
 from cosmos3_core.bench.peak import peak_growth_bytes
 from cosmos3_core.bench.report import Row, frames_per_second
@@ -29,7 +29,7 @@ PEAK_NOTE = (
 )
 
 
-def measure_vae(subject: Subject, model: Model, clip: Clip, *, runs: int, compare: bool) -> list[Row]:
+def measure_vae(subject: Subject, model: BenchModel, clip: Clip, *, runs: int, compare: bool) -> list[Row]:
     """Speed of decoding and of encoding a conditioning frame, and the memory that decoding takes.
 
     Args:
@@ -75,7 +75,7 @@ def time_vae(
             watch.theirs("encode of one frame (VAE)", run, theirs.encode, frame_BCFYX)
 
 
-def prepare_decode(model: Model, clip: Clip, side: Side) -> Callable[[], object]:
+def prepare_decode(model: BenchModel, clip: Clip, side: Side) -> Callable[[], object]:
     """One side's decode of the clip on the CPU, with everything loaded, for :mod:`cosmos3_core.bench.peak`."""
     subject = open_subject(model, torch.device("cpu"))
     decode = TheirVAE(subject).decode if side == "theirs" else partial(decode_dropping, video_vae(subject), clip)
@@ -91,7 +91,7 @@ def decode_dropping(vae: VideoVAE, clip: Clip, latents_BCTHW: Tensor) -> None:
         del chunk_BCFYX
 
 
-def _peak_mb(subject: Subject, model: Model, clip: Clip, side: Side, decode: Callable[[Tensor], object]) -> float:
+def _peak_mb(subject: Subject, model: BenchModel, clip: Clip, side: Side, decode: Callable[[Tensor], object]) -> float:
     if subject.device.type == "cuda":
         latents_BCTHW = subject.latents(clip)
         num_bytes = peak_allocated_bytes(subject.device, lambda: decode(latents_BCTHW))

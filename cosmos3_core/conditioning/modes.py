@@ -25,7 +25,7 @@ class Resizing(Enum):
     PAD = "pad"
 
 
-class Actions(Enum):
+class ActionRole(Enum):
     """Whether actions are part of a request."""
 
     NONE = "none"
@@ -77,7 +77,7 @@ class Mode:
     media: tuple[str, ...] = ()
     clean_frames: CleanFrames = _no_frame
     resizing: Resizing | None = None
-    actions: Actions = Actions.NONE
+    actions: ActionRole = ActionRole.NONE
     has_sound: bool = False
     is_image: bool = False
     needs_prompt: bool = True
@@ -93,7 +93,7 @@ class Mode:
     @property
     def has_actions(self) -> bool:
         """Whether actions are part of it."""
-        return self.actions is not Actions.NONE
+        return self.actions is not ActionRole.NONE
 
 
 TEXT_TO_IMAGE = "text_to_image"
@@ -111,17 +111,17 @@ _SILENT = (
     Mode(VIDEO_TO_VIDEO, (VIDEO,), _chosen_frames, Resizing.STRETCH, chooses_frames=True),
 )
 _ACTING = (
-    Mode(FORWARD_DYNAMICS, (IMAGE, VIDEO), _first_frame, Resizing.PAD, Actions.GIVEN, needs_prompt=False),
+    Mode(FORWARD_DYNAMICS, (IMAGE, VIDEO), _first_frame, Resizing.PAD, ActionRole.GIVEN, needs_prompt=False),
     Mode(
         INVERSE_DYNAMICS,
         (VIDEO,),
         _all_frames,
         Resizing.PAD,
-        Actions.GENERATED,
+        ActionRole.GENERATED,
         needs_prompt=False,
         output=ACTIONS_ONLY,  # the pictures are the given ones over again
     ),
-    Mode(POLICY, (IMAGE, VIDEO), _first_frame, Resizing.PAD, Actions.GENERATED),
+    Mode(POLICY, (IMAGE, VIDEO), _first_frame, Resizing.PAD, ActionRole.GENERATED),
 )
 _ALL = (
     Mode(TEXT_TO_IMAGE, is_image=True),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cosmos3_core.checkpoint.configs import AudioVAEConfig
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.vae.audio_blocks import Decoder
+from cosmos3_core.vae.audio_blocks import AudioDecoder
 
 CHUNK_LATENTS = 512
 """Latents of a chunk where the caller names no number: 20 s of sound, longer than what is usually asked for."""
@@ -48,7 +48,7 @@ class AudioVAE(nn.Module):
         _check_architecture(config)
         self.config = config
         # The published lists run from the waveform to the latents; decoding goes the other way.
-        self.decoder = Decoder(
+        self.decoder = AudioDecoder(
             tuple(config.dec_dim * multiple for multiple in (1, *config.dec_c_mults))[::-1],
             config.dec_strides[::-1],
             in_channels=config.vocoder_input_dim,

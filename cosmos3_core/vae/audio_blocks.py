@@ -146,7 +146,7 @@ class ResidualUnit(nn.Module):
         return self.conv1.inputs_of(*self.conv2.inputs_of(first, last))
 
 
-class UpBlock(nn.Module):
+class AudioUpBlock(nn.Module):
     """Upsampling behind a snake, then three residual units that look ever farther."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -169,7 +169,7 @@ class UpBlock(nn.Module):
         return first, last
 
 
-class Decoder(nn.Module):
+class AudioDecoder(nn.Module):
     """Latents -> waveform, not yet clamped: the widest block first, then block by block finer and narrower.
 
     Args:
@@ -185,7 +185,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv1 = NormedConv(in_channels, widths[0], _KERNEL)
         self.block = nn.ModuleList(
-            UpBlock(wide, narrow, stride) for wide, narrow, stride in zip(widths[:-1], widths[1:], strides, strict=True)
+            AudioUpBlock(wide, narrow, stride)
+            for wide, narrow, stride in zip(widths[:-1], widths[1:], strides, strict=True)
         )
         self.snake1 = Snake(widths[-1])
         self.conv2 = NormedConv(widths[-1], out_channels, _KERNEL, bias=False)
@@ -200,8 +201,8 @@ class Decoder(nn.Module):
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
         """First and last latent that samples ``first`` to ``last`` are made of."""
-        blocks = cast("list[UpBlock]", list(self.block))
-        layers: list[NormedConv | UpBlock] = [self.conv1, *blocks, self.conv2]
+        blocks = cast("list[AudioUpBlock]", list(self.block))
+        layers: list[NormedConv | AudioUpBlock] = [self.conv1, *blocks, self.conv2]
         for layer in reversed(layers):
             first, last = layer.inputs_of(first, last)
         return first, last

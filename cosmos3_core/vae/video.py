@@ -32,11 +32,11 @@ from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.ops.video import VideoOps
 from cosmos3_core.shapes import Geometry
 from cosmos3_core.vae.frame_part import WHOLE, FramePart
-from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, MidBlock, RMSNorm, number_slots
-from cosmos3_core.vae.video_resample import DownBlock, UpBlock
+from cosmos3_core.vae.video_blocks import CausalConv3d, ChannelRMSNorm, FrameCache, MidBlock, number_slots
+from cosmos3_core.vae.video_resample import DownBlock, VideoUpBlock
 
 
-class Decoder(nn.Module):
+class VideoDecoder(nn.Module):
     """Latents -> patched pixels: the widest blocks first, then block by block finer and narrower."""
 
     def __init__(self, config: VideoVAEConfig, ops: VideoOps) -> None:
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3), ops)
         self.mid_block = MidBlock(widths[0], ops)
         self.up_blocks = nn.ModuleList(
-            UpBlock(
+            VideoUpBlock(
                 widths[level],
                 widths[level + 1],
                 config.num_res_blocks + 1,
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
             )
             for level in range(last + 1)
         )
-        self.norm_out = RMSNorm(widths[-1], num_grid_axes=3)
+        self.norm_out = ChannelRMSNorm(widths[-1], num_grid_axes=3)
         self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3), ops)
         self.num_slots = number_slots(self)
 
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
             for level in range(last + 1)
         )
         self.mid_block = MidBlock(widths[-1], ops)
-        self.norm_out = RMSNorm(widths[-1], num_grid_axes=3)
+        self.norm_out = ChannelRMSNorm(widths[-1], num_grid_axes=3)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3), ops)
         self.num_slots = number_slots(self)
 
@@ -135,7 +135,7 @@ class VideoVAE(nn.Module):
         self.encoder = Encoder(config, ops) if with_encoder else None
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), ops) if with_encoder else None
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), ops)
-        self.decoder = Decoder(config, ops)
+        self.decoder = VideoDecoder(config, ops)
         self.requires_grad_(False)
 
     def use_channels_last(self) -> None:

@@ -87,7 +87,7 @@ class CausalConv3d(nn.Conv3d):
         return self._conv_forward(x_BCTHW, self.weight, None if self.leaves_bias else self.bias)
 
     def window(
-        self, x_BCTHW: Tensor, cache: FrameCache, *, norm: RMSNorm | None = None, bias_C: Tensor | None = None
+        self, x_BCTHW: Tensor, cache: FrameCache, *, norm: ChannelRMSNorm | None = None, bias_C: Tensor | None = None
     ) -> Tensor:
         """``x`` behind its history and inside its border, in the weight's memory format; updates ``cache``.
 
@@ -147,7 +147,7 @@ def number_slots(network: nn.Module) -> int:
     return len(looking_back)
 
 
-class RMSNorm(nn.Module):
+class ChannelRMSNorm(nn.Module):
     """Every position's channel vector scaled to length sqrt(C), times a learned gain per channel.
 
     In front of a causal convolution it only holds the gain: norm, SiLU and window are one operator.
@@ -172,9 +172,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, ops: VideoOps) -> None:
         super().__init__()
         self.ops = ops
-        self.norm1 = RMSNorm(in_channels, num_grid_axes=3)
+        self.norm1 = ChannelRMSNorm(in_channels, num_grid_axes=3)
         self.conv1 = CausalConv3d(in_channels, out_channels, (3, 3, 3), ops, leaves_bias=True)
-        self.norm2 = RMSNorm(out_channels, num_grid_axes=3)
+        self.norm2 = ChannelRMSNorm(out_channels, num_grid_axes=3)
         self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3), ops, leaves_bias=True)
         changes_width = in_channels != out_channels
         self.conv_shortcut = (
@@ -200,7 +200,7 @@ class FrameAttention(nn.Module):
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(num_channels, num_grid_axes=2)
+        self.norm = ChannelRMSNorm(num_channels, num_grid_axes=2)
         self.to_qkv = nn.Conv2d(num_channels, 3 * num_channels, 1)
         self.proj = nn.Conv2d(num_channels, num_channels, 1)
 

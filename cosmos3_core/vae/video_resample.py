@@ -195,7 +195,7 @@ class AverageDown(nn.Module):
         return channels_BCTHW.unflatten(1, (self.out_channels, -1)).mean(dim=2)
 
 
-class UpBlock(nn.Module):
+class VideoUpBlock(nn.Module):
     """Residual blocks, then an :class:`Upsampler` with its shortcut, which the last block of the decoder lacks.
 
     Args:

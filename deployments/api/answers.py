@@ -38,7 +38,7 @@ class GeneratedFile(ApiModel):
     b64_json: _Base64
 
 
-class GeneratedActions(ApiModel):
+class ActionsAnswer(ApiModel):
     """Actions that were made while the client waited, and the clip that goes with them."""
 
     id: JobId
@@ -95,7 +95,7 @@ class Ready(ApiModel):
     status: Literal["ready"] = "ready"
 
 
-class NotReady(ApiModel):
+class NotReadyAnswer(ApiModel):
     """Requests should go elsewhere for now."""
 
     status: Literal["not ready", "shutting down"]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from cosmos3_core import checks
-from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE, Actions
+from cosmos3_core.conditioning.modes import MODES, TEXT_TO_IMAGE, ActionRole
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.file_kinds import IMAGE_KINDS
 from cosmos3_core.preview import MAX_PREVIEWS
@@ -261,7 +261,7 @@ class SyncBody(_ClipBody):
         (request,) = super().requests()
         if self.stream:
             is_clip = request.output in (None, "mp4") and request.num_frames != 1 and request.mode != TEXT_TO_IMAGE
-            if not is_clip or (request.mode is not None and MODES[request.mode].actions is Actions.GENERATED):
+            if not is_clip or (request.mode is not None and MODES[request.mode].actions is ActionRole.GENERATED):
                 allowed = "false but for an mp4 without generated actions"
                 raise RequestError("stream", True, allowed, "Nothing else grows.")
         return (request,)

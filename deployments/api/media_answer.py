@@ -15,7 +15,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from cosmos3_core.media.file_kinds import SUFFIXES
-from deployments.api.answers import GeneratedActions, GeneratedFile, Image, ImageMetrics, Images
+from deployments.api.answers import ActionsAnswer, GeneratedFile, Image, ImageMetrics, Images
 from deployments.api.bodies import ParsedBody
 from deployments.api.content import PartsResponse, finished_parts, live_parts
 from deployments.api.exchange import Exchange
@@ -50,7 +50,7 @@ async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore)
     if event.num_bytes:
         data = await _whole(event, held, media)
         video = GeneratedFile(media_type=event.media_type, b64_json=base64.b64encode(data).decode())
-    answer = GeneratedActions(
+    answer = ActionsAnswer(
         id=event.job_id,
         mode=event.mode,
         actions=event.actions.as_json(),

@@ -20,7 +20,7 @@ from deployments.observability.metrics import metrics_text
 from deployments.served_model import Model, offers_sound
 
 
-class Ready(Protocol):
+class ReadinessCheck(Protocol):
     """Readiness of the stages, :class:`deployments.api.readiness.Readiness`."""
 
     async def waiting_for(self) -> list[str]:
@@ -57,7 +57,7 @@ class Service:
     jobs: JobService
     director: Any
     streaming: Any
-    ready: Ready
+    ready: ReadinessCheck
     metrics_text: Callable[[], Awaitable[tuple[str, str]]]
     has_guardrails: bool = False
     hosts: frozenset[str] | None = None
@@ -70,7 +70,7 @@ class Service:
         self.room = MemoryBudget(self.http.max_bodies_bytes)
 
     @classmethod
-    def open(cls, config: AppConfig, director: Any, ready: Ready, host: str) -> Self:
+    def open(cls, config: AppConfig, director: Any, ready: ReadinessCheck, host: str) -> Self:
         """Open what an ingress works with.
 
         Args:

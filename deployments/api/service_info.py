@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deployments.api.answers import Health, NotReady, Ready
+from deployments.api.answers import Health, NotReadyAnswer, Ready
 from deployments.api.call import CurrentCall, routes, service_of
 from deployments.api.openapi import Responses, document, header_docs, responses
 from deployments.served_model import ModelList
@@ -17,7 +17,7 @@ OPEN_PATHS = ("/health", "/ready", "/openapi.json")
 _RETRY_S = 5
 _OPEN: dict[str, list[str]] = {"security": []}
 _NOT_READY: Responses = {
-    503: {"model": NotReady, "description": "not yet, or not any more", "headers": header_docs("Retry-After")}
+    503: {"model": NotReadyAnswer, "description": "not yet, or not any more", "headers": header_docs("Retry-After")}
 }
 _NUMBERS: Responses = {200: {"description": "numbers", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
@@ -41,9 +41,9 @@ async def ready(request: Request) -> Response:
     """Say whether every stage has a running replica; if not, name the stages that have none."""
     service = service_of(request)
     if service.is_draining:
-        body: Ready | NotReady = NotReady(status="shutting down")
+        body: Ready | NotReadyAnswer = NotReadyAnswer(status="shutting down")
     elif waiting_for := await service.ready.waiting_for():
-        body = NotReady(status="not ready", waiting_for=tuple(waiting_for))
+        body = NotReadyAnswer(status="not ready", waiting_for=tuple(waiting_for))
     else:
         return JSONResponse(Ready().as_json())
     return JSONResponse(body.model_dump(exclude_unset=True), status_code=503, headers={"retry-after": str(_RETRY_S)})

@@ -10,7 +10,7 @@ from fastapi import Query
 from starlette.responses import Response
 
 from cluster.errors import StageFailed
-from deployments.api.answers import GeneratedActions
+from deployments.api.answers import ActionsAnswer
 from deployments.api.bodies import parse
 from deployments.api.body_limit import read_fields
 from deployments.api.call import Call, CurrentCall, IdempotencyKey, NoReplay, RequestId, VideoId, routes
@@ -49,7 +49,7 @@ async def create_video(
 
 @router.post(
     Endpoint.SYNC,
-    responses=responses({200: made_files(GeneratedActions)}, has_body=True),
+    responses=responses({200: made_files(ActionsAnswer)}, has_body=True),
     openapi_extra=takes(SyncBody),
 )
 async def create_video_and_wait(

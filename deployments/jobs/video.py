@@ -61,7 +61,7 @@ class VideoError(ApiModel):
     message: str
 
 
-class Metrics(TypedDict):
+class VideoMetrics(TypedDict):
     """How long a video waited and ran, as far as that is over."""
 
     queue_s: NotRequired[Annotated[Seconds, Field(description="until its run began; earlier runs included")]]
@@ -90,7 +90,7 @@ class Video(ApiModel):
     fps: Seconds
     num_frames: Count
     duration_s: Seconds
-    metrics: Metrics
+    metrics: VideoMetrics
     stage_durations: Annotated[Mapping[str, Seconds], Field(description="stage -> seconds")]
     peak_memory_mb: Annotated[None, Field(description="not measured")]
     action: Annotated[Actions | None, Field(repr=False)]
@@ -236,8 +236,8 @@ def _error(job: Job) -> VideoError | None:
     return VideoError(code=job.error_code or job.state.value, message=job.error_message or _DEFAULT_MESSAGES[job.state])
 
 
-def _metrics(job: Job) -> Metrics:
-    metrics: Metrics = {}
+def _metrics(job: Job) -> VideoMetrics:
+    metrics: VideoMetrics = {}
     if job.started_s is not None:
         metrics["queue_s"] = round(max(job.started_s - job.created_s, 0.0), 3)
         if job.completed_s is not None:

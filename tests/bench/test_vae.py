@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from cosmos3_core.bench.__main__ import main
-from cosmos3_core.bench.flags import Model
+from cosmos3_core.bench.flags import BenchModel
 from cosmos3_core.bench.peak import peak_growth_bytes
 from cosmos3_core.bench.subject import Clip, open_subject
 from cosmos3_core.bench.vae import decode_dropping, prepare_decode
 
-TINY = Model(random_weights="tiny")
+TINY = BenchModel(random_weights="tiny")
 SHAPE = ["--random-weights", "tiny", "--num-frames", "33", "--height", "64", "--width", "96", "--device", "cpu"]
 MEASURES = [
     ("decode, first chunk", "s"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos3_core.conditioning.modes import MODES, Actions, Mode, Resizing
+from cosmos3_core.conditioning.modes import MODES, ActionRole, Mode, Resizing
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.generate import generate
@@ -88,16 +88,16 @@ def test_the_modes_are_the_published_ones() -> None:
     """Media that is brought, latent frames of five that it gives, (those of (0, 1) that were chosen), what else."""
     image, video, either = ("image",), ("video",), ("image", "video")
     expected = {
-        "text_to_image": ((), (), None, Actions.NONE),
-        "text_to_video": ((), (), None, Actions.NONE),
-        "image_to_video": (image, (0,), Resizing.CROP, Actions.NONE),
-        "video_to_video": (video, (0, 1), Resizing.STRETCH, Actions.NONE),
-        "text_to_video_with_sound": ((), (), None, Actions.NONE),
-        "image_to_video_with_sound": (image, (0,), Resizing.CROP, Actions.NONE),
-        "video_to_video_with_sound": (video, (0, 1), Resizing.STRETCH, Actions.NONE),
-        "forward_dynamics": (either, (0,), Resizing.PAD, Actions.GIVEN),
-        "inverse_dynamics": (video, (0, 1, 2, 3, 4), Resizing.PAD, Actions.GENERATED),
-        "policy": (either, (0,), Resizing.PAD, Actions.GENERATED),
+        "text_to_image": ((), (), None, ActionRole.NONE),
+        "text_to_video": ((), (), None, ActionRole.NONE),
+        "image_to_video": (image, (0,), Resizing.CROP, ActionRole.NONE),
+        "video_to_video": (video, (0, 1), Resizing.STRETCH, ActionRole.NONE),
+        "text_to_video_with_sound": ((), (), None, ActionRole.NONE),
+        "image_to_video_with_sound": (image, (0,), Resizing.CROP, ActionRole.NONE),
+        "video_to_video_with_sound": (video, (0, 1), Resizing.STRETCH, ActionRole.NONE),
+        "forward_dynamics": (either, (0,), Resizing.PAD, ActionRole.GIVEN),
+        "inverse_dynamics": (video, (0, 1, 2, 3, 4), Resizing.PAD, ActionRole.GENERATED),
+        "policy": (either, (0,), Resizing.PAD, ActionRole.GENERATED),
     }
     assert {
         name: (mode.media, mode.clean_frames(5, (0, 1)), mode.resizing, mode.actions) for name, mode in MODES.items()

@@ -1,5 +1,6 @@
 """README and ``docs/``: what they name is there, so that no move leaves them behind."""
 
+import argparse
 import ast
 import math
 import re
@@ -11,6 +12,7 @@ import yaml
 from cosmos3_core.bench.random_models import RANDOM_MODELS
 from cosmos3_core.checkpoint.configs import AudioVAEConfig
 from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tensors, video_vae_tensors
+from cosmos3_core.request_flags import add_request_flags
 from deployments.config import AppConfig
 from deployments.observability.metrics import TABLE
 from tests.pages import KINDS, PAGES, README, ROOT, blocks_of
@@ -112,6 +114,9 @@ def test_flags_named_are_there(page, product):
     spans = [span for span in code_spans(page) if not span.startswith(("hf ", "pip "))]
     named = {flag for span in spans for flag in re.findall(r"--[a-z][a-z-]+", span)}
     defined = {flag for source in product for flag in re.findall(r'"(--[a-z][a-z-]+)"', source.text)}
+    parser = argparse.ArgumentParser()
+    add_request_flags(parser)
+    defined |= set(re.findall(r"--[a-z][a-z-]+", parser.format_usage()))
     assert named <= defined | {"--help"}
 
 
