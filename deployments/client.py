@@ -1,4 +1,4 @@
-"""A running app from Python: one interface over HTTP and over handles, for threads and for event loops.
+"""The Python client of a running app: one interface over HTTP and over handles, for threads and for event loops.
 
 client = connect()                                                    # from any process of the Ray cluster
 client = Cosmos3Client.over_http("http://127.0.0.1:8000", api_key)    # from anywhere
@@ -19,9 +19,8 @@ from cluster.errors import AppNotFound
 from cosmos3_core import checks
 from deployments.clients.asynchronous import DEFAULT_CALL_S, LONGEST_S, AsyncCosmos3Client, Generation
 from deployments.clients.blocking import Cosmos3Client, VideoStream
-from deployments.clients.following import DEFAULT_PATIENCE, Patience
 from deployments.clients.http_calls import Connecting
-from deployments.clients.video_stream import AsyncVideoStream
+from deployments.clients.streams import DEFAULT_PATIENCE, AsyncVideoStream, Patience
 from deployments.jobs.video import Video, VideoError, VideoPage
 from deployments.served_model import Model
 
@@ -48,42 +47,41 @@ __all__ = [
 def connect(
     app_name: str = "cosmos3", *, timeout_s: float = DEFAULT_CALL_S, patience: Patience = DEFAULT_PATIENCE
 ) -> Cosmos3Client:
-    """The running app of that name.
+    """Connect to a running app by its name, in the Ray cluster that this process has joined.
 
-    It is looked for in the Ray cluster that this process is connected to; if it is to none, in the one that
-    ``RAY_ADDRESS`` names or that runs on this machine. Where several run on it, name one: ``cosmos3 serve`` prints
-    the environment that leads to its own.
+    A process that has joined none joins the cluster that ``RAY_ADDRESS`` names, or the one of this machine. Where this
+    machine runs several, set it: ``cosmos3 serve`` prints the environment of its own.
 
     Args:
         app_name: of the Serve application.
         timeout_s: for one call that answers at once.
-        patience: what is tried again; by default nothing but broken streams of events.
+        patience: what is retried; by default only broken streams of events.
 
     Raises:
         AppNotFound: there is no such cluster, it refuses this process, or no such app runs in it.
     """
-    return Cosmos3Client(AsyncCosmos3Client(_transport(app_name, timeout_s), patience))
+    return Cosmos3Client(AsyncCosmos3Client(_make_transport(app_name, timeout_s), patience))
 
 
 async def connect_async(
     app_name: str = "cosmos3", *, timeout_s: float = DEFAULT_CALL_S, patience: Patience = DEFAULT_PATIENCE
 ) -> AsyncCosmos3Client:
-    """The same for this event loop.
+    """Connect as :func:`connect`, for this event loop.
 
     Raises:
         AppNotFound: as :func:`connect`.
     """
-    return AsyncCosmos3Client(await asyncio.to_thread(_transport, app_name, timeout_s), patience)
+    return AsyncCosmos3Client(await asyncio.to_thread(_make_transport, app_name, timeout_s), patience)
 
 
-def _transport(app_name: str, timeout_s: float) -> HandleTransport:
+def _make_transport(app_name: str, timeout_s: float) -> HandleTransport:
     from deployments.clients.handle_transport import HandleTransport
 
     timeout_s = checks.real("timeout_s", timeout_s, 0, LONGEST_S)
-    return HandleTransport(_director(app_name), timeout_s)
+    return HandleTransport(_find_director(app_name), timeout_s)
 
 
-def _director(app_name: str) -> Any:
+def _find_director(app_name: str) -> Any:
     import ray
     from ray import serve
     from ray.serve.exceptions import RayServeException

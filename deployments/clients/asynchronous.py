@@ -1,11 +1,11 @@
-"""The client for event loops. The one for threads, :mod:`deployments.clients.blocking`, runs this one."""
+"""The client for event loops. The client for threads, :mod:`deployments.clients.blocking`, runs this one."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,42 +13,40 @@ from typing import Self, TypeVar
 
 from cluster.errors import DeadlineExceeded
 from cosmos3_core import checks
+from cosmos3_core.errors import MediaError
+from cosmos3_core.media.output import OutputFile
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.answers import read_answer
-from deployments.clients.deadline import Deadline
-from deployments.clients.errors import COMEBACK, NotFound, UnreachableError
-from deployments.clients.following import DEFAULT_PATIENCE, Patience, following
+from deployments.clients.errors import WITH_RETRY_AFTER, NotFound, UnreachableError
 from deployments.clients.http_calls import DIRECTLY, Connecting
 from deployments.clients.http_transport import HttpTransport
-from deployments.clients.saving import write_parts
-from deployments.clients.transport import VIDEO, Transport
-from deployments.clients.video_stream import AsyncVideoStream, told
+from deployments.clients.streams import DEFAULT_PATIENCE, AsyncVideoStream, Patience, follow_attached, follow_video
+from deployments.clients.transport import VIDEO, Deadline, Transport, read_answer
 from deployments.jobs.events import VideoEnded, VideoEvent
 from deployments.jobs.job import SubmitOptions
 from deployments.jobs.video import Video, VideoPage
 from deployments.served_model import Model, ModelList
 
 DEFAULT_TIMEOUT_S = 3600.0
-"""For a video: making it, waiting for it, reading its file."""
+"""Time-out for a video: to generate it, to wait for it, to read its file."""
 DEFAULT_CALL_S = 120.0
-"""For a call that answers at once, uploads included."""
+"""Time-out for a call that answers at once, uploads included."""
 
 _T = TypeVar("_T")
 LONGEST_S = 1e6
-"""Any time-out is at most this."""
+"""Longest time-out that is accepted."""
 _MAX_PAGE = 100
-# Of any id that an app gives; what looks otherwise is not asked for.
+# All ids of an app match this; others are refused here.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished request in one piece.
+    """A finished video with its file in memory.
 
     Attributes:
-        media: its file; empty where there is none, only actions.
-        video: what is known of it.
+        media: the file; empty where there are only actions.
+        video: its record.
     """
 
     media: bytes = field(repr=False)
@@ -56,14 +54,14 @@ class Generation:
 
 
 class AsyncCosmos3Client:
-    """A running app, for one event loop; made by :meth:`over_http` or :func:`deployments.client.connect_async`.
+    """A client of one app, for one event loop; from :meth:`over_http` or :func:`deployments.client.connect_async`.
 
-    Every call raises what :mod:`deployments.clients.errors` has: :class:`NotFound` where there is no such video,
+    Every call raises the errors of :mod:`deployments.clients.errors`: :class:`NotFound` where there is no such video,
     :class:`UnreachableError` where no answer comes in time.
 
     Args:
-        transport: how the app is reached.
-        patience: what is tried again.
+        transport: the way to the app.
+        patience: what is retried.
     """
 
     def __init__(self, transport: Transport, patience: Patience = DEFAULT_PATIENCE) -> None:
@@ -80,14 +78,14 @@ class AsyncCosmos3Client:
         patience: Patience = DEFAULT_PATIENCE,
         connecting: Connecting = DIRECTLY,
     ) -> Self:
-        """Of an app's URL.
+        """Make a client of the app at a URL.
 
         Args:
             url: such as http://127.0.0.1:8000.
-            api_key: None where the app asks for none.
+            api_key: None where the app requires none.
             timeout_s: for one call that answers at once.
-            patience: what is tried again; by default nothing but broken streams of events.
-            connecting: proxy, certificates.
+            patience: what is retried; by default only broken streams of events.
+            connecting: proxy and certificates.
 
         Raises:
             RequestError: not a URL, or a key that no header can hold.
@@ -104,23 +102,23 @@ class AsyncCosmos3Client:
         previews: int = 0,
         request_id: str | None = None,
     ) -> Video:
-        """Have a video made, whatever becomes of the caller.
+        """Submit a video that keeps running when the caller leaves.
 
         Args:
-            request: what is asked for; images and clips given as paths are read here, in the caller's process.
-            idempotency_key: a second call with it gives the video of the first.
-            service_class: that it waits in; None: the app's standard one.
-            previews: how many pictures of what is being made to put among its events, 32 at most.
+            request: images and clips given as paths are read here, in the caller's process.
+            idempotency_key: a second call with the same key returns the video of the first.
+            service_class: of the queue; None: the app's standard class.
+            previews: number of preview events, 32 at most.
             request_id: the caller's name for it, for logs.
 
         Raises:
             RequestError: the request is wrong, or its image or clip cannot be read.
-            OverloadedError, ShuttingDown: no place is free; says when to try again.
+            OverloadedError, ShuttingDown: no place is free; ``retry_after_s`` says when to try again.
             IdempotencyConflict: the key was used for another request.
-            ContentBlocked: a guardrail has stopped it.
+            ContentBlocked: a guardrail blocked the request.
         """
         options = _options(request_id, idempotency_key, service_class, previews)
-        return read_answer(Video, await self._patiently(lambda: self._transport.submit(request, options)))
+        return read_answer(Video, await self._call(lambda: self._transport.submit(request, options)))
 
     async def remix(
         self,
@@ -130,32 +128,32 @@ class AsyncCosmos3Client:
         idempotency_key: str | None = None,
         request_id: str | None = None,
     ) -> Video:
-        """Have a video made again with the same seed and fields and another prompt.
+        """Submit a video again with the same seed and fields and another prompt.
 
         Raises:
             Cosmos3Error: as :meth:`create`.
         """
         options = _options(request_id, idempotency_key, None, 0)
         _check_id(video_id)
-        return read_answer(Video, await self._patiently(lambda: self._transport.remix(video_id, prompt, options)))
+        return read_answer(Video, await self._call(lambda: self._transport.remix(video_id, prompt, options)))
 
     async def retrieve(self, video_id: str) -> Video:
-        """What is known of a video; of one that failed as well."""
+        """Return a video, failed ones too."""
         _check_id(video_id)
-        return read_answer(Video, await self._patiently(lambda: self._transport.job(video_id)))
+        return read_answer(Video, await self._call(lambda: self._transport.job(video_id)))
 
     async def list(self, after: str | None = None, *, limit: int = 20, order: str = "desc") -> VideoPage:
-        """Some of the videos: those behind ``after``, the newest first unless ``order`` is "asc".
+        """Return a page of the videos after ``after``, the newest first unless ``order`` is "asc".
 
         Raises:
-            RequestError: a value is out of range, or nothing is known of ``after``.
+            RequestError: a value is out of range, or ``after`` is unknown.
         """
         limit = checks.integer("limit", limit, 1, _MAX_PAGE)
         order = checks.choice("order", order, ("asc", "desc"))
-        return read_answer(VideoPage, await self._patiently(lambda: self._transport.jobs(after, limit, order)))
+        return read_answer(VideoPage, await self._call(lambda: self._transport.jobs(after, limit, order)))
 
     async def list_all(self, *, order: str = "desc") -> AsyncGenerator[Video, None]:
-        """All videos, page after page."""
+        """Yield all videos, page by page."""
         after: str | None = None
         while True:
             page = await self.list(after, limit=_MAX_PAGE, order=order)
@@ -166,41 +164,41 @@ class AsyncCosmos3Client:
             after = page.videos[-1].id
 
     async def cancel(self, video_id: str) -> Video:
-        """Stop a video; one that has ended stays as it is. It has failed then, with the code "cancelled"."""
+        """Stop a video, which then has failed with the code "cancelled"; one that has ended stays as it is."""
         _check_id(video_id)
-        return read_answer(Video, await self._patiently(lambda: self._transport.cancel(video_id)))
+        return read_answer(Video, await self._call(lambda: self._transport.cancel(video_id)))
 
     async def delete(self, video_id: str) -> None:
-        """Stop a video and forget it, file and all."""
+        """Stop a video and delete its record and file."""
         _check_id(video_id)
-        await self._patiently(lambda: self._transport.delete(video_id))
+        await self._call(lambda: self._transport.delete(video_id))
 
     async def models(self) -> tuple[Model, ...]:
-        """What is served."""
-        return read_answer(ModelList, await self._patiently(self._transport.models)).data
+        """Return the models that the app serves."""
+        return read_answer(ModelList, await self._call(self._transport.models)).data
 
     async def events(
         self, video_id: str, after: int = 0, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> AsyncGenerator[VideoEvent, None]:
-        """What happens to a video, from event number ``after`` on; :class:`VideoEnded` is the last.
+        """Yield a video's events after number ``after``; :class:`VideoEnded` is the last.
 
-        Goes on by itself where the connection breaks, with every event once. Leaving it leaves the video alone.
+        Reconnects when the connection breaks; every event comes once. Closing the iterator does not stop the video.
 
         Raises, while iterating:
             DeadlineExceeded: it has not ended within ``timeout_s``.
-            UnreachableError: the app is away for too long.
+            UnreachableError: the app is away for longer than ``patience`` allows.
         """
         _check_id(video_id)
         deadline = _deadline(timeout_s)
-        async with aclosing(following(self._transport, video_id, after, deadline, self._patience)) as events:
+        async with aclosing(follow_video(self._transport, video_id, after, deadline, self._patience)) as events:
             async for event in events:
                 yield event
 
     async def wait(self, video_id: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Video:
-        """The video when it has ended, well or not.
+        """Return the video when it has ended, completed or failed.
 
         Raises:
-            DeadlineExceeded: it has not ended in time; it goes on.
+            DeadlineExceeded: it has not ended in time; it keeps running.
         """
         async with aclosing(self.events(video_id, timeout_s=timeout_s)) as events:
             async for event in events:
@@ -211,17 +209,17 @@ class AsyncCosmos3Client:
     async def content(
         self, video_id: str, variant: str = VIDEO, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> AsyncGenerator[bytes, None]:
-        """A video's file in parts, never the whole of it.
+        """Yield a video's file in parts.
 
         Args:
             video_id: of a finished video; over HTTP also of one whose file grows.
-            variant: "video", the file itself, whatever it is; "thumbnail", "spritesheet", "audio" or "action".
-            timeout_s: for all of it.
+            variant: "video" (the file itself), "thumbnail", "spritesheet", "audio" or "action".
+            timeout_s: for the whole file.
 
         Raises, while iterating:
-            NotFound: there is no such file, or not any more.
-            NotReady: not yet.
-            UnreachableError: it did not come whole, or not in time.
+            NotFound: there is no such file, or it was deleted.
+            NotReady: the file is not written yet.
+            UnreachableError: the file broke off, or did not come in time.
         """
         _check_id(video_id)
         timeout_s = checks.real("timeout_s", timeout_s, 0, LONGEST_S)
@@ -232,11 +230,11 @@ class AsyncCosmos3Client:
     async def save(
         self, video_id: str, path: str | Path, variant: str = VIDEO, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> Path:
-        """Write a video's file to a path, where it appears when it is whole. Returns the path.
+        """Write a video's file to a path, where it appears when it is whole; return the path.
 
         Raises:
-            RequestError: no place for a file.
-            MediaError: it cannot be written.
+            RequestError: there can be no file at ``path``.
+            MediaError: the file cannot be written.
             Cosmos3Error: as :meth:`content`.
         """
         async with aclosing(self.content(video_id, variant, timeout_s=timeout_s)) as parts:
@@ -252,22 +250,22 @@ class AsyncCosmos3Client:
         previews: int = 0,
         request_id: str | None = None,
     ) -> AsyncVideoStream:
-        """Have a video made for this caller alone, and follow it; returns when it has its place.
+        """Generate a video for this caller alone; return its events when it is accepted.
 
-        Leaving the stream, closing or dropping it stops the work of every stage.
+        Closing or dropping the stream, or leaving its block, stops the work of every stage.
 
         Args:
-            request, service_class, previews, request_id: as of :meth:`create`.
-            timeout_s: until it is done; the app may have a shorter limit.
+            request, service_class, previews, request_id: as in :meth:`create`.
+            timeout_s: for the whole video; the app may have a shorter limit.
 
         Raises:
             Cosmos3Error: as :meth:`create`.
-            DeadlineExceeded: it has no place in time.
+            DeadlineExceeded: it was not accepted in time.
         """
         options = _options(request_id, None, service_class, previews)
         deadline = _deadline(timeout_s)
         try:
-            attached = await self._patiently(
+            attached = await self._call(
                 lambda: self._transport.attach(request, options, deadline.left_s), deadline.left_s
             )
         except UnreachableError:
@@ -275,9 +273,9 @@ class AsyncCosmos3Client:
                 raise DeadlineExceeded("submit", timeout_s) from None
             raise
         if attached.events is not None:
-            events = told(attached.events, deadline)
+            events = follow_attached(attached.events, deadline)
         else:
-            events = following(self._transport, attached.video_id, 0, deadline, self._patience)
+            events = follow_video(self._transport, attached.video_id, 0, deadline, self._patience)
         return AsyncVideoStream(attached.video_id, events, attached.leave)
 
     async def generate(
@@ -288,10 +286,10 @@ class AsyncCosmos3Client:
         service_class: str | None = None,
         request_id: str | None = None,
     ) -> Generation:
-        """Have a video made and wait for its file. Who gives up waiting stops it.
+        """Generate a video and return it with its file. Cancelling the call stops the work.
 
         Raises:
-            Cosmos3Error: as :meth:`create`; and why it failed, as the stream of :meth:`stream`.
+            Cosmos3Error: as :meth:`create`, and as the stream of :meth:`stream` where the video fails.
         """
         deadline = _deadline(timeout_s)
         events = await self.stream(request, timeout_s=timeout_s, service_class=service_class, request_id=request_id)
@@ -310,7 +308,7 @@ class AsyncCosmos3Client:
         return Generation(bytes(media), video)
 
     async def aclose(self) -> None:
-        """Close the connections. Streams that are open break."""
+        """Close the connections; open streams break."""
         await self._transport.aclose()
 
     async def __aenter__(self) -> Self:
@@ -319,18 +317,18 @@ class AsyncCosmos3Client:
     async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
-    async def _patiently(self, call: Callable[[], Awaitable[_T]], limit_s: float = LONGEST_S) -> _T:
-        """A call, put off where the app says when to come back, as long as ``max_wait_s`` and the limit allow."""
+    async def _call(self, call: Callable[[], Awaitable[_T]], limit_s: float = LONGEST_S) -> _T:
+        """Call, and retry after the app's ``retry_after_s`` as long as ``max_wait_s`` and the limit allow."""
         left_s = min(self._patience.max_wait_s, limit_s)
         while True:
             try:
                 return await call()
-            except COMEBACK as error:
+            except WITH_RETRY_AFTER as error:
                 pause_s = max(error.retry_after_s, self._patience.first_pause_s)
                 if pause_s > left_s:
                     raise
             left_s -= pause_s
-            # Not all who were told the same come back at the same moment.
+            # Random, so that clients refused together do not come back together.
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.1))
 
 
@@ -352,3 +350,24 @@ def _deadline(timeout_s: float) -> Deadline:
 def _check_id(video_id: str) -> None:
     if not isinstance(video_id, str) or not _ID.fullmatch(video_id):
         raise NotFound.video(str(video_id)[:200])
+
+
+async def write_parts(parts: AsyncIterable[bytes], path: Path) -> int:
+    """Write parts to a file, which appears when it is whole; return its size in bytes.
+
+    Raises:
+        RequestError: there can be no file at ``path``.
+        MediaError: the file cannot be written.
+    """
+    file = OutputFile(path)
+    num_bytes = 0
+    try:
+        with file.path.open("wb") as stream:
+            async for part in parts:
+                num_bytes += await asyncio.to_thread(stream.write, part)
+        file.commit()
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written: {error}") from error
+    finally:
+        file.discard()
+    return num_bytes

@@ -1,22 +1,23 @@
-"""What can go wrong for a client. Both ways of talking to an app raise the same types.
+"""The errors of a client. Both transports raise the same types.
 
     Cosmos3Error
-    ├── RequestError            what was asked for is wrong: names the field, what was given, what is allowed
+    ├── RequestError            a field is wrong: names it, what was given, what must be true
     ├── UnreachableError        no answer, none in time, or one that broke off
     ├── OverloadedError         a bound was reached; try again after ``retry_after_s``
-    ├── ShuttingDown            the app is being stopped; the same
-    ├── DeadlineExceeded        it was not done in the time it had
-    ├── StageFailed, OutOfMemory  it could not be done
-    ├── ContentBlocked          a guardrail has stopped it
+    ├── ShuttingDown            the app is shutting down; try again after ``retry_after_s``
+    ├── DeadlineExceeded        the video was not done in time
+    ├── StageFailed, OutOfMemory  the video failed
+    ├── ContentBlocked          a guardrail blocked the request
     ├── JobCancelled            the job was stopped before its end
     ├── IdempotencyConflict     the idempotency key was used for another request
-    └── AnswerError             any other answer that is a no; by its status and code
+    └── AnswerError             any other refusal, by its status and code
         ├── AuthError           the key is missing, wrong, or may not do this
-        ├── NotFound            there is no such video, or not any more, or not this caller's
-        ├── NotReady            there is no such file yet
-        └── Unavailable         the service cannot just now; try again after ``retry_after_s``
+        ├── NotFound            no such video for this caller, or already deleted
+        ├── NotReady            the file is not written yet
+        └── Unavailable         the service cannot serve this now; try again after ``retry_after_s``
 
-Those that come from elsewhere in this tree hold less when they come over HTTP: what they say, and ``retry_after_s``.
+Errors that :mod:`cluster.errors` and :mod:`deployments.errors` define hold only their message and ``retry_after_s``
+when they come over HTTP.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cluster.errors import DeadlineExceeded, OutOfMemory, OverloadedError, Shutt
 from cosmos3_core.errors import CapabilityError, Cosmos3Error, RequestError
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 
-# For an answer that does not say when to come back.
+# For an answer without Retry-After.
 _RETRY_AFTER_S = 5.0
 _MAX_RETRY_AFTER_S = 86_400.0
 _NOT_READY = "media_not_ready"
@@ -41,12 +42,12 @@ class UnreachableError(Cosmos3Error):
 
 
 class AnswerError(Cosmos3Error):
-    """The server said no.
+    """The server refused.
 
     Args:
-        status: of the answer, as HTTP has it; 500 for a job that failed.
-        message: the server's own words.
-        code: its short name for the fault; "" where it has none.
+        status: HTTP status of the answer; 500 for a job that failed.
+        message: of the server.
+        code: the server's error code; "" where it has none.
     """
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
@@ -62,25 +63,25 @@ class AuthError(AnswerError):
 
 
 class NotFound(AnswerError):
-    """There is no such video or file, or not any more, or not this caller's."""
+    """There is no such video or file for this caller, or it was deleted."""
 
     @classmethod
     def video(cls, video_id: str) -> NotFound:
-        """Of an id that nothing is known of."""
+        """Return the error for an unknown id."""
         return cls(404, f"there is no video {video_id!r}, or not any more", "not_found")
 
 
 class NotReady(AnswerError):
-    """There is no such file yet."""
+    """The file is not written yet."""
 
     @classmethod
     def video(cls, video_id: str) -> NotReady:
-        """Of one that is not finished."""
+        """Return the error for a video that is not finished."""
         return cls(409, f"there is no file of {video_id} yet; its progress says how far it is", _NOT_READY)
 
 
 class Unavailable(AnswerError):
-    """The service cannot do it just now.
+    """The service cannot serve this now.
 
     Args:
         status, message, code: as of any :class:`AnswerError`.
@@ -93,71 +94,63 @@ class Unavailable(AnswerError):
         self.args = (status, message, code, retry_after_s)
 
 
-class ToldOverloaded(OverloadedError):
-    """:class:`OverloadedError` in a server's words.
-
-    Args:
-        message: what it said.
-        retry_after_s: when a place is likely to be free.
-    """
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message, 0, retry_after_s)
-        self.args = (message, retry_after_s)
-
-    def __str__(self) -> str:
-        return self.what
-
-
-class ToldDeadline(DeadlineExceeded):
-    """:class:`DeadlineExceeded` in a server's words, which are the argument."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("", 0.0)
-        self.args = (message,)
+class _InServerWords(Cosmos3Error):
+    """An error that came over HTTP: its first argument is the server's message."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-class ToldStageFailed(StageFailed):
-    """:class:`StageFailed` in a server's words, which are the argument."""
+class RemoteOverloaded(_InServerWords, OverloadedError):
+    """:class:`OverloadedError` with the server's message.
+
+    Args:
+        message: of the server.
+        retry_after_s: when a place is likely to be free.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        OverloadedError.__init__(self, message, 0, retry_after_s)
+        self.args = (message, retry_after_s)
+
+
+class RemoteDeadlineExceeded(_InServerWords, DeadlineExceeded):
+    """:class:`DeadlineExceeded` with the server's message, its argument."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("", 1, message)
+        DeadlineExceeded.__init__(self, "", 0.0)
         self.args = (message,)
 
-    def __str__(self) -> str:
-        return self.reason
+
+class RemoteStageFailed(_InServerWords, StageFailed):
+    """:class:`StageFailed` with the server's message, its argument."""
+
+    def __init__(self, message: str) -> None:
+        StageFailed.__init__(self, "", 1, message)
+        self.args = (message,)
 
 
-class ToldOutOfMemory(OutOfMemory):
-    """:class:`OutOfMemory` in a server's words, which are the argument."""
-
-    def __str__(self) -> str:
-        return self.what
+class RemoteOutOfMemory(_InServerWords, OutOfMemory):
+    """:class:`OutOfMemory` with the server's message, its argument."""
 
 
-class ToldContentBlocked(ContentBlocked):
-    """:class:`ContentBlocked` in a server's words, which are the argument."""
-
-    def __str__(self) -> str:
-        return self.what
+class RemoteContentBlocked(_InServerWords, ContentBlocked):
+    """:class:`ContentBlocked` with the server's message, its argument."""
 
 
-COMEBACK = (OverloadedError, ShuttingDown, Unavailable)
-"""What says when to try again."""
+WITH_RETRY_AFTER = (OverloadedError, ShuttingDown, Unavailable)
+"""Errors that hold ``retry_after_s``."""
 
 _Make = Callable[[str, float], Cosmos3Error]
-# Code of the server's error table -> the error, of its message and its Retry-After.
+# Code of the server's error table -> makes the error from the message and Retry-After.
 _BY_CODE: Mapping[str, _Make] = MappingProxyType(
     {
-        "overloaded": ToldOverloaded,
+        "overloaded": RemoteOverloaded,
         "shutting_down": lambda message, retry_after_s: ShuttingDown(retry_after_s),
-        "deadline_exceeded": lambda message, retry_after_s: ToldDeadline(message),
-        "stage_failed": lambda message, retry_after_s: ToldStageFailed(message),
-        "out_of_memory": lambda message, retry_after_s: ToldOutOfMemory(message),
-        "content_blocked": lambda message, retry_after_s: ToldContentBlocked(message),
+        "deadline_exceeded": lambda message, retry_after_s: RemoteDeadlineExceeded(message),
+        "stage_failed": lambda message, retry_after_s: RemoteStageFailed(message),
+        "out_of_memory": lambda message, retry_after_s: RemoteOutOfMemory(message),
+        "content_blocked": lambda message, retry_after_s: RemoteContentBlocked(message),
     }
 )
 _KINDS: Mapping[int, type[AnswerError]] = MappingProxyType(
@@ -165,16 +158,16 @@ _KINDS: Mapping[int, type[AnswerError]] = MappingProxyType(
 )
 
 
-def refusal(
+def read_refusal(
     status: int, reason: str, headers: Mapping[str, str], text: str, idempotency_key: str | None
 ) -> Cosmos3Error:
-    """What an HTTP answer that is a no means.
+    """Return the error that an HTTP answer means.
 
     Args:
         status, reason: of the answer.
         headers: of the answer, names in lower case.
-        text: its body; ours or another server's.
-        idempotency_key: that the request had.
+        text: its body, of an app or of another server.
+        idempotency_key: of the request.
     """
     try:
         error = dict(json.loads(text)["error"])
@@ -184,41 +177,41 @@ def refusal(
         message = f"HTTP {status} {reason}: {text.partition(chr(10))[0]}"
     if code == "idempotency_conflict" and idempotency_key is not None:
         return IdempotencyConflict(idempotency_key)
-    if status == 422 and (parts := _parts(error)) is not None:
+    if status == 422 and (parts := _field_error_parts(error)) is not None:
         return (CapabilityError if code == "not_offered" else RequestError).of_parts(*parts)
-    return _meaning(status, message, code, _seconds(headers.get("retry-after")))
+    return _make_error(status, message, code, _read_retry_after(headers.get("retry-after")))
 
 
-def failure(video_id: str, code: str, message: str) -> Cosmos3Error:
-    """Why a job came to nothing, by what its ``error`` says."""
+def read_failure(video_id: str, code: str, message: str) -> Cosmos3Error:
+    """Return the error of a failed job from the code and message of its ``error``."""
     if code == "cancelled":
         return JobCancelled(video_id, message)
-    return _meaning(500, message, code, _RETRY_AFTER_S)
+    return _make_error(500, message, code, _RETRY_AFTER_S)
 
 
-def _meaning(status: int, message: str, code: str, retry_after_s: float) -> Cosmos3Error:
+def _make_error(status: int, message: str, code: str, retry_after_s: float) -> Cosmos3Error:
     if code in _BY_CODE:
         return _BY_CODE[code](message, retry_after_s)
     if code == _NOT_READY:
         return NotReady(status, message, code)
     if status == 429:
-        return ToldOverloaded(message, retry_after_s)
+        return RemoteOverloaded(message, retry_after_s)
     if status == 503:
         return Unavailable(status, message, code, retry_after_s)
     if status == 504:
-        return ToldDeadline(message)
+        return RemoteDeadlineExceeded(message)
     return _KINDS.get(status, AnswerError)(status, message, code)
 
 
-def _parts(error: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
-    """Of a wrong field: name, what was given, what is allowed, what to do."""
+def _field_error_parts(error: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
+    """Return what an answer says of a wrong field: its name, what was given, what must be true, what to do."""
     field, given, allowed, hint = (error.get(name) for name in ("param", "given", "allowed", "hint"))
     if isinstance(field, str) and isinstance(given, str) and isinstance(allowed, str):
         return field, given, allowed, hint if isinstance(hint, str) else ""
     return None
 
 
-def _seconds(text: str | None) -> float:
+def _read_retry_after(text: str | None) -> float:
     try:
         seconds = float(text or "")
     except ValueError:  # a date, or nothing

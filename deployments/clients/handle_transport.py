@@ -1,4 +1,4 @@
-"""An app over the handle of its Director, from any process of the Ray cluster."""
+"""The transport over the handle of the Director, from any process of the Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from cluster.errors import DeadlineExceeded, OutOfMemory, OverloadedError, Shutt
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api.errors import error_response
-from deployments.clients.answers import read_event
-from deployments.clients.deadline import Deadline
-from deployments.clients.errors import AnswerError, NotFound, UnreachableError, refusal
-from deployments.clients.transport import VIDEO, Attached, JobObject
+from deployments.clients.errors import AnswerError, NotFound, UnreachableError, read_refusal
+from deployments.clients.transport import VIDEO, Attached, Deadline, JobObject, read_event
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 from deployments.failures import summarize_error, translate_error
 from deployments.jobs.events import VideoEvent, event_as_json
@@ -23,11 +21,11 @@ from deployments.messages import Accepted, RequestContext
 from deployments.stages.streams import RefStream
 
 _PART_BYTES = 1 << 20
-# The Director keeps the deadline and says so; this is for one that is gone.
+# The Director itself enforces the deadline and reports it; this bounds the wait for a Director that is gone.
 _SLACK_S = 30.0
-# Jobs of handles are nobody's: keys are for HTTP.
+# Jobs over handles have no owner: API keys are for HTTP.
 _OWNER = ""
-# Errors of the app that a client knows by their own types.
+# Errors of the app that reach the caller with their own types.
 _SHARED = (
     *(RequestError, OverloadedError, ShuttingDown, DeadlineExceeded, StageFailed, OutOfMemory),
     *(ContentBlocked, JobCancelled, IdempotencyConflict, NotFound, UnreachableError),
@@ -35,7 +33,7 @@ _SHARED = (
 
 
 class HandleTransport:
-    """See :class:`deployments.clients.transport.Transport`.
+    """A :class:`~deployments.clients.transport.Transport` over Ray Serve handles.
 
     Args:
         director: handle of the Director deployment.
@@ -48,16 +46,16 @@ class HandleTransport:
         self._timeout_s = timeout_s
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
-        """See the protocol. Images and clips given as paths are read here, in the caller's process."""
+        """Submit a job. Images and clips given as paths are read here, in the caller's process."""
         packed = await asyncio.to_thread(request.packed)
         job = await self._call(self._director.submit, packed, options)
         return await self.job(job.job_id)
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
-        """See the protocol. The Director notices when the caller leaves."""
+        """Start a video as a streaming call, which the Director stops when the caller leaves."""
         packed = await asyncio.to_thread(request.packed)
         response = self._streaming.stream.remote(packed, options, timeout_s)
-        items = self._items(response, timeout_s)
+        items = self._iterate(response, timeout_s)
         try:
             accepted = await anext(items)
         except BaseException:
@@ -68,44 +66,44 @@ class HandleTransport:
         async def leave() -> None:
             response.cancel()
 
-        return Attached(accepted.job_id, self._told(items, accepted.job_id), leave)
+        return Attached(accepted.job_id, self._read_events(items, accepted.job_id), leave)
 
     async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
-        """See the protocol."""
+        """Submit a video again with another prompt."""
         job = await self._call(self._director.remix, video_id, prompt, options)
         return await self.job(job.job_id)
 
     async def job(self, video_id: str) -> JobObject:
-        """See the protocol."""
+        """Return a video."""
         video: JobObject = await self._call(self._director.job, video_id, _OWNER)
         return video
 
     async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
-        """See the protocol."""
+        """Return a page of videos."""
         page: Mapping[str, Any] = await self._call(self._director.jobs, _OWNER, after, limit, order)
         return page
 
     async def cancel(self, video_id: str) -> JobObject:
-        """See the protocol."""
+        """Stop a video."""
         video: JobObject = await self._call(self._director.cancel, video_id, _OWNER)
         return video
 
     async def delete(self, video_id: str) -> None:
-        """See the protocol."""
+        """Stop and delete a video."""
         await self._call(self._director.delete, video_id, _OWNER)
 
     async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
-        """See the protocol."""
+        """Yield the events of one streaming call."""
         response = self._streaming.events.remote(video_id, after, timeout_s, _OWNER)
         try:
-            async with aclosing(self._items(response, timeout_s)) as items:
+            async with aclosing(self._iterate(response, timeout_s)) as items:
                 async for event in items:
                     yield read_event(event.kind, event.data, event.seq or None)
         except StageFailed as error:
             raise UnreachableError(f"the events of {video_id} broke off: {error.reason}") from None
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
-        """See the protocol. Any Director can be asked: whoever reads asks for part after part."""
+        """Yield a file, one call per part: any replica of the Director can answer each."""
         deadline, start = Deadline(timeout_s), 0
         which = () if variant == VIDEO else (variant,)
         while True:
@@ -123,27 +121,27 @@ class HandleTransport:
             start += len(part)
 
     async def models(self) -> Mapping[str, Any]:
-        """See the protocol."""
+        """Return the list of models."""
         return {"object": "list", "data": await self._call(self._director.models)}
 
     async def aclose(self) -> None:
-        """See the protocol. Handles need no end."""
+        """Do nothing: handles hold no connection."""
 
-    async def _told(self, items: AsyncGenerator[Any, None], video_id: str) -> AsyncGenerator[VideoEvent, None]:
+    async def _read_events(self, items: AsyncGenerator[Any, None], video_id: str) -> AsyncGenerator[VideoEvent, None]:
         async with aclosing(items):
             async for event in items:
                 if event.kind:
                     yield read_event(event.kind, event_as_json(event))
         yield read_event("completed", await self.job(video_id))
 
-    async def _items(self, response: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
-        """What a streaming call yields. Leaving it stops the call."""
+    async def _iterate(self, response: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
+        """Yield the items of a streaming call; closing the generator stops the call."""
         stream = RefStream(response, RequestContext.new(None, timeout_s + _SLACK_S), "director")
         try:
             while (item := await stream.next_value()) is not None:
                 yield item
-        except Exception as error:  # noqa: BLE001 - told apart by what it wraps
-            raise _meaning(error) from None
+        except Exception as error:  # noqa: BLE001 - translated by what it wraps
+            raise _translate(error) from None
         finally:
             stream.cancel()
 
@@ -154,18 +152,18 @@ class HandleTransport:
                 return await response
         except TimeoutError:
             raise UnreachableError(f"the Director gave no answer within {self._timeout_s:g} s") from None
-        except Exception as error:  # noqa: BLE001 - told apart by what it wraps
-            raise _meaning(error) from None
+        except Exception as error:  # noqa: BLE001 - translated by what it wraps
+            raise _translate(error) from None
         finally:
-            response.cancel()  # of one that has come to its end nothing is left to stop
+            response.cancel()  # does nothing once it has ended
 
 
-def _meaning(error: BaseException) -> BaseException:
-    """The error as it would come over HTTP, but for what is known of it only here."""
+def _translate(error: BaseException) -> BaseException:
+    """Return the error that the HTTP transport would raise; errors in ``_SHARED`` keep more than HTTP carries."""
     error = translate_error(error, "director")
     if isinstance(error, _SHARED):
         return error
     answer = error_response(error)
     if answer.status_code == 500:
         return AnswerError(500, summarize_error(error), "internal_error")
-    return refusal(answer.status_code, "", answer.headers, bytes(answer.body).decode(), None)
+    return read_refusal(answer.status_code, "", answer.headers, bytes(answer.body).decode(), None)

@@ -1,4 +1,4 @@
-"""Calls of an app over HTTP: each has a deadline, and every failure is typed."""
+"""HTTP calls to an app: each has a deadline, and every failure is typed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import httpx2
 
 from cosmos3_core.errors import RequestError
-from deployments.clients.deadline import Deadline
-from deployments.clients.errors import AnswerError, UnreachableError, refusal
+from deployments.clients.errors import AnswerError, UnreachableError, read_refusal
+from deployments.clients.transport import Deadline
 
 JSON = "application/json"
-# Of what a server says about an error.
+# Longest error message that is read.
 _MAX_TEXT_BYTES = 1 << 16
 _MAX_JSON_BYTES = 1 << 26
 _CONNECT_S = 10.0
-# Streams hold one each.
+# Each open stream holds one.
 _MAX_CONNECTIONS = 256
 _MAX_HEADER_CHARS = 256
 
@@ -31,10 +31,10 @@ class Connecting:
     """How an app is reached.
 
     Attributes:
-        proxy: URL of an HTTP proxy. Those of the environment are not heeded: what listens on this machine is asked
-            directly, and nobody else gets the key.
-        certificates: that an https server is trusted by; None: the public ones.
-        transport: in place of the network, in tests say.
+        proxy: URL of an HTTP proxy. Proxies of the environment are not used: an app on this machine is reached
+            directly, and the API key goes to no other server.
+        certificates: to verify an https server with; None: the public ones.
+        transport: replaces the network, in tests for example.
     """
 
     proxy: str | None = None
@@ -46,12 +46,12 @@ DIRECTLY = Connecting()
 
 
 class HttpCalls:
-    """An app's URL, and the connections to it. Of one event loop.
+    """The connections to one app, for one event loop.
 
     Args:
         url: of the app; its path goes before every call's.
-        api_key: None where the app asks for none.
-        connecting: see the class.
+        api_key: None where the app requires none.
+        connecting: proxy and certificates.
 
     Raises:
         RequestError: not a URL, or a key that no header can hold.
@@ -60,12 +60,12 @@ class HttpCalls:
     def __init__(self, url: str, api_key: str | None = None, connecting: Connecting = DIRECTLY) -> None:
         self.url = url
         self._base = _base(url)
-        headers = {"accept-encoding": "identity"}  # what is read is what was sent, and as long as it says
+        headers = {"accept-encoding": "identity"}  # so that content-length counts the bytes that are read
         if api_key is not None:
             if not api_key or not api_key.isascii() or not api_key.isprintable() or " " in api_key:
                 raise RequestError("api_key", "***", "printable ASCII characters without a space, one at least")
             headers["authorization"] = f"Bearer {api_key}"
-        # Reading certificates takes a moment, which an app on this machine does without.
+        # Certificates are read for https only: that takes a moment.
         certificates: ssl.SSLContext | bool = connecting.certificates or self._base.startswith("https:")
         self._http = httpx2.AsyncClient(
             headers=headers,
@@ -89,7 +89,7 @@ class HttpCalls:
         params: Mapping[str, str | int] | None = None,
         silence_s: float | None = None,
     ) -> AsyncIterator[Answer]:
-        """Send a request and wait until its answer begins.
+        """Send a request and yield its answer when that begins.
 
         Args:
             method, path: of the call.
@@ -97,7 +97,7 @@ class HttpCalls:
             body: JSON.
             headers: besides those of every call.
             params: of the URL.
-            silence_s: for which nothing may come before the connection counts as dead.
+            silence_s: longest silence before the connection counts as dead; None: no bound.
 
         Raises:
             UnreachableError: also while the answer is read.
@@ -128,11 +128,11 @@ class HttpCalls:
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str | int] | None = None,
     ) -> dict[str, Any]:
-        """What a call answers, a JSON object.
+        """Send a request and return its answer, a JSON object.
 
         Raises:
-            UnreachableError: see the class.
-            Cosmos3Error: what a refusal means.
+            UnreachableError: no answer, or none in time.
+            Cosmos3Error: the server refused.
         """
         call = self.answer(method, path, deadline=deadline, body=body, headers=headers, params=params)
         async with call as answer:
@@ -153,7 +153,7 @@ class HttpCalls:
             raise UnreachableError(f"{self.url}: all {_MAX_CONNECTIONS} connections of this client are busy") from None
         except httpx2.ReadTimeout:
             raise UnreachableError(f"{self.url}: nothing came for too long; the connection is dead") from None
-        except (httpx2.HTTPError, OSError, ValueError) as error:  # a host's name may be no name at all
+        except (httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             if _is_refused(error):
                 hint = "nothing listens there; `cosmos3 serve` starts an app"
                 raise UnreachableError(f"{self.url}: {hint}") from None
@@ -164,9 +164,9 @@ class Answer:
     """The answer to one call.
 
     Args:
-        calls: whose.
-        response: that has begun.
-        deadline: for all of it.
+        calls: that sent the request.
+        response: its body is still to be read.
+        deadline: for the whole answer.
     """
 
     def __init__(self, calls: HttpCalls, response: httpx2.Response, deadline: Deadline) -> None:
@@ -174,34 +174,34 @@ class Answer:
 
     @property
     def status(self) -> int:
-        """As HTTP has it."""
+        """HTTP status."""
         return self._response.status_code
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Of any case."""
+        """Headers; names in any case."""
         return self._response.headers
 
     @property
     def media_type(self) -> str:
-        """Of the body, without its parameters."""
+        """Media type of the body, without parameters."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     async def check(self, idempotency_key: str | None = None) -> None:
-        """Go on if the server said yes.
+        """Raise if the server refused.
 
         Raises:
-            Cosmos3Error: what its no means, see :func:`deployments.clients.errors.refusal`.
+            Cosmos3Error: the refusal, see :func:`deployments.clients.errors.read_refusal`.
         """
         if not 200 <= self.status < 300:
             reason = self._response.reason_phrase
-            raise refusal(self.status, reason, self.headers, await self.text(), idempotency_key)
+            raise read_refusal(self.status, reason, self.headers, await self.text(), idempotency_key)
 
     async def parts(self) -> AsyncGenerator[bytes, None]:
-        """The body as it comes.
+        """Yield the body as it arrives.
 
         Raises:
-            UnreachableError: it broke off, or is not there in time.
+            UnreachableError: it broke off, or did not come in time.
         """
         parts, num_bytes = self._response.aiter_raw(), 0
         while True:
@@ -218,7 +218,7 @@ class Answer:
             yield part
 
     async def content(self, max_bytes: int) -> bytes:
-        """The body, cut off at a length."""
+        """Return the body, cut off at a length."""
         content = bytearray()
         async for part in self.parts():
             content += part
@@ -227,14 +227,14 @@ class Answer:
         return bytes(content[:max_bytes])
 
     async def text(self) -> str:
-        """The body, cut off where it is longer than any message."""
+        """Return the body as text, cut off where it is longer than any message."""
         return (await self.content(_MAX_TEXT_BYTES)).decode("utf-8", "replace")
 
     async def json(self, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-        """The body as a JSON object.
+        """Return the body, a JSON object.
 
         Raises:
-            AnswerError: it is none, or larger than that.
+            AnswerError: it is none, or larger than ``max_bytes``.
         """
         try:
             answer = json.loads(await self.content(max_bytes))
@@ -245,7 +245,7 @@ class Answer:
         return answer
 
     def foreign(self) -> AnswerError:
-        """What to raise where the answer is not as this API's are."""
+        """Return the error for an answer that is not of this API."""
         return AnswerError(self.status, f"{self._calls.url} answers, but not as this API does; is it a cosmos3 app?")
 
 
@@ -270,7 +270,7 @@ def _check_header(name: str, value: str) -> None:
 
 
 def _is_refused(error: BaseException) -> bool:
-    """Whether somewhere in an error's causes a connection was refused."""
+    """Return whether a refused connection is among an error's causes."""
     todo, seen = [error], set()
     while todo:
         now = todo.pop()

@@ -1,40 +1,43 @@
-"""An app over HTTP."""
+"""The transport over HTTP, from anywhere."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
+import io
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from cosmos3_core.errors import Cosmos3Error
+from cosmos3_core.actions import action_rows
+from cosmos3_core.errors import Cosmos3Error, RequestError
+from cosmos3_core.media.image import write_image
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.answers import read_event
-from deployments.clients.deadline import Deadline
 from deployments.clients.errors import NotFound, UnreachableError
-from deployments.clients.http_body import body_of
 from deployments.clients.http_calls import Connecting, HttpCalls
 from deployments.clients.server_sent_events import EventReader
-from deployments.clients.transport import LEAVE_S, VIDEO, Attached, JobObject
+from deployments.clients.transport import LEAVE_S, VIDEO, Attached, Deadline, JobObject, read_event
 from deployments.jobs.events import VideoEvent
 from deployments.jobs.job import SubmitOptions
 
 logger = logging.getLogger(__name__)
 
-# Followers get a sign of life every 15 s.
+# The app sends followers a keep-alive comment every 15 s.
 _SILENCE_S = 60.0
+_DEFAULTS = GenerationRequest(prompt="")
 
 
 class HttpTransport:
-    """See :class:`deployments.clients.transport.Transport`.
+    """A :class:`~deployments.clients.transport.Transport` over HTTP.
 
     Args:
         url: of the app.
-        api_key: None where the app asks for none.
+        api_key: None where the app requires none.
         timeout_s: for one call, uploads included.
-        connecting: see the class.
+        connecting: proxy and certificates.
 
     Raises:
         RequestError: not a URL, or a key that no header can hold.
@@ -46,22 +49,13 @@ class HttpTransport:
         self._withdrawals: set[asyncio.Task[None]] = set()
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
-        """See the protocol."""
-
-        def written() -> bytes:
-            body = body_of(request)
-            if options.service_class is not None:
-                body["service_class"] = options.service_class
-            if options.previews:
-                body["previews"] = options.previews
-            return json.dumps(body).encode()
-
-        # Files are read and encoded beside the event loop.
-        body = await asyncio.to_thread(written)
+        """POST a job."""
+        # In a thread, as it reads and encodes files.
+        body = await asyncio.to_thread(_encode_body, request, options)
         return await self._json("POST", "/v1/videos", body=body, headers=_headers(options))
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
-        """See the protocol. The app does not know that somebody waits: it has to be told when nobody does any more."""
+        """POST a job, and cancel it when the caller leaves: to the app it is a job like any other."""
         submitting = asyncio.create_task(self.submit(request, options))
         try:
             done, _ = await asyncio.wait([submitting], timeout=timeout_s)
@@ -79,31 +73,31 @@ class HttpTransport:
         return Attached(video_id, None, leave)
 
     async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
-        """See the protocol."""
+        """POST a remix."""
         body = json.dumps({"prompt": prompt}).encode()
         return await self._json("POST", f"{_path(video_id)}/remix", body=body, headers=_headers(options))
 
     async def job(self, video_id: str) -> JobObject:
-        """See the protocol."""
+        """GET a video."""
         return await self._json("GET", _path(video_id))
 
     async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
-        """See the protocol."""
+        """GET a page of videos."""
         params: dict[str, str | int] = {"limit": limit, "order": order}
         if after is not None:
             params["after"] = after
         return await self._json("GET", "/v1/videos", params=params)
 
     async def cancel(self, video_id: str) -> JobObject:
-        """See the protocol."""
+        """POST a video's cancellation."""
         return await self._json("POST", f"{_path(video_id)}/cancel")
 
     async def delete(self, video_id: str) -> None:
-        """See the protocol."""
+        """DELETE a video."""
         await self._json("DELETE", _path(video_id))
 
     async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
-        """See the protocol."""
+        """Yield the server-sent events of one connection."""
         headers = {"accept": "text/event-stream"}
         if after:
             headers["last-event-id"] = str(after)
@@ -116,7 +110,7 @@ class HttpTransport:
         )
         async with call as answer:
             await answer.check()
-            if answer.status == 204:  # nothing is to come
+            if answer.status == 204:  # no more events
                 return
             if answer.media_type != "text/event-stream":
                 raise answer.foreign()
@@ -126,7 +120,7 @@ class HttpTransport:
                     yield read_event(raw.kind, raw.data, raw.seq)
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
-        """See the protocol."""
+        """Yield a file as its bytes arrive."""
         params = {} if variant == VIDEO else {"variant": variant}
         path = f"{_path(video_id)}/content"
         async with self._calls.answer("GET", path, deadline=Deadline(timeout_s), params=params) as answer:
@@ -135,34 +129,34 @@ class HttpTransport:
                 yield part
 
     async def models(self) -> Mapping[str, Any]:
-        """See the protocol."""
+        """GET the list of models."""
         return await self._json("GET", "/v1/models")
 
     async def aclose(self) -> None:
-        """See the protocol."""
+        """Close the connections, after the cancellations that are under way."""
         if self._withdrawals:
             await asyncio.wait(self._withdrawals, timeout=LEAVE_S)
         await self._calls.aclose()
 
     async def _withdraw(self, submitting: asyncio.Task[JobObject]) -> None:
-        """Have a video stopped whose id is still to come: the app may make it, whoever has left."""
-        withdrawal = asyncio.create_task(self._withdrawn(submitting))
+        """Cancel a video whose id has not come yet: the app may make it though its caller has left."""
+        withdrawal = asyncio.create_task(self._cancel_submitted(submitting))
         self._withdrawals.add(withdrawal)
         withdrawal.add_done_callback(self._withdrawals.discard)
         await asyncio.wait([withdrawal], timeout=LEAVE_S)
 
-    async def _withdrawn(self, submitting: asyncio.Task[JobObject]) -> None:
+    async def _cancel_submitted(self, submitting: asyncio.Task[JobObject]) -> None:
         try:
             video_id = str((await submitting).get("id"))
         except UnreachableError as error:
-            logger.warning("a video may be made that nobody waits for any more: %s", error)
+            logger.warning("a video may be made though its caller has left: %s", error)
             return
         except Cosmos3Error:
             return  # it was refused
         try:
             await self.cancel(video_id)
         except NotFound:
-            pass  # somebody has deleted it
+            pass  # it was deleted meanwhile
         except Cosmos3Error as error:
             logger.warning("%s could not be stopped: %s", video_id, error)
 
@@ -183,6 +177,59 @@ def _path(video_id: str) -> str:
     return f"/v1/videos/{quote(video_id, safe='')}"
 
 
+def _encode_body(request: GenerationRequest, options: SubmitOptions) -> bytes:
+    body = body_of(request)
+    if options.service_class is not None:
+        body["service_class"] = options.service_class
+    if options.previews:
+        body["previews"] = options.previews
+    return json.dumps(body).encode()
+
+
 def _headers(options: SubmitOptions) -> dict[str, str]:
     named = {"x-request-id": options.request_id, "idempotency-key": options.idempotency_key}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def body_of(request: GenerationRequest) -> dict[str, Any]:
+    """Return a request as a JSON body: the fields that differ from the defaults, an image or clip as a data URL.
+
+    Raises:
+        RequestError: a field that does not travel over HTTP, or an image or clip that cannot be read.
+    """
+    given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    body: dict[str, Any] = {}
+    if given.pop("noise") is not None:
+        raise _local_only("noise", "tensors")
+    if (actions := given.pop("actions")) is not None:
+        body["actions"] = action_rows("actions", actions, None).tolist()
+    packed = request.packed()
+    if packed.image is not None:
+        body["image"] = _data_url(packed.image if isinstance(packed.image, bytes) else _png(packed.image))
+    if packed.video is not None:
+        if not isinstance(packed.video, bytes):
+            raise RequestError("video", "frames", "a file over HTTP", "Write them to one, and give its path or bytes.")
+        body["video"] = _data_url(packed.video)
+    del given["image"], given["video"]
+    for name in ("condition_frame_indexes_vision", "guidance_interval"):
+        if isinstance(given[name], Sequence) and not isinstance(given[name], str):
+            given[name] = list(given[name])
+    body |= {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+    if "append_metadata" in body:
+        raise _local_only("append_metadata", body["append_metadata"])
+    return body
+
+
+def _local_only(name: str, value: Any) -> RequestError:
+    return RequestError(name, value, "the default over HTTP", "Generate in process instead.")
+
+
+def _data_url(data: bytes) -> str:
+    # The app reads the format from the content.
+    return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+
+
+def _png(frame: Any) -> bytes:
+    png = io.BytesIO()
+    write_image(png, frame, "png")
+    return png.getvalue()

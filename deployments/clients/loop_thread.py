@@ -1,4 +1,8 @@
-"""An event loop in a thread of its own, for callers that have none."""
+"""An event loop in a thread of its own, for callers without one.
+
+anyio's blocking portal does the same but for interrupts: it cancels again whatever a cancelled call awaits, so a call
+could not ask the app to stop its video, and its caller does not wait for that.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,12 @@ from cosmos3_core.errors import ClosedError
 T = TypeVar("T")
 
 _STOP_S = 10.0
-# A signal that comes just before a thread falls asleep does not wake it: how long an interrupt may go unnoticed.
+# Longest time that an interrupt goes unnoticed: a signal just before a thread falls asleep does not wake it.
 _NOTICE_S = 0.5
 
 
 class LoopThread:
-    """Runs coroutines for any number of threads. Ends when it is closed, when nobody holds it, or with the process."""
+    """Runs coroutines for any number of threads. It ends when closed, when dropped, or with the process."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -31,20 +35,20 @@ class LoopThread:
 
     @property
     def is_open(self) -> bool:
-        """Whether it still runs what it is given."""
+        """Whether it accepts work."""
         return self._stop.alive
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it and wait for its result. Where the wait is interrupted it is cancelled, and its end is waited for.
+        """Run a coroutine and return its result. An interrupt cancels the coroutine and waits for its end.
 
         Raises:
-            ClosedError: the thread has been stopped, or is before there is a result.
-            Exception: whatever it raises.
+            ClosedError: the thread was stopped before there was a result.
+            Exception: of the coroutine.
         """
         if not self.is_open or threading.current_thread() is self._thread:
             work.close()
             raise ClosedError("the client is closed, or was called from its own event loop")
-        # Not a lock of Python's own: an interrupt between two of its lines would leave it held, and the loop hanging.
+        # Not a queue.Queue: an interrupt between two of its lines would leave its lock held, and the loop hanging.
         ended: queue.SimpleQueue[asyncio.Task[T] | None] = queue.SimpleQueue()
         tasks: list[asyncio.Task[T]] = []
 
@@ -54,7 +58,7 @@ class LoopThread:
 
         def end(task: asyncio.Task[T]) -> None:
             if not task.cancelled():
-                task.exception()  # or it would be reported as one that nobody asked for
+                task.exception()  # marks it as retrieved, or asyncio would log it
             ended.put(task)
 
         def cancel() -> None:
@@ -62,7 +66,7 @@ class LoopThread:
                 work.close()  # the interrupt came before it was handed over
             elif tasks[0].cancel():
                 return
-            ended.put(None)  # nobody else says so, or not again
+            ended.put(None)  # no task will call end, or it has called it already
 
         try:
             self._loop.call_soon_threadsafe(begin)
@@ -74,14 +78,14 @@ class LoopThread:
         except asyncio.CancelledError:
             raise ClosedError("the client was closed before this had an end") from None
         except (KeyboardInterrupt, SystemExit):
-            # Behind the task's first step, wherever between two lines the interrupt came.
+            # Twice soon, so that it runs after the task's first step wherever the interrupt came.
             self._loop.call_soon_threadsafe(self._loop.call_soon, cancel)
             with contextlib.suppress(queue.Empty):
                 ended.get(timeout=_STOP_S)
             raise
 
     def close(self) -> None:
-        """Stop, when what still runs has ended or was cancelled. May be called twice."""
+        """Stop when running work has ended, or was cancelled after a while. May be called twice."""
         self._stop()
         if threading.current_thread() is not self._thread:
             self._thread.join(2 * _STOP_S)
@@ -91,16 +95,16 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        loop.run_until_complete(_settle())
+        loop.run_until_complete(_finish_tasks())
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
     finally:
         loop.close()
 
 
-async def _settle() -> None:
-    """Let what was begun come to its end: who has been left is told so."""
-    await asyncio.sleep(0)  # what was scheduled last is a task then
+async def _finish_tasks() -> None:
+    """Wait for running tasks, such as those that ask the app to stop a video; cancel them after ``_STOP_S``."""
+    await asyncio.sleep(0)  # callbacks that were scheduled last create their tasks
     own = {asyncio.current_task()}
     deadline_s = time.monotonic() + _STOP_S
     while others := asyncio.all_tasks() - own:

@@ -1,4 +1,4 @@
-"""Server-sent events: bytes as they come -> events. As the HTML standard has it, but ``retry`` is not heeded."""
+"""Parse server-sent events as the HTML standard defines them, without ``retry``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from deployments.clients.errors import AnswerError
 
-# Of the text of one event: a finished video with its actions is far below.
+# Bound of one event's text: a finished video with its actions is far below.
 _MAX_EVENT_BYTES = 1 << 24
 
 
 class RawEvent(NamedTuple):
-    """An event as it came; ``seq`` is its number in the video's history, None for events that are not kept."""
+    """An event as it was sent; ``seq`` is its number in the video's history, None for events that are not stored."""
 
     seq: int | None
     kind: str
@@ -21,7 +21,7 @@ class RawEvent(NamedTuple):
 
 
 class EventReader:
-    """Puts together what comes in parts of any size. Used once per connection."""
+    """Assembles events from parts of any size. One reader per connection."""
 
     def __init__(self) -> None:
         self._unread = bytearray()
@@ -30,22 +30,22 @@ class EventReader:
         self._is_first = True
 
     def feed(self, part: bytes) -> Iterator[RawEvent]:
-        """The events that are whole with this part.
+        """Yield the events that this part completes.
 
         Raises:
-            AnswerError: the text is none of events, or one is too long.
+            AnswerError: an event is no JSON object, or too long.
         """
         self._unread += part
-        while (line := self._line()) is not None:
+        while (line := self._take_line()) is not None:
             if line:
                 self._keep(line)
-            elif (event := self._event()) is not None:
+            elif (event := self._take_event()) is not None:
                 yield event
         if self._num_bytes + len(self._unread) > _MAX_EVENT_BYTES:
             raise AnswerError(200, f"the app sends an event of more than {_MAX_EVENT_BYTES} bytes")
 
-    def _line(self) -> bytes | None:
-        """The next whole line, without its end: CR, LF or both."""
+    def _take_line(self) -> bytes | None:
+        """Take the next whole line, without its end: CR, LF or both."""
         ends = [at for at in (self._unread.find(b"\n"), self._unread.find(b"\r")) if at >= 0]
         if not ends:
             return None
@@ -67,7 +67,7 @@ class EventReader:
             self._lines.append(line)
             self._num_bytes += len(line)
 
-    def _event(self) -> RawEvent | None:
+    def _take_event(self) -> RawEvent | None:
         lines, self._lines, self._num_bytes = self._lines, [], 0
         kind, number, data = "message", "", []
         for line in lines:
@@ -85,9 +85,9 @@ class EventReader:
         if not data:
             return None
         try:
-            held = json.loads("\n".join(data))
-            if not isinstance(held, dict):
+            values = json.loads("\n".join(data))
+            if not isinstance(values, dict):
                 raise TypeError
-            return RawEvent(int(number) if number else None, kind, held)
+            return RawEvent(int(number) if number else None, kind, values)
         except (ValueError, TypeError):
             raise AnswerError(200, f"the app sends an event {kind!r} that is no JSON object") from None

@@ -1,32 +1,74 @@
-"""What a client needs of a way to talk to an app; there is one over HTTP and one over handles."""
+"""The interface between a client and its way to an app, and what both sides of it use.
+
+:mod:`deployments.clients.http_transport` and :mod:`deployments.clients.handle_transport` implement it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from cosmos3_core.request import GenerationRequest
-from deployments.jobs.events import VideoEvent
+from deployments.clients.errors import AnswerError
+from deployments.jobs.events import VideoEvent, event_of_json
 from deployments.jobs.job import SubmitOptions
 
 VIDEO = "video"
 """The variant that is the file itself; others are "thumbnail", "spritesheet", "audio" and "action"."""
 
 LEAVE_S = 10.0
-"""Who leaves waits no longer for the app to hear of it."""
+"""Longest time that leaving a video waits for the app's answer."""
 
 JobObject = Mapping[str, Any]
-"""A video as the HTTP API has it; :class:`deployments.jobs.video.Video` is the value."""
+"""A video as the HTTP API sends it; :class:`deployments.jobs.video.Video` is the value."""
+
+T = TypeVar("T")
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class Deadline:
+    """One bound for several waits.
+
+    Args:
+        limit_s: seconds in all, from now on.
+
+    Attributes:
+        limit_s: as given.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._at_s = time.monotonic() + limit_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left, 0 when it has passed."""
+        return max(0.0, self._at_s - time.monotonic())
+
+    async def wait(self, awaitable: Awaitable[T]) -> T:
+        """Wait for something until the deadline.
+
+        Raises:
+            TimeoutError: it did not come.
+        """
+        # One time-out per wait, as different tasks may advance an iterator. One of zero seconds still starts the wait:
+        # a coroutine that is never awaited would warn.
+        async with asyncio.timeout(self.left_s):
+            return await awaitable
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A video whose maker waits for it.
+    """A video that is made for one caller, who waits for it.
 
     Attributes:
-        video_id: names it.
-        events: of it; None where they are followed like those of any other.
+        video_id: its id.
+        events: its events; None where they are followed like those of any other video.
         leave: stops it.
     """
 
@@ -36,49 +78,49 @@ class Attached:
 
 
 class Transport(Protocol):
-    """See the module. Of one event loop.
+    """A way to reach one app, for one event loop.
 
-    Every call raises what :mod:`deployments.clients.errors` has: NotFound for ids that nothing is known of,
-    UnreachableError where no answer comes within the transport's own time.
+    Every call raises the errors of :mod:`deployments.clients.errors`: NotFound for unknown ids, UnreachableError where
+    no answer comes within the transport's own time-out.
     """
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
-        """Have a video made that stays."""
+        """Submit a job that outlives the caller."""
         ...
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
-        """Have a video made for the caller alone, within so many seconds; returns when it has its place.
+        """Start a video for the caller alone; return when it is accepted.
 
-        Of who is cancelled meanwhile, or for whom that takes too long, no video is left.
+        When the caller is cancelled before that, or it takes longer than ``timeout_s``, the video is stopped.
         """
         ...
 
     async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
-        """Have the video of another prompt made."""
+        """Submit a video again with another prompt."""
         ...
 
     async def job(self, video_id: str) -> JobObject:
-        """What is known of it."""
+        """Return a video."""
         ...
 
     async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
-        """A page: "data" with job objects, and "has_more"."""
+        """Return a page: "data" with job objects, and "has_more"."""
         ...
 
     async def cancel(self, video_id: str) -> JobObject:
-        """Stop it; nothing happens to one that has ended."""
+        """Stop a video; one that has ended stays as it is."""
         ...
 
     async def delete(self, video_id: str) -> None:
-        """Stop it and forget it, file and all."""
+        """Stop a video and delete its record and file."""
         ...
 
     def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
-        """What comes behind that event, over one connection: it may break, or end too early."""
+        """Yield the events after number ``after`` over one connection, which may break or end too early."""
         ...
 
     def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
-        """Its file in parts, within so many seconds."""
+        """Yield a video's file in parts, within ``timeout_s``."""
         ...
 
     async def models(self) -> Mapping[str, Any]:
@@ -86,5 +128,33 @@ class Transport(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Give back what is held."""
+        """Close the connections."""
         ...
+
+
+def read_answer(kind: type[_M], values: Any) -> _M:
+    """Validate an answer and return it as a value of its type; keys that this version does not know are left out.
+
+    Raises:
+        AnswerError: it is no such answer.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        message = f"the app answers, but not as this API does ({what}); is it a cosmos3 app?"
+        raise AnswerError(200, message) from None
+
+
+def read_event(kind: str, data: Mapping[str, Any], seq: int | None = None) -> VideoEvent:
+    """Return the event that came as JSON.
+
+    Raises:
+        AnswerError: its values are not those of its kind.
+    """
+    try:
+        return event_of_json(kind, data, seq)
+    except ValueError:
+        message = f"the app sends the event {kind!r}, but not as this API does; is it a cosmos3 app?"
+        raise AnswerError(200, message) from None

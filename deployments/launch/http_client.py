@@ -1,4 +1,8 @@
-"""The command line's HTTP client: fetch a small answer, or have a file made and save it."""
+"""The command line's HTTP client: fetch a small answer, or generate a file and save it.
+
+It calls ``/v1/videos/sync``, which the typed client does not: the app then stops the work even where this process is
+killed, stores no job, and reports the origin of the negative prompt.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +19,10 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.media.file_kinds import SUFFIXES
 from cosmos3_core.media.output import OutputFile
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.deadline import Deadline
-from deployments.clients.http_body import body_of
+from deployments.clients.asynchronous import write_parts
 from deployments.clients.http_calls import JSON, Answer, HttpCalls
-from deployments.clients.saving import write_parts
+from deployments.clients.http_transport import body_of
+from deployments.clients.transport import Deadline
 
 # Bound of an answer with actions and a clip in base64.
 _MAX_JSON_BYTES = 1 << 30
@@ -55,7 +60,7 @@ def get(url: str, path: str, *, timeout_s: float, api_key: str | None = None) ->
 
     Raises:
         RequestError: not a URL.
-        UnreachableError: see the class.
+        UnreachableError: no answer in time, or it broke off.
     """
     return asyncio.run(_get(HttpCalls(url, api_key), path, Deadline(timeout_s)))
 
@@ -63,7 +68,7 @@ def get(url: str, path: str, *, timeout_s: float, api_key: str | None = None) ->
 def save_video(
     url: str, request: GenerationRequest, out: Path, *, timeout_s: float, api_key: str | None = None
 ) -> SavedMedia:
-    """Have a request served and save its files. An interruption stops the request.
+    """Generate a request's files and save them. An interrupt stops the request.
 
     Args:
         url: of the app.
@@ -85,20 +90,14 @@ def save_video(
 
 
 async def _get(calls: HttpCalls, path: str, deadline: Deadline) -> tuple[int, str]:
-    try:
-        async with calls.answer("GET", path, deadline=deadline) as answer:
-            return answer.status, await answer.text()
-    finally:
-        await calls.aclose()
+    async with aclosing(calls), calls.answer("GET", path, deadline=deadline) as answer:
+        return answer.status, await answer.text()
 
 
 async def _save_video(calls: HttpCalls, body: bytes, out: Path, deadline: Deadline) -> SavedMedia:
-    try:
-        async with calls.answer("POST", "/v1/videos/sync", deadline=deadline, body=body) as answer:
-            await answer.check()
-            return await _save_answer(answer, out)
-    finally:
-        await calls.aclose()
+    async with aclosing(calls), calls.answer("POST", "/v1/videos/sync", deadline=deadline, body=body) as answer:
+        await answer.check()
+        return await _save_answer(answer, out)
 
 
 async def _save_answer(answer: Answer, out: Path) -> SavedMedia:

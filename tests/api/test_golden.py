@@ -32,9 +32,9 @@ from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.api.errors import error_response, is_explained
 from deployments.client import AsyncCosmos3Client, Connecting
-from deployments.clients.answers import read_event
-from deployments.clients.errors import NotFound, failure, refusal
-from deployments.clients.handle_transport import _meaning
+from deployments.clients.errors import NotFound, read_failure, read_refusal
+from deployments.clients.handle_transport import _translate
+from deployments.clients.transport import read_event
 from deployments.director import recorder
 from deployments.errors import (
     ApiError,
@@ -421,9 +421,9 @@ def test_error_table(api: Api, golden: Golden) -> None:
             "http": {"status": answer.status_code, "headers": headers, "body": text},
             "is told": is_explained(error),
             "of a job": [code, message],
-            "client": _plain(refusal(answer.status_code, "reason", headers, text, "once")),
-            "client over handles": _plain(_meaning(error)),
-            "client of a job": _plain(failure("a-job", code, message)),
+            "client": _plain(read_refusal(answer.status_code, "reason", headers, text, "once")),
+            "client over handles": _plain(_translate(error)),
+            "client of a job": _plain(read_failure("a-job", code, message)),
         }
     golden.check(table)
 

@@ -14,7 +14,7 @@ import pytest
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.clients.http_body import body_of
+from deployments.clients.http_transport import body_of
 from tests.core_reference import Reference
 
 pytestmark = pytest.mark.timeout(600)

@@ -13,7 +13,7 @@ import pytest
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.http_body import body_of
+from deployments.clients.http_transport import body_of
 from tests.core_reference import Reference
 from tests.mode_inputs import CLIP, MINIMAL
 

@@ -46,6 +46,15 @@ def test_both_clients_have_the_same_calls() -> None:
     assert blocking == asynchronous
 
 
+def test_the_calls_of_the_blocking_client_are_documented_with_what_they_return() -> None:
+    for name in ("create", "stream", "events", "content"):
+        assert inspect.getdoc(getattr(Cosmos3Client, name))
+        assert not inspect.iscoroutinefunction(getattr(Cosmos3Client, name))
+    names = ("create", "list_all", "events", "content")
+    returned = [inspect.signature(getattr(Cosmos3Client, name)).return_annotation for name in names]
+    assert returned == ["Video", "Items", "Items", "Items"]
+
+
 # Calls that answer at once
 
 
@@ -279,7 +288,7 @@ def test_a_video_that_is_deleted_is_not_followed_on(way_out: str, client: Any, a
 
 def test_nonsense_is_no_event(client: Any, app: App) -> None:
     app.story = [("step", {"step": "first"})]
-    with pytest.raises(AnswerError, match="tells of 'step', but not as this API does"):
+    with pytest.raises(AnswerError, match="sends the event 'step', but not as this API does"):
         list(client.events(client.create(REQUEST).id))
 
 

@@ -81,7 +81,7 @@ def test_the_rule_finds_a_planted_violation(planted, path, text):
     [
         ("deployments/api/a.py", "from deployments.jobs.store import JobStore"),
         ("deployments/jobs/a.py", "from deployments.jobs.store import JobStore\nfrom cosmos3_core import app"),
-        ("deployments/client.py", "from deployments.clients.answers import read_answer"),
+        ("deployments/client.py", "from deployments.clients.transport import read_answer"),
         ("cluster/a.py", "import ray"),
     ],
 )

@@ -17,7 +17,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.clients.http_body import body_of
+from deployments.clients.http_transport import body_of
 from tests.mode_inputs import CLIP, MINIMAL
 
 pytestmark = pytest.mark.cluster

@@ -24,7 +24,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.api.bodies import BodyRules, ParsedBody, name_fields
 from deployments.api.fields import SyncBody
 from deployments.clients.errors import AnswerError, AuthError, UnreachableError
-from deployments.clients.http_body import body_of
+from deployments.clients.http_transport import body_of
 from deployments.launch.http_client import get, save_video
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
