@@ -65,7 +65,7 @@ class RequestError(Cosmos3Error, ValueError):
         field: name of the field, as the caller wrote it.
         given: the value that was given; the message shows it shortened.
         allowed: what the field must be; completes "must be".
-        hint: what to do about it, a clause without capital or full stop; optional.
+        hint: what to do about it: a clause, or a sentence with its capital and full stop; optional.
     """
 
     def __init__(self, field: str, given: Any, allowed: str, hint: str = "") -> None:
@@ -76,7 +76,10 @@ class RequestError(Cosmos3Error, ValueError):
         super().__init__(self._message())
 
     def _message(self) -> str:
-        return f"{self.field} must be {self.allowed} (got {self.given}){'; ' + self.hint if self.hint else ''}"
+        message = f"{self.field} must be {self.allowed} (got {self.given})"
+        if not self.hint:
+            return message
+        return f"{message}{'.' if self.hint[0].isupper() else ';'} {self.hint}"
 
     @classmethod
     def of_parts(cls, field: str, given: str, allowed: str, hint: str) -> RequestError:

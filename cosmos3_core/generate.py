@@ -95,6 +95,8 @@ def generate(
     """Serve one request. Where the engine is one of several ranks, all of them call this; the first writes the file.
 
     Args:
+        engine: a loaded checkpoint.
+        request: what to generate.
         out: path without its ending: ``.mp4`` is added, or what else the output is.
         output: ``latent`` stops before decoding and returns the latents.
         on_step: called after every denoising step.

@@ -67,6 +67,12 @@ def test_a_request_error_names_field_value_allowed_and_remedy():
     )
 
 
+def test_a_hint_that_is_a_sentence_begins_one():
+    assert str(RequestError("sede", 1, "left out", "Did you mean seed?")) == (
+        "sede must be left out (got 1). Did you mean seed?"
+    )
+
+
 def test_without_a_hint_nothing_trails():
     assert str(RequestError("fps", -1, "1 to 60")) == "fps must be 1 to 60 (got -1)"
     assert str(CheckpointError("/models", "is empty")) == "/models: is empty."

@@ -137,7 +137,7 @@ def test_a_preview_that_cannot_be_made_leaves_the_request_alone() -> None:
     rank = rank_with(FakeDenoiser("", MemoryError))
     other = torch.zeros(1, 3, 1, 1, 1)
     rank._jobs["a"] = job = (None, SimpleNamespace(solver={"video": SolverState(other, other, (other,))}))  # type: ignore[assignment]
-    with pytest.raises(PreviewFailed, match=r"RequestError: x0 must be .1, 2, frames, rows, columns"):
+    with pytest.raises(PreviewFailed, match=r"RequestError: x0 must be .1, 2, frames, rows, columns.* \(got "):
         rank.preview("a", RED, 4)
     assert rank._jobs["a"] is job
     rank.begin("unstepped", REQUEST, PromptOrders())

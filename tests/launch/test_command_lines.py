@@ -71,7 +71,7 @@ def only_line(text: str) -> str:
             ["serve", "--checkpoint", "x", "--set", "http.port.x=2"],
             "http.port.x: no such key; http.port is a single value",
         ),
-        (["serve", "--checkpoint", "x", "--set", "vae"], "error: set must be KEY=VALUE"),
+        (["serve", "--checkpoint", "x", "--set", "vae"], "vae.num_threads=4 (got 'vae')"),
         (["serve", "--checkpoint", "x", "--cfg", "3"], "transformer.cfg: must be 1 or 2, as there are two guidance"),
         (["serve", "--checkpoint", "x", "--tp", "two"], "transformer.tp='two': Input should be a valid integer"),
         (["serve", "--checkpoint", "x", "--sp", "0"], "transformer.sp='0': Input should be greater than or equal to 1"),
@@ -88,15 +88,21 @@ def only_line(text: str) -> str:
             "transformer: num_replicas=2 and autoscaling exclude each other",
         ),
         (["serve", "--checkpoint", "x", "--port", "eighty"], "http.port='eighty': Input should be a valid integer"),
-        (["generate", *REQUEST], "error: checkpoint must be a checkpoint's directory, or --url"),
+        (["generate", *REQUEST], "or --url of a running app instead (got None)"),
         (["generate", *REQUEST, "--url", "http://127.0.0.1:9"], "error: http://127.0.0.1:9: nothing listens there"),
         (["serve", "--checkpoint", "x", "--set", "name.x=1"], "name.x: no such key; name is a single value"),
-        (["generate", *REQUEST, "--url", "http://a b"], "error: url must be an address"),
+        (["generate", *REQUEST, "--url", "http://a b"], "such as http://127.0.0.1:8000 (got 'http://a b')"),
         (["generate", *REQUEST, "--url", f"http://{'a' * 64}.b"], "error: http://aaaa"),
-        (["generate", *REQUEST, "--url", "http://127.0.0.1:9", "--out", "."], "error: out must be a path that"),
-        (["demo", "--out", "no/such/folder/demo"], "must be a path in an existing directory (got "),
-        (["demo", "--checkpoint", "/proc/no/such/place"], "error: checkpoint must be "),
-        (["generate", *REQUEST, "--url", "127.0.0.1:9"], "error: url must be an address such as"),
+        (["generate", *REQUEST, "--url", "http://127.0.0.1:9", "--out", "."], "without its ending (got '.')"),
+        (
+            ["demo", "--out", "no/such/folder/demo"],
+            "must be a path in an existing directory (got 'no/such/folder/demo.mp4')",
+        ),
+        (["demo", "--checkpoint", "/proc/no/such/place"], "or a place for a new one (got '/proc/no/such/place')"),
+        (
+            ["generate", *REQUEST, "--url", "127.0.0.1:9"],
+            "error: url must be an address such as http://127.0.0.1:8000 (got '127.0.0.1:9')",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], said: str, run: Run) -> None:
@@ -138,6 +144,7 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
     done = run("serve", "--checkpoint", str(tiny_nano), *arguments)
     assert done.returncode == 2
     assert "error: tp must be one of 1, 2, 4" in only_line(done.stderr)
+    assert f"(got {given})" in done.stderr
 
 
 def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
