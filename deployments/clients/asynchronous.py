@@ -117,7 +117,7 @@ class AsyncCosmos3Client:
             IdempotencyConflict: the key was used for another request.
             ContentBlocked: a guardrail blocked the request.
         """
-        options = _options(request_id, idempotency_key, service_class, previews)
+        options = _make_options(request_id, idempotency_key, service_class, previews)
         return read_answer(Video, await self._call(lambda: self._transport.submit(request, options)))
 
     async def remix(
@@ -133,7 +133,7 @@ class AsyncCosmos3Client:
         Raises:
             Cosmos3Error: as :meth:`create`.
         """
-        options = _options(request_id, idempotency_key, None, 0)
+        options = _make_options(request_id, idempotency_key, None, 0)
         _check_id(video_id)
         return read_answer(Video, await self._call(lambda: self._transport.remix(video_id, prompt, options)))
 
@@ -189,7 +189,7 @@ class AsyncCosmos3Client:
             UnreachableError: the app is away for longer than ``patience`` allows.
         """
         _check_id(video_id)
-        deadline = _deadline(timeout_s)
+        deadline = _make_deadline(timeout_s)
         async with aclosing(follow_video(self._transport, video_id, after, deadline, self._patience)) as events:
             async for event in events:
                 yield event
@@ -262,8 +262,8 @@ class AsyncCosmos3Client:
             Cosmos3Error: as :meth:`create`.
             DeadlineExceeded: it was not accepted in time.
         """
-        options = _options(request_id, None, service_class, previews)
-        deadline = _deadline(timeout_s)
+        options = _make_options(request_id, None, service_class, previews)
+        deadline = _make_deadline(timeout_s)
         try:
             attached = await self._call(
                 lambda: self._transport.attach(request, options, deadline.left_s), deadline.left_s
@@ -291,7 +291,7 @@ class AsyncCosmos3Client:
         Raises:
             Cosmos3Error: as :meth:`create`, and as the stream of :meth:`stream` where the video fails.
         """
-        deadline = _deadline(timeout_s)
+        deadline = _make_deadline(timeout_s)
         events = await self.stream(request, timeout_s=timeout_s, service_class=service_class, request_id=request_id)
         async with events:
             video = [event.video async for event in events if isinstance(event, VideoEnded)][-1]
@@ -332,7 +332,7 @@ class AsyncCosmos3Client:
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.1))
 
 
-def _options(
+def _make_options(
     request_id: str | None, idempotency_key: str | None, service_class: str | None, previews: int
 ) -> SubmitOptions:
     return SubmitOptions(
@@ -343,7 +343,7 @@ def _options(
     )
 
 
-def _deadline(timeout_s: float) -> Deadline:
+def _make_deadline(timeout_s: float) -> Deadline:
     return Deadline(checks.real("timeout_s", timeout_s, 0, LONGEST_S))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.asynchronous import DEFAULT_CALL_S, DEFAULT_TIMEOUT_S, AsyncCosmos3Client
@@ -16,6 +16,7 @@ from deployments.jobs.events import VideoEvent
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
 
 
 def _block(
@@ -116,24 +117,38 @@ class Cosmos3Client:
         self.close()
 
 
+class _AsyncItems(Protocol[_T_co]):
+    """An asynchronous iterator that can be closed: a generator or a stream."""
+
+    def __anext__(self) -> Awaitable[_T_co]: ...
+
+    def aclose(self) -> Coroutine[Any, Any, None]: ...
+
+
 class Items(Generic[_T], Iterator[_T]):
-    """An asynchronous generator as an iterator. Closing or dropping it ends the generator.
+    """An asynchronous generator as an iterator and context manager. Closing or dropping it ends the generator.
 
     Args:
         thread: runs the generator.
         items: the generator; owned by this iterator.
     """
 
-    def __init__(self, thread: LoopThread, items: AsyncGenerator[_T, None]) -> None:
+    def __init__(self, thread: LoopThread, items: _AsyncItems[_T]) -> None:
         self._thread = thread
         # Its loop closes a dropped generator: ``__del__`` must not wait for that.
         self._items = items
 
     def __next__(self) -> _T:
-        return _next(self._thread, self._items)
+        async def advance() -> _T:
+            return await anext(self._items)
+
+        try:
+            return self._thread.run(advance())
+        except StopAsyncIteration:
+            raise StopIteration from None
 
     def close(self) -> None:
-        """End the generator."""
+        """End the generator; that of a :class:`VideoStream` stops its work."""
         self._thread.run(self._items.aclose())
 
     def __enter__(self) -> Self:
@@ -143,7 +158,7 @@ class Items(Generic[_T], Iterator[_T]):
         self.close()
 
 
-class VideoStream(Iterator[VideoEvent]):
+class VideoStream(Items[VideoEvent]):
     """The events of a video that is made for this caller; :class:`VideoEnded`, the last, holds the finished video.
 
     Closing it, leaving its ``with`` block, or dropping it stops the work of every stage.
@@ -160,29 +175,5 @@ class VideoStream(Iterator[VideoEvent]):
     """
 
     def __init__(self, thread: LoopThread, stream: AsyncVideoStream) -> None:
-        self._thread = thread
-        self._stream = stream
+        super().__init__(thread, stream)
         self.video_id = stream.video_id
-
-    def __next__(self) -> VideoEvent:
-        return _next(self._thread, self._stream)
-
-    def close(self) -> None:
-        """Stop the work. Does nothing once the video has ended."""
-        self._thread.run(self._stream.aclose())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def _next(thread: LoopThread, items: AsyncIterator[_T]) -> _T:
-    async def item() -> _T:
-        return await anext(items)
-
-    try:
-        return thread.run(item())
-    except StopAsyncIteration:
-        raise StopIteration from None

@@ -59,7 +59,7 @@ class HttpCalls:
 
     def __init__(self, url: str, api_key: str | None = None, connecting: Connecting = DIRECTLY) -> None:
         self.url = url
-        self._base = _base(url)
+        self._base = _normalize_url(url)
         headers = {"accept-encoding": "identity"}  # so that content-length counts the bytes that are read
         if api_key is not None:
             if not api_key or not api_key.isascii() or not api_key.isprintable() or " " in api_key:
@@ -78,7 +78,7 @@ class HttpCalls:
         )
 
     @asynccontextmanager
-    async def answer(
+    async def send(
         self,
         method: str,
         path: str,
@@ -111,40 +111,19 @@ class HttpCalls:
         request = self._http.build_request(
             method, self._base + path, content=body, headers=sent, params=params, timeout=limits
         )
-        with self._typed_errors(deadline):
+        with self._translate_errors(deadline):
             response = await deadline.wait(self._http.send(request, stream=True))
         try:
             yield Answer(self, response, deadline)
         finally:
             await response.aclose()
 
-    async def json(
-        self,
-        method: str,
-        path: str,
-        *,
-        deadline: Deadline,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        params: Mapping[str, str | int] | None = None,
-    ) -> dict[str, Any]:
-        """Send a request and return its answer, a JSON object.
-
-        Raises:
-            UnreachableError: no answer, or none in time.
-            Cosmos3Error: the server refused.
-        """
-        call = self.answer(method, path, deadline=deadline, body=body, headers=headers, params=params)
-        async with call as answer:
-            await answer.check((headers or {}).get("idempotency-key"))
-            return await answer.json()
-
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
     @contextmanager
-    def _typed_errors(self, deadline: Deadline) -> Iterator[None]:
+    def _translate_errors(self, deadline: Deadline) -> Iterator[None]:
         try:
             yield
         except TimeoutError:
@@ -205,7 +184,7 @@ class Answer:
         """
         parts, num_bytes = self._response.aiter_raw(), 0
         while True:
-            with self._calls._typed_errors(self._deadline):
+            with self._calls._translate_errors(self._deadline):
                 try:
                     part = await self._deadline.wait(anext(parts))
                 except StopAsyncIteration:
@@ -241,15 +220,15 @@ class Answer:
             if not isinstance(answer, dict):
                 raise TypeError
         except (ValueError, TypeError):
-            raise self.foreign() from None
+            raise self.make_foreign_error() from None
         return answer
 
-    def foreign(self) -> AnswerError:
+    def make_foreign_error(self) -> AnswerError:
         """Return the error for an answer that is not of this API."""
         return AnswerError(self.status, f"{self._calls.url} answers, but not as this API does; is it a cosmos3 app?")
 
 
-def _base(url: str) -> str:
+def _normalize_url(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:

@@ -52,7 +52,7 @@ class HttpTransport:
         """POST a job."""
         # In a thread, as it reads and encodes files.
         body = await asyncio.to_thread(_encode_body, request, options)
-        return await self._json("POST", "/v1/videos", body=body, headers=_headers(options))
+        return await self._call("POST", "/v1/videos", body=body, headers=_make_headers(options))
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
         """POST a job, and cancel it when the caller leaves: to the app it is a job like any other."""
@@ -75,35 +75,35 @@ class HttpTransport:
     async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
         """POST a remix."""
         body = json.dumps({"prompt": prompt}).encode()
-        return await self._json("POST", f"{_path(video_id)}/remix", body=body, headers=_headers(options))
+        return await self._call("POST", f"{_make_path(video_id)}/remix", body=body, headers=_make_headers(options))
 
     async def job(self, video_id: str) -> JobObject:
         """GET a video."""
-        return await self._json("GET", _path(video_id))
+        return await self._call("GET", _make_path(video_id))
 
     async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
         """GET a page of videos."""
         params: dict[str, str | int] = {"limit": limit, "order": order}
         if after is not None:
             params["after"] = after
-        return await self._json("GET", "/v1/videos", params=params)
+        return await self._call("GET", "/v1/videos", params=params)
 
     async def cancel(self, video_id: str) -> JobObject:
         """POST a video's cancellation."""
-        return await self._json("POST", f"{_path(video_id)}/cancel")
+        return await self._call("POST", f"{_make_path(video_id)}/cancel")
 
     async def delete(self, video_id: str) -> None:
         """DELETE a video."""
-        await self._json("DELETE", _path(video_id))
+        await self._call("DELETE", _make_path(video_id))
 
     async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
         """Yield the server-sent events of one connection."""
         headers = {"accept": "text/event-stream"}
         if after:
             headers["last-event-id"] = str(after)
-        call = self._calls.answer(
+        call = self._calls.send(
             "GET",
-            f"{_path(video_id)}/events",
+            f"{_make_path(video_id)}/events",
             deadline=Deadline(timeout_s),
             headers=headers,
             silence_s=_SILENCE_S,
@@ -113,7 +113,7 @@ class HttpTransport:
             if answer.status == 204:  # no more events
                 return
             if answer.media_type != "text/event-stream":
-                raise answer.foreign()
+                raise answer.make_foreign_error()
             reader = EventReader()
             async for part in answer.parts():
                 for raw in reader.feed(part):
@@ -122,15 +122,15 @@ class HttpTransport:
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """Yield a file as its bytes arrive."""
         params = {} if variant == VIDEO else {"variant": variant}
-        path = f"{_path(video_id)}/content"
-        async with self._calls.answer("GET", path, deadline=Deadline(timeout_s), params=params) as answer:
+        path = f"{_make_path(video_id)}/content"
+        async with self._calls.send("GET", path, deadline=Deadline(timeout_s), params=params) as answer:
             await answer.check()
             async for part in answer.parts():
                 yield part
 
     async def models(self) -> Mapping[str, Any]:
         """GET the list of models."""
-        return await self._json("GET", "/v1/models")
+        return await self._call("GET", "/v1/models")
 
     async def aclose(self) -> None:
         """Close the connections, after the cancellations that are under way."""
@@ -160,7 +160,7 @@ class HttpTransport:
         except Cosmos3Error as error:
             logger.warning("%s could not be stopped: %s", video_id, error)
 
-    async def _json(
+    async def _call(
         self,
         method: str,
         path: str,
@@ -169,11 +169,15 @@ class HttpTransport:
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str | int] | None = None,
     ) -> dict[str, Any]:
+        """Send a call that answers at once, and return its answer, a JSON object."""
         deadline = Deadline(self._timeout_s)
-        return await self._calls.json(method, path, deadline=deadline, body=body, headers=headers, params=params)
+        call = self._calls.send(method, path, deadline=deadline, body=body, headers=headers, params=params)
+        async with call as answer:
+            await answer.check((headers or {}).get("idempotency-key"))
+            return await answer.json()
 
 
-def _path(video_id: str) -> str:
+def _make_path(video_id: str) -> str:
     return f"/v1/videos/{quote(video_id, safe='')}"
 
 
@@ -186,7 +190,7 @@ def _encode_body(request: GenerationRequest, options: SubmitOptions) -> bytes:
     return json.dumps(body).encode()
 
 
-def _headers(options: SubmitOptions) -> dict[str, str]:
+def _make_headers(options: SubmitOptions) -> dict[str, str]:
     named = {"x-request-id": options.request_id, "idempotency-key": options.idempotency_key}
     return {name: value for name, value in named.items() if value is not None}
 
@@ -205,11 +209,11 @@ def body_of(request: GenerationRequest) -> dict[str, Any]:
         body["actions"] = action_rows("actions", actions, None).tolist()
     packed = request.packed()
     if packed.image is not None:
-        body["image"] = _data_url(packed.image if isinstance(packed.image, bytes) else _png(packed.image))
+        body["image"] = _encode_data_url(packed.image if isinstance(packed.image, bytes) else _encode_png(packed.image))
     if packed.video is not None:
         if not isinstance(packed.video, bytes):
             raise RequestError("video", "frames", "a file over HTTP", "Write them to one, and give its path or bytes.")
-        body["video"] = _data_url(packed.video)
+        body["video"] = _encode_data_url(packed.video)
     del given["image"], given["video"]
     for name in ("condition_frame_indexes_vision", "guidance_interval"):
         if isinstance(given[name], Sequence) and not isinstance(given[name], str):
@@ -224,12 +228,12 @@ def _local_only(name: str, value: Any) -> RequestError:
     return RequestError(name, value, "the default over HTTP", "Generate in process instead.")
 
 
-def _data_url(data: bytes) -> str:
+def _encode_data_url(data: bytes) -> str:
     # The app reads the format from the content.
     return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
 
 
-def _png(frame: Any) -> bytes:
+def _encode_png(frame: Any) -> bytes:
     png = io.BytesIO()
     write_image(png, frame, "png")
     return png.getvalue()

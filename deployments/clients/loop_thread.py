@@ -1,7 +1,7 @@
 """An event loop in a thread of its own, for callers without one.
 
-anyio's blocking portal does the same but for interrupts: it cancels again whatever a cancelled call awaits, so a call
-could not ask the app to stop its video, and its caller does not wait for that.
+anyio's blocking portal cannot replace it: there a cancelled call can await nothing more, so an interrupted caller could
+not have its video stopped; and closing the portal either cancels all calls at once or waits for them without a bound.
 """
 
 from __future__ import annotations

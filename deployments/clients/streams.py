@@ -28,7 +28,7 @@ _HELD_S = 10.0
 
 @dataclass(frozen=True)
 class Patience:
-    """What is retried, and for how long.
+    """Bounds of retries and reconnections.
 
     Attributes:
         max_wait_s: longest time that a call which is refused for now (429, 503) is put off in all; 0: not at all.

@@ -43,23 +43,23 @@ def check_app(url: str, *, timeout_s: float, report: Callable[[str], None] = pri
     """
     try:
         _check_ready(url)
-        probe = _probe(url, api_key)
+        probe = _make_probe(url, api_key)
     except Cosmos3Error as error:
-        report(_line("ready", "FAIL", error))
+        report(_format_line("ready", "FAIL", error))
         return False
-    report(_line("ready", "ok", url))
+    report(_format_line("ready", "ok", url))
     with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
         try:
             saved = save_video(url, probe, Path(directory) / "check", timeout_s=timeout_s, api_key=api_key)
         except Cosmos3Error as error:
             _report_failure(str(error), probe, report)
             return False
-        for stage, name in _stages(probe).items():
-            report(_line(name, "ok", f"{saved.stage_seconds[stage]:.2f} s"))
+        for stage, name in _choose_stages(probe).items():
+            report(_format_line(name, "ok", f"{saved.stage_seconds[stage]:.2f} s"))
         try:
-            report(_line("file", "ok", _check_file(saved, probe)))
+            report(_format_line("file", "ok", _check_file(saved, probe)))
         except Cosmos3Error as error:
-            report(_line("file", "FAIL", error))
+            report(_format_line("file", "FAIL", error))
             return False
     return True
 
@@ -70,7 +70,7 @@ def _check_ready(url: str) -> None:
         raise AnswerError(status, f"HTTP {status}: {text}")
 
 
-def _probe(url: str, api_key: str | None) -> GenerationRequest:
+def _make_probe(url: str, api_key: str | None) -> GenerationRequest:
     """Return a request that needs every stage of the app."""
     status, text = get(url, "/v1/models", timeout_s=_READY_S, api_key=api_key)
     if status == 401:
@@ -86,7 +86,7 @@ def _probe(url: str, api_key: str | None) -> GenerationRequest:
     return replace(request, generate_sound=mode + WITH_SOUND in modes)
 
 
-def _stages(probe: GenerationRequest) -> dict[str, str]:
+def _choose_stages(probe: GenerationRequest) -> dict[str, str]:
     return {stage: name for stage, name in _STAGES.items() if stage != "condition" or probe.image is not None}
 
 
@@ -94,11 +94,11 @@ def _report_failure(message: str, probe: GenerationRequest, report: Callable[[st
     """Report the failing stage, which the message names, and the earlier ones as ok."""
     named = re.search(r"stage '(\w+)'", message)
     failing = _FAILING.get(named[1]) if named else None
-    for stage, name in _stages(probe).items():
+    for stage, name in _choose_stages(probe).items():
         if failing is None or stage == failing:
-            report(_line(name if failing else "request", "FAIL", message))
+            report(_format_line(name if failing else "request", "FAIL", message))
             return
-        report(_line(name, "ok", ""))
+        report(_format_line(name, "ok", ""))
 
 
 def _check_file(saved: SavedMedia, probe: GenerationRequest) -> str:
@@ -113,5 +113,5 @@ def _check_file(saved: SavedMedia, probe: GenerationRequest) -> str:
     return f"{shape}, {saved.num_bytes} bytes"
 
 
-def _line(name: str, verdict: str, detail: object) -> str:
+def _format_line(name: str, verdict: str, detail: object) -> str:
     return f"{name:<16} {verdict:<5} {detail}".rstrip()

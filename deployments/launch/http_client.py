@@ -90,12 +90,12 @@ def save_video(
 
 
 async def _get(calls: HttpCalls, path: str, deadline: Deadline) -> tuple[int, str]:
-    async with aclosing(calls), calls.answer("GET", path, deadline=deadline) as answer:
+    async with aclosing(calls), calls.send("GET", path, deadline=deadline) as answer:
         return answer.status, await answer.text()
 
 
 async def _save_video(calls: HttpCalls, body: bytes, out: Path, deadline: Deadline) -> SavedMedia:
-    async with aclosing(calls), calls.answer("POST", "/v1/videos/sync", deadline=deadline, body=body) as answer:
+    async with aclosing(calls), calls.send("POST", "/v1/videos/sync", deadline=deadline, body=body) as answer:
         await answer.check()
         return await _save_answer(answer, out)
 
@@ -105,7 +105,7 @@ async def _save_answer(answer: Answer, out: Path) -> SavedMedia:
     if answer.media_type == JSON:
         path, actions_path, num_bytes = await _save_json(answer, out)
     else:
-        path, actions_path = _file_path(answer, out, answer.media_type), None
+        path, actions_path = _choose_path(answer, out, answer.media_type), None
         num_bytes = await write_parts(answer.parts(), path)
     return replace(facts, path=path, actions_path=actions_path, num_bytes=num_bytes)
 
@@ -126,12 +126,12 @@ def _read_facts(answer: Answer) -> SavedMedia:
             stage_seconds=dict(json.loads(headers["x-stage-durations"])),
         )
     except (KeyError, ValueError, TypeError):
-        raise answer.foreign() from None
+        raise answer.make_foreign_error() from None
 
 
-def _file_path(answer: Answer, out: Path, media_type: str) -> Path:
+def _choose_path(answer: Answer, out: Path, media_type: str) -> Path:
     if media_type not in SUFFIXES:
-        raise answer.foreign()
+        raise answer.make_foreign_error()
     return out.with_name(out.name + SUFFIXES[media_type])
 
 
@@ -142,10 +142,10 @@ async def _save_json(answer: Answer, out: Path) -> tuple[Path | None, Path, int]
     try:
         actions = GeneratedActions.from_json(values["actions"])
         if (video := values["video"]) is not None:
-            path = _file_path(answer, out, video["media_type"])
+            path = _choose_path(answer, out, video["media_type"])
             data = base64.b64decode(video["b64_json"])
     except (ValueError, TypeError, KeyError):
-        raise answer.foreign() from None
+        raise answer.make_foreign_error() from None
     if path is not None:
         await write_parts(_yield_once(data), path)
     return path, write_actions(actions, out), len(data)
