@@ -1,7 +1,7 @@
 """An event loop in a thread of its own, for callers without one.
 
-anyio's blocking portal cannot replace it: there a cancelled call can await nothing more, so an interrupted caller could
-not have its video stopped; and closing the portal either cancels all calls at once or waits for them without a bound.
+anyio's blocking portal cannot replace it: there a cancelled call can await nothing more, so an interrupt would return
+before its video is stopped; and closing the portal either cancels all calls at once or waits for them without a bound.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The command line's HTTP client: fetch a small answer, or generate a file and save it.
 
 It calls ``/v1/videos/sync``, which the typed client does not: the app then stops the work even where this process is
-killed, stores no job, and reports the origin of the negative prompt.
+killed, and reports the origin of the negative prompt.
 """
 
 from __future__ import annotations
