@@ -58,7 +58,7 @@ class ClipStreams:
         self._clips[stream_id] = _Clip(asyncio.Semaphore(window))
 
     async def acquire(self, stream_id: str, producer: str, timeout_s: float) -> bool:
-        """A producer's: wait for a credit. False when it is not wanted any more: stop producing.
+        """Wait for a producer's credit. False when the stream has ended: the producer stops.
 
         Raises:
             TimeoutError: no credit came in time.
@@ -75,7 +75,7 @@ class ClipStreams:
         return True
 
     async def post(self, stream_id: str, producer: str, boxed_ref: list[Any]) -> None:
-        """The Director's: pass on a producer's next chunk, as a one-element list so that Ray leaves the reference
+        """Pass on a producer's next chunk for the Director, as a one-element list so that Ray leaves the reference
         alone.
         """
         clip = self._clips.get(stream_id)
@@ -85,14 +85,14 @@ class ClipStreams:
             clip.changed.set()
 
     async def drop(self, stream_id: str, producer: str) -> None:
-        """A credit for which no chunk is posted: there is none left to make, or the consumer has had it already."""
+        """Give up a credit without posting a chunk: none is left to make, or the consumer has it already."""
         clip = self._clips.get(stream_id)
         if clip is not None and clip.making[producer] > 0:
             clip.making[producer] -= 1
             clip.credits.release()
 
     async def forget(self, stream_id: str, producer: str) -> None:
-        """The Director's: a producer has died; the credits that it took and did not use go back."""
+        """Take back the unused credits of a producer that has died; the Director calls this."""
         clip = self._clips.get(stream_id)
         if clip is not None:
             clip.gone.add(producer)
@@ -100,14 +100,14 @@ class ClipStreams:
                 clip.credits.release()
 
     async def complete(self, stream_id: str) -> None:
-        """The Director's: no chunk comes after those posted."""
+        """Mark the clip as complete: the Director posts no further chunk."""
         clip = self._clips.get(stream_id)
         if clip is not None:
             clip.is_complete = True
             clip.changed.set()
 
     async def take(self, stream_id: str, timeout_s: float) -> list[Any]:
-        """The consumer's: the next chunk's reference in a list, or an empty list after the last one.
+        """Return the next chunk's reference to the consumer in a list, or an empty list after the last one.
 
         Raises:
             StreamClosed: the clip was given up.
@@ -128,13 +128,13 @@ class ClipStreams:
                 await clip.changed.wait()
 
     async def release(self, stream_id: str) -> None:
-        """The consumer's: a chunk was used up; its memory may be reused by the next."""
+        """Give a credit back for the consumer, which has used a chunk up."""
         clip = self._clips.get(stream_id)
         if clip is not None:
             clip.credits.release()
 
     async def close(self, stream_id: str, reason: str) -> None:
-        """End a clip for whoever waits on it. Closing one that is not open is fine."""
+        """End a clip for all its waiting calls. Closing one that is not open is fine."""
         clip = self._clips.pop(stream_id, None)
         if clip is None:
             return
@@ -144,7 +144,7 @@ class ClipStreams:
         clip.credits.release()
 
     async def num_open(self) -> int:
-        """How many clips are open."""
+        """Return how many clips are open."""
         return len(self._clips)
 
 

@@ -29,7 +29,7 @@ from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
 from cluster.transformer_rank import StepReport
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import Cosmos3Error
-from cosmos3_core.media.webp import MAX_FRAMES, MEDIA_TYPE, animated_webp
+from cosmos3_core.media.webp import MAX_FRAMES, MEDIA_TYPE, animate_webp
 from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.prompt_ledger import PromptLedger, RequestMemory
 
@@ -118,8 +118,8 @@ class EngineLoop:
         gang: up and warm.
         request_memory: what requests hold of a rank's memory.
         spec: its bounds and deadlines.
-        on_failure: called once, when the gang has failed and everybody was told.
-        meter: is told of the gang's work.
+        on_failure: called once, when the gang has failed and every request has its error.
+        meter: records the gang's work.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class EngineLoop:
             await self._gang.call("describe", phase="idle", timeout_s=self._spec.quantum_timeout_s)
 
     async def _drop_abandoned(self) -> None:
-        """Let go of requests that nobody waits for, and of those whose time is up: whoever asked may have died."""
+        """Drop requests whose caller has left or died, and those past their deadline."""
         for job in list(self._turns):
             if job.is_cancelled or self._now_s() >= job.deadline_s:
                 job.updates.put_nowait(DeadlineExceeded("denoise", job.limit_s))
@@ -348,7 +348,7 @@ class EngineLoop:
     async def _encode_preview(self, job: _Job, order: PreviewOrder, last: StepDone, colours: TensorEnvelope) -> None:
         try:
             frames = colours.array()
-            webp = await asyncio.to_thread(animated_webp, frames, order.fps(len(frames)))
+            webp = await asyncio.to_thread(animate_webp, frames, order.fps(len(frames)))
         except Exception as error:  # noqa: BLE001 - a preview fails no request, whatever is wrong with it
             self._end_previews(job, f"{type(error).__name__}: {error}")
             return
@@ -363,7 +363,7 @@ class EngineLoop:
             job.previews = None
 
     async def _save(self, job: _Job) -> TensorEnvelope:
-        """A begun request's state. One rank's is enough: all hold the same."""
+        """Read a begun request's state from one rank: all hold the same."""
         envelope: TensorEnvelope = await self._first("save", job)
         return envelope
 
@@ -373,7 +373,7 @@ class EngineLoop:
             await self._forget(job)
 
     def _refuse(self, job: _Job, error: Exception) -> None:
-        """Tell a request that the ranks do not take it; they keep nothing of it."""
+        """Refuse a request with the ranks' error; they keep nothing of it."""
         job.updates.put_nowait(error)
         self._leave(job)
 

@@ -1,7 +1,7 @@
 """Tensors between processes: bytes, dtype and shape, so that the object store moves them without a copy.
 
 A torch tensor sent as it is gets pickled, 20 times slower at 100 MB; bfloat16 has no numpy dtype at all. No torch here:
-whoever only forwards an envelope needs none.
+a process that only forwards an envelope needs none.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class TensorEnvelope:
         return cls(flat.view(np.uint8), array.dtype.name, array.shape)
 
     def tensor(self) -> torch.Tensor:
-        """The torch tensor, on the CPU, in memory of its own: the store's is read-only."""
-        return self.borrowed_tensor().clone()
+        """Return the torch tensor, on the CPU, in memory of its own: the store's is read-only."""
+        return self.borrow_tensor().clone()
 
-    def borrowed_tensor(self) -> torch.Tensor:
-        """The torch tensor, on the CPU, in the memory that the bytes lie in: nobody may write to it."""
+    def borrow_tensor(self) -> torch.Tensor:
+        """Return the torch tensor, on the CPU, in the memory that the bytes lie in: read-only by contract."""
         import torch
 
         dtype = getattr(torch, self.dtype)
@@ -61,7 +61,7 @@ class TensorEnvelope:
             return torch.from_numpy(self.data).view(dtype).reshape(self.shape)
 
     def array(self) -> npt.NDArray[Any]:
-        """The numpy array, a view of :attr:`data`; read-only where that is. Not for bfloat16."""
+        """Return the numpy array, a view of :attr:`data`; read-only where that is. Not for bfloat16."""
         return self.data.view(np.dtype(self.dtype)).reshape(self.shape)
 
     @property

@@ -1,4 +1,4 @@
-"""What can go wrong between processes.
+"""Errors between processes.
 
     Cosmos3Error
     └── ClusterError
@@ -32,7 +32,7 @@ class GangFailed(ClusterError):
         phase: what it was doing: "place", "start", "meet", "load", "warm up" or "idle"; transformers also "begin" and
             "step", VAEs "decode", "encode" and "previews"; "call" is the leader's own bug.
         reason: what happened.
-        rank: the rank that failed; None where it is nobody's or cannot be told.
+        rank: the rank that failed; None where it is no rank's failure, or unknown.
     """
 
     def __init__(self, phase: str, reason: str, rank: int | None = None) -> None:
@@ -45,7 +45,7 @@ class GangFailed(ClusterError):
 
 
 class GangLost(GangFailed):
-    """A gang failed while it was at work on another request. To try this one again does not count as a try."""
+    """A gang failed while it was at work on another request. Retrying this one does not count as an attempt."""
 
 
 class OutOfMemory(ClusterError):

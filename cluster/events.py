@@ -1,4 +1,4 @@
-"""Events of a request that a rank or its gang's leader makes; they go as they are to whoever waits for the request.
+"""Events of a request that a rank or its gang's leader makes; they reach the request's caller unchanged.
 
 Base and fields for all events, also those of other stages: :mod:`deployments.jobs.events` has the union and its JSON.
 """

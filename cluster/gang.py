@@ -58,7 +58,7 @@ class GangSpec:
 
 
 def bundles(spec: GangSpec, leader_cpus: float) -> list[dict[str, float]]:
-    """The placement group of one gang: a bundle a rank, the leader in the first one."""
+    """Return the placement group of one gang: a bundle a rank, the leader in the first one."""
     one = {"CPU": spec.cpus_per_rank, **({"GPU": spec.gpus_per_rank} if spec.gpus_per_rank else {})}
     first = {**one, "CPU": one["CPU"] + leader_cpus}
     return [first] + [dict(one) for _ in range(spec.num_ranks - 1)]
@@ -91,7 +91,7 @@ class Gang:
             GangFailed: it did not come up; says in which phase.
             CheckpointError, RequestError: the checkpoint or the device cannot be used.
         """
-        order = _placed_bundles(spec)
+        order = _place_bundles(spec)
         gang = cls(_start_actors(spec, order))
         try:
             await gang.call("log_to_stderr", phase="start", timeout_s=spec.start_timeout_s)
@@ -200,7 +200,7 @@ class Gang:
             ray.kill(actor)
 
 
-def _placed_bundles(spec: GangSpec) -> list[int]:
+def _place_bundles(spec: GangSpec) -> list[int]:
     group = get_current_placement_group()
     if group is None:
         raise GangFailed("place", "the leader is not in a placement group")
@@ -246,7 +246,7 @@ def _errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException]:
 def _results(
     calls: list[asyncio.Future[Any]], errors: dict[int, BaseException], method: str, phase: str, timeout_s: float
 ) -> list[Any]:
-    """Every rank's result.
+    """Return every rank's result.
 
     Raises:
         GangFailed: one has none; its cause is what that one failed with.

@@ -1,7 +1,7 @@
 """Calls to a gang on behalf of requests that come and go: one after the other, none taken back once it is made.
 
 A request that is cancelled must not take its calls with it: Ray drops those that wait at one rank and leaves those that
-run at another, which then waits for its neighbour for ever. So one task makes every call, and whoever asked may leave:
+run at another, which then waits for its neighbour for ever. So one task makes every call, and a caller may leave:
 what has begun goes on to its end, what has not had its turn is made to no rank. The task also looks after idle ranks,
 so that a death is noticed before a request meets it.
 
@@ -38,13 +38,13 @@ class _Call:
 
 
 class GangCalls:
-    """See the module. Make it inside the event loop that will use it.
+    """Queue of the calls to one gang, made one at a time. Create it inside the event loop that will use it.
 
     What waits here is bounded by the callers: each has one question at a time, and a word to say at its end.
 
     Args:
         gang: up and warm.
-        on_failure: called once, when the gang has failed and everybody was told.
+        on_failure: called once, when the gang has failed and every caller has its error.
     """
 
     def __init__(self, gang: Gang, on_failure: Callable[[], None]) -> None:
@@ -67,7 +67,7 @@ class GangCalls:
         Raises:
             Cosmos3Error: what every rank raised.
             OutOfMemory: it did not fit.
-            GangFailed: the gang failed; :class:`GangLost` if it was at work for somebody else.
+            GangFailed: the gang failed; :class:`GangLost` if it was at work on another call.
         """
         results: list[Any] = await self._put(method, arguments, phase, timeout_s)
         return results
@@ -82,7 +82,7 @@ class GangCalls:
         return await self._put(method, arguments, phase, timeout_s, is_for_first=True)
 
     def tell(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> None:
-        """:meth:`ask` without waiting for the answer; a gang that has failed need not be told."""
+        """Call as :meth:`ask` does without waiting for the answer; does nothing once the gang has failed."""
         if self.failure is None:
             self._put(method, arguments, phase, timeout_s)
 
@@ -108,7 +108,7 @@ class GangCalls:
         if self.failure is not None:
             raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        # Whoever asked may be gone when it comes: an error that nobody fetched is not to be reported as a bug.
+        # The caller may be gone by then: an error without a reader must not be reported as a bug.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._calls.put_nowait(_Call(method, arguments, phase, timeout_s, is_for_first, answer))
         return answer
@@ -135,7 +135,7 @@ class GangCalls:
             await self._gang.call("describe", phase="idle", timeout_s=_ANSWER_S)
             return
         try:
-            result = await self._asked(call)
+            result = await self._make_call(call)
         except GangFailed:
             raise
         except Cosmos3Error as error:
@@ -145,7 +145,7 @@ class GangCalls:
             if not call.answer.done():
                 call.answer.set_result(result)
 
-    async def _asked(self, call: _Call) -> Any:
+    async def _make_call(self, call: _Call) -> Any:
         limits: dict[str, Any] = {"phase": call.phase, "timeout_s": call.timeout_s}
         if call.is_for_first:
             return await self._gang.first(call.method, *call.arguments, **limits, passes_on=Cosmos3Error)

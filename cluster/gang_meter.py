@@ -1,4 +1,4 @@
-"""What a leader's loop tells of its gang's work, for whoever counts and measures."""
+"""Interface through which a leader's loop reports its gang's work to metrics."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ _PERIOD_S = 5.0
 
 
 class GangMeter(Protocol):
-    """Who is told. Lanes are "image" and "video". Nothing here may raise, or take long."""
+    """Receives a gang's counts and times. Lanes are "image" and "video". No method may raise, or take long."""
 
     def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
-        """A quantum was run."""
+        """Record a quantum of steps."""
         ...
 
     def record_gang_wait(self, lane: str, seconds: float) -> None:
-        """A request waited so long before it was begun."""
+        """Record how long a request waited before it was begun."""
         ...
 
     def set_busy_share(self, share: float) -> None:
-        """The gang was at work in this share of the last seconds."""
+        """Set the share of the last seconds in which the gang was at work."""
         ...
 
     def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
-        """So many of a request's prompts were kept from before, so many were not."""
+        """Count a request's prompts that were cached, and those that were not."""
         ...
 
 
 class NoMeter:
-    """Nobody is told."""
+    """Discards every report."""
 
     def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
         """See :class:`GangMeter`."""
@@ -56,11 +56,11 @@ class BusyClock:
         self._busy_s = 0.0
 
     def worked(self, start_s: float, end_s: float) -> None:
-        """The gang was at work, after the last time it was."""
+        """Add a span of work; it begins after the last one ended."""
         self._busy_s += end_s - start_s
 
     def share(self, now_s: float) -> float | None:
-        """Of the time since the last one was told, in [0, 1]; None if that was moments ago."""
+        """Return the busy share of the time since the last report, in [0, 1]; None if that was moments ago."""
         passed_s = now_s - self._since_s
         if passed_s < _PERIOD_S:
             return None

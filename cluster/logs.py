@@ -32,7 +32,7 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class LogOrigin:
-    """Whose work something is.
+    """Names the request that a piece of work belongs to.
 
     Attributes:
         request_id: the caller's name for the request.
@@ -70,7 +70,7 @@ def log_event(
     if not logger.isEnabledFor(level):
         return
     whose: dict[str, Value] = {} if origin is None else vars(origin)
-    shown = {name: _shown(value) for name, value in (whose | fields).items() if value is not None}
+    shown = {name: _show(value) for name, value in (whose | fields).items() if value is not None}
     message = " ".join([event, *(f"{name}={value}" for name, value in shown.items() if name != "request_id")])
     path, line, function, _ = logger.findCaller(stacklevel=2)
     record = logging.LogRecord(logger.name, level, path, line, message, None, None, function)
@@ -87,7 +87,7 @@ def log_failure(
 
 
 def _reason(error: BaseException) -> str:
-    """Of an error, in words of ours or the system's; others may quote anything, a prompt say: where it was raised."""
+    """Describe an error in our words or the system's; of others, which may quote a prompt, only where it was raised."""
     if isinstance(error, RequestError):
         return f"{error.field} must be {error.allowed}"
     if isinstance(error, Cosmos3Error | OSError):
@@ -96,7 +96,7 @@ def _reason(error: BaseException) -> str:
     return f"raised in {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
 
 
-def _shown(value: Value) -> str | int | float:
+def _show(value: Value) -> str | int | float:
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else str(value)  # JSON has no infinity
     return value if isinstance(value, int) else one_line(value)
@@ -134,7 +134,7 @@ class JsonLines(logging.Formatter):
         self._fields = fields
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Format a record as one line of JSON."""
         line: dict[str, object] = {
             "asctime": self.formatTime(record),
             "levelname": record.levelname,
@@ -151,7 +151,7 @@ class JsonLines(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Ours, to be told from others'."""
+    """Marks the handler as ours, so that it is added once."""
 
 
 def log_to_stderr(**fields: Value) -> None:
@@ -179,7 +179,7 @@ class _Work:
 
 @dataclass
 class RankLog:
-    """What a rank has in hand, and what it logs of that: when it takes something up, what fails, how it ends.
+    """Logs a rank's pieces of work: when one begins, what fails, how it ends.
 
     What comes without an origin, the warm-up, is not logged.
 
@@ -192,7 +192,7 @@ class RankLog:
 
     @contextmanager
     def taking_up(self, name: str, origin: LogOrigin | None) -> Iterator[None]:
-        """Around taking a piece of work up, which later calls name."""
+        """Log the begin of a piece of work that later calls name."""
         with self.doing("begin", origin):
             yield
         if origin is not None:
@@ -200,7 +200,7 @@ class RankLog:
 
     @contextmanager
     def doing(self, phase: str, origin: LogOrigin | None) -> Iterator[None]:
-        """Around something that is done in one call."""
+        """Log a piece of work that is done in one call."""
         if origin is None:
             yield
             return
@@ -214,7 +214,7 @@ class RankLog:
 
     @contextmanager
     def going_on(self, name: str, phase: str) -> Iterator[None]:
-        """Around one of the many calls that a piece of work takes: only its failure is a line."""
+        """Log the failure of one of the many calls that a piece of work takes; a success is no line."""
         work = self._works.get(name)
         if work is None:
             yield
@@ -230,7 +230,7 @@ class RankLog:
             work.num_calls += 1
 
     def end(self, name: str) -> None:
-        """A piece of work is over; one that is not there is fine."""
+        """Log the end of a piece of work; one that is not there is fine."""
         work = self._works.pop(name, None)
         if work is not None:
             log_event(

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankSpec(ABC):
-    """What a rank has to load, and how.
+    """Settings from which a rank loads its share of a model.
 
     Attributes:
         checkpoint: directory in the published layout; the same path on every node.
@@ -51,7 +51,7 @@ class RankSpec(ABC):
     @property
     @abstractmethod
     def rank_class(self) -> type[Rank]:
-        """What the actors are."""
+        """The class of the rank actors."""
 
     @property
     @abstractmethod
@@ -70,7 +70,7 @@ class RankInfo:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What came of loading.
+    """Report of a rank that has loaded.
 
     Attributes:
         seconds: it took.
@@ -82,7 +82,7 @@ class Loaded:
 
 
 class Rank(ABC):
-    """What all kinds of ranks do: live, meet, load.
+    """Base of all kinds of ranks: describe, meet the others, load.
 
     Args:
         rank: its number in the gang.
@@ -149,7 +149,7 @@ class Rank(ABC):
         return DTYPES[self._spec.dtype] if self._spec.dtype else None
 
     def _if_it_fits(self, work: Callable[[], T], forget: Callable[[], object]) -> T:
-        """What ``work`` returns.
+        """Run ``work``; where memory runs out, forget it and give the memory back.
 
         Raises:
             OutOfMemory: it did not fit; ``forget`` was called and the memory given back.

@@ -1,9 +1,9 @@
-"""Whose turn it is on a gang: requests in classes of urgency, first come first served within a class.
+"""Order of turns on a gang: requests in classes of urgency, first come first served within a class.
 
-A picture is done in moments and somebody waits for it; a long clip takes minutes anyway. So the more urgent class goes
-first at every turn - but a class that is passed over ages: once it has waited :data:`AGEING` times as long as its last
-turn took, and :data:`AGEING_FLOOR_S` at least, one turn is its own. However many pictures come, clips get about a fifth
-of the time. Within a class nothing overtakes, so everything is served in the end.
+A picture is done in moments and its caller waits for it; a long clip takes minutes anyway. So the more urgent class
+goes first at every turn - but a class that is passed over ages: once it has waited :data:`AGEING` times as long as its
+last turn took, and :data:`AGEING_FLOOR_S` at least, one turn is its own. However many pictures come, clips get about a
+fifth of the time. Within a class nothing overtakes, so everything is served in the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Urgency(IntEnum):
 
 
 def urgency_of(request: DenoiseRequest) -> Urgency:
-    """The class of a request."""
+    """Return the class of a request."""
     return Urgency.IMAGE if request.latent_shape.num_frames == 1 else Urgency.VIDEO
 
 
@@ -55,7 +55,7 @@ class StepScheduler(Generic[JobT]):
                 jobs.remove(job)
 
     def next(self, now_s: float) -> JobT | None:
-        """The request whose turn it is, or None. It stays entered."""
+        """Return the request whose turn it is, or None. It stays entered."""
         waiting = [urgency for urgency, jobs in self._jobs.items() if jobs]
         if not waiting:
             return None
@@ -63,7 +63,7 @@ class StepScheduler(Generic[JobT]):
         return self._jobs[max(aged, key=lambda urgency: self._wait_s(urgency, now_s), default=waiting[0])][0]
 
     def had_turn(self, urgency: Urgency, start_s: float, end_s: float) -> None:
-        """Say that a turn of a class is over, whatever became of the request."""
+        """Record that a turn of a class is over, however it ended."""
         self._since_s[urgency], self._last_turn_s[urgency] = end_s, end_s - start_s
 
     def num_of(self, urgency: Urgency) -> int:
@@ -74,7 +74,7 @@ class StepScheduler(Generic[JobT]):
         return sum(map(len, self._jobs.values()))
 
     def __iter__(self) -> Iterator[JobT]:
-        """Every request, the ones that are to be served first in front."""
+        """Yield every request, the ones that are to be served first in front."""
         for jobs in self._jobs.values():
             yield from jobs
 

@@ -38,7 +38,7 @@ _WARM_UP = DenoiseRequest(
 
 @dataclass(frozen=True)
 class TransformerSpec(RankSpec):
-    """What a rank of a transformer gang has to load.
+    """Settings from which a rank of a transformer gang loads its share.
 
     Attributes:
         layout: how the model spreads over the gang's ranks.
@@ -66,7 +66,7 @@ class TransformerSpec(RankSpec):
 
 @dataclass(frozen=True)
 class TransformerLoaded(Loaded):
-    """What came of loading.
+    """Report of a transformer rank that has loaded.
 
     Attributes:
         request_memory: what requests hold of this rank's memory.
@@ -77,14 +77,14 @@ class TransformerLoaded(Loaded):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What came of a quantum: its steps, and the seconds that they took together."""
+    """Report of a quantum: its steps, and the seconds that they took together."""
 
     steps: tuple[StepDone, ...]
     seconds: float
 
 
 class TransformerRank(Rank):
-    """See the module.
+    """Steps requests through this rank's share of the transformer.
 
     Args:
         rank: its number in the gang.
@@ -163,7 +163,7 @@ class TransformerRank(Rank):
         """
         from cosmos3_core.sampler.state import DenoiseState
 
-        denoiser = self._loaded()
+        denoiser = self._require_denoiser()
 
         def begin() -> tuple[DenoisePlan, DenoiseState]:
             plan = denoiser.prepare(request.with_clean_latents(None if clean is None else clean.tensor()), orders)
@@ -183,7 +183,7 @@ class TransformerRank(Rank):
         from cosmos3_core.device import synchronize
 
         start_s = time.perf_counter()
-        denoiser = self._loaded()
+        denoiser = self._require_denoiser()
         done: list[tuple[int, int, float]] = []
 
         def step() -> tuple[DenoisePlan, DenoiseState]:
@@ -200,14 +200,14 @@ class TransformerRank(Rank):
         return StepReport(tuple(StepDone(*it, seconds / len(done), os.getpid()) for it in done), seconds)
 
     def save(self, job_id: str) -> TensorEnvelope:
-        """A request's state, as bytes for :meth:`begin`."""
+        """Return a request's state, as bytes for :meth:`begin`."""
         import numpy as np
 
         _, state = self._jobs[job_id]
         return TensorEnvelope.of_array(np.frombuffer(state.to_bytes(), np.uint8))
 
     def preview(self, job_id: str, preview_map: PreviewMap, max_frames: int) -> TensorEnvelope:
-        """What the pictures of a request are going to be, by its last step: uint8 RGB [frames, H, W, 3].
+        """Predict the pictures of a request from its last step: uint8 RGB [frames, H, W, 3].
 
         A pixel is a latent position; of the latent frames up to ``max_frames``, evenly. Every rank holds the whole
         prediction, so one can be asked alone.
@@ -224,7 +224,7 @@ class TransformerRank(Rank):
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
     def latents(self, job_id: str) -> dict[str, TensorEnvelope]:
-        """The latents as they are now, modality -> fp32; see :meth:`cosmos3_core.engine.Engine.denoise`."""
+        """Return the latents as they are now, modality -> fp32; see :meth:`cosmos3_core.engine.Engine.denoise`."""
         _, state = self._jobs[job_id]
         return {name: TensorEnvelope.of_tensor(latents) for name, latents in state.latents.items()}
 
@@ -233,7 +233,7 @@ class TransformerRank(Rank):
         self._jobs.pop(job_id, None)
         self._log.end(job_id)
 
-    def _loaded(self) -> Denoiser:
+    def _require_denoiser(self) -> Denoiser:
         if self._denoiser is None:
             raise RuntimeError("the leader called a rank before load()")
         return self._denoiser

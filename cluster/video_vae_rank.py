@@ -38,7 +38,7 @@ _WARM_UP = "warm up"
 
 @dataclass(frozen=True)
 class VideoVAESpec(RankSpec):
-    """What a rank of a video VAE's gang has to load.
+    """Settings from which a rank of a video VAE's gang loads.
 
     Attributes:
         ranks: how many split a frame.
@@ -92,7 +92,7 @@ class ChunkStrip:
 
 
 class VideoVAERank(Rank):
-    """See the module.
+    """Decodes and encodes this rank's strip of every frame.
 
     Args:
         rank: its number in the gang.
@@ -135,7 +135,7 @@ class VideoVAERank(Rank):
     def encode(
         self, picture: PictureCondition, frames: TensorEnvelope, origin: LogOrigin | None = None
     ) -> TensorEnvelope | None:
-        """The latents of a request's given frames, fp32 [1, C, T, H, W], made by all ranks; rank 0 hands them out.
+        """Encode a request's given frames on all ranks; rank 0 returns the latents, fp32 [1, C, T, H, W].
 
         Args:
             picture: what is given, without its media.
@@ -147,7 +147,7 @@ class VideoVAERank(Rank):
         """
         from cosmos3_core.conditioning.clean import clean_latents
 
-        vae = self._loaded()
+        vae = self._require_vae()
         with self._log.doing("encode", origin):
             latents = self._if_it_fits(
                 lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
@@ -155,7 +155,7 @@ class VideoVAERank(Rank):
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
 
     def prepare_previews(self) -> None:
-        """Part of the warm-up: rank 0 makes its :meth:`preview_map` before a clip can wait for that.
+        """Warm up previews: rank 0 makes its :meth:`preview_map` before a clip can wait for that.
 
         What goes wrong is logged; the map is tried again when it is asked for.
         """
@@ -166,18 +166,18 @@ class VideoVAERank(Rank):
                 logger.warning("there is no map of previews yet: %s", error.reason)
 
     def preview_map(self) -> PreviewMap:
-        """The map of previews of this VAE's latents, once from the cache or fitted. Any rank can be asked alone.
+        """Return the map of previews of this VAE's latents, once from the cache or fitted. Any rank can be asked alone.
 
         Raises:
             PreviewFailed: whatever went wrong; the rank is as it was.
         """
-        from cosmos3_core.preview_fit import cached_preview_map
+        from cosmos3_core.preview_fit import load_preview_map
 
         if self._preview_map is not None:
             return self._preview_map
         cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
         try:
-            self._preview_map = self._if_it_fits(lambda: cached_preview_map(self._loaded(), cache_dir), lambda: None)
+            self._preview_map = self._if_it_fits(lambda: load_preview_map(self._require_vae(), cache_dir), lambda: None)
             return self._preview_map
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
@@ -197,7 +197,7 @@ class VideoVAERank(Rank):
         from cosmos3_core.vae.to_host import frames_on_host
 
         with self._log.taking_up(clip_id, origin):
-            vae, whole = self._loaded(), latents.borrowed_tensor()
+            vae, whole = self._require_vae(), latents.borrow_tensor()
             vae.check_latents(whole)
             strip = self._strip_of(*whole.shape[-2:])
             chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)
@@ -205,7 +205,7 @@ class VideoVAERank(Rank):
             self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
 
     def next_strip(self, clip_id: str) -> ChunkStrip | None:
-        """This rank's part of a clip's next chunk; None after the last.
+        """Return this rank's part of a clip's next chunk; None after the last.
 
         Raises:
             OutOfMemory: it does not fit; nothing of the clip is kept.
@@ -227,13 +227,13 @@ class VideoVAERank(Rank):
         self._group = init_group(num_ranks, self._rank, self._device, timeout_s=timeout_s, store=store)
 
     def _strip_of(self, height: int, width: int) -> Strip:
-        """This rank's strip of frames of ``height`` x ``width`` latents."""
+        """Return this rank's strip of frames of ``height`` x ``width`` latents."""
         from cosmos3_core.parallel.groups import RankGroup
         from cosmos3_core.parallel.strips import strip_of
 
         return strip_of(self._group if self._group is not None else RankGroup(), height, width)
 
-    def _loaded(self) -> VideoVAE:
+    def _require_vae(self) -> VideoVAE:
         if self._vae is None:
             raise RuntimeError("the leader called a rank before load()")
         return self._vae

@@ -46,7 +46,7 @@ class ActionStatistics:
 
     @classmethod
     def of(cls, checkpoint_dir: Path, domain_name: str, width: int) -> ActionStatistics | None:
-        """Of an embodiment; None where the checkpoint has none.
+        """Read the statistics of an embodiment; None where the checkpoint has none.
 
         Raises:
             CorruptFileError: the file is no JSON object of such lists, or they have another length than ``width``.
@@ -67,11 +67,11 @@ class ActionStatistics:
         raise CorruptFileError(path, "has none of q01 and q99, min and max, mean and std")
 
     def normalise(self, actions: ActionArray) -> ActionArray:
-        """As the robot knows them -> as the model does."""
+        """Convert the robot's numbers to the model's."""
         return ((actions - self.offset) / self.scale).astype(np.float32)
 
     def restore(self, actions: ActionArray) -> ActionArray:
-        """As the model knows them -> as the robot does."""
+        """Convert the model's numbers to the robot's."""
         return (actions * self.scale + self.offset).astype(np.float32)
 
 
@@ -113,7 +113,7 @@ class ActionTrack:
     statistics: ActionStatistics | None = field(default=None, compare=False)
 
     def result(self, actions: ActionArray) -> GeneratedActions:
-        """What a user gets of generated actions [chunk_size, width] as the model knows them."""
+        """Convert generated actions [chunk_size, width] from the model's numbers to the user's."""
         restored = actions if self.statistics is None else self.statistics.restore(actions)
         return GeneratedActions(restored, self.domain_name, self.domain_id, self.statistics is None)
 
@@ -147,7 +147,7 @@ class GeneratedActions:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GeneratedActions:
-        """Of :meth:`as_json`; the same numbers to the bit."""
+        """Rebuild the actions from :meth:`as_json`, the same numbers to the bit."""
         rows = np.array(values["data"], dtype=np.float32)
         return cls(rows, values["domain_name"], values["domain_id"], values["is_normalised"])
 
@@ -170,10 +170,10 @@ def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
     return path
 
 
-def given_actions(
+def convert_actions(
     field_name: str, values: Any, width: int | None, chunk_size: int, statistics: ActionStatistics | None
 ) -> tuple[tuple[float, ...], ...]:
-    """Actions that a user gave, as the model knows them: the last row of short ones is repeated, long ones are cut.
+    """Convert a user's actions to the model's numbers: the last row of short ones is repeated, long ones are cut.
 
     Args:
         field_name: for messages.
@@ -193,7 +193,7 @@ def given_actions(
 
 
 def action_rows(field_name: str, values: Any, width: int | None) -> ActionArray:
-    """:func:`given_actions` as they were given, float32 [rows, width].
+    """Read the rows that a user gave, unconverted: float32 [rows, width].
 
     Raises:
         RequestError: as there.

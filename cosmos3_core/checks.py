@@ -14,7 +14,7 @@ _Choice = TypeVar("_Choice", str, int)
 
 
 def integer(field: str, value: Any, low: int, high: int) -> int:
-    """A whole number from ``low`` to ``high``; True and 3.0 are none.
+    """Check for a whole number from ``low`` to ``high``; True and 3.0 are none.
 
     Raises:
         RequestError: something else.
@@ -25,7 +25,7 @@ def integer(field: str, value: Any, low: int, high: int) -> int:
 
 
 def real(field: str, value: Any, low: float, high: float) -> float:
-    """A finite number from ``low`` to ``high``, as a float.
+    """Check for a finite number from ``low`` to ``high``, as a float.
 
     Raises:
         RequestError: something else.
@@ -37,7 +37,7 @@ def real(field: str, value: Any, low: float, high: float) -> float:
 
 
 def choice(field: str, value: Any, allowed: tuple[_Choice, ...]) -> _Choice:
-    """One of ``allowed``; True is not 1.
+    """Check for one of ``allowed``; True is not 1.
 
     Raises:
         RequestError: something else.
@@ -60,7 +60,7 @@ def flag(field: str, value: Any) -> bool:
 
 
 def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
-    """A string of at most ``max_chars`` characters, with something visible in it unless it may be empty.
+    """Check for a string of at most ``max_chars`` characters, with something visible in it unless it may be empty.
 
     Raises:
         RequestError: something else.
@@ -79,7 +79,7 @@ def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
 
 
 def pixels(field: str, value: Any, multiple: int, high: int) -> int:
-    """A number of pixels, at most ``high``, that is a multiple of ``multiple``.
+    """Check for a number of pixels, at most ``high``, that is a multiple of ``multiple``.
 
     Raises:
         RequestError: something else; the nearest multiples are named.

@@ -43,7 +43,7 @@ class ActionLatents:
 
     @classmethod
     def of(cls, track: ActionTrack | None) -> ActionLatents | None:
-        """Of a resolved request's actions."""
+        """Take the actions of a resolved request."""
         return None if track is None else cls(track.chunk_size, track.domain_id, track.width, track.given)
 
 
@@ -103,7 +103,7 @@ class DenoiseRequest:
     def of(
         cls, request: ResolvedRequest, text_ids: Sequence[int], negative_text_ids: Sequence[int], geometry: Geometry
     ) -> DenoiseRequest:
-        """The request for a resolved one and the token ids of its two prompts; yet without clean latents."""
+        """Build the request from a resolved one and the token ids of its two prompts; yet without clean latents."""
         return cls(
             text_ids=tuple(text_ids),
             negative_text_ids=tuple(negative_text_ids),
@@ -122,7 +122,7 @@ class DenoiseRequest:
         )
 
     def with_clean_latents(self, clean_latents: Tensor | None) -> DenoiseRequest:
-        """The same with the latents of :attr:`clean_frames`."""
+        """Return the request with the latents of :attr:`clean_frames`."""
         return replace(self, clean_latents=clean_latents)
 
     @property

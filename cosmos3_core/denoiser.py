@@ -47,7 +47,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What denoising leaves alone of one modality.
+    """The part of one modality that denoising does not change.
 
     Attributes:
         latent: the modality at the start, fp32.
@@ -95,7 +95,7 @@ class DenoisePlan:
         return self.solver.schedule.num_steps
 
     def num_branches_at(self, timestep: int) -> int:
-        """How many branches run at a step: one where guidance is not for it."""
+        """Return how many branches run at a step: one where guidance is not for it."""
         low, high = self.guidance_interval or (timestep, timestep)
         return self.num_branches if low <= timestep <= high else 1
 
@@ -146,7 +146,7 @@ class Denoiser:
 
     @property
     def request_memory(self) -> RequestMemory:
-        """What requests hold of this rank's memory."""
+        """The memory that requests hold on this rank."""
         config, size = self.transformer.config, self.transformer.dtype.itemsize
         return RequestMemory(
             bytes_per_latent=_STATE_TENSORS * config.latent_channel * 4,
@@ -208,13 +208,13 @@ class Denoiser:
         )
 
     def start(self, plan: DenoisePlan) -> DenoiseState:
-        """The state before the first step."""
+        """Make the state before the first step."""
         device = self.transformer.device
         solver = {name: SolverState(state.latent.to(device)) for name, state in plan.initial.items()}
         return DenoiseState(0, solver, plan.fingerprint)
 
     def resume(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
-        """A state that was saved, from anywhere, on this transformer's device.
+        """Move a saved state, from any gang, to this transformer's device.
 
         Raises:
             StateError: it belongs to another request or model, or has no step left.
@@ -224,7 +224,7 @@ class Denoiser:
 
     @torch.no_grad()
     def step(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
-        """One denoising step; the given state is left as it was.
+        """Run one denoising step; the given state is left as it was.
 
         Raises:
             StateError: the state belongs to another request, or has no step left.
@@ -277,7 +277,7 @@ class Denoiser:
         return velocity
 
     def _fingerprint(self, request: DenoiseRequest) -> str:
-        """Names the request and the model; the same on every rank, whose configs differ by their shares only."""
+        """Name the request and the model; the same on every rank, whose configs differ by their shares only."""
         config = self.transformer.config
         model = (config.hidden_size, config.num_hidden_layers, config.head_dim, config.vocab_size, config.rope_theta)
         return hashlib.sha256(f"{model} {request.fingerprint}".encode()).hexdigest()

@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
-    """The device asked for, or the first GPU where there is one, or the CPU.
+    """Return the device asked for, or the first GPU where there is one, or the CPU.
 
     Raises:
         RequestError: not a device that this machine has.
@@ -61,7 +61,7 @@ def peak_allocated_bytes(device: torch.device, work: Callable[[], object]) -> in
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
+    """Return whether an allocation failed, on a GPU or on the CPU."""
     # torch's CPU allocator has no exception type of its own.
     is_cpus = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpus
@@ -79,14 +79,14 @@ def collective_backend(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """The device in words, for a report."""
+    """Return the device in words, for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def prefers_cudnn_attention(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether cuDNN's attention kernel is the fast one here, and why or why not."""
+    """Return whether cuDNN's attention kernel is the fast one here, and why or why not."""
     if device.type != "cuda":
         return False, f"torch's own is the only fast one on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -97,7 +97,7 @@ def prefers_cudnn_attention(device: torch.device, dtype: torch.dtype) -> tuple[b
 
 
 def prefers_triton(device: torch.device) -> tuple[bool, str]:
-    """Whether Triton's kernels run here, and why or why not."""
+    """Return whether Triton's kernels run here, and why or why not."""
     if device.type != "cuda":
         return False, f"no Triton kernels on {device.type}"
     if find_spec("triton") is None:
@@ -106,12 +106,12 @@ def prefers_triton(device: torch.device) -> tuple[bool, str]:
 
 
 def prefers_channels_last(device: torch.device) -> bool:
-    """Whether convolutions are faster where the channels of a position lie side by side in memory."""
+    """Return whether convolutions are faster where the channels of a position lie side by side in memory."""
     return device.type == "cuda"
 
 
 def latents_to_fill(device: torch.device, *, is_split: bool = False) -> int:
-    """Latent positions, rows x columns x frames, that the video decoder should work on at a time.
+    """Return the latent positions, rows x columns x frames, that the video decoder should work on at a time.
 
     With fewer a GPU waits for launches: on an H200 a clip of 12 x 20 rows and columns decodes in 0.41, 0.36 and 0.34 s
     in chunks of one, two and four frames, but one of 30 x 52 gains 1 % for half as much memory again. A CPU has no

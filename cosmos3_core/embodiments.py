@@ -63,7 +63,7 @@ EMBODIMENTS = {name: Embodiment(name, domain_id, width) for name, domain_id, wid
 
 
 def find_embodiment(domain_name: str | None, domain_id: int | None, num_domains: int) -> Embodiment:
-    """The embodiment that a request names, by name, by id, or by both if they agree.
+    """Return the embodiment that a request names, by name, by id, or by both if they agree.
 
     Args:
         domain_name: a published name, in any case.

@@ -31,7 +31,7 @@ from cosmos3_core.parallel.strips import Strip, strip_of
 from cosmos3_core.phyai import Cosmos3T2VRequest
 from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
 from cosmos3_core.request import FIELDS, ResolvedRequest
-from cosmos3_core.resolve import shipped_schedule
+from cosmos3_core.resolve import find_shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
@@ -85,7 +85,7 @@ class Engine:
         # Before gigabytes are read: a damaged VAE should not be found behind a loaded transformer.
         check_weights(self.layout)
         self.schedule = (
-            shipped_schedule(self.layout)
+            find_shipped_schedule(self.layout)
             if use_karras_sigmas is None
             else ("karras" if use_karras_sigmas else "native")
         )
@@ -119,7 +119,7 @@ class Engine:
         return self._denoiser
 
     def tokenize(self, request: ResolvedRequest) -> tuple[PromptIds, PromptIds]:
-        """Token ids of both branches of a resolved request."""
+        """Return the token ids of both branches of a resolved request."""
         processor = Cosmos3Processor.for_request(request, self.layout.component_dir("text_tokenizer"), self.tokenizer)
         return processor.token_id_pair(request.prompt, request.negative_prompt)
 
@@ -139,7 +139,7 @@ class Engine:
         return 0 if self._audio_vae is None else self._audio_vae.sampling_rate
 
     def clean_latents(self, picture: PictureCondition) -> Tensor:
-        """The latents of the frames that a request's image or clip gives; see :mod:`cosmos3_core.conditioning.clean`.
+        """Encode the frames that a request's image or clip gives; see :mod:`cosmos3_core.conditioning.clean`.
 
         Raises:
             RequestError: the media is damaged, or larger than allowed.
@@ -203,10 +203,10 @@ class Engine:
             others yield nothing, and have to ask all the same: they decode their strips meanwhile.
         """
         strip, chunks = self._strips(latents, None)
-        return _collected(strip, chunks)
+        return _collect(strip, chunks)
 
     def _strips(self, latents: Tensor, chunk_latents: int | None) -> tuple[Strip, Iterator[Tensor]]:
-        """This rank's strip, and its pixels chunk by chunk."""
+        """Return this rank's strip, and its pixels chunk by chunk."""
         vae = self._video_vae
         vae.check_latents(latents)
         strip = strip_of(self.ranks, *latents.shape[-2:])
@@ -272,7 +272,7 @@ class Engine:
         self.close()
 
 
-def _collected(strip: Strip, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+def _collect(strip: Strip, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
     for chunk in chunks:
         frames = strip.collect(to_uint8(chunk))
         del chunk  # or it would live until the next one is there

@@ -24,10 +24,10 @@ _MAX_SHOWN_CHARS = 120
 _MAX_SHOWN_ITEMS = 100
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     # Only what is shown is written out: a value may be megabytes.
     if isinstance(value, str | bytes) and len(value) > _MAX_SHOWN_CHARS:
-        return _written(f"{repr(value[:_MAX_SHOWN_CHARS])[:-1]}... ({len(value)} {_units(value)})")
+        return _escape(f"{repr(value[:_MAX_SHOWN_CHARS])[:-1]}... ({len(value)} {_units(value)})")
     if isinstance(value, list | tuple | dict | set) and len(value) > _MAX_SHOWN_ITEMS:
         return f"a {type(value).__name__} of {len(value)} items"
     try:
@@ -36,21 +36,21 @@ def _shown(value: Any) -> str:
         text = f"a {type(value).__name__} too large to print"
     except RecursionError:
         text = f"a {type(value).__name__} nested too deep to print"
-    return _shortened(text)
+    return _shorten(text)
 
 
 def _units(value: str | bytes) -> str:
     return "characters" if isinstance(value, str) else "bytes"
 
 
-def _shortened(text: str) -> str:
-    """Of a length for a message, and only of what can be written: half a surrogate pair is a str, but no text."""
+def _shorten(text: str) -> str:
+    """Shorten text for a message, escaping what cannot be written: half a surrogate pair is a str, but no text."""
     if len(text) > _MAX_SHOWN_CHARS:
         text = f"{text[:_MAX_SHOWN_CHARS]}... ({len(text)} characters)"
-    return _written(text)
+    return _escape(text)
 
 
-def _written(text: str) -> str:
+def _escape(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -69,8 +69,8 @@ class RequestError(Cosmos3Error, ValueError):
     """
 
     def __init__(self, field: str, given: Any, allowed: str, hint: str = "") -> None:
-        self.field = _shortened(field)
-        self.given = _shown(given)
+        self.field = _shorten(field)
+        self.given = _show(given)
         self.allowed = allowed
         self.hint = hint
         super().__init__(self._message())
@@ -138,7 +138,7 @@ class MediaError(Cosmos3Error):
 
 
 class MeasureError(Cosmos3Error):
-    """What a benchmark measured failed, died or took too long."""
+    """The work that a benchmark measures failed, died or took too long."""
 
 
 class ClosedError(Cosmos3Error):

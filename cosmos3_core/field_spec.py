@@ -1,4 +1,4 @@
-"""What one field of a request may hold, as data that stands beside the field.
+"""Bounds and description of a request's field, as data that stands beside the field.
 
 Every field of :class:`~cosmos3_core.request.GenerationRequest` carries a :class:`FieldSpec`, and
 :data:`cosmos3_core.request.FIELDS` lists them by name: ``resolve``, the command line and the HTTP models read a field's
@@ -114,7 +114,7 @@ class FieldSpec:
 
 
 def spec_field(kind: ValueKind, about: str, *, default: Any = None, is_compared: bool = True, **bounds: Any) -> Any:
-    """A dataclass field that carries its :class:`FieldSpec`.
+    """Return a dataclass field that carries its :class:`FieldSpec`.
 
     Args:
         kind: the type of its value.

@@ -63,7 +63,7 @@ _STAGES = (
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What came of a request.
+    """The result of a request.
 
     Attributes:
         path: the file; None when latents or nothing but actions were asked for, and on every rank but the first.
@@ -130,7 +130,7 @@ def generate(
         with clock.stage("encode"):
             writer.close()
     sha256 = digest.hexdigest() if path is not None and resolved.has_pictures else ""
-    kept, actions = latents if output == "latent" else None, _generated_actions(resolved, latents)
+    kept, actions = latents if output == "latent" else None, _restore_actions(resolved, latents)
     return GenerationResult(path, resolved, unconditional.origin, sha256, clock.timings_s, kept, actions)
 
 
@@ -143,14 +143,14 @@ def _open_writer(engine: Engine, out: str | Path | None, resolved: ResolvedReque
     return path, open_writer(path, clip_format)
 
 
-def _generated_actions(resolved: ResolvedRequest, latents: dict[str, Tensor]) -> GeneratedActions | None:
+def _restore_actions(resolved: ResolvedRequest, latents: dict[str, Tensor]) -> GeneratedActions | None:
     if resolved.action is None or not resolved.has_generated_actions:
         return None
     return resolved.action.result(latents[ACTION][:, : resolved.action.width].cpu().numpy())
 
 
 def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
-    """Decoded chunks as uint8 frames on the CPU; of pixels, one chunk exists at a time."""
+    """Yield decoded chunks as uint8 frames on the CPU; of pixels, one chunk exists at a time."""
     chunks = engine.frames(latents)
     while True:
         with clock.stage("decode"):
@@ -164,7 +164,7 @@ def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Fram
 
 
 def _samples(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Samples]:
-    """Decoded samples on the CPU, chunk by chunk."""
+    """Yield decoded samples on the CPU, chunk by chunk."""
     chunks = engine.decode_sound(latents)
     while True:
         with clock.stage("decode_sound"):
@@ -203,7 +203,7 @@ class StageClock:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cosmos3_core.generate", description="Make a video (or, with one frame, an image) from a prompt."
     )
@@ -222,12 +222,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the flags of :mod:`cosmos3_core.request_flags` say, and print what came of it.
+    """Generate what the flags of :mod:`cosmos3_core.request_flags` describe, and print the result.
 
     Raises:
         Cosmos3Error: it cannot be done.
     """
-    with _said_once():
+    with _report_once():
         request = request_of(options)
         # Before gigabytes are read.
         resolved = resolve(request.packed(), CheckpointLayout.open(options.checkpoint))
@@ -258,8 +258,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
-    """What is wrong inside is wrong on every rank alike; the first one says it."""
+def _report_once() -> Iterator[None]:
+    """Report an error of the ``with`` block once: every rank meets it alike, and the first one prints it."""
     try:
         yield
     except Cosmos3Error:
@@ -271,7 +271,7 @@ def _said_once() -> Iterator[None]:
 
 
 def _layout(options: argparse.Namespace) -> Layout:
-    """The layout asked for, which the processes that there are and the checkpoint allow."""
+    """Return the layout that the flags name, checked against the running processes and the checkpoint."""
     layout = Layout(options.tp, options.cfg, options.sp)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes != layout.num_ranks:
@@ -287,7 +287,7 @@ def _layout(options: argparse.Namespace) -> Layout:
 
 
 def _join_ranks(layout: Layout, device: str | None) -> tuple[Groups, torch.device]:
-    """This process's groups and device: alone, or one of torchrun's ranks."""
+    """Return this process's groups and device: alone, or one of torchrun's ranks."""
     if layout.num_ranks == 1:
         return ALONE, resolve_device(device)
     mine = local_device(device, int(os.environ["LOCAL_RANK"]))

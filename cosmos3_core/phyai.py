@@ -132,7 +132,7 @@ class Cosmos3GenerationPostProcessor:
         self.fps = fps
 
     def postprocess(self, output: Tensor | Mapping[str, Any]) -> GeneratedMedia:
-        """What the engine gave -> frames, and sound, on the CPU.
+        """Convert the engine's output to frames, and sound, on the CPU.
 
         Args:
             output: pixels (1, 3, F, Y, X) in [0, 1], or with sound the mapping ``{"video": those pixels, "sound":
@@ -185,7 +185,7 @@ class Cosmos3GenerationPostProcessor:
         return Path(path)
 
     def _track(self, media: GeneratedMedia) -> tuple[Samples, SoundFormat]:
-        """The samples up to the video's end, padded with silence where a little is missing, and their format."""
+        """Return the samples up to the video's end, padded with silence where a little is missing, and their format."""
         if media.sound is None or media.sampling_rate is None:
             raise RequestError("media.sound", None, "a waveform with its sampling_rate", "this clip was made silent")
         num_channels, num_given = media.sound.shape

@@ -25,7 +25,7 @@ SCHEDULES = ("native", "linear", "karras")
 
 @dataclass(frozen=True)
 class ActionPreset:
-    """What modes with actions have beside the rest.
+    """Defaults that only modes with actions have.
 
     Attributes:
         chunk_size: actions, one between two frames.

@@ -44,7 +44,7 @@ class PreviewMap:
                 raise RequestError("preview_map", row, "three finite numbers a channel, and three for the bias")
 
     def colours(self, x0_BCTHW: Tensor) -> Tensor:
-        """The picture of a prediction, on its device.
+        """Colour a prediction, on its device.
 
         Costs T x H x W x C x 3 x 2 FLOP: 0.05 GFLOP for 189 frames of 720 x 1280, of which a denoising step takes
         3,650,000.

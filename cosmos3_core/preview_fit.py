@@ -53,7 +53,7 @@ class PreviewError:
 
 
 def fit_preview_map(vae: VideoVAE) -> PreviewMap:
-    """The map of least squared error between a VAE's latents and the mean colours of their pixels.
+    """Fit the map of least squared error between a VAE's latents and the mean colours of their pixels.
 
     The same VAE gives the same map, to rounding.
 
@@ -62,7 +62,7 @@ def fit_preview_map(vae: VideoVAE) -> PreviewMap:
     """
     latents_PC, colours_PR = [], []
     for pixels_BCFYX in _synthetic_pictures(_NUM_PICTURES, _SEED).split(_BATCH):
-        latents_PC.append(_encoded(vae, pixels_BCFYX).movedim(1, -1).flatten(0, -2).double().cpu())
+        latents_PC.append(_encode(vae, pixels_BCFYX).movedim(1, -1).flatten(0, -2).double().cpu())
         colours_PR.append(_mean_colours(vae, pixels_BCFYX).movedim(1, -1).flatten(0, -2).double())
     latents = torch.cat(latents_PC)
     design = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
@@ -72,7 +72,7 @@ def fit_preview_map(vae: VideoVAE) -> PreviewMap:
 
 
 def preview_error(vae: VideoVAE, preview_map: PreviewMap) -> PreviewError:
-    """How well a map tells the colours of other synthetic pictures, of the same kinds.
+    """Measure how well a map predicts the colours of other synthetic pictures, of the same kinds.
 
     Raises:
         CapabilityError: as :func:`fit_preview_map`.
@@ -81,7 +81,7 @@ def preview_error(vae: VideoVAE, preview_map: PreviewMap) -> PreviewError:
     squares, colours = [], []
     for pixels_BCFYX in _synthetic_pictures(_NUM_HELD_OUT, _HELD_OUT_SEED).split(1):
         levels_THWR = (_mean_colours(vae, pixels_BCFYX)[0].movedim(0, -1) + 1) * _LEVELS_PER_UNIT
-        told_THWR = preview_map.colours(_encoded(vae, pixels_BCFYX)).cpu()
+        told_THWR = preview_map.colours(_encode(vae, pixels_BCFYX)).cpu()
         squares.append((told_THWR.double() - levels_THWR).square().flatten())
         colours.append(levels_THWR.flatten(0, -2))
     all_PR = torch.cat(colours)
@@ -89,8 +89,8 @@ def preview_error(vae: VideoVAE, preview_map: PreviewMap) -> PreviewError:
     return PreviewError(math.sqrt(torch.cat(squares).mean()), math.sqrt(constant))
 
 
-def cached_preview_map(vae: VideoVAE, cache_dir: Path | None) -> PreviewMap:
-    """A VAE's map from the cache, or fitted and put there.
+def load_preview_map(vae: VideoVAE, cache_dir: Path | None) -> PreviewMap:
+    """Return a VAE's map from the cache, or fitted and put there.
 
     A file's name is the hash of all that the map depends on, every weight of the encoder among it, so that no other VAE
     finds it. The directory is made; it keeps the newest 16 maps, of 10 kB each. One that cannot be read or written is
@@ -168,7 +168,7 @@ def _map(weights: list[list[float]], bias: list[float]) -> PreviewMap:
     return PreviewMap(tuple(rows), (red, green, blue))
 
 
-def _encoded(vae: VideoVAE, pixels_BCFYX: Tensor) -> Tensor:
+def _encode(vae: VideoVAE, pixels_BCFYX: Tensor) -> Tensor:
     """Latents [B, C, 1, H, W], fp32.
 
     Raises:

@@ -149,7 +149,7 @@ class Cosmos3Processor:
     def for_request(
         cls, request: ResolvedRequest, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Cosmos3Processor:
-        """The processor for a resolved request."""
+        """Make the processor for a resolved request."""
         return cls(
             tokenizer_dir,
             fps=request.fps,
@@ -167,7 +167,7 @@ class Cosmos3Processor:
     def tokenize_pair(
         self, prompt: str, negative_prompt: str | None = None, *, device: torch.device | str = "cpu"
     ) -> tuple[TokenizedPrompt, TokenizedPrompt]:
-        """Token ids of the conditional and the unconditional branch, as tensors.
+        """Return the token ids of the conditional and the unconditional branch, as tensors.
 
         Args:
             prompt: plain text, or a JSON object as a string.
@@ -279,7 +279,7 @@ class Cosmos3Processor:
 
 
 def load_tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint's ``text_tokenizer`` folder; never looks anywhere else.
+    """Load the tokenizer in a checkpoint's ``text_tokenizer`` folder; never looks anywhere else.
 
     Raises:
         MissingFileError: the folder or its ``tokenizer.json`` is not there.

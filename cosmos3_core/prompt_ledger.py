@@ -1,4 +1,4 @@
-"""What enters a transformer's memory and what leaves it, decided once for all ranks. No torch here.
+"""Admission to a transformer's memory and eviction from it, decided once for all ranks. No torch here.
 
 The ranks of a gang have to agree about every prompt they keep: where one of them ran a prefill that another skipped,
 they would wait for each other for ever. So one side decides (the gang's leader; where there is none, the
@@ -23,7 +23,7 @@ def text_key(text_ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class PromptOrders:
-    """What to do with kept prompts when a request begins, by :func:`text_key`.
+    """Orders to ranks about cached prompts when a request begins, by :func:`text_key`.
 
     Attributes:
         drop: to forget, before anything new is computed.
@@ -50,7 +50,7 @@ class PromptLedger:
         self._bytes_of: OrderedDict[str, int] = OrderedDict()
 
     def num_kept(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many of a request's prompts need no computing."""
+        """Return how many of a request's prompts need no computing."""
         return sum(text_key(text_ids) in self._bytes_of for text_ids in prompts)
 
     def admit(self, prompts: Sequence[Sequence[int]]) -> PromptOrders:
@@ -94,7 +94,7 @@ class RequestMemory:
     patch_size: int
 
     def of(self, request: DenoiseRequest) -> int:
-        """Bytes that a request holds."""
+        """Return the bytes that a request holds."""
         frames, rows, columns = request.latent_shape
         num_actions = 0 if request.action is None else request.action.num_actions
         num_tokens = frames * math.ceil(rows / self.patch_size) * math.ceil(columns / self.patch_size)

@@ -1,4 +1,4 @@
-"""What a user asks for, and the same with every gap filled.
+"""A user's request, and the same with every gap filled.
 
 :class:`GenerationRequest` is what arrives: most fields may be left out. :func:`cosmos3_core.resolve.resolve` checks it
 against a checkpoint and makes a :class:`ResolvedRequest` of it, in which nothing is optional. Importing this loads
@@ -223,7 +223,7 @@ class GenerationRequest:
     )
 
     def packed(self) -> GenerationRequest:
-        """The same with its image or video as bytes or frames, to travel: files are read here and nowhere else.
+        """Return the request with its image or video as bytes or frames, to travel: the one place where files are read.
 
         Raises:
             RequestError: it cannot be read, or is larger than allowed.
@@ -316,7 +316,7 @@ class ResolvedRequest:
         return self.output not in (ACTIONS_ONLY, "wav")
 
     def clip_format(self) -> ClipFormat:
-        """The file that this request becomes.
+        """Return the file that this request becomes.
 
         Raises:
             RequestError: it becomes none.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cosmos3_core import checks
-from cosmos3_core.actions import ActionStatistics, ActionTrack, action_rows, given_actions
+from cosmos3_core.actions import ActionStatistics, ActionTrack, action_rows, convert_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.canvas import action_canvas, content_size, covering_size
 from cosmos3_core.conditioning.modes import (
@@ -59,8 +59,8 @@ from cosmos3_core.shapes import num_sound_latents, sound_samples
 _CHOSEN_FRAMES = (0, 1)
 
 
-def offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) -> tuple[str, ...]:
-    """Names of the modes that a checkpoint was trained for and has the parts for, in the order of the table.
+def find_offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) -> tuple[str, ...]:
+    """Return the names of the modes that a checkpoint was trained for and has the parts for, in the order of the table.
 
     Args:
         layout: of the checkpoint.
@@ -94,21 +94,21 @@ def resolve(
         CapabilityError: a mode that the checkpoint cannot do; names those that it can.
         RequestError: a field is out of bounds; names it, what was given and what is allowed.
     """
-    like_diffusers = _checked("compat", request.compat) == DIFFUSERS_BEHAVIOUR
+    like_diffusers = _check("compat", request.compat) == DIFFUSERS_BEHAVIOUR
     mode = _mode_of(request)
     preset = _preset(mode, request, layout, is_sound_offered, like_diffusers=like_diffusers)
     checks.text("prompt", request.prompt, FIELDS["prompt"].max_chars, may_be_empty=not mode.needs_prompt)
     if request.negative_prompt is not None:
-        _checked("negative_prompt", request.negative_prompt)
+        _check("negative_prompt", request.negative_prompt)
     _refuse_foreign_fields(mode, request)
-    given = _given_picture(request, probe)
+    given = _take_picture(request, probe)
 
     notes: list[str] = []
-    fps: float = _checked("fps", _or(request.fps, preset.fps))
+    fps: float = _check("fps", _or(request.fps, preset.fps))
     if preset.action is not None and mode.has_actions:
         action = _action_track(mode, request, preset.action, layout, notes, like_diffusers=like_diffusers)
-        tier = _checked("resolution_tier", _or(request.resolution_tier, preset.action.resolution_tier))
-        height, width, prompt_size = _fitted(given, tier, layout)
+        tier = _check("resolution_tier", _or(request.resolution_tier, preset.action.resolution_tier))
+        height, width, prompt_size = _fit(given, tier, layout)
         num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
         if num_frames != action.chunk_size + 1:
             rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
@@ -146,13 +146,13 @@ def resolve(
             width=width,
             resolution_tier=tier,
             num_frames=num_needed,
-            keep=_checked("condition_video_keep", _or(request.condition_video_keep, KEEP[0])),
+            keep=_check("condition_video_keep", _or(request.condition_video_keep, KEEP[0])),
             clean_frames=clean,
         )
 
-    schedule = _checked("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"))
+    schedule = _check("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"))
     as_shipped = like_diffusers or schedule == SHIPPED
-    flow_shift = _or(request.flow_shift, shipped_flow_shift(layout) if as_shipped else preset.flow_shift)
+    flow_shift = _or(request.flow_shift, find_shipped_flow_shift(layout) if as_shipped else preset.flow_shift)
     system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
     negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
     output = _output(mode, request.output)
@@ -170,17 +170,15 @@ def resolve(
         width=width,
         prompt_size=prompt_size,
         fps=fps,
-        num_inference_steps=_checked(
-            "num_inference_steps", _or(request.num_inference_steps, preset.num_inference_steps)
-        ),
-        guidance_scale=_checked("guidance_scale", _or(request.guidance_scale, preset.guidance_scale)),
+        num_inference_steps=_check("num_inference_steps", _or(request.num_inference_steps, preset.num_inference_steps)),
+        guidance_scale=_check("guidance_scale", _or(request.guidance_scale, preset.guidance_scale)),
         guidance_interval=_interval(_or(request.guidance_interval, preset.guidance_interval)),
-        flow_shift=_checked("flow_shift", flow_shift),
-        schedule=shipped_schedule(layout) if schedule == SHIPPED else schedule,
-        seed=_checked("seed", request.seed),
-        use_system_prompt=_checked("use_system_prompt", system_prompt),
-        append_metadata=_checked("append_metadata", request.append_metadata),
-        negative_metadata=_checked("negative_metadata", negative_metadata),
+        flow_shift=_check("flow_shift", flow_shift),
+        schedule=find_shipped_schedule(layout) if schedule == SHIPPED else schedule,
+        seed=_check("seed", request.seed),
+        use_system_prompt=_check("use_system_prompt", system_prompt),
+        append_metadata=_check("append_metadata", request.append_metadata),
+        negative_metadata=_check("negative_metadata", negative_metadata),
         output=output,
         output_quality=quality,
         crf=crf,
@@ -194,7 +192,7 @@ def resolve(
     )
 
 
-def _checked(name: str, value: Any) -> Any:
+def _check(name: str, value: Any) -> Any:
     return FIELDS[name].check(name, value)
 
 
@@ -203,8 +201,8 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _mode_of(request: GenerationRequest) -> Mode:
-    """The mode that a request names, or that its fields tell."""
-    wants_sound = _checked("generate_sound", request.generate_sound)
+    """Return the mode that a request names, or that its fields tell."""
+    wants_sound = _check("generate_sound", request.generate_sound)
     name = request.mode
     if name is None:
         if request.image is not None and request.video is not None:
@@ -227,8 +225,8 @@ def _mode_of(request: GenerationRequest) -> Mode:
 def _preset(
     mode: Mode, request: GenerationRequest, layout: CheckpointLayout, is_sound_offered: bool, *, like_diffusers: bool
 ) -> Preset:
-    """The mode's row, if this checkpoint can do it."""
-    offered = offered_modes(layout, is_sound_offered=is_sound_offered)
+    """Return the mode's row, if this checkpoint can do it."""
+    offered = find_offered_modes(layout, is_sound_offered=is_sound_offered)
     if mode.name in offered:
         return PRESETS[layout.preset_kind, mode.name]
     lacks = ""
@@ -248,7 +246,7 @@ def _preset(
 
 
 def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
-    """Every field that is given has to matter."""
+    """Refuse fields that have no effect in this mode."""
     for name, spec in FIELDS.items():
         if getattr(request, name) is not None and not spec.is_for(mode):
             given = "given" if name in (IMAGE, VIDEO) else getattr(request, name)
@@ -265,7 +263,7 @@ def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
 def _num_frames(
     mode: Mode, request: GenerationRequest, preset: Preset, layout: CheckpointLayout, notes: list[str]
 ) -> int:
-    asked = _checked("num_frames", _or(request.num_frames, preset.num_frames))
+    asked = _check("num_frames", _or(request.num_frames, preset.num_frames))
     if mode.is_image != (asked == 1):
         allowed = "1 for an image" if mode.is_image else f"2 or more for {mode.name}"
         raise RequestError("num_frames", asked, allowed)
@@ -313,7 +311,7 @@ def _action_track(
     chunk_size = request.action_chunk_size
     if chunk_size is None and request.num_frames is not None:
         chunk_size = checks.integer("num_frames", request.num_frames, 2, LIMITS.max_actions + 1) - 1
-    chunk_size = _checked("action_chunk_size", _or(chunk_size, num_given or preset.chunk_size))
+    chunk_size = _check("action_chunk_size", _or(chunk_size, num_given or preset.chunk_size))
     if request.num_frames is not None and request.num_frames != chunk_size + 1:
         raise RequestError("num_frames", request.num_frames, f"{chunk_size + 1}, one more than the actions")
     if num_given > chunk_size:
@@ -323,13 +321,13 @@ def _action_track(
     statistics = None if like_diffusers else ActionStatistics.of(layout.directory, embodiment.name, width)
     given = None
     if mode.actions is ActionRole.GIVEN:
-        given = given_actions("actions", request.actions, width, chunk_size, statistics)
+        given = convert_actions("actions", request.actions, width, chunk_size, statistics)
     return ActionTrack(
         chunk_size=chunk_size,
         domain_name=embodiment.name,
         domain_id=embodiment.domain_id,
         width=width,
-        view_point=_checked("view_point", _or(request.view_point, VIEW_POINTS[0])),
+        view_point=_check("view_point", _or(request.view_point, VIEW_POINTS[0])),
         given=given,
         statistics=statistics,
     )
@@ -346,7 +344,7 @@ class _Given:
     num_frames: int | None
 
 
-def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> _Given | None:
+def _take_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> _Given | None:
     """None where there is none.
 
     Raises:
@@ -366,7 +364,7 @@ def _given_picture(request: GenerationRequest, probe: Callable[[str, Packed], Cl
 
 
 def _check_memory(given: _Given, resizing: Resizing, num_frames: int, onto: tuple[int, int]) -> None:
-    """What a picture becomes on its way to the encoder has to be within bounds, whatever it was.
+    """Refuse a picture that is too large at any size on its way to the encoder.
 
     Raises:
         RequestError: it is not.
@@ -391,7 +389,7 @@ def _note_length(num_given: int, num_needed: int, mode: Mode, notes: list[str]) 
         notes.append(f"of the video's {num_given} frames the first {num_needed} are used")
 
 
-def _fitted(given: _Given | None, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:
+def _fit(given: _Given | None, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:
     """Pixel rows and columns of the result, and the canvas, of a mode whose picture is fitted into one."""
     assert given is not None, "_refuse_foreign_fields"
     canvas = action_canvas(given.height, given.width, tier, field=given.kind)
@@ -403,11 +401,11 @@ def _fitted(given: _Given | None, tier: int, layout: CheckpointLayout) -> tuple[
 
 
 def _clean_frames(mode: Mode, request: GenerationRequest, num_latent_frames: int) -> tuple[int, ...]:
-    chosen = _chosen_frames(request.condition_frame_indexes_vision, num_latent_frames) if mode.chooses_frames else ()
+    chosen = _choose_frames(request.condition_frame_indexes_vision, num_latent_frames) if mode.chooses_frames else ()
     return mode.clean_frames(num_latent_frames, chosen)
 
 
-def _chosen_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:
+def _choose_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:
     field_name, allowed = "condition_frame_indexes_vision", f"latent frames from 0 to {num_latent_frames - 1}"
     if indexes is None:
         return tuple(index for index in _CHOSEN_FRAMES if index < num_latent_frames)
@@ -421,7 +419,7 @@ def _chosen_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) 
 
 
 def _sound_track(num_frames: int, fps: float, layout: CheckpointLayout, *, like_diffusers: bool) -> SoundTrack:
-    assert layout.audio is not None, "offered_modes"
+    assert layout.audio is not None, "find_offered_modes"
     audio, latent_fps = layout.audio, layout.transformer.sound_latent_fps
     if num_frames / fps > LIMITS.max_sound_s:
         hint = "ask for fewer frames, or more a second"
@@ -439,7 +437,7 @@ def _sound_track(num_frames: int, fps: float, layout: CheckpointLayout, *, like_
 def _interval(interval: Any) -> tuple[float, float] | None:
     if interval is None:
         return None
-    low, high = _checked("guidance_interval", interval)
+    low, high = _check("guidance_interval", interval)
     if low > high:
         raise RequestError("guidance_interval", interval, "the lowest timestep, then the highest", "swap the two")
     return low, high
@@ -463,12 +461,12 @@ def _output_quality(output: str, quality: int | None) -> int:
     if output not in LOSSY_IMAGE_KINDS:
         hint = f"it is for {' and '.join(LOSSY_IMAGE_KINDS)}"
         raise RequestError("output_quality", quality, f"left out for {output}", hint)
-    return int(_checked("output_quality", quality))
+    return int(_check("output_quality", quality))
 
 
 def _crf(output: str, request: GenerationRequest) -> float:
     """H.264's quality; looks at ``lossless`` as well, which goes without one."""
-    is_lossless = _checked("lossless", request.lossless)
+    is_lossless = _check("lossless", request.lossless)
     for name, given in (("crf", request.crf is not None), ("lossless", is_lossless)):
         if given and output != "mp4":
             raise RequestError(name, getattr(request, name), f"left out for {output}", "it is for mp4")
@@ -476,18 +474,18 @@ def _crf(output: str, request: GenerationRequest) -> float:
         return DEFAULT_CRF
     if is_lossless:
         raise RequestError("crf", request.crf, "left out beside lossless", "choose one of both")
-    return float(_checked("crf", request.crf))
+    return float(_check("crf", request.crf))
 
 
-def shipped_flow_shift(layout: CheckpointLayout) -> float:
-    """The shift that goes with :func:`shipped_schedule`."""
+def find_shipped_flow_shift(layout: CheckpointLayout) -> float:
+    """Return the shift that goes with :func:`find_shipped_schedule`."""
     if layout.use_native_flow_schedule and layout.native_flow_shift is not None:
         return layout.native_flow_shift
     return layout.scheduler.flow_shift
 
 
-def shipped_schedule(layout: CheckpointLayout) -> str:
-    """The schedule that a checkpoint's own scheduler config amounts to; what diffusers runs with it."""
+def find_shipped_schedule(layout: CheckpointLayout) -> str:
+    """Return the schedule that a checkpoint's own scheduler config amounts to; what diffusers runs with it."""
     if layout.scheduler.use_karras_sigmas:
         return "karras"
     return "native" if layout.use_native_flow_schedule else "linear"

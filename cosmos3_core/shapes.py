@@ -49,7 +49,7 @@ class Geometry:
     patch: int = 2
 
     def round_up_num_frames(self, num_frames: int) -> int:
-        """The next clip length that the causal VAE can produce: 1 + k * temporal."""
+        """Return the next clip length that the causal VAE can produce: 1 + k * temporal."""
         return -(-(num_frames - 1) // self.temporal) * self.temporal + 1
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
@@ -59,11 +59,11 @@ class Geometry:
         )
 
     def num_pixel_frames(self, num_latent_frames: int) -> int:
-        """Latent frames -> pixel frames that they decode to."""
+        """Return the number of pixel frames that latent frames decode to."""
         return (num_latent_frames - 1) * self.temporal + 1
 
     def token_grid(self, latent: LatentShape) -> TokenGrid:
-        """Latent grid -> token grid, rows and columns padded up to whole patches."""
+        """Return the token grid of a latent grid, rows and columns padded up to whole patches."""
         return TokenGrid(latent.num_frames, -(-latent.height // self.patch), -(-latent.width // self.patch))
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
@@ -82,7 +82,7 @@ def pixel_to_latent_shape(
 
 
 def chunk_latents(height: int, width: int, at_least: int) -> int:
-    """Latent frames to decode at a time: as many as make ``at_least`` latent positions, but 4 at most.
+    """Return how many latent frames to decode at a time: as many as make ``at_least`` latent positions, 4 at most.
 
     By the size of the frames alone - of the largest part where several are decoded at once, as each has a device to
     fill: a clip decodes alike however long it is. The most, because a chunk is also what a stream of frames comes in.
@@ -91,7 +91,7 @@ def chunk_latents(height: int, width: int, at_least: int) -> int:
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
-    """The rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
+    """Return the rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
 
     Args:
         fps: frames per second, positive; :func:`cosmos3_core.media.mp4.exact_frame_rate` checks it.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from cosmos3_core.checkpoint.layout import FAMILY, CheckpointLayout
 from cosmos3_core.errors import CapabilityError
-from cosmos3_core.resolve import offered_modes
+from cosmos3_core.resolve import find_offered_modes
 from deployments.api_model import ApiModel
 from deployments.config import AudioVAEStage
 
@@ -33,7 +33,7 @@ class Model(ApiModel):
             owned_by="nvidia",
             family=FAMILY,
             variant=layout.variant,
-            modes=offered_modes(layout, is_sound_offered=is_sound_offered),
+            modes=find_offered_modes(layout, is_sound_offered=is_sound_offered),
         )
 
 

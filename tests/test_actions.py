@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cosmos3_core.actions import ActionStatistics, ActionTrack, GeneratedActions, action_rows, given_actions
+from cosmos3_core.actions import ActionStatistics, ActionTrack, GeneratedActions, action_rows, convert_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import CorruptFileError, RequestError
@@ -100,11 +100,11 @@ def test_a_broken_file_is_named(content: Any, said: str, tmp_path: Path) -> None
 
 def test_given_rows_are_repeated_or_cut() -> None:
     rows = [[1.0, 2.0], [3.0, 4.0]]
-    assert given_actions("actions", rows, 2, 2, None) == ((1, 2), (3, 4))
-    assert given_actions("actions", np.array(rows), 2, 4, None) == ((1, 2), (3, 4), (3, 4), (3, 4))
-    assert given_actions("actions", rows, None, 1, None) == ((1, 2),)
+    assert convert_actions("actions", rows, 2, 2, None) == ((1, 2), (3, 4))
+    assert convert_actions("actions", np.array(rows), 2, 4, None) == ((1, 2), (3, 4), (3, 4), (3, 4))
+    assert convert_actions("actions", rows, None, 1, None) == ((1, 2),)
     statistics = ActionStatistics(np.array([1, 0], np.float32), np.array([2, 4], np.float32))
-    assert given_actions("actions", rows, 2, 3, statistics) == ((0, 0.5), (1, 1), (1, 1))
+    assert convert_actions("actions", rows, 2, 3, statistics) == ((0, 0.5), (1, 1), (1, 1))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from cosmos3_core.generate import generate
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.presets import PRESETS, ActionPreset
 from cosmos3_core.request import GenerationRequest
-from cosmos3_core.resolve import offered_modes, resolve
+from cosmos3_core.resolve import find_offered_modes, resolve
 from tests.mode_inputs import CLIP, MINIMAL, moving_clip
 
 # num_frames, height, width, fps, num_inference_steps, guidance_scale, flow_shift, who says so, and the actions':
@@ -92,7 +92,7 @@ def test_every_kind_of_checkpoint_offers_its_rows(checkpoints: dict[str, Path]) 
     for kind, checkpoint in checkpoints.items():
         layout = CheckpointLayout.open(checkpoint)
         assert layout.preset_kind == kind
-        assert list(offered_modes(layout)) == [mode for mode in MODES if mode in TABLE[kind]]
+        assert list(find_offered_modes(layout)) == [mode for mode in MODES if mode in TABLE[kind]]
 
 
 @pytest.mark.parametrize(("kind", "mode"), ROWS)

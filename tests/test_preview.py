@@ -18,7 +18,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_video_vae
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.preview import MAX_PREVIEWS, PreviewMap, PreviewOrder, evenly
-from cosmos3_core.preview_fit import cached_preview_map, encoder_digest, fit_preview_map, preview_error
+from cosmos3_core.preview_fit import encoder_digest, fit_preview_map, load_preview_map, preview_error
 from cosmos3_core.shapes import Geometry
 from cosmos3_core.vae.video import VideoVAE
 
@@ -126,11 +126,11 @@ def test_a_kept_map_is_read_and_not_fitted_again(
 
     monkeypatch.setattr(preview_fit, "fit_preview_map", counted)
     cache = tmp_path / "deep" / "maps"
-    first = cached_preview_map(vae, cache)
-    assert cached_preview_map(vae, cache) == first == fit_preview_map(vae)
+    first = load_preview_map(vae, cache)
+    assert load_preview_map(vae, cache) == first == fit_preview_map(vae)
     assert len(fits) == 1
     assert [path.name for path in cache.iterdir()] == [f"preview-map-{encoder_digest(vae)}.json"]
-    cached_preview_map(vae, None)
+    load_preview_map(vae, None)
     assert len(fits) == 2, "without a cache each is fitted"
 
 
@@ -158,13 +158,13 @@ def test_a_damaged_file_is_told_of_and_replaced(
 ) -> None:
     fitted = PreviewMap(((0.5, 0.0, 0.0),) * 48, (0.0, 0.0, 0.0))
     monkeypatch.setattr(preview_fit, "fit_preview_map", lambda vae: fitted)
-    cached_preview_map(vae, tmp_path)
+    load_preview_map(vae, tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_text()
     stored = json.loads(whole)
     stored["weights"] = stored["weights"][1:] if damage == "channel" else [["a", 0, 0]] * 48
     path.write_text({"cut": whole[:-9], "channel": json.dumps(stored), "text": json.dumps(stored)}.get(damage, damage))
-    assert cached_preview_map(vae, tmp_path) == fitted
+    assert load_preview_map(vae, tmp_path) == fitted
     assert "is fitted anew" in caplog.text
     assert path.read_text() == whole
 
@@ -173,7 +173,7 @@ def test_a_cache_that_cannot_be_written_is_told_of_and_done_without(
     vae: VideoVAE, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("no directory")
-    assert cached_preview_map(vae, tmp_path / "file") == fit_preview_map(vae)
+    assert load_preview_map(vae, tmp_path / "file") == fit_preview_map(vae)
     assert "was not kept" in caplog.text
 
 
@@ -181,7 +181,7 @@ def test_the_cache_keeps_the_newest_maps_only(vae: VideoVAE, tmp_path: Path) -> 
     for index in range(20):
         (tmp_path / f"preview-map-{index}.json").write_text("{}")
     (tmp_path / "mine.json").write_text("not a map")
-    cached_preview_map(vae, tmp_path)
+    load_preview_map(vae, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert len(names) == 16 + 1
     assert {"mine.json", f"preview-map-{encoder_digest(vae)}.json"} <= names

@@ -18,7 +18,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.modes import MODES, ActionRole
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.request import FIELDS, GenerationRequest, ResolvedRequest
-from cosmos3_core.resolve import offered_modes, resolve
+from cosmos3_core.resolve import find_offered_modes, resolve
 from tests.mode_inputs import ACTIONS, CLIP, IMAGE, MINIMAL, moving_clip
 
 SMALL = {"num_frames": 9, "height": 32, "width": 48}
@@ -206,7 +206,7 @@ def test_a_checkpoint_without_the_heads_lists_what_is_left(nano: CheckpointLayou
         error = refused(silent, CapabilityError, prompt="a car", generate_sound=True)
         assert "with_sound" not in error.allowed
         assert "no sound_tokenizer" in error.hint
-        assert offered_modes(silent) == tuple(name for name in MODES if not name.endswith("_with_sound"))
+        assert find_offered_modes(silent) == tuple(name for name in MODES if not name.endswith("_with_sound"))
 
 
 def test_a_checkpoint_without_its_sound_tokenizer_is_silent(tiny_nano: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def _wave(positions: npt.NDArray[np.int64], period: int, shift: int) -> Frames:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of a clip: bytes of its file, and frames written when the first packet came; None: only at the end."""
+    """One encoded clip: bytes of its file, and frames written when the first packet came; None: only at the end."""
 
     num_bytes: int
     delay_frames: int | None
@@ -122,7 +122,7 @@ def measure_encode(footage: Footage, settings: Settings, *, runs: int) -> list[R
 
 
 def write_ours(path: Path, footage: Footage, chunks: Iterable[Frames], settings: Settings) -> Encoded:
-    """The clip as it is served, with the file that grows beside it.
+    """Write the clip as it is served, with the file that grows beside it.
 
     Raises:
         RequestError: a setting that the writer does not take.
@@ -138,7 +138,7 @@ def write_ours(path: Path, footage: Footage, chunks: Iterable[Frames], settings:
 
 
 def write_theirs(path: Path, footage: Footage, chunks: Iterable[Frames], settings: Settings) -> Encoded:
-    """The clip as PyAV's examples write it."""
+    """Write the clip as PyAV's examples write it."""
     delay_frames: int | None = None
     quality = {"qp": "0"} if settings.lossless else {"crf": f"{settings.crf:g}"}
     with av.open(str(path), mode="w") as container:
@@ -155,7 +155,7 @@ def write_theirs(path: Path, footage: Footage, chunks: Iterable[Frames], setting
 
 
 def prepare_encode(write: Write, path: Path, footage: Footage, settings: Settings) -> Callable[[], object]:
-    """One side's encode with frames made chunk by chunk, for :mod:`cosmos3_core.bench.peak`."""
+    """Return one side's encode with frames made chunk by chunk, for :mod:`cosmos3_core.bench.peak`."""
     for _ in footage.chunks():
         pass  # so that the memory this takes is there before
     return partial(write, path, footage, footage.chunks(), settings)

@@ -30,7 +30,7 @@ class BenchModel:
 
 
 def parser(prog: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser with the flags that every command has: ``--runs`` and ``--json``."""
+    """Return a parser with the flags that every command has: ``--runs`` and ``--json``."""
     made = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
     made.add_argument("--runs", type=at_least(1), default=5, help="counted runs of each, after one to warm up")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -58,7 +58,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def model_of(options: argparse.Namespace) -> BenchModel:
-    """The model that the flags of :func:`add_model_flags` name."""
+    """Return the model that the flags of :func:`add_model_flags` name."""
     return BenchModel(options.checkpoint, options.random_weights, options.dtype)
 
 
@@ -88,7 +88,7 @@ def check_json(path: Path | None) -> None:
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """A parser of whole numbers that refuses those below ``low``."""
+    """Return a parser of whole numbers that refuses those below ``low``."""
 
     def number(text: str) -> int:
         value = int(text)

@@ -44,7 +44,7 @@ class Ours:
         self._state: DenoiseState | None = None
 
     def prefill(self) -> None:
-        """Both prompts through the understanding tower."""
+        """Run both prompts through the understanding tower."""
         self.denoiser.forget_prompts()
         self._plan = self.denoiser.prepare(self.request)
 
@@ -56,7 +56,7 @@ class Ours:
         self._state = self.denoiser.start(self._plan)
 
     def step(self) -> None:
-        """One guided step: both branches, guidance, solver."""
+        """Run one guided step: both branches, guidance, solver."""
         assert self._plan is not None
         assert self._state is not None
         self._state = self.denoiser.step(self._plan, self._state)
@@ -72,7 +72,7 @@ def _transformer(subject: Subject) -> Cosmos3Transformer:
 
 
 def video_vae(subject: Subject) -> VideoVAE:
-    """The subject's video VAE as it is served."""
+    """Return the subject's video VAE as it is served."""
     with torch.device("meta"):
         module = VideoVAE(subject.vae, ops=select_video_ops(subject.device))
     for name, _ in list(module.named_parameters()):

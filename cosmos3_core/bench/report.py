@@ -35,7 +35,7 @@ class Row:
         return statistics.median(self.ours) / statistics.median(self.theirs)
 
     def as_json(self) -> dict[str, Any]:
-        """Medians, spreads and the ratio."""
+        """Return medians, spreads and the ratio."""
         return {
             "measure": self.measure,
             "unit": self.unit,
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, how, and beside what.
+    """A measurement's rows, its circumstances and its reference.
 
     Attributes:
         head: the circumstances: device, shape, versions.
@@ -67,19 +67,19 @@ class Report:
         return "\n".join((head, table(self.rows, self.reference), *self.notes))
 
     def write_json(self, path: Path) -> None:
-        """The same as JSON."""
+        """Write the report as JSON."""
         body = {"reference": self.reference, "measures": [row.as_json() for row in self.rows], "notes": self.notes}
         path.write_text(json.dumps({**self.head, **body}, indent=2) + "\n")
 
 
 def frames_per_second(of: Row, num_frames: int) -> Row:
-    """The speed that the seconds for ``num_frames`` frames amount to."""
+    """Return the speed that the seconds for ``num_frames`` frames amount to."""
     speeds = ([num_frames / seconds for seconds in side] for side in (of.ours, of.theirs))
     return Row(of.measure, "frames/s", *speeds)
 
 
 def table(rows: list[Row], reference: str) -> str:
-    """The rows as text: medians, their ranges, the ratio."""
+    """Format the rows as text: medians, their ranges, the ratio."""
     lines = [f"{'':<36}{'unit':>9}{'ours':>30}{reference:>30}{'ratio':>8}"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"

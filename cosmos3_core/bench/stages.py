@@ -20,7 +20,7 @@ from cosmos3_core.media.pixels import to_uint8
 
 
 def measure_stages(subject: Subject, work: Work, *, runs: int, compare: bool) -> list[Row]:
-    """Seconds of every stage; ours and theirs take turns, so that a slow spell of the machine hits both.
+    """Measure the seconds of every stage; ours and theirs take turns, so that a slow spell of the machine hits both.
 
     Args:
         subject: the model.

@@ -26,7 +26,7 @@ class Stopwatch:
         return list(self._rows.values())
 
     def row(self, measure: str) -> Row:
-        """The row of a measure; made where there is none."""
+        """Return the row of a measure; made where there is none."""
         return self._rows.setdefault(measure, Row(measure))
 
     def ours(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is measured: a model's configs, where its tensors come from, and the shape of the work."""
+"""The subject of a measurement: a model's configs, where its tensors come from, and the shape of the work."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ class Subject:
         return geometry(self.transformer, self.vae)
 
     def latent_shape(self, clip: Clip) -> LatentShape:
-        """Latent grid of a clip."""
+        """Return the latent grid of a clip."""
         return self.geometry.latent_shape(clip.num_frames, clip.height, clip.width)
 
     def latents(self, clip: Clip) -> Tensor:
-        """Random latents [1, C, T, H, W] of a clip, fp32; the same for every call."""
+        """Return random latents [1, C, T, H, W] of a clip, fp32; the same for every call."""
         shape = (1, self.geometry.channels, *self.latent_shape(clip))
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
 
 def open_subject(model: BenchModel, device: torch.device) -> Subject:
-    """The model that was chosen, on a device.
+    """Return the model that was chosen, on a device.
 
     Raises:
         RequestError: no such dtype, or no such model.
@@ -114,7 +114,7 @@ def open_subject(model: BenchModel, device: torch.device) -> Subject:
 
 
 def random_subject(model: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """A model of a published size with random weights made on the device; the same for every call.
+    """Return a model of a published size with random weights made on the device; the same for every call.
 
     Raises:
         RequestError: not one of ``RANDOM_MODELS``.
@@ -132,7 +132,7 @@ def random_subject(model: str, device: torch.device, dtype: torch.dtype) -> Subj
 
 
 def checkpoint_subject(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Subject:
-    """The model of a checkpoint; ``dtype`` None keeps the stored one.
+    """Return the model of a checkpoint; ``dtype`` None keeps the stored one.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.

@@ -66,13 +66,13 @@ class TheirVAE:
 
     @torch.no_grad()
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
-        """A whole clip, [1, C, T, H, W] -> [1, 3, F, Y, X]."""
+        """Decode a whole clip, [1, C, T, H, W] -> [1, 3, F, Y, X]."""
         mean_1C111, inverse_std_1C111 = self._statistics(latents_BCTHW.device)
         return self.module.decode(latents_BCTHW.to(self.module.dtype) / inverse_std_1C111 + mean_1C111).sample
 
     @torch.no_grad()
     def encode(self, pixels_BCFYX: Tensor) -> Tensor:
-        """A clip, [1, 3, F, Y, X] -> [1, C, T, H, W]; the posterior's mean."""
+        """Encode a clip, [1, 3, F, Y, X] -> [1, C, T, H, W]; the posterior's mean."""
         mean_1C111, inverse_std_1C111 = self._statistics(pixels_BCFYX.device)
         z_BCTHW = self.module.encode(pixels_BCFYX.to(self.module.dtype)).latent_dist.mode()
         return (z_BCTHW - mean_1C111) * inverse_std_1C111

@@ -30,7 +30,7 @@ PEAK_NOTE = (
 
 
 def measure_vae(subject: Subject, model: BenchModel, clip: Clip, *, runs: int, compare: bool) -> list[Row]:
-    """Speed of decoding and of encoding a conditioning frame, and the memory that decoding takes.
+    """Measure the speed of decoding and of encoding a conditioning frame, and the memory that decoding takes.
 
     Args:
         subject: the model, opened.
@@ -76,7 +76,7 @@ def time_vae(
 
 
 def prepare_decode(model: BenchModel, clip: Clip, side: Side) -> Callable[[], object]:
-    """One side's decode of the clip on the CPU, with everything loaded, for :mod:`cosmos3_core.bench.peak`."""
+    """Return one side's decode of the clip on the CPU, with everything loaded, for :mod:`cosmos3_core.bench.peak`."""
     subject = open_subject(model, torch.device("cpu"))
     decode = TheirVAE(subject).decode if side == "theirs" else partial(decode_dropping, video_vae(subject), clip)
     # What is loaded at the first use, libraries' code above all, is nobody's working memory.

@@ -41,8 +41,8 @@ _IGNORED = re.compile(r"action_pos_embed(\..+)?")
 # A learnt position table from before the unified 3D positions; no released model reads it.
 
 
-def published_name(stored: str) -> str | None:
-    """The published name of a tensor stored as ``stored``; None for one that is left unread on purpose."""
+def find_published_name(stored: str) -> str | None:
+    """Return the published name of a tensor stored as ``stored``; None for one that is left unread on purpose."""
     name = stored
     while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), None):
         name = name.removeprefix(wrapper)

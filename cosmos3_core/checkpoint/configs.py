@@ -57,7 +57,7 @@ _AUDIO_VAE_SWITCHES: dict[str, tuple[Any, ...]] = {
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """Read the JSON object in ``path``.
 
     Raises:
         MissingFileError: there is no such file.
@@ -358,7 +358,7 @@ class SchedulerConfig:
 
 
 def geometry(transformer: TransformerConfig, vae: VideoVAEConfig) -> Geometry:
-    """The compression facts that :mod:`cosmos3_core.shapes` works with."""
+    """Return the compression facts that :mod:`cosmos3_core.shapes` works with."""
     return Geometry(
         temporal=vae.scale_factor_temporal,
         spatial=vae.scale_factor_spatial,

@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint directory, read once and checked before any weight is touched.
+"""The layout of a checkpoint directory, read once and checked before any weight is touched.
 
 :meth:`CheckpointLayout.open` reads the small JSON files only. No torch here: the HTTP edge opens the layout too.
 """
@@ -142,7 +142,7 @@ class CheckpointLayout:
         return "nano-policy-droid" if self.variant == "nano" and "policy-droid" in self.name.lower() else self.variant
 
     def component_dir(self, component: str) -> Path:
-        """Directory of a component, "vae" say.
+        """Return the directory of a component, "vae" say.
 
         Raises:
             MissingFileError: the checkpoint does not have it.
@@ -171,7 +171,7 @@ def recognize_variant(transformer: TransformerConfig, backbone_type: object = No
 
 
 def read_negative_prompt(directory: Path) -> str | None:
-    """The recommended negative prompt of the checkpoint in ``directory``; None where it has none.
+    """Read the recommended negative prompt of the checkpoint in ``directory``; None where it has none.
 
     ``assets/negative_prompt.json`` holds a JSON object. The model was shown ``json.dumps`` of it, not the file's own
     line breaks.
@@ -212,7 +212,7 @@ def _check_pipeline_class(path: Path, index: dict[str, Any]) -> None:
 
 
 def _present_components(root: Path, index_path: Path, index: dict[str, Any]) -> tuple[str, ...]:
-    """Components that the index lists, each with its directory."""
+    """Return the components that the index lists, each with its directory."""
     present = tuple(name for name in (*_REQUIRED, *_OPTIONAL) if _is_listed(index_path, name, index.get(name)))
     for name in _REQUIRED:
         if name not in present:
@@ -229,7 +229,7 @@ def _present_components(root: Path, index_path: Path, index: dict[str, Any]) -> 
 
 
 def _is_listed(index_path: Path, name: str, entry: object) -> bool:
-    """An entry is [library, class]; none at all, or [null, null], means that the component was left out."""
+    """Return whether the index lists a component, as [library, class]; none, or [null, null], means no."""
     if entry is None or entry == [None, None]:
         return False
     if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):

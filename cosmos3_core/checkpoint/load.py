@@ -13,7 +13,7 @@ from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tenso
 from cosmos3_core.device import prefers_channels_last
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.model.transformer import Cosmos3Transformer
-from cosmos3_core.model.weights import transformer_plans, unused_tensors
+from cosmos3_core.model.weights import find_unused_tensors, transformer_plans
 from cosmos3_core.ops.registry import select_ops
 from cosmos3_core.ops.video import select_video_ops
 from cosmos3_core.parallel.sharding import WHOLE, Shard, local_config
@@ -40,7 +40,7 @@ def check_weights(layout: CheckpointLayout) -> None:
 def _transformer_files(layout: CheckpointLayout) -> WeightFiles:
     files = WeightFiles.open(layout.component_dir("transformer"))
     # Named as unused or of a modality that this version lacks: may be absent, and is never read.
-    check_tensors(files, transformer_tensors(layout.transformer), optional=unused_tensors(layout.transformer))
+    check_tensors(files, transformer_tensors(layout.transformer), optional=find_unused_tensors(layout.transformer))
     return files
 
 
@@ -65,7 +65,7 @@ def load_transformer(
     ops: Mapping[str, str] | None = None,
     shard: Shard = WHOLE,
 ) -> Cosmos3Transformer:
-    """The transformer, or one rank's share of it, on its device.
+    """Load the transformer, or one rank's share of it, on its device.
 
     Args:
         layout: of the checkpoint.
@@ -90,7 +90,7 @@ def load_transformer(
 def load_video_vae(
     layout: CheckpointLayout, *, device: torch.device, dtype: torch.dtype | None = None, with_encoder: bool = True
 ) -> VideoVAE:
-    """The video VAE on its device.
+    """Load the video VAE on its device.
 
     Args:
         layout: of the checkpoint.
@@ -112,7 +112,7 @@ def load_video_vae(
 
 
 def load_audio_vae(layout: CheckpointLayout, *, device: torch.device, dtype: torch.dtype | None = None) -> AudioVAE:
-    """The audio VAE's decoder on its device; its encoder, where the files hold one, is not read.
+    """Load the audio VAE's decoder on its device; its encoder, where the files hold one, is not read.
 
     Args:
         layout: of the checkpoint.

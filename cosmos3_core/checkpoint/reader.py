@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What one module parameter is filled from.
+    """The stored tensors that fill one module parameter.
 
     Attributes:
         target: the parameter's name in the module.
@@ -149,7 +149,7 @@ def _resolve(
     shard: Shard,
     split: Callable[[str], Split],
 ) -> list[_Fill]:
-    """The plans with their parts looked up, cut and compared with the module."""
+    """Return the plans with their parts looked up, cut and compared with the module."""
     parameters = dict(module.named_parameters())
     targets = [plan.target for plan in plans]
     for problem, names in (
@@ -172,7 +172,7 @@ def _resolve(
         assert target_dtype.is_floating_point, f"{plan.target}: weights convert between floating-point types only"
         parts = tuple(_cut(entry, shard, split(entry.name)) for entry in entries)
         needed = tuple(parameters[plan.target].shape)
-        found = _stacked_shape(parts)
+        found = _stack_shapes(parts)
         if found != needed:
             raise TensorMismatchError(
                 files.directory,
@@ -208,8 +208,8 @@ def _cut(entry: TensorEntry, shard: Shard, split: Split) -> _Part:
     return _Part(entry, slice(0, entry.shape[0]), None)
 
 
-def _stacked_shape(parts: tuple[_Part, ...]) -> Shape | None:
-    """Shape of the parts on top of one another; None if their rows differ in shape."""
+def _stack_shapes(parts: tuple[_Part, ...]) -> Shape | None:
+    """Return the shape of the parts on top of one another; None if their rows differ in shape."""
     row_shapes = {part.shape[1:] for part in parts}
     if len(row_shapes) != 1:
         return None
@@ -285,5 +285,5 @@ class _StagedReader:
 
 
 def _row_bytes(part: _Part) -> int:
-    """Bytes of one whole stored row."""
+    """Return the bytes of one whole stored row."""
     return part.entry.num_bytes // part.entry.shape[0] if part.entry.shape[0] else 0

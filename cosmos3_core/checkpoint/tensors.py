@@ -24,7 +24,7 @@ NUM_TIMESTEP_FEATURES = 256
 
 
 def transformer_tensors(config: TransformerConfig) -> TensorTable:
-    """Every tensor of ``transformer/``: both towers of every layer, embeddings and the heads of all modalities.
+    """Return every tensor of ``transformer/``: both towers of every layer, embeddings and the heads of all modalities.
 
     Linear weights are [out, in]. The exception are the per-embodiment action projections, whose rows hold one flattened
     [in, out] matrix each.
@@ -60,7 +60,7 @@ def transformer_tensors(config: TransformerConfig) -> TensorTable:
 
 
 def _transformer_layer(name: str, config: TransformerConfig) -> TensorTable:
-    """One layer: the understanding tower's tensors, then the generation tower's (``*_moe_gen``, ``*add*``)."""
+    """Return one layer: the understanding tower's tensors, then the generation tower's (``*_moe_gen``, ``*add*``)."""
     tensors: TensorTable = {}
     for tower in ("", "_moe_gen"):
         tensors |= {
@@ -95,7 +95,7 @@ def _attention_projections(name: str, projections: tuple[str, str, str, str], co
 
 
 def _mlp(name: str, config: TransformerConfig) -> TensorTable:
-    """The gated MLP of ``silu``; ``relu2`` has no gate."""
+    """Return the gated MLP of ``silu``; ``relu2`` has no gate."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     gate = _linear(f"{name}.gate_proj", hidden, intermediate, bias=False) if config.hidden_act == "silu" else {}
     return {
@@ -114,7 +114,7 @@ def _linear(name: str, num_in: int, num_out: int, *, bias: bool = True) -> Tenso
 
 
 def video_vae_tensors(config: VideoVAEConfig) -> TensorTable:
-    """Every tensor of ``vae/``: encoder, decoder and the two 1x1x1 convolutions around the latent.
+    """Return every tensor of ``vae/``: encoder, decoder and the two 1x1x1 convolutions around the latent.
 
     Convolution weights are [out, in, time, rows, columns], those of single frames [out, in, rows, columns]. The
     parameter-free residual shortcuts (averages and repeats) do not appear.

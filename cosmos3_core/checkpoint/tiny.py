@@ -1,4 +1,4 @@
-"""Builds a tiny checkpoint in the published layout: a few megabytes that every part of the code can run on.
+"""Build a tiny checkpoint in the published layout: a few megabytes that every part of the code can run on.
 
     python -m cosmos3_core.checkpoint.tiny DIRECTORY --variant nano --seed 0
 
@@ -103,7 +103,7 @@ def _write_checkpoint(directory: Path, variant: TinyVariant, seed: int, dtype: t
 
 
 def _write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Several weight files, and the index that says which tensor is in which."""
+    """Write several weight files, and the index that says which tensor is in which."""
     shards = list(_shards(tensors))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -141,7 +141,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: see the top of this file."""
+    """Run the command line, shown at the top of this file."""
     parser = argparse.ArgumentParser(
         prog="python -m cosmos3_core.checkpoint.tiny", description="Write a tiny random checkpoint."
     )

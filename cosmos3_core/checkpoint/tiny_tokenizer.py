@@ -103,7 +103,7 @@ def write_tiny_tokenizer(directory: Path, tokenizer_class: str) -> int:
 
 
 def _train_byte_bpe(first_tokens: list[str]) -> Tokenizer:
-    """A byte-level BPE of the corpus. ``first_tokens`` are special and get ids 0, 1, ..."""
+    """Return a byte-level BPE of the corpus. ``first_tokens`` are special and get ids 0, 1, ..."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(_WORD_PATTERN), behavior="isolated")

@@ -121,7 +121,7 @@ TINY_AUDIO_VAE = AudioVAEConfig(enc_dim=4, dec_dim=4)
 
 
 def tiny_video_vae(seed: int) -> VideoVAEConfig:
-    """A narrow Wan 2.2 VAE. The statistics of its latents come with the weights and so depend on the seed."""
+    """Return a narrow Wan 2.2 VAE. The statistics of its latents come with the weights and so depend on the seed."""
     draw = random.Random(f"{seed}/latent statistics")
     return VideoVAEConfig(
         base_dim=4,
@@ -153,7 +153,7 @@ def model_index_json(variant: TinyVariant) -> dict[str, Any]:
 def transformer_json(variant: TinyVariant, dtype: str) -> dict[str, Any]:
     """``transformer/config.json``."""
     config = variant.transformer
-    keys = _published(config, "Cosmos3OmniTransformer") | {
+    keys = _publish(config, "Cosmos3OmniTransformer") | {
         "attention_dropout": 0.0,
         "dtype": dtype,
         "sound_dim": config.sound_dim if config.sound_gen else None,
@@ -166,12 +166,12 @@ def transformer_json(variant: TinyVariant, dtype: str) -> dict[str, Any]:
 
 def video_vae_json(config: VideoVAEConfig) -> dict[str, Any]:
     """``vae/config.json``."""
-    return _published(config, "AutoencoderKLWan") | {"clip_output": False, "dropout": 0.0}
+    return _publish(config, "AutoencoderKLWan") | {"clip_output": False, "dropout": 0.0}
 
 
 def audio_vae_json(config: AudioVAEConfig) -> dict[str, Any]:
     """``sound_tokenizer/config.json``. All but the sizes is fixed: other values are other architectures."""
-    return _published(config, "Cosmos3AVAEAudioTokenizer") | {
+    return _publish(config, "Cosmos3AVAEAudioTokenizer") | {
         "activation": "snakebeta",
         "anti_aliasing": False,
         "bottleneck": {"type": "vae"},
@@ -201,7 +201,7 @@ def audio_vae_json(config: AudioVAEConfig) -> dict[str, Any]:
 
 def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:
     """``scheduler/scheduler_config.json``."""
-    return _published(config, "UniPCMultistepScheduler") | {
+    return _publish(config, "UniPCMultistepScheduler") | {
         "disable_corrector": [],
         "final_sigmas_type": "zero",
         "lower_order_final": True,
@@ -224,8 +224,8 @@ VISION_ENCODER_JSON: dict[str, Any] = {
 }
 
 
-def _published(config: _Config, class_name: str) -> dict[str, Any]:
-    """The config as its file shows it: tuples as lists, whole numbers without a decimal point."""
+def _publish(config: _Config, class_name: str) -> dict[str, Any]:
+    """Return the config as its file shows it: tuples as lists, whole numbers without a decimal point."""
     shown: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.37.1"}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, tuple):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cosmos3_core.checkpoint.aliases import published_name
+from cosmos3_core.checkpoint.aliases import find_published_name
 from cosmos3_core.checkpoint.configs import read_json_object
 from cosmos3_core.errors import CapabilityError, CorruptFileError, MissingFileError, TensorMismatchError
 
@@ -142,7 +142,7 @@ def _no_weights(directory: Path) -> MissingFileError | CorruptFileError:
 
 
 def _read_shards(index_path: Path) -> list[TensorEntry]:
-    """Every tensor of the shards that an index lists."""
+    """Read the entries of the shards that an index lists."""
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(index_path, "has no weight_map from tensor names to files", _AGAIN)
@@ -184,7 +184,7 @@ def _by_published_name(directory: Path, entries: Iterable[TensorEntry]) -> dict[
     tensors: dict[str, TensorEntry] = {}
     ignored: list[str] = []
     for entry in entries:
-        name = published_name(entry.stored_name)
+        name = find_published_name(entry.stored_name)
         if name is None:
             ignored.append(entry.stored_name)
         elif name in tensors:
@@ -209,7 +209,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def _read_header(path: Path) -> list[TensorEntry]:
-    """The tensors of one file, after checking that the file holds every byte that its header promises."""
+    """Read the header of one file, after checking that the file holds every byte that its header promises."""
     try:
         with path.open("rb") as file:
             num_file_bytes = file.seek(0, 2)
@@ -259,7 +259,7 @@ def _not_safetensors(path: Path, start: bytes, num_file_bytes: int) -> CorruptFi
 
 
 def _entry(path: Path, stored_name: str, fields: Any, data_begin: int) -> TensorEntry:
-    """One line of the header, under its stored name."""
+    """Return one line of the header, under its stored name."""
     try:
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         is_sound = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
@@ -353,6 +353,6 @@ def refuse_quantised(entries: Iterable[TensorEntry]) -> None:
 
 
 def shorten(items: Sequence[str]) -> str:
-    """The first few of the items, and how many more there are."""
+    """Return the first few of the items, and how many more there are."""
     more = len(items) - _MAX_SHOWN
     return "; ".join(items[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")

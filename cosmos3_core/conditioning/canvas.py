@@ -36,7 +36,7 @@ ACTION_TIERS: Mapping[int, tuple[Canvas, ...]] = MappingProxyType(
 
 
 def floored(height: int, width: int, *, field: str = "video") -> Canvas:
-    """The size to which a clip is stretched first: each side down to a multiple of :data:`SIDE_MULTIPLE`.
+    """Return the size to which a clip is stretched first: each side down to a multiple of :data:`SIDE_MULTIPLE`.
 
     Args:
         height, width: the clip's, pixels.
@@ -51,7 +51,7 @@ def floored(height: int, width: int, *, field: str = "video") -> Canvas:
 
 
 def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -> Canvas:
-    """The canvas of a tier whose height / width is closest to that of the clip, after :func:`floored`.
+    """Return the canvas of a tier whose height / width is closest to that of the clip, after :func:`floored`.
 
     Args:
         height, width: the clip's, pixels, as it was given.
@@ -68,7 +68,7 @@ def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -
 
 
 def covering_size(height: int, width: int, to_height: int, to_width: int) -> Canvas:
-    """The size at which a picture covers a target, its proportions kept: at least the target's on both sides.
+    """Return the size at which a picture covers a target, its proportions kept: at least the target's on both sides.
 
     Source: diffusers 0.42.1, ``_preprocess_conditioning_image``.
     """

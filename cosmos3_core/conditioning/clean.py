@@ -19,7 +19,7 @@ from cosmos3_core.vae.video import VideoVAE
 def clean_latents(
     vae: VideoVAE, picture: PictureCondition, frames_FYX3: Frames, part_of: PartOf = whole_frame
 ) -> Tensor:
-    """The latents of the given frames.
+    """Encode the given frames.
 
     Args:
         vae: with its encoder.
@@ -39,7 +39,7 @@ def clean_latents(
 
 
 def conditioning_pixels(picture: PictureCondition, frames_FYX3: Frames) -> Tensor:
-    """What is encoded, brought to size: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``."""
+    """Bring the given frames to size for the encoder: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``."""
     if picture.resizing is Resizing.PAD:
         pixels_CFYX, _ = fit_and_pad(frames_FYX3, picture.resolution_tier, picture.num_frames)
         return pixels_CFYX

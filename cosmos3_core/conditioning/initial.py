@@ -19,7 +19,7 @@ from cosmos3_core.shapes import Geometry
 
 
 def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: TransformerConfig) -> dict[str, LatentState]:
-    """The latent states of a request, on the CPU: video, then sound and actions where it has them.
+    """Return the latent states of a request, on the CPU: video, then sound and actions where it has them.
 
     Args:
         request: with its clean latents, where it has clean frames.

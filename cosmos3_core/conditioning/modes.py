@@ -45,7 +45,7 @@ def _first_frame(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, 
     return (0,)
 
 
-def _chosen_frames(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
+def _choose_frames(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
     return chosen
 
 
@@ -55,7 +55,7 @@ def _all_frames(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Mode:
-    """What one mode does with a request.
+    """One mode: the media it takes, the frames they fix, and the results it makes.
 
     Attributes:
         name: that requests, presets and ``/v1/models`` call it by.
@@ -108,7 +108,7 @@ WITH_SOUND = "_with_sound"
 _SILENT = (
     Mode(TEXT_TO_VIDEO),
     Mode(IMAGE_TO_VIDEO, (IMAGE,), _first_frame, Resizing.CROP),
-    Mode(VIDEO_TO_VIDEO, (VIDEO,), _chosen_frames, Resizing.STRETCH, chooses_frames=True),
+    Mode(VIDEO_TO_VIDEO, (VIDEO,), _choose_frames, Resizing.STRETCH, chooses_frames=True),
 )
 _ACTING = (
     Mode(FORWARD_DYNAMICS, (IMAGE, VIDEO), _first_frame, Resizing.PAD, ActionRole.GIVEN, needs_prompt=False),

@@ -13,7 +13,7 @@ from cosmos3_core.errors import RequestError
 def draw_noise(
     seed: int, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Standard normal noise per modality, fp32 on the CPU.
+    """Draw standard normal noise per modality, fp32 on the CPU.
 
     The draws equal diffusers 0.42.1's with a CPU generator of the same seed.
 

@@ -1,4 +1,4 @@
-"""What of a request's image or clip is encoded, and how it is brought to size: a value for whoever holds the VAE.
+"""The part of a request's image or clip that is encoded, and its resizing: a value for the process with the VAE.
 
 No torch here.
 """
@@ -44,7 +44,7 @@ class PictureCondition:
 
 
 def read_picture(picture: PictureCondition, *, read: ReadClip = read_clip) -> Frames:
-    """The frames to encode as they come, before they are brought to size: uint8 RGB [F, Y, X, 3].
+    """Read the frames to encode as they come, before they are brought to size: uint8 RGB [F, Y, X, 3].
 
     The VAE is causal, so only the frames up to the last given one are read.
 

@@ -1,4 +1,4 @@
-"""What a request puts into the denoising loop, one value a modality. The loop never learns the mode.
+"""A request's input of the denoising loop, one value a modality. The loop never learns the mode.
 
 Shape letters: B batch (always 1), C channels, T/H/W latent grid, S generated tokens.
 """

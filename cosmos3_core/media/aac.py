@@ -73,7 +73,7 @@ class AacTrack:
         return packets
 
     def flush(self) -> list[av.Packet[Any]]:
-        """The last packets; no more samples may follow."""
+        """Return the last packets; no more samples may follow."""
         packets = self._encode_frame(self._waiting) if self._waiting.shape[1] else []
         return packets + list(self._stream.encode(None))
 
@@ -108,7 +108,7 @@ class PacketOrder:
         return ready
 
     def rest(self) -> list[av.Packet[Any]]:
-        """All that is held, in order; no more packets may follow."""
+        """Return all that is held, in order; no more packets may follow."""
         ready = []
         while waiting := [track for track in self._tracks if track]:
             ready.append(min(waiting, key=_decode_time_s).popleft())
@@ -116,7 +116,7 @@ class PacketOrder:
 
 
 def _decode_time_s(track: deque[av.Packet[Any]]) -> Fraction:
-    """Of a track's next packet, exact; both encoders stamp every packet."""
+    """Return the decode time of a track's next packet, exact; both encoders stamp every packet."""
     packet = track[0]
     assert packet.dts is not None
     return packet.dts * Fraction(packet.time_base)

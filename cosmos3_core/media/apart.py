@@ -65,7 +65,7 @@ def read_clip_apart(
 
 
 def _ask(question: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[str, Any], memoryview]:
-    """The child's answer: a line of JSON, then bytes.
+    """Return the child's answer: a line of JSON, then bytes.
 
     Raises:
         RequestError: the one that the child raised, or one about its end.
@@ -90,7 +90,7 @@ def _ask(question: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[st
 
 
 def serve() -> None:
-    """The child: its question is its argument, the file its standard input."""
+    """Answer as the child process: the question is the argument, the file the standard input."""
     question = json.loads(sys.argv[1])
     num_frames = int(question.get("num_frames", 0))
     _bound_this_process(num_frames)

@@ -49,7 +49,7 @@ class OpenClip:
     num_frames: int | None
 
     def frames(self) -> Iterator[av.VideoFrame]:
-        """The frames in the order shown, not converted.
+        """Yield the frames in the order shown, not converted.
 
         Raises:
             RequestError: damaged, a frame of another size than the first, or over a limit.
@@ -132,18 +132,18 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
             check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
             context.options = max_pixels  # a stream may change its size, or be larger than its header says
             context.thread_count = _NUM_THREADS
-            num_frames = _announced_frames(field, kind, stream, len(data))
+            num_frames = _count_announced_frames(field, kind, stream, len(data))
         yield OpenClip(field, kind, container, stream, num_frames)
 
 
 def upright_size(frame: av.VideoFrame) -> PictureSize:
-    """Rows and columns after the rotation that the file asks for."""
+    """Return the rows and columns after the rotation that the file asks for."""
     is_swapped, _, _ = _turns(frame)
     return PictureSize(frame.width, frame.height) if is_swapped else PictureSize(frame.height, frame.width)
 
 
 def too_many_frames(field: str, count: str | int) -> RequestError:
-    """The error for a clip of ``count`` frames."""
+    """Return the error for a clip of ``count`` frames."""
     return RequestError(field, f"a clip of {count} frames", f"at most {LIMITS.max_clip_frames} frames", "cut it first")
 
 
@@ -173,8 +173,8 @@ def _no_video_stream(field: str, kind: FileKind) -> RequestError:
     return RequestError(field, a(f"{kind.name} file with no video stream"), CLIP_KINDS)
 
 
-def _announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes: int) -> int | None:
-    """How many frames the index of the file names, where it has a full one: those of the MP4 family do."""
+def _count_announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes: int) -> int | None:
+    """Return how many frames the index of the file names, where it has a full one: those of the MP4 family do."""
     if kind.demuxer != "mov" or not len(stream.index_entries):
         count = stream.frames or None
         if count and count > LIMITS.max_clip_frames:

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and how what cannot be read is refused. No torch here.
+"""The kind of a file by its first bytes, and the refusal of unreadable files. No torch here.
 
 A file's name counts for nothing: only kinds listed here are ever handed to Pillow or FFmpeg, and each to the one reader
 of that kind. Playlists and scripts (HLS, DASH, concat, SVG, EPS), whose readers open other files or run programs, are
@@ -23,7 +23,7 @@ _MAX_REASON_CHARS = 160
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is.
+    """The kind of a file.
 
     Attributes:
         name: for people, such as ``"PNG"``.
@@ -61,7 +61,7 @@ _UNKNOWN = FileKind("unknown", OTHER)
 
 
 def kind_of(data: bytes) -> FileKind:
-    """What a file is by the signature it starts with; nothing in it is decoded."""
+    """Find the kind of a file by the signature it starts with; nothing in it is decoded."""
     for prefix, kind in _BY_PREFIX:
         if data.startswith(prefix):
             return kind
@@ -80,7 +80,7 @@ def kind_of(data: bytes) -> FileKind:
 
 @contextlib.contextmanager
 def refusing(field: str, given: str, allowed: str) -> Iterator[None]:
-    """Turns whatever a reader raises inside the ``with`` block into a refusal of the file.
+    """Turn any error that a reader raises inside the ``with`` block into a refusal of the file.
 
     Raises:
         RequestError: anything was raised; one that is raised inside passes as it is.
@@ -95,11 +95,11 @@ def refusing(field: str, given: str, allowed: str) -> Iterator[None]:
 
 
 def damaged(field: str, name: str, reason: str) -> RequestError:
-    """The error for a file of kind ``name`` that is damaged; ``reason`` completes "damaged: ..."."""
+    """Return the error for a file of kind ``name`` that is damaged; ``reason`` completes "damaged: ..."."""
     return RequestError(field, a(f"{name} file"), "a whole file", f"damaged: {reason}")
 
 
 def a(noun: str) -> str:
-    """The noun with its article, as spoken: "a PNG file", "an MP4 file"."""
+    """Return the noun with its article, as spoken: "a PNG file", "an MP4 file"."""
     spoken_with_vowel = noun[:1] in "AEIOaeio" or noun.split()[0] in ("MP4", "MP3", "MPEG-TS")
     return f"{'an' if spoken_with_vowel else 'a'} {noun}"

@@ -32,7 +32,7 @@ from cosmos3_core.media.file_kinds import DEFAULT_CRF, MAX_CRF
 from cosmos3_core.media.live_mp4 import LiveMp4
 from cosmos3_core.media.output import OutputFile, Target
 from cosmos3_core.media.pixels import Frames, check_frames
-from cosmos3_core.media.sound import SampleCounter, Samples, SoundFormat, refused_sound
+from cosmos3_core.media.sound import SampleCounter, Samples, SoundFormat, refuse_sound
 from cosmos3_core.shapes import frame_rate
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -71,7 +71,7 @@ _FAILURES = (av.FFmpegError, OSError)
 
 
 def encoder_threads(height: int, width: int) -> int:
-    """Threads that x264 works with on frames of this size: one up to 256 Ki pixels, four at 720p.
+    """Return the number of threads that x264 works with on frames of this size: one up to 256 Ki pixels, four at 720p.
 
     Each holds some frames more, and the first packet comes a frame later.
     """
@@ -79,7 +79,7 @@ def encoder_threads(height: int, width: int) -> int:
 
 
 def exact_frame_rate(fps: float | Fraction) -> Fraction:
-    """The rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
+    """Return the rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
 
     Args:
         fps: frames per second, 1 to 240.
@@ -236,7 +236,7 @@ class Mp4Writer:
         """
         self._require_open()
         if self._track is None or self._counter is None:
-            raise refused_sound("mp4")
+            raise refuse_sound("mp4")
         kept = self._counter.take(samples)
         try:
             self._mux(self._order.add(_SOUND, self._track.encode(kept)))

@@ -1,4 +1,4 @@
-"""What an MP4's tables would make FFmpeg allocate, seen before it does. No torch here.
+"""Bounds on the memory that an MP4's tables make FFmpeg allocate, checked beforehand. No torch here.
 
 A table may say "20 million samples of one byte each" in 20 bytes, and FFmpeg builds its index of all of them (60 bytes
 a sample) when it opens the file. Boxes: ISO/IEC 14496-12; how FFmpeg expands them: libavformat/mov.c.
@@ -72,7 +72,7 @@ def _boxes(data: bytes, start: int = 0, end: int | None = None, depth: int = 0) 
 
 
 def _handler(data: bytes, start: int, end: int) -> bytes:
-    """What a track holds: "vide", "soun" and so on."""
+    """Return the kind of a track: "vide", "soun" and so on."""
     for name, content, _ in _boxes(data, start, end, depth=1):
         if name == b"hdlr":
             return data[content + 8 : content + 12]

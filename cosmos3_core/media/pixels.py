@@ -21,12 +21,12 @@ Frames: TypeAlias = npt.NDArray[np.uint8]
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:
-    """Decoded pixels in [-1, 1] -> [0, 1], clamped; any shape, in the tensor's own dtype."""
+    """Map decoded pixels from [-1, 1] to [0, 1], clamped; any shape, in the tensor's own dtype."""
     return (pixels * 0.5 + 0.5).clamp(0, 1)
 
 
 def to_uint8(pixels_BCFYX: torch.Tensor) -> torch.Tensor:
-    """One clip's decoded pixels as RGB bytes, on the device they are on.
+    """Convert one clip's decoded pixels to RGB bytes, on the device they are on.
 
     The order of operations is that of diffusers' ``postprocess_video``: scaling and clamping in the tensor's own dtype,
     the product with 255 in fp32, halves rounded to even.
@@ -45,7 +45,7 @@ def to_uint8(pixels_BCFYX: torch.Tensor) -> torch.Tensor:
 
 
 def unit_to_uint8(unit_BCFYX: torch.Tensor) -> torch.Tensor:
-    """The second half of :func:`to_uint8`: [1, 3, F, Y, X] in [0, 1] -> uint8 [F, Y, X, 3].
+    """Run the second half of :func:`to_uint8`: [1, 3, F, Y, X] in [0, 1] -> uint8 [F, Y, X, 3].
 
     Raises:
         RequestError: another shape or dtype.
@@ -100,5 +100,5 @@ class FrameHash:
         self._sha256.update(np.ascontiguousarray(frames).data)
 
     def hexdigest(self) -> str:
-        """The digest of all frames so far, 64 hexadecimal digits."""
+        """Return the digest of all frames so far, 64 hexadecimal digits."""
         return self._sha256.hexdigest()

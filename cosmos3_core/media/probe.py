@@ -1,4 +1,4 @@
-"""What a video or sound file really holds, found by decoding it."""
+"""The real content of a video or sound file, found by decoding it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def probe_sound(path: str | Path) -> SoundInfo | None:
             if not container.streams.audio:
                 return None
             stream = container.streams.audio[0]
-            num_samples = sum(chunk.shape[1] for chunk in _presented(container, stream, path))
+            num_samples = sum(chunk.shape[1] for chunk in _present(container, stream, path))
             return SoundInfo(
                 codec=stream.codec_context.codec.canonical_name,
                 sampling_rate=stream.codec_context.sample_rate,
@@ -134,7 +134,7 @@ def read_sound(path: str | Path) -> Samples:
         with av.open(str(Path(path).absolute())) as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: there is no sound in this file")
-            chunks = list(_presented(container, container.streams.audio[0], path))
+            chunks = list(_present(container, container.streams.audio[0], path))
             if not chunks:
                 raise MediaError(f"{path}: the sound track is empty")
             return np.concatenate(chunks, axis=1)
@@ -142,8 +142,8 @@ def read_sound(path: str | Path) -> Samples:
         raise _unreadable(path, error) from error
 
 
-def _presented(container: InputContainer, stream: AudioStream, path: str | Path) -> Iterator[Samples]:
-    """The samples from which a player makes sound, in chunks [channels, n]."""
+def _present(container: InputContainer, stream: AudioStream, path: str | Path) -> Iterator[Samples]:
+    """Yield the samples from which a player makes sound, in chunks [channels, n]."""
     # FFmpeg drops what an mp4's edit list has before time 0, but not what lies past its end: the last AAC frame is
     # filled up. Other formats' durations may be estimates; those of mp4 are exact.
     num_left = None

@@ -82,7 +82,7 @@ class SampleCounter:
         self.num_samples = 0
 
     def take(self, samples: Samples) -> Samples:
-        """The part of ``samples`` that still belongs into the track, clipped to [-1, 1]; float32 [channels, n].
+        """Return the part of ``samples`` that still belongs into the track, clipped to [-1, 1]; float32 [channels, n].
 
         Raises:
             RequestError: another dtype or shape, or samples that are not finite; nothing is counted then.
@@ -104,14 +104,14 @@ class SampleCounter:
             raise MediaError(f"only {self.num_samples} of the {expected} samples of sound came before close()")
 
 
-def refused_sound(kind: str) -> RequestError:
-    """The error of a writer whose file of this ``kind`` has no sound track."""
+def refuse_sound(kind: str) -> RequestError:
+    """Return the error of a writer whose file of this ``kind`` has no sound track."""
     hint = "sound goes into a wav, or an mp4 opened with a SoundFormat"
     return RequestError("samples", "sound", f"left out of this {kind}", hint)
 
 
 def to_pcm16(samples: Samples) -> npt.NDArray[np.int16]:
-    """Samples float32 [channels, n] -> int16 [channels, n]: times 32768, rounded, halves to even, clipped.
+    """Convert samples, float32 [channels, n] -> int16 [channels, n]: times 32768, rounded, halves to even, clipped.
 
     Readers divide by 32768, so that values come back within half a step; only 1.0 itself, which has no int16, comes
     back as 32767/32768.
@@ -148,7 +148,7 @@ class WavWriter:
         self._wave.setparams((sound.num_channels, 2, sound.sampling_rate, sound.num_samples, "NONE", "not compressed"))
 
     def write(self, frames: Frames) -> None:
-        """A wav takes no frames.
+        """Refuse frames: a wav takes none.
 
         Raises:
             RequestError: always.

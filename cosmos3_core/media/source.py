@@ -60,7 +60,7 @@ _CHANNELS = (1, 3, 4)
 
 
 class ClipInfo(NamedTuple):
-    """What a clip's header says, upright. ``num_frames`` is None where it does not say it."""
+    """A clip's header, upright. ``num_frames`` is None where the header has none."""
 
     height: int
     width: int
@@ -112,7 +112,7 @@ def pack_video(field: str, source: VideoSource) -> Packed:
 
 
 def probe_image(field: str, packed: Packed) -> PictureSize:
-    """An image's rows and columns, upright, from its header.
+    """Return an image's rows and columns, upright, from its header.
 
     Args:
         field: the request's field, for errors.
@@ -145,7 +145,7 @@ def read_image(field: str, packed: Packed) -> Frames:
 
 
 def probe_clip(field: str, packed: Packed) -> ClipInfo:
-    """A clip's rows, columns and number of frames, from its header.
+    """Return a clip's rows, columns and number of frames, from its header.
 
     What the header announces is checked first; then the first frame of a video file is decoded, because only a frame
     tells how the file is to be turned, and converted, because not everything that can be decoded can be.
@@ -198,14 +198,14 @@ def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["fir
     if kind.category == STILL:
         still = _open_animation(field, kind, packed)
         _check_total(field, still.upright, min(num_frames, still.num_frames))
-        return _stack(_kept(decode_all(still), num_frames, keep), lambda frame: frame)
+        return _stack(_keep(decode_all(still), num_frames, keep), lambda frame: frame)
     with open_clip(field, kind, packed) as clip:
         reformatter = VideoReformatter()
-        frames = _kept(_watched(clip, num_frames), num_frames, keep)
+        frames = _keep(_watch(clip, num_frames), num_frames, keep)
         return _stack(frames, lambda frame: clip.to_rgb(frame, reformatter))
 
 
-def _watched(clip: OpenClip, num_frames: int) -> Iterator[Any]:
+def _watch(clip: OpenClip, num_frames: int) -> Iterator[Any]:
     """The clip's frames; refuses what would not fit in memory, and a file that breaks off before what is needed."""
     count = 0
     for frame in clip.frames():
@@ -219,7 +219,7 @@ def _watched(clip: OpenClip, num_frames: int) -> Iterator[Any]:
         raise damaged(clip.field, clip.kind.name, f"{count} of {announced} frames can be decoded")
 
 
-def _kept(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]:
+def _keep(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]:
     kept: deque[_Frame] = deque(maxlen=num_frames)
     for frame in frames:
         kept.append(frame)
@@ -229,7 +229,7 @@ def _kept(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]
 
 
 def _stack(frames: deque[_Frame], to_array: Callable[[_Frame], Frames]) -> Frames:
-    """One array of all frames; each is let go as it is copied, so that they are not in memory twice."""
+    """Copy into one array of all frames; each is let go as it is copied, so that they are not in memory twice."""
     first = to_array(frames[0])
     stacked = np.empty((len(frames), *first.shape), np.uint8)
     for index in range(len(stacked)):
@@ -309,10 +309,10 @@ def _open_animation(field: str, kind: FileKind, data: bytes) -> Still:
 def _check_packed(field: str, packed: Array, num_axes: int) -> None:
     if packed.dtype != np.uint8 or packed.ndim != num_axes or packed.shape[-1] != 3 or not packed.size:
         allowed = f"uint8 RGB, {'[Y, X, 3]' if num_axes == 3 else '[F, Y, X, 3]'}"
-        raise RequestError(field, _described(packed), allowed)
+        raise RequestError(field, _describe(packed), allowed)
 
 
-def _described(array: Array) -> str:
+def _describe(array: Array) -> str:
     return f"{array.dtype} {list(array.shape)}"
 
 
@@ -320,7 +320,7 @@ def _image_from_array(field: str, array: Array) -> Frames:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in _CHANNELS:
-        raise RequestError(field, _described(array), "an array [Y, X, 3], [Y, X, 4], [Y, X, 1] or [Y, X]")
+        raise RequestError(field, _describe(array), "an array [Y, X, 3], [Y, X, 4], [Y, X, 1] or [Y, X]")
     check_pixels(field, PictureSize(*array.shape[:2]), LIMITS.max_image_pixels)
     return _rgb_bytes(field, array)
 
@@ -328,7 +328,7 @@ def _image_from_array(field: str, array: Array) -> Frames:
 def _clip_from_array(field: str, array: Array) -> Frames:
     if array.ndim != 4 or array.shape[3] not in _CHANNELS or not array.shape[0]:
         hint = "give a grey clip as [F, Y, X, 1]"
-        raise RequestError(field, _described(array), "an array [F, Y, X, 3], [F, Y, X, 4] or [F, Y, X, 1]", hint)
+        raise RequestError(field, _describe(array), "an array [F, Y, X, 3], [F, Y, X, 4] or [F, Y, X, 1]", hint)
     num_frames, height, width, _ = array.shape
     if num_frames > LIMITS.max_clip_frames:
         raise too_many_frames(field, num_frames)
@@ -361,7 +361,7 @@ def _clip_from_list(field: str, frames: Sequence[Any]) -> Frames:
         if frame.dtype != first.dtype or frame.shape != first.shape:
             raise _another_size(field, index, frame, first)
     if first.ndim not in (2, 3):
-        raise RequestError(field, _described(first), "frames [Y, X, 3], [Y, X, 4], [Y, X, 1] or [Y, X]")
+        raise RequestError(field, _describe(first), "frames [Y, X, 3], [Y, X, 4], [Y, X, 1] or [Y, X]")
     check_pixels(field, PictureSize(*first.shape[:2]), LIMITS.max_clip_pixels)
     _check_total(field, PictureSize(*first.shape[:2]), len(frames))
     clip = np.stack(frames)
@@ -369,13 +369,13 @@ def _clip_from_list(field: str, frames: Sequence[Any]) -> Frames:
 
 
 def _another_size(field: str, index: int, frame: Array, first: Array) -> RequestError:
-    return RequestError(field, f"frame {index} is {_described(frame)}", f"{_described(first)}, as the first frame is")
+    return RequestError(field, f"frame {index} is {_describe(frame)}", f"{_describe(first)}, as the first frame is")
 
 
 def _rgb_bytes(field: str, array: Array) -> Frames:
     """[..., 1, 3 or 4] of a dtype that is taken -> uint8 [..., 3]."""
     if not array.size:
-        raise RequestError(field, _described(array), "at least one pixel")
+        raise RequestError(field, _describe(array), "at least one pixel")
     if array.shape[-1] == 4:
         array = array[..., :3]
     if array.dtype == np.uint16:
@@ -383,7 +383,7 @@ def _rgb_bytes(field: str, array: Array) -> Frames:
     elif np.issubdtype(array.dtype, np.floating):
         array = float_to_bytes(field, array)
     elif array.dtype != np.uint8:
-        raise RequestError(field, _described(array), "uint8, uint16 or float values")
+        raise RequestError(field, _describe(array), "uint8, uint16 or float values")
     if array.shape[-1] == 1:
         array = np.repeat(array, 3, axis=-1)
     return np.ascontiguousarray(array)

@@ -125,7 +125,7 @@ def check_pixels(field: str, picture: PictureSize, max_pixels: int) -> None:
 
 
 def decode_first(still: Still) -> Frames:
-    """The picture, or an animation's first: uint8 RGB [Y, X, 3], upright.
+    """Decode the picture, or an animation's first: uint8 RGB [Y, X, 3], upright.
 
     Raises:
         RequestError: the file is damaged.
@@ -156,7 +156,7 @@ def decode_all(still: Still) -> Iterator[Frames]:
 
 
 def upright_rgb(field: str, image: Image.Image) -> Frames:
-    """A Pillow image of any mode, turned as its EXIF asks: uint8 RGB [Y, X, 3].
+    """Return a Pillow image of any mode, turned as its EXIF asks: uint8 RGB [Y, X, 3].
 
     Raises:
         RequestError: too many pixels, or it is lazily read from a file that is damaged.
@@ -232,7 +232,7 @@ def _orientation(kind: FileKind, image: ImageFile.ImageFile, data: bytes) -> int
 
 
 def _late_png_exif(data: bytes) -> bytes | None:
-    """The eXIf chunk, wherever it is."""
+    """Return the eXIf chunk, wherever it is."""
     position = 8
     while position + 8 <= len(data):
         num_bytes = int.from_bytes(data[position : position + 4], "big")
@@ -243,7 +243,7 @@ def _late_png_exif(data: bytes) -> bytes | None:
 
 
 def _webp_canvas(data: bytes) -> PictureSize:
-    """What the first chunk says; WebP container specification, "Simple File Format" and "Extended File Format"."""
+    """Read the canvas from the first chunk; see "Simple" and "Extended File Format" of the WebP specification."""
     chunk, body = data[12:16], data[20:30]
     if len(body) < 10:
         raise ValueError("the header is cut off")

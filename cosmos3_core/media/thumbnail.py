@@ -53,7 +53,7 @@ def write_thumbnail(target: Target, source: BinaryIO) -> None:
     if _kind(source).category == STILL:
         frame = _still(source)
     else:
-        with contextlib.closing(_picked_frames(source, max_frames=1)) as frames:
+        with contextlib.closing(_pick_frames(source, max_frames=1)) as frames:
             frame = next(frames)
     write_image(target, _shrunk(frame, THUMBNAIL_SIDE), "webp", _THUMBNAIL_QUALITY)
 
@@ -73,7 +73,7 @@ def write_spritesheet(target: Target, source: BinaryIO) -> None:
         MediaError: the source has no frames or is damaged, or the jpeg could not be written.
         OSError: the source cannot be read.
     """
-    with contextlib.closing(_picked_frames(source, max_frames=MAX_TILES)) as frames:
+    with contextlib.closing(_pick_frames(source, max_frames=MAX_TILES)) as frames:
         tiles = [_shrunk(frame, TILE_SIDE) for frame in frames]
     num_columns = sheet_columns(len(tiles))
     height, width, _ = tiles[0].shape
@@ -92,7 +92,7 @@ def sheet_columns(num_tiles: int) -> int:
     return num_columns
 
 
-def picked_indices(num_frames: int, max_frames: int) -> list[int]:
+def pick_indices(num_frames: int, max_frames: int) -> list[int]:
     """Which frames of a clip stand for it: all, or so many from the first to the last at equal distances, rounded."""
     num_picked = min(num_frames, max_frames)
     if num_picked == 1:
@@ -112,7 +112,7 @@ def _kind(source: BinaryIO) -> FileKind:
 
 
 def _still(source: BinaryIO) -> Frames:
-    """An image file's pixels, uint8 RGB [Y, X, 3]."""
+    """Return an image file's pixels, uint8 RGB [Y, X, 3]."""
     kind, data = _kind(source), source.read()
     try:
         return decode_first(open_still("source", kind, data, max_pixels=LIMITS.max_image_pixels))
@@ -120,8 +120,8 @@ def _still(source: BinaryIO) -> Frames:
         raise MediaError(f"the {kind.name} file cannot be decoded: {error}") from error
 
 
-def _picked_frames(source: BinaryIO, *, max_frames: int) -> Generator[Frames, None, None]:
-    """A clip's frames that :func:`picked_indices` names, uint8 RGB [Y, X, 3], none kept."""
+def _pick_frames(source: BinaryIO, *, max_frames: int) -> Generator[Frames, None, None]:
+    """Yield a clip's frames that :func:`pick_indices` names, uint8 RGB [Y, X, 3], none kept."""
     if _kind(source).category != CLIP:
         raise MediaError("there are no frames in an image file")
     reformatter, num_picked = VideoReformatter(), 0
@@ -131,7 +131,7 @@ def _picked_frames(source: BinaryIO, *, max_frames: int) -> Generator[Frames, No
                 raise MediaError("there is no video stream in this file")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = _NUM_THREADS
-            picked = picked_indices(stream.frames, max_frames) if stream.frames else []
+            picked = pick_indices(stream.frames, max_frames) if stream.frames else []
             for index, frame in enumerate(container.decode(stream)):
                 if num_picked == len(picked):
                     break
@@ -148,7 +148,7 @@ def _picked_frames(source: BinaryIO, *, max_frames: int) -> Generator[Frames, No
 
 
 def _shrunk(frame: Frames, side: int) -> Frames:
-    """The picture with its longer side shortened to so many pixels, if it is longer."""
+    """Return the picture with its longer side shortened to so many pixels, if it is longer."""
     height, width, _ = frame.shape
     if max(height, width) <= side:
         return frame

@@ -23,7 +23,7 @@ _EFFORT = 2  # of 6; more takes twice as long for a few per cent
 _MS_PER_S = 1000
 
 
-def animated_webp(frames: Frames, fps: float) -> bytes:
+def animate_webp(frames: Frames, fps: float) -> bytes:
     """Write frames as a WebP, scaled to a longest side of 256 pixels, that plays over and over; one frame as a still.
 
     Smooth between the given pixels, which may be few. What would be more than 48 kB is written in a lower quality, and
@@ -41,11 +41,11 @@ def animated_webp(frames: Frames, fps: float) -> bytes:
     if not 1 <= len(frames) <= MAX_FRAMES or frames.size == 0:
         raise RequestError("frames", list(frames.shape), f"1 to {MAX_FRAMES} frames of at least one pixel")
     frame_ms = max(1, round(_MS_PER_S / checks.real("fps", fps, 0.01, 1000)))
-    images = [_scaled(frame) for frame in frames]
+    images = [_scale(frame) for frame in frames]
     try:
         while images:
             for quality in _QUALITIES:
-                encoded = _encoded(images, frame_ms, quality)
+                encoded = _encode(images, frame_ms, quality)
                 if len(encoded) <= MAX_BYTES:
                     return encoded
             images = images[: len(images) // 2]
@@ -54,14 +54,14 @@ def animated_webp(frames: Frames, fps: float) -> bytes:
     raise MediaError(f"one frame alone takes more than {MAX_BYTES} bytes as a WebP")
 
 
-def _scaled(frame: Frames) -> PIL.Image.Image:
+def _scale(frame: Frames) -> PIL.Image.Image:
     height, width, _ = frame.shape
     factor = LONGEST_SIDE / max(height, width)
     scaled = max(1, round(width * factor)), max(1, round(height * factor))
     return PIL.Image.fromarray(np.ascontiguousarray(frame)).resize(scaled, PIL.Image.Resampling.BICUBIC)
 
 
-def _encoded(images: list[PIL.Image.Image], frame_ms: int, quality: int) -> bytes:
+def _encode(images: list[PIL.Image.Image], frame_ms: int, quality: int) -> bytes:
     encoded = io.BytesIO()
     first, *others = images
     is_animated = {"save_all": True, "append_images": others, "duration": frame_ms, "loop": 0} if others else {}

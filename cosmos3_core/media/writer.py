@@ -1,4 +1,4 @@
-"""What a result becomes: an mp4, an image where it has one frame, or a wav. All writers take chunks as they come."""
+"""Writers of results: an mp4, an image where it has one frame, or a wav. All writers take chunks as they come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cosmos3_core.media.image import check_image, write_image
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.output import Target
 from cosmos3_core.media.pixels import Frames, check_frames
-from cosmos3_core.media.sound import Samples, WavWriter, refused_sound
+from cosmos3_core.media.sound import Samples, WavWriter, refuse_sound
 from cosmos3_core.media.sound import SoundFormat as SoundFormat
 
 
@@ -156,12 +156,12 @@ class ImageWriter:
         self._frame = frames[0]
 
     def write_sound(self, samples: Samples) -> None:
-        """An image takes no sound.
+        """Refuse sound: an image takes none.
 
         Raises:
             RequestError: always.
         """
-        raise refused_sound(self._kind)
+        raise refuse_sound(self._kind)
 
     def close(self) -> None:
         """Write the file. Does nothing the second time.
@@ -187,7 +187,7 @@ class ImageWriter:
 
 
 def open_writer(target: Target, clip_format: ClipFormat, live: str | Path | None = None) -> MediaWriter:
-    """The writer for a format.
+    """Open the writer for a format.
 
     Args:
         target: the file's path, ending and all, or a binary stream.

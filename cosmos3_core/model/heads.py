@@ -18,10 +18,10 @@ _ALL = slice(None)
 
 
 class Head(Protocol):
-    """What the transformer asks of every modality. ``domain_id`` is for heads that have weights by embodiment."""
+    """Interface of the transformer to every modality. ``domain_id`` is for heads that have weights by embodiment."""
 
     def num_tokens(self, z: Tensor) -> int:
-        """How many tokens some latents are."""
+        """Return how many tokens some latents are."""
 
     def embed(
         self, z: Tensor, noise_mask_T: Tensor, time_M: Tensor, rows: slice = _ALL, *, domain_id: int | None = None
@@ -32,10 +32,10 @@ class Head(Protocol):
         """Tokens -> values of the velocity, a row a token."""
 
     def assemble(self, values: Tensor, z: Tensor, noise_mask_T: Tensor) -> Tensor:
-        """Rows -> the velocity, shaped like the latents ``z``, in the rows' dtype; zero at clean frames."""
+        """Assemble rows into the velocity, shaped like the latents ``z``, in the rows' dtype; zero at clean frames."""
 
 
-def _timed(x_SM: Tensor, noise_mask_S: Tensor, time_M: Tensor) -> Tensor:
+def _add_time(x_SM: Tensor, noise_mask_S: Tensor, time_M: Tensor) -> Tensor:
     return x_SM + noise_mask_S[:, None].to(x_SM.dtype) * time_M.to(x_SM.dtype)
 
 
@@ -62,7 +62,7 @@ class VideoHead(nn.Module):
         patches = z_CTHW.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # C T rows p columns p
         patches_SP = patches.permute(1, 2, 4, 3, 5, 0).reshape(-1, p * p * c)
         noise_mask_S = noise_mask_T.repeat_interleave(patches_SP.shape[0] // t)
-        return _timed(self.proj_in(patches_SP[rows]), noise_mask_S[rows], time_M)
+        return _add_time(self.proj_in(patches_SP[rows]), noise_mask_S[rows], time_M)
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
         """Tokens -> patches [S, patch * patch * C] of the velocity."""
@@ -95,7 +95,7 @@ class SoundHead(nn.Module):
         self, z_CT: Tensor, noise_mask_T: Tensor, time_M: Tensor, rows: slice = _ALL, *, domain_id: int | None = None
     ) -> Tensor:
         """See :class:`Head`."""
-        return _timed(self.proj_in(z_CT.T[rows]) + self.modality_embed, noise_mask_T[rows], time_M)
+        return _add_time(self.proj_in(z_CT.T[rows]) + self.modality_embed, noise_mask_T[rows], time_M)
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
         """Tokens -> velocity [T, C]."""
@@ -137,7 +137,7 @@ class ActionHead(nn.Module):
     ) -> Tensor:
         """See :class:`Head`."""
         assert domain_id is not None, "whoever prepares actions names their embodiment"
-        return _timed(self.proj_in(z_TC[rows], domain_id) + self.modality_embed, noise_mask_T[rows], time_M)
+        return _add_time(self.proj_in(z_TC[rows], domain_id) + self.modality_embed, noise_mask_T[rows], time_M)
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
         """Tokens -> velocity [T, C]."""

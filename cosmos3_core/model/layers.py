@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
         return self.ops.add_rms_norm(x, branch, self.weight, self.eps, self.weight_in_fp32)
 
     def rotated(self, x_SND: Tensor, rope: RopeTable) -> Tensor:
-        """Of every head, and the heads rotated after it."""
+        """Normalise every head, then rotate it."""
         return self.ops.norm_rope(x_SND, self.weight, self.eps, self.weight_in_fp32, rope)
 
 

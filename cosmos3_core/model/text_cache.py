@@ -36,7 +36,7 @@ class TextCache:
         return sum(entry.num_bytes for entry in self._entries.values())
 
     def take(self, prompts: Sequence[Sequence[int]], orders: PromptOrders) -> list[TextKV]:
-        """The keys and values of a request's prompts, kept ones or computed now; the orders are carried out."""
+        """Return the keys and values of a request's prompts, kept ones or computed now; the orders are carried out."""
         keys = [text_key(text_ids) for text_ids in prompts]
         # Held on to before anything is dropped: a prompt may leave the cache with the request that uses it once more.
         taken = {key: self._entries[key] for key in keys if key in self._entries}

@@ -22,7 +22,7 @@ from cosmos3_core.ops.registry import Ops
 
 @dataclass(frozen=True)
 class TextKV:
-    """What the generation tower needs of one prompt: keys (rotated) and values of every layer.
+    """One prompt as the generation tower reads it: keys (rotated) and values of every layer.
 
     Attributes:
         keys: per layer [L, N_kv, D], in the towers' dtype.
@@ -45,7 +45,7 @@ def _norm(config: TransformerConfig, width: int, ops: Ops) -> RMSNorm:
     return RMSNorm(width, config.rms_norm_eps, ops, weight_in_fp32=config.hidden_act == "relu2")
 
 
-def _rotated(x_LND: Tensor, norm: RMSNorm | None, rope: RopeTable) -> Tensor:
+def _rotate(x_LND: Tensor, norm: RMSNorm | None, rope: RopeTable) -> Tensor:
     return apply_rope(x_LND, rope) if norm is None else norm.rotated(x_LND, rope)
 
 
@@ -73,12 +73,12 @@ class UnderstandingLayer(nn.Module):
         """Returns the layer's output [L, M], the keys for generation [L, N_kv, D] and the values [L, N_kv, D]."""
         q_LND, k_LND, v_LND = self.qkv(self.input_norm(x_LM))
         seen_norm = self.k_norm if self.k_norm_for_generation is None else self.k_norm_for_generation
-        seen_k_LND = _rotated(k_LND, seen_norm, rope)
+        seen_k_LND = _rotate(k_LND, seen_norm, rope)
         if self.keys_only:
             # A copy: a view would keep the whole projection alive as long as the cache entry.
             return x_LM, seen_k_LND, v_LND.clone()
         k_LND = seen_k_LND if self.k_norm_for_generation is None else apply_rope(k_LND, rope)
-        attended_LND = self.ops.attention(_rotated(q_LND, self.q_norm, rope), k_LND, v_LND, True)
+        attended_LND = self.ops.attention(_rotate(q_LND, self.q_norm, rope), k_LND, v_LND, True)
         x_LM, normed_LM = self.post_norm.after_adding(x_LM, self.out(attended_LND.flatten(1)))
         return x_LM + self.mlp(normed_LM), seen_k_LND, v_LND.clone()
 

@@ -73,7 +73,7 @@ class Cosmos3Transformer(nn.Module):
         rope: RopeTable,
         domain_id: int | None = None,
     ) -> dict[str, Tensor]:
-        """One forward pass of the generation tower.
+        """Run one forward pass of the generation tower.
 
         Args:
             latents: modality -> noisy latents, see :mod:`cosmos3_core.model.heads`; any dtype.

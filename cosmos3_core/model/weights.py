@@ -1,7 +1,7 @@
 """Where each parameter of :class:`Cosmos3Transformer` comes from: its name -> published tensor names.
 
 Sources of one parameter are stacked along dim 0 (fused QKV, fused gate and up). Published tensors that no parameter
-takes are listed by :func:`unused_tensors`: the loader accepts them in a file and reads none of them.
+takes are listed by :func:`find_unused_tensors`: the loader accepts them in a file and reads none of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cosmos3_core.checkpoint.tensors import transformer_tensors
 
 
 def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
-    """One plan a parameter, for the transformer built from ``config`` (or from its local share)."""
+    """Return one plan a parameter, for the transformer built from ``config`` (or from its local share)."""
     plans = [
         ParameterPlan("understanding.embed.weight", ("embed_tokens.weight",)),
         ParameterPlan("generation.norm.weight", ("norm_moe_gen.weight",)),
@@ -36,7 +36,7 @@ def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
     return plans
 
 
-def unused_tensors(config: TransformerConfig) -> list[str]:
+def find_unused_tensors(config: TransformerConfig) -> list[str]:
     """Published tensors that generation does not read: the language-model head, what lies behind the last keys and
     values of the understanding tower."""
     used = {source for plan in transformer_plans(config) for source in plan.sources}
@@ -44,7 +44,7 @@ def unused_tensors(config: TransformerConfig) -> list[str]:
 
 
 def _track_heads(config: TransformerConfig) -> list[ParameterPlan]:
-    """Of sound and actions, where the checkpoint has them."""
+    """Return the plans of sound and actions, where the checkpoint has them."""
     plans = []
     if config.sound_gen:
         plans.append(ParameterPlan("heads.sound.modality_embed", ("audio_modality_embed",)))
@@ -96,7 +96,7 @@ def _generation_layer(config: TransformerConfig, index: int) -> list[ParameterPl
 
 
 def _linear(config: TransformerConfig, here: str, there: list[str]) -> list[ParameterPlan]:
-    """An attention projection; only these have biases, and only where the config says so."""
+    """Return an attention projection; only these have biases, and only where the config says so."""
     kinds = ("weight", "bias") if config.attention_bias else ("weight",)
     return [ParameterPlan(f"{here}.{kind}", tuple(f"{source}.{kind}" for source in there)) for kind in kinds]
 

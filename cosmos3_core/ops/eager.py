@@ -52,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Ten
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> tuple[Tensor, Tensor]:
-    """A branch joins the stream: ``x + y``, and its :func:`rms_norm`."""
+    """Add a branch to the stream: ``x + y``, and its :func:`rms_norm`."""
     total = x + y
     return total, rms_norm(total, weight, eps, weight_in_fp32)
 

@@ -24,7 +24,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
-    """A row a program."""
+    """Launch the kernel, a row a program."""
     from cosmos3_core.ops import kernels
 
     x = x.contiguous()
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Ten
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> tuple[Tensor, Tensor]:
-    """A row a program."""
+    """Launch the kernel, a row a program."""
     from cosmos3_core.ops import kernels
 
     x, y = x.contiguous(), y.contiguous()
@@ -82,5 +82,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def _power_of_two(width: int) -> int:
-    """The smallest that is not below ``width``."""
+    """Return the smallest power of two that is not below ``width``."""
     return 1 << (width - 1).bit_length()

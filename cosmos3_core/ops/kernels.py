@@ -9,28 +9,28 @@ import triton.language as tl
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
+def _round(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
-def _weighted(x, scale, weight, dtype: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
+def _weight(x, scale, weight, dtype: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
     x = x * scale
     if not WEIGHT_IN_FP32:
-        x = _rounded(x, dtype)
-    return _rounded(x * weight, dtype)
+        x = _round(x, dtype)
+    return _round(x * weight, dtype)
 
 
 @triton.jit
 def _store_normed(x, there, column, valid, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
     weight = tl.load(weight_ptr + column, valid, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
-    tl.store(out_ptr + there, _weighted(x, scale, weight, out_ptr.dtype.element_ty, WEIGHT_IN_FP32), valid)
+    tl.store(out_ptr + there, _weight(x, scale, weight, out_ptr.dtype.element_ty, WEIGHT_IN_FP32), valid)
 
 
 @triton.jit
 def rms_norm(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
-    """One row a program."""
+    """Compute one row a program."""
     column = tl.arange(0, BLOCK)
     valid = column < WIDTH
     here = tl.program_id(0).to(tl.int64) * WIDTH + column
@@ -43,13 +43,13 @@ def add_rms_norm(
     x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr,
 ):  # fmt: skip
-    """One row a program."""
+    """Compute one row a program."""
     column = tl.arange(0, BLOCK)
     valid = column < WIDTH
     here = tl.program_id(0).to(tl.int64) * WIDTH + column
     x = tl.load(x_ptr + here, valid, 0.0).to(tl.float32)
     y = tl.load(y_ptr + here, valid, 0.0).to(tl.float32)
-    x = _rounded(x + y, x_ptr.dtype.element_ty)
+    x = _round(x + y, x_ptr.dtype.element_ty)
     tl.store(sum_ptr + here, x, valid)
     _store_normed(x, here, column, valid, weight_ptr, out_ptr, eps, WIDTH, WEIGHT_IN_FP32)
 
@@ -72,14 +72,14 @@ def norm_rope(
     scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
     first_weight = tl.load(weight_ptr + slot, is_slot, 0.0).to(tl.float32)[None, :]
     second_weight = tl.load(weight_ptr + HALF + slot, is_slot, 0.0).to(tl.float32)[None, :]
-    first = _weighted(first, scale, first_weight, dtype, WEIGHT_IN_FP32)
-    second = _weighted(second, scale, second_weight, dtype, WEIGHT_IN_FP32)
+    first = _weight(first, scale, first_weight, dtype, WEIGHT_IN_FP32)
+    second = _weight(second, scale, second_weight, dtype, WEIGHT_IN_FP32)
     angle = (token * HALF)[:, None] + slot[None, :]
     cos = tl.load(cos_ptr + angle, valid, 0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, valid, 0.0).to(tl.float32)
     there = (row.to(tl.int64) * (2 * HALF))[:, None] + slot[None, :]
-    tl.store(out_ptr + there, _rounded(first * cos, dtype) - _rounded(second * sin, dtype), valid)
-    tl.store(out_ptr + there + HALF, _rounded(second * cos, dtype) + _rounded(first * sin, dtype), valid)
+    tl.store(out_ptr + there, _round(first * cos, dtype) - _round(second * sin, dtype), valid)
+    tl.store(out_ptr + there + HALF, _round(second * cos, dtype) + _round(first * sin, dtype), valid)
 
 
 @triton.jit
@@ -91,4 +91,4 @@ def silu_mul(x_ptr, out_ptr, INNER: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     gate = tl.load(x_ptr + row * (2 * INNER) + column, valid, 0.0).to(tl.float32)
     up = tl.load(x_ptr + row * (2 * INNER) + INNER + column, valid, 0.0).to(tl.float32)
-    tl.store(out_ptr + row * INNER + column, _rounded(gate / (1.0 + tl.exp(-gate)), dtype) * up, valid)
+    tl.store(out_ptr + row * INNER + column, _round(gate / (1.0 + tl.exp(-gate)), dtype) * up, valid)

@@ -14,7 +14,7 @@ MIN_NORM = 1e-12
 
 
 def channel_norm(x_BC: Tensor, gain_C: Tensor) -> Tensor:
-    """Every position's channel vector scaled to length sqrt(C), times a gain per channel.
+    """Scale every position's channel vector to length sqrt(C), times a gain per channel.
 
     Args:
         x_BC: [B, C, ...].
@@ -39,7 +39,7 @@ def window(
     gain_C111: Tensor | None,
     bias_C: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What a causal convolution reads: history, then the chunk, inside a border of zeros.
+    """The input of a causal convolution: history, then the chunk, inside a border of zeros.
 
     Args:
         x_BCTHW: the chunk, as it is or before norm and SiLU.
@@ -84,7 +84,7 @@ def window(
 
 
 def upsample(x_BCTHW: Tensor, num_parts: int) -> Tensor:
-    """Every pixel becomes 2 x 2 of it, and every frame as many frames as there are parts of the channels.
+    """Repeat every pixel 2 x 2 times, and every frame as many times as the channels have parts.
 
     Args:
         x_BCTHW: [B, parts C, T, H, W].

@@ -117,7 +117,7 @@ def add_shortcut(
     y_bias_C: Tensor | None,
     x_bias_C: Tensor | None,
 ) -> Tensor:
-    """Both biases and the shortcut in one kernel."""
+    """Add both biases and the shortcut in one kernel."""
     batch, channels, num_frames, height, width = y_BCTHW.shape
     time_factor, height_factor, width_factor = factors
     block_C = triton.next_power_of_2(channels)

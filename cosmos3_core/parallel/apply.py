@@ -30,5 +30,5 @@ def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
 
 
 def branch_share(groups: Groups) -> BranchShare | None:
-    """How this rank shares the guidance branches; None where it runs them all."""
+    """Return how this rank shares the guidance branches; None where it runs them all."""
     return None if groups.cfg is None else BranchShare(groups.place.cfg, groups.cfg, is_speaker=groups.rank == 0)

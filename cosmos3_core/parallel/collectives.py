@@ -1,4 +1,4 @@
-"""What ranks exchange. Each is a visible piece that :mod:`cosmos3_core.parallel.apply` puts where it belongs.
+"""Exchanges between ranks. Each is a visible piece that :mod:`cosmos3_core.parallel.apply` puts where it belongs.
 
 Shape letters: S generated tokens. All of them are exact: nothing is dropped, and padding never reaches a result.
 """
@@ -21,7 +21,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def all_gather_runs(run: Tensor, num_ranks: int, group: Any) -> Tensor:
-    """Every rank's run, [S, ...] each, one behind the other: [num_ranks S, ...], on every rank."""
+    """Gather every rank's run, [S, ...] each, one behind the other: [num_ranks S, ...], on every rank."""
     runs = run.new_empty((num_ranks * run.shape[0], *run.shape[1:]))
     _all_gather(runs, run.contiguous(), group=group)
     return runs
@@ -66,7 +66,7 @@ class TokenShare:
         return slice(self.index * share, (self.index + 1) * share)
 
     def all(self, x: Tensor, num_tokens: int) -> Tensor:
-        """Every rank's run, [ceil(S / count), ...] -> [S, ...], padding taken off; on every rank."""
+        """Gather every rank's run, [ceil(S / count), ...] -> [S, ...], padding taken off; on every rank."""
         return all_gather_runs(x, self.count, self.group)[:num_tokens]
 
 
@@ -87,7 +87,7 @@ class BranchShare:
     warned: set[str] = field(default_factory=set, compare=False)
 
     def mine(self, num_branches: int, num_latent_frames: int) -> tuple[int, ...]:
-        """The branches that this rank runs; none where guidance is off and this is the second group.
+        """Return the branches that this rank runs; none where guidance is off and this is the second group.
 
         Args:
             num_branches: how many the request has: 2, or 1 without guidance.
@@ -106,7 +106,7 @@ class BranchShare:
     def exchange(
         self, own: dict[str, Tensor] | None, like: dict[str, Tensor], num_branches: int
     ) -> list[dict[str, Tensor]]:
-        """Every branch's predictions, on every rank.
+        """Exchange every branch's predictions: all of them on every rank.
 
         Args:
             own: this rank's predictions, fp32; None where it ran no branch.

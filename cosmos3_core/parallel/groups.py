@@ -59,7 +59,7 @@ ALONE = Groups(Layout(), RankCoordinates(0, 0, 0))
 
 
 def host_store(host: str, num_ranks: int, timeout_s: float) -> Any:
-    """A meeting place on a port that the operating system picks; its ``port`` is to be told to the other ranks.
+    """Open a meeting place on a port that the operating system picks; the other ranks need its ``port``.
 
     Args:
         host: address under which the other ranks reach this one.
@@ -71,7 +71,7 @@ def host_store(host: str, num_ranks: int, timeout_s: float) -> Any:
 
 
 def join_store(host: str, port: int, num_ranks: int, timeout_s: float) -> Any:
-    """The meeting place that another rank hosts."""
+    """Join the meeting place that another rank hosts."""
     return TCPStore(host, port, num_ranks, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 

@@ -59,7 +59,7 @@ class Layout:
         return self.tp * self.cfg * self.sp
 
     def place(self, rank: int) -> RankCoordinates:
-        """A rank's coordinates.
+        """Return a rank's coordinates.
 
         Raises:
             RequestError: there is no such rank.
@@ -70,11 +70,11 @@ class Layout:
         return RankCoordinates(cfg, sp, tp)
 
     def rank(self, place: RankCoordinates) -> int:
-        """The rank at some coordinates."""
+        """Return the rank at some coordinates."""
         return (place.cfg * self.sp + place.sp) * self.tp + place.tp
 
     def peers(self, axis: str) -> list[list[int]]:
-        """The ranks that differ along one axis only, a list for each such set; every rank is in exactly one."""
+        """Return the ranks that differ along one axis only, a list for each such set; every rank is in exactly one."""
         sets: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.num_ranks):
             place = self.place(rank)

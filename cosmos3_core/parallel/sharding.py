@@ -36,7 +36,7 @@ _PATTERNS = tuple((re.compile(pattern), split) for pattern, split in _SPLITS)
 
 
 def split_of(name: str) -> Split:
-    """How the tensor with this published name is split; what the table does not name is replicated."""
+    """Return how the tensor with this published name is split; what the table does not name is replicated."""
     for pattern, split in _PATTERNS:
         if pattern.fullmatch(name):
             return split
@@ -65,7 +65,7 @@ class Shard:
             raise RequestError("rank", self.rank, f"from 0 to {self.num_shards - 1}")
 
     def slice(self, extent: int, tensor: str = "tensor") -> slice:
-        """This rank's run of ``extent`` rows or columns.
+        """Return this rank's run of ``extent`` rows or columns.
 
         Args:
             extent: how many rows or columns the whole tensor has.
@@ -86,7 +86,7 @@ WHOLE = Shard(0, 1)
 """The share of a rank that is alone."""
 
 
-def allowed_tp_sizes(config: TransformerConfig) -> tuple[int, ...]:
+def list_tp_sizes(config: TransformerConfig) -> tuple[int, ...]:
     """Every number of tensor-parallel ranks that gives each rank whole heads and equal MLP columns, ascending."""
     shared = math.gcd(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
     return tuple(size for size in range(1, shared + 1) if shared % size == 0)
@@ -98,7 +98,7 @@ def local_config(config: TransformerConfig, tp_size: int) -> TransformerConfig:
     Raises:
         RequestError: ``tp_size`` does not divide the heads, the key-value heads and the MLP columns.
     """
-    allowed = allowed_tp_sizes(config)
+    allowed = list_tp_sizes(config)
     if tp_size not in allowed:
         raise RequestError(
             "tp",

@@ -142,13 +142,13 @@ class Strip:
             border.copy_(received)
 
     def gather(self, x_KHWC: Tensor) -> Tensor:
-        return self._joined(x_KHWC, self.cuts.axis - 1) if self.cuts.is_split else x_KHWC
+        return self._join(x_KHWC, self.cuts.axis - 1) if self.cuts.is_split else x_KHWC
 
     def share(self, x_HW: Tensor) -> Tensor:
-        return self._joined(x_HW, self.cuts.axis) if self.ranks.num_ranks > 1 else x_HW
+        return self._join(x_HW, self.cuts.axis) if self.ranks.num_ranks > 1 else x_HW
 
     def collect(self, frames_FYX3: Tensor) -> Tensor | None:
-        """Every rank's pixels of some frames, on the first rank.
+        """Collect every rank's pixels of some frames, on the first rank.
 
         Args:
             frames_FYX3: this rank's, [F, own Y, own X, 3] of any dtype.
@@ -182,8 +182,8 @@ class Strip:
                 "make the part from the clip's own latent rows and columns",
             )
 
-    def _joined(self, x: Tensor, axis: int) -> Tensor:
-        """Every rank's strip along ``axis``, on every rank; the shorter ones travel padded."""
+    def _join(self, x: Tensor, axis: int) -> Tensor:
+        """Join every rank's strip along ``axis``, on every rank; the shorter ones travel padded."""
         scale, edges = self._scale(x, axis), self.cuts.edges
         own = x.movedim(axis, 0)
         padded = own.new_empty((edges[1] * scale, *own.shape[1:]))
@@ -193,7 +193,7 @@ class Strip:
         return torch.cat([run[:count].movedim(0, axis) for run, count in zip(runs, counts, strict=True)], dim=axis)
 
     def _scale(self, x: Tensor, axis: int) -> int:
-        """Rows (columns) of ``x`` per latent one, read off the axis that is not cut: a strip may be empty."""
+        """Return rows (columns) of ``x`` per latent one, read off the axis that is not cut: a strip may be empty."""
         other = _ROWS + _COLUMNS - self.cuts.axis
         return x.shape[axis + other - self.cuts.axis] // self.cuts.grid_HW[other]
 
@@ -202,7 +202,7 @@ class Strip:
 
 
 def strip_of(ranks: RankGroup, height: int, width: int) -> Strip:
-    """A rank's strip of frames of ``height`` x ``width`` latents.
+    """Return a rank's strip of frames of ``height`` x ``width`` latents.
 
     Args:
         ranks: who shares the frames; one rank alone has all of them.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def needs_two_branches(scale: float) -> bool:
-    """Whether the unconditional branch has to run: for every scale but exactly 1 (diffusers' rule)."""
+    """Return whether the unconditional branch has to run: for every scale but exactly 1 (diffusers' rule)."""
     return scale != 1.0
 
 

@@ -44,7 +44,7 @@ class Schedule:
 
 
 def make_schedule(name: str, num_steps: int, *, flow_shift: float, config: SchedulerConfig) -> Schedule:
-    """The schedule called ``name`` with ``num_steps`` steps.
+    """Make the schedule called ``name`` with ``num_steps`` steps.
 
     Args:
         name: ``native``, ``linear`` or ``karras``.

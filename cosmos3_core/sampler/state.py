@@ -43,12 +43,12 @@ class DenoiseState:
         return {name: state.sample for name, state in self.solver.items()}
 
     def to(self, device: torch.device | str) -> DenoiseState:
-        """The same state with its tensors on ``device``."""
+        """Return the same state with its tensors on ``device``."""
         moved = {name: tensor.to(device) for name, tensor in _flatten(self.solver).items()}
         return DenoiseState(self.step_index, _unflatten(moved), self.fingerprint)
 
     def to_bytes(self) -> bytes:
-        """A safetensors file in memory; independent of the device."""
+        """Serialise the state as a safetensors file, independent of the device."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _flatten(self.solver).items()}
         header = {"format": _FORMAT, "step_index": self.step_index, "fingerprint": self.fingerprint}
         tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)

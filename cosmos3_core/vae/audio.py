@@ -103,7 +103,7 @@ class AudioVAE(nn.Module):
 
     @torch.no_grad()
     def _decode_stretch(self, latents_CT: Tensor, start: int, stop: int) -> Tensor:
-        """Samples of the latents from ``start`` to before ``stop``."""
+        """Decode the samples of the latents from ``start`` to before ``stop``."""
         num_before, num_behind = self.halo_latents
         # No farther than the sound's ends: beyond them every layer sees zeros, which zero latents would not give it.
         window_start = max(start - num_before, 0)

@@ -23,7 +23,7 @@ class FramePart(Protocol):
         """The axis that is cut: -2 for rows, -1 for columns; None where nothing is, and beyond the frame are zeros."""
 
     def cut(self, x_HW: Tensor, scale: int = 1) -> Tensor:
-        """This part of whole frames, a view; without rows or columns where there is nothing to do here.
+        """Cut this part out of whole frames, a view; without rows or columns where there is nothing to do here.
 
         Args:
             x_HW: [..., scale x rows of latents, scale x columns of latents].
@@ -34,7 +34,7 @@ class FramePart(Protocol):
         """
 
     def largest(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the largest part of a grid of latents: the same for every part.
+        """Return the rows and columns of the largest part of a grid of latents: the same for every part.
 
         Raises:
             RequestError: another grid.

@@ -63,7 +63,7 @@ class VideoDecoder(nn.Module):
         self.num_slots = number_slots(self)
 
     def forward(self, z_BCTHW: Tensor, cache: FrameCache) -> Tensor:
-        """One chunk, [B, z_dim, T, H, W] -> [B, out_channels, frames, rows, columns]; updates ``cache``."""
+        """Decode one chunk, [B, z_dim, T, H, W] -> [B, out_channels, frames, rows, columns]; updates ``cache``."""
         x_BCTHW = self.conv_in(self.conv_in.window(z_BCTHW, cache))
         x_BCTHW = self.mid_block(x_BCTHW, cache)
         for up_block in self.up_blocks:
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         self.num_slots = number_slots(self)
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
-        """One chunk, [B, in_channels, frames, rows, columns] -> [B, 2 z_dim, T, H, W]; updates ``cache``."""
+        """Encode one chunk, [B, in_channels, frames, rows, columns] -> [B, 2 z_dim, T, H, W]; updates ``cache``."""
         x_BCTHW = self.conv_in(self.conv_in.window(x_BCTHW, cache))
         for down_block in self.down_blocks:
             x_BCTHW = down_block(x_BCTHW, cache)
@@ -212,13 +212,13 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def _decode_into(self, cache: FrameCache, latents_BCTHW: Tensor) -> Tensor:
-        """One chunk; ``cache`` moves on behind it."""
+        """Decode one chunk; ``cache`` moves on behind it."""
         patched_BCTHW = self.decoder(self._decoder_input(latents_BCTHW), cache)
         cache.is_first_chunk = False
         return unpatchify(patched_BCTHW.clamp_(-1.0, 1.0), self.config.patch_size)
 
     def _no_pixels(self, latents_BCTHW: Tensor, start: int) -> Tensor:
-        """The pixels of a chunk without rows or columns that begins at latent frame ``start``."""
+        """Return the pixels of a chunk without rows or columns that begins at latent frame ``start``."""
         batch, _, num_frames, height, width = latents_BCTHW.shape
         frames = num_frames * self.geometry.temporal if start else 1
         side, weight = self.geometry.spatial, self.post_quant_conv.weight
@@ -266,7 +266,7 @@ class VideoVAE(nn.Module):
         return part.share((z_BCTHW - mean_C111) * inverse_std_C111)
 
     def _no_latents(self, pixels_BCFYX: Tensor) -> Tensor:
-        """The latents of a clip without rows or columns."""
+        """Return the latents of a clip without rows or columns."""
         batch, _, *clip = pixels_BCFYX.shape
         return self.post_quant_conv.weight.new_empty((batch, self.config.z_dim, *self.geometry.latent_shape(*clip)))
 
@@ -290,7 +290,7 @@ class VideoVAE(nn.Module):
         return self.config.in_channels // self.config.patch_size**2
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """The latents' mean and inverse deviation [z_dim, 1, 1, 1].
+        """Return the latents' mean and inverse deviation [z_dim, 1, 1, 1].
 
         Rounded to the module's dtype before the division, and divided on the CPU, as the reference pipeline does it.
         """
@@ -320,7 +320,7 @@ def unpatchify(x_BCTHW: Tensor, patch_size: int) -> Tensor:
 
 
 def _geometry(config: VideoVAEConfig) -> Geometry:
-    """The compression factors, read off the layers and checked against what the config states."""
+    """Return the compression factors, read off the layers and checked against what the config states."""
     temporal = 2 ** sum(config.temperal_downsample)
     spatial = config.patch_size * 2 ** len(config.temperal_downsample)
     stated = (config.scale_factor_temporal, config.scale_factor_spatial)

@@ -24,7 +24,7 @@ from cosmos3_core.vae.frame_part import WHOLE, FramePart
 
 
 class FrameCache:
-    """What one clip's causal convolutions carry from chunk to chunk.
+    """History that one clip's causal convolutions carry from chunk to chunk.
 
     Args:
         num_slots: how many convolutions there are that look back.
@@ -79,7 +79,7 @@ class CausalConv3d(nn.Conv3d):
 
     @property
     def late_bias(self) -> Tensor | None:
-        """What the operator behind still has to add; None where the convolution adds it."""
+        """Return the bias that the next operator still has to add; None where the convolution adds it."""
         return self.bias if self.leaves_bias else None
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:

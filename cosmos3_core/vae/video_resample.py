@@ -74,7 +74,7 @@ class Upsampler(nn.Module):
 
     @property
     def late_bias(self) -> Tensor | None:
-        """What the operator behind still has to add to the result; None where nothing is left."""
+        """Return the bias that the next operator still has to add to the result; None where none is left."""
         conv = self.resample[1]
         assert isinstance(conv, FrameConv2d)
         return conv.bias if conv.leaves_bias else None

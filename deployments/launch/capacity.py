@@ -12,7 +12,7 @@ from cluster.gang import GangSpec, bundles
 from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
-from cosmos3_core.parallel.sharding import allowed_tp_sizes
+from cosmos3_core.parallel.sharding import list_tp_sizes
 from deployments.app import gang_spec, has_audio, vae_gang_spec
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage, VideoVAEStage
 
@@ -118,7 +118,7 @@ def _suggest_layouts(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: S
     """Name the largest layouts that the nodes could hold in a sentence; "" if there are none."""
     rank = gang.rank
     assert isinstance(rank, TransformerSpec)
-    allowed_tp = allowed_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
+    allowed_tp = list_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
     degrees = range(1, gang.num_ranks + 1)
     # The preferred layouts first: the traffic between ranks grows from CFG to SP to TP.
     layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]

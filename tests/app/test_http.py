@@ -25,7 +25,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
-from cosmos3_core.resolve import offered_modes, resolve
+from cosmos3_core.resolve import find_offered_modes, resolve
 from deployments.jobs.keys import KeyStore, NewKey
 from deployments.launch.http_client import save_video
 from deployments.messages import Finished
@@ -298,7 +298,7 @@ def test_health_ready_and_models(app: Any) -> None:
     assert model["id"] == "nano"
     assert (model["family"], model["variant"]) == ("cosmos3", "nano")
     layout = CheckpointLayout.open(app.config.checkpoint)
-    assert model["modes"] == list(offered_modes(layout))
+    assert model["modes"] == list(find_offered_modes(layout))
     assert {"text_to_image", "image_to_video", "video_to_video", "policy"} <= set(model["modes"])
     assert "text_to_video_with_sound" in model["modes"]
     for path, status, code in (("/v1/nothing", 404, "no_such_route"), ("/v1/videos/sync", 404, "not_found")):

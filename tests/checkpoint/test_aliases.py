@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cosmos3_core.checkpoint.aliases import published_name
+from cosmos3_core.checkpoint.aliases import find_published_name
 from cosmos3_core.checkpoint.configs import AudioVAEConfig, TransformerConfig, VideoVAEConfig
 from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tensors, video_vae_tensors
 
@@ -39,7 +39,7 @@ from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tenso
     ],
 )
 def test_aliases_have_their_published_names(stored: str, published: str | None) -> None:
-    assert published_name(stored) == published
+    assert find_published_name(stored) == published
 
 
 def test_published_names_are_left_alone() -> None:
@@ -52,4 +52,4 @@ def test_published_names_are_left_alone() -> None:
         video_vae_tensors(VideoVAEConfig()),
         audio_vae_tensors(AudioVAEConfig()),
     ):
-        assert [published_name(name) for name in table] == list(table)
+        assert [find_published_name(name) for name in table] == list(table)

@@ -611,7 +611,7 @@ def test_with_steps_held_by_a_gate_every_step_shows_another_preview() -> None:
 def test_previews_are_spread_over_the_steps_and_none_comes_after_the_last(
     num_previews: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_loop, "animated_webp", lambda frames, fps: b"webp")
+    monkeypatch.setattr(engine_loop, "animate_webp", lambda frames, fps: b"webp")
 
     async def body() -> None:
         gang = FakeGang(step_s=0.002, told_step_s=0.03)
@@ -645,7 +645,7 @@ def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeyp
         assert finish.wait(20)
         return b"late"
 
-    monkeypatch.setattr(engine_loop, "animated_webp", slow)
+    monkeypatch.setattr(engine_loop, "animate_webp", slow)
 
     async def body() -> None:
         gang = gated(4)
@@ -668,7 +668,7 @@ def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeyp
 
 def test_a_preview_that_is_not_ready_at_the_last_step_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = threading.Event()
-    monkeypatch.setattr(engine_loop, "animated_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
+    monkeypatch.setattr(engine_loop, "animate_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
 
     async def body() -> None:
         loop = loop_on(FakeGang(told_step_s=1.0))
@@ -682,7 +682,7 @@ def test_a_preview_that_is_not_ready_at_the_last_step_is_dropped(monkeypatch: py
 
 def test_a_preview_that_is_ready_while_the_latents_are_fetched_is_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = threading.Event()
-    monkeypatch.setattr(engine_loop, "animated_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
+    monkeypatch.setattr(engine_loop, "animate_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
 
     class Fetching(FakeGang):
         async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
@@ -717,7 +717,7 @@ def test_a_preview_that_fails_ends_the_previews_and_nothing_else(
     async def body() -> None:
         for rank_fails in (True, False):
             gang = gated(1, no_previews_from_step=1 if rank_fails else None)
-            monkeypatch.setattr(engine_loop, "animated_webp", broken)
+            monkeypatch.setattr(engine_loop, "animate_webp", broken)
             loop = loop_on(gang)
             caplog.clear()
             updates = previewing(loop, 4, 3)

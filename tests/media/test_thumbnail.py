@@ -20,7 +20,7 @@ from cosmos3_core.media.thumbnail import (
     MAX_TILES,
     THUMBNAIL_SIDE,
     TILE_SIDE,
-    picked_indices,
+    pick_indices,
     sheet_columns,
     write_spritesheet,
     write_thumbnail,
@@ -105,7 +105,7 @@ def test_a_sheet_has_frames_of_all_the_clip(tmp_path: Path, num_frames: int, col
     height, width = 96, TILE_SIDE
     assert (image.format, image.size) == ("JPEG", (columns * width, rows * height))
     sheet = np.asarray(image)
-    indices = picked_indices(num_frames, MAX_TILES)
+    indices = pick_indices(num_frames, MAX_TILES)
     for place in range(columns * rows):
         row, column = divmod(place, columns)
         tile = sheet[row * height : (row + 1) * height, column * width : (column + 1) * width]
@@ -123,7 +123,7 @@ def test_a_sheet_is_bounded(tmp_path: Path) -> None:
 def test_frames_are_picked_evenly() -> None:
     for num_frames in [*range(1, 320), 10_001]:
         for max_frames in (1, 2, 7, MAX_TILES):
-            picked = picked_indices(num_frames, max_frames)
+            picked = pick_indices(num_frames, max_frames)
             assert len(picked) == min(num_frames, max_frames)
             assert picked[0] == 0
             assert len(picked) == 1 or picked[-1] == num_frames - 1

@@ -11,7 +11,7 @@ import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media import webp
-from cosmos3_core.media.webp import MAX_BYTES, MAX_FRAMES, animated_webp
+from cosmos3_core.media.webp import MAX_BYTES, MAX_FRAMES, animate_webp
 
 
 def opened(data):
@@ -34,7 +34,7 @@ def ramp(num_frames, height, width):
 )
 def test_frames_are_scaled_to_a_longest_side_and_decode_in_order(height, width, scaled):
     frames = ramp(5, height, width)
-    data = animated_webp(frames, fps=4.0)
+    data = animate_webp(frames, fps=4.0)
     with opened(data) as image:
         assert image.size == scaled
         assert image.n_frames == 5
@@ -42,12 +42,12 @@ def test_frames_are_scaled_to_a_longest_side_and_decode_in_order(height, width, 
         assert image.info["duration"] == 250
         assert image.info["loop"] == 0
     assert np.allclose(shown, frames.mean(axis=(1, 2, 3)), atol=4)
-    assert animated_webp(frames, fps=4.0) == data
+    assert animate_webp(frames, fps=4.0) == data
 
 
 def test_a_single_frame_is_a_still():
     frame = ramp(1, 12, 20)
-    with opened(animated_webp(frame, fps=24.0)) as image:
+    with opened(animate_webp(frame, fps=24.0)) as image:
         assert not image.is_animated
         assert abs(np.asarray(image.convert("RGB")).mean() - frame.mean()) < 4
 
@@ -55,7 +55,7 @@ def test_a_single_frame_is_a_still():
 @pytest.mark.parametrize("shape", [(MAX_FRAMES, 64, 64, 3), (MAX_FRAMES, 256, 256, 3)])
 def test_noise_of_the_largest_size_stays_within_the_bound(shape):
     frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    data = animated_webp(frames, fps=1.0)
+    data = animate_webp(frames, fps=1.0)
     assert len(data) <= MAX_BYTES
     with opened(data) as image:
         assert image.size == (256, 256)
@@ -66,7 +66,7 @@ def test_noise_of_the_largest_size_stays_within_the_bound(shape):
 def test_what_cannot_be_made_small_is_refused(monkeypatch):
     monkeypatch.setattr(webp, "MAX_BYTES", 20)
     with pytest.raises(MediaError, match="one frame alone takes more than 20 bytes"):
-        animated_webp(ramp(3, 4, 4), fps=1.0)
+        animate_webp(ramp(3, 4, 4), fps=1.0)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_what_cannot_be_made_small_is_refused(monkeypatch):
 )
 def test_other_frames_and_rates_are_refused(frames, fps, field):
     with pytest.raises(RequestError, match=f"^{field} must be "):
-        animated_webp(frames, fps)
+        animate_webp(frames, fps)

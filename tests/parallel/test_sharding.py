@@ -11,7 +11,7 @@ import pytest
 from cosmos3_core.checkpoint.configs import TransformerConfig
 from cosmos3_core.checkpoint.tensors import transformer_tensors
 from cosmos3_core.errors import RequestError
-from cosmos3_core.parallel.sharding import WHOLE, Shard, Split, allowed_tp_sizes, local_config, split_of
+from cosmos3_core.parallel.sharding import WHOLE, Shard, Split, list_tp_sizes, local_config, split_of
 
 NANO = TransformerConfig(action_gen=True, sound_gen=True)
 SUPER = dataclasses.replace(NANO, hidden_size=5120, num_attention_heads=64, intermediate_size=25600)
@@ -101,9 +101,9 @@ def test_an_impossible_tp_lists_the_possible_ones(tp: int) -> None:
 
 
 def test_every_divided_number_limits_tp() -> None:
-    assert allowed_tp_sizes(dataclasses.replace(NANO, num_key_value_heads=6, num_attention_heads=24)) == (1, 2, 3, 6)
-    assert allowed_tp_sizes(dataclasses.replace(NANO, num_attention_heads=12, num_key_value_heads=4)) == (1, 2, 4)
-    assert allowed_tp_sizes(dataclasses.replace(NANO, intermediate_size=12290)) == (1, 2)
+    assert list_tp_sizes(dataclasses.replace(NANO, num_key_value_heads=6, num_attention_heads=24)) == (1, 2, 3, 6)
+    assert list_tp_sizes(dataclasses.replace(NANO, num_attention_heads=12, num_key_value_heads=4)) == (1, 2, 4)
+    assert list_tp_sizes(dataclasses.replace(NANO, intermediate_size=12290)) == (1, 2)
 
 
 def test_no_torch_is_needed() -> None:

@@ -17,7 +17,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
-from cosmos3_core.model.weights import unused_tensors
+from cosmos3_core.model.weights import find_unused_tensors
 from cosmos3_core.shapes import LatentShape
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def test_every_transformer_tensor_matters(variant: str, request: pytest.FixtureR
     rest = last_layer_rest(layout.transformer.num_hidden_layers)
     explained = [name for name in perturbed.names if name.startswith(rest) or name in NEVER_READ]
     assert sorted(missed) == sorted(explained)
-    assert sorted(explained) == sorted(unused_tensors(layout.transformer))
+    assert sorted(explained) == sorted(find_unused_tensors(layout.transformer))
 
 
 DOMAIN_TENSORS = tuple(f"action_proj_{way}.{kind}.weight" for way in ("in", "out") for kind in ("fc", "bias"))

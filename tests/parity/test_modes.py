@@ -22,7 +22,7 @@ from cosmos3_core.generate import generate
 from cosmos3_core.media.pixels import Frames, to_uint8
 from cosmos3_core.model.rope import after_text, text_positions
 from cosmos3_core.request import GenerationRequest
-from cosmos3_core.resolve import offered_modes, resolve
+from cosmos3_core.resolve import find_offered_modes, resolve
 
 TOLERANCE = 1e-5  # relative L2, fp32
 PROMPT = "A red car drives along the coast."
@@ -175,7 +175,7 @@ def test_every_mode_has_a_case(tiny_nano: Path, tiny_edge: Path, engine_for: Cal
     assert len({id_of(case) for case in (*CASES, *LONG)}) == len(CASES) + len(LONG)
     for variant, checkpoint in (("nano", tiny_nano), ("edge", tiny_edge)):
         covered = {case.mode for case in CASES if case.variant == variant}
-        assert covered >= set(offered_modes(engine_for(checkpoint).layout))
+        assert covered >= set(find_offered_modes(engine_for(checkpoint).layout))
     assert {case.mode for case in CASES} == set(MODES)
 
 
