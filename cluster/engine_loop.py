@@ -224,7 +224,7 @@ class EngineLoop:
                 start_s = self._now_s()
                 if job.has_begun or await self._begin(job):
                     await self._quantum(job)
-                self._busy.worked(start_s, self._now_s())
+                self._busy.add_work(start_s, self._now_s())
                 self._turns.had_turn(job.urgency, start_s, self._now_s())
             except GangFailed as error:
                 self._fail(error, job)

@@ -55,7 +55,7 @@ class BusyClock:
         self._since_s = now_s
         self._busy_s = 0.0
 
-    def worked(self, start_s: float, end_s: float) -> None:
+    def add_work(self, start_s: float, end_s: float) -> None:
         """Add a span of work; it begins after the last one ended."""
         self._busy_s += end_s - start_s
 

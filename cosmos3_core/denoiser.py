@@ -57,7 +57,7 @@ class Fixed:
     latent: Tensor
     moves: Tensor
 
-    def restored(self, sample: Tensor) -> Tensor:
+    def restore(self, sample: Tensor) -> Tensor:
         """``sample`` with what is fixed as it was at the start, to the bit."""
         return torch.where(self.moves > 0, sample, self.latent)
 
@@ -230,11 +230,11 @@ class Denoiser:
             StateError: the state belongs to another request, or has no step left.
         """
         _check_state(plan, state)
-        velocity = self._guided_velocity(plan, state)
+        velocity = self._guide_velocity(plan, state)
         solver = {name: plan.solver.step(state.solver[name], state.step_index, velocity[name]) for name in plan.initial}
         for name, fixed in plan.fixed.items():
             # To the bit; a clean frame's velocity is zero, and an unused number's is whatever the model makes of it.
-            solver[name] = replace(solver[name], sample=fixed.restored(solver[name].sample))
+            solver[name] = replace(solver[name], sample=fixed.restore(solver[name].sample))
         return DenoiseState(state.step_index + 1, solver, state.fingerprint)
 
     def run(
@@ -253,7 +253,7 @@ class Denoiser:
                 on_step(StepEvent(state.step_index, plan.num_steps, sigma, state))
         return state
 
-    def _guided_velocity(self, plan: DenoisePlan, state: DenoiseState) -> dict[str, Tensor]:
+    def _guide_velocity(self, plan: DenoisePlan, state: DenoiseState) -> dict[str, Tensor]:
         timestep = plan.solver.schedule.timesteps[state.step_index]
         # In the order of the positions, and alike on all ranks: a state that was saved has lost its order.
         latents = {name: state.latents[name] for name in plan.initial}

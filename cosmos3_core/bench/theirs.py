@@ -139,7 +139,7 @@ class Theirs:
         """
         last_s: list[float] = []
 
-        def stepped(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def record_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             synchronize(self.subject.device)
             now_s = time.perf_counter()
             if last_s:
@@ -156,7 +156,7 @@ class Theirs:
             guidance_scale=6.0,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
-            callback_on_step_end=stepped,
+            callback_on_step_end=record_step,
         )
 
     def _transformer(self, diffusers: Any) -> Any:

@@ -215,7 +215,7 @@ def audio_vae_tensors(config: AudioVAEConfig, with_encoder: bool = True) -> Tens
 
 def _audio_decoder(config: AudioVAEConfig) -> TensorTable:
     widths = [config.dec_dim * multiple for multiple in (1, *config.dec_c_mults)][::-1]
-    tensors = _normed_conv("decoder.conv1", config.vocoder_input_dim, widths[0], 7)
+    tensors = _norm_conv("decoder.conv1", config.vocoder_input_dim, widths[0], 7)
     for level, stride in enumerate(reversed(config.dec_strides)):
         block = f"decoder.block.{level}"
         num_in, num_out = widths[level], widths[level + 1]
@@ -228,14 +228,14 @@ def _audio_decoder(config: AudioVAEConfig) -> TensorTable:
         for unit in ("res_unit1", "res_unit2", "res_unit3"):
             tensors |= {
                 **_snake(f"{block}.{unit}.snake1", num_out),
-                **_normed_conv(f"{block}.{unit}.conv1", num_out, num_out, 7),
+                **_norm_conv(f"{block}.{unit}.conv1", num_out, num_out, 7),
                 **_snake(f"{block}.{unit}.snake2", num_out),
-                **_normed_conv(f"{block}.{unit}.conv2", num_out, num_out, 1),
+                **_norm_conv(f"{block}.{unit}.conv2", num_out, num_out, 1),
             }
     return {
         **tensors,
         **_snake("decoder.snake1", widths[-1]),
-        **_normed_conv("decoder.conv2", widths[-1], config.dec_out_channels, 7, bias=False),
+        **_norm_conv("decoder.conv2", widths[-1], config.dec_out_channels, 7, bias=False),
     }
 
 
@@ -244,11 +244,11 @@ def _audio_encoder(config: AudioVAEConfig) -> TensorTable:
     convolution to the latent's moments."""
     num_spectrogram_channels = (config.enc_n_fft + 2) * config.input_channels * (2 if config.stereo else 1)
     widths = [config.enc_dim * multiple for multiple in config.enc_c_mults]
-    layers = [_normed_conv("", num_spectrogram_channels, widths[0], 1, bias=False)]
+    layers = [_norm_conv("", num_spectrogram_channels, widths[0], 1, bias=False)]
     for num_in, num_out, stride in zip(widths, [*widths[1:], widths[-1]], config.enc_strides, strict=True):
         layers += [_convnext_block(num_in)] * config.enc_num_blocks
-        layers += [_normed_conv("", num_in, num_out, 2 * stride)]
-    layers += [_normed_conv("", widths[-1], config.enc_latent_dim, 1, bias=False)]
+        layers += [_norm_conv("", num_in, num_out, 2 * stride)]
+    layers += [_norm_conv("", widths[-1], config.enc_latent_dim, 1, bias=False)]
     return {
         f"encoder.layers.{index}{name}": shape for index, layer in enumerate(layers) for name, shape in layer.items()
     }
@@ -273,6 +273,6 @@ def _snake(name: str, width: int) -> TensorTable:
     return {f"{name}.alpha": (1, width, 1), f"{name}.beta": (1, width, 1)}
 
 
-def _normed_conv(name: str, num_in: int, num_out: int, kernel: int, *, bias: bool = True) -> TensorTable:
+def _norm_conv(name: str, num_in: int, num_out: int, kernel: int, *, bias: bool = True) -> TensorTable:
     tensors: TensorTable = {f"{name}.weight_g": (num_out, 1, 1), f"{name}.weight_v": (num_out, num_in, kernel)}
     return tensors | {f"{name}.bias": (num_out,)} if bias else tensors

@@ -35,7 +35,7 @@ ACTION_TIERS: Mapping[int, tuple[Canvas, ...]] = MappingProxyType(
 """Tier -> its canvases. Of two that fit equally well, the one named first is taken."""
 
 
-def floored(height: int, width: int, *, field: str = "video") -> Canvas:
+def floor_size(height: int, width: int, *, field: str = "video") -> Canvas:
     """Return the size to which a clip is stretched first: each side down to a multiple of :data:`SIDE_MULTIPLE`.
 
     Args:
@@ -51,7 +51,7 @@ def floored(height: int, width: int, *, field: str = "video") -> Canvas:
 
 
 def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -> Canvas:
-    """Return the canvas of a tier whose height / width is closest to that of the clip, after :func:`floored`.
+    """Return the canvas of a tier whose height / width is closest to that of the clip, after :func:`floor_size`.
 
     Args:
         height, width: the clip's, pixels, as it was given.
@@ -63,7 +63,7 @@ def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -
     """
     if isinstance(tier, bool) or not isinstance(tier, int) or tier not in ACTION_TIERS:
         raise RequestError("resolution_tier", tier, f"one of {list(ACTION_TIERS)}")
-    rows, columns = floored(height, width, field=field)
+    rows, columns = floor_size(height, width, field=field)
     return min(ACTION_TIERS[tier], key=lambda canvas: abs(canvas.height / canvas.width - rows / columns))
 
 
@@ -87,7 +87,7 @@ def content_size(height: int, width: int, canvas: Canvas | tuple[int, int], *, f
     Raises:
         RequestError: too small a clip.
     """
-    rows, columns = floored(height, width, field=field)
+    rows, columns = floor_size(height, width, field=field)
     scale = min(canvas[1] / columns, canvas[0] / rows, 1.0)
     # Halves up, as the reference does; round() would take them to even.
     return Canvas(max(1, int(scale * rows + 0.5)), max(1, int(scale * columns + 0.5)))

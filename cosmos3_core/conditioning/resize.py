@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosmos3_core.conditioning.canvas import Canvas, action_canvas, content_size, covering_size, floored
+from cosmos3_core.conditioning.canvas import Canvas, action_canvas, content_size, covering_size, floor_size
 from cosmos3_core.media.pixels import Frames
 
 
@@ -80,7 +80,7 @@ def fit_and_pad(frames_FYX3: Frames, tier: int, num_frames: int) -> tuple[Tensor
     pixels_CFYX = torch.empty((3, num_frames, *canvas), dtype=torch.float32)
     for index, frame_YX3 in enumerate(frames_FYX3[:num_frames]):
         # One at a time: a clip takes several times its memory on the way.
-        frame_1CYX = stretch(frame_YX3[None], *floored(rows, columns)).permute(1, 0, 2, 3)
+        frame_1CYX = stretch(frame_YX3[None], *floor_size(rows, columns)).permute(1, 0, 2, 3)
         if tuple(frame_1CYX.shape[2:]) != tuple(content):
             frame_1CYX = F.interpolate(frame_1CYX, tuple(content), mode="bicubic", align_corners=False, antialias=True)
         pixels_CFYX[:, index] = F.pad(frame_1CYX, (0, right, 0, down), mode=padding)[0]

@@ -20,7 +20,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.kinds import CLIP_KINDS, FileKind, a, damaged, refusing
+from cosmos3_core.media.kinds import CLIP_KINDS, FileKind, a, damage_error, refusing
 from cosmos3_core.media.mp4_index import NoVideoTrack, TooManySamples, only_video
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.probe import YUV_TO_RGB
@@ -59,7 +59,7 @@ class OpenClip:
         with refusing(self.field, a(f"{self.kind.name} file"), "a clip that can be decoded"):
             for packet in self.container.demux(self.stream):
                 if packet.is_corrupt:
-                    raise damaged(self.field, self.kind.name, f"the data of frame {count} are cut off")
+                    raise damage_error(self.field, self.kind.name, f"the data of frame {count} are cut off")
                 for frame in packet.decode():
                     picture = frame.height, frame.width
                     first = first or picture
@@ -68,7 +68,7 @@ class OpenClip:
                         given = f"a clip whose frame {count} is {frame.width} x {frame.height}"
                         raise RequestError(self.field, given, f"a clip of one size, {first[1]} x {first[0]}")
                     if frame.is_corrupt:
-                        raise damaged(self.field, self.kind.name, f"frame {count} decodes in part only")
+                        raise damage_error(self.field, self.kind.name, f"frame {count} decodes in part only")
                     count += 1
                     if count > LIMITS.max_clip_frames:
                         raise too_many_frames(self.field, f"over {LIMITS.max_clip_frames}")
@@ -128,7 +128,7 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
             context = stream.codec_context
             if not context.height or not context.width:
                 reason = f"no frame can be decoded, or the frames are larger than {LIMITS.max_clip_pixels} pixels"
-                raise damaged(field, kind.name, reason)
+                raise damage_error(field, kind.name, reason)
             check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
             context.options = max_pixels  # a stream may change its size, or be larger than its header says
             context.thread_count = _NUM_THREADS
@@ -183,7 +183,7 @@ def _count_announced_frames(field: str, kind: FileKind, stream: VideoStream, num
     count = 0
     for entry in stream.index_entries:
         if entry.pos + entry.size > num_bytes:
-            raise damaged(field, kind.name, "it ends before its last frame")
+            raise damage_error(field, kind.name, "it ends before its last frame")
         # Frames that an edit list cuts away are decoded but not shown.
         count += not entry.is_discard
     if count > LIMITS.max_clip_frames:

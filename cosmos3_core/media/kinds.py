@@ -94,7 +94,7 @@ def refusing(field: str, given: str, allowed: str) -> Iterator[None]:
         raise RequestError(field, given, allowed, f"damaged, or not what it says it is ({reason})") from error
 
 
-def damaged(field: str, name: str, reason: str) -> RequestError:
+def damage_error(field: str, name: str, reason: str) -> RequestError:
     """Return the error for a file of kind ``name`` that is damaged; ``reason`` completes "damaged: ..."."""
     return RequestError(field, a(f"{name} file"), "a whole file", f"damaged: {reason}")
 

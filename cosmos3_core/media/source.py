@@ -22,7 +22,7 @@ from PIL import Image
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.clips import OpenClip, open_clip, too_many_frames, upright_size
-from cosmos3_core.media.kinds import AUDIO, CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, FileKind, a, damaged, kind_of
+from cosmos3_core.media.kinds import AUDIO, CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, FileKind, a, damage_error, kind_of
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.stills import (
     PictureSize,
@@ -167,7 +167,7 @@ def probe_clip(field: str, packed: Packed) -> ClipInfo:
     with open_clip(field, kind, packed) as clip:
         first = next(clip.frames(), None)
         if first is None:
-            raise damaged(field, kind.name, "no frame can be decoded")
+            raise damage_error(field, kind.name, "no frame can be decoded")
         clip.to_rgb(first, VideoReformatter())
         return ClipInfo(*upright_size(first), clip.num_frames)
 
@@ -216,7 +216,7 @@ def _watch(clip: OpenClip, num_frames: int) -> Iterator[Any]:
         yield frame
     if count == 0 or (clip.num_frames is not None and count < clip.num_frames):
         announced = "any" if clip.num_frames is None else clip.num_frames
-        raise damaged(clip.field, clip.kind.name, f"{count} of {announced} frames can be decoded")
+        raise damage_error(clip.field, clip.kind.name, f"{count} of {announced} frames can be decoded")
 
 
 def _keep(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]:

@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.kinds import FileKind, a, damaged, refusing
+from cosmos3_core.media.kinds import FileKind, a, damage_error, refusing
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.presets import LIMITS
 
@@ -146,7 +146,7 @@ def decode_all(still: Still) -> Iterator[Frames]:
             if index:
                 still.image.seek(index)
             if still.image.size != canvas:
-                raise damaged(still.field, still.kind.name, f"frame {index} is larger than the first")
+                raise damage_error(still.field, still.kind.name, f"frame {index} is larger than the first")
             still.image.load()
             picture: Image.Image = still.image
             if still.orientation in _UPRIGHT:
@@ -263,7 +263,7 @@ def _gif_frames(field: str, data: bytes, max_pixels: int) -> int:
 
     Pillow lets a frame enlarge the canvas, and reads a cut file as a shorter one; neither passes here.
     """
-    cut = damaged(field, "GIF", "it ends early")
+    cut = damage_error(field, "GIF", "it ends early")
     if len(data) < 13:
         raise cut
     width, height = struct.unpack("<HH", data[6:10])
@@ -279,7 +279,7 @@ def _gif_frames(field: str, data: bytes, max_pixels: int) -> int:
         elif block == b"," and position + 10 < len(data):
             left, top, columns, rows = struct.unpack("<HHHH", data[position + 1 : position + 9])
             if left + columns > width or top + rows > height:
-                raise damaged(field, "GIF", f"frame {num_frames} is larger than the canvas")
+                raise damage_error(field, "GIF", f"frame {num_frames} is larger than the canvas")
             position += 11 + _palette_bytes(data[position + 9])
             num_frames += 1
         else:
@@ -293,7 +293,7 @@ def _gif_frames(field: str, data: bytes, max_pixels: int) -> int:
             raise cut
         position += 1
     if not num_frames:
-        raise damaged(field, "GIF", "it holds no picture")
+        raise damage_error(field, "GIF", "it holds no picture")
     return num_frames
 
 

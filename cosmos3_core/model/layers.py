@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         """``x + branch``, and the norm of it."""
         return self.ops.add_rms_norm(x, branch, self.weight, self.eps, self.weight_in_fp32)
 
-    def rotated(self, x_SND: Tensor, rope: RopeTable) -> Tensor:
+    def rotate(self, x_SND: Tensor, rope: RopeTable) -> Tensor:
         """Normalise every head, then rotate it."""
         return self.ops.norm_rope(x_SND, self.weight, self.eps, self.weight_in_fp32, rope)
 

@@ -46,7 +46,7 @@ def _norm(config: TransformerConfig, width: int, ops: Ops) -> RMSNorm:
 
 
 def _rotate(x_LND: Tensor, norm: RMSNorm | None, rope: RopeTable) -> Tensor:
-    return apply_rope(x_LND, rope) if norm is None else norm.rotated(x_LND, rope)
+    return apply_rope(x_LND, rope) if norm is None else norm.rotate(x_LND, rope)
 
 
 class UnderstandingLayer(nn.Module):
@@ -119,8 +119,8 @@ class GenerationLayer(nn.Module):
 
     def forward(self, x_SM: Tensor, text_k_LND: Tensor, text_v_LND: Tensor, rope: RopeTable, num_tokens: int) -> Tensor:
         q_SND, k_SND, v_SND = self.qkv(self.input_norm(x_SM))
-        q_SND = self.q_norm.rotated(q_SND, rope)
-        k_SND = self.k_norm.rotated(k_SND, rope)
+        q_SND = self.q_norm.rotate(q_SND, rope)
+        k_SND = self.k_norm.rotate(k_SND, rope)
         keys = torch.cat((text_k_LND, self.ops.all_tokens(k_SND, num_tokens)))
         values = torch.cat((text_v_LND, self.ops.all_tokens(v_SND, num_tokens)))
         attended_SND = self.ops.attention(q_SND, keys, values, False)

@@ -4,7 +4,7 @@ import pytest
 from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import _ACTION_RESOLUTION_BINS
 from diffusers.video_processor import VideoProcessor
 
-from cosmos3_core.conditioning.canvas import ACTION_TIERS, Canvas, action_canvas, content_size, floored
+from cosmos3_core.conditioning.canvas import ACTION_TIERS, Canvas, action_canvas, content_size, floor_size
 from cosmos3_core.errors import RequestError
 
 
@@ -50,7 +50,11 @@ def test_a_clip_is_never_enlarged():
 
 @pytest.mark.parametrize(("height", "width"), [(15, 100), (100, 15), (1, 1)])
 def test_too_small_a_clip_is_refused(height, width):
-    for call in (floored, lambda *size: action_canvas(*size, 256), lambda *size: content_size(*size, Canvas(256, 256))):
+    for call in (
+        floor_size,
+        lambda *size: action_canvas(*size, 256),
+        lambda *size: content_size(*size, Canvas(256, 256)),
+    ):
         with pytest.raises(RequestError, match="at least 16 pixels"):
             call(height, width)
 

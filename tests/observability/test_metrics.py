@@ -146,10 +146,10 @@ def test_labels_are_bounded_in_number_and_form(taken: Taken) -> None:
 
 def test_a_gangs_busy_share_is_of_the_time_since_it_was_told() -> None:
     clock = BusyClock(100.0)
-    clock.worked(100.0, 102.0)
+    clock.add_work(100.0, 102.0)
     assert clock.share(104.0) is None
     assert clock.share(105.0) == pytest.approx(0.4)
-    clock.worked(105.0, 115.0)
+    clock.add_work(105.0, 115.0)
     assert clock.share(115.0) == 1.0
     assert clock.share(125.0) == 0.0
 
