@@ -158,10 +158,10 @@ def object_store_bytes() -> int:
             ["sleep", "refuse"],
             "call",
             GangFailed,
-            "rank 1: step() raised RequestError: seed=1",
+            "rank 1: step() raised RequestError: seed must be 2",
             marks=pytest.mark.slow,
         ),
-        (["refuse", "refuse"], "ask", RequestError, "seed must be 2 .got 1"),
+        (["refuse", "refuse"], "ask", RequestError, "seed must be 2 (got 1)"),
         (["fine", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError"),
         pytest.param(
             ["sleep", "refuse"], "ask", GangFailed, "rank 1: step() raised RequestError", marks=pytest.mark.slow
