@@ -187,6 +187,7 @@ FORWARD = ["--mode", "forward_dynamics", "--image", "image.png", "--domain-name"
         ([*POLICY, "--raw-action-dim", "65"], "error: raw_action_dim must be ...(got 65"),
         ([*POLICY, "--num-frames", "9", "--action-chunk-size", "9"], "error: num_frames must be ...(got 9"),
         (["--prompt", ""], "error: prompt must be ...(got ''"),
+        (["--prompt", "a", "--condition-keep", "middle"], "error: condition_video_keep must be ...(got 'middle')"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
@@ -213,7 +214,6 @@ def test_a_place_where_actions_cannot_go_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--condition-keep", "middle"],
         ["--condition-frames", "a"],
         ["--guidance-interval", "5"],
         ["--resolution-tier", "tall"],

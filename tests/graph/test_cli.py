@@ -93,7 +93,7 @@ def test_an_image_and_actions_go_there_and_back(served: Serving, tiny_nano: Path
     assert not (tmp_path / "found.mp4").exists()
     missing = cosmos3("generate", "--url", served.url(), *policy, "--image", "none.png", cwd=tmp_path)
     assert missing.returncode == 2
-    assert "image='none.png'" in only_line(missing.stderr)
+    assert "image must be the path of a file that can be read (got 'none.png')" in only_line(missing.stderr)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
         command, env=served.client_environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True
     ) as client:
         assert client.stdout is not None
-        assert "Step\n" in client.stdout
+        assert "StepDone\n" in client.stdout
         # As a terminal sends it.
         os.killpg(served.process.pid, signal.SIGINT)
         deadline_s = time.monotonic() + DEADLINE_S
