@@ -160,7 +160,7 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
         # From here: a command's own start may outlast the request in hand, and with it the app.
         with pytest.raises(ShuttingDown, match="the app is being stopped and takes no new request"):
             save_video(url, GenerationRequest(prompt="x", num_frames=5), tmp_path / "late.mp4", timeout_s=60)
-        assert client.stdout.read().splitlines()[-2:] == ["Decoding", "Ended"]
+        assert client.stdout.read().splitlines()[-2:] == ["ChunkEncoded", "VideoEnded"]
     assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
     assert served.said().endswith(
