@@ -18,6 +18,7 @@ from typing import Any
 from cluster.errors import GangFailed, StageFailed, StreamClosed
 from cluster.events import Event
 from cosmos3_core.media.writer import ClipFormat
+from deployments.config import DirectorStage
 from deployments.director.guardrail_calls import PassedChunk, check_chunk
 from deployments.director.retries import retry_stage
 from deployments.failures import summarize_error
@@ -54,8 +55,7 @@ class ClipPipeline:
         encoder: the deployment's handle, with ``stream=True``.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
         media: store of the file.
-        chunk_window: decoded chunks that may exist before they are encoded.
-        max_attempts: attempts of a stage whose process died.
+        config: the Director's section.
         close_later: closes a clip's stream in the background.
         guardrail: the deployment's handle, with ``stream=True``, that checks every frame; None without checks.
         seconds: of the last attempt.
@@ -67,8 +67,7 @@ class ClipPipeline:
     encoder: Any
     clips: Any
     media: MediaStore
-    chunk_window: int
-    max_attempts: int
+    config: DirectorStage
     close_later: Callable[[str], None]
     guardrail: Any = None
     seconds: float = field(default=0.0, init=False)
@@ -84,7 +83,7 @@ class ClipPipeline:
             ContentBlocked: the guardrail blocked the frames.
             GuardrailUnavailable: the guardrail cannot check them.
         """
-        async for event in retry_stage("encode", self.context, self.max_attempts, self._make_file):
+        async for event in retry_stage("encode", self.context, self.config.max_attempts, self._make_file):
             yield event
 
     async def _make_file(self, context: RequestContext) -> AsyncIterator[Event]:
@@ -92,7 +91,7 @@ class ClipPipeline:
         stream_id, media_id = context.try_id, new_media_id()
         start_s = time.monotonic()
         try:
-            await wait_within(context, "decode", self.clips.open.remote(stream_id, self.chunk_window))
+            await wait_within(context, "decode", self.clips.open.remote(stream_id, self.config.chunk_window))
             encode = self.encoder.encode.remote(context, self.clip_format, media_id, self.clips, stream_id)
             async with follow_stream(encode, context, "encode") as encoded:
                 # The encoder's slot first, then the decoder's: two clips that hold one slot each would deadlock.
@@ -133,11 +132,11 @@ class ClipPipeline:
                 raise
 
         try:
-            async for event in retry_stage("decode", context, self.max_attempts, attempt):
+            async for event in retry_stage("decode", context, self.config.max_attempts, attempt):
                 yield event
         except GangFailed as error:
             # The decoder has used its attempts; the encoder must not be retried for it.
-            raise StageFailed("decode", self.max_attempts, summarize_error(error)) from error
+            raise StageFailed("decode", self.config.max_attempts, summarize_error(error)) from error
 
     async def _forward(
         self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: _PostedChunks
@@ -156,7 +155,7 @@ class ClipPipeline:
                 continue
             if self.guardrail is not None and isinstance(event, ChunkDecoded):
                 # Uses the pipeline's context: the guardrail's attempts do not count as the decoder's.
-                async for item in check_chunk(self.guardrail, self.context, self.max_attempts, chunk_ref):
+                async for item in check_chunk(self.guardrail, self.context, self.config.max_attempts, chunk_ref):
                     if isinstance(item, PassedChunk):
                         chunk_ref = item.ref
                     else:

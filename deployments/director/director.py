@@ -1,11 +1,12 @@
 """Director: admits requests as jobs and has them run. Sees neither tensors nor frames.
 
-Whatever the HTTP API does, any process of the cluster can do by this deployment's handle.
+Any process of the cluster can do by this deployment's handle what clients do over HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +15,18 @@ from dataclasses import replace
 
 from cluster.errors import ShuttingDown
 from cluster.events import Event
+from cosmos3_core import checks
 from cosmos3_core.request import GenerationRequest
 from deployments.config import AppConfig
 from deployments.director.job_calls import JobCalls
+from deployments.director.leases import RESTART_S
 from deployments.director.parts import DirectorParts
-from deployments.jobs.job import Job, SubmitOptions
+from deployments.jobs.job import Job, SubmitOptions, new_job_id
 from deployments.messages import Accepted, Finished, Generated, RequestContext
 from deployments.stages.handles import Stages
 
 _NUM_THREADS = 32
 _MAX_REMIXES = 4
-_RESTART_S = 30.0  # what a restart of the app takes, about
 _DEFAULTS = SubmitOptions()
 
 
@@ -52,7 +54,7 @@ class Director(JobCalls):
 
         Args:
             request: with its media packed.
-            options: that it comes with.
+            options: of the request.
             timeout_s: from now to the whole file; the app's own limit if omitted or longer than that.
 
         Yields:
@@ -74,7 +76,7 @@ class Director(JobCalls):
             raise
         try:
             del request  # and its media with it
-            yield _accept_event(job)
+            yield Accepted(job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, job.notes, os.getpid())
             async with aclosing(self._runner.follow(job)) as events:
                 async for event in events:
                     yield event
@@ -121,7 +123,7 @@ class Director(JobCalls):
             return await self.submit(*await self._parts.admission.load_remix(earlier, prompt, options))
 
     async def drain(self) -> int:
-        """Refuse new requests from now on; return how many jobs are in hand."""
+        """Reject new requests from now on; return how many jobs are in hand."""
         self._is_draining = True
         return self._runner.drain()
 
@@ -130,24 +132,23 @@ class Director(JobCalls):
         await self.release()
 
     async def release(self) -> None:
-        """Give jobs back to the next Director; callers who wait get an error that says when to come again.
-
-        See :meth:`deployments.director.runner.JobRunner.release`.
-        """
+        """Give jobs back to the next Director; waiting callers get an error that says when to retry."""
         self._is_draining = True
         await self._runner.release()
 
     async def num_open_clips(self) -> int:
         """Return how many clips are between decoder and encoder; 0 when idle."""
-        return await self._parts.num_open_clips()
+        return int(await self._parts.clips.num_open.remote())
 
     def _context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
-        """Return the context of a request that comes now; refuse it while draining."""
+        """Return the context of a request that comes now, under a fresh job id.
+
+        Raises:
+            RequestError: ``timeout_s`` is no number of seconds.
+            ShuttingDown: the app is being stopped.
+        """
         if self._is_draining:
-            raise ShuttingDown(_RESTART_S)
-        return self._parts.make_context(options, timeout_s)
-
-
-def _accept_event(job: Job) -> Accepted:
-    """Return the first event of a job."""
-    return Accepted(job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid())
+            raise ShuttingDown(RESTART_S)
+        limit_s = math.inf if timeout_s is None else checks.real("timeout_s", timeout_s, 0, math.inf)
+        limit_s = min(self._parts.config.http.request_timeout_s, limit_s)
+        return RequestContext.new(options.request_id, limit_s, new_job_id())

@@ -1,4 +1,4 @@
-"""The Director's calls of the guardrail. What cannot be checked does not pass."""
+"""The Director's calls of the guardrail: a prompt or chunk that cannot be checked does not pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_PASSED = 10_000
 
 @dataclass(frozen=True)
 class PromptCheck:
-    """Checks the prompt of a request at admission, and of a job before its pipeline starts.
+    """Checks the prompt of a request, not its negative prompt: at admission, and again before its pipeline starts.
 
     Attributes:
         handle: of the Guardrails deployment, streaming.
@@ -44,28 +44,34 @@ class PromptCheck:
     _passed: OrderedDict[bytes, None] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
-        """Check a prompt unless the request skips the guardrail.
+        """Check a prompt before admission, unless the request skips the guardrail.
 
         Raises:
             RequestError: the request must not skip the guardrail.
-            Cosmos3Error: as :func:`check_prompt`.
+            ContentBlocked: the prompt must not be used.
+            GuardrailUnavailable: the stage is down, fails, or takes too long.
+            OverloadedError: the stage's queue is full.
+            DeadlineExceeded: the request's time is up.
         """
-        if not is_skipped:
-            await check_prompt(self.handle, self.text_timeout_s, context, prompt)
-            self._remember(prompt)
-        elif not self.may_be_skipped:
-            hint = "The operator of this service does not let clients turn the guardrails off."
-            raise RequestError("skip_guardrails", True, "false", hint)
+        if is_skipped:
+            if not self.may_be_skipped:
+                hint = "The operator of this service does not let clients turn the guardrails off."
+                raise RequestError("skip_guardrails", True, "false", hint)
+            return
+        limit = asyncio.timeout(self.text_timeout_s + _WAIT_S)
+        try:
+            async with limit:
+                await self._check_with_retries(context, prompt)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise GuardrailUnavailable("prompt") from None
+        self._remember(prompt)
 
     async def check_before(
         self, context: RequestContext, max_attempts: int, prompt: str
     ) -> AsyncIterator[StageRetried]:
         """Check a job's prompt unless this process has done so. Waits for a guardrail that is not up yet.
-
-        Args:
-            context: of the request.
-            max_attempts: attempts of a guardrail whose process died.
-            prompt: of the job.
 
         Raises:
             ContentBlocked: the prompt must not be used.
@@ -74,7 +80,7 @@ class PromptCheck:
         """
 
         async def attempt(context: RequestContext) -> AsyncIterator[TextChecked]:
-            yield await _check_text_once(self.handle, context, prompt)
+            yield await self._check_once(context, prompt)
 
         if _digest(prompt) in self._passed:
             return
@@ -82,6 +88,25 @@ class PromptCheck:
             if isinstance(item, StageRetried):
                 yield item
         self._remember(prompt)
+
+    async def _check_with_retries(self, context: RequestContext, prompt: str) -> None:
+        """Retry a dead replica, but do not wait for a full stage: the caller can come again."""
+        for num_attempts in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                await self._check_once(context, prompt)
+                return
+            except Exception as error:  # noqa: BLE001 - another process may raise anything
+                if num_attempts == _MAX_ATTEMPTS or not is_retryable(error):
+                    meaning = translate_error(error, _STAGE)
+                    raise GuardrailUnavailable("prompt") if isinstance(meaning, StageFailed) else meaning from None
+            await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def _check_once(self, context: RequestContext, prompt: str) -> TextChecked:
+        async with follow_stream(self.handle.check_text.remote(context, prompt), context, _STAGE) as stream:
+            checked = await stream.next_value()
+            if not isinstance(checked, TextChecked):
+                raise GuardrailUnavailable("prompt")
+            return checked
 
     def _remember(self, prompt: str) -> None:
         self._passed[_digest(prompt)] = None
@@ -91,51 +116,6 @@ class PromptCheck:
 
 def _digest(prompt: str) -> bytes:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
-
-
-async def check_prompt(handle: Any, text_timeout_s: float, context: RequestContext, prompt: str) -> None:
-    """Check the prompt of a request, not its negative prompt, before admission.
-
-    Args:
-        handle: of the Guardrails deployment, streaming.
-        text_timeout_s: of the adapter.
-        context: of the request.
-        prompt: as the caller wrote it.
-
-    Raises:
-        ContentBlocked: the prompt must not be used.
-        GuardrailUnavailable: the stage is down, fails, or takes too long.
-        OverloadedError: the stage's queue is full.
-        DeadlineExceeded: the request's time is up.
-    """
-    limit = asyncio.timeout(text_timeout_s + _WAIT_S)
-    try:
-        async with limit:
-            for num_attempts in range(1, _MAX_ATTEMPTS + 1):
-                try:
-                    await _check_text_once(handle, context, prompt)
-                    return
-                except Exception as error:  # noqa: BLE001 - another process may raise anything
-                    if num_attempts == _MAX_ATTEMPTS or not is_retryable(error):
-                        raise _translate(error) from None
-                await asyncio.sleep(_RETRY_PAUSE_S)
-    except TimeoutError:
-        if not limit.expired():
-            raise
-    raise GuardrailUnavailable("prompt")
-
-
-def _translate(error: Exception) -> BaseException:
-    meaning = translate_error(error, _STAGE)
-    return GuardrailUnavailable("prompt") if isinstance(meaning, StageFailed) else meaning
-
-
-async def _check_text_once(handle: Any, context: RequestContext, prompt: str) -> TextChecked:
-    async with follow_stream(handle.check_text.remote(context, prompt), context, _STAGE) as stream:
-        checked = await stream.next_value()
-        if not isinstance(checked, TextChecked):
-            raise GuardrailUnavailable("prompt")
-        return checked
 
 
 @dataclass(frozen=True)
@@ -148,13 +128,7 @@ class PassedChunk:
 async def check_chunk(
     handle: Any, context: RequestContext, max_attempts: int, chunk_ref: Any
 ) -> AsyncIterator[StageRetried | PassedChunk]:
-    """Check a chunk of frames; :class:`PassedChunk` is the last item.
-
-    Args:
-        handle: of the Guardrails deployment, streaming.
-        context: of the request.
-        max_attempts: attempts of a guardrail whose process died.
-        chunk_ref: to the chunk.
+    """Check a chunk of frames with the Guardrails deployment; :class:`PassedChunk` is the last item.
 
     Raises:
         ContentBlocked: the frames must not be shown.

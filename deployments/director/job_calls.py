@@ -1,4 +1,4 @@
-"""Calls of the Director's handle about jobs that are there already; the HTTP API answers the same."""
+"""Calls of the Director's handle about existing jobs; the HTTP API answers the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_FOLLOW_S = 86_400.0
 class JobCalls:
     """Base of the Director: :class:`deployments.jobs.service.JobService` by its handle.
 
-    An ``owner`` is the API key whose jobs are meant, "" for jobs that came without. A job that is not there, or belongs
+    An ``owner`` is the API key whose jobs are meant, "" for jobs without a key. A job that does not exist, or belongs
     to another owner, is an ``ApiError`` with status 404, as over HTTP.
     """
 
@@ -55,11 +55,11 @@ class JobCalls:
     async def events(
         self, job_id: str, after: int = 0, timeout_s: float | None = None, owner: str = ""
     ) -> AsyncIterator[JobEvent]:
-        """Yield a job's history behind an event, and what comes, to its end; call with ``stream=True``.
+        """Yield a job's events after number ``after``, as they come, to its end; call with ``stream=True``.
 
         Raises:
-            OverloadedError: too many follow jobs here.
-            DeadlineExceeded: it has not ended in time.
+            OverloadedError: too many callers follow jobs here.
+            DeadlineExceeded: the job has not ended in time.
         """
         limit_s = checks.real("timeout_s", _MAX_FOLLOW_S if timeout_s is None else timeout_s, 0, math.inf)
         job = await self._parts.jobs.get(job_id, owner)
@@ -68,9 +68,9 @@ class JobCalls:
                 yield event
 
     async def read(self, job_id: str, start: int, num_bytes: int, owner: str = "", variant: str = VIDEO) -> bytes:
-        """Return a part of what a finished job has made; see :meth:`deployments.jobs.service.JobService.read`.
+        """Return a part of a finished job's content, as :meth:`deployments.jobs.service.JobService.read`.
 
-        Any Director of the app can be asked: a reader asks for part after part, and a slow one holds nobody up.
+        Any Director of the app has it. Readers fetch part after part, so a slow one holds nothing up.
         """
         jobs = self._parts.jobs
         return await jobs.read(await jobs.get(job_id, owner), start, num_bytes, variant)

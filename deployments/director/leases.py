@@ -1,4 +1,4 @@
-"""Claimed jobs in a runner's hands: why one is stopped, and the renewal of their leases."""
+"""The jobs that a runner has claimed: why one is stopped, and the renewal of their leases."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from deployments.jobs.store import JobStore, Lease
 logger = logging.getLogger("ray.serve")
 
 RESTART_S = 30.0
-"""What a restart of the app takes, about."""
+"""About how long a restart of the app takes."""
 
 # Renewals in the time of a lease: two may fail.
 _RENEWALS_PER_LEASE = 4
-# Leases that pass before a runner that cannot renew them stops. A slow database is no reason to begin anew: of two
-# runners that have one job for a while, one records its end.
+# Lease periods that pass before a runner that cannot renew stops its jobs. A slow database is no reason to begin anew:
+# of two runners that have one job for a while, only one records its end.
 _PATIENCE_LEASES = 2
 # Between two renewals while jobs run: this is how an owner's cancellation is noticed.
 _CANCEL_POLL_S = 0.5
@@ -32,7 +32,7 @@ _SHORTEST_TRY_S = 0.1
 
 
 class StopReason(StrEnum):
-    """Why a claimed job is stopped, in words that its caller may read."""
+    """Why a claimed job is stopped, as its caller reads it."""
 
     LOST = "it was deleted, or another runner has it"
     DATABASE_AWAY = "the database of jobs cannot be used"
@@ -50,9 +50,9 @@ class ClaimedJob:
         job: as it was claimed; its ``media_id`` is of the file that an earlier run has begun.
         task: runs it.
         claimed_s: by the monotonic clock.
-        is_interruptible: whether stopping cancels the task: its begin and its end run to completion.
-        stop_reason: None while nobody stops it.
-        database_error: why nothing can be recorded of it, if that is so.
+        is_interruptible: whether stopping cancels the task; its begin and its end run to completion.
+        stop_reason: None while it is not stopped.
+        database_error: why nothing about it can be recorded, if that is the reason.
         saved_states: of its denoising.
         media_id: of the file that this run has begun; "" before.
     """
@@ -67,14 +67,14 @@ class ClaimedJob:
     media_id: str = ""
 
     def stop(self, reason: StopReason, database_error: JobsError | None = None) -> None:
-        """Stop it, unless it is being stopped already, or at its end."""
+        """Stop it, unless it is being stopped already."""
         if self.stop_reason is None:
             self.stop_reason, self.database_error = reason, database_error
             if self.is_interruptible and self.task is not None:
                 self.task.cancel()
 
     def give_up(self, error: JobsError) -> None:
-        """Stop it because nothing can be recorded of it any more."""
+        """Stop it because nothing about it can be recorded any more."""
         if isinstance(error, LeaseLost):
             self.stop(StopReason.LOST)
         else:
@@ -83,11 +83,12 @@ class ClaimedJob:
 
     @property
     def is_lost(self) -> bool:
-        """Whether nothing can be recorded of it any more."""
+        """Whether nothing about it can be recorded any more."""
         return self.stop_reason in (StopReason.LOST, StopReason.DATABASE_AWAY)
 
+    @property
     def stop_error(self) -> Exception:
-        """Return the error that the caller of a stopped job gets."""
+        """The error that the caller of a stopped job gets."""
         if self.stop_reason is StopReason.SHUT_DOWN:
             return ShuttingDown(RESTART_S)
         if self.stop_reason is StopReason.DATABASE_AWAY:
@@ -99,13 +100,13 @@ class LeaseKeeper:
     """Renews the leases of a runner's jobs, and stops the jobs that were lost or cancelled.
 
     Args:
-        store: of jobs.
-        runner_id: of the runner.
+        store: the jobs' store.
+        runner_id: whose leases they are.
         lease_s: how long a lease is valid.
-        claimed: the runner's jobs as of now, by id.
+        claimed: the runner's jobs by id; the runner changes it.
 
     Attributes:
-        patience_s: how long a job goes on when the database is away.
+        patience_s: how long a job keeps running while the database is away.
     """
 
     def __init__(self, store: JobStore, runner_id: str, lease_s: float, claimed: Mapping[str, ClaimedJob]) -> None:
@@ -125,7 +126,7 @@ class LeaseKeeper:
             limit_s = max(renewed_s + self.patience_s - start_s, _SHORTEST_TRY_S)
             try:
                 lost, cancelling = await self._renew(list(claimed.values()), limit_s)
-            except Exception:  # late, or whatever the database raised
+            except Exception:  # too late, or an error of the database
                 logger.exception("leases of jobs cannot be renewed")
                 self._give_up_expired(list(claimed.values()), renewed_s)
                 continue
@@ -144,7 +145,7 @@ class LeaseKeeper:
             return await asyncio.shield(renewing)
 
     def _give_up_expired(self, claimed: Sequence[ClaimedJob], renewed_s: float) -> None:
-        """Stop jobs that another runner has had for a while, so that they do not run twice for long."""
+        """Stop jobs that another runner has had for a while: they must not run twice for long."""
         for each in claimed:
             if time.monotonic() - max(renewed_s, each.claimed_s) > self.patience_s:
                 each.stop(StopReason.DATABASE_AWAY)

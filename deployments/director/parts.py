@@ -1,15 +1,14 @@
-"""The parts of a Director, wired from the configuration: jobs, admission, pipelines, runner, maintenance."""
+"""The parts of a Director, wired from the configuration."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cluster.clip_stream import start_clip_streams
 from cluster.envelope import TensorEnvelope
-from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import ResolvedRequest
 from deployments.config import AppConfig, GuardrailsConfig
@@ -20,7 +19,7 @@ from deployments.director.pipeline import Pipeline
 from deployments.director.previews import Previews
 from deployments.director.runner import JobRunner
 from deployments.jobs.cost import CostModel
-from deployments.jobs.job import Job, SubmitOptions, new_job_id
+from deployments.jobs.job import Job
 from deployments.jobs.maintenance import Maintenance
 from deployments.jobs.service import JobService
 from deployments.jobs.store import QueueLimits
@@ -34,15 +33,8 @@ class DirectorParts:
     """The parts of one Director. Made in a thread, used in the Director's event loop.
 
     Attributes:
-        config: of the app.
-        layout: of the checkpoint.
-        stages: handles, streaming.
-        jobs: with their files.
-        admission: of requests.
-        model: that is served.
-        clips: the actor that holds the clips' streams.
-        closer: of those streams.
-        previews: the app's map of previews.
+        stages: handles whose calls stream.
+        clips: the :class:`cluster.clip_stream.ClipStreams` actor, whose streams ``closer`` closes.
     """
 
     config: AppConfig
@@ -57,7 +49,7 @@ class DirectorParts:
 
     @classmethod
     def open(cls, config: AppConfig, stages: Stages) -> DirectorParts:
-        """Open what a Director works with.
+        """Open the parts of a Director.
 
         Raises:
             CheckpointError, JobsError, MediaStoreError: the checkpoint, the database or the files cannot be used.
@@ -94,7 +86,7 @@ class DirectorParts:
         return JobRunner(self.jobs, self.model.id, self.config.jobs, self.admission.check, self._make_pipeline)
 
     def make_maintenance(self) -> Maintenance:
-        """Return the periodic work on jobs."""
+        """Make the periodic work on jobs."""
         return Maintenance(self.jobs, self.model.id, self.config.jobs)
 
     def _make_pipeline(
@@ -114,27 +106,13 @@ class DirectorParts:
             stages=self.stages.without_guardrail() if is_skipped else self.stages,
             clips=self.clips,
             media=self.jobs.media,
-            chunk_window=self.config.director.chunk_window,
-            max_attempts=self.config.director.max_attempts,
+            config=self.config.director,
             close_later=self.closer.close_later,
-            order_previews=self.previews.orders(job.previews),
+            order_previews=partial(self.previews.order, job.previews) if job.previews else None,
             prompt_check=None if is_skipped else self.admission.prompt_check,
             begin_from=begin_from,
             on_saved=on_saved,
         )
-
-    def make_context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
-        """Return the context of a request that comes now, under a fresh job id.
-
-        Raises:
-            RequestError: ``timeout_s`` is no number of seconds.
-        """
-        limit_s = math.inf if timeout_s is None else checks.real("timeout_s", timeout_s, 0, math.inf)
-        return RequestContext.new(options.request_id, min(self.config.http.request_timeout_s, limit_s), new_job_id())
-
-    async def num_open_clips(self) -> int:
-        """Return how many clips are between decoder and encoder."""
-        return int(await self.clips.num_open.remote())
 
 
 def make_prompt_check(stages: Stages, guardrails: GuardrailsConfig) -> PromptCheck | None:

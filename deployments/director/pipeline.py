@@ -20,6 +20,7 @@ from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import StateError
 from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
+from deployments.config import DirectorStage
 from deployments.director.clip_pipeline import ClipPipeline, LatentsDecoder
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.director.retries import retry_stage
@@ -53,8 +54,7 @@ class Pipeline:
         stages: handles of the deployments.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
         media: store of the files.
-        chunk_window: decoded chunks that may exist before they are encoded.
-        max_attempts: attempts of a stage whose process died.
+        config: the Director's section.
         close_later: closes a clip's stream in the background.
         order_previews: makes the order of previews for a clip's seconds; None without previews.
         prompt_check: checks the prompt before the first stage; None if it needs no check.
@@ -68,8 +68,7 @@ class Pipeline:
     stages: Stages
     clips: Any
     media: MediaStore
-    chunk_window: int
-    max_attempts: int
+    config: DirectorStage
     close_later: Callable[[str], None]
     order_previews: Callable[[float], Awaitable[PreviewOrder]] | None = None
     prompt_check: PromptCheck | None = None
@@ -92,14 +91,19 @@ class Pipeline:
         """
         if self.prompt_check is not None:
             # Admission has checked the prompt, but maybe under another configuration, before the app was restarted.
-            async for retry in self.prompt_check.check_before(self.context, self.max_attempts, self.request.prompt):
+            checking = self.prompt_check.check_before(self.context, self.config.max_attempts, self.request.prompt)
+            async for retry in checking:
                 yield retry
         start_s = time.monotonic()
         if self.begin_from is not None:
             self._saved = _SavedState(0, _HeldTensor(ray.put(self.begin_from), self.begin_from))
-        pair, tokenized_events = await self._tokenize()
-        for event in tokenized_events:
-            yield event
+        async for item in self._retry("tokenize", self._tokenize):
+            if isinstance(item, TokenizedPair):
+                pair = item
+            else:
+                yield item
+        self._seconds["tokenize"] = time.monotonic() - start_s
+        yield Tokenized(len(pair.text_ids), len(pair.negative_text_ids), pair.negative_origin, pair.pid)
         if self.request.picture is not None:
             async for event in self._retry("condition", self._condition):
                 yield event
@@ -111,59 +115,30 @@ class Pipeline:
                 previews = await self._make_preview_order(self.order_previews)
             except PreviewFailed as error:
                 yield PreviewsOff(error.reason, os.getpid())
-        latents: _Latents
         async for item in self._retry("denoise", lambda context: self._denoise(context, pair, previews)):
             if isinstance(item, _Latents):
                 latents = item
             else:
                 yield item
         actions = self._read_actions(latents)
-        if not self.request.has_file:
-            self._seconds["total"] = time.monotonic() - start_s
-            yield self._finished(None, pair, actions)
-            return
-        clip = self._clip_pipeline(latents)
-        async for event in clip.events():
-            yield event
-            if isinstance(event, ClipEncoded):
-                self._seconds |= {"decode_encode": clip.seconds, "encode": event.seconds}
-                self._seconds["total"] = time.monotonic() - start_s
-                yield self._finished(event, pair, actions)
-
-    def _clip_pipeline(self, latents: _Latents) -> ClipPipeline:
-        handles = self.stages.decoders_for(self.request)
-        return ClipPipeline(
-            context=self.context,
-            clip_format=self.request.clip_format(),
-            decoders=tuple(LatentsDecoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),
-            encoder=self.stages.encoder,
-            clips=self.clips,
-            media=self.media,
-            chunk_window=self.chunk_window,
-            max_attempts=self.max_attempts,
-            close_later=self.close_later,
-            guardrail=self.stages.guardrail,
-        )
+        clip: ClipEncoded | None = None
+        if self.request.has_file:
+            clip_pipeline = self._make_clip_pipeline(latents)
+            async for event in clip_pipeline.events():
+                yield event
+                if isinstance(event, ClipEncoded):
+                    clip = event
+                    self._seconds |= {"decode_encode": clip_pipeline.seconds, "encode": clip.seconds}
+        self._seconds["total"] = time.monotonic() - start_s
+        yield self._make_finished(clip, pair, actions)
 
     def _retry(self, stage: str, attempt: Callable[[RequestContext], AsyncIterator[Any]]) -> AsyncIterator[Any]:
         def num_saved_steps() -> int:
             return 0 if self._saved is None else self._saved.step
 
-        return retry_stage(stage, self.context, self.max_attempts, attempt, num_saved_steps)
+        return retry_stage(stage, self.context, self.config.max_attempts, attempt, num_saved_steps)
 
-    async def _tokenize(self) -> tuple[TokenizedPair, list[Event]]:
-        start_s = time.monotonic()
-        events: list[Event] = []
-        async for item in self._retry("tokenize", self._tokenize_once):
-            if isinstance(item, TokenizedPair):
-                pair = item
-            else:
-                events.append(item)
-        self._seconds["tokenize"] = time.monotonic() - start_s
-        counts = len(pair.text_ids), len(pair.negative_text_ids)
-        return pair, [*events, Tokenized(*counts, pair.negative_origin, pair.pid)]
-
-    async def _tokenize_once(self, context: RequestContext) -> AsyncIterator[TokenizedPair]:
+    async def _tokenize(self, context: RequestContext) -> AsyncIterator[TokenizedPair]:
         response = self.stages.tokenizer.tokenize.remote(context, replace(self.request, picture=None))
         try:
             yield await wait_within(context, "tokenize", response)
@@ -189,7 +164,7 @@ class Pipeline:
         if not self.request.has_pictures:
             raise PreviewFailed("the request makes no pictures")
         if self.stages.guardrail is not None:
-            raise PreviewFailed("the guardrail looks at pictures before anybody sees them, and these it cannot")
+            raise PreviewFailed("the guardrail must check pictures before they are shown, and cannot check previews")
         duration_s = self.request.num_frames / self.request.fps
         return await wait_within(self.context, "denoise", order_previews(duration_s))
 
@@ -254,7 +229,23 @@ class Pipeline:
             return None
         return track.result(latents.held["action"].envelope.array()[:, : track.width])
 
-    def _finished(self, clip: ClipEncoded | None, pair: TokenizedPair, actions: GeneratedActions | None) -> Finished:
+    def _make_clip_pipeline(self, latents: _Latents) -> ClipPipeline:
+        handles = self.stages.decoders_for(self.request)
+        return ClipPipeline(
+            context=self.context,
+            clip_format=self.request.clip_format(),
+            decoders=tuple(LatentsDecoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),
+            encoder=self.stages.encoder,
+            clips=self.clips,
+            media=self.media,
+            config=self.config,
+            close_later=self.close_later,
+            guardrail=self.stages.guardrail,
+        )
+
+    def _make_finished(
+        self, clip: ClipEncoded | None, pair: TokenizedPair, actions: GeneratedActions | None
+    ) -> Finished:
         return Finished(
             request_id=self.context.request_id,
             job_id=self.context.job_id,

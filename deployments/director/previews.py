@@ -1,17 +1,14 @@
-"""The app's preview map, fetched from a decoder for the first request with previews, and cached."""
+"""Previews: the app's preview map, fetched from a decoder for the first request with previews, and cached."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from cluster.errors import PreviewFailed
-from cosmos3_core import checks
-from cosmos3_core.preview import MAX_PREVIEWS, PreviewMap, PreviewOrder
+from cosmos3_core.preview import PreviewMap, PreviewOrder
 from deployments.failures import summarize_error, unwrap_error
 from deployments.messages import RequestContext
 from deployments.stages.streams import follow_stream
@@ -34,15 +31,6 @@ class Previews:
     def __init__(self, vae: Any) -> None:
         self._vae = vae
         self._fetching: asyncio.Task[PreviewMap | PreviewFailed] | None = None
-
-    def orders(self, num_previews: int) -> Callable[[float], Awaitable[PreviewOrder]] | None:
-        """Return the function that makes a request's order from its clip's seconds; None without previews.
-
-        Raises:
-            RequestError: the number of previews is out of range.
-        """
-        num_previews = checks.integer("previews", num_previews, 0, MAX_PREVIEWS)
-        return partial(self.order, num_previews) if num_previews else None
 
     async def order(self, num_previews: int, duration_s: float) -> PreviewOrder:
         """Make the transformer's order of previews for a clip of ``duration_s`` seconds.

@@ -1,4 +1,4 @@
-"""Retry a stage whose process died; wait for a stage that is full."""
+"""Retry a stage whose process died, and wait for one that is full."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""JobRunner: claims jobs while there is room for them, runs them through the stages, and records how they end.
+"""JobRunner: claims jobs while it has room for them, runs them through the stages, and records how they end.
 
-Each Director has one. Jobs whose caller waits here (*attached*) hand every event on to the caller as it comes; the
-others are followed through the database.
+Each Director has one. The caller of an *attached* job waits here and gets every event as it comes; other jobs are
+followed through the database.
 
 A claim is a lease, renewed while the job runs. When a runner stops renewing it, another runner takes the job over and
-resumes it from its last saved state; whatever the first one still records about the job is refused, and its pipeline is
+resumes it from its last saved state. Later writes of the first runner about that job are rejected, and its pipeline is
 stopped.
 """
 
@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
@@ -28,6 +28,7 @@ from cosmos3_core.request import ResolvedRequest
 from deployments.config import JobsConfig
 from deployments.director.admission import RequestCheck
 from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, StopReason
+from deployments.director.pipeline import Pipeline
 from deployments.director.recorder import Recorder, Tries, result_of
 from deployments.director.saved_states import SAVED_STATE, SavedStates
 from deployments.errors import JobCancelled, LeaseLost
@@ -44,78 +45,41 @@ from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
-# Between two reports of where a caller's job stands in the queue.
+# Between two reports of a queue position to a waiting caller.
 _POSITION_PERIOD_S = 1.0
-# After a claim failed: the database may be away.
+# After a failed claim: the database may be away.
 _PAUSE_S = 1.0
 
 
-class RunsRequest(Protocol):
-    """A request on its way through the stages, as :class:`deployments.director.pipeline.Pipeline` is."""
-
-    def events(self) -> AsyncIterator[Event]:
-        """Yield every event, the last one :class:`Finished`."""
-        ...
-
-
-class MakePipeline(Protocol):
-    """Makes a job's pipeline.
-
-    Args:
-        request: with every field decided.
-        context: of this run.
-        job: as it was claimed.
-        begin_from: the saved state to resume from, if any.
-        on_saved: takes states that are to be saved.
-    """
-
-    def __call__(
-        self,
-        request: ResolvedRequest,
-        context: RequestContext,
-        job: Job,
-        begin_from: TensorEnvelope | None,
-        on_saved: Callable[[int, TensorEnvelope], None],
-    ) -> RunsRequest: ...
+OnSaved = Callable[[int, TensorEnvelope], None]
+MakePipeline = Callable[[ResolvedRequest, RequestContext, Job, TensorEnvelope | None, OnSaved], Pipeline]
+"""Makes the pipeline of a claimed job: from its saved state, if any, and with a function that saves later ones."""
 
 
 @dataclass(eq=False)
 class _Caller:
-    """The caller of an attached job, who waits here for its events.
-
-    Attributes:
-        context: of the request.
-        is_following: whether its job is there.
-        items: events to come, and the error that ends them; bounded, as a request's steps and chunks are.
-        has_begun: whether its job runs.
-        has_ended: whether its last item is there.
-    """
+    """The caller of an attached job, who waits here for its events."""
 
     context: RequestContext
-    is_following: bool = False
-    items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
-    has_begun: bool = False
-    has_ended: bool = False
+    is_following: bool = False  # the job is created
+    items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)  # as many as steps and chunks
+    has_begun: bool = False  # the job runs
+    has_ended: bool = False  # the last item is in the queue
 
 
 class JobRunner:
     """The runner of one Director. Made and used inside one event loop.
 
     Args:
-        jobs: with their files.
+        jobs: the jobs, their files and media.
         model: name of the served model; jobs of other models are left to other runners.
         config: the configuration's section.
-        check: of requests.
-        make_pipeline: of claimed jobs.
+        check: resolves the jobs' requests.
+        make_pipeline: see :data:`MakePipeline`.
     """
 
     def __init__(
-        self,
-        jobs: JobService,
-        model: str,
-        config: JobsConfig,
-        check: RequestCheck,
-        make_pipeline: MakePipeline,
+        self, jobs: JobService, model: str, config: JobsConfig, check: RequestCheck, make_pipeline: MakePipeline
     ) -> None:
         self.runner_id = uuid.uuid4().hex
         self._jobs = jobs
@@ -140,18 +104,18 @@ class JobRunner:
         return len(self._claimed.keys() | self._callers.keys())
 
     def nudge(self) -> None:
-        """Look for jobs now: one was accepted."""
+        """Look for jobs now, because one was accepted."""
         self._wake.set()
 
     def drain(self) -> int:
-        """Claim only jobs of callers who wait from now on; return how many jobs are in hand."""
+        """Claim only attached jobs from now on; return how many jobs are in hand."""
         self._is_draining = True
         return self.num_in_hand
 
     async def release(self) -> None:
-        """Give running jobs back to the next runner, and stop those whose callers wait here.
+        """Claim no more jobs, give running ones back to the next runner, and stop attached ones.
 
-        No job begins any more. When this has returned, callers who wait have an error, and their jobs are cancelled.
+        On return waiting callers have got an error, and their jobs are cancelled.
         """
         self._is_draining = self._is_released = True
         self.nudge()
@@ -164,14 +128,14 @@ class JobRunner:
         await asyncio.gather(self._cancel_all(queued), *tasks, return_exceptions=True)
 
     def _turn_away(self, caller: _Caller) -> bool:
-        """Report the shutdown to a caller who waits; return whether its job is there and has to be cancelled."""
+        """Report the shutdown to a waiting caller; return whether its job exists and has to be cancelled."""
         caller.items.put_nowait(ShuttingDown(RESTART_S))
-        # Else it is about to be created, and is cancelled when the caller leaves.
+        # Otherwise the job is about to be created, and is cancelled when the caller leaves.
         caller.has_ended = caller.is_following
         return caller.is_following
 
     async def _cancel_all(self, job_ids: Sequence[str]) -> None:
-        await asyncio.wait([self._claiming])  # it may have claimed one, and gives it back then
+        await asyncio.wait([self._claiming])  # it may be claiming one of them, and gives that back
         await asyncio.gather(*map(self._cancel_queued, job_ids))
 
     def expect(self, job_id: str, context: RequestContext) -> None:
@@ -206,7 +170,7 @@ class JobRunner:
         position: int | None = None
         while True:
             item = await self._next(caller)
-            if item is None:  # time to report the position
+            if item is None:
                 found = None if caller.has_begun else await run_in_thread(self._store.get, job.job_id)
                 if caller.has_begun or not caller.items.empty():
                     continue
@@ -224,7 +188,7 @@ class JobRunner:
                 return
 
     async def _next(self, caller: _Caller) -> Event | Exception | None:
-        """Return the next event; None where it is time to report the position again."""
+        """Return the next event; None when it is time to report the queue position again."""
         if caller.has_begun:
             return await caller.items.get()  # the pipeline keeps the deadline
         limit_s = min(_POSITION_PERIOD_S, caller.context.remaining_s("queue"))
@@ -244,12 +208,12 @@ class JobRunner:
                         if (job := await run_in_thread(self._claim, lane)) is None:
                             break
                         _count_claim(job)
-                        # The claim may have been on its way when this was told to stop.
+                        # The runner may have been told to stop during the claim.
                         if self._is_released or (self._is_draining and job.attached_to is None):
                             await self._give_back(job)
                             break
                         self._start(job)
-            except Exception:  # such as a database that is away: try again
+            except Exception:  # the database may be away: try again
                 logger.exception("jobs cannot be claimed")
                 await asyncio.sleep(_PAUSE_S)
             with contextlib.suppress(TimeoutError):
@@ -279,7 +243,7 @@ class JobRunner:
     # Running
 
     async def _run(self, claimed: ClaimedJob, caller: _Caller | None) -> None:
-        """Run one claimed job to its end, whatever that is. Raises nothing."""
+        """Run one claimed job to its end. Raises nothing."""
         job = claimed.job
         recorder = Recorder(self._store, job, claimed.give_up, self._leases.patience_s)
         finished: Finished | None = None
@@ -297,7 +261,7 @@ class JobRunner:
                         caller.items.put_nowait(event)
             except asyncio.CancelledError:
                 pass  # by stop(), which has noted the reason
-            except Exception as error:  # noqa: BLE001 - whatever a stage raised ends the job, and nothing else
+            except Exception as error:  # noqa: BLE001 - an error of a stage ends this job, and nothing else
                 translated = translate_error(error, "director")
                 failure = translated if isinstance(translated, Exception) else error
             claimed.is_interruptible = False
@@ -305,7 +269,7 @@ class JobRunner:
             await self._end(claimed, recorder, finished, failure)
         except LeaseLost:
             claimed.stop(StopReason.LOST)
-            failure = failure or claimed.stop_error()
+            failure = failure or claimed.stop_error
             await self._tidy_lost(claimed)
         except Exception as error:
             logger.exception("the end of %s could not be recorded", job.job_id)
@@ -313,15 +277,15 @@ class JobRunner:
         del self._claimed[job.job_id]
         self.nudge()
         if caller is not None:
-            # Report nothing that the database does not know: the file might be made once more.
+            # Only after the database has the end: otherwise the job might run once more.
             caller.has_ended = True
-            caller.items.put_nowait(failure or finished or claimed.stop_error())
+            caller.items.put_nowait(failure or finished or claimed.stop_error)
 
     async def _process(self, claimed: ClaimedJob, caller: _Caller | None) -> AsyncIterator[Event]:
-        """Yield the events of a job's pipeline, which begins from the last saved state."""
+        """Yield the events of a job's pipeline, which resumes from the last saved state."""
         job, config = claimed.job, self._config
         if job.media_id:
-            # The writer of an earlier run may have died without a word: end its file for those who watch it.
+            # The writer of an earlier run may have died silently: end its file for viewers.
             await run_in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
         context = (
             RequestContext.new(job.request_id, config.run_timeout_s, job.job_id) if caller is None else caller.context
@@ -349,7 +313,7 @@ class JobRunner:
                 await claimed.saved_states.write_last()
             await self._give_back(claimed.job)
             return
-        if finished is not None:  # a stop that came too late changes nothing
+        if finished is not None:  # even if it was stopped meanwhile: too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
         elif failure is not None:
             code, message = explain_failure(failure)
@@ -357,7 +321,7 @@ class JobRunner:
                 logger.error("%s failed", claimed.job.job_id, exc_info=failure)
             outcome = Outcome(JobState.FAILED, error_code=code, error_message=message)
         else:
-            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(claimed.stop_error()))
+            outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(claimed.stop_error))
         ended = await recorder.end(outcome, keep_media_s=self._media.keep_s)
         await self._tidy_ended(claimed, ended)
 
@@ -372,16 +336,16 @@ class JobRunner:
             _count_end(ended)
             if claimed.saved_states is not None:
                 await claimed.saved_states.settle()
-            # Inputs stay for a remix of what was made; of anything else they would fill the disk for nothing.
+            # A remix of a completed job needs its inputs; those of other jobs would only fill the disk.
             is_kept = is_completed and ended.attached_to is None
             await run_in_thread(self._files.remove, ended.job_id, SAVED_STATE if is_kept else None)
             if is_completed:
                 await self._measure(claimed.job, ended)
-        except Exception:  # the job has ended all the same
+        except Exception:  # the job has ended nevertheless
             logger.exception("what %s leaves could not be tidied up", ended.job_id)
 
     async def _tidy_lost(self, claimed: ClaimedJob) -> None:
-        """Remove what this run leaves of a job that is another runner's by now, or gone."""
+        """Remove what this run leaves of a job that another runner has by now, or that is deleted."""
         job_id = claimed.job.job_id
         try:
             if claimed.saved_states is not None:
@@ -399,7 +363,7 @@ class JobRunner:
         assert job.started_s is not None, "it was claimed"
         assert ended.completed_s is not None, "it has ended"
         throughput = self._throughput.setdefault(job.lane, Throughput())
-        # A resumed job counts with the work that was left of it when it was claimed.
+        # A resumed job counts with the work that was left when it was claimed.
         work = job.work * max(1 - job.step / job.num_steps, 1 / job.num_steps)
         work_per_s = throughput.add(work, job.started_s, ended.completed_s)
         await run_in_thread(self._store.note_rate, self._model, job.lane, work_per_s)
@@ -408,14 +372,14 @@ class JobRunner:
         try:
             job = await run_in_thread(self._store.cancel, job_id)
             if job is not None and job.state.is_final:
-                if job.attempts == 0:  # a run counts its own end
+                if job.attempts == 0:  # a job that ran is counted by its run
                     _count_end(job)
                 await run_in_thread(self._jobs.remove_files, job)
         except Cosmos3Error:
             logger.exception("%s could not be cancelled", job_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
-        # A context of its own: a task made inside a request would be cancelled with that request.
+        # In an empty context: a task made in a request's context would be cancelled with the request.
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._alive.add(task)  # the loop itself does not keep it
         task.add_done_callback(self._alive.discard)
@@ -424,7 +388,7 @@ class JobRunner:
 
 def _count_claim(job: Job) -> None:
     assert job.started_s is not None, "it was claimed"
-    if job.last_seq == 1:  # its first claim; what was given back has had one before
+    if job.last_seq == 1:  # its first claim, also counting those that were given back
         metrics().record_queue_wait(job.lane, job.service_class, job.started_s - job.created_s)
     elif job.attempts > 1:
         metrics().count_takeover()

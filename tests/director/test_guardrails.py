@@ -27,11 +27,11 @@ from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.writer import ClipFormat
 from deployments import messages
 from deployments.api.errors import error_response, is_explained
-from deployments.config import AppConfig, GuardrailsConfig
+from deployments.config import AppConfig, DirectorStage, GuardrailsConfig
 from deployments.director import guardrail_calls
 from deployments.director import parts as director_parts
 from deployments.director.clip_pipeline import ClipCloser, ClipPipeline, LatentsDecoder
-from deployments.director.guardrail_calls import PromptCheck, check_prompt
+from deployments.director.guardrail_calls import PromptCheck
 from deployments.director.previews import Previews
 from deployments.errors import AdapterError, ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
@@ -337,6 +337,10 @@ class Handle:
             raise self.failures.pop(0)
 
 
+async def check_prompt(handle: Any, text_timeout_s: float, context: RequestContext, prompt: str) -> None:
+    await PromptCheck(handle, text_timeout_s, may_be_skipped=False).check(context, prompt, is_skipped=False)
+
+
 def died() -> Exception:
     return ActorDiedError()
 
@@ -602,8 +606,7 @@ class Clip:
             encoder=SimpleNamespace(encode=Method(self.encode)),
             clips=SimpleNamespace(**{name: Method(getattr(self.clips, name)) for name in names}),
             media=self.media,  # type: ignore[arg-type]
-            chunk_window=2,
-            max_attempts=max_attempts,
+            config=DirectorStage(chunk_window=2, max_attempts=max_attempts),
             close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
             guardrail=self.guardrail,
         )

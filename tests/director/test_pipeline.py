@@ -35,6 +35,7 @@ from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from deployments import messages
+from deployments.config import DirectorStage
 from deployments.director import pipeline as pipeline_module
 from deployments.director.clip_pipeline import merge
 from deployments.director.pipeline import Pipeline
@@ -220,8 +221,7 @@ class FakeStages:
             stages=Stages(self, self, SimpleNamespace(decode=self.decode, encode=self.encode_picture), self),
             clips=self,
             media=self.media,
-            chunk_window=2,
-            max_attempts=max_attempts,
+            config=DirectorStage(chunk_window=2, max_attempts=max_attempts),
             close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
         )
 
