@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from deployments.config import AppConfig
 from deployments.errors import JobsError, MediaStoreError
-from deployments.jobs import database, sqlite_file
+from deployments.jobs import database
 from deployments.jobs.database import Database, database_url
 
 SECRET = "hush-hush"
@@ -65,21 +65,21 @@ def test_no_place_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("", "is no URL of a database"),
-        (f"{SECRET} is no url", "is no URL of a database"),
-        (f"mysql://user:{SECRET}@host/jobs", "is a URL of mysql"),
-        (f"postgresql+asyncpg://user:{SECRET}@host/jobs", "is a URL of postgresql.asyncpg"),
-        ("sqlite+aiosqlite:////a/b", "is a URL of sqlite.aiosqlite"),
-        ("sqlite://", "names no absolute path"),
-        ("sqlite:///:memory:", "names no absolute path"),
-        ("sqlite:///jobs.sqlite3", "names no absolute path"),
-        ("sqlite:///file:/a/b?mode=memory&uri=true", "names no absolute path"),
+        ("", "got no URL"),
+        (f"{SECRET} is no url", "got no URL"),
+        (f"mysql://user:{SECRET}@host/jobs", "got a URL of mysql"),
+        (f"postgresql+asyncpg://user:{SECRET}@host/jobs", "got a URL of postgresql.asyncpg"),
+        ("sqlite+aiosqlite:////a/b", "got a URL of sqlite.aiosqlite"),
+        ("sqlite://", "which is not an absolute path alone"),
+        ("sqlite:///:memory:", "which is not an absolute path alone"),
+        ("sqlite:///jobs.sqlite3", "which is not an absolute path alone"),
+        ("sqlite:///file:/a/b?mode=memory&uri=true", "which is not an absolute path alone"),
     ],
 )
 def test_other_urls_are_refused(url: str, message: str) -> None:
     with pytest.raises(JobsError, match=message) as caught:
         Database(url)
-    assert "it must be sqlite:////absolute/path/of/a/file or postgresql+psycopg://" in str(caught.value)
+    assert "jobs.database must be sqlite:////absolute/path/of/a/file or postgresql+psycopg://" in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     with pytest.raises(JobsError, match="No such file or directory.*make its directory first"):
         Database(sqlite_url(tmp_path / "nowhere"))
     (tmp_path / "jobs.sqlite3").write_text("this is a letter, which is long enough to look at " * 40)
-    with pytest.raises(JobsError, match="file is not a database; the file is another one's or damaged"):
+    with pytest.raises(JobsError, match="file is not a database; the file is another program's or damaged"):
         Database(sqlite_url(tmp_path))
     (tmp_path / "jobs.sqlite3").unlink()
     (tmp_path / "jobs.sqlite3").mkdir()
@@ -114,7 +114,7 @@ def test_a_server_that_is_not_there_is_said_without_the_password(url: str) -> No
 @pytest.mark.slow
 def test_a_wrong_password_is_said_without_it(postgres_url: str) -> None:
     wrong = re.sub(":[^:/]*@", f":{SECRET}@", postgres_url)
-    with pytest.raises(JobsError, match="see the user and password in jobs.database") as caught:
+    with pytest.raises(JobsError, match="check the user and password in jobs.database") as caught:
         Database(wrong)
     assert SECRET not in str(caught.value)
     with pytest.raises(JobsError, match='database "nowhere" does not exist; create it first'):
@@ -148,7 +148,7 @@ def test_a_file_is_for_this_user_alone_and_keeps_what_it_was_told(tmp_path: Path
 
 
 def test_a_file_system_without_shared_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_file, "_write_ahead", lambda *_: "delete")
+    monkeypatch.setattr(database, "_switch_on_log", lambda *_: "delete")
     with pytest.raises(JobsError, match="cannot have SQLite's write-ahead log.*'delete'.*local disk, or to PostgreSQL"):
         Database(sqlite_url(tmp_path))
 
@@ -160,10 +160,10 @@ def test_the_write_ahead_log_is_waited_for(tmp_path: Path) -> None:
     other.execute("BEGIN EXCLUSIVE")
     other.execute("CREATE TABLE a (b)")
     with pytest.raises(sqlite3.OperationalError, match="locked"):
-        sqlite_file.prepare(path, 0.05)
+        database.prepare_file(path, 0.05)
     release = threading.Timer(0.3, other.commit)
     release.start()
-    sqlite_file.prepare(path, DEADLINE_S)
+    database.prepare_file(path, DEADLINE_S)
     release.join()
     other.close()
     with contextlib.closing(sqlite3.connect(path)) as anew:
@@ -277,7 +277,7 @@ def test_a_connection_that_the_server_has_closed_is_made_anew(fresh_postgres_url
     ("server_s", "ahead_s"), [(97.0, 3.0), (100.0, 0.0), (104.0, 0.0), (110.0, 0.0), (113.0, -3.0)]
 )
 def test_a_slow_answer_is_no_wrong_clock(server_s: float, ahead_s: float) -> None:
-    assert database._ahead_s(100.0, server_s, 110.0) == ahead_s
+    assert database._compute_lead_s(100.0, server_s, 110.0) == ahead_s
 
 
 @pytest.mark.slow
@@ -289,5 +289,7 @@ def test_a_clock_that_goes_wrong_is_refused(
     Database(fresh_postgres_url).close()
     now = time.time
     monkeypatch.setattr(database.time, "time", lambda: now() + ahead_s)
-    with pytest.raises(JobsError, match="clock is [+-](29|30)[.0-9]* s from that of jobs_.*allowed are 2 s.*NTP"):
+    with pytest.raises(
+        JobsError, match=r"clock must be within 2 s of that of jobs_.*\(got [+-](29|30)[.0-9]* s\).*NTP"
+    ):
         Database(fresh_postgres_url)
