@@ -1,4 +1,4 @@
-"""What travels between the stages: frozen values, in one place. Tensors go as ``cluster.envelope.TensorEnvelope``."""
+"""Messages between the stages: frozen values. Tensors travel as ``cluster.envelope.TensorEnvelope``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class RequestContext:
     """First argument of every stage method.
 
     Attributes:
-        request_id: the caller's name for it, the same in every stage's logs. Callers may use one twice.
+        request_id: the caller's name for the request, in every stage's logs. Callers may use one twice.
         job_id: our own name for it, used by no other request.
-        run_id: names this run of the job; another one begins where the Director of the first died.
-        deadline_s: by this process' ``time.monotonic``; it travels as seconds that are left: nodes' clocks differ.
+        run_id: names this run of the job; another run begins when the Director of this one dies.
+        deadline_s: by this process' ``time.monotonic``; it travels as seconds that are left, as nodes' clocks differ.
         limit_s: seconds it had in all, for messages.
-        attempt: which try of the stage this is, from 1.
+        attempt: number of this attempt of the stage, from 1.
     """
 
     request_id: str
@@ -38,20 +38,20 @@ class RequestContext:
 
     @classmethod
     def new(cls, request_id: str | None, limit_s: float, job_id: str = "") -> RequestContext:
-        """Of a run that begins now; an id is made up for a request without."""
+        """Return the context of a run that begins now; a request without an id gets one."""
         run_id = uuid.uuid4().hex
         return cls(request_id or run_id, job_id or run_id, run_id, time.monotonic() + limit_s, limit_s)
 
     @property
     def try_id(self) -> str:
-        """Names this try of a stage; used by no other."""
+        """Unique name of this attempt of a stage."""
         return f"{self.run_id}/{self.attempt}"
 
     def remaining_s(self, stage: str) -> float:
-        """Seconds left.
+        """Return the seconds that are left.
 
         Raises:
-            DeadlineExceeded: none; names ``stage``.
+            DeadlineExceeded: none are left; names ``stage``.
         """
         left = self.deadline_s - time.monotonic()
         if left <= 0:
@@ -59,15 +59,15 @@ class RequestContext:
         return left
 
     def next_attempt(self) -> RequestContext:
-        """The context of the next try."""
+        """Return the context of the next attempt."""
         return replace(self, attempt=self.attempt + 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         left_s = self.deadline_s - time.monotonic()
-        return _arrived, (self.request_id, self.job_id, self.run_id, left_s, self.limit_s, self.attempt)
+        return _unpickle, (self.request_id, self.job_id, self.run_id, left_s, self.limit_s, self.attempt)
 
 
-def _arrived(request_id: str, job_id: str, run_id: str, left_s: float, limit_s: float, attempt: int) -> RequestContext:
+def _unpickle(request_id: str, job_id: str, run_id: str, left_s: float, limit_s: float, attempt: int) -> RequestContext:
     return RequestContext(request_id, job_id, run_id, time.monotonic() + left_s, limit_s, attempt)
 
 
@@ -108,7 +108,7 @@ class FrameChunk:
 
     Attributes:
         index: 0, 1, ... in the clip.
-        strips: what each rank of the VAE's gang made of them, uint8 RGB [F, Y, X, 3].
+        strips: one from each rank of the VAE's gang, uint8 RGB [F, Y, X, 3].
         axis: along which the strips lie side by side, 1 (rows) or 2 (columns).
         pid: of the first rank.
     """
@@ -119,7 +119,7 @@ class FrameChunk:
     pid: int
 
     def frames(self) -> Frames:
-        """uint8 RGB [F, Y, X, 3]; of one strip without a copy."""
+        """Return uint8 RGB [F, Y, X, 3]; a single strip is not copied."""
         arrays = [strip.array() for strip in self.strips]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self.axis)
 
@@ -133,23 +133,23 @@ class TextChecked:
 
 @dataclass(frozen=True)
 class FramesChecked:
-    """The guardrail lets a chunk of frames pass, as the item before has it; ``pid`` is of its process."""
+    """The guardrail lets a chunk of frames pass, which is the item before; ``pid`` is of its process."""
 
     index: int
     pid: int
 
 
-# Events of a request, in order, with those of :mod:`cluster.events`. Each says which process it is about.
+# Events of a request, in order, with those of :mod:`cluster.events`. Each names the process that it is about.
 
 
 GangEvent = QueuePosition | StepDone | PreviewReady | PreviewsOff
-"""What a gang's leader says of a request beside its tensors."""
+"""The events that a gang's leader yields beside a request's tensors."""
 
 
 @dataclass(frozen=True)
 class Accepted(Event):
-    """The request was checked and given its place; it is the job ``job_id``. ``notes`` say what was changed, a rounded
-    clip length say.
+    """The request was checked and is the job ``job_id`` in the queue. ``notes`` say what was changed, such as the clip
+    length.
     """
 
     request_id: str
@@ -163,7 +163,7 @@ class Accepted(Event):
 
 @dataclass(frozen=True)
 class Tokenized(Event):
-    """The prompts are token ids. ``negative_origin`` says where the negative prompt came from."""
+    """The prompts are tokenized; ``negative_origin`` is that of :class:`TokenizedPair`."""
 
     num_text_tokens: int
     num_negative_tokens: int
@@ -173,9 +173,9 @@ class Tokenized(Event):
 
 @dataclass(frozen=True)
 class StateSaved(Event):
-    """The denoising state after ``step`` steps is kept: should the gang die, another goes on from there.
+    """The denoising state after ``step`` steps is saved; if the gang dies, another one resumes there.
 
-    Between stages: the next item of the stream is the state's envelope. ``pid`` is the leader's.
+    Between stages the next item of the stream is the state's envelope. ``pid`` is the leader's.
     """
 
     step: int
@@ -185,7 +185,7 @@ class StateSaved(Event):
 
 @dataclass(frozen=True)
 class PictureEncoded(Event):
-    """The given image or clip is latents. Between stages: the next item of the stream is their envelope."""
+    """The given image or clip is encoded. Between stages the next item of the stream is the latents' envelope."""
 
     seconds: float
     num_latent_frames: int
@@ -194,8 +194,7 @@ class PictureEncoded(Event):
 
 @dataclass(frozen=True)
 class LatentsReady(Event):
-    """Denoising is done. Between stages: the next items of the stream are the latents' envelopes, one a modality, to be
-    passed on unseen.
+    """Denoising is done. Between stages the next items of the stream are the latents' envelopes, one a modality.
 
     ``pid`` is the leader's, ``rank_pids`` the ranks'.
     """
@@ -208,9 +207,9 @@ class LatentsReady(Event):
 
 @dataclass(frozen=True)
 class FileStarted(Event):
-    """An encoder has a place for the clip; its file is in the media store and grows, and can be read over HTTP.
+    """An encoder has begun the clip's file, which grows in the media store and can be read over HTTP.
 
-    Comes again, with another id, where an encoder has died: the first file is lost then.
+    If the encoder dies, its file is lost and the event comes again with another id.
     """
 
     KIND = "file"
@@ -221,7 +220,7 @@ class FileStarted(Event):
 
 @dataclass(frozen=True)
 class ChunkDecoded(Event):
-    """The VAE's gang made a chunk of frames; ``pid`` is the leader's. Between stages: the chunk is the item before."""
+    """The VAE's gang made a chunk of frames, which is the item before; ``pid`` is the leader's."""
 
     index: int
     at_s: float
@@ -230,7 +229,7 @@ class ChunkDecoded(Event):
 
 @dataclass(frozen=True)
 class SoundDecoded(Event):
-    """The audio VAE made a chunk of samples. Between stages: the chunk is the item before."""
+    """The audio VAE made a chunk of samples, which is the item before."""
 
     index: int
     at_s: float
@@ -239,7 +238,7 @@ class SoundDecoded(Event):
 
 @dataclass(frozen=True)
 class ChunkEncoded(Event):
-    """Chunk ``chunk`` of the frames is in the file. The gang's rank ``decoded_by`` and its neighbours had made it."""
+    """Chunk ``chunk`` of the frames is in the file. The gang's rank ``decoded_by`` and its neighbours made it."""
 
     KIND = "decoding"
     chunk: int
@@ -251,7 +250,7 @@ class ChunkEncoded(Event):
 
 @dataclass(frozen=True)
 class StageRetried(Event):
-    """A stage failed and is tried again; denoising goes on after ``from_step`` steps."""
+    """A stage failed and is tried again; denoising resumes after ``from_step`` steps."""
 
     KIND = "retried"
     stage: str
@@ -262,7 +261,7 @@ class StageRetried(Event):
 
 @dataclass(frozen=True)
 class ClipEncoded(Event):
-    """The file is whole."""
+    """The file is complete."""
 
     media_id: str
     frames_sha256: str
@@ -274,12 +273,13 @@ class ClipEncoded(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """All is done.
+    """The request is done.
 
-    ``job_id``: by which the file can be had, for a while; ``media_id``: what the media store calls it.
-    ``stage_seconds``: tokenize, condition (of a given image or clip), denoise, decode_encode (side by side), encode
-    (from the encoder's side), total. ``actions``: those that were generated. Without a file, ``media_id`` and
-    ``media_type`` are "" and ``num_bytes`` is 0.
+    Attributes:
+        media_id, media_type, num_bytes: of its file; "", "" and 0 without one.
+        stage_seconds: of tokenize, condition (a given image or clip), denoise, decode_encode (side by side), encode
+            (from the encoder's side), total.
+        actions: the generated ones.
     """
 
     request_id: str
@@ -302,7 +302,7 @@ class Finished(Event):
 
 @dataclass(frozen=True)
 class Generated:
-    """A finished request in one piece: what ``generate`` returns. ``media`` is empty where there is no file."""
+    """A finished request as ``generate`` returns it. ``media`` is empty if there is no file."""
 
     media: bytes
     info: Finished

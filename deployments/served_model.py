@@ -1,4 +1,4 @@
-"""The one model that is served, as ``/v1/models`` shows it."""
+"""The served model, as ``/v1/models`` shows it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Model(ApiModel):
 
     @classmethod
     def of(cls, layout: CheckpointLayout, name: str | None, *, is_sound_offered: bool) -> Model:
-        """Return the model of a checkpoint that is served from now on; without a name it has the checkpoint's."""
+        """Return the model of a checkpoint; without a name it has the checkpoint's."""
         return cls(
             id=name or layout.name,
             object="model",
@@ -53,7 +53,7 @@ def offers_sound(audio: AudioVAEStage, layout: CheckpointLayout) -> bool:
     """Return whether an app decodes sound.
 
     Raises:
-        CapabilityError: sound was asked for, and the checkpoint makes none.
+        CapabilityError: the configuration enables sound, and the checkpoint makes none.
     """
     if audio.enabled and not layout.has_sound:
         raise CapabilityError("audio.enabled", True, "null or false", f"{layout.name} makes no sound.")

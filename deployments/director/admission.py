@@ -143,7 +143,7 @@ class Admission:
             media_type=resolved.clip_format().media_type if resolved.has_file else "",
             lane=Lane.IMAGE if resolved.num_frames == 1 else Lane.VIDEO,
             service_class=service_class,
-            work=self.cost.work_of(resolved),
+            work=self.cost.compute_work(resolved),
             request_id=context.request_id,
             idempotency_key=options.idempotency_key,
             attached_to=attached_to,

@@ -1,9 +1,9 @@
-"""The work of a request, and the speed at which a runner gets work done; waiting times are estimated from both.
+"""The work of a request and the speed of a runner, from which waiting times are estimated.
 
 Work is counted in token-steps: steps x guidance branches x generated tokens. A token costs more where there are many,
-as attention is quadratic: on Nano attention and the rest of a layer cost the same at 23,600 tokens, between 480p and
-720p. The prompt's tower and the decoders are left out: the speed is measured from the begin of a request to its file,
-so that it includes them.
+because attention is quadratic: on Nano attention and the rest of a layer cost the same at 23,600 tokens, between 480p
+and 720p. The prompt's tower and the decoders are not counted: the speed, measured from a request's start to its file,
+includes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cosmos3_core.shapes import Geometry
 # The weight of a measurement decays with this time.
 _MEMORY_S = 600.0
 _SHORTEST_S = 1e-3
-# Separate busy spans that are remembered; more would mean as many requests within a single long one.
+# Separate busy spans that are kept; more would mean as many requests within a single long one.
 _MAX_SPANS = 1000
 
 
@@ -28,7 +28,7 @@ class CostModel:
     """The work of a checkpoint's requests.
 
     Attributes:
-        geometry: of its VAE.
+        geometry: of the checkpoint's VAE.
         tokens_at_par: number of tokens at which attention takes as long as everything else in a layer.
     """
 
@@ -44,8 +44,8 @@ class CostModel:
         matrices = config.hidden_size * (2 * query + 2 * key + num_matrices * config.intermediate_size)
         return cls(geometry, matrices / (2 * query))
 
-    def work_of(self, request: ResolvedRequest) -> float:
-        """Return the work of a whole request, in token-steps."""
+    def compute_work(self, request: ResolvedRequest) -> float:
+        """Compute the work of a whole request, in token-steps."""
         num_tokens = self.geometry.num_tokens(request.num_frames, request.height, request.width)
         num_tokens += 0 if request.sound is None else request.sound.num_latents
         num_tokens += 0 if request.action is None else request.action.chunk_size
@@ -56,8 +56,7 @@ class CostModel:
 class Throughput:
     """The speed of one runner in a lane: work over busy time, of the last minutes.
 
-    Jobs run side by side, so that only sums tell the speed. Several gangs count as several, and idle time does not
-    count. Times are of any one clock.
+    Jobs run side by side, so only sums give the speed. Work of several gangs adds up, and idle time does not count.
     """
 
     def __init__(self) -> None:
@@ -66,7 +65,7 @@ class Throughput:
         self._work = self._busy_s = 0.0
 
     def add(self, work: float, start_s: float, end_s: float) -> float:
-        """Add a finished request; return the work per second."""
+        """Add a finished request, with times of any one clock; return the work per second."""
         # Count only time that no earlier request was running: a short request may end inside a long one.
         joined = [span for span in self._busy if span[0] <= end_s and start_s <= span[1]]
         counted_s = sum(min(end, end_s) - max(begin, start_s) for begin, end in joined)

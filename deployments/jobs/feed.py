@@ -1,7 +1,7 @@
-"""EventFeed: what happens to jobs, for everybody in this process who follows one.
+"""EventFeed: the events of jobs, for all callers in this process who follow one.
 
-One look at the database serves all of them; there is none while nobody follows. Who reads slowly holds nobody up: what
-does not fit into its buffer stays in the database until it has room again.
+One poll of the database serves all followers; without followers there is none. A slow reader holds no other one up:
+events that do not fit into its buffer stay in the database until it has room again.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ from deployments.threads import run_in_thread
 logger = logging.getLogger("ray.serve")
 
 _POLL_S = 0.1
-# Between two looks at where a job stands, and whether it is there at all.
-_LOOK_S = 1.0
-# Of them at a time: one is a few queries.
-_MAX_LOOKS = 16
-# Of events that one look brings: a preview has 70 kB.
+# Between two checks of a job's queue position, and whether the job still exists.
+_CHECK_S = 1.0
+# Such checks in one poll: each is a few queries.
+_MAX_CHECKS = 16
+# Events that one poll reads: a preview has 70 kB.
 _MAX_EVENTS = 200
 _BUFFER_BYTES = 256 * 1024
 _EVENT_BYTES = 512
-# Until one who follows leaves, likely.
+# Retry-After when there are too many followers.
 _RETRY_S = 30.0
 
 
 @dataclass(eq=False)
 class _Follower:
-    """Who follows a job.
+    """One caller who follows a job.
 
     Attributes:
         job_id: of the job.
-        seq: of the last event that went into the buffer.
-        events: that were not taken yet; None behind the last.
-        num_bytes: of them, about.
-        position: in the queue, that was told last.
-        error: why there are no more.
-        came: whether there is something to take.
+        seq: of the last event that was put into the buffer.
+        events: the buffer; None behind the last event.
+        num_bytes: approximate size of the buffer.
+        position: in the queue, as last reported.
+        error: why the events ended early.
+        has_items: set while the buffer is not empty.
+        has_ended: whether the last event is in the buffer.
     """
 
     job_id: str
@@ -60,7 +61,7 @@ class _Follower:
     num_bytes: int = 0
     position: int | None = None
     error: Cosmos3Error | None = None
-    came: asyncio.Event = field(default_factory=asyncio.Event)
+    has_items: asyncio.Event = field(default_factory=asyncio.Event)
     has_ended: bool = False
 
     @property
@@ -70,61 +71,61 @@ class _Follower:
     def put(self, event: JobEvent) -> None:
         self.seq = max(self.seq, event.seq)
         self.events.append(event)
-        self.num_bytes += _bytes_of(event)
-        self.came.set()
+        self.num_bytes += _estimate_bytes(event)
+        self.has_items.set()
         if event.kind in FINAL_KINDS or event.kind == DELETED:
             self.end()
 
     def end(self, error: Cosmos3Error | None = None) -> None:
         self.has_ended, self.error = True, error
         self.events.append(None)
-        self.came.set()
+        self.has_items.set()
 
     def take(self) -> JobEvent | None:
         event = self.events.popleft()
-        self.num_bytes -= 0 if event is None else _bytes_of(event)
+        self.num_bytes -= 0 if event is None else _estimate_bytes(event)
         if not self.events:
-            self.came.clear()
+            self.has_items.clear()
         return event
 
 
 class EventFeed:
-    """See the module. For one event loop.
+    """Polls the events of jobs for their followers, within one event loop.
 
     Args:
         store: of the jobs.
-        max_followers: at a time; one more is refused.
+        max_followers: at a time; one more is rejected.
     """
 
     def __init__(self, store: JobStore, max_followers: int) -> None:
         self._store = store
         self._max_followers = max_followers
         self._followers: set[_Follower] = set()
-        # Job that is followed -> when to look again where it stands, by time.monotonic.
-        self._look_s: dict[str, float] = {}
-        # Jobs whose events filled a look: the others' turn comes before theirs.
+        # Followed job -> time of its next check, by time.monotonic.
+        self._next_check_s: dict[str, float] = {}
+        # Jobs whose events filled a poll: the other jobs have their turn first.
         self._served: set[str] = set()
         self._polling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
     @property
     def num_followers(self) -> int:
-        """0 when idle."""
+        """Number of callers who follow a job now."""
         return len(self._followers)
 
     async def follow(self, job_id: str, after: int, timeout_s: float) -> AsyncGenerator[JobEvent, None]:
-        """A job's events behind number ``after``, and what comes, to the last one.
+        """Yield a job's events after number ``after``, as they come, to the last one.
 
-        Beside those of its history there are, with number 0, "queued" whenever its place has changed, and "deleted" as
-        the last one of a job that is gone.
+        Besides its history there are events with number 0: "queued" whenever its queue position has changed, and
+        "deleted" as the last one of a deleted job.
 
         Args:
-            job_id: of a job that is there.
+            job_id: of an existing job.
             after: number of an event; 0 for all.
             timeout_s: how long to follow.
 
         Raises:
-            OverloadedError: too many follow already.
+            OverloadedError: there are too many followers.
             DeadlineExceeded: the job has not ended in time.
             JobsError: the database cannot be used.
         """
@@ -133,18 +134,18 @@ class EventFeed:
             raise OverloadedError("followers of jobs", self._max_followers, _RETRY_S)
         follower = _Follower(job_id, after)
         self._followers.add(follower)
-        self._look_s[job_id] = 0.0
+        self._next_check_s[job_id] = 0.0
         self._wake.set()
         if self._polling is None:
-            # A context of its own: a task made inside a request would be cancelled with that request.
+            # In an empty context: a task made in a request's context would be cancelled with the request.
             loop = asyncio.get_running_loop()
-            self._polling = loop.create_task(self._poll(), context=contextvars.Context())
+            self._polling = loop.create_task(self._poll_forever(), context=contextvars.Context())
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
             while True:
-                # Not around the yield: each event may be waited for by another task.
+                # Not around the yield: another task may wait for the next event.
                 async with asyncio.timeout_at(deadline_s):
-                    await follower.came.wait()
+                    await follower.has_items.wait()
                 had_room = follower.has_room
                 event = follower.take()
                 if event is None:
@@ -157,41 +158,42 @@ class EventFeed:
         finally:
             self._followers.discard(follower)
             if not any(other.job_id == job_id for other in self._followers):
-                self._look_s.pop(job_id, None)
+                self._next_check_s.pop(job_id, None)
         if follower.error is not None:
             raise follower.error
 
-    async def _poll(self) -> None:
+    async def _poll_forever(self) -> None:
+        """Poll until there are no followers."""
         try:
             while self._followers:
                 self._wake.clear()
                 try:
-                    await self._look()
-                except Exception as error:  # the database is away, say: who follows comes back
+                    await self._poll()
+                except Exception as error:  # the database may be away: followers come again
                     logger.exception("events of jobs cannot be read")
-                    told = error if isinstance(error, Cosmos3Error) else JobsError(f"{type(error).__name__}: {error}")
+                    reason = error if isinstance(error, Cosmos3Error) else JobsError(f"{type(error).__name__}: {error}")
                     for follower in self._followers:
-                        follower.end(told)
+                        follower.end(reason)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S):
                         await self._wake.wait()
         finally:
             self._polling = None
 
-    async def _look(self) -> None:
-        """One look at the database, and what there is handed on."""
+    async def _poll(self) -> None:
+        """Read the database once, and hand on what is new."""
         now_s = time.monotonic()
         cursors: dict[str, int] = {}
         for follower in self._followers:
             if follower.has_room:
                 cursors[follower.job_id] = min(cursors.get(follower.job_id, follower.seq), follower.seq)
-        due = sorted((again_s, job_id) for job_id, again_s in self._look_s.items() if again_s <= now_s)[:_MAX_LOOKS]
+        due = sorted((time_s, job_id) for job_id, time_s in self._next_check_s.items() if time_s <= now_s)[:_MAX_CHECKS]
         if not cursors and not due:
             return
         if not (cursors.keys() - self._served):
             self._served.clear()
         turn = {job_id: seq for job_id, seq in cursors.items() if job_id not in self._served}
-        events, found = await run_in_thread(self._read, turn, [job_id for _, job_id in due])
+        events, checks = await run_in_thread(self._read, turn, [job_id for _, job_id in due])
         if len(events) >= _MAX_EVENTS:
             self._served |= {event.job_id for event in events}
             self._wake.set()  # there is more
@@ -199,10 +201,10 @@ class EventFeed:
             self._served.clear()
             self._wake.set()
         # In the order in which they were read: never report "queued" after "started".
-        for job_id, (job, position) in found.items():
-            if job_id in self._look_s:
-                self._look_s[job_id] = time.monotonic() + _LOOK_S
-                self._tell(job_id, job, position)
+        for job_id, (job, position) in checks.items():
+            if job_id in self._next_check_s:
+                self._next_check_s[job_id] = time.monotonic() + _CHECK_S
+                self._report(job_id, job, position)
         for event in events:
             for follower in self._followers:
                 if follower.job_id == event.job_id and follower.has_room and event.seq > follower.seq:
@@ -211,27 +213,29 @@ class EventFeed:
     def _read(
         self, cursors: Mapping[str, int], due: Sequence[str]
     ) -> tuple[Sequence[JobEvent], dict[str, tuple[Job | None, QueuePosition | None]]]:
-        """Where jobs stand, and then their events; for a thread."""
+        """Read jobs with their positions, and then events; in a thread."""
         jobs = {job_id: self._store.get(job_id) for job_id in due}
         positions = self._store.queue_positions([job for job in jobs.values() if job is not None])
         events = self._store.events(cursors, _MAX_EVENTS) if cursors else []
         return events, {job_id: (job, positions.get(job_id)) for job_id, job in jobs.items()}
 
-    def _tell(self, job_id: str, job: Job | None, waits: QueuePosition | None) -> None:
+    def _report(self, job_id: str, job: Job | None, position: QueuePosition | None) -> None:
+        """Hand on that a job was deleted, has ended, or has moved in the queue."""
         now_s = time.time()
         for follower in self._followers:
             if follower.job_id != job_id or not follower.has_room:
                 continue
             if job is None:
                 follower.put(JobEvent(job_id, 0, DELETED, {}, now_s))
-            elif job.state.is_final and follower.seq >= job.last_seq:  # it had the last one before it came
+            elif job.state.is_final and follower.seq >= job.last_seq:  # the caller had the last one before
                 follower.end()
-            elif waits is not None and waits.position != follower.position:
-                told = replace(waits, eta_s=None if waits.eta_s is None else round(waits.eta_s, 1))
-                follower.put(JobEvent(job_id, 0, told.kind, event_as_json(told), now_s))
-            follower.position = None if waits is None else waits.position
+            elif position is not None and position.position != follower.position:
+                eta_s = None if position.eta_s is None else round(position.eta_s, 1)
+                data = event_as_json(replace(position, eta_s=eta_s))
+                follower.put(JobEvent(job_id, 0, position.kind, data, now_s))
+            follower.position = None if position is None else position.position
 
 
-def _bytes_of(event: JobEvent) -> int:
-    """Of an event, about: what is large in it is text."""
+def _estimate_bytes(event: JobEvent) -> int:
+    """Estimate the size of an event: what is large in it is text."""
     return _EVENT_BYTES + sum(len(value) for value in event.data.values() if isinstance(value, str))

@@ -1,7 +1,7 @@
 """API keys: their classes, limits and secrets.
 
 A key's text is shown once, when it is made. The database holds a hash of its secret part, which is as random as the
-hash is long: nothing slower than SHA-256 is needed against guessing.
+hash is long, so that SHA-256 is enough against guessing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqlalchemy import Row, func, insert, select, update
@@ -24,13 +24,13 @@ from deployments.jobs.database import Database
 from deployments.jobs.schema import API_KEYS
 
 MAX_KEYS = 10_000
-"""Bound of the keys that are valid at one time."""
+"""Most keys that are valid at one time."""
 
 _TEXT = re.compile(r"c3_(?P<key_id>[0-9a-f]{16})_(?P<secret>[A-Za-z0-9_-]{43})", re.ASCII)
 _SECRET_BYTES = 32
 _MAX_NAME_CHARS = 200
 _MAX_LIMIT = 1_000_000
-# Stand-ins where a text is no key, so that every refusal takes the same work.
+# Used for a text that is no key, so that every rejection takes the same work.
 _NO_ID, _NO_SECRET, _NO_HASH = "none", "none", "0" * 64
 
 
@@ -39,8 +39,8 @@ class KeyLimits:
     """The bounds of one key's jobs; None = those of the configuration.
 
     Attributes:
-        max_queued: jobs that wait.
-        max_running: jobs that run, in each lane.
+        max_queued: queued jobs.
+        max_running: running jobs, in each lane.
     """
 
     max_queued: int | None = None
@@ -54,8 +54,8 @@ class NewKey:
     Attributes:
         name: of its owner, for people.
         service_class: of requests that name none.
-        allowed_classes: that requests may name; the one above is always among them.
-        limits: see :class:`KeyLimits`.
+        allowed_classes: that requests may name; ``service_class`` is always among them.
+        limits: of its jobs.
     """
 
     name: str
@@ -69,9 +69,9 @@ class ApiKey(NewKey):
     """A key as it is in the database.
 
     Attributes:
-        key_id: owner of the jobs that come with it.
+        key_id: owner of its jobs.
         created_s: seconds since 1970.
-        revoked_s: since when it is refused; None while it is valid.
+        revoked_s: when it was revoked; None while it is valid.
         secret_sha256: of the secret part of its text, hexadecimal.
     """
 
@@ -84,6 +84,8 @@ class ApiKey(NewKey):
 class KeyStore:
     """The keys in a database. For any number of threads and processes.
 
+    Every method raises ``JobsError`` where the database fails.
+
     Args:
         database: where they are.
         clock: seconds since 1970.
@@ -95,11 +97,7 @@ class KeyStore:
 
     @classmethod
     def open(cls, url: str, clock: Callable[[], float] = time.time) -> KeyStore:
-        """Open the keys in a database; see :class:`deployments.jobs.database.Database`.
-
-        Raises:
-            JobsError: it cannot be reached or used, or is a newer release's.
-        """
+        """Open the keys in a database, as :class:`deployments.jobs.database.Database`."""
         return cls(Database(url), clock)
 
     def close(self) -> None:
@@ -111,7 +109,7 @@ class KeyStore:
 
         Raises:
             RequestError: a value is out of range.
-            JobsError: the database failed, or has too many keys.
+            JobsError: there are too many keys.
         """
         checks.text("name", new.name, _MAX_NAME_CHARS, may_be_empty=False)
         if not new.name.isprintable():
@@ -132,7 +130,7 @@ class KeyStore:
         with self._database.writing() as connection:
             valid = select(func.count()).select_from(API_KEYS).where(API_KEYS.c.revoked_s.is_(None))
             if connection.execute(valid).scalar_one() >= MAX_KEYS:
-                raise JobsError(f"{MAX_KEYS} keys are valid, which is as many as there may be; remove one first")
+                raise JobsError(f"at most {MAX_KEYS} keys may be valid at one time; revoke one first")
             connection.execute(insert(API_KEYS).values(_columns(key)))
         return key, f"c3_{key.key_id}_{secret}"
 
@@ -140,9 +138,6 @@ class KeyStore:
         """Return the key of a text; None where there is no such valid key.
 
         This takes the same work for a malformed text, an unknown key, a revoked one and a wrong secret.
-
-        Raises:
-            JobsError: the database failed.
         """
         parts = _TEXT.fullmatch(text)
         key_id, secret = (parts["key_id"], parts["secret"]) if parts else (_NO_ID, _NO_SECRET)
@@ -154,11 +149,7 @@ class KeyStore:
         return _key_of(row)
 
     def list(self) -> tuple[ApiKey, ...]:
-        """Return all keys, revoked ones too, the oldest first.
-
-        Raises:
-            JobsError: the database failed.
-        """
+        """Return all keys, revoked ones too, the oldest first."""
         with self._database.reading() as connection:
             rows = connection.execute(select(API_KEYS).order_by(API_KEYS.c.created_s, API_KEYS.c.key_id)).all()
         return tuple(_key_of(row) for row in rows)
@@ -168,7 +159,6 @@ class KeyStore:
 
         Raises:
             RequestError: there is no such key.
-            JobsError: the database failed.
         """
         this = API_KEYS.c.key_id == key_id
         with self._database.writing() as connection:
@@ -185,17 +175,9 @@ def _hash(secret: str) -> str:
 
 
 def _columns(key: ApiKey) -> dict[str, Any]:
-    return {
-        "key_id": key.key_id,
-        "name": key.name,
-        "secret_sha256": key.secret_sha256,
-        "service_class": key.service_class,
-        "allowed_classes": list(key.allowed_classes),
-        "max_queued": key.limits.max_queued,
-        "max_running": key.limits.max_running,
-        "created_s": key.created_s,
-        "revoked_s": key.revoked_s,
-    }
+    values = asdict(key)
+    limits = values.pop("limits")
+    return values | limits | {"allowed_classes": list(key.allowed_classes)}
 
 
 def _key_of(row: Row[Any]) -> ApiKey:

@@ -74,7 +74,7 @@ class Stream:
 class EvenCost(CostModel):
     """Every request takes as long as any other: times that are told do not hang on what is measured for real ones."""
 
-    def work_of(self, request: ResolvedRequest) -> float:
+    def compute_work(self, request: ResolvedRequest) -> float:
         """See the base."""
         return 1000.0
 

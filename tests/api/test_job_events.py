@@ -238,7 +238,7 @@ def test_one_follower_too_many(make_api: Any) -> None:
 
 
 def test_a_job_that_is_deleted_under_its_followers(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "_LOOK_S", 0.05)
+    monkeypatch.setattr(feeds, "_CHECK_S", 0.05)
     told = api.created()
 
     async def follow() -> None:

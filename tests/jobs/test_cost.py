@@ -28,7 +28,7 @@ def test_work_counts_steps_branches_and_tokens(tiny_nano: Path) -> None:
 
     def work(**fields: object) -> float:
         request = GenerationRequest(prompt="a", height=64, width=64, **fields)  # type: ignore[arg-type]
-        return cost.work_of(resolve(request, layout))
+        return cost.compute_work(resolve(request, layout))
 
     one = work(num_frames=1, num_inference_steps=1, guidance_scale=1.0)
     assert one == pytest.approx(4)
@@ -39,7 +39,7 @@ def test_work_counts_steps_branches_and_tokens(tiny_nano: Path) -> None:
     assert sound == pytest.approx(3 * one + 10), "9 frames at 24 per second are 10 latents of sound"
     tight = CostModel(Geometry(), 4.0)
     request = GenerationRequest(prompt="a", height=64, width=64, num_frames=1, num_inference_steps=1, guidance_scale=1)
-    assert tight.work_of(resolve(request, layout)) == pytest.approx(8), "at par a token counts twice"
+    assert tight.compute_work(resolve(request, layout)) == pytest.approx(8), "at par a token counts twice"
 
 
 def test_throughput_of_one_after_the_other() -> None:

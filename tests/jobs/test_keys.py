@@ -140,7 +140,7 @@ def test_a_key_that_is_none_is_not_made(store: JobStore, changes: dict[str, Any]
 def test_there_is_a_bound(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "MAX_KEYS", 2)
     made = [store.keys.create(NewKey(name="a"))[0] for _ in range(2)]
-    with pytest.raises(JobsError, match="2 keys are valid.*remove one first"):
+    with pytest.raises(JobsError, match="at most 2 keys may be valid.*revoke one first"):
         store.keys.create(NewKey(name="a"))
     store.keys.revoke(made[0].key_id)
     store.keys.create(NewKey(name="a"))
