@@ -1,7 +1,7 @@
-"""The metrics of every node of the cluster in one text: asked for side by side, filtered, merged by family.
+"""The metrics of all nodes of the cluster as one text.
 
-The agents that are asked are Ray's, one a node. A node that is away, late, or says more than anybody reads is left out
-and counted; it costs the others nothing.
+Ray's agents, one a node, are scraped side by side. A node that does not answer in time, or answers too much, is left
+out and counted.
 """
 
 from __future__ import annotations
@@ -19,107 +19,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIXES = ("ray_cosmos3_", "ray_serve_")
 FAILURES = "ray_cosmos3_scrape_failures"
 
-_LIMIT_S = 5.0  # to learn which nodes there are, and then for all of them
-_CONNECT_S = 2.0  # or one that is away would keep others from being asked
+_LIMIT_S = 5.0  # to learn the nodes, and then to scrape them all
+_CONNECT_S = 2.0  # shorter, so that nodes that are away do not hold the places of others
 _MAX_NODE_BYTES = 8 * 2**20
 _MAX_TEXT_BYTES = 32 * 2**20
 _MAX_AT_ONCE = 128
 _FRESH_S = 1.0
-
-Fetch = Callable[[str], Awaitable[bytes]]
-"""URL -> a node's text. May raise anything."""
-
-
-class ClusterMetrics:
-    """See the module. Inside one event loop.
-
-    Args:
-        urls: of all nodes' metrics, None for a node that has none; may block and raise. By default the cluster's.
-        fetch: see :data:`Fetch`.
-        limit_s: for learning the URLs, and then for all nodes together.
-    """
-
-    def __init__(
-        self,
-        urls: Callable[[], Sequence[str | None]] | None = None,
-        fetch: Fetch | None = None,
-        limit_s: float = _LIMIT_S,
-    ) -> None:
-        self._urls = urls or node_urls
-        self._fetch = fetch or fetched
-        self._limit_s = limit_s
-        self._making: asyncio.Task[str] | None = None
-        self._made_s = 0.0
-
-    async def text(self) -> tuple[str, str]:
-        """The text and its content type.
-
-        Whoever asks while it is being made, or a moment later, gets the same one: to ask often costs little.
-        """
-        making = self._making
-        if making is None or (making.done() and time.monotonic() - self._made_s > _FRESH_S):
-            # A context of its own: a task made inside a request would be cancelled with that request.
-            making = asyncio.get_running_loop().create_task(self._make(), context=contextvars.Context())
-            self._making = making
-        return await asyncio.shield(making), CONTENT_TYPE
-
-    async def _make(self) -> str:
-        try:
-            return await self._asked()
-        finally:
-            self._made_s = time.monotonic()
-
-    async def _asked(self) -> str:
-        try:
-            async with asyncio.timeout(self._limit_s):
-                urls = await asyncio.to_thread(self._urls)
-        except Exception:  # noqa: BLE001 - Ray's head is away; what it raises then is not documented
-            urls = [None]
-        places = asyncio.Semaphore(_MAX_AT_ONCE)
-
-        async def one(url: str) -> list[Family]:
-            async with places:
-                data = await self._fetch(url)
-            return await asyncio.to_thread(families_of, data)  # in a thread: it may be megabytes
-
-        asked = [asyncio.create_task(one(url)) for url in urls if url is not None]
-        if asked:
-            _, late = await asyncio.wait(asked, timeout=self._limit_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
-        nodes = [task.result() for task in asked if not task.cancelled() and task.exception() is None]
-        return await asyncio.to_thread(merged, nodes, len(urls) - len(nodes))
-
-
-def node_urls() -> list[str | None]:
-    """Where the metrics of each node that lives are; None for one that exports none."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return [_url(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in alive]
-
-
-def _url(address: str, port: int) -> str | None:
-    host = f"[{address}]" if ":" in address else address
-    return f"http://{host}:{port}/metrics" if port > 0 else None
-
-
-async def fetched(url: str) -> bytes:
-    """A node's text.
-
-    Raises:
-        httpx2.HTTPError: it cannot be had.
-        ValueError: it is longer than any is.
-    """
-    data = bytearray()
-    limits = httpx2.Timeout(_LIMIT_S, connect=_CONNECT_S)
-    # Not by a proxy that the environment names: the nodes are neighbours.
-    async with httpx2.AsyncClient(trust_env=False, timeout=limits) as client, client.stream("GET", url) as answer:
-        answer.raise_for_status()
-        async for part in answer.aiter_bytes():
-            data += part
-            if len(data) > _MAX_NODE_BYTES:
-                raise ValueError(f"{url} says more than {_MAX_NODE_BYTES} bytes")
-    return bytes(data)
 
 
 @dataclass
@@ -127,7 +32,7 @@ class Family:
     """A metric with all its series, in Prometheus' text format.
 
     Attributes:
-        name: of it.
+        name: of the metric.
         about: its HELP and TYPE lines.
         samples: series, a name with labels -> its line.
     """
@@ -136,38 +41,134 @@ class Family:
     about: list[str] = field(default_factory=list)
     samples: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def num_bytes(self) -> int:
+    def count_bytes(self) -> int:
+        """Return the size of its text."""
         return sum(len(line) + 1 for line in (*self.about, *self.samples.values()))
 
 
-def families_of(data: bytes) -> list[Family]:
-    """Those of a node's text that are ours or Serve's."""
+def find_node_urls() -> list[str | None]:
+    """Return the URL of each live node's metrics; None for a node that exports none."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [_make_url(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in alive]
+
+
+def _make_url(address: str, port: int) -> str | None:
+    host = f"[{address}]" if ":" in address else address
+    return f"http://{host}:{port}/metrics" if port > 0 else None
+
+
+async def fetch_text(url: str) -> bytes:
+    """Fetch a node's text.
+
+    Raises:
+        httpx2.HTTPError: there is no answer, or an error.
+        ValueError: the text is too long.
+    """
+    data = bytearray()
+    limits = httpx2.Timeout(_LIMIT_S, connect=_CONNECT_S)
+    # The nodes are neighbours: a proxy that the environment names is not for them.
+    async with httpx2.AsyncClient(trust_env=False, timeout=limits) as client, client.stream("GET", url) as answer:
+        answer.raise_for_status()
+        async for part in answer.aiter_bytes():
+            data += part
+            if len(data) > _MAX_NODE_BYTES:
+                raise ValueError(f"{url} must send at most {_MAX_NODE_BYTES} bytes")
+    return bytes(data)
+
+
+class ClusterMetrics:
+    """The metrics of a cluster, for one event loop.
+
+    Args:
+        urls: returns the URLs of all nodes' metrics, None for a node that has none; may block and raise.
+        fetch: returns the text at a URL; may raise anything.
+        limit_s: for learning the URLs, and then for all nodes together.
+    """
+
+    def __init__(
+        self,
+        urls: Callable[[], Sequence[str | None]] = find_node_urls,
+        fetch: Callable[[str], Awaitable[bytes]] = fetch_text,
+        limit_s: float = _LIMIT_S,
+    ) -> None:
+        self._urls = urls
+        self._fetch = fetch
+        self._limit_s = limit_s
+        self._scraping: asyncio.Task[str] | None = None
+        self._end_s = 0.0
+
+    async def text(self) -> tuple[str, str]:
+        """Return the text and its content type. Calls within a second share an answer."""
+        task = self._scraping
+        if task is None or (task.done() and time.monotonic() - self._end_s > _FRESH_S):
+            # A context of its own: a task made inside a request would be cancelled with that request.
+            task = asyncio.get_running_loop().create_task(self._scrape(), context=contextvars.Context())
+            self._scraping = task
+        return await asyncio.shield(task), CONTENT_TYPE
+
+    async def _scrape(self) -> str:
+        try:
+            urls = await self._list_urls()
+            nodes = [] if urls is None else await self._scrape_nodes(urls)
+            # Without the list of nodes one failure stands for all of them.
+            num_failures = 1 if urls is None else len(urls) - len(nodes)
+            return await asyncio.to_thread(merge_nodes, nodes, num_failures)
+        finally:
+            self._end_s = time.monotonic()
+
+    async def _list_urls(self) -> Sequence[str | None] | None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                return await asyncio.to_thread(self._urls)
+        except Exception:  # noqa: BLE001 - Ray's head is away; what it raises then is not documented
+            return None
+
+    async def _scrape_nodes(self, urls: Sequence[str | None]) -> list[list[Family]]:
+        """Return the families of each node that answers in time."""
+        places = asyncio.Semaphore(_MAX_AT_ONCE)
+
+        async def scrape(url: str) -> list[Family]:
+            async with places:
+                text = await self._fetch(url)
+            return await asyncio.to_thread(parse_families, text)  # in a thread: it may be megabytes
+
+        scrapes = [asyncio.create_task(scrape(url)) for url in urls if url is not None]
+        if not scrapes:
+            return []
+        done, late = await asyncio.wait(scrapes, timeout=self._limit_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        return [task.result() for task in scrapes if task in done and task.exception() is None]
+
+
+def parse_families(text: bytes) -> list[Family]:
+    """Return the families of a node's text that are ours or Serve's."""
     families: dict[str, Family] = {}
     current = Family("")
-    for line in data.decode(errors="replace").split("\n"):
+    for line in text.decode(errors="replace").split("\n"):
         if line.startswith(("# HELP ", "# TYPE ")):
             name = line.split(" ", 3)[2]
             if name != current.name:
-                current = families[name] = families.get(name) or Family(name)
+                current = families.setdefault(name, Family(name))
             current.about.append(line)
         elif line and not line.startswith("#"):
-            # A family's samples follow what is said about it; their names begin with its own.
+            # Samples follow the lines about their family; their names begin with its name.
             current.samples[line.rpartition(" ")[0]] = line
     return [family for name, family in families.items() if name.startswith(PREFIXES)]
 
 
-def merged(nodes: Iterable[list[Family]], num_failures: int) -> str:
-    """One text of several nodes': each family once, each series once.
+def merge_nodes(nodes: Iterable[list[Family]], num_failures: int) -> str:
+    """Return one text with each family and each series of the nodes once.
 
     Args:
-        nodes: their families.
+        nodes: the families of each.
         num_failures: nodes that are missing.
     """
     families: dict[str, Family] = {}
     num_bytes = 0
     for node in nodes:
-        num_bytes += sum(family.num_bytes for family in node)
+        num_bytes += sum(family.count_bytes() for family in node)
         if num_bytes > _MAX_TEXT_BYTES:
             num_failures += 1
             continue
@@ -177,5 +178,5 @@ def merged(nodes: Iterable[list[Family]], num_failures: int) -> str:
                 known.samples |= family.samples
     about = [f"# HELP {FAILURES} Nodes that are missing in this answer.", f"# TYPE {FAILURES} gauge"]
     families[FAILURES] = Family(FAILURES, about, {FAILURES: f"{FAILURES} {num_failures}"})
-    lines = (line for _, it in sorted(families.items()) for line in (*it.about, *it.samples.values()))
+    lines = (line for _, family in sorted(families.items()) for line in (*family.about, *family.samples.values()))
     return "\n".join(lines) + "\n"

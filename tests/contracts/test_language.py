@@ -40,7 +40,6 @@ EXEMPT: tuple[str, ...] = (
     "deployments/media/record.py",
     "deployments/media/store.py",
     "deployments/media/variants.py",
-    "deployments/observability/cluster_metrics.py",
     "deployments/stages/guardrail.py",
 )
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gang_meter import BusyClock
 from deployments.observability import cluster_metrics
-from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetched
+from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetch_text
 from deployments.observability.metrics import TABLE, Metrics, _make_ray_recorder, metrics
 
 PACKAGES = Path(__file__).parents[2]
@@ -235,11 +235,34 @@ def test_nodes_that_are_away_sick_or_late_are_counted_and_cost_the_others_nothin
     assert len(families(text)["ray_cosmos3_requests"].samples) == 1
 
 
-def test_a_cluster_that_cannot_be_asked_is_a_failure() -> None:
-    def urls() -> Sequence[str]:
+def test_a_cluster_whose_nodes_are_unknown_is_one_failure() -> None:
+    def refuse() -> Sequence[str]:
         raise ConnectionError("the head is away")
 
-    assert failures(asyncio.run(ClusterMetrics(urls, Nodes().fetch).text())[0]) == 1
+    text, _ = asyncio.run(ClusterMetrics(refuse, Nodes().fetch).text())
+    assert (set(families(text)), failures(text)) == ({FAILURES}, 1)
+
+
+def test_a_cluster_that_does_not_list_its_nodes_in_time_is_one_failure() -> None:
+    is_over = threading.Event()
+
+    def hang() -> Sequence[str]:
+        is_over.wait(30)
+        return ["a"]
+
+    async def scrape() -> str:
+        try:
+            text, _ = await ClusterMetrics(hang, Nodes(a=node_text("a", 1.0)).fetch, limit_s=0.1).text()
+        finally:
+            is_over.set()
+        return text
+
+    text = asyncio.run(scrape())
+    assert (set(families(text)), failures(text)) == ({FAILURES}, 1)
+
+
+def test_an_empty_cluster_has_no_failure() -> None:
+    assert failures(Nodes().text()) == 0
 
 
 def test_the_same_series_comes_once_and_another_kind_not_at_all() -> None:
@@ -268,7 +291,7 @@ def test_who_asks_at_the_same_time_shares_an_answer() -> None:
         texts = await asyncio.gather(*others)
         assert len(set(texts)) == 1
         assert nodes.num_asked == 1
-        cluster._made_s -= 100
+        cluster._end_s -= 100
         await cluster.text()
         assert nodes.num_asked == 2
 
@@ -309,16 +332,16 @@ def test_an_agent_is_asked_without_a_proxy_and_its_text_is_bounded(monkeypatch: 
         handler.wfile.write(body)
 
     with agent(answer) as url:
-        assert asyncio.run(fetched(url)) == body
+        assert asyncio.run(fetch_text(url)) == body
         body = b"x" * 1001
-        with pytest.raises(ValueError, match="says more than 1000 bytes"):
-            asyncio.run(fetched(url))
+        with pytest.raises(ValueError, match="must send at most 1000 bytes"):
+            asyncio.run(fetch_text(url))
         status = 500
         with pytest.raises(Exception, match="500"):
-            asyncio.run(fetched(url))
+            asyncio.run(fetch_text(url))
 
 
 def test_addresses_of_both_kinds_make_urls() -> None:
-    assert cluster_metrics._url("10.0.0.1", 80) == "http://10.0.0.1:80/metrics"
-    assert cluster_metrics._url("fd00::1", 80) == "http://[fd00::1]:80/metrics"
-    assert cluster_metrics._url("10.0.0.1", 0) is None
+    assert cluster_metrics._make_url("10.0.0.1", 80) == "http://10.0.0.1:80/metrics"
+    assert cluster_metrics._make_url("fd00::1", 80) == "http://[fd00::1]:80/metrics"
+    assert cluster_metrics._make_url("10.0.0.1", 0) is None
