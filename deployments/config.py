@@ -1,8 +1,10 @@
-"""The app's configuration: one pydantic model at the edge, a YAML file a deployment. Every flag is a key here."""
+"""The app's configuration: a pydantic model, read from a YAML file. Every flag of the command line is a key here."""
 
 from __future__ import annotations
 
 import difflib
+from abc import abstractmethod
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -35,12 +37,12 @@ def _check_branches(cfg: int) -> int:
     return cfg
 
 
-# Of processes that mostly wait.
+# CPUs of a process that mostly waits.
 _LIGHT_CPUS = 0.1
-# Processes use one card at most; Ray would give out several, whole ones only.
+# A process uses one card at most; beyond 1 Ray would give it several whole ones.
 _ShareOfCard = Annotated[float, AfterValidator(_check_share)]
 _Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,31}$")]
-# As in the header Host: IPv6 addresses in brackets.
+# A name or address as in the header Host: IPv6 addresses in brackets.
 _Host = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])$")]
 DEFAULT_CLASS = "standard"
 
@@ -55,53 +57,48 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _check_order(section: Strict, larger: str, smaller: str, reason: str = "") -> None:
+    """Check that a key's value is not below another's."""
+    high, low = attrgetter(larger, smaller)(section)
+    if high < low:
+        raise ValueError(f"{larger}={high:.15g} is below {smaller}={low:.15g}{reason}")
+
+
 class HttpConfig(Strict):
     """The HTTP side: where it listens, and the bounds of its requests."""
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    max_body_bytes: int = Field(96 * 2**20, ge=1, description="of a request; base64 of the largest file takes 86 MiB")
-    max_bodies_bytes: int = Field(384 * 2**20, ge=1, description="of all that an ingress replica has in memory at once")
-    request_timeout_s: float = Field(3600, gt=0, description="of one whose caller waits: from acceptance to the file")
-    drain_timeout_s: float = Field(120, ge=0, description="for the requests in hand when the app is told to stop")
-    cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call the API; none by default")
+    max_body_bytes: int = Field(96 * 2**20, ge=1, description="per request; the largest file takes 86 MiB in base64")
+    max_bodies_bytes: int = Field(384 * 2**20, ge=1, description="bodies in the memory of one ingress replica")
+    request_timeout_s: float = Field(3600, gt=0, description="from acceptance to the file, while the caller waits")
+    drain_timeout_s: float = Field(120, ge=0, description="for running requests when the app is stopped")
+    cors_origins: tuple[str, ...] = Field((), description="origins of pages that may call the API")
     allowed_hosts: tuple[_Host, ...] = Field(
-        (),
-        description="names, without a port, that an app of this machine that asks for no keys is called by besides "
-        "localhost and its address: that of a reverse proxy say",
+        (), description="names, without a port, that a local app without keys has besides localhost, such as a proxy's"
     )
 
     @model_validator(mode="after")
     def _check_room(self) -> Self:
-        if self.max_bodies_bytes < self.max_body_bytes:
-            raise ValueError(
-                f"max_bodies_bytes={self.max_bodies_bytes} is below max_body_bytes={self.max_body_bytes}: "
-                "the largest body could never be read"
-            )
+        _check_order(self, "max_bodies_bytes", "max_body_bytes", ": the largest body could never be read")
         return self
 
 
 class MediaConfig(Strict):
     """The media store: where files lie, and for how long."""
 
-    directory: Path | None = Field(
-        None, description="the same on every node, of a file system that they share; null: one of this user's own"
-    )
+    directory: Path | None = Field(None, description="shared by all nodes, at the same path; null: this user's own")
     archive: str | None = Field(
         None,
         repr=False,  # it may hold a password
-        description="fsspec URL, s3://bucket/prefix say, for files that have to outlive the directory",
+        description="fsspec URL, such as s3://bucket/prefix, for files that must outlive the directory",
     )
-    max_bytes: int = Field(
-        20 * 2**30, ge=1, description="beyond it the longest finished files go; looked at once a minute"
-    )
-    keep_s: float = Field(
-        86_400, gt=0, description="how long a file stays; one that does not grow for so long is given up"
-    )
+    max_bytes: int = Field(20 * 2**30, ge=1, description="beyond it the oldest finished files are evicted, each minute")
+    keep_s: float = Field(86_400, gt=0, description="of a file; one that stops growing for so long is given up")
 
 
 class JobsConfig(Strict):
-    """Accepted requests: where they are kept, how many may wait, in what order they are run."""
+    """Accepted requests: where they are stored, how many may wait, and in which order they run."""
 
     database: str | None = Field(
         None,
@@ -110,34 +107,29 @@ class JobsConfig(Strict):
     )
     max_running_images: int = Field(16, ge=1, description="per Director")
     max_running_videos: int = Field(16, ge=1, description="per Director")
-    max_queued: int = Field(256, ge=1, description="that wait, of all keys and classes together")
-    max_queued_per_key: int = Field(64, ge=1, description="that wait, of one key that says nothing else")
-    max_running_per_key: int | None = Field(None, ge=1, description="of one key by default, per lane; null: any")
+    max_queued: int = Field(256, ge=1, description="of all keys and classes together")
+    max_queued_per_key: int = Field(64, ge=1, description="default of a key")
+    max_running_per_key: int | None = Field(None, ge=1, description="default of a key, per lane; null: no bound")
     classes: dict[_Name, float] = Field(
         default_factory=lambda: {"interactive": 8.0, DEFAULT_CLASS: 4.0, "batch": 1.0},
-        description="class -> its share of the work while others wait as well",
+        description="class -> its share of the work while other classes wait as well",
     )
-    keep_s: float = Field(7 * 86_400, gt=0, description="how long what is known of an ended job stays")
-    max_kept: int = Field(20_000, ge=1, description="ended jobs that are known, beyond it the oldest are forgotten")
-    run_timeout_s: float = Field(7200, gt=0, description="for running a job that nobody waits for")
-    lease_s: float = Field(20, gt=0, description="a runner that is silent for so long has died")
-    max_attempts: int = Field(3, ge=1, description="runners that a job may have, one after the other's death")
-    checkpoint_period_s: float = Field(30, gt=0, description="between two states that a running job leaves")
+    keep_s: float = Field(7 * 86_400, gt=0, description="lifetime of an ended job's record")
+    max_kept: int = Field(20_000, ge=1, description="records of ended jobs; beyond it the oldest are deleted")
+    run_timeout_s: float = Field(7200, gt=0, description="for running a job that no caller waits for")
+    lease_s: float = Field(20, gt=0, description="a runner that is silent for so long counts as dead")
+    max_attempts: int = Field(3, ge=1, description="runners of a job, each after the death of the one before")
+    checkpoint_period_s: float = Field(30, gt=0, description="between two saved states of a running job")
     poll_s: float = Field(0.5, gt=0, description="between two looks for jobs that other Directors accepted")
-    max_followers: int = Field(512, ge=1, description="who follow events of jobs at one ingress replica")
+    max_followers: int = Field(512, ge=1, description="open streams of events at one ingress replica")
 
     @model_validator(mode="after")
-    def _check_classes(self) -> Self:
+    def _check(self) -> Self:
         if DEFAULT_CLASS not in self.classes:
             raise ValueError(f"classes needs {DEFAULT_CLASS!r}, the class of requests that name none")
         if unfit := {name: weight for name, weight in self.classes.items() if not weight > 0}:
             raise ValueError(f"shares of classes must be above 0 (got {unfit})")
-        return self
-
-    @model_validator(mode="after")
-    def _check_keep_time(self) -> Self:
-        if self.keep_s < self.run_timeout_s:
-            raise ValueError(f"keep_s={self.keep_s:g} is below run_timeout_s={self.run_timeout_s:g}")
+        _check_order(self, "keep_s", "run_timeout_s")
         return self
 
 
@@ -145,25 +137,23 @@ class LoggingConfig(Strict):
     """Logs of replicas in Serve's log files; ranks always write JSON."""
 
     encoding: Literal["JSON", "TEXT"] = "JSON"
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="INFO has two lines a stage")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="INFO writes two lines a stage")
 
 
 class AuthConfig(Strict):
     """API keys, which `cosmos3 keys` makes."""
 
-    enabled: bool | None = Field(
-        None, description="null: where others than this machine reach the port; they are then needed to start"
-    )
+    enabled: bool | None = Field(None, description="null: required if other machines reach the port")
 
 
 class RemoteMediaConfig(Strict):
-    """URLs of other servers in requests; none is fetched unless this says so."""
+    """Fetching of media from URLs in requests; off by default."""
 
     enabled: bool = False
-    hosts: tuple[str, ...] = Field((), description="names that may be fetched from; *.example.com for all below one")
+    hosts: tuple[str, ...] = Field((), description="names to fetch from; *.example.com for all below one")
     schemes: tuple[str, ...] = ("https",)
-    max_bytes: int = Field(64 * 2**20, ge=1, description="of a file")
-    timeout_s: float = Field(30, gt=0, description="for a file, redirects included")
+    max_bytes: int = Field(64 * 2**20, ge=1, description="per file")
+    timeout_s: float = Field(30, gt=0, description="per file, redirects included")
     max_redirects: int = Field(3, ge=0)
 
     @model_validator(mode="after")
@@ -178,53 +168,44 @@ class RemoteMediaConfig(Strict):
 class GuardrailsConfig(Strict):
     """Checks of prompts before a request is accepted, and of pictures before they are in a file."""
 
-    adapter: str | None = Field(
-        None, description="cosmos-guardrail (NVIDIA's package), or module:Class; null: nothing is looked at"
-    )
-    options: dict[str, str | int | float | bool] = Field(
-        default_factory=dict, description="keyword arguments of the adapter"
-    )
+    adapter: str | None = Field(None, description="cosmos-guardrail (NVIDIA's), or module:Class; null: no checks")
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="the adapter's arguments")
     clients_may_disable: bool = Field(False, description="whether a request may say guardrails: false")
     text_timeout_s: float = Field(60, gt=0)
     frames_timeout_s: float = Field(300, gt=0, description="for one chunk")
 
 
 class Autoscaling(Strict):
-    """Bounds between which Serve scales a stage by its ongoing requests, those that wait for it included."""
+    """Bounds between which Serve scales a stage by its ongoing and waiting requests."""
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(2, gt=0, description="per replica, averaged over look_back_period_s")
-    upscale_delay_s: float = Field(30, ge=0, description="how long there has to be too much to do")
-    downscale_delay_s: float = Field(600, ge=0, description="how long there has to be too little to do")
+    upscale_delay_s: float = Field(30, ge=0, description="how long the load must exceed the target")
+    downscale_delay_s: float = Field(600, ge=0, description="how long the load must be below the target")
     look_back_period_s: float = Field(30, gt=0)
     metrics_interval_s: float = Field(10, gt=0, description="between two counts")
 
     @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}")
-        if self.look_back_period_s < self.metrics_interval_s:
-            raise ValueError(
-                f"look_back_period_s={self.look_back_period_s:g} is below metrics_interval_s="
-                f"{self.metrics_interval_s:g}: there would be nothing to average over"
-            )
+    def _check(self) -> Self:
+        _check_order(self, "max_replicas", "min_replicas")
+        _check_order(self, "look_back_period_s", "metrics_interval_s", ": there would be nothing to average over")
         return self
 
 
 class Stage(Strict):
     """Base of every deployment's section: resources, bounds, scaling."""
 
-    num_cpus: float = Field(1, ge=0, description="of one replica")
-    num_gpus: _ShareOfCard = Field(0, description="of one replica; what is left of a card goes to other processes")
+    num_cpus: float = Field(1, ge=0, description="per replica")
+    num_gpus: _ShareOfCard = Field(0, description="per replica; other processes use the rest of a card")
     node_labels: dict[_LabelKey, _LabelSelector] = Field(
-        default_factory=dict, description="what nodes must carry: label -> 'H200', '!H200', 'in(H100,H200)'"
+        default_factory=dict, description="labels that a node must have: label -> 'H200', '!H200', 'in(H100,H200)'"
     )
     num_replicas: int = Field(1, ge=1, description="fixed number; not together with autoscaling")
     autoscaling: Autoscaling | None = None
     max_ongoing_requests: int = Field(16, ge=1, description="per replica")
     max_queued_requests: int = Field(64, ge=1, description="per caller; beyond it callers get 429")
-    graceful_shutdown_timeout_s: float = Field(120, gt=0, description="a stopping replica may finish its requests")
+    graceful_shutdown_timeout_s: float = Field(120, gt=0, description="for the requests of a replica that stops")
     health_check_period_s: float = Field(5, gt=0)
     health_check_timeout_s: float = Field(30, gt=0)
 
@@ -235,45 +216,55 @@ class Stage(Strict):
         return self
 
 
+class LightStage(Stage):
+    """Base of stages whose processes mostly wait."""
+
+    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="per replica")
+
+
 class Device(Strict):
     """The device of a stage's weights, and their dtype."""
 
     device: str = Field("cpu", description="torch device string")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null keeps what is stored")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: as stored")
     num_threads: int = Field(1, ge=1, description="torch's CPU threads in each process")
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether its weights lie on a card."""
+        return self.device.partition(":")[0] == "cuda"
 
 
 class GangStage(Stage, Device):
-    """One replica = one gang: a leader and its ranks in one placement group."""
+    """Base of stages whose replica is a gang: a leader and its ranks in one placement group."""
 
-    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of the leader")
+    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="for the leader")
     cpus_per_rank: float = Field(1, ge=0)
-    gpus_per_rank: _ShareOfCard = Field(0, description="below 1, the rest of the card is for other processes")
+    gpus_per_rank: _ShareOfCard = Field(0, description="other processes use the rest of a card")
     placement_strategy: str = Field(
         "STRICT_PACK",
         pattern="^(STRICT_PACK|PACK|STRICT_SPREAD|SPREAD)$",
-        description="of a gang's ranks: all on one node, on few, each on another node, on many",
+        description="a gang's ranks: all on one node, on few, each on another node, on many",
     )
-    start_timeout_s: float = Field(1800, gt=0, description="for each phase of a gang's bring-up, loading among them")
+    start_timeout_s: float = Field(1800, gt=0, description="per phase of a gang's bring-up, such as loading")
 
     @property
+    @abstractmethod
     def num_ranks(self) -> int:
         """Ranks in a gang."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
-    def _check_leader(self) -> Self:
+    def _check_gang(self) -> Self:
         if self.num_gpus:
             raise ValueError(f"num_gpus={self.num_gpus:g}: the leader of a gang uses no GPU; set gpus_per_rank instead")
-        if _is_on_gpu(self) and ":" in self.device:
-            raise ValueError(
-                f"device={self.device}: Ray decides which card a rank gets; say {self.device.split(':')[0]}"
-            )
+        if self.is_on_gpu and ":" in self.device:
+            raise ValueError(f"device={self.device}: Ray decides which card a rank gets; say cuda")
+        self._check_cards()
         return self
 
-    def _check_shares(self) -> None:
+    def _check_cards(self) -> None:
         """Check that every rank has a card, and no two ranks of a gang the same one."""
-        if not _is_on_gpu(self):
+        if not self.is_on_gpu:
             return
         if not self.gpus_per_rank:
             raise ValueError(f"device={self.device} needs a GPU: set gpus_per_rank, 1 for a card a rank")
@@ -288,18 +279,16 @@ class GangStage(Stage, Device):
 class TransformerStage(GangStage):
     """Denoising."""
 
-    max_ongoing_requests: int = Field(64, ge=1, description="per gang; all of them wait with the leader")
+    max_ongoing_requests: int = Field(64, ge=1, description="per gang; they queue at its leader")
     tp: int = Field(1, ge=1, description="ranks that share every layer's heads and FFN columns")
-    cfg: Annotated[int, AfterValidator(_check_branches)] = Field(
-        1, description="2 runs the guidance branches side by side"
-    )
+    cfg: Annotated[int, AfterValidator(_check_branches)] = Field(1, description="2: guidance branches side by side")
     sp: int = Field(1, ge=1, description="ranks that share the generated tokens")
     max_jobs: int = Field(16, ge=1, description="images, and as many videos, that one gang takes at once")
-    max_held_bytes: int = Field(8 * 2**30, ge=1, description="state and prompts of begun requests, per rank")
-    first_step_timeout_s: float = Field(300, gt=0, description="for beginning a request, compiling for it included")
-    quantum_timeout_s: float = Field(60, gt=0, description="then a silent gang counts as hung; more if it is slow")
+    max_held_bytes: int = Field(8 * 2**30, ge=1, description="states and prompts of running requests, per rank")
+    first_step_timeout_s: float = Field(300, gt=0, description="for the start of a request, compiling included")
+    quantum_timeout_s: float = Field(60, gt=0, description="a gang silent for longer is hung; a slow one gets more")
     save_period_s: float = Field(5, gt=0, description="between saved states of a running request")
-    text_cache_bytes: int = Field(4 * 2**30, ge=0, description="keys and values of kept prompts, per rank")
+    text_cache_bytes: int = Field(4 * 2**30, ge=0, description="keys and values of cached prompts, per rank")
 
     @property
     def num_ranks(self) -> int:
@@ -308,112 +297,92 @@ class TransformerStage(GangStage):
 
     @model_validator(mode="after")
     def _check_queue(self) -> Self:
-        # The leader refuses what is too much, class by class. In Serve's router an image would wait behind videos.
+        # The leader rejects class by class. In Serve's router an image would wait behind videos.
         most = 2 * self.max_jobs
         if self.max_ongoing_requests <= most:
             raise ValueError(f"max_ongoing_requests={self.max_ongoing_requests} must exceed 2 * max_jobs = {most}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_cards(self) -> Self:
-        self._check_shares()
         return self
 
 
 class VideoVAEStage(GangStage):
     """Decoder of frames and encoder of given pictures."""
 
-    max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica works on side by side")
-    ranks: int = Field(1, ge=1, le=64, description="of a gang; they split every frame between them")
-    beside_transformer: bool = Field(
-        False, description="rank i takes card i of its node, whoever else works there, and none of Ray's shares"
-    )
+    max_ongoing_requests: int = Field(2, ge=1, description="clips at once per replica")
+    ranks: int = Field(1, ge=1, le=64, description="per gang; they split every frame")
+    beside_transformer: bool = Field(False, description="rank i uses card i of its node, with no share of Ray's")
     chunk_latents: int | None = Field(
         None, ge=1, description="latent frames per decoded chunk; null: 1 on a CPU, on a GPU more of small frames"
     )
-    preview_cache_dir: Path | None = Field(
-        None, description="where a node keeps fitted maps of previews; null: each start of the app fits its own"
-    )
+    preview_cache_dir: Path | None = Field(None, description="of previews' fitted maps; null: each start fits its own")
     first_chunk_timeout_s: float = Field(600, gt=0, description="for a clip's first two chunks, compiling included")
-    chunk_timeout_s: float = Field(300, gt=0, description="for any other chunk; then a silent gang counts as hung")
+    chunk_timeout_s: float = Field(300, gt=0, description="for any other chunk; a gang silent for longer is hung")
 
     @property
     def num_ranks(self) -> int:
         """Ranks in a gang."""
         return self.ranks
 
-    @model_validator(mode="after")
-    def _check_cards(self) -> Self:
+    def _check_cards(self) -> None:
         if not self.beside_transformer:
-            self._check_shares()
-            return self
-        if not _is_on_gpu(self) or self.gpus_per_rank:
+            super()._check_cards()
+        elif not self.is_on_gpu or self.gpus_per_rank:
             raise ValueError(
                 f"beside_transformer needs device=cuda and gpus_per_rank=0 (got {self.device} and "
                 f"{self.gpus_per_rank:g})"
             )
-        if self.placement_strategy != "STRICT_PACK":
+        elif self.placement_strategy != "STRICT_PACK":
             raise ValueError(f"beside_transformer needs STRICT_PACK, one node (got {self.placement_strategy})")
-        return self
 
 
 class AudioVAEStage(Stage, Device):
     """The decoder of sound, of apps whose checkpoint makes sound."""
 
     enabled: bool | None = Field(None, description="null: if the checkpoint makes sound")
-    max_ongoing_requests: int = Field(2, ge=1, description="clips whose sound one replica decodes side by side")
+    max_ongoing_requests: int = Field(2, ge=1, description="clips at once per replica")
 
     @model_validator(mode="after")
-    def _check_cards(self) -> Self:
-        if _is_on_gpu(self) and not self.num_gpus:
+    def _check_card(self) -> Self:
+        if self.is_on_gpu and not self.num_gpus:
             raise ValueError(f"device={self.device} needs a GPU: set num_gpus, 1 for a whole card")
         return self
-
-
-def _is_on_gpu(stage: Device) -> bool:
-    return stage.device.partition(":")[0] == "cuda"
 
 
 class EncoderStage(Stage):
     """The mp4 encoder."""
 
-    max_ongoing_requests: int = Field(2, ge=1, description="clips that one replica encodes side by side")
+    max_ongoing_requests: int = Field(2, ge=1, description="clips at once per replica")
 
 
 class GuardrailStage(Stage):
-    """Runs the adapter of ``guardrails``; there where one is configured."""
+    """Runs the adapter of ``guardrails``; deployed if one is configured."""
 
-    max_ongoing_requests: int = Field(8, ge=1, description="prompts and chunks that one replica looks at at once")
+    max_ongoing_requests: int = Field(8, ge=1, description="prompts and chunks at once per replica")
 
 
-class IngressStage(Stage):
+class IngressStage(LightStage):
     """The HTTP side."""
 
-    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
     max_ongoing_requests: int = Field(256, ge=1, description="per replica")
 
 
-class TokenizerStage(Stage):
+class TokenizerStage(LightStage):
     """Prompts to token ids."""
 
-    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
 
-
-class DirectorStage(Stage):
+class DirectorStage(LightStage):
     """The Director: admission, queue and the pipeline of requests."""
 
-    num_cpus: float = Field(_LIGHT_CPUS, ge=0, description="of one replica")
-    max_ongoing_requests: int = Field(512, ge=1, description="per replica, those that wait for their turn included")
+    max_ongoing_requests: int = Field(512, ge=1, description="per replica, queued requests included")
     max_attempts: int = Field(3, ge=1, description="tries of a stage whose process died")
-    chunk_window: int = Field(2, ge=1, description="decoded chunks of a clip that may exist before they are encoded")
+    chunk_window: int = Field(2, ge=1, description="decoded chunks of a clip that may wait for the encoder")
 
 
 class AppConfig(Strict):
     """The whole app."""
 
-    checkpoint: Path = Field(description="directory in the published layout, the same path on every node")
+    checkpoint: Path = Field(description="directory in the published layout, at the same path on every node")
     name: str = Field("cosmos3", pattern="^[A-Za-z0-9_.-]+$", description="of the Serve application")
-    model_name: str | None = Field(None, description="what clients call the model; null = the checkpoint's name")
+    model_name: str | None = Field(None, description="the model's name for clients; null: the checkpoint's")
     http: HttpConfig = HttpConfig()
     media: MediaConfig = MediaConfig()
     jobs: JobsConfig = JobsConfig()
@@ -426,7 +395,7 @@ class AppConfig(Strict):
     tokenizer: TokenizerStage = TokenizerStage()
     transformer: TransformerStage = TransformerStage()
     unguided: TransformerStage | None = Field(
-        None, description="gangs for requests without guidance; with cfg=2 half of a gang would wait for them"
+        None, description="gangs for requests without guidance, which with cfg=2 leave half of a gang idle"
     )
     vae: VideoVAEStage = VideoVAEStage()
     audio: AudioVAEStage = AudioVAEStage()
@@ -435,7 +404,7 @@ class AppConfig(Strict):
 
     @model_validator(mode="after")
     def _check_gangs(self) -> Self:
-        # A request may be begun by one kind of gang and go on with the other; a seed gives one file.
+        # A request may start on one kind of gang and resume on the other, and a seed gives one file.
         kinds = [(stage.device, stage.dtype) for stage in (self.transformer, self.unguided) if stage is not None]
         if len(set(kinds)) > 1:
             raise ValueError(f"transformer and unguided must have the same device and dtype (got {kinds})")
@@ -443,17 +412,10 @@ class AppConfig(Strict):
 
     @model_validator(mode="after")
     def _check_file_times(self) -> Self:
-        # A file is begun before there is a decoder for it, which may be as long as its request has.
-        longest = {
-            "http.request_timeout_s": self.http.request_timeout_s,
-            "jobs.run_timeout_s": self.jobs.run_timeout_s,
-        }
-        for name, limit_s in longest.items():
-            if self.media.keep_s < limit_s:
-                raise ValueError(
-                    f"media.keep_s={self.media.keep_s:g} is below {name}={limit_s:g}: the file of a request that waits "
-                    "for a decoder would count as given up"
-                )
+        # A file begins before a decoder is free for it, and may wait as long as its request.
+        reason = ": the file of a request that waits for a decoder would count as given up"
+        for name in ("http.request_timeout_s", "jobs.run_timeout_s"):
+            _check_order(self, "media.keep_s", name, reason)
         return self
 
     @classmethod
@@ -461,7 +423,7 @@ class AppConfig(Strict):
         """Return the configuration of plain values.
 
         Raises:
-            ConfigError: unknown keys (with the nearest known one), missing ones, values out of range.
+            ConfigError: unknown keys (names the nearest known one), missing ones, values out of range.
         """
         try:
             return cls.model_validate(values)
@@ -495,7 +457,7 @@ def config_file(name: str) -> Path:
     """Return the configuration file at a path, or the packaged one of a bare name.
 
     Raises:
-        ConfigError: there is none; lists the packaged ones.
+        ConfigError: no such file; lists the packaged ones.
     """
     packaged = {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
     if not Path(name).is_file() and name in packaged:
@@ -515,22 +477,21 @@ def _set_key(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "value_error":  # one of ours, which names what it is about
+    if fault["type"] == "value_error":  # one of ours, which names its key
         return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
     if fault["type"] == "string_pattern_mismatch" and "node_labels" in fault["loc"]:
-        text = fault["input"]
-        return f"{where}: {text!r} is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
+        hint = "is no label of a node, such as H200, or for values also !H200 or in(H100,H200)"
+        return f"{where}: {fault['input']!r} {hint}"
     if fault["type"] != "extra_forbidden":
         return f"{where}{_show_given(fault)}: {fault['msg']}"
     model: Any = root
     for part in fault["loc"][:-1]:
         annotation = model.model_fields[part].annotation
-        # Of `Autoscaling | None` the model.
-        model = next(iter(kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+        # The model of `Autoscaling | None`.
+        model = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
     near = difflib.get_close_matches(str(fault["loc"][-1]), model.model_fields, n=1)
-    return f"{where}: no such key" + (
-        f"; did you mean {near[0]}?" if near else f"; known are {sorted(model.model_fields)}"
-    )
+    hint = f"did you mean {near[0]}?" if near else f"known are {sorted(model.model_fields)}"
+    return f"{where}: no such key; {hint}"
 
 
 def _show_given(fault: Any) -> str:
