@@ -2,10 +2,10 @@
 
     ingress ── director ─┬─ tokenizer
                          ├─ transformer   one replica = one gang: a leader and its rank actors in a placement group
-                         ├─ (unguided     the same, for requests without guidance, where they have gangs of their own)
+                         ├─ (unguided     the same, for requests without guidance, if they have gangs of their own)
                          ├─ vae           given pictures -> latents, latents -> frames; a gang too
-                         ├─ (audio        latents -> sound, where the checkpoint makes some)
-                         ├─ (guardrail    prompts and frames -> those that may be used, where an adapter is configured)
+                         ├─ (audio        latents -> sound, if the checkpoint makes sound)
+                         ├─ (guardrail    prompts and frames -> those that may be used, if an adapter is configured)
                          └─ encoder
 
 ``serve run deployments.app:build checkpoint=DIR`` and Serve's YAML call :func:`build`; ``cosmos3 serve`` calls
@@ -45,27 +45,27 @@ _SHUTDOWN_POLL_S = 0.1
 def build_app(config: AppConfig) -> serve.Application:
     """Return the application of a configuration."""
     checkpoint = str(config.checkpoint)
-    tokenizer = _deployment("PromptTokenizer", PromptTokenizer, config, config.tokenizer).bind(checkpoint)
-    transformer = _transformer("Transformer", config, config.transformer)
-    unguided = _transformer("UnguidedTransformer", config, config.unguided) if config.unguided else None
-    decoders = vae_gang_spec(config)
-    vae = _gangs("VideoVAE", VideoVAEDeployment, config, config.vae, decoders).bind(
+    tokenizer = _deploy("PromptTokenizer", PromptTokenizer, config, config.tokenizer).bind(checkpoint)
+    transformer = _deploy_transformer("Transformer", config, config.transformer)
+    unguided = _deploy_transformer("UnguidedTransformer", config, config.unguided) if config.unguided else None
+    decoders = make_vae_gang_spec(config)
+    vae = _deploy_gangs("VideoVAE", VideoVAEDeployment, config, config.vae, decoders).bind(
         decoders, VAECalls(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
     )
     audio = None
     if has_audio(config):
-        audio = _deployment("AudioVAE", AudioVAEDeployment, config, config.audio).bind(
+        audio = _deploy("AudioVAE", AudioVAEDeployment, config, config.audio).bind(
             checkpoint, config.audio.device, config.audio.dtype, config.audio.num_threads
         )
-    encoder = _deployment("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(config.media)
+    encoder = _deploy("Mp4Encoder", Mp4Encoder, config, config.encoder).bind(config.media)
     guardrail = None
     if config.guardrails.adapter is not None:
-        guardrail = _deployment("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)
+        guardrail = _deploy("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)
     # A Director or Ingress must not be stopped before its requests are done; other stages' work can be done again.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
     stages = Stages(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
-    director = _deployment("Director", Director, config, config.director).options(**longest).bind(config, stages)
-    return _deployment("Ingress", Ingress, config, config.ingress).options(**longest).bind(config, director)
+    director = _deploy("Director", Director, config, config.director).options(**longest).bind(config, stages)
+    return _deploy("Ingress", Ingress, config, config.ingress).options(**longest).bind(config, director)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -83,7 +83,7 @@ def has_audio(config: AppConfig) -> bool:
     return offers_sound(config.audio, CheckpointLayout.open(config.checkpoint))
 
 
-def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
+def make_gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
     """Return the gang that one replica of a transformer stage owns.
 
     Raises:
@@ -106,7 +106,7 @@ def gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
 
 
-def vae_gang_spec(config: AppConfig) -> GangSpec:
+def make_vae_gang_spec(config: AppConfig) -> GangSpec:
     """Return the gang that one replica of the video VAE owns.
 
     Raises:
@@ -128,7 +128,7 @@ def vae_gang_spec(config: AppConfig) -> GangSpec:
     return GangSpec(rank, stage.cpus_per_rank, stage.gpus_per_rank, stage.start_timeout_s)
 
 
-def loop_spec(stage: TransformerStage) -> LoopSpec:
+def make_loop_spec(stage: TransformerStage) -> LoopSpec:
     """Return how a leader of this stage runs its gang."""
     return LoopSpec(
         max_jobs=stage.max_jobs,
@@ -140,13 +140,13 @@ def loop_spec(stage: TransformerStage) -> LoopSpec:
     )
 
 
-def _transformer(name: str, config: AppConfig, stage: TransformerStage) -> Any:
-    gang = gang_spec(config, stage)
-    return _gangs(name, Transformer, config, stage, gang).bind(gang, loop_spec(stage))
+def _deploy_transformer(name: str, config: AppConfig, stage: TransformerStage) -> Any:
+    gang = make_gang_spec(config, stage)
+    return _deploy_gangs(name, Transformer, config, stage, gang).bind(gang, make_loop_spec(stage))
 
 
-def _gangs(name: str, body: type, config: AppConfig, stage: GangStage, gang: GangSpec) -> Any:
-    return _deployment(name, body, config, stage).options(
+def _deploy_gangs(name: str, body: type, config: AppConfig, stage: GangStage, gang: GangSpec) -> Any:
+    return _deploy(name, body, config, stage).options(
         placement_group_bundles=bundles(gang, stage.num_cpus),
         placement_group_strategy=stage.placement_strategy,
         # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas, it
@@ -155,7 +155,7 @@ def _gangs(name: str, body: type, config: AppConfig, stage: GangStage, gang: Gan
     )
 
 
-def _deployment(name: str, body: type, config: AppConfig, stage: Stage) -> Any:
+def _deploy(name: str, body: type, config: AppConfig, stage: Stage) -> Any:
     scaling: dict[str, Any] = {"num_replicas": stage.num_replicas}
     if stage.autoscaling is not None:
         scaling = {"autoscaling_config": AutoscalingConfig(**stage.autoscaling.model_dump())}

@@ -1,4 +1,4 @@
-"""The client for event loops. The client for threads, :mod:`deployments.clients.blocking`, runs this one."""
+"""The client for event loops, which :mod:`deployments.clients.blocking` runs for threads."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from deployments.clients.errors import WITH_RETRY_AFTER, NotFound, UnreachableEr
 from deployments.clients.http_calls import DIRECTLY, Connecting
 from deployments.clients.http_transport import HttpTransport
 from deployments.clients.streams import DEFAULT_PATIENCE, AsyncVideoStream, Patience, follow_attached, follow_video
-from deployments.clients.transport import VIDEO, Deadline, Transport, read_answer
+from deployments.clients.transport import VIDEO, Deadline, Transport
 from deployments.jobs.events import VideoEnded, VideoEvent
 from deployments.jobs.job import SubmitOptions
 from deployments.jobs.video import Video, VideoPage
-from deployments.served_model import Model, ModelList
+from deployments.served_model import Model
 
 DEFAULT_TIMEOUT_S = 3600.0
 """Time-out for a video: to generate it, to wait for it, to read its file."""
 DEFAULT_CALL_S = 120.0
 """Time-out for a call that answers at once, uploads included."""
 
-_T = TypeVar("_T")
 LONGEST_S = 1e6
 """Longest time-out that is accepted."""
+
+_T = TypeVar("_T")
 _MAX_PAGE = 100
-# All ids of an app match this; others are refused here.
+# All ids of an app match it.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -56,8 +57,8 @@ class Generation:
 class AsyncCosmos3Client:
     """A client of one app, for one event loop; from :meth:`over_http` or :func:`deployments.client.connect_async`.
 
-    Every call raises the errors of :mod:`deployments.clients.errors`: :class:`NotFound` where there is no such video,
-    :class:`UnreachableError` where no answer comes in time.
+    Every call raises the errors of :mod:`deployments.clients.errors`: :class:`NotFound` for an unknown video,
+    :class:`UnreachableError` if no answer comes in time.
 
     Args:
         transport: the way to the app.
@@ -88,7 +89,7 @@ class AsyncCosmos3Client:
             connecting: proxy and certificates.
 
         Raises:
-            RequestError: not a URL, or a key that no header can hold.
+            RequestError: ``url`` is not a URL, or no header can hold the key.
         """
         timeout_s = checks.real("timeout_s", timeout_s, 0, LONGEST_S)
         return cls(HttpTransport(url, api_key, timeout_s, connecting), patience)
@@ -102,23 +103,23 @@ class AsyncCosmos3Client:
         previews: int = 0,
         request_id: str | None = None,
     ) -> Video:
-        """Submit a video that keeps running when the caller leaves.
+        """Submit a video, which keeps running when the caller leaves.
 
         Args:
             request: images and clips given as paths are read here, in the caller's process.
             idempotency_key: a second call with the same key returns the video of the first.
             service_class: of the queue; None: the app's standard class.
             previews: number of preview events, 32 at most.
-            request_id: the caller's name for it, for logs.
+            request_id: the caller's name for the video, for logs.
 
         Raises:
             RequestError: the request is wrong, or its image or clip cannot be read.
-            OverloadedError, ShuttingDown: no place is free; ``retry_after_s`` says when to try again.
+            OverloadedError, ShuttingDown: no place is free; try again after ``retry_after_s``.
             IdempotencyConflict: the key was used for another request.
             ContentBlocked: a guardrail blocked the request.
         """
         options = _make_options(request_id, idempotency_key, service_class, previews)
-        return read_answer(Video, await self._call(lambda: self._transport.submit(request, options)))
+        return await self._call(lambda: self._transport.submit(request, options))
 
     async def remix(
         self,
@@ -134,13 +135,11 @@ class AsyncCosmos3Client:
             Cosmos3Error: as :meth:`create`.
         """
         options = _make_options(request_id, idempotency_key, None, 0)
-        _check_id(video_id)
-        return read_answer(Video, await self._call(lambda: self._transport.remix(video_id, prompt, options)))
+        return await self._call(lambda: self._transport.remix(_check_id(video_id), prompt, options))
 
     async def retrieve(self, video_id: str) -> Video:
         """Return a video, failed ones too."""
-        _check_id(video_id)
-        return read_answer(Video, await self._call(lambda: self._transport.job(video_id)))
+        return await self._call(lambda: self._transport.job(_check_id(video_id)))
 
     async def list(self, after: str | None = None, *, limit: int = 20, order: str = "desc") -> VideoPage:
         """Return a page of the videos after ``after``, the newest first unless ``order`` is "asc".
@@ -150,7 +149,7 @@ class AsyncCosmos3Client:
         """
         limit = checks.integer("limit", limit, 1, _MAX_PAGE)
         order = checks.choice("order", order, ("asc", "desc"))
-        return read_answer(VideoPage, await self._call(lambda: self._transport.jobs(after, limit, order)))
+        return await self._call(lambda: self._transport.jobs(after, limit, order))
 
     async def list_all(self, *, order: str = "desc") -> AsyncGenerator[Video, None]:
         """Yield all videos, page by page."""
@@ -165,17 +164,15 @@ class AsyncCosmos3Client:
 
     async def cancel(self, video_id: str) -> Video:
         """Stop a video, which then has failed with the code "cancelled"; one that has ended stays as it is."""
-        _check_id(video_id)
-        return read_answer(Video, await self._call(lambda: self._transport.cancel(video_id)))
+        return await self._call(lambda: self._transport.cancel(_check_id(video_id)))
 
     async def delete(self, video_id: str) -> None:
         """Stop a video and delete its record and file."""
-        _check_id(video_id)
-        await self._call(lambda: self._transport.delete(video_id))
+        await self._call(lambda: self._transport.delete(_check_id(video_id)))
 
     async def models(self) -> tuple[Model, ...]:
         """Return the models that the app serves."""
-        return read_answer(ModelList, await self._call(self._transport.models)).data
+        return (await self._call(self._transport.models)).data
 
     async def events(
         self, video_id: str, after: int = 0, *, timeout_s: float = DEFAULT_TIMEOUT_S
@@ -185,12 +182,11 @@ class AsyncCosmos3Client:
         Reconnects when the connection breaks; every event comes once. Closing the iterator does not stop the video.
 
         Raises, while iterating:
-            DeadlineExceeded: it has not ended within ``timeout_s``.
+            DeadlineExceeded: the video has not ended within ``timeout_s``.
             UnreachableError: the app is away for longer than ``patience`` allows.
         """
-        _check_id(video_id)
-        deadline = _make_deadline(timeout_s)
-        async with aclosing(follow_video(self._transport, video_id, after, deadline, self._patience)) as events:
+        following = follow_video(self._transport, _check_id(video_id), after, _make_deadline(timeout_s), self._patience)
+        async with aclosing(following) as events:
             async for event in events:
                 yield event
 
@@ -198,7 +194,7 @@ class AsyncCosmos3Client:
         """Return the video when it has ended, completed or failed.
 
         Raises:
-            DeadlineExceeded: it has not ended in time; it keeps running.
+            DeadlineExceeded: the video has not ended in time; it keeps running.
         """
         async with aclosing(self.events(video_id, timeout_s=timeout_s)) as events:
             async for event in events:
@@ -217,13 +213,11 @@ class AsyncCosmos3Client:
             timeout_s: for the whole file.
 
         Raises, while iterating:
-            NotFound: there is no such file, or it was deleted.
-            NotReady: the file is not written yet.
+            NotFound, NotReady: the file is not there, or not written yet.
             UnreachableError: the file broke off, or did not come in time.
         """
-        _check_id(video_id)
         timeout_s = checks.real("timeout_s", timeout_s, 0, LONGEST_S)
-        async with aclosing(self._transport.content(video_id, variant, timeout_s)) as parts:
+        async with aclosing(self._transport.content(_check_id(video_id), variant, timeout_s)) as parts:
             async for part in parts:
                 yield part
 
@@ -260,7 +254,7 @@ class AsyncCosmos3Client:
 
         Raises:
             Cosmos3Error: as :meth:`create`.
-            DeadlineExceeded: it was not accepted in time.
+            DeadlineExceeded: the video was not accepted in time.
         """
         options = _make_options(request_id, None, service_class, previews)
         deadline = _make_deadline(timeout_s)
@@ -347,9 +341,10 @@ def _make_deadline(timeout_s: float) -> Deadline:
     return Deadline(checks.real("timeout_s", timeout_s, 0, LONGEST_S))
 
 
-def _check_id(video_id: str) -> None:
+def _check_id(video_id: str) -> str:
     if not isinstance(video_id, str) or not _ID.fullmatch(video_id):
         raise NotFound.video(str(video_id)[:200])
+    return video_id
 
 
 async def write_parts(parts: AsyncIterable[bytes], path: Path) -> int:

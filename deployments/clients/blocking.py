@@ -1,22 +1,134 @@
-"""The client for threads: the calls of :mod:`deployments.clients.asynchronous`, run by an event loop in a thread."""
+"""The client for threads: the calls of :mod:`deployments.clients.asynchronous`, run by an event loop in a thread.
+
+anyio's blocking portal cannot replace the thread: there a cancelled call can await nothing more, so an interrupt would
+return before its video is stopped; and closing the portal either cancels all calls at once or waits without a bound.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import inspect
+import queue
+import threading
+import time
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
+from cosmos3_core.errors import ClosedError
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.asynchronous import DEFAULT_CALL_S, DEFAULT_TIMEOUT_S, AsyncCosmos3Client
 from deployments.clients.http_calls import DIRECTLY, Connecting
-from deployments.clients.loop_thread import LoopThread
 from deployments.clients.streams import DEFAULT_PATIENCE, AsyncVideoStream, Patience
 from deployments.jobs.events import VideoEvent
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
+
+_STOP_S = 10.0
+# Longest time that an interrupt goes unnoticed: a signal just before a thread falls asleep does not wake it.
+_NOTICE_S = 0.5
+
+
+class LoopThread:
+    """An event loop in a thread of its own. It ends when it is closed or dropped, or with the process."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="cosmos3-client", daemon=True)
+        self._thread.start()
+        self._stop = weakref.finalize(self, _stop, self._loop)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it accepts work."""
+        return self._stop.alive
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine and return its result. An interrupt cancels the coroutine and waits for its end.
+
+        Raises:
+            ClosedError: the thread was stopped before there was a result.
+            Exception: of the coroutine.
+        """
+        if not self.is_open or threading.current_thread() is self._thread:
+            work.close()
+            raise ClosedError("the client is closed, or was called from its own event loop")
+        # Not a queue.Queue: an interrupt between two of its lines would leave its lock held, and the loop hanging.
+        ended: queue.SimpleQueue[asyncio.Task[_T] | None] = queue.SimpleQueue()
+        tasks: list[asyncio.Task[_T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(work))
+            tasks[0].add_done_callback(end)
+
+        def end(task: asyncio.Task[_T]) -> None:
+            if not task.cancelled():
+                task.exception()  # marks it as retrieved, or asyncio would log it
+            ended.put(task)
+
+        def cancel() -> None:
+            if not tasks:
+                work.close()  # the interrupt came before it was handed over
+            elif tasks[0].cancel():
+                return
+            ended.put(None)  # no task will call end, or it has called it already
+
+        try:
+            self._loop.call_soon_threadsafe(begin)
+            task = None
+            while task is None:
+                with contextlib.suppress(queue.Empty):
+                    task = ended.get(timeout=_NOTICE_S)
+            return task.result()
+        except asyncio.CancelledError:
+            raise ClosedError("the client was closed before this had an end") from None
+        except (KeyboardInterrupt, SystemExit):
+            # Twice soon, so that it runs after the task's first step wherever the interrupt came.
+            self._loop.call_soon_threadsafe(self._loop.call_soon, cancel)
+            with contextlib.suppress(queue.Empty):
+                ended.get(timeout=_STOP_S)
+            raise
+
+    def close(self) -> None:
+        """Stop when running work has ended, or was cancelled after a while. May be called twice."""
+        self._stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * _STOP_S)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        loop.run_until_complete(_finish_tasks())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+
+
+async def _finish_tasks() -> None:
+    """Wait for running tasks, such as those that ask the app to stop a video; after a while cancel them."""
+    await asyncio.sleep(0)  # callbacks that were scheduled last create their tasks
+    own = {asyncio.current_task()}
+    deadline_s = time.monotonic() + _STOP_S
+    while others := asyncio.all_tasks() - own:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            break
+        await asyncio.wait(others, timeout=left_s)
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=_STOP_S)
+
+
+def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.call_soon_threadsafe(loop.stop)
 
 
 def _block(
@@ -159,20 +271,7 @@ class Items(Generic[_T], Iterator[_T]):
 
 
 class VideoStream(Items[VideoEvent]):
-    """The events of a video that is made for this caller; :class:`VideoEnded`, the last, holds the finished video.
-
-    Closing it, leaving its ``with`` block, or dropping it stops the work of every stage.
-
-    Raises, while iterating:
-        DeadlineExceeded, StageFailed, JobCancelled ...: the video failed.
-
-    Args:
-        thread: runs the stream.
-        stream: owned by this iterator.
-
-    Attributes:
-        video_id: of the video.
-    """
+    """The events of a video that is made for this caller: an :class:`AsyncVideoStream` as an iterator."""
 
     def __init__(self, thread: LoopThread, stream: AsyncVideoStream) -> None:
         super().__init__(thread, stream)

@@ -34,7 +34,6 @@ from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 # For an answer without Retry-After.
 _RETRY_AFTER_S = 5.0
 _MAX_RETRY_AFTER_S = 86_400.0
-_NOT_READY = "media_not_ready"
 
 
 class UnreachableError(Cosmos3Error):
@@ -68,16 +67,11 @@ class NotFound(AnswerError):
     @classmethod
     def video(cls, video_id: str) -> NotFound:
         """Return the error for an unknown id."""
-        return cls(404, f"there is no video {video_id!r}, or not any more", "not_found")
+        return cls(404, f"video {video_id!r} not found, or already deleted", "not_found")
 
 
 class NotReady(AnswerError):
     """The file is not written yet."""
-
-    @classmethod
-    def video(cls, video_id: str) -> NotReady:
-        """Return the error for a video that is not finished."""
-        return cls(409, f"there is no file of {video_id} yet; its progress says how far it is", _NOT_READY)
 
 
 class Unavailable(AnswerError):
@@ -94,65 +88,58 @@ class Unavailable(AnswerError):
         self.args = (status, message, code, retry_after_s)
 
 
-class _InServerWords(Cosmos3Error):
-    """An error that came over HTTP: its first argument is the server's message."""
+class _RemoteError(Cosmos3Error):
+    """An error that came over HTTP, with the server's message.
+
+    Args:
+        message: of the server.
+        fields: arguments of the error's own type.
+    """
+
+    def __init__(self, message: str, *fields: Any) -> None:
+        super().__init__(*fields)
+        self.args = (message, *fields)
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-class RemoteOverloaded(_InServerWords, OverloadedError):
-    """:class:`OverloadedError` with the server's message.
-
-    Args:
-        message: of the server.
-        retry_after_s: when a place is likely to be free.
-    """
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        OverloadedError.__init__(self, message, 0, retry_after_s)
-        self.args = (message, retry_after_s)
+class RemoteOverloaded(_RemoteError, OverloadedError):
+    """:class:`OverloadedError` with the server's message."""
 
 
-class RemoteDeadlineExceeded(_InServerWords, DeadlineExceeded):
-    """:class:`DeadlineExceeded` with the server's message, its argument."""
-
-    def __init__(self, message: str) -> None:
-        DeadlineExceeded.__init__(self, "", 0.0)
-        self.args = (message,)
+class RemoteDeadlineExceeded(_RemoteError, DeadlineExceeded):
+    """:class:`DeadlineExceeded` with the server's message."""
 
 
-class RemoteStageFailed(_InServerWords, StageFailed):
-    """:class:`StageFailed` with the server's message, its argument."""
-
-    def __init__(self, message: str) -> None:
-        StageFailed.__init__(self, "", 1, message)
-        self.args = (message,)
+class RemoteStageFailed(_RemoteError, StageFailed):
+    """:class:`StageFailed` with the server's message."""
 
 
-class RemoteOutOfMemory(_InServerWords, OutOfMemory):
-    """:class:`OutOfMemory` with the server's message, its argument."""
+class RemoteOutOfMemory(_RemoteError, OutOfMemory):
+    """:class:`OutOfMemory` with the server's message."""
 
 
-class RemoteContentBlocked(_InServerWords, ContentBlocked):
-    """:class:`ContentBlocked` with the server's message, its argument."""
+class RemoteContentBlocked(_RemoteError, ContentBlocked):
+    """:class:`ContentBlocked` with the server's message."""
 
 
 WITH_RETRY_AFTER = (OverloadedError, ShuttingDown, Unavailable)
 """Errors that hold ``retry_after_s``."""
 
-_Make = Callable[[str, float], Cosmos3Error]
 # Code of the server's error table -> makes the error from the message and Retry-After.
-_BY_CODE: Mapping[str, _Make] = MappingProxyType(
+_BY_CODE: Mapping[str, Callable[[str, float], Cosmos3Error]] = MappingProxyType(
     {
-        "overloaded": RemoteOverloaded,
+        "overloaded": lambda message, retry_after_s: RemoteOverloaded(message, message, 0, retry_after_s),
         "shutting_down": lambda message, retry_after_s: ShuttingDown(retry_after_s),
-        "deadline_exceeded": lambda message, retry_after_s: RemoteDeadlineExceeded(message),
-        "stage_failed": lambda message, retry_after_s: RemoteStageFailed(message),
-        "out_of_memory": lambda message, retry_after_s: RemoteOutOfMemory(message),
-        "content_blocked": lambda message, retry_after_s: RemoteContentBlocked(message),
+        "deadline_exceeded": lambda message, retry_after_s: RemoteDeadlineExceeded(message, "", 0.0),
+        "stage_failed": lambda message, retry_after_s: RemoteStageFailed(message, "", 1, message),
+        "out_of_memory": lambda message, retry_after_s: RemoteOutOfMemory(message, message),
+        "content_blocked": lambda message, retry_after_s: RemoteContentBlocked(message, message),
     }
 )
+# Status of an answer with another code, or from another server -> the code with the same meaning.
+_CODE_OF_STATUS: Mapping[int, str] = MappingProxyType({429: "overloaded", 504: "deadline_exceeded"})
 _KINDS: Mapping[int, type[AnswerError]] = MappingProxyType(
     {401: AuthError, 403: AuthError, 404: NotFound, 410: NotFound}
 )
@@ -177,7 +164,7 @@ def read_refusal(
         message = f"HTTP {status} {reason}: {text.partition(chr(10))[0]}"
     if code == "idempotency_conflict" and idempotency_key is not None:
         return IdempotencyConflict(idempotency_key)
-    if status == 422 and (parts := _field_error_parts(error)) is not None:
+    if status == 422 and (parts := _read_field_error(error)) is not None:
         return (CapabilityError if code == "not_offered" else RequestError).of_parts(*parts)
     return _make_error(status, message, code, _read_retry_after(headers.get("retry-after")))
 
@@ -190,21 +177,17 @@ def read_failure(video_id: str, code: str, message: str) -> Cosmos3Error:
 
 
 def _make_error(status: int, message: str, code: str, retry_after_s: float) -> Cosmos3Error:
-    if code in _BY_CODE:
-        return _BY_CODE[code](message, retry_after_s)
-    if code == _NOT_READY:
+    if code == "media_not_ready":
         return NotReady(status, message, code)
-    if status == 429:
-        return RemoteOverloaded(message, retry_after_s)
+    if make := _BY_CODE.get(code) or _BY_CODE.get(_CODE_OF_STATUS.get(status, "")):
+        return make(message, retry_after_s)
     if status == 503:
         return Unavailable(status, message, code, retry_after_s)
-    if status == 504:
-        return RemoteDeadlineExceeded(message)
     return _KINDS.get(status, AnswerError)(status, message, code)
 
 
-def _field_error_parts(error: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
-    """Return what an answer says of a wrong field: its name, what was given, what must be true, what to do."""
+def _read_field_error(error: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
+    """Return an answer's field, what was given, what must be true, and what to do; None if it names no field."""
     field, given, allowed, hint = (error.get(name) for name in ("param", "given", "allowed", "hint"))
     if isinstance(field, str) and isinstance(given, str) and isinstance(allowed, str):
         return field, given, allowed, hint if isinstance(hint, str) else ""

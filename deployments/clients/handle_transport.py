@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -11,13 +11,15 @@ from cluster.errors import DeadlineExceeded, OutOfMemory, OverloadedError, Shutt
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api.errors import error_response
-from deployments.clients.errors import AnswerError, NotFound, UnreachableError, read_refusal
-from deployments.clients.transport import VIDEO, Attached, Deadline, JobObject, read_event
+from deployments.clients.errors import AnswerError, UnreachableError, read_refusal
+from deployments.clients.transport import VIDEO, Attached, Deadline, read_answer, read_event
 from deployments.errors import ContentBlocked, IdempotencyConflict, JobCancelled
 from deployments.failures import summarize_error, translate_error
 from deployments.jobs.events import VideoEvent, event_as_json
 from deployments.jobs.job import SubmitOptions
+from deployments.jobs.video import Video, VideoPage
 from deployments.messages import Accepted, RequestContext
+from deployments.served_model import ModelList
 from deployments.stages.streams import RefStream
 
 _PART_BYTES = 1 << 20
@@ -25,10 +27,10 @@ _PART_BYTES = 1 << 20
 _SLACK_S = 30.0
 # Jobs over handles have no owner: API keys are for HTTP.
 _OWNER = ""
-# Errors of the app that reach the caller with their own types.
+# Errors that reach the caller as the app raised them.
 _SHARED = (
     *(RequestError, OverloadedError, ShuttingDown, DeadlineExceeded, StageFailed, OutOfMemory),
-    *(ContentBlocked, JobCancelled, IdempotencyConflict, NotFound, UnreachableError),
+    *(ContentBlocked, JobCancelled, IdempotencyConflict),
 )
 
 
@@ -45,7 +47,7 @@ class HandleTransport:
         self._streaming = director.options(stream=True)
         self._timeout_s = timeout_s
 
-    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
+    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> Video:
         """Submit a job. Images and clips given as paths are read here, in the caller's process."""
         packed = await asyncio.to_thread(request.packed)
         job = await self._call(self._director.submit, packed, options)
@@ -68,25 +70,22 @@ class HandleTransport:
 
         return Attached(accepted.job_id, self._read_events(items, accepted.job_id), leave)
 
-    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
+    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> Video:
         """Submit a video again with another prompt."""
         job = await self._call(self._director.remix, video_id, prompt, options)
         return await self.job(job.job_id)
 
-    async def job(self, video_id: str) -> JobObject:
+    async def job(self, video_id: str) -> Video:
         """Return a video."""
-        video: JobObject = await self._call(self._director.job, video_id, _OWNER)
-        return video
+        return read_answer(Video, await self._call(self._director.job, video_id, _OWNER))
 
-    async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
+    async def jobs(self, after: str | None, limit: int, order: str) -> VideoPage:
         """Return a page of videos."""
-        page: Mapping[str, Any] = await self._call(self._director.jobs, _OWNER, after, limit, order)
-        return page
+        return read_answer(VideoPage, await self._call(self._director.jobs, _OWNER, after, limit, order))
 
-    async def cancel(self, video_id: str) -> JobObject:
+    async def cancel(self, video_id: str) -> Video:
         """Stop a video."""
-        video: JobObject = await self._call(self._director.cancel, video_id, _OWNER)
-        return video
+        return read_answer(Video, await self._call(self._director.cancel, video_id, _OWNER))
 
     async def delete(self, video_id: str) -> None:
         """Stop and delete a video."""
@@ -120,9 +119,9 @@ class HandleTransport:
             yield part
             start += len(part)
 
-    async def models(self) -> Mapping[str, Any]:
+    async def models(self) -> ModelList:
         """Return the list of models."""
-        return {"object": "list", "data": await self._call(self._director.models)}
+        return read_answer(ModelList, {"object": "list", "data": await self._call(self._director.models)})
 
     async def aclose(self) -> None:
         """Do nothing: handles hold no connection."""
@@ -132,7 +131,7 @@ class HandleTransport:
             async for event in items:
                 if event.kind:
                     yield read_event(event.kind, event_as_json(event))
-        yield read_event("completed", await self.job(video_id))
+        yield read_event("completed", await self._call(self._director.job, video_id, _OWNER))
 
     async def _iterate(self, response: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
         """Yield the items of a streaming call; closing the generator stops the call."""

@@ -6,9 +6,9 @@ import json
 import ssl
 import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 
@@ -20,6 +20,8 @@ JSON = "application/json"
 # Longest error message that is read.
 _MAX_TEXT_BYTES = 1 << 16
 _MAX_JSON_BYTES = 1 << 26
+# Bound of one event's text: a finished video with its actions is far below.
+_MAX_EVENT_BYTES = 1 << 24
 _CONNECT_S = 10.0
 # Each open stream holds one.
 _MAX_CONNECTIONS = 256
@@ -54,7 +56,7 @@ class HttpCalls:
         connecting: proxy and certificates.
 
     Raises:
-        RequestError: not a URL, or a key that no header can hold.
+        RequestError: ``url`` is not a URL, or no header can hold the key.
     """
 
     def __init__(self, url: str, api_key: str | None = None, connecting: Connecting = DIRECTLY) -> None:
@@ -92,11 +94,10 @@ class HttpCalls:
         """Send a request and yield its answer when that begins.
 
         Args:
-            method, path: of the call.
+            method, path, params: of the call.
             deadline: for the whole answer.
             body: JSON.
             headers: besides those of every call.
-            params: of the URL.
             silence_s: longest silence before the connection counts as dead; None: no bound.
 
         Raises:
@@ -111,10 +112,10 @@ class HttpCalls:
         request = self._http.build_request(
             method, self._base + path, content=body, headers=sent, params=params, timeout=limits
         )
-        with self._translate_errors(deadline):
+        with _translate_errors(self.url, deadline):
             response = await deadline.wait(self._http.send(request, stream=True))
         try:
-            yield Answer(self, response, deadline)
+            yield Answer(self.url, response, deadline)
         finally:
             await response.aclose()
 
@@ -122,34 +123,18 @@ class HttpCalls:
         """Close the connections."""
         await self._http.aclose()
 
-    @contextmanager
-    def _translate_errors(self, deadline: Deadline) -> Iterator[None]:
-        try:
-            yield
-        except TimeoutError:
-            raise UnreachableError(f"{self.url}: no complete answer within {deadline.limit_s:g} s") from None
-        except httpx2.PoolTimeout:
-            raise UnreachableError(f"{self.url}: all {_MAX_CONNECTIONS} connections of this client are busy") from None
-        except httpx2.ReadTimeout:
-            raise UnreachableError(f"{self.url}: nothing came for too long; the connection is dead") from None
-        except (httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
-            if _is_refused(error):
-                hint = "nothing listens there; `cosmos3 serve` starts an app"
-                raise UnreachableError(f"{self.url}: {hint}") from None
-            raise UnreachableError(f"{self.url}: {type(error).__name__}: {error}") from None
-
 
 class Answer:
     """The answer to one call.
 
     Args:
-        calls: that sent the request.
+        url: of the app.
         response: its body is still to be read.
         deadline: for the whole answer.
     """
 
-    def __init__(self, calls: HttpCalls, response: httpx2.Response, deadline: Deadline) -> None:
-        self._calls, self._response, self._deadline = calls, response, deadline
+    def __init__(self, url: str, response: httpx2.Response, deadline: Deadline) -> None:
+        self._url, self._response, self._deadline = url, response, deadline
 
     @property
     def status(self) -> int:
@@ -184,7 +169,7 @@ class Answer:
         """
         parts, num_bytes = self._response.aiter_raw(), 0
         while True:
-            with self._calls._translate_errors(self._deadline):
+            with _translate_errors(self._url, self._deadline):
                 try:
                     part = await self._deadline.wait(anext(parts))
                 except StopAsyncIteration:
@@ -192,22 +177,26 @@ class Answer:
                 except (httpx2.RemoteProtocolError, httpx2.ReadError):
                     announced = self.headers.get("content-length")
                     size = f"{num_bytes} bytes" if announced is None else f"{num_bytes} of {announced} bytes"
-                    raise UnreachableError(f"{self._calls.url}: the answer broke off after {size}") from None
+                    raise UnreachableError(f"{self._url}: the answer broke off after {size}") from None
             num_bytes += len(part)
             yield part
 
-    async def content(self, max_bytes: int) -> bytes:
-        """Return the body, cut off at a length."""
-        content = bytearray()
-        async for part in self.parts():
-            content += part
-            if len(content) >= max_bytes:
-                break
-        return bytes(content[:max_bytes])
+    async def events(self) -> AsyncGenerator[RawEvent, None]:
+        """Yield the body's server-sent events.
+
+        Raises:
+            AnswerError: an event is no JSON object, or too long.
+            UnreachableError: as :meth:`parts`.
+        """
+        reader = EventReader()
+        async with aclosing(self.parts()) as parts:
+            async for part in parts:
+                for event in reader.feed(part):
+                    yield event
 
     async def text(self) -> str:
         """Return the body as text, cut off where it is longer than any message."""
-        return (await self.content(_MAX_TEXT_BYTES)).decode("utf-8", "replace")
+        return (await self._read(_MAX_TEXT_BYTES)).decode("utf-8", "replace")
 
     async def json(self, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
         """Return the body, a JSON object.
@@ -216,16 +205,113 @@ class Answer:
             AnswerError: it is none, or larger than ``max_bytes``.
         """
         try:
-            answer = json.loads(await self.content(max_bytes))
+            answer = json.loads(await self._read(max_bytes))
             if not isinstance(answer, dict):
                 raise TypeError
         except (ValueError, TypeError):
             raise self.make_foreign_error() from None
         return answer
 
+    async def _read(self, max_bytes: int) -> bytes:
+        """Return the body, cut off at a length."""
+        content = bytearray()
+        async for part in self.parts():
+            content += part
+            if len(content) >= max_bytes:
+                break
+        return bytes(content[:max_bytes])
+
     def make_foreign_error(self) -> AnswerError:
         """Return the error for an answer that is not of this API."""
-        return AnswerError(self.status, f"{self._calls.url} answers, but not as this API does; is it a cosmos3 app?")
+        return AnswerError(self.status, f"{self._url} answers, but not as this API does; is it a cosmos3 app?")
+
+
+class RawEvent(NamedTuple):
+    """An event as it was sent; ``seq`` is its number in the video's history, None for events that are not stored."""
+
+    seq: int | None
+    kind: str
+    data: Mapping[str, Any]
+
+
+class EventReader:
+    """Assembles server-sent events, as the HTML standard defines them without ``retry``, from parts of any size."""
+
+    def __init__(self) -> None:
+        self._unread = b""
+        self._lines: list[bytes] = []
+        self._num_bytes = 0
+
+    def feed(self, part: bytes) -> Iterator[RawEvent]:
+        """Yield the events that this part completes.
+
+        Raises:
+            AnswerError: an event is no JSON object, or too long.
+        """
+        lines = (self._unread + part).splitlines(keepends=True)
+        # The last line may go on, and an LF may follow its CR.
+        self._unread = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        for line in lines:
+            text = line.rstrip(b"\r\n")
+            if text.startswith(b":"):  # a comment, which keeps the connection alive
+                continue
+            if text:
+                self._lines.append(text)
+                self._num_bytes += len(text)
+                continue
+            event = _parse_event(self._lines)
+            self._lines, self._num_bytes = [], 0
+            if event is not None:
+                yield event
+        if self._num_bytes + len(self._unread) > _MAX_EVENT_BYTES:
+            raise AnswerError(200, f"the app sends an event of more than {_MAX_EVENT_BYTES} bytes")
+
+
+def _parse_event(lines: list[bytes]) -> RawEvent | None:
+    """Return the event of its lines; None where they hold no data."""
+    data: list[str] = []
+    fields = {"event": "message", "id": ""}
+    for line in lines:
+        # A byte order mark may begin the stream.
+        name, _, value = line.decode("utf-8", "replace").removeprefix("\ufeff").partition(":")
+        fields[name] = value.removeprefix(" ")
+        if name == "data":
+            data.append(fields[name])
+    if not data:
+        return None
+    kind, number = fields["event"], fields["id"]
+    try:
+        values = json.loads("\n".join(data))
+        if not isinstance(values, dict):
+            raise TypeError
+        return RawEvent(int(number) if number else None, kind, values)
+    except (ValueError, TypeError):
+        raise AnswerError(200, f"the app sends an event {kind!r} that is no JSON object") from None
+
+
+@contextmanager
+def _translate_errors(url: str, deadline: Deadline) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise UnreachableError(f"{url}: no complete answer within {deadline.limit_s:g} s") from None
+    except httpx2.PoolTimeout:
+        raise UnreachableError(f"{url}: all {_MAX_CONNECTIONS} connections of this client are busy") from None
+    except httpx2.ReadTimeout:
+        raise UnreachableError(f"{url}: nothing came for too long; the connection is dead") from None
+    except (httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
+        if _is_refused(error):
+            raise UnreachableError(f"{url}: nothing listens there; `cosmos3 serve` starts an app") from None
+        raise UnreachableError(f"{url}: {type(error).__name__}: {error}") from None
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Return whether a refused connection is the cause of an error."""
+    if isinstance(error, BaseExceptionGroup):  # a name has several addresses
+        return any(map(_is_refused, error.exceptions))
+    return error is not None and (
+        isinstance(error, ConnectionRefusedError) or _is_refused(error.__cause__ or error.__context__)
+    )
 
 
 def _normalize_url(url: str) -> str:
@@ -246,19 +332,3 @@ def _check_header(name: str, value: str) -> None:
     if not value or len(value) > _MAX_HEADER_CHARS or not value.isascii() or not value.isprintable():
         field = name.replace("-", "_").removeprefix("x_")
         raise RequestError(field, value, f"1 to {_MAX_HEADER_CHARS} printable ASCII characters")
-
-
-def _is_refused(error: BaseException) -> bool:
-    """Return whether a refused connection is among an error's causes."""
-    todo, seen = [error], set()
-    while todo:
-        now = todo.pop()
-        if isinstance(now, ConnectionRefusedError):
-            return True
-        if id(now) in seen:
-            continue
-        seen.add(id(now))
-        todo += [cause for cause in (now.__cause__, now.__context__) if cause is not None]
-        if isinstance(now, BaseExceptionGroup):
-            todo += now.exceptions
-    return False

@@ -9,8 +9,11 @@ import io
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from contextlib import aclosing
+from typing import Any, TypeVar
 from urllib.parse import quote
+
+from pydantic import BaseModel
 
 from cosmos3_core.actions import action_rows
 from cosmos3_core.errors import Cosmos3Error, RequestError
@@ -18,16 +21,18 @@ from cosmos3_core.media.image import write_image
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.errors import NotFound, UnreachableError
 from deployments.clients.http_calls import Connecting, HttpCalls
-from deployments.clients.server_sent_events import EventReader
-from deployments.clients.transport import LEAVE_S, VIDEO, Attached, Deadline, JobObject, read_event
+from deployments.clients.transport import LEAVE_S, VIDEO, Attached, Deadline, read_answer, read_event
 from deployments.jobs.events import VideoEvent
 from deployments.jobs.job import SubmitOptions
+from deployments.jobs.video import Video, VideoDeleted, VideoPage
+from deployments.served_model import ModelList
 
 logger = logging.getLogger(__name__)
 
 # The app sends followers a keep-alive comment every 15 s.
 _SILENCE_S = 60.0
 _DEFAULTS = GenerationRequest(prompt="")
+_M = TypeVar("_M", bound=BaseModel)
 
 
 class HttpTransport:
@@ -40,7 +45,7 @@ class HttpTransport:
         connecting: proxy and certificates.
 
     Raises:
-        RequestError: not a URL, or a key that no header can hold.
+        RequestError: ``url`` is not a URL, or no header can hold the key.
     """
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float, connecting: Connecting) -> None:
@@ -48,14 +53,14 @@ class HttpTransport:
         self._timeout_s = timeout_s
         self._withdrawals: set[asyncio.Task[None]] = set()
 
-    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
+    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> Video:
         """POST a job."""
         # In a thread, as it reads and encodes files.
         body = await asyncio.to_thread(_encode_body, request, options)
-        return await self._call("POST", "/v1/videos", body=body, headers=_make_headers(options))
+        return await self._call(Video, "POST", "/v1/videos", body=body, headers=_make_headers(options))
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
-        """POST a job, and cancel it when the caller leaves: to the app it is a job like any other."""
+        """POST a job, and cancel it when the caller leaves: the app takes it for a job like any other."""
         submitting = asyncio.create_task(self.submit(request, options))
         try:
             done, _ = await asyncio.wait([submitting], timeout=timeout_s)
@@ -65,58 +70,53 @@ class HttpTransport:
         if not done:
             await self._withdraw(submitting)
             raise UnreachableError(f"{self._calls.url}: no complete answer within {timeout_s:g} s")
-        video_id = str(submitting.result().get("id"))
+        video_id = submitting.result().id
 
         async def leave() -> None:
             await self.cancel(video_id)
 
         return Attached(video_id, None, leave)
 
-    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
+    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> Video:
         """POST a remix."""
         body = json.dumps({"prompt": prompt}).encode()
-        return await self._call("POST", f"{_make_path(video_id)}/remix", body=body, headers=_make_headers(options))
+        return await self._call(
+            Video, "POST", f"{_make_path(video_id)}/remix", body=body, headers=_make_headers(options)
+        )
 
-    async def job(self, video_id: str) -> JobObject:
+    async def job(self, video_id: str) -> Video:
         """GET a video."""
-        return await self._call("GET", _make_path(video_id))
+        return await self._call(Video, "GET", _make_path(video_id))
 
-    async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
+    async def jobs(self, after: str | None, limit: int, order: str) -> VideoPage:
         """GET a page of videos."""
         params: dict[str, str | int] = {"limit": limit, "order": order}
         if after is not None:
             params["after"] = after
-        return await self._call("GET", "/v1/videos", params=params)
+        return await self._call(VideoPage, "GET", "/v1/videos", params=params)
 
-    async def cancel(self, video_id: str) -> JobObject:
+    async def cancel(self, video_id: str) -> Video:
         """POST a video's cancellation."""
-        return await self._call("POST", f"{_make_path(video_id)}/cancel")
+        return await self._call(Video, "POST", f"{_make_path(video_id)}/cancel")
 
     async def delete(self, video_id: str) -> None:
         """DELETE a video."""
-        await self._call("DELETE", _make_path(video_id))
+        await self._call(VideoDeleted, "DELETE", _make_path(video_id))
 
     async def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
         """Yield the server-sent events of one connection."""
         headers = {"accept": "text/event-stream"}
         if after:
             headers["last-event-id"] = str(after)
-        call = self._calls.send(
-            "GET",
-            f"{_make_path(video_id)}/events",
-            deadline=Deadline(timeout_s),
-            headers=headers,
-            silence_s=_SILENCE_S,
-        )
-        async with call as answer:
+        path, deadline = f"{_make_path(video_id)}/events", Deadline(timeout_s)
+        async with self._calls.send("GET", path, deadline=deadline, headers=headers, silence_s=_SILENCE_S) as answer:
             await answer.check()
             if answer.status == 204:  # no more events
                 return
             if answer.media_type != "text/event-stream":
                 raise answer.make_foreign_error()
-            reader = EventReader()
-            async for part in answer.parts():
-                for raw in reader.feed(part):
+            async with aclosing(answer.events()) as events:
+                async for raw in events:
                     yield read_event(raw.kind, raw.data, raw.seq)
 
     async def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
@@ -128,9 +128,9 @@ class HttpTransport:
             async for part in answer.parts():
                 yield part
 
-    async def models(self) -> Mapping[str, Any]:
+    async def models(self) -> ModelList:
         """GET the list of models."""
-        return await self._call("GET", "/v1/models")
+        return await self._call(ModelList, "GET", "/v1/models")
 
     async def aclose(self) -> None:
         """Close the connections, after the cancellations that are under way."""
@@ -138,16 +138,16 @@ class HttpTransport:
             await asyncio.wait(self._withdrawals, timeout=LEAVE_S)
         await self._calls.aclose()
 
-    async def _withdraw(self, submitting: asyncio.Task[JobObject]) -> None:
+    async def _withdraw(self, submitting: asyncio.Task[Video]) -> None:
         """Cancel a video whose id has not come yet: the app may make it though its caller has left."""
         withdrawal = asyncio.create_task(self._cancel_submitted(submitting))
         self._withdrawals.add(withdrawal)
         withdrawal.add_done_callback(self._withdrawals.discard)
         await asyncio.wait([withdrawal], timeout=LEAVE_S)
 
-    async def _cancel_submitted(self, submitting: asyncio.Task[JobObject]) -> None:
+    async def _cancel_submitted(self, submitting: asyncio.Task[Video]) -> None:
         try:
-            video_id = str((await submitting).get("id"))
+            video_id = (await submitting).id
         except UnreachableError as error:
             logger.warning("a video may be made though its caller has left: %s", error)
             return
@@ -162,19 +162,20 @@ class HttpTransport:
 
     async def _call(
         self,
+        kind: type[_M],
         method: str,
         path: str,
         *,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str | int] | None = None,
-    ) -> dict[str, Any]:
-        """Send a call that answers at once, and return its answer, a JSON object."""
+    ) -> _M:
+        """Send a call that answers at once, and return its answer."""
         deadline = Deadline(self._timeout_s)
         call = self._calls.send(method, path, deadline=deadline, body=body, headers=headers, params=params)
         async with call as answer:
             await answer.check((headers or {}).get("idempotency-key"))
-            return await answer.json()
+            return read_answer(kind, await answer.json())
 
 
 def _make_path(video_id: str) -> str:
@@ -182,7 +183,7 @@ def _make_path(video_id: str) -> str:
 
 
 def _encode_body(request: GenerationRequest, options: SubmitOptions) -> bytes:
-    body = body_of(request)
+    body = make_body(request)
     if options.service_class is not None:
         body["service_class"] = options.service_class
     if options.previews:
@@ -195,16 +196,16 @@ def _make_headers(options: SubmitOptions) -> dict[str, str]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def body_of(request: GenerationRequest) -> dict[str, Any]:
+def make_body(request: GenerationRequest) -> dict[str, Any]:
     """Return a request as a JSON body: the fields that differ from the defaults, an image or clip as a data URL.
 
     Raises:
-        RequestError: a field that does not travel over HTTP, or an image or clip that cannot be read.
+        RequestError: a field cannot travel over HTTP, or an image or clip cannot be read.
     """
     given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     body: dict[str, Any] = {}
     if given.pop("noise") is not None:
-        raise _local_only("noise", "tensors")
+        raise _make_local_error("noise", "tensors")
     if (actions := given.pop("actions")) is not None:
         body["actions"] = action_rows("actions", actions, None).tolist()
     packed = request.packed()
@@ -220,11 +221,11 @@ def body_of(request: GenerationRequest) -> dict[str, Any]:
             given[name] = list(given[name])
     body |= {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
     if "append_metadata" in body:
-        raise _local_only("append_metadata", body["append_metadata"])
+        raise _make_local_error("append_metadata", body["append_metadata"])
     return body
 
 
-def _local_only(name: str, value: Any) -> RequestError:
+def _make_local_error(name: str, value: Any) -> RequestError:
     return RequestError(name, value, "the default over HTTP", "Generate in process instead.")
 
 

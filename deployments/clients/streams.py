@@ -14,13 +14,13 @@ from typing import Any, Self
 from cluster.errors import DeadlineExceeded, StageFailed
 from cosmos3_core.errors import Cosmos3Error
 from deployments.clients.errors import WITH_RETRY_AFTER, NotFound, UnreachableError, read_failure
-from deployments.clients.transport import LEAVE_S, Deadline, Transport, read_answer
+from deployments.clients.transport import LEAVE_S, Deadline, Transport
 from deployments.jobs.events import DELETED, VideoEnded, VideoEvent
 from deployments.jobs.video import Video
 
 logger = logging.getLogger(__name__)
 
-# What may pass by itself: a broken connection, an app that restarts, a Director that died.
+# Failures that may pass: a broken connection, an app that restarts, a Director that died.
 _PASSING = (UnreachableError, StageFailed, *WITH_RETRY_AFTER)
 # A connection that lasted this long is no failed try: some proxies end every connection after a minute.
 _HELD_S = 10.0
@@ -31,7 +31,7 @@ class Patience:
     """Bounds of retries and reconnections.
 
     Attributes:
-        max_wait_s: longest time that a call which is refused for now (429, 503) is put off in all; 0: not at all.
+        max_wait_s: for all retries of a call that is refused for now (429, 503); 0: no retry.
         max_reconnects: connections in a row without a new event before a follower gives up.
         first_pause_s, max_pause_s: pause before the first of them; it doubles up to the longest.
     """
@@ -42,10 +42,8 @@ class Patience:
     max_pause_s: float = 10.0
 
     def pause_s(self, tries: int, retry_after_s: float = 0.0) -> float:
-        """Return the pause before try number ``tries``, from 1; no shorter than the app's ``retry_after_s``.
-
-        It is random, so that clients who lost the same server do not all come back at the same moment.
-        """
+        """Return the pause before try number ``tries``, from 1; no shorter than the app's ``retry_after_s``."""
+        # Random, so that clients that lost the same server do not all come back at the same moment.
         longest = min(self.max_pause_s, self.first_pause_s * 2.0 ** (tries - 1))
         return max(longest * random.uniform(0.75, 1.0), retry_after_s * random.uniform(1.0, 1.1))
 
@@ -61,7 +59,7 @@ async def follow_video(
     :class:`VideoEnded` is the last, unless ``after`` is past it.
 
     Raises:
-        NotFound: there is no such video, or not any more.
+        NotFound: the video is unknown, or was deleted.
         DeadlineExceeded: the time is up.
         UnreachableError: the app is away for longer than ``patience`` allows.
     """
@@ -82,7 +80,7 @@ async def follow_video(
                     if isinstance(event, VideoEnded):
                         return
             # The video may have been deleted, or ``after`` may be its last event.
-            is_final = read_answer(Video, await transport.job(video_id)).has_ended
+            is_final = (await transport.job(video_id)).has_ended
             if was_final and not has_event:
                 return
             was_final = is_final
@@ -132,11 +130,8 @@ class AsyncVideoStream:
 
     Args:
         video_id: of the video.
-        events: its events.
+        events: of the video.
         leave: stops it.
-
-    Attributes:
-        video_id: as given.
     """
 
     _has_ended = True  # until there is something to stop
@@ -169,7 +164,7 @@ class AsyncVideoStream:
             self._has_ended = True
             await self._events.aclose()
             if event.video.status != "completed":
-                raise _failure_of(event.video)
+                raise _make_failure(event.video)
         return event
 
     async def aclose(self) -> None:
@@ -208,7 +203,7 @@ def _run_later(stopping: Coroutine[Any, Any, None]) -> None:
 async def _stop_video(
     video_id: str, events: AsyncGenerator[VideoEvent, None], leave: Callable[[], Awaitable[None]]
 ) -> None:
-    """Stop a video. Log, and do not raise, where the app does not answer: the caller is busy with its own end."""
+    """Stop a video. Log if the app does not answer, and do not raise: the caller is busy with its own end."""
     try:
         async with asyncio.timeout(LEAVE_S):
             await events.aclose()
@@ -219,6 +214,6 @@ async def _stop_video(
         logger.warning("%s could not be stopped: %s", video_id, str(error) or "no answer in time")
 
 
-def _failure_of(video: Video) -> Cosmos3Error:
+def _make_failure(video: Video) -> Cosmos3Error:
     error = video.error
     return read_failure(video.id, "" if error is None else error.code, "it failed" if error is None else error.message)

@@ -1,4 +1,4 @@
-"""The interface between a client and its way to an app, and what both sides of it use.
+"""The interface between a client and its way to an app, and how both transports read the app's JSON.
 
 :mod:`deployments.clients.http_transport` and :mod:`deployments.clients.handle_transport` implement it.
 """
@@ -17,15 +17,14 @@ from cosmos3_core.request import GenerationRequest
 from deployments.clients.errors import AnswerError
 from deployments.jobs.events import VideoEvent, event_of_json
 from deployments.jobs.job import SubmitOptions
+from deployments.jobs.video import Video, VideoPage
+from deployments.served_model import ModelList
 
 VIDEO = "video"
 """The variant that is the file itself; others are "thumbnail", "spritesheet", "audio" and "action"."""
 
 LEAVE_S = 10.0
 """Longest time that leaving a video waits for the app's answer."""
-
-JobObject = Mapping[str, Any]
-"""A video as the HTTP API sends it; :class:`deployments.jobs.video.Video` is the value."""
 
 T = TypeVar("T")
 _M = TypeVar("_M", bound=BaseModel)
@@ -84,31 +83,31 @@ class Transport(Protocol):
     no answer comes within the transport's own time-out.
     """
 
-    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> JobObject:
-        """Submit a job that outlives the caller."""
+    async def submit(self, request: GenerationRequest, options: SubmitOptions) -> Video:
+        """Submit a job that outlives the caller; return its video."""
         ...
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
         """Start a video for the caller alone; return when it is accepted.
 
-        When the caller is cancelled before that, or it takes longer than ``timeout_s``, the video is stopped.
+        The video is stopped if the caller is cancelled before that, or if it takes longer than ``timeout_s``.
         """
         ...
 
-    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> JobObject:
-        """Submit a video again with another prompt."""
+    async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> Video:
+        """Submit a video again with another prompt; return the new video."""
         ...
 
-    async def job(self, video_id: str) -> JobObject:
+    async def job(self, video_id: str) -> Video:
         """Return a video."""
         ...
 
-    async def jobs(self, after: str | None, limit: int, order: str) -> Mapping[str, Any]:
-        """Return a page: "data" with job objects, and "has_more"."""
+    async def jobs(self, after: str | None, limit: int, order: str) -> VideoPage:
+        """Return a page of videos."""
         ...
 
-    async def cancel(self, video_id: str) -> JobObject:
-        """Stop a video; one that has ended stays as it is."""
+    async def cancel(self, video_id: str) -> Video:
+        """Stop a video and return it; one that has ended stays as it is."""
         ...
 
     async def delete(self, video_id: str) -> None:
@@ -123,8 +122,8 @@ class Transport(Protocol):
         """Yield a video's file in parts, within ``timeout_s``."""
         ...
 
-    async def models(self) -> Mapping[str, Any]:
-        """Return "data", a list of models."""
+    async def models(self) -> ModelList:
+        """Return the list of models."""
         ...
 
     async def aclose(self) -> None:
@@ -133,7 +132,7 @@ class Transport(Protocol):
 
 
 def read_answer(kind: type[_M], values: Any) -> _M:
-    """Validate an answer and return it as a value of its type; keys that this version does not know are left out.
+    """Validate an answer and return it as a value of its type, without keys that this version does not know.
 
     Raises:
         AnswerError: it is no such answer.
@@ -143,8 +142,7 @@ def read_answer(kind: type[_M], values: Any) -> _M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        message = f"the app answers, but not as this API does ({what}); is it a cosmos3 app?"
-        raise AnswerError(200, message) from None
+        raise AnswerError(200, f"the app answers, but not as this API does ({what}); is it a cosmos3 app?") from None
 
 
 def read_event(kind: str, data: Mapping[str, Any], seq: int | None = None) -> VideoEvent:

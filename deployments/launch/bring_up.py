@@ -1,9 +1,9 @@
 """Start an app from its configuration, and stop it again: Ray, Serve, the graph, the HTTP side.
 
-    with running(config, Placement()) as app:
-        ...  # app.url serves
+    with run_app(config, Placement()) as app:
+        ...  # app.url answers
 
-The end of the block stops what it started; what ran before stays. Every wait has a deadline.
+The end of the block stops what the block started; what ran before stays. Every wait has a deadline.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from deployments.launch.capacity import Resources, describe_missing, describe_sh
 from deployments.launch.http_client import get
 from deployments.launch.ray_session import (
     RAY_FAILURES,
+    FreeResources,
     LostError,
     Placement,
-    Room,
     StartError,
     can_grow,
     describe_failure,
@@ -52,7 +52,7 @@ _AUTOSCALER_S = 5.0
 # From the moment when Serve reports all replicas running to the first HTTP answer.
 _HTTP_S = 60.0
 _STATUS_S = 30.0
-# A drained app may still be sending its last files. One that did not start, or is dropped on purpose, is stopped soon.
+# A drained app may still send its last files. One that did not start, or was not drained, is stopped soon.
 _STOP_S = 90.0
 _STOP_SOON_S = 5.0
 _SIGNAL_S = 0.2
@@ -92,7 +92,7 @@ class RunningApp:
         """
         while True:
             time.sleep(_WATCH_S)
-            _application(self.name)
+            _find_application(self.name)
 
     def drain(self, timeout_s: float, report: Callable[[str], None]) -> None:
         """Refuse new requests and wait for the running ones.
@@ -117,7 +117,7 @@ class RunningApp:
             self._broadcast("Director", "release")
             raise
         if num_running:
-            report(f"{num_running} requests are not done after {timeout_s:g} s; jobs go on with the next start")
+            report(f"{num_running} requests are not done after {timeout_s:g} s; jobs resume with the next start")
             self._broadcast("Director", "release")
         else:
             # Files may still be on their way to clients; Serve lets a stopping Ingress finish them.
@@ -131,9 +131,8 @@ class RunningApp:
             if time.monotonic() > deadline_s:
                 break
             if not has_reported:
-                report(
-                    f"finishing what runs, for {timeout_s:g} s at most; a second Ctrl-C leaves jobs to the next start"
-                )
+                hint = "a second Ctrl-C leaves jobs to the next start"
+                report(f"finishing running requests, for {timeout_s:g} s at most; {hint}")
                 has_reported = True
             time.sleep(_POLL_S)
         return num_running
@@ -158,7 +157,7 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
         report: takes lines about the progress.
 
     Raises:
-        Cosmos3Error: the checkpoint or the layout cannot be used, or no caller would be let in; raised before anything
+        Cosmos3Error: the checkpoint or the layout cannot be used, or no caller could get in; raised before anything
             is started.
         StartError: the app did not start for another reason.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a second one also while running requests finish.
@@ -168,7 +167,7 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
     needs = sum_needs(config)
     _check_access(config, report)
     with ray_session(placement):
-        room = Room(placement)
+        free = FreeResources(placement)
         if not can_grow() and (lack := describe_shortfall(config, list_nodes())):
             hint = f" Or set --num-cpus {math.ceil(needs['CPU'])}: processes are counted, not held to it."
             if needs["GPU"] > sum(node.resources.get("GPU", 0) for node in list_nodes()):
@@ -176,7 +175,7 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
             raise StartError(lack + (hint if placement.is_alone else ""))
         stop_timeout = StopTimeout()
         with _serve(config.http, placement, stop_timeout, report) as url, _submit(config, stop_timeout):
-            _await_replicas(config.name, needs, room, placement.start_timeout_s, report)
+            _await_replicas(config.name, needs, free, placement.start_timeout_s, report)
             _await_http(url)
             address = ray.get_runtime_context().gcs_address
             yield RunningApp(config.name, url, address, time.monotonic() - start_s, stop_timeout)
@@ -197,7 +196,7 @@ def _check_access(config: AppConfig, report: Callable[[str], None]) -> None:
         finally:
             store.close()
     elif auth_required(None, host):
-        report(f"auth.enabled is false and http.host is {host}: whoever reaches the port may use the app")
+        report(f"auth.enabled is false and http.host is {host}: everyone who reaches the port may use the app")
 
 
 @contextmanager
@@ -207,25 +206,25 @@ def _serve(
     """Find or start Serve; yield the URL of its HTTP side."""
     with time_limit(_STATUS_S):
         status = serve.status()
-    head = _head_elsewhere()
+    head = _find_remote_head()
     if status.proxies or status.applications:
         found = http_in_force()
         if http.port and found != (http.host, http.port):
             report(f"Serve runs there already, at {found[0]}:{found[1]}; http.host and http.port change nothing")
-        yield _url(*found, head)
+        yield _make_url(*found, head)
         return
     if head and _is_loopback(http.host):
         hint = "Set --host 0.0.0.0, or an address of that machine."
-        raise StartError(f"http.host={http.host}: Ray's head is another machine, {head}, and only hears itself. {hint}")
+        raise StartError(f"http.host={http.host}: Ray's head, {head}, would listen only to itself. {hint}")
     # A port on another machine cannot be probed: if it is taken, the app does not answer in time.
-    port = http.port if head else _free_port(http)
+    port = http.port if head else _choose_port(http)
     skips_stop = False
     try:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": port})
         except RAY_FAILURES as error:
             raise StartError(f"Serve did not start: {describe_failure(error)}") from None
-        yield _url(http.host, port, head)
+        yield _make_url(http.host, port, head)
     except KeyboardInterrupt:
         skips_stop = placement.is_alone  # Ray takes Serve with it
         raise
@@ -240,7 +239,7 @@ def _shutdown_if_alone() -> None:
         serve.shutdown()
 
 
-def _head_elsewhere() -> str:
+def _find_remote_head() -> str:
     """Return the address of Ray's head, where Serve listens, if that is another machine; else ""."""
     head = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
     return "" if _is_loopback(head) or head == ray.util.get_node_ip_address() else head
@@ -264,14 +263,14 @@ def _stop(call: Callable[[], None], stop_timeout: StopTimeout) -> None:
         call()
 
 
-def _url(host: str, port: int, head: str) -> str:
+def _make_url(host: str, port: int, head: str) -> str:
     if host in ("0.0.0.0", "::"):
         host = head or "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _free_port(http: HttpConfig) -> int:
-    """Return the configured port, or a free one for 0. Serve itself would share a port that another program has."""
+def _choose_port(http: HttpConfig) -> int:
+    """Return the configured port, or a free one for 0. Serve itself would share the port of another program."""
     with socket.socket(socket.AF_INET6 if ":" in http.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -300,7 +299,7 @@ def _submit(config: AppConfig, stop_timeout: StopTimeout) -> Iterator[None]:
         _stop(lambda: serve.delete(config.name), stop_timeout)
 
 
-def _application(name: str) -> Any:
+def _find_application(name: str) -> Any:
     """Return Serve's status of the application.
 
     Raises:
@@ -318,14 +317,16 @@ def _application(name: str) -> Any:
     return applications[name]
 
 
-def _await_replicas(name: str, needs: Resources, room: Room, timeout_s: float, report: Callable[[str], None]) -> None:
+def _await_replicas(
+    name: str, needs: Resources, free: FreeResources, timeout_s: float, report: Callable[[str], None]
+) -> None:
     start_s = time.monotonic()
     has_reported = False
-    while (app := _application(name)).status != "RUNNING":
+    while (app := _find_application(name)).status != "RUNNING":
         if app.status == "DEPLOY_FAILED":
             raise StartError(_describe_deploy_failure(app))
         waited_s = time.monotonic() - start_s
-        lack = describe_missing(needs, room.free())
+        lack = describe_missing(needs, free.count())
         if waited_s > timeout_s:
             idle = sorted(stage for stage, it in app.deployments.items() if not it.replica_states.get("RUNNING"))
             raise StartError(f"not up within {timeout_s:g} s: {', '.join(idle)} did not start. {lack}".rstrip())

@@ -13,7 +13,7 @@ from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.sharding import list_tp_sizes
-from deployments.app import gang_spec, has_audio, vae_gang_spec
+from deployments.app import has_audio, make_gang_spec, make_vae_gang_spec
 from deployments.config import AppConfig, GangStage, Stage, TransformerStage, VideoVAEStage
 
 _KINDS = ("CPU", "GPU")
@@ -37,7 +37,7 @@ def sum_needs(config: AppConfig) -> Resources:
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
     """
-    return _sum_needs(config, gang_spec(config, config.transformer), _num_replicas(config.transformer))
+    return _sum_needs(config, make_gang_spec(config, config.transformer), _count_replicas(config.transformer))
 
 
 def describe_missing(needs: Resources, free: Resources) -> str:
@@ -59,7 +59,7 @@ def describe_shortfall(config: AppConfig, nodes: Sequence[Node]) -> str:
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used.
     """
-    gang, num_gangs = gang_spec(config, config.transformer), _num_replicas(config.transformer)
+    gang, num_gangs = make_gang_spec(config, config.transformer), _count_replicas(config.transformer)
     lack = _describe_lack(config, gang, num_gangs, nodes)
     return " ".join(filter(None, [lack, _suggest_layouts(config, gang, num_gangs, nodes)])) if lack else ""
 
@@ -68,18 +68,18 @@ def _describe_lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Seq
     if lack := describe_missing(_sum_needs(config, gang, num_gangs), _sum([node.resources for node in nodes])):
         return lack
     num_ranks, num_cards = num_gangs * gang.num_ranks, sum(int(node.resources.get("GPU", 0)) for node in nodes)
-    if (cards := _cards(num_ranks, gang.gpus_per_rank)) > num_cards:
+    if (cards := _count_cards(num_ranks, gang.gpus_per_rank)) > num_cards:
         return f"{num_ranks} ranks of {gang.gpus_per_rank:g} GPU each need {cards} cards, and there are {num_cards}."
-    for name, stage in _stages(config).items():
-        if not _nodes_with_labels(nodes, stage):
+    for name, stage in _list_stages(config).items():
+        if not _find_nodes(nodes, stage):
             labels = ", ".join(f"{key}: {value}" for key, value in stage.node_labels.items())
             return f"No node has the labels that {name}.node_labels asks for ({labels})."
     return _describe_misfit(config.transformer, gang, nodes) or _describe_misfit(
-        config.vae, vae_gang_spec(config), nodes
+        config.vae, make_vae_gang_spec(config), nodes
     )
 
 
-def _stages(config: AppConfig) -> dict[str, Stage]:
+def _list_stages(config: AppConfig) -> dict[str, Stage]:
     names = ["ingress", "director", "tokenizer", "transformer", "unguided", "vae", "encoder"]
     if has_audio(config):
         names.append("audio")
@@ -88,25 +88,25 @@ def _stages(config: AppConfig) -> dict[str, Stage]:
     return {name: stage for name in names if (stage := getattr(config, name)) is not None}
 
 
-def _cards(num_ranks: int, share: float) -> int:
-    """Return the fewest cards for that many ranks; one rank's share never spans two cards."""
+def _count_cards(num_ranks: int, share: float) -> int:
+    """Return the fewest cards for a number of ranks; one rank's share never spans two cards."""
     return math.ceil(num_ranks / int(1 / share + 1e-9)) if share else 0
 
 
-def _num_replicas(stage: Stage) -> int:
+def _count_replicas(stage: Stage) -> int:
     return stage.autoscaling.min_replicas if stage.autoscaling else stage.num_replicas
 
 
 def _sum_needs(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
     parts = num_gangs * bundles(gang, config.transformer.num_cpus)
-    for name, stage in _stages(config).items():
+    for name, stage in _list_stages(config).items():
         if isinstance(stage, TransformerStage):
-            replica = [] if name == "transformer" else bundles(gang_spec(config, stage), stage.num_cpus)
+            replica = [] if name == "transformer" else bundles(make_gang_spec(config, stage), stage.num_cpus)
         elif isinstance(stage, VideoVAEStage):
-            replica = bundles(vae_gang_spec(config), stage.num_cpus)
+            replica = bundles(make_vae_gang_spec(config), stage.num_cpus)
         else:
             replica = [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]
-        parts += _num_replicas(stage) * replica
+        parts += _count_replicas(stage) * replica
     return _sum(parts)
 
 
@@ -115,7 +115,7 @@ def _sum(parts: Sequence[Resources]) -> dict[str, float]:
 
 
 def _suggest_layouts(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: Sequence[Node]) -> str:
-    """Name the largest layouts that the nodes could hold in a sentence; "" if there are none."""
+    """Return a sentence that names the largest layouts which the nodes can hold; "" if there are none."""
     rank = gang.rank
     assert isinstance(rank, TransformerSpec)
     allowed_tp = list_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
@@ -127,25 +127,25 @@ def _suggest_layouts(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: S
         fitting = [layout for layout, spec in specs if not _describe_lack(config, spec, num_gangs, nodes)]
         most = max((layout.num_ranks for layout in fitting), default=0)
         key = "--set transformer.autoscaling.min_replicas=" if config.transformer.autoscaling else "--gangs "
-        flags = [f"{_flags(layout)} {key}{num_gangs}" for layout in fitting if layout.num_ranks == most]
+        flags = [f"{_format_flags(layout)} {key}{num_gangs}" for layout in fitting if layout.num_ranks == most]
         if flags:
             return f"What fits: {', or '.join(flags[:_MAX_EXAMPLES])}."
     return ""
 
 
-def _flags(layout: Layout) -> str:
+def _format_flags(layout: Layout) -> str:
     return f"--tp {layout.tp} --cfg {layout.cfg} --sp {layout.sp}"
 
 
 def _describe_misfit(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
     """Describe why not even one gang of a stage fits these nodes under its placement strategy; "" if one fits."""
-    gang, strategy, nodes = bundles(spec, stage.num_cpus), stage.placement_strategy, _nodes_with_labels(nodes, stage)
+    gang, strategy, nodes = bundles(spec, stage.num_cpus), stage.placement_strategy, _find_nodes(nodes, stage)
     num_cards = spec.num_ranks if isinstance(stage, VideoVAEStage) and stage.beside_transformer else 0
     if num_cards > max((node.resources.get("GPU", 0) for node in nodes), default=0):
         return f"vae.beside_transformer wants {num_cards} cards on one node, one for each of vae.ranks; none has them."
     if strategy == "STRICT_PACK":
         whole = _sum(gang)
-        whole["GPU"] = max(whole["GPU"], _cards(len(gang), gang[0].get("GPU", 0)))
+        whole["GPU"] = max(whole["GPU"], _count_cards(len(gang), gang[0].get("GPU", 0)))
         if any(_holds(node, whole) for node in nodes):
             return ""
         return (
@@ -167,9 +167,10 @@ def _holds(node: Node, wanted: Resources) -> bool:
     return not describe_missing(wanted, node.resources)
 
 
-def _nodes_with_labels(nodes: Sequence[Node], stage: Stage) -> list[Node]:
+def _find_nodes(nodes: Sequence[Node], stage: Stage) -> list[Node]:
     """Return the nodes with the labels that the stage requires. A missing label is unequal to every value."""
-    return [node for node in nodes if all(_matches(node.labels.get(key), it) for key, it in stage.node_labels.items())]
+    wanted = stage.node_labels.items()
+    return [node for node in nodes if all(_matches(node.labels.get(key), value) for key, value in wanted)]
 
 
 def _matches(label: str | None, selector: str) -> bool:

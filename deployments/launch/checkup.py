@@ -22,24 +22,24 @@ _READY_S = 30.0
 _PROBE = GenerationRequest(
     prompt="A red car.", num_frames=5, height=64, width=96, fps=24, num_inference_steps=2, seed=1
 )
-# Names of stages in errors and timings -> in the report.
+# Stage in timings -> in the report.
 _STAGES = {
     "tokenize": "tokenize",
     "condition": "condition",
     "denoise": "denoise",
     "decode_encode": "decode + encode",
 }
-_FAILING = {**{stage: stage for stage in _STAGES}, "decode": "decode_encode", "encode": "decode_encode"}
+# Stage in errors -> in timings.
+_TIMED_STAGES = {**{stage: stage for stage in _STAGES}, "decode": "decode_encode", "encode": "decode_encode"}
 
 
 def check_app(url: str, *, timeout_s: float, report: Callable[[str], None] = print, api_key: str | None = None) -> bool:
-    """Check every stage of an app, with a given image and with sound if the app offers them; return whether all work.
+    """Check every stage of an app, with an image and with sound if the app offers them; return whether all work.
 
     Args:
-        url: of the app.
+        url, api_key: of the app; no key if it requires none.
         timeout_s: for the request.
         report: takes a line per stage.
-        api_key: None if the app requires none.
     """
     try:
         _check_ready(url)
@@ -74,12 +74,12 @@ def _make_probe(url: str, api_key: str | None) -> GenerationRequest:
     """Return a request that needs every stage of the app."""
     status, text = get(url, "/v1/models", timeout_s=_READY_S, api_key=api_key)
     if status == 401:
-        what = "none was given" if api_key is None else "it does not know this one"
-        raise AuthError(status, f"the app asks for an API key, and {what}: see --api-key-file and $COSMOS3_API_KEY")
+        given = "none was given" if api_key is None else "it does not know this one"
+        raise AuthError(status, f"the app asks for an API key, and {given}: see --api-key-file and $COSMOS3_API_KEY")
     try:
         modes = json.loads(text)["data"][0]["modes"]
     except (ValueError, TypeError, KeyError, IndexError):
-        raise AnswerError(status, f"HTTP {status}: /v1/models says nothing of modes; is it a cosmos3 app?") from None
+        raise AnswerError(status, f"HTTP {status}: /v1/models lists no modes; is it a cosmos3 app?") from None
     mode, request = TEXT_TO_VIDEO, _PROBE
     if IMAGE_TO_VIDEO in modes:
         mode, request = IMAGE_TO_VIDEO, replace(request, image=np.full((64, 96, 3), 128, np.uint8))
@@ -93,7 +93,7 @@ def _choose_stages(probe: GenerationRequest) -> dict[str, str]:
 def _report_failure(message: str, probe: GenerationRequest, report: Callable[[str], None]) -> None:
     """Report the failing stage, which the message names, and the earlier ones as ok."""
     named = re.search(r"stage '(\w+)'", message)
-    failing = _FAILING.get(named[1]) if named else None
+    failing = _TIMED_STAGES.get(named[1]) if named else None
     for stage, name in _choose_stages(probe).items():
         if failing is None or stage == failing:
             report(_format_line(name if failing else "request", "FAIL", message))
@@ -103,7 +103,7 @@ def _report_failure(message: str, probe: GenerationRequest, report: Callable[[st
 
 def _check_file(saved: SavedMedia, probe: GenerationRequest) -> str:
     if saved.path is None:
-        raise Cosmos3Error("the app answers without a file")
+        raise Cosmos3Error("the app's answer has no file")
     info = probe_video(saved.path)
     found: tuple[object, ...] = info.num_frames, info.height, info.width, info.fps, info.sound is not None
     if found != (probe.num_frames, probe.height, probe.width, probe.fps, probe.generate_sound):

@@ -12,21 +12,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
-from deployments.launch.config_flags import add_config_flags, config_of
 from deployments.launch.keys import add_keys_flags
-from deployments.launch.processes import kill_leftovers
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
     from deployments.launch.bring_up import RunningApp
     from deployments.launch.http_client import SavedMedia
+    from deployments.launch.ray_session import Placement
 
 _EXAMPLE: dict[str, Any] = {
     "prompt": "A red car drives along the coast.",
@@ -40,11 +39,23 @@ _MAX_SECONDS = 1e6
 _API_KEY = "COSMOS3_API_KEY"
 _MAX_KEY_CHARS = 4096
 
-# Ray reads it at its import; values that the user has set stay.
+# Ray reads these variables when it is imported; values that the user has set stay.
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # else Serve's threads start another Ray after ours has shut down
 }
+# Flags of `serve` that are keys of the configuration: flag -> key, placeholder, help.
+_KEY_FLAGS: dict[str, tuple[str, str | None, str]] = {
+    "--checkpoint": ("checkpoint", None, "directory"),
+    "--tp": ("transformer.tp", "N", "ranks of a gang that share heads and FFN columns"),
+    "--cfg": ("transformer.cfg", "N", "2 = the guidance branches side by side"),
+    "--sp": ("transformer.sp", "N", "ranks of a gang that share the generated tokens"),
+    "--gangs": ("transformer.num_replicas", "N", "number of gangs, of tp x cfg x sp ranks each"),
+    "--host": ("http.host", None, "to listen on"),
+    "--port": ("http.port", None, "to listen on, 0 = a free one"),
+}
+# Flags of `generate` that only a generation in this process takes, and their defaults.
+_LOCAL_FLAGS = {"checkpoint": None, "dtype": None, "device": None, "tp": 1, "cfg": 1, "sp": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in _PASSED_ON:
-            return _PASSED_ON[arguments[0]](arguments[1:])
-        options, unknown = _parser().parse_known_args(arguments)
+            run, _ = _PASSED_ON[arguments[0]]
+            return run(arguments[1:])
+        options, unknown = _make_parser().parse_known_args(arguments)
         if unknown:  # argparse itself would show the usage of `cosmos3`
             options.parser.error(f"unknown arguments: {' '.join(unknown)}")
         return int(options.run(options))
@@ -65,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cosmos3", description="Video from prompts with NVIDIA's Cosmos3 models.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -76,58 +88,55 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate_flags(command("generate", _generate, "make a video or image, in process or with a running app"))
     _add_serve_flags(command("serve", _serve, "start the app and keep it running until Ctrl-C"))
-    add_keys_flags(command("keys", _keys, "make, list and remove API keys of an app"))
+    for action in add_keys_flags(command("keys", _keys, "make, list and remove API keys of an app")):
+        _add_config_flags(action)
     check = command("check", _check, "push one small request through every stage of an app")
     check.add_argument("--url", help="of a running app; without it one is started here, checked and stopped")
     check.add_argument("--checkpoint", type=Path, help="for an app that is started here; default a tiny one")
     _add_api_key_flag(check)
     _add_timeout_flag(check, 600)
-    demo = command("demo", _demo, "start the app with a tiny checkpoint, have a video made over HTTP, stop")
+    demo = command("demo", _demo, "start the app with a tiny checkpoint, generate a video over HTTP, stop")
     demo.add_argument(
         "--checkpoint", type=Path, default=Path("outputs/tiny-nano"), help="made if not there: %(default)s"
     )
     demo.add_argument("--out", default="demo", metavar="PREFIX", help="writes PREFIX.mp4; default %(default)s")
     _add_timeout_flag(demo, 600)
-    passed_on = {
-        "tiny-checkpoint": "write a small random checkpoint",
-        "bench": "measure every stage; `bench vae` the video VAE, `bench encode` the mp4 writer",
-    }
-    for name, text in passed_on.items():
+    for name, (_, text) in _PASSED_ON.items():
         commands.add_parser(name, help=f"{text}; `cosmos3 {name} --help` lists its flags")
     return parser
 
 
-def _tiny_checkpoint_command(arguments: list[str]) -> int:
+def _build_tiny_checkpoint(arguments: list[str]) -> int:
     from cosmos3_core.checkpoint.tiny import main as build
 
     build(arguments)
     return 0
 
 
-def _bench_command(arguments: list[str]) -> int:
+def _run_bench(arguments: list[str]) -> int:
     from cosmos3_core.bench.__main__ import main as measure
 
     return measure(arguments, "cosmos3 bench")
 
 
-# Commands that parse their own flags.
-_PASSED_ON: dict[str, Callable[[list[str]], int]] = {
-    "tiny-checkpoint": _tiny_checkpoint_command,
-    "bench": _bench_command,
+# Commands that parse their own flags, and their help.
+_PASSED_ON: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "tiny-checkpoint": (_build_tiny_checkpoint, "write a small random checkpoint"),
+    "bench": (_run_bench, "measure every stage; `bench vae` the video VAE, `bench encode` the mp4 writer"),
 }
 
 
 def _add_timeout_flag(parser: argparse.ArgumentParser, default_s: float) -> None:
     help_text = "for the request; default %(default)s"
-    parser.add_argument("--timeout", type=_seconds, default=default_s, metavar="SECONDS", help=help_text)
+    parser.add_argument("--timeout", type=_parse_seconds, default=default_s, metavar="SECONDS", help=help_text)
 
 
 def _add_api_key_flag(parser: argparse.ArgumentParser) -> None:
-    help_text = f"with the API key that the app at --url asks for; default ${_API_KEY}"
+    help_text = f"holds the API key for the app at --url; default ${_API_KEY}"
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=help_text)
 
 
-def _api_key(options: argparse.Namespace) -> str | None:
+def _read_api_key(options: argparse.Namespace) -> str | None:
     path = options.api_key_file
     if path is None:
         return os.environ.get(_API_KEY) or None
@@ -140,7 +149,7 @@ def _api_key(options: argparse.Namespace) -> str | None:
         raise RequestError("api_key_file", str(path), "a file with the key and nothing else", str(error)) from None
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
@@ -162,7 +171,7 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    api_key = _api_key(options)
+    api_key = _read_api_key(options)
     if options.url is None:
         if options.checkpoint is None:
             raise RequestError("checkpoint", None, "a checkpoint's directory, or --url of a running app instead")
@@ -170,11 +179,8 @@ def _generate(options: argparse.Namespace) -> int:
 
         run(options)
         return 0
-    for name in ("checkpoint", "dtype", "device"):
-        if (given := getattr(options, name)) is not None:
-            raise RequestError(name, given, "only without --url", "The running app decides it.")
-    for name in ("tp", "cfg", "sp"):
-        if (given := getattr(options, name)) != 1:
+    for name, default in _LOCAL_FLAGS.items():
+        if (given := getattr(options, name)) != default:
             raise RequestError(name, given, "only without --url", "The running app decides it.")
     from deployments.launch.http_client import save_video
 
@@ -198,74 +204,98 @@ def _report(saved: SavedMedia, about: str) -> None:
         print(f"  {name:<14}{seconds:9.2f} s")
 
 
+# The configuration of an app
+
+
+def _add_config_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML, or the name of one in the package's cluster/configs; default laptop")
+    add("--name", help="of the Serve application; the key name")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other key, such as vae.num_threads=4")
+
+
+def _read_config(options: argparse.Namespace, flags: Mapping[str, Any]) -> AppConfig:
+    """Read the configuration that the flags name; a key of ``flags`` that is None leaves the file's value."""
+    from deployments.config import DEFAULT_CONFIG, AppConfig, config_file
+
+    overrides = dict(_parse_key_value(text) for text in options.set)
+    overrides |= {key: value for key, value in {"name": options.name, **flags}.items() if value is not None}
+    return AppConfig.read(config_file(options.config) if options.config else DEFAULT_CONFIG, overrides)
+
+
+def _parse_key_value(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        value = ""
+    if not key or not equals or not value:  # "null" is a value; an empty text is not
+        raise RequestError("set", text, "KEY=VALUE: a dotted key and a YAML value, such as vae.num_threads=4")
+    return key, parsed
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from deployments.launch.keys import run
+
+    # Keys need no checkpoint, but a configuration must name one.
+    return run(options, _read_config(options, {"jobs.database": options.database, "checkpoint": "none"}))
+
+
 # serve
 
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_config_flags(parser)
-    add("--checkpoint", help="directory; the key checkpoint")
-    add("--tp", metavar="N", help="ranks of a gang that share heads and FFN columns; the key transformer.tp")
-    add("--cfg", metavar="N", help="2 = the guidance branches side by side; the key transformer.cfg")
-    add("--sp", metavar="N", help="ranks of a gang that share the generated tokens; the key transformer.sp")
-    add("--gangs", metavar="N", help="of tp x cfg x sp ranks each; the key transformer.num_replicas")
-    add("--host", help="to listen on; the key http.host")
-    add("--port", help="to listen on, 0 = a free one; the key http.port")
+    _add_config_flags(parser)
+    for flag, (key, placeholder, text) in _KEY_FLAGS.items():
+        add(flag, metavar=placeholder, help=f"{text}; the key {key}")
     add("--ray-address", help="of a Ray cluster to join; default $RAY_ADDRESS, else Ray is started here")
     add("--num-cpus", type=int, help="of the Ray that is started here; default as many as there are")
-    add("--start-timeout", type=_seconds, default=1800, metavar="SECONDS", help="default %(default)s")
+    add("--start-timeout", type=_parse_seconds, default=1800, metavar="SECONDS", help="default %(default)s")
 
 
 def _serve(options: argparse.Namespace) -> int:
-    config = _config(options)
+    keys = {key: getattr(options, flag.removeprefix("--")) for flag, (key, *_) in _KEY_FLAGS.items()}
+    config = _read_config(options, keys)
     _prepare_ray()
     from deployments.api.auth import auth_required
-    from deployments.launch.bring_up import run_app
     from deployments.launch.ray_session import Placement
 
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     placement = Placement(None if address == "local" else address, options.num_cpus, options.start_timeout)
-    _say(f"starting {config.name} with {config.checkpoint} ...")
-    with kill_leftovers(os.environ), run_app(config, placement, _say) as app:
+    with _run_app(config, placement) as app:
         try:
             _say(f"ready after {app.start_seconds:.1f} s: {app.url} (Ctrl-C stops it)")
             _say(f"  curl {app.url}/v1/videos/sync -H 'content-type: application/json' -o first.mp4 \\")
             if auth_required(config.auth.enabled, config.http.host):
                 _say(f'    -H "Authorization: Bearer ${_API_KEY}" \\')
             _say(f"    -d '{json.dumps(_EXAMPLE)}'")
-            _say(f"  from Python: {_ray_environment(app)} python -c 'from deployments.client import connect; ...'")
+            _say(f"  from Python: {_show_environment(app)} python -c 'from deployments.client import connect; ...'")
             app.watch()
         except KeyboardInterrupt:
             _say("stopping ...")
             with contextlib.suppress(KeyboardInterrupt):
                 app.drain(config.http.drain_timeout_s, _say)
-    _say("stopped")
     return 0
 
 
-def _ray_environment(app: RunningApp) -> str:
+@contextmanager
+def _run_app(config: AppConfig, placement: Placement) -> Iterator[RunningApp]:
+    from deployments.launch.bring_up import run_app
+    from deployments.launch.ray_session import kill_leftovers
+
+    _say(f"starting {config.name} with {config.checkpoint} ...")
+    with kill_leftovers(os.environ), run_app(config, placement, _say) as app:
+        yield app
+    _say("stopped")
+
+
+def _show_environment(app: RunningApp) -> str:
     """Return the environment variables with which another process reaches the app's Ray cluster."""
     mode = os.environ.get("RAY_AUTH_MODE")  # Ray sets it when it starts a cluster
     return f"RAY_ADDRESS={app.ray_address}" + (f" RAY_AUTH_MODE={mode}" if mode else "")
-
-
-def _config(options: argparse.Namespace) -> AppConfig:
-    flags = {
-        "checkpoint": options.checkpoint,
-        "transformer.tp": options.tp,
-        "transformer.cfg": options.cfg,
-        "transformer.sp": options.sp,
-        "transformer.num_replicas": options.gangs,
-        "http.host": options.host,
-        "http.port": options.port,
-    }
-    return config_of(options, flags)
-
-
-def _keys(options: argparse.Namespace) -> int:
-    from deployments.launch.keys import run
-
-    return run(options)
 
 
 def _prepare_ray() -> None:
@@ -281,29 +311,26 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _laptop_app(checkpoint: Path) -> Iterator[RunningApp]:
+def _run_laptop_app(checkpoint: Path) -> Iterator[RunningApp]:
     _prepare_ray()
     from deployments.config import DEFAULT_CONFIG, AppConfig
-    from deployments.launch.bring_up import run_app
     from deployments.launch.ray_session import Placement
 
     config = AppConfig.read(DEFAULT_CONFIG, {"checkpoint": str(checkpoint), "http.port": 0})
-    _say(f"starting {config.name} with {checkpoint} ...")
-    with kill_leftovers(os.environ), run_app(config, Placement(start_timeout_s=_LAPTOP_START_S), _say) as app:
+    with _run_app(config, Placement(start_timeout_s=_LAPTOP_START_S)) as app:
         _say(f"ready after {app.start_seconds:.1f} s: {app.url}")
         yield app
-    _say("stopped")
 
 
 def _ensure_tiny_checkpoint(directory: Path) -> Path:
-    """Return a directory with a tiny checkpoint; build it, whole or not at all, if the directory does not exist."""
+    """Build a tiny checkpoint, whole or not at all, unless the directory exists; return the directory."""
     if not directory.exists():
         _say(f"making a tiny checkpoint in {directory} ...")
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tiny-") as scratch:
                 path = Path(scratch) / "checkpoint"
-                # In a process of its own, because torch would stay loaded in this one.
+                # In a process of its own, as torch would stay loaded in this one.
                 command = [sys.executable, "-m", "cosmos3_core.checkpoint.tiny", str(path)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=_LAPTOP_START_S)
                 path.rename(directory)
@@ -316,15 +343,15 @@ def _ensure_tiny_checkpoint(directory: Path) -> Path:
 def _check(options: argparse.Namespace) -> int:
     from deployments.launch.checkup import check_app
 
-    api_key = _api_key(options)
+    api_key = _read_api_key(options)
     if options.url is not None:
-        is_well = check_app(options.url, timeout_s=options.timeout, report=_say, api_key=api_key)
+        is_healthy = check_app(options.url, timeout_s=options.timeout, report=_say, api_key=api_key)
     else:
         with tempfile.TemporaryDirectory(prefix="cosmos3-check-") as directory:
             checkpoint = options.checkpoint or _ensure_tiny_checkpoint(Path(directory) / "tiny-nano")
-            with _laptop_app(checkpoint) as app:
-                is_well = check_app(app.url, timeout_s=options.timeout, report=_say)
-    return 0 if is_well else 1
+            with _run_laptop_app(checkpoint) as app:
+                is_healthy = check_app(app.url, timeout_s=options.timeout, report=_say)
+    return 0 if is_healthy else 1
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -334,7 +361,7 @@ def _demo(options: argparse.Namespace) -> int:
     from deployments.launch.http_client import save_video
 
     OutputFile(Path(f"{options.out}.mp4"))  # refuses a place that cannot be written before the work
-    with _laptop_app(_ensure_tiny_checkpoint(options.checkpoint)) as app:
+    with _run_laptop_app(_ensure_tiny_checkpoint(options.checkpoint)) as app:
         _say(f"POST {app.url}/v1/videos/sync {json.dumps(_EXAMPLE)}")
         saved = save_video(app.url, GenerationRequest(**_EXAMPLE), Path(options.out), timeout_s=options.timeout)
     assert saved.path is not None, "a video was asked for"

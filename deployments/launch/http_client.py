@@ -1,6 +1,6 @@
-"""The command line's HTTP client: fetch a small answer, or generate a file and save it.
+"""The command line's calls over HTTP: fetch a small answer, or generate files and save them.
 
-It calls ``/v1/videos/sync``, which the typed client does not: the app then stops the work even where this process is
+They use ``/v1/videos/sync``, which the typed client does not: the app then stops the work even if this process is
 killed, and reports the origin of the negative prompt.
 """
 
@@ -11,8 +11,9 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cosmos3_core.actions import GeneratedActions, write_actions
 from cosmos3_core.errors import RequestError
@@ -21,7 +22,7 @@ from cosmos3_core.media.output import OutputFile
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.asynchronous import write_parts
 from deployments.clients.http_calls import JSON, Answer, HttpCalls
-from deployments.clients.http_transport import body_of
+from deployments.clients.http_transport import make_body
 from deployments.clients.transport import Deadline
 
 # Bound of an answer with actions and a clip in base64.
@@ -30,16 +31,14 @@ _MAX_JSON_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class SavedMedia:
-    """The saved files of a request, and the server's facts about them.
+    """The saved files of a request, and what the app reports about them.
 
     Attributes:
-        path: of the saved file; None if only actions were made.
-        actions_path: of the saved actions; None if there are none.
+        path: of the file; None if there are only actions.
+        actions_path: of the actions; None if there are none.
         num_bytes: of the file.
-        video_id: the server's id of it.
-        seed: of the noise.
         negative_origin: where the negative prompt came from.
-        notes: changes that the server made to the request.
+        notes: changes that the app made to the request.
         warnings: fields that were accepted without effect.
         stage_seconds: stage -> seconds, in order.
     """
@@ -56,11 +55,11 @@ class SavedMedia:
 
 
 def get(url: str, path: str, *, timeout_s: float, api_key: str | None = None) -> tuple[int, str]:
-    """Fetch a small answer of the app; return its status and text.
+    """Fetch a small answer of an app; return its status and text.
 
     Raises:
-        RequestError: not a URL.
-        UnreachableError: no answer in time, or it broke off.
+        RequestError: ``url`` is not a URL.
+        UnreachableError: no answer came in time, or it broke off.
     """
     return asyncio.run(_get(HttpCalls(url, api_key), path, Deadline(timeout_s)))
 
@@ -68,24 +67,23 @@ def get(url: str, path: str, *, timeout_s: float, api_key: str | None = None) ->
 def save_video(
     url: str, request: GenerationRequest, out: Path, *, timeout_s: float, api_key: str | None = None
 ) -> SavedMedia:
-    """Generate a request's files and save them. An interrupt stops the request.
+    """Generate a request's files with an app and save them. An interrupt stops the request.
 
     Args:
-        url: of the app.
+        url, api_key: of the app; no key if it requires none.
         request: its image or clip is read here.
         out: path without suffix; the answer decides on ``.mp4``, ``.png`` ..., ``.actions.json``.
-        timeout_s: for all of it.
-        api_key: None if the app requires none.
+        timeout_s: for generating, fetching and saving.
 
     Raises:
         RequestError: ``url`` is not a URL, ``out`` cannot be written, or the image or clip cannot be read or sent.
         UnreachableError, MediaError: the answer was cut off, or could not be written.
-        Cosmos3Error: the server refused or failed, see :mod:`deployments.clients.errors`.
+        Cosmos3Error: the app refused or failed, see :mod:`deployments.clients.errors`.
     """
     if not out.name:
         raise RequestError("out", str(out), "a path that ends in a name, without its ending")
     OutputFile(out.with_name(out.name + ".mp4"))  # refuses a place that cannot be written before the work
-    body = json.dumps(body_of(request)).encode()
+    body = json.dumps(make_body(request)).encode()
     return asyncio.run(_save_video(HttpCalls(url, api_key), body, out, Deadline(timeout_s)))
 
 
@@ -101,30 +99,26 @@ async def _save_video(calls: HttpCalls, body: bytes, out: Path, deadline: Deadli
 
 
 async def _save_answer(answer: Answer, out: Path) -> SavedMedia:
-    facts = _read_facts(answer)
+    facts = _read_facts(answer)  # before a file is written
     if answer.media_type == JSON:
         path, actions_path, num_bytes = await _save_json(answer, out)
     else:
         path, actions_path = _choose_path(answer, out, answer.media_type), None
         num_bytes = await write_parts(answer.parts(), path)
-    return replace(facts, path=path, actions_path=actions_path, num_bytes=num_bytes)
+    return SavedMedia(path, actions_path, num_bytes, **facts)
 
 
-def _read_facts(answer: Answer) -> SavedMedia:
-    """Read the server's facts about a file from the answer's headers, before the file is saved."""
+def _read_facts(answer: Answer) -> dict[str, Any]:
     headers = answer.headers
     try:
-        return SavedMedia(
-            path=None,
-            actions_path=None,
-            num_bytes=0,
-            video_id=headers["x-video-id"],
-            seed=int(headers["x-seed"]),
-            negative_origin=headers["x-negative-prompt"],
-            notes=tuple(json.loads(headers["x-notes"])),
-            warnings=tuple(json.loads(headers["x-warnings"])),
-            stage_seconds=dict(json.loads(headers["x-stage-durations"])),
-        )
+        return {
+            "video_id": headers["x-video-id"],
+            "seed": int(headers["x-seed"]),
+            "negative_origin": headers["x-negative-prompt"],
+            "notes": tuple(json.loads(headers["x-notes"])),
+            "warnings": tuple(json.loads(headers["x-warnings"])),
+            "stage_seconds": dict(json.loads(headers["x-stage-durations"])),
+        }
     except (KeyError, ValueError, TypeError):
         raise answer.make_foreign_error() from None
 

@@ -8,47 +8,41 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from cosmos3_core import checks
-from deployments.launch.config_flags import add_config_flags, config_of
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
     from deployments.jobs.keys import ApiKey, KeyStore
 
-# Keys need no checkpoint, but a configuration has to name one.
-_NO_CHECKPOINT = {"checkpoint": "none"}
 _COLUMNS = ("id", "name", "class", "may ask for", "max queued", "max running", "made", "removed")
 
 
-def add_keys_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the actions of ``cosmos3 keys`` and their flags."""
+def add_keys_flags(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Add the actions of ``cosmos3 keys`` and their flags; return the actions' parsers."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     add = actions.add_parser("add", help="make a key and print it: it cannot be shown again")
-    add.add_argument("key_name", metavar="NAME", help="whose it is, for `list`")
+    add.add_argument("key_name", metavar="NAME", help="of its owner, for `list`")
     add.add_argument("--class", dest="service_class", metavar="CLASS", help="of requests that name none")
     add.add_argument("--allow", action="append", default=[], metavar="CLASS", help="another class that they may name")
-    add.add_argument("--max-queued", type=int, metavar="N", help="jobs that wait; default jobs.max_queued_per_key")
-    add.add_argument("--max-running", type=int, metavar="N", help="that run; default jobs.max_running_per_key")
-    listing = actions.add_parser(
-        "list", help="list all keys, removed ones too, without their texts, which are not stored"
-    )
+    add.add_argument("--max-queued", type=int, metavar="N", help="queued jobs; default jobs.max_queued_per_key")
+    add.add_argument("--max-running", type=int, metavar="N", help="running jobs; default jobs.max_running_per_key")
+    table = actions.add_parser("list", help="list all keys, removed ones too; their texts are not stored")
     remove = actions.add_parser("remove", help="refuse a key from now on; its jobs stay")
     remove.add_argument("key", metavar="ID", help="as `list` shows it: the part between the two _ of the key's text")
-    for action in (add, listing, remove):
-        add_config_flags(action)
-        action.add_argument("--database", metavar="URL", help="where the jobs are; the key jobs.database")
+    for action in (add, table, remove):
+        action.add_argument("--database", metavar="URL", help="of the jobs; the key jobs.database")
+    return [add, table, remove]
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, config: AppConfig) -> int:
     """Run an action; return the exit status.
 
     Raises:
         RequestError: a value is out of range, or there is no such key.
-        ConfigError, JobsError, MediaStoreError: the database cannot be found or used.
+        JobsError, MediaStoreError: the database cannot be found or used.
     """
     from deployments.jobs.database import database_url
     from deployments.jobs.keys import KeyStore
 
-    config = config_of(options, {"jobs.database": options.database, **_NO_CHECKPOINT})
     keys = KeyStore.open(database_url(config))
     try:
         if options.action == "add":
@@ -57,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             removed = keys.revoke(options.key)
             print(f"{removed.key_id} ({removed.name}) is refused from now on; a running app may take seconds to notice")
         else:
-            _print_table([_row(key) for key in keys.list()])
+            _print_table([_make_row(key) for key in keys.list()])
     finally:
         keys.close()
     return 0
@@ -80,19 +74,19 @@ def _add(options: argparse.Namespace, config: AppConfig, keys: KeyStore) -> None
     print(text)
 
 
-def _row(key: ApiKey) -> tuple[str, ...]:
+def _make_row(key: ApiKey) -> tuple[str, ...]:
     return (
         key.key_id,
         key.name,
         key.service_class,
         ",".join(key.allowed_classes),
         *("default" if limit is None else str(limit) for limit in (key.limits.max_queued, key.limits.max_running)),
-        _date(key.created_s),
-        "" if key.revoked_s is None else _date(key.revoked_s),
+        _format_date(key.created_s),
+        "" if key.revoked_s is None else _format_date(key.revoked_s),
     )
 
 
-def _date(at_s: float) -> str:
+def _format_date(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d")
 
 

@@ -1,4 +1,4 @@
-"""The Ray session of an app: join or start Ray, stop it, check that it lives, bound calls that may hang.
+"""The Ray session of an app: join or start Ray, bound calls that may hang, stop Ray and every process it has started.
 
 Only for the main thread, because it handles signals. Ray reads the environment when it is imported, so the command line
 sets it before it imports this module.
@@ -9,12 +9,18 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +29,6 @@ from ray.serve.exceptions import RayServeException
 
 from cosmos3_core.errors import Cosmos3Error
 from deployments.launch.capacity import Node, Resources
-from deployments.launch.processes import end_on_signals
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CONNECT_S = 5.0
@@ -33,6 +38,10 @@ _START_ABORT_S = 10.0
 _MAX_REASON_CHARS = 600
 # KubeRay and Ray's cluster launcher set it on all nodes; `ray start` sets it on none.
 _NODE_GROUP_LABEL = "ray.io/node-group"
+# Marks the environment of processes that are started here.
+_MARK = "COSMOS3_STARTED_BY"
+_GRACE_S = 2.0
+_POLL_S = 0.05
 
 RAY_FAILURES = (RayError, RayServeException, ConnectionError, TimeoutError, RuntimeError, ValueError, OSError)
 """Exceptions that Ray and Serve raise for failed calls; their documentation does not say which call raises which."""
@@ -76,23 +85,22 @@ def ray_session(placement: Placement) -> Iterator[None]:
     """
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        _on_signals(signal.default_int_handler)
+        _set_handlers(signal.default_int_handler)
         try:
             _start(placement)
             yield
         finally:
             # Interrupting Ray's shutdown would leave processes behind; it takes little more than a second.
-            _on_signals(signal.SIG_IGN)
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # Ray prints failures of processes that it has stopped itself
+            _set_handlers(signal.SIG_IGN)
+            # Ray prints failures of processes that it has stopped itself.
+            with contextlib.redirect_stdout(io.StringIO()):
                 ray.shutdown()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _on_signals(handler: Any) -> None:
+def _set_handlers(handler: Any) -> None:
     for number in _SIGNALS:
         signal.signal(number, handler)
 
@@ -101,34 +109,33 @@ def _start(placement: Placement) -> None:
     try:
         with end_on_signals(_SIGNALS, _START_ABORT_S):
             _init(placement)
-        _on_signals(signal.default_int_handler)  # Ray replaces the handler of SIGTERM
+        _set_handlers(signal.default_int_handler)  # Ray replaces the handler of SIGTERM
     except SystemExit:  # raised by Ray's handler, sometimes only after Ray has given up
         raise KeyboardInterrupt from None
 
 
 def _init(placement: Placement) -> None:
-    options: dict[str, Any] = {"address": placement.ray_address}
-    if placement.ray_address is None:
+    address = placement.ray_address
+    options: dict[str, Any] = {"address": address}
+    if address is None:
         # "local" never joins a cluster, even if RAY_ADDRESS names one.
         options = {"address": "local", "num_cpus": placement.num_cpus, "include_dashboard": False}
-    elif (endpoint := _endpoint(placement.ray_address)) and not _is_listening(endpoint):
-        # Ray itself would retry for minutes.
-        raise StartError(f"cannot join the Ray cluster at {placement.ray_address}: nothing listens there")
+        failure = "Ray did not start"
+        hint = "Is the machine very busy, or short of memory? Ray's logs are below its directory: session_latest."
+    else:
+        failure = f"cannot join the Ray cluster at {address}"
+        hint = "Where it wants a token, set RAY_AUTH_MODE=token."
+        if (endpoint := _parse_endpoint(address)) and not _is_listening(endpoint):
+            raise StartError(f"{failure}: nothing listens there")  # Ray itself would retry for minutes
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception when its daemons start too late
-        if placement.is_alone:
-            hint = "Is the machine very busy, or short of memory? Ray's logs are below its directory: session_latest."
-            raise StartError(f"Ray did not start: {describe_failure(error).rstrip('.')}. {hint}") from None
-        hint = "Where it wants a token, set RAY_AUTH_MODE=token."
-        raise StartError(
-            f"cannot join the Ray cluster at {placement.ray_address}: {describe_failure(error)}. {hint}"
-        ) from None
+        raise StartError(f"{failure}: {describe_failure(error).rstrip('.')}. {hint}") from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-class Room:
-    """The resources that a cluster has for an app that starts: free now, plus what the cluster gains later.
+class FreeResources:
+    """The resources that a cluster has for an app that starts: free ones, and those that the cluster gains later.
 
     Args:
         placement: of the app.
@@ -138,7 +145,7 @@ class Room:
         self._before = ray.cluster_resources()
         self._free = self._before if placement.is_alone else ray.available_resources()
 
-    def free(self) -> Resources:
+    def count(self) -> Resources:
         """Return the free resources as of now, with the app's own share counted as free."""
         now = ray.cluster_resources()
         return {kind: self._free.get(kind, 0) + now[kind] - self._before.get(kind, 0) for kind in now}
@@ -150,14 +157,14 @@ def list_nodes() -> list[Node]:
 
 
 def can_grow() -> bool:
-    """Whether the cluster may have an autoscaler. Also true if its launcher could run one and does not."""
+    """Return whether the cluster may have an autoscaler. Also true if its launcher could run one and does not."""
     return any(_NODE_GROUP_LABEL in node.labels for node in list_nodes())
 
 
 def is_ray_alive() -> bool:
-    """Whether Ray's head listens and knows this node. Otherwise calls hang, until Ray ends this process."""
+    """Return whether Ray's head listens and knows this node. Otherwise calls hang, until Ray ends this process."""
     context = ray.get_runtime_context()
-    endpoint = _endpoint(context.gcs_address)
+    endpoint = _parse_endpoint(context.gcs_address)
     if endpoint is not None and not _is_listening(endpoint):
         return False
     return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == context.get_node_id())
@@ -191,7 +198,7 @@ def time_limit(timeout_s: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, rest_s)  # restores an outer alarm; 0 for none
 
 
-def _endpoint(address: str) -> tuple[str, int] | None:
+def _parse_endpoint(address: str) -> tuple[str, int] | None:
     """Parse host and port of an address such as "10.0.0.1:6379" or "ray://10.0.0.1:10001"; None for "auto"."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     return (host.strip("[]"), int(port)) if host and port.isdecimal() else None
@@ -206,10 +213,92 @@ def _is_listening(endpoint: tuple[str, int]) -> bool:
 
 
 def describe_failure(error: object) -> str:
-    """Describe a failure in one line. Of a text with tracebacks it takes the last one's exception."""
+    """Describe a failure in one line: the exception of the last traceback in its text, if it has any."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     raised = list(re.finditer(r"^(?:\w+\.)*([A-Z]\w+: )", text, re.MULTILINE))
     if raised:
         text = text[raised[-1].start(1) :]
     line = " ".join(text.split())
     return line if len(line) <= _MAX_REASON_CHARS else f"{line[:_MAX_REASON_CHARS]}..."
+
+
+# Processes. Ray ends its own, but late or not at all when it is stopped while it starts, or after one of its daemons
+# has died. They are found by a mark that they inherit with the environment; without /proc only Ray's clean-up works.
+
+
+@contextmanager
+def kill_leftovers(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Kill the processes that were started inside the block and still run shortly after it.
+
+    Args:
+        environment: that they inherit, ``os.environ``.
+    """
+    environment[_MARK] = mark = uuid.uuid4().hex
+    try:
+        yield
+    finally:
+        del environment[_MARK]
+        _await_end(mark)
+        _kill(mark)
+
+
+@contextmanager
+def end_on_signals(signals: Collection[int], patience_s: float) -> Iterator[None]:
+    """End this process, and those of :func:`kill_leftovers`, if a signal comes and the block does not end in time.
+
+    For native code that waits for a process which the same signal has killed (all processes of a group get it): Python
+    runs its signal handlers only after that code. While the code holds Python's lock, this waits as well. The exit
+    status is 130.
+
+    Args:
+        signals: with a Python handler.
+        patience_s: from the signal to the end of the block.
+    """
+    reader, writer = socket.socketpair()
+    is_left = threading.Event()
+
+    def watch() -> None:
+        while number := reader.recv(1):  # until the writer is closed
+            if number[0] in signals and not is_left.wait(patience_s):
+                if mark := os.environ.get(_MARK):
+                    _kill(mark)
+                print("interrupted", file=sys.stderr, flush=True)
+                os._exit(130)
+
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, name="end_on_signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_left.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
+        thread.join()
+        reader.close()
+
+
+def _kill(mark: str) -> None:
+    for pid in _find_marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _await_end(mark)
+
+
+def _await_end(mark: str) -> None:
+    deadline_s = time.monotonic() + _GRACE_S
+    while _find_marked(mark) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+
+
+def _find_marked(mark: str) -> list[int]:
+    """Find the processes with the mark. Never this one: /proc shows the environment that a process started with."""
+    entry = f"{_MARK}={mark}".encode()
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        # The process has ended, or is another user's.
+        with contextlib.suppress(OSError):
+            if entry in path.read_bytes().split(b"\0"):
+                pids.append(int(path.parent.name))
+    return pids

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.loop_thread import LoopThread
+from deployments.clients.blocking import LoopThread
 from deployments.failures import translate_error
 from deployments.jobs.job import SubmitOptions
 from deployments.messages import Event, Generated, RequestContext

@@ -14,7 +14,7 @@ import pytest
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.clients.http_transport import body_of
+from deployments.clients.http_transport import make_body
 from tests.core_reference import Reference
 
 pytestmark = pytest.mark.timeout(600)
@@ -30,7 +30,7 @@ def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_i
     path = reference(LONG).path
     assert path is not None
     expected = path.read_bytes()
-    answer = httpx2.post(f"{app.url}/v1/videos/sync", json={**body_of(LONG), "stream": True}, timeout=DEADLINE_S)
+    answer = httpx2.post(f"{app.url}/v1/videos/sync", json={**make_body(LONG), "stream": True}, timeout=DEADLINE_S)
     live = answer.content
     assert live[4:8] == expected[4:8] == b"ftyp"
     assert b"moof" in live

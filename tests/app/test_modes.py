@@ -13,7 +13,7 @@ import pytest
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.request import GenerationRequest
-from deployments.clients.http_transport import body_of
+from deployments.clients.http_transport import make_body
 from tests.core_reference import Reference
 from tests.mode_inputs import CLIP, MINIMAL
 
@@ -45,7 +45,7 @@ def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_f
     assert generated.info.mode == mode
     assert generated.media == expected
     assert generated.info.frames_sha256 == alone.frames_sha256
-    answer = httpx2.post(f"{app.url}/v1/videos/sync", json=body_of(request), timeout=100)
+    answer = httpx2.post(f"{app.url}/v1/videos/sync", json=make_body(request), timeout=100)
     assert answer.headers["x-mode"] == mode
     if alone.actions is None:
         assert generated.info.actions is None

@@ -16,8 +16,8 @@ import pytest
 from cosmos3_core.errors import ClosedError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import Cosmos3Client
-from deployments.clients import loop_thread
-from deployments.clients.loop_thread import LoopThread
+from deployments.clients import blocking
+from deployments.clients.blocking import LoopThread
 from tests.clients.app_double import STORY, WAIT, App
 from tests.clients.conftest import connected
 
@@ -119,8 +119,8 @@ def test_an_interrupt_just_before_the_wait_is_noticed(monkeypatch: pytest.Monkey
             ended.append(True)
             raise
 
-    monkeypatch.setattr(loop_thread.queue, "SimpleQueue", NeverWoken)
-    monkeypatch.setattr(loop_thread, "_NOTICE_S", 0.05)
+    monkeypatch.setattr(blocking.queue, "SimpleQueue", NeverWoken)
+    monkeypatch.setattr(blocking, "_NOTICE_S", 0.05)
     with pytest.raises(KeyboardInterrupt):
         thread.run(work())
     thread.close()
@@ -131,7 +131,7 @@ def test_an_interrupt_just_before_the_wait_is_noticed(monkeypatch: pytest.Monkey
 def test_an_interrupt_while_work_is_handed_over_leaves_nothing(
     is_handed_over: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_thread, "_STOP_S", DEADLINE_S)
+    monkeypatch.setattr(blocking, "_STOP_S", DEADLINE_S)
     thread, num_calls = LoopThread(), 0
     hand_over = thread._loop.call_soon_threadsafe
 
@@ -153,7 +153,7 @@ def test_an_interrupt_while_work_is_handed_over_leaves_nothing(
 
 
 def test_who_waits_for_a_client_that_is_closed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_thread, "_STOP_S", 0.05)
+    monkeypatch.setattr(blocking, "_STOP_S", 0.05)
     thread, has_begun, raised = LoopThread(), threading.Event(), []
 
     async def work() -> None:

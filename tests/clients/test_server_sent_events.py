@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.clients import server_sent_events
+from deployments.clients import http_calls
 from deployments.clients.errors import AnswerError
-from deployments.clients.server_sent_events import EventReader, RawEvent
+from deployments.clients.http_calls import EventReader, RawEvent
 
 TEXT = (
     "\ufeff: hello\n\n"
@@ -40,7 +40,7 @@ def test_what_is_no_event_is_refused(data: str) -> None:
 
 
 def test_an_event_has_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_sent_events, "_MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr(http_calls, "_MAX_EVENT_BYTES", 1000)
     for text in (b"data: " + b"x" * 1000, b"data: x\n" * 200, b"x" * 1001):
         with pytest.raises(AnswerError, match="more than 1000 bytes"):
             list(EventReader().feed(text))

@@ -34,8 +34,7 @@ def _run(device: str, num_devices: int, checkpoint: Path) -> str:
     from deployments.config import DEFAULT_CONFIG, AppConfig
     from deployments.launch.bring_up import run_app
     from deployments.launch.checkup import check_app
-    from deployments.launch.processes import kill_leftovers
-    from deployments.launch.ray_session import Placement
+    from deployments.launch.ray_session import Placement, kill_leftovers
 
     layout = layout_for(num_devices)
     overrides: dict[str, Any] = {"checkpoint": str(checkpoint), "http.port": 0, "vae.ranks": num_devices}

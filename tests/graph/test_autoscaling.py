@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deployments.launch.processes import kill_leftovers
+from deployments.launch.ray_session import kill_leftovers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -164,7 +164,9 @@ def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, t
     assert client.returncode == 0
     assert served.process.wait(DEADLINE_S) == 0, served.said()
     assert served.said().endswith(
-        "stopping ...\nfinishing what runs, for 120 s at most; a second Ctrl-C leaves jobs to the next start\nstopped\n"
+        "stopping ...\n"
+        "finishing running requests, for 120 s at most; a second Ctrl-C leaves jobs to the next start\n"
+        "stopped\n"
     )
     assert served.leftovers() == {}
     host, port = url.removeprefix("http://").split(":")

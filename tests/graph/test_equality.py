@@ -17,7 +17,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from deployments.clients.http_transport import body_of
+from deployments.clients.http_transport import make_body
 from tests.mode_inputs import CLIP, MINIMAL
 
 pytestmark = pytest.mark.cluster
@@ -56,7 +56,7 @@ def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference:
     assert isinstance(events[-1], messages.Finished)
     assert b"".join(app.client.read(events[-1].job_id)) == expected
 
-    with post(app.url, body_of(request_)) as answer:
+    with post(app.url, make_body(request_)) as answer:
         assert answer.read() == expected
         assert answer.headers["x-frames-sha256"] == alone.frames_sha256
         assert answer.headers["content-type"] == ("image/png" if request_.num_frames == 1 else "video/mp4")
@@ -92,7 +92,7 @@ def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_f
     assert generated.info.mode == mode
     assert generated.media == expected
     assert generated.info.frames_sha256 == alone.frames_sha256
-    with post(app.url, body_of(request)) as answer:
+    with post(app.url, make_body(request)) as answer:
         body = answer.read()
         assert answer.headers["x-mode"] == mode
     if alone.actions is None:

@@ -21,8 +21,15 @@ from deployments.jobs.database import database_url
 from deployments.jobs.keys import KeyStore, NewKey
 from deployments.launch.bring_up import RunningApp, StopTimeout, _check_access
 from deployments.launch.capacity import Node, describe_missing, describe_shortfall, sum_needs
-from deployments.launch.processes import kill_leftovers
-from deployments.launch.ray_session import LostError, Placement, StartError, describe_failure, ray_session, time_limit
+from deployments.launch.ray_session import (
+    LostError,
+    Placement,
+    StartError,
+    describe_failure,
+    kill_leftovers,
+    ray_session,
+    time_limit,
+)
 
 
 def config(checkpoint: Path, **overrides: object) -> AppConfig:
@@ -173,7 +180,7 @@ def test_an_app_that_others_reach_is_refused_where_nobody_has_a_key(
     asked = config(tiny_nano, http__host=host, auth__enabled=enabled, media__directory=str(tmp_path))
     if not needs_key:
         _check_access(asked, told.append)
-        warning = f"auth.enabled is false and http.host is {host}: whoever reaches the port may use the app"
+        warning = f"auth.enabled is false and http.host is {host}: everyone who reaches the port may use the app"
         assert told == [warning] * (enabled is False), "it is said where it is not the default"
         assert list(tmp_path.iterdir()) == [], "no database is needed to tell"
         return
@@ -221,7 +228,7 @@ def is_running(pid: int) -> bool:
 # A mutex that is locked twice: like Ray's native code, it goes on waiting whatever signal comes.
 HANGING = """
 import ctypes, os, signal, subprocess, sys
-from deployments.launch.processes import end_on_signals, kill_leftovers
+from deployments.launch.ray_session import end_on_signals, kill_leftovers
 native = ctypes.CDLL(None)
 mutex = ctypes.create_string_buffer(64)
 signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -255,7 +262,7 @@ def test_a_signal_ends_what_hangs_in_native_code() -> None:
 def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
     program = (
         "import os, signal, time\n"
-        "from deployments.launch.processes import end_on_signals\n"
+        "from deployments.launch.ray_session import end_on_signals\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "try:\n"
         "    with end_on_signals({signal.SIGTERM}, 60):\n"
@@ -327,8 +334,8 @@ class Scripted(RunningApp):
     ("left", "timeout_s", "is_released", "said"),
     [
         ((2, 0), 60.0, False, []),
-        ((2, 2, 1, 0), 60.0, False, ["finishing what runs, for 60 s at most"]),
-        ((2, 2, None), 60.0, True, ["finishing what runs, for 60 s at most"]),
+        ((2, 2, 1, 0), 60.0, False, ["finishing running requests, for 60 s at most"]),
+        ((2, 2, None), 60.0, True, ["finishing running requests, for 60 s at most"]),
         ((2, 2), 0.0, True, ["2 requests are not done after 0 s"]),
     ],
     ids=["idle", "in time", "interrupted", "too long"],

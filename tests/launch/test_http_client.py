@@ -24,7 +24,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.api.bodies import BodyRules, ParsedBody, name_fields
 from deployments.api.fields import SyncBody
 from deployments.clients.errors import AnswerError, AuthError, UnreachableError
-from deployments.clients.http_transport import body_of
+from deployments.clients.http_transport import make_body
 from deployments.launch.http_client import get, save_video
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
@@ -226,11 +226,11 @@ def test_small_answers_come_with_their_status(serve: Callable[[Answer], str]) ->
 
 
 def test_what_does_not_travel_is_refused() -> None:
-    assert body_of(GenerationRequest(prompt="a", negative_prompt="")) == {"prompt": "a", "negative_prompt": ""}
+    assert make_body(GenerationRequest(prompt="a", negative_prompt="")) == {"prompt": "a", "negative_prompt": ""}
     with pytest.raises(RequestError, match="noise must be the default over HTTP .got "):
-        body_of(GenerationRequest(prompt="a", noise={}))
+        make_body(GenerationRequest(prompt="a", noise={}))
     with pytest.raises(RequestError, match="append_metadata must be the default over HTTP .got False"):
-        body_of(GenerationRequest(prompt="a", append_metadata=False))
+        make_body(GenerationRequest(prompt="a", append_metadata=False))
 
 
 def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     write_image(file, frame, "png")
     for image in (file, str(file), file.read_bytes(), frame, PIL.Image.fromarray(frame)):
-        body = json.loads(json.dumps(body_of(GenerationRequest(prompt="a", image=image))))
+        body = json.loads(json.dumps(make_body(GenerationRequest(prompt="a", image=image))))
         assert set(body) == {"prompt", "image"}
         sent = received_of(body).requests[0].image
         assert isinstance(sent, bytes)
@@ -251,7 +251,7 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
         guidance_interval=(1, 2),
         condition_frame_indexes_vision=range(2),
     )
-    received = received_of(json.loads(json.dumps(body_of(request)))).requests[0]
+    received = received_of(json.loads(json.dumps(make_body(request)))).requests[0]
     assert received.video == b"a clip"
     assert np.array_equal(np.array(received.actions, np.float32), ACTIONS.values)
     assert (received.guidance_interval, received.condition_frame_indexes_vision) == ([1, 2], [0, 1])
@@ -260,11 +260,11 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
 
 def test_media_that_cannot_be_sent_are_refused_before_anything_is(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="video must be a file over HTTP .got 'frames'.*Write them to one"):
-        body_of(GenerationRequest(prompt="a", video=np.zeros((2, 4, 4, 3), np.uint8)))
+        make_body(GenerationRequest(prompt="a", video=np.zeros((2, 4, 4, 3), np.uint8)))
     with pytest.raises(RequestError, match="image must be "):
         save_video("http://127.0.0.1:9", GenerationRequest(image=tmp_path / "none.png"), tmp_path / "a", timeout_s=5)
     with pytest.raises(RequestError, match="actions must be "):
-        body_of(GenerationRequest(actions="up"))
+        make_body(GenerationRequest(actions="up"))
 
 
 def test_a_server_that_refuses_before_it_has_read_is_heard(serve: Callable[[Answer], str], tmp_path: Path) -> None:
