@@ -93,8 +93,10 @@ class MediaConfig(Strict):
         repr=False,  # it may hold a password
         description="fsspec URL, such as s3://bucket/prefix, for files that must outlive the directory",
     )
-    max_bytes: int = Field(20 * 2**30, ge=1, description="beyond it the oldest finished files are evicted, each minute")
-    keep_s: float = Field(86_400, gt=0, description="of a file; one that stops growing for so long is given up")
+    max_bytes: int = Field(
+        20 * 2**30, ge=1, description="beyond it the oldest finished jobs lose their files, each minute"
+    )
+    keep_s: float = Field(86_400, gt=0, description="how long files of a completed job stay")
 
 
 class JobsConfig(Strict):

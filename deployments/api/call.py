@@ -26,7 +26,8 @@ from deployments.api.errors import error_response, is_explained
 from deployments.api.media_fields import fetch_remote
 from deployments.api.memory_budget import Reservation
 from deployments.api.service import Service
-from deployments.jobs.job import JOB_ID, Job, SubmitOptions
+from deployments.jobs.job import Job, SubmitOptions
+from deployments.media.layout import JOB_ID
 from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from cosmos3_core.errors import MediaError
 from deployments.errors import ApiError
-from deployments.media.record import DONE, FAILED, MediaRecord
+from deployments.media.layout import DONE, FAILED, MediaRecord
 from deployments.media.store import MediaStore
 from deployments.threads import run_in_thread
 

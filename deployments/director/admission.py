@@ -18,11 +18,11 @@ from deployments.config import DEFAULT_CLASS
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.errors import JobsError
 from deployments.jobs.cost import CostModel
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, NewJob, SubmitOptions
 from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.jobs.waiting import RetryEstimator
+from deployments.media.job_files import JobFiles
 from deployments.messages import RequestContext
 from deployments.stages.streams import wait_within
 from deployments.threads import run_in_thread

@@ -22,7 +22,8 @@ from deployments.config import DirectorStage
 from deployments.director.guardrail_calls import PassedChunk, check_chunk
 from deployments.director.retries import retry_stage
 from deployments.failures import summarize_error
-from deployments.media.store import MediaStore, new_media_id
+from deployments.media.layout import new_media_id
+from deployments.media.store import MediaStore
 from deployments.messages import ChunkDecoded, ClipEncoded, FileStarted, RequestContext, SoundDecoded
 from deployments.stages.streams import RefStream, follow_stream, wait_within
 
@@ -88,7 +89,7 @@ class ClipPipeline:
 
     async def _make_file(self, context: RequestContext) -> AsyncIterator[Event]:
         """Make the file in one attempt of the encoder."""
-        stream_id, media_id = context.try_id, new_media_id()
+        stream_id, media_id = context.try_id, new_media_id(context.job_id)
         start_s = time.monotonic()
         try:
             await wait_within(context, "decode", self.clips.open.remote(stream_id, self.config.chunk_window))

@@ -11,7 +11,7 @@ import numpy as np
 
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.errors import MediaError
-from deployments.jobs.files import JobFiles
+from deployments.media.job_files import JobFiles
 from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")

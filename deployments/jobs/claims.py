@@ -178,7 +178,7 @@ def _queued(only_attached: bool) -> ColumnElement[bool]:
 
 def _abandoned() -> ColumnElement[bool]:
     """Select queued jobs that are attached to a runner that has died."""
-    is_alive = exists().where(RUNNERS.c.runner == JOBS.c.attached_to, RUNNERS.c.seen_s >= bindparam("silent_since_s"))
+    is_alive = exists().where(RUNNERS.c.runner == JOBS.c.attached_to, RUNNERS.c.alive_s >= bindparam("silent_since_s"))
     of_others = and_(JOBS.c.attached_to.is_not(None), JOBS.c.attached_to != bindparam("runner"))
     return and_(*_of_lane(_QUEUED), of_others, not_(is_alive))
 
@@ -201,7 +201,7 @@ def _locked(condition: ColumnElement[bool], limit: int) -> Select[Any]:
 @cache
 def _work_query(only_attached: bool) -> Select[bool, bool, bool, bool]:
     is_alive_noted = exists().where(
-        RUNNERS.c.runner == bindparam("runner"), RUNNERS.c.seen_s > bindparam("fresh_since_s")
+        RUNNERS.c.runner == bindparam("runner"), RUNNERS.c.alive_s > bindparam("fresh_since_s")
     )
     abandoned, expired, queued = _abandoned(), _expired(only_attached), _queued(only_attached)
     return select(is_alive_noted, exists().where(abandoned), exists().where(expired), exists().where(queued))

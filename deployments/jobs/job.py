@@ -13,7 +13,6 @@ Director that has room, keeps running when its client disconnects, and resumes a
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,10 +68,6 @@ def check_transition(job_id: str, before: JobState, after: JobState) -> None:
     """
     if after not in TRANSITIONS[before]:
         raise IllegalTransition(job_id, before, after)
-
-
-JOB_ID = re.compile(r"video_gen_[0-9a-f]{32}")
-"""Pattern of job ids, which are vLLM-Omni's; nobody can guess one."""
 
 
 def new_job_id() -> str:

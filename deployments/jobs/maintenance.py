@@ -6,21 +6,17 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from deployments.config import JobsConfig
 from deployments.jobs.service import JobService
-from deployments.jobs.store import FileNeed
 from deployments.observability.metrics import metrics
 from deployments.threads import run_in_thread
 
 logger = logging.getLogger("ray.serve")
 
 _SWEEP_PERIOD_S = 60.0
-_SWEEPS_PER_KEEP = 100
-# Files are written before their job: files whose job is missing for so long belong to none.
-_ORPHAN_S = 3600.0
 _GAUGES_PERIOD_S = 5.0
 
 
@@ -41,13 +37,9 @@ class Maintenance:
     def start(self) -> list[asyncio.Task[None]]:
         """Start the work inside the event loop; the caller has to hold the tasks."""
         loop = asyncio.get_running_loop()
-        # Listing an archive costs money.
-        files_period_s = (
-            _SWEEP_PERIOD_S if self.jobs.media.archive is None else self.jobs.media.keep_s / _SWEEPS_PER_KEEP
-        )
         work = (
             (self.sweep, _SWEEP_PERIOD_S),
-            (self.sweep_files, max(files_period_s, _SWEEP_PERIOD_S)),
+            (self.sweep_folders, _SWEEP_PERIOD_S),
             (self.set_gauges, _GAUGES_PERIOD_S),
         )
         return [loop.create_task(_repeat(*each), context=contextvars.Context()) for each in work]
@@ -58,26 +50,9 @@ class Maintenance:
         for job in self.jobs.store.sweep(self.config.keep_s, self.config.max_kept):
             self.jobs.remove_files(job)
 
-    def sweep_files(self) -> None:
-        """Remove input files of jobs that will not run and cannot be remixed.
-
-        A completed job can be remixed as long as its clip is there, or until its inputs have to make room.
-        """
-        spare: dict[str, float] = {}
-
-        def needed(job_ids: Sequence[str]) -> dict[str, bool]:
-            needs = self.jobs.store.file_needs(job_ids)
-            spare.update({job_id: need.until_s for job_id, need in needs.items() if need.until_s is not None})
-            return {job_id: self._is_needed(need) for job_id, need in needs.items()}
-
-        self.jobs.files.sweep(needed, _ORPHAN_S, time.time())
-        for job_id in self.jobs.media.spare_job_files(spare):
-            self.jobs.files.remove(job_id)
-
-    def _is_needed(self, need: FileNeed) -> bool:
-        if need.until_s is None:
-            return True
-        return need.until_s > 0 and (not need.media_id or self.jobs.media.find(need.media_id) is not None)
+    def sweep_folders(self) -> None:
+        """Remove folders of jobs that are not needed any more, or too large; see :mod:`deployments.media.layout`."""
+        self.jobs.media.sweep(self.jobs.store.folder_needs, time.time())
 
     def set_gauges(self) -> None:
         """Set the gauges of jobs."""

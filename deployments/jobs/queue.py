@@ -195,7 +195,7 @@ def check_storable(new: NewJob, limits: QueueLimits) -> None:
 
 def note_runner(connection: Connection, runner: str, model: str, now_s: float) -> None:
     """Note that a runner is alive."""
-    put(connection, RUNNERS, runner=runner, model=model, seen_s=now_s)
+    put(connection, RUNNERS, runner=runner, model=model, alive_s=now_s)
 
 
 def read_virtual_time(connection: Connection, model: str, lane: Lane) -> float:
@@ -228,4 +228,4 @@ def read_load(connection: Connection, model: str) -> QueueLoad:
 
 def forget_runners(connection: Connection, before_s: float) -> None:
     """Delete runners that have been silent since."""
-    connection.execute(delete(RUNNERS).where(RUNNERS.c.seen_s < before_s))
+    connection.execute(delete(RUNNERS).where(RUNNERS.c.alive_s < before_s))

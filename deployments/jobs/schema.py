@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 
 METADATA = MetaData()
-NEWEST = "0002"
+NEWEST = "0003"
 """The last of :mod:`deployments.jobs.migrations`, as the tables are here."""
 
 VERSION_TABLE = "schema_version"
@@ -130,7 +130,7 @@ RUNNERS = Table(
     METADATA,
     Column("runner", Text, primary_key=True),
     Column("model", Text, nullable=False),
-    Column("seen_s", Double, nullable=False),
+    Column("alive_s", Double, nullable=False),  # since 0003, so that runners of before claim nothing more
 )
 
 RATES = Table(

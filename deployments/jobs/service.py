@@ -16,11 +16,12 @@ from deployments.errors import ApiError
 from deployments.jobs.database import database_url
 from deployments.jobs.events import DELETED, FINAL_KINDS
 from deployments.jobs.feed import EventFeed
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobEvent, JobState
 from deployments.jobs.store import JobStore
 from deployments.jobs.video import Video, VideoDeleted, VideoPage, retry_after_s
-from deployments.media.record import DONE, MediaRecord
+from deployments.media.job_files import JobFiles
+from deployments.media.layout import DONE, MediaRecord
+from deployments.media.old_layout import adopt_old_files
 from deployments.media.store import MediaStore
 from deployments.media.variants import ACTION, CONTENT_VARIANTS, VIDEO, find_content
 from deployments.threads import run_in_thread
@@ -55,13 +56,14 @@ class JobService:
 
     @classmethod
     def open(cls, config: AppConfig) -> JobService:
-        """Open the database and the files of a configuration.
+        """Open the database and the files of a configuration; move files of an earlier release to where they belong.
 
         Raises:
             JobsError, MediaStoreError: they cannot be used.
         """
         media = MediaStore.of(config.media)
         store = JobStore.open(database_url(config))
+        adopt_old_files(media, store.media_ids)
         return cls(store, JobFiles(media.directory, config.media.archive), media, config.jobs.max_followers)
 
     async def get(self, job_id: str, owner: str) -> Job:

@@ -18,7 +18,6 @@ from cosmos3_core.errors import RequestError
 from deployments.jobs import claims, queue, waiting
 from deployments.jobs.database import Database
 from deployments.jobs.job import (
-    JOB_ID,
     Job,
     JobEvent,
     JobState,
@@ -32,8 +31,9 @@ from deployments.jobs.queue import ClassLoad, QueueLimits, QueueLoad
 from deployments.jobs.rows import change, end, find, find_events, find_leased, job_of
 from deployments.jobs.schema import JOBS, RUNNERS
 from deployments.jobs.waiting import QueueBound, RetryEstimator
+from deployments.media.layout import JOB_ID
 
-__all__ = ["ClassLoad", "FileNeed", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
+__all__ = ["ClassLoad", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
 
 # Ended jobs that one transaction of a sweep deletes, with up to 10,000 events each, and that one sweep deletes.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
@@ -51,19 +51,6 @@ class Lease:
 
     job_id: str
     lease: str
-
-
-@dataclass(frozen=True)
-class FileNeed:
-    """How long a job needs the files that it came with.
-
-    Attributes:
-        until_s: seconds since 1970; 0 = it does not, None = until the job ends. A completed job needs them for a remix.
-        media_id: clip of a completed job, which needs its files only as long as the clip; "" where it has none.
-    """
-
-    until_s: float | None
-    media_id: str
 
 
 @dataclass(frozen=True)
@@ -223,7 +210,7 @@ class JobStore:
 
     def runners(self, model: str, silent_s: float) -> tuple[str, ...]:
         """Return the runners of a model that were alive in the last ``silent_s`` seconds."""
-        alive = (RUNNERS.c.model == model, RUNNERS.c.seen_s >= self._clock() - silent_s)
+        alive = (RUNNERS.c.model == model, RUNNERS.c.alive_s >= self._clock() - silent_s)
         with self._database.reading() as connection:
             query = select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)
             return tuple(connection.execute(query).scalars())
@@ -277,7 +264,7 @@ class JobStore:
         now_s = self._clock()
         held = {lease.job_id: lease.lease for lease in leases}
         with self._database.writing() as connection:
-            connection.execute(update(RUNNERS).where(RUNNERS.c.runner == runner).values(seen_s=now_s))
+            connection.execute(update(RUNNERS).where(RUNNERS.c.runner == runner).values(alive_s=now_s))
             renewed = claims.renew(connection, held, now_s + lease_s)
         return held.keys() - renewed.keys(), {job_id for job_id, is_cancelling in renewed.items() if is_cancelling}
 
@@ -371,26 +358,29 @@ class JobStore:
                 connection.execute(delete(JOBS).where(JOBS.c.job_id == job_id))  # its events go with it
         return job
 
-    def file_needs(self, job_ids: Sequence[str]) -> dict[str, FileNeed]:
-        """Return id -> how long the job needs its files, of those jobs that are there.
+    def folder_needs(self, job_ids: Sequence[str]) -> dict[str, float | None]:
+        """Return id -> how long the job needs its folder of files, of those jobs that are there.
 
         Args:
             job_ids: some hundreds of them.
+
+        Returns:
+            Id -> seconds more, 0 where it is not needed any more; None: the job has not ended.
         """
-        names = ("job_id", "state", "attached_to", "expires_s", "media_id")
-        query = select(*(JOBS.c[name] for name in names)).where(JOBS.c.job_id.in_(job_ids))
+        query = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s).where(JOBS.c.job_id.in_(job_ids))
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
         now_s = self._clock()
-        found = {}
-        for row in rows:
-            need = FileNeed(None, "")
-            if JobState(row.state).is_final:
-                # To be made again, as long as what was made is there.
-                is_kept = row.state == JobState.COMPLETED and row.attached_to is None and (row.expires_s or 0.0) > now_s
-                need = FileNeed(row.expires_s if is_kept else 0.0, row.media_id)
-            found[row.job_id] = need
-        return found
+        return {
+            row.job_id: max((row.expires_s or 0.0) - now_s, 0.0) if JobState(row.state).is_final else None
+            for row in rows
+        }
+
+    def media_ids(self) -> dict[str, str]:
+        """Find the media id of every job that has one, by the id of its try alone."""
+        query = select(JOBS.c.media_id).where(JOBS.c.media_id != "")
+        with self._database.reading() as connection:
+            return {media_id.partition("/")[2]: media_id for media_id in connection.execute(query).scalars()}
 
     def sweep(self, keep_s: float, max_kept: int | None = None) -> Sequence[Job]:
         """Delete jobs that ended long ago, and the oldest beyond a number; at most 1000 at a time.
@@ -438,7 +428,7 @@ class JobStore:
     def fail_unserved(self, silent_s: float) -> int:
         """Fail jobs of models that have had no runner for ``silent_s``; return how many."""
         since_s = self._clock() - silent_s
-        served = select(RUNNERS.c.model).where(RUNNERS.c.seen_s >= since_s)
+        served = select(RUNNERS.c.model).where(RUNNERS.c.alive_s >= since_s)
         unserved = (JOBS.c.completed_s.is_(None), JOBS.c.updated_s < since_s, JOBS.c.model.not_in(served))
         with self._database.writing(is_queue=True) as connection:
             rows = connection.execute(select(JOBS).where(*unserved).limit(_SWEPT_AT_ONCE)).all()

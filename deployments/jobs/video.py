@@ -14,7 +14,8 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.media.file_kinds import SUFFIXES
 from deployments.api_model import ApiModel
-from deployments.jobs.job import JOB_ID, Job, JobState
+from deployments.jobs.job import Job, JobState
+from deployments.media.layout import JOB_ID
 
 LOSSLESS, HIGH = "lossless", "high"
 """Values of ``quality``."""

@@ -78,7 +78,7 @@ def _positions_query() -> Select[Any]:
     alive = (
         select(func.count())
         .select_from(RUNNERS)
-        .where(RUNNERS.c.model == ranked.c.model, RUNNERS.c.seen_s >= bindparam("alive_since_s"))
+        .where(RUNNERS.c.model == ranked.c.model, RUNNERS.c.alive_s >= bindparam("alive_since_s"))
         .correlate(ranked)
     )
     return (
@@ -164,7 +164,7 @@ def _read_load(connection: Connection, model: str, lane: Lane, now_s: float) -> 
         .order_by(JOBS.c.queue_order, JOBS.c.created_s, JOBS.c.job_id)
     )
     alive = (
-        select(func.count()).select_from(RUNNERS).where(RUNNERS.c.model == model, RUNNERS.c.seen_s > now_s - _ALIVE_S)
+        select(func.count()).select_from(RUNNERS).where(RUNNERS.c.model == model, RUNNERS.c.alive_s > now_s - _ALIVE_S)
     )
     rate_of_one = find_rate(connection, model, lane)
     num_alive = max(connection.execute(alive).scalar_one(), 1)

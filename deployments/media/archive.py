@@ -1,13 +1,12 @@
-"""The archive of a media store: finished clips where they outlive the directory and every node can read them.
+"""The archive of a media store: finished files where they outlive the directory and every node can read them.
 
-A folder a clip, as in the directory: a record when the clip is begun, the finished file, then a record of its end. So
-who finds that record finds the file whole, and what is only begun is known on nodes that cannot see the directory it
-grows in. Of an end here there is one writer in the usual case, and the last one counts where there are several: object
-stores have no way to tell who was first.
+A record is written when a file is begun, then the finished file, then a record of its end. So who finds that record
+finds the file whole, and what is only begun is known on nodes that cannot see the directory it grows in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import time
@@ -17,24 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
+from deployments.media.layout import BEGUN, ENDED, MAX_RECORD_BYTES, WRITING, MediaRecord
 from deployments.media.objects import ObjectsError, open_objects, shown_url
-from deployments.media.record import BEGUN, ENDED, MEDIA_ID, WRITING, MediaRecord
+from deployments.media.sweeper import FindNeeds, sweep
 
 logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
-_FOLDER = "clips"
 _BLOCK_BYTES = 1 << 20
 # Before the second and the third try of what has to be written: hours of work may hang on it.
 _PAUSES_S = (0.5, 2.0)
 # Listing it costs money: so often in the time that a clip is kept.
 _SWEEPS_PER_KEEP = 100
-_MAX_KNOWN = 100_000
 
 
 class MediaArchive:
-    """See the module. Every method raises OSError where the archive cannot be used; its texts have no credentials.
+    """The archive at a URL. Every method raises OSError where it cannot be used; its texts have no credentials.
 
     Args:
         url: fsspec's.
@@ -45,16 +43,20 @@ class MediaArchive:
 
     def __init__(self, url: str) -> None:
         self.place = shown_url(url)
-        self._objects = open_objects(url, _FOLDER)
+        self.objects = open_objects(url)
         self._next_sweep_s = float("-inf")
-        # When clips ended that were there at the last sweep: they need not be read again.
-        self._ended_s: dict[str, float] = {}
         self._try_out()
+        if not self.objects.creates_once:
+            logger.warning(
+                "the media archive %s cannot create a record exactly once: of two ends of one file at the same "
+                "time, the last one counts",
+                self.place,
+            )
 
     def begin(self, record: MediaRecord) -> None:
         """Have a clip be known that is being written; the file that grows cannot be read from here."""
         text = replace(record, live_name="").to_json().encode()
-        _tried(lambda: self._objects.put(record.media_id, BEGUN, [text]))
+        _tried(lambda: self.objects.put(record.media_id, BEGUN, [text]))
 
     def finish(self, record: MediaRecord, path: Path) -> None:
         """Add the finished file of a clip, and then its record.
@@ -67,13 +69,13 @@ class MediaArchive:
             FileExistsError: it was declared failed meanwhile.
             FileNotFoundError: it was removed meanwhile.
         """
-        _tried(lambda: self._objects.put_file(record.media_id, record.file_name, path))
+        _tried(lambda: self.objects.put_file(record.media_id, record.file_name, path))
         found = self.find(record.media_id)
         if found is None:
             raise FileNotFoundError(f"{record.media_id} was removed from the archive")
         if found.state != WRITING:
             raise FileExistsError(f"{record.media_id} has ended in the archive")
-        self.add_record(ENDED, record)
+        self._end(record)
 
     def fail(self, record: MediaRecord) -> None:
         """Declare a clip failed; harmless when it has ended or is not there.
@@ -83,7 +85,23 @@ class MediaArchive:
         """
         found = self.find(record.media_id)
         if found is not None and found.state == WRITING:
-            self.add_record(ENDED, record)
+            with contextlib.suppress(FileExistsError):
+                self._end(record)
+
+    def _end(self, record: MediaRecord) -> None:
+        """Write down a clip's end, once.
+
+        Raises:
+            FileExistsError: it has ended otherwise.
+        """
+        try:
+            _tried(lambda: self.objects.put_new(record.media_id, ENDED, record.to_json().encode()))
+        except FileExistsError:
+            found = self.find_record(record.media_id, ENDED)
+            if found is None:  # half of what a killed writer wrote
+                self.add_record(ENDED, record)
+            elif found != record:  # else it was written by a try whose answer was lost
+                raise
 
     def find(self, media_id: str) -> MediaRecord | None:
         """What is known of a clip; None where there is none, or only a damaged record."""
@@ -92,69 +110,44 @@ class MediaArchive:
     def find_record(self, media_id: str, name: str) -> MediaRecord | None:
         """One of a clip's records, by its name."""
         try:
-            record = MediaRecord.of_json(self._objects.read(media_id, name))
+            text = self.objects.read(media_id, name, 0, MAX_RECORD_BYTES)
+            record = MediaRecord.of_json(text, media_id.partition("/")[0])
         except (FileNotFoundError, ValueError, RecursionError):
             return None
         return record if record.media_id == media_id else None
 
     def add_record(self, name: str, record: MediaRecord) -> None:
         """Write one of a clip's records."""
-        _tried(lambda: self._objects.put(record.media_id, name, [record.to_json().encode()]))
+        _tried(lambda: self.objects.put(record.media_id, name, [record.to_json().encode()]))
 
     def add_file(self, record: MediaRecord, path: Path) -> None:
         """Add the file that a record of a clip is about."""
-        _tried(lambda: self._objects.put_file(record.media_id, record.file_name, path))
+        _tried(lambda: self.objects.put_file(record.media_id, record.file_name, path))
 
     def open(self, record: MediaRecord) -> BinaryIO:
         """A finished file, to be read block by block; FileNotFoundError at the first where it is not there."""
-        raw = _Blocks(lambda start, size: self._objects.read(record.media_id, record.file_name, start, size), record)
+        raw = _Blocks(lambda start, size: self.objects.read(record.media_id, record.file_name, start, size), record)
         return cast(BinaryIO, io.BufferedReader(raw, _BLOCK_BYTES))
 
     def remove(self, media_id: str) -> None:
         """Remove a clip; harmless when it is not there. No longer done first, then gone."""
-        self._objects.remove(media_id, ENDED)
-        self._objects.remove(media_id)
+        self.objects.remove(media_id, ENDED)
+        self.objects.remove(media_id)
 
-    def sweep(self, keep_s: float, now_s: float) -> int:
-        """Remove clips that have been there for too long, from time to time.
-
-        Args:
-            keep_s: since a clip's end; since its begin, where that is all there is.
-            now_s: seconds since 1970.
-
-        Returns:
-            How many were removed.
-        """
+    def sweep(self, find_needs: FindNeeds, keep_s: float, now_s: float) -> int:
+        """Sweep it from time to time, see :func:`deployments.media.sweeper.sweep`."""
         if now_s < self._next_sweep_s:
             return 0
-        self._objects.sweep(keep_s, now_s)
-        media_ids = set(filter(MEDIA_ID.fullmatch, self._objects.folders()))
-        self._ended_s = {media_id: self._ended_s[media_id] for media_id in media_ids & self._ended_s.keys()}
-        num_removed = 0
-        for media_id in media_ids:
-            if now_s - self._changed_s(media_id, now_s) > keep_s:
-                self.remove(media_id)
-                num_removed += 1
+        num_removed = sweep(self.objects, find_needs, keep_s, now_s)
         self._next_sweep_s = now_s + keep_s / _SWEEPS_PER_KEEP
         return num_removed
-
-    def _changed_s(self, media_id: str, now_s: float) -> float:
-        """When a clip ended or else began; now, where it is none."""
-        if media_id in self._ended_s:
-            return self._ended_s[media_id]
-        record = self.find(media_id)
-        if record is None:
-            return now_s
-        if record.state != WRITING and len(self._ended_s) < _MAX_KNOWN:
-            self._ended_s[media_id] = record.updated_s
-        return record.updated_s
 
     def _try_out(self) -> None:
         name = f"try-{uuid.uuid4().hex}"
         try:
-            self._objects.put(name, "a", [b"a"])
-            data = self._objects.read(name, "a", 0, 2)
-            self._objects.remove(name)
+            self.objects.put(name, "a", [b"a"])
+            data = self.objects.read(name, "a", 0, 2)
+            self.objects.remove(name)
         except OSError as error:
             raise ObjectsError(f"the media archive {self.place} cannot be used: {error}; check media.archive") from None
         if data != b"a":
@@ -198,7 +191,7 @@ def _tried(work: Callable[[], T]) -> T:
     for pause_s in _PAUSES_S:
         try:
             return work()
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             raise
         except OSError:
             logger.warning("the media archive failed; the next try is in %g s", pause_s, exc_info=True)

@@ -1,6 +1,7 @@
 """Named bytes in folders, each of which is there as a whole or not at all: in a directory, or in a store fsspec knows.
 
-A folder is there while it has something in it. Names are the caller's to check; none may come from a client. A
+A folder is there while it has something in it; ``a/b`` is a folder in a folder. Names are the caller's to check; none
+may come from a client. A
 directory keeps what was there before when a writer is killed, and what is there after a crash of the machine. Object
 stores do the same by themselves. Stores of files that are neither, reached by sftp say, may be left with half of what a
 killed writer wrote: whoever reads has to notice, by a hash or by what half a JSON text is.
@@ -9,17 +10,19 @@ killed writer wrote: whoever reads has to notice, by a hash or by what half a JS
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from cosmos3_core.errors import Cosmos3Error
 
@@ -46,8 +49,22 @@ class Objects(Protocol):
     def put(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """Put bytes, given in parts, in the place of what was there."""
 
+    def put_new(self, folder: str, name: str, data: bytes) -> None:
+        """Put bytes where nothing is yet; FileExistsError where something is. See :attr:`creates_once`."""
+
+    @property
+    def creates_once(self) -> bool:
+        """Whether of several :meth:`put_new` at once only one can do it; else they may all, and the last one counts."""
+        ...
+
     def put_file(self, folder: str, name: str, path: Path) -> None:
         """Put a file of this machine, a part of it in memory at a time."""
+
+    def move(self, folder: str, to: str) -> None:
+        """Move all that is in a folder to another one. Nothing goes before it is there; can be done again, by several.
+
+        What has been moved meanwhile is left as it is.
+        """
 
     def read(self, folder: str, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
         """Bytes from a position on, at most so many; empty behind the end."""
@@ -58,8 +75,9 @@ class Objects(Protocol):
     def names(self, folder: str) -> list[str]:
         """What is in a folder; nothing where there is none."""
 
-    def remove(self, folder: str, name: str | None = None) -> None:
-        """Remove what is in a folder, or one of it. Harmless where it is not there."""
+    def remove(self, folder: str, name: str | None = None) -> bool:
+        """Remove what is in a folder, or one of it, where it is there. Returns whether this call did it."""
+        ...
 
     def sweep(self, older_than_s: float, now_s: float) -> None:
         """Remove what killed processes left that is of no name. ``now_s``: seconds since 1970."""
@@ -116,6 +134,31 @@ class DirectoryObjects:
                 os.fsync(file.fileno())
             self._give_name(passing, folder, name)
 
+    creates_once = True
+
+    def put_new(self, folder: str, name: str, data: bytes) -> None:
+        """See :class:`Objects`."""
+        with self._fresh() as passing:
+            with passing.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._give_name(passing, folder, name, _create)
+
+    def move(self, folder: str, to: str) -> None:
+        """See :class:`Objects`."""
+        old, new = self._root / folder, self._root / to
+        # The records last, without which the rest is not looked at.
+        for name in sorted(_list(old), key=lambda name: name.endswith(".json")):
+            new.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                (old / name).rename(new / name)
+        _sync_directory(new)
+        _sync_directory(new.parent)
+        for name in _list(old, _PASSING):  # what was about to appear, and never did
+            (old / name).unlink(missing_ok=True)
+        self._remove_empty(old)
+
     def put_file(self, folder: str, name: str, path: Path) -> None:
         """See :class:`Objects`."""
         with self._fresh() as passing:
@@ -133,26 +176,48 @@ class DirectoryObjects:
 
     def folders(self) -> list[str]:
         """See :class:`Objects`."""
-        return _listed(self._root)
+        return [
+            name for name in _list(self._root) if (self._root / name).is_dir() and not (self._root / name).is_symlink()
+        ]
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Objects`."""
-        return _listed(self._root / folder)
+        return _list(self._root / folder)
 
-    def remove(self, folder: str, name: str | None = None) -> None:
+    def remove(self, folder: str, name: str | None = None) -> bool:
         """See :class:`Objects`."""
         place = self._root / folder if name is None else self._root / folder / name
         passing = self._passing()
-        with contextlib.suppress(FileNotFoundError):
+        try:
             place.rename(passing)  # gone at once, whatever becomes of this process
+        except FileNotFoundError:
+            return False
         if name is None:
             shutil.rmtree(passing, ignore_errors=True)
         else:
             passing.unlink(missing_ok=True)
+        self._remove_empty(place.parent)
+        return True
+
+    def measure(self, folder: str) -> tuple[int, float]:
+        """Count a folder's bytes, in folders inside as well, and say when the last of its files was changed.
+
+        Of an empty folder, when it became so: it may be about to get a file.
+        """
+        num_bytes, changed_s = 0, 0.0
+        for directory, _, names in os.walk(self._root / folder):
+            for name in names:
+                with contextlib.suppress(OSError):  # removed just now
+                    facts = os.stat(os.path.join(directory, name), follow_symlinks=False)
+                    num_bytes, changed_s = num_bytes + facts.st_size, max(changed_s, facts.st_mtime)
+        if not changed_s:
+            with contextlib.suppress(OSError):
+                changed_s = os.stat(self._root / folder).st_mtime
+        return num_bytes, changed_s
 
     def sweep(self, older_than_s: float, now_s: float) -> None:
         """See :class:`Objects`."""
-        for path in (self._root / name for name in _listed(self._root, _PASSING)):
+        for path in (self._root / name for name in _list(self._root, _PASSING)):
             with contextlib.suppress(OSError):
                 if now_s - path.stat().st_mtime > older_than_s:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -170,17 +235,41 @@ class DirectoryObjects:
     def _passing(self) -> Path:
         return self._root / f".{secrets.token_hex(8)}.part"
 
-    def _give_name(self, passing: Path, folder: str, name: str) -> None:
+    def _give_name(
+        self, passing: Path, folder: str, name: str, give: Callable[[Path, Path], object] = os.replace
+    ) -> None:
         place = self._root / folder
         for _ in range(_MAX_PUTS):
-            place.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                passing.replace(place / name)
+                place.mkdir(parents=True, exist_ok=True)
+                give(passing, place / name)
                 break
         else:
             raise OSError(f"{place} was removed {_MAX_PUTS} times while {name} was put into it")
-        for changed in (place, self._root):
+        for changed in (place, *place.parents):
             _sync_directory(changed)
+            if changed == self._root:
+                break
+
+    def _remove_empty(self, place: Path) -> None:
+        """Remove a folder with nothing in it, and the one that it is in; a writer that needs it makes it again."""
+        with contextlib.suppress(OSError):
+            while place != self._root:
+                place.rmdir()
+                place = place.parent
+
+
+def _create(passing: Path, place: Path) -> None:
+    """Give a file a name that nothing has yet."""
+    try:
+        os.link(passing, place)  # appears as a whole
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:  # a file system without hard links: once as well, but half written for a moment
+        with place.open("xb") as file:
+            file.write(passing.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class FsspecObjects:
@@ -200,6 +289,32 @@ class FsspecObjects:
             self._make(store, folder)
             store.pipe_file(self._path(folder, name), b"".join(parts))
 
+    @property
+    def creates_once(self) -> bool:
+        """See :class:`Objects`."""
+        with self._file_system() as store:
+            if store.async_impl:  # object stores; fsspec's base of them knows no mode
+                return "mode" in inspect.signature(type(store)._pipe_file).parameters
+            return type(store).pipe_file is not AbstractFileSystem.pipe_file
+
+    def put_new(self, folder: str, name: str, data: bytes) -> None:
+        """See :class:`Objects`."""
+        with self._file_system() as store:
+            self._make(store, folder)
+            store.pipe_file(self._path(folder, name), data, mode="create")
+
+    def move(self, folder: str, to: str) -> None:
+        """See :class:`Objects`. By copies: the records last, without which the rest is not looked at."""
+        names = sorted(self.names(folder), key=lambda name: name.endswith(".json"))
+        try:
+            with self._file_system() as store:
+                for name in names:
+                    self._make(store, to)
+                    store.cp_file(self._path(folder, name), self._path(to, name))
+        except FileNotFoundError:  # another process was first, and has removed it
+            return
+        self.remove(folder)
+
     def put_file(self, folder: str, name: str, path: Path) -> None:
         """See :class:`Objects`."""
         with self._file_system() as store:
@@ -218,19 +333,23 @@ class FsspecObjects:
 
     def folders(self) -> list[str]:
         """See :class:`Objects`."""
-        return self._listed(self._root)
+        return self._list(self._root)
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Objects`."""
-        return self._listed(self._path(folder))
+        return self._list(self._path(folder))
 
-    def remove(self, folder: str, name: str | None = None) -> None:
+    def remove(self, folder: str, name: str | None = None) -> bool:
         """See :class:`Objects`."""
-        with contextlib.suppress(FileNotFoundError), self._file_system() as store:
-            if name is None:
-                store.rm(self._path(folder), recursive=True)
-            else:
-                store.rm_file(self._path(folder, name))
+        try:
+            with self._file_system() as store:
+                if name is None:
+                    store.rm(self._path(folder), recursive=True)
+                else:
+                    store.rm_file(self._path(folder, name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def sweep(self, older_than_s: float, now_s: float) -> None:
         """See :class:`Objects`. Nothing here is without a name."""
@@ -243,7 +362,7 @@ class FsspecObjects:
     def _path(self, *names: str) -> str:
         return "/".join([self._root, *names])
 
-    def _listed(self, path: str) -> list[str]:
+    def _list(self, path: str) -> list[str]:
         try:
             with self._file_system() as store:
                 found = store.ls(path, detail=False)
@@ -258,13 +377,15 @@ class FsspecObjects:
         try:
             # Other processes write: what was listed a while ago says nothing.
             yield fsspec.url_to_fs(self._url, use_listings_cache=False)[0]
+        except FileExistsError as error:
+            raise FileExistsError(_hidden(error, self._url)) from None
         except FileNotFoundError as error:
             raise FileNotFoundError(_hidden(error, self._url)) from None
         except Exception as error:  # noqa: BLE001 - every implementation raises its library's own
             raise OSError(f"{shown_url(self._url)}: {type(error).__name__}: {_hidden(error, self._url)}") from None
 
 
-def _listed(directory: Path, pattern: re.Pattern[str] = re.compile(r"[^.].*")) -> list[str]:
+def _list(directory: Path, pattern: re.Pattern[str] = re.compile(r"[^.].*")) -> list[str]:
     try:
         return sorted(filter(pattern.fullmatch, os.listdir(directory)))
     except (FileNotFoundError, NotADirectoryError):

@@ -1,12 +1,10 @@
 """The media store: a directory of clips, shared by the processes, and by the nodes where there are several.
 
-A folder a clip, named by an id that is made here. In it lie the file that grows while the clip is encoded, the finished
-file and records of what is known (:mod:`deployments.media.record`): one of its begin, later one of its end. Writers
+A clip is one try of a job's file, in a folder of its own inside the job's (:mod:`deployments.media.layout`). Writers
 never wait for readers; readers may come and go at any time.
 
-Many processes may write, read and sweep at the same time, without locks. A folder appears with its record in it and
-disappears by one rename. Of its end there is one record, made by a hard link, which exactly one of several can make: a
-clip that is done never fails later, nor the other way round.
+Of a clip's end there is one record, made by a hard link, which exactly one of several processes can make: a clip that
+is done never fails later, nor the other way round.
 
 Where there is an archive (:mod:`deployments.media.archive`), a clip is done when it is there as well, and what the
 directory does not have is looked for there: nodes need no directory in common then, and a new machine finds the clips
@@ -19,11 +17,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import sys
 import time
-import uuid
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -32,9 +29,19 @@ from cosmos3_core import checks
 from cosmos3_core.errors import MediaError, RequestError
 from deployments.errors import MediaStoreError
 from deployments.media.archive import MediaArchive
-from deployments.media.folder import folder_record, job_bytes, max_job_bytes, passing_folder, remove_folder, sweep
-from deployments.media.objects import ObjectsError
-from deployments.media.record import BEGUN, DONE, ENDED, FAILED, MEDIA_ID, WRITING, MediaRecord, put_record
+from deployments.media.layout import (
+    BEGUN,
+    DONE,
+    ENDED,
+    FAILED,
+    MEDIA_ID,
+    WRITING,
+    MediaRecord,
+    put_record,
+    read_end_or_begin,
+)
+from deployments.media.objects import DirectoryObjects, ObjectsError
+from deployments.media.sweeper import FindNeeds, sweep
 
 if TYPE_CHECKING:
     from deployments.config import MediaConfig
@@ -43,11 +50,8 @@ logger = logging.getLogger("ray.serve")
 
 _MAX_REASON_CHARS = 2000
 _READ_BYTES = 1 << 20
-
-
-def new_media_id() -> str:
-    """An id for a clip; nobody can guess it."""
-    return uuid.uuid4().hex
+# A job's folder that is removed while a clip appears in it is made again.
+_MAX_CREATES = 5
 
 
 def own_directory() -> Path:
@@ -73,17 +77,17 @@ def own_directory() -> Path:
 
 
 class MediaStore:
-    """See the module. Any number of them may be open on one directory.
+    """Clips in a directory, and its archive. Any number of stores may be open on one directory.
 
     Args:
         directory: made where it is not.
-        max_bytes: :meth:`sweep` keeps the directory's files below it; clips that are being written and files of jobs,
-            these up to half of it, count, but are not removed.
-        keep_s: how long a clip stays after its last change; one whose writer lets it lie longer counts as given up.
+        max_bytes: :meth:`sweep` keeps the directory's folders below it; those that must stay count up to half of it.
+        keep_s: how long a clip stays after its end.
         archive: fsspec's URL of one; None for none.
 
     Attributes:
         directory, keep_s: as given.
+        objects: all that is in the directory.
         archive: the one at the URL.
 
     Raises:
@@ -103,6 +107,7 @@ class MediaStore:
     def __init__(self, directory: Path, max_bytes: int, keep_s: float, archive: str | None = None) -> None:
         self.directory = directory
         self.keep_s = keep_s
+        self.objects = DirectoryObjects(directory)
         self._max_bytes = max_bytes
         self._try_out()
         try:
@@ -114,7 +119,7 @@ class MediaStore:
         """Begin a clip.
 
         Args:
-            media_id: of :func:`new_media_id`; one clip's and no other's.
+            media_id: of :func:`deployments.media.layout.new_media_id`; one clip's and no other's.
             media_type: MIME type of its files.
             suffix: ending of their names.
             is_live: whether there will be a file that grows.
@@ -135,11 +140,11 @@ class MediaStore:
             created_s=now_s,
             updated_s=now_s,
         )
-        fresh = passing_folder(self.directory, "new", media_id)
+        fresh = self.fresh_folder()
         try:
             fresh.mkdir()
             put_record(fresh / BEGUN, record)
-            fresh.rename(self.directory / media_id)
+            self._give_name(fresh, media_id)
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
             raise MediaError(f"the media store cannot take {media_id}: {error}") from error
@@ -161,7 +166,7 @@ class MediaStore:
         """
         if not isinstance(media_id, str) or not MEDIA_ID.fullmatch(media_id):
             return None
-        record = folder_record(self.directory / media_id)
+        record = read_end_or_begin(self.directory / media_id)
         if record is None and self.archive is not None:
             try:
                 return self.archive.find(media_id)
@@ -227,8 +232,7 @@ class MediaStore:
             return
         self.fail(media_id, "it was removed")
         try:
-            with contextlib.suppress(FileNotFoundError):
-                remove_folder(self.directory, media_id)
+            self.objects.remove(media_id)
             if self.archive is not None:
                 self.archive.remove(media_id)
         except OSError as error:
@@ -284,34 +288,45 @@ class MediaStore:
         assert record.live_name, "it has none"
         return self.directory / record.media_id / record.live_name
 
-    def sweep(self, now_s: float) -> int:
-        """See :func:`deployments.media.folder.sweep`. From the archive goes what is too old, looked at less often.
+    def sweep(self, find_needs: FindNeeds, now_s: float) -> int:
+        """Sweep the directory, and the archive less often; see :func:`deployments.media.sweeper.sweep`.
 
         Raises:
-            MediaError: the archive cannot be swept.
+            MediaError: either cannot be swept.
+            Exception: whatever ``find_needs`` raised.
         """
-        num_removed = sweep(self.directory, self._max_bytes, self.keep_s, now_s)
+        try:
+            num_removed = sweep(self.objects, find_needs, self.keep_s, now_s, self._max_bytes)
+        except OSError as error:
+            raise MediaError(f"the media directory {self.directory} cannot be swept: {error}") from error
         if self.archive is None:
             return num_removed
         try:
-            return num_removed + self.archive.sweep(self.keep_s, now_s)
+            return num_removed + self.archive.sweep(find_needs, self.keep_s, now_s)
         except OSError as error:
             raise MediaError(f"the media archive cannot be swept: {error}") from error
 
-    def spare_job_files(self, needed_until_s: Mapping[str, float]) -> list[str]:
-        """Jobs whose files have to go, for those of all to be at most half of what the directory may have.
+    def sweep_cache(self, now_s: float) -> int:
+        """Sweep the directory of a store with an archive, where files of no job are; without a database of jobs."""
+        assert self.archive is not None, "without one, only the database knows what is needed"
+        return sweep(self.objects, lambda _: {}, self.keep_s, now_s, self._max_bytes)
 
-        Args:
-            needed_until_s: id of a job whose files may go -> when they would go anyway; the earliest go first.
+    def fresh_folder(self) -> Path:
+        """Name a folder that is about to appear; the sweeper removes what is left of it."""
+        return self.directory / f".{secrets.token_hex(8)}.part"
+
+    def _give_name(self, fresh: Path, media_id: str) -> None:
+        """Have a folder appear in its job's.
+
+        Raises:
+            OSError: there is one, or it cannot be done.
         """
-        sizes = job_bytes(self.directory) if self.archive is None else {}
-        num_bytes, spare = sum(sizes.values()), []
-        for job_id in sorted(sizes.keys() & needed_until_s.keys(), key=needed_until_s.__getitem__):
-            if num_bytes <= max_job_bytes(self._max_bytes):
-                break
-            spare.append(job_id)
-            num_bytes -= sizes[job_id]
-        return spare
+        for _ in range(_MAX_CREATES):
+            (self.directory / media_id).parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # the job's folder was removed for being empty
+                fresh.rename(self.directory / media_id)
+                return
+        raise OSError(f"the folder of {media_id} was removed {_MAX_CREATES} times while the clip appeared in it")
 
     def _end(self, record: MediaRecord) -> None:
         """Write down a clip's end.
@@ -323,7 +338,7 @@ class MediaStore:
         put_record(self.directory / record.media_id / ENDED, record)
 
     def _try_out(self) -> None:
-        folder = passing_folder(self.directory, "new", new_media_id())
+        folder = self.fresh_folder()
         try:
             folder.mkdir(parents=True)
             (folder / "a").touch()

@@ -25,8 +25,7 @@ from cosmos3_core.errors import MediaError
 from cosmos3_core.media.sound_track import NoSoundTrack, write_sound_track
 from cosmos3_core.media.thumbnail import write_spritesheet, write_thumbnail
 from deployments.errors import ApiError
-from deployments.media.folder import passing_folder
-from deployments.media.record import DONE, FAILED, MediaRecord, put_record, read_record
+from deployments.media.layout import DONE, FAILED, MediaRecord, put_record, read_record
 from deployments.media.store import MediaStore
 
 _READ_BYTES = 1 << 20
@@ -93,8 +92,7 @@ def find_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> Me
         MediaError: the archive cannot be asked.
     """
     if _has_folder(store, record):
-        found = read_record(store.directory / record.media_id / variant.record_name)
-        return found if found is not None and found.media_id == record.media_id else None
+        return read_record(store.directory / record.media_id / variant.record_name)
     if store.archive is None:
         return None
     try:
@@ -151,7 +149,7 @@ def _beside(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRe
 def _archived(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
     if store.archive is None:
         raise FileNotFoundError(f"{record.media_id} was removed")
-    folder = passing_folder(store.directory, "new", record.media_id)
+    folder = store.fresh_folder()
     folder.mkdir()
     try:
         made, path = _written(store, record, variant, folder)

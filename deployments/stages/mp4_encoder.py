@@ -30,7 +30,7 @@ _SWEEP_PERIOD_S = 60.0
 
 
 class Mp4Encoder:
-    """Serve deployment that encodes clips and sweeps the media store. It keeps no state between clips.
+    """Serve deployment that encodes clips. It keeps no state between them; beside an archive it sweeps its directory.
 
     Args:
         media: of the store where files go.
@@ -38,6 +38,8 @@ class Mp4Encoder:
 
     async def __init__(self, media: MediaConfig) -> None:  # type: ignore[misc] # Serve awaits it
         self._media = MediaStore.of(media)
+        if self._media.archive is None:
+            return  # the Directors sweep the directory: they know what unfinished jobs need
         # An empty context: the task belongs to no request.
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
 
@@ -95,7 +97,7 @@ class Mp4Encoder:
         """Remove expired and surplus files, now and periodically."""
         while True:
             try:
-                await asyncio.to_thread(self._media.sweep, time.time())
+                await asyncio.to_thread(self._media.sweep_cache, time.time())
             except Exception:  # a fault of the disk may pass; the next round tries again
                 logger.exception("the media store could not be swept")
             await asyncio.sleep(_SWEEP_PERIOD_S)

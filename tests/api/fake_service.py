@@ -24,11 +24,12 @@ from deployments.config import HttpConfig
 from deployments.director.admission import Admission, RequestCheck
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.jobs.cost import CostModel
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, Lease, QueueLimits
-from deployments.media.store import MediaEntry, MediaStore, new_media_id
+from deployments.media.job_files import JobFiles
+from deployments.media.layout import new_media_id
+from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import Accepted, FileStarted, Finished, RequestContext
 from deployments.served_model import Model
 from tests.api.documented import Documented
@@ -149,13 +150,13 @@ class FakeDirector:
             job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid()
         )
         if job.media_type == "video/mp4":
-            media_id = new_media_id()
+            media_id = new_media_id(new_job_id())
             entry = self._jobs.media.create(media_id, job.media_type, ".mp4", is_live=True)
             assert entry.live_path is not None
             entry.live_path.write_bytes(b"live")
             yield FileStarted(media_id, job.media_type, 1)
         elif job.media_type:
-            media_id = new_media_id()
+            media_id = new_media_id(new_job_id())
             entry = self._jobs.media.create(media_id, job.media_type, ".bin", is_live=False)
         if self.gate is not None:
             await self.gate()
@@ -299,7 +300,7 @@ class Api:
         )
 
     def begun_file(self, job: Job, *, is_live: bool = True) -> MediaEntry:
-        media_id = new_media_id()
+        media_id = new_media_id(new_job_id())
         entry = self.media.create(media_id, "video/mp4", ".mp4", is_live=is_live)
         self.store.record(lease_of(job), Progress(media_id=media_id), [("file", {"media_type": "video/mp4"})])
         return entry

@@ -11,7 +11,7 @@ import PIL.Image
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from deployments.jobs.job import Job, JobState, Outcome, Progress, SubmitOptions, new_job_id
-from deployments.media.store import new_media_id
+from deployments.media.layout import new_media_id
 from tests.api.accepting_api import LIMITS, AcceptingApi
 from tests.api.fake_service import MODEL, lease_of
 from tests.mode_inputs import CLIP, IMAGE
@@ -111,7 +111,7 @@ class KnownJobs:
         fields: dict[str, Any] = {"num_frames": 1, "mode": "text_to_image"} if suffix == ".png" else {}
         job, media = self._running(**fields), self._api.media
         if data:
-            media_id, media_type = new_media_id(), "image/png" if suffix == ".png" else "video/mp4"
+            media_id, media_type = new_media_id(new_job_id()), "image/png" if suffix == ".png" else "video/mp4"
             entry = media.create(media_id, media_type, suffix, is_live=False)
             self._api.store.record(lease_of(job), Progress(media_id=media_id), [])
             entry.path.write_bytes(data)

@@ -18,8 +18,9 @@ from starlette.datastructures import Headers
 from cosmos3_core.errors import MediaError
 from deployments.api import content
 from deployments.api.content import PartsResponse, finished_parts, live_parts
-from deployments.media.record import MediaRecord
-from deployments.media.store import MediaEntry, MediaStore, new_media_id
+from deployments.jobs.job import new_job_id
+from deployments.media.layout import MediaRecord, new_media_id
+from deployments.media.store import MediaEntry, MediaStore
 from tests.api.content_answers import content_answer
 
 DATA = bytes(range(256)) * 4 + b"end"
@@ -37,7 +38,7 @@ class Clip:
     """A clip, and who writes it."""
 
     def __init__(self, store: MediaStore, *, is_live: bool = True) -> None:
-        self.store, self.media_id = store, new_media_id()
+        self.store, self.media_id = store, new_media_id(new_job_id())
         self.entry: MediaEntry = store.create(self.media_id, "video/mp4", ".mp4", is_live=is_live)
 
     @property
@@ -494,7 +495,7 @@ def test_a_finished_file_is_read_as_it_is_taken_and_to_its_end_though_it_is_swep
         body = await anext(parts)
         assert len(body) == PART_BYTES
         assert open_files() == begun + 1
-        assert store.sweep(time.time() + 2000) == 1
+        assert store.sweep(lambda _: {}, time.time() + 2000) == 1
         if is_taken:
             assert body + b"".join([part async for part in parts]) == data
         else:

@@ -50,7 +50,7 @@ from deployments.errors import (
 from deployments.failures import explain_failure
 from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions
-from deployments.media.store import new_media_id
+from deployments.media.layout import new_media_id
 from tests.api.fake_service import MODEL, Api, Follower, lease_of
 from tests.api.golden import Golden, answer_as_json
 from tests.api.known_jobs import UNKNOWN, png
@@ -236,7 +236,7 @@ def _record(api: Api, job: Job, **changes: Any) -> None:
 
 def _complete(api: Api, job: Job, media_type: str, suffix: str) -> None:
     """End a job as its runner does."""
-    media_id = new_media_id()
+    media_id = new_media_id(job.job_id)
     entry = api.media.create(media_id, media_type, suffix, is_live=False)
     _record(api, job, media_id=media_id)
     entry.path.write_bytes(b"finished")

@@ -27,7 +27,9 @@ from starlette.routing import Route
 
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.sound import SoundFormat
-from deployments.media.store import MediaStore, new_media_id
+from deployments.jobs.job import new_job_id
+from deployments.media.layout import new_media_id
+from deployments.media.store import MediaStore
 from tests.api.content_answers import content_answer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -145,7 +147,7 @@ def test_it_plays_before_it_is_whole_and_to_its_end(
     with_sound: bool, site: tuple[str, MediaStore, Said], browse: Callable[[str], None]
 ) -> None:
     url, store, said = site
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     entry = store.create(media_id, "video/mp4", ".mp4", is_live=True)
     sound = SoundFormat(RATE, 2, NUM_FRAMES * RATE // FPS) if with_sound else None
     with Mp4Writer(entry.path, fps=FPS, height=HEIGHT, width=WIDTH, sound=sound, live=entry.live_path) as writer:

@@ -29,8 +29,9 @@ from deployments.api.exchange import Exchange, answered
 from deployments.api.fields import ImageBody
 from deployments.api.media_answer import images_answer, live_answer, media_answer
 from deployments.api.memory_budget import MemoryBudget
-from deployments.jobs.job import SubmitOptions
-from deployments.media.store import MediaEntry, MediaStore, new_media_id
+from deployments.jobs.job import SubmitOptions, new_job_id
+from deployments.media.layout import new_media_id
+from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
 from tests.settling import until
 
@@ -99,7 +100,7 @@ def store(tmp_path: Path) -> MediaStore:
 
 def made(store: MediaStore, finished: Finished = FINISHED, data: bytes = b"abcdef") -> Finished:
     """The event of a file that is in the store."""
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     entry = store.create(media_id, finished.media_type, ".bin", is_live=False)
     entry.path.write_bytes(data)
     return replace(finished, media_id=media_id, num_bytes=entry.finish().num_bytes)
@@ -278,7 +279,7 @@ class Growing:
     """A clip that is being written, and the events of its request."""
 
     def __init__(self, store: MediaStore) -> None:
-        media_id = new_media_id()
+        media_id = new_media_id(new_job_id())
         self.entry: MediaEntry = store.create(media_id, "video/mp4", ".mp4", is_live=True)
         self.begin = [
             Accepted("r", "video_gen_1", 2, 5, 7, (), 1),

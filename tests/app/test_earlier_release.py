@@ -9,13 +9,21 @@ import hashlib
 import json
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy
+from sqlalchemy import text
 
+from deployments.config import AppConfig
+from deployments.errors import JobsError
+from deployments.jobs.service import JobService
+from deployments.media.layout import JOB_ID
 from tests.app.http_jobs import ended, events_of
 from tests.app.in_process import InProcessApp, app_config
 from tests.app.local_ray import Loop
@@ -60,7 +68,7 @@ class Left:
         paths = self.place.rglob("clip.*")
         return [path for path in paths if hashlib.sha256(path.read_bytes()).hexdigest() == sha256]
 
-    def start(self, loop: Loop, checkpoint: Path) -> InProcessApp:
+    def config(self, checkpoint: Path) -> AppConfig:
         archive = self.place / "archive"
         overrides = {
             "media__archive": f"file://{archive}" if archive.exists() else None,
@@ -71,7 +79,10 @@ class Left:
             "auth__enabled": True,
         }
         given = {name: value for name, value in overrides.items() if value is not None}
-        return InProcessApp(loop, "earlier", app_config(checkpoint, self.place / "media", "earlier", given))
+        return app_config(checkpoint, self.place / "media", "earlier", given)
+
+    def start(self, loop: Loop, checkpoint: Path) -> InProcessApp:
+        return InProcessApp(loop, "earlier", self.config(checkpoint))
 
 
 @pytest.fixture(params=["directory", "archive"])
@@ -160,6 +171,46 @@ def test_what_clients_hold_is_worth_what_it_was(http: httpx2.Client, app: InProc
     assert http.delete(f"/v1/videos/{once['id']}").status_code == 200
     assert http.get(f"/v1/videos/{once['id']}/content").status_code == 404
     assert left.copies(once) == []
+
+
+def test_nothing_stays_where_it_was(app: InProcessApp, left: Left) -> None:
+    """In the directory and in the archive are folders of jobs alone, with all the bytes that there were."""
+    del app  # it has been started
+    for place in filter(Path.exists, (left.place / "media", left.place / "archive")):
+        assert [path.name for path in place.iterdir() if not JOB_ID.fullmatch(path.name)] == []
+    found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in left.place.rglob("*") if path.is_file()}
+    # Those that the app has gone on with since have other states.
+    files = {sha256 for path, sha256 in left.manifest["files"].items() if not path.endswith("/checkpoint")}
+    assert files <= found
+
+
+def test_two_starts_at_once_move_everything(left: Left, tiny_nano: Path) -> None:
+    config = left.config(tiny_nano)
+    with ThreadPoolExecutor(2) as pool:
+        services = [each.result(DEADLINE_S) for each in [pool.submit(JobService.open, config) for _ in range(2)]]
+    for name in ("sound", "image", "from_clip"):
+        known = left.jobs[name]
+        job = services[0].store.get(known["id"])
+        assert job is not None
+        assert hashlib.sha256(services[1].media.read(job.media_id)).hexdigest() == known["contents"]["video"]["sha256"]
+    for service in services:
+        service.store.close()
+
+
+def test_while_a_director_of_the_earlier_release_runs_a_job_nothing_is_touched(left: Left, tiny_nano: Path) -> None:
+    engine = sqlalchemy.create_engine(left.url)
+    with engine.begin() as connection:
+        until_s = {"until_s": time.time() + 60}
+        connection.execute(text("UPDATE jobs SET lease_until_s = :until_s WHERE state = 'in_progress'"), until_s)
+    with pytest.raises(JobsError, match=r"no runner of an earlier release may be at work.*got 2 jobs.*stop"):
+        JobService.open(left.config(tiny_nano))
+    files = {path: hashlib.sha256((left.place / path).read_bytes()).hexdigest() for path in left.manifest["files"]}
+    assert files == left.manifest["files"]
+    with engine.begin() as connection:
+        connection.execute(text("SELECT seen_s FROM runners" if left.has_attached else "SELECT 1"))
+        connection.execute(text("UPDATE jobs SET lease_until_s = 5"))
+    engine.dispose()
+    JobService.open(left.config(tiny_nano)).store.close()
 
 
 def test_files_are_served_where_the_directory_was_lost(

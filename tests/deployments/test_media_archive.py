@@ -23,11 +23,12 @@ from cosmos3_core.errors import MediaError, RequestError
 from deployments.api.content import finished_parts, live_parts
 from deployments.config import MediaConfig
 from deployments.errors import MediaStoreError
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
 from deployments.media import archive as media_archive
-from deployments.media.record import DONE, FAILED, WRITING, MediaRecord
-from deployments.media.store import MediaEntry, MediaStore, new_media_id
+from deployments.media.job_files import JobFiles
+from deployments.media.layout import DONE, FAILED, WRITING, MediaRecord, new_media_id
+from deployments.media.objects import DirectoryObjects, FsspecObjects
+from deployments.media.store import MediaEntry, MediaStore
 from tests.api.content_answers import content_answer
 
 KEEP_S = 100.0
@@ -102,14 +103,14 @@ class Nodes:
     def __init__(self, directory: Path, url: str) -> None:
         self.one, self.other = (MediaStore(directory / name, 1 << 30, KEEP_S, url) for name in ("one", "other"))
         self.raw = fsspec.url_to_fs(url)[0]
-        self.root = f"{fsspec.url_to_fs(url)[1]}/clips"
+        self.root = fsspec.url_to_fs(url)[1]
 
     def path(self, *names: str) -> str:
         return "/".join([self.root, *names])
 
     def archived(self) -> list[str]:
         found = self.raw.find(self.root) if self.raw.exists(self.root) else []
-        return sorted(path.partition("/clips/")[2] for path in found)
+        return sorted(path.removeprefix(f"{self.root}/") for path in found)
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def heal() -> None:
 
 
 def begin(store: MediaStore, *, is_live: bool = True) -> tuple[str, MediaEntry]:
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     return media_id, store.create(media_id, "video/mp4", ".mp4", is_live=is_live)
 
 
@@ -173,6 +174,11 @@ def asked(store: MediaStore, media_id: str, **headers: str) -> tuple[int, Header
 
     asyncio.run(ask())
     return status, given, body
+
+
+def sweep(store: MediaStore, now_s: float | None = None) -> int:
+    """Sweep as where the database has none of the jobs."""
+    return store.sweep(lambda _: {}, time.time() if now_s is None else now_s)
 
 
 def code(body: bytes) -> str:
@@ -208,7 +214,7 @@ def test_a_new_machine_finds_what_was_made(nodes: Nodes, tmp_path: Path, url: st
 def test_what_the_directory_lost_is_read_from_the_archive(nodes: Nodes) -> None:
     media_id = make(nodes.one, LONG)
     small = MediaStore(nodes.one.directory, 1, KEEP_S)
-    assert small.sweep(time.time()) == 1
+    assert sweep(small) == 1
     assert small.find(media_id) is None
     assert nodes.one.read(media_id) == LONG
 
@@ -308,7 +314,10 @@ def test_a_store_with_another_archive_is_another_one(nodes: Nodes, tmp_path: Pat
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("media_id", ["", "..", "../" + "0" * 32, "0" * 31, "A" * 32, "0" * 32 + "\n", None, 5])
+JOB = f"video_gen_{'0' * 32}"
+
+
+@pytest.mark.parametrize("media_id", ["", "..", JOB, f"{JOB}/..", "0" * 32, f"{JOB}/{'A' * 32}", None, 5])
 def test_what_is_no_id_is_never_asked_for(objects: Nodes, media_id: Any) -> None:
     Wavering.asked.clear()
     assert objects.one.find(media_id) is None
@@ -377,7 +386,7 @@ def test_what_fails_twice_is_tried_a_third_time(objects: Nodes, name: str) -> No
 
 def test_a_clip_that_cannot_be_begun_there_is_not_begun(objects: Nodes) -> None:
     fail(verb="put")
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     with pytest.raises(MediaError, match=r"the media archive cannot take .*: wavering://\*\*\*@"):
         objects.one.create(media_id, "video/mp4", ".mp4", is_live=True)
     heal()
@@ -457,6 +466,103 @@ def test_an_archive_that_cannot_be_used_is_told_at_once(
     assert "secret" not in repr(MediaConfig(directory=tmp_path, max_bytes=1, keep_s=1, archive=url))
 
 
+# Who ends it
+
+
+def test_an_end_is_created_once(nodes: Nodes) -> None:
+    """Where it was there a moment after the last look: the one who comes second is refused, and knows it."""
+    assert nodes.one.archive is not None
+    assert nodes.one.archive.objects.creates_once
+    _, entry = begin(nodes.one)
+    entry.path.write_bytes(DATA)
+    find = nodes.one.archive.find
+
+    def find_and_be_late(media_id: str) -> MediaRecord | None:
+        found = find(media_id)
+        nodes.other.fail(media_id, "the encoder died")
+        return found
+
+    nodes.one.archive.find = find_and_be_late  # type: ignore[method-assign]
+    with pytest.raises(MediaError, match="was declared failed while it was written"):
+        entry.finish()
+    assert nodes.archived() == [], "and what it put there is gone"
+
+
+def test_a_directory_without_hard_links_creates_once_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = DirectoryObjects(tmp_path)
+
+    def no_links(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    objects.put_new("folder", "ended.json", b"first")
+    with pytest.raises(FileExistsError):
+        objects.put_new("folder", "ended.json", b"second")
+    assert objects.read("folder", "ended.json") == b"first"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_an_end_whose_answer_was_lost_is_ones_own(objects: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, is_lost = Wavering.pipe_file, True
+
+    def put_and_lose(self: Wavering, path: str, value: bytes, *arguments: Any, **options: Any) -> None:
+        nonlocal is_lost
+        put(self, path, value, *arguments, **options)
+        if path.endswith("ended.json") and is_lost:
+            is_lost = False
+            raise TimeoutError("no answer")
+
+    monkeypatch.setattr(Wavering, "pipe_file", put_and_lose)
+    media_id = make(objects.one)
+    assert not is_lost
+    assert objects.other.read(media_id) == DATA
+
+
+class LooksFirst(Wavering):
+    """Creates as fsspec's own default does: a look, then a write."""
+
+    protocol = "looksfirst"
+    pipe_file = fsspec.AbstractFileSystem.pipe_file
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).replace("looksfirst://", "wavering://"))
+
+
+def test_an_archive_that_cannot_create_once_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("looksfirst", LooksFirst, clobber=True)
+    monkeypatch.setattr(media_archive.logger, "propagate", True)
+    store = MediaStore(tmp_path, 1 << 30, KEEP_S, "looksfirst://someone:secret@host/prefix")
+    assert "looksfirst://***@host/prefix cannot create a record exactly once" in caplog.text
+    assert store.archive is not None
+    assert not store.archive.objects.creates_once
+    media_id = make(store)
+    store.fail(media_id, "too late")
+    assert store.archive.find(media_id) == store.expect(media_id)
+
+
+@pytest.mark.parametrize(("has_mode", "creates_once"), [(True, True), (False, False)])
+def test_object_stores_say_by_their_mode_whether_they_create_once(
+    *, has_mode: bool, creates_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As s3fs and gcsfs, which override it, and as what knows no mode."""
+
+    class WithMode:
+        async_impl = True
+
+        async def _pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None: ...
+
+    class Without:
+        async_impl = True
+
+        async def _pipe_file(self, path: str, data: bytes) -> None: ...
+
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: (WithMode() if has_mode else Without(), "b/p"))
+    assert FsspecObjects("s3://b/p", "b/p").creates_once is creates_once
+
+
 # Sweeping
 
 
@@ -465,7 +571,10 @@ def aged(nodes: Nodes, media_id: str, seconds: float) -> None:
         path = nodes.path(media_id, name)
         if nodes.raw.exists(path):
             record = json.loads(nodes.raw.cat_file(path))
-            nodes.raw.pipe_file(path, json.dumps(record | {"updated_s": record["updated_s"] - seconds}).encode())
+            changed_s = record["updated_s"] - seconds
+            nodes.raw.pipe_file(path, json.dumps(record | {"updated_s": changed_s}).encode())
+            if nodes.raw.protocol[0] == "file":
+                os.utime(path, (changed_s, changed_s))
 
 
 def test_what_is_old_goes_and_what_is_new_stays(nodes: Nodes) -> None:
@@ -475,34 +584,47 @@ def test_what_is_old_goes_and_what_is_new_stays(nodes: Nodes) -> None:
         aged(nodes, media_id, seconds)
     nodes.raw.makedirs(nodes.path("mine"), exist_ok=True)
     nodes.raw.pipe_file(nodes.path("mine", "notes"), b"no clip")
-    nodes.raw.makedirs(nodes.path("1" * 32), exist_ok=True)
-    nodes.raw.pipe_file(nodes.path("1" * 32, "ended.json"), b"no record")
+    damaged = new_media_id(new_job_id())
+    nodes.raw.makedirs(nodes.path(damaged), exist_ok=True)
+    nodes.raw.pipe_file(nodes.path(damaged, "ended.json"), b"no record")
+    if nodes.raw.protocol[0] == "file":  # else there is nothing to tell its age by
+        os.utime(nodes.path(damaged, "ended.json"), (1, 1))
     now_s = time.time()
-    assert nodes.other.sweep(now_s) == 3
-    left = {name.partition("/")[0] for name in nodes.archived()}
-    assert left == {new, "mine", "1" * 32}
-    assert nodes.other.sweep(now_s + 52) == 1
-    assert {name.partition("/")[0] for name in nodes.archived()} == {"mine", "1" * 32}
+    assert sweep(nodes.other, now_s) == 4
+    left = {name.rpartition("/")[0] for name in nodes.archived()}
+    assert left == {new, "mine"}
+    assert sweep(nodes.other, now_s + 52) == 1
+    assert {name.rpartition("/")[0] for name in nodes.archived()} == {"mine"}
+
+
+def test_what_a_job_needs_stays_and_what_it_does_not_need_goes(nodes: Nodes) -> None:
+    """As the database says it, whatever the files say."""
+    needed, expired, failed = (make(nodes.one) for _ in range(3))
+    for media_id in (needed, expired, failed):
+        aged(nodes, media_id, 10 * KEEP_S)
+    needs = {needed.partition("/")[0]: None, expired.partition("/")[0]: 0.0, failed.partition("/")[0]: 0.0}
+    assert nodes.other.sweep(lambda _: needs, time.time()) == 2
+    assert {name.rpartition("/")[0] for name in nodes.archived()} == {needed}
 
 
 def test_many_bytes_are_no_matter_in_the_archive(nodes: Nodes, url: str) -> None:
     media_ids = [make(nodes.one) for _ in range(3)]
-    assert MediaStore(nodes.one.directory, 1, KEEP_S, url).sweep(time.time()) == 3
+    assert MediaStore(nodes.one.directory, 1, KEEP_S, url).sweep_cache(time.time()) == 3
     assert os.listdir(nodes.one.directory) == []
     assert all(nodes.one.read(media_id) == DATA for media_id in media_ids)
 
 
-def test_it_is_looked_at_less_often_and_records_are_read_once(objects: Nodes) -> None:
+def test_it_is_looked_at_less_often_and_of_known_jobs_nothing_is_read(objects: Nodes) -> None:
     media_ids, now_s = [make(objects.one) for _ in range(3)], time.time()
+    needs = {media_id.partition("/")[0]: KEEP_S for media_id in media_ids}
     Wavering.asked.clear()
-    assert objects.other.sweep(now_s) == 0
-    assert Wavering.asked.count(("get", "ended.json")) == 3
+    assert objects.other.sweep(lambda _: needs, now_s) == 0
+    assert Wavering.asked == [("list", "prefix")]
     Wavering.asked.clear()
-    assert objects.other.sweep(now_s + KEEP_S / 200) == 0
+    assert objects.other.sweep(lambda _: needs, now_s + KEEP_S / 200) == 0
     assert Wavering.asked == []
-    assert objects.other.sweep(now_s + KEEP_S / 2) == 0
-    assert Wavering.asked == [("list", "clips")]
-    assert objects.other.sweep(now_s + 2 * KEEP_S) == len(media_ids)
+    needs = dict.fromkeys(needs, 0.0)
+    assert objects.other.sweep(lambda _: needs, now_s + 2 * KEEP_S) == len(media_ids)
     assert objects.archived() == []
 
 
@@ -510,23 +632,27 @@ def test_a_sweep_that_fails_sweeps_the_directory_all_the_same(objects: Nodes) ->
     make(objects.one)
     fail(verb="list")
     with pytest.raises(MediaError, match="the media archive cannot be swept"):
-        objects.one.sweep(time.time() + 2 * KEEP_S)
+        sweep(objects.one, time.time() + 2 * KEEP_S)
     assert os.listdir(objects.one.directory) == []
     heal()
-    assert objects.one.sweep(time.time() + 2 * KEEP_S) == 1, "and the next one goes on"
+    assert sweep(objects.one, time.time() + 2 * KEEP_S) == 1, "and the next one goes on"
 
 
-def test_jobs_are_beside_clips(nodes: Nodes, url: str) -> None:
-    files, job_id = JobFiles(nodes.one.directory, url), new_job_id()
-    files.put(job_id, "image", DATA)
+def test_files_of_a_job_lie_beside_its_clip(nodes: Nodes, url: str) -> None:
     media_id = make(nodes.one)
-    assert nodes.one.sweep(time.time() + 2 * KEEP_S) == 2
-    assert nodes.other.find(media_id) is None
-    assert JobFiles(nodes.other.directory, url).get(job_id, "image") == DATA
-    assert os.listdir(nodes.one.directory) == []
+    files, job_id = JobFiles(nodes.one.directory, url), media_id.partition("/")[0]
+    files.put(job_id, "image", DATA)
+    assert f"{job_id}/image" in nodes.archived()
+    assert os.listdir(nodes.one.directory / job_id) == [media_id.partition("/")[2]], "they are in the archive alone"
+    assert sweep(nodes.one, time.time() + 2 * KEEP_S) == 1, "out of the directory; files come before their job"
+    assert nodes.other.read(media_id) == JobFiles(nodes.other.directory, url).get(job_id, "image") == DATA
+    files.remove(job_id)
+    assert nodes.other.read(media_id) == DATA
+    nodes.other.remove(media_id)
+    assert nodes.archived() == []
 
 
 def test_a_record_says_nothing_else_in_the_archive(nodes: Nodes) -> None:
     media_id = make(nodes.one)
-    record = MediaRecord.of_json(nodes.raw.cat_file(nodes.path(media_id, "ended.json")))
+    record = MediaRecord.of_json(nodes.raw.cat_file(nodes.path(media_id, "ended.json")), media_id.partition("/")[0])
     assert record == nodes.one.expect(media_id)

@@ -21,11 +21,12 @@ import pytest
 from cosmos3_core.errors import MediaError, RequestError
 from deployments.config import MediaConfig
 from deployments.errors import MediaStoreError
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
 from deployments.media import store as media_store
-from deployments.media.record import DONE, FAILED, WRITING, MediaRecord
-from deployments.media.store import MediaEntry, MediaStore, new_media_id
+from deployments.media.job_files import JobFiles
+from deployments.media.layout import DONE, FAILED, WRITING, MediaRecord, new_media_id
+from deployments.media.objects import DirectoryObjects
+from deployments.media.store import MediaEntry, MediaStore
 
 KEEP_S = 100.0
 DATA = bytes(range(256)) * 5
@@ -37,7 +38,7 @@ def store(tmp_path: Path) -> MediaStore:
 
 
 def begin(store: MediaStore, *, is_live: bool = True) -> tuple[str, MediaEntry]:
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     return media_id, store.create(media_id, "video/mp4", ".mp4", is_live=is_live)
 
 
@@ -65,7 +66,17 @@ def age(store: MediaStore, media_id: str, seconds: float) -> None:
 
 
 def left(store: MediaStore) -> list[str]:
-    return sorted(os.listdir(store.directory))
+    """Media ids of what is there, and names of what is no folder of a job."""
+    found = []
+    for path in store.directory.iterdir():
+        inside = sorted(path.iterdir()) if path.name.startswith("video_gen_") and path.is_dir() else []
+        found += [f"{path.name}/{each.name}" for each in inside] or [path.name]
+    return sorted(found)
+
+
+def sweep(store: MediaStore, now_s: float | None = None) -> int:
+    """Sweep as where the database has none of the jobs."""
+    return store.sweep(lambda _: {}, time.time() if now_s is None else now_s)
 
 
 def test_a_clip_is_written_then_done(store: MediaStore) -> None:
@@ -114,7 +125,7 @@ def test_what_is_no_position_is_refused(store: MediaStore, start: Any) -> None:
 def test_only_finished_files_can_be_read(store: MediaStore) -> None:
     media_id, entry = begin(store)
     entry.path.write_bytes(DATA)
-    for known in (media_id, new_media_id(), "no id"):
+    for known in (media_id, new_media_id(new_job_id()), "no id"):
         with pytest.raises(RequestError, match="must be the id of a finished file, as long as it is kept"):
             store.read(known)
     store.fail(media_id, "no more paper")
@@ -126,18 +137,19 @@ def test_only_finished_files_can_be_read(store: MediaStore) -> None:
         store.read(gone)
 
 
-OUTSIDE = "0" * 32
+OUTSIDE = f"video_gen_{'0' * 32}/{'0' * 32}"
 
 
 PATHS = ["", ".", "..", "../" + OUTSIDE, OUTSIDE + "/", ".new-" + OUTSIDE, OUTSIDE + "\n"]
-OTHERS = ["0" * 31, "0" * 33, "A" * 32, "\0" * 32, "٠" * 32, "x" * 1_000_000, None, 5, b"0" * 32]
+OTHERS = [OUTSIDE[:-1], OUTSIDE + "0", OUTSIDE[:-1] + "A", OUTSIDE[:-1] + "\0", OUTSIDE[:-1] + "٠", "0" * 32]
+OTHERS += [OUTSIDE.replace("/", "/../"), OUTSIDE.partition("/")[0], "x" * 1_000_000, None, 5, OUTSIDE.encode()]
 
 
 @pytest.mark.parametrize("media_id", [*PATHS, *OTHERS], ids=lambda value: repr(value)[:20])
 def test_what_is_no_id_never_becomes_a_path(store: MediaStore, media_id: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media_store, "folder_record", lambda folder: pytest.fail(f"{folder} was looked at"))
+    monkeypatch.setattr(media_store, "read_end_or_begin", lambda folder: pytest.fail(f"{folder} was looked at"))
     assert store.find(media_id) is None
-    monkeypatch.setattr(media_store, "remove_folder", lambda *names: pytest.fail(f"{names} was to be removed"))
+    monkeypatch.setattr(DirectoryObjects, "remove", lambda *names: pytest.fail(f"{names} was to be removed"))
     store.fail(media_id, "why")
     store.remove(media_id)
     with pytest.raises(RequestError):
@@ -150,7 +162,7 @@ def test_what_is_no_id_never_becomes_a_path(store: MediaStore, media_id: Any, mo
 @pytest.mark.parametrize(("media_type", "suffix"), [("video", ".mp4"), ("video/mp4", "/../a"), ("video/mp4", "")])
 def test_what_is_no_ending_never_becomes_a_path(store: MediaStore, media_type: str, suffix: str) -> None:
     with pytest.raises(ValueError, match="="):
-        store.create(new_media_id(), media_type, suffix, is_live=True)
+        store.create(new_media_id(new_job_id()), media_type, suffix, is_live=True)
     assert left(store) == []
 
 
@@ -182,7 +194,7 @@ def test_what_is_done_does_not_fail(store: MediaStore) -> None:
     media_id = make(store)
     record = found(store, media_id)
     store.fail(media_id, "too late")
-    store.fail(new_media_id(), "there is none")
+    store.fail(new_media_id(new_job_id()), "there is none")
     assert found(store, media_id) == record
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json"]
 
@@ -267,7 +279,7 @@ def test_removing_takes_all_of_a_clip_and_nothing_else(store: MediaStore) -> Non
     media_id, kept = make(store), make(store)
     failed = begin(store)[0]
     store.fail(failed, "why")
-    for gone in (media_id, failed, new_media_id()):
+    for gone in (media_id, failed, new_media_id(new_job_id())):
         store.remove(gone)
         store.remove(gone)
         assert store.find(gone) is None
@@ -281,14 +293,14 @@ def test_who_watches_a_clip_that_is_removed_is_told_and_its_writer_fails(
     media_id, entry = begin(store)
     entry.path.write_bytes(DATA)
     seen: list[tuple[str, str]] = []
-    remove = media_store.remove_folder
+    remove = DirectoryObjects.remove
 
-    def watched(directory: Path, media_id: str) -> None:
+    def watched(self: DirectoryObjects, media_id: str) -> bool:
         record = found(store, media_id)
         seen.append((record.state, record.reason))
-        remove(directory, media_id)
+        return remove(self, media_id)
 
-    monkeypatch.setattr(media_store, "remove_folder", watched)
+    monkeypatch.setattr(DirectoryObjects, "remove", watched)
     store.remove(media_id)
     assert seen == [(FAILED, "it was removed")]
     with pytest.raises(MediaError, match="is not in the media store"):
@@ -310,8 +322,8 @@ def test_it_is_gone_at_once_and_the_rest_goes_with_a_sweep(store: MediaStore, mo
     store.remove(media_id)
     monkeypatch.undo()
     assert store.find(media_id) is None
-    assert [name[:7] for name in left(store)] == [".swept-"]
-    store.sweep(time.time() + 2 * KEEP_S)
+    assert [Path(name).suffix for name in left(store)] == [".part"]
+    sweep(store, time.time() + 2 * KEEP_S)
     assert left(store) == []
 
 
@@ -337,10 +349,10 @@ def test_what_is_old_goes_and_what_is_new_stays(store: MediaStore) -> None:
     age(store, old, KEEP_S + 5)
     age(store, failed, KEEP_S + 5)
     age(store, new, KEEP_S - 50)
-    assert store.sweep(time.time()) == 2
+    assert sweep(store) == 2
     assert left(store) == [new]
     assert store.find(old) is None
-    assert store.sweep(time.time() + KEEP_S) == 1
+    assert sweep(store, time.time() + KEEP_S) == 1
     assert left(store) == []
 
 
@@ -352,7 +364,7 @@ def test_a_clip_that_grows_stays_and_one_that_does_not_is_given_up(store: MediaS
         age(store, media_id, KEEP_S + 50)
     assert growing[1].live_path is not None
     growing[1].live_path.write_bytes(b"more")
-    assert store.sweep(time.time()) == 1
+    assert sweep(store) == 1
     assert left(store) == [growing[0]]
     store.fail(given_up[0], "it is gone: nothing to say")
     with pytest.raises(MediaError, match="is not in the media store"):
@@ -367,19 +379,19 @@ def test_too_many_bytes_take_the_longest_finished_ones(tmp_path: Path) -> None:
     writing, entry = begin(store)
     entry.path.write_bytes(bytes(8_000))
     age(store, writing, 90)
-    assert store.sweep(time.time()) == 2
+    assert sweep(store) == 2
     assert left(store) == sorted([*clips[2:], writing])
     entry.path.write_bytes(bytes(50_000))
-    assert store.sweep(time.time()) == 2, "what is being written is not removed for it"
-    assert left(store) == [writing]
-    assert store.sweep(time.time()) == 0
+    assert sweep(store) == 1, "what is being written is not removed for it, and counts up to half"
+    assert left(store) == sorted([clips[3], writing])
+    assert sweep(store) == 0
 
 
 def test_as_many_bytes_as_may_be_stay_and_one_more_is_too_many(store: MediaStore) -> None:
     make(store), make(store)
-    num_bytes = sum(path.stat().st_size for path in store.directory.glob("*/*"))
-    assert MediaStore(store.directory, num_bytes, KEEP_S).sweep(time.time()) == 0
-    assert MediaStore(store.directory, num_bytes - 1, KEEP_S).sweep(time.time()) == 1
+    num_bytes = sum(path.stat().st_size for path in store.directory.glob("*/*/*"))
+    assert sweep(MediaStore(store.directory, num_bytes, KEEP_S)) == 0
+    assert sweep(MediaStore(store.directory, num_bytes - 1, KEEP_S)) == 1
     assert len(left(store)) == 1
 
 
@@ -388,13 +400,13 @@ def test_files_of_jobs_count_up_to_half_of_the_bytes(tmp_path: Path) -> None:
     clips = [make(store, bytes(10_000)) for _ in range(4)]
     for index, media_id in enumerate(clips):
         age(store, media_id, 40 - 10 * index)
-    assert store.sweep(time.time()) == 0
+    assert sweep(store) == 0
     files.put(job_id, "image", bytes(15_000))
-    assert store.sweep(time.time()) == 1
-    assert left(store) == sorted([*clips[1:], "jobs"])
+    assert sweep(store) == 1
+    assert left(store) == sorted([*clips[1:], f"{job_id}/image"])
     files.put(job_id, "image", bytes(500_000))
-    assert store.sweep(time.time()) == 1, "two have room in the other half"
-    assert left(store) == sorted([*clips[2:], "jobs"])
+    assert sweep(store) == 1, "two have room in the other half"
+    assert left(store) == sorted([*clips[2:], f"{job_id}/image"])
     assert len(files.get(job_id, "image")) == 500_000
 
 
@@ -408,6 +420,7 @@ def damage(name: str) -> Callable[[dict[str, Any]], str]:
         "key more": lambda record: json.dumps(record | {"more": 1}),
         "key less": lambda record: json.dumps({key: record[key] for key in list(record)[1:]}),
         "other id": lambda record: json.dumps(record | {"media_id": "1" * 32}),
+        "path as id": lambda record: json.dumps(record | {"media_id": "../" + record["media_id"]}),
         "path": lambda record: json.dumps(record | {"file_name": "../../etc/passwd"}),
         "live path": lambda record: json.dumps(record | {"live_name": "live./etc"}),
         "state": lambda record: json.dumps(record | {"state": "new"}),
@@ -422,8 +435,21 @@ def damage(name: str) -> Callable[[dict[str, Any]], str]:
     return values[name]
 
 
-DAMAGES = ["nothing", "half", "bytes", "deep", "list", "key more", "key less", "other id", "path", "live path", "state"]
-DAMAGES += ["no hash", "text", "true", "NaN", "huge", "endless", "long"]
+DAMAGES = [
+    "nothing",
+    "half",
+    "bytes",
+    "deep",
+    "list",
+    "key more",
+    "key less",
+    "other id",
+    "path as id",
+    "path",
+    "live path",
+    "state",
+]
+DAMAGES += ["state", "no hash", "text", "true", "NaN", "huge", "endless", "long"]
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -433,8 +459,10 @@ def test_a_damaged_clip_is_nobodys_and_hinders_no_sweep(store: MediaStore, name:
     path.write_text(damage(name)(json.loads(path.read_text())))
     age(store, old, KEEP_S + 5)
     assert store.find(damaged) is None
-    assert store.sweep(time.time()) == 1
+    assert sweep(store) == 1
     assert left(store) == [damaged]
+    os.utime(path, (time.time() - KEEP_S - 5,) * 2)
+    assert sweep(store) == 1, "it goes as what is not damaged"
 
 
 def test_a_damaged_end_is_none(store: MediaStore) -> None:
@@ -447,21 +475,22 @@ def test_what_is_not_the_stores_is_left_alone(store: MediaStore, tmp_path: Path)
     (store.directory / "a file").write_text("mine")
     (store.directory / ("0" * 32)).write_text("a file with a clip's name")
     (store.directory / ("1" * 32)).mkdir()
+    (store.directory / f"video_gen_{'3' * 32}").write_text("a file with a job's name")
     (store.directory / ("2" * 32)).symlink_to(tmp_path / "nowhere")
     (store.directory / ".new-mine").mkdir()
     before = left(store)
-    assert store.sweep(time.time() + 10 * KEEP_S) == 0
+    assert sweep(store, time.time() + 10 * KEEP_S) == 0
     assert left(store) == before
 
 
 def test_what_dead_processes_left_half_done_goes(store: MediaStore) -> None:
-    names = [f".{kind}-{new_media_id()}-{'0' * 16}" for kind in ("new", "swept") for _ in range(2)]
+    names = [f".{digit * 16}.part" for digit in "0123"]
     for index, name in enumerate(names):
         (store.directory / name).mkdir()
         (store.directory / name / "clip.mp4").write_bytes(DATA)
         if index % 2:
             os.utime(store.directory / name, (time.time() - KEEP_S - 5,) * 2)
-    assert store.sweep(time.time()) == 0
+    assert sweep(store) == 0
     assert left(store) == sorted(names[::2])
 
 
@@ -471,10 +500,10 @@ def test_many_sweep_write_and_read_at_once(tmp_path: Path) -> None:
     made: list[str] = []
     stop = threading.Event()
 
-    def sweep(store: MediaStore) -> int:
+    def sweep_on(store: MediaStore) -> int:
         num_removed = 0
         while not stop.is_set():
-            num_removed += store.sweep(time.time())
+            num_removed += sweep(store)
         return num_removed
 
     def read(store: MediaStore) -> int:
@@ -489,12 +518,12 @@ def test_many_sweep_write_and_read_at_once(tmp_path: Path) -> None:
         return num_read
 
     with ThreadPoolExecutor(4) as pool:
-        work = [pool.submit(sweep, stores[0]), pool.submit(sweep, stores[1]), pool.submit(read, stores[2])]
+        work = [pool.submit(sweep_on, stores[0]), pool.submit(sweep_on, stores[1]), pool.submit(read, stores[2])]
         for _ in range(150):
             made.append(make(stores[3]))
         stop.set()
         *removed, num_read = [it.result(60) for it in work]
-    last = stores[3].sweep(time.time())
+    last = sweep(stores[3])
     assert sum(removed) + last + len(left(stores[3])) == len(made)
     assert num_read > 0
     assert 1 <= len(left(stores[3])) <= 3
@@ -504,8 +533,9 @@ def test_many_sweep_write_and_read_at_once(tmp_path: Path) -> None:
 def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
     """The writer is killed: its own process can say nothing any more."""
     program = (
-        "import sys, os\nfrom pathlib import Path\nfrom deployments.media.store import MediaStore, new_media_id\n"
-        "store = MediaStore(Path(sys.argv[1]), 1 << 20, 100)\nmedia_id = new_media_id()\n"
+        "import sys, os\nfrom pathlib import Path\nfrom deployments.jobs.job import new_job_id\n"
+        "from deployments.media.layout import new_media_id\nfrom deployments.media.store import MediaStore\n"
+        "store = MediaStore(Path(sys.argv[1]), 1 << 20, 100)\nmedia_id = new_media_id(new_job_id())\n"
         "store.create(media_id, 'video/mp4', '.mp4', is_live=True).live_path.write_bytes(b'half')\n"
         "print(media_id, flush=True)\nos.kill(os.getpid(), 9)"
     )

@@ -26,9 +26,10 @@ from cosmos3_core.media.probe import read_sound
 from cosmos3_core.media.sound import SoundFormat
 from cosmos3_core.media.thumbnail import write_thumbnail
 from cosmos3_core.media.writer import ClipFormat, open_writer
+from deployments.jobs.job import new_job_id
 from deployments.media import variants as media_variants
-from deployments.media.record import read_record
-from deployments.media.store import MediaStore, new_media_id
+from deployments.media.layout import new_media_id, read_record
+from deployments.media.store import MediaStore
 from deployments.media.variants import MADE_VARIANTS, Variant, make_variant
 from tests.api.content_answers import variant_answer
 
@@ -59,7 +60,7 @@ def reading(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Me
 def make(store: MediaStore, kind: str, *, with_sound: bool = False, frames: np.ndarray = FRAMES) -> str:
     sound = SoundFormat(RATE, 2, NUM_SAMPLES) if with_sound or kind == "wav" else None
     clip_format = ClipFormat(kind, *frames.shape[1:3], 24.0, sound=sound)
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     entry = store.create(media_id, clip_format.media_type, clip_format.suffix, is_live=False)
     with open_writer(entry.path, clip_format) as writer:
         if kind != "wav":
@@ -187,14 +188,14 @@ def test_what_a_file_does_not_have(store: MediaStore, kind: str, variant: str) -
 
 @pytest.mark.parametrize("variant", MADE_VARIANTS)
 def test_files_that_are_not_finished(store: MediaStore, variant: str) -> None:
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     store.create(media_id, "video/mp4", ".mp4", is_live=True)
     answer = asked(store, media_id, variant)
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "1")
     store.fail(media_id, "secret reason")
     answer = asked(store, media_id, variant)
     assert (answer.status, answer.code) == (410, "media_failed")
-    for unknown in (new_media_id(), "../x", ""):
+    for unknown in (new_media_id(new_job_id()), "../x", ""):
         answer = asked(store, unknown, variant)
         assert (answer.status, answer.code) == (410, "media_expired")
 
@@ -221,8 +222,8 @@ def test_it_counts_and_goes_with_the_clip(store: MediaStore) -> None:
     folder = store.directory / media_id
     assert len(os.listdir(folder)) == 3 + 2 * len(MADE_VARIANTS)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    assert MediaStore(store.directory, num_bytes, 1000.0).sweep(time.time()) == 0
-    assert MediaStore(store.directory, num_bytes - 1, 1000.0).sweep(time.time()) == 1
+    assert MediaStore(store.directory, num_bytes, 1000.0).sweep(lambda _: {}, time.time()) == 0
+    assert MediaStore(store.directory, num_bytes - 1, 1000.0).sweep(lambda _: {}, time.time()) == 1
     assert os.listdir(store.directory) == []
     assert asked(store, media_id, "thumbnail").status == 410
 
@@ -351,7 +352,9 @@ def test_who_waits_for_long_is_told_and_who_leaves_stops_nothing(
     assert asked(store, media_id, "thumbnail").status == 200
 
 
-@pytest.mark.parametrize("remove", [MediaStore.remove, lambda store, media_id: store.sweep(time.time() + 1e6)])
+@pytest.mark.parametrize(
+    "remove", [MediaStore.remove, lambda store, media_id: store.sweep(lambda _: {}, time.time() + 1e6)]
+)
 def test_a_file_that_is_removed_meanwhile(
     store: MediaStore, gate: Gate, remove: Callable[[MediaStore, str], Any]
 ) -> None:
@@ -382,7 +385,7 @@ def test_a_file_that_is_removed_under_the_makers_hands(store: MediaStore) -> Non
 
 
 def test_a_damaged_file_is_an_error_and_leaves_nothing(store: MediaStore) -> None:
-    media_id = new_media_id()
+    media_id = new_media_id(new_job_id())
     entry = store.create(media_id, "video/mp4", ".mp4", is_live=False)
     entry.path.write_bytes(b"no mp4" * 100)
     entry.finish()

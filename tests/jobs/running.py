@@ -22,10 +22,10 @@ from deployments.director.admission import Admission, RequestCheck
 from deployments.director.leases import StopReason
 from deployments.director.runner import JobRunner
 from deployments.jobs.cost import CostModel
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, QueueLimits
+from deployments.media.job_files import JobFiles
 from deployments.media.store import MediaStore
 from deployments.messages import (
     FileStarted,

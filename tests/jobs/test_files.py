@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from cosmos3_core.errors import MediaError
-from deployments.jobs import files as files_module
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import new_job_id
 from deployments.media import objects
-from deployments.media.objects import ObjectsError
-from deployments.media.store import MediaStore
+from deployments.media import sweeper as sweeper_module
+from deployments.media.job_files import JobFiles
+from deployments.media.objects import DirectoryObjects, ObjectsError, open_objects
+from deployments.media.sweeper import FindNeeds, sweep
 
 DATA = bytes(range(256)) * 40
 KEEP_S = 100.0
@@ -35,14 +35,18 @@ class Place:
     def __init__(self, directory: Path, archive_url: str | None) -> None:
         self.files = JobFiles(directory, archive_url)
         self.raw = fsspec.filesystem("memory" if str(archive_url).startswith("memory") else "file")
-        self.root = f"{archive_url.removeprefix('file://') if archive_url else directory}/jobs"
+        self.objects = open_objects(archive_url) if archive_url else DirectoryObjects(directory)
+        self.root = archive_url.removeprefix("file://") if archive_url else str(directory)
 
     def path(self, *names: str) -> str:
         return "/".join([self.root, *names])
 
     def left(self) -> list[str]:
         found = self.raw.find(self.root) if self.raw.exists(self.root) else []
-        return sorted(path.partition("/jobs/")[2] for path in found)
+        return sorted(path.removeprefix(self.raw._strip_protocol(self.root) + "/") for path in found)
+
+    def sweep(self, find_needs: FindNeeds, now_s: float) -> int:
+        return sweep(self.objects, find_needs, KEEP_S, now_s)
 
 
 @pytest.fixture(params=["directory", "file archive", "object archive"])
@@ -159,7 +163,8 @@ def test_every_damage_is_found(place: Place) -> None:
         place.files.get(job_id, "checkpoint")
 
 
-def test_a_sweep_takes_what_nobody_needs(place: Place) -> None:
+def test_a_sweep_takes_what_nobody_needs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper_module, "ORPHAN_S", 2 * KEEP_S)
     known, fresh, old, ended = new_job_id(), new_job_id(), new_job_id(), new_job_id()
     for job_id in (known, old, ended):
         place.files.put(job_id, "image", DATA)
@@ -168,49 +173,50 @@ def test_a_sweep_takes_what_nobody_needs(place: Place) -> None:
     place.raw.pipe_file(place.path("mine", "notes"), b"no job")
     asked: list[str] = []
 
-    def needed(job_ids: Sequence[str]) -> dict[str, bool]:
+    def find_needs(job_ids: Sequence[str]) -> dict[str, float | None]:
         asked.extend(job_ids)
-        return {known: True, ended: False}
+        return {known: None, ended: 0.0}
 
-    assert place.files.sweep(needed, KEEP_S, now_s + KEEP_S - 1) == 1, "of the one that has ended, however young"
+    assert place.sweep(find_needs, now_s + 2 * KEEP_S - 1) == 1, "of the one that has ended, however young"
     place.files.put(fresh, "image", DATA)
-    assert place.files.sweep(lambda ids: dict.fromkeys(ids, True), 0, now_s + 10 * KEEP_S) == 0
-    assert place.files.sweep(needed, KEEP_S, now_s + KEEP_S + 5) == 2
+    assert place.sweep(lambda ids: dict.fromkeys(ids), now_s + 10 * KEEP_S) == 0
+    assert place.sweep(find_needs, now_s + 2 * KEEP_S + 5) == 2
     assert place.left() == ["mine/notes", f"{known}/image"]
     assert set(asked) == {known, fresh, old, ended}
 
 
 def test_a_sweep_asks_about_some_hundred_jobs_at_a_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module, "_SWEEP_BATCH", 2)
+    monkeypatch.setattr(sweeper_module, "_MAX_JOBS_AT_ONCE", 2)
     ids = sorted(new_job_id() for _ in range(5))
     for job_id in ids:
         place.files.put(job_id, "image", DATA)
     asked: list[list[str]] = []
 
-    def needed(job_ids: Sequence[str]) -> dict[str, bool]:
+    def find_needs(job_ids: Sequence[str]) -> dict[str, float | None]:
         asked.append(list(job_ids))
-        return dict.fromkeys(job_ids, job_ids[0] == ids[-1])
+        return dict.fromkeys(job_ids, None if job_ids[0] == ids[-1] else 0.0)
 
-    assert place.files.sweep(needed, KEEP_S, time.time()) == 4
+    assert place.sweep(find_needs, time.time()) == 4
     assert asked == [ids[:2], ids[2:4], ids[4:]]
     assert place.left() == [f"{ids[4]}/image"]
 
 
 def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper_module, "ORPHAN_S", KEEP_S)
     job_id, now_s = new_job_id(), time.time()
     place.files.put(job_id, "image", DATA)
     monkeypatch.setattr(time, "time", lambda: now_s + 5 * KEEP_S)
     place.files.put(job_id, "checkpoint", DATA)
     place.raw.pipe_file(place.path(job_id, "damaged"), b"no header")
-    monkeypatch.undo()
-    assert place.files.sweep(lambda _: {}, KEEP_S, now_s + 5.5 * KEEP_S) == 0
-    assert place.files.sweep(lambda _: {}, KEEP_S, now_s + 7 * KEEP_S) == 1
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    assert place.sweep(lambda _: {}, now_s + 5.5 * KEEP_S) == 0
+    assert place.sweep(lambda _: {}, now_s + 7 * KEEP_S) == 1
 
 
 def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
     """Killed again and again while it writes: what is there is always whole, and what is left over is swept."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom deployments.jobs.files import JobFiles\n"
+        "import sys\nfrom pathlib import Path\nfrom deployments.media.job_files import JobFiles\n"
         "files = JobFiles(Path(sys.argv[1]), None)\nprint('go', flush=True)\n"
         "for index in range(10**9):\n    files.put(sys.argv[2], 'checkpoint', bytes([index % 256]) * 3_000_000)\n"
     )
@@ -226,9 +232,9 @@ def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
         data = files.get(job_id, "checkpoint")
         assert isinstance(data, bytes)
         assert data == b"before" or (len(data) == 3_000_000 and len(set(data)) == 1)
-    files.sweep(lambda ids: dict.fromkeys(ids, True), KEEP_S, time.time() + 2 * KEEP_S)
-    assert os.listdir(tmp_path / "jobs") == [job_id]
-    assert os.listdir(tmp_path / "jobs" / job_id) == ["checkpoint"]
+    sweep(DirectoryObjects(tmp_path), lambda ids: dict.fromkeys(ids), KEEP_S, time.time() + 2 * KEEP_S)
+    assert os.listdir(tmp_path) == [job_id]
+    assert os.listdir(tmp_path / job_id) == ["checkpoint"]
 
 
 def test_a_writer_that_dies_before_the_name_leaves_the_file_before(
@@ -247,7 +253,7 @@ def test_a_writer_that_dies_before_the_name_leaves_the_file_before(
         files.put(job_id, "checkpoint", DATA)
     assert len(synced) == 1
     assert files.get(job_id, "checkpoint") == b"before"
-    assert os.listdir(tmp_path / "jobs") == [job_id]
+    assert os.listdir(tmp_path) == [job_id]
 
 
 def test_putting_and_removing_at_once_ends_with_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,16 +273,9 @@ def test_putting_and_removing_at_once_ends_with_either(tmp_path: Path, monkeypat
     assert files.get(job_id, "image") == DATA
 
 
-def test_a_media_store_leaves_jobs_alone(tmp_path: Path) -> None:
-    store, files, job_id = MediaStore(tmp_path, max_bytes=1, keep_s=1), JobFiles(tmp_path, None), new_job_id()
-    files.put(job_id, "image", DATA)
-    assert store.sweep(time.time() + 1e6) == 0
-    assert files.get(job_id, "image") == DATA
-
-
 def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
-    (tmp_path / "jobs").write_text("in its place")
-    files, job_id = JobFiles(tmp_path, None), new_job_id()
+    (tmp_path / "store").write_text("in its place")
+    files, job_id = JobFiles(tmp_path / "store", None), new_job_id()
     with pytest.raises(MediaError, match="image of video_gen_.* cannot be written"):
         files.put(job_id, "image", DATA)
     with pytest.raises(MediaError, match="image of video_gen_.* cannot be read"):
@@ -334,7 +333,6 @@ def test_no_message_has_credentials(tmp_path: Path) -> None:
         lambda: files.get(job_id, "image"),
         lambda: files.exists(job_id, "image"),
         lambda: files.remove(job_id),
-        lambda: files.sweep(lambda _: {}, 0, 0),
     ):
         with pytest.raises(MediaError, match=r"unreachable://\*\*\*@host/prefix: RuntimeError: no such host") as raised:
             work()

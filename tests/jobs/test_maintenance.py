@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 
 from deployments.config import JobsConfig
 from deployments.jobs import maintenance as maintenance_module
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, Lane, Progress
 from deployments.jobs.maintenance import Maintenance
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore
-from deployments.media.store import MediaStore, new_media_id
+from deployments.media import sweeper
+from deployments.media.job_files import JobFiles
+from deployments.media.layout import new_media_id
+from deployments.media.store import MediaStore
 from tests.jobs.making import COMPLETED, LIMITS, MODEL, Clock, claim, claimed, lease_of, new_job
 
 KEEP_S, KEEP_MEDIA_S = 1000.0, 100.0
@@ -48,7 +51,7 @@ def completed(maintenance: Maintenance) -> Job:
     """With a picture that it came with, and a clip."""
     with_picture(maintenance)
     job = claimed(maintenance.jobs.store)
-    media_id = new_media_id()
+    media_id = new_media_id(job.job_id)
     entry = maintenance.jobs.media.create(media_id, "video/mp4", ".mp4", is_live=False)
     entry.path.write_bytes(b"clip")
     entry.finish()
@@ -61,7 +64,7 @@ def test_files_of_jobs_that_will_be_run_stay(maintenance: Maintenance) -> None:
     running = claimed(maintenance.jobs.store)
     other = with_picture(maintenance)
     assert waiting.job_id == running.job_id
-    maintenance.sweep_files()
+    maintenance.sweep_folders()
     assert has_picture(maintenance, running)
     assert has_picture(maintenance, other)
 
@@ -69,11 +72,11 @@ def test_files_of_jobs_that_will_be_run_stay(maintenance: Maintenance) -> None:
 def test_files_of_jobs_that_are_not_there_yet_stay(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
     new = new_job()
     maintenance.jobs.files.put(new.job_id, "image", b"picture")
-    maintenance.sweep_files()
+    maintenance.sweep_folders()
     assert maintenance.jobs.files.exists(new.job_id, "image"), "its request is being accepted"
     now_s = time.time()
-    monkeypatch.setattr(maintenance_module.time, "time", lambda: now_s + maintenance_module._ORPHAN_S + 60)
-    maintenance.sweep_files()
+    monkeypatch.setattr(maintenance_module.time, "time", lambda: now_s + sweeper.ORPHAN_S + 60)
+    maintenance.sweep_folders()
     assert not maintenance.jobs.files.exists(new.job_id, "image")
 
 
@@ -100,34 +103,38 @@ def test_files_that_no_job_is_made_of_any_more_go(end: str, maintenance: Mainten
     ended = store.get(job.job_id)
     assert ended is not None
     assert ended.state.is_final
-    maintenance.sweep_files()
+    maintenance.sweep_folders()
     assert not has_picture(maintenance, job)
 
 
 def test_what_a_completed_job_came_with_stays_as_long_as_its_clip(maintenance: Maintenance, clock: Clock) -> None:
     kept, removed, expired = completed(maintenance), completed(maintenance), completed(maintenance)
-    maintenance.jobs.media.remove(removed.media_id)  # as for too many bytes
-    maintenance.sweep_files()
+    maintenance.jobs.remove_files(removed)
+    maintenance.sweep_folders()
     assert [has_picture(maintenance, job) for job in (kept, removed, expired)] == [True, False, True]
     clock.passes(KEEP_MEDIA_S + 1)
-    maintenance.sweep_files()
+    maintenance.sweep_folders()
     assert not has_picture(maintenance, expired)
+    assert maintenance.jobs.media.find(expired.media_id) is None
+    assert os.listdir(maintenance.jobs.media.directory) == []
 
 
-def test_what_completed_jobs_came_with_is_at_most_half_of_what_there_is(maintenance: Maintenance, clock: Clock) -> None:
-    """The longest completed lose it first; what is to be run needs it."""
+def test_too_many_bytes_take_whole_folders_of_the_longest_completed(maintenance: Maintenance, clock: Clock) -> None:
+    """What is to be run stays, and counts up to half."""
     jobs = []
     for _ in range(4):
         jobs.append(completed(maintenance))
         clock.passes(1)
     waiting = with_picture(maintenance)
-    size = sum(path.stat().st_size for path in (maintenance.jobs.media.directory / "jobs" / waiting.job_id).iterdir())
-    small = with_media(maintenance, MediaStore(maintenance.jobs.media.directory, 7 * size, KEEP_MEDIA_S))
-    small.sweep_files()
+    size = maintenance.jobs.media.objects.measure(jobs[0].job_id)[0]
+    maintenance.jobs.files.put(waiting.job_id, "image", bytes(10 * size))
+    small = with_media(maintenance, MediaStore(maintenance.jobs.media.directory, int(4.5 * size), KEEP_MEDIA_S))
+    small.sweep_folders()
     assert [has_picture(maintenance, job) for job in jobs] == [False, False, True, True]
+    assert [maintenance.jobs.media.find(job.media_id) is not None for job in jobs] == [False, False, True, True]
     assert has_picture(maintenance, waiting)
     tiny = with_media(maintenance, MediaStore(maintenance.jobs.media.directory, 1, KEEP_MEDIA_S))
-    tiny.sweep_files()
+    tiny.sweep_folders()
     assert [has_picture(maintenance, job) for job in (*jobs, waiting)] == [False, False, False, False, True]
 
 
@@ -140,22 +147,22 @@ def test_a_forgotten_job_takes_its_files_with_it(maintenance: Maintenance, clock
     assert maintenance.jobs.media.find(job.media_id) is None
 
 
-def test_an_archive_is_seldom_listed(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
-    periods: dict[str, float] = {}
-
-    class Loop:
-        def create_task(self, work: tuple[str, float], context: object) -> None:
-            periods[work[0]] = work[1]
-
-    monkeypatch.setattr(maintenance_module.asyncio, "get_running_loop", Loop)
-    monkeypatch.setattr(maintenance_module, "_repeat", lambda work, period_s: (work.__name__, period_s))
-    maintenance.start()
-    assert periods["sweep_files"] == maintenance_module._SWEEP_PERIOD_S
-    archived = MediaStore(
-        maintenance.jobs.media.directory, 2**20, 1e6, f"file://{maintenance.jobs.media.directory}-archive"
-    )
-    with_media(maintenance, archived).start()
-    assert periods["sweep_files"] == pytest.approx(1e4)
+def test_what_an_unfinished_job_needs_is_never_swept(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However old its files are, and however many bytes: input, state, the try that grows and the one before."""
+    job = with_picture(maintenance)
+    running = claimed(maintenance.jobs.store)
+    maintenance.jobs.files.put(job.job_id, "checkpoint", b"state")
+    failed, growing = new_media_id(job.job_id), new_media_id(job.job_id)
+    for media_id in (failed, growing):
+        maintenance.jobs.media.create(media_id, "video/mp4", ".mp4", is_live=True)
+    maintenance.jobs.media.fail(failed, "the encoder died")
+    maintenance.jobs.store.record(lease_of(running), Progress(media_id=growing), [])
+    monkeypatch.setattr(maintenance_module.time, "time", lambda: 1e11)
+    tiny = with_media(maintenance, MediaStore(maintenance.jobs.media.directory, 1, KEEP_MEDIA_S))
+    tiny.sweep_folders()
+    assert maintenance.jobs.files.get(job.job_id, "image") == b"picture"
+    assert maintenance.jobs.files.get(job.job_id, "checkpoint") == b"state"
+    assert maintenance.jobs.media.expect(growing).live_name == "live.mp4"
 
 
 def test_runners_together_are_as_fast_as_they_are_many(store: JobStore) -> None:

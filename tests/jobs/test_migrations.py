@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.jobs.racing import race
 
 # A key's of the first release, as its `keys add` printed it.
 OLD_TEXT = "c3_0123456789abcdef_" + "s" * 43
+TRY_ID = "0123456789abcdef" * 2
 OLD_JOB: dict[str, Any] = {
     "owner": "0123456789abcdef",
     "model": "nano",
@@ -85,8 +87,14 @@ def write_old(connection: Connection) -> None:
             {"created_s": 1003.0, "idempotency_key": "late"},
             {"created_s": 1001.0, "work": 80.0},
             {"created_s": 1002.0, "owner": "another"},
-            {"state": "in_progress", "runner": "old", "lease": "l", "lease_until_s": 5e9, "attempts": 1, "step": 2},
-            {"state": "completed", "completed_s": 1010.0, "result": json.dumps({"num_bytes": 3}), "last_seq": 2},
+            {"state": "in_progress", "runner": "old", "lease": "l", "lease_until_s": 1005.0, "attempts": 1, "step": 2},
+            {
+                "state": "completed",
+                "completed_s": 1010.0,
+                "result": json.dumps({"num_bytes": 3}),
+                "last_seq": 2,
+                "media_id": TRY_ID,
+            },
         ]
     ):
         row = {"job_id": job_id(number), **OLD_JOB, **changes}
@@ -135,7 +143,7 @@ def test_the_migrations_lead_to_the_tables_that_the_code_has(jobs_url: str) -> N
 def test_an_upgrade_keeps_jobs_events_and_keys(old_url: str) -> None:
     assert revision(old_url) == "0001"
     store = JobStore.open(old_url)
-    assert revision(old_url) == "0002"
+    assert revision(old_url) == "0003"
     waiting = store.get(job_id(0))
     assert waiting is not None
     assert (waiting.state, waiting.owner, waiting.lane) == (JobState.QUEUED, "0123456789abcdef", Lane.VIDEO)
@@ -153,6 +161,8 @@ def test_an_upgrade_keeps_jobs_events_and_keys(old_url: str) -> None:
     assert done is not None
     assert (done.state, done.result, done.completed_s) == (JobState.COMPLETED, {"num_bytes": 3}, 1010.0)
     assert kinds(store, done) == ["started", "completed"]
+    assert (done.media_id, waiting.media_id) == (f"{job_id(4)}/{TRY_ID}", "")
+    assert store.media_ids() == {TRY_ID: done.media_id}
     key = store.keys.verify(OLD_TEXT)
     assert key is not None
     assert (key.name, key.limits, key.service_class) == ("old team", KeyLimits(3, None), "standard")
@@ -161,7 +171,7 @@ def test_an_upgrade_keeps_jobs_events_and_keys(old_url: str) -> None:
 
 
 def test_old_jobs_are_run_in_a_fair_order_with_new_ones(old_url: str) -> None:
-    store = JobStore.open(old_url)
+    store = JobStore.open(old_url, clock=lambda: 1004.0)
     new = store.create(new_job(owner="third"), LIMITS)
     own = store.create(new_job(owner="0123456789abcdef"), LIMITS)
     order = []
@@ -200,7 +210,7 @@ def test_several_processes_may_upgrade_it_at_once(old_url: str) -> None:
 
 def test_several_processes_may_make_it_at_once(jobs_url: str) -> None:
     assert race("open", jobs_url, 0, 2) == ["opened"] * 2
-    assert revision(jobs_url) == "0002"
+    assert revision(jobs_url) == "0003"
 
 
 def test_an_upgrade_that_fails_leaves_everything_as_it_was(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,13 +228,43 @@ def test_an_upgrade_that_fails_leaves_everything_as_it_was(old_url: str, monkeyp
     store.close()
 
 
+def test_a_database_at_which_an_earlier_release_is_at_work_is_not_upgraded(old_url: str) -> None:
+    """Its runner would look for files where they are no more. When it was stopped or has died, its lease runs out."""
+
+    def hold(until_s: float) -> None:
+        engine = sqlalchemy.create_engine(old_url)
+        with engine.begin() as connection:
+            held = text("UPDATE jobs SET lease_until_s = :until_s WHERE state = 'in_progress'")
+            connection.execute(held, {"until_s": until_s})
+        engine.dispose()
+
+    hold(time.time() + 50)
+    with pytest.raises(
+        JobsError, match=r"no runner of an earlier release may be at work.*got 1 jobs.*(49|50) s more.*stop"
+    ):
+        JobStore.open(old_url)
+    assert revision(old_url) == "0001"
+    hold(time.time() - 1)
+    JobStore.open(old_url).close()
+    assert revision(old_url) == "0003"
+
+
+def test_a_runner_of_an_earlier_release_that_still_runs_claims_nothing(old_url: str) -> None:
+    """What it asks with before every claim fails, and it goes on asking."""
+    JobStore.open(old_url).close()
+    engine = sqlalchemy.create_engine(old_url)
+    with engine.connect() as connection, pytest.raises(sqlalchemy.exc.DBAPIError, match="seen_s"):
+        connection.execute(text("SELECT EXISTS (SELECT * FROM runners WHERE runner = 'old' AND runners.seen_s > 5)"))
+    engine.dispose()
+
+
 def test_a_database_of_a_newer_release_is_refused(jobs_url: str) -> None:
     opened = Database(jobs_url)
     with opened.writing() as connection:
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0099'"))
     opened.close()
     with pytest.raises(
-        JobsError, match=r"schema 0099 of a newer release.*up to 0002\. Start the newer release, or set"
+        JobsError, match=r"schema 0099 of a newer release.*up to 0003\. Start the newer release, or set"
     ):
         JobStore.open(jobs_url)
     assert revision(jobs_url) == "0099"

@@ -519,7 +519,7 @@ def everything(store: JobStore) -> None:
     store.events({last.job_id: 0})
     store.queue_positions(wait(store))
     store.load(MODEL)
-    store.file_needs([last.job_id])
+    store.folder_needs([last.job_id])
     store.cancel(wait(store)[0].job_id)
     store.delete(last.job_id)
     store.sweep(-1.0, 0)

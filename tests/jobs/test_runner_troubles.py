@@ -24,9 +24,9 @@ from deployments.director import saved_states as saved_states_module
 from deployments.director.leases import ClaimedJob, LeaseKeeper, StopReason
 from deployments.director.saved_states import SAVED_STATE, SavedStates
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
-from deployments.jobs.files import JobFiles
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
 from deployments.jobs.schema import JOBS
+from deployments.media.job_files import JobFiles
 from deployments.messages import Finished, QueuePosition
 from tests.jobs.making import new_job
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
@@ -173,7 +173,7 @@ def test_another_runners_end_is_not_taken_for_the_own_one(serve: Any, monkeypatc
                 raise LeaseLost("whatever")
             is_ended = True
             with service.store._database.writing() as connection:
-                others = {"state": "completed", "runner": "other", "lease": "", "media_id": "1" * 32}
+                others = {"state": "completed", "runner": "other", "lease": "", "media_path": "1" * 32}
                 connection.execute(update(JOBS).values(others))
             raise AWAY
 
@@ -563,6 +563,6 @@ def test_files_of_a_job_that_is_not_there_go_where_that_is_known(
             monkeypatch.setattr(service.store, "get", MagicMock(side_effect=JobsError("it cannot be asked")))
         with pytest.raises(JobsError, match="the database is away"):
             await service.submit(PICTURE)
-        assert len(list((tmp_path / "media" / "jobs").glob("video_gen_*"))) == (0 if can_be_asked else 1)
+        assert len(list((tmp_path / "media").glob("video_gen_*"))) == (0 if can_be_asked else 1)
 
     serve(body)

@@ -22,8 +22,9 @@ from cosmos3_core.errors import ClosedError
 from cosmos3_core.media.probe import read_frames
 from cosmos3_core.media.writer import ClipFormat
 from deployments.config import MediaConfig
-from deployments.media.record import DONE, FAILED
-from deployments.media.store import MediaStore, new_media_id
+from deployments.jobs.job import new_job_id
+from deployments.media.layout import DONE, FAILED, new_media_id
+from deployments.media.store import MediaStore
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext
 from deployments.stages import mp4_encoder
 from deployments.stages.mp4_encoder import Mp4Encoder
@@ -51,7 +52,7 @@ class Bench:
     """An encoder, a store and one clip's stream with two strips a chunk."""
 
     def __init__(self, directory: Path, num_chunks: int) -> None:
-        self.media_id = new_media_id()
+        self.media_id = new_media_id(new_job_id())
         self.config = MediaConfig(directory=directory, max_bytes=10**9, keep_s=3600)
         self.store, self.clips = MediaStore.of(self.config), ClipStreams(1)
         self.encoder = cast(Any, Mp4Encoder).__new__(Mp4Encoder)
@@ -236,13 +237,17 @@ def test_the_store_is_swept_from_the_start_on_again_and_again_whatever_happens(
             swept.set()
         return 0
 
-    monkeypatch.setattr(MediaStore, "sweep", sweep)
+    monkeypatch.setattr(MediaStore, "sweep_cache", sweep)
     monkeypatch.setattr(mp4_encoder, "_SWEEP_PERIOD_S", 0.05)
 
     async def body() -> None:
         asked.set("the caller's")
         bench = Bench(tmp_path, 0)
-        await bench.encoder.__init__(bench.config)  # no clip
+        await bench.encoder.__init__(bench.config)
+        await asyncio.sleep(0.2)
+        assert times == [], "without an archive the Directors sweep, which know what is needed"
+        archived = bench.config.model_copy(update={"archive": f"file://{tmp_path}/archive"})
+        await bench.encoder.__init__(archived)
         assert await asyncio.to_thread(swept.wait, 30)
 
     run(body())

@@ -1,7 +1,7 @@
 """JobFiles: what belongs to a job and is too large for the database, its input media and its saved state.
 
-They lie in the media archive where there is one, else in a directory beside the clips. Each file holds its own length
-and hash, so that a damaged or half-written file is noticed.
+In the job's folder, in the media archive where there is one, else in the media directory. Every file says how long it
+is and what its hash is: so a damaged or half written one is noticed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cosmos3_core.errors import MediaError
-from deployments.jobs.job import JOB_ID
-from deployments.media.folder import JOB_FILES
+from deployments.media.layout import JOB_ID
 from deployments.media.objects import DirectoryObjects, Objects, open_objects
 
 _NAME = re.compile(r"[a-z]{1,16}")
@@ -28,8 +26,6 @@ _NAME = re.compile(r"[a-z]{1,16}")
 _DTYPE = re.compile(r"[<>|=][biuf][0-9]{1,2}")
 _MAX_HEADER_BYTES = 512
 _MAX_NUM_AXES = 8
-# Jobs that a sweep looks up at a time.
-_SWEEP_BATCH = 500
 
 JobData = bytes | npt.NDArray[Any]
 """Content of a file."""
@@ -47,9 +43,7 @@ class JobFiles:
     """
 
     def __init__(self, directory: Path, archive_url: str | None) -> None:
-        self._objects: Objects = (
-            DirectoryObjects(directory / JOB_FILES) if archive_url is None else open_objects(archive_url, JOB_FILES)
-        )
+        self._objects: Objects = DirectoryObjects(directory) if archive_url is None else open_objects(archive_url)
 
     def put(self, job_id: str, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
         """Write or replace a file; a writer that is killed leaves the earlier one.
@@ -109,7 +103,7 @@ class JobFiles:
             raise MediaError(f"files of {job_id} cannot be listed: {error}") from error
 
     def remove(self, job_id: str, name: str | None = None) -> None:
-        """Remove a file of a job, or all of them; harmless where there is none.
+        """Remove a file of a job, or all of them but tries of its result; harmless where there is none.
 
         Raises:
             ValueError: no such id or name.
@@ -117,54 +111,11 @@ class JobFiles:
         """
         _check(job_id, name or "a")
         try:
-            self._objects.remove(job_id, name)
+            names = [name] if name else filter(_NAME.fullmatch, self._objects.names(job_id))
+            for each in names:
+                self._objects.remove(job_id, each)
         except OSError as error:
             raise MediaError(f"files of {job_id} cannot be removed: {error}") from error
-
-    def sweep(self, needed: Callable[[Sequence[str]], Mapping[str, bool]], older_than_s: float, now_s: float) -> int:
-        """Remove files that jobs no longer need, files of no job, and what killed writers left.
-
-        Args:
-            needed: ids of up to 500 jobs -> whether the job needs its files, of those jobs that are there.
-            older_than_s: age of the last file of a missing job: files are written before their job.
-            now_s: seconds since 1970.
-
-        Returns:
-            The number of jobs whose files were removed.
-
-        Raises:
-            MediaError: the store cannot be used.
-            Exception: whatever ``needed`` raised.
-        """
-        num_removed = 0
-        try:
-            self._objects.sweep(older_than_s, now_s)
-            there = list(filter(JOB_ID.fullmatch, self._objects.folders()))
-            for first in range(0, len(there), _SWEEP_BATCH):
-                some = there[first : first + _SWEEP_BATCH]
-                found = needed(some)
-                for job_id in some:
-                    is_kept = found.get(job_id)
-                    if is_kept is None:
-                        is_kept = now_s - self._written_s(job_id) <= older_than_s
-                    if not is_kept:
-                        self._objects.remove(job_id)
-                        num_removed += 1
-        except OSError as error:
-            raise MediaError(f"files of jobs cannot be swept: {error}") from error
-        return num_removed
-
-    def _written_s(self, job_id: str) -> float:
-        """Return when the last file of a job was written; 0 where that is unknown."""
-        written_s = 0.0
-        for name in self._objects.names(job_id):
-            try:
-                header = _Header.of(self._objects.read(job_id, name, 0, _MAX_HEADER_BYTES))
-            except FileNotFoundError:  # removed just now
-                continue
-            if header is not None:
-                written_s = max(written_s, header.written_s)
-        return written_s
 
 
 @dataclass(frozen=True)
@@ -196,6 +147,15 @@ class _Header:
             return cls(float(written_s), str(dtype), tuple(map(int, shape)))
         except (ValueError, TypeError, OverflowError, RecursionError):
             return None
+
+
+def read_written_s(objects: Objects, job_id: str, name: str) -> float:
+    """Read when a file of a job was written, in seconds since 1970; 0 where it does not say so, or is gone."""
+    try:
+        header = _Header.of(objects.read(job_id, name, 0, _MAX_HEADER_BYTES))
+    except FileNotFoundError:
+        return 0.0
+    return 0.0 if header is None else header.written_s
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:

@@ -1,0 +1,292 @@
+"""Files where releases until schema 0002 put them: all are moved, whoever is killed, however full the disk is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from deployments.errors import MediaStoreError
+from deployments.jobs.job import new_job_id
+from deployments.media.job_files import JobFiles
+from deployments.media.layout import DONE, TRY_ID
+from deployments.media.objects import FsspecObjects
+from deployments.media.old_layout import adopt_old_files
+from deployments.media.store import MediaStore
+
+KEEP_S = 1e9
+DATA = bytes(range(256)) * 5
+# Where the archive had them, as the directory.
+NAMES = ("begun.json", "clip.mp4", "ended.json", "thumbnail.json", "thumbnail-0123456789abcdef.webp")
+
+
+@dataclass
+class Old:
+    """A store with files as they were: one finished job with an input, one that waits, a try of no job.
+
+    Attributes:
+        store: at the directory, with the archive.
+        media_ids: of the database.
+    """
+
+    directory: Path
+    url: str | None
+    media_ids: dict[str, str]
+    waiting: str
+    stray: str
+
+    @property
+    def store(self) -> MediaStore:
+        return MediaStore(self.directory, 1 << 30, KEEP_S, self.url)
+
+    @property
+    def media_id(self) -> str:
+        (media_id,) = self.media_ids.values()
+        return media_id
+
+    def adopt(self) -> int:
+        return adopt_old_files(self.store, lambda: self.media_ids)
+
+    def check(self) -> None:
+        """Everything is there, in its job's folder and nowhere else."""
+        store = self.store
+        job_id = self.media_id.partition("/")[0]
+        files = JobFiles(self.directory, self.url)
+        assert store.read(self.media_id) == DATA
+        assert store.expect(self.media_id).state == DONE
+        assert store.expect(f"video_gen_{self.stray}/{self.stray}").state == DONE
+        assert files.get(job_id, "image") == files.get(self.waiting, "image") == b"picture"
+        assert files.get(self.waiting, "checkpoint") == b"state"
+        for objects in filter(None, (store.objects, store.archive and store.archive.objects)):
+            assert objects.names("jobs") == objects.names("clips") == []
+            assert [name for name in objects.folders() if TRY_ID.fullmatch(name)] == []
+            assert set(objects.names(self.media_id)) == set(NAMES)
+
+
+def raw_put(url: str, path: str, data: bytes) -> None:
+    """Write a file below a URL beside everything that is tested."""
+    store, root = fsspec.url_to_fs(url)
+    store.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
+    store.pipe_file(f"{root}/{path}", data)
+
+
+@dataclass
+class Written:
+    """Files as this release writes them, and the ids of what they are of."""
+
+    directory: Path
+    finished: str
+    waiting: str
+    try_id: str
+    stray: str
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Made once: every file of it was forced to the disk."""
+    directory = tmp_path_factory.mktemp("written")
+    made = Written(directory, new_job_id(), new_job_id(), uuid.uuid4().hex, uuid.uuid4().hex)
+    store, files = MediaStore(directory, 1 << 30, KEEP_S), JobFiles(directory, None)
+    for owner, try_id in ((made.finished, made.try_id), (f"video_gen_{made.stray}", made.stray)):
+        entry = store.create(f"{owner}/{try_id}", "video/mp4", ".mp4", is_live=False)
+        entry.path.write_bytes(DATA)
+        entry.finish()
+        for name in NAMES[3:]:
+            (entry.path.parent / name).write_bytes(b"{}")
+    for owner in (made.finished, made.waiting):
+        files.put(owner, "image", b"picture")
+    files.put(made.waiting, "checkpoint", b"state")
+    return made
+
+
+def make_old(written: Written, directory: Path, url: str | None) -> Old:
+    """Put files where they were until 0002."""
+    root = f"file://{directory}/media"
+    (directory / "media").mkdir()
+    for path in sorted(written.directory.rglob("*")):
+        if not path.is_file():
+            continue
+        owner, *rest = path.relative_to(written.directory).parts
+        data = path.read_bytes()
+        if len(rest) == 1:
+            raw_put(url or root, f"jobs/{owner}/{rest[0]}", data)
+        else:
+            raw_put(root, "/".join(rest), data)
+            if url:
+                raw_put(url, f"clips/{'/'.join(rest)}", data)
+    media_ids = {written.try_id: f"{written.finished}/{written.try_id}"}
+    return Old(directory / "media", url, media_ids, written.waiting, written.stray)
+
+
+@pytest.fixture(params=["directory", "file archive", "object archive"])
+def old(request: pytest.FixtureRequest, written: Written, tmp_path: Path) -> Iterator[Old]:
+    urls = {
+        "directory": None,
+        "file archive": f"file://{tmp_path}/archive",
+        "object archive": f"memory://{uuid.uuid4().hex}/archive",
+    }
+    yield make_old(written, tmp_path, urls[str(request.param)])
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_everything_is_moved_once(old: Old) -> None:
+    assert old.adopt() == (4 if old.url is None else 6)
+    old.check()
+    assert old.adopt() == 0
+    old.check()
+
+
+def test_two_starts_at_once_lose_nothing(old: Old) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(old.adopt) for _ in range(2)]:
+            done.result(60)
+    old.check()
+
+
+def test_a_try_that_another_database_has_is_found_by_it(old: Old) -> None:
+    media_ids, old.media_ids = old.media_ids, {}
+    old.adopt()
+    assert old.store.find(next(iter(media_ids.values()))) is None
+    old.media_ids = media_ids
+    assert old.adopt() == (1 if old.url is None else 2)
+    old.check()
+
+
+CALLS = ("rename", "mkdir", "rmdir", "fsync", "unlink", "link")
+
+
+def fail_at(step: int, act: Callable[[], object], patch: pytest.MonkeyPatch) -> list[str]:
+    """Act before the ``step``-th change of the files; returns a list that gets the name of that call."""
+    left = step
+    reached: list[str] = []
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def maybe(*arguments: object, **options: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                reached.append(call.__name__)
+                act()
+            return call(*arguments, **options)
+
+        return maybe
+
+    for name in CALLS:
+        patch.setattr(os, name, counted(getattr(os, name)))
+    for verb in ("cp_file", "rm", "rm_file", "pipe_file"):
+        cls = type(fsspec.filesystem("memory"))
+        patch.setattr(cls, verb, counted(getattr(cls, verb)))
+    return reached
+
+
+def no_space() -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["directory", "file archive", "object archive"])
+def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
+    kind: str, written: Written, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    num_refused = 0
+    for step in range(1, 1000):
+        place = tmp_path / str(step)
+        place.mkdir()
+        url = {"directory": None, "file archive": f"file://{place}/archive"}.get(kind, f"memory://{step}/archive")
+        old = make_old(written, place, url)
+        store = old.store
+        with pytest.MonkeyPatch.context() as patch:
+            reached = fail_at(step, no_space, patch)
+            try:
+                adopt_old_files(store, lambda old=old: old.media_ids)
+            except MediaStoreError as error:
+                assert "No space left" in str(error)  # noqa: PT017
+                assert "nothing is lost" in str(error)  # noqa: PT017
+                num_refused += 1
+        old.adopt()
+        old.check()
+        if not reached:
+            break
+        seen += reached
+    assert {"rename", "mkdir"} <= set(seen)
+    assert len(seen) > num_refused > 10
+    fsspec.filesystem("memory").store.clear()
+
+
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+import pytest
+from deployments.media.old_layout import adopt_old_files
+from deployments.media.store import MediaStore
+from tests.deployments.test_old_layout import fail_at
+directory, url, media_ids = json.loads(sys.argv[2])
+store = MediaStore(Path(directory), 1 << 30, 1e9, url)
+pid = os.getpid()
+for step in range(1, 1000):
+    if os.fork() == 0:
+        fail_at(int(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())
+        adopt_old_files(store, lambda: media_ids)
+        os._exit(0)
+    _, status = os.wait()
+    print(step, "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), flush=True)
+    if not os.WIFSIGNALED(status):
+        break
+"""
+
+
+@pytest.mark.parametrize("kind", ["directory", "file archive"])
+@pytest.mark.parametrize("step", [1, 4])
+def test_killed_again_and_again_it_is_done_in_the_end(kind: str, step: int, written: Written, tmp_path: Path) -> None:
+    """Every process is killed at its ``step``-th change; each goes on from where the one before was."""
+    old = make_old(written, tmp_path, None if kind == "directory" else f"file://{tmp_path}/archive")
+    given = json.dumps([str(old.directory), old.url, old.media_ids])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(step), given], capture_output=True, text=True, timeout=300, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert "killed" in lines[0]
+    old.adopt()
+    old.check()
+
+
+def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their records are the last to appear."""
+    url = f"memory://{uuid.uuid4().hex}/archive"
+    old = make_old(written, tmp_path, url)
+    store = old.store
+    assert store.archive is not None
+    assert isinstance(store.archive.objects, FsspecObjects)
+    steps: list[tuple[str, str]] = []
+    memory = type(fsspec.filesystem("memory"))
+    copy, remove = memory.cp_file, memory.rm
+    monkeypatch.setattr(
+        memory, "cp_file", lambda self, a, b, **o: (steps.append(("copy", a)), copy(self, a, b, **o))[1]
+    )
+    monkeypatch.setattr(memory, "rm", lambda self, a, **o: (steps.append(("remove", a)), remove(self, a, **o))[1])
+    adopt_old_files(store, lambda: old.media_ids)
+    try_id = old.media_id.partition("/")[2]
+    mine = [(verb, path.rpartition("/")[2]) for verb, path in steps if f"clips/{try_id}" in path]
+    assert [verb for verb, _ in mine] == ["copy"] * len(NAMES) + ["remove"]
+    kinds = [name.endswith(".json") for _, name in mine[:-1]]
+    assert kinds == sorted(kinds)
+    old.check()
+
+
+def test_what_the_store_does_not_know_is_left_alone(written: Written, tmp_path: Path) -> None:
+    old = make_old(written, tmp_path, None)
+    (old.directory / "notes").write_text("mine")
+    (old.directory / "jobs" / "notes").write_text("mine")
+    (old.directory / ("f" * 32)).write_text("a file with a try's name")
+    old.adopt()
+    assert (old.directory / "notes").read_text() == (old.directory / "jobs" / "notes").read_text() == "mine"
+    assert (old.directory / ("f" * 32)).is_file()
