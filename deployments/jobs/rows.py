@@ -48,7 +48,7 @@ _FIELDS = tuple(field.name for field in fields(Job))
 def job_of(row: Row[Any]) -> Job:
     """Return the job that a row of the table holds."""
     values = dict(row._mapping)
-    values["order"] = values.pop("queue_order")
+    values["order"], values["media_id"] = values.pop("queue_order"), values.pop("media_path")
     values |= {name: tuple(values[name]) for name in _TUPLES}
     values |= {"lane": Lane(values["lane"]), "state": JobState(values["state"])}
     return Job(**values)
@@ -56,7 +56,7 @@ def job_of(row: Row[Any]) -> Job:
 
 def _columns(job: Job) -> dict[str, Any]:
     values = {name: getattr(job, name) for name in _FIELDS}
-    values["queue_order"] = values.pop("order")
+    values["queue_order"], values["media_path"] = values.pop("order"), values.pop("media_id")
     values |= {name: list(values[name]) for name in _TUPLES}
     values |= {"request": dict(job.request), "result": dict(job.result)}
     return values | {"lane": job.lane.value, "state": job.state.value}

@@ -72,7 +72,8 @@ JOBS = Table(
     Column("step", Integer, nullable=False),
     Column("sigma", Double),
     Column("stage", Text, nullable=False),
-    Column("media_id", Text, nullable=False),
+    # Renamed in 0003, so that processes of before cannot accept jobs whose files nobody would look for.
+    Column("media_path", Text, nullable=False),
     Column("result", JSON, nullable=False),
     Column("error_code", Text, nullable=False),
     Column("error_message", Text, nullable=False),

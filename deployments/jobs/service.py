@@ -63,7 +63,7 @@ class JobService:
         """
         media = MediaStore.of(config.media)
         store = JobStore.open(database_url(config))
-        adopt_old_files(media, store.media_ids)
+        adopt_old_files(media, store.folder_needs, store.media_ids)
         return cls(store, JobFiles(media.directory, config.media.archive), media, config.jobs.max_followers)
 
     async def get(self, job_id: str, owner: str) -> Job:

@@ -37,6 +37,8 @@ __all__ = ["ClassLoad", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
 
 # Ended jobs that one transaction of a sweep deletes, with up to 10,000 events each, and that one sweep deletes.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
+# Jobs that one query looks up.
+_IDS_AT_ONCE = 500
 _CANCELLED = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
 
 
@@ -361,15 +363,14 @@ class JobStore:
     def folder_needs(self, job_ids: Sequence[str]) -> dict[str, float | None]:
         """Return id -> how long the job needs its folder of files, of those jobs that are there.
 
-        Args:
-            job_ids: some hundreds of them.
-
         Returns:
             Id -> seconds more, 0 where it is not needed any more; None: the job has not ended.
         """
-        query = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s).where(JOBS.c.job_id.in_(job_ids))
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
+        query, rows = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s), []
+        for first in range(0, len(job_ids), _IDS_AT_ONCE):
+            some = query.where(JOBS.c.job_id.in_(job_ids[first : first + _IDS_AT_ONCE]))
+            with self._database.reading() as connection:
+                rows += connection.execute(some).all()
         now_s = self._clock()
         return {
             row.job_id: max((row.expires_s or 0.0) - now_s, 0.0) if JobState(row.state).is_final else None
@@ -378,7 +379,7 @@ class JobStore:
 
     def media_ids(self) -> dict[str, str]:
         """Find the media id of every job that has one, by the id of its try alone."""
-        query = select(JOBS.c.media_id).where(JOBS.c.media_id != "")
+        query = select(JOBS.c.media_path).where(JOBS.c.media_path != "")
         with self._database.reading() as connection:
             return {media_id.partition("/")[2]: media_id for media_id in connection.execute(query).scalars()}
 

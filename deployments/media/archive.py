@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 from deployments.media.layout import BEGUN, ENDED, MAX_RECORD_BYTES, WRITING, MediaRecord
-from deployments.media.objects import ObjectsError, open_objects, shown_url
+from deployments.media.objects import DirectoryObjects, ObjectsError, open_objects, shown_url
 from deployments.media.sweeper import FindNeeds, sweep
 
 logger = logging.getLogger("ray.serve")
@@ -52,6 +52,10 @@ class MediaArchive:
                 "time, the last one counts",
                 self.place,
             )
+
+    def is_in(self, directory: Path) -> bool:
+        """Return whether the archive is this very directory, where a file could not end in both."""
+        return isinstance(self.objects, DirectoryObjects) and self.objects.root.resolve() == directory.resolve()
 
     def begin(self, record: MediaRecord) -> None:
         """Have a clip be known that is being written; the file that grows cannot be read from here."""

@@ -1,10 +1,9 @@
 """Named bytes in folders, each of which is there as a whole or not at all: in a directory, or in a store fsspec knows.
 
 A folder is there while it has something in it; ``a/b`` is a folder in a folder. Names are the caller's to check; none
-may come from a client. A
-directory keeps what was there before when a writer is killed, and what is there after a crash of the machine. Object
-stores do the same by themselves. Stores of files that are neither, reached by sftp say, may be left with half of what a
-killed writer wrote: whoever reads has to notice, by a hash or by what half a JSON text is.
+may come from a client. A directory keeps what was there before when a writer is killed, and what is there after a crash
+of the machine. Object stores do the same by themselves. Stores of files that are neither, reached by sftp say, may be
+left with half of what a killed writer wrote: readers have to notice, by a hash or by what half a JSON text is.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from cosmos3_core.errors import Cosmos3Error
 _COPY_BYTES = 1 << 20
 _HIDDEN = "***"
 _USER = re.compile(r"(?<=//)[^/@\s]*@")
-# Names of what is about to appear or to disappear.
-_PASSING = re.compile(r"\.[0-9a-f]{16}\.part")
+# Names of what is about to appear or to disappear; the second one is of folders of releases until schema 0002.
+_PASSING = re.compile(r"\.[0-9a-f]{16}\.part|\.(new|swept)-[0-9a-f]{32}-[0-9a-f]{16}")
 # A folder that is removed while something is put into it is made again.
 _MAX_PUTS = 5
 
@@ -119,10 +118,13 @@ class DirectoryObjects:
 
     Args:
         root: made where it is not, when something is put.
+
+    Attributes:
+        root: as given.
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
 
     def put(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """See :class:`Objects`."""
@@ -147,7 +149,7 @@ class DirectoryObjects:
 
     def move(self, folder: str, to: str) -> None:
         """See :class:`Objects`."""
-        old, new = self._root / folder, self._root / to
+        old, new = self.root / folder, self.root / to
         # The records last, without which the rest is not looked at.
         for name in sorted(_list(old), key=lambda name: name.endswith(".json")):
             new.mkdir(parents=True, exist_ok=True)
@@ -170,23 +172,23 @@ class DirectoryObjects:
 
     def read(self, folder: str, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
         """See :class:`Objects`."""
-        with (self._root / folder / name).open("rb") as file:
+        with (self.root / folder / name).open("rb") as file:
             file.seek(start)
             return file.read(-1 if num_bytes is None else num_bytes)
 
     def folders(self) -> list[str]:
         """See :class:`Objects`."""
         return [
-            name for name in _list(self._root) if (self._root / name).is_dir() and not (self._root / name).is_symlink()
+            name for name in _list(self.root) if (self.root / name).is_dir() and not (self.root / name).is_symlink()
         ]
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Objects`."""
-        return _list(self._root / folder)
+        return _list(self.root / folder)
 
     def remove(self, folder: str, name: str | None = None) -> bool:
         """See :class:`Objects`."""
-        place = self._root / folder if name is None else self._root / folder / name
+        place = self.root / folder if name is None else self.root / folder / name
         passing = self._passing()
         try:
             place.rename(passing)  # gone at once, whatever becomes of this process
@@ -205,19 +207,27 @@ class DirectoryObjects:
         Of an empty folder, when it became so: it may be about to get a file.
         """
         num_bytes, changed_s = 0, 0.0
-        for directory, _, names in os.walk(self._root / folder):
+        for directory, _, names in os.walk(self.root / folder):
             for name in names:
                 with contextlib.suppress(OSError):  # removed just now
                     facts = os.stat(os.path.join(directory, name), follow_symlinks=False)
                     num_bytes, changed_s = num_bytes + facts.st_size, max(changed_s, facts.st_mtime)
-        if not changed_s:
-            with contextlib.suppress(OSError):
-                changed_s = os.stat(self._root / folder).st_mtime
-        return num_bytes, changed_s
+        return num_bytes, changed_s or self.touched_s(folder)
+
+    def touch(self, folder: str) -> None:
+        """Note that a folder is needed; :meth:`touched_s` says when that was, for all processes."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.root / folder)
+
+    def touched_s(self, folder: str) -> float:
+        """Return when a folder was touched, or something appeared or disappeared in it; 0 where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.root / folder).stat().st_mtime
+        return 0.0
 
     def sweep(self, older_than_s: float, now_s: float) -> None:
         """See :class:`Objects`."""
-        for path in (self._root / name for name in _list(self._root, _PASSING)):
+        for path in (self.root / name for name in _list(self.root, _PASSING)):
             with contextlib.suppress(OSError):
                 if now_s - path.stat().st_mtime > older_than_s:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -225,7 +235,7 @@ class DirectoryObjects:
     @contextlib.contextmanager
     def _fresh(self) -> Iterator[Path]:
         """Where to write what is to get a name."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         passing = self._passing()
         try:
             yield passing
@@ -233,12 +243,12 @@ class DirectoryObjects:
             passing.unlink(missing_ok=True)
 
     def _passing(self) -> Path:
-        return self._root / f".{secrets.token_hex(8)}.part"
+        return self.root / f".{secrets.token_hex(8)}.part"
 
     def _give_name(
         self, passing: Path, folder: str, name: str, give: Callable[[Path, Path], object] = os.replace
     ) -> None:
-        place = self._root / folder
+        place = self.root / folder
         for _ in range(_MAX_PUTS):
             with contextlib.suppress(FileNotFoundError):
                 place.mkdir(parents=True, exist_ok=True)
@@ -248,13 +258,13 @@ class DirectoryObjects:
             raise OSError(f"{place} was removed {_MAX_PUTS} times while {name} was put into it")
         for changed in (place, *place.parents):
             _sync_directory(changed)
-            if changed == self._root:
+            if changed == self.root:
                 break
 
     def _remove_empty(self, place: Path) -> None:
         """Remove a folder with nothing in it, and the one that it is in; a writer that needs it makes it again."""
         with contextlib.suppress(OSError):
-            while place != self._root:
+            while place != self.root:
                 place.rmdir()
                 place = place.parent
 
@@ -293,15 +303,19 @@ class FsspecObjects:
     def creates_once(self) -> bool:
         """See :class:`Objects`."""
         with self._file_system() as store:
-            if store.async_impl:  # object stores; fsspec's base of them knows no mode
-                return "mode" in inspect.signature(type(store)._pipe_file).parameters
-            return type(store).pipe_file is not AbstractFileSystem.pipe_file
+            return _creates_once(store)
 
     def put_new(self, folder: str, name: str, data: bytes) -> None:
         """See :class:`Objects`."""
         with self._file_system() as store:
             self._make(store, folder)
-            store.pipe_file(self._path(folder, name), data, mode="create")
+            path = self._path(folder, name)
+            if _creates_once(store):
+                store.pipe_file(path, data, mode="create")
+            elif store.exists(path):
+                raise FileExistsError(path)
+            else:
+                store.pipe_file(path, data)
 
     def move(self, folder: str, to: str) -> None:
         """See :class:`Objects`. By copies: the records last, without which the rest is not looked at."""
@@ -383,6 +397,12 @@ class FsspecObjects:
             raise FileNotFoundError(_hidden(error, self._url)) from None
         except Exception as error:  # noqa: BLE001 - every implementation raises its library's own
             raise OSError(f"{shown_url(self._url)}: {type(error).__name__}: {_hidden(error, self._url)}") from None
+
+
+def _creates_once(store: AbstractFileSystem) -> bool:
+    """Return whether an implementation of fsspec knows ``mode="create"`` itself; the base class looks, then writes."""
+    write = type(store)._pipe_file if store.async_impl else type(store).pipe_file
+    return write is not AbstractFileSystem.pipe_file and "mode" in inspect.signature(write).parameters
 
 
 def _list(directory: Path, pattern: re.Pattern[str] = re.compile(r"[^.].*")) -> list[str]:

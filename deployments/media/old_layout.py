@@ -1,30 +1,51 @@
-"""Moves files from where they were until schema 0002 into the folders of their jobs.
+"""Files where releases until schema 0002 put them: those of known jobs are moved into the folders of their jobs.
 
 There, tries lay at the top of the directory and in ``clips/`` of the archive, files of jobs in ``jobs/`` of either.
 Every step is one move that can be done again: in directories a rename, in object stores copies and then a removal. So
 processes that are killed, find the disk full or do it at once lose nothing; the next start goes on.
 
-A try that no job in the database has (one that failed before the last, or another database's) becomes the try of a job
-that does not exist, ``video_gen_<try>/<try>``, and expires there. The database that it is of finds it there.
+Only what the database knows is moved. All else stays where it is and expires there by its age (:mod:`.sweeper`): tries
+that failed before the last, and files of other apps, which may still run the earlier release in this directory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from deployments.errors import MediaStoreError
 from deployments.media.layout import JOB_ID, TRY_ID
 from deployments.media.objects import Objects
-from deployments.media.store import MediaStore
+
+if TYPE_CHECKING:
+    from deployments.media.store import MediaStore
+    from deployments.media.sweeper import FindNeeds
 
 _JOBS, _CLIPS = "jobs", "clips"
 
 
-def adopt_old_files(media: MediaStore, find_media_ids: Callable[[], Mapping[str, str]]) -> int:
-    """Move everything into the folder of its job; costs a few listings where nothing is left to be moved.
+def list_old_folders(objects: Objects, folders: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """List what is left in the old layout.
+
+    Args:
+        objects: where it is.
+        folders: that are there.
+
+    Returns:
+        Ids of jobs and ids of tries, each with the path of its folder.
+    """
+    jobs, clips = (objects.names(name) if name in folders else [] for name in (_JOBS, _CLIPS))
+    tries = {try_id: f"{_CLIPS}/{try_id}" for try_id in filter(TRY_ID.fullmatch, clips)}
+    tries |= {try_id: try_id for try_id in filter(TRY_ID.fullmatch, folders)}
+    return {job_id: f"{_JOBS}/{job_id}" for job_id in filter(JOB_ID.fullmatch, jobs)}, tries
+
+
+def adopt_old_files(media: MediaStore, find_needs: FindNeeds, find_media_ids: Callable[[], Mapping[str, str]]) -> int:
+    """Move the files of known jobs into the folders of their jobs; costs a few listings where none is left.
 
     Args:
         media: the store; no runner of an earlier release works on it, which the database's upgrade has made sure of.
+        find_needs: of jobs; those that are known.
         find_media_ids: the ids of tries that jobs have -> their media ids.
 
     Returns:
@@ -32,15 +53,15 @@ def adopt_old_files(media: MediaStore, find_media_ids: Callable[[], Mapping[str,
 
     Raises:
         MediaStoreError: not all could be moved; nothing is lost.
-        JobsError: whatever ``find_media_ids`` raised.
+        JobsError: whatever ``find_needs`` or ``find_media_ids`` raised.
     """
-    places: list[tuple[str, Objects, str]] = [(str(media.directory), media.objects, "")]
+    places: list[tuple[str, Objects]] = [(str(media.directory), media.objects)]
     if media.archive is not None:
-        places.append((media.archive.place, media.archive.objects, _CLIPS))
+        places.append((media.archive.place, media.archive.objects))
     num_moved = 0
-    for name, objects, tries in places:
+    for name, objects in places:
         try:
-            num_moved += _adopt(objects, tries, find_media_ids)
+            num_moved += _adopt(objects, find_needs, find_media_ids)
         except OSError as error:
             raise MediaStoreError(
                 f"files of an earlier release in {name} could not be moved into the folders of their jobs: {error}; "
@@ -49,19 +70,11 @@ def adopt_old_files(media: MediaStore, find_media_ids: Callable[[], Mapping[str,
     return num_moved
 
 
-def _adopt(objects: Objects, tries: str, find_media_ids: Callable[[], Mapping[str, str]]) -> int:
-    num_moved = 0
-    for job_id in filter(JOB_ID.fullmatch, objects.names(_JOBS)):
-        objects.move(f"{_JOBS}/{job_id}", job_id)
-        num_moved += 1
-    media_ids = find_media_ids()
-    for try_id in filter(TRY_ID.fullmatch, objects.names(tries) if tries else objects.folders()):
-        stray = f"video_gen_{try_id}/{try_id}"
-        objects.move(f"{tries}/{try_id}" if tries else try_id, media_ids.get(try_id, stray))
-        num_moved += 1
-    folders = set(objects.folders())
-    for try_id, media_id in media_ids.items():
-        if (stray := f"video_gen_{try_id}") in folders:  # another database's start has put it there
-            objects.move(f"{stray}/{try_id}", media_id)
-            num_moved += 1
-    return num_moved
+def _adopt(objects: Objects, find_needs: FindNeeds, find_media_ids: Callable[[], Mapping[str, str]]) -> int:
+    jobs, tries = list_old_folders(objects, objects.folders())
+    moves = [(jobs[job_id], job_id) for job_id in find_needs(list(jobs))] if jobs else []
+    media_ids = find_media_ids() if tries else {}
+    moves += [(tries[try_id], media_ids[try_id]) for try_id in tries.keys() & media_ids.keys()]
+    for folder, to in moves:
+        objects.move(folder, to)
+    return len(moves)

@@ -114,6 +114,10 @@ class MediaStore:
             self.archive = None if archive is None else MediaArchive(archive)
         except ObjectsError as error:
             raise MediaStoreError(str(error)) from None
+        if self.archive is not None and self.archive.is_in(directory):
+            raise MediaStoreError(
+                f"media.archive must be another place than media.directory (got {directory} for both)"
+            )
 
     def create(self, media_id: str, media_type: str, suffix: str, *, is_live: bool) -> MediaEntry:
         """Begin a clip.
@@ -309,7 +313,7 @@ class MediaStore:
     def sweep_cache(self, now_s: float) -> int:
         """Sweep the directory of a store with an archive, where files of no job are; without a database of jobs."""
         assert self.archive is not None, "without one, only the database knows what is needed"
-        return sweep(self.objects, lambda _: {}, self.keep_s, now_s, self._max_bytes)
+        return sweep(self.objects, None, self.keep_s, now_s, self._max_bytes)
 
     def fresh_folder(self) -> Path:
         """Name a folder that is about to appear; the sweeper removes what is left of it."""

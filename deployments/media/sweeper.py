@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from deployments.media.job_files import read_written_s
 from deployments.media.layout import BEGUN, ENDED, JOB_ID, MAX_RECORD_BYTES, TRY_ID, WRITING, MediaRecord
 from deployments.media.objects import DirectoryObjects, Objects
+from deployments.media.old_layout import list_old_folders
 
 FindNeeds = Callable[[Sequence[str]], Mapping[str, float | None]]
-"""Ids of up to 500 jobs -> of those that are known, for how many seconds more they need their folders.
+"""Ids of jobs -> of those that are known, for how many seconds more they need their folders.
 
 0 = not any more, None = at least until they end.
 """
@@ -20,7 +21,6 @@ FindNeeds = Callable[[Sequence[str]], Mapping[str, float | None]]
 ORPHAN_S = 3600.0
 # Of the bytes that there may be, what folders count for at most that must stay: finished ones have the rest.
 _PINNED_SHARE = 0.5
-_MAX_JOBS_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,17 @@ class _Folder:
     is_spare: bool
 
 
-def sweep(objects: Objects, find_needs: FindNeeds, keep_s: float, now_s: float, max_bytes: float | None = None) -> int:
+def sweep(
+    objects: Objects, find_needs: FindNeeds | None, keep_s: float, now_s: float, max_bytes: float | None = None
+) -> int:
     """Remove folders that are not needed any more, and the first to expire while there are too many bytes.
 
     Several processes may do it at once. What is no folder of a job is left alone.
 
     Args:
         objects: where the folders are.
-        find_needs: of jobs; asked after the folders were listed.
+        find_needs: of jobs; called after the folders were listed. None: there is no database here, and all files of
+            jobs stay.
         keep_s: how long folders of unknown jobs stay after their last change.
         now_s: seconds since 1970.
         max_bytes: of all folders; None: any number.
@@ -57,50 +60,89 @@ def sweep(objects: Objects, find_needs: FindNeeds, keep_s: float, now_s: float, 
         Exception: whatever ``find_needs`` raised.
     """
     objects.sweep(keep_s, now_s)
-    job_ids = list(filter(JOB_ID.fullmatch, objects.folders()))
-    kept, num_removed = [], 0
-    for first in range(0, len(job_ids), _MAX_JOBS_AT_ONCE):
-        some = job_ids[first : first + _MAX_JOBS_AT_ONCE]
-        needs = find_needs(some)
-        for job_id in some:
-            folder = _known(job_id, needs[job_id]) if job_id in needs else _unknown(objects, job_id, keep_s, now_s)
-            if folder.left_s <= 0:
-                num_removed += objects.remove(job_id)
-            else:
-                kept.append(folder)
+    folders = objects.folders()
+    job_ids = list(filter(JOB_ID.fullmatch, folders))
+    needs = {} if find_needs is None else find_needs(job_ids)
+    orphans_s = math.inf if find_needs is None else max(keep_s, ORPHAN_S)
+    kept, num_removed = [], _sweep_old(objects, folders, keep_s, orphans_s, now_s)
+    for job_id in job_ids:
+        if job_id in needs:
+            folder = _known(objects, job_id, needs[job_id])
+        else:
+            folder = _unknown(objects, job_id, keep_s, orphans_s, now_s)
+        if folder.left_s <= 0:
+            num_removed += objects.remove(job_id)
+        else:
+            kept.append(folder)
     if max_bytes is not None and isinstance(objects, DirectoryObjects):
         num_removed += _make_room(objects, kept, max_bytes)
     return num_removed
 
 
-def _known(job_id: str, left_s: float | None) -> _Folder:
-    return _Folder(job_id, math.inf if left_s is None else left_s, left_s is not None)
+def _known(objects: Objects, job_id: str, left_s: float | None) -> _Folder:
+    if left_s is not None:
+        return _Folder(job_id, left_s, True)
+    if isinstance(objects, DirectoryObjects):
+        objects.touch(job_id)  # apps with other databases in this directory see that it is needed
+    return _Folder(job_id, math.inf, False)
 
 
-def _unknown(objects: Objects, job_id: str, keep_s: float, now_s: float) -> _Folder:
-    """Find out from the files how long a folder stays whose job the database does not know."""
+def _unknown(objects: Objects, path: str, keep_s: float, orphans_s: float, now_s: float) -> _Folder:
+    """Find out from the files how long a folder stays whose job the database does not know.
+
+    Args:
+        objects: where it is.
+        path: of the folder.
+        keep_s, orphans_s: how long it stays after its last change, with tries alone and with files of a job.
+        now_s: seconds since 1970.
+    """
     changed_s, has_job_files, is_written = 0.0, False, False
-    for name in objects.names(job_id):
+    for name in objects.names(path):
         if not TRY_ID.fullmatch(name):
             has_job_files = True
-            changed_s = max(changed_s, read_written_s(objects, job_id, name))
-        elif record := _read_record(objects, f"{job_id}/{name}"):
+            changed_s = max(changed_s, read_written_s(objects, path, name))
+        elif record := _read_record(objects, f"{path}/{name}"):
             is_written |= record.state == WRITING
             changed_s = max(changed_s, record.updated_s)
-    if isinstance(objects, DirectoryObjects) and (is_written or not changed_s):  # what grows, or has no record
-        changed_s = max(changed_s, objects.measure(job_id)[1])
-    stays_s = max(keep_s, ORPHAN_S) if has_job_files else keep_s
-    return _Folder(job_id, changed_s + stays_s - now_s, not (has_job_files or is_written))
+    if isinstance(objects, DirectoryObjects):
+        if is_written or not changed_s:  # what grows, or has no record
+            changed_s = max(changed_s, objects.measure(path)[1])
+        if has_job_files:
+            changed_s = max(changed_s, objects.touched_s(path))
+    stays_s = orphans_s if has_job_files else keep_s
+    # What does not say how old it is may be new: an object store cannot tell, so it stays.
+    return _Folder(path, changed_s + stays_s - now_s if changed_s else math.inf, not (has_job_files or is_written))
 
 
-def _read_record(objects: Objects, media_id: str) -> MediaRecord | None:
+def _sweep_old(objects: Objects, folders: Sequence[str], keep_s: float, orphans_s: float, now_s: float) -> int:
+    """Remove what is too old of what no start of this release has moved (:mod:`.old_layout`)."""
+    num_removed = 0
+    jobs, tries = list_old_folders(objects, folders)
+    for path in jobs.values():
+        if _unknown(objects, path, keep_s, orphans_s, now_s).left_s <= 0:
+            num_removed += objects.remove(path)
+    for path in tries.values():
+        if (record := _read_record(objects, path)) is None:
+            continue
+        changed_s = record.updated_s
+        if record.state == WRITING and isinstance(objects, DirectoryObjects):
+            changed_s = max(changed_s, objects.measure(path)[1])
+        if changed_s + keep_s <= now_s:
+            num_removed += objects.remove(path)
+    return num_removed
+
+
+def _read_record(objects: Objects, path: str) -> MediaRecord | None:
+    """Read what is known of a try, by the path of its folder; None where there is only a damaged record, or none."""
+    job_id, _, try_id = path.rpartition("/")
+    if not JOB_ID.fullmatch(job_id):  # in the old layout, which does not say whose it is
+        job_id = f"video_gen_{try_id}"
     for name in (ENDED, BEGUN):
         try:
-            text = objects.read(media_id, name, 0, MAX_RECORD_BYTES)
-            record = MediaRecord.of_json(text, media_id.partition("/")[0])
+            record = MediaRecord.of_json(objects.read(path, name, 0, MAX_RECORD_BYTES), job_id)
         except (FileNotFoundError, ValueError, RecursionError):
             continue
-        if record.media_id == media_id:
+        if record.media_id == f"{job_id}/{try_id}":
             return record
     return None
 

@@ -1,4 +1,4 @@
-"""Files where releases until schema 0002 put them: all are moved, whoever is killed, however full the disk is."""
+"""Files where releases until schema 0002 put them: those of known jobs are moved, whatever is killed or full."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import pytest
 
 from deployments.errors import MediaStoreError
 from deployments.jobs.job import new_job_id
+from deployments.media import sweeper
 from deployments.media.job_files import JobFiles
-from deployments.media.layout import DONE, TRY_ID
+from deployments.media.layout import DONE
 from deployments.media.objects import FsspecObjects
-from deployments.media.old_layout import adopt_old_files
+from deployments.media.old_layout import adopt_old_files, list_old_folders
 from deployments.media.store import MediaStore
 
 KEEP_S = 1e9
@@ -31,7 +33,8 @@ NAMES = ("begun.json", "clip.mp4", "ended.json", "thumbnail.json", "thumbnail-01
 
 @dataclass
 class Old:
-    """A store with files as they were: one finished job with an input, one that waits, a try of no job.
+    """A store with files as they were: one finished job with an input, one that waits, one and a try that
+    the database does not know.
 
     Attributes:
         store: at the directory, with the archive.
@@ -42,6 +45,7 @@ class Old:
     url: str | None
     media_ids: dict[str, str]
     waiting: str
+    unknown: str
     stray: str
 
     @property
@@ -54,22 +58,29 @@ class Old:
         return media_id
 
     def adopt(self) -> int:
-        return adopt_old_files(self.store, lambda: self.media_ids)
+        return adopt_old_files(self.store, self.find_needs, lambda: self.media_ids)
+
+    def find_needs(self, job_ids: Sequence[str]) -> dict[str, float | None]:
+        known = {self.media_id.partition("/")[0]: 1.0, self.waiting: None} if self.media_ids else {}
+        return {job_id: left_s for job_id, left_s in known.items() if job_id in job_ids}
 
     def check(self) -> None:
-        """Everything is there, in its job's folder and nowhere else."""
+        """Everything known is in its job's folder and nowhere else, all else where it was."""
         store = self.store
         job_id = self.media_id.partition("/")[0]
         files = JobFiles(self.directory, self.url)
         assert store.read(self.media_id) == DATA
         assert store.expect(self.media_id).state == DONE
-        assert store.expect(f"video_gen_{self.stray}/{self.stray}").state == DONE
         assert files.get(job_id, "image") == files.get(self.waiting, "image") == b"picture"
         assert files.get(self.waiting, "checkpoint") == b"state"
         for objects in filter(None, (store.objects, store.archive and store.archive.objects)):
-            assert objects.names("jobs") == objects.names("clips") == []
-            assert [name for name in objects.folders() if TRY_ID.fullmatch(name)] == []
+            _, tries = list_old_folders(objects, objects.folders())
+            assert set(tries) == {self.stray}
+            assert set(objects.names(tries[self.stray])) == set(NAMES)
             assert set(objects.names(self.media_id)) == set(NAMES)
+        keeper = store.objects if store.archive is None else store.archive.objects
+        assert keeper.names("jobs") == [self.unknown]
+        assert keeper.names(f"jobs/{self.unknown}") == ["image"]
 
 
 def raw_put(url: str, path: str, data: bytes) -> None:
@@ -86,6 +97,7 @@ class Written:
     directory: Path
     finished: str
     waiting: str
+    unknown: str
     try_id: str
     stray: str
 
@@ -94,7 +106,7 @@ class Written:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Made once: every file of it was forced to the disk."""
     directory = tmp_path_factory.mktemp("written")
-    made = Written(directory, new_job_id(), new_job_id(), uuid.uuid4().hex, uuid.uuid4().hex)
+    made = Written(directory, *(new_job_id() for _ in range(3)), uuid.uuid4().hex, uuid.uuid4().hex)
     store, files = MediaStore(directory, 1 << 30, KEEP_S), JobFiles(directory, None)
     for owner, try_id in ((made.finished, made.try_id), (f"video_gen_{made.stray}", made.stray)):
         entry = store.create(f"{owner}/{try_id}", "video/mp4", ".mp4", is_live=False)
@@ -102,7 +114,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         entry.finish()
         for name in NAMES[3:]:
             (entry.path.parent / name).write_bytes(b"{}")
-    for owner in (made.finished, made.waiting):
+    for owner in (made.finished, made.waiting, made.unknown):
         files.put(owner, "image", b"picture")
     files.put(made.waiting, "checkpoint", b"state")
     return made
@@ -124,7 +136,7 @@ def make_old(written: Written, directory: Path, url: str | None) -> Old:
             if url:
                 raw_put(url, f"clips/{'/'.join(rest)}", data)
     media_ids = {written.try_id: f"{written.finished}/{written.try_id}"}
-    return Old(directory / "media", url, media_ids, written.waiting, written.stray)
+    return Old(directory / "media", url, media_ids, written.waiting, written.unknown, written.stray)
 
 
 @pytest.fixture(params=["directory", "file archive", "object archive"])
@@ -139,7 +151,7 @@ def old(request: pytest.FixtureRequest, written: Written, tmp_path: Path) -> Ite
 
 
 def test_everything_is_moved_once(old: Old) -> None:
-    assert old.adopt() == (4 if old.url is None else 6)
+    assert old.adopt() == (3 if old.url is None else 4)
     old.check()
     assert old.adopt() == 0
     old.check()
@@ -152,13 +164,54 @@ def test_two_starts_at_once_lose_nothing(old: Old) -> None:
     old.check()
 
 
-def test_a_try_that_another_database_has_is_found_by_it(old: Old) -> None:
+def files_in(old: Old) -> dict[str, bytes]:
+    """Path -> content, in the directory and the archive."""
+    found = {}
+    for url in filter(None, (f"file://{old.directory}", old.url)):
+        files, root = fsspec.url_to_fs(url)
+        found |= {path: files.cat_file(path) for path in files.find(root)}
+    return found
+
+
+def test_files_of_another_apps_database_are_left_where_that_app_finds_them(old: Old) -> None:
     media_ids, old.media_ids = old.media_ids, {}
-    old.adopt()
-    assert old.store.find(next(iter(media_ids.values()))) is None
+    before = files_in(old)
+    assert old.adopt() == 0
+    old.store.sweep(old.find_needs, time.time())
+    assert files_in(old) == before
     old.media_ids = media_ids
-    assert old.adopt() == (1 if old.url is None else 2)
+    old.adopt()
     old.check()
+
+
+def test_what_is_not_moved_expires_by_its_age(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A try after ``keep_s``, files of a job after an hour at least; what is damaged stays."""
+    old.adopt()
+    store = MediaStore(old.directory, 1 << 30, 100.0, old.url)
+    damaged = f"{old.url or f'file://{old.directory}'}/clips/{'0' * 32}"
+    raw_put(damaged, "begun.json", b"{")
+    before = files_in(old)
+    now_s = time.time()
+    for after_s, num_removed in ((90, 0), (200, 1 if old.url is None else 2), (sweeper.ORPHAN_S + 60, 1)):
+        again = MediaStore(old.directory, 1 << 30, 100.0, old.url)  # which sweeps its archive at once
+        assert again.sweep(old.find_needs if after_s < 3600 else lambda _: {}, now_s + after_s) >= num_removed
+    left = [path for path in files_in(old) if "/clips/" in path or "/jobs/" in path or old.stray in path]
+    assert [path.rpartition("/")[2] for path in left] == ["begun.json"]
+    assert len(before) > len(left)
+    assert store.find(old.media_id) is None
+
+
+def test_an_encoders_sweep_of_a_cache_leaves_files_of_jobs(written: Written, tmp_path: Path) -> None:
+    """They are from when there was no archive: only a Director can know whose they are."""
+    old = make_old(written, tmp_path, None)
+    files = JobFiles(old.directory, None)
+    kept = new_job_id()
+    files.put(kept, "image", b"picture")
+    store = MediaStore(old.directory, 1, 100.0, f"file://{tmp_path}/archive")
+    store.sweep_cache(time.time() + 1e6)
+    assert files.get(kept, "image") == b"picture"
+    assert len(store.objects.names("jobs")) == 3
+    assert store.objects.folders() == ["jobs", kept]
 
 
 CALLS = ("rename", "mkdir", "rmdir", "fsync", "unlink", "link")
@@ -207,7 +260,7 @@ def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
         with pytest.MonkeyPatch.context() as patch:
             reached = fail_at(step, no_space, patch)
             try:
-                adopt_old_files(store, lambda old=old: old.media_ids)
+                adopt_old_files(store, old.find_needs, lambda old=old: old.media_ids)
             except MediaStoreError as error:
                 assert "No space left" in str(error)  # noqa: PT017
                 assert "nothing is lost" in str(error)  # noqa: PT017
@@ -229,13 +282,13 @@ import pytest
 from deployments.media.old_layout import adopt_old_files
 from deployments.media.store import MediaStore
 from tests.deployments.test_old_layout import fail_at
-directory, url, media_ids = json.loads(sys.argv[2])
+directory, url, media_ids, needs = json.loads(sys.argv[2])
 store = MediaStore(Path(directory), 1 << 30, 1e9, url)
 pid = os.getpid()
 for step in range(1, 1000):
     if os.fork() == 0:
         fail_at(int(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())
-        adopt_old_files(store, lambda: media_ids)
+        adopt_old_files(store, lambda job_ids: needs, lambda: media_ids)
         os._exit(0)
     _, status = os.wait()
     print(step, "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), flush=True)
@@ -249,7 +302,9 @@ for step in range(1, 1000):
 def test_killed_again_and_again_it_is_done_in_the_end(kind: str, step: int, written: Written, tmp_path: Path) -> None:
     """Every process is killed at its ``step``-th change; each goes on from where the one before was."""
     old = make_old(written, tmp_path, None if kind == "directory" else f"file://{tmp_path}/archive")
-    given = json.dumps([str(old.directory), old.url, old.media_ids])
+    given = json.dumps(
+        [str(old.directory), old.url, old.media_ids, old.find_needs([written.finished, written.waiting])]
+    )
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(step), given], capture_output=True, text=True, timeout=300, check=True
     )
@@ -273,7 +328,7 @@ def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, mo
         memory, "cp_file", lambda self, a, b, **o: (steps.append(("copy", a)), copy(self, a, b, **o))[1]
     )
     monkeypatch.setattr(memory, "rm", lambda self, a, **o: (steps.append(("remove", a)), remove(self, a, **o))[1])
-    adopt_old_files(store, lambda: old.media_ids)
+    adopt_old_files(store, old.find_needs, lambda: old.media_ids)
     try_id = old.media_id.partition("/")[2]
     mine = [(verb, path.rpartition("/")[2]) for verb, path in steps if f"clips/{try_id}" in path]
     assert [verb for verb, _ in mine] == ["copy"] * len(NAMES) + ["remove"]

@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 
 from cosmos3_core.errors import MediaError
+from deployments.jobs import store as store_module
 from deployments.jobs.job import new_job_id
+from deployments.jobs.store import JobStore
 from deployments.media import objects
 from deployments.media import sweeper as sweeper_module
 from deployments.media.job_files import JobFiles
 from deployments.media.objects import DirectoryObjects, ObjectsError, open_objects
 from deployments.media.sweeper import FindNeeds, sweep
+from tests.jobs.making import LIMITS, new_job
 
 DATA = bytes(range(256)) * 40
 KEEP_S = 100.0
@@ -185,20 +188,13 @@ def test_a_sweep_takes_what_nobody_needs(place: Place, monkeypatch: pytest.Monke
     assert set(asked) == {known, fresh, old, ended}
 
 
-def test_a_sweep_asks_about_some_hundred_jobs_at_a_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeper_module, "_MAX_JOBS_AT_ONCE", 2)
-    ids = sorted(new_job_id() for _ in range(5))
-    for job_id in ids:
-        place.files.put(job_id, "image", DATA)
-    asked: list[list[str]] = []
-
-    def find_needs(job_ids: Sequence[str]) -> dict[str, float | None]:
-        asked.append(list(job_ids))
-        return dict.fromkeys(job_ids, None if job_ids[0] == ids[-1] else 0.0)
-
-    assert place.sweep(find_needs, time.time()) == 4
-    assert asked == [ids[:2], ids[2:4], ids[4:]]
-    assert place.left() == [f"{ids[4]}/image"]
+def test_needs_of_any_number_of_jobs_are_found(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several queries: databases bound how much one may be given."""
+    monkeypatch.setattr(store_module, "_IDS_AT_ONCE", 2)
+    waiting = [store.create(new_job(), LIMITS).job_id for _ in range(5)]
+    store.cancel(waiting[4])
+    assert store.folder_needs([*waiting, new_job_id()]) == {**dict.fromkeys(waiting[:4]), waiting[4]: 0.0}
+    assert store.folder_needs([]) == {}
 
 
 def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

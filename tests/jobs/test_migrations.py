@@ -249,12 +249,21 @@ def test_a_database_at_which_an_earlier_release_is_at_work_is_not_upgraded(old_u
     assert revision(old_url) == "0003"
 
 
-def test_a_runner_of_an_earlier_release_that_still_runs_claims_nothing(old_url: str) -> None:
-    """What it asks with before every claim fails, and it goes on asking."""
+@pytest.mark.parametrize(
+    ("column", "statement"),
+    [
+        ("seen_s", "SELECT EXISTS (SELECT * FROM runners WHERE runner = 'old' AND runners.seen_s > 5)"),
+        ("seen_s", "UPDATE runners SET seen_s = 5 WHERE runner = 'old'"),
+        ("media_id", "SELECT job_id, media_id FROM jobs"),
+        ("media_id", "INSERT INTO jobs (job_id, media_id) VALUES ('new', '')"),
+    ],
+)
+def test_processes_of_an_earlier_release_that_still_run_do_nothing(old_url: str, column: str, statement: str) -> None:
+    """What they begin every claim, renewal, look and acceptance with fails."""
     JobStore.open(old_url).close()
     engine = sqlalchemy.create_engine(old_url)
-    with engine.connect() as connection, pytest.raises(sqlalchemy.exc.DBAPIError, match="seen_s"):
-        connection.execute(text("SELECT EXISTS (SELECT * FROM runners WHERE runner = 'old' AND runners.seen_s > 5)"))
+    with engine.connect() as connection, pytest.raises(sqlalchemy.exc.DBAPIError, match=column):
+        connection.execute(text(statement))
     engine.dispose()
 
 

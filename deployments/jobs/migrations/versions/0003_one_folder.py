@@ -1,8 +1,8 @@
 """Media ids that say where a file lies: in the folder of its job, see :mod:`deployments.media.layout`.
 
 The files themselves are moved by the first process that opens the media store (:mod:`deployments.media.old_layout`).
-Runners of an earlier release look for files where they are no more. So none may hold a lease now, and none can claim a
-job later: a column that every claim reads has another name.
+Processes of an earlier release put files and look for them where they are no more. So none may hold a lease now, and
+later none can renew one, accept a job or claim one: columns that they read and write have other names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Rename the column and the media ids.
+    """Rename the columns and the media ids.
 
     Raises:
         JobsError: a runner of an earlier release is at work.
@@ -35,4 +35,5 @@ def upgrade() -> None:
             f"a lease, for up to {until_s - now_s:.0f} s more); stop the earlier release, then start this one again"
         )
     op.execute("ALTER TABLE runners RENAME COLUMN seen_s TO alive_s")
-    op.execute("UPDATE jobs SET media_id = job_id || '/' || media_id WHERE media_id != ''")
+    op.execute("ALTER TABLE jobs RENAME COLUMN media_id TO media_path")
+    op.execute("UPDATE jobs SET media_path = job_id || '/' || media_path WHERE media_path != ''")
