@@ -366,7 +366,8 @@ class JobStore:
         Returns:
             Id -> seconds more, 0 where it is not needed any more; None: the job has not ended.
         """
-        query, rows = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s), []
+        query = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s)
+        rows: list[Any] = []
         for first in range(0, len(job_ids), _IDS_AT_ONCE):
             some = query.where(JOBS.c.job_id.in_(job_ids[first : first + _IDS_AT_ONCE]))
             with self._database.reading() as connection:

@@ -11,8 +11,9 @@
             thumbnail.json      record of a variant, and thumbnail-<16 hex>.webp, its file (:mod:`.variants`)
     .<16 hex>.part              what is about to appear or to disappear
 
-A folder of a try appears and disappears by one rename, a record by one hard link, a file of a job by one rename: who is
-killed leaves the file before or the file after, and a ``.part``. Any number of processes work on it without locks.
+A folder of a try appears and disappears by one rename, a record by one hard link, a file of a job by one rename: a
+process that is killed leaves the file before or the file after, and a ``.part``. Any number of processes may work on it
+without locks.
 
 The archive has the same folders. Where there is one, files of jobs are there alone, and of a try its records, finished
 file and variants; the directory is then a cache of tries, one a node, in which files grow. A file is done when it is
@@ -27,12 +28,18 @@ The sweeper (:mod:`.sweeper`) counts and removes whole folders of jobs, by what 
     failed, cancelled           at once
     not in the database         when nothing in it has changed for as long as files are kept; an hour at least where
                                 it has files of a job, which are there before the job is. Finished tries go for bytes.
+                                In an object store what does not say its age stays.
+
+Apps with databases of their own may share a directory: each touches the folders that its unfinished jobs need, which
+keeps the others from removing them.
 
 Without an archive the Directors sweep, which know the database. With one, encoders sweep the directory of their node as
-well, where nothing is that the archive does not have, but tries that are still written; those stay.
+well, where nothing is that the archive does not have, but tries that are still written, and files of jobs from before
+there was an archive; those stay.
 
 The layout until schema 0002 had tries at the top (``<32 hex>/``; in the archive ``clips/<32 hex>/``) and files of jobs
-in ``jobs/<id>/``. :mod:`.old_layout` moves them here at the first start; media ids in the database change with 0003.
+in ``jobs/<id>/``. :mod:`.old_layout` moves those of known jobs here at the first start; media ids in the database
+change with 0003. The rest expires where it is.
 """
 
 from __future__ import annotations

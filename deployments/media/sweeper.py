@@ -28,11 +28,12 @@ class _Folder:
     """A job's folder.
 
     Attributes:
+        path: of it.
         left_s: seconds until it goes.
         is_spare: whether it may go earlier, for bytes.
     """
 
-    job_id: str
+    path: str
     left_s: float
     is_spare: bool
 
@@ -148,14 +149,14 @@ def _read_record(objects: Objects, path: str) -> MediaRecord | None:
 
 
 def _make_room(objects: DirectoryObjects, folders: Sequence[_Folder], max_bytes: float) -> int:
-    sizes = {folder.job_id: objects.measure(folder.job_id)[0] for folder in folders}
+    sizes = {folder.path: objects.measure(folder.path)[0] for folder in folders}
     spare = sorted((folder for folder in folders if folder.is_spare), key=lambda folder: folder.left_s)
-    num_spare = sum(sizes[folder.job_id] for folder in spare)
+    num_spare = sum(sizes[folder.path] for folder in spare)
     num_bytes = num_spare + min(sum(sizes.values()) - num_spare, int(max_bytes * _PINNED_SHARE))
     num_removed = 0
     for folder in spare:
         if num_bytes <= max_bytes:
             break
-        num_removed += objects.remove(folder.job_id)
-        num_bytes -= sizes[folder.job_id]
+        num_removed += objects.remove(folder.path)
+        num_bytes -= sizes[folder.path]
     return num_removed

@@ -505,9 +505,9 @@ def test_a_directory_without_hard_links_creates_once_as_well(tmp_path: Path, mon
 def test_an_end_whose_answer_was_lost_is_ones_own(objects: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     put, is_lost = Wavering.pipe_file, True
 
-    def put_and_lose(self: Wavering, path: str, value: bytes, *arguments: Any, **options: Any) -> None:
+    def put_and_lose(self: Wavering, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
         nonlocal is_lost
-        put(self, path, value, *arguments, **options)
+        put(self, path, value, mode, **options)
         if path.endswith("ended.json") and is_lost:
             is_lost = False
             raise TimeoutError("no answer")

@@ -483,8 +483,15 @@ def test_what_is_not_the_stores_is_left_alone(store: MediaStore, tmp_path: Path)
     assert left(store) == before
 
 
-def test_what_dead_processes_left_half_done_goes(store: MediaStore) -> None:
-    names = [f".{digit * 16}.part" for digit in "0123"]
+def test_an_archive_is_not_the_directory(tmp_path: Path) -> None:
+    with pytest.raises(MediaStoreError, match="media.archive must be elsewhere than media.directory"):
+        MediaStore(tmp_path / "media", 1, KEEP_S, f"file://{tmp_path}/media")
+
+
+@pytest.mark.parametrize("name", [".{}.part", f".new-{'a' * 32}-{{}}", f".swept-{'a' * 32}-{{}}"])
+def test_what_dead_processes_left_half_done_goes(store: MediaStore, name: str) -> None:
+    """Those of earlier releases as well."""
+    names = [name.format(digit * 16) for digit in "0123"]
     for index, name in enumerate(names):
         (store.directory / name).mkdir()
         (store.directory / name / "clip.mp4").write_bytes(DATA)

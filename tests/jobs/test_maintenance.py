@@ -165,6 +165,24 @@ def test_what_an_unfinished_job_needs_is_never_swept(maintenance: Maintenance, m
     assert maintenance.jobs.media.expect(growing).live_name == "live.mp4"
 
 
+def test_apps_that_share_a_directory_keep_what_an_unfinished_job_of_another_one_needs(
+    maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the other one sweeps, too; what no app needs goes."""
+    waiting, orphan = with_picture(maintenance), new_job()
+    maintenance.jobs.files.put(orphan.job_id, "image", b"picture")
+    monkeypatch.setattr(sweeper, "read_written_s", lambda *_: 1.0)
+    media = maintenance.jobs.media
+    for job_id in (waiting.job_id, orphan.job_id):
+        os.utime(media.directory / job_id, (1, 1))
+        os.utime(media.directory / job_id / "image", (1, 1))
+    media.sweep(lambda job_ids: {waiting.job_id: None, orphan.job_id: 1.0}, time.time())
+    assert media.sweep(lambda _: {}, time.time()) == 1
+    assert has_picture(maintenance, waiting)
+    assert not maintenance.jobs.files.exists(orphan.job_id, "image")
+    assert media.sweep(lambda _: {}, time.time() + sweeper.ORPHAN_S + 60) == 1
+
+
 def test_runners_together_are_as_fast_as_they_are_many(store: JobStore) -> None:
     store.create(new_job(work=30.0), LIMITS)
     waiting = store.create(new_job(work=30.0), LIMITS)
