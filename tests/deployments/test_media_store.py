@@ -484,7 +484,7 @@ def test_what_is_not_the_stores_is_left_alone(store: MediaStore, tmp_path: Path)
 
 
 def test_an_archive_is_not_the_directory(tmp_path: Path) -> None:
-    with pytest.raises(MediaStoreError, match="media.archive must be elsewhere than media.directory"):
+    with pytest.raises(MediaStoreError, match=r"media.archive must be another place than media.directory"):
         MediaStore(tmp_path / "media", 1, KEEP_S, f"file://{tmp_path}/media")
 
 
