@@ -121,12 +121,12 @@ class MediaRecord:
 
     @property
     def etag(self) -> str:
-        """Of the finished file, by its content."""
+        """Return the finished file's ETag, made of its content."""
         return f'"{self.sha256}"'
 
     @property
     def live_etag(self) -> str:
-        """Of the live file: bytes that are there stay as they are, so it is the same while it grows."""
+        """Return the live file's ETag, the same while it grows: bytes that are there stay as they are."""
         return f'"{self.media_id.partition("/")[2]}-live"'
 
     def to_json(self) -> str:
