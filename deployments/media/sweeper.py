@@ -68,9 +68,9 @@ def sweep(
     kept, num_removed = [], _sweep_old(objects, folders, keep_s, orphans_s, now_s)
     for job_id in job_ids:
         if job_id in needs:
-            folder = _known(objects, job_id, needs[job_id])
+            folder = _judge_known(objects, job_id, needs[job_id])
         else:
-            folder = _unknown(objects, job_id, keep_s, orphans_s, now_s)
+            folder = _judge_unknown(objects, job_id, keep_s, orphans_s, now_s)
         if folder.left_s <= 0:
             num_removed += objects.remove(job_id)
         else:
@@ -80,7 +80,7 @@ def sweep(
     return num_removed
 
 
-def _known(objects: Objects, job_id: str, left_s: float | None) -> _Folder:
+def _judge_known(objects: Objects, job_id: str, left_s: float | None) -> _Folder:
     if left_s is not None:
         return _Folder(job_id, left_s, True)
     if isinstance(objects, DirectoryObjects):
@@ -88,7 +88,7 @@ def _known(objects: Objects, job_id: str, left_s: float | None) -> _Folder:
     return _Folder(job_id, math.inf, False)
 
 
-def _unknown(objects: Objects, path: str, keep_s: float, orphans_s: float, now_s: float) -> _Folder:
+def _judge_unknown(objects: Objects, path: str, keep_s: float, orphans_s: float, now_s: float) -> _Folder:
     """Find out from the files how long a folder stays whose job the database does not know.
 
     Args:
@@ -120,7 +120,7 @@ def _sweep_old(objects: Objects, folders: Sequence[str], keep_s: float, orphans_
     num_removed = 0
     jobs, tries = list_old_folders(objects, folders)
     for path in jobs.values():
-        if _unknown(objects, path, keep_s, orphans_s, now_s).left_s <= 0:
+        if _judge_unknown(objects, path, keep_s, orphans_s, now_s).left_s <= 0:
             num_removed += objects.remove(path)
     for path in tries.values():
         if (record := _read_record(objects, path)) is None:
