@@ -62,9 +62,14 @@ class JobService:
             JobsError, MediaStoreError: they cannot be used.
         """
         media = MediaStore.of(config.media)
+        files = JobFiles(media.directory, config.media.archive)
         store = JobStore.open(database_url(config))
-        adopt_old_files(media, store.folder_needs, store.media_ids)
-        return cls(store, JobFiles(media.directory, config.media.archive), media, config.jobs.max_followers)
+        try:
+            adopt_old_files(media, store.folder_needs, store.media_ids)
+        except BaseException:
+            store.close()
+            raise
+        return cls(store, files, media, config.jobs.max_followers)
 
     async def get(self, job_id: str, owner: str) -> Job:
         """Return a job."""

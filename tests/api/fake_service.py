@@ -150,13 +150,13 @@ class FakeDirector:
             job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid()
         )
         if job.media_type == "video/mp4":
-            media_id = new_media_id(new_job_id())
+            media_id = new_media_id(job.job_id)
             entry = self._jobs.media.create(media_id, job.media_type, ".mp4", is_live=True)
             assert entry.live_path is not None
             entry.live_path.write_bytes(b"live")
             yield FileStarted(media_id, job.media_type, 1)
         elif job.media_type:
-            media_id = new_media_id(new_job_id())
+            media_id = new_media_id(job.job_id)
             entry = self._jobs.media.create(media_id, job.media_type, ".bin", is_live=False)
         if self.gate is not None:
             await self.gate()
@@ -300,7 +300,7 @@ class Api:
         )
 
     def begun_file(self, job: Job, *, is_live: bool = True) -> MediaEntry:
-        media_id = new_media_id(new_job_id())
+        media_id = new_media_id(job.job_id)
         entry = self.media.create(media_id, "video/mp4", ".mp4", is_live=is_live)
         self.store.record(lease_of(job), Progress(media_id=media_id), [("file", {"media_type": "video/mp4"})])
         return entry

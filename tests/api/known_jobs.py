@@ -111,7 +111,7 @@ class KnownJobs:
         fields: dict[str, Any] = {"num_frames": 1, "mode": "text_to_image"} if suffix == ".png" else {}
         job, media = self._running(**fields), self._api.media
         if data:
-            media_id, media_type = new_media_id(new_job_id()), "image/png" if suffix == ".png" else "video/mp4"
+            media_id, media_type = new_media_id(job.job_id), "image/png" if suffix == ".png" else "video/mp4"
             entry = media.create(media_id, media_type, suffix, is_live=False)
             self._api.store.record(lease_of(job), Progress(media_id=media_id), [])
             entry.path.write_bytes(data)

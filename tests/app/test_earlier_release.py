@@ -6,12 +6,15 @@ The fixture is made by ``tests/fixtures/make_35475f6.py``, which says what is in
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import multiprocessing
 import shutil
 import tarfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,14 @@ import sqlalchemy
 from sqlalchemy import text
 
 from deployments.config import AppConfig
+from deployments.director.saved_states import SAVED_STATE
 from deployments.errors import JobsError
 from deployments.jobs.service import JobService
 from deployments.media.layout import JOB_ID
 from tests.app.http_jobs import ended, events_of
 from tests.app.in_process import InProcessApp, app_config
 from tests.app.local_ray import Loop
+from tests.failing_steps import is_killed_at
 from tests.jobs.postgres import fresh_postgres_url, load_dump, postgres_url  # noqa: F401  fixtures
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -58,6 +63,12 @@ class Left:
         self.has_attached = schema == "0002"
         self.manifest: dict[str, Any] = json.loads((place / "manifest.json").read_text())
         self.jobs: dict[str, dict[str, Any]] = self.manifest["jobs"]
+
+    @classmethod
+    def copy(cls, run: Path, place: Path, database: str) -> Left:
+        """Copy a run with a SQLite database, such as ``0002.sqlite3``."""
+        shutil.copytree(run, place)
+        return cls(place, f"sqlite:///{place}/{database}", database[:4])
 
     def headers(self, key: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.manifest['keys'][key]['text']}"}
@@ -102,9 +113,9 @@ def run(request: pytest.FixtureRequest) -> str:
 def left(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Left:
     """A run with a database of one kind and schema."""
     place, database = tmp_path / run, str(request.param)
-    shutil.copytree(unpacked / run, place)
     if database.endswith(".sqlite3"):
-        return Left(place, f"sqlite:///{place}/{database}", database[:4])
+        return Left.copy(unpacked / run, place, database)
+    shutil.copytree(unpacked / run, place)
     url = str(request.getfixturevalue("fresh_postgres_url"))
     load_dump(url, place / database)
     return Left(place, url, database[:4])
@@ -173,15 +184,57 @@ def test_what_clients_hold_is_worth_what_it_was(http: httpx2.Client, app: InProc
     assert left.copies(once) == []
 
 
-def test_nothing_stays_where_it_was(app: InProcessApp, left: Left) -> None:
+def check_everything_is_moved(left: Left, service: JobService) -> None:
     """In the directory and in the archive are folders of jobs alone, with all the bytes that there were."""
-    del app  # it has been started
     for place in filter(Path.exists, (left.place / "media", left.place / "archive")):
         assert [path.name for path in place.iterdir() if not JOB_ID.fullmatch(path.name)] == []
     found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in left.place.rglob("*") if path.is_file()}
-    # Those that the app has gone on with since have other states.
-    files = {sha256 for path, sha256 in left.manifest["files"].items() if not path.endswith("/checkpoint")}
-    assert files <= found
+    assert set(left.manifest["files"].values()) <= found
+    for name in COMPLETED:
+        known = left.jobs[name]
+        job = service.store.get(known["id"])
+        if (name == "attached" and not left.has_attached) or "video" not in known["contents"]:
+            continue
+        assert job is not None
+        assert hashlib.sha256(service.media.read(job.media_id)).hexdigest() == known["contents"]["video"]["sha256"]
+    for name in UNFINISHED:
+        job = service.store.get(left.jobs[name]["id"])
+        assert job is not None
+        assert all(service.files.exists(job.job_id, name) for name in job.inputs)
+        assert service.files.exists(job.job_id, SAVED_STATE) == name.startswith("running")
+
+
+def test_nothing_stays_where_it_was(left: Left, tiny_nano: Path) -> None:
+    with closing(JobService.open(left.config(tiny_nano)).store):
+        pass
+    service = JobService.open(left.config(tiny_nano))
+    with closing(service.store):
+        check_everything_is_moved(left, service)
+
+
+def kill_at_every_step(run: Path, database: str, place: Path, checkpoint: Path, stride: int) -> int:
+    """Kill a start at each ``stride``-th step of the upgrade of a fresh copy, then start again; return their number."""
+    for step in itertools.count(1, stride):
+        left = Left.copy(run, place / str(step), database)
+        is_killed = is_killed_at(step, lambda left=left: JobService.open(left.config(checkpoint)))
+        service = JobService.open(left.config(checkpoint))
+        with closing(service.store):
+            check_everything_is_moved(left, service)
+        shutil.rmtree(left.place)
+        if not is_killed:
+            return step // stride
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("database", ["0001.sqlite3", "0002.sqlite3"])
+@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_start_that_is_killed_at_any_step_loses_nothing(
+    run: str, database: str, stride: int, unpacked: Path, tiny_nano: Path, tmp_path: Path
+) -> None:
+    """Of the database's upgrade, and of the files' after it."""
+    given = (unpacked / run, database, tmp_path, tiny_nano, stride)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork wants a process with one thread
+        assert pool.submit(kill_at_every_step, *given).result(600) >= 100 // stride
 
 
 def test_two_starts_at_once_move_everything(left: Left, tiny_nano: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import itertools
+import multiprocessing
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from deployments.media.layout import DONE
 from deployments.media.objects import FsspecObjects
 from deployments.media.old_layout import adopt_old_files, list_old_folders
 from deployments.media.store import MediaStore
+from tests.failing_steps import act_at, is_killed_at
 
 KEEP_S = 1e9
 DATA = bytes(range(256)) * 5
@@ -57,8 +56,8 @@ class Old:
         (media_id,) = self.media_ids.values()
         return media_id
 
-    def adopt(self) -> int:
-        return adopt_old_files(self.store, self.find_needs, lambda: self.media_ids)
+    def adopt(self, store: MediaStore | None = None) -> int:
+        return adopt_old_files(store or self.store, self.find_needs, lambda: self.media_ids)
 
     def find_needs(self, job_ids: Sequence[str]) -> dict[str, float | None]:
         known = {self.media_id.partition("/")[0]: 1.0, self.waiting: None} if self.media_ids else {}
@@ -214,33 +213,6 @@ def test_an_encoders_sweep_of_a_cache_leaves_files_of_jobs(written: Written, tmp
     assert store.objects.folders() == ["jobs", kept]
 
 
-CALLS = ("rename", "mkdir", "rmdir", "fsync", "unlink", "link")
-
-
-def fail_at(step: int, act: Callable[[], object], patch: pytest.MonkeyPatch) -> list[str]:
-    """Act before the ``step``-th change of the files; returns a list that gets the name of that call."""
-    left = step
-    reached: list[str] = []
-
-    def counted(call: Callable[..., object]) -> Callable[..., object]:
-        def maybe(*arguments: object, **options: object) -> object:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                reached.append(call.__name__)
-                act()
-            return call(*arguments, **options)
-
-        return maybe
-
-    for name in CALLS:
-        patch.setattr(os, name, counted(getattr(os, name)))
-    for verb in ("cp_file", "rm", "rm_file", "pipe_file"):
-        cls = type(fsspec.filesystem("memory"))
-        patch.setattr(cls, verb, counted(getattr(cls, verb)))
-    return reached
-
-
 def no_space() -> None:
     raise OSError(28, "No space left on device")
 
@@ -258,9 +230,9 @@ def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
         old = make_old(written, place, url)
         store = old.store
         with pytest.MonkeyPatch.context() as patch:
-            reached = fail_at(step, no_space, patch)
+            reached = act_at(step, no_space, patch)
             try:
-                adopt_old_files(store, old.find_needs, lambda old=old: old.media_ids)
+                old.adopt(store)
             except MediaStoreError as error:
                 assert "No space left" in str(error)  # noqa: PT017
                 assert "nothing is lost" in str(error)  # noqa: PT017
@@ -275,43 +247,27 @@ def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
     fsspec.filesystem("memory").store.clear()
 
 
-PROGRAM = """
-import json, os, signal, sys
-from pathlib import Path
-import pytest
-from deployments.media.old_layout import adopt_old_files
-from deployments.media.store import MediaStore
-from tests.deployments.test_old_layout import fail_at
-directory, url, media_ids, needs = json.loads(sys.argv[2])
-store = MediaStore(Path(directory), 1 << 30, 1e9, url)
-pid = os.getpid()
-for step in range(1, 1000):
-    if os.fork() == 0:
-        fail_at(int(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())
-        adopt_old_files(store, lambda job_ids: needs, lambda: media_ids)
-        os._exit(0)
-    _, status = os.wait()
-    print(step, "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), flush=True)
-    if not os.WIFSIGNALED(status):
-        break
-"""
+def kill_at_every_step(written: Written, place: Path, has_archive: bool) -> int:
+    """Kill a process at each step of the move of a fresh copy, then go on with it; return the number of steps."""
+    for step in itertools.count(1):
+        directory = place / str(step)
+        directory.mkdir()
+        old = make_old(written, directory, f"file://{directory}/archive" if has_archive else None)
+        store = old.store
+        is_killed = is_killed_at(step, lambda old=old, store=store: old.adopt(store))
+        old.adopt()
+        old.check()
+        if not is_killed:
+            return step - 1
+    raise AssertionError("unreachable")
 
 
-@pytest.mark.parametrize("kind", ["directory", "file archive"])
-@pytest.mark.parametrize("step", [1, 4])
-def test_killed_again_and_again_it_is_done_in_the_end(kind: str, step: int, written: Written, tmp_path: Path) -> None:
-    """Every process is killed at its ``step``-th change; each goes on from where the one before was."""
-    old = make_old(written, tmp_path, None if kind == "directory" else f"file://{tmp_path}/archive")
-    given = json.dumps(
-        [str(old.directory), old.url, old.media_ids, old.find_needs([written.finished, written.waiting])]
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(step), given], capture_output=True, text=True, timeout=300, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert "killed" in lines[0]
-    old.adopt()
-    old.check()
+@pytest.mark.parametrize("has_archive", [False, True], ids=["directory", "file archive"])
+def test_killed_at_any_step_it_loses_nothing_and_the_next_start_goes_on(
+    has_archive: bool, written: Written, tmp_path: Path
+) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork wants a process with one thread
+        assert pool.submit(kill_at_every_step, written, tmp_path, has_archive).result(300) > 10
 
 
 def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +284,7 @@ def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, mo
         memory, "cp_file", lambda self, a, b, **o: (steps.append(("copy", a)), copy(self, a, b, **o))[1]
     )
     monkeypatch.setattr(memory, "rm", lambda self, a, **o: (steps.append(("remove", a)), remove(self, a, **o))[1])
-    adopt_old_files(store, old.find_needs, lambda: old.media_ids)
+    old.adopt(store)
     try_id = old.media_id.partition("/")[2]
     mine = [(verb, path.rpartition("/")[2]) for verb, path in steps if f"clips/{try_id}" in path]
     assert [verb for verb, _ in mine] == ["copy"] * len(NAMES) + ["remove"]

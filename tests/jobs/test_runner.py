@@ -387,13 +387,13 @@ def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> 
         request = replace(SMALL, image=np.zeros((32, 32, 3), np.uint8))
         job = await service.submit(request)
         await service.until(job.job_id, JobState.FAILED)
-        while list((tmp_path / "media" / "jobs").glob("video_gen_*")):
+        while list((tmp_path / "media").rglob("image")):
             await asyncio.sleep(0.02)
         with pytest.raises(RequestError, match="whose image is still there"):
             await service.admission.load_remix(await service.jobs.get(job.job_id, ""), "another", SubmitOptions())
         service.stage.fails_at = 0
         assert [event async for event in service.stream(request)], "who waits has the file, and comes back for nothing"
-        while list((tmp_path / "media" / "jobs").glob("video_gen_*")):
+        while list((tmp_path / "media").rglob("image")):
             await asyncio.sleep(0.02)
 
     serve(body)

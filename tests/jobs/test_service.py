@@ -10,7 +10,7 @@ import pytest
 
 from cosmos3_core.errors import MediaError, RequestError
 from deployments.errors import ApiError
-from deployments.jobs.job import Job, JobState, Lane, Progress, new_job_id
+from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.service import MAX_PART_BYTES, JobService
 from deployments.jobs.store import JobStore
 from deployments.media.job_files import JobFiles
@@ -33,7 +33,8 @@ def with_clip(jobs: JobService, *, is_finished: bool = True) -> Job:
     new = new_job(inputs=("image",))
     jobs.files.put(new.job_id, "image", b"picture")
     jobs.store.create(new, LIMITS)
-    job, media_id = claimed(jobs.store), new_media_id(new_job_id())
+    job = claimed(jobs.store)
+    media_id = new_media_id(job.job_id)
     entry = jobs.media.create(media_id, "video/mp4", ".mp4", is_live=True)
     if is_finished:
         entry.path.write_bytes(b"a clip")
