@@ -95,11 +95,14 @@ class InProcessApp:
         self.client = DirectorClient(director)
 
     def close(self) -> None:
-        """Stop as Serve does: the Director gives its jobs back."""
+        """Stop as Serve does: the Director gives its jobs back. Then end what would end with its process."""
         for replica in self.replicas("Director"):
             self._loop.run(Director.__del__(replica), _STOP_S)
+            self._loop.run(_cancel([*replica._maintenance, *replica._runner._alive]), _STOP_S)
+            replica._parts.jobs.store.close()
         self._server.should_exit = self._server.force_exit = True
         self._serving.result(_STOP_S)
+        self.service.jobs.store.close()
         assert not self.failures
 
     def replicas(self, name: str) -> list[Any]:
@@ -148,6 +151,12 @@ class InProcessApp:
 
         self._loop.run(made(), _START_S)
         return replica
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Ready:
