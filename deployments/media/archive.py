@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +147,7 @@ class MediaArchive:
         return num_removed
 
     def _try_out(self) -> None:
-        name = f"try-{uuid.uuid4().hex}"
+        name = f".{secrets.token_hex(8)}.part"  # what a killed process leaves of it is swept
         try:
             self.objects.put(name, "a", [b"a"])
             data = self.objects.read(name, "a", 0, 2)
