@@ -1,10 +1,14 @@
-"""Run blocking work in a thread; cancellation waits for it."""
+"""Work beside the event loop's current call: in threads, in tasks of their own, and periodically."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+import contextvars
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
@@ -28,3 +32,21 @@ async def run_in_thread(work: Callable[..., T], *arguments: object) -> T:
         working.exception()  # marks it as retrieved, so that asyncio does not log it
         raise cancelled
     return working.result()
+
+
+async def repeat_in_thread(work: Callable[[], object], period_s: float) -> None:
+    """Run work in a thread, now and periodically, whatever it raises."""
+    while True:
+        try:
+            await run_in_thread(work)
+        except Exception:  # such as a database that is away: the next round tries again
+            logger.exception("%s failed; it is tried again in %g s", work, period_s)
+        await asyncio.sleep(period_s)
+
+
+def start_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start a task that belongs to no request; the caller has to hold it.
+
+    Its context is empty: a task made in a request's context would be cancelled with the request.
+    """
+    return asyncio.get_running_loop().create_task(work, context=contextvars.Context())

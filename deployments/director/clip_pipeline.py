@@ -9,7 +9,6 @@ that attempt names the clip's stream (:mod:`cluster.clip_stream` explains stream
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from deployments.media.layout import new_media_id
 from deployments.media.store import MediaStore
 from deployments.messages import ChunkDecoded, ClipEncoded, FileStarted, RequestContext, SoundDecoded
 from deployments.stages.streams import RefStream, follow_stream, wait_within
+from deployments.threads import start_task
 
 _CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
 
@@ -227,8 +227,7 @@ class ClipCloser:
     def close_later(self, stream_id: str) -> None:
         """Close a clip's stream in the background. Call it in the event loop."""
         if self._task is None:
-            loop = asyncio.get_running_loop()
-            self._task = loop.create_task(self._close_streams(), context=contextvars.Context())
+            self._task = start_task(self._close_streams())
         self._stream_ids.put_nowait(stream_id)
 
     async def _close_streams(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from typing import Any
 
@@ -12,6 +11,7 @@ from cosmos3_core.preview import PreviewMap, PreviewOrder
 from deployments.failures import summarize_error, unwrap_error
 from deployments.messages import RequestContext
 from deployments.stages.streams import follow_stream
+from deployments.threads import start_task
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,9 +39,7 @@ class Previews:
             PreviewFailed: the map cannot be fitted, or not in time. The next request tries again.
         """
         if self._fetching is None:
-            # In an empty context: a call made in a request's context would be cancelled with the request.
-            loop = asyncio.get_running_loop()
-            self._fetching = loop.create_task(self._fetch(), context=contextvars.Context())
+            self._fetching = start_task(self._fetch())
         fetching = self._fetching
         await asyncio.wait([fetching], timeout=_WAIT_S)
         if not fetching.done():

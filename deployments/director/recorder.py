@@ -1,14 +1,13 @@
-"""What a running job tells, written down: its progress, and the events that others follow.
+"""Recorder: writes the progress and the events of a running job to the database.
 
-Steps of a small request come a hundred a second: what comes while one writing is under way goes with the next. Nobody
-waits for it but the end, which comes when everything before it is in the database.
+A small request makes a hundred steps a second: what comes during one write goes with the next. Only the job's end waits
+for the writes before it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,18 +19,17 @@ from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, Outcome, Progress
 from deployments.jobs.store import JobStore, Lease
 from deployments.messages import FileStarted, Finished, LatentsReady, PictureEncoded, Tokenized
-from deployments.threads import run_in_thread
+from deployments.threads import run_in_thread, start_task
 
-# Between two writings: what a follower is behind, and what a database has to bear.
+# Between two writes: how far followers are behind, and how often the database is written to.
 _PAUSE_S = 0.05
 _PAUSE_WITHOUT_FOLLOWERS_S = 1.0
-# Between two tries where a database is away for a moment.
+# Between two tries while the database is away.
 _TRY_PAUSE_S = 1.0
-# Of the newest interval in the average that the time left is reckoned from.
+# Weight of the newest interval in the moving average that the remaining time is computed from.
 _NEWEST_SHARE = 0.2
 
-
-# Event -> what the job is in from then on.
+# Event -> the job's stage from then on.
 _STAGES: Mapping[type[Event], str] = {
     Tokenized: "tokenized",
     PictureEncoded: "conditioned",
@@ -41,20 +39,20 @@ _STAGES: Mapping[type[Event], str] = {
 
 
 class Recorder:
-    """The writer of one claimed job. Used inside one event loop.
+    """Writes the progress and events of one claimed job. Used inside one event loop.
 
     Args:
-        store: where it writes.
+        store: the database.
         job: that was claimed.
-        lost: called once with the reason, when nothing can be written any more: what the runner does is to be stopped.
-        patience_s: how long a database may be away.
+        lost: called once, with the reason, when nothing more can be written: the runner has to stop the job.
+        patience_s: how long the database may be away.
     """
 
     def __init__(self, store: JobStore, job: Job, lost: Callable[[JobsError], None], patience_s: float) -> None:
         self._store = store
         self._patience_s = patience_s
         self._job, self._lease = job, Lease(job.job_id, job.lease)
-        # Who waits for a job is told its steps as they come: they are not history.
+        # The caller of an attached job gets its events directly.
         self._has_followers = job.attached_to is None
         self._lost = lost
         self._progress = Progress()
@@ -67,14 +65,14 @@ class Recorder:
         self._failure: JobsError | None = None
 
     def note(self, event: Event) -> None:
-        """Enter an event; returns at once."""
+        """Note an event, to be written soon."""
         progress: dict[str, Any] = {}
         match event:
             case StepDone():
                 progress = {"stage": "denoising", "step": event.step, "sigma": event.sigma, "step_s": event.step_s}
                 event = replace(event, step_s=round(event.step_s or 0.0, 6), eta_s=self._eta_s(event))
             case PreviewsOff():
-                # The reason is about the inside, and in the log.
+                # The reason is internal, and in the log.
                 event = replace(event, reason="there are no previews, or no more")
             case FileStarted():
                 progress = {"media_id": event.media_id}
@@ -87,13 +85,10 @@ class Recorder:
             self._add(event if is_history else None, progress)
 
     async def end(self, outcome: Outcome, *, keep_media_s: float) -> Job:
-        """Write down how the job ended, behind all that was noted.
-
-        Returns:
-            The job as it is now.
+        """Write the job's end, after all that was noted; return the job as it is then.
 
         Raises:
-            LeaseLost: it is not this runner's any more.
+            LeaseLost: the job is no longer this runner's.
             JobsError: the database cannot be used.
         """
         self._is_ending = True
@@ -107,7 +102,7 @@ class Recorder:
         try:
             ended: Job = await tries.of(lambda: self._store.finish(self._lease, outcome, keep_media_s=keep_media_s))
         except LeaseLost:
-            # Of a try that seemed to fail only the answer may have been lost.
+            # A try that seemed to fail may have succeeded, and only its answer was lost.
             found = await tries.of(lambda: self._store.get(self._job.job_id)) if tries.num_failed else None
             if found is None or not self._is_own_end(found, outcome):
                 raise
@@ -115,7 +110,7 @@ class Recorder:
         return ended
 
     def _is_own_end(self, found: Job, outcome: Outcome) -> bool:
-        """Whether a job has ended as it was to, and not by another runner."""
+        """Return whether the job has ended by this runner."""
         claim = self._job.runner, self._job.attempts
         return found.state is outcome.state and (found.runner, found.attempts) == claim
 
@@ -123,15 +118,13 @@ class Recorder:
         if event is not None and self._has_followers:
             self._events.append((event.kind, event_as_json(event)))
         self._progress = replace(self._progress, **progress)
-        if "media_id" in progress:  # whoever has the job's id may ask for its file now
+        if "media_id" in progress:  # clients may request the job's file now
             self._hurry.set()
         if self._writing is None and self._failure is None:
-            # A context of its own: a call made inside a request would be cancelled with that request.
-            loop = asyncio.get_running_loop()
-            self._writing = loop.create_task(self._write_soon(), context=contextvars.Context())
+            self._writing = start_task(self._write_soon())
 
     def _eta_s(self, event: StepDone) -> float | None:
-        """Seconds until the last step, by the pace of the last ones: other requests' turns are in it."""
+        """Return the seconds until the last step, from the pace of the last ones, other requests' turns included."""
         now_s = time.monotonic()
         if self._step_at_s is not None:
             interval_s = now_s - self._step_at_s
@@ -168,13 +161,13 @@ class Recorder:
 
 
 class Tries:
-    """Writes, again and again where the database cannot be used just now.
+    """Repeats writes while the database cannot be used.
 
     Args:
-        patience_s: for so long.
+        patience_s: how long.
 
     Attributes:
-        num_failed: tries that did.
+        num_failed: number of tries that failed.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -182,7 +175,7 @@ class Tries:
         self.num_failed = 0
 
     async def of(self, write: Callable[[], Any]) -> Any:
-        """What is written returns.
+        """Return what ``write`` returns.
 
         Raises:
             LeaseLost, IllegalTransition: the job is another runner's, or gone; it must not be written.
@@ -201,7 +194,7 @@ class Tries:
 
 
 def result_of(finished: Finished) -> dict[str, Any]:
-    """Return what is kept of a finished request beside its job: plain JSON values."""
+    """Return the JSON values of a finished request that are kept with its job."""
     stage_durations = {name: round(seconds, 4) for name, seconds in finished.stage_seconds.items()}
     return {
         "media_type": finished.media_type,

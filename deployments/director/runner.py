@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
@@ -41,7 +40,7 @@ from deployments.jobs.store import Lease, QueueLimits
 from deployments.messages import FileStarted, Finished, RequestContext
 from deployments.observability.logs import watch_request
 from deployments.observability.metrics import metrics
-from deployments.threads import run_in_thread
+from deployments.threads import run_in_thread, start_task
 
 logger = logging.getLogger("ray.serve")
 
@@ -379,8 +378,7 @@ class JobRunner:
             logger.exception("%s could not be cancelled", job_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
-        # In an empty context: a task made in a request's context would be cancelled with the request.
-        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        task = start_task(work)
         self._alive.add(task)  # the loop itself does not keep it
         task.add_done_callback(self._alive.discard)
         return task

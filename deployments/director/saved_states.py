@@ -1,9 +1,8 @@
-"""SavedStates: the denoising states that a running job saves, from which another runner resumes it."""
+"""SavedStates: the denoising states that a running job saves, so that another runner can resume it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import time
 
@@ -12,14 +11,14 @@ import numpy as np
 from cluster.envelope import TensorEnvelope
 from cosmos3_core.errors import MediaError
 from deployments.media.job_files import JobFiles
-from deployments.threads import run_in_thread
+from deployments.threads import run_in_thread, start_task
 
 logger = logging.getLogger("ray.serve")
 
 SAVED_STATE = "checkpoint"
 """Name of a job's saved state among its files."""
 
-# Longest wait for a state that is being written: the disk or archive may not answer.
+# Longest wait for a state that is being written: the disk or the archive may hang.
 _SETTLE_S = 60.0
 
 
@@ -38,7 +37,7 @@ class SavedStates:
         self._last: tuple[int, TensorEnvelope] | None = None
         self._written_step = 0
         self._writing: asyncio.Task[None] | None = None
-        # The job is over; a state that is still being written has to go.
+        # The job has ended: a state that is still being written has to be removed.
         self._is_too_late = False
 
     def offer(self, step: int, state: TensorEnvelope) -> None:
@@ -48,17 +47,17 @@ class SavedStates:
             self._begin_writing(step, state)
 
     def read(self) -> TensorEnvelope | None:
-        """Return the last saved state; None where there is none or it is damaged: then the job begins anew."""
+        """Return the last saved state; None if there is none or it is damaged: the job starts from the beginning."""
         try:
             if not self._files.exists(self._job_id, SAVED_STATE):
                 return None
             return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, SAVED_STATE), np.uint8))
         except MediaError:
-            logger.exception("the saved state of %s cannot be used; it begins anew", self._job_id)
+            logger.exception("the saved state of %s cannot be used; it starts from the beginning", self._job_id)
             return None
 
     async def settle(self) -> None:
-        """Wait for the state that is being written: its file must not appear after the job's files are gone.
+        """Wait for the state that is being written: its file must not appear after the job's files were removed.
 
         A state that takes longer than a minute is removed as soon as it is written.
         """
@@ -79,8 +78,7 @@ class SavedStates:
             await self.settle()
 
     def _begin_writing(self, step: int, state: TensorEnvelope) -> None:
-        loop = asyncio.get_running_loop()
-        self._writing = loop.create_task(self._write(step, state), context=contextvars.Context())
+        self._writing = start_task(self._write(step, state))
 
     async def _write(self, step: int, state: TensorEnvelope) -> None:
         try:

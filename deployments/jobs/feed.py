@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from deployments.jobs.events import DELETED, FINAL_KINDS, event_as_json
 from deployments.jobs.job import Job, JobEvent
 from deployments.jobs.rows import MAX_EVENTS
 from deployments.jobs.store import JobStore
-from deployments.threads import run_in_thread
+from deployments.threads import run_in_thread, start_task
 
 logger = logging.getLogger("ray.serve")
 
@@ -137,9 +136,7 @@ class EventFeed:
         self._next_check_s[job_id] = 0.0
         self._wake.set()
         if self._polling is None:
-            # In an empty context: a task made in a request's context would be cancelled with the request.
-            loop = asyncio.get_running_loop()
-            self._polling = loop.create_task(self._poll_forever(), context=contextvars.Context())
+            self._polling = start_task(self._poll_forever())
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
             while True:

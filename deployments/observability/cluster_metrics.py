@@ -7,13 +7,14 @@ out and counted.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import httpx2
 import ray
+
+from deployments.threads import start_task
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIXES = ("ray_cosmos3_", "ray_serve_")
@@ -101,8 +102,7 @@ class ClusterMetrics:
         """Return the text and its content type. Calls within a second share an answer."""
         task = self._scraping
         if task is None or (task.done() and time.monotonic() - self._end_s > _FRESH_S):
-            # A context of its own: a task made inside a request would be cancelled with that request.
-            task = asyncio.get_running_loop().create_task(self._scrape(), context=contextvars.Context())
+            task = start_task(self._scrape())
             self._scraping = task
         return await asyncio.shield(task), CONTENT_TYPE
 
