@@ -113,13 +113,13 @@ class _SerialCalls:
         calling = loop.run_in_executor(None, call)
         hung = loop.call_later(self._limit_s, self._end_soon)
 
-        def done(calling: asyncio.Future[T]) -> None:
+        def release(calling: asyncio.Future[T]) -> None:
             hung.cancel()
             self._free.release()
             calling.exception()  # marks it as retrieved, so that asyncio does not log it
 
         # The next call waits for the thread's end, even if this caller has left.
-        calling.add_done_callback(done)
+        calling.add_done_callback(release)
         await wait_within(context, _STAGE, asyncio.wait([calling], timeout=self._limit_s))
         if not calling.done():
             raise GuardrailUnavailable(self._what)

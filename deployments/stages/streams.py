@@ -1,4 +1,6 @@
-"""Follow another deployment's stream by reference. The only module that uses Serve's underscored API.
+"""Streams between stages: follow one by reference, produce one on credit, wait within a deadline.
+
+The only module that uses Serve's underscored API.
 
 Serve's public generators copy every item to the iterating process. The Director only passes frames and latents on, so
 it takes their references from ``_to_object_ref_gen``, which needs Serve's by-reference transport (the default).
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -83,3 +85,53 @@ async def follow_stream(response: Any, context: RequestContext, stage: str) -> A
         yield stream
     finally:
         stream.cancel()
+
+
+async def produce_on_credit(
+    context: RequestContext,
+    clips: Any,
+    stream_id: str,
+    producer: str,
+    make: Callable[[], Awaitable[T | None]],
+    while_up: Callable[[Awaitable[bool]], Awaitable[bool]] | None = None,
+) -> AsyncGenerator[tuple[int, T], None]:
+    """Yield chunks with their indices until ``make`` returns None or the stream is closed.
+
+    The next chunk is made, as soon as there is a credit for it, while the consumer handles this one.
+
+    Args:
+        context: of the request.
+        clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
+        stream_id: names the clip's stream.
+        producer: names this producer in the stream.
+        make: makes the next chunk; returns None after the last one.
+        while_up: waits for a credit, and raises if the gang dies first.
+
+    Raises:
+        Exception: as ``make`` and ``while_up`` raise.
+        DeadlineExceeded: the request's time is up.
+        OutOfMemory: a chunk does not fit.
+    """
+
+    async def next_chunk() -> T | None:
+        left_s = context.remaining_s("decode")
+        acquired = clips.acquire.remote(stream_id, producer, left_s)
+        if not await wait_within(context, "decode", acquired if while_up is None else while_up(acquired)):
+            return None
+        chunk = await wait_within(context, "decode", make())
+        if chunk is None:
+            # Ends this producer only: the clip's other producer goes on.
+            await wait_within(context, "decode", clips.drop.remote(stream_id, producer))
+        return chunk
+
+    index = 0
+    making = asyncio.ensure_future(next_chunk())
+    try:
+        while (chunk := await making) is not None:
+            making = asyncio.ensure_future(next_chunk())
+            yield index, chunk
+            del chunk  # frees its memory for the next chunk
+            index += 1
+    finally:
+        making.cancel()
+        await asyncio.gather(making, return_exceptions=True)

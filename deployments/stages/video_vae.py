@@ -25,9 +25,8 @@ from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.preview import PreviewMap
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.observability.logs import origin_of, watch_stage
-from deployments.stages.credits import produce_on_credit
 from deployments.stages.gang_leader import GangLeader
-from deployments.stages.streams import wait_within
+from deployments.stages.streams import produce_on_credit, wait_within
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cluster.clip_stream import ClipStreams
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from deployments.messages import RequestContext
-from deployments.stages.credits import produce_on_credit
+from deployments.stages.streams import produce_on_credit
 from tests.settling import settle
 
 

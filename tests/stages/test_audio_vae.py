@@ -10,7 +10,7 @@ import torch
 
 from cluster.errors import OutOfMemory
 from cosmos3_core import device
-from deployments.stages.on_device import run_within_memory
+from deployments.stages.audio_vae import run_within_memory
 
 CPU = torch.device("cpu")
 
