@@ -209,7 +209,7 @@ async def _file(event: Finished, media: MediaStore) -> Response:
 async def _whole(event: Finished, held: Reservation, media: MediaStore) -> bytes:
     """Read a finished file in one piece."""
     held.need(int(event.num_bytes * _SPACE_OF_BASE64))
-    return await asyncio.to_thread(media.read, event.media_id)
+    return await asyncio.to_thread(lambda: media.read(media.expect(event.media_id)))
 
 
 def _zip(made: list[tuple[Finished, bytes]]) -> bytes:

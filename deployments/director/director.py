@@ -96,8 +96,10 @@ class Director(JobCalls):
             if isinstance(event, Finished):
                 info = event
         assert info is not None, "a stream that raises nothing finishes"
-        data = await asyncio.to_thread(self._parts.jobs.media.read, info.media_id) if info.num_bytes else b""
-        return Generated(data, info)
+        if not info.num_bytes:
+            return Generated(b"", info)
+        media = self._parts.jobs.media
+        return Generated(await asyncio.to_thread(lambda: media.read(media.expect(info.media_id))), info)
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS) -> Job:
         """Accept a request as a job that keeps running when the caller leaves, and resumes after a restart.

@@ -1,22 +1,17 @@
-"""Maintenance of jobs: old ones are forgotten, files that no job needs are removed, gauges are set."""
+"""Maintenance: the periodic work on jobs: delete old ones, remove folders that no job needs, set gauges."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from deployments.config import JobsConfig
 from deployments.jobs.service import JobService
 from deployments.observability.metrics import metrics
-from deployments.threads import run_in_thread
+from deployments.threads import repeat_in_thread, start_task
 
-logger = logging.getLogger("ray.serve")
-
-_SWEEP_PERIOD_S = 60.0
+_PERIOD_S = 60.0
 _GAUGES_PERIOD_S = 5.0
 
 
@@ -26,7 +21,7 @@ class Maintenance:
 
     Attributes:
         jobs: with their files.
-        model: whose jobs are counted.
+        model: name of the model whose jobs are counted.
         config: the configuration's section.
     """
 
@@ -36,37 +31,23 @@ class Maintenance:
 
     def start(self) -> list[asyncio.Task[None]]:
         """Start the work inside the event loop; the caller has to hold the tasks."""
-        loop = asyncio.get_running_loop()
-        work = (
-            (self.sweep, _SWEEP_PERIOD_S),
-            (self.sweep_folders, _SWEEP_PERIOD_S),
-            (self.set_gauges, _GAUGES_PERIOD_S),
-        )
-        return [loop.create_task(_repeat(*each), context=contextvars.Context()) for each in work]
+        work = ((self.sweep_jobs, _PERIOD_S), (self.sweep_folders, _PERIOD_S), (self.set_gauges, _GAUGES_PERIOD_S))
+        return [start_task(repeat_in_thread(*each)) for each in work]
 
-    def sweep(self) -> None:
+    def sweep_jobs(self) -> None:
         """Delete old jobs with their files, and fail jobs that no runner would ever claim."""
         self.jobs.store.fail_unserved(self.config.keep_s)
         for job in self.jobs.store.sweep(self.config.keep_s, self.config.max_kept):
             self.jobs.remove_files(job)
 
     def sweep_folders(self) -> None:
-        """Remove folders of jobs that are not needed any more, or too large; see :mod:`deployments.media.layout`."""
+        """Remove folders that no job needs; see :mod:`deployments.media.layout`."""
         self.jobs.media.sweep(self.jobs.store.folder_needs, time.time())
 
     def set_gauges(self) -> None:
-        """Set the gauges of jobs."""
+        """Set the gauges of queued and running jobs."""
         classes = self.jobs.store.load(self.model).classes
         metrics().set_jobs(
             queued={(each.lane, each.service_class): each.num_queued for each in classes},
             running={(each.lane, each.service_class): each.num_running for each in classes},
         )
-
-
-async def _repeat(work: Callable[[], None], period_s: float) -> None:
-    while True:
-        try:
-            await run_in_thread(work)
-        except Exception:  # such as a database that is away: try again
-            logger.exception("maintenance of jobs failed")
-        await asyncio.sleep(period_s)

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from cosmos3_core import checks
-from cosmos3_core.errors import Cosmos3Error, MediaError
+from cosmos3_core.errors import Cosmos3Error
 from deployments.config import AppConfig
 from deployments.errors import ApiError
 from deployments.jobs.database import database_url
@@ -62,7 +62,7 @@ class JobService:
             JobsError, MediaStoreError: they cannot be used.
         """
         media = MediaStore.of(config.media)
-        files = JobFiles(media.directory, config.media.archive)
+        files = JobFiles(media.archive or media.objects)
         store = JobStore.open(database_url(config))
         try:
             adopt_old_files(media, store.folder_needs, store.media_ids)
@@ -205,23 +205,14 @@ class JobService:
         if content.state != DONE:
             raise await self._not_ready(job)
         try:
-            return await run_in_thread(_read_part, self.media, content, start, num_bytes)
+            return await run_in_thread(self.media.read, content, start, num_bytes)
         except FileNotFoundError:
             raise ApiError(410, "media_expired", f"the file of {job.job_id} has expired, or was removed") from None
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise MediaError(f"the file of {job.job_id} cannot be read: {why}") from error
 
     async def _not_ready(self, job: Job) -> ApiError:
         eta_s = (await self.video(job)).eta_s
         message = "the file is not ready yet; the job's progress says how far it is"
         return ApiError(409, "media_not_ready", message, {"retry-after": str(retry_after_s(eta_s))})
-
-
-def _read_part(media: MediaStore, record: MediaRecord, start: int, num_bytes: int) -> bytes:
-    with media.open(record) as file:
-        file.seek(start)
-        return file.read(num_bytes)
 
 
 def _found(job: Job | None) -> Job:

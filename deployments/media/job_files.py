@@ -1,7 +1,6 @@
-"""JobFiles: what belongs to a job and is too large for the database, its input media and its saved state.
+"""JobFiles: files of a job that are too large for the database, its input media and its saved state.
 
-In the job's folder, in the media archive where there is one, else in the media directory. Every file says how long it
-is and what its hash is: so a damaged or half written one is noticed.
+Each file holds its own length and hash, so that a damaged or half-written file is noticed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import numpy.typing as npt
 
 from cosmos3_core.errors import MediaError
 from deployments.media.layout import JOB_ID
-from deployments.media.objects import DirectoryObjects, Objects, open_objects
+from deployments.media.objects import Objects
 
 _NAME = re.compile(r"[a-z]{1,16}")
 # Types of arrays: numbers, and nothing that would have to be unpickled.
@@ -34,28 +32,20 @@ JobData = bytes | npt.NDArray[Any]
 class JobFiles:
     """Files of jobs, by the job's id and a name of 1 to 16 letters a-z. For any number of threads and processes.
 
-    Args:
-        directory: of the media store; used where there is no archive.
-        archive_url: fsspec's URL of the archive, where there is one.
+    Every method raises ``ValueError`` for another id or name, and ``MediaError`` if the store cannot be used.
 
-    Raises:
-        ObjectsError: there is no such archive.
+    Args:
+        objects: the store: the archive if there is one, else the media directory.
     """
 
-    def __init__(self, directory: Path, archive_url: str | None) -> None:
-        self._objects: Objects = DirectoryObjects(directory) if archive_url is None else open_objects(archive_url)
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
 
     def put(self, job_id: str, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
         """Write or replace a file; a writer that is killed leaves the earlier one.
 
-        Args:
-            job_id: of the job.
-            name: of the file.
-            data: bytes, or an array of numbers.
-
         Raises:
-            ValueError: no such id, name or array.
-            MediaError: it cannot be written.
+            ValueError: an array is not of numbers.
         """
         _check(job_id, name)
         if isinstance(data, np.ndarray):
@@ -71,8 +61,7 @@ class JobFiles:
         """Return the content of a file; an array is read-only.
 
         Raises:
-            ValueError: no such id or name.
-            MediaError: there is no such file, it is damaged, or cannot be read.
+            MediaError: there is no such file, or it is damaged.
         """
         _check(job_id, name)
         try:
@@ -90,12 +79,7 @@ class JobFiles:
         return np.frombuffer(payload, np.dtype(header.dtype)).reshape(header.shape)
 
     def exists(self, job_id: str, name: str) -> bool:
-        """Return whether there is such a file, damaged or not.
-
-        Raises:
-            ValueError: no such id or name.
-            MediaError: the store cannot be read.
-        """
+        """Return whether there is such a file, damaged or not."""
         _check(job_id, name)
         try:
             return name in self._objects.names(job_id)
@@ -103,16 +87,10 @@ class JobFiles:
             raise MediaError(f"files of {job_id} cannot be listed: {error}") from error
 
     def remove(self, job_id: str, name: str | None = None) -> None:
-        """Remove a file of a job, or all of them but tries of its result; harmless where there is none.
-
-        Raises:
-            ValueError: no such id or name.
-            MediaError: they cannot be removed.
-        """
+        """Remove a file of a job, or all files here, which does not touch tries; harmless if there are none."""
         _check(job_id, name or "a")
         try:
-            names = [name] if name else filter(_NAME.fullmatch, self._objects.names(job_id))
-            for each in names:
+            for each in [name] if name else filter(_NAME.fullmatch, self._objects.names(job_id)):
                 self._objects.remove(job_id, each)
         except OSError as error:
             raise MediaError(f"files of {job_id} cannot be removed: {error}") from error
@@ -141,7 +119,7 @@ class _Header:
 
     @classmethod
     def of(cls, data: bytes) -> _Header | None:
-        """Return the header of a file; None where it has none."""
+        """Return the header of a file; None if it has none."""
         try:
             written_s, dtype, shape, _, _ = json.loads(data[: data.index(b"\n", 0, _MAX_HEADER_BYTES)])
             return cls(float(written_s), str(dtype), tuple(map(int, shape)))
@@ -150,7 +128,7 @@ class _Header:
 
 
 def read_written_s(objects: Objects, job_id: str, name: str) -> float:
-    """Read when a file of a job was written, in seconds since 1970; 0 where it does not say so, or is gone."""
+    """Read when a file of a job was written, in seconds since 1970; 0 if it is damaged or gone."""
     try:
         header = _Header.of(objects.read(job_id, name, 0, _MAX_HEADER_BYTES))
     except FileNotFoundError:
@@ -160,13 +138,15 @@ def read_written_s(objects: Objects, job_id: str, name: str) -> float:
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
     if not _DTYPE.fullmatch(array.dtype.str) or array.ndim > _MAX_NUM_AXES:
-        raise ValueError(f"{array.dtype} {list(array.shape)} is no array of numbers of at most {_MAX_NUM_AXES} axes")
+        raise ValueError(
+            f"data must be an array of numbers of at most {_MAX_NUM_AXES} axes (got {array.dtype} {list(array.shape)})"
+        )
     # A view of no bytes cannot be cast.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def _check(job_id: str, name: str = "a") -> None:
     if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
-        raise ValueError(f"job_id={job_id!r}")
+        raise ValueError(f"job_id must be the id of a job (got {job_id!r})")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"name={name!r}")
+        raise ValueError(f"name must be 1 to 16 letters a-z (got {name!r})")

@@ -1,11 +1,11 @@
-"""Files where releases until schema 0002 put them: those of known jobs are moved into the folders of their jobs.
+"""The layout of releases until schema 0002, and the move of known jobs' files into the folders of their jobs.
 
 There, tries lay at the top of the directory and in ``clips/`` of the archive, files of jobs in ``jobs/`` of either.
-Every step is one move that can be done again: in directories a rename, in object stores copies and then a removal. So
-processes that are killed, find the disk full or do it at once lose nothing; the next start goes on.
+Every step is one move that can be repeated: a rename in directories, copies and then a removal in object stores. So
+processes that are killed, find the disk full or move at once lose nothing; the next start goes on.
 
-Only what the database knows is moved. All else stays where it is and expires there by its age (:mod:`.sweeper`): tries
-that failed before the last, and files of other apps, which may still run the earlier release in this directory.
+Only files of jobs in the database are moved. The others expire where they are (:mod:`.sweeper`): tries that failed
+before the last one, and files of other apps, which may still run the earlier release in this directory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,11 @@ _JOBS, _CLIPS = "jobs", "clips"
 
 
 def list_old_folders(objects: Objects, folders: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List what is left in the old layout.
+    """Return the ids of jobs and the ids of tries in the old layout, each with the path of its folder.
 
     Args:
-        objects: where it is.
-        folders: that are there.
-
-    Returns:
-        Ids of jobs and ids of tries, each with the path of its folder.
+        objects: where they are.
+        folders: that are at the top of it.
     """
     jobs, clips = (objects.names(name) if name in folders else [] for name in (_JOBS, _CLIPS))
     tries = {try_id: f"{_CLIPS}/{try_id}" for try_id in filter(TRY_ID.fullmatch, clips)}
@@ -41,31 +38,28 @@ def list_old_folders(objects: Objects, folders: Sequence[str]) -> tuple[dict[str
 
 
 def adopt_old_files(media: MediaStore, find_needs: FindNeeds, find_media_ids: Callable[[], Mapping[str, str]]) -> int:
-    """Move the files of known jobs into the folders of their jobs; costs a few listings where none is left.
+    """Move the files of known jobs into the folders of their jobs; costs a few listings if there are none.
 
     Args:
-        media: the store; no runner of an earlier release works on it, which the database's upgrade has made sure of.
-        find_needs: of jobs; those that are known.
-        find_media_ids: the ids of tries that jobs have -> their media ids.
+        media: the store; no runner of an earlier release works on it, as the upgrade of the database has ensured.
+        find_needs: of jobs; names those that are known.
+        find_media_ids: returns the ids of tries that jobs have -> their media ids.
 
     Returns:
-        How many folders were moved.
+        The number of folders that were moved.
 
     Raises:
         MediaStoreError: not all could be moved; nothing is lost.
         JobsError: whatever ``find_needs`` or ``find_media_ids`` raised.
     """
-    places: list[tuple[str, Objects]] = [(str(media.directory), media.objects)]
-    if media.archive is not None:
-        places.append((media.archive.place, media.archive.objects))
     num_moved = 0
-    for name, objects in places:
+    for objects in filter(None, (media.objects, media.archive)):
         try:
             num_moved += _adopt(objects, find_needs, find_media_ids)
         except OSError as error:
             raise MediaStoreError(
-                f"files of an earlier release in {name} could not be moved into the folders of their jobs: {error}; "
-                "mend this and start again: nothing is lost"
+                f"files of an earlier release in {objects.place} could not be moved into the folders of their jobs: "
+                f"{error}; mend this and start again: nothing is lost"
             ) from error
     return num_moved
 

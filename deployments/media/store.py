@@ -1,14 +1,11 @@
-"""The media store: a directory of clips, shared by the processes, and by the nodes where there are several.
+"""The media store: the files that jobs make, in a directory and, if there is one, in an archive.
 
 A clip is one try of a job's file, in a folder of its own inside the job's (:mod:`deployments.media.layout`). Writers
-never wait for readers; readers may come and go at any time.
+never wait for readers. Only one of several processes can create the record of a clip's end, so a clip that is done
+never fails later, nor the other way round.
 
-Of a clip's end there is one record, made by a hard link, which exactly one of several processes can make: a clip that
-is done never fails later, nor the other way round.
-
-Where there is an archive (:mod:`deployments.media.archive`), a clip is done when it is there as well, and what the
-directory does not have is looked for there: nodes need no directory in common then, and a new machine finds the clips
-of the old one. What grows can be read in the directory only.
+With an archive, a clip is done when it is done there, and what the directory lacks is read from there: nodes need no
+directory in common, and a new machine finds the clips of the old one. Files that grow are in the directory only.
 """
 
 from __future__ import annotations
@@ -17,18 +14,14 @@ import contextlib
 import hashlib
 import logging
 import os
-import secrets
-import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from cosmos3_core import checks
-from cosmos3_core.errors import MediaError, RequestError
+from cosmos3_core.errors import MediaError
 from deployments.errors import MediaStoreError
-from deployments.media.archive import MediaArchive
+from deployments.media.fsspec_objects import ObjectsError, open_objects
 from deployments.media.layout import (
     BEGUN,
     DONE,
@@ -37,10 +30,10 @@ from deployments.media.layout import (
     MEDIA_ID,
     WRITING,
     MediaRecord,
-    put_record,
-    read_end_or_begin,
+    find_record,
+    write_end,
 )
-from deployments.media.objects import DirectoryObjects, ObjectsError
+from deployments.media.objects import DirectoryObjects, Objects, check_usable
 from deployments.media.sweeper import FindNeeds, sweep
 
 if TYPE_CHECKING:
@@ -49,13 +42,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 _MAX_REASON_CHARS = 2000
-_READ_BYTES = 1 << 20
-# A job's folder that is removed while a clip appears in it is made again.
-_MAX_CREATES = 5
+# Listing an archive costs money: it is swept so often in the time that a clip is kept.
+_ARCHIVE_SWEEPS_PER_KEEP = 100
 
 
 def own_directory() -> Path:
-    """A directory of this user, for the processes of one machine; made where it is not. It outlives restarts.
+    """Return a directory of this user, for the processes of one machine; make it if needed. It outlives restarts.
 
     Raises:
         MediaStoreError: the user has no home to make it in, or something else is in its place.
@@ -70,25 +62,24 @@ def own_directory() -> Path:
         raise MediaStoreError(f"this user has no home directory for its media: {error}; {hint}") from error
     except OSError as error:
         raise MediaStoreError(f"the directory of this user's media cannot be made: {error}; {hint}") from error
-    # A home may be open to others: what is kept here must not be led elsewhere, nor read by them.
+    # A home may be open to others, who must not read these files or lead them elsewhere.
     if path.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         raise MediaStoreError(f"{path} is there, but not a directory of this user alone; {hint}")
     return path
 
 
 class MediaStore:
-    """Clips in a directory, and its archive. Any number of stores may be open on one directory.
+    """Clips in a directory and its archive. Any number of stores may be open on one directory.
 
     Args:
-        directory: made where it is not.
+        directory: made if it is missing.
         max_bytes: :meth:`sweep` keeps the directory's folders below it; those that must stay count up to half of it.
         keep_s: how long a clip stays after its end.
-        archive: fsspec's URL of one; None for none.
+        archive: fsspec's URL of the archive; None for none.
 
     Attributes:
         directory, keep_s: as given.
-        objects: all that is in the directory.
-        archive: the one at the URL.
+        objects, archive: what is in the directory, and in the archive if there is one.
 
     Raises:
         MediaStoreError: the directory or the archive cannot be made or used.
@@ -99,31 +90,47 @@ class MediaStore:
         """Open the store of a configuration; every process opens its own.
 
         Raises:
-            MediaStoreError: its directory cannot be made, or its archive not be used.
+            MediaStoreError: its directory cannot be made, or its archive cannot be used.
         """
         directory = own_directory() if config.directory is None else config.directory
         return cls(directory, config.max_bytes, config.keep_s, config.archive)
 
     def __init__(self, directory: Path, max_bytes: int, keep_s: float, archive: str | None = None) -> None:
-        self.directory = directory
-        self.keep_s = keep_s
+        self.directory, self.keep_s, self._max_bytes = directory, keep_s, max_bytes
         self.objects = DirectoryObjects(directory)
-        self._max_bytes = max_bytes
-        self._try_out()
+        self.archive = None if archive is None else self._open_archive(archive)
+        self._next_archive_sweep_s = float("-inf")
+        for objects, key in ((self.objects, "media.directory"), (self.archive, "media.archive")):
+            if objects is None:
+                continue
+            try:
+                check_usable(objects)
+            except OSError as error:
+                raise MediaStoreError(f"{key} {objects.place} cannot be used: {error}; check {key}") from None
+
+    def _open_archive(self, url: str) -> Objects:
         try:
-            self.archive = None if archive is None else MediaArchive(archive)
+            archive = open_objects(url)
         except ObjectsError as error:
             raise MediaStoreError(str(error)) from None
-        if self.archive is not None and self.archive.is_in(directory):
+        # Nothing could end in both if they were one.
+        if isinstance(archive, DirectoryObjects) and archive.root.resolve() == self.directory.resolve():
             raise MediaStoreError(
-                f"media.archive must be another place than media.directory (got {directory} for both)"
+                f"media.archive must be another place than media.directory (got {self.directory} for both)"
             )
+        if not archive.creates_once:
+            logger.warning(
+                "the media archive %s cannot create a record exactly once: of two ends of one file at the same "
+                "time, the last one counts",
+                archive.place,
+            )
+        return archive
 
     def create(self, media_id: str, media_type: str, suffix: str, *, is_live: bool) -> MediaEntry:
         """Begin a clip.
 
         Args:
-            media_id: of :func:`deployments.media.layout.new_media_id`; one clip's and no other's.
+            media_id: of :func:`deployments.media.layout.new_media_id`, for this clip alone.
             media_type: MIME type of its files.
             suffix: ending of their names.
             is_live: whether there will be a file that grows.
@@ -135,60 +142,53 @@ class MediaStore:
         record = MediaRecord(
             media_id=media_id,
             state=WRITING,
-            reason="",
             media_type=media_type,
             file_name=f"clip{suffix}",
             live_name=f"live{suffix}" if is_live else "",
-            num_bytes=0,
-            sha256="",
             created_s=now_s,
             updated_s=now_s,
         )
-        fresh = self.fresh_folder()
         try:
-            fresh.mkdir()
-            put_record(fresh / BEGUN, record)
-            self._give_name(fresh, media_id)
+            self.objects.create(media_id, BEGUN, record.to_json())
         except OSError as error:
-            shutil.rmtree(fresh, ignore_errors=True)
             raise MediaError(f"the media store cannot take {media_id}: {error}") from error
         if self.archive is not None:
-            try:
-                self.archive.begin(record)
+            try:  # the file that grows cannot be read from there
+                self.archive.put(media_id, BEGUN, [replace(record, live_name="").to_json()])
             except OSError as error:
                 self.fail(media_id, "the media archive failed")
                 raise MediaError(f"the media archive cannot take {media_id}: {error}") from error
         return MediaEntry(self, record)
 
     def find(self, media_id: str) -> MediaRecord | None:
-        """What is known of a clip; None where there is none, or the id is no id.
+        """Return the record of a clip; None if there is none, or the id is no id.
 
-        A clip that only the archive knows and that is being written has no ``live_name``: it grows out of sight.
+        A clip of another node that is being written has no ``live_name``.
 
         Raises:
-            MediaError: the directory does not have it, and the archive cannot be asked.
+            MediaError: the directory or the archive cannot be read.
         """
         if not isinstance(media_id, str) or not MEDIA_ID.fullmatch(media_id):
             return None
-        record = read_end_or_begin(self.directory / media_id)
-        if record is None and self.archive is not None:
-            try:
-                return self.archive.find(media_id)
-            except OSError as error:
-                raise MediaError(f"the media archive cannot be asked for {media_id}: {error}") from error
+        try:
+            record = find_record(self.objects, media_id)
+            if record is None and self.archive is not None:
+                record = find_record(self.archive, media_id)
+        except OSError as error:
+            raise MediaError(f"{media_id} cannot be looked up: {error}") from error
         return record
 
     def expect(self, media_id: str) -> MediaRecord:
-        """What is known of a clip that another process has just begun or finished.
+        """Return the record of a clip that another process has just begun or finished.
 
         Raises:
-            MediaStoreError: nothing; so the other one's store is not this one.
+            MediaStoreError: there is none, so that process has another store.
             MediaError: as :meth:`find`.
         """
         record = self.find(media_id)
         if record is not None:
             return record
-        missing = f"the encoder's file {media_id} is not to be seen in {self.directory}"
+        missing = f"the encoder's file {media_id} is not in {self.directory}"
         if self.archive is not None:
             raise MediaStoreError(f"{missing}, nor in {self.archive.place}: all nodes need the same media.archive")
         raise MediaStoreError(
@@ -197,37 +197,27 @@ class MediaStore:
         )
 
     def fail(self, media_id: str, reason: str) -> None:
-        """Say that there will be no file: whoever watches is told. For the writer, and for who sees that it died.
+        """Declare a clip failed, which its readers see. Harmless if it has ended or is not there.
 
-        Harmless when the clip has ended, or is not there. Where it cannot be written, the log has it: who calls this is
-        busy with an error already, and who watches finds out by a file that does not grow.
-
-        Args:
-            media_id: of the clip.
-            reason: in words.
+        A failure to write this is only logged: the caller is busy with an error already, and readers give up a file
+        that does not grow.
         """
         try:
             record = self.find(media_id)
             if record is None or record.state != WRITING:
                 return
             failed = replace(record, state=FAILED, reason=reason[:_MAX_REASON_CHARS], updated_s=time.time())
-            with contextlib.suppress(FileNotFoundError):  # it has just been swept, or is in another directory
-                self._end(failed)
-            if self.archive is not None:
-                self.archive.fail(failed)
-        except FileExistsError:  # it has just ended
-            pass
+            for objects in filter(None, (self.objects, self.archive)):
+                # It has just ended, or was removed, or is in another node's directory.
+                with contextlib.suppress(FileExistsError, FileNotFoundError):
+                    write_end(objects, failed)
         except (OSError, MediaError):
-            logger.exception("the failure of %s could not be written down", media_id)
+            logger.exception("the failure of %s could not be written", media_id)
 
     def remove(self, media_id: str) -> None:
-        """Remove a clip at once; harmless when it is not there. One that is being written is declared failed first.
+        """Remove a clip; one that is being written is declared failed first. Harmless if it is not there, or no id.
 
-        Out of the archive as well; what another node has in a directory of its own goes with the next sweep after
-        ``keep_s`` there.
-
-        Args:
-            media_id: of the clip; what is no id is not there.
+        A copy in the directory of another node goes with a sweep there.
 
         Raises:
             MediaError: it cannot be removed.
@@ -238,121 +228,74 @@ class MediaStore:
         try:
             self.objects.remove(media_id)
             if self.archive is not None:
+                self.archive.remove(media_id, ENDED)  # it must not be done while its file goes
                 self.archive.remove(media_id)
         except OSError as error:
             raise MediaError(f"{media_id} cannot be removed: {error}") from error
 
-    def read(self, media_id: str, start: int = 0, num_bytes: int | None = None) -> bytes:
-        """A finished file, or a part of it; empty behind its end.
-
-        Args:
-            media_id: of the clip.
-            start: first byte.
-            num_bytes: at most so many; None for all.
-
-        Raises:
-            RequestError: there is no such file yet, or not any more; or ``start`` is no position.
-            MediaError: it cannot be read.
-        """
-        checks.integer("start", start, 0, sys.maxsize)
-        record = self.find(media_id)
-        if record is None or record.state != DONE:
-            raise _no_file(media_id)
-        start = min(start, record.num_bytes)
-        try:
-            with self.open(record) as file:
-                file.seek(start)
-                return file.read(-1 if num_bytes is None else num_bytes)
-        except FileNotFoundError:  # swept just now
-            raise _no_file(media_id) from None
-        except OSError as error:
-            raise MediaError(f"the file of {media_id} cannot be read: {error}") from error
-
     def open(self, record: MediaRecord) -> BinaryIO:
-        """A finished file, to be read from wherever it is, a block at a time.
-
-        Whoever has it open from the directory can read it to its end even if it is removed.
+        """Open a finished file. One in the directory can be read to its end even if it is removed meanwhile.
 
         Raises:
-            OSError: it cannot be read. From the archive, reading raises it: FileNotFoundError where it is not there.
+            OSError: it cannot be read; FileNotFoundError if it is missing, which reading may raise too.
         """
+        folder, name = record.media_id, record.file_name
         try:
-            return self.file_path(record).open("rb", buffering=0)
+            return self.objects.open(folder, name, record.num_bytes)
         except FileNotFoundError:
             if self.archive is None:
                 raise
-            return self.archive.open(record)
+            return self.archive.open(folder, name, record.num_bytes)
+
+    def read(self, record: MediaRecord, start: int = 0, num_bytes: int = -1) -> bytes:
+        """Return a part of a finished file, empty behind its end.
+
+        Raises:
+            FileNotFoundError: the file was removed.
+            MediaError: it cannot be read.
+        """
+        try:
+            with self.open(record) as file:
+                file.seek(min(start, record.num_bytes))
+                return file.read(num_bytes)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise MediaError(f"the file {record.media_id} cannot be read: {why}") from error
 
     def file_path(self, record: MediaRecord) -> Path:
-        """Of the finished file in the directory, where it is there."""
+        """Return the path of the finished file in the directory, whether it is there or not."""
         return self.directory / record.media_id / record.file_name
 
     def live_path(self, record: MediaRecord) -> Path:
-        """Of the file that grows, of a clip that has one."""
+        """Return the path of the file that grows, of a clip that has one."""
         assert record.live_name, "it has none"
         return self.directory / record.media_id / record.live_name
 
-    def sweep(self, find_needs: FindNeeds, now_s: float) -> int:
+    def sweep(self, find_needs: FindNeeds | None, now_s: float) -> int:
         """Sweep the directory, and the archive less often; see :func:`deployments.media.sweeper.sweep`.
 
+        Args:
+            find_needs: of jobs. None: there is no database here; only the directory is swept, as the archive's cache.
+            now_s: seconds since 1970.
+
+        Returns:
+            The number of folders that were removed.
+
         Raises:
-            MediaError: either cannot be swept.
+            MediaError: the directory or the archive cannot be swept.
             Exception: whatever ``find_needs`` raised.
         """
+        assert find_needs is not None or self.archive is not None, "the directory is no cache"
         try:
             num_removed = sweep(self.objects, find_needs, self.keep_s, now_s, self._max_bytes)
+            if self.archive is not None and find_needs is not None and now_s >= self._next_archive_sweep_s:
+                num_removed += sweep(self.archive, find_needs, self.keep_s, now_s)
+                self._next_archive_sweep_s = now_s + self.keep_s / _ARCHIVE_SWEEPS_PER_KEEP
         except OSError as error:
-            raise MediaError(f"the media directory {self.directory} cannot be swept: {error}") from error
-        if self.archive is None:
-            return num_removed
-        try:
-            return num_removed + self.archive.sweep(find_needs, self.keep_s, now_s)
-        except OSError as error:
-            raise MediaError(f"the media archive cannot be swept: {error}") from error
-
-    def sweep_cache(self, now_s: float) -> int:
-        """Sweep the directory of a store with an archive, where files of no job are; without a database of jobs."""
-        assert self.archive is not None, "without one, only the database knows what is needed"
-        return sweep(self.objects, None, self.keep_s, now_s, self._max_bytes)
-
-    def fresh_folder(self) -> Path:
-        """Name a folder that is about to appear; the sweeper removes what is left of it."""
-        return self.directory / f".{secrets.token_hex(8)}.part"
-
-    def _give_name(self, fresh: Path, media_id: str) -> None:
-        """Have a folder appear in its job's.
-
-        Raises:
-            OSError: there is one, or it cannot be done.
-        """
-        for _ in range(_MAX_CREATES):
-            (self.directory / media_id).parent.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # the job's folder was removed for being empty
-                fresh.rename(self.directory / media_id)
-                return
-        raise OSError(f"the folder of {media_id} was removed {_MAX_CREATES} times while the clip appeared in it")
-
-    def _end(self, record: MediaRecord) -> None:
-        """Write down a clip's end.
-
-        Raises:
-            FileExistsError: it has ended.
-            OSError: it was swept, or cannot be written.
-        """
-        put_record(self.directory / record.media_id / ENDED, record)
-
-    def _try_out(self) -> None:
-        folder = self.fresh_folder()
-        try:
-            folder.mkdir(parents=True)
-            (folder / "a").touch()
-            os.link(folder / "a", folder / "b")
-        except OSError as error:
-            raise MediaStoreError(
-                f"the media store {self.directory} cannot be used, it needs a file system with hard links: {error}"
-            ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            raise MediaError(f"the media store cannot be swept: {error}") from error
+        return num_removed
 
 
 class MediaEntry:
@@ -360,48 +303,37 @@ class MediaEntry:
 
     Attributes:
         path: where the finished file goes, before :meth:`finish`.
-        live_path: where the file goes that grows meanwhile; None where there is none.
+        live_path: where the file goes that grows meanwhile; None if there is none.
     """
 
     def __init__(self, store: MediaStore, record: MediaRecord) -> None:
-        self._store = store
-        self._record = record
+        self._store, self._record = store, record
         self.path = store.file_path(record)
         self.live_path = store.live_path(record) if record.live_name else None
 
     def finish(self) -> MediaRecord:
-        """Say that the finished file is there; reads it once for its hash, and takes it to the archive.
+        """Declare the clip done: hash its finished file, copy it to the archive, write the end there and here.
 
         Raises:
-            MediaError: it is not, or the clip was swept or declared failed meanwhile; or the archive failed.
+            MediaError: the file is missing, the clip was removed or declared failed meanwhile, or the archive failed.
         """
-        media_id = self._record.media_id
-        digest, num_bytes = hashlib.sha256(), 0
+        media_id, archive = self._record.media_id, self._store.archive
         try:
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())  # or a crash of the machine leaves an empty one that is done
-                while part := file.read(_READ_BYTES):
-                    digest.update(part)
-                    num_bytes += len(part)
-            now_s, sha256 = time.time(), digest.hexdigest()
-            record = replace(self._record, state=DONE, num_bytes=num_bytes, sha256=sha256, updated_s=now_s)
-            self._archive(record)
-            self._store._end(record)
-        except FileExistsError:
-            self._unarchive()
-            raise MediaError(f"{media_id} was declared failed while it was written") from None
+            num_bytes, sha256 = hash_file(self.path)
+            record = replace(self._record, state=DONE, num_bytes=num_bytes, sha256=sha256, updated_s=time.time())
+            if archive is not None:
+                archive.put_file(media_id, record.file_name, self.path)
+                write_end(archive, record)
+            write_end(self._store.objects, record)
         except OSError as error:
-            self._unarchive()
+            self._leave_archive()
+            if isinstance(error, FileExistsError):
+                raise MediaError(f"{media_id} was declared failed while it was written") from None
             raise MediaError(f"the finished file of {media_id} is not in the media store: {error}") from error
         return record
 
-    def _archive(self, record: MediaRecord) -> None:
-        """Before the directory's record of the end, so that a clip that is done is in the archive."""
-        if self._store.archive is not None:
-            self._store.archive.finish(record, self.path)
-
-    def _unarchive(self) -> None:
-        """What was taken there of a clip that is not done goes; where that fails too, with the sweep."""
+    def _leave_archive(self) -> None:
+        """Remove a clip that is not done from the archive; if that fails too, a sweep will."""
         if self._store.archive is not None:
             try:
                 self._store.archive.remove(self._record.media_id)
@@ -409,5 +341,9 @@ class MediaEntry:
                 logger.exception("%s could not be removed from the media archive", self._record.media_id)
 
 
-def _no_file(media_id: str) -> RequestError:
-    return RequestError("media_id", media_id, "the id of a finished file, as long as it is kept")
+def hash_file(path: Path) -> tuple[int, str]:
+    """Force a file to the disk, or a crash of the machine may leave it empty; return its length and SHA-256 in hex."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), sha256

@@ -1,78 +1,72 @@
-"""What is made of a finished clip, such as its thumbnail: a file beside it, with a record as the clip has one.
+"""Variants of a finished clip, such as its thumbnail: a file beside it, with a record like the clip's.
 
-It is made when somebody asks for the first time, and goes with the clip. Where the directory has the clip, it is there;
-else in the archive. Several processes may make it at once: in the directory the first one counts.
+A variant is made when it is first requested, where the clip is: in the directory, or else in the archive. It goes with
+the clip. Of several processes that make it at once the first one counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO
 
 from cosmos3_core.errors import MediaError
 from cosmos3_core.media.sound_track import NoSoundTrack, write_sound_track
 from cosmos3_core.media.thumbnail import write_spritesheet, write_thumbnail
 from deployments.errors import ApiError
-from deployments.media.layout import DONE, FAILED, MediaRecord, put_record, read_record
-from deployments.media.store import MediaStore
-
-_READ_BYTES = 1 << 20
+from deployments.media.layout import DONE, FAILED, MediaRecord, create_record, read_record
+from deployments.media.objects import Objects
+from deployments.media.store import MediaStore, hash_file
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to make.
+    """A kind of file that can be made of a finished one.
 
     Attributes:
-        name: 1 to 16 letters a-z; of its record and its file.
+        name: 1 to 16 letters a-z, for its record and its file.
         media_type: MIME type of its file.
         suffix: ending of its file's name.
         write: makes it, at a path in an existing directory, from the clip.
+        sources: MIME types of the files that it can be made of.
     """
 
     name: str
     media_type: str
     suffix: str
     write: Callable[[Path, BinaryIO], None]
+    sources: tuple[str, ...]
 
     @property
     def record_name(self) -> str:
-        """Of its record in the clip's folder."""
+        """The name of its record in the clip's folder."""
         return f"{self.name}.json"
 
 
 _MP4, _WAV = "video/mp4", "audio/wav"
-_IMAGES = ("image/png", "image/jpeg", "image/webp")
 _AUDIO = "audio"
-# Type of a file -> what can be made of it.
-_VARIANTS: Mapping[str, tuple[Variant, frozenset[str]]] = MappingProxyType(
-    {
-        variant.name: (variant, frozenset(media_types))
-        for variant, *media_types in (
-            (Variant("thumbnail", "image/webp", ".webp", write_thumbnail), _MP4, *_IMAGES),
-            (Variant("spritesheet", "image/jpeg", ".jpg", write_spritesheet), _MP4),
-            (Variant(_AUDIO, "audio/mp4", ".m4a", write_sound_track), _MP4),
-        )
-    }
-)
+_VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("thumbnail", "image/webp", ".webp", write_thumbnail, (_MP4, "image/png", "image/jpeg", "image/webp")),
+        Variant("spritesheet", "image/jpeg", ".jpg", write_spritesheet, (_MP4,)),
+        Variant(_AUDIO, "audio/mp4", ".m4a", write_sound_track, (_MP4,)),
+    )
+}
 MADE_VARIANTS = tuple(_VARIANTS)
-"""Names of what is made of a finished file."""
+"""Names of the variants that are made of a finished file."""
 
 VIDEO, ACTION = "video", "action"
 CONTENT_VARIANTS = (VIDEO, *MADE_VARIANTS, ACTION)
-"""What a client can ask for of a job: its file, what is made of the file, its actions."""
+"""What a client can request of a job: its file, what is made of the file, its actions."""
 
 _MAX_AT_ONCE = 2
 _MAX_WAITING = 32
@@ -81,116 +75,76 @@ _RETRY_AFTER_S = 5
 
 
 def find_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord | None:
-    """What was made of a clip already; None where it was not.
-
-    Args:
-        store: where the clip is.
-        record: of the clip, which is done.
-        variant: what it is.
+    """Return the record of a variant of a clip that is done; None if it has not been made.
 
     Raises:
-        MediaError: the archive cannot be asked.
+        MediaError: the store cannot be read.
     """
-    if _has_folder(store, record):
-        return read_record(store.directory / record.media_id / variant.record_name)
-    if store.archive is None:
+    objects = _find_objects(store, record)
+    if objects is None:
         return None
     try:
-        return store.archive.find_record(record.media_id, variant.record_name)
+        return read_record(objects, record.media_id, variant.record_name)
     except OSError as error:
-        raise MediaError(f"the media archive cannot be asked for {record.media_id}: {error}") from error
+        raise MediaError(f"the {variant.name} of {record.media_id} cannot be looked up: {error}") from error
 
 
 def make_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
-    """Make it of a clip and keep it.
-
-    Args:
-        store: where the clip is.
-        record: of the clip, which is done.
-        variant: what it is.
+    """Make a variant of a clip that is done, and keep it.
 
     Returns:
-        Its record, by which :meth:`deployments.media.store.MediaStore.open` finds its file.
+        Its record, with which :meth:`deployments.media.store.MediaStore.open` opens its file.
 
     Raises:
         FileNotFoundError: the clip was removed meanwhile.
-        MediaError: it cannot be made of this clip, or not be written.
+        MediaError: it cannot be made of this clip, or cannot be written.
         Exception: whatever else ``variant.write`` raises.
     """
+    folder = store.objects.temporary_path()
     try:
-        return (_beside if _has_folder(store, record) else _archived)(store, record, variant)
+        folder.mkdir()
+        path = folder / f"{variant.name}-{secrets.token_hex(8)}{variant.suffix}"
+        with contextlib.closing(store.open(record)) as source:
+            variant.write(path, source)
+        objects = _find_objects(store, record)
+        if objects is None:
+            raise FileNotFoundError(f"{record.media_id} was removed")
+        return _keep(objects, record, variant, path)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise MediaError(f"the {variant.name} of {record.media_id} cannot be written: {error}") from error
-
-
-def _has_folder(store: MediaStore, record: MediaRecord) -> bool:
-    return store.file_path(record).exists()
-
-
-def _beside(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
-    folder = store.directory / record.media_id
-    made, path = _written(store, record, variant, folder)
-    try:
-        put_record(folder / variant.record_name, made)
-    except FileExistsError:
-        path.unlink(missing_ok=True)
-        found = find_variant(store, record, variant)
-        if found is None:
-            raise MediaError(f"the record of the {variant.name} of {record.media_id} is damaged") from None
-        return found
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return made
-
-
-def _archived(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
-    if store.archive is None:
-        raise FileNotFoundError(f"{record.media_id} was removed")
-    folder = store.fresh_folder()
-    folder.mkdir()
-    try:
-        made, path = _written(store, record, variant, folder)
-        store.archive.add_file(made, path)
-        store.archive.add_record(variant.record_name, made)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return made
 
 
-def _written(store: MediaStore, record: MediaRecord, variant: Variant, folder: Path) -> tuple[MediaRecord, Path]:
-    """The file in a folder, under a name of its own, and its record."""
-    path = folder / f"{variant.name}-{secrets.token_hex(8)}{variant.suffix}"
-    digest, num_bytes = hashlib.sha256(), 0
-    try:
-        with contextlib.closing(store.open(record)) as source:
-            variant.write(path, source)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # or a crash of the machine leaves a record without it
-            while part := file.read(_READ_BYTES):
-                digest.update(part)
-                num_bytes += len(part)
-    except Exception:
-        path.unlink(missing_ok=True)
-        if not folder.is_dir():  # under the writer's hands
-            raise FileNotFoundError(f"{record.media_id} was removed") from None
-        raise
+def _keep(objects: Objects, record: MediaRecord, variant: Variant, path: Path) -> MediaRecord:
+    """Put a variant's file and record beside the clip; return the record of the first process that did."""
+    num_bytes, sha256 = hash_file(path)
     now_s = time.time()
-    made = MediaRecord(
-        media_id=record.media_id,
-        state=DONE,
-        reason="",
+    made = replace(
+        record,
         media_type=variant.media_type,
         file_name=path.name,
         live_name="",
         num_bytes=num_bytes,
-        sha256=digest.hexdigest(),
+        sha256=sha256,
         created_s=now_s,
         updated_s=now_s,
     )
-    return made, path
+    objects.put_file(record.media_id, path.name, path)
+    kept = None
+    try:
+        kept = create_record(objects, made, variant.record_name)
+    finally:
+        if kept != made:
+            objects.remove(record.media_id, path.name)
+    return kept
+
+
+def _find_objects(store: MediaStore, record: MediaRecord) -> Objects | None:
+    """Return where the clip is; None if it was removed."""
+    return store.objects if store.file_path(record).exists() else store.archive
 
 
 async def find_content(media: MediaStore, media_id: str, name: str) -> MediaRecord:
@@ -207,7 +161,7 @@ async def find_content(media: MediaStore, media_id: str, name: str) -> MediaReco
     """
     record = await asyncio.to_thread(media.find, media_id)
     if record is None:
-        raise _expired()
+        raise _explain_expiry()
     if record.state == FAILED:
         # The reason went to the caller who asked for the file.
         raise ApiError(410, "media_failed", "this file was never finished: its request failed or was given up")
@@ -216,26 +170,22 @@ async def find_content(media: MediaStore, media_id: str, name: str) -> MediaReco
     if record.state != DONE:
         message = f"the {name} cannot be made before the file is finished"
         raise ApiError(409, "media_not_ready", message, {"retry-after": "1"})
-    return await _variant_of(media, record, name)
-
-
-async def _variant_of(media: MediaStore, record: MediaRecord, name: str) -> MediaRecord:
     if name == _AUDIO and record.media_type == _WAV:
         return record
-    variant, media_types = _VARIANTS.get(name, (None, frozenset[str]()))
-    if variant is None or record.media_type not in media_types:
+    variant = _VARIANTS.get(name)
+    if variant is None or record.media_type not in variant.sources:
         raise ApiError(404, "no_such_variant", f"a file of type {record.media_type} has no such variant")
     if found := await asyncio.to_thread(find_variant, media, record, variant):
         return found
     try:
-        return await _MAKER.made(media, record, variant)
+        return await _MAKER.make(media, record, variant)
     except FileNotFoundError:
-        raise _expired() from None
+        raise _explain_expiry() from None
     except NoSoundTrack:
         raise ApiError(404, "no_such_variant", "this file has no sound") from None
 
 
-def _expired() -> ApiError:
+def _explain_expiry() -> ApiError:
     return ApiError(410, "media_expired", "this file has expired, or was removed")
 
 
@@ -245,30 +195,30 @@ def _find_or_make(store: MediaStore, record: MediaRecord, variant: Variant) -> M
 
 
 class _Maker:
-    """Makes variants in threads of its own: a few at once, each for all who ask for it meanwhile."""
+    """Makes variants in threads of its own: a few at once, each once for all callers that request it meanwhile."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="variants")
         self._lock = threading.Lock()  # it may be asked in several event loops
         self._making: dict[tuple[str, ...], Future[MediaRecord]] = {}
 
-    async def made(self, media: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
-        """Of the file. Who leaves meanwhile stops nothing: the next one to ask finds it.
+    async def make(self, media: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
+        """Make a variant. It goes on when the caller leaves: the next caller finds it.
 
         Raises:
-            ApiError: too many are waited for, or it takes long.
+            ApiError: too many are being made, or it takes long.
             Exception: as :func:`make_variant`.
         """
         key = (str(media.directory), record.media_id, variant.name)
-        made = asyncio.wrap_future(self._started(key, lambda: _find_or_make(media, record, variant)))
-        made.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may be there any more
+        made = asyncio.wrap_future(self._start(key, lambda: _find_or_make(media, record, variant)))
+        made.add_done_callback(lambda future: future.cancelled() or future.exception())  # all callers may have left
         await asyncio.wait((made,), timeout=_WAIT_S)
         if not made.done():
             message = f"the {variant.name} is still being made"
             raise ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
         return made.result()
 
-    def _started(self, key: tuple[str, ...], make: Callable[[], MediaRecord]) -> Future[MediaRecord]:
+    def _start(self, key: tuple[str, ...], make: Callable[[], MediaRecord]) -> Future[MediaRecord]:
         with self._lock:
             if key in self._making:
                 return self._making[key]
@@ -276,10 +226,10 @@ class _Maker:
                 message = f"{_MAX_WAITING} pictures or sounds of files are being made; one more is too many"
                 raise ApiError(429, "overloaded", message, {"retry-after": str(_RETRY_AFTER_S)})
             future = self._making[key] = self._threads.submit(make)
-        future.add_done_callback(lambda _: self._ended(key))
+        future.add_done_callback(lambda _: self._forget(key))
         return future
 
-    def _ended(self, key: tuple[str, ...]) -> None:
+    def _forget(self, key: tuple[str, ...]) -> None:
         with self._lock:
             del self._making[key]
 

@@ -5,9 +5,6 @@ One call encodes a whole clip, so that all its chunks reach the same replica.
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import logging
 import os
 import time
 from collections.abc import AsyncIterator
@@ -22,9 +19,7 @@ from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameChunk, RequestContext, SoundChunk
 from deployments.observability.logs import watch_stage
 from deployments.stages.streams import wait_within
-from deployments.threads import run_in_thread
-
-logger = logging.getLogger("ray.serve")
+from deployments.threads import repeat_in_thread, run_in_thread, start_task
 
 _SWEEP_PERIOD_S = 60.0
 
@@ -40,8 +35,7 @@ class Mp4Encoder:
         self._media = MediaStore.of(media)
         if self._media.archive is None:
             return  # the Directors sweep the directory: they know what unfinished jobs need
-        # An empty context: the task belongs to no request.
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), context=contextvars.Context())
+        self._sweeper = start_task(repeat_in_thread(self._sweep, _SWEEP_PERIOD_S))
 
     async def encode(
         self, context: RequestContext, clip_format: ClipFormat, media_id: str, clips: Any, stream_id: str
@@ -93,14 +87,8 @@ class Mp4Encoder:
         is_live = clip_format.has_live_file
         return self._media.create(media_id, clip_format.media_type, clip_format.suffix, is_live=is_live)
 
-    async def _sweep(self) -> None:
-        """Remove expired and surplus files, now and periodically."""
-        while True:
-            try:
-                await asyncio.to_thread(self._media.sweep_cache, time.time())
-            except Exception:  # a fault of the disk may pass; the next round tries again
-                logger.exception("the media store could not be swept")
-            await asyncio.sleep(_SWEEP_PERIOD_S)
+    def _sweep(self) -> None:
+        self._media.sweep(None, time.time())
 
 
 @asynccontextmanager

@@ -227,7 +227,7 @@ class Api:
         shutil.copy(database, directory / "jobs.sqlite")
         self.store = JobStore.open(f"sqlite:///{directory / 'jobs.sqlite'}")
         self.media = MediaStore(directory / "media", max_bytes=1 << 30, keep_s=1000.0)
-        self.files = JobFiles(self.media.directory, None)
+        self.files = JobFiles(self.media.objects)
         jobs = JobService(self.store, self.files, self.media, max_followers)
         self.director = FakeDirector(layout, jobs, limits, may_skip_guardrails=may_disable_guardrails)
         self.readiness = FakeReadiness()

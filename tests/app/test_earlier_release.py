@@ -207,7 +207,10 @@ def check_everything_is_moved(left: Left, service: JobService) -> None:
         if (name == "attached" and not left.has_attached) or "video" not in known["contents"]:
             continue
         assert job is not None
-        assert hashlib.sha256(service.media.read(job.media_id)).hexdigest() == known["contents"]["video"]["sha256"]
+        assert (
+            hashlib.sha256(service.media.read(service.media.expect(job.media_id))).hexdigest()
+            == known["contents"]["video"]["sha256"]
+        )
     for name in UNFINISHED:
         job = service.store.get(left.jobs[name]["id"])
         assert job is not None
@@ -256,7 +259,10 @@ def test_two_starts_at_once_move_everything(left: Left, tiny_nano: Path) -> None
         known = left.jobs[name]
         job = services[0].store.get(known["id"])
         assert job is not None
-        assert hashlib.sha256(services[1].media.read(job.media_id)).hexdigest() == known["contents"]["video"]["sha256"]
+        assert (
+            hashlib.sha256(services[1].media.read(services[1].media.expect(job.media_id))).hexdigest()
+            == known["contents"]["video"]["sha256"]
+        )
     for service in services:
         service.store.close()
 

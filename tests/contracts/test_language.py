@@ -31,16 +31,7 @@ EXEMPT: tuple[str, ...] = (
     "deployments/api/remote_url.py",
     "deployments/api/videos.py",
     "deployments/jobs/claims.py",
-    "deployments/jobs/files.py",
-    "deployments/jobs/maintenance.py",
     "deployments/jobs/service.py",
-    "deployments/media/archive.py",
-    "deployments/media/folder.py",
-    "deployments/media/objects.py",
-    "deployments/media/record.py",
-    "deployments/media/store.py",
-    "deployments/media/variants.py",
-    "deployments/stages/guardrail.py",
 )
 
 

@@ -17,11 +17,13 @@ import pytest
 from deployments.errors import MediaStoreError
 from deployments.jobs.job import new_job_id
 from deployments.media import sweeper
+from deployments.media.fsspec_objects import FsspecObjects
 from deployments.media.job_files import JobFiles
 from deployments.media.layout import DONE
-from deployments.media.objects import FsspecObjects
+from deployments.media.objects import DirectoryObjects
 from deployments.media.old_layout import adopt_old_files, list_old_folders
 from deployments.media.store import MediaStore
+from tests.deployments.reading import read
 from tests.failing_steps import act_at, is_killed_at
 
 KEEP_S = 1e9
@@ -67,17 +69,17 @@ class Old:
         """Everything known is in its job's folder and nowhere else, all else where it was."""
         store = self.store
         job_id = self.media_id.partition("/")[0]
-        files = JobFiles(self.directory, self.url)
-        assert store.read(self.media_id) == DATA
+        files = JobFiles(store.archive or store.objects)
+        assert read(store, self.media_id) == DATA
         assert store.expect(self.media_id).state == DONE
         assert files.get(job_id, "image") == files.get(self.waiting, "image") == b"picture"
         assert files.get(self.waiting, "checkpoint") == b"state"
-        for objects in filter(None, (store.objects, store.archive and store.archive.objects)):
+        for objects in filter(None, (store.objects, store.archive)):
             _, tries = list_old_folders(objects, objects.folders())
             assert set(tries) == {self.stray}
             assert set(objects.names(tries[self.stray])) == set(NAMES)
             assert set(objects.names(self.media_id)) == set(NAMES)
-        keeper = store.objects if store.archive is None else store.archive.objects
+        keeper = store.objects if store.archive is None else store.archive
         assert keeper.names("jobs") == [self.unknown]
         assert keeper.names(f"jobs/{self.unknown}") == ["image"]
 
@@ -106,7 +108,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Made once: every file of it was forced to the disk."""
     directory = tmp_path_factory.mktemp("written")
     made = Written(directory, *(new_job_id() for _ in range(3)), uuid.uuid4().hex, uuid.uuid4().hex)
-    store, files = MediaStore(directory, 1 << 30, KEEP_S), JobFiles(directory, None)
+    store = MediaStore(directory, 1 << 30, KEEP_S)
+    files = JobFiles(store.objects)
     for owner, try_id in ((made.finished, made.try_id), (f"video_gen_{made.stray}", made.stray)):
         entry = store.create(f"{owner}/{try_id}", "video/mp4", ".mp4", is_live=False)
         entry.path.write_bytes(DATA)
@@ -203,11 +206,11 @@ def test_what_is_not_moved_expires_by_its_age(old: Old, monkeypatch: pytest.Monk
 def test_an_encoders_sweep_of_a_cache_leaves_files_of_jobs(written: Written, tmp_path: Path) -> None:
     """They are from when there was no archive: only a Director can know whose they are."""
     old = make_old(written, tmp_path, None)
-    files = JobFiles(old.directory, None)
+    files = JobFiles(DirectoryObjects(old.directory))
     kept = new_job_id()
     files.put(kept, "image", b"picture")
     store = MediaStore(old.directory, 1, 100.0, f"file://{tmp_path}/archive")
-    store.sweep_cache(time.time() + 1e6)
+    store.sweep(None, time.time() + 1e6)
     assert files.get(kept, "image") == b"picture"
     assert len(store.objects.names("jobs")) == 3
     assert store.objects.folders() == ["jobs", kept]
@@ -276,7 +279,7 @@ def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, mo
     old = make_old(written, tmp_path, url)
     store = old.store
     assert store.archive is not None
-    assert isinstance(store.archive.objects, FsspecObjects)
+    assert isinstance(store.archive, FsspecObjects)
     steps: list[tuple[str, str]] = []
     memory = type(fsspec.filesystem("memory"))
     copy, remove = memory.cp_file, memory.rm

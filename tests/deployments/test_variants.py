@@ -29,15 +29,17 @@ from cosmos3_core.media.writer import ClipFormat, open_writer
 from deployments.jobs.job import new_job_id
 from deployments.media import variants as media_variants
 from deployments.media.layout import new_media_id, read_record
+from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaStore
 from deployments.media.variants import MADE_VARIANTS, Variant, make_variant
 from tests.api.content_answers import variant_answer
+from tests.deployments.reading import read
 
 DEADLINE_S = 60.0
 RATE, NUM_SAMPLES = 16000, 6000
 FRAMES = np.repeat(np.linspace(30, 220, 9).astype(np.uint8), 32 * 48 * 3).reshape(9, 32, 48, 3)
 SOUND = 0.5 * np.sin(np.arange(NUM_SAMPLES, dtype=np.float32) / 10)[None].repeat(2, 0)
-VARIANT = Variant("thumbnail", "image/webp", ".webp", write_thumbnail)
+VARIANT = Variant("thumbnail", "image/webp", ".webp", write_thumbnail, ())
 
 
 @pytest.fixture
@@ -122,13 +124,13 @@ def asked(store: MediaStore, media_id: str, variant: str, method: str = "GET", *
 def made_times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what is made from now on."""
     names: list[str] = []
-    written = media_variants._written
+    keep = media_variants._keep
 
-    def counted(store: Any, record: Any, variant: Variant, folder: Path) -> Any:
+    def counted(objects: Any, record: Any, variant: Variant, path: Path) -> Any:
         names.append(variant.name)
-        return written(store, record, variant, folder)
+        return keep(objects, record, variant, path)
 
-    monkeypatch.setattr(media_variants, "_written", counted)
+    monkeypatch.setattr(media_variants, "_keep", counted)
     return names
 
 
@@ -163,7 +165,7 @@ def test_a_wav_is_its_own_sound(store: MediaStore) -> None:
     media_id = make(store, "wav")
     answer = asked(store, media_id, "audio")
     assert (answer.status, answer.headers["content-type"]) == (200, "audio/wav")
-    assert answer.body == store.read(media_id)
+    assert answer.body == read(store, media_id)
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.wav", "ended.json"]
 
 
@@ -283,7 +285,7 @@ def test_processes_that_make_it_at_once_agree(store: MediaStore) -> None:
             first[0] = make_variant(store, record, VARIANT)
         write_thumbnail(path, source)
 
-    other = make_variant(store, record, Variant("thumbnail", "image/webp", ".webp", write))
+    other = make_variant(store, record, Variant("thumbnail", "image/webp", ".webp", write, ()))
     assert other == first[0]
     kept = [name for name in os.listdir(store.directory / record.media_id) if name.startswith("thumbnail")]
     assert sorted(kept) == sorted(["thumbnail.json", other.file_name]), "the second one's is gone"
@@ -380,7 +382,7 @@ def test_a_file_that_is_removed_under_the_makers_hands(store: MediaStore) -> Non
         write_thumbnail(path, source)
 
     with pytest.raises(FileNotFoundError, match="was removed"):
-        make_variant(store, record, Variant("thumbnail", "image/webp", ".webp", write))
+        make_variant(store, record, Variant("thumbnail", "image/webp", ".webp", write, ()))
     assert os.listdir(store.directory) == []
 
 
@@ -401,7 +403,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(store: MediaStore, monkeypat
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media_variants, "put_record", full)
+    monkeypatch.setattr(DirectoryObjects, "create", full)
     with pytest.raises(MediaError, match="the thumbnail of .* cannot be written: .*No space left"):
         asked(store, media_id, "thumbnail")
     monkeypatch.undo()
@@ -413,7 +415,7 @@ def test_a_variants_record_is_no_clips(store: MediaStore) -> None:
     """It is only ever taken for what it is named."""
     media_id = make(store, "mp4")
     asked(store, media_id, "thumbnail")
-    record = read_record(store.directory / media_id / "thumbnail.json")
+    record = read_record(store.objects, media_id, "thumbnail.json")
     assert record is not None
     assert record.file_name.startswith("thumbnail-")
     assert store.expect(media_id).file_name == "clip.mp4"

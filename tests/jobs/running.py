@@ -26,6 +26,7 @@ from deployments.jobs.job import Job, JobState, Lane, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore, QueueLimits
 from deployments.media.job_files import JobFiles
+from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaStore
 from deployments.messages import (
     FileStarted,
@@ -121,7 +122,7 @@ class Service:
     def __init__(self, directory: Path, layout: CheckpointLayout, **changed: Any) -> None:
         self.store = JobStore.open(f"sqlite:///{directory}/jobs.sqlite3")
         self.media = MediaStore(directory / "media", 2**30, 3600)
-        self.files = JobFiles(directory / "media", None)
+        self.files = JobFiles(DirectoryObjects(directory / "media"))
         self.stage = FakeStage()
         check = RequestCheck(layout, is_sound_offered=True)
         cost = CostModel.of(layout.geometry, layout.transformer)

@@ -20,10 +20,10 @@ from cosmos3_core.errors import MediaError
 from deployments.jobs import store as store_module
 from deployments.jobs.job import new_job_id
 from deployments.jobs.store import JobStore
-from deployments.media import objects
 from deployments.media import sweeper as sweeper_module
+from deployments.media.fsspec_objects import ObjectsError, hide_secrets, open_objects
 from deployments.media.job_files import JobFiles
-from deployments.media.objects import DirectoryObjects, ObjectsError, open_objects
+from deployments.media.objects import DirectoryObjects
 from deployments.media.sweeper import FindNeeds, sweep
 from tests.jobs.making import LIMITS, new_job
 
@@ -36,9 +36,9 @@ class Place:
     """Where files are, and a way to them beside :class:`JobFiles`."""
 
     def __init__(self, directory: Path, archive_url: str | None) -> None:
-        self.files = JobFiles(directory, archive_url)
         self.raw = fsspec.filesystem("memory" if str(archive_url).startswith("memory") else "file")
         self.objects = open_objects(archive_url) if archive_url else DirectoryObjects(directory)
+        self.files = JobFiles(self.objects)
         self.root = archive_url.removeprefix("file://") if archive_url else str(directory)
 
     def path(self, *names: str) -> str:
@@ -104,7 +104,7 @@ def test_arrays_come_back(place: Place, array: np.ndarray) -> None:
 
 @pytest.mark.parametrize("array", [np.array([{}], object), np.array(["a"]), np.zeros(1, "V8"), np.zeros((1,) * 9)])
 def test_what_would_need_pickle_is_no_array(place: Place, array: Any) -> None:
-    with pytest.raises(ValueError, match="is no array of numbers"):
+    with pytest.raises(ValueError, match="must be an array of numbers"):
         place.files.put(new_job_id(), "clip", array)
     assert place.left() == []
 
@@ -138,13 +138,13 @@ PATHS = ["", "..", "../x", "a/b", "A", "a1", "a" * 17, ".part", "a\n", "ä", Non
 @pytest.mark.parametrize("name", PATHS, ids=repr)
 def test_what_is_no_name_never_becomes_a_path(place: Place, name: Any) -> None:
     for job_id, file_name in ((new_job_id(), name), (name, "image"), (f"video_gen_{name}", "image")):
-        with pytest.raises(ValueError, match="="):
+        with pytest.raises(ValueError, match="must be"):
             place.files.put(job_id, file_name, DATA)
-        with pytest.raises(ValueError, match="="):
+        with pytest.raises(ValueError, match="must be"):
             place.files.get(job_id, file_name)
-        with pytest.raises(ValueError, match="="):
+        with pytest.raises(ValueError, match="must be"):
             place.files.exists(job_id, file_name)
-    with pytest.raises(ValueError, match="="):
+    with pytest.raises(ValueError, match="must be"):
         place.files.remove(name)
     assert place.left() == []
 
@@ -213,10 +213,11 @@ def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
     """Killed again and again while it writes: what is there is always whole, and what is left over is swept."""
     program = (
         "import sys\nfrom pathlib import Path\nfrom deployments.media.job_files import JobFiles\n"
-        "files = JobFiles(Path(sys.argv[1]), None)\nprint('go', flush=True)\n"
+        "from deployments.media.objects import DirectoryObjects\n"
+        "files = JobFiles(DirectoryObjects(Path(sys.argv[1])))\nprint('go', flush=True)\n"
         "for index in range(10**9):\n    files.put(sys.argv[2], 'checkpoint', bytes([index % 256]) * 3_000_000)\n"
     )
-    job_id, files = new_job_id(), JobFiles(tmp_path, None)
+    job_id, files = new_job_id(), JobFiles(DirectoryObjects(tmp_path))
     files.put(job_id, "checkpoint", b"before")
     for delay_s in (0.0, 0.02, 0.05, 0.09):
         command = [sys.executable, "-c", program, str(tmp_path), job_id]
@@ -236,7 +237,7 @@ def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
 def test_a_writer_that_dies_before_the_name_leaves_the_file_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id, files = new_job_id(), JobFiles(tmp_path, None)
+    job_id, files = new_job_id(), JobFiles(DirectoryObjects(tmp_path))
     files.put(job_id, "checkpoint", b"before")
     synced: list[str] = []
 
@@ -254,7 +255,7 @@ def test_a_writer_that_dies_before_the_name_leaves_the_file_before(
 
 def test_putting_and_removing_at_once_ends_with_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is removed just when the file is to go into it."""
-    job_id, files = new_job_id(), JobFiles(tmp_path, None)
+    job_id, files = new_job_id(), JobFiles(DirectoryObjects(tmp_path))
     replace, num_removed = Path.replace, 0
 
     def removed_first(self: Path, target: Path) -> Path:
@@ -271,7 +272,7 @@ def test_putting_and_removing_at_once_ends_with_either(tmp_path: Path, monkeypat
 
 def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("in its place")
-    files, job_id = JobFiles(tmp_path / "store", None), new_job_id()
+    files, job_id = JobFiles(DirectoryObjects(tmp_path / "store")), new_job_id()
     with pytest.raises(MediaError, match="image of video_gen_.* cannot be written"):
         files.put(job_id, "image", DATA)
     with pytest.raises(MediaError, match="image of video_gen_.* cannot be read"):
@@ -288,13 +289,13 @@ def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
 )
 def test_an_archive_that_there_is_not(tmp_path: Path, url: str, said: str) -> None:
     with pytest.raises(ObjectsError, match=said):
-        JobFiles(tmp_path, url)
+        open_objects(url)
 
 
 def test_an_archive_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ObjectsError, match="s3:// needs a package that is not installed: .*s3fs"):
-        JobFiles(tmp_path, "s3://bucket/prefix")
+        open_objects("s3://bucket/prefix")
 
 
 class Unreachable(fsspec.AbstractFileSystem):
@@ -323,7 +324,7 @@ class Unreachable(fsspec.AbstractFileSystem):
 def test_no_message_has_credentials(tmp_path: Path) -> None:
     fsspec.register_implementation("unreachable", Unreachable, clobber=True)
     url = "unreachable://someone:se%20cret@host/prefix?token=t0ken#x"
-    files, job_id = JobFiles(tmp_path, url), new_job_id()
+    files, job_id = JobFiles(open_objects(url)), new_job_id()
     for work in (
         lambda: files.put(job_id, "image", DATA),
         lambda: files.get(job_id, "image"),
@@ -336,4 +337,4 @@ def test_no_message_has_credentials(tmp_path: Path) -> None:
         while error is not None:
             assert not any(secret in str(error) for secret in ("se%20cret", "se cret", "t0ken", "someone"))
             error = error.__cause__
-    assert objects.shown_url(url) == "unreachable://***@host/prefix"
+    assert hide_secrets(url) == "unreachable://***@host/prefix"

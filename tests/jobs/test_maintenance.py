@@ -27,7 +27,7 @@ KEEP_S, KEEP_MEDIA_S = 1000.0, 100.0
 @pytest.fixture
 def maintenance(store: JobStore, tmp_path: Path) -> Maintenance:
     media = MediaStore(tmp_path / "media", 2**20, KEEP_MEDIA_S)
-    jobs = JobService(store, JobFiles(media.directory, None), media, 1)
+    jobs = JobService(store, JobFiles(media.objects), media, 1)
     return Maintenance(jobs, MODEL, JobsConfig(keep_s=KEEP_S, run_timeout_s=KEEP_S, max_kept=100))
 
 
@@ -95,7 +95,7 @@ def test_files_that_no_job_is_made_of_any_more_go(end: str, maintenance: Mainten
         claim(store, "other", max_attempts=1)
     elif end == "not_served":
         clock.passes(1e6)
-        maintenance.sweep()
+        maintenance.sweep_jobs()
     else:
         running = claimed(store)
         store.cancel(job.job_id)
@@ -141,7 +141,7 @@ def test_too_many_bytes_take_whole_folders_of_the_longest_completed(maintenance:
 def test_a_forgotten_job_takes_its_files_with_it(maintenance: Maintenance, clock: Clock) -> None:
     job = completed(maintenance)
     clock.passes(KEEP_S + 1)
-    maintenance.sweep()
+    maintenance.sweep_jobs()
     assert maintenance.jobs.store.get(job.job_id) is None
     assert not has_picture(maintenance, job)
     assert maintenance.jobs.media.find(job.media_id) is None

@@ -27,6 +27,7 @@ from deployments.errors import IllegalTransition, JobsError, LeaseLost
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
 from deployments.jobs.schema import JOBS
 from deployments.media.job_files import JobFiles
+from deployments.media.objects import DirectoryObjects
 from deployments.messages import Finished, QueuePosition
 from tests.jobs.making import new_job
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
@@ -484,7 +485,7 @@ def hanging_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_a_state_that_is_kept_too_late_is_not_kept(tmp_path: Path, hanging_files: threading.Event) -> None:
-    files = JobFiles(tmp_path, None)
+    files = JobFiles(DirectoryObjects(tmp_path))
 
     async def body() -> None:
         job_id = new_job_id()

@@ -25,7 +25,7 @@ DEADLINE_S = 60.0
 @pytest.fixture
 def jobs(store: JobStore, tmp_path: Path) -> JobService:
     media = MediaStore(tmp_path / "media", 2**20, 1000.0)
-    return JobService(store, JobFiles(media.directory, None), media, 2)
+    return JobService(store, JobFiles(media.objects), media, 2)
 
 
 def with_clip(jobs: JobService, *, is_finished: bool = True) -> Job:
