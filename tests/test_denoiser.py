@@ -88,13 +88,15 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.load import load_transformer
+from cosmos3_core.checkpoint.load import load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import Denoiser
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.shapes import LatentShape
 layout = CheckpointLayout.open(sys.argv[1])
 transformer = load_transformer(layout, device=torch.device("cpu"), dtype=torch.float32)
+for load in (load_video_vae, load_audio_vae):
+    load(layout, device=torch.device("cpu"))
 request = DenoiseRequest(
     text_ids=(5, 6, 7, 8, 9), negative_text_ids=(3, 4),
     latent_shape=LatentShape(3, 5, 4), fps=24.0, num_inference_steps=6, guidance_scale=6.0,
@@ -105,6 +107,8 @@ for path in map(Path, sys.argv[2:]):
     state = DenoiseState.from_bytes(path.read_bytes())
     assert state.step_index == int(path.stem)
     path.with_suffix(".done").write_bytes(denoiser.run(denoiser.prepare(request), state).to_bytes())
+heavy = {"torch._dynamo", "sympy", "transformers"} & sys.modules.keys()
+assert not heavy, f"a rank's start is slower by the import of {heavy}"
 """
 
 

@@ -38,7 +38,7 @@ class WeightNorm(nn.Module):
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(shape[0], 1, 1))
-        self.weight_v = nn.Parameter(torch.randn(shape))
+        self.weight_v = nn.Parameter(torch.empty(shape))  # not drawn: on the meta device that imports sympy, 0.5 s
 
     def weight(self) -> Tensor:
         """weight_g x weight_v / |weight_v|, the length taken over all axes but the first."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -35,52 +35,71 @@ def last_layer_rest(num_layers: int) -> tuple[str, ...]:
     return tuple(f"{layer}.{name}" for name in (*attention, "post_attention_layernorm.weight", "mlp."))
 
 
-class Perturbed:
-    """A private copy of a checkpoint in which one tensor at a time is changed on disk."""
+class Component:
+    """A component as the loader makes it, in which one stored tensor at a time is changed.
 
-    def __init__(self, checkpoint: Path, component: str, directory: Path) -> None:
-        self.root = directory / "checkpoint"
-        shutil.copytree(checkpoint, self.root)
-        self.files = sorted((self.root / component).glob("*.safetensors"))
-        # Copies: what load_file gives lies in the file, which is about to change.
-        self.tensors = {path: {name: x.clone() for name, x in load_file(path).items()} for path in self.files}
-        self.names = {name: path for path, tensors in self.tensors.items() for name in tensors}
+    Where a stored tensor goes is found by loading a copy of the checkpoint whose tensors hold their own number and
+    nothing else.
+
+    Attributes:
+        layout: of the checkpoint.
+        module: what ``load`` made of it.
+        stored: name -> tensor, as in the files.
+        places: name -> the parameter that it fills and the mask of its elements there; what is not read has none.
+    """
+
+    def __init__(self, checkpoint: Path, name: str, directory: Path, load: Callable[[CheckpointLayout], Any]) -> None:
+        self.layout = CheckpointLayout.open(checkpoint)
+        self.module = load(self.layout)
+        self.stored: dict[str, Tensor] = {}
+        numbered = directory / "numbered"
+        shutil.copytree(checkpoint, numbered)
+        for path in sorted((numbered / name).glob("*.safetensors")):
+            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+            first = len(self.stored)
+            numbers = {name: torch.full_like(x, first + number) for number, (name, x) in enumerate(tensors.items())}
+            self.stored |= tensors
+            save_file(numbers, path, metadata={"format": "pt"})
+
+        names, parameters = list(self.stored), dict(self.module.named_parameters())
+        self.places: dict[str, tuple[Tensor, Tensor]] = {}
+        for parameter_name, numbers_in in load(CheckpointLayout.open(numbered)).named_parameters():
+            for number in numbers_in.unique().int().tolist():
+                assert names[number] not in self.places, "a tensor fills one parameter"
+                self.places[names[number]] = (parameters[parameter_name], numbers_in == number)
+        for name, (parameter, mask) in self.places.items():
+            assert torch.equal(parameter[mask], self.stored[name].flatten())
 
     def change(self, name: str, rows: list[int] | None = None) -> None:
         """Multiply each element of tensor ``name``, or of some rows of it, by 1 + 0.1 x standard normal noise; the rest
-        stays as shipped."""
-        shipped = self.tensors[self.names[name]][name]
-        noise = torch.randn(shipped.shape, generator=torch.Generator().manual_seed(0))
-        changed = shipped * (1 + 0.1 * noise)
+        stays as stored."""
+        stored = self.stored[name]
+        noise = torch.randn(stored.shape, generator=torch.Generator().manual_seed(0))
+        changed = stored * (1 + 0.1 * noise)
         if rows is not None:
-            others = [row for row in range(len(shipped)) if row not in rows]
-            changed[others] = shipped[others]
-        self._write(name, changed)
+            others = [row for row in range(len(stored)) if row not in rows]
+            changed[others] = stored[others]
+        self._fill(name, changed)
 
     def restore(self, name: str) -> None:
-        self._write(name, self.tensors[self.names[name]][name])
+        self._fill(name, self.stored[name])
 
-    def _write(self, name: str, values: Tensor) -> None:
-        """Overwrite the bytes of one tensor in its file."""
-        with self.names[name].open("r+b") as file:
-            (num_bytes,) = struct.unpack("<Q", file.read(8))
-            start, stop = json.loads(file.read(num_bytes))[name]["data_offsets"]
-            data = values.contiguous().numpy().tobytes()
-            assert len(data) == stop - start
-            file.seek(8 + num_bytes + start)
-            file.write(data)
+    def _fill(self, name: str, values: Tensor) -> None:
+        if name in self.places:
+            parameter, mask = self.places[name]
+            parameter[mask] = values.flatten()
 
 
-def unnoticed(perturbed: Perturbed, names: list[str], result: Callable[[], Tensor]) -> list[str]:
+def unnoticed(component: Component, names: Iterable[str], result: Callable[[], Tensor]) -> list[str]:
     """The names whose change leaves the result alone."""
-    shipped = result()
+    stored = result()
     missed = []
     for name in names:
-        perturbed.change(name)
-        if (result() - shipped).norm() / shipped.norm() < NOTICEABLE:
+        component.change(name)
+        if (result() - stored).norm() / stored.norm() < NOTICEABLE:
             missed.append(name)
-        perturbed.restore(name)
-    assert torch.equal(result(), shipped), "a restored checkpoint gives the shipped result"
+        component.restore(name)
+    assert torch.equal(result(), stored), "a restored component gives the stored one's result"
     return missed
 
 
@@ -103,8 +122,17 @@ def everything(layout: CheckpointLayout, domain_id: int, given: bool = False) ->
     )
 
 
-def final_latents(layout: CheckpointLayout, job: DenoiseRequest) -> dict[str, Tensor]:
-    denoiser = Denoiser(load_transformer(layout, device=CPU), layout.geometry, layout.scheduler)
+@pytest.fixture
+def component(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Component]:
+    """Makes a component of the checkpoint of a variant."""
+    return lambda variant, name, load, **options: Component(
+        request.getfixturevalue(f"tiny_{variant}"), name, tmp_path, partial(load, device=CPU, **options)
+    )
+
+
+def final_latents(transformer: Component, job: DenoiseRequest) -> dict[str, Tensor]:
+    # A denoiser of its own: one keeps what it has made of a prompt.
+    denoiser = Denoiser(transformer.module, transformer.layout.geometry, transformer.layout.scheduler)
     return denoiser.run(denoiser.prepare(job)).latents
 
 
@@ -113,66 +141,56 @@ def flat(latents: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["nano", "super", "edge"])
-def test_every_transformer_tensor_matters(variant: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    perturbed = Perturbed(request.getfixturevalue(f"tiny_{variant}"), "transformer", tmp_path)
-    layout = CheckpointLayout.open(perturbed.root)
-    job = everything(layout, domain_id=7)
-    assert list(final_latents(layout, job)) == ["video", *(["sound"] if variant != "edge" else []), "action"]
+def test_every_transformer_tensor_matters(variant: str, component: Callable[..., Component]) -> None:
+    transformer = component(variant, "transformer", load_transformer)
+    job = everything(transformer.layout, domain_id=7)
+    assert list(final_latents(transformer, job)) == ["video", *(["sound"] if variant != "edge" else []), "action"]
 
-    missed = unnoticed(perturbed, sorted(perturbed.names), lambda: flat(final_latents(layout, job)))
-    rest = last_layer_rest(layout.transformer.num_hidden_layers)
-    explained = [name for name in perturbed.names if name.startswith(rest) or name in NEVER_READ]
-    assert sorted(missed) == sorted(explained)
-    assert sorted(explained) == sorted(find_unused_tensors(layout.transformer))
+    missed = unnoticed(transformer, transformer.stored, lambda: flat(final_latents(transformer, job)))
+    config = transformer.layout.transformer
+    rest = last_layer_rest(config.num_hidden_layers)
+    explained = [name for name in transformer.stored if name.startswith(rest) or name in NEVER_READ]
+    assert sorted(missed) == sorted(explained) == sorted(find_unused_tensors(config))
+    assert sorted(explained) == sorted(transformer.stored.keys() - transformer.places.keys())
 
 
 DOMAIN_TENSORS = tuple(f"action_proj_{way}.{kind}.weight" for way in ("in", "out") for kind in ("fc", "bias"))
 
 
-@pytest.mark.parametrize("domain_id", [0, 7, 31])
 @pytest.mark.parametrize("variant", ["nano", "edge"])
-def test_an_embodiment_has_the_weights_of_its_domain_alone(
-    variant: str, domain_id: int, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    perturbed = Perturbed(request.getfixturevalue(f"tiny_{variant}"), "transformer", tmp_path)
-    layout = CheckpointLayout.open(perturbed.root)
-    num_domains = layout.transformer.num_embodiment_domains
-    others = [row for row in range(num_domains) if row != domain_id]
-    job = everything(layout, domain_id)
-    shipped = final_latents(layout, job)
-    for name in DOMAIN_TENSORS:
-        assert len(perturbed.tensors[perturbed.names[name]][name]) == num_domains == 32
-        perturbed.change(name, rows=others)
-        changed = final_latents(layout, job)
-        assert all(torch.equal(changed[modality], shipped[modality]) for modality in shipped)
-        perturbed.change(name, rows=[domain_id])
-        changed = final_latents(layout, job)
-        for modality in shipped:  # the tokens see each other
-            assert (changed[modality] - shipped[modality]).norm() / shipped[modality].norm() > NOTICEABLE
-        perturbed.restore(name)
+def test_an_embodiment_has_the_weights_of_its_domain_alone(variant: str, component: Callable[..., Component]) -> None:
+    transformer = component(variant, "transformer", load_transformer)
+    num_domains = transformer.layout.transformer.num_embodiment_domains
+    for domain_id in (0, 7, 31):
+        others = [row for row in range(num_domains) if row != domain_id]
+        job = everything(transformer.layout, domain_id)
+        stored = final_latents(transformer, job)
+        for name in DOMAIN_TENSORS:
+            assert len(transformer.stored[name]) == num_domains == 32
+            transformer.change(name, rows=others)
+            changed = final_latents(transformer, job)
+            assert all(torch.equal(changed[modality], stored[modality]) for modality in stored)
+            transformer.change(name, rows=[domain_id])
+            changed = final_latents(transformer, job)
+            for modality in stored:  # the tokens see each other
+                assert (changed[modality] - stored[modality]).norm() / stored[modality].norm() > NOTICEABLE
+            transformer.restore(name)
 
 
-def test_given_actions_go_in_and_never_come_out(tiny_nano: Path, tmp_path: Path) -> None:
-    perturbed = Perturbed(tiny_nano, "transformer", tmp_path)
-    layout = CheckpointLayout.open(perturbed.root)
-    job = everything(layout, domain_id=7, given=True)
+def test_given_actions_go_in_and_never_come_out(component: Callable[..., Component]) -> None:
+    transformer = component("nano", "transformer", load_transformer)
+    job = everything(transformer.layout, domain_id=7, given=True)
     names = [*DOMAIN_TENSORS, "action_modality_embed"]
-    missed = unnoticed(perturbed, names, lambda: flat(final_latents(layout, job)))
+    missed = unnoticed(transformer, names, lambda: flat(final_latents(transformer, job)))
     assert missed == [name for name in DOMAIN_TENSORS if name.startswith("action_proj_out.")]
 
 
-def test_every_video_decoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:
-    perturbed = Perturbed(tiny_nano, "vae", tmp_path)
-    layout = CheckpointLayout.open(perturbed.root)
+def test_every_video_decoder_tensor_matters(component: Callable[..., Component]) -> None:
+    vae = component("nano", "vae", load_video_vae, with_encoder=False)
     latents = torch.randn((1, 48, 2, 2, 2), generator=torch.Generator().manual_seed(0))
-
-    def pixels() -> Tensor:
-        vae = load_video_vae(layout, device=CPU, with_encoder=False)
-        return torch.cat(list(vae.decode(latents)), dim=2)
-
-    names = [name for name in sorted(perturbed.names) if not name.startswith(("encoder.", "quant_conv."))]
+    names = [name for name in vae.stored if not name.startswith(("encoder.", "quant_conv."))]
     assert len(names) > 90
-    assert unnoticed(perturbed, names, pixels) == []
+    assert unnoticed(vae, names, lambda: torch.cat(list(vae.module.decode(latents)), dim=2)) == []
 
 
 def test_every_other_component_is_listed(tiny_nano: Path) -> None:
@@ -183,33 +201,20 @@ def test_every_other_component_is_listed(tiny_nano: Path) -> None:
     assert all(name.startswith(("encoder.", "quant_conv.", "decoder.", "post_quant_conv.")) for name in names)
 
 
-def test_every_video_encoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:
-    perturbed = Perturbed(tiny_nano, "vae", tmp_path)
-    layout = CheckpointLayout.open(perturbed.root)
+def test_every_video_encoder_tensor_matters(component: Callable[..., Component]) -> None:
+    vae = component("nano", "vae", load_video_vae)
     pixels = torch.rand((1, 3, 5, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-    def latents() -> Tensor:
-        return load_video_vae(layout, device=CPU).encode(pixels)
-
-    names = [name for name in sorted(perturbed.names) if name.startswith(("encoder.", "quant_conv."))]
+    names = [name for name in vae.stored if name.startswith(("encoder.", "quant_conv."))]
     assert len(names) > 80
-    assert unnoticed(perturbed, names, latents) == []
+    assert unnoticed(vae, names, lambda: vae.module.encode(pixels)) == []
 
 
-def test_every_audio_decoder_tensor_matters(tiny_nano: Path, tmp_path: Path) -> None:
-    perturbed = Perturbed(tiny_nano, "sound_tokenizer", tmp_path)
-    layout = CheckpointLayout.open(perturbed.root)
+def test_every_audio_decoder_tensor_matters(component: Callable[..., Component]) -> None:
+    vae = component("nano", "sound_tokenizer", load_audio_vae)
     latents = torch.randn((64, 2), generator=torch.Generator().manual_seed(0))
-
-    def waveform() -> Tensor:
-        return torch.cat(list(load_audio_vae(layout, device=CPU).decode(latents)), dim=1)
-
-    decoder = [name for name in perturbed.names if name.startswith("decoder.")]
+    decoder = [name for name in vae.stored if name.startswith("decoder.")]
     assert len(decoder) > 150
-    assert unnoticed(perturbed, decoder, waveform) == []
-    encoder = [name for name in perturbed.names if name.startswith("encoder.")]
-    assert len(encoder) + len(decoder) == len(perturbed.names)
-    shipped = waveform()
-    for name in encoder:
-        perturbed.change(name)
-    assert torch.equal(waveform(), shipped)
+    assert unnoticed(vae, decoder, lambda: torch.cat(list(vae.module.decode(latents)), dim=1)) == []
+    encoder = [name for name in vae.stored if name.startswith("encoder.")]
+    assert len(encoder) + len(decoder) == len(vae.stored)
+    assert not vae.places.keys() & set(encoder), "the encoder is not read"

@@ -18,7 +18,7 @@ from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DenoisePlan
 from cosmos3_core.engine import Engine
-from cosmos3_core.generate import generate
+from cosmos3_core.generate import GenerationResult, generate
 from cosmos3_core.media.pixels import Frames, to_uint8
 from cosmos3_core.model.rope import after_text, text_positions
 from cosmos3_core.request import GenerationRequest
@@ -246,14 +246,53 @@ def their_arguments(case: Case) -> dict[str, Any]:
     return {**arguments, **media, **shape, **case.chosen, "enable_sound": MODES[case.mode].has_sound}
 
 
+@dataclass(frozen=True)
+class Run:
+    """What our run of a case gave: latents of every modality at the start and after each step, and the result."""
+
+    plan: DenoisePlan
+    steps: list[dict[str, Tensor]]
+    result: GenerationResult
+
+
+@pytest.fixture(scope="module")
+def run_of(tiny_nano: Path, tiny_edge: Path, engine_for: Callable[[Path], Engine]) -> Callable[[Case], Run]:
+    """Case -> our run of it, made once."""
+
+    def run(case: Case) -> Run:
+        engine = engine_for({"nano": tiny_nano, "edge": tiny_edge}[case.variant])
+        plans: list[DenoisePlan] = []
+        steps: list[dict[str, Tensor]] = []
+        prepare = engine.denoiser.prepare
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.denoiser, "prepare", lambda *args: (plans.append(prepare(*args)), plans[-1])[1])
+            result = generate(
+                engine,
+                our_request(case),
+                output="latent",
+                on_step=lambda event: steps.append(dict(event.state.latents)),
+            )
+        (plan,) = plans
+        return Run(plan, steps, result)
+
+    runs: dict[str, Run] = {}
+
+    def get(case: Case) -> Run:
+        if id_of(case) not in runs:
+            runs[id_of(case)] = run(case)
+        return runs[id_of(case)]
+
+    return get
+
+
 @pytest.mark.parametrize("case", ALL)
 def test_every_mode_equals_diffusers(
     case: Case,
     request: pytest.FixtureRequest,
     engine_for: Callable[[Path], Engine],
+    run_of: Callable[[Case], Run],
     diffusers_pipeline: Callable[[Path], Any],
     relative_difference: Callable[[Tensor, Tensor], float],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = request.getfixturevalue(f"tiny_{case.variant}")
     reference = diffusers_pipeline(checkpoint).run(
@@ -262,15 +301,8 @@ def test_every_mode_equals_diffusers(
         flow_shift=None if case.schedule is None else 10.0,
         **their_arguments(case),
     )
-    engine = engine_for(checkpoint)
-    plans: list[DenoisePlan] = []
-    prepare = engine.denoiser.prepare
-    monkeypatch.setattr(engine.denoiser, "prepare", lambda *args: (plans.append(prepare(*args)), plans[-1])[1])
-    steps: list[dict[str, Tensor]] = []
-    result = generate(
-        engine, our_request(case), output="latent", on_step=lambda event: steps.append(dict(event.state.latents))
-    )
-    (plan,) = plans
+    engine, run = engine_for(checkpoint), run_of(case)
+    plan, steps, result = run.plan, run.steps, run.result
 
     # Token ids, and where all tokens sit.
     conditional, unconditional = engine.tokenize(result.request)
@@ -346,10 +378,10 @@ def test_every_mode_with_media_is_begun() -> None:
 
 @pytest.mark.parametrize("case", BEGUN, ids=id_of)
 def test_what_is_given_comes_back_to_the_bit(
-    case: Case, request: pytest.FixtureRequest, engine_for: Callable[[Path], Engine]
+    case: Case, request: pytest.FixtureRequest, engine_for: Callable[[Path], Engine], run_of: Callable[[Case], Run]
 ) -> None:
     engine = engine_for(request.getfixturevalue(f"tiny_{case.variant}"))
-    result = generate(engine, our_request(case), output="latent")
+    result = run_of(case).result
     picture, latents = result.request.picture, result.latents
     assert picture is not None
     assert latents is not None

@@ -47,6 +47,8 @@ def small_vae(**changes: Any) -> AudioVAE:
         elif name.endswith("weight_g"):
             # Such that hardly a sample leaves [-1, 1]: what is cut off would hide differences.
             torch.nn.init.uniform_(parameter, 0.4, 0.6)
+        elif name.endswith("weight_v"):
+            torch.nn.init.normal_(parameter)
     return vae.requires_grad_(False)
 
 
