@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from cosmos3_core import checks
-from cosmos3_core.errors import Cosmos3Error
+from cosmos3_core.errors import MediaError
 from deployments.config import AppConfig
 from deployments.errors import ApiError
 from deployments.jobs.database import database_url
@@ -119,13 +119,11 @@ class JobService:
         return VideoDeleted.of(job.job_id)
 
     def remove_files(self, job: Job) -> None:
-        """Remove what a job leaves that has ended. What cannot be removed now is logged, and swept later."""
-        for remove, name in ((self.files.remove, job.job_id), (self.media.remove, job.media_id)):
-            try:
-                if name:
-                    remove(name)
-            except Cosmos3Error:
-                logger.exception("files of %s could not be removed; a sweep will try again", job.job_id)
+        """Remove the folder of a job that has ended. What cannot be removed now is logged, and swept later."""
+        try:
+            self.media.remove_folder(job.job_id, job.media_id)
+        except MediaError:
+            logger.exception("files of %s could not be removed; a sweep will try again", job.job_id)
 
     async def follow(self, job: Job, after: int, timeout_s: float) -> AsyncGenerator[JobEvent, None]:
         """Yield a job's events behind number ``after``, and those that come; the last one holds the whole job.

@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
@@ -19,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from cosmos3_core.errors import Cosmos3Error
-from deployments.media.objects import BLOCK_BYTES, DirectoryObjects, Objects, records_last
+from deployments.media.objects import BLOCK_BYTES, DirectoryObjects, records_last
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,30 +34,11 @@ class ObjectsError(Cosmos3Error):
     """A store cannot be used. The text says why and what to do, without credentials."""
 
 
-def open_objects(url: str) -> Objects:
-    """Return the store at a URL: ``file:///directory``, or another that an installed implementation of fsspec takes.
-
-    Raises:
-        ObjectsError: there is no such store.
-    """
-    if "://" not in url or "::" in url:
-        # A cache in front would keep whole files on this machine, without a bound.
-        hint = "such as s3://bucket/prefix or file:///directory"
-        raise ObjectsError(f"{hide_secrets(url)} is no place for files: a single URL is, {hint}")
-    try:
-        file_system, root = fsspec.url_to_fs(url)
-    except ImportError as error:
-        scheme = url.partition("://")[0]
-        raise ObjectsError(f"{scheme}:// needs a package that is not installed: {_clean(error, url)}") from None
-    except Exception as error:  # noqa: BLE001 - every implementation raises its library's own
-        raise ObjectsError(f"{hide_secrets(url)} cannot be opened: {_clean(error, url)}") from None
-    if isinstance(file_system, LocalFileSystem):
-        return DirectoryObjects(Path(root))
-    return FsspecObjects(url, root.rstrip("/"))
-
-
 class FsspecObjects:
-    """Objects in a store that fsspec knows, read by ranges. Writes are tried three times.
+    """Objects in a store that fsspec knows, with the methods of :class:`DirectoryObjects`.
+
+    Writes are tried three times. No error has credentials in it. Object stores tell no age: :meth:`measure` returns
+    zeros. :meth:`open` opens a missing object too; reading raises that.
 
     Args:
         url: of the store.
@@ -185,6 +167,46 @@ class FsspecObjects:
             raise FileNotFoundError(_clean(error, self._url)) from None
         except Exception as error:  # noqa: BLE001 - every implementation raises its library's own
             raise OSError(f"{self.place}: {type(error).__name__}: {_clean(error, self._url)}") from None
+
+
+Objects = DirectoryObjects | FsspecObjects
+"""A store of objects."""
+
+
+def open_objects(url: str) -> Objects:
+    """Return the store at a URL: ``file:///directory``, or another that an installed implementation of fsspec takes.
+
+    Raises:
+        ObjectsError: there is no such store.
+    """
+    if "://" not in url or "::" in url:
+        # A cache in front would keep whole files on this machine, without a bound.
+        hint = "such as s3://bucket/prefix or file:///directory"
+        raise ObjectsError(f"{hide_secrets(url)} is no place for files: a single URL is, {hint}")
+    try:
+        file_system, root = fsspec.url_to_fs(url)
+    except ImportError as error:
+        scheme = url.partition("://")[0]
+        raise ObjectsError(f"{scheme}:// needs a package that is not installed: {_clean(error, url)}") from None
+    except Exception as error:  # noqa: BLE001 - every implementation raises its library's own
+        raise ObjectsError(f"{hide_secrets(url)} cannot be opened: {_clean(error, url)}") from None
+    if isinstance(file_system, LocalFileSystem):
+        return DirectoryObjects(Path(root))
+    return FsspecObjects(url, root.rstrip("/"))
+
+
+def check_usable(objects: Objects) -> None:
+    """Write, read and remove an object.
+
+    Raises:
+        OSError: the store cannot be used.
+    """
+    folder = f".{secrets.token_hex(8)}.part"
+    objects.create(folder, "a", b"a")
+    data = objects.read(folder, "a", 0, 2)
+    objects.remove(folder)
+    if data != b"a":
+        raise OSError("it does not return what was written")
 
 
 class _Blocks(io.RawIOBase):

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cosmos3_core.errors import MediaError
+from deployments.media.fsspec_objects import Objects
 from deployments.media.layout import JOB_ID
-from deployments.media.objects import Objects
 
 _NAME = re.compile(r"[a-z]{1,16}")
 # Types of arrays: numbers, and nothing that would have to be unpickled.

@@ -44,9 +44,10 @@ import json
 import re
 import uuid
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deployments.media.objects import Objects
+if TYPE_CHECKING:
+    from deployments.media.fsspec_objects import Objects
 
 WRITING, DONE, FAILED = "writing", "done", "failed"
 

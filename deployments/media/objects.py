@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 20
 # Names of what is about to appear or to disappear; the second one is of folders of releases until schema 0002.
@@ -24,88 +24,17 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part|\.(new|swept)-[0-9a-f]{32}-[0-9a-
 _MAX_PUTS = 5
 
 
-class Objects(Protocol):
-    """A store of objects, for any number of threads and processes.
-
-    Every method raises OSError if the store cannot be used, and FileNotFoundError if there is nothing of the name;
-    neither text has credentials in it.
-
-    Attributes:
-        place: the store in messages.
-    """
-
-    place: str
-
-    @property
-    def creates_once(self) -> bool:
-        """Whether only one of several :meth:`create` at once succeeds; else all may, and the last one counts."""
-        ...
-
-    def put(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Write or replace an object, given in parts."""
-
-    def create(self, folder: str, name: str, data: bytes) -> None:
-        """Write an object where there is none yet, or raise FileExistsError; see :attr:`creates_once`."""
-
-    def put_file(self, folder: str, name: str, path: Path) -> None:
-        """Write or replace an object with the content of a file, a block in memory at a time."""
-
-    def move(self, folder: str, to: str) -> None:
-        """Move a folder's objects to another folder, records last. Several processes may do it at once, and again.
-
-        An object is removed only when it exists in the other folder.
-        """
-
-    def read(self, folder: str, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
-        """Return an object's bytes from a position on, at most so many; empty behind the end."""
-        ...
-
-    def open(self, folder: str, name: str, num_bytes: int) -> BinaryIO:
-        """Open an object of a known size, to be read block by block; if it is missing, reading may raise that."""
-        ...
-
-    def folders(self) -> list[str]:
-        """Return the names of all folders; none if there is no store yet."""
-        ...
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names of what is in a folder; none if there is no folder."""
-        ...
-
-    def remove(self, folder: str, name: str | None = None) -> bool:
-        """Remove a folder, or one of its objects. Return whether this call did it."""
-        ...
-
-    def measure(self, folder: str) -> tuple[int, float]:
-        """Return a folder's bytes, and when it was last changed, in seconds since 1970; zeros if unknown here."""
-        ...
-
-    def touch(self, folder: str) -> None:
-        """Have :meth:`measure` report a change of a folder now, if this store can."""
-
-    def sweep(self, older_than_s: float, now_s: float) -> None:
-        """Remove temporary files that killed processes left. ``now_s``: seconds since 1970."""
-
-
-def check_usable(objects: Objects) -> None:
-    """Write, read and remove an object.
-
-    Raises:
-        OSError: the store cannot be used.
-    """
-    folder = f".{secrets.token_hex(8)}.part"
-    objects.create(folder, "a", b"a")
-    data = objects.read(folder, "a", 0, 2)
-    objects.remove(folder)
-    if data != b"a":
-        raise OSError("it does not return what was written")
-
-
 class DirectoryObjects:
-    """Objects in a directory: written to a temporary file, forced to the disk, renamed.
+    """Objects in a directory: written to a temporary file, forced to the disk, renamed. For any number of processes.
+
+    Every method raises OSError if the store cannot be used, and FileNotFoundError if there is nothing of the name.
 
     Args:
         root: the directory; the first write makes it.
+
+    Attributes:
+        place: the store in messages.
+        creates_once: whether only one of several :meth:`create` at once succeeds; else the last one counts.
     """
 
     creates_once = True
@@ -114,16 +43,23 @@ class DirectoryObjects:
         self.root, self.place = root, str(root)
 
     def put(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        """Write or replace an object, given in parts."""
         self._write(folder, name, parts, os.replace)
 
     def create(self, folder: str, name: str, data: bytes) -> None:
+        """Write an object if there is none, or raise FileExistsError; see :attr:`creates_once`."""
         self._write(folder, name, [data], _link)
 
     def put_file(self, folder: str, name: str, path: Path) -> None:
+        """Write or replace an object with the content of a file, a block in memory at a time."""
         with path.open("rb") as file:
             self._write(folder, name, iter(lambda: file.read(BLOCK_BYTES), b""), os.replace)
 
     def move(self, folder: str, to: str) -> None:
+        """Move a folder's objects to another folder, records last. Several processes may do it at once, and again.
+
+        An object is removed only when it exists in the other folder.
+        """
         old, new = self.root / folder, self.root / to
         for name in records_last(_list(old)):
             new.mkdir(parents=True, exist_ok=True)
@@ -135,21 +71,26 @@ class DirectoryObjects:
         self._remove_empty(old)
 
     def read(self, folder: str, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
+        """Return an object's bytes from a position on, at most so many; empty behind the end."""
         with (self.root / folder / name).open("rb") as file:
             file.seek(start)
             return file.read(-1 if num_bytes is None else num_bytes)
 
     def open(self, folder: str, name: str, num_bytes: int) -> BinaryIO:
+        """Open an object of a known size, to be read block by block."""
         return (self.root / folder / name).open("rb", buffering=0)
 
     def folders(self) -> list[str]:
+        """Return the names of all folders; none if there is no store yet."""
         paths = (self.root / name for name in _list(self.root))
         return [path.name for path in paths if path.is_dir() and not path.is_symlink()]
 
     def names(self, folder: str) -> list[str]:
+        """Return the names of what is in a folder; none if there is no folder."""
         return _list(self.root / folder)
 
     def remove(self, folder: str, name: str | None = None) -> bool:
+        """Remove a folder, or one of its objects; return whether this call did it."""
         path = self.root / folder if name is None else self.root / folder / name
         temporary = self.temporary_path()
         try:
@@ -164,6 +105,7 @@ class DirectoryObjects:
         return True
 
     def measure(self, folder: str) -> tuple[int, float]:
+        """Return a folder's bytes, and when it was last changed, in seconds since 1970."""
         num_bytes, changed_s = 0, 0.0
         for directory, _, names in os.walk(self.root / folder):
             for path in (Path(directory), *(Path(directory, name) for name in names)):
@@ -174,10 +116,12 @@ class DirectoryObjects:
         return num_bytes, changed_s
 
     def touch(self, folder: str) -> None:
+        """Have :meth:`measure` report a change of a folder now."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.root / folder)
 
     def sweep(self, older_than_s: float, now_s: float) -> None:
+        """Remove temporary files that killed processes left. ``now_s``: seconds since 1970."""
         for path in (self.root / name for name in _list(self.root, _TEMPORARY)):
             with contextlib.suppress(OSError):
                 if now_s - path.stat().st_mtime > older_than_s:

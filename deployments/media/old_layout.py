@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from deployments.errors import MediaStoreError
+from deployments.media.fsspec_objects import Objects
 from deployments.media.layout import JOB_ID, TRY_ID
-from deployments.media.objects import Objects
 
 if TYPE_CHECKING:
     from deployments.media.store import MediaStore
@@ -53,7 +53,7 @@ def adopt_old_files(media: MediaStore, find_needs: FindNeeds, find_media_ids: Ca
         JobsError: whatever ``find_needs`` or ``find_media_ids`` raised.
     """
     num_moved = 0
-    for objects in filter(None, (media.objects, media.archive)):
+    for objects in media.places:
         try:
             num_moved += _adopt(objects, find_needs, find_media_ids)
         except OSError as error:

@@ -21,19 +21,20 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from cosmos3_core.errors import MediaError
 from deployments.errors import MediaStoreError
-from deployments.media.fsspec_objects import ObjectsError, open_objects
+from deployments.media.fsspec_objects import Objects, ObjectsError, check_usable, open_objects
 from deployments.media.layout import (
     BEGUN,
     DONE,
     ENDED,
     FAILED,
+    JOB_ID,
     MEDIA_ID,
     WRITING,
     MediaRecord,
     find_record,
     write_end,
 )
-from deployments.media.objects import DirectoryObjects, Objects, check_usable
+from deployments.media.objects import DirectoryObjects
 from deployments.media.sweeper import FindNeeds, sweep
 
 if TYPE_CHECKING:
@@ -100,13 +101,16 @@ class MediaStore:
         self.objects = DirectoryObjects(directory)
         self.archive = None if archive is None else self._open_archive(archive)
         self._next_archive_sweep_s = float("-inf")
-        for objects, key in ((self.objects, "media.directory"), (self.archive, "media.archive")):
-            if objects is None:
-                continue
+        for key, objects in zip(("media.directory", "media.archive"), self.places, strict=False):
             try:
                 check_usable(objects)
             except OSError as error:
                 raise MediaStoreError(f"{key} {objects.place} cannot be used: {error}; check {key}") from None
+
+    @property
+    def places(self) -> list[Objects]:
+        """The directory, then the archive if there is one."""
+        return [self.objects] if self.archive is None else [self.objects, self.archive]
 
     def _open_archive(self, url: str) -> Objects:
         try:
@@ -171,12 +175,9 @@ class MediaStore:
         if not isinstance(media_id, str) or not MEDIA_ID.fullmatch(media_id):
             return None
         try:
-            record = find_record(self.objects, media_id)
-            if record is None and self.archive is not None:
-                record = find_record(self.archive, media_id)
+            return next(filter(None, (find_record(objects, media_id) for objects in self.places)), None)
         except OSError as error:
             raise MediaError(f"{media_id} cannot be looked up: {error}") from error
-        return record
 
     def expect(self, media_id: str) -> MediaRecord:
         """Return the record of a clip that another process has just begun or finished.
@@ -207,7 +208,7 @@ class MediaStore:
             if record is None or record.state != WRITING:
                 return
             failed = replace(record, state=FAILED, reason=reason[:_MAX_REASON_CHARS], updated_s=time.time())
-            for objects in filter(None, (self.objects, self.archive)):
+            for objects in self.places:
                 # It has just ended, or was removed, or is in another node's directory.
                 with contextlib.suppress(FileExistsError, FileNotFoundError):
                     write_end(objects, failed)
@@ -232,6 +233,20 @@ class MediaStore:
                 self.archive.remove(media_id)
         except OSError as error:
             raise MediaError(f"{media_id} cannot be removed: {error}") from error
+
+    def remove_folder(self, job_id: str, media_id: str) -> None:
+        """Remove all files of a job, after its clip if it has one ("" for none). Harmless if there are none.
+
+        Raises:
+            MediaError: they cannot be removed.
+        """
+        assert JOB_ID.fullmatch(job_id), "it comes from the database"
+        self.remove(media_id)
+        try:
+            for objects in self.places:
+                objects.remove(job_id)
+        except OSError as error:
+            raise MediaError(f"the files of {job_id} cannot be removed: {error}") from error
 
     def open(self, record: MediaRecord) -> BinaryIO:
         """Open a finished file. One in the directory can be read to its end even if it is removed meanwhile.

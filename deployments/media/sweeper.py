@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deployments.media.fsspec_objects import Objects
 from deployments.media.job_files import read_written_s
 from deployments.media.layout import JOB_ID, TRY_ID, WRITING, find_record
-from deployments.media.objects import Objects
 from deployments.media.old_layout import list_old_folders
 
 FindNeeds = Callable[[Sequence[str]], Mapping[str, float | None]]

@@ -22,8 +22,8 @@ from cosmos3_core.errors import MediaError
 from cosmos3_core.media.sound_track import NoSoundTrack, write_sound_track
 from cosmos3_core.media.thumbnail import write_spritesheet, write_thumbnail
 from deployments.errors import ApiError
+from deployments.media.fsspec_objects import Objects
 from deployments.media.layout import DONE, FAILED, MediaRecord, create_record, read_record
-from deployments.media.objects import Objects
 from deployments.media.store import MediaStore, hash_file
 
 

@@ -241,14 +241,14 @@ def kill_at_every_step(run: Path, database: str, place: Path, checkpoint: Path, 
 
 
 @pytest.mark.parametrize("database", ["0001.sqlite3", "0002.sqlite3"])
-@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_start_that_is_killed_at_any_step_loses_nothing(
     run: str, database: str, stride: int, unpacked: Path, tiny_nano: Path, tmp_path: Path
 ) -> None:
     """Of the database's upgrade, and of the files' after it."""
     given = (unpacked / run, database, tmp_path, tiny_nano, stride)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork wants a process with one thread
-        assert pool.submit(kill_at_every_step, *given).result(600) >= 100 // stride
+        assert pool.submit(kill_at_every_step, *given).result(1700) >= 100 // stride
 
 
 def test_two_starts_at_once_move_everything(left: Left, tiny_nano: Path) -> None:
