@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.envelope import TensorEnvelope
@@ -14,7 +14,7 @@ from cluster.logs import LogOrigin
 from cluster.rank import Loaded, Rank, RankSpec
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.parallel.layout import Layout
-from cosmos3_core.preview import PreviewMap, evenly
+from cosmos3_core.preview import PreviewMap, pick_evenly
 from cosmos3_core.prompt_ledger import PromptOrders, RequestMemory
 from cosmos3_core.shapes import LatentShape
 
@@ -166,7 +166,7 @@ class TransformerRank(Rank):
         denoiser = self._require_denoiser()
 
         def begin() -> tuple[DenoisePlan, DenoiseState]:
-            plan = denoiser.prepare(request.with_clean_latents(None if clean is None else clean.tensor()), orders)
+            plan = denoiser.prepare(replace(request, clean_latents=None if clean is None else clean.tensor()), orders)
             if saved is None:
                 return plan, denoiser.start(plan)
             return plan, denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
@@ -218,7 +218,7 @@ class TransformerRank(Rank):
         try:
             _, state = self._jobs[job_id]
             x0_BCTHW = state.solver["video"].x0[0]
-            frames = evenly(x0_BCTHW.shape[2], max_frames)
+            frames = pick_evenly(x0_BCTHW.shape[2], max_frames)
             return TensorEnvelope.of_tensor(preview_map.colours(x0_BCTHW[:, :, frames]))
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all requests
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from cosmos3_core.engine import Engine
     from cosmos3_core.errors import Cosmos3Error
     from cosmos3_core.generate import GenerationResult
-    from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, Cosmos3T2VRequest
-    from cosmos3_core.processor import Cosmos3Processor
+    from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, Cosmos3Processor, Cosmos3T2VRequest
     from cosmos3_core.request import GenerationRequest
     from cosmos3_core.sampler.state import DenoiseState
     from cosmos3_core.shapes import pixel_to_latent_shape
@@ -26,7 +25,7 @@ _HOMES = {
     "CheckpointLayout": "cosmos3_core.checkpoint.layout",
     "Cosmos3Error": "cosmos3_core.errors",
     "Cosmos3GenerationPostProcessor": "cosmos3_core.phyai",
-    "Cosmos3Processor": "cosmos3_core.processor",
+    "Cosmos3Processor": "cosmos3_core.phyai",
     "Cosmos3T2VRequest": "cosmos3_core.phyai",
     "DenoiseState": "cosmos3_core.sampler.state",
     "Engine": "cosmos3_core.engine",

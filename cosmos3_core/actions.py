@@ -1,10 +1,10 @@
-"""Actions of a request: given ones, generated ones, and the way between the robot's numbers and the model's.
+"""Actions of a request, given or generated, and their conversion between the robot's numbers and the model's.
 
-The model was trained on normalised actions. Where a checkpoint carries the statistics of an embodiment, as
-``assets/action_stats/NAME.json`` with the keys of NVIDIA's cosmos-framework (``q01`` and ``q99``, ``min`` and ``max``,
-or ``mean`` and ``std``, the first pair that is there; a list of one number per action value each, perhaps inside a
-"global" object), given actions are normalised and generated ones brought back. Without it they stay as they are. No
-published checkpoint carries such a file yet: put the one of your data set there. No torch here.
+The model was trained on normalised actions. A checkpoint may carry the statistics of an embodiment as
+``assets/action_stats/NAME.json``, with the keys of NVIDIA's cosmos-framework: ``q01`` and ``q99``, ``min`` and ``max``,
+or ``mean`` and ``std`` (the first pair found counts), each a list with one number per action value, perhaps inside a
+"global" object. With statistics, given actions are normalised and generated ones restored; without, they stay as they
+are. No published checkpoint carries such a file yet: put your data set's there. No torch here.
 """
 
 from __future__ import annotations
@@ -17,25 +17,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cosmos3_core import checks
 from cosmos3_core.checkpoint.configs import read_json_object
+from cosmos3_core.checkpoint.layout import CheckpointLayout
+from cosmos3_core.conditioning.modes import ActionRole, Mode
+from cosmos3_core.embodiments import Embodiment, find_embodiment
 from cosmos3_core.errors import CorruptFileError, MediaError, RequestError
 from cosmos3_core.media.output import OutputFile, path_with_suffix
-from cosmos3_core.presets import LIMITS
+from cosmos3_core.presets import LIMITS, ActionPreset
+from cosmos3_core.request import DIFFUSERS_BEHAVIOUR, FIELDS, VIEW_POINTS, GenerationRequest
 
 ActionArray = npt.NDArray[np.float32]
 """float32 [steps, width]: one action a row."""
 
 ACTIONS_SUFFIX = ".actions.json"
-"""Of the files that :func:`write_actions` writes."""
+"""Suffix of the files that :func:`write_actions` writes."""
 
 _FOLDER = Path("assets") / "action_stats"
-# Of cosmos-framework: a value that never changed must not be divided by zero.
+# As in cosmos-framework: a value that never changed must not be divided by zero.
 _SMALLEST_SCALE = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
 class ActionStatistics:
-    """Normalised = (action - offset) / scale, number by number.
+    """Statistics of an embodiment's actions: normalised = (action - offset) / scale, number by number.
 
     Attributes:
         offset, scale: float32 [width].
@@ -49,7 +54,7 @@ class ActionStatistics:
         """Read the statistics of an embodiment; None where the checkpoint has none.
 
         Raises:
-            CorruptFileError: the file is no JSON object of such lists, or they have another length than ``width``.
+            CorruptFileError: the file is not a JSON object of such lists, or their length is not ``width``.
         """
         path = checkpoint_dir / _FOLDER / f"{domain_name}.json"
         if not path.is_file():
@@ -76,7 +81,7 @@ class ActionStatistics:
 
 
 def _as_float32(values: Any) -> ActionArray:
-    # What float32 cannot hold becomes infinite; whoever asks refuses that, and needs no warning.
+    # A number too large for float32 becomes infinite, which callers refuse: no warning is needed.
     with np.errstate(over="ignore"):
         return np.array(values, dtype=np.float32)
 
@@ -87,7 +92,7 @@ def _numbers(path: Path, name: str, values: Any, width: int) -> ActionArray:
     except (TypeError, ValueError, OverflowError):
         numbers = np.empty((0,), np.float32)
     if numbers.shape != (width,) or not np.isfinite(numbers).all():
-        raise CorruptFileError(path, f"{name} is no list of {width} finite numbers")
+        raise CorruptFileError(path, f"{name} is not a list of {width} finite numbers")
     return numbers
 
 
@@ -96,12 +101,12 @@ class ActionTrack:
     """The actions of a resolved request.
 
     Attributes:
-        chunk_size: how many; one between two frames.
-        domain_name, domain_id: of the embodiment.
+        chunk_size: number of actions, one between two frames.
+        domain_name, domain_id: the embodiment.
         width: numbers in an action.
-        view_point: where the camera is, for the caption.
-        given: as the model knows them, ``chunk_size`` rows of ``width``; None where they are generated.
-        statistics: of the embodiment, where the checkpoint carries them.
+        view_point: the camera's, for the caption.
+        given: given actions in the model's numbers, ``chunk_size`` rows of ``width``; None where they are generated.
+        statistics: the embodiment's, if the checkpoint carries them.
     """
 
     chunk_size: int
@@ -124,8 +129,8 @@ class GeneratedActions:
 
     Attributes:
         values: float32 [steps, width].
-        domain_name, domain_id: of the embodiment.
-        is_normalised: they are as the model knows them, for want of statistics; else as the robot does.
+        domain_name, domain_id: the embodiment.
+        is_normalised: the values are the model's numbers, for want of statistics; otherwise the robot's.
     """
 
     values: ActionArray
@@ -134,7 +139,7 @@ class GeneratedActions:
     is_normalised: bool
 
     def as_json(self) -> dict[str, Any]:
-        """For an answer or a file; the keys ``data`` to ``domain_id`` are those of vLLM-Omni."""
+        """Return the actions for an answer or a file; the keys ``data`` to ``domain_id`` are vLLM-Omni's."""
         return {
             "data": self.values.tolist(),
             "shape": list(self.values.shape),
@@ -156,8 +161,8 @@ def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
     """Write generated actions as ``out`` + ``.actions.json``; returns that path.
 
     Raises:
-        RequestError: no place for a file.
-        MediaError: it could not be written.
+        RequestError: the path cannot hold a file.
+        MediaError: the file could not be written.
     """
     path = path_with_suffix(out, ACTIONS_SUFFIX)
     file = OutputFile(path)
@@ -173,17 +178,17 @@ def write_actions(actions: GeneratedActions, out: str | Path) -> Path:
 def convert_actions(
     field_name: str, values: Any, width: int | None, chunk_size: int, statistics: ActionStatistics | None
 ) -> tuple[tuple[float, ...], ...]:
-    """Convert a user's actions to the model's numbers: the last row of short ones is repeated, long ones are cut.
+    """Convert a user's actions to the model's numbers; repeats the last row or cuts the end to reach ``chunk_size``.
 
     Args:
-        field_name: for messages.
+        field_name: name of the field in messages.
         values: rows of numbers: nested lists, an array.
         width: numbers in an action; None takes the rows' own.
-        chunk_size: rows wanted.
-        statistics: of the embodiment.
+        chunk_size: rows of the result.
+        statistics: the embodiment's.
 
     Raises:
-        RequestError: no such rows, none, too many, of another width, or with values that no action has.
+        RequestError: see :func:`action_rows`.
     """
     rows = action_rows(field_name, values, width)
     if statistics is not None:
@@ -196,7 +201,7 @@ def action_rows(field_name: str, values: Any, width: int | None) -> ActionArray:
     """Read the rows that a user gave, unconverted: float32 [rows, width].
 
     Raises:
-        RequestError: as there.
+        RequestError: not rows of numbers, none, too many, of another width, or with numbers that no action has.
     """
     columns = "numbers" if width is None else f"{width} numbers"
     allowed = f"1 to {LIMITS.max_actions} rows of {columns} each"
@@ -211,3 +216,65 @@ def action_rows(field_name: str, values: Any, width: int | None) -> ActionArray:
     if not (np.abs(rows) <= LIMITS.max_action_value).all():  # NaN fails the comparison
         raise RequestError(field_name, "a value out of range", f"finite numbers within {LIMITS.max_action_value:g}")
     return rows
+
+
+def resolve_actions(
+    mode: Mode, request: GenerationRequest, preset: ActionPreset, layout: CheckpointLayout, notes: list[str]
+) -> ActionTrack:
+    """Check the actions of a request against a checkpoint and fill their gaps; appends to ``notes``.
+
+    Raises:
+        RequestError: a field is out of bounds, or contradicts another.
+    """
+    domain_name = request.domain_name
+    if domain_name is None and request.domain_id is None:
+        domain_name = preset.domain_name
+    embodiment = find_embodiment(domain_name, request.domain_id, layout.transformer.num_embodiment_domains)
+    width = _choose_width(request.raw_action_dim, embodiment, preset, layout.transformer.action_dim)
+    num_given = 0
+    if mode.actions is ActionRole.GIVEN:
+        if request.actions is None:
+            raise RequestError("actions", None, f"the actions that {mode.name} carries out, [steps, width]")
+        num_given, width = action_rows("actions", request.actions, width).shape
+    if width is None:
+        hint = "it depends on the data set; give it"
+        raise RequestError("raw_action_dim", None, f"the numbers in an action of {embodiment.name}", hint)
+    checks.integer("raw_action_dim", width, 1, layout.transformer.action_dim)
+    chunk_size = request.action_chunk_size
+    if chunk_size is None and request.num_frames is not None:
+        chunk_size = checks.integer("num_frames", request.num_frames, 2, LIMITS.max_actions + 1) - 1
+    if chunk_size is None:
+        chunk_size = num_given or preset.chunk_size
+    FIELDS["action_chunk_size"].check("action_chunk_size", chunk_size)
+    if request.num_frames is not None and request.num_frames != chunk_size + 1:
+        raise RequestError("num_frames", request.num_frames, f"{chunk_size + 1}, one more than the actions")
+    if num_given > chunk_size:
+        notes.append(f"of {num_given} given actions the first {chunk_size} are used")
+    elif 0 < num_given < chunk_size:
+        notes.append(f"the last of {num_given} given actions is repeated, for {chunk_size}")
+    statistics = None
+    if request.compat != DIFFUSERS_BEHAVIOUR:
+        statistics = ActionStatistics.of(layout.directory, embodiment.name, width)
+    view_point = VIEW_POINTS[0] if request.view_point is None else request.view_point
+    return ActionTrack(
+        chunk_size=chunk_size,
+        domain_name=embodiment.name,
+        domain_id=embodiment.domain_id,
+        width=width,
+        view_point=FIELDS["view_point"].check("view_point", view_point),
+        given=convert_actions("actions", request.actions, width, chunk_size, statistics) if num_given else None,
+        statistics=statistics,
+    )
+
+
+def _choose_width(given: int | None, embodiment: Embodiment, preset: ActionPreset, max_width: int) -> int | None:
+    """Return the numbers in an action; None where neither the request nor the embodiment names them."""
+    known = [embodiment.raw_action_dim] if embodiment.raw_action_dim is not None else []
+    if embodiment.name == preset.domain_name and preset.raw_action_dim is not None:
+        known.insert(0, preset.raw_action_dim)
+    if given is None:
+        return known[0] if known else None
+    if checks.integer("raw_action_dim", given, 1, max_width) not in (known or [given]):
+        allowed = f"{' or '.join(map(str, known))}, the numbers in an action of {embodiment.name}"
+        raise RequestError("raw_action_dim", given, allowed, "leave it out for the first of them")
+    return given

@@ -1,4 +1,4 @@
-"""One tokenised request as the transformer gets it: a value that can cross processes. No torch here."""
+"""A tokenized request in the form that the transformer takes, a value that can cross processes. No torch here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cosmos3_core import checks
@@ -27,12 +27,12 @@ _MAX_SOUND_LATENTS = math.ceil(LIMITS.max_sound_s * 100)
 
 @dataclass(frozen=True)
 class ActionLatents:
-    """Actions as the transformer gets them.
+    """Actions in the form that the transformer takes.
 
     Attributes:
-        num_actions: how many.
+        num_actions: number of actions.
         domain_id: row of the action projections.
-        width: numbers in an action; what the model has beyond them stays zero.
+        width: numbers in an action; the model's other numbers stay zero.
         given: ``num_actions`` rows of ``width``; None where they are generated.
     """
 
@@ -49,18 +49,17 @@ class ActionLatents:
 
 @dataclass(frozen=True)
 class DenoiseRequest:
-    """Everything that decides the final latents, but for the checkpoint.
+    """Everything that decides the final latents, except the checkpoint.
 
     Attributes:
         text_ids: the prompt's token ids.
-        negative_text_ids: the unconditional branch's; not read where guidance is off.
+        negative_text_ids: the unconditional branch's; not read without guidance.
         latent_shape: latent frames, rows, columns.
         fps: pixel frames per second.
         num_inference_steps, guidance_scale, schedule, flow_shift, seed, guidance_interval: see
             :class:`cosmos3_core.GenerationRequest`.
         clean_frames: latent frames that are given, ascending.
-        clean_latents: those frames, [1, C, len(clean_frames), rows, columns]; they come from the VAE, so they may be
-            added later, by :meth:`with_clean_latents`.
+        clean_latents: those frames, [1, C, len(clean_frames), rows, columns]; the VAE's, so they may be added later.
         num_sound_latents: 0 for none.
         action: None for none.
         noise: modality -> initial noise instead of the seed's.
@@ -103,7 +102,7 @@ class DenoiseRequest:
     def of(
         cls, request: ResolvedRequest, text_ids: Sequence[int], negative_text_ids: Sequence[int], geometry: Geometry
     ) -> DenoiseRequest:
-        """Build the request from a resolved one and the token ids of its two prompts; yet without clean latents."""
+        """Build the request from a resolved one and the token ids of its two prompts, without clean latents."""
         return cls(
             text_ids=tuple(text_ids),
             negative_text_ids=tuple(negative_text_ids),
@@ -116,14 +115,10 @@ class DenoiseRequest:
             seed=request.seed,
             guidance_interval=request.guidance_interval,
             clean_frames=request.picture.clean_frames if request.picture is not None else (),
-            num_sound_latents=request.sound.num_latents if request.sound is not None else 0,
+            num_sound_latents=request.num_sound_latents,
             action=ActionLatents.of(request.action),
             noise=request.noise,
         )
-
-    def with_clean_latents(self, clean_latents: Tensor | None) -> DenoiseRequest:
-        """Return the request with the latents of :attr:`clean_frames`."""
-        return replace(self, clean_latents=clean_latents)
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
@@ -134,7 +129,7 @@ class DenoiseRequest:
 
     @property
     def fingerprint(self) -> str:
-        """Names the request: equal for equal requests in any process. Given noise counts by its values."""
+        """Name of the request: equal for equal requests in any process. Given noise counts by its values."""
         noise = {name: _hash_of(x) for name, x in (self.noise or {}).items()}
         clean = None if self.clean_latents is None else _hash_of(self.clean_latents)
         action = None if self.action is None else dataclasses.astuple(self.action)

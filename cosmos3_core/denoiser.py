@@ -1,8 +1,8 @@
-"""The transformer's half of a generation: prompts and a shape in, latents out, one step at a time.
+"""Denoising, one step at a time: prompts and a shape in, latents out.
 
-:meth:`Denoiser.prepare` turns a request into a :class:`DenoisePlan` (prompts prefilled, schedule and positions worked
-out); :meth:`Denoiser.start` and :meth:`Denoiser.step` move a :class:`DenoiseState` through it. Plans and states are
-values: requests can be interleaved, and a state can be resumed by any process that prepares the same request.
+:meth:`Denoiser.prepare` turns a request into a :class:`DenoisePlan` (prompts prefilled, schedule and positions
+computed); :meth:`Denoiser.start` and :meth:`Denoiser.step` move a :class:`DenoiseState` through it. Plans and states
+are values: requests can be interleaved, and any process that prepares the same request can resume a state.
 """
 
 from __future__ import annotations
@@ -39,44 +39,26 @@ _STATE_TENSORS = 5
 
 @dataclass(frozen=True)
 class Branch:
-    """One side of guidance: a prompt, and where the generated tokens sit behind it."""
+    """One side of guidance: a prompt, and the positions of the generated tokens behind it."""
 
     text: TextKV
     rope: RopeTable
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """The part of one modality that denoising does not change.
-
-    Attributes:
-        latent: the modality at the start, fp32.
-        moves: 1 where denoising changes it, 0 where it stays; broadcasts to ``latent``.
-    """
-
-    latent: Tensor
-    moves: Tensor
-
-    def restore(self, sample: Tensor) -> Tensor:
-        """``sample`` with what is fixed as it was at the start, to the bit."""
-        return torch.where(self.moves > 0, sample, self.latent)
-
-
-@dataclass(frozen=True)
 class DenoisePlan:
-    """Everything that stays the same over the steps of one request; on the transformer's device, but for ``initial``.
+    """Everything that stays the same over the steps of one request, on the transformer's device.
 
     Attributes:
         num_branches: 2 where guidance needs the unconditional branch, else 1.
-        branches: those that run here, the conditional one first.
-        guidance_scale: of the combination.
-        guidance_interval: lowest and highest timestep that it is for; None: all.
-        solver: for the request's schedule.
-        initial: modality -> where denoising starts.
-        noise_masks: modality -> mask on the device.
-        fixed: modality -> what stays as it is, for those that have any.
-        domain_id: of the embodiment, where there are actions.
-        fingerprint: of the request.
+        branches: the branches that run here, the conditional one first.
+        guidance_scale: weight of guidance.
+        guidance_interval: lowest and highest timestep with guidance; None: all.
+        solver: solver for the request's schedule.
+        initial: modality -> its start, in the order of the tokens.
+        fixed: modalities that denoising leaves unchanged in part.
+        domain_id: the embodiment's, with actions.
+        fingerprint: name of the request and model.
     """
 
     num_branches: int
@@ -85,30 +67,34 @@ class DenoisePlan:
     guidance_interval: tuple[float, float] | None
     solver: UniPC
     initial: Mapping[str, LatentState]
-    noise_masks: Mapping[str, Tensor]
-    fixed: Mapping[str, Fixed]
+    fixed: tuple[str, ...]
     domain_id: int | None
     fingerprint: str
 
     @property
     def num_steps(self) -> int:
-        return self.solver.schedule.num_steps
+        return len(self.solver.schedule.timesteps)
+
+    @property
+    def noise_masks(self) -> dict[str, Tensor]:
+        """modality -> 1 where a latent frame is noisy, 0 where it is a clean condition; [T] fp32."""
+        return {name: state.noise_mask for name, state in self.initial.items()}
 
     def num_branches_at(self, timestep: int) -> int:
-        """Return how many branches run at a step: one where guidance is not for it."""
+        """Return how many branches run at a timestep: one outside the guidance interval."""
         low, high = self.guidance_interval or (timestep, timestep)
         return self.num_branches if low <= timestep <= high else 1
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A step that was just done.
+    """A finished denoising step.
 
     Attributes:
-        step: steps done, from 1.
-        num_steps: of the request.
-        sigma: noise level that is left; 0 after the last step.
-        state: where the request stands now.
+        step: number of finished steps, from 1.
+        num_steps: number of steps of the request.
+        sigma: noise level after the step; 0 after the last one.
+        state: state of the request after the step.
     """
 
     step: int
@@ -118,14 +104,14 @@ class StepEvent:
 
 
 class Denoiser:
-    """Steps requests through the transformer. Holds nothing of any request but the bounded prompt cache.
+    """Steps requests through the transformer. Keeps nothing of a request but its prompts, in a bounded cache.
 
     Args:
         transformer: loaded, on its device.
         geometry: the checkpoint's compression.
         scheduler: the checkpoint's scheduler config.
         text_cache_bytes: bound of the prompt cache.
-        branch_share: where the guidance branches run side by side on different ranks; None runs both here.
+        branch_share: splits the guidance branches over ranks; None runs both here.
     """
 
     def __init__(
@@ -146,7 +132,7 @@ class Denoiser:
 
     @property
     def request_memory(self) -> RequestMemory:
-        """The memory that requests hold on this rank."""
+        """The memory that a request holds on this rank, by its shape."""
         config, size = self.transformer.config, self.transformer.dtype.itemsize
         return RequestMemory(
             bytes_per_latent=_STATE_TENSORS * config.latent_channel * 4,
@@ -158,73 +144,70 @@ class Denoiser:
         )
 
     def forget_prompts(self) -> None:
-        """Drop every kept prompt: the next request prefills."""
+        """Empty the prompt cache: the next request prefills."""
         self.text_cache.drop(self._ledger.forget())
 
     @torch.no_grad()
     def prepare(self, request: DenoiseRequest, orders: PromptOrders | None = None) -> DenoisePlan:
-        """Prefill the prompts and work out all that does not change from step to step.
+        """Prefill the prompts and compute everything that stays the same from step to step.
 
         Args:
-            request: what is asked for.
-            orders: what to keep of the prompts and what to drop, from whoever decides for all ranks; None decides here.
+            request: the request.
+            orders: prompts to keep and to drop, decided once for all ranks; None decides here.
 
         Raises:
-            RequestError: token ids outside the vocabulary, given latents or noise of another shape, an unknown
-                schedule.
-            CapabilityError: sound or actions, of a transformer without weights for them.
+            RequestError: token ids are outside the vocabulary, given latents or noise have another shape, or the
+                schedule is unknown.
+            CapabilityError: the transformer has no weights for the sound or actions.
         """
         schedule = make_schedule(
             request.schedule, request.num_inference_steps, flow_shift=request.flow_shift, config=self.scheduler
         )
         initial = initial_states(request, geometry=self.geometry, config=self.transformer.config)
         prompts = request.prompts
-        # All of them here, though another rank may run one: what is refused is refused alike everywhere.
+        # Every rank checks both prompts, also one that another rank runs, so that all ranks refuse alike.
         for name, prompt in zip(("text_ids", "negative_text_ids"), prompts, strict=False):
             self._check_ids(name, prompt)
-        # The branches that run here; where they are shared out, each rank prefills its own prompt only.
+        # A rank with a share of the branches prefills its own prompt only.
         share, num_latent_frames = self._branch_share, request.latent_shape.num_frames
         here = range(len(prompts)) if share is None else share.mine(len(prompts), num_latent_frames)
         if orders is None:
             orders = self._ledger.admit(prompts)
         texts = self.text_cache.take([prompts[index] for index in here], orders)
+        # Each branch has the generated tokens behind its own text.
+        config, device, dtype = self.transformer.config, self.transformer.device, self.transformer.dtype
         positions = torch.cat([state.positions for state in initial.values()], dim=1)
-        device = self.transformer.device
+        moved = [after_text(positions, text.num_tokens, config) for text in texts]
+        ropes = [rope_table(places, config, device=device, dtype=dtype) for places in moved]
         return DenoisePlan(
             num_branches=len(prompts),
-            branches=tuple(self._branch(text, positions) for text in texts),
+            branches=tuple(map(Branch, texts, ropes)),
             guidance_scale=request.guidance_scale,
             guidance_interval=request.guidance_interval,
             solver=UniPC(schedule),
-            initial=initial,
-            noise_masks={name: state.noise_mask.to(device) for name, state in initial.items()},
-            fixed={
-                name: Fixed(state.latent.to(device), state.moves.to(device))
-                for name, state in initial.items()
-                if state.is_fixed
-            },
+            initial={name: state.to(device) for name, state in initial.items()},
+            fixed=tuple(name for name, state in initial.items() if state.is_fixed),
             domain_id=None if request.action is None else request.action.domain_id,
             fingerprint=self._fingerprint(request),
         )
 
     def start(self, plan: DenoisePlan) -> DenoiseState:
-        """Make the state before the first step."""
-        device = self.transformer.device
-        solver = {name: SolverState(state.latent.to(device)) for name, state in plan.initial.items()}
+        """Return the state before the first step."""
+        solver = {name: SolverState(state.latent) for name, state in plan.initial.items()}
         return DenoiseState(0, solver, plan.fingerprint)
 
     def resume(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
-        """Move a saved state, from any gang, to this transformer's device.
+        """Move a saved state to this transformer's device, whichever process saved it.
 
         Raises:
-            StateError: it belongs to another request or model, or has no step left.
+            StateError: the state belongs to another request or model, or has no step left.
         """
         _check_state(plan, state)
         return state.to(self.transformer.device)
 
     @torch.no_grad()
     def step(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
-        """Run one denoising step; the given state is left as it was.
+        """Run one denoising step; leaves the given state unchanged.
 
         Raises:
             StateError: the state belongs to another request, or has no step left.
@@ -232,20 +215,25 @@ class Denoiser:
         _check_state(plan, state)
         velocity = self._guide_velocity(plan, state)
         solver = {name: plan.solver.step(state.solver[name], state.step_index, velocity[name]) for name in plan.initial}
-        for name, fixed in plan.fixed.items():
-            # To the bit; a clean frame's velocity is zero, and an unused number's is whatever the model makes of it.
-            solver[name] = replace(solver[name], sample=fixed.restore(solver[name].sample))
+        for name in plan.fixed:
+            # A clean frame's velocity is zero; that of an unused number of an action may be anything.
+            solver[name] = replace(solver[name], sample=plan.initial[name].restore(solver[name].sample))
         return DenoiseState(state.step_index + 1, solver, state.fingerprint)
 
     def run(
         self, plan: DenoisePlan, state: DenoiseState | None = None, on_step: Callable[[StepEvent], None] | None = None
     ) -> DenoiseState:
-        """Step from ``state``, or from the start, to the end of the schedule.
+        """Step from a state, or from the start, to the end of the schedule.
 
         Args:
-            on_step: called after every step; what it raises ends the run.
+            plan: the request's, from :meth:`prepare`.
+            state: a state of the request on any device; None begins at the start.
+            on_step: called after every step; an exception that it raises ends the run.
+
+        Raises:
+            StateError: the state belongs to another request.
         """
-        state = self.start(plan) if state is None else state
+        state = self.start(plan) if state is None else state.to(self.transformer.device)
         while state.step_index < plan.num_steps:
             state = self.step(plan, state)
             if on_step is not None:
@@ -255,10 +243,10 @@ class Denoiser:
 
     def _guide_velocity(self, plan: DenoisePlan, state: DenoiseState) -> dict[str, Tensor]:
         timestep = plan.solver.schedule.timesteps[state.step_index]
-        # In the order of the positions, and alike on all ranks: a state that was saved has lost its order.
+        # In the order of the positions, alike on all ranks: a saved state has lost its order.
         latents = {name: state.latents[name] for name in plan.initial}
         num_branches, share = plan.num_branches_at(timestep), self._branch_share
-        # Where they are shared out, the one branch that runs here may have nothing to do at this step.
+        # At a step without guidance, a rank with the unconditional branch has nothing to run.
         here = plan.branches[:num_branches] if share is None or share.index < num_branches else ()
         predictions = [
             self.transformer.velocity(latents, plan.noise_masks, timestep, branch.text, branch.rope, plan.domain_id)
@@ -268,13 +256,9 @@ class Denoiser:
             own = {name: velocity.float() for name, velocity in predictions[0].items()} if predictions else None
             predictions = share.exchange(own, latents, num_branches)
         if num_branches == 1:
-            velocity = {name: velocity.float() for name, velocity in predictions[0].items()}
-        else:
-            conditional, unconditional = predictions
-            velocity = {
-                name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional
-            }
-        return velocity
+            return {name: velocity.float() for name, velocity in predictions[0].items()}
+        conditional, unconditional = predictions
+        return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
 
     def _fingerprint(self, request: DenoiseRequest) -> str:
         """Name the request and the model; the same on every rank, whose configs differ by their shares only."""
@@ -287,12 +271,6 @@ class Denoiser:
         if not text_ids or min(text_ids) < 0 or max(text_ids) > last:
             given = f"ids {min(text_ids)} to {max(text_ids)}" if text_ids else "no ids"
             raise RequestError(name, given, f"at least one, each from 0 to {last}")
-
-    def _branch(self, text: TextKV, positions: Tensor) -> Branch:
-        config = self.transformer.config
-        moved = after_text(positions, text.num_tokens, config)
-        rope = rope_table(moved, config, device=self.transformer.device, dtype=self.transformer.dtype)
-        return Branch(text, rope)
 
 
 def _check_state(plan: DenoisePlan, state: DenoiseState) -> None:

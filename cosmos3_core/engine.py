@@ -1,6 +1,6 @@
-"""A loaded checkpoint in one process: tokenised requests in, pixels, sound and actions out.
+"""A loaded checkpoint in one process: tokenized requests in, pixels, sound and actions out.
 
-:func:`cosmos3_core.generate.generate` is the path from a prompt to a file; the calls of PhyAI are in
+:func:`cosmos3_core.generate.generate` is the path from a prompt to a file; PhyAI's classes are in
 :mod:`cosmos3_core.phyai`.
 """
 
@@ -29,7 +29,7 @@ from cosmos3_core.parallel.apply import branch_share, parallelize
 from cosmos3_core.parallel.groups import ALONE, Groups, connect
 from cosmos3_core.parallel.strips import Strip, strip_of
 from cosmos3_core.phyai import Cosmos3T2VRequest
-from cosmos3_core.processor import Cosmos3Processor, PromptIds, load_tokenizer
+from cosmos3_core.prompts import PromptIds, load_tokenizer, tokenize_prompts
 from cosmos3_core.request import FIELDS, ResolvedRequest
 from cosmos3_core.resolve import find_shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
@@ -40,24 +40,24 @@ _CLOSED = "this engine was closed; make a new one"
 
 
 class Engine:
-    """A checkpoint, loaded. Use as a context manager, or call :meth:`close`.
+    """A loaded checkpoint. Use it as a context manager, or call :meth:`close`; a closed engine raises ClosedError.
 
     Args:
         checkpoint_dir: a checkpoint in the published layout, on a local path.
-        flow_shift: default of requests that give none.
-        use_karras_sigmas: default schedule: False native, True karras, None as the checkpoint's scheduler says.
-        load_sound: True loads the decoder of sound, False does without; None loads it where there is one.
-        dtype: of the weights; None keeps what is stored.
-        device: None takes the first GPU, or the CPU where there is none.
+        flow_shift: default of PhyAI's requests.
+        use_karras_sigmas: default schedule of PhyAI's requests: False native, True karras, None the checkpoint's own.
+        load_sound: True loads the sound decoder, False does not; None loads it if the checkpoint has one.
+        dtype: of the weights; None keeps the stored one.
+        device: None takes the first GPU, or the CPU without one.
         text_cache_bytes: bound of the cache of prompts' keys and values.
         ops: operator -> implementation name, to override the choice.
-        groups: this process's part in a layout of several ranks; every rank then makes the same calls and gets the same
-            results, but for :meth:`frames`. All of them share the frames of pictures, in strips, whatever the layout.
+        groups: this process's part in a layout of several ranks. Every rank makes the same calls and gets the same
+            results, except from :meth:`frames`; all ranks share the frames of pictures, in strips.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        RequestError: no such device or operator.
-        CapabilityError: sound was asked for, and the checkpoint makes none.
+        RequestError: there is no such device, dtype or operator, or a default is out of bounds.
+        CapabilityError: ``load_sound`` is True and the checkpoint makes no sound.
     """
 
     def __init__(
@@ -80,16 +80,14 @@ class Engine:
         if dtype is not None and dtype not in DTYPES.values():
             raise RequestError("dtype", dtype, f"one of {[str(known) for known in DTYPES.values()]}, or None")
         self.flow_shift: float = FIELDS["flow_shift"].check("flow_shift", flow_shift)
-        if use_karras_sigmas is not None:
-            checks.flag("use_karras_sigmas", use_karras_sigmas)
-        # Before gigabytes are read: a damaged VAE should not be found behind a loaded transformer.
+        if use_karras_sigmas is None:
+            self.schedule = find_shipped_schedule(self.layout)
+        else:
+            self.schedule = "karras" if checks.flag("use_karras_sigmas", use_karras_sigmas) else "native"
+        # Before gigabytes are read, so that a damaged VAE is found first.
         check_weights(self.layout)
-        self.schedule = (
-            find_shipped_schedule(self.layout)
-            if use_karras_sigmas is None
-            else ("karras" if use_karras_sigmas else "native")
-        )
-        self.tokenizer = load_tokenizer(self.layout.component_dir("text_tokenizer"))
+        self.tokenizer_dir = self.layout.component_dir("text_tokenizer")
+        self.tokenizer = load_tokenizer(self.tokenizer_dir)
         self.ranks = groups.everyone
         connect(self.ranks, self.device)
         shard = groups.layout.shard(groups.rank)
@@ -108,42 +106,43 @@ class Engine:
             self._audio_vae = load_audio_vae(self.layout, device=self.device, dtype=dtype)
 
     @property
-    def denoiser(self) -> Denoiser:
-        """The transformer's half.
-
-        Raises:
-            ClosedError: the engine was closed.
-        """
-        if self._denoiser is None:
-            raise ClosedError(_CLOSED)
-        return self._denoiser
-
-    def tokenize(self, request: ResolvedRequest) -> tuple[PromptIds, PromptIds]:
-        """Return the token ids of both branches of a resolved request."""
-        processor = Cosmos3Processor.for_request(request, self.layout.component_dir("text_tokenizer"), self.tokenizer)
-        return processor.token_id_pair(request.prompt, request.negative_prompt)
-
-    @property
     def is_closed(self) -> bool:
         """Whether the weights are gone."""
         return self._denoiser is None
 
     @property
     def has_sound(self) -> bool:
-        """Whether the decoder of sound is loaded."""
+        """Whether the sound decoder is loaded."""
         return self._audio_vae is not None
 
     @property
     def sampling_rate(self) -> int:
-        """Samples a second of the sound; 0 without its decoder."""
+        """Samples of sound a second; 0 without a decoder."""
         return 0 if self._audio_vae is None else self._audio_vae.sampling_rate
 
+    @property
+    def denoiser(self) -> Denoiser:
+        """The transformer and its denoising steps."""
+        if self._denoiser is None:
+            raise ClosedError(_CLOSED)
+        return self._denoiser
+
+    @property
+    def _video_vae(self) -> VideoVAE:
+        if self._vae is None:
+            raise ClosedError(_CLOSED)
+        return self._vae
+
+    def tokenize(self, request: ResolvedRequest) -> tuple[PromptIds, PromptIds]:
+        """Return the token ids of a request's prompt and negative prompt."""
+        prompts = request.prompt, request.negative_prompt
+        return tokenize_prompts(*prompts, request.prompt_format, self.tokenizer, self.tokenizer_dir)
+
     def clean_latents(self, picture: PictureCondition) -> Tensor:
-        """Encode the frames that a request's image or clip gives; see :mod:`cosmos3_core.conditioning.clean`.
+        """Encode the frames that a request's image or clip fixes; see :mod:`cosmos3_core.conditioning.clean`.
 
         Raises:
-            RequestError: the media is damaged, or larger than allowed.
-            ClosedError: the engine was closed.
+            RequestError: the media is damaged, or larger than its bounds.
         """
         return clean_latents(self._video_vae, picture, read_picture(picture), partial(strip_of, self.ranks))
 
@@ -157,56 +156,49 @@ class Engine:
         """Run the denoising loop.
 
         Args:
-            request: the tokenised request.
+            request: the tokenized request.
             on_step: called after every step.
-            resume: a state of the same request to go on from.
+            resume: a state of the same request to resume from.
 
         Returns:
-            modality -> latents, fp32, on the engine's device: ``video`` [1, C, T, H, W], and where the request has them
+            modality -> latents, fp32, on the engine's device: ``video`` [1, C, T, H, W], and if the request has them
             ``sound`` [C, T] and ``action`` [T, C].
 
         Raises:
             RequestError: see :meth:`Denoiser.prepare`.
             StateError: ``resume`` is another request's.
-            ClosedError: the engine was closed.
         """
         denoiser = self.denoiser
         if isinstance(request, Cosmos3T2VRequest):
             request = request.to_denoise_request(schedule=self.schedule, flow_shift=self.flow_shift)
-        plan = denoiser.prepare(request)
-        state = resume.to(self.device) if resume is not None else None
-        return denoiser.run(plan, state, on_step).latents
+        return denoiser.run(denoiser.prepare(request), resume, on_step).latents
 
     def decode(self, latents: Tensor, *, chunk_latents: int | None = None) -> Iterator[Tensor]:
-        """Decode latents as a stream.
+        """Decode video latents [1, C, T, H, W] of :meth:`denoise` as a stream; :meth:`frames` moves fewer bytes.
 
         Args:
-            latents: the video ones of :meth:`denoise`, [1, C, T, H, W].
-            chunk_latents: latent frames a chunk, after the first, which stands alone; None: as
-                :meth:`VideoVAE.decode` chooses.
+            latents: the video latents.
+            chunk_latents: latent frames per chunk after the first; see :meth:`VideoVAE.decode`.
 
         Yields:
-            Pixels [1, 3, F, Y, X] in [-1, 1]: one frame first, then ``chunk_latents`` x 4 at a time; whole frames on
-            every rank. :meth:`frames` moves less.
+            Pixels [1, 3, F, Y, X] in [-1, 1], whole frames on every rank: one frame first, then ``chunk_latents`` x 4.
         """
-        strip, chunks = self._strips(latents, chunk_latents)
+        strip, chunks = self._decode_strip(latents, chunk_latents)
         return map(strip.share, chunks)
 
     def frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents as a stream of RGB bytes, which travel between ranks as such.
-
-        Args:
-            latents: the video ones of :meth:`denoise`, [1, C, T, H, W].
+        """Decode video latents [1, C, T, H, W] of :meth:`denoise` as a stream of RGB bytes.
 
         Yields:
-            uint8 [F, Y, X, 3] on the engine's device, chunked as :meth:`decode` does by itself; on the first rank. The
-            others yield nothing, and have to ask all the same: they decode their strips meanwhile.
+            uint8 [F, Y, X, 3] on the engine's device, in the chunks of :meth:`decode`, on the first rank. The other
+            ranks yield nothing; they must iterate all the same, because that decodes their strips.
         """
-        strip, chunks = self._strips(latents, None)
-        return _collect(strip, chunks)
+        strip, chunks = self._decode_strip(latents)
+        # No name holds a chunk of pixels while the next one is decoded.
+        return (frames for frames in map(strip.collect, map(to_uint8, chunks)) if frames is not None)
 
-    def _strips(self, latents: Tensor, chunk_latents: int | None) -> tuple[Strip, Iterator[Tensor]]:
-        """Return this rank's strip, and its pixels chunk by chunk."""
+    def _decode_strip(self, latents: Tensor, chunk_latents: int | None = None) -> tuple[Strip, Iterator[Tensor]]:
+        """Return this rank's strip of the frames, and its pixels chunk by chunk."""
         vae = self._video_vae
         vae.check_latents(latents)
         strip = strip_of(self.ranks, *latents.shape[-2:])
@@ -216,25 +208,17 @@ class Engine:
         """Decode sound latents [C, T] of :meth:`denoise` as a stream.
 
         Yields:
-            Samples [channels, n], fp32 in [-1, 1], on the engine's device; a little more than the pictures' time.
+            Samples [channels, n], fp32 in [-1, 1], on the engine's device; a little longer than the pictures.
 
         Raises:
             CapabilityError: the engine was made without sound.
-            ClosedError: the engine was closed.
         """
-        if self._audio_vae is None:
-            if self._vae is None:
-                raise ClosedError(_CLOSED)
-            raise CapabilityError(
-                "sound", "latents", "left out", "this engine has no decoder of sound; make it with load_sound=True"
-            )
-        return self._audio_vae.decode(latents)
-
-    @property
-    def _video_vae(self) -> VideoVAE:
-        if self._vae is None:
+        if self.is_closed:
             raise ClosedError(_CLOSED)
-        return self._vae
+        if self._audio_vae is None:
+            hint = "this engine has no sound decoder; make it with load_sound=True"
+            raise CapabilityError("sound", "latents", "left out", hint)
+        return self._audio_vae.decode(latents)
 
     def step(
         self,
@@ -243,25 +227,12 @@ class Engine:
         on_step: Callable[[StepEvent], None] | None = None,
         output: Literal["pixels", "latent"] = "pixels",
     ) -> Tensor | dict[str, Tensor | int]:
-        """Serve one request from ids to pixels, and sound where it asks for some.
-
-        Returns:
-            Pixels (1, 3, F, Y, X) fp32 in [0, 1]; with ``output="latent"`` the video latents [1, C, T, H, W]. With
-            sound a mapping of ``video`` to these, ``sound`` to the waveform [channels, samples] fp32 in [-1, 1] (its
-            latents [C, T]), and ``sample_rate`` to its samples a second.
-
-        Raises:
-            RequestError: see :meth:`denoise`.
-            CapabilityError: sound, of an engine without.
-            ClosedError: the engine was closed.
-        """
+        """Serve one of PhyAI's requests from ids to pixels; see :func:`cosmos3_core.phyai.run_step`."""
         return phyai.run_step(self, request, on_step=on_step, output=output)
 
     def close(self) -> None:
-        """Let go of the weights and caches. Closing twice is fine; using the engine afterwards is a ClosedError."""
-        self._denoiser = None
-        self._vae = None
-        self._audio_vae = None
+        """Release the weights and caches. Closing twice is harmless."""
+        self._denoiser = self._vae = self._audio_vae = None
 
     def __enter__(self) -> Engine:
         return self
@@ -270,11 +241,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _collect(strip: Strip, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    for chunk in chunks:
-        frames = strip.collect(to_uint8(chunk))
-        del chunk  # or it would live until the next one is there
-        if frames is not None:
-            yield frames

@@ -1,9 +1,9 @@
-"""From a prompt to a file, in one process: the main path.
+"""The main path: from a prompt to a file, in one process.
 
     python -m cosmos3_core.generate --checkpoint DIR --prompt "..." --out PREFIX     # writes PREFIX.mp4
 
-:func:`generate` is the whole of it, stage by stage: resolve, tokenize, condition, denoise, decode, to uint8, encode.
-The serving graph runs the same stages as separate deployments.
+:func:`generate` runs it stage by stage: resolve, tokenize, condition, denoise, decode, to uint8, encode. The serving
+graph runs the same stages as separate deployments.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,9 +30,8 @@ from cosmos3_core.device import DTYPES, collective_backend, local_device, resolv
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import Cosmos3Error, RequestError
 from cosmos3_core.media.output import OutputFile, path_with_suffix
-from cosmos3_core.media.pixels import FrameHash, Frames
-from cosmos3_core.media.sound import Samples
-from cosmos3_core.media.writer import DiscardWriter, MediaWriter, open_writer
+from cosmos3_core.media.pixels import FrameHash
+from cosmos3_core.media.writer import ClipFormat, DiscardWriter, MediaWriter, open_writer
 from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout
@@ -41,13 +40,13 @@ from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from cosmos3_core.request_flags import add_engine_flags, add_request_flags, request_of
 from cosmos3_core.resolve import resolve
 
-# For ranks to meet, and for each exchange: longer than any step, loading included.
+# Timeout of joining the ranks and of each exchange: longer than any step and than loading.
 _COLLECTIVE_TIMEOUT_S = 1800.0
 
-# For the first rank to come as far as the others, which have nothing to say.
+# Time that the other ranks give the first one to report an error.
 _FIRST_RANK_S = 60.0
 
-# In the order of the path, as reports show them.
+# In the order of the path, for reports.
 _STAGES = (
     "model_load",
     "preprocess",
@@ -66,13 +65,13 @@ class GenerationResult:
     """The result of a request.
 
     Attributes:
-        path: the file; None when latents or nothing but actions were asked for, and on every rank but the first.
-        request: the request as it was run, every field decided; its ``notes`` say what was changed.
+        path: the file; None for latents or actions alone, and on every rank but the first.
+        request: the request with every field decided; its ``notes`` list the changes.
         negative_prompt_origin: ``given``, ``empty``, ``checkpoint`` or ``built-in``.
-        frames_sha256: hash of the uint8 frames that went to the encoder; "" when there were none.
-        timings_s: stage -> seconds; ``inference`` holds ``denoise`` and ``decode``.
-        latents: modality -> final latents, see :meth:`Engine.denoise`, when they were asked for, else None.
-        actions: those that were generated, else None.
+        frames_sha256: hash of the encoded uint8 frames; "" without a file of pictures.
+        timings_s: stage -> seconds; ``inference`` is the sum of ``denoise`` and ``decode``.
+        latents: modality -> final latents, see :meth:`Engine.denoise`, if requested.
+        actions: the generated actions; None without any.
     """
 
     path: Path | None
@@ -92,17 +91,17 @@ def generate(
     output: Literal["media", "latent"] = "media",
     on_step: Callable[[StepEvent], None] | None = None,
 ) -> GenerationResult:
-    """Serve one request. Where the engine is one of several ranks, all of them call this; the first writes the file.
+    """Serve one request. Of several ranks all call this, and the first writes the file.
 
     Args:
         engine: a loaded checkpoint.
-        request: what to generate.
-        out: path without its ending: ``.mp4`` is added, or what else the output is.
+        request: the request.
+        out: path without its suffix: ``.mp4`` is added, or that of another output.
         output: ``latent`` stops before decoding and returns the latents.
         on_step: called after every denoising step.
 
     Raises:
-        RequestError: the request, the path or a setting is wrong; raised before anything large is allocated.
+        RequestError: the request, the path or a setting is wrong; raised before denoising.
         MediaError: the file could not be written.
     """
     checks.choice("output", output, ("media", "latent"))
@@ -111,36 +110,39 @@ def generate(
         resolved = resolve(request.packed(), engine.layout, is_sound_offered=engine.has_sound)
         conditional, unconditional = engine.tokenize(resolved)
         job = DenoiseRequest.of(resolved, conditional.ids, unconditional.ids, engine.layout.geometry)
-    digest, has_file = FrameHash(), output == "media" and resolved.has_file
-    # Opened before the long part, so that a place or a setting that cannot be is refused before it.
-    path, writer = _open_writer(engine, out, resolved) if has_file else (None, DiscardWriter())
+    file, digest = resolved.file if output == "media" else None, FrameHash()
+    has_sound, has_pictures = file is not None and file.sound is not None, file is not None and file.has_pictures
+    # Opened before the long part, to refuse a path or a setting early.
+    path, writer = _open_writer(engine, out, file)
     with writer:
         if resolved.picture is not None:
             with clock.stage("condition"):
-                job = job.with_clean_latents(engine.clean_latents(resolved.picture))
+                job = replace(job, clean_latents=engine.clean_latents(resolved.picture))
         with clock.stage("denoise"):
             latents = engine.denoise(job, on_step=on_step)
-        for samples in _samples(engine, latents[SOUND], clock) if has_file and SOUND in latents else ():
+        for samples in clock.iterate("decode_sound", engine.decode_sound(latents[SOUND])) if has_sound else ():
             with clock.stage("encode"):
-                writer.write_sound(samples)
-        for frames in _frames(engine, latents[VIDEO], clock) if has_file and resolved.has_pictures else ():
+                writer.write_sound(samples.cpu().numpy())
+        for chunk in clock.iterate("decode", engine.frames(latents[VIDEO])) if has_pictures else ():
+            with clock.stage("to_cpu"):
+                frames = chunk.cpu().numpy()
+            del chunk  # or it would live until the next one is there
             with clock.stage("encode"):
                 digest.update(frames)
                 writer.write(frames)
         with clock.stage("encode"):
             writer.close()
-    sha256 = digest.hexdigest() if path is not None and resolved.has_pictures else ""
-    kept, actions = latents if output == "latent" else None, _restore_actions(resolved, latents)
-    return GenerationResult(path, resolved, unconditional.origin, sha256, clock.timings_s, kept, actions)
+    sha256 = digest.hexdigest() if path is not None and has_pictures else ""
+    result, actions = latents if output == "latent" else None, _restore_actions(resolved, latents)
+    return GenerationResult(path, resolved, unconditional.origin, sha256, clock.timings_s, result, actions)
 
 
-def _open_writer(engine: Engine, out: str | Path | None, resolved: ResolvedRequest) -> tuple[Path | None, MediaWriter]:
-    """Open the file on the first rank; the others decode their share of it and write nothing."""
-    if engine.ranks.rank > 0:
+def _open_writer(engine: Engine, out: str | Path | None, file: ClipFormat | None) -> tuple[Path | None, MediaWriter]:
+    """Open the file on the first rank; the others decode their strips and write nothing."""
+    if file is None or engine.ranks.rank > 0:
         return None, DiscardWriter()
-    clip_format = resolved.clip_format()
-    path = path_with_suffix(out, clip_format.suffix)
-    return path, open_writer(path, clip_format)
+    path = path_with_suffix(out, file.suffix)
+    return path, open_writer(path, file)
 
 
 def _restore_actions(resolved: ResolvedRequest, latents: dict[str, Tensor]) -> GeneratedActions | None:
@@ -149,42 +151,16 @@ def _restore_actions(resolved: ResolvedRequest, latents: dict[str, Tensor]) -> G
     return resolved.action.result(latents[ACTION][:, : resolved.action.width].cpu().numpy())
 
 
-def _frames(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Frames]:
-    """Yield decoded chunks as uint8 frames on the CPU; of pixels, one chunk exists at a time."""
-    chunks = engine.frames(latents)
-    while True:
-        with clock.stage("decode"):
-            chunk = next(chunks, None)
-        if chunk is None:
-            return
-        with clock.stage("to_cpu"):
-            frames = chunk.cpu().numpy()
-        del chunk
-        yield frames
-
-
-def _samples(engine: Engine, latents: Tensor, clock: StageClock) -> Iterator[Samples]:
-    """Yield decoded samples on the CPU, chunk by chunk."""
-    chunks = engine.decode_sound(latents)
-    while True:
-        with clock.stage("decode_sound"):
-            chunk = next(chunks, None)
-            samples = None if chunk is None else chunk.cpu().numpy()
-        if samples is None:
-            return
-        yield samples
-
-
 @dataclass
 class StageClock:
-    """Adds up the seconds of named stages, waiting for the device at both ends of each."""
+    """Sums the seconds of named stages; waits for the device at both ends of each."""
 
     device: torch.device
     stages_s: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what happens inside towards ``name``."""
+        """Add the seconds of the ``with`` block to ``name``."""
         synchronize(self.device)
         start_s = time.perf_counter()
         try:
@@ -193,9 +169,19 @@ class StageClock:
             synchronize(self.device)
             self.stages_s[name] = self.stages_s.get(name, 0.0) + time.perf_counter() - start_s
 
+    def iterate(self, name: str, items: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield the items of an iterator, and add the seconds that each takes to ``name``."""
+        while True:
+            with self.stage(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+            del item  # or it would live until the next one is there
+
     @property
     def timings_s(self) -> dict[str, float]:
-        """Stages in the order of the path; ``inference`` = denoise + decode."""
+        """Seconds of the stages in the order of the path, with ``inference`` = denoise + decode."""
         known = dict(self.stages_s)
         if "denoise" in known:
             known["inference"] = known["denoise"] + known.get("decode", 0.0)
@@ -203,7 +189,7 @@ class StageClock:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cosmos3_core.generate", description="Make a video (or, with one frame, an image) from a prompt."
     )
@@ -222,17 +208,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Generate what the flags of :mod:`cosmos3_core.request_flags` describe, and print the result.
+    """Run the request that the flags of :mod:`cosmos3_core.request_flags` describe, and print the result.
 
     Raises:
-        Cosmos3Error: it cannot be done.
+        Cosmos3Error: the request failed.
     """
     with _report_once():
         request = request_of(options)
         # Before gigabytes are read.
         resolved = resolve(request.packed(), CheckpointLayout.open(options.checkpoint))
         if resolved.has_generated_actions:
-            OutputFile(path_with_suffix(options.out, ACTIONS_SUFFIX))  # refuses a place that cannot be
+            OutputFile(path_with_suffix(options.out, ACTIONS_SUFFIX))  # refuses an unusable path early
         layout = _layout(options)
     groups, device = _join_ranks(layout, options.device)
     progress = ProgressBar()
@@ -247,7 +233,7 @@ def run(options: argparse.Namespace) -> None:
             result = generate(engine, request, options.out, on_step=lambda event: progress.update(event.step))
         progress.close()
         if groups.rank > 0:
-            return  # the first one writes and says everything
+            return  # the first rank reports
         for note in result.request.notes:
             print(f"note: {note}", file=sys.stderr)
         actions_path = None if result.actions is None else write_actions(result.actions, options.out)
@@ -259,12 +245,12 @@ def run(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _report_once() -> Iterator[None]:
-    """Report an error of the ``with`` block once: every rank meets it alike, and the first one prints it."""
+    """Report an error of the ``with`` block once: every rank raises it, and the first one prints it."""
     try:
         yield
     except Cosmos3Error:
         if int(os.environ.get("RANK", "0")) > 0:
-            # torchrun ends all ranks when one ends: the first one has to be that one.
+            # torchrun ends all ranks with the first that exits, which must be the one that prints.
             time.sleep(_FIRST_RANK_S)
             sys.exit(2)
         raise
@@ -299,7 +285,7 @@ def _report(result: GenerationResult, actions_path: Path | None, timings_s: dict
     request = result.request
     said = f"seed {request.seed}, {request.schedule} schedule, negative prompt: {result.negative_prompt_origin}"
     if result.path is not None:
-        sound = "" if request.sound is None else ", with sound"
+        sound = ", with sound" if request.num_sound_latents else ""
         shape = f"{request.num_frames} frames, {request.width}x{request.height}, {request.fps:g} fps{sound}"
         print(f"{result.path}: {shape}, {said}")
     if result.actions is not None:

@@ -1,6 +1,6 @@
-"""The classes of PhyAI's documentation, so that code written for it runs: its request, its step, its post-processor.
+"""The classes of PhyAI's documentation, so that code written for it runs: its processor, request and post-processor.
 
-:class:`~cosmos3_core.engine.Engine` and :class:`~cosmos3_core.processor.Cosmos3Processor` carry its names as well.
+:class:`~cosmos3_core.engine.Engine` is PhyAI's engine too; :func:`run_step` is its ``step``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,115 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosmos3_core import checks
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.mp4 import Mp4Writer, exact_frame_rate
 from cosmos3_core.media.pixels import Frames, to_unit, unit_to_uint8
 from cosmos3_core.media.sound import Samples, SoundFormat, WavWriter
 from cosmos3_core.model.transformer import SOUND, VIDEO
+from cosmos3_core.presets import LIMITS
+from cosmos3_core.prompts import PromptFormat, PromptIds, load_tokenizer, tokenize_prompts
+from cosmos3_core.request import DIFFUSERS_BEHAVIOUR, FIELDS, NATIVE_BEHAVIOUR
 from cosmos3_core.shapes import LatentShape, sound_samples
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from cosmos3_core.denoiser import StepEvent
     from cosmos3_core.engine import Engine
 
-# One latent of the sound tokenizer at 48 kHz: a waveform of whole latents may miss the video's end by less than that.
+# One latent of the sound tokenizer at 48 kHz: a waveform of whole latents ends less than that before its video.
 _MAX_PADDED_SAMPLES = 1920
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """One prompt as PhyAI's request takes it.
+
+    Attributes:
+        text_ids: (1, S) int64, with the chat template's and the closing special tokens.
+        text_mask: (1, S) int64, all ones: prompts are never padded.
+        text, origin: see :class:`~cosmos3_core.prompts.PromptIds`.
+    """
+
+    text_ids: Tensor
+    text_mask: Tensor
+    text: str
+    origin: str
+
+
+class Cosmos3Processor:
+    """Turns prompts into token ids for clips of one shape.
+
+    Args:
+        tokenizer_dir: a checkpoint's ``text_tokenizer`` folder, or the checkpoint itself.
+        fps, num_frames, height, width, append_metadata, compat, view_point: see
+            :class:`~cosmos3_core.prompts.PromptFormat`.
+        use_system_prompt: None: only under ``compat="diffusers"``.
+        negative_metadata: None: ``same``, or ``inverse`` under ``compat="diffusers"``.
+        tokenizer: an already loaded one, to share between processors.
+
+    Raises:
+        RequestError: a setting is out of bounds.
+        MissingFileError, CorruptFileError: the tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        tokenizer_dir: str | Path,
+        *,
+        fps: float = 24.0,
+        num_frames: int = 189,
+        height: int = 720,
+        width: int = 1280,
+        append_metadata: bool = True,
+        use_system_prompt: bool | None = None,
+        negative_metadata: str | None = None,
+        compat: str = NATIVE_BEHAVIOUR,
+        view_point: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        # diffusers' own default; `resolve` reads the checkpoint's.
+        like_diffusers = FIELDS["compat"].check("compat", compat) == DIFFUSERS_BEHAVIOUR
+        metadata = ("inverse" if like_diffusers else "same") if negative_metadata is None else negative_metadata
+        self.prompt_format = PromptFormat(
+            num_frames=FIELDS["num_frames"].check("num_frames", num_frames),
+            height=checks.integer("height", height, 1, LIMITS.max_side_pixels),
+            width=checks.integer("width", width, 1, LIMITS.max_side_pixels),
+            fps=FIELDS["fps"].check("fps", fps),
+            append_metadata=append_metadata,
+            use_system_prompt=like_diffusers if use_system_prompt is None else use_system_prompt,
+            negative_metadata=FIELDS["negative_metadata"].check("negative_metadata", metadata),
+            compat=compat,
+            view_point=None if view_point is None else FIELDS["view_point"].check("view_point", view_point),
+        )
+        path = Path(tokenizer_dir)
+        self.tokenizer_dir = path / "text_tokenizer" if (path / "model_index.json").exists() else path
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(self.tokenizer_dir)
+
+    def tokenize_pair(
+        self, prompt: str, negative_prompt: str | None = None, *, device: torch.device | str = "cpu"
+    ) -> tuple[TokenizedPrompt, TokenizedPrompt]:
+        """Return the token ids of the conditional and the unconditional branch, as tensors.
+
+        Args:
+            prompt: plain text, or a JSON object as a string.
+            negative_prompt: None takes the checkpoint's own default, or ours if it has none; "" is empty.
+            device: where the ids go.
+
+        Raises:
+            RequestError: a prompt has more tokens than the limit.
+        """
+
+        def as_tensors(prompt_ids: PromptIds) -> TokenizedPrompt:
+            text_ids = torch.tensor([prompt_ids.ids], dtype=torch.int64, device=device)
+            return TokenizedPrompt(text_ids, torch.ones_like(text_ids), prompt_ids.text, prompt_ids.origin)
+
+        conditional, unconditional = tokenize_prompts(
+            prompt, negative_prompt, self.prompt_format, self.tokenizer, self.tokenizer_dir
+        )
+        return as_tensors(conditional), as_tensors(unconditional)
 
 
 @dataclass(frozen=True)
@@ -37,13 +132,13 @@ class Cosmos3T2VRequest:
     Attributes:
         text_ids: (1, S) int64, from :meth:`Cosmos3Processor.tokenize_pair`; right-padding is allowed.
         text_mask: (1, S), 1 at real tokens.
-        neg_text_ids, neg_text_mask: the same of the negative prompt.
+        neg_text_ids, neg_text_mask: the same for the negative prompt.
         video_shape: latent (frames, rows, columns); see :func:`pixel_to_latent_shape`.
         fps: pixel frames per second.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 runs the prompt's branch alone.
         noise: initial noise (1, C, *video_shape) instead of the seed's, or a mapping modality -> noise.
-        seed: of the initial noise.
+        seed: seed of the initial noise.
         sound_frames: sound latents to generate with the video, see :func:`cosmos3_core.shapes.num_sound_latents`.
         flow_shift: None = the engine's.
         schedule: ``native``, ``linear`` or ``karras``; None = the engine's.
@@ -64,10 +159,10 @@ class Cosmos3T2VRequest:
     schedule: str | None = None
 
     def to_denoise_request(self, *, schedule: str, flow_shift: float) -> DenoiseRequest:
-        """Take the padding off, and fill the gaps with an engine's ``schedule`` and ``flow_shift``.
+        """Remove the padding, and fill the gaps with an engine's ``schedule`` and ``flow_shift``.
 
         Raises:
-            RequestError: a field is out of bounds, or ids and mask do not fit each other.
+            RequestError: a field is out of bounds, or ids and mask differ in shape.
         """
         return DenoiseRequest(
             text_ids=_unpad("text", self.text_ids, self.text_mask),
@@ -91,7 +186,17 @@ def run_step(
     on_step: Callable[[StepEvent], None] | None,
     output: Literal["pixels", "latent"],
 ) -> Tensor | dict[str, Tensor | int]:
-    """Serve one request; see :meth:`Engine.step`."""
+    """Serve one request from ids to pixels, and to sound if it wants some.
+
+    Returns:
+        Pixels (1, 3, F, Y, X) fp32 in [0, 1]; with ``output="latent"`` the video latents [1, C, T, H, W]. With sound a
+        mapping of ``video`` to these, ``sound`` to the waveform [channels, samples] fp32 in [-1, 1] (its latents
+        [C, T]), and ``sample_rate`` to its samples a second.
+
+    Raises:
+        RequestError: see :meth:`Engine.denoise`.
+        CapabilityError: the request wants sound and the engine has none.
+    """
     if output not in ("pixels", "latent"):
         raise RequestError("output", output, "'pixels' or 'latent'")
     if request.sound_frames and not engine.is_closed and not engine.has_sound:
@@ -108,11 +213,11 @@ def run_step(
 
 @dataclass(frozen=True)
 class GeneratedMedia:
-    """One generation's media on the CPU.
+    """The media of one generation, on the CPU.
 
     Attributes:
         frames: uint8 RGB [F, Y, X, 3].
-        sound: the waveform as generated, float32 [channels, samples] in about [-1, 1]; None for a silent clip.
+        sound: the generated waveform, float32 [channels, samples] in about [-1, 1]; None for a silent clip.
         sampling_rate: the sound's samples per second (Hz); None without sound.
     """
 
@@ -122,7 +227,7 @@ class GeneratedMedia:
 
 
 class Cosmos3GenerationPostProcessor:
-    """Turns an engine's pixels, and sound, into files.
+    """Turns an engine's pixels and sound into files.
 
     Args:
         fps: frames per second of the clip.
@@ -139,7 +244,7 @@ class Cosmos3GenerationPostProcessor:
                 floating point [channels, samples], "sample_rate": int}``.
 
         Raises:
-            RequestError: another shape or dtype, or a mapping without these keys.
+            RequestError: a tensor has another shape or dtype, or the mapping lacks a key.
         """
         if not isinstance(output, Mapping):
             return GeneratedMedia(unit_to_uint8(output).cpu().numpy())
@@ -155,10 +260,10 @@ class Cosmos3GenerationPostProcessor:
         return GeneratedMedia(frames, sound.detach().float().cpu().numpy(), int(output["sample_rate"]))
 
     def save_mp4(self, media: GeneratedMedia, path: str | Path) -> Path:
-        """Write the frames as an H.264 mp4, with their sound as AAC if there is any, and return its path.
+        """Write the frames as an H.264 mp4, with their sound as AAC if there is any; return its path.
 
-        The sound ends with the video: what is longer is cut. What is shorter by up to one latent of the sound
-        tokenizer (1920 samples, 40 ms at 48 kHz) ends in silence; what is shorter still is not this video's sound.
+        The sound ends with the video: longer sound is cut, and sound that is shorter by up to one latent of the sound
+        tokenizer (1920 samples, 40 ms at 48 kHz) ends in silence. Shorter sound is refused.
 
         Raises:
             RequestError: the path is not in an existing directory, or the sound is too short.
@@ -173,7 +278,7 @@ class Cosmos3GenerationPostProcessor:
         return Path(path)
 
     def save_wav(self, media: GeneratedMedia, path: str | Path) -> Path:
-        """Write the sound alone, 16-bit PCM, the very samples that :meth:`save_mp4` encodes, and return its path.
+        """Write the sound alone as 16-bit PCM, the samples that :meth:`save_mp4` encodes; return its path.
 
         Raises:
             RequestError: there is no sound, it is too short, or the path is not in an existing directory.
@@ -185,7 +290,7 @@ class Cosmos3GenerationPostProcessor:
         return Path(path)
 
     def _track(self, media: GeneratedMedia) -> tuple[Samples, SoundFormat]:
-        """Return the samples up to the video's end, padded with silence where a little is missing, and their format."""
+        """Return the samples up to the video's end, padded with a little silence if needed, and their format."""
         if media.sound is None or media.sampling_rate is None:
             raise RequestError("media.sound", None, "a waveform with its sampling_rate", "this clip was made silent")
         num_channels, num_given = media.sound.shape

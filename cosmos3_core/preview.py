@@ -1,7 +1,7 @@
-"""Previews: what a clip is going to look like, told while it is denoised, at next to no cost.
+"""Previews: cheap small pictures of a clip while it is denoised.
 
-Every step of the solver predicts x_0; a linear map takes its channels to colours, one pixel a latent position. No torch
-here: whoever passes a map on needs none. :mod:`cosmos3_core.preview_fit` finds the map of a VAE.
+Every step of the solver predicts x_0; a linear map turns its channels into colours, one pixel a latent position.
+:mod:`cosmos3_core.preview_fit` fits the map of a VAE. No torch here: a process can pass a map on without it.
 
 Shape letters: B batch, C latent channels, R the three colours, T/H/W latent frames, rows, columns.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Colour = tuple[float, float, float]
 
 MAX_PREVIEWS = 32
-"""Of one request."""
+"""Most previews of one request."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class PreviewMap:
 
     Attributes:
         weights: red, green and blue per latent channel; colours are in [-1, 1], latents normalised.
-        bias: red, green and blue where every channel is 0.
+        bias: red, green and blue of all-zero channels.
 
     Raises:
-        RequestError: not numbers of these shapes.
+        RequestError: these are not finite numbers of these shapes.
     """
 
     weights: tuple[Colour, ...]
@@ -44,7 +44,7 @@ class PreviewMap:
                 raise RequestError("preview_map", row, "three finite numbers a channel, and three for the bias")
 
     def colours(self, x0_BCTHW: Tensor) -> Tensor:
-        """Colour a prediction, on its device.
+        """Convert a prediction to colours, on its device.
 
         Costs T x H x W x C x 3 x 2 FLOP: 0.05 GFLOP for 189 frames of 720 x 1280, of which a denoising step takes
         3,650,000.
@@ -56,7 +56,7 @@ class PreviewMap:
             uint8 RGB [T, H, W, 3].
 
         Raises:
-            RequestError: another shape.
+            RequestError: the prediction has another shape.
         """
         import torch
 
@@ -73,12 +73,12 @@ class PreviewMap:
 
 @dataclass(frozen=True)
 class PreviewOrder:
-    """The previews that somebody wants of a request.
+    """An order of a request's previews.
 
     Attributes:
-        num_previews: at most, evenly over the steps; 1 to :data:`MAX_PREVIEWS`.
-        duration_s: that the clip plays.
-        preview_map: of the VAE that will decode it.
+        num_previews: most previews, evenly over the steps; 1 to :data:`MAX_PREVIEWS`.
+        duration_s: playing time of the clip.
+        preview_map: map of the VAE that will decode it.
     """
 
     num_previews: int
@@ -86,15 +86,15 @@ class PreviewOrder:
     preview_map: PreviewMap
 
     def period_steps(self, num_steps: int) -> int:
-        """Steps from one preview to the next; none is due after the last step, which the clip itself follows."""
+        """Return the steps between previews; none follows the last step, where the clip itself comes."""
         return -(-num_steps // (self.num_previews + 1))
 
     def fps(self, num_frames: int) -> float:
-        """Frames per second of a preview of so many frames: it plays as long as the clip, or a second a frame."""
+        """Return the frames per second of a preview: it plays as long as the clip, or a second a frame."""
         return max(num_frames / self.duration_s, 1.0)
 
 
-def evenly(num_items: int, at_most: int) -> list[int]:
-    """Indices of up to ``at_most`` of ``num_items`` items, evenly over all of them, the first one among them."""
+def pick_evenly(num_items: int, at_most: int) -> list[int]:
+    """Return the indices of up to ``at_most`` of ``num_items`` items, evenly spaced from the first one."""
     num_taken = min(num_items, at_most)
     return [index * num_items // num_taken for index in range(num_taken)]

@@ -1,8 +1,8 @@
 """A user's request, and the same with every gap filled.
 
-:class:`GenerationRequest` is what arrives: most fields may be left out. :func:`cosmos3_core.resolve.resolve` checks it
-against a checkpoint and makes a :class:`ResolvedRequest` of it, in which nothing is optional. Importing this loads
-neither torch nor numpy: the command line reads the fields for its help.
+A :class:`GenerationRequest` may leave out most fields. :func:`cosmos3_core.resolve.resolve` checks it against a
+checkpoint and turns it into a :class:`ResolvedRequest`, which leaves out none. Importing this loads neither torch nor
+numpy: the command line reads the fields for its help.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from cosmos3_core.conditioning.canvas import ACTION_TIERS, SIDE_MULTIPLE
 from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, MODES, VIDEO, ActionRole, Mode
 from cosmos3_core.embodiments import EMBODIMENTS
-from cosmos3_core.errors import RequestError
 from cosmos3_core.field_spec import FieldSpec, ValueKind, spec_field, spec_of
 from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, IMAGE_KINDS, MAX_CRF, MAX_QUALITY
 from cosmos3_core.presets import LIMITS, SCHEDULES
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from cosmos3_core.actions import ActionTrack
     from cosmos3_core.conditioning.picture import PictureCondition
     from cosmos3_core.media.source import ImageSource, VideoSource
-    from cosmos3_core.media.writer import ClipFormat, SoundFormat
+    from cosmos3_core.media.writer import ClipFormat
+    from cosmos3_core.prompts import PromptFormat
 
 SHIPPED = "shipped"
 NATIVE_BEHAVIOUR = "native"
@@ -76,10 +76,10 @@ _SIDE: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One generation, as asked for. ``None`` means: the preset of the checkpoint and the mode.
+    """A request for one generation. ``None`` takes the preset of the checkpoint and the mode.
 
-    Each field carries a :class:`~cosmos3_core.field_spec.FieldSpec`: what it is for, its bounds, and the modes that
-    read it; :data:`FIELDS` has them by name. Bounds are inclusive.
+    Each field carries a :class:`~cosmos3_core.field_spec.FieldSpec`: its description, its inclusive bounds and the
+    modes that read it; :data:`FIELDS` has them by name.
     """
 
     prompt: str = spec_field(
@@ -223,10 +223,10 @@ class GenerationRequest:
     )
 
     def packed(self) -> GenerationRequest:
-        """Return the request with its image or video as bytes or frames, to travel: the one place where files are read.
+        """Return the request with its image or video as bytes or frames, which can travel. Only this reads files.
 
         Raises:
-            RequestError: it cannot be read, or is larger than allowed.
+            RequestError: the file cannot be read, or is larger than its bound.
         """
         from cosmos3_core.media.source import pack_image, pack_video
 
@@ -239,37 +239,23 @@ FIELDS: Mapping[str, FieldSpec] = MappingProxyType({it.name: spec_of(it) for it 
 """Name of a field of :class:`GenerationRequest` -> its bounds and description."""
 
 
-@dataclass(frozen=True)
-class SoundTrack:
-    """The sound of a resolved request.
-
-    Attributes:
-        num_latents: that are generated; they decode to a little more than the pictures' time.
-        track: what goes into the file, which ends with the pictures.
-    """
-
-    num_latents: int
-    track: SoundFormat
-
-
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """One generation with every field decided; see :class:`GenerationRequest` for their meaning.
+    """One generation with every field decided; :class:`GenerationRequest` describes the fields that both have.
 
     Attributes:
-        mode: its name.
-        negative_prompt: None still means the default, which the processor knows.
-        num_frames: of the result; a chunk of actions that ends between two latent frames has frames for the rest cut.
+        mode: name of the mode.
+        negative_prompt: None takes the default, which :mod:`cosmos3_core.prompts` knows.
+        num_frames: pixel frames of the result; it lacks the end of a chunk of actions that ends between two latent
+            frames.
         height, width: pixels of the result.
-        prompt_size: rows and columns that the prompt speaks of: those of the canvas where there is one.
-        schedule: a real schedule's name; ``shipped`` is resolved.
-        output: ``actions``, or the kind of the file.
-        output_quality: of the file, where it is a jpeg or webp.
-        crf, lossless: of the file, where it is an mp4.
-        picture: what of the given image or video is encoded; None where there is none.
-        action: the actions; None where there are none.
-        sound: the sound; None where there is none.
-        notes: what was changed on the way, for the user to read.
+        prompt_format: how the model reads the two prompts.
+        schedule: name of a schedule, never ``shipped``.
+        file: the file that the result becomes; None where actions are all of it.
+        picture: the part of the given image or video that is encoded; None without one.
+        action: the actions; None without any.
+        num_sound_latents: latents of sound, which decode to a little more than the file's sound; 0 without.
+        notes: changes that resolving made, for the user to read.
     """
 
     mode: str
@@ -278,7 +264,7 @@ class ResolvedRequest:
     num_frames: int
     height: int
     width: int
-    prompt_size: tuple[int, int]
+    prompt_format: PromptFormat
     fps: float
     num_inference_steps: int
     guidance_scale: float
@@ -286,18 +272,11 @@ class ResolvedRequest:
     flow_shift: float
     schedule: str
     seed: int
-    use_system_prompt: bool
-    append_metadata: bool
-    negative_metadata: str
-    output: str
-    output_quality: int = DEFAULT_QUALITY
-    crf: float = DEFAULT_CRF
-    lossless: bool = False
+    file: ClipFormat | None
     picture: PictureCondition | None = None
     action: ActionTrack | None = None
-    sound: SoundTrack | None = None
+    num_sound_latents: int = 0
     noise: dict[str, Tensor] | None = field(default=None, compare=False)
-    compat: str = NATIVE_BEHAVIOUR
     notes: tuple[str, ...] = ()
 
     @property
@@ -306,32 +285,6 @@ class ResolvedRequest:
         return self.action is not None and self.action.given is None
 
     @property
-    def has_file(self) -> bool:
-        """Whether pictures or sound are part of the result."""
-        return self.output != ACTIONS_ONLY
-
-    @property
     def has_pictures(self) -> bool:
         """Whether pictures have to be decoded."""
-        return self.output not in (ACTIONS_ONLY, "wav")
-
-    def clip_format(self) -> ClipFormat:
-        """Return the file that this request becomes.
-
-        Raises:
-            RequestError: it becomes none.
-        """
-        from cosmos3_core.media.writer import ClipFormat
-
-        if not self.has_file:
-            raise RequestError("output", self.output, "a kind of file")
-        return ClipFormat(
-            kind=self.output,
-            height=self.height,
-            width=self.width,
-            fps=self.fps,
-            crf=self.crf,
-            lossless=self.lossless,
-            sound=None if self.sound is None else self.sound.track,
-            quality=self.output_quality,
-        )
+        return self.file is not None and self.file.has_pictures

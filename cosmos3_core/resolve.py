@@ -1,21 +1,18 @@
-"""A request checked against a checkpoint, every gap filled: :func:`resolve`.
+"""Checks a request against a checkpoint and fills its gaps: :func:`resolve`.
 
-Whatever is wrong with a request is said here, before anything large is allocated; of images and clips only the header
-is read. No torch here.
+Every fault of a request is found here, before anything large is allocated; only the headers of images and clips are
+read. No torch here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from cosmos3_core import checks
-from cosmos3_core.actions import ActionStatistics, ActionTrack, action_rows, convert_actions
+from cosmos3_core.actions import ActionTrack, resolve_actions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.conditioning.canvas import action_canvas, content_size, covering_size
+from cosmos3_core.conditioning.canvas import action_canvas, content_size
 from cosmos3_core.conditioning.modes import (
     ACTIONS_ONLY,
     IMAGE,
@@ -26,44 +23,51 @@ from cosmos3_core.conditioning.modes import (
     VIDEO,
     VIDEO_TO_VIDEO,
     WITH_SOUND,
-    ActionRole,
     Mode,
-    Resizing,
 )
-from cosmos3_core.conditioning.picture import PictureCondition
-from cosmos3_core.embodiments import find_embodiment
+from cosmos3_core.conditioning.picture import GivenPicture, PictureCondition, find_picture
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, IMAGE_KINDS, LOSSY_IMAGE_KINDS
+from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, LOSSY_IMAGE_KINDS
 from cosmos3_core.media.image import check_image
-from cosmos3_core.media.source import (
-    ClipInfo,
-    Packed,
-    probe_clip,
-    probe_image,
-)
-from cosmos3_core.media.writer import SoundFormat
+from cosmos3_core.media.source import ClipInfo, Packed, probe_clip
+from cosmos3_core.media.writer import ClipFormat, SoundFormat
 from cosmos3_core.presets import LIMITS, PRESETS, ActionPreset, Preset
+from cosmos3_core.prompts import PromptFormat
 from cosmos3_core.request import (
     DIFFUSERS_BEHAVIOUR,
     FIELDS,
     KEEP,
     SHIPPED,
-    VIEW_POINTS,
     GenerationRequest,
     ResolvedRequest,
-    SoundTrack,
 )
 from cosmos3_core.shapes import num_sound_latents, sound_samples
 
-# Of diffusers and cosmos-framework for clips that go on.
+# Latent frames of a clip that is continued which diffusers and cosmos-framework keep.
 _CHOSEN_FRAMES = (0, 1)
+
+
+class _Clip(NamedTuple):
+    """The size of the result in pixels, and that of the clip which the prompt describes.
+
+    Attributes:
+        num_frames, height, width: of the result.
+        described: frames, rows and columns in the prompt: with actions those of the whole chunk on its canvas.
+        tier: of the canvas; 0 without one.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    described: tuple[int, int, int]
+    tier: int = 0
 
 
 def find_offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) -> tuple[str, ...]:
     """Return the names of the modes that a checkpoint was trained for and has the parts for, in the order of the table.
 
     Args:
-        layout: of the checkpoint.
+        layout: the checkpoint.
         is_sound_offered: False where nothing decodes sound.
     """
     return tuple(
@@ -86,123 +90,60 @@ def resolve(
 
     Args:
         request: with its media :meth:`~GenerationRequest.packed`.
-        layout: of the checkpoint.
+        layout: the checkpoint.
         is_sound_offered: False where nothing decodes sound.
-        probe: how a given clip is looked at; a service does that in another process.
+        probe: reads the header of a given clip; a service does that in another process.
 
     Raises:
         CapabilityError: a mode that the checkpoint cannot do; names those that it can.
-        RequestError: a field is out of bounds; names it, what was given and what is allowed.
+        RequestError: a field is out of bounds; names it, what was given and what it must be.
     """
-    like_diffusers = _check("compat", request.compat) == DIFFUSERS_BEHAVIOUR
-    mode = _mode_of(request)
-    preset = _preset(mode, request, layout, is_sound_offered, like_diffusers=like_diffusers)
-    checks.text("prompt", request.prompt, FIELDS["prompt"].max_chars, may_be_empty=not mode.needs_prompt)
-    if request.negative_prompt is not None:
-        _check("negative_prompt", request.negative_prompt)
+    like_diffusers = _value(request, "compat") == DIFFUSERS_BEHAVIOUR
+    mode = _find_mode(request)
+    preset = _find_preset(mode, request, layout, is_sound_offered)
+    _check_prompts(mode, request)
     _refuse_foreign_fields(mode, request)
-    given = _take_picture(request, probe)
-
+    sampling = _choose_sampling(request, preset, layout)
+    given = find_picture(request, probe)
     notes: list[str] = []
-    fps: float = _check("fps", _or(request.fps, preset.fps))
+    action = None
     if preset.action is not None and mode.has_actions:
-        action = _action_track(mode, request, preset.action, layout, notes, like_diffusers=like_diffusers)
-        tier = _check("resolution_tier", _or(request.resolution_tier, preset.action.resolution_tier))
-        height, width, prompt_size = _fit(given, tier, layout)
-        num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
-        if num_frames != action.chunk_size + 1:
-            rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
-            notes.append(f"of the {action.chunk_size + 1} frames of the chunk, {num_frames} are part of it: {rule}")
+        action = resolve_actions(mode, request, preset.action, layout, notes)
+        clip = _fit_canvas(given, action, request, preset.action, layout, notes)
     else:
-        action, tier = None, 0
-        num_frames = _num_frames(mode, request, preset, layout, notes)
-        side = layout.geometry.spatial
-        height = checks.pixels("height", _or(request.height, preset.height), side, LIMITS.max_side_pixels)
-        width = checks.pixels("width", _or(request.width, preset.width), side, LIMITS.max_side_pixels)
-        for name, other in (("height", "width"), ("width", "height")):
-            if getattr(request, name) is None and getattr(request, other) is not None:
-                raise RequestError(name, None, f"given together with {other}")
-        prompt_size = (height, width)
-    sound = _sound_track(num_frames, fps, layout, like_diffusers=like_diffusers) if mode.has_sound else None
-    num_others = (0 if sound is None else sound.num_latents) + (0 if action is None else action.chunk_size)
-    _check_token_budget(num_frames, height, width, num_others, layout)
-    picture = None
-    if given is not None and mode.resizing is not None:
-        num_latent_frames = layout.geometry.latent_shape(num_frames, height, width).num_frames
-        clean = _clean_frames(mode, request, num_latent_frames)
-        if mode.chooses_frames and len(clean) == num_latent_frames and not like_diffusers:
-            least = layout.geometry.num_pixel_frames(num_latent_frames + 1)
-            hint = f"latent frames {list(clean)} are given and nothing is left to generate; or give fewer of them"
-            raise RequestError("num_frames", num_frames, f"at least {least}", hint)
-        num_needed = layout.geometry.num_pixel_frames(max(clean) + 1)
-        _check_memory(given, mode.resizing, num_needed, prompt_size)
-        if given.num_frames is not None:
-            _note_length(given.num_frames, num_needed, mode, notes)
-        picture = PictureCondition(
-            kind=given.kind,
-            media=given.media,
-            resizing=mode.resizing,
-            height=height,
-            width=width,
-            resolution_tier=tier,
-            num_frames=num_needed,
-            keep=_check("condition_video_keep", _or(request.condition_video_keep, KEEP[0])),
-            clean_frames=clean,
-        )
-
-    schedule = _check("schedule", _or(request.schedule, SHIPPED if like_diffusers else "native"))
-    as_shipped = like_diffusers or schedule == SHIPPED
-    flow_shift = _or(request.flow_shift, find_shipped_flow_shift(layout) if as_shipped else preset.flow_shift)
-    system_prompt = _or(request.use_system_prompt, like_diffusers and layout.default_use_system_prompt)
-    negative_metadata = _or(request.negative_metadata, "inverse" if like_diffusers else "same")
-    output = _output(mode, request.output)
-    quality = _output_quality(output, request.output_quality)
-    crf = _crf(output, request)
-    if mode.is_image:
-        check_image(output, height, width, quality)
+        clip = _size_clip(mode, request, preset, layout, notes)
+    num_sound_latents, sound = 0, None
+    if mode.has_sound:
+        num_sound_latents, sound = _size_sound(clip.num_frames, sampling["fps"], layout, like_diffusers=like_diffusers)
+    _check_token_budget(clip, num_sound_latents + (0 if action is None else action.chunk_size), layout)
     return ResolvedRequest(
+        **sampling,
         mode=mode.name,
         prompt=request.prompt,
-        # The default is about how pictures look; with actions nobody was trained with it.
-        negative_prompt=_or(request.negative_prompt, "" if mode.has_actions else None),
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        prompt_size=prompt_size,
-        fps=fps,
-        num_inference_steps=_check("num_inference_steps", _or(request.num_inference_steps, preset.num_inference_steps)),
-        guidance_scale=_check("guidance_scale", _or(request.guidance_scale, preset.guidance_scale)),
-        guidance_interval=_interval(_or(request.guidance_interval, preset.guidance_interval)),
-        flow_shift=_check("flow_shift", flow_shift),
-        schedule=find_shipped_schedule(layout) if schedule == SHIPPED else schedule,
-        seed=_check("seed", request.seed),
-        use_system_prompt=_check("use_system_prompt", system_prompt),
-        append_metadata=_check("append_metadata", request.append_metadata),
-        negative_metadata=_check("negative_metadata", negative_metadata),
-        output=output,
-        output_quality=quality,
-        crf=crf,
-        lossless=request.lossless,
-        picture=picture,
+        # The default is about how pictures look; no checkpoint was trained with it and actions.
+        negative_prompt="" if request.negative_prompt is None and mode.has_actions else request.negative_prompt,
+        prompt_format=_format_prompts(request, clip, sampling["fps"], action, layout),
+        num_frames=clip.num_frames,
+        height=clip.height,
+        width=clip.width,
+        picture=None if given is None else _condition(given, mode, request, clip, layout, notes),
         action=action,
-        sound=sound,
+        num_sound_latents=num_sound_latents,
+        file=_choose_file(mode, request, clip, sampling["fps"], sound),
         noise=request.noise,
-        compat=request.compat,
         notes=tuple(notes),
     )
 
 
-def _check(name: str, value: Any) -> Any:
-    return FIELDS[name].check(name, value)
+def _value(request: GenerationRequest, name: str, default: Any = None) -> Any:
+    """Return a field of a request, or its default where the request leaves it out; checked."""
+    value = getattr(request, name)
+    return FIELDS[name].check(name, default if value is None else value)
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _mode_of(request: GenerationRequest) -> Mode:
-    """Return the mode that a request names, or that its fields tell."""
-    wants_sound = _check("generate_sound", request.generate_sound)
+def _find_mode(request: GenerationRequest) -> Mode:
+    """Return the mode that a request names, or that its fields imply."""
+    wants_sound = _value(request, "generate_sound")
     name = request.mode
     if name is None:
         if request.image is not None and request.video is not None:
@@ -222,27 +163,30 @@ def _mode_of(request: GenerationRequest) -> Mode:
     return MODES[name]
 
 
-def _preset(
-    mode: Mode, request: GenerationRequest, layout: CheckpointLayout, is_sound_offered: bool, *, like_diffusers: bool
-) -> Preset:
-    """Return the mode's row, if this checkpoint can do it."""
+def _find_preset(mode: Mode, request: GenerationRequest, layout: CheckpointLayout, is_sound_offered: bool) -> Preset:
+    """Return the mode's row if this checkpoint can do it."""
     offered = find_offered_modes(layout, is_sound_offered=is_sound_offered)
     if mode.name in offered:
         return PRESETS[layout.preset_kind, mode.name]
-    lacks = ""
     if mode.has_actions and not layout.has_action:
         lacks = "the checkpoint has no weights for actions"
     elif mode.has_sound and not layout.has_sound:
         lacks = "the checkpoint makes no sound: its transformer has no weights for it, or there is no sound_tokenizer"
     elif mode.has_sound and not is_sound_offered:
         lacks = "the app was configured without a decoder of sound"
-    elif like_diffusers:  # which asks of a checkpoint no more than the weights
+    elif request.compat == DIFFUSERS_BEHAVIOUR:  # diffusers needs the weights and no training in the mode
         return PRESETS[layout.preset_kind, TEXT_TO_VIDEO]
     else:
         lacks = "the checkpoint was not trained for it"
     name = "generate_sound" if mode.has_sound and request.mode is None else "mode"
     given, modes = (mode.name, "a mode") if name == "mode" else (True, "false, for a mode")
     raise CapabilityError(name, given, f"{modes} that {layout.name} can do: {', '.join(offered)}", lacks)
+
+
+def _check_prompts(mode: Mode, request: GenerationRequest) -> None:
+    checks.text("prompt", request.prompt, FIELDS["prompt"].max_chars, may_be_empty=not mode.needs_prompt)
+    if request.negative_prompt is not None:
+        _value(request, "negative_prompt")
 
 
 def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
@@ -260,149 +204,172 @@ def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
         raise RequestError(mode.media[0], None, allowed)
 
 
-def _num_frames(
+def _choose_sampling(request: GenerationRequest, preset: Preset, layout: CheckpointLayout) -> dict[str, Any]:
+    """Return the fields that decide how a request is denoised."""
+    like_diffusers = request.compat == DIFFUSERS_BEHAVIOUR
+    schedule = _value(request, "schedule", SHIPPED if like_diffusers else "native")
+    shift = find_shipped_flow_shift(layout) if like_diffusers or schedule == SHIPPED else preset.flow_shift
+    return {
+        "fps": _value(request, "fps", preset.fps),
+        "num_inference_steps": _value(request, "num_inference_steps", preset.num_inference_steps),
+        "guidance_scale": _value(request, "guidance_scale", preset.guidance_scale),
+        "guidance_interval": _choose_interval(request, preset),
+        "flow_shift": _value(request, "flow_shift", shift),
+        "schedule": find_shipped_schedule(layout) if schedule == SHIPPED else schedule,
+        "seed": _value(request, "seed"),
+    }
+
+
+def _format_prompts(
+    request: GenerationRequest, clip: _Clip, fps: float, action: ActionTrack | None, layout: CheckpointLayout
+) -> PromptFormat:
+    """Return the form in which the model reads the prompts."""
+    like_diffusers = request.compat == DIFFUSERS_BEHAVIOUR
+    has_system_prompt = like_diffusers and layout.default_use_system_prompt
+    return PromptFormat(
+        *clip.described,
+        fps=fps,
+        append_metadata=_value(request, "append_metadata"),
+        use_system_prompt=_value(request, "use_system_prompt", has_system_prompt),
+        negative_metadata=_value(request, "negative_metadata", "inverse" if like_diffusers else "same"),
+        compat=request.compat,
+        view_point=None if action is None else action.view_point,
+    )
+
+
+def _choose_interval(request: GenerationRequest, preset: Preset) -> tuple[float, float] | None:
+    """Return the timesteps with guidance; None: all."""
+    given = request.guidance_interval
+    if given is None:
+        return preset.guidance_interval
+    low, high = _value(request, "guidance_interval")
+    if low > high:
+        raise RequestError("guidance_interval", given, "the lowest timestep, then the highest", "swap the two")
+    return low, high
+
+
+def find_shipped_flow_shift(layout: CheckpointLayout) -> float:
+    """Return the shift that goes with :func:`find_shipped_schedule`."""
+    if layout.use_native_flow_schedule and layout.native_flow_shift is not None:
+        return layout.native_flow_shift
+    return layout.scheduler.flow_shift
+
+
+def find_shipped_schedule(layout: CheckpointLayout) -> str:
+    """Return the schedule that a checkpoint's own scheduler config amounts to, as diffusers runs it."""
+    if layout.scheduler.use_karras_sigmas:
+        return "karras"
+    return "native" if layout.use_native_flow_schedule else "linear"
+
+
+def _size_clip(
     mode: Mode, request: GenerationRequest, preset: Preset, layout: CheckpointLayout, notes: list[str]
-) -> int:
-    asked = _check("num_frames", _or(request.num_frames, preset.num_frames))
-    if mode.is_image != (asked == 1):
+) -> _Clip:
+    given = _value(request, "num_frames", preset.num_frames)
+    if mode.is_image != (given == 1):
         allowed = "1 for an image" if mode.is_image else f"2 or more for {mode.name}"
-        raise RequestError("num_frames", asked, allowed)
-    num_frames = layout.geometry.round_up_num_frames(asked)
-    if num_frames != asked:
+        raise RequestError("num_frames", given, allowed)
+    num_frames = layout.geometry.round_up_num_frames(given)
+    if num_frames != given:
         rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
-        notes.append(f"num_frames={asked} was rounded up to {num_frames}: {rule}")
-    return num_frames
+        notes.append(f"num_frames={given} was rounded up to {num_frames}: {rule}")
+    rows = preset.height if request.height is None else request.height
+    columns = preset.width if request.width is None else request.width
+    side = layout.geometry.spatial
+    height = checks.pixels("height", rows, side, LIMITS.max_side_pixels)
+    width = checks.pixels("width", columns, side, LIMITS.max_side_pixels)
+    for name, other in (("height", "width"), ("width", "height")):
+        if getattr(request, name) is None and getattr(request, other) is not None:
+            raise RequestError(name, None, f"given together with {other}")
+    return _Clip(num_frames, height, width, (num_frames, height, width))
 
 
-def _action_track(
-    mode: Mode,
+def _size_sound(
+    num_frames: int, fps: float, layout: CheckpointLayout, *, like_diffusers: bool
+) -> tuple[int, SoundFormat]:
+    """Return the number of sound latents, and the sound of the file."""
+    assert layout.audio is not None, "find_offered_modes"
+    audio, latent_fps = layout.audio, layout.transformer.sound_latent_fps
+    if num_frames / fps > LIMITS.max_sound_s:
+        hint = "ask for fewer frames, or more a second"
+        raise RequestError(
+            "num_frames / fps", f"{num_frames / fps:.1f} s", f"at most {LIMITS.max_sound_s:g} s with sound", hint
+        )
+    if like_diffusers:  # diffusers cuts off the samples' fraction first
+        num_latents = -(-int(num_frames / fps * audio.sampling_rate) // audio.hop_size)
+    else:
+        num_latents = num_sound_latents(num_frames, fps, latent_fps)
+    num_samples = sound_samples(num_frames, fps, audio.sampling_rate)
+    return num_latents, SoundFormat(audio.sampling_rate, audio.dec_out_channels, num_samples)
+
+
+def _check_token_budget(clip: _Clip, num_others: int, layout: CheckpointLayout) -> None:
+    """Refuse more tokens than the transformer has positions; ``num_others`` are those of sound and actions."""
+    num_tokens = layout.geometry.num_tokens(clip.num_frames, clip.height, clip.width) + num_others
+    budget = layout.transformer.max_position_embeddings - LIMITS.max_text_tokens
+    if num_tokens > budget:
+        raise RequestError(
+            "num_frames x height x width",
+            f"{clip.num_frames} x {clip.height} x {clip.width}",
+            f"at most {budget} video tokens, not {num_tokens}",
+            "ask for fewer frames or a smaller picture",
+        )
+
+
+def _fit_canvas(
+    given: GivenPicture | None,
+    action: ActionTrack,
     request: GenerationRequest,
     preset: ActionPreset,
     layout: CheckpointLayout,
     notes: list[str],
-    *,
-    like_diffusers: bool,
-) -> ActionTrack:
-    config = layout.transformer
-    domain_name = request.domain_name
-    if domain_name is None and request.domain_id is None:
-        domain_name = preset.domain_name
-    embodiment = find_embodiment(domain_name, request.domain_id, config.num_embodiment_domains)
-    known = [embodiment.raw_action_dim] if embodiment.raw_action_dim is not None else []
-    if embodiment.name == preset.domain_name and preset.raw_action_dim is not None:
-        known.insert(0, preset.raw_action_dim)
-    width = request.raw_action_dim
-    if width is None:
-        width = known[0] if known else None
-    elif checks.integer("raw_action_dim", width, 1, config.action_dim) not in (known or [width]):
-        allowed = f"{' or '.join(map(str, known))}, the numbers in an action of {embodiment.name}"
-        raise RequestError("raw_action_dim", width, allowed, "leave it out for the first of them")
-    if mode.actions is ActionRole.GIVEN:
-        if request.actions is None:
-            raise RequestError("actions", None, f"the actions that {mode.name} is to carry out, [steps, width]")
-        num_given, given_width = action_rows("actions", request.actions, width).shape
-        width = given_width
-    else:
-        num_given = 0
-    if width is None:
-        hint = "it depends on the data set; give it"
-        raise RequestError("raw_action_dim", None, f"the numbers in an action of {embodiment.name}", hint)
-    checks.integer("raw_action_dim", width, 1, config.action_dim)
-    chunk_size = request.action_chunk_size
-    if chunk_size is None and request.num_frames is not None:
-        chunk_size = checks.integer("num_frames", request.num_frames, 2, LIMITS.max_actions + 1) - 1
-    chunk_size = _check("action_chunk_size", _or(chunk_size, num_given or preset.chunk_size))
-    if request.num_frames is not None and request.num_frames != chunk_size + 1:
-        raise RequestError("num_frames", request.num_frames, f"{chunk_size + 1}, one more than the actions")
-    if num_given > chunk_size:
-        notes.append(f"of {num_given} given actions the first {chunk_size} are used")
-    elif 0 < num_given < chunk_size:
-        notes.append(f"the last of {num_given} given actions is repeated, for {chunk_size}")
-    statistics = None if like_diffusers else ActionStatistics.of(layout.directory, embodiment.name, width)
-    given = None
-    if mode.actions is ActionRole.GIVEN:
-        given = convert_actions("actions", request.actions, width, chunk_size, statistics)
-    return ActionTrack(
-        chunk_size=chunk_size,
-        domain_name=embodiment.name,
-        domain_id=embodiment.domain_id,
-        width=width,
-        view_point=_check("view_point", _or(request.view_point, VIEW_POINTS[0])),
-        given=given,
-        statistics=statistics,
-    )
-
-
-@dataclass(frozen=True)
-class _Given:
-    """The image or clip of a request, and its size in pixels, upright; frames where a clip's header says how many."""
-
-    kind: str
-    media: Packed
-    height: int
-    width: int
-    num_frames: int | None
-
-
-def _take_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> _Given | None:
-    """None where there is none.
-
-    Raises:
-        RequestError: it cannot be read; or it is not packed: a path would be opened here, wherever that is.
-    """
-    kind = IMAGE if request.image is not None else VIDEO
-    media: Any = getattr(request, kind)
-    if media is None:
-        return None
-    if not isinstance(media, bytes | np.ndarray):
-        raise RequestError(kind, type(media).__name__, "a file's bytes, or frames", "call packed() on the request")
-    if kind == IMAGE:
-        picture = probe_image(kind, media)
-        return _Given(kind, media, picture.height, picture.width, None)
-    clip = probe(kind, media)
-    return _Given(kind, media, clip.height, clip.width, clip.num_frames)
-
-
-def _check_memory(given: _Given, resizing: Resizing, num_frames: int, onto: tuple[int, int]) -> None:
-    """Refuse a picture that is too large at any size on its way to the encoder.
-
-    Raises:
-        RequestError: it is not.
-    """
-    size = f"{given.width} x {given.height} pixels"
-    rows, columns = onto
-    if resizing is Resizing.CROP:
-        rows, columns = covering_size(given.height, given.width, rows, columns)
-        if rows * columns > LIMITS.max_image_pixels:
-            allowed = f"of a shape nearer to {onto[1]} x {onto[0]}, which it covers when scaled to {columns} x {rows}"
-            raise RequestError(given.kind, size, allowed, "cut it first")
-    if num_frames * rows * columns > LIMITS.max_clip_total_pixels:
-        allowed = f"at most {LIMITS.max_clip_total_pixels} pixels in all, of {columns} x {rows} each"
-        raise RequestError("frames to encode", num_frames, allowed, "ask for fewer, or a smaller size")
-
-
-def _note_length(num_given: int, num_needed: int, mode: Mode, notes: list[str]) -> None:
-    """Say what becomes of a clip of another length than is used."""
-    if num_given < num_needed:
-        notes.append(f"the video has {num_given} frames of the {num_needed} that are used: its last is repeated")
-    elif num_given > num_needed and mode.has_actions and num_needed > 1:
-        notes.append(f"of the video's {num_given} frames the first {num_needed} are used")
-
-
-def _fit(given: _Given | None, tier: int, layout: CheckpointLayout) -> tuple[int, int, tuple[int, int]]:
-    """Pixel rows and columns of the result, and the canvas, of a mode whose picture is fitted into one."""
+) -> _Clip:
+    """Return the size of a clip with actions, whose picture is fitted into a canvas."""
     assert given is not None, "_refuse_foreign_fields"
+    tier = _value(request, "resolution_tier", preset.resolution_tier)
     canvas = action_canvas(given.height, given.width, tier, field=given.kind)
     side = layout.geometry.spatial
     content = content_size(given.height, given.width, canvas, field=given.kind)
-    # What is padded is cut off again, as latents.
+    # The padding is cut off again, as latents.
     height, width = (max(n // side, 1) * side for n in content)
-    return height, width, (canvas.height, canvas.width)
+    in_chunk = action.chunk_size + 1
+    num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
+    if num_frames != in_chunk:
+        rule = f"clips have 1 + k * {layout.geometry.temporal} frames"
+        notes.append(f"of the {in_chunk} frames of the chunk, {num_frames} are part of it: {rule}")
+    return _Clip(num_frames, height, width, (in_chunk, *canvas), tier)
 
 
-def _clean_frames(mode: Mode, request: GenerationRequest, num_latent_frames: int) -> tuple[int, ...]:
-    chosen = _choose_frames(request.condition_frame_indexes_vision, num_latent_frames) if mode.chooses_frames else ()
-    return mode.clean_frames(num_latent_frames, chosen)
+def _condition(
+    given: GivenPicture, mode: Mode, request: GenerationRequest, clip: _Clip, layout: CheckpointLayout, notes: list[str]
+) -> PictureCondition:
+    """Decide which frames of the given image or clip are encoded, and what they fix."""
+    assert mode.resizing is not None, "a mode that takes media says how it comes to size"
+    geometry = layout.geometry
+    num_latent_frames = geometry.latent_shape(clip.num_frames, clip.height, clip.width).num_frames
+    chosen: tuple[int, ...] = ()
+    if mode.chooses_frames:
+        chosen = _choose_frames(request.condition_frame_indexes_vision, num_latent_frames)
+        if len(chosen) == num_latent_frames and request.compat != DIFFUSERS_BEHAVIOUR:
+            least = geometry.num_pixel_frames(num_latent_frames + 1)
+            hint = f"latent frames {list(chosen)} are given and nothing is left to generate; or give fewer of them"
+            raise RequestError("num_frames", clip.num_frames, f"at least {least}", hint)
+    clean = mode.clean_frames(num_latent_frames, chosen)
+    num_needed = geometry.num_pixel_frames(max(clean) + 1)
+    given.check_memory(mode.resizing, num_needed, clip.described[1:])
+    if given.num_frames is not None:
+        _note_length(given.num_frames, num_needed, mode, notes)
+    return PictureCondition(
+        kind=given.kind,
+        media=given.media,
+        resizing=mode.resizing,
+        height=clip.height,
+        width=clip.width,
+        resolution_tier=clip.tier,
+        num_frames=num_needed,
+        keep=_value(request, "condition_video_keep", KEEP[0]),
+        clean_frames=clean,
+    )
 
 
 def _choose_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:
@@ -418,87 +385,30 @@ def _choose_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) 
     return tuple(sorted(set(given)))
 
 
-def _sound_track(num_frames: int, fps: float, layout: CheckpointLayout, *, like_diffusers: bool) -> SoundTrack:
-    assert layout.audio is not None, "find_offered_modes"
-    audio, latent_fps = layout.audio, layout.transformer.sound_latent_fps
-    if num_frames / fps > LIMITS.max_sound_s:
-        hint = "ask for fewer frames, or more a second"
-        raise RequestError(
-            "num_frames / fps", f"{num_frames / fps:.1f} s", f"at most {LIMITS.max_sound_s:g} s with sound", hint
-        )
-    if like_diffusers:  # which cuts off the samples' fraction first
-        num_latents = -(-int(num_frames / fps * audio.sampling_rate) // audio.hop_size)
-    else:
-        num_latents = num_sound_latents(num_frames, fps, latent_fps)
-    num_samples = sound_samples(num_frames, fps, audio.sampling_rate)
-    return SoundTrack(num_latents, SoundFormat(audio.sampling_rate, audio.dec_out_channels, num_samples))
+def _note_length(num_given: int, num_needed: int, mode: Mode, notes: list[str]) -> None:
+    """Note that a clip is longer or shorter than the frames that are used."""
+    if num_given < num_needed:
+        notes.append(f"the video has {num_given} frames of the {num_needed} that are used: its last is repeated")
+    elif num_given > num_needed and mode.has_actions and num_needed > 1:
+        notes.append(f"of the video's {num_given} frames the first {num_needed} are used")
 
 
-def _interval(interval: Any) -> tuple[float, float] | None:
-    if interval is None:
-        return None
-    low, high = _check("guidance_interval", interval)
-    if low > high:
-        raise RequestError("guidance_interval", interval, "the lowest timestep, then the highest", "swap the two")
-    return low, high
-
-
-def _output(mode: Mode, output: str | None) -> str:
+def _choose_file(
+    mode: Mode, request: GenerationRequest, clip: _Clip, fps: float, sound: SoundFormat | None
+) -> ClipFormat | None:
+    """Return the file that the result becomes; None where actions are all of it."""
+    kind = checks.choice("output", mode.outputs[0] if request.output is None else request.output, mode.outputs)
+    is_lossless: bool = _value(request, "lossless")
+    for name, users in (("output_quality", LOSSY_IMAGE_KINDS), ("crf", ("mp4",)), ("lossless", ("mp4",))):
+        given = getattr(request, name)
+        if given is not None and given is not False and kind not in users:
+            raise RequestError(name, given, f"left out for {kind}", f"it is for {' and '.join(users)}")
+    if is_lossless and request.crf is not None:
+        raise RequestError("crf", request.crf, "left out beside lossless", "choose one of the two")
+    quality = _value(request, "output_quality", DEFAULT_QUALITY)
     if mode.is_image:
-        allowed: tuple[str, ...] = IMAGE_KINDS
-    elif mode.has_sound:
-        allowed = ("mp4", "wav")
-    elif mode.actions is ActionRole.GENERATED:
-        allowed = ("mp4", ACTIONS_ONLY)
-    else:
-        allowed = ("mp4",)
-    return checks.choice("output", _or(output, _or(mode.output, allowed[0])), allowed)
-
-
-def _output_quality(output: str, quality: int | None) -> int:
-    if quality is None:
-        return DEFAULT_QUALITY
-    if output not in LOSSY_IMAGE_KINDS:
-        hint = f"it is for {' and '.join(LOSSY_IMAGE_KINDS)}"
-        raise RequestError("output_quality", quality, f"left out for {output}", hint)
-    return int(_check("output_quality", quality))
-
-
-def _crf(output: str, request: GenerationRequest) -> float:
-    """H.264's quality; looks at ``lossless`` as well, which goes without one."""
-    is_lossless = _check("lossless", request.lossless)
-    for name, given in (("crf", request.crf is not None), ("lossless", is_lossless)):
-        if given and output != "mp4":
-            raise RequestError(name, getattr(request, name), f"left out for {output}", "it is for mp4")
-    if request.crf is None:
-        return DEFAULT_CRF
-    if is_lossless:
-        raise RequestError("crf", request.crf, "left out beside lossless", "choose one of both")
-    return float(_check("crf", request.crf))
-
-
-def find_shipped_flow_shift(layout: CheckpointLayout) -> float:
-    """Return the shift that goes with :func:`find_shipped_schedule`."""
-    if layout.use_native_flow_schedule and layout.native_flow_shift is not None:
-        return layout.native_flow_shift
-    return layout.scheduler.flow_shift
-
-
-def find_shipped_schedule(layout: CheckpointLayout) -> str:
-    """Return the schedule that a checkpoint's own scheduler config amounts to; what diffusers runs with it."""
-    if layout.scheduler.use_karras_sigmas:
-        return "karras"
-    return "native" if layout.use_native_flow_schedule else "linear"
-
-
-def _check_token_budget(num_frames: int, height: int, width: int, num_others: int, layout: CheckpointLayout) -> None:
-    """``num_others``: tokens of sound and actions."""
-    num_tokens = layout.geometry.num_tokens(num_frames, height, width) + num_others
-    budget = layout.transformer.max_position_embeddings - LIMITS.max_text_tokens
-    if num_tokens > budget:
-        raise RequestError(
-            "num_frames x height x width",
-            f"{num_frames} x {height} x {width}",
-            f"at most {budget} video tokens, not {num_tokens}",
-            "ask for fewer frames or a smaller picture",
-        )
+        check_image(kind, clip.height, clip.width, quality)
+    if kind == ACTIONS_ONLY:
+        return None
+    crf = DEFAULT_CRF if request.crf is None else _value(request, "crf")
+    return ClipFormat(kind, clip.height, clip.width, fps, crf, is_lossless, sound, quality)

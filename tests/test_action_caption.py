@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.processor import Cosmos3Processor, load_tokenizer
+from cosmos3_core.phyai import Cosmos3Processor
+from cosmos3_core.prompts import load_tokenizer, tokenize_prompts
 from cosmos3_core.request import VIEW_POINTS, GenerationRequest
 from cosmos3_core.resolve import resolve
 from tests.mode_inputs import MINIMAL
@@ -50,7 +51,7 @@ def caption(
         tokenizer=tokenizer,
         **settings,
     )
-    return processor.token_id_pair(prompt, "blurry")[0].text
+    return processor.tokenize_pair(prompt, "blurry")[0].text
 
 
 def theirs(prompt: str, view_point: str, shape: tuple[int, float, int, int]) -> str:
@@ -95,7 +96,7 @@ def test_an_object_is_the_caption_itself_but_not_for_diffusers(tiny_nano: Path, 
 def test_the_negative_prompt_stays_as_it_is(settings: dict[str, Any], tiny_nano: Path, tokenizer: Any) -> None:
     processor = Cosmos3Processor(tiny_nano, num_frames=17, view_point="ego_view", tokenizer=tokenizer, **settings)
     for negative in ("blurry", "", '{"quality": "low"}', "ends."):
-        prompt_ids = processor.token_id_pair("go", negative)[1]
+        prompt_ids = processor.tokenize_pair("go", negative)[1]
         assert prompt_ids.text == negative
         assert prompt_ids.origin == ("given" if negative else "empty")
 
@@ -112,7 +113,8 @@ def test_a_request_says_what_the_caption_speaks_of(tiny_nano: Path, tokenizer: A
     request = GenerationRequest(**MINIMAL["policy"], action_chunk_size=18, fps=10.0, view_point="concat_view")
     resolved = resolve(request, CheckpointLayout.open(tiny_nano))
     assert (resolved.num_frames, resolved.height, resolved.width) == (17, 32, 48)
-    processor = Cosmos3Processor.for_request(resolved, tiny_nano / "text_tokenizer", tokenizer)
-    conditional, unconditional = processor.token_id_pair(resolved.prompt, resolved.negative_prompt)
+    prompts = resolved.prompt, resolved.negative_prompt
+    folder = tiny_nano / "text_tokenizer"
+    conditional, unconditional = tokenize_prompts(*prompts, resolved.prompt_format, tokenizer, folder)
     assert conditional.text == theirs("go on", "concat_view", (19, 10.0, 192, 320))
     assert (unconditional.text, unconditional.origin) == ("", "empty")

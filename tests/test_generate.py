@@ -16,8 +16,7 @@ from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate, main
 from cosmos3_core.media.pixels import FrameHash
 from cosmos3_core.media.probe import probe_video, read_frames
-from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, Cosmos3T2VRequest
-from cosmos3_core.processor import Cosmos3Processor
+from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, Cosmos3Processor, Cosmos3T2VRequest
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.shapes import pixel_to_latent_shape
 
@@ -159,7 +158,7 @@ def test_defaults_are_the_published_ones(engine: Engine) -> None:
     video = resolve(GenerationRequest(prompt="a car"), layout)
     assert (video.num_frames, video.height, video.width, video.fps) == (189, 720, 1280, 24.0)
     assert (video.num_inference_steps, video.guidance_scale, video.flow_shift) == (35, 6.0, 10.0)
-    assert (video.schedule, video.seed, video.use_system_prompt) == ("native", 42, False)
+    assert (video.schedule, video.seed, video.prompt_format.use_system_prompt) == ("native", 42, False)
     image = resolve(GenerationRequest(prompt="a car", num_frames=1), layout)
     assert (image.num_inference_steps, image.guidance_scale, image.flow_shift) == (50, 4.0, 3.0)
     edge = resolve(GenerationRequest(prompt="a car"), replace(engine.layout, variant="edge"))

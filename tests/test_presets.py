@@ -103,12 +103,13 @@ def test_a_request_that_leaves_out_everything_gets_the_row(kind: str, mode: str,
     assert (resolved.mode, resolved.num_frames, resolved.fps) == (mode, num_frames, fps)
     assert (resolved.num_inference_steps, resolved.guidance_scale, resolved.flow_shift) == (steps, scale, shift)
     assert (resolved.schedule, resolved.guidance_interval, resolved.seed) == ("native", None, 42)
-    assert (resolved.use_system_prompt, resolved.append_metadata, resolved.negative_metadata) == (False, True, "same")
+    wording = resolved.prompt_format
+    assert (wording.use_system_prompt, wording.append_metadata, wording.negative_metadata) == (False, True, "same")
     is_padded = mode == "inverse_dynamics"  # the clip has 9 frames
     assert [note for note in resolved.notes if "its last is repeated" not in note] == []
     assert len(resolved.notes) == is_padded
     if action is None:
-        assert (resolved.height, resolved.width, resolved.prompt_size) == (height, width, (height, width))
+        assert (resolved.height, resolved.width, (wording.height, wording.width)) == (height, width, (height, width))
         assert resolved.action is None
         assert resolved.negative_prompt is None
     else:
@@ -121,12 +122,15 @@ def test_a_request_that_leaves_out_everything_gets_the_row(kind: str, mode: str,
         assert resolved.action.width == (width_of_action or 9)
         # The given picture decides: it is never enlarged, and stretched to multiples of 16.
         expected = (528, 640, (544, 736)) if domain_name else (32, 48, (192, 320))
-        assert (resolved.height, resolved.width, resolved.prompt_size) == expected
+        assert (resolved.height, resolved.width, (wording.height, wording.width)) == expected
         assert resolved.negative_prompt == ""
-    assert resolved.output == {"text_to_image": "png", "inverse_dynamics": "actions"}.get(mode, "mp4")
-    assert (resolved.sound is not None) == mode.endswith("_with_sound")
-    if resolved.sound is not None:
-        assert (resolved.sound.num_latents, resolved.sound.track.num_samples) == (197, 378_000)
+    kind_of_file = {"text_to_image": "png", "inverse_dynamics": None}.get(mode, "mp4")
+    assert (None if resolved.file is None else resolved.file.kind) == kind_of_file
+    assert bool(resolved.num_sound_latents) == mode.endswith("_with_sound")
+    if resolved.num_sound_latents:
+        assert resolved.file is not None
+        assert resolved.file.sound is not None
+        assert (resolved.num_sound_latents, resolved.file.sound.num_samples) == (197, 378_000)
 
 
 @pytest.mark.parametrize(("kind", "mode"), ROWS)

@@ -17,7 +17,7 @@ from cosmos3_core import preview_fit
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import load_video_vae
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.preview import MAX_PREVIEWS, PreviewMap, PreviewOrder, evenly
+from cosmos3_core.preview import MAX_PREVIEWS, PreviewMap, PreviewOrder, pick_evenly
 from cosmos3_core.preview_fit import encoder_digest, fit_preview_map, load_preview_map, preview_error
 from cosmos3_core.shapes import Geometry
 from cosmos3_core.vae.video import VideoVAE
@@ -203,7 +203,7 @@ def test_a_preview_plays_as_long_as_the_clip_but_not_for_minutes() -> None:
 
 
 def test_evenly() -> None:
-    assert evenly(1, 12) == [0]
-    assert evenly(12, 12) == list(range(12))
-    assert evenly(48, 12) == list(range(0, 48, 4))
-    assert evenly(13, 4) == [0, 3, 6, 9]
+    assert pick_evenly(1, 12) == [0]
+    assert pick_evenly(12, 12) == list(range(12))
+    assert pick_evenly(48, 12) == list(range(0, 48, 4))
+    assert pick_evenly(13, 4) == [0, 3, 6, 9]

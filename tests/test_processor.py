@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from cosmos3_core.errors import CorruptFileError, MissingFileError, RequestError
-from cosmos3_core.processor import DEFAULT_NEGATIVE_PROMPT, Cosmos3Processor, load_tokenizer
+from cosmos3_core.phyai import Cosmos3Processor
+from cosmos3_core.prompts import DEFAULT_NEGATIVE_PROMPT, load_tokenizer
 
 SENTENCES = "The video is 7.9 seconds long and is of 24 FPS. This video is of 720x1280 resolution."
 

@@ -216,7 +216,7 @@ def test_a_checkpoint_without_its_sound_tokenizer_is_silent(tiny_nano: Path, tmp
     (root / "model_index.json").write_text(json.dumps({**index, "sound_tokenizer": [None, None]}))
     layout = CheckpointLayout.open(root)
     refused(layout, CapabilityError, prompt="a car", generate_sound=True)
-    assert resolved(layout, prompt="a car").sound is None
+    assert resolved(layout, prompt="a car").num_sound_latents == 0
 
 
 def test_an_app_without_a_decoder_of_sound_offers_none(nano: CheckpointLayout) -> None:
@@ -418,7 +418,8 @@ def test_a_tier_is_a_canvas_that_the_picture_is_fitted_into(
 ) -> None:
     given = {**MINIMAL["policy"], "image": moving_clip(1, *picture)[0], "resolution_tier": tier}
     request = resolved(nano, **given)
-    assert (request.prompt_size, (request.height, request.width)) == (canvas, made)
+    described = request.prompt_format
+    assert ((described.height, described.width), (request.height, request.width)) == (canvas, made)
 
 
 # --- guidance, output, sound -----------------------------------------------------------------------------------------
@@ -455,19 +456,18 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_has_its_outputs(mode: str, nano: CheckpointLayout) -> None:
-    assert resolved(nano, **MINIMAL[mode]).output == OUTPUTS[mode][0]
+    default = resolved(nano, **MINIMAL[mode]).file
+    assert ("actions" if default is None else default.kind) == OUTPUTS[mode][0]
     for output in ("mp4", "wav", "png", "jpeg", "webp", "actions", "gif", "", 5):
         if output in OUTPUTS[mode]:
             request = resolved(nano, **MINIMAL[mode], output=output)
-            assert request.output == output
-            assert request.has_file == (output != "actions")
             assert request.has_pictures == (output not in ("actions", "wav"))
             if output == "actions":
-                with pytest.raises(RequestError, match="a kind of file"):
-                    request.clip_format()
+                assert request.file is None
             else:
-                assert request.clip_format().kind == output
-                assert (request.clip_format().sound is not None) == mode.endswith("_with_sound")
+                assert request.file is not None
+                assert request.file.kind == output
+                assert (request.file.sound is not None) == mode.endswith("_with_sound")
         else:
             error = refused(nano, **MINIMAL[mode], output=output)
             assert error.field == "output"
@@ -479,19 +479,20 @@ def test_sound_is_no_longer_than_its_limit(nano: CheckpointLayout) -> None:
     error = refused(nano, **with_sound, num_frames=1201, fps=20)
     assert error.field == "num_frames / fps"
     assert "at most 60 s" in error.allowed
-    assert resolved(nano, prompt="a car", num_frames=1201, fps=20, height=32, width=32).sound is None
-    sound = resolved(nano, **with_sound, num_frames=1201, fps=24).sound
+    assert resolved(nano, prompt="a car", num_frames=1201, fps=20, height=32, width=32).num_sound_latents == 0
+    request = resolved(nano, **with_sound, num_frames=1201, fps=24)
+    assert request.file is not None
+    sound = request.file.sound
     assert sound is not None
-    assert (sound.num_latents, sound.track.num_samples) == (1252, 2_402_000)
-    assert (sound.track.sampling_rate, sound.track.num_channels) == (48_000, 2)
+    assert (request.num_sound_latents, sound.num_samples) == (1252, 2_402_000)
+    assert (sound.sampling_rate, sound.num_channels) == (48_000, 2)
 
 
 def test_rounding_up_is_said(nano: CheckpointLayout) -> None:
     request = resolved(nano, prompt="a car", video=CLIP, generate_sound=True, num_frames=6)
     assert request.num_frames == 9
     assert request.notes == ("num_frames=6 was rounded up to 9: clips have 1 + k * 4 frames",)
-    assert request.sound is not None
-    assert request.sound.num_latents == 10, "of the rounded clip"
+    assert request.num_sound_latents == 10, "of the rounded clip"
 
 
 # --- media -----------------------------------------------------------------------------------------------------------

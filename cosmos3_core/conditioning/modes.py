@@ -1,4 +1,4 @@
-"""The modes, as data: what a request brings, which latent frames that makes clean, what is generated beside them.
+"""The modes as data: the media of a request, the latent frames that they fix, and the results.
 
 A new mode is a row here and one in :mod:`cosmos3_core.presets`: neither the denoising loop nor any stage knows a mode
 by name. No torch here.
@@ -10,15 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from cosmos3_core.media.file_kinds import IMAGE_KINDS
+
 ACTIONS_ONLY = "actions"
-"""The output that decodes no picture."""
+"""The output without pictures."""
 
 IMAGE, VIDEO = "image", "video"
-"""What media may be: the request's field of that name."""
+"""The request's fields of media."""
 
 
 class Resizing(Enum):
-    """How given pictures come to the size of the generated ones; see :mod:`cosmos3_core.conditioning.resize`."""
+    """How given pictures are resized to the generated ones; see :mod:`cosmos3_core.conditioning.resize`."""
 
     CROP = "crop"
     STRETCH = "stretch"
@@ -26,7 +28,7 @@ class Resizing(Enum):
 
 
 class ActionRole(Enum):
-    """Whether actions are part of a request."""
+    """The role of actions in a mode."""
 
     NONE = "none"
     GIVEN = "given"
@@ -34,7 +36,7 @@ class ActionRole(Enum):
 
 
 CleanFrames = Callable[[int, tuple[int, ...]], tuple[int, ...]]
-"""(number of latent frames, those that the request chose) -> latent frames that are given, ascending."""
+"""(number of latent frames, frames that the request chose) -> latent frames that media fix, ascending."""
 
 
 def _no_frame(num_latent_frames: int, chosen: tuple[int, ...]) -> tuple[int, ...]:
@@ -58,19 +60,19 @@ class Mode:
     """One mode: the media it takes, the frames they fix, and the results it makes.
 
     Attributes:
-        name: that requests, presets and ``/v1/models`` call it by.
-        media: fields of which a request brings exactly one; none for those from text alone.
-        clean_frames: which latent frames the media gives.
-        resizing: how the media comes to size; None without media.
-        actions: whether they are given, generated, or not part of it.
-        has_sound: a sound track is generated with the pictures.
-        is_image: the result is a single picture.
-        needs_prompt: False where an empty prompt says enough.
-        chooses_frames: a request says which latent frames are given.
-        output: the default one; None: a file of the kind that the result is.
+        name: its name in requests, presets and ``/v1/models``.
+        media: fields of which a request has exactly one; none for modes from text alone.
+        clean_frames: chooses the latent frames that the media fix.
+        resizing: how the media are resized; None without media.
+        actions: whether actions are given, generated, or not part of it.
+        has_sound: whether a sound track is generated with the pictures.
+        is_image: whether the result is a single picture.
+        needs_prompt: False if the prompt may be empty.
+        chooses_frames: whether a request chooses the latent frames that its media fix.
+        outputs: kinds of output to choose from, the default one first.
 
     Raises:
-        ValueError: a row that contradicts itself.
+        ValueError: the row contradicts itself.
     """
 
     name: str
@@ -82,7 +84,7 @@ class Mode:
     is_image: bool = False
     needs_prompt: bool = True
     chooses_frames: bool = False
-    output: str | None = None
+    outputs: tuple[str, ...] = ("mp4",)
 
     def __post_init__(self) -> None:
         if (self.resizing is None) != (not self.media):
@@ -92,7 +94,7 @@ class Mode:
 
     @property
     def has_actions(self) -> bool:
-        """Whether actions are part of it."""
+        """Whether actions are given or generated."""
         return self.actions is not ActionRole.NONE
 
 
@@ -119,14 +121,14 @@ _ACTING = (
         Resizing.PAD,
         ActionRole.GENERATED,
         needs_prompt=False,
-        output=ACTIONS_ONLY,  # the pictures are the given ones over again
+        outputs=(ACTIONS_ONLY, "mp4"),  # the pictures repeat the given ones
     ),
-    Mode(POLICY, (IMAGE, VIDEO), _first_frame, Resizing.PAD, ActionRole.GENERATED),
+    Mode(POLICY, (IMAGE, VIDEO), _first_frame, Resizing.PAD, ActionRole.GENERATED, outputs=("mp4", ACTIONS_ONLY)),
 )
 _ALL = (
-    Mode(TEXT_TO_IMAGE, is_image=True),
+    Mode(TEXT_TO_IMAGE, is_image=True, outputs=IMAGE_KINDS),
     *_SILENT,
-    *(replace(mode, name=mode.name + WITH_SOUND, has_sound=True) for mode in _SILENT),
+    *(replace(mode, name=mode.name + WITH_SOUND, has_sound=True, outputs=("mp4", "wav")) for mode in _SILENT),
     *_ACTING,
 )
 

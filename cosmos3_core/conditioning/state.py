@@ -1,4 +1,4 @@
-"""A request's input of the denoising loop, one value a modality. The loop never learns the mode.
+"""A request's input to the denoising loop, one value a modality. The loop never learns the mode.
 
 Shape letters: B batch (always 1), C channels, T/H/W latent grid, S generated tokens.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -15,11 +16,10 @@ class LatentState:
     """One modality at the start of denoising.
 
     Attributes:
-        latent: where denoising starts, fp32: video [1, C, T, H, W], sound [C, T], actions [T, C].
-        noise_mask: 1 where a latent frame is to be denoised, 0 where it is a clean condition; [T] fp32.
-        moves: 1 where denoising changes a value, 0 where it stays as it is; fp32, of a shape that broadcasts to
-            ``latent``'s.
-        positions: of the modality's tokens before they move behind a prompt, [3, S] fp32.
+        latent: the start of denoising, fp32: video [1, C, T, H, W], sound [C, T], actions [T, C].
+        noise_mask: [T] fp32, 1 where a latent frame is denoised, 0 where it is a clean condition.
+        moves: fp32, 1 where denoising changes a value, 0 where it stays; broadcasts to ``latent``'s shape.
+        positions: positions of the modality's tokens before they move behind a prompt, [3, S] fp32.
     """
 
     latent: Tensor
@@ -29,5 +29,13 @@ class LatentState:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether some of it stays as it is."""
+        """Whether denoising leaves some of it unchanged."""
         return not bool(self.moves.all())
+
+    def to(self, device: torch.device) -> LatentState:
+        """Return the same state with its tensors on ``device``."""
+        return LatentState(*(x.to(device) for x in (self.latent, self.noise_mask, self.moves, self.positions)))
+
+    def restore(self, sample: Tensor) -> Tensor:
+        """Return ``sample`` with everything fixed as it was at the start, to the bit."""
+        return torch.where(self.moves > 0, sample, self.latent)

@@ -1,4 +1,4 @@
-"""Writers of results: an mp4, an image where it has one frame, or a wav. All writers take chunks as they come."""
+"""The file of a result and its writer: an mp4, an image or a wav, written chunk by chunk."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from cosmos3_core.media.sound import SoundFormat as SoundFormat
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """The file to make.
+    """The format of a result's file.
 
     Attributes:
-        kind: one of :data:`cosmos3_core.media.file_kinds.FILE_KINDS`; the images hold the only frame.
-        height, width: pixels; no matter for a wav.
+        kind: one of :data:`cosmos3_core.media.file_kinds.FILE_KINDS`; an image holds a single frame.
+        height, width: pixels; ignored for a wav.
         fps: frames per second of an mp4.
         crf: H.264 quality of an mp4, see :data:`DEFAULT_CRF`.
         lossless: store the yuv420p planes of an mp4 exactly.
-        sound: the sound track of an mp4, None for none; a wav needs it, images have none.
+        sound: the sound track of an mp4, or None; a wav needs one, an image has none.
         quality: of jpeg and webp, 0 to 100 (best); webp is lossless at 100.
 
     Raises:
-        RequestError: there is no such kind, or this sound cannot go into it. :func:`open_writer` checks the numbers.
+        RequestError: the kind is unknown, or does not go with the sound. :func:`open_writer` checks the numbers.
     """
 
     kind: str
@@ -57,8 +57,13 @@ class ClipFormat:
         return self.kind in IMAGE_KINDS
 
     @property
+    def has_pictures(self) -> bool:
+        """Whether the file holds frames: all kinds but a wav."""
+        return self.kind != "wav"
+
+    @property
     def has_live_file(self) -> bool:
-        """Whether it can be watched while it is made: an mp4."""
+        """Whether the file can be watched while it grows: an mp4."""
         return self.kind == "mp4"
 
     @property
@@ -73,22 +78,22 @@ class ClipFormat:
 
 
 class MediaWriter(Protocol):
-    """A file in the making; a context manager that leaves no file when it is left by an exception."""
+    """The writer of one file; a context manager that leaves no file after an exception."""
 
     def write(self, frames: Frames) -> None:
         """Add uint8 frames [F, Y, X, 3].
 
         Raises:
-            RequestError: another dtype or shape, or a file without pictures.
+            RequestError: the frames have another dtype or shape, or the file has no pictures.
         """
 
     def write_sound(self, samples: Samples) -> None:
         """Add samples, float32 [channels, n] in [-1, 1], before, between or after the frames.
 
-        What exceeds the format's ``num_samples`` is dropped; fewer are a MediaError of :meth:`close`.
+        Samples beyond the format's ``num_samples`` are dropped; :meth:`close` raises MediaError if there are fewer.
 
         Raises:
-            RequestError: another dtype or shape, or a file without sound.
+            RequestError: the samples have another dtype or shape, or the file has no sound.
         """
 
     def close(self) -> None:
@@ -145,7 +150,7 @@ class ImageWriter:
         """Take the frame, uint8 [1, Y, X, 3].
 
         Raises:
-            RequestError: another shape, or a second frame.
+            RequestError: the frame has another shape, or is the second one.
             ClosedError: the writer was closed.
         """
         if not self._is_open:
@@ -167,7 +172,7 @@ class ImageWriter:
         """Write the file. Does nothing the second time.
 
         Raises:
-            MediaError: no frame was written, or the file could not be.
+            MediaError: there was no frame, or the file could not be written.
         """
         if self._is_open:
             self._is_open = False
@@ -190,16 +195,16 @@ def open_writer(target: Target, clip_format: ClipFormat, live: str | Path | None
     """Open the writer for a format.
 
     Args:
-        target: the file's path, ending and all, or a binary stream.
-        clip_format: what to make.
-        live: path of the fragmented mp4 beside an mp4, see :class:`Mp4Writer`; images and wavs have none.
+        target: the file's path with its suffix, or a binary stream.
+        clip_format: the file's format.
+        live: path of an mp4's live file, see :class:`Mp4Writer`.
 
     Raises:
         RequestError: a setting is out of range.
         MediaError: the encoder or the file could not be opened.
     """
     if clip_format.kind == "wav":
-        assert clip_format.sound is not None  # ClipFormat saw to it
+        assert clip_format.sound is not None  # ClipFormat checks it
         return WavWriter(target, clip_format.sound)
     if clip_format.is_image:
         return ImageWriter(

@@ -140,7 +140,7 @@ class Admission:
             fps=resolved.fps,
             seed=resolved.seed,
             num_steps=resolved.num_inference_steps,
-            media_type=resolved.clip_format().media_type if resolved.has_file else "",
+            media_type="" if resolved.file is None else resolved.file.media_type,
             lane=Lane.IMAGE if resolved.num_frames == 1 else Lane.VIDEO,
             service_class=service_class,
             work=self.cost.compute_work(resolved),

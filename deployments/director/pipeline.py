@@ -18,6 +18,7 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import StateError
+from cosmos3_core.media.writer import ClipFormat
 from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
 from deployments.config import DirectorStage
@@ -122,8 +123,8 @@ class Pipeline:
                 yield item
         actions = self._read_actions(latents)
         clip: ClipEncoded | None = None
-        if self.request.has_file:
-            clip_pipeline = self._make_clip_pipeline(latents)
+        if self.request.file is not None:
+            clip_pipeline = self._make_clip_pipeline(latents, self.request.file)
             async for event in clip_pipeline.events():
                 yield event
                 if isinstance(event, ClipEncoded):
@@ -229,11 +230,11 @@ class Pipeline:
             return None
         return track.result(latents.held["action"].envelope.array()[:, : track.width])
 
-    def _make_clip_pipeline(self, latents: _Latents) -> ClipPipeline:
+    def _make_clip_pipeline(self, latents: _Latents, file: ClipFormat) -> ClipPipeline:
         handles = self.stages.decoders_for(self.request)
         return ClipPipeline(
             context=self.context,
-            clip_format=self.request.clip_format(),
+            clip_format=file,
             decoders=tuple(LatentsDecoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),
             encoder=self.stages.encoder,
             clips=self.clips,
@@ -251,7 +252,7 @@ class Pipeline:
             job_id=self.context.job_id,
             mode=self.request.mode,
             media_id="" if clip is None else clip.media_id,
-            media_type="" if clip is None else self.request.clip_format().media_type,
+            media_type="" if self.request.file is None else self.request.file.media_type,
             num_bytes=0 if clip is None else clip.num_bytes,
             num_frames=0 if clip is None else clip.num_frames,
             fps=self.request.fps,

@@ -47,7 +47,7 @@ class CostModel:
     def compute_work(self, request: ResolvedRequest) -> float:
         """Compute the work of a whole request, in token-steps."""
         num_tokens = self.geometry.num_tokens(request.num_frames, request.height, request.width)
-        num_tokens += 0 if request.sound is None else request.sound.num_latents
+        num_tokens += request.num_sound_latents
         num_tokens += 0 if request.action is None else request.action.chunk_size
         num_branches = 2 if needs_two_branches(request.guidance_scale) else 1
         return request.num_inference_steps * num_branches * num_tokens * (1 + num_tokens / self.tokens_at_par)

@@ -47,4 +47,4 @@ class Stages:
     def decoders_for(self, request: ResolvedRequest) -> dict[str, Any]:
         """Return the decoder of each modality that the request generates."""
         video = {"video": self.vae} if request.has_pictures else {}
-        return video | ({"sound": self.audio} if request.sound is not None else {})
+        return video | ({"sound": self.audio} if request.num_sound_latents else {})

@@ -6,7 +6,7 @@ import asyncio
 import os
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.processor import Cosmos3Processor, load_tokenizer
+from cosmos3_core.prompts import load_tokenizer, tokenize_prompts
 from cosmos3_core.request import ResolvedRequest
 from deployments.messages import RequestContext, TokenizedPair
 from deployments.observability.logs import watch_stage
@@ -34,6 +34,7 @@ class PromptTokenizer:
             return await asyncio.to_thread(self._tokenize, request)
 
     def _tokenize(self, request: ResolvedRequest) -> TokenizedPair:
-        processor = Cosmos3Processor.for_request(request, self._directory, self._tokenizer)
-        conditional, unconditional = processor.token_id_pair(request.prompt, request.negative_prompt)
+        conditional, unconditional = tokenize_prompts(
+            request.prompt, request.negative_prompt, request.prompt_format, self._tokenizer, self._directory
+        )
         return TokenizedPair(conditional.ids, unconditional.ids, unconditional.origin, os.getpid())

@@ -443,7 +443,7 @@ def test_sound_and_actions_at_once_equal_diffusers(
     job = DenoiseRequest.of(resolved, conditional.ids, unconditional.ids, engine.layout.geometry)
     job = replace(job, num_sound_latents=reference.initial["sound"].shape[1])
     assert job.num_sound_latents == 23  # 9 frames at 10 fps
-    latents = engine.denoise(job.with_clean_latents(engine.clean_latents(resolved.picture)))
+    latents = engine.denoise(replace(job, clean_latents=engine.clean_latents(resolved.picture)))
     assert list(latents) == list(reference.steps[-1]) == ["video", "sound", "action"]
     for name, theirs in reference.steps[-1].items():
         assert relative_difference(latents[name], theirs) <= TOLERANCE

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cosmos3_core.processor import Cosmos3Processor
+from cosmos3_core.phyai import Cosmos3Processor
 
 PROMPTS = [
     "A red car drives along the coast.",
