@@ -1,4 +1,4 @@
-"""Checks of single values that users give; each returns the value or says what would be allowed. No torch here."""
+"""Checks of single values that users give; each returns the value or refuses it. No torch here."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any, TypeVar
 
 from cosmos3_core.errors import RequestError
 
-# Of a word that is looked up: the time for it grows with its length.
+# Bound of a word for the search of similar ones, whose time grows with its length.
 _MAX_COMPARED_CHARS = 100
 
 _Choice = TypeVar("_Choice", str, int)
 
 
 def integer(field: str, value: Any, low: int, high: int) -> int:
-    """Check for a whole number from ``low`` to ``high``; True and 3.0 are none.
+    """Check for a whole number from ``low`` to ``high``; True and 3.0 are refused.
 
     Raises:
-        RequestError: something else.
+        RequestError: it is another value.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(field, value, f"a whole number from {low} to {high}")
@@ -28,7 +28,7 @@ def real(field: str, value: Any, low: float, high: float) -> float:
     """Check for a finite number from ``low`` to ``high``, as a float.
 
     Raises:
-        RequestError: something else.
+        RequestError: it is another value.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # NaN fails the comparison
@@ -40,7 +40,7 @@ def choice(field: str, value: Any, allowed: tuple[_Choice, ...]) -> _Choice:
     """Check for one of ``allowed``; True is not 1.
 
     Raises:
-        RequestError: something else.
+        RequestError: it is another value.
     """
     if isinstance(value, bool) or not isinstance(value, str | int) or value not in allowed:
         near = difflib.get_close_matches(str(value)[:_MAX_COMPARED_CHARS], [str(name) for name in allowed], n=1)
@@ -49,10 +49,10 @@ def choice(field: str, value: Any, allowed: tuple[_Choice, ...]) -> _Choice:
 
 
 def flag(field: str, value: Any) -> bool:
-    """True or False.
+    """Check for True or False.
 
     Raises:
-        RequestError: something else.
+        RequestError: it is another value.
     """
     if not isinstance(value, bool):
         raise RequestError(field, value, "true or false")
@@ -63,7 +63,7 @@ def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
     """Check for a string of at most ``max_chars`` characters, with something visible in it unless it may be empty.
 
     Raises:
-        RequestError: something else.
+        RequestError: it is another value.
     """
     if not isinstance(value, str):
         raise RequestError(field, value, "a string")
@@ -82,7 +82,7 @@ def pixels(field: str, value: Any, multiple: int, high: int) -> int:
     """Check for a number of pixels, at most ``high``, that is a multiple of ``multiple``.
 
     Raises:
-        RequestError: something else; the nearest multiples are named.
+        RequestError: it is another value; the hint has the nearest multiples.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not multiple <= value <= high:
         raise RequestError(field, value, f"a multiple of {multiple}, at least {multiple}, at most {high}")

@@ -1,4 +1,4 @@
-"""Everything that depends on the kind of device, so that no other module names one."""
+"""The only home of facts that depend on the kind of device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from cosmos3_core.errors import RequestError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The dtypes that weights may be held in, by the names that users give."""
+"""Name that users give -> dtype of the weights."""
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
-    """Return the device asked for, or the first GPU where there is one, or the CPU.
+    """Return the given device; without one the first GPU, or the CPU.
 
     Raises:
-        RequestError: not a device that this machine has.
+        RequestError: this machine has no such device.
     """
     if device is None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -33,10 +33,10 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def local_device(device: torch.device | str | None, local_rank: int) -> torch.device:
-    """The device of one of several ranks on a machine: its own GPU, counted by ``local_rank``, where there are GPUs.
+    """Return the device of one of several ranks on a machine: GPU number ``local_rank`` if it has GPUs.
 
     Raises:
-        RequestError: not a device that this machine has.
+        RequestError: this machine has no such device.
     """
     resolved = resolve_device(device)
     if resolved.type != "cuda":
@@ -47,13 +47,13 @@ def local_device(device: torch.device | str | None, local_rank: int) -> torch.de
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given; a clock read before that tells nothing."""
+    """Wait until the device has finished its queue, for instance before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_allocated_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """By how much the tensors on a GPU peak, while ``work`` is done, over those that were there before."""
+    """Return the peak of the bytes on a GPU during ``work``, less those before."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()
@@ -62,31 +62,31 @@ def peak_allocated_bytes(device: torch.device, work: Callable[[], object]) -> in
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed, on a GPU or on the CPU."""
-    # torch's CPU allocator has no exception type of its own.
+    # torch's CPU allocator raises a plain RuntimeError.
     is_cpus = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpus
 
 
 def forget_unused_memory(device: torch.device) -> None:
-    """Give back what the allocator keeps for later: after it ran out, its pieces fit nothing else."""
+    """Release the allocator's unused memory, which is fragmented after it ran out."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def collective_backend(device: torch.device) -> str:
-    """torch.distributed's backend for tensors on this kind of device."""
+    """Return torch.distributed's backend for tensors on this kind of device."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def describe(device: torch.device) -> str:
-    """Return the device in words, for a report."""
+    """Describe the device for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def prefers_cudnn_attention(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Return whether cuDNN's attention kernel is the fast one here, and why or why not."""
+    """Return whether cuDNN's attention kernel is the fastest here, and the reason."""
     if device.type != "cuda":
         return False, f"torch's own is the only fast one on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -97,7 +97,7 @@ def prefers_cudnn_attention(device: torch.device, dtype: torch.dtype) -> tuple[b
 
 
 def prefers_triton(device: torch.device) -> tuple[bool, str]:
-    """Return whether Triton's kernels run here, and why or why not."""
+    """Return whether Triton's kernels run here, and the reason."""
     if device.type != "cuda":
         return False, f"no Triton kernels on {device.type}"
     if find_spec("triton") is None:
@@ -106,19 +106,15 @@ def prefers_triton(device: torch.device) -> tuple[bool, str]:
 
 
 def prefers_channels_last(device: torch.device) -> bool:
-    """Return whether convolutions are faster where the channels of a position lie side by side in memory."""
+    """Return whether convolutions are faster in the memory format channels last."""
     return device.type == "cuda"
 
 
 def latents_to_fill(device: torch.device, *, is_split: bool = False) -> int:
     """Return the latent positions, rows x columns x frames, that the video decoder should work on at a time.
 
-    With fewer a GPU waits for launches: on an H200 a clip of 12 x 20 rows and columns decodes in 0.41, 0.36 and 0.34 s
-    in chunks of one, two and four frames, but one of 30 x 52 gains 1 % for half as much memory again. A CPU has no
-    launches to wait for.
-
-    Where frames are split, every convolution waits for the neighbours as well, once a chunk: 720p over four H200s, 45 x
-    20 rows and columns each, decodes in 1.75, 1.49 and 1.45 s in chunks of two, three and four frames.
+    With fewer, a GPU waits for launches, and for the neighbours if frames are split; a CPU does neither.
+    docs/performance.md has the measurements.
     """
     if device.type != "cuda":
         return 1
@@ -126,7 +122,7 @@ def latents_to_fill(device: torch.device, *, is_split: bool = False) -> int:
 
 
 class TurningBuffers:
-    """Two buffers on the CPU that take turns, each as large as the largest tensor that it was asked to hold.
+    """Two buffers on the CPU that alternate, each as large as the largest tensor so far.
 
     Args:
         is_pinned: whether a GPU copies into them.
@@ -137,7 +133,7 @@ class TurningBuffers:
         self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
 
     def next_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Room for a uint8 tensor, of its shape; nobody else's until the next but one is asked for."""
+        """Return a buffer of a uint8 tensor's shape, reserved until the call after the next."""
         self._buffers.reverse()
         if self._buffers[0].numel() < tensor.numel():
             self._buffers[0] = torch.empty(tensor.numel(), dtype=torch.uint8, pin_memory=self._is_pinned)
@@ -145,15 +141,15 @@ class TurningBuffers:
 
 
 class HostCopies:
-    """Copies of a device's tensors on the CPU, made beside the device's work.
+    """Copies a device's tensors to the CPU while the device works on.
 
-    On a GPU into two pinned buffers that take turns, on a stream of their own; on a CPU nothing is copied.
+    On a GPU a stream of its own copies into two alternating pinned buffers; on a CPU nothing is copied.
 
     Args:
-        device: that the tensors are on.
+        device: device of the tensors.
 
     Attributes:
-        is_asynchronous: whether the device works on while a copy is made.
+        is_asynchronous: whether the device works on during a copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -162,9 +158,9 @@ class HostCopies:
         self._buffers = TurningBuffers(is_pinned=True)
 
     def begin(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
-        """Begin to copy a uint8 tensor, when all that makes it is done; calling the result waits for the copy.
+        """Queue the copy of a uint8 tensor after the work that makes it; calling the result waits for the copy.
 
-        The array is good until the next but one is begun.
+        The array is valid until the copy after the next begins.
         """
         if self._stream is None:
             return tensor.numpy

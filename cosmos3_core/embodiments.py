@@ -1,7 +1,7 @@
-"""Embodiments whose actions the model knows: names, domain ids, and how many numbers one of their actions has.
+"""The embodiments whose actions the model knows: names, domain ids, and numbers in an action.
 
-The published table of diffusers 0.42.1 and that of NVIDIA's cosmos-framework, merged; they contradict each other
-nowhere. A domain id chooses the weights that actions go in and out through; several names may share one. No torch here.
+The published tables of diffusers 0.42.1 and NVIDIA's cosmos-framework, merged; they do not contradict each other. A
+domain id chooses the weights of the action projections; several names may share one. No torch here.
 
 One arm's action is 10 numbers: a 9-number pose (translation, then a rotation as two columns of its matrix; Zhou et al.
 2019) and the gripper. Two arms have 20; a humanoid has its own pose and both arms, 29; two hands with 15 finger
@@ -23,7 +23,7 @@ class Embodiment:
     Attributes:
         name: its first published name.
         domain_id: row of the action projections.
-        raw_action_dim: numbers in an action; None where it depends on the data set and a request has to say.
+        raw_action_dim: numbers in an action; None if the data set decides and a request must give it.
     """
 
     name: str
@@ -67,8 +67,8 @@ def find_embodiment(domain_name: str | None, domain_id: int | None, num_domains:
 
     Args:
         domain_name: a published name, in any case.
-        domain_id: 0 to ``num_domains`` - 1; one that no name has is an embodiment of unknown width.
-        num_domains: that the checkpoint has weights for.
+        domain_id: 0 to ``num_domains`` - 1; one without a name is an embodiment of unknown width.
+        num_domains: number of domains in the checkpoint.
 
     Raises:
         RequestError: neither is given, the name is unknown, or they contradict each other.
@@ -84,7 +84,8 @@ def find_embodiment(domain_name: str | None, domain_id: int | None, num_domains:
     name = domain_name.lower().strip() if isinstance(domain_name, str) else domain_name
     found = EMBODIMENTS[checks.choice("domain_name", name, tuple(EMBODIMENTS))]
     if domain_id not in (None, found.domain_id):
-        raise RequestError("domain_id", domain_id, f"{found.domain_id}, that of {found.name}", "leave one of both out")
+        hint = "leave out one of the two"
+        raise RequestError("domain_id", domain_id, f"{found.domain_id}, that of {found.name}", hint)
     if found.domain_id >= num_domains:
         raise RequestError("domain_name", domain_name, f"one of the {num_domains} domains that this checkpoint has")
     return found

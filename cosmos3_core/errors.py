@@ -1,15 +1,15 @@
 """Every error this package raises on purpose.
 
     Cosmos3Error
-    ├── RequestError            what the caller asked for is wrong: names the field, what was given, what is allowed
+    ├── RequestError            a field of the caller's input is wrong: names the field, its value and its bounds
     │   └── CapabilityError     a valid request that this checkpoint, or this version, cannot serve
     ├── CheckpointError         the checkpoint directory cannot be used: names the file and what to do
-    │   ├── MissingFileError    a file or component is not there
-    │   ├── CorruptFileError    a file is there but is not what it says: truncated, a pickle, broken JSON
+    │   ├── MissingFileError    a file or component is missing
+    │   ├── CorruptFileError    a file is damaged or of another kind: truncated, a pickle, broken JSON
     │   └── TensorMismatchError missing, unexpected or mis-shaped tensors
     ├── StateError              a saved denoise state is damaged or belongs to another request
-    ├── MediaError              frames or sound could not be turned into a file
-    ├── MeasureError            a benchmark came to nothing: what it measured failed, died or took too long
+    ├── MediaError              a media file could not be written or read
+    ├── MeasureError            the work that a benchmark measures failed, died or took too long
     └── ClosedError             a closed engine, decoder or writer was used
 
 Bad input raises one of these before anything large is allocated. An ``AssertionError`` is always our own bug.
@@ -25,7 +25,7 @@ _MAX_SHOWN_ITEMS = 100
 
 
 def _show(value: Any) -> str:
-    # Only what is shown is written out: a value may be megabytes.
+    # Only the shown part is formatted: a value may be megabytes.
     if isinstance(value, str | bytes) and len(value) > _MAX_SHOWN_CHARS:
         return _escape(f"{repr(value[:_MAX_SHOWN_CHARS])[:-1]}... ({len(value)} {_units(value)})")
     if isinstance(value, list | tuple | dict | set) and len(value) > _MAX_SHOWN_ITEMS:
@@ -44,7 +44,7 @@ def _units(value: str | bytes) -> str:
 
 
 def _shorten(text: str) -> str:
-    """Shorten text for a message, escaping what cannot be written: half a surrogate pair is a str, but no text."""
+    """Shorten text for a message, and escape half surrogate pairs, which cannot be written."""
     if len(text) > _MAX_SHOWN_CHARS:
         text = f"{text[:_MAX_SHOWN_CHARS]}... ({len(text)} characters)"
     return _escape(text)
@@ -55,7 +55,7 @@ def _escape(text: str) -> str:
 
 
 class Cosmos3Error(Exception):
-    """Root of the tree; catch it to catch everything this package raises on purpose."""
+    """Root of the tree: every error that this package raises on purpose."""
 
 
 class RequestError(Cosmos3Error, ValueError):
@@ -65,7 +65,7 @@ class RequestError(Cosmos3Error, ValueError):
         field: name of the field, as the caller wrote it.
         given: the value that was given; the message shows it shortened.
         allowed: what the field must be; completes "must be".
-        hint: what to do about it: a clause, or a sentence with its capital and full stop; optional.
+        hint: the remedy: a clause, or a sentence with its capital and full stop; optional.
     """
 
     def __init__(self, field: str, given: Any, allowed: str, hint: str = "") -> None:
@@ -83,7 +83,7 @@ class RequestError(Cosmos3Error, ValueError):
 
     @classmethod
     def of_parts(cls, field: str, given: str, allowed: str, hint: str) -> RequestError:
-        """Rebuild an error from its attributes: ``given`` as it is shown, not the value."""
+        """Rebuild an error from its attributes, with ``given`` as shown instead of the value."""
         error = cls(field, None, allowed, hint)
         error.given = given
         error.args = (error._message(),)
@@ -95,7 +95,7 @@ class RequestError(Cosmos3Error, ValueError):
 
 
 class CapabilityError(RequestError):
-    """A well-formed request for something this checkpoint, or this version, cannot do."""
+    """A well-formed request that this checkpoint, or this version, cannot serve."""
 
 
 class CheckpointError(Cosmos3Error):
@@ -103,8 +103,8 @@ class CheckpointError(Cosmos3Error):
 
     Args:
         path: the file or directory at fault.
-        problem: what is wrong with it.
-        hint: what to do about it, a full sentence; optional.
+        problem: its fault.
+        hint: the remedy, a full sentence; optional.
     """
 
     def __init__(self, path: str | Path, problem: str, hint: str = "") -> None:
@@ -118,11 +118,11 @@ class CheckpointError(Cosmos3Error):
 
 
 class MissingFileError(CheckpointError):
-    """A file or component that the checkpoint needs is not there."""
+    """A file or component of the checkpoint is missing."""
 
 
 class CorruptFileError(CheckpointError):
-    """A file is there but cannot be read as what it should be."""
+    """A file of the checkpoint is damaged, or of another kind than its name."""
 
 
 class TensorMismatchError(CheckpointError):
@@ -134,7 +134,7 @@ class StateError(Cosmos3Error):
 
 
 class MediaError(Cosmos3Error):
-    """Frames or sound could not be written as a media file, or read from one."""
+    """A media file could not be written or read."""
 
 
 class MeasureError(Cosmos3Error):

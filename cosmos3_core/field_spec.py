@@ -1,4 +1,4 @@
-"""Bounds and description of a request's field, as data that stands beside the field.
+"""Bounds and description of a request's field, as data beside the field.
 
 Every field of :class:`~cosmos3_core.request.GenerationRequest` carries a :class:`FieldSpec`, and
 :data:`cosmos3_core.request.FIELDS` lists them by name: ``resolve``, the command line and the HTTP models read a field's
@@ -46,14 +46,14 @@ class FieldSpec:
     Attributes:
         kind: the type of its value.
         about: one line for the user.
-        low, high: inclusive bounds of a number, or of each of several; None where the checkpoint decides.
-        multiple_of: what a whole number must be a multiple of.
-        choices: the values to choose from; empty where there is no such list.
-        max_chars: of the longest text.
-        num_items: how many numbers there must be, where that is fixed.
-        unit: of the number: pixels, frames, actions.
+        low, high: inclusive bounds of each number; None if the checkpoint decides.
+        multiple_of: divisor of a whole number.
+        choices: the values to choose from; empty for any.
+        max_chars: length of the longest text.
+        num_items: required number of values; None for any.
+        unit: unit of the number: pixels, frames, actions.
         is_for: whether a mode reads the field.
-        otherwise: a hint for requests of the other modes; empty: the modes that read it are named.
+        otherwise: hint for requests of the other modes; empty names the modes that read the field.
     """
 
     kind: ValueKind
@@ -75,7 +75,7 @@ class FieldSpec:
 
     @property
     def bounds(self) -> tuple[Any, Any]:
-        """The inclusive bounds of a number; whole numbers for a whole number."""
+        """The inclusive bounds of a number, of its type."""
         assert None not in (self.low, self.high), "a field that the checkpoint bounds"
         return self.low, self.high
 
@@ -83,14 +83,14 @@ class FieldSpec:
         """Check a value that is not None against the bounds.
 
         Args:
-            name: the field's, for the error.
-            value: what was given.
+            name: name of the field, for the error.
+            value: the given value.
 
         Returns:
             The value; a float for a number, a tuple for several.
 
         Raises:
-            RequestError: it is of another type, or out of bounds.
+            RequestError: the value is of another type, or out of bounds.
         """
         match self.kind:
             case ValueKind.INTEGER | ValueKind.TEXT if self.choices:
@@ -119,8 +119,8 @@ def spec_field(kind: ValueKind, about: str, *, default: Any = None, is_compared:
     Args:
         kind: the type of its value.
         about: one line for the user.
-        default: of the dataclass field.
-        is_compared: False for media and tensors, which neither compare nor print well.
+        default: default of the field.
+        is_compared: False for media and tensors, which do not compare or print well.
         bounds: the other attributes of :class:`FieldSpec`.
     """
     spec = FieldSpec(kind, about, **bounds)
@@ -128,7 +128,7 @@ def spec_field(kind: ValueKind, about: str, *, default: Any = None, is_compared:
 
 
 def spec_of(dataclass_field: Field[Any]) -> FieldSpec:
-    """Return what :func:`spec_field` attached to a dataclass field."""
+    """Return the :class:`FieldSpec` of a dataclass field."""
     spec = dataclass_field.metadata[_METADATA_KEY]
     assert isinstance(spec, FieldSpec)
     return spec

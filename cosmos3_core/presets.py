@@ -1,7 +1,7 @@
-"""Defaults and limits: the one table, a row per (kind of checkpoint, mode).
+"""Defaults and limits of requests: one table, a row per (kind of checkpoint, mode).
 
-A request leaves out what it likes; :func:`cosmos3_core.resolve.resolve` fills the gaps from here and nowhere else. A
-mode that has no row is one that this kind of checkpoint was not trained for.
+:func:`cosmos3_core.resolve.resolve` fills the gaps of a request only from here. A kind of checkpoint was not trained in
+the modes without a row.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from cosmos3_core.conditioning.modes import (
 )
 
 SCHEDULES = ("native", "linear", "karras")
-"""The noise schedules, which :mod:`cosmos3_core.sampler.schedule` makes."""
+"""The noise schedules of :mod:`cosmos3_core.sampler.schedule`."""
 
 
 @dataclass(frozen=True)
 class ActionPreset:
-    """Defaults that only modes with actions have.
+    """Further defaults of modes with actions.
 
     Attributes:
-        chunk_size: actions, one between two frames.
-        resolution_tier: rows of the canvas that given pictures are fitted into, about: 256, 480, 704 or 720.
-        domain_name: of the embodiment; None: a request has to say.
-        raw_action_dim: numbers in an action; None: the embodiment's.
+        chunk_size: number of actions, one between two frames.
+        resolution_tier: tier of the canvas that given pictures are fitted into: 256, 480, 704 or 720.
+        domain_name: name of the embodiment; None if a request must give it.
+        raw_action_dim: numbers in an action; None takes the embodiment's.
     """
 
     chunk_size: int
@@ -45,15 +45,15 @@ class Preset:
     """Defaults of one (kind of checkpoint, mode).
 
     Attributes:
-        num_frames: pixel frames; with actions the chunk's actions and one.
-        height, width: pixels; with actions the given picture and the tier decide.
+        num_frames: pixel frames; with actions one more than the chunk has actions.
+        height, width: pixels; with actions the given picture and the tier decide them.
         fps: frames per second.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 runs one branch.
-        flow_shift: of the native and linear schedules.
-        source: who says so.
-        guidance_interval: lowest and highest timestep, of 1000, that guidance is for; None: all.
-        action: of modes with actions.
+        flow_shift: shift of the native and linear schedules.
+        source: source of the numbers.
+        guidance_interval: lowest and highest timestep, of 1000, with guidance; None: all.
+        action: further defaults of modes with actions.
     """
 
     num_frames: int
@@ -72,7 +72,7 @@ _NVIDIA_VIDEO = Preset(189, 720, 1280, 24.0, 35, 6.0, 10.0, "NVIDIA cosmos-frame
 _NVIDIA_IMAGE = Preset(
     1, 960, 960, 24.0, 50, 4.0, 3.0, "NVIDIA cosmos-framework sample defaults, text2image, 1:1 at 720p"
 )
-# cosmos-framework's rows name no frame rate; diffusers' example does. It should be the data set's.
+# cosmos-framework's rows have no frame rate: this is that of diffusers' example. The data set's is better.
 _NVIDIA_ACTION = Preset(
     17,
     256,
@@ -108,7 +108,7 @@ _NVIDIA_ROWS = {
     **dict.fromkeys((mode + WITH_SOUND for mode in _VIDEO_MODES), _NVIDIA_VIDEO),
     **dict.fromkeys((FORWARD_DYNAMICS, INVERSE_DYNAMICS, POLICY), _NVIDIA_ACTION),
 }
-# Edge was trained neither with sound nor for clips that go on (vLLM-Omni 0.30).
+# Edge was trained neither with sound nor on continuing clips (vLLM-Omni 0.30).
 _EDGE_ROWS = {
     TEXT_TO_IMAGE: _EDGE_IMAGE,
     **dict.fromkeys((TEXT_TO_VIDEO, IMAGE_TO_VIDEO), _EDGE_VIDEO),
@@ -128,24 +128,24 @@ PRESETS: dict[tuple[str, str], Preset] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Inclusive bounds that several fields of a request share, or that belong to its inputs as a whole.
+    """Inclusive bounds that several fields of a request share, or that hold for its inputs as a whole.
 
-    The bounds of a single field stand beside it, in :class:`cosmos3_core.request.GenerationRequest`.
+    The bounds of a single field are beside it, in :class:`cosmos3_core.request.GenerationRequest`.
 
     Attributes:
-        max_side_pixels: what an H.264 encoder takes.
-        max_prompt_chars: three times NVIDIA's structured negative prompt (14,850 characters).
-        max_text_tokens: of one prompt after templates; keys and values of this many take 2.4 GB on Nano.
-        max_actions: of a chunk, and of given ones; as many as the longest clip has steps between frames.
-        max_action_value: of a given action's numbers, either way; the model's own are about 1.
-        max_sound_s: seconds; the longest clip at 24 fps, and a waveform of 20 MB.
-        max_media_bytes: of an image or clip that a user gives, as a file.
-        max_image_pixels: of a given image, and of what it becomes when it is scaled to cover the size asked for; its
-            decoded RGB takes 192 MiB. A phone's largest photographs have 50 Mpx.
-        max_clip_frames: of a given clip, used or not; 200 s at 25 fps.
-        max_clip_pixels: of one frame of a given clip; 4096 x 4096, more than 4K.
-        max_clip_total_pixels: of all the frames that one request uses, as they are given and as they are encoded; 720p
-            for 9 s at 24 fps. In memory together: 576 MiB of RGB, 2.3 GiB to be encoded.
+        max_side_pixels: longest side of a picture; the limit of an H.264 encoder.
+        max_prompt_chars: longest prompt; three times NVIDIA's structured negative prompt (14,850 characters).
+        max_text_tokens: tokens of one prompt after templates; their keys and values take 2.4 GB on Nano.
+        max_actions: actions of a chunk or a request; as many as the longest clip has steps between frames.
+        max_action_value: absolute value of a number in a given action; the model's own are about 1.
+        max_sound_s: seconds of sound; the longest clip at 24 fps, and a waveform of 20 MB.
+        max_media_bytes: bytes of a given image or clip, as a file.
+        max_image_pixels: pixels of a given image, also when it is scaled to cover the requested size; its decoded RGB
+            takes 192 MiB. A phone's largest photographs have 50 Mpx.
+        max_clip_frames: frames of a given clip, used or not; 200 s at 25 fps.
+        max_clip_pixels: pixels of one frame of a given clip; 4096 x 4096, more than 4K.
+        max_clip_total_pixels: pixels of all frames that one request uses, both as given and as encoded; 720p for 9 s at
+            24 fps. Together they take 576 MiB as RGB and 2.3 GiB for the encoder.
     """
 
     max_side_pixels: int = 16_384

@@ -1,7 +1,7 @@
-"""A VAE's preview map: least squares over synthetic pictures that the VAE itself encodes.
+"""Fits a VAE's preview map: least squares over synthetic pictures that the VAE itself encodes.
 
-What it costs is bounded: 32 pictures of 128 x 128 pixels, one frame each, 64 latent positions a picture. The map is for
-single frames; a later latent frame of a clip stands for four pixel frames and is mapped alike.
+The cost is bounded: 32 pictures of 128 x 128 pixels, one frame each, 64 latent positions a picture. The map is fitted
+to single frames; later latent frames of a clip, of four pixel frames each, use the same map.
 
 Shape letters: B pictures, P latent positions of all pictures, C latent channels, R the three colours, T/H/W latent
 frames, rows, columns, F/Y/X pixel frames, rows, columns; a 1 is an axis of one.
@@ -33,7 +33,7 @@ _SIDE = 128
 _NUM_PICTURES, _SEED = 32, 0
 _NUM_HELD_OUT, _HELD_OUT_SEED = 15, 1
 _BATCH = 8
-# Part of the hash: to be changed with the pictures, or with what is fitted to them.
+# Part of the hash; change it with the pictures or the fit.
 _RECIPE = "cosmos3-preview-map-1"
 _MAX_CACHED = 16
 _LEVELS_PER_UNIT = 127.5
@@ -41,11 +41,11 @@ _LEVELS_PER_UNIT = 127.5
 
 @dataclass(frozen=True)
 class PreviewError:
-    """How far a map is off on pictures that it was not fitted to, root mean square in 8-bit levels.
+    """The error of a map on pictures outside its fit, root mean square in 8-bit levels.
 
     Attributes:
-        rmse_levels: of the map.
-        constant_rmse_levels: of the best single colour for all of them; the map has to beat it.
+        rmse_levels: error of the map.
+        constant_rmse_levels: error of the best single colour for all pictures, which the map has to beat.
     """
 
     rmse_levels: float
@@ -53,12 +53,12 @@ class PreviewError:
 
 
 def fit_preview_map(vae: VideoVAE) -> PreviewMap:
-    """Fit the map of least squared error between a VAE's latents and the mean colours of their pixels.
+    """Fit the map from a VAE's latents to the mean colours of their pixels by least squares.
 
     The same VAE gives the same map, to rounding.
 
     Raises:
-        CapabilityError: this VAE was built without its encoder, or gives latents that are no numbers.
+        CapabilityError: the VAE has no encoder, or its latents are not finite.
     """
     latents_PC, colours_PR = [], []
     for pixels_BCFYX in _synthetic_pictures(_NUM_PICTURES, _SEED).split(_BATCH):
@@ -66,16 +66,16 @@ def fit_preview_map(vae: VideoVAE) -> PreviewMap:
         colours_PR.append(_mean_colours(vae, pixels_BCFYX).movedim(1, -1).flatten(0, -2).double())
     latents = torch.cat(latents_PC)
     design = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
-    # The driver that bears channels which say nothing, or the same as others.
+    # A driver for rank-deficient systems: channels may be constant, or repeat others.
     *weights, bias = torch.linalg.lstsq(design, torch.cat(colours_PR), driver="gelsd").solution.tolist()
     return _map(weights, bias)
 
 
 def preview_error(vae: VideoVAE, preview_map: PreviewMap) -> PreviewError:
-    """Measure how well a map predicts the colours of other synthetic pictures, of the same kinds.
+    """Measure the error of a map on other synthetic pictures of the same kinds.
 
     Raises:
-        CapabilityError: as :func:`fit_preview_map`.
+        CapabilityError: see :func:`fit_preview_map`.
         RequestError: the map is for other latents.
     """
     squares, colours = [], []
@@ -90,17 +90,17 @@ def preview_error(vae: VideoVAE, preview_map: PreviewMap) -> PreviewError:
 
 
 def load_preview_map(vae: VideoVAE, cache_dir: Path | None) -> PreviewMap:
-    """Return a VAE's map from the cache, or fitted and put there.
+    """Return a VAE's map from the cache, or fit and cache it.
 
-    A file's name is the hash of all that the map depends on, every weight of the encoder among it, so that no other VAE
-    finds it. The directory is made; it keeps the newest 16 maps, of 10 kB each. One that cannot be read or written is
-    logged, and the map fitted.
+    A file's name is the hash of everything that the map depends on, every weight of the encoder included. The directory
+    is created if missing and keeps the newest 16 maps, of 10 kB each. Failures to read or write are logged.
 
     Args:
-        cache_dir: where maps are kept; None: nowhere.
+        vae: a VAE with its encoder.
+        cache_dir: directory of the maps; None for no cache.
 
     Raises:
-        CapabilityError: as :func:`fit_preview_map`.
+        CapabilityError: see :func:`fit_preview_map`.
     """
     if cache_dir is None:
         return fit_preview_map(vae)
@@ -114,13 +114,13 @@ def load_preview_map(vae: VideoVAE, cache_dir: Path | None) -> PreviewMap:
 
 
 def encoder_digest(vae: VideoVAE) -> str:
-    """SHA-256 over all that decides on a VAE's latents: its config, and the encoder's weights as they are loaded.
+    """Return a SHA-256 of everything that decides a VAE's latents: its config, and the encoder's weights as loaded.
 
-    The weights themselves, not samples of their files: two trainings of one model differ nowhere else, and the same
-    file loaded in another dtype is another encoder. 0.3 GB for the published VAE in bfloat16.
+    All weights count: two trainings of one model differ nowhere else, and the same file in another dtype is another
+    encoder. They are 0.3 GB for the published VAE in bfloat16.
 
     Raises:
-        CapabilityError: this VAE was built without its encoder.
+        CapabilityError: the VAE has no encoder.
     """
     if vae.encoder is None:
         raise CapabilityError("preview_map", "a VAE that only decodes", "a VAE with its encoder")
@@ -169,10 +169,10 @@ def _map(weights: list[list[float]], bias: list[float]) -> PreviewMap:
 
 
 def _encode(vae: VideoVAE, pixels_BCFYX: Tensor) -> Tensor:
-    """Latents [B, C, 1, H, W], fp32.
+    """Return the latents of pictures, [B, C, 1, H, W] fp32.
 
     Raises:
-        CapabilityError: they are no numbers.
+        CapabilityError: the latents are not finite.
     """
     latents_BCTHW = vae.encode(pixels_BCFYX).float()
     if not torch.isfinite(latents_BCTHW).all():
@@ -181,7 +181,7 @@ def _encode(vae: VideoVAE, pixels_BCFYX: Tensor) -> Tensor:
 
 
 def _mean_colours(vae: VideoVAE, pixels_BCFYX: Tensor) -> Tensor:
-    """Mean colour of each latent position's pixels, [B, 3, 1, H, W] in [-1, 1]."""
+    """Return the mean colour of each latent position's pixels, [B, 3, 1, H, W] in [-1, 1]."""
     return avg_pool2d(pixels_BCFYX[:, :, 0], vae.geometry.spatial).unsqueeze(2)
 
 
@@ -189,19 +189,19 @@ def _mean_colours(vae: VideoVAE, pixels_BCFYX: Tensor) -> Tensor:
 
 
 def _synthetic_pictures(num_pictures: int, seed: int) -> Tensor:
-    """[B, 3, 1, Y, X] in [-1, 1], fp32 on the CPU; the kinds in turn, the same everywhere for a seed."""
+    """Return pictures [B, 3, 1, Y, X] in [-1, 1], fp32 on the CPU; a seed gives the same ones everywhere."""
     generator = torch.Generator("cpu").manual_seed(seed)
     pictures = [_KINDS[index % len(_KINDS)](generator) for index in range(num_pictures)]
     return torch.stack(pictures).clamp(-1, 1).unsqueeze(2)
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
-    """Numbers from -1 to 1."""
+    """Draw numbers from -1 to 1."""
     return torch.rand(shape, generator=generator, device="cpu") * 2 - 1
 
 
 def _plane(generator: torch.Generator) -> Tensor:
-    """[Y, X]: how far along some direction a pixel lies, from some point near the middle."""
+    """Return [Y, X]: the distance of each pixel along a random direction from a point near the centre."""
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, _SIDE), torch.linspace(-1, 1, _SIDE), indexing="ij")
     angle, offset = _uniform(generator, 2).tolist()
     return rows * math.sin(math.pi * angle) + columns * math.cos(math.pi * angle) - offset / 2
@@ -234,7 +234,7 @@ def _edges(generator: torch.Generator) -> Tensor:
 
 
 def _natural(generator: torch.Generator) -> Tensor:
-    """Noise whose amplitude falls with the frequency, as that of photographs does; mostly light and dark."""
+    """Draw noise whose amplitude falls with the frequency, as in photographs; mostly light and dark."""
     frequency = torch.hypot(torch.fft.fftfreq(_SIDE)[:, None], torch.fft.rfftfreq(_SIDE)[None, :])
     frequency[0, 0] = 1.0
     planes = torch.fft.irfft2(torch.fft.rfft2(_uniform(generator, 4, _SIDE, _SIDE)) / frequency)

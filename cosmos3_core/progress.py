@@ -1,4 +1,4 @@
-"""How far a run has come: one line that updates itself on a terminal, a few plain lines in a log."""
+"""Progress of a run: one line that updates itself on a terminal, a few plain lines in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 _BAR_COLUMNS = 24
-_MAX_LINES = 10  # per run in a log, the last one aside
+_MAX_LINES = 10  # per run in a log, except the last one
 _REDRAW_INTERVAL_S = 0.1
 _CLEAR_TO_END = "\x1b[K"
 
@@ -16,20 +16,20 @@ _CLEAR_TO_END = "\x1b[K"
 class ProgressBar:
     """Reports steps to stderr.
 
-    One reporter serves any number of runs, one after the other: ``start``, ``update`` after each step, ``close``.
+    One bar serves any number of runs in turn: ``start``, ``update`` after each step, ``close``.
 
     Args:
-        stream: where to write; ``sys.stderr`` as it is when a run starts if omitted.
-        clock: seconds that never go back; only differences count.
+        stream: stream to write to; None takes ``sys.stderr`` at each start.
+        clock: monotonic clock, seconds.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._given_stream = stream
         self._clock = clock
-        self._stream: TextIO | None = None  # set while a run is on
+        self._stream: TextIO | None = None  # set during a run
 
     def start(self, total: int, label: str) -> None:
-        """Begin a run of ``total`` steps, shown as ``label``; ends the one before, if any."""
+        """Begin a run of ``total`` steps, shown as ``label``; ends the previous one."""
         self.close()
         self._stream = sys.stderr if self._given_stream is None else self._given_stream
         self._is_terminal = self._stream.isatty()
@@ -40,7 +40,7 @@ class ProgressBar:
         self._is_line_open = False
 
     def update(self, step: int) -> None:
-        """Say that ``step`` of the run's steps are done, counted from 1. Outside a run this does nothing."""
+        """Report that ``step`` steps of the run are done. Does nothing outside a run."""
         if self._stream is None:
             return
         now_s = self._clock()
@@ -54,7 +54,7 @@ class ProgressBar:
             self._write(f"{self._status(step, now_s)}\n")
 
     def close(self) -> None:
-        """End the run, leaving the cursor on a fresh line. Does nothing the second time."""
+        """End the run, with the cursor on a new line. Does nothing the second time."""
         if self._stream is not None and self._is_line_open:
             self._write("\n")
         self._stream = None
@@ -80,7 +80,7 @@ class ProgressBar:
 
 
 def _clock_face(seconds: float) -> str:
-    """75.2 -> "1:15", 3661 -> "1:01:01"."""
+    """Format seconds: 75.2 -> "1:15", 3661 -> "1:01:01"."""
     minutes, rest_s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest_s:02}" if hours else f"{minutes}:{rest_s:02}"

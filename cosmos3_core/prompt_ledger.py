@@ -1,8 +1,7 @@
-"""Admission to a transformer's memory and eviction from it, decided once for all ranks. No torch here.
+"""The prompts in a transformer's cache, admitted and evicted once for all ranks. No torch here.
 
-The ranks of a gang have to agree about every prompt they keep: where one of them ran a prefill that another skipped,
-they would wait for each other for ever. So one side decides (the gang's leader; where there is none, the
-:class:`cosmos3_core.denoiser.Denoiser` itself) and the ranks obey.
+The ranks of a gang must cache the same prompts: if one ran a prefill that another skipped, they would wait for each
+other forever. So the gang's leader decides, or without a gang the :class:`cosmos3_core.denoiser.Denoiser`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from cosmos3_core.denoise_request import DenoiseRequest
 
 
 def text_key(text_ids: Sequence[int]) -> str:
-    """Name of a prompt: the hash of its token ids, the same in any process."""
+    """Return the name of a prompt: the hash of its token ids, the same in any process."""
     return hashlib.sha256(",".join(map(str, text_ids)).encode()).hexdigest()
 
 
@@ -26,8 +25,8 @@ class PromptOrders:
     """Orders to ranks about cached prompts when a request begins, by :func:`text_key`.
 
     Attributes:
-        drop: to forget, before anything new is computed.
-        keep: of the request's prompts, those to keep for later requests.
+        drop: prompts to drop before anything new is computed.
+        keep: prompts of the request to keep for later requests.
     """
 
     drop: tuple[str, ...] = ()
@@ -35,13 +34,13 @@ class PromptOrders:
 
 
 class PromptLedger:
-    """Which prompts' keys and values are kept: the least recently used ones leave when a bound of bytes is reached.
+    """Decides which prompts stay cached, and evicts the least recently used ones at a bound of bytes.
 
-    A prompt that is larger than the whole bound is never kept.
+    A prompt larger than the bound is never kept.
 
     Args:
-        max_bytes: bound on the sum of the kept prompts' bytes on one rank.
-        bytes_per_token: of one rank's keys and values.
+        max_bytes: bound of all cached prompts on one rank.
+        bytes_per_token: bytes of one rank's keys and values.
     """
 
     def __init__(self, max_bytes: int, bytes_per_token: int) -> None:
@@ -50,11 +49,11 @@ class PromptLedger:
         self._bytes_of: OrderedDict[str, int] = OrderedDict()
 
     def num_kept(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Return how many of a request's prompts need no computing."""
+        """Return how many of a request's prompts are cached."""
         return sum(text_key(text_ids) in self._bytes_of for text_ids in prompts)
 
     def admit(self, prompts: Sequence[Sequence[int]]) -> PromptOrders:
-        """Enter a request's prompts (token ids each); returns what every rank has to do for that."""
+        """Admit a request's prompts (token ids each); return the orders for every rank."""
         before = set(self._bytes_of)
         keys = [text_key(text_ids) for text_ids in prompts]
         for key, text_ids in zip(keys, prompts, strict=True):
@@ -68,7 +67,7 @@ class PromptLedger:
         return PromptOrders(drop=tuple(sorted(before - kept)), keep=frozenset(kept.intersection(keys)))
 
     def forget(self) -> PromptOrders:
-        """Enter that nothing is to be kept; returns the orders for it."""
+        """Evict all prompts; return the orders for every rank."""
         orders = PromptOrders(drop=tuple(self._bytes_of))
         self._bytes_of.clear()
         return orders
@@ -76,13 +75,13 @@ class PromptLedger:
 
 @dataclass(frozen=True)
 class RequestMemory:
-    """How much of a rank's memory a request holds between two steps: its state, its prompts, its positions.
+    """The memory that a request holds on a rank between two steps: its state, its prompts, its positions.
 
     Attributes:
-        bytes_per_latent: of one latent row x column x frame, all channels.
-        bytes_per_sound_latent, bytes_per_action: of one of these, all channels.
-        bytes_per_token: of one generated token's position.
-        bytes_per_text_token: of one prompt token's keys and values.
+        bytes_per_latent: bytes of one latent row x column x frame, all channels.
+        bytes_per_sound_latent, bytes_per_action: bytes of one sound latent or action, all channels.
+        bytes_per_token: bytes of one generated token's position.
+        bytes_per_text_token: bytes of one prompt token's keys and values.
         patch_size: latent rows and columns in a token.
     """
 

@@ -1,4 +1,4 @@
-"""The flags of a generation and the request they make, shared by every command that takes a prompt. No torch here."""
+"""The flags of a generation, and the request that they describe, for every command with a prompt. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cosmos3_core.request import FIELDS, GenerationRequest
 
 _SCHEDULES = {"auto": "shipped", "true": "karras", "false": "native"}
 
-# Field -> its flag, where that is not the field's own name.
+# Field -> flag, if their names differ.
 _FLAGS = {
     "generate_sound": "--sound",
     "condition_frame_indexes_vision": "--condition-frames",
@@ -46,7 +46,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
 def _describe(spec: FieldSpec) -> str:
     """Describe a field and its bounds in one line of help."""
     if spec.kind in _MEDIA:
-        return spec.about.partition(":")[0]  # the rest is about values in Python
+        return spec.about.partition(":")[0]  # the rest describes values in Python
     if spec.choices:
         return f"{spec.about}: {', '.join(map(str, spec.choices))}"
     if spec.low is None or spec.high is None:
@@ -56,7 +56,7 @@ def _describe(spec: FieldSpec) -> str:
 
 
 def _argparse_options(spec: FieldSpec) -> dict[str, Any]:
-    """Return how argparse reads a value; bounds and choices are checked by ``resolve``, with a hint."""
+    """Return argparse's options for a value; ``resolve`` checks bounds and choices, with a hint."""
     match spec.kind:
         case ValueKind.FLAG:
             return {"action": "store_true"}
@@ -76,10 +76,10 @@ def _argparse_options(spec: FieldSpec) -> dict[str, Any]:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, is_checkpoint_required: bool = True) -> None:
-    """Add how a process of its own does it: checkpoint, device, dtype, ranks."""
+    """Add the flags of an engine in this process: checkpoint, device, dtype, ranks."""
     add = parser.add_argument
     add("--checkpoint", required=is_checkpoint_required, help="checkpoint directory in the published layout")
-    add("--dtype", help="of the weights: float32, bfloat16 or float16; default as stored")
+    add("--dtype", help="dtype of the weights: float32, bfloat16 or float16; default as stored")
     add("--device", help="torch device; default the first GPU, else the CPU")
     add("--tp", type=int, default=1, help="ranks that share heads and FFN columns; start with torchrun")
     add("--cfg", type=int, default=1, help="2 runs the guidance branches side by side; start with torchrun")
@@ -101,7 +101,7 @@ def request_of(options: argparse.Namespace) -> GenerationRequest:
 
 
 def _read_actions(path: Path) -> Any:
-    """Read rows of numbers from a JSON file: bare, or as the ``data`` of what a generation wrote."""
+    """Read rows of numbers from a JSON file: bare, or the ``data`` of a file of generated actions."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Pixel <-> latent <-> token arithmetic, and frames <-> samples of sound, and nowhere else.
+"""The only home of the arithmetic pixels <-> latents <-> tokens, and frames <-> samples of sound.
 
-The compression factors are not constants: :class:`Geometry` takes them from the checkpoint's configs, so that another
-model family brings its own. No torch here: the HTTP edge validates sizes with this module.
+The compression factors are not constants: :class:`Geometry` has those of the checkpoint's configs, so that another
+model family can bring its own. No torch here: the HTTP edge validates sizes with this module.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TokenGrid(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """How one checkpoint compresses video.
+    """The compression factors of one checkpoint for video.
 
     Attributes:
         temporal: pixel frames per latent frame after the first, which stands alone (causal VAE; 4 for Wan 2.2).
@@ -53,7 +53,7 @@ class Geometry:
         return -(-(num_frames - 1) // self.temporal) * self.temporal + 1
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
-        """Pixel frames, rows, columns -> latent grid. ``num_frames`` must be 1 + k * temporal."""
+        """Return the latent grid of pixel frames, rows, columns; ``num_frames`` must be 1 + k * temporal."""
         return LatentShape(
             *pixel_to_latent_shape(num_frames, height, width, temporal=self.temporal, spatial=self.spatial)
         )
@@ -67,25 +67,25 @@ class Geometry:
         return TokenGrid(latent.num_frames, -(-latent.height // self.patch), -(-latent.width // self.patch))
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
-        """Generated video tokens of a clip given in pixels."""
+        """Return the generated video tokens of a clip given in pixels."""
         return self.token_grid(self.latent_shape(num_frames, height, width)).num_tokens
 
 
 def pixel_to_latent_shape(
     num_frames: int, height: int, width: int, *, temporal: int = 4, spatial: int = 16
 ) -> tuple[int, int, int]:
-    """Pixel (frames, rows, columns) -> latent (frames, rows, columns).
+    """Convert pixel (frames, rows, columns) to latent (frames, rows, columns).
 
-    The name and the plain tuple match PhyAI's function of this name.
+    Name and result match PhyAI's function.
     """
     return (num_frames - 1) // temporal + 1, height // spatial, width // spatial
 
 
 def chunk_latents(height: int, width: int, at_least: int) -> int:
-    """Return how many latent frames to decode at a time: as many as make ``at_least`` latent positions, 4 at most.
+    """Return how many latent frames to decode at a time: enough for ``at_least`` latent positions, 4 at most.
 
-    By the size of the frames alone - of the largest part where several are decoded at once, as each has a device to
-    fill: a clip decodes alike however long it is. The most, because a chunk is also what a stream of frames comes in.
+    Only the size of the frames decides, or of the largest part of split frames, so that clips of any length decode
+    alike. At most 4, because a stream of frames comes in these chunks.
     """
     return min(4, -(-at_least // (height * width)))
 
@@ -104,22 +104,22 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
 
 def sound_samples(num_frames: int, fps: float | Fraction, sampling_rate: int) -> int:
-    """Samples per channel of a sound track that ends with its video: the whole ones that fit, in exact arithmetic.
+    """Return the samples per channel of a sound track that ends with its video, rounded down; exact arithmetic.
 
     Args:
         num_frames: pixel frames.
-        fps: frames per second, taken as :func:`frame_rate` does.
+        fps: frames per second, read as by :func:`frame_rate`.
         sampling_rate: samples per second (Hz).
     """
     return num_frames * sampling_rate // frame_rate(fps)
 
 
 def num_sound_latents(num_frames: int, fps: float | Fraction, latent_fps: float) -> int:
-    """Sound latents that cover a clip: the least whole number of them, in exact arithmetic.
+    """Return the least number of sound latents that cover a clip; exact arithmetic.
 
     Args:
         num_frames: pixel frames.
-        fps: frames per second, taken as :func:`frame_rate` does.
+        fps: frames per second, read as by :func:`frame_rate`.
         latent_fps: sound latents per second (25).
     """
     return math.ceil(num_frames * Fraction(latent_fps) / frame_rate(fps))

@@ -1,4 +1,4 @@
-"""The command line of the ruler; see :mod:`cosmos3_core.bench`. Torch is loaded when something is measured with it."""
+"""The command line of the benchmarks, see :mod:`cosmos3_core.bench`. Loads torch only to measure with it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str], prog: str = "python -m cosmos3_core.bench") -> int:
-    """Measure, print the table, write the JSON; returns the exit status.
+    """Measure, print the table and write the JSON; return the exit status.
 
     Args:
         arguments: ``vae`` or ``encode`` and its flags, or the flags for every stage.
-        prog: what the user has called.
+        prog: name of the command, for its help.
     """
     try:
         if arguments and arguments[0] in _COMMANDS:
@@ -33,7 +33,7 @@ def main(arguments: list[str], prog: str = "python -m cosmos3_core.bench") -> in
 
 
 def _stages_command(arguments: list[str], prog: str) -> int:
-    parser = flags.parser(
+    parser = flags.make_parser(
         prog,
         "Seconds of every stage, and diffusers' on the same weights and shapes in the same run.",
         epilog=f"`{prog} vae --help`: the video VAE alone, with its memory; `{prog} encode --help`: the mp4 writer.",
@@ -57,11 +57,11 @@ def _stages_command(arguments: list[str], prog: str) -> int:
         "negative_tokens": work.negative_tokens,
         "video_tokens": subject.geometry.num_tokens(clip.num_frames, clip.height, clip.width),
     }
-    return _tell(Report(head, theirs.REFERENCE, rows, _notes(missing)), options)
+    return _report(Report(head, theirs.REFERENCE, rows, _notes(missing)), options)
 
 
 def _vae_command(arguments: list[str], prog: str) -> int:
-    parser = flags.parser(
+    parser = flags.make_parser(
         prog, "Speed and peak memory of the video VAE, chunk by chunk, and of diffusers' on the same weights."
     )
     flags.add_model_flags(parser)
@@ -73,22 +73,22 @@ def _vae_command(arguments: list[str], prog: str) -> int:
     missing = _why_alone(options)
     rows = vae.measure_vae(subject, flags.model_of(options), clip, runs=options.runs, compare=missing is None)
     notes = (vae.PEAK_NOTE, *_notes(missing))
-    return _tell(Report(_model_head(subject, clip), theirs.REFERENCE, rows, notes), options)
+    return _report(Report(_model_head(subject, clip), theirs.REFERENCE, rows, notes), options)
 
 
 def _encode_command(arguments: list[str], prog: str) -> int:
-    parser = flags.parser(
+    parser = flags.make_parser(
         prog, "Speed, delay, peak memory and file size of the mp4 writer on synthetic frames, and of PyAV's plain x264."
     )
     flags.add_clip_flags(parser, num_frames=96, height=480, width=832)
     add = parser.add_argument
     add("--crf", type=float, default=18, help="x264's quality, 0 (best) to 51; default %(default)s")
     add("--preset", default="medium", help="x264's speed; default %(default)s")
-    add("--threads", type=int, help="of the encoder; default: as served, by the size of the frames")
+    add("--threads", type=int, help="encoder threads; default: as served, by the size of the frames")
     options = parser.parse_args(arguments)
     flags.check_clip(options, multiple=2)
     num_pixels = options.num_frames * options.height * options.width
-    if num_pixels > LIMITS.max_clip_total_pixels:  # the frames of a clip are in memory, so that only encoding is timed
+    if num_pixels > LIMITS.max_clip_total_pixels:  # all frames are in memory, so that only encoding is timed
         allowed = f"a clip of at most {LIMITS.max_clip_total_pixels} pixels in all"
         raise RequestError(
             "num_frames", options.num_frames, allowed, f"ask for a shorter or smaller one than {num_pixels} pixels"
@@ -106,7 +106,7 @@ def _encode_command(arguments: list[str], prog: str) -> int:
         settings = encode.Settings(options.crf, options.preset, threads, lossless)
         rows += encode.measure_encode(footage, settings, runs=options.runs)
     head = {**vars(footage), "preset": options.preset, "threads": threads, "av": av.__version__}
-    return _tell(Report(head, encode.REFERENCE, rows, (encode.DELAY_NOTE, encode.PEAK_NOTE)), options)
+    return _report(Report(head, encode.REFERENCE, rows, (encode.DELAY_NOTE, encode.PEAK_NOTE)), options)
 
 
 _COMMANDS: dict[str, Callable[[list[str], str], int]] = {"vae": _vae_command, "encode": _encode_command}
@@ -151,7 +151,7 @@ def _model_head(subject: Subject, clip: Clip) -> dict[str, Any]:
     }
 
 
-def _tell(report: Report, options: argparse.Namespace) -> int:
+def _report(report: Report, options: argparse.Namespace) -> int:
     print(report.text())
     if options.json is not None:
         report.write_json(options.json)

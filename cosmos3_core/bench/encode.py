@@ -1,7 +1,7 @@
-"""`bench encode`: the mp4 writer on synthetic frames, and PyAV's x264 as it comes beside it. No torch here.
+"""`bench encode`: measures the mp4 writer on synthetic frames, beside PyAV's x264 with its defaults. No torch here.
 
-The reference has the same x264 preset, quality and threads, and everything else as PyAV has it by default: its
-conversion to yuv420p, x264's own parameters, the index behind the frames.
+The reference has the same x264 preset, quality and threads; everything else is PyAV's default: the conversion to
+yuv420p, x264's own parameters, the index after the frames.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from cosmos3_core.media.mp4 import Mp4Writer, encoder_threads
 from cosmos3_core.media.pixels import Frames
 
 REFERENCE = "PyAV's x264"
-PEAK_NOTE = "Peak memory is what encoding adds to the frames in hand, resident in a process of its own."
-DELAY_NOTE = "First packet: frames written until x264 gives the first one back; none where it waits for the clip's end."
+PEAK_NOTE = "Peak memory is the resident memory that encoding adds to the frames, in a process of its own."
+DELAY_NOTE = "First packet: frames written until x264 returns the first packet; none if it waits for the clip's end."
 
-_FRAMES_PER_CHUNK = 4  # as the decoder makes them
+_FRAMES_PER_CHUNK = 4  # as from the decoder
 _FPS = 24
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a clip is encoded: ``crf``, ``preset``, ``threads`` and ``lossless`` as :class:`Mp4Writer` takes them."""
+    """Settings of an encoder: ``crf``, ``preset``, ``threads`` and ``lossless`` of :class:`Mp4Writer`."""
 
     crf: float = 18
     preset: str = "medium"
@@ -50,9 +50,9 @@ class Footage:
     width: int
 
     def chunks(self) -> Iterator[Frames]:
-        """The frames, uint8 [F, Y, X, 3], up to four at a time: waves that move, under a grain that does not repeat.
+        """Yield the frames, uint8 [F, Y, X, 3], up to four at a time: moving waves under a grain that does not repeat.
 
-        The same for every call, and made one by one in a few rows' worth of memory.
+        Every call yields the same frames, made one by one with little memory.
         """
         noise = np.random.default_rng(0).integers(0, 16, (2 * self.height, 2 * self.width, 3), np.uint8)
         rows_Y, columns_X = np.arange(self.height), np.arange(self.width)
@@ -74,14 +74,14 @@ def _wave(positions: npt.NDArray[np.int64], period: int, shift: int) -> Frames:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One encoded clip: bytes of its file, and frames written when the first packet came; None: only at the end."""
+    """One encoded clip: bytes of its file, and frames written at its first packet; None if that came at the end."""
 
     num_bytes: int
     delay_frames: int | None
 
     @property
     def delays(self) -> list[float]:
-        """For a row of the report."""
+        """The delay as the values of a row."""
         return [] if self.delay_frames is None else [float(self.delay_frames)]
 
 
@@ -89,15 +89,15 @@ Write = Callable[[Path, Footage, Iterable[Frames], Settings], Encoded]
 
 
 def measure_encode(footage: Footage, settings: Settings, *, runs: int) -> list[Row]:
-    """Speed, delay, memory and file size, ours and PyAV's, which take turns: a slow spell of the machine hits both.
+    """Measure speed, delay, memory and file size, ours and PyAV's in turns, so that a slow machine slows both.
 
     Args:
-        footage: what is encoded; all its frames are in memory.
-        settings: how.
+        footage: the clip to encode; all its frames are in memory.
+        settings: the encoder's settings.
         runs: counted runs of each.
 
     Raises:
-        RequestError: a setting that the writer does not take.
+        RequestError: the writer refuses a setting.
         MeasureError: the memory could not be measured.
     """
     name = "lossless" if settings.lossless else f"H.264, crf {settings.crf:g}"
@@ -106,8 +106,8 @@ def measure_encode(footage: Footage, settings: Settings, *, runs: int) -> list[R
         path = Path(directory) / "clip.mp4"
         chunks = list(footage.chunks())
         for run in range(-1, runs):
-            watch.ours(whole, run, write_ours, path, footage, chunks, settings)
-            watch.theirs(whole, run, write_theirs, path, footage, chunks, settings)
+            watch.time_ours(whole, run, write_ours, path, footage, chunks, settings)
+            watch.time_theirs(whole, run, write_theirs, path, footage, chunks, settings)
         writes = (write_ours, write_theirs)
         ours, theirs = (write(path, footage, chunks, settings) for write in writes)
         del chunks
@@ -122,10 +122,10 @@ def measure_encode(footage: Footage, settings: Settings, *, runs: int) -> list[R
 
 
 def write_ours(path: Path, footage: Footage, chunks: Iterable[Frames], settings: Settings) -> Encoded:
-    """Write the clip as it is served, with the file that grows beside it.
+    """Write the clip as served, with its live file.
 
     Raises:
-        RequestError: a setting that the writer does not take.
+        RequestError: the writer refuses a setting.
     """
     delay_frames: int | None = None
     live, height, width = path.with_suffix(".live.mp4"), footage.height, footage.width
@@ -138,7 +138,7 @@ def write_ours(path: Path, footage: Footage, chunks: Iterable[Frames], settings:
 
 
 def write_theirs(path: Path, footage: Footage, chunks: Iterable[Frames], settings: Settings) -> Encoded:
-    """Write the clip as PyAV's examples write it."""
+    """Write the clip as in PyAV's examples."""
     delay_frames: int | None = None
     quality = {"qp": "0"} if settings.lossless else {"crf": f"{settings.crf:g}"}
     with av.open(str(path), mode="w") as container:
@@ -157,5 +157,5 @@ def write_theirs(path: Path, footage: Footage, chunks: Iterable[Frames], setting
 def prepare_encode(write: Write, path: Path, footage: Footage, settings: Settings) -> Callable[[], object]:
     """Return one side's encode with frames made chunk by chunk, for :mod:`cosmos3_core.bench.peak`."""
     for _ in footage.chunks():
-        pass  # so that the memory this takes is there before
+        pass  # so that its memory is allocated before the measurement
     return partial(write, path, footage, footage.chunks(), settings)

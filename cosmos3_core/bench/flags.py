@@ -1,4 +1,4 @@
-"""The flags of the ruler's commands, each defined once. No torch here."""
+"""The flags of the benchmarks' commands, each defined once. No torch here."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cosmos3_core.request import FIELDS
 
 @dataclass(frozen=True)
 class BenchModel:
-    """Which model is measured, so that another process can open the same one.
+    """The name of a measured model, with which another process can open it.
 
     Attributes:
         checkpoint: a checkpoint's directory; None with random weights.
         random_weights: a name of ``RANDOM_MODELS``; None with a checkpoint.
-        dtype: name of what the weights are held in; None: as stored, or what suits the device.
+        dtype: name of the weights' dtype; None takes the stored one, or the one that suits the device.
     """
 
     checkpoint: Path | None = None
@@ -29,16 +29,16 @@ class BenchModel:
     dtype: str | None = None
 
 
-def parser(prog: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
-    """Return a parser with the flags that every command has: ``--runs`` and ``--json``."""
+def make_parser(prog: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+    """Return a parser with the flags of every command: ``--runs`` and ``--json``."""
     made = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
     made.add_argument("--runs", type=at_least(1), default=5, help="counted runs of each, after one to warm up")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     return made
 
 
 def add_clip_flags(parser: argparse.ArgumentParser, *, num_frames: int, height: int, width: int) -> None:
-    """Add the shape of a clip, with these defaults."""
+    """Add the flags of a clip's shape, with these defaults."""
     add = parser.add_argument
     add("--num-frames", type=at_least(1), default=num_frames, help="default %(default)s")
     add("--height", type=at_least(1), default=height, help="pixels; default %(default)s")
@@ -46,7 +46,7 @@ def add_clip_flags(parser: argparse.ArgumentParser, *, num_frames: int, height: 
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of a model and of where it runs, the length of a decoded chunk and the comparison."""
+    """Add the flags of the model, its device and dtype, the decoded chunks and the comparison."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, help="checkpoint directory")
     model.add_argument("--random-weights", choices=tuple(RANDOM_MODELS), help="random weights made on the device")
@@ -63,14 +63,14 @@ def model_of(options: argparse.Namespace) -> BenchModel:
 
 
 def check_clip(options: argparse.Namespace, multiple: int) -> None:
-    """Refuse a clip beyond this project's limits, before anything of its size is made.
+    """Refuse a clip beyond this project's limits, before anything of its size is allocated.
 
     Args:
-        options: with the flags of :func:`add_clip_flags`.
-        multiple: of which height and width have to be multiples, in pixels.
+        options: parsed flags of :func:`add_clip_flags`.
+        multiple: divisor of height and width, pixels.
 
     Raises:
-        RequestError: it is beyond them.
+        RequestError: the clip exceeds a limit.
     """
     FIELDS["num_frames"].check("num_frames", options.num_frames)
     for side in ("height", "width"):
@@ -78,7 +78,7 @@ def check_clip(options: argparse.Namespace, multiple: int) -> None:
 
 
 def check_json(path: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured.
+    """Refuse a path that cannot be written, before anything is measured.
 
     Raises:
         RequestError: its directory does not exist.

@@ -1,4 +1,4 @@
-"""This project's stages, one method a stage."""
+"""This project's side of a benchmark, one method a stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cosmos3_core.vae.video import VideoVAE
 
 
 class Ours:
-    """The transformer of a subject, and one request's way through it.
+    """The transformer of a subject, and one request on it.
 
     Args:
         subject: the model.
@@ -72,7 +72,7 @@ def _transformer(subject: Subject) -> Cosmos3Transformer:
 
 
 def video_vae(subject: Subject) -> VideoVAE:
-    """Return the subject's video VAE as it is served."""
+    """Return the subject's video VAE as served."""
     with torch.device("meta"):
         module = VideoVAE(subject.vae, ops=select_video_ops(subject.device))
     for name, _ in list(module.named_parameters()):

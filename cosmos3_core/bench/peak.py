@@ -1,8 +1,7 @@
-"""Peak memory of some work: of the process, in a fresh one, where it runs on the CPU. No torch here.
+"""Measures the peak memory of work on the CPU in a fresh process. No torch here.
 
-What ran before leaves its mark on a process: its peak is not that of the work in question, and memory that was freed
-but not given back hides what is taken next. So each side is measured in a process of its own, whose allocator gives
-back at once what is freed: what it would keep depends on chance, tens of megabytes either way.
+Earlier work distorts the figure: it may have a higher peak, and its freed memory hides later allocations. So each side
+runs in a process of its own, whose allocator returns freed memory at once; otherwise chance decides tens of megabytes.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ from typing import Any
 from cosmos3_core.errors import CapabilityError, MeasureError
 
 _LIMIT_S = 3600.0
-"""For one child: what takes longer is not measured this way."""
+"""Time limit of one child, seconds."""
 
-# glibc's name for the number of bytes from which an allocation is a mapping of its own; unmapped when it is freed.
+# glibc's setting: allocations from this size on are mappings of their own, which are unmapped when freed.
 _M_MMAP_THRESHOLD = -3
 _OWN_MAPPING_BYTES = 64 * 1024
 
 Prepare = Callable[..., Callable[[], object]]
-"""Makes all that does not count, a model and its input say, and returns the work that does."""
+"""Prepares work uncounted, for instance a model and its input, and returns the work to measure."""
 
 
 def peak_growth_bytes(prepare: Prepare, *arguments: Any) -> int:
-    """By how much the resident memory of a fresh process peaks over what it was before the work.
+    """Return the peak of a fresh process's resident memory during the work, less its memory before.
 
     Args:
-        prepare: a function of a module; called in the child, as the work that it returns is.
-        arguments: its arguments; they and the function's name are sent to the child.
+        prepare: a function of a module, called in the child; so is the work that it returns.
+        arguments: its arguments, sent to the child.
 
     Raises:
-        MeasureError: the work raised an error, its process died, or neither came to an end within an hour.
+        MeasureError: the work raised an error, its process died, or it took more than an hour.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -44,7 +43,7 @@ def peak_growth_bytes(prepare: Prepare, *arguments: Any) -> int:
         with sender:
             child.start()
         try:
-            # Closed on this side, the pipe ends when the child does.
+            # With this side closed, the pipe ends with the child.
             if not receiver.poll(_LIMIT_S):
                 raise MeasureError(f"peak memory: {prepare.__name__}{arguments} took more than {_LIMIT_S:.0f} s")
             answer = receiver.recv()
@@ -69,7 +68,7 @@ def _measure(sender: Connection, prepare: Prepare, arguments: tuple[Any, ...]) -
             before = _resident_bytes("VmRSS")
             work()
             sender.send(max(0, _resident_bytes("VmHWM") - before))
-        except Exception as error:  # noqa: BLE001 -- whatever it is, it is the caller's to say
+        except Exception as error:  # noqa: BLE001 -- any error is reported to the caller
             sender.send(f"{type(error).__name__}: {error}")
 
 
@@ -82,6 +81,6 @@ def _forget_peak() -> None:
 
 
 def _resident_bytes(name: str) -> int:
-    # Not getrusage: its peak counts the process before exec, too, which was its parent's copy.
+    # Not getrusage: its peak includes the process before exec, a copy of its parent.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split(f"{name}:")[1].split()[0]) * 1024

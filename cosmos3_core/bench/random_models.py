@@ -46,4 +46,4 @@ RANDOM_MODELS: dict[str, tuple[TransformerConfig, VideoVAEConfig]] = {
         _VAE,
     ),
 }
-"""Name -> the configs of its transformer and VAE. Tiny is Nano's shape at a laptop's scale."""
+"""Name -> configs of its transformer and VAE; tiny has Nano's shape at a laptop's scale."""

@@ -14,12 +14,12 @@ UNITS = {"s": 4, "frames/s": 2, "MB": 1, "frames": 0, "bytes": 0}
 
 @dataclass
 class Row:
-    """One measure: a value of every counted run, ours and the reference's; empty where there is none.
+    """One measure, with the values of all counted runs.
 
     Attributes:
-        measure: what is measured.
-        unit: of its values, one of ``UNITS``; MB are 10^6 bytes.
-        ours, theirs: the values.
+        measure: name of the measure.
+        unit: unit of its values, one of ``UNITS``; MB are 10^6 bytes.
+        ours, theirs: values of this project and the reference; empty if not measured.
     """
 
     measure: str
@@ -29,7 +29,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Median of ours over median of theirs."""
+        """Our median over theirs; None without both."""
         if not self.ours or not self.theirs or not statistics.median(self.theirs):
             return None
         return statistics.median(self.ours) / statistics.median(self.theirs)
@@ -47,13 +47,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A measurement's rows, its circumstances and its reference.
+    """The rows of a measurement, with its circumstances and its reference.
 
     Attributes:
         head: the circumstances: device, shape, versions.
-        reference: what "theirs" is.
+        reference: name of "theirs".
         rows: the measures.
-        notes: what a reader has to know of them, a sentence each; why there is no reference, say.
+        notes: remarks on them, a sentence each; for instance why there is no reference.
     """
 
     head: dict[str, Any]
@@ -62,9 +62,9 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """Circumstances, table and notes."""
+        """Return circumstances, table and notes as text."""
         head = ", ".join(f"{key} {value}" for key, value in self.head.items())
-        return "\n".join((head, table(self.rows, self.reference), *self.notes))
+        return "\n".join((head, format_table(self.rows, self.reference), *self.notes))
 
     def write_json(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -73,12 +73,12 @@ class Report:
 
 
 def frames_per_second(of: Row, num_frames: int) -> Row:
-    """Return the speed that the seconds for ``num_frames`` frames amount to."""
+    """Convert a row of seconds for ``num_frames`` frames to frames a second."""
     speeds = ([num_frames / seconds for seconds in side] for side in (of.ours, of.theirs))
     return Row(of.measure, "frames/s", *speeds)
 
 
-def table(rows: list[Row], reference: str) -> str:
+def format_table(rows: list[Row], reference: str) -> str:
     """Format the rows as text: medians, their ranges, the ratio."""
     lines = [f"{'':<36}{'unit':>9}{'ours':>30}{reference:>30}{'ratio':>8}"]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Every stage of a request but the sound's: prefill, step, decode, and both encoders."""
+"""Measures every stage of a request except sound: prefill, step, decode, and both encoders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cosmos3_core.media.pixels import to_uint8
 
 
 def measure_stages(subject: Subject, work: Work, *, runs: int, compare: bool) -> list[Row]:
-    """Measure the seconds of every stage; ours and theirs take turns, so that a slow spell of the machine hits both.
+    """Measure the seconds of every stage, ours and theirs in turns, so that a slow machine slows both.
 
     Args:
         subject: the model.
@@ -35,11 +35,11 @@ def measure_stages(subject: Subject, work: Work, *, runs: int, compare: bool) ->
     ours = Ours(subject, work)
     theirs = Theirs(subject, work) if compare else None
     for run in range(-1, runs):
-        watch.ours("prefill, both prompts", run, ours.prefill)
+        watch.time_ours("prefill, both prompts", run, ours.prefill)
         ours.start()
-        watch.ours("step, both branches", run, ours.step)
+        watch.time_ours("step, both branches", run, ours.step)
         if theirs is not None:
-            # Their own loop runs two steps, of which the second counts.
+            # Their loop runs two steps, and only the second counts.
             theirs.steps(1, watch.row("step, both branches").theirs.append if run >= 0 else lambda seconds: None)
     vae = video_vae(subject)
     time_vae(watch, subject, work.clip, vae, None if theirs is None else theirs.vae, runs)
@@ -50,5 +50,5 @@ def measure_stages(subject: Subject, work: Work, *, runs: int, compare: bool) ->
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "clip.mp4"
         for run in range(-1, runs):
-            watch.ours("encode of the clip (mp4)", run, write_ours, path, footage, [frames], Settings())
+            watch.time_ours("encode of the clip (mp4)", run, write_ours, path, footage, [frames], Settings())
     return watch.rows

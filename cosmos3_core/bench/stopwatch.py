@@ -1,4 +1,4 @@
-"""Seconds of calls, ours and the reference's, row by row. No torch here."""
+"""Times calls, ours and the reference's, row by row. No torch here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Stopwatch:
     """Rows of seconds, filled by timed calls; runs below 0 warm up and are not counted.
 
     Args:
-        synchronize: waits until all that was asked for is done; a clock read before that tells nothing of a GPU.
+        synchronize: waits for the device's queue, before the clock is read.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -26,16 +26,16 @@ class Stopwatch:
         return list(self._rows.values())
 
     def row(self, measure: str) -> Row:
-        """Return the row of a measure; made where there is none."""
+        """Return the row of a measure, created if missing."""
         return self._rows.setdefault(measure, Row(measure))
 
-    def ours(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
+    def time_ours(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
         """Call ``of`` and count its seconds as ours."""
         seconds = self._seconds(of, arguments)
         if run >= 0:
             self.row(measure).ours.append(seconds)
 
-    def theirs(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
+    def time_theirs(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
         """Call ``of`` and count its seconds as the reference's."""
         seconds = self._seconds(of, arguments)
         if run >= 0:

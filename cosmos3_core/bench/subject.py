@@ -1,4 +1,4 @@
-"""The subject of a measurement: a model's configs, where its tensors come from, and the shape of the work."""
+"""The subject of a measurement: a model's configs, the source of its tensors, and the shape of the work."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.shapes import Geometry, LatentShape
 
 CLOSING_IDS = (1, 2)
-"""Stand in for the end of turn and the token that opens the generated part."""
+"""Stand-ins for the end of turn and the token that opens the generated part."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The clip that is decoded.
+    """The clip to decode.
 
     Attributes:
-        num_frames, height, width: in pixels.
+        num_frames, height, width: pixel frames, rows, columns.
         chunk_latents: latent frames per decoded chunk.
     """
 
@@ -46,7 +46,7 @@ class Work:
     """The shape of a request.
 
     Attributes:
-        clip: what it makes.
+        clip: its result.
         text_tokens, negative_tokens: prompt lengths; real ones are some 1,550 and 3,300 tokens on Nano.
     """
 
@@ -55,7 +55,7 @@ class Work:
     negative_tokens: int
 
     def token_ids(self, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """Arbitrary ids [L] of the two prompts; the last two are ``CLOSING_IDS``, as diffusers appends them itself."""
+        """Return arbitrary ids [L] of the two prompts, which end with ``CLOSING_IDS`` as in diffusers."""
         generator = torch.Generator().manual_seed(0)
         closing = torch.tensor(CLOSING_IDS)
         text, negative = (
@@ -70,11 +70,11 @@ class Subject:
     """One model on one device.
 
     Attributes:
-        name: for the report.
+        name: name in the report.
         transformer, vae, scheduler: its configs.
-        tensors: component ("transformer" or "vae"), published name -> the tensor on the device, in ``dtype``; made or
-            read anew at each call, so that two copies of a large model never exist for the sake of one.
-        device, dtype: where and in what it runs.
+        tensors: (component "transformer" or "vae", published name) -> the tensor on the device, in ``dtype``; made or
+            read at each call, so that a large model never exists twice.
+        device, dtype: device and dtype of the model.
     """
 
     name: str
@@ -94,16 +94,16 @@ class Subject:
         return self.geometry.latent_shape(clip.num_frames, clip.height, clip.width)
 
     def latents(self, clip: Clip) -> Tensor:
-        """Return random latents [1, C, T, H, W] of a clip, fp32; the same for every call."""
+        """Return random latents [1, C, T, H, W] of a clip, fp32; every call returns the same."""
         shape = (1, self.geometry.channels, *self.latent_shape(clip))
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
 
 def open_subject(model: BenchModel, device: torch.device) -> Subject:
-    """Return the model that was chosen, on a device.
+    """Open the chosen model on a device.
 
     Raises:
-        RequestError: no such dtype, or no such model.
+        RequestError: the dtype or model is unknown.
         CheckpointError: the checkpoint cannot be used.
     """
     dtype = None if model.dtype is None else DTYPES[checks.choice("dtype", model.dtype, tuple(DTYPES))]
@@ -114,10 +114,10 @@ def open_subject(model: BenchModel, device: torch.device) -> Subject:
 
 
 def random_subject(model: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """Return a model of a published size with random weights made on the device; the same for every call.
+    """Return a model of a published size with random weights from the device; every call returns the same.
 
     Raises:
-        RequestError: not one of ``RANDOM_MODELS``.
+        RequestError: the model is not one of ``RANDOM_MODELS``.
     """
     if model not in RANDOM_MODELS:
         raise RequestError("random_weights", model, f"one of {list(RANDOM_MODELS)}")

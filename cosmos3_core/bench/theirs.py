@@ -1,4 +1,4 @@
-"""diffusers' pipeline on the same weights. The only module that imports it, and only when it is asked to compare."""
+"""diffusers' side of a benchmark, on the same weights. Only this module imports it, and only to compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFERENCE = f"diffusers {VERSION}"
 
 
 def why_missing() -> str | None:
-    """Why nothing can be compared with here, in words; None where it can."""
+    """Return why diffusers cannot be compared with here; None if it can."""
     try:
         installed = importlib.metadata.version("diffusers")
     except importlib.metadata.PackageNotFoundError:
@@ -42,16 +42,16 @@ def _fill(module: Any, subject: Subject, component: str) -> None:
 
 
 class TheirVAE:
-    """diffusers' VAE with a subject's weights, between pixels and normalised latents as its pipeline has them.
+    """diffusers' VAE with a subject's weights, between pixels and the normalised latents of its pipeline.
 
     Args:
         subject: the model.
 
     Attributes:
-        module: diffusers' own.
+        module: diffusers' module.
 
     Raises:
-        ImportError: diffusers is not installed, or not the version that is compared with.
+        ImportError: diffusers is not installed, or in another version.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -84,7 +84,7 @@ class TheirVAE:
 
 
 class _FixedPrompts:
-    """Stands in for the tokenizer: two prompts of the lengths asked for, minus the two special tokens added later."""
+    """Stands in for the tokenizer: returns two prompts, without the two special tokens that are added later."""
 
     eos_token_id = CLOSING_IDS[0]
 
@@ -112,7 +112,7 @@ class Theirs:
         vae: its VAE.
 
     Raises:
-        ImportError: diffusers is not installed, or not the version that is compared with.
+        ImportError: diffusers is not installed, or in another version.
     """
 
     def __init__(self, subject: Subject, work: Work) -> None:
@@ -135,7 +135,7 @@ class Theirs:
     def steps(self, num_steps: int, on_step: Callable[[float], None]) -> None:
         """Run a denoising loop and report the seconds between its steps.
 
-        The first interval is left out: it holds the pipeline's preparation, an all-zero clip's VAE encode among it.
+        The first interval is left out: it includes the pipeline's preparation, such as encoding an all-zero clip.
         """
         last_s: list[float] = []
 
@@ -180,7 +180,7 @@ class Theirs:
             )
         _fill(module, subject, "transformer")
         module.time_embedder.float()
-        # Buffers are computed, not stored; on the meta device they were not.
+        # Buffers are computed, not stored; the meta device did not compute them.
         frequencies = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         module.rotary_emb.inv_freq = (1.0 / config.rope_theta**frequencies).to(subject.device)
         return module.eval()

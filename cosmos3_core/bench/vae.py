@@ -1,4 +1,4 @@
-"""`bench vae`: the video VAE alone, chunk by chunk as it is served, and diffusers' whole clip at once beside it."""
+"""`bench vae`: measures the video VAE chunk by chunk as served, beside diffusers' with the whole clip at once."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ PEAK_NOTE = (
 
 
 def measure_vae(subject: Subject, model: BenchModel, clip: Clip, *, runs: int, compare: bool) -> list[Row]:
-    """Measure the speed of decoding and of encoding a conditioning frame, and the memory that decoding takes.
+    """Measure the speed of decoding and of encoding a conditioning frame, and the memory of decoding.
 
     Args:
         subject: the model, opened.
-        model: which it is, for the processes that measure memory on a CPU.
-        clip: what is decoded.
+        model: its name, for the processes that measure memory on a CPU.
+        clip: the clip to decode.
         runs: counted runs of each.
         compare: measure diffusers as well.
 
@@ -57,36 +57,36 @@ def measure_vae(subject: Subject, model: BenchModel, clip: Clip, *, runs: int, c
 def time_vae(
     watch: Stopwatch, subject: Subject, clip: Clip, ours: VideoVAE, theirs: TheirVAE | None, runs: int
 ) -> None:
-    """Time both sides in turns, so that a slow spell of the machine hits both."""
+    """Time both sides in turns, so that a slow machine slows both."""
     latents_BCTHW = subject.latents(clip)
     frame_BCFYX = torch.rand((1, 3, 1, clip.height, clip.width), device=subject.device) * 2 - 1
-    # First, then the chunk that fills the caches, then those like all that follow; the last may be shorter.
+    # The first chunk, then the one that fills the caches, then equal ones; the last may be shorter.
     num_following = subject.latent_shape(clip).num_frames - 1
     for run in range(-1, runs):
         chunks = ours.decode(latents_BCTHW, chunk_latents=clip.chunk_latents)
-        watch.ours("decode, first chunk", run, next, chunks)
+        watch.time_ours("decode, first chunk", run, next, chunks)
         if num_following >= 2 * clip.chunk_latents:
             next(chunks)
-            watch.ours("decode, each later chunk", run, next, chunks)
-        watch.ours(WHOLE_CLIP, run, decode_dropping, ours, clip, latents_BCTHW)
-        watch.ours("encode of one frame (VAE)", run, ours.encode, frame_BCFYX)
+            watch.time_ours("decode, each later chunk", run, next, chunks)
+        watch.time_ours(WHOLE_CLIP, run, decode_dropping, ours, clip, latents_BCTHW)
+        watch.time_ours("encode of one frame (VAE)", run, ours.encode, frame_BCFYX)
         if theirs is not None:
-            watch.theirs(WHOLE_CLIP, run, theirs.decode, latents_BCTHW)
-            watch.theirs("encode of one frame (VAE)", run, theirs.encode, frame_BCFYX)
+            watch.time_theirs(WHOLE_CLIP, run, theirs.decode, latents_BCTHW)
+            watch.time_theirs("encode of one frame (VAE)", run, theirs.encode, frame_BCFYX)
 
 
 def prepare_decode(model: BenchModel, clip: Clip, side: Side) -> Callable[[], object]:
     """Return one side's decode of the clip on the CPU, with everything loaded, for :mod:`cosmos3_core.bench.peak`."""
     subject = open_subject(model, torch.device("cpu"))
     decode = TheirVAE(subject).decode if side == "theirs" else partial(decode_dropping, video_vae(subject), clip)
-    # What is loaded at the first use, libraries' code above all, is nobody's working memory.
+    # Loading at the first use, of libraries' code above all, does not count.
     spatial = subject.geometry.spatial
     decode(subject.latents(replace(clip, num_frames=subject.geometry.temporal * 2 + 1, height=spatial, width=spatial)))
     return partial(decode, subject.latents(clip))
 
 
 def decode_dropping(vae: VideoVAE, clip: Clip, latents_BCTHW: Tensor) -> None:
-    """As served: a chunk is gone before the next one is made."""
+    """Decode as served: each chunk is freed before the next one is computed."""
     for chunk_BCFYX in vae.decode(latents_BCTHW, chunk_latents=clip.chunk_latents):
         del chunk_BCFYX
 

@@ -1,4 +1,4 @@
-"""Other names under which Cosmos3's transformer tensors are found in the wild -> their published names.
+"""Alternative names of Cosmos3's transformer tensors -> their published names.
 
 Sources: the state dict that NVIDIA trains and exports (cosmos-framework's conversion script renames the same way), and
 the names that vLLM-Omni and SGLang accept. The table matches whole names, so that no tensor of the VAEs is touched.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 WRAPPERS = ("model.", "net.", "transformer.", "language_model.")
-"""Modules that an export may have been saved inside of; stripped from the front, as often as they occur."""
+"""Wrapper modules whose names an export may carry in front; all of them are stripped."""
 
 _ATTENTION = r"(layers\.\d+\.self_attn)"
 
@@ -38,11 +38,11 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 _PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in _RENAMES)
 
 _IGNORED = re.compile(r"action_pos_embed(\..+)?")
-# A learnt position table from before the unified 3D positions; no released model reads it.
+# A learnt position table that the unified 3D positions replaced; no released model reads it.
 
 
 def find_published_name(stored: str) -> str | None:
-    """Return the published name of a tensor stored as ``stored``; None for one that is left unread on purpose."""
+    """Return the published name of a tensor stored as ``stored``; None for one that is deliberately not read."""
     name = stored
     while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), None):
         name = name.removeprefix(wrapper)

@@ -19,10 +19,10 @@ from cosmos3_core.shapes import Geometry
 
 _Config = TypeVar("_Config")
 
-# Prompts may take half of this, clips the rest.
+# Half of this for prompts, the rest for clips.
 _MIN_POSITIONS = 32_768
 
-# Switches of diffusers' UniPC scheduler that change the mathematics; other values than these are not offered.
+# Switches of diffusers' UniPC scheduler that change the mathematics, with the supported values.
 _SCHEDULER_SWITCHES: dict[str, tuple[Any, ...]] = {
     "use_beta_sigmas": (False, None),
     "use_exponential_sigmas": (False, None),
@@ -35,7 +35,7 @@ _SCHEDULER_SWITCHES: dict[str, tuple[Any, ...]] = {
     "shift_terminal": (None,),
 }
 
-# The same of diffusers' audio VAE; "bottleneck.type" is a key within a key.
+# The same for diffusers' audio VAE; "bottleneck.type" is a nested key.
 _AUDIO_VAE_SWITCHES: dict[str, tuple[Any, ...]] = {
     "model_type": ("autoencoder_v2", None),
     "dec_type": ("oobleck", None),
@@ -60,8 +60,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in ``path``.
 
     Raises:
-        MissingFileError: there is no such file.
-        CorruptFileError: it is not a JSON object.
+        MissingFileError: the file does not exist.
+        CorruptFileError: the file does not hold a JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _build(cls: type[_Config], path: Path, raw: dict[str, Any]) -> _Config:
-    """``cls`` from the keys of ``raw`` that it has, each checked against the type of its default."""
+    """Build a config from its keys in ``raw``, each checked against the type of its default."""
     known: dict[str, Any] = {}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         if item.name not in raw or (raw[item.name] is None and item.default is not None):
@@ -320,7 +320,7 @@ class AudioVAEConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """``scheduler/scheduler_config.json``: what the checkpoint ships as its noise schedule."""
+    """``scheduler/scheduler_config.json``: the noise schedule that the checkpoint ships."""
 
     num_train_timesteps: int = 1000
     solver_order: int = 2
@@ -352,13 +352,13 @@ class SchedulerConfig:
                 "scheduler",
                 f"{name}, order {solver[0]} {solver[1]}, {solver[2]}",
                 "UniPCMultistepScheduler of order 2 (bh2) on flow predictions",
-                f"distilled checkpoints are not offered yet ({path})",
+                f"distilled checkpoints are not supported yet ({path})",
             )
         return config
 
 
 def geometry(transformer: TransformerConfig, vae: VideoVAEConfig) -> Geometry:
-    """Return the compression facts that :mod:`cosmos3_core.shapes` works with."""
+    """Return the compression factors of a checkpoint."""
     return Geometry(
         temporal=vae.scale_factor_temporal,
         spatial=vae.scale_factor_spatial,

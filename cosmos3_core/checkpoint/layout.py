@@ -1,6 +1,6 @@
-"""The layout of a checkpoint directory, read once and checked before any weight is touched.
+"""The layout of a checkpoint directory: its small JSON files, read once and checked before any weight is.
 
-:meth:`CheckpointLayout.open` reads the small JSON files only. No torch here: the HTTP edge opens the layout too.
+No torch here: the HTTP edge opens the layout too.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ PIPELINE_CLASSES = ("Cosmos3OmniPipeline", "Cosmos3OmniDiffusersPipeline")
 
 _REQUIRED = ("transformer", "vae", "text_tokenizer", "scheduler")
 _OPTIONAL = ("sound_tokenizer", "vision_encoder")
-_NEVER_READ = ("vision_encoder",)  # the reasoner's eyes; generation does without, so a download may leave it out
+_NEVER_READ = ("vision_encoder",)  # the reasoner's; generation does not read it, so a download may leave it out
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """A checkpoint directory whose small files were read and found consistent. Picklable.
+    """A checkpoint directory whose small files are read and consistent. Picklable.
 
     Attributes:
         directory: absolute path of the checkpoint.
-        name: what to call it: the directory's name, or the repository's when it lies in the Hugging Face cache.
+        name: the directory's name, or the repository's name in the Hugging Face cache.
         variant: "nano", "super" or "edge"; see :func:`recognize_variant`.
-        components: components that are there, in the order of this module's tables.
+        components: components that the checkpoint has, in the order of this module's tables.
         transformer: ``transformer/config.json``.
         vae: ``vae/config.json``.
         scheduler: ``scheduler/scheduler_config.json``.
         audio: ``sound_tokenizer/config.json``; None without sound.
-        default_use_system_prompt: whether prompts get the system prompt when a request does not say.
-        use_native_flow_schedule: whether the flow schedule is the one of NVIDIA's own sampler.
-        native_flow_shift: the shift of that schedule; None where the checkpoint does not say.
-        negative_prompt: the recommended negative prompt as the text that the model reads; None where there is none.
+        default_use_system_prompt: whether prompts get the system prompt by default.
+        use_native_flow_schedule: whether the flow schedule is that of NVIDIA's own sampler.
+        native_flow_shift: the shift of that schedule; None if the checkpoint does not state it.
+        negative_prompt: the recommended negative prompt as the model reads it; None if the checkpoint has none.
     """
 
     directory: Path
@@ -79,10 +79,10 @@ class CheckpointLayout:
             directory: local path of the directory that holds model_index.json.
 
         Raises:
-            MissingFileError: no such directory (a Hugging Face name, perhaps), or a file or component is not there.
-            CorruptFileError: a file is not what it should be, or two configs contradict each other.
-            CheckpointError: the checkpoint of another pipeline.
-            CapabilityError: a scheduler or VAE that this version does not offer.
+            MissingFileError: the directory (a Hugging Face name, perhaps), a file or a component is missing.
+            CorruptFileError: a file is damaged, or two configs contradict each other.
+            CheckpointError: the checkpoint is another pipeline's.
+            CapabilityError: this version does not support its scheduler or VAE.
         """
         root = _local_directory(directory)
         index_path = root / "model_index.json"
@@ -120,12 +120,12 @@ class CheckpointLayout:
 
     @property
     def geometry(self) -> Geometry:
-        """How the checkpoint compresses video."""
+        """The checkpoint's compression factors for video."""
         return geometry(self.transformer, self.vae)
 
     @property
     def has_sound(self) -> bool:
-        """Whether it can make sound: the transformer has the heads, and the sound tokenizer is there."""
+        """Whether the checkpoint can make sound: it has the transformer heads and the sound tokenizer."""
         return self.audio is not None
 
     @property
@@ -135,9 +135,9 @@ class CheckpointLayout:
 
     @property
     def preset_kind(self) -> str:
-        """The key in :data:`cosmos3_core.presets.PRESETS`: the variant, or a name of its own for one fine-tuned model.
+        """Key in :data:`cosmos3_core.presets.PRESETS`: the variant, or the name of a fine-tuned model.
 
-        Cosmos3-Nano-Policy-DROID has the files of Nano: only its name differs.
+        The files of Cosmos3-Nano-Policy-DROID are those of Nano: only its name tells them apart.
         """
         return "nano-policy-droid" if self.variant == "nano" and "policy-droid" in self.name.lower() else self.variant
 
@@ -145,7 +145,7 @@ class CheckpointLayout:
         """Return the directory of a component, "vae" say.
 
         Raises:
-            MissingFileError: the checkpoint does not have it.
+            MissingFileError: the checkpoint lacks it.
         """
         if component not in self.components:
             raise MissingFileError(
@@ -155,11 +155,11 @@ class CheckpointLayout:
 
 
 def recognize_variant(transformer: TransformerConfig, backbone_type: object = None) -> ModelVariant:
-    """Find the published model that a config resembles; presets are looked up by it.
+    """Return the published model that a config resembles, which chooses the presets.
 
-    No file states the variant, so its shapes decide. Edge: squared-ReLU MLPs, or a ``backbone_type`` that says so.
-    Super: 64 layers, width 5120, or attention at least 1.5 times as wide as the model (64 heads x 128 over 5120 is 1.6;
-    a copy made small keeps that proportion). Nano: the rest.
+    No file states the variant, so the shapes decide. Edge: squared-ReLU MLPs, or a ``backbone_type`` of Edge. Super: 64
+    layers, width 5120, or attention at least 1.5 times as wide as the model (64 heads x 128 over 5120 is 1.6; tiny
+    copies keep that proportion). Nano: the rest.
     """
     if transformer.hidden_act == "relu2" or (isinstance(backbone_type, str) and "edge" in backbone_type):
         return "edge"
@@ -171,10 +171,10 @@ def recognize_variant(transformer: TransformerConfig, backbone_type: object = No
 
 
 def read_negative_prompt(directory: Path) -> str | None:
-    """Read the recommended negative prompt of the checkpoint in ``directory``; None where it has none.
+    """Read the recommended negative prompt of the checkpoint in ``directory``; None if it has none.
 
-    ``assets/negative_prompt.json`` holds a JSON object. The model was shown ``json.dumps`` of it, not the file's own
-    line breaks.
+    ``assets/negative_prompt.json`` holds a JSON object. The model was trained on ``json.dumps`` of it, without the
+    file's line breaks.
 
     Raises:
         CorruptFileError: the file is not a JSON object.
@@ -194,7 +194,7 @@ def _local_directory(given: str | os.PathLike[str]) -> Path:
 
 
 def _checkpoint_name(root: Path) -> str:
-    """The directory's name; in the Hugging Face cache (models--OWNER--NAME/snapshots/REVISION) the repository's."""
+    """Return the directory's name; in the Hugging Face cache (models--OWNER--NAME/snapshots) the repository's."""
     repository = root.parent.parent.name
     if root.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.rsplit("--", 1)[-1]
@@ -229,7 +229,7 @@ def _present_components(root: Path, index_path: Path, index: dict[str, Any]) -> 
 
 
 def _is_listed(index_path: Path, name: str, entry: object) -> bool:
-    """Return whether the index lists a component, as [library, class]; none, or [null, null], means no."""
+    """Return whether the index lists a component as [library, class]; no entry, or [null, null], means no."""
     if entry is None or entry == [None, None]:
         return False
     if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
@@ -243,14 +243,14 @@ def _check_tokenizer(directory: Path) -> None:
         raise MissingFileError(
             path,
             "no such file",
-            f"Download the whole {directory.name}/ of the checkpoint; prompts cannot be read without.",
+            f"Download the whole {directory.name}/ of the checkpoint; prompts cannot be read without it.",
         )
 
 
 def _check_agreement(
     path: Path, transformer: TransformerConfig, vae: VideoVAEConfig, audio: AudioVAEConfig | None
 ) -> None:
-    """Latents must have as many channels in the transformer as in the VAE that decodes them."""
+    """Refuse latents whose channels differ between the transformer and the VAE that decodes them."""
     if transformer.latent_channel != vae.z_dim:
         raise CorruptFileError(
             path, f"latent_channel={transformer.latent_channel}, but the vae's config has z_dim={vae.z_dim}"

@@ -1,4 +1,4 @@
-"""Checkpoint -> loaded modules: built without storage, checked against the files, then filled slice by slice."""
+"""Loads modules from a checkpoint: built without storage, checked against the files, then filled slice by slice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cosmos3_core.parallel.sharding import WHOLE, Shard, local_config
 from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
 
-# The encoder half: a decode-only export may leave it out.
+# The encoder: a decode-only export may leave it out.
 _VIDEO_ENCODER = ("encoder.*", "quant_conv.*")
 _AUDIO_ENCODER = ("encoder.*",)
 
@@ -29,7 +29,7 @@ def check_weights(layout: CheckpointLayout) -> None:
     """Read the headers of every component's files and compare them with the configs; reads no tensor.
 
     Raises:
-        CheckpointError: the files are missing, damaged or of another shape.
+        CheckpointError: the files are missing or damaged, or tensors have another shape.
     """
     _transformer_files(layout)
     _video_vae_files(layout, with_encoder=True)
@@ -39,7 +39,7 @@ def check_weights(layout: CheckpointLayout) -> None:
 
 def _transformer_files(layout: CheckpointLayout) -> WeightFiles:
     files = WeightFiles.open(layout.component_dir("transformer"))
-    # Named as unused or of a modality that this version lacks: may be absent, and is never read.
+    # Unused, or of an unsupported modality: may be absent, and is never read.
     check_tensors(files, transformer_tensors(layout.transformer), optional=find_unused_tensors(layout.transformer))
     return files
 
@@ -52,7 +52,7 @@ def _video_vae_files(layout: CheckpointLayout, *, with_encoder: bool) -> WeightF
 
 def _audio_vae_files(layout: CheckpointLayout, config: AudioVAEConfig) -> WeightFiles:
     files = WeightFiles.open(layout.component_dir("sound_tokenizer"))
-    # Sound is made, never taken in: an encoder may be there, of whatever shape.
+    # Sound is never an input: the encoder is not read, so it may have any shape.
     check_tensors(files, audio_vae_tensors(config, with_encoder=False), optional=_AUDIO_ENCODER)
     return files
 
@@ -68,15 +68,15 @@ def load_transformer(
     """Load the transformer, or one rank's share of it, on its device.
 
     Args:
-        layout: of the checkpoint.
+        layout: the checkpoint.
         device: where the parameters go.
-        dtype: of the towers; None keeps the stored one. The time embedder is fp32 in any case.
+        dtype: dtype of the towers; None keeps the stored one. The time embedder always is fp32.
         ops: operator -> implementation name, to override the choice for the device.
-        shard: which share of the heads and FFN columns.
+        shard: this rank's share of the heads and FFN columns.
 
     Raises:
-        CheckpointError: the files are missing, damaged or of another shape.
-        RequestError: the heads do not divide by the shard's size; an unknown operator or implementation.
+        CheckpointError: the files are missing or damaged, or tensors have another shape.
+        RequestError: the heads do not divide by the number of shards, or an operator or implementation is unknown.
     """
     files = _transformer_files(layout)
     dtype = dtype if dtype is not None else files.dtype
@@ -93,13 +93,13 @@ def load_video_vae(
     """Load the video VAE on its device.
 
     Args:
-        layout: of the checkpoint.
+        layout: the checkpoint.
         device: where the parameters go.
         dtype: None keeps the stored one.
         with_encoder: False leaves the encoder out, for a replica that only decodes.
 
     Raises:
-        CheckpointError: the files are missing, damaged or of another shape.
+        CheckpointError: the files are missing or damaged, or tensors have another shape.
     """
     files = _video_vae_files(layout, with_encoder=with_encoder)
     with torch.device("meta"):
@@ -112,16 +112,16 @@ def load_video_vae(
 
 
 def load_audio_vae(layout: CheckpointLayout, *, device: torch.device, dtype: torch.dtype | None = None) -> AudioVAE:
-    """Load the audio VAE's decoder on its device; its encoder, where the files hold one, is not read.
+    """Load the audio VAE's decoder on its device; an encoder in the files is not read.
 
     Args:
-        layout: of the checkpoint.
+        layout: the checkpoint.
         device: where the parameters go.
         dtype: None keeps the stored one.
 
     Raises:
         CapabilityError: the checkpoint makes no sound.
-        CheckpointError: the files are missing, damaged or of another shape.
+        CheckpointError: the files are missing or damaged, or tensors have another shape.
     """
     if layout.audio is None:
         lacking = "sound_tokenizer/" if layout.transformer.sound_gen else "sound heads in the transformer"

@@ -1,7 +1,7 @@
-"""Random weights for the tensors of a checkpoint, scaled so that the network they make behaves like a trained one.
+"""Random weights for the tensors of a checkpoint, scaled so that the network behaves like a trained one.
 
-That is: activations keep an ordinary magnitude, every tensor matters to the result, and rounding errors hardly grow.
-The tiny checkpoint is filled with these; a model of which only the speed is of interest can be, too.
+Activations keep an ordinary magnitude, every tensor matters to the result, and rounding errors hardly grow. They fill
+the tiny checkpoint, and the models of benchmarks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from cosmos3_core.checkpoint.tensors import Shape
 
 @dataclass(frozen=True)
 class Spread:
-    """The distribution that one kind of tensor is drawn from.
+    """The distribution of one kind of tensor.
 
     Attributes:
         std: standard deviation; with ``per_input``, of the layer's output for an input of standard deviation 1.
         mean: mean.
-        per_input: divide ``std`` by the square root of the number of inputs, that is of all axes but the first.
+        per_input: divide ``std`` by the square root of the number of inputs, the product of all axes but the first.
     """
 
     std: float
@@ -37,14 +37,14 @@ _SPREADS: tuple[tuple[re.Pattern[str], Spread], ...] = tuple(
     for pattern, spread in (
         # Normalisations: far from constant, so that a forgotten or swapped one shows.
         (r"norm\w*\.weight$|\.gamma$", Spread(0.25, mean=1.0)),
-        # What a branch adds is as large as the stream that it joins, so that no layer is a mere correction.
+        # A branch is as large as the stream that it joins, so that every layer matters.
         (r"\.to_(add_)?out\.weight$|\.(gate|up)_proj\.weight$", Spread(1.5, per_input=True)),
         # A row is one embodiment's flattened [in, out] matrix: 64 action values in, or 64 out, in published models.
         (r"^action_proj_in\.fc\.weight$", Spread(1 / 8)),
         (r"^action_proj_out\.fc\.weight$", Spread(8.0, per_input=True)),
         (r"_modality_embed$", Spread(0.5)),
         (r"^embed_tokens\.weight$", Spread(1.0)),
-        # The last convolutions of the two decoders: all but a few pixels and samples in a thousand are within [-1, 1].
+        # The last convolutions of the two decoders: almost all pixels and samples are within [-1, 1].
         (r"^decoder\.conv_out\.weight$", Spread(0.45, per_input=True)),
         (r"^decoder\.conv_out\.bias$", Spread(0.05)),
         (r"^decoder\.conv2\.weight_g$", Spread(0.05, mean=0.45)),
@@ -71,14 +71,14 @@ def random_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Draw the tensors of ``shapes`` one after another, as (name, tensor).
 
-    Each tensor has a generator of its own, keyed by seed and name, so that others may come and go without changing it.
-    Draws are uniform, which takes no mathematics that processors round differently: all CPUs get the same bits.
+    Each tensor has a generator of its own, keyed by seed and name, so that adding or removing tensors changes no other.
+    Draws are uniform, which needs no mathematics that processors round differently: all CPUs draw the same bits.
 
     Args:
         shapes: names and shapes as in :mod:`cosmos3_core.checkpoint.tensors`.
         seed: any integer.
-        dtype: what to round to; the draw is in float32.
-        device: where to draw. Other kinds of device draw other numbers.
+        dtype: dtype of the result; the draw is in float32.
+        device: device that draws; other kinds of device draw other numbers.
     """
     for name, shape in shapes.items():
         spread = next(spread for pattern, spread in _SPREADS if pattern.search(name))
@@ -90,5 +90,5 @@ def random_tensors(
 
 
 def _tensor_seed(seed: int, name: str) -> int:
-    # Four bytes, for torch's CPU generator takes no more into account.
+    # Four bytes: torch's CPU generator reads no more.
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big")

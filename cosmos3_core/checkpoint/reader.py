@@ -1,14 +1,14 @@
-"""Weights, read by slices: each rank reads its own part of each stored tensor straight into the parameter it becomes.
+"""Reads weights by slices: each rank reads its part of each stored tensor straight into the parameter that it fills.
 
 Three steps, each with its errors before the next one starts:
 
-1. :meth:`WeightFiles.open` reads headers only and finds files that are missing, truncated or no safetensors.
+1. :meth:`WeightFiles.open` reads headers only and finds files that are missing, truncated or not safetensors.
 2. :func:`check_tensors` compares names and shapes with what the model needs.
-3. :func:`load_parameters` allocates one parameter after the other on its device and fills it through one staging buffer
+3. :func:`load_parameters` allocates the parameters one by one on their device and fills each through a staging buffer
    of a few megabytes, so that host memory never holds a second copy of anything large.
 
 Files are read with plain reads, not memory-mapped: page faults are slow on network filesystems, and a mapped file that
-shrinks kills the process where a read returns an error.
+shrinks kills the process, while a read returns an error.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class ParameterPlan:
 
     Attributes:
         target: the parameter's name in the module.
-        sources: published names; a fused parameter is their parts on top of one another (along dim 0), in this order.
-        dtype: the parameter's dtype where it differs from the module's: the time embedder stays fp32.
+        sources: published names; a fused parameter stacks their parts along dim 0, in this order.
+        dtype: the parameter's dtype if it differs from the module's: the time embedder stays fp32.
     """
 
     target: str
@@ -76,7 +76,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Fill:
-    """One parameter to be allocated, and the parts that fill it from the top."""
+    """One parameter to allocate, and the parts that fill it from the top."""
 
     target: str
     shape: Shape
@@ -96,8 +96,8 @@ def load_parameters(
 ) -> None:
     """Fill every parameter of a module that was built on the meta device with this rank's shapes.
 
-    Everything that can be wrong with names, shapes and types is found before the first allocation. Host memory grows by
-    the parameters that live there plus one staging buffer. Buffers of the module are left as they are.
+    Every fault in names, shapes and types is found before the first allocation. Host memory grows by the parameters
+    that live there plus one staging buffer. The module's buffers stay unchanged.
 
     Args:
         module: its parameters are replaced, with ``requires_grad=False``.
@@ -149,7 +149,7 @@ def _resolve(
     shard: Shard,
     split: Callable[[str], Split],
 ) -> list[_Fill]:
-    """Return the plans with their parts looked up, cut and compared with the module."""
+    """Find and cut the parts of each plan, and compare them with the module."""
     parameters = dict(module.named_parameters())
     targets = [plan.target for plan in plans]
     for problem, names in (
@@ -204,12 +204,12 @@ def _cut(entry: TensorEntry, shard: Shard, split: Split) -> _Part:
         return _Part(entry, shard.slice(entry.shape[0], entry.name), None)
     if split is Split.ROW and len(entry.shape) > 1:
         return _Part(entry, slice(0, entry.shape[0]), shard.slice(entry.shape[1], entry.name))
-    # Replicated; so is a row-split layer's bias, whatever `split` says: one axis has no inputs to cut.
+    # Replicated, as is a row-split layer's bias: its one axis has no inputs to cut.
     return _Part(entry, slice(0, entry.shape[0]), None)
 
 
 def _stack_shapes(parts: tuple[_Part, ...]) -> Shape | None:
-    """Return the shape of the parts on top of one another; None if their rows differ in shape."""
+    """Return the shape of the stacked parts; None if their rows differ in shape."""
     row_shapes = {part.shape[1:] for part in parts}
     if len(row_shapes) != 1:
         return None
@@ -224,18 +224,18 @@ def _replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 class _StagedReader:
     """Copies parts of stored tensors into tensors on a device through one staging buffer in host memory.
 
-    Whole rows are read, also where only some of their columns are wanted: the wanted runs are a few kilobytes, and
-    skipping between them saves no disk page. Cutting and conversion happen on the device.
+    Reads whole rows, even if only some of their columns are needed: those runs are a few kilobytes, and skipping
+    between them saves no disk page. Cutting and conversion happen on the device.
     """
 
     STAGING_BYTES = 32 * 2**20
 
     def __init__(self, device: torch.device, parts: Collection[_Part]) -> None:
-        """``parts`` are the ones to be copied: the buffer holds a row of each at least, and no more than is needed."""
+        """Allocate a buffer for ``parts``: at least one row of each, and no more than all of them need."""
         largest_row = max((_row_bytes(part) for part in parts), default=0)
         largest_part = max((_row_bytes(part) * part.shape[0] for part in parts), default=0)
         num_bytes = max(largest_row, min(largest_part, self.STAGING_BYTES))
-        # Pinned where a GPU copies from it: several times as fast.
+        # Pinned if a GPU copies from it: several times as fast.
         self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._staging_memory = self._staging.numpy().data
         self._files: dict[Path, io.FileIO] = {}
@@ -248,7 +248,7 @@ class _StagedReader:
         self._closing.close()
 
     def copy(self, part: _Part, target: Tensor) -> None:
-        """Fill ``target``, which has the part's shape, and convert to its dtype."""
+        """Fill ``target``, of the part's shape, and convert to its dtype."""
         row_bytes = _row_bytes(part)
         if row_bytes == 0:
             return

@@ -1,4 +1,4 @@
-"""The tensors of a published checkpoint, by name and shape, worked out from its configs.
+"""The tensors of a published checkpoint, by name and shape, derived from its configs.
 
 One function per component: :func:`transformer_tensors`, :func:`video_vae_tensors`, :func:`audio_vae_tensors`. Names are
 the files' own. The loader checks files against these tables; random weights are made from them. No torch here.
@@ -75,13 +75,13 @@ def _transformer_layer(name: str, config: TransformerConfig) -> TensorTable:
     if config.qk_norm_for_text:
         head_norms += ["norm_q", "norm_k"]
     elif config.use_und_k_norm_for_gen:
-        # Text keys are normed once: by norm_k where there is one, else only for the generation tower's eyes.
+        # Text keys are normed once: by norm_k if the layer has it, otherwise only for the generation tower.
         head_norms += ["k_norm_und_for_gen"]
     return tensors | {f"{attention}.{norm}.weight": (config.head_dim,) for norm in head_norms}
 
 
 def _attention_projections(name: str, projections: tuple[str, str, str, str], config: TransformerConfig) -> TensorTable:
-    """Query, key, value and output projections under the given names; heads x head_dim need not be the hidden size."""
+    """Return the query, key, value and output projections; heads x head_dim may differ from the hidden size."""
     query, key, value, output = (f"{name}.{projection}" for projection in projections)
     hidden = config.hidden_size
     query_width = config.num_attention_heads * config.head_dim
@@ -167,7 +167,7 @@ def _vae_decoder(config: VideoVAEConfig) -> TensorTable:
 
 
 def _residual_blocks(name: str, num_blocks: int, num_in: int, num_out: int) -> TensorTable:
-    """``num_blocks`` residual blocks in a row, the first of which changes the width."""
+    """Return ``num_blocks`` residual blocks; the first one changes the width."""
     tensors: TensorTable = {}
     for index in range(num_blocks):
         tensors |= _residual_block(f"{name}.{index}", num_in if index == 0 else num_out, num_out)
@@ -186,7 +186,7 @@ def _residual_block(name: str, num_in: int, num_out: int) -> TensorTable:
 
 
 def _mid_block(name: str, width: int) -> TensorTable:
-    """Residual block, attention over one frame, residual block."""
+    """Return a residual block, attention over one frame, and a residual block."""
     return {
         **_residual_block(f"{name}.resnets.0", width, width),
         f"{name}.attentions.0.norm.gamma": (width, 1, 1),
@@ -204,7 +204,7 @@ def _conv(name: str, num_in: int, num_out: int, kernel: Shape) -> TensorTable:
 
 
 def audio_vae_tensors(config: AudioVAEConfig, with_encoder: bool = True) -> TensorTable:
-    """Every tensor of ``sound_tokenizer/``; some published files hold the decoder alone (``with_encoder=False``).
+    """Return every tensor of ``sound_tokenizer/``; some files hold the decoder alone (``with_encoder=False``).
 
     Weight-normed convolutions are stored as direction ``weight_v`` and magnitude ``weight_g``, one magnitude per index
     of the first axis. That is the output channel, but the input channel of a transposed convolution (``conv_t1``).
@@ -240,8 +240,10 @@ def _audio_decoder(config: AudioVAEConfig) -> TensorTable:
 
 
 def _audio_encoder(config: AudioVAEConfig) -> TensorTable:
-    """Numbered layers: one convolution of the spectrogram; per level ConvNeXt blocks and a strided convolution; one
-    convolution to the latent's moments."""
+    """Return numbered layers: a convolution of the spectrogram, each level, a convolution to the latent's moments.
+
+    A level is ConvNeXt blocks and a strided convolution.
+    """
     num_spectrogram_channels = (config.enc_n_fft + 2) * config.input_channels * (2 if config.stereo else 1)
     widths = [config.enc_dim * multiple for multiple in config.enc_c_mults]
     layers = [_norm_conv("", num_spectrogram_channels, widths[0], 1, bias=False)]
@@ -269,7 +271,7 @@ def _convnext_block(width: int) -> TensorTable:
 
 
 def _snake(name: str, width: int) -> TensorTable:
-    """Snake activation: the logarithms of its frequency and inverse amplitude, per channel."""
+    """Return a snake activation: the logarithms of its frequency and inverse amplitude, per channel."""
     return {f"{name}.alpha": (1, width, 1), f"{name}.beta": (1, width, 1)}
 
 

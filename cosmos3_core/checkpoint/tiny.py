@@ -46,16 +46,16 @@ def build_tiny_checkpoint(
     """Write a tiny checkpoint of one variant.
 
     Args:
-        directory: where to; made where it does not exist.
+        directory: directory to write; created if it does not exist.
         variant: "nano", "super" or "edge".
-        seed: of the weights; the tokenizer is the same for every seed.
-        dtype: of the weights on disk: "float32", or "bfloat16" as published.
+        seed: seed of the weights; the tokenizer is the same for every seed.
+        dtype: dtype of the weights on disk: "float32", or "bfloat16" as published.
 
     Returns:
         ``directory`` as a path.
 
     Raises:
-        RequestError: an unknown variant or dtype, or a directory that already holds something.
+        RequestError: the variant or dtype is unknown, or the directory is not empty.
     """
     if variant not in TINY_VARIANTS:
         raise RequestError("variant", variant, ", ".join(TINY_VARIANTS))
@@ -103,7 +103,7 @@ def _write_checkpoint(directory: Path, variant: TinyVariant, seed: int, dtype: t
 
 
 def _write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write several weight files, and the index that says which tensor is in which."""
+    """Write several weight files, and the index from tensor to file."""
     shards = list(_shards(tensors))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -118,7 +118,7 @@ def _write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _shards(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Cut ``tensors`` in their order, starting a new shard wherever the next tensor would make one too large."""
+    """Cut ``tensors`` in their order into shards of bounded size."""
     shard: dict[str, torch.Tensor] = {}
     num_bytes = 0
     for name, tensor in tensors.items():

@@ -73,7 +73,7 @@ _NUM_BASE_TOKENS = 460
 def write_tiny_tokenizer(directory: Path, tokenizer_class: str) -> int:
     """Write the tokenizer's files into ``directory``, which must exist.
 
-    Any text tokenises; decoding gives it back in Unicode normal form C, as with the published tokenizers.
+    Any text can be tokenized; decoding returns it in Unicode normal form C, as with the published tokenizers.
 
     Args:
         directory: the checkpoint's ``text_tokenizer/``.
@@ -95,7 +95,7 @@ def write_tiny_tokenizer(directory: Path, tokenizer_class: str) -> int:
     _write_json(directory / "tokenizer_config.json", config)
     (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     if is_qwen:
-        # The same vocabulary once more, as GPT-2 wrote it.
+        # The same vocabulary in the format of GPT-2.
         _write_json(directory / "vocab.json", serialized["model"]["vocab"])
         lines = [" ".join(pair) for pair in serialized["model"]["merges"]]
         (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
@@ -122,7 +122,7 @@ def _train_byte_bpe(first_tokens: list[str]) -> Tokenizer:
 
 
 def _tokenizer_config(added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """``tokenizer_config.json`` as Qwen3-VL has it."""
+    """Return ``tokenizer_config.json`` as in Qwen3-VL."""
     return {
         "add_bos_token": False,
         "add_prefix_space": False,

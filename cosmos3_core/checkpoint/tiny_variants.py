@@ -1,8 +1,8 @@
 """Configs of each variant's tiny checkpoint, and the JSON files that publish them.
 
 The keys are those of nvidia/Cosmos3-Nano, -Super and -Edge, including those that no code reads. Widths and depths are
-small. In Nano and Super no two widths of a layer are equal, so that a mix-up cannot pass; Edge has one such pair, as
-real ones do: its queries are as wide as its hidden state.
+small. In Nano and Super no two widths of a layer are equal, so that a mix-up cannot pass; in Edge, as in the published
+one, the queries are as wide as the hidden state.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _Config = TypeVar("_Config", TransformerConfig, VideoVAEConfig, AudioVAEConfig, 
 
 @dataclass(frozen=True)
 class TinyVariant:
-    """Describe one published variant, made small.
+    """One published variant, made small.
 
     Attributes:
         transformer: config of both towers, small.
-        transformer_keys: what its ``transformer/config.json`` holds beyond that.
+        transformer_keys: further keys of its ``transformer/config.json``.
         scheduler: the noise schedule that it ships.
         pipeline_class: ``_class_name`` in ``model_index.json``.
         pipeline_keys: settings in ``model_index.json``.
         tokenizer_class: the tokenizer's class in ``model_index.json``.
-        negative_prompt: content of ``assets/negative_prompt.json``, where there is one.
+        negative_prompt: content of ``assets/negative_prompt.json``; None without the file.
     """
 
     transformer: TransformerConfig
@@ -135,7 +135,7 @@ def tiny_video_vae(seed: int) -> VideoVAEConfig:
 
 
 def model_index_json(variant: TinyVariant) -> dict[str, Any]:
-    """``model_index.json``: which class reads which folder."""
+    """Return ``model_index.json``: the class that reads each folder."""
     has_sound = variant.transformer.sound_gen
     return {
         "_class_name": variant.pipeline_class,
@@ -151,7 +151,7 @@ def model_index_json(variant: TinyVariant) -> dict[str, Any]:
 
 
 def transformer_json(variant: TinyVariant, dtype: str) -> dict[str, Any]:
-    """``transformer/config.json``."""
+    """Return ``transformer/config.json``."""
     config = variant.transformer
     keys = _publish(config, "Cosmos3OmniTransformer") | {
         "attention_dropout": 0.0,
@@ -165,12 +165,12 @@ def transformer_json(variant: TinyVariant, dtype: str) -> dict[str, Any]:
 
 
 def video_vae_json(config: VideoVAEConfig) -> dict[str, Any]:
-    """``vae/config.json``."""
+    """Return ``vae/config.json``."""
     return _publish(config, "AutoencoderKLWan") | {"clip_output": False, "dropout": 0.0}
 
 
 def audio_vae_json(config: AudioVAEConfig) -> dict[str, Any]:
-    """``sound_tokenizer/config.json``. All but the sizes is fixed: other values are other architectures."""
+    """Return ``sound_tokenizer/config.json``. Everything but the sizes is fixed by the architecture."""
     return _publish(config, "Cosmos3AVAEAudioTokenizer") | {
         "activation": "snakebeta",
         "anti_aliasing": False,
@@ -200,7 +200,7 @@ def audio_vae_json(config: AudioVAEConfig) -> dict[str, Any]:
 
 
 def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:
-    """``scheduler/scheduler_config.json``."""
+    """Return ``scheduler/scheduler_config.json``."""
     return _publish(config, "UniPCMultistepScheduler") | {
         "disable_corrector": [],
         "final_sigmas_type": "zero",
@@ -212,7 +212,7 @@ def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:
 
 
 VISION_ENCODER_JSON: dict[str, Any] = {
-    # The Reasoner's eyes. Generation never loads them, so there are no weights beside this file.
+    # The reasoner's vision encoder. Generation never loads it, so no weights lie beside this file.
     "architectures": ["Qwen3VLVisionModel"],
     "depth": 2,
     "hidden_size": 32,
@@ -225,7 +225,7 @@ VISION_ENCODER_JSON: dict[str, Any] = {
 
 
 def _publish(config: _Config, class_name: str) -> dict[str, Any]:
-    """Return the config as its file shows it: tuples as lists, whole numbers without a decimal point."""
+    """Return a config as in its file: tuples as lists, whole numbers without a decimal point."""
     shown: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.37.1"}
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, tuple):

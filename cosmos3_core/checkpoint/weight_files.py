@@ -1,6 +1,6 @@
-"""The safetensors files of one component: found, their headers read and compared with what the model needs.
+"""The safetensors files of one component: finds them, reads their headers and compares those with the model's needs.
 
-Nothing here reads a tensor or allocates anything large, and nothing unpickles: a pickle runs code when it is read.
+Nothing here reads a tensor, allocates anything large or unpickles: reading a pickle runs code.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one stored tensor lies.
+    """The place of one stored tensor.
 
     Attributes:
         name: published name.
-        stored_name: name in the file; differs from ``name`` where the file uses an alias.
+        stored_name: name in the file; differs from ``name`` if the file uses an alias.
         path: the file.
         dtype: safetensors' code for the element type: "BF16", "F32", ...
         shape: shape of the whole tensor.
@@ -75,7 +75,7 @@ class WeightFiles:
 
     Attributes:
         directory: the component's directory.
-        tensors: published name -> where it lies.
+        tensors: published name -> place in the files.
     """
 
     directory: Path
@@ -89,9 +89,9 @@ class WeightFiles:
         ``diffusion_pytorch_model.safetensors``, then for both under the name ``model``.
 
         Raises:
-            MissingFileError: no weights, or a shard that the index lists is not there.
-            CorruptFileError: a file is truncated, or something else than safetensors: a pickle, a git-lfs pointer.
-            TensorMismatchError: index and shards list different tensors, or one tensor is there under two names.
+            MissingFileError: there are no weights, or a shard of the index is missing.
+            CorruptFileError: a file is truncated or not safetensors: a pickle, a git-lfs pointer.
+            TensorMismatchError: index and shards list different tensors, or a tensor occurs under two names.
         """
         for stem in _STEMS:
             index_path = component_dir / f"{stem}.safetensors.index.json"
@@ -121,7 +121,7 @@ class WeightFiles:
 
     @property
     def num_files(self) -> int:
-        """Files that hold tensors: 1, or the shards."""
+        """Number of files that hold tensors."""
         return len({entry.path for entry in self.tensors.values()})
 
 
@@ -148,7 +148,7 @@ def _read_shards(index_path: Path) -> list[TensorEntry]:
         raise CorruptFileError(index_path, "has no weight_map from tensor names to files", _AGAIN)
     listed: dict[str, set[str]] = {}
     for name, filename in weight_map.items():
-        # A plain file name: an index must not send the reader elsewhere.
+        # Only a plain file name: an index must not lead out of its directory.
         if not isinstance(filename, str) or Path(filename).name != filename:
             raise CorruptFileError(index_path, f"weight_map sends {name} to {filename!r}, not a file beside it", _AGAIN)
         listed.setdefault(filename, set()).add(name)
@@ -191,9 +191,9 @@ def _by_published_name(directory: Path, entries: Iterable[TensorEntry]) -> dict[
             other = tensors[name]
             raise TensorMismatchError(
                 directory,
-                f"{name} is there twice: as {other.stored_name} in {other.path.name} and as {entry.stored_name} in "
+                f"{name} occurs twice: as {other.stored_name} in {other.path.name} and as {entry.stored_name} in "
                 f"{entry.path.name}",
-                "Remove one of the two; which one is current cannot be told from the files.",
+                "Remove one of the two; the files do not say which one is current.",
             )
         else:
             tensors[name] = dataclasses.replace(entry, name=name)
@@ -209,7 +209,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def _read_header(path: Path) -> list[TensorEntry]:
-    """Read the header of one file, after checking that the file holds every byte that its header promises."""
+    """Read the header of one file, which must hold every byte that its header states."""
     try:
         with path.open("rb") as file:
             num_file_bytes = file.seek(0, 2)
@@ -259,7 +259,7 @@ def _not_safetensors(path: Path, start: bytes, num_file_bytes: int) -> CorruptFi
 
 
 def _entry(path: Path, stored_name: str, fields: Any, data_begin: int) -> TensorEntry:
-    """Return one line of the header, under its stored name."""
+    """Return one entry of the header, under its stored name."""
     try:
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         is_sound = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
@@ -278,7 +278,7 @@ def _entry(path: Path, stored_name: str, fields: Any, data_begin: int) -> Tensor
 
 
 def _check_extents(path: Path, entries: Iterable[TensorEntry], data_begin: int, num_file_bytes: int) -> None:
-    """Tensors lie one after another without gap or overlap, from the header's end to the file's."""
+    """Refuse tensors with gaps or overlaps between the header's end and the file's."""
     end = data_begin
     for entry in sorted(entries, key=lambda entry: (entry.begin_byte, entry.num_bytes)):
         if entry.begin_byte != end:
@@ -298,15 +298,15 @@ def _check_extents(path: Path, entries: Iterable[TensorEntry], data_begin: int, 
 
 
 def check_tensors(files: WeightFiles, expected: Mapping[str, Shape], *, optional: Collection[str] = ()) -> None:
-    """Compare the stored tensors with the ones that a model needs.
+    """Compare the stored tensors with those that a model needs.
 
     Args:
         expected: published name -> shape of the whole tensor.
-        optional: names, or shell patterns such as ``encoder.*``: these may be absent, and may be there unexpected. A
-            tensor that is both expected and there has its shape checked all the same.
+        optional: names or shell patterns, such as ``encoder.*``, that may be missing or unexpected. The shape of a
+            tensor that is both expected and stored is checked all the same.
 
     Raises:
-        TensorMismatchError: tensors are missing, unknown or of another shape; lists the first few of each.
+        TensorMismatchError: tensors are missing, unknown or have another shape; lists the first few of each.
         CapabilityError: the weights are quantised to fp8 or less.
     """
     refuse_quantised(files.tensors.values())
@@ -340,14 +340,18 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def refuse_quantised(entries: Iterable[TensorEntry]) -> None:
-    """Raises CapabilityError if any of the tensors is fp8 or smaller."""
+    """Refuse tensors of fp8 or smaller.
+
+    Raises:
+        CapabilityError: one is.
+    """
     quantised = [entry for entry in entries if entry.dtype in _QUANTISED_BITS]
     if quantised:
         raise CapabilityError(
             "checkpoint",
             f"{quantised[0]} is {quantised[0].dtype}",
             "weights in bf16, fp16, fp32 or fp64",
-            f"quantised checkpoints are not offered yet ({quantised[0].path}, {len(quantised)} such tensors); "
+            f"quantised checkpoints are not supported yet ({quantised[0].path}, {len(quantised)} such tensors); "
             "download the unquantised revision",
         )
 

@@ -1,7 +1,7 @@
-"""The canvases of action conditioning: which one a clip gets, and how much of it the clip fills. No torch here.
+"""The canvases of action conditioning: the choice for a clip, and the part that the clip fills. No torch here.
 
-Source: diffusers 0.42.1, ``_ACTION_RESOLUTION_BINS`` and ``_prepare_action_video_conditioning``; the same choice, bit
-for bit.
+Source: diffusers 0.42.1, ``_ACTION_RESOLUTION_BINS`` and ``_prepare_action_video_conditioning``; exactly the same
+choice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cosmos3_core.errors import RequestError
 
 SIDE_MULTIPLE = 16
-"""Pixels: a clip's sides are stretched down to multiples of this first."""
+"""Pixels; a clip's sides are first scaled down to multiples of this."""
 
 
 class Canvas(NamedTuple):
@@ -32,18 +32,18 @@ ACTION_TIERS: Mapping[int, tuple[Canvas, ...]] = MappingProxyType(
         720: (Canvas(960, 960), Canvas(832, 1104), Canvas(1104, 832), Canvas(720, 1280), Canvas(1280, 720)),
     }
 )
-"""Tier -> its canvases. Of two that fit equally well, the one named first is taken."""
+"""Tier -> its canvases; of two that fit equally well, the first one is taken."""
 
 
 def floor_size(height: int, width: int, *, field: str = "video") -> Canvas:
-    """Return the size to which a clip is stretched first: each side down to a multiple of :data:`SIDE_MULTIPLE`.
+    """Return the size of a clip with each side rounded down to a multiple of :data:`SIDE_MULTIPLE`.
 
     Args:
         height, width: the clip's, pixels.
         field: the request's field, for errors.
 
     Raises:
-        RequestError: a side is too short for that.
+        RequestError: a side is shorter than that.
     """
     if min(height, width) < SIDE_MULTIPLE:
         raise RequestError(field, f"{width} x {height} pixels", f"sides of at least {SIDE_MULTIPLE} pixels")
@@ -51,15 +51,15 @@ def floor_size(height: int, width: int, *, field: str = "video") -> Canvas:
 
 
 def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -> Canvas:
-    """Return the canvas of a tier whose height / width is closest to that of the clip, after :func:`floor_size`.
+    """Return the canvas of a tier whose height / width is closest to the clip's, after :func:`floor_size`.
 
     Args:
-        height, width: the clip's, pixels, as it was given.
+        height, width: the given clip's, pixels.
         tier: one of :data:`ACTION_TIERS`.
         field: the request's field of the clip, for errors.
 
     Raises:
-        RequestError: no such tier, or too small a clip.
+        RequestError: the tier is unknown, or the clip is too small.
     """
     if isinstance(tier, bool) or not isinstance(tier, int) or tier not in ACTION_TIERS:
         raise RequestError("resolution_tier", tier, f"one of {list(ACTION_TIERS)}")
@@ -68,7 +68,7 @@ def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -
 
 
 def covering_size(height: int, width: int, to_height: int, to_width: int) -> Canvas:
-    """Return the size at which a picture covers a target, its proportions kept: at least the target's on both sides.
+    """Return the smallest size of a picture, in its proportions, that covers a target on both sides.
 
     Source: diffusers 0.42.1, ``_preprocess_conditioning_image``.
     """
@@ -77,15 +77,15 @@ def covering_size(height: int, width: int, to_height: int, to_width: int) -> Can
 
 
 def content_size(height: int, width: int, canvas: Canvas | tuple[int, int], *, field: str = "video") -> Canvas:
-    """How much of the canvas the clip fills, from the top left corner; the rest is padding. It is never enlarged.
+    """Return the size of a clip on its canvas, from the top left corner; it is never enlarged, and the rest is padding.
 
     Args:
-        height, width: the clip's, pixels, as it was given.
+        height, width: the given clip's, pixels.
         canvas: rows and columns.
         field: the request's field of the clip, for errors.
 
     Raises:
-        RequestError: too small a clip.
+        RequestError: the clip is too small.
     """
     rows, columns = floor_size(height, width, field=field)
     scale = min(canvas[1] / columns, canvas[0] / rows, 1.0)

@@ -1,4 +1,4 @@
-"""A request's image or clip -> the latents of the frames that it gives. The one user of a VAE's encoder.
+"""Encodes a request's image or clip to the latents of the frames that it fixes. Nothing else uses the VAE's encoder.
 
 Shape letters: C channels, T/H/W latent grid, F/Y/X pixel frames, rows, columns; a 1 is an axis of one.
 """
@@ -22,10 +22,10 @@ def clean_latents(
     """Encode the given frames.
 
     Args:
-        vae: with its encoder.
-        picture: what is given.
-        frames_FYX3: of :func:`cosmos3_core.conditioning.picture.read_picture`.
-        part_of: which part of the frames to encode here; all parts get the latents of the whole.
+        vae: a VAE with its encoder.
+        picture: the given picture.
+        frames_FYX3: its frames, from :func:`cosmos3_core.conditioning.picture.read_picture`.
+        part_of: chooses the part of the frames to encode here; every part returns the latents of the whole.
 
     Returns:
         [1, C, len(picture.clean_frames), H, W], fp32, on the VAE's device.
@@ -34,12 +34,12 @@ def clean_latents(
     side = vae.geometry.spatial
     part = part_of(pixels_CFYX.shape[2] // side, pixels_CFYX.shape[3] // side)
     latents_1CTHW = vae.encode(pixels_CFYX.unsqueeze(0), part=part).float()
-    rows, columns = picture.height // side, picture.width // side  # without what a canvas has beyond the picture
+    rows, columns = picture.height // side, picture.width // side  # without the padding of a canvas
     return latents_1CTHW[:, :, list(picture.clean_frames), :rows, :columns]
 
 
 def conditioning_pixels(picture: PictureCondition, frames_FYX3: Frames) -> Tensor:
-    """Bring the given frames to size for the encoder: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``."""
+    """Resize the given frames for the encoder: [3, F, Y, X] fp32 on the CPU, F = ``picture.num_frames``."""
     if picture.resizing is Resizing.PAD:
         pixels_CFYX, _ = fit_and_pad(frames_FYX3, picture.resolution_tier, picture.num_frames)
         return pixels_CFYX

@@ -1,4 +1,4 @@
-"""Where denoising starts: noise, and in it whatever a request gives. One state a modality, in the order of drawing.
+"""The start of denoising: noise, and the values that a request fixes; one state a modality, in drawing order.
 
 Shape letters: C channels, T/H/W latent grid or T steps of a track, S generated tokens.
 """
@@ -19,15 +19,15 @@ from cosmos3_core.shapes import Geometry
 
 
 def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: TransformerConfig) -> dict[str, LatentState]:
-    """Return the latent states of a request, on the CPU: video, then sound and actions where it has them.
+    """Return the latent states of a request on the CPU: video, then sound and actions if it has them.
 
     Args:
-        request: with its clean latents, where it has clean frames.
+        request: the request, with its clean latents if it has clean frames.
         geometry, config: the checkpoint's.
 
     Raises:
         CapabilityError: the checkpoint has no weights for one of the modalities.
-        RequestError: clean latents or noise of another shape; an action that does not fit the model.
+        RequestError: clean latents or noise have another shape, or the actions do not fit the model.
     """
     shapes: dict[str, tuple[int, ...]] = {VIDEO: (1, geometry.channels, *request.latent_shape)}
     if request.num_sound_latents:

@@ -18,12 +18,12 @@ def draw_noise(
     The draws equal diffusers 0.42.1's with a CPU generator of the same seed.
 
     Args:
-        seed: of the one generator.
+        seed: seed of the generator.
         shapes: modality -> shape, in drawing order: video first.
-        given: modality -> noise to use instead; a given modality is not drawn.
+        given: modality -> noise to use instead of a draw.
 
     Raises:
-        RequestError: given noise is for an unknown modality or has another shape.
+        RequestError: given noise is for an unknown modality, or has another shape.
     """
     given = dict(given or {})
     unknown = sorted(set(given) - set(shapes))

@@ -1,4 +1,4 @@
-"""Samples -> the AAC track of an mp4, and the order in which tracks' packets go into a file."""
+"""The AAC track of an mp4, and the order of the tracks' packets in a file."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.media.sound import Samples, SoundFormat
 
 AAC_SAMPLING_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
-"""The sampling rates (Hz) that AAC can name."""
+"""The sampling rates (Hz) that AAC can store."""
 
-# 192 kb/s for stereo at 48 kHz, where AAC-LC is hard to tell from the original; in proportion at other rates.
+# 192 kb/s for stereo at 48 kHz, at which AAC-LC is hard to tell from the original; in proportion at other rates.
 _BITS_PER_SAMPLE = 2
 
-# FFmpeg's default search, "twoloop", begins with a burst: its error is 11 dB below a tone in the first 21 ms, that of
-# "fast" 40 dB. After it "fast" is 25 dB closer on tones, and within 3 dB on noise (192 kb/s, FFmpeg 8).
+# FFmpeg's default search, "twoloop", begins with an audible burst; docs/performance.md has the measurement.
 _OPTIONS = {"aac_coder": "fast"}
 
 _LAYOUTS = {1: "mono", 2: "stereo"}
 
 
 def check_aac(sound: SoundFormat) -> None:
-    """Make sure that AAC can store such a track.
+    """Make sure that AAC can store a track.
 
     Raises:
-        RequestError: not at this sampling rate.
+        RequestError: AAC has no such sampling rate.
     """
     if sound.sampling_rate not in AAC_SAMPLING_RATES:
         rates = ", ".join(map(str, AAC_SAMPLING_RATES))
@@ -42,11 +41,12 @@ def check_aac(sound: SoundFormat) -> None:
 class AacTrack:
     """The AAC-LC track of a container that is open for writing.
 
-    The encoder's delay, one frame of 1024 samples, is stored before time 0; the muxer's edit list has players skip it.
+    The encoder's delay, one frame of 1024 samples, is stored before time 0; the muxer's edit list makes players skip
+    it.
 
     Args:
-        container: where the track is added.
-        sound: what it holds, checked by :func:`check_aac`; 2 bits a sample are spent, 192 kb/s for stereo at 48 kHz.
+        container: container that gets the track.
+        sound: format of the track, checked by :func:`check_aac`; it takes 2 bits a sample.
     """
 
     def __init__(self, container: OutputContainer, sound: SoundFormat) -> None:
@@ -56,14 +56,14 @@ class AacTrack:
         context = self._stream.codec_context
         context.bit_rate = _BITS_PER_SAMPLE * self._rate * sound.num_channels
         context.thread_count = 1
-        context.flags |= Flags.bitexact  # or the library's version is stored
+        context.flags |= Flags.bitexact  # otherwise the library's version is stored
         context.open()
         self._num_frame_samples = context.frame_size
         self._waiting: Samples = np.zeros((sound.num_channels, 0), np.float32)
         self._num_encoded = 0
 
     def encode(self, samples: Samples) -> list[av.Packet[Any]]:
-        """Encode the next samples, float32 [channels, n]; those that do not fill a frame wait: cuts do not matter."""
+        """Encode the next samples, float32 [channels, n]; an incomplete frame waits for more of them."""
         waiting = np.concatenate([self._waiting, samples], axis=1)
         packets: list[av.Packet[Any]] = []
         while waiting.shape[1] >= self._num_frame_samples:
@@ -86,29 +86,29 @@ class AacTrack:
 
 
 class PacketOrder:
-    """Merges the packets of several tracks by decode time, whatever the order in which they were encoded.
+    """Merges the packets of several tracks by decode time, for any order of encoding.
 
-    A packet is held until every track has one waiting: only then it is known which comes first. So nothing about the
-    order in the file is left to chance, at the price of keeping the encoded packets of a track that is ahead. At one
-    time the track that was named first comes first.
+    A packet is held until every track has one waiting, which decides the earliest. The order in the file is thus
+    deterministic, at the price of holding the packets of a track that is ahead. Of two packets with the same time, the
+    track with the lower number comes first.
 
     Args:
-        num_tracks: how many there are; with one, packets pass at once.
+        num_tracks: number of tracks; with one, packets pass at once.
     """
 
     def __init__(self, num_tracks: int) -> None:
         self._tracks: list[deque[av.Packet[Any]]] = [deque() for _ in range(num_tracks)]
 
     def add(self, track: int, packets: Iterable[av.Packet[Any]]) -> list[av.Packet[Any]]:
-        """Take the next packets of a track; returns those that may go into the file now."""
+        """Take the next packets of a track; return those that may go into the file now."""
         self._tracks[track].extend(packets)
         ready = []
         while all(self._tracks):
             ready.append(min(self._tracks, key=_decode_time_s).popleft())
         return ready
 
-    def rest(self) -> list[av.Packet[Any]]:
-        """Return all that is held, in order; no more packets may follow."""
+    def flush(self) -> list[av.Packet[Any]]:
+        """Return all held packets in order; no more packets may follow."""
         ready = []
         while waiting := [track for track in self._tracks if track]:
             ready.append(min(waiting, key=_decode_time_s).popleft())

@@ -1,9 +1,9 @@
-"""Reading a clip in a process of its own, for services: a crafted file may bring down that process and nothing else.
+"""Reads a clip in a process of its own, for services: a crafted file can crash that process and nothing else.
 
-FFmpeg's demuxers and decoders are large and fed by strangers here, and a small file can be hours of work. The child has
-bounds of its own on memory and time; what it dies of is the file's fault. How many children there are at a time is the
-caller's business. Images are read by Pillow where they are asked for: starting a process takes a third of a second,
-which a policy does not have. No torch here.
+FFmpeg's demuxers and decoders are large, their input here is untrusted, and a small file can be hours of work. The
+child has bounds of its own on memory and time, and its death is reported as the file's fault. Callers bound the number
+of children. Images are read in the calling process, by Pillow: starting a child takes a third of a second, too long for
+a policy. No torch here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any, Literal
 import numpy as np
 
 from cosmos3_core.errors import MediaError, RequestError
-from cosmos3_core.media.kinds import a, kind_of
+from cosmos3_core.media.kinds import kind_of, with_article
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.source import ClipInfo, Packed, probe_clip, read_clip
 from cosmos3_core.presets import LIMITS
 
-# Address space of the child: Python, its libraries, FFmpeg with the file and some frames. What is read comes on top.
+# Address space of the child: Python, its libraries, FFmpeg with the file and some frames; the result comes on top.
 _MEMORY_BYTES = 3 * 2**30
 _CPU_S = 60
 _WALL_S = 120.0
 _ROOT = Path(__file__).parents[2]
-# The package is found as it was found here, installed or not. Threads of numerical libraries would take address space.
+# The child imports this very package, installed or not. Threads of numerical libraries would take address space.
 _CHILD = (
     "import os, sys; os.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1'); "
     f"sys.path.insert(0, {str(_ROOT)!r}); from cosmos3_core.media.apart import serve; serve()"
@@ -36,11 +36,11 @@ _CHILD = (
 
 
 def probe_clip_apart(field: str, packed: Packed) -> ClipInfo:
-    """:func:`probe_clip`; files in a process of their own.
+    """Run :func:`probe_clip` in a child process.
 
     Raises:
-        RequestError: as there; or the file made the reader fail.
-        MediaError: the reader was killed from outside.
+        RequestError: see :func:`probe_clip`; or the file made the child fail.
+        MediaError: the child was killed from outside.
     """
     if not isinstance(packed, bytes):
         return probe_clip(field, packed)
@@ -51,11 +51,11 @@ def probe_clip_apart(field: str, packed: Packed) -> ClipInfo:
 def read_clip_apart(
     field: str, packed: Packed, *, num_frames: int, keep: Literal["first", "last"], limit_s: float = _WALL_S
 ) -> Frames:
-    """:func:`read_clip`; files in a process of their own, for ``limit_s`` seconds at most.
+    """Run :func:`read_clip` in a child process, for at most ``limit_s`` seconds.
 
     Raises:
-        RequestError: as there; or the file made the reader fail.
-        MediaError: the reader was killed from outside.
+        RequestError: see :func:`read_clip`; or the file made the child fail, or took longer.
+        MediaError: the child was killed from outside.
     """
     if not isinstance(packed, bytes):
         return read_clip(field, packed, num_frames=num_frames, keep=keep)
@@ -68,11 +68,11 @@ def _ask(question: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[st
     """Return the child's answer: a line of JSON, then bytes.
 
     Raises:
-        RequestError: the one that the child raised, or one about its end.
+        RequestError: the child raised it, died or took too long.
         MediaError: the child was killed from outside.
     """
     command = [sys.executable, "-c", _CHILD, json.dumps(question)]
-    field, given = question["field"], a(f"{kind_of(data).name} file")
+    field, given = question["field"], with_article(f"{kind_of(data).name} file")
     allowed = "a clip that can be decoded"
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=limit_s, check=False)
@@ -90,7 +90,7 @@ def _ask(question: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[st
 
 
 def serve() -> None:
-    """Answer as the child process: the question is the argument, the file the standard input."""
+    """Run as the child process: the question is the argument, the file the standard input."""
     question = json.loads(sys.argv[1])
     num_frames = int(question.get("num_frames", 0))
     _bound_this_process(num_frames)
@@ -112,7 +112,7 @@ def serve() -> None:
 def _bound_this_process(num_frames: int) -> None:
     import resource
 
-    # A chunk of frames exists twice while it is written.
+    # The result exists twice while it is written.
     frames_bytes = 2 * 3 * min(num_frames * LIMITS.max_clip_pixels, LIMITS.max_clip_total_pixels)
     memory_bytes = _MEMORY_BYTES + frames_bytes
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))

@@ -1,7 +1,6 @@
-"""Clips through FFmpeg, from memory: nothing that a file says makes FFmpeg open another one. No torch here.
+"""Reads clips with FFmpeg, from memory: no content of a file makes FFmpeg open another one. No torch here.
 
-Frames are upright: the display matrix of the file (a phone's rotation) is applied. Pixels that are not square are taken
-as they are.
+Frames are upright: the display matrix of the file (a phone's rotation) is applied. The shape of pixels is ignored.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.kinds import CLIP_KINDS, FileKind, a, damage_error, refusing
-from cosmos3_core.media.mp4_index import NoVideoTrack, TooManySamples, only_video
+from cosmos3_core.media.kinds import CLIP_KINDS, FileKind, damage_error, refuse_failures, with_article
+from cosmos3_core.media.mp4_index import NoVideoTrack, TooManySamples, blank_other_tracks
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.probe import YUV_TO_RGB
 from cosmos3_core.media.stills import PictureSize, check_pixels
 from cosmos3_core.presets import LIMITS
 
-# Each decoding thread would hold frames of its own, and races between them are what damaged streams provoke.
+# Each decoding thread would hold frames of its own, and damaged streams provoke races between threads.
 _NUM_THREADS = 1
 
 
@@ -36,10 +35,10 @@ class OpenClip:
     """A file's video stream, ready to be decoded once.
 
     Attributes:
-        field: the request's field that it came with.
-        kind: what the file is.
+        field: the request's field, for errors.
+        kind: kind of the file.
         container, stream: FFmpeg's.
-        num_frames: what the header says will be shown, where it says it.
+        num_frames: frames to be shown by the header; None if it does not count them.
     """
 
     field: str
@@ -52,11 +51,11 @@ class OpenClip:
         """Yield the frames in the order shown, not converted.
 
         Raises:
-            RequestError: damaged, a frame of another size than the first, or over a limit.
+            RequestError: the clip is damaged or over a limit, or a frame's size differs from the first's.
         """
         first: tuple[int, int] | None = None
         count = 0
-        with refusing(self.field, a(f"{self.kind.name} file"), "a clip that can be decoded"):
+        with refuse_failures(self.field, with_article(f"{self.kind.name} file"), "a clip that can be decoded"):
             for packet in self.container.demux(self.stream):
                 if packet.is_corrupt:
                     raise damage_error(self.field, self.kind.name, f"the data of frame {count} are cut off")
@@ -75,10 +74,10 @@ class OpenClip:
                     yield frame
 
     def to_rgb(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
-        """uint8 RGB [Y, X, 3], upright; colours are converted as :func:`cosmos3_core.media.probe.read_frames` does.
+        """Convert to uint8 RGB [Y, X, 3], upright, with the colours of :func:`cosmos3_core.media.probe.read_frames`.
 
         Raises:
-            RequestError: its colours are written in a way that FFmpeg cannot convert.
+            RequestError: FFmpeg cannot convert its colours.
         """
         try:
             rgb = reformatter.reformat(
@@ -90,7 +89,7 @@ class OpenClip:
                 self.field, given, "RGB, BT.601, BT.709, BT.2020 or the like", "convert it first"
             ) from error
         pixels = np.asarray(rgb.to_ndarray(), dtype=np.uint8)
-        is_swapped, flips_rows, flips_columns = _turns(frame)
+        is_swapped, flips_rows, flips_columns = _read_rotation(frame)
         if is_swapped:
             pixels = pixels.swapaxes(0, 1)
         return pixels[:: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
@@ -98,22 +97,22 @@ class OpenClip:
 
 @contextlib.contextmanager
 def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
-    """Read a file's header and check what it announces.
+    """Read a file's header and check the sizes in it.
 
     Args:
         field: the request's field, for errors.
-        kind: what the file is; of category "clip".
+        kind: kind of the file, of category "clip".
         data: the whole file.
 
     Raises:
-        RequestError: no video stream, too many frames, too large a frame, cut off, or not readable.
+        RequestError: the file has no video stream, too many or too large frames, is cut off, or not readable.
     """
-    # FFmpeg counts rows that it has padded to 64 pixels; frames() counts exactly.
+    # FFmpeg counts rows after padding them to 64 pixels; frames() counts exactly.
     max_pixels = {"max_pixels": str(2 * LIMITS.max_clip_pixels)}
     with contextlib.ExitStack() as stack:
-        with refusing(field, a(f"{kind.name} file"), CLIP_KINDS):
+        with refuse_failures(field, with_article(f"{kind.name} file"), CLIP_KINDS):
             if kind.demuxer == "mov":
-                data = _without_surprises(field, kind, data)
+                data = _blank_other_tracks(field, kind, data)
             container = stack.enter_context(
                 av.open(
                     io.BytesIO(data),
@@ -130,15 +129,15 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
                 reason = f"no frame can be decoded, or the frames are larger than {LIMITS.max_clip_pixels} pixels"
                 raise damage_error(field, kind.name, reason)
             check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
-            context.options = max_pixels  # a stream may change its size, or be larger than its header says
+            context.options = max_pixels  # a stream may change its size, or exceed its header's
             context.thread_count = _NUM_THREADS
             num_frames = _count_announced_frames(field, kind, stream, len(data))
         yield OpenClip(field, kind, container, stream, num_frames)
 
 
 def upright_size(frame: av.VideoFrame) -> PictureSize:
-    """Return the rows and columns after the rotation that the file asks for."""
-    is_swapped, _, _ = _turns(frame)
+    """Return the rows and columns after the rotation in the file."""
+    is_swapped, _, _ = _read_rotation(frame)
     return PictureSize(frame.width, frame.height) if is_swapped else PictureSize(frame.height, frame.width)
 
 
@@ -147,9 +146,9 @@ def too_many_frames(field: str, count: str | int) -> RequestError:
     return RequestError(field, f"a clip of {count} frames", f"at most {LIMITS.max_clip_frames} frames", "cut it first")
 
 
-def _without_surprises(field: str, kind: FileKind, data: bytes) -> bytes:
+def _blank_other_tracks(field: str, kind: FileKind, data: bytes) -> bytes:
     try:
-        return only_video(data)
+        return blank_other_tracks(data)
     except TooManySamples as error:
         raise too_many_frames(field, error.args[0]) from error
     except NoVideoTrack as error:
@@ -170,16 +169,16 @@ def _video_stream(field: str, kind: FileKind, container: InputContainer) -> Vide
 
 
 def _no_video_stream(field: str, kind: FileKind) -> RequestError:
-    return RequestError(field, a(f"{kind.name} file with no video stream"), CLIP_KINDS)
+    return RequestError(field, with_article(f"{kind.name} file with no video stream"), CLIP_KINDS)
 
 
 def _count_announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes: int) -> int | None:
-    """Return how many frames the index of the file names, where it has a full one: those of the MP4 family do."""
+    """Return the number of frames in the file's index; None without a full index, which the MP4 family has."""
     if kind.demuxer != "mov" or not len(stream.index_entries):
         count = stream.frames or None
         if count and count > LIMITS.max_clip_frames:
             raise too_many_frames(field, count)
-        return None  # AVI's count, the only one left, is often wrong
+        return None  # AVI has a count too, which is often wrong
     count = 0
     for entry in stream.index_entries:
         if entry.pos + entry.size > num_bytes:
@@ -188,12 +187,12 @@ def _count_announced_frames(field: str, kind: FileKind, stream: VideoStream, num
         count += not entry.is_discard
     if count > LIMITS.max_clip_frames:
         raise too_many_frames(field, count)
-    # A file of fragments has no total, and FFmpeg has read the first fragment's table only.
+    # A fragmented file has no total: FFmpeg has read only the first fragment's table.
     return count if stream.frames else None
 
 
-def _turns(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """(rows and columns change places, rows are then reversed, columns are then reversed), by the display matrix."""
+def _read_rotation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Read the display matrix: (rows and columns swap, rows are then reversed, columns are then reversed)."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False

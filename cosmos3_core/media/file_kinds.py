@@ -1,4 +1,4 @@
-"""The kinds of files that are made: names, media types, suffixes, and the range of their quality."""
+"""The kinds of files that this package writes: names, media types, suffixes, and ranges of quality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MEDIA_TYPES = {
     "webp": "image/webp",
     "wav": "audio/wav",
 }
-"""By kind."""
+"""Kind -> media type."""
 
 SUFFIXES = {
     "video/mp4": ".mp4",
@@ -18,14 +18,14 @@ SUFFIXES = {
     "image/webp": ".webp",
     "audio/wav": ".wav",
 }
-"""By media type."""
+"""Media type -> suffix."""
 
 FILE_KINDS = tuple(MEDIA_TYPES)
 
 IMAGE_KINDS = ("png", "jpeg", "webp")
 LOSSY_IMAGE_KINDS = ("jpeg", "webp")
 DEFAULT_QUALITY, MAX_QUALITY = 90, 100
-"""Quality of the lossy images, from 0, the smallest."""
+"""Quality of lossy images, from 0 (smallest)."""
 
 DEFAULT_CRF, MAX_CRF = 18, 51
 """H.264 quality, 0 (best) to 51; 18 is visually lossless."""

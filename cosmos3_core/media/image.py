@@ -1,4 +1,4 @@
-"""A single frame -> an image file: png through the same library as the videos, jpeg and webp through Pillow."""
+"""Writes a single frame as an image file: png with FFmpeg, as the videos, jpeg and webp with Pillow."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cosmos3_core.media.output import OutputFile, Target
 from cosmos3_core.media.pixels import Frames
 
 LOSSLESS_WEBP_QUALITY = 100
-_LOSSLESS_WEBP_EFFORT = 50  # 0 to 100; more takes several times as long for a few per cent
+_LOSSLESS_WEBP_EFFORT = 50  # 0 to 100; more is much slower for a few per cent
 
-# What the formats' headers can state.
+# The largest sides that the formats' headers can state.
 _MAX_SIDE_PIXELS = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
 
 
@@ -29,10 +29,10 @@ def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
         frame: uint8 RGB [Y, X, 3].
         kind: ``png``, which is exact; ``jpeg``, with chroma at full resolution; or ``webp``.
-        quality: of jpeg and webp, 0 (smallest) to 100 (best); webp is exact at 100. No matter for png.
+        quality: of jpeg and webp, 0 (smallest) to 100 (best); webp is exact at 100. Ignored for png.
 
     Raises:
-        RequestError: another dtype or shape, a setting out of range, or an unusable path.
+        RequestError: the frame has another dtype or shape, a setting is out of range, or the path is unusable.
         MediaError: the encoder or the disk failed; no file is left.
     """
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
@@ -51,10 +51,10 @@ def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT
 
 
 def check_image(kind: str, height: int, width: int, quality: int) -> None:
-    """Make sure that there is such an image format and that it can hold such a picture.
+    """Make sure that an image format exists and can hold a picture of this size.
 
     Raises:
-        RequestError: not so.
+        RequestError: the kind is unknown, or a side or the quality is out of range.
     """
     checks.choice("kind", kind, IMAGE_KINDS)
     checks.integer("height", height, 1, _MAX_SIDE_PIXELS[kind])
@@ -66,7 +66,7 @@ def _encode_lossy(frame: Frames, kind: str, quality: int) -> bytes:
     encoded = io.BytesIO()
     image = PIL.Image.fromarray(np.ascontiguousarray(frame))
     if kind == "jpeg":
-        # 4:4:4: halved chroma smears saturated edges. Optimised: Huffman tables made for this picture.
+        # 4:4:4, because halved chroma smears saturated edges; with Huffman tables for this picture.
         image.save(encoded, "JPEG", quality=quality, subsampling="4:4:4", optimize=True)
     elif quality == LOSSLESS_WEBP_QUALITY:
         image.save(encoded, "WEBP", lossless=True, quality=_LOSSLESS_WEBP_EFFORT)
@@ -80,7 +80,7 @@ def _encode_png(frame: Frames) -> bytes:
     context = av.CodecContext.create("png", "w")
     context.width, context.height = width, height
     context.pix_fmt = "rgb24"
-    context.time_base = Fraction(1, 1)  # demanded of every encoder, not stored
+    context.time_base = Fraction(1, 1)  # every encoder needs one; it is not stored
     context.sample_aspect_ratio = Fraction(1, 1)  # square pixels; unset, the file would say 0:1
     context.thread_count = 1
     # Mixed row filters: half the size of FFmpeg's default (none) on natural images.

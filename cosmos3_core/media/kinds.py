@@ -1,7 +1,7 @@
 """The kind of a file by its first bytes, and the refusal of unreadable files. No torch here.
 
-A file's name counts for nothing: only kinds listed here are ever handed to Pillow or FFmpeg, and each to the one reader
-of that kind. Playlists and scripts (HLS, DASH, concat, SVG, EPS), whose readers open other files or run programs, are
+A file's name is ignored: Pillow and FFmpeg get only files of the kinds listed here, each with the one reader of that
+kind. Playlists and scripts (HLS, DASH, concat, SVG, EPS), whose readers open other files or run programs, are
 in no list.
 """
 
@@ -26,7 +26,7 @@ class FileKind:
     """The kind of a file.
 
     Attributes:
-        name: for people, such as ``"PNG"``.
+        name: name in messages, such as ``"PNG"``.
         category: :data:`STILL` (Pillow reads it), :data:`CLIP` (FFmpeg reads it), :data:`AUDIO` or :data:`OTHER`.
         demuxer: FFmpeg's name of the one demuxer for it; "" unless it is a clip.
     """
@@ -61,7 +61,7 @@ _UNKNOWN = FileKind("unknown", OTHER)
 
 
 def kind_of(data: bytes) -> FileKind:
-    """Find the kind of a file by the signature it starts with; nothing in it is decoded."""
+    """Find the kind of a file by its first bytes; decodes nothing."""
     for prefix, kind in _BY_PREFIX:
         if data.startswith(prefix):
             return kind
@@ -71,7 +71,7 @@ def kind_of(data: bytes) -> FileKind:
         return FileKind("HEIC or AVIF", OTHER)
     if data[4:8] in _MP4_BOXES:
         return _MP4
-    if data[:1] == b"G" and data[188:189] == b"G":  # transport packets of 188 bytes, each of which starts so
+    if data[:1] == b"G" and data[188:189] == b"G":  # each transport packet of 188 bytes starts with it
         return FileKind("MPEG-TS", CLIP, "mpegts")
     if data[:1] == b"\xff" and len(data) > 1 and data[1] & 0xE0 == 0xE0:
         return FileKind("MP3", AUDIO)
@@ -79,27 +79,27 @@ def kind_of(data: bytes) -> FileKind:
 
 
 @contextlib.contextmanager
-def refusing(field: str, given: str, allowed: str) -> Iterator[None]:
-    """Turn any error that a reader raises inside the ``with`` block into a refusal of the file.
+def refuse_failures(field: str, given: str, allowed: str) -> Iterator[None]:
+    """Turn any error of a reader inside the ``with`` block into a refusal of the file.
 
     Raises:
-        RequestError: anything was raised; one that is raised inside passes as it is.
+        RequestError: something was raised; a RequestError from inside passes unchanged.
     """
     try:
         yield
     except RequestError:
         raise
-    except Exception as error:  # on crafted files the readers raise every type there is
+    except Exception as error:  # crafted files make the readers raise errors of any type
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARS]
         raise RequestError(field, given, allowed, f"damaged, or not what it says it is ({reason})") from error
 
 
 def damage_error(field: str, name: str, reason: str) -> RequestError:
     """Return the error for a file of kind ``name`` that is damaged; ``reason`` completes "damaged: ..."."""
-    return RequestError(field, a(f"{name} file"), "a whole file", f"damaged: {reason}")
+    return RequestError(field, with_article(f"{name} file"), "a whole file", f"damaged: {reason}")
 
 
-def a(noun: str) -> str:
+def with_article(noun: str) -> str:
     """Return the noun with its article, as spoken: "a PNG file", "an MP4 file"."""
     spoken_with_vowel = noun[:1] in "AEIOaeio" or noun.split()[0] in ("MP4", "MP3", "MPEG-TS")
     return f"{'an' if spoken_with_vowel else 'a'} {noun}"

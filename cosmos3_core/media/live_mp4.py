@@ -1,8 +1,8 @@
-"""A fragmented mp4 that can be watched while it is made: the packets of an mp4 in the making, a second time.
+"""A fragmented mp4 that can be watched while it grows: a second copy of the packets of an mp4 in the making.
 
-First ftyp and a moov without samples, then a moof and an mdat for every 80 ms, appended whole and never touched again:
-whoever reads the file as it grows can play what is there. It plays in step by its edit lists, one a track, which say
-where time 0 is: behind the AAC encoder's delay, and behind the frames that B-frames have decoded ahead.
+It begins with ftyp and a moov without samples; then a moof and an mdat follow for every 80 ms, appended whole and never
+changed: a reader can play the file as it grows. Edit lists, one a track, keep sound and pictures in step: they put time
+0 after the AAC encoder's delay, and after the frames that B-frames make the decoder read ahead.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import av
 
 # "delay_moov": edit lists are known with the first packets only. Composition offsets stay positive: with negative ones
-# FFmpeg's reader, Chromium's too, has pictures late by the B-frame delay, two frames, and sound not. A fragment for
-# every frame would come a frame earlier, but there FFmpeg 8 gives two AAC frames in a row the same time.
-# "flush_packets": a fragment is in the file, not in a buffer of 256 KiB, when it has been written.
+# FFmpeg's reader (also Chromium's) delays the pictures against the sound by two frames, the B-frame delay. A fragment
+# for every frame would arrive one frame earlier, but FFmpeg 8 then gives two consecutive AAC frames the same time.
+# "flush_packets": a written fragment is in the file, not in a buffer of 256 KiB.
 _OPTIONS = {
     "movflags": "delay_moov+default_base_moof+skip_trailer",
     "frag_duration": "80000",  # microseconds, 2 frames at 24 fps; 2.3% of a clip of 192 x 320 with sound
@@ -29,12 +29,12 @@ class LiveMp4:
     """The growing file. Not thread-safe.
 
     Args:
-        path: of the file, in an existing directory; it is there from now on, and stays whatever becomes of it.
-        streams: of the container that the packets are encoded for, whose header was written; packets have their indices
-            and time bases.
+        path: path of the file, in an existing directory; the file is created at once and never removed here.
+        streams: streams of the container that the packets are encoded for, after its header is written; packets have
+            their indices and time bases.
 
     Raises:
-        av.FFmpegError, OSError: it cannot be written.
+        av.FFmpegError, OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, streams: Iterable[Any]) -> None:
@@ -45,17 +45,17 @@ class LiveMp4:
         self._container.start_encoding()
 
     def mux(self, packets: Sequence[av.Packet[Any]]) -> None:
-        """Add packets, in the order of the other container and after they went into it.
+        """Add packets after the other container has them, in its order.
 
         Raises:
-            av.FFmpegError, OSError: they cannot be written.
+            av.FFmpegError, OSError: the file cannot be written.
         """
         self._container.mux(packets)
 
     def close(self) -> None:
-        """Write what waits as the last fragment. Does nothing the second time.
+        """Write the last fragment. Does nothing the second time.
 
         Raises:
-            av.FFmpegError, OSError: it cannot be written.
+            av.FFmpegError, OSError: the file cannot be written.
         """
         self._container.close()

@@ -1,16 +1,14 @@
-"""Frames, and sound -> an H.264 mp4, with AAC, whose bytes depend on nothing but these and the settings.
+"""Writes frames and sound as an mp4, H.264 and AAC, whose bytes depend only on them and the settings.
 
-Colour: RGB is taken as full-range BT.709 and stored as limited-range BT.709 (luma 16..235), tagged so in the stream and
-in the container. Chroma is the mean of each 2 x 2 block, which is what the chroma location tag ("center") says.
+Colour: RGB is read as full-range BT.709 and stored as limited-range BT.709 (luma 16..235); the stream and the container
+are tagged with it. Chroma is the mean of each 2 x 2 block, as the chroma location tag ("center") says.
 
-Reproducible: the frames' size decides on the number of encoder threads, x264 may not choose algorithms by CPU model,
-and neither dates nor library versions are written by the muxer (x264 stores its own version and settings in the
-stream). Sound and frames may come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes
-in floating point and picks routines by CPU model: its bytes are the same every time on one machine, on another they may
-differ.
+Reproducible: the frames' size decides the number of encoder threads, x264 must not choose algorithms by CPU model, and
+the muxer writes neither dates nor library versions (x264 stores its own version and settings in the stream). Sound and
+frames may come in any order: packets go into the file by decode time. FFmpeg's AAC encoder computes in floating point
+and chooses routines by CPU model: its bytes are the same every time on one machine, but may differ on another.
 
-A live file beside it gets the same packets, so that a clip that is encoded once can be watched as it grows. The
-finished file has the bytes that it would have without.
+A live file gets the same packets, so that a clip can be watched while it grows; it does not change the finished file.
 """
 
 from __future__ import annotations
@@ -42,10 +40,10 @@ MIN_FPS, MAX_FPS = 1, 240
 MAX_THREADS = 16
 _PIXELS_PER_THREAD = 2**18
 
-_AVCOL_SPC_BT709 = 1  # PyAV names the values that swscale knows, not those that a codec context takes
+_AVCOL_SPC_BT709 = 1  # PyAV names swscale's values, not those of a codec context
 
-# Area averaging is the exact 2 x 2 mean: luma and chroma come out within rounding of the BT.709 formula. PyAV's default
-# is slower and leaves chroma up to 30 levels from the mean on noise.
+# Area averaging is the exact 2 x 2 mean: luma and chroma equal the BT.709 formula within rounding. PyAV's default is
+# slower, and its chroma is up to 30 levels off the mean on noise.
 _RGB_TO_YUV = (
     Interpolation.AREA
     | Interpolation.ACCURATE_RND
@@ -54,11 +52,8 @@ _RGB_TO_YUV = (
     | Interpolation.BITEXACT
 )
 
-# chromaloc 1: a chroma sample lies in the centre of its block. The rest has the first packet come with frame 13 and not
-# with frame 47. x264's own rate-control lookahead, 40 frames and not 10, spends more bits on what stays in sight: clips
-# that pan, of 120 frames of 192 x 320 and 97 of 480 x 832, become 15% and 19% smaller with 10, at 0.26 and 0.30 dB less
-# (crf 18, medium); at the same PSNR 4% and 3% smaller. A threaded lookahead of one frame and not of four, and no room
-# for frames of unequal length, save the rest. 72 frames of 720p on two cores took 1.62 s, and take 1.59 s.
+# chromaloc 1: a chroma sample lies in the centre of its block. The others shorten the encoder's lookahead: the first
+# packet comes with frame 13 instead of 47. docs/performance.md has the cost.
 _X264_PARAMS = "cpu-independent=1:chromaloc=1:rc-lookahead=10:sync-lookahead=1:force-cfr=1"
 
 # The index moves to the front when the file is closed; "bitexact" leaves dates and library versions out.
@@ -66,14 +61,14 @@ _MUXER_OPTIONS = {"movflags": "faststart", "fflags": "+bitexact"}
 
 _VIDEO, _SOUND = 0, 1  # tracks
 
-# FFmpeg's and the file system's failures, not our bugs.
+# Failures of FFmpeg and the file system, not our bugs.
 _FAILURES = (av.FFmpegError, OSError)
 
 
 def encoder_threads(height: int, width: int) -> int:
     """Return the number of threads that x264 works with on frames of this size: one up to 256 Ki pixels, four at 720p.
 
-    Each holds some frames more, and the first packet comes a frame later.
+    Each thread holds some more frames and delays the first packet by a frame.
     """
     return min(-(-height * width // _PIXELS_PER_THREAD), MAX_THREADS)
 
@@ -85,7 +80,7 @@ def exact_frame_rate(fps: float | Fraction) -> Fraction:
         fps: frames per second, 1 to 240.
 
     Raises:
-        RequestError: not such a number.
+        RequestError: ``fps`` is not such a number.
     """
     is_number = isinstance(fps, int | float | Fraction) and not isinstance(fps, bool)
     if not is_number or not MIN_FPS <= fps <= MAX_FPS:  # NaN fails the comparison
@@ -96,10 +91,9 @@ def exact_frame_rate(fps: float | Fraction) -> Fraction:
 class Mp4Writer:
     """Writes one clip as an mp4: H.264, yuv420p, index in front ("faststart"); with sound, AAC-LC.
 
-    Frames and samples come in chunks, as the decoders make them, and are encoded at once; where the chunks are cut, and
-    in which order frames and samples come, does not change the file. The file appears when :meth:`close` returns;
-    leaving the ``with`` block by an exception, or a failure in :meth:`write` or :meth:`write_sound`, leaves none
-    but the live file, as far as it came. Not thread-safe.
+    Frames and samples come in chunks and are encoded at once; neither the cuts between chunks nor the order of frames
+    and samples changes the file. The file appears when :meth:`close` returns. An exception in the ``with`` block, or a
+    failure in :meth:`write` or :meth:`write_sound`, leaves no file except the unfinished live one. Not thread-safe.
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
@@ -109,16 +103,16 @@ class Mp4Writer:
         crf: x264's quality; see :data:`DEFAULT_CRF`.
         preset: x264's speed, one of :data:`PRESETS`; slower makes smaller files.
         lossless: store the yuv420p planes exactly; ``crf`` is then ignored. Files are large and few players open them.
-        threads: encoder threads, 1 to 16. Part of what the bytes depend on, hence not taken from the machine. None: as
-            :func:`encoder_threads` has them.
-        sound: the sound track, which starts with the first frame; :data:`AAC_SAMPLING_RATES` has the rates it may have.
-            None leaves it out.
+        threads: encoder threads, 1 to 16; the bytes depend on them, so they do not come from the machine. None:
+            :func:`encoder_threads`.
+        sound: the sound track, which starts with the first frame, at one of :data:`AAC_SAMPLING_RATES`. None leaves it
+            out.
         live: path of a fragmented mp4 that grows from the first frames on, see :mod:`cosmos3_core.media.live_mp4`; its
             sound ends up to one AAC frame after the pictures.
 
     Attributes:
         num_frames: frames written so far.
-        num_encoded: of these, the ones that the encoder has given back; it looks ahead over the others.
+        num_encoded: frames that the encoder has returned; it looks ahead over the others.
 
     Raises:
         RequestError: an argument is out of range.
@@ -172,7 +166,7 @@ class Mp4Writer:
             raise MediaError(f"the AAC encoder did not start for {sound}: {error}") from error
         if live is not None:
             try:
-                self._container.start_encoding()  # streams say what is in them once the header is written
+                self._container.start_encoding()  # streams are complete once the header is written
                 self._live = LiveMp4(Path(live), self._container.streams)
             except _FAILURES as error:
                 self.abort()
@@ -207,7 +201,7 @@ class Mp4Writer:
             frames: uint8 RGB [F, Y, X, 3] of this writer's height and width; F may differ from call to call.
 
         Raises:
-            RequestError: another dtype or shape; the writer stays usable.
+            RequestError: the frames have another dtype or shape; the writer stays usable.
             ClosedError: the writer was closed or has failed.
             MediaError: the encoder or the disk failed; the writer is then closed and its file removed.
         """
@@ -225,12 +219,12 @@ class Mp4Writer:
         """Encode the next samples; they may come before, between or after the frames.
 
         Args:
-            samples: float32 [channels, n] in [-1, 1], clipped where they exceed it; n may differ from call to call.
-                What exceeds the track's ``num_samples`` is dropped.
+            samples: float32 [channels, n], clipped to [-1, 1]; n may differ from call to call. Samples beyond the
+                track's ``num_samples`` are dropped.
 
         Raises:
-            RequestError: another dtype or shape, samples that are not finite, or a writer without a sound track; the
-                writer stays usable.
+            RequestError: the samples have another dtype or shape or are not finite, or the writer has no sound track;
+                the writer stays usable.
             ClosedError: the writer was closed or has failed.
             MediaError: the encoder or the disk failed; the writer is then closed and its file removed.
         """
@@ -299,15 +293,15 @@ class Mp4Writer:
         self._mux_video(self._video.encode(None))
         if self._track is not None:
             self._mux(self._order.add(_SOUND, self._track.flush()))
-        self._mux(self._order.rest())
+        self._mux(self._order.flush())
 
     def abort(self) -> None:
-        """Give up: close the encoder and leave no file but the live one. Does nothing after :meth:`close`."""
+        """Close the encoder and leave no file but the live one. Does nothing after :meth:`close`."""
         if not self._is_open:
             return
         self._is_open = False
         for container in (self._container, self._live):
-            # The file goes away next, whatever state it is in; the live one stays in the state that it is in.
+            # The file is removed next; the live one stays as it is.
             with contextlib.suppress(*_FAILURES):
                 if container is not None:
                     container.close()

@@ -1,7 +1,7 @@
-"""Bounds on the memory that an MP4's tables make FFmpeg allocate, checked beforehand. No torch here.
+"""Bounds the memory that FFmpeg allocates for an MP4's tables, before it opens the file. No torch here.
 
-A table may say "20 million samples of one byte each" in 20 bytes, and FFmpeg builds its index of all of them (60 bytes
-a sample) when it opens the file. Boxes: ISO/IEC 14496-12; how FFmpeg expands them: libavformat/mov.c.
+A table can state "20 million samples of one byte each" in 20 bytes, and FFmpeg indexes all of them (60 bytes a sample)
+when it opens the file. Boxes: ISO/IEC 14496-12; how FFmpeg expands them: libavformat/mov.c.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from cosmos3_core.presets import LIMITS
 _NESTED = {b"moov", b"trak", b"mdia"}
 _MAX_DEPTH = 3
 
-# Box -> where its number of entries stands, bytes after its name. FFmpeg looks for these boxes at any depth.
+# Box -> offset of its number of entries, in bytes after its name. FFmpeg finds these boxes at any depth.
 _COUNTS_AT = {b"stsz": 8, b"stz2": 8, b"trun": 4, b"stts": 4, b"ctts": 4, b"elst": 4}
 _TABLES = re.compile(b"|".join([*_COUNTS_AT, b"cmov"]))
 
-# Every edit repeats the index entries that it shows; editors write one or two.
+# Every edit repeats its index entries; editors write one or two.
 _MAX_EDITS = 64
-# Frames that edits cut away are in the tables too.
+# Frames that edits cut away are in the tables, too.
 _MAX_SAMPLES = 2 * LIMITS.max_clip_frames
 
 
 class TooManySamples(Exception):
-    """A table names more frames than are taken; ``args[0]`` says how many."""
+    """A table has more frames than the limit; ``args[0]`` is their number."""
 
 
 class NoVideoTrack(Exception):
-    """All the tracks of the file are something else."""
+    """The file has tracks, none of them of video."""
 
 
-def only_video(data: bytes) -> bytes:
-    """The file with the tracks that are no video blanked, so that nothing of them is read; its bytes stay in place.
+def blank_other_tracks(data: bytes) -> bytes:
+    """Blank all tracks but video, so that FFmpeg ignores them; the other bytes stay in place.
 
     Raises:
-        TooManySamples: the tables that are left are out of proportion.
+        TooManySamples: the remaining tables have too many frames.
         NoVideoTrack: there are tracks, but none of video.
-        ValueError: the tables are of a kind that is not taken.
+        ValueError: the tables are of an unsupported kind.
     """
     file = bytearray(data)
     handlers = [(start, end, _handler(data, start, end)) for name, start, end in _boxes(data) if name == b"trak"]
@@ -52,7 +52,7 @@ def only_video(data: bytes) -> bytes:
 
 
 def _boxes(data: bytes, start: int = 0, end: int | None = None, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """(name, where its content starts, where it ends) of every box, those inside ``_NESTED`` too."""
+    """Yield (name, start of the content, end) of every box, also of those inside ``_NESTED``."""
     end = len(data) if end is None else end
     while start + 8 <= end:
         num_bytes, name, content = (
@@ -80,8 +80,8 @@ def _handler(data: bytes, start: int, end: int) -> bytes:
 
 
 def _check_tables(data: bytes) -> None:
-    # By name and not by place: FFmpeg and this module need not agree on how a crafted file is nested. Compressed frames
-    # contain the names by chance, but then rarely after a number that could be the box's length.
+    # By name, not by place: FFmpeg may read a crafted file's nesting differently. Compressed frames contain the names
+    # by chance, but rarely after a number that could be the box's length.
     for match in _TABLES.finditer(data):
         name, at = match.group(), match.start()
         num_bytes = int.from_bytes(data[at - 4 : at], "big")

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete."""
+"""Output files, which appear under their name only when they are complete."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import BinaryIO, TypeAlias
 from cosmos3_core.errors import MediaError, RequestError
 
 Target: TypeAlias = str | Path | BinaryIO
-"""Where a result goes: a path, or a binary stream open for writing."""
+"""A destination: a path, or a binary stream open for writing."""
 
-# File systems take 255; the rest is for the ending and for the hidden name while the file is written.
+# File systems take 255; the rest is for the suffix and the hidden name during writing.
 _MAX_NAME_BYTES = 200
 
 
 def path_with_suffix(out: str | Path | None, suffix: str) -> Path:
-    """``out``, a path without its ending, with one.
+    """Add a suffix to ``out``, a path without one.
 
     Raises:
-        RequestError: not a path that a file could have.
+        RequestError: ``out`` cannot be the path of a file.
     """
     allowed = "a path without ending, such as 'clip' for clip.mp4"
     if not isinstance(out, str | Path) or "\0" in str(out):
@@ -37,17 +37,17 @@ def path_with_suffix(out: str | Path | None, suffix: str) -> Path:
 
 
 class OutputFile:
-    """A place to write a result to until it is known to be whole.
+    """A temporary file for a result until it is complete.
 
     For a path it is a hidden sibling, so that :meth:`commit` is a rename within one file system. For a stream it is a
-    file in the temporary directory, which :meth:`commit` copies over: muxers seek, streams need not, and a failed run
-    leaves the stream untouched. The stream stays open; it is the caller's.
+    file in the temporary directory that :meth:`commit` copies: muxers seek, which streams need not support, and a
+    failed run leaves the stream untouched. The stream stays open: the caller owns it.
 
     Args:
         target: the final path, or a binary stream.
 
     Raises:
-        RequestError: the path is a directory, or lies in none.
+        RequestError: the path is a directory, or its directory does not exist.
     """
 
     def __init__(self, target: Target) -> None:
@@ -70,7 +70,7 @@ class OutputFile:
         """Give the finished file its name, or copy it to the stream.
 
         Raises:
-            MediaError: that failed; nothing is left under the temporary name.
+            MediaError: it failed; the temporary file is removed.
         """
         try:
             if self._final is not None:
@@ -85,6 +85,6 @@ class OutputFile:
             self.discard()
 
     def discard(self) -> None:
-        """Remove what was written, if anything; harmless after :meth:`commit`."""
-        with contextlib.suppress(OSError):  # not there, or never could be: a name too long
+        """Remove the temporary file; harmless after :meth:`commit`."""
+        with contextlib.suppress(OSError):  # never created, or the name is too long
             self.path.unlink()

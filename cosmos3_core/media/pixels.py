@@ -1,4 +1,4 @@
-"""Pixels between the decoder and the encoder: float tensors -> uint8 frames, and a hash of what was encoded.
+"""Pixels between the decoder and the encoder: float tensors -> uint8 frames, and a hash of the frames.
 
 Shape letters: B batch, C channels, F/Y/X pixel frames, rows, columns. Importing this module does not import torch.
 """
@@ -26,29 +26,29 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(pixels_BCFYX: torch.Tensor) -> torch.Tensor:
-    """Convert one clip's decoded pixels to RGB bytes, on the device they are on.
+    """Convert one clip's decoded pixels to RGB bytes, on their device.
 
     The order of operations is that of diffusers' ``postprocess_video``: scaling and clamping in the tensor's own dtype,
     the product with 255 in fp32, halves rounded to even.
 
     Args:
-        pixels_BCFYX: floating point [1, 3, F, Y, X] in [-1, 1]; what lies outside is clamped.
+        pixels_BCFYX: floating point [1, 3, F, Y, X], clamped to [-1, 1].
 
     Returns:
         uint8 [F, Y, X, 3], contiguous.
 
     Raises:
-        RequestError: another shape or dtype.
+        RequestError: the tensor has another shape or dtype.
     """
     _check_pixels(pixels_BCFYX)
     return unit_to_uint8(to_unit(pixels_BCFYX))
 
 
 def unit_to_uint8(unit_BCFYX: torch.Tensor) -> torch.Tensor:
-    """Run the second half of :func:`to_uint8`: [1, 3, F, Y, X] in [0, 1] -> uint8 [F, Y, X, 3].
+    """Convert pixels [1, 3, F, Y, X] in [0, 1] to uint8 [F, Y, X, 3]; the second half of :func:`to_uint8`.
 
     Raises:
-        RequestError: another shape or dtype.
+        RequestError: the tensor has another shape or dtype.
     """
     _check_pixels(unit_BCFYX)
     return (unit_BCFYX[0].float() * 255).round().byte().permute(1, 2, 3, 0).contiguous()
@@ -63,10 +63,10 @@ def _check_pixels(pixels_BCFYX: torch.Tensor) -> None:
 
 
 def check_frames(frames: Any, *, height: int | None = None, width: int | None = None) -> None:
-    """Make sure that ``frames`` is a uint8 array [F, Y, X, 3], of ``height`` rows and ``width`` columns where given.
+    """Make sure that ``frames`` is a uint8 array [F, Y, X, 3], of ``height`` rows and ``width`` columns if given.
 
     Raises:
-        RequestError: it is not; the message names both shapes.
+        RequestError: it is not; the message has both shapes.
     """
     rows, columns = ("Y" if height is None else str(height)), ("X" if width is None else str(width))
     allowed = f"a uint8 array [F, {rows}, {columns}, 3]"
@@ -83,8 +83,8 @@ def check_frames(frames: Any, *, height: int | None = None, width: int | None = 
 class FrameHash:
     """SHA-256 over the RGB bytes of a clip's frames, in order.
 
-    Where the chunks are cut does not matter: the digest equals that of ``all_frames.tobytes()``. It identifies what
-    went into the encoder, so two runs can be compared without their files.
+    The digest equals that of ``all_frames.tobytes()``, however the frames are cut into chunks. It identifies the input
+    of the encoder, so that two runs can be compared without their files.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class FrameHash:
         """Add uint8 frames [F, Y, X, 3].
 
         Raises:
-            RequestError: another dtype or shape.
+            RequestError: the frames have another dtype or shape.
         """
         check_frames(frames)
         self._sha256.update(np.ascontiguousarray(frames).data)

@@ -1,4 +1,4 @@
-"""The real content of a video or sound file, found by decoding it."""
+"""Finds the real content of a video or sound file by decoding it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SoundInfo:
         codec: FFmpeg's name for it, such as ``"aac"``.
         sampling_rate: samples per second and channel (Hz).
         num_channels: 1 is mono, 2 is stereo.
-        num_samples: samples per channel that decode and are presented: without the encoder's delay and padding.
-        duration_s: seconds that they last.
+        num_samples: samples per channel that a player presents, without the encoder's delay and padding.
+        duration_s: their duration, seconds.
     """
 
     codec: str
@@ -51,7 +51,7 @@ class VideoInfo:
         duration_s: seconds, the last frame's display time included.
         codec: FFmpeg's name for it, such as ``"h264"``.
         pixel_format: FFmpeg's name for it, such as ``"yuv420p"``.
-        sound: the first sound track; None where there is none.
+        sound: the first sound track; None without one.
     """
 
     num_frames: int
@@ -65,10 +65,10 @@ class VideoInfo:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Decode the whole file and report what was in it.
+    """Decode the whole file and report its content.
 
     Raises:
-        MediaError: there is no such file, it holds no video, or not all that it names decodes.
+        MediaError: the file is missing, holds no video, or is damaged.
     """
     sound = probe_sound(path)
     try:
@@ -100,10 +100,10 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def probe_sound(path: str | Path) -> SoundInfo | None:
-    """Decode a file's first sound track and report what was in it; None where there is none.
+    """Decode a file's first sound track and report its content; None without one.
 
     Raises:
-        MediaError: there is no such file, or not all the sound that it names decodes.
+        MediaError: the file is missing, or its sound is damaged.
     """
     try:
         with av.open(str(Path(path).absolute())) as container:
@@ -125,10 +125,10 @@ def probe_sound(path: str | Path) -> SoundInfo | None:
 def read_sound(path: str | Path) -> Samples:
     """Decode a file's first sound track, float32 [channels, samples] in about [-1, 1].
 
-    Sample 0 is the first that a player lets be heard, and the last is the last.
+    The samples are those that a player presents, from the first to the last.
 
     Raises:
-        MediaError: as :func:`probe_sound`, or there is no sound in it.
+        MediaError: see :func:`probe_sound`; or the file has no sound.
     """
     try:
         with av.open(str(Path(path).absolute())) as container:
@@ -143,14 +143,14 @@ def read_sound(path: str | Path) -> Samples:
 
 
 def _present(container: InputContainer, stream: AudioStream, path: str | Path) -> Iterator[Samples]:
-    """Yield the samples from which a player makes sound, in chunks [channels, n]."""
-    # FFmpeg drops what an mp4's edit list has before time 0, but not what lies past its end: the last AAC frame is
-    # filled up. Other formats' durations may be estimates; those of mp4 are exact.
+    """Yield the samples that a player presents, in chunks [channels, n]."""
+    # FFmpeg drops the samples that an mp4's edit list puts before time 0, but not those past its end: the last AAC
+    # frame is padded. Other formats' durations may be estimates; those of mp4 are exact.
     num_left = None
     if "mp4" in container.format.name and stream.duration and stream.time_base:
         num_left = round(stream.duration * stream.time_base * stream.codec_context.sample_rate)
     num_stated = num_left
-    resampler = av.AudioResampler(format="fltp")  # planes of float32, whatever the codec decodes to
+    resampler = av.AudioResampler(format="fltp")  # planes of float32 from any codec
     for frame in container.decode(stream):
         for planes in resampler.resample(frame):
             chunk = np.asarray(planes.to_ndarray(), dtype=np.float32)[:, :num_left]
@@ -166,7 +166,7 @@ def read_frames(path: str | Path) -> Iterator[Frames]:
     Files tagged with their colour matrix (ours are) are converted by it; untagged ones as BT.601, FFmpeg's default.
 
     Raises:
-        MediaError: as :func:`probe_video`, when the iterator gets there.
+        MediaError: see :func:`probe_video`; the iterator raises it at the damaged frame.
     """
     reformatter = VideoReformatter()
     try:

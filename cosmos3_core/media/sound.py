@@ -1,4 +1,4 @@
-"""Sound on its way into a file: what a track holds, checks of its samples, and the wav writer.
+"""Sound for a file: the format of a track, checks of its samples, and the wav writer.
 
 Samples are float32 [channels, n] in [-1, 1]; a channel is a row. Importing this module does not import torch.
 """
@@ -32,12 +32,12 @@ _PCM16_STEPS = 32768
 
 @dataclass(frozen=True)
 class SoundFormat:
-    """The sound track to make.
+    """The format of a sound track.
 
     Attributes:
         sampling_rate: samples per second and channel (Hz).
         num_channels: 1 (mono) or 2 (left, right).
-        num_samples: how many samples per channel go into the file, exactly.
+        num_samples: samples per channel in the file, exactly.
 
     Raises:
         RequestError: a value is out of range.
@@ -54,10 +54,10 @@ class SoundFormat:
 
 
 def check_samples(samples: Any, num_channels: int | None = None) -> None:
-    """Make sure that ``samples`` is a float32 array [channels, n] of finite numbers, of ``num_channels`` where given.
+    """Make sure that ``samples`` is a float32 array [channels, n] of finite numbers, of ``num_channels`` if given.
 
     Raises:
-        RequestError: it is not; the message names both shapes.
+        RequestError: it is not; the message has both shapes.
     """
     allowed = f"a float32 array [{'channels' if num_channels is None else num_channels}, n]"
     if not isinstance(samples, np.ndarray):
@@ -71,7 +71,7 @@ def check_samples(samples: Any, num_channels: int | None = None) -> None:
 
 
 class SampleCounter:
-    """Lets through exactly as many samples as a track holds, and says when too few came.
+    """Passes exactly as many samples as a track holds, and reports too few.
 
     Args:
         sound: the track.
@@ -82,10 +82,10 @@ class SampleCounter:
         self.num_samples = 0
 
     def take(self, samples: Samples) -> Samples:
-        """Return the part of ``samples`` that still belongs into the track, clipped to [-1, 1]; float32 [channels, n].
+        """Return the samples that still belong to the track, clipped to [-1, 1]; float32 [channels, n].
 
         Raises:
-            RequestError: another dtype or shape, or samples that are not finite; nothing is counted then.
+            RequestError: the samples have another dtype or shape, or are not finite; none is counted.
         """
         check_samples(samples, self._sound.num_channels)
         kept = samples[:, : self._sound.num_samples - self.num_samples]
@@ -97,7 +97,7 @@ class SampleCounter:
         """Make sure that all samples came.
 
         Raises:
-            MediaError: too few did.
+            MediaError: samples are missing.
         """
         if self.num_samples < self._sound.num_samples:
             expected = self._sound.num_samples
@@ -105,7 +105,7 @@ class SampleCounter:
 
 
 def refuse_sound(kind: str) -> RequestError:
-    """Return the error of a writer whose file of this ``kind`` has no sound track."""
+    """Return the error of a writer whose file has no sound track."""
     hint = "sound goes into a wav, or an mp4 opened with a SoundFormat"
     return RequestError("samples", "sound", f"left out of this {kind}", hint)
 
@@ -113,8 +113,8 @@ def refuse_sound(kind: str) -> RequestError:
 def to_pcm16(samples: Samples) -> npt.NDArray[np.int16]:
     """Convert samples, float32 [channels, n] -> int16 [channels, n]: times 32768, rounded, halves to even, clipped.
 
-    Readers divide by 32768, so that values come back within half a step; only 1.0 itself, which has no int16, comes
-    back as 32767/32768.
+    Readers divide by 32768, which restores values within half a step; only 1.0, which has no int16, becomes
+    32767/32768.
     """
     scaled = np.rint(samples.astype(np.float64) * _PCM16_STEPS)
     return np.clip(scaled, -_PCM16_STEPS, _PCM16_STEPS - 1).astype(np.int16)
@@ -123,8 +123,8 @@ def to_pcm16(samples: Samples) -> npt.NDArray[np.int16]:
 class WavWriter:
     """Writes sound as a 16-bit PCM wav; see :func:`to_pcm16` for the rounding.
 
-    Chunks are written as they come; where they are cut does not change the file. The file appears when :meth:`close`
-    returns; leaving the ``with`` block by an exception, or a failure in :meth:`write_sound`, leaves none.
+    Chunks are written as they come; the cuts between them do not change the file. The file appears when :meth:`close`
+    returns. An exception in the ``with`` block, or a failure in :meth:`write_sound`, leaves no file.
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
@@ -156,10 +156,10 @@ class WavWriter:
         raise RequestError("frames", "frames", "left out of a wav", "open an mp4 for pictures with sound")
 
     def write_sound(self, samples: Samples) -> None:
-        """Write the next samples, float32 [channels, n] in [-1, 1]; what exceeds the track is dropped.
+        """Write the next samples, float32 [channels, n] in [-1, 1]; samples beyond the track's end are dropped.
 
         Raises:
-            RequestError: another dtype or shape, or samples that are not finite; the writer stays usable.
+            RequestError: the samples have another dtype or shape, or are not finite; the writer stays usable.
             ClosedError: the writer was closed or has failed.
             MediaError: the disk failed; the writer is then closed and its file removed.
         """
@@ -191,11 +191,11 @@ class WavWriter:
         self._output.commit()
 
     def abort(self) -> None:
-        """Give up and leave no file. Does nothing after :meth:`close`."""
+        """Close the writer and leave no file. Does nothing after :meth:`close`."""
         if not self._is_open:
             return
         self._is_open = False
-        with contextlib.suppress(OSError):  # the file goes away next, whatever state it is in
+        with contextlib.suppress(OSError):  # the file is removed next
             self._wave.close()
         self._output.discard()
 

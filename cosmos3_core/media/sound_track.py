@@ -1,4 +1,4 @@
-"""The sound of an mp4 as a file of its own: an m4a with the same packets, which are not decoded. No torch here."""
+"""Copies the sound of an mp4 into a file of its own, an m4a with the same packets, undecoded. No torch here."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import av
 from cosmos3_core.errors import Cosmos3Error, MediaError
 from cosmos3_core.media.output import OutputFile, Target
 
-# The index first, no dates and library versions: as in our mp4.
+# As in our mp4: the index first, no dates and library versions.
 _OPTIONS = {"movflags": "faststart", "fflags": "+bitexact"}
 
 
 class NoSoundTrack(Cosmos3Error):
-    """The file has none."""
+    """The file has no sound track."""
 
 
 def write_sound_track(target: Target, source: BinaryIO) -> None:
-    """Copy the sound of an mp4 that this package made into an m4a, a packet at a time; a player skips what it skipped.
+    """Copy the sound of an mp4 of this package into an m4a, packet by packet, with its edit list.
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
-        source: the mp4; can seek.
+        source: the mp4, seekable.
 
     Raises:
-        NoSoundTrack: there is no sound in it.
+        NoSoundTrack: the mp4 has no sound.
         RequestError: the target is unusable.
         MediaError: the source is damaged, or the m4a could not be written; no file is left.
         OSError: the source cannot be read.
@@ -49,7 +49,7 @@ def write_sound_track(target: Target, source: BinaryIO) -> None:
             with av.open(str(output.path), mode="w", format="ipod", container_options=options) as written:
                 copy = written.add_stream_from_template(stream)
                 for packet in container.demux(stream):
-                    if packet.dts is not None:  # the last one only says that there are no more
+                    if packet.dts is not None:  # the last one only marks the end
                         packet.stream = copy
                         written.mux(packet)
         except BaseException as error:

@@ -1,10 +1,9 @@
-"""Images and clips that users give: read safely, in two steps.
+"""Reads the images and clips that users give, safely and in steps. No torch here.
 
-``pack_*`` runs where the caller is: it turns a path, a Pillow image or arrays into what travels, a file's bytes or
-uint8 RGB. ``probe_*`` says from the header what is in it: a request is checked before anything large is decoded.
-``read_*`` decodes. Whatever is wrong with what was given, the error is a
-:class:`~cosmos3_core.errors.RequestError` of the field; limits are those of :data:`cosmos3_core.presets.LIMITS`.
-No torch here.
+``pack_*`` runs in the caller's process: it turns a path, a Pillow image or arrays into a file's bytes or uint8 RGB,
+which can travel. ``probe_*`` reads the header, so that a request is checked before anything large is decoded.
+``read_*`` decodes. Every fault of the media is a :class:`~cosmos3_core.errors.RequestError` of the field; limits are
+those of :data:`cosmos3_core.presets.LIMITS`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,17 @@ from PIL import Image
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.clips import OpenClip, open_clip, too_many_frames, upright_size
-from cosmos3_core.media.kinds import AUDIO, CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, FileKind, a, damage_error, kind_of
+from cosmos3_core.media.kinds import (
+    AUDIO,
+    CLIP,
+    CLIP_KINDS,
+    IMAGE_KINDS,
+    STILL,
+    FileKind,
+    damage_error,
+    kind_of,
+    with_article,
+)
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.stills import (
     PictureSize,
@@ -40,17 +49,17 @@ from cosmos3_core.presets import LIMITS
 Array: TypeAlias = npt.NDArray[Any]
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Array
-"""What a user may give as an image: a path, a file's bytes, a Pillow image, or an array.
+"""An image as a user may give it: a path, a file's bytes, a Pillow image, or an array.
 
 Arrays are [Y, X, 3], or grey [Y, X] or [Y, X, 1], or with alpha [Y, X, 4], which is dropped; uint8, uint16 (scaled), or
 float in [0, 1], [-1, 1] or [0, 255].
 """
 
 VideoSource: TypeAlias = str | os.PathLike[str] | bytes | Array | Sequence[Image.Image | Array]
-"""What a user may give as a clip: a path, a file's bytes, an array [F, Y, X, channels], or frames of one size."""
+"""A clip as a user may give it: a path, a file's bytes, an array [F, Y, X, channels], or frames of one size."""
 
 Packed: TypeAlias = bytes | Frames
-"""What travels: the bytes of a file, or uint8 RGB, [Y, X, 3] for an image and [F, Y, X, 3] for a clip."""
+"""Media that can travel: a file's bytes, or uint8 RGB, [Y, X, 3] for an image and [F, Y, X, 3] for a clip."""
 
 _Frame = TypeVar("_Frame")
 
@@ -60,7 +69,7 @@ _CHANNELS = (1, 3, 4)
 
 
 class ClipInfo(NamedTuple):
-    """A clip's header, upright. ``num_frames`` is None where the header has none."""
+    """A clip's header, upright. ``num_frames`` is None if the header lacks it."""
 
     height: int
     width: int
@@ -68,17 +77,17 @@ class ClipInfo(NamedTuple):
 
 
 def pack_image(field: str, source: ImageSource) -> Packed:
-    """Turn what a user gives as an image into what travels.
+    """Turn an image that a user gives into media that can travel.
 
     Args:
         field: the request's field, for errors.
-        source: see :data:`ImageSource`. A file is taken as it is; :func:`probe_image` looks into it.
+        source: the image; a file's bytes stay unread until :func:`probe_image`.
 
     Returns:
         The file's bytes, or uint8 RGB [Y, X, 3].
 
     Raises:
-        RequestError: none of these, unreadable, or over a limit.
+        RequestError: the image is of another type, unreadable, or over a limit.
     """
     if isinstance(source, np.ndarray):
         return _image_from_array(field, source)
@@ -88,19 +97,19 @@ def pack_image(field: str, source: ImageSource) -> Packed:
 
 
 def pack_video(field: str, source: VideoSource) -> Packed:
-    """Turn what a user gives as a clip into what travels.
+    """Turn a clip that a user gives into media that can travel.
 
     Args:
         field: the request's field, for errors.
-        source: see :data:`VideoSource`. A file is taken as it is; :func:`probe_clip` looks into it. Arrays of a list
-            have one shape and dtype, and the range of floats is told from all of them together. A single Pillow image
-            or array [Y, X, 3] is a clip of one frame.
+        source: the clip; a file's bytes stay unread until :func:`probe_clip`. The arrays of a list must have one shape
+            and dtype, and all of them together decide the range of floats. A single Pillow image or array [Y, X, 3] is
+            a clip of one frame.
 
     Returns:
         The file's bytes, or uint8 RGB [F, Y, X, 3].
 
     Raises:
-        RequestError: none of these, unreadable, frames of several sizes, or over a limit.
+        RequestError: the clip is of another type, unreadable, over a limit, or has frames of several sizes.
     """
     if isinstance(source, Image.Image):
         return upright_rgb(field, source)[None]
@@ -116,10 +125,10 @@ def probe_image(field: str, packed: Packed) -> PictureSize:
 
     Args:
         field: the request's field, for errors.
-        packed: of :func:`pack_image`.
+        packed: from :func:`pack_image`.
 
     Raises:
-        RequestError: not an image that is taken, over a limit, or its header is damaged.
+        RequestError: the kind of image is unsupported, its header is damaged, or it is over a limit.
     """
     if isinstance(packed, np.ndarray):
         _check_packed(field, packed, 3)
@@ -129,14 +138,14 @@ def probe_image(field: str, packed: Packed) -> PictureSize:
 
 
 def read_image(field: str, packed: Packed) -> Frames:
-    """Decode an image: uint8 RGB [Y, X, 3], upright; of an animation the first frame.
+    """Decode an image, or the first frame of an animation: uint8 RGB [Y, X, 3], upright.
 
     Args:
         field: the request's field, for errors.
-        packed: of :func:`pack_image`.
+        packed: from :func:`pack_image`.
 
     Raises:
-        RequestError: as :func:`probe_image`, or the file is damaged.
+        RequestError: see :func:`probe_image`; or the file is damaged.
     """
     if isinstance(packed, np.ndarray):
         probe_image(field, packed)
@@ -147,15 +156,15 @@ def read_image(field: str, packed: Packed) -> Frames:
 def probe_clip(field: str, packed: Packed) -> ClipInfo:
     """Return a clip's rows, columns and number of frames, from its header.
 
-    What the header announces is checked first; then the first frame of a video file is decoded, because only a frame
-    tells how the file is to be turned, and converted, because not everything that can be decoded can be.
+    The header is checked first. Then the first frame of a video file is decoded, because only a frame has the rotation,
+    and converted, because FFmpeg cannot convert every frame that it can decode.
 
     Args:
         field: the request's field, for errors.
-        packed: of :func:`pack_video`.
+        packed: from :func:`pack_video`.
 
     Raises:
-        RequestError: not a clip that is taken, over a limit, or damaged.
+        RequestError: the kind of clip is unsupported, over a limit, or damaged.
     """
     if isinstance(packed, np.ndarray):
         _check_packed(field, packed, 4)
@@ -175,20 +184,20 @@ def probe_clip(field: str, packed: Packed) -> ClipInfo:
 def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["first", "last"]) -> Frames:
     """Decode a clip's first or last frames.
 
-    Every frame counts once, in the order shown, however long it is shown: a variable frame rate is not evened out.
-    Sound is ignored. No more frames than asked for are in memory; for the first ones decoding stops there.
+    Every frame counts once, in the order shown, for however long it is shown: a variable frame rate stays uneven. Sound
+    is ignored. At most ``num_frames`` frames are in memory; with "first", decoding stops after them.
 
     Args:
         field: the request's field, for errors.
-        packed: of :func:`pack_video`.
-        num_frames: at most this many are returned, fewer where the clip is shorter.
-        keep: which end.
+        packed: from :func:`pack_video`.
+        num_frames: number of frames to return; a shorter clip has fewer.
+        keep: the end of the clip to keep.
 
     Returns:
         uint8 RGB [F, Y, X, 3], upright, in the order shown; 1 <= F <= ``num_frames``.
 
     Raises:
-        RequestError: as :func:`probe_clip`, the frames asked for take too much memory together, or the file is damaged.
+        RequestError: see :func:`probe_clip`; or the frames take too much memory, or the file is damaged.
     """
     assert num_frames > 0, num_frames
     if isinstance(packed, np.ndarray):
@@ -206,7 +215,7 @@ def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["fir
 
 
 def _watch(clip: OpenClip, num_frames: int) -> Iterator[Any]:
-    """The clip's frames; refuses what would not fit in memory, and a file that breaks off before what is needed."""
+    """Yield the clip's frames; refuse one too large for memory, and a file that ends before the needed frames."""
     count = 0
     for frame in clip.frames():
         count += 1
@@ -229,7 +238,7 @@ def _keep(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]
 
 
 def _stack(frames: deque[_Frame], to_array: Callable[[_Frame], Frames]) -> Frames:
-    """Copy into one array of all frames; each is let go as it is copied, so that they are not in memory twice."""
+    """Copy all frames into one array; frees each after its copy, so that they are not in memory twice."""
     first = to_array(frames[0])
     stacked = np.empty((len(frames), *first.shape), np.uint8)
     for index in range(len(stacked)):
@@ -267,7 +276,7 @@ def _read_path(field: str, path: str | os.PathLike[str]) -> bytes:
         if not 0 < found.st_size <= LIMITS.max_media_bytes:
             raise _wrong_num_bytes(field, found.st_size)
         with open(path, "rb") as file:
-            return file.read(LIMITS.max_media_bytes + 1)  # it may grow meanwhile; the caller counts again
+            return file.read(LIMITS.max_media_bytes + 1)  # the file may grow meanwhile; the caller counts again
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, RequestError):
             raise
@@ -284,18 +293,18 @@ def _open_image(field: str, packed: Any) -> Still:
     kind = kind_of(data)
     if kind.category == CLIP:
         hint = "give it as a video, or one of its frames as the image"
-        raise RequestError(field, a(f"{kind.name} file, which is a video"), IMAGE_KINDS, hint)
+        raise RequestError(field, with_article(f"{kind.name} file, which is a video"), IMAGE_KINDS, hint)
     if kind.category != STILL:
-        raise RequestError(field, a(f"file of {kind.name} kind"), IMAGE_KINDS)
+        raise RequestError(field, with_article(f"file of {kind.name} kind"), IMAGE_KINDS)
     return open_still(field, kind, data, max_pixels=LIMITS.max_image_pixels)
 
 
 def _clip_kind(field: str, packed: Any) -> FileKind:
     kind = kind_of(_file_bytes(field, packed, _VIDEO))
     if kind.category == AUDIO:
-        raise RequestError(field, a(f"{kind.name} file with no video stream"), CLIP_KINDS)
+        raise RequestError(field, with_article(f"{kind.name} file with no video stream"), CLIP_KINDS)
     if kind.category not in (STILL, CLIP):
-        raise RequestError(field, a(f"file of {kind.name} kind"), CLIP_KINDS)
+        raise RequestError(field, with_article(f"file of {kind.name} kind"), CLIP_KINDS)
     return kind
 
 
@@ -352,14 +361,14 @@ def _clip_from_list(field: str, frames: Sequence[Any]) -> Frames:
         for index, frame in enumerate(frames):
             pixels = upright_rgb(field, frame)
             if pixels.shape != top.shape:
-                raise _another_size(field, index, pixels, top)
+                raise _size_error(field, index, pixels, top)
             clip[index] = pixels
         return clip
     for index, frame in enumerate(frames):
         if not isinstance(frame, np.ndarray):
             raise RequestError(field, type(frame).__name__, "PIL images or numpy arrays as frames")
         if frame.dtype != first.dtype or frame.shape != first.shape:
-            raise _another_size(field, index, frame, first)
+            raise _size_error(field, index, frame, first)
     if first.ndim not in (2, 3):
         raise RequestError(field, _describe(first), "frames [Y, X, 3], [Y, X, 4], [Y, X, 1] or [Y, X]")
     check_pixels(field, PictureSize(*first.shape[:2]), LIMITS.max_clip_pixels)
@@ -368,12 +377,12 @@ def _clip_from_list(field: str, frames: Sequence[Any]) -> Frames:
     return _clip_from_array(field, clip[..., None] if clip.ndim == 3 else clip)
 
 
-def _another_size(field: str, index: int, frame: Array, first: Array) -> RequestError:
+def _size_error(field: str, index: int, frame: Array, first: Array) -> RequestError:
     return RequestError(field, f"frame {index} is {_describe(frame)}", f"{_describe(first)}, as the first frame is")
 
 
 def _rgb_bytes(field: str, array: Array) -> Frames:
-    """[..., 1, 3 or 4] of a dtype that is taken -> uint8 [..., 3]."""
+    """Convert an array [..., 1, 3 or 4] of a supported dtype to uint8 [..., 3]."""
     if not array.size:
         raise RequestError(field, _describe(array), "at least one pixel")
     if array.shape[-1] == 4:

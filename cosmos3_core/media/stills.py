@@ -1,7 +1,7 @@
-"""Still and animated pictures through Pillow: their header first, their pixels only when the header is acceptable.
+"""Reads still and animated pictures with Pillow: first the header, then the pixels if the header is acceptable.
 
-Pillow's readers are called by name, not through ``Image.open``: that would try kinds that we do not take, and warns or
-raises by its own limit, which is global to the process. No torch here.
+Pillow's readers are called by name, not through ``Image.open``, which would try unsupported kinds and applies a limit
+of its own, global to the process. No torch here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.kinds import FileKind, a, damage_error, refusing
+from cosmos3_core.media.kinds import FileKind, damage_error, refuse_failures, with_article
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.presets import LIMITS
 
@@ -36,7 +36,7 @@ _READERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 }
 _ANIMATED = ("PNG", "GIF", "WebP")
 
-# EXIF orientation -> what brings the picture upright; 1 is upright.
+# EXIF orientation -> operation that turns the picture upright; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,13 +59,13 @@ class PictureSize(NamedTuple):
 
 @dataclass
 class Still:
-    """An opened file whose header was found acceptable; no pixel is decoded yet.
+    """An opened file with an acceptable header; no pixel is decoded yet.
 
     Attributes:
-        field: the request's field that it came with.
-        kind: what the file is.
-        image: Pillow's, not loaded.
-        orientation: EXIF's, 1 to 8, where Pillow does not apply it by itself.
+        field: the request's field, for errors.
+        kind: kind of the file.
+        image: Pillow's image, not loaded.
+        orientation: EXIF orientation, 1 to 8; 1 if Pillow applies the file's by itself.
         num_frames: 1 unless it is animated.
     """
 
@@ -77,28 +77,28 @@ class Still:
 
     @property
     def upright(self) -> PictureSize:
-        """Rows and columns after the rotation that the file asks for."""
+        """Rows and columns after the rotation in the file."""
         width, height = self.image.size
         return PictureSize(width, height) if self.orientation in _SWAPS_SIDES else PictureSize(height, width)
 
 
 def open_still(field: str, kind: FileKind, data: bytes, *, max_pixels: int) -> Still:
-    """Read a file's header and check what it announces.
+    """Read a file's header and check the sizes in it.
 
     Args:
         field: the request's field, for errors.
-        kind: what the file is; of category "image".
+        kind: kind of the file, of category "image".
         data: the whole file.
-        max_pixels: of one frame.
+        max_pixels: limit of pixels in a frame.
 
     Raises:
-        RequestError: too many pixels or frames, or the header is damaged.
+        RequestError: the picture has too many pixels or frames, or its header is damaged.
     """
-    given = a(f"{kind.name} file")
-    with refusing(field, given, "a picture that can be decoded"):
+    given = with_article(f"{kind.name} file")
+    with refuse_failures(field, given, "a picture that can be decoded"):
         num_frames = 1
         if kind.name == "WebP":
-            # libwebp takes memory for the canvas before it says how large that is.
+            # libwebp allocates the canvas before it reports its size.
             check_pixels(field, _webp_canvas(data), max_pixels)
         if kind.name == "GIF":
             num_frames = _gif_frames(field, data, max_pixels)
@@ -107,7 +107,7 @@ def open_still(field: str, kind: FileKind, data: bytes, *, max_pixels: int) -> S
         check_pixels(field, PictureSize(height, width), max_pixels)
         if kind.name in ("PNG", "WebP"):
             num_frames = int(getattr(image, "n_frames", 1))
-        # Pillow turns TIFF files upright by itself, and has swapped their sides already.
+        # Pillow turns TIFF files upright by itself and reports swapped sides.
         orientation = 1 if kind.name == "TIFF" else _orientation(kind, image, data)
         return Still(field, kind, image, orientation, num_frames)
 
@@ -125,7 +125,7 @@ def check_pixels(field: str, picture: PictureSize, max_pixels: int) -> None:
 
 
 def decode_first(still: Still) -> Frames:
-    """Decode the picture, or an animation's first: uint8 RGB [Y, X, 3], upright.
+    """Decode the picture, or the first of an animation: uint8 RGB [Y, X, 3], upright.
 
     Raises:
         RequestError: the file is damaged.
@@ -134,15 +134,15 @@ def decode_first(still: Still) -> Frames:
 
 
 def decode_all(still: Still) -> Iterator[Frames]:
-    """Every frame of an animation in turn, composed as shown; one frame of anything else. uint8 RGB [Y, X, 3], upright.
+    """Yield every frame of an animation as shown, or the only picture: uint8 RGB [Y, X, 3], upright.
 
     Raises:
-        RequestError: the file is damaged, or a frame has another size than the first.
+        RequestError: the file is damaged, or a frame's size differs from the first's.
     """
-    given = a(f"{still.kind.name} file")
+    given = with_article(f"{still.kind.name} file")
     canvas = still.image.size
     for index in range(still.num_frames):
-        with refusing(still.field, given, "a picture that can be decoded"):
+        with refuse_failures(still.field, given, "a picture that can be decoded"):
             if index:
                 still.image.seek(index)
             if still.image.size != canvas:
@@ -156,12 +156,12 @@ def decode_all(still: Still) -> Iterator[Frames]:
 
 
 def upright_rgb(field: str, image: Image.Image) -> Frames:
-    """Return a Pillow image of any mode, turned as its EXIF asks: uint8 RGB [Y, X, 3].
+    """Convert a Pillow image of any mode to uint8 RGB [Y, X, 3], turned upright by its EXIF.
 
     Raises:
-        RequestError: too many pixels, or it is lazily read from a file that is damaged.
+        RequestError: it has too many pixels, or is read lazily from a damaged file.
     """
-    with refusing(field, f"a PIL image of mode {image.mode}", "a picture that can be decoded"):
+    with refuse_failures(field, f"a PIL image of mode {image.mode}", "a picture that can be decoded"):
         check_pixels(field, PictureSize(image.height, image.width), LIMITS.max_image_pixels)
         image.load()
         try:
@@ -172,10 +172,10 @@ def upright_rgb(field: str, image: Image.Image) -> Frames:
 
 
 def to_rgb(field: str, image: Image.Image) -> Frames:
-    """A loaded Pillow image as uint8 RGB [Y, X, 3]: 16-bit grey scaled, the rest as ``convert("RGB")``, alpha dropped.
+    """Convert a loaded Pillow image to uint8 RGB [Y, X, 3]: scale 16-bit grey, else ``convert("RGB")``, without alpha.
 
     Raises:
-        RequestError: 32-bit values that are no 16-bit ones.
+        RequestError: 32-bit values exceed 16 bits.
     """
     if image.mode.startswith("I"):  # I;16, I;16B and I: convert() would clip them at 255
         grey = np.asarray(image)
@@ -184,25 +184,25 @@ def to_rgb(field: str, image: Image.Image) -> Frames:
         return np.repeat(scale_16_bits(grey.astype(np.uint16))[..., None], 3, axis=2)
     if image.mode == "F":
         return np.repeat(float_to_bytes(field, np.asarray(image))[..., None], 3, axis=2)
-    if "transparency" in image.info:  # of a palette: convert() warns that it is lost, which is meant
+    if "transparency" in image.info:  # of a palette: dropped on purpose, and convert() would warn
         image = image.copy()
         del image.info["transparency"]
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
 def scale_16_bits(values: np.ndarray) -> Frames:
-    """uint16 -> uint8 of the same shape: 65535 becomes 255, halves up."""
+    """Scale uint16 to uint8 of the same shape: 65535 becomes 255, halves round up."""
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def float_to_bytes(field: str, values: np.ndarray) -> Frames:
-    """Floats -> uint8 of the same shape, their range told as the reference does.
+    """Convert floats to uint8 of the same shape, their range recognized as in the reference.
 
-    Some value below 0: the range is [-1, 1]. None above 1: it is [0, 1]. Otherwise [0, 255]. The reference (diffusers
-    0.42.1, ``_preprocess_conditioning_image``) rounds after resizing, this before.
+    With a value below 0 the range is [-1, 1]; otherwise with none above 1 it is [0, 1]; otherwise [0, 255]. The
+    reference (diffusers 0.42.1, ``_preprocess_conditioning_image``) rounds after resizing, this before.
 
     Raises:
-        RequestError: NaN or infinity.
+        RequestError: a value is NaN or infinite.
     """
     if not np.isfinite(values).all():
         raise RequestError(field, f"{values.dtype} {list(values.shape)}", "finite numbers, neither NaN nor infinity")
@@ -216,7 +216,7 @@ def float_to_bytes(field: str, values: np.ndarray) -> Frames:
 
 
 def _orientation(kind: FileKind, image: ImageFile.ImageFile, data: bytes) -> int:
-    """EXIF's orientation. One that cannot be read counts as upright: editors damage EXIF, the pixels are whole."""
+    """Return EXIF's orientation, 1 if it cannot be read: editors damage EXIF, not the pixels."""
     raw = image.info.get("exif")
     if raw is None and kind.name == "PNG":
         raw = _late_png_exif(data)  # Pillow would decode all pixels to get there
@@ -232,7 +232,7 @@ def _orientation(kind: FileKind, image: ImageFile.ImageFile, data: bytes) -> int
 
 
 def _late_png_exif(data: bytes) -> bytes | None:
-    """Return the eXIf chunk, wherever it is."""
+    """Return the eXIf chunk at any place in the file."""
     position = 8
     while position + 8 <= len(data):
         num_bytes = int.from_bytes(data[position : position + 4], "big")
@@ -261,7 +261,7 @@ def _webp_canvas(data: bytes) -> PictureSize:
 def _gif_frames(field: str, data: bytes, max_pixels: int) -> int:
     """Walk the blocks of a GIF without decoding, and count its frames; GIF89a specification, appendix A.
 
-    Pillow lets a frame enlarge the canvas, and reads a cut file as a shorter one; neither passes here.
+    Pillow would let a frame enlarge the canvas and read a cut file as a shorter one; both are refused here.
     """
     cut = damage_error(field, "GIF", "it ends early")
     if len(data) < 13:
@@ -283,7 +283,7 @@ def _gif_frames(field: str, data: bytes, max_pixels: int) -> int:
             position += 11 + _palette_bytes(data[position + 9])
             num_frames += 1
         else:
-            # Some writers leave the end mark out or pad with zeros; then all blocks before are whole.
+            # Some writers omit the end mark or pad with zeros; all blocks before are complete then.
             if num_frames and (not block or not data[position:].strip(b"\0")):
                 break
             raise cut

@@ -1,6 +1,6 @@
-"""Small pictures of a file that this package made: its first frame, or frames of all of it on one sheet.
+"""Small pictures of a file of this package: its first frame, or a sheet of evenly spaced frames.
 
-Files are read by position from a stream, and a clip's frames one at a time: memory does not grow with a clip's length.
+Files are read from a seekable stream, and a clip's frames one at a time: memory does not grow with a clip's length.
 No torch here.
 """
 
@@ -25,7 +25,7 @@ from cosmos3_core.media.stills import decode_first, open_still
 from cosmos3_core.presets import LIMITS
 
 THUMBNAIL_SIDE = 480
-"""The longer side of a thumbnail, in pixels; a smaller picture is not enlarged."""
+"""The longer side of a thumbnail, in pixels; smaller pictures keep their size."""
 MAX_TILES = 100
 """Frames on a sheet."""
 TILE_SIDE = 192
@@ -43,7 +43,7 @@ def write_thumbnail(target: Target, source: BinaryIO) -> None:
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
-        source: an mp4, png, jpeg or webp; can seek.
+        source: an mp4, png, jpeg or webp, seekable.
 
     Raises:
         RequestError: the target is unusable.
@@ -55,18 +55,17 @@ def write_thumbnail(target: Target, source: BinaryIO) -> None:
     else:
         with contextlib.closing(_pick_frames(source, max_frames=1)) as frames:
             frame = next(frames)
-    write_image(target, _shrunk(frame, THUMBNAIL_SIDE), "webp", _THUMBNAIL_QUALITY)
+    write_image(target, _shrink(frame, THUMBNAIL_SIDE), "webp", _THUMBNAIL_QUALITY)
 
 
 def write_spritesheet(target: Target, source: BinaryIO) -> None:
-    """Write frames of a clip as one jpeg: row by row from the upper left, in a grid as square as can be.
+    """Write frames of a clip as one jpeg, row by row in a grid that is as square as possible.
 
-    They are evenly spaced from the first frame to the last, :data:`MAX_TILES` or as many as there are. What is left of
-    the last row is black.
+    At most :data:`MAX_TILES` frames are evenly spaced from the first to the last. The rest of the last row is black.
 
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
-        source: an mp4; can seek.
+        source: an mp4, seekable.
 
     Raises:
         RequestError: the target is unusable.
@@ -74,7 +73,7 @@ def write_spritesheet(target: Target, source: BinaryIO) -> None:
         OSError: the source cannot be read.
     """
     with contextlib.closing(_pick_frames(source, max_frames=MAX_TILES)) as frames:
-        tiles = [_shrunk(frame, TILE_SIDE) for frame in frames]
+        tiles = [_shrink(frame, TILE_SIDE) for frame in frames]
     num_columns = sheet_columns(len(tiles))
     height, width, _ = tiles[0].shape
     sheet = np.zeros((-(-len(tiles) // num_columns) * height, num_columns * width, 3), np.uint8)
@@ -85,7 +84,7 @@ def write_spritesheet(target: Target, source: BinaryIO) -> None:
 
 
 def sheet_columns(num_tiles: int) -> int:
-    """Columns of a sheet with so many frames: as many as rows, or one more."""
+    """Return the columns of a sheet: as many as its rows, or one more."""
     num_columns = 1
     while num_columns**2 < num_tiles:
         num_columns += 1
@@ -93,7 +92,7 @@ def sheet_columns(num_tiles: int) -> int:
 
 
 def pick_indices(num_frames: int, max_frames: int) -> list[int]:
-    """Which frames of a clip stand for it: all, or so many from the first to the last at equal distances, rounded."""
+    """Return the frames of a clip to show: all, or ``max_frames`` evenly spaced from the first to the last."""
     num_picked = min(num_frames, max_frames)
     if num_picked == 1:
         return [0]
@@ -121,7 +120,7 @@ def _still(source: BinaryIO) -> Frames:
 
 
 def _pick_frames(source: BinaryIO, *, max_frames: int) -> Generator[Frames, None, None]:
-    """Yield a clip's frames that :func:`pick_indices` names, uint8 RGB [Y, X, 3], none kept."""
+    """Yield the frames of a clip that :func:`pick_indices` picks, uint8 RGB [Y, X, 3], one at a time."""
     if _kind(source).category != CLIP:
         raise MediaError("there are no frames in an image file")
     reformatter, num_picked = VideoReformatter(), 0
@@ -147,8 +146,8 @@ def _pick_frames(source: BinaryIO, *, max_frames: int) -> Generator[Frames, None
         raise MediaError(f"only {num_picked} of {len(picked)} frames can be decoded")
 
 
-def _shrunk(frame: Frames, side: int) -> Frames:
-    """Return the picture with its longer side shortened to so many pixels, if it is longer."""
+def _shrink(frame: Frames, side: int) -> Frames:
+    """Return the picture scaled down to a longer side of at most ``side`` pixels."""
     height, width, _ = frame.shape
     if max(height, width) <= side:
         return frame

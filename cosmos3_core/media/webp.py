@@ -1,4 +1,4 @@
-"""A few small frames -> an animated WebP of bounded size, to be looked at while the real clip is made."""
+"""Writes a few small frames as an animated WebP of bounded size: the preview of a clip in the making."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import PIL.Image
-import PIL.WebPImagePlugin  # of all plugins this one; else the first file has Pillow import every one, in 0.1 s
+import PIL.WebPImagePlugin  # only this plugin; otherwise the first file makes Pillow import all of them, in 0.1 s
 
 from cosmos3_core import checks
 from cosmos3_core.errors import MediaError, RequestError
@@ -17,25 +17,25 @@ MAX_FRAMES = 12
 LONGEST_SIDE = 256
 MAX_BYTES = 48 * 2**10
 
-# One after the other, until the file is small enough: 0.1 to 0.4 s for noise, 6 ms for what is smooth.
+# Tried in turn until the file is small enough.
 _QUALITIES = (60, 30, 10, 0)
-_EFFORT = 2  # of 6; more takes twice as long for a few per cent
+_EFFORT = 2  # of 6; more takes twice as long for a few per cent of size
 _MS_PER_S = 1000
 
 
 def animate_webp(frames: Frames, fps: float) -> bytes:
-    """Write frames as a WebP, scaled to a longest side of 256 pixels, that plays over and over; one frame as a still.
+    """Encode frames as a WebP that loops, scaled to a longest side of 256 pixels; one frame becomes a still.
 
-    Smooth between the given pixels, which may be few. What would be more than 48 kB is written in a lower quality, and
-    if that does not do, without its later frames. Frames that equal the one before become one with it.
+    Scaling up is smooth, for few pixels. A file above 48 kB is encoded again in lower quality, then without its later
+    frames. A frame that equals the one before merges with it.
 
     Args:
         frames: uint8 RGB [F, Y, X, 3], 1 to 12.
-        fps: frames per second that they are shown at, 0.01 to 1000.
+        fps: frames per second, 0.01 to 1000.
 
     Raises:
-        RequestError: another dtype or shape, no frame or too many, or fps out of range.
-        MediaError: the encoder failed, or the file is too large with one frame.
+        RequestError: the frames have another dtype or shape, are none or too many, or ``fps`` is out of range.
+        MediaError: the encoder failed, or one frame alone is too large.
     """
     check_frames(frames)
     if not 1 <= len(frames) <= MAX_FRAMES or frames.size == 0:

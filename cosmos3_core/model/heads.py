@@ -1,4 +1,4 @@
-"""The ways in and out of the generation tower, one head a modality: latents -> tokens, tokens -> velocity.
+"""The heads of the generation tower, one a modality: latents -> tokens, tokens -> velocity.
 
 Shape letters: B batch (always 1), C channels, T/H/W latent grid or T steps of a track, S tokens, M width, P values of a
 patch, D embodiment domains.
@@ -18,18 +18,18 @@ _ALL = slice(None)
 
 
 class Head(Protocol):
-    """Interface of the transformer to every modality. ``domain_id`` is for heads that have weights by embodiment."""
+    """Interface of the transformer to every modality; ``domain_id`` is for heads with weights by embodiment."""
 
     def num_tokens(self, z: Tensor) -> int:
-        """Return how many tokens some latents are."""
+        """Return the number of tokens of some latents."""
 
     def embed(
         self, z: Tensor, noise_mask_T: Tensor, time_M: Tensor, rows: slice = _ALL, *, domain_id: int | None = None
     ) -> Tensor:
-        """Tokens [S, M], those in ``rows``. Clean frames (mask 0) get no time embedding at all."""
+        """Return the tokens [S, M] in ``rows``. Clean frames (mask 0) get no time embedding."""
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
-        """Tokens -> values of the velocity, a row a token."""
+        """Return the values of the velocity, a row a token."""
 
     def assemble(self, values: Tensor, z: Tensor, noise_mask_T: Tensor) -> Tensor:
         """Assemble rows into the velocity, shaped like the latents ``z``, in the rows' dtype; zero at clean frames."""
@@ -65,7 +65,7 @@ class VideoHead(nn.Module):
         return _add_time(self.proj_in(patches_SP[rows]), noise_mask_S[rows], time_M)
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
-        """Tokens -> patches [S, patch * patch * C] of the velocity."""
+        """Return the patches [S, patch * patch * C] of the velocity."""
         return self.proj_out(x_SM)
 
     def assemble(self, patches_SP: Tensor, z_BCTHW: Tensor, noise_mask_T: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class SoundHead(nn.Module):
         return _add_time(self.proj_in(z_CT.T[rows]) + self.modality_embed, noise_mask_T[rows], time_M)
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
-        """Tokens -> velocity [T, C]."""
+        """Return the velocity [T, C]."""
         return self.proj_out(x_SM)
 
     def assemble(self, v_TC: Tensor, z_CT: Tensor, noise_mask_T: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class SoundHead(nn.Module):
 
 
 class DomainLinear(nn.Module):
-    """A linear layer with weights of its own for every embodiment domain; one flattened [in, out] matrix a row."""
+    """A linear layer with separate weights for every embodiment domain, one flattened [in, out] matrix a row."""
 
     def __init__(self, num_in: int, num_out: int, num_domains: int) -> None:
         super().__init__()
@@ -136,12 +136,12 @@ class ActionHead(nn.Module):
         self, z_TC: Tensor, noise_mask_T: Tensor, time_M: Tensor, rows: slice = _ALL, *, domain_id: int | None = None
     ) -> Tensor:
         """See :class:`Head`."""
-        assert domain_id is not None, "whoever prepares actions names their embodiment"
+        assert domain_id is not None, "actions have an embodiment"
         return _add_time(self.proj_in(z_TC[rows], domain_id) + self.modality_embed, noise_mask_T[rows], time_M)
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
-        """Tokens -> velocity [T, C]."""
-        assert domain_id is not None, "whoever prepares actions names their embodiment"
+        """Return the velocity [T, C]."""
+        assert domain_id is not None, "actions have an embodiment"
         return self.proj_out(x_SM, domain_id)
 
     def assemble(self, v_TC: Tensor, z_TC: Tensor, noise_mask_T: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layers both towers are made of.
+"""The layers of both towers.
 
 Shape letters: S tokens (text or generated), M width, N heads, D head dim.
 """
@@ -15,7 +15,7 @@ from cosmos3_core.ops.registry import Ops
 
 
 def take_rows(x: Tensor, rows: slice) -> Tensor:
-    """``x[rows]`` along dim 0, with zeros where ``rows`` reaches past the end."""
+    """Return ``x[rows]`` along dim 0, with zeros past the end."""
     taken = x[rows]
     missing = rows.stop - rows.start - taken.shape[0]
     return F.pad(taken, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else taken
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         ops: implementations of the operators.
         weight_in_fp32: multiply by the weight before the result is rounded to the input's dtype (the Nemotron
-            backbone of Edge) instead of after (the Qwen3 backbone). The same thing in fp32.
+            backbone of Edge) instead of after (the Qwen3 backbone); both are the same in fp32.
     """
 
     def __init__(self, width: int, eps: float, ops: Ops, *, weight_in_fp32: bool = False) -> None:
@@ -42,8 +42,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps, self.weight_in_fp32)
 
-    def after_adding(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """``x + branch``, and the norm of it."""
+    def add_and_norm(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + branch`` and its norm."""
         return self.ops.add_rms_norm(x, branch, self.weight, self.eps, self.weight_in_fp32)
 
     def rotate(self, x_SND: Tensor, rope: RopeTable) -> Tensor:
@@ -73,8 +73,8 @@ class QKV(nn.Module):
     """Query, key and value projections in one matrix: rows of all query heads, then key heads, then value heads.
 
     Args:
-        config: sizes; local ones where heads are split.
-        with_queries: False where only keys and values are ever asked for.
+        config: sizes, of this rank's share if heads are split.
+        with_queries: False for keys and values only.
     """
 
     def __init__(self, config: TransformerConfig, *, with_queries: bool = True) -> None:
@@ -85,7 +85,7 @@ class QKV(nn.Module):
         self.proj = nn.Linear(config.hidden_size, sum(self.heads) * self.head_dim, bias=config.attention_bias)
 
     def forward(self, x_SM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns q [S, N, D] (N = 0 without queries), k and v [S, N_kv, D]."""
+        """Return q [S, N, D] (N = 0 without queries), k and v [S, N_kv, D]."""
         heads_SND = self.proj(x_SM).view(x_SM.shape[0], -1, self.head_dim)
         q, k, v = heads_SND.split(self.heads, dim=1)
         return q, k, v
@@ -94,7 +94,7 @@ class QKV(nn.Module):
 class TimeEmbedder(nn.Module):
     """Timestep -> [M]: sinusoid (cosines first) and a two-layer MLP, all in fp32 (DDPM's embedding, Ho et al. 2020).
 
-    Its weights stay fp32 in every checkpoint dtype: bf16 cannot tell neighbouring timesteps apart.
+    The weights stay fp32 in every checkpoint dtype: in bf16 neighbouring timesteps would coincide.
     """
 
     CHANNELS = 256
@@ -106,7 +106,7 @@ class TimeEmbedder(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, scaled_timestep: Tensor) -> Tensor:
-        """Args: scaled_timestep, a scalar fp32 tensor (timestep x timestep_scale)."""
+        """Embed ``scaled_timestep``, a scalar fp32 tensor: timestep x timestep_scale."""
         half = self.CHANNELS // 2
         exponent = torch.arange(half, dtype=torch.float32, device=scaled_timestep.device) / half
         angle = scaled_timestep * torch.exp(-torch.tensor(self.MAX_PERIOD).log() * exponent)

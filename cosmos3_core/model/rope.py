@@ -1,7 +1,7 @@
 """Positions and rotary embedding: interleaved multi-axis RoPE (mRoPE) as in Qwen3-VL, with Cosmos3's time axis.
 
 Shape letters: L text tokens, S generated tokens, D head dim, N heads. Positions are [3, tokens] float32, rows t, h, w.
-Absolute positions pass 15,000, so frequencies are computed in fp32 whatever the model's dtype.
+Absolute positions exceed 15,000, so frequencies are computed in fp32 for any dtype of the model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class RopeTable:
 
 
 def text_positions(num_tokens: int) -> Tensor:
-    """Positions of the prompt's tokens: 0, 1, 2, ... on all three axes. Returns [3, num_tokens] float32."""
+    """Return the positions of a prompt's tokens: 0, 1, 2, ... on all three axes; [3, num_tokens] float32."""
     return torch.arange(num_tokens, dtype=torch.float32).expand(3, -1)
 
 
 def grid_positions(grid: TokenGrid, *, fps: float, temporal: int, config: TransformerConfig) -> Tensor:
-    """Positions of a clip's tokens before :func:`after_text` moves them behind a prompt.
+    """Return the positions of a clip's tokens before :func:`after_text` moves them behind a prompt.
 
     A latent frame stands for ``temporal`` pixel frames, so frame i sits at i * base_fps / fps: the same second has the
     same position at every frame rate. A single frame has no rate and is not scaled. Tokens: frame, row, column.
@@ -47,13 +47,13 @@ def grid_positions(grid: TokenGrid, *, fps: float, temporal: int, config: Transf
 def track_positions(
     num_steps: int, *, rate: float, base_rate: float, config: TransformerConfig, first: int = 0
 ) -> Tensor:
-    """Positions of a track of one token a step, sound or actions: on the clip's time axis alone.
+    """Return the positions of a track of one token a step, sound or actions: only on the clip's time axis.
 
     Args:
-        num_steps: tokens.
+        num_steps: number of tokens.
         rate: steps a second.
-        base_rate: of the positions, a second.
-        config: of the checkpoint.
+        base_rate: positions a second.
+        config: the checkpoint's.
         first: number of the first step.
 
     Returns:
@@ -72,10 +72,10 @@ def _times(num_steps: int, *, rate: float, base_rate: float, first: int, config:
 
 
 def after_text(positions: Tensor, num_text_tokens: int, config: TransformerConfig) -> Tensor:
-    """Generated tokens' positions behind a prompt of that many tokens; [3, S] -> [3, S].
+    """Move the positions of generated tokens behind a prompt; [3, S] -> [3, S].
 
-    They start a fixed margin after the text, so the two guidance branches, whose prompts differ in length, place the
-    same clip differently.
+    They start a fixed margin after the text, so that the two guidance branches, with prompts of different lengths,
+    place the same clip differently.
     """
     offset = float(num_text_tokens + config.unified_3d_mrope_temporal_modality_margin)
     moved = (True, not config.unified_3d_mrope_reset_spatial_ids, not config.unified_3d_mrope_reset_spatial_ids)
@@ -83,7 +83,7 @@ def after_text(positions: Tensor, num_text_tokens: int, config: TransformerConfi
 
 
 def rope_table(positions: Tensor, config: TransformerConfig, *, device: torch.device, dtype: torch.dtype) -> RopeTable:
-    """Rotary table of tokens at ``positions`` [3, tokens].
+    """Return the rotary table of tokens at ``positions`` [3, tokens].
 
     Frequency slot k of head_dim / 2 turns with the row position if k % 3 == 1, with the column position if k % 3 == 2
     (each only within its section's share) and with time otherwise, so that all axes get high and low frequencies.

@@ -1,7 +1,7 @@
-"""Keys and values of prompts that were seen before, by the hash of their token ids.
+"""Cache of prompts' keys and values by the hash of their token ids.
 
-A default negative prompt comes with every request, so its prefill is paid once; a repeated prompt costs nothing. What
-is kept is decided in :mod:`cosmos3_core.prompt_ledger`; here it lies.
+Most requests share the default negative prompt, which is prefilled once; a repeated prompt costs nothing.
+:mod:`cosmos3_core.prompt_ledger` decides which prompts stay.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from cosmos3_core.prompt_ledger import PromptOrders, text_key
 
 
 class TextCache:
-    """Holds :class:`TextKV` of prompts as it is told to. For one thread.
+    """Holds the :class:`TextKV` of prompts by orders. For one thread.
 
     Args:
         prefill: token ids [L] -> TextKV; called on a miss.
 
     Attributes:
-        num_prefills: how often ``prefill`` was called.
+        num_prefills: number of calls of ``prefill``.
     """
 
     def __init__(self, prefill: Callable[[Tensor], TextKV]) -> None:
@@ -32,13 +32,13 @@ class TextCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all entries."""
         return sum(entry.num_bytes for entry in self._entries.values())
 
     def take(self, prompts: Sequence[Sequence[int]], orders: PromptOrders) -> list[TextKV]:
-        """Return the keys and values of a request's prompts, kept ones or computed now; the orders are carried out."""
+        """Return the keys and values of a request's prompts, cached or computed now, and follow the orders."""
         keys = [text_key(text_ids) for text_ids in prompts]
-        # Held on to before anything is dropped: a prompt may leave the cache with the request that uses it once more.
+        # Taken before the drop: the orders may evict a prompt that this request still uses.
         taken = {key: self._entries[key] for key in keys if key in self._entries}
         self.drop(orders)
         for key, text_ids in zip(keys, prompts, strict=True):
@@ -50,6 +50,6 @@ class TextCache:
         return [taken[key] for key in keys]
 
     def drop(self, orders: PromptOrders) -> None:
-        """Forget what the orders name."""
+        """Drop the entries that the orders name."""
         for key in orders.drop:
             self._entries.pop(key, None)

@@ -1,8 +1,8 @@
 """The two towers of Cosmos3's mixture of transformers: same depth, separate weights, one shared attention.
 
-The understanding tower reads the prompt, causally, and never sees generated tokens or the timestep. What the
-generation tower takes from it are its keys and values, layer by layer: they depend on the prompt alone and are
-computed once. The generation tower attends, without a mask, to those and to all its own tokens.
+The understanding tower reads the prompt, causally, and never sees generated tokens or the timestep. The generation
+tower takes its keys and values, layer by layer, which depend on the prompt alone and are computed once. It attends,
+without a mask, to those and to all its own tokens.
 
 Shape letters: L text tokens, S generated tokens, M width, N heads, D head dim.
 """
@@ -22,7 +22,7 @@ from cosmos3_core.ops.registry import Ops
 
 @dataclass(frozen=True)
 class TextKV:
-    """One prompt as the generation tower reads it: keys (rotated) and values of every layer.
+    """Keys (rotated) and values of one prompt in every layer, for the generation tower.
 
     Attributes:
         keys: per layer [L, N_kv, D], in the towers' dtype.
@@ -50,7 +50,7 @@ def _rotate(x_LND: Tensor, norm: RMSNorm | None, rope: RopeTable) -> Tensor:
 
 
 class UnderstandingLayer(nn.Module):
-    """One layer over the prompt. The last one stops at its keys and values (``keys_only``): nobody reads its output."""
+    """One layer over the prompt. The last one stops at its keys and values (``keys_only``)."""
 
     def __init__(self, config: TransformerConfig, ops: Ops, *, keys_only: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class UnderstandingLayer(nn.Module):
         self.keys_only = keys_only
         self.input_norm = _norm(config, config.hidden_size, ops)
         self.qkv = QKV(config, with_queries=not keys_only)
-        # Qwen3 backbones normalise text queries and keys; Nemotron ones only the keys that generation sees.
+        # Qwen3 backbones normalise text queries and keys; Nemotron backbones only the keys for generation.
         self.k_norm = _norm(config, config.head_dim, ops) if config.qk_norm_for_text else None
         self.q_norm = _norm(config, config.head_dim, ops) if config.qk_norm_for_text and not keys_only else None
         separate = config.use_und_k_norm_for_gen and not config.qk_norm_for_text
@@ -70,7 +70,7 @@ class UnderstandingLayer(nn.Module):
             self.mlp = MLP(config, ops)
 
     def forward(self, x_LM: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the layer's output [L, M], the keys for generation [L, N_kv, D] and the values [L, N_kv, D]."""
+        """Return the layer's output [L, M], the keys for generation [L, N_kv, D] and the values [L, N_kv, D]."""
         q_LND, k_LND, v_LND = self.qkv(self.input_norm(x_LM))
         seen_norm = self.k_norm if self.k_norm_for_generation is None else self.k_norm_for_generation
         seen_k_LND = _rotate(k_LND, seen_norm, rope)
@@ -79,7 +79,7 @@ class UnderstandingLayer(nn.Module):
             return x_LM, seen_k_LND, v_LND.clone()
         k_LND = seen_k_LND if self.k_norm_for_generation is None else apply_rope(k_LND, rope)
         attended_LND = self.ops.attention(_rotate(q_LND, self.q_norm, rope), k_LND, v_LND, True)
-        x_LM, normed_LM = self.post_norm.after_adding(x_LM, self.out(attended_LND.flatten(1)))
+        x_LM, normed_LM = self.post_norm.add_and_norm(x_LM, self.out(attended_LND.flatten(1)))
         return x_LM + self.mlp(normed_LM), seen_k_LND, v_LND.clone()
 
 
@@ -105,7 +105,7 @@ class UnderstandingTower(nn.Module):
 
 
 class GenerationLayer(nn.Module):
-    """One layer over the generated tokens; attends to the prompt's keys and to its own, without a mask."""
+    """One layer over the generated tokens, which attend to the prompt's keys and their own, without a mask."""
 
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
@@ -126,12 +126,12 @@ class GenerationLayer(nn.Module):
         keys = torch.cat((text_k_LND, self.ops.all_tokens(k_SND, num_tokens)))
         values = torch.cat((text_v_LND, self.ops.all_tokens(v_SND, num_tokens)))
         attended_SND = self.ops.attention(q_SND, keys, values, False)
-        x_SM, normed_SM = self.post_norm.after_adding(x_SM, self.out(attended_SND.flatten(1)))
+        x_SM, normed_SM = self.post_norm.add_and_norm(x_SM, self.out(attended_SND.flatten(1)))
         return x_SM + self.mlp(normed_SM)
 
 
 class GenerationTower(nn.Module):
-    """The generated tokens' tower. In and out come the tokens worked on here, see :class:`Ops`; ``rope`` is of all."""
+    """The generated tokens' tower. Input and output are this rank's tokens, see :class:`Ops`; ``rope`` is for all."""
 
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()

@@ -19,14 +19,14 @@ from cosmos3_core.model.towers import GenerationTower, TextKV, UnderstandingTowe
 from cosmos3_core.ops.registry import Ops
 
 VIDEO, SOUND, ACTION = "video", "sound", "action"
-"""The modalities, in the order of their tokens; a checkpoint has the heads of some."""
+"""The modalities in the order of their tokens; a checkpoint may lack the heads of some."""
 
 
 class Cosmos3Transformer(nn.Module):
     """Both towers and the heads (NVIDIA Cosmos3; behaviour matched to diffusers 0.42.1 in fp32).
 
     Args:
-        config: ``transformer/config.json``, with local head and FFN sizes where those are split.
+        config: ``transformer/config.json``, with this rank's head and FFN sizes if those are split.
         ops: implementations of the operators, see :mod:`cosmos3_core.ops`.
     """
 
@@ -45,7 +45,7 @@ class Cosmos3Transformer(nn.Module):
         self.heads: Mapping[str, Head] = nn.ModuleDict(heads)  # type: ignore[assignment]
 
     def use_ops(self, ops: Ops) -> None:
-        """Take other implementations of the operators from now on."""
+        """Replace the implementations of the operators."""
         module: Any
         for module in self.modules():
             if hasattr(module, "ops"):
@@ -77,11 +77,11 @@ class Cosmos3Transformer(nn.Module):
 
         Args:
             latents: modality -> noisy latents, see :mod:`cosmos3_core.model.heads`; any dtype.
-            noise_masks: modality -> 1 where a latent frame is noisy, 0 where it is a clean condition; [T].
+            noise_masks: modality -> [T], 1 where a latent frame is noisy, 0 where it is a clean condition.
             timestep: the schedule's integer timestep, 0..1000.
             text: the prompt, from :meth:`prefill`.
-            rope: of all generated tokens behind that prompt, modalities in the order of ``latents``.
-            domain_id: of the embodiment, where there are actions.
+            rope: rotary table of all generated tokens behind that prompt, modalities in the order of ``latents``.
+            domain_id: the embodiment's, with actions.
 
         Returns:
             modality -> velocity (noise - clean), shaped like the latents, in the model's dtype.
@@ -99,7 +99,7 @@ class Cosmos3Transformer(nn.Module):
         x_SM = self.generation(take_rows(torch.cat(tokens), slice(0, rows.stop - rows.start)), text, rope)
         velocities = {}
         for index, (name, latent) in enumerate(inputs.items()):
-            # Every token worked on here goes through every head: patches are a twentieth of a token to bring together.
+            # This rank's tokens pass every head before the gather: a patch is a twentieth of a token.
             values = self.ops.all_tokens(self.heads[name].project(x_SM, domain_id=domain_id), sum(counts))
             velocities[name] = self.heads[name].assemble(values.split(counts)[index], latent, noise_masks[name])
         return velocities

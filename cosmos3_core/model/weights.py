@@ -1,7 +1,7 @@
-"""Where each parameter of :class:`Cosmos3Transformer` comes from: its name -> published tensor names.
+"""The sources of each parameter of :class:`Cosmos3Transformer`: its name -> published tensor names.
 
-Sources of one parameter are stacked along dim 0 (fused QKV, fused gate and up). Published tensors that no parameter
-takes are listed by :func:`find_unused_tensors`: the loader accepts them in a file and reads none of them.
+Sources of one parameter are stacked along dim 0 (fused QKV, fused gate and up). :func:`find_unused_tensors` lists the
+published tensors without a parameter: the loader accepts them in a file and does not read them.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
 
 
 def find_unused_tensors(config: TransformerConfig) -> list[str]:
-    """Published tensors that generation does not read: the language-model head, what lies behind the last keys and
-    values of the understanding tower."""
+    """Return the published tensors that generation does not read.
+
+    These are the language-model head, and the understanding tower after its last keys and values.
+    """
     used = {source for plan in transformer_plans(config) for source in plan.sources}
     return [name for name in transformer_tensors(config) if name not in used]
 
 
 def _track_heads(config: TransformerConfig) -> list[ParameterPlan]:
-    """Return the plans of sound and actions, where the checkpoint has them."""
+    """Return the plans of the sound and action heads that the checkpoint has."""
     plans = []
     if config.sound_gen:
         plans.append(ParameterPlan("heads.sound.modality_embed", ("audio_modality_embed",)))
@@ -96,7 +98,7 @@ def _generation_layer(config: TransformerConfig, index: int) -> list[ParameterPl
 
 
 def _linear(config: TransformerConfig, here: str, there: list[str]) -> list[ParameterPlan]:
-    """Return an attention projection; only these have biases, and only where the config says so."""
+    """Return an attention projection; only these may have biases, by the config."""
     kinds = ("weight", "bias") if config.attention_bias else ("weight",)
     return [ParameterPlan(f"{here}.{kind}", tuple(f"{source}.{kind}" for source in there)) for kind in kinds]
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch references: slow, obvious, the standard that fast implementations are compared with.
+"""Plain PyTorch operators: the reference that fast implementations are compared with.
 
 Shape letters: Q query tokens, K key tokens, S tokens, N heads, D head dim.
 """
@@ -13,7 +13,7 @@ from cosmos3_core.model.rope import RopeTable, apply_rope
 
 
 def attention(q_QND: Tensor, k_KND: Tensor, v_KND: Tensor, causal: bool) -> Tensor:
-    """Softmax attention with grouped key/value heads.
+    """Compute softmax attention with grouped key/value heads.
 
     Args:
         q_QND: queries [Q, N, D].
@@ -34,7 +34,7 @@ def attention(q_QND: Tensor, k_KND: Tensor, v_KND: Tensor, causal: bool) -> Tens
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
-    """Root-mean-square norm over the last axis, statistics in fp32.
+    """Compute the root-mean-square norm over the last axis, with statistics in fp32.
 
     Args:
         x: [..., width].
@@ -45,25 +45,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Ten
     Returns:
         Shaped like x, in its dtype.
     """
-    # torch's one kernel: its parts, one after the other, took 8% of a 720p step on an H200.
+    # torch's fused kernel instead of its parts; docs/performance.md says why.
     if weight_in_fp32 or x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.rms_norm(x, weight.shape, eps=eps) * weight
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> tuple[Tensor, Tensor]:
-    """Add a branch to the stream: ``x + y``, and its :func:`rms_norm`."""
+    """Add a branch to the stream: return ``x + y`` and its :func:`rms_norm`."""
     total = x + y
     return total, rms_norm(total, weight, eps, weight_in_fp32)
 
 
 def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool, rope: RopeTable) -> Tensor:
-    """:func:`rms_norm` of every head, then its rotation: queries or keys on their way into attention.
+    """Normalise (:func:`rms_norm`) and rotate every head of queries or keys.
 
     Args:
         x_SND: [S, N, D]; may be a view of more heads.
-        weight_D, eps, weight_in_fp32: of the norm.
-        rope: of the S tokens.
+        weight_D, eps, weight_in_fp32: see :func:`rms_norm`.
+        rope: rotary table of the S tokens.
 
     Returns:
         [S, N, D] in x's dtype.
@@ -72,6 +72,6 @@ def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool,
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """The gate of SwiGLU: ``silu(gate) * up`` of a matrix [S, 2 x inner] that holds the gates first; [S, inner]."""
+    """Apply the gate of SwiGLU: [S, 2 x inner], gates first -> ``silu(gate) * up`` [S, inner]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -1,6 +1,6 @@
-"""Elementwise operators as one pass over memory each, by Triton. Same signatures and meanings as in :mod:`eager`.
+"""Elementwise operators of one pass over memory each, in Triton, with the signatures and meanings of :mod:`eager`.
 
-The kernels are imported when one is first called: this module loads where there is no Triton.
+The kernels are imported at the first call: this module loads without Triton.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _HEADS_A_PROGRAM = 16
 _COLUMNS_A_PROGRAM = 2048
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why these do not run on a CUDA device, or None: only trying tells whether all is there that compiles them."""
+def why_unavailable(device: torch.device) -> str | None:
+    """Return why these do not run on a CUDA device, or None; found by running one, since compiling may fail."""
     try:
         rms_norm(torch.ones((1, 16), device=device), torch.ones(16, device=device), 1e-6, False)
     except Exception as error:  # noqa: BLE001 # no Triton, no C compiler, no headers of Python, a read-only home, ...
@@ -24,7 +24,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
-    """Launch the kernel, a row a program."""
+    """Launch the kernel, one program a row."""
     from cosmos3_core.ops import kernels
 
     x = x.contiguous()
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Ten
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> tuple[Tensor, Tensor]:
-    """Launch the kernel, a row a program."""
+    """Launch the kernel, one program a row."""
     from cosmos3_core.ops import kernels
 
     x, y = x.contiguous(), y.contiguous()
@@ -52,7 +52,7 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp3
 
 
 def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool, rope: RopeTable) -> Tensor:
-    """Reads the heads where the projection left them."""
+    """Launch the kernel on the heads in place, without a copy."""
     from cosmos3_core.ops import kernels
 
     tokens, heads, head_dim = x_SND.shape
@@ -64,13 +64,13 @@ def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool,
             tokens * heads, x_SND.stride(0), x_SND.stride(1), eps,
             HEADS=heads, HALF=half, HALF_BLOCK=_power_of_two(half), ROWS=_HEADS_A_PROGRAM,
             WEIGHT_IN_FP32=weight_in_fp32,
-            enable_fp_fusion=False,  # a product that is added unrounded is not what eager gives
+            enable_fp_fusion=False,  # an unrounded product in a sum would differ from eager
         )  # fmt: skip
     return out_SND
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """Reads both halves where the projection left them."""
+    """Launch the kernel on both halves in place, without a copy."""
     from cosmos3_core.ops import kernels
 
     gate_up = gate_up.contiguous()

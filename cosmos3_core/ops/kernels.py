@@ -1,7 +1,7 @@
-"""Triton kernels, the device's half of :mod:`cosmos3_core.ops.fused`; imported on machines that run Triton only.
+"""Triton kernels of :mod:`cosmos3_core.ops.fused`; imported only on machines that run Triton.
 
-They round to the tensors' dtype wherever the eager twin writes a tensor, so that both give the same numbers but for the
-order of sums. Numbers of tokens are not specialised on: a request of another shape compiles nothing.
+They round to the tensors' dtype wherever the eager twin writes a tensor, so that both give the same numbers except for
+the order of sums. They are not specialised on numbers of tokens: a request of another shape compiles nothing.
 """
 
 import triton
@@ -59,7 +59,7 @@ def norm_rope(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, num_rows, token_stride, head_stride, eps,
     HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` heads a program, counted through the tokens; both halves of a head side by side."""
+    """Compute ``ROWS`` heads a program, numbered across the tokens, both halves of a head together."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.arange(0, HALF_BLOCK)
     is_slot = slot < HALF
@@ -84,7 +84,7 @@ def norm_rope(
 
 @triton.jit
 def silu_mul(x_ptr, out_ptr, INNER: tl.constexpr, BLOCK: tl.constexpr):
-    """``BLOCK`` columns of one row a program."""
+    """Compute ``BLOCK`` columns of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = column < INNER

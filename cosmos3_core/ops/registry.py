@@ -1,4 +1,4 @@
-"""Which implementation of each operator runs: chosen once, when an engine starts, and said in the log.
+"""Chooses the implementation of each operator, once when an engine starts, and logs it.
 
 Every fast implementation has the signature of its eager twin in :mod:`cosmos3_core.ops.eager` and is compared with it
 in the tests. A new kernel is one function, one row in ``IMPLEMENTATIONS`` and one tolerance in the test's table.
@@ -34,7 +34,7 @@ def _all_rows(num_tokens: int) -> slice:
     return slice(0, num_tokens)
 
 
-def _already_all(x: Tensor, num_tokens: int) -> Tensor:
+def _keep_all(x: Tensor, num_tokens: int) -> Tensor:
     return x
 
 
@@ -44,9 +44,9 @@ class Ops:
 
     Attributes:
         attention, rms_norm, add_rms_norm, norm_rope, silu_mul: see :mod:`cosmos3_core.ops.eager`.
-        own_rows: S -> which of the S generated tokens are worked on here; all of them unless they are shared out. May
-            reach past the last: what is there is padding.
-        all_tokens: (tokens worked on here, S) -> all S of them.
+        own_rows: S -> run of the S generated tokens that this rank works on; all of them without sequence parallelism.
+            May reach past the last one, into padding.
+        all_tokens: (this rank's tokens, S) -> all S of them.
     """
 
     attention: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = sdpa.attention
@@ -55,11 +55,11 @@ class Ops:
     norm_rope: Callable[[Tensor, Tensor, float, bool, RopeTable], Tensor] = eager.norm_rope
     silu_mul: Callable[[Tensor], Tensor] = eager.silu_mul
     own_rows: Callable[[int], slice] = _all_rows
-    all_tokens: Callable[[Tensor, int], Tensor] = _already_all
+    all_tokens: Callable[[Tensor, int], Tensor] = _keep_all
 
 
 def names_of(ops: Ops) -> dict[str, str]:
-    """Operator -> name of the chosen implementation."""
+    """Return operator -> name of its implementation."""
     return {
         op: next(name for name, implementation in known.items() if implementation is getattr(ops, op))
         for op, known in IMPLEMENTATIONS.items()
@@ -67,15 +67,15 @@ def names_of(ops: Ops) -> dict[str, str]:
 
 
 def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, str] | None = None) -> Ops:
-    """Choose for a device and dtype.
+    """Choose the operators for a device and dtype.
 
     Args:
-        device: where the model runs.
+        device: the model's device.
         dtype: the towers' dtype.
         choices: operator -> implementation name, to override the choice.
 
     Raises:
-        RequestError: an unknown operator or implementation; the message lists the known ones.
+        RequestError: an operator or implementation is unknown; the message lists the known ones.
     """
     chosen = {op: _best_elementwise(device) for op in IMPLEMENTATIONS} | {"attention": _best_attention(device, dtype)}
     for op, name in (choices or {}).items():
@@ -97,5 +97,5 @@ def _best_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]
 def _best_elementwise(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return "eager", f"there is no fused kernel for {device.type}"
-    reason = fused.why_not(device)
+    reason = fused.why_unavailable(device)
     return ("triton", "one pass over memory each") if reason is None else ("eager", reason)

@@ -1,6 +1,4 @@
-"""Which implementation of each of the video VAE's operators runs, as :mod:`cosmos3_core.ops.registry` says it of the
-transformer's: chosen once, when the VAE is built, and said in the log.
-"""
+"""Chooses the implementation of each of the video VAE's operators, once when the VAE is built, and logs it."""
 
 from __future__ import annotations
 
@@ -29,15 +27,14 @@ AddShortcutOp = Callable[
 
 @dataclass(frozen=True)
 class VideoOps:
-    """The chosen implementations.
+    """The chosen implementations, one field an operator.
 
     Attributes:
         window: see :func:`cosmos3_core.ops.video_eager.window`.
         upsample: see :func:`cosmos3_core.ops.video_eager.upsample`.
         add_shortcut: see :func:`cosmos3_core.ops.video_eager.add_shortcut`.
-        take_bias: whether convolutions in front of a window or a shortcut leave their bias to it. That saves a pass
-            over memory where the convolution itself would add it in a second kernel, as cuDNN's does; oneDNN's adds it
-            in the same.
+        take_bias: whether convolutions before a window or a shortcut leave their bias to it. This saves a pass over
+            memory with cuDNN, whose convolutions add the bias in a second kernel; oneDNN's add it in the same one.
     """
 
     window: WindowOp = video_eager.window
@@ -51,7 +48,7 @@ def _eager() -> VideoOps:
 
 
 def _triton() -> VideoOps:
-    # Here, because Triton is where torch was built for GPUs and nowhere else.
+    # Imported here: only builds of torch for GPUs have Triton.
     from cosmos3_core.ops import video_triton
 
     kernels: ModuleType = video_triton
@@ -62,7 +59,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], VideoOps]] = {"eager": _eager, "triton":
 
 
 def select_video_ops(device: torch.device) -> VideoOps:
-    """Choose for a device."""
+    """Choose the operators for a device."""
     use_triton, reason = prefers_triton(device)
     name = "triton" if use_triton else "eager"
     logger.info("video VAE ops: %s (%s)", name, reason)

@@ -1,13 +1,13 @@
-"""The video VAE's operators as Triton kernels: one pass over memory each. Signatures and meaning as in
-:mod:`cosmos3_core.ops.video_eager`; sums and quotients are fp32 throughout and round once, at the end.
+"""The video VAE's operators as Triton kernels of one pass over memory each.
 
-Every program has a piece of one row of one frame, all channels: what depends on frame and row is the same for all of
-it. Any strides are right; fast are channels that lie side by side. Imported only where Triton is there.
+Signatures and meanings are those of :mod:`cosmos3_core.ops.video_eager`; sums and quotients are fp32 throughout and
+round once, at the end. A program handles a piece of one row of one frame, all channels. All strides are correct;
+channels last are fast. Imported only with Triton.
 
-Triton launches on the current device, wherever the tensors are: hence ``device_of``.
+Triton launches on the current device, not that of the tensors: hence ``device_of``.
 """
 
-# Triton compiles the kernels, and has no types for what their arguments become.
+# Triton compiles the kernels and has no types for their arguments.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cosmos3_core.ops.video_eager import MIN_NORM
 
-# Elements and warps of a program, 32 elements a thread: the fastest or close to it for every width of the published
-# decoder on an H200.
+# Elements and warps of a program, 32 elements a thread: about the fastest for every width of the published decoder on
+# an H200.
 _BLOCK_ELEMENTS = 4096
 _NUM_WARPS = 4
 
@@ -34,7 +34,7 @@ def window(
     gain_C111: Tensor | None,
     bias_C: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Norm, SiLU, border, history and the copy for the next chunk in one kernel."""
+    """Compute norm, SiLU, border, history and the next chunk's history in one kernel."""
     batch, channels, num_frames, height, width = x_BCTHW.shape
     border_H, border_W = border_HW
     height_out, width_out = height + 2 * border_H, width + 2 * border_W
@@ -80,7 +80,7 @@ def window(
 
 
 def upsample(x_BCTHW: Tensor, num_parts: int) -> Tensor:
-    """Each pixel read once and written four times, channels last."""
+    """Read each pixel once and write it four times, channels last."""
     batch, channels_in, num_frames, height, width = x_BCTHW.shape
     channels = channels_in // num_parts
     y_KCHW = torch.empty(
@@ -204,7 +204,7 @@ def _window_kernel(
     columns = (tl.program_id(0) % num_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     is_channel = c < channels
-    # Offsets of whole rows in 64 bits: a clip's widest windows come near 2^31 elements.
+    # Offsets of rows in 64 bits: a clip's widest windows have nearly 2^31 elements.
     row = (line % height_out).to(tl.int64)
     frame = (line // height_out % (NUM_HISTORY + num_frames)).to(tl.int64)
     b = (line // height_out // (NUM_HISTORY + num_frames)).to(tl.int64)
@@ -313,7 +313,7 @@ def _add_shortcut_kernel(
     row = (line % height).to(tl.int64)
     frame = (line // height % num_frames).to(tl.int64)
     b = (line // height // num_frames).to(tl.int64)
-    # Of a clip's first frame only the last of the finer ones exists.
+    # A clip's first frame has only the last of its finer frames.
     fine_frame = frame + num_skipped
     is_inside = (columns < width) & is_channel
 

@@ -1,4 +1,4 @@
-"""Puts the collectives into a loaded transformer, in a fixed order. The model's own files know nothing of them."""
+"""Inserts the collectives into a loaded transformer. The model's own files do not know them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cosmos3_core.parallel.groups import Groups
 
 
 def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
-    """Make a transformer that was loaded as one rank's share work with the other ranks.
+    """Make a transformer that holds one rank's share work with the other ranks.
 
-    1. TP: the row-split layers, attention output and FFN down, add up over the ranks; both towers.
+    1. TP: the row-split layers of both towers, attention output and FFN down, sum over the ranks.
     2. SP: the generation tower works on this rank's tokens and gathers keys and values.
 
     Args:
         transformer: loaded with ``groups.layout.shard(rank)``.
-        groups: this rank's.
+        groups: this rank's groups.
     """
     if groups.tp is not None:
         for layer in (*transformer.understanding.layers, *transformer.generation.layers):
@@ -30,5 +30,5 @@ def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
 
 
 def branch_share(groups: Groups) -> BranchShare | None:
-    """Return how this rank shares the guidance branches; None where it runs them all."""
+    """Return this rank's share of the guidance branches; None if it runs all of them."""
     return None if groups.cfg is None else BranchShare(groups.place.cfg, groups.cfg, is_speaker=groups.rank == 0)

@@ -1,6 +1,6 @@
-"""Exchanges between ranks. Each is a visible piece that :mod:`cosmos3_core.parallel.apply` puts where it belongs.
+"""Exchanges between ranks, which :mod:`cosmos3_core.parallel.apply` inserts into the model.
 
-Shape letters: S generated tokens. All of them are exact: nothing is dropped, and padding never reaches a result.
+All of them are exact: nothing is dropped, and padding never reaches a result. Shape letters: S generated tokens.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# torch 2.13 gave it another name and warns of the old one.
+# torch 2.13 renamed it and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather_runs(run: Tensor, num_ranks: int, group: Any) -> Tensor:
-    """Gather every rank's run, [S, ...] each, one behind the other: [num_ranks S, ...], on every rank."""
+    """Gather every rank's run [S, ...] in order on every rank: [num_ranks S, ...]."""
     runs = run.new_empty((num_ranks * run.shape[0], *run.shape[1:]))
     _all_gather(runs, run.contiguous(), group=group)
     return runs
 
 
 class Summed(nn.Module):
-    """A row-split linear layer whose partial products are added up over the ranks, its bias once.
+    """A row-split linear layer that sums the ranks' partial products, and adds its bias once.
 
     Args:
         linear: this rank's columns.
-        group: of the ranks that hold the others.
+        group: process group of the ranks that hold the others.
     """
 
     def __init__(self, linear: nn.Linear, group: Any) -> None:
@@ -51,9 +51,9 @@ class TokenShare:
     """The generated tokens, split into equal runs; the last ones are padded with zeros.
 
     Attributes:
-        index: which run is this rank's.
-        count: how many runs there are.
-        group: of the ranks that hold the others.
+        index: number of this rank's run.
+        count: number of runs.
+        group: process group of the ranks that hold the others.
     """
 
     index: int
@@ -61,24 +61,24 @@ class TokenShare:
     group: Any
 
     def own(self, num_tokens: int) -> slice:
-        """This rank's run of ``num_tokens`` tokens, ceil(num_tokens / count) long; the last ones reach past the end."""
+        """Return this rank's run of ceil(num_tokens / count) tokens; the last runs may reach past the end."""
         share = -(-num_tokens // self.count)
         return slice(self.index * share, (self.index + 1) * share)
 
     def all(self, x: Tensor, num_tokens: int) -> Tensor:
-        """Gather every rank's run, [ceil(S / count), ...] -> [S, ...], padding taken off; on every rank."""
+        """Gather every rank's run on every rank, [ceil(S / count), ...] -> [S, ...], without the padding."""
         return all_gather_runs(x, self.count, self.group)[:num_tokens]
 
 
 @dataclass(frozen=True)
 class BranchShare:
-    """The guidance branches, one a group of ranks.
+    """The guidance branches, one for each half of the ranks.
 
     Attributes:
-        index: which branch is this rank's: 0 conditional, 1 unconditional.
-        group: of the two ranks, one a branch, that hold the same share.
-        is_speaker: this rank warns, for all of them, of requests that leave the second group waiting.
-        warned: kinds of request that it has warned of, at most "image" and "video"; the log says it once a kind.
+        index: this rank's branch: 0 conditional, 1 unconditional.
+        group: process group of the two ranks, one a branch, with the same share.
+        is_speaker: whether this rank logs, for all of them, requests that leave the second half waiting.
+        warned: kinds of request already logged, at most "image" and "video".
     """
 
     index: int
@@ -87,11 +87,11 @@ class BranchShare:
     warned: set[str] = field(default_factory=set, compare=False)
 
     def mine(self, num_branches: int, num_latent_frames: int) -> tuple[int, ...]:
-        """Return the branches that this rank runs; none where guidance is off and this is the second group.
+        """Return the branches that this rank runs: none in the second half without guidance.
 
         Args:
-            num_branches: how many the request has: 2, or 1 without guidance.
-            num_latent_frames: of the request; says what kind it is.
+            num_branches: branches of the request: 2, or 1 without guidance.
+            num_latent_frames: latent frames of the request; 1 is an image.
         """
         kind = "image" if num_latent_frames == 1 else "video"
         if num_branches == 1 and self.is_speaker and kind not in self.warned:
@@ -106,12 +106,12 @@ class BranchShare:
     def exchange(
         self, own: dict[str, Tensor] | None, like: dict[str, Tensor], num_branches: int
     ) -> list[dict[str, Tensor]]:
-        """Exchange every branch's predictions: all of them on every rank.
+        """Gather every branch's predictions on every rank.
 
         Args:
-            own: this rank's predictions, fp32; None where it ran no branch.
+            own: this rank's predictions, fp32; None if it ran no branch.
             like: modality -> a tensor of the predictions' shape, fp32.
-            num_branches: how many there are.
+            num_branches: number of branches.
         """
         results: list[dict[str, Tensor]] = [{} for _ in range(num_branches)]
         for name, shaped in like.items():

@@ -1,4 +1,4 @@
-"""Process groups: made here, in one place, and passed on as an argument."""
+"""Process groups, made only here and passed as arguments."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RankGroup:
     """One rank's view of ranks that share some work, numbered from 0.
 
     Attributes:
-        rank: this one's number.
-        num_ranks: how many there are.
-        group: torch's; None for a rank that is alone.
+        rank: number of this rank.
+        num_ranks: number of ranks.
+        group: torch's process group; None for a single rank.
     """
 
     rank: int = 0
@@ -38,7 +38,7 @@ class Groups:
     Attributes:
         layout: the degrees.
         place: this rank's coordinates.
-        tp, cfg, sp: this rank's group along each axis; None where the axis has one rank.
+        tp, cfg, sp: this rank's group along each axis; None for an axis of one rank.
         everyone: all ranks of the layout, CFG outermost and TP innermost.
     """
 
@@ -55,23 +55,23 @@ class Groups:
 
 
 ALONE = Groups(Layout(), RankCoordinates(0, 0, 0))
-"""The groups of a rank that is alone."""
+"""The groups of a single rank."""
 
 
 def host_store(host: str, num_ranks: int, timeout_s: float) -> Any:
-    """Open a meeting place on a port that the operating system picks; the other ranks need its ``port``.
+    """Open a rendezvous store on a port that the operating system picks; the other ranks need its ``port``.
 
     Args:
-        host: address under which the other ranks reach this one.
-        num_ranks: how many will come, this one included.
-        timeout_s: for every wait in it.
+        host: address of this rank for the others.
+        num_ranks: number of ranks, this one included.
+        timeout_s: timeout of every wait in it, seconds.
     """
     timeout = timedelta(seconds=timeout_s)
     return TCPStore(host, 0, num_ranks, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
 def join_store(host: str, port: int, num_ranks: int, timeout_s: float) -> Any:
-    """Join the meeting place that another rank hosts."""
+    """Join the rendezvous store that another rank hosts."""
     return TCPStore(host, port, num_ranks, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
@@ -80,17 +80,17 @@ def init_groups(layout: Layout, rank: int, *, backend: str, timeout_s: float, st
 
     Args:
         layout: the degrees; ``num_ranks`` processes take part.
-        rank: of this process.
+        rank: rank of this process.
         backend: "nccl" on GPUs, "gloo" on CPUs.
-        timeout_s: for joining, and for every collective afterwards.
-        store: where the ranks meet, a ``torch.distributed`` store; None takes torchrun's environment.
+        timeout_s: timeout of joining, and of every collective afterwards, seconds.
+        store: rendezvous store of ``torch.distributed``; None takes torchrun's environment.
     """
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=layout.num_ranks, timeout=timeout)
     mine: dict[str, Group] = {}
     for axis in ("tp", "cfg", "sp"):
         for ranks in layout.peers(axis):
-            # Collective: every rank makes every group, also those that it is not in.
+            # Collective: every rank makes every group, even those without it.
             group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 mine[axis] = group
@@ -99,14 +99,14 @@ def init_groups(layout: Layout, rank: int, *, backend: str, timeout_s: float, st
 
 
 def init_group(num_ranks: int, rank: int, device: torch.device, *, timeout_s: float, store: Any = None) -> RankGroup:
-    """Join the other ranks of a gang that is no layout of a transformer. Every rank calls it once.
+    """Join the other ranks of a gang without a layout, such as decoders. Every rank calls it once.
 
     Args:
-        num_ranks: how many processes take part.
-        rank: of this process.
-        device: of the tensors that will travel; a GPU must be the process's current one.
-        timeout_s: for joining, and for every exchange afterwards.
-        store: where the ranks meet, a ``torch.distributed`` store; None takes torchrun's environment.
+        num_ranks: number of processes that take part.
+        rank: rank of this process.
+        device: device of the tensors to exchange; a GPU must be the process's current one.
+        timeout_s: timeout of joining, and of every exchange afterwards, seconds.
+        store: rendezvous store of ``torch.distributed``; None takes torchrun's environment.
     """
     timeout, backend = timedelta(seconds=timeout_s), collective_backend(device)
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
@@ -116,7 +116,7 @@ def init_group(num_ranks: int, rank: int, device: torch.device, *, timeout_s: fl
 
 
 def connect(ranks: RankGroup, device: torch.device) -> None:
-    """Have the ranks of a group connect now, all of them, before any two exchange something. Every rank calls it.
+    """Connect all ranks of a group before any two exchange data. Every rank calls it.
 
     NCCL connects at a group's first operation, in which all ranks have to take part.
     """
@@ -125,6 +125,6 @@ def connect(ranks: RankGroup, device: torch.device) -> None:
 
 
 def close_groups() -> None:
-    """Leave the groups. Harmless where none were made."""
+    """Leave the groups, if any were made."""
     if dist.is_initialized():
         dist.destroy_process_group()

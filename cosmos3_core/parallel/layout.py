@@ -1,6 +1,6 @@
-"""How one model spreads over ranks: tensor, guidance and sequence parallel degrees, in one value. No torch here.
+"""The layout of one model over ranks: its degrees of tensor, guidance and sequence parallelism. No torch here.
 
-    CFG  outermost: ranks of the conditional branch first, those of the unconditional one behind them
+    CFG  outermost: ranks of the conditional branch first, then those of the unconditional one
     SP   inside a branch: shares of the generated tokens
     TP   innermost: ranks of one share are neighbours, because they talk most
 
@@ -38,7 +38,7 @@ class Layout:
         sp: ranks that share the generated tokens.
 
     Raises:
-        RequestError: a degree that cannot be.
+        RequestError: a degree is out of bounds.
     """
 
     tp: int = 1
@@ -62,7 +62,7 @@ class Layout:
         """Return a rank's coordinates.
 
         Raises:
-            RequestError: there is no such rank.
+            RequestError: the layout has no such rank.
         """
         checks.integer("rank", rank, 0, self.num_ranks - 1)
         outer, tp = divmod(rank, self.tp)
@@ -74,7 +74,7 @@ class Layout:
         return (place.cfg * self.sp + place.sp) * self.tp + place.tp
 
     def peers(self, axis: str) -> list[list[int]]:
-        """Return the ranks that differ along one axis only, a list for each such set; every rank is in exactly one."""
+        """Return the sets of ranks that differ only along one axis; every rank is in exactly one."""
         sets: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.num_ranks):
             place = self.place(rank)
@@ -83,13 +83,13 @@ class Layout:
         return list(sets.values())
 
     def shard(self, rank: int) -> Shard:
-        """Which share of the weights a rank holds."""
+        """Return the share of the weights that a rank holds."""
         return Shard(self.place(rank).tp, self.tp)
 
     def check(self, config: TransformerConfig) -> None:
-        """Make sure that a model can be spread like this.
+        """Make sure that a model fits this layout.
 
         Raises:
-            RequestError: heads, KV heads or FFN columns do not divide by ``tp``; names the sizes that do.
+            RequestError: heads, KV heads or FFN columns do not divide by ``tp``; lists the sizes that do.
         """
         local_config(config, self.tp)

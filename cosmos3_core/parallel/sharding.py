@@ -1,4 +1,4 @@
-"""Which published transformer tensor is cut how under tensor parallelism, and nowhere else.
+"""The one table of how tensor parallelism splits the published transformer tensors.
 
 The loader cuts stored tensors by :func:`split_of`; the model builds its modules from :func:`local_config`. The two
 agree because heads and MLP columns are cut into equal, contiguous runs, one per rank in order. No torch here.
@@ -28,7 +28,7 @@ _SPLITS: tuple[tuple[str, Split], ...] = (
     # Understanding tower: to_q, to_k, to_v, mlp. Generation tower: add_q_proj, add_k_proj, add_v_proj, mlp_moe_gen.
     (r"layers\.\d+\.self_attn\.(to_[qkv]|add_[qkv]_proj)\.(weight|bias)", Split.COLUMN),
     (r"layers\.\d+\.mlp(_moe_gen)?\.(gate|up)_proj\.(weight|bias)", Split.COLUMN),
-    # Biases of these two are absent on purpose: they belong to the summed output, so every rank holds them whole.
+    # Without the biases of these two: they belong to the summed output, so every rank holds them whole.
     (r"layers\.\d+\.self_attn\.(to_out|to_add_out)\.weight", Split.ROW),
     (r"layers\.\d+\.mlp(_moe_gen)?\.down_proj\.weight", Split.ROW),
 )
@@ -36,7 +36,7 @@ _PATTERNS = tuple((re.compile(pattern), split) for pattern, split in _SPLITS)
 
 
 def split_of(name: str) -> Split:
-    """Return how the tensor with this published name is split; what the table does not name is replicated."""
+    """Return how the tensor with this published name is split; a name outside the table is replicated."""
     for pattern, split in _PATTERNS:
         if pattern.fullmatch(name):
             return split
@@ -48,8 +48,8 @@ class Shard:
     """One rank's share of every split tensor.
 
     Attributes:
-        rank: which share, counted from 0.
-        num_shards: how many shares there are.
+        rank: number of the share, from 0.
+        num_shards: number of shares.
 
     Raises:
         RequestError: ``rank`` is not one of ``num_shards`` ranks.
@@ -68,7 +68,7 @@ class Shard:
         """Return this rank's run of ``extent`` rows or columns.
 
         Args:
-            extent: how many rows or columns the whole tensor has.
+            extent: rows or columns of the whole tensor.
             tensor: the tensor's name, for the error.
 
         Raises:
@@ -83,17 +83,17 @@ class Shard:
 
 
 WHOLE = Shard(0, 1)
-"""The share of a rank that is alone."""
+"""The share of a single rank."""
 
 
 def list_tp_sizes(config: TransformerConfig) -> tuple[int, ...]:
-    """Every number of tensor-parallel ranks that gives each rank whole heads and equal MLP columns, ascending."""
+    """Return the degrees of tensor parallelism that give each rank whole heads and equal MLP columns, ascending."""
     shared = math.gcd(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
     return tuple(size for size in range(1, shared + 1) if shared % size == 0)
 
 
 def local_config(config: TransformerConfig, tp_size: int) -> TransformerConfig:
-    """The config of one of ``tp_size`` ranks: heads and MLP columns divided; ``hidden_size`` and ``head_dim`` stay.
+    """Return the config of one of ``tp_size`` ranks: heads and MLP columns are divided, all else stays.
 
     Raises:
         RequestError: ``tp_size`` does not divide the heads, the key-value heads and the MLP columns.

@@ -1,7 +1,8 @@
-"""Frames cut into strips of rows or columns, one a rank: the video VAE on several devices, nothing approximated.
+"""Frames cut into strips of rows or columns, one a rank: the video VAE on several devices, exactly.
 
-A strip is cut between rows or columns of latents, so that it is whole at every finer level. What a convolution looks at
-beyond its strip comes from the neighbours, level by level; the mid block's attention gets keys and values from all.
+Frames are cut between rows or columns of latents, so that a strip is whole at every finer level. At each level the
+neighbours provide the borders that a convolution reads beyond its strip; the mid block's attention gathers keys and
+values from all ranks.
 
 ``_HW`` ends a tensor whose last axes are rows and columns; F/Y/X pixel frames, rows, columns.
 """
@@ -24,12 +25,12 @@ _ROWS, _COLUMNS = -2, -1
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where the frames of one grid of latents are cut; arithmetic alone.
+    """The cuts of the frames of one grid of latents.
 
     Attributes:
         grid_HW: rows and columns of the latents.
         axis: -2 cuts rows, -1 columns.
-        edges: strip i has rows (columns) ``edges[i]`` to ``edges[i + 1] - 1``; none where the two are equal.
+        edges: strip i has rows (columns) ``edges[i]`` to ``edges[i + 1] - 1``; it is empty if the two edges are equal.
     """
 
     grid_HW: tuple[int, int]
@@ -38,7 +39,7 @@ class Cuts:
 
     @property
     def is_split(self) -> bool:
-        """Whether there are two strips or more that hold anything: all of them do then."""
+        """Whether several strips hold anything; all of them do then."""
         return len(self.edges) > 2 and self.edges[1] < self.edges[2]
 
     @property
@@ -48,21 +49,21 @@ class Cuts:
         return (self.edges[1], width) if self.axis == _ROWS else (height, self.edges[1])
 
     def span(self, index: int) -> tuple[int, int]:
-        """First row (column) of a strip, and the one behind its last."""
+        """Return the first row (column) of a strip, and the one after its last."""
         return self.edges[index], self.edges[index + 1]
 
 
 def cut_frame(height: int, width: int, num_strips: int) -> Cuts:
-    """Cut a grid of latents so that the largest strip is the smallest possible.
+    """Cut a grid of latents so that the largest strip is as small as possible.
 
-    Strips differ by one row (column) at most, the larger ones first: 45 rows over 4 are 12, 11, 11, 11. Where rows and
-    columns give as small a strip, the cut with the shorter border is taken, and in a square rows, which lie together in
-    memory. An axis with fewer rows (columns) than strips is not cut; if neither has enough, the first strip is the
+    Strips differ by at most one row (column), the larger ones first: 45 rows over 4 are 12, 11, 11, 11. If rows and
+    columns give equal strips, the cut with the shorter border is taken, and in a square the rows, which are contiguous
+    in memory. An axis with fewer rows (columns) than strips is not cut; if neither has enough, the first strip is the
     whole frame and the others are empty.
 
     Args:
         height, width: rows and columns of the latents.
-        num_strips: how many.
+        num_strips: number of strips.
     """
     candidates = [
         (-(-num // num_strips) * border, border, axis)
@@ -78,7 +79,7 @@ def cut_frame(height: int, width: int, num_strips: int) -> Cuts:
 
 
 class PixelSpan(NamedTuple):
-    """Where a strip belongs in decoded frames [F, Y, X, 3]: from ``start`` to ``stop`` - 1 along ``axis``."""
+    """The place of a strip in decoded frames [F, Y, X, 3]: from ``start`` to ``stop`` - 1 along ``axis``."""
 
     axis: int
     start: int
@@ -89,11 +90,11 @@ class PixelSpan(NamedTuple):
 class Strip:
     """One rank's strip of the frames of a clip: a :class:`cosmos3_core.vae.frame_part.FramePart`.
 
-    Every rank of the group has one of the same cut and makes the same calls in the same order.
+    Every rank of the group has a strip of the same cuts and makes the same calls in the same order.
 
     Attributes:
-        cuts: where the frames are cut.
-        ranks: who holds the strips, in order.
+        cuts: the cuts of the frames.
+        ranks: the ranks that hold the strips, in order.
     """
 
     cuts: Cuts
@@ -104,7 +105,7 @@ class Strip:
         return self.cuts.axis if self.cuts.is_split else None
 
     def pixels(self, scale: int) -> PixelSpan:
-        """Where this strip's pixels belong; ``scale`` pixels per latent row or column."""
+        """Return the place of this strip's pixels; ``scale`` pixels per latent row or column."""
         start, stop = self.cuts.span(self.ranks.rank)
         return PixelSpan(self.cuts.axis + 3, start * scale, stop * scale)
 
@@ -122,7 +123,7 @@ class Strip:
             return
         num_own = x_HW.shape[self.cuts.axis] - before - after
         rank, exchanges, arrivals = self.ranks.rank, [], []
-        # Each neighbour: its rank, where what it needs starts and how much that is, the same of what it gives.
+        # Each neighbour: its rank, start and number of the rows (columns) that it needs, then of those that it gives.
         for peer, needed, num_needed, given, num_given in (
             (rank - 1, before, after, 0, before),
             (rank + 1, num_own, before, before + num_own, after),
@@ -148,10 +149,10 @@ class Strip:
         return self._join(x_HW, self.cuts.axis) if self.ranks.num_ranks > 1 else x_HW
 
     def collect(self, frames_FYX3: Tensor) -> Tensor | None:
-        """Collect every rank's pixels of some frames, on the first rank.
+        """Collect every rank's pixels of some frames on the first rank.
 
         Args:
-            frames_FYX3: this rank's, [F, own Y, own X, 3] of any dtype.
+            frames_FYX3: this rank's pixels, [F, own Y, own X, 3] of any dtype.
 
         Returns:
             [F, Y, X, 3] on the first rank, None on the others.
@@ -183,7 +184,7 @@ class Strip:
             )
 
     def _join(self, x: Tensor, axis: int) -> Tensor:
-        """Join every rank's strip along ``axis``, on every rank; the shorter ones travel padded."""
+        """Join every rank's strip along ``axis`` on every rank; shorter ones travel padded."""
         scale, edges = self._scale(x, axis), self.cuts.edges
         own = x.movedim(axis, 0)
         padded = own.new_empty((edges[1] * scale, *own.shape[1:]))
@@ -193,7 +194,7 @@ class Strip:
         return torch.cat([run[:count].movedim(0, axis) for run, count in zip(runs, counts, strict=True)], dim=axis)
 
     def _scale(self, x: Tensor, axis: int) -> int:
-        """Return rows (columns) of ``x`` per latent one, read off the axis that is not cut: a strip may be empty."""
+        """Return the rows (columns) of ``x`` per latent, read from the axis that is not cut: a strip may be empty."""
         other = _ROWS + _COLUMNS - self.cuts.axis
         return x.shape[axis + other - self.cuts.axis] // self.cuts.grid_HW[other]
 
@@ -205,13 +206,13 @@ def strip_of(ranks: RankGroup, height: int, width: int) -> Strip:
     """Return a rank's strip of frames of ``height`` x ``width`` latents.
 
     Args:
-        ranks: who shares the frames; one rank alone has all of them.
+        ranks: the ranks that share the frames; a single rank has all of them.
         height, width: rows and columns of the latents.
     """
     return Strip(cut_frame(height, width, ranks.num_ranks), ranks)
 
 
 def _complete(exchanges: list[dist.P2POp]) -> None:
-    """Start them all as one, so that no rank waits for another that waits for it; return when they are done."""
+    """Start all exchanges as one batch, so that ranks cannot deadlock, and wait for them."""
     for work in dist.batch_isend_irecv(exchanges):
         work.wait()

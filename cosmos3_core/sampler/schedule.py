@@ -3,8 +3,8 @@
 Flow matching: x_sigma = (1 - sigma) x_0 + sigma noise, sigma from 1 to 0. The three published schedules:
 
     native   NVIDIA's own: evenly spaced, then shifted towards noise by ``flow_shift``; the default
-    linear   diffusers' with use_karras_sigmas off: as native, but other end points
-    karras   as the checkpoints ship it (Karras et al. 2022, rho 7, on sigma / (1 - sigma)); ignores ``flow_shift``
+    linear   diffusers' with use_karras_sigmas off: native with other end points
+    karras   the one that checkpoints ship (Karras et al. 2022, rho 7, on sigma / (1 - sigma)); ignores ``flow_shift``
 
 No torch here.
 """
@@ -20,7 +20,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import SCHEDULES
 
 _KARRAS_RHO = 7.0
-# sigma 1 exactly would make log(1 - sigma) infinite in the solver; the published pipelines back off by this much.
+# sigma 1 would make log(1 - sigma) infinite in the solver; the published pipelines back off by this much.
 _FROM_ONE = 1e-6
 
 
@@ -31,7 +31,7 @@ class Schedule:
     Attributes:
         name: one of ``SCHEDULES``.
         sigmas: n + 1 noise levels, descending, the last 0; fp32 values.
-        timesteps: n integers that the model is told, sigma * 1000 cut off; neighbours may be equal past ~100 steps.
+        timesteps: n integers for the model, sigma * 1000 cut off; neighbours may be equal beyond ~100 steps.
     """
 
     name: str
@@ -53,7 +53,7 @@ def make_schedule(name: str, num_steps: int, *, flow_shift: float, config: Sched
         config: the checkpoint's; gives the training timesteps and karras' range.
 
     Raises:
-        RequestError: an unknown name.
+        RequestError: the name is unknown.
     """
     if name == "karras":
         ramp = np.linspace(0, 1, num_steps)

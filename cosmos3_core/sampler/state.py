@@ -1,7 +1,7 @@
 """The state of one request between two steps, as a value.
 
 It can be stepped, interleaved with another request's, written to bytes, moved to another process and resumed there with
-the same result to the bit. Nothing about a request lives anywhere else, but for the request itself.
+the same result to the bit. A run has no other state.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _HEADER = "header"
 
 @dataclass(frozen=True)
 class DenoiseState:
-    """Where a request's denoising stands.
+    """The progress of a request's denoising.
 
     Attributes:
-        step_index: steps done; the next step has this index.
-        solver: modality -> latents and solver history, fp32; their order says nothing.
-        fingerprint: names the request this state belongs to (prompts, shape, schedule, guidance).
+        step_index: number of finished steps, the index of the next one.
+        solver: modality -> latents and solver history, fp32, in any order.
+        fingerprint: name of the request that this state belongs to (prompts, shape, schedule, guidance).
     """
 
     step_index: int
@@ -56,10 +56,10 @@ class DenoiseState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> DenoiseState:
-        """Read what :meth:`to_bytes` wrote; tensors on the CPU.
+        """Read the bytes of :meth:`to_bytes`; tensors on the CPU.
 
         Raises:
-            StateError: the bytes are damaged or something else.
+            StateError: the bytes are damaged, or not a state.
         """
         try:
             tensors = load(data)

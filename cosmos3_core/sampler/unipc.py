@@ -1,10 +1,10 @@
 """UniPC of order 2, B(h) = e^h - 1, predicting x_0 (Zhao et al. 2023, "A Unified Predictor-Corrector Framework").
 
-Each step corrects the sample it was given with the new prediction, then predicts the next sample. Both are linear in
-the samples and x_0 predictions at hand, with weights that depend on the schedule alone: :class:`UniPC` works them out
-once, in double precision, and a step is a few multiply-adds. All that a step leaves behind is a value, ``SolverState``.
+Each step corrects its sample with the new prediction, then predicts the next sample. Both are linear in the samples and
+x_0 predictions, with weights that depend on the schedule alone: :class:`UniPC` computes them once, in double precision,
+and a step is a few multiply-adds. The only state between steps is a value, ``SolverState``.
 
-Elementwise throughout, so any tensor layout will do: names here carry no shape letters.
+Everything is elementwise, for tensors of any shape: names here have no shape letters.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class SolverState:
     """One modality between two steps; all tensors fp32.
 
     Attributes:
-        sample: the latents at the current noise level, as predicted.
-        corrected: the sample that the last step predicted from; None before the first step.
+        sample: the predicted latents at the current noise level.
+        corrected: the corrected sample of the last step; None before the first step.
         x0: x_0 predictions of the last steps, newest first, at most 2; from the uncorrected samples.
     """
 
@@ -52,7 +52,7 @@ class UniPC:
         # log signal-to-noise ratio, alpha / sigma with alpha = 1 - sigma; infinite at the last level, sigma 0.
         self._lambdas = [math.log((1 - s) / s) if s > 0 else math.inf for s in schedule.sigmas]
         last = schedule.num_steps - 1
-        # The predictor falls back to order 1 where there is no history yet and at the last step; the corrector has
+        # The predictor falls back to order 1 at the first step, without history, and at the last one; the corrector has
         # the order of the predictor that it corrects.
         self._predictors = [self._predictor(i, 1 if i in (0, last) else 2) for i in range(last + 1)]
         self._correctors = [self._corrector(i, 1 if i == 1 else 2) for i in range(1, last + 1)]
@@ -73,13 +73,13 @@ class UniPC:
         return replace(state, sample=_combine(self._predictors[index], sample, history), corrected=sample, x0=history)
 
     def _rates(self, start: int, end: int) -> tuple[float, float, float, float]:
-        """(sigma ratio, alpha, h, e^-h - 1) of the step from level ``start`` to level ``end``."""
+        """Return (sigma ratio, alpha, h, e^-h - 1) of the step from level ``start`` to level ``end``."""
         sigma, sigma_end = self.schedule.sigmas[start], self.schedule.sigmas[end]
         h = self._lambdas[end] - self._lambdas[start]
         return sigma_end / sigma, 1 - sigma_end, h, math.expm1(-h)
 
     def _predictor(self, index: int, order: int) -> _Update:
-        """From level ``index`` to ``index + 1`` with x_0 at ``index`` and, for order 2, ``index - 1``."""
+        """Return the update from level ``index`` to the next, with x_0 at ``index`` and, for order 2, ``index - 1``."""
         ratio, alpha, h, e = self._rates(index, index + 1)
         if order == 1:
             return _Update(ratio, (-alpha * e,))
@@ -89,7 +89,7 @@ class UniPC:
         return _Update(ratio, (-alpha * e - slope, slope))
 
     def _corrector(self, index: int, order: int) -> _Update:
-        """The sample at level ``index`` again, x_0 being known there now: weights of x_0 at index, index-1, index-2."""
+        """Return the update of the sample at level ``index`` by x_0 at index, index - 1 and, for order 2, index - 2."""
         ratio, alpha, h, e = self._rates(index - 1, index)
         if order == 1:
             now = -alpha * e * 0.5

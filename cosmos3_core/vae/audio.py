@@ -2,12 +2,12 @@
 
 Tensors end in their axes: C channels, T latents, S samples, B sounds (one here).
 
-The network looks to both sides, but only so far: whatever the length of a sound, a stretch of it is made of its own
-latents and a few on either side (``AudioVAE.halo_latents``). So a long sound is decoded in windows that overlap by that
-much, of which the middle is kept; to fp32 rounding they equal the sound decoded whole.
+The network has a finite receptive field: each stretch of a sound depends on its own latents and a few on either side
+(``AudioVAE.halo_latents``). A long sound is decoded in windows that overlap by as many latents, and the middle of each
+is used; to fp32 rounding the result equals the sound decoded whole.
 
-Parameters bear the names of the published tensors: loading is the identity map. Latents go in as the transformer makes
-them, there are no statistics to undo. The encoder is not here: nothing that is offered takes sound as input.
+Parameters have the names of the published tensors: loading is the identity map. Latents are those of the transformer,
+without statistics. There is no encoder: no mode takes sound as input.
 
 Source: the published Cosmos3AVAEAudioTokenizer weights and config.
 """
@@ -25,7 +25,7 @@ from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.vae.audio_blocks import AudioDecoder
 
 CHUNK_LATENTS = 512
-"""Latents of a chunk where the caller names no number: 20 s of sound, longer than what is usually asked for."""
+"""Default latents of a chunk: 20 s of sound, longer than most requests."""
 
 
 class AudioVAE(nn.Module):
@@ -35,12 +35,11 @@ class AudioVAE(nn.Module):
         config: the checkpoint's ``sound_tokenizer/config.json``.
 
     Attributes:
-        halo_latents: how many latents before and behind a stretch have a part in its samples; worked out from the
-            kernels, strides and dilations.
+        halo_latents: latents before and after a stretch that its samples depend on; computed from the kernels, strides
+            and dilations.
 
     Raises:
-        CapabilityError: the config's parts contradict each other or describe a decoder that does not lengthen by its
-            strides.
+        CapabilityError: the config contradicts itself, or its decoder does not lengthen by its strides.
     """
 
     def __init__(self, config: AudioVAEConfig) -> None:
@@ -54,7 +53,7 @@ class AudioVAE(nn.Module):
             in_channels=config.vocoder_input_dim,
             out_channels=config.dec_out_channels,
         )
-        # Of the samples of latent 0.
+        # The latents that the samples of latent 0 depend on.
         first, last = self.decoder.inputs_of(0, config.hop_size - 1)
         self.halo_latents = (-first, last)
 
@@ -65,7 +64,7 @@ class AudioVAE(nn.Module):
 
     @property
     def hop_size(self) -> int:
-        """Samples that a latent becomes, per channel."""
+        """Samples per latent and channel."""
         return self.config.hop_size
 
     @property
@@ -76,7 +75,7 @@ class AudioVAE(nn.Module):
     def decode(self, latents_CT: Tensor, *, chunk_latents: int = CHUNK_LATENTS) -> Iterator[Tensor]:
         """Decode a sound lazily, computed in the module's dtype.
 
-        Memory grows with ``chunk_latents``, not with the sound. One that fits into a chunk is decoded whole.
+        Memory grows with ``chunk_latents``, not with the length of the sound. A sound of one chunk is decoded whole.
 
         Args:
             latents_CT: [vocoder_input_dim, T], on any device.
@@ -87,7 +86,8 @@ class AudioVAE(nn.Module):
             ``chunk_latents`` x ``hop_size``, less in the last; together T x ``hop_size``.
 
         Raises:
-            RequestError: latents of another shape, or ``chunk_latents`` below 1. This call raises it, not the iterator.
+            RequestError: the latents have another shape, or ``chunk_latents`` is below 1. This call raises it, not the
+                iterator.
         """
         num_in = self.config.vocoder_input_dim
         if latents_CT.dim() != 2 or latents_CT.shape[0] != num_in or latents_CT.shape[1] == 0:
@@ -105,24 +105,24 @@ class AudioVAE(nn.Module):
     def _decode_stretch(self, latents_CT: Tensor, start: int, stop: int) -> Tensor:
         """Decode the samples of the latents from ``start`` to before ``stop``."""
         num_before, num_behind = self.halo_latents
-        # No farther than the sound's ends: beyond them every layer sees zeros, which zero latents would not give it.
+        # Not beyond the sound's ends, where every layer must see zeros; zero latents would not give zeros.
         window_start = max(start - num_before, 0)
         parameter = self.decoder.conv1.weight_v
         window_1CT = latents_CT[:, window_start : stop + num_behind].to(parameter.device, parameter.dtype).unsqueeze(0)
         samples_CS = self.decoder(window_1CT).squeeze(0)
         kept = slice((start - window_start) * self.hop_size, (stop - window_start) * self.hop_size)
-        # A copy, also where the dtype is the same: a view would keep the whole window alive.
+        # A copy even with the same dtype: a view would keep the whole window alive.
         return samples_CS[:, kept].to(torch.float32, copy=True).clamp_(-1.0, 1.0)
 
 
 def _check_architecture(config: AudioVAEConfig) -> None:
-    """Widths and strides go together, and the strides make up the hop."""
+    """Refuse widths and strides of different numbers, and a hop other than the strides' product."""
     mults, strides = config.dec_c_mults, config.dec_strides
     if not strides or len(mults) != len(strides):
         raise CapabilityError(
             "sound_tokenizer.dec_c_mults", mults, f"one number for each of dec_strides={list(strides)}"
         )
-    # A stride of one would shorten by a sample: what is trimmed in front cannot be given back at the end.
+    # A stride of one would lose a sample: the end cannot make up for the trimmed front.
     if min(strides) < 2:
         raise CapabilityError("sound_tokenizer.dec_strides", strides, "strides of 2 or more")
     if math.prod(strides) != config.hop_size:

@@ -3,8 +3,8 @@
 Tensors end in their axes: B sounds, C channels, T positions in time of the level in question; a 1 is an axis of one.
 Weights are I channels in, O channels out, K taps of the kernel.
 
-Nothing here is causal: every convolution looks to both sides and takes what lies beyond the ends for zeros. How far it
-looks is finite, and each module says so itself (``inputs_of``): a long sound can be decoded in overlapping windows.
+Nothing here is causal: every convolution reads both sides, and zeros beyond the ends. Each module reports its finite
+receptive field (``inputs_of``), so that a long sound can be decoded in overlapping windows.
 
 Source: the architecture of the published Cosmos3AVAEAudioTokenizer weights (the Oobleck decoder of Stable Audio, each
 upsampling step made to lengthen by its stride exactly).
@@ -21,18 +21,18 @@ from torch import Tensor, nn
 _DILATIONS = (1, 3, 9)
 _KERNEL = 7  # taps of all convolutions that see more than one position
 
-# Keeps the reciprocal of a vanishing inverse amplitude finite.
+# Keeps the reciprocal of a tiny inverse amplitude finite.
 _MIN_INVERSE_AMPLITUDE = 1e-9
 
 
 class WeightNorm(nn.Module):
-    """A weight held as published: direction ``weight_v`` and magnitude ``weight_g``, one per index of the first axis.
+    """A weight stored as published: direction ``weight_v``, and one magnitude ``weight_g`` per index of the first axis.
 
-    Their product is worked out whenever a convolution runs and dropped behind it: against the convolution it costs
-    nothing, and holding it would double the memory of the weights.
+    Their product is computed for each convolution and dropped afterwards: it costs little beside the convolution, and
+    holding it would double the memory of the weights.
 
     Args:
-        shape: of the weight.
+        shape: shape of the weight.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -41,7 +41,7 @@ class WeightNorm(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(shape))  # not drawn: on the meta device that imports sympy, 0.5 s
 
     def weight(self) -> Tensor:
-        """weight_g x weight_v / |weight_v|, the length taken over all axes but the first."""
+        """The product weight_g x weight_v / |weight_v|, the length over all axes but the first."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
 
@@ -52,7 +52,7 @@ class NormedConv(WeightNorm):
         in_channels, out_channels: channels before and after.
         kernel: taps; odd.
         dilation: distance of neighbouring taps.
-        bias: whether there is one.
+        bias: whether the convolution has a bias.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class NormedConv(WeightNorm):
         return F.conv1d(x_BCT, self.weight(), self.bias, padding=self.radius, dilation=self.dilation)
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """First and last input position that outputs ``first`` to ``last`` are made of."""
+        """Return the first and last input position that outputs ``first`` to ``last`` depend on."""
         return first - self.radius, last + self.radius
 
 
@@ -81,11 +81,11 @@ class NormedUpsampling(WeightNorm):
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        # Its weight is [in, out, taps], so that the magnitudes belong to the channels that go in.
+        # The weight is [in, out, taps]: the magnitudes belong to the input channels.
         super().__init__((in_channels, out_channels, 2 * stride))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.stride = stride
-        # An odd stride cannot be trimmed alike on both sides: one more goes in front, the end gets it back.
+        # An odd stride cannot be trimmed equally: one more in front, which output padding restores at the end.
         self.num_trimmed, self.num_restored = (stride + 1) // 2, stride % 2
 
     def forward(self, x_BCT: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class NormedUpsampling(WeightNorm):
         )
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """First and last input position that outputs ``first`` to ``last`` are made of."""
+        """Return the first and last input position that outputs ``first`` to ``last`` depend on."""
         # Input i reaches the outputs i stride - trimmed + (0 .. 2 stride - 1).
         return (first + self.num_trimmed - self.stride) // self.stride, (last + self.num_trimmed) // self.stride
 
@@ -120,12 +120,12 @@ class Snake(nn.Module):
     def forward(self, x_BCT: Tensor) -> Tensor:
         """[B, C, T] -> the same shape, a new tensor."""
         amplitude_1C1 = (self.beta.exp() + _MIN_INVERSE_AMPLITUDE).reciprocal()
-        # In place from the first product on: at the finest level one such tensor is hundreds of megabytes.
+        # In place after the first product: at the finest level such a tensor is hundreds of megabytes.
         return (x_BCT * self.alpha.exp()).sin_().square_().mul_(amplitude_1C1).add_(x_BCT)
 
 
 class ResidualUnit(nn.Module):
-    """A dilated convolution and one of a single tap, each behind a snake, around a shortcut."""
+    """A dilated convolution and one of a single tap, each after a snake, around a shortcut."""
 
     def __init__(self, num_channels: int, dilation: int) -> None:
         super().__init__()
@@ -137,17 +137,17 @@ class ResidualUnit(nn.Module):
     def forward(self, x_BCT: Tensor) -> Tensor:
         """[B, C, T] -> the same shape, a new tensor."""
         y_BCT = self.conv1(self.snake1(x_BCT))
-        # Rebound: what it held before is free again by the time the convolution runs.
+        # Rebound, so that the previous tensor is free when the convolution runs.
         y_BCT = self.snake2(y_BCT)
         return self.conv2(y_BCT).add_(x_BCT)
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """First and last input position that outputs ``first`` to ``last`` are made of."""
+        """Return the first and last input position that outputs ``first`` to ``last`` depend on."""
         return self.conv1.inputs_of(*self.conv2.inputs_of(first, last))
 
 
 class AudioUpBlock(nn.Module):
-    """Upsampling behind a snake, then three residual units that look ever farther."""
+    """A snake, upsampling, then three residual units of growing dilation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -163,18 +163,18 @@ class AudioUpBlock(nn.Module):
         return self.res_unit3(x_BCT)
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """First and last input position that outputs ``first`` to ``last`` are made of."""
+        """Return the first and last input position that outputs ``first`` to ``last`` depend on."""
         for layer in (self.res_unit3, self.res_unit2, self.res_unit1, self.conv_t1):
             first, last = layer.inputs_of(first, last)
         return first, last
 
 
 class AudioDecoder(nn.Module):
-    """Latents -> waveform, not yet clamped: the widest block first, then block by block finer and narrower.
+    """Latents -> waveform, not clamped: the widest block first, then block by block finer and narrower.
 
     Args:
-        widths: channels at the latents' level, then behind each block.
-        strides: of the blocks, in the order in which they run.
+        widths: channels at the latents' level, then after each block.
+        strides: strides of the blocks, in order.
         in_channels: channels of the latents.
         out_channels: channels of the sound.
     """
@@ -200,7 +200,7 @@ class AudioDecoder(nn.Module):
         return self.conv2(x_BCT)
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """First and last latent that samples ``first`` to ``last`` are made of."""
+        """Return the first and last latent that samples ``first`` to ``last`` depend on."""
         blocks = cast("list[AudioUpBlock]", list(self.block))
         layers: list[NormedConv | AudioUpBlock] = [self.conv1, *blocks, self.conv2]
         for layer in reversed(layers):

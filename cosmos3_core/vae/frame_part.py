@@ -1,9 +1,9 @@
-"""Which part of every frame the video VAE works on: all of it, or one of several parts that are worked on at once.
+"""The part of every frame that the video VAE works on: all of it, or one of several that run at the same time.
 
-What a part needs of the others goes through a :class:`FramePart`, which travels with the clip in its
-:class:`cosmos3_core.vae.video_blocks.FrameCache`. How the others are reached is its own affair.
+Parts exchange their borders through a :class:`FramePart`, which travels with the clip in its
+:class:`cosmos3_core.vae.video_blocks.FrameCache` and hides the transport.
 
-``_HW`` ends a tensor whose last axes are rows and columns, whatever stands in front; K, H, W, C as in
+``_HW`` ends a tensor whose last axes are rows and columns, after any others; K, H, W, C as in
 :mod:`cosmos3_core.vae.video_blocks`.
 """
 
@@ -16,50 +16,50 @@ from torch import Tensor
 
 
 class FramePart(Protocol):
-    """One part of the frames of one grid. Where frames are cut is a row or column of latents, at every level."""
+    """One part of the frames of one grid, cut between rows or columns of latents at every level."""
 
     @property
     def axis(self) -> int | None:
-        """The axis that is cut: -2 for rows, -1 for columns; None where nothing is, and beyond the frame are zeros."""
+        """The axis that is cut: -2 for rows, -1 for columns; None for the whole frame, with zeros beyond it."""
 
     def cut(self, x_HW: Tensor, scale: int = 1) -> Tensor:
-        """Cut this part out of whole frames, a view; without rows or columns where there is nothing to do here.
+        """Cut this part out of whole frames, a view; an empty part has no rows or columns.
 
         Args:
             x_HW: [..., scale x rows of latents, scale x columns of latents].
             scale: pixels per latent row or column.
 
         Raises:
-            RequestError: frames of another grid.
+            RequestError: the frames are of another grid.
         """
 
     def largest(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of the largest part of a grid of latents: the same for every part.
 
         Raises:
-            RequestError: another grid.
+            RequestError: the part is of another grid.
         """
 
     def fill_border(self, x_HW: Tensor, *, before: int, after: int) -> None:
-        """Write what lies beside this part into the border of ``x``; beyond the frame's edge it is left alone.
+        """Fill the border of ``x`` from the neighbouring parts; it stays unchanged beyond the frame's edge.
 
-        All parts come here with the same borders, each when its part is there.
+        All parts call this with the same borders, each when its own part is computed.
 
         Args:
             x_HW: this part inside a border along :attr:`axis`, changed in place.
             before: rows (columns) of the border above (to the left); 0 or 1.
-            after: below (to the right); 0 or 1.
+            after: rows (columns) of the border below (to the right); 0 or 1.
         """
 
     def gather(self, x_KHWC: Tensor) -> Tensor:
-        """Whole frames of what each part holds, [K, own H, own W, C] -> [K, H, W, C], for every part that works."""
+        """Join the parts to whole frames, [K, own H, own W, C] -> [K, H, W, C], on every part that is not empty."""
 
     def share(self, x_HW: Tensor) -> Tensor:
-        """Whole frames of what each part holds, for all alike, those without anything to do included."""
+        """Join the parts to whole frames on every part, empty ones included."""
 
 
 class Whole:
-    """All of the frame: there are no others."""
+    """The whole frame, without other parts."""
 
     @property
     def axis(self) -> int | None:
@@ -84,9 +84,9 @@ class Whole:
 WHOLE = Whole()
 
 PartOf: TypeAlias = Callable[[int, int], FramePart]
-"""Rows and columns of latents -> which part of such frames to work on."""
+"""(rows, columns of latents) -> the part of such frames to work on."""
 
 
 def whole_frame(height: int, width: int) -> FramePart:
-    """:data:`WHOLE`, whatever the frame."""
+    """Return :data:`WHOLE` for any frame."""
     return WHOLE

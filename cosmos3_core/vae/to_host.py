@@ -1,4 +1,4 @@
-"""Decoded pixels on their way off the device: bytes already there, copied beside the next chunk's work.
+"""Copies decoded pixels off the device: as bytes, while the next chunk is computed.
 
 Shape letters: C channels, F/Y/X pixel frames, rows, columns; a 1 is an axis of one.
 """
@@ -14,17 +14,17 @@ from cosmos3_core.media.pixels import Frames, to_uint8
 
 
 def frames_on_host(chunks: Iterator[Tensor], copies: HostCopies) -> Iterator[Frames]:
-    """Chunks of pixels as uint8 frames on the CPU, one for one.
+    """Convert each chunk of pixels to uint8 frames on the CPU.
 
-    Where the device works beside the CPU, the next chunk is begun before this one is handed out, so that the device
-    does not wait for the copy: but for the first, which somebody is waiting for.
+    On a GPU the next chunk begins before this one is yielded, so that the device does not wait for the copy; except
+    after the first chunk, which the caller needs at once.
 
     Args:
-        chunks: [1, 3, F, Y, X] in [-1, 1], of one device.
-        copies: buffers to copy into; nobody else's while this iterator runs.
+        chunks: [1, 3, F, Y, X] in [-1, 1], on one device.
+        copies: buffers to copy into, for this iterator alone.
 
     Yields:
-        uint8 RGB [F, Y, X, 3]; good until the next item is asked for.
+        uint8 RGB [F, Y, X, 3], valid until the next item.
     """
     copying = None
     for index, pixels_1CFYX in enumerate(chunks):

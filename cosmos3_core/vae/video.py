@@ -3,16 +3,16 @@
 Tensors end in their axes: B batch, C channels, T/H/W latent frames, rows, columns (grid of the level in question inside
 the networks), F/Y/X pixel frames, rows, columns, h/w row and column within a patch; a 1 is an axis of one.
 
-The VAE is causal, so a clip decodes in chunks without loss: its first latent frame alone (1 pixel frame), then as many
-at a time as one likes (4 pixel frames each). One latent frame at a time is the reference and equals it to the bit; more
-at a time equal it to fp32 rounding. What one chunk needs of those before it travels with the clip
-(:class:`FrameCache`); the module keeps nothing, so clips may take turns on it.
+The VAE is causal, so a clip decodes in chunks without loss: its first latent frame alone (1 pixel frame), then any
+number at a time (4 pixel frames each). One latent frame at a time equals the reference to the bit; more at a time equal
+it to fp32 rounding. The history that a chunk needs travels with the clip (:class:`FrameCache`); the module keeps
+nothing, so clips can be interleaved.
 
-Frames may be worked on in parts, at the same time in several places (:class:`cosmos3_core.vae.frame_part.FramePart`):
-without approximation either, parts equal the whole to fp32 rounding.
+Frames can be split into parts that run in several places at the same time
+(:class:`cosmos3_core.vae.frame_part.FramePart`), again exact to fp32 rounding.
 
-Parameters bear the names of the published tensors: loading is the identity map. The latents' mean and deviation are no
-parameters, they come with the config.
+Parameters have the names of the published tensors: loading is the identity map. The latents' mean and deviation are not
+parameters: they come with the config.
 
 Source: the published AutoencoderKLWan weights and config in the Wan 2.2 (residual) layout; diffusers 0.42.1 applies the
 statistics in its Cosmos3 pipeline.
@@ -42,7 +42,7 @@ class VideoDecoder(nn.Module):
     def __init__(self, config: VideoVAEConfig, ops: VideoOps) -> None:
         super().__init__()
         widths = [config.decoder_base_dim * mult for mult in (*config.dim_mult, config.dim_mult[-1])][::-1]
-        # Resampling undoes the encoder's, last step first; behind the last block there is none.
+        # Resampling reverses the encoder's, last step first; the last block has none.
         doubles_time = (*config.temperal_downsample[::-1], False)
         last = len(config.dim_mult) - 1
         self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3), ops)
@@ -112,14 +112,14 @@ class VideoVAE(nn.Module):
 
     Args:
         config: the checkpoint's ``vae/config.json``.
-        with_encoder: False leaves out what only encoding needs (``encoder.*``, ``quant_conv.*``).
+        with_encoder: False leaves out the encoder (``encoder.*``, ``quant_conv.*``).
         ops: the operators' implementations; :func:`cosmos3_core.ops.video.select_video_ops` chooses for a device.
 
     Attributes:
         geometry: the compression factors, pixels <-> latents.
 
     Raises:
-        CapabilityError: the config's parts contradict each other or describe another layout than Wan 2.2's.
+        CapabilityError: the config contradicts itself or describes another layout than Wan 2.2's.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class VideoVAE(nn.Module):
         self.requires_grad_(False)
 
     def use_channels_last(self) -> None:
-        """Lay the convolutions' weights out with channels side by side; everything between them follows."""
+        """Lay out the convolutions' weights channels last; the activations follow."""
         for parameter in self.parameters():
             if parameter.dim() == 5:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
@@ -151,38 +151,38 @@ class VideoVAE(nn.Module):
     def decode(
         self, latents_BCTHW: Tensor, *, chunk_latents: int | None = None, part: FramePart = WHOLE
     ) -> Iterator[Tensor]:
-        """Decode a clip lazily: each chunk is computed when it is asked for, and nothing of it is kept but the caches.
+        """Decode a clip lazily, chunk by chunk; keeps nothing of a chunk but the caches.
 
         Args:
             latents_BCTHW: normalised latents of the whole clip, fp32.
             chunk_latents: latent frames per chunk after the first, which always is one latent frame. 1 is the
-                reference; larger fills a device better and holds that much more at a time. None: 1 on a CPU, and on a
-                GPU by the size of the largest part of a frame (:func:`cosmos3_core.shapes.chunk_latents`).
-            part: of every frame, to decode here. Every part takes the same latents and its chunks in step with the
-                others', as each waits for what it needs of them.
+                reference; more fill a device better and take more memory. None: 1 on a CPU, and on a GPU by the size of
+                the largest part of a frame (:func:`cosmos3_core.shapes.chunk_latents`).
+            part: the part of every frame to decode here. All parts take the same latents and iterate in step, because
+                each waits for the others' borders.
 
         Returns:
             An iterator of pixel chunks [B, 3, F, Y, X] in [-1, 1], in the module's dtype and on its device: F is 1 at
-            first, then ``chunk_latents`` x ``geometry.temporal``; the last may be shorter. Y and X are the part's:
-            where it holds nothing, its chunks are empty, and as many.
+            first, then ``chunk_latents`` x ``geometry.temporal``; the last may be shorter. Y and X are the part's; an
+            empty part yields as many empty chunks.
 
         Raises:
-            RequestError: latents of another shape or for another part, or ``chunk_latents`` below 1. This call raises
-                it, not the iterator.
+            RequestError: the latents have another shape or do not fit the part, or ``chunk_latents`` is below 1. This
+                call raises it, not the iterator.
         """
         self.check_latents(latents_BCTHW)
         own_BCTHW = part.cut(latents_BCTHW)
         if chunk_latents is None:
             *_, height, width = latents_BCTHW.shape
             at_least = latents_to_fill(self.post_quant_conv.weight.device, is_split=part.axis is not None)
-            # The largest part, not this one: all parts have to choose alike.
+            # The largest part, not this one: all parts must choose alike.
             chunk_latents = shapes.chunk_latents(*part.largest(height, width), at_least)
         if chunk_latents < 1:
             raise RequestError("chunk_latents", chunk_latents, "1 or more latent frames")
         return self._decode(own_BCTHW, chunk_latents, part)
 
     def check_latents(self, latents_BCTHW: Tensor) -> None:
-        """Make sure that this decoder takes ``latents_BCTHW``.
+        """Make sure that latents have the shape that this decoder takes.
 
         Raises:
             RequestError: they are not [B, z_dim, T, H, W], each at least 1.
@@ -200,10 +200,10 @@ class VideoVAE(nn.Module):
             start, stop = stop, stop + chunk_latents
 
     def _decoder_input(self, latents_BCTHW: Tensor) -> Tensor:
-        """Normalised latents -> what the decoder takes, in the module's dtype; frame by frame.
+        """Convert normalised latents to the decoder's input, in the module's dtype; frame by frame.
 
-        The 1x1x1 convolution rounds otherwise with its number of frames (CPU picks its algorithm by size), and a clip
-        should decode alike however it is cut in time.
+        The rounding of the 1x1x1 convolution depends on its number of frames (the CPU picks its algorithm by size), and
+        a clip must decode alike in any chunks.
         """
         weight = self.post_quant_conv.weight
         mean_C111, inverse_std_C111 = self._statistics()
@@ -212,7 +212,7 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def _decode_into(self, cache: FrameCache, latents_BCTHW: Tensor) -> Tensor:
-        """Decode one chunk; ``cache`` moves on behind it."""
+        """Decode one chunk; updates ``cache``."""
         patched_BCTHW = self.decoder(self._decoder_input(latents_BCTHW), cache)
         cache.is_first_chunk = False
         return unpatchify(patched_BCTHW.clamp_(-1.0, 1.0), self.config.patch_size)
@@ -233,13 +233,13 @@ class VideoVAE(nn.Module):
         Args:
             pixels_BCFYX: [B, 3, F, Y, X] in [-1, 1]; F is 1 + a multiple of ``geometry.temporal``, Y and X are
                 multiples of ``geometry.spatial``.
-            part: of every frame, to encode here; every part takes the same pixels, at the same time.
+            part: the part of every frame to encode here; all parts take the same pixels at the same time.
 
         Returns:
-            Latents [B, z_dim, T, H, W] of the whole frames, whatever the part, in the module's dtype and on its device.
+            Latents [B, z_dim, T, H, W] of the whole frames on every part, in the module's dtype and on its device.
 
         Raises:
-            RequestError: pixels of another shape or for another part.
+            RequestError: the pixels have another shape or do not fit the part.
             CapabilityError: this VAE was built without its encoder.
         """
         if self.encoder is None or self.quant_conv is None:
@@ -253,7 +253,7 @@ class VideoVAE(nn.Module):
         weight = self.quant_conv.weight
         cache = FrameCache(self.encoder.num_slots, part)
         moments: list[Tensor] = []
-        # Frame 0 alone, then as many pixel frames at a time as make one latent frame.
+        # Frame 0 alone, then the pixel frames of one latent frame at a time.
         start, stop = 0, 1
         while start < own_BCFYX.shape[2]:
             chunk_BCFYX = own_BCFYX[:, :, start:stop].to(weight.device, weight.dtype)
@@ -308,19 +308,19 @@ class VideoVAE(nn.Module):
 
 
 def patchify(pixels_BCFYX: Tensor, patch_size: int) -> Tensor:
-    """[B, C, F, Y, X] -> [B, C p p, F, Y/p, X/p]; among the channels a patch's rows count fastest, then its columns."""
+    """Fold patches into channels: [B, C, F, Y, X] -> [B, C p p, F, Y/p, X/p], a patch's rows fastest."""
     patches_BCFHhWw = pixels_BCFYX.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))
     return patches_BCFHhWw.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
 def unpatchify(x_BCTHW: Tensor, patch_size: int) -> Tensor:
-    """[B, C p p, F, H, W] -> [B, C, F, H p, W p], the inverse of :func:`patchify`, contiguous."""
+    """Invert :func:`patchify`: [B, C p p, F, H, W] -> [B, C, F, H p, W p], contiguous."""
     patches_BCwhTHW = x_BCTHW.unflatten(1, (-1, patch_size, patch_size))
     return patches_BCwhTHW.permute(0, 1, 4, 5, 3, 6, 2).contiguous().flatten(5, 6).flatten(3, 4)
 
 
 def _geometry(config: VideoVAEConfig) -> Geometry:
-    """Return the compression factors, read off the layers and checked against what the config states."""
+    """Return the compression factors of the layers, which must equal those that the config states."""
     temporal = 2 ** sum(config.temperal_downsample)
     spatial = config.patch_size * 2 ** len(config.temperal_downsample)
     stated = (config.scale_factor_temporal, config.scale_factor_spatial)
@@ -332,6 +332,6 @@ def _geometry(config: VideoVAEConfig) -> Geometry:
 
 
 def _check_clip(field: str, clip: Tensor, num_channels: int) -> None:
-    """``clip`` must be a clip of five axes, none of them empty, with ``num_channels`` channels."""
+    """Refuse a tensor that is not [B, num_channels, frames, rows, columns], each at least 1."""
     if clip.dim() != 5 or clip.shape[1] != num_channels or 0 in clip.shape:
         raise RequestError(field, tuple(clip.shape), f"(batch, {num_channels}, frames, rows, columns), each at least 1")

@@ -5,9 +5,9 @@ Tensors end in their axes:
     patched pixels at the top), K = B x T frames folded into the batch, S = H x W positions of one frame; a 1 is an axis
     of one. ``_BC`` alone: any axes may follow.
 
-A causal convolution sees the chunk it is given and the frames before it. Those frames are the clip's, not the
-module's: they travel in a :class:`FrameCache` that is made per clip and handed down through every ``forward``.
-All of this is for inference: outputs that nobody else holds are changed in place.
+A causal convolution sees its chunk and the frames before it. Those frames belong to the clip, not to the module: they
+travel in a :class:`FrameCache`, made per clip and passed through every ``forward``. All of this is for inference: new
+outputs are changed in place.
 
 Source: the architecture of the published AutoencoderKLWan weights in the Wan 2.2 (residual) layout.
 """
@@ -27,13 +27,13 @@ class FrameCache:
     """History that one clip's causal convolutions carry from chunk to chunk.
 
     Args:
-        num_slots: how many convolutions there are that look back.
-        part: of the frames, that is worked on.
+        num_slots: number of convolutions that look back.
+        part: the part of the frames to work on.
 
     Attributes:
         frames: per convolution, at its ``slot``: the last frames of its window [B, C, num_history, rows, columns],
-            border included; None stands for zeros, the past of a clip that has just begun.
-        is_first_chunk: nothing of the clip has passed yet. Resampling in time treats the first frame apart.
+            border included; None stands for zeros, the past of a new clip.
+        is_first_chunk: whether the clip is at its first chunk; resampling in time treats the first frame apart.
     """
 
     def __init__(self, num_slots: int, part: FramePart = WHOLE) -> None:
@@ -45,20 +45,20 @@ class FrameCache:
 class CausalConv3d(nn.Conv3d):
     """3D convolution that looks back in time, never ahead.
 
-    It runs in two steps, ``conv(conv.window(x, cache))``: :meth:`window` lays history, chunk and a border into one
-    buffer, the convolution itself pads nothing. The border is zeros, and where the frame goes on in another part, what
-    is there. A kernel of one needs no window and takes ``x`` itself.
+    It runs in two steps, ``conv(conv.window(x, cache))``: :meth:`window` copies history, chunk and a border into one
+    buffer, and the convolution itself pads nothing. The border holds zeros, or the neighbouring rows or columns of
+    another part. A kernel of one needs no window and takes ``x`` itself.
 
     Args:
         in_channels, out_channels: channels before and after.
         kernel: time, rows, columns; odd.
-        ops: who lays the window.
+        ops: implementations of the operators.
         time_stride: step in time; rows and columns always step by one.
-        leaves_bias: whether the operator behind adds the bias, where ``ops`` do that.
+        leaves_bias: whether the next operator adds the bias, if ``ops`` can.
     """
 
     slot: int
-    """Where this convolution's frames are in a :class:`FrameCache`; set by :func:`number_slots`."""
+    """Index of this convolution's frames in a :class:`FrameCache`; set by :func:`number_slots`."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, stride=(time_stride, 1, 1))
         self.ops = ops
         self.leaves_bias = leaves_bias and ops.take_bias
-        # Each output's window lies `time_stride` frames behind the one before: so many of its frames have been seen.
+        # Each output's window begins `time_stride` frames after the one before; the rest of its frames are history.
         self.num_history = kernel[0] - time_stride
         self.border_HW = (kernel[1] // 2, kernel[2] // 2)
 
     @property
     def late_bias(self) -> Tensor | None:
-        """Return the bias that the next operator still has to add; None where the convolution adds it."""
+        """Return the bias that the next operator has to add; None if the convolution adds it."""
         return self.bias if self.leaves_bias else None
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
@@ -89,13 +89,13 @@ class CausalConv3d(nn.Conv3d):
     def window(
         self, x_BCTHW: Tensor, cache: FrameCache, *, norm: ChannelRMSNorm | None = None, bias_C: Tensor | None = None
     ) -> Tensor:
-        """``x`` behind its history and inside its border, in the weight's memory format; updates ``cache``.
+        """Return ``x`` after its history and inside its border, in the weight's memory format; updates ``cache``.
 
         Args:
             x_BCTHW: the chunk.
-            cache: of the clip.
-            norm: what stands before the convolution, SiLU behind it; None if neither does.
-            bias_C: what the convolution before that left to add.
+            cache: the clip's.
+            norm: norm before the convolution, with SiLU after it; None for neither.
+            bias_C: bias that the previous convolution left to add.
 
         Returns:
             [B, C, num_history + T, H + 2 border, W + 2 border]
@@ -112,21 +112,21 @@ class CausalConv3d(nn.Conv3d):
         )
         axis = cache.part.axis
         if axis is not None and (border := self.border_HW[axis]):
-            # The past came with its border; the next chunk's past needs the one of these frames.
+            # The history has its border; that of the next chunk needs the border of these frames.
             cache.part.fill_border(window_BCTHW[:, :, self.num_history :], before=border, after=border)
             copy_border(window_BCTHW[:, :, -self.num_history :], kept_BCTHW, axis, border)
         cache.frames[self.slot] = kept_BCTHW
         return window_BCTHW
 
     def remember(self, frames_BCTHW: Tensor, cache: FrameCache) -> None:
-        """Keep the last of ``frames`` for the next chunk, for a convolution without border that is not run now."""
+        """Keep the last of ``frames`` as history, for a convolution without border that skips this chunk."""
         # A copy: a view would keep all of them alive until the next chunk.
         cache.frames[self.slot] = frames_BCTHW[:, :, -self.num_history :].clone()
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The weight's."""
-        # Were the two to differ, the convolution would convert its input at every call.
+        """Memory format of the weight and the input."""
+        # If the two differed, the convolution would convert its input at every call.
         if self.weight.is_contiguous():
             return torch.contiguous_format
         is_channels_last = self.weight.is_contiguous(memory_format=torch.channels_last_3d)
@@ -140,7 +140,7 @@ def copy_border(source_HW: Tensor, target_HW: Tensor, axis: int, border: int) ->
 
 
 def number_slots(network: nn.Module) -> int:
-    """Give every causal convolution of ``network`` that looks back a slot of its own; returns how many there are."""
+    """Number the slots of all causal convolutions that look back; return how many there are."""
     looking_back = [module for module in network.modules() if isinstance(module, CausalConv3d) and module.num_history]
     for slot, conv in enumerate(looking_back):
         conv.slot = slot
@@ -148,13 +148,13 @@ def number_slots(network: nn.Module) -> int:
 
 
 class ChannelRMSNorm(nn.Module):
-    """Every position's channel vector scaled to length sqrt(C), times a learned gain per channel.
+    """Scales every position's channel vector to length sqrt(C), times a learned gain per channel.
 
-    In front of a causal convolution it only holds the gain: norm, SiLU and window are one operator.
+    Before a causal convolution it only holds the gain: norm, SiLU and window are one operator.
 
     Args:
         num_channels: C.
-        num_grid_axes: axes behind the channels, 3 for clips and 2 for frames; the published gain has an axis for each.
+        num_grid_axes: axes after the channels, 3 for clips and 2 for frames; the published gain has an axis for each.
     """
 
     def __init__(self, num_channels: int, *, num_grid_axes: int) -> None:
@@ -167,7 +167,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two causal 3x3x3 convolutions, each behind norm and SiLU, around a shortcut (1x1x1 where the width changes)."""
+    """Two causal 3x3x3 convolutions, each after norm and SiLU, around a shortcut (1x1x1 if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, ops: VideoOps) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, in_channels, T, H, W] -> [B, out_channels, T, H, W], a new tensor."""
-        # `y` is rebound at every step: what it held before is free again by the time the convolution runs.
+        # `y` is rebound at every step, so that the previous tensor is free when the convolution runs.
         y_BCTHW = self.conv1.window(x_BCTHW, cache, norm=self.norm1)
         y_BCTHW = self.conv1(y_BCTHW)
         y_BCTHW = self.conv2.window(y_BCTHW, cache, norm=self.norm2, bias_C=self.conv1.late_bias)
@@ -196,7 +196,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Single-head self-attention among the positions of each frame, the only part that sees a whole frame at once."""
+    """Single-head self-attention among the positions of each frame, the only layer that needs whole frames."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
@@ -205,9 +205,9 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(num_channels, num_channels, 1)
 
     def forward(self, x_BCTHW: Tensor, part: FramePart) -> Tensor:
-        """[B, C, T, H, W] -> the same shape, a new tensor, the input added: this part's positions see all of them."""
+        """[B, C, T, H, W] -> the same shape, a new tensor with the input added; queries are this part's positions."""
         x_KCHW = fold_frames(x_BCTHW)
-        # The three maps lie side by side in the channels; one contiguous transpose serves all of them.
+        # The three maps are adjacent in the channels; one contiguous transpose serves all of them.
         qkv_KHWC = self.to_qkv(self.norm(x_KCHW)).movedim(1, -1).contiguous()
         num_channels = x_KCHW.shape[1]
         q_K1SC = qkv_KHWC[..., :num_channels].flatten(1, 2).unsqueeze(1)
@@ -234,7 +234,7 @@ class MidBlock(nn.Module):
 
 
 def fold_frames(x_BCTHW: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B T, C, H, W], for what treats every frame by itself."""
+    """[B, C, T, H, W] -> [B T, C, H, W], for layers that treat frames one by one."""
     return x_BCTHW.transpose(1, 2).flatten(0, 1)
 
 

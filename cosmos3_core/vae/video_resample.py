@@ -1,10 +1,10 @@
 """Up and down blocks of the Wan 2.2 video VAE: residual blocks, a resampler, and a shortcut without parameters.
 
 Axes are named as in :mod:`cosmos3_core.vae.video_blocks`; ``t``, ``h``, ``w`` count the finer voxels (2 each, or 1 in
-time) that one coarse voxel stands for.
+time) in a coarse voxel.
 
 Frame 0 of a clip stands alone: it is neither doubled nor halved in time, so a clip has 1 + k frames at the latent level
-and 1 + 2k, 1 + 4k above. It arrives as a chunk of its own, which is what ``cache.is_first_chunk`` tells.
+and 1 + 2k, 1 + 4k above. It is a chunk of its own: ``cache.is_first_chunk``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cosmos3_core.vae.video_blocks import CausalConv3d, FrameCache, ResidualBloc
 
 
 class NearestUp2d(nn.Module):
-    """Every pixel becomes 2 x 2 of it, and every frame as many as there are parts of the channels."""
+    """Repeats every pixel 2 x 2 times, and every frame once per part of the channels."""
 
     def __init__(self, ops: VideoOps) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class FrameConv2d(nn.Conv2d):
     """The 3x3 convolution of a resampler: frames folded into the batch, no cache.
 
     Args:
-        num_channels: before and after.
-        stride: 1 behind :class:`NearestUp2d`, with a border of one all around; 2 when halving, the zeros of its border
-            laid by the module in front.
-        leaves_bias: whether the operator behind adds the bias.
+        num_channels: channels before and after.
+        stride: 1 after :class:`NearestUp2d`, with a border of one all around; 2 when halving, with the border of zeros
+            from the module before.
+        leaves_bias: whether the next operator adds the bias.
     """
 
     def __init__(self, num_channels: int, *, stride: int, leaves_bias: bool) -> None:
@@ -50,17 +50,17 @@ class FrameConv2d(nn.Conv2d):
         if part.axis is not None:
             if self.stride[0] == 1:
                 x_KCHW, padding = F.pad(x_KCHW, (1, 1, 1, 1)), (0, 0)
-            # Halving, output (i, j) looks at rows 2i to 2i + 2: at none above its own.
+            # When halving, output (i, j) reads rows 2i to 2i + 2, none above its own.
             part.fill_border(x_KCHW, before=2 - self.stride[0], after=1)
         return F.conv2d(x_KCHW, self.weight, None if self.leaves_bias else self.bias, self.stride, padding)
 
 
 class Upsampler(nn.Module):
-    """Doubles rows and columns, and frames where asked.
+    """Doubles rows and columns, and optionally frames.
 
     Args:
-        num_channels: before and after.
-        ops: of the VAE.
+        num_channels: channels before and after.
+        ops: implementations of the operators.
         doubles_time: whether every frame but the clip's first becomes two.
     """
 
@@ -74,7 +74,7 @@ class Upsampler(nn.Module):
 
     @property
     def late_bias(self) -> Tensor | None:
-        """Return the bias that the next operator still has to add to the result; None where none is left."""
+        """Return the bias that the next operator has to add to the result; None for none."""
         conv = self.resample[1]
         assert isinstance(conv, FrameConv2d)
         return conv.bias if conv.leaves_bias else None
@@ -82,8 +82,8 @@ class Upsampler(nn.Module):
     def forward(self, x_BCTHW: Tensor, cache: FrameCache) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T or 2T, 2H, 2W], a new tensor."""
         batch, num_parts = x_BCTHW.shape[0], 1
-        # The clip's first frame passes by the convolution in time and is no part of its history either:
-        # that starts with zeros at the second frame.
+        # The clip's first frame bypasses the convolution in time and its history, which starts with zeros at the second
+        # frame.
         if self.time_conv is not None and not cache.is_first_chunk:
             # The convolution's two halves are the even and the odd frames.
             x_BCTHW, num_parts = self.time_conv(self.time_conv.window(x_BCTHW, cache)), 2
@@ -92,17 +92,17 @@ class Upsampler(nn.Module):
 
 
 class Downsampler(nn.Module):
-    """Halves rows and columns, and frames where asked.
+    """Halves rows and columns, and optionally frames.
 
     Args:
-        num_channels: before and after.
-        ops: of the VAE.
+        num_channels: channels before and after.
+        ops: implementations of the operators.
         halves_time: whether every two frames after the clip's first become one.
     """
 
     def __init__(self, num_channels: int, ops: VideoOps, *, halves_time: bool) -> None:
         super().__init__()
-        # The border is below and to the right only; see the convolution.
+        # A border only below and to the right; see the convolution.
         self.resample = nn.ModuleList(
             [nn.ZeroPad2d((0, 1, 0, 1)), FrameConv2d(num_channels, stride=2, leaves_bias=False)]
         )
@@ -117,25 +117,25 @@ class Downsampler(nn.Module):
         if self.time_conv is None:
             return y_BCTHW
         if cache.is_first_chunk:
-            # Unlike when doubling, the first frame is history here; it just has no output of its own to compute.
+            # Unlike when doubling, the first frame is history here, without an output of its own.
             self.time_conv.remember(y_BCTHW, cache)
             return y_BCTHW
         return self.time_conv(self.time_conv.window(y_BCTHW, cache))
 
 
 class DuplicateUp(nn.Module):
-    """Shortcut of an up block: each finer voxel takes one value of the coarse voxel that it lies in.
+    """Shortcut of an up block: each finer voxel takes one value of its coarse voxel.
 
     With r = in_channels / out_channels, output channel c at finer position s (counted t, h, w) reads input channel
     c r + s r / (t h w): the position picks among r channels, and where r is 1 it is plain duplication.
 
     Args:
-        in_channels, out_channels: r must be 1, or a product of the first of the factors (time, rows, columns).
-        ops: of the VAE.
-        doubles_time: whether frames double too.
+        in_channels, out_channels: r must be 1, or the product of the first factors (time, rows, columns).
+        ops: implementations of the operators.
+        doubles_time: whether frames double, too.
 
     Raises:
-        CapabilityError: r is something else; no published checkpoint has that.
+        CapabilityError: r is another number, which no published checkpoint has.
     """
 
     def __init__(self, in_channels: int, out_channels: int, ops: VideoOps, *, doubles_time: bool) -> None:
@@ -145,7 +145,7 @@ class DuplicateUp(nn.Module):
         remaining, rest = divmod(in_channels, out_channels)
         picks: list[int] = []
         for factor in self.factors:
-            # The slowest counted positions pick a channel, the others share it.
+            # The slowest positions pick a channel, the others share it.
             pick = factor if remaining > 1 else 1
             picks.append(pick)
             remaining, rest = remaining // pick, rest + remaining % pick
@@ -154,26 +154,26 @@ class DuplicateUp(nn.Module):
         self.picks = (picks[0], picks[1], picks[2])
 
     def forward(self, y_BCTHW: Tensor, x_BCTHW: Tensor, y_bias_C: Tensor | None) -> Tensor:
-        """Add the shortcut of ``x`` to ``y`` in place; returns ``y``.
+        """Add the shortcut of ``x`` to ``y`` in place; return ``y``.
 
         Args:
-            y_BCTHW: the block's result [B, out_channels, T or 2T, 2H, 2W]; of the clip's first frame, which is not
-                doubled, one frame: it takes the later of its two.
+            y_BCTHW: the block's result [B, out_channels, T or 2T, 2H, 2W]; for the clip's first frame, which does not
+                double, a single frame, which takes the later of its two values.
             x_BCTHW: the block's input [B, in_channels, T, H, W].
-            y_bias_C: what the block's last convolution left to add.
+            y_bias_C: bias that the block's last convolution left to add.
         """
         return self.ops.add_shortcut(y_BCTHW, x_BCTHW, self.factors, self.picks, y_bias_C, None)
 
 
 class AverageDown(nn.Module):
-    """Shortcut of a down block: finer voxels move into the channels, which are then averaged in groups.
+    """Shortcut of a down block: moves finer voxels into the channels and averages those in groups.
 
     Args:
-        in_channels, out_channels: in_channels times the voxels that become one must be a multiple of out_channels.
-        halves_time, halves_space: which axes shrink.
+        in_channels, out_channels: in_channels times the voxels that merge must be a multiple of out_channels.
+        halves_time, halves_space: whether these axes shrink.
 
     Raises:
-        CapabilityError: the channels do not divide so; no published checkpoint has that.
+        CapabilityError: the channels do not divide, as in no published checkpoint.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, halves_time: bool, halves_space: bool) -> None:
@@ -196,14 +196,14 @@ class AverageDown(nn.Module):
 
 
 class VideoUpBlock(nn.Module):
-    """Residual blocks, then an :class:`Upsampler` with its shortcut, which the last block of the decoder lacks.
+    """Residual blocks, then an :class:`Upsampler` with its shortcut, except in the decoder's last block.
 
     Args:
-        in_channels, out_channels: before and after; the first residual block changes the width.
-        num_res_blocks: how many.
-        ops: of the VAE.
+        in_channels, out_channels: channels before and after; the first residual block changes them.
+        num_res_blocks: number of residual blocks.
+        ops: implementations of the operators.
         upsamples: whether rows and columns double.
-        doubles_time: whether frames double too.
+        doubles_time: whether frames double, too.
     """
 
     def __init__(
@@ -234,14 +234,14 @@ class VideoUpBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, then a :class:`Downsampler` (the last block of the encoder has none), around a shortcut.
+    """Residual blocks, then a :class:`Downsampler` except in the encoder's last block, around a shortcut.
 
     Args:
-        in_channels, out_channels: before and after; the first residual block changes the width.
-        num_res_blocks: how many.
-        ops: of the VAE.
+        in_channels, out_channels: channels before and after; the first residual block changes them.
+        num_res_blocks: number of residual blocks.
+        ops: implementations of the operators.
         downsamples: whether rows and columns halve.
-        halves_time: whether frames halve too.
+        halves_time: whether frames halve, too.
     """
 
     def __init__(

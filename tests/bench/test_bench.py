@@ -13,7 +13,7 @@ from cosmos3_core.bench import theirs as their_module
 from cosmos3_core.bench.__main__ import main
 from cosmos3_core.bench.ours import Ours, video_vae
 from cosmos3_core.bench.random_models import RANDOM_MODELS
-from cosmos3_core.bench.report import Row, table
+from cosmos3_core.bench.report import Row, format_table
 from cosmos3_core.bench.subject import Clip, Subject, Work, checkpoint_subject, random_subject
 from cosmos3_core.bench.theirs import Theirs
 from cosmos3_core.checkpoint.tensors import transformer_tensors
@@ -136,7 +136,7 @@ def test_without_the_reference_it_measures_alone_and_says_so(
 def test_the_ratio_is_ours_over_theirs() -> None:
     row = Row("step", ours=[1.0, 9.0, 2.0], theirs=[4.0, 4.0])
     assert row.ratio == 0.5
-    assert table([row], "diffusers").splitlines()[1].split() == [
+    assert format_table([row], "diffusers").splitlines()[1].split() == [
         "step",
         "s",
         "2.0000",

@@ -189,7 +189,7 @@ def test_packets_wait_until_it_is_known_which_comes_first():
     assert order.add(1, sound[:3]) == [video[0], sound[0], video[1], sound[1], video[2]]
     assert order.add(1, sound[3:]) == []
     assert order.add(0, video[3:]) == [sound[2], video[3]]
-    assert order.rest() == [sound[3]]
+    assert order.flush() == [sound[3]]
     assert PacketOrder(1).add(0, video) == video
 
 
