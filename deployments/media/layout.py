@@ -11,8 +11,9 @@
             thumbnail.json      record of a variant, and thumbnail-<16 hex>.webp, its file (:mod:`.variants`)
     .<16 hex>.part              what is about to appear or to disappear
 
-Every object appears and disappears as a whole (:mod:`.objects`), so any number of processes work on the layout without
-locks, and one that is killed leaves the file before or the file after.
+Records and files of jobs appear and disappear as a whole (:mod:`.objects`), and a finished file is whole once the end
+says done. So any number of processes work on the layout without locks, and one that is killed leaves what was there
+before or what is there after.
 
 With an archive, files of jobs are in the archive alone, and the directory of each node is a cache of tries, in which
 files grow. A file is done when it is done in the archive. Its end is created exactly once where the backend can do
