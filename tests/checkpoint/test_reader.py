@@ -248,7 +248,7 @@ def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(
         TensorMismatchError,
-        match=rf"there twice: as proj_in.weight in {first.name} and as vae2llm.weight in {second.name}",
+        match=rf"occurs twice: as proj_in.weight in {first.name} and as vae2llm.weight in {second.name}",
     ):
         WeightFiles.open(tmp_path)
 
