@@ -4,8 +4,8 @@ Serve's own streams have no back-pressure and spread calls over replicas. Here a
 a chunk, the Director posts the chunk's reference, and the one consumer of the clip takes it and gives the credit back.
 Chunks themselves never pass through this actor.
 
-Pictures and sound have a producer each, and one that dies is followed by another, of another name, which begins anew:
-what it makes a second time the Director drops, and its predecessor's unused credits are taken back.
+Pictures and sound have a producer each. One that dies is followed by another, of another name, which begins anew: the
+Director drops what comes a second time, and takes back the unused credits of the first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ClipStreams:
         self._clips[stream_id] = _Clip(asyncio.Semaphore(window))
 
     async def acquire(self, stream_id: str, producer: str, timeout_s: float) -> bool:
-        """Wait for a producer's credit. False when the stream has ended: the producer stops.
+        """Wait for a producer's credit; return False when the stream has ended, and the producer must stop.
 
         Raises:
             TimeoutError: no credit came in time.
@@ -69,15 +69,13 @@ class ClipStreams:
         async with asyncio.timeout(timeout_s):
             await clip.credits.acquire()
         if clip.closed_because is not None or producer in clip.gone:
-            clip.credits.release()  # the next producer that waits is to have it, or to hear of the end too
+            clip.credits.release()  # for the next producer that waits: it takes the credit, or learns of the end
             return False
         clip.making[producer] += 1
         return True
 
     async def post(self, stream_id: str, producer: str, boxed_ref: list[Any]) -> None:
-        """Pass on a producer's next chunk for the Director, as a one-element list so that Ray leaves the reference
-        alone.
-        """
+        """Post a producer's next chunk: its reference in a list of one, which Ray does not resolve."""
         clip = self._clips.get(stream_id)
         if clip is not None:
             clip.making[producer] -= 1
@@ -134,7 +132,7 @@ class ClipStreams:
             clip.credits.release()
 
     async def close(self, stream_id: str, reason: str) -> None:
-        """End a clip for all its waiting calls. Closing one that is not open is fine."""
+        """End a clip, if it is open, for all its waiting calls."""
         clip = self._clips.pop(stream_id, None)
         if clip is None:
             return
@@ -144,7 +142,7 @@ class ClipStreams:
         clip.credits.release()
 
     async def num_open(self) -> int:
-        """Return how many clips are open."""
+        """Return the number of open clips."""
         return len(self._clips)
 
 

@@ -1,10 +1,10 @@
 """The leader's loop: it alone calls the ranks, a quantum of about a quarter second of steps at a time.
 
-Every request is taken in at once and waits here, where its class is known, never in a router in front; whose turn it is
-says :mod:`cluster.step_scheduler`. Between quanta a request costs its state on every rank, within a bound: one that has
-to make room is parked, its state with the leader, and taken up again later. A cancelled one leaves at the next quantum.
-Now and then the state of a running request goes to the caller, who can have it taken up by another gang. Where previews
-are asked for, rank 0 gives their colours between two quanta, and the file is made beside the next one.
+Every request is queued here, where its class is known, never in a router in front; :mod:`cluster.step_scheduler`
+decides whose turn it is. Between quanta a request costs its state on every rank, within a bound: one that has to make
+room is parked, its state with the leader, and resumed later. A cancelled one leaves at the next quantum. From time to
+time the caller gets the state of a running request, which another gang can resume. For previews rank 0 gives the
+colours between two quanta, and the file is made beside the next quantum.
 
 When the gang fails, every request gets the failure, and so does every later one: the leader ends and is rebuilt.
 """
@@ -23,7 +23,7 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.gang import Gang
-from cluster.gang_meter import BusyClock, GangMeter, NoMeter
+from cluster.gang_meter import BusyClock, GangMeter
 from cluster.logs import LogOrigin, log_event
 from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
 from cluster.transformer_rank import StepReport
@@ -38,7 +38,7 @@ logger = logging.getLogger("ray.serve")
 _QUANTUM_S = 0.25
 # A gang counts as hung when a quantum takes this many times what the last one took, and longer than the floor.
 _PATIENCE = 20
-# Between two questions to idle ranks whether they are there.
+# Between two checks of idle ranks.
 _IDLE_S = 5.0
 # Saving states may take this share of a gang's time.
 _SAVING_SHARE = 0.05
@@ -76,13 +76,13 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Denoised:
-    """The latents, modality -> fp32; the last update."""
+    """The last update: the latents, modality -> fp32."""
 
     latents: dict[str, TensorEnvelope]
 
 
 Update = QueuePosition | StepDone | PreviewReady | PreviewsOff | SavedState | Denoised
-"""Events for whoever waits, and tensors for whoever goes on with the request."""
+"""Events for the request's caller, and tensors for the stage that continues the request."""
 
 
 @dataclass(eq=False)
@@ -92,7 +92,7 @@ class _Job:
     deadline_s: float
     limit_s: float
     urgency: Urgency
-    state: TensorEnvelope | None  # to begin from: saved by another gang, or parked by this one
+    state: TensorEnvelope | None  # to resume from: saved by another gang, or parked by this one
     clean: TensorEnvelope | None  # latents of the frames that the request gives
     previews: PreviewOrder | None  # None as well once they have ended
     origin: LogOrigin | None
@@ -134,7 +134,7 @@ class EngineLoop:
         self._request_memory = request_memory
         self._spec = spec
         self._on_failure = on_failure
-        self._meter = meter or NoMeter()
+        self._meter = meter or GangMeter()
         self._busy = BusyClock(self._now_s())
         self._turns: StepScheduler[_Job] = StepScheduler()
         self._ledger = PromptLedger(spec.text_cache_bytes, request_memory.bytes_per_text_token)
@@ -148,7 +148,7 @@ class EngineLoop:
 
     @property
     def num_jobs(self) -> int:
-        """Requests waiting or running."""
+        """Number of requests, waiting or running."""
         return len(self._turns)
 
     async def submit(
@@ -167,13 +167,13 @@ class EngineLoop:
 
         Args:
             job_id: unique among the gang's requests.
-            request: what is asked for.
+            request: to run.
             limit_s: seconds that it may take from now on, waiting included.
-            state: to go on from; a :class:`SavedState` one of the same request.
+            state: to resume from; the one of a :class:`SavedState` of the same request.
             clean: latents of the frames that the request gives.
-            previews: those to make on the way; None: none. They come as soon as they are made, none after the last
-                step. While one is made no other is begun: a due one waits for the next quantum, or for ever.
-            origin: whose it is, for the logs, the ranks' as well.
+            previews: which previews to make; None: none. They come as soon as they are made, none after the last
+                step. One is made at a time: one that is due meanwhile waits for a later quantum, or never comes.
+            origin: names the request in the logs, the ranks' as well.
 
         Raises:
             OverloadedError: the queue is full.
@@ -193,7 +193,7 @@ class EngineLoop:
         if previews is not None:
             job.preview_due_step = previews.period_steps(request.num_inference_steps)
         self._turns.add(job, urgency, start_s)
-        self._tell_positions()
+        self._report_positions()
         self._wake.set()
         try:
             while True:
@@ -205,7 +205,7 @@ class EngineLoop:
                 if isinstance(update, Denoised):
                     return
         finally:
-            # Only a flag, and only the loop acts on it: whoever is being cancelled here must not call the ranks.
+            # Only a flag, and only the loop acts on it: a task that is being cancelled must not call the ranks.
             job.is_cancelled = True
             self._wake.set()
 
@@ -228,11 +228,11 @@ class EngineLoop:
                 self._turns.had_turn(job.urgency, start_s, self._now_s())
             except GangFailed as error:
                 self._fail(error, job)
-            except Exception as error:  # noqa: BLE001 - our own bug; to wait for an answer for ever would hide it
+            except Exception as error:  # noqa: BLE001 - our own bug; an endless wait for an answer would hide it
                 self._fail(GangFailed("step", f"the engine loop met {type(error).__name__}: {error}"), job)
 
     async def _idle(self) -> None:
-        """Wait for a request; see to it that a rank that has died meanwhile is noticed before one comes."""
+        """Wait for a request, and check idle ranks, so that a death is noticed before a request comes."""
         try:
             async with asyncio.timeout(_IDLE_S):
                 await self._wake.wait()
@@ -247,7 +247,7 @@ class EngineLoop:
                 await self._end(job)
 
     async def _begin(self, job: _Job) -> bool:
-        """Have the ranks begin a request, or go on with it from its state; False if they refuse it."""
+        """Have the ranks begin a request, or resume it from its state; return False if they refuse it."""
         await self._make_room_for(job)
         num_hits = self._ledger.num_kept(job.request.prompts)
         orders = self._ledger.admit(job.request.prompts)
@@ -325,7 +325,7 @@ class EngineLoop:
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
 
     async def _preview(self, job: _Job, order: PreviewOrder, last: StepDone) -> None:
-        """Have a due preview made, unless another one still is. The gang waits for rank 0's colours only."""
+        """Make a due preview, unless another is being made. The gang waits for rank 0's colours only."""
         if self._encoding is not None and not self._encoding.done():
             return
         period_steps = order.period_steps(last.num_steps)
@@ -349,7 +349,7 @@ class EngineLoop:
         try:
             frames = colours.array()
             webp = await asyncio.to_thread(animate_webp, frames, order.fps(len(frames)))
-        except Exception as error:  # noqa: BLE001 - a preview fails no request, whatever is wrong with it
+        except Exception as error:  # noqa: BLE001 - a preview fails no request
             self._end_previews(job, f"{type(error).__name__}: {error}")
             return
         if job.previews is not None:
@@ -380,7 +380,7 @@ class EngineLoop:
     def _leave(self, job: _Job) -> None:
         self._log(job, "gang ended", seconds=self._now_s() - job.start_s)
         self._turns.remove(job)
-        self._tell_positions()
+        self._report_positions()
 
     async def _forget(self, job: _Job) -> None:
         await self._gang.call("end", job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
@@ -391,8 +391,8 @@ class EngineLoop:
     def _fail(self, error: GangFailed, running: _Job | None) -> None:
         """End everything. Only the request that was being worked on may be to blame."""
         self.failure = error
-        whose = None if running is None else running.origin
-        log_event(logger, "gang failed", whose, logging.ERROR, phase=error.phase, rank=error.rank, reason=error.reason)
+        origin = None if running is None else running.origin
+        log_event(logger, "gang failed", origin, logging.ERROR, phase=error.phase, rank=error.rank, reason=error.reason)
         for job in list(self._turns):
             if job is not running:
                 job.updates.put_nowait(GangLost(error.phase, error.reason, error.rank))
@@ -407,7 +407,7 @@ class EngineLoop:
         if job.origin is not None:
             log_event(logger, event, job.origin, stage="denoise", **fields)
 
-    def _tell_positions(self) -> None:
+    def _report_positions(self) -> None:
         for position, job in enumerate(self._turns):
             if not job.has_begun and job.position != position:
                 job.position = position

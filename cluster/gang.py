@@ -38,11 +38,11 @@ _DEATH_S = 3.0
 
 @dataclass(frozen=True)
 class GangSpec:
-    """A gang to be.
+    """Settings from which a gang is started.
 
     Attributes:
-        rank: what each loads, and how many there are.
-        cpus_per_rank, gpus_per_rank: what each takes of its bundle.
+        rank: of the ranks: what each loads, and how many there are.
+        cpus_per_rank, gpus_per_rank: that each takes of its bundle.
         start_timeout_s: for each phase of the bring-up.
     """
 
@@ -57,24 +57,24 @@ class GangSpec:
         return self.rank.num_ranks
 
 
-def bundles(spec: GangSpec, leader_cpus: float) -> list[dict[str, float]]:
-    """Return the placement group of one gang: a bundle a rank, the leader in the first one."""
+def make_bundles(spec: GangSpec, leader_cpus: float) -> list[dict[str, float]]:
+    """Return the bundles of one gang's placement group: one a rank, the leader in the first."""
     one = {"CPU": spec.cpus_per_rank, **({"GPU": spec.gpus_per_rank} if spec.gpus_per_rank else {})}
     first = {**one, "CPU": one["CPU"] + leader_cpus}
     return [first] + [dict(one) for _ in range(spec.num_ranks - 1)]
 
 
-def rank_order(bundle_nodes: Mapping[int, str], leader_node: str) -> list[int]:
-    """Bundle indices in rank order: the leader's node first, then node by node."""
+def order_ranks(bundle_nodes: Mapping[int, str], leader_node: str) -> list[int]:
+    """Return bundle indices in rank order: the leader's node first, then node by node."""
     return sorted(bundle_nodes, key=lambda bundle: (bundle_nodes[bundle] != leader_node, bundle_nodes[bundle], bundle))
 
 
 class Gang:
-    """Running ranks; make one with :meth:`start`.
+    """The running ranks of a gang; started by :meth:`start`.
 
     Attributes:
         infos: where the ranks live.
-        loaded: what came of loading, on rank 0.
+        loaded: rank 0's report of loading.
     """
 
     loaded: Loaded
@@ -134,13 +134,13 @@ class Gang:
         timeout_s: float,
         passes_on: type[Cosmos3Error] | tuple[()] = (),
     ) -> list[Any]:
-        """Call a method on every rank and wait for all of them; the first failure is everybody's.
+        """Call a method on every rank and wait for all of them; the first failure fails the call.
 
         Args:
             method, arguments: of the ranks' class.
             phase: for messages.
             timeout_s: for all of them.
-            passes_on: errors that are handed on as they are: they tell the user more than that a gang failed.
+            passes_on: errors that are raised as they are: they say more than that a gang failed.
 
         Returns:
             The results in rank order.
@@ -148,15 +148,15 @@ class Gang:
         Raises:
             GangFailed: a rank died, raised, or did not answer in time; names it.
         """
-        calls = await self._first_failure_of(method, arguments, timeout_s)
-        errors = _errors(calls)
+        calls = await self._await_first_failure(method, arguments, timeout_s)
+        errors = _collect_errors(calls)
         for error in errors.values():
             if isinstance(error, passes_on):
                 raise error
-        return _results(calls, errors, method, phase, timeout_s)
+        return _collect_results(calls, errors, method, phase, timeout_s)
 
     async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
-        """As :meth:`call`, where the ranks may refuse: all of them alike, or the gang has failed.
+        """Call as :meth:`call` does where ranks may refuse: all of them alike, or the gang has failed.
 
         Out of memory is a refusal only where a rank is alone. Several may have left each other in the middle of an
         exchange, of which the next request would find the rest.
@@ -165,27 +165,27 @@ class Gang:
             Cosmos3Error: what every rank raised.
             GangFailed: as :meth:`call`; or some ranks refused and others did not.
         """
-        calls = await self._first_failure_of(method, arguments, timeout_s)
-        # Where one cannot be a refusal the gang has failed, and the others may be waiting for it in an exchange.
-        errors = _errors(calls)
+        calls = await self._await_first_failure(method, arguments, timeout_s)
+        # If one error cannot be a refusal the gang has failed, and other ranks may wait for that one in an exchange.
+        errors = _collect_errors(calls)
         if errors and all(_may_be_refusal(error, len(calls)) for error in errors.values()):
             await asyncio.wait(calls, timeout=min(_AGREE_S, timeout_s))
-        errors = _errors(calls)
+        errors = _collect_errors(calls)
         if len({(type(error), str(error)) for error in errors.values()}) == 1 and len(errors) == len(calls):
             error = errors[0]
             if _may_be_refusal(error, len(calls)):
                 raise error
-        return _results(calls, errors, method, phase, timeout_s)
+        return _collect_results(calls, errors, method, phase, timeout_s)
 
-    async def _first_failure_of(
+    async def _await_first_failure(
         self, method: str, arguments: tuple[Any, ...], timeout_s: float
     ) -> list[asyncio.Future[Any]]:
-        """Call every rank; all are done, or one has failed, or the time is up."""
+        """Call every rank; return when all are done, or one has failed, or the time is up."""
         calls = self._calls(method, arguments)
         await asyncio.wait(calls, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        errors = _errors(calls).values()
+        errors = _collect_errors(calls).values()
         if any(not isinstance(error, Cosmos3Error | RayActorError) for error in errors) and len(errors) < len(calls):
-            # The others hear of a rank's death from their exchange with it, sooner than Ray does.
+            # Other ranks notice a rank's death in their exchange with it, sooner than Ray does.
             await asyncio.wait(calls, timeout=_DEATH_S)
         return calls
 
@@ -207,7 +207,7 @@ def _place_bundles(spec: GangSpec) -> list[int]:
     nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
     if len(nodes) != spec.num_ranks:
         raise GangFailed("place", f"the placement group has {len(nodes)} bundles for {spec.num_ranks} ranks")
-    order = rank_order(nodes, ray.get_runtime_context().get_node_id())
+    order = order_ranks(nodes, ray.get_runtime_context().get_node_id())
     logger.info("gang 1/5 place: bundles in rank order %s", order)
     return order
 
@@ -232,8 +232,8 @@ def _may_be_refusal(error: BaseException, num_ranks: int) -> bool:
     return isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemory) and num_ranks > 1)
 
 
-def _errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException]:
-    """Rank -> what its call failed with, Ray's wrapping taken off. Cancels nothing: a rank may still be at work."""
+def _collect_errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException]:
+    """Return rank -> its call's error, without Ray's wrapping. Cancel nothing: a rank may still be at work."""
     errors = {}
     for rank, call in enumerate(calls):
         if call.done() and (error := call.exception()) is not None:
@@ -243,13 +243,13 @@ def _errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException]:
     return errors
 
 
-def _results(
+def _collect_results(
     calls: list[asyncio.Future[Any]], errors: dict[int, BaseException], method: str, phase: str, timeout_s: float
 ) -> list[Any]:
     """Return every rank's result.
 
     Raises:
-        GangFailed: one has none; its cause is what that one failed with.
+        GangFailed: a rank has none; the cause is that rank's error.
     """
     for rank, error in errors.items():
         if isinstance(error, RayActorError):
@@ -258,9 +258,9 @@ def _results(
         raise GangFailed(phase, f"{method}() raised {type(error).__name__}: {error}", rank) from error
     silent = [rank for rank, call in enumerate(calls) if not call.done()]
     if silent:
-        # One that hangs makes the others hang with it: none can be told apart, unless it is alone.
-        said = f"no answer from {method}() within {timeout_s:.0f} s"
+        # A rank that hangs makes others hang with it: which one it was is only known if one alone is silent.
+        reason = f"no answer from {method}() within {timeout_s:.0f} s"
         if len(silent) == 1:
-            raise GangFailed(phase, said, silent[0])
-        raise GangFailed(phase, f"{said} on ranks {silent}")
+            raise GangFailed(phase, reason, silent[0])
+        raise GangFailed(phase, f"{reason} on ranks {silent}")
     return [call.result() for call in calls]

@@ -2,8 +2,8 @@
 
 A request that is cancelled must not take its calls with it: Ray drops those that wait at one rank and leaves those that
 run at another, which then waits for its neighbour for ever. So one task makes every call, and a caller may leave:
-what has begun goes on to its end, what has not had its turn is made to no rank. The task also looks after idle ranks,
-so that a death is noticed before a request meets it.
+a call that has begun ends, one that has not had its turn is made to no rank. The task also checks idle ranks, so that
+a death is noticed before a request meets it.
 
 When the gang fails, every caller gets the failure, and so does every later one: the leader ends and is rebuilt.
 """
@@ -20,7 +20,7 @@ from cluster.errors import GangFailed, GangLost, OutOfMemory
 from cluster.gang import Gang
 from cosmos3_core.errors import Cosmos3Error
 
-# Between two questions to idle ranks whether they are there, and for their answer.
+# Between two checks of idle ranks, and for their answer.
 _IDLE_S = 5.0
 _ANSWER_S = 60.0
 
@@ -40,7 +40,7 @@ class _Call:
 class GangCalls:
     """Queue of the calls to one gang, made one at a time. Create it inside the event loop that will use it.
 
-    What waits here is bounded by the callers: each has one question at a time, and a word to say at its end.
+    The callers bound the queue: each has one call at a time, and one at its end.
 
     Args:
         gang: up and warm.
@@ -57,7 +57,7 @@ class GangCalls:
         self._task = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
 
     async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
-        """Call a method on every rank, in its turn; the results in rank order. See :meth:`Gang.ask`.
+        """Call a method on every rank, in its turn; return the results in rank order. See :meth:`Gang.ask`.
 
         Args:
             method, arguments: of the ranks' class.
@@ -87,7 +87,7 @@ class GangCalls:
             self._put(method, arguments, phase, timeout_s)
 
     async def while_up(self, awaitable: Awaitable[T]) -> T:
-        """Wait for something that is not the gang's, for as long as the gang is there.
+        """Wait for something that the gang does not make, as long as the gang has not failed.
 
         Raises:
             GangLost: the gang failed first.
@@ -127,7 +127,7 @@ class GangCalls:
                 await self._make(call)
             except GangFailed as error:
                 self._fail(error, call)
-            except Exception as error:  # noqa: BLE001 - our own bug; to wait for an answer for ever would hide it
+            except Exception as error:  # noqa: BLE001 - our own bug; an endless wait for an answer would hide it
                 self._fail(GangFailed("call", f"the leader met {type(error).__name__}: {error}"), call)
 
     async def _make(self, call: _Call | None) -> None:

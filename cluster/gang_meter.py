@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 # Metrics of Ray are 10 s old, and forgotten when they are not set again within 20.
 _PERIOD_S = 5.0
 
 
-class GangMeter(Protocol):
-    """Receives a gang's counts and times. Lanes are "image" and "video". No method may raise, or take long."""
+class GangMeter:
+    """Receives a gang's counts and times; this base discards them. Lanes are "image" and "video".
+
+    No method may raise, or take long.
+    """
 
     def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
-        """Record a quantum of steps."""
-        ...
+        """Record the steps and seconds of a quantum."""
 
     def record_gang_wait(self, lane: str, seconds: float) -> None:
-        """Record how long a request waited before it was begun."""
-        ...
+        """Record how long a request waited at its gang."""
 
     def set_busy_share(self, share: float) -> None:
-        """Set the share of the last seconds in which the gang was at work."""
-        ...
+        """Set the share of the last seconds in which the gang was busy."""
 
     def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
-        """Count a request's prompts that were cached, and those that were not."""
-        ...
-
-
-class NoMeter:
-    """Discards every report."""
-
-    def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
-        """See :class:`GangMeter`."""
-
-    def record_gang_wait(self, lane: str, seconds: float) -> None:
-        """See :class:`GangMeter`."""
-
-    def set_busy_share(self, share: float) -> None:
-        """See :class:`GangMeter`."""
-
-    def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
-        """See :class:`GangMeter`."""
+        """Count how many prompts of a request the gang's cache had, and how many it had not."""
 
 
 class BusyClock:
-    """The share of time in which a gang is at work, every few seconds anew.
+    """Measures the share of time in which a gang is at work, every few seconds anew.
 
     Args:
-        now_s: by any clock; of all times here.
+        now_s: the time now, by the clock of all times here.
     """
 
     def __init__(self, now_s: float) -> None:

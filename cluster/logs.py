@@ -7,9 +7,8 @@ Where to look for a request's lines, by its id, on every node of the cluster (``
 ``serve/`` has the replicas': Director, tokenizer, leaders, encoder, one file each. A rank is a process of its own: Ray
 puts its standard error into ``worker-<worker id>-<Ray's job>-<pid>.err``; :func:`log_to_stderr` makes JSON of it.
 
-A caller chooses what a request is called, and messages of errors may hold what it has sent: :func:`one_line` lets
-nothing through that could begin a line, or speak to a terminal. Prompts are not logged, nor any other value a request
-brings.
+Callers choose the names of requests, and messages of errors may hold what a caller has sent: :func:`one_line` escapes
+everything that could begin a line, or control a terminal. Prompts are not logged, nor any other value of a request.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class LogOrigin:
 
 
 def one_line(text: object, max_chars: int = _MAX_CHARS) -> str:
-    """Text as a log line may have it: control characters, line ends of any kind among them, are written out."""
+    """Return text fit for a log line: shortened, with control characters and line ends of any kind escaped."""
     line = str(text)[: max_chars + 1]
     if not line.isprintable():
         line = "".join(it if it.isprintable() else it.encode("unicode_escape").decode() for it in line)
@@ -56,16 +55,16 @@ def one_line(text: object, max_chars: int = _MAX_CHARS) -> str:
 def log_event(
     logger: logging.Logger, event: str, origin: LogOrigin | None = None, level: int = logging.INFO, /, **fields: Value
 ) -> None:
-    """Log what happened. The fields are attributes of the record, for JSON, and in the message, for a reader.
+    """Log an event. The fields are attributes of the record, for JSON, and in the message, for a reader.
 
-    Not the request id in the message: Serve's text has it at the beginning of a line.
+    The message leaves out the request id: Serve's text has it at the beginning of a line.
 
     Args:
         logger: where.
-        event: in two or three words, always the same ones.
-        origin: whose request it is about.
+        event: two or three words, always the same.
+        origin: names the request.
         level: of :mod:`logging`.
-        fields: names of them -> values. Names of :class:`logging.LogRecord`'s own are not for use.
+        fields: name -> value; no attribute of :class:`logging.LogRecord` is a name.
     """
     if not logger.isEnabledFor(level):
         return
@@ -82,12 +81,12 @@ def log_event(
 def log_failure(
     logger: logging.Logger, event: str, origin: LogOrigin | None, error: BaseException, **fields: Value
 ) -> None:
-    """:func:`log_event` of something that went wrong."""
+    """Log an error, as a warning."""
     log_event(logger, event, origin, logging.WARNING, error=type(error).__name__, reason=_reason(error), **fields)
 
 
 def _reason(error: BaseException) -> str:
-    """Describe an error in our words or the system's; of others, which may quote a prompt, only where it was raised."""
+    """Describe an error of ours or the system's; of others, which may quote a prompt, say only where it was raised."""
     if isinstance(error, RequestError):
         return f"{error.field} must be {error.allowed}"
     if isinstance(error, Cosmos3Error | OSError):
@@ -103,9 +102,9 @@ def _show(value: Value) -> str | int | float:
 
 
 class _Event(logging.LogRecord):
-    """A record whose request is there to stay.
+    """A record that keeps its request.
 
-    Serve's handlers set a request id of their own on every record, and take ``job_id`` away, which is Ray's there.
+    Serve's handlers set a request id of their own on every record, and delete ``job_id``, which is Ray's there.
     """
 
     _KEPT = frozenset({"request_id", "job_id"})
@@ -123,7 +122,7 @@ _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {
 
 
 class JsonLines(logging.Formatter):
-    """Records as lines of JSON, with the names that Serve's have.
+    """Formats records as lines of JSON, with the names that Serve's logs have.
 
     Args:
         fields: of every line.
@@ -155,7 +154,7 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def log_to_stderr(**fields: Value) -> None:
-    """Have this process write everything that is logged in it to its standard error, as :class:`JsonLines`.
+    """Write everything that this process logs to its standard error, as :class:`JsonLines`.
 
     Args:
         fields: of every line.
@@ -179,9 +178,7 @@ class _Work:
 
 @dataclass
 class RankLog:
-    """Logs a rank's pieces of work: when one begins, what fails, how it ends.
-
-    What comes without an origin, the warm-up, is not logged.
+    """Logs a rank's pieces of work: the begin, failures, the end. Work without an origin, the warm-up, is not logged.
 
     Attributes:
         logger: where.
@@ -191,15 +188,15 @@ class RankLog:
     _works: dict[str, _Work] = field(default_factory=dict)
 
     @contextmanager
-    def taking_up(self, name: str, origin: LogOrigin | None) -> Iterator[None]:
-        """Log the begin of a piece of work that later calls name."""
-        with self.doing("begin", origin):
+    def begin(self, name: str, origin: LogOrigin | None) -> Iterator[None]:
+        """Log the begin of a piece of work, to which later calls refer by its name."""
+        with self.run("begin", origin):
             yield
         if origin is not None:
             self._works[name] = _Work(origin)
 
     @contextmanager
-    def doing(self, phase: str, origin: LogOrigin | None) -> Iterator[None]:
+    def run(self, phase: str, origin: LogOrigin | None) -> Iterator[None]:
         """Log a piece of work that is done in one call."""
         if origin is None:
             yield
@@ -213,8 +210,8 @@ class RankLog:
         log_event(self.logger, f"{phase} done", origin, phase=phase, seconds=time.monotonic() - start_s)
 
     @contextmanager
-    def going_on(self, name: str, phase: str) -> Iterator[None]:
-        """Log the failure of one of the many calls that a piece of work takes; a success is no line."""
+    def resume(self, name: str, phase: str) -> Iterator[None]:
+        """Log the failure of one of the many calls that a piece of work takes, and nothing of a success."""
         work = self._works.get(name)
         if work is None:
             yield

@@ -96,17 +96,17 @@ class Rank(ABC):
         self._log = RankLog(logger)
 
     def log_to_stderr(self) -> None:
-        """Make JSON of what this process logs, with the rank in every line; see :mod:`cluster.logs`."""
+        """Log as JSON from now on, with the rank in every line; see :mod:`cluster.logs`."""
         log_to_stderr(gang=type(self).__name__, rank=self._rank)
 
     def describe(self) -> RankInfo:
-        """Where this rank runs; answering means that its process is up."""
+        """Return where this rank runs; an answer means that its process is up."""
         import ray
 
         return RankInfo(self._rank, os.getpid(), ray.get_runtime_context().get_node_id())
 
     def host(self) -> tuple[str, int]:
-        """Rank 0's: open the ranks' meeting place on a free port and hold it; returns (address, port)."""
+        """Open the ranks' rendezvous on a free port; return (address, port). Only rank 0 is called."""
         import ray
 
         from cosmos3_core.parallel.groups import host_store
@@ -149,7 +149,7 @@ class Rank(ABC):
         return DTYPES[self._spec.dtype] if self._spec.dtype else None
 
     def _if_it_fits(self, work: Callable[[], T], forget: Callable[[], object]) -> T:
-        """Run ``work``; where memory runs out, forget it and give the memory back.
+        """Run ``work``; if memory runs out, forget the work and give its memory back.
 
         Raises:
             OutOfMemory: it did not fit; ``forget`` was called and the memory given back.
@@ -162,7 +162,7 @@ class Rank(ABC):
             if not is_out_of_memory(error):
                 raise
             what = str(error).splitlines()[0]
-        # Only here: as long as the error is there, its traceback holds all that the failed work had in its hands.
+        # Only here: as long as the error exists, its traceback holds everything that the failed work used.
         forget()
         forget_unused_memory(self._device)
         raise OutOfMemory(what)

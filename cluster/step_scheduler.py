@@ -1,9 +1,9 @@
 """Order of turns on a gang: requests in classes of urgency, first come first served within a class.
 
 A picture is done in moments and its caller waits for it; a long clip takes minutes anyway. So the more urgent class
-goes first at every turn - but a class that is passed over ages: once it has waited :data:`AGEING` times as long as its
-last turn took, and :data:`AGEING_FLOOR_S` at least, one turn is its own. However many pictures come, clips get about a
-fifth of the time. Within a class nothing overtakes, so everything is served in the end.
+goes first at every turn. A class that is passed over ages: once it has waited :data:`AGEING` times as long as its last
+turn took, and at least :data:`AGEING_FLOOR_S`, it gets one turn. However many pictures come, clips get about a fifth of
+the time. Within a class no request overtakes another, so every request is served in the end.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class StepScheduler(Generic[JobT]):
         self._last_turn_s = dict.fromkeys(Urgency, 0.0)
 
     def add(self, job: JobT, urgency: Urgency, now_s: float) -> None:
-        """Enter a request, behind the others of its class."""
+        """Add a request behind the others of its class."""
         if not self._jobs[urgency]:
             self._since_s[urgency] = now_s
         self._jobs[urgency].append(job)
 
     def remove(self, job: JobT) -> None:
-        """Take a request out; one that is not there is fine."""
+        """Remove a request, if it is there."""
         for jobs in self._jobs.values():
             if job in jobs:
                 jobs.remove(job)
 
     def next(self, now_s: float) -> JobT | None:
-        """Return the request whose turn it is, or None. It stays entered."""
+        """Return the request whose turn it is, or None. It stays in the queue."""
         waiting = [urgency for urgency, jobs in self._jobs.items() if jobs]
         if not waiting:
             return None
@@ -67,14 +67,14 @@ class StepScheduler(Generic[JobT]):
         self._since_s[urgency], self._last_turn_s[urgency] = end_s, end_s - start_s
 
     def num_of(self, urgency: Urgency) -> int:
-        """Requests of a class."""
+        """Return the number of requests of a class."""
         return len(self._jobs[urgency])
 
     def __len__(self) -> int:
         return sum(map(len, self._jobs.values()))
 
     def __iter__(self) -> Iterator[JobT]:
-        """Yield every request, the ones that are to be served first in front."""
+        """Yield every request, the most urgent first."""
         for jobs in self._jobs.values():
             yield from jobs
 

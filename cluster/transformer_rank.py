@@ -146,7 +146,7 @@ class TransformerRank(Rank):
         clean: TensorEnvelope | None = None,
         origin: LogOrigin | None = None,
     ) -> None:
-        """Prefill a request's prompts and make its first state, or take up a saved one.
+        """Prefill a request's prompts and make its first state, or resume from a saved one.
 
         Args:
             job_id: its name in later calls.
@@ -163,7 +163,7 @@ class TransformerRank(Rank):
         """
         from cosmos3_core.sampler.state import DenoiseState
 
-        denoiser = self._require_denoiser()
+        denoiser = self._get_denoiser()
 
         def begin() -> tuple[DenoisePlan, DenoiseState]:
             plan = denoiser.prepare(replace(request, clean_latents=None if clean is None else clean.tensor()), orders)
@@ -171,7 +171,7 @@ class TransformerRank(Rank):
                 return plan, denoiser.start(plan)
             return plan, denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
 
-        with self._log.taking_up(job_id, origin):
+        with self._log.begin(job_id, origin):
             self._jobs[job_id] = self._if_it_fits(begin, lambda: self.end(job_id))
 
     def step(self, job_id: str, num_steps: int) -> StepReport:
@@ -183,7 +183,7 @@ class TransformerRank(Rank):
         from cosmos3_core.device import synchronize
 
         start_s = time.perf_counter()
-        denoiser = self._require_denoiser()
+        denoiser = self._get_denoiser()
         done: list[tuple[int, int, float]] = []
 
         def step() -> tuple[DenoisePlan, DenoiseState]:
@@ -194,7 +194,7 @@ class TransformerRank(Rank):
             synchronize(denoiser.transformer.device)  # a quantum is over when its steps are done, not queued
             return plan, state
 
-        with self._log.going_on(job_id, "step"):
+        with self._log.resume(job_id, "step"):
             self._jobs[job_id] = self._if_it_fits(step, lambda: self.end(job_id))
         seconds = time.perf_counter() - start_s
         return StepReport(tuple(StepDone(*it, seconds / len(done), os.getpid()) for it in done), seconds)
@@ -229,11 +229,11 @@ class TransformerRank(Rank):
         return {name: TensorEnvelope.of_tensor(latents) for name, latents in state.latents.items()}
 
     def end(self, job_id: str) -> None:
-        """Forget a request; one that is not there is fine."""
+        """Forget a request, if it is there."""
         self._jobs.pop(job_id, None)
         self._log.end(job_id)
 
-    def _require_denoiser(self) -> Denoiser:
+    def _get_denoiser(self) -> Denoiser:
         if self._denoiser is None:
             raise RuntimeError("the leader called a rank before load()")
         return self._denoiser

@@ -147,8 +147,8 @@ class VideoVAERank(Rank):
         """
         from cosmos3_core.conditioning.clean import clean_latents
 
-        vae = self._require_vae()
-        with self._log.doing("encode", origin):
+        vae = self._get_vae()
+        with self._log.run("encode", origin):
             latents = self._if_it_fits(
                 lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
             )
@@ -157,7 +157,7 @@ class VideoVAERank(Rank):
     def prepare_previews(self) -> None:
         """Warm up previews: rank 0 makes its :meth:`preview_map` before a clip can wait for that.
 
-        What goes wrong is logged; the map is tried again when it is asked for.
+        A failure is logged; the next call for the map tries again.
         """
         if self._rank == 0:
             try:
@@ -166,10 +166,10 @@ class VideoVAERank(Rank):
                 logger.warning("there is no map of previews yet: %s", error.reason)
 
     def preview_map(self) -> PreviewMap:
-        """Return the map of previews of this VAE's latents, once from the cache or fitted. Any rank can be asked alone.
+        """Return the map of previews of this VAE's latents, once from the cache or fitted. Needs no other rank.
 
         Raises:
-            PreviewFailed: whatever went wrong; the rank is as it was.
+            PreviewFailed: there can be no map now; the rank is as it was.
         """
         from cosmos3_core.preview_fit import load_preview_map
 
@@ -177,13 +177,13 @@ class VideoVAERank(Rank):
             return self._preview_map
         cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
         try:
-            self._preview_map = self._if_it_fits(lambda: load_preview_map(self._require_vae(), cache_dir), lambda: None)
+            self._preview_map = self._if_it_fits(lambda: load_preview_map(self._get_vae(), cache_dir), lambda: None)
             return self._preview_map
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
     def begin(self, clip_id: str, latents: TensorEnvelope, origin: LogOrigin | None = None) -> None:
-        """Take up a clip.
+        """Begin to decode a clip.
 
         Args:
             clip_id: its name in later calls.
@@ -196,8 +196,8 @@ class VideoVAERank(Rank):
         from cosmos3_core.device import HostCopies
         from cosmos3_core.vae.to_host import frames_on_host
 
-        with self._log.taking_up(clip_id, origin):
-            vae, whole = self._require_vae(), latents.borrow_tensor()
+        with self._log.begin(clip_id, origin):
+            vae, whole = self._get_vae(), latents.borrow_tensor()
             vae.check_latents(whole)
             strip = self._strip_of(*whole.shape[-2:])
             chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)
@@ -211,12 +211,12 @@ class VideoVAERank(Rank):
             OutOfMemory: it does not fit; nothing of the clip is kept.
         """
         axis, strips = self._clips[clip_id]
-        with self._log.going_on(clip_id, "decode"):
+        with self._log.resume(clip_id, "decode"):
             frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))
         return None if frames is None else ChunkStrip(TensorEnvelope.of_array(frames), axis, os.getpid())
 
     def end(self, clip_id: str) -> None:
-        """Forget a clip; one that is not there is fine."""
+        """Forget a clip, if it is there."""
         self._clips.pop(clip_id, None)
         self._log.end(clip_id)
 
@@ -233,7 +233,7 @@ class VideoVAERank(Rank):
 
         return strip_of(self._group if self._group is not None else RankGroup(), height, width)
 
-    def _require_vae(self) -> VideoVAE:
+    def _get_vae(self) -> VideoVAE:
         if self._vae is None:
             raise RuntimeError("the leader called a rank before load()")
         return self._vae

@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.engine_loop import LoopSpec
-from cluster.gang import GangSpec, bundles
+from cluster.gang import GangSpec, make_bundles
 from cluster.transformer_rank import TransformerSpec
 from cluster.video_vae_rank import VideoVAESpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -147,7 +147,7 @@ def _deploy_transformer(name: str, config: AppConfig, stage: TransformerStage) -
 
 def _deploy_gangs(name: str, body: type, config: AppConfig, stage: GangStage, gang: GangSpec) -> Any:
     return _deploy(name, body, config, stage).options(
-        placement_group_bundles=bundles(gang, stage.num_cpus),
+        placement_group_bundles=make_bundles(gang, stage.num_cpus),
         placement_group_strategy=stage.placement_strategy,
         # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas, it
         # refuses any selector beside another strategy than STRICT_PACK.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from cluster.gang import GangSpec, bundles
+from cluster.gang import GangSpec, make_bundles
 from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.parallel.layout import Layout
@@ -98,12 +98,12 @@ def _count_replicas(stage: Stage) -> int:
 
 
 def _sum_needs(config: AppConfig, gang: GangSpec, num_gangs: int) -> Resources:
-    parts = num_gangs * bundles(gang, config.transformer.num_cpus)
+    parts = num_gangs * make_bundles(gang, config.transformer.num_cpus)
     for name, stage in _list_stages(config).items():
         if isinstance(stage, TransformerStage):
-            replica = [] if name == "transformer" else bundles(make_gang_spec(config, stage), stage.num_cpus)
+            replica = [] if name == "transformer" else make_bundles(make_gang_spec(config, stage), stage.num_cpus)
         elif isinstance(stage, VideoVAEStage):
-            replica = bundles(make_vae_gang_spec(config), stage.num_cpus)
+            replica = make_bundles(make_vae_gang_spec(config), stage.num_cpus)
         else:
             replica = [{"CPU": stage.num_cpus, "GPU": stage.num_gpus}]
         parts += _count_replicas(stage) * replica
@@ -139,7 +139,7 @@ def _format_flags(layout: Layout) -> str:
 
 def _describe_misfit(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
     """Describe why not even one gang of a stage fits these nodes under its placement strategy; "" if one fits."""
-    gang, strategy, nodes = bundles(spec, stage.num_cpus), stage.placement_strategy, _find_nodes(nodes, stage)
+    gang, strategy, nodes = make_bundles(spec, stage.num_cpus), stage.placement_strategy, _find_nodes(nodes, stage)
     num_cards = spec.num_ranks if isinstance(stage, VideoVAEStage) and stage.beside_transformer else 0
     if num_cards > max((node.resources.get("GPU", 0) for node in nodes), default=0):
         return f"vae.beside_transformer wants {num_cards} cards on one node, one for each of vae.ranks; none has them."

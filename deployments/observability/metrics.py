@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from cluster.gang_meter import GangMeter
 from cluster.logs import one_line
 from deployments.observability.cluster_metrics import ClusterMetrics
 
@@ -131,8 +132,8 @@ TABLE = (
 """All metrics. No other module names one."""
 
 
-class Metrics:
-    """Records the metrics of one process; thread-safe.
+class Metrics(GangMeter):
+    """Records the metrics of one process, a gang's among them; thread-safe.
 
     Args:
         instrument: returns a metric's recorder, or None while there is no Ray.
@@ -198,23 +199,17 @@ class Metrics:
         """Count bytes of a file that were sent to a client."""
         self._add(SENT_BYTES, num_bytes)
 
-    # The engine loop's :class:`cluster.gang_meter.GangMeter`.
-
     def record_steps(self, lane: str, num_steps: int, seconds: float) -> None:
-        """Record the steps and seconds of a quantum."""
         self._add(STEPS, num_steps, lane)
         self._add(STEP_SECONDS, seconds / num_steps, lane)
 
     def record_gang_wait(self, lane: str, seconds: float) -> None:
-        """Record how long a request waited at its gang."""
         self._add(QUEUE_WAIT_SECONDS, seconds, "gang", lane, "")
 
     def set_busy_share(self, share: float) -> None:
-        """Set the share of the last seconds in which the gang was busy."""
         self._add(GANG_BUSY_SHARE, share)
 
     def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
-        """Count how many prompts of a request the gang's cache had."""
         self._add(TEXT_CACHE_LOOKUPS, num_hits, "hit")
         self._add(TEXT_CACHE_LOOKUPS, num_misses, "miss")
 

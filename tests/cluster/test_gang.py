@@ -23,7 +23,7 @@ from cluster.errors import (
     StageFailed,
     StreamClosed,
 )
-from cluster.gang import Gang, GangSpec, bundles, rank_order
+from cluster.gang import Gang, GangSpec, make_bundles, order_ranks
 from cluster.transformer_rank import TransformerSpec
 from cosmos3_core.errors import RequestError
 from cosmos3_core.parallel.layout import Layout
@@ -34,14 +34,14 @@ RANK = TransformerSpec("checkpoint", "cpu", None, 1)
 def test_the_leader_shares_the_first_bundle() -> None:
     spec = GangSpec(rank=replace(RANK, layout=Layout(sp=3)), cpus_per_rank=1, gpus_per_rank=1, start_timeout_s=1)
     assert spec.num_ranks == 3
-    assert bundles(spec, leader_cpus=0.5) == [{"CPU": 1.5, "GPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}]
+    assert make_bundles(spec, leader_cpus=0.5) == [{"CPU": 1.5, "GPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}]
     on_cpu = GangSpec(rank=RANK, cpus_per_rank=0.5, gpus_per_rank=0, start_timeout_s=1)
-    assert bundles(on_cpu, leader_cpus=0.1) == [{"CPU": 0.6}]
+    assert make_bundles(on_cpu, leader_cpus=0.1) == [{"CPU": 0.6}]
 
 
 def test_rank_zero_sits_beside_the_leader_and_a_nodes_ranks_are_adjacent() -> None:
     nodes = {0: "c", 1: "a", 2: "b", 3: "a", 4: "b"}
-    order = rank_order(nodes, leader_node="b")
+    order = order_ranks(nodes, leader_node="b")
     assert [nodes[bundle] for bundle in order] == ["b", "b", "a", "a", "c"]
     assert order == [2, 4, 1, 3, 0]
 

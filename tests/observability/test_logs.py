@@ -138,16 +138,16 @@ def test_levels_that_are_off_cost_no_line(lines: Lines) -> None:
 
 def test_a_rank_logs_what_it_takes_up_and_how_it_ends(lines: Lines) -> None:
     log = RankLog(lines.logger)
-    with log.taking_up("a", ORIGIN):
+    with log.begin("a", ORIGIN):
         pass
     for _ in range(2):
-        with log.going_on("a", "step"):
+        with log.resume("a", "step"):
             pass
     log.end("a")
     log.end("a")
     assert lines.events == ["begin done", "work ended"]
     assert lines.all[1]["num_calls"] == 2
-    with log.taking_up("warm up", None), log.going_on("warm up", "step"):
+    with log.begin("warm up", None), log.resume("warm up", "step"):
         pass
     log.end("warm up")
     assert len(lines.all) == 2
@@ -155,13 +155,13 @@ def test_a_rank_logs_what_it_takes_up_and_how_it_ends(lines: Lines) -> None:
 
 def test_a_rank_logs_what_fails_and_forgets_what_it_refused(lines: Lines) -> None:
     log = RankLog(lines.logger)
-    with pytest.raises(RequestError), log.taking_up("a", ORIGIN):
+    with pytest.raises(RequestError), log.begin("a", ORIGIN):
         raise RequestError("seed", 1, "2")
     log.end("a")
     assert lines.events == ["begin failed"]
-    with log.taking_up("b", ORIGIN):
+    with log.begin("b", ORIGIN):
         pass
-    with pytest.raises(ZeroDivisionError), log.going_on("b", "step"):
+    with pytest.raises(ZeroDivisionError), log.resume("b", "step"):
         raise ZeroDivisionError
     log.end("b")
     assert lines.events == ["begin failed", "begin done", "step failed", "work ended"]
