@@ -83,7 +83,7 @@ class AsyncCosmos3Client:
 
         Args:
             url: such as http://127.0.0.1:8000.
-            api_key: None where the app requires none.
+            api_key: None if the app requires none.
             timeout_s: for one call that answers at once.
             patience: what is retried; by default only broken streams of events.
             connecting: proxy and certificates.
@@ -129,11 +129,7 @@ class AsyncCosmos3Client:
         idempotency_key: str | None = None,
         request_id: str | None = None,
     ) -> Video:
-        """Submit a video again with the same seed and fields and another prompt.
-
-        Raises:
-            Cosmos3Error: as :meth:`create`.
-        """
+        """Submit a video again with the same seed and fields and another prompt. Raises as :meth:`create`."""
         options = _make_options(request_id, idempotency_key, None, 0)
         return await self._call(lambda: self._transport.remix(_check_id(video_id), prompt, options))
 
@@ -227,8 +223,7 @@ class AsyncCosmos3Client:
         """Write a video's file to a path, where it appears when it is whole; return the path.
 
         Raises:
-            RequestError: there can be no file at ``path``.
-            MediaError: the file cannot be written.
+            RequestError, MediaError: there can be no file at ``path``, or it cannot be written.
             Cosmos3Error: as :meth:`content`.
         """
         async with aclosing(self.content(video_id, variant, timeout_s=timeout_s)) as parts:
@@ -249,11 +244,10 @@ class AsyncCosmos3Client:
         Closing or dropping the stream, or leaving its block, stops the work of every stage.
 
         Args:
-            request, service_class, previews, request_id: as in :meth:`create`.
+            request, service_class, previews, request_id: as in :meth:`create`, and so are the errors.
             timeout_s: for the whole video; the app may have a shorter limit.
 
         Raises:
-            Cosmos3Error: as :meth:`create`.
             DeadlineExceeded: the video was not accepted in time.
         """
         options = _make_options(request_id, None, service_class, previews)
@@ -283,7 +277,7 @@ class AsyncCosmos3Client:
         """Generate a video and return it with its file. Cancelling the call stops the work.
 
         Raises:
-            Cosmos3Error: as :meth:`create`, and as the stream of :meth:`stream` where the video fails.
+            Cosmos3Error: as :meth:`create`, and the failure of the video.
         """
         deadline = _make_deadline(timeout_s)
         events = await self.stream(request, timeout_s=timeout_s, service_class=service_class, request_id=request_id)

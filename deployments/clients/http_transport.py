@@ -39,13 +39,8 @@ class HttpTransport:
     """A :class:`~deployments.clients.transport.Transport` over HTTP.
 
     Args:
-        url: of the app.
-        api_key: None where the app requires none.
+        url, api_key, connecting: as of :class:`~deployments.clients.http_calls.HttpCalls`.
         timeout_s: for one call, uploads included.
-        connecting: proxy and certificates.
-
-    Raises:
-        RequestError: ``url`` is not a URL, or no header can hold the key.
     """
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float, connecting: Connecting) -> None:
