@@ -60,14 +60,17 @@ def auth_required(configured: bool | None, host: str) -> bool:
         configured: ``auth.enabled``; None: where others than this machine reach the port.
         host: that the port is opened at.
     """
-    if configured is not None:
-        return configured
+    return not is_loopback(host) if configured is None else configured
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address. A name other than localhost may lead to any."""
     if host == "localhost":
-        return False
+        return True
     try:
-        return not ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return True  # a name: whoever can look it up may reach it
+        return False
 
 
 def names_of(host: str, allowed: tuple[str, ...], *, needs_keys: bool) -> frozenset[str] | None:
@@ -80,7 +83,7 @@ def names_of(host: str, allowed: tuple[str, ...], *, needs_keys: bool) -> frozen
         allowed: ``http.allowed_hosts``.
         needs_keys: whether requests need one.
     """
-    if needs_keys or auth_required(None, host):
+    if needs_keys or not is_loopback(host):
         return None
     own = f"[{host}]" if ":" in host else host
     return LOOPBACK_HOSTS | {name.lower() for name in (own, *allowed)}

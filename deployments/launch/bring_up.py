@@ -22,7 +22,7 @@ import ray
 from ray import serve
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from deployments.api.auth import auth_required, check_keys
+from deployments.api.auth import auth_required, check_keys, is_loopback
 from deployments.api.serve_http import http_in_force
 from deployments.app import build_app
 from deployments.clients.errors import UnreachableError
@@ -195,7 +195,7 @@ def _check_access(config: AppConfig, report: Callable[[str], None]) -> None:
             check_keys(store.keys, host)
         finally:
             store.close()
-    elif auth_required(None, host):
+    elif not is_loopback(host):
         report(f"auth.enabled is false and http.host is {host}: everyone who reaches the port may use the app")
 
 
@@ -213,7 +213,7 @@ def _serve(
             report(f"Serve runs there already, at {found[0]}:{found[1]}; http.host and http.port change nothing")
         yield _make_url(*found, head)
         return
-    if head and _is_loopback(http.host):
+    if head and is_loopback(http.host):
         hint = "Set --host 0.0.0.0, or an address of that machine."
         raise StartError(f"http.host={http.host}: Ray's head, {head}, would listen only to itself. {hint}")
     # A port on another machine cannot be probed: if it is taken, the app does not answer in time.
@@ -242,11 +242,7 @@ def _shutdown_if_alone() -> None:
 def _find_remote_head() -> str:
     """Return the address of Ray's head, where Serve listens, if that is another machine; else ""."""
     head = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
-    return "" if _is_loopback(head) or head == ray.util.get_node_ip_address() else head
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host == "::1"
+    return "" if is_loopback(head) or head == ray.util.get_node_ip_address() else head
 
 
 def _stop(call: Callable[[], None], stop_timeout: StopTimeout) -> None:

@@ -1,6 +1,7 @@
-"""An app of one process and no Ray: what it knows of its videos, a face over HTTP and one like a Director's handle.
+"""A scripted app in this process, over HTTP and over a Director's handle, with faults that no real app shows on cue.
 
-A video's story is a list of events; some have not happened yet. Both faces tell it, each in its way.
+A video's story is a list of events. Connections break after a given event or byte, answers come late or are errors, and
+a story waits until the test lets it continue. :mod:`tests.app.test_clients` runs the same clients against a real app.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ VIDEO: dict[str, Any] = {
     "notes": ["a note"],
     "warnings": [],
 }
-"""One that waits."""
+"""A queued video."""
 WAIT = ("wait", {})
-"""Of a story: what follows happens when :attr:`App.may_go_on` is set, or does not where the video is stopped first."""
+"""In a story: the rest waits until :attr:`App.may_go_on` is set; it never happens if the video is stopped first."""
 
 STORY: list[tuple[str, dict[str, Any]]] = [
     ("queued", {"position": 1, "eta_s": None}),
@@ -67,28 +68,28 @@ STORY: list[tuple[str, dict[str, Any]]] = [
 
 
 def made(kind: type, **values: Any) -> Any:
-    """A message of which only some fields matter."""
+    """Return a message of which only some fields matter."""
     return kind(**{field.name: values.get(field.name) for field in dataclasses.fields(kind)})
 
 
 class App:
-    """See the module.
+    """The app, its videos and the faults that a test has ordered.
 
     Attributes:
-        story: of videos that are made from now on.
+        story: of videos that are submitted from now on.
         failing: errors that the next calls raise, one each.
-        breaks: after how many events the next connections to events break; None: not.
-        ends: the same of connections that end as if all were told.
+        breaks: number of events after which the next connections to events break; None: not at all.
+        ends: number of events after which they end as if there were no more.
         api_key: that HTTP callers need; None: none.
         file: of finished videos.
-        breaks_in_file: after how many bytes of it the connection of the next who reads breaks; None: not.
-        submitted: what was asked for.
-        followed: from which event on each connection to events began.
+        breaks_in_file: number of bytes after which the next connection to the file breaks; None: not at all.
+        submitted: requests and their options.
+        followed: number of the event after which each connection to events began.
         stopped: ids of videos that were cancelled or whose caller has left.
         calls: number of calls.
         delay_s: of answers over HTTP.
-        num_left: connections to events that have ended, or were left.
-        num_asked: requests over HTTP that have come.
+        num_left: number of connections to events that have ended, or were left.
+        num_asked: number of requests over HTTP.
     """
 
     def __init__(self) -> None:
@@ -111,10 +112,10 @@ class App:
         self.videos: dict[str, dict[str, Any]] = {}
         self.stories: dict[str, list[tuple[str, dict[str, Any]]]] = {}
 
-    # What both faces do
+    # Over HTTP and handles
 
     def begin(self, prompt: str, options: dict[str, Any], remixed_from: str | None = None) -> str:
-        """A video."""
+        """Submit a video; return its id."""
         self.submitted.append(({"prompt": prompt}, options))
         video_id = f"video_gen_{len(self.submitted):032x}"
         self.stories[video_id] = list(self.story)
@@ -130,7 +131,7 @@ class App:
         return video_id
 
     def check(self) -> None:
-        """What comes first in any call."""
+        """Count a call, and raise the error that is ordered for it."""
         self.calls += 1
         if self.failing:
             raise self.failing.pop(0)
@@ -173,7 +174,7 @@ class App:
         return self.file if variant == "video" else variant.encode()
 
     async def told(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
-        """A video's events behind number ``after``."""
+        """Yield a video's events after number ``after``."""
         seq = 0
         for kind, data in self.stories[video_id]:
             if kind == "wait":
@@ -195,7 +196,7 @@ class App:
                 yield seq, kind, data
 
     async def followers(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
-        """The same over a connection that may break."""
+        """Yield them over a connection that may break."""
         self.followed.append(after)
         breaks = self.breaks.pop(0) if self.breaks else None
         ends = self.ends.pop(0) if self.ends else None
@@ -213,7 +214,7 @@ class App:
     async def __call__(self, request: httpx2.Request) -> httpx2.Response:
         await request.aread()
         self.num_asked += 1
-        # What has come whole is done, whether or not its caller waits for the answer.
+        # A request that has come whole is executed, whether or not its caller waits for the answer.
         answering = asyncio.create_task(self._answer(request))
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
@@ -324,7 +325,7 @@ MODELS = [
 
 
 class Body(httpx2.AsyncByteStream):
-    """Of an answer, as it comes."""
+    """The body of an answer, part by part."""
 
     def __init__(self, parts: AsyncIterator[bytes]) -> None:
         self._parts = parts
@@ -348,7 +349,7 @@ async def in_parts(data: bytes | memoryview[int]) -> AsyncIterator[bytes]:
 
 
 class Response:
-    """Of a call that answers once. Awaited, it may be cancelled."""
+    """The response of a call that answers once."""
 
     def __init__(self, answer: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         self._answer = answer
@@ -361,7 +362,7 @@ class Response:
 
 
 class StreamResponse:
-    """Of a call that streams; cancelling it is noticed."""
+    """The response of a streaming call, which reports its cancellation."""
 
     def __init__(self, items: AsyncIterator[Any], cancelled: Callable[[], None]) -> None:
         self._items, self._cancelled = items, cancelled
@@ -471,7 +472,7 @@ class Director:
 
 
 def _message(kind: str, data: dict[str, Any], job_id: str) -> Any:
-    """What a Director says of it."""
+    """Return or raise what a Director sends for an event."""
     match kind:
         case "completed":
             return made(messages.Finished, job_id=job_id)
@@ -484,4 +485,4 @@ def _message(kind: str, data: dict[str, Any], job_id: str) -> Any:
 
 
 FAILURES: dict[str, Exception] = {"deadline_exceeded": DeadlineExceeded("denoise", 60.0)}
-"""What a Director raises for a job that fails with a code."""
+"""Code of a failed job -> the error that a Director raises."""
