@@ -85,50 +85,39 @@ class Transport(Protocol):
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions) -> Video:
         """Submit a job that outlives the caller; return its video."""
-        ...
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
         """Start a video for the caller alone; return when it is accepted.
 
         The video is stopped if the caller is cancelled before that, or if it takes longer than ``timeout_s``.
         """
-        ...
 
     async def remix(self, video_id: str, prompt: str, options: SubmitOptions) -> Video:
         """Submit a video again with another prompt; return the new video."""
-        ...
 
     async def job(self, video_id: str) -> Video:
         """Return a video."""
-        ...
 
     async def jobs(self, after: str | None, limit: int, order: str) -> VideoPage:
         """Return a page of videos."""
-        ...
 
     async def cancel(self, video_id: str) -> Video:
         """Stop a video and return it; one that has ended stays as it is."""
-        ...
 
     async def delete(self, video_id: str) -> None:
         """Stop a video and delete its record and file."""
-        ...
 
     def events(self, video_id: str, after: int, timeout_s: float) -> AsyncGenerator[VideoEvent, None]:
         """Yield the events after number ``after`` over one connection, which may break or end too early."""
-        ...
 
     def content(self, video_id: str, variant: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """Yield a video's file in parts, within ``timeout_s``."""
-        ...
 
     async def models(self) -> ModelList:
         """Return the list of models."""
-        ...
 
     async def aclose(self) -> None:
         """Close the connections."""
-        ...
 
 
 def read_answer(kind: type[_M], values: Any) -> _M:

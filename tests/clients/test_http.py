@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Connecting, Cosmos3Client
 from deployments.clients import http_transport
-from deployments.clients.errors import AnswerError, AuthError, NotFound, UnreachableError
+from deployments.clients.errors import AnswerError, AuthError, NotFound, UnreachableError, read_failure, read_refusal
 from tests.clients.app_double import STORY, VIDEO, WAIT, App, Body, in_parts
 from tests.clients.conftest import QUICK, connected
 
@@ -142,6 +143,22 @@ def test_when_to_come_back_is_a_number_or_unknown() -> None:
         with full as client, pytest.raises(OverloadedError) as caught:
             client.retrieve("a")
         assert caught.value.retry_after_s == retry_after_s
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("overloaded", "shutting_down", "deadline_exceeded", "stage_failed", "out_of_memory", "content_blocked"),
+        *("media_not_ready", "cancelled", "unknown"),
+    ],
+)
+@pytest.mark.parametrize("status", [401, 404, 429, 500, 503, 504])
+def test_an_error_of_the_server_survives_pickling(status: int, code: str) -> None:
+    text = json.dumps({"error": {"message": "the server's words", "code": code}})
+    refusal = read_refusal(status, "reason", {"retry-after": "7"}, text, None)
+    for error in (refusal, read_failure("video_gen_1", code, "the server's words")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_page_is_no_stream_of_events() -> None:
