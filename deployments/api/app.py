@@ -1,36 +1,52 @@
-"""The HTTP API as one ASGI application, whatever serves it."""
+"""The HTTP API as one ASGI application, and the guard that every request passes first."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api import images, job_events, service_info, video_content, videos
-from deployments.api.errors import error_response
-from deployments.api.middleware import Cors, KeyMiddleware, SafeHeaders
+from cosmos3_core.errors import Cosmos3Error
+from deployments.api import content, images, job_events, service_info, videos
+from deployments.api.auth import Caller
+from deployments.api.call import CALLER, logger
+from deployments.api.errors import error_response, is_explained
 from deployments.api.service import Service
+from deployments.errors import ApiError
 
-_ROUTERS = tuple(module.router for module in (videos, video_content, job_events, images, service_info))
+_PORT = re.compile(r":[0-9]{1,5}$")
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
+_UNSAFE_METHODS = ("POST", "DELETE")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+_ALLOWED_HEADERS = (
+    *("authorization", "content-type", "idempotency-key", "last-event-id", "x-request-id"),
+    *("range", "if-range", "if-none-match"),
+)
+_EXPOSED_HEADERS = (
+    *("accept-ranges", "content-range", "etag", "openai-poll-after-ms", "retry-after", "x-request-id"),
+    *("x-frames-sha256", "x-inference-time-s", "x-mode", "x-model", "x-negative-prompt", "x-notes", "x-seed"),
+    *("x-stage-durations", "x-video-id", "x-warnings"),
+)
+_ROUTERS = tuple(module.router for module in (videos, content, job_events, images, service_info))
 
 
 def build_api(get_service: Callable[[], Service]) -> FastAPI:
-    """Return the application.
-
-    Args:
-        get_service: returns what it works with; called for every request.
-    """
+    """Return the application; it calls ``get_service`` for every request."""
     app = FastAPI(
         title="cosmos3-serve",
         version="1",
         description="Videos, images, sound and actions with NVIDIA's Cosmos3. Every answer has an x-request-id.",
         openapi_url=None,  # a route of our own completes the document; pages that show it would load scripts
-        redirect_slashes=False,  # a redirect would lead to whatever Host says
+        redirect_slashes=False,  # a redirect would lead to the host that the header Host names
         generate_unique_id_function=_operation_id,
     )
     app.state.get_service = get_service
@@ -39,10 +55,7 @@ def build_api(get_service: Callable[[], Service]) -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(Exception, _answer)
-    # The one that is added last is the first to see a request.
-    app.add_middleware(KeyMiddleware, get_service=get_service)
-    app.add_middleware(Cors, get_service=get_service)
-    app.add_middleware(SafeHeaders)
+    app.add_middleware(Guard, get_service=get_service)
     return app
 
 
@@ -54,12 +67,87 @@ def _operation_id(route: APIRoute) -> str:
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == 405:
         # The framework names the methods of the first route of this path alone.
-        error = HTTPException(405, error.detail, {"allow": ", ".join(sorted(_methods(request)))})
+        routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, Route)]
+        matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        methods = {method for route in matching for method in route.methods or ()}
+        error = HTTPException(405, error.detail, {"allow": ", ".join(sorted(methods))})
     return error_response(error)
 
 
-def _methods(request: Request) -> set[str]:
-    """Return the methods that a path takes."""
-    routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, Route)]
-    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-    return {method for route in matching for method in route.methods or ()}
+class Guard:
+    """Middleware that lets allowed requests through, and keeps browsers from guessing the type of an answer.
+
+    Pages of allowed origins may call; others may not even send what they cannot read.
+
+    Args:
+        app: behind it.
+        get_service: returns the service, with its configuration and keys.
+    """
+
+    def __init__(self, app: ASGIApp, get_service: Callable[[], Service]) -> None:
+        self._app, self._get_service = app, get_service
+        self._with_cors: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        service = self._get_service()
+        if refusal := _find_refusal(scope["method"], Headers(scope=scope), service):
+            await error_response(refusal)(scope, receive, send_safely)
+            return
+        if self._with_cors is None:
+            self._with_cors = self._check_key
+            if service.http.cors_origins:
+                self._with_cors = CORSMiddleware(
+                    self._check_key,
+                    allow_origins=service.http.cors_origins,
+                    allow_methods=_METHODS,
+                    allow_headers=_ALLOWED_HEADERS,
+                    expose_headers=_EXPOSED_HEADERS,
+                )
+        await self._with_cors(scope, receive, send_safely)
+
+    async def _check_key(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through that has a key, or needs none."""
+        auth = self._get_service().auth
+        is_open = scope["path"].removeprefix(scope.get("root_path", "")) in service_info.OPEN_PATHS
+        try:
+            scope[CALLER] = Caller() if auth is None or is_open else await auth.find_caller(Headers(scope=scope))
+        except Cosmos3Error as error:
+            if not is_explained(error):
+                logger.exception("a key could not be checked")
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _find_refusal(method: str, headers: Headers, service: Service) -> ApiError | None:
+    """Return why a request may not come under this name, or from this page; None where it may."""
+    if service.hosts is not None and _PORT.sub("", headers.get("host", "").lower()) not in service.hosts:
+        names = ", ".join(sorted(service.hosts))
+        message = f"this app is called by {names} alone, as it asks for no keys; http.allowed_hosts allows more"
+        return ApiError(403, "wrong_host", message)
+    origins = service.http.cors_origins
+    is_allowed = "*" in origins or headers.get("origin") in origins
+    if method in _UNSAFE_METHODS and not is_allowed and _is_foreign(headers):
+        return ApiError(403, "cross_origin", "pages of this origin may not call; http.cors_origins allows some")
+    return None
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Return whether a page of another origin sends a request, as far as its browser says so."""
+    if (site := headers.get("sec-fetch-site")) is not None:
+        return site not in ("same-origin", "none")
+    # Browsers do not say it of plain http but on this machine, and older ones never. Other clients have no origin.
+    if (origin := headers.get("origin")) is None:
+        return False
+    scheme, _, called = origin.lower().partition("://")
+    port = _DEFAULT_PORTS.get(scheme, "")
+    return not called or called.removesuffix(port) != headers.get("host", "").lower().removesuffix(port)

@@ -1,11 +1,9 @@
-"""One call of the API: its request, service and caller, and the parameters that routes share.
-
-Every error of a route becomes an answer here.
-"""
+"""One call of the API: its request, service and caller, the parameters that routes share, and its errors as answers."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -20,13 +18,13 @@ from starlette.responses import Response
 
 from cosmos3_core.errors import RequestError
 from deployments.api.auth import Caller
-from deployments.api.bodies import B, ParsedBody, name_fields, request_error, unknown_name
-from deployments.api.body_limit import VISIBLE, check_visible, read_fields
+from deployments.api.bodies import B, NamedFields, ParsedBody, R, parse_body, request_error, start_of, unknown_name
+from deployments.api.body_reader import Reservation, read_fields
 from deployments.api.errors import error_response, is_explained
 from deployments.api.media_fields import fetch_remote
-from deployments.api.memory_budget import Reservation
 from deployments.api.service import Service
-from deployments.jobs.job import Job, SubmitOptions
+from deployments.errors import BodyError
+from deployments.jobs.job import SubmitOptions
 from deployments.media.layout import JOB_ID
 from deployments.threads import run_in_thread
 
@@ -35,7 +33,9 @@ logger = logging.getLogger("ray.serve")
 CALLER = "cosmos3.caller"
 """Key of the caller in a request's scope."""
 
-_MAX_SHOWN_CHARS = 200
+_NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
+# Of headers that are repeated in logs and the database.
+_VISIBLE = {"pattern": r"^[\x21-\x7e]{1,128}$"}
 
 
 class AnsweringRoute(APIRoute):
@@ -51,12 +51,8 @@ class AnsweringRoute(APIRoute):
         return answer
 
 
-async def answer_errors(handling: Coroutine[Any, Any, Response], what: str) -> Response:
-    """Return an answer, or the one for the error that is raised instead; what it says of the inside goes to the log.
-
-    Args:
-        handling: of the request.
-        what: is asked for, for the log.
+async def answer_errors(handling: Coroutine[Any, Any, Response], operation: str) -> Response:
+    """Return an answer, or the one for the error that is raised instead; the log gets what that one leaves out.
 
     Raises:
         HTTPException: the framework's own.
@@ -66,65 +62,59 @@ async def answer_errors(handling: Coroutine[Any, Any, Response], what: str) -> R
     except HTTPException:
         raise
     except RequestValidationError as error:  # of parameters and headers; bodies are read by us
-        return error_response(request_error(error.errors()[0], ()))
+        return error_response(request_error(error.errors()[0]))
     except Exception as error:
         if not is_explained(error):
-            logger.exception("%s failed", what)
+            logger.exception("%s failed", operation)
         return error_response(error)
 
 
-def routes() -> APIRouter:
+def new_router() -> APIRouter:
     """Return an empty router of such routes."""
     return APIRouter(route_class=AnsweringRoute)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request, the service that it is for, and the caller.
-
-    Attributes:
-        request: that came.
-        service: that it is for.
-        caller: whose it is.
-    """
+    """One request, the service that it is for, and the caller."""
 
     request: Request
     service: Service
     caller: Caller
 
-    async def job(self, video_id: str) -> Job:
-        """Return the caller's job of an id.
-
-        Raises:
-            ApiError: 404, there is none; somebody else's is none.
-            JobsError: the database cannot be used.
-        """
-        return await self.service.jobs.get(video_id, self.caller.owner)
-
-    async def body(self, model: type[B], reserved: Reservation) -> ParsedBody[B]:
-        """Read the request's body, files of other servers included.
-
-        Args:
-            model: of the body.
-            reserved: memory for it.
+    async def fields(self, model: type[B], reserved: Reservation) -> NamedFields[B]:
+        """Read the request's body.
 
         Raises:
             BodyError: it cannot be read.
-            RequestError: a field is unknown or has a value that it does not take, or a file cannot be had.
+            RequestError: a field is unknown.
             OverloadedError: there is no memory for it now.
         """
-        service = self.service
-        fields = await read_fields(self.request, service.http.max_body_bytes, reserved)
+        fields = await read_fields(self.request, self.service.http.max_body_bytes, reserved, model.lists())
         # In threads: texts and base64 of the largest files take seconds.
-        named = await run_in_thread(name_fields, fields, model)
-        if service.remote_media is not None:
-            named = replace(named, values=await fetch_remote(named.values, service.remote_media, reserved))
-        return await run_in_thread(named.parse, service.rules(self.caller))
+        return await run_in_thread(NamedFields.of, fields, model)
+
+    async def body(self, model: type[R], reserved: Reservation) -> ParsedBody[R]:
+        """Read the request's body and check it, files of other servers included.
+
+        Raises:
+            BodyError, OverloadedError: as :meth:`fields`.
+            RequestError: a field is unknown or has a value that it does not take, or a file cannot be had.
+        """
+        named = await self.fields(model, reserved)
+        if self.service.fetch_file is not None:
+            named = replace(named, values=await fetch_remote(named.values, self.service.fetch_file, reserved))
+        return await run_in_thread(parse_body, named, self.service.rules_for(self.caller))
 
     def options(
-        self, options: SubmitOptions, request_id: str | None, idempotency_key: str | None = None
+        self,
+        options: SubmitOptions,
+        request_id: str | None,
+        idempotency_key: str | None = None,
+        *,
+        no_replay: str | None = None,
     ) -> SubmitOptions:
-        """Complete a body's options by what the request says beside it."""
+        """Complete a body's options by the caller and the headers; ``no_replay`` is a key without effect."""
         return replace(
             options,
             request_id=request_id,
@@ -132,11 +122,12 @@ class Call:
             classes=self.caller.classes,
             limits=self.caller.limits,
             idempotency_key=idempotency_key,
+            warnings=options.warnings if no_replay is None else (_NO_REPLAY, *options.warnings),
         )
 
 
 def service_of(request: Request) -> Service:
-    """Return the service that a request is for."""
+    """Return the service of the application."""
     service: Service = request.app.state.get_service()
     return service
 
@@ -153,20 +144,27 @@ async def open_call(request: Request) -> Call:
         if name not in known:
             raise unknown_name(name, value, known, "query parameter")
         if name in seen:
-            raise RequestError(name, value[:_MAX_SHOWN_CHARS], "given once")
+            raise RequestError(name, start_of(value), "given once")
         seen.add(name)
     return Call(request, service_of(request), request.scope[CALLER])
 
 
 def _visible(name: str) -> AfterValidator:
-    return AfterValidator(lambda value: None if value is None else check_visible(name, value))
+    """Return a validator for a header that logs and the database repeat."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(_VISIBLE["pattern"], value, re.ASCII):
+            raise BodyError(400, "invalid_header", f"{name} must be 1 to 128 visible ASCII characters")
+        return value
+
+    return AfterValidator(check)
 
 
 CurrentCall = Annotated[Call, Depends(open_call)]
 VideoId = Annotated[str, Path(json_schema_extra={"pattern": f"^{JOB_ID.pattern}$"})]
 RequestId = Annotated[
     str | None,
-    Header(alias="X-Request-Id", description="the caller's name for it, for logs", json_schema_extra=VISIBLE),
+    Header(alias="X-Request-Id", description="the caller's name for it, for logs", json_schema_extra=_VISIBLE),
     _visible("x-request-id"),
 ]
 IdempotencyKey = Annotated[
@@ -174,7 +172,7 @@ IdempotencyKey = Annotated[
     Header(
         alias="Idempotency-Key",
         description="sent again with the same request, it gives the same job",
-        json_schema_extra=VISIBLE,
+        json_schema_extra=_VISIBLE,
     ),
     _visible("idempotency-key"),
 ]

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from deployments import failures
+from deployments.api_model import ApiModel
 from deployments.errors import ApiError
 from deployments.failures import explain_failure, find_status, translate_error
 from deployments.observability.metrics import metrics
+
+
+class ErrorDetails(ApiModel):
+    """A fault of a request, or of the service while it worked on it."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    code: Annotated[str, Field(description="short name of the fault")]
+    param: Annotated[str | None, Field(description="the field at fault")]
+    given: Annotated[str, Field(description="what it held, shortened")] = ""
+    allowed: Annotated[str, Field(description="what would have been accepted")] = ""
+    hint: Annotated[str, Field(description="what to do")] = ""
+
+
+class Error(ApiModel):
+    """The body of every answer that is a refusal or a failure."""
+
+    error: ErrorDetails
 
 
 def error_response(error: BaseException) -> JSONResponse:

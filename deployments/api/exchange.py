@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-from starlette.responses import Response
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from cluster.errors import DeadlineExceeded, OverloadedError, StageFailed
 from cosmos3_core.request import GenerationRequest
@@ -18,90 +17,88 @@ from deployments.messages import Accepted, FileStarted, Finished
 
 # Beyond the request's own deadline, which the Director keeps.
 _SLACK_S = 15.0
-# Until the Director says that it has a request, or why not: at once, and a dead one is back within seconds; but for a
-# clip, which is looked at first, and may wait for others.
+# Until the Director accepts or refuses a request, which it does at once; a dead Director is back within seconds. A clip
+# is looked at first, and may wait for others.
 _ACCEPT_S = 60.0
 _ACCEPT_CLIP_S = 600.0
-# Between two tries for a place.
+# Between two tries to enter a full queue.
 _LONGEST_PAUSE_S = 5.0
+
+T = TypeVar("T")
 
 
 class Exchange:
     """The Director's work for one HTTP request; one generation after the other.
 
-    Args:
-        director: its handle, streaming.
-        request_id: the caller's, or made up.
-        timeout_s: for all of it.
-
     Attributes:
-        job_id: of the request that the Director took last; "" before.
+        request_id: the caller's, or made up.
+        job_id: of the request that the Director accepted last; "" before.
     """
 
     def __init__(self, director: Any, request_id: str, timeout_s: float) -> None:
-        self.request_id = request_id
+        self.request_id, self.job_id = request_id, ""
         self._director = director
         self._deadline_s = time.monotonic() + timeout_s
         self._events: Any = None
-        self.job_id = ""
 
-    async def ask(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None = None) -> None:
-        """Submit a request to the Director.
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, director: Any, request_id: str | None, timeout_s: float) -> AsyncIterator[Exchange]:
+        """Open an exchange; an error in the ``with`` block stops the stages. A file may still grow after the block.
 
         Args:
-            request: what is asked for.
-            asked: how.
-            timeout_s: None for the app's own.
+            director: its handle, streaming.
+            request_id: the caller's; None: one is made up.
+            timeout_s: of the block. The Director keeps it; here it ends a wait for a Director that is gone.
 
         Raises:
-            StageFailed: no word of it.
-            Exception: why it does not.
+            DeadlineExceeded: the block takes too long.
+        """
+        exchange = cls(director, request_id or uuid.uuid4().hex, timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s + _SLACK_S):
+                yield exchange
+        except BaseException as error:
+            exchange.cancel()
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded("director", timeout_s) from None
+            raise
+
+    async def submit(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None = None) -> None:
+        """Submit a request to the Director, with a deadline of its own or the app's.
+
+        Raises:
+            StageFailed: the Director neither accepts nor refuses it.
+            Exception: why the Director refuses it.
         """
         self.cancel()  # the last one has ended; Serve is told so
         self._events = self._director.stream.remote(request, options, timeout_s)
-        limit_s = accept_limit_s(request)
-        try:
-            async with asyncio.timeout(limit_s):
-                accepted: Accepted = await anext(self._events)  # or why it is not
-        except TimeoutError:
-            raise StageFailed("director", 1, f"no word of the request within {limit_s:g} s") from None
+        accepted: Accepted = await accept(anext(self._events), accept_limit_s(request))
         self.job_id = accepted.job_id
 
-    async def started(self) -> FileStarted | Finished:
-        """Follow the request until its file grows; to its end where it has none.
-
-        Raises:
-            Exception: whatever the Director raised.
-        """
-        event: FileStarted | Finished = await self._first(FileStarted, Finished)
+    async def wait_for_file(self) -> FileStarted | Finished:
+        """Follow the request until its file grows, to its end where it has none; raise what the Director raised."""
+        event: FileStarted | Finished = await self._next_of(FileStarted, Finished)
         return event
 
-    async def finished(self) -> Finished:
-        """Follow the request to its end: the file is whole.
-
-        Raises:
-            Exception: whatever the Director raised.
-        """
-        event: Finished = await self._first(Finished)
+    async def wait_for_end(self) -> Finished:
+        """Follow the request to its end, when the file is whole; raise what the Director raised."""
+        event: Finished = await self._next_of(Finished)
         return event
 
-    async def _first(self, *kinds: type) -> Any:
+    async def _next_of(self, *kinds: type) -> Any:
         async for event in self._events:
             if isinstance(event, kinds):
                 return event
         raise RuntimeError("the Director's stream ended before the request did")
 
-    async def asked_again(self, request: GenerationRequest, options: SubmitOptions) -> Finished:
-        """Submit a further request of the same exchange and follow it to its end; a full queue is waited out.
-
-        Raises:
-            Exception: as there.
-        """
+    async def submit_next(self, request: GenerationRequest, options: SubmitOptions) -> Finished:
+        """Submit a further request and follow it to its end; wait while the queue is full."""
         while True:
             try:
-                await self.ask(request, options, max(self._deadline_s - time.monotonic(), 0.0))
-                return await self.finished()
-            except Exception as error:  # told apart by what it wraps
+                await self.submit(request, options, max(self._deadline_s - time.monotonic(), 0.0))
+                return await self.wait_for_end()
+            except Exception as error:  # what it wraps decides
                 self.cancel()
                 reason = translate_error(error, "director")
                 if not isinstance(reason, OverloadedError):
@@ -116,32 +113,19 @@ class Exchange:
 
 
 def accept_limit_s(request: GenerationRequest | None) -> float:
-    """Return how long the Director may take to accept or refuse a request; None: one that it has already."""
+    """Return how long the Director may take to accept or refuse a request; None: a remix, of a job that it has."""
     return _ACCEPT_CLIP_S if request is None or request.video is not None else _ACCEPT_S
 
 
-async def answered(
-    director: Any, request_id: str | None, timeout_s: float, work: Callable[[Exchange], Awaitable[Response]]
-) -> Response:
-    """Return the answer that some work makes; whatever stops it, stops the stages.
-
-    Args:
-        director: its handle, streaming.
-        request_id: the caller's; None: one is made up.
-        timeout_s: of the request. The Director keeps it; here it is for one that is gone.
-        work: makes the answer; a file may still be on its way in it.
+async def accept(answer: Awaitable[T], limit_s: float) -> T:
+    """Return the Director's first answer to a request.
 
     Raises:
-        DeadlineExceeded: it takes too long.
-        Exception: whatever the work raises.
+        StageFailed: it does not come in time.
+        Exception: why the Director refuses the request.
     """
-    exchange = Exchange(director, request_id or uuid.uuid4().hex, timeout_s)
     try:
-        async with asyncio.timeout(timeout_s + _SLACK_S):
-            return await work(exchange)
+        async with asyncio.timeout(limit_s):
+            return await answer
     except TimeoutError:
-        exchange.cancel()
-        raise DeadlineExceeded("director", timeout_s) from None
-    except BaseException:
-        exchange.cancel()
-        raise
+        raise StageFailed("director", 1, f"no word of the request within {limit_s:g} s") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
@@ -24,18 +25,16 @@ from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import FIELDS, GenerationRequest
 from deployments.api.field_types import (
     FieldType,
-    file_type,
     flag_type,
     integer_type,
-    like_request,
     object_type,
-    parse_size,
     prompt_type,
     seconds_type,
     size_type,
     text_type,
+    type_of_spec,
 )
-from deployments.api.media_fields import find_media
+from deployments.api.media_fields import file_type, find_media
 from deployments.jobs.video import HIGH, LOSSLESS
 
 B64_JSON, FILE_ITSELF = "b64_json", "file"
@@ -47,11 +46,16 @@ _OWN = {it.name for it in dataclasses.fields(GenerationRequest)} - {"image", "vi
 
 
 class Endpoint(StrEnum):
-    """Paths that take the bodies of this module."""
+    """Paths that take requests for generations."""
 
     VIDEOS = "/v1/videos"
     SYNC = "/v1/videos/sync"
     IMAGES = "/v1/images/generations"
+
+
+def like_request(name: str) -> FieldType:
+    """Return the type of a field that :class:`GenerationRequest` has as well, with its bounds and description."""
+    return type_of_spec(FIELDS[name])
 
 
 def also(*aliases: str) -> Any:
@@ -60,7 +64,7 @@ def also(*aliases: str) -> Any:
 
 
 def _by_name(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Return name -> reason of a table of reason -> names."""
+    """Return name -> reason."""
     return {name: reason for reason, names in reasons.items() for name in names.split()}
 
 
@@ -69,7 +73,7 @@ _NO_EFFECT = _by_name(
         "the caller's own note": "user",
         "prompts are not cut off; one that is too long is refused": "max_sequence_length",
         "answers always have them": "return_stage_metrics",
-        "noise is drawn on the CPU, whatever runs the model": "generator_device",
+        "noise is always drawn on the CPU": "generator_device",
         "the operator decides": "vae_use_slicing vae_use_tiling",
         "prompts say length and frame rate as the model was trained": "use_duration_template",
         "prompts say the size as the model was trained": "use_resolution_template",
@@ -104,8 +108,8 @@ _NOT_OFFERED_FOR_CLIPS = _by_name(
 )
 
 
-class RequestBody(BaseModel):
-    """Fields that every endpoint takes.
+class Body(BaseModel):
+    """A body of named fields.
 
     Attributes:
         no_effect: name -> reason, of fields that are accepted without effect; ``*`` stands for part of a name.
@@ -113,8 +117,46 @@ class RequestBody(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=False)
-    no_effect: ClassVar[Mapping[str, str]] = _NO_EFFECT
-    not_offered: ClassVar[Mapping[str, str]] = _NOT_OFFERED
+    no_effect: ClassVar[Mapping[str, str]] = {}
+    not_offered: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    @cache
+    def aliases(cls) -> dict[str, str]:
+        """Return other servers' name -> own name."""
+        choices = {name: info.validation_alias for name, info in cls.model_fields.items()}
+        pairs = ((name, it.choices) for name, it in choices.items() if isinstance(it, AliasChoices))
+        return {str(alias): name for name, aliases in pairs for alias in aliases}
+
+    @classmethod
+    @cache
+    def lists(cls) -> frozenset[str]:
+        """Return the fields that a form may have several times."""
+        return frozenset(name for name in cls.model_fields if cls.type_of(name).takes_several)
+
+    @classmethod
+    def type_of(cls, name: str) -> FieldType:
+        """Return the type of a field."""
+        (found,) = cls.model_fields[name].metadata
+        return cast(FieldType, found)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return the fields that the body gives, by their own names."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+class RemixBody(Body):
+    """Body of ``POST /v1/videos/{video_id}/remix``; everything else is the earlier request's."""
+
+    prompt: Annotated[str, prompt_type("the new prompt")]
+
+
+class RequestBody(Body):
+    """Fields that every endpoint for generations takes."""
+
+    no_effect = _NO_EFFECT
+    not_offered = _NOT_OFFERED
 
     prompt: Annotated[str | None, like_request("prompt")] = None
     negative_prompt: Annotated[str | None, like_request("negative_prompt")] = None
@@ -134,35 +176,17 @@ class RequestBody(BaseModel):
         dict[str, Any] | None, object_type("an object whose keys count as if they stood beside it")
     ] = None
 
-    @classmethod
-    @cache
-    def aliases(cls) -> dict[str, str]:
-        """Return other servers' name -> own name."""
-        choices = {name: info.validation_alias for name, info in cls.model_fields.items()}
-        pairs = ((name, it.choices) for name, it in choices.items() if isinstance(it, AliasChoices))
-        return {str(alias): name for name, aliases in pairs for alias in aliases}
-
-    @classmethod
-    def type_of(cls, name: str) -> FieldType:
-        """Return the type of a field."""
-        (found,) = cls.model_fields[name].metadata
-        return cast(FieldType, found)
-
-    def given(self) -> dict[str, Any]:
-        """Return the fields that the body gives, by their own names."""
-        return {name: getattr(self, name) for name in self.model_fields_set}
-
+    @abstractmethod
     def requests(self) -> tuple[GenerationRequest, ...]:
         """Return what the body asks for, in order.
 
         Raises:
             RequestError: a field does not go with another one.
         """
-        raise NotImplementedError
 
     def _own(self) -> dict[str, Any]:
         """Return the fields that a request has under the same name."""
-        return {name: value for name, value in self.given().items() if name in _OWN}
+        return {name: value for name, value in self.given.items() if name in _OWN}
 
 
 class _ClipBody(RequestBody):
@@ -177,7 +201,7 @@ class _ClipBody(RequestBody):
         bytes | None, file_type("an image or a clip, whichever its content is; of an animated image the first frame")
     ] = None
     input_references: Annotated[
-        bytes | None, file_type("a list of one, as input_reference; more are not offered", is_list=True)
+        bytes | None, file_type("a list of one, as input_reference; more are not offered", takes_several=True)
     ] = None
     image_reference: Annotated[bytes | None, file_type('{"image_url": "data:..."}')] = None
     video_reference: Annotated[bytes | None, file_type('{"video_url": "data:..."}')] = None
@@ -208,17 +232,13 @@ class _ClipBody(RequestBody):
 
     def requests(self) -> tuple[GenerationRequest, ...]:
         """Return the one request of the body."""
-        width, height = (self.width, self.height) if self.size is None else self._frame_size(self.size)
-        computed = {"width": width, "height": height, "num_frames": self._num_frames(), "lossless": self._is_lossless()}
-        media = {kind: data for kind, (_, data) in find_media(self.given()).items()}
-        return (GenerationRequest(**self._own() | computed | media),)
-
-    def _frame_size(self, size: str) -> tuple[int, int]:
-        width, height = parse_size(size)
-        if (self.width, self.height) not in ((None, None), (width, height)):
+        width, height = parse_size(self.size) or (self.width, self.height)
+        if self.size is not None and (self.width, self.height) not in ((None, None), (width, height)):
             allowed = f"the same as width={self.width} and height={self.height}, or left out"
-            raise RequestError("size", size, allowed)
-        return width, height
+            raise RequestError("size", self.size, allowed)
+        computed = {"width": width, "height": height, "num_frames": self._num_frames(), "lossless": self._is_lossless()}
+        media = {kind: data for kind, (_, data) in find_media(self.given).items()}
+        return (GenerationRequest(**self._own() | computed | media),)
 
     def _num_frames(self) -> int | None:
         if self.num_frames is not None or self.seconds is None:
@@ -299,7 +319,7 @@ class ImageBody(RequestBody):
             raise RequestError(
                 "output_compression", self.output_compression, "left out for png; it is for jpeg and webp"
             )
-        width, height = (None, None) if self.size in (None, "auto") else parse_size(str(self.size))
+        width, height = parse_size(self.size) or (None, None)
         request = GenerationRequest(
             **self._own(),
             mode=TEXT_TO_IMAGE,
@@ -311,14 +331,6 @@ class ImageBody(RequestBody):
         return tuple(replace(request, seed=first_seed + index) for index in range(self.n))
 
 
-class RemixBody(BaseModel):
-    """Body of ``POST /v1/videos/{video_id}/remix``; everything else is the earlier request's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    prompt: Annotated[str, prompt_type("the new prompt")]
-
-
 BODIES: Mapping[Endpoint, type[RequestBody]] = {
     Endpoint.VIDEOS: VideoBody,
     Endpoint.SYNC: SyncBody,
@@ -327,10 +339,17 @@ BODIES: Mapping[Endpoint, type[RequestBody]] = {
 """Endpoint -> model of its bodies."""
 
 
+def parse_size(size: str | None) -> tuple[int, int] | None:
+    """Return the width and the height of a checked size; None where it leaves them open."""
+    if size in (None, "auto"):
+        return None
+    width, height = map(int, str(size).split("x"))
+    return width, height
+
+
 def find_reason(reasons: Mapping[str, str], name: str) -> str | None:
     """Return the reason that a table of reasons has for a name; None where it has none."""
-    matching = (why for pattern, why in reasons.items() if "*" in pattern and re.fullmatch(name_pattern(pattern), name))
-    return reasons[name] if name in reasons and "*" not in name else next(matching, None)
+    return next((why for written, why in reasons.items() if re.fullmatch(name_pattern(written), name)), None)
 
 
 def name_pattern(name: str) -> str:

@@ -51,7 +51,7 @@ def _names(model: type[RequestBody], name: str) -> str:
 
 
 def _table(head: _Row, rows: Sequence[tuple[Endpoint, _Row]]) -> str:
-    """Return a Markdown table of the different rows, and which endpoints have each."""
+    """Return a Markdown table of the rows, each once, and which endpoints have them."""
     lines = [(*head, *(f"`{it}`" for it in Endpoint)), ("---",) * (len(head) + len(Endpoint))]
     for row in dict.fromkeys(row for _, row in rows):
         lines.append((*row, *("yes" if (endpoint, row) in rows else "" for endpoint in Endpoint)))

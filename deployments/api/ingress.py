@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from deployments.api.app import build_api
-from deployments.api.readiness import Readiness
-from deployments.api.serve_http import http_in_force
 from deployments.api.service import Service
 from deployments.config import AppConfig
 
 _NUM_THREADS = 32
+_ADDRESS_S = 30.0
+_STATUS_S = 10.0
+_STATUS_CACHE_S = 1.0
 
 
 def _api() -> FastAPI:
@@ -36,12 +42,49 @@ class Ingress:
     """
 
     async def __init__(self, config: AppConfig, director: Any) -> None:  # type: ignore[misc] # Serve awaits it
-        # What the API asks the database and the disk for; asyncio's own default is by the number of cores.
+        # For the API's calls of the database and the disk; asyncio's own default is by the number of cores.
         executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ingress")
         asyncio.get_running_loop().set_default_executor(executor)
         host, _ = await asyncio.to_thread(http_in_force)
-        self.service = await asyncio.to_thread(Service.open, config, director, Readiness(), host)
+        readiness = Readiness(serve.get_replica_context().app_name)
+        self.service = await asyncio.to_thread(Service.open, config, director, readiness.find_missing_stages, host)
 
     async def drain(self) -> None:
         """Report the shutdown at /ready, so that load balancers send no more. The Director refuses new requests."""
         self.service.is_draining = True
+
+
+class Readiness:
+    """Readiness of an app's stages, asked of Serve's controller and cached."""
+
+    def __init__(self, app_name: str) -> None:
+        self._app_name = app_name
+        self._deployments: dict[str, Any] = {}
+        self._checked_at_s = -math.inf
+        self._check = asyncio.Lock()
+
+    async def find_missing_stages(self) -> list[str]:
+        """Return the stages without a running replica."""
+        try:
+            async with asyncio.timeout(_STATUS_S), self._check:
+                if time.monotonic() > self._checked_at_s + _STATUS_CACHE_S:
+                    app = (await asyncio.to_thread(serve.status)).applications.get(self._app_name)
+                    self._deployments = {} if app is None else app.deployments
+                    self._checked_at_s = time.monotonic()
+        except (TimeoutError, RayError, RayServeException):
+            return ["Serve's controller"]
+        if not self._deployments:
+            return [f"the app {self._app_name}"]  # Serve is about to take it down
+        return sorted(name for name, it in self._deployments.items() if it.replica_states.get("RUNNING", 0) < 1)
+
+
+def http_in_force() -> tuple[str, int]:
+    """Return the host and port that this cluster's Serve listens at; they cannot be changed while it runs.
+
+    Raises:
+        ValueError: no Serve runs.
+        RayError: it does not answer.
+    """
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    options = ray.get(controller.get_http_config.remote(), timeout=_ADDRESS_S)
+    return str(options.host), int(options.port)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
-from collections.abc import AsyncGenerator, Mapping
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator
+from typing import Annotated
 
 from fastapi import Header
 from starlette.responses import Response
 
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.errors import RequestError
-from deployments.api.call import CurrentCall, VideoId, routes
+from deployments.api.call import CurrentCall, VideoId, logger, new_router
 from deployments.api.content import PartsResponse
 from deployments.api.openapi import Responses, responses
 from deployments.errors import JobsError
 from deployments.jobs.job import JobEvent
 
-logger = logging.getLogger("ray.serve")
-
-# What proxies take for a dead connection is longer.
+# Proxies close a connection that is silent for longer.
 _KEEP_ALIVE_S = 15.0
 # Then the client comes back, with the number of the last event that it has.
 _LONGEST_S = 3600.0
@@ -36,7 +33,7 @@ _ANSWERS: Responses = {
     204: {"description": "the client has the last one"},
 }
 
-router = routes()
+router = new_router()
 
 
 @router.get("/v1/videos/{video_id}/events", responses=responses(_ANSWERS, 404), response_class=Response)
@@ -48,31 +45,27 @@ async def follow_video(video_id: VideoId, call: CurrentCall, last_event_id: _Las
     decoding {chunk, num_frames}, retried {stage, attempt, from_step}; and as the last one completed, failed or
     cancelled with the whole video, or deleted. Those with an id are history, which Last-Event-ID goes on with.
     """
-    after = _after(last_event_id)
-    job = await call.job(video_id)
+    if not re.fullmatch("[0-9]{0,18}", last_event_id):
+        raise RequestError("Last-Event-ID", last_event_id[:100], "the id of an event")
+    after = int(last_event_id or 0)
+    job = await call.service.jobs.get(video_id, call.caller.owner)
     if job.state.is_final and after >= job.last_seq:
-        return Response(status_code=204)  # who gets this does not come back, says the standard
+        return Response(status_code=204)  # a client that gets this does not come back, says the standard
     events = call.service.jobs.follow(job, after, _LONGEST_S)
     coming = asyncio.ensure_future(anext(events, None))
     await asyncio.wait((coming,), timeout=0)
     if coming.done() and coming.exception() is not None:
         coming.result()  # refused, before anything was sent
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-
-    def end() -> None:
-        coming.cancel()
-
-    return PartsResponse(_lines(events, coming), headers, "text/event-stream", ended=end)
+    return PartsResponse(_lines(events, coming), headers, "text/event-stream", on_end=coming.cancel)
 
 
 async def _lines(
     events: AsyncGenerator[JobEvent, None], coming: asyncio.Future[JobEvent | None]
 ) -> AsyncGenerator[bytes, None]:
-    """Yield what is sent. A database that is away ends it: the client comes back.
+    """Yield the event that is coming and those after it as they are sent; without the database the client comes back.
 
-    Args:
-        events: those after the next.
-        coming: the next.
+    An event without a number is not history, and has no id.
     """
     yield f"retry: {_COME_BACK_MS}\n\n".encode()
     try:
@@ -83,7 +76,8 @@ async def _lines(
                 continue
             if (event := coming.result()) is None:
                 break
-            yield line_of(event.kind, event.seq, event.data)
+            number = f"id: {event.seq}\n" if event.seq else ""
+            yield f"{number}event: {event.kind}\ndata: {json.dumps(event.data)}\n\n".encode()
             coming = asyncio.ensure_future(anext(events, None))
     except DeadlineExceeded:
         return
@@ -93,17 +87,3 @@ async def _lines(
         coming.cancel()
         await asyncio.gather(coming, return_exceptions=True)
         await events.aclose()
-
-
-def line_of(kind: str, seq: int, data: Mapping[str, Any]) -> bytes:
-    """An event as it is sent; those without a number are not history."""
-    number = f"id: {seq}\n" if seq else ""
-    return f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-def _after(given: str) -> int:
-    if not given:
-        return 0
-    if not re.fullmatch("[0-9]{1,18}", given):
-        raise RequestError("Last-Event-ID", given[:100], "the id of an event")
-    return int(given)

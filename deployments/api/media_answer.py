@@ -1,55 +1,69 @@
-"""Generated media as HTTP answers: the file itself, or JSON with what no file holds."""
+"""A generated file as the answer to the request that waits for it: whole, as it grows, or as JSON beside actions."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
-import time
 import urllib.parse
-import zipfile
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping
+from typing import Annotated, Any
 
+from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from cosmos3_core.media.file_kinds import SUFFIXES
-from deployments.api.answers import ActionsAnswer, GeneratedFile, Image, ImageMetrics, Images
-from deployments.api.bodies import ParsedBody
-from deployments.api.content import PartsResponse, finished_parts, live_parts
+from deployments.api.body_reader import Reservation
+from deployments.api.content import PartsResponse, read_finished, read_live
 from deployments.api.exchange import Exchange
-from deployments.api.fields import B64_JSON, ImageBody
-from deployments.api.memory_budget import Reservation
-from deployments.jobs.job import SubmitOptions
+from deployments.api_model import ApiModel
+from deployments.jobs.video import Actions, Count, JobId, Mode, Seconds
 from deployments.media.store import MediaStore
 from deployments.messages import FileStarted, Finished
 
+Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
+
 _Part = asyncio.Future[bytes | None]
 _News = asyncio.Future[FileStarted | Finished]
-# Of a file in base64, in bytes of the file; and the file beside it.
+# Memory for a file and its base64, in bytes of the file.
 _SPACE_OF_BASE64 = 7 / 3
-_NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
 # Of a header: proxies and clients take 8 KiB of all headers together.
 _MAX_WARNINGS_CHARS = 6000
 
 
-async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore) -> Response:
-    """Answer with the file, described by headers; with generated actions, with JSON of both.
+class GeneratedFile(ApiModel):
+    """A file inside of an answer."""
 
-    Args:
-        exchange: the Director has its request.
-        held: room for a file that has to be in memory.
-        media: where files are.
-    """
-    event = await exchange.finished()
+    media_type: str
+    b64_json: Base64
+
+
+class ActionsAnswer(ApiModel):
+    """Actions that were made while the client waited, and the clip that goes with them."""
+
+    id: JobId
+    mode: Mode
+    actions: Actions
+    video: GeneratedFile | None
+    seed: Count
+    fps: Seconds
+    num_frames: Count
+    height: Count
+    width: Count
+    frames_sha256: str
+    negative_prompt_origin: str
+    notes: tuple[str, ...]
+    stage_durations: Mapping[str, Seconds]
+
+
+async def media_answer(exchange: Exchange, reserved: Reservation, media: MediaStore) -> Response:
+    """Answer with the submitted request's file, described by headers; with generated actions, with JSON of both."""
+    event = await exchange.wait_for_end()
     exchange.cancel()
     if event.actions is None:
-        return await _file(event, media)
+        return await file_answer(event, media)
     video = None
     if event.num_bytes:
-        data = await _whole(event, held, media)
-        video = GeneratedFile(media_type=event.media_type, b64_json=base64.b64encode(data).decode())
+        video = GeneratedFile(media_type=event.media_type, b64_json=to_base64(await read_file(event, reserved, media)))
     answer = ActionsAnswer(
         id=event.job_id,
         mode=event.mode,
@@ -63,10 +77,9 @@ async def media_answer(exchange: Exchange, held: Reservation, media: MediaStore)
         frames_sha256=event.frames_sha256,
         negative_prompt_origin=event.negative_origin,
         notes=tuple(event.notes),
-        stage_durations=_rounded(event.stage_seconds),
+        stage_durations=round_seconds(event.stage_seconds),
     )
-    headers = {name: value for name, value in _headers(event).items() if name != "content-length"}
-    return JSONResponse(answer.as_json(), headers=headers)
+    return JSONResponse(answer.as_json(), headers=_result_headers(event))
 
 
 async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
@@ -74,19 +87,15 @@ async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
 
     Instead of a file that fails before there is anything of it, the answer is the one that is made next. Later, the
     connection breaks: a file that ended early would look like a short one.
-
-    Args:
-        exchange: the Director has its request, which makes a clip.
-        media: where files are.
     """
-    event: FileStarted | Finished | None = await exchange.started()
+    event: FileStarted | Finished | None = await exchange.wait_for_file()
     while event is not None:
         assert isinstance(event, FileStarted), "a clip has a file"
-        started = event
-        parts = live_parts(media, await asyncio.to_thread(media.expect, started.media_id))
-        first, news = asyncio.ensure_future(anext(parts, None)), asyncio.ensure_future(exchange.started())
+        media_type = event.media_type
+        parts = read_live(media, await asyncio.to_thread(media.expect, event.media_id))
+        first, news = asyncio.ensure_future(anext(parts, None)), asyncio.ensure_future(exchange.wait_for_file())
         try:
-            event = await _made_instead(first, news)
+            event = await _wait_for_first(first, news)
         except BaseException:
             await _drop(parts, first, news)
             raise
@@ -98,11 +107,11 @@ async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
         news.cancel()
 
     headers = {"x-video-id": exchange.job_id, "cache-control": "no-store"}
-    return PartsResponse(_until_failed(parts, first, news, exchange), headers, started.media_type, ended=end)
+    return PartsResponse(_until_failure(parts, first, news, exchange), headers, media_type, on_end=end)
 
 
-async def _made_instead(first: _Part, news: _News) -> FileStarted | None:
-    """Wait for a file's first part. None: it has come; else the file that is made instead."""
+async def _wait_for_first(first: _Part, news: _News) -> FileStarted | None:
+    """Wait for a file's first part; return the file that is made instead, if one is."""
     await asyncio.wait((first, news), return_when=asyncio.FIRST_COMPLETED)
     if not news.done() and first.exception():
         await asyncio.wait((news,))  # the Director tries again, or says why not
@@ -112,18 +121,16 @@ async def _made_instead(first: _Part, news: _News) -> FileStarted | None:
     return None
 
 
-async def _until_failed(
+async def _until_failure(
     parts: AsyncGenerator[bytes, None], part: _Part, news: _News, exchange: Exchange
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the parts while their request has not failed, which its file may show much later.
+    """Yield a part and those after it until the Director says that their request failed: the file may show it late."""
 
-    Args:
-        parts: those after the next.
-        part: the next.
-        news: what the Director says next.
-        exchange: of the request.
-    """
-    ending = asyncio.ensure_future(_end(news, exchange))
+    async def wait_for_end() -> None:
+        if not isinstance(await news, Finished):
+            await exchange.wait_for_end()
+
+    ending = asyncio.ensure_future(wait_for_end())
     try:
         while True:
             await asyncio.wait((part, ending), return_when=asyncio.FIRST_COMPLETED)
@@ -138,11 +145,6 @@ async def _until_failed(
         await _drop(parts, part, ending)
 
 
-async def _end(news: _News, exchange: Exchange) -> None:
-    if not isinstance(await news, Finished):
-        await exchange.finished()
-
-
 async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any]) -> None:
     for future in waiting:
         future.cancel()
@@ -150,112 +152,53 @@ async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any
     await parts.aclose()
 
 
-async def images_answer(
-    exchange: Exchange, body: ParsedBody[ImageBody], options: SubmitOptions, held: Reservation, media: MediaStore
-) -> Response:
-    """Answer with images, made one after the other: as JSON, as the file, or as a zip of several.
-
-    Args:
-        exchange: the Director has the first image's request.
-        body: what was asked for.
-        asked: how.
-        held: room for the images.
-        media: where files are.
-    """
-    is_json, num_images = body.fields.response_format == B64_JSON, len(body.requests)
-    event = await exchange.finished()
-    if not is_json and num_images == 1:
-        exchange.cancel()
-        return await _file(event, media)
-    made: list[tuple[Finished, bytes]] = []
-    for request in body.requests:
-        if made:
-            event = await exchange.asked_again(request, options)
-        made.append((event, await _whole(event, held, media)))
-    exchange.cancel()
-    stage_seconds: dict[str, float] = {}
-    for event, _ in made:
-        for stage, seconds in event.stage_seconds.items():
-            stage_seconds[stage] = stage_seconds.get(stage, 0.0) + seconds
-    if not is_json:
-        seeds = ",".join(str(event.seed) for event, _ in made)
-        headers = {"x-seed": seeds, "x-stage-durations": json.dumps(_rounded(stage_seconds))}
-        return Response(_zip(made), media_type="application/zip", headers=headers)
-    images = tuple(
-        Image(
-            id=event.job_id,
-            b64_json=base64.b64encode(image).decode(),
-            seed=event.seed,
-            frames_sha256=event.frames_sha256,
-        )
-        for event, image in made
-    )
-    answer = Images(
-        created=int(time.time()),
-        data=images,
-        output_format=body.fields.output_format,
-        size=f"{event.width}x{event.height}",
-        metrics=ImageMetrics(stage_durations=_rounded(stage_seconds)),
-    )
-    return JSONResponse(answer.as_json())
-
-
-async def _file(event: Finished, media: MediaStore) -> Response:
+async def file_answer(event: Finished, media: MediaStore) -> Response:
     """Answer with a finished file, read as it is sent."""
     record = await asyncio.to_thread(media.expect, event.media_id)
-    return PartsResponse(finished_parts(media, record), _headers(event), event.media_type)
+    headers = {"content-length": str(event.num_bytes), **_result_headers(event)}
+    return PartsResponse(read_finished(media, record), headers, event.media_type)
 
 
-async def _whole(event: Finished, held: Reservation, media: MediaStore) -> bytes:
-    """Read a finished file in one piece."""
-    held.need(int(event.num_bytes * _SPACE_OF_BASE64))
+def to_base64(data: bytes) -> str:
+    """Return the base64 of a file."""
+    return base64.b64encode(data).decode()
+
+
+async def read_file(event: Finished, reserved: Reservation, media: MediaStore) -> bytes:
+    """Read a finished file in one piece; its memory, and that of its base64, is reserved."""
+    reserved.need(int(event.num_bytes * _SPACE_OF_BASE64))
     return await asyncio.to_thread(lambda: media.read(media.expect(event.media_id)))
 
 
-def _zip(made: list[tuple[Finished, bytes]]) -> bytes:
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # they are compressed
-        for index, (event, image) in enumerate(made):
-            archive.writestr(f"{index}{SUFFIXES[event.media_type]}", image)
-    return packed.getvalue()
-
-
-def _headers(event: Finished) -> dict[str, str]:
+def _result_headers(event: Finished) -> dict[str, str]:
     return {
-        "content-length": str(event.num_bytes),
         "x-video-id": event.job_id,
         "x-mode": event.mode,
         "x-seed": str(event.seed),
         "x-frames-sha256": event.frames_sha256,
         "x-negative-prompt": event.negative_origin,
         "x-inference-time-s": f"{event.stage_seconds['total']:.3f}",
-        "x-stage-durations": json.dumps(_rounded(event.stage_seconds)),
+        "x-stage-durations": json.dumps(round_seconds(event.stage_seconds)),
         "x-notes": json.dumps(event.notes),
     }
 
 
-def _rounded(stage_seconds: dict[str, float]) -> dict[str, float]:
+def round_seconds(stage_seconds: dict[str, float]) -> dict[str, float]:
+    """Return stage -> seconds as answers have them."""
     return {name: round(seconds, 4) for name, seconds in stage_seconds.items()}
 
 
-def all_warnings(idempotency_key: str | None, options: SubmitOptions) -> tuple[str, ...]:
-    """Return the warnings of an answer that is the file itself, which an idempotency key cannot repeat."""
-    return options.warnings if idempotency_key is None else (_NO_REPLAY, *options.warnings)
-
-
 def service_headers(model_name: str, warnings: tuple[str, ...]) -> dict[str, str]:
-    """Return the headers of an answer that is a file; in printable ASCII whatever the model is called."""
-    return {"x-model": urllib.parse.quote(model_name, safe="/:@+ ()"), "x-warnings": _warnings_header(warnings)}
+    """Return the model and the warnings as headers; all in printable ASCII.
 
-
-def _warnings_header(warnings: tuple[str, ...]) -> str:
-    """Return a JSON list of the first ones, as many as fit, and of how many more there are."""
-    first: list[str] = []
+    Of the warnings, a JSON list, only so many are there as fit, and how many more there are.
+    """
+    shown: list[str] = []
     num_chars = 0
     for warning in warnings:
         num_chars += len(json.dumps(warning)) + len(", ")
         if num_chars > _MAX_WARNINGS_CHARS:
-            first.append(f"and {len(warnings) - len(first)} more, which the job's warnings name")
+            shown.append(f"and {len(warnings) - len(shown)} more, which the job's warnings name")
             break
-        first.append(warning)
-    return json.dumps(first)
+        shown.append(warning)
+    return {"x-model": urllib.parse.quote(model_name, safe="/:@+ ()"), "x-warnings": json.dumps(shown)}

@@ -1,83 +1,84 @@
-"""Images and clips in request bodies: the bytes of a file, however they were sent. No path is ever opened.
-
-URLs of other servers are fetched only where the operator allows it, by :class:`RemoteFiles`.
-"""
+"""Images and clips in request bodies: the bytes of a file, however clients send them. No path is ever opened."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.kinds import CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, kind_of
 from cosmos3_core.presets import LIMITS
-from deployments.api.json_text import read_json
-from deployments.api.memory_budget import Reservation
+from deployments.api.body_reader import Reservation, read_json
+from deployments.api.field_types import FieldType, Schema, any_of
 from deployments.threads import run_in_thread
 
 MEDIA = ("image", "video", "input_reference", "input_references", "image_reference", "video_reference")
 """Fields that bring an image or a clip."""
+
+FetchFile = Callable[[str, str], Awaitable[bytes]]
+"""URL, the field that has it -> the file of another server, as :mod:`deployments.api.remote_media` fetches it."""
 
 _BYTES_PER_BASE64_CHAR = 0.75
 _MAX_SHOWN_CHARS = 60
 _WITHOUT_SPACE = dict.fromkeys(map(ord, " \t\r\n\f\v"))
 _REMOTE = ("http://", "https://")
 _ALLOWED = "a file part of a multipart form, a data URL (data:image/png;base64,...), or base64"
+_URL: Schema = {"type": "string", "minLength": 1, "description": "a data URL, base64, or a URL where they are fetched"}
+_REFERENCE = any_of(_URL, {"type": "object", "minProperties": 1, "maxProperties": 1})
 
 
-class RemoteFiles(Protocol):
-    """Fetcher of files from other servers, :class:`deployments.api.remote_media.RemoteMediaFetcher`."""
+def file_type(about: str, *, takes_several: bool = False) -> FieldType:
+    """Return the type of an image or a clip; in multipart forms the file itself."""
+    references: Schema = {"type": "array", "items": _REFERENCE, "minItems": 1, "maxItems": 1}
+    return FieldType(
+        "file",
+        about,
+        any_of(_REFERENCE, references),
+        check=decode_file,
+        takes_several=takes_several,
+        takes_file=True,
+        form_schema={"type": "string", "format": "binary"},
+    )
 
-    async def fetch(self, url: str, field: str) -> bytes:
-        """Return the file that the URL in a field leads to.
 
-        Raises:
-            RequestError: it is not allowed, or cannot be had.
-        """
-        ...
-
-
-async def fetch_remote(values: dict[str, Any], remote: RemoteFiles, reserved: Reservation) -> dict[str, Any]:
+async def fetch_remote(values: dict[str, Any], fetch: FetchFile, reserved: Reservation) -> dict[str, Any]:
     """Return the fields of a body with the bytes in place of URLs of other servers.
 
-    Args:
-        values: of its fields.
-        remote: fetches them.
-        reserved: the body's memory, which grows by the files; while one is on its way, by the largest that may come.
+    The body's memory grows by the files; while one is on its way, by the largest that may come.
 
     Raises:
         RequestError: a URL is not allowed, or its file cannot be had.
         OverloadedError: there is no memory for it now.
     """
     fetched = dict(values)
-    for name, url in (await run_in_thread(_remote_urls, values)).items():
-        with reserved.room_for(LIMITS.max_media_bytes):
-            data = await remote.fetch(url, name)
-            _refuse_too_large(name, len(data))
-        reserved.grow_by(len(data))
+    for name, url in (await run_in_thread(_find_remote, values)).items():
+        num_bytes = reserved.num_bytes
+        reserved.grow_to(num_bytes + LIMITS.max_media_bytes)
+        data = await fetch(url, name)
+        _refuse_too_large(name, len(data))
+        reserved.shrink_to(num_bytes + len(data))
         fetched[name] = data
     return fetched
 
 
-def _remote_urls(values: dict[str, Any]) -> dict[str, str]:
+def _find_remote(values: dict[str, Any]) -> dict[str, str]:
     """Return the fields that hold a URL of another server, with the URL."""
-    references = {name: values[name] for name in MEDIA if not _is_file(values.get(name, b""))}
+    references = {name: values[name] for name in MEDIA if name in values and _file_part(values[name]) is None}
     texts = {name: _text_of(name, value) for name, value in references.items()}
     longest = max(map(len, _REMOTE))
     return {name: str(text) for name, text in texts.items() if text[:longest].lower().startswith(_REMOTE)}
 
 
-def _is_file(value: Any) -> bool:
-    """Return whether a value is a file part, or a form's list of one."""
-    return isinstance(value, bytes) or (isinstance(value, list) and len(value) == 1 and isinstance(value[0], bytes))
+def _file_part(value: Any) -> bytes | None:
+    """Return the file of a form's part, or of a list of one; None where a value is none."""
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return value if isinstance(value, bytes) else None
 
 
 def find_media(values: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
-    """Find the image and the clip that a body brings, each with the field that brings it.
-
-    Args:
-        values: of its fields; of those in :data:`MEDIA` the bytes of a file.
+    """Find the image and the clip among a body's files, each with the field that brings it.
 
     Raises:
         RequestError: there are two images or two clips, or a file is neither.
@@ -87,36 +88,31 @@ def find_media(values: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
         if name not in values:
             continue
         data = values[name]
-        kind = _kind_by_content(name, data) if name.startswith("input") else name.removesuffix("_reference")
+        kind = _detect_kind(name, data) if name.startswith("input") else name.removesuffix("_reference")
         if kind in found:
             raise RequestError(name, "given", f"nothing beside {found[kind][0]}", f"A request has one {kind} at most.")
         found[kind] = name, data
     return found
 
 
-def file_bytes(field: str, value: Any) -> bytes:
-    """Return the file that a field holds.
-
-    Args:
-        field: its name.
-        value: the bytes of a file part, a text, or a reference: an object of one URL, or a list of one reference.
+def decode_file(field: str, value: Any) -> bytes:
+    """Return the file that a field holds: a file part, a text, an object of one URL, or a list of one of these.
 
     Raises:
         RequestError: the field holds something else, broken base64, a URL that is not fetched, nothing, or too much.
     """
-    if _is_file(value):
-        data: bytes = value if isinstance(value, bytes) else value[0]
-    else:
+    data = _file_part(value)
+    if data is None:
         text = _text_of(field, value)
         _refuse_too_large(field, int(len(text) * _BYTES_PER_BASE64_CHAR))
-        data = _decoded(field, text)
+        data = _decode(field, text)
     if not data:
         raise RequestError(field, "an empty file", _ALLOWED)
     _refuse_too_large(field, len(data))
     return data
 
 
-def _kind_by_content(field: str, data: bytes) -> str:
+def _detect_kind(field: str, data: bytes) -> str:
     kind = kind_of(data)
     if kind.category not in (STILL, CLIP):
         raise RequestError(field, f"a file of kind {kind.name}", f"{IMAGE_KINDS}, or {CLIP_KINDS}")
@@ -129,22 +125,21 @@ def _text_of(field: str, value: Any) -> str:
         try:
             value = read_json(value)
         except ValueError:
-            raise _refused(field, value) from None
+            raise _unreadable(field, value) from None
     if isinstance(value, list):
         if len(value) > 1 and field == "input_references":
             raise CapabilityError(field, f"a list of {len(value)}", "a list of one", "Not offered: several references.")
         if len(value) != 1:
             raise RequestError(field, f"a list of {len(value)}", "one reference, or a list of one")
-        value = value[0]
+        (value,) = value
     if isinstance(value, dict):
         kind = field.removesuffix("s").removesuffix("_reference")
         keys = ("image_url", "video_url") if kind == "input" else (f"{kind}_url",)
+        allowed = f"an object of {' or '.join(keys)}"
         if "file_id" in value:
-            raise RequestError(
-                field, value, f"an object of {' or '.join(keys)}", "No files can be uploaded here: send it."
-            )
+            raise RequestError(field, value, allowed, "No files can be uploaded here: send it.")
         if len(value) != 1 or next(iter(value)) not in keys:
-            raise RequestError(field, sorted(value), f"an object of {' or '.join(keys)} and nothing else")
+            raise RequestError(field, sorted(value), f"{allowed} and nothing else")
         (value,) = value.values()
         if isinstance(value, dict) and list(value) == ["url"]:  # as chat completions have it
             value = value["url"]
@@ -153,24 +148,23 @@ def _text_of(field: str, value: Any) -> str:
     return value
 
 
-def _decoded(field: str, text: str) -> bytes:
+def _decode(field: str, text: str) -> bytes:
     head, comma, encoded = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
     if head and not (comma and head.lower().endswith(";base64")):
-        raise RequestError(field, _start(text), "a data URL with base64: data:image/png;base64,...")
+        raise RequestError(field, _shorten(text), "a data URL with base64: data:image/png;base64,...")
     if "://" in text[:_MAX_SHOWN_CHARS] and not head:
-        hint = "URLs are not fetched: send the file itself."
-        raise RequestError(field, _start(text), _ALLOWED, hint)
+        raise RequestError(field, _shorten(text), _ALLOWED, "URLs are not fetched: send the file itself.")
     try:
         return base64.b64decode(encoded.translate(_WITHOUT_SPACE), validate=True)
     except ValueError:
-        raise _refused(field, text) from None
+        raise _unreadable(field, text) from None
 
 
-def _refused(field: str, text: str) -> RequestError:
-    return RequestError(field, _start(text), _ALLOWED, "This is neither; is it cut off?")
+def _unreadable(field: str, text: str) -> RequestError:
+    return RequestError(field, _shorten(text), _ALLOWED, "This is neither; is it cut off?")
 
 
-def _start(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 

@@ -8,10 +8,10 @@ from fastapi import FastAPI
 
 from cosmos3_core.media.file_kinds import SUFFIXES
 from cosmos3_core.presets import LIMITS
-from deployments.api.answers import Error
-from deployments.api.body_limit import JSON, MAX_FIELDS, MAX_URLENCODED_BYTES, MULTIPART, URLENCODED
+from deployments.api.body_reader import JSON, MAX_FIELDS, MAX_URLENCODED_BYTES, MULTIPART, URLENCODED
+from deployments.api.errors import Error
 from deployments.api.field_types import Schema
-from deployments.api.fields import BODIES, ImageBody, RemixBody, RequestBody, SyncBody, VideoBody, name_pattern
+from deployments.api.fields import BODIES, Body, ImageBody, RemixBody, SyncBody, VideoBody, name_pattern
 from deployments.api.service import Service
 from deployments.jobs.video import Actions
 
@@ -35,6 +35,13 @@ _ERRORS = {
     503: "not ready, being stopped, or a part of it has failed",
     504: "not done in the time that it may take",
 }
+_ERROR_HEADERS = {
+    401: ["WWW-Authenticate"],
+    409: ["Retry-After"],
+    416: ["Content-Range"],
+    429: ["Retry-After"],
+    503: ["Retry-After"],
+}
 _HEADERS = {
     "WWW-Authenticate": "Bearer",
     "ETag": "of these bytes",
@@ -52,20 +59,13 @@ _HEADERS = {
     "X-Notes": "what was changed on the way, as a JSON list",
     "X-Warnings": "fields that were accepted without effect, as a JSON list",
 }
-_NUMBERS = ("Retry-After", "openai-poll-after-ms")
-_ERROR_HEADERS = {
-    401: "WWW-Authenticate",
-    409: "Retry-After",
-    416: "Content-Range",
-    429: "Retry-After",
-    503: "Retry-After",
-}
-_OF_ALL = (401, 403, 422, 429, 503)
-_OF_BODIES = (*_OF_ALL, 400, 408, 409, 413, 415, 504)
+_INTEGER_HEADERS = ("Retry-After", "openai-poll-after-ms")
+_STATUSES = (401, 403, 422, 429, 503)
+_STATUSES_OF_BODIES = (*_STATUSES, 400, 408, 409, 413, 415, 504)
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 _FILES = dict.fromkeys(SUFFIXES, _FILE)
 _CLIP: Document = {"prompt": "a red car on a mountain road, seen from above", "size": "832x480", "num_frames": 93}
-_EXAMPLES: dict[type[Any], Document] = {
+_EXAMPLES: dict[type[Body], Document] = {
     VideoBody: {**_CLIP, "seed": 7, "previews": 4},
     SyncBody: {**_CLIP, "seed": 7},
     ImageBody: {"prompt": _CLIP["prompt"], "size": "640x640", "n": 2},
@@ -80,34 +80,28 @@ _LINKS: Document = {
 
 def header_docs(*names: str) -> Document:
     """Return the description of an answer's headers."""
+    integer = {"type": "integer", "minimum": 0}
     return {
-        name: {
-            "description": _HEADERS[name],
-            "schema": {"type": "integer", "minimum": 0} if name in _NUMBERS else {"type": "string"},
-        }
+        name: {"description": _HEADERS[name], "schema": integer if name in _INTEGER_HEADERS else {"type": "string"}}
         for name in names
     }
 
 
-def responses(given: Responses, *errors: int, has_body: bool = False, is_open: bool = False) -> Responses:
-    """Return the answers of an operation.
+def responses(own: Responses, *errors: int, has_body: bool = False, is_open: bool = False) -> Responses:
+    """Return the answers of an operation: its own, some errors, and those that all operations have.
 
-    Args:
-        given: by status, those of its own.
-        errors: statuses of others, beside those that all operations have.
-        has_body: whether it takes a body.
-        is_open: whether it needs no key, and is always answered.
+    An operation that is open needs no key, and is always answered.
     """
-    general = () if is_open else _OF_BODIES if has_body else _OF_ALL
+    general = () if is_open else _STATUSES_OF_BODIES if has_body else _STATUSES
     refusals: Responses = {
         status: {
             "model": Error,
             "description": _ERRORS[status],
-            "headers": header_docs(*([_ERROR_HEADERS[status]] if status in _ERROR_HEADERS else [])),
+            "headers": header_docs(*_ERROR_HEADERS.get(status, [])),
         }
-        for status in sorted({*general, *errors} - set(given))
+        for status in sorted({*general, *errors} - set(own))
     }
-    return given | refusals | {"default": {"model": Error, "description": "any other fault"}}
+    return own | refusals | {"default": {"model": Error, "description": "any other fault"}}
 
 
 POLLED: Responses = {200: {"headers": header_docs("openai-poll-after-ms")}}
@@ -117,10 +111,9 @@ ACCEPTED: Responses = {200: {**POLLED[200], "links": _LINKS}}
 """The answer with a new job."""
 
 
-def takes(model: type[Any]) -> Document:
+def takes(model: type[Body]) -> Document:
     """Return the description of an operation's body, for ``openapi_extra``; :func:`document` adds the schemas."""
-    form = model.__name__ if model is RemixBody else f"{model.__name__}Form"
-    schemas = {JSON: model.__name__, MULTIPART: form, URLENCODED: form}
+    schemas = {JSON: model.__name__, MULTIPART: f"{model.__name__}Form", URLENCODED: f"{model.__name__}Form"}
     about = f"At most {MAX_FIELDS} fields. A URL-encoded form has no files and at most {MAX_URLENCODED_BYTES} bytes."
     content = {kind: {"schema": _ref(name), "example": _EXAMPLES[model]} for kind, name in schemas.items()}
     return {"requestBody": {"description": about, "required": True, "content": content}}
@@ -138,90 +131,73 @@ def conditional_headers() -> Document:
     return {"parameters": headers}
 
 
-def made_files(model: type[Any], *others: str) -> Document:
-    """Return the answer with what was made: a file, or JSON.
-
-    Args:
-        model: of the JSON.
-        others: media types beside those of files that are made.
-    """
+def describe_files(model: type[Any], *others: str) -> Document:
+    """Return the answer with a generated file, or with the JSON of a model; ``others`` are further media types."""
     headers = header_docs(*(name for name in _HEADERS if name.startswith("X-")))
-    return {
-        "model": model,
-        "description": "what was made",
-        "headers": headers,
-        "content": _FILES | dict.fromkeys(others, _FILE),
-    }
+    content = _FILES | dict.fromkeys(others, _FILE)
+    return {"model": model, "description": "what was made", "headers": headers, "content": content}
 
 
 def content_answers(*, has_body: bool) -> Responses:
     """Return the answers with a job's content; those to HEAD have no body."""
-    files = {"content": {**_FILES, "audio/mp4": _FILE}} if has_body else {}
-    actions = {"model": Actions} if has_body else {}
-    return {
-        200: {"description": "the whole", "headers": header_docs("ETag"), **files, **actions},
-        **(
-            {206: {"description": "a part", "headers": header_docs("ETag", "Content-Range"), **files}}
-            if has_body
-            else {}
-        ),
-        304: {"description": "the client has it", "headers": header_docs("ETag")},
-    }
+    whole = {"description": "the whole", "headers": header_docs("ETag")}
+    known = {"description": "the client has it", "headers": header_docs("ETag")}
+    if not has_body:
+        return {200: whole, 304: known}
+    content = {**_FILES, "audio/mp4": _FILE}
+    part = {"description": "a part", "headers": header_docs("ETag", "Content-Range"), "content": content}
+    return {200: {**whole, "content": content, "model": Actions}, 206: part, 304: known}
 
 
 def document(app: FastAPI, service: Service, root_path: str = "") -> Document:
-    """Return the document of a service; made once, which takes a good part of a second.
-
-    Args:
-        app: has the operations, and keeps the document.
-        service: it names its model, and what its configuration allows.
-        root_path: that comes before all paths.
-    """
+    """Return the document of a service, below ``root_path``; the app keeps it, as it takes a good part of a second."""
     if app.state.document is None:
-        app.state.document = _complete(app.openapi(), service)
+        made = app.openapi()
+        components = made["components"]
+        app.state.document = {
+            **made,
+            "security": [{_KEY: []}] if service.auth is not None else [],
+            "components": {
+                **components,
+                "schemas": {**components["schemas"], **_body_schemas(service)},
+                "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}},
+            },
+        }
     return {**app.state.document, "servers": [{"url": root_path or "/"}]}
-
-
-def _complete(document: Document, service: Service) -> Document:
-    components = document["components"]
-    return {
-        **document,
-        "security": [{_KEY: []}] if service.auth is not None else [],
-        "components": {
-            **components,
-            "schemas": {**components["schemas"], **_bodies(service)},
-            "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}},
-        },
-    }
 
 
 def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _bodies(service: Service) -> dict[str, Schema]:
-    """Return name -> schema of everything that is sent."""
-    schemas = {RemixBody.__name__: RemixBody.model_json_schema()}
-    for model in BODIES.values():
+def _body_schemas(service: Service) -> dict[str, Schema]:
+    """Return name -> schema of every body."""
+    schemas: dict[str, Schema] = {}
+    models: tuple[type[Body], ...] = (*BODIES.values(), RemixBody)
+    for model in models:
         name = model.__name__
-        extra, body = _body(model, service), _body(model, service)
-        del extra["properties"]["extra_params"]
-        body["properties"]["extra_params"]["anyOf"][0]["anyOf"][0] = _ref(f"{name}Extra")
-        schemas |= {f"{name}Extra": extra, name: body, f"{name}Form": _body(model, service, is_form=True)}
+        schemas |= {name: _body_schema(model, service), f"{name}Form": _body_schema(model, service, is_form=True)}
+        if "extra_params" in model.model_fields:
+            extra = _body_schema(model, service)
+            del extra["properties"]["extra_params"]
+            schemas[name]["properties"]["extra_params"]["anyOf"][0]["anyOf"][0] = _ref(f"{name}Extra")
+            schemas[f"{name}Extra"] = extra
     return schemas
 
 
-def _body(model: type[RequestBody], service: Service, *, is_form: bool = False) -> Schema:
+def _body_schema(model: type[Body], service: Service, *, is_form: bool = False) -> Schema:
     """Return the schema of a model, with other servers' names and the values that the service allows."""
-    properties: dict[str, Schema] = model.model_json_schema(by_alias=False)["properties"]
-    guardrails = [*([True] if service.has_guardrails else []), *([False] if service.may_disable_guardrails else [])]
-    values = {"model": [service.model.id], "service_class": [*service.classes], "guardrails": guardrails}
-    for name, schema in properties.items():
-        del schema["title"]
+    schema = model.model_json_schema(by_alias=False)
+    properties: dict[str, Schema] = schema["properties"]
+    rules = service.rules
+    guardrails = [value for value, may in ((True, rules.has_guardrails), (False, rules.may_disable_guardrails)) if may]
+    values = {"model": [rules.model_name], "service_class": [*rules.classes], "guardrails": guardrails}
+    for name, about in properties.items():
+        del about["title"]
         if name in values:
-            schema["anyOf"][0] = {"type": schema["anyOf"][0]["type"], "enum": values[name]}
+            about["anyOf"][0] = {"type": about["anyOf"][0]["type"], "enum": values[name]}
         if is_form:
-            schema |= model.type_of(name).form_schema or schema.pop("anyOf")[0]
+            about |= model.type_of(name).form_schema or about.pop("anyOf")[0]
     for alias, name in model.aliases().items():
         properties[alias] = {**properties[name], "description": f"the same as {name}"}
     unused: Schema = {"type": "string", "maxLength": LIMITS.max_prompt_chars} if is_form else {}
@@ -230,6 +206,7 @@ def _body(model: type[RequestBody], service: Service, *, is_form: bool = False) 
     properties |= {name: {**refused, "description": f"not offered: {why}"} for name, why in model.not_offered.items()}
     return {
         "type": "object",
+        "required": schema.get("required", []),
         "patternProperties": {f"^{name_pattern(it)}$": properties.pop(it) for it in [*properties] if "*" in it},
         "properties": properties,
         "additionalProperties": False,

@@ -1,16 +1,22 @@
-"""URLs of files on other servers: taken apart in one strict way, and compared with what the operator has listed."""
+"""URLs of files on other servers, parsed in one strict way; hosts that the operator lists; public addresses.
+
+Public addresses are known by tables of our own: what ``ipaddress.is_global`` says differs between releases of Python,
+and is true of multicast.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
-from urllib.parse import SplitResult, quote, urlsplit
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from urllib.parse import quote, urlsplit
 
 import idna
 
-from deployments.api.public_address import IPAddress
 from deployments.config import ConfigError
+
+IPAddress = IPv4Address | IPv6Address
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MAX_CHARS = 4096
@@ -21,24 +27,57 @@ _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
 # What a URL may hold as it is; all else is percent-encoded.
 _UNQUOTED = "%/?:@!$&'()*+,;=-._~[]"
+_NOT_PUBLIC_V4 = tuple(
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",  # private
+        "100.64.0.0/10",  # carriers' NAT; Alibaba's metadata, Tailscale
+        "127.0.0.0/8",  # loopback
+        "168.63.129.16/32",  # Azure's metadata, though of a public range
+        "169.254.0.0/16",  # link-local; the metadata of most clouds
+        "172.16.0.0/12",  # private
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata
+        "192.0.2.0/24",  # documentation
+        "192.88.99.0/24",  # relays to 6to4
+        "192.168.0.0/16",  # private
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, broadcast
+    )
+)
+# All that is given out to the public lies in the first; unique local addresses, the metadata of Amazon (fd00:ec2::254)
+# and of Google among them, loopback, link-local and multicast lie outside.
+_PUBLIC_V6 = IPv6Network("2000::/3")
+_NOT_PUBLIC_V6 = tuple(
+    IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocol assignments, Teredo among them
+        "2001:db8::/32",  # documentation
+        "3fff::/20",  # documentation
+    )
+)
+_6TO4 = IPv6Network("2002::/16")
+_NAT64 = IPv6Network("64:ff9b::/96")
+_V4_MASK = 0xFFFFFFFF
 
 
 class UnfitUrl(Exception):
-    """A URL that is not fetched.
+    """A URL that is not fetched: why, a sentence that reveals nothing of any network; what is, "": what is listed."""
 
-    Args:
-        reason: a full sentence, which says nothing about the inside of any network.
-    """
+    def __init__(self, reason: str, allowed: str = "") -> None:
+        super().__init__(reason)
+        self.allowed = allowed
 
 
 @dataclass(frozen=True)
 class RemoteUrl:
-    """A URL in parts.
+    """A URL of http or https in parts.
 
     Attributes:
-        scheme: "http" or "https".
         host: a name, in lower case and ASCII, without a dot at its end; or an address as it is usually written.
-        port: given, or the scheme's own.
         target: path and query.
         address: that ``host`` is, where it is one.
     """
@@ -70,8 +109,9 @@ class RemoteUrl:
             raise UnfitUrl("It is no URL of http or https.")
         if "@" in split.netloc:
             raise UnfitUrl("A URL with a user name or password is not fetched.")
-        host, address = _host(split.hostname or "")
-        return cls(split.scheme, host, _DEFAULT_PORTS[split.scheme] if port is None else port, _target(split), address)
+        host, address = _parse_host(split.hostname or "")
+        target = quote(f"{split.path or '/'}{'?' if split.query else ''}{split.query}", safe=_UNQUOTED)
+        return cls(split.scheme, host, _DEFAULT_PORTS[split.scheme] if port is None else port, target, address)
 
     @property
     def has_default_port(self) -> bool:
@@ -89,7 +129,6 @@ class HostRule:
     """One entry of the operator's list.
 
     Attributes:
-        host: as :class:`RemoteUrl` has it.
         port: the only one; None: the default ports.
         is_wildcard: whether it stands for all names below ``host``, and not for ``host`` itself.
     """
@@ -111,7 +150,7 @@ class HostRule:
             split = urlsplit(f"//[{text}]" if text.count(":") > 1 and not text.startswith("[") else f"//{text}")
             if split.netloc != split.geturl().removeprefix("//") or "@" in split.netloc:
                 raise UnfitUrl("It is more than a host.")
-            host, address = _host(split.hostname or "")
+            host, address = _parse_host(split.hostname or "")
             if is_wildcard and address is not None:
                 raise UnfitUrl("There is nothing below an address.")
             return cls(host, split.port, is_wildcard)
@@ -129,7 +168,7 @@ class HostRule:
         return url.host == self.host
 
 
-def shown_url(text: str) -> str:
+def redact_url(text: str) -> str:
     """Return a URL without what may be secret: user name and password, query, fragment."""
     head = re.split("[?#]", text, maxsplit=1)[0]
     scheme, slashes, rest = head.partition("//")
@@ -137,12 +176,8 @@ def shown_url(text: str) -> str:
     return scheme + slashes + netloc.rpartition("@")[2] + slash + path
 
 
-def _host(text: str) -> tuple[str, IPAddress | None]:
-    """Return a host in its usual form, and the address that it is, if it is one.
-
-    Raises:
-        UnfitUrl: it is none, or an address in an unusual form.
-    """
+def _parse_host(text: str) -> tuple[str, IPAddress | None]:
+    """Return a host in its usual form, and the address that it is, if it is one."""
     if ":" in text:
         try:
             if "%" in text:
@@ -166,6 +201,19 @@ def _host(text: str) -> tuple[str, IPAddress | None]:
         raise UnfitUrl("Its host is a number.") from None
 
 
-def _target(split: SplitResult) -> str:
-    target = split.path or "/"
-    return quote(f"{target}?{split.query}" if split.query else target, safe=_UNQUOTED)
+def is_public(address: IPAddress) -> bool:
+    """Return whether an address is public; of an IPv6 address that stands for an IPv4 one, whether that is."""
+    if isinstance(address, IPv4Address):
+        return not any(address in network for network in _NOT_PUBLIC_V4)
+    if meant := list(_v4_behind(address)):
+        return all(is_public(inner) for inner in meant)
+    return address in _PUBLIC_V6 and not any(address in network for network in _NOT_PUBLIC_V6)
+
+
+def _v4_behind(address: IPv6Address) -> Iterator[IPv4Address]:
+    if address.ipv4_mapped is not None:
+        yield address.ipv4_mapped
+    if address in _6TO4:
+        yield IPv4Address(int(address) >> 80 & _V4_MASK)
+    if address in _NAT64:
+        yield IPv4Address(int(address) & _V4_MASK)

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deployments.api.answers import Health, NotReadyAnswer, Ready
-from deployments.api.call import CurrentCall, routes, service_of
+from deployments.api.call import CurrentCall, new_router, service_of
 from deployments.api.openapi import Responses, document, header_docs, responses
+from deployments.api_model import ApiModel
 from deployments.served_model import ModelList
 from deployments.threads import run_in_thread
 
 OPEN_PATHS = ("/health", "/ready", "/openapi.json")
-"""What needs no key."""
+"""Paths that need no key."""
 
 _RETRY_S = 5
+
+
+class Health(ApiModel):
+    """The process is up."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(ApiModel):
+    """Every stage has a running replica."""
+
+    status: Literal["ready"] = "ready"
+
+
+class NotReadyAnswer(ApiModel):
+    """Requests should go elsewhere for now."""
+
+    status: Literal["not ready", "shutting down"]
+    waiting_for: Annotated[tuple[str, ...], Field(description="stages without a running replica")] = ()
+
+
 _OPEN: dict[str, list[str]] = {"security": []}
 _NOT_READY: Responses = {
     503: {"model": NotReadyAnswer, "description": "not yet, or not any more", "headers": header_docs("Retry-After")}
 }
 _NUMBERS: Responses = {200: {"description": "numbers", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-router = routes()
+router = new_router()
 
 
 @router.get("/v1/models", responses=responses({}))
@@ -42,7 +66,7 @@ async def ready(request: Request) -> Response:
     service = service_of(request)
     if service.is_draining:
         body: Ready | NotReadyAnswer = NotReadyAnswer(status="shutting down")
-    elif waiting_for := await service.ready.waiting_for():
+    elif waiting_for := await service.find_missing_stages():
         body = NotReadyAnswer(status="not ready", waiting_for=tuple(waiting_for))
     else:
         return JSONResponse(Ready().as_json())

@@ -23,7 +23,7 @@ from ray import serve
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.auth import auth_required, check_keys, is_loopback
-from deployments.api.serve_http import http_in_force
+from deployments.api.ingress import http_in_force
 from deployments.app import build_app
 from deployments.clients.errors import UnreachableError
 from deployments.config import AppConfig, HttpConfig

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from starlette.responses import Response
 
-from deployments.api.content import file_answer
+from deployments.api.content import content_answer as answer_record
 from deployments.api.errors import error_response
 from deployments.errors import ApiError
 from deployments.media.store import MediaStore
@@ -18,7 +18,7 @@ async def content_answer(
 ) -> Response:
     """The answer of ``GET /v1/videos/{id}/content`` for a job that is completed."""
     try:
-        return await file_answer(store, await find_content(store, media_id, variant), method, headers)
+        return await answer_record(store, await find_content(store, media_id, variant), method, headers)
     except ApiError as refusal:
         return error_response(refusal)
 

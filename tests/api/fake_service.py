@@ -17,7 +17,8 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from deployments.api.app import build_api
 from deployments.api.auth import Authenticator
-from deployments.api.media_fields import RemoteFiles
+from deployments.api.bodies import BodyRules
+from deployments.api.media_fields import FetchFile
 from deployments.api.openapi import document
 from deployments.api.service import Service
 from deployments.config import HttpConfig
@@ -189,7 +190,7 @@ class FakeReadiness:
 
     missing: list[str] = field(default_factory=list)
 
-    async def waiting_for(self) -> list[str]:
+    async def find_missing_stages(self) -> list[str]:
         return self.missing
 
 
@@ -219,7 +220,7 @@ class Api:
         has_guardrails: bool = True,
         may_disable_guardrails: bool = False,
         max_followers: int = 8,
-        remote_media: RemoteFiles | None = None,
+        fetch_file: FetchFile | None = None,
         http: Mapping[str, Any] | None = None,
         limits: QueueLimits = LIMITS,
     ) -> None:
@@ -234,16 +235,19 @@ class Api:
         self.service = Service(
             model=Model.of(layout, MODEL, is_sound_offered=True).model_copy(update={"created": 1_700_000_000}),
             http=HttpConfig(**(http or {})),
-            classes=tuple(CLASSES),
-            may_disable_guardrails=may_disable_guardrails,
+            rules=BodyRules(
+                MODEL,
+                tuple(CLASSES),
+                has_guardrails=has_guardrails,
+                may_disable_guardrails=may_disable_guardrails,
+            ),
             jobs=jobs,
             director=self.director,
             streaming=self.director,
-            ready=self.readiness,
+            find_missing_stages=self.readiness.find_missing_stages,
             metrics_text=no_metrics,
             auth=Authenticator(self.store.keys) if needs_keys else None,
-            remote_media=remote_media,
-            has_guardrails=has_guardrails,
+            fetch_file=fetch_file,
         )
         self.app = build_api(lambda: self.service)
         self.documented = Documented(document(self.app, self.service))

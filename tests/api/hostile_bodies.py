@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from deployments.api.body_limit import MAX_FIELDS
+from deployments.api.body_reader import MAX_FIELDS
 from deployments.api.fields import BODIES, Endpoint
 from tests.api.accepting_api import Sent
 

@@ -14,8 +14,8 @@ from cosmos3_core.actions import action_rows
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.request import GenerationRequest
-from deployments.api.bodies import BodyRules, ParsedBody, name_fields
-from deployments.api.field_types import FormText
+from deployments.api.bodies import BodyRules, NamedFields, ParsedBody, parse_body
+from deployments.api.body_reader import FormText
 from deployments.api.fields import BODIES, ImageBody, SyncBody
 
 RULES = BodyRules("nano", ("standard",))
@@ -34,11 +34,11 @@ def url_of(data: bytes, kind: str = "image/png") -> str:
 
 
 def video(body: dict[str, Any]) -> ParsedBody[SyncBody]:
-    return name_fields(body, SyncBody).parse(RULES)
+    return parse_body(NamedFields.of(body, SyncBody), RULES)
 
 
 def images(body: dict[str, Any]) -> ParsedBody[ImageBody]:
-    return name_fields(body, ImageBody).parse(RULES)
+    return parse_body(NamedFields.of(body, ImageBody), RULES)
 
 
 def parsed(body: dict[str, Any], *, as_form: bool = False) -> GenerationRequest:

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 
 from cosmos3_core.errors import MediaError
 from deployments.api import content
-from deployments.api.content import PartsResponse, finished_parts, live_parts
+from deployments.api.content import PartsResponse, read_finished, read_live
 from deployments.jobs.job import new_job_id
 from deployments.media.layout import MediaRecord, new_media_id
 from deployments.media.store import MediaEntry, MediaStore
@@ -393,7 +393,7 @@ def test_a_done_clip_whose_live_file_is_gone(store: MediaStore) -> None:
     record = clip.record
     clip.finish()
     with pytest.raises(FileNotFoundError):
-        run(anext(live_parts(store, record)))
+        run(anext(read_live(store, record)))
 
 
 @pytest.mark.parametrize(("asked", "end"), [("bytes=2-4", 5), ("bytes=2-9", 10), ("bytes=2-99", 10)])
@@ -457,7 +457,7 @@ def test_a_viewer_that_leaves_leaves_nothing_behind(store: MediaStore) -> None:
 
         async def parts() -> AsyncGenerator[bytes, None]:
             try:
-                async for part in live_parts(store, clip.record):
+                async for part in read_live(store, clip.record):
                     yield part
             finally:
                 closed.append("parts")
@@ -470,7 +470,7 @@ def test_a_viewer_that_leaves_leaves_nothing_behind(store: MediaStore) -> None:
         async def receive() -> Any:
             await asyncio.sleep(DEADLINE_S)
 
-        response = PartsResponse(parts(), {}, "video/mp4", ended=lambda: closed.append("ended"))
+        response = PartsResponse(parts(), {}, "video/mp4", on_end=lambda: closed.append("ended"))
         watching = asyncio.ensure_future(response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
         clip.grow(b"a")
         await came.wait()
@@ -491,7 +491,7 @@ def test_a_finished_file_is_read_as_it_is_taken_and_to_its_end_though_it_is_swep
 
     async def work() -> None:
         begun = open_files()
-        parts = finished_parts(store, clip.record)
+        parts = read_finished(store, clip.record)
         body = await anext(parts)
         assert len(body) == PART_BYTES
         assert open_files() == begun + 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.api import bodies, json_text, media_fields
+from deployments.api import body_reader, call, media_fields
 from deployments.api.fields import Endpoint
 from tests.api.fake_service import Api
 from tests.api.test_remote_references import Remote
@@ -30,10 +30,10 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[threading.Thread]]
 
         monkeypatch.setattr(module, name, noted)
 
-    note(media_fields, "_decoded")
+    note(media_fields, "_decode")
     note(media_fields, "_text_of")
-    note(json_text, "_check_depth")
-    note(bodies, "parse")
+    note(body_reader, "_unique_keys")
+    note(call, "parse_body")
     return seen
 
 
@@ -43,7 +43,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[threading.Thread]]
 def test_texts_and_files_of_bodies(
     path: str, is_form: bool, fetches: bool, make_api: Callable[..., Api], threads: dict[str, set[threading.Thread]]
 ) -> None:
-    api = make_api(remote_media=Remote() if fetches else None)
+    api = make_api(fetch_file=Remote().fetch if fetches else None)
     fields = {
         "prompt": "a",
         "image_reference": json.dumps({"image_url": png_url()}),
@@ -52,12 +52,12 @@ def test_texts_and_files_of_bodies(
     }
     answer = api.post(path, **{"data" if is_form else "json": fields})
     assert answer.status_code == 200, answer.text
-    assert threads.keys() == {"_decoded", "_text_of", "_check_depth", "parse"}
+    assert threads.keys() == {"_decode", "_text_of", "_unique_keys", "parse_body"}
     assert threading.main_thread() not in set().union(*threads.values())
 
 
 def test_fields_of_images(api: Api, threads: dict[str, set[threading.Thread]]) -> None:
     body = {"prompt": "a", "extra_params": '{"seed": 3}'}
     assert api.post(Endpoint.IMAGES, json=body).status_code == 200
-    assert threads.keys() == {"_check_depth", "parse"}
+    assert threads.keys() == {"_unique_keys", "parse_body"}
     assert threading.main_thread() not in set().union(*threads.values())

@@ -23,12 +23,13 @@ from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.request import GenerationRequest
 from deployments.api import call, exchange
-from deployments.api.bodies import BodyRules, ParsedBody, name_fields
+from deployments.api.bodies import BodyRules, NamedFields, ParsedBody, parse_body
+from deployments.api.body_reader import MemoryBudget
 from deployments.api.call import answer_errors
-from deployments.api.exchange import Exchange, answered
+from deployments.api.exchange import Exchange
 from deployments.api.fields import ImageBody
-from deployments.api.media_answer import images_answer, live_answer, media_answer
-from deployments.api.memory_budget import MemoryBudget
+from deployments.api.images import images_answer
+from deployments.api.media_answer import live_answer, media_answer
 from deployments.jobs.job import SubmitOptions, new_job_id
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
@@ -136,17 +137,18 @@ def answer(
     """(status, headers, body) of what was made of the Director's events."""
     bodies = MemoryBudget(room)
 
-    async def work(an_exchange: Exchange) -> Response:
-        with bodies.hold() as held:
-            options = SubmitOptions(request_id=an_exchange.request_id)
-            await an_exchange.ask(GenerationRequest() if job is None else job.requests[0], options)
-            assert an_exchange.job_id == "video_gen_1"
-            if job is None:
-                return await media_answer(an_exchange, held, store)
-            return await images_answer(an_exchange, job, options, held, store)
+    async def work() -> Response:
+        async with Exchange.open(director, "mine", timeout_s) as an_exchange:
+            with bodies.hold() as held:
+                options = SubmitOptions(request_id=an_exchange.request_id)
+                await an_exchange.submit(GenerationRequest() if job is None else job.requests[0], options)
+                assert an_exchange.job_id == "video_gen_1"
+                if job is None:
+                    return await media_answer(an_exchange, held, store)
+                return await images_answer(an_exchange, job, options, held, store)
 
     async def run() -> Any:
-        return await sent(await answer_errors(answered(director, "mine", timeout_s, work), "POST /"))
+        return await sent(await answer_errors(work(), "POST /"))
 
     status, headers, body = asyncio.run(run())
     assert bodies.taken_bytes == 0
@@ -197,7 +199,7 @@ def test_a_result_is_never_refused_and_new_bodies_make_room_for_it(store: MediaS
 
 def images(n: int, **fields: Any) -> ParsedBody[ImageBody]:
     body = {"prompt": "a", "n": n, "seed": 3, **fields}
-    return name_fields(body, ImageBody).parse(BodyRules("nano", ("standard",)))
+    return parse_body(NamedFields.of(body, ImageBody), BodyRules("nano", ("standard",)))
 
 
 def test_images_come_as_json(store: MediaStore) -> None:
@@ -311,15 +313,16 @@ class Watched:
         self.status, self.body, self.is_whole = 0, b"", False
 
     async def watch(self, store: MediaStore, director: Director) -> None:
-        async def work(an_exchange: Exchange) -> Response:
-            await an_exchange.ask(GenerationRequest(), SubmitOptions())
-            return await live_answer(an_exchange, store)
+        async def work() -> Response:
+            async with Exchange.open(director, None, 60) as an_exchange:
+                await an_exchange.submit(GenerationRequest(), SubmitOptions())
+                return await live_answer(an_exchange, store)
 
         async def receive() -> Any:
             await asyncio.sleep(60)
 
         async with asyncio.timeout(60):
-            response = await answer_errors(answered(director, None, 60, work), "POST /")
+            response = await answer_errors(work(), "POST /")
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, self._send)
 
     async def _send(self, message: Any) -> None:
@@ -462,7 +465,7 @@ def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStor
 
     async def run() -> None:
         an_exchange = Exchange(director, "r", 60)
-        await an_exchange.ask(GenerationRequest(), SubmitOptions())
+        await an_exchange.submit(GenerationRequest(), SubmitOptions())
         response = await live_answer(an_exchange, store)
         with pytest.raises(ClientDisconnect):
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)

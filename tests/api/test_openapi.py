@@ -9,10 +9,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from deployments.api.field_types import FormText
+from deployments.api.app import _EXPOSED_HEADERS
+from deployments.api.body_reader import FormText
 from deployments.api.fields import BODIES, Endpoint
 from deployments.api.media_fields import MEDIA
-from deployments.api.middleware import _EXPOSED_HEADERS
 from deployments.media.variants import CONTENT_VARIANTS
 from tests.api.documented import Documented
 from tests.api.fake_service import CLASSES, Api
@@ -187,7 +187,7 @@ def test_it_takes_what_vllm_omnis_users_send(
     """As JSON, where numbers are numbers."""
     model = BODIES[Endpoint.VIDEOS]
     body = {
-        name: model.type_of(name).read_value(name, FormText(value)) if name in model.model_fields else value
+        name: model.type_of(name).read(name, FormText(value)) if name in model.model_fields else value
         for name, value in form.items()
     }
     assert documented.is_valid(body_of(documented, Endpoint.VIDEOS), body), body

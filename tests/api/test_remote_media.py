@@ -17,9 +17,8 @@ import pytest
 from cluster.errors import OverloadedError
 from cosmos3_core.errors import RequestError
 from deployments.api import remote_media
-from deployments.api.public_address import is_public
 from deployments.api.remote_media import RemoteMediaFetcher
-from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl
+from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl, is_public
 from deployments.config import ConfigError, RemoteMediaConfig
 from deployments.errors import ApiError
 

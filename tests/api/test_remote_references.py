@@ -43,7 +43,7 @@ def remote() -> Remote:
 
 @pytest.fixture
 def fetching(make_api: Callable[..., Api], remote: Remote) -> Api:
-    return make_api(remote_media=remote)
+    return make_api(fetch_file=remote.fetch)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_field_that_is_wrong_is_refused_before_anything_is_fetched(fetching: A
 def test_files_on_their_way_have_their_room(make_api: Callable[..., Api], remote: Remote) -> None:
     """Each as much as the largest, as long as nobody knows; so a third one is told to come later."""
     room_bytes = int(LIMITS.max_media_bytes * 2.5)
-    api = make_api(remote_media=remote, http={"max_bodies_bytes": room_bytes, "max_body_bytes": 1 << 20})
+    api = make_api(fetch_file=remote.fetch, http={"max_bodies_bytes": room_bytes, "max_body_bytes": 1 << 20})
     body = {"prompt": "a", "image": URL}
 
     async def ask() -> None:

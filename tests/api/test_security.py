@@ -17,9 +17,9 @@ import httpx2
 import PIL.Image
 import pytest
 
-from deployments.api import body_limit
-from deployments.api.public_address import is_public
+from deployments.api import body_reader
 from deployments.api.remote_media import RemoteMediaFetcher
+from deployments.api.remote_url import is_public
 from deployments.config import RemoteMediaConfig
 from deployments.jobs.keys import NewKey
 from tests.api.fake_service import Api
@@ -338,7 +338,7 @@ def test_a_body_that_says_nothing_of_its_length_is_read_as_far_as_allowed(make_a
 def test_a_slow_body_holds_its_place_no_longer_than_allowed(
     limit: str, shared_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(body_limit, limit, 0.1)
+    monkeypatch.setattr(body_reader, limit, 0.1)
 
     async def dripping() -> AsyncIterator[bytes]:
         yield b'{"prompt": "'
@@ -535,7 +535,7 @@ def test_ssrf(is_on: bool, api: Api) -> None:
 
     if is_on:
         spec = RemoteMediaConfig(enabled=True, hosts=("files.example.com", "inside.example.com"))
-        api.service.remote_media = RemoteMediaFetcher(spec, resolve=resolve, is_allowed_address=is_public)
+        api.service.fetch_file = RemoteMediaFetcher(spec, resolve=resolve, is_allowed_address=is_public).fetch
     for url in URLS:
         for path in POSTS[:2]:
             bodies: list[dict[str, Any]] = [
@@ -564,9 +564,10 @@ def test_a_url_that_is_allowed_is_fetched_like_a_file_that_was_sent(make_api: Ca
         async with server:
             port = server.sockets[0].getsockname()[1]
             spec = RemoteMediaConfig(enabled=True, hosts=(f"files.example.com:{port}",), schemes=("http",))
-            api.service.remote_media = RemoteMediaFetcher(
+            fetcher = RemoteMediaFetcher(
                 spec, resolve=lambda host, port: ["127.0.0.1"], is_allowed_address=lambda address: True
             )
+            api.service.fetch_file = fetcher.fetch
             url = f"http://files.example.com:{port}/a.png"
             return await api.asend("POST", "/v1/videos", json={"prompt": "a", "image_reference": {"image_url": url}})
 

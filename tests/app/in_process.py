@@ -122,7 +122,7 @@ class InProcessApp:
             ended.set()
 
     async def _opened(self, config: AppConfig) -> Service:
-        return await asyncio.to_thread(Service.open, config, self.director, _Ready(), "127.0.0.1")
+        return await asyncio.to_thread(Service.open, config, self.director, _no_missing_stages, "127.0.0.1")
 
     def _arguments_of(self, deployment: Any) -> Any:
         """What a deployment is made with: other deployments are running, and are replaced by their handles."""
@@ -159,11 +159,9 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class _Ready:
+async def _no_missing_stages() -> list[str]:
     """The stages of an app that has been made are all up."""
-
-    async def waiting_for(self) -> list[str]:
-        return []
+    return []
 
 
 def _ends_with_its_client(app: Any) -> Any:

@@ -16,20 +16,6 @@ VERBS = frozenset({"embed", "feed", "need", "seed", "speed"})
 PUBLIC_NAMES = frozenset({"packed"})
 # Files in deployments whose functions and summaries are still to be renamed; the list only gets shorter.
 EXEMPT: tuple[str, ...] = (
-    "deployments/api/auth.py",
-    "deployments/api/bodies.py",
-    "deployments/api/body_limit.py",
-    "deployments/api/content.py",
-    "deployments/api/exchange.py",
-    "deployments/api/field_types.py",
-    "deployments/api/fields.py",
-    "deployments/api/forms.py",
-    "deployments/api/media_answer.py",
-    "deployments/api/media_fields.py",
-    "deployments/api/openapi.py",
-    "deployments/api/remote_media.py",
-    "deployments/api/remote_url.py",
-    "deployments/api/videos.py",
     "deployments/jobs/claims.py",
     "deployments/jobs/service.py",
 )

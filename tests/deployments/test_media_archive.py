@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from starlette.datastructures import Headers
 
 from cosmos3_core.errors import MediaError
-from deployments.api.content import finished_parts, live_parts
+from deployments.api.content import read_finished, read_live
 from deployments.config import MediaConfig
 from deployments.errors import MediaStoreError
 from deployments.jobs.job import new_job_id
@@ -257,7 +257,7 @@ def test_who_follows_what_grows_elsewhere_gets_it_when_it_is_done(nodes: Nodes) 
 
     async def follow() -> bytes:
         async def parts() -> list[bytes]:
-            return [part async for part in live_parts(nodes.other, record)]
+            return [part async for part in read_live(nodes.other, record)]
 
         async with asyncio.timeout(DEADLINE_S):
             following = asyncio.create_task(parts())
@@ -346,7 +346,7 @@ def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.Monk
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
 
     async def read() -> bytes:
-        return b"".join([part async for part in finished_parts(objects.other, record)])
+        return b"".join([part async for part in read_finished(objects.other, record)])
 
     assert asyncio.run(read()) == LONG
     assert max(sizes) <= 1 << 20
@@ -419,7 +419,7 @@ def test_a_file_that_cannot_be_read_breaks_the_connection(objects: Nodes) -> Non
     fail(verb="get", name="clip.mp4")
 
     async def collect() -> bytes:
-        return b"".join([part async for part in finished_parts(objects.other, record)])
+        return b"".join([part async for part in read_finished(objects.other, record)])
 
     with pytest.raises(OSError, match="TimeoutError"):
         asyncio.run(collect())

@@ -21,7 +21,7 @@ from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.source import read_image
 from cosmos3_core.request import GenerationRequest
-from deployments.api.bodies import BodyRules, ParsedBody, name_fields
+from deployments.api.bodies import BodyRules, NamedFields, ParsedBody, parse_body
 from deployments.api.fields import SyncBody
 from deployments.clients.errors import AnswerError, AuthError, UnreachableError
 from deployments.clients.http_transport import make_body
@@ -80,7 +80,7 @@ def serve() -> Iterator[Callable[[Answer], str]]:
 
 
 def received_of(body: dict[str, Any]) -> ParsedBody[SyncBody]:
-    return name_fields(body, SyncBody).parse(BodyRules("nano", ("standard",)))
+    return parse_body(NamedFields.of(body, SyncBody), BodyRules("nano", ("standard",)))
 
 
 def test_a_file_is_saved_with_what_the_server_said(serve: Callable[[Answer], str], tmp_path: Path) -> None:

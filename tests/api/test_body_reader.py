@@ -16,9 +16,8 @@ from starlette.requests import Request
 
 from cluster.errors import OverloadedError
 from cosmos3_core.presets import LIMITS
-from deployments.api import body_limit
-from deployments.api.body_limit import MAX_FIELDS, MAX_URLENCODED_BYTES, read_fields
-from deployments.api.memory_budget import MemoryBudget
+from deployments.api import body_reader
+from deployments.api.body_reader import MAX_FIELDS, MAX_URLENCODED_BYTES, MemoryBudget, read_fields
 from deployments.errors import BodyError
 
 JSON = "application/json"
@@ -163,19 +162,19 @@ def test_a_form_has_few_fields() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "body", "name"),
-    [(FORM, b"a=1", "_urlencoded_fields"), (JSON, b'{"a": 1}', "_json_object")],
+    [(FORM, b"a=1", "_parse_urlencoded"), (JSON, b'{"a": 1}', "_parse_json")],
 )
 def test_bodies_are_taken_apart_beside_the_event_loop(
     kind: str, body: bytes, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = []
-    work = getattr(body_limit, name)
+    work = getattr(body_reader, name)
 
     def noted(data: bytearray) -> Any:
         threads.append(threading.current_thread())
         return work(data)
 
-    monkeypatch.setattr(body_limit, name, noted)
+    monkeypatch.setattr(body_reader, name, noted)
     assert read(request_of(kind, [body])).keys() == {"a"}
     assert threads
     assert threading.main_thread() not in threads
@@ -213,7 +212,7 @@ class Slow:
 @pytest.mark.parametrize("pieces", [[b" "], [b" " * (1 << 24), b" "]], ids=["from the start", "after a fast start"])
 def test_a_body_that_trickles_is_given_up(pieces: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(pieces, 10.0)
-    monkeypatch.setattr(body_limit, "time", slow)
+    monkeypatch.setattr(body_reader, "time", slow)
     with pytest.raises(BodyError, match="30 s behind 65536 bytes a second") as caught:
         read(slow.request, 1 << 25)
     assert (caught.value.status, caught.value.code) == (408, "body_too_slow")
@@ -222,7 +221,7 @@ def test_a_body_that_trickles_is_given_up(pieces: list[bytes], monkeypatch: pyte
 
 def test_a_slow_body_that_goes_on_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow([b" " * 700_000], 10.0)
-    monkeypatch.setattr(body_limit, "time", slow)
+    monkeypatch.setattr(body_reader, "time", slow)
     with pytest.raises(BodyError) as caught:
         read(slow.request, 1 << 25)
     assert (caught.value.status, slow.num_sent) == (413, 48)
@@ -230,7 +229,7 @@ def test_a_slow_body_that_goes_on_is_read_to_its_end(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("limit", ["_UPLOAD_S", "_IDLE_S"])
 def test_a_body_that_never_ends_is_given_up(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_limit, limit, 0.05)
+    monkeypatch.setattr(body_reader, limit, 0.05)
 
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(60)
