@@ -1,6 +1,6 @@
 # make env        create .venv with the pinned versions (again only when pyproject.toml or constraints.txt changed)
 # make test       the CPU tests (minutes), on one Ray at most
-# make test-serve those that start Ray sessions of their own: the commands, README's blocks, restarts
+# make test-serve those that start most processes: the commands, README's blocks, restarts, gangs of four ranks
 # make test-all   every test this machine can run
 # make test-gpu   what needs GPUs, on those that this machine has; without pytest: python -m tests.gpu
 # make lint       ruff and mypy, changing nothing     make format     let ruff rewrite

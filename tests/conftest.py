@@ -40,13 +40,15 @@ def _scope(nodeid: str) -> str:
     return folder if folder in _SHARING else file
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests for GPUs where there is none; order tests so that small scopes are left for the end."""
-    import torch
+    if for_gpus := [item for item in items if item.get_closest_marker("gpu")]:
+        import torch
 
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for item in for_gpus:
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     order = {scope: number for number, scope in enumerate(_SHARING)}
     items.sort(key=lambda item: order.get(_scope(item.nodeid), len(order)))
 

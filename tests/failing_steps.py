@@ -23,7 +23,7 @@ def act_at(step: int, act: Callable[[], object], patch: pytest.MonkeyPatch) -> l
     left = step
     reached: list[str] = []
 
-    def counted(call: Callable[..., object]) -> Callable[..., object]:
+    def count(call: Callable[..., object]) -> Callable[..., object]:
         def maybe(*arguments: object, **options: object) -> object:
             nonlocal left
             left -= 1
@@ -35,7 +35,7 @@ def act_at(step: int, act: Callable[[], object], patch: pytest.MonkeyPatch) -> l
         return maybe
 
     for owner, name in _CALLS:
-        patch.setattr(owner, name, counted(getattr(owner, name)))
+        patch.setattr(owner, name, count(getattr(owner, name)))
     return reached
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 SESSIONS, APPS, PROCESSES = "Ray sessions", "Ray apps", "Python processes"
-BUDGET = {SESSIONS: 1, APPS: 6, PROCESSES: 400}
+BUDGET = {SESSIONS: 1, APPS: 3, PROCESSES: 200}
 MARKS = "not slow and not gpu and not serve"
 """What ``make test`` selects; other selections are counted and not judged."""
 
@@ -38,7 +38,7 @@ def overspent(counts: Counter[str]) -> list[str]:
     return [f"{name}: {counts[name]}, at most {most}" for name, most in BUDGET.items() if counts[name] > most]
 
 
-def _counted(start: Callable[..., int]) -> Callable[..., int]:
+def _count_run(start: Callable[..., int]) -> Callable[..., int]:
     def counting(command: list[Any], *arguments: Any) -> int:
         count(list(command))
         return start(command, *arguments)
@@ -60,7 +60,7 @@ def _count_forked() -> None:
 
 def pytest_configure() -> None:
     """Count from here on, by every way that the standard library has."""
-    subprocess._fork_exec = _counted(subprocess._fork_exec)  # type: ignore[attr-defined]
+    subprocess._fork_exec = _count_run(subprocess._fork_exec)  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = _count_spawned(multiprocessing.util.spawnv_passfds)
     os.register_at_fork(after_in_parent=_count_forked)  # does not run for the two above
 

@@ -169,16 +169,16 @@ def with_statistics(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_given_actions_are_normalised_where_the_checkpoint_knows_how(with_statistics: Path, tiny_nano: Path) -> None:
     actions = np.stack([FIXED, 3 * FIXED])
 
-    def given(checkpoint: Path, **fields: Any) -> Any:
+    def find_given(checkpoint: Path, **fields: Any) -> Any:
         request = GenerationRequest(**{**MINIMAL["forward_dynamics"], "actions": actions, **fields})
         track = resolve(request, CheckpointLayout.open(checkpoint)).action
         assert track is not None
         return np.array(track.given, np.float32)
 
-    assert given(with_statistics) == pytest.approx(np.array([[0.0] * 9, [1.0] * 9]))
-    assert given(tiny_nano) == pytest.approx(actions)
-    assert given(with_statistics, compat="diffusers") == pytest.approx(actions)
-    assert given(with_statistics, domain_name="camera_pose") == pytest.approx(actions), "statistics of another one"
+    assert find_given(with_statistics) == pytest.approx(np.array([[0.0] * 9, [1.0] * 9]))
+    assert find_given(tiny_nano) == pytest.approx(actions)
+    assert find_given(with_statistics, compat="diffusers") == pytest.approx(actions)
+    assert find_given(with_statistics, domain_name="camera_pose") == pytest.approx(actions), "statistics of another one"
 
 
 def test_generated_actions_are_brought_back(with_statistics: Path, monkeypatch: pytest.MonkeyPatch) -> None:

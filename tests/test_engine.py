@@ -187,10 +187,10 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], said: str, tiny_
 
 @pytest.fixture
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loaded(*args: Any, **kwargs: Any) -> None:
+    def refuse_to_load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded for what had to be refused")
 
-    monkeypatch.setattr("cosmos3_core.checkpoint.load.load_parameters", loaded)
+    monkeypatch.setattr("cosmos3_core.checkpoint.load.load_parameters", refuse_to_load)
 
 
 @pytest.mark.usefixtures("no_loading")

@@ -143,10 +143,10 @@ def check(path: Path, case: str) -> None:
 
 @pytest.fixture
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loaded(*args: Any, **kwargs: Any) -> None:
+    def refuse_to_load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded for what had to be refused")
 
-    monkeypatch.setattr("cosmos3_core.checkpoint.load.load_parameters", loaded)
+    monkeypatch.setattr("cosmos3_core.checkpoint.load.load_parameters", refuse_to_load)
 
 
 POLICY = ["--mode", "policy", "--image", "image.png", "--domain-name", "av", "--prompt", "go on"]

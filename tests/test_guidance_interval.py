@@ -61,11 +61,11 @@ def timesteps_run(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> list[i
     run: list[int] = []
     velocity = denoiser.transformer.velocity
 
-    def counted(latents: Any, noise_masks: Any, timestep: int, *others: Any) -> Any:
+    def count(latents: Any, noise_masks: Any, timestep: int, *others: Any) -> Any:
         run.append(timestep)
         return velocity(latents, noise_masks, timestep, *others)
 
-    monkeypatch.setattr(denoiser.transformer, "velocity", counted)
+    monkeypatch.setattr(denoiser.transformer, "velocity", count)
     return run
 
 

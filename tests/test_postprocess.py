@@ -12,7 +12,7 @@ from cosmos3_core.phyai import Cosmos3GenerationPostProcessor, GeneratedMedia
 NUM_SAMPLES = 18000
 
 
-def made(num_samples=NUM_SAMPLES, dtype=torch.float32):
+def make_output(num_samples=NUM_SAMPLES, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 9, 32, 48, generator=generator)
     sound = (torch.rand(2, num_samples, generator=generator) - 0.5).to(dtype)
@@ -21,7 +21,7 @@ def made(num_samples=NUM_SAMPLES, dtype=torch.float32):
 
 def test_pixels_alone_are_a_silent_clip(tmp_path):
     post = Cosmos3GenerationPostProcessor()
-    media = post.postprocess(made()["video"])
+    media = post.postprocess(make_output()["video"])
     assert media.frames.shape == (9, 32, 48, 3)
     assert (media.sound, media.sampling_rate) == (None, None)
     assert probe_video(post.save_mp4(media, tmp_path / "a.mp4")).sound is None
@@ -32,7 +32,7 @@ def test_pixels_alone_are_a_silent_clip(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sound_comes_along(dtype):
-    output = made(dtype=dtype)
+    output = make_output(dtype=dtype)
     media = Cosmos3GenerationPostProcessor().postprocess(output)
     assert media.sampling_rate == 48000
     assert media.sound.dtype == np.float32
@@ -43,7 +43,7 @@ def test_sound_comes_along(dtype):
 @pytest.mark.parametrize("num_samples", [NUM_SAMPLES, NUM_SAMPLES + 5000, NUM_SAMPLES - 1920])
 def test_the_files_sound_ends_with_the_video(tmp_path, num_samples):
     post = Cosmos3GenerationPostProcessor()
-    media = post.postprocess(made(num_samples))
+    media = post.postprocess(make_output(num_samples))
     info = probe_video(post.save_mp4(media, tmp_path / "a.mp4"))
     assert (info.num_frames, info.sound.num_samples) == (9, NUM_SAMPLES)
     assert info.duration_s == info.sound.duration_s
@@ -56,7 +56,7 @@ def test_the_files_sound_ends_with_the_video(tmp_path, num_samples):
 
 def test_the_broadcast_rates_are_exact(tmp_path):
     post = Cosmos3GenerationPostProcessor(fps=29.97)
-    path = post.save_mp4(post.postprocess(made()), tmp_path / "a.mp4")
+    path = post.save_mp4(post.postprocess(make_output()), tmp_path / "a.mp4")
     assert probe_video(path).sound.num_samples == 9 * 48000 * 1001 // 30000
 
 
@@ -64,13 +64,13 @@ def test_the_broadcast_rates_are_exact(tmp_path):
 def test_sound_that_is_too_short_is_refused(tmp_path, save):
     post = Cosmos3GenerationPostProcessor()
     with pytest.raises(RequestError, match=r"at least 16080 samples for 9 frames .*16079 samples"):
-        getattr(post, save)(post.postprocess(made(NUM_SAMPLES - 1921)), tmp_path / "a")
+        getattr(post, save)(post.postprocess(make_output(NUM_SAMPLES - 1921)), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("key", ["video", "sound", "sample_rate"])
 def test_a_mapping_without_a_key_names_it(key):
-    output = made()
+    output = make_output()
     del output[key]
     with pytest.raises(RequestError, match=f"missing: {key}"):
         Cosmos3GenerationPostProcessor().postprocess(output)
@@ -79,7 +79,7 @@ def test_a_mapping_without_a_key_names_it(key):
 @pytest.mark.parametrize("sound", [torch.zeros(1, 2, 100), torch.zeros(2, 100).int()], ids=["batch", "integers"])
 def test_other_sound_is_refused(sound):
     with pytest.raises(RequestError, match=r"sound must be .*\[channels, samples\]"):
-        Cosmos3GenerationPostProcessor().postprocess({**made(), "sound": sound})
+        Cosmos3GenerationPostProcessor().postprocess({**make_output(), "sound": sound})
 
 
 def test_frames_alone_make_media():

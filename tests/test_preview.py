@@ -120,11 +120,11 @@ def test_a_kept_map_is_read_and_not_fitted_again(
 ) -> None:
     fits: list[VideoVAE] = []
 
-    def counted(fitted: VideoVAE) -> PreviewMap:
+    def count(fitted: VideoVAE) -> PreviewMap:
         fits.append(fitted)
         return fit_preview_map(fitted)
 
-    monkeypatch.setattr(preview_fit, "fit_preview_map", counted)
+    monkeypatch.setattr(preview_fit, "fit_preview_map", count)
     cache = tmp_path / "deep" / "maps"
     first = load_preview_map(vae, cache)
     assert load_preview_map(vae, cache) == first == fit_preview_map(vae)

@@ -34,11 +34,11 @@ def edge(tiny_edge: Path) -> CheckpointLayout:
     return CheckpointLayout.open(tiny_edge)
 
 
-def resolved(layout: CheckpointLayout, **given: Any) -> ResolvedRequest:
+def resolve_fields(layout: CheckpointLayout, **given: Any) -> ResolvedRequest:
     return resolve(GenerationRequest(**given), layout)
 
 
-def refused(layout: CheckpointLayout, kind: type[RequestError] = RequestError, **given: Any) -> RequestError:
+def refuse(layout: CheckpointLayout, kind: type[RequestError] = RequestError, **given: Any) -> RequestError:
     with pytest.raises(RequestError) as caught:
         resolve(GenerationRequest(**given), layout)
     assert type(caught.value) is kind
@@ -69,63 +69,63 @@ def refused(layout: CheckpointLayout, kind: type[RequestError] = RequestError, *
     ids=lambda value: " ".join(value) if isinstance(value, dict) else value,
 )
 def test_the_fields_tell_the_mode(given: dict[str, Any], mode: str, nano: CheckpointLayout) -> None:
-    assert resolved(nano, prompt="a car", **given).mode == mode
+    assert resolve_fields(nano, prompt="a car", **given).mode == mode
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_can_be_named(mode: str, nano: CheckpointLayout) -> None:
-    assert resolved(nano, **{**MINIMAL[mode], "mode": mode}).mode == mode
+    assert resolve_fields(nano, **{**MINIMAL[mode], "mode": mode}).mode == mode
 
 
 @pytest.mark.parametrize("mode", ["t2v", "", "Policy", 5, ["policy"], True])
 def test_an_unknown_mode_lists_the_known_ones(mode: Any, nano: CheckpointLayout) -> None:
-    error = refused(nano, prompt="a car", mode=mode)
+    error = refuse(nano, prompt="a car", mode=mode)
     assert error.field == "mode"
     assert all(name in error.allowed for name in MODES)
 
 
 def test_an_image_and_a_video_are_one_too_many(nano: CheckpointLayout) -> None:
-    error = refused(nano, prompt="a car", image=IMAGE, video=CLIP)
+    error = refuse(nano, prompt="a car", image=IMAGE, video=CLIP)
     assert (error.field, error.given) == ("image, video", "'both'")
     for mode in ("policy", "forward_dynamics"):
-        error = refused(nano, **{**MINIMAL[mode], "video": CLIP})
+        error = refuse(nano, **{**MINIMAL[mode], "video": CLIP})
         assert (error.field, error.given) == ("image, video", "'both'")
-    assert refused(nano, prompt="a car", image=IMAGE, video=CLIP, mode="video_to_video").field == "image"
+    assert refuse(nano, prompt="a car", image=IMAGE, video=CLIP, mode="video_to_video").field == "image"
 
 
 @pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.media])
 def test_the_media_of_a_mode_is_needed(mode: str, nano: CheckpointLayout) -> None:
     given = {name: value for name, value in MINIMAL[mode].items() if name not in ("image", "video")}
-    error = refused(nano, **{**given, "mode": mode})
+    error = refuse(nano, **{**given, "mode": mode})
     assert error.field == MODES[mode].media[0]
     assert mode in error.allowed
 
 
 @pytest.mark.parametrize(("mode", "num_frames"), [("text_to_image", 5), ("text_to_video", 1), ("image_to_video", 1)])
 def test_one_frame_is_an_image_and_nothing_else(mode: str, num_frames: int, nano: CheckpointLayout) -> None:
-    error = refused(nano, **MINIMAL[mode] | {"mode": mode}, num_frames=num_frames)
+    error = refuse(nano, **MINIMAL[mode] | {"mode": mode}, num_frames=num_frames)
     assert error.field == "num_frames"
     assert error.allowed == ("1 for an image" if mode == "text_to_image" else f"2 or more for {mode}")
 
 
 @pytest.mark.parametrize("given", [{"num_frames": 1}, {"mode": "text_to_image"}, {"mode": "policy", "image": IMAGE}])
 def test_sound_goes_with_clips_only(given: dict[str, Any], nano: CheckpointLayout) -> None:
-    error = refused(nano, prompt="a car", generate_sound=True, **given)
+    error = refuse(nano, prompt="a car", generate_sound=True, **given)
     assert error.field == "generate_sound"
     assert error.hint == "sound goes with text_to_video, image_to_video, video_to_video"
 
 
 def test_generate_sound_is_a_flag(nano: CheckpointLayout) -> None:
-    assert refused(nano, prompt="a car", generate_sound="yes").field == "generate_sound"
+    assert refuse(nano, prompt="a car", generate_sound="yes").field == "generate_sound"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_only_dynamics_do_without_a_prompt(mode: str, nano: CheckpointLayout) -> None:
     given = {**MINIMAL[mode], "prompt": ""}
     if mode in ("forward_dynamics", "inverse_dynamics"):
-        assert resolved(nano, **given).prompt == ""
+        assert resolve_fields(nano, **given).prompt == ""
     else:
-        assert refused(nano, **given).field == "prompt"
+        assert refuse(nano, **given).field == "prompt"
 
 
 # --- foreign fields --------------------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ def test_a_field_that_a_mode_does_not_read_is_refused(mode: str, field: str, nan
     if is_read(mode):
         if field in ("height", "width"):
             given |= {"height": 32, "width": 48}
-        assert resolved(nano, **given).mode == mode
+        assert resolve_fields(nano, **given).mode == mode
         return
-    error = refused(nano, **given)
+    error = refuse(nano, **given)
     assert error.field == field
     assert error.allowed == f"left out for {mode}"
     assert error.hint == FIELDS[field].otherwise or all(other in error.hint for other in FIELDS[field].modes)
@@ -188,7 +188,7 @@ def test_edge_makes_no_sound_and_continues_no_clip(edge: CheckpointLayout) -> No
         ({"video": CLIP}, "mode", "was not trained for it"),
         ({"mode": "video_to_video", "video": CLIP}, "mode", "was not trained for it"),
     ]:
-        error = refused(edge, CapabilityError, prompt="a car", **given)
+        error = refuse(edge, CapabilityError, prompt="a car", **given)
         assert error.field == field
         assert error.allowed.endswith(f"a mode that {edge.name} can do: {can}")
         assert why in error.hint
@@ -196,14 +196,14 @@ def test_edge_makes_no_sound_and_continues_no_clip(edge: CheckpointLayout) -> No
 
 def test_a_checkpoint_without_the_heads_lists_what_is_left(nano: CheckpointLayout) -> None:
     without_action = replace(nano, transformer=replace(nano.transformer, action_gen=False))
-    error = refused(without_action, CapabilityError, **MINIMAL["policy"])
+    error = refuse(without_action, CapabilityError, **MINIMAL["policy"])
     assert (error.field, error.given) == ("mode", "'policy'")
     assert "no weights for actions" in error.hint
     assert error.allowed.endswith("text_to_video_with_sound, image_to_video_with_sound, video_to_video_with_sound")
     for silent in (replace(nano, audio=None), replace(nano, transformer=replace(nano.transformer, sound_gen=False))):
         if silent.audio is not None:
             silent = replace(silent, audio=None)  # as it is read: no heads, no tokenizer
-        error = refused(silent, CapabilityError, prompt="a car", generate_sound=True)
+        error = refuse(silent, CapabilityError, prompt="a car", generate_sound=True)
         assert "with_sound" not in error.allowed
         assert "no sound_tokenizer" in error.hint
         assert find_offered_modes(silent) == tuple(name for name in MODES if not name.endswith("_with_sound"))
@@ -215,8 +215,8 @@ def test_a_checkpoint_without_its_sound_tokenizer_is_silent(tiny_nano: Path, tmp
     index = json.loads((root / "model_index.json").read_text())
     (root / "model_index.json").write_text(json.dumps({**index, "sound_tokenizer": [None, None]}))
     layout = CheckpointLayout.open(root)
-    refused(layout, CapabilityError, prompt="a car", generate_sound=True)
-    assert resolved(layout, prompt="a car").num_sound_latents == 0
+    refuse(layout, CapabilityError, prompt="a car", generate_sound=True)
+    assert resolve_fields(layout, prompt="a car").num_sound_latents == 0
 
 
 def test_an_app_without_a_decoder_of_sound_offers_none(nano: CheckpointLayout) -> None:
@@ -226,8 +226,8 @@ def test_an_app_without_a_decoder_of_sound_offers_none(nano: CheckpointLayout) -
 
 
 def test_like_diffusers_asks_for_the_weights_only(edge: CheckpointLayout) -> None:
-    assert resolved(edge, prompt="a car", video=CLIP, compat="diffusers").mode == "video_to_video"
-    refused(edge, CapabilityError, prompt="a car", generate_sound=True, compat="diffusers")
+    assert resolve_fields(edge, prompt="a car", video=CLIP, compat="diffusers").mode == "video_to_video"
+    refuse(edge, CapabilityError, prompt="a car", generate_sound=True, compat="diffusers")
 
 
 # --- frames that a clip gives ----------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_like_diffusers_asks_for_the_weights_only(edge: CheckpointLayout) -> Non
 def test_chosen_frames_are_sorted_and_counted_once(
     indexes: Any, clean: tuple[int, ...], num_encoded: int, nano: CheckpointLayout
 ) -> None:
-    picture = resolved(nano, prompt="a car", video=CLIP, **SMALL, condition_frame_indexes_vision=indexes).picture
+    picture = resolve_fields(nano, prompt="a car", video=CLIP, **SMALL, condition_frame_indexes_vision=indexes).picture
     assert picture is not None
     assert (picture.clean_frames, picture.num_frames) == (clean, num_encoded)
 
@@ -257,18 +257,18 @@ def test_chosen_frames_are_sorted_and_counted_once(
     "indexes", [-1, 3, [0, 3], [-1], [], (), "0", "0,1", b"0", ["0"], True, [True], 1.0, [0.0], [[0]], {0: 1}, [None]]
 )
 def test_frames_that_cannot_be_chosen_are_refused(indexes: Any, nano: CheckpointLayout) -> None:
-    error = refused(nano, prompt="a car", video=CLIP, **SMALL, condition_frame_indexes_vision=indexes)
+    error = refuse(nano, prompt="a car", video=CLIP, **SMALL, condition_frame_indexes_vision=indexes)
     assert error.field == "condition_frame_indexes_vision"
     assert "latent frames from 0 to 2" in error.allowed
 
 
 def test_keep_says_which_end(nano: CheckpointLayout) -> None:
     for keep, expected in ((None, "first"), ("first", "first"), ("last", "last")):
-        picture = resolved(nano, prompt="a car", video=CLIP, condition_video_keep=keep).picture
+        picture = resolve_fields(nano, prompt="a car", video=CLIP, condition_video_keep=keep).picture
         assert picture is not None
         assert picture.keep == expected
     for keep in ("middle", "", 1):
-        assert refused(nano, prompt="a car", video=CLIP, condition_video_keep=keep).field == "condition_video_keep"
+        assert refuse(nano, prompt="a car", video=CLIP, condition_video_keep=keep).field == "condition_video_keep"
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_a_chunk_has_one_action_between_two_frames(
     given: dict[str, Any], chunk_size: int, num_frames: int, note: str, nano: CheckpointLayout
 ) -> None:
     for mode in ("policy", "inverse_dynamics"):
-        request = resolved(nano, **MINIMAL[mode], **given)
+        request = resolve_fields(nano, **MINIMAL[mode], **given)
         assert request.action is not None
         assert (request.action.chunk_size, request.num_frames) == (chunk_size, num_frames)
         assert [note in said for said in request.notes if "video" not in said] == [True] * bool(note)
@@ -310,34 +310,34 @@ def test_a_chunk_has_one_action_between_two_frames(
 def test_a_clip_of_another_length_than_is_used_is_noted(
     fields: dict[str, Any], num_given: int, note: str, nano: CheckpointLayout
 ) -> None:
-    notes = resolved(nano, **fields, video=moving_clip(num_given, 32, 48)).notes
+    notes = resolve_fields(nano, **fields, video=moving_clip(num_given, 32, 48)).notes
     assert [note in said for said in notes] == [True] * bool(note)
 
 
 def test_something_has_to_be_left_to_make(nano: CheckpointLayout) -> None:
-    error = refused(nano, **MINIMAL["video_to_video"], num_frames=5)
+    error = refuse(nano, **MINIMAL["video_to_video"], num_frames=5)
     assert (error.field, error.allowed) == ("num_frames", "at least 9")
     assert "[0, 1] are given" in error.hint
-    one = resolved(nano, **MINIMAL["video_to_video"], num_frames=5, condition_frame_indexes_vision=0)
+    one = resolve_fields(nano, **MINIMAL["video_to_video"], num_frames=5, condition_frame_indexes_vision=0)
     assert one.picture is not None
     assert one.picture.clean_frames == (0,)
-    resolved(nano, **MINIMAL["video_to_video"], num_frames=5, compat="diffusers")
+    resolve_fields(nano, **MINIMAL["video_to_video"], num_frames=5, compat="diffusers")
 
 
 def test_height_and_width_come_together(nano: CheckpointLayout) -> None:
     for given, missing in ({"height": 32}, "width"), ({"width": 32}, "height"):
-        error = refused(nano, prompt="a car", **given)
+        error = refuse(nano, prompt="a car", **given)
         assert error.field == missing
         assert "together" in error.allowed
 
 
 def test_the_given_actions_are_the_chunk_unless_it_is_said(nano: CheckpointLayout) -> None:
     minimal = MINIMAL["forward_dynamics"]
-    request = resolved(nano, **{**minimal, "actions": ACTIONS[:12]})
+    request = resolve_fields(nano, **{**minimal, "actions": ACTIONS[:12]})
     assert request.action is not None
     assert (request.action.chunk_size, request.num_frames, request.notes) == (12, 13, ())
     for chunk_size, note in ((8, "of 16 given actions the first 8 are used"), (20, "the last of 16 given actions")):
-        request = resolved(nano, **minimal, action_chunk_size=chunk_size)
+        request = resolve_fields(nano, **minimal, action_chunk_size=chunk_size)
         assert request.action is not None
         assert request.action.given is not None
         assert len(request.action.given) == chunk_size
@@ -386,7 +386,7 @@ def test_the_given_actions_are_the_chunk_unless_it_is_said(nano: CheckpointLayou
 def test_contradictions_about_actions_are_refused(
     mode: str, given: dict[str, Any], field: str, nano: CheckpointLayout
 ) -> None:
-    assert refused(nano, **{**MINIMAL[mode], **given}).field == field
+    assert refuse(nano, **{**MINIMAL[mode], **given}).field == field
 
 
 def test_an_embodiment_of_many_widths_takes_the_one_that_is_said(nano: CheckpointLayout) -> None:
@@ -398,7 +398,7 @@ def test_an_embodiment_of_many_widths_takes_the_one_that_is_said(nano: Checkpoin
         ({**MINIMAL["policy"], "domain_name": None, "domain_id": 30, "raw_action_dim": 64}, 64),
         ({**MINIMAL["policy"], "domain_id": 1}, 9),
     ]:
-        action = resolved(nano, **given).action
+        action = resolve_fields(nano, **given).action
         assert action is not None
         assert action.width == width
 
@@ -417,7 +417,7 @@ def test_a_tier_is_a_canvas_that_the_picture_is_fitted_into(
     tier: int, picture: tuple[int, int], made: tuple[int, int], canvas: tuple[int, int], nano: CheckpointLayout
 ) -> None:
     given = {**MINIMAL["policy"], "image": moving_clip(1, *picture)[0], "resolution_tier": tier}
-    request = resolved(nano, **given)
+    request = resolve_fields(nano, **given)
     described = request.prompt_format
     assert ((described.height, described.width), (request.height, request.width)) == (canvas, made)
 
@@ -427,7 +427,7 @@ def test_a_tier_is_a_canvas_that_the_picture_is_fitted_into(
 
 @pytest.mark.parametrize("interval", [(400, 1000), [0, 0], (0.5, 999.5), (1000, 1000)])
 def test_a_guidance_interval_is_two_timesteps(interval: Any, nano: CheckpointLayout) -> None:
-    found = resolved(nano, prompt="a car", guidance_interval=interval).guidance_interval
+    found = resolve_fields(nano, prompt="a car", guidance_interval=interval).guidance_interval
     assert found == tuple(interval)
     assert found is not None
     assert [type(value) for value in found] == [float, float]
@@ -442,7 +442,7 @@ def test_a_guidance_interval_is_two_timesteps(interval: Any, nano: CheckpointLay
     ids=str,
 )
 def test_other_intervals_are_refused(interval: Any, nano: CheckpointLayout) -> None:
-    assert refused(nano, prompt="a car", guidance_interval=interval).field == "guidance_interval"
+    assert refuse(nano, prompt="a car", guidance_interval=interval).field == "guidance_interval"
 
 
 OUTPUTS = {
@@ -456,11 +456,11 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_has_its_outputs(mode: str, nano: CheckpointLayout) -> None:
-    default = resolved(nano, **MINIMAL[mode]).file
+    default = resolve_fields(nano, **MINIMAL[mode]).file
     assert ("actions" if default is None else default.kind) == OUTPUTS[mode][0]
     for output in ("mp4", "wav", "png", "jpeg", "webp", "actions", "gif", "", 5):
         if output in OUTPUTS[mode]:
-            request = resolved(nano, **MINIMAL[mode], output=output)
+            request = resolve_fields(nano, **MINIMAL[mode], output=output)
             assert request.has_pictures == (output not in ("actions", "wav"))
             if output == "actions":
                 assert request.file is None
@@ -469,18 +469,18 @@ def test_every_mode_has_its_outputs(mode: str, nano: CheckpointLayout) -> None:
                 assert request.file.kind == output
                 assert (request.file.sound is not None) == mode.endswith("_with_sound")
         else:
-            error = refused(nano, **MINIMAL[mode], output=output)
+            error = refuse(nano, **MINIMAL[mode], output=output)
             assert error.field == "output"
             assert sorted(ast.literal_eval(error.allowed.removeprefix("one of "))) == sorted(OUTPUTS[mode])
 
 
 def test_sound_is_no_longer_than_its_limit(nano: CheckpointLayout) -> None:
     with_sound = {"prompt": "a car", "generate_sound": True, "height": 32, "width": 32}
-    error = refused(nano, **with_sound, num_frames=1201, fps=20)
+    error = refuse(nano, **with_sound, num_frames=1201, fps=20)
     assert error.field == "num_frames / fps"
     assert "at most 60 s" in error.allowed
-    assert resolved(nano, prompt="a car", num_frames=1201, fps=20, height=32, width=32).num_sound_latents == 0
-    request = resolved(nano, **with_sound, num_frames=1201, fps=24)
+    assert resolve_fields(nano, prompt="a car", num_frames=1201, fps=20, height=32, width=32).num_sound_latents == 0
+    request = resolve_fields(nano, **with_sound, num_frames=1201, fps=24)
     assert request.file is not None
     sound = request.file.sound
     assert sound is not None
@@ -489,7 +489,7 @@ def test_sound_is_no_longer_than_its_limit(nano: CheckpointLayout) -> None:
 
 
 def test_rounding_up_is_said(nano: CheckpointLayout) -> None:
-    request = resolved(nano, prompt="a car", video=CLIP, generate_sound=True, num_frames=6)
+    request = resolve_fields(nano, prompt="a car", video=CLIP, generate_sound=True, num_frames=6)
     assert request.num_frames == 9
     assert request.notes == ("num_frames=6 was rounded up to 9: clips have 1 + k * 4 frames",)
     assert request.num_sound_latents == 10, "of the rounded clip"

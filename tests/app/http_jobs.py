@@ -15,7 +15,7 @@ SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "widt
 CLASSES = ("interactive", "standard", "batch")
 LONG: dict[str, Any] = {
     "prompt": "A red car.",
-    "num_frames": 33,
+    "num_frames": 17,
     "height": 96,
     "width": 128,
     "num_inference_steps": 60,
@@ -41,15 +41,15 @@ def patiently(http: httpx2.Client, path: str) -> dict[str, Any]:
         except httpx2.TransportError as error:
             answer = error  # type: ignore[assignment]
         assert time.monotonic() < deadline_s, answer
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
-def ended(http: httpx2.Client, job_id: str) -> dict[str, Any]:
+def wait_for_end(http: httpx2.Client, job_id: str) -> dict[str, Any]:
     """A job, once it has ended."""
     deadline_s = time.monotonic() + DEADLINE_S
     while (job := patiently(http, f"/v1/videos/{job_id}"))["status"] not in ("completed", "failed"):
         assert time.monotonic() < deadline_s, job
-        time.sleep(0.1)
+        time.sleep(0.05)
     return job
 
 

@@ -88,7 +88,7 @@ class InProcessApp:
         ingress = build_app(AppConfig.parse(config.model_dump(mode="json")))._bound_deployment
         spec, director = self._arguments_of(ingress)
         self.director: Handle = director
-        self.service = loop.run(self._opened(spec), _START_S)
+        self.service = loop.run(self._open(spec), _START_S)
         server = uvicorn.Config(_ends_with_its_client(build_api(lambda: self.service)), log_config=None, lifespan="off")
         self._server = uvicorn.Server(server)
         self._serving = loop.start(self._server.serve([self._socket]))
@@ -110,7 +110,7 @@ class InProcessApp:
         return self._deployments[name].replicas
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Hold the transformer's ranks: what they are asked in the block they do after it."""
         ended = threading.Event()
         begun = [rank.hold(ended) for leader in self.replicas("Transformer") for rank in leader._gang._actors]
@@ -121,7 +121,7 @@ class InProcessApp:
         finally:
             ended.set()
 
-    async def _opened(self, config: AppConfig) -> Service:
+    async def _open(self, config: AppConfig) -> Service:
         return await asyncio.to_thread(Service.open, config, self.director, _no_missing_stages, "127.0.0.1")
 
     def _arguments_of(self, deployment: Any) -> Any:
@@ -144,12 +144,12 @@ class InProcessApp:
         # A leader whose gang has failed ends its process.
         replica._end_soon = lambda: self.failures.append(deployment.name)
 
-        async def made() -> None:
+        async def make() -> None:
             making = replica.__init__(*arguments)
             if making is not None:
                 await making
 
-        self._loop.run(made(), _START_S)
+        self._loop.run(make(), _START_S)
         return replica
 
 
@@ -167,7 +167,7 @@ async def _no_missing_stages() -> list[str]:
 def _ends_with_its_client(app: Any) -> Any:
     """Cancel a call whose client has hung up, as Serve does it."""
 
-    async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
         messages: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)  # a body is read as the app takes it
 
         async def listen() -> None:
@@ -185,4 +185,4 @@ def _ends_with_its_client(app: Any) -> Any:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
 
-    return wrapped
+    return answer

@@ -110,7 +110,7 @@ class Ref:
         return cls(packed)
 
     @classmethod
-    def failed(cls, error: BaseException) -> Ref:
+    def of_error(cls, error: BaseException) -> Ref:
         packed: Future[Packed] = Future()
         packed.set_exception(error)
         return cls(packed)
@@ -126,7 +126,7 @@ class Ref:
             raise Packed.of(error).unpack() from error
 
 
-async def resolved(packed: Packed) -> list[Any]:
+async def resolve(packed: Packed) -> list[Any]:
     """Arguments as the other side gets them: references that stand alone are replaced by their values."""
     return [await it if isinstance(it, Ref) else it for it in packed.unpack()]
 
@@ -154,7 +154,7 @@ class Actor:
         return Method(lambda *arguments: Ref(self._loop.start(self._answer(name, Packed.of(arguments)))))
 
     async def _answer(self, name: str, arguments: Packed) -> Packed:
-        method, given = getattr(self._body, name), await resolved(arguments)
+        method, given = getattr(self._body, name), await resolve(arguments)
         if self._is_async:
             return Packed.of(await method(*given))
         return await asyncio.wrap_future(self._thread.submit(lambda: Packed.of(method(*given))))
@@ -265,15 +265,15 @@ class Handle:
 
 
 class Response:
-    """Of a call that answers once."""
+    """The answer of a call that answers once."""
 
     def __init__(self, deployment: Deployment, name: str, arguments: tuple[Any, ...]) -> None:
-        self._answer = deployment.loop.start(self._answered(deployment, name, Packed.of(arguments)))
+        self._answer = deployment.loop.start(self._answer_call(deployment, name, Packed.of(arguments)))
 
     @staticmethod
-    async def _answered(deployment: Deployment, name: str, arguments: Packed) -> Packed:
+    async def _answer_call(deployment: Deployment, name: str, arguments: Packed) -> Packed:
         async with deployment.replica() as replica:
-            return Packed.of(await getattr(replica, name)(*await resolved(arguments)))
+            return Packed.of(await getattr(replica, name)(*await resolve(arguments)))
 
     def __await__(self) -> Any:
         return Ref(self._answer).__await__()
@@ -283,7 +283,7 @@ class Response:
 
 
 class StreamResponse:
-    """Of a call that streams. The producer does not wait for whoever reads, as Serve's does not."""
+    """The items of a call that streams. The producer does not wait for whoever reads, as Serve's does not."""
 
     def __init__(self, deployment: Deployment, name: str, arguments: tuple[Any, ...]) -> None:
         self._loop = deployment.loop
@@ -293,12 +293,12 @@ class StreamResponse:
     async def _produce(self, deployment: Deployment, name: str, arguments: Packed) -> None:
         try:
             async with deployment.replica() as replica:
-                items = getattr(replica, name)(*await resolved(arguments))
+                items = getattr(replica, name)(*await resolve(arguments))
                 async with aclosing(items):
                     async for item in items:
                         self._refs.put_nowait(Ref.of(item))
         except BaseException as error:
-            self._refs.put_nowait(Ref.failed(error))
+            self._refs.put_nowait(Ref.of_error(error))
             raise
         finally:
             self._refs.put_nowait(None)

@@ -24,11 +24,11 @@ from tests.core_reference import Reference
 pytestmark = pytest.mark.timeout(600)
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, height=64, width=96, num_inference_steps=4, seed=7)
-ENDLESS = GenerationRequest(prompt="A car.", num_frames=61, height=96, width=128, num_inference_steps=1000)
+ENDLESS = GenerationRequest(prompt="A car.", num_frames=5, height=32, width=32, num_inference_steps=1000)
 CALL_S = 100.0
 
 
-def connected(app: InProcessApp, way: str) -> AsyncCosmos3Client:
+def connect(app: InProcessApp, way: str) -> AsyncCosmos3Client:
     if way == "http":
         return AsyncCosmos3Client.over_http(app.url, timeout_s=CALL_S)
     return AsyncCosmos3Client(HandleTransport(app.director, CALL_S))
@@ -42,7 +42,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["http", "handle"])
 def client(request: pytest.FixtureRequest, kind: str, app: InProcessApp) -> Iterator[Any]:
     """Each of the four."""
-    made = connected(app, request.param)
+    made = connect(app, request.param)
     asked: Any = Cosmos3Client(made) if kind == "blocking" else InLoop(made)
     yield asked
     asked.close()
@@ -90,7 +90,9 @@ def test_a_request_is_generated_and_streamed(client: Any, reference: Reference) 
     assert events[-1].video.frames_sha256 == expected.frames_sha256
 
 
-def test_what_is_refused_and_what_is_stopped(client: Any, app: InProcessApp, eventually: Callable[..., bool]) -> None:
+def test_refused_cancelled_and_expired_requests_raise_typed_errors(
+    client: Any, app: InProcessApp, eventually: Callable[..., bool]
+) -> None:
     for call in (client.create, client.generate):
         with pytest.raises(RequestError, match="num_frames"):
             call(GenerationRequest(prompt="a", num_frames=-1))
@@ -98,13 +100,13 @@ def test_what_is_refused_and_what_is_stopped(client: Any, app: InProcessApp, eve
     with pytest.raises(NotReady):
         next(client.content(video.id))
     with pytest.raises(DeadlineExceeded):
-        client.wait(video.id, timeout_s=0.5)
+        client.wait(video.id, timeout_s=0.2)
     client.cancel(video.id)
     stopped = client.wait(video.id)
     assert (stopped.status, stopped.error.code) == ("failed", "cancelled")
     with client.stream(ENDLESS) as stream:
         assert any(isinstance(event, StepDone) for event in stream)
     with pytest.raises(DeadlineExceeded):
-        client.generate(ENDLESS, timeout_s=1.0)
+        client.generate(ENDLESS, timeout_s=0.5)
     (leader,) = app.replicas("Transformer")
     assert eventually(lambda: leader._loop.num_jobs == 0), "nobody waits for any of them"

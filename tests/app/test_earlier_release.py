@@ -14,7 +14,8 @@ import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from deployments.director.saved_states import SAVED_STATE
 from deployments.errors import JobsError
 from deployments.jobs.service import JobService
 from deployments.media.layout import JOB_ID
-from tests.app.http_jobs import ended, events_of
+from tests.app.http_jobs import events_of, wait_for_end
 from tests.app.in_process import InProcessApp, app_config
 from tests.app.local_ray import Loop
 from tests.failing_steps import is_killed_at
-from tests.jobs.postgres import fresh_postgres_url, load_dump, postgres_url  # noqa: F401  fixtures
+from tests.jobs.postgres import fresh_database, load_dump, postgres_url  # noqa: F401  a fixture
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 COMPLETED = ("sound", "lossless", "image", "from_image", "from_clip", "previews", "actions", "remixed", "attached")
@@ -102,36 +103,65 @@ def run(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(
-    params=[
-        "0002.sqlite3",
-        pytest.param("0001.sqlite3", marks=pytest.mark.slow),
-        pytest.param("0001.sql", marks=pytest.mark.slow),
-        pytest.param("0002.sql", marks=pytest.mark.slow),
-    ]
-)
-def left(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Left:
-    """A run with a database of one kind and schema."""
-    place, database = tmp_path / run, str(request.param)
+FAST_DATABASE = "0002.sqlite3"
+DATABASES = (FAST_DATABASE, "0001.sqlite3", "0001.sql", "0002.sql")
+
+
+def slow_unless(is_fast: bool, value: str) -> Any:
+    return pytest.param(value, marks=[] if is_fast else [pytest.mark.slow])
+
+
+@contextmanager
+def copy_run(run: Path, database: str, place: Path, request: pytest.FixtureRequest) -> Iterator[Left]:
+    """Copy a run, with a database of one kind and schema, for the time of the block."""
     if database.endswith(".sqlite3"):
-        return Left.copy(unpacked / run, place, database)
-    shutil.copytree(unpacked / run, place)
-    url = str(request.getfixturevalue("fresh_postgres_url"))
-    load_dump(url, place / database)
-    return Left(place, url, database[:4])
+        yield Left.copy(run, place, database)
+        return
+    shutil.copytree(run, place)
+    with fresh_database(request.getfixturevalue("postgres_url")) as url:
+        load_dump(url, place / database)
+        yield Left(place, url, database[:4])
 
 
-@pytest.fixture
-def app(left: Left, loop: Loop, tiny_nano: Path) -> Iterator[InProcessApp]:
-    app = left.start(loop, tiny_nano)
-    yield app
-    app.close()
+@pytest.fixture(params=[slow_unless(it == FAST_DATABASE, it) for it in DATABASES])
+def left(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Iterator[Left]:
+    """A run of the test's own."""
+    with copy_run(unpacked / run, request.param, tmp_path / run, request) as left:
+        yield left
 
 
-@pytest.fixture
-def http(app: InProcessApp, left: Left) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as client:
-        yield client
+@dataclass(frozen=True)
+class Opened:
+    """A run that this release serves, and a client of it."""
+
+    left: Left
+    app: InProcessApp
+    http: httpx2.Client
+
+
+# What differs with an archive is in every run in the tests of moving, and of a directory that was lost.
+@pytest.fixture(
+    scope="module",
+    params=[
+        slow_unless((run, database) == ("directory", FAST_DATABASE), f"{run}/{database}")
+        for run in ("directory", "archive")
+        for database in DATABASES
+    ],
+)
+def opened(
+    request: pytest.FixtureRequest,
+    unpacked: Path,
+    loop: Loop,
+    tiny_nano: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Opened]:
+    """A run whose jobs run once for all the tests that look at it."""
+    run, database = request.param.split("/")
+    with copy_run(unpacked / run, database, tmp_path_factory.mktemp("opened") / run, request) as left:
+        app = left.start(loop, tiny_nano)
+        with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as http:
+            yield Opened(left, app, http)
+        app.close()
 
 
 def test_the_checkpoint_is_the_one_that_the_fixture_was_made_with(unpacked: Path, tiny_nano: Path) -> None:
@@ -142,8 +172,9 @@ def test_the_checkpoint_is_the_one_that_the_fixture_was_made_with(unpacked: Path
     assert weights.hexdigest() == (unpacked / "checkpoint.sha256").read_text().strip()
 
 
-def test_every_job_ends_and_every_file_is_served(http: httpx2.Client, left: Left) -> None:
+def test_every_job_ends_and_every_file_is_served(opened: Opened) -> None:
     """The half-denoised ones go on from their states; results are those that the earlier release came to itself."""
+    http, left = opened.http, opened.left
     for name in COMPLETED:
         if name != "attached" or left.has_attached:
             job = http.get(f"/v1/videos/{left.jobs[name]['id']}").json()
@@ -155,7 +186,7 @@ def test_every_job_ends_and_every_file_is_served(http: httpx2.Client, left: Left
         check_video(job, left.jobs[name]["object"], left)
         assert job["error"] == left.jobs[name]["object"]["error"]
     for name in UNFINISHED:
-        job = ended(http, left.jobs[name]["id"])
+        job = wait_for_end(http, left.jobs[name]["id"])
         assert job["status"] == "completed", (name, job["error"])
         known = left.jobs[name]["object"]
         assert job["frames_sha256"] == known["frames_sha256"], name
@@ -166,15 +197,16 @@ def test_every_job_ends_and_every_file_is_served(http: httpx2.Client, left: Left
         assert (len(begun), first > 1) == ((2, True) if name.startswith("running") else (1, False)), "from its state on"
 
 
-def test_what_clients_hold_is_worth_what_it_was(http: httpx2.Client, app: InProcessApp, left: Left) -> None:
+def test_keys_idempotency_remix_and_delete_work_on_old_jobs(opened: Opened) -> None:
     """API keys, idempotency keys, a job to be remixed, a job to be deleted."""
+    http, app, left = opened.http, opened.app, opened.left
     once = left.jobs["sound"]
     body = {**once["fields"], "prompt": "A red car."}
     again = http.post("/v1/videos", json=body, headers={"idempotency-key": "once"})
     assert (again.status_code, again.json()["id"]) == (200, once["id"])
     remixed = http.post(f"/v1/videos/{left.jobs['from_image']['id']}/remix", json={"prompt": "A blue car."})
     assert remixed.status_code == 200, remixed.text
-    assert ended(http, remixed.json()["id"])["frames_sha256"] == left.jobs["remixed"]["object"]["frames_sha256"]
+    assert wait_for_end(http, remixed.json()["id"])["frames_sha256"] == left.jobs["remixed"]["object"]["frames_sha256"]
     for key, status in (("small", 404), ("revoked", 401)):
         answer = httpx2.get(f"{app.url}/v1/videos/{once['id']}", headers=left.headers(key))
         assert answer.status_code == status
@@ -245,7 +277,7 @@ def kill_at_every_step(run: Path, database: str, place: Path, checkpoint: Path, 
 def test_a_start_that_is_killed_at_any_step_loses_nothing(
     run: str, database: str, stride: int, unpacked: Path, tiny_nano: Path, tmp_path: Path
 ) -> None:
-    """Of the database's upgrade, and of the files' after it."""
+    """Steps of the database's upgrade, and of the files' after it."""
     given = (unpacked / run, database, tmp_path, tiny_nano, stride)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork wants a process with one thread
         assert pool.submit(kill_at_every_step, *given).result(1700) >= 100 // stride
@@ -298,7 +330,7 @@ def test_files_are_served_where_the_directory_was_lost(
         with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as http:
             if run == "archive":
                 check_contents(http, left.jobs["sound"])
-                assert ended(http, left.jobs["running_image"]["id"])["status"] == "completed"
+                assert wait_for_end(http, left.jobs["running_image"]["id"])["status"] == "completed"
             else:
                 assert http.get(f"/v1/videos/{left.jobs['sound']['id']}/content").status_code == 410
     finally:

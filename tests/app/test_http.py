@@ -75,7 +75,7 @@ def small_app(start_app: Callable[..., Any], media: Path) -> Any:
 
 
 def head_of(app: Any) -> str:
-    """Of a POST by hand, without its length."""
+    """The head of a POST by hand, without its length."""
     host, key = app.url.split("/")[2], KEYS[app.name]["authorization"]
     first = f"POST /v1/videos/sync HTTP/1.1\r\nhost: {host}\r\nauthorization: {key}\r\n"
     return f"{first}content-type: application/json\r\n"
@@ -138,7 +138,7 @@ BAD_VALUES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("bad", BAD_VALUES, ids=lambda bad: str(bad)[:40])
-def test_a_bad_value_says_what_it_says_in_python(bad: dict[str, Any], app: Any) -> None:
+def test_http_names_a_bad_value_as_python_does(bad: dict[str, Any], app: Any) -> None:
     body = {**GOOD, **bad}
     with pytest.raises(RequestError) as caught:
         resolve(GenerationRequest(**body), CheckpointLayout.open(app.config.checkpoint))
@@ -254,7 +254,7 @@ def test_forms_and_json_mean_the_same(app: Any, reference: Callable[[GenerationR
     assert (status, headers["x-frames-sha256"]) == (200, expected)
 
 
-def test_seconds_make_frames(app: Any) -> None:
+def test_seconds_are_converted_to_frames(app: Any) -> None:
     status, headers, _ = send_json(
         app, {"prompt": "a", "size": "32x32", "seconds": 1, "fps": 8, "num_inference_steps": 1}
     )
@@ -262,7 +262,7 @@ def test_seconds_make_frames(app: Any) -> None:
     assert "num_frames=8 was rounded up to 9" in headers["x-notes"]
 
 
-def test_a_request_id_is_a_word(app: Any) -> None:
+def test_a_request_id_must_be_a_word(app: Any) -> None:
     for refused in ("a" * 129, "two words"):
         status, _, answer = send(app, json.dumps(GOOD).encode(), {**JSON, "x-request-id": refused})
         assert status == 400, refused
@@ -307,14 +307,14 @@ def test_health_ready_and_models(app: Any) -> None:
     assert send(app, b"", JSON, "/v1/models")[0] == 405
 
 
-def test_an_app_of_this_machine_is_called_by_its_names(app: Any) -> None:
+def test_a_loopback_app_answers_to_the_names_of_loopback_alone(app: Any) -> None:
     status, _, answer = send(app, b"{}", {**JSON, "host": "evil.example"})
     assert (status, answer["error"]["code"]) == (403, "wrong_host")
     port = app.url.split("/")[2].partition(":")[2]
     assert send(app, b"{}", {**JSON, "host": f"localhost:{port}"})[0] == 422
 
 
-def test_where_keys_are_asked_for_one_lets_in(small_app: Any) -> None:
+def test_with_auth_a_valid_key_is_required(small_app: Any) -> None:
     assert send(small_app, b"{}", {**JSON, "host": "any.example"})[0] == 422, "nothing is wrong but the body"
     for key, code in (("", "no_api_key"), ("Bearer c3_0", "wrong_api_key")):
         status, headers, answer = send(small_app, b"{}", {**JSON, "authorization": key})

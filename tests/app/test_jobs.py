@@ -15,7 +15,7 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.sampler.schedule import make_schedule
 from deployments.jobs.store import JobStore
-from tests.app.http_jobs import CLASSES, DEADLINE_S, SMALL, ended, events_of, job_of, patient_client, patiently
+from tests.app.http_jobs import CLASSES, DEADLINE_S, SMALL, events_of, job_of, patient_client, patiently, wait_for_end
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -60,7 +60,7 @@ def test_while_steps_are_held_progress_stands_still(
     job_id = job_of(http, num_inference_steps=400)
     path = f"/v1/videos/{job_id}"
     assert eventually(lambda: patiently(http, path)["step"] >= 5)
-    with jobs_app.held():
+    with jobs_app.hold():
         # What was told before arrives within a quantum or two of a quarter second.
         before, held = patiently(http, path), None
         while held is None or before["step"] != held["step"]:
@@ -68,24 +68,24 @@ def test_while_steps_are_held_progress_stands_still(
             time.sleep(0.5)
             held = patiently(http, path)
         assert 5 <= held["step"] < 400
-        time.sleep(1.5)
+        time.sleep(0.5)
         still = patiently(http, path)
         for name in ("step", "sigma", "progress", "stage", "status"):
             assert still[name] == held[name]
         assert still["status"] == "in_progress"
     assert eventually(lambda: patiently(http, path)["step"] > held["step"]), "and then it goes on"
     assert http.post(f"{path}/cancel").status_code == 200
-    job = ended(http, job_id)
+    job = wait_for_end(http, job_id)
     assert (job["status"], job["error"]["code"]) == ("failed", "cancelled")
     assert 0 < job["progress"] < 100
 
 
-def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(
+def test_classes_get_their_shares_and_a_full_queue_sends_retry_after(
     jobs_app: Any, http: httpx2.Client, eventually: Callable[..., bool]
 ) -> None:
     """Steps are held until the queue is full: then the order is the queue's own."""
-    assert ended(http, job_of(http, **SMALL))["status"] == "completed", "there is a speed to tell times by"
-    with jobs_app.held():
+    assert wait_for_end(http, job_of(http, **SMALL))["status"] == "completed", "there is a speed to tell times by"
+    with jobs_app.hold():
         running = [job_of(http, **SMALL) for _ in range(2)]
         assert eventually(lambda: all(patiently(http, f"/v1/videos/{it}")["status"] != "queued" for it in running))
         # The least urgent come first.
@@ -97,7 +97,7 @@ def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(
         assert 1 <= int(refused.headers["retry-after"]) <= 3600
         positions = [patiently(http, f"/v1/videos/{job_id}")["queue_position"] for job_id in ids]
         assert sorted(positions) == list(range(2, 26)), "two run"
-    jobs = [ended(http, job_id) for job_id in ids]
+    jobs = [wait_for_end(http, job_id) for job_id in ids]
     assert {job["status"] for job in jobs} == {"completed"}
     assert http.post("/v1/videos", json=SMALL).status_code == 200
     store = JobStore.open(jobs_app.config.jobs.database)
@@ -111,7 +111,7 @@ def test_classes_get_their_shares_and_a_full_queue_says_when_it_is_not(
     assert abs(shares["batch"] - 1) <= 1, order
 
 
-def test_many_clients_at_once_all_get_their_clip_when_they_are_told_to_come(jobs_app: Any) -> None:
+def test_many_clients_that_honour_retry_after_all_get_their_clip(jobs_app: Any) -> None:
     num_clients = 40
 
     async def all_of_them() -> list[tuple[str, list[int]]]:

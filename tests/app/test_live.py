@@ -24,9 +24,7 @@ LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=12
 SMALL = replace(LONG, num_frames=5, height=64, width=64)
 
 
-def test_an_answer_may_be_the_growing_file_and_the_whole_one_can_be_had_by_its_id(
-    app: Any, reference: Reference, tmp_path: Path
-) -> None:
+def test_a_growing_file_is_streamed_and_kept_under_its_id(app: Any, reference: Reference, tmp_path: Path) -> None:
     path = reference(LONG).path
     assert path is not None
     expected = path.read_bytes()

@@ -62,7 +62,7 @@ async def every_ref(response: Any) -> list[Ref]:
     return [ref async for ref in await response._to_object_ref_gen()]
 
 
-def test_nobody_shares_a_value_with_its_caller(handle: Handle) -> None:
+def test_values_are_copied_between_callers(handle: Handle) -> None:
     async def ask() -> None:
         mine = [0]
         assert await handle.change.remote(mine) == [0, 1]

@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from typing import Any
-
-import httpx2
-import numpy as np
 import pytest
 
-from cosmos3_core.conditioning.modes import MODES
-from cosmos3_core.media.mp4 import Mp4Writer
-from cosmos3_core.request import GenerationRequest
-from deployments.clients.http_transport import make_body
+from tests.app.every_mode import check_mode
+from tests.app.in_process import InProcessApp
 from tests.core_reference import Reference
-from tests.mode_inputs import CLIP, MINIMAL
+from tests.mode_inputs import MINIMAL
 
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    with Mp4Writer(path, fps=24, height=32, width=48) as writer:
-        writer.write(CLIP)
-    return path.read_bytes()
-
-
 @pytest.mark.parametrize("mode", MINIMAL)
-def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_file: bytes) -> None:
-    fields: dict[str, Any] = {**MINIMAL[mode], "num_inference_steps": 3}
-    if "video" in fields:
-        fields["video"] = clip_file
-    if MODES[mode].has_actions:
-        fields["action_chunk_size"] = 8
-    else:
-        fields |= {"height": 64, "width": 96, "num_frames": 1 if MODES[mode].is_image else 13}
-    request = GenerationRequest(**fields)
-    alone = reference(request)
-    expected = b"" if alone.path is None else alone.path.read_bytes()
-
-    generated = app.client.generate(request)
-    assert generated.info.mode == mode
-    assert generated.media == expected
-    assert generated.info.frames_sha256 == alone.frames_sha256
-    answer = httpx2.post(f"{app.url}/v1/videos/sync", json=make_body(request), timeout=100)
-    assert answer.headers["x-mode"] == mode
-    if alone.actions is None:
-        assert generated.info.actions is None
-        assert answer.content == expected
-        return
-    assert generated.info.actions is not None
-    assert np.array_equal(generated.info.actions.values, alone.actions.values)
-    said = json.loads(answer.content)
-    assert said["actions"] == alone.actions.as_json()
-    assert (said["video"] and base64.b64decode(said["video"]["b64_json"])) == (expected or None)
+def test_every_mode_by_handle_and_over_http_equals_one_process(
+    mode: str, app: InProcessApp, reference: Reference
+) -> None:
+    check_mode(mode, app, reference)

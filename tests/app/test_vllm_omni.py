@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +14,9 @@ import httpx2
 import pytest
 
 from cosmos3_core.generate import GenerationResult
-from cosmos3_core.media.image import write_image
-from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.request import GenerationRequest
-from tests.mode_inputs import ACTIONS, CLIP, IMAGE
+from tests.api import known_jobs
+from tests.mode_inputs import ACTIONS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -50,11 +48,11 @@ MEANT: dict[str, Any] = {
     "flow_shift": 10.0,
     "seed": 42,
 }
-ARM = {"domain_name": "bridge_orig_lerobot", "raw_action_dim": 10, "action_chunk_size": 8, "image_size": 256}
+ARM = {"domain_name": "bridge_orig_lerobot", "raw_action_dim": 10, "action_chunk_size": 4, "image_size": 256}
 ARM_MEANT: dict[str, Any] = {
     "domain_name": "bridge_orig_lerobot",
     "raw_action_dim": 10,
-    "action_chunk_size": 8,
+    "action_chunk_size": 4,
     "resolution_tier": 256,
     "num_inference_steps": 2,
 }
@@ -62,17 +60,12 @@ ARM_MEANT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def png() -> bytes:
-    stream = io.BytesIO()
-    write_image(stream, IMAGE, "png")
-    return stream.getvalue()
+    return known_jobs.png()
 
 
 @pytest.fixture(scope="module")
-def mp4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    with Mp4Writer(path, fps=24, height=32, width=48) as writer:
-        writer.write(CLIP)
-    return path.read_bytes()
+def mp4() -> bytes:
+    return known_jobs.mp4()
 
 
 @pytest.fixture
@@ -81,7 +74,7 @@ def http(app: Any) -> Iterator[httpx2.Client]:
         yield client
 
 
-def polled(http: httpx2.Client, form: dict[str, str], files: dict[str, Any] | None = None) -> dict[str, Any]:
+def create_and_poll(http: httpx2.Client, form: dict[str, str], files: dict[str, Any] | None = None) -> dict[str, Any]:
     """Create and poll, as their recipes do it."""
     # A part that is no file makes it a form in parts.
     answer = http.post("/v1/videos", data=form, files=files or {"user": (None, "me")})
@@ -117,7 +110,7 @@ def test_videos(mode: str, http: httpx2.Client, reference: Reference, png: bytes
     if mode == "t2vs":
         form |= {"generate_sound": "true", "sound_duration": "0.375"}
         meant["generate_sound"] = True
-    job = polled(http, form, files)
+    job = create_and_poll(http, form, files)
     expected = reference(GenerationRequest(**meant))
     assert expected.path is not None
     assert job["frames_sha256"] == expected.frames_sha256
@@ -130,7 +123,7 @@ def test_videos(mode: str, http: httpx2.Client, reference: Reference, png: bytes
     assert job["stage_durations"]["total"] == job["inference_time_s"] > 0
 
 
-def test_sync_has_their_headers(http: httpx2.Client, reference: Reference) -> None:
+def test_sync_sends_the_headers_of_vllm_omni(http: httpx2.Client, reference: Reference) -> None:
     answer = http.post("/v1/videos/sync", data=FORM)
     assert answer.status_code == 200, answer.text
     expected = reference(GenerationRequest(**MEANT))
@@ -147,7 +140,7 @@ def test_actions(mode: str, http: httpx2.Client, reference: Reference, png: byte
     """No num_frames: theirs fails without. The actions are at the top of the job's object."""
     extra: dict[str, Any] = {**ARM, "action_mode": mode}
     meant: dict[str, Any] = {**ARM_MEANT, "mode": mode, "prompt": "Pick up the cup."}
-    given = [[*row, 0.5] for row in ACTIONS[:8]]
+    given = [[*row, 0.5] for row in ACTIONS[:4]]
     if mode == "forward_dynamics":
         extra["action"] = given
         meant["actions"] = given
@@ -158,7 +151,7 @@ def test_actions(mode: str, http: httpx2.Client, reference: Reference, png: byte
         files = {"input_reference": ("a.png", png, "image/png")}
         meant["image"] = png
     form = {"prompt": "Pick up the cup.", "num_inference_steps": "2", "extra_params": json.dumps(extra)}
-    job = polled(http, form, files)
+    job = create_and_poll(http, form, files)
     expected = reference(GenerationRequest(**meant))
     if mode == "forward_dynamics":
         assert job["action"] is None
@@ -167,7 +160,7 @@ def test_actions(mode: str, http: httpx2.Client, reference: Reference, png: byte
         told = expected.actions.as_json()
         assert {name: job["action"][name] for name in told} == json.loads(json.dumps(told))
         assert job["action"]["action_mode"] == mode
-        assert job["action"]["shape"] == [8, 10]
+        assert job["action"]["shape"] == [4, 10]
         assert http.get(f"/v1/videos/{job['id']}/content?variant=action").json() == job["action"]
     if expected.path is not None:
         assert file_of(http, job) == expected.path.read_bytes()
@@ -192,7 +185,7 @@ def test_images(http: httpx2.Client, reference: Reference) -> None:
     assert base64.b64decode(image["b64_json"]) == expected.path.read_bytes()
 
 
-def test_what_they_say_and_do_not_do(http: httpx2.Client) -> None:
+def test_a_default_length_and_features_that_are_not_offered(http: httpx2.Client) -> None:
     """A clip without a length has the documented one; what is not offered is refused in words, no path is opened."""
     job = http.post("/v1/videos", json={"prompt": "a", "size": "64x32"}).json()
     try:
@@ -204,7 +197,7 @@ def test_what_they_say_and_do_not_do(http: httpx2.Client) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "not_offered")
 
 
-def test_a_failed_job_is_a_job(http: httpx2.Client) -> None:
+def test_a_failed_job_is_answered_with_its_object(http: httpx2.Client) -> None:
     """Theirs answers with the failure's status."""
     job = http.post("/v1/videos", json={"prompt": "\U0001f600" * 20_000, "size": "64x32", "num_frames": 5}).json()
     deadline_s = time.monotonic() + DEADLINE_S
@@ -219,7 +212,7 @@ def test_a_failed_job_is_a_job(http: httpx2.Client) -> None:
 
 
 def test_files_come_in_ranges_and_by_etag(http: httpx2.Client) -> None:
-    job = polled(http, FORM)
+    job = create_and_poll(http, FORM)
     whole = http.get(f"/v1/videos/{job['id']}/content")
     part = http.get(f"/v1/videos/{job['id']}/content", headers={"range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, whole.content[10:20])

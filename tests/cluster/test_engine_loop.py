@@ -378,7 +378,7 @@ def test_one_rank_that_raises_in_a_step_fails_the_gang_not_the_request() -> None
 
 def test_an_image_passes_every_video_at_the_next_quantum() -> None:
     async def body() -> None:
-        gang = FakeGang(step_s=0.01)
+        gang = FakeGang(step_s=0.001, told_step_s=0.01)
         loop = loop_on(gang, max_jobs=9)
         videos = [asyncio.create_task(follow(loop, f"video {index}", 60)) for index in range(9)]
         while not gang.of("step"):

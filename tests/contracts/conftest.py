@@ -5,7 +5,7 @@ product, where it must find nothing, and to planted sources, where it must find 
 """
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,12 @@ class Source:
     def tree(self) -> ast.Module:
         return ast.parse(self.text, filename=str(self.path))
 
+    @cached_property
+    def definitions(self) -> list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+        """The module, its classes and its functions, wherever they are."""
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+
     def is_in(self, *folders: str) -> bool:
         return any(self.path.is_relative_to(folder) for folder in folders)
 
@@ -53,11 +59,14 @@ class Source:
                         )
 
 
+def read_sources(paths: Iterable[Path]) -> list[Source]:
+    return [Source(PurePosixPath(path.relative_to(ROOT).as_posix()), path.read_text("utf-8")) for path in sorted(paths)]
+
+
 @pytest.fixture(scope="session")
 def product() -> list[Source]:
     """Every Python file of the packages that exist."""
-    paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-    return [Source(PurePosixPath(path.relative_to(ROOT).as_posix()), path.read_text("utf-8")) for path in paths]
+    return read_sources(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 @pytest.fixture(scope="session")

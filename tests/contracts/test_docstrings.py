@@ -5,7 +5,7 @@ import ast
 import pytest
 
 
-def undocumented(sources):
+def find_undocumented(sources):
     found = []
     for source in sources:
         if source.tree.body and not ast.get_docstring(source.tree):
@@ -21,7 +21,7 @@ def undocumented(sources):
 
 
 def test_everything_public_is_documented(core):
-    assert undocumented(core) == []
+    assert find_undocumented(core) == []
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ def test_everything_public_is_documented(core):
     ],
 )
 def test_the_rule_finds_a_planted_violation(planted, text):
-    assert undocumented(planted("cosmos3_core/a.py", text))
+    assert find_undocumented(planted("cosmos3_core/a.py", text))
 
 
 @pytest.mark.parametrize(
     "text", ["", "'''m'''\ndef _f(): ...", "'''m'''\ndef f():\n    'why'", "'''m'''\nclass A:\n    'what'"]
 )
 def test_the_rule_lets_the_documented_pass(planted, text):
-    assert undocumented(planted("cosmos3_core/a.py", text)) == []
+    assert find_undocumented(planted("cosmos3_core/a.py", text)) == []

@@ -46,7 +46,7 @@ def mode_words(sources):
     return found
 
 
-def named_modes(sources):
+def find_modes(sources):
     names = {*MODES, *(mode.upper() for mode in MODES)}
     return [
         f"{source.path}:{line}: {text}; ask the mode's row what it needs to know"
@@ -74,15 +74,15 @@ def test_the_sampler_knows_no_modes(core):
     assert mode_words(core) == []
 
 
-def test_the_way_of_a_request_asks_for_no_modes_name(core):
-    assert named_modes(core) == []
+def test_the_path_of_a_request_names_no_mode(core):
+    assert find_modes(core) == []
 
 
 @pytest.mark.parametrize("path", ["cosmos3_core/denoiser.py", "cosmos3_core/sampler/a.py", "cosmos3_core/engine.py"])
 @pytest.mark.parametrize("text", ["if mode == 'policy': ...", "f(TEXT_TO_IMAGE)", "x['image_to_video_with_sound']"])
 def test_the_rule_of_names_finds_a_planted_violation(planted, path, text):
-    assert named_modes(planted(path, text))
-    assert named_modes(planted("cosmos3_core/resolve.py", text)) == []
+    assert find_modes(planted(path, text))
+    assert find_modes(planted("cosmos3_core/resolve.py", text)) == []
 
 
 @pytest.mark.parametrize(

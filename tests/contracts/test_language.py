@@ -5,6 +5,8 @@ from collections import defaultdict
 
 import pytest
 
+from tests.contracts.conftest import ROOT, read_sources
+
 SUMMARIES = ("Of ", "Who ", "Whose ", "See the ")
 PARTICIPLES = frozenset(
     "asked begun bought broken brought built caught chosen done drawn found given gone held kept known left lost made "
@@ -21,26 +23,31 @@ EXEMPT: tuple[str, ...] = (
 )
 
 
-def is_property(node):
-    names = {getattr(it, "id", getattr(it, "attr", "")) for it in node.decorator_list}
-    return bool(names & {"property", "cached_property"})
+# Folders of tests whose helpers keep the same rules.
+TESTS = (".", "app", "contracts", "graph", "parallel", "parity")
+
+
+def is_noun(node):
+    """Properties and pytest's fixtures are called what they give."""
+    called = (getattr(it, "func", it) for it in node.decorator_list)
+    names = {getattr(it, "id", getattr(it, "attr", "")) for it in called}
+    return bool(names & {"property", "cached_property", "fixture"})
 
 
 def subjectless_summaries(sources):
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     return [
         f"{source.path}: {getattr(node, 'name', 'module')}: begin the summary with a verb or its subject"
         for source in sources
-        for node in ast.walk(source.tree)
-        if isinstance(node, documented) and (ast.get_docstring(node) or "").startswith(SUMMARIES)
+        for node in source.definitions
+        if (ast.get_docstring(node) or "").startswith(SUMMARIES)
     ]
 
 
 def participles(sources):
     found = []
     for source in sources:
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_property(node):
+        for node in source.definitions:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_noun(node):
                 word = node.name.strip("_").split("_")[0]
                 is_participle = (word.endswith("ed") and word not in VERBS) or word in PARTICIPLES
                 if is_participle and node.name not in PUBLIC_NAMES:
@@ -57,24 +64,34 @@ def doubles(sources):
     return [f"{name}: {', '.join(paths)}" for name, paths in files.items() if len(paths) > 1]
 
 
-def checked(product):
+def select_held(product):
     return [source for source in product if str(source.path) not in EXEMPT]
 
 
 def test_summaries_have_a_subject(product):
-    assert subjectless_summaries(checked(product)) == []
+    assert subjectless_summaries(select_held(product)) == []
 
 
 def test_functions_are_verbs(product):
-    assert participles(checked(product)) == []
+    assert participles(select_held(product)) == []
 
 
 def test_a_public_class_name_stands_for_one_thing(product):
     assert doubles(product) == []
 
 
+def test_helpers_of_tests_keep_the_rules():
+    tests = read_sources(path for folder in TESTS for path in (ROOT / "tests" / folder).glob("*.py"))
+    assert subjectless_summaries(tests) + participles(tests) == []
+
+
 def test_no_file_of_the_core_or_the_cluster_is_exempt():
     assert [path for path in EXEMPT if not path.startswith("deployments/")] == []
+
+
+def test_a_file_that_keeps_the_rules_is_not_exempt(product):
+    unruly = {str(source.path) for source in product if subjectless_summaries([source]) or participles([source])}
+    assert [f"{path}: take it out of EXEMPT" for path in EXEMPT if path not in unruly] == []
 
 
 @pytest.mark.parametrize("summary", [f"{word}x." for word in SUMMARIES])
@@ -89,6 +106,7 @@ def test_a_planted_participle_is_found(planted, name):
     assert participles(planted("cluster/a.py", f"def {name}(): ..."))
     assert participles(planted("cluster/a.py", f"class A:\n    async def {name}(self): ..."))
     assert participles(planted("cluster/a.py", f"class A:\n    @property\n    def {name}(self): ...")) == []
+    assert participles(planted("tests/a.py", f"@pytest.fixture(scope='module')\ndef {name}(): ...")) == []
 
 
 @pytest.mark.parametrize("name", ["feed", "embed_tokens", "keep", "_read"])

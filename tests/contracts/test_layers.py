@@ -1,4 +1,4 @@
-"""Who may know of whom: imports, the environment, process groups, rank words, torch at import, pickles."""
+"""What may know of what: imports, the environment, process groups, rank words, torch at import, pickles."""
 
 import ast
 import re
@@ -36,7 +36,7 @@ def imports(source):
                 yield module, node.lineno
 
 
-def dotted(node):
+def join_dotted(node):
     """``torch.distributed.barrier`` as text for such an expression, "" for another."""
     parts = []
     while isinstance(node, ast.Attribute):
@@ -66,7 +66,7 @@ def environment_readers(sources):
     ]
 
 
-def distributed_users(sources):
+def find_distributed_users(sources):
     found = []
     for source in sources:
         if source.is_in("cosmos3_core/parallel"):
@@ -75,7 +75,7 @@ def distributed_users(sources):
         found += [
             (source, node.lineno)
             for node in ast.walk(source.tree)
-            if isinstance(node, ast.Attribute) and dotted(node) == "torch.distributed"
+            if isinstance(node, ast.Attribute) and join_dotted(node) == "torch.distributed"
         ]
     return [f"{source.path}:{line}: torch.distributed belongs in cosmos3_core/parallel" for source, line in found]
 
@@ -102,8 +102,8 @@ def picklers(sources):
                 found.append(f"{source.path}:{line}: {module}")
         for node in ast.walk(source.tree):
             match node:
-                case ast.Attribute() if dotted(node) in ("torch.load", "torch.save"):
-                    found.append(f"{source.path}:{node.lineno}: {dotted(node)}; use safetensors")
+                case ast.Attribute() if join_dotted(node) in ("torch.load", "torch.save"):
+                    found.append(f"{source.path}:{node.lineno}: {join_dotted(node)}; use safetensors")
                 case ast.keyword(arg="allow_pickle", value=ast.Constant(value=True)):
                     found.append(f"{source.path}:{node.value.lineno}: allow_pickle=True")
     return found
@@ -114,7 +114,7 @@ def test_the_product_keeps_to_its_layers(product, rule):
     assert rule(product) == []
 
 
-@pytest.mark.parametrize("rule", [environment_readers, distributed_users, rank_words])
+@pytest.mark.parametrize("rule", [environment_readers, find_distributed_users, rank_words])
 def test_the_core_keeps_to_its_layers(core, rule):
     assert rule(core) == []
 
@@ -130,10 +130,10 @@ PLANTED = [
     (environment_readers, "cosmos3_core/a.py", "import os\nos.environ['A']"),
     (environment_readers, "cosmos3_core/a.py", "import os as o\no.getenv('A')"),
     (environment_readers, "cosmos3_core/a.py", "from os import environ as settings"),
-    (distributed_users, "cosmos3_core/model/a.py", "import torch.distributed as dist"),
-    (distributed_users, "cosmos3_core/a.py", "from torch import distributed"),
-    (distributed_users, "cosmos3_core/a.py", "from torch.distributed import barrier"),
-    (distributed_users, "cosmos3_core/a.py", "import torch\ntorch.distributed.barrier()"),
+    (find_distributed_users, "cosmos3_core/model/a.py", "import torch.distributed as dist"),
+    (find_distributed_users, "cosmos3_core/a.py", "from torch import distributed"),
+    (find_distributed_users, "cosmos3_core/a.py", "from torch.distributed import barrier"),
+    (find_distributed_users, "cosmos3_core/a.py", "import torch\ntorch.distributed.barrier()"),
     (rank_words, "cosmos3_core/model/a.py", "def f(tp): ..."),
     (rank_words, "cosmos3_core/model/a.py", "self.tp_rank = 0"),
     (rank_words, "cosmos3_core/sampler/a.py", "class ProcessGroup: ..."),
@@ -152,8 +152,8 @@ HARMLESS = [
     (wrong_imports, "deployments/a.py", "import ray, pydantic, cluster, cosmos3_core"),
     (environment_readers, "cosmos3_core/__main__.py", "import os\nos.environ['A']"),
     (environment_readers, "cosmos3_core/a.py", "import os\nos.path"),
-    (distributed_users, "cosmos3_core/parallel/a.py", "import torch.distributed"),
-    (distributed_users, "cosmos3_core/a.py", "'''torch.distributed'''\ntorch.distributions"),
+    (find_distributed_users, "cosmos3_core/parallel/a.py", "import torch.distributed"),
+    (find_distributed_users, "cosmos3_core/a.py", "'''torch.distributed'''\ntorch.distributions"),
     (rank_words, "cosmos3_core/parallel/a.py", "rank = tp = 0"),
     (rank_words, "cosmos3_core/model/a.py", "'rank'\nhttp = frank = regroup = output = 0  # rank"),
     (picklers, "cosmos3_core/a.py", "'pickle'\njson.load(file)\nnumpy.load(path, allow_pickle=False)"),

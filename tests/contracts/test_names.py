@@ -14,7 +14,7 @@ BARE = {
 ALLOWED: dict[tuple[str, str], str] = {}
 
 
-def defined_names(tree):
+def find_names(tree):
     """(name, line) of every function parameter, instance attribute and class attribute."""
     for node in ast.walk(tree):
         match node:
@@ -34,7 +34,7 @@ def bare_names(sources):
     return [
         f"{source.path}:{line}: {name}; say {BARE[name]}"
         for source in sources
-        for name, line in defined_names(source.tree)
+        for name, line in find_names(source.tree)
         if name in BARE and (str(source.path), name) not in ALLOWED
     ]
 
@@ -44,7 +44,7 @@ def test_quantities_carry_units(core):
 
 
 def test_the_allow_list_is_in_use_and_has_reasons(core):
-    defined = {(str(source.path), name) for source in core for name, _ in defined_names(source.tree)}
+    defined = {(str(source.path), name) for source in core for name, _ in find_names(source.tree)}
     assert set(ALLOWED) <= defined, "remove entries that nothing needs"
     assert all(ALLOWED.values())
 

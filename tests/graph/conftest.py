@@ -41,7 +41,7 @@ class App:
     config: Any
 
 
-def counted(run: Callable[..., Any]) -> Callable[..., Any]:
+def count_runs(run: Callable[..., Any]) -> Callable[..., Any]:
     """As it is, and counted."""
 
     def start(*arguments: Any, **options: Any) -> Any:
@@ -67,7 +67,7 @@ def ray_cluster() -> Iterator[int]:
     from ray import serve
 
     serve_client.CLIENT_POLLING_INTERVAL_S = 0.05
-    serve.run = counted(serve.run)
+    serve.run = count_runs(serve.run)
     ray.init(
         "local",
         num_cpus=64,
@@ -127,14 +127,20 @@ def app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
     return _start(tiny_nano, ray_cluster, media, "shared", {})
 
 
+NARROW: dict[str, Any] = {
+    "audio__enabled": False,
+    "jobs__max_running_videos": 2,
+    "jobs__max_queued": 4,
+    "jobs__lease_s": 5,
+    "jobs__checkpoint_period_s": 0.2,
+    "ingress__max_ongoing_requests": 3,
+    "ingress__max_queued_requests": 1,
+    "transformer__save_period_s": 0.2,
+    "transformer__quantum_timeout_s": 1000,
+}
+
+
 @pytest.fixture(scope="session")
 def jobs_app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
     """Two videos run at a time, few wait; a silent runner is dead after five seconds; states are left often."""
-    overrides = {
-        "jobs__max_running_videos": 2,
-        "jobs__max_queued": 24,
-        "jobs__lease_s": 5,
-        "jobs__checkpoint_period_s": 0.2,
-        "transformer__save_period_s": 0.2,
-    }
-    return _start(tiny_nano, ray_cluster, media, "jobs", overrides)
+    return _start(tiny_nano, ray_cluster, media, "jobs", NARROW)

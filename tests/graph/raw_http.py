@@ -22,7 +22,7 @@ _PATIENCE_S = 1.0
 
 
 class LiveApi:
-    """See the module; jobs that it made are deleted at once.
+    """A running app over sockets; jobs that a request made are deleted at once.
 
     Args:
         url: of the app.
@@ -38,13 +38,13 @@ class LiveApi:
         self._address, self._prefix = (str(parts.hostname), int(parts.port or 80)), parts.path
         self._host, self._inside = f"Host: {parts.netloc}".encode(), inside
         self.num_accepted = 0
-        answer = self.exchanged(Sent("GET", "/openapi.json"))
+        answer = self.exchange(Sent("GET", "/openapi.json"))
         assert answer.status_code == 200, answer.text
         self.documented = Documented(answer.json())
 
     def answer(self, sent: Sent) -> httpx2.Response:
         """What comes back, which is safe."""
-        answer = self.exchanged(sent)
+        answer = self.exchange(sent)
         self._inside.check(answer, sent.everything)
         if sent.method == "POST" and answer.status_code == 200 and not sent.target.endswith("/cancel"):
             self.delete(answer)
@@ -53,12 +53,12 @@ class LiveApi:
     def delete(self, answer: httpx2.Response) -> None:
         """The job that an answer tells of."""
         self.num_accepted += 1
-        self.exchanged(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
+        self.exchange(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
 
     def check_accepted(self) -> None:
         """Nothing: whether it can be read is for the app to say."""
 
-    def exchanged(self, sent: Sent) -> httpx2.Response:
+    def exchange(self, sent: Sent) -> httpx2.Response:
         """What comes back. A server may answer before it has all, and hang up."""
         names = {name.lower() for name, _ in sent.headers}
         lines = [f"{sent.method} {self._prefix}{sent.target} HTTP/1.1".encode(), self._host, b"Connection: close"]

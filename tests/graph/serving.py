@@ -32,7 +32,7 @@ class Serving:
         return self.output.read_text()
 
     def url(self) -> str:
-        """Of the app, once it is ready."""
+        """Wait until the app is ready; return its URL."""
         deadline_s = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline_s and self.process.poll() is None:
             if match := re.search(r"ready after [\d.]+ s: (http://\S+)", self.said()):

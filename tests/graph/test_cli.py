@@ -73,7 +73,7 @@ def test_an_image_and_a_note(served: Serving, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "image.png"]
 
 
-def test_an_image_and_actions_go_there_and_back(served: Serving, tiny_nano: Path, tmp_path: Path) -> None:
+def test_images_and_actions_over_http_equal_one_process(served: Serving, tiny_nano: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "arm.png", np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8), "png")
     policy = ("--mode", "policy", "--prompt", "Pick it up.", "--domain-name", "bridge_orig_lerobot", "--steps", "2")
     policy = (*policy, "--image", "arm.png", "--action-chunk-size", "4", "--resolution-tier", "256")
@@ -105,7 +105,7 @@ def test_an_image_and_actions_go_there_and_back(served: Serving, tiny_nano: Path
         (["--tp", "2"], "error: tp must be only without --url (got 2)"),
     ],
 )
-def test_what_is_refused_is_one_line(arguments: list[str], said: str, served: Serving, tmp_path: Path) -> None:
+def test_a_refusal_is_one_line(arguments: list[str], said: str, served: Serving, tmp_path: Path) -> None:
     done = cosmos3("generate", "--url", served.url(), *REQUEST, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert said in only_line(done.stderr)
@@ -142,7 +142,7 @@ for event in connect().stream(request):
 """
 
 
-def test_ctrl_c_finishes_what_is_running_and_stops_everything(served: Serving, tmp_path: Path) -> None:
+def test_ctrl_c_drains_running_jobs_and_leaves_no_process(served: Serving, tmp_path: Path) -> None:
     url = served.url()
     assert len(served.leftovers()) > 8, "the mark is not inherited"
     command = [sys.executable, "-c", FOLLOW]
@@ -217,7 +217,7 @@ def test_damaged_weights_are_named_in_one_line(tiny_nano: Path, tmp_path: Path) 
     ],
 )
 @pytest.mark.slow  # tests/deployments shows the words
-def test_a_place_that_cannot_hold_the_app(arguments: list[str], said: str, tiny_nano: Path, tmp_path: Path) -> None:
+def test_too_few_resources_are_named(arguments: list[str], said: str, tiny_nano: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--checkpoint", str(tiny_nano), *arguments) as started:
         assert started.process.wait(DEADLINE_S) == 2, started.said()
         assert said in started.said().splitlines()[-1]
@@ -247,7 +247,7 @@ def test_the_demo_makes_what_it_needs(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["tiny"]
 
 
-def test_commands_that_are_passed_on(tmp_path: Path) -> None:
+def test_subcommands_of_the_core_are_forwarded(tmp_path: Path) -> None:
     made = cosmos3("tiny-checkpoint", "tiny", "--variant", "edge", cwd=tmp_path)
     assert made.stdout.startswith("tiny: tiny edge, "), made.stderr
     assert (tmp_path / "tiny" / "model_index.json").is_file()

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.generate import GenerationResult
-from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.clients.http_transport import make_body
-from tests.mode_inputs import CLIP, MINIMAL
+from tests.app.every_mode import check_mode
+from tests.mode_inputs import MINIMAL
 
 pytestmark = pytest.mark.cluster
 
@@ -41,7 +38,9 @@ def post(url: str, body: dict[str, Any]) -> Any:
     ],
     ids=["video", "image", "rounded, unguided", "karras"],
 )
-def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference: Reference) -> None:
+def test_handle_http_and_one_process_give_equal_files(
+    request_: GenerationRequest, app: Any, reference: Reference
+) -> None:
     alone = reference(request_)
     assert alone.path is not None
     expected = alone.path.read_bytes()
@@ -66,49 +65,15 @@ def test_three_ways_one_result(request_: GenerationRequest, app: Any, reference:
         assert json.loads(answer.headers["x-notes"]) == list(alone.request.notes)
 
 
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    with Mp4Writer(path, fps=24, height=32, width=48) as writer:
-        writer.write(CLIP)
-    return path.read_bytes()
-
-
 @pytest.mark.slow  # tests/app runs the same in one process
 @pytest.mark.parametrize("mode", MINIMAL)
-def test_every_mode_three_ways(mode: str, app: Any, reference: Reference, clip_file: bytes) -> None:
-    fields: dict[str, Any] = {**MINIMAL[mode], "num_inference_steps": 3}
-    if "video" in fields:
-        fields["video"] = clip_file
-    if MODES[mode].has_actions:
-        fields["action_chunk_size"] = 8
-    else:
-        fields |= {"height": 64, "width": 96, "num_frames": 1 if MODES[mode].is_image else 13}
-    request = GenerationRequest(**fields)
-    alone = reference(request)
-    expected = b"" if alone.path is None else alone.path.read_bytes()
-
-    generated = app.client.generate(request)
-    assert generated.info.mode == mode
-    assert generated.media == expected
-    assert generated.info.frames_sha256 == alone.frames_sha256
-    with post(app.url, make_body(request)) as answer:
-        body = answer.read()
-        assert answer.headers["x-mode"] == mode
-    if alone.actions is None:
-        assert generated.info.actions is None
-        assert body == expected
-        return
-    assert generated.info.actions is not None
-    assert np.array_equal(generated.info.actions.values, alone.actions.values)
-    said = json.loads(body)
-    assert said["actions"] == alone.actions.as_json()
-    assert (said["video"] and base64.b64decode(said["video"]["b64_json"])) == (expected or None)
+def test_every_mode_by_handle_and_over_http_equals_one_process(mode: str, app: Any, reference: Reference) -> None:
+    check_mode(mode, app, reference)
 
 
-def test_the_events_tell_the_story_in_order_and_from_different_processes(app: Any) -> None:
+def test_events_come_in_order_and_from_one_process_a_stage(app: Any) -> None:
     events = list(app.client.stream(SMALL))
-    kinds = [type(event).__name__ for event in events]
+    kinds = [type(event).__name__ for event in events if not isinstance(event, messages.StateSaved)]
     order = ["Accepted", "Tokenized", "QueuePosition", "StepDone", "LatentsReady", "FileStarted"]
     order += ["ChunkDecoded", "ChunkEncoded", "ClipEncoded", "Finished"]
     assert list(dict.fromkeys(kinds)) == order

@@ -22,14 +22,14 @@ from tests.graph.acting_rank import Act
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# Long enough in every stage to be hit in the middle: 100 steps, 16 chunks.
-LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=128, num_inference_steps=100, seed=3)
+# Long enough in every stage to be hit in the middle: 60 steps, 11 chunks.
+LONG = GenerationRequest(prompt="A red car.", num_frames=41, height=96, width=128, num_inference_steps=60, seed=3)
 DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True)
 class Victim:
-    """Whose process dies, and upon which event."""
+    """A process to kill, and the event upon which it dies."""
 
     name: str
     kill_at: type
@@ -171,7 +171,7 @@ def object_store_bytes() -> int:
         ),
     ],
 )
-def test_what_ranks_do_is_what_their_gang_does(
+def test_a_gang_fails_as_its_ranks_do(
     parts: list[str], way: str, raised: type[Exception], said: str, ray_cluster: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray

@@ -62,7 +62,7 @@ class LiveJobs:
     def kinds(self) -> tuple[str, ...]:
         return (*self.ids, "queued", "unknown")
 
-    def made(self, **fields: Any) -> str:
+    def make(self, **fields: Any) -> str:
         """The id of a new one."""
         answer = self.http.post("/v1/videos", json={**SMALL, **fields})
         assert answer.status_code == 200, answer.text
@@ -78,11 +78,11 @@ class LiveJobs:
             time.sleep(0.1)
 
     def id_of(self, kind: str) -> str:
-        """Of a job of a kind; those that wait are made anew."""
+        """The id of a job of a kind; those that wait are made anew."""
         if kind != "queued":
             return self.ids.get(kind, UNKNOWN)
         if self.status(self.queued) != "queued":
-            self.queued = self.made()
+            self.queued = self.make()
         return self.queued
 
 
@@ -116,17 +116,17 @@ def held(start_app: Callable[..., Any]) -> Iterator[Reservation]:
     (rank_pid,) = {it.pid for it in app.client.stream(request) if isinstance(it, messages.StepDone)}
     with httpx2.Client(base_url=app.url, timeout=DEADLINE_S) as http:
         jobs = LiveJobs(http)
-        ids = {"completed": jobs.made(), "image": jobs.made(num_frames=1, mode="text_to_image", output="png")}
+        ids = {"completed": jobs.make(), "image": jobs.make(num_frames=1, mode="text_to_image", output="png")}
         for job_id in ids.values():
             jobs.wait(job_id, "completed")
         jobs.ids |= ids
         os.kill(rank_pid, signal.SIGSTOP)
-        running = (jobs.made(), jobs.made(num_frames=1, mode="text_to_image"))
+        running = (jobs.make(), jobs.make(num_frames=1, mode="text_to_image"))
         held = Reservation(app, jobs, rank_pid, running)
         try:
             for job_id in running:
                 jobs.wait(job_id, "in_progress")
-            jobs.ids["cancelled"] = jobs.made()
+            jobs.ids["cancelled"] = jobs.make()
             http.post(f"/v1/videos/{jobs.ids['cancelled']}/cancel")
             yield held
         finally:
@@ -163,7 +163,9 @@ def check_memory(held: Reservation) -> Callable[[str], None]:
     return check
 
 
-def test_cases_of_the_document(held: Reservation, api: LiveApi, check_memory: Callable[[str], None]) -> None:
+def test_generated_cases_of_the_openapi_document(
+    held: Reservation, api: LiveApi, check_memory: Callable[[str], None]
+) -> None:
     asking = Asking.of(api, api.documented.document, held.jobs)
     for label, operation in asking.operations.items():
         is_large = label.startswith("POST /v1/videos") or label in _WAITING
@@ -180,7 +182,7 @@ def test_cases_of_the_document(held: Reservation, api: LiveApi, check_memory: Ca
     check_memory("cases of the document")
 
 
-def test_bodies_of_ill_will(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
+def test_hostile_bodies(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
     fuzz.send_all(itertools.islice(small(hostile_bodies.broken_forms()), 0, None, 6))
     fuzz.send_all(small(hostile_bodies.broken_json()))
     fuzz.send_all(itertools.islice(large(), 0, None, 3))
@@ -190,7 +192,7 @@ def test_bodies_of_ill_will(fuzz: Fuzz, check_memory: Callable[[str], None]) -> 
     check_memory("bodies")
 
 
-def test_files_of_ill_will(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
+def test_hostile_files(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
     rng = random.Random(0)
     fuzz.send_damaged(rng, hostile_media.stills(), IMAGE_FIELDS, 200)
     fuzz.send_damaged(rng, hostile_media.clips(), ["video"], 20)
@@ -205,19 +207,19 @@ def test_files_of_ill_will(fuzz: Fuzz, check_memory: Callable[[str], None]) -> N
     check_memory("files")
 
 
-def test_lengths_that_are_none(held: Reservation, api: LiveApi) -> None:
+def test_invalid_content_lengths(held: Reservation, api: LiveApi) -> None:
     """The HTTP server's own business: it refuses, or reads as far as was announced."""
     for sent in hostile_bodies.lengths(hostile_bodies.form(hostile_bodies.part(b"prompt", b"a"))):
-        answer = api.exchanged(sent)
+        answer = api.exchange(sent)
         assert answer.status_code in (200, 400, 413, 422), (sent, answer.text)
         assert b"Traceback" not in answer.content
         if answer.status_code == 200:
             api.delete(answer)
 
 
-def test_afterwards_it_works(held: Reservation) -> None:
+def test_the_app_serves_after_hostile_requests(held: Reservation) -> None:
     held.release()
     for job_id in held.running:
         held.jobs.wait(job_id, "completed")
-    last = held.jobs.made()
+    last = held.jobs.make()
     held.jobs.wait(last, "completed")

@@ -21,7 +21,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.launch.http_client import save_video
 
-pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.serve, pytest.mark.gang, pytest.mark.timeout(900)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=6, seed=5)
 LONG = replace(SMALL, num_inference_steps=80)
@@ -33,15 +33,20 @@ Eventually = Callable[..., bool]
 
 @pytest.fixture(scope="module")
 def gang_app(start_app: Callable[..., Any]) -> Any:
+    """Four ranks denoise; two Directors, two pairs of ranks that decode and two encoders serve the clips."""
     return start_app(
         "gang",
+        audio__enabled=False,
+        director__num_replicas=2,
+        encoder__num_replicas=2,
+        jobs__max_running_videos=32,
         transformer__tp=2,
         transformer__cfg=2,
         transformer__save_period_s=0.25,
         transformer__quantum_timeout_s=10,
         transformer__max_jobs=3,
+        vae__num_replicas=2,
         vae__ranks=2,
-        jobs__max_running_videos=32,
     )
 
 
@@ -85,7 +90,7 @@ def rank_processes(raylet: int) -> set[int]:
     return found
 
 
-def disturbed(app: Any, disturb: Callable[[], None]) -> list[Any]:
+def follow_disturbed(app: Any, disturb: Callable[[], None]) -> list[Any]:
     """Events of the long request, disturbed once its first state is saved."""
     events = []
     for event in app.client.stream(LONG, timeout_s=DEADLINE_S):
@@ -96,7 +101,7 @@ def disturbed(app: Any, disturb: Callable[[], None]) -> list[Any]:
     return events
 
 
-def test_a_gang_of_four_gives_the_pictures_of_one(gang_app: Any, reference: Reference, tmp_path: Any) -> None:
+def test_a_gang_of_four_equals_one_rank(gang_app: Any, reference: Reference, tmp_path: Any) -> None:
     # Stored exactly: what x264 makes of a level more or less depends on the processor, too.
     exact = replace(SMALL, lossless=True)
     alone = reference(exact)
@@ -113,12 +118,12 @@ def test_a_gang_of_four_gives_the_pictures_of_one(gang_app: Any, reference: Refe
     assert over_http.path.read_bytes() == generated.media
 
 
-def test_one_ranks_death_is_all_of_theirs_and_the_next_gang_goes_on_from_the_saved_state(
+def test_a_ranks_death_ends_its_gang_and_the_next_gang_resumes_from_the_saved_state(
     gang_app: Any, undisturbed: str, eventually: Eventually
 ) -> None:
     before = ranks_of(gang_app)
     assert len(set(before)) == 4
-    events = disturbed(gang_app, lambda: os.kill(before[3], signal.SIGKILL))
+    events = follow_disturbed(gang_app, lambda: os.kill(before[3], signal.SIGKILL))
     retried = one(messages.StageRetried, events)
     assert retried.stage == "denoise"
     assert "rank 3: died" in retried.reason
@@ -133,7 +138,7 @@ def test_one_ranks_death_is_all_of_theirs_and_the_next_gang_goes_on_from_the_sav
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_the_leaders_death_is_its_ranks_and_its_placement_groups(
+def test_the_leaders_death_ends_its_ranks_and_its_placement_group(
     gang_app: Any, undisturbed: str, eventually: Eventually
 ) -> None:
     from ray.util.placement_group import placement_group_table
@@ -143,7 +148,7 @@ def test_the_leaders_death_is_its_ranks_and_its_placement_groups(
 
     known = one(messages.LatentsReady, list(gang_app.client.stream(SMALL, timeout_s=DEADLINE_S)))
     groups_before = num_groups()
-    events = disturbed(gang_app, lambda: os.kill(known.pid, signal.SIGKILL))
+    events = follow_disturbed(gang_app, lambda: os.kill(known.pid, signal.SIGKILL))
     retried = one(messages.StageRetried, events)
     again = [event.step for event in all_of(messages.StepDone, events[events.index(retried) :])]
     assert retried.from_step > 0
@@ -158,7 +163,7 @@ def test_a_rank_that_hangs_is_found_by_the_leaders_deadline(
     gang_app: Any, undisturbed: str, eventually: Eventually
 ) -> None:
     before = ranks_of(gang_app)
-    events = disturbed(gang_app, lambda: os.kill(before[2], signal.SIGSTOP))
+    events = follow_disturbed(gang_app, lambda: os.kill(before[2], signal.SIGSTOP))
     retried = one(messages.StageRetried, events)
     assert "no answer from" in retried.reason
     assert retried.from_step > 0
@@ -194,7 +199,7 @@ def test_a_rank_killed_during_bring_up(gang_app: Any, eventually: Eventually) ->
     assert eventually(lambda: len(rank_processes(raylet) - others) == 4, DEADLINE_S), "nothing is left of the failed"
 
 
-def test_an_image_passes_however_many_videos_wait(gang_app: Any, undisturbed: str) -> None:
+def test_an_image_overtakes_queued_videos(gang_app: Any, undisturbed: str) -> None:
     """Three videos fill the gang's bound, eight more wait for places; the image runs before any of them is done."""
     expected = gang_app.client.generate(IMAGE, timeout_s=DEADLINE_S).info.frames_sha256
     streams = [gang_app.client.stream(LONG, timeout_s=DEADLINE_S) for _ in range(11)]
@@ -232,13 +237,36 @@ def test_an_image_passes_however_many_videos_wait(gang_app: Any, undisturbed: st
     assert {event.frames_sha256 for event in finished} == {undisturbed}, "passed over, and none the worse"
 
 
+def test_clips_do_not_mix_and_each_stays_with_one_encoder(gang_app: Any) -> None:
+    """Two encoders, two decoders, two Directors, six clips at once."""
+    requests = [replace(SMALL, num_frames=17, seed=seed) for seed in range(6)]
+
+    def run(request: GenerationRequest) -> tuple[str, set[int]]:
+        events = list(gang_app.client.stream(request, timeout_s=200))
+        encoders = {event.pid for event in all_of(messages.ChunkEncoded, events)}
+        return one(messages.Finished, events).frames_sha256, encoders
+
+    expected = [run(request)[0] for request in requests]
+    assert len(set(expected)) == len(expected)
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(run, requests))
+    assert [digest for digest, _ in results] == expected
+    assert all(len(encoders) == 1 for _, encoders in results)
+    # More clips than places, and Directors that know nothing of each other: a clip that held an encoder's place and
+    # waited for a decoder's, which another one held and waited for an encoder, would wait for ever.
+    with ThreadPoolExecutor(12) as pool:
+        many = list(pool.map(run, requests * 2))
+    assert [digest for digest, _ in many] == expected * 2
+    assert len(set.union(*(encoders for _, encoders in results))) == 2, "both encoders had work"
+
+
 @pytest.mark.slow  # four more ranks
 def test_two_gangs_of_one_host_serve_side_by_side(start_app: Callable[..., Any]) -> None:
     from ray import serve
 
     app = start_app("two-gangs", transformer__tp=2, transformer__num_replicas=2)
 
-    def served_by() -> tuple[tuple[int, ...], str]:
+    def find_server() -> tuple[tuple[int, ...], str]:
         with app.client.stream(SMALL, timeout_s=200) as events:
             seen = list(events)
         (ready,) = (event for event in seen if isinstance(event, messages.LatentsReady))
@@ -247,7 +275,7 @@ def test_two_gangs_of_one_host_serve_side_by_side(start_app: Callable[..., Any])
         return ready.rank_pids, finished.frames_sha256
 
     with ThreadPoolExecutor(6) as callers:
-        served = list(callers.map(lambda _: served_by(), range(12)))
+        served = list(callers.map(lambda _: find_server(), range(12)))
     gangs = {ranks for ranks, _ in served}
     assert len(gangs) == 2, "both gangs get requests"
     assert len({pid for ranks in gangs for pid in ranks}) == 4, "and share no rank"

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from cluster.errors import OverloadedError
 from cosmos3_core.request import GenerationRequest
-from tests.app.http_jobs import DEADLINE_S, LONG, ended, events_of, job_of, patiently
+from deployments import messages
+from deployments.clients.http_transport import make_body
+from tests.app.http_jobs import DEADLINE_S, LONG, events_of, job_of, patiently, wait_for_end
 from tests.core_reference import Reference
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -52,7 +59,7 @@ def test_a_killed_process_costs_no_job(
     stage: str, jobs_app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
 ) -> None:
     """Three that wait and two that run."""
-    done_before = ended(http, job_of(http, num_inference_steps=2, num_frames=5))
+    done_before = wait_for_end(http, job_of(http, num_inference_steps=2, num_frames=5))
     content = http.get(f"/v1/videos/{done_before['id']}/content").content
     seeds = [1, 2, 1, 2, 1]
     ids = [job_of(http, seed=seed) for seed in seeds]
@@ -66,7 +73,7 @@ def test_a_killed_process_costs_no_job(
     assert states.count("queued") >= 2
     (pid,) = replica_pids("jobs", stage)
     os.kill(pid, signal.SIGKILL)
-    jobs = [ended(http, job_id) for job_id in ids]
+    jobs = [wait_for_end(http, job_id) for job_id in ids]
     assert [job["status"] for job in jobs] == ["completed"] * 5, [job["error"] for job in jobs]
     for seed, job in zip(seeds, jobs, strict=True):
         assert job["frames_sha256"] == reference(GenerationRequest(**LONG, seed=seed)).frames_sha256
@@ -79,15 +86,17 @@ def test_a_killed_process_costs_no_job(
     assert patiently(http, f"/v1/videos/{done_before['id']}") == done_before
 
 
-def test_a_taken_over_job_goes_on_where_it_was(jobs_app: Any, http: httpx2.Client, reference: Reference) -> None:
-    steps = 300
+def test_a_job_resumes_from_its_saved_state_on_another_director(
+    jobs_app: Any, http: httpx2.Client, reference: Reference
+) -> None:
+    steps = 160
     job_id = job_of(http, num_inference_steps=steps, seed=5, num_frames=9)
     for _, kind, data in events_of(http, job_id):
         if kind == "step" and data["step"] > steps // 2:
             break
     (pid,) = replica_pids("jobs", "Director")
     os.kill(pid, signal.SIGKILL)
-    job = ended(http, job_id)
+    job = wait_for_end(http, job_id)
     assert (job["status"], job["attempts"]) == ("completed", 2), job["error"]
     told = [(kind, data) for _, kind, data in events_of(http, job_id)]
     began = [index for index, (kind, _) in enumerate(told) if kind == "started"]
@@ -109,8 +118,52 @@ def test_a_replica_that_serve_stops_gives_its_jobs_back(
     replica = director_replica("jobs")
     ray.get(replica.perform_graceful_shutdown.remote(), timeout=DEADLINE_S)
     ray.kill(replica)  # as Serve does next
-    job = ended(http, job_id)
+    job = wait_for_end(http, job_id)
     assert (job["status"], job["attempts"]) == ("completed", 1), "what is given back was no attempt"
     kinds = [kind for _, kind, _ in events_of(http, job_id)]
     assert kinds.count("started") == 2
     assert job["frames_sha256"] == reference(GenerationRequest(**LONG, seed=6)).frames_sha256
+
+
+def num_queued(app: Any) -> int:
+    """Count the jobs that wait, those of callers too, which no page shows."""
+    path = app.config.jobs.database.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path)) as database:
+        return int(database.execute("select count(*) from jobs where state = 'queued'").fetchone()[0])
+
+
+def test_beyond_its_bounds_the_app_sends_retry_after(jobs_app: Any, eventually: Callable[..., bool]) -> None:
+    """Two clips run and are held, so whatever is full stays full: the ingress with three calls and a fourth that waits
+    for it, then the queue of jobs with four. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
+    """
+    small = GenerationRequest(prompt="a car", num_frames=5, height=80, width=96, num_inference_steps=2)
+
+    def by_http() -> httpx2.Response:
+        return httpx2.post(f"{jobs_app.url}/v1/videos/sync", json=make_body(small), timeout=500)
+
+    with ExitStack() as running, ThreadPoolExecutor(11) as pool:
+        rank_pids = set()
+        for _ in range(2):
+            events = running.enter_context(jobs_app.client.stream(replace(small, num_inference_steps=1000)))
+            rank_pids.add(next(event.pid for event in events if isinstance(event, messages.StepDone)))
+        (rank_pid,) = rank_pids
+        os.kill(rank_pid, signal.SIGSTOP)
+        try:
+            taken = [pool.submit(by_http) for _ in range(3)]
+            assert eventually(lambda: num_queued(jobs_app) == 3)
+            others = [pool.submit(by_http) for _ in range(8)]
+            assert eventually(lambda: sum(each.done() for each in others) == 7), "one has the place that there is"
+            refused = [each.result() for each in others if each.done()]
+            with jobs_app.client.stream(small) as last:
+                assert isinstance(next(last), messages.Accepted)
+                with pytest.raises(OverloadedError) as full:
+                    jobs_app.client.generate(small)
+        finally:
+            os.kill(rank_pid, signal.SIGCONT)
+        running.close()
+        served = [each.result() for each in (*taken, *others) if each.result() not in refused]
+    assert {answer.status_code for answer in refused} == {429}
+    assert all(float(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert full.value.retry_after_s >= 1
+    assert [answer.status_code for answer in served] == [200] * 4
+    assert jobs_app.client.generate(small).info.num_frames == 5, "a place is free again"

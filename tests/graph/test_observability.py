@@ -66,7 +66,7 @@ def test_every_process_logs_the_request_by_its_id(eventually: Callable[..., bool
 
 
 @pytest.mark.usefixtures("asked")
-def test_the_clusters_text_has_its_numbers_and_serves(eventually: Callable[..., bool]) -> None:
+def test_metrics_of_the_cluster_include_ours_and_serves(eventually: Callable[..., bool]) -> None:
     def families() -> dict[str, Any]:
         text, _ = asyncio.run(metrics_text())
         return {family.name: family for family in text_string_to_metric_families(text)}

@@ -74,7 +74,7 @@ def jobs_of(http: httpx2.Client, ids: list[str]) -> list[dict[str, Any]]:
     return [http.get(f"/v1/videos/{job_id}").json() for job_id in ids]
 
 
-def ended(http: httpx2.Client, ids: list[str]) -> list[dict[str, Any]]:
+def wait_for_ends(http: httpx2.Client, ids: list[str]) -> list[dict[str, Any]]:
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
         jobs = jobs_of(http, ids)
@@ -84,13 +84,13 @@ def ended(http: httpx2.Client, ids: list[str]) -> list[dict[str, Any]]:
         time.sleep(0.1)
 
 
-def test_all_of_it_is_killed_and_every_job_completes(
+def test_every_job_completes_after_the_whole_service_was_killed(
     tmp_path: Path, tiny_nano: Path, database: str, reference: Reference
 ) -> None:
     """Three jobs wait and two run; one has ended."""
     with service(tmp_path, tiny_nano, database) as (app, http):
         quick = http.post("/v1/videos", json={**LONG, "num_frames": 5, "num_inference_steps": 2}).json()["id"]
-        (before,) = ended(http, [quick])
+        (before,) = wait_for_ends(http, [quick])
         content = http.get(f"/v1/videos/{quick}/content").content
         ids = [http.post("/v1/videos", json={**LONG, "seed": seed}).json()["id"] for seed in SEEDS]
         deadline_s = time.monotonic() + DEADLINE_S
@@ -102,7 +102,7 @@ def test_all_of_it_is_killed_and_every_job_completes(
         assert states.count("queued") == 3, states
         kill_everything(app)
     with service(tmp_path, tiny_nano, database) as (_, http):
-        jobs = ended(http, ids)
+        jobs = wait_for_ends(http, ids)
         assert [job["status"] for job in jobs] == ["completed"] * 5, [job["error"] for job in jobs]
         assert sorted(job["attempts"] for job in jobs) == [1, 1, 1, 2, 2]
         for seed, job in zip(SEEDS, jobs, strict=True):

@@ -66,7 +66,7 @@ class Nodes:
         self.cluster.remove_node(self._nodes.pop(zone), allow_graceful=False)
 
     def zone(self, pid: int) -> str:
-        """Of a process that Ray started: its parent is its node's raylet."""
+        """The zone of a process that Ray started: its parent is its node's raylet."""
         raylet = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         zones = {node.all_processes["raylet"][0].process.pid: zone for zone, node in self._nodes.items()}
         return zones[raylet]
@@ -193,7 +193,7 @@ def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
     }
 
 
-def lost_node(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
+def lose_node(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
     """The gang's node goes away while it denoises, and the next one's when it has just finished."""
     here = {f"{stage}__node_labels": {"zone": "a"} for stage in ("ingress", "director", "tokenizer", "vae", "encoder")}
     there = {"transformer__node_labels": {"zone": "!a"}, "transformer__save_period_s": 0.3}
@@ -224,7 +224,7 @@ def lost_node(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
     return seen
 
 
-PHASES = {"placement": placement, "autoscaling": autoscaling, "lost_node": lost_node}
+PHASES = {"placement": placement, "autoscaling": autoscaling, "lost_node": lose_node}
 
 
 def main(checkpoint: str) -> None:

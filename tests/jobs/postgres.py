@@ -94,6 +94,13 @@ def postgres_url() -> Iterator[str]:
 @pytest.fixture
 def fresh_postgres_url(postgres_url: str) -> Iterator[str]:
     """The URL of a new database in that server."""
+    with fresh_database(postgres_url) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def fresh_database(postgres_url: str) -> Iterator[str]:
+    """Make a database in a server, for the time of the block; its URL."""
     name = f"jobs_{secrets.token_hex(6)}"
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")

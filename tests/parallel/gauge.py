@@ -36,13 +36,13 @@ class Gauge:
         self._stack = ExitStack()
         self._stack.enter_context(_Watch(self))
         for kind, (owner, name, num_bytes) in _COLLECTIVES.items():
-            self._stack.enter_context(patch.object(owner, name, self._counted(kind, getattr(owner, name), num_bytes)))
+            self._stack.enter_context(patch.object(owner, name, self._count(kind, getattr(owner, name), num_bytes)))
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def _counted(self, kind: str, call: Callable[..., Any], num_bytes: Callable[..., int]) -> Callable[..., Any]:
+    def _count(self, kind: str, call: Callable[..., Any], num_bytes: Callable[..., int]) -> Callable[..., Any]:
         def counting(*arguments: Any, group: Any) -> Any:
             self.received[kind] += num_bytes(*arguments, group.size())
             return call(*arguments, group=group)
@@ -50,20 +50,20 @@ class Gauge:
         return counting
 
 
-def _gathered(everyone: Any, mine: Tensor, num_ranks: int) -> int:
+def _gathering_bytes(everyone: Any, mine: Tensor, num_ranks: int) -> int:
     return (num_ranks - 1) * mine.nbytes
 
 
-def _ring(partial: Tensor, num_ranks: int) -> int:
+def _ring_bytes(partial: Tensor, num_ranks: int) -> int:
     # Reduce-scatter, then all-gather: each brings every rank (n - 1) / n of the tensor.
     return 2 * partial.nbytes * (num_ranks - 1) // num_ranks
 
 
 # What is brought -> where the product finds the collective, and the bytes of a call.
 _COLLECTIVES: dict[str, tuple[Any, str, Callable[..., int]]] = {
-    "tokens": (collectives, "_all_gather", _gathered),
-    "branches": (collectives.dist, "all_gather", _gathered),
-    "sums": (collectives.dist, "all_reduce", _ring),
+    "tokens": (collectives, "_all_gather", _gathering_bytes),
+    "branches": (collectives.dist, "all_gather", _gathering_bytes),
+    "sums": (collectives.dist, "all_reduce", _ring_bytes),
 }
 
 

@@ -97,7 +97,7 @@ def decode_and_encode(groups: Groups, device: torch.device) -> dict[str, ClipRes
 def _one_clip(vae: VideoVAE, groups: Groups, grid: tuple[int, int, int], chunk_latents: int) -> ClipResult:
     strip = strip_of(groups.everyone, *grid[1:])
     latents, pixels = random_latents(grid), clip_pixels(vae, grid)
-    with _watched(vae, strip) as seen:
+    with _watch(vae, strip) as seen:
         chunks = list(vae.decode(latents, chunk_latents=chunk_latents, part=strip))
         encoded = vae.encode(pixels, part=strip)
     collected = [strip.collect(to_uint8(chunk)) for chunk in chunks]
@@ -123,7 +123,7 @@ def _one_clip(vae: VideoVAE, groups: Groups, grid: tuple[int, int, int], chunk_l
 
 
 @contextmanager
-def _watched(vae: VideoVAE, strip: Strip) -> Iterator[set[tuple[str, int]]]:
+def _watch(vae: VideoVAE, strip: Strip) -> Iterator[set[tuple[str, int]]]:
     """(module, rows or columns beyond the strip) of every tensor that goes into or comes out of a module."""
     seen: set[tuple[str, int]] = set()
     start, stop = strip.cuts.span(strip.ranks.rank)

@@ -102,7 +102,7 @@ def test_every_product_has_a_ranks_share_of_rows_and_columns(
             assert step.queries == {share: depth * num_branches}
 
 
-def received_bytes(
+def bytes_received(
     config: TransformerConfig, layout: Layout, num_tokens: int, num_latents: int, element: int
 ) -> dict[str, int]:
     """What a rank receives in one guided step, by what it is.
@@ -128,7 +128,7 @@ def received_bytes(
 def test_collectives_bring_the_bytes_of_the_formula(layout: Layout, ranks: Ranks, config: TransformerConfig) -> None:
     for num_tokens in token_counts(layout):
         num_latents = config.latent_channel * 2 * 2 * num_tokens
-        expected = received_bytes(config, layout, num_tokens, num_latents, element=4)
+        expected = bytes_received(config, layout, num_tokens, num_latents, element=4)
         for result in ranks[layout]:
             assert result.steps[num_tokens].received == expected
 
@@ -153,11 +153,11 @@ def test_the_formula_gives_the_published_estimates(config: TransformerConfig, la
     """189 frames of 720 x 1280 in bf16, GB a step: the figures that the choice of layouts rests on, less rounding and
     less the patches of SP and the velocities of CFG, under 1 % of them."""
     num_tokens, num_latents = 48 * 23 * 40, 48 * 48 * 45 * 80
-    received = sum(received_bytes(config, layout, num_tokens, num_latents, element=2).values()) / 1e9
+    received = sum(bytes_received(config, layout, num_tokens, num_latents, element=2).values()) / 1e9
     assert received == pytest.approx(gigabytes, rel=0.015, abs=0.005)
 
 
-def shared_bytes(config: TransformerConfig, element: int) -> int:
+def bytes_shared(config: TransformerConfig, element: int) -> int:
     """Bytes of the weights that TP shares out: projections and FFNs of both towers."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     per_head = config.head_dim * config.hidden_size
@@ -175,7 +175,7 @@ def parameter_bytes(transformer: Cosmos3Transformer) -> int:
 def test_a_loaded_rank_holds_its_share_of_the_weights(tp: int, tiny_nano: Path) -> None:
     files = CheckpointLayout.open(tiny_nano)
     whole = parameter_bytes(load_transformer(files, device=torch.device("cpu")))
-    shared = shared_bytes(files.transformer, element=4)
+    shared = bytes_shared(files.transformer, element=4)
     assert shared % tp == 0
     for rank in range(tp):
         mine = load_transformer(files, device=torch.device("cpu"), shard=Layout(tp=tp).shard(rank))
@@ -189,6 +189,6 @@ def test_the_published_sizes_are_shared_alike(config: TransformerConfig, tp: int
         with torch.device("meta"):
             return parameter_bytes(Cosmos3Transformer(local_config(config, num_ranks), Ops()).to(torch.bfloat16))
 
-    shared = shared_bytes(config, element=2)
+    shared = bytes_shared(config, element=2)
     assert size(tp) == size(1) - shared + shared // tp
     assert shared / size(1) > 0.95

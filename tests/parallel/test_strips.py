@@ -110,11 +110,11 @@ def test_no_rank_holds_more_than_its_strip_and_a_border(
         if start == stop:
             assert result.num_modules == 0
         elif min(height, width) > 2:  # else a border is as wide as what it is counted in
-            assert result.num_modules == len(alone) - len(_unused(vae, num_frames))
+            assert result.num_modules == len(alone) - len(_find_unused(vae, num_frames))
             assert result.beyond == 2
 
 
-def _unused(vae: VideoVAE, num_frames: int) -> list[str]:
+def _find_unused(vae: VideoVAE, num_frames: int) -> list[str]:
     """Modules that no forward pass goes through: they hold a gain for an operator, or work on later frames only."""
     unused = [name for name, module in vae.named_modules() if "norm" in name and "attentions" not in name]
     return unused + [name for name, _ in vae.named_modules() if num_frames == 1 and name.endswith("time_conv")]
@@ -194,7 +194,7 @@ def test_a_strip_of_other_frames_is_refused_at_the_call(vae: VideoVAE) -> None:
         vae.encode(clip_pixels(vae, (1, 4, 5)), part=strip)
 
 
-def test_the_largest_strip_decides_on_chunks_on_every_rank(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_sizes_chunks_by_the_largest_strip(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strip fills a device less than a frame does. Rank 3's own is empty here, which must not matter."""
     asked: list[bool] = []
 

@@ -90,7 +90,7 @@ class Component:
             parameter[mask] = values.flatten()
 
 
-def unnoticed(component: Component, names: Iterable[str], result: Callable[[], Tensor]) -> list[str]:
+def find_unnoticed(component: Component, names: Iterable[str], result: Callable[[], Tensor]) -> list[str]:
     """The names whose change leaves the result alone."""
     stored = result()
     missed = []
@@ -146,7 +146,7 @@ def test_every_transformer_tensor_matters(variant: str, component: Callable[...,
     job = everything(transformer.layout, domain_id=7)
     assert list(final_latents(transformer, job)) == ["video", *(["sound"] if variant != "edge" else []), "action"]
 
-    missed = unnoticed(transformer, transformer.stored, lambda: flat(final_latents(transformer, job)))
+    missed = find_unnoticed(transformer, transformer.stored, lambda: flat(final_latents(transformer, job)))
     config = transformer.layout.transformer
     rest = last_layer_rest(config.num_hidden_layers)
     explained = [name for name in transformer.stored if name.startswith(rest) or name in NEVER_READ]
@@ -181,7 +181,7 @@ def test_given_actions_go_in_and_never_come_out(component: Callable[..., Compone
     transformer = component("nano", "transformer", load_transformer)
     job = everything(transformer.layout, domain_id=7, given=True)
     names = [*DOMAIN_TENSORS, "action_modality_embed"]
-    missed = unnoticed(transformer, names, lambda: flat(final_latents(transformer, job)))
+    missed = find_unnoticed(transformer, names, lambda: flat(final_latents(transformer, job)))
     assert missed == [name for name in DOMAIN_TENSORS if name.startswith("action_proj_out.")]
 
 
@@ -190,7 +190,7 @@ def test_every_video_decoder_tensor_matters(component: Callable[..., Component])
     latents = torch.randn((1, 48, 2, 2, 2), generator=torch.Generator().manual_seed(0))
     names = [name for name in vae.stored if not name.startswith(("encoder.", "quant_conv."))]
     assert len(names) > 90
-    assert unnoticed(vae, names, lambda: torch.cat(list(vae.module.decode(latents)), dim=2)) == []
+    assert find_unnoticed(vae, names, lambda: torch.cat(list(vae.module.decode(latents)), dim=2)) == []
 
 
 def test_every_other_component_is_listed(tiny_nano: Path) -> None:
@@ -206,7 +206,7 @@ def test_every_video_encoder_tensor_matters(component: Callable[..., Component])
     pixels = torch.rand((1, 3, 5, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
     names = [name for name in vae.stored if name.startswith(("encoder.", "quant_conv."))]
     assert len(names) > 80
-    assert unnoticed(vae, names, lambda: vae.module.encode(pixels)) == []
+    assert find_unnoticed(vae, names, lambda: vae.module.encode(pixels)) == []
 
 
 def test_every_audio_decoder_tensor_matters(component: Callable[..., Component]) -> None:
@@ -214,7 +214,7 @@ def test_every_audio_decoder_tensor_matters(component: Callable[..., Component])
     latents = torch.randn((64, 2), generator=torch.Generator().manual_seed(0))
     decoder = [name for name in vae.stored if name.startswith("decoder.")]
     assert len(decoder) > 150
-    assert unnoticed(vae, decoder, lambda: torch.cat(list(vae.module.decode(latents)), dim=1)) == []
+    assert find_unnoticed(vae, decoder, lambda: torch.cat(list(vae.module.decode(latents)), dim=1)) == []
     encoder = [name for name in vae.stored if name.startswith("encoder.")]
     assert len(encoder) + len(decoder) == len(vae.stored)
     assert not vae.places.keys() & set(encoder), "the encoder is not read"
