@@ -1,4 +1,4 @@
-"""Admission: a request is checked and becomes a job, or is refused; nothing that is accepted is refused later."""
+"""Admission: a request is checked and becomes a job, or is rejected; an accepted one is never rejected later."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from cosmos3_core.media.source import Packed
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
 from cosmos3_core.resolve import resolve
-from deployments.config import DEFAULT_CLASS
+from deployments.config import DEFAULT_CLASS, JobsConfig
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.errors import JobsError
 from deployments.jobs.cost import CostModel
 from deployments.jobs.job import Job, Lane, NewJob, SubmitOptions
+from deployments.jobs.keys import KeyLimits
 from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
-from deployments.jobs.store import JobStore, QueueLimits
+from deployments.jobs.store import JobStore
 from deployments.jobs.waiting import RetryEstimator
 from deployments.media.job_files import JobFiles
 from deployments.messages import RequestContext
@@ -67,12 +68,12 @@ class Admission:
     Attributes:
         store: of jobs.
         files: of jobs.
-        check: of requests.
-        cost: of requests.
+        check: resolves requests.
+        cost: estimates the work of requests.
         model: name of the served model.
-        limits: of the queue.
+        config: the configuration's section about jobs.
         prompt_check: the guardrail's; None without one.
-        retry_estimator: when refused callers were told to come again.
+        retry_estimator: counts rejected callers.
     """
 
     store: JobStore
@@ -80,7 +81,7 @@ class Admission:
     check: RequestCheck
     cost: CostModel
     model: str
-    limits: QueueLimits
+    config: JobsConfig
     prompt_check: PromptCheck | None = None
     retry_estimator: RetryEstimator = field(default_factory=RetryEstimator)
 
@@ -91,11 +92,11 @@ class Admission:
         context: RequestContext,
         attached_to: str | None = None,
     ) -> Job:
-        """Make a job of a request; nothing that is accepted is refused later.
+        """Make a job of a request; an accepted request is never rejected later.
 
         Args:
             request: with its media packed.
-            options: that it comes with.
+            options: of the request.
             context: of the request; its job id is the job's.
             attached_to: the runner whose caller waits for it; None for a job that stays.
 
@@ -111,27 +112,28 @@ class Admission:
             JobsError, MediaError: it cannot be stored.
         """
         previews = checks.integer("previews", options.previews, 0, MAX_PREVIEWS)
-        classes = tuple(self.limits.classes)
+        classes = tuple(self.config.classes)
         service_class = checks.choice("service_class", options.service_class or DEFAULT_CLASS, classes)
         resolved = await self.check.resolve(context, request)
         if self.prompt_check is not None:
             await self.prompt_check.check(context, resolved.prompt, is_skipped=options.skip_guardrails)
         values, media = encode_request(request)
         del request
+        fingerprint = await asyncio.to_thread(
+            compute_fingerprint,
+            values,
+            media,
+            service_class=service_class,
+            previews=previews,
+            skip_guardrails=options.skip_guardrails,
+        )
         new = NewJob(
             job_id=context.job_id,
             owner=options.owner,
             model=self.model,
             request=values,
             inputs=tuple(sorted(media)),
-            fingerprint=await asyncio.to_thread(
-                compute_fingerprint,
-                values,
-                media,
-                service_class=service_class,
-                previews=previews,
-                skip_guardrails=options.skip_guardrails,
-            ),
+            fingerprint=fingerprint,
             mode=resolved.mode,
             prompt=resolved.prompt,
             width=resolved.width,
@@ -153,12 +155,18 @@ class Admission:
             warnings=options.warnings,
             notes=resolved.notes,
         )
-        return await self._store_job(new, options, media)
+        # A caller who leaves does not interrupt this: an accepted job has its files, a rejected one leaves none.
+        return await asyncio.shield(run_in_thread(self._write, new, options.limits, media))
 
     async def load_remix(
         self, job: Job, prompt: str, options: SubmitOptions
     ) -> tuple[GenerationRequest, SubmitOptions]:
-        """Return an earlier job's request with another prompt, and the options that it comes with.
+        """Return an earlier job's request with another prompt, and its options as far as the caller may have them.
+
+        Args:
+            job: the earlier one.
+            prompt: the new one.
+            options: of the caller; their class is used if the earlier one is not the caller's to name, or is gone.
 
         Raises:
             RequestError: its image or clip is not kept any more.
@@ -169,22 +177,27 @@ class Admission:
                 hint = "A job that was not completed keeps none; send the request itself again."
                 raise RequestError("video_id", job.job_id, f"the id of a video whose {name} is still there", hint)
         media = {name: await run_in_thread(self.files.get, job.job_id, name) for name in job.inputs}
-        may_skip = self.prompt_check is None or self.prompt_check.may_be_skipped
         request = replace(decode_request(job.request, media), prompt=prompt)
-        return request, remix_options(job, options, tuple(self.limits.classes), may_skip_guardrails=may_skip)
+        is_class_open = job.service_class in self.config.classes and (
+            options.classes is None or job.service_class in options.classes
+        )
+        may_skip = self.prompt_check is None or self.prompt_check.may_be_skipped
+        inherited = replace(
+            options,
+            service_class=job.service_class if is_class_open else options.service_class,
+            previews=job.previews,
+            skip_guardrails=job.skip_guardrails and may_skip,
+            warnings=job.warnings,
+            remixed_from=job.job_id,
+        )
+        return request, inherited
 
-    async def _store_job(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
-        """Return the job once it and its files are on the disk."""
-        # A caller who leaves does not interrupt this: an accepted job has its files, a refused one leaves none.
-        storing = asyncio.ensure_future(run_in_thread(self._write, new, options, media))
-        return await asyncio.shield(storing)
-
-    def _write(self, new: NewJob, options: SubmitOptions, media: dict[str, Packed]) -> Job:
+    def _write(self, new: NewJob, limits: KeyLimits | None, media: dict[str, Packed]) -> Job:
         """Write files first, so that no job exists without them."""
         try:
             for name, data in media.items():
                 self.files.put(new.job_id, name, data)
-            job = self.store.create(new, self.limits, options.limits, self.retry_estimator)
+            job = self.store.create(new, self.config, limits, self.retry_estimator)
         except Cosmos3Error as error:
             found = self._find_created(new.job_id, error)
             if found is None:
@@ -196,10 +209,10 @@ class Admission:
         return job
 
     def _find_created(self, job_id: str, error: Cosmos3Error) -> Job | None:
-        """Return the job whose creation failed only in its answer; None where it was not created.
+        """Return the job if only the answer about its creation was lost; None if it was not created.
 
         Raises:
-            Cosmos3Error: the given one, where the database cannot tell; files of no job are swept later.
+            Cosmos3Error: the given one, if the database cannot tell; files of no job are swept later.
         """
         if not isinstance(error, JobsError):
             return None
@@ -207,25 +220,3 @@ class Admission:
             return self.store.get(job_id)
         except JobsError:
             raise error from None
-
-
-def remix_options(
-    job: Job, options: SubmitOptions, classes: tuple[str, ...], *, may_skip_guardrails: bool
-) -> SubmitOptions:
-    """Return the options of a remix: those of the earlier job, as far as its caller may still have them.
-
-    Args:
-        job: the earlier one.
-        options: the caller's; their class is for an earlier one that the caller may not name, or that is gone.
-        classes: of the configuration.
-        may_skip_guardrails: whether the operator lets requests do without.
-    """
-    is_open = job.service_class in classes and (options.classes is None or job.service_class in options.classes)
-    return replace(
-        options,
-        service_class=job.service_class if is_open else options.service_class,
-        previews=job.previews,
-        skip_guardrails=job.skip_guardrails and may_skip_guardrails,
-        warnings=job.warnings,
-        remixed_from=job.job_id,
-    )

@@ -54,10 +54,7 @@ class ClipPipeline:
         clip_format: of the file.
         decoders: of the file's modalities.
         encoder: the deployment's handle, with ``stream=True``.
-        clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
-        media: store of the file.
-        config: the Director's section.
-        close_later: closes a clip's stream in the background.
+        clips, media, config, close_later: as of :class:`deployments.director.pipeline.Pipeline`.
         guardrail: the deployment's handle, with ``stream=True``, that checks every frame; None without checks.
         seconds: of the last attempt.
     """

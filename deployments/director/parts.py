@@ -22,7 +22,6 @@ from deployments.jobs.cost import CostModel
 from deployments.jobs.job import Job
 from deployments.jobs.maintenance import Maintenance
 from deployments.jobs.service import JobService
-from deployments.jobs.store import QueueLimits
 from deployments.messages import RequestContext
 from deployments.served_model import Model
 from deployments.stages.handles import Stages
@@ -65,7 +64,7 @@ class DirectorParts:
             check=RequestCheck(layout, is_sound_offered=has_sound),
             cost=CostModel.of(layout.geometry, layout.transformer),
             model=model.id,
-            limits=QueueLimits.of(config.jobs),
+            config=config.jobs,
             prompt_check=make_prompt_check(stages, config.guardrails),
         )
         clips = start_clip_streams(max_clips=4 * (config.jobs.max_running_images + config.jobs.max_running_videos))

@@ -34,9 +34,10 @@ from deployments.errors import JobCancelled, LeaseLost
 from deployments.failures import explain_failure, is_explained, translate_error
 from deployments.jobs.cost import Throughput
 from deployments.jobs.job import Job, JobState, Lane, Outcome
+from deployments.jobs.queue import ClaimRequest
 from deployments.jobs.request_codec import decode_request
 from deployments.jobs.service import JobService
-from deployments.jobs.store import Lease, QueueLimits
+from deployments.jobs.store import Lease
 from deployments.messages import FileStarted, Finished, RequestContext
 from deployments.observability.logs import watch_request
 from deployments.observability.metrics import metrics
@@ -84,8 +85,6 @@ class JobRunner:
         self._jobs = jobs
         self._store, self._files, self._media = jobs.store, jobs.files, jobs.media
         self._model, self._config = model, config
-        self._limits = QueueLimits.of(config)
-        self._max_running = {Lane.IMAGE: config.max_running_images, Lane.VIDEO: config.max_running_videos}
         self._check, self._make_pipeline = check, make_pipeline
         self._callers: dict[str, _Caller] = {}
         self._claimed: dict[str, ClaimedJob] = {}
@@ -202,16 +201,9 @@ class JobRunner:
         while not self._is_released:
             self._wake.clear()
             try:
-                for lane, max_running in self._max_running.items():
-                    while sum(each.job.lane == lane for each in self._claimed.values()) < max_running:
-                        if (job := await run_in_thread(self._claim, lane)) is None:
-                            break
-                        _count_claim(job)
-                        # The runner may have been told to stop during the claim.
-                        if self._is_released or (self._is_draining and job.attached_to is None):
-                            await self._give_back(job)
-                            break
-                        self._start(job)
+                for lane in Lane:
+                    while self._has_room(lane) and await self._claim_next(lane):
+                        pass
             except Exception:  # the database may be away: try again
                 logger.exception("jobs cannot be claimed")
                 await asyncio.sleep(_PAUSE_S)
@@ -219,17 +211,23 @@ class JobRunner:
                 async with asyncio.timeout(self._config.poll_s):
                     await self._wake.wait()
 
-    def _claim(self, lane: Lane) -> Job | None:
-        return self._store.claim(
-            self.runner_id,
-            self._model,
-            lane,
-            self._limits,
-            self._config.lease_s,
-            self._config.max_attempts,
-            only_attached=self._is_draining,
-            in_hand=tuple(self._claimed),
-        )
+    def _has_room(self, lane: Lane) -> bool:
+        limits = {Lane.IMAGE: self._config.max_running_images, Lane.VIDEO: self._config.max_running_videos}
+        return sum(each.job.lane == lane for each in self._claimed.values()) < limits[lane]
+
+    async def _claim_next(self, lane: Lane) -> bool:
+        """Claim and start the next job of a lane; return whether there may be another one."""
+        in_hand = tuple(self._claimed)
+        request = ClaimRequest(self.runner_id, self._model, lane, self._config, self._is_draining, in_hand)
+        if (job := await run_in_thread(self._store.claim, request)) is None:
+            return False
+        _count_claim(job)
+        # The runner may have been told to stop during the claim.
+        if self._is_released or (self._is_draining and job.attached_to is None):
+            await self._give_back(job)
+            return False
+        self._start(job)
+        return True
 
     def _start(self, job: Job) -> None:
         claimed = self._claimed[job.job_id] = ClaimedJob(job)

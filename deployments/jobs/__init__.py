@@ -1,1 +1,1 @@
-"""Durable jobs: accepted requests in a database, claimed and run by whichever Director has room for them."""
+"""Durable jobs: accepted requests in a database, claimed and run by any Director that has room for them."""

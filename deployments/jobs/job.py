@@ -80,16 +80,15 @@ class SubmitOptions:
     """The options of a request beside the generation itself; they travel with it to the Director.
 
     Attributes:
-        request_id: the caller's name for the request, for logs; None = one is made up.
-        owner: id of the API key that the request came with, "" without.
+        request_id: the caller's name for the request, for logs; None = a new one.
+        owner: id of the API key, "" without.
         service_class: name of a class of the configuration; None = the standard one.
         classes: classes that the key may name; None = all of the configuration.
         limits: of the key; None = those of the configuration.
-        idempotency_key: None without.
         previews: number of previews to record, 0 to 32.
-        remixed_from: id of the job whose request this one takes over; None without.
+        remixed_from: id of the job whose request is used again.
         warnings: fields that were accepted without effect.
-        skip_guardrails: whether the caller does without them, and may.
+        skip_guardrails: whether the request is run without guardrails.
     """
 
     request_id: str | None = None
@@ -106,28 +105,19 @@ class SubmitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
-    """A request that was checked and is about to be accepted.
+    """A request that was checked and is about to be accepted; :class:`SubmitOptions` has the fields of both.
 
     Attributes:
-        job_id: of :func:`new_job_id`.
-        owner: id of the API key that it came with, "" without.
         model: name of the served model: only Directors that serve it claim the job.
-        request: of :func:`deployments.jobs.request_codec.encode_request`: plain JSON values.
-        inputs: names of the files in the media store that belong to it.
-        fingerprint: hash of the request; tells apart what comes with one idempotency key.
+        request: plain JSON values of :func:`deployments.jobs.request_codec.encode_request`.
+        inputs: names of its files in the media store.
+        fingerprint: hash of the request; two requests with one idempotency key must have the same.
         mode, prompt, width, height, num_frames, fps, seed, num_steps, media_type: of the resolved request;
-            ``media_type`` is "" where there will be no file.
-        lane: see :class:`Lane`.
-        service_class: name of its class in the configuration.
-        work: of :mod:`deployments.jobs.cost`.
-        request_id: the caller's name for it, for logs.
-        idempotency_key: None without.
+            ``media_type`` is "" if there will be no file.
+        work: estimate of :mod:`deployments.jobs.cost`.
         attached_to: the runner whose caller waits for it; None for a job that stays.
-        previews: number of previews to record.
-        remixed_from: id of the job whose request this one took over; None without.
-        skip_guardrails: whether it does without guardrails, if the operator still allows that when it begins.
-        warnings: fields that were accepted without effect.
-        notes: what was changed on the way.
+        skip_guardrails: only if the operator still allows that when the job begins.
+        notes: what admission changed in the request.
     """
 
     job_id: str
@@ -163,18 +153,15 @@ class Job(NewJob):
     """A job as it is in the database. Times are seconds since 1970, by the clocks of the processes that wrote them.
 
     Attributes:
-        state: see the module.
-        order: jobs of a lane are claimed from the smallest one on; see :meth:`deployments.jobs.store.JobStore.create`.
-        created_s, updated_s, started_s, completed_s, expires_s: None for what has not been.
-        runner, lease, lease_until_s: its runner, the name of the claim, and until when that is valid.
+        order: place in the queue: jobs of a lane are claimed from the smallest one on.
+        runner, lease, lease_until_s: its runner, the name of the claim, and until when the claim is valid.
         attempts: how often it was claimed.
         is_cancelling: whether its runner has to stop it.
-        step, sigma: of the last denoising step that is done; 0 and None before.
-        stage: "queued", then what it is in: "denoising", "decoding" ...
+        step, sigma: of the last finished denoising step; 0 and None before.
+        stage: "queued", then "denoising", "decoding" ...
         step_s: seconds that the last step took on its gang.
         media_id: of its file in the media store; "" before.
-        result: of a completed one, see :mod:`deployments.director.recorder`; empty before.
-        error_code, error_message: of a failed one.
+        result: of a completed job, see :mod:`deployments.director.recorder`.
         last_seq: number of its last event.
     """
 
@@ -202,28 +189,26 @@ class Job(NewJob):
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until the last step of a job that denoises, by its own pace; None where that cannot be estimated."""
+        """Seconds until the last step of a job that denoises, by its own pace; None if that cannot be estimated."""
         if self.state is not JobState.IN_PROGRESS or self.started_s is None or not 0 < self.step < self.num_steps:
             return None
-        # The time that has passed includes other jobs' turns, but not what was done before a restart.
+        # The elapsed time includes other jobs' turns, but not steps from before a restart.
         pace_s = max((self.updated_s - self.started_s) / self.step, self.step_s or 0.0)
         return (self.num_steps - self.step) * pace_s
 
     @property
     def work_left(self) -> float:
-        """Denoising that is left, in the unit of :attr:`work`."""
+        """Work that is left."""
         return 0.0 if self.state.is_final else self.work * (1 - self.step / self.num_steps)
 
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One line of a job's history, as ``GET /v1/videos/{id}/events`` tells it.
+    """One event of a job's history, as ``GET /v1/videos/{id}/events`` reports it.
 
     Attributes:
-        job_id: of the job.
         seq: 1, 2, ... in the job; the SSE id.
-        kind: "started", "step", "preview", "previews_off", "file", "decoding", "retried", "completed", "failed" or
-            "cancelled".
+        kind: of :mod:`deployments.jobs.events`.
         data: plain JSON values.
         at_s: seconds since 1970.
     """
@@ -248,13 +233,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a job.
-
-    Attributes:
-        state: a final one.
-        result: of a completed one.
-        error_code, error_message: of another one.
-    """
+    """The end of a job: a final state, with a result if it is completed, else an error."""
 
     state: JobState
     result: Mapping[str, Any] = field(default_factory=dict)

@@ -46,7 +46,7 @@ class Maintenance:
 
     def set_gauges(self) -> None:
         """Set the gauges of queued and running jobs."""
-        classes = self.jobs.store.load(self.model).classes
+        classes = self.jobs.store.load(self.model)
         metrics().set_jobs(
             queued={(each.lane, each.service_class): each.num_queued for each in classes},
             running={(each.lane, each.service_class): each.num_running for each in classes},

@@ -1,4 +1,4 @@
-"""The queue: its bounds, and the place of a new job in its order.
+"""The queue: its bounds, the order of its jobs, and which job a runner claims next.
 
 The order is weighted fair queueing by a self-clocked virtual time (Golestani 1994). Jobs of one owner and class in a
 lane are a flow. A new job's place is its work over its class's share behind the last queued job of its flow, or behind
@@ -12,107 +12,62 @@ Every change happens in a transaction that decides alone (``is_queue``).
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, exists, func, not_, or_, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
-from cluster.errors import OverloadedError
 from cosmos3_core import checks
 from cosmos3_core.errors import RequestError
 from deployments.config import JobsConfig
 from deployments.errors import IdempotencyConflict
-from deployments.jobs.job import Job, JobState, Lane, NewJob
+from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome
 from deployments.jobs.keys import KeyLimits
-from deployments.jobs.rows import add, job_of, put
-from deployments.jobs.schema import JOBS, LANES, RUNNERS
-from deployments.jobs.waiting import WORK_LEFT
+from deployments.jobs.rows import add, change, end, job_of, put
+from deployments.jobs.schema import API_KEYS, JOBS, LANES, RUNNERS
+from deployments.jobs.waiting import QueueBound
 
 _QUEUED, _IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
+# Attached jobs of dead runners that one claim ends.
+_MAX_ABANDONED = 100
+# How often a runner is noted as alive.
+_NOTES_PER_LEASE = 4
 
-
-@dataclass(frozen=True)
-class QueueLimits:
-    """The queue's bounds; they count the jobs of one model.
-
-    Attributes:
-        max_queued: queued jobs.
-        max_queued_per_key: queued jobs of one API key without a bound of its own; without keys there is no such bound.
-        max_running_per_key: the same for running jobs, in each lane; None = any number.
-        classes: class -> its share of the work while others wait as well.
-    """
-
-    max_queued: int
-    max_queued_per_key: int
-    max_running_per_key: int | None
-    classes: Mapping[str, float]
-
-    @classmethod
-    def of(cls, config: JobsConfig) -> QueueLimits:
-        """Return the bounds in a configuration."""
-        return cls(config.max_queued, config.max_queued_per_key, config.max_running_per_key, config.classes)
-
-
-@dataclass(frozen=True)
-class ClassLoad:
-    """Jobs of one class in a lane that have not ended.
-
-    Attributes:
-        lane, service_class: which.
-        num_queued, num_running: how many.
-        work_queued, work_running: that is left of them.
-    """
-
-    lane: Lane
-    service_class: str
-    num_queued: int
-    num_running: int
-    work_queued: float
-    work_running: float
-
-
-@dataclass(frozen=True)
-class QueueLoad:
-    """All jobs of a model that have not ended.
-
-    Attributes:
-        classes: those that have some.
-    """
-
-    classes: tuple[ClassLoad, ...]
-
-    @property
-    def num_queued(self) -> int:
-        """Number of queued jobs, of all classes in both lanes."""
-        return sum(load.num_queued for load in self.classes)
-
-    @property
-    def num_running(self) -> int:
-        """Number of running jobs, of all classes in both lanes."""
-        return sum(load.num_running for load in self.classes)
+# Queries are built once: building one takes as long as running it.
 
 
 # Accepting
 
 
 class QueueFull(Exception):
-    """A bound was reached; the store adds when to come again.
+    """A bound of the queue is reached; the store adds when to retry."""
 
-    Attributes:
-        what: which bound.
-        limit: the bound.
-        owner: whose bound it is; None where it counts all jobs.
+    def __init__(self, bound: QueueBound) -> None:
+        super().__init__(bound)
+        self.bound = bound
+
+
+def check_storable(new: NewJob, config: JobsConfig) -> None:
+    """Check that the databases can hold a job's texts, and that its class has a share.
+
+    Raises:
+        RequestError: a text cannot be stored, or there is no such class.
     """
-
-    def __init__(self, what: str, limit: int, owner: str | None) -> None:
-        super().__init__(what, limit, owner)
-        self.what, self.limit, self.owner = what, limit, owner
-
-    def error(self, retry_after_s: float) -> OverloadedError:
-        """Return the error for the caller."""
-        return OverloadedError(self.what, self.limit, retry_after_s)
+    checks.choice("service_class", new.service_class, tuple(config.classes))
+    assert new.work > 0, "every job has some"
+    assert new.num_steps > 0, "every job has some"
+    for name in ("prompt", "request_id", "idempotency_key", "owner"):
+        text = getattr(new, name) or ""
+        if "\0" in text:
+            raise RequestError(name, text, "a text without the character NUL")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(name, text, "valid Unicode; this has half of a surrogate pair") from None
 
 
 def find_earlier(connection: Connection, new: NewJob) -> Job | None:
@@ -132,65 +87,44 @@ def find_earlier(connection: Connection, new: NewJob) -> Job | None:
     return job_of(row)
 
 
-@cache
-def _count_query(is_own: bool) -> Select[Any]:
-    of_lane = (JOBS.c.model == bindparam("model"), JOBS.c.lane == bindparam("lane"))
-    queued = select(func.count()).select_from(JOBS).where(*of_lane, JOBS.c.state == _QUEUED)
-    return queued.where(JOBS.c.owner == bindparam("owner")) if is_own else queued
-
-
-def check_room(connection: Connection, new: NewJob, limits: QueueLimits, key_limits: KeyLimits | None) -> None:
-    """Check that one more job may wait.
+def check_room(connection: Connection, new: NewJob, config: JobsConfig, key_limits: KeyLimits | None) -> None:
+    """Check that the queue has room for one more job; its bounds count the jobs of one model and lane.
 
     Raises:
         QueueFull: a bound is reached.
     """
     parameters = {"model": new.model, "lane": new.lane.value, "owner": new.owner}
-    if connection.execute(_count_query(False), parameters).scalar_one() >= limits.max_queued:
-        raise QueueFull(f"{new.lane}s that wait", limits.max_queued, None)
+    if connection.execute(_query_count(False), parameters).scalar_one() >= config.max_queued:
+        raise QueueFull(QueueBound(new.lane, None, config.max_queued))
     own_limit = None if key_limits is None else key_limits.max_queued
     if own_limit is None and new.owner:
-        own_limit = limits.max_queued_per_key
-    if own_limit is not None and connection.execute(_count_query(True), parameters).scalar_one() >= own_limit:
-        raise QueueFull(f"{new.lane}s of this API key that wait", own_limit, new.owner)
+        own_limit = config.max_queued_per_key
+    if own_limit is not None and connection.execute(_query_count(True), parameters).scalar_one() >= own_limit:
+        raise QueueFull(QueueBound(new.lane, new.owner, own_limit))
 
 
-def enqueue(connection: Connection, new: NewJob, limits: QueueLimits, now_s: float) -> Job:
-    """Insert a job that there is room for, in its place."""
+@cache
+def _query_count(is_own: bool) -> Select[Any]:
+    queued = select(func.count()).select_from(JOBS).where(*_in_lane(_QUEUED))
+    return queued.where(JOBS.c.owner == bindparam("owner")) if is_own else queued
+
+
+def enqueue(connection: Connection, new: NewJob, config: JobsConfig, now_s: float) -> Job:
+    """Insert a job at its place in the order."""
     if new.attached_to is not None:
         note_runner(connection, new.attached_to, new.model, now_s)
     # A job of the flow that is no longer queued has no place behind the virtual time.
     flow = {"model": new.model, "lane": new.lane.value, "service_class": new.service_class, "owner": new.owner}
-    last = connection.execute(_last_query(), flow).scalar_one() or 0.0
-    begin = max(read_virtual_time(connection, new.model, new.lane), last)
-    return add(connection, new, begin + new.work / limits.classes[new.service_class], now_s)
+    last = connection.execute(_query_last_place(), flow).scalar_one() or 0.0
+    begin = max(_read_virtual_time(connection, new.model, new.lane), last)
+    return add(connection, new, begin + new.work / config.classes[new.service_class], now_s)
 
 
 @cache
-def _last_query() -> Select[Any]:
-    """Build the query for the last place of a flow; null where none of it waits."""
-    names = ("model", "lane", "service_class", "owner")
-    flow = (JOBS.c[name] == bindparam(name) for name in names)
-    return select(func.max(JOBS.c.queue_order)).where(JOBS.c.state == _QUEUED, *flow)
-
-
-def check_storable(new: NewJob, limits: QueueLimits) -> None:
-    """Check that the databases can hold a job's texts, and that its class has a share.
-
-    Raises:
-        RequestError: a text cannot be stored, or there is no such class.
-    """
-    checks.choice("service_class", new.service_class, tuple(limits.classes))
-    assert new.work > 0, "every job has some"
-    assert new.num_steps > 0, "every job has some"
-    for name in ("prompt", "request_id", "idempotency_key", "owner"):
-        text = getattr(new, name) or ""
-        if "\0" in text:
-            raise RequestError(name, text, "a text without the character NUL")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise RequestError(name, text, "valid Unicode; this has half of a surrogate pair") from None
+def _query_last_place() -> Select[Any]:
+    """Build the query for the last place of a flow; null if it has no queued job."""
+    flow = (JOBS.c[name] == bindparam(name) for name in ("service_class", "owner"))
+    return select(func.max(JOBS.c.queue_order)).where(*_in_lane(_QUEUED), *flow)
 
 
 def note_runner(connection: Connection, runner: str, model: str, now_s: float) -> None:
@@ -198,34 +132,240 @@ def note_runner(connection: Connection, runner: str, model: str, now_s: float) -
     put(connection, RUNNERS, runner=runner, model=model, alive_s=now_s)
 
 
-def read_virtual_time(connection: Connection, model: str, lane: Lane) -> float:
-    """Return the place of the job of a lane that began last."""
+def _read_virtual_time(connection: Connection, model: str, lane: Lane) -> float:
     query = select(LANES.c.virtual_time).where(LANES.c.model == model, LANES.c.lane == lane.value)
     return connection.execute(query).scalar_one_or_none() or 0.0
 
 
-# Looking
+# Claiming
 
 
-def read_load(connection: Connection, model: str) -> QueueLoad:
-    """Return how much of a model is queued and running."""
-    query = (
-        select(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state, func.count(), func.sum(WORK_LEFT))
-        .where(JOBS.c.model == model, JOBS.c.state.in_((_QUEUED, _IN_PROGRESS)))
-        .group_by(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state)
+@dataclass(frozen=True)
+class ClaimRequest:
+    """A runner's request for its next job.
+
+    Attributes:
+        runner: unique id of the runner.
+        model: that it serves.
+        lane: in which it has room.
+        config: the configuration's section. A runner that is silent for longer than ``lease_s`` counts as dead.
+        only_attached: whether it claims only jobs of callers who wait at this runner.
+        in_hand: ids of jobs that it runs; it may be late to renew their leases.
+    """
+
+    runner: str
+    model: str
+    lane: Lane
+    config: JobsConfig
+    only_attached: bool = False
+    in_hand: tuple[str, ...] = ()
+
+    def parameters(self, now_s: float) -> dict[str, Any]:
+        """Return the parameters of the queries below."""
+        return {
+            "runner": self.runner,
+            "model": self.model,
+            "lane": self.lane.value,
+            "now_s": now_s,
+            "in_hand": sorted(self.in_hand),
+            "silent_since_s": now_s - self.config.lease_s,
+            "fresh_since_s": now_s - self.config.lease_s / _NOTES_PER_LEASE,
+        }
+
+
+@dataclass(frozen=True)
+class ClaimableWork:
+    """The work that a claim may find.
+
+    Attributes:
+        is_alive_noted: whether the runner was noted as alive not long ago.
+        has_abandoned: whether jobs are attached to a runner that has died.
+        has_expired: whether the lease of a running job has expired.
+        has_queued: whether jobs are queued.
+    """
+
+    is_alive_noted: bool
+    has_abandoned: bool
+    has_expired: bool
+    has_queued: bool
+
+    @property
+    def is_worth_a_claim(self) -> bool:
+        """Whether there is anything to write."""
+        return self.has_abandoned or self.has_expired or self.has_queued or not self.is_alive_noted
+
+
+def check_work(connection: Connection, claim: ClaimRequest, now_s: float) -> ClaimableWork:
+    """Check for claimable work without taking the write lock: runners do so twice a second."""
+    return ClaimableWork(*connection.execute(_query_work(claim.only_attached), claim.parameters(now_s)).one())
+
+
+def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork, now_s: float) -> Job | None:
+    """Claim the next job for a runner; None if there is none for it.
+
+    Args:
+        connection: in a transaction that decides alone.
+        claim: the runner's request.
+        work: as :func:`check_work` found it just before; later work is left for the next claim.
+        now_s: seconds since 1970.
+    """
+    parameters = claim.parameters(now_s)
+    if not work.is_alive_noted:
+        note_runner(connection, claim.runner, claim.model, now_s)
+    if work.has_abandoned:
+        for row in connection.execute(_query_abandoned(), parameters).all():
+            end(connection, job_of(row), _outcome_of_abandoned(claim), now_s)
+    while work.has_expired:
+        found = connection.execute(_query_expired(claim.only_attached), parameters).one_or_none()
+        if found is None:
+            break
+        job = job_of(found)
+        if (outcome := _outcome_of_expired(job, claim)) is None:
+            return _begin(connection, job, claim, now_s)
+        end(connection, job, outcome, now_s)  # and is not found again
+    if not work.has_queued:
+        return None
+    parameters["blocked"] = _find_blocked_owners(connection, claim.config, parameters)
+    first = connection.execute(_query_first(claim.only_attached), parameters).one_or_none()
+    if first is None:
+        return None
+    job = job_of(first)
+    virtual_time = max(_read_virtual_time(connection, job.model, job.lane), job.order)
+    put(connection, LANES, model=job.model, lane=job.lane.value, virtual_time=virtual_time)
+    return _begin(connection, job, claim, now_s)
+
+
+def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> dict[str, bool]:
+    """Extend leases.
+
+    Args:
+        connection: in a transaction that writes.
+        held: id of a job -> the lease that is held on it.
+        until_s: seconds since 1970.
+
+    Returns:
+        Id of each job that is still held -> whether it has to be stopped.
+    """
+    parameters = {"ids": list(held), "leases": list(held.values()), "until_s": until_s}
+    return {row.job_id: row.is_cancelling for row in connection.execute(_renew_statement(), parameters)}
+
+
+def _begin(connection: Connection, job: Job, claim: ClaimRequest, now_s: float) -> Job:
+    attempt = job.attempts + 1
+    return change(
+        connection,
+        job,
+        JobState.IN_PROGRESS,
+        now_s,
+        [("started", {"attempt": attempt})],
+        runner=claim.runner,
+        lease=uuid.uuid4().hex,
+        lease_until_s=now_s + claim.config.lease_s,
+        attempts=attempt,
+        started_s=now_s,
+        stage="starting",
     )
-    found = {(lane, name, state): (num_jobs, work) for lane, name, state, num_jobs, work in connection.execute(query)}
-    loads = []
-    for lane, name in sorted({(lane, name) for lane, name, _ in found}):
-        num_queued, work_queued = found.get((lane, name, _QUEUED), (0, 0.0))
-        num_running, work_running = found.get((lane, name, _IN_PROGRESS), (0, 0.0))
-        loads.append(ClassLoad(Lane(lane), name, num_queued, num_running, work_queued, work_running))
-    return QueueLoad(tuple(loads))
 
 
-# Forgetting
+def _outcome_of_expired(job: Job, claim: ClaimRequest) -> Outcome | None:
+    """Return how a job ends whose runner has died; None if another runner resumes it."""
+    if job.is_cancelling:
+        return Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
+    if job.attached_to not in (None, claim.runner):
+        return _outcome_of_abandoned(claim)
+    if job.attempts >= claim.config.max_attempts:
+        reason = f"the runner died {job.attempts} times while it ran this job, which is as often as may be"
+        return Outcome(JobState.FAILED, error_code="runner_died", error_message=reason)
+    return None
 
 
-def forget_runners(connection: Connection, before_s: float) -> None:
-    """Delete runners that have been silent since."""
-    connection.execute(delete(RUNNERS).where(RUNNERS.c.alive_s < before_s))
+def _outcome_of_abandoned(claim: ClaimRequest) -> Outcome:
+    silent_s = f"{claim.config.lease_s:g} s"
+    reason = f"the process that its caller was connected to has been silent for {silent_s}; send it again"
+    return Outcome(JobState.FAILED, error_code="abandoned", error_message=reason)
+
+
+def _in_lane(state: str) -> tuple[ColumnElement[bool], ...]:
+    return JOBS.c.model == bindparam("model"), JOBS.c.state == state, JOBS.c.lane == bindparam("lane")
+
+
+def _is_expired(only_attached: bool) -> ColumnElement[bool]:
+    """Select running jobs whose lease has expired, except those that the runner itself renews too late."""
+    of_others = JOBS.c.job_id.not_in(bindparam("in_hand", expanding=True))
+    expired = and_(*_in_lane(_IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"), of_others)
+    return and_(expired, JOBS.c.attached_to.is_not(None)) if only_attached else expired
+
+
+def _is_queued(only_attached: bool) -> ColumnElement[bool]:
+    """Select queued jobs that this runner may claim."""
+    own = JOBS.c.attached_to == bindparam("runner")
+    return and_(*_in_lane(_QUEUED), own if only_attached else or_(own, JOBS.c.attached_to.is_(None)))
+
+
+def _is_abandoned() -> ColumnElement[bool]:
+    """Select queued jobs that are attached to a runner that has died."""
+    is_alive = exists().where(RUNNERS.c.runner == JOBS.c.attached_to, RUNNERS.c.alive_s >= bindparam("silent_since_s"))
+    of_others = and_(JOBS.c.attached_to.is_not(None), JOBS.c.attached_to != bindparam("runner"))
+    return and_(*_in_lane(_QUEUED), of_others, not_(is_alive))
+
+
+def _lock(condition: ColumnElement[bool], limit: int) -> Select[Any]:
+    """Select rows in queue order and lock them, skipping those that others are changing."""
+    order = (JOBS.c.queue_order, JOBS.c.created_s, JOBS.c.job_id)
+    return select(JOBS).where(condition).order_by(*order).limit(limit).with_for_update(skip_locked=True)
+
+
+@cache
+def _query_work(only_attached: bool) -> Select[bool, bool, bool, bool]:
+    this = RUNNERS.c.runner == bindparam("runner")
+    is_alive_noted = exists().where(this, RUNNERS.c.alive_s > bindparam("fresh_since_s"))
+    conditions = (_is_abandoned(), _is_expired(only_attached), _is_queued(only_attached))
+    abandoned, expired, queued = (exists().where(condition) for condition in conditions)
+    return select(is_alive_noted, abandoned, expired, queued)
+
+
+@cache
+def _query_abandoned() -> Select[Any]:
+    return _lock(_is_abandoned(), _MAX_ABANDONED)
+
+
+@cache
+def _query_expired(only_attached: bool) -> Select[Any]:
+    return _lock(_is_expired(only_attached), 1)
+
+
+@cache
+def _query_first(only_attached: bool) -> Select[Any]:
+    return _lock(and_(_is_queued(only_attached), JOBS.c.owner.not_in(bindparam("blocked", expanding=True))), 1)
+
+
+@cache
+def _renew_statement() -> ReturningUpdate[str, bool]:
+    return (
+        update(JOBS)
+        .where(JOBS.c.job_id.in_(bindparam("ids", expanding=True)), JOBS.c.state == _IN_PROGRESS)
+        .where(JOBS.c.lease.in_(bindparam("leases", expanding=True)))  # the name of a claim is unique
+        .values(lease_until_s=bindparam("until_s"))
+        .returning(JOBS.c.job_id, JOBS.c.is_cancelling)
+    )
+
+
+@cache
+def _query_running() -> Select[Any]:
+    """Select owners, the bounds of their keys, and how many of their jobs run in a lane."""
+    return (
+        select(JOBS.c.owner, API_KEYS.c.max_running, func.count())
+        .join(API_KEYS, API_KEYS.c.key_id == JOBS.c.owner, isouter=True)
+        .where(*_in_lane(_IN_PROGRESS), JOBS.c.owner != "")
+        .group_by(JOBS.c.owner, API_KEYS.c.max_running)
+    )
+
+
+def _find_blocked_owners(connection: Connection, config: JobsConfig, parameters: Mapping[str, Any]) -> list[str]:
+    """Return owners that have as many jobs running as they may."""
+    blocked = []
+    for owner, own_limit, num_running in connection.execute(_query_running(), parameters):
+        limit = config.max_running_per_key if own_limit is None else own_limit
+        if limit is not None and num_running >= limit:
+            blocked.append(owner)
+    return blocked

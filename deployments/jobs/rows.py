@@ -1,8 +1,8 @@
 """Jobs as rows: finding and changing them.
 
 A job changes in :func:`change` and nowhere else (only its lease is renewed elsewhere, in one statement): as
-:data:`deployments.jobs.job.TRANSITIONS` allows, only if nobody else has changed its state or taken its lease meanwhile,
-and together with its events.
+:data:`deployments.jobs.job.TRANSITIONS` allows, only if its state and lease are still the same, and together with its
+events.
 """
 
 from __future__ import annotations
@@ -12,21 +12,7 @@ from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Connection,
-    Row,
-    Select,
-    Table,
-    and_,
-    bindparam,
-    cast,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import JSON, BigInteger, Connection, Row, Select, Table, bindparam, cast, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from deployments.errors import JobsError, LeaseLost
@@ -34,7 +20,7 @@ from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome,
 from deployments.jobs.schema import JOB_EVENTS, JOBS
 
 MAX_EVENTS = 10_000
-"""Bound of a job's events, its end not counted: 1000 steps and 1201 chunks of three runners, and a preview a step."""
+"""Most events of a job before its last: 1000 steps and 1201 chunks of three runners, and a preview a step."""
 
 Event = tuple[str, Mapping[str, Any]]
 """Kind and data of an event that is about to be inserted."""
@@ -71,20 +57,17 @@ def add(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
 
 
 def find(connection: Connection, job_id: str, owner: str | None, *, to_change: bool = False) -> Job | None:
-    """Return a job; None where there is none, or it is another owner's.
+    """Return a job, locked until the transaction ends if it is ``to_change``.
 
-    Args:
-        connection: in a transaction.
-        job_id: of the job.
-        owner: None = anybody's.
-        to_change: whether to lock it until the transaction ends.
+    Returns:
+        None if there is no such job, or it belongs to another owner; without an ``owner`` any job is returned.
     """
     row = connection.execute(_FIND_TO_CHANGE if to_change else _FIND, {"wanted": job_id}).one_or_none()
     return None if row is None or owner not in (None, row.owner) else job_of(row)
 
 
 def find_leased(connection: Connection, job_id: str, lease: str) -> Job:
-    """Return the job under a lease, and lock it until the transaction ends.
+    """Return the job under a lease, locked until the transaction ends.
 
     Raises:
         LeaseLost: it is not in progress under this lease.
@@ -106,11 +89,11 @@ def change(
         state: the next one.
         now_s: seconds since 1970.
         events: of the change.
-        changes: field -> value, of plain fields alone.
+        changes: field -> value.
 
     Raises:
         IllegalTransition: the state must not follow.
-        LeaseLost: somebody else has changed it.
+        LeaseLost: another process has changed the job.
         JobsError: it has too many events.
     """
     check_transition(job.job_id, job.state, state)
@@ -120,8 +103,8 @@ def change(
     changed = replace(job, state=state, updated_s=now_s, last_seq=last_seq, **changes)
     before, after = _columns(job), _columns(changed)
     values = {name: value for name, value in after.items() if value != before[name]}
-    as_found = and_(JOBS.c.job_id == job.job_id, JOBS.c.state == job.state.value, JOBS.c.lease == job.lease)
-    if values and connection.execute(update(JOBS).where(as_found).values(values)).rowcount != 1:
+    as_found = (JOBS.c.job_id == job.job_id, JOBS.c.state == job.state.value, JOBS.c.lease == job.lease)
+    if values and connection.execute(update(JOBS).where(*as_found).values(values)).rowcount != 1:
         raise LeaseLost(job.job_id)
     if events:
         rows = [
@@ -133,27 +116,16 @@ def change(
 
 
 def end(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_media_s: float | None = None) -> Job:
-    """End a job with its last event, and return it.
-
-    Args:
-        connection: in a transaction that writes.
-        job: as it was found in this transaction.
-        outcome: how.
-        now_s: seconds since 1970.
-        keep_media_s: how long its file stays; None without.
-
-    Raises:
-        As of :func:`change`.
-    """
+    """End a job with its last event, as :func:`change` does, and return it; its file stays for ``keep_media_s``."""
     assert outcome.state.is_final, "an end is final"
     is_completed = outcome.state is JobState.COMPLETED
-    told = {} if is_completed else {"code": outcome.error_code, "message": outcome.error_message}
+    data = {} if is_completed else {"code": outcome.error_code, "message": outcome.error_message}
     return change(
         connection,
         job,
         outcome.state,
         now_s,
-        [(outcome.state.value, told)],
+        [(outcome.state.value, data)],
         completed_s=now_s,
         expires_s=now_s + keep_media_s if is_completed and keep_media_s is not None else None,
         result=dict(outcome.result),
@@ -167,13 +139,7 @@ def end(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_m
 
 
 def find_events(connection: Connection, cursors: Mapping[str, int], limit: int) -> list[JobEvent]:
-    """Return the events of several jobs after a cursor of each, in the order of each job.
-
-    Args:
-        connection: in a transaction.
-        cursors: id of a job -> number of that event.
-        limit: at most so many.
-    """
+    """Return at most ``limit`` events of several jobs, in order, each after the number that ``cursors`` has for it."""
     query = _later_events(connection.dialect.name == "sqlite")
     found = connection.execute(query, {"cursors": dict(cursors), "most": limit})
     return [JobEvent(**row._mapping) for row in found]
@@ -181,7 +147,7 @@ def find_events(connection: Connection, cursors: Mapping[str, int], limit: int) 
 
 @cache
 def _later_events(is_sqlite: bool) -> Select[*tuple[Any, ...]]:
-    """Build the query; all cursors are one parameter of it."""
+    """Build the query, in which all cursors are one parameter."""
     unfold = func.json_each if is_sqlite else func.json_each_text
     cursors = unfold(bindparam("cursors", type_=JSON)).table_valued("key", "value")
     return (

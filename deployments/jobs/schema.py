@@ -2,10 +2,10 @@
 
     jobs        one row a job, see :class:`deployments.jobs.job.Job`
     job_events  their histories
-    api_keys    who may ask, see :mod:`deployments.jobs.keys`
-    lanes       where each lane is in its order, see :mod:`deployments.jobs.queue`
-    runners     when each runner was last heard of
-    rates       how fast work of each lane gets done
+    api_keys    see :mod:`deployments.jobs.keys`
+    lanes       virtual time of each lane, see :mod:`deployments.jobs.queue`
+    runners     when each runner was last alive
+    rates       speed of each lane
 
 Text columns have no length: neither SQLite nor PostgreSQL is faster with one.
 """
@@ -30,10 +30,10 @@ from sqlalchemy import (
 
 METADATA = MetaData()
 NEWEST = "0003"
-"""The last of :mod:`deployments.jobs.migrations`, as the tables are here."""
+"""The last of :mod:`deployments.jobs.migrations`, which leaves the tables as they are here."""
 
 VERSION_TABLE = "schema_version"
-"""Where Alembic notes which migration was the last; not its own name for it, which other programs take as well."""
+"""Alembic's table of the last migration, under a name that other programs do not use."""
 
 JOBS = Table(
     "jobs",

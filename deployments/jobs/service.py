@@ -1,4 +1,4 @@
-"""JobService: all that can be done with accepted jobs, for the HTTP API and for the Director's handle alike."""
+"""JobService: everything that can be done with accepted jobs, for the HTTP API and the Director's handle alike."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ ORDERS = ("asc", "desc")
 class JobService:
     """Jobs of a database, with their files. Used inside one event loop.
 
-    Every method raises ``JobsError`` where the database cannot be used, and ``ApiError`` 404 for a job that is not
-    there or belongs to another owner. An owner is the id of an API key, "" without keys.
+    Every method raises ``JobsError`` if the database cannot be used, and ``ApiError`` 404 for a job that does not
+    exist or belongs to another owner. An owner is the id of an API key, "" without keys.
 
     Args:
         store: of jobs.
-        files: of jobs: what they came with, and their saved states.
-        media: where results are.
-        max_followers: who may follow events at a time.
+        files: the jobs' inputs and saved states.
+        media: store of the results.
+        max_followers: callers who may follow events at a time.
 
     Attributes:
         store, files, media: as given.
@@ -73,7 +73,7 @@ class JobService:
 
     async def get(self, job_id: str, owner: str) -> Job:
         """Return a job."""
-        return _found(await run_in_thread(self.store.get, job_id, owner))
+        return _require(await run_in_thread(self.store.get, job_id, owner))
 
     async def video(self, job: Job) -> Video:
         """Return a job as clients see it."""
@@ -89,7 +89,7 @@ class JobService:
 
         Args:
             owner: of the jobs.
-            after: id of the job that the page follows; None = from the begin.
+            after: id of the job that the page follows; None = the first page.
             limit: number of jobs, at most 100.
             order: "asc" = the oldest first, "desc" = the newest.
 
@@ -104,43 +104,43 @@ class JobService:
     async def cancel(self, job_id: str, owner: str) -> Job:
         """Stop a job; one that has ended stays as it is.
 
-        A job that waits ends at once: what it came with goes, and the clip that an earlier run has begun. One that runs
-        is ended by its runner.
+        A queued job ends at once: its inputs are removed, and the clip that an earlier run has begun. A running one is
+        ended by its runner.
         """
-        job = _found(await run_in_thread(self.store.cancel, job_id, owner))
+        job = _require(await run_in_thread(self.store.cancel, job_id, owner))
         if job.state is JobState.CANCELLED:
             await run_in_thread(self.remove_files, job)
         return job
 
     async def delete(self, job_id: str, owner: str) -> VideoDeleted:
-        """Stop and forget a job with its files."""
-        job = _found(await run_in_thread(self.store.delete, job_id, owner))
+        """Stop and delete a job with its files."""
+        job = _require(await run_in_thread(self.store.delete, job_id, owner))
         await run_in_thread(self.remove_files, job)
         return VideoDeleted.of(job.job_id)
 
     def remove_files(self, job: Job) -> None:
-        """Remove the folder of a job that has ended. What cannot be removed now is logged, and swept later."""
+        """Remove the folder of a job that has ended. A folder that cannot be removed now is logged, and swept later."""
         try:
             self.media.remove_folder(job.job_id, job.media_id)
         except MediaError:
             logger.exception("files of %s could not be removed; a sweep will try again", job.job_id)
 
     async def follow(self, job: Job, after: int, timeout_s: float) -> AsyncGenerator[JobEvent, None]:
-        """Yield a job's events behind number ``after``, and those that come; the last one holds the whole job.
+        """Yield a job's events after number ``after``, as they come; the last one holds the whole job.
 
         Raises:
-            OverloadedError: too many follow jobs in this process.
+            OverloadedError: too many callers follow jobs in this process.
             DeadlineExceeded: the job has not ended in time.
         """
         async with aclosing(self.feed.follow(job.job_id, min(after, job.last_seq), timeout_s)) as events:
             async for event in events:
-                event = await self._completed(event, job.owner)
+                event = await self._complete(event, job.owner)
                 yield event
                 if event.kind == DELETED:
                     return
 
-    async def _completed(self, event: JobEvent, owner: str) -> JobEvent:
-        """Return an event with its data: a final one gets the job."""
+    async def _complete(self, event: JobEvent, owner: str) -> JobEvent:
+        """Add the job to a final event."""
         if event.kind in FINAL_KINDS:
             job = await run_in_thread(self.store.get, event.job_id, owner)
             if job is not None:
@@ -159,7 +159,7 @@ class JobService:
         Raises:
             RequestError: there is no variant of this name.
             ApiError: 404, this job has no such variant; 409, it is not ready; 410, it failed or has expired.
-            MediaError: the file cannot be looked up, or the variant not be made.
+            MediaError: the file cannot be looked up, or the variant cannot be made.
         """
         checks.choice("variant", variant, CONTENT_VARIANTS)
         if job.state in (JobState.FAILED, JobState.CANCELLED):
@@ -182,12 +182,12 @@ class JobService:
         raise await self._not_ready(job)  # an earlier run began that file
 
     async def read(self, job: Job, start: int, num_bytes: int, variant: str = VIDEO) -> bytes:
-        """Return a part of a job's finished content; empty behind its end.
+        """Return a part of a job's finished content; empty after its end.
 
         Args:
             job: as it is now.
             start: first byte.
-            num_bytes: at most so many, up to 4 MiB.
+            num_bytes: most bytes to return, up to 4 MiB.
             variant: as for :meth:`content`.
 
         Raises:
@@ -213,7 +213,7 @@ class JobService:
         return ApiError(409, "media_not_ready", message, {"retry-after": str(retry_after_s(eta_s))})
 
 
-def _found(job: Job | None) -> Job:
+def _require(job: Job | None) -> Job:
     if job is None:
         raise ApiError(404, "not_found", "video not found, or already deleted")
     return job

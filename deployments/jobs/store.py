@@ -1,7 +1,7 @@
 """JobStore: the jobs of one database, shared by any number of processes.
 
-Every method is durable when it has returned, and may wait for others for up to
-:data:`deployments.jobs.database.BUSY_S`: call it in a thread. Each raises ``JobsError`` where the database fails.
+What a method writes is durable when it returns. It may wait for others for up to
+:data:`deployments.jobs.database.BUSY_S`: call it in a thread. Each raises ``JobsError`` if the database fails.
 """
 
 from __future__ import annotations
@@ -15,27 +15,18 @@ from sqlalchemy import delete, func, or_, select, tuple_, update
 
 from cluster.events import QueuePosition
 from cosmos3_core.errors import RequestError
-from deployments.jobs import claims, queue, waiting
+from deployments.config import JobsConfig
+from deployments.jobs import queue, waiting
 from deployments.jobs.database import Database
-from deployments.jobs.job import (
-    Job,
-    JobEvent,
-    JobState,
-    Lane,
-    NewJob,
-    Outcome,
-    Progress,
-)
+from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome, Progress
 from deployments.jobs.keys import KeyLimits, KeyStore
-from deployments.jobs.queue import ClassLoad, QueueLimits, QueueLoad
+from deployments.jobs.queue import ClaimRequest
 from deployments.jobs.rows import change, end, find, find_events, find_leased, job_of
 from deployments.jobs.schema import JOBS, RUNNERS
-from deployments.jobs.waiting import QueueBound, RetryEstimator
+from deployments.jobs.waiting import ClassLoad, RetryEstimator
 from deployments.media.layout import JOB_ID
 
-__all__ = ["ClassLoad", "JobStore", "Lease", "Page", "QueueLimits", "QueueLoad"]
-
-# Ended jobs that one transaction of a sweep deletes, with up to 10,000 events each, and that one sweep deletes.
+# Ended jobs that one transaction deletes, with up to 10,000 events each, and that one sweep deletes.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
 # Jobs that one query looks up.
 _IDS_AT_ONCE = 500
@@ -86,15 +77,7 @@ class JobStore:
 
     @classmethod
     def open(cls, url: str, clock: Callable[[], float] = time.time) -> JobStore:
-        """Open the store in a database, which is migrated to this release's schema.
-
-        Args:
-            url: see :class:`deployments.jobs.database.Database`.
-            clock: seconds since 1970.
-
-        Raises:
-            JobsError: it cannot be reached or used, or is a newer release's.
-        """
+        """Open the store in a database, as :class:`deployments.jobs.database.Database`."""
         return cls(Database(url), clock)
 
     def close(self) -> None:
@@ -106,7 +89,7 @@ class JobStore:
     def create(
         self,
         new: NewJob,
-        limits: QueueLimits,
+        config: JobsConfig,
         key_limits: KeyLimits | None = None,
         retry_estimator: RetryEstimator | None = None,
     ) -> Job:
@@ -114,48 +97,46 @@ class JobStore:
 
         Args:
             new: the job.
-            limits: of the queue.
-            key_limits: of the key that it came with.
-            retry_estimator: remembers refused callers, this one too.
+            config: the configuration's section.
+            key_limits: of its API key.
+            retry_estimator: counts rejected callers, this one too.
 
         Returns:
-            The job as it is now; the earlier one where its idempotency key came with the same request before.
+            The job as it is now; the earlier one if its idempotency key came with the same request before.
 
         Raises:
             OverloadedError: a bound of the queue is reached.
             IdempotencyConflict: its idempotency key came with another request before.
             RequestError: the class is unknown, or a text cannot be stored.
         """
-        queue.check_storable(new, limits)
+        queue.check_storable(new, config)
         try:
             # First without the write lock: clients that keep trying a full queue must not hold up runners.
             with self._database.reading() as connection:
                 if (earlier := queue.find_earlier(connection, new)) is not None:
                     return earlier
-                queue.check_room(connection, new, limits, key_limits)
+                queue.check_room(connection, new, config, key_limits)
             with self._database.writing(is_queue=True) as connection:
                 if (earlier := queue.find_earlier(connection, new)) is not None:
                     return earlier
-                queue.check_room(connection, new, limits, key_limits)
-                return queue.enqueue(connection, new, limits, self._clock())
+                queue.check_room(connection, new, config, key_limits)
+                return queue.enqueue(connection, new, config, self._clock())
         except queue.QueueFull as full:
-            bound = QueueBound(new.lane, full.owner, full.limit)
-            num_before = 0 if retry_estimator is None else retry_estimator.num_open(bound)
+            estimator = RetryEstimator() if retry_estimator is None else retry_estimator
+            num_before = estimator.num_open(full.bound)
             with self._database.reading() as connection:
-                now_s = self._clock()
-                wait_s = waiting.estimate_retry_s(connection, new.model, new.lane, full.owner, now_s, num_before)
-            if retry_estimator is not None:
-                retry_estimator.add(bound, wait_s)
-            raise full.error(wait_s) from None
+                wait_s = waiting.estimate_retry_s(connection, new.model, full.bound, self._clock(), num_before)
+            estimator.add(full.bound, wait_s)
+            raise full.bound.make_error(wait_s) from None
 
     # Looking
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
-        """Return a job; None where there is none, or it is another owner's.
+        """Return a job; None if there is none, or it belongs to another owner.
 
         Args:
-            job_id: of the job; any text.
-            owner: None = anybody's.
+            job_id: any text.
+            owner: None = any owner.
         """
         if not _is_id(job_id):
             return None
@@ -166,9 +147,9 @@ class JobStore:
         """Return a page of an owner's jobs in the order of their acceptance, without attached ones.
 
         Args:
-            owner: "" where there are no keys.
-            after: id of the job that the page follows; None = from the begin.
-            limit: at most so many.
+            owner: "" without keys.
+            after: id of the job that the page follows; None = the first page.
+            limit: number of jobs.
             is_ascending: the oldest first, else the newest.
 
         Raises:
@@ -192,70 +173,39 @@ class JobStore:
         """Return the events of several jobs after a cursor of each, in the order of each job.
 
         Args:
-            cursors: id of a job -> number of the last event that is known of it.
-            limit: at most so many.
+            cursors: id of a job -> number of its last known event.
+            limit: number of events.
         """
         with self._database.reading() as connection:
             return find_events(connection, cursors, limit)
 
     def queue_positions(self, jobs: Sequence[Job]) -> dict[str, QueuePosition]:
-        """Return id -> position of those jobs that wait; one that was claimed meanwhile has none any more."""
+        """Return id -> position of the queued ones among some jobs, unless they were claimed meanwhile."""
         if all(job.state is not JobState.QUEUED for job in jobs):
             return {}
         with self._database.reading() as connection:
             return waiting.queue_positions(connection, jobs, self._clock())
 
-    def load(self, model: str) -> QueueLoad:
-        """Return how much of a model is queued and running."""
+    def load(self, model: str) -> tuple[ClassLoad, ...]:
+        """Return the load of a model by lane and class."""
         with self._database.reading() as connection:
-            return queue.read_load(connection, model)
-
-    def runners(self, model: str, silent_s: float) -> tuple[str, ...]:
-        """Return the runners of a model that were alive in the last ``silent_s`` seconds."""
-        alive = (RUNNERS.c.model == model, RUNNERS.c.alive_s >= self._clock() - silent_s)
-        with self._database.reading() as connection:
-            query = select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)
-            return tuple(connection.execute(query).scalars())
+            return waiting.read_load(connection, model)
 
     # Running
 
-    def claim(
-        self,
-        runner: str,
-        model: str,
-        lane: Lane,
-        limits: QueueLimits,
-        lease_s: float,
-        max_attempts: int,
-        *,
-        only_attached: bool = False,
-        in_hand: Sequence[str] = (),
-    ) -> Job | None:
-        """Claim the next job for a runner under a new lease; None where there is none for it.
+    def claim(self, request: ClaimRequest) -> Job | None:
+        """Claim the next job for a runner under a new lease; None if there is none for it.
 
-        A job whose lease has expired comes first: its runner died. It is ended instead where it was attached to that
+        A job whose lease has expired comes first: its runner died. It is ended instead if it was attached to that
         runner, is being cancelled, or has had as many runners as it may. Then the first queued job.
-
-        Args:
-            runner: unique id of the runner.
-            model: that it serves.
-            lane: in which it has room.
-            limits: of the queue.
-            lease_s: how long the lease is valid; a runner that is silent for longer counts as dead.
-            max_attempts: runners that a job may have.
-            only_attached: whether to claim only jobs of callers who wait at this runner.
-            in_hand: jobs that the runner runs; it may be late to renew their leases.
         """
         now_s = self._clock()
-        claim = claims.ClaimRequest(
-            runner, model, lane, limits, lease_s, max_attempts, only_attached, tuple(sorted(in_hand)), now_s
-        )
         with self._database.reading() as connection:
-            work = claims.check_work(connection, claim)
+            work = queue.check_work(connection, request, now_s)
         if not work.is_worth_a_claim:
             return None
         with self._database.writing(is_queue=True) as connection:
-            return claims.claim_next(connection, claim, work)
+            return queue.claim_next(connection, request, work, now_s)
 
     def renew(self, runner: str, leases: Sequence[Lease], lease_s: float) -> tuple[set[str], set[str]]:
         """Renew a runner's leases, and note that it is alive.
@@ -267,19 +217,11 @@ class JobStore:
         held = {lease.job_id: lease.lease for lease in leases}
         with self._database.writing() as connection:
             connection.execute(update(RUNNERS).where(RUNNERS.c.runner == runner).values(alive_s=now_s))
-            renewed = claims.renew(connection, held, now_s + lease_s)
+            renewed = queue.renew(connection, held, now_s + lease_s)
         return held.keys() - renewed.keys(), {job_id for job_id, is_cancelling in renewed.items() if is_cancelling}
 
     def record(self, lease: Lease, progress: Progress, events: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
-        """Record a job's progress.
-
-        Args:
-            lease: of its runner.
-            progress: what has changed.
-            events: kind and data of its new events.
-
-        Returns:
-            The number of its last event.
+        """Record a job's progress, and the kind and data of its new events; return the number of its last event.
 
         Raises:
             LeaseLost: the job is not the runner's any more.
@@ -291,12 +233,7 @@ class JobStore:
             return change(connection, job, JobState.IN_PROGRESS, self._clock(), events, **changes).last_seq
 
     def finish(self, lease: Lease, outcome: Outcome, *, keep_media_s: float) -> Job:
-        """End a job, with its last event.
-
-        Args:
-            lease: of its runner.
-            outcome: how it ended.
-            keep_media_s: how long the file of a completed job stays.
+        """End a job with its last event; the file of a completed job stays for ``keep_media_s``.
 
         Raises:
             LeaseLost: the job is not the runner's any more.
@@ -306,7 +243,7 @@ class JobStore:
             return end(connection, job, outcome, self._clock(), keep_media_s)
 
     def give_back(self, lease: Lease) -> None:
-        """Put a claimed job back to its place in the queue; end it where it is being cancelled.
+        """Put a claimed job back to its place in the queue; end it if it is being cancelled.
 
         Raises:
             LeaseLost: the job is not the runner's any more.
@@ -361,10 +298,10 @@ class JobStore:
         return job
 
     def folder_needs(self, job_ids: Sequence[str]) -> dict[str, float | None]:
-        """Return id -> how long the job needs its folder of files, of those jobs that are there.
+        """Return how much longer existing jobs need their folders of files.
 
         Returns:
-            Id -> seconds more, 0 where it is not needed any more; None: the job has not ended.
+            Id -> seconds, 0 if it is not needed any more; None: the job has not ended.
         """
         query = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s)
         rows: list[Any] = []
@@ -379,13 +316,13 @@ class JobStore:
         }
 
     def media_ids(self) -> dict[str, str]:
-        """Find the media id of every job that has one, by the id of its try alone."""
+        """Return the media id of every job that has one, by the last part of that id."""
         query = select(JOBS.c.media_path).where(JOBS.c.media_path != "")
         with self._database.reading() as connection:
             return {media_id.partition("/")[2]: media_id for media_id in connection.execute(query).scalars()}
 
     def sweep(self, keep_s: float, max_kept: int | None = None) -> Sequence[Job]:
-        """Delete jobs that ended long ago, and the oldest beyond a number; at most 1000 at a time.
+        """Delete jobs that ended longer than ``keep_s`` ago, and the oldest beyond a number; at most 1000 at a time.
 
         Their idempotency keys go with them.
 
@@ -401,7 +338,7 @@ class JobStore:
         while len(swept) < _MAX_SWEPT and (some := self._sweep_some(before_s, max_kept)):
             swept += some
         with self._database.writing(is_queue=True) as connection:
-            queue.forget_runners(connection, before_s)
+            connection.execute(delete(RUNNERS).where(RUNNERS.c.alive_s < before_s))
         return swept
 
     def _sweep_some(self, before_s: float, max_kept: int | None) -> Sequence[Job]:
@@ -410,20 +347,20 @@ class JobStore:
         is_spare = or_(JOBS.c.attached_to.is_not(None), JOBS.c.expires_s.is_(None), JOBS.c.expires_s < self._clock())
         # Several processes may sweep; each job is returned to one of them.
         with self._database.writing(is_queue=True) as connection:
-            num_many = 0
+            num_spare = 0
             if max_kept is not None:
                 num_ended = connection.execute(select(func.count()).select_from(JOBS).where(ended)).scalar_one()
-                num_many = max(num_ended - max_kept, 0)
+                num_spare = max(num_ended - max_kept, 0)
             old = select(JOBS.c.job_id).where(ended, JOBS.c.completed_s < before_s).limit(_SWEPT_AT_ONCE)
             ids = set(connection.execute(old).scalars())
-            # Attached jobs first, which nobody comes back for, then the oldest.
-            many = (
+            # Attached jobs first, whose callers have left, then the oldest.
+            spare = (
                 select(JOBS.c.job_id)
                 .where(ended, is_spare)
                 .order_by(JOBS.c.attached_to.is_(None), JOBS.c.completed_s)
-                .limit(min(num_many, _SWEPT_AT_ONCE))
+                .limit(min(num_spare, _SWEPT_AT_ONCE))
             )
-            ids |= set(connection.execute(many).scalars())
+            ids |= set(connection.execute(spare).scalars())
             gone = connection.execute(delete(JOBS).where(JOBS.c.job_id.in_(ids)).returning(*JOBS.c))
             return sorted((job_of(row) for row in gone), key=lambda job: job.completed_s or 0.0)
 
@@ -435,27 +372,17 @@ class JobStore:
         with self._database.writing(is_queue=True) as connection:
             rows = connection.execute(select(JOBS).where(*unserved).limit(_SWEPT_AT_ONCE)).all()
             for row in rows:
-                job = job_of(row)
-                reason = f"the model {job.model} has not been served for {silent_s:g} s"
-                end(
-                    connection,
-                    job,
-                    Outcome(JobState.FAILED, error_code="not_served", error_message=reason),
-                    self._clock(),
-                )
+                reason = f"the model {row.model} has not been served for {silent_s:g} s"
+                outcome = Outcome(JobState.FAILED, error_code="not_served", error_message=reason)
+                end(connection, job_of(row), outcome, self._clock())
         return len(rows)
 
     # Speed
 
     def note_rate(self, model: str, lane: Lane, work_per_s: float) -> None:
-        """Enter how fast a runner works in a lane into the average of all."""
+        """Add a runner's speed in a lane to the average of all runners."""
         with self._database.writing() as connection:
             waiting.note_rate(connection, model, lane, work_per_s, self._clock())
-
-    def rate(self, model: str, lane: Lane) -> float | None:
-        """Return the work per second that one runner gets done in a lane; None where it was never measured."""
-        with self._database.reading() as connection:
-            return waiting.find_rate(connection, model, lane)
 
 
 def _is_id(job_id: object) -> bool:

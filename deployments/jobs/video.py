@@ -20,10 +20,10 @@ from deployments.media.layout import JOB_ID
 LOSSLESS, HIGH = "lossless", "high"
 """Values of ``quality``."""
 
-# Denoising is most of it: what is left is for decoding.
+# Denoising is most of the progress; the rest is decoding.
 _DENOISED_PERCENT = 95
 _MAX_UNFINISHED_PERCENT = 99
-# Clients know four statuses; that a job was cancelled is said by its error.
+# Clients know four statuses; the error says that a job was cancelled.
 _STATUSES = {JobState.CANCELLED: "failed"}
 _DEFAULT_MESSAGES = {JobState.CANCELLED: "the job was cancelled", JobState.FAILED: "the job failed"}
 # Between two requests of a client that polls.
@@ -56,21 +56,21 @@ class Actions(TypedDict):
 
 
 class VideoError(ApiModel):
-    """Why a video came to nothing."""
+    """Why a video failed or was cancelled."""
 
     code: Annotated[str, Field(description="cancelled, or why it failed")]
     message: str
 
 
 class VideoMetrics(TypedDict):
-    """How long a video waited and ran, as far as that is over."""
+    """How long a video waited and ran; without a time that has not ended."""
 
     queue_s: NotRequired[Annotated[Seconds, Field(description="until its run began; earlier runs included")]]
     run_s: NotRequired[Seconds]
 
 
 class Video(ApiModel):
-    """A job and what has come of it, at one moment. What is not known yet, or does not apply, is None."""
+    """A job and its results at one moment; a field that is not known yet, or does not apply, is None."""
 
     id: JobId
     object: Literal["video"]
@@ -112,12 +112,7 @@ class Video(ApiModel):
 
     @classmethod
     def of(cls, job: Job, position: QueuePosition | None) -> Video:
-        """Return a job as clients see it.
-
-        Args:
-            job: as it is in the database.
-            position: in the queue; None where it does not wait.
-        """
+        """Return a job as clients see it, with its position in the queue if it is queued."""
         eta_s = job.eta_s if position is None else position.eta_s
         result = job.result
         num_frames = result.get("num_frames", job.num_frames)
@@ -165,22 +160,22 @@ class Video(ApiModel):
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether it is completed or has failed."""
         return self.status in ("completed", "failed")
 
     @property
     def has_file(self) -> bool:
-        """Whether there is a file to be had."""
+        """Whether it has a file."""
         return self.status == "completed" and bool(self.media_type)
 
     @property
     def actions(self) -> GeneratedActions | None:
-        """The generated actions as numbers; None where there are none."""
+        """The generated actions as numbers; None without any."""
         return None if self.action is None else GeneratedActions.from_json(dict(self.action))
 
 
 class VideoPage(ApiModel):
-    """Some of an owner's videos, in the order that was asked for."""
+    """Some of an owner's videos, in the requested order."""
 
     object: Literal["list"]
     data: Annotated[tuple[Video, ...], _schema(maxItems=100)]
@@ -201,7 +196,7 @@ class VideoPage(ApiModel):
 
 
 class VideoDeleted(ApiModel):
-    """A video is gone, with its files."""
+    """A video was deleted with its files."""
 
     id: JobId
     object: Literal["video.deleted"]
@@ -209,7 +204,7 @@ class VideoDeleted(ApiModel):
 
     @classmethod
     def of(cls, job_id: str) -> VideoDeleted:
-        """Return what is said of a job that is gone."""
+        """Return the answer about a deleted job."""
         return cls(id=job_id, object="video.deleted", deleted=True)
 
 

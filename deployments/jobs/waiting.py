@@ -1,6 +1,6 @@
-"""How long jobs wait: positions in the queue, the time until a job is done, and ``Retry-After`` of a full queue.
+"""The load of the queue and how long jobs wait: positions, the time until a job is done, and ``Retry-After``.
 
-The jobs of a lane that run share its speed evenly, and the first queued job takes the place of one that ends.
+The running jobs of a lane share its speed evenly, and the first queued job takes the place of one that ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, bindparam, func, select
 
+from cluster.errors import OverloadedError
 from cluster.events import QueuePosition
 from deployments.jobs.job import Job, JobState, Lane
 from deployments.jobs.rows import put
@@ -24,27 +25,50 @@ from deployments.jobs.schema import JOBS, RATES, RUNNERS
 
 MIN_WAIT_S, MAX_WAIT_S = 1.0, 3600.0
 UNKNOWN_WAIT_S = 5.0
-"""``Retry-After`` where nothing runs, or no speed has been measured yet."""
+"""``Retry-After`` if nothing runs, or no speed has been measured yet."""
 
 # Share of a new measurement in the average.
 _NEWEST_SHARE = 0.3
 # A runner that has been silent for longer does not count.
 _ALIVE_S = 120.0
-# Callers who are told to come one after the other, for each place in a queue.
+_QUEUED, _IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
+# Rejected callers with an open Retry-After, for each place in a queue.
 _CALLERS_PER_PLACE = 4
 
 WORK_LEFT = JOBS.c.work * (1 - JOBS.c.step * 1.0 / JOBS.c.num_steps)
 """SQL of :attr:`deployments.jobs.job.Job.work_left`, for a job that has not ended."""
 
 
-def queue_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -> dict[str, QueuePosition]:
-    """Return id -> position of those jobs that wait, with one query for all of them.
+@dataclass(frozen=True)
+class ClassLoad:
+    """The unfinished jobs of one class in a lane, and the work that is left of them."""
 
-    Args:
-        connection: in a transaction.
-        jobs: any; those that do not wait have no position.
-        now_s: seconds since 1970.
-    """
+    lane: Lane
+    service_class: str
+    num_queued: int
+    num_running: int
+    work_queued: float
+    work_running: float
+
+
+def read_load(connection: Connection, model: str) -> tuple[ClassLoad, ...]:
+    """Return the load of a model by lane and class."""
+    query = (
+        select(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state, func.count(), func.sum(WORK_LEFT))
+        .where(JOBS.c.model == model, JOBS.c.state.in_((_QUEUED, _IN_PROGRESS)))
+        .group_by(JOBS.c.lane, JOBS.c.service_class, JOBS.c.state)
+    )
+    found = {(lane, name, state): (num_jobs, work) for lane, name, state, num_jobs, work in connection.execute(query)}
+    loads = []
+    for lane, name in sorted({(lane, name) for lane, name, _ in found}):
+        num_queued, work_queued = found.get((lane, name, _QUEUED), (0, 0.0))
+        num_running, work_running = found.get((lane, name, _IN_PROGRESS), (0, 0.0))
+        loads.append(ClassLoad(Lane(lane), name, num_queued, num_running, work_queued, work_running))
+    return tuple(loads)
+
+
+def queue_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -> dict[str, QueuePosition]:
+    """Return id -> position of the queued ones among some jobs, with one query for all of them."""
     queued = {job.job_id: job.work for job in jobs if job.state is JobState.QUEUED}
     parameters = {
         "models": sorted({job.model for job in jobs}),
@@ -52,7 +76,7 @@ def queue_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -
         "alive_since_s": now_s - _ALIVE_S,
     }
     found = {}
-    for job_id, num_ahead, work_ahead, rate_of_one, num_alive in connection.execute(_positions_query(), parameters):
+    for job_id, num_ahead, work_ahead, rate_of_one, num_alive in connection.execute(_query_positions(), parameters):
         speed = None if rate_of_one is None else rate_of_one * max(num_alive, 1)
         eta_s = (work_ahead + queued[job_id]) / speed if speed else None
         found[job_id] = QueuePosition(num_ahead, os.getpid(), eta_s)
@@ -60,8 +84,8 @@ def queue_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -
 
 
 @cache
-def _positions_query() -> Select[Any]:
-    is_queued = JOBS.c.state == JobState.QUEUED.value
+def _query_positions() -> Select[Any]:
+    is_queued = JOBS.c.state == _QUEUED
     # Running jobs come first, then the queue in the order in which it is claimed.
     order = (is_queued, JOBS.c.queue_order, JOBS.c.created_s, JOBS.c.job_id)
     lane: dict[str, Any] = {"partition_by": (JOBS.c.model, JOBS.c.lane), "order_by": order}
@@ -72,7 +96,7 @@ def _positions_query() -> Select[Any]:
             func.coalesce(func.sum(WORK_LEFT).over(**lane, rows=(None, -1)), 0.0).label("work_ahead"),
         )
         .where(JOBS.c.model.in_(bindparam("models", expanding=True)))
-        .where(JOBS.c.state.in_((JobState.QUEUED.value, JobState.IN_PROGRESS.value)))
+        .where(JOBS.c.state.in_((_QUEUED, _IN_PROGRESS)))
         .subquery()
     )
     alive = (
@@ -84,21 +108,69 @@ def _positions_query() -> Select[Any]:
     return (
         select(ranked.c.job_id, ranked.c.num_ahead, ranked.c.work_ahead, RATES.c.work_per_s, alive.scalar_subquery())
         .join(RATES, (RATES.c.model == ranked.c.model) & (RATES.c.lane == ranked.c.lane), isouter=True)
-        .where(ranked.c.state == JobState.QUEUED.value, ranked.c.job_id.in_(bindparam("job_ids", expanding=True)))
+        .where(ranked.c.state == _QUEUED, ranked.c.job_id.in_(bindparam("job_ids", expanding=True)))
     )
+
+
+@dataclass(frozen=True)
+class QueueBound:
+    """A bound of a queue that was reached.
+
+    Attributes:
+        lane: whose queue it is.
+        owner: whose jobs it counts; None if it counts all jobs.
+        limit: the bound.
+    """
+
+    lane: Lane
+    owner: str | None
+    limit: int
+
+    def make_error(self, retry_after_s: float) -> OverloadedError:
+        """Return the error for the caller."""
+        counted = f"{self.lane}s" if self.owner is None else f"{self.lane}s of this API key"
+        return OverloadedError(f"{counted} that wait", self.limit, retry_after_s)
+
+
+def estimate_retry_s(connection: Connection, model: str, bound: QueueBound, now_s: float, num_before: int = 0) -> float:
+    """Estimate the seconds until a queued job begins, so that there is room for another one.
+
+    Args:
+        connection: in a transaction.
+        model: whose queue is full.
+        bound: that was reached.
+        now_s: seconds since 1970.
+        num_before: callers who were rejected earlier and have not come again yet: they get the places before.
+    """
+    in_lane = (JOBS.c.model == model, JOBS.c.lane == bound.lane.value)
+    running = connection.execute(select(WORK_LEFT).where(*in_lane, JOBS.c.state == _IN_PROGRESS)).scalars().all()
+    order = (JOBS.c.queue_order, JOBS.c.created_s, JOBS.c.job_id)
+    queued = connection.execute(
+        select(JOBS.c.owner, JOBS.c.work).where(*in_lane, JOBS.c.state == _QUEUED).order_by(*order)
+    ).all()
+    alive = (RUNNERS.c.model == model, RUNNERS.c.alive_s > now_s - _ALIVE_S)
+    num_alive = connection.execute(select(func.count()).select_from(RUNNERS).where(*alive)).scalar_one()
+    rate_of_one = find_rate(connection, model, bound.lane)
+    num_ahead = next((i for i, (owner, _) in enumerate(queued) if bound.owner in (None, owner)), None)
+    if num_ahead is None or not running or not rate_of_one:
+        return UNKNOWN_WAIT_S
+    speed = rate_of_one * max(num_alive, 1)
+    works = [work for _, work in queued]
+    further_s = num_before * sum(works) / len(works) / speed
+    return min(max(estimate_freed_s(running, works, num_ahead + 1, speed) + further_s, MIN_WAIT_S), MAX_WAIT_S)
 
 
 def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_places: int, work_per_s: float) -> float:
     """Return the seconds until so many places of a lane have become free.
 
     Args:
-        running: work that is left of each job that runs; one at least.
-        queued: work of those that wait, in their order; ``num_places`` - 1 at least.
-        num_places: which have to become free, those that are taken again included.
-        work_per_s: that the lane gets done.
+        running: work that is left of each running job; at least one.
+        queued: work of the queued jobs, in their order; at least ``num_places`` - 1.
+        num_places: number of places, those that queued jobs take again included.
+        work_per_s: speed of the lane.
     """
     waiting = iter(queued)
-    # Every running job gets the same work done in the same time: ends are reckoned in that work.
+    # Every running job gets the same work done in the same time, so ends are counted in that work.
     ends, done, elapsed_s = list(running), 0.0, 0.0
     heapq.heapify(ends)
     for _ in range(num_places):
@@ -112,104 +184,26 @@ def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_plac
     return elapsed_s
 
 
-@dataclass(frozen=True)
-class _LaneLoad:
-    """The load of one lane.
-
-    Attributes:
-        running: work that is left of each job that runs.
-        queued: owner and work of each job that waits, in order.
-        work_per_s: of all runners together; None where it was never measured.
-    """
-
-    running: tuple[float, ...]
-    queued: tuple[tuple[str, float], ...]
-    work_per_s: float | None
-
-    def wait_s(self, owner: str | None, num_before: int) -> float | None:
-        """Return the seconds until the first queued job (of an owner) begins, and until ``num_before`` more have begun.
-
-        None where that cannot be estimated.
-        """
-        before = next((i for i, (whose, _) in enumerate(self.queued) if owner in (None, whose)), None)
-        if before is None or not self.running or not self.work_per_s:
-            return None
-        works = [work for _, work in self.queued]
-        further_s = num_before * sum(works) / len(works) / self.work_per_s
-        return estimate_freed_s(self.running, works, before + 1, self.work_per_s) + further_s
-
-
-def estimate_retry_s(
-    connection: Connection, model: str, lane: Lane, owner: str | None, now_s: float, num_before: int = 0
-) -> float:
-    """Estimate the seconds until a queued job begins, so that another one has room.
-
-    Args:
-        connection: in a transaction.
-        model, lane: whose queue is full.
-        owner: whose own bound was reached; None where it is everybody's.
-        now_s: seconds since 1970.
-        num_before: callers who were refused earlier and have not come again yet: they get the places before.
-    """
-    wait_s = _read_load(connection, model, lane, now_s).wait_s(owner, num_before)
-    return min(max(UNKNOWN_WAIT_S if wait_s is None else wait_s, MIN_WAIT_S), MAX_WAIT_S)
-
-
-def _read_load(connection: Connection, model: str, lane: Lane, now_s: float) -> _LaneLoad:
-    of_lane = (JOBS.c.model == model, JOBS.c.lane == lane.value)
-    running = connection.execute(select(WORK_LEFT).where(*of_lane, JOBS.c.state == "in_progress")).scalars()
-    queued = connection.execute(
-        select(JOBS.c.owner, JOBS.c.work)
-        .where(*of_lane, JOBS.c.state == "queued")
-        .order_by(JOBS.c.queue_order, JOBS.c.created_s, JOBS.c.job_id)
-    )
-    alive = (
-        select(func.count()).select_from(RUNNERS).where(RUNNERS.c.model == model, RUNNERS.c.alive_s > now_s - _ALIVE_S)
-    )
-    rate_of_one = find_rate(connection, model, lane)
-    num_alive = max(connection.execute(alive).scalar_one(), 1)
-    return _LaneLoad(
-        running=tuple(running),
-        queued=tuple((owner, work) for owner, work in queued),
-        work_per_s=None if rate_of_one is None else rate_of_one * num_alive,
-    )
-
-
 def find_rate(connection: Connection, model: str, lane: Lane) -> float | None:
-    """Return the work per second that one runner gets done in a lane; None where it was never measured."""
+    """Return the work per second of one runner in a lane; None if it was never measured."""
     query = select(RATES.c.work_per_s).where(RATES.c.model == model, RATES.c.lane == lane.value)
     return connection.execute(query).scalar_one_or_none()
 
 
 def note_rate(connection: Connection, model: str, lane: Lane, work_per_s: float, now_s: float) -> None:
-    """Enter a measurement into the average of all runners."""
-    assert work_per_s > 0, "something was measured"
+    """Add a measurement to the average of all runners."""
+    assert work_per_s > 0, "a finished job has some work"
     known = find_rate(connection, model, lane)
     if known is not None:
         work_per_s = _NEWEST_SHARE * work_per_s + (1 - _NEWEST_SHARE) * known
     put(connection, RATES, model=model, lane=lane.value, work_per_s=work_per_s, updated_s=now_s)
 
 
-@dataclass(frozen=True)
-class QueueBound:
-    """A bound of a queue that was reached.
-
-    Attributes:
-        lane: whose queue it is.
-        owner: whose jobs it counts; None where it counts everybody's.
-        limit: the bound.
-    """
-
-    lane: Lane
-    owner: str | None
-    limit: int
-
-
 class RetryEstimator:
-    """Remembers when refused callers were told to come again, so that each is told another time.
+    """Keeps the times at which rejected callers may come again, so that each gets a later one.
 
     All of them would otherwise come at once for one place. Counts the callers of this process, from any thread. A
-    caller who comes too early is counted again each time: hence a bound, by the places that there are.
+    caller who comes too early is counted again each time: hence a bound, by the number of places.
     """
 
     def __init__(self) -> None:
@@ -217,7 +211,7 @@ class RetryEstimator:
         self._lock = threading.Lock()
 
     def add(self, bound: QueueBound, seconds: float) -> None:
-        """Note that a caller was told to come again after so long."""
+        """Count a caller who may come again after so long."""
         with self._lock:
             until_s = self._until_s.setdefault(bound, deque())
             until_s.append(time.monotonic() + seconds)

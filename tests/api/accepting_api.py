@@ -18,12 +18,12 @@ import PIL.Image
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.media.apart import read_clip_apart
 from cosmos3_core.media.kinds import STILL, kind_of
+from deployments.config import JobsConfig
 from deployments.jobs.job import Job
-from deployments.jobs.store import QueueLimits
 from tests.api.fake_service import CLASSES, Api
 from tests.api.safe_answers import Inside
 
-LIMITS = QueueLimits(max_queued=100_000, max_queued_per_key=100_000, max_running_per_key=None, classes=CLASSES)
+LIMITS = JobsConfig(max_queued=100_000, max_queued_per_key=100_000, classes=CLASSES, lease_s=1e6)
 _ANSWER_S = 60.0
 _MAX_LEFT = 200
 # A body without a length that grows no further is waited for no longer: of events, of a file that is being written.

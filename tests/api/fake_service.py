@@ -21,13 +21,14 @@ from deployments.api.bodies import BodyRules
 from deployments.api.media_fields import FetchFile
 from deployments.api.openapi import document
 from deployments.api.service import Service
-from deployments.config import HttpConfig
+from deployments.config import HttpConfig, JobsConfig
 from deployments.director.admission import Admission, RequestCheck
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.jobs.cost import CostModel
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions, new_job_id
+from deployments.jobs.queue import ClaimRequest
 from deployments.jobs.service import JobService
-from deployments.jobs.store import JobStore, Lease, QueueLimits
+from deployments.jobs.store import JobStore, Lease
 from deployments.media.job_files import JobFiles
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
@@ -39,7 +40,7 @@ from tests.app.local_ray import Method
 MODEL = "nano"
 DEADLINE_S = 60.0
 CLASSES = {"interactive": 8.0, "standard": 4.0, "batch": 1.0}
-LIMITS = QueueLimits(max_queued=20, max_queued_per_key=2, max_running_per_key=None, classes=CLASSES)
+LIMITS = JobsConfig(max_queued=20, max_queued_per_key=2, classes=CLASSES, lease_s=1000.0)
 
 
 class Response:
@@ -108,7 +109,7 @@ class FakeDirector:
     """
 
     def __init__(
-        self, layout: CheckpointLayout, jobs: JobService, limits: QueueLimits, *, may_skip_guardrails: bool
+        self, layout: CheckpointLayout, jobs: JobService, limits: JobsConfig, *, may_skip_guardrails: bool
     ) -> None:
         self.admission = Admission(
             store=jobs.store,
@@ -116,7 +117,7 @@ class FakeDirector:
             check=RequestCheck(layout, is_sound_offered=True),
             cost=EvenCost.of(layout.geometry, layout.transformer),
             model=MODEL,
-            limits=limits,
+            config=limits,
             prompt_check=UnlookedPrompts(None, DEADLINE_S, may_skip_guardrails),
         )
         self._jobs = jobs
@@ -222,7 +223,7 @@ class Api:
         max_followers: int = 8,
         fetch_file: FetchFile | None = None,
         http: Mapping[str, Any] | None = None,
-        limits: QueueLimits = LIMITS,
+        limits: JobsConfig = LIMITS,
     ) -> None:
         self.runner = asyncio.Runner()
         shutil.copy(database, directory / "jobs.sqlite")
@@ -293,7 +294,7 @@ class Api:
     # What runners do
 
     def claimed(self, lane: Lane = Lane.VIDEO) -> Job:
-        job = self.store.claim("runner", MODEL, lane, LIMITS, 1000.0, 3)
+        job = self.store.claim(ClaimRequest("runner", MODEL, lane, LIMITS))
         assert job is not None
         return job
 

@@ -11,6 +11,7 @@ import PIL.Image
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from deployments.jobs.job import Job, JobState, Outcome, Progress, SubmitOptions, new_job_id
+from deployments.jobs.queue import ClaimRequest
 from deployments.media.layout import new_media_id
 from tests.api.accepting_api import LIMITS, AcceptingApi
 from tests.api.fake_service import MODEL, lease_of
@@ -93,7 +94,7 @@ class KnownJobs:
         runner = new_job_id()  # of its own: so it claims this one and none of the others
         job = self._accepted(runner, **fields)
         store = self._api.store
-        claimed = store.claim(runner, MODEL, job.lane, LIMITS, 1e6, 3, only_attached=True)
+        claimed = store.claim(ClaimRequest(runner, MODEL, job.lane, LIMITS, only_attached=True))
         assert claimed is not None
         assert claimed.job_id == job.job_id
         step = {"step": 1, "num_steps": 2, "sigma": 0.5, "eta_s": 1.0, "step_s": 0.1, "pid": 7}

@@ -247,8 +247,8 @@ def test_a_remix_may_no_more_than_a_new_request(make_api: Any) -> None:
     told = api.created({"prompt": "a", "guardrails": False, "service_class": "batch"})
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
     admission = api.director.admission
-    limits = replace(admission.limits, classes={"standard": 1.0})
-    api.director.admission = replace(admission, limits=limits, prompt_check=UnlookedPrompts(None, 1.0, False))
+    config = admission.config.model_copy(update={"classes": {"standard": 1.0}})
+    api.director.admission = replace(admission, config=config, prompt_check=UnlookedPrompts(None, 1.0, False))
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
     asked = [(asked.skip_guardrails, asked.service_class) for _, asked in api.director.submitted]
     assert asked == [(True, "batch"), (True, "batch"), (False, "standard")]

@@ -238,7 +238,7 @@ def kinds(events: list[Any]) -> list[str]:
     return [type(event).__name__ for event in events]
 
 
-def test_a_whole_walk(tiny_nano: Path) -> None:
+def test_a_whole_pipeline(tiny_nano: Path) -> None:
     stages = FakeStages()
     events = run(collect(stages.pipeline(tiny_nano)))
     assert kinds(events)[:4] == ["Tokenized", "StepDone", "LatentsReady", "FileStarted"]

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from sqlalchemy import select
+
+from deployments.config import JobsConfig
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, new_job_id
-from deployments.jobs.store import JobStore, Lease, QueueLimits
+from deployments.jobs.queue import ClaimRequest
+from deployments.jobs.schema import RUNNERS
+from deployments.jobs.store import JobStore, Lease
+from deployments.jobs.waiting import find_rate
 
 MODEL = "nano"
 LEASE_S = 20.0
-LIMITS = QueueLimits(
-    max_queued=1000,
-    max_queued_per_key=1000,
-    max_running_per_key=None,
-    classes={"interactive": 8.0, "standard": 4.0, "batch": 1.0},
-)
+LIMITS = JobsConfig(max_queued=1000, max_queued_per_key=1000, lease_s=LEASE_S, max_attempts=3)
 COMPLETED = Outcome(JobState.COMPLETED, result={"num_bytes": 5})
 
 
@@ -57,10 +58,37 @@ def new_job(**changes: Any) -> NewJob:
     return replace(job, **changes)
 
 
-def claim(store: JobStore, runner: str = "runner", **changes: Any) -> Job | None:
-    """What a runner gets."""
-    given = {"model": MODEL, "lane": Lane.VIDEO, "limits": LIMITS, "lease_s": LEASE_S, "max_attempts": 3, **changes}
-    return store.claim(runner, **given)
+def limits_with(**changes: Any) -> JobsConfig:
+    """The limits with some changed."""
+    return LIMITS.model_copy(update=changes)
+
+
+def claim(
+    store: JobStore, runner: str = "runner", *, lane: Lane = Lane.VIDEO, limits: JobsConfig = LIMITS, **changes: Any
+) -> Job | None:
+    """What a runner gets; changes are of the claim, else of the limits."""
+    own = {name: changes.pop(name) for name in ("model", "only_attached", "in_hand") if name in changes}
+    return store.claim(
+        ClaimRequest(runner=runner, lane=lane, config=limits.model_copy(update=changes), **{"model": MODEL, **own})
+    )
+
+
+def num_queued(store: JobStore, model: str = MODEL) -> int:
+    """How many jobs of a model wait, of all classes in both lanes."""
+    return sum(each.num_queued for each in store.load(model))
+
+
+def runners(store: JobStore, silent_s: float) -> tuple[str, ...]:
+    """Runners of the model that were alive in the last seconds."""
+    alive = (RUNNERS.c.model == MODEL, RUNNERS.c.alive_s >= store._clock() - silent_s)
+    with store._database.reading() as connection:
+        return tuple(connection.execute(select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)).scalars())
+
+
+def rate(store: JobStore, lane: Lane) -> float | None:
+    """The work per second that is noted for a lane."""
+    with store._database.reading() as connection:
+        return find_rate(connection, MODEL, lane)
 
 
 def claimed(store: JobStore, runner: str = "runner", **changes: Any) -> Job:

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.errors import OverloadedError
 from deployments.jobs.job import JobState
 from deployments.jobs.store import JobStore
-from tests.jobs.making import COMPLETED, LIMITS, claim, lease_of, new_job
+from tests.jobs.making import COMPLETED, LIMITS, claim, lease_of, limits_with, new_job, num_queued
 
 _ROOT = Path(__file__).parents[2]
 # For all of them: start, work and end, on a machine with other things to do.
@@ -58,21 +58,14 @@ def _claim(url: str, number: int) -> list[str]:
         if (job := claim(store, f"runner-{time.monotonic_ns()}", lease_s=1000.0)) is not None:
             store.finish(lease_of(job), COMPLETED, keep_media_s=1)
             mine.append(job.job_id)
-        elif not store.load(job_model()).num_queued:
+        elif not num_queued(store):
             return mine
     raise TimeoutError(f"{len(mine)} of {number} were mine, and some still wait")
 
 
-def job_model() -> str:
-    """Of all jobs here."""
-    return new_job().model
-
-
 def _create(url: str, number: int) -> dict[str, int]:
     """Creates jobs in a queue for ``number``, twice as many as it takes."""
-    from dataclasses import replace
-
-    store, limits = JobStore.open(url), replace(LIMITS, max_queued=number)
+    store, limits = JobStore.open(url), limits_with(max_queued=number)
     told = {"accepted": 0, "refused": 0, "most": 0}
     for _ in range(2 * number):
         try:
@@ -80,7 +73,7 @@ def _create(url: str, number: int) -> dict[str, int]:
             told["accepted"] += 1
         except OverloadedError:
             told["refused"] += 1
-        told["most"] = max(told["most"], store.load(job_model()).num_queued)
+        told["most"] = max(told["most"], num_queued(store))
     return told
 
 

@@ -24,7 +24,7 @@ from deployments.director.runner import JobRunner
 from deployments.jobs.cost import CostModel
 from deployments.jobs.job import Job, JobState, Lane, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
-from deployments.jobs.store import JobStore, QueueLimits
+from deployments.jobs.store import JobStore
 from deployments.media.job_files import JobFiles
 from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaStore
@@ -37,13 +37,12 @@ from deployments.messages import (
     StepDone,
 )
 
-LIMITS = QueueLimits(max_queued=50, max_queued_per_key=50, max_running_per_key=None, classes={"standard": 1.0})
 SMALL = GenerationRequest(prompt="a car", num_frames=5, height=32, width=32, num_inference_steps=4)
 IMAGE = replace(SMALL, num_frames=1)
 DEADLINE_S = 30.0
 
 
-class FakeWalk:
+class FakePipeline:
     """Four steps, which wait for the stage's gate, and an end."""
 
     def __init__(self, stage: FakeStage, request: Any, context: RequestContext, job: Job, begin_from: Any) -> None:
@@ -101,7 +100,7 @@ class FakeStage:
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
-        self.pipelines: list[FakeWalk] = []
+        self.pipelines: list[FakePipeline] = []
         self.fails_at = 0
         self.holds_after = 0
         self.holds_at_end = False
@@ -109,8 +108,8 @@ class FakeStage:
 
     def make_pipeline(
         self, request: Any, context: RequestContext, job: Job, begin_from: Any, on_saved: Callable[..., None]
-    ) -> FakeWalk:
-        pipeline = FakeWalk(self, request, context, job, begin_from)
+    ) -> FakePipeline:
+        pipeline = FakePipeline(self, request, context, job, begin_from)
         pipeline.on_saved = on_saved
         self.pipelines.append(pipeline)
         return pipeline
@@ -126,7 +125,6 @@ class Service:
         self.stage = FakeStage()
         check = RequestCheck(layout, is_sound_offered=True)
         cost = CostModel.of(layout.geometry, layout.transformer)
-        self.admission = Admission(self.store, self.files, check, cost, "nano", LIMITS)
         max_running = changed.pop("max_running", {Lane.IMAGE: 2, Lane.VIDEO: 2})
         config = JobsConfig(max_queued=50, max_queued_per_key=50, classes={"standard": 1.0}).model_copy(
             update={
@@ -140,6 +138,7 @@ class Service:
                 **changed,
             }
         )
+        self.admission = Admission(self.store, self.files, check, cost, "nano", config)
         self.jobs = JobService(self.store, self.files, self.media, 8)
         self.runner = JobRunner(self.jobs, "nano", config, check, self.stage.make_pipeline)
 

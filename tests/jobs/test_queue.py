@@ -5,19 +5,41 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import sqlalchemy
 
 from cluster.errors import OverloadedError
-from deployments.jobs import claims, waiting
+from deployments.config import JobsConfig
+from deployments.jobs import queue, waiting
 from deployments.jobs.job import Job, JobState, Lane, Progress
 from deployments.jobs.keys import KeyLimits, NewKey
-from deployments.jobs.store import ClassLoad, JobStore, QueueLimits
-from deployments.jobs.waiting import MAX_WAIT_S, MIN_WAIT_S, UNKNOWN_WAIT_S, RetryEstimator, estimate_freed_s
-from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
+from deployments.jobs.store import JobStore
+from deployments.jobs.waiting import (
+    MAX_WAIT_S,
+    MIN_WAIT_S,
+    UNKNOWN_WAIT_S,
+    ClassLoad,
+    RetryEstimator,
+    estimate_freed_s,
+)
+from tests.jobs.making import (
+    COMPLETED,
+    LEASE_S,
+    LIMITS,
+    MODEL,
+    Clock,
+    claim,
+    claimed,
+    found,
+    kinds,
+    lease_of,
+    limits_with,
+    new_job,
+    num_queued,
+    runners,
+)
 from tests.jobs.racing import race
 
 
@@ -35,7 +57,7 @@ def run_out(store: JobStore, **how: Any) -> list[Job]:
 
 
 def refusal(
-    store: JobStore, key_limits: KeyLimits | None = None, limits: QueueLimits = LIMITS, **changes: Any
+    store: JobStore, key_limits: KeyLimits | None = None, limits: JobsConfig = LIMITS, **changes: Any
 ) -> OverloadedError:
     """What a job is told that there is no room for."""
     with pytest.raises(OverloadedError) as caught:
@@ -47,12 +69,12 @@ def refusal(
 
 
 def test_so_many_jobs_may_wait(store: JobStore) -> None:
-    limits = replace(LIMITS, max_queued=3)
+    limits = limits_with(max_queued=3)
     for owner, name in [("", "standard"), ("key1", "batch"), ("key2", "standard")]:
         store.create(new_job(owner=owner, service_class=name), limits)
     error = refusal(store, limits=limits, owner="key3")
     assert (error.what, error.limit) == ("videos that wait", 3)
-    assert store.load(MODEL).num_queued == 3
+    assert num_queued(store) == 3
     store.create(new_job(lane=Lane.IMAGE), limits)  # the other lane has places of its own
     store.create(new_job(model="super"), limits)  # another app in the same database
     claimed(store)
@@ -70,7 +92,7 @@ def one_that_waits(store: JobStore) -> str:
 
 
 def test_so_many_of_a_key_may_wait(store: JobStore) -> None:
-    limits = replace(LIMITS, max_queued_per_key=2)
+    limits = limits_with(max_queued_per_key=2)
     for _ in range(2):
         store.create(new_job(owner="key1"), limits)
     error = refusal(store, limits=limits, owner="key1")
@@ -111,7 +133,7 @@ def test_places_become_free_when_jobs_that_share_the_speed_end(seed: int) -> Non
 
 
 def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobStore) -> None:
-    limits = replace(LIMITS, max_queued=2)
+    limits = limits_with(max_queued=2)
     for work in (600.0, 400.0):
         store.create(new_job(work=work), limits)
     assert refusal(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing runs"
@@ -133,7 +155,7 @@ def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobSto
 
 def test_who_is_refused_for_everybodys_bound_is_told_one_after_the_other(store: JobStore) -> None:
     """Whoever they are: they all come for the same places."""
-    retry_estimator, limits = RetryEstimator(), replace(LIMITS, max_queued=1)
+    retry_estimator, limits = RetryEstimator(), limits_with(max_queued=1)
     store.create(new_job(work=10.0), limits)
     claimed(store)
     store.create(new_job(work=10.0), limits)
@@ -146,7 +168,7 @@ def test_who_is_refused_for_everybodys_bound_is_told_one_after_the_other(store: 
     assert told[:5] == pytest.approx([10, 20, 30, 40, 50])
     assert told[5:] == pytest.approx([50, 50]), "who does not wait as told makes it no worse for the others"
     with pytest.raises(OverloadedError) as refused:
-        store.create(new_job(owner="a"), replace(LIMITS, max_queued_per_key=0), retry_estimator=retry_estimator)
+        store.create(new_job(owner="a"), limits_with(max_queued_per_key=0), retry_estimator=retry_estimator)
     assert refused.value.retry_after_s < 20, "a key's own bound is another one"
 
 
@@ -162,7 +184,7 @@ def test_retry_after_of_a_key_is_the_begin_of_its_own_next_job(store: JobStore) 
 
 
 def test_retry_after_has_bounds(store: JobStore) -> None:
-    limits = replace(LIMITS, max_queued=1)
+    limits = limits_with(max_queued=1)
     store.create(new_job(work=1.0), limits)
     claimed(store)
     store.create(new_job(work=1.0), limits)
@@ -174,7 +196,7 @@ def test_retry_after_has_bounds(store: JobStore) -> None:
 
 
 def test_runners_that_are_long_silent_do_not_count(store: JobStore, clock: Clock) -> None:
-    limits = replace(LIMITS, max_queued=1)
+    limits = limits_with(max_queued=1)
     claim(store, "dead")
     clock.passes(waiting._ALIVE_S + 1)
     store.create(new_job(work=100.0), limits)
@@ -282,7 +304,7 @@ def test_a_runner_that_is_to_stop_takes_its_own_alone(store: JobStore, clock: Cl
 
 
 def test_so_many_of_a_key_may_run(store: JobStore) -> None:
-    limits = replace(LIMITS, max_running_per_key=2)
+    limits = limits_with(max_running_per_key=2)
     for owner in ("key1", "key2", ""):
         wait(store, 4, owner=owner)
     order = run_out(store, limits=limits)
@@ -303,7 +325,7 @@ def test_a_keys_own_bound_counts(store: JobStore) -> None:
     owners = [key.key_id for key in (few, many, any_)]
     for owner in owners:
         wait(store, 4, owner=owner)
-    limited = run_out(store, limits=replace(LIMITS, max_running_per_key=2))
+    limited = run_out(store, limits=limits_with(max_running_per_key=2))
     assert [shares(limited, "owner")[owner] for owner in owners] == [1, 3, 2]
     assert [job.owner for job in run_out(store)] == [any_.key_id] * 2
 
@@ -382,13 +404,13 @@ def test_a_runner_that_was_late_gets_its_attached_job_again(store: JobStore, clo
 def test_an_idle_runner_seldom_writes(store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     wait(store, attached_to="another")
     claim(store)
-    monkeypatch.setattr(claims, "claim_next", lambda *_: pytest.fail("it wrote"))
+    monkeypatch.setattr(queue, "claim_next", lambda *_: pytest.fail("it wrote"))
     clock.passes(LEASE_S / 5)
     assert claim(store) is None
     monkeypatch.undo()
     clock.passes(LEASE_S / 5)
     claim(store)
-    assert store.runners(MODEL, silent_s=0) == ("runner",)
+    assert runners(store, silent_s=0) == ("runner",)
 
 
 # Looking
@@ -438,7 +460,7 @@ def where(store: JobStore, job: Job) -> tuple[int, float | None]:
 
 
 def test_the_load(store: JobStore) -> None:
-    assert store.load(MODEL).classes == ()
+    assert store.load(MODEL) == ()
     wait(store, 2, work=10.0)
     wait(store, service_class="batch", work=3.0)
     wait(store, lane=Lane.IMAGE, work=1.0)
@@ -446,13 +468,11 @@ def test_the_load(store: JobStore) -> None:
     running = claimed(store)
     store.record(lease_of(running), Progress(step=1), [])
     store.cancel(wait(store)[0].job_id)
-    load = store.load(MODEL)
-    assert load.classes == (
+    assert store.load(MODEL) == (
         ClassLoad(Lane.IMAGE, "standard", 1, 0, 1.0, 0.0),
         ClassLoad(Lane.VIDEO, "batch", 1, 0, 3.0, 0.0),
         ClassLoad(Lane.VIDEO, "standard", 1, 1, 10.0, 7.5),
     )
-    assert (load.num_queued, load.num_running) == (3, 1)
 
 
 # Several processes
@@ -470,13 +490,13 @@ def test_the_bound_holds_for_all_processes_together(store: JobStore, jobs_url: s
     assert sum(one["accepted"] for one in told) == 10
     assert sum(one["refused"] for one in told) == 3 * 20 - 10
     assert max(one["most"] for one in told) <= 10
-    assert store.load(MODEL).num_queued == 10
+    assert num_queued(store) == 10
 
 
 def test_an_idempotency_key_makes_one_job_of_all_processes(store: JobStore, jobs_url: str) -> None:
     ids = [job_id for mine in race("repeat", jobs_url, 5, 3) for job_id in mine]
     assert (len(ids), len(set(ids))) == (15, 1)
-    assert store.load(MODEL).num_queued == 1
+    assert num_queued(store) == 1
 
 
 # Many jobs

@@ -22,7 +22,8 @@ from deployments.messages import (
     QueuePosition,
     StepDone,
 )
-from tests.jobs.running import DEADLINE_S, IMAGE, LIMITS, SMALL, Service
+from tests.jobs.making import limits_with, rate
+from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 
 
 def test_a_job_that_stays_is_run_and_written_down(serve: Any) -> None:
@@ -44,7 +45,7 @@ def test_a_job_that_stays_is_run_and_written_down(serve: Any) -> None:
         ]
         while service.files.exists(job.job_id, SAVED_STATE):  # nobody goes on from it any more
             await asyncio.sleep(0.02)
-        while not service.store.rate("nano", Lane.VIDEO):
+        while not rate(service.store, Lane.VIDEO):
             await asyncio.sleep(0.02)
 
     serve(body)
@@ -402,7 +403,7 @@ def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> 
 def test_a_full_lane_is_not_the_others_business(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
-        service.admission = replace(service.admission, limits=replace(LIMITS, max_queued=1))
+        service.admission = replace(service.admission, config=limits_with(max_queued=1))
         service.stage.gate.clear()
         await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
         await service.submit()
@@ -417,7 +418,7 @@ def test_a_full_lane_is_not_the_others_business(serve: Any) -> None:
 def test_a_refused_request_leaves_no_files(serve: Any, tmp_path: Path) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
-        service.admission = replace(service.admission, limits=replace(LIMITS, max_queued=1))
+        service.admission = replace(service.admission, config=limits_with(max_queued=1))
         service.runner.drain()
         picture = np.zeros((32, 32, 3), np.uint8)
         await service.submit(replace(SMALL, image=picture))
@@ -431,7 +432,7 @@ def test_a_refused_request_leaves_no_files(serve: Any, tmp_path: Path) -> None:
 def test_callers_who_are_refused_are_told_one_after_the_other(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
-        service.admission = replace(service.admission, limits=replace(LIMITS, max_queued=1))
+        service.admission = replace(service.admission, config=limits_with(max_queued=1))
         service.stage.gate.clear()
         await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
         queued = await service.submit()

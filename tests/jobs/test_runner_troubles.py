@@ -29,7 +29,7 @@ from deployments.jobs.schema import JOBS
 from deployments.media.job_files import JobFiles
 from deployments.media.objects import DirectoryObjects
 from deployments.messages import Finished, QueuePosition
-from tests.jobs.making import new_job
+from tests.jobs.making import new_job, num_queued
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 
 AWAY = JobsError("the database is away")
@@ -242,7 +242,7 @@ def test_who_waits_is_told_of_a_shutdown_and_nothing_is_begun(serve: Any, monkey
             return "served"
 
         asking = [asyncio.ensure_future(ask()) for _ in range(3)]
-        while service.store.load("nano").num_queued + len(service.stage.pipelines) < 3 or not service.stage.pipelines:
+        while num_queued(service.store) + len(service.stage.pipelines) < 3 or not service.stage.pipelines:
             await asyncio.sleep(0.02)
         service.stage.gate.set()
         await service.runner.release()
@@ -260,9 +260,9 @@ def test_jobs_of_who_waits_are_cancelled_when_a_runner_is_released(serve: Any) -
         streams = [service.stream() for _ in range(3)]
         asking = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await asyncio.gather(*asking)  # their positions
-        assert service.store.load("nano").num_queued == 3
+        assert num_queued(service.store) == 3
         await service.runner.release()
-        assert service.store.load("nano").num_queued == 0
+        assert num_queued(service.store) == 0
         for stream in streams:
             with pytest.raises(ShuttingDown):
                 await anext(stream)

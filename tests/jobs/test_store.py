@@ -14,7 +14,23 @@ from deployments.jobs import rows
 from deployments.jobs import store as store_module
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
 from deployments.jobs.store import JobStore, Lease
-from tests.jobs.making import COMPLETED, LEASE_S, LIMITS, MODEL, Clock, claim, claimed, found, kinds, lease_of, new_job
+from tests.jobs.making import (
+    COMPLETED,
+    LEASE_S,
+    LIMITS,
+    MODEL,
+    Clock,
+    claim,
+    claimed,
+    found,
+    kinds,
+    lease_of,
+    limits_with,
+    new_job,
+    num_queued,
+    rate,
+    runners,
+)
 from tests.jobs.racing import race
 
 FAILED = Outcome(JobState.FAILED, error_code="out_of_memory", error_message="too large")
@@ -84,7 +100,7 @@ def test_what_a_database_cannot_hold_is_refused(store: JobStore) -> None:
         for text in ("a\0b", "a\ud800"):
             with pytest.raises(RequestError, match=field):
                 store.create(new_job(**{field: text}), LIMITS)
-    assert store.load(MODEL).num_queued == 0
+    assert num_queued(store) == 0
 
 
 def test_an_unknown_class_is_refused(store: JobStore) -> None:
@@ -107,7 +123,7 @@ def test_an_idempotency_key_brings_the_first_job_again(store: JobStore) -> None:
 
 
 def test_an_idempotency_key_brings_its_job_into_a_full_queue(store: JobStore) -> None:
-    limits = replace(LIMITS, max_queued=1)
+    limits = limits_with(max_queued=1)
     first = store.create(new_job(idempotency_key="k"), limits)
     assert store.create(new_job(idempotency_key="k"), limits) == first
 
@@ -430,29 +446,29 @@ def test_silent_runners_are_forgotten(store: JobStore, clock: Clock) -> None:
     clock.passes(60)
     claim(store, "runner2")
     claim(store, "runner3", model="super")
-    assert store.runners(MODEL, silent_s=100) == ("runner1", "runner2")
-    assert store.runners(MODEL, silent_s=50) == ("runner2",)
+    assert runners(store, silent_s=100) == ("runner1", "runner2")
+    assert runners(store, silent_s=50) == ("runner2",)
     store.renew("runner1", [], LEASE_S)
-    assert store.runners(MODEL, silent_s=50) == ("runner1", "runner2")
+    assert runners(store, silent_s=50) == ("runner1", "runner2")
     clock.passes(60)
     claim(store, "runner2")
     store.sweep(50)
-    assert store.runners(MODEL, silent_s=1e9) == ("runner2",)
+    assert runners(store, silent_s=1e9) == ("runner2",)
 
 
 # Speed
 
 
 def test_measured_speed_is_averaged_and_kept(store: JobStore, jobs_url: str) -> None:
-    assert store.rate(MODEL, Lane.VIDEO) is None
+    assert rate(store, Lane.VIDEO) is None
     store.note_rate(MODEL, Lane.VIDEO, 100.0)
     store.note_rate(MODEL, Lane.IMAGE, 7.0)
     store.note_rate("super", Lane.VIDEO, 3.0)
-    assert store.rate(MODEL, Lane.VIDEO) == 100.0
+    assert rate(store, Lane.VIDEO) == 100.0
     store.note_rate(MODEL, Lane.VIDEO, 200.0)
     other = JobStore.open(jobs_url)
-    assert other.rate(MODEL, Lane.VIDEO) == pytest.approx(130.0)
-    assert other.rate(MODEL, Lane.IMAGE) == 7.0
+    assert rate(other, Lane.VIDEO) == pytest.approx(130.0)
+    assert rate(other, Lane.IMAGE) == 7.0
     other.close()
 
 
