@@ -89,7 +89,9 @@ class InProcessApp:
         spec, director = self._arguments_of(ingress)
         self.director: Handle = director
         self.service = loop.run(self._open(spec), _START_S)
-        server = uvicorn.Config(_ends_with_its_client(build_api(lambda: self.service)), log_config=None, lifespan="off")
+        app = _ends_with_its_client(build_api(lambda: self.service))
+        # As long as Serve's proxy keeps a connection: within uvicorn's 5 s a client that pauses meets a closed one.
+        server = uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=90)
         self._server = uvicorn.Server(server)
         self._serving = loop.start(self._server.serve([self._socket]))
         self.client = DirectorClient(director)

@@ -362,6 +362,9 @@ def test_what_is_told_of_jobs(serve: Any, told: Told) -> None:
         service.stage.gate.clear()
         job = await service.submit()
         await service.until(job.job_id, JobState.IN_PROGRESS)
+        async with asyncio.timeout(DEADLINE_S):
+            while len(told.of("record_queue_wait")) < 2:  # counted just after the claim is committed
+                await asyncio.sleep(0.02)
         service.die()
         other = make()
         await other.until(job.job_id, JobState.COMPLETED)
