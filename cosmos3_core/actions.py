@@ -2,7 +2,7 @@
 
 The model was trained on normalised actions. A checkpoint may carry the statistics of an embodiment as
 ``assets/action_stats/NAME.json``, with the keys of NVIDIA's cosmos-framework: ``q01`` and ``q99``, ``min`` and ``max``,
-or ``mean`` and ``std`` (the first pair found counts), each a list with one number per action value, perhaps inside a
+or ``mean`` and ``std`` (the first pair found counts), each a list with one number per action value, optionally inside a
 "global" object. With statistics, given actions are normalised and generated ones restored; without, they stay as they
 are. No published checkpoint carries such a file yet: put your data set's there. No torch here.
 """
@@ -130,7 +130,7 @@ class GeneratedActions:
     Attributes:
         values: float32 [steps, width].
         domain_name, domain_id: the embodiment.
-        is_normalised: the values are the model's numbers, for want of statistics; otherwise the robot's.
+        is_normalised: the values are the model's numbers, as there are no statistics; otherwise the robot's.
     """
 
     values: ActionArray
@@ -152,7 +152,7 @@ class GeneratedActions:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GeneratedActions:
-        """Rebuild the actions from :meth:`as_json`, the same numbers to the bit."""
+        """Rebuild the actions from :meth:`as_json`, bit for bit."""
         rows = np.array(values["data"], dtype=np.float32)
         return cls(rows, values["domain_name"], values["domain_id"], values["is_normalised"])
 
@@ -181,11 +181,9 @@ def convert_actions(
     """Convert a user's actions to the model's numbers; repeats the last row or cuts the end to reach ``chunk_size``.
 
     Args:
-        field_name: name of the field in messages.
-        values: rows of numbers: nested lists, an array.
+        values: rows of numbers, as nested lists or an array.
         width: numbers in an action; None takes the rows' own.
         chunk_size: rows of the result.
-        statistics: the embodiment's.
 
     Raises:
         RequestError: see :func:`action_rows`.

@@ -21,7 +21,7 @@ from cosmos3_core.shapes import Geometry, LatentShape
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Sound has some 25 latents a second.
+# Four times the usual 25 latents per second.
 _MAX_SOUND_LATENTS = math.ceil(LIMITS.max_sound_s * 100)
 
 
@@ -129,7 +129,7 @@ class DenoiseRequest:
 
     @property
     def fingerprint(self) -> str:
-        """Name of the request: equal for equal requests in any process. Given noise counts by its values."""
+        """Hash that identifies the request, the same in any process; given noise counts by its values."""
         noise = {name: _hash_of(x) for name, x in (self.noise or {}).items()}
         clean = None if self.clean_latents is None else _hash_of(self.clean_latents)
         action = None if self.action is None else dataclasses.astuple(self.action)

@@ -39,7 +39,7 @@ _STATE_TENSORS = 5
 
 @dataclass(frozen=True)
 class Branch:
-    """One side of guidance: a prompt, and the positions of the generated tokens behind it."""
+    """One side of guidance: a prompt, and the positions of the generated tokens after it."""
 
     text: TextKV
     rope: RopeTable
@@ -56,9 +56,9 @@ class DenoisePlan:
         guidance_interval: lowest and highest timestep with guidance; None: all.
         solver: solver for the request's schedule.
         initial: modality -> its start, in the order of the tokens.
-        fixed: modalities that denoising leaves unchanged in part.
+        fixed: modalities with values that denoising leaves unchanged.
         domain_id: the embodiment's, with actions.
-        fingerprint: name of the request and model.
+        fingerprint: hash that identifies request and model.
     """
 
     num_branches: int
@@ -108,8 +108,7 @@ class Denoiser:
 
     Args:
         transformer: loaded, on its device.
-        geometry: the checkpoint's compression.
-        scheduler: the checkpoint's scheduler config.
+        geometry, scheduler: the checkpoint's.
         text_cache_bytes: bound of the prompt cache.
         branch_share: splits the guidance branches over ranks; None runs both here.
     """
@@ -152,7 +151,6 @@ class Denoiser:
         """Prefill the prompts and compute everything that stays the same from step to step.
 
         Args:
-            request: the request.
             orders: prompts to keep and to drop, decided once for all ranks; None decides here.
 
         Raises:
@@ -165,7 +163,7 @@ class Denoiser:
         )
         initial = initial_states(request, geometry=self.geometry, config=self.transformer.config)
         prompts = request.prompts
-        # Every rank checks both prompts, also one that another rank runs, so that all ranks refuse alike.
+        # Every rank checks both prompts, even one that another rank runs, so that all raise the same error.
         for name, prompt in zip(("text_ids", "negative_text_ids"), prompts, strict=False):
             self._check_ids(name, prompt)
         # A rank with a share of the branches prefills its own prompt only.
@@ -174,7 +172,7 @@ class Denoiser:
         if orders is None:
             orders = self._ledger.admit(prompts)
         texts = self.text_cache.take([prompts[index] for index in here], orders)
-        # Each branch has the generated tokens behind its own text.
+        # In each branch the generated tokens follow its own text.
         config, device, dtype = self.transformer.config, self.transformer.device, self.transformer.dtype
         positions = torch.cat([state.positions for state in initial.values()], dim=1)
         moved = [after_text(positions, text.num_tokens, config) for text in texts]
@@ -226,7 +224,6 @@ class Denoiser:
         """Step from a state, or from the start, to the end of the schedule.
 
         Args:
-            plan: the request's, from :meth:`prepare`.
             state: a state of the request on any device; None begins at the start.
             on_step: called after every step; an exception that it raises ends the run.
 
@@ -243,7 +240,7 @@ class Denoiser:
 
     def _guide_velocity(self, plan: DenoisePlan, state: DenoiseState) -> dict[str, Tensor]:
         timestep = plan.solver.schedule.timesteps[state.step_index]
-        # In the order of the positions, alike on all ranks: a saved state has lost its order.
+        # In the order of the positions, the same on all ranks: a saved state does not keep it.
         latents = {name: state.latents[name] for name in plan.initial}
         num_branches, share = plan.num_branches_at(timestep), self._branch_share
         # At a step without guidance, a rank with the unconditional branch has nothing to run.
@@ -261,7 +258,7 @@ class Denoiser:
         return {name: guide(conditional[name], unconditional[name], plan.guidance_scale) for name in conditional}
 
     def _fingerprint(self, request: DenoiseRequest) -> str:
-        """Name the request and the model; the same on every rank, whose configs differ by their shares only."""
+        """Hash the request and the fields of the config that no split changes: the same on every rank."""
         config = self.transformer.config
         model = (config.hidden_size, config.num_hidden_layers, config.head_dim, config.vocab_size, config.rope_theta)
         return hashlib.sha256(f"{model} {request.fingerprint}".encode()).hexdigest()

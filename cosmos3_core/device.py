@@ -141,15 +141,12 @@ class TurningBuffers:
 
 
 class HostCopies:
-    """Copies a device's tensors to the CPU while the device works on.
+    """Copies a device's tensors to the CPU while the device keeps computing.
 
     On a GPU a stream of its own copies into two alternating pinned buffers; on a CPU nothing is copied.
 
-    Args:
-        device: device of the tensors.
-
     Attributes:
-        is_asynchronous: whether the device works on during a copy.
+        is_asynchronous: whether the device keeps computing during a copy.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -51,8 +51,8 @@ class Engine:
         device: None takes the first GPU, or the CPU without one.
         text_cache_bytes: bound of the cache of prompts' keys and values.
         ops: operator -> implementation name, to override the choice.
-        groups: this process's part in a layout of several ranks. Every rank makes the same calls and gets the same
-            results, except from :meth:`frames`; all ranks share the frames of pictures, in strips.
+        groups: this process's groups in a layout of several ranks. Every rank makes the same calls and gets the same
+            results, except from :meth:`frames`; each works on a strip of every picture.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
@@ -84,7 +84,7 @@ class Engine:
             self.schedule = find_shipped_schedule(self.layout)
         else:
             self.schedule = "karras" if checks.flag("use_karras_sigmas", use_karras_sigmas) else "native"
-        # Before gigabytes are read, so that a damaged VAE is found first.
+        # Headers only: a damaged VAE is found before the transformer is read.
         check_weights(self.layout)
         self.tokenizer_dir = self.layout.component_dir("text_tokenizer")
         self.tokenizer = load_tokenizer(self.tokenizer_dir)
@@ -107,7 +107,7 @@ class Engine:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the weights are gone."""
+        """Whether the weights have been released."""
         return self._denoiser is None
 
     @property
@@ -156,7 +156,6 @@ class Engine:
         """Run the denoising loop.
 
         Args:
-            request: the tokenized request.
             on_step: called after every step.
             resume: a state of the same request to resume from.
 
@@ -194,7 +193,7 @@ class Engine:
             ranks yield nothing; they must iterate all the same, because that decodes their strips.
         """
         strip, chunks = self._decode_strip(latents)
-        # No name holds a chunk of pixels while the next one is decoded.
+        # Chained iterators: no variable holds a chunk of pixels while the next one is decoded.
         return (frames for frames in map(strip.collect, map(to_uint8, chunks)) if frames is not None)
 
     def _decode_strip(self, latents: Tensor, chunk_latents: int | None = None) -> tuple[Strip, Iterator[Tensor]]:
@@ -231,7 +230,7 @@ class Engine:
         return phyai.run_step(self, request, on_step=on_step, output=output)
 
     def close(self) -> None:
-        """Release the weights and caches. Closing twice is harmless."""
+        """Release the weights and caches; idempotent."""
         self._denoiser = self._vae = self._audio_vae = None
 
     def __enter__(self) -> Engine:

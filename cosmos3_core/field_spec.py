@@ -82,10 +82,6 @@ class FieldSpec:
     def check(self, name: str, value: Any) -> Any:
         """Check a value that is not None against the bounds.
 
-        Args:
-            name: name of the field, for the error.
-            value: the given value.
-
         Returns:
             The value; a float for a number, a tuple for several.
 

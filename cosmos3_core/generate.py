@@ -68,9 +68,9 @@ class GenerationResult:
         path: the file; None for latents or actions alone, and on every rank but the first.
         request: the request with every field decided; its ``notes`` list the changes.
         negative_prompt_origin: ``given``, ``empty``, ``checkpoint`` or ``built-in``.
-        frames_sha256: hash of the encoded uint8 frames; "" without a file of pictures.
+        frames_sha256: hash of the encoded uint8 frames; "" if no frame was encoded.
         timings_s: stage -> seconds; ``inference`` is the sum of ``denoise`` and ``decode``.
-        latents: modality -> final latents, see :meth:`Engine.denoise`, if requested.
+        latents: modality -> final latents, see :meth:`Engine.denoise`; None unless they were requested.
         actions: the generated actions; None without any.
     """
 
@@ -91,12 +91,10 @@ def generate(
     output: Literal["media", "latent"] = "media",
     on_step: Callable[[StepEvent], None] | None = None,
 ) -> GenerationResult:
-    """Serve one request. Of several ranks all call this, and the first writes the file.
+    """Serve one request. Every rank calls this; the first one writes the file.
 
     Args:
-        engine: a loaded checkpoint.
-        request: the request.
-        out: path without its suffix: ``.mp4`` is added, or that of another output.
+        out: path without its suffix, which follows from the kind of file, such as ``.mp4``.
         output: ``latent`` stops before decoding and returns the latents.
         on_step: called after every denoising step.
 
@@ -112,7 +110,7 @@ def generate(
         job = DenoiseRequest.of(resolved, conditional.ids, unconditional.ids, engine.layout.geometry)
     file, digest = resolved.file if output == "media" else None, FrameHash()
     has_sound, has_pictures = file is not None and file.sound is not None, file is not None and file.has_pictures
-    # Opened before the long part, to refuse a path or a setting early.
+    # Opened before denoising, to refuse a bad path or setting early.
     path, writer = _open_writer(engine, out, file)
     with writer:
         if resolved.picture is not None:
@@ -215,7 +213,7 @@ def run(options: argparse.Namespace) -> None:
     """
     with _report_once():
         request = request_of(options)
-        # Before gigabytes are read.
+        # Before the weights are read.
         resolved = resolve(request.packed(), CheckpointLayout.open(options.checkpoint))
         if resolved.has_generated_actions:
             OutputFile(path_with_suffix(options.out, ACTIONS_SUFFIX))  # refuses an unusable path early
@@ -250,7 +248,7 @@ def _report_once() -> Iterator[None]:
         yield
     except Cosmos3Error:
         if int(os.environ.get("RANK", "0")) > 0:
-            # torchrun ends all ranks with the first that exits, which must be the one that prints.
+            # torchrun ends all ranks when one exits: the first to exit must be the one that prints.
             time.sleep(_FIRST_RANK_S)
             sys.exit(2)
         raise

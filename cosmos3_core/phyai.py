@@ -191,7 +191,7 @@ def run_step(
     Returns:
         Pixels (1, 3, F, Y, X) fp32 in [0, 1]; with ``output="latent"`` the video latents [1, C, T, H, W]. With sound a
         mapping of ``video`` to these, ``sound`` to the waveform [channels, samples] fp32 in [-1, 1] (its latents
-        [C, T]), and ``sample_rate`` to its samples a second.
+        [C, T]), and ``sample_rate`` to its samples per second.
 
     Raises:
         RequestError: see :meth:`Engine.denoise`.

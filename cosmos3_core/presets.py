@@ -1,7 +1,7 @@
 """Defaults and limits of requests: one table, a row per (kind of checkpoint, mode).
 
-:func:`cosmos3_core.resolve.resolve` fills the gaps of a request only from here. A kind of checkpoint was not trained in
-the modes without a row.
+:func:`cosmos3_core.resolve.resolve` fills the gaps of a request only from here. A row is missing where a kind of
+checkpoint was not trained in the mode.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _NVIDIA_VIDEO = Preset(189, 720, 1280, 24.0, 35, 6.0, 10.0, "NVIDIA cosmos-frame
 _NVIDIA_IMAGE = Preset(
     1, 960, 960, 24.0, 50, 4.0, 3.0, "NVIDIA cosmos-framework sample defaults, text2image, 1:1 at 720p"
 )
-# cosmos-framework's rows have no frame rate: this is that of diffusers' example. The data set's is better.
+# cosmos-framework's rows have no frame rate: this is that of diffusers' example; the data set's own is better.
 _NVIDIA_ACTION = Preset(
     17,
     256,

@@ -46,8 +46,8 @@ class PreviewMap:
     def colours(self, x0_BCTHW: Tensor) -> Tensor:
         """Convert a prediction to colours, on its device.
 
-        Costs T x H x W x C x 3 x 2 FLOP: 0.05 GFLOP for 189 frames of 720 x 1280, of which a denoising step takes
-        3,650,000.
+        Costs T x H x W x C x 3 x 2 FLOP: 0.05 GFLOP for 189 frames of 720 x 1280; a denoising step takes 3,650,000
+        GFLOP.
 
         Args:
             x0_BCTHW: [1, C, T, H, W], normalised; ``x0[0]`` of a :class:`cosmos3_core.sampler.unipc.SolverState`.
@@ -73,10 +73,10 @@ class PreviewMap:
 
 @dataclass(frozen=True)
 class PreviewOrder:
-    """An order of a request's previews.
+    """The previews that a request orders.
 
     Attributes:
-        num_previews: most previews, evenly over the steps; 1 to :data:`MAX_PREVIEWS`.
+        num_previews: upper bound of their number, spread evenly over the steps; 1 to :data:`MAX_PREVIEWS`.
         duration_s: playing time of the clip.
         preview_map: map of the VAE that will decode it.
     """
@@ -90,7 +90,7 @@ class PreviewOrder:
         return -(-num_steps // (self.num_previews + 1))
 
     def fps(self, num_frames: int) -> float:
-        """Return the frames per second of a preview: it plays as long as the clip, or a second a frame."""
+        """Return the frames per second of a preview: it plays as long as the clip, at one second per frame at most."""
         return max(num_frames / self.duration_s, 1.0)
 
 

@@ -1,6 +1,6 @@
 """Fits a VAE's preview map: least squares over synthetic pictures that the VAE itself encodes.
 
-The cost is bounded: 32 pictures of 128 x 128 pixels, one frame each, 64 latent positions a picture. The map is fitted
+The cost is bounded: 32 pictures of 128 x 128 pixels, one frame each, 64 latent positions per picture. The map is fitted
 to single frames; later latent frames of a clip, of four pixel frames each, use the same map.
 
 Shape letters: B pictures, P latent positions of all pictures, C latent channels, R the three colours, T/H/W latent

@@ -54,7 +54,7 @@ class ProgressBar:
             self._write(f"{self._status(step, now_s)}\n")
 
     def close(self) -> None:
-        """End the run, with the cursor on a new line. Does nothing the second time."""
+        """End the run, with the cursor on a new line; idempotent."""
         if self._stream is not None and self._is_line_open:
             self._write("\n")
         self._stream = None

@@ -1,7 +1,7 @@
 """The prompts in a transformer's cache, admitted and evicted once for all ranks. No torch here.
 
 The ranks of a gang must cache the same prompts: if one ran a prefill that another skipped, they would wait for each
-other forever. So the gang's leader decides, or without a gang the :class:`cosmos3_core.denoiser.Denoiser`.
+other forever. So the gang's leader decides; without a gang, the :class:`cosmos3_core.denoiser.Denoiser` does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def text_key(text_ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class PromptOrders:
-    """Orders to ranks about cached prompts when a request begins, by :func:`text_key`.
+    """Orders to every rank's prompt cache when a request begins; prompts are named by :func:`text_key`.
 
     Attributes:
         drop: prompts to drop before anything new is computed.

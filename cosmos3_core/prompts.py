@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SYSTEM_PROMPT = "You are a helpful assistant who will generate {what} from a give prompt."
 _ASPECT_RATIOS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
 
-# The sentences of training, by view point.
+# The sentences of the training captions, by view point.
 _FRAMINGS = dict(
     zip(
         VIEW_POINTS,
@@ -99,7 +99,7 @@ class PromptFormat:
         """Return the text that the model reads for a prompt."""
         fields = None if self.compat == DIFFUSERS_BEHAVIOUR else _json_object(prompt)
         if self.view_point is not None:
-            # An object is the caption itself.
+            # A JSON object already is the caption.
             return prompt if fields is not None else self._action_caption(prompt, self.view_point)
         if not self.append_metadata:
             return prompt
@@ -164,7 +164,6 @@ def tokenize_prompts(
     Args:
         prompt: plain text, or a JSON object as a string.
         negative_prompt: None takes the checkpoint's own default, or ours if it has none.
-        prompt_format: the form of both.
         tokenizer: from :func:`load_tokenizer`.
         tokenizer_dir: the folder that it was loaded from.
 
@@ -196,7 +195,7 @@ def tokenize_prompts(
 
 
 def load_tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a checkpoint's ``text_tokenizer`` folder; never looks anywhere else.
+    """Load the tokenizer from a checkpoint's ``text_tokenizer`` folder, never from the network.
 
     Raises:
         MissingFileError: the folder or its ``tokenizer.json`` is not there.
@@ -219,7 +218,7 @@ def load_tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase, tokenizer_dir: Path) -> list[int]:
-    """End of turn, then the token that opens the generated part; both count as text.
+    """Return the ids of the end of turn and of the token that opens the generated part; both count as text.
 
     Raises:
         CorruptFileError: the tokenizer lacks one of them.

@@ -223,7 +223,7 @@ class GenerationRequest:
     )
 
     def packed(self) -> GenerationRequest:
-        """Return the request with its image or video as bytes or frames, which can travel. Only this reads files.
+        """Return the request with its image or video as bytes or frames, for another process; only this reads files.
 
         Raises:
             RequestError: the file cannot be read, or is larger than its bound.
@@ -245,16 +245,15 @@ class ResolvedRequest:
 
     Attributes:
         mode: name of the mode.
-        negative_prompt: None takes the default, which :mod:`cosmos3_core.prompts` knows.
-        num_frames: pixel frames of the result; it lacks the end of a chunk of actions that ends between two latent
-            frames.
+        negative_prompt: None takes the default of :mod:`cosmos3_core.prompts`.
+        num_frames: pixel frames of the result; fewer than a chunk of actions has if it ends inside a latent frame.
         height, width: pixels of the result.
         prompt_format: how the model reads the two prompts.
         schedule: name of a schedule, never ``shipped``.
-        file: the file that the result becomes; None where actions are all of it.
+        file: format of the result's file; None for actions alone.
         picture: the part of the given image or video that is encoded; None without one.
         action: the actions; None without any.
-        num_sound_latents: latents of sound, which decode to a little more than the file's sound; 0 without.
+        num_sound_latents: number of sound latents, which decode to slightly more than the file's sound; 0 without.
         notes: changes that resolving made, for the user to read.
     """
 

@@ -43,7 +43,7 @@ from cosmos3_core.request import (
 )
 from cosmos3_core.shapes import num_sound_latents, sound_samples
 
-# Latent frames of a clip that is continued which diffusers and cosmos-framework keep.
+# Latent frames of a continued clip that are kept by default, as in diffusers and cosmos-framework.
 _CHOSEN_FRAMES = (0, 1)
 
 
@@ -66,9 +66,7 @@ class _Clip(NamedTuple):
 def find_offered_modes(layout: CheckpointLayout, *, is_sound_offered: bool = True) -> tuple[str, ...]:
     """Return the names of the modes that a checkpoint was trained for and has the parts for, in the order of the table.
 
-    Args:
-        layout: the checkpoint.
-        is_sound_offered: False where nothing decodes sound.
+    ``is_sound_offered`` is False where nothing decodes sound.
     """
     return tuple(
         name
@@ -90,7 +88,6 @@ def resolve(
 
     Args:
         request: with its media :meth:`~GenerationRequest.packed`.
-        layout: the checkpoint.
         is_sound_offered: False where nothing decodes sound.
         probe: reads the header of a given clip; a service does that in another process.
 
@@ -120,7 +117,7 @@ def resolve(
         **sampling,
         mode=mode.name,
         prompt=request.prompt,
-        # The default is about how pictures look; no checkpoint was trained with it and actions.
+        # The default describes how pictures look; no checkpoint was trained with both it and actions.
         negative_prompt="" if request.negative_prompt is None and mode.has_actions else request.negative_prompt,
         prompt_format=_format_prompts(request, clip, sampling["fps"], action, layout),
         num_frames=clip.num_frames,
@@ -174,7 +171,7 @@ def _find_preset(mode: Mode, request: GenerationRequest, layout: CheckpointLayou
         lacks = "the checkpoint makes no sound: its transformer has no weights for it, or there is no sound_tokenizer"
     elif mode.has_sound and not is_sound_offered:
         lacks = "the app was configured without a decoder of sound"
-    elif request.compat == DIFFUSERS_BEHAVIOUR:  # diffusers needs the weights and no training in the mode
+    elif request.compat == DIFFUSERS_BEHAVIOUR:  # diffusers only asks for the weights, not for training in the mode
         return PRESETS[layout.preset_kind, TEXT_TO_VIDEO]
     else:
         lacks = "the checkpoint was not trained for it"
@@ -330,7 +327,7 @@ def _fit_canvas(
     canvas = action_canvas(given.height, given.width, tier, field=given.kind)
     side = layout.geometry.spatial
     content = content_size(given.height, given.width, canvas, field=given.kind)
-    # The padding is cut off again, as latents.
+    # The padding is cut off again after encoding.
     height, width = (max(n // side, 1) * side for n in content)
     in_chunk = action.chunk_size + 1
     num_frames = layout.geometry.num_pixel_frames(action.chunk_size // layout.geometry.temporal + 1)
@@ -343,7 +340,7 @@ def _fit_canvas(
 def _condition(
     given: GivenPicture, mode: Mode, request: GenerationRequest, clip: _Clip, layout: CheckpointLayout, notes: list[str]
 ) -> PictureCondition:
-    """Decide which frames of the given image or clip are encoded, and what they fix."""
+    """Decide which frames of the given image or clip are encoded, and which latent frames they fix."""
     assert mode.resizing is not None, "a mode that takes media says how it comes to size"
     geometry = layout.geometry
     num_latent_frames = geometry.latent_shape(clip.num_frames, clip.height, clip.width).num_frames
@@ -396,7 +393,7 @@ def _note_length(num_given: int, num_needed: int, mode: Mode, notes: list[str]) 
 def _choose_file(
     mode: Mode, request: GenerationRequest, clip: _Clip, fps: float, sound: SoundFormat | None
 ) -> ClipFormat | None:
-    """Return the file that the result becomes; None where actions are all of it."""
+    """Return the format of the result's file; None for actions alone."""
     kind = checks.choice("output", mode.outputs[0] if request.output is None else request.output, mode.outputs)
     is_lossless: bool = _value(request, "lossless")
     for name, users in (("output_quality", LOSSY_IMAGE_KINDS), ("crf", ("mp4",)), ("lossless", ("mp4",))):

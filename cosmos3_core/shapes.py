@@ -84,8 +84,8 @@ def pixel_to_latent_shape(
 def chunk_latents(height: int, width: int, at_least: int) -> int:
     """Return how many latent frames to decode at a time: enough for ``at_least`` latent positions, 4 at most.
 
-    Only the size of the frames decides, or of the largest part of split frames, so that clips of any length decode
-    alike. At most 4, because a stream of frames comes in these chunks.
+    Only the size of the frames decides (of the largest part, if they are split), so that clips of any length decode the
+    same way. At most 4, because a stream of frames comes in these chunks.
     """
     return min(4, -(-at_least // (height * width)))
 

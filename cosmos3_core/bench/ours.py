@@ -18,12 +18,7 @@ from cosmos3_core.vae.video import VideoVAE
 
 
 class Ours:
-    """The transformer of a subject, and one request on it.
-
-    Args:
-        subject: the model.
-        work: the shape of the request.
-    """
+    """The transformer of a subject, and one request on it."""
 
     def __init__(self, subject: Subject, work: Work) -> None:
         self.subject, self.work = subject, work

@@ -73,7 +73,7 @@ class Report:
 
 
 def frames_per_second(of: Row, num_frames: int) -> Row:
-    """Convert a row of seconds for ``num_frames`` frames to frames a second."""
+    """Convert a row of seconds for ``num_frames`` frames to frames per second."""
     speeds = ([num_frames / seconds for seconds in side] for side in (of.ours, of.theirs))
     return Row(of.measure, "frames/s", *speeds)
 

@@ -23,8 +23,6 @@ def measure_stages(subject: Subject, work: Work, *, runs: int, compare: bool) ->
     """Measure the seconds of every stage, ours and theirs in turns, so that a slow machine slows both.
 
     Args:
-        subject: the model.
-        work: the shape of the request.
         runs: counted runs of each stage.
         compare: measure diffusers as well.
 

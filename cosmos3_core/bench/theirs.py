@@ -44,9 +44,6 @@ def _fill(module: Any, subject: Subject, component: str) -> None:
 class TheirVAE:
     """diffusers' VAE with a subject's weights, between pixels and the normalised latents of its pipeline.
 
-    Args:
-        subject: the model.
-
     Attributes:
         module: diffusers' module.
 
@@ -103,10 +100,6 @@ class _FixedPrompts:
 
 class Theirs:
     """diffusers' transformer and loop with a subject's weights.
-
-    Args:
-        subject: the model.
-        work: the shape of the request.
 
     Attributes:
         vae: its VAE.

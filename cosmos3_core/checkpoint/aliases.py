@@ -37,8 +37,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 )
 _PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in _RENAMES)
 
-_IGNORED = re.compile(r"action_pos_embed(\..+)?")
 # A learnt position table that the unified 3D positions replaced; no released model reads it.
+_IGNORED = re.compile(r"action_pos_embed(\..+)?")
 
 
 def find_published_name(stored: str) -> str | None:

@@ -142,7 +142,7 @@ class CheckpointLayout:
         return "nano-policy-droid" if self.variant == "nano" and "policy-droid" in self.name.lower() else self.variant
 
     def component_dir(self, component: str) -> Path:
-        """Return the directory of a component, "vae" say.
+        """Return the directory of a component, such as "vae".
 
         Raises:
             MissingFileError: the checkpoint lacks it.

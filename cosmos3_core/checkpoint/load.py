@@ -68,8 +68,6 @@ def load_transformer(
     """Load the transformer, or one rank's share of it, on its device.
 
     Args:
-        layout: the checkpoint.
-        device: where the parameters go.
         dtype: dtype of the towers; None keeps the stored one. The time embedder always is fp32.
         ops: operator -> implementation name, to override the choice for the device.
         shard: this rank's share of the heads and FFN columns.
@@ -93,8 +91,6 @@ def load_video_vae(
     """Load the video VAE on its device.
 
     Args:
-        layout: the checkpoint.
-        device: where the parameters go.
         dtype: None keeps the stored one.
         with_encoder: False leaves the encoder out, for a replica that only decodes.
 
@@ -115,8 +111,6 @@ def load_audio_vae(layout: CheckpointLayout, *, device: torch.device, dtype: tor
     """Load the audio VAE's decoder on its device; an encoder in the files is not read.
 
     Args:
-        layout: the checkpoint.
-        device: where the parameters go.
         dtype: None keeps the stored one.
 
     Raises:

@@ -23,7 +23,6 @@ class Spread:
 
     Attributes:
         std: standard deviation; with ``per_input``, of the layer's output for an input of standard deviation 1.
-        mean: mean.
         per_input: divide ``std`` by the square root of the number of inputs, the product of all axes but the first.
     """
 

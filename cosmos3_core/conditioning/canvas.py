@@ -89,5 +89,5 @@ def content_size(height: int, width: int, canvas: Canvas | tuple[int, int], *, f
     """
     rows, columns = floor_size(height, width, field=field)
     scale = min(canvas[1] / columns, canvas[0] / rows, 1.0)
-    # Halves up, as the reference does; round() would take them to even.
+    # Halves round up, as in the reference; round() would round them to even.
     return Canvas(max(1, int(scale * rows + 0.5)), max(1, int(scale * columns + 0.5)))

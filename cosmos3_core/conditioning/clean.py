@@ -23,8 +23,7 @@ def clean_latents(
 
     Args:
         vae: a VAE with its encoder.
-        picture: the given picture.
-        frames_FYX3: its frames, from :func:`cosmos3_core.conditioning.picture.read_picture`.
+        frames_FYX3: the picture's frames, from :func:`cosmos3_core.conditioning.picture.read_picture`.
         part_of: chooses the part of the frames to encode here; every part returns the latents of the whole.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The start of denoising: noise, and the values that a request fixes; one state a modality, in drawing order.
+"""The start of denoising: noise, and the values that a request fixes; one state per modality, in drawing order.
 
 Shape letters: C channels, T/H/W latent grid or T steps of a track, S generated tokens.
 """
@@ -23,7 +23,6 @@ def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: Trans
 
     Args:
         request: the request, with its clean latents if it has clean frames.
-        geometry, config: the checkpoint's.
 
     Raises:
         CapabilityError: the checkpoint has no weights for one of the modalities.

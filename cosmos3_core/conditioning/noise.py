@@ -18,7 +18,6 @@ def draw_noise(
     The draws equal diffusers 0.42.1's with a CPU generator of the same seed.
 
     Args:
-        seed: seed of the generator.
         shapes: modality -> shape, in drawing order: video first.
         given: modality -> noise to use instead of a draw.
 

@@ -38,10 +38,9 @@ class GivenPicture:
     num_frames: int | None
 
     def check_memory(self, resizing: Resizing, num_frames: int, onto: tuple[int, int]) -> None:
-        """Refuse a picture that is too large at any of its sizes on the way to the encoder.
+        """Refuse a picture that takes too much memory, as scaled or as encoded.
 
         Args:
-            resizing: how it is brought to size.
             num_frames: pixel frames to encode.
             onto: rows and columns of pixels to bring it to.
 
@@ -93,7 +92,6 @@ def find_picture(request: GenerationRequest, probe: Callable[[str, Packed], Clip
 
     Args:
         request: with its media packed.
-        probe: reads the header of a clip.
 
     Raises:
         RequestError: it cannot be read, or is not packed: a path would be opened on this machine, not on the caller's.
@@ -117,7 +115,6 @@ def read_picture(picture: PictureCondition, *, read: ReadClip = read_clip) -> Fr
     The VAE is causal, so only the frames up to the last given one are read.
 
     Args:
-        picture: the part to read.
         read: reads a clip; a service does that in another process.
 
     Raises:

@@ -19,7 +19,7 @@ from cosmos3_core.media.pixels import Frames
 
 
 def crop_to_fill(image_YX3: Frames, height: int, width: int) -> Tensor:
-    """Scale an image until it covers the target, and crop it around the centre; image to video.
+    """Scale an image until it covers the target, and crop it around the centre (image to video).
 
     Args:
         image_YX3: uint8 RGB.
@@ -39,7 +39,7 @@ def crop_to_fill(image_YX3: Frames, height: int, width: int) -> Tensor:
 
 
 def stretch(frames_FYX3: Frames, height: int, width: int) -> Tensor:
-    """Stretch each frame of a clip to the target, regardless of proportions; video to video.
+    """Stretch each frame of a clip to the target, regardless of proportions (video to video).
 
     Args:
         frames_FYX3: uint8 RGB.
@@ -57,7 +57,7 @@ def stretch(frames_FYX3: Frames, height: int, width: int) -> Tensor:
 
 
 def fit_and_pad(frames_FYX3: Frames, tier: int, num_frames: int) -> tuple[Tensor, Canvas]:
-    """Shrink a clip's frames to fit the canvas of their tier, and mirror them beyond their edges; actions.
+    """Shrink a clip's frames to fit the canvas of their tier, and mirror them beyond their edges (modes with actions).
 
     Args:
         frames_FYX3: uint8 RGB, at least 16 x 16. The last is repeated where there are fewer than ``num_frames``.

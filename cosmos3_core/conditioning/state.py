@@ -1,4 +1,4 @@
-"""A request's input to the denoising loop, one value a modality. The loop never learns the mode.
+"""A request's input to the denoising loop, one value per modality. The loop never learns the mode.
 
 Shape letters: B batch (always 1), C channels, T/H/W latent grid, S generated tokens.
 """
@@ -19,7 +19,7 @@ class LatentState:
         latent: the start of denoising, fp32: video [1, C, T, H, W], sound [C, T], actions [T, C].
         noise_mask: [T] fp32, 1 where a latent frame is denoised, 0 where it is a clean condition.
         moves: fp32, 1 where denoising changes a value, 0 where it stays; broadcasts to ``latent``'s shape.
-        positions: positions of the modality's tokens before they move behind a prompt, [3, S] fp32.
+        positions: positions of the modality's tokens before a prompt shifts them, [3, S] fp32.
     """
 
     latent: Tensor
@@ -37,5 +37,5 @@ class LatentState:
         return LatentState(*(x.to(device) for x in (self.latent, self.noise_mask, self.moves, self.positions)))
 
     def restore(self, sample: Tensor) -> Tensor:
-        """Return ``sample`` with everything fixed as it was at the start, to the bit."""
+        """Return ``sample`` with the fixed values as they were at the start, bit for bit."""
         return torch.where(self.moves > 0, sample, self.latent)

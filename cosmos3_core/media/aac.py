@@ -45,8 +45,7 @@ class AacTrack:
     it.
 
     Args:
-        container: container that gets the track.
-        sound: format of the track, checked by :func:`check_aac`; it takes 2 bits a sample.
+        sound: format of the track, checked by :func:`check_aac`; it takes 2 bits per sample.
     """
 
     def __init__(self, container: OutputContainer, sound: SoundFormat) -> None:

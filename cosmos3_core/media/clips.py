@@ -38,7 +38,7 @@ class OpenClip:
         field: the request's field, for errors.
         kind: kind of the file.
         container, stream: FFmpeg's.
-        num_frames: frames to be shown by the header; None if it does not count them.
+        num_frames: number of frames shown, from the header; None if the header lacks it.
     """
 
     field: str

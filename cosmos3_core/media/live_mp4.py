@@ -1,8 +1,8 @@
 """A fragmented mp4 that can be watched while it grows: a second copy of the packets of an mp4 in the making.
 
 It begins with ftyp and a moov without samples; then a moof and an mdat follow for every 80 ms, appended whole and never
-changed: a reader can play the file as it grows. Edit lists, one a track, keep sound and pictures in step: they put time
-0 after the AAC encoder's delay, and after the frames that B-frames make the decoder read ahead.
+changed: a reader can play the file as it grows. Edit lists, one per track, keep sound and pictures in step: they put
+time 0 after the AAC encoder's delay, and after the frames that B-frames make the decoder read ahead.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LiveMp4:
         self._container.mux(packets)
 
     def close(self) -> None:
-        """Write the last fragment. Does nothing the second time.
+        """Write the last fragment; idempotent.
 
         Raises:
             av.FFmpegError, OSError: the file cannot be written.

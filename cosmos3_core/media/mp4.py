@@ -108,7 +108,7 @@ class Mp4Writer:
         sound: the sound track, which starts with the first frame, at one of :data:`AAC_SAMPLING_RATES`. None leaves it
             out.
         live: path of a fragmented mp4 that grows from the first frames on, see :mod:`cosmos3_core.media.live_mp4`; its
-            sound ends up to one AAC frame after the pictures.
+            sound may last up to one AAC frame longer than the pictures.
 
     Attributes:
         num_frames: frames written so far.
@@ -262,7 +262,7 @@ class Mp4Writer:
         return frame
 
     def close(self) -> None:
-        """Finish the file and give it its name. Does nothing the second time.
+        """Finish the file and give it its name; idempotent.
 
         Raises:
             MediaError: no frame was written, too few samples came, or the encoder or the disk failed; no file is left.

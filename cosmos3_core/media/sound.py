@@ -71,11 +71,7 @@ def check_samples(samples: Any, num_channels: int | None = None) -> None:
 
 
 class SampleCounter:
-    """Passes exactly as many samples as a track holds, and reports too few.
-
-    Args:
-        sound: the track.
-    """
+    """Passes exactly as many samples as a track holds, and reports too few."""
 
     def __init__(self, sound: SoundFormat) -> None:
         self._sound = sound
@@ -172,7 +168,7 @@ class WavWriter:
             raise MediaError(f"writing stopped at sample {self._counter.num_samples}: {error}") from error
 
     def close(self) -> None:
-        """Finish the file and give it its name. Does nothing the second time.
+        """Finish the file and give it its name; idempotent.
 
         Raises:
             MediaError: too few samples came, or the disk failed; no file is left.

@@ -1,9 +1,9 @@
 """Reads the images and clips that users give, safely and in steps. No torch here.
 
 ``pack_*`` runs in the caller's process: it turns a path, a Pillow image or arrays into a file's bytes or uint8 RGB,
-which can travel. ``probe_*`` reads the header, so that a request is checked before anything large is decoded.
-``read_*`` decodes. Every fault of the media is a :class:`~cosmos3_core.errors.RequestError` of the field; limits are
-those of :data:`cosmos3_core.presets.LIMITS`.
+which another process can take. ``probe_*`` reads the header, so that a request is checked before anything large is
+decoded. ``read_*`` decodes. Every fault of the media is a :class:`~cosmos3_core.errors.RequestError` of ``field``, the
+request's field; limits are those of :data:`cosmos3_core.presets.LIMITS`.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ class ClipInfo(NamedTuple):
 
 
 def pack_image(field: str, source: ImageSource) -> Packed:
-    """Turn an image that a user gives into media that can travel.
+    """Turn an image that a user gives into media for another process.
 
     Args:
-        field: the request's field, for errors.
         source: the image; a file's bytes stay unread until :func:`probe_image`.
 
     Returns:
@@ -97,10 +96,9 @@ def pack_image(field: str, source: ImageSource) -> Packed:
 
 
 def pack_video(field: str, source: VideoSource) -> Packed:
-    """Turn a clip that a user gives into media that can travel.
+    """Turn a clip that a user gives into media for another process.
 
     Args:
-        field: the request's field, for errors.
         source: the clip; a file's bytes stay unread until :func:`probe_clip`. The arrays of a list must have one shape
             and dtype, and all of them together decide the range of floats. A single Pillow image or array [Y, X, 3] is
             a clip of one frame.
@@ -124,7 +122,6 @@ def probe_image(field: str, packed: Packed) -> PictureSize:
     """Return an image's rows and columns, upright, from its header.
 
     Args:
-        field: the request's field, for errors.
         packed: from :func:`pack_image`.
 
     Raises:
@@ -141,7 +138,6 @@ def read_image(field: str, packed: Packed) -> Frames:
     """Decode an image, or the first frame of an animation: uint8 RGB [Y, X, 3], upright.
 
     Args:
-        field: the request's field, for errors.
         packed: from :func:`pack_image`.
 
     Raises:
@@ -160,7 +156,6 @@ def probe_clip(field: str, packed: Packed) -> ClipInfo:
     and converted, because FFmpeg cannot convert every frame that it can decode.
 
     Args:
-        field: the request's field, for errors.
         packed: from :func:`pack_video`.
 
     Raises:
@@ -188,7 +183,6 @@ def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["fir
     is ignored. At most ``num_frames`` frames are in memory; with "first", decoding stops after them.
 
     Args:
-        field: the request's field, for errors.
         packed: from :func:`pack_video`.
         num_frames: number of frames to return; a shorter clip has fewer.
         keep: the end of the clip to keep.

@@ -97,7 +97,7 @@ class MediaWriter(Protocol):
         """
 
     def close(self) -> None:
-        """Finish the file and give it its name; does nothing the second time."""
+        """Finish the file and give it its name; idempotent."""
 
     def __enter__(self) -> Self: ...
 
@@ -169,7 +169,7 @@ class ImageWriter:
         raise refuse_sound(self._kind)
 
     def close(self) -> None:
-        """Write the file. Does nothing the second time.
+        """Write the file; idempotent.
 
         Raises:
             MediaError: there was no frame, or the file could not be written.
@@ -196,7 +196,6 @@ def open_writer(target: Target, clip_format: ClipFormat, live: str | Path | None
 
     Args:
         target: the file's path with its suffix, or a binary stream.
-        clip_format: the file's format.
         live: path of an mp4's live file, see :class:`Mp4Writer`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The heads of the generation tower, one a modality: latents -> tokens, tokens -> velocity.
+"""The heads of the generation tower, one per modality: latents -> tokens, tokens -> velocity.
 
 Shape letters: B batch (always 1), C channels, T/H/W latent grid or T steps of a track, S tokens, M width, P values of a
 patch, D embodiment domains.
@@ -29,7 +29,7 @@ class Head(Protocol):
         """Return the tokens [S, M] in ``rows``. Clean frames (mask 0) get no time embedding."""
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
-        """Return the values of the velocity, a row a token."""
+        """Return the values of the velocity, one row per token."""
 
     def assemble(self, values: Tensor, z: Tensor, noise_mask_T: Tensor) -> Tensor:
         """Assemble rows into the velocity, shaped like the latents ``z``, in the rows' dtype; zero at clean frames."""
@@ -79,7 +79,7 @@ class VideoHead(nn.Module):
 
 
 class SoundHead(nn.Module):
-    """Sound latents [C, T] <-> one token a step."""
+    """Sound latents [C, T] <-> one token per step."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class SoundHead(nn.Module):
 
 
 class DomainLinear(nn.Module):
-    """A linear layer with separate weights for every embodiment domain, one flattened [in, out] matrix a row."""
+    """A linear layer with separate weights for every embodiment domain, one flattened [in, out] matrix per row."""
 
     def __init__(self, num_in: int, num_out: int, num_domains: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class DomainLinear(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """Actions [T, C] <-> one token an action."""
+    """Actions [T, C] <-> one token per action."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -27,7 +27,6 @@ class RMSNorm(nn.Module):
     Args:
         width: length of the normalised axis.
         eps: added to the mean square.
-        ops: implementations of the operators.
         weight_in_fp32: multiply by the weight before the result is rounded to the input's dtype (the Nemotron
             backbone of Edge) instead of after (the Qwen3 backbone); both are the same in fp32.
     """

@@ -29,10 +29,10 @@ def text_positions(num_tokens: int) -> Tensor:
 
 
 def grid_positions(grid: TokenGrid, *, fps: float, temporal: int, config: TransformerConfig) -> Tensor:
-    """Return the positions of a clip's tokens before :func:`after_text` moves them behind a prompt.
+    """Return the positions of a clip's tokens before :func:`after_text` shifts them.
 
     A latent frame stands for ``temporal`` pixel frames, so frame i sits at i * base_fps / fps: the same second has the
-    same position at every frame rate. A single frame has no rate and is not scaled. Tokens: frame, row, column.
+    same position at every frame rate. A single frame has no rate and is not scaled. Tokens go by frame, then row.
 
     Returns:
         [3, grid.num_tokens] float32.
@@ -47,13 +47,12 @@ def grid_positions(grid: TokenGrid, *, fps: float, temporal: int, config: Transf
 def track_positions(
     num_steps: int, *, rate: float, base_rate: float, config: TransformerConfig, first: int = 0
 ) -> Tensor:
-    """Return the positions of a track of one token a step, sound or actions: only on the clip's time axis.
+    """Return the positions of a track with one token per step, sound or actions: only on the clip's time axis.
 
     Args:
         num_steps: number of tokens.
-        rate: steps a second.
-        base_rate: positions a second.
-        config: the checkpoint's.
+        rate: steps per second.
+        base_rate: positions per second.
         first: number of the first step.
 
     Returns:
@@ -66,13 +65,13 @@ def track_positions(
 def _times(num_steps: int, *, rate: float, base_rate: float, first: int, config: TransformerConfig) -> Tensor:
     t = torch.arange(num_steps, dtype=torch.float32) + first
     if config.enable_fps_modulation and num_steps > 1:
-        # Two roundings, in this order: the published pipelines divide by steps a second and multiply after.
+        # Two roundings, in this order: the published pipelines divide by the rate first, then multiply.
         t = t / rate * base_rate
     return t
 
 
 def after_text(positions: Tensor, num_text_tokens: int, config: TransformerConfig) -> Tensor:
-    """Move the positions of generated tokens behind a prompt; [3, S] -> [3, S].
+    """Shift the positions of generated tokens past a prompt; [3, S] -> [3, S].
 
     They start a fixed margin after the text, so that the two guidance branches, with prompts of different lengths,
     place the same clip differently.

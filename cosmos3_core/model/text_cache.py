@@ -16,7 +16,7 @@ from cosmos3_core.prompt_ledger import PromptOrders, text_key
 
 
 class TextCache:
-    """Holds the :class:`TextKV` of prompts by orders. For one thread.
+    """Holds the :class:`TextKV` of the prompts that a ledger orders to keep. Not thread-safe.
 
     Args:
         prefill: token ids [L] -> TextKV; called on a miss.

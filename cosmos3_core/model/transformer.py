@@ -80,7 +80,7 @@ class Cosmos3Transformer(nn.Module):
             noise_masks: modality -> [T], 1 where a latent frame is noisy, 0 where it is a clean condition.
             timestep: the schedule's integer timestep, 0..1000.
             text: the prompt, from :meth:`prefill`.
-            rope: rotary table of all generated tokens behind that prompt, modalities in the order of ``latents``.
+            rope: rotary table of all generated tokens after that prompt, modalities in the order of ``latents``.
             domain_id: the embodiment's, with actions.
 
         Returns:
@@ -99,7 +99,7 @@ class Cosmos3Transformer(nn.Module):
         x_SM = self.generation(take_rows(torch.cat(tokens), slice(0, rows.stop - rows.start)), text, rope)
         velocities = {}
         for index, (name, latent) in enumerate(inputs.items()):
-            # This rank's tokens pass every head before the gather: a patch is a twentieth of a token.
+            # Projected before the gather: a patch has a twentieth of a token's values.
             values = self.ops.all_tokens(self.heads[name].project(x_SM, domain_id=domain_id), sum(counts))
             velocities[name] = self.heads[name].assemble(values.split(counts)[index], latent, noise_masks[name])
         return velocities

@@ -14,7 +14,7 @@ from cosmos3_core.checkpoint.tensors import transformer_tensors
 
 
 def transformer_plans(config: TransformerConfig) -> list[ParameterPlan]:
-    """Return one plan a parameter, for the transformer built from ``config`` (or from its local share)."""
+    """Return one plan per parameter of the transformer built from ``config`` (or from its local share)."""
     plans = [
         ParameterPlan("understanding.embed.weight", ("embed_tokens.weight",)),
         ParameterPlan("generation.norm.weight", ("norm_moe_gen.weight",)),

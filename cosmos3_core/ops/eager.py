@@ -61,7 +61,7 @@ def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool,
     """Normalise (:func:`rms_norm`) and rotate every head of queries or keys.
 
     Args:
-        x_SND: [S, N, D]; may be a view of more heads.
+        x_SND: [S, N, D]; may be a view into a tensor of more heads.
         weight_D, eps, weight_in_fp32: see :func:`rms_norm`.
         rope: rotary table of the S tokens.
 

@@ -1,4 +1,4 @@
-"""Elementwise operators of one pass over memory each, in Triton, with the signatures and meanings of :mod:`eager`.
+"""Elementwise operators in Triton, each one pass over memory, with the signatures and meanings of :mod:`eager`.
 
 The kernels are imported at the first call: this module loads without Triton.
 """
@@ -24,7 +24,7 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
-    """Launch the kernel, one program a row."""
+    """Launch the kernel, one program per row."""
     from cosmos3_core.ops import kernels
 
     x = x.contiguous()
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Ten
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> tuple[Tensor, Tensor]:
-    """Launch the kernel, one program a row."""
+    """Launch the kernel, one program per row."""
     from cosmos3_core.ops import kernels
 
     x, y = x.contiguous(), y.contiguous()

@@ -30,7 +30,7 @@ def _store_normed(x, there, column, valid, weight_ptr, out_ptr, eps, WIDTH: tl.c
 
 @triton.jit
 def rms_norm(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
-    """Compute one row a program."""
+    """Compute one row per program."""
     column = tl.arange(0, BLOCK)
     valid = column < WIDTH
     here = tl.program_id(0).to(tl.int64) * WIDTH + column
@@ -43,7 +43,7 @@ def add_rms_norm(
     x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr,
 ):  # fmt: skip
-    """Compute one row a program."""
+    """Compute one row per program."""
     column = tl.arange(0, BLOCK)
     valid = column < WIDTH
     here = tl.program_id(0).to(tl.int64) * WIDTH + column
@@ -59,7 +59,7 @@ def norm_rope(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, num_rows, token_stride, head_stride, eps,
     HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``ROWS`` heads a program, numbered across the tokens, both halves of a head together."""
+    """Compute ``ROWS`` heads per program, numbered across the tokens, both halves of a head together."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.arange(0, HALF_BLOCK)
     is_slot = slot < HALF
@@ -84,7 +84,7 @@ def norm_rope(
 
 @triton.jit
 def silu_mul(x_ptr, out_ptr, INNER: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute ``BLOCK`` columns of one row a program."""
+    """Compute ``BLOCK`` columns of one row per program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = column < INNER

@@ -40,7 +40,7 @@ def _keep_all(x: Tensor, num_tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Ops:
-    """The chosen implementations, one field an operator.
+    """The chosen implementations, one field per operator.
 
     Attributes:
         attention, rms_norm, add_rms_norm, norm_rope, silu_mul: see :mod:`cosmos3_core.ops.eager`.

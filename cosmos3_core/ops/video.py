@@ -27,7 +27,7 @@ AddShortcutOp = Callable[
 
 @dataclass(frozen=True)
 class VideoOps:
-    """The chosen implementations, one field an operator.
+    """The chosen implementations, one field per operator.
 
     Attributes:
         window: see :func:`cosmos3_core.ops.video_eager.window`.

@@ -1,4 +1,4 @@
-"""The video VAE's operators as Triton kernels of one pass over memory each.
+"""The video VAE's operators as Triton kernels, each one pass over memory.
 
 Signatures and meanings are those of :mod:`cosmos3_core.ops.video_eager`; sums and quotients are fp32 throughout and
 round once, at the end. A program handles a piece of one row of one frame, all channels. All strides are correct;
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cosmos3_core.ops.video_eager import MIN_NORM
 
-# Elements and warps of a program, 32 elements a thread: about the fastest for every width of the published decoder on
+# Elements and warps of a program, 32 elements per thread: about the fastest for every width of the published decoder on
 # an H200.
 _BLOCK_ELEMENTS = 4096
 _NUM_WARPS = 4

@@ -1,4 +1,4 @@
-"""Inserts the collectives into a loaded transformer. The model's own files do not know them."""
+"""Inserts the collectives into a loaded transformer, whose own modules have none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cosmos3_core.parallel.groups import Groups
 
 
 def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
-    """Make a transformer that holds one rank's share work with the other ranks.
+    """Connect a transformer that holds one rank's share to the other ranks.
 
     1. TP: the row-split layers of both towers, attention output and FFN down, sum over the ranks.
     2. SP: the generation tower works on this rank's tokens and gathers keys and values.

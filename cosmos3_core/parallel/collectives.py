@@ -76,7 +76,7 @@ class BranchShare:
 
     Attributes:
         index: this rank's branch: 0 conditional, 1 unconditional.
-        group: process group of the two ranks, one a branch, with the same share.
+        group: process group of the two ranks, one per branch, with the same share.
         is_speaker: whether this rank logs, for all of them, requests that leave the second half waiting.
         warned: kinds of request already logged, at most "image" and "video".
     """
@@ -111,7 +111,6 @@ class BranchShare:
         Args:
             own: this rank's predictions, fp32; None if it ran no branch.
             like: modality -> a tensor of the predictions' shape, fp32.
-            num_branches: number of branches.
         """
         results: list[dict[str, Tensor]] = [{} for _ in range(num_branches)]
         for name, shaped in like.items():

@@ -64,7 +64,7 @@ def host_store(host: str, num_ranks: int, timeout_s: float) -> Any:
     Args:
         host: address of this rank for the others.
         num_ranks: number of ranks, this one included.
-        timeout_s: timeout of every wait in it, seconds.
+        timeout_s: timeout of every wait on the store, seconds.
     """
     timeout = timedelta(seconds=timeout_s)
     return TCPStore(host, 0, num_ranks, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -80,7 +80,6 @@ def init_groups(layout: Layout, rank: int, *, backend: str, timeout_s: float, st
 
     Args:
         layout: the degrees; ``num_ranks`` processes take part.
-        rank: rank of this process.
         backend: "nccl" on GPUs, "gloo" on CPUs.
         timeout_s: timeout of joining, and of every collective afterwards, seconds.
         store: rendezvous store of ``torch.distributed``; None takes torchrun's environment.
@@ -103,7 +102,6 @@ def init_group(num_ranks: int, rank: int, device: torch.device, *, timeout_s: fl
 
     Args:
         num_ranks: number of processes that take part.
-        rank: rank of this process.
         device: device of the tensors to exchange; a GPU must be the process's current one.
         timeout_s: timeout of joining, and of every exchange afterwards, seconds.
         store: rendezvous store of ``torch.distributed``; None takes torchrun's environment.

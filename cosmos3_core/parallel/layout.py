@@ -2,7 +2,7 @@
 
     CFG  outermost: ranks of the conditional branch first, then those of the unconditional one
     SP   inside a branch: shares of the generated tokens
-    TP   innermost: ranks of one share are neighbours, because they talk most
+    TP   innermost: ranks of one share are neighbours, because they exchange the most data
 
 With tp=4, cfg=2 on eight ranks: 0-3 run the conditional branch, 4-7 the unconditional one.
 """

@@ -1,4 +1,4 @@
-"""Frames cut into strips of rows or columns, one a rank: the video VAE on several devices, exactly.
+"""Frames cut into strips of rows or columns, one per rank: the video VAE on several devices, exactly.
 
 Frames are cut between rows or columns of latents, so that a strip is whole at every finer level. At each level the
 neighbours provide the borders that a convolution reads beyond its strip; the mid block's attention gathers keys and
@@ -60,10 +60,6 @@ def cut_frame(height: int, width: int, num_strips: int) -> Cuts:
     columns give equal strips, the cut with the shorter border is taken, and in a square the rows, which are contiguous
     in memory. An axis with fewer rows (columns) than strips is not cut; if neither has enough, the first strip is the
     whole frame and the others are empty.
-
-    Args:
-        height, width: rows and columns of the latents.
-        num_strips: number of strips.
     """
     candidates = [
         (-(-num // num_strips) * border, border, axis)
@@ -203,12 +199,7 @@ class Strip:
 
 
 def strip_of(ranks: RankGroup, height: int, width: int) -> Strip:
-    """Return a rank's strip of frames of ``height`` x ``width`` latents.
-
-    Args:
-        ranks: the ranks that share the frames; a single rank has all of them.
-        height, width: rows and columns of the latents.
-    """
+    """Return a rank's strip of frames of ``height`` x ``width`` latents; a single rank has all of them."""
     return Strip(cut_frame(height, width, ranks.num_ranks), ranks)
 
 

@@ -31,7 +31,7 @@ class Schedule:
     Attributes:
         name: one of ``SCHEDULES``.
         sigmas: n + 1 noise levels, descending, the last 0; fp32 values.
-        timesteps: n integers for the model, sigma * 1000 cut off; neighbours may be equal beyond ~100 steps.
+        timesteps: n integers for the model, sigma * 1000 truncated; neighbours may be equal beyond ~100 steps.
     """
 
     name: str
@@ -47,7 +47,6 @@ def make_schedule(name: str, num_steps: int, *, flow_shift: float, config: Sched
     """Make the schedule called ``name`` with ``num_steps`` steps.
 
     Args:
-        name: ``native``, ``linear`` or ``karras``.
         num_steps: denoising steps, at least 1.
         flow_shift: k in sigma -> k sigma / (1 + (k - 1) sigma), above 0; no effect on ``karras``.
         config: the checkpoint's; gives the training timesteps and karras' range.

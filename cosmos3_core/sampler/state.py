@@ -1,7 +1,7 @@
 """The state of one request between two steps, as a value.
 
 It can be stepped, interleaved with another request's, written to bytes, moved to another process and resumed there with
-the same result to the bit. A run has no other state.
+the same result, bit for bit. A run has no other state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DenoiseState:
     Attributes:
         step_index: number of finished steps, the index of the next one.
         solver: modality -> latents and solver history, fp32, in any order.
-        fingerprint: name of the request that this state belongs to (prompts, shape, schedule, guidance).
+        fingerprint: hash of the request that this state belongs to (prompts, shape, schedule, guidance).
     """
 
     step_index: int

@@ -41,11 +41,7 @@ class _Update:
 
 
 class UniPC:
-    """The solver for one schedule. Holds no state of any request.
-
-    Args:
-        schedule: noise levels; n steps.
-    """
+    """The solver for one schedule. Holds no state of any request."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule

@@ -6,7 +6,7 @@ The network has a finite receptive field: each stretch of a sound depends on its
 (``AudioVAE.halo_latents``). A long sound is decoded in windows that overlap by as many latents, and the middle of each
 is used; to fp32 rounding the result equals the sound decoded whole.
 
-Parameters have the names of the published tensors: loading is the identity map. Latents are those of the transformer,
+Parameters have the names of the published tensors, so loading renames nothing. Latents are those of the transformer,
 without statistics. There is no encoder: no mode takes sound as input.
 
 Source: the published Cosmos3AVAEAudioTokenizer weights and config.

@@ -30,9 +30,6 @@ class WeightNorm(nn.Module):
 
     Their product is computed for each convolution and dropped afterwards: it costs little beside the convolution, and
     holding it would double the memory of the weights.
-
-    Args:
-        shape: shape of the weight.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -41,7 +38,7 @@ class WeightNorm(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(shape))  # not drawn: on the meta device that imports sympy, 0.5 s
 
     def weight(self) -> Tensor:
-        """The product weight_g x weight_v / |weight_v|, the length over all axes but the first."""
+        """Return weight_g x weight_v / |weight_v|, the length over all axes but the first."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
 
@@ -49,10 +46,8 @@ class NormedConv(WeightNorm):
     """Convolution that keeps the length: half of its (odd) kernel lies on either side.
 
     Args:
-        in_channels, out_channels: channels before and after.
         kernel: taps; odd.
         dilation: distance of neighbouring taps.
-        bias: whether the convolution has a bias.
     """
 
     def __init__(
@@ -76,7 +71,6 @@ class NormedUpsampling(WeightNorm):
     """Transposed convolution over two strides that lengthens by its stride exactly.
 
     Args:
-        in_channels, out_channels: channels before and after.
         stride: the factor; 2 or more.
     """
 
@@ -106,11 +100,7 @@ class NormedUpsampling(WeightNorm):
 
 
 class Snake(nn.Module):
-    """x + sin(frequency x)^2 / inverse amplitude, per channel; the parameters are logarithms of both.
-
-    Args:
-        num_channels: C.
-    """
+    """x + sin(frequency x)^2 / inverse amplitude, per channel; the parameters are logarithms of both."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()

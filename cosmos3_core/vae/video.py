@@ -4,14 +4,14 @@ Tensors end in their axes: B batch, C channels, T/H/W latent frames, rows, colum
 the networks), F/Y/X pixel frames, rows, columns, h/w row and column within a patch; a 1 is an axis of one.
 
 The VAE is causal, so a clip decodes in chunks without loss: its first latent frame alone (1 pixel frame), then any
-number at a time (4 pixel frames each). One latent frame at a time equals the reference to the bit; more at a time equal
-it to fp32 rounding. The history that a chunk needs travels with the clip (:class:`FrameCache`); the module keeps
+number at a time (4 pixel frames each). One latent frame at a time equals the reference bit for bit; more at a time
+equal it to fp32 rounding. The history that a chunk needs travels with the clip (:class:`FrameCache`); the module keeps
 nothing, so clips can be interleaved.
 
 Frames can be split into parts that run in several places at the same time
 (:class:`cosmos3_core.vae.frame_part.FramePart`), again exact to fp32 rounding.
 
-Parameters have the names of the published tensors: loading is the identity map. The latents' mean and deviation are not
+Parameters have the names of the published tensors, so loading renames nothing. The latents' mean and deviation are not
 parameters: they come with the config.
 
 Source: the published AutoencoderKLWan weights and config in the Wan 2.2 (residual) layout; diffusers 0.42.1 applies the
@@ -175,7 +175,7 @@ class VideoVAE(nn.Module):
         if chunk_latents is None:
             *_, height, width = latents_BCTHW.shape
             at_least = latents_to_fill(self.post_quant_conv.weight.device, is_split=part.axis is not None)
-            # The largest part, not this one: all parts must choose alike.
+            # The largest part, not this one: all parts must choose the same number.
             chunk_latents = shapes.chunk_latents(*part.largest(height, width), at_least)
         if chunk_latents < 1:
             raise RequestError("chunk_latents", chunk_latents, "1 or more latent frames")
@@ -203,7 +203,7 @@ class VideoVAE(nn.Module):
         """Convert normalised latents to the decoder's input, in the module's dtype; frame by frame.
 
         The rounding of the 1x1x1 convolution depends on its number of frames (the CPU picks its algorithm by size), and
-        a clip must decode alike in any chunks.
+        a clip must decode to the same values in any chunks.
         """
         weight = self.post_quant_conv.weight
         mean_C111, inverse_std_C111 = self._statistics()

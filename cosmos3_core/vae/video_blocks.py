@@ -50,9 +50,7 @@ class CausalConv3d(nn.Conv3d):
     another part. A kernel of one needs no window and takes ``x`` itself.
 
     Args:
-        in_channels, out_channels: channels before and after.
         kernel: time, rows, columns; odd.
-        ops: implementations of the operators.
         time_stride: step in time; rows and columns always step by one.
         leaves_bias: whether the next operator adds the bias, if ``ops`` can.
     """
@@ -153,7 +151,6 @@ class ChannelRMSNorm(nn.Module):
     Before a causal convolution it only holds the gain: norm, SiLU and window are one operator.
 
     Args:
-        num_channels: C.
         num_grid_axes: axes after the channels, 3 for clips and 2 for frames; the published gain has an axis for each.
     """
 

@@ -34,7 +34,6 @@ class FrameConv2d(nn.Conv2d):
     """The 3x3 convolution of a resampler: frames folded into the batch, no cache.
 
     Args:
-        num_channels: channels before and after.
         stride: 1 after :class:`NearestUp2d`, with a border of one all around; 2 when halving, with the border of zeros
             from the module before.
         leaves_bias: whether the next operator adds the bias.
@@ -59,8 +58,6 @@ class Upsampler(nn.Module):
     """Doubles rows and columns, and optionally frames.
 
     Args:
-        num_channels: channels before and after.
-        ops: implementations of the operators.
         doubles_time: whether every frame but the clip's first becomes two.
     """
 
@@ -95,8 +92,6 @@ class Downsampler(nn.Module):
     """Halves rows and columns, and optionally frames.
 
     Args:
-        num_channels: channels before and after.
-        ops: implementations of the operators.
         halves_time: whether every two frames after the clip's first become one.
     """
 
@@ -131,7 +126,6 @@ class DuplicateUp(nn.Module):
 
     Args:
         in_channels, out_channels: r must be 1, or the product of the first factors (time, rows, columns).
-        ops: implementations of the operators.
         doubles_time: whether frames double, too.
 
     Raises:
@@ -201,7 +195,6 @@ class VideoUpBlock(nn.Module):
     Args:
         in_channels, out_channels: channels before and after; the first residual block changes them.
         num_res_blocks: number of residual blocks.
-        ops: implementations of the operators.
         upsamples: whether rows and columns double.
         doubles_time: whether frames double, too.
     """
@@ -239,7 +232,6 @@ class DownBlock(nn.Module):
     Args:
         in_channels, out_channels: channels before and after; the first residual block changes them.
         num_res_blocks: number of residual blocks.
-        ops: implementations of the operators.
         downsamples: whether rows and columns halve.
         halves_time: whether frames halve, too.
     """
