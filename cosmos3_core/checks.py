@@ -1,4 +1,4 @@
-"""Checks of single values that users give; each returns the value or refuses it. No torch here."""
+"""Checks of single values that users give: each returns the value or raises RequestError. No torch here."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ _Choice = TypeVar("_Choice", str, int)
 
 
 def integer(field: str, value: Any, low: int, high: int) -> int:
-    """Check for a whole number from ``low`` to ``high``; True and 3.0 are refused.
-
-    Raises:
-        RequestError: it is another value.
-    """
+    """Check for a whole number from ``low`` to ``high``; True and 3.0 are refused."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(field, value, f"a whole number from {low} to {high}")
     return value
 
 
 def real(field: str, value: Any, low: float, high: float) -> float:
-    """Check for a finite number from ``low`` to ``high``, as a float.
-
-    Raises:
-        RequestError: it is another value.
-    """
+    """Check for a finite number from ``low`` to ``high``, as a float."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # NaN fails the comparison
         raise RequestError(field, value, f"a number from {low:g} to {high:g}")
@@ -37,11 +29,7 @@ def real(field: str, value: Any, low: float, high: float) -> float:
 
 
 def choice(field: str, value: Any, allowed: tuple[_Choice, ...]) -> _Choice:
-    """Check for one of ``allowed``; True is not 1.
-
-    Raises:
-        RequestError: it is another value.
-    """
+    """Check for one of ``allowed``; True is not 1."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value not in allowed:
         near = difflib.get_close_matches(str(value)[:_MAX_COMPARED_CHARS], [str(name) for name in allowed], n=1)
         raise RequestError(field, value, f"one of {list(allowed)}", f"did you mean {near[0]}?" if near else "")
@@ -49,22 +37,14 @@ def choice(field: str, value: Any, allowed: tuple[_Choice, ...]) -> _Choice:
 
 
 def flag(field: str, value: Any) -> bool:
-    """Check for True or False.
-
-    Raises:
-        RequestError: it is another value.
-    """
+    """Check for True or False."""
     if not isinstance(value, bool):
         raise RequestError(field, value, "true or false")
     return value
 
 
 def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
-    """Check for a string of at most ``max_chars`` characters, with something visible in it unless it may be empty.
-
-    Raises:
-        RequestError: it is another value.
-    """
+    """Check for a string of at most ``max_chars`` characters, one of them visible unless it may be empty."""
     if not isinstance(value, str):
         raise RequestError(field, value, "a string")
     if not may_be_empty and not value.strip():
@@ -79,11 +59,7 @@ def text(field: str, value: Any, max_chars: int, *, may_be_empty: bool) -> str:
 
 
 def pixels(field: str, value: Any, multiple: int, high: int) -> int:
-    """Check for a number of pixels, at most ``high``, that is a multiple of ``multiple``.
-
-    Raises:
-        RequestError: it is another value; the hint has the nearest multiples.
-    """
+    """Check for a number of pixels, at most ``high``, that is a multiple of ``multiple``; errors name the nearest."""
     if isinstance(value, bool) or not isinstance(value, int) or not multiple <= value <= high:
         raise RequestError(field, value, f"a multiple of {multiple}, at least {multiple}, at most {high}")
     if value % multiple:

@@ -33,7 +33,7 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def local_device(device: torch.device | str | None, local_rank: int) -> torch.device:
-    """Return the device of one of several ranks on a machine: GPU number ``local_rank`` if it has GPUs.
+    """Return the device of one of several ranks on a machine: GPU number ``local_rank``, or the CPU.
 
     Raises:
         RequestError: this machine has no such device.

@@ -186,7 +186,7 @@ def run_step(
     on_step: Callable[[StepEvent], None] | None,
     output: Literal["pixels", "latent"],
 ) -> Tensor | dict[str, Tensor | int]:
-    """Serve one request from ids to pixels, and to sound if it wants some.
+    """Serve one request from ids to pixels, and to sound if it asks for it.
 
     Returns:
         Pixels (1, 3, F, Y, X) fp32 in [0, 1]; with ``output="latent"`` the video latents [1, C, T, H, W]. With sound a
@@ -195,7 +195,7 @@ def run_step(
 
     Raises:
         RequestError: see :meth:`Engine.denoise`.
-        CapabilityError: the request wants sound and the engine has none.
+        CapabilityError: the request asks for sound, and the engine has no decoder of it.
     """
     if output not in ("pixels", "latent"):
         raise RequestError("output", output, "'pixels' or 'latent'")

@@ -86,7 +86,7 @@ class PreviewOrder:
     preview_map: PreviewMap
 
     def period_steps(self, num_steps: int) -> int:
-        """Return the steps between previews; none follows the last step, where the clip itself comes."""
+        """Return the steps between previews; none follows the last step, because the clip itself does."""
         return -(-num_steps // (self.num_previews + 1))
 
     def fps(self, num_frames: int) -> float:

@@ -1,7 +1,7 @@
 """Prompt -> token ids: metadata, chat template, special tokens. No torch here.
 
 The model was trained on Qwen3-VL conversations whose assistant turn ends at once and is followed by
-``<|vision_start|>``; duration, frame rate and resolution are part of the text. Where sources differ this follows
+``<|vision_start|>``; duration, frame rate and resolution are part of the text. Where sources differ, this follows
 NVIDIA's cosmos-framework; ``compat="diffusers"`` follows diffusers 0.42.1.
 """
 

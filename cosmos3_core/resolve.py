@@ -301,7 +301,7 @@ def _size_sound(
 
 
 def _check_token_budget(clip: _Clip, num_others: int, layout: CheckpointLayout) -> None:
-    """Refuse more tokens than the transformer has positions; ``num_others`` are those of sound and actions."""
+    """Refuse more tokens than the transformer has positions; ``num_others`` counts those of sound and actions."""
     num_tokens = layout.geometry.num_tokens(clip.num_frames, clip.height, clip.width) + num_others
     budget = layout.transformer.max_position_embeddings - LIMITS.max_text_tokens
     if num_tokens > budget:

@@ -1,4 +1,4 @@
-"""The subject of a measurement: a model's configs, the source of its tensors, and the shape of the work."""
+"""What a benchmark measures: a model's configs, the source of its tensors, and the shape of the work."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class ParameterPlan:
 
 @dataclass(frozen=True)
 class _Part:
-    """The rank's part of one stored tensor: a run of rows, or of columns (dim 1) of all rows."""
+    """The rank's part of one stored tensor: some of its rows, or some columns (dim 1) of all rows."""
 
     entry: TensorEntry
     rows: slice

@@ -1,5 +1,7 @@
 """The canvases of action conditioning: the choice for a clip, and the part that the clip fills. No torch here.
 
+Sizes are in pixels; ``field`` is the request's field, for errors.
+
 Source: diffusers 0.42.1, ``_ACTION_RESOLUTION_BINS`` and ``_prepare_action_video_conditioning``; exactly the same
 choice.
 """
@@ -38,10 +40,6 @@ ACTION_TIERS: Mapping[int, tuple[Canvas, ...]] = MappingProxyType(
 def floor_size(height: int, width: int, *, field: str = "video") -> Canvas:
     """Return the size of a clip with each side rounded down to a multiple of :data:`SIDE_MULTIPLE`.
 
-    Args:
-        height, width: the clip's, pixels.
-        field: the request's field, for errors.
-
     Raises:
         RequestError: a side is shorter than that.
     """
@@ -52,11 +50,6 @@ def floor_size(height: int, width: int, *, field: str = "video") -> Canvas:
 
 def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -> Canvas:
     """Return the canvas of a tier whose height / width is closest to the clip's, after :func:`floor_size`.
-
-    Args:
-        height, width: the given clip's, pixels.
-        tier: one of :data:`ACTION_TIERS`.
-        field: the request's field of the clip, for errors.
 
     Raises:
         RequestError: the tier is unknown, or the clip is too small.
@@ -78,11 +71,6 @@ def covering_size(height: int, width: int, to_height: int, to_width: int) -> Can
 
 def content_size(height: int, width: int, canvas: Canvas | tuple[int, int], *, field: str = "video") -> Canvas:
     """Return the size of a clip on its canvas, from the top left corner; it is never enlarged, and the rest is padding.
-
-    Args:
-        height, width: the given clip's, pixels.
-        canvas: rows and columns.
-        field: the request's field of the clip, for errors.
 
     Raises:
         RequestError: the clip is too small.

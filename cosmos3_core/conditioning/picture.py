@@ -42,7 +42,7 @@ class GivenPicture:
 
         Args:
             num_frames: pixel frames to encode.
-            onto: rows and columns of pixels to bring it to.
+            onto: rows and columns of pixels after resizing.
 
         Raises:
             RequestError: it takes too much memory.
@@ -66,7 +66,7 @@ class PictureCondition:
     Attributes:
         kind: the request's field, "image" or "video".
         media: the file's bytes, or uint8 RGB frames.
-        resizing: how it is brought to size.
+        resizing: how it is resized.
         height, width: pixels of the generated pictures; with ``Resizing.PAD`` the rest of the canvas is cut off as
             latents.
         resolution_tier: tier of the canvas that ``Resizing.PAD`` fits into; 0 otherwise.
@@ -110,7 +110,7 @@ def find_picture(request: GenerationRequest, probe: Callable[[str, Packed], Clip
 
 
 def read_picture(picture: PictureCondition, *, read: ReadClip = read_clip) -> Frames:
-    """Read the frames to encode, before they are brought to size: uint8 RGB [F, Y, X, 3].
+    """Read the frames to encode, before they are resized: uint8 RGB [F, Y, X, 3].
 
     The VAE is causal, so only the frames up to the last given one are read.
 

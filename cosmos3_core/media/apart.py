@@ -1,4 +1,4 @@
-"""Reads a clip in a process of its own, for services: a crafted file can crash that process and nothing else.
+"""Reads a clip in a child process, for services: a crafted file can crash that process and nothing else.
 
 FFmpeg's demuxers and decoders are large, their input here is untrusted, and a small file can be hours of work. The
 child has bounds of its own on memory and time, and its death is reported as the file's fault. Callers bound the number

@@ -100,7 +100,6 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
     """Read a file's header and check the sizes in it.
 
     Args:
-        field: the request's field, for errors.
         kind: kind of the file, of category "clip".
         data: the whole file.
 

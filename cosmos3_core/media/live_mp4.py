@@ -26,7 +26,7 @@ _OPTIONS = {
 
 
 class LiveMp4:
-    """The growing file. Not thread-safe.
+    """The growing file. Not thread-safe; the methods raise what the constructor does.
 
     Args:
         path: path of the file, in an existing directory; the file is created at once and never removed here.
@@ -45,17 +45,9 @@ class LiveMp4:
         self._container.start_encoding()
 
     def mux(self, packets: Sequence[av.Packet[Any]]) -> None:
-        """Add packets after the other container has them, in its order.
-
-        Raises:
-            av.FFmpegError, OSError: the file cannot be written.
-        """
+        """Add packets after the other container has them, in its order."""
         self._container.mux(packets)
 
     def close(self) -> None:
-        """Write the last fragment; idempotent.
-
-        Raises:
-            av.FFmpegError, OSError: the file cannot be written.
-        """
+        """Write the last fragment; idempotent."""
         self._container.close()

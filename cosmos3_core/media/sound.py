@@ -144,11 +144,7 @@ class WavWriter:
         self._wave.setparams((sound.num_channels, 2, sound.sampling_rate, sound.num_samples, "NONE", "not compressed"))
 
     def write(self, frames: Frames) -> None:
-        """Refuse frames: a wav takes none.
-
-        Raises:
-            RequestError: always.
-        """
+        """Raise RequestError: a wav takes no frames."""
         raise RequestError("frames", "frames", "left out of a wav", "open an mp4 for pictures with sound")
 
     def write_sound(self, samples: Samples) -> None:

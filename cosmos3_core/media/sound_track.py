@@ -1,4 +1,4 @@
-"""Copies the sound of an mp4 into a file of its own, an m4a with the same packets, undecoded. No torch here."""
+"""Copies the sound of an mp4 into an m4a, packet by packet, undecoded. No torch here."""
 
 from __future__ import annotations
 

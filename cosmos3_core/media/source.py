@@ -1,9 +1,10 @@
 """Reads the images and clips that users give, safely and in steps. No torch here.
 
 ``pack_*`` runs in the caller's process: it turns a path, a Pillow image or arrays into a file's bytes or uint8 RGB,
-which another process can take. ``probe_*`` reads the header, so that a request is checked before anything large is
-decoded. ``read_*`` decodes. Every fault of the media is a :class:`~cosmos3_core.errors.RequestError` of ``field``, the
-request's field; limits are those of :data:`cosmos3_core.presets.LIMITS`.
+which another process can take. ``probe_*`` reads the header of this ``packed`` media, so that a request is checked
+before anything large is decoded. ``read_*`` decodes it. Every fault of the media is a
+:class:`~cosmos3_core.errors.RequestError` of ``field``, the request's field; limits are those of
+:data:`cosmos3_core.presets.LIMITS`.
 """
 
 from __future__ import annotations
@@ -121,9 +122,6 @@ def pack_video(field: str, source: VideoSource) -> Packed:
 def probe_image(field: str, packed: Packed) -> PictureSize:
     """Return an image's rows and columns, upright, from its header.
 
-    Args:
-        packed: from :func:`pack_image`.
-
     Raises:
         RequestError: the kind of image is unsupported, its header is damaged, or it is over a limit.
     """
@@ -136,9 +134,6 @@ def probe_image(field: str, packed: Packed) -> PictureSize:
 
 def read_image(field: str, packed: Packed) -> Frames:
     """Decode an image, or the first frame of an animation: uint8 RGB [Y, X, 3], upright.
-
-    Args:
-        packed: from :func:`pack_image`.
 
     Raises:
         RequestError: see :func:`probe_image`; or the file is damaged.
@@ -154,9 +149,6 @@ def probe_clip(field: str, packed: Packed) -> ClipInfo:
 
     The header is checked first. Then the first frame of a video file is decoded, because only a frame has the rotation,
     and converted, because FFmpeg cannot convert every frame that it can decode.
-
-    Args:
-        packed: from :func:`pack_video`.
 
     Raises:
         RequestError: the kind of clip is unsupported, over a limit, or damaged.
@@ -183,7 +175,6 @@ def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["fir
     is ignored. At most ``num_frames`` frames are in memory; with "first", decoding stops after them.
 
     Args:
-        packed: from :func:`pack_video`.
         num_frames: number of frames to return; a shorter clip has fewer.
         keep: the end of the clip to keep.
 

@@ -86,7 +86,6 @@ def open_still(field: str, kind: FileKind, data: bytes, *, max_pixels: int) -> S
     """Read a file's header and check the sizes in it.
 
     Args:
-        field: the request's field, for errors.
         kind: kind of the file, of category "image".
         data: the whole file.
         max_pixels: limit of pixels in a frame.
@@ -216,7 +215,7 @@ def float_to_bytes(field: str, values: np.ndarray) -> Frames:
 
 
 def _orientation(kind: FileKind, image: ImageFile.ImageFile, data: bytes) -> int:
-    """Return EXIF's orientation, 1 if it cannot be read: editors damage EXIF, not the pixels."""
+    """Return the EXIF orientation; 1 if it cannot be read: damaged EXIF leaves the pixels intact."""
     raw = image.info.get("exif")
     if raw is None and kind.name == "PNG":
         raw = _late_png_exif(data)  # Pillow would decode all pixels to get there

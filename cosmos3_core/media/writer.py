@@ -161,11 +161,7 @@ class ImageWriter:
         self._frame = frames[0]
 
     def write_sound(self, samples: Samples) -> None:
-        """Refuse sound: an image takes none.
-
-        Raises:
-            RequestError: always.
-        """
+        """Raise RequestError: an image takes no sound."""
         raise refuse_sound(self._kind)
 
     def close(self) -> None:

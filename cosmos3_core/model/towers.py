@@ -89,7 +89,7 @@ class UnderstandingTower(nn.Module):
     def __init__(self, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
         last = config.num_hidden_layers - 1
-        # Given its weight: drawing one on the meta device makes torch import its compiler, 1.7 s in each rank.
+        # From a weight: drawing one on the meta device makes torch import its compiler, 1.7 s on each rank.
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(UnderstandingLayer(config, ops, keys_only=i == last) for i in range(last + 1))
