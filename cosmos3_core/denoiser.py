@@ -109,7 +109,6 @@ class Denoiser:
     Args:
         transformer: loaded, on its device.
         geometry, scheduler: the checkpoint's.
-        text_cache_bytes: bound of the prompt cache.
         branch_share: splits the guidance branches over ranks; None runs both here.
     """
 

@@ -68,7 +68,6 @@ def find_embodiment(domain_name: str | None, domain_id: int | None, num_domains:
     Args:
         domain_name: a published name, in any case.
         domain_id: 0 to ``num_domains`` - 1; one without a name is an embodiment of unknown width.
-        num_domains: number of domains in the checkpoint.
 
     Raises:
         RequestError: neither is given, the name is unknown, or they contradict each other.

@@ -156,7 +156,6 @@ class Engine:
         """Run the denoising loop.
 
         Args:
-            on_step: called after every step.
             resume: a state of the same request to resume from.
 
         Returns:
@@ -176,7 +175,6 @@ class Engine:
         """Decode video latents [1, C, T, H, W] of :meth:`denoise` as a stream; :meth:`frames` moves fewer bytes.
 
         Args:
-            latents: the video latents.
             chunk_latents: latent frames per chunk after the first; see :meth:`VideoVAE.decode`.
 
         Yields:

@@ -113,9 +113,6 @@ def spec_field(kind: ValueKind, about: str, *, default: Any = None, is_compared:
     """Return a dataclass field that carries its :class:`FieldSpec`.
 
     Args:
-        kind: the type of its value.
-        about: one line for the user.
-        default: default of the field.
         is_compared: False for media and tensors, which do not compare or print well.
         bounds: the other attributes of :class:`FieldSpec`.
     """

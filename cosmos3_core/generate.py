@@ -96,7 +96,6 @@ def generate(
     Args:
         out: path without its suffix, which follows from the kind of file, such as ``.mp4``.
         output: ``latent`` stops before decoding and returns the latents.
-        on_step: called after every denoising step.
 
     Raises:
         RequestError: the request, the path or a setting is wrong; raised before denoising.

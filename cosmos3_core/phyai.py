@@ -109,7 +109,6 @@ class Cosmos3Processor:
         Args:
             prompt: plain text, or a JSON object as a string.
             negative_prompt: None takes the checkpoint's own default, or ours if it has none; "" is empty.
-            device: where the ids go.
 
         Raises:
             RequestError: a prompt has more tokens than the limit.

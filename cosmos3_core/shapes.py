@@ -107,7 +107,6 @@ def sound_samples(num_frames: int, fps: float | Fraction, sampling_rate: int) ->
     """Return the samples per channel of a sound track that ends with its video, rounded down; exact arithmetic.
 
     Args:
-        num_frames: pixel frames.
         fps: frames per second, read as by :func:`frame_rate`.
         sampling_rate: samples per second (Hz).
     """
@@ -118,7 +117,6 @@ def num_sound_latents(num_frames: int, fps: float | Fraction, latent_fps: float)
     """Return the least number of sound latents that cover a clip; exact arithmetic.
 
     Args:
-        num_frames: pixel frames.
         fps: frames per second, read as by :func:`frame_rate`.
         latent_fps: sound latents per second (25).
     """

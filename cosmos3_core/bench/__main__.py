@@ -21,7 +21,6 @@ def main(arguments: list[str], prog: str = "python -m cosmos3_core.bench") -> in
 
     Args:
         arguments: ``vae`` or ``encode`` and its flags, or the flags for every stage.
-        prog: name of the command, for its help.
     """
     try:
         if arguments and arguments[0] in _COMMANDS:

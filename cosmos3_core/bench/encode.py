@@ -93,7 +93,6 @@ def measure_encode(footage: Footage, settings: Settings, *, runs: int) -> list[R
 
     Args:
         footage: the clip to encode; all its frames are in memory.
-        runs: counted runs of each.
 
     Raises:
         RequestError: the writer refuses a setting.

@@ -66,7 +66,6 @@ def check_clip(options: argparse.Namespace, multiple: int) -> None:
     """Refuse a clip beyond this project's limits, before anything of its size is allocated.
 
     Args:
-        options: parsed flags of :func:`add_clip_flags`.
         multiple: divisor of height and width, pixels.
 
     Raises:

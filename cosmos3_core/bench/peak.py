@@ -31,7 +31,6 @@ def peak_growth_bytes(prepare: Prepare, *arguments: Any) -> int:
 
     Args:
         prepare: a function of a module, called in the child; so is the work that it returns.
-        arguments: its arguments, sent to the child.
 
     Raises:
         MeasureError: the work raised an error, its process died, or it took more than an hour.

@@ -22,10 +22,6 @@ from cosmos3_core.media.pixels import to_uint8
 def measure_stages(subject: Subject, work: Work, *, runs: int, compare: bool) -> list[Row]:
     """Measure the seconds of every stage, ours and theirs in turns, so that a slow machine slows both.
 
-    Args:
-        runs: counted runs of each stage.
-        compare: measure diffusers as well.
-
     Raises:
         ImportError: ``compare``, and diffusers is not installed in the version compared with.
     """

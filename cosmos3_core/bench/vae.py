@@ -33,11 +33,7 @@ def measure_vae(subject: Subject, model: BenchModel, clip: Clip, *, runs: int, c
     """Measure the speed of decoding and of encoding a conditioning frame, and the memory of decoding.
 
     Args:
-        subject: the model, opened.
         model: its name, for the processes that measure memory on a CPU.
-        clip: the clip to decode.
-        runs: counted runs of each.
-        compare: measure diffusers as well.
 
     Raises:
         ImportError: ``compare``, and diffusers is not installed in the version compared with.

@@ -75,7 +75,6 @@ def random_tensors(
 
     Args:
         shapes: names and shapes as in :mod:`cosmos3_core.checkpoint.tensors`.
-        seed: any integer.
         dtype: dtype of the result; the draw is in float32.
         device: device that draws; other kinds of device draw other numbers.
     """

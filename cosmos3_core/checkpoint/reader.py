@@ -102,7 +102,6 @@ def load_parameters(
     Args:
         module: its parameters are replaced, with ``requires_grad=False``.
         plans: one for each parameter of the module.
-        device: where the parameters are allocated.
         dtype: floating-point type of the parameters whose plan names none.
         shard: the rank's share of the tensors that ``split`` splits.
         split: published name -> how the tensor is split.

@@ -76,7 +76,6 @@ def write_tiny_tokenizer(directory: Path, tokenizer_class: str) -> int:
     Any text can be tokenized; decoding returns it in Unicode normal form C, as with the published tokenizers.
 
     Args:
-        directory: the checkpoint's ``text_tokenizer/``.
         tokenizer_class: "Qwen2TokenizerFast" (Nano and Super) or "PreTrainedTokenizerFast" (Edge).
 
     Returns:

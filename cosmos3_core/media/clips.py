@@ -101,7 +101,6 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
 
     Args:
         kind: kind of the file, of category "clip".
-        data: the whole file.
 
     Raises:
         RequestError: the file has no video stream, too many or too large frames, is cut off, or not readable.

@@ -43,9 +43,6 @@ class OutputFile:
     file in the temporary directory that :meth:`commit` copies: muxers seek, which streams need not support, and a
     failed run leaves the stream untouched. The stream stays open: the caller owns it.
 
-    Args:
-        target: the final path, or a binary stream.
-
     Raises:
         RequestError: the path is a directory, or its directory does not exist.
     """

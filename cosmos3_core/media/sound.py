@@ -125,7 +125,6 @@ class WavWriter:
     Args:
         target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
             file at :meth:`close` and is left open.
-        sound: the track.
 
     Raises:
         RequestError: the path is unusable.

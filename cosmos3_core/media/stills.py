@@ -87,8 +87,6 @@ def open_still(field: str, kind: FileKind, data: bytes, *, max_pixels: int) -> S
 
     Args:
         kind: kind of the file, of category "image".
-        data: the whole file.
-        max_pixels: limit of pixels in a frame.
 
     Raises:
         RequestError: the picture has too many pixels or frames, or its header is damaged.

@@ -131,8 +131,6 @@ class ImageWriter:
 
     Args:
         target: a path in an existing directory, or a binary stream.
-        kind: ``png``, ``jpeg`` or ``webp``.
-        height, width: pixels of the frame.
         quality: of jpeg and webp, 0 to 100 (best).
 
     Raises:

@@ -25,8 +25,6 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, statistics in fp32.
 
     Args:
-        width: length of the normalised axis.
-        eps: added to the mean square.
         weight_in_fp32: multiply by the weight before the result is rounded to the input's dtype (the Nemotron
             backbone of Edge) instead of after (the Qwen3 backbone); both are the same in fp32.
     """

@@ -50,7 +50,6 @@ def track_positions(
     """Return the positions of a track with one token per step, sound or actions: only on the clip's time axis.
 
     Args:
-        num_steps: number of tokens.
         rate: steps per second.
         base_rate: positions per second.
         first: number of the first step.

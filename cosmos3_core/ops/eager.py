@@ -39,7 +39,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Ten
     Args:
         x: [..., width].
         weight: [width], in x's dtype.
-        eps: added to the mean square.
         weight_in_fp32: multiply by the weight before the result is rounded to x's dtype instead of after.
 
     Returns:
@@ -63,7 +62,6 @@ def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool,
     Args:
         x_SND: [S, N, D]; may be a view into a tensor of more heads.
         weight_D, eps, weight_in_fp32: see :func:`rms_norm`.
-        rope: rotary table of the S tokens.
 
     Returns:
         [S, N, D] in x's dtype.

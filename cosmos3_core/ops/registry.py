@@ -70,8 +70,6 @@ def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, s
     """Choose the operators for a device and dtype.
 
     Args:
-        device: the model's device.
-        dtype: the towers' dtype.
         choices: operator -> implementation name, to override the choice.
 
     Raises:

@@ -47,7 +47,6 @@ def window(
             stands for zeros.
         num_history: number of those frames, at least 1.
         border_HW: rows and columns of zeros on every side.
-        memory_format: memory format of both results.
         gain_C111: gain of a norm to apply to the chunk, followed by SiLU; None for neither.
         bias_C: bias of the previous convolution, to add to the chunk first.
 

@@ -17,7 +17,6 @@ def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
 
     Args:
         transformer: loaded with ``groups.layout.shard(rank)``.
-        groups: this rank's groups.
     """
     if groups.tp is not None:
         for layer in (*transformer.understanding.layers, *transformer.generation.layers):

@@ -101,7 +101,6 @@ def init_group(num_ranks: int, rank: int, device: torch.device, *, timeout_s: fl
     """Join the other ranks of a gang without a layout, such as decoders. Every rank calls it once.
 
     Args:
-        num_ranks: number of processes that take part.
         device: device of the tensors to exchange; a GPU must be the process's current one.
         timeout_s: timeout of joining, and of every exchange afterwards, seconds.
         store: rendezvous store of ``torch.distributed``; None takes torchrun's environment.

@@ -69,7 +69,6 @@ class Shard:
 
         Args:
             extent: rows or columns of the whole tensor.
-            tensor: the tensor's name, for the error.
 
         Raises:
             RequestError: ``extent`` does not divide evenly.

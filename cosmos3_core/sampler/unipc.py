@@ -57,7 +57,6 @@ class UniPC:
         """Advance from noise level ``index`` to the next.
 
         Args:
-            state: before the step.
             index: step index, 0 .. num_steps - 1.
             velocity: the model's prediction at ``state.sample`` (noise - x_0), after guidance, fp32.
         """

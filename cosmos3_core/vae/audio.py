@@ -31,9 +31,6 @@ CHUNK_LATENTS = 512
 class AudioVAE(nn.Module):
     """Decoder from sound latents to a waveform in [-1, 1].
 
-    Args:
-        config: the checkpoint's ``sound_tokenizer/config.json``.
-
     Attributes:
         halo_latents: latents before and after a stretch that its samples depend on; computed from the kernels, strides
             and dilations.
@@ -79,7 +76,6 @@ class AudioVAE(nn.Module):
 
         Args:
             latents_CT: [vocoder_input_dim, T], on any device.
-            chunk_latents: latents per chunk.
 
         Returns:
             An iterator of waveform chunks [num_channels, S] in [-1, 1], fp32 on the module's device: S is

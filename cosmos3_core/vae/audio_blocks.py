@@ -164,9 +164,6 @@ class AudioDecoder(nn.Module):
 
     Args:
         widths: channels at the latents' level, then after each block.
-        strides: strides of the blocks, in order.
-        in_channels: channels of the latents.
-        out_channels: channels of the sound.
     """
 
     def __init__(

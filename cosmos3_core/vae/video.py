@@ -111,7 +111,6 @@ class VideoVAE(nn.Module):
     """Encoder and decoder between pixels in [-1, 1] and normalised latents.
 
     Args:
-        config: the checkpoint's ``vae/config.json``.
         with_encoder: False leaves out the encoder (``encoder.*``, ``quant_conv.*``).
         ops: the operators' implementations; :func:`cosmos3_core.ops.video.select_video_ops` chooses for a device.
 

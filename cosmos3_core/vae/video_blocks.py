@@ -28,7 +28,6 @@ class FrameCache:
 
     Args:
         num_slots: number of convolutions that look back.
-        part: the part of the frames to work on.
 
     Attributes:
         frames: per convolution, at its ``slot``: the last frames of its window [B, C, num_history, rows, columns],
@@ -90,8 +89,6 @@ class CausalConv3d(nn.Conv3d):
         """Return ``x`` after its history and inside its border, in the weight's memory format; updates ``cache``.
 
         Args:
-            x_BCTHW: the chunk.
-            cache: the clip's.
             norm: norm before the convolution, with SiLU after it; None for neither.
             bias_C: bias that the previous convolution left to add.
 

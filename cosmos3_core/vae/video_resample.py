@@ -194,7 +194,6 @@ class VideoUpBlock(nn.Module):
 
     Args:
         in_channels, out_channels: channels before and after; the first residual block changes them.
-        num_res_blocks: number of residual blocks.
         upsamples: whether rows and columns double.
         doubles_time: whether frames double, too.
     """
@@ -231,7 +230,6 @@ class DownBlock(nn.Module):
 
     Args:
         in_channels, out_channels: channels before and after; the first residual block changes them.
-        num_res_blocks: number of residual blocks.
         downsamples: whether rows and columns halve.
         halves_time: whether frames halve, too.
     """
