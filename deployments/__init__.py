@@ -1,1 +1,1 @@
-"""The Serve graph: ingress, Director and stages, and the ways in. No module here imports torch at its top."""
+"""The Serve graph: ingress, Director and stages, with its clients and launcher. No module imports torch at its top."""

@@ -1,4 +1,4 @@
-"""ApiModel: base of what the API answers as JSON, and of what the Python client reads of it."""
+"""ApiModel: base of the JSON answers that the API writes and the Python client reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ApiModel(BaseModel):
-    """Frozen, with all of its fields in each answer.
+    """Base of the API's answers: frozen, with every field in each answer.
 
-    A client ignores fields that its version does not know. Bounds are in the schema and not checked: an answer is made
-    of values that were checked, and a client has no better ones.
+    A client ignores fields that its version does not know. Bounds are in the schema only: the server has checked its
+    values before it answers.
     """
 
     model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})

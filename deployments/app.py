@@ -61,7 +61,7 @@ def build_app(config: AppConfig) -> serve.Application:
     guardrail = None
     if config.guardrails.adapter is not None:
         guardrail = _deploy("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)
-    # A Director or Ingress must not be stopped before its requests are done; other stages' work can be done again.
+    # A Director or Ingress finishes its requests before it stops; other stages' work can be repeated.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
     stages = Stages(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
     director = _deploy("Director", Director, config, config.director).options(**longest).bind(config, stages)
@@ -91,7 +91,7 @@ def make_gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
         RequestError: the layout does not fit the checkpoint; names the degrees that do.
     """
     layout = Layout(stage.tp, stage.cfg, stage.sp)
-    # A wrong layout is refused before anything is placed.
+    # Refuse a wrong layout before anything is placed.
     layout.check(CheckpointLayout.open(config.checkpoint).transformer)
     # A fallback: the leader's own deadlines come first.
     collective_timeout_s = 2 * max(stage.start_timeout_s, stage.first_step_timeout_s, stage.quantum_timeout_s)
@@ -149,8 +149,8 @@ def _deploy_gangs(name: str, body: type, config: AppConfig, stage: GangStage, ga
     return _deploy(name, body, config, stage).options(
         placement_group_bundles=make_bundles(gang, stage.num_cpus),
         placement_group_strategy=stage.placement_strategy,
-        # One selector stands for every bundle. None rather than an empty one: where Serve is told to pack replicas, it
-        # refuses any selector beside another strategy than STRICT_PACK.
+        # One selector holds for every bundle. None, not an empty one: a Serve that packs replicas accepts a selector
+        # with STRICT_PACK only.
         placement_group_bundle_label_selector=[stage.node_labels] if stage.node_labels else None,
     )
 
@@ -160,19 +160,19 @@ def _deploy(name: str, body: type, config: AppConfig, stage: Stage) -> Any:
     if stage.autoscaling is not None:
         scaling = {"autoscaling_config": AutoscalingConfig(**stage.autoscaling.model_dump())}
     needs: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
-    if stage.node_labels and not isinstance(stage, GangStage):  # a gang's bundles have them
+    if stage.node_labels and not isinstance(stage, GangStage):  # a gang's bundles carry them
         needs["label_selector"] = stage.node_labels
     return serve.deployment(body, name=name).options(
         ray_actor_options=needs,
         max_ongoing_requests=stage.max_ongoing_requests,
         max_queued_requests=stage.max_queued_requests,
-        # Serve looks again after this long whether a stopping replica is idle; its default makes every stop take 2 s.
+        # How often Serve checks whether a stopping replica is idle; with its default every stop takes 2 s.
         graceful_shutdown_wait_loop_s=_SHUTDOWN_POLL_S,
         graceful_shutdown_timeout_s=stage.graceful_shutdown_timeout_s,
         health_check_period_s=stage.health_check_period_s,
         health_check_timeout_s=stage.health_check_timeout_s,
         logging_config=LoggingConfig(encoding=config.logging.encoding, log_level=config.logging.level),
-        # A full queue is the callers' business (429), not a fault of the service (503, Serve's default).
+        # Too many calls are no fault of the service: 429, not 503, Serve's default.
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_FULL_QUEUE_RETRY_S),
         **scaling,
     )

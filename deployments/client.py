@@ -1,11 +1,11 @@
 """The Python client of a running app: one interface over HTTP and over handles, for threads and for event loops.
 
-client = connect()                                                    # from any process of the Ray cluster
-client = Cosmos3Client.over_http("http://127.0.0.1:8000", api_key)    # from anywhere
-generated = client.generate(GenerationRequest(prompt="..."))
-for event in client.stream(GenerationRequest(prompt="...")): ...
-video = client.wait(client.create(GenerationRequest(prompt="...")).id)
-client.save(video.id, "clip.mp4")
+    client = connect()                                                    # from any process of the Ray cluster
+    client = Cosmos3Client.over_http("http://127.0.0.1:8000", api_key)    # from anywhere
+    generated = client.generate(GenerationRequest(prompt="..."))
+    for event in client.stream(GenerationRequest(prompt="...")): ...
+    video = client.wait(client.create(GenerationRequest(prompt="...")).id)
+    client.save(video.id, "clip.mp4")
 
 :func:`connect_async` and :class:`AsyncCosmos3Client` have the same calls for ``await``.
 """
@@ -49,11 +49,10 @@ def connect(
 ) -> Cosmos3Client:
     """Connect to a running app by its name, in the Ray cluster that this process has joined.
 
-    A process that has joined none joins the cluster that ``RAY_ADDRESS`` names, or the one of this machine. Where this
-    machine runs several, set it: ``cosmos3 serve`` prints the environment of its own.
+    Without one, the process joins the cluster that ``RAY_ADDRESS`` names, or this machine's. If the machine runs
+    several, set the variable: ``cosmos3 serve`` prints it.
 
     Args:
-        app_name: of the Serve application.
         timeout_s: for one call that answers at once.
         patience: what is retried; by default only broken streams of events.
 
@@ -66,11 +65,7 @@ def connect(
 async def connect_async(
     app_name: str = "cosmos3", *, timeout_s: float = DEFAULT_CALL_S, patience: Patience = DEFAULT_PATIENCE
 ) -> AsyncCosmos3Client:
-    """Connect as :func:`connect`, for this event loop.
-
-    Raises:
-        AppNotFound: as :func:`connect`.
-    """
+    """Connect as :func:`connect` does, for this event loop; raises the same errors."""
     return AsyncCosmos3Client(await asyncio.to_thread(_make_transport, app_name, timeout_s), patience)
 
 

@@ -299,7 +299,7 @@ class TransformerStage(GangStage):
 
     @model_validator(mode="after")
     def _check_queue(self) -> Self:
-        # The leader rejects class by class. In Serve's router an image would wait behind videos.
+        # Requests queue at the leader, class by class. In Serve's router an image would wait behind videos.
         most = 2 * self.max_jobs
         if self.max_ongoing_requests <= most:
             raise ValueError(f"max_ongoing_requests={self.max_ongoing_requests} must exceed 2 * max_jobs = {most}")
@@ -406,7 +406,7 @@ class AppConfig(Strict):
 
     @model_validator(mode="after")
     def _check_gangs(self) -> Self:
-        # A request may start on one kind of gang and resume on the other, and a seed gives one file.
+        # A request may resume on the other kind of gang, and its seed must still give the same file.
         kinds = [(stage.device, stage.dtype) for stage in (self.transformer, self.unguided) if stage is not None]
         if len(set(kinds)) > 1:
             raise ValueError(f"transformer and unguided must have the same device and dtype (got {kinds})")
@@ -435,14 +435,10 @@ class AppConfig(Strict):
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> AppConfig:
-        """Read the configuration in a YAML file, with some keys replaced.
-
-        Args:
-            path: the file; see :func:`config_file`.
-            overrides: dotted key -> value, as command-line flags give them.
+        """Read a YAML file, with ``overrides`` (dotted key -> value) in place of its own keys.
 
         Raises:
-            ConfigError: the file cannot be read, or see :meth:`parse`.
+            ConfigError: the file cannot be read, or as :meth:`parse`.
         """
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -497,7 +493,7 @@ def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
 
 
 def _show_given(fault: Any) -> str:
-    """Return "=" and the given value, unless it is no plain value, or may be a URL with a password."""
+    """Return "=" and the given value; "" for one that is not plain, or may be a URL with a password."""
     given = fault["input"]
     is_plain = given is None or isinstance(given, str | int | float)
     if fault["type"] == "missing" or not is_plain or fault["loc"] in _URLS or "://" in str(given):

@@ -49,11 +49,7 @@ class BodyError(ApiError):
 
 
 class ContentBlocked(Cosmos3Error):
-    """The guardrail blocked a request.
-
-    Args:
-        what: it blocked: "prompt" or "pictures".
-    """
+    """The guardrail blocked ``what`` of a request: "prompt" or "pictures"."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -65,11 +61,7 @@ class ContentBlocked(Cosmos3Error):
 
 
 class GuardrailUnavailable(Cosmos3Error):
-    """The guardrail failed, is away or takes too long; its own log says why.
-
-    Args:
-        what: it could not check: "prompt" or "pictures".
-    """
+    """The guardrail failed, is away or takes too long, and has not checked ``what``: "prompt" or "pictures"."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -105,12 +97,7 @@ class JobsError(Cosmos3Error):
 
 
 class IllegalTransition(JobsError):
-    """A job cannot change its state like this: a bug of ours.
-
-    Args:
-        job_id: of the job.
-        before, after: the states.
-    """
+    """A job cannot change its state from ``before`` to ``after``: a bug of ours."""
 
     def __init__(self, job_id: str, before: str, after: str) -> None:
         super().__init__(job_id, before, after)
@@ -121,11 +108,7 @@ class IllegalTransition(JobsError):
 
 
 class LeaseLost(JobsError):
-    """The runner has lost a job: its lease expired and another runner has the job, or the job was deleted or has ended.
-
-    Args:
-        job_id: of the job.
-    """
+    """The runner has lost a job: its lease expired, and another runner has it or has ended it, or it was deleted."""
 
     def __init__(self, job_id: str) -> None:
         super().__init__(job_id)
@@ -136,12 +119,7 @@ class LeaseLost(JobsError):
 
 
 class JobCancelled(JobsError):
-    """The job was stopped before its end.
-
-    Args:
-        job_id: of the job.
-        reason: why.
-    """
+    """The job was stopped before its end."""
 
     def __init__(self, job_id: str, reason: str) -> None:
         super().__init__(job_id, reason)
@@ -152,11 +130,7 @@ class JobCancelled(JobsError):
 
 
 class IdempotencyConflict(JobsError):
-    """An idempotency key was used for another request before.
-
-    Args:
-        key: of both requests.
-    """
+    """An idempotency key was used for another request before."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)

@@ -1,4 +1,4 @@
-"""Translate errors from other processes: into our own types, HTTP statuses and messages, and "retry or not"."""
+"""Translate errors from other processes into our own types, HTTP statuses and messages, and say which are retried."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from deployments.errors import (
     MediaStoreError,
 )
 
-# Retry-After when Serve's own queue is full: nothing tells how long it stays full.
+# Retry-After when Serve's own queue is full; a guess, as nothing says for how long.
 _FULL_QUEUE_S = 2.0
 
-# A process or node died, or took an object with it: the same request can succeed on another replica. A stream that is
-# closed under its consumer means that the producer's process died.
+# A process or node died, or took an object with it: the same request can succeed on another replica. A stream closed
+# under its consumer means that the producer's process died.
 _RETRYABLE = (
     GangFailed,
     StreamClosed,
@@ -54,7 +54,6 @@ _RETRYABLE = (
     # The gang cannot read a saved state: the next attempt starts without it.
     StateError,
 )
-
 
 _INTERNAL, _MEDIA, _JOBS = "internal_error", "media_unavailable", "jobs_unavailable"
 
@@ -93,9 +92,9 @@ def unwrap_error(error: BaseException) -> BaseException:
 
 
 def translate_error(error: BaseException, stage: str) -> BaseException:
-    """Return the error as one of our own types: a full queue, a dead process. Others are returned unchanged.
+    """Translate a full queue or a dead process into one of our own types; return other errors unchanged.
 
-    Retryable errors of our own types are kept, because a :class:`GangFailed` says more than a :class:`StageFailed`.
+    Retryable errors of our own types are kept: a :class:`GangFailed` says more than a :class:`StageFailed`.
     """
     error = unwrap_error(error)
     if isinstance(error, BackPressureError):
@@ -136,7 +135,7 @@ def explain_failure(error: BaseException) -> tuple[str, str]:
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether a caller's message says all there is; other errors have to be logged."""
+    """Whether a caller's message says everything; otherwise the error must be logged."""
     error = translate_error(error, "director")
     if isinstance(error, StageFailed | GangFailed):
         return False

@@ -18,11 +18,11 @@ from cosmos3_core.media.pixels import Frames
 
 @dataclass(frozen=True)
 class RequestContext:
-    """First argument of every stage method.
+    """Ids and deadline of one run; the first argument of every stage method.
 
     Attributes:
         request_id: the caller's name for the request, in every stage's logs. Callers may use one twice.
-        job_id: our own name for it, used by no other request.
+        job_id: our own, unique name for it.
         run_id: names this run of the job; another run begins when the Director of this one dies.
         deadline_s: by this process' ``time.monotonic``; it travels as seconds that are left, as nodes' clocks differ.
         limit_s: seconds it had in all, for messages.
@@ -73,12 +73,9 @@ def _unpickle(request_id: str, job_id: str, run_id: str, left_s: float, limit_s:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Both prompts as ids.
+    """Token ids of the conditional and the unconditional prompt.
 
-    Attributes:
-        text_ids, negative_text_ids: of the conditional and the unconditional branch.
-        negative_origin: "given", "empty", "checkpoint" or "built-in".
-        pid: of the tokenizer's process.
+    ``negative_origin`` is "given", "empty", "checkpoint" or "built-in".
     """
 
     text_ids: tuple[int, ...]
@@ -89,13 +86,7 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class SoundChunk:
-    """Decoded samples on their way from the audio VAE to the encoder, by reference.
-
-    Attributes:
-        index: 0, 1, ... in the sound.
-        samples: float32 [channels, n] in [-1, 1].
-        pid: of the audio VAE's process.
-    """
+    """Decoded samples, float32 [channels, n] in [-1, 1], on their way from audio VAE to encoder, by reference."""
 
     index: int
     samples: TensorEnvelope
@@ -107,10 +98,8 @@ class FrameChunk:
     """Decoded frames on their way from the VAE to the encoder, by reference.
 
     Attributes:
-        index: 0, 1, ... in the clip.
         strips: one from each rank of the VAE's gang, uint8 RGB [F, Y, X, 3].
         axis: along which the strips lie side by side, 1 (rows) or 2 (columns).
-        pid: of the first rank.
     """
 
     index: int
@@ -126,21 +115,20 @@ class FrameChunk:
 
 @dataclass(frozen=True)
 class TextChecked:
-    """The guardrail lets a prompt pass; ``pid`` is of its process."""
+    """The guardrail passed a prompt."""
 
     pid: int
 
 
 @dataclass(frozen=True)
 class FramesChecked:
-    """The guardrail lets a chunk of frames pass, which is the item before; ``pid`` is of its process."""
+    """The guardrail passed the chunk of frames that is the item before."""
 
     index: int
     pid: int
 
 
-# Events of a request, in order, with those of :mod:`cluster.events`. Each names the process that it is about.
-
+# Events of a request, in order, with those of :mod:`cluster.events`. ``pid`` is of the process that an event is about.
 
 GangEvent = QueuePosition | StepDone | PreviewReady | PreviewsOff
 """The events that a gang's leader yields beside a request's tensors."""
@@ -148,9 +136,7 @@ GangEvent = QueuePosition | StepDone | PreviewReady | PreviewsOff
 
 @dataclass(frozen=True)
 class Accepted(Event):
-    """The request was checked and is the job ``job_id`` in the queue. ``notes`` say what was changed, such as the clip
-    length.
-    """
+    """The request was checked and is queued as ``job_id``. ``notes`` name changes to it, such as of the clip length."""
 
     request_id: str
     job_id: str
@@ -220,7 +206,7 @@ class FileStarted(Event):
 
 @dataclass(frozen=True)
 class ChunkDecoded(Event):
-    """The VAE's gang made a chunk of frames, which is the item before; ``pid`` is the leader's."""
+    """The VAE's gang made the chunk of frames that is the item before; ``pid`` is the leader's."""
 
     index: int
     at_s: float
@@ -229,7 +215,7 @@ class ChunkDecoded(Event):
 
 @dataclass(frozen=True)
 class SoundDecoded(Event):
-    """The audio VAE made a chunk of samples, which is the item before."""
+    """The audio VAE made the chunk of samples that is the item before."""
 
     index: int
     at_s: float
@@ -279,7 +265,6 @@ class Finished(Event):
         media_id, media_type, num_bytes: of its file; "", "" and 0 without one.
         stage_seconds: of tokenize, condition (a given image or clip), denoise, decode_encode (side by side), encode
             (from the encoder's side), total.
-        actions: the generated ones.
     """
 
     request_id: str

@@ -25,7 +25,7 @@ class Model(ApiModel):
 
     @classmethod
     def of(cls, layout: CheckpointLayout, name: str | None, *, is_sound_offered: bool) -> Model:
-        """Return the model of a checkpoint; without a name it has the checkpoint's."""
+        """Return a checkpoint's model; ``name`` defaults to the checkpoint's."""
         return cls(
             id=name or layout.name,
             object="model",

@@ -1,4 +1,4 @@
-"""Work beside the event loop's current call: in threads, in tasks of their own, and periodically."""
+"""Blocking work in threads, periodic work, and tasks that outlive their request."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ T = TypeVar("T")
 
 
 async def run_in_thread(work: Callable[..., T], *arguments: object) -> T:
-    """Run work as :func:`asyncio.to_thread` does, but wait for its end before a cancellation is raised.
+    """Run work as :func:`asyncio.to_thread` does, but let a cancellation wait for its end.
 
-    A thread cannot be stopped, so the caller must not close what the thread still works on.
-
-    Raises:
-        Exception: as ``work`` raises.
+    A thread cannot be stopped, and the caller must not close what it still works on.
     """
     working = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     cancelled: asyncio.CancelledError | None = None
@@ -35,17 +32,17 @@ async def run_in_thread(work: Callable[..., T], *arguments: object) -> T:
 
 
 async def repeat_in_thread(work: Callable[[], object], period_s: float) -> None:
-    """Run work in a thread, now and periodically, whatever it raises."""
+    """Run work in a thread, now and every ``period_s`` seconds; log what it raises."""
     while True:
         try:
             await run_in_thread(work)
-        except Exception:  # such as a database that is away: the next round tries again
+        except Exception:  # such as an unreachable database: the next round tries again
             logger.exception("%s failed; it is tried again in %g s", work, period_s)
         await asyncio.sleep(period_s)
 
 
 def start_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Start a task that belongs to no request; the caller has to hold it.
+    """Start a task that belongs to no request; the caller must keep a reference to it.
 
     Its context is empty: a task made in a request's context would be cancelled with the request.
     """

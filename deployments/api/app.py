@@ -45,12 +45,12 @@ def build_api(get_service: Callable[[], Service]) -> FastAPI:
         title="cosmos3-serve",
         version="1",
         description="Videos, images, sound and actions with NVIDIA's Cosmos3. Every answer has an x-request-id.",
-        openapi_url=None,  # a route of our own completes the document; pages that show it would load scripts
-        redirect_slashes=False,  # a redirect would lead to the host that the header Host names
+        openapi_url=None,  # our own route completes the document; FastAPI's pages for it would load scripts
+        redirect_slashes=False,  # a redirect would go to whatever host the Host header names
         generate_unique_id_function=_operation_id,
     )
     app.state.get_service = get_service
-    app.state.document = None  # made when it is asked for
+    app.state.document = None  # made on the first request for it
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _answer)
@@ -66,7 +66,7 @@ def _operation_id(route: APIRoute) -> str:
 
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == 405:
-        # The framework names the methods of the first route of this path alone.
+        # The framework lists only the methods of the path's first route.
         routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, Route)]
         matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
         methods = {method for route in matching for method in route.methods or ()}
@@ -75,13 +75,9 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """Middleware that lets allowed requests through, and keeps browsers from guessing the type of an answer.
+    """Middleware that checks host, origin and API key, and keeps browsers from guessing the type of an answer.
 
-    Pages of allowed origins may call; others may not even send what they cannot read.
-
-    Args:
-        app: behind it.
-        get_service: returns the service, with its configuration and keys.
+    Pages of foreign origins may not even send unsafe requests whose answers they could not read.
     """
 
     def __init__(self, app: ASGIApp, get_service: Callable[[], Service]) -> None:
@@ -115,7 +111,7 @@ class Guard:
         await self._with_cors(scope, receive, send_safely)
 
     async def _check_key(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through that has a key, or needs none."""
+        """Pass on a request that has a valid key, or needs none."""
         auth = self._get_service().auth
         is_open = scope["path"].removeprefix(scope.get("root_path", "")) in service_info.OPEN_PATHS
         try:
@@ -129,7 +125,7 @@ class Guard:
 
 
 def _find_refusal(method: str, headers: Headers, service: Service) -> ApiError | None:
-    """Return why a request may not come under this name, or from this page; None where it may."""
+    """Return why a request's host or origin is refused; None if both are allowed."""
     if service.hosts is not None and _PORT.sub("", headers.get("host", "").lower()) not in service.hosts:
         names = ", ".join(sorted(service.hosts))
         message = f"this app is called by {names} alone, as it asks for no keys; http.allowed_hosts allows more"
@@ -142,10 +138,10 @@ def _find_refusal(method: str, headers: Headers, service: Service) -> ApiError |
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Return whether a page of another origin sends a request, as far as its browser says so."""
+    """Return whether the browser reports that a page of another origin sends the request."""
     if (site := headers.get("sec-fetch-site")) is not None:
         return site not in ("same-origin", "none")
-    # Browsers do not say it of plain http but on this machine, and older ones never. Other clients have no origin.
+    # Browsers send Sec-Fetch-Site over plain http to this machine only, older ones never. Other clients send no Origin.
     if (origin := headers.get("origin")) is None:
         return False
     scheme, _, called = origin.lower().partition("://")

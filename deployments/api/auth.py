@@ -1,4 +1,4 @@
-"""API keys of requests, checked. Where keys are off, all callers are the same one."""
+"""Check the API keys of requests. Without keys, all callers are the same one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from deployments.jobs.keys import ApiKey, KeyLimits, KeyStore
 from deployments.threads import run_in_thread
 
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([\x21-\x7e]{1,256})")
-# How long a key that was revoked is still let in, and one that was just made may be refused.
+# How long a revoked key is still accepted, and a new one may be refused.
 _CACHE_S = 5.0
 _MAX_CACHED = 4096
-# Looks into the database at a time, and callers that wait for theirs: guesses of keys take no more threads.
+# Concurrent look-ups in the database, and callers that wait for one: guessed keys take no more threads.
 _MAX_LOOKS = 4
 _MAX_WAITING = 64
 _RETRY_S = 1.0
@@ -42,7 +42,7 @@ class Caller:
     Attributes:
         owner: id of the key, "" where keys are off.
         service_class: of requests that name none.
-        classes: in which it may wait; None: in any.
+        classes: that it may name; None: any.
     """
 
     owner: str = ""
@@ -52,12 +52,12 @@ class Caller:
 
 
 def auth_required(configured: bool | None, host: str) -> bool:
-    """Return whether requests need a key: as ``auth.enabled`` says, or where other machines reach ``host``."""
+    """Return whether requests need a key: as ``auth.enabled`` says, else if other machines reach ``host``."""
     return not is_loopback(host) if configured is None else configured
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address. A name other than localhost may lead to any."""
+    """Return whether only this machine reaches an address. Any name but localhost may lead elsewhere."""
     if host == "localhost":
         return True
     try:
@@ -67,9 +67,9 @@ def is_loopback(host: str) -> bool:
 
 
 def list_host_names(host: str, allowed: tuple[str, ...], *, needs_keys: bool) -> frozenset[str] | None:
-    """Return the names that a header Host may have, in lower case and without a port; None: any.
+    """Return the hosts that a Host header may name, in lower case and without a port; None: any.
 
-    Without keys, a page whose name has been made to lead here would be let in as one of this machine's own.
+    Without keys, DNS rebinding would let a foreign page in: one whose name was made to resolve to this machine.
     """
     if needs_keys or not is_loopback(host):
         return None
@@ -82,7 +82,7 @@ class NoKeys(Cosmos3Error):
 
 
 def check_keys(keys: KeyStore, host: str) -> None:
-    """Check that an app that needs keys, as it listens at ``host``, has at least one.
+    """Check that an app has a valid key. ``host``, where it listens, is for the message.
 
     Raises:
         NoKeys: there is none, or all are revoked.
@@ -96,11 +96,11 @@ def check_keys(keys: KeyStore, host: str) -> None:
 
 
 class Authenticator:
-    """Checker of the database's keys, with a cache of the last seconds."""
+    """Checks keys against the database, with a cache of a few seconds."""
 
     def __init__(self, keys: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._keys = keys
-        # Apart, so that guesses drive out no keys. By hash: no secret stays in memory.
+        # Two caches, so that guesses evict no keys. By hash, so that no secret stays in memory.
         self._known: _Cache[Caller] = _Cache(clock)
         self._unknown: _Cache[bool] = _Cache(clock)
         self._looks = asyncio.Semaphore(_MAX_LOOKS)
@@ -144,7 +144,7 @@ V = TypeVar("V")
 
 
 class _Cache(Generic[V]):
-    """Values of the last seconds by hash; the oldest is evicted where there are too many."""
+    """Values of the last seconds by hash; beyond the bound the oldest is evicted."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

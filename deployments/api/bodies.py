@@ -1,4 +1,4 @@
-"""Fields of a request body -> what it asks for: generation requests and their :class:`SubmitOptions`."""
+"""Turn the fields of a request body into generation requests and their :class:`SubmitOptions`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deployments.jobs.job import SubmitOptions
 _MAX_SHOWN_CHARS = 200
 # A value's own cost beside its characters.
 _CHARS_PER_VALUE = 8
-# Field of a request -> field of a body that it is computed from; and the one that it equals.
+# Field of a request -> field of a body that it is computed from, or that it equals.
 _COMPUTED_FROM = {"num_frames": "seconds", "width": "size", "height": "size", "lossless": "quality"}
 _EQUAL_TO = {"output": "output_format", "output_quality": "output_compression"}
 
@@ -34,7 +34,7 @@ R = TypeVar("R", bound=RequestBody)
 
 @dataclass(frozen=True)
 class BodyRules:
-    """Values that bodies may have, as the service and the caller allow; a body that names no class gets the default."""
+    """Values that the service and the caller allow in bodies. A body that names no class gets the default one."""
 
     model_name: str
     classes: tuple[str, ...]
@@ -63,11 +63,11 @@ class BodyRules:
 
 @dataclass(frozen=True)
 class Origins:
-    """Names of a request's fields in the body that it was made of.
+    """Names of a request's fields in its body.
 
     Attributes:
         names: field of the request -> field of the body.
-        computed: field of the request that is computed from one of the body -> the value of that.
+        computed: field of the request -> value in the body that it is computed from.
     """
 
     names: dict[str, str]
@@ -75,10 +75,10 @@ class Origins:
 
     @contextmanager
     def restore_names(self) -> Iterator[None]:
-        """Name fields as the body does in errors that are raised inside, here or in another process."""
+        """Rename fields in errors raised inside, here or in another process, to the names in the body."""
         try:
             yield
-        except Exception as error:  # what it wraps decides
+        except Exception as error:  # the wrapped error decides
             reason = unwrap_error(error)
             if not isinstance(reason, RequestError) or reason.field not in self.names:
                 raise
@@ -107,8 +107,7 @@ class NamedFields(Generic[B]):
     """Fields of a body under their own names, not checked yet.
 
     Attributes:
-        model: of the body.
-        values: own name -> value; those in ``extra_params`` are among them, those that are null are not.
+        values: own name -> value, those in ``extra_params`` included, those that are null left out.
         written: own name -> name in the body; where it has several, the own one.
         warnings: one for each field that was accepted without effect.
     """
@@ -120,10 +119,10 @@ class NamedFields(Generic[B]):
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], model: type[B]) -> NamedFields[B]:
-        """Find the field that each name in a body means; values are as :func:`body_reader.read_fields` returns them.
+        """Resolve the names in a body, as :func:`body_reader.read_fields` returns it.
 
         Raises:
-            RequestError: a field is unknown (names the nearest one), given twice, or one too many.
+            RequestError: a field is unknown (names the nearest one) or given twice, or there are too many.
             CapabilityError: a field asks for what is not offered.
         """
         named = cls(model)
@@ -163,10 +162,10 @@ class NamedFields(Generic[B]):
             self.written[name] = written if self.written.get(name, written) == written else name
 
     def check(self) -> B:
-        """Check the values by themselves.
+        """Check each value by itself.
 
         Raises:
-            RequestError: a field does not take its value; the first such one, by the name in the body.
+            RequestError: the first wrong value, under the field's name in the body.
         """
         with Origins(self.written).restore_names():
             try:
@@ -176,10 +175,10 @@ class NamedFields(Generic[B]):
 
 
 def parse_body(named: NamedFields[R], rules: BodyRules) -> ParsedBody[R]:
-    """Check the values of a body, and make its requests of them.
+    """Check the values of a body, and make its requests.
 
     Raises:
-        RequestError: a field does not take its value, or not beside another one.
+        RequestError: a value is wrong, or does not go with another one.
     """
     fields = named.check()
     with Origins(named.written).restore_names():
@@ -195,7 +194,7 @@ def parse_body(named: NamedFields[R], rules: BodyRules) -> ParsedBody[R]:
 
 
 def request_error(fault: Mapping[str, Any]) -> RequestError:
-    """Return an error that pydantic has found as one of ours."""
+    """Translate one of pydantic's errors."""
     name = str(fault["loc"][-1])
     reason = fault.get("ctx", {}).get("error")
     if isinstance(reason, RequestError):
@@ -206,14 +205,14 @@ def request_error(fault: Mapping[str, Any]) -> RequestError:
 
 
 def start_of(value: Any) -> Any:
-    """Return a value for a message: of a long text or file its beginning."""
+    """Return a value for a message; a long text or file is cut off."""
     return value[:_MAX_SHOWN_CHARS] if isinstance(value, str | bytes) else value
 
 
 def unknown_name(
     name: str, value: Any, names: Iterable[str], what: str = "field", also: Iterable[str] = ()
 ) -> RequestError:
-    """Return the error of an unknown name, with the known ones and the nearest of these and of ``also``."""
+    """Return the error for an unknown name, with the known ones and the nearest of these and of ``also``."""
     near = difflib.get_close_matches(name[:_MAX_SHOWN_CHARS], [*names, *also], n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     hint += f"{what.capitalize()}s are {', '.join(names)}." if names else f"There are no {what}s here."
@@ -221,7 +220,7 @@ def unknown_name(
 
 
 def _check_small(name: str, value: Any) -> None:
-    """Check that a value without effect is not large either."""
+    """Refuse a large value even in a field without effect."""
     if isinstance(value, bytes):
         raise RequestError(name, "a file", "a text", "It has no effect anyway.")
     num_left, to_count = LIMITS.max_prompt_chars, [value]

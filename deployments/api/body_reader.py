@@ -29,14 +29,14 @@ JSON = "application/json"
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
 _MAX_FILES = 4
-# Python's object for a value of two characters takes fifty bytes: a body has few of them, and long texts.
+# Python takes fifty bytes for a value of two characters; real bodies have few values, and long texts.
 _MAX_VALUES = 1_000_000
-# How deep Python can go depends on where it is: what one thread can read, another cannot print.
+# A bound of our own: Python's depends on the stack, and what one thread can read, another cannot print.
 _MAX_DEPTH = 100
 _TOO_DEEP = f"its lists and objects lie deeper in each other than the {_MAX_DEPTH} levels that are allowed"
-# For the whole body, large or small.
+# For a whole body of any size.
 _UPLOAD_S = 600.0
-# A client may be so far behind the least pace; a connection that sends less holds its place no longer.
+# How far a client may fall behind the least pace before its connection is closed.
 _IDLE_S = 30.0
 _LEAST_BYTES_PER_S = 64 * 1024
 # Retry-After where memory is short: an upload takes seconds.
@@ -47,20 +47,20 @@ _BRACKETED = re.compile(r"([^\[\]]{1,200})((?:\[[^\[\]]{0,200}\]){1,4})")
 
 
 class FormText(str):
-    """Text of a form; its field decides how it is read."""
+    """Text from a form; its field decides how it is parsed."""
 
     __slots__ = ()
 
 
 class MemoryBudget:
-    """Bytes that the bodies of one process may hold together, and those that are taken: 0 when idle."""
+    """Bound of the bytes that all bodies in one process may hold, and how many are taken: 0 when idle."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.taken_bytes = max_bytes, 0
 
     @contextmanager
     def hold(self) -> Iterator[Reservation]:
-        """Reserve memory for a body as it grows; the end of the ``with`` block gives it back."""
+        """Reserve memory for a body as it grows; the end of the ``with`` block releases it."""
         reserved = Reservation(self)
         try:
             yield reserved
@@ -76,32 +76,24 @@ class Reservation:
         self.num_bytes = 0
 
     def check(self, num_bytes: int) -> None:
-        """Check that so many bytes more could be reserved; none are, as they have not come yet.
-
-        Raises:
-            OverloadedError: they could not.
-        """
+        """Raise OverloadedError if so many more bytes cannot be reserved. Reserves none: they have not come yet."""
         if self._budget.taken_bytes + num_bytes > self._budget.max_bytes:
             raise OverloadedError("bytes of bodies in memory", self._budget.max_bytes, _RETRY_S)
 
     def grow_to(self, num_bytes: int) -> None:
-        """Reserve so many bytes in all, if they are more.
-
-        Raises:
-            OverloadedError: there is no room for them.
-        """
+        """Grow the reservation to so many bytes; raise OverloadedError if there is no room."""
         if num_bytes > self.num_bytes:
             self.check(num_bytes - self.num_bytes)
             self.need(num_bytes - self.num_bytes)
 
     def shrink_to(self, num_bytes: int) -> None:
-        """Give back all but so many bytes."""
+        """Release all but so many bytes."""
         self.need(num_bytes - self.num_bytes)
 
     def need(self, num_bytes: int) -> None:
-        """Reserve so many bytes more, beyond the bound if need be: for results, which are not refused any more.
+        """Reserve so many more bytes, even beyond the bound: the result of an accepted request is not refused.
 
-        They are as many as the requests that were accepted; new bodies are refused until they are gone.
+        New bodies are refused until there is room again.
         """
         self._budget.taken_bytes += num_bytes
         self.num_bytes += num_bytes
@@ -113,13 +105,11 @@ async def read_fields(
     """Read the fields of a JSON, multipart or URL-encoded body: JSON's values, :class:`FormText`, the bytes of files.
 
     Args:
-        request: its body has not been read yet.
-        max_bytes: the most that the body may have.
         reserved: grows with the body; an announced length needs room before anything is read.
-        lists: fields that a form may have several times, once a value.
+        lists: fields that a form may repeat, one value each.
 
     Raises:
-        BodyError: 413 too large, 415 another content type, 400 not readable or not whole, 408 too slow.
+        BodyError: 413 too large, 415 another content type, 400 unreadable or incomplete, 408 too slow.
         OverloadedError: there is no memory for it now.
     """
     kind = _content_type(request.headers)
@@ -138,7 +128,7 @@ async def read_fields(
             data = bytearray()
             async for chunk in chunks:
                 data += chunk
-            # Beside the event loop: a large one takes a second.
+            # In a thread: a large one takes a second.
             if kind == JSON:
                 return await run_in_thread(_parse_json, data)
             return nest_fields(await run_in_thread(_parse_urlencoded, data), lists)
@@ -150,7 +140,7 @@ async def read_fields(
 
 
 def _content_type(headers: Headers) -> str:
-    """Return a body's content type, or raise BodyError where it is not one that is read."""
+    """Return a body's content type; raise BodyError for one that is not supported."""
     content_type, _, parameters = headers.get("content-type", "").partition(";")
     kind = content_type.strip().lower()
     charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
@@ -181,7 +171,7 @@ async def _limit_chunks(
             raise _too_large(kind, max_bytes)
         reserved.grow_to(num_bytes)
         yield chunk
-        # A fast start is no reason to be slow later: the body holds more memory then.
+        # Capped: a fast start earns no right to be slow later, when the body holds more memory.
         left_s = min(left_s - waited_s + len(chunk) / _LEAST_BYTES_PER_S, _IDLE_S)
 
 
@@ -213,7 +203,7 @@ async def _read_parts(
 
 
 def _parse_urlencoded(data: bytearray) -> list[tuple[str, FormText | bytes]]:
-    if data.lstrip()[:1] == b"{":  # curl -d says that everything is a form
+    if data.lstrip()[:1] == b"{":  # curl -d declares everything a form
         raise _form_error(f"it looks like JSON, which needs the header content-type: {JSON}")
     try:
         items = parse_qsl(data.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
@@ -271,10 +261,10 @@ def _parse_json(data: bytearray) -> dict[str, Any]:
 
 
 def read_json(text: str | bytes | bytearray) -> Any:
-    """Return the value that a text holds.
+    """Parse JSON.
 
     Raises:
-        ValueError: it holds none, too many, an object with a key twice, or lists in lists deeper than allowed.
+        ValueError: it is broken, has too many values or a key twice, or is nested too deeply.
     """
     separators: Any = ",[{:" if isinstance(text, str) else (b",", b"[", b"{", b":")
     if sum(text.count(separator) for separator in separators) > _MAX_VALUES:

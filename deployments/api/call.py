@@ -34,7 +34,7 @@ CALLER = "cosmos3.caller"
 """Key of the caller in a request's scope."""
 
 _NO_REPLAY = "Idempotency-Key is without effect: the answer is the file itself"
-# Of headers that are repeated in logs and the database.
+# For headers that logs and the database repeat.
 _VISIBLE = {"pattern": r"^[\x21-\x7e]{1,128}$"}
 
 
@@ -42,7 +42,7 @@ class AnsweringRoute(APIRoute):
     """A route whose errors become answers."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler of the base with its errors answered."""
+        """Wrap the base's handler so that its errors are answered."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
@@ -52,16 +52,16 @@ class AnsweringRoute(APIRoute):
 
 
 async def answer_errors(handling: Coroutine[Any, Any, Response], operation: str) -> Response:
-    """Return an answer, or the one for the error that is raised instead; the log gets what that one leaves out.
+    """Return the route's answer, or that of the error it raises; log errors that their answer does not explain.
 
     Raises:
-        HTTPException: the framework's own.
+        HTTPException: the framework's own, which it answers itself.
     """
     try:
         return await handling
     except HTTPException:
         raise
-    except RequestValidationError as error:  # of parameters and headers; bodies are read by us
+    except RequestValidationError as error:  # of parameters and headers; bodies are our own
         return error_response(request_error(error.errors()[0]))
     except Exception as error:
         if not is_explained(error):
@@ -70,7 +70,7 @@ async def answer_errors(handling: Coroutine[Any, Any, Response], operation: str)
 
 
 def new_router() -> APIRouter:
-    """Return an empty router of such routes."""
+    """Return an empty router of :class:`AnsweringRoute`."""
     return APIRouter(route_class=AnsweringRoute)
 
 
@@ -95,11 +95,11 @@ class Call:
         return await run_in_thread(NamedFields.of, fields, model)
 
     async def body(self, model: type[R], reserved: Reservation) -> ParsedBody[R]:
-        """Read the request's body and check it, files of other servers included.
+        """Read and check the request's body, and fetch the files that it names by URL.
 
         Raises:
             BodyError, OverloadedError: as :meth:`fields`.
-            RequestError: a field is unknown or has a value that it does not take, or a file cannot be had.
+            RequestError: a field is unknown or has a wrong value, or a file cannot be fetched.
         """
         named = await self.fields(model, reserved)
         if self.service.fetch_file is not None:
@@ -114,7 +114,7 @@ class Call:
         *,
         no_replay: str | None = None,
     ) -> SubmitOptions:
-        """Complete a body's options by the caller and the headers; ``no_replay`` is a key without effect."""
+        """Complete a body's options with the caller and the headers; ``no_replay`` is a key without effect."""
         return replace(
             options,
             request_id=request_id,
@@ -133,10 +133,10 @@ def service_of(request: Request) -> Service:
 
 
 async def open_call(request: Request) -> Call:
-    """Return the call that a request is.
+    """Make the call of a request and check its query parameters.
 
     Raises:
-        RequestError: it has a query parameter that the route does not have, or one twice.
+        RequestError: a query parameter is unknown or given twice.
     """
     known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
     seen = set()

@@ -1,7 +1,6 @@
-"""The content of a job over HTTP: its file, whole, a range of it, or as it grows; pictures and sound of it; actions.
+"""Send a job's content over HTTP: its file (whole, a range, or as it grows), pictures and sound of it, or its actions.
 
-Readers take what is there and wait for more by looking again, in threads beside the event loop: any number of them may
-read a file, each as fast as it likes, and its writer knows of none.
+Readers poll a growing file in threads: any number of them, each at its own pace, unknown to the writer.
 """
 
 from __future__ import annotations
@@ -31,13 +30,12 @@ from deployments.threads import run_in_thread
 _CONTENT = "/v1/videos/{video_id}/content"
 _ERRORS = (404, 409, 410, 416)
 _PART_BYTES = 256 * 1024
-# Between two looks at a file that grows: the time that a reader is behind.
+# Between two reads of a growing file; a reader lags by as much.
 _POLL_S = 0.05
-# The same where a look is a question to the archive.
+# The same where every look asks the archive.
 _ARCHIVE_POLL_S = 1.0
 _RETRY_AFTER_S = 1
-# One range. What has other units or more ranges may be answered with the whole, RFC 9110 14.2; positions of more digits
-# than these are no file's.
+# One range. Other units and several ranges get the whole file, as RFC 9110 14.2 allows; no file needs more digits.
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _Variant = Annotated[
     str,
@@ -108,7 +106,7 @@ class Conditions:
         match = None if method == "HEAD" else _RANGE.fullmatch(headers.get("range", ""))
         first, last = (match[1], match[2]) if match else ("", "")
         if first and last and int(last) < int(first):
-            first = last = ""  # no range, says the RFC
+            first = last = ""  # invalid, and ignored as the RFC says
         return cls(method == "HEAD", known, headers.get("if-range"), first, last)
 
     def match(self, etag: str) -> bool:
@@ -116,10 +114,10 @@ class Conditions:
         return bool(self.known_etags & {etag, "*"})
 
     def span(self, num_bytes: int, etag: str) -> Span | None:
-        """Return the range to send of a file; None for all of it.
+        """Return the span of a file to send; None for all of it.
 
         Raises:
-            ApiError: 416, nothing of it is there.
+            ApiError: 416, the range is outside of the file.
         """
         if not (self.first or self.last) or self.if_range not in (None, etag):
             return None
@@ -134,14 +132,13 @@ class Conditions:
 
 
 async def content_answer(store: MediaStore, record: MediaRecord, method: str, headers: Mapping[str, str]) -> Response:
-    """Answer with a clip by its record, as RFC 9110 has it for conditions and ranges; of ranges one at a time.
+    """Answer with a record's file, under the conditions of RFC 9110 and with its ranges, one at a time.
 
-    A finished file is given by its length, with ``If-None-Match``, ``Range`` and ``If-Range``. One that is still made
-    is given from its start, without length, part by part as it grows, and to its end even when the finished one is
-    there by then; ``Range: bytes=a-b`` gives of it what is there, if there is any of it.
+    A finished file is sent with its length. A growing one is sent without, part by part to its end; ``Range:
+    bytes=a-b`` gets what exists of that range, if anything does.
 
     Raises:
-        ApiError: 416, nothing of the range is there; 409, the file grows where this process cannot read it.
+        ApiError: 416, the range is outside of the file; 409, the file grows where this process cannot read it.
     """
     answer = _answer_finished if record.state == DONE else _answer_live
     return await asyncio.to_thread(answer, store, record, Conditions.of(method, headers))
@@ -163,16 +160,16 @@ def _answer_live(store: MediaStore, record: MediaRecord, conditions: Conditions)
     if not record.live_name:
         message = "this file cannot be read before it is finished"
         raise ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
-    # What a cache had stored of it would be taken for the whole.
+    # A cache would take what it has stored so far for the whole.
     headers = {"etag": record.live_etag, "cache-control": "no-store"}
     path = store.live_path(record)
     num_bytes = path.stat().st_size if path.exists() else 0
-    # A range of which nothing is there yet cannot be refused for good. It is ignored, as RFC 9110 14.2 allows.
+    # A range of which nothing exists yet may exist later: it is not refused but ignored, as RFC 9110 14.2 allows.
     is_there = bool(conditions.first and conditions.last) and int(conditions.first) < num_bytes
     if is_there and (span := conditions.span(num_bytes, record.live_etag)):
         parts = _read_span(lambda: path.open("rb", buffering=0), span)
         return _answer_part(parts, span, "*", record, headers)
-    # A plain answer without a body would say that the file has a length, of 0.
+    # To HEAD, a plain answer without a body would declare a length of 0.
     return PartsResponse(_no_parts() if conditions.is_head else read_live(store, record), headers, record.media_type)
 
 
@@ -190,12 +187,10 @@ def _answer_part(
 
 
 class PartsResponse(StreamingResponse):
-    """A file in parts, which are closed however it ends.
+    """An answer in parts, whose generator is closed however the answer ends.
 
-    Args:
-        parts: of the file; an error breaks the connection, so that no reader takes a part for the whole.
-        headers, media_type, status_code: of the answer.
-        on_end: called at the end as well, whether a part was sent or not.
+    An error in ``parts`` breaks the connection, so that no reader takes a part for the whole. ``on_end`` is called at
+    the end, even if no part was sent.
     """
 
     def __init__(
@@ -218,20 +213,20 @@ class PartsResponse(StreamingResponse):
 
 
 def read_finished(store: MediaStore, record: MediaRecord, span: Span | None = None) -> AsyncGenerator[bytes, None]:
-    """Read a finished file, or a span of it, as it is taken; to its end, even if the directory loses it on the way.
+    """Yield a finished file or a span of it, to its end even if the file is removed meanwhile.
 
     Raises, while iterating:
-        MediaError: it is not whole.
+        MediaError: it is shorter than its record says.
         OSError: it cannot be read.
     """
     return _read_span(lambda: store.open(record), span or Span(0, record.num_bytes))
 
 
 async def _read_span(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGenerator[bytes, None]:
-    """Read a part of a file that exists. It is opened once, so that removing it does not cut off its readers."""
+    """Yield a span of a file, which is opened once, so that removing it does not cut off its readers."""
     start = span.start
     with contextlib.ExitStack() as stack:
-        # A thread that has the file is waited for: the file would be closed under its hands.
+        # Cancelled or not, the reading thread is waited for before its file is closed.
         file = await run_in_thread(lambda: stack.enter_context(open_file()))
         while start < span.end:
             part = await run_in_thread(_read_at, file, start, min(span.end - start, _PART_BYTES))
@@ -242,9 +237,9 @@ async def _read_span(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGene
 
 
 async def read_live(store: MediaStore, record: MediaRecord) -> AsyncGenerator[bytes, None]:
-    """Read the file that grows, each part as it appears, until the clip is done.
+    """Yield a growing file, each part as it appears, until the clip is done.
 
-    Where it grows out of sight, in another node's directory, it is the finished file, when that is there.
+    A file that grows in another node's directory is sent once it is finished.
 
     Raises, while iterating:
         MediaError: the clip failed, was removed, or has not grown for as long as the store keeps files.
@@ -282,11 +277,11 @@ def _find_unfailed(store: MediaStore, media_id: str) -> MediaRecord:
 
 def _read_live_part(store: MediaStore, media_id: str, start: int) -> bytes | None:
     """Read a growing file from a position on: b"" while there is nothing, None at its end."""
-    record = _find_unfailed(store, media_id)  # first: what is done by now grows no more
+    record = _find_unfailed(store, media_id)  # before the read: a file that is done by now grows no more
     if not record.live_name:
         raise MediaError(f"{media_id} was removed from the directory while it was read")
     try:
-        # Opened for every part: a file that is open on one node need not be seen growing on another, NFS says.
+        # Opened for every part: NFS need not show a file open on this node growing on another.
         with store.live_path(record).open("rb", buffering=0) as file:
             part = _read_at(file, start, _PART_BYTES)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: one body shape (OpenAI's, with what is allowed added)."""
+"""Errors as HTTP answers of one shape: OpenAI's, with what was given and what is allowed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Error(ApiModel):
 
 
 def error_response(error: BaseException) -> JSONResponse:
-    """Return the answer for an error. Unknown errors become a 500 that reveals nothing of the inside.
+    """Return the answer for an error. Unknown errors become a 500 that reveals nothing internal.
 
     Serve puts the request's id into the headers of every answer.
     """
@@ -60,7 +60,7 @@ def error_response(error: BaseException) -> JSONResponse:
 
 
 def is_explained(error: BaseException) -> bool:
-    """Return whether the answer says all there is about the error; other errors have to be logged."""
+    """Return whether the answer says everything about the error; otherwise the error must be logged."""
     return isinstance(error, HTTPException) or failures.is_explained(error)
 
 

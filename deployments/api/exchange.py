@@ -15,10 +15,10 @@ from deployments.failures import translate_error
 from deployments.jobs.job import SubmitOptions
 from deployments.messages import Accepted, FileStarted, Finished
 
-# Beyond the request's own deadline, which the Director keeps.
+# Beyond the request's own deadline, which the Director enforces.
 _SLACK_S = 15.0
-# Until the Director accepts or refuses a request, which it does at once; a dead Director is back within seconds. A clip
-# is looked at first, and may wait for others.
+# For the Director to accept or refuse a request: it does so at once, and is back within seconds if it died. A clip is
+# probed first, and may wait for others.
 _ACCEPT_S = 60.0
 _ACCEPT_CLIP_S = 600.0
 # Between two tries to enter a full queue.
@@ -46,11 +46,7 @@ class Exchange:
     async def open(cls, director: Any, request_id: str | None, timeout_s: float) -> AsyncIterator[Exchange]:
         """Open an exchange; an error in the ``with`` block stops the stages. A file may still grow after the block.
 
-        Args:
-            director: its handle, streaming.
-            request_id: the caller's; None: one is made up.
-            timeout_s: of the block. The Director keeps it; here it ends a wait for a Director that is gone.
-
+        The Director enforces ``timeout_s``; here it only ends the wait for a Director that is gone.
         Raises:
             DeadlineExceeded: the block takes too long.
         """
@@ -71,18 +67,18 @@ class Exchange:
             StageFailed: the Director neither accepts nor refuses it.
             Exception: why the Director refuses it.
         """
-        self.cancel()  # the last one has ended; Serve is told so
+        self.cancel()  # releases the stream of the previous request, which has ended
         self._events = self._director.stream.remote(request, options, timeout_s)
         accepted: Accepted = await accept(anext(self._events), accept_limit_s(request))
         self.job_id = accepted.job_id
 
     async def wait_for_file(self) -> FileStarted | Finished:
-        """Follow the request until its file grows, to its end where it has none; raise what the Director raised."""
+        """Wait until the request's file grows, or for its end if it has none; raise what the Director raised."""
         event: FileStarted | Finished = await self._next_of(FileStarted, Finished)
         return event
 
     async def wait_for_end(self) -> Finished:
-        """Follow the request to its end, when the file is whole; raise what the Director raised."""
+        """Wait for the request's end, when the file is whole; raise what the Director raised."""
         event: Finished = await self._next_of(Finished)
         return event
 
@@ -98,7 +94,7 @@ class Exchange:
             try:
                 await self.submit(request, options, max(self._deadline_s - time.monotonic(), 0.0))
                 return await self.wait_for_end()
-            except Exception as error:  # what it wraps decides
+            except Exception as error:  # the wrapped error decides
                 self.cancel()
                 reason = translate_error(error, "director")
                 if not isinstance(reason, OverloadedError):
@@ -106,14 +102,14 @@ class Exchange:
             await asyncio.sleep(min(reason.retry_after_s, _LONGEST_PAUSE_S))
 
     def cancel(self) -> None:
-        """Stop the stages. A stream that is only dropped runs on."""
+        """Stop the stages: a stream that is only dropped runs on."""
         if self._events is not None:
             self._events.cancel()
             self._events = None
 
 
 def accept_limit_s(request: GenerationRequest | None) -> float:
-    """Return how long the Director may take to accept or refuse a request; None: a remix, of a job that it has."""
+    """Return how long the Director may take to accept or refuse a request; None stands for a remix."""
     return _ACCEPT_CLIP_S if request is None or request.video is not None else _ACCEPT_S
 
 
