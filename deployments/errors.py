@@ -108,7 +108,7 @@ class IllegalTransition(JobsError):
 
 
 class LeaseLost(JobsError):
-    """The runner has lost a job: its lease expired, and another runner has it or has ended it, or it was deleted."""
+    """The runner has lost a job: it has ended or was deleted, or its lease expired and another runner has it."""
 
     def __init__(self, job_id: str) -> None:
         super().__init__(job_id)

@@ -47,6 +47,7 @@ class Exchange:
         """Open an exchange; an error in the ``with`` block stops the stages. A file may still grow after the block.
 
         The Director enforces ``timeout_s``; here it only ends the wait for a Director that is gone.
+
         Raises:
             DeadlineExceeded: the block takes too long.
         """

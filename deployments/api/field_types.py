@@ -35,7 +35,7 @@ class FieldType:
         check: field, value -> the value that a request has; raises RequestError.
         parse: a form's text -> the value; raises ValueError where it holds none.
         takes_text: whether JSON bodies may have the form's text instead of the value.
-        takes_several: whether a form may have the field several times, once a value.
+        takes_several: whether a form may repeat the field, one value each.
         takes_file: whether it takes files, and references to them.
         form_schema: of its values in forms; None: the same as in JSON.
     """
@@ -64,10 +64,10 @@ class FieldType:
         return {"anyOf": [self.schema, {"type": "null"}], "description": self.about}
 
     def read(self, field: str, given: Any) -> Any:
-        """Return a value as JSON has it; a text that cannot be read, and a file or reference to one, as it is.
+        """Turn a form's text into the value that JSON has; return files, references and unreadable texts unchanged.
 
         Raises:
-            RequestError: it is a file or a long text that the field does not take.
+            RequestError: the field takes no file, or no text that long.
         """
         if self.takes_file:
             return given
@@ -87,12 +87,12 @@ class FieldType:
                 return self.parse(given)
             except ValueError:
                 given = str(given)
-        # What could not be read goes into an error's message at most.
+        # Bounded, as an error's message may show a text that could not be read.
         return checks.text(field, given, LIMITS.max_prompt_chars, may_be_empty=True)
 
 
 def text_type(about: str, *choices: str) -> FieldType:
-    """Return the type of a text; of one of these where there are any."""
+    """Return the type of a text, one of ``choices`` if there are any."""
     return type_of_spec(FieldSpec(ValueKind.TEXT, about, choices=choices))
 
 
@@ -148,7 +148,7 @@ def type_of_spec(spec: FieldSpec) -> FieldType:
 
 
 def size_type(about: str, *, is_auto_allowed: bool = False) -> FieldType:
-    """Return the type of a width and a height in one text."""
+    """Return the type of a size: WIDTHxHEIGHT, in one text."""
     pattern = f"({_SIZE}|auto)" if is_auto_allowed else _SIZE
 
     def check(field: str, value: Any) -> Any:
@@ -182,12 +182,12 @@ def prompt_type(about: str) -> FieldType:
 
 
 def any_of(*schemas: Schema) -> Schema:
-    """Return the schema of what one of several allows."""
+    """Return the union of schemas."""
     return {"anyOf": list(schemas)}
 
 
 def text_schema(pattern: str) -> Schema:
-    """Return the schema of a text that a pattern matches as a whole."""
+    """Return the schema of a text that matches a pattern entirely."""
     return {"type": "string", "pattern": f"^{pattern}$"}
 
 

@@ -1,7 +1,7 @@
 """Bodies of requests as pydantic models: a field is effective, without effect, or not offered yet.
 
-Clients of vLLM-Omni's and OpenAI's APIs send fields of all three kinds: those without effect are accepted and named in
-the answer's warnings, those that are not offered are refused. FIELDS.md is made from these models.
+Clients of vLLM-Omni's and OpenAI's APIs send all three: fields without effect are accepted with a warning, those not
+offered are refused. FIELDS.md is made from these models.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Endpoint(StrEnum):
 
 
 def like_request(name: str) -> FieldType:
-    """Return the type of a field that :class:`GenerationRequest` has as well, with its bounds and description."""
+    """Return the type of a field of :class:`GenerationRequest`, with its bounds and description."""
     return type_of_spec(FIELDS[name])
 
 
@@ -64,7 +64,7 @@ def also(*aliases: str) -> Any:
 
 
 def _by_name(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Return name -> reason."""
+    """Invert reason -> names to name -> reason."""
     return {name: reason for reason, names in reasons.items() for name in names.split()}
 
 
@@ -277,7 +277,7 @@ class SyncBody(_ClipBody):
     ] = False
 
     def requests(self) -> tuple[GenerationRequest, ...]:
-        """Return the one request of the body, which makes an mp4 where that is sent while it is made."""
+        """Return the one request of the body; with ``stream``, it must make an mp4."""
         (request,) = super().requests()
         if self.stream:
             is_clip = request.output in (None, "mp4") and request.num_frames != 1 and request.mode != TEXT_TO_IMAGE
@@ -312,7 +312,7 @@ class ImageBody(RequestBody):
     output_compression: Annotated[int | None, like_request("output_quality")] = None
 
     def requests(self) -> tuple[GenerationRequest, ...]:
-        """Return a request for each image; each has the next seed."""
+        """Return one request per image, with consecutive seeds."""
         first_seed = GenerationRequest.seed if self.seed is None else self.seed
         checks.integer("seed", first_seed, 0, FIELDS["seed"].bounds[1] - self.n + 1)
         if self.output_compression is not None and self.output_format == "png":
@@ -340,7 +340,7 @@ BODIES: Mapping[Endpoint, type[RequestBody]] = {
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:
-    """Return the width and the height of a checked size; None where it leaves them open."""
+    """Return width and height of a checked size; None if it leaves them open."""
     if size in (None, "auto"):
         return None
     width, height = map(int, str(size).split("x"))
@@ -348,10 +348,10 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
 
 
 def find_reason(reasons: Mapping[str, str], name: str) -> str | None:
-    """Return the reason that a table of reasons has for a name; None where it has none."""
+    """Return the reason for a name in a table of reasons; None if it has none."""
     return next((why for written, why in reasons.items() if re.fullmatch(name_pattern(written), name)), None)
 
 
 def name_pattern(name: str) -> str:
-    """Return the regular expression of the names that one with ``*`` in it stands for."""
+    """Return the regular expression for a name in which ``*`` stands for any part."""
     return "[a-z0-9_]{1,64}".join(re.escape(part) for part in name.split("*"))

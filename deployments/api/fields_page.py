@@ -30,7 +30,7 @@ _Row = tuple[str, ...]
 
 
 def fields_page() -> str:
-    """Return the page."""
+    """Return the text of FIELDS.md."""
     bodies = BODIES.items()
     effective = [
         (endpoint, (_names(model, name), model.type_of(name).name, model.type_of(name).about))
@@ -51,7 +51,7 @@ def _names(model: type[RequestBody], name: str) -> str:
 
 
 def _table(head: _Row, rows: Sequence[tuple[Endpoint, _Row]]) -> str:
-    """Return a Markdown table of the rows, each once, and which endpoints have them."""
+    """Return a Markdown table with each row once, and the endpoints that have it."""
     lines = [(*head, *(f"`{it}`" for it in Endpoint)), ("---",) * (len(head) + len(Endpoint))]
     for row in dict.fromkeys(row for _, row in rows):
         lines.append((*row, *("yes" if (endpoint, row) in rows else "" for endpoint in Endpoint)))

@@ -79,7 +79,7 @@ async def create_images(call: CurrentCall, no_replay: NoReplay = None, request_i
 async def images_answer(
     exchange: Exchange, body: ParsedBody[ImageBody], options: SubmitOptions, reserved: Reservation, media: MediaStore
 ) -> Response:
-    """Generate the images of a body, the first of which the Director has already, and answer with them."""
+    """Answer with the images of a body; the Director already works on the first."""
     is_json = body.fields.response_format == B64_JSON
     event = await exchange.wait_for_end()
     if not is_json and len(body.requests) == 1:
@@ -111,7 +111,7 @@ async def images_answer(
 
 def _zip(made: Sequence[tuple[Finished, bytes]]) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # they are compressed
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # images are compressed already
         for index, (event, data) in enumerate(made):
             archive.writestr(f"{index}{SUFFIXES[event.media_type]}", data)
     return file.getvalue()

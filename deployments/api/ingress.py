@@ -31,18 +31,10 @@ def _api() -> FastAPI:
 
 @serve.ingress(_api)
 class Ingress:
-    """The deployment that serves the HTTP API.
-
-    Args:
-        config: of the app.
-        director: the Director's handle.
-
-    Attributes:
-        service: what the API works with.
-    """
+    """The deployment that serves the HTTP API. ``director`` is the Director's handle."""
 
     async def __init__(self, config: AppConfig, director: Any) -> None:  # type: ignore[misc] # Serve awaits it
-        # For the API's calls of the database and the disk; asyncio's own default is by the number of cores.
+        # For the API's blocking calls; asyncio's default depends on the number of cores.
         executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ingress")
         asyncio.get_running_loop().set_default_executor(executor)
         host, _ = await asyncio.to_thread(http_in_force)
@@ -50,12 +42,12 @@ class Ingress:
         self.service = await asyncio.to_thread(Service.open, config, director, readiness.find_missing_stages, host)
 
     async def drain(self) -> None:
-        """Report the shutdown at /ready, so that load balancers send no more. The Director refuses new requests."""
+        """Report the shutdown at /ready, so that load balancers send no more. The Director rejects new requests."""
         self.service.is_draining = True
 
 
 class Readiness:
-    """Readiness of an app's stages, asked of Serve's controller and cached."""
+    """Asks Serve's controller which stages of an app run, and caches the answer."""
 
     def __init__(self, app_name: str) -> None:
         self._app_name = app_name

@@ -1,4 +1,4 @@
-"""Route of a job's events, as server-sent events: what was, and what comes, to the end."""
+"""Route of a job's events as server-sent events: its history, then what comes, to the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deployments.jobs.job import JobEvent
 
 # Proxies close a connection that is silent for longer.
 _KEEP_ALIVE_S = 15.0
-# Then the client comes back, with the number of the last event that it has.
+# Then the client reconnects, with the number of its last event.
 _LONGEST_S = 3600.0
 _COME_BACK_MS = 2000
 _LastEventId = Annotated[
@@ -50,12 +50,12 @@ async def follow_video(video_id: VideoId, call: CurrentCall, last_event_id: _Las
     after = int(last_event_id or 0)
     job = await call.service.jobs.get(video_id, call.caller.owner)
     if job.state.is_final and after >= job.last_seq:
-        return Response(status_code=204)  # a client that gets this does not come back, says the standard
+        return Response(status_code=204)  # by the standard, a client that gets this does not reconnect
     events = call.service.jobs.follow(job, after, _LONGEST_S)
     coming = asyncio.ensure_future(anext(events, None))
     await asyncio.wait((coming,), timeout=0)
     if coming.done() and coming.exception() is not None:
-        coming.result()  # refused, before anything was sent
+        coming.result()  # raises a refusal before anything is sent
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return PartsResponse(_lines(events, coming), headers, "text/event-stream", on_end=coming.cancel)
 
@@ -63,10 +63,7 @@ async def follow_video(video_id: VideoId, call: CurrentCall, last_event_id: _Las
 async def _lines(
     events: AsyncGenerator[JobEvent, None], coming: asyncio.Future[JobEvent | None]
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the event that is coming and those after it as they are sent; without the database the client comes back.
-
-    An event without a number is not history, and has no id.
-    """
+    """Yield events as they are sent, first the one that is ``coming``; one outside of the history has no id."""
     yield f"retry: {_COME_BACK_MS}\n\n".encode()
     try:
         while True:
@@ -81,7 +78,7 @@ async def _lines(
             coming = asyncio.ensure_future(anext(events, None))
     except DeadlineExceeded:
         return
-    except JobsError:
+    except JobsError:  # the client reconnects
         logger.exception("a follower of a job was sent away")
     finally:
         coming.cancel()

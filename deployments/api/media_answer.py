@@ -24,9 +24,9 @@ Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
 
 _Part = asyncio.Future[bytes | None]
 _News = asyncio.Future[FileStarted | Finished]
-# Memory for a file and its base64, in bytes of the file.
+# Memory for a file and its base64, as a multiple of the file's size.
 _SPACE_OF_BASE64 = 7 / 3
-# Of a header: proxies and clients take 8 KiB of all headers together.
+# Of one header: proxies and clients accept 8 KiB of all headers together.
 _MAX_WARNINGS_CHARS = 6000
 
 
@@ -56,7 +56,7 @@ class ActionsAnswer(ApiModel):
 
 
 async def media_answer(exchange: Exchange, reserved: Reservation, media: MediaStore) -> Response:
-    """Answer with the submitted request's file, described by headers; with generated actions, with JSON of both."""
+    """Answer with the submitted request's file, described by headers; if actions were made, with JSON of both."""
     event = await exchange.wait_for_end()
     exchange.cancel()
     if event.actions is None:
@@ -83,10 +83,10 @@ async def media_answer(exchange: Exchange, reserved: Reservation, media: MediaSt
 
 
 async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
-    """Answer with the file as it grows, from its first fragment on. Leaving it stops the request.
+    """Answer with the file as it grows, from its first fragment on. A client that leaves stops the request.
 
-    Instead of a file that fails before there is anything of it, the answer is the one that is made next. Later, the
-    connection breaks: a file that ended early would look like a short one.
+    A file that fails before its first part is replaced by that of the next attempt. Later, the connection breaks: a
+    file that ended early would look like a short one.
     """
     event: FileStarted | Finished | None = await exchange.wait_for_file()
     while event is not None:
@@ -111,7 +111,7 @@ async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
 
 
 async def _wait_for_first(first: _Part, news: _News) -> FileStarted | None:
-    """Wait for a file's first part; return the file that is made instead, if one is."""
+    """Wait for a file's first part; return the file of the next attempt instead, if one begins."""
     await asyncio.wait((first, news), return_when=asyncio.FIRST_COMPLETED)
     if not news.done() and first.exception():
         await asyncio.wait((news,))  # the Director tries again, or says why not
@@ -124,7 +124,7 @@ async def _wait_for_first(first: _Part, news: _News) -> FileStarted | None:
 async def _until_failure(
     parts: AsyncGenerator[bytes, None], part: _Part, news: _News, exchange: Exchange
 ) -> AsyncGenerator[bytes, None]:
-    """Yield a part and those after it until the Director says that their request failed: the file may show it late."""
+    """Yield parts to the end, and raise as soon as the Director reports a failure: the file may show it late."""
 
     async def wait_for_end() -> None:
         if not isinstance(await news, Finished):
@@ -165,7 +165,7 @@ def to_base64(data: bytes) -> str:
 
 
 async def read_file(event: Finished, reserved: Reservation, media: MediaStore) -> bytes:
-    """Read a finished file in one piece; its memory, and that of its base64, is reserved."""
+    """Read a finished file in one piece; reserve memory for it and its base64."""
     reserved.need(int(event.num_bytes * _SPACE_OF_BASE64))
     return await asyncio.to_thread(lambda: media.read(media.expect(event.media_id)))
 
@@ -184,15 +184,12 @@ def _result_headers(event: Finished) -> dict[str, str]:
 
 
 def round_seconds(stage_seconds: dict[str, float]) -> dict[str, float]:
-    """Return stage -> seconds as answers have them."""
+    """Round stage -> seconds for an answer."""
     return {name: round(seconds, 4) for name, seconds in stage_seconds.items()}
 
 
 def service_headers(model_name: str, warnings: tuple[str, ...]) -> dict[str, str]:
-    """Return the model and the warnings as headers; all in printable ASCII.
-
-    Of the warnings, a JSON list, only so many are there as fit, and how many more there are.
-    """
+    """Return the model and the warnings as headers in printable ASCII; warnings that do not fit are counted."""
     shown: list[str] = []
     num_chars = 0
     for warning in warnings:

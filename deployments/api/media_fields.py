@@ -43,12 +43,12 @@ def file_type(about: str, *, takes_several: bool = False) -> FieldType:
 
 
 async def fetch_remote(values: dict[str, Any], fetch: FetchFile, reserved: Reservation) -> dict[str, Any]:
-    """Return the fields of a body with the bytes in place of URLs of other servers.
+    """Return a body's fields with fetched files in place of URLs; the body's memory grows by the files.
 
-    The body's memory grows by the files; while one is on its way, by the largest that may come.
+    While a file is on its way, room for the largest allowed one is reserved.
 
     Raises:
-        RequestError: a URL is not allowed, or its file cannot be had.
+        RequestError: a URL is not allowed, or its file cannot be fetched.
         OverloadedError: there is no memory for it now.
     """
     fetched = dict(values)
@@ -71,7 +71,7 @@ def _find_remote(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _file_part(value: Any) -> bytes | None:
-    """Return the file of a form's part, or of a list of one; None where a value is none."""
+    """Return the file of a form's part, alone or in a list of one; None for another value."""
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
     return value if isinstance(value, bytes) else None

@@ -71,7 +71,7 @@ _EXAMPLES: dict[type[Body], Document] = {
     ImageBody: {"prompt": _CLIP["prompt"], "size": "640x640", "n": 2},
     RemixBody: {"prompt": _CLIP["prompt"]},
 }
-# What can be done with a job from then on.
+# What can be done with a new job.
 _LINKS: Document = {
     operation: {"operationId": operation, "parameters": {"video_id": "$response.body#/id"}}
     for operation in ("getVideo", "followVideo", "getVideoContent", "cancelVideo", "remixVideo", "deleteVideo")
@@ -90,7 +90,7 @@ def header_docs(*names: str) -> Document:
 def responses(own: Responses, *errors: int, has_body: bool = False, is_open: bool = False) -> Responses:
     """Return the answers of an operation: its own, some errors, and those that all operations have.
 
-    An operation that is open needs no key, and is always answered.
+    An open operation has only the errors that it names.
     """
     general = () if is_open else _STATUSES_OF_BODIES if has_body else _STATUSES
     refusals: Responses = {
@@ -120,7 +120,7 @@ def takes(model: type[Body]) -> Document:
 
 
 def conditional_headers() -> Document:
-    """Return the description of the headers of RFC 9110, for ``openapi_extra``."""
+    """Return the description of the headers for conditions and ranges (RFC 9110), for ``openapi_extra``."""
     about = {
         "Range": "bytes=a-b; one range",
         "If-None-Match": "an ETag that the client has",
@@ -150,7 +150,7 @@ def content_answers(*, has_body: bool) -> Responses:
 
 
 def document(app: FastAPI, service: Service, root_path: str = "") -> Document:
-    """Return the document of a service, below ``root_path``; the app keeps it, as it takes a good part of a second."""
+    """Return a service's document, below ``root_path``. The app caches it: it takes a good part of a second."""
     if app.state.document is None:
         made = app.openapi()
         components = made["components"]

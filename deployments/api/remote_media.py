@@ -1,8 +1,8 @@
 """Files of other servers, fetched for requests that name them by URL: from listed hosts and public addresses only.
 
-The name in a URL is looked up once, all its addresses are checked, and the connection goes to these addresses and no
-others: what a second look-up would say does not matter. Each redirect is a new URL, checked as the first was. Nothing
-is taken from the environment, proxies neither.
+The name in a URL is resolved once, all its addresses are checked, and the connection goes to them alone: a later
+answer of the resolver does not matter. Each redirect is checked as a new URL. Nothing is taken from the environment,
+not even proxies.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class RemoteMediaFetcher:
     """Fetcher of files from other servers.
 
     Args:
-        config: what may be fetched, how much, and how long it may take.
         resolve: name, port -> addresses; called in a thread.
-        is_allowed_address: whether an address may be connected to.
         tls: the trusted authorities; the system's if omitted.
 
     Raises:
@@ -67,7 +65,7 @@ class RemoteMediaFetcher:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._config = config
-        self._max_bytes = min(config.max_bytes, LIMITS.max_media_bytes)  # what is larger is refused all the same
+        self._max_bytes = min(config.max_bytes, LIMITS.max_media_bytes)  # larger files are refused later anyway
         self._rules = tuple(HostRule.parse(entry) for entry in config.hosts)
         self._resolve, self._is_allowed_address = resolve, is_allowed_address
         self._tls = ssl.create_default_context() if tls is None else tls
@@ -79,7 +77,7 @@ class RemoteMediaFetcher:
         """Fetch the file at a URL that a client gave in a field.
 
         Raises:
-            RequestError: the URL may not be fetched, or leads to one that may not, or the file is too large.
+            RequestError: the URL, or one that it redirects to, may not be fetched, or the file is too large.
             ApiError: the server cannot be reached, fails, or is too slow; 422, as the client chose it.
             OverloadedError: too many files are being fetched.
         """
@@ -101,7 +99,7 @@ class RemoteMediaFetcher:
             if not has_place:
                 raise OverloadedError("files fetched from other servers", _MAX_FETCHES, _RETRY_S) from None
             code, fault, shown = "remote_timeout", f" within {self._config.timeout_s:g} s", redact_url(url)
-        # 422 and not 502 or 504, which clients take for ours and try again by themselves.
+        # 422, not 502 or 504: clients take those for our failure, and retry.
         raise ApiError(422, code, f"{field}: {shown} could not be fetched{fault}; send the file itself")
 
     @property
@@ -130,7 +128,7 @@ class RemoteMediaFetcher:
         return parsed
 
     def _redirect(self, here: RemoteUrl, locations: Sequence[bytes]) -> RemoteUrl:
-        """Return the target of a redirect; messages do not repeat it: it is for the other server to give it away."""
+        """Return the target of a redirect. Messages do not repeat it: only the other server may reveal it."""
         if len(locations) != 1:
             raise _RemoteFault(f"its server redirects with {len(locations)} targets")
         try:
@@ -219,11 +217,7 @@ class _Pinned(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        """Connect to the first address that accepts.
-
-        Raises:
-            ConnectError: none does.
-        """
+        """Connect to the first address that accepts; raise ConnectError if none does."""
         for address in self._addresses:
             try:
                 return await self._backend.connect_tcp(str(address), port, _CONNECT_S, local_address, socket_options)

@@ -1,7 +1,6 @@
-"""URLs of files on other servers, parsed in one strict way; hosts that the operator lists; public addresses.
+"""URLs of files on other servers, parsed in one strict way; the operator's list of hosts; public addresses.
 
-Public addresses are known by tables of our own: what ``ipaddress.is_global`` says differs between releases of Python,
-and is true of multicast.
+The tables of addresses are our own: ``ipaddress.is_global`` differs between releases of Python, and includes multicast.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _LABEL = "[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 # A last part like this makes resolvers read the whole as an address: 2130706433, 0x7f.1, 127.1.
 _NUMBER = re.compile("[0-9]+|0x[0-9a-f]*")
-# What a URL may hold as it is; all else is percent-encoded.
+# What a URL may hold unchanged; all else is percent-encoded.
 _UNQUOTED = "%/?:@!$&'()*+,;=-._~[]"
 _NOT_PUBLIC_V4 = tuple(
     IPv4Network(network)
@@ -48,8 +47,8 @@ _NOT_PUBLIC_V4 = tuple(
         "240.0.0.0/4",  # reserved, broadcast
     )
 )
-# All that is given out to the public lies in the first; unique local addresses, the metadata of Amazon (fd00:ec2::254)
-# and of Google among them, loopback, link-local and multicast lie outside.
+# All public addresses lie in it; unique local ones, with the metadata of Amazon (fd00:ec2::254) and Google, loopback,
+# link-local and multicast lie outside.
 _PUBLIC_V6 = IPv6Network("2000::/3")
 _NOT_PUBLIC_V6 = tuple(
     IPv6Network(network)
@@ -65,7 +64,7 @@ _V4_MASK = 0xFFFFFFFF
 
 
 class UnfitUrl(Exception):
-    """A URL that is not fetched: why, a sentence that reveals nothing of any network; what is, "": what is listed."""
+    """A URL that is not fetched. ``reason`` reveals nothing of any network; ``allowed`` "" means the listed hosts."""
 
     def __init__(self, reason: str, allowed: str = "") -> None:
         super().__init__(reason)
@@ -77,9 +76,9 @@ class RemoteUrl:
     """A URL of http or https in parts.
 
     Attributes:
-        host: a name, in lower case and ASCII, without a dot at its end; or an address as it is usually written.
+        host: a name, in lower case and ASCII, without a final dot; or an address in canonical form.
         target: path and query.
-        address: that ``host`` is, where it is one.
+        address: ``host`` as an address; None for a name.
     """
 
     scheme: str
@@ -93,11 +92,11 @@ class RemoteUrl:
         """Parse a URL.
 
         Raises:
-            UnfitUrl: it is none, or one that different readers read differently, or has a user name in it.
+            UnfitUrl: it is no URL, has a user name, or is read differently by different readers.
         """
         if len(text) > _MAX_CHARS:
             raise UnfitUrl(f"It is longer than {_MAX_CHARS} characters.")
-        # Before anything reads it: urlsplit drops some of these without a word.
+        # Before any parsing: urlsplit silently drops some of these.
         if "\\" in text or any(char.isspace() or not char.isprintable() for char in text):
             raise UnfitUrl("It has spaces, line ends, control characters or backslashes in it.")
         try:
@@ -169,7 +168,7 @@ class HostRule:
 
 
 def redact_url(text: str) -> str:
-    """Return a URL without what may be secret: user name and password, query, fragment."""
+    """Return a URL without what may be secret: user name, password, query and fragment."""
     head = re.split("[?#]", text, maxsplit=1)[0]
     scheme, slashes, rest = head.partition("//")
     netloc, slash, path = rest.partition("/")
@@ -177,7 +176,7 @@ def redact_url(text: str) -> str:
 
 
 def _parse_host(text: str) -> tuple[str, IPAddress | None]:
-    """Return a host in its usual form, and the address that it is, if it is one."""
+    """Return a host in canonical form, and as an address if it is one."""
     if ":" in text:
         try:
             if "%" in text:
@@ -202,7 +201,7 @@ def _parse_host(text: str) -> tuple[str, IPAddress | None]:
 
 
 def is_public(address: IPAddress) -> bool:
-    """Return whether an address is public; of an IPv6 address that stands for an IPv4 one, whether that is."""
+    """Return whether an address is public; an IPv6 address that stands for an IPv4 one is judged by that."""
     if isinstance(address, IPv4Address):
         return not any(address in network for network in _NOT_PUBLIC_V4)
     if meant := list(_v4_behind(address)):

@@ -1,4 +1,4 @@
-"""Service: what the HTTP API works with, in one place."""
+"""Service: everything that the HTTP API's routes work with."""
 
 from __future__ import annotations
 
@@ -23,21 +23,16 @@ FindMissing = Callable[[], Awaitable[list[str]]]
 
 @dataclass
 class Service:
-    """Service that the routes work with; one a replica.
+    """What the routes work with; one per replica.
 
     Attributes:
-        model: that is served.
-        http: the configuration's section.
-        rules: for bodies of callers that may wait in every class.
-        jobs: accepted ones, and what can be done with them.
-        director, streaming: its handle, for answers in one piece and for streams.
-        find_missing_stages: asks which stages do not run yet.
+        rules: for bodies of callers that may name every class.
+        director, streaming: the Director's handle, for answers in one piece and for streams.
         metrics_text: returns the metrics for Prometheus, and their content type.
-        hosts: names that it may be called by; None: any.
-        auth: checks API keys; None where everybody may call.
-        fetch_file: fetches files of other servers; None where that is off.
+        hosts: allowed in the Host header; None: any.
+        auth: None where no key is needed.
+        fetch_file: None where URLs are not fetched.
         room: memory for bodies.
-        is_draining: the app is being stopped.
     """
 
     model: Model
@@ -59,7 +54,7 @@ class Service:
 
     @classmethod
     def open(cls, config: AppConfig, director: Any, find_missing_stages: FindMissing, host: str) -> Self:
-        """Open what an ingress works with, whose Serve listens at ``host``.
+        """Open the service of an ingress whose Serve listens at ``host``.
 
         Raises:
             CheckpointError, JobsError, MediaStoreError: the checkpoint, the database or the files cannot be used.
@@ -84,7 +79,7 @@ class Service:
             ),
             jobs=jobs,
             director=director,
-            # Configured once: every differently configured handle has a router of its own.
+            # Made once: every handle with other options has a router of its own.
             streaming=director.options(stream=True),
             find_missing_stages=find_missing_stages,
             metrics_text=metrics_text,

@@ -1,4 +1,1 @@
-"""A running app from Python: one interface, over HTTP and over handles, for threads and for event loops.
-
-Import from :mod:`deployments.client`, which says how.
-"""
+"""The parts of the Python client; import it from :mod:`deployments.client`."""

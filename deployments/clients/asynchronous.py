@@ -43,12 +43,7 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished video with its file in memory.
-
-    Attributes:
-        media: the file; empty where there are only actions.
-        video: its record.
-    """
+    """A finished video with its file in memory; ``media`` is empty if there are only actions."""
 
     media: bytes = field(repr=False)
     video: Video
@@ -59,10 +54,6 @@ class AsyncCosmos3Client:
 
     Every call raises the errors of :mod:`deployments.clients.errors`: :class:`NotFound` for an unknown video,
     :class:`UnreachableError` if no answer comes in time.
-
-    Args:
-        transport: the way to the app.
-        patience: what is retried.
     """
 
     def __init__(self, transport: Transport, patience: Patience = DEFAULT_PATIENCE) -> None:
@@ -306,7 +297,7 @@ class AsyncCosmos3Client:
         await self.aclose()
 
     async def _call(self, call: Callable[[], Awaitable[_T]], limit_s: float = LONGEST_S) -> _T:
-        """Call, and retry after the app's ``retry_after_s`` as long as ``max_wait_s`` and the limit allow."""
+        """Call, and retry after the app's ``retry_after_s`` while ``max_wait_s`` and the limit allow it."""
         left_s = min(self._patience.max_wait_s, limit_s)
         while True:
             try:

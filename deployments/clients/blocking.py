@@ -52,7 +52,6 @@ class LoopThread:
 
         Raises:
             ClosedError: the thread was stopped before there was a result.
-            Exception: of the coroutine.
         """
         if not self.is_open or threading.current_thread() is self._thread:
             work.close()
@@ -87,14 +86,14 @@ class LoopThread:
         except asyncio.CancelledError:
             raise ClosedError("the client was closed before this had an end") from None
         except (KeyboardInterrupt, SystemExit):
-            # Twice soon, so that it runs after the task's first step wherever the interrupt came.
+            # Scheduled twice, so that it runs after the task's first step wherever the interrupt came.
             self._loop.call_soon_threadsafe(self._loop.call_soon, cancel)
             with contextlib.suppress(queue.Empty):
                 ended.get(timeout=_STOP_S)
             raise
 
     def close(self) -> None:
-        """Stop when running work has ended, or was cancelled after a while. May be called twice."""
+        """Stop when running work has ended; after a while, cancel it. May be called twice."""
         self._stop()
         if threading.current_thread() is not self._thread:
             self._thread.join(2 * _STOP_S)
@@ -161,10 +160,7 @@ class Cosmos3Client:
     """A client of one app, for any number of threads; from :meth:`over_http` or :func:`deployments.client.connect`.
 
     Calls do and raise what those of :class:`~deployments.clients.asynchronous.AsyncCosmos3Client` do. An interrupt,
-    Ctrl-C for example, stops the call.
-
-    Args:
-        client: runs the calls; owned by this client from now on.
+    Ctrl-C for example, stops the call. ``client``, which runs the calls, is owned by this client from now on.
     """
 
     def __init__(self, client: AsyncCosmos3Client) -> None:
@@ -238,12 +234,7 @@ class _AsyncItems(Protocol[_T_co]):
 
 
 class Items(Generic[_T], Iterator[_T]):
-    """An asynchronous generator as an iterator and context manager. Closing or dropping it ends the generator.
-
-    Args:
-        thread: runs the generator.
-        items: the generator; owned by this iterator.
-    """
+    """An asynchronous generator as an iterator and context manager, which owns it: closing or dropping ends it."""
 
     def __init__(self, thread: LoopThread, items: _AsyncItems[_T]) -> None:
         self._thread = thread

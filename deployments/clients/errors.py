@@ -75,12 +75,7 @@ class NotReady(AnswerError):
 
 
 class Unavailable(AnswerError):
-    """The service cannot serve this now.
-
-    Args:
-        status, message, code: as of any :class:`AnswerError`.
-        retry_after_s: when to try again.
-    """
+    """The service cannot serve this now; try again after ``retry_after_s``."""
 
     def __init__(self, status: int, message: str, code: str = "", retry_after_s: float = _RETRY_AFTER_S) -> None:
         super().__init__(status, message, code)
@@ -89,12 +84,7 @@ class Unavailable(AnswerError):
 
 
 class _RemoteError(Cosmos3Error):
-    """An error that came over HTTP, with the server's message.
-
-    Args:
-        message: of the server.
-        fields: arguments of the error's own type.
-    """
+    """An error that came over HTTP: the server's message, and the arguments of the error's own type."""
 
     def __init__(self, message: str, *fields: Any) -> None:
         super().__init__(*fields)
@@ -148,14 +138,7 @@ _KINDS: Mapping[int, type[AnswerError]] = MappingProxyType(
 def read_refusal(
     status: int, reason: str, headers: Mapping[str, str], text: str, idempotency_key: str | None
 ) -> Cosmos3Error:
-    """Return the error that an HTTP answer means.
-
-    Args:
-        status, reason: of the answer.
-        headers: of the answer, names in lower case.
-        text: its body, of an app or of another server.
-        idempotency_key: of the request.
-    """
+    """Return the error that an answer of an app or of a proxy means; names in ``headers`` are in lower case."""
     try:
         error = dict(json.loads(text)["error"])
         message, code = str(error["message"]), str(error.get("code") or "")

@@ -35,12 +35,7 @@ _SHARED = (
 
 
 class HandleTransport:
-    """A :class:`~deployments.clients.transport.Transport` over Ray Serve handles.
-
-    Args:
-        director: handle of the Director deployment.
-        timeout_s: for one call.
-    """
+    """A :class:`~deployments.clients.transport.Transport` over Serve handles; ``timeout_s`` is for one call."""
 
     def __init__(self, director: Any, timeout_s: float) -> None:
         self._director = director
@@ -48,7 +43,7 @@ class HandleTransport:
         self._timeout_s = timeout_s
 
     async def submit(self, request: GenerationRequest, options: SubmitOptions) -> Video:
-        """Submit a job. Images and clips given as paths are read here, in the caller's process."""
+        """Submit a job; images and clips given as paths are read here, in the caller's process."""
         packed = await asyncio.to_thread(request.packed)
         job = await self._call(self._director.submit, packed, options)
         return await self.job(job.job_id)

@@ -48,12 +48,7 @@ DIRECTLY = Connecting()
 
 
 class HttpCalls:
-    """The connections to one app, for one event loop.
-
-    Args:
-        url: of the app; its path goes before every call's.
-        api_key: None where the app requires none.
-        connecting: proxy and certificates.
+    """The connections to one app, for one event loop. The path of ``url`` goes before every call's.
 
     Raises:
         RequestError: ``url`` is not a URL, or no header can hold the key.
@@ -94,10 +89,8 @@ class HttpCalls:
         """Send a request and yield its answer when that begins.
 
         Args:
-            method, path, params: of the call.
             deadline: for the whole answer.
             body: JSON.
-            headers: besides those of every call.
             silence_s: longest silence before the connection counts as dead; None: no bound.
 
         Raises:
@@ -125,13 +118,7 @@ class HttpCalls:
 
 
 class Answer:
-    """The answer to one call.
-
-    Args:
-        url: of the app.
-        response: its body is still to be read.
-        deadline: for the whole answer.
-    """
+    """The answer to one call; its body is still to be read."""
 
     def __init__(self, url: str, response: httpx2.Response, deadline: Deadline) -> None:
         self._url, self._response, self._deadline = url, response, deadline
@@ -152,11 +139,7 @@ class Answer:
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     async def check(self, idempotency_key: str | None = None) -> None:
-        """Raise if the server refused.
-
-        Raises:
-            Cosmos3Error: the refusal, see :func:`deployments.clients.errors.read_refusal`.
-        """
+        """Raise the error of :func:`~deployments.clients.errors.read_refusal` if the server refused."""
         if not 200 <= self.status < 300:
             reason = self._response.reason_phrase
             raise read_refusal(self.status, reason, self.headers, await self.text(), idempotency_key)
@@ -195,7 +178,7 @@ class Answer:
                     yield event
 
     async def text(self) -> str:
-        """Return the body as text, cut off where it is longer than any message."""
+        """Return the body as text, cut off beyond the length of any message."""
         return (await self._read(_MAX_TEXT_BYTES)).decode("utf-8", "replace")
 
     async def json(self, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:

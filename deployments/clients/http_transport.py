@@ -36,12 +36,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 class HttpTransport:
-    """A :class:`~deployments.clients.transport.Transport` over HTTP.
-
-    Args:
-        url, api_key, connecting: as of :class:`~deployments.clients.http_calls.HttpCalls`.
-        timeout_s: for one call, uploads included.
-    """
+    """A :class:`~deployments.clients.transport.Transport` over HTTP; ``timeout_s`` is for one call and its upload."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float, connecting: Connecting) -> None:
         self._calls = HttpCalls(url, api_key, connecting)
@@ -55,7 +50,7 @@ class HttpTransport:
         return await self._call(Video, "POST", "/v1/videos", body=body, headers=_make_headers(options))
 
     async def attach(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Attached:
-        """POST a job, and cancel it when the caller leaves: the app takes it for a job like any other."""
+        """POST a job, and cancel it when the caller leaves: to the app it is a job like any other."""
         submitting = asyncio.create_task(self.submit(request, options))
         try:
             done, _ = await asyncio.wait([submitting], timeout=timeout_s)
@@ -134,7 +129,7 @@ class HttpTransport:
         await self._calls.aclose()
 
     async def _withdraw(self, submitting: asyncio.Task[Video]) -> None:
-        """Cancel a video whose id has not come yet: the app may make it though its caller has left."""
+        """Cancel a video whose id has not come yet: the app may make it although its caller has left."""
         withdrawal = asyncio.create_task(self._cancel_submitted(submitting))
         self._withdrawals.add(withdrawal)
         withdrawal.add_done_callback(self._withdrawals.discard)

@@ -1,4 +1,4 @@
-"""Streams of a video's events: over connections that break, and stopped when their only caller leaves."""
+"""Streams of a video's events, which survive broken connections and stop the video when its only caller leaves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Patience:
     Attributes:
         max_wait_s: for all retries of a call that is refused for now (429, 503); 0: no retry.
         max_reconnects: connections in a row without a new event before a follower gives up.
-        first_pause_s, max_pause_s: pause before the first of them; it doubles up to the longest.
+        first_pause_s, max_pause_s: pause before the first retry; it doubles up to the longest.
     """
 
     max_wait_s: float = 0.0
@@ -123,15 +123,11 @@ async def _next(events: AsyncGenerator[VideoEvent, None], deadline: Deadline) ->
 class AsyncVideoStream:
     """The events of a video that is made for this caller; :class:`VideoEnded`, the last, holds the finished video.
 
-    An iterator, and a context manager. Closing it, leaving its ``async with`` block, or dropping it stops the work.
+    An iterator, and a context manager. Closing it, leaving its ``async with`` block, or dropping it stops the work, by
+    ``leave``.
 
     Raises, while iterating:
         DeadlineExceeded, StageFailed, JobCancelled ...: the video failed.
-
-    Args:
-        video_id: of the video.
-        events: of the video.
-        leave: stops it.
     """
 
     _has_ended = True  # until there is something to stop
@@ -203,7 +199,7 @@ def _run_later(stopping: Coroutine[Any, Any, None]) -> None:
 async def _stop_video(
     video_id: str, events: AsyncGenerator[VideoEvent, None], leave: Callable[[], Awaitable[None]]
 ) -> None:
-    """Stop a video. Log if the app does not answer, and do not raise: the caller is busy with its own end."""
+    """Stop a video. A failure is logged, not raised: the caller is ending for another reason."""
     try:
         async with asyncio.timeout(LEAVE_S):
             await events.aclose()

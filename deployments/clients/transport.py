@@ -31,14 +31,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 class Deadline:
-    """One bound for several waits.
-
-    Args:
-        limit_s: seconds in all, from now on.
-
-    Attributes:
-        limit_s: as given.
-    """
+    """One bound for several waits: ``limit_s`` seconds in all, from now on."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -50,11 +43,7 @@ class Deadline:
         return max(0.0, self._at_s - time.monotonic())
 
     async def wait(self, awaitable: Awaitable[T]) -> T:
-        """Wait for something until the deadline.
-
-        Raises:
-            TimeoutError: it did not come.
-        """
+        """Wait for something; raise TimeoutError at the deadline."""
         # One time-out per wait, as different tasks may advance an iterator. One of zero seconds still starts the wait:
         # a coroutine that is never awaited would warn.
         async with asyncio.timeout(self.left_s):
@@ -63,12 +52,9 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Attached:
-    """A video that is made for one caller, who waits for it.
+    """A video that is made for one caller, who waits for it; ``leave`` stops it.
 
-    Attributes:
-        video_id: its id.
-        events: its events; None where they are followed like those of any other video.
-        leave: stops it.
+    ``events`` is None where its events are followed like those of any other video.
     """
 
     video_id: str

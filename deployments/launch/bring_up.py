@@ -67,15 +67,7 @@ class StopTimeout:
 
 @dataclass(frozen=True)
 class RunningApp:
-    """An app that answers over HTTP.
-
-    Attributes:
-        name: of the Serve application.
-        url: of its HTTP side, as this machine reaches it.
-        ray_address: of the Ray cluster that it runs in.
-        start_seconds: duration of the bring-up.
-        stop_timeout: of the app and of Serve.
-    """
+    """An app that answers over HTTP, at ``url`` as this machine reaches it."""
 
     name: str
     url: str
@@ -99,10 +91,6 @@ class RunningApp:
 
         Queued jobs stay for the next start. So do running jobs that are not done in time, or when a signal ends the
         wait.
-
-        Args:
-            timeout_s: for the running requests.
-            report: takes a line if there is something to wait for.
 
         Raises:
             LostError: Serve no longer answers.
@@ -151,11 +139,6 @@ class RunningApp:
 def run_app(config: AppConfig, placement: Placement, report: Callable[[str], None] = print) -> Iterator[RunningApp]:
     """Start an app, and stop it at the end of the block. Only for the main thread, as it handles signals.
 
-    Args:
-        config: of the app; HTTP port 0 takes a free one.
-        placement: where the app runs.
-        report: takes lines about the progress.
-
     Raises:
         Cosmos3Error: the checkpoint or the layout cannot be used, or no caller could get in; raised before anything
             is started.
@@ -182,12 +165,7 @@ def run_app(config: AppConfig, placement: Placement, report: Callable[[str], Non
 
 
 def _check_access(config: AppConfig, report: Callable[[str], None]) -> None:
-    """Check that callers can get in. The Ingress checks again with the address where Serve listens.
-
-    Raises:
-        NoKeys: keys are required and there are none.
-        JobsError, MediaStoreError: the keys cannot be read.
-    """
+    """Raise NoKeys if no caller could get in. The Ingress checks again, with the address where Serve listens."""
     host = config.http.host
     if auth_required(config.auth.enabled, host):
         store = JobStore.open(database_url(config))
@@ -296,11 +274,7 @@ def _submit(config: AppConfig, stop_timeout: StopTimeout) -> Iterator[None]:
 
 
 def _find_application(name: str) -> Any:
-    """Return Serve's status of the application.
-
-    Raises:
-        LostError: Serve has no such application, or no longer answers.
-    """
+    """Return Serve's status of the application; raise LostError if Serve has none, or no longer answers."""
     if not is_ray_alive():
         raise LostError("Ray is gone, and the app with it")
     try:

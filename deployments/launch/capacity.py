@@ -120,7 +120,7 @@ def _suggest_layouts(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: S
     assert isinstance(rank, TransformerSpec)
     allowed_tp = list_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
     degrees = range(1, gang.num_ranks + 1)
-    # The preferred layouts first: the traffic between ranks grows from CFG to SP to TP.
+    # Preferred layouts first: the traffic between ranks grows from CFG to SP to TP.
     layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]
     for num_gangs in range(max_gangs, 0, -1):
         specs = [(layout, replace(gang, rank=replace(rank, layout=layout))) for layout in layouts]

@@ -34,13 +34,7 @@ _TIMED_STAGES = {**{stage: stage for stage in _STAGES}, "decode": "decode_encode
 
 
 def check_app(url: str, *, timeout_s: float, report: Callable[[str], None] = print, api_key: str | None = None) -> bool:
-    """Check every stage of an app, with an image and with sound if the app offers them; return whether all work.
-
-    Args:
-        url, api_key: of the app; no key if it requires none.
-        timeout_s: for the request.
-        report: takes a line per stage.
-    """
+    """Check every stage of an app, with an image and with sound if the app offers them; return whether all work."""
     try:
         _check_ready(url)
         probe = _make_probe(url, api_key)

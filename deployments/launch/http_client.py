@@ -36,11 +36,9 @@ class SavedMedia:
     Attributes:
         path: of the file; None if there are only actions.
         actions_path: of the actions; None if there are none.
-        num_bytes: of the file.
         negative_origin: where the negative prompt came from.
         notes: changes that the app made to the request.
         warnings: fields that were accepted without effect.
-        stage_seconds: stage -> seconds, in order.
     """
 
     path: Path | None
@@ -70,7 +68,6 @@ def save_video(
     """Generate a request's files with an app and save them. An interrupt stops the request.
 
     Args:
-        url, api_key: of the app; no key if it requires none.
         request: its image or clip is read here.
         out: path without suffix; the answer decides on ``.mp4``, ``.png`` ..., ``.actions.json``.
         timeout_s: for generating, fetching and saving.

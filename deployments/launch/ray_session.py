@@ -135,11 +135,7 @@ def _init(placement: Placement) -> None:
 
 
 class FreeResources:
-    """The resources that a cluster has for an app that starts: free ones, and those that the cluster gains later.
-
-    Args:
-        placement: of the app.
-    """
+    """The resources that a cluster has for an app that starts: free ones, and those that the cluster gains later."""
 
     def __init__(self, placement: Placement) -> None:
         self._before = ray.cluster_resources()
@@ -228,11 +224,7 @@ def describe_failure(error: object) -> str:
 
 @contextmanager
 def kill_leftovers(environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Kill the processes that were started inside the block and still run shortly after it.
-
-    Args:
-        environment: that they inherit, ``os.environ``.
-    """
+    """Kill the processes that are started in the block, with ``environment``, and still run shortly after it."""
     environment[_MARK] = mark = uuid.uuid4().hex
     try:
         yield

@@ -32,10 +32,7 @@ _FRESH_S = 1.0
 class Family:
     """A metric with all its series, in Prometheus' text format.
 
-    Attributes:
-        name: of the metric.
-        about: its HELP and TYPE lines.
-        samples: series, a name with labels -> its line.
+    ``about`` has its HELP and TYPE lines; ``samples`` maps a series, a name with labels, to its line.
     """
 
     name: str
@@ -159,12 +156,7 @@ def parse_families(text: bytes) -> list[Family]:
 
 
 def merge_nodes(nodes: Iterable[list[Family]], num_failures: int) -> str:
-    """Return one text with each family and each series of the nodes once.
-
-    Args:
-        nodes: the families of each.
-        num_failures: nodes that are missing.
-    """
+    """Return one text with each family and each series of the nodes once; ``num_failures`` nodes are missing."""
     families: dict[str, Family] = {}
     num_bytes = 0
     for node in nodes:

@@ -89,14 +89,7 @@ def watch_stage(context: RequestContext, stage: str, **fields: Value) -> Iterato
 async def watch_request(
     events: AsyncIterator[Event], context: RequestContext, mode: str, waited_s: float = 0.0
 ) -> AsyncGenerator[Event, None]:
-    """Pass a request's events on, and log and measure them.
-
-    Args:
-        events: of :class:`deployments.director.pipeline.Pipeline`.
-        context: of the request.
-        mode: of the request.
-        waited_s: from its admission until now.
-    """
+    """Pass a request's events on, and log and measure them; ``waited_s`` is the time since its admission."""
     origin, numbers, start_s = origin_of(context), metrics(), time.monotonic()
     denoised_s: float | None = None
     has_frames = False

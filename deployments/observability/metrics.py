@@ -47,7 +47,6 @@ class Metric:
     Attributes:
         name: without Ray's prefix and suffix.
         kind: "counter" is a sum, "gauge" the last value, "histogram" counts values by size.
-        description: one sentence, Prometheus' HELP.
         labels: their names, besides Serve's.
         bounds: upper bounds of a histogram's buckets.
     """
@@ -135,8 +134,7 @@ TABLE = (
 class Metrics(GangMeter):
     """Records the metrics of one process, a gang's among them; thread-safe.
 
-    Args:
-        instrument: returns a metric's recorder, or None while there is no Ray.
+    ``instrument`` returns a metric's recorder, or None while there is no Ray.
     """
 
     def __init__(self, instrument: Callable[[Metric], Record | None]) -> None:
@@ -269,7 +267,6 @@ def _cluster_metrics() -> ClusterMetrics:
 async def metrics_text() -> tuple[str, str]:
     """Return the cluster's metrics, ours and Serve's, in Prometheus' text format, and the content type.
 
-    Nodes that do not answer are left out and counted in ``ray_cosmos3_scrape_failures``. Calls within one second share
-    an answer. Its values are up to 10 s old.
+    Nodes that do not answer are left out and counted in ``ray_cosmos3_scrape_failures``.
     """
     return await _cluster_metrics().text()
