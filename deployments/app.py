@@ -107,11 +107,7 @@ def make_gang_spec(config: AppConfig, stage: TransformerStage) -> GangSpec:
 
 
 def make_vae_gang_spec(config: AppConfig) -> GangSpec:
-    """Return the gang that one replica of the video VAE owns.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used.
-    """
+    """Return the gang that one replica of the video VAE owns; raise CheckpointError for an unusable checkpoint."""
     stage = config.vae
     rank = VideoVAESpec(
         str(config.checkpoint),

@@ -452,11 +452,7 @@ class AppConfig(Strict):
 
 
 def config_file(name: str) -> Path:
-    """Return the configuration file at a path, or the packaged one of a bare name.
-
-    Raises:
-        ConfigError: no such file; lists the packaged ones.
-    """
+    """Return the file at a path, or the packaged one of a bare name; if there is none, raise ConfigError."""
     packaged = {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
     if not Path(name).is_file() and name in packaged:
         return packaged[name]

@@ -27,14 +27,7 @@ from cosmos3_core.errors import Cosmos3Error
 
 
 class ApiError(Cosmos3Error):
-    """An error that has an HTTP status and a code of its own.
-
-    Args:
-        status: HTTP status.
-        code: short name of the error, for programs.
-        message: what must be true, what was given, what to do.
-        headers: further headers of the answer.
-    """
+    """An error with an HTTP status and a code of its own, the short name of the error for programs."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         self.status, self.code, self.message, self.headers = status, code, message, dict(headers)
@@ -72,13 +65,7 @@ class GuardrailUnavailable(Cosmos3Error):
 
 
 class AdapterError(Cosmos3Error):
-    """The configured guardrail adapter cannot be used.
-
-    Args:
-        adapter: value of ``guardrails.adapter``.
-        problem: what is wrong with it.
-        hint: what to do about it, a full sentence.
-    """
+    """The guardrail adapter ``guardrails.adapter`` cannot be used; ``hint``, a full sentence, says what to do."""
 
     def __init__(self, adapter: str, problem: str, hint: str) -> None:
         self.adapter, self.problem, self.hint = adapter, problem, hint

@@ -48,11 +48,7 @@ class RequestContext:
         return f"{self.run_id}/{self.attempt}"
 
     def remaining_s(self, stage: str) -> float:
-        """Return the seconds that are left.
-
-        Raises:
-            DeadlineExceeded: none are left; names ``stage``.
-        """
+        """Return the seconds that are left; raise DeadlineExceeded, which names ``stage``, if there are none."""
         left = self.deadline_s - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded(stage, self.limit_s)

@@ -50,11 +50,7 @@ class ModelList(ApiModel):
 
 
 def offers_sound(audio: AudioVAEStage, layout: CheckpointLayout) -> bool:
-    """Return whether an app decodes sound.
-
-    Raises:
-        CapabilityError: the configuration enables sound, and the checkpoint makes none.
-    """
+    """Return whether an app decodes sound; raise CapabilityError if it is enabled and the checkpoint makes none."""
     if audio.enabled and not layout.has_sound:
         raise CapabilityError("audio.enabled", True, "null or false", f"{layout.name} makes no sound.")
     return layout.has_sound if audio.enabled is None else audio.enabled

@@ -162,11 +162,7 @@ class NamedFields(Generic[B]):
             self.written[name] = written if self.written.get(name, written) == written else name
 
     def check(self) -> B:
-        """Check each value by itself.
-
-        Raises:
-            RequestError: the first wrong value, under the field's name in the body.
-        """
+        """Check each value by itself; raise RequestError for the first wrong one, under its name in the body."""
         with Origins(self.written).restore_names():
             try:
                 return self.model.model_validate(self.values)
@@ -175,11 +171,7 @@ class NamedFields(Generic[B]):
 
 
 def parse_body(named: NamedFields[R], rules: BodyRules) -> ParsedBody[R]:
-    """Check the values of a body, and make its requests.
-
-    Raises:
-        RequestError: a value is wrong, or does not go with another one.
-    """
+    """Check the values of a body and make its requests; raise RequestError for a wrong or conflicting value."""
     fields = named.check()
     with Origins(named.written).restore_names():
         given = fields.given

@@ -217,11 +217,7 @@ def _form_error(reason: object) -> BodyError:
 
 
 def nest_fields(items: Iterable[tuple[str, FormText | bytes]], lists: Collection[str]) -> dict[str, Any]:
-    """Return the fields of a form: ``a[]`` and ``a[b]`` stand for a list and an object, as OpenAI's client writes them.
-
-    Raises:
-        BodyError: a field is given twice.
-    """
+    """Return a form's fields: ``a[]`` makes a list, ``a[b]`` an object. Raise BodyError for one that is given twice."""
     fields: dict[str, Any] = {}
     for written, value in items:
         match = _BRACKETED.fullmatch(written)
@@ -261,11 +257,7 @@ def _parse_json(data: bytearray) -> dict[str, Any]:
 
 
 def read_json(text: str | bytes | bytearray) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: it is broken, has too many values or a key twice, or is nested too deeply.
-    """
+    """Parse JSON; raise ValueError if it is broken, too deep or too large, or has a key twice."""
     separators: Any = ",[{:" if isinstance(text, str) else (b",", b"[", b"{", b":")
     if sum(text.count(separator) for separator in separators) > _MAX_VALUES:
         raise ValueError(f"it has more than the {_MAX_VALUES} values that are allowed")

@@ -133,11 +133,7 @@ def service_of(request: Request) -> Service:
 
 
 async def open_call(request: Request) -> Call:
-    """Make the call of a request and check its query parameters.
-
-    Raises:
-        RequestError: a query parameter is unknown or given twice.
-    """
+    """Make the call of a request; raise RequestError for a query parameter that is unknown or given twice."""
     known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
     seen = set()
     for name, value in request.query_params.multi_items():

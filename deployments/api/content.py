@@ -114,11 +114,7 @@ class Conditions:
         return bool(self.known_etags & {etag, "*"})
 
     def span(self, num_bytes: int, etag: str) -> Span | None:
-        """Return the span of a file to send; None for all of it.
-
-        Raises:
-            ApiError: 416, the range is outside of the file.
-        """
+        """Return the span of a file to send, None for all of it; raise ApiError 416 if it is outside of the file."""
         if not (self.first or self.last) or self.if_range not in (None, etag):
             return None
         if self.first:

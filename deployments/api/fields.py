@@ -178,11 +178,7 @@ class RequestBody(Body):
 
     @abstractmethod
     def requests(self) -> tuple[GenerationRequest, ...]:
-        """Return what the body asks for, in order.
-
-        Raises:
-            RequestError: a field does not go with another one.
-        """
+        """Return what the body asks for, in order; raise RequestError for fields that exclude each other."""
 
     def _own(self) -> dict[str, Any]:
         """Return the fields that a request has under the same name."""

@@ -78,11 +78,7 @@ def _file_part(value: Any) -> bytes | None:
 
 
 def find_media(values: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
-    """Find the image and the clip among a body's files, each with the field that brings it.
-
-    Raises:
-        RequestError: there are two images or two clips, or a file is neither.
-    """
+    """Return kind -> (field, file) of image and clip; raise RequestError for two of a kind, or any other file."""
     found: dict[str, tuple[str, bytes]] = {}
     for name in MEDIA:
         if name not in values:

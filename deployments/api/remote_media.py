@@ -37,11 +37,7 @@ _FILE_ITSELF = "a file part of a multipart form, a data URL (data:image/png;base
 
 
 def system_addresses(host: str, port: int) -> Sequence[str]:
-    """Return all addresses that the system's resolver has for a name; blocks.
-
-    Raises:
-        OSError: there are none.
-    """
+    """Return the addresses that the system's resolver has for a name; block, and raise OSError if there are none."""
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 

@@ -89,11 +89,7 @@ class RemoteUrl:
 
     @classmethod
     def parse(cls, text: str) -> RemoteUrl:
-        """Parse a URL.
-
-        Raises:
-            UnfitUrl: it is no URL, has a user name, or is read differently by different readers.
-        """
+        """Parse a URL; raise UnfitUrl if it is none, has a user name, or is read differently by different readers."""
         if len(text) > _MAX_CHARS:
             raise UnfitUrl(f"It is longer than {_MAX_CHARS} characters.")
         # Before any parsing: urlsplit silently drops some of these.

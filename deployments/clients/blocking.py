@@ -48,11 +48,7 @@ class LoopThread:
         return self._stop.alive
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine and return its result. An interrupt cancels the coroutine and waits for its end.
-
-        Raises:
-            ClosedError: the thread was stopped before there was a result.
-        """
+        """Run a coroutine, which an interrupt cancels and waits for; raise ClosedError if the thread was stopped."""
         if not self.is_open or threading.current_thread() is self._thread:
             work.close()
             raise ClosedError("the client is closed, or was called from its own event loop")

@@ -145,11 +145,7 @@ class Answer:
             raise read_refusal(self.status, reason, self.headers, await self.text(), idempotency_key)
 
     async def parts(self) -> AsyncGenerator[bytes, None]:
-        """Yield the body as it arrives.
-
-        Raises:
-            UnreachableError: it broke off, or did not come in time.
-        """
+        """Yield the body as it arrives; raise UnreachableError if it breaks off, or is not complete in time."""
         parts, num_bytes = self._response.aiter_raw(), 0
         while True:
             with _translate_errors(self._url, self._deadline):
@@ -182,11 +178,7 @@ class Answer:
         return (await self._read(_MAX_TEXT_BYTES)).decode("utf-8", "replace")
 
     async def json(self, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-        """Return the body, a JSON object.
-
-        Raises:
-            AnswerError: it is none, or larger than ``max_bytes``.
-        """
+        """Return the body; raise AnswerError if it is not a JSON object of at most ``max_bytes``."""
         try:
             answer = json.loads(await self._read(max_bytes))
             if not isinstance(answer, dict):
@@ -226,11 +218,7 @@ class EventReader:
         self._num_bytes = 0
 
     def feed(self, part: bytes) -> Iterator[RawEvent]:
-        """Yield the events that this part completes.
-
-        Raises:
-            AnswerError: an event is no JSON object, or too long.
-        """
+        """Yield the events that this part completes; raise AnswerError for one that is no JSON object, or too long."""
         lines = (self._unread + part).splitlines(keepends=True)
         # The last line may go on, and an LF may follow its CR.
         self._unread = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""

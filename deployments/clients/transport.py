@@ -107,11 +107,7 @@ class Transport(Protocol):
 
 
 def read_answer(kind: type[_M], values: Any) -> _M:
-    """Validate an answer and return it as a value of its type, without keys that this version does not know.
-
-    Raises:
-        AnswerError: it is no such answer.
-    """
+    """Validate an answer, without keys unknown to this version; raise AnswerError if it is not such an answer."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -121,11 +117,7 @@ def read_answer(kind: type[_M], values: Any) -> _M:
 
 
 def read_event(kind: str, data: Mapping[str, Any], seq: int | None = None) -> VideoEvent:
-    """Return the event that came as JSON.
-
-    Raises:
-        AnswerError: its values are not those of its kind.
-    """
+    """Return the event that came as JSON; raise AnswerError if its values are not those of its kind."""
     try:
         return event_of_json(kind, data, seq)
     except ValueError:

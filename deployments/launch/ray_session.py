@@ -168,11 +168,7 @@ def is_ray_alive() -> bool:
 
 @contextmanager
 def time_limit(timeout_s: float) -> Iterator[None]:
-    """Bound the block's duration. Serve's calls have no deadline and never return once Ray has died.
-
-    Raises:
-        LostError: the block was not done in time.
-    """
+    """Raise LostError if the block takes longer: Serve's calls have no deadline, and never return once Ray has died."""
     is_late = False
 
     def give_up(number: int, frame: object) -> None:
