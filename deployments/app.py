@@ -74,12 +74,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def has_audio(config: AppConfig) -> bool:
-    """Return whether the app decodes sound.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used.
-        CapabilityError: sound was asked for, and the checkpoint makes none.
-    """
+    """Return whether the app decodes sound; raise CheckpointError or CapabilityError, as :func:`offers_sound`."""
     return offers_sound(config.audio, CheckpointLayout.open(config.checkpoint))
 
 

@@ -422,11 +422,7 @@ class AppConfig(Strict):
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> AppConfig:
-        """Return the configuration of plain values.
-
-        Raises:
-            ConfigError: unknown keys (names the nearest known one), missing ones, values out of range.
-        """
+        """Validate plain values; raise ConfigError for missing, bad and unknown keys, with the nearest known one."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -435,11 +431,7 @@ class AppConfig(Strict):
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> AppConfig:
-        """Read a YAML file, with ``overrides`` (dotted key -> value) in place of its own keys.
-
-        Raises:
-            ConfigError: the file cannot be read, or as :meth:`parse`.
-        """
+        """Read a YAML file with ``overrides`` (dotted key -> value) over its keys; raise as :meth:`parse`."""
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

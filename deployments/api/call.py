@@ -52,11 +52,7 @@ class AnsweringRoute(APIRoute):
 
 
 async def answer_errors(handling: Coroutine[Any, Any, Response], operation: str) -> Response:
-    """Return the route's answer, or that of the error it raises; log errors that their answer does not explain.
-
-    Raises:
-        HTTPException: the framework's own, which it answers itself.
-    """
+    """Return the route's answer, or its error's; log an error that the answer does not explain, raise HTTPException."""
     try:
         return await handling
     except HTTPException:

@@ -222,7 +222,7 @@ async def _read_span(open_file: Callable[[], BinaryIO], span: Span) -> AsyncGene
     """Yield a span of a file, which is opened once, so that removing it does not cut off its readers."""
     start = span.start
     with contextlib.ExitStack() as stack:
-        # Cancelled or not, the reading thread is waited for before its file is closed.
+        # A cancellation waits for the reading thread: its file must not be closed under it.
         file = await run_in_thread(lambda: stack.enter_context(open_file()))
         while start < span.end:
             part = await run_in_thread(_read_at, file, start, min(span.end - start, _PART_BYTES))

@@ -210,7 +210,7 @@ def _keep(field: str, value: Any) -> Any:
 
 
 def _rows(field: str, value: Any) -> Any:
-    return value["data"] if isinstance(value, dict) and "data" in value else value  # as answers have them
+    return value["data"] if isinstance(value, dict) and "data" in value else value  # as answers hold actions
 
 
 def _check_object(field: str, value: Any) -> dict[str, Any]:

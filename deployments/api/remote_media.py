@@ -42,14 +42,9 @@ def system_addresses(host: str, port: int) -> Sequence[str]:
 
 
 class RemoteMediaFetcher:
-    """Fetcher of files from other servers.
+    """Fetcher of files from other servers; raises ConfigError if an entry of ``config.hosts`` is no host.
 
-    Args:
-        resolve: name, port -> addresses; called in a thread.
-        tls: the trusted authorities; the system's if omitted.
-
-    Raises:
-        ConfigError: an entry of ``config.hosts`` is no host.
+    ``resolve`` (name, port -> addresses) runs in a thread; ``tls`` defaults to the system's trusted authorities.
     """
 
     def __init__(

@@ -41,13 +41,7 @@ class UnreachableError(Cosmos3Error):
 
 
 class AnswerError(Cosmos3Error):
-    """The server refused.
-
-    Args:
-        status: HTTP status of the answer; 500 for a job that failed.
-        message: of the server.
-        code: the server's error code; "" where it has none.
-    """
+    """The server refused, with an HTTP status (500 for a failed job), a message and a code ("" where it has none)."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         self.status, self.message, self.code = status, message, code

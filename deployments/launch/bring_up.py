@@ -224,7 +224,7 @@ def _find_remote_head() -> str:
 
 
 def _stop(call: Callable[[], None], stop_timeout: StopTimeout) -> None:
-    # When the whole process group got the signal, Ray takes a moment until it is seen to end.
+    # If the whole process group got the signal, it takes a moment until Ray is seen to end.
     time.sleep(_SIGNAL_S)
     if not is_ray_alive():
         return

@@ -32,11 +32,7 @@ class Node:
 
 
 def sum_needs(config: AppConfig) -> Resources:
-    """Return the resources of all stages at their smallest number of replicas.
-
-    Raises:
-        Cosmos3Error: the checkpoint or the layout cannot be used.
-    """
+    """Return the resources of all stages with their fewest replicas; raise Cosmos3Error for an unusable layout."""
     return _sum_needs(config, make_gang_spec(config, config.transformer), _count_replicas(config.transformer))
 
 
@@ -54,10 +50,7 @@ def describe_shortfall(config: AppConfig, nodes: Sequence[Node]) -> str:
     """Describe why these nodes cannot hold the app, even if all their resources were free; "" if they can.
 
     Compares sums, and each gang of the stages ``transformer`` and ``vae`` with single nodes. It does not solve the
-    packing of all stages.
-
-    Raises:
-        Cosmos3Error: the checkpoint or the layout cannot be used.
+    packing of all stages. Raises as :func:`sum_needs`.
     """
     gang, num_gangs = make_gang_spec(config, config.transformer), _count_replicas(config.transformer)
     lack = _describe_lack(config, gang, num_gangs, nodes)

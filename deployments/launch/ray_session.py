@@ -236,11 +236,7 @@ def end_on_signals(signals: Collection[int], patience_s: float) -> Iterator[None
 
     For native code that waits for a process which the same signal has killed (all processes of a group get it): Python
     runs its signal handlers only after that code. While the code holds Python's lock, this waits as well. The exit
-    status is 130.
-
-    Args:
-        signals: with a Python handler.
-        patience_s: from the signal to the end of the block.
+    status is 130. ``signals`` need a Python handler; ``patience_s`` begins with the signal.
     """
     reader, writer = socket.socketpair()
     is_left = threading.Event()

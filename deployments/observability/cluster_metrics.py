@@ -64,7 +64,7 @@ async def fetch_text(url: str) -> bytes:
     """
     data = bytearray()
     limits = httpx2.Timeout(_LIMIT_S, connect=_CONNECT_S)
-    # The nodes are neighbours: a proxy that the environment names is not for them.
+    # Nodes are reached directly, never through a proxy of the environment.
     async with httpx2.AsyncClient(trust_env=False, timeout=limits) as client, client.stream("GET", url) as answer:
         answer.raise_for_status()
         async for part in answer.aiter_bytes():
