@@ -1,1 +1,1 @@
-"""How the model runs on many processes and machines: gangs of rank actors, tensors between them, configs."""
+"""The model on many processes and machines: gangs of rank actors, tensors between them, configs."""

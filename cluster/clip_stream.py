@@ -4,8 +4,8 @@ Serve's own streams have no back-pressure and spread calls over replicas. Here a
 a chunk, the Director posts the chunk's reference, and the one consumer of the clip takes it and gives the credit back.
 Chunks themselves never pass through this actor.
 
-Pictures and sound have a producer each. One that dies is followed by another, of another name, which begins anew: the
-Director drops what comes a second time, and takes back the unused credits of the first.
+Pictures and sound have a producer each. One that dies is replaced by another, of another name, which starts over: the
+Director drops repeated chunks, and takes back the unused credits of the dead one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class _Clip:
 
 
 class ClipStreams:
-    """Mailboxes of the clips of one Director. An async actor: waiting calls cost nothing; runs with ``num_cpus=0``.
+    """Async actor with the mailboxes of one Director's clips; waiting calls cost nothing.
 
-    It is owned by its Director and dies with it, which ends every producer and consumer that waits here.
+    Its Director owns it. It dies with the Director, which ends every producer and consumer that waits here.
 
     Args:
-        max_clips: how many clips may be open at once.
+        max_clips: bound on open clips.
     """
 
     def __init__(self, max_clips: int) -> None:
@@ -49,7 +49,7 @@ class ClipStreams:
 
         Raises:
             OverloadedError: too many clips are open.
-            StreamClosed: one of that name is open: a second producer would mix its chunks into it.
+            StreamClosed: a clip of that name is open; their chunks would mix.
         """
         if stream_id in self._clips:
             raise StreamClosed(stream_id, "it is open already")
@@ -58,7 +58,7 @@ class ClipStreams:
         self._clips[stream_id] = _Clip(asyncio.Semaphore(window))
 
     async def acquire(self, stream_id: str, producer: str, timeout_s: float) -> bool:
-        """Wait for a producer's credit; return False when the stream has ended, and the producer must stop.
+        """Wait for a producer's credit; return False if the stream has ended and the producer must stop.
 
         Raises:
             TimeoutError: no credit came in time.
@@ -83,7 +83,7 @@ class ClipStreams:
             clip.changed.set()
 
     async def drop(self, stream_id: str, producer: str) -> None:
-        """Give up a credit without posting a chunk: none is left to make, or the consumer has it already."""
+        """Give up a credit without posting a chunk: none is left, or the consumer already has it."""
         clip = self._clips.get(stream_id)
         if clip is not None and clip.making[producer] > 0:
             clip.making[producer] -= 1
@@ -126,13 +126,13 @@ class ClipStreams:
                 await clip.changed.wait()
 
     async def release(self, stream_id: str) -> None:
-        """Give a credit back for the consumer, which has used a chunk up."""
+        """Give a credit back after the consumer has used up a chunk."""
         clip = self._clips.get(stream_id)
         if clip is not None:
             clip.credits.release()
 
     async def close(self, stream_id: str, reason: str) -> None:
-        """End a clip, if it is open, for all its waiting calls."""
+        """Close a clip, if it is open, and end all its waiting calls."""
         clip = self._clips.pop(stream_id, None)
         if clip is None:
             return
@@ -147,8 +147,8 @@ class ClipStreams:
 
 
 def start_clip_streams(max_clips: int) -> Any:
-    """Start the actor as a child of the calling one; after its death Ray starts an empty one in its place."""
-    # Two producers and a consumer of each clip may wait here, and producers that have died; there must be room for the
-    # calls that end their waits.
+    """Start the actor as a child of the calling one; Ray replaces a dead one by an empty one."""
+    # Two producers and a consumer of each clip may wait here, and dead producers' calls; the calls that end these waits
+    # need room too.
     max_calls = 10 * max_clips + 100
     return ray.remote(ClipStreams).options(num_cpus=0, max_concurrency=max_calls, max_restarts=-1).remote(max_clips)

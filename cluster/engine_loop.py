@@ -1,12 +1,12 @@
 """The leader's loop: it alone calls the ranks, a quantum of about a quarter second of steps at a time.
 
 Every request is queued here, where its class is known, never in a router in front; :mod:`cluster.step_scheduler`
-decides whose turn it is. Between quanta a request costs its state on every rank, within a bound: one that has to make
-room is parked, its state with the leader, and resumed later. A cancelled one leaves at the next quantum. From time to
-time the caller gets the state of a running request, which another gang can resume. For previews rank 0 gives the
-colours between two quanta, and the file is made beside the next quantum.
+picks the next one. Between quanta a request keeps its state on every rank, within a bound: to make room it is parked,
+its state with the leader, and resumed later. A cancelled request leaves at the next quantum. Callers get the state of
+a running request periodically, and another gang can resume it. For a preview, rank 0 returns colours between two
+quanta, and the leader encodes the file during the next one.
 
-When the gang fails, every request gets the failure, and so does every later one: the leader ends and is rebuilt.
+When the gang fails, every request gets the failure, later ones too: the leader ends and is replaced.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cosmos3_core.prompt_ledger import PromptLedger, RequestMemory
 logger = logging.getLogger("ray.serve")
 
 _QUANTUM_S = 0.25
-# A gang counts as hung when a quantum takes this many times what the last one took, and longer than the floor.
+# A gang counts as hung when a quantum takes this many times as long as the last one, and longer than the floor.
 _PATIENCE = 20
 # Between two checks of idle ranks.
 _IDLE_S = 5.0
@@ -49,13 +49,13 @@ class LoopSpec:
     """How a leader runs its gang.
 
     Attributes:
-        max_jobs: requests of one class of urgency that it takes at once, the running one included.
-        max_held_bytes: what the requests that have begun may hold of each rank's memory; one may always run.
-        text_cache_bytes: bound on kept prompts, of each rank's memory.
+        max_jobs: bound on the requests of one class of urgency, the running one included.
+        max_held_bytes: bound on the memory that begun requests hold on each rank; one may always run.
+        text_cache_bytes: bound on the memory of kept prompts on each rank.
         save_period_s: between two saved states of a running request.
-        first_step_timeout_s: for beginning a request, and for its first step: nothing is known of its speed, and a new
-            shape may be compiled for.
-        quantum_timeout_s: for any later quantum, at least; longer where steps are slow.
+        first_step_timeout_s: for beginning a request and its first step: its speed is unknown, and kernels may be
+            compiled for its shape.
+        quantum_timeout_s: least limit of any later quantum; slow steps get longer.
     """
 
     max_jobs: int
@@ -76,7 +76,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Denoised:
-    """The last update: the latents, modality -> fp32."""
+    """The last update: modality -> fp32 latents."""
 
     latents: dict[str, TensorEnvelope]
 
@@ -116,8 +116,8 @@ class EngineLoop:
 
     Args:
         gang: up and warm.
-        request_memory: what requests hold of a rank's memory.
-        spec: its bounds and deadlines.
+        request_memory: memory that requests hold on a rank.
+        spec: bounds and deadlines.
         on_failure: called once, when the gang has failed and every request has its error.
         meter: records the gang's work.
     """
@@ -169,18 +169,18 @@ class EngineLoop:
             job_id: unique among the gang's requests.
             request: to run.
             limit_s: seconds that it may take from now on, waiting included.
-            state: to resume from; the one of a :class:`SavedState` of the same request.
+            state: to resume from; that of a :class:`SavedState` of the same request.
             clean: latents of the frames that the request gives.
-            previews: which previews to make; None: none. They come as soon as they are made, none after the last
-                step. One is made at a time: one that is due meanwhile waits for a later quantum, or never comes.
-            origin: names the request in the logs, the ranks' as well.
+            previews: which previews to make; None for none. They are made one at a time, and none comes after the last
+                step: one that is due while another is made waits for a later quantum, or is skipped.
+            origin: names the request in the logs, also the ranks'.
 
         Raises:
             OverloadedError: the queue is full.
             GangFailed: the gang failed; the request may be tried elsewhere.
             DeadlineExceeded: the time is up.
             OutOfMemory: the request does not fit into the ranks' memory.
-            Cosmos3Error: what the ranks refused the request with.
+            Cosmos3Error: the ranks refused the request.
         """
         if self.failure is not None:
             raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
@@ -232,7 +232,7 @@ class EngineLoop:
                 self._fail(GangFailed("step", f"the engine loop met {type(error).__name__}: {error}"), job)
 
     async def _idle(self) -> None:
-        """Wait for a request, and check idle ranks, so that a death is noticed before a request comes."""
+        """Wait for a request; check idle ranks, so that a death is noticed before a request comes."""
         try:
             async with asyncio.timeout(_IDLE_S):
                 await self._wake.wait()
@@ -251,7 +251,7 @@ class EngineLoop:
         await self._make_room_for(job)
         num_hits = self._ledger.num_kept(job.request.prompts)
         orders = self._ledger.admit(job.request.prompts)
-        # What the ranks did not drop for a request that they refused is still to be dropped.
+        # Drop also what the ranks kept when they refused the last request.
         orders = replace(orders, drop=tuple(sorted({*orders.drop, *self._undropped} - orders.keep)))
         self._undropped = orders.drop
         start_s = self._now_s()
@@ -281,7 +281,7 @@ class EngineLoop:
         return True
 
     async def _make_room_for(self, job: _Job) -> None:
-        """Park what has begun, the least urgent and latest first, until the request fits."""
+        """Park begun requests, the least urgent and latest first, until the request fits."""
         memory = self._request_memory
         begun = [other for other in self._turns if other.has_begun]
         while begun and sum(memory.of(it.request) for it in (job, *begun)) > self._spec.max_held_bytes:
@@ -306,7 +306,7 @@ class EngineLoop:
         report = reports[0]
         last = report.steps[-1]
         if last.step == last.num_steps:
-            job.previews = None  # what is still being made is too late: the clip itself comes now
+            job.previews = None  # one still being made is too late: the clip itself comes now
         for step in report.steps:
             job.updates.put_nowait(step)
         job.step_s = report.seconds / len(report.steps)
@@ -325,7 +325,7 @@ class EngineLoop:
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
 
     async def _preview(self, job: _Job, order: PreviewOrder, last: StepDone) -> None:
-        """Make a due preview, unless another is being made. The gang waits for rank 0's colours only."""
+        """Make a due preview, unless another is being made; the gang waits only for rank 0's colours."""
         if self._encoding is not None and not self._encoding.done():
             return
         period_steps = order.period_steps(last.num_steps)
@@ -373,7 +373,7 @@ class EngineLoop:
             await self._forget(job)
 
     def _refuse(self, job: _Job, error: Exception) -> None:
-        """Refuse a request with the ranks' error; they keep nothing of it."""
+        """Reject a request with the ranks' error; they keep nothing of it."""
         job.updates.put_nowait(error)
         self._leave(job)
 
@@ -389,7 +389,7 @@ class EngineLoop:
         return await self._gang.first(method, job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
 
     def _fail(self, error: GangFailed, running: _Job | None) -> None:
-        """End everything. Only the request that was being worked on may be to blame."""
+        """Fail every request; only the running one may be to blame."""
         self.failure = error
         origin = None if running is None else running.origin
         log_event(logger, "gang failed", origin, logging.ERROR, phase=error.phase, rank=error.rank, reason=error.reason)
@@ -397,7 +397,7 @@ class EngineLoop:
             if job is not running:
                 job.updates.put_nowait(GangLost(error.phase, error.reason, error.rank))
             else:
-                # Out of memory on some ranks, while others went on without them.
+                # Only some ranks were out of memory: the request's fault, but the gang has failed.
                 job.updates.put_nowait(error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error)
             self._turns.remove(job)
         self._on_failure()

@@ -3,15 +3,15 @@
     Cosmos3Error
     └── ClusterError
         ├── GangFailed        a rank of a gang died, hung or failed; the gang is rebuilt, the request may be retried
-        │   └── GangLost      the same, seen by a request that the gang was not at work on
+        │   └── GangLost      the same, for a request that the gang was not working on
         ├── OutOfMemory       a request does not fit into a device's memory; not tried again
-        ├── PreviewFailed     a preview could not be made; the request goes on without
+        ├── PreviewFailed     a preview could not be made; the request continues without previews
         ├── StreamClosed      the other end of a clip's stream gave up
         ├── OverloadedError   a bound was reached; try again later
         ├── ShuttingDown      the app finishes what it has and takes no more
         ├── DeadlineExceeded  the request took longer than it may
-        ├── StageFailed       a stage failed for good: its tries are used up
-        └── AppNotFound       no app runs where one was looked for
+        ├── StageFailed       a stage failed for good: its attempts are used up
+        └── AppNotFound       no app runs at the place that was given
 
 All of them cross process boundaries whole: their arguments are all they hold.
 """
@@ -32,7 +32,7 @@ class GangFailed(ClusterError):
         phase: what it was doing: "place", "start", "meet", "load", "warm up" or "idle"; transformers also "begin" and
             "step", VAEs "decode", "encode" and "previews"; "call" is the leader's own bug.
         reason: what happened.
-        rank: the rank that failed; None where it is no rank's failure, or unknown.
+        rank: the rank that failed; None if unknown, or no rank did.
     """
 
     def __init__(self, phase: str, reason: str, rank: int | None = None) -> None:
@@ -45,14 +45,14 @@ class GangFailed(ClusterError):
 
 
 class GangLost(GangFailed):
-    """A gang failed while it was at work on another request. Retrying this one does not count as an attempt."""
+    """A gang failed while it worked on another request; retrying this one does not count as an attempt."""
 
 
 class OutOfMemory(ClusterError):
     """A request needs more memory than a device has left.
 
     Args:
-        what: that ran out, in the allocator's words.
+        what: ran out, in the allocator's words.
     """
 
     def __init__(self, what: str) -> None:
@@ -64,11 +64,7 @@ class OutOfMemory(ClusterError):
 
 
 class PreviewFailed(ClusterError):
-    """A request goes on without previews.
-
-    Args:
-        reason: why.
-    """
+    """A request continues without previews."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -79,12 +75,7 @@ class PreviewFailed(ClusterError):
 
 
 class StreamClosed(ClusterError):
-    """A clip's stream was closed before its end.
-
-    Args:
-        stream_id: which one.
-        reason: why.
-    """
+    """A clip's stream was closed before its end."""
 
     def __init__(self, stream_id: str, reason: str) -> None:
         self.stream_id, self.reason = stream_id, reason
@@ -100,7 +91,7 @@ class OverloadedError(ClusterError):
     Args:
         what: which bound was reached.
         limit: the bound.
-        retry_after_s: when a place is likely to be free.
+        retry_after_s: seconds until a place is likely to be free.
     """
 
     def __init__(self, what: str, limit: int, retry_after_s: float) -> None:
@@ -115,7 +106,7 @@ class ShuttingDown(ClusterError):
     """The app is being stopped: it finishes the requests that it has and takes no more.
 
     Args:
-        retry_after_s: when another one may be in its place.
+        retry_after_s: seconds until a new one may be in its place.
     """
 
     def __init__(self, retry_after_s: float) -> None:
@@ -143,13 +134,7 @@ class DeadlineExceeded(ClusterError):
 
 
 class StageFailed(ClusterError):
-    """A stage failed as often as it was allowed to.
-
-    Args:
-        stage: which one.
-        attempts: how often it was tried.
-        reason: the last failure.
-    """
+    """A stage has used up its ``attempts``; ``reason`` is the last failure."""
 
     def __init__(self, stage: str, attempts: int, reason: str) -> None:
         self.stage, self.attempts, self.reason = stage, attempts, reason
@@ -160,4 +145,4 @@ class StageFailed(ClusterError):
 
 
 class AppNotFound(ClusterError):
-    """No app runs where one was looked for; says where, and what to do."""
+    """No app runs at the given place; the message says what to do."""

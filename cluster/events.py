@@ -1,6 +1,6 @@
-"""Events of a request that a rank or its gang's leader makes; they reach the request's caller unchanged.
+"""Events of a request that ranks and their leader make, and the base of all events.
 
-Base and fields for all events, also those of other stages: :mod:`deployments.jobs.events` has the union and its JSON.
+They reach the caller unchanged; :mod:`deployments.jobs.events` has the union and its JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTERNAL: Mapping[str, Any] = MappingProxyType({"is_internal": True})
 
 
 def internal(default: T) -> T:
-    """Return a field that stays inside the app; a client has its default."""
+    """Return a field that stays inside the app; clients see its default."""
     value: T = field(default=default, metadata=INTERNAL)
     return value
 
@@ -29,7 +29,7 @@ class Event:
     Attributes:
         KIND: its name in JSON; "" for events that no client sees.
         seq: its number in the video's history, from 1; None for events that are not kept.
-        data: its JSON values as a client got them, those of a later version included; None inside the app.
+        data: its JSON values as a client received them, also unknown ones; None inside the app.
     """
 
     KIND: ClassVar[str] = ""
@@ -49,9 +49,9 @@ def public_names(kind: type[Event]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class QueuePosition(Event):
-    """The request waits behind ``position`` others: first for a place among those that run, then for a gang.
+    """The request waits behind ``position`` others: first for a runner, then for a gang.
 
-    Its last step is done in about ``eta_s`` seconds; None where that cannot be estimated. ``pid`` is of who says so.
+    Its last step ends in about ``eta_s`` seconds; None if that cannot be estimated. ``pid`` is the reporting process.
     """
 
     KIND = "queued"
@@ -67,8 +67,8 @@ class StepDone(Event):
     Attributes:
         sigma: noise level that is left.
         step_s: seconds that the step took, as a share of its quantum.
-        eta_s: seconds until the last step; None where that is not estimated.
-        pid: process of the rank that did it.
+        eta_s: seconds until the last step; None if not estimated.
+        pid: of the rank.
     """
 
     KIND = "step"
@@ -98,7 +98,7 @@ class PreviewReady(Event):
 
 @dataclass(frozen=True)
 class PreviewsOff(Event):
-    """The request goes on without previews, or without more. ``pid`` is of the process that cannot make them."""
+    """The request continues without previews, or without more. ``pid`` is of the process that cannot make them."""
 
     KIND = "previews_off"
     reason: str

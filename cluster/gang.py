@@ -1,7 +1,7 @@
 """A gang: the rank actors that run one model together, placed, started, called and failing as one.
 
-It is owned by the leader, a Serve replica without a GPU of its own, and lives in the replica's placement group; when
-the leader dies, its ranks and the group go with it. Bring-up is numbered, and every error says how far it came:
+The leader, a Serve replica without a GPU, owns it. The gang lives in the replica's placement group: when the leader
+dies, ranks and group go with it. The steps of bring-up are numbered, and every error names the one that failed:
 
     1 place    order the placement group's bundles: rank 0 beside the leader, a node's ranks adjacent
     2 start    one actor a bundle, each in its own process
@@ -41,8 +41,8 @@ class GangSpec:
     """Settings from which a gang is started.
 
     Attributes:
-        rank: of the ranks: what each loads, and how many there are.
-        cpus_per_rank, gpus_per_rank: that each takes of its bundle.
+        rank: what each rank loads, and how many there are.
+        cpus_per_rank, gpus_per_rank: share of its bundle.
         start_timeout_s: for each phase of the bring-up.
     """
 
@@ -70,7 +70,7 @@ def order_ranks(bundle_nodes: Mapping[int, str], leader_node: str) -> list[int]:
 
 
 class Gang:
-    """The running ranks of a gang; started by :meth:`start`.
+    """The running ranks of a gang, brought up by :meth:`start`.
 
     Attributes:
         infos: where the ranks live.
@@ -88,7 +88,7 @@ class Gang:
         """Bring a gang up in the current placement group.
 
         Raises:
-            GangFailed: it did not come up; says in which phase.
+            GangFailed: it did not come up; names the phase.
             CheckpointError, RequestError: the checkpoint or the device cannot be used.
         """
         order = _place_bundles(spec)
@@ -122,7 +122,7 @@ class Gang:
         timeout_s: float,
         passes_on: type[Cosmos3Error] | tuple[()] = (),
     ) -> Any:
-        """Call a method on rank 0 alone; as :meth:`call` otherwise."""
+        """Call a method on rank 0 alone; otherwise as :meth:`call`."""
         alone = Gang(self._actors[:1])
         return (await alone.call(method, *arguments, phase=phase, timeout_s=timeout_s, passes_on=passes_on))[0]
 
@@ -140,7 +140,7 @@ class Gang:
             method, arguments: of the ranks' class.
             phase: for messages.
             timeout_s: for all of them.
-            passes_on: errors that are raised as they are: they say more than that a gang failed.
+            passes_on: errors to raise as they are, not as a :class:`GangFailed`.
 
         Returns:
             The results in rank order.
@@ -156,17 +156,17 @@ class Gang:
         return _collect_results(calls, errors, method, phase, timeout_s)
 
     async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
-        """Call as :meth:`call` does where ranks may refuse: all of them alike, or the gang has failed.
+        """Call as :meth:`call`, but let the ranks refuse: all of them alike, or the gang has failed.
 
-        Out of memory is a refusal only where a rank is alone. Several may have left each other in the middle of an
-        exchange, of which the next request would find the rest.
+        Out of memory is a refusal only for a rank alone. Several may have broken off an exchange, and the next request
+        would meet the rest of it.
 
         Raises:
-            Cosmos3Error: what every rank raised.
+            Cosmos3Error: raised by every rank.
             GangFailed: as :meth:`call`; or some ranks refused and others did not.
         """
         calls = await self._await_first_failure(method, arguments, timeout_s)
-        # If one error cannot be a refusal the gang has failed, and other ranks may wait for that one in an exchange.
+        # An error that is no refusal fails the gang: do not wait, other ranks may hang in an exchange with that one.
         errors = _collect_errors(calls)
         if errors and all(_may_be_refusal(error, len(calls)) for error in errors.values()):
             await asyncio.wait(calls, timeout=min(_AGREE_S, timeout_s))
@@ -190,7 +190,7 @@ class Gang:
         return calls
 
     def _calls(self, method: str, arguments: tuple[Any, ...]) -> list[asyncio.Future[Any]]:
-        # Once into the object store for all ranks, not once for each.
+        # Put it into the object store once for all ranks.
         shared = [ray.put(it) if isinstance(it, TensorEnvelope) else it for it in arguments]
         return [asyncio.ensure_future(getattr(actor, method).remote(*shared)) for actor in self._actors]
 
@@ -258,7 +258,7 @@ def _collect_results(
         raise GangFailed(phase, f"{method}() raised {type(error).__name__}: {error}", rank) from error
     silent = [rank for rank, call in enumerate(calls) if not call.done()]
     if silent:
-        # A rank that hangs makes others hang with it: which one it was is only known if one alone is silent.
+        # A hanging rank makes others hang: it is known only if it alone is silent.
         reason = f"no answer from {method}() within {timeout_s:.0f} s"
         if len(silent) == 1:
             raise GangFailed(phase, reason, silent[0])

@@ -1,11 +1,11 @@
-"""Calls to a gang on behalf of requests that come and go: one after the other, none taken back once it is made.
+"""Calls to a gang for requests that come and go: one after the other, never cancelled once made.
 
 A request that is cancelled must not take its calls with it: Ray drops those that wait at one rank and leaves those that
 run at another, which then waits for its neighbour for ever. So one task makes every call, and a caller may leave:
-a call that has begun ends, one that has not had its turn is made to no rank. The task also checks idle ranks, so that
+a call that has begun runs to its end, and one still in the queue is not made. The task also checks idle ranks, so that
 a death is noticed before a request meets it.
 
-When the gang fails, every caller gets the failure, and so does every later one: the leader ends and is rebuilt.
+When the gang fails, every caller gets the failure, later ones too: the leader ends and is replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Call:
 class GangCalls:
     """Queue of the calls to one gang, made one at a time. Create it inside the event loop that will use it.
 
-    The callers bound the queue: each has one call at a time, and one at its end.
+    The queue is bounded by its callers: each has one call at a time, and one at its end.
 
     Args:
         gang: up and warm.
@@ -62,10 +62,10 @@ class GangCalls:
         Args:
             method, arguments: of the ranks' class.
             phase: for messages.
-            timeout_s: from the turn on.
+            timeout_s: from the call's turn on.
 
         Raises:
-            Cosmos3Error: what every rank raised.
+            Cosmos3Error: raised by every rank.
             OutOfMemory: it did not fit.
             GangFailed: the gang failed; :class:`GangLost` if it was at work on another call.
         """
@@ -76,7 +76,7 @@ class GangCalls:
         """Call a method that exchanges nothing on rank 0 alone, in its turn; as :meth:`ask` otherwise.
 
         Raises:
-            Cosmos3Error: what rank 0 raised; the gang is as it was.
+            Cosmos3Error: raised by rank 0; the gang is as it was.
             GangFailed: as :meth:`ask`.
         """
         return await self._put(method, arguments, phase, timeout_s, is_for_first=True)
@@ -87,7 +87,7 @@ class GangCalls:
             self._put(method, arguments, phase, timeout_s)
 
     async def while_up(self, awaitable: Awaitable[T]) -> T:
-        """Wait for something that the gang does not make, as long as the gang has not failed.
+        """Wait for something outside the gang, unless the gang fails first.
 
         Raises:
             GangLost: the gang failed first.
@@ -108,7 +108,7 @@ class GangCalls:
         if self.failure is not None:
             raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        # The caller may be gone by then: an error without a reader must not be reported as a bug.
+        # Retrieve the error: asyncio must not log one whose caller has left.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._calls.put_nowait(_Call(method, arguments, phase, timeout_s, is_for_first, answer))
         return answer
@@ -152,10 +152,10 @@ class GangCalls:
         return await self._gang.ask(call.method, *call.arguments, **limits)
 
     def _fail(self, error: GangFailed, running: _Call | None) -> None:
-        """End everything. Only the call that was being made may be to blame."""
+        """Fail every call; only the running one may be to blame."""
         self.failure = error
         if running is not None and not running.answer.done():
-            # Out of memory on some ranks, while others went on without them.
+            # Only some ranks were out of memory: the call's fault, but the gang has failed.
             running.answer.set_exception(error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error)
         while not self._calls.empty():
             waiting = self._calls.get_nowait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Metrics of Ray are 10 s old, and forgotten when they are not set again within 20.
+# Ray exports metrics every 10 s, and forgets those that are not set again within 20 s.
 _PERIOD_S = 5.0
 
 
@@ -22,15 +22,11 @@ class GangMeter:
         """Set the share of the last seconds in which the gang was busy."""
 
     def count_prompt_lookups(self, num_hits: int, num_misses: int) -> None:
-        """Count how many prompts of a request the gang's cache had, and how many it had not."""
+        """Count the prompts of a request that the gang's cache had, and those that it had not."""
 
 
 class BusyClock:
-    """Measures the share of time in which a gang is at work, every few seconds anew.
-
-    Args:
-        now_s: the time now, by the clock of all times here.
-    """
+    """Measures a gang's busy share over the last few seconds; all times are of one clock."""
 
     def __init__(self, now_s: float) -> None:
         self._since_s = now_s
@@ -41,7 +37,7 @@ class BusyClock:
         self._busy_s += end_s - start_s
 
     def share(self, now_s: float) -> float | None:
-        """Return the busy share of the time since the last report, in [0, 1]; None if that was moments ago."""
+        """Return the busy share since the last report, in [0, 1]; None if that was moments ago."""
         passed_s = now_s - self._since_s
         if passed_s < _PERIOD_S:
             return None

@@ -1,14 +1,14 @@
-"""Log lines about requests: what happened, whose request it was, how long it took. One line of one shape everywhere.
+"""Log lines about requests, of one shape everywhere: what happened, to which request, how long it took.
 
-Where to look for a request's lines, by its id, on every node of the cluster (``/tmp/ray/session_latest/logs`` there):
+To find a request's lines by its id, on every node of the cluster in ``/tmp/ray/session_latest/logs``:
 
     grep -rh '"request_id": "ID"' serve/ worker-*.err
 
 ``serve/`` has the replicas': Director, tokenizer, leaders, encoder, one file each. A rank is a process of its own: Ray
 puts its standard error into ``worker-<worker id>-<Ray's job>-<pid>.err``; :func:`log_to_stderr` makes JSON of it.
 
-Callers choose the names of requests, and messages of errors may hold what a caller has sent: :func:`one_line` escapes
-everything that could begin a line, or control a terminal. Prompts are not logged, nor any other value of a request.
+Callers choose request ids, and error messages may quote callers: :func:`one_line` escapes everything that could begin a
+line or control a terminal. Neither prompts nor other values of a request are logged.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LogOrigin:
 
     Attributes:
         request_id: the caller's name for the request.
-        job_id: ours.
-        attempt: which try of the stage it is, from 1.
+        job_id: our id for it.
+        attempt: of the stage, from 1.
     """
 
     request_id: str
@@ -60,11 +60,11 @@ def log_event(
     The message leaves out the request id: Serve's text has it at the beginning of a line.
 
     Args:
-        logger: where.
+        logger: writes it.
         event: two or three words, always the same.
         origin: names the request.
         level: of :mod:`logging`.
-        fields: name -> value; no attribute of :class:`logging.LogRecord` is a name.
+        fields: name -> value; names must not be attributes of :class:`logging.LogRecord`.
     """
     if not logger.isEnabledFor(level):
         return
@@ -86,7 +86,7 @@ def log_failure(
 
 
 def _reason(error: BaseException) -> str:
-    """Describe an error of ours or the system's; of others, which may quote a prompt, say only where it was raised."""
+    """Describe an error of ours or the system; of others, which may quote a prompt, give only the place."""
     if isinstance(error, RequestError):
         return f"{error.field} must be {error.allowed}"
     if isinstance(error, Cosmos3Error | OSError):
@@ -102,9 +102,9 @@ def _show(value: Value) -> str | int | float:
 
 
 class _Event(logging.LogRecord):
-    """A record that keeps its request.
+    """A record that keeps its request's ids.
 
-    Serve's handlers set a request id of their own on every record, and delete ``job_id``, which is Ray's there.
+    Serve's handlers set their own request id on every record, and delete ``job_id``, which is Ray's to them.
     """
 
     _KEPT = frozenset({"request_id", "job_id"})
@@ -122,11 +122,7 @@ _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {
 
 
 class JsonLines(logging.Formatter):
-    """Formats records as lines of JSON, with the names that Serve's logs have.
-
-    Args:
-        fields: of every line.
-    """
+    """Formats records as lines of JSON with the names of Serve's logs, and ``fields`` in every line."""
 
     def __init__(self, **fields: Value) -> None:
         super().__init__()
@@ -150,15 +146,11 @@ class JsonLines(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Marks the handler as ours, so that it is added once."""
+    """Handler of :func:`log_to_stderr`, which replaces an earlier one of this type."""
 
 
 def log_to_stderr(**fields: Value) -> None:
-    """Write everything that this process logs to its standard error, as :class:`JsonLines`.
-
-    Args:
-        fields: of every line.
-    """
+    """Write everything that this process logs to its standard error, as :class:`JsonLines` with ``fields``."""
     root = logging.getLogger()
     for handler in [it for it in root.handlers if isinstance(it, _Handler)]:
         root.removeHandler(handler)
@@ -178,18 +170,14 @@ class _Work:
 
 @dataclass
 class RankLog:
-    """Logs a rank's pieces of work: the begin, failures, the end. Work without an origin, the warm-up, is not logged.
-
-    Attributes:
-        logger: where.
-    """
+    """Logs begin, failures and end of a rank's pieces of work, except those without an origin: the warm-up."""
 
     logger: logging.Logger
     _works: dict[str, _Work] = field(default_factory=dict)
 
     @contextmanager
     def begin(self, name: str, origin: LogOrigin | None) -> Iterator[None]:
-        """Log the begin of a piece of work, to which later calls refer by its name."""
+        """Log the begin of a piece of work; later calls refer to it by its name."""
         with self.run("begin", origin):
             yield
         if origin is not None:
@@ -211,7 +199,7 @@ class RankLog:
 
     @contextmanager
     def resume(self, name: str, phase: str) -> Iterator[None]:
-        """Log the failure of one of the many calls that a piece of work takes, and nothing of a success."""
+        """Log only the failure of a call, one of many in a piece of work."""
         work = self._works.get(name)
         if work is None:
             yield
@@ -227,7 +215,7 @@ class RankLog:
             work.num_calls += 1
 
     def end(self, name: str) -> None:
-        """Log the end of a piece of work; one that is not there is fine."""
+        """Log the end of a piece of work, if it is there."""
         work = self._works.pop(name, None)
         if work is not None:
             log_event(

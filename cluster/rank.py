@@ -1,8 +1,8 @@
-"""One rank of a gang: a process that holds its share of a model and does what the leader says.
+"""One rank of a gang: a process that holds its share of a model and serves the leader's calls.
 
-Plain classes; :mod:`cluster.gang` turns them into actors. Calls come one at a time and in order. The contract of all
-ranks of a gang: an error that is the request's fault is raised, alike on every rank, before any rank works; whatever
-else goes wrong on one rank, out of memory among it, fails a gang of several as a whole, which is then rebuilt.
+Plain classes; :mod:`cluster.gang` turns them into actors. Calls come one at a time and in order. The contract of a
+gang's ranks: an error that is the request's fault is raised alike on every rank, before any rank works. Any other error
+on one rank, out of memory included, fails a gang of several as a whole, and the gang is rebuilt.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class RankSpec(ABC):
     Attributes:
         checkpoint: directory in the published layout; the same path on every node.
         device: torch device string.
-        dtype: name of the weights' dtype, "bfloat16" say; None keeps what is stored.
+        dtype: name of the weights' dtype, such as "bfloat16"; None keeps the stored one.
         num_threads: torch's CPU threads in the rank's process.
-        collective_timeout_s: for meeting the other ranks, and for every exchange with them.
+        collective_timeout_s: for meeting the other ranks and for every exchange with them.
     """
 
     checkpoint: str
@@ -56,7 +56,7 @@ class RankSpec(ABC):
     @property
     @abstractmethod
     def warm_up(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """Methods and arguments of a small piece of work, after which a gang counts as up."""
+        """Methods and arguments of a small piece of work; a gang is up after it."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Loaded:
     """Report of a rank that has loaded.
 
     Attributes:
-        seconds: it took.
-        ops: operator -> implementation that was chosen for the device.
+        seconds: that loading took.
+        ops: operator -> implementation chosen for the device.
     """
 
     seconds: float
@@ -82,12 +82,7 @@ class Loaded:
 
 
 class Rank(ABC):
-    """Base of all kinds of ranks: describe, meet the others, load.
-
-    Args:
-        rank: its number in the gang.
-        spec: what to load.
-    """
+    """Base of all kinds of ranks: describe, meet the others, load. ``rank`` is its number in the gang."""
 
     def __init__(self, rank: int, spec: RankSpec) -> None:
         self._rank = rank
@@ -149,7 +144,7 @@ class Rank(ABC):
         return DTYPES[self._spec.dtype] if self._spec.dtype else None
 
     def _if_it_fits(self, work: Callable[[], T], forget: Callable[[], object]) -> T:
-        """Run ``work``; if memory runs out, forget the work and give its memory back.
+        """Return the result of ``work``.
 
         Raises:
             OutOfMemory: it did not fit; ``forget`` was called and the memory given back.
@@ -162,7 +157,7 @@ class Rank(ABC):
             if not is_out_of_memory(error):
                 raise
             what = str(error).splitlines()[0]
-        # Only here: as long as the error exists, its traceback holds everything that the failed work used.
+        # After the except block: the error's traceback would keep the failed work's tensors alive.
         forget()
         forget_unused_memory(self._device)
         raise OutOfMemory(what)

@@ -1,9 +1,9 @@
 """Order of turns on a gang: requests in classes of urgency, first come first served within a class.
 
-A picture is done in moments and its caller waits for it; a long clip takes minutes anyway. So the more urgent class
-goes first at every turn. A class that is passed over ages: once it has waited :data:`AGEING` times as long as its last
-turn took, and at least :data:`AGEING_FLOOR_S`, it gets one turn. However many pictures come, clips get about a fifth of
-the time. Within a class no request overtakes another, so every request is served in the end.
+A picture takes moments and its caller waits for it; a long clip takes minutes anyway. So the more urgent class goes
+first at every turn. A class that is passed over ages: once it has waited :data:`AGEING` times as long as its last turn
+took, and at least :data:`AGEING_FLOOR_S`, it gets one turn. So clips get about a fifth of the time, however many
+pictures come. Within a class no request overtakes another: each is served in the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def urgency_of(request: DenoiseRequest) -> Urgency:
 
 
 class StepScheduler(Generic[JobT]):
-    """The requests of one gang. Times are seconds of any one clock, given by the caller."""
+    """The requests of one gang. Times are the caller's, in seconds of one clock."""
 
     def __init__(self) -> None:
         self._jobs: dict[Urgency, deque[JobT]] = {urgency: deque() for urgency in Urgency}

@@ -1,4 +1,4 @@
-"""One rank of a transformer gang: its share of the transformer, stepping requests as the leader says."""
+"""One rank of a transformer gang: steps requests through its share of the transformer."""
 
 from __future__ import annotations
 
@@ -38,11 +38,7 @@ _WARM_UP = DenoiseRequest(
 
 @dataclass(frozen=True)
 class TransformerSpec(RankSpec):
-    """Settings from which a rank of a transformer gang loads its share.
-
-    Attributes:
-        layout: how the model spreads over the gang's ranks.
-    """
+    """Settings from which a rank of a transformer gang loads its share: ``layout`` spreads the model over the ranks."""
 
     layout: Layout = field(default_factory=Layout)
 
@@ -66,11 +62,7 @@ class TransformerSpec(RankSpec):
 
 @dataclass(frozen=True)
 class TransformerLoaded(Loaded):
-    """Report of a transformer rank that has loaded.
-
-    Attributes:
-        request_memory: what requests hold of this rank's memory.
-    """
+    """Report of a transformer rank that has loaded, with the memory that requests hold on it."""
 
     request_memory: RequestMemory
 
@@ -84,12 +76,7 @@ class StepReport:
 
 
 class TransformerRank(Rank):
-    """Steps requests through this rank's share of the transformer.
-
-    Args:
-        rank: its number in the gang.
-        spec: what to load.
-    """
+    """Steps requests through this rank's share of the transformer."""
 
     def __init__(self, rank: int, spec: TransformerSpec) -> None:
         super().__init__(rank, spec)
@@ -150,11 +137,11 @@ class TransformerRank(Rank):
 
         Args:
             job_id: its name in later calls.
-            request: what is asked for.
+            request: to denoise.
             orders: which prompts to keep, which to drop.
-            saved: what :meth:`save` gave, on this gang or another.
+            saved: returned by :meth:`save` on this gang or another.
             clean: latents of the frames that the request gives, fp32 [1, C, frames, H, W].
-            origin: whose it is, for the logs.
+            origin: names the request in the logs.
 
         Raises:
             RequestError: the request's fault; nothing of it is kept.
@@ -209,11 +196,11 @@ class TransformerRank(Rank):
     def preview(self, job_id: str, preview_map: PreviewMap, max_frames: int) -> TensorEnvelope:
         """Predict the pictures of a request from its last step: uint8 RGB [frames, H, W, 3].
 
-        A pixel is a latent position; of the latent frames up to ``max_frames``, evenly. Every rank holds the whole
-        prediction, so one can be asked alone.
+        One pixel for each latent position, of at most ``max_frames`` latent frames, evenly spaced. Every rank holds the
+        whole prediction, so one rank suffices.
 
         Raises:
-            PreviewFailed: whatever went wrong; the request is as it was.
+            PreviewFailed: on any error; the request is as it was.
         """
         try:
             _, state = self._jobs[job_id]

@@ -1,7 +1,7 @@
 """One rank of a video VAE's gang: decodes and encodes its strip of every frame.
 
-Several ranks split each frame between them (:mod:`cosmos3_core.parallel.strips`); of a frame that is too small for
-that, rank 0 does all.
+Several ranks split each frame between them (:mod:`cosmos3_core.parallel.strips`); a frame that is too small for that is
+rank 0's alone.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class VideoVAESpec(RankSpec):
     """Settings from which a rank of a video VAE's gang loads.
 
     Attributes:
-        ranks: how many split a frame.
+        ranks: number of ranks that split a frame.
         latent_channels: of the checkpoint.
-        chunk_latents: latent frames per chunk, after the first; None: as the VAE chooses by the size of the frames.
-        is_card_by_rank: rank i works on card i of the node, which is not Ray's to give.
-        preview_cache_dir: where a node keeps fitted maps of previews; None: nowhere.
+        chunk_latents: latent frames per chunk after the first; None lets the VAE choose by the frames' size.
+        is_card_by_rank: rank i uses card i of the node, not one assigned by Ray.
+        preview_cache_dir: directory of a node's fitted preview maps; None for no cache.
     """
 
     ranks: int = 1
@@ -64,7 +64,7 @@ class VideoVAESpec(RankSpec):
 
     @property
     def warm_up(self) -> list[tuple[str, tuple[Any, ...]]]:
-        # As many columns as ranks: each has one.
+        # One column for each rank.
         latents = np.zeros((1, self.latent_channels, 2, 1, self.ranks), np.float32)
         next_strip = ("next_strip", (_WARM_UP,))
         return [
@@ -81,8 +81,8 @@ class ChunkStrip:
     """A rank's part of a chunk of frames.
 
     Attributes:
-        frames: uint8 RGB [F, Y, X, 3]; without rows where rank 0 does all and this is another.
-        axis: along which the ranks' strips lie side by side, 1 (rows) or 2 (columns).
+        frames: uint8 RGB [F, Y, X, 3]; without rows on other ranks if rank 0 does the whole frame.
+        axis: along which the ranks' strips adjoin, 1 (rows) or 2 (columns).
         pid: of the rank.
     """
 
@@ -92,12 +92,7 @@ class ChunkStrip:
 
 
 class VideoVAERank(Rank):
-    """Decodes and encodes this rank's strip of every frame.
-
-    Args:
-        rank: its number in the gang.
-        spec: what to load.
-    """
+    """Decodes and encodes this rank's strip of every frame."""
 
     def __init__(self, rank: int, spec: VideoVAESpec) -> None:
         super().__init__(rank, spec)
@@ -138,9 +133,9 @@ class VideoVAERank(Rank):
         """Encode a request's given frames on all ranks; rank 0 returns the latents, fp32 [1, C, T, H, W].
 
         Args:
-            picture: what is given, without its media.
+            picture: the given frames' description, without its media.
             frames: of :func:`cosmos3_core.conditioning.picture.read_picture`.
-            origin: whose it is, for the logs.
+            origin: names the request in the logs.
 
         Raises:
             OutOfMemory: it does not fit.
@@ -155,7 +150,7 @@ class VideoVAERank(Rank):
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
 
     def prepare_previews(self) -> None:
-        """Warm up previews: rank 0 makes its :meth:`preview_map` before a clip can wait for that.
+        """Make rank 0's :meth:`preview_map` during warm-up, so that no clip waits for it.
 
         A failure is logged; the next call for the map tries again.
         """
@@ -166,10 +161,10 @@ class VideoVAERank(Rank):
                 logger.warning("there is no map of previews yet: %s", error.reason)
 
     def preview_map(self) -> PreviewMap:
-        """Return the map of previews of this VAE's latents, once from the cache or fitted. Needs no other rank.
+        """Return this VAE's preview map, fitted or read from the cache the first time. Needs no other rank.
 
         Raises:
-            PreviewFailed: there can be no map now; the rank is as it was.
+            PreviewFailed: it cannot be made now; the rank is as it was.
         """
         from cosmos3_core.preview_fit import load_preview_map
 
@@ -188,10 +183,10 @@ class VideoVAERank(Rank):
         Args:
             clip_id: its name in later calls.
             latents: [1, C, T, H, W] fp32.
-            origin: whose it is, for the logs.
+            origin: names the request in the logs.
 
         Raises:
-            RequestError: latents of another shape.
+            RequestError: the latents have another shape.
         """
         from cosmos3_core.device import HostCopies
         from cosmos3_core.vae.to_host import frames_on_host

@@ -1,4 +1,4 @@
-"""Admission: a request is checked and becomes a job, or is rejected; an accepted one is never rejected later."""
+"""Admission: check a request and make it a job, or reject it; an accepted one is never rejected later."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deployments.messages import RequestContext
 from deployments.stages.streams import wait_within
 from deployments.threads import run_in_thread
 
-# A probe is a process, and a thread that waits for it.
+# Clips probed at once; each takes a process and a waiting thread.
 _MAX_PROBES = 2
 
 
@@ -36,7 +36,7 @@ class RequestCheck:
     """Resolves requests against a checkpoint.
 
     Args:
-        layout: of the checkpoint.
+        layout: the checkpoint.
         is_sound_offered: whether the app decodes sound.
     """
 
@@ -63,18 +63,7 @@ class RequestCheck:
 
 @dataclass(frozen=True)
 class Admission:
-    """Admits requests to the queue of a Director's app.
-
-    Attributes:
-        store: of jobs.
-        files: of jobs.
-        check: resolves requests.
-        cost: estimates the work of requests.
-        model: name of the served model.
-        config: the configuration's section about jobs.
-        prompt_check: the guardrail's; None without one.
-        retry_estimator: counts rejected callers.
-    """
+    """Admits requests to the queue of a Director's app; ``prompt_check`` is None without a guardrail."""
 
     store: JobStore
     files: JobFiles
@@ -92,22 +81,22 @@ class Admission:
         context: RequestContext,
         attached_to: str | None = None,
     ) -> Job:
-        """Make a job of a request; an accepted request is never rejected later.
+        """Make a job of a request.
 
         Args:
             request: with its media packed.
             options: of the request.
-            context: of the request; its job id is the job's.
+            context: of the request; its job id becomes the job's.
             attached_to: the runner whose caller waits for it; None for a job that stays.
 
         Returns:
-            The job; for an idempotency key that was used for the same request the earlier one.
+            The job; the earlier one if its idempotency key came with the same request before.
 
         Raises:
             RequestError: the request is wrong.
             ContentBlocked, GuardrailUnavailable: its prompt must not be used, or could not be checked.
             OverloadedError: a bound of the queue is reached.
-            IdempotencyConflict: the key was used for another request.
+            IdempotencyConflict: its key came with another request before.
             DeadlineExceeded: the time is up.
             JobsError, MediaError: it cannot be stored.
         """
@@ -155,18 +144,18 @@ class Admission:
             warnings=options.warnings,
             notes=resolved.notes,
         )
-        # A caller who leaves does not interrupt this: an accepted job has its files, a rejected one leaves none.
+        # Shielded from a caller who leaves: an accepted job has its files, a rejected one leaves none.
         return await asyncio.shield(run_in_thread(self._write, new, options.limits, media))
 
     async def load_remix(
         self, job: Job, prompt: str, options: SubmitOptions
     ) -> tuple[GenerationRequest, SubmitOptions]:
-        """Return an earlier job's request with another prompt, and its options as far as the caller may have them.
+        """Return an earlier job's request with another prompt, and those of its options that the caller may use.
 
         Args:
             job: the earlier one.
             prompt: the new one.
-            options: of the caller; their class is used if the earlier one is not the caller's to name, or is gone.
+            options: of the caller; their class replaces one that the caller may not name, or that is gone.
 
         Raises:
             RequestError: its image or clip is not kept any more.
@@ -209,10 +198,10 @@ class Admission:
         return job
 
     def _find_created(self, job_id: str, error: Cosmos3Error) -> Job | None:
-        """Return the job if only the answer about its creation was lost; None if it was not created.
+        """Return the job if it was created and only the answer was lost; None if it was not created.
 
         Raises:
-            Cosmos3Error: the given one, if the database cannot tell; files of no job are swept later.
+            Cosmos3Error: the given one, if the database does not answer; a sweep removes files without a job.
         """
         if not isinstance(error, JobsError):
             return None

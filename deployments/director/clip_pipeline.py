@@ -1,9 +1,9 @@
 """Second half of a pipeline: latents -> a file in the media store, decoded and encoded side by side.
 
 Decoders and the encoder fail independently. When a decoder dies, another one decodes the latents again, and chunks that
-the encoder already has are dropped: the file keeps growing. When the encoder dies, its file is lost. Its record says
-so, and the next attempt starts another file. A decoder's attempts therefore lie within one attempt of the encoder, and
-that attempt names the clip's stream (:mod:`cluster.clip_stream` explains streams and credits).
+the encoder already has are dropped: the file keeps growing. When the encoder dies, its file is recorded as failed, and
+the next attempt starts another file. A decoder's attempts therefore lie within one attempt of the encoder, which names
+the clip's stream (:mod:`cluster.clip_stream` explains streams and credits).
 """
 
 from __future__ import annotations
@@ -32,13 +32,7 @@ _CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
 
 @dataclass(frozen=True)
 class LatentsDecoder:
-    """The decoder of one modality's latents.
-
-    Attributes:
-        name: of the modality.
-        handle: of the deployment, with ``stream=True``.
-        latents: reference to their envelope.
-    """
+    """Streaming handle of one modality's decoder, and the reference to its latents' envelope."""
 
     name: str
     handle: Any
@@ -50,13 +44,11 @@ class ClipPipeline:
     """Decodes and encodes a clip; :meth:`events` does it all.
 
     Attributes:
-        context: of the request.
-        clip_format: of the file.
-        decoders: of the file's modalities.
-        encoder: the deployment's handle, with ``stream=True``.
-        clips, media, config, close_later: as of :class:`deployments.director.pipeline.Pipeline`.
-        guardrail: the deployment's handle, with ``stream=True``, that checks every frame; None without checks.
-        seconds: of the last attempt.
+        decoders: one for each modality of the file.
+        encoder: streaming handle.
+        clips, media, config, close_later: as in :class:`deployments.director.pipeline.Pipeline`.
+        guardrail: streaming handle of the stage that checks every frame; None without checks.
+        seconds: taken by the last attempt.
     """
 
     context: RequestContext
@@ -133,7 +125,7 @@ class ClipPipeline:
             async for event in retry_stage("decode", context, self.config.max_attempts, attempt):
                 yield event
         except GangFailed as error:
-            # The decoder has used its attempts; the encoder must not be retried for it.
+            # The decoder has used up its attempts: do not retry the encoder for it.
             raise StageFailed("decode", self.config.max_attempts, summarize_error(error)) from error
 
     async def _forward(

@@ -1,6 +1,6 @@
-"""Director: admits requests as jobs and has them run. Sees neither tensors nor frames.
+"""Director: admits requests as jobs and runs them through the stages. Sees neither tensors nor frames.
 
-Any process of the cluster can do by this deployment's handle what clients do over HTTP.
+Its handle offers any process of the cluster what the HTTP API offers clients.
 """
 
 from __future__ import annotations
@@ -31,12 +31,7 @@ _DEFAULTS = SubmitOptions()
 
 
 class Director(JobCalls):
-    """The deployment: admission, queue and the pipeline of requests.
-
-    Args:
-        config: of the app.
-        stages: their handles.
-    """
+    """Serve deployment that admits requests and runs claimed jobs."""
 
     async def __init__(self, config: AppConfig, stages: Stages) -> None:  # type: ignore[misc] # Serve awaits it
         # For the database and for files; asyncio's own default is by the number of cores.
@@ -55,7 +50,7 @@ class Director(JobCalls):
         Args:
             request: with its media packed.
             options: of the request.
-            timeout_s: from now to the whole file; the app's own limit if omitted or longer than that.
+            timeout_s: seconds until the file must be done; bounded by the app's own limit, the default.
 
         Yields:
             Events, :class:`Accepted` the first and :class:`Finished` the last; :meth:`read` has the file.
@@ -114,7 +109,7 @@ class Director(JobCalls):
     async def remix(self, job_id: str, prompt: str, options: SubmitOptions = _DEFAULTS) -> Job:
         """Accept an earlier job's request again, with the same seed and fields and another prompt.
 
-        Its class, previews and warnings are the earlier one's, as far as its caller may still have them.
+        Its class, previews and warnings are the earlier one's, as far as the caller may use them.
 
         Raises:
             ApiError: there is no such job.
@@ -125,7 +120,7 @@ class Director(JobCalls):
             return await self.submit(*await self._parts.admission.load_remix(earlier, prompt, options))
 
     async def drain(self) -> int:
-        """Reject new requests from now on; return how many jobs are in hand."""
+        """Reject new requests from now on; return the number of jobs in hand."""
         self._is_draining = True
         return self._runner.drain()
 
@@ -139,11 +134,11 @@ class Director(JobCalls):
         await self._runner.release()
 
     async def num_open_clips(self) -> int:
-        """Return how many clips are between decoder and encoder; 0 when idle."""
+        """Return the number of clips between decoder and encoder; 0 when idle."""
         return int(await self._parts.clips.num_open.remote())
 
     def _context(self, options: SubmitOptions, timeout_s: float | None) -> RequestContext:
-        """Return the context of a request that comes now, under a fresh job id.
+        """Return the context of a new request, under a fresh job id.
 
         Raises:
             RequestError: ``timeout_s`` is no number of seconds.

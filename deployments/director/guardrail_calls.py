@@ -1,4 +1,4 @@
-"""The Director's calls of the guardrail: a prompt or chunk that cannot be checked does not pass."""
+"""The Director's calls to the guardrail: a prompt or chunk that cannot be checked does not pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STAGE = "guardrail"
 # For a prompt whose caller waits for admission; the second attempt covers a dead replica.
 _MAX_ATTEMPTS = 2
 _RETRY_PAUSE_S = 0.2
-# On top of the adapter's own timeout: for prompts that are ahead in its queue, and for the call itself.
+# On top of the adapter's own timeout, for prompts ahead in its queue and for the call itself.
 _WAIT_S = 10.0
 # Bound of the cache of passed prompts; one takes 100 bytes.
 _MAX_PASSED = 10_000
@@ -32,7 +32,7 @@ class PromptCheck:
     """Checks the prompt of a request, not its negative prompt: at admission, and again before its pipeline starts.
 
     Attributes:
-        handle: of the Guardrails deployment, streaming.
+        handle: streaming handle of the Guardrails deployment.
         text_timeout_s: of the adapter.
         may_be_skipped: whether the operator lets requests skip the guardrail.
     """
@@ -40,7 +40,7 @@ class PromptCheck:
     handle: Any
     text_timeout_s: float
     may_be_skipped: bool
-    # Hashes of passed prompts. The adapter stays the same as long as this process lives, so they need no second check.
+    # Hashes of passed prompts, which need no second check: the adapter is the same as long as this process lives.
     _passed: OrderedDict[bytes, None] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
@@ -134,7 +134,7 @@ async def check_chunk(
         ContentBlocked: the frames must not be shown.
         GuardrailUnavailable, StageFailed: the guardrail cannot check them.
         DeadlineExceeded: the request's time is up.
-        ObjectLostError: the chunk is lost and has to be decoded again.
+        ObjectLostError: the chunk is lost and must be decoded again.
     """
 
     async def attempt(context: RequestContext) -> AsyncIterator[PassedChunk]:

@@ -1,4 +1,4 @@
-"""Calls of the Director's handle about existing jobs; the HTTP API answers the same."""
+"""Methods of the Director's handle for existing jobs; they answer as the HTTP API does."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_FOLLOW_S = 86_400.0
 
 
 class JobCalls:
-    """Base of the Director: :class:`deployments.jobs.service.JobService` by its handle.
+    """Base of the Director: offers :class:`deployments.jobs.service.JobService` by its handle.
 
-    An ``owner`` is the API key whose jobs are meant, "" for jobs without a key. A job that does not exist, or belongs
-    to another owner, is an ``ApiError`` with status 404, as over HTTP.
+    An ``owner`` is the id of an API key, "" for jobs without a key. A job that does not exist, or is not the owner's,
+    raises ``ApiError`` with status 404, as over HTTP.
     """
 
     _parts: DirectorParts
@@ -49,7 +49,7 @@ class JobCalls:
         return (await jobs.video(await jobs.cancel(job_id, owner))).as_json()
 
     async def delete(self, job_id: str, owner: str = "") -> dict[str, Any]:
-        """Stop and forget a job with its files."""
+        """Stop and delete a job with its files."""
         return (await self._parts.jobs.delete(job_id, owner)).as_json()
 
     async def events(
@@ -70,7 +70,7 @@ class JobCalls:
     async def read(self, job_id: str, start: int, num_bytes: int, owner: str = "", variant: str = VIDEO) -> bytes:
         """Return a part of a finished job's content, as :meth:`deployments.jobs.service.JobService.read`.
 
-        Any Director of the app has it. Readers fetch part after part, so a slow one holds nothing up.
+        Any Director of the app answers. Readers fetch part after part, so a slow one delays no other.
         """
         jobs = self._parts.jobs
         return await jobs.read(await jobs.get(job_id, owner), start, num_bytes, variant)

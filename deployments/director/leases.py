@@ -21,10 +21,10 @@ logger = logging.getLogger("ray.serve")
 RESTART_S = 30.0
 """About how long a restart of the app takes."""
 
-# Renewals in the time of a lease: two may fail.
+# Renewals per lease; two may fail.
 _RENEWALS_PER_LEASE = 4
-# Lease periods that pass before a runner that cannot renew stops its jobs. A slow database is no reason to begin anew:
-# of two runners that have one job for a while, only one records its end.
+# Lease periods after which a runner that cannot renew stops its jobs. Stopping sooner would cost work and gain nothing:
+# if two runners have one job for a while, only one can record its end.
 _PATIENCE_LEASES = 2
 # Between two renewals while jobs run: this is how an owner's cancellation is noticed.
 _CANCEL_POLL_S = 0.5
@@ -47,14 +47,12 @@ class ClaimedJob:
     """A job that a runner has claimed and runs.
 
     Attributes:
-        job: as it was claimed; its ``media_id`` is of the file that an earlier run has begun.
-        task: runs it.
+        job: as claimed; its ``media_id`` is that of an earlier run.
         claimed_s: by the monotonic clock.
         is_interruptible: whether stopping cancels the task; its begin and its end run to completion.
         stop_reason: None while it is not stopped.
-        database_error: why nothing about it can be recorded, if that is the reason.
-        saved_states: of its denoising.
-        media_id: of the file that this run has begun; "" before.
+        database_error: the error behind ``StopReason.DATABASE_AWAY``.
+        media_id: of the file that this run writes; "" before.
     """
 
     job: Job
@@ -101,9 +99,9 @@ class LeaseKeeper:
 
     Args:
         store: the jobs' store.
-        runner_id: whose leases they are.
+        runner_id: holder of the leases.
         lease_s: how long a lease is valid.
-        claimed: the runner's jobs by id; the runner changes it.
+        claimed: the runner's jobs by id; the runner adds and removes them.
 
     Attributes:
         patience_s: how long a job keeps running while the database is away.
@@ -112,7 +110,7 @@ class LeaseKeeper:
     def __init__(self, store: JobStore, runner_id: str, lease_s: float, claimed: Mapping[str, ClaimedJob]) -> None:
         self._store, self._runner_id, self._lease_s, self._claimed = store, runner_id, lease_s, claimed
         self.patience_s = _PATIENCE_LEASES * lease_s
-        # A thread of its own: renewals must not wait behind files that are written.
+        # A thread of its own: renewals must not wait behind file writes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="leases")
 
     async def renew_forever(self) -> None:
@@ -145,7 +143,7 @@ class LeaseKeeper:
             return await asyncio.shield(renewing)
 
     def _give_up_expired(self, claimed: Sequence[ClaimedJob], renewed_s: float) -> None:
-        """Stop jobs that another runner has had for a while: they must not run twice for long."""
+        """Stop jobs that another runner may have taken over: they must not run twice for long."""
         for each in claimed:
             if time.monotonic() - max(renewed_s, each.claimed_s) > self.patience_s:
                 each.stop(StopReason.DATABASE_AWAY)

@@ -81,7 +81,7 @@ class DirectorParts:
         )
 
     def start_runner(self) -> JobRunner:
-        """Start the runner of this Director's jobs. Inside the event loop."""
+        """Start the runner of this Director's jobs; call it inside the event loop."""
         return JobRunner(self.jobs, self.model.id, self.config.jobs, self.admission.check, self._make_pipeline)
 
     def make_maintenance(self) -> Maintenance:
@@ -115,7 +115,7 @@ class DirectorParts:
 
 
 def make_prompt_check(stages: Stages, guardrails: GuardrailsConfig) -> PromptCheck | None:
-    """Return the check of prompts; None where no guardrail is configured."""
+    """Return the check of prompts; None without a guardrail."""
     if stages.guardrail is None:
         return None
     return PromptCheck(stages.guardrail, guardrails.text_timeout_s, guardrails.clients_may_disable)

@@ -49,18 +49,12 @@ class Pipeline:
     """Runs a request through the stages; :meth:`events` does it all.
 
     Attributes:
-        request: with every field resolved.
-        context: its id and deadline.
-        layout: of the checkpoint.
-        stages: handles of the deployments.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
-        media: store of the files.
-        config: the Director's section.
         close_later: closes a clip's stream in the background.
-        order_previews: makes the order of previews for a clip's seconds; None without previews.
+        order_previews: makes the order of previews for a clip of so many seconds; None without previews.
         prompt_check: checks the prompt before the first stage; None if it needs no check.
-        begin_from: saved state of this request to resume from; None to start anew.
-        on_saved: takes every saved state and the number of its steps.
+        begin_from: saved state of this request to resume from; None to start from the beginning.
+        on_saved: receives every saved state and the number of its steps.
     """
 
     request: ResolvedRequest
@@ -108,7 +102,7 @@ class Pipeline:
         if self.request.picture is not None:
             async for event in self._retry("condition", self._condition):
                 yield event
-            # It is as large as the caller's file, and no later stage needs it.
+            # Drop the media: they are as large as the caller's file, and no later stage needs them.
             self.request = replace(self.request, picture=replace(self.request.picture, media=b""))
         previews: PreviewOrder | None = None
         if self.order_previews is not None:
@@ -217,7 +211,7 @@ class Pipeline:
                         return
                     event = await stream.next_value()
         except Exception as error:
-            # The saved state is lost or does not fit this model: the next attempt starts anew.
+            # The saved state is lost or does not fit this model: the next attempt starts from the beginning.
             if (is_lost(error) or isinstance(unwrap_error(error), StateError)) and not has_arrived:
                 self._saved = None
             raise
@@ -284,10 +278,9 @@ async def _await_answer(limit_s: float | None, awaitable: Awaitable[Any]) -> Any
 
 @dataclass(frozen=True)
 class _HeldTensor:
-    """A tensor that a stage made for a later one.
+    """A stage's tensor for later stages.
 
-    Its envelope, unread, keeps the bytes on this node when the stage's node is gone, so that later stages can be
-    retried.
+    Holding its envelope keeps the bytes on this node: later stages can be retried after the stage's node is gone.
     """
 
     ref: Any

@@ -1,7 +1,7 @@
 """Recorder: writes the progress and the events of a running job to the database.
 
-A small request makes a hundred steps a second: what comes during one write goes with the next. Only the job's end waits
-for the writes before it.
+A small request makes a hundred steps a second: events that come during one write go with the next. Only the job's end
+waits for the writes before it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deployments.jobs.store import JobStore, Lease
 from deployments.messages import FileStarted, Finished, LatentsReady, PictureEncoded, Tokenized
 from deployments.threads import run_in_thread, start_task
 
-# Between two writes: how far followers are behind, and how often the database is written to.
+# Between two writes: bounds the lag of followers and the load of the database.
 _PAUSE_S = 0.05
 _PAUSE_WITHOUT_FOLLOWERS_S = 1.0
 # Between two tries while the database is away.
@@ -42,9 +42,9 @@ class Recorder:
     """Writes the progress and events of one claimed job. Used inside one event loop.
 
     Args:
-        store: the database.
-        job: that was claimed.
-        lost: called once, with the reason, when nothing more can be written: the runner has to stop the job.
+        store: the jobs' store.
+        job: as claimed.
+        lost: called once, with the reason, when nothing more can be written: the runner must stop the job.
         patience_s: how long the database may be away.
     """
 
@@ -85,7 +85,7 @@ class Recorder:
             self._add(event if is_history else None, progress)
 
     async def end(self, outcome: Outcome, *, keep_media_s: float) -> Job:
-        """Write the job's end, after all that was noted; return the job as it is then.
+        """Write the job's end after all noted events; return the ended job.
 
         Raises:
             LeaseLost: the job is no longer this runner's.
@@ -110,7 +110,7 @@ class Recorder:
         return ended
 
     def _is_own_end(self, found: Job, outcome: Outcome) -> bool:
-        """Return whether the job has ended by this runner."""
+        """Return whether this runner ended the job."""
         claim = self._job.runner, self._job.attempts
         return found.state is outcome.state and (found.runner, found.attempts) == claim
 
@@ -161,25 +161,18 @@ class Recorder:
 
 
 class Tries:
-    """Repeats writes while the database cannot be used.
-
-    Args:
-        patience_s: how long.
-
-    Attributes:
-        num_failed: number of tries that failed.
-    """
+    """Repeats writes for up to ``patience_s`` while the database is away; ``num_failed`` tries have failed."""
 
     def __init__(self, patience_s: float) -> None:
         self._until_s = time.monotonic() + patience_s
         self.num_failed = 0
 
     async def of(self, write: Callable[[], Any]) -> Any:
-        """Return what ``write`` returns.
+        """Run ``write`` until it succeeds, and return its result.
 
         Raises:
-            LeaseLost, IllegalTransition: the job is another runner's, or gone; it must not be written.
-            JobsError: the database is away for longer.
+            LeaseLost, IllegalTransition: the job is another runner's, or gone.
+            JobsError: the database is away for longer than ``patience_s``.
         """
         while True:
             try:
@@ -194,7 +187,7 @@ class Tries:
 
 
 def result_of(finished: Finished) -> dict[str, Any]:
-    """Return the JSON values of a finished request that are kept with its job."""
+    """Return a finished request's JSON values for :attr:`deployments.jobs.job.Job.result`."""
     stage_durations = {name: round(seconds, 4) for name, seconds in finished.stage_seconds.items()}
     return {
         "media_type": finished.media_type,

@@ -1,4 +1,4 @@
-"""Retry a stage whose process died, and wait for one that is full."""
+"""Retry a stage whose process died, and wait for a full one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def retry_stage(
         context: of the first attempt.
         max_attempts: attempts in all; waits for a full stage do not count.
         attempt: runs the stage once.
-        num_saved_steps: denoising steps that the next attempt resumes after, for :class:`StageRetried`.
+        num_saved_steps: steps after which the next attempt resumes, for :class:`StageRetried`.
 
     Raises:
         GangFailed, StageFailed: the attempts are used up.

@@ -61,8 +61,8 @@ class _Caller:
     """The caller of an attached job, who waits here for its events."""
 
     context: RequestContext
-    is_following: bool = False  # the job is created
-    items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)  # as many as steps and chunks
+    is_following: bool = False  # the job exists
+    items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)  # bounded by its steps and chunks
     has_begun: bool = False  # the job runs
     has_ended: bool = False  # the last item is in the queue
 
@@ -72,8 +72,8 @@ class JobRunner:
 
     Args:
         jobs: the jobs, their files and media.
-        model: name of the served model; jobs of other models are left to other runners.
-        config: the configuration's section.
+        model: name of the served model; other runners claim jobs of other models.
+        config: limits of the runner.
         check: resolves the jobs' requests.
         make_pipeline: see :data:`MakePipeline`.
     """
@@ -106,14 +106,14 @@ class JobRunner:
         self._wake.set()
 
     def drain(self) -> int:
-        """Claim only attached jobs from now on; return how many jobs are in hand."""
+        """Claim only attached jobs from now on; return the number of jobs in hand."""
         self._is_draining = True
         return self.num_in_hand
 
     async def release(self) -> None:
         """Claim no more jobs, give running ones back to the next runner, and stop attached ones.
 
-        On return waiting callers have got an error, and their jobs are cancelled.
+        On return, waiting callers have their error, and their jobs are cancelled.
         """
         self._is_draining = self._is_released = True
         self.nudge()
@@ -126,14 +126,14 @@ class JobRunner:
         await asyncio.gather(self._cancel_all(queued), *tasks, return_exceptions=True)
 
     def _turn_away(self, caller: _Caller) -> bool:
-        """Report the shutdown to a waiting caller; return whether its job exists and has to be cancelled."""
+        """Report the shutdown to a waiting caller; return whether its job exists and must be cancelled."""
         caller.items.put_nowait(ShuttingDown(RESTART_S))
         # Otherwise the job is about to be created, and is cancelled when the caller leaves.
         caller.has_ended = caller.is_following
         return caller.is_following
 
     async def _cancel_all(self, job_ids: Sequence[str]) -> None:
-        await asyncio.wait([self._claiming])  # it may be claiming one of them, and gives that back
+        await asyncio.wait([self._claiming])  # a claim of one of them may be under way; it gives that back
         await asyncio.gather(*map(self._cancel_queued, job_ids))
 
     def expect(self, job_id: str, context: RequestContext) -> None:
@@ -160,7 +160,7 @@ class JobRunner:
         Raises:
             DeadlineExceeded: the time is up.
             JobCancelled: its owner has cancelled it.
-            Exception: what the job failed with.
+            Exception: the job's failure.
         """
         caller = self._callers[job.job_id]
         caller.is_following = True
@@ -222,7 +222,7 @@ class JobRunner:
         if (job := await run_in_thread(self._store.claim, request)) is None:
             return False
         _count_claim(job)
-        # The runner may have been told to stop during the claim.
+        # The runner may have been drained or released during the claim.
         if self._is_released or (self._is_draining and job.attached_to is None):
             await self._give_back(job)
             return False
@@ -274,7 +274,7 @@ class JobRunner:
         del self._claimed[job.job_id]
         self.nudge()
         if caller is not None:
-            # Only after the database has the end: otherwise the job might run once more.
+            # Only after the end is in the database: before, the job might still run again.
             caller.has_ended = True
             caller.items.put_nowait(failure or finished or claimed.stop_error)
 
@@ -310,7 +310,7 @@ class JobRunner:
                 await claimed.saved_states.write_last()
             await self._give_back(claimed.job)
             return
-        if finished is not None:  # even if it was stopped meanwhile: too late
+        if finished is not None:  # a stop that came meanwhile is too late
             outcome = Outcome(JobState.COMPLETED, result=result_of(finished))
         elif failure is not None:
             code, message = explain_failure(failure)
@@ -327,7 +327,7 @@ class JobRunner:
         await Tries(self._leases.patience_s).of(lambda: self._store.give_back(lease))
 
     async def _tidy_ended(self, claimed: ClaimedJob, ended: Job) -> None:
-        """Count a job that has ended, and remove what it leaves."""
+        """Count a job that has ended, and remove the files that it leaves."""
         is_completed = ended.state is JobState.COMPLETED
         try:
             _count_end(ended)
@@ -342,7 +342,7 @@ class JobRunner:
             logger.exception("what %s leaves could not be tidied up", ended.job_id)
 
     async def _tidy_lost(self, claimed: ClaimedJob) -> None:
-        """Remove what this run leaves of a job that another runner has by now, or that is deleted."""
+        """Remove the files of this run if another runner has the job by now, or it is deleted."""
         job_id = claimed.job.job_id
         try:
             if claimed.saved_states is not None:
@@ -356,7 +356,7 @@ class JobRunner:
             logger.exception("what %s leaves could not be tidied up", job_id)
 
     async def _measure(self, job: Job, ended: Job) -> None:
-        """Record how fast a job was done, given as it was claimed and as it ended."""
+        """Record the speed of a completed job: ``job`` as claimed, ``ended`` as it ended."""
         assert job.started_s is not None, "it was claimed"
         assert ended.completed_s is not None, "it has ended"
         throughput = self._throughput.setdefault(job.lane, Throughput())
@@ -384,7 +384,7 @@ class JobRunner:
 
 def _count_claim(job: Job) -> None:
     assert job.started_s is not None, "it was claimed"
-    if job.last_seq == 1:  # its first claim, also counting those that were given back
+    if job.last_seq == 1:  # its first claim, counting also those given back
         metrics().record_queue_wait(job.lane, job.service_class, job.started_s - job.created_s)
     elif job.attempts > 1:
         metrics().count_takeover()

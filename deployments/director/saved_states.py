@@ -18,18 +18,12 @@ logger = logging.getLogger("ray.serve")
 SAVED_STATE = "checkpoint"
 """Name of a job's saved state among its files."""
 
-# Longest wait for a state that is being written: the disk or the archive may hang.
+# Longest wait for a write: the disk or the archive may hang.
 _SETTLE_S = 60.0
 
 
 class SavedStates:
-    """The saved states of one job. One is written at a time, beside everything else.
-
-    Args:
-        files: of jobs.
-        job_id: of the job.
-        period_s: between two saved states.
-    """
+    """The saved states of one job, written one at a time in the background, at least ``period_s`` apart."""
 
     def __init__(self, files: JobFiles, job_id: str, period_s: float) -> None:
         self._files, self._job_id, self._period_s = files, job_id, period_s
@@ -37,7 +31,7 @@ class SavedStates:
         self._last: tuple[int, TensorEnvelope] | None = None
         self._written_step = 0
         self._writing: asyncio.Task[None] | None = None
-        # The job has ended: a state that is still being written has to be removed.
+        # The job has ended: remove the state that is still being written.
         self._is_too_late = False
 
     def offer(self, step: int, state: TensorEnvelope) -> None:

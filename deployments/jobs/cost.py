@@ -1,9 +1,9 @@
 """The work of a request and the speed of a runner, from which waiting times are estimated.
 
-Work is counted in token-steps: steps x guidance branches x generated tokens. A token costs more where there are many,
-because attention is quadratic: on Nano attention and the rest of a layer cost the same at 23,600 tokens, between 480p
-and 720p. The prompt's tower and the decoders are not counted: the speed, measured from a request's start to its file,
-includes them.
+Work is counted in token-steps: steps x guidance branches x generated tokens. The cost of a token grows with their
+number, because attention is quadratic: on Nano attention and the rest of a layer cost the same at 23,600 tokens,
+between 480p and 720p. The prompt's tower and the decoders are not counted: the speed, measured from a request's start
+to its file, includes them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from cosmos3_core.request import ResolvedRequest
 from cosmos3_core.sampler.guidance import needs_two_branches
 from cosmos3_core.shapes import Geometry
 
-# The weight of a measurement decays with this time.
+# Time constant with which measurements decay.
 _MEMORY_S = 600.0
 _SHORTEST_S = 1e-3
-# Separate busy spans that are kept; more would mean as many requests within a single long one.
+# Bound on the busy spans kept.
 _MAX_SPANS = 1000
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """The work of a checkpoint's requests.
+    """Computes the work of a checkpoint's requests.
 
     Attributes:
-        geometry: of the checkpoint's VAE.
         tokens_at_par: number of tokens at which attention takes as long as everything else in a layer.
     """
 
@@ -37,10 +36,10 @@ class CostModel:
 
     @classmethod
     def of(cls, geometry: Geometry, config: TransformerConfig) -> CostModel:
-        """Return the model of a checkpoint, by the sizes of its generation tower (``cosmos3_core.model.towers``)."""
+        """Derive the cost model from the sizes of a checkpoint's generation tower (``cosmos3_core.model.towers``)."""
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         num_matrices = 2 if config.hidden_act == "relu2" else 3
-        # Multiplications a token: of the layer's matrices, and of scores and values for each token looked at.
+        # Multiplications per token: in the layer's matrices, and in scores and values for each attended token.
         matrices = config.hidden_size * (2 * query + 2 * key + num_matrices * config.intermediate_size)
         return cls(geometry, matrices / (2 * query))
 
@@ -54,9 +53,9 @@ class CostModel:
 
 
 class Throughput:
-    """The speed of one runner in a lane: work over busy time, of the last minutes.
+    """Measures the speed of one runner in a lane over the last minutes.
 
-    Jobs run side by side, so only sums give the speed. Work of several gangs adds up, and idle time does not count.
+    Jobs overlap, so the speed is the sum of their work over the union of their times; idle time does not count.
     """
 
     def __init__(self) -> None:

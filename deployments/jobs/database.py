@@ -1,7 +1,7 @@
 """Database: the connections to the database of jobs, a SQLite file of one machine or PostgreSQL for several.
 
 Any number of processes may have it open. A transaction that writes waits for the ones before it, at most
-:data:`BUSY_S`. One that decides what is accepted or run next also takes the one lock that all such decisions share.
+:data:`BUSY_S`. One that decides which job is accepted or run next also takes the queue lock.
 
 On SQLite readers do not wait for a writer (write-ahead log), and a commit is on the disk when it returns
 (``synchronous=FULL``), so that it survives a power failure.
@@ -39,18 +39,18 @@ BUSY_S = 10.0
 _UPGRADE_S = 120.0
 _CONNECT_S = 10
 _STATEMENT_S = 60.0
-# Less than any lease.
+# Tolerated difference of clocks, shorter than any lease.
 _MAX_SKEW_S = 2.0
 _NUM_CONNECTIONS, _MAX_MORE_CONNECTIONS = 8, 24
 # Between two tries to switch on the write-ahead log of a new file.
 _PAUSE_S = 0.02
-# Advisory locks in a PostgreSQL database; the numbers are ours alone.
+# Advisory locks in a PostgreSQL database, by numbers that no other program should use.
 _QUEUE_LOCK, _UPGRADE_LOCK = 0x636F736D6F7303, 0x636F736D6F7304
 _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 _ALLOWED = (
     "jobs.database must be sqlite:////absolute/path/of/a/file or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 )
-# Part of a failure's text -> what to do.
+# Fragment of an error's text -> advice.
 _ADVICE = {
     "locked": f"others kept it busy for {BUSY_S:g} s; try again",
     "lock timeout": f"others kept it busy for {BUSY_S:g} s; try again",
@@ -67,9 +67,9 @@ _ADVICE = {
 
 
 def database_url(config: AppConfig) -> str:
-    """Return SQLAlchemy's URL of an app's jobs: the key ``jobs.database``, or a SQLite file beside the app's media.
+    """Return SQLAlchemy's URL of an app's database: the key ``jobs.database``, or a SQLite file beside the app's media.
 
-    Such a file is for the processes of one machine, on a local disk: SQLite's locks do not reach over a network.
+    The file must be on a local disk and serves one machine: SQLite's locks do not reach over a network.
 
     Raises:
         MediaStoreError: no directory is configured, and this user's own cannot be made.
@@ -86,17 +86,16 @@ def database_url(config: AppConfig) -> str:
 
 
 class Database:
-    """Connections to a database of jobs. For any number of threads; not to be used in a forked process.
+    """Connections to a database of jobs, for any number of threads; a forked process must open its own.
 
     Args:
-        url: SQLAlchemy's, of SQLite (the absolute path of a file) or PostgreSQL (psycopg).
+        url: SQLAlchemy's URL of a SQLite file (absolute path) or a PostgreSQL database (psycopg).
 
     Attributes:
         name: of the database in messages, without user and password.
-        is_sqlite: else it is PostgreSQL.
 
     Raises:
-        JobsError: it is another kind of URL, cannot be reached or used, or has a schema of a newer release.
+        JobsError: the URL is of another kind, the database cannot be used, or its schema is of a newer release.
     """
 
     def __init__(self, url: str) -> None:
@@ -122,20 +121,16 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Begin a transaction that only reads, without waiting.
-
-        Raises:
-            JobsError: the database failed.
-        """
+        """Begin a read-only transaction, which never waits; raise ``JobsError`` if the database fails."""
         with self._translate_errors(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def writing(self, *, is_queue: bool = False) -> Iterator[Connection]:
-        """Begin a transaction that writes: durable at the end of the block, without effect when that raises.
+        """Begin a write transaction: durable at the end of the block, rolled back if the block raises.
 
         Args:
-            is_queue: whether it decides what is accepted or run next: one such at a time, over all processes.
+            is_queue: take the queue lock, which one transaction at a time holds over all processes.
 
         Raises:
             JobsError: the database failed, or others kept it busy for :data:`BUSY_S`.
@@ -166,8 +161,8 @@ class Database:
             self._write_lock.release()
 
     def _check_clock(self) -> None:
-        """Leases and times of expiry are compared with each machine's own clock."""
-        if self.is_sqlite:  # of this machine
+        """Check this machine's clock against the server's: leases and expiry are compared with local clocks."""
+        if self.is_sqlite:  # on this machine, with one clock
             return
         with self.reading() as connection:
             sent_s = time.time()
@@ -185,7 +180,7 @@ class Database:
                 versions = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalars().all()
                 if list(versions) == [NEWEST]:
                     return
-        # Alembic takes as long to be imported as all the rest, and is seldom needed.
+        # Alembic takes as long to import as all the rest, and is seldom needed.
         from deployments.jobs.migrations.upgrade import is_current, upgrade
 
         with self._translate_errors(), self._write_transaction() as connection:
@@ -204,7 +199,7 @@ class Database:
         except NoConnectionLeft as error:
             raise JobsError(f"{self.name}: all its connections were in use for {BUSY_S:g} s; try again") from error
         except (SQLAlchemyError, sqlite3.Error) as error:
-            # Not "from error": its own text would be printed too.
+            # Not "from error": its text, which may hold secrets, would be printed too.
             raise self._failure(getattr(error, "orig", None) or error) from None
 
     def _failure(self, error: BaseException) -> JobsError:
@@ -216,20 +211,20 @@ class Database:
 
 
 def _compute_lead_s(sent_s: float, server_s: float, received_s: float) -> float:
-    """Return by how much this clock is at least ahead of the server's, which answered meanwhile; below 0 if behind."""
+    """Return the smallest lead of this clock over the server's that fits the answer; negative if it is behind."""
     return max(sent_s - server_s, 0.0) + min(received_s - server_s, 0.0)
 
 
 def prepare_file(path: Path, busy_s: float) -> None:
-    """Create a SQLite file if there is none, for this user alone (it holds prompts), and switch on its log.
+    """Create a SQLite file if missing, for this user alone (it holds prompts), and switch on its write-ahead log.
 
     Args:
         path: of the file.
-        busy_s: how long to wait for other processes that do the same.
+        busy_s: longest wait for other processes that do the same.
 
     Raises:
-        OSError, sqlite3.Error: it cannot be made, or is no database.
-        JobsError: its file system cannot have such a log.
+        OSError, sqlite3.Error: it cannot be created, or is no database.
+        JobsError: its file system does not support the log.
     """
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -244,7 +239,7 @@ def prepare_file(path: Path, busy_s: float) -> None:
 
 
 def _switch_on_log(path: Path, is_last_try: bool) -> str | None:
-    """Switch on the write-ahead log; return the journal's mode, None while another process does the same."""
+    """Switch on the write-ahead log; return the journal mode, None while another process does the same."""
     with contextlib.closing(sqlite3.connect(path, timeout=_PAUSE_S, isolation_level=None)) as connection:
         try:
             return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
@@ -259,13 +254,13 @@ def _make_sqlite_engine(url: URL) -> Engine:
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # SQLAlchemy says BEGIN; the driver would not for DDL
+        connection.isolation_level = None  # SQLAlchemy sends BEGIN; the driver omits it before DDL
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        # A transaction that reads first and writes later would fail where another has written in between.
+        # IMMEDIATE: a transaction that reads first and writes later fails if another one writes in between.
         is_writing = connection.get_execution_options().get("is_writing", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
 
@@ -282,11 +277,11 @@ def _make_postgresql_engine(url: URL) -> Engine:
     return _make_engine(
         url,
         isolation_level="READ COMMITTED",
-        pool_pre_ping=True,  # a server that was restarted has closed them
+        pool_pre_ping=True,  # a restarted server has closed them
         connect_args={
             "connect_timeout": _CONNECT_S,
             "options": " ".join(options).strip(),
-            # To notice a server that vanishes.
+            # Notice a server that vanishes.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
@@ -322,7 +317,7 @@ def _parse_url(url: str) -> URL:
     if driver is None or parsed.drivername not in (backend, driver):
         raise JobsError(f"{_ALLOWED} (got a URL of {parsed.drivername})")
     if backend == "sqlite" and (parsed.query or not Path(parsed.database or "").is_absolute()):
-        # Processes start in different directories, and what is in memory is lost.
+        # Processes start in different directories, and a database in memory would be lost.
         raise JobsError(f"{_ALLOWED} (got {parsed.render_as_string()}, which is not an absolute path alone)")
     return parsed.set(drivername=driver)
 

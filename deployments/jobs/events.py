@@ -1,6 +1,6 @@
-"""Events as clients see them, from a gang's rank to the Python client: one union, and its JSON.
+"""Events as clients see them: their union and its JSON.
 
-Recorder and feed keep and pass on a kind and its JSON values, which are also what goes over the wire.
+The recorder stores an event's kind and JSON values; the feed and the API pass them on.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ _ADAPTERS: Mapping[str, TypeAdapter[Any]] = MappingProxyType(
         )
     }
 )
-# JSON has no bytes: a picture goes as base64, under another name.
+# JSON has no bytes: an image goes as base64, under another name.
 _IMAGE, _BASE64 = "image", "b64_json"
 
 
 def event_as_json(event: Event) -> dict[str, Any]:
-    """Return an event's JSON values. What is internal stays here."""
+    """Return an event's JSON values, without internal fields."""
     if isinstance(event, VideoEnded):
         return event.video.as_json()
     data: dict[str, Any] = {name: getattr(event, name) for name in public_names(type(event))}
@@ -95,7 +95,7 @@ def event_as_json(event: Event) -> dict[str, Any]:
 
 
 def event_of_json(kind: str, data: Mapping[str, Any], seq: int | None = None) -> VideoEvent:
-    """Return the event of a kind and its JSON values; keys that this version does not know are left out.
+    """Return the event of a kind and its JSON values; unknown keys are left out.
 
     Raises:
         ValueError: the values are not those of its kind.

@@ -1,6 +1,6 @@
 """EventFeed: the events of jobs, for all callers in this process who follow one.
 
-One poll of the database serves all followers; without followers there is none. A slow reader holds no other one up:
+One poll of the database serves all followers; without followers there is none. A slow reader delays no other:
 events that do not fit into its buffer stay in the database until it has room again.
 """
 
@@ -27,9 +27,9 @@ from deployments.threads import run_in_thread, start_task
 logger = logging.getLogger("ray.serve")
 
 _POLL_S = 0.1
-# Between two checks of a job's queue position, and whether the job still exists.
+# Between two checks of a job's queue position and existence.
 _CHECK_S = 1.0
-# Such checks in one poll: each is a few queries.
+# Checks in one poll; each takes a few queries.
 _MAX_CHECKS = 16
 # Events that one poll reads: a preview has 70 kB.
 _MAX_EVENTS = 200
@@ -41,27 +41,16 @@ _RETRY_S = 30.0
 
 @dataclass(eq=False)
 class _Follower:
-    """One caller who follows a job.
-
-    Attributes:
-        job_id: of the job.
-        seq: of the last event that was put into the buffer.
-        events: the buffer; None behind the last event.
-        num_bytes: approximate size of the buffer.
-        position: in the queue, as last reported.
-        error: why the events ended early.
-        has_items: set while the buffer is not empty.
-        has_ended: whether the last event is in the buffer.
-    """
+    """One caller who follows a job, with a buffer of events."""
 
     job_id: str
-    seq: int
-    events: deque[JobEvent | None] = field(default_factory=deque)
-    num_bytes: int = 0
-    position: int | None = None
-    error: Cosmos3Error | None = None
+    seq: int  # of the last event put into the buffer
+    events: deque[JobEvent | None] = field(default_factory=deque)  # None after the last one
+    num_bytes: int = 0  # approximate size of the buffer
+    position: int | None = None  # in the queue, as last reported
+    error: Cosmos3Error | None = None  # why the events ended early
     has_items: asyncio.Event = field(default_factory=asyncio.Event)
-    has_ended: bool = False
+    has_ended: bool = False  # the last event is in the buffer
 
     @property
     def has_room(self) -> bool:
@@ -92,8 +81,8 @@ class EventFeed:
     """Polls the events of jobs for their followers, within one event loop.
 
     Args:
-        store: of the jobs.
-        max_followers: at a time; one more is rejected.
+        store: the jobs' store.
+        max_followers: bound on followers at a time.
     """
 
     def __init__(self, store: JobStore, max_followers: int) -> None:
@@ -102,7 +91,7 @@ class EventFeed:
         self._followers: set[_Follower] = set()
         # Followed job -> time of its next check, by time.monotonic.
         self._next_check_s: dict[str, float] = {}
-        # Jobs whose events filled a poll: the other jobs have their turn first.
+        # Jobs whose events filled a poll: the others are read first.
         self._served: set[str] = set()
         self._polling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -119,7 +108,7 @@ class EventFeed:
         "deleted" as the last one of a deleted job.
 
         Args:
-            job_id: of an existing job.
+            job_id: an existing job.
             after: number of an event; 0 for all.
             timeout_s: how long to follow.
 
@@ -178,7 +167,7 @@ class EventFeed:
             self._polling = None
 
     async def _poll(self) -> None:
-        """Read the database once, and hand on what is new."""
+        """Read the database once, and pass new events to their followers."""
         now_s = time.monotonic()
         cursors: dict[str, int] = {}
         for follower in self._followers:
@@ -217,14 +206,14 @@ class EventFeed:
         return events, {job_id: (job, positions.get(job_id)) for job_id, job in jobs.items()}
 
     def _report(self, job_id: str, job: Job | None, position: QueuePosition | None) -> None:
-        """Hand on that a job was deleted, has ended, or has moved in the queue."""
+        """Report to a job's followers that it was deleted, has ended, or has moved in the queue."""
         now_s = time.time()
         for follower in self._followers:
             if follower.job_id != job_id or not follower.has_room:
                 continue
             if job is None:
                 follower.put(JobEvent(job_id, 0, DELETED, {}, now_s))
-            elif job.state.is_final and follower.seq >= job.last_seq:  # the caller had the last one before
+            elif job.state.is_final and follower.seq >= job.last_seq:  # the caller already had the last event
                 follower.end()
             elif position is not None and position.position != follower.position:
                 eta_s = None if position.eta_s is None else round(position.eta_s, 1)
@@ -234,5 +223,5 @@ class EventFeed:
 
 
 def _estimate_bytes(event: JobEvent) -> int:
-    """Estimate the size of an event: what is large in it is text."""
+    """Estimate the size of an event by its texts."""
     return _EVENT_BYTES + sum(len(value) for value in event.data.values() if isinstance(value, str))

@@ -77,16 +77,16 @@ def new_job_id() -> str:
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """The options of a request beside the generation itself; they travel with it to the Director.
+    """Options of a request beside what to generate; they travel to the Director with it.
 
     Attributes:
         request_id: the caller's name for the request, for logs; None = a new one.
         owner: id of the API key, "" without.
         service_class: name of a class of the configuration; None = the standard one.
         classes: classes that the key may name; None = all of the configuration.
-        limits: of the key; None = those of the configuration.
+        limits: of the key; None = the configuration's.
         previews: number of previews to record, 0 to 32.
-        remixed_from: id of the job whose request is used again.
+        remixed_from: id of the job whose request is reused.
         warnings: fields that were accepted without effect.
         skip_guardrails: whether the request is run without guardrails.
     """
@@ -112,8 +112,7 @@ class NewJob:
         request: plain JSON values of :func:`deployments.jobs.request_codec.encode_request`.
         inputs: names of its files in the media store.
         fingerprint: hash of the request; two requests with one idempotency key must have the same.
-        mode, prompt, width, height, num_frames, fps, seed, num_steps, media_type: of the resolved request;
-            ``media_type`` is "" if there will be no file.
+        media_type: "" if there will be no file.
         work: estimate of :mod:`deployments.jobs.cost`.
         attached_to: the runner whose caller waits for it; None for a job that stays.
         skip_guardrails: only if the operator still allows that when the job begins.
@@ -154,9 +153,9 @@ class Job(NewJob):
 
     Attributes:
         order: place in the queue: jobs of a lane are claimed from the smallest one on.
-        runner, lease, lease_until_s: its runner, the name of the claim, and until when the claim is valid.
+        lease, lease_until_s: id of its runner's claim, and until when that is valid.
         attempts: how often it was claimed.
-        is_cancelling: whether its runner has to stop it.
+        is_cancelling: whether its runner must stop it.
         step, sigma: of the last finished denoising step; 0 and None before.
         stage: "queued", then "denoising", "decoding" ...
         step_s: seconds that the last step took on its gang.
@@ -198,7 +197,7 @@ class Job(NewJob):
 
     @property
     def work_left(self) -> float:
-        """Work that is left."""
+        """Work left, in token-steps."""
         return 0.0 if self.state.is_final else self.work * (1 - self.step / self.num_steps)
 
 

@@ -1,7 +1,7 @@
 """API keys: their classes, limits and secrets.
 
-A key's text is shown once, when it is made. The database holds a hash of its secret part, which is as random as the
-hash is long, so that SHA-256 is enough against guessing.
+A key's text is shown once, when it is made. The database holds the SHA-256 of its secret part: 256 random
+bits cannot be guessed, so no slow hash is needed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,7 @@ _NO_ID, _NO_SECRET, _NO_HASH = "none", "none", "0" * 64
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """The bounds of one key's jobs; None = those of the configuration.
-
-    Attributes:
-        max_queued: queued jobs.
-        max_running: running jobs, in each lane.
-    """
+    """Bounds of one key's queued and running jobs in each lane; None = the configuration's."""
 
     max_queued: int | None = None
     max_running: int | None = None
@@ -84,10 +79,10 @@ class ApiKey(NewKey):
 class KeyStore:
     """The keys in a database. For any number of threads and processes.
 
-    Every method raises ``JobsError`` where the database fails.
+    Every method raises ``JobsError`` if the database fails.
 
     Args:
-        database: where they are.
+        database: holds the keys.
         clock: seconds since 1970.
     """
 
@@ -135,9 +130,9 @@ class KeyStore:
         return key, f"c3_{key.key_id}_{secret}"
 
     def verify(self, text: str) -> ApiKey | None:
-        """Return the key of a text; None where there is no such valid key.
+        """Return the valid key of a text, or None.
 
-        This takes the same work for a malformed text, an unknown key, a revoked one and a wrong secret.
+        Every rejection takes the same work: a malformed text, an unknown or revoked key, a wrong secret.
         """
         parts = _TEXT.fullmatch(text)
         key_id, secret = (parts["key_id"], parts["secret"]) if parts else (_NO_ID, _NO_SECRET)
@@ -155,7 +150,7 @@ class KeyStore:
         return tuple(_key_of(row) for row in rows)
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Revoke a key; its jobs stay. Harmless where it was revoked before.
+        """Revoke a key, which may be revoked already; its jobs stay.
 
         Raises:
             RequestError: there is no such key.

@@ -1,4 +1,4 @@
-"""Maintenance: the periodic work on jobs: delete old ones, remove folders that no job needs, set gauges."""
+"""Maintenance: periodically delete old jobs, remove folders that no job needs, and set gauges."""
 
 from __future__ import annotations
 
@@ -17,20 +17,14 @@ _GAUGES_PERIOD_S = 5.0
 
 @dataclass(frozen=True)
 class Maintenance:
-    """Periodic work on jobs; any number of processes may do it at once.
-
-    Attributes:
-        jobs: with their files.
-        model: name of the model whose jobs are counted.
-        config: the configuration's section.
-    """
+    """Periodic work on jobs, and gauges of one model's; any number of processes may do it at once."""
 
     jobs: JobService
     model: str
     config: JobsConfig
 
     def start(self) -> list[asyncio.Task[None]]:
-        """Start the work inside the event loop; the caller has to hold the tasks."""
+        """Start the work inside the event loop; the caller must keep the tasks."""
         work = ((self.sweep_jobs, _PERIOD_S), (self.sweep_folders, _PERIOD_S), (self.set_gauges, _GAUGES_PERIOD_S))
         return [start_task(repeat_in_thread(*each)) for each in work]
 

@@ -1,13 +1,12 @@
 """The queue: its bounds, the order of its jobs, and which job a runner claims next.
 
 The order is weighted fair queueing by a self-clocked virtual time (Golestani 1994). Jobs of one owner and class in a
-lane are a flow. A new job's place is its work over its class's share behind the last queued job of its flow, or behind
-the lane's virtual time if that is later; the virtual time is the place of the job that began last. So each class gets
-its share of the work, and owners of a class get equal ones. An owner who sends many jobs waits behind its own jobs, and
-one who sent none for a while has saved nothing. A cancelled job costs nothing where none of its flow waits behind it;
-jobs that do keep their places.
+lane are a flow. A new job's place is its work over its class's share after its flow's last queued job, or after the
+lane's virtual time if that is later; the virtual time is the place of the job that began last. So each class gets its
+share of the work, and the owners of a class get equal parts. An owner who sends many jobs waits behind its own, and one
+who sends none saves nothing up. Jobs behind a cancelled one keep their places.
 
-Every change happens in a transaction that decides alone (``is_queue``).
+Every change happens under the queue lock (``Database.writing(is_queue=True)``).
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from deployments.jobs.schema import API_KEYS, JOBS, LANES, RUNNERS
 from deployments.jobs.waiting import QueueBound
 
 _QUEUED, _IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
-# Attached jobs of dead runners that one claim ends.
+# Most attached jobs of dead runners that one claim ends.
 _MAX_ABANDONED = 100
-# How often a runner is noted as alive.
+# Times in a lease that a runner is noted as alive.
 _NOTES_PER_LEASE = 4
 
 # Queries are built once: building one takes as long as running it.
@@ -52,7 +51,7 @@ class QueueFull(Exception):
 
 
 def check_storable(new: NewJob, config: JobsConfig) -> None:
-    """Check that the databases can hold a job's texts, and that its class has a share.
+    """Check that a database can hold a job's texts, and that its class has a share.
 
     Raises:
         RequestError: a text cannot be stored, or there is no such class.
@@ -113,7 +112,7 @@ def enqueue(connection: Connection, new: NewJob, config: JobsConfig, now_s: floa
     """Insert a job at its place in the order."""
     if new.attached_to is not None:
         note_runner(connection, new.attached_to, new.model, now_s)
-    # A job of the flow that is no longer queued has no place behind the virtual time.
+    # Jobs of the flow that have begun lie at or before the virtual time.
     flow = {"model": new.model, "lane": new.lane.value, "service_class": new.service_class, "owner": new.owner}
     last = connection.execute(_query_last_place(), flow).scalar_one() or 0.0
     begin = max(_read_virtual_time(connection, new.model, new.lane), last)
@@ -145,12 +144,11 @@ class ClaimRequest:
     """A runner's request for its next job.
 
     Attributes:
-        runner: unique id of the runner.
-        model: that it serves.
-        lane: in which it has room.
-        config: the configuration's section. A runner that is silent for longer than ``lease_s`` counts as dead.
-        only_attached: whether it claims only jobs of callers who wait at this runner.
-        in_hand: ids of jobs that it runs; it may be late to renew their leases.
+        runner, model: id of the runner, and name of the model that it serves.
+        lane: has room for another job.
+        config: a runner that is silent for longer than its ``lease_s`` counts as dead.
+        only_attached: claim only jobs whose callers wait at this runner.
+        in_hand: ids of jobs that it runs and may renew late.
     """
 
     runner: str
@@ -175,18 +173,11 @@ class ClaimRequest:
 
 @dataclass(frozen=True)
 class ClaimableWork:
-    """The work that a claim may find.
+    """The work that a claim may find."""
 
-    Attributes:
-        is_alive_noted: whether the runner was noted as alive not long ago.
-        has_abandoned: whether jobs are attached to a runner that has died.
-        has_expired: whether the lease of a running job has expired.
-        has_queued: whether jobs are queued.
-    """
-
-    is_alive_noted: bool
-    has_abandoned: bool
-    has_expired: bool
+    is_alive_noted: bool  # the runner was noted as alive not long ago
+    has_abandoned: bool  # queued jobs are attached to a dead runner
+    has_expired: bool  # a running job's lease has expired
     has_queued: bool
 
     @property
@@ -201,13 +192,9 @@ def check_work(connection: Connection, claim: ClaimRequest, now_s: float) -> Cla
 
 
 def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork, now_s: float) -> Job | None:
-    """Claim the next job for a runner; None if there is none for it.
+    """Claim the next job for a runner under the queue lock; None if there is none for it.
 
-    Args:
-        connection: in a transaction that decides alone.
-        claim: the runner's request.
-        work: as :func:`check_work` found it just before; later work is left for the next claim.
-        now_s: seconds since 1970.
+    ``work`` is what :func:`check_work` found just before; later work is left for the next claim.
     """
     parameters = claim.parameters(now_s)
     if not work.is_alive_noted:
@@ -236,15 +223,10 @@ def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork,
 
 
 def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> dict[str, bool]:
-    """Extend leases.
-
-    Args:
-        connection: in a transaction that writes.
-        held: id of a job -> the lease that is held on it.
-        until_s: seconds since 1970.
+    """Extend the leases of ``held``, id of a job -> lease.
 
     Returns:
-        Id of each job that is still held -> whether it has to be stopped.
+        Id of each job that is still held -> whether it must be stopped.
     """
     parameters = {"ids": list(held), "leases": list(held.values()), "until_s": until_s}
     return {row.job_id: row.is_cancelling for row in connection.execute(_renew_statement(), parameters)}
@@ -268,7 +250,7 @@ def _begin(connection: Connection, job: Job, claim: ClaimRequest, now_s: float) 
 
 
 def _outcome_of_expired(job: Job, claim: ClaimRequest) -> Outcome | None:
-    """Return how a job ends whose runner has died; None if another runner resumes it."""
+    """Return how the job of a dead runner ends; None if another runner resumes it."""
     if job.is_cancelling:
         return Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
     if job.attached_to not in (None, claim.runner):
@@ -290,7 +272,7 @@ def _in_lane(state: str) -> tuple[ColumnElement[bool], ...]:
 
 
 def _is_expired(only_attached: bool) -> ColumnElement[bool]:
-    """Select running jobs whose lease has expired, except those that the runner itself renews too late."""
+    """Select running jobs whose lease has expired, except the runner's own, renewed late."""
     of_others = JOBS.c.job_id.not_in(bindparam("in_hand", expanding=True))
     expired = and_(*_in_lane(_IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"), of_others)
     return and_(expired, JOBS.c.attached_to.is_not(None)) if only_attached else expired
@@ -344,7 +326,7 @@ def _renew_statement() -> ReturningUpdate[str, bool]:
     return (
         update(JOBS)
         .where(JOBS.c.job_id.in_(bindparam("ids", expanding=True)), JOBS.c.state == _IN_PROGRESS)
-        .where(JOBS.c.lease.in_(bindparam("leases", expanding=True)))  # the name of a claim is unique
+        .where(JOBS.c.lease.in_(bindparam("leases", expanding=True)))  # leases are unique
         .values(lease_until_s=bindparam("until_s"))
         .returning(JOBS.c.job_id, JOBS.c.is_cancelling)
     )
@@ -362,7 +344,7 @@ def _query_running() -> Select[Any]:
 
 
 def _find_blocked_owners(connection: Connection, config: JobsConfig, parameters: Mapping[str, Any]) -> list[str]:
-    """Return owners that have as many jobs running as they may."""
+    """Return the owners at their limit of running jobs."""
     blocked = []
     for owner, own_limit, num_running in connection.execute(_query_running(), parameters):
         limit = config.max_running_per_key if own_limit is None else own_limit

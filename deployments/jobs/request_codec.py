@@ -1,4 +1,4 @@
-"""A request as it is stored: plain JSON values, and beside them its image or clip."""
+"""Convert requests to their stored form: plain JSON values, and the image or clip beside them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def encode_request(request: GenerationRequest) -> tuple[dict[str, Any], dict[str
     """Return the fields of a request that differ from their defaults, and its media by name.
 
     Args:
-        request: checked, and with its media :meth:`~GenerationRequest.packed`.
+        request: checked, with its media :meth:`~GenerationRequest.packed`.
 
     Raises:
         RequestError: it brings its own noise, which is not kept.
@@ -48,13 +48,13 @@ def encode_request(request: GenerationRequest) -> tuple[dict[str, Any], dict[str
 
 
 def decode_request(values: Mapping[str, Any], media: Mapping[str, Packed]) -> GenerationRequest:
-    """Return the request that :func:`encode_request` made values and media of."""
+    """Rebuild a request from what :func:`encode_request` returned."""
     given: dict[str, Any] = {**values, **media}
     return GenerationRequest(**given)
 
 
 def compute_fingerprint(values: Mapping[str, Any], media: Mapping[str, Packed], **options: Any) -> str:
-    """Return a hash of a request and of the options that it comes with: equal for equal ones, in any process."""
+    """Return a hash of a request and its options, the same in any process."""
     digest = hashlib.sha256(json.dumps([values, options], sort_keys=True).encode())
     for name in sorted(media):
         data = media[name]

@@ -1,4 +1,4 @@
-"""Jobs as rows: finding and changing them.
+"""Find and change jobs in the database.
 
 A job changes in :func:`change` and nowhere else (only its lease is renewed elsewhere, in one statement): as
 :data:`deployments.jobs.job.TRANSITIONS` allows, only if its state and lease are still the same, and together with its
@@ -59,8 +59,7 @@ def add(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
 def find(connection: Connection, job_id: str, owner: str | None, *, to_change: bool = False) -> Job | None:
     """Return a job, locked until the transaction ends if it is ``to_change``.
 
-    Returns:
-        None if there is no such job, or it belongs to another owner; without an ``owner`` any job is returned.
+    None if there is no such job, or it is not the ``owner``'s (None = any owner).
     """
     row = connection.execute(_FIND_TO_CHANGE if to_change else _FIND, {"wanted": job_id}).one_or_none()
     return None if row is None or owner not in (None, row.owner) else job_of(row)
@@ -84,15 +83,15 @@ def change(
     """Change a job and return it in its next state, which may be the same.
 
     Args:
-        connection: in a transaction that writes.
-        job: as it was found in this transaction.
+        connection: in a write transaction.
+        job: as found in this transaction.
         state: the next one.
         now_s: seconds since 1970.
-        events: of the change.
+        events: kind and data of each.
         changes: field -> value.
 
     Raises:
-        IllegalTransition: the state must not follow.
+        IllegalTransition: the state must not follow the job's.
         LeaseLost: another process has changed the job.
         JobsError: it has too many events.
     """

@@ -72,7 +72,7 @@ JOBS = Table(
     Column("step", Integer, nullable=False),
     Column("sigma", Double),
     Column("stage", Text, nullable=False),
-    # Renamed in 0003, so that processes of before cannot accept jobs whose files nobody would look for.
+    # Renamed in 0003, so that an earlier release cannot accept jobs: their files would not be found.
     Column("media_path", Text, nullable=False),
     Column("result", JSON, nullable=False),
     Column("error_code", Text, nullable=False),
@@ -131,7 +131,7 @@ RUNNERS = Table(
     METADATA,
     Column("runner", Text, primary_key=True),
     Column("model", Text, nullable=False),
-    Column("alive_s", Double, nullable=False),  # since 0003, so that runners of before claim nothing more
+    Column("alive_s", Double, nullable=False),  # renamed in 0003: runners of an earlier release cannot claim
 )
 
 RATES = Table(

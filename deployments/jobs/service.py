@@ -1,4 +1,4 @@
-"""JobService: everything that can be done with accepted jobs, for the HTTP API and the Director's handle alike."""
+"""JobService: operations on accepted jobs, for the HTTP API and the Director's handle alike."""
 
 from __future__ import annotations
 
@@ -40,14 +40,10 @@ class JobService:
     exist or belongs to another owner. An owner is the id of an API key, "" without keys.
 
     Args:
-        store: of jobs.
-        files: the jobs' inputs and saved states.
-        media: store of the results.
+        store: the jobs.
+        files: their inputs and saved states.
+        media: their results.
         max_followers: callers who may follow events at a time.
-
-    Attributes:
-        store, files, media: as given.
-        feed: of the jobs' events.
     """
 
     def __init__(self, store: JobStore, files: JobFiles, media: MediaStore, max_followers: int) -> None:
@@ -89,7 +85,7 @@ class JobService:
 
         Args:
             owner: of the jobs.
-            after: id of the job that the page follows; None = the first page.
+            after: id of the job that precedes the page; None = the first page.
             limit: number of jobs, at most 100.
             order: "asc" = the oldest first, "desc" = the newest.
 
@@ -104,8 +100,7 @@ class JobService:
     async def cancel(self, job_id: str, owner: str) -> Job:
         """Stop a job; one that has ended stays as it is.
 
-        A queued job ends at once: its inputs are removed, and the clip that an earlier run has begun. A running one is
-        ended by its runner.
+        A queued job ends at once, and its files are removed. A running one is ended by its runner.
         """
         job = _require(await run_in_thread(self.store.cancel, job_id, owner))
         if job.state is JobState.CANCELLED:
@@ -153,7 +148,7 @@ class JobService:
         """Return the record of a job's file, which may still grow, or of a variant of it; of actions their JSON text.
 
         Args:
-            job: as it is now.
+            job: as just read.
             variant: one of :data:`deployments.media.variants.CONTENT_VARIANTS`.
 
         Raises:
@@ -185,7 +180,7 @@ class JobService:
         """Return a part of a job's finished content; empty after its end.
 
         Args:
-            job: as it is now.
+            job: as just read.
             start: first byte.
             num_bytes: most bytes to return, up to 4 MiB.
             variant: as for :meth:`content`.

@@ -1,7 +1,7 @@
 """JobStore: the jobs of one database, shared by any number of processes.
 
-What a method writes is durable when it returns. It may wait for others for up to
-:data:`deployments.jobs.database.BUSY_S`: call it in a thread. Each raises ``JobsError`` if the database fails.
+Writes are durable when a method returns. A method may wait up to :data:`deployments.jobs.database.BUSY_S` for others:
+call it in a thread. Each raises ``JobsError`` if the database fails.
 """
 
 from __future__ import annotations
@@ -35,12 +35,7 @@ _CANCELLED = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="
 
 @dataclass(frozen=True)
 class Lease:
-    """A runner's hold on a job.
-
-    Attributes:
-        job_id: of the job.
-        lease: name of the claim.
-    """
+    """A runner's hold on a job; ``lease`` is the id of its claim."""
 
     job_id: str
     lease: str
@@ -48,12 +43,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of an owner's jobs.
-
-    Attributes:
-        jobs: in the requested order.
-        has_more: whether others follow.
-    """
+    """A page of an owner's jobs, in the requested order; ``has_more`` if others follow."""
 
     jobs: tuple[Job, ...]
     has_more: bool
@@ -63,7 +53,7 @@ class JobStore:
     """The jobs of one database.
 
     Args:
-        database: of the jobs.
+        database: holds the jobs.
         clock: seconds since 1970.
 
     Attributes:
@@ -97,12 +87,12 @@ class JobStore:
 
         Args:
             new: the job.
-            config: the configuration's section.
+            config: bounds of the queue.
             key_limits: of its API key.
             retry_estimator: counts rejected callers, this one too.
 
         Returns:
-            The job as it is now; the earlier one if its idempotency key came with the same request before.
+            The job; the earlier one if its idempotency key came with the same request before.
 
         Raises:
             OverloadedError: a bound of the queue is reached.
@@ -111,7 +101,7 @@ class JobStore:
         """
         queue.check_storable(new, config)
         try:
-            # First without the write lock: clients that keep trying a full queue must not hold up runners.
+            # First without the write lock: clients that keep trying a full queue must not block runners.
             with self._database.reading() as connection:
                 if (earlier := queue.find_earlier(connection, new)) is not None:
                     return earlier
@@ -129,15 +119,10 @@ class JobStore:
             estimator.add(full.bound, wait_s)
             raise full.bound.make_error(wait_s) from None
 
-    # Looking
+    # Reading
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
-        """Return a job; None if there is none, or it belongs to another owner.
-
-        Args:
-            job_id: any text.
-            owner: None = any owner.
-        """
+        """Return a job; None if there is none of this id, or it is not the ``owner``'s (None = any owner)."""
         if not _is_id(job_id):
             return None
         with self._database.reading() as connection:
@@ -148,7 +133,7 @@ class JobStore:
 
         Args:
             owner: "" without keys.
-            after: id of the job that the page follows; None = the first page.
+            after: id of the job that precedes the page; None = the first page.
             limit: number of jobs.
             is_ascending: the oldest first, else the newest.
 
@@ -170,17 +155,16 @@ class JobStore:
         return Page(tuple(jobs[:limit]), len(jobs) > limit)
 
     def events(self, cursors: Mapping[str, int], limit: int = 1000) -> Sequence[JobEvent]:
-        """Return the events of several jobs after a cursor of each, in the order of each job.
+        """Return at most ``limit`` events of several jobs, each job's in order after its cursor.
 
         Args:
             cursors: id of a job -> number of its last known event.
-            limit: number of events.
         """
         with self._database.reading() as connection:
             return find_events(connection, cursors, limit)
 
     def queue_positions(self, jobs: Sequence[Job]) -> dict[str, QueuePosition]:
-        """Return id -> position of the queued ones among some jobs, unless they were claimed meanwhile."""
+        """Return id -> position of those jobs that are still queued."""
         if all(job.state is not JobState.QUEUED for job in jobs):
             return {}
         with self._database.reading() as connection:
@@ -211,7 +195,7 @@ class JobStore:
         """Renew a runner's leases, and note that it is alive.
 
         Returns:
-            Ids of the jobs that it has lost, and of those that it has to stop.
+            Ids of the jobs that it has lost, and of those that it must stop.
         """
         now_s = self._clock()
         held = {lease.job_id: lease.lease for lease in leases}
@@ -224,7 +208,7 @@ class JobStore:
         """Record a job's progress, and the kind and data of its new events; return the number of its last event.
 
         Raises:
-            LeaseLost: the job is not the runner's any more.
+            LeaseLost: the job is no longer the runner's.
             JobsError: it has more events than are kept.
         """
         changes = {name: value for name, value in vars(progress).items() if value is not None}
@@ -268,7 +252,7 @@ class JobStore:
     # Ending
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
-        """End a queued job, or have a runner end its job; a job that has ended stays as it is.
+        """End a queued job, or mark a running one for its runner to stop; a job that has ended stays as it is.
 
         Returns:
             The job as it is now; None as :meth:`get`.
@@ -301,7 +285,7 @@ class JobStore:
         """Return how much longer existing jobs need their folders of files.
 
         Returns:
-            Id -> seconds, 0 if it is not needed any more; None: the job has not ended.
+            Id -> seconds, 0 if it is no longer needed, None if the job has not ended.
         """
         query = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s)
         rows: list[Any] = []
@@ -316,19 +300,15 @@ class JobStore:
         }
 
     def media_ids(self) -> dict[str, str]:
-        """Return the media id of every job that has one, by the last part of that id."""
+        """Return try id -> media id of every job that has one."""
         query = select(JOBS.c.media_path).where(JOBS.c.media_path != "")
         with self._database.reading() as connection:
             return {media_id.partition("/")[2]: media_id for media_id in connection.execute(query).scalars()}
 
     def sweep(self, keep_s: float, max_kept: int | None = None) -> Sequence[Job]:
-        """Delete jobs that ended longer than ``keep_s`` ago, and the oldest beyond a number; at most 1000 at a time.
+        """Delete jobs that ended longer than ``keep_s`` ago, and the oldest beyond ``max_kept`` (None = no bound).
 
-        Their idempotency keys go with them.
-
-        Args:
-            keep_s: since the end of a job.
-            max_kept: ended jobs; None = any number.
+        At most 1000 at a time; their idempotency keys go with them.
 
         Returns:
             The deleted jobs, so that their files can be removed.
@@ -353,7 +333,7 @@ class JobStore:
                 num_spare = max(num_ended - max_kept, 0)
             old = select(JOBS.c.job_id).where(ended, JOBS.c.completed_s < before_s).limit(_SWEPT_AT_ONCE)
             ids = set(connection.execute(old).scalars())
-            # Attached jobs first, whose callers have left, then the oldest.
+            # Attached jobs, whose callers have left, come first, then the oldest.
             spare = (
                 select(JOBS.c.job_id)
                 .where(ended, is_spare)

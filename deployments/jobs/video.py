@@ -1,4 +1,4 @@
-"""Video: a job as clients see it: OpenAI's video object with vLLM-Omni's fields, and ours."""
+"""Video: a job as clients see it, OpenAI's video object with vLLM-Omni's fields and ours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_UNFINISHED_PERCENT = 99
 # Clients know four statuses; the error says that a job was cancelled.
 _STATUSES = {JobState.CANCELLED: "failed"}
 _DEFAULT_MESSAGES = {JobState.CANCELLED: "the job was cancelled", JobState.FAILED: "the job failed"}
-# Between two requests of a client that polls.
+# Between two polls of a client.
 _LEAST_POLL_MS, _LONGEST_POLL_MS, _POLL_MS = 200, 5000, 1000
 _POLLS = 10
 
@@ -165,7 +165,7 @@ class Video(ApiModel):
 
     @property
     def has_file(self) -> bool:
-        """Whether it has a file."""
+        """Whether it is completed with a file."""
         return self.status == "completed" and bool(self.media_type)
 
     @property
@@ -209,14 +209,14 @@ class VideoDeleted(ApiModel):
 
 
 def poll_after_ms(eta_s: float | None) -> int:
-    """Return when a client that polls should ask again for a video."""
+    """Return the milliseconds until a client should poll a video again."""
     if eta_s is None:
         return _POLL_MS
     return int(min(max(eta_s * 1000 / _POLLS, _LEAST_POLL_MS), _LONGEST_POLL_MS))
 
 
 def retry_after_s(eta_s: float | None) -> int:
-    """Return when a client should ask again for a file that is not ready."""
+    """Return the seconds until a client should retry a file that is not ready."""
     return 1 if eta_s is None else min(max(math.ceil(eta_s), 1), 3600)
 
 

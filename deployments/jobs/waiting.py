@@ -1,6 +1,7 @@
 """The load of the queue and how long jobs wait: positions, the time until a job is done, and ``Retry-After``.
 
-The running jobs of a lane share its speed evenly, and the first queued job takes the place of one that ends.
+Estimates assume that running jobs share their lane's speed evenly, and that the first queued job takes the place of one
+that ends.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NEWEST_SHARE = 0.3
 # A runner that has been silent for longer does not count.
 _ALIVE_S = 120.0
 _QUEUED, _IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
-# Rejected callers with an open Retry-After, for each place in a queue.
+# Rejected callers that are remembered for each place in a queue.
 _CALLERS_PER_PLACE = 4
 
 WORK_LEFT = JOBS.c.work * (1 - JOBS.c.step * 1.0 / JOBS.c.num_steps)
@@ -68,7 +69,7 @@ def read_load(connection: Connection, model: str) -> tuple[ClassLoad, ...]:
 
 
 def queue_positions(connection: Connection, jobs: Sequence[Job], now_s: float) -> dict[str, QueuePosition]:
-    """Return id -> position of the queued ones among some jobs, with one query for all of them."""
+    """Return id -> position of those jobs that are queued, in one query."""
     queued = {job.job_id: job.work for job in jobs if job.state is JobState.QUEUED}
     parameters = {
         "models": sorted({job.model for job in jobs}),
@@ -114,13 +115,7 @@ def _query_positions() -> Select[Any]:
 
 @dataclass(frozen=True)
 class QueueBound:
-    """A bound of a queue that was reached.
-
-    Attributes:
-        lane: whose queue it is.
-        owner: whose jobs it counts; None if it counts all jobs.
-        limit: the bound.
-    """
+    """A bound of a lane's queue that was reached; it counts the jobs of one owner, or all (None)."""
 
     lane: Lane
     owner: str | None
@@ -133,14 +128,9 @@ class QueueBound:
 
 
 def estimate_retry_s(connection: Connection, model: str, bound: QueueBound, now_s: float, num_before: int = 0) -> float:
-    """Estimate the seconds until a queued job begins, so that there is room for another one.
+    """Estimate the seconds until a queued job begins, which makes room for another one.
 
-    Args:
-        connection: in a transaction.
-        model: whose queue is full.
-        bound: that was reached.
-        now_s: seconds since 1970.
-        num_before: callers who were rejected earlier and have not come again yet: they get the places before.
+    ``num_before`` callers were rejected earlier and have not come back: they get the places before.
     """
     in_lane = (JOBS.c.model == model, JOBS.c.lane == bound.lane.value)
     running = connection.execute(select(WORK_LEFT).where(*in_lane, JOBS.c.state == _IN_PROGRESS)).scalars().all()
@@ -161,16 +151,16 @@ def estimate_retry_s(connection: Connection, model: str, bound: QueueBound, now_
 
 
 def estimate_freed_s(running: Sequence[float], queued: Sequence[float], num_places: int, work_per_s: float) -> float:
-    """Return the seconds until so many places of a lane have become free.
+    """Return the seconds until places of a lane have become free ``num_places`` times; queued jobs take them again.
 
     Args:
-        running: work that is left of each running job; at least one.
-        queued: work of the queued jobs, in their order; at least ``num_places`` - 1.
-        num_places: number of places, those that queued jobs take again included.
+        running: work left of each running job; at least one.
+        queued: work of the queued jobs in their order; at least ``num_places`` - 1.
+        num_places: number of ends to wait for.
         work_per_s: speed of the lane.
     """
     waiting = iter(queued)
-    # Every running job gets the same work done in the same time, so ends are counted in that work.
+    # All running jobs advance at the same pace: a job's end is the work per job at which it is done.
     ends, done, elapsed_s = list(running), 0.0, 0.0
     heapq.heapify(ends)
     for _ in range(num_places):
@@ -200,10 +190,10 @@ def note_rate(connection: Connection, model: str, lane: Lane, work_per_s: float,
 
 
 class RetryEstimator:
-    """Keeps the times at which rejected callers may come again, so that each gets a later one.
+    """Spreads the retries of rejected callers, who would otherwise all come back at once for one place.
 
-    All of them would otherwise come at once for one place. Counts the callers of this process, from any thread. A
-    caller who comes too early is counted again each time: hence a bound, by the number of places.
+    Counts the callers of this process, from any thread. One who comes back early is counted again: hence a bound, by
+    the number of places.
     """
 
     def __init__(self) -> None:
@@ -211,7 +201,7 @@ class RetryEstimator:
         self._lock = threading.Lock()
 
     def add(self, bound: QueueBound, seconds: float) -> None:
-        """Count a caller who may come again after so long."""
+        """Count a rejected caller who may retry in ``seconds``."""
         with self._lock:
             until_s = self._until_s.setdefault(bound, deque())
             until_s.append(time.monotonic() + seconds)
@@ -219,7 +209,7 @@ class RetryEstimator:
                 until_s.popleft()
 
     def num_open(self, bound: QueueBound) -> int:
-        """Return how many callers are still to come."""
+        """Return the number of callers whose time to retry has not come."""
         now_s = time.monotonic()
         with self._lock:
             still = {bound: [until_s for until_s in known if until_s > now_s] for bound, known in self._until_s.items()}

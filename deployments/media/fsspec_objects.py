@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")
 
 _HIDDEN = "***"
 _USER = re.compile(r"(?<=//)[^/@\s]*@")
-# Before the second and the third try of a write: hours of work may hang on it.
+# Before the second and the third try of a write, on which hours of work may depend.
 _PAUSES_S = (0.5, 2.0)
 
 
@@ -37,12 +37,12 @@ class ObjectsError(Cosmos3Error):
 class FsspecObjects:
     """Objects in a store that fsspec knows, with the methods of :class:`DirectoryObjects`.
 
-    Writes are tried three times. No error has credentials in it. Object stores tell no age: :meth:`measure` returns
-    zeros. :meth:`open` opens a missing object too; reading raises that.
+    Writes are tried three times. Errors hold no credentials. Object stores report no age: :meth:`measure` returns
+    zeros. :meth:`open` accepts a missing object, and reading raises.
 
     Args:
         url: of the store.
-        root: what comes before the folders' names, as fsspec's implementation names it.
+        root: prefix of the folders' names, as fsspec's implementation spells it.
     """
 
     def __init__(self, url: str, root: str) -> None:
@@ -124,7 +124,7 @@ class FsspecObjects:
     def _write(self, folder: str, write: Callable[[Any], None]) -> None:
         def write_once() -> None:
             with self._file_system() as store:
-                # Object stores (asynchronous ones) have no directories; s3fs would make the bucket.
+                # Object stores (the asynchronous ones) have no directories; s3fs would create the bucket.
                 if not store.async_impl:
                     store.makedirs(self._path(folder), exist_ok=True)
                 write(store)
@@ -153,13 +153,13 @@ class FsspecObjects:
 
     @contextlib.contextmanager
     def _file_system(self) -> Iterator[Any]:
-        """Open fsspec's store for this thread, as those of plain protocols are not for several; raise its errors here.
+        """Open the store for this thread (some implementations are not for several), and translate its errors.
 
         Raises:
             OSError: any error of the store, without credentials.
         """
         try:
-            # Other processes write: a listing of a while ago says nothing.
+            # Other processes write: a cached listing would be stale.
             yield fsspec.url_to_fs(self._url, use_listings_cache=False)[0]
         except FileExistsError as error:
             raise FileExistsError(_clean(error, self._url)) from None
@@ -210,7 +210,7 @@ def check_usable(objects: Objects) -> None:
 
 
 class _Blocks(io.RawIOBase):
-    """An object as a file, from which a buffer reads blocks."""
+    """An object as a raw file, for a buffer that reads blocks."""
 
     def __init__(self, read: Callable[[int, int], bytes], num_bytes: int) -> None:
         self._read, self._num_bytes, self._position = read, num_bytes, 0

@@ -1,4 +1,4 @@
-"""JobFiles: files of a job that are too large for the database, its input media and its saved state.
+"""JobFiles: the files of a job that are too large for the database: its input media and its saved state.
 
 Each file holds its own length and hash, so that a damaged or half-written file is noticed.
 """
@@ -20,7 +20,7 @@ from deployments.media.fsspec_objects import Objects
 from deployments.media.layout import JOB_ID
 
 _NAME = re.compile(r"[a-z]{1,16}")
-# Types of arrays: numbers, and nothing that would have to be unpickled.
+# Arrays of numbers only: no type needs unpickling.
 _DTYPE = re.compile(r"[<>|=][biuf][0-9]{1,2}")
 _MAX_HEADER_BYTES = 512
 _MAX_NUM_AXES = 8
@@ -35,7 +35,7 @@ class JobFiles:
     Every method raises ``ValueError`` for another id or name, and ``MediaError`` if the store cannot be used.
 
     Args:
-        objects: the store: the archive if there is one, else the media directory.
+        objects: the archive if there is one, else the media directory.
     """
 
     def __init__(self, objects: Objects) -> None:
@@ -87,7 +87,7 @@ class JobFiles:
             raise MediaError(f"files of {job_id} cannot be listed: {error}") from error
 
     def remove(self, job_id: str, name: str | None = None) -> None:
-        """Remove a file of a job, or all files here, which does not touch tries; harmless if there are none."""
+        """Remove a file of a job, or all of them but not its tries; harmless if there are none."""
         _check(job_id, name or "a")
         try:
             for each in [name] if name else filter(_NAME.fullmatch, self._objects.names(job_id)):
@@ -98,16 +98,10 @@ class JobFiles:
 
 @dataclass(frozen=True)
 class _Header:
-    """The first line of a file.
+    """The first line of a file."""
 
-    Attributes:
-        written_s: seconds since 1970.
-        dtype: of an array, as numpy writes it; "" of bytes.
-        shape: of an array.
-    """
-
-    written_s: float
-    dtype: str = ""
+    written_s: float  # since 1970
+    dtype: str = ""  # of an array, as numpy writes it; "" for bytes
     shape: tuple[int, ...] = ()
 
     def line(self, payload: memoryview) -> bytes:

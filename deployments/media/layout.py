@@ -1,7 +1,7 @@
 """The layout of jobs' files, in the media directory and in the archive alike.
 
     video_gen_<32 hex>/         a job, by its id; all its files are in here
-        image, video            what its request came with, each with its length and hash (:mod:`.job_files`)
+        image, video            media of its request, each with its length and hash (:mod:`.job_files`)
         checkpoint              the saved state that a runner resumes from
         <32 hex>/               one try of its result; its media id is JOB/TRY (:mod:`.store`)
             begun.json          record of its begin
@@ -9,16 +9,16 @@
             clip.mp4            the finished file
             ended.json          record of its end, done or failed; created once
             thumbnail.json      record of a variant, and thumbnail-<16 hex>.webp, its file (:mod:`.variants`)
-    .<16 hex>.part              what is about to appear or to disappear
+    .<16 hex>.part              a file or folder about to appear or disappear
 
 Records and files of jobs appear and disappear as a whole (:mod:`.objects`), and a finished file is whole once the end
-says done. So any number of processes work on the layout without locks, and one that is killed leaves what was there
-before or what is there after.
+says done. So any number of processes work on the layout without locks, and one that is killed leaves the state before
+or after a change.
 
 With an archive, files of jobs are in the archive alone, and the directory of each node is a cache of tries, in which
 files grow. A file is done when it is done in the archive. Its end is created exactly once where the backend can do
 that: directories by a hard link, s3fs by ``If-None-Match``. Backends that look first and then write (fsspec's default)
-may take two ends at once, of which the last counts; opening such an archive logs a warning.
+may accept two concurrent ends, of which the last counts; opening such an archive logs a warning.
 
 The sweeper (:mod:`.sweeper`) counts and removes whole folders of jobs, by their state in the database:
 
@@ -26,8 +26,8 @@ The sweeper (:mod:`.sweeper`) counts and removes whole folders of jobs, by their
     completed                   removed when it expires; the first to expire go earlier if there are too many bytes
     failed, cancelled           removed at once
     not in the database         removed when nothing in it has changed for ``media.keep_s``, and for an hour at least if
-                                it has files of a job, which are written before the job. Finished tries go for bytes.
-                                An object store that does not tell its age keeps it.
+                                it has files of a job, which are written before the job. Finished tries may go
+                                earlier, to free bytes. Object stores that report no age keep it.
 
 Apps with databases of their own may share a directory: each touches the folders that its unfinished jobs need, so that
 the others keep them. Without an archive the Directors sweep, which know the database. With one, encoders sweep the
@@ -88,10 +88,10 @@ class MediaRecord:
         live_name: of the file that grows, there from the first bytes on; "" if there is none.
         num_bytes: of the finished file, 0 before.
         sha256: of the finished file, "" before.
-        created_s, updated_s: seconds since 1970 of the begin and of the last change, by their writers' clocks.
+        created_s, updated_s: seconds since 1970, of the begin and the last change, by their writers' clocks.
 
     Raises:
-        ValueError: a value is not of its kind.
+        ValueError: a value is malformed.
     """
 
     media_id: str
@@ -122,7 +122,7 @@ class MediaRecord:
 
     @property
     def live_etag(self) -> str:
-        """The live file's ETag, the same while it grows: bytes that are there stay as they are."""
+        """The live file's ETag, the same while it grows: written bytes never change."""
         return f'"{self.media_id.partition("/")[2]}-live"'
 
     def to_json(self) -> bytes:
@@ -147,7 +147,7 @@ class MediaRecord:
 
 
 def new_media_id(job_id: str) -> str:
-    """Make the id of a new try of a job's file; nobody can guess it."""
+    """Return an unguessable id for a new try of a job's file."""
     return f"{job_id}/{uuid.uuid4().hex}"
 
 
@@ -177,7 +177,7 @@ def find_record(objects: Objects, folder: str, job_id: str | None = None) -> Med
 
 
 def create_record(objects: Objects, record: MediaRecord, name: str) -> MediaRecord:
-    """Write a record if there is none of its name, or only a damaged one; return the one that is there then.
+    """Write a record unless there is a valid one of its name; return the one that is there then.
 
     Raises:
         OSError: the store cannot be used.
@@ -185,7 +185,7 @@ def create_record(objects: Objects, record: MediaRecord, name: str) -> MediaReco
     with contextlib.suppress(FileExistsError):
         objects.create(record.media_id, name, record.to_json())
         return record
-    found = read_record(objects, record.media_id, name)  # this very record, if only an answer was lost
+    found = read_record(objects, record.media_id, name)  # this record itself, if only an answer was lost
     if found is None:
         objects.put(record.media_id, name, [record.to_json()])
     return found or record

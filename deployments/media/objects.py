@@ -1,8 +1,8 @@
 """Objects: named bytes in folders, each of which appears whole or not at all; here in a directory.
 
-A folder is there while it has something in it; ``a/b`` is a folder in a folder. Callers check names; none may come from
-a client. A writer that is killed leaves the object before. Stores behind fsspec that are files without a rename, such
-as sftp, may keep half of an object instead: readers notice by its hash, or by JSON that does not parse.
+A folder exists while it is not empty; ``a/b`` is a folder in a folder. Callers check names; none may come from a
+client. A writer that is killed leaves the earlier object. Stores behind fsspec without an atomic rename, such as sftp,
+may keep half of an object: readers notice by its hash, or by JSON that does not parse.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 20
-# Names of what is about to appear or to disappear; the second one is of folders of releases until schema 0002.
+# Temporary names; the second form is that of releases until schema 0002.
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part|\.(new|swept)-[0-9a-f]{32}-[0-9a-f]{16}")
-# A folder that is removed while something is put into it is made again.
+# Tries of a write whose folder is removed meanwhile.
 _MAX_PUTS = 5
 
 
 class DirectoryObjects:
     """Objects in a directory: written to a temporary file, forced to the disk, renamed. For any number of processes.
 
-    Every method raises OSError if the store cannot be used, and FileNotFoundError if there is nothing of the name.
+    Every method raises OSError if the store cannot be used, and FileNotFoundError if the name does not exist.
 
     Args:
         root: the directory; the first write makes it.
@@ -66,12 +66,12 @@ class DirectoryObjects:
             with contextlib.suppress(FileNotFoundError):  # another process was first
                 (old / name).rename(new / name)
         self._sync(new)
-        for name in _list(old, _TEMPORARY):  # what was about to appear, and never did
+        for name in _list(old, _TEMPORARY):  # of writers that were killed
             (old / name).unlink(missing_ok=True)
         self._remove_empty(old)
 
     def read(self, folder: str, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
-        """Return an object's bytes from a position on, at most so many; empty behind the end."""
+        """Return at most ``num_bytes`` of an object from a position on; empty past its end."""
         with (self.root / folder / name).open("rb") as file:
             file.seek(start)
             return file.read(-1 if num_bytes is None else num_bytes)
@@ -94,7 +94,7 @@ class DirectoryObjects:
         path = self.root / folder if name is None else self.root / folder / name
         temporary = self.temporary_path()
         try:
-            path.rename(temporary)  # all of it is gone at once, even if this process is killed now
+            path.rename(temporary)  # it disappears as a whole, even if this process is killed now
         except FileNotFoundError:
             return False
         if name is None:
@@ -116,7 +116,7 @@ class DirectoryObjects:
         return num_bytes, changed_s
 
     def touch(self, folder: str) -> None:
-        """Have :meth:`measure` report a change of a folder now."""
+        """Set a folder's time of change, which :meth:`measure` reports, to now."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.root / folder)
 
@@ -154,7 +154,7 @@ class DirectoryObjects:
         self._sync(place, is_new=is_new)
 
     def _sync(self, place: Path, *, is_new: bool = True) -> None:
-        """Have the names in a folder survive a crash of the machine, and the folder's own name if it is new."""
+        """Sync a folder's entries, and a new folder's own name, so that they survive a crash of the machine."""
         for path in (place, *place.parents):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -166,7 +166,7 @@ class DirectoryObjects:
                 return
 
     def _remove_empty(self, place: Path) -> None:
-        """Remove a folder with nothing in it, and the one that it is in; a writer that needs it makes it again."""
+        """Remove a folder and its parents as far as they are empty; a writer that needs one makes it again."""
         with contextlib.suppress(OSError):
             while place != self.root:
                 place.rmdir()
@@ -178,7 +178,7 @@ def _link(temporary: Path, path: Path) -> None:
         os.link(temporary, path)  # a rename would replace what is there
     except (FileExistsError, FileNotFoundError):
         raise
-    except OSError:  # a file system without hard links: one writer as well, but half written for a moment
+    except OSError:  # no hard links here: one writer succeeds all the same, but the file is half written for a moment
         with path.open("xb") as file:
             file.write(temporary.read_bytes())
             file.flush()

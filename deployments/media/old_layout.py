@@ -1,8 +1,8 @@
 """The layout of releases until schema 0002, and the move of known jobs' files into the folders of their jobs.
 
-There, tries lay at the top of the directory and in ``clips/`` of the archive, files of jobs in ``jobs/`` of either.
+Tries lay at the top of the directory and in ``clips/`` of the archive, files of jobs in ``jobs/`` of either.
 Every step is one move that can be repeated: a rename in directories, copies and then a removal in object stores. So
-processes that are killed, find the disk full or move at once lose nothing; the next start goes on.
+nothing is lost when processes are killed, fill the disk or move at once; the next start resumes the move.
 
 Only files of jobs in the database are moved. The others expire where they are (:mod:`.sweeper`): tries that failed
 before the last one, and files of other apps, which may still run the earlier release in this directory.
@@ -25,12 +25,7 @@ _JOBS, _CLIPS = "jobs", "clips"
 
 
 def list_old_folders(objects: Objects, folders: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the ids of jobs and the ids of tries in the old layout, each with the path of its folder.
-
-    Args:
-        objects: where they are.
-        folders: that are at the top of it.
-    """
+    """Return job id -> path and try id -> path in the old layout, given the ``folders`` at the top of ``objects``."""
     jobs, clips = (objects.names(name) if name in folders else [] for name in (_JOBS, _CLIPS))
     tries = {try_id: f"{_CLIPS}/{try_id}" for try_id in filter(TRY_ID.fullmatch, clips)}
     tries |= {try_id: try_id for try_id in filter(TRY_ID.fullmatch, folders)}
@@ -42,15 +37,15 @@ def adopt_old_files(media: MediaStore, find_needs: FindNeeds, find_media_ids: Ca
 
     Args:
         media: the store; no runner of an earlier release works on it, as the upgrade of the database has ensured.
-        find_needs: of jobs; names those that are known.
-        find_media_ids: returns the ids of tries that jobs have -> their media ids.
+        find_needs: knows which jobs are in the database.
+        find_media_ids: returns try id -> media id of all jobs.
 
     Returns:
         The number of folders that were moved.
 
     Raises:
         MediaStoreError: not all could be moved; nothing is lost.
-        JobsError: whatever ``find_needs`` or ``find_media_ids`` raised.
+        JobsError: raised by ``find_needs`` or ``find_media_ids``.
     """
     num_moved = 0
     for objects in media.places:

@@ -4,8 +4,8 @@ A clip is one try of a job's file, in a folder of its own inside the job's (:mod
 never wait for readers. Only one of several processes can create the record of a clip's end, so a clip that is done
 never fails later, nor the other way round.
 
-With an archive, a clip is done when it is done there, and what the directory lacks is read from there: nodes need no
-directory in common, and a new machine finds the clips of the old one. Files that grow are in the directory only.
+With an archive, a clip is done when it is done there, and files missing from the directory are read from it: nodes need
+no directory in common, and a new machine finds the clips of the old one. Files that grow are in the directory only.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 _MAX_REASON_CHARS = 2000
-# Listing an archive costs money: it is swept so often in the time that a clip is kept.
+# Sweeps of the archive in the time that a clip is kept: listing it costs money.
 _ARCHIVE_SWEEPS_PER_KEEP = 100
 
 
 def own_directory() -> Path:
-    """Return a directory of this user, for the processes of one machine; make it if needed. It outlives restarts.
+    """Return this user's own directory, created if missing, for the processes of one machine. It outlives restarts.
 
     Raises:
         MediaStoreError: the user has no home to make it in, or something else is in its place.
@@ -80,7 +80,7 @@ class MediaStore:
 
     Attributes:
         directory, keep_s: as given.
-        objects, archive: what is in the directory, and in the archive if there is one.
+        objects, archive: contents of the directory, and of the archive if there is one.
 
     Raises:
         MediaStoreError: the directory or the archive cannot be made or used.
@@ -88,11 +88,7 @@ class MediaStore:
 
     @classmethod
     def of(cls, config: MediaConfig) -> MediaStore:
-        """Open the store of a configuration; every process opens its own.
-
-        Raises:
-            MediaStoreError: its directory cannot be made, or its archive cannot be used.
-        """
+        """Open the store of a configuration; every process opens its own."""
         directory = own_directory() if config.directory is None else config.directory
         return cls(directory, config.max_bytes, config.keep_s, config.archive)
 
@@ -117,7 +113,7 @@ class MediaStore:
             archive = open_objects(url)
         except ObjectsError as error:
             raise MediaStoreError(str(error)) from None
-        # Nothing could end in both if they were one.
+        # A clip could not end in both if they were one.
         if isinstance(archive, DirectoryObjects) and archive.root.resolve() == self.directory.resolve():
             raise MediaStoreError(
                 f"media.archive must be another place than media.directory (got {self.directory} for both)"
@@ -136,7 +132,7 @@ class MediaStore:
         Args:
             media_id: of :func:`deployments.media.layout.new_media_id`, for this clip alone.
             media_type: MIME type of its files.
-            suffix: ending of their names.
+            suffix: of their names.
             is_live: whether there will be a file that grows.
 
         Raises:
@@ -198,10 +194,10 @@ class MediaStore:
         )
 
     def fail(self, media_id: str, reason: str) -> None:
-        """Declare a clip failed, which its readers see. Harmless if it has ended or is not there.
+        """Declare a clip failed to its readers. Harmless if it has ended or is not there.
 
-        A failure to write this is only logged: the caller is busy with an error already, and readers give up a file
-        that does not grow.
+        A failure to write this is only logged: the caller is already handling an error, and readers give up a file that
+        does not grow.
         """
         try:
             record = self.find(media_id)
@@ -218,7 +214,7 @@ class MediaStore:
     def remove(self, media_id: str) -> None:
         """Remove a clip; one that is being written is declared failed first. Harmless if it is not there, or no id.
 
-        A copy in the directory of another node goes with a sweep there.
+        A sweep on another node removes the copy in its directory.
 
         Raises:
             MediaError: it cannot be removed.
@@ -229,7 +225,7 @@ class MediaStore:
         try:
             self.objects.remove(media_id)
             if self.archive is not None:
-                self.archive.remove(media_id, ENDED)  # it must not be done while its file goes
+                self.archive.remove(media_id, ENDED)  # it must not count as done while its file disappears
                 self.archive.remove(media_id)
         except OSError as error:
             raise MediaError(f"{media_id} cannot be removed: {error}") from error
@@ -263,7 +259,7 @@ class MediaStore:
             return self.archive.open(folder, name, record.num_bytes)
 
     def read(self, record: MediaRecord, start: int = 0, num_bytes: int = -1) -> bytes:
-        """Return a part of a finished file, empty behind its end.
+        """Return a part of a finished file, empty past its end.
 
         Raises:
             FileNotFoundError: the file was removed.
@@ -300,7 +296,7 @@ class MediaStore:
 
         Raises:
             MediaError: the directory or the archive cannot be swept.
-            Exception: whatever ``find_needs`` raised.
+            Exception: raised by ``find_needs``.
         """
         assert find_needs is not None or self.archive is not None, "the directory is no cache"
         try:
@@ -317,8 +313,8 @@ class MediaEntry:
     """A clip that is being written; for one writer.
 
     Attributes:
-        path: where the finished file goes, before :meth:`finish`.
-        live_path: where the file goes that grows meanwhile; None if there is none.
+        path: of the finished file, to be written before :meth:`finish`.
+        live_path: of the file that grows meanwhile; None if there is none.
     """
 
     def __init__(self, store: MediaStore, record: MediaRecord) -> None:
@@ -348,7 +344,7 @@ class MediaEntry:
         return record
 
     def _leave_archive(self) -> None:
-        """Remove a clip that is not done from the archive; if that fails too, a sweep will."""
+        """Remove an unfinished clip from the archive; if that fails too, a sweep will."""
         if self._store.archive is not None:
             try:
                 self._store.archive.remove(self._record.media_id)

@@ -17,25 +17,19 @@ FindNeeds = Callable[[Sequence[str]], Mapping[str, float | None]]
 0 = no longer, None = at least until they end.
 """
 
-# Files are written before their job: those whose job is missing for so long belong to none.
+# Age at which files without a job count as abandoned: files are written before their job.
 ORPHAN_S = 3600.0
-# Share of the bytes that folders which must stay count for at most; finished ones have the rest.
+# Folders that must stay count for at most this share of ``max_bytes``, so that finished ones have the rest.
 _PINNED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A job's folder.
-
-    Attributes:
-        path: of the folder.
-        left_s: seconds until it is removed.
-        is_spare: whether it may be removed earlier, for bytes.
-    """
+    """A job's folder."""
 
     path: str
-    left_s: float
-    is_spare: bool
+    left_s: float  # until it is removed
+    is_spare: bool  # it may be removed earlier, to free bytes
 
 
 def sweep(
@@ -43,7 +37,7 @@ def sweep(
 ) -> int:
     """Remove folders that are no longer needed, and the first to expire while there are too many bytes.
 
-    Several processes may sweep at once. What is no folder of a job stays.
+    Several processes may sweep at once. Anything but folders of jobs stays.
 
     Args:
         objects: where the folders are.
@@ -57,7 +51,7 @@ def sweep(
 
     Raises:
         OSError: the store cannot be used.
-        Exception: whatever ``find_needs`` raised.
+        Exception: raised by ``find_needs``.
     """
     objects.sweep(keep_s, now_s)
     names = objects.folders()
@@ -80,21 +74,15 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Unknown:
-    """Judges folders of jobs that the database does not know, by their files.
-
-    Attributes:
-        objects: where they are.
-        keep_s, orphans_s: how long a folder stays after its last change, with tries alone and with files of a job.
-        now_s: seconds since 1970.
-    """
+    """Judges folders of jobs that the database does not know, by their files."""
 
     objects: Objects
-    keep_s: float
-    orphans_s: float
+    keep_s: float  # from its last change, for a folder with tries alone
+    orphans_s: float  # the same for one with files of a job
     now_s: float
 
     def judge(self, path: str) -> _Folder:
-        """Find out how long a job's folder stays."""
+        """Compute how long a job's folder stays."""
         changed_s, has_job_files, is_written = 0.0, False, False
         for name in self.objects.names(path):
             if not TRY_ID.fullmatch(name):
@@ -109,7 +97,7 @@ class _Unknown:
         return _Folder(path, self._compute_left_s(changed_s, stays_s), not (has_job_files or is_written))
 
     def judge_old(self, names: Sequence[str]) -> list[_Folder]:
-        """Find out how long those in the old layout stay that no start of this release has moved."""
+        """Compute how long folders stay that are still in the old layout."""
         jobs, tries = list_old_folders(self.objects, names)
         folders = [self.judge(path) for path in jobs.values()]
         for path in tries.values():
@@ -120,7 +108,7 @@ class _Unknown:
         return folders
 
     def _compute_left_s(self, changed_s: float, stays_s: float) -> float:
-        # A folder that does not tell its age may be new: it stays.
+        # A folder of unknown age may be new: it stays.
         return changed_s + stays_s - self.now_s if changed_s else math.inf
 
 

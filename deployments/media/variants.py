@@ -1,7 +1,7 @@
 """Variants of a finished clip, such as its thumbnail: a file beside it, with a record like the clip's.
 
 A variant is made when it is first requested, where the clip is: in the directory, or else in the archive. It goes with
-the clip. Of several processes that make it at once the first one counts.
+the clip. If several processes make it at once, the first one counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Variant:
         name: 1 to 16 letters a-z, for its record and its file.
         media_type: MIME type of its file.
         suffix: ending of its file's name.
-        write: makes it, at a path in an existing directory, from the clip.
+        write: makes it from the clip, at a path in an existing directory.
         sources: MIME types of the files that it can be made of.
     """
 
@@ -98,7 +98,7 @@ def make_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> Me
     Raises:
         FileNotFoundError: the clip was removed meanwhile.
         MediaError: it cannot be made of this clip, or cannot be written.
-        Exception: whatever else ``variant.write`` raises.
+        Exception: raised by ``variant.write``.
     """
     folder = store.objects.temporary_path()
     try:
@@ -148,10 +148,10 @@ def _find_objects(store: MediaStore, record: MediaRecord) -> Objects | None:
 
 
 async def find_content(media: MediaStore, media_id: str, name: str) -> MediaRecord:
-    """Return the record of a file, which may still grow, or of a variant of a finished one, made if it is not there.
+    """Return the record of a file, which may still grow, or of a finished file's variant, made if missing.
 
     Args:
-        media: where the file is.
+        media: holds the file.
         media_id: of the file.
         name: :data:`VIDEO` for the file itself, or one of :data:`MADE_VARIANTS`.
 
@@ -163,7 +163,7 @@ async def find_content(media: MediaStore, media_id: str, name: str) -> MediaReco
     if record is None:
         raise _explain_expiry()
     if record.state == FAILED:
-        # The reason went to the caller who asked for the file.
+        # The reason went to the request's caller.
         raise ApiError(410, "media_failed", "this file was never finished: its request failed or was given up")
     if name == VIDEO:
         return record
@@ -195,15 +195,15 @@ def _find_or_make(store: MediaStore, record: MediaRecord, variant: Variant) -> M
 
 
 class _Maker:
-    """Makes variants in threads of its own: a few at once, each once for all callers that request it meanwhile."""
+    """Makes variants in its own threads, a few at once, and each once for all callers who request it meanwhile."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="variants")
-        self._lock = threading.Lock()  # it may be asked in several event loops
+        self._lock = threading.Lock()  # several event loops may use it
         self._making: dict[tuple[str, ...], Future[MediaRecord]] = {}
 
     async def make(self, media: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
-        """Make a variant. It goes on when the caller leaves: the next caller finds it.
+        """Make a variant, even if the caller leaves: the next caller finds it.
 
         Raises:
             ApiError: too many are being made, or it takes long.

@@ -1,1 +1,1 @@
-"""The deployments that work on a request, one thin file each, and what they share: handles, references, credits."""
+"""The deployments that work on a request, one thin file each, and their shared handles and streams."""

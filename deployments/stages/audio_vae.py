@@ -44,13 +44,13 @@ class AudioVAEDeployment:
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
     ) -> AsyncIterator[SoundChunk | SoundDecoded]:
-        """Decode a request's sound. Yields a :class:`SoundChunk` and its :class:`SoundDecoded` in turns.
+        """Decode a request's sound; yield a :class:`SoundChunk` and its :class:`SoundDecoded` in turns.
 
         Args:
             context: of the request.
             latents: [C, T] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: names the clip's stream; each chunk takes a credit of it.
+            stream_id: of the clip's stream; each chunk takes one of its credits.
             producer: names this decoder in the stream.
 
         Raises:
@@ -76,14 +76,10 @@ def _next_samples(chunks: Any) -> TensorEnvelope | None:
 
 
 def run_within_memory(device: Any, work: Callable[[], T]) -> T:
-    """Run ``work`` and return its result. Call it in a thread, not in the event loop.
-
-    Args:
-        device: a torch device.
-        work: its tensors are released when it fails.
+    """Return the result of ``work``; call it in a thread, not in the event loop.
 
     Raises:
-        OutOfMemory: the work does not fit into the device's memory.
+        OutOfMemory: the work does not fit into the device's memory; its tensors are released.
     """
     from cosmos3_core.device import forget_unused_memory, is_out_of_memory
 

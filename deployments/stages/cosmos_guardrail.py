@@ -13,7 +13,7 @@ from cosmos3_core.media.pixels import Frames
 from deployments.errors import AdapterError, ContentBlocked
 
 _NAME = "cosmos-guardrail"
-# Model -> its method that says whether a prompt is safe, and raises when it cannot say.
+# Model -> its method that returns whether a prompt is safe, and raises if it cannot.
 _TEXT_METHODS = {"Blocklist": "is_safe", "Qwen3Guard": "extract_label_and_categories"}
 _FRAME_MODELS = {"RetinaFaceFilter"}
 

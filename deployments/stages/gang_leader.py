@@ -1,4 +1,4 @@
-"""The base of gang leaders: report the gang's health, and end with the gang."""
+"""Base of gang leaders, which report their gang's health and end with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GangLeader(ABC):
         """The gang's failure; None while it works."""
 
     async def check_health(self) -> None:
-        """Fail Serve's health check once the gang has failed. The process usually exits before Serve asks.
+        """Fail Serve's health check once the gang has failed; the process usually exits before the next check.
 
         Raises:
             GangFailed: the gang is gone.

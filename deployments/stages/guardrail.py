@@ -1,7 +1,6 @@
-"""Guardrails: checks prompts before admission, and frames before they enter a file. Fails closed.
+"""Guardrails: checks prompts before admission, and every decoded frame before it enters a file. Fails closed.
 
-It checks the prompt and every decoded frame. It does not check the negative prompt, the sound, or the image or clip
-that a request gives. NVIDIA's guardrail does the same.
+Like NVIDIA's guardrail it leaves the negative prompt, the sound, and a request's image or clip unchecked.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class _SerialCalls:
     A call that hangs ends the process, because a thread cannot be stopped. Serve then starts another replica.
 
     Args:
-        what: the adapter checks, for messages.
+        what: names what is checked, in messages.
         limit_s: for one call.
     """
 
@@ -101,7 +100,7 @@ class _SerialCalls:
         self._free = asyncio.Lock()
 
     async def run(self, context: RequestContext, call: Callable[[], T]) -> T:
-        """Run a call once the earlier ones are done, and return its result.
+        """Run a call after the earlier ones, and return its result.
 
         Raises:
             ContentBlocked: as the call raised.

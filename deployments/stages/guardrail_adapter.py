@@ -18,9 +18,9 @@ _HINT = f"It must be {', '.join(_BUILT_IN)}, or module:Class of an adapter that 
 
 @runtime_checkable
 class GuardrailAdapter(Protocol):
-    """An adapter. Its methods are called in threads, each by one thread at a time.
+    """A guardrail. Each method is called by one thread at a time.
 
-    Any other exception than the documented ones, and a call past its timeout, fail the request.
+    Any undocumented exception, and a call past its timeout, fail the request.
     """
 
     def check_text(self, prompt: str) -> None:
@@ -37,7 +37,7 @@ class GuardrailAdapter(Protocol):
             frames: uint8 RGB [F, Y, X, 3], read-only.
 
         Returns:
-            The frames to show, of the same shape; ``frames`` itself if nothing has to change.
+            The frames to show, of the same shape; ``frames`` itself if nothing changes.
 
         Raises:
             ContentBlocked: the frames must not be shown.
@@ -45,7 +45,7 @@ class GuardrailAdapter(Protocol):
 
 
 def load_guardrail(adapter: str, options: Mapping[str, Option]) -> GuardrailAdapter:
-    """Load and construct the adapter of a name.
+    """Import and construct an adapter by its name.
 
     Raises:
         AdapterError: no such adapter can be imported, it does not take these options, or it is not a guardrail.

@@ -11,7 +11,7 @@ from cosmos3_core.request import ResolvedRequest
 
 @dataclass(frozen=True)
 class Stages:
-    """Handles of one app's deployments; None where the app has no such stage.
+    """Handles of one app's deployments; None for stages that the app lacks.
 
     ``unguided`` serves requests without guidance, ``audio`` decodes sound, ``guardrail`` checks prompts and frames.
     """

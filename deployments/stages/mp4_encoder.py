@@ -25,11 +25,7 @@ _SWEEP_PERIOD_S = 60.0
 
 
 class Mp4Encoder:
-    """Serve deployment that encodes clips. It keeps no state between them; beside an archive it sweeps its directory.
-
-    Args:
-        media: of the store where files go.
-    """
+    """Serve deployment that encodes clips, without state between them. With an archive it also sweeps its directory."""
 
     async def __init__(self, media: MediaConfig) -> None:  # type: ignore[misc] # Serve awaits it
         self._media = MediaStore.of(media)
@@ -47,7 +43,7 @@ class Mp4Encoder:
             clip_format: of the file.
             media_id: of the file that this call creates.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: names the clip's stream.
+            stream_id: of the clip's stream.
 
         Yields:
             :class:`FileStarted`, a :class:`ChunkEncoded` for each chunk of frames, and :class:`ClipEncoded` at the end.
@@ -95,8 +91,8 @@ class Mp4Encoder:
 async def _open_in_thread(entry: MediaEntry, clip_format: ClipFormat) -> AsyncIterator[MediaWriter]:
     """Open the writer; close it at the end, or abandon its file after an exception.
 
-    All of it runs in threads, because x264 takes seconds to flush a 720p clip, and the event loop serves another clip
-    and Serve's health checks meanwhile.
+    All of it runs in threads: x264 takes seconds to flush a 720p clip, and the event loop must serve another clip and
+    Serve's health checks meanwhile.
     """
     with_writer = ExitStack()  # also closes a writer that was opened while this task was cancelled
 

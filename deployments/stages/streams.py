@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 async def wait_within(context: RequestContext, stage: str, awaitable: Awaitable[T]) -> T:
-    """Await something, but no longer than the request has left.
+    """Await something within the time that the request has left.
 
     Raises:
         DeadlineExceeded: the wait timed out, here or on the other side.
     """
     try:
-        # Even with no time left the awaitable has to be awaited, or its coroutine would never be closed.
+        # Await it even with no time left: an unawaited coroutine would never be closed.
         async with asyncio.timeout(max(0.0, context.deadline_s - time.monotonic())):
             return await awaitable
     except TimeoutError:
@@ -64,11 +64,7 @@ class RefStream:
             return None
 
     async def next_value(self) -> Any:
-        """Return the next item itself, or None after the last one. Meant for small messages.
-
-        Raises:
-            Exception: as :meth:`next_ref`.
-        """
+        """Return the next item itself, a small message, or None after the last one; raise as :meth:`next_ref`."""
         ref = await self.next_ref()
         return None if ref is None else await wait_within(self._context, self._stage, ref)
 
@@ -97,15 +93,15 @@ async def produce_on_credit(
 ) -> AsyncGenerator[tuple[int, T], None]:
     """Yield chunks with their indices until ``make`` returns None or the stream is closed.
 
-    The next chunk is made, as soon as there is a credit for it, while the consumer handles this one.
+    While the consumer handles a chunk, the next one is made as soon as there is a credit for it.
 
     Args:
         context: of the request.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-        stream_id: names the clip's stream.
+        stream_id: of the clip's stream.
         producer: names this producer in the stream.
-        make: makes the next chunk; returns None after the last one.
-        while_up: waits for a credit, and raises if the gang dies first.
+        make: returns the next chunk, or None after the last one.
+        while_up: waits for a credit, and raises if the gang fails first.
 
     Raises:
         Exception: as ``make`` and ``while_up`` raise.
@@ -120,7 +116,7 @@ async def produce_on_credit(
             return None
         chunk = await wait_within(context, "decode", make())
         if chunk is None:
-            # Ends this producer only: the clip's other producer goes on.
+            # Ends this producer only: the clip's other producer continues.
             await wait_within(context, "decode", clips.drop.remote(stream_id, producer))
         return chunk
 

@@ -1,4 +1,4 @@
-"""Transformer: latents by denoising. One replica leads one gang of ranks; it holds no weights and touches no GPU."""
+"""Transformer: denoises latents. One replica leads one gang of ranks; it holds no weights and touches no GPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ from deployments.stages.gang_leader import GangLeader
 
 
 class Transformer(GangLeader):
-    """Serve deployment that leads a gang of transformer ranks.
-
-    Args:
-        spec: of the gang.
-        loop: limits of the engine loop.
-    """
+    """Serve deployment that leads a gang of transformer ranks."""
 
     async def __init__(self, spec: GangSpec, loop: LoopSpec) -> None:  # type: ignore[misc] # Serve awaits it
         self._gang = await Gang.start(spec)
@@ -44,13 +39,13 @@ class Transformer(GangLeader):
     ) -> AsyncIterator[
         QueuePosition | StepDone | PreviewReady | PreviewsOff | StateSaved | LatentsReady | TensorEnvelope
     ]:
-        """Denoise a request. Yields positions and steps, then :class:`LatentsReady`, then the latents' envelopes.
+        """Denoise a request; yield positions and steps, then :class:`LatentsReady`, then the latents' envelopes.
 
         ``clean`` holds the latents of the frames that the request gives. With ``previews`` a :class:`PreviewReady`
         follows some of the steps, until a :class:`PreviewsOff` says that no more will come.
 
-        A :class:`StateSaved` and the state's envelope follow periodically. Given as ``state``, to any gang, the
-        envelope resumes the request from there.
+        A :class:`StateSaved` and its envelope come periodically. Any gang resumes the request from that envelope, given
+        as ``state``.
 
         Raises:
             OverloadedError: this gang's queue is full.

@@ -31,7 +31,7 @@ from deployments.stages.streams import produce_on_credit, wait_within
 
 @dataclass(frozen=True)
 class VAECalls:
-    """Time limits of one call of the gang; a gang that does not answer in time counts as hung.
+    """Time limits of one call to the gang; a gang that does not answer in time counts as hung.
 
     Attributes:
         first_timeout_s: for a clip's first two chunks (kernels may be compiled for their size), for encoding, and for
@@ -44,12 +44,7 @@ class VAECalls:
 
 
 class VideoVAEDeployment(GangLeader):
-    """Serve deployment that leads a gang of video VAE ranks.
-
-    Args:
-        spec: of the gang.
-        limits: of its calls.
-    """
+    """Serve deployment that leads a gang of video VAE ranks."""
 
     async def __init__(self, spec: GangSpec, limits: VAECalls) -> None:  # type: ignore[misc] # Serve awaits it
         self._limits = limits
@@ -59,7 +54,7 @@ class VideoVAEDeployment(GangLeader):
     async def encode(
         self, context: RequestContext, picture: PictureCondition
     ) -> AsyncIterator[PictureEncoded | TensorEnvelope]:
-        """Encode the image or clip of a request. Yields :class:`PictureEncoded`, then the envelope of its fp32 latents.
+        """Encode a request's image or clip; yield :class:`PictureEncoded`, then the envelope of its fp32 latents.
 
         Raises:
             RequestError: the media is damaged, or larger than allowed.
@@ -85,7 +80,7 @@ class VideoVAEDeployment(GangLeader):
             yield latents
 
     async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
-        """Yield the map from this VAE's latents to preview colours. Rank 0 fits it at its start, else now.
+        """Yield the map from this VAE's latents to preview colours. Rank 0 fits it at its start, or now.
 
         Raises:
             DeadlineExceeded: the request's time is up.
@@ -99,13 +94,13 @@ class VideoVAEDeployment(GangLeader):
     async def decode(
         self, context: RequestContext, latents: TensorEnvelope, clips: Any, stream_id: str, producer: str
     ) -> AsyncIterator[FrameChunk | ChunkDecoded]:
-        """Decode a clip. Yields a :class:`FrameChunk` and its :class:`ChunkDecoded` in turns.
+        """Decode a clip; yield a :class:`FrameChunk` and its :class:`ChunkDecoded` in turns.
 
         Args:
             context: of the request.
             latents: [1, C, T, H, W] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: names the clip's stream; each chunk takes a credit of it.
+            stream_id: of the clip's stream; each chunk takes one of its credits.
             producer: names this decoder in the stream.
 
         Raises:
@@ -119,7 +114,7 @@ class VideoVAEDeployment(GangLeader):
 
         async def next_chunk() -> list[ChunkStrip] | None:
             nonlocal num_chunks
-            # The second chunk is the first one of the shape that all later ones have.
+            # The second chunk is the first one of the later chunks' shape.
             timeout_s = self._limits.first_timeout_s if num_chunks < 2 else self._limits.timeout_s
             num_chunks += 1
             strips = await self._calls.ask("next_strip", clip_id, phase="decode", timeout_s=timeout_s)

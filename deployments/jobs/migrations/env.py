@@ -1,4 +1,4 @@
-"""What Alembic runs for an upgrade; see :func:`deployments.jobs.migrations.upgrade.upgrade`."""
+"""Alembic's entry point for an upgrade; see :func:`deployments.jobs.migrations.upgrade.upgrade`."""
 
 from __future__ import annotations
 

@@ -19,11 +19,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def is_current(connection: Connection, name: str) -> bool:
-    """Whether the schema is this release's.
-
-    Args:
-        connection: to the database.
-        name: of the database, for messages.
+    """Return whether the schema is this release's; ``name`` is the database's in messages.
 
     Raises:
         JobsError: it is a newer one.
@@ -40,12 +36,7 @@ def is_current(connection: Connection, name: str) -> bool:
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
-    """Run the migrations that are missing, in the transaction that the connection is in.
-
-    Args:
-        connection: to the database, in a transaction that nobody else can be in.
-        to: the last one to run.
-    """
+    """Run the missing migrations up to ``to`` in the connection's transaction, which must exclude all others."""
     with _ONE_AT_A_TIME:
         command.upgrade(_config(connection), to)
 

@@ -1,7 +1,6 @@
-"""Classes and a fair order of what waits, attached jobs, previews, remixes, measured speed.
+"""Classes, a fair order of queued jobs, attached jobs, previews, remixes, measured speed.
 
-Jobs that wait keep their order among those of their owner: each gets the place that it would have got, had its owner
-sent it as one of the standard class to an empty queue.
+Queued jobs keep their order within each owner: their places are those of standard-class jobs in an empty queue.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 
-# The standard class's, where the configuration says nothing else.
+# Share of the standard class by default.
 _WEIGHT = 4.0
 
 
 def upgrade() -> None:
-    """Add the columns and tables, and give waiting jobs their places."""
+    """Add the columns and tables, and give queued jobs their places."""
     for column in (
         sa.Column("service_class", sa.Text, nullable=False, server_default="standard"),
         sa.Column("queue_order", sa.Double, nullable=False, server_default=sa.text("0")),

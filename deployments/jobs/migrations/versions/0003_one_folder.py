@@ -1,8 +1,8 @@
 """Media ids that say where a file lies: in the folder of its job, see :mod:`deployments.media.layout`.
 
 The files themselves are moved by the first process that opens the media store (:mod:`deployments.media.old_layout`).
-Processes of an earlier release put files and look for them where they are no more. So none may hold a lease now, and
-later none can renew one, accept a job or claim one: columns that they read and write have other names.
+Processes of an earlier release use the old places. So none may hold a lease now, and afterwards the renamed columns
+keep them from renewing one, and from accepting or claiming jobs.
 """
 
 from __future__ import annotations
