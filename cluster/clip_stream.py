@@ -58,11 +58,7 @@ class ClipStreams:
         self._clips[stream_id] = _Clip(asyncio.Semaphore(window))
 
     async def acquire(self, stream_id: str, producer: str, timeout_s: float) -> bool:
-        """Wait for a producer's credit; return False if the stream has ended and the producer must stop.
-
-        Raises:
-            TimeoutError: no credit came in time.
-        """
+        """Wait for a producer's credit; return False if it must stop. Raise TimeoutError if no credit comes."""
         clip = self._clips.get(stream_id)
         if clip is None:
             return False

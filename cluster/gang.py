@@ -246,11 +246,7 @@ def _collect_errors(calls: list[asyncio.Future[Any]]) -> dict[int, BaseException
 def _collect_results(
     calls: list[asyncio.Future[Any]], errors: dict[int, BaseException], method: str, phase: str, timeout_s: float
 ) -> list[Any]:
-    """Return every rank's result.
-
-    Raises:
-        GangFailed: a rank has none; the cause is that rank's error.
-    """
+    """Return every rank's result; raise GangFailed from the error of a rank that has none."""
     for rank, error in errors.items():
         if isinstance(error, RayActorError):
             raise GangFailed(phase, f"died in {method}(): {error}", rank) from error

@@ -87,11 +87,7 @@ class GangCalls:
             self._put(method, arguments, phase, timeout_s)
 
     async def while_up(self, awaitable: Awaitable[T]) -> T:
-        """Wait for something outside the gang, unless the gang fails first.
-
-        Raises:
-            GangLost: the gang failed first.
-        """
+        """Wait for something outside the gang; raise GangLost if the gang fails first."""
         waiting, failed = asyncio.ensure_future(awaitable), asyncio.ensure_future(self._failed.wait())
         try:
             await asyncio.wait([waiting, failed], return_when=asyncio.FIRST_COMPLETED)

@@ -125,11 +125,7 @@ class Rank(ABC):
 
     @abstractmethod
     def load(self) -> Loaded:
-        """Load the weights.
-
-        Raises:
-            CheckpointError, RequestError: the checkpoint or the device cannot be used.
-        """
+        """Load the weights; raise CheckpointError or RequestError if checkpoint or device cannot be used."""
 
     @property
     def _device(self) -> torch.device:
@@ -144,11 +140,7 @@ class Rank(ABC):
         return DTYPES[self._spec.dtype] if self._spec.dtype else None
 
     def _if_it_fits(self, work: Callable[[], T], forget: Callable[[], object]) -> T:
-        """Return the result of ``work``.
-
-        Raises:
-            OutOfMemory: it did not fit; ``forget`` was called and the memory given back.
-        """
+        """Return the result of ``work``; if memory runs out, call ``forget``, free the memory and raise OutOfMemory."""
         from cosmos3_core.device import forget_unused_memory, is_out_of_memory
 
         try:

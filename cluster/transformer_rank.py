@@ -93,11 +93,7 @@ class TransformerRank(Rank):
         self._groups = init_groups(self._layout, self._rank, backend=backend, timeout_s=timeout_s, store=store)
 
     def load(self) -> TransformerLoaded:
-        """Load this rank's share of the transformer.
-
-        Raises:
-            CheckpointError, RequestError: the checkpoint or the device cannot be used.
-        """
+        """Load this rank's share of the transformer."""
         import torch
 
         from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -162,11 +158,7 @@ class TransformerRank(Rank):
             self._jobs[job_id] = self._if_it_fits(begin, lambda: self.end(job_id))
 
     def step(self, job_id: str, num_steps: int) -> StepReport:
-        """Run up to ``num_steps`` steps of a request.
-
-        Raises:
-            OutOfMemory: they do not fit; nothing of the request is kept.
-        """
+        """Run up to ``num_steps`` steps of a request; on OutOfMemory nothing of it is kept."""
         from cosmos3_core.device import synchronize
 
         start_s = time.perf_counter()

@@ -111,11 +111,7 @@ class VideoVAERank(Rank):
         return local_device(self._spec.device, self._rank) if self._is_card_by_rank else super()._device
 
     def load(self) -> Loaded:
-        """Load the VAE: every rank has all of it.
-
-        Raises:
-            CheckpointError, RequestError: the checkpoint or the device cannot be used.
-        """
+        """Load the VAE: every rank has all of it."""
         import torch
 
         from cosmos3_core.checkpoint.layout import CheckpointLayout
@@ -200,11 +196,7 @@ class VideoVAERank(Rank):
             self._clips[clip_id] = axis, frames_on_host(chunks, HostCopies(self._device))
 
     def next_strip(self, clip_id: str) -> ChunkStrip | None:
-        """Return this rank's part of a clip's next chunk; None after the last.
-
-        Raises:
-            OutOfMemory: it does not fit; nothing of the clip is kept.
-        """
+        """Return this rank's part of a clip's next chunk, None after the last; on OutOfMemory the clip is forgotten."""
         axis, strips = self._clips[clip_id]
         with self._log.resume(clip_id, "decode"):
             frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))

@@ -81,11 +81,7 @@ class Director(JobCalls):
     async def generate(
         self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS, timeout_s: float | None = None
     ) -> Generated:
-        """Serve a request and return its file in one piece.
-
-        Raises:
-            Cosmos3Error: as :meth:`stream`.
-        """
+        """Serve a request and return its file in one piece; raise as :meth:`stream`."""
         info: Finished | None = None
         async for event in self.stream(request, options, timeout_s):
             if isinstance(event, Finished):

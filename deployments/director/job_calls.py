@@ -36,11 +36,7 @@ class JobCalls:
     async def jobs(
         self, owner: str = "", after: str | None = None, limit: int = 20, order: str = "desc"
     ) -> dict[str, Any]:
-        """Return a page of an owner's jobs, as ``GET /v1/videos`` shows it; the newest first unless "asc".
-
-        Raises:
-            RequestError: a value is out of range.
-        """
+        """Return a page of an owner's jobs, as ``GET /v1/videos`` shows it; raise RequestError for a wrong value."""
         return (await self._parts.jobs.list(owner, after, limit, order)).as_json()
 
     async def cancel(self, job_id: str, owner: str = "") -> dict[str, Any]:

@@ -33,11 +33,7 @@ class Previews:
         self._fetching: asyncio.Task[PreviewMap | PreviewFailed] | None = None
 
     async def order(self, num_previews: int, duration_s: float) -> PreviewOrder:
-        """Make the transformer's order of previews for a clip of ``duration_s`` seconds.
-
-        Raises:
-            PreviewFailed: the map cannot be fitted, or not in time. The next request tries again.
-        """
+        """Make the preview order of a clip; raise PreviewFailed without a map in time: the next request retries."""
         if self._fetching is None:
             self._fetching = start_task(self._fetch())
         fetching = self._fetching

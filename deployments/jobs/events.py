@@ -95,11 +95,7 @@ def event_as_json(event: Event) -> dict[str, Any]:
 
 
 def event_of_json(kind: str, data: Mapping[str, Any], seq: int | None = None) -> VideoEvent:
-    """Return the event of a kind and its JSON values; unknown keys are left out.
-
-    Raises:
-        ValueError: the values are not those of its kind.
-    """
+    """Return the event of a kind and its JSON values without unknown keys; raise ValueError for wrong values."""
     if kind in FINAL_KINDS:
         return VideoEnded(Video.model_validate(data), kind, seq=seq, data=data)
     if (adapter := _ADAPTERS.get(kind)) is None:

@@ -61,11 +61,7 @@ class Lane(StrEnum):
 
 
 def check_transition(job_id: str, before: JobState, after: JobState) -> None:
-    """Check that a job may go from one state to another.
-
-    Raises:
-        IllegalTransition: :data:`TRANSITIONS` has no such change.
-    """
+    """Raise IllegalTransition if :data:`TRANSITIONS` has no such change."""
     if after not in TRANSITIONS[before]:
         raise IllegalTransition(job_id, before, after)
 

@@ -150,11 +150,7 @@ class KeyStore:
         return tuple(_key_of(row) for row in rows)
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Revoke a key, which may be revoked already; its jobs stay.
-
-        Raises:
-            RequestError: there is no such key.
-        """
+        """Revoke a key, which may be revoked already; its jobs stay. Raise RequestError if there is no such key."""
         this = API_KEYS.c.key_id == key_id
         with self._database.writing() as connection:
             still_valid = this & API_KEYS.c.revoked_s.is_(None)

@@ -51,11 +51,7 @@ class QueueFull(Exception):
 
 
 def check_storable(new: NewJob, config: JobsConfig) -> None:
-    """Check that a database can hold a job's texts, and that its class has a share.
-
-    Raises:
-        RequestError: a text cannot be stored, or there is no such class.
-    """
+    """Raise RequestError if a text cannot be stored, or there is no such class."""
     checks.choice("service_class", new.service_class, tuple(config.classes))
     assert new.work > 0, "every job has some"
     assert new.num_steps > 0, "every job has some"
@@ -70,11 +66,7 @@ def check_storable(new: NewJob, config: JobsConfig) -> None:
 
 
 def find_earlier(connection: Connection, new: NewJob) -> Job | None:
-    """Return the job that came with the same idempotency key before.
-
-    Raises:
-        IdempotencyConflict: that was another request.
-    """
+    """Return the earlier job of an idempotency key; raise IdempotencyConflict if that was another request."""
     if new.idempotency_key is None:
         return None
     query = select(JOBS).where(JOBS.c.owner == new.owner, JOBS.c.idempotency_key == new.idempotency_key)
@@ -87,11 +79,7 @@ def find_earlier(connection: Connection, new: NewJob) -> Job | None:
 
 
 def check_room(connection: Connection, new: NewJob, config: JobsConfig, key_limits: KeyLimits | None) -> None:
-    """Check that the queue has room for one more job; its bounds count the jobs of one model and lane.
-
-    Raises:
-        QueueFull: a bound is reached.
-    """
+    """Raise QueueFull if the queue of a model's lane, or the owner's part of it, has no room for another job."""
     parameters = {"model": new.model, "lane": new.lane.value, "owner": new.owner}
     if connection.execute(_query_count(False), parameters).scalar_one() >= config.max_queued:
         raise QueueFull(QueueBound(new.lane, None, config.max_queued))

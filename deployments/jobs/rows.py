@@ -66,11 +66,7 @@ def find(connection: Connection, job_id: str, owner: str | None, *, to_change: b
 
 
 def find_leased(connection: Connection, job_id: str, lease: str) -> Job:
-    """Return the job under a lease, locked until the transaction ends.
-
-    Raises:
-        LeaseLost: it is not in progress under this lease.
-    """
+    """Return and lock the job in progress under a lease; raise LeaseLost if there is none."""
     job = find(connection, job_id, None, to_change=True)
     if job is None or job.state is not JobState.IN_PROGRESS or not lease or job.lease != lease:
         raise LeaseLost(job_id)

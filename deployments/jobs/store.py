@@ -217,21 +217,13 @@ class JobStore:
             return change(connection, job, JobState.IN_PROGRESS, self._clock(), events, **changes).last_seq
 
     def finish(self, lease: Lease, outcome: Outcome, *, keep_media_s: float) -> Job:
-        """End a job with its last event; the file of a completed job stays for ``keep_media_s``.
-
-        Raises:
-            LeaseLost: the job is not the runner's any more.
-        """
+        """End a job and keep its file for ``keep_media_s``; raise LeaseLost if another runner has the job."""
         with self._database.writing() as connection:
             job = find_leased(connection, lease.job_id, lease.lease)
             return end(connection, job, outcome, self._clock(), keep_media_s)
 
     def give_back(self, lease: Lease) -> None:
-        """Put a claimed job back to its place in the queue; end it if it is being cancelled.
-
-        Raises:
-            LeaseLost: the job is not the runner's any more.
-        """
+        """Requeue a claimed job at its place, or end a job being cancelled; raise LeaseLost if the lease is gone."""
         with self._database.writing(is_queue=True) as connection:
             job = find_leased(connection, lease.job_id, lease.lease)
             if job.is_cancelling:

@@ -153,11 +153,7 @@ class FsspecObjects:
 
     @contextlib.contextmanager
     def _file_system(self) -> Iterator[Any]:
-        """Open the store for this thread (some implementations are not for several), and translate its errors.
-
-        Raises:
-            OSError: any error of the store, without credentials.
-        """
+        """Open the store, for this thread only; raise any of its errors as OSError, without credentials."""
         try:
             # Other processes write: a cached listing would be stale.
             yield fsspec.url_to_fs(self._url, use_listings_cache=False)[0]
@@ -174,11 +170,7 @@ Objects = DirectoryObjects | FsspecObjects
 
 
 def open_objects(url: str) -> Objects:
-    """Return the store at a URL: ``file:///directory``, or another that an installed implementation of fsspec takes.
-
-    Raises:
-        ObjectsError: there is no such store.
-    """
+    """Return the store at a URL of ``file:///`` or of an installed fsspec; raise ObjectsError if there is none."""
     if "://" not in url or "::" in url:
         # A cache in front would keep whole files on this machine, without a bound.
         hint = "such as s3://bucket/prefix or file:///directory"
@@ -196,11 +188,7 @@ def open_objects(url: str) -> Objects:
 
 
 def check_usable(objects: Objects) -> None:
-    """Write, read and remove an object.
-
-    Raises:
-        OSError: the store cannot be used.
-    """
+    """Write, read and remove an object; raise OSError if the store cannot be used."""
     folder = f".{secrets.token_hex(8)}.part"
     objects.create(folder, "a", b"a")
     data = objects.read(folder, "a", 0, 2)

@@ -42,11 +42,7 @@ class JobFiles:
         self._objects = objects
 
     def put(self, job_id: str, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
-        """Write or replace a file; a writer that is killed leaves the earlier one.
-
-        Raises:
-            ValueError: an array is not of numbers.
-        """
+        """Write or replace a file, as a whole or not at all; raise ValueError for an array that is not of numbers."""
         _check(job_id, name)
         if isinstance(data, np.ndarray):
             header, payload = _Header(time.time(), data.dtype.str, data.shape), _bytes_of(data)
@@ -58,11 +54,7 @@ class JobFiles:
             raise MediaError(f"{name} of {job_id} cannot be written: {error}") from error
 
     def get(self, job_id: str, name: str) -> JobData:
-        """Return the content of a file; an array is read-only.
-
-        Raises:
-            MediaError: there is no such file, or it is damaged.
-        """
+        """Return the content of a file, an array read-only; raise MediaError if it is missing or damaged."""
         _check(job_id, name)
         try:
             written = self._objects.read(job_id, name)

@@ -131,11 +131,7 @@ class MediaRecord:
 
     @classmethod
     def of_json(cls, text: bytes, job_id: str) -> MediaRecord:
-        """Read a record from JSON in the folder of a job.
-
-        Raises:
-            ValueError: the JSON is damaged, or not a record's.
-        """
+        """Read a record from JSON in a job's folder; raise ValueError if it is damaged, or not a record's."""
         values = json.loads(text)
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
             raise ValueError("the keys must be those of a record")

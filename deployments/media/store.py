@@ -231,11 +231,7 @@ class MediaStore:
             raise MediaError(f"{media_id} cannot be removed: {error}") from error
 
     def remove_folder(self, job_id: str, media_id: str) -> None:
-        """Remove all files of a job, after its clip if it has one ("" for none). Harmless if there are none.
-
-        Raises:
-            MediaError: they cannot be removed.
-        """
+        """Remove all files of a job, after its clip ("" for none); raise MediaError if they cannot be removed."""
         assert JOB_ID.fullmatch(job_id), "it comes from the database"
         self.remove(media_id)
         try:

@@ -75,11 +75,7 @@ _RETRY_AFTER_S = 5
 
 
 def find_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord | None:
-    """Return the record of a variant of a clip that is done; None if it has not been made.
-
-    Raises:
-        MediaError: the store cannot be read.
-    """
+    """Return the record of a clip's variant, None if not made; raise MediaError if the store cannot be read."""
     objects = _find_objects(store, record)
     if objects is None:
         return None

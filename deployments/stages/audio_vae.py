@@ -76,11 +76,7 @@ def _next_samples(chunks: Any) -> TensorEnvelope | None:
 
 
 def run_within_memory(device: Any, work: Callable[[], T]) -> T:
-    """Return the result of ``work``; call it in a thread, not in the event loop.
-
-    Raises:
-        OutOfMemory: the work does not fit into the device's memory; its tensors are released.
-    """
+    """Return the result of ``work``, in a thread; release its tensors and raise OutOfMemory if it does not fit."""
     from cosmos3_core.device import forget_unused_memory, is_out_of_memory
 
     try:

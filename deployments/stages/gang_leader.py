@@ -24,11 +24,7 @@ class GangLeader(ABC):
         """The gang's failure; None while it works."""
 
     async def check_health(self) -> None:
-        """Fail Serve's health check once the gang has failed; the process usually exits before the next check.
-
-        Raises:
-            GangFailed: the gang is gone.
-        """
+        """Fail Serve's health check once the gang has failed; the process usually exits before the next check."""
         if self._failure is not None:
             raise self._failure
 

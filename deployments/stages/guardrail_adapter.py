@@ -24,11 +24,7 @@ class GuardrailAdapter(Protocol):
     """
 
     def check_text(self, prompt: str) -> None:
-        """Check a request's positive prompt, as the caller wrote it.
-
-        Raises:
-            ContentBlocked: the prompt must not be used.
-        """
+        """Check a request's positive prompt, as the caller wrote it; raise ContentBlocked to block it."""
 
     def check_frames(self, frames: Frames) -> Frames:
         """Check an image, or a chunk of a clip. A clip's chunks come in order; chunks of several clips may alternate.
@@ -45,11 +41,7 @@ class GuardrailAdapter(Protocol):
 
 
 def load_guardrail(adapter: str, options: Mapping[str, Option]) -> GuardrailAdapter:
-    """Import and construct an adapter by its name.
-
-    Raises:
-        AdapterError: no such adapter can be imported, it does not take these options, or it is not a guardrail.
-    """
+    """Import and construct an adapter by its name; raise AdapterError if it cannot be used with these options."""
     module_name, _, class_name = _BUILT_IN.get(adapter, adapter).partition(":")
     if not class_name:
         raise AdapterError(adapter, "there is no such adapter", _HINT)

@@ -24,11 +24,7 @@ class PromptTokenizer:
         self._tokenizer = load_tokenizer(self._directory)
 
     async def tokenize(self, context: RequestContext, request: ResolvedRequest) -> TokenizedPair:
-        """Tokenize the prompt and the negative prompt.
-
-        Raises:
-            RequestError: a prompt has more tokens than allowed.
-        """
+        """Tokenize the prompt and the negative prompt; raise RequestError for too many tokens."""
         context.remaining_s("tokenize")
         with watch_stage(context, "tokenize"):
             return await asyncio.to_thread(self._tokenize, request)

@@ -21,11 +21,7 @@ T = TypeVar("T")
 
 
 async def wait_within(context: RequestContext, stage: str, awaitable: Awaitable[T]) -> T:
-    """Await something within the time that the request has left.
-
-    Raises:
-        DeadlineExceeded: the wait timed out, here or on the other side.
-    """
+    """Await something within the request's deadline; raise DeadlineExceeded on a timeout here or on the other side."""
     try:
         # Await it even with no time left: an unawaited coroutine would never be closed.
         async with asyncio.timeout(max(0.0, context.deadline_s - time.monotonic())):

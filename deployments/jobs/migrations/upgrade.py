@@ -19,11 +19,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def is_current(connection: Connection, name: str) -> bool:
-    """Return whether the schema is this release's; ``name`` is the database's in messages.
-
-    Raises:
-        JobsError: it is a newer one.
-    """
+    """Return whether the schema is this release's; raise JobsError, with the database's ``name``, for a newer one."""
     scripts = ScriptDirectory.from_config(_config(connection))
     found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
     newest = scripts.get_current_head()

@@ -19,11 +19,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Rename the columns and the media ids.
-
-    Raises:
-        JobsError: a runner of an earlier release is at work.
-    """
+    """Rename the columns and the media ids; raise JobsError while a runner of an earlier release is at work."""
     now_s = time.time()
     held = sa.text(
         "SELECT count(*), max(lease_until_s) FROM jobs WHERE state = 'in_progress' AND lease_until_s > :now_s"
