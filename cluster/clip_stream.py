@@ -35,9 +35,6 @@ class ClipStreams:
     """Async actor with the mailboxes of one Director's clips; waiting calls cost nothing.
 
     Its Director owns it. It dies with the Director, which ends every producer and consumer that waits here.
-
-    Args:
-        max_clips: bound on open clips.
     """
 
     def __init__(self, max_clips: int) -> None:

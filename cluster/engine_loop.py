@@ -115,11 +115,8 @@ class EngineLoop:
     """Runs requests on a gang. Start it inside the event loop that will use it.
 
     Args:
-        gang: up and warm.
         request_memory: memory that requests hold on a rank.
-        spec: bounds and deadlines.
         on_failure: called once, when the gang has failed and every request has its error.
-        meter: records the gang's work.
     """
 
     def __init__(
@@ -167,7 +164,6 @@ class EngineLoop:
 
         Args:
             job_id: unique among the gang's requests.
-            request: to run.
             limit_s: seconds that it may take from now on, waiting included.
             state: to resume from; that of a :class:`SavedState` of the same request.
             clean: latents of the frames that the request gives.

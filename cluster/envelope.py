@@ -24,7 +24,6 @@ class TensorEnvelope:
     Attributes:
         data: its bytes, uint8 [n], C order; read-only in the object store.
         dtype: torch's or numpy's name of the element type: "float32", "bfloat16", "uint8".
-        shape: of the tensor.
     """
 
     data: npt.NDArray[np.uint8]

@@ -49,11 +49,7 @@ class GangLost(GangFailed):
 
 
 class OutOfMemory(ClusterError):
-    """A request needs more memory than a device has left.
-
-    Args:
-        what: ran out, in the allocator's words.
-    """
+    """A request needs more memory than a device has left; ``what`` is the allocator's message."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -86,13 +82,7 @@ class StreamClosed(ClusterError):
 
 
 class OverloadedError(ClusterError):
-    """A queue is full.
-
-    Args:
-        what: which bound was reached.
-        limit: the bound.
-        retry_after_s: seconds until a place is likely to be free.
-    """
+    """The bound ``what`` of a queue is reached; a place is likely to be free in ``retry_after_s``."""
 
     def __init__(self, what: str, limit: int, retry_after_s: float) -> None:
         self.what, self.limit, self.retry_after_s = what, limit, retry_after_s
@@ -103,11 +93,7 @@ class OverloadedError(ClusterError):
 
 
 class ShuttingDown(ClusterError):
-    """The app is being stopped: it finishes the requests that it has and takes no more.
-
-    Args:
-        retry_after_s: seconds until a new one may be in its place.
-    """
+    """The app is being stopped: it finishes its requests and takes no more. Another may run in ``retry_after_s``."""
 
     def __init__(self, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
@@ -118,12 +104,7 @@ class ShuttingDown(ClusterError):
 
 
 class DeadlineExceeded(ClusterError):
-    """A request ran past its deadline.
-
-    Args:
-        stage: where it was.
-        limit_s: seconds that the request had in all.
-    """
+    """A request ran past its deadline of ``limit_s`` seconds; it was in ``stage``."""
 
     def __init__(self, stage: str, limit_s: float) -> None:
         self.stage, self.limit_s = stage, limit_s

@@ -73,7 +73,6 @@ class Gang:
     """The running ranks of a gang, brought up by :meth:`start`.
 
     Attributes:
-        infos: where the ranks live.
         loaded: rank 0's report of loading.
     """
 

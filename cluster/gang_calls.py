@@ -60,8 +60,6 @@ class GangCalls:
         """Call a method on every rank, in its turn; return the results in rank order. See :meth:`Gang.ask`.
 
         Args:
-            method, arguments: of the ranks' class.
-            phase: for messages.
             timeout_s: from the call's turn on.
 
         Raises:

@@ -60,10 +60,7 @@ def log_event(
     The message leaves out the request id: Serve's text has it at the beginning of a line.
 
     Args:
-        logger: writes it.
         event: two or three words, always the same.
-        origin: names the request.
-        level: of :mod:`logging`.
         fields: name -> value; names must not be attributes of :class:`logging.LogRecord`.
     """
     if not logger.isEnabledFor(level):

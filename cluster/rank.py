@@ -73,7 +73,6 @@ class Loaded:
     """Report of a rank that has loaded.
 
     Attributes:
-        seconds: that loading took.
         ops: operator -> implementation chosen for the device.
     """
 

@@ -133,11 +133,9 @@ class TransformerRank(Rank):
 
         Args:
             job_id: its name in later calls.
-            request: to denoise.
             orders: which prompts to keep, which to drop.
             saved: returned by :meth:`save` on this gang or another.
             clean: latents of the frames that the request gives, fp32 [1, C, frames, H, W].
-            origin: names the request in the logs.
 
         Raises:
             RequestError: the request's fault; nothing of it is kept.

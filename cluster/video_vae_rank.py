@@ -42,7 +42,6 @@ class VideoVAESpec(RankSpec):
 
     Attributes:
         ranks: number of ranks that split a frame.
-        latent_channels: of the checkpoint.
         chunk_latents: latent frames per chunk after the first; None lets the VAE choose by the frames' size.
         is_card_by_rank: rank i uses card i of the node, not one assigned by Ray.
         preview_cache_dir: directory of a node's fitted preview maps; None for no cache.
@@ -83,7 +82,6 @@ class ChunkStrip:
     Attributes:
         frames: uint8 RGB [F, Y, X, 3]; without rows on other ranks if rank 0 does the whole frame.
         axis: along which the ranks' strips adjoin, 1 (rows) or 2 (columns).
-        pid: of the rank.
     """
 
     frames: TensorEnvelope
@@ -131,7 +129,6 @@ class VideoVAERank(Rank):
         Args:
             picture: the given frames' description, without its media.
             frames: of :func:`cosmos3_core.conditioning.picture.read_picture`.
-            origin: names the request in the logs.
 
         Raises:
             OutOfMemory: it does not fit.
@@ -177,9 +174,7 @@ class VideoVAERank(Rank):
         """Begin to decode a clip.
 
         Args:
-            clip_id: its name in later calls.
             latents: [1, C, T, H, W] fp32.
-            origin: names the request in the logs.
 
         Raises:
             RequestError: the latents have another shape.

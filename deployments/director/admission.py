@@ -33,12 +33,7 @@ _MAX_PROBES = 2
 
 
 class RequestCheck:
-    """Resolves requests against a checkpoint.
-
-    Args:
-        layout: the checkpoint.
-        is_sound_offered: whether the app decodes sound.
-    """
+    """Resolves requests against a checkpoint."""
 
     def __init__(self, layout: CheckpointLayout, *, is_sound_offered: bool) -> None:
         self._resolve = partial(resolve, layout=layout, is_sound_offered=is_sound_offered, probe=probe_clip_apart)
@@ -85,7 +80,6 @@ class Admission:
 
         Args:
             request: with its media packed.
-            options: of the request.
             context: of the request; its job id becomes the job's.
             attached_to: the runner whose caller waits for it; None for a job that stays.
 
@@ -153,8 +147,6 @@ class Admission:
         """Return an earlier job's request with another prompt, and those of its options that the caller may use.
 
         Args:
-            job: the earlier one.
-            prompt: the new one.
             options: of the caller; their class replaces one that the caller may not name, or that is gone.
 
         Raises:

@@ -202,11 +202,7 @@ async def merge(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 class ClipCloser:
-    """Closes clips' streams in a background task, because calls of a cancelled request may be lost.
-
-    Args:
-        clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
-    """
+    """Closes clips' streams in a background task, because calls of a cancelled request may be lost."""
 
     def __init__(self, clips: Any) -> None:
         self._clips = clips

@@ -49,7 +49,6 @@ class Director(JobCalls):
 
         Args:
             request: with its media packed.
-            options: of the request.
             timeout_s: seconds until the file must be done; bounded by the app's own limit, the default.
 
         Yields:

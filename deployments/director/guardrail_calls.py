@@ -33,7 +33,6 @@ class PromptCheck:
 
     Attributes:
         handle: streaming handle of the Guardrails deployment.
-        text_timeout_s: of the adapter.
         may_be_skipped: whether the operator lets requests skip the guardrail.
     """
 

@@ -98,9 +98,6 @@ class LeaseKeeper:
     """Renews the leases of a runner's jobs, and stops the jobs that were lost or cancelled.
 
     Args:
-        store: the jobs' store.
-        runner_id: holder of the leases.
-        lease_s: how long a lease is valid.
         claimed: the runner's jobs by id; the runner adds and removes them.
 
     Attributes:

@@ -22,11 +22,7 @@ _FIT_S = 600.0
 
 
 class Previews:
-    """Makes the preview orders of requests.
-
-    Args:
-        vae: handle of the VideoVAE deployment, streaming.
-    """
+    """Makes the preview orders of requests; ``vae`` is a streaming handle."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae

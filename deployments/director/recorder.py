@@ -39,11 +39,9 @@ _STAGES: Mapping[type[Event], str] = {
 
 
 class Recorder:
-    """Writes the progress and events of one claimed job. Used inside one event loop.
+    """Writes the progress and events of one claimed job, within one event loop.
 
     Args:
-        store: the jobs' store.
-        job: as claimed.
         lost: called once, with the reason, when nothing more can be written: the runner must stop the job.
         patience_s: how long the database may be away.
     """

@@ -28,8 +28,6 @@ async def retry_stage(
     rejected.
 
     Args:
-        stage: for messages.
-        context: of the first attempt.
         max_attempts: attempts in all; waits for a full stage do not count.
         attempt: runs the stage once.
         num_saved_steps: steps after which the next attempt resumes, for :class:`StageRetried`.

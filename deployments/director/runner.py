@@ -71,10 +71,7 @@ class JobRunner:
     """The runner of one Director. Made and used inside one event loop.
 
     Args:
-        jobs: the jobs, their files and media.
         model: name of the served model; other runners claim jobs of other models.
-        config: limits of the runner.
-        check: resolves the jobs' requests.
         make_pipeline: see :data:`MakePipeline`.
     """
 

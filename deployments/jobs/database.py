@@ -219,7 +219,6 @@ def prepare_file(path: Path, busy_s: float) -> None:
     """Create a SQLite file if missing, for this user alone (it holds prompts), and switch on its write-ahead log.
 
     Args:
-        path: of the file.
         busy_s: longest wait for other processes that do the same.
 
     Raises:

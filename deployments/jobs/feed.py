@@ -78,12 +78,7 @@ class _Follower:
 
 
 class EventFeed:
-    """Polls the events of jobs for their followers, within one event loop.
-
-    Args:
-        store: the jobs' store.
-        max_followers: bound on followers at a time.
-    """
+    """Polls the events of jobs for their followers, within one event loop."""
 
     def __init__(self, store: JobStore, max_followers: int) -> None:
         self._store = store
@@ -108,9 +103,7 @@ class EventFeed:
         "deleted" as the last one of a deleted job.
 
         Args:
-            job_id: an existing job.
             after: number of an event; 0 for all.
-            timeout_s: how long to follow.
 
         Raises:
             OverloadedError: there are too many followers.

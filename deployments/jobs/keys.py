@@ -77,13 +77,9 @@ class ApiKey(NewKey):
 
 
 class KeyStore:
-    """The keys in a database. For any number of threads and processes.
+    """The keys in a database, for any number of threads and processes; ``clock`` gives seconds since 1970.
 
     Every method raises ``JobsError`` if the database fails.
-
-    Args:
-        database: holds the keys.
-        clock: seconds since 1970.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:

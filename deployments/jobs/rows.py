@@ -79,12 +79,8 @@ def change(
     """Change a job and return it in its next state, which may be the same.
 
     Args:
-        connection: in a write transaction.
         job: as found in this transaction.
-        state: the next one.
-        now_s: seconds since 1970.
         events: kind and data of each.
-        changes: field -> value.
 
     Raises:
         IllegalTransition: the state must not follow the job's.

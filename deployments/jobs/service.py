@@ -38,12 +38,6 @@ class JobService:
 
     Every method raises ``JobsError`` if the database cannot be used, and ``ApiError`` 404 for a job that does not
     exist or belongs to another owner. An owner is the id of an API key, "" without keys.
-
-    Args:
-        store: the jobs.
-        files: their inputs and saved states.
-        media: their results.
-        max_followers: callers who may follow events at a time.
     """
 
     def __init__(self, store: JobStore, files: JobFiles, media: MediaStore, max_followers: int) -> None:
@@ -84,9 +78,7 @@ class JobService:
         """Return a page of an owner's jobs.
 
         Args:
-            owner: of the jobs.
             after: id of the job that precedes the page; None = the first page.
-            limit: number of jobs, at most 100.
             order: "asc" = the oldest first, "desc" = the newest.
 
         Raises:
@@ -148,7 +140,6 @@ class JobService:
         """Return the record of a job's file, which may still grow, or of a variant of it; of actions their JSON text.
 
         Args:
-            job: as just read.
             variant: one of :data:`deployments.media.variants.CONTENT_VARIANTS`.
 
         Raises:
@@ -180,10 +171,7 @@ class JobService:
         """Return a part of a job's finished content; empty after its end.
 
         Args:
-            job: as just read.
-            start: first byte.
             num_bytes: most bytes to return, up to 4 MiB.
-            variant: as for :meth:`content`.
 
         Raises:
             RequestError: a value is out of range.

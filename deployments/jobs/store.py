@@ -50,11 +50,7 @@ class Page:
 
 
 class JobStore:
-    """The jobs of one database.
-
-    Args:
-        database: holds the jobs.
-        clock: seconds since 1970.
+    """The jobs of one database; ``clock`` gives seconds since 1970.
 
     Attributes:
         keys: the API keys, in the same database.
@@ -86,9 +82,6 @@ class JobStore:
         """Accept a job.
 
         Args:
-            new: the job.
-            config: bounds of the queue.
-            key_limits: of its API key.
             retry_estimator: counts rejected callers, this one too.
 
         Returns:
@@ -132,9 +125,7 @@ class JobStore:
         """Return a page of an owner's jobs in the order of their acceptance, without attached ones.
 
         Args:
-            owner: "" without keys.
             after: id of the job that precedes the page; None = the first page.
-            limit: number of jobs.
             is_ascending: the oldest first, else the newest.
 
         Raises:

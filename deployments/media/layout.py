@@ -151,9 +151,7 @@ def read_record(objects: Objects, folder: str, name: str, job_id: str | None = N
     """Read one record of a try; None if there is none, or only a damaged or foreign one.
 
     Args:
-        objects: where the try is.
         folder: of the try: its media id, or its path in the old layout.
-        name: of the record.
         job_id: of the job, if the folder does not name it.
 
     Raises:

@@ -131,8 +131,6 @@ class MediaStore:
 
         Args:
             media_id: of :func:`deployments.media.layout.new_media_id`, for this clip alone.
-            media_type: MIME type of its files.
-            suffix: of their names.
             is_live: whether there will be a file that grows.
 
         Raises:
@@ -285,7 +283,6 @@ class MediaStore:
 
         Args:
             find_needs: of jobs. None: there is no database here; only the directory is swept, as the archive's cache.
-            now_s: seconds since 1970.
 
         Returns:
             The number of folders that were removed.

@@ -40,10 +40,8 @@ def sweep(
     Several processes may sweep at once. Anything but folders of jobs stays.
 
     Args:
-        objects: where the folders are.
         find_needs: called after the folders were listed. None: there is no database here, and files of jobs stay.
         keep_s: how long folders of unknown jobs stay after their last change.
-        now_s: seconds since 1970.
         max_bytes: of all folders, where they can be measured.
 
     Returns:

@@ -33,8 +33,6 @@ class Variant:
 
     Attributes:
         name: 1 to 16 letters a-z, for its record and its file.
-        media_type: MIME type of its file.
-        suffix: ending of its file's name.
         write: makes it from the clip, at a path in an existing directory.
         sources: MIME types of the files that it can be made of.
     """
@@ -147,8 +145,6 @@ async def find_content(media: MediaStore, media_id: str, name: str) -> MediaReco
     """Return the record of a file, which may still grow, or of a finished file's variant, made if missing.
 
     Args:
-        media: holds the file.
-        media_id: of the file.
         name: :data:`VIDEO` for the file itself, or one of :data:`MADE_VARIANTS`.
 
     Raises:

@@ -20,14 +20,7 @@ T = TypeVar("T")
 
 
 class AudioVAEDeployment:
-    """Serve deployment that decodes sound.
-
-    Args:
-        checkpoint: the checkpoint's directory.
-        device: torch device string.
-        dtype: name of the weights' dtype; None keeps the stored one.
-        num_threads: torch's CPU threads.
-    """
+    """Serve deployment that decodes sound."""
 
     def __init__(self, checkpoint: str, device: str, dtype: str | None, num_threads: int) -> None:
         import torch
@@ -47,7 +40,6 @@ class AudioVAEDeployment:
         """Decode a request's sound; yield a :class:`SoundChunk` and its :class:`SoundDecoded` in turns.
 
         Args:
-            context: of the request.
             latents: [C, T] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
             stream_id: of the clip's stream; each chunk takes one of its credits.

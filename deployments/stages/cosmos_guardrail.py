@@ -21,10 +21,6 @@ _FRAME_MODELS = {"RetinaFaceFilter"}
 class CosmosGuardrail:
     """The guardrail ``cosmos-guardrail``. Loads its models from the Hugging Face cache, or downloads them into it.
 
-    Args:
-        device: torch device string that the models run on.
-        num_threads: torch's CPU threads.
-
     Raises:
         AdapterError: the package is not installed, or is a version that this adapter does not know.
     """

@@ -35,9 +35,6 @@ T = TypeVar("T")
 class Guardrails:
     """Serve deployment of the guardrail. A replica checks one prompt and one chunk at a time.
 
-    Args:
-        config: the adapter, its options and its timeouts.
-
     Raises:
         AdapterError: the adapter cannot be used.
     """

@@ -39,8 +39,6 @@ class Mp4Encoder:
         """Take a clip's chunks from its stream and encode them.
 
         Args:
-            context: of the request.
-            clip_format: of the file.
             media_id: of the file that this call creates.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
             stream_id: of the clip's stream.

@@ -13,11 +13,7 @@ from deployments.observability.logs import watch_stage
 
 
 class PromptTokenizer:
-    """Serve deployment that tokenizes prompts.
-
-    Args:
-        checkpoint: the checkpoint's directory.
-    """
+    """Serve deployment that tokenizes prompts."""
 
     def __init__(self, checkpoint: str) -> None:
         self._directory = CheckpointLayout.open(checkpoint).component_dir("text_tokenizer")

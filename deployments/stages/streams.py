@@ -36,7 +36,6 @@ class RefStream:
     Args:
         response: of ``handle.method.remote(...)`` with ``stream=True``.
         context: of the request; bounds every wait.
-        stage: for messages.
     """
 
     def __init__(self, response: Any, context: RequestContext, stage: str) -> None:
@@ -92,7 +91,6 @@ async def produce_on_credit(
     While the consumer handles a chunk, the next one is made as soon as there is a credit for it.
 
     Args:
-        context: of the request.
         clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
         stream_id: of the clip's stream.
         producer: names this producer in the stream.

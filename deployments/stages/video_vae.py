@@ -97,7 +97,6 @@ class VideoVAEDeployment(GangLeader):
         """Decode a clip; yield a :class:`FrameChunk` and its :class:`ChunkDecoded` in turns.
 
         Args:
-            context: of the request.
             latents: [1, C, T, H, W] fp32.
             clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
             stream_id: of the clip's stream; each chunk takes one of its credits.
