@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Ray exports metrics every 10 s, and forgets those that are not set again within 20 s.
+# Ray shows metrics 10 s late, and forgets those that are not set again within 20 s.
 _PERIOD_S = 5.0
 
 
