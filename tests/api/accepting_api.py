@@ -1,4 +1,4 @@
-"""An API whose Director accepts for real, and which is asked in bytes: nothing in between tidies up what is sent."""
+"""An API whose Director really accepts, called with raw bytes: no HTTP client normalises the request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.api.safe_answers import Inside
 LIMITS = JobsConfig(max_queued=100_000, max_queued_per_key=100_000, classes=CLASSES, lease_s=1e6)
 _ANSWER_S = 60.0
 _MAX_LEFT = 200
-# A body without a length that grows no further is waited for no longer: of events, of a file that is being written.
+# How long to wait for more of a body without a length, such as events or a growing file.
 _PATIENCE_S = 0.1
 
 
@@ -35,9 +35,9 @@ class Sent:
     """One HTTP request as it goes over the wire, or as a server hands it on.
 
     Attributes:
-        method, target: of the request line; the target with its query, percent-encoded.
-        headers: names and values as they are.
-        body: in the pieces that come.
+        method, target: the request line's; the target is percent-encoded, with its query.
+        headers: names and values, unchanged.
+        body: its pieces, in the order of their arrival.
     """
 
     method: str
@@ -47,28 +47,28 @@ class Sent:
 
     @classmethod
     def post(cls, target: str, content_type: str | bytes, body: bytes, *headers: tuple[bytes, bytes]) -> Sent:
-        """With a length that is right."""
+        """Make a POST with the correct Content-Length."""
         kind = content_type if isinstance(content_type, bytes) else content_type.encode("latin-1")
         length = (b"content-length", str(len(body)).encode())
         return cls("POST", target, ((b"content-type", kind), length, *headers), (body,))
 
     @property
     def everything(self) -> bytes:
-        """All that was sent, for what an answer may repeat."""
+        """Everything that was sent; an answer may repeat it."""
         told = [self.target.encode(), urllib.parse.unquote_to_bytes(self.target)]
         return b"\n".join([*told, *(name + b": " + value for name, value in self.headers), *self.body])
 
 
 class AcceptingApi(Api):
-    """See the module.
+    """An :class:`Api` called in bytes; each answer is checked for leaks, delays and unreleased room.
 
     Args:
-        directory, database, layout, options: as of :class:`Api`.
-        canary: what a file holds that no answer may have.
+        directory, database, layout, options: see :class:`Api`.
+        canary: content of a file that no answer may contain.
 
     Attributes:
-        inside: what no answer may say.
-        kept: ids of jobs that are not tidied away.
+        inside: words that no answer may contain.
+        kept: ids of jobs that :meth:`tidy` leaves.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class AcceptingApi(Api):
         self.kept: set[str] = set()
 
     def answer(self, sent: Sent) -> httpx2.Response:
-        """What comes back; it is safe, in time, and leaves no room taken."""
+        """Return the answer, checked to be safe, in time, and without unreleased room."""
         if len(self.director.submitted) > _MAX_LEFT:
             self.tidy()
         answer: httpx2.Response = self.run(answer_of(self.app, sent))
@@ -88,7 +88,7 @@ class AcceptingApi(Api):
         return answer
 
     def check_accepted(self) -> None:
-        """See to it that the file of the request that was accepted last can be read."""
+        """Check that the media of the last accepted request can be read."""
         request, _ = self.director.submitted[-1]
         for data in (request.image, request.video):
             if data is None:
@@ -114,7 +114,7 @@ class AcceptingApi(Api):
 
 
 async def answer_of(app: Any, sent: Sent) -> httpx2.Response:
-    """Ask an application, and hang up on an answer that does not go on."""
+    """Call an application; hang up when its answer stops."""
     path, _, query = sent.target.partition("?")
     scope = {
         "type": "http",

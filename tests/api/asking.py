@@ -1,4 +1,4 @@
-"""Schemathesis' cases of the OpenAPI document, sent to an API; each answer is one that the document has, and safe."""
+"""Sends Schemathesis' cases of the OpenAPI document to an API and checks that each answer is documented and safe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.api.known_jobs import mp4, png
 # Hypothesis would have Python code run within every garbage collection, from its first case on until the process ends.
 # Before Python 3.11.8 and 3.12.2 that breaks pytest (INTERNALERROR, AST constructor recursion depth mismatch, CPython's
 # issue 106905): reading the source of a failed test collects garbage, and another thread formats a traceback meanwhile.
-# All that is lost is how exactly deadlines are kept, of which there are none here.
+# The callback only makes deadlines more exact, and there are none here.
 junkdrawer._gc_initialized = True
 
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
@@ -50,13 +50,13 @@ _CHECKS = (
     checks.missing_required_header,
 )
 _CHECKS_OF_CHAINS = (checks.use_after_free, checks.ensure_resource_availability)
-# What the document cannot say: which fields go together, and what a text has to hold.
+# What the document cannot express: which fields go together, and what a text must contain.
 _REFUSED = ("invalid_field", "not_offered")
 _KINDS_OF_EVENTS = [
     *("queued", "started", "step", "preview", "previews_off", "file", "decoding", "retried"),
     *("completed", "failed", "cancelled", "deleted"),
 ]
-# Fields with values that need others, or another mode, or hold a file; the others are accepted alone.
+# Fields that need others or another mode, or hold a file; every other field is accepted alone.
 _NEEDY = {
     *("image", "video", "input_reference", "input_references", "image_reference", "video_reference"),
     *("width", "height", "size", "num_frames", "seconds", "output", "output_quality", "output_compression"),
@@ -64,7 +64,7 @@ _NEEDY = {
     *("action_chunk_size", "domain_name", "domain_id", "raw_action_dim", "view_point"),
     *("resolution_tier", "resolution", "image_size", "extra_params", "guidance_interval"),
 }
-# Of one event: what Schemathesis takes a stream's schema for.
+# Schemathesis takes a stream's schema for that of one event.
 _EVENT = {
     "type": "object",
     "required": ["event", "data"],
@@ -75,32 +75,32 @@ _EVENT = {
     },
     "additionalProperties": False,
 }
-# Of cases about one job, how many repeat an earlier one's idempotency key.
+# Share of the cases about one job that repeat an earlier idempotency key.
 _REPEATED = 8
 
 
 class Known(Protocol):
-    """Jobs to ask about, :class:`tests.api.known_jobs.KnownJobs`."""
+    """Jobs that cases can be about, see :class:`tests.api.known_jobs.KnownJobs`."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of jobs."""
+        """Kinds of jobs."""
         ...
 
     def id_of(self, kind: str) -> str:
-        """Of a job of a kind."""
+        """Return the id of a job of this kind."""
         ...
 
 
 @dataclass
 class Asking:
-    """See the module.
+    """Sends cases to one API and counts the answers.
 
     Attributes:
-        api: that is asked.
-        schema: Schemathesis', of its document, without fields for files.
+        api: receives the cases.
+        schema: Schemathesis' schema of its document, without fields for files.
         with_files: the same with them.
-        known: its jobs.
+        known: jobs of the API.
         statuses: (operation, mode, status) -> number of cases.
     """
 
@@ -112,7 +112,7 @@ class Asking:
 
     @classmethod
     def of(cls, api: Askable, document: dict[str, Any], known: Known) -> Asking:
-        """Of an API by its document, or a part of that."""
+        """Make one for an API from its document or a part of it."""
         load_all_checks()
         fitted = _fitted(document)
         schema, with_files = (schemathesis.openapi.from_dict(it) for it in (_without_files(fitted), fitted))
@@ -120,22 +120,22 @@ class Asking:
 
     @property
     def operations(self) -> dict[str, Any]:
-        """By method and path."""
+        """Operations by method and path."""
         return _by_label(self.schema)
 
     def strategy(self, label: str, mode: GenerationMode) -> st.SearchStrategy[Any]:
-        """Of an operation's cases."""
+        """Return the strategy that draws an operation's cases."""
         schema = self.with_files if mode is GenerationMode.POSITIVE else self.schema
         strategy: st.SearchStrategy[Any] = _by_label(schema)[label].as_strategy(generation_mode=mode)
         return strategy
 
     @property
     def num_asked(self) -> int:
-        """Cases so far."""
+        """Number of cases so far."""
         return sum(self.statuses.values())
 
     def num_accepted(self, label: str) -> int:
-        """Of an operation's cases that were to be accepted, how many were."""
+        """Share of an operation's valid cases that were accepted."""
         return sum(
             count
             for (of, mode, status), count in self.statuses.items()
@@ -147,33 +147,33 @@ class Asking:
 
         Args:
             case: Schemathesis'.
-            kind: of the job that it is to be about, if it is about one.
+            kind: of the job that the case is about, if any.
 
         Raises:
-            AssertionError, Exception: the answer is one that must not be, or that the document does not have.
+            AssertionError, Exception: the answer is unsafe or undocumented.
         """
-        case.freeze_metadata()  # what follows makes no other case of it
+        case.freeze_metadata()  # the code below must not change the case
         if case.meta.generation.mode is GenerationMode.POSITIVE:
             self._to_be_accepted(case, kind)
         self.judge(case, self.answer(case))
 
     def answer(self, case: Any) -> httpx2.Response:
-        """To a case."""
+        """Send a case; return the answer."""
         return self.api.answer(sent_of(case))
 
     def judge(self, case: Any, answer: Any, recorder: Any = None) -> None:
-        """Hold an answer against the document.
+        """Check an answer against the document.
 
         Args:
-            case: that it is to.
+            case: the case that it answers.
             answer: httpx2's or Schemathesis'.
-            recorder: has what was asked before, in a chain.
+            recorder: the earlier cases of a chain.
         """
         mode = case.meta.generation.mode.value
         self.statuses[case.operation.label, mode, answer.status_code] += 1
         told = [*_CHECKS, *(_CHECKS_OF_CHAINS if recorder is not None else ())]
         if case.operation.path == Endpoint.SYNC:
-            # GET and DELETE are allowed there: they ask for the job "sync", which there is not.
+            # GET and DELETE are allowed there: they name a job "sync", which does not exist.
             told.remove(checks.unsupported_method)
             told.remove(checks.allow_header_conformance)
         case.validate_response(answer, checks=told, recorder=recorder)
@@ -183,7 +183,7 @@ class Asking:
             assert not _stands_alone(case), (sent_of(case), error)
 
     def _to_be_accepted(self, case: Any, kind: str) -> None:
-        """What the document cannot say is made right."""
+        """Repair what the document cannot express, so that the case is accepted."""
         if "video_id" in case.path_parameters:
             case.path_parameters["video_id"] = self.known.id_of(kind)
         if "after" in case.query:
@@ -196,7 +196,7 @@ class Asking:
 
 
 def _stands_alone(case: Any) -> bool:
-    """Whether a body has a prompt and one field, and the document tells all about that."""
+    """Whether a body has a prompt and one field that the document describes completely."""
     if case.operation.label not in _MAKING or not isinstance(case.body, dict):
         return False
     prompt = case.body.get("prompt")
@@ -210,7 +210,7 @@ def _by_label(schema: Any) -> dict[str, Any]:
 
 
 def sent_of(case: Any) -> Sent:
-    """A case as it goes over the wire."""
+    """Return a case as it is sent."""
     written = case.as_transport_kwargs(base_url="http://cosmos3")
     names = ("method", "url", "headers", "params", "data", "json", "files", "cookies")
     prepared = requests.Request(**{name: written[name] for name in names if name in written}).prepare()
@@ -220,12 +220,12 @@ def sent_of(case: Any) -> Sent:
 
 
 def files() -> st.SearchStrategy[Any]:
-    """What file parts hold: pictures, clips that are cut off, anything."""
+    """Draw contents of file parts: pictures, truncated clips, any bytes."""
     return (st.sampled_from([png(), png(), mp4()[:2000]]) | st.binary(max_size=100)).map(Binary)
 
 
 def bounds_of(operation: Any) -> Iterator[Any]:
-    """Cases at, below and above each bound that the document has, one after the other."""
+    """Yield cases at, below and above each bound of the document."""
     return iter(
         CoverageGenerator(
             operation=operation,
@@ -239,11 +239,11 @@ def bounds_of(operation: Any) -> Iterator[Any]:
 
 
 def chained(asking: Asking, begun: Callable[[], None]) -> type[Any]:
-    """A state machine of cases, each about what an earlier one has made.
+    """Make a state machine whose cases use what earlier ones created.
 
     Args:
         asking: sends them.
-        begun: called before each chain.
+        begun: callback before each chain.
     """
     machine: type[Any] = asking.schema.as_state_machine()
 
@@ -261,7 +261,7 @@ def chained(asking: Asking, begun: Callable[[], None]) -> type[Any]:
 
 
 def _fitted(document: dict[str, Any]) -> dict[str, Any]:
-    """A document for Schemathesis: without examples, which all cases would be variations of."""
+    """Return the document without examples: Schemathesis would vary those instead of drawing values."""
     document = copy.deepcopy(document)
     for item in document["paths"].values():
         for operation in item.values():
@@ -273,7 +273,7 @@ def _fitted(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_files(document: dict[str, Any]) -> dict[str, Any]:
-    """Without fields for files: Schemathesis 4.32 fails now and then where it makes wrong bodies with such."""
+    """Drop the fields for files: Schemathesis 4.32 sometimes fails to make invalid bodies with them."""
     document = copy.deepcopy(document)
     for schema in document["components"]["schemas"].values():
         properties = schema.get("properties", {})

@@ -24,7 +24,7 @@ def layout(tiny_nano: Path) -> CheckpointLayout:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of jobs; not to be changed."""
+    """An empty database of jobs; read-only."""
     path = tmp_path_factory.mktemp("database") / "jobs.sqlite"
     JobStore.open(f"sqlite:///{path}").close()
     return path
@@ -32,7 +32,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_api(tmp_path: Path, empty_database: Path, layout: CheckpointLayout) -> Iterator[Callable[..., Api]]:
-    """Makes APIs, see :class:`Api` for how they may differ."""
+    """Make an API; the options are those of :class:`Api`."""
     apis: list[Api] = []
 
     def make(**options: Any) -> Api:
@@ -55,7 +55,7 @@ def api(make_api: Callable[..., Api]) -> Api:
 def shared_api(
     tmp_path_factory: pytest.TempPathFactory, empty_database: Path, layout: CheckpointLayout
 ) -> Iterator[Api]:
-    """For tests that leave nothing behind."""
+    """One API for all tests that leave no jobs behind."""
     api = Api(tmp_path_factory.mktemp("shared"), empty_database, layout)
     yield api
     assert api.store.list("", after=None, limit=1, is_ascending=True).jobs == ()

@@ -1,4 +1,4 @@
-"""Whether an answer is one that the OpenAPI document allows."""
+"""Checks that an answer is one that the OpenAPI document allows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SENT = ("Retry-After", "WWW-Authenticate", "Content-Range", "ETag", "X-Model", 
 
 
 class Undocumented(Cosmos3Error):
-    """An answer that the document does not have."""
+    """The document does not describe this answer."""
 
 
 class Documented:
-    """A document to hold answers against.
+    """An OpenAPI document that answers are checked against.
 
     Args:
-        document: of the API.
+        document: the API's.
     """
 
     def __init__(self, document: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class Documented:
         ]
 
     def operation(self, method: str, path: str) -> dict[str, Any] | None:
-        """Of a request; None where there is none. Paths without a parameter come first."""
+        """Find a request's operation, or None; paths without a parameter come first."""
         found = [item for pattern, item in self._paths if pattern.fullmatch(path)]
         exact = self.document["paths"].get(path)
         for item in ([exact] if exact else []) + found:
@@ -43,7 +43,7 @@ class Documented:
         return None
 
     def resolved(self, value: dict[str, Any]) -> dict[str, Any]:
-        """A reference's target; anything else as it is."""
+        """Return a reference's target, or the schema itself."""
         while "$ref" in value:
             target: Any = self.document
             for name in value["$ref"].removeprefix("#/").split("/"):
@@ -57,11 +57,11 @@ class Documented:
         return validator
 
     def check(self, answer: httpx2.Response) -> None:
-        """Hold an answer against the document.
+        """Check an answer.
 
         Raises:
-            Undocumented: the document does not have it.
-            jsonschema.ValidationError: its body is another than it says.
+            Undocumented: the document does not describe it.
+            jsonschema.ValidationError: its body does not match the schema.
         """
         method, path = answer.request.method, answer.request.url.path
         operation = self.operation(method, path)
@@ -76,7 +76,7 @@ class Documented:
             told = operation["responses"]["default"]
         told = self.resolved(told)
         for name in told.get("headers", {}):
-            # Of conflicts only those that pass by themselves say when.
+            # Only a conflict that resolves itself has Retry-After.
             is_needed = name in _SENT and (answer.status_code != 409 or path.endswith("/content"))
             if is_needed and name not in answer.headers:
                 raise Undocumented(f"{method} {path}: {answer.status_code} without {name}")

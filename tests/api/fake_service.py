@@ -44,7 +44,7 @@ LIMITS = JobsConfig(max_queued=20, max_queued_per_key=2, classes=CLASSES, lease_
 
 
 class Response:
-    """What a handle's call gives: one answer."""
+    """The response of a handle's unary call."""
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self._work = work
@@ -58,7 +58,7 @@ class Response:
 
 
 class Stream:
-    """What a handle's call gives: a stream."""
+    """The response of a handle's streaming call."""
 
     def __init__(self, items: AsyncIterator[Any]) -> None:
         self._items = items
@@ -75,36 +75,36 @@ class Stream:
 
 
 class EvenCost(CostModel):
-    """Every request takes as long as any other: times that are told do not hang on what is measured for real ones."""
+    """A cost model in which every request takes equally long, so that announced times are constant."""
 
     def compute_work(self, request: ResolvedRequest) -> float:
-        """See the base."""
+        """Return the same work for every request."""
         return 1000.0
 
 
 class UnlookedPrompts(PromptCheck):
-    """Passes every prompt; who wants to do without the guardrail has to be allowed to."""
+    """A guardrail that passes every prompt; disabling it still needs permission."""
 
     async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
-        """See the base."""
+        """Check only whether skipping is allowed."""
         if is_skipped:
             await super().check(context, prompt, is_skipped=True)
 
 
 class FakeDirector:
-    """Accepts with what the Director accepts with, and makes a file of a few bytes of what is waited for.
+    """Accepts with the Director's own admission; a request that is waited for gets a file of a few bytes.
 
     Args:
-        layout: of the checkpoint.
-        jobs: what can be done with them.
-        limits: of the queue.
-        may_skip_guardrails: whether a request may do without.
+        layout: layout of the checkpoint.
+        jobs: the service of jobs.
+        limits: bounds of the queue.
+        may_skip_guardrails: whether a request may disable the guardrails.
 
     Attributes:
-        submitted: requests that came, and how.
-        streams: those that were waited for.
+        submitted: requests with their options.
+        streams: requests that were waited for.
         gate: awaited before a file that is waited for is made.
-        actions: of what is made.
+        actions: actions of every result.
         error: raised instead of accepting.
     """
 
@@ -187,7 +187,7 @@ class FakeDirector:
 
 @dataclass
 class FakeReadiness:
-    """Says what it is told to."""
+    """Reports the readiness that the test has set."""
 
     missing: list[str] = field(default_factory=list)
 
@@ -200,15 +200,15 @@ async def no_metrics() -> tuple[str, str]:
 
 
 class Api:
-    """A running API: calls of it, and who runs its jobs.
+    """A running API, its HTTP client, and the runners of its jobs.
 
-    Everything happens in one event loop, and every answer of a call is held against the OpenAPI document.
+    Everything runs in one event loop; every answer is checked against the OpenAPI document.
 
     Args:
-        directory: for all that it keeps.
-        database: that it begins with; to be made takes longer than to be copied.
-        layout: of the checkpoint.
-        needs_keys, ..., http: of the service.
+        directory: for files.
+        database: copied at the start, which is faster than migrating an empty one.
+        layout: layout of the checkpoint.
+        needs_keys, ..., http: configuration of the service.
     """
 
     def __init__(
@@ -278,14 +278,14 @@ class Api:
         return self.send("POST", path, **options)
 
     def created(self, body: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-        """The object of a job that is made of a body."""
+        """POST a body; return the created job's object."""
         answer = self.post("/v1/videos", json={"prompt": "a cat"} if body is None else body, **options)
         assert answer.status_code == 200, answer.text
         told: dict[str, Any] = answer.json()
         return told
 
     def refused(self, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
-        """The error of an answer that is a no."""
+        """Return the error of a refusal."""
         answer = self.send(method, path, **options)
         assert answer.status_code == status, answer.text
         error: dict[str, Any] = answer.json()["error"]
@@ -339,7 +339,7 @@ def lease_of(job: Job) -> Lease:
 
 
 class Follower:
-    """A GET whose answer comes in parts, straight from the application."""
+    """A GET of the application whose answer arrives in parts."""
 
     def __init__(self, api: Api, path: str, headers: Mapping[str, str] | None = None) -> None:
         self._api, self._path, self._headers = api, path, headers or {}
@@ -369,7 +369,7 @@ class Follower:
         return self
 
     async def until(self, text: bytes) -> bytes:
-        """All that came, once it has this."""
+        """Return everything received, once it contains ``piece``."""
         while text not in self.body:
             await self._next()
         return self.body

@@ -1,4 +1,4 @@
-"""Sending what is of ill will, and judging the answers: of an API in this process, or of a running app."""
+"""Sends hostile requests to an API, in this process or a running app, and judges the answers."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _SMALL_BYTES = 300_000
 
 
 class Askable(Protocol):
-    """An API that can be asked in bytes."""
+    """An API that takes requests as raw bytes."""
 
     @property
     def documented(self) -> Documented:
-        """What it says of itself."""
+        """Its OpenAPI document."""
         ...
 
     def answer(self, sent: Sent) -> httpx2.Response:
-        """What comes back, once it was found safe."""
+        """Return the answer, checked to be safe."""
         ...
 
     def check_accepted(self) -> None:
-        """Look at what was accepted last."""
+        """Check the last accepted request."""
         ...
 
 
 class Fuzz:
-    """See the module.
+    """Sends hostile requests and counts the answers.
 
     Args:
-        api: that is asked.
-        watch: on what nobody may touch.
+        api: receives the requests.
+        watch: reports access to the forbidden file and port.
 
     Attributes:
-        statuses: how many answers of each.
+        statuses: status -> number of answers.
         accepted: names of files that were accepted.
     """
 
@@ -58,7 +58,7 @@ class Fuzz:
         self.accepted: Counter[str] = Counter()
 
     def send(self, sent: Sent, what: object) -> int:
-        """The status of a request, once it was found harmless."""
+        """Send a request; return its status, checked to be harmless."""
         with self.watch.untouched((what, sent)):
             answer = self.api.answer(sent)
         self.api.documented.check(answer)
@@ -68,25 +68,25 @@ class Fuzz:
         return answer.status_code
 
     def send_all(self, bodies: Iterable[Body], path: str = Endpoint.VIDEOS) -> int:
-        """Send them one by one; returns how many they were."""
+        """Send requests one by one; return their number."""
         return sum(self.send(Sent.post(path, kind, body), what) > 0 for what, kind, body in bodies)
 
     def send_file(self, name: str, data: bytes, field: str, *, is_json: bool = False) -> int:
-        """The status of a request with a file."""
+        """Send a request with a file; return its status."""
         kind, body = hostile_media.body_with(data, field, f"{name}.mp4", is_json=is_json)
         status = self.send(Sent.post(Endpoint.VIDEOS, kind, body), (name, field))
         self.accepted[name] += status == 200
         return status
 
     def send_odd_values(self, rng: random.Random, num_values: int, endpoints: Iterable[Endpoint] = Endpoint) -> None:
-        """Each field with so many values of any type."""
+        """Send each field with ``num_values`` values of any type."""
         for endpoint in endpoints:
             self.send_all(hostile_bodies.odd_values(endpoint, rng, num_values), endpoint)
 
     def send_mutated(
         self, rng: random.Random, num_bodies: int, endpoints: Sequence[Endpoint] = tuple(Endpoint)
     ) -> None:
-        """Forms, and half as much JSON, with accidents, that come in pieces."""
+        """Send mutated forms, and half as many JSON bodies, in pieces."""
         paths = list(endpoints)
         good = hostile_bodies.good_form(png())
         jsons = [b'{"prompt": "a", "size": "64x32"}']
@@ -99,18 +99,18 @@ class Fuzz:
     def send_damaged(
         self, rng: random.Random, files: Mapping[str, bytes], fields: Sequence[str], num_files: int
     ) -> None:
-        """Some of these files with accidents."""
+        """Send damaged versions of some of these files."""
         for index in range(num_files):
             name, data = hostile_media.damaged(files, rng)
             self.send_file(f"{name} {index}", data, rng.choice(fields), is_json=rng.random() < 0.5)
 
 
 def small(bodies: Iterable[Body]) -> Iterator[Body]:
-    """Those that are not large."""
+    """Select the small requests."""
     return (it for it in bodies if len(it[2]) < _SMALL_BYTES)
 
 
 def large() -> Iterator[Body]:
-    """Forms and JSON that are."""
+    """Select the large forms and JSON bodies."""
     bodies = itertools.chain(hostile_bodies.broken_forms(), hostile_bodies.broken_json())
     return (it for it in bodies if len(it[2]) >= _SMALL_BYTES)

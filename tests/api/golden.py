@@ -1,6 +1,6 @@
-"""Golden files: what was once answered, as JSON below ``tests/golden``; ids are numbered in the order they appear.
+"""Golden files: recorded answers as JSON below ``tests/golden``, with ids numbered in order of appearance.
 
-``pytest tests/api/test_golden.py --write-golden`` writes them anew. A change of one is a change of what clients see.
+``pytest tests/api/test_golden.py --write-golden`` rewrites them. A changed file is a change that clients see.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import httpx2
 
 DIRECTORY = Path(__file__).parent.parent / "golden"
 
-# Of jobs and media: 32 hexadecimal digits; hashes have 64.
+# Ids of jobs and media have 32 hexadecimal digits; hashes have 64.
 _ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
 
 class Golden:
-    """Compares what is found with a file, or writes the file.
+    """Compares a value with a file, or writes the file.
 
     Args:
-        name: of the file, without its suffix.
+        name: the file's, without its suffix.
         is_written: whether it is written.
     """
 
@@ -31,7 +31,7 @@ class Golden:
         self._is_written = is_written
 
     def check(self, found: Any) -> None:
-        """Hold what was found, plain JSON values, against the file, the order of its keys included."""
+        """Compare plain JSON values with the file, including the order of keys."""
         text = _numbered(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
         if self._is_written:
             self._path.write_text(text)
@@ -44,7 +44,7 @@ def _numbered(text: str) -> str:
 
 
 def answer_as_json(answer: httpx2.Response) -> dict[str, Any]:
-    """Status, headers and body of an answer. The length among the headers holds for the bytes of JSON, too."""
+    """Return status, headers and body of an answer; checks Content-Length of JSON too."""
     kind = answer.headers.get("content-type", "").partition(";")[0]
     body: Any = answer.json() if kind == "application/json" and answer.content else answer.text
     if kind == "text/event-stream":

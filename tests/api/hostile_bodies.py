@@ -1,6 +1,6 @@
-"""Bodies that no client of good will sends: broken forms, and JSON that is large, deep, or nearly none.
+"""Bodies that no well-behaved client sends: broken forms, and JSON that is large, deep or nearly JSON.
 
-All come from a seeded generator; those of the lists are always the same.
+All come from a seeded generator; the lists are constant.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ URLENCODED = "application/x-www-form-urlencoded"
 Body: TypeAlias = tuple[str, str | bytes, bytes]
 """What it is, its content type, and the bytes."""
 
-# What parsers look for, and what they trip over.
+# Delimiters and bytes that parsers mishandle.
 _TOKENS = (
     *(
         b"\r\n",
@@ -66,18 +66,18 @@ _TOKENS = (
 
 
 def part(name: bytes, value: bytes, *, more: bytes = b"", headers: bytes = b"") -> bytes:
-    """A part of a form, without the line before it."""
+    """Make a part of a form, without its boundary line."""
     return b'Content-Disposition: form-data; name="' + name + b'"' + more + b"\r\n" + headers + b"\r\n" + value
 
 
 def form(*parts: bytes, boundary: bytes = b"b") -> bytes:
-    """A form of parts that is whole."""
+    """Make a complete form of parts."""
     line = b"--" + boundary
     return b"".join(line + b"\r\n" + it + b"\r\n" for it in parts) + line + b"--\r\n"
 
 
 def good_form(png: bytes) -> bytes:
-    """With texts, a file, and fields in fields."""
+    """Make a valid form with texts, a file and nested fields."""
     return form(
         part(b"prompt", b"a red car"),
         part(b"seed", b"7"),
@@ -217,7 +217,7 @@ _CONTENT_TYPES = (
 
 
 def broken_forms() -> Iterator[Body]:
-    """What it is, content type, body; whole ones in which one thing is wrong."""
+    """Yield (description, content type, body) of forms with one fault each."""
     whole = form(_PROMPT)
     for kind in _CONTENT_TYPES:
         yield "content type", kind, whole
@@ -342,7 +342,7 @@ def _odd_values() -> Iterator[Body]:
 
 
 def broken_json() -> Iterator[Body]:
-    """The same of JSON."""
+    """Yield the same of JSON bodies."""
     good = b'{"prompt": "a"}'
     for name, body in {
         "nothing": b"",
@@ -451,12 +451,12 @@ _ODD: tuple[Any, ...] = (
 
 
 def odd_values(endpoint: Endpoint, rng: random.Random, num_values: int) -> Iterator[Body]:
-    """Each field of an endpoint with some values of all types, as JSON.
+    """Yield JSON bodies: each field of an endpoint with values of all types.
 
     Args:
-        endpoint: whose fields they are.
-        rng: chooses.
-        num_values: of a field.
+        endpoint: has the fields.
+        rng: chooses the values.
+        num_values: values per field.
     """
     model = BODIES[endpoint]
     names = [*model.model_fields, *model.aliases(), *list(model.no_effect)[:4]]
@@ -467,7 +467,7 @@ def odd_values(endpoint: Endpoint, rng: random.Random, num_values: int) -> Itera
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Bytes with a few accidents: flips, holes, repetitions, exchanges, pieces that parsers look for."""
+    """Mutate bytes in a few places: flips, holes, repetitions, swaps, inserted delimiters."""
     body = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 5, 10))):
         start = rng.randrange(len(body) + 1)
@@ -492,14 +492,14 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def in_pieces(sent: Sent, rng: random.Random) -> Sent:
-    """The same request, its body in pieces that end anywhere."""
+    """Cut the body of a request at random places."""
     body = b"".join(sent.body)
     cuts = sorted(rng.randrange(len(body) + 1) for _ in range(rng.randrange(8)))
     return replace(sent, body=tuple(body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)))
 
 
 def lengths(body: bytes) -> Iterator[Sent]:
-    """A form whose announced length is none, or another."""
+    """Yield forms without a Content-Length, or with a wrong one."""
     for value in (
         b"",
         b"0",

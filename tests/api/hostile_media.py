@@ -1,4 +1,4 @@
-"""Files that are damaged, and such that would have a careless reader open others."""
+"""Damaged files, and files that make a careless reader open others."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def clips() -> dict[str, bytes]:
 
 
 def others() -> dict[str, bytes]:
-    """Name -> files of kinds that are no pictures."""
+    """Name -> a file that is not a picture."""
     return {"wav": _wav(), "zip": _zip(b"a"), "text": b"a red car", "nothing": b"", "pdf": b"%PDF-1.7\n%%EOF"}
 
 
 def bombs(scale: int) -> dict[str, bytes]:
-    """Name -> files that say that they are large, or have very many parts.
+    """Name -> a file that claims to be large, or has very many parts.
 
     Args:
-        scale: 10 for those of the long tier.
+        scale: 10 in the long tier.
     """
     unfolded_bytes = 2_000_100 * scale
     png, huge = _picture("png"), (2**31 - 1).to_bytes(4, "big")
@@ -83,18 +83,18 @@ def bombs(scale: int) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Lures:
-    """What a careless reader would open or call.
+    """A file and a port that a careless reader would access.
 
     Attributes:
-        path: of a file that nobody has to read.
-        address: host and port that nobody has to call.
+        path: of a file that must not be read.
+        address: host and port that must not be called.
     """
 
     path: str
     address: str
 
     def texts(self) -> Iterator[str]:
-        """Such as are sent in place of a file."""
+        """Texts that refer to them, sent in place of a file."""
         path, address = self.path, self.address
         yield from (path, f"file://{path}", f"file:{path}", f"FILE://{path}", f"file://localhost{path}", f"./..{path}")
         yield from (
@@ -126,7 +126,7 @@ class Lures:
         yield "data:image/svg+xml;base64," + base64.b64encode(self._svg()).decode()
 
     def files(self) -> dict[str, bytes]:
-        """Name -> file that refers to them."""
+        """Name -> a file that refers to them."""
         path, url, local = self.path, f"http://{self.address}/a.ts", f"file://{self.path}"
         playlist, jpeg, port = self._playlist(), _picture("jpeg"), self.address.rpartition(":")[2]
         return {
@@ -168,13 +168,13 @@ class Lures:
         return f"#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXT-X-TARGETDURATION:1\n{items}#EXT-X-ENDLIST\n".encode()
 
     def _avi(self, playlist: bytes) -> bytes:
-        """A clip whose subtitles FFmpeg would probe: in them is the playlist."""
+        """Make a clip with a playlist as its subtitles, which FFmpeg would probe."""
         avi = _clip("avi", "mpeg4")
         text = b"GAB2\0" + struct.pack("<HIHHI", 2, 0, 4, 0, len(playlist)) + playlist
         return avi + b"JUNK" + struct.pack("<I", len(text)) + text + b"00tx" + struct.pack("<I", len(text)) + text
 
     def _mp4(self, url: bytes) -> bytes:
-        """A clip whose frames are said to be elsewhere."""
+        """Make a clip whose index refers to frames in another file."""
         return _with_box(mp4(), b"url ", bytes(4) + url + b"\0")
 
     def _reference_movie(self, url: bytes) -> bytes:
@@ -188,7 +188,7 @@ _NUMBERS = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0"
 
 
 def damaged(files: Mapping[str, bytes], rng: random.Random) -> tuple[str, bytes]:
-    """One of some files, with an accident."""
+    """Choose one of some files and damage it."""
     name = rng.choice(sorted(files))
     data = bytearray(files[name])
     where = rng.randrange(len(data)) if rng.randrange(3) else rng.randrange(min(len(data), 200))
@@ -221,19 +221,19 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
 
 
 def body_with(data: bytes, field: str, name: str, *, is_json: bool) -> tuple[str, bytes]:
-    """Content type and body of a request with a file.
+    """Return content type and body of a request with a file.
 
     Args:
-        data: of the file.
-        field: that it is for.
-        name: of the file, as a client says it.
+        data: content of the file.
+        field: the field that takes it.
+        name: the file name that the client sends.
         is_json: as a data URL in JSON, not as a part of a form.
     """
     if is_json:
         key = "video_url" if field.startswith("video") else "image_url"
         value = {key: data_url(data)} if field.endswith("reference") else data_url(data)
         return JSON, json.dumps({"prompt": "a", field: value}).encode()
-    headers = b"Content-Type: image/png\r\n"  # nobody believes that
+    headers = b"Content-Type: image/png\r\n"  # a false content type, which the server ignores
     file = part(field.encode(), data, more=b'; filename="' + name.encode() + b'"', headers=headers)
     return MULTIPART, form(part(b"prompt", b"a"), part(b"num_inference_steps", b"2"), file)
 
@@ -284,7 +284,7 @@ def _box(name: bytes, data: bytes) -> bytes:
 
 
 def _with_box(data: bytes, name: bytes, inside: bytes) -> bytes:
-    """An mp4's boxes with something else inside those of a name."""
+    """Replace the content of an mp4's boxes of one name."""
     boxes, start = b"", 0
     while start + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, start)

@@ -1,4 +1,4 @@
-"""Jobs of every kind to ask about: who deletes one finds another in its place."""
+"""Jobs of every kind for generated cases; a deleted one is replaced."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SMALL = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2
 
 
 def png() -> bytes:
-    """A small picture."""
+    """Make a small picture."""
     stream = io.BytesIO()
     PIL.Image.fromarray(IMAGE).save(stream, "png")
     return stream.getvalue()
 
 
 def mp4() -> bytes:
-    """A small clip."""
+    """Make a small clip."""
     stream = io.BytesIO()
     _, height, width, _ = CLIP.shape
     with open_writer(stream, ClipFormat("mp4", height=height, width=width, fps=24)) as writer:
@@ -48,13 +48,13 @@ def mp4() -> bytes:
 
 
 class KnownJobs:
-    """See the module.
+    """Jobs of an API by kind.
 
     Args:
-        api: that has them.
+        api: holds the jobs.
 
     Attributes:
-        kinds: what can be asked for.
+        kinds: available kinds.
     """
 
     def __init__(self, api: AcceptingApi) -> None:
@@ -75,7 +75,7 @@ class KnownJobs:
         self.kinds = (*self._makers, "unknown")
 
     def id_of(self, kind: str) -> str:
-        """Of a job of a kind, which is made where there is none any more."""
+        """Return the id of a job of this kind; create one if none is left."""
         if kind == "unknown":
             return UNKNOWN
         made = self._jobs.get(kind)
@@ -91,7 +91,7 @@ class KnownJobs:
         return job
 
     def _running(self, **fields: Any) -> Job:
-        runner = new_job_id()  # of its own: so it claims this one and none of the others
+        runner = new_job_id()  # its own, so that the runner claims this job and no other
         job = self._accepted(runner, **fields)
         store = self._api.store
         claimed = store.claim(ClaimRequest(runner, MODEL, job.lane, LIMITS, only_attached=True))

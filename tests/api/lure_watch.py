@@ -1,4 +1,4 @@
-"""A file that nobody has to open and a port that nobody has to call, and whether somebody did: in any process."""
+"""A file and a port that must stay untouched; reports access to them by any process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FILES = ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdi
 
 
 class _Audit:
-    """What this interpreter is asked for, while it is told to note it."""
+    """Records audit events of this interpreter while enabled."""
 
     def __init__(self) -> None:
         self.noted: list[str] | None = None
-        sys.addaudithook(self._note)  # for good; without effect while nothing is noted
+        sys.addaudithook(self._note)  # cannot be removed; has no effect while disabled
 
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.noted is None:
@@ -37,15 +37,15 @@ _AUDIT = _Audit()
 
 
 class Watch:
-    """See the module.
+    """Watches the file and the port.
 
     Args:
         directory: for the file.
-        is_here: whether this process is the one that is watched; else it may call whom it likes.
+        is_here: whether to watch this process's network calls too.
 
     Attributes:
-        canary: what the file holds.
-        lures: where they are.
+        canary: content of the file.
+        lures: the file and the port.
     """
 
     def __init__(self, directory: Path, *, is_here: bool = True) -> None:
@@ -54,7 +54,7 @@ class Watch:
         path = directory / _NAME
         path.write_bytes(self.canary)
         self._libc = ctypes.CDLL(None, use_errno=True)
-        # FFmpeg opens files without asking Python, and in another process: only the kernel knows.
+        # FFmpeg opens files without Python's audit hook, and in another process; inotify sees both.
         self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         assert self._inotify >= 0, os.strerror(ctypes.get_errno())
         assert self._libc.inotify_add_watch(self._inotify, str(path).encode(), _IN_ACCESS | _IN_OPEN) >= 0
@@ -63,7 +63,7 @@ class Watch:
         self.lures = Lures(str(path), f"127.0.0.1:{self._listening.getsockname()[1]}")
 
     def touched(self) -> bool:
-        """Whether the file was opened or the port was called since it was asked last."""
+        """Whether the file was opened or the port called since the last look."""
         was_touched = False
         with contextlib.suppress(BlockingIOError):
             was_touched = bool(os.read(self._inotify, 1 << 16))
@@ -74,7 +74,7 @@ class Watch:
 
     @contextlib.contextmanager
     def untouched(self, what: object) -> Iterator[None]:
-        """See to it that neither happens, nor anything is asked of the network by this process."""
+        """Check that neither is touched in the block and that this process makes no network call."""
         noted: list[str] = []
         _AUDIT.noted = noted if self._is_here else None
         try:

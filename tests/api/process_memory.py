@@ -1,4 +1,4 @@
-"""How much memory a process has taken since a moment, and how much at its peak. For Linux."""
+"""Memory growth of a process since a moment, now and at its peak. Linux only."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ MIB = 2**20
 
 
 class ProcessMemory:
-    """See the module; from when it is made.
+    """Memory of one process since the object was made.
 
     Args:
-        pid: of the process; None for this one.
+        pid: the process; None for this one.
     """
 
     def __init__(self, pid: int | None = None) -> None:
         self._directory = Path("/proc") / ("self" if pid is None else str(pid))
-        (self._directory / "clear_refs").write_text("5")  # the peak begins anew
+        (self._directory / "clear_refs").write_text("5")  # resets the peak
         self._begun = self._now()
 
     def grown_bytes(self) -> tuple[int, int]:
-        """More than then: memory of its own now, and all of it at the peak."""
+        """Return the growth of anonymous memory now, and of resident memory at the peak."""
         now = self._now()
         return now["RssAnon"] - self._begun["RssAnon"], now["VmHWM"] - self._begun["VmHWM"]
 
     def check(self, what: str, *, max_left_bytes: int, max_peak_bytes: int) -> None:
-        """It is bounded, while there is work and when it is done."""
+        """Check both against bounds."""
         left, peak = self.grown_bytes()
         print(f"{what}: {left / MIB:.1f} MiB more than before, {peak / MIB:.1f} MiB more at the peak")
         assert left < max_left_bytes

@@ -1,4 +1,4 @@
-"""What no answer may be, whatever was asked: a fault of the server, or a word about its inside."""
+"""Checks that an answer is no server error and reveals nothing of the server's internals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 
 _REPOSITORY = Path(__file__).parents[2]
-# Of stack traces, of the database and its drivers, of the readers of media; of Python's objects as they print.
+# Words of stack traces, the database and its drivers, media readers, and reprs of Python objects.
 _WORDS = (
     b"Traceback",
     b'File "',
@@ -27,31 +27,31 @@ _WORDS = (
 )
 _OBJECT = re.compile(rb"<[\w.]+ object at 0x[0-9a-f]+>|0x[0-9a-f]{8,16}\b")
 _LINE_OF_PASSWD = re.compile(rb"root:[^:\n]*:0:0:")
-# Names of texts, where the others have bytes of a picture, in which any word may be.
+# Types whose bodies are text; bytes of a picture may contain any word.
 _TEXTS = ("text/", "application/json")
 
 
 class UnsafeAnswer(AssertionError):
-    """An answer that must not be."""
+    """The answer is a server error, or reveals internals."""
 
 
 @dataclass(frozen=True)
 class Inside:
-    """What is nobody's business outside.
+    """Words that no answer may contain.
 
     Attributes:
-        words: none of which an answer may have.
+        words: the forbidden words.
     """
 
     words: tuple[bytes, ...]
 
     @classmethod
     def of(cls, *directories: Path, canary: bytes = b"") -> Inside:
-        """Of this machine and of a service on it.
+        """Collect them for this machine and a service on it.
 
         Args:
-            directories: of its checkpoint, its files, its database.
-            canary: what a file holds that nobody may read.
+            directories: the service's checkpoint, files and database.
+            canary: content of the file that must not be read.
         """
         paths = [*directories, _REPOSITORY, Path.home(), sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib")]
         paths += [tempfile.gettempdir()]
@@ -59,14 +59,14 @@ class Inside:
         return cls((*sorted(texts), *_WORDS, *([canary] if canary else [])))
 
     def check(self, answer: httpx2.Response, sent: bytes = b"") -> None:
-        """See to it that an answer says nothing of it, and is no fault of the server.
+        """Check an answer.
 
         Args:
-            answer: to anything.
-            sent: all that was sent: an answer may repeat it.
+            answer: to any request.
+            sent: the request; an answer may repeat it.
 
         Raises:
-            UnsafeAnswer: it does, or it is.
+            UnsafeAnswer: the answer reveals a word, or is a server error.
         """
         what = f"{answer.request.method} {answer.request.url}: {answer.status_code}"
         if not 200 <= answer.status_code < 500:
@@ -88,7 +88,7 @@ class Inside:
 
 
 def _check_error(answer: httpx2.Response, what: str) -> None:
-    """The body of a refusal: one shape, and short whatever was sent."""
+    """Check a refusal's body: one shape, and short whatever was sent."""
     if answer.request.method == "HEAD":
         return
     if len(answer.content) > 6000:

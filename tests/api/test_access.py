@@ -1,4 +1,4 @@
-"""Who may call: keys, whose jobs are whose, pages of other origins; and what is open to all."""
+"""Access control: API keys, ownership of jobs, cross-origin requests, and the paths that are open to all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def key_of(api: Api, name: str = "a", **more: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
-def test_everything_needs_a_key(method: str, path: str, guarded: Api) -> None:
+def test_every_route_needs_a_key_but_the_open_ones(method: str, path: str, guarded: Api) -> None:
     for headers in ({}, {"authorization": "Bearer c3_0000000000000000_" + "0" * 43}):
         answer = guarded.send(method, path, headers=headers, content=b"{")
         assert answer.status_code == 401
@@ -61,16 +61,16 @@ def test_everything_needs_a_key(method: str, path: str, guarded: Api) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
-def test_what_is_open_to_all(path: str, guarded: Api) -> None:
+def test_open_paths_need_no_key(path: str, guarded: Api) -> None:
     assert guarded.get(path).status_code == 200
 
 
-def test_open_paths_are_those_and_no_others(guarded: Api) -> None:
+def test_the_list_of_open_paths_is_complete(guarded: Api) -> None:
     for path in ("/health/", "//health", "/health/../v1/videos", "/ready/v1", "/v1/health"):
         assert guarded.get(path).status_code == 401
 
 
-def test_a_key_lets_in(guarded: Api) -> None:
+def test_a_valid_key_is_accepted(guarded: Api) -> None:
     headers = key_of(guarded)
     told = guarded.created(headers=headers)
     job = guarded.store.get(told["id"])
@@ -81,7 +81,7 @@ def test_a_key_lets_in(guarded: Api) -> None:
         assert guarded.get("/v1/models", headers={"authorization": headers["authorization"].replace("Bearer", scheme)})
 
 
-def test_keys_in_other_places_are_none(guarded: Api) -> None:
+def test_a_key_outside_the_authorization_header_is_ignored(guarded: Api) -> None:
     text = key_of(guarded)["authorization"].removeprefix("Bearer ")
     for headers in (
         {"authorization": text},
@@ -99,7 +99,7 @@ def test_keys_in_other_places_are_none(guarded: Api) -> None:
     assert guarded.get("/v1/models", headers=twice).status_code == 401
 
 
-def test_another_keys_job_is_none(guarded: Api) -> None:
+def test_another_keys_job_is_not_found(guarded: Api) -> None:
     mine, theirs = key_of(guarded, "a"), key_of(guarded, "b")
     told = guarded.created({"prompt": "a"}, headers=mine)
     api = f"/v1/videos/{told['id']}"
@@ -124,13 +124,13 @@ def test_another_keys_job_is_none(guarded: Api) -> None:
     assert guarded.created({"prompt": "b"}, headers={**theirs, **both})["id"] != first["id"]
 
 
-def test_jobs_of_keys_are_nobodys_without(guarded: Api) -> None:
+def test_without_auth_jobs_of_keys_are_not_found(guarded: Api) -> None:
     told = guarded.created(headers=key_of(guarded))
     guarded.service.auth = None
     assert guarded.get(f"/v1/videos/{told['id']}").status_code == 404
 
 
-def test_a_keys_own_limits_and_classes(guarded: Api) -> None:
+def test_a_keys_own_limits_and_classes_apply(guarded: Api) -> None:
     headers = key_of(guarded, service_class="batch", limits=KeyLimits(max_queued=1))
     assert guarded.created({"prompt": "a"}, headers=headers)["service_class"] == "batch"
     answer = guarded.post("/v1/videos", json={"prompt": "b"}, headers=headers)
@@ -144,7 +144,7 @@ def test_a_keys_own_limits_and_classes(guarded: Api) -> None:
     assert guarded.refused("POST", "/v1/videos", 422, json={"prompt": "a"}, headers=headers)["param"] == "service_class"
 
 
-def test_a_revoked_key_is_let_in_for_seconds_at_most(guarded: Api) -> None:
+def test_a_revoked_key_is_refused_after_seconds_at_most(guarded: Api) -> None:
     now_s = [0.0]
     guarded.service.auth = Authenticator(guarded.store.keys, clock=lambda: now_s[0])
     key, text = guarded.store.keys.create(NewKey(name="a"))
@@ -156,7 +156,7 @@ def test_a_revoked_key_is_let_in_for_seconds_at_most(guarded: Api) -> None:
     assert guarded.get("/v1/models", headers=headers).status_code == 401
 
 
-def test_a_key_that_was_refused_may_be_made_meanwhile(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_cached_for_five_seconds(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s, answers = [0.0], [None, guarded.store.keys.create(NewKey(name="a"))[0]]
     guarded.service.auth = Authenticator(guarded.store.keys, clock=lambda: now_s[0])
     monkeypatch.setattr(guarded.store.keys, "verify", lambda text: answers.pop(0))
@@ -166,7 +166,7 @@ def test_a_key_that_was_refused_may_be_made_meanwhile(guarded: Api, monkeypatch:
     assert answers == [], "looked up twice"
 
 
-def test_key_guessing_takes_a_bounded_part_of_the_service(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_guessing_takes_bounded_capacity(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auths, "_MAX_WAITING", 8)
     monkeypatch.setattr(auths, "_MAX_CACHED", 16)
     headers = key_of(guarded)
@@ -198,7 +198,7 @@ def test_key_guessing_takes_a_bounded_part_of_the_service(guarded: Api, monkeypa
     assert len(guarded.service.auth._unknown._found) <= 16
 
 
-def test_a_database_of_keys_that_is_away_lets_nobody_in(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_key_database_every_key_is_refused(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(text: str) -> Any:
         raise JobsError("postgresql://user:secret@host is away")
 
@@ -224,11 +224,11 @@ def test_a_database_of_keys_that_is_away_lets_nobody_in(guarded: Api, monkeypatc
         (False, "0.0.0.0", False),
     ],
 )
-def test_where_keys_are_needed(configured: bool | None, host: str, expected: bool) -> None:
+def test_keys_are_required_beyond_loopback(configured: bool | None, host: str, expected: bool) -> None:
     assert auth_required(configured, host) is expected
 
 
-def test_an_app_that_asks_for_keys_starts_only_where_somebody_has_one(api: Api) -> None:
+def test_an_app_with_auth_starts_only_if_a_key_exists(api: Api) -> None:
     keys = api.store.keys
     with pytest.raises(NoKeys, match=r"http\.host=0\.0\.0\.0.*`cosmos3 keys add NAME`.*--set auth\.enabled=false"):
         check_keys(keys, "0.0.0.0")
@@ -258,7 +258,7 @@ OWN = {"localhost", "127.0.0.1", "[::1]"}
         ("my-host", None, (), None),
     ],
 )
-def test_an_ingress_asks_for_a_key_or_for_its_own_name(
+def test_an_ingress_requires_a_key_or_its_own_host_name(
     host: str,
     needs_keys: bool | None,
     allowed: tuple[str, ...],
@@ -267,12 +267,14 @@ def test_an_ingress_asks_for_a_key_or_for_its_own_name(
     tiny_nano: Path,
     tmp_path: Path,
 ) -> None:
-    """Or the operator says that whoever reaches the port may use the app."""
+    """Unless the operator opens the app to everyone who reaches the port."""
     database = tmp_path / "jobs.sqlite3"
     shutil.copy(empty_database, database)
     config = AppConfig(
         checkpoint=tiny_nano,
-        http=HttpConfig(host="10.1.1.1", allowed_hosts=allowed),  # Serve may listen elsewhere than this says
+        http=HttpConfig(
+            host="10.1.1.1", allowed_hosts=allowed
+        ),  # Serve may listen on another address than the configuration's
         media=MediaConfig(directory=tmp_path / "media"),
         jobs=JobsConfig(database=f"sqlite:///{database}"),
         auth=AuthConfig(enabled=needs_keys),
@@ -298,7 +300,7 @@ def test_an_ingress_asks_for_a_key_or_for_its_own_name(
 # Browsers
 
 
-def test_pages_of_other_origins_may_not_call(api: Api) -> None:
+def test_cross_origin_requests_are_refused(api: Api) -> None:
     page = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
     for answer in (
         api.get("/v1/videos", headers=page),
@@ -314,12 +316,12 @@ def test_pages_of_other_origins_may_not_call(api: Api) -> None:
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "something new"])
-def test_a_browser_that_says_so_is_believed(site: str, api: Api) -> None:
-    """Also of another port of this machine, which is the same site."""
+def test_sec_fetch_site_decides(site: str, api: Api) -> None:
+    """Another port of this machine is the same site, and allowed."""
     for more in ({}, {"origin": "http://cosmos3"}):
         error = api.refused("POST", "/v1/videos", 403, headers={"sec-fetch-site": site, **more}, json={"prompt": "a"})
         assert error["code"] == "cross_origin"
-    for site in ("same-origin", "none"):  # a proxy may have put another Host
+    for site in ("same-origin", "none"):  # a proxy may have rewritten Host
         page = {"sec-fetch-site": site, "origin": "https://videos.example"}
         assert api.post("/v1/videos", json={"prompt": "a"}, headers=page).status_code == 200
 
@@ -342,8 +344,8 @@ def test_a_browser_that_says_so_is_believed(site: str, api: Api) -> None:
         ("", "", False),
     ],
 )
-def test_where_a_browser_says_nothing_else_the_origin_tells(origin: str, host: str, is_own: bool, api: Api) -> None:
-    """Of an address in a LAN over plain http, say."""
+def test_without_sec_fetch_site_the_origin_decides(origin: str, host: str, is_own: bool, api: Api) -> None:
+    """Browsers omit the header for, say, a LAN address over plain http."""
     page = {"origin": origin, "host": host}
     for method, path in (("POST", "/v1/videos"), ("DELETE", VIDEO)):
         answer = api.send(method, path, headers=page, json={"prompt": "a"})
@@ -353,7 +355,7 @@ def test_where_a_browser_says_nothing_else_the_origin_tells(origin: str, host: s
     assert api.get("/v1/models", headers=page).status_code == 200, "which such a page cannot read"
 
 
-def test_a_listed_origin_may_call_whatever_its_browser_says(make_api: Callable[..., Api]) -> None:
+def test_a_listed_origin_may_call_whatever_sec_fetch_site_says(make_api: Callable[..., Api]) -> None:
     for origins in (("https://good.example",), ("*",)):
         api = make_api(http={"cors_origins": origins})
         for more in ({}, {"sec-fetch-site": "cross-site"}):
@@ -361,7 +363,7 @@ def test_a_listed_origin_may_call_whatever_its_browser_says(make_api: Callable[.
             assert api.post("/v1/videos", json={"prompt": "a"}, headers=page).status_code == 200
 
 
-def test_pages_of_listed_origins_may_call(make_api: Callable[..., Api]) -> None:
+def test_listed_origins_get_cors_headers(make_api: Callable[..., Api]) -> None:
     api = make_api(http={"cors_origins": ("https://good.example",)}, needs_keys=True)
     good = {"origin": "https://good.example", "sec-fetch-site": "cross-site"}
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
@@ -377,11 +379,11 @@ def test_pages_of_listed_origins_may_call(make_api: Callable[..., Api]) -> None:
     assert api.post("/v1/videos", json={"prompt": "a"}, headers={**evil, **key_of(api)}).status_code == 403
 
 
-# Texts of clients in answers
+# Client texts in answers
 
 
 @pytest.mark.parametrize("text", ["a\r\nx-evil: 1", "a\nb", "\x00", "é", "a b", "x" * 200, ""])
-def test_no_text_of_a_client_becomes_a_header(text: str, api: Api) -> None:
+def test_no_client_text_becomes_a_header(text: str, api: Api) -> None:
     for name in (b"x-request-id", b"idempotency-key"):
         answer = api.post("/v1/videos", json={"prompt": "a"}, headers={name: text.encode()})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_header")
@@ -399,8 +401,8 @@ def test_no_text_of_a_client_becomes_a_header(text: str, api: Api) -> None:
     ("host", "status"),
     [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example:8000", 403), ("", 403)],
 )
-def test_without_keys_an_app_of_this_machine_is_called_by_its_names(host: str, status: int, make_api: Any) -> None:
-    """A page whose own name was made to lead here (DNS rebinding) is told by the name that it calls."""
+def test_without_keys_a_loopback_app_refuses_other_host_names(host: str, status: int, make_api: Any) -> None:
+    """DNS rebinding leads a page's own name here; its Host header gives it away."""
     api = make_api()
     api.service.hosts = LOOPBACK_HOSTS
     answer = api.get("/v1/models", headers={"host": host})

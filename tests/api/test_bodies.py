@@ -1,4 +1,4 @@
-"""Fields of request bodies, of JSON and of forms: what they become, and what is refused about them."""
+"""Fields of JSON and form bodies: the request they become, and what is refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def refused(body: dict[str, Any]) -> RequestError:
     return caught.value
 
 
-def test_every_field_of_the_library_has_its_own_name_here() -> None:
+def test_every_library_field_has_the_same_name_over_http() -> None:
     ours = {field.name for field in fields(GenerationRequest)}
     assert ours - set(SyncBody.model_fields) == {"noise", "append_metadata"}
     for model in BODIES.values():
@@ -125,7 +125,7 @@ def test_a_form_means_what_json_means() -> None:
 
 
 @pytest.mark.parametrize("value", [[0], 0, "0", "[0]", FormText("0"), FormText(" [0] ")])
-def test_latent_frames_however_they_are_written(value: Any) -> None:
+def test_latent_frames_are_read_in_every_notation(value: Any) -> None:
     given = parsed({"condition_frame_indexes_vision": value}).condition_frame_indexes_vision
     assert given in ([0], 0)
 
@@ -148,7 +148,7 @@ def test_actions_of_an_answer_can_be_sent_again() -> None:
     assert parsed({"action": json.dumps(answer)}, as_form=True).actions == [[1.0, 2.0]]
 
 
-def test_other_clients_names() -> None:
+def test_aliases_of_other_clients_are_read() -> None:
     body = {"action_mode": "policy", "action": [[1]], "action_fps": 5, "resolution": 480, "sound_gen": True}
     expected = GenerationRequest(mode="policy", fps=5, resolution_tier=480, generate_sound=True)
     assert parsed(body) == expected
@@ -158,7 +158,7 @@ def test_other_clients_names() -> None:
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_extra_params_count_as_if_they_stood_beside_it(as_text: bool) -> None:
+def test_extra_params_are_read_like_top_level_fields(as_text: bool) -> None:
     extra = {"action_mode": "policy", "domain_name": "av", "guidance_interval": "1,2", "seed": 3, "fps": None}
     body = {"prompt": "a", "seed": 3, "extra_params": json.dumps(extra) if as_text else extra}
     expected = GenerationRequest(prompt="a", mode="policy", domain_name="av", guidance_interval=[1.0, 2.0], seed=3)
@@ -197,7 +197,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], field: str, said: str) -> 
     assert said in str(error)
 
 
-def test_a_size_and_seconds() -> None:
+def test_size_and_seconds_are_converted() -> None:
     assert parsed({"size": "64x32"}) == GenerationRequest(width=64, height=32)
     assert parsed({"seconds": 1.5, "fps": 8}) == GenerationRequest(num_frames=12, fps=8)
     assert parsed({"seconds": 2}) == GenerationRequest(num_frames=48)
@@ -206,7 +206,7 @@ def test_a_size_and_seconds() -> None:
 
 @pytest.mark.parametrize("as_form", [False, True])
 @pytest.mark.parametrize("more", [{}, {"output": "mp4"}, {"mode": "image_to_video"}, {"mode": "forward_dynamics"}])
-def test_a_clip_may_be_sent_while_it_is_made(as_form: bool, more: dict[str, Any]) -> None:
+def test_stream_is_accepted_for_growing_formats(as_form: bool, more: dict[str, Any]) -> None:
     for text, is_live in (("true", True), ("false", False)):
         body: dict[str, Any] = {"prompt": "a", "stream": FormText(text) if as_form else is_live, **more}
         job = video(body)
@@ -228,19 +228,19 @@ def test_a_clip_may_be_sent_while_it_is_made(as_form: bool, more: dict[str, Any]
     ],
     ids=str,
 )
-def test_what_does_not_grow_cannot_be_sent_while_it_does(more: dict[str, Any]) -> None:
+def test_stream_is_refused_for_formats_that_do_not_grow(more: dict[str, Any]) -> None:
     error = refused({"prompt": "a", "stream": True, **more})
     assert error.field == "stream"
     assert "an mp4 without generated actions" in str(error)
     parsed({"prompt": "a", "stream": False, **more})
 
 
-def test_stream_is_yes_or_no() -> None:
+def test_stream_is_a_boolean() -> None:
     assert refused({"stream": "yes"}).field == "stream"
     assert refused({"stream": 1}).field == "stream"
 
 
-def test_an_error_shows_what_cannot_be_printed() -> None:
+def test_an_error_escapes_unprintable_text() -> None:
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
@@ -272,12 +272,12 @@ def test_an_error_shows_what_cannot_be_printed() -> None:
         ("image_reference", text_of(PNG)),
         ("video", MP4),
         ("video", url_of(MP4, "video/mp4")),
-        ("input_reference", url_of(MP4, "image/png")),  # its content counts
+        ("input_reference", url_of(MP4, "image/png")),  # the content decides
         ("video_reference", {"video_url": url_of(MP4)}),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_media_however_it_is_sent(name: str, value: Any) -> None:
+def test_media_are_read_from_every_encoding(name: str, value: Any) -> None:
     request = parsed({name: value})
     is_video = value == MP4 or text_of(MP4) in str(value)
     assert (request.image, request.video) == ((None, MP4) if is_video else (PNG, None))
@@ -323,13 +323,13 @@ def test_media_however_it_is_sent(name: str, value: Any) -> None:
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_media_that_is_refused(body: dict[str, Any], field: str, said: str) -> None:
+def test_invalid_media_are_refused(body: dict[str, Any], field: str, said: str) -> None:
     error = refused(body)
     assert error.field == field
     assert said in str(error)
 
 
-def test_an_image_and_a_clip_are_left_to_the_library() -> None:
+def test_an_image_beside_a_clip_is_left_to_the_library() -> None:
     request = parsed({"input_reference": MP4, "image": PNG})
     assert (request.image, request.video) == (PNG, MP4)
 
@@ -337,7 +337,7 @@ def test_an_image_and_a_clip_are_left_to_the_library() -> None:
 # Images
 
 
-def test_images_are_requests_with_one_seed_after_the_other() -> None:
+def test_n_images_have_consecutive_seeds() -> None:
     job = images({"prompt": "a cat"})
     first = GenerationRequest(prompt="a cat", mode="text_to_image", output="png")
     assert (job.requests, job.fields.response_format) == ((first,), "b64_json")
@@ -392,19 +392,19 @@ def test_images_are_requests_with_one_seed_after_the_other() -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_field_of_images_is_named(body: dict[str, Any], field: str, said: str) -> None:
+def test_a_wrong_field_of_an_image_request_is_named(body: dict[str, Any], field: str, said: str) -> None:
     with pytest.raises(RequestError) as caught:
         images({"prompt": "a", **body})
     assert caught.value.field == field
     assert said in str(caught.value)
 
 
-def test_what_a_form_says_the_library_takes() -> None:
-    """Rows as the library wants them, whichever way they came."""
+def test_actions_of_a_form_are_accepted_by_the_library() -> None:
+    """Rows have the library's shape in every encoding."""
     assert np.array(parsed({"actions": "[[1, 2]]"}, as_form=True).actions).shape == (1, 2)
 
 
-def test_actions_may_come_as_a_file() -> None:
+def test_actions_are_read_from_a_file_part() -> None:
     request = parsed({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()})
     assert request.actions == [[1.0, 2.0]]
     with pytest.raises(RequestError, match="actions"):

@@ -1,4 +1,4 @@
-"""Reading bodies: bounded each and together, whole or not at all."""
+"""Reading bodies: bounded each and together, complete or refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def part(name: str, data: bytes, filename: str | None = None) -> bytes:
 
 
 def request_of(kind: str, chunks: Iterable[bytes | None], length: int | str | None = None) -> Request:
-    """A request whose body comes in these chunks; at :data:`GONE` its client has hung up."""
+    """Make a request whose body has these chunks; at :data:`GONE` the client disconnects."""
     headers = [(b"content-type", kind.encode())]
     if length is not None:
         headers.append((b"content-length", str(length).encode()))
@@ -59,7 +59,7 @@ def read(request: Request, max_bytes: int = 10_000, room: MemoryBudget | None = 
             assert room.taken_bytes - before == held.num_bytes
 
 
-def test_fields_of_every_kind_of_body() -> None:
+def test_every_content_type_gives_the_same_fields() -> None:
     assert read(request_of(JSON, [b'{"a": ', b'[1, "b"]}'])) == {"a": [1, "b"]}
     assert read(request_of(JSON + "; charset=UTF-8", [b"{}"])) == {}
     assert read(request_of(FORM, [b"a=1&b=", b"x%20y"])) == {"a": "1", "b": "x y"}
@@ -69,7 +69,7 @@ def test_fields_of_every_kind_of_body() -> None:
         assert read(request_of(MULTIPART, chunks)) == {"a": "ä", "image": b"\0\xff" * 500}
 
 
-def test_a_large_file_is_spooled_and_comes_whole() -> None:
+def test_a_large_file_is_spooled_and_complete() -> None:
     data = bytes(range(256)) * 20_000
     body = part("video", data, "v.mp4") + b"--x--\r\n"
     chunks = [body[start : start + 65536] for start in range(0, len(body), 65536)]
@@ -102,13 +102,15 @@ def test_a_large_file_is_spooled_and_comes_whole() -> None:
         (MULTIPART + "; charset=punycode", [b"a"], None, 415, "wrong_content_type"),
     ],
 )
-def test_what_cannot_be_read(kind: str, chunks: list[bytes | None], length: Any, status: int, code: str) -> None:
+def test_an_unreadable_body_is_refused(
+    kind: str, chunks: list[bytes | None], length: Any, status: int, code: str
+) -> None:
     with pytest.raises(BodyError) as caught:
         read(request_of(kind, chunks, length))
     assert (caught.value.status, caught.value.code) == (status, code)
 
 
-def test_small_values_without_number_are_refused_before_they_take_memory() -> None:
+def test_countless_small_values_are_refused_before_they_take_memory() -> None:
     body = b'{"actions": [' + b"[]," * 4_000_000 + b"[]]}"
     tracemalloc.start()
     try:
@@ -119,13 +121,13 @@ def test_small_values_without_number_are_refused_before_they_take_memory() -> No
         tracemalloc.stop()
 
 
-def test_json_that_says_it_is_a_form() -> None:
-    """As curl -d sends it."""
+def test_json_labelled_as_a_form_is_read() -> None:
+    """curl -d sends it so."""
     with pytest.raises(BodyError, match="looks like JSON, which needs the header content-type: application/json"):
         read(request_of(FORM, [b'\n{"prompt": "a"}']))
 
 
-def test_a_urlencoded_form_is_small() -> None:
+def test_a_large_urlencoded_form_is_refused() -> None:
     async def never() -> dict[str, Any]:
         raise AssertionError("it was read")
 
@@ -145,7 +147,7 @@ def test_a_urlencoded_form_is_small() -> None:
     assert read(request_of(JSON, [b'{"a": "', text, b'"}']), 1 << 24)["a"] == text.decode()
 
 
-def test_a_form_has_few_fields() -> None:
+def test_a_form_of_too_many_fields_is_refused() -> None:
     for count in (MAX_FIELDS, MAX_FIELDS + 1):
         forms = {
             FORM: b"&".join(b"a%d=" % index for index in range(count)),
@@ -164,9 +166,7 @@ def test_a_form_has_few_fields() -> None:
     ("kind", "body", "name"),
     [(FORM, b"a=1", "_parse_urlencoded"), (JSON, b'{"a": 1}', "_parse_json")],
 )
-def test_bodies_are_taken_apart_beside_the_event_loop(
-    kind: str, body: bytes, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bodies_are_parsed_in_threads(kind: str, body: bytes, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     work = getattr(body_reader, name)
 
@@ -181,7 +181,7 @@ def test_bodies_are_taken_apart_beside_the_event_loop(
 
 
 class Slow:
-    """A client whose pieces come each after a pause, by a clock of its own; the last one over and over.
+    """A client that sends each piece after a pause, by a fake clock, and repeats the last one.
 
     Args:
         pieces: of the body.
@@ -203,14 +203,14 @@ class Slow:
         assert self.num_sent < 1000
         self.now_s += self._pause_s
         for _ in range(3):
-            await asyncio.sleep(0)  # or no timeout comes
+            await asyncio.sleep(0)  # else no timeout fires
         self.num_sent += 1
         piece = self._pieces[min(self.num_sent, len(self._pieces)) - 1]
         return {"type": "http.request", "body": piece, "more_body": True}
 
 
 @pytest.mark.parametrize("pieces", [[b" "], [b" " * (1 << 24), b" "]], ids=["from the start", "after a fast start"])
-def test_a_body_that_trickles_is_given_up(pieces: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trickling_body_times_out(pieces: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(pieces, 10.0)
     monkeypatch.setattr(body_reader, "time", slow)
     with pytest.raises(BodyError, match="30 s behind 65536 bytes a second") as caught:
@@ -219,7 +219,7 @@ def test_a_body_that_trickles_is_given_up(pieces: list[bytes], monkeypatch: pyte
     assert slow.num_sent < 6
 
 
-def test_a_slow_body_that_goes_on_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_but_steady_body_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow([b" " * 700_000], 10.0)
     monkeypatch.setattr(body_reader, "time", slow)
     with pytest.raises(BodyError) as caught:
@@ -228,7 +228,7 @@ def test_a_slow_body_that_goes_on_is_read_to_its_end(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("limit", ["_UPLOAD_S", "_IDLE_S"])
-def test_a_body_that_never_ends_is_given_up(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_without_end_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_reader, limit, 0.05)
 
     async def receive() -> dict[str, Any]:
@@ -241,7 +241,7 @@ def test_a_body_that_never_ends_is_given_up(limit: str, monkeypatch: pytest.Monk
     assert caught.value.status == 408
 
 
-def test_bodies_together_are_bounded_and_refused_before_they_are_read() -> None:
+def test_bodies_beyond_the_shared_bound_are_refused_unread() -> None:
     room = MemoryBudget(1000)
 
     async def never() -> dict[str, Any]:
@@ -255,7 +255,7 @@ def test_bodies_together_are_bounded_and_refused_before_they_are_read() -> None:
             read(unread, room=room)
         assert caught.value.retry_after_s > 0
         assert room.taken_bytes == 500
-        # Without an announced length it is found on the way.
+        # Without Content-Length the bound is met while reading.
         with pytest.raises(OverloadedError):
             read(request_of(JSON, [b" " * 300] * 2), room=room)
         assert read(request_of(JSON, [b" " * 300, b"{}"], 302), room=room) == {}
@@ -263,7 +263,7 @@ def test_bodies_together_are_bounded_and_refused_before_they_are_read() -> None:
     assert room.taken_bytes == 0
 
 
-def test_room_is_given_back_however_the_reading_ends() -> None:
+def test_room_is_released_however_reading_ends() -> None:
     room = MemoryBudget(1000)
     for chunks in ([b'{"a"', GONE], [b"x"], [b"{}"]):
         with contextlib.nullcontext() if chunks == [b"{}"] else pytest.raises(BodyError):
@@ -276,7 +276,7 @@ def test_room_is_given_back_however_the_reading_ends() -> None:
         assert (held.num_bytes, room.taken_bytes) == (20, 20)
 
 
-def test_what_is_announced_and_does_not_come_keeps_nobody_out() -> None:
+def test_an_announced_but_unsent_body_holds_no_room() -> None:
     room = MemoryBudget(1000)
     with room.hold() as held:
         held.check(1000)

@@ -1,4 +1,4 @@
-"""Files of the media store over HTTP: whole, in ranges, and while they grow; and what breaks the connection."""
+"""Files of the media store over HTTP: complete, in ranges, while they grow; failures break the connection."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> MediaStore:
 
 
 class Clip:
-    """A clip, and who writes it."""
+    """A clip and its writer."""
 
     def __init__(self, store: MediaStore, *, is_live: bool = True) -> None:
         self.store, self.media_id = store, new_media_id(new_job_id())
@@ -56,12 +56,12 @@ class Clip:
 
 
 class Viewer:
-    """One request for a clip and what came of it.
+    """One request for a clip and its answer.
 
     Args:
-        clip: which.
-        taken: called with all that came so far, after every part and before the next one is taken.
-        headers: of the request.
+        clip: the requested clip.
+        taken: called with everything received, after each part and before the next is read.
+        headers: request headers.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ def refused(clip: Clip, **asked: Any) -> tuple[int, str, Headers]:
 # Finished files
 
 
-def test_a_finished_file_comes_whole(store: MediaStore) -> None:
+def test_a_finished_file_is_sent_whole(store: MediaStore) -> None:
     clip = Clip(store)
     clip.finish()
     viewer = got(clip)
@@ -148,7 +148,7 @@ def test_a_finished_file_comes_whole(store: MediaStore) -> None:
         (f"bytes={SIZE - 1}-", SIZE - 1, SIZE),
     ],
 )
-def test_a_range(store: MediaStore, asked: str, start: int, end: int) -> None:
+def test_a_range_is_a_206(store: MediaStore, asked: str, start: int, end: int) -> None:
     clip = Clip(store)
     clip.finish()
     viewer = got(clip, range=asked)
@@ -159,7 +159,7 @@ def test_a_range(store: MediaStore, asked: str, start: int, end: int) -> None:
 
 
 @pytest.mark.parametrize("asked", [f"bytes={SIZE}-", f"bytes={SIZE}-{SIZE + 5}", "bytes=-0", "bytes=99999-"])
-def test_a_range_of_nothing(store: MediaStore, asked: str) -> None:
+def test_an_unsatisfiable_range_is_a_416(store: MediaStore, asked: str) -> None:
     clip = Clip(store)
     clip.finish()
     status, code, headers = refused(clip, range=asked)
@@ -172,7 +172,7 @@ LONG = ["bytes=" + "1" * 5000 + "-", "bytes=" + "0" * 100_000 + "-1"]
 
 
 @pytest.mark.parametrize("asked", [*NO_RANGES, *SEVERAL, *LONG], ids=lambda value: value[:20])
-def test_what_is_no_single_range_is_answered_with_the_whole(store: MediaStore, asked: str) -> None:
+def test_an_invalid_or_multiple_range_gets_the_whole_file(store: MediaStore, asked: str) -> None:
     clip = Clip(store)
     clip.finish()
     viewer = got(clip, range=asked)
@@ -180,7 +180,7 @@ def test_what_is_no_single_range_is_answered_with_the_whole(store: MediaStore, a
     assert "content-range" not in viewer.headers
 
 
-def test_who_has_it_is_not_sent_it_again(store: MediaStore) -> None:
+def test_a_matching_etag_is_a_304(store: MediaStore) -> None:
     clip = Clip(store)
     clip.finish()
     etag = clip.record.etag
@@ -192,7 +192,7 @@ def test_who_has_it_is_not_sent_it_again(store: MediaStore) -> None:
     assert got(clip, if_none_match=clip.record.live_etag).status == 200
 
 
-def test_a_part_of_another_file_is_not_mixed_in(store: MediaStore) -> None:
+def test_if_range_with_another_etag_gets_the_whole_file(store: MediaStore) -> None:
     clip = Clip(store)
     clip.finish()
     assert got(clip, range="bytes=0-4", if_range=clip.record.etag).status == 206
@@ -202,7 +202,7 @@ def test_a_part_of_another_file_is_not_mixed_in(store: MediaStore) -> None:
 
 
 @pytest.mark.parametrize("state", ["begun", "growing", "done", "known", "failed", "not live", "no such"])
-def test_head_is_get_without_the_body(store: MediaStore, state: str) -> None:
+def test_head_has_the_headers_of_get(store: MediaStore, state: str) -> None:
     clip, given = Clip(store, is_live=state != "not live"), Headers()
     if state == "growing":
         clip.grow(b"0123456789")
@@ -222,7 +222,7 @@ def test_head_is_get_without_the_body(store: MediaStore, state: str) -> None:
         assert dict(got(clip, method="HEAD", range="bytes=0-4").headers) == dict(get.headers)
 
 
-def test_a_large_file_comes_in_parts_of_a_bounded_size(store: MediaStore) -> None:
+def test_a_large_file_is_sent_in_bounded_parts(store: MediaStore) -> None:
     clip, data = Clip(store), DATA * 1000
     clip.finish(data)
     viewer = got(clip)
@@ -233,7 +233,7 @@ def test_a_large_file_comes_in_parts_of_a_bounded_size(store: MediaStore) -> Non
     assert max(viewer.parts) == PART_BYTES
 
 
-def test_a_file_that_lost_its_end_is_not_passed_off_as_whole(store: MediaStore) -> None:
+def test_a_truncated_file_breaks_the_connection(store: MediaStore) -> None:
     clip = Clip(store)
     clip.finish()
     clip.entry.path.write_bytes(DATA[:-1])
@@ -244,11 +244,11 @@ def test_a_file_that_lost_its_end_is_not_passed_off_as_whole(store: MediaStore) 
 
 
 @pytest.mark.parametrize("media_id", ["0" * 32, "no id", "..", "%2e%2e/etc/passwd", "é" * 32])
-def test_an_unknown_id(store: MediaStore, media_id: str) -> None:
+def test_an_unknown_id_is_a_410(store: MediaStore, media_id: str) -> None:
     assert refused(Clip(store), media_id=media_id)[:2] == (410, "media_expired")
 
 
-def test_a_file_that_will_never_be(store: MediaStore) -> None:
+def test_a_failed_file_is_a_410(store: MediaStore) -> None:
     clip = Clip(store)
     store.fail(clip.media_id, "OSError: /a/secret/place")
     viewer = got(clip)
@@ -256,7 +256,7 @@ def test_a_file_that_will_never_be(store: MediaStore) -> None:
     assert b"secret" not in viewer.body
 
 
-def test_a_file_that_cannot_be_read_while_it_is_made(store: MediaStore) -> None:
+def test_an_unfinished_file_without_a_live_file_is_a_409(store: MediaStore) -> None:
     clip = Clip(store, is_live=False)
     status, code, headers = refused(clip)
     assert (status, code, headers["retry-after"]) == (409, "media_not_ready", "1")
@@ -264,11 +264,11 @@ def test_a_file_that_cannot_be_read_while_it_is_made(store: MediaStore) -> None:
     assert got(clip).body == DATA
 
 
-# Files that grow
+# Growing files
 
 
-def test_every_fragment_is_passed_on_as_it_appears(store: MediaStore) -> None:
-    """The next one is only written when the last one has arrived; so is the end."""
+def test_each_fragment_is_sent_as_soon_as_it_is_written(store: MediaStore) -> None:
+    """Each fragment, and the end, is written only after the previous one has arrived."""
     clip = Clip(store)
     fragments = [b"%d" % index * 1000 for index in range(5)]
 
@@ -297,7 +297,7 @@ def test_every_fragment_is_passed_on_as_it_appears(store: MediaStore) -> None:
     assert got(clip).body == DATA
 
 
-def test_what_came_before_the_viewer_comes_at_once_and_in_bounded_parts(store: MediaStore) -> None:
+def test_earlier_fragments_are_sent_at_once_in_bounded_parts(store: MediaStore) -> None:
     clip, data = Clip(store), DATA * 1000
 
     async def end(body: bytes) -> None:
@@ -311,8 +311,8 @@ def test_what_came_before_the_viewer_comes_at_once_and_in_bounded_parts(store: M
     assert max(viewer.parts) == PART_BYTES
 
 
-def test_the_last_bytes_are_not_missed(store: MediaStore) -> None:
-    """They are written, and the clip is done, between a look at the file and the next."""
+def test_bytes_written_just_before_the_end_are_sent(store: MediaStore) -> None:
+    """They are written, and the clip completes, between two looks at the file."""
     clip = Clip(store)
 
     async def end(body: bytes) -> None:
@@ -326,7 +326,7 @@ def test_the_last_bytes_are_not_missed(store: MediaStore) -> None:
     assert (viewer.body, viewer.is_whole) == (b"first last", True)
 
 
-def test_viewers_hold_up_neither_the_writer_nor_each_other(store: MediaStore) -> None:
+def test_a_slow_viewer_delays_neither_writer_nor_viewers(store: MediaStore) -> None:
     clip = Clip(store)
     may_go_on = asyncio.Event()
 
@@ -351,7 +351,7 @@ def test_viewers_hold_up_neither_the_writer_nor_each_other(store: MediaStore) ->
 
 
 @pytest.mark.parametrize("how", ["fail", "remove"])
-def test_a_clip_that_breaks_off_breaks_the_connection(store: MediaStore, how: str) -> None:
+def test_a_failed_clip_breaks_the_connection(store: MediaStore, how: str) -> None:
     clip = Clip(store)
 
     async def break_off(body: bytes) -> None:
@@ -368,7 +368,7 @@ def test_a_clip_that_breaks_off_breaks_the_connection(store: MediaStore, how: st
     assert (viewer.body, viewer.is_whole) == (b"half", False)
 
 
-def test_a_clip_that_nobody_writes_any_more_is_given_up(tmp_path: Path) -> None:
+def test_a_clip_that_stopped_growing_breaks_the_connection(tmp_path: Path) -> None:
     store = MediaStore(tmp_path, max_bytes=1 << 20, keep_s=0.2)
     clip = Clip(store)
     grown_s = []
@@ -388,7 +388,7 @@ def test_a_clip_that_nobody_writes_any_more_is_given_up(tmp_path: Path) -> None:
     assert time.monotonic() - grown_s[0] > 0.15
 
 
-def test_a_done_clip_whose_live_file_is_gone(store: MediaStore) -> None:
+def test_a_viewer_of_a_completed_clip_without_live_file_is_disconnected(store: MediaStore) -> None:
     clip = Clip(store)
     record = clip.record
     clip.finish()
@@ -397,7 +397,7 @@ def test_a_done_clip_whose_live_file_is_gone(store: MediaStore) -> None:
 
 
 @pytest.mark.parametrize(("asked", "end"), [("bytes=2-4", 5), ("bytes=2-9", 10), ("bytes=2-99", 10)])
-def test_a_range_of_what_is_there_of_a_growing_file(store: MediaStore, asked: str, end: int) -> None:
+def test_a_range_within_a_growing_file_is_a_206(store: MediaStore, asked: str, end: int) -> None:
     clip = Clip(store)
     clip.grow(b"0123456789")
     for condition in ({}, {"if_range": clip.record.live_etag}):
@@ -415,10 +415,10 @@ def test_a_range_of_what_is_there_of_a_growing_file(store: MediaStore, asked: st
         {"range": "bytes=5-"},
         {"range": "bytes=-5"},
         {"range": "bytes=2-4", "if_range": '"x"'},
-        {"range": "bytes=10-12"},  # nothing of it is there yet
+        {"range": "bytes=10-12"},  # no byte of it is written yet
     ],
 )
-def test_other_ranges_of_a_growing_file_are_the_whole_of_it(store: MediaStore, asked: dict[str, str]) -> None:
+def test_an_unservable_range_of_a_growing_file_gets_the_whole_stream(store: MediaStore, asked: dict[str, str]) -> None:
     """Browsers ask for bytes=0- first."""
     clip = Clip(store)
 
@@ -431,8 +431,8 @@ def test_other_ranges_of_a_growing_file_are_the_whole_of_it(store: MediaStore, a
     assert (viewer.status, viewer.body) == (200, b"0123456789")
 
 
-def test_a_range_of_a_file_that_has_not_begun_is_all_of_it(store: MediaStore) -> None:
-    """Some players ask for the first two bytes before anything else."""
+def test_a_range_of_an_empty_growing_file_gets_the_whole_stream(store: MediaStore) -> None:
+    """Some players request the first two bytes first."""
     clip = Clip(store)
     viewer = Viewer(clip, range="bytes=0-1")
 
@@ -448,7 +448,7 @@ def test_a_range_of_a_file_that_has_not_begun_is_all_of_it(store: MediaStore) ->
     assert (viewer.status, viewer.body) == (200, b"0123456789")
 
 
-def test_a_viewer_that_leaves_leaves_nothing_behind(store: MediaStore) -> None:
+def test_a_disconnected_viewer_leaves_no_file_open(store: MediaStore) -> None:
     clip = Clip(store)
 
     async def leave(is_begun: bool) -> list[str]:
@@ -476,16 +476,14 @@ def test_a_viewer_that_leaves_leaves_nothing_behind(store: MediaStore) -> None:
         await came.wait()
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
-        return list(closed)  # as long as nobody else could have closed them
+        return list(closed)  # before anything else could close them
 
     assert run(leave(is_begun=True)) == ["ended", "parts"]
     assert run(leave(is_begun=False)) == ["ended"]
 
 
 @pytest.mark.parametrize("is_taken", [True, False], ids=["taken", "left"])
-def test_a_finished_file_is_read_as_it_is_taken_and_to_its_end_though_it_is_swept(
-    store: MediaStore, is_taken: bool
-) -> None:
+def test_a_file_that_is_swept_while_it_is_sent_is_sent_whole(store: MediaStore, is_taken: bool) -> None:
     clip, data = Clip(store), DATA * 1000
     clip.finish(data)
 
@@ -505,9 +503,7 @@ def test_a_finished_file_is_read_as_it_is_taken_and_to_its_end_though_it_is_swep
     run(work())
 
 
-def test_a_viewer_that_is_cancelled_while_it_reads_leaves_no_file_open(
-    store: MediaStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_read_leaves_no_file_open(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     clip, entered, gate = Clip(store), threading.Event(), threading.Event()
     clip.finish()
     read: list[bytes] = []
@@ -536,6 +532,6 @@ def test_a_viewer_that_is_cancelled_while_it_reads_leaves_no_file_open(
 
 
 def open_files() -> int:
-    """Files of media stores that this process has open."""
+    """List the media files that this process has open."""
     paths = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists() or path.is_symlink()]
     return sum("/clip.mp4" in path for path in paths)

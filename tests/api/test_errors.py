@@ -1,4 +1,4 @@
-"""Every kind of failure as an HTTP answer."""
+"""Every error type has its HTTP status, code and body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large bodies are read in threads: meanwhile the event loop answers others."""
+"""Large bodies are parsed in threads, so that the event loop keeps answering."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[threading.Thread]]
 @pytest.mark.parametrize("path", [Endpoint.VIDEOS, Endpoint.SYNC])
 @pytest.mark.parametrize("is_form", [False, True])
 @pytest.mark.parametrize("fetches", [False, True])
-def test_texts_and_files_of_bodies(
+def test_bodies_are_parsed_outside_the_event_loop(
     path: str, is_form: bool, fetches: bool, make_api: Callable[..., Api], threads: dict[str, set[threading.Thread]]
 ) -> None:
     api = make_api(fetch_file=Remote().fetch if fetches else None)
@@ -56,7 +56,7 @@ def test_texts_and_files_of_bodies(
     assert threading.main_thread() not in set().union(*threads.values())
 
 
-def test_fields_of_images(api: Api, threads: dict[str, set[threading.Thread]]) -> None:
+def test_image_fields_are_parsed_outside_the_event_loop(api: Api, threads: dict[str, set[threading.Thread]]) -> None:
     body = {"prompt": "a", "extra_params": '{"seed": 3}'}
     assert api.post(Endpoint.IMAGES, json=body).status_code == 200
     assert threads.keys() == {"_unique_keys", "parse_body"}

@@ -1,4 +1,4 @@
-"""Fields of bodies over HTTP: effective, without effect, not offered, unknown; as vLLM-Omni's users send them."""
+"""Fields over HTTP: effective, ignored, not offered or unknown; and bodies as vLLM-Omni's users send them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PNG = base64.b64decode(png_url().partition(",")[2])
 ACTION: dict[str, Any] = {"action_mode": "policy", "domain_name": "bridge_orig_lerobot"}
 
 
-def test_the_page_has_every_field_once() -> None:
+def test_the_fields_page_lists_every_field_once() -> None:
     _, *tables = fields_page().split("\n## ")
     names = ("Effective", "Without effect", "Not offered")
     for table, name in zip(tables, names, strict=True):
@@ -66,7 +66,7 @@ def test_no_field_of_vllm_omnis_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
-def test_what_is_not_offered_says_so(endpoint: Endpoint, shared_api: Api) -> None:
+def test_a_field_that_is_not_offered_is_refused_with_a_reason(endpoint: Endpoint, shared_api: Api) -> None:
     refused = BODIES[endpoint].not_offered
     assert "lora" in refused
     for name, reason in refused.items():
@@ -78,7 +78,7 @@ def test_what_is_not_offered_says_so(endpoint: Endpoint, shared_api: Api) -> Non
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
-def test_what_is_without_effect_is_named(endpoint: Endpoint, api: Api) -> None:
+def test_ignored_fields_are_named_in_warnings(endpoint: Endpoint, api: Api) -> None:
     ignored = [name.replace("*", "exp") for name in BODIES[endpoint].no_effect]
     assert {"user", "max_sequence_length", "true_cfg_scale"} <= set(ignored)
     values: list[Any] = [4, "a", 0.5, True, [1], {"b": [None]}]
@@ -98,7 +98,7 @@ def test_what_is_without_effect_is_named(endpoint: Endpoint, api: Api) -> None:
 
 
 @pytest.mark.parametrize("value", ["x" * 50_001, [1] * 10_000, {str(i): "" for i in range(10_000)}, [["x" * 60_000]]])
-def test_what_is_without_effect_is_small(value: Any, shared_api: Api) -> None:
+def test_ignored_fields_are_bounded_in_size(value: Any, shared_api: Api) -> None:
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "user": value})
     assert error["param"] == "user"
     assert "at most 50000 characters" in error["message"]
@@ -110,13 +110,13 @@ def test_what_is_without_effect_is_small(value: Any, shared_api: Api) -> None:
 
 
 @pytest.mark.parametrize("value", ["0.5", True, {"a": 1}])
-def test_an_unknown_field_has_a_nearest_one(value: Any, shared_api: Api) -> None:
+def test_an_unknown_field_names_the_nearest_one(value: Any, shared_api: Api) -> None:
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "guidance_scal": value})
     assert (error["code"], error["param"]) == ("invalid_field", "guidance_scal")
     assert "Did you mean guidance_scale?" in error["message"]
 
 
-def test_quality(api: Api) -> None:
+def test_quality_settings_are_read_and_bounded(api: Api) -> None:
     assert api.created({"prompt": "a", "quality": "lossless"})["quality"] == "lossless"
     assert api.created({"prompt": "a", "lossless": True})["quality"] == "lossless"
     assert api.created({"prompt": "a", "quality": "high"})["quality"] == "high"
@@ -127,7 +127,7 @@ def test_quality(api: Api) -> None:
     assert "Give one of both." in error["message"]
 
 
-def test_classes(api: Api) -> None:
+def test_service_class_must_be_known(api: Api) -> None:
     assert api.created({"prompt": "a"})["service_class"] == "standard"
     assert api.created({"prompt": "a", "service_class": "batch"})["service_class"] == "batch"
     assert api.created({"prompt": "a", "extra_params": {"priority": "interactive"}})["service_class"] == "interactive"
@@ -135,7 +135,7 @@ def test_classes(api: Api) -> None:
     assert (error["param"], "standard" in error["allowed"]) == ("priority", True)
 
 
-def test_previews(api: Api) -> None:
+def test_previews_are_a_bounded_number(api: Api) -> None:
     api.created({"prompt": "a", "previews": 32})
     assert api.director.submitted[0][1].previews == 32
     for wrong in (33, -1, "some", True):
@@ -143,7 +143,7 @@ def test_previews(api: Api) -> None:
 
 
 @pytest.mark.parametrize("path", Endpoint)
-def test_guardrails_are_the_operators_to_turn_off(path: str, make_api: Any) -> None:
+def test_only_the_operator_can_disable_guardrails(path: str, make_api: Any) -> None:
     strict, lax = make_api(), make_api(may_disable_guardrails=True)
     for body in ({"guardrails": False}, {"extra_params": {"guardrails": False}}):
         error = strict.refused("POST", path, 422, json={"prompt": "a", **body})
@@ -162,16 +162,16 @@ def test_guardrails_are_the_operators_to_turn_off(path: str, make_api: Any) -> N
 # What vLLM-Omni 0.30 gets wrong, or its users send (the request set of its recipes)
 
 
-def test_a_clip_without_a_length_is_of_the_documented_length(api: Api) -> None:
-    """There one frame."""
+def test_without_num_frames_a_clip_has_the_documented_length(api: Api) -> None:
+    """One frame in vLLM-Omni."""
     for body in ({}, {"image": png_url()}):
         told = api.created({"prompt": "a", **body})
         assert (told["num_frames"], told["size"], told["fps"], told["num_steps"]) == (189, "1280x720", 24.0, 35)
         assert told["seconds"] == "7.875"
 
 
-def test_actions_without_a_length_are_of_the_presets(api: Api) -> None:
-    """There an error."""
+def test_without_a_length_actions_have_the_presets_length(api: Api) -> None:
+    """An error in vLLM-Omni."""
     told = api.created({"prompt": "go", "extra_params": ACTION, "image_reference": {"image_url": png_url()}})
     assert (told["mode"], told["num_frames"], told["num_steps"], told["fps"]) == ("policy", 17, 30, 5.0)
 
@@ -187,7 +187,7 @@ def test_actions_without_a_length_are_of_the_presets(api: Api) -> None:
     ],
 )
 def test_transfer_is_not_offered(extra: dict[str, Any], shared_api: Api) -> None:
-    """There 500, or a file of the server's is opened."""
+    """A 500 in vLLM-Omni, or a file of the server is opened."""
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "extra_params": extra})
     assert error["code"] == "not_offered"
 
@@ -210,8 +210,8 @@ def test_transfer_is_not_offered(extra: dict[str, Any], shared_api: Api) -> None
     ],
     ids=str,
 )
-def test_what_is_wrong_is_a_422_that_names_it(body: dict[str, Any], param: str, shared_api: Api) -> None:
-    """There 500, or a machine without memory."""
+def test_a_wrong_value_is_a_422_that_names_the_field(body: dict[str, Any], param: str, shared_api: Api) -> None:
+    """A 500 or exhausted memory in vLLM-Omni."""
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", **body})
     assert error["param"] == param
 
@@ -235,7 +235,7 @@ def test_what_is_wrong_is_a_422_that_names_it(body: dict[str, Any], param: str, 
     ids=str,
 )
 @pytest.mark.parametrize("path", [Endpoint.VIDEOS, Endpoint.SYNC])
-def test_an_error_has_the_name_that_was_written(
+def test_an_error_names_the_field_as_the_client_spelled_it(
     path: str, body: dict[str, Any], param: str, given: str, shared_api: Api
 ) -> None:
     error = shared_api.refused("POST", path, 422, json={"prompt": "a", **body})
@@ -244,13 +244,13 @@ def test_an_error_has_the_name_that_was_written(
     assert error["message"].startswith(f"{param} must be {error['allowed']} (got {error['given']})")
 
 
-def test_an_error_of_what_a_field_becomes_says_so(shared_api: Api) -> None:
+def test_an_error_of_a_converted_value_says_what_it_became(shared_api: Api) -> None:
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "size": "100x100"})
     assert "what makes height a multiple of 16" in error["allowed"]
     assert "It makes height=100." in error["hint"]
 
 
-def test_an_error_of_another_process_has_the_name_that_was_written(api: Api) -> None:
+def test_an_error_from_another_process_names_the_clients_field(api: Api) -> None:
     cause = CapabilityError("output_quality", 7, "nothing", "Not now.")
     api.director.error = RayTaskError("submit", "a traceback", cause).as_instanceof_cause()
     body = {"prompt": "a", "output_format": "jpeg", "output_compression": 7}
@@ -312,7 +312,7 @@ REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
-def test_forms_as_vllm_omnis_users_send_them(form: dict[str, Any], mode: str, told: dict[str, Any], api: Api) -> None:
+def test_vllm_omni_forms_are_accepted(form: dict[str, Any], mode: str, told: dict[str, Any], api: Api) -> None:
     files = {
         name: ("a.png", PNG, "image/png") if value == "PNG" else (None, value.encode()) for name, value in form.items()
     }
@@ -323,7 +323,7 @@ def test_forms_as_vllm_omnis_users_send_them(form: dict[str, Any], mode: str, to
     assert {name: video[name] for name in told} == told
 
 
-def test_objects_in_forms_as_openais_client_sends_them(api: Api) -> None:
+def test_bracketed_form_fields_of_openais_client_become_objects(api: Api) -> None:
     form = {
         "prompt": "a",
         "input_reference[image_url]": png_url(),
@@ -355,7 +355,7 @@ def pairs(form: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["input_references", "input_references[]"])
-def test_one_reference_of_several_that_there_may_be(name: str, api: Api) -> None:
+def test_only_one_input_reference_is_accepted(name: str, api: Api) -> None:
     file = (None, png_url())
     answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
     assert answer.json()["mode"] == "image_to_video"
@@ -367,7 +367,7 @@ def test_one_reference_of_several_that_there_may_be(name: str, api: Api) -> None
 
 @pytest.mark.parametrize("fetches", [False, True])
 @pytest.mark.parametrize("name", ["input_references", "input_references[]", "image[]", "input_reference"])
-def test_a_reference_may_be_a_file_part(name: str, fetches: bool, make_api: Any) -> None:
+def test_an_input_reference_may_be_a_file_part(name: str, fetches: bool, make_api: Any) -> None:
     api = make_api(fetch_file=Nothing().fetch if fetches else None)
     file = ("a.png", PNG, "image/png")
     answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
@@ -379,7 +379,7 @@ def test_a_reference_may_be_a_file_part(name: str, fetches: bool, make_api: Any)
 
 
 class Nothing:
-    """Has no files of other servers."""
+    """Remote media without any file."""
 
     async def fetch(self, url: str, field: str) -> bytes:
         raise AssertionError(url)
@@ -387,7 +387,7 @@ class Nothing:
 
 @pytest.mark.parametrize("value", [480, "480"])
 @pytest.mark.parametrize("name", ["resolution", "image_size", "resolution_tier"])
-def test_a_tier_may_be_text(name: str, value: Any, api: Api) -> None:
+def test_resolution_tier_may_be_text(name: str, value: Any, api: Api) -> None:
     body = {"prompt": "go", "image": png_url(), "extra_params": {**ACTION, name: value}}
     assert api.created(body)["mode"] == "policy"
     assert api.director.submitted[0][0].resolution_tier == 480
@@ -399,7 +399,7 @@ def test_a_tier_may_be_text(name: str, value: Any, api: Api) -> None:
 # Bounds
 
 
-def test_names_of_ignored_fields_are_short(shared_api: Api) -> None:
+def test_names_of_ignored_fields_are_truncated(shared_api: Api) -> None:
     written = "frame_interpolation_" + "x" * 65
     error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", written: 1})
     assert "left out: unknown field" in error["message"]
@@ -410,7 +410,7 @@ def many_ignored(count: int) -> dict[str, int]:
     return {f"frame_interpolation_{index:064d}": 1 for index in range(count)}
 
 
-def test_fields_are_few(api: Api) -> None:
+def test_a_body_of_too_many_fields_is_refused(api: Api) -> None:
     model = BODIES[Endpoint.VIDEOS]
     names = (*model.model_fields, *model.aliases(), *model.no_effect, *model.not_offered)
     all_of_them = {name: None for name in names if "*" not in name}
@@ -449,8 +449,8 @@ def nested(depth: int, *, is_list: bool = True) -> str:
 
 @pytest.mark.parametrize("name", ["seed", "actions", "extra_params", "image", "user", "lora", "zzz", "prompt"])
 @pytest.mark.parametrize("is_list", [False, True])
-def test_how_deep_json_may_be(name: str, is_list: bool, api: Api) -> None:
-    """What is too deep is refused where it is read, whatever would trip over it later."""
+def test_json_nested_too_deeply_is_refused(name: str, is_list: bool, api: Api) -> None:
+    """It is refused by the reader, before other code recurses over it."""
     headers = {"content-type": "application/json"}
     for depth in (50, 98, 101, *range(900, 1001, 10), 100_000):
         body = f'{{"prompt": "a", "{name}": {nested(depth, is_list=is_list)}}}'
@@ -464,7 +464,7 @@ def test_how_deep_json_may_be(name: str, is_list: bool, api: Api) -> None:
 @pytest.mark.parametrize(
     "name", ["seed", "actions", "extra_params", "image", "user", "lora", "zzz", "guidance_interval"]
 )
-def test_how_deep_a_text_may_be(name: str, api: Api) -> None:
+def test_json_in_a_text_field_nested_too_deeply_is_refused(name: str, api: Api) -> None:
     for depth in (50, 101, 950, 960, 970, 980, 990, 20_000):
         for is_list in (False, True):
             answer = api.post("/v1/videos", data={"prompt": "a", name: nested(depth, is_list=is_list)})
@@ -474,12 +474,12 @@ def test_how_deep_a_text_may_be(name: str, api: Api) -> None:
                 api.send("DELETE", f"/v1/videos/{answer.json()['id']}")
 
 
-def test_every_mode_has_a_request_here() -> None:
+def test_every_mode_has_a_request_in_this_file() -> None:
     tested = {mode for _, mode, _ in REQUESTS}
-    clips = {"video_to_video", "video_to_video_with_sound", "inverse_dynamics"}  # a clip is looked at in a process
+    clips = {"video_to_video", "video_to_video_with_sound", "inverse_dynamics"}  # clips are probed in a child process
     assert tested | clips | {"text_to_image", "text_to_video"} == set(MODES)
 
 
-def test_the_written_page_is_that_of_the_models() -> None:
-    """Written by: python -m deployments.api.fields_page > deployments/api/FIELDS.md."""
+def test_fields_md_is_up_to_date() -> None:
+    """Update it: python -m deployments.api.fields_page > deployments/api/FIELDS.md."""
     assert (Path(api.__file__).parent / "FIELDS.md").read_text("utf-8") == fields_page()

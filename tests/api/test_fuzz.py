@@ -1,7 +1,6 @@
-"""Bodies and files of ill will: each is accepted or refused in one shape, says nothing of the inside, and is no burden.
+"""Hostile bodies and files: each is accepted or refused in one shape, reveals no internals, and costs bounded memory.
 
-In `make test` a part of the corpus, always the same; in the long tier all of it, and more drawn with a seed that is
-printed.
+`make test` sends a fixed part of the corpus; the long tier all of it, and more drawn with a printed seed.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ SEED = "COSMOS3_TEST_SEED"
 """The variable that repeats a run of the long tier."""
 
 _MAX_BODY_BYTES = 16 * MIB
-# Of this process: what a body of the largest size may take while it is read, and what may be left of all of them, which
+# Bounds for this process: what one body of the largest size may take while it is read, and what all may leave, which
 # is what threads' allocators keep for the next ones: 90 MiB after 140 large bodies, and no more after 200.
 _PEAK_BYTES = 16 * _MAX_BODY_BYTES
 _LEFT_BYTES = 160 * MIB
 
 
-# Each starts a process that reads it.
+# Each one starts a process that reads it.
 _SLOW = (
     *("an mp4 of boxes", "an mp4 with a huge box", "mov of references"),
     *("mkv that begins with a playlist", "ts that begins with a playlist"),
@@ -75,7 +74,7 @@ def fuzz(api: AcceptingApi, watch: Watch) -> Fuzz:
 
 @pytest.fixture
 def check_memory(api: AcceptingApi) -> Check:
-    """To be called with what was sent: all that is left of it, and what it took, is bounded."""
+    """Return a check, called with the number of requests, that memory taken and left is bounded."""
     api.tidy()
     gc.collect()
     memory = ProcessMemory()
@@ -88,7 +87,7 @@ def check_memory(api: AcceptingApi) -> Check:
     return check
 
 
-def test_the_watch_sees_who_touches(watch: Watch) -> None:
+def test_the_watch_reports_every_access(watch: Watch) -> None:
     host, _, port = watch.lures.address.partition(":")
     with pytest.raises(AssertionError), watch.untouched("a file"):
         Path(watch.lures.path).read_bytes()
@@ -105,39 +104,39 @@ def test_the_watch_sees_who_touches(watch: Watch) -> None:
 
 @pytest.mark.parametrize(("name", "demuxer", "options"), [("m3u8", "hls", _ANY), ("ffconcat", "concat", {"safe": "0"})])
 def test_a_careless_reader_takes_the_lures(name: str, demuxer: str, options: dict[str, str], watch: Watch) -> None:
-    """From memory, as ours reads."""
+    """It reads from memory, as ours does."""
     data = io.BytesIO(watch.lures.files()[name])
     with pytest.raises(av.FFmpegError):
         av.open(data, "r", format=demuxer, options=options, timeout=0.2)
     assert watch.touched()
 
 
-def test_broken_forms(fuzz: Fuzz, check_memory: Check) -> None:
+def test_broken_forms_are_refused_safely(fuzz: Fuzz, check_memory: Check) -> None:
     num_forms = fuzz.send_all(itertools.islice(small(hostile_bodies.broken_forms()), 0, None, 6))
     check_memory(f"{num_forms} forms")
 
 
-def test_broken_lengths(fuzz: Fuzz) -> None:
+def test_broken_lengths_are_refused_safely(fuzz: Fuzz) -> None:
     for sent in hostile_bodies.lengths(form(part(b"prompt", b"a"))):
         fuzz.send(sent, "length")
 
 
-def test_broken_json(fuzz: Fuzz, check_memory: Check) -> None:
+def test_broken_json_is_refused_safely(fuzz: Fuzz, check_memory: Check) -> None:
     num_bodies = fuzz.send_all(small(hostile_bodies.broken_json()))
     check_memory(f"{num_bodies} JSON bodies")
 
 
-def test_large_bodies(fuzz: Fuzz, check_memory: Check) -> None:
-    """Some of ten megabytes, and of very many parts, fields and values."""
+def test_large_bodies_are_answered_safely(fuzz: Fuzz, check_memory: Check) -> None:
+    """Bodies of ten megabytes, and of very many parts, fields and values."""
     fuzz.send_all(itertools.islice(large(), 0, None, 8))
     check_memory("some large bodies")
 
 
-def test_odd_values(fuzz: Fuzz) -> None:
+def test_odd_values_are_answered_safely(fuzz: Fuzz) -> None:
     fuzz.send_odd_values(random.Random(0), 1)
 
 
-def test_mutated_bodies(fuzz: Fuzz) -> None:
+def test_mutated_bodies_are_answered_safely(fuzz: Fuzz) -> None:
     fuzz.send_mutated(random.Random(0), 60)
 
 
@@ -152,24 +151,24 @@ def test_whole_clips_are_accepted(fuzz: Fuzz) -> None:
     assert fuzz.send_file("mkv", hostile_media.clips()["mkv"], "video", is_json=True) == 200
 
 
-def test_damaged_pictures(fuzz: Fuzz, check_memory: Check) -> None:
+def test_damaged_pictures_are_answered_safely(fuzz: Fuzz, check_memory: Check) -> None:
     fuzz.send_damaged(random.Random(0), hostile_media.stills(), IMAGE_FIELDS, 25)
     check_memory(f"25 pictures, {fuzz.accepted.total()} of which have a header that can be read")
     assert 2 < fuzz.accepted.total() < 23
 
 
-def test_damaged_clips(fuzz: Fuzz) -> None:
+def test_damaged_clips_are_answered_safely(fuzz: Fuzz) -> None:
     fuzz.send_damaged(random.Random(0), hostile_media.clips(), ["video"], 2)
 
 
-def test_bombs(fuzz: Fuzz, check_memory: Check) -> None:
+def test_bombs_are_answered_safely(fuzz: Fuzz, check_memory: Check) -> None:
     for name, data in hostile_media.bombs(1).items():
         if name not in _SLOW:
             fuzz.send_file(name, data, "input_reference")
     check_memory("bombs")
 
 
-def test_files_that_are_neither(fuzz: Fuzz) -> None:
+def test_files_that_are_neither_picture_nor_clip_are_refused(fuzz: Fuzz) -> None:
     for name, data in hostile_media.others().items():
         for is_json in (False, True):
             assert fuzz.send_file(name, data, "input_reference", is_json=is_json) == 422, name
@@ -187,7 +186,7 @@ def test_texts_in_place_of_files_lead_nowhere(fuzz: Fuzz) -> None:
 def test_files_that_refer_to_others_lead_nowhere(fuzz: Fuzz) -> None:
     lures = {name: data for name, data in fuzz.watch.lures.files().items() if name not in _SLOW}
     accepted = {name for name, data in lures.items() if fuzz.send_file(name, data, "input_reference") == 200}
-    # Those have a picture or a clip in front, and are taken for that.
+    # These begin like a picture or a clip, and are accepted as one.
     assert accepted <= {name for name in lures if re.match("png|jpeg|avi|mp4", name)}
     assert fuzz.send_file("m3u8", lures["m3u8"], "video") == 422, "the reader of clips does not take it either"
 

@@ -1,4 +1,4 @@
-"""A job's events over HTTP: all of them, what comes, from any of them on; and who follows too many, or leaves."""
+"""A job's events over HTTP: history, live, resumed; and bounds on followers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.api.fake_service import Api, Follower, lease_of
 
 
 def events_of(body: bytes) -> list[tuple[int, str, dict[str, Any]]]:
-    """Number (0 without), kind and data of each event; comments and retry times are none."""
+    """Parse (number or 0, kind, data) of each event; skips comments and retry times."""
     found = []
     for block in body.decode().split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
@@ -31,7 +31,7 @@ def path_of(told: dict[str, Any]) -> str:
     return f"/v1/videos/{told['id']}/events"
 
 
-def test_the_history_of_a_job_that_has_ended(api: Api) -> None:
+def test_an_ended_job_sends_its_whole_history(api: Api) -> None:
     told = api.created({"prompt": "a", "num_inference_steps": 2})
     job = api.claimed()
     api.stepped(job, 1, 0.5)
@@ -53,7 +53,7 @@ def test_the_history_of_a_job_that_has_ended(api: Api) -> None:
 
 
 @pytest.mark.parametrize("how", ["failed", "cancelled"])
-def test_a_job_that_comes_to_nothing_says_why(how: str, api: Api) -> None:
+def test_a_failed_job_ends_with_the_reason(how: str, api: Api) -> None:
     told = api.created()
     if how == "failed":
         api.failed(api.claimed())
@@ -64,7 +64,7 @@ def test_a_job_that_comes_to_nothing_says_why(how: str, api: Api) -> None:
     assert (data["status"], data["error"]["code"]) == ("failed", "stage_failed" if how == "failed" else "cancelled")
 
 
-def test_who_comes_back_goes_on_where_it_was(api: Api) -> None:
+def test_last_event_id_resumes_after_that_event(api: Api) -> None:
     told = api.created({"prompt": "a", "num_inference_steps": 2})
     job = api.claimed()
     api.stepped(job, 1)
@@ -79,14 +79,14 @@ def test_who_comes_back_goes_on_where_it_was(api: Api) -> None:
 
 
 @pytest.mark.parametrize("value", ["x", "-1", "1.5", "9" * 19, "²"])
-def test_what_is_no_number_of_an_event(value: str, api: Api) -> None:
+def test_an_invalid_last_event_id_is_refused(value: str, api: Api) -> None:
     told = api.created()
     error = api.refused("GET", path_of(told), 422, headers={b"Last-Event-ID": value.encode("utf-8")})
     assert error["param"] == "Last-Event-ID"
     assert api.service.jobs.feed.num_followers == 0
 
 
-def test_events_come_as_they_happen(api: Api) -> None:
+def test_events_are_sent_as_they_happen(api: Api) -> None:
     first, second = (api.created({"prompt": prompt, "num_inference_steps": 3}) for prompt in "ab")
 
     async def follow() -> None:
@@ -115,12 +115,12 @@ def test_events_come_as_they_happen(api: Api) -> None:
 
 
 async def idle(api: Api) -> None:
-    """Nobody follows, and nobody looks at the database any more."""
+    """Wait until no follower is left and no query runs."""
     while api.service.jobs.feed.num_followers or api.service.jobs.feed._polling is not None:
         await asyncio.sleep(0.01)
 
 
-def test_without_followers_nobody_asks_the_database(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_followers_the_database_is_not_polled(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     told = api.created()
     looks = []
     events = api.store.events
@@ -148,7 +148,7 @@ def test_without_followers_nobody_asks_the_database(api: Api, monkeypatch: pytes
     api.run(come_and_go())
 
 
-def test_a_number_that_is_not_there_yet_hides_nothing(api: Api) -> None:
+def test_a_future_last_event_id_hides_no_event(api: Api) -> None:
     told = api.created()
     job = api.claimed()
 
@@ -161,7 +161,7 @@ def test_a_number_that_is_not_there_yet_hides_nothing(api: Api) -> None:
     api.run(follow())
 
 
-def test_who_has_the_last_event_gets_no_more(api: Api) -> None:
+def test_a_follower_with_the_last_event_gets_no_events(api: Api) -> None:
     told = api.created()
     last = api.completed(api.claimed(), None).last_seq
 
@@ -172,8 +172,8 @@ def test_who_has_the_last_event_gets_no_more(api: Api) -> None:
     api.run(follow())
 
 
-def test_nobodys_request_is_behind_the_looks(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve would stop them with the request of the first who followed."""
+def test_polling_outlives_the_first_followers_request(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve cancels what runs in a request's context, such as the first follower's."""
     told, inside = api.created(), contextvars.ContextVar("inside", default=False)
     seen, get = [], api.store.get
 
@@ -195,7 +195,7 @@ def test_nobodys_request_is_behind_the_looks(api: Api, monkeypatch: pytest.Monke
     assert not any(seen)
 
 
-def test_one_look_serves_all(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_query_serves_all_followers(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     told = [api.created({"prompt": str(index)}) for index in range(3)]
     looks: list[dict[str, int]] = []
     events = api.store.events
@@ -219,7 +219,7 @@ def test_one_look_serves_all(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     api.run(follow())
 
 
-def test_one_follower_too_many(make_api: Any) -> None:
+def test_followers_beyond_the_bound_get_a_429(make_api: Any) -> None:
     api = make_api(max_followers=2)
     told = api.created()
 
@@ -237,7 +237,7 @@ def test_one_follower_too_many(make_api: Any) -> None:
     api.run(follow())
 
 
-def test_a_job_that_is_deleted_under_its_followers(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followers_of_a_deleted_job_get_the_deleted_event(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "_CHECK_S", 0.05)
     told = api.created()
 
@@ -252,7 +252,7 @@ def test_a_job_that_is_deleted_under_its_followers(api: Api, monkeypatch: pytest
     api.run(follow())
 
 
-def test_a_silent_job_keeps_the_connection_alive(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_job_sends_keepalives(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_events, "_KEEP_ALIVE_S", 0.05)
     told = api.created()
 
@@ -265,7 +265,7 @@ def test_a_silent_job_keeps_the_connection_alive(api: Api, monkeypatch: pytest.M
     api.run(follow())
 
 
-def test_nobody_follows_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_followers_connection_ends_after_its_time(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_events, "_LONGEST_S", 0.2)
     told = api.created()
     answer = api.get(path_of(told))
@@ -281,7 +281,7 @@ def test_nobody_follows_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch) -> N
     api.run(follow())
 
 
-def test_a_database_that_goes_away_sends_followers_away(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_outage_ends_the_connections(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     told = api.created()
 
     def away(*arguments: Any) -> Any:
@@ -299,7 +299,7 @@ def test_a_database_that_goes_away_sends_followers_away(api: Api, monkeypatch: p
     api.run(follow())
 
 
-def test_who_reads_slowly_holds_up_nobody_and_misses_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_follower_delays_nobody_and_misses_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "_BUFFER_BYTES", 3 * feeds._EVENT_BYTES)
     monkeypatch.setattr(feeds, "_MAX_EVENTS", 7)
     told = api.created({"prompt": "a", "num_inference_steps": 30})

@@ -1,7 +1,7 @@
-"""A browser plays a clip that is still being encoded: Chromium, headless, with a page that says how far it has come.
+"""Headless Chromium plays a clip while it is encoded; the page reports its position.
 
-Where Chromium is missing, Debian's package is installed when this runs as root (`apt-get install chromium`, said in the
-output); elsewhere the test is skipped.
+Where Chromium is missing, root installs Debian's package (`apt-get install chromium`, with a notice); others skip the
+test.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from tests.api.content_answers import content_answer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FPS, RATE, HEIGHT, WIDTH = 24, 48000, 96, 160
-NUM_FRAMES, NUM_BEFORE = 240, 96  # 10 s, and the 4 s that are there when the browser begins
+NUM_FRAMES, NUM_BEFORE = 240, 96  # 10 s, and the 4 s that exist when the browser starts
 DEADLINE_S = 120.0
 
-# With "autoplay" Chromium would wait until it believes that it can play to the end, of a small clip to the end itself.
+# With "autoplay" Chromium waits until it expects to play to the end: with a small clip, until the clip is complete.
 PAGE = """<!doctype html><video id="clip" src="/v1/videos/MEDIA_ID/content" muted></video><script>
 const clip = document.getElementById("clip");
 clip.play();
@@ -66,7 +66,7 @@ def chromium() -> str:
 
 
 class Said:
-    """What the page says, as it comes."""
+    """Receives the page's reports."""
 
     def __init__(self) -> None:
         self.all: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ class Said:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[tuple[str, MediaStore, Said]]:
-    """The address of a server with the page and the store's files."""
+    """Serve the page and the store's files; give the address."""
     store, said = MediaStore(tmp_path / "media", max_bytes=1 << 30, keep_s=DEADLINE_S), Said()
 
     async def page(request: Request) -> Response:
@@ -118,7 +118,7 @@ def site(tmp_path: Path) -> Iterator[tuple[str, MediaStore, Said]]:
 
 @pytest.fixture
 def browse(chromium: str, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """Opens a page."""
+    """Open a page in Chromium."""
     started: list[subprocess.Popen[bytes]] = []
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     flags += ["--autoplay-policy=no-user-gesture-required", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -136,14 +136,14 @@ def browse(chromium: str, tmp_path: Path) -> Iterator[Callable[[str], None]]:
 
 
 def frames_of(start: int, end: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 [F, Y, X, 3] of something that moves."""
+    """Make moving frames, uint8 [F, Y, X, 3]."""
     frame, row, column = np.mgrid[start:end, :HEIGHT, :WIDTH]
     planes = [127.5 + 120 * np.sin((column + speed * frame + row) / 20) for speed in (3, -2, 1)]
     return np.stack(planes, axis=-1).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("with_sound", [False, True])
-def test_it_plays_before_it_is_whole_and_to_its_end(
+def test_chromium_plays_a_growing_clip_to_its_end(
     with_sound: bool, site: tuple[str, MediaStore, Said], browse: Callable[[str], None]
 ) -> None:
     url, store, said = site

@@ -1,4 +1,4 @@
-"""Answers made of a Director's events, which is a stand-in here: files, JSON, zips, files that grow, refusals."""
+"""Answers made from a scripted Director's events: files, JSON, zips, growing files, refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ACTIONS = GeneratedActions(np.array([[0.1, 2.0]], np.float32), "av", 1, True)
 
 
 class Director:
-    """Answers each request with the next of some scripts: events, errors, what to wait for. Notes what it was asked."""
+    """Plays one script of events, errors and waits per request, and records the requests."""
 
     def __init__(self, *scripts: list[Any]) -> None:
         self._scripts = list(scripts)
@@ -100,7 +100,7 @@ def store(tmp_path: Path) -> MediaStore:
 
 
 def made(store: MediaStore, finished: Finished = FINISHED, data: bytes = b"abcdef") -> Finished:
-    """The event of a file that is in the store."""
+    """Make a file in the store; return its event."""
     media_id = new_media_id(new_job_id())
     entry = store.create(media_id, finished.media_type, ".bin", is_live=False)
     entry.path.write_bytes(data)
@@ -117,7 +117,7 @@ def image(store: MediaStore, seed: int, media_type: str = "image/png") -> list[A
 
 
 async def sent(response: Response) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body as they go out."""
+    """Send an answer; return status, headers and body."""
     messages: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -134,7 +134,7 @@ async def sent(response: Response) -> tuple[int, dict[str, str], bytes]:
 def answer(
     store: MediaStore, director: Director, job: ImageBody | None = None, room: int = 10_000, timeout_s: float = 60
 ) -> Any:
-    """(status, headers, body) of what was made of the Director's events."""
+    """Answer from the scripts; return (status, headers, body)."""
     bodies = MemoryBudget(room)
 
     async def work() -> Response:
@@ -157,7 +157,7 @@ def answer(
     return status, headers, json.loads(body) if headers["content-type"] == "application/json" else body
 
 
-def test_a_file_is_the_answer_itself(store: MediaStore) -> None:
+def test_a_file_is_the_body(store: MediaStore) -> None:
     finished = made(store)
     status, headers, body = answer(store, Director(script(finished)))
     assert (status, body) == (200, b"abcdef")
@@ -169,7 +169,7 @@ def test_a_file_is_the_answer_itself(store: MediaStore) -> None:
 
 
 @pytest.mark.parametrize("has_file", [True, False])
-def test_generated_actions_are_json_with_the_file_in_it(has_file: bool, store: MediaStore) -> None:
+def test_generated_actions_are_json_with_the_file_inside(has_file: bool, store: MediaStore) -> None:
     finished = replace(FINISHED, mode="policy", actions=ACTIONS)
     finished = made(store, finished) if has_file else replace(finished, media_type="")
     status, headers, body = answer(store, Director(script(finished)))
@@ -184,7 +184,7 @@ def test_generated_actions_are_json_with_the_file_in_it(has_file: bool, store: M
     assert body["stage_durations"] == {"denoise": 1.2346, "total": 2.0}
 
 
-def test_a_result_is_never_refused_and_new_bodies_make_room_for_it(store: MediaStore) -> None:
+def test_a_result_is_never_refused_but_blocks_new_bodies(store: MediaStore) -> None:
     finished = made(store, replace(FINISHED, actions=ACTIONS))
     assert answer(store, Director(script(finished)), room=0)[0] == 200
     room = MemoryBudget(1000)
@@ -202,7 +202,7 @@ def images(n: int, **fields: Any) -> ParsedBody[ImageBody]:
     return parse_body(NamedFields.of(body, ImageBody), BodyRules("nano", ("standard",)))
 
 
-def test_images_come_as_json(store: MediaStore) -> None:
+def test_images_are_json_with_base64(store: MediaStore) -> None:
     director = Director(image(store, 3), image(store, 4))
     status, _, body = answer(store, director, images(2))
     assert status == 200
@@ -218,7 +218,7 @@ def test_images_come_as_json(store: MediaStore) -> None:
     assert 50 < second_timeout_s < 60, "what is left"  # type: ignore[operator]
 
 
-def test_images_as_files(store: MediaStore) -> None:
+def test_images_as_files_are_one_file_or_a_zip(store: MediaStore) -> None:
     job = images(1, response_format="file", output_format="jpeg")
     status, headers, body = answer(store, Director(image(store, 3, "image/jpeg")), job, room=0)
     assert (status, headers["content-type"], headers["x-seed"], body) == (200, "image/jpeg", "3", b"image3")
@@ -230,16 +230,14 @@ def test_images_as_files(store: MediaStore) -> None:
         assert {name: archive.read(name) for name in archive.namelist()} == {"0.jpg": b"image3", "1.jpg": b"image4"}
 
 
-def test_a_full_queue_is_waited_out_once_the_first_image_is_accepted(
-    monkeypatch: pytest.MonkeyPatch, store: MediaStore
-) -> None:
+def test_after_the_first_image_a_full_queue_is_waited_for(monkeypatch: pytest.MonkeyPatch, store: MediaStore) -> None:
     monkeypatch.setattr(exchange, "_LONGEST_PAUSE_S", 0.01)
     full = OverloadedError("requests", 4, 2.0)
     director = Director(image(store, 3), [full], [*image(store, 4)[:1], full], image(store, 4))
     status, _, body = answer(store, director, images(2))
     assert (status, [item["seed"] for item in body["data"]]) == (200, [3, 4])
     assert [request.seed for request, _, _ in director.submitted] == [3, 4, 4, 4]
-    # The first one is refused like any request.
+    # The first image is refused like any request.
     status, headers, body = answer(store, Director([full]), images(2))
     assert (status, headers["retry-after"], body["error"]["code"]) == (429, "2", "overloaded")
 
@@ -252,19 +250,19 @@ def test_waiting_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch, store: 
     assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
 
 
-def test_what_is_wrong_with_a_later_image_is_said(store: MediaStore) -> None:
+def test_an_error_of_a_later_image_is_the_answer(store: MediaStore) -> None:
     wrong = RequestError("seed", 1, "another")
     status, _, body = answer(store, Director(image(store, 3), [wrong]), images(2))
     assert (status, body["error"]["param"]) == (422, "seed")
 
 
-def test_an_unknown_error_says_nothing_of_the_inside(store: MediaStore) -> None:
+def test_an_unknown_error_reveals_no_internals(store: MediaStore) -> None:
     status, _, body = answer(store, Director([ZeroDivisionError("a secret")]))
     assert (status, body["error"]["code"]) == (500, "internal_error")
     assert "secret" not in json.dumps(body)
 
 
-def test_a_file_that_is_not_to_be_seen_here_is_our_fault(
+def test_a_file_missing_from_the_store_is_a_503(
     store: MediaStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(call.logger, "propagate", True)
@@ -274,11 +272,11 @@ def test_a_file_that_is_not_to_be_seen_here_is_our_fault(
     assert str(store.directory) in caplog.text, "the log says where"
 
 
-# Files that grow
+# Growing files
 
 
 class Growing:
-    """A clip that is being written, and the events of its request."""
+    """A growing clip and its request's events."""
 
     def __init__(self, store: MediaStore) -> None:
         media_id = new_media_id(new_job_id())
@@ -301,10 +299,10 @@ class Growing:
 
 
 class Watched:
-    """What is sent of an answer that grows.
+    """Everything sent of a growing answer.
 
     Args:
-        taken: called with all that was sent so far, after every part.
+        taken: called with everything sent so far, after each part.
     """
 
     def __init__(self, taken: Callable[[bytes], Awaitable[None]]) -> None:
@@ -358,10 +356,10 @@ def test_an_answer_grows_with_its_file(store: MediaStore) -> None:
 
 
 async def goes_on(body: bytes) -> None:
-    """Nothing depends on what has come."""
+    """Do nothing after a part."""
 
 
-def test_what_fails_before_the_file_grows_is_an_answer(store: MediaStore) -> None:
+def test_a_failure_before_the_file_begins_is_an_error_answer(store: MediaStore) -> None:
     director = Director([Accepted("r", "video_gen_1", 2, 5, 7, (), 1), RequestError("seed", 1, "another")])
     watched = Watched(goes_on)
     asyncio.run(watched.watch(store, director))
@@ -369,7 +367,7 @@ def test_what_fails_before_the_file_grows_is_an_answer(store: MediaStore) -> Non
     assert director.streams[0].is_cancelled
 
 
-def test_a_file_that_grows_elsewhere_is_our_fault(store: MediaStore) -> None:
+def test_a_live_file_missing_from_the_store_is_a_503(store: MediaStore) -> None:
     director = Director([Accepted("r", "video_gen_1", 2, 5, 7, (), 1), FileStarted("0" * 32, "video/mp4", 1)])
     watched = Watched(goes_on)
     asyncio.run(watched.watch(store, director))
@@ -378,8 +376,8 @@ def test_a_file_that_grows_elsewhere_is_our_fault(store: MediaStore) -> None:
 
 
 @pytest.mark.parametrize("who", ["request", "file"])
-def test_a_failure_breaks_the_answer_off(who: str, store: MediaStore) -> None:
-    """Whichever says so: the request, while its file only does not grow, or the file."""
+def test_a_failure_of_request_or_file_breaks_the_connection(who: str, store: MediaStore) -> None:
+    """Either reports it: the request, while its file just stops growing, or the file."""
     growing, has_failed = Growing(store), asyncio.Event()
 
     async def fail(body: bytes) -> None:
@@ -397,7 +395,7 @@ def test_a_failure_breaks_the_answer_off(who: str, store: MediaStore) -> None:
     assert director.streams[0].is_cancelled
 
 
-def test_a_file_that_is_whole_is_not_enough_when_its_request_fails(store: MediaStore) -> None:
+def test_a_failed_request_breaks_the_connection_even_with_a_complete_file(store: MediaStore) -> None:
     growing, is_finished = Growing(store), asyncio.Event()
 
     async def finish(body: bytes) -> None:
@@ -406,7 +404,7 @@ def test_a_file_that_is_whole_is_not_enough_when_its_request_fails(store: MediaS
 
     async def later() -> None:
         await is_finished.wait()
-        await asyncio.sleep(0.3)  # the file's end is seen
+        await asyncio.sleep(0.3)  # the reader has seen the file's end
 
     growing.grow(b"whole")
     director = Director([*growing.begin, later, StageFailed("encode", 3, "died")])
@@ -417,8 +415,8 @@ def test_a_file_that_is_whole_is_not_enough_when_its_request_fails(store: MediaS
 
 
 @pytest.mark.parametrize("how", ["file says so first", "director says so first", "nobody says so of the file"])
-def test_a_file_that_fails_before_its_first_byte_is_nobodys_loss(how: str, store: MediaStore) -> None:
-    """The encoder died; the answer is the file that another one makes."""
+def test_a_file_that_fails_before_its_first_byte_is_replaced(how: str, store: MediaStore) -> None:
+    """The encoder died; the answer is another encoder's file."""
     dead, growing = Growing(store), Growing(store)
     is_finished = asyncio.Event()
 
@@ -442,7 +440,7 @@ def test_a_file_that_fails_before_its_first_byte_is_nobodys_loss(how: str, store
     assert director.streams[0].is_cancelled
 
 
-def test_when_no_encoder_makes_the_file_the_answer_says_so(store: MediaStore) -> None:
+def test_if_every_encoder_fails_the_answer_is_an_error(store: MediaStore) -> None:
     dead = Growing(store)
     store.fail(dead.finished.media_id, "the encoder died")
     director = Director([*dead.begin, StageFailed("encode", 3, "died")])
@@ -452,7 +450,7 @@ def test_when_no_encoder_makes_the_file_the_answer_says_so(store: MediaStore) ->
     assert director.streams[0].is_cancelled
 
 
-def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStore) -> None:
+def test_disconnecting_before_the_first_byte_stops_the_request(store: MediaStore) -> None:
     growing = Growing(store)
     growing.grow(b"a")
     director = Director([*growing.begin, asyncio.Event().wait])
@@ -475,7 +473,7 @@ def test_who_leaves_before_the_first_byte_leaves_nothing_behind(store: MediaStor
     asyncio.run(run())
 
 
-def test_who_leaves_a_growing_file_stops_the_request(store: MediaStore) -> None:
+def test_disconnecting_from_a_growing_file_stops_the_request(store: MediaStore) -> None:
     growing, came = Growing(store), asyncio.Event()
 
     async def stall(body: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete and true. All answers that these tests get are held against it."""
+"""The OpenAPI document is complete and true; every answer in these tests is checked against it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def body_of(documented: Documented, endpoint: str, kind: str = JSON) -> dict[str
     return schema
 
 
-def test_it_has_every_route_and_no_other(documented: Documented, shared_api: Api) -> None:
+def test_the_document_has_exactly_the_routes(documented: Documented, shared_api: Api) -> None:
     routes = {
         (method.lower(), route.path)
         for router in shared_api.app.router.routes
@@ -55,19 +55,19 @@ def references(value: Any) -> Iterator[str]:
             yield from references(it)
 
 
-def test_every_reference_leads_somewhere_and_every_component_is_used(documented: Documented) -> None:
+def test_every_reference_resolves_and_every_component_is_used(documented: Documented) -> None:
     used = set(references(documented.document))
     for reference in used:
         documented.resolved({"$ref": reference})
     assert {f"#/components/schemas/{name}" for name in documented.document["components"]["schemas"]} == used
 
 
-def test_its_schemas_are_schemas(documented: Documented) -> None:
+def test_every_schema_is_valid(documented: Documented) -> None:
     for schema in documented.document["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def test_each_operation_says_what_may_go_wrong(documented: Documented) -> None:
+def test_each_operation_lists_its_errors(documented: Documented) -> None:
     for path, item in documented.document["paths"].items():
         for method, operation in item.items():
             assert operation["operationId"]
@@ -87,7 +87,7 @@ def test_each_operation_says_what_may_go_wrong(documented: Documented) -> None:
 
 @pytest.mark.parametrize("kind", [JSON, MULTIPART, URLENCODED])
 @pytest.mark.parametrize("endpoint", Endpoint)
-def test_it_has_every_field(endpoint: Endpoint, kind: str, documented: Documented) -> None:
+def test_the_document_has_every_field(endpoint: Endpoint, kind: str, documented: Documented) -> None:
     schema = documented.resolved(body_of(documented, endpoint, kind))
     model = BODIES[endpoint]
     names = {*model.model_fields, *model.aliases(), *model.no_effect, *model.not_offered}
@@ -99,7 +99,7 @@ def test_it_has_every_field(endpoint: Endpoint, kind: str, documented: Documente
     assert schema["properties"]["model"]["description"]
 
 
-def test_what_depends_on_the_service(make_api: Callable[..., Api]) -> None:
+def test_the_document_follows_the_configuration(make_api: Callable[..., Api]) -> None:
     def fields(api: Api) -> dict[str, Any]:
         schemas = api.get("/openapi.json").json()["components"]["schemas"]
         properties: dict[str, Any] = schemas["VideoBody"]["properties"]
@@ -172,7 +172,7 @@ SENT: list[tuple[dict[str, Any], bool]] = [
 ]
 
 
-def test_it_takes_what_is_accepted_and_refuses_what_is_refused(documented: Documented, api: Api) -> None:
+def test_schemas_agree_with_the_api_on_valid_and_invalid_bodies(documented: Documented, api: Api) -> None:
     for body, is_valid in SENT:
         assert documented.is_valid(body_of(documented, Endpoint.VIDEOS), body) is is_valid, body
         sent = {"prompt": "a", **body}
@@ -181,10 +181,10 @@ def test_it_takes_what_is_accepted_and_refuses_what_is_refused(documented: Docum
 
 
 @pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
-def test_it_takes_what_vllm_omnis_users_send(
+def test_schemas_accept_vllm_omnis_requests(
     form: dict[str, Any], mode: str, told: dict[str, Any], documented: Documented
 ) -> None:
-    """As JSON, where numbers are numbers."""
+    """As JSON bodies, in which numbers are numbers."""
     model = BODIES[Endpoint.VIDEOS]
     body = {
         name: model.type_of(name).read(name, FormText(value)) if name in model.model_fields else value
@@ -194,7 +194,7 @@ def test_it_takes_what_vllm_omnis_users_send(
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
-def test_its_examples_are_accepted(endpoint: Endpoint, documented: Documented, api: Api) -> None:
+def test_every_example_is_accepted(endpoint: Endpoint, documented: Documented, api: Api) -> None:
     content = documented.document["paths"][endpoint]["post"]["requestBody"]["content"]
     for kind in (JSON, MULTIPART, URLENCODED):
         example = content[kind]["example"]
@@ -205,14 +205,14 @@ def test_its_examples_are_accepted(endpoint: Endpoint, documented: Documented, a
         assert api.post(endpoint, **sent[kind]).status_code == 200
 
 
-def test_what_has_bounds_is_refused_beyond_them(documented: Documented, shared_api: Api) -> None:
+def test_values_beyond_documented_bounds_are_refused(documented: Documented, shared_api: Api) -> None:
     properties = documented.resolved(body_of(documented, Endpoint.VIDEOS))["properties"]
     tested = 0
     for name in BODIES[Endpoint.VIDEOS].model_fields:
         schema = properties[name].get("anyOf", [{}])[0]
         for bound, step in (("minimum", -1), ("maximum", 1)):
             if bound not in schema or name in ("domain_id", "raw_action_dim", "action_chunk_size"):
-                continue  # those are for some modes only
+                continue  # fields of some modes only
             assert shared_api.post("/v1/videos", json={"prompt": "a", name: schema[bound] + step}).status_code == 422
             tested += 1
         if "enum" in schema and schema.get("type") == "string":
@@ -221,7 +221,7 @@ def test_what_has_bounds_is_refused_beyond_them(documented: Documented, shared_a
     assert tested > 25
 
 
-def test_variants_and_headers_are_those_of_the_code(documented: Documented) -> None:
+def test_variants_and_headers_match_the_code(documented: Documented) -> None:
     content = documented.document["paths"]["/v1/videos/{video_id}/content"]["get"]
     (variant,) = (it for it in content["parameters"] if it["name"] == "variant")
     assert tuple(variant["schema"]["enum"]) == CONTENT_VARIANTS
@@ -232,7 +232,7 @@ def test_variants_and_headers_are_those_of_the_code(documented: Documented) -> N
     assert names - {"www-authenticate"} <= set(_EXPOSED_HEADERS)
 
 
-def test_a_prefix_is_told(shared_api: Api) -> None:
+def test_a_prefix_is_in_the_servers_url(shared_api: Api) -> None:
     from deployments.api.openapi import document
 
     assert document(shared_api.app, shared_api.service, "/app")["servers"] == [{"url": "/app"}]

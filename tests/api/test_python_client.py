@@ -1,4 +1,4 @@
-"""The Python client in front of the real API, over a real connection, and of the real desk of a Director."""
+"""The Python client against the real API over a socket, and against a Director's real job methods."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=
 
 
 class Desk(JobCalls):
-    """What the Director's handle does about jobs, without a runner."""
+    """The Director's methods for jobs, without a runner."""
 
     def __init__(self, api: Api) -> None:
         self._parts = SimpleNamespace(jobs=api.service.jobs)  # type: ignore[assignment]
@@ -39,7 +39,7 @@ class Desk(JobCalls):
 
 
 class Handle:
-    """Of a desk."""
+    """The handle of a desk."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -54,7 +54,7 @@ class Handle:
 
 
 class Streamed:
-    """Of a call that streams."""
+    """The response of a streaming call."""
 
     def __init__(self, items: AsyncIterator[Any]) -> None:
         self._items = items
@@ -74,7 +74,7 @@ class Streamed:
 
 @pytest.fixture
 def served() -> Iterator[Callable[[Api], str]]:
-    """Puts an API behind a port; returns its URL."""
+    """Serve an API on a port; return its URL."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def serve(api: Api) -> str:
@@ -103,7 +103,7 @@ def client(request: pytest.FixtureRequest, api: Api, served: Callable[[Api], str
         yield client
 
 
-def test_a_video_from_its_request_to_its_end(api: Api, client: Cosmos3Client) -> None:
+def test_a_video_is_created_followed_saved_and_deleted(api: Api, client: Cosmos3Client) -> None:
     told: dict[str, Any] = {"idempotency_key": "once", "service_class": "batch", "previews": 2, "request_id": "mine"}
     video = client.create(REQUEST, **told)
     assert (video.status, video.progress, video.size, video.num_frames) == ("queued", 0, "96x80", 9)
@@ -157,7 +157,7 @@ def test_a_video_from_its_request_to_its_end(api: Api, client: Cosmos3Client) ->
         client.remix(video.id, "a")
 
 
-def test_a_video_that_is_deleted_while_it_is_followed(api: Api, client: Cosmos3Client) -> None:
+def test_following_a_deleted_video_raises(api: Api, client: Cosmos3Client) -> None:
     video = client.create(REQUEST)
     events = client.events(video.id)
     next(events)
@@ -166,7 +166,7 @@ def test_a_video_that_is_deleted_while_it_is_followed(api: Api, client: Cosmos3C
         list(events)
 
 
-def test_keys(make_api: Callable[..., Api], served: Callable[[Api], str], tmp_path: Path) -> None:
+def test_the_client_sends_its_key(make_api: Callable[..., Api], served: Callable[[Api], str], tmp_path: Path) -> None:
     api = make_api(needs_keys=True)
     _, key = api.store.keys.create(NewKey(name="mine"))
     url = served(api)
@@ -188,6 +188,6 @@ def test_the_command_line_saves_what_the_answer_is(api: Api, served: Callable[[A
     assert saved.stage_seconds == {"denoise": 1.0, "total": 2.0}
 
 
-def test_nobody_is_there() -> None:
+def test_an_unreachable_app_is_a_typed_error() -> None:
     with Cosmos3Client.over_http("http://127.0.0.1:9") as client, pytest.raises(UnreachableError, match="listens"):
         client.models()

@@ -1,4 +1,4 @@
-"""Files of other servers: what is fetched, what never is. Servers on the loopback; the resolver is told what to say."""
+"""Files of other servers: what is fetched and what never is. Servers run on loopback, behind a scripted resolver."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from deployments.errors import ApiError
 
 HOST, OTHER = "media.example.com", "other.example.org"
 LOOPBACK = "127.0.0.1"
-# Self-signed, for HOST, until 2120; of no use to anybody.
+# A self-signed test certificate for HOST, valid until 2120.
 CERTIFICATE = Path(__file__).parent / "media.example.com.pem"
-TRUSTS_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to read the system's authorities takes time
+TRUSTS_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reading the system's authorities is slow
 
 
 def run(body: Coroutine[Any, Any, Any]) -> Any:
@@ -46,7 +46,7 @@ def redirect(location: str, status: str = "302 Found") -> bytes:
 
 @dataclass
 class Server:
-    """One on the loopback; answers by path, and notes what it was asked."""
+    """A loopback server that answers by path and records requests."""
 
     answers: dict[str, bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]]
     port: int = 0
@@ -55,7 +55,7 @@ class Server:
     async def serve(self, tls: ssl.SSLContext | None = None) -> asyncio.Server:
         server = await asyncio.start_server(self._handle, LOOPBACK, 0, ssl=tls)
         self.port = server.sockets[0].getsockname()[1]
-        # Redirects name the port, which is known only now.
+        # Redirects name the port, known only here.
         for path, given in self.answers.items():
             if isinstance(given, bytes):
                 self.answers[path] = given.replace(b"PORT", str(self.port).encode())
@@ -72,14 +72,14 @@ class Server:
             else:
                 await given(writer)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # whoever asked has left
+            pass  # the client has disconnected
         finally:
             writer.close()
 
 
 @dataclass
 class Resolver:
-    """Says what it is told, answer after answer, the last one for ever."""
+    """A resolver that gives scripted answers and repeats the last one."""
 
     answers: dict[str, list[list[str]]] = field(default_factory=lambda: {HOST: [[LOOPBACK]], OTHER: [[LOOPBACK]]})
     asked: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ def fetch(
     return result
 
 
-def test_a_file_is_fetched_by_the_name_it_was_asked_for() -> None:
+def test_a_file_is_fetched_with_its_url_s_host_name() -> None:
     server = Server({"/a%20b.png?token=1": answer(b"pixels")})
     assert fetch({}, f"http://{HOST}:PORT/a%20b.png?token=1#part", server=server) == b"pixels"
     (request,) = server.requests
@@ -144,14 +144,14 @@ def test_a_file_is_fetched_by_the_name_it_was_asked_for() -> None:
     }
 
 
-def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_in_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert fetch({"/": answer(b"direct")}, f"http://{HOST}:PORT") == b"direct"
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects_are_followed_and_each_host_is_looked_up(status: int) -> None:
+def test_redirects_are_followed_and_each_host_is_resolved(status: int) -> None:
     resolver = Resolver()
     answers = {
         "/": redirect("/next?x=1", f"{status} Moved"),
@@ -164,15 +164,15 @@ def test_redirects_are_followed_and_each_host_is_looked_up(status: int) -> None:
     assert f"Host: {OTHER}:{server.port}" in server.requests[-1]
 
 
-def test_a_name_is_looked_up_once_so_that_a_second_answer_does_not_matter() -> None:
+def test_a_name_is_resolved_once() -> None:
     """DNS rebinding: public when it is checked, private when it is connected to."""
     resolver = Resolver({HOST: [[LOOPBACK], ["10.0.0.1"]]})
     assert fetch({"/": answer(b"here")}, f"http://{HOST}:PORT/", resolver=resolver) == b"here"
     assert resolver.asked == [HOST]
 
 
-def test_the_connection_goes_to_the_checked_address_and_not_to_where_the_system_finds_the_name() -> None:
-    # The system finds "localhost" at once; the resolver says it is elsewhere.
+def test_the_connection_goes_to_the_checked_address() -> None:
+    # The system would resolve "localhost" itself; the scripted resolver gives another address.
     resolver = Resolver({"localhost": [["198.51.100.1"]]})
     server = Server({"/": answer(b"here")})
     with pytest.raises(RequestError):
@@ -180,7 +180,7 @@ def test_the_connection_goes_to_the_checked_address_and_not_to_where_the_system_
     assert server.requests == []
 
 
-def test_the_next_address_is_tried_where_one_takes_no_connection() -> None:
+def test_the_next_address_is_tried_if_one_refuses() -> None:
     resolver = Resolver({HOST: [["127.0.0.2", LOOPBACK]]})
     answers = {"/": answer(b"here")}
     assert fetch(answers, f"http://{HOST}:PORT/", resolver=resolver, allowed=lambda address: True) == b"here"
@@ -201,19 +201,19 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("text", PRIVATE)
-def test_addresses_of_the_inside_are_not_public(text: str) -> None:
+def test_private_addresses_are_not_public(text: str) -> None:
     assert not is_public(ip_address(text))
 
 
 @pytest.mark.parametrize("text", PUBLIC)
-def test_addresses_of_the_outside_are_public(text: str) -> None:
+def test_public_addresses_are_public(text: str) -> None:
     assert is_public(ip_address(text))
 
 
 @pytest.mark.parametrize(
     "addresses", [["10.0.0.1"], [LOOPBACK], ["8.8.8.8", "10.0.0.1"], ["8.8.8.8", "::ffff:10.0.0.1"], ["fd00:ec2::254"]]
 )
-def test_a_name_with_one_address_of_the_inside_is_not_fetched_from(addresses: list[str]) -> None:
+def test_a_name_with_one_private_address_is_refused(addresses: list[str]) -> None:
     server = Server({"/": answer(b"secret")})
     with pytest.raises(RequestError) as caught:
         fetch({}, f"http://{HOST}:PORT/", resolver=Resolver({HOST: [addresses]}), allowed=is_public, server=server)
@@ -238,7 +238,7 @@ def test_a_name_with_one_address_of_the_inside_is_not_fetched_from(addresses: li
         "http://unlisted.example.net/secret",
     ],
 )
-def test_a_redirect_to_what_is_not_allowed_is_not_followed(location: str) -> None:
+def test_a_redirect_to_an_unlisted_url_is_refused(location: str) -> None:
     server = Server({"/": redirect(location)})
     with pytest.raises(RequestError) as caught:
         fetch({}, f"http://{HOST}:PORT/", server=server)
@@ -248,7 +248,7 @@ def test_a_redirect_to_what_is_not_allowed_is_not_followed(location: str) -> Non
     assert "secret" not in str(caught.value)
 
 
-def test_a_redirect_to_a_listed_host_of_the_inside_is_not_followed() -> None:
+def test_a_redirect_to_a_listed_host_with_a_private_address_is_refused() -> None:
     server = Server({"/": redirect(f"http://{OTHER}:PORT/secret"), "/secret": answer(b"secret")})
     resolver = Resolver({HOST: [[LOOPBACK]], OTHER: [["127.0.0.2"]]})
     with pytest.raises(RequestError, match="public internet"):
@@ -256,7 +256,7 @@ def test_a_redirect_to_a_listed_host_of_the_inside_is_not_followed() -> None:
     assert len(server.requests) == 1
 
 
-def test_redirects_have_an_end() -> None:
+def test_redirects_are_bounded() -> None:
     server = Server({"/": redirect("/")})
     with pytest.raises(RequestError, match="redirects more than 3 times"):
         fetch({}, f"http://{HOST}:PORT/", server=server, max_redirects=3)
@@ -315,7 +315,7 @@ def test_redirects_have_an_end() -> None:
         (f"https://{'a.' * 200}com/", "no name"),
     ],
 )
-def test_urls_that_are_refused_before_anything_is_looked_up(url: str, reason: str) -> None:
+def test_invalid_urls_are_refused_before_a_name_is_resolved(url: str, reason: str) -> None:
     resolver = Resolver()
     spec = RemoteMediaConfig(enabled=True, hosts=("media.example.com", "*.example.org"))
     with pytest.raises(RequestError) as caught:
@@ -357,8 +357,8 @@ def test_urls_that_are_refused_before_anything_is_looked_up(url: str, reason: st
         ("", "https://example.com/", None),
     ],
 )
-def test_hosts_are_compared_in_their_usual_form(entry: str, url: str, is_covered: bool | None) -> None:
-    """None: the entry itself is refused, at the start of the app."""
+def test_hosts_are_compared_in_canonical_form(entry: str, url: str, is_covered: bool | None) -> None:
+    """``None``: the entry itself is refused when the app starts."""
     if is_covered is None:
         with pytest.raises(ConfigError, match=re.escape(repr(entry))):
             HostRule.parse(entry)
@@ -366,7 +366,7 @@ def test_hosts_are_compared_in_their_usual_form(entry: str, url: str, is_covered
         assert HostRule.parse(entry).covers(RemoteUrl.parse(url)) == is_covered
 
 
-def test_a_listed_address_is_checked_as_one() -> None:
+def test_a_listed_address_must_be_public_too() -> None:
     server = Server({"/": answer(b"secret")})
     with pytest.raises(RequestError, match="public internet"):
         fetch({}, f"http://{LOOPBACK}:PORT/", hosts=(f"{LOOPBACK}:PORT",), allowed=is_public, server=server)
@@ -377,7 +377,7 @@ def test_a_listed_address_is_checked_as_one() -> None:
     assert resolver.asked == [], "an address is not looked up"
 
 
-def test_a_path_of_other_letters_is_written_as_servers_read_it() -> None:
+def test_a_non_ascii_path_is_percent_encoded() -> None:
     url = RemoteUrl.parse("https://media.example.com/ä/%C3%A4?ö=1&b=a%26")
     assert url.target == "/%C3%A4/%C3%A4?%C3%B6=1&b=a%26"
     with pytest.raises(UnfitUrl):
@@ -418,7 +418,7 @@ async def slow_redirects(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("slow", [drip, drip_headers, silence, endless_informing, slow_redirects])
-def test_the_time_is_for_everything_together(slow: Any) -> None:
+def test_one_deadline_covers_the_whole_fetch(slow: Any) -> None:
     start_s = time.monotonic()
     with pytest.raises(ApiError) as caught:
         fetch({"/": slow}, f"http://{HOST}:PORT/", timeout_s=0.3, max_redirects=1000)
@@ -427,7 +427,7 @@ def test_the_time_is_for_everything_together(slow: Any) -> None:
     assert time.monotonic() - start_s < 30
 
 
-def test_a_resolver_that_hangs_meets_the_time_as_well() -> None:
+def test_a_resolver_that_hangs_meets_the_deadline() -> None:
     def hanging(host: str, port: int) -> list[str]:
         time.sleep(0.5)
         return [LOOPBACK]
@@ -451,7 +451,7 @@ async def endless(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("given", [huge_chunks, endless, answer(b"", "Content-Length: 50001"), answer(bytes(50_001))])
-def test_a_file_that_is_too_large_is_not_read_to_its_end(given: Any) -> None:
+def test_a_file_that_is_too_large_is_refused_early(given: Any) -> None:
     with pytest.raises(RequestError, match="at most 50000 bytes"):
         fetch({"/": given}, f"http://{HOST}:PORT/", max_bytes=50_000)
 
@@ -465,7 +465,7 @@ def test_a_file_that_is_too_large_is_not_read_to_its_end(given: Any) -> None:
         answer(bytes(50_000), "Content-Encoding: identity"),
     ],
 )
-def test_a_file_as_large_as_allowed_is_read_however_it_is_framed(given: bytes) -> None:
+def test_a_file_of_the_largest_size_is_read_in_every_framing(given: bytes) -> None:
     assert fetch({"/": given}, f"http://{HOST}:PORT/", max_bytes=50_000) == bytes(50_000)
 
 
@@ -505,7 +505,7 @@ async def chunk_bomb(writer: asyncio.StreamWriter) -> None:
         (chunk_bomb, "no HTTP"),
     ],
 )
-def test_a_server_that_fails_is_told_of_without_the_urls_secrets(given: Any, reason: str) -> None:
+def test_a_servers_failure_is_reported_without_the_urls_secrets(given: Any, reason: str) -> None:
     with pytest.raises(ApiError) as caught:
         fetch({"/a?token=secret": given}, f"http://{HOST}:PORT/a?token=secret")
     assert (caught.value.status, caught.value.code) == (422, "remote_unavailable")
@@ -515,7 +515,7 @@ def test_a_server_that_fails_is_told_of_without_the_urls_secrets(given: Any, rea
     assert LOOPBACK not in str(caught.value)
 
 
-def test_names_and_servers_that_are_not_there() -> None:
+def test_unknown_names_and_closed_ports_are_reported() -> None:
     with pytest.raises(ApiError, match="host is not known") as caught:
         fetch({}, f"http://{HOST}:PORT/", resolver=Resolver({}))
     assert "10.1.2.3" not in str(caught.value)
@@ -547,18 +547,18 @@ def fetch_by_tls(host: str, trusted: bool) -> bytes:
     return result
 
 
-def test_tls_goes_by_the_name() -> None:
+def test_tls_checks_the_urls_host_name() -> None:
     assert fetch_by_tls(HOST, trusted=True) == b"by tls"
 
 
 @pytest.mark.parametrize(("host", "trusted"), [(OTHER, True), (HOST, False)])
-def test_a_certificate_for_another_name_or_of_nobody_is_refused(host: str, trusted: bool) -> None:
+def test_a_certificate_for_another_name_or_by_an_unknown_authority_is_refused(host: str, trusted: bool) -> None:
     with pytest.raises(ApiError, match="certificate") as caught:
         fetch_by_tls(host, trusted)
     assert caught.value.code == "remote_unavailable"
 
 
-def test_no_way_leads_from_https_to_http() -> None:
+def test_a_redirect_from_https_to_http_is_refused() -> None:
     async def body() -> None:
         served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         served.load_cert_chain(CERTIFICATE)
@@ -575,7 +575,9 @@ def test_no_way_leads_from_https_to_http() -> None:
     run(body())
 
 
-def test_few_are_fetched_at_once_and_others_wait_no_longer_than_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_fetches_are_bounded_and_waiting_counts_towards_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def body() -> None:
         server = Server({"/slow": silence, "/": answer(b"x")})
         async with await server.serve():
@@ -598,7 +600,7 @@ def test_few_are_fetched_at_once_and_others_wait_no_longer_than_their_time(monke
     run(body())
 
 
-def test_nothing_is_fetched_where_the_operator_has_not_said_so() -> None:
+def test_nothing_is_fetched_unless_the_operator_enables_it() -> None:
     resolver = Resolver()
     with pytest.raises(RequestError, match="URLs are not fetched") as caught:
         run(RemoteMediaFetcher(RemoteMediaConfig(), resolve=resolver).fetch("https://a/?secret", "image"))

@@ -1,4 +1,4 @@
-"""URLs of other servers in bodies: fetched where the operator says so, and counted like what is sent."""
+"""URLs of other servers in bodies: fetched where the operator allows it, and counted like uploads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PNG = base64.b64decode(png_url().partition(",")[2])
 
 
 class Remote:
-    """Has files by URL; notes what was asked for."""
+    """Remote files by URL; records the fetches."""
 
     def __init__(self, **files: Any) -> None:
         self.files: dict[str, Any] = {URL: PNG, **files}
@@ -58,9 +58,7 @@ def fetching(make_api: Callable[..., Api], remote: Remote) -> Api:
         ({"extra_params": {"image": URL}}, "image"),
     ],
 )
-def test_a_url_is_fetched_however_it_is_written(
-    body: dict[str, Any], field: str, fetching: Api, remote: Remote
-) -> None:
+def test_a_url_is_fetched_in_every_notation(body: dict[str, Any], field: str, fetching: Api, remote: Remote) -> None:
     told = fetching.created({"prompt": "a", **body})
     assert told["mode"] == "image_to_video"
     assert remote.asked == [(URL, field)]
@@ -68,26 +66,26 @@ def test_a_url_is_fetched_however_it_is_written(
     assert fetching.service.room.taken_bytes == 0
 
 
-def test_forms_have_urls_too(fetching: Api, remote: Remote) -> None:
+def test_urls_in_forms_are_fetched(fetching: Api, remote: Remote) -> None:
     answer = fetching.post("/v1/videos/sync", data={"prompt": "a", "image_reference[image_url]": URL})
     assert (answer.status_code, answer.headers["x-mode"]) == (200, "image_to_video")
     assert remote.asked == [(URL, "image_reference")]
 
 
 @pytest.mark.parametrize("url", [URL, "http://169.254.169.254/latest/meta-data", "HTTPS://localhost/a"])
-def test_nothing_is_fetched_where_it_is_off(url: str, api: Api) -> None:
+def test_nothing_is_fetched_where_remote_media_are_off(url: str, api: Api) -> None:
     for body in ({"image": url}, {"image_reference": {"image_url": url}}, {"extra_params": {"image": url}}):
         error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", **body})
         assert "URLs are not fetched: send the file itself." in error["message"]
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://pictures.example/a", "gopher://x", "/etc/passwd"])
-def test_other_schemes_are_fetched_nowhere(url: str, fetching: Api, remote: Remote) -> None:
+def test_other_schemes_are_never_fetched(url: str, fetching: Api, remote: Remote) -> None:
     assert fetching.refused("POST", "/v1/videos", 422, json={"prompt": "a", "image": url})["param"] == "image"
     assert remote.asked == []
 
 
-def test_what_is_not_allowed_is_said_of_its_field(fetching: Api, remote: Remote) -> None:
+def test_a_refused_url_names_its_field(fetching: Api, remote: Remote) -> None:
     body = {"prompt": "a", "image": "https://evil.example/a"}
     error = fetching.refused("POST", "/v1/videos", 422, json=body)
     assert (error["param"], error["allowed"]) == ("image", "a host that is listed")
@@ -102,8 +100,8 @@ def test_a_field_that_is_wrong_is_refused_before_anything_is_fetched(fetching: A
     assert remote.asked == []
 
 
-def test_files_on_their_way_have_their_room(make_api: Callable[..., Api], remote: Remote) -> None:
-    """Each as much as the largest, as long as nobody knows; so a third one is told to come later."""
+def test_a_fetch_reserves_room_for_the_largest_file(make_api: Callable[..., Api], remote: Remote) -> None:
+    """The size is unknown before the answer, so a third fetch is refused with a 429."""
     room_bytes = int(LIMITS.max_media_bytes * 2.5)
     api = make_api(fetch_file=remote.fetch, http={"max_bodies_bytes": room_bytes, "max_body_bytes": 1 << 20})
     body = {"prompt": "a", "image": URL}

@@ -1,5 +1,4 @@
-"""Attacks by name: paths, headers, bodies, keys, URLs of the inside. What is shown elsewhere too is shown here in one
-place."""
+"""Named attacks in one place: paths, headers, bodies, keys, URLs of internal hosts."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ PNG = png()
 
 
 class Opened:
-    """Files and folders that the interpreter is asked for, while it is told to note them."""
+    """Records the files and folders that this interpreter opens while enabled."""
 
     _EVENTS = (
         "open",
@@ -66,7 +65,7 @@ class Opened:
 
     def __init__(self) -> None:
         self.paths: list[str] | None = None
-        sys.addaudithook(self._note)  # for good; without effect while nothing is noted
+        sys.addaudithook(self._note)  # cannot be removed; has no effect while disabled
 
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.paths is not None and event in self._EVENTS:
@@ -84,14 +83,14 @@ class Opened:
 OPENED = Opened()
 
 
-def test_the_watch_on_files_sees_one(tmp_path: Path) -> None:
+def test_the_watch_on_files_sees_an_access(tmp_path: Path) -> None:
     with OPENED.noted() as paths, pytest.raises(FileNotFoundError):
         (tmp_path / MARK).read_bytes()
     assert any(MARK in path for path in paths)
 
 
 def raw(api: Api, method: str, path: str, headers: tuple[tuple[bytes, bytes], ...] = (), body: bytes = b"{}") -> Any:
-    """(status, text) of a path as it is written: clients would tidy it up."""
+    """GET a path unchanged, which clients would normalise; return (status, text)."""
     came: dict[str, Any] = {"status": 0, "body": b""}
     path, _, query = path.partition("?")
     scope = {
@@ -136,7 +135,7 @@ def raw(api: Api, method: str, path: str, headers: tuple[tuple[bytes, bytes], ..
         f"{UNKNOWN} ",
         f"{UNKNOWN}.json",
         UNKNOWN.upper(),
-        UNKNOWN.replace("0", "٠"),  # digits of another script
+        UNKNOWN.replace("0", "٠"),  # non-ASCII digits
         "..",
         ".",
         "*",
@@ -147,7 +146,7 @@ def raw(api: Api, method: str, path: str, headers: tuple[tuple[bytes, bytes], ..
     ],
     ids=ascii,
 )
-def test_path_traversal_in_ids(video_id: str, shared_api: Api) -> None:
+def test_path_traversal_in_ids_opens_nothing(video_id: str, shared_api: Api) -> None:
     secret = shared_api.media.directory / "secret"
     secret.write_text("the secret")
     with OPENED.noted() as paths:
@@ -159,7 +158,7 @@ def test_path_traversal_in_ids(video_id: str, shared_api: Api) -> None:
     assert [path for path in paths if MARK in path] == []
 
 
-def test_path_traversal_in_queries(api: Api) -> None:
+def test_path_traversal_in_queries_opens_nothing(api: Api) -> None:
     told = api.created()
     api.completed(api.claimed())
     with OPENED.noted() as paths:
@@ -170,7 +169,7 @@ def test_path_traversal_in_queries(api: Api) -> None:
     assert [path for path in paths if MARK in path] == []
 
 
-def test_path_traversal_in_file_names_of_parts(api: Api) -> None:
+def test_path_traversal_in_file_names_of_parts_opens_nothing(api: Api) -> None:
     names = [f"../../{MARK}.png", f"/etc/{MARK}", f"C:\\{MARK}", f"{MARK}\x00.png", "..", f'{MARK}"', MARK * 1000]
     with OPENED.noted() as paths:
         for name in names:
@@ -218,7 +217,7 @@ def test_no_name_in_a_body_is_opened(field: str, path: str, shared_api: Api) -> 
     assert [it for it in paths if MARK in it] == []
 
 
-def test_names_that_are_kept_are_not_opened(api: Api) -> None:
+def test_names_stored_with_a_job_are_not_opened(api: Api) -> None:
     headers = {"x-request-id": f"../../{MARK}", "idempotency-key": f"/etc/{MARK}"}
     with OPENED.noted() as paths:
         told = api.created({"prompt": f"../../{MARK}", "user": f"../{MARK}"}, headers=headers)
@@ -233,7 +232,7 @@ def test_names_that_are_kept_are_not_opened(api: Api) -> None:
 
 
 @pytest.mark.parametrize("value", [b"a\r\nx-evil: 1", b"a\nx-evil: 1", b"a\rx-evil: 1", b"\x00", b"\xff\xfe"])
-def test_header_injection_by_headers(value: bytes, api: Api) -> None:
+def test_request_headers_inject_no_response_header(value: bytes, api: Api) -> None:
     told = api.created()
     api.completed(api.claimed())
     calls: list[tuple[str, str, dict[str, Any]]] = [
@@ -259,7 +258,7 @@ def test_header_injection_by_headers(value: bytes, api: Api) -> None:
 
 
 @pytest.mark.parametrize("text", ['a"\r\nx-evil: 1\r\n\r\n', "a\r\n\r\n<script>", "é\u2028", "a;b"])
-def test_header_injection_by_texts_that_answers_are_made_of(text: str, api: Api) -> None:
+def test_texts_in_answers_inject_no_response_header(text: str, api: Api) -> None:
     files = {"image": (text, PNG, "image/png")}
     told = api.post("/v1/videos", data={"prompt": text, "user": text}, files=files).json()
     api.completed(api.claimed())
@@ -273,7 +272,7 @@ def test_header_injection_by_texts_that_answers_are_made_of(text: str, api: Api)
 
 
 @pytest.mark.parametrize("prompt", ["a\n\nevent: completed\ndata: {}\n\n", "a\r\n\r\nid: 999\r\n", "\u2028\n: comment"])
-def test_a_prompt_is_no_event(prompt: str, api: Api) -> None:
+def test_a_prompt_injects_no_event(prompt: str, api: Api) -> None:
     told = api.created({"prompt": prompt})
     api.failed(api.claimed())
     lines = api.get(f"/v1/videos/{told['id']}/events").text.splitlines()
@@ -295,7 +294,7 @@ def announced(num_bytes: int) -> dict[str, str]:
 BODIES = [*POSTS, f"/v1/videos/{UNKNOWN}/remix"]
 
 
-def test_a_body_that_is_announced_too_large_is_not_read(make_api: Callable[..., Api]) -> None:
+def test_a_body_announced_as_too_large_is_refused_unread(make_api: Callable[..., Api]) -> None:
     api = make_api(http={"max_body_bytes": 1000, "max_bodies_bytes": 2000})
 
     async def never() -> AsyncIterator[bytes]:
@@ -309,7 +308,7 @@ def test_a_body_that_is_announced_too_large_is_not_read(make_api: Callable[..., 
     assert api.service.room.taken_bytes == 0
 
 
-def test_a_body_that_says_nothing_of_its_length_is_read_as_far_as_allowed(make_api: Callable[..., Api]) -> None:
+def test_a_body_without_length_is_read_up_to_the_bound(make_api: Callable[..., Api]) -> None:
     api = make_api(http={"max_body_bytes": 5000, "max_bodies_bytes": 10_000})
     starts = {
         "application/json": b'{"prompt": "',
@@ -335,7 +334,7 @@ def test_a_body_that_says_nothing_of_its_length_is_read_as_far_as_allowed(make_a
 
 
 @pytest.mark.parametrize("limit", ["_IDLE_S", "_UPLOAD_S"])
-def test_a_slow_body_holds_its_place_no_longer_than_allowed(
+def test_a_slow_body_holds_its_place_for_a_bounded_time(
     limit: str, shared_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(body_reader, limit, 0.1)
@@ -386,7 +385,7 @@ def test_a_slow_body_holds_its_place_no_longer_than_allowed(
     ids=lambda value: str(value)[:40],
 )
 @pytest.mark.parametrize("path", POSTS)
-def test_bodies_that_are_bombs(kind: str, body: bytes, status: int, path: str, shared_api: Api) -> None:
+def test_body_bombs_are_refused(kind: str, body: bytes, status: int, path: str, shared_api: Api) -> None:
     answer = shared_api.post(path, content=body, headers={"content-type": kind})
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.content) < 3000
@@ -394,7 +393,7 @@ def test_bodies_that_are_bombs(kind: str, body: bytes, status: int, path: str, s
     assert shared_api.director.submitted == []
 
 
-def test_an_image_that_unfolds_is_refused_by_its_header(shared_api: Api) -> None:
+def test_an_image_bomb_is_refused_by_its_header(shared_api: Api) -> None:
     bomb = png(1, 1)
     width = (2**31 - 1).to_bytes(4, "big")
     bomb = bomb[:16] + width + width + bomb[24:]
@@ -415,8 +414,8 @@ def key_text(api: Api, name: str = "a") -> str:
     return api.store.keys.create(NewKey(name=name))[1]
 
 
-def test_key_guessing_learns_nothing_from_refusals(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unknown, wrong, malformed and revoked are refused alike, and take one look each."""
+def test_refusals_of_keys_reveal_nothing(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unknown, wrong, malformed and revoked keys get the same answer after one lookup."""
     right, other = key_text(guarded), key_text(guarded, "b")
     revoked_key, revoked = guarded.store.keys.create(NewKey(name="c"))
     guarded.store.keys.revoke(revoked_key.key_id)
@@ -458,7 +457,7 @@ def test_key_guessing_learns_nothing_from_refusals(guarded: Api, monkeypatch: py
     assert guarded.get("/v1/videos", headers={"authorization": f"Bearer {right}"}).status_code == 200
 
 
-def test_key_guessing_is_over_before_a_body_is_read(guarded: Api) -> None:
+def test_a_wrong_key_is_refused_before_the_body_is_read(guarded: Api) -> None:
     async def never() -> AsyncIterator[bytes]:
         raise AssertionError("it is read")
         yield b""
@@ -468,7 +467,7 @@ def test_key_guessing_is_over_before_a_body_is_read(guarded: Api) -> None:
         assert guarded.refused("POST", path, 401, content=never(), headers=headers)["code"] == "wrong_api_key"
 
 
-def test_a_key_is_in_no_answer_and_no_log(guarded: Api, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_answer_or_log_contains_a_key(guarded: Api, caplog: pytest.LogCaptureFixture) -> None:
     text = key_text(guarded)
     caplog.set_level(0)
     headers = {"authorization": f"Bearer {text}"}
@@ -488,7 +487,7 @@ def test_a_key_is_in_no_answer_and_no_log(guarded: Api, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("state", ["queued", "in_progress", "completed", "failed"])
-def test_another_keys_job_ids(state: str, guarded: Api) -> None:
+def test_another_keys_job_ids_are_not_found(state: str, guarded: Api) -> None:
     mine, theirs = ({"authorization": f"Bearer {key_text(guarded, name)}"} for name in "ab")
     told = guarded.created(headers=mine)
     if state != "queued":
@@ -525,8 +524,8 @@ URLS = [
 
 
 @pytest.mark.parametrize("is_on", [False, True])
-def test_ssrf(is_on: bool, api: Api) -> None:
-    """Neither where the operator says nothing of URLs, nor where some hosts are listed."""
+def test_urls_of_internal_hosts_are_never_fetched(is_on: bool, api: Api) -> None:
+    """With remote media off, and with some hosts listed."""
     asked: list[str] = []
 
     def resolve(host: str, port: int) -> list[str]:
@@ -553,7 +552,7 @@ def test_ssrf(is_on: bool, api: Api) -> None:
     assert set(asked) == ({"inside.example.com"} if is_on else set()), "others are not even looked up"
 
 
-def test_a_url_that_is_allowed_is_fetched_like_a_file_that_was_sent(make_api: Callable[..., Api]) -> None:
+def test_a_listed_url_is_read_like_an_upload(make_api: Callable[..., Api]) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG)

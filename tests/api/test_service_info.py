@@ -1,4 +1,4 @@
-"""What the service says about itself, where no path leads, and headers that proxies go by."""
+"""Readiness, unknown paths, and headers for proxies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.api.fake_service import Api, Follower
 
 
-def test_ready(api: Api) -> None:
+def test_ready_reports_missing_stages(api: Api) -> None:
     assert api.get("/ready").json() == {"status": "ready"}
     api.readiness.missing = ["denoiser"]
     answer = api.get("/ready")
@@ -15,7 +15,7 @@ def test_ready(api: Api) -> None:
     assert int(answer.headers["retry-after"]) > 0
 
 
-def test_what_is_being_stopped_is_not_ready(api: Api) -> None:
+def test_an_app_that_is_stopping_is_not_ready(api: Api) -> None:
     api.service.is_draining = True
     answer = api.get("/ready")
     assert (answer.status_code, answer.json()) == (503, {"status": "shutting down"})
@@ -27,13 +27,13 @@ def test_what_is_being_stopped_is_not_ready(api: Api) -> None:
     ("method", "path"),
     [("POST", "/v1/videos/"), ("GET", "/v1/models/"), ("GET", "/health/"), ("POST", "/v1/images/generations/")],
 )
-def test_nobody_is_sent_where_host_says(method: str, path: str, shared_api: Api) -> None:
+def test_no_redirect_follows_the_host_header(method: str, path: str, shared_api: Api) -> None:
     answer = shared_api.send(method, path, headers={"host": "evil.example"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_such_route")
     assert "location" not in answer.headers
 
 
-def test_events_are_neither_kept_nor_held_back_by_proxies(api: Api) -> None:
+def test_events_forbid_caching_and_buffering_by_proxies(api: Api) -> None:
     told = api.created()
 
     async def follow() -> None:

@@ -1,4 +1,4 @@
-"""What a job has made, over HTTP: its file, whole and as it grows, what can be made of it, its actions."""
+"""Content of a job over HTTP: the file, finished and growing, its variants, its actions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def path_of(told: dict[str, Any], variant: str = "") -> str:
     return f"/v1/videos/{told['id']}/content{'?variant=' + variant if variant else ''}"
 
 
-def test_a_finished_file(api: Api) -> None:
+def test_a_finished_file_is_the_content(api: Api) -> None:
     told = api.created()
     api.completed(api.claimed(), b"0123456789")
     answer = api.get(path_of(told))
@@ -36,7 +36,7 @@ def test_a_finished_file(api: Api) -> None:
 
 @pytest.mark.parametrize("variant", ["video", "thumbnail", "spritesheet", "audio", "action"])
 @pytest.mark.parametrize("state", ["queued", "in_progress"])
-def test_what_is_not_there_yet(state: str, variant: str, api: Api) -> None:
+def test_content_that_is_not_ready_is_a_409(state: str, variant: str, api: Api) -> None:
     told = api.created()
     if state == "in_progress":
         api.claimed()
@@ -48,7 +48,7 @@ def test_what_is_not_there_yet(state: str, variant: str, api: Api) -> None:
     assert api.refused("GET", path_of(told, variant), 409)["code"] == "media_not_ready"
 
 
-def test_only_the_file_itself_can_be_had_while_it_grows(api: Api) -> None:
+def test_variants_of_a_growing_file_are_a_409(api: Api) -> None:
     told = api.created()
     entry = api.begun_file(api.claimed())
     assert entry.live_path is not None
@@ -59,7 +59,7 @@ def test_only_the_file_itself_can_be_had_while_it_grows(api: Api) -> None:
 
 @pytest.mark.parametrize("how", ["failed", "cancelled"])
 @pytest.mark.parametrize("variant", ["video", "thumbnail", "action"])
-def test_what_will_never_be(how: str, variant: str, api: Api) -> None:
+def test_content_of_a_failed_job_is_a_410(how: str, variant: str, api: Api) -> None:
     told = api.created()
     if how == "failed":
         api.failed(api.claimed())
@@ -69,13 +69,13 @@ def test_what_will_never_be(how: str, variant: str, api: Api) -> None:
 
 
 @pytest.mark.parametrize("variant", ["video", "thumbnail"])
-def test_a_file_that_is_not_kept_any_more(variant: str, api: Api) -> None:
+def test_an_expired_file_is_a_410(variant: str, api: Api) -> None:
     told = api.created()
     api.media.remove(api.completed(api.claimed()).media_id)
     assert api.refused("GET", path_of(told, variant), 410)["code"] == "media_expired"
 
 
-def test_a_growing_file_comes_as_it_grows(api: Api) -> None:
+def test_a_growing_file_is_sent_as_it_grows(api: Api) -> None:
     told = api.created()
     entry = api.begun_file(api.claimed())
     live = entry.live_path
@@ -99,7 +99,7 @@ def test_a_growing_file_comes_as_it_grows(api: Api) -> None:
     api.run(follow())
 
 
-def test_who_leaves_a_growing_file_stops_nothing(api: Api) -> None:
+def test_disconnecting_from_a_growing_file_leaves_the_job_running(api: Api) -> None:
     told = api.created()
     entry = api.begun_file(api.claimed())
     assert entry.live_path is not None
@@ -115,7 +115,7 @@ def test_who_leaves_a_growing_file_stops_nothing(api: Api) -> None:
     assert api.get(f"/v1/videos/{told['id']}").json()["status"] == "in_progress"
 
 
-def test_pictures_of_a_clip(api: Api) -> None:
+def test_a_clip_has_thumbnail_and_spritesheet(api: Api) -> None:
     stream = io.BytesIO()
     with open_writer(stream, ClipFormat("mp4", height=48, width=64, fps=24)) as writer:
         writer.write(np.random.default_rng(1).integers(0, 256, (9, 48, 64, 3), np.uint8))
@@ -130,7 +130,7 @@ def test_pictures_of_a_clip(api: Api) -> None:
     assert api.refused("GET", path_of(told, "action"), 404)["code"] == "no_such_variant"
 
 
-def test_actions_are_not_sent_again(api: Api) -> None:
+def test_actions_are_a_variant_with_an_etag(api: Api) -> None:
     told = api.created({"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"})
     actions = GeneratedActions(np.ones((1, 1), np.float32), "av", 1, False).as_json()
     api.completed(api.claimed(), None, actions)
@@ -145,8 +145,8 @@ def test_actions_are_not_sent_again(api: Api) -> None:
 
 @pytest.mark.parametrize("variant", ["video", "thumbnail"])
 @pytest.mark.parametrize("how", ["failed", "removed"])
-def test_the_file_of_an_earlier_try_is_not_the_end(how: str, variant: str, api: Api) -> None:
-    """The job goes on: its next file is waited for."""
+def test_a_failed_attempts_file_is_not_the_final_answer(how: str, variant: str, api: Api) -> None:
+    """The job goes on, so its next file is announced."""
     told = api.created()
     api.begun_file(api.claimed())
     job = api.store.get(told["id"])
@@ -160,7 +160,7 @@ def test_the_file_of_an_earlier_try_is_not_the_end(how: str, variant: str, api: 
 
 
 @pytest.mark.parametrize("variant", ["poster", "", "../video", "VIDEO"])
-def test_there_is_no_such_variant(variant: str, api: Api) -> None:
+def test_a_variant_that_the_job_lacks_is_a_404(variant: str, api: Api) -> None:
     told = api.created()
     error = api.refused("GET", f"/v1/videos/{told['id']}/content?variant={variant}", 422)
     assert (error["param"], "thumbnail" in error["allowed"]) == ("variant", True)

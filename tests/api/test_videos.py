@@ -1,4 +1,4 @@
-"""Jobs over HTTP: made, listed, looked at, stopped, deleted, made again; and what is waited for."""
+"""Jobs over HTTP: create, list, get, cancel, delete, remix; and the endpoints that wait."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_request_becomes_a_job(api: Api) -> None:
 
 
 @pytest.mark.parametrize("how", ["json", "multipart", "urlencoded"])
-def test_a_body_may_come_in_three_ways(how: str, api: Api) -> None:
+def test_json_multipart_and_urlencoded_bodies_create_the_same_job(how: str, api: Api) -> None:
     fields = {"prompt": "a cat", "seconds": "4", "size": "64x32", "fps": "12", "model": "nano"}
     asked: dict[str, Any] = {
         "json": {"json": {**fields, "fps": 12}},
@@ -49,7 +49,7 @@ def test_a_body_may_come_in_three_ways(how: str, api: Api) -> None:
     assert told["notes"] == ["num_frames=48 was rounded up to 49: clips have 1 + k * 4 frames"]
 
 
-def test_the_job_tells_how_far_it_is(api: Api) -> None:
+def test_a_job_reports_its_progress(api: Api) -> None:
     told = api.created({"prompt": "a", "num_inference_steps": 10})
     job = api.claimed()
     assert api.get(f"/v1/videos/{told['id']}").json()["status"] == "in_progress"
@@ -77,7 +77,7 @@ def test_the_job_tells_how_far_it_is(api: Api) -> None:
     assert "openai-poll-after-ms" not in answer.headers
 
 
-def test_a_failed_job_is_an_answer_like_any_other(api: Api) -> None:
+def test_a_failed_job_is_a_200_with_its_error(api: Api) -> None:
     told = api.created()
     api.failed(api.claimed())
     answer = api.get(f"/v1/videos/{told['id']}")
@@ -85,7 +85,7 @@ def test_a_failed_job_is_an_answer_like_any_other(api: Api) -> None:
     assert answer.json()["error"] == {"code": "stage_failed", "message": "it broke"}
 
 
-def test_generated_actions_are_told_at_the_top(api: Api) -> None:
+def test_generated_actions_are_at_the_top_of_the_object(api: Api) -> None:
     body = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"}
     told = api.created(body)
     assert (told["mode"], told["media_type"], told["file_name"], told["action"]) == ("policy", None, None, None)
@@ -96,7 +96,7 @@ def test_generated_actions_are_told_at_the_top(api: Api) -> None:
     assert api.refused("GET", f"/v1/videos/{told['id']}/content", 404)["code"] == "no_such_variant"
 
 
-def test_pages(api: Api) -> None:
+def test_jobs_are_listed_in_pages(api: Api) -> None:
     ids = [api.created({"prompt": str(index)})["id"] for index in range(5)]
     page = api.get("/v1/videos").json()
     assert [video["id"] for video in page["data"]] == ids[::-1]
@@ -109,7 +109,7 @@ def test_pages(api: Api) -> None:
     assert (page["data"], page["first_id"], page["last_id"], page["has_more"]) == ([], None, None, True)
 
 
-def test_an_empty_page(shared_api: Api) -> None:
+def test_a_list_without_jobs_is_empty(shared_api: Api) -> None:
     page = shared_api.get("/v1/videos").json()
     assert page == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
 
@@ -165,20 +165,20 @@ def test_no_endpoint_takes_an_unknown_query_parameter(method: str, path: str, sh
     ("method", "rest"),
     [("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("POST", "/remix"), ("GET", "/content"), ("GET", "/events")],
 )
-def test_there_is_no_such_video(video_id: str, method: str, rest: str, shared_api: Api) -> None:
+def test_an_unknown_video_is_a_404(video_id: str, method: str, rest: str, shared_api: Api) -> None:
     more = {"json": {"prompt": "a"}} if rest == "/remix" else {}
     error = shared_api.refused(method, f"/v1/videos/{video_id}{rest}", 404, **more)
     assert error["code"] in ("not_found", "no_such_route")
 
 
-def test_a_job_that_waits_is_cancelled_at_once(api: Api) -> None:
+def test_a_queued_job_is_cancelled_at_once(api: Api) -> None:
     told = api.created()
     now = api.post(f"/v1/videos/{told['id']}/cancel").json()
     assert (now["status"], now["error"]["code"]) == ("failed", "cancelled")
     assert api.post(f"/v1/videos/{told['id']}/cancel").json() == now, "it stays as it is"
 
 
-def test_what_a_cancelled_job_came_with_goes_at_once(api: Api) -> None:
+def test_a_cancelled_jobs_inputs_are_removed_at_once(api: Api) -> None:
     told = api.post(
         "/v1/videos", files={"prompt": (None, "a"), "input_reference": ("a.png", png(), "image/png")}
     ).json()
@@ -187,7 +187,7 @@ def test_what_a_cancelled_job_came_with_goes_at_once(api: Api) -> None:
     assert not api.service.jobs.files.exists(told["id"], "image")
 
 
-def test_the_runner_of_a_job_is_told_to_stop(api: Api) -> None:
+def test_cancelling_a_running_job_stops_its_runner(api: Api) -> None:
     told = api.created()
     job = api.claimed()
     assert api.post(f"/v1/videos/{told['id']}/cancel").json()["status"] == "in_progress"
@@ -195,7 +195,7 @@ def test_the_runner_of_a_job_is_told_to_stop(api: Api) -> None:
 
 
 @pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])
-def test_a_deleted_job_is_gone_with_its_files(state: str, api: Api) -> None:
+def test_deleting_a_job_removes_its_files(state: str, api: Api) -> None:
     told = api.created({"prompt": "a", "image": png_url()})
     job = api.store.get(told["id"])
     media_id = ""
@@ -217,7 +217,7 @@ def test_a_deleted_job_is_gone_with_its_files(state: str, api: Api) -> None:
 
 @pytest.mark.parametrize("state", ["queued", "failed", "completed"])
 @pytest.mark.parametrize("as_form", [False, True])
-def test_a_remix_is_the_same_with_another_prompt(state: str, as_form: bool, api: Api) -> None:
+def test_a_remix_changes_only_the_prompt(state: str, as_form: bool, api: Api) -> None:
     body = {"prompt": "a cat", "image": png_url(), "seed": 9, "num_frames": 5, "size": "32x32", "user": "me"}
     told = api.created({**body, "service_class": "batch", "previews": 3})
     if state != "queued":
@@ -236,13 +236,13 @@ def test_a_remix_is_the_same_with_another_prompt(state: str, as_form: bool, api:
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": ""}, {"prompt": " "}, {"prompt": 5}, {"prompt": "a", "seed": 1}])
-def test_a_remix_needs_a_prompt_and_nothing_else(body: dict[str, Any], api: Api) -> None:
+def test_a_remix_takes_only_a_prompt(body: dict[str, Any], api: Api) -> None:
     told = api.created()
     error = api.refused("POST", f"/v1/videos/{told['id']}/remix", 422, json=body)
     assert error["param"] == ("seed" if "seed" in body else "prompt")
 
 
-def test_a_remix_may_no_more_than_a_new_request(make_api: Any) -> None:
+def test_a_remix_is_checked_like_a_new_request(make_api: Any) -> None:
     api = make_api(may_disable_guardrails=True)
     told = api.created({"prompt": "a", "guardrails": False, "service_class": "batch"})
     api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
@@ -254,7 +254,7 @@ def test_a_remix_may_no_more_than_a_new_request(make_api: Any) -> None:
     assert asked == [(True, "batch"), (True, "batch"), (False, "standard")]
 
 
-def test_an_idempotency_key_gives_the_same_job(api: Api) -> None:
+def test_an_idempotency_key_returns_the_same_job(api: Api) -> None:
     headers = {"Idempotency-Key": "once"}
     told = api.created({"prompt": "a"}, headers=headers)
     assert api.created({"prompt": "a"}, headers=headers)["id"] == told["id"]
@@ -279,7 +279,7 @@ def test_an_idempotency_key_gives_the_same_job(api: Api) -> None:
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("path", ["/v1/videos", "/v1/videos/sync", "/v1/images/generations"])
-def test_what_is_not_accepted(
+def test_refusals_of_the_director_become_answers(
     error: Exception, status: int, code: str, retry_after: str | None, path: str, api: Api
 ) -> None:
     api.director.error = error
@@ -290,7 +290,7 @@ def test_what_is_not_accepted(
     assert api.service.room.taken_bytes == 0
 
 
-def test_a_full_queue_says_so(api: Api) -> None:
+def test_a_full_queue_is_a_429(api: Api) -> None:
     for index in range(20):
         api.created({"prompt": str(index)})
     answer = api.post("/v1/videos", json={"prompt": "a"})
@@ -298,7 +298,7 @@ def test_a_full_queue_says_so(api: Api) -> None:
     assert int(answer.headers["retry-after"]) >= 1
 
 
-def test_a_database_that_is_away_is_our_fault(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_outage_is_a_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     told = api.created()
 
     def away(*arguments: Any, **more: Any) -> Any:
@@ -312,10 +312,10 @@ def test_a_database_that_is_away_is_our_fault(api: Api, monkeypatch: pytest.Monk
         assert "secret" not in answer.text
 
 
-# Waited for
+# Endpoints that wait
 
 
-def test_a_file_is_waited_for(api: Api) -> None:
+def test_sync_answers_with_the_file(api: Api) -> None:
     answer = api.post("/v1/videos/sync", json={"prompt": "a", "user": "me"}, headers={"x-request-id": "mine"})
     assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"finished", "video/mp4")
     job = api.store.get(answer.headers["x-video-id"])
@@ -331,7 +331,7 @@ def test_a_file_is_waited_for(api: Api) -> None:
     assert api.director.streams[0].is_cancelled, "Serve is told that nobody reads on"
 
 
-def test_a_growing_file_is_sent_as_it_grows(api: Api) -> None:
+def test_sync_with_stream_sends_the_growing_file(api: Api) -> None:
     answer = api.post("/v1/videos/sync", json={"prompt": "a", "stream": True})
     assert (answer.status_code, answer.content) == (200, b"live")
     assert api.store.get(answer.headers["x-video-id"]) is not None
@@ -339,7 +339,7 @@ def test_a_growing_file_is_sent_as_it_grows(api: Api) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/videos/sync", "/v1/images/generations"])
-def test_who_waits_cannot_have_the_same_answer_again(path: str, api: Api) -> None:
+def test_sync_ignores_an_idempotency_key_with_a_warning(path: str, api: Api) -> None:
     answer = api.post(path, json={"prompt": "a", "user": "me"}, headers={"Idempotency-Key": "once"})
     told = json.loads(answer.headers["x-warnings"])
     assert [line.split()[0] for line in told] == ["Idempotency-Key", "user"]
@@ -350,7 +350,7 @@ def test_who_waits_cannot_have_the_same_answer_again(path: str, api: Api) -> Non
         assert error["code"] == "invalid_header"
 
 
-def test_who_leaves_stops_the_request(api: Api) -> None:
+def test_disconnecting_from_sync_stops_the_request(api: Api) -> None:
     async def leave() -> None:
         came = asyncio.Event()
 
@@ -370,7 +370,7 @@ def test_who_leaves_stops_the_request(api: Api) -> None:
     assert api.service.room.taken_bytes == 0
 
 
-def test_images(api: Api) -> None:
+def test_images_are_generated(api: Api) -> None:
     answer = api.post("/v1/images/generations", json={"prompt": "a", "n": 2, "size": "32x32", "layers": 4})
     told = answer.json()
     assert (answer.status_code, len(told["data"]), told["size"]) == (200, 2, "32x32")

@@ -1,4 +1,4 @@
-"""Databases of jobs: every test that takes one runs on SQLite, and in the long tier on a real PostgreSQL."""
+"""Databases of jobs: tests run on SQLite and, in the long tier, on a real PostgreSQL too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.jobs.running import serve  # noqa: F401  fixture
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
 def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of a database that is not there yet, or is empty."""
+    """The URL of a database that does not exist yet, or is empty."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.sqlite3"
     return request.getfixturevalue("fresh_postgres_url")
@@ -24,13 +24,13 @@ def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def clock() -> Clock:
-    """The store's."""
+    """The store's clock."""
     return Clock()
 
 
 @pytest.fixture(scope="session")
 def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with this release's tables: to copy one takes less time than to run every migration."""
+    """A file with this release's tables; copying it is faster than running every migration."""
     path = tmp_path_factory.mktemp("jobs") / "empty.sqlite3"
     JobStore.open(f"sqlite:///{path}").close()
     return path
@@ -38,7 +38,7 @@ def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(jobs_url: str, empty_sqlite: Path, clock: Clock) -> Iterator[JobStore]:
-    """An empty one."""
+    """An empty store of jobs."""
     if jobs_url.startswith("sqlite:///"):
         shutil.copy(empty_sqlite, jobs_url.removeprefix("sqlite:///"))
     opened = JobStore.open(jobs_url, clock)

@@ -21,7 +21,7 @@ COMPLETED = Outcome(JobState.COMPLETED, result={"num_bytes": 5})
 
 
 class Clock:
-    """Seconds since 1970, that pass when a test says so."""
+    """A clock in seconds since 1970 that tests advance."""
 
     def __init__(self) -> None:
         self.now_s = 1_800_000_000.0
@@ -34,7 +34,7 @@ class Clock:
 
 
 def new_job(**changes: Any) -> NewJob:
-    """A job of 4 token-steps, say."""
+    """Make a job; its work is 4 token-steps by default."""
     job = NewJob(
         job_id=new_job_id(),
         owner="",
@@ -59,14 +59,14 @@ def new_job(**changes: Any) -> NewJob:
 
 
 def limits_with(**changes: Any) -> JobsConfig:
-    """The limits with some changed."""
+    """Return the limits with some changed."""
     return LIMITS.model_copy(update=changes)
 
 
 def claim(
     store: JobStore, runner: str = "runner", *, lane: Lane = Lane.VIDEO, limits: JobsConfig = LIMITS, **changes: Any
 ) -> Job | None:
-    """What a runner gets; changes are of the claim, else of the limits."""
+    """Claim a job or None; ``changes`` go to the claim if it has the field, else to the limits."""
     own = {name: changes.pop(name) for name in ("model", "only_attached", "in_hand") if name in changes}
     return store.claim(
         ClaimRequest(runner=runner, lane=lane, config=limits.model_copy(update=changes), **{"model": MODEL, **own})
@@ -74,44 +74,44 @@ def claim(
 
 
 def num_queued(store: JobStore, model: str = MODEL) -> int:
-    """How many jobs of a model wait, of all classes in both lanes."""
+    """Count a model's queued jobs, of all classes in both lanes."""
     return sum(each.num_queued for each in store.load(model))
 
 
 def runners(store: JobStore, silent_s: float) -> tuple[str, ...]:
-    """Runners of the model that were alive in the last seconds."""
+    """List the model's runners that gave a recent sign of life."""
     alive = (RUNNERS.c.model == MODEL, RUNNERS.c.alive_s >= store._clock() - silent_s)
     with store._database.reading() as connection:
         return tuple(connection.execute(select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)).scalars())
 
 
 def rate(store: JobStore, lane: Lane) -> float | None:
-    """The work per second that is noted for a lane."""
+    """Return the recorded work per second of a lane."""
     with store._database.reading() as connection:
         return find_rate(connection, MODEL, lane)
 
 
 def claimed(store: JobStore, runner: str = "runner", **changes: Any) -> Job:
-    """What a runner gets, where there has to be something."""
+    """Claim a job that must be there."""
     job = claim(store, runner, **changes)
     assert job is not None
     return job
 
 
 def lease_of(job: Job) -> Lease:
-    """The claim's."""
+    """Return the claim's lease."""
     return Lease(job.job_id, job.lease)
 
 
 def found(store: JobStore, job: NewJob) -> Job:
-    """The job as it is now."""
+    """Reload the job, which must exist."""
     now = store.get(job.job_id)
     assert now is not None
     return now
 
 
 def kinds(store: JobStore, job: NewJob) -> list[str]:
-    """Of all its events; their numbers have no gap."""
+    """List the kinds of all its events; checks that their numbers have no gap."""
     events = store.events({job.job_id: 0})
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     return [event.kind for event in events]

@@ -1,6 +1,6 @@
-"""A PostgreSQL server of the tests' own, on a free port, with a password; stopped and removed after them.
+"""A PostgreSQL server for the tests, on a free port, with a password; removed afterwards.
 
-``postgres_url`` is for whoever needs a server (its database is empty at first and shared by the session),
+``postgres_url`` is a server whose database the session shares (empty at first),
 ``fresh_postgres_url`` a database of one test's own.
 """
 
@@ -25,7 +25,7 @@ _START_S, _INSTALL_S = 60, 600
 
 
 def _programs() -> Path | None:
-    """The directory with initdb and pg_ctl of the newest version there is."""
+    """Find the directory with initdb and pg_ctl of the newest installed version."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
     if found:
         return found[-1].parent
@@ -34,7 +34,7 @@ def _programs() -> Path | None:
 
 
 def _install() -> str:
-    """Returns what went wrong, "" for nothing."""
+    """Install PostgreSQL; return the failure, or ""."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return "it is not installed, and this user cannot install it"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -47,7 +47,7 @@ def _install() -> str:
 
 
 def _as_server(command: list[str]) -> list[str]:
-    """PostgreSQL refuses to run as root."""
+    """Have a command run as the user postgres: the server refuses root."""
     return ["runuser", "-u", "postgres", "--", *command] if os.geteuid() == 0 else command
 
 
@@ -67,7 +67,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """SQLAlchemy's URL of an empty database in a server that was started for it."""
+    """SQLAlchemy's URL of an empty database in a server started for it."""
     if _programs() is None and (reason := _install()):
         pytest.skip(f"needs PostgreSQL: {reason}")
     programs = _programs()
@@ -82,10 +82,10 @@ def postgres_url() -> Iterator[str]:
         data, port = root / "data", _free_port()
         how = ["-U", USER, "-A", "scram-sha-256", "--pwfile", str(root / "password"), "-E", "UTF8", "--no-locale"]
         _run([str(programs / "initdb"), "-D", str(data), *how])
-        # Faster: it is never lost with the machine, and what it promises its clients is not what is tried.
+        # Faster; durability across a machine crash is not tested here.
         options = f"-c fsync=off -p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={root}"
         control = [str(programs / "pg_ctl"), "-D", str(data), "-w", "-t", str(_START_S)]
-        # Its own output into a file: who keeps a pipe open is waited for.
+        # Output goes to a file: with a pipe, the call would wait for the server to close it.
         _run([*control, "-l", str(root / "log"), "-o", options, "start"])
         stack.callback(_run, [*control, "-m", "immediate", "stop"])
         yield f"postgresql+psycopg://{USER}:{PASSWORD}@127.0.0.1:{port}/postgres"
@@ -100,7 +100,7 @@ def fresh_postgres_url(postgres_url: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def fresh_database(postgres_url: str) -> Iterator[str]:
-    """Make a database in a server, for the time of the block; its URL."""
+    """Create a database in a server for the duration of the block; give its URL."""
     name = f"jobs_{secrets.token_hex(6)}"
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
@@ -109,7 +109,7 @@ def fresh_database(postgres_url: str) -> Iterator[str]:
 
 
 def load_dump(url: str, path: Path) -> None:
-    """Run what ``pg_dump`` wrote into an empty database."""
+    """Load a ``pg_dump`` file into an empty database."""
     programs = _programs()
     assert programs is not None, "the database is in a server of theirs"
     command = [str(programs / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-f", str(path), url.replace("+psycopg", "")]

@@ -1,6 +1,6 @@
-"""What a process does that races others for a database: ``python -m tests.jobs.racing ACTION URL NUMBER``.
+"""A process that races others for a database: ``python -m tests.jobs.racing ACTION URL NUMBER``.
 
-It says "ready", begins at the first line from its parent, and prints what came of it as JSON.
+It prints "ready", starts at the first line of input, and prints its result as JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from deployments.jobs.store import JobStore
 from tests.jobs.making import COMPLETED, LIMITS, claim, lease_of, limits_with, new_job, num_queued
 
 _ROOT = Path(__file__).parents[2]
-# For all of them: start, work and end, on a machine with other things to do.
+# For the whole race on a busy machine.
 _RACE_S = 100
 
 
 def race(action: str, url: str, number: int, num_processes: int) -> list[Any]:
-    """What each of so many processes has to tell that were let go at once."""
+    """Start processes at the same moment; return the result of each."""
     command = [sys.executable, "-m", "tests.jobs.racing", action, url, str(number)]
     running = [
         subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -51,7 +51,7 @@ def _open(url: str, _: int) -> str:
 
 
 def _claim(url: str, number: int) -> list[str]:
-    """Claims and ends jobs until all of them have ended, whoever did it."""
+    """Claim and end jobs until all jobs have ended."""
     store, mine = JobStore.open(url), []
     deadline_s = time.monotonic() + _RACE_S
     while time.monotonic() < deadline_s:
@@ -64,7 +64,7 @@ def _claim(url: str, number: int) -> list[str]:
 
 
 def _create(url: str, number: int) -> dict[str, int]:
-    """Creates jobs in a queue for ``number``, twice as many as it takes."""
+    """Create twice as many jobs as the queue's bound, ``number``."""
     store, limits = JobStore.open(url), limits_with(max_queued=number)
     told = {"accepted": 0, "refused": 0, "most": 0}
     for _ in range(2 * number):
@@ -78,13 +78,13 @@ def _create(url: str, number: int) -> dict[str, int]:
 
 
 def _repeat(url: str, number: int) -> list[str]:
-    """The job of one idempotency key, asked for several times."""
+    """Create a job with one idempotency key several times."""
     store = JobStore.open(url)
     return [store.create(new_job(idempotency_key="again"), LIMITS).job_id for _ in range(number)]
 
 
 def _die(url: str, _: int) -> None:
-    """Accepts a job, tells of it, and is killed at once."""
+    """Accept a job, print its id, and die of SIGKILL at once."""
     import os
     import signal
 
@@ -95,7 +95,7 @@ def _die(url: str, _: int) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run one action."""
     action, url, number = sys.argv[1:]
     actions = {"open": _open, "claim": _claim, "create": _create, "repeat": _repeat, "die": _die}
     print("ready", flush=True)

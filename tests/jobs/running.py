@@ -1,4 +1,4 @@
-"""A runner with a real database, and pipelines that are not there."""
+"""A runner with a real database and fake pipelines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DEADLINE_S = 30.0
 
 
 class FakePipeline:
-    """Four steps, which wait for the stage's gate, and an end."""
+    """A pipeline of four steps, which wait for the stage's gate, and a result."""
 
     def __init__(self, stage: FakeStage, request: Any, context: RequestContext, job: Job, begin_from: Any) -> None:
         self.stage, self.request, self.context, self.job = stage, request, context, job
@@ -95,7 +95,7 @@ def finished_of(context: RequestContext, request: Any) -> Finished:
 
 
 class FakeStage:
-    """Makes pipelines, and holds them up."""
+    """Makes pipelines and holds them at a gate."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -116,7 +116,7 @@ class FakeStage:
 
 
 class Service:
-    """A Director's inside on a directory; several may be on one."""
+    """The inside of a Director; several may share a directory."""
 
     def __init__(self, directory: Path, layout: CheckpointLayout, **changed: Any) -> None:
         self.store = JobStore.open(f"sqlite:///{directory}/jobs.sqlite3")
@@ -149,7 +149,7 @@ class Service:
         return job
 
     async def stream(self, request: GenerationRequest = SMALL, limit_s: float = 60.0) -> AsyncIterator[Any]:
-        """As the Director does it."""
+        """Submit an attached job and stream its events, as the Director does."""
         context = RequestContext.new(None, limit_s, new_job_id())
         self.runner.expect(context.job_id, context)
         try:
@@ -168,7 +168,7 @@ class Service:
         return job
 
     def die(self) -> None:
-        """As a SIGKILL: nothing is said, nothing is tidied up."""
+        """Stop like SIGKILL: no message, no cleanup."""
         for claimed in self.runner._claimed.values():
             claimed.stop_reason = StopReason.LOST  # so nothing is recorded
         for task in self.runner._alive:
@@ -177,7 +177,7 @@ class Service:
 
 @pytest.fixture
 def serve(tmp_path: Path, tiny_nano: Path) -> Callable[..., None]:
-    """Runs a test's coroutine with what makes services on one directory."""
+    """Run a test's coroutine with a factory of services on one directory."""
     layout = CheckpointLayout.open(tiny_nano)
 
     def run(body: Callable[[Callable[..., Service]], Coroutine[Any, Any, None]]) -> None:

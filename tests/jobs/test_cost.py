@@ -1,4 +1,4 @@
-"""What requests cost, and how fast work is done."""
+"""Work of requests, and measured throughput."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cosmos3_core.shapes import Geometry
 from deployments.jobs.cost import CostModel, Throughput
 
 
-def test_attention_and_matrices_cost_the_same_where_they_do_on_nano() -> None:
+def test_attention_share_of_work_matches_nano() -> None:
     """720p: 44,160 tokens, of which attention is 66 % (2427 of 3654 TFLOP a step, both branches)."""
     cost = CostModel.of(Geometry(), TransformerConfig())
     assert cost.tokens_at_par == pytest.approx(23_552)
@@ -42,22 +42,22 @@ def test_work_counts_steps_branches_and_tokens(tiny_nano: Path) -> None:
     assert tight.compute_work(resolve(request, layout)) == pytest.approx(8), "at par a token counts twice"
 
 
-def test_throughput_of_one_after_the_other() -> None:
+def test_throughput_of_sequential_jobs_is_that_of_each() -> None:
     alone = Throughput()
     for number in range(5):
         assert alone.add(100, start_s=10 * number, end_s=10 * number + 10) == pytest.approx(10)
 
 
 @pytest.mark.parametrize("apart_s", [0.0, 0.1, 5.0])
-def test_throughput_of_many_side_by_side(apart_s: float) -> None:
-    """Sixteen that take turns end one step, or one decoding, apart."""
+def test_throughput_of_concurrent_jobs_is_their_sum(apart_s: float) -> None:
+    """Sixteen jobs that take turns end one step, or one decode, apart."""
     throughput = Throughput()
     for number in range(16):
         found = throughput.add(100, start_s=0, end_s=160 + apart_s * number)
     assert found == pytest.approx(1600 / (160 + 15 * apart_s), rel=0.1)
 
 
-def test_throughput_of_short_ones_beside_a_long_one() -> None:
+def test_throughput_counts_short_jobs_beside_a_long_one() -> None:
     throughput = Throughput()
     for number in range(10):
         throughput.add(10, start_s=10 * number + 2, end_s=10 * number + 3)
@@ -66,13 +66,13 @@ def test_throughput_of_short_ones_beside_a_long_one() -> None:
     assert throughput.add(1000, start_s=100, end_s=200) == pytest.approx(2110 / 200, rel=0.1)
 
 
-def test_idle_time_is_no_slowness() -> None:
+def test_idle_time_does_not_lower_throughput() -> None:
     throughput = Throughput()
     throughput.add(100, start_s=0, end_s=10)
     assert throughput.add(100, start_s=1000, end_s=1010) == pytest.approx(10)
 
 
-def test_what_is_long_ago_has_a_small_say() -> None:
+def test_old_measurements_count_little() -> None:
     throughput = Throughput()
     throughput.add(1e6, start_s=0, end_s=10)
     for number in range(100):

@@ -1,4 +1,4 @@
-"""Where jobs are: which URLs, how a file is opened, what transactions promise, what failures say."""
+"""Databases: accepted URLs, how a file is opened, guarantees of transactions, messages of failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sqlite_url(directory: Path) -> str:
     return f"sqlite:///{directory}/jobs.sqlite3"
 
 
-# Where it is
+# URLs
 
 
 def config(**values: object) -> AppConfig:
@@ -36,7 +36,7 @@ def resolved(**values: object) -> str:
     return database_url(config(**values))
 
 
-def test_jobs_are_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_database_is_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media = {"directory": str(tmp_path / "new" / "media")}
     assert resolved(media=media, name="my.app") == f"sqlite:///{tmp_path}/new/media/jobs-my.app.sqlite3"
     assert (tmp_path / "new" / "media").is_dir()
@@ -47,13 +47,13 @@ def test_jobs_are_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert SECRET not in repr(config(jobs={"database": url}))
 
 
-def test_a_strange_directory_makes_a_url_that_leads_there(tmp_path: Path) -> None:
+def test_a_directory_with_special_characters_is_quoted(tmp_path: Path) -> None:
     directory = tmp_path / "a b%2F?#é"
     Database(resolved(media={"directory": str(directory)})).close()
     assert (directory / "jobs-cosmos3.sqlite3").is_file()
 
 
-def test_no_place_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_state_directory_names_the_key_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JobsError, match="cannot be made.*set media.directory or jobs.database"):
         resolved(media={"directory": str(tmp_path / "file" / "media")})
@@ -83,7 +83,7 @@ def test_other_urls_are_refused(url: str, message: str) -> None:
     assert SECRET not in str(caught.value)
 
 
-def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobsError, match="No such file or directory.*make its directory first"):
         Database(sqlite_url(tmp_path / "nowhere"))
     (tmp_path / "jobs.sqlite3").write_text("this is a letter, which is long enough to look at " * 40)
@@ -103,7 +103,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
         f"postgresql+psycopg://user:{SECRET}@/jobs?host=127.0.0.1&port=1",
     ],
 )
-def test_a_server_that_is_not_there_is_said_without_the_password(url: str) -> None:
+def test_an_unreachable_server_is_reported_without_the_password(url: str) -> None:
     with pytest.raises(JobsError, match="jobs of PostgreSQL at 127.0.0.1.* failed: .*refused") as caught:
         Database(url)
     assert SECRET not in str(caught.value)
@@ -112,7 +112,7 @@ def test_a_server_that_is_not_there_is_said_without_the_password(url: str) -> No
 
 
 @pytest.mark.slow
-def test_a_wrong_password_is_said_without_it(postgres_url: str) -> None:
+def test_a_wrong_password_is_reported_without_it(postgres_url: str) -> None:
     wrong = re.sub(":[^:/]*@", f":{SECRET}@", postgres_url)
     with pytest.raises(JobsError, match="check the user and password in jobs.database") as caught:
         Database(wrong)
@@ -121,7 +121,7 @@ def test_a_wrong_password_is_said_without_it(postgres_url: str) -> None:
         Database(postgres_url.removesuffix("postgres") + "nowhere")
 
 
-def test_whatever_fails_nobody_reads_the_password(tmp_path: Path) -> None:
+def test_no_failure_shows_the_password(tmp_path: Path) -> None:
     opened = Database(sqlite_url(tmp_path))
     opened._secrets = (SECRET,)
     with pytest.raises(JobsError) as caught, opened.reading():
@@ -130,10 +130,10 @@ def test_whatever_fails_nobody_reads_the_password(tmp_path: Path) -> None:
     opened.close()
 
 
-# A file
+# SQLite files
 
 
-def test_a_file_is_for_this_user_alone_and_keeps_what_it_was_told(tmp_path: Path) -> None:
+def test_a_file_is_private_and_durable(tmp_path: Path) -> None:
     opened = Database(sqlite_url(tmp_path))
     with opened.writing() as connection:
         pragmas = {
@@ -153,8 +153,8 @@ def test_a_file_system_without_shared_memory_is_refused(tmp_path: Path, monkeypa
         Database(sqlite_url(tmp_path))
 
 
-def test_the_write_ahead_log_is_waited_for(tmp_path: Path) -> None:
-    """SQLite itself fails at once where somebody else has the file."""
+def test_enabling_the_write_ahead_log_waits_for_the_lock(tmp_path: Path) -> None:
+    """SQLite itself fails at once if another process holds the file."""
     path = tmp_path / "jobs.sqlite3"
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
@@ -186,7 +186,7 @@ def runners(opened: Database) -> set[str]:
         return set(connection.execute(text("SELECT runner FROM runners")).scalars())
 
 
-def test_a_transaction_is_whole_or_not_at_all(opened: Database) -> None:
+def test_a_transaction_is_atomic(opened: Database) -> None:
     with opened.writing() as connection:
         connection.execute(ADD, {"runner": "a"})
     with pytest.raises(KeyError), opened.writing() as connection:
@@ -199,7 +199,7 @@ def test_a_transaction_is_whole_or_not_at_all(opened: Database) -> None:
     opened.close()
 
 
-def test_those_who_decide_wait_for_each_other_and_readers_do_not(opened: Database, jobs_url: str) -> None:
+def test_writers_wait_for_each_other_and_readers_do_not(opened: Database, jobs_url: str) -> None:
     other, has_begun, order = Database(jobs_url), threading.Event(), []
 
     def second() -> None:
@@ -222,7 +222,7 @@ def test_those_who_decide_wait_for_each_other_and_readers_do_not(opened: Databas
     other.close()
 
 
-def test_threads_of_a_process_wait_for_each_other(opened: Database) -> None:
+def test_threads_of_one_process_wait_for_each_other(opened: Database) -> None:
     def add(i: int) -> None:
         with opened.writing(is_queue=True) as connection:
             connection.execute(ADD, {"runner": str(i)})
@@ -237,7 +237,7 @@ def test_threads_of_a_process_wait_for_each_other(opened: Database) -> None:
 
 
 @pytest.mark.parametrize("who", ["another process", "another thread"])
-def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+def test_waiting_for_the_lock_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.2)
     opened = Database(sqlite_url(tmp_path))
     holder = opened if who == "another thread" else Database(sqlite_url(tmp_path))
@@ -250,19 +250,19 @@ def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who
 
 
 @pytest.mark.slow
-def test_waiting_for_postgres_has_an_end(fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_postgres_times_out(fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.5)
     opened = Database(fresh_postgres_url)
     with opened.writing(is_queue=True):
         with pytest.raises(JobsError, match="lock timeout; others kept it busy"), opened.writing(is_queue=True):
             pytest.fail("both decide")
-        with opened.writing():  # who decides nothing does not wait
+        with opened.writing():  # a reader does not wait
             pass
     opened.close()
 
 
 @pytest.mark.slow
-def test_a_connection_that_the_server_has_closed_is_made_anew(fresh_postgres_url: str) -> None:
+def test_a_connection_closed_by_the_server_is_reopened(fresh_postgres_url: str) -> None:
     opened, other = Database(fresh_postgres_url), Database(fresh_postgres_url)
     assert runners(opened) == set()
     with other.writing() as connection:
@@ -276,16 +276,16 @@ def test_a_connection_that_the_server_has_closed_is_made_anew(fresh_postgres_url
 @pytest.mark.parametrize(
     ("server_s", "ahead_s"), [(97.0, 3.0), (100.0, 0.0), (104.0, 0.0), (110.0, 0.0), (113.0, -3.0)]
 )
-def test_a_slow_answer_is_no_wrong_clock(server_s: float, ahead_s: float) -> None:
+def test_a_slow_answer_is_not_taken_for_a_wrong_clock(server_s: float, ahead_s: float) -> None:
     assert database._compute_lead_s(100.0, server_s, 110.0) == ahead_s
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead_s", [-30.0, 30.0])
-def test_a_clock_that_goes_wrong_is_refused(
+def test_a_wrong_clock_is_refused(
     ahead_s: float, fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Leases would run out at once, or not at all."""
+    """With it, leases would expire at once, or never."""
     Database(fresh_postgres_url).close()
     now = time.time
     monkeypatch.setattr(database.time, "time", lambda: now() + ahead_s)

@@ -1,4 +1,4 @@
-"""The feed of events on every database; what it does for callers over HTTP is in tests/api/test_job_events.py."""
+"""The feed of events on every database; over HTTP it is tested in tests/api/test_job_events.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ DEADLINE_S = 60.0
 
 
 @pytest.mark.parametrize(("after", "seqs"), [(-5, [1, 2]), (0, [1, 2]), (1, [2]), (2, []), (2**31, []), (2**70, [])])
-def test_any_number_is_the_number_of_an_event(after: int, seqs: list[int], store: JobStore) -> None:
-    """Also one that is larger than the database's own: who sends it must not end what others follow."""
+def test_any_integer_is_accepted_as_an_event_number(after: int, seqs: list[int], store: JobStore) -> None:
+    """One too large for the database must not break the query that other followers share."""
     told, other = new_job(), new_job()
     for new in (told, other):
         store.create(new, LIMITS)
@@ -37,8 +37,8 @@ def test_any_number_is_the_number_of_an_event(after: int, seqs: list[int], store
     assert [event.kind for event in others] == ["started", "completed"]
 
 
-def test_many_who_follow_long_stories_take_turns(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's begin is behind another one's end, and nobody waits between two full looks."""
+def test_followers_of_long_histories_take_turns(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No follower waits for another's end, and full pages are read without pause."""
     monkeypatch.setattr(feeds, "_MAX_EVENTS", 10)
     monkeypatch.setattr(feeds, "_POLL_S", DEADLINE_S / 10)
     ids = []

@@ -1,4 +1,4 @@
-"""Files of jobs, in a directory and an archive: what comes back, what damage and killed writers do, what goes."""
+"""Files of jobs in a directory and an archive: round trips, damage, killed writers, sweeps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEADLINE_S = 60.0
 
 
 class Place:
-    """Where files are, and a way to them beside :class:`JobFiles`."""
+    """A place of files, with access that bypasses :class:`JobFiles`."""
 
     def __init__(self, directory: Path, archive_url: str | None) -> None:
         self.raw = fsspec.filesystem("memory" if str(archive_url).startswith("memory") else "file")
@@ -69,7 +69,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 @pytest.mark.parametrize(
     "data", [DATA, b"", memoryview(DATA)[5:], b"\n\0" * 1000], ids=["some", "none", "view", "lines"]
 )
-def test_bytes_come_back(place: Place, data: bytes) -> None:
+def test_bytes_survive_a_round_trip(place: Place, data: bytes) -> None:
     job_id = new_job_id()
     assert not place.files.exists(job_id, "checkpoint")
     place.files.put(job_id, "checkpoint", data)
@@ -93,7 +93,7 @@ def test_bytes_come_back(place: Place, data: bytes) -> None:
     ],
     ids=lambda array: f"{array.dtype}{list(array.shape)}",
 )
-def test_arrays_come_back(place: Place, array: np.ndarray) -> None:
+def test_arrays_survive_a_round_trip(place: Place, array: np.ndarray) -> None:
     job_id = new_job_id()
     place.files.put(job_id, "clip", array)
     found = place.files.get(job_id, "clip")
@@ -103,13 +103,13 @@ def test_arrays_come_back(place: Place, array: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("array", [np.array([{}], object), np.array(["a"]), np.zeros(1, "V8"), np.zeros((1,) * 9)])
-def test_what_would_need_pickle_is_no_array(place: Place, array: Any) -> None:
+def test_an_array_that_needs_pickle_is_refused(place: Place, array: Any) -> None:
     with pytest.raises(ValueError, match="must be an array of numbers"):
         place.files.put(new_job_id(), "clip", array)
     assert place.left() == []
 
 
-def test_a_file_takes_the_place_of_the_one_before(place: Place) -> None:
+def test_a_file_replaces_the_one_before(place: Place) -> None:
     job_id = new_job_id()
     for data in (DATA, b"new", DATA[1:]):
         place.files.put(job_id, "checkpoint", data)
@@ -118,7 +118,7 @@ def test_a_file_takes_the_place_of_the_one_before(place: Place) -> None:
     assert place.left() == [f"{job_id}/checkpoint", f"{job_id}/image"]
 
 
-def test_removing_takes_all_of_a_job_and_nothing_else(place: Place) -> None:
+def test_removing_a_job_removes_all_its_files_and_no_other(place: Place) -> None:
     one, other = new_job_id(), new_job_id()
     for job_id in (one, other):
         place.files.put(job_id, "checkpoint", DATA)
@@ -136,7 +136,7 @@ PATHS = ["", "..", "../x", "a/b", "A", "a1", "a" * 17, ".part", "a\n", "ä", Non
 
 
 @pytest.mark.parametrize("name", PATHS, ids=repr)
-def test_what_is_no_name_never_becomes_a_path(place: Place, name: Any) -> None:
+def test_an_invalid_name_never_becomes_a_path(place: Place, name: Any) -> None:
     for job_id, file_name in ((new_job_id(), name), (name, "image"), (f"video_gen_{name}", "image")):
         with pytest.raises(ValueError, match="must be"):
             place.files.put(job_id, file_name, DATA)
@@ -149,8 +149,8 @@ def test_what_is_no_name_never_becomes_a_path(place: Place, name: Any) -> None:
     assert place.left() == []
 
 
-def test_every_damage_is_found(place: Place) -> None:
-    """Whichever byte it is, and wherever the file ends."""
+def test_every_kind_of_damage_is_found(place: Place) -> None:
+    """Any flipped byte, and any truncation."""
     job_id = new_job_id()
     for data in (b"some state", np.arange(4, dtype=np.uint8).reshape(2, 2)):
         place.files.put(job_id, "checkpoint", data)
@@ -166,7 +166,7 @@ def test_every_damage_is_found(place: Place) -> None:
         place.files.get(job_id, "checkpoint")
 
 
-def test_a_sweep_takes_what_nobody_needs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_removes_unneeded_files(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper_module, "ORPHAN_S", 2 * KEEP_S)
     known, fresh, old, ended = new_job_id(), new_job_id(), new_job_id(), new_job_id()
     for job_id in (known, old, ended):
@@ -188,8 +188,8 @@ def test_a_sweep_takes_what_nobody_needs(place: Place, monkeypatch: pytest.Monke
     assert set(asked) == {known, fresh, old, ended}
 
 
-def test_needs_of_any_number_of_jobs_are_found(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several queries: databases bound how much one may be given."""
+def test_needs_are_found_for_any_number_of_jobs(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several queries: databases bound the parameters of one."""
     monkeypatch.setattr(store_module, "_IDS_AT_ONCE", 2)
     waiting = [store.create(new_job(), LIMITS).job_id for _ in range(5)]
     store.cancel(waiting[4])
@@ -197,7 +197,7 @@ def test_needs_of_any_number_of_jobs_are_found(store: JobStore, monkeypatch: pyt
     assert store.folder_needs([]) == {}
 
 
-def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_file_is_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper_module, "ORPHAN_S", KEEP_S)
     job_id, now_s = new_job_id(), time.time()
     place.files.put(job_id, "image", DATA)
@@ -209,8 +209,8 @@ def test_the_last_file_counts_for_a_jobs_age(place: Place, monkeypatch: pytest.M
     assert place.sweep(lambda _: {}, now_s + 7 * KEEP_S) == 1
 
 
-def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
-    """Killed again and again while it writes: what is there is always whole, and what is left over is swept."""
+def test_a_killed_writer_leaves_the_previous_file(tmp_path: Path) -> None:
+    """Killed repeatedly while writing: the file is always complete, and leftovers are swept."""
     program = (
         "import sys\nfrom pathlib import Path\nfrom deployments.media.job_files import JobFiles\n"
         "from deployments.media.objects import DirectoryObjects\n"
@@ -234,7 +234,7 @@ def test_a_killed_writer_leaves_the_file_before(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / job_id) == ["checkpoint"]
 
 
-def test_a_writer_that_dies_before_the_name_leaves_the_file_before(
+def test_a_writer_that_dies_before_the_rename_leaves_the_previous_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id, files = new_job_id(), JobFiles(DirectoryObjects(tmp_path))
@@ -253,8 +253,8 @@ def test_a_writer_that_dies_before_the_name_leaves_the_file_before(
     assert os.listdir(tmp_path) == [job_id]
 
 
-def test_putting_and_removing_at_once_ends_with_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is removed just when the file is to go into it."""
+def test_a_put_during_a_removal_ends_with_either_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is removed just before the file is moved into it."""
     job_id, files = new_job_id(), JobFiles(DirectoryObjects(tmp_path))
     replace, num_removed = Path.replace, 0
 
@@ -270,7 +270,7 @@ def test_putting_and_removing_at_once_ends_with_either(tmp_path: Path, monkeypat
     assert files.get(job_id, "image") == DATA
 
 
-def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
+def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("in its place")
     files, job_id = JobFiles(DirectoryObjects(tmp_path / "store")), new_job_id()
     with pytest.raises(MediaError, match="image of video_gen_.* cannot be written"):
@@ -287,19 +287,19 @@ def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
         ("nosuch://bucket/p", "nosuch://bucket/p cannot be opened: .*nosuch"),
     ],
 )
-def test_an_archive_that_there_is_not(tmp_path: Path, url: str, said: str) -> None:
+def test_an_invalid_archive_url_is_refused(tmp_path: Path, url: str, said: str) -> None:
     with pytest.raises(ObjectsError, match=said):
         open_objects(url)
 
 
-def test_an_archive_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ObjectsError, match="s3:// needs a package that is not installed: .*s3fs"):
         open_objects("s3://bucket/prefix")
 
 
 class Unreachable(fsspec.AbstractFileSystem):
-    """Says what it was opened with in whatever it raises."""
+    """A file system whose errors contain the options it was opened with."""
 
     protocol = "unreachable"
 

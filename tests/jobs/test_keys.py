@@ -1,4 +1,4 @@
-"""API keys: made, checked, removed; and the command that does it."""
+"""API keys: created, verified, revoked; and the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deployments.launch import cli
 from tests.jobs.making import Clock
 
 
-def test_a_key_comes_back_by_its_text(store: JobStore, clock: Clock) -> None:
+def test_a_key_is_found_by_its_text(store: JobStore, clock: Clock) -> None:
     new = NewKey(
         name="Team Ä",
         service_class="batch",
@@ -40,7 +40,7 @@ def test_a_key_comes_back_by_its_text(store: JobStore, clock: Clock) -> None:
     assert store.keys.verify(other_text) == plain
 
 
-def test_no_text_is_kept(store: JobStore, jobs_url: str) -> None:
+def test_no_key_text_is_stored(store: JobStore, jobs_url: str) -> None:
     key, text = store.keys.create(NewKey(name="a"))
     secret = text.removeprefix(f"c3_{key.key_id}_")
     assert key.secret_sha256 == hashlib.sha256(secret.encode()).hexdigest()
@@ -55,7 +55,7 @@ def test_no_text_is_kept(store: JobStore, jobs_url: str) -> None:
 
 
 def wrong_texts(text: str) -> list[str]:
-    """Almost a key's."""
+    """Texts that almost match a key."""
     key_id, secret = text[3:19], text[20:]
     changed = ("A" if secret[0] != "A" else "B") + secret[1:]
     return [
@@ -81,7 +81,7 @@ def test_any_other_text_is_refused(store: JobStore) -> None:
 
 
 def test_every_refusal_takes_the_same_work(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One look into the database, one hash, one comparison in constant time; whatever is wrong."""
+    """One query, one hash, one comparison in constant time, whatever is wrong."""
     revoked, revoked_text = store.keys.create(NewKey(name="gone"))
     store.keys.revoke(revoked.key_id)
     _, text = store.keys.create(NewKey(name="a"))
@@ -106,7 +106,7 @@ def test_every_refusal_takes_the_same_work(store: JobStore, monkeypatch: pytest.
         done.clear()
 
 
-def test_a_revoked_key_is_refused_and_still_known(store: JobStore, clock: Clock) -> None:
+def test_a_revoked_key_is_refused_but_still_listed(store: JobStore, clock: Clock) -> None:
     key, text = store.keys.create(NewKey(name="a"))
     other, other_text = store.keys.create(NewKey(name="b"))
     clock.passes(5)
@@ -131,13 +131,13 @@ def test_a_revoked_key_is_refused_and_still_known(store: JobStore, clock: Clock)
         ({"limits": KeyLimits(max_running=-1)}, "max_running must be a whole number from 1 to 1000000 (got -1)"),
     ],
 )
-def test_a_key_that_is_none_is_not_made(store: JobStore, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_key_is_not_created(store: JobStore, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
         store.keys.create(NewKey(**{"name": "a", **changes}))
     assert store.keys.list() == ()
 
 
-def test_there_is_a_bound(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_keys_is_bounded(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "MAX_KEYS", 2)
     made = [store.keys.create(NewKey(name="a"))[0] for _ in range(2)]
     with pytest.raises(JobsError, match="at most 2 keys may be valid.*revoke one first"):
@@ -150,13 +150,13 @@ def test_there_is_a_bound(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def cosmos3(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, output, errors."""
+    """Run the command; return exit status, output and errors."""
     status = cli.main(["keys", *arguments])
     said = capsys.readouterr()
     return status, said.out, said.err
 
 
-def test_the_command_makes_lists_and_removes_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_adds_lists_and_removes_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"sqlite:///{tmp_path}/jobs.sqlite3"
     where = ("--database", url)
     status, text, said = cosmos3(
@@ -207,7 +207,7 @@ def test_the_command_finds_the_apps_database(
         (("list", "--set", "jobs.x=1"), "jobs.x: no such key"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_the_command_reports_errors_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     status, said, error = cosmos3(capsys, *arguments, "--database", f"sqlite:///{tmp_path}/jobs.sqlite3")

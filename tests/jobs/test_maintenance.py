@@ -1,4 +1,4 @@
-"""What is done about jobs now and then: which files go when."""
+"""Periodic maintenance of jobs: which files are removed, and when."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def maintenance(store: JobStore, tmp_path: Path) -> Maintenance:
 
 
 def with_media(maintenance: Maintenance, media: MediaStore) -> Maintenance:
-    """The same of another store of clips."""
+    """Return the same maintenance for another media store."""
     jobs = maintenance.jobs
     return replace(maintenance, jobs=JobService(jobs.store, jobs.files, media, 1))
 
@@ -48,7 +48,7 @@ def has_picture(maintenance: Maintenance, job: Job) -> bool:
 
 
 def completed(maintenance: Maintenance) -> Job:
-    """With a picture that it came with, and a clip."""
+    """Make a completed job with an input picture and a clip."""
     with_picture(maintenance)
     job = claimed(maintenance.jobs.store)
     media_id = new_media_id(job.job_id)
@@ -59,7 +59,7 @@ def completed(maintenance: Maintenance) -> Job:
     return maintenance.jobs.store.finish(lease_of(job), COMPLETED, keep_media_s=KEEP_MEDIA_S)
 
 
-def test_files_of_jobs_that_will_be_run_stay(maintenance: Maintenance) -> None:
+def test_files_of_queued_jobs_are_kept(maintenance: Maintenance) -> None:
     waiting = with_picture(maintenance)
     running = claimed(maintenance.jobs.store)
     other = with_picture(maintenance)
@@ -69,7 +69,7 @@ def test_files_of_jobs_that_will_be_run_stay(maintenance: Maintenance) -> None:
     assert has_picture(maintenance, other)
 
 
-def test_files_of_jobs_that_are_not_there_yet_stay(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_job_that_is_not_created_yet_are_kept(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
     new = new_job()
     maintenance.jobs.files.put(new.job_id, "image", b"picture")
     maintenance.sweep_folders()
@@ -81,7 +81,7 @@ def test_files_of_jobs_that_are_not_there_yet_stay(maintenance: Maintenance, mon
 
 
 @pytest.mark.parametrize("end", ["cancelled", "abandoned", "runner_died", "not_served", "given_back"])
-def test_files_that_no_job_is_made_of_any_more_go(end: str, maintenance: Maintenance, clock: Clock) -> None:
+def test_old_files_without_a_job_are_removed(end: str, maintenance: Maintenance, clock: Clock) -> None:
     store = maintenance.jobs.store
     job = with_picture(maintenance, attached_to="gone" if end == "abandoned" else None)
     if end == "cancelled":
@@ -107,7 +107,7 @@ def test_files_that_no_job_is_made_of_any_more_go(end: str, maintenance: Mainten
     assert not has_picture(maintenance, job)
 
 
-def test_what_a_completed_job_came_with_stays_as_long_as_its_clip(maintenance: Maintenance, clock: Clock) -> None:
+def test_inputs_of_a_completed_job_are_kept_as_long_as_its_clip(maintenance: Maintenance, clock: Clock) -> None:
     kept, removed, expired = completed(maintenance), completed(maintenance), completed(maintenance)
     maintenance.jobs.remove_files(removed)
     maintenance.sweep_folders()
@@ -119,8 +119,8 @@ def test_what_a_completed_job_came_with_stays_as_long_as_its_clip(maintenance: M
     assert os.listdir(maintenance.jobs.media.directory) == []
 
 
-def test_too_many_bytes_take_whole_folders_of_the_longest_completed(maintenance: Maintenance, clock: Clock) -> None:
-    """What is to be run stays, and counts up to half."""
+def test_too_many_bytes_remove_the_oldest_completed_jobs_folders(maintenance: Maintenance, clock: Clock) -> None:
+    """Files of unfinished jobs stay, and count for up to half of the bytes."""
     jobs = []
     for _ in range(4):
         jobs.append(completed(maintenance))
@@ -138,7 +138,7 @@ def test_too_many_bytes_take_whole_folders_of_the_longest_completed(maintenance:
     assert [has_picture(maintenance, job) for job in (*jobs, waiting)] == [False, False, False, False, True]
 
 
-def test_a_forgotten_job_takes_its_files_with_it(maintenance: Maintenance, clock: Clock) -> None:
+def test_a_forgotten_jobs_files_are_removed(maintenance: Maintenance, clock: Clock) -> None:
     job = completed(maintenance)
     clock.passes(KEEP_S + 1)
     maintenance.sweep_jobs()
@@ -147,8 +147,8 @@ def test_a_forgotten_job_takes_its_files_with_it(maintenance: Maintenance, clock
     assert maintenance.jobs.media.find(job.media_id) is None
 
 
-def test_what_an_unfinished_job_needs_is_never_swept(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However old its files are, and however many bytes: input, state, the try that grows and the one before."""
+def test_files_of_an_unfinished_job_are_never_swept(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their age and size: input, state, the growing attempt and the one before."""
     job = with_picture(maintenance)
     running = claimed(maintenance.jobs.store)
     maintenance.jobs.files.put(job.job_id, "checkpoint", b"state")
@@ -165,10 +165,10 @@ def test_what_an_unfinished_job_needs_is_never_swept(maintenance: Maintenance, m
     assert maintenance.jobs.media.expect(growing).live_name == "live.mp4"
 
 
-def test_apps_that_share_a_directory_keep_what_an_unfinished_job_of_another_one_needs(
+def test_a_sweep_keeps_files_of_another_apps_unfinished_job(
     maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As long as the other one sweeps, too; what no app needs goes."""
+    """As long as the other app sweeps too; unneeded files are removed."""
     waiting, orphan = with_picture(maintenance), new_job()
     maintenance.jobs.files.put(orphan.job_id, "image", b"picture")
     monkeypatch.setattr(sweeper, "read_written_s", lambda *_: 1.0)
@@ -183,7 +183,7 @@ def test_apps_that_share_a_directory_keep_what_an_unfinished_job_of_another_one_
     assert media.sweep(lambda _: {}, time.time() + sweeper.ORPHAN_S + 60) == 1
 
 
-def test_runners_together_are_as_fast_as_they_are_many(store: JobStore) -> None:
+def test_speed_is_the_sum_over_runners(store: JobStore) -> None:
     store.create(new_job(work=30.0), LIMITS)
     waiting = store.create(new_job(work=30.0), LIMITS)
     assert claim(store, "one") is not None
