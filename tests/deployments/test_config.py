@@ -1,4 +1,4 @@
-"""The configuration: files load, keys are frozen, faults are named."""
+"""The configuration: shipped files load, the set of keys is frozen, errors are named."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ KEYS = {
 }
 
 
-def test_the_keys_are_these_and_no_others() -> None:
+def test_the_set_of_keys_is_frozen() -> None:
     assert set(AppConfig.model_fields) == KEYS[""]
     for name in KEYS.keys() - {""}:
         model = AppConfig.model_fields[name].annotation
@@ -226,7 +226,7 @@ def test_the_laptop_fits_two_cores() -> None:
         ),
     ],
 )
-def test_faults_are_named(change: dict[str, Any], said: str) -> None:
+def test_errors_name_key_and_value(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         AppConfig.parse({"checkpoint": "x", **change})
     assert said in str(caught.value)
@@ -254,7 +254,7 @@ URL = "postgresql+psycopg://user:hush@host/jobs"
         ({"checkpoint": "x", "jobs": {"database": URL, "poll_s": 0}}, "jobs.poll_s=0: Input should be greater than 0"),
     ],
 )
-def test_faults_show_no_passwords(values: dict[str, Any], said: str) -> None:
+def test_errors_show_no_passwords(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         AppConfig.parse(values)
     assert said in str(caught.value)
@@ -268,7 +268,7 @@ def test_a_configuration_shows_no_passwords() -> None:
 
 
 @pytest.mark.parametrize("selector", ["H200", "!H200", "in(H100,H200)", "!in(H100)"])
-def test_labels_are_those_that_ray_takes(selector: str) -> None:
+def test_labels_follow_rays_rules(selector: str) -> None:
     from ray.util.placement_group import validate_placement_group
 
     labels = {"ray.io/accelerator-type": selector}
@@ -301,7 +301,7 @@ def test_a_stages_labels_and_a_gangs_shares_reach_serve(tiny_nano: Path) -> None
 
 
 def _deployments(application: Any) -> list[Any]:
-    """Of an application, every deployment, those that others are bound to included."""
+    """List every deployment of an application, including bound ones."""
     bound = application._bound_deployment
     found = [bound]
     for argument in bound.init_args:
@@ -329,7 +329,7 @@ def test_every_process_opens_the_store_itself(tiny_nano: Path, tmp_path: Path) -
     assert AppConfig.parse({"checkpoint": "x"}).media.directory is None
 
 
-def test_a_packaged_file_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_file_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert config_file("four-gpus") == CONFIGS / "four-gpus.yaml"
     with pytest.raises(ConfigError, match="one of the packaged autoscaling, four-gpus, laptop, one-gpu"):
@@ -338,14 +338,14 @@ def test_a_packaged_file_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert AppConfig.read(config_file("laptop")).checkpoint == Path("mine")
 
 
-def test_every_fault_is_listed_at_once() -> None:
+def test_all_errors_are_listed_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         AppConfig.parse({"nam": "x", "http": {"port": -1}})
     for part in ("checkpoint", "nam: no such key; did you mean name?", "http.port"):
         assert part in str(caught.value)
 
 
-def test_overrides_and_unreadable_files(tmp_path: Path) -> None:
+def test_overrides_apply_and_unreadable_files_are_named(tmp_path: Path) -> None:
     config = AppConfig.read(CONFIGS / "laptop.yaml", {"http.port": 9000, "vae.dtype": None})
     assert (config.http.port, config.vae.dtype, config.name) == (9000, None, "cosmos3")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""The archive of a media store: what nodes without a common directory find, read and remove; what breaks on the way."""
+"""The archive of a media store: nodes without a shared directory find, read and remove files; outages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LONG = os.urandom(1 << 20) * 3 + b"end"
 
 
 class Wavering(MemoryFileSystem):
-    """Objects in memory; fails when it is told to, and counts what it is asked for."""
+    """Objects in memory that fail on demand and count calls."""
 
     protocol = "wavering"
     asked: list[tuple[str, str]] = []  # noqa: RUF012 - of all instances, which are one a thread
@@ -102,7 +102,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 class Nodes:
-    """Two stores without a directory in common."""
+    """Two stores without a shared directory."""
 
     def __init__(self, directory: Path, url: str) -> None:
         self.one, self.other = (MediaStore(directory / name, 1 << 30, KEEP_S, url) for name in ("one", "other"))
@@ -124,12 +124,12 @@ def nodes(tmp_path: Path, url: str) -> Nodes:
 
 @pytest.fixture
 def objects(tmp_path: Path) -> Nodes:
-    """Whose archive can be made to fail."""
+    """The archive's objects, which can be made to fail."""
     return Nodes(tmp_path, f"wavering://someone:secret@{uuid.uuid4().hex}/prefix")
 
 
 def fail(*, verb: str = "", name: str = "", times: int = 1_000_000) -> None:
-    """Have so many of what is asked fail from now on; of all of it by default."""
+    """Make the next calls fail; all methods by default."""
     left = times
 
     def is_failing(asked_verb: str, asked_name: str) -> bool:
@@ -159,7 +159,7 @@ def make(store: MediaStore, data: bytes = DATA) -> str:
 
 
 def asked(store: MediaStore, media_id: str, **headers: str) -> tuple[int, Headers, bytes]:
-    """What HTTP says."""
+    """Return the HTTP answer."""
     status, given, body = 0, Headers(), b""
 
     async def receive() -> Any:
@@ -181,7 +181,7 @@ def asked(store: MediaStore, media_id: str, **headers: str) -> tuple[int, Header
 
 
 def sweep(store: MediaStore, now_s: float | None = None) -> int:
-    """Sweep as where the database has none of the jobs."""
+    """Sweep with a database that knows none of the jobs."""
     return store.sweep(lambda _: {}, time.time() if now_s is None else now_s)
 
 
@@ -189,7 +189,7 @@ def code(body: bytes) -> str:
     return str(json.loads(body)["error"]["code"])
 
 
-def test_a_clip_is_found_and_read_where_it_was_not_made(nodes: Nodes) -> None:
+def test_a_clip_is_read_on_another_node(nodes: Nodes) -> None:
     media_id, entry = begin(nodes.one)
     record = nodes.other.expect(media_id)
     assert (record.state, record.live_name) == (WRITING, ""), "what grows cannot be seen"
@@ -207,7 +207,7 @@ def test_a_clip_is_found_and_read_where_it_was_not_made(nodes: Nodes) -> None:
     assert nodes.archived() == [f"{media_id}/{name}" for name in ("begun.json", "clip.mp4", "ended.json")]
 
 
-def test_a_new_machine_finds_what_was_made(nodes: Nodes, tmp_path: Path, url: str) -> None:
+def test_a_new_machine_finds_archived_clips(nodes: Nodes, tmp_path: Path, url: str) -> None:
     media_id = make(nodes.one)
     shutil.rmtree(nodes.one.directory)
     again = MediaStore.of(MediaConfig(directory=nodes.one.directory, max_bytes=1 << 30, keep_s=KEEP_S, archive=url))
@@ -215,7 +215,7 @@ def test_a_new_machine_finds_what_was_made(nodes: Nodes, tmp_path: Path, url: st
     assert asked(again, media_id)[::2] == (200, DATA)
 
 
-def test_what_the_directory_lost_is_read_from_the_archive(nodes: Nodes) -> None:
+def test_files_lost_from_the_directory_are_read_from_the_archive(nodes: Nodes) -> None:
     media_id = make(nodes.one, LONG)
     small = MediaStore(nodes.one.directory, 1, KEEP_S)
     assert sweep(small) == 1
@@ -223,7 +223,7 @@ def test_what_the_directory_lost_is_read_from_the_archive(nodes: Nodes) -> None:
     assert read(nodes.one, media_id) == LONG
 
 
-def test_http_gives_all_of_it_from_the_archive(nodes: Nodes) -> None:
+def test_http_serves_whole_files_and_ranges_from_the_archive(nodes: Nodes) -> None:
     media_id = make(nodes.one, LONG)
     here, there = (asked(store, media_id) for store in (nodes.one, nodes.other))
     assert here == there
@@ -241,7 +241,7 @@ def test_http_gives_all_of_it_from_the_archive(nodes: Nodes) -> None:
     assert asked(nodes.other, media_id, range=f"bytes={len(LONG)}-")[0] == 416
 
 
-def test_what_grows_elsewhere_is_not_ready(nodes: Nodes) -> None:
+def test_a_clip_that_grows_on_another_node_is_not_ready(nodes: Nodes) -> None:
     media_id, _ = begin(nodes.one)
     status, headers, body = asked(nodes.other, media_id)
     assert (status, code(body), headers["retry-after"]) == (409, "media_not_ready", "1")
@@ -250,7 +250,7 @@ def test_what_grows_elsewhere_is_not_ready(nodes: Nodes) -> None:
     assert (status, code(body)) == (410, "media_failed")
 
 
-def test_who_follows_what_grows_elsewhere_gets_it_when_it_is_done(nodes: Nodes) -> None:
+def test_a_follower_of_a_clip_on_another_node_gets_it_when_complete(nodes: Nodes) -> None:
     media_id, entry = begin(nodes.one)
     entry.path.write_bytes(DATA)
     record = nodes.other.expect(media_id)
@@ -269,7 +269,7 @@ def test_who_follows_what_grows_elsewhere_gets_it_when_it_is_done(nodes: Nodes) 
     assert asyncio.run(follow()) == DATA
 
 
-def test_a_failure_is_known_wherever_it_is_said(nodes: Nodes) -> None:
+def test_a_failure_is_known_on_every_node(nodes: Nodes) -> None:
     for sayer in (nodes.one, nodes.other):
         media_id, entry = begin(nodes.one)
         entry.path.write_bytes(DATA)
@@ -282,14 +282,14 @@ def test_a_failure_is_known_wherever_it_is_said(nodes: Nodes) -> None:
         assert nodes.archived() == []
 
 
-def test_what_is_done_does_not_fail(nodes: Nodes) -> None:
+def test_a_completed_clip_cannot_fail(nodes: Nodes) -> None:
     media_id = make(nodes.one)
     nodes.other.fail(media_id, "too late")
     nodes.one.fail(media_id, "too late")
     assert nodes.one.expect(media_id).state == nodes.other.expect(media_id).state == DONE
 
 
-def test_removing_takes_it_out_of_the_archive(nodes: Nodes) -> None:
+def test_removing_a_clip_removes_it_from_the_archive(nodes: Nodes) -> None:
     for remover in (nodes.one, nodes.other):
         media_id, kept = make(nodes.one), make(nodes.one)
         remover.remove(media_id)
@@ -301,7 +301,7 @@ def test_removing_takes_it_out_of_the_archive(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize("remover", ["one", "other"])
-def test_what_is_removed_while_it_is_written_does_not_come_back(nodes: Nodes, remover: str) -> None:
+def test_a_clip_removed_while_it_is_written_stays_removed(nodes: Nodes, remover: str) -> None:
     media_id, entry = begin(nodes.one)
     entry.path.write_bytes(DATA)
     getattr(nodes, remover).remove(media_id)
@@ -311,7 +311,7 @@ def test_what_is_removed_while_it_is_written_does_not_come_back(nodes: Nodes, re
     assert nodes.other.find(media_id) is None
 
 
-def test_a_store_with_another_archive_is_another_one(nodes: Nodes, tmp_path: Path) -> None:
+def test_nodes_must_share_one_archive(nodes: Nodes, tmp_path: Path) -> None:
     elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1, f"wavering://someone:secret@{uuid.uuid4().hex}")
     with pytest.raises(MediaStoreError, match="nor in wavering://.*: all nodes need the same media.archive") as raised:
         elsewhere.expect(make(nodes.one))
@@ -322,7 +322,7 @@ JOB = f"video_gen_{'0' * 32}"
 
 
 @pytest.mark.parametrize("media_id", ["", "..", JOB, f"{JOB}/..", "0" * 32, f"{JOB}/{'A' * 32}", None, 5])
-def test_what_is_no_id_is_never_asked_for(objects: Nodes, media_id: Any) -> None:
+def test_an_invalid_id_is_never_looked_up(objects: Nodes, media_id: Any) -> None:
     Wavering.asked.clear()
     assert objects.one.find(media_id) is None
     objects.one.fail(media_id, "why")
@@ -333,7 +333,7 @@ def test_what_is_no_id_is_never_asked_for(objects: Nodes, media_id: Any) -> None
 
 
 def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To its end, and from a place in it; never the whole of it at once."""
+    """From the start and from an offset; never the whole file at once."""
     media_id = make(objects.one, LONG)
     sizes: list[int] = []
     cat = MemoryFileSystem.cat_file
@@ -365,7 +365,7 @@ def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.Monk
 # When the archive fails
 
 
-def test_a_clip_whose_file_does_not_get_there_is_not_done(objects: Nodes) -> None:
+def test_a_clip_is_not_complete_until_its_file_is_archived(objects: Nodes) -> None:
     for name in ("clip.mp4", "ended.json"):
         media_id, entry = begin(objects.one)
         entry.path.write_bytes(DATA)
@@ -381,14 +381,14 @@ def test_a_clip_whose_file_does_not_get_there_is_not_done(objects: Nodes) -> Non
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "ended.json", "begun.json"])
-def test_what_fails_twice_is_tried_a_third_time(objects: Nodes, name: str) -> None:
+def test_an_archive_call_is_tried_three_times(objects: Nodes, name: str) -> None:
     fail(verb="put", name=name, times=2)
     media_id = make(objects.one)
     assert read(objects.other, media_id) == DATA
     assert Wavering.asked.count(("put", name)) == 3
 
 
-def test_a_clip_that_cannot_be_begun_there_is_not_begun(objects: Nodes) -> None:
+def test_a_clip_that_the_archive_refuses_is_not_started(objects: Nodes) -> None:
     fail(verb="put")
     media_id = new_media_id(new_job_id())
     with pytest.raises(MediaError, match=r"the media archive cannot take .*: wavering://\*\*\*@"):
@@ -397,7 +397,7 @@ def test_a_clip_that_cannot_be_begun_there_is_not_begun(objects: Nodes) -> None:
     assert objects.one.expect(media_id).state == FAILED
 
 
-def test_what_cannot_be_asked_for_is_not_said_to_be_gone(objects: Nodes, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_archive_outage_is_not_reported_as_expired(objects: Nodes, caplog: pytest.LogCaptureFixture) -> None:
     media_id, local = make(objects.one), make(objects.other)
     fail()
     with pytest.raises(MediaError, match="cannot be looked up") as raised:
@@ -414,7 +414,7 @@ def test_what_cannot_be_asked_for_is_not_said_to_be_gone(objects: Nodes, caplog:
     assert read(objects.other, media_id) == DATA
 
 
-def test_a_file_that_cannot_be_read_breaks_the_connection(objects: Nodes) -> None:
+def test_an_archive_outage_while_reading_breaks_the_connection(objects: Nodes) -> None:
     record = objects.other.expect(make(objects.one))
     fail(verb="get", name="clip.mp4")
 
@@ -428,8 +428,8 @@ def test_a_file_that_cannot_be_read_breaks_the_connection(objects: Nodes) -> Non
 
 
 @pytest.mark.parametrize("damaged", [b"", b"{", b"\0" * 50, b'{"media_id": "../../etc"}', b"[" * 50_000])
-def test_a_damaged_record_is_none(nodes: Nodes, damaged: bytes) -> None:
-    """What a killed writer may leave in a store of files."""
+def test_a_damaged_record_counts_as_none(nodes: Nodes, damaged: bytes) -> None:
+    """A killed writer may leave one where objects are files."""
     media_id, entry = begin(nodes.one)
     entry.path.write_bytes(DATA)
     nodes.raw.pipe_file(nodes.path(media_id, "ended.json"), damaged)
@@ -438,7 +438,7 @@ def test_a_damaged_record_is_none(nodes: Nodes, damaged: bytes) -> None:
     assert nodes.other.find(media_id) is None
 
 
-def test_anothers_record_is_none(nodes: Nodes) -> None:
+def test_a_record_of_another_id_counts_as_none(nodes: Nodes) -> None:
     one, other = make(nodes.one), make(nodes.one)
     nodes.raw.pipe_file(nodes.path(one, "ended.json"), nodes.raw.cat_file(nodes.path(other, "ended.json")))
     nodes.raw.pipe_file(nodes.path(one, "begun.json"), nodes.raw.cat_file(nodes.path(other, "begun.json")))
@@ -459,7 +459,7 @@ def test_anothers_record_is_none(nodes: Nodes) -> None:
         ("file:///proc/none", "media.archive /proc/none cannot be used: .*; check media.archive"),
     ],
 )
-def test_an_archive_that_cannot_be_used_is_told_at_once(
+def test_an_unusable_archive_is_refused_at_the_start(
     tmp_path: Path, url: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -470,11 +470,11 @@ def test_an_archive_that_cannot_be_used_is_told_at_once(
     assert "secret" not in repr(MediaConfig(directory=tmp_path, max_bytes=1, keep_s=1, archive=url))
 
 
-# Who ends it
+# Who records the end
 
 
 def test_an_end_is_created_once(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it was there a moment after the last look: the one who comes second is refused, and knows it."""
+    """If it appears just after the last look, the second writer is refused and sees the first one's end."""
     assert nodes.one.archive is not None
     assert nodes.one.archive.creates_once
     _, entry = begin(nodes.one)
@@ -506,7 +506,9 @@ def test_a_directory_without_hard_links_creates_once_as_well(tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_an_end_whose_answer_was_lost_is_ones_own(objects: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_whose_answer_was_lost_is_recognised_as_ones_own(
+    objects: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put, is_lost = Wavering.pipe_file, True
 
     def put_and_lose(self: Wavering, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
@@ -523,7 +525,7 @@ def test_an_end_whose_answer_was_lost_is_ones_own(objects: Nodes, monkeypatch: p
 
 
 class LooksFirst(Wavering):
-    """Creates as fsspec's own default does: a look, then a write."""
+    """Creates as fsspec's default does: checks, then writes."""
 
     protocol = "looksfirst"
     pipe_file = fsspec.AbstractFileSystem.pipe_file
@@ -533,7 +535,7 @@ class LooksFirst(Wavering):
         return super()._strip_protocol(str(path).replace("looksfirst://", "wavering://"))
 
 
-def test_an_archive_that_cannot_create_once_says_so(
+def test_an_archive_that_cannot_create_once_logs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.register_implementation("looksfirst", LooksFirst, clobber=True)
@@ -548,10 +550,10 @@ def test_an_archive_that_cannot_create_once_says_so(
 
 
 @pytest.mark.parametrize(("has_mode", "creates_once"), [(True, True), (False, False)])
-def test_object_stores_say_by_their_mode_whether_they_create_once(
+def test_exclusive_creation_is_detected_by_pipe_files_mode(
     *, has_mode: bool, creates_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As s3fs and gcsfs, which override it, and as what knows no mode."""
+    """Like s3fs and gcsfs, which override it, and like file systems without a mode."""
 
     class WithMode:
         async_impl = True
@@ -582,7 +584,7 @@ def aged(nodes: Nodes, media_id: str, seconds: float) -> None:
                     os.utime(changed, (changed_s, changed_s))
 
 
-def test_what_is_old_goes_and_what_is_new_stays(nodes: Nodes) -> None:
+def test_old_clips_are_swept_and_new_ones_kept(nodes: Nodes) -> None:
     old, new, failed, given_up = make(nodes.one), make(nodes.one), begin(nodes.one)[0], begin(nodes.one)[0]
     nodes.one.fail(failed, "why")
     for media_id, seconds in ((old, KEEP_S + 5), (new, KEEP_S - 50), (failed, KEEP_S + 5), (given_up, KEEP_S + 5)):
@@ -592,7 +594,7 @@ def test_what_is_old_goes_and_what_is_new_stays(nodes: Nodes) -> None:
     damaged = new_media_id(new_job_id())
     nodes.raw.makedirs(nodes.path(damaged), exist_ok=True)
     nodes.raw.pipe_file(nodes.path(damaged, "ended.json"), b"no record")
-    staying = {"mine", damaged}  # in an object store there is nothing to tell its age by: it may be new
+    staying = {"mine", damaged}  # an object store does not tell its age: it may be new
     if nodes.raw.protocol[0] == "file":
         for path in ((damaged, "ended.json"), (damaged,), (damaged.partition("/")[0],)):
             os.utime(nodes.path(*path), (1, 1))
@@ -605,8 +607,8 @@ def test_what_is_old_goes_and_what_is_new_stays(nodes: Nodes) -> None:
     assert {name.rpartition("/")[0] for name in nodes.archived()} == staying
 
 
-def test_what_a_job_needs_stays_and_what_it_does_not_need_goes(nodes: Nodes) -> None:
-    """As the database says it, whatever the files say."""
+def test_files_that_a_job_needs_are_kept_and_others_swept(nodes: Nodes) -> None:
+    """The database decides, whatever the files' ages."""
     needed, expired, failed = (make(nodes.one) for _ in range(3))
     for media_id in (needed, expired, failed):
         aged(nodes, media_id, 10 * KEEP_S)
@@ -615,14 +617,14 @@ def test_what_a_job_needs_stays_and_what_it_does_not_need_goes(nodes: Nodes) -> 
     assert {name.rpartition("/")[0] for name in nodes.archived()} == {needed}
 
 
-def test_many_bytes_are_no_matter_in_the_archive(nodes: Nodes, url: str) -> None:
+def test_the_archive_has_no_bound_of_bytes(nodes: Nodes, url: str) -> None:
     media_ids = [make(nodes.one) for _ in range(3)]
     assert MediaStore(nodes.one.directory, 1, KEEP_S, url).sweep(None, time.time()) == 3
     assert os.listdir(nodes.one.directory) == []
     assert all(read(nodes.one, media_id) == DATA for media_id in media_ids)
 
 
-def test_it_is_looked_at_less_often_and_of_known_jobs_nothing_is_read(objects: Nodes) -> None:
+def test_the_archive_is_swept_seldom_without_reading_known_jobs(objects: Nodes) -> None:
     media_ids, now_s = [make(objects.one) for _ in range(3)], time.time()
     needs = {media_id.partition("/")[0]: KEEP_S for media_id in media_ids}
     Wavering.asked.clear()
@@ -636,7 +638,7 @@ def test_it_is_looked_at_less_often_and_of_known_jobs_nothing_is_read(objects: N
     assert objects.archived() == []
 
 
-def test_a_sweep_that_fails_sweeps_the_directory_all_the_same(objects: Nodes) -> None:
+def test_an_archive_outage_does_not_stop_the_directorys_sweep(objects: Nodes) -> None:
     make(objects.one)
     fail(verb="list")
     with pytest.raises(MediaError, match="the media store cannot be swept"):
@@ -646,7 +648,7 @@ def test_a_sweep_that_fails_sweeps_the_directory_all_the_same(objects: Nodes) ->
     assert sweep(objects.one, time.time() + 2 * KEEP_S) == 1, "and the next one goes on"
 
 
-def test_files_of_a_job_lie_beside_its_clip(nodes: Nodes, url: str) -> None:
+def test_a_jobs_files_are_beside_its_clip(nodes: Nodes, url: str) -> None:
     media_id = make(nodes.one)
     files, job_id = JobFiles(open_objects(url)), media_id.partition("/")[0]
     files.put(job_id, "image", DATA)
@@ -660,7 +662,7 @@ def test_files_of_a_job_lie_beside_its_clip(nodes: Nodes, url: str) -> None:
     assert nodes.archived() == []
 
 
-def test_a_record_says_nothing_else_in_the_archive(nodes: Nodes) -> None:
+def test_an_archived_record_has_the_same_content(nodes: Nodes) -> None:
     media_id = make(nodes.one)
     record = MediaRecord.of_json(nodes.raw.cat_file(nodes.path(media_id, "ended.json")), media_id.partition("/")[0])
     assert record == nodes.one.expect(media_id)

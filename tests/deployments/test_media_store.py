@@ -1,4 +1,4 @@
-"""The media store: what readers, writers and sweepers of several processes find; who is first; what damage does."""
+"""The media store shared by readers, writers and sweepers of several processes; damage; races."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def found(store: MediaStore, media_id: str) -> MediaRecord:
 
 
 def age(store: MediaStore, media_id: str, seconds: float) -> None:
-    """Have a clip's files and records be older."""
+    """Make a clip's files and records older."""
     folder = store.directory / media_id
     for path in (*folder.iterdir(), folder, folder.parent):
         if path.suffix == ".json":
@@ -67,7 +67,7 @@ def age(store: MediaStore, media_id: str, seconds: float) -> None:
 
 
 def left(store: MediaStore) -> list[str]:
-    """Media ids of what is there, and names of what is no folder of a job."""
+    """List the media ids in the store, and names that are no job's folder."""
     found = []
     for path in store.directory.iterdir():
         inside = sorted(path.iterdir()) if path.name.startswith("video_gen_") and path.is_dir() else []
@@ -76,11 +76,11 @@ def left(store: MediaStore) -> list[str]:
 
 
 def sweep(store: MediaStore, now_s: float | None = None) -> int:
-    """Sweep as where the database has none of the jobs."""
+    """Sweep with a database that knows none of the jobs."""
     return store.sweep(lambda _: {}, time.time() if now_s is None else now_s)
 
 
-def test_a_clip_is_written_then_done(store: MediaStore) -> None:
+def test_a_clip_is_written_then_complete(store: MediaStore) -> None:
     before_s = time.time()
     media_id, entry = begin(store)
     reader = MediaStore(store.directory, 1, 1)
@@ -102,13 +102,13 @@ def test_a_clip_is_written_then_done(store: MediaStore) -> None:
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json", "live.mp4"]
 
 
-def test_a_clip_without_a_file_that_grows(store: MediaStore) -> None:
+def test_a_clip_may_lack_a_live_file(store: MediaStore) -> None:
     media_id, entry = begin(store, is_live=False)
     assert entry.live_path is None
     assert found(store, media_id).live_name == ""
 
 
-def test_parts_of_a_finished_file(store: MediaStore) -> None:
+def test_a_finished_file_is_read_in_parts(store: MediaStore) -> None:
     media_id = make(store)
     assert read(store, media_id) == DATA
     assert read(store, media_id, 10, 5) == DATA[10:15]
@@ -117,7 +117,7 @@ def test_parts_of_a_finished_file(store: MediaStore) -> None:
     assert read(store, media_id, len(DATA), 100) == read(store, media_id, 1 << 60, 100) == b""
 
 
-def test_a_finished_file_that_is_gone_is_said_to_be(store: MediaStore) -> None:
+def test_a_lost_file_is_not_found(store: MediaStore) -> None:
     media_id = make(store)
     store.file_path(found(store, media_id)).unlink()
     with pytest.raises(FileNotFoundError):
@@ -133,7 +133,7 @@ OTHERS += [OUTSIDE.replace("/", "/../"), OUTSIDE.partition("/")[0], "x" * 1_000_
 
 
 @pytest.mark.parametrize("media_id", [*PATHS, *OTHERS], ids=lambda value: repr(value)[:20])
-def test_what_is_no_id_never_becomes_a_path(store: MediaStore, media_id: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_id_never_becomes_a_path(store: MediaStore, media_id: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media_store, "find_record", lambda _, folder: pytest.fail(f"{folder} was looked at"))
     assert store.find(media_id) is None
     monkeypatch.setattr(DirectoryObjects, "remove", lambda *names: pytest.fail(f"{names} was to be removed"))
@@ -147,13 +147,13 @@ def test_what_is_no_id_never_becomes_a_path(store: MediaStore, media_id: Any, mo
 
 
 @pytest.mark.parametrize(("media_type", "suffix"), [("video", ".mp4"), ("video/mp4", "/../a"), ("video/mp4", "")])
-def test_what_is_no_ending_never_becomes_a_path(store: MediaStore, media_type: str, suffix: str) -> None:
+def test_an_invalid_suffix_never_becomes_a_path(store: MediaStore, media_type: str, suffix: str) -> None:
     with pytest.raises(ValueError, match="must match"):
         store.create(new_media_id(new_job_id()), media_type, suffix, is_live=True)
     assert left(store) == []
 
 
-def test_an_id_is_for_one_clip(store: MediaStore) -> None:
+def test_an_id_is_used_for_one_clip(store: MediaStore) -> None:
     media_id = make(store)
     with pytest.raises(MediaError, match="cannot take"):
         store.create(media_id, "video/mp4", ".mp4", is_live=True)
@@ -161,7 +161,7 @@ def test_an_id_is_for_one_clip(store: MediaStore) -> None:
     assert left(store) == [media_id]
 
 
-def test_a_failure_is_for_good_and_said_once(store: MediaStore) -> None:
+def test_the_first_failure_is_final(store: MediaStore) -> None:
     media_id, entry = begin(store)
     entry.path.write_bytes(DATA)
     other = MediaStore(store.directory, 1, 1)
@@ -177,7 +177,7 @@ def test_a_failure_is_for_good_and_said_once(store: MediaStore) -> None:
     assert found(store, media_id) == record
 
 
-def test_what_is_done_does_not_fail(store: MediaStore) -> None:
+def test_a_completed_clip_cannot_fail(store: MediaStore) -> None:
     media_id = make(store)
     record = found(store, media_id)
     store.fail(media_id, "too late")
@@ -186,8 +186,8 @@ def test_what_is_done_does_not_fail(store: MediaStore) -> None:
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json"]
 
 
-def test_of_those_who_end_a_clip_at_once_one_does(store: MediaStore) -> None:
-    """And everybody agrees which, then and later."""
+def test_one_of_several_concurrent_ends_wins(store: MediaStore) -> None:
+    """All of them see the same winner, then and later."""
     for _ in range(20):
         media_id, entry = begin(store)
         entry.path.write_bytes(DATA)
@@ -215,7 +215,7 @@ def test_of_those_who_end_a_clip_at_once_one_does(store: MediaStore) -> None:
         assert bool(record.reason) != has_finished
 
 
-def test_a_failure_that_cannot_be_written_is_no_second_error(
+def test_a_failure_that_cannot_be_recorded_raises_nothing(
     store: MediaStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     media_id, _ = begin(store)
@@ -230,20 +230,20 @@ def test_a_failure_that_cannot_be_written_is_no_second_error(
     assert found(store, media_id).state == WRITING
 
 
-def test_a_file_that_is_not_there_is_not_done(store: MediaStore) -> None:
+def test_a_clip_without_a_file_cannot_complete(store: MediaStore) -> None:
     media_id, entry = begin(store)
     with pytest.raises(MediaError, match="is not in the media store"):
         entry.finish()
     assert found(store, media_id).state == WRITING
 
 
-def test_a_store_that_is_another_one(store: MediaStore, tmp_path: Path) -> None:
+def test_stores_of_other_directories_are_not_equal(store: MediaStore, tmp_path: Path) -> None:
     elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1)
     with pytest.raises(MediaStoreError, match=f"in {elsewhere.directory}: media.directory must be one directory for"):
         elsewhere.expect(make(store))
 
 
-def test_a_file_is_on_the_disk_before_it_is_done(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_before_it_is_complete(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     media_id, entry = begin(store)
     synced: list[tuple[str, str]] = []
     fsync = os.fsync
@@ -263,7 +263,7 @@ def test_a_file_is_on_the_disk_before_it_is_done(store: MediaStore, monkeypatch:
 # Removing
 
 
-def test_removing_takes_all_of_a_clip_and_nothing_else(store: MediaStore) -> None:
+def test_removing_a_clip_removes_all_its_files_and_no_other(store: MediaStore) -> None:
     media_id, kept = make(store), make(store)
     failed = begin(store)[0]
     store.fail(failed, "why")
@@ -275,7 +275,7 @@ def test_removing_takes_all_of_a_clip_and_nothing_else(store: MediaStore) -> Non
     assert read(store, kept) == DATA
 
 
-def test_who_watches_a_clip_that_is_removed_is_told_and_its_writer_fails(
+def test_removing_a_growing_clip_ends_its_viewers_and_writer(
     store: MediaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     media_id, entry = begin(store)
@@ -296,15 +296,15 @@ def test_who_watches_a_clip_that_is_removed_is_told_and_its_writer_fails(
     assert left(store) == []
 
 
-def test_who_has_begun_to_read_can_read_on_when_it_is_removed(store: MediaStore) -> None:
+def test_an_open_file_can_be_read_after_its_removal(store: MediaStore) -> None:
     media_id = make(store)
     with store.open(found(store, media_id)) as file:
         store.remove(media_id)
         assert file.read() == DATA
 
 
-def test_it_is_gone_at_once_and_the_rest_goes_with_a_sweep(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the rename, or not able to delete."""
+def test_an_interrupted_removal_is_finished_by_a_sweep(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process was killed after the rename, or could not delete."""
     media_id = make(store)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     store.remove(media_id)
@@ -315,7 +315,7 @@ def test_it_is_gone_at_once_and_the_rest_goes_with_a_sweep(store: MediaStore, mo
     assert left(store) == []
 
 
-def test_what_cannot_be_removed_is_said(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_removal_is_logged(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     media_id = make(store)
 
     def refuse(*_: Any) -> None:
@@ -331,7 +331,7 @@ def test_what_cannot_be_removed_is_said(store: MediaStore, monkeypatch: pytest.M
 # Sweeping
 
 
-def test_what_is_old_goes_and_what_is_new_stays(store: MediaStore) -> None:
+def test_old_clips_are_swept_and_new_ones_kept(store: MediaStore) -> None:
     old, new, failed = make(store), make(store), begin(store)[0]
     store.fail(failed, "why")
     age(store, old, KEEP_S + 5)
@@ -344,7 +344,7 @@ def test_what_is_old_goes_and_what_is_new_stays(store: MediaStore) -> None:
     assert left(store) == []
 
 
-def test_a_clip_that_grows_stays_and_one_that_does_not_is_given_up(store: MediaStore) -> None:
+def test_growing_clips_are_kept_and_stalled_ones_failed(store: MediaStore) -> None:
     growing, given_up = begin(store), begin(store)
     for media_id, entry in (growing, given_up):
         assert entry.live_path is not None
@@ -359,7 +359,7 @@ def test_a_clip_that_grows_stays_and_one_that_does_not_is_given_up(store: MediaS
         given_up[1].finish()
 
 
-def test_too_many_bytes_take_the_longest_finished_ones(tmp_path: Path) -> None:
+def test_too_many_bytes_remove_the_oldest_finished_clips(tmp_path: Path) -> None:
     store = MediaStore(tmp_path, max_bytes=35_000, keep_s=KEEP_S)
     clips = [make(store, bytes(10_000)) for _ in range(4)]
     for index, media_id in enumerate(clips):
@@ -375,7 +375,7 @@ def test_too_many_bytes_take_the_longest_finished_ones(tmp_path: Path) -> None:
     assert sweep(store) == 0
 
 
-def test_as_many_bytes_as_may_be_stay_and_one_more_is_too_many(store: MediaStore) -> None:
+def test_the_bound_of_bytes_is_exact(store: MediaStore) -> None:
     make(store), make(store)
     num_bytes = sum(path.stat().st_size for path in store.directory.glob("*/*/*"))
     assert sweep(MediaStore(store.directory, num_bytes, KEEP_S)) == 0
@@ -383,7 +383,7 @@ def test_as_many_bytes_as_may_be_stay_and_one_more_is_too_many(store: MediaStore
     assert len(left(store)) == 1
 
 
-def test_files_of_jobs_count_up_to_half_of_the_bytes(tmp_path: Path) -> None:
+def test_files_of_unfinished_jobs_count_for_up_to_half_of_the_bytes(tmp_path: Path) -> None:
     store, job_id = MediaStore(tmp_path, max_bytes=50_000, keep_s=KEEP_S), new_job_id()
     files = JobFiles(store.objects)
     clips = [make(store, bytes(10_000)) for _ in range(4)]
@@ -429,7 +429,7 @@ DAMAGES += ["live path", "state", "no hash", "text", "true", "NaN", "huge", "end
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_clip_is_nobodys_and_hinders_no_sweep(store: MediaStore, name: str) -> None:
+def test_a_damaged_clip_is_not_found_and_does_not_stop_a_sweep(store: MediaStore, name: str) -> None:
     damaged, old = begin(store)[0], make(store)
     path = store.directory / damaged / "begun.json"
     path.write_text(damage(name)(json.loads(path.read_text())))
@@ -442,13 +442,13 @@ def test_a_damaged_clip_is_nobodys_and_hinders_no_sweep(store: MediaStore, name:
     assert sweep(store) == 1, "it goes as what is not damaged"
 
 
-def test_a_damaged_end_is_none(store: MediaStore) -> None:
+def test_a_damaged_end_counts_as_none(store: MediaStore) -> None:
     media_id = make(store)
     (store.directory / media_id / "ended.json").write_text("{")
     assert found(store, media_id).state == WRITING
 
 
-def test_what_is_not_the_stores_is_left_alone(store: MediaStore, tmp_path: Path) -> None:
+def test_foreign_files_are_left_alone(store: MediaStore, tmp_path: Path) -> None:
     (store.directory / "a file").write_text("mine")
     (store.directory / ("0" * 32)).write_text("a file with a clip's name")
     (store.directory / ("1" * 32)).mkdir()
@@ -460,14 +460,14 @@ def test_what_is_not_the_stores_is_left_alone(store: MediaStore, tmp_path: Path)
     assert left(store) == before
 
 
-def test_an_archive_is_not_the_directory(tmp_path: Path) -> None:
+def test_the_archive_must_not_be_the_directory(tmp_path: Path) -> None:
     with pytest.raises(MediaStoreError, match=r"media.archive must be another place than media.directory"):
         MediaStore(tmp_path / "media", 1, KEEP_S, f"file://{tmp_path}/media")
 
 
 @pytest.mark.parametrize("name", [".{}.part", f".new-{'a' * 32}-{{}}", f".swept-{'a' * 32}-{{}}"])
-def test_what_dead_processes_left_half_done_goes(store: MediaStore, name: str) -> None:
-    """Those of earlier releases as well."""
+def test_temporary_files_of_dead_processes_are_swept(store: MediaStore, name: str) -> None:
+    """Those of earlier releases too."""
     names = [name.format(digit * 16) for digit in "0123"]
     for index, name in enumerate(names):
         (store.directory / name).mkdir()
@@ -478,8 +478,8 @@ def test_what_dead_processes_left_half_done_goes(store: MediaStore, name: str) -
     assert left(store) == sorted(names[::2])
 
 
-def test_many_sweep_write_and_read_at_once(tmp_path: Path) -> None:
-    """Nobody fails but by being told that a clip is gone, and every clip is removed by one."""
+def test_concurrent_sweeps_writes_and_reads_are_safe(tmp_path: Path) -> None:
+    """The only error is that a clip is gone, and each clip is removed once."""
     stores = [MediaStore(tmp_path, max_bytes=3 * len(DATA), keep_s=KEEP_S) for _ in range(4)]
     made: list[str] = []
     stop = threading.Event()
@@ -515,7 +515,7 @@ def test_many_sweep_write_and_read_at_once(tmp_path: Path) -> None:
 
 
 def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
-    """The writer is killed: its own process can say nothing any more."""
+    """The writer is killed, so its own process cannot record the failure."""
     program = (
         "import sys, os\nfrom pathlib import Path\nfrom deployments.jobs.job import new_job_id\n"
         "from deployments.media.layout import new_media_id\nfrom deployments.media.store import MediaStore\n"
@@ -535,10 +535,10 @@ def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
     )
 
 
-# Where it is
+# The directory
 
 
-def test_the_own_directory_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_directory_is_private_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     store = MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
     assert store.directory == tmp_path / ".local" / "state" / "cosmos3"
@@ -562,7 +562,7 @@ def test_the_own_directory_is_this_users_alone(tmp_path: Path, monkeypatch: pyte
         MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
 
 
-def test_a_directory_that_cannot_be_used_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_directory_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MediaStoreError, match="cannot be used"):
         MediaStore.of(MediaConfig(directory=tmp_path / "file" / "media", max_bytes=1, keep_s=1))

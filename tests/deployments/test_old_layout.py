@@ -1,4 +1,4 @@
-"""Files where releases until schema 0002 put them: those of known jobs are moved, whatever is killed or full."""
+"""The file layout of releases up to schema 0002: files of known jobs are moved, despite kills and full disks."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from tests.failing_steps import act_at, is_killed_at
 
 KEEP_S = 1e9
 DATA = bytes(range(256)) * 5
-# Where the archive had them, as the directory.
+# The archive's old paths; the directory's were the same.
 NAMES = ("begun.json", "clip.mp4", "ended.json", "thumbnail.json", "thumbnail-0123456789abcdef.webp")
 
 
 @dataclass
 class Old:
-    """A store with files as they were: one finished job with an input, one that waits, one and a try that
+    """A store in the old layout: one finished job with an input, one queued job, one job and one attempt that
     the database does not know.
 
     Attributes:
         store: at the directory, with the archive.
-        media_ids: of the database.
+        media_ids: those that the database knows.
     """
 
     directory: Path
@@ -66,7 +66,7 @@ class Old:
         return {job_id: left_s for job_id, left_s in known.items() if job_id in job_ids}
 
     def check(self) -> None:
-        """Everything known is in its job's folder and nowhere else, all else where it was."""
+        """Check that known files are in their jobs' folders only, and all others where they were."""
         store = self.store
         job_id = self.media_id.partition("/")[0]
         files = JobFiles(store.archive or store.objects)
@@ -85,7 +85,7 @@ class Old:
 
 
 def raw_put(url: str, path: str, data: bytes) -> None:
-    """Write a file below a URL beside everything that is tested."""
+    """Write a file below a URL without the tested code."""
     store, root = fsspec.url_to_fs(url)
     store.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
     store.pipe_file(f"{root}/{path}", data)
@@ -93,7 +93,7 @@ def raw_put(url: str, path: str, data: bytes) -> None:
 
 @dataclass
 class Written:
-    """Files as this release writes them, and the ids of what they are of."""
+    """Files as this release writes them, and their ids."""
 
     directory: Path
     finished: str
@@ -105,7 +105,7 @@ class Written:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """Made once: every file of it was forced to the disk."""
+    """Made once, because each file is synced to the disk."""
     directory = tmp_path_factory.mktemp("written")
     made = Written(directory, *(new_job_id() for _ in range(3)), uuid.uuid4().hex, uuid.uuid4().hex)
     store = MediaStore(directory, 1 << 30, KEEP_S)
@@ -123,7 +123,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 def make_old(written: Written, directory: Path, url: str | None) -> Old:
-    """Put files where they were until 0002."""
+    """Put files where releases up to 0002 had them."""
     root = f"file://{directory}/media"
     (directory / "media").mkdir()
     for path in sorted(written.directory.rglob("*")):
@@ -152,7 +152,7 @@ def old(request: pytest.FixtureRequest, written: Written, tmp_path: Path) -> Ite
     fsspec.filesystem("memory").store.clear()
 
 
-def test_everything_is_moved_once(old: Old) -> None:
+def test_known_files_are_moved_once(old: Old) -> None:
     assert old.adopt() == (3 if old.url is None else 4)
     old.check()
     assert old.adopt() == 0
@@ -175,7 +175,7 @@ def files_in(old: Old) -> dict[str, bytes]:
     return found
 
 
-def test_files_of_another_apps_database_are_left_where_that_app_finds_them(old: Old) -> None:
+def test_another_apps_files_are_not_moved(old: Old) -> None:
     media_ids, old.media_ids = old.media_ids, {}
     before = files_in(old)
     assert old.adopt() == 0
@@ -186,8 +186,8 @@ def test_files_of_another_apps_database_are_left_where_that_app_finds_them(old: 
     old.check()
 
 
-def test_what_is_not_moved_expires_by_its_age(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A try after ``keep_s``, files of a job after an hour at least; what is damaged stays."""
+def test_files_that_are_not_moved_expire_by_age(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt after ``keep_s``, a job's files after an hour at least; damaged entries stay."""
     old.adopt()
     store = MediaStore(old.directory, 1 << 30, 100.0, old.url)
     damaged = f"{old.url or f'file://{old.directory}'}/clips/{'0' * 32}"
@@ -195,7 +195,7 @@ def test_what_is_not_moved_expires_by_its_age(old: Old, monkeypatch: pytest.Monk
     before = files_in(old)
     now_s = time.time()
     for after_s, num_removed in ((90, 0), (200, 1 if old.url is None else 2), (sweeper.ORPHAN_S + 60, 1)):
-        again = MediaStore(old.directory, 1 << 30, 100.0, old.url)  # which sweeps its archive at once
+        again = MediaStore(old.directory, 1 << 30, 100.0, old.url)  # a new store, which sweeps its archive at once
         assert again.sweep(old.find_needs if after_s < 3600 else lambda _: {}, now_s + after_s) >= num_removed
     left = [path for path in files_in(old) if "/clips/" in path or "/jobs/" in path or old.stray in path]
     assert [path.rpartition("/")[2] for path in left] == ["begun.json"]
@@ -203,8 +203,8 @@ def test_what_is_not_moved_expires_by_its_age(old: Old, monkeypatch: pytest.Monk
     assert store.find(old.media_id) is None
 
 
-def test_an_encoders_sweep_of_a_cache_leaves_files_of_jobs(written: Written, tmp_path: Path) -> None:
-    """They are from when there was no archive: only a Director can know whose they are."""
+def test_an_encoders_sweep_of_a_cache_keeps_files_of_jobs(written: Written, tmp_path: Path) -> None:
+    """They predate the archive, and only a Director knows their jobs."""
     old = make_old(written, tmp_path, None)
     files = JobFiles(DirectoryObjects(old.directory))
     kept = new_job_id()
@@ -251,7 +251,7 @@ def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
 
 
 def kill_at_every_step(written: Written, place: Path, has_archive: bool) -> int:
-    """Kill a process at each step of the move of a fresh copy, then go on with it; return the number of steps."""
+    """Kill a process at each step of a move, on fresh copies, then finish the move; return the number of steps."""
     for step in itertools.count(1):
         directory = place / str(step)
         directory.mkdir()
@@ -269,12 +269,12 @@ def kill_at_every_step(written: Written, place: Path, has_archive: bool) -> int:
 def test_killed_at_any_step_it_loses_nothing_and_the_next_start_goes_on(
     has_archive: bool, written: Written, tmp_path: Path
 ) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork wants a process with one thread
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork needs a process with one thread
         assert pool.submit(kill_at_every_step, written, tmp_path, has_archive).result(300) > 10
 
 
 def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And their records are the last to appear."""
+    """Records are copied last."""
     url = f"memory://{uuid.uuid4().hex}/archive"
     old = make_old(written, tmp_path, url)
     store = old.store
@@ -296,7 +296,7 @@ def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, mo
     old.check()
 
 
-def test_what_the_store_does_not_know_is_left_alone(written: Written, tmp_path: Path) -> None:
+def test_unknown_files_are_left_alone(written: Written, tmp_path: Path) -> None:
     old = make_old(written, tmp_path, None)
     (old.directory / "notes").write_text("mine")
     (old.directory / "jobs" / "notes").write_text("mine")

@@ -1,4 +1,4 @@
-"""Variants of finished files over HTTP: what is made of what, made once, kept beside the clip, and what is refused."""
+"""Variants of finished files over HTTP: made once on request, kept beside the clip, or refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> MediaStore:
 
 @pytest.fixture(params=["directory", "archive"])
 def reading(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[MediaStore, MediaStore]]:
-    """A store where clips are made, and one that reads them; in an archive they meet there alone."""
+    """A store that makes clips and one that reads them; with an archive they share nothing else."""
     if request.param == "directory":
         store = MediaStore(tmp_path, max_bytes=1 << 30, keep_s=1000.0)
         yield store, store
@@ -122,7 +122,7 @@ def asked(store: MediaStore, media_id: str, variant: str, method: str = "GET", *
 
 
 def made_times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what is made from now on."""
+    """Record the variants made from now on."""
     names: list[str] = []
     keep = media_variants._keep
 
@@ -134,7 +134,9 @@ def made_times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_pictures_of_a_clip(reading: tuple[MediaStore, MediaStore], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_has_thumbnail_and_spritesheet(
+    reading: tuple[MediaStore, MediaStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = made_times(monkeypatch)
     media_id = make(reading[0], "mp4")
     store = reading[1]
@@ -152,7 +154,7 @@ def test_pictures_of_a_clip(reading: tuple[MediaStore, MediaStore], monkeypatch:
     assert names == ["thumbnail", "spritesheet"], "each once"
 
 
-def test_the_sound_of_a_clip(reading: tuple[MediaStore, MediaStore], tmp_path: Path) -> None:
+def test_a_clip_with_sound_has_audio(reading: tuple[MediaStore, MediaStore], tmp_path: Path) -> None:
     media_id = make(reading[0], "mp4", with_sound=True)
     answer = asked(reading[1], media_id, "audio")
     assert (answer.status, answer.headers["content-type"]) == (200, "audio/mp4")
@@ -180,7 +182,7 @@ def test_an_image_has_a_thumbnail(store: MediaStore, kind: str) -> None:
     [("mp4", "audio"), ("png", "spritesheet"), ("png", "audio"), ("wav", "thumbnail"), ("wav", "spritesheet")]
     + [("mp4", name) for name in ("action", "", "../clip", "thumbnail.json", "Thumbnail")],
 )
-def test_what_a_file_does_not_have(store: MediaStore, kind: str, variant: str) -> None:
+def test_a_variant_that_a_file_lacks_is_a_404(store: MediaStore, kind: str, variant: str) -> None:
     media_id = make(store, kind)
     before = sorted(os.listdir(store.directory / media_id))
     answer = asked(store, media_id, variant)
@@ -189,7 +191,7 @@ def test_what_a_file_does_not_have(store: MediaStore, kind: str, variant: str) -
 
 
 @pytest.mark.parametrize("variant", MADE_VARIANTS)
-def test_files_that_are_not_finished(store: MediaStore, variant: str) -> None:
+def test_variants_of_unfinished_files_are_refused(store: MediaStore, variant: str) -> None:
     media_id = new_media_id(new_job_id())
     store.create(media_id, "video/mp4", ".mp4", is_live=True)
     answer = asked(store, media_id, variant)
@@ -202,7 +204,7 @@ def test_files_that_are_not_finished(store: MediaStore, variant: str) -> None:
         assert (answer.status, answer.code) == (410, "media_expired")
 
 
-def test_ranges_tags_and_heads_are_as_of_other_files(store: MediaStore) -> None:
+def test_variants_support_ranges_etags_and_head(store: MediaStore) -> None:
     media_id = make(store, "mp4")
     whole = asked(store, media_id, "thumbnail", "HEAD")
     assert (whole.status, whole.body) == (200, b"")
@@ -217,7 +219,7 @@ def test_ranges_tags_and_heads_are_as_of_other_files(store: MediaStore) -> None:
     assert (beyond.status, beyond.code) == (416, "range_not_satisfiable")
 
 
-def test_it_counts_and_goes_with_the_clip(store: MediaStore) -> None:
+def test_a_variant_counts_and_is_removed_with_its_clip(store: MediaStore) -> None:
     media_id = make(store, "mp4", with_sound=True)
     for variant in MADE_VARIANTS:
         asked(store, media_id, variant)
@@ -230,7 +232,7 @@ def test_it_counts_and_goes_with_the_clip(store: MediaStore) -> None:
     assert asked(store, media_id, "thumbnail").status == 410
 
 
-def test_many_who_ask_at_once_get_one(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_make_one_variant(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     names = made_times(monkeypatch)
     media_id = make(store, "mp4")
 
@@ -242,10 +244,8 @@ def test_many_who_ask_at_once_get_one(store: MediaStore, monkeypatch: pytest.Mon
     assert names == ["spritesheet"]
 
 
-def test_a_caller_that_looked_before_it_was_made_does_not_make_it_again(
-    store: MediaStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first caller finds nothing, and goes on only when the second one has its file."""
+def test_a_caller_with_a_stale_look_does_not_make_it_again(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first caller finds nothing, and continues only after the second has its file."""
     names = made_times(monkeypatch)
     media_id = make(store, "mp4")
     looks = threading.Semaphore(1)
@@ -254,7 +254,7 @@ def test_a_caller_that_looked_before_it_was_made_does_not_make_it_again(
 
     def find_and_wait(*arguments: Any) -> Any:
         found = find(*arguments)
-        if looks.acquire(blocking=False):  # the first look of all
+        if looks.acquire(blocking=False):  # the very first look
             assert found is None
             has_looked.set()
             assert may_go_on.wait(DEADLINE_S)
@@ -274,8 +274,8 @@ def test_a_caller_that_looked_before_it_was_made_does_not_make_it_again(
     assert names == ["spritesheet"]
 
 
-def test_processes_that_make_it_at_once_agree(store: MediaStore) -> None:
-    """The second one finds the first one's when it is about to say that it is done."""
+def test_processes_that_make_one_variant_agree(store: MediaStore) -> None:
+    """The second finds the first one's record when it is about to write its own."""
     record = store.expect(make(store, "mp4"))
     first: list[Any] = []
 
@@ -292,7 +292,7 @@ def test_processes_that_make_it_at_once_agree(store: MediaStore) -> None:
 
 
 class Gate:
-    """Has whatever is made wait."""
+    """Blocks the making of variants."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started, self.open = threading.Semaphore(0), threading.Event()
@@ -319,7 +319,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open.set()
 
 
-def test_few_are_made_at_once_and_too_many_are_refused(
+def test_concurrent_variants_are_bounded_and_more_are_refused(
     store: MediaStore, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(media_variants, "_MAX_WAITING", 5)
@@ -342,7 +342,7 @@ def test_few_are_made_at_once_and_too_many_are_refused(
     assert media_variants._MAKER._making == {}
 
 
-def test_who_waits_for_long_is_told_and_who_leaves_stops_nothing(
+def test_a_long_wait_is_a_409_and_disconnecting_stops_nothing(
     store: MediaStore, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(media_variants, "_WAIT_S", 0.05)
@@ -357,7 +357,7 @@ def test_who_waits_for_long_is_told_and_who_leaves_stops_nothing(
 @pytest.mark.parametrize(
     "remove", [MediaStore.remove, lambda store, media_id: store.sweep(lambda _: {}, time.time() + 1e6)]
 )
-def test_a_file_that_is_removed_meanwhile(
+def test_a_file_removed_while_waiting_is_a_410(
     store: MediaStore, gate: Gate, remove: Callable[[MediaStore, str], Any]
 ) -> None:
     media_id = make(store, "png")
@@ -374,7 +374,7 @@ def test_a_file_that_is_removed_meanwhile(
     assert os.listdir(store.directory) == []
 
 
-def test_a_file_that_is_removed_under_the_makers_hands(store: MediaStore) -> None:
+def test_a_file_removed_while_a_variant_is_made_leaves_nothing(store: MediaStore) -> None:
     record = store.expect(make(store, "mp4"))
 
     def write(path: Path, source: BinaryIO) -> None:
@@ -411,8 +411,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(store: MediaStore, monkeypat
     assert asked(store, media_id, "thumbnail").status == 200
 
 
-def test_a_variants_record_is_no_clips(store: MediaStore) -> None:
-    """It is only ever taken for what it is named."""
+def test_a_variants_record_is_not_taken_for_a_clips(store: MediaStore) -> None:
+    """A record is valid only under its own name."""
     media_id = make(store, "mp4")
     asked(store, media_id, "thumbnail")
     record = read_record(store.objects, media_id, "thumbnail.json")

@@ -69,7 +69,9 @@ def test_files_of_queued_jobs_are_kept(maintenance: Maintenance) -> None:
     assert has_picture(maintenance, other)
 
 
-def test_files_of_a_job_that_is_not_created_yet_are_kept(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_job_that_is_not_created_yet_are_kept(
+    maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     new = new_job()
     maintenance.jobs.files.put(new.job_id, "image", b"picture")
     maintenance.sweep_folders()

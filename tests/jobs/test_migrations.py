@@ -1,4 +1,4 @@
-"""The database's schema: the newest one, upgrades from every earlier one with jobs in it, refusal of a later one."""
+"""The database's schema: the newest, upgrades from every earlier one with jobs in it, refusal of a later one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deployments.jobs.store import JobStore
 from tests.jobs.making import COMPLETED, LIMITS, claim, claimed, kinds, lease_of, new_job
 from tests.jobs.racing import race
 
-# A key's of the first release, as its `keys add` printed it.
+# The text of a key from the first release's `keys add`.
 OLD_TEXT = "c3_0123456789abcdef_" + "s" * 43
 TRY_ID = "0123456789abcdef" * 2
 OLD_JOB: dict[str, Any] = {
@@ -74,12 +74,12 @@ OLD_JOB: dict[str, Any] = {
 
 
 def job_id(number: int) -> str:
-    """Of an old job."""
+    """Return the id of an old job."""
     return f"video_gen_{number:032x}"
 
 
 def write_old(connection: Connection) -> None:
-    """What the first release left: two that wait (and one of another owner), one that runs, one that is done."""
+    """Write the first release's rows: three queued jobs (one of another owner), one running, one completed."""
     columns = ", ".join(["job_id", *OLD_JOB])
     values = ", ".join(f":{name}" for name in ["job_id", *OLD_JOB])
     for number, changes in enumerate(
@@ -112,7 +112,7 @@ def write_old(connection: Connection) -> None:
 
 @pytest.fixture
 def old_url(jobs_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of a database as the first release made and filled it."""
+    """The URL of a database made and filled by the first release."""
     with monkeypatch.context() as patch:
         patch.setattr(upgrade_module, "upgrade", lambda connection: upgrade(connection, "0001"))
         old = Database(jobs_url)
@@ -123,7 +123,7 @@ def old_url(jobs_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def revision(url: str) -> str:
-    """Which schema is there."""
+    """Return the database's schema revision."""
     engine = sqlalchemy.create_engine(url)
     with engine.connect() as connection:
         found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one()
@@ -131,7 +131,7 @@ def revision(url: str) -> str:
     return str(found)
 
 
-def test_the_migrations_lead_to_the_tables_that_the_code_has(jobs_url: str) -> None:
+def test_migrations_end_at_the_tables_of_the_code(jobs_url: str) -> None:
     opened = Database(jobs_url)
     with opened.reading() as connection:
         # PostgreSQL cannot compare two values of JSON.
@@ -170,19 +170,19 @@ def test_an_upgrade_keeps_jobs_events_and_keys(old_url: str) -> None:
     store.close()
 
 
-def test_old_jobs_are_run_in_a_fair_order_with_new_ones(old_url: str) -> None:
+def test_old_and_new_jobs_share_one_fair_order(old_url: str) -> None:
     store = JobStore.open(old_url, clock=lambda: 1004.0)
     new = store.create(new_job(owner="third"), LIMITS)
     own = store.create(new_job(owner="0123456789abcdef"), LIMITS)
     order = []
     while (job := claim(store)) is not None:
         order.append(job.job_id)
-    # By work: the new one's 4, the other owner's 8, then the first owner's own in the order of their acceptance.
+    # By work: the new job's 4, the other owner's 8, then the first owner's jobs in order of acceptance.
     assert order == [new.job_id, job_id(2), job_id(1), job_id(0), own.job_id]
     store.close()
 
 
-def test_an_old_job_that_ran_is_taken_over_and_ends(old_url: str) -> None:
+def test_an_old_running_job_is_taken_over_and_ends(old_url: str) -> None:
     store = JobStore.open(old_url, clock=lambda: 6e9)
     taken = claimed(store)
     assert (taken.job_id, taken.attempts, taken.step) == (job_id(3), 2, 2)
@@ -201,19 +201,19 @@ def test_a_second_opening_changes_nothing(old_url: str, monkeypatch: pytest.Monk
     store.close()
 
 
-def test_several_processes_may_upgrade_it_at_once(old_url: str) -> None:
+def test_concurrent_upgrades_are_safe(old_url: str) -> None:
     assert race("open", old_url, 0, 2) == ["opened"] * 2
     store = JobStore.open(old_url)
     assert store.get(job_id(0)) is not None
     store.close()
 
 
-def test_several_processes_may_make_it_at_once(jobs_url: str) -> None:
+def test_concurrent_creation_is_safe(jobs_url: str) -> None:
     assert race("open", jobs_url, 0, 2) == ["opened"] * 2
     assert revision(jobs_url) == "0003"
 
 
-def test_an_upgrade_that_fails_leaves_everything_as_it_was(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upgrade_changes_nothing(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(connection: Connection) -> None:
         upgrade(connection)
         connection.execute(text("SELECT 1 FROM nowhere"))
@@ -228,8 +228,8 @@ def test_an_upgrade_that_fails_leaves_everything_as_it_was(old_url: str, monkeyp
     store.close()
 
 
-def test_a_database_at_which_an_earlier_release_is_at_work_is_not_upgraded(old_url: str) -> None:
-    """Its runner would look for files where they are no more. When it was stopped or has died, its lease runs out."""
+def test_a_database_in_use_by_an_earlier_release_is_not_upgraded(old_url: str) -> None:
+    """Its runner would look for files in the old places. Once it stops or dies, its lease expires."""
 
     def hold(until_s: float) -> None:
         engine = sqlalchemy.create_engine(old_url)
@@ -258,8 +258,8 @@ def test_a_database_at_which_an_earlier_release_is_at_work_is_not_upgraded(old_u
         ("media_id", "INSERT INTO jobs (job_id, media_id) VALUES ('new', '')"),
     ],
 )
-def test_processes_of_an_earlier_release_that_still_run_do_nothing(old_url: str, column: str, statement: str) -> None:
-    """What they begin every claim, renewal, look and acceptance with fails."""
+def test_running_processes_of_an_earlier_release_can_change_nothing(old_url: str, column: str, statement: str) -> None:
+    """The statement that begins each of their claims, renewals, queries and acceptances fails."""
     JobStore.open(old_url).close()
     engine = sqlalchemy.create_engine(old_url)
     with engine.connect() as connection, pytest.raises(sqlalchemy.exc.DBAPIError, match=column):
@@ -289,7 +289,7 @@ def test_a_database_of_another_program_is_refused(jobs_url: str) -> None:
 
 
 def test_every_migration_comes_with_the_package() -> None:
-    """setuptools finds them as modules of packages."""
+    """setuptools includes them as modules of packages."""
     from setuptools import find_namespace_packages
 
     root = Path(database.__file__).parents[2]
@@ -297,8 +297,8 @@ def test_every_migration_comes_with_the_package() -> None:
     assert {"deployments.jobs.migrations", "deployments.jobs.migrations.versions"} <= set(packages)
 
 
-def test_the_newest_migration_is_the_one_that_processes_look_for(jobs_url: str) -> None:
-    """Those that find it there do not load Alembic."""
+def test_the_expected_revision_is_the_newest_migration(jobs_url: str) -> None:
+    """Processes that find it in the database do not load Alembic."""
     scripts = sorted(Path(upgrade_module.__file__).parent.glob("versions/0*.py"))
     assert scripts[-1].stem.partition("_")[0] == NEWEST
     JobStore.open(jobs_url).close()

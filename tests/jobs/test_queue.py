@@ -1,4 +1,4 @@
-"""The queue: its bounds, what Retry-After says, the order, whom a job goes to, what becomes of dead runners' jobs."""
+"""The queue: bounds, Retry-After, order, claims, and jobs of dead runners."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from tests.jobs.racing import race
 
 
 def wait(store: JobStore, num: int = 1, **changes: Any) -> list[Job]:
-    """So many jobs in the queue."""
+    """Queue ``number`` jobs."""
     return [store.create(new_job(**changes), LIMITS) for _ in range(num)]
 
 
 def run_out(store: JobStore, **how: Any) -> list[Job]:
-    """All jobs that wait, in the order in which they are claimed."""
+    """Claim all queued jobs; return them in that order."""
     jobs = []
     while (job := claim(store, **how)) is not None:
         jobs.append(job)
@@ -59,7 +59,7 @@ def run_out(store: JobStore, **how: Any) -> list[Job]:
 def refusal(
     store: JobStore, key_limits: KeyLimits | None = None, limits: JobsConfig = LIMITS, **changes: Any
 ) -> OverloadedError:
-    """What a job is told that there is no room for."""
+    """Create a job that the queue refuses; return the error."""
     with pytest.raises(OverloadedError) as caught:
         store.create(new_job(**changes), limits, key_limits)
     return caught.value
@@ -68,15 +68,15 @@ def refusal(
 # Bounds
 
 
-def test_so_many_jobs_may_wait(store: JobStore) -> None:
+def test_the_number_of_queued_jobs_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_queued=3)
     for owner, name in [("", "standard"), ("key1", "batch"), ("key2", "standard")]:
         store.create(new_job(owner=owner, service_class=name), limits)
     error = refusal(store, limits=limits, owner="key3")
     assert (error.what, error.limit) == ("videos that wait", 3)
     assert num_queued(store) == 3
-    store.create(new_job(lane=Lane.IMAGE), limits)  # the other lane has places of its own
-    store.create(new_job(model="super"), limits)  # another app in the same database
+    store.create(new_job(lane=Lane.IMAGE), limits)  # the other lane has its own bound
+    store.create(new_job(model="super"), limits)  # another app's model in the same database
     claimed(store)
     store.create(new_job(), limits)
     refusal(store, limits=limits)
@@ -85,20 +85,20 @@ def test_so_many_jobs_may_wait(store: JobStore) -> None:
 
 
 def one_that_waits(store: JobStore) -> str:
-    """Id of a video that waits."""
+    """Queue a video; return its id."""
     page = store.list("", after=None, limit=100, is_ascending=True)
     jobs = (job for job in page.jobs if job.state is JobState.QUEUED and job.model == MODEL)
     return next(job.job_id for job in jobs if job.lane is Lane.VIDEO)
 
 
-def test_so_many_of_a_key_may_wait(store: JobStore) -> None:
+def test_the_number_of_a_keys_queued_jobs_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_queued_per_key=2)
     for _ in range(2):
         store.create(new_job(owner="key1"), limits)
     error = refusal(store, limits=limits, owner="key1")
     assert (error.what, error.limit) == ("videos of this API key that wait", 2)
     store.create(new_job(owner="key2"), limits)
-    for _ in range(4):  # without keys there is no such bound
+    for _ in range(4):  # no such bound without keys
         store.create(new_job(), limits)
     store.create(new_job(owner="key1"), limits, KeyLimits(max_queued=3))
     assert refusal(store, KeyLimits(max_queued=3), limits, owner="key1").limit == 3
@@ -110,7 +110,7 @@ def test_so_many_of_a_key_may_wait(store: JobStore) -> None:
 
 
 def simulated(running: list[float], queued: list[float], num_places: int, work_per_s: float) -> float:
-    """In small steps of time."""
+    """Simulate the waiting time in small steps."""
     left, waits, elapsed_s, step_s = list(running), list(queued), 0.0, 1e-4
     while num_places > 0:
         elapsed_s += step_s
@@ -123,7 +123,7 @@ def simulated(running: list[float], queued: list[float], num_places: int, work_p
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_places_become_free_when_jobs_that_share_the_speed_end(seed: int) -> None:
+def test_place_times_follow_from_jobs_that_share_the_speed(seed: int) -> None:
     dice = random.Random(seed)
     running = [dice.uniform(1, 9) for _ in range(dice.randint(1, 3))]
     queued = [dice.uniform(1, 9) for _ in range(4)]
@@ -132,7 +132,7 @@ def test_places_become_free_when_jobs_that_share_the_speed_end(seed: int) -> Non
         assert estimate_freed_s(running, queued, num_places, 20.0) == pytest.approx(expected_s, abs=0.01)
 
 
-def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobStore) -> None:
+def test_retry_after_of_a_full_queue_is_the_end_of_the_next_job(store: JobStore) -> None:
     limits = limits_with(max_queued=2)
     for work in (600.0, 400.0):
         store.create(new_job(work=work), limits)
@@ -142,7 +142,7 @@ def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobSto
     wait(store, work=500.0)
     assert refusal(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing was measured"
     store.note_rate(MODEL, Lane.VIDEO, 10.0)
-    # Of 10 a second each has 5.
+    # Each gets 5 of 10 a second.
     assert refusal(store, limits=limits).retry_after_s == pytest.approx(400 / 5)
     larger = max(jobs, key=lambda job: job.work)
     store.record(lease_of(larger), Progress(step=3), [])
@@ -153,8 +153,8 @@ def test_retry_after_of_the_whole_queue_is_the_end_of_the_next_job(store: JobSto
     assert refusal(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), "the other lane is another's"
 
 
-def test_who_is_refused_for_everybodys_bound_is_told_one_after_the_other(store: JobStore) -> None:
-    """Whoever they are: they all come for the same places."""
+def test_refused_callers_get_staggered_retry_times(store: JobStore) -> None:
+    """Across keys: they all compete for the same places."""
     retry_estimator, limits = RetryEstimator(), limits_with(max_queued=1)
     store.create(new_job(work=10.0), limits)
     claimed(store)
@@ -172,18 +172,18 @@ def test_who_is_refused_for_everybodys_bound_is_told_one_after_the_other(store: 
     assert refused.value.retry_after_s < 20, "a key's own bound is another one"
 
 
-def test_retry_after_of_a_key_is_the_begin_of_its_own_next_job(store: JobStore) -> None:
+def test_retry_after_of_a_key_is_the_start_of_its_next_job(store: JobStore) -> None:
     store.note_rate(MODEL, Lane.VIDEO, 10.0)
     store.create(new_job(work=100.0), LIMITS)
     claimed(store)
     for owner, work in [("key1", 200.0), ("key2", 300.0)]:
         store.create(new_job(owner=owner, work=work), LIMITS)
-    # The one that runs, then key1's.
+    # The running job, then key1's.
     assert refusal(store, KeyLimits(max_queued=1), owner="key1").retry_after_s == pytest.approx(10)
     assert refusal(store, KeyLimits(max_queued=1), owner="key2").retry_after_s == pytest.approx(10 + 20)
 
 
-def test_retry_after_has_bounds(store: JobStore) -> None:
+def test_retry_after_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_queued=1)
     store.create(new_job(work=1.0), limits)
     claimed(store)
@@ -195,7 +195,7 @@ def test_retry_after_has_bounds(store: JobStore) -> None:
     assert refusal(store, limits=limits).retry_after_s == MAX_WAIT_S
 
 
-def test_runners_that_are_long_silent_do_not_count(store: JobStore, clock: Clock) -> None:
+def test_silent_runners_do_not_count(store: JobStore, clock: Clock) -> None:
     limits = limits_with(max_queued=1)
     claim(store, "dead")
     clock.passes(waiting._ALIVE_S + 1)
@@ -213,7 +213,7 @@ def shares(jobs: list[Job], of: str) -> Mapping[str, int]:
     return Counter(getattr(job, of) for job in jobs)
 
 
-def test_classes_get_their_shares(store: JobStore) -> None:
+def test_classes_share_by_weight(store: JobStore) -> None:
     for name in ("batch", "standard", "interactive"):
         wait(store, 16, service_class=name)
     order = run_out(store)
@@ -222,7 +222,7 @@ def test_classes_get_their_shares(store: JobStore) -> None:
     assert len(order) == 48
 
 
-def test_shares_are_of_the_work_not_of_the_number(store: JobStore) -> None:
+def test_shares_count_work_not_jobs(store: JobStore) -> None:
     wait(store, 30, service_class="interactive", work=8.0)
     wait(store, 60, service_class="standard", work=1.0)
     begun = Counter[str]()
@@ -245,7 +245,7 @@ def test_jobs_of_one_owner_keep_their_order(store: JobStore) -> None:
     assert [job.job_id for job in run_out(store)] == jobs
 
 
-def test_who_was_away_gets_no_credit(store: JobStore) -> None:
+def test_an_idle_owner_gains_no_credit(store: JobStore) -> None:
     wait(store, 40, owner="key1")
     for _ in range(20):
         claimed(store)
@@ -254,7 +254,7 @@ def test_who_was_away_gets_no_credit(store: JobStore) -> None:
     assert shares(order[:20], "owner") == {"key1": 10, "key2": 10}
 
 
-def test_a_place_that_is_given_up_costs_nothing(store: JobStore) -> None:
+def test_a_cancelled_job_costs_its_owner_nothing(store: JobStore) -> None:
     for job in wait(store, 20, owner="key1"):
         store.cancel(job.job_id)
     for job in wait(store, 20, owner="key1"):
@@ -271,7 +271,7 @@ def test_lanes_do_not_wait_for_each_other(store: JobStore) -> None:
     assert [job.job_id for job in run_out(store, lane=Lane.IMAGE)] == [job.job_id for job in pictures]
 
 
-def test_a_job_that_is_given_back_is_the_next_one(store: JobStore) -> None:
+def test_a_released_job_is_claimed_next(store: JobStore) -> None:
     wait(store, 4)
     first = claimed(store)
     claimed(store)
@@ -281,10 +281,10 @@ def test_a_job_that_is_given_back_is_the_next_one(store: JobStore) -> None:
     assert run_out(store)[-1].job_id == last.job_id, "the order goes on where it was"
 
 
-# Whom a job goes to
+# Claims
 
 
-def test_an_attached_job_is_its_runners(store: JobStore) -> None:
+def test_an_attached_job_goes_to_its_own_runner(store: JobStore) -> None:
     own = wait(store, attached_to="runner1")[0]
     free = wait(store)[0]
     assert claimed(store, "runner2").job_id == free.job_id
@@ -292,7 +292,7 @@ def test_an_attached_job_is_its_runners(store: JobStore) -> None:
     assert claimed(store, "runner1").job_id == own.job_id
 
 
-def test_a_runner_that_is_to_stop_takes_its_own_alone(store: JobStore, clock: Clock) -> None:
+def test_a_draining_runner_claims_only_its_attached_jobs(store: JobStore, clock: Clock) -> None:
     wait(store)
     died = claimed(store, "dead")
     free, own = wait(store)[0], wait(store, attached_to="runner1")[0]
@@ -303,7 +303,7 @@ def test_a_runner_that_is_to_stop_takes_its_own_alone(store: JobStore, clock: Cl
     assert [job.job_id for job in run_out(store)] == [died.job_id, free.job_id]
 
 
-def test_so_many_of_a_key_may_run(store: JobStore) -> None:
+def test_the_number_of_a_keys_running_jobs_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_running_per_key=2)
     for owner in ("key1", "key2", ""):
         wait(store, 4, owner=owner)
@@ -318,7 +318,7 @@ def test_so_many_of_a_key_may_run(store: JobStore) -> None:
     assert [job.owner for job in run_out(store, limits=limits)] == ["key1"]
 
 
-def test_a_keys_own_bound_counts(store: JobStore) -> None:
+def test_a_keys_own_bound_applies(store: JobStore) -> None:
     few, _ = store.keys.create(NewKey(name="few", limits=KeyLimits(max_running=1)))
     many, _ = store.keys.create(NewKey(name="many", limits=KeyLimits(max_running=3)))
     any_, _ = store.keys.create(NewKey(name="any"))
@@ -330,10 +330,10 @@ def test_a_keys_own_bound_counts(store: JobStore) -> None:
     assert [job.owner for job in run_out(store)] == [any_.key_id] * 2
 
 
-# Runners that died
+# Dead runners
 
 
-def test_a_job_of_a_dead_runner_goes_first(store: JobStore, clock: Clock) -> None:
+def test_a_dead_runners_job_is_claimed_first(store: JobStore, clock: Clock) -> None:
     job = wait(store)[0]
     claimed(store, "runner1")
     wait(store)
@@ -343,7 +343,7 @@ def test_a_job_of_a_dead_runner_goes_first(store: JobStore, clock: Clock) -> Non
     assert (claimed(store, "runner2").job_id, found(store, job).attempts) == (job.job_id, 2)
 
 
-def test_a_job_has_so_many_runners(store: JobStore, clock: Clock) -> None:
+def test_a_job_fails_after_its_last_attempt(store: JobStore, clock: Clock) -> None:
     job, other = wait(store, 2)
     for attempt in (1, 2):
         assert claimed(store, f"runner{attempt}", max_attempts=2).job_id == job.job_id
@@ -381,7 +381,7 @@ def test_an_attached_job_ends_with_its_runner(store: JobStore, clock: Clock) -> 
 
 
 @pytest.mark.parametrize("sign", ["renew", "claim"])
-def test_an_attached_job_waits_for_a_runner_that_gives_signs_of_life(store: JobStore, clock: Clock, sign: str) -> None:
+def test_an_attached_job_waits_while_its_runner_is_alive(store: JobStore, clock: Clock, sign: str) -> None:
     claim(store, "runner1")
     job = wait(store, attached_to="runner1")[0]
     for _ in range(4):
@@ -394,14 +394,14 @@ def test_an_attached_job_waits_for_a_runner_that_gives_signs_of_life(store: JobS
     assert claimed(store, "runner1").job_id == job.job_id
 
 
-def test_a_runner_that_was_late_gets_its_attached_job_again(store: JobStore, clock: Clock) -> None:
+def test_a_late_runner_reclaims_its_attached_job(store: JobStore, clock: Clock) -> None:
     job = wait(store, attached_to="runner1")[0]
     claimed(store, "runner1")
     clock.passes(LEASE_S + 1)
     assert (claimed(store, "runner1").job_id, found(store, job).attempts) == (job.job_id, 2)
 
 
-def test_an_idle_runner_seldom_writes(store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_runner_writes_seldom(store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     wait(store, attached_to="another")
     claim(store)
     monkeypatch.setattr(queue, "claim_next", lambda *_: pytest.fail("it wrote"))
@@ -413,10 +413,10 @@ def test_an_idle_runner_seldom_writes(store: JobStore, clock: Clock, monkeypatch
     assert runners(store, silent_s=0) == ("runner",)
 
 
-# Looking
+# Positions
 
 
-def test_what_is_ahead(store: JobStore) -> None:
+def test_a_jobs_position_counts_the_jobs_ahead(store: JobStore) -> None:
     jobs = wait(store, 3, work=10.0)
     wait(store, lane=Lane.IMAGE)
     wait(store, model="super")
@@ -431,8 +431,8 @@ def test_what_is_ahead(store: JobStore) -> None:
     assert where(store, jobs[2]) == (3, (7.5 + 30.0) / 2.0)
 
 
-def test_one_question_places_a_whole_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of jobs of both lanes and of two models, each behind its own lane's."""
+def test_one_query_places_a_whole_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of two lanes and two models, each placed within its own lane."""
     videos, images = wait(store, 60, work=10.0), wait(store, 39, work=1.0, lane=Lane.IMAGE)
     others = wait(store, model="super")
     running = claimed(store)
@@ -459,7 +459,7 @@ def where(store: JobStore, job: Job) -> tuple[int, float | None]:
     return position.position, position.eta_s
 
 
-def test_the_load(store: JobStore) -> None:
+def test_the_load_counts_queued_and_running_jobs(store: JobStore) -> None:
     assert store.load(MODEL) == ()
     wait(store, 2, work=10.0)
     wait(store, service_class="batch", work=3.0)
@@ -485,7 +485,7 @@ def test_no_job_is_claimed_twice(store: JobStore, jobs_url: str) -> None:
     assert set(told) == jobs
 
 
-def test_the_bound_holds_for_all_processes_together(store: JobStore, jobs_url: str) -> None:
+def test_the_bound_holds_across_processes(store: JobStore, jobs_url: str) -> None:
     told = race("create", jobs_url, 10, 3)
     assert sum(one["accepted"] for one in told) == 10
     assert sum(one["refused"] for one in told) == 3 * 20 - 10
@@ -493,7 +493,7 @@ def test_the_bound_holds_for_all_processes_together(store: JobStore, jobs_url: s
     assert num_queued(store) == 10
 
 
-def test_an_idempotency_key_makes_one_job_of_all_processes(store: JobStore, jobs_url: str) -> None:
+def test_an_idempotency_key_makes_one_job_across_processes(store: JobStore, jobs_url: str) -> None:
     ids = [job_id for mine in race("repeat", jobs_url, 5, 3) for job_id in mine]
     assert (len(ids), len(set(ids))) == (15, 1)
     assert num_queued(store) == 1
@@ -502,8 +502,8 @@ def test_an_idempotency_key_makes_one_job_of_all_processes(store: JobStore, jobs
 # Many jobs
 
 
-def test_no_query_goes_through_all_jobs(store: JobStore, jobs_url: str) -> None:
-    """Not by the clock: by what SQLite says that it is going to do."""
+def test_no_query_scans_all_jobs(store: JobStore, jobs_url: str) -> None:
+    """Judged by SQLite's query plans, not by time."""
     if not jobs_url.startswith("sqlite"):
         pytest.skip("PostgreSQL reads small tables as a whole")
     asked: list[tuple[str, Any]] = []
@@ -523,7 +523,7 @@ def test_no_query_goes_through_all_jobs(store: JobStore, jobs_url: str) -> None:
 
 
 def everything(store: JobStore) -> None:
-    """One call of every method."""
+    """Call every method once."""
     store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
     wait(store, 4, owner="key1")
     for job in (claimed(store), claimed(store, only_attached=False)):

@@ -1,4 +1,4 @@
-"""Requests as they are kept: what is read back is what was asked for."""
+"""Requests survive being stored as JSON and files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ EVERY_FIELD: dict[str, Any] = {
 }
 
 
-def test_every_field_survives() -> None:
+def test_every_field_survives_a_round_trip() -> None:
     assert set(EVERY_FIELD) == {field.name for field in dataclasses.fields(GenerationRequest)} - {"noise"}
     request = GenerationRequest(**EVERY_FIELD)
     values, media = encode_request(request)
@@ -68,13 +68,13 @@ def test_every_field_survives() -> None:
             assert found == given, name
 
 
-def test_what_was_left_out_stays_left_out() -> None:
+def test_omitted_fields_stay_omitted() -> None:
     values, media = encode_request(GenerationRequest(prompt="a"))
     assert (values, media) == ({"prompt": "a"}, {})
     assert decode_request(values, media) == GenerationRequest(prompt="a")
 
 
-def test_noise_is_not_kept() -> None:
+def test_noise_is_not_stored() -> None:
     with pytest.raises(RequestError, match="noise must be .*Generate in process"):
         encode_request(GenerationRequest(prompt="a", noise={}))
 

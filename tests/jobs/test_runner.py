@@ -26,7 +26,7 @@ from tests.jobs.making import limits_with, rate
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 
 
-def test_a_job_that_stays_is_run_and_written_down(serve: Any) -> None:
+def test_a_detached_job_runs_and_is_recorded(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         job = await service.submit()
@@ -43,7 +43,7 @@ def test_a_job_that_stays_is_run_and_written_down(serve: Any) -> None:
         assert [(step["step"], step["sigma"], step["pid"]) for step in steps] == [
             (n, 1 - n / 4, 77) for n in range(1, 5)
         ]
-        while service.files.exists(job.job_id, SAVED_STATE):  # nobody goes on from it any more
+        while service.files.exists(job.job_id, SAVED_STATE):  # no runner will resume from it
             await asyncio.sleep(0.02)
         while not rate(service.store, Lane.VIDEO):
             await asyncio.sleep(0.02)
@@ -51,7 +51,7 @@ def test_a_job_that_stays_is_run_and_written_down(serve: Any) -> None:
     serve(body)
 
 
-def test_a_caller_gets_every_event_and_the_end_when_it_is_written(serve: Any) -> None:
+def test_a_caller_gets_every_event_and_the_recorded_end(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         kinds = []
@@ -68,7 +68,7 @@ def test_a_caller_gets_every_event_and_the_end_when_it_is_written(serve: Any) ->
     serve(body)
 
 
-def test_a_caller_that_leaves_stops_its_job_running_or_not(serve: Any) -> None:
+def test_a_caller_that_leaves_stops_its_queued_or_running_job(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         service.stage.gate.clear()
@@ -96,7 +96,7 @@ def test_a_caller_that_leaves_stops_its_job_running_or_not(serve: Any) -> None:
     serve(body)
 
 
-def test_places_are_held_by_lane(serve: Any) -> None:
+def test_each_lane_has_its_own_places(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         service.stage.gate.clear()
@@ -111,7 +111,7 @@ def test_places_are_held_by_lane(serve: Any) -> None:
     serve(body)
 
 
-def test_what_a_stage_raises_is_told(serve: Any) -> None:
+def test_a_stages_error_is_recorded_and_raised(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         service.stage.fails_at = 3
@@ -126,7 +126,7 @@ def test_what_a_stage_raises_is_told(serve: Any) -> None:
     serve(body)
 
 
-def test_an_owner_cancels_and_deletes_what_runs(serve: Any) -> None:
+def test_a_running_job_can_be_cancelled_and_deleted(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         service.stage.gate.clear()
@@ -145,7 +145,7 @@ def test_an_owner_cancels_and_deletes_what_runs(serve: Any) -> None:
     serve(body)
 
 
-def test_a_caller_whose_job_is_cancelled_is_told(serve: Any) -> None:
+def test_a_caller_of_a_cancelled_job_gets_an_error(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         service.stage.gate.clear()
@@ -164,7 +164,7 @@ def test_a_caller_whose_job_is_cancelled_is_told(serve: Any) -> None:
     serve(body)
 
 
-def test_a_dead_runners_job_goes_on_from_its_last_state(serve: Any) -> None:
+def test_a_dead_runners_job_resumes_from_its_last_state(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make()
         first.stage.holds_after = 3
@@ -188,7 +188,7 @@ def test_a_dead_runners_job_goes_on_from_its_last_state(serve: Any) -> None:
     serve(body)
 
 
-def test_a_damaged_state_is_not_gone_on_from(serve: Any, tmp_path: Path) -> None:
+def test_a_damaged_state_is_dropped(serve: Any, tmp_path: Path) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make()
         first.stage.holds_after = 2
@@ -206,7 +206,7 @@ def test_a_damaged_state_is_not_gone_on_from(serve: Any, tmp_path: Path) -> None
     serve(body)
 
 
-def test_a_job_has_so_many_runners_and_then_fails_with_the_reason(serve: Any) -> None:
+def test_after_its_last_attempt_a_job_fails_with_the_reason(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         job: Job | None = None
         for number in (1, 2):
@@ -244,7 +244,7 @@ def test_an_attached_job_ends_with_its_runner(serve: Any) -> None:
     serve(body)
 
 
-def test_a_drained_runner_finishes_what_callers_wait_for_and_gives_back_the_rest(serve: Any) -> None:
+def test_a_draining_runner_finishes_attached_jobs_and_releases_the_rest(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 2})
         service.stage.gate.clear()
@@ -272,9 +272,7 @@ def test_a_drained_runner_finishes_what_callers_wait_for_and_gives_back_the_rest
     serve(body)
 
 
-def test_what_was_claimed_while_the_runner_was_drained_is_given_back(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_claimed_during_a_drain_is_released(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make()
         claim, options, drained = first.store.claim, threading.Event(), threading.Event()
@@ -299,7 +297,7 @@ def test_what_was_claimed_while_the_runner_was_drained_is_given_back(
     serve(body)
 
 
-def test_what_is_given_back_goes_on_from_where_it_was(serve: Any) -> None:
+def test_a_released_job_resumes_where_it_was(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make(checkpoint_period_s=1000.0)
         first.stage.holds_after = 3
@@ -320,7 +318,7 @@ def test_what_is_given_back_goes_on_from_where_it_was(serve: Any) -> None:
     serve(body)
 
 
-def test_the_deadline_of_a_caller_holds_in_the_queue(serve: Any) -> None:
+def test_a_callers_deadline_applies_in_the_queue(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         service.stage.gate.clear()
@@ -331,7 +329,7 @@ def test_the_deadline_of_a_caller_holds_in_the_queue(serve: Any) -> None:
         while not service.runner._callers:
             await asyncio.sleep(0.02)
         (job_id,) = service.runner._callers
-        await waiting  # its position
+        await waiting  # skip its queue position
         with pytest.raises(DeadlineExceeded, match="in the stage 'queue'"):
             await anext(stream)
         await service.until(job_id, JobState.CANCELLED)
@@ -339,14 +337,14 @@ def test_the_deadline_of_a_caller_holds_in_the_queue(serve: Any) -> None:
     serve(body)
 
 
-def test_a_runner_that_is_late_with_a_lease_keeps_its_job(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_that_renews_late_keeps_its_job(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         service.stage.gate.clear()
         renew, late = service.store.renew, threading.Event()
 
         def late_renew(*arguments: Any) -> Any:
-            late.wait(1.4)  # of a lease of one second
+            late.wait(1.4)  # later than the lease's one second
             return renew(*arguments)
 
         monkeypatch.setattr(service.store, "renew", late_renew)
@@ -362,7 +360,7 @@ def test_a_runner_that_is_late_with_a_lease_keeps_its_job(serve: Any, monkeypatc
     serve(body)
 
 
-def test_inputs_are_kept_with_the_job_and_go_with_it(serve: Any) -> None:
+def test_inputs_are_stored_and_removed_with_the_job(serve: Any) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
 
     async def body(make: Callable[..., Service]) -> None:
@@ -381,7 +379,7 @@ def test_inputs_are_kept_with_the_job_and_go_with_it(serve: Any) -> None:
     serve(body)
 
 
-def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> None:
+def test_an_uncompleted_job_leaves_no_inputs(serve: Any, tmp_path: Path) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         service.stage.fails_at = 2
@@ -400,7 +398,7 @@ def test_what_was_not_completed_leaves_no_inputs(serve: Any, tmp_path: Path) -> 
     serve(body)
 
 
-def test_a_full_lane_is_not_the_others_business(serve: Any) -> None:
+def test_a_full_lane_does_not_block_the_other(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         service.admission = replace(service.admission, config=limits_with(max_queued=1))
@@ -429,7 +427,7 @@ def test_a_refused_request_leaves_no_files(serve: Any, tmp_path: Path) -> None:
     serve(body)
 
 
-def test_callers_who_are_refused_are_told_one_after_the_other(serve: Any) -> None:
+def test_refused_callers_get_staggered_retry_times(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         service.admission = replace(service.admission, config=limits_with(max_queued=1))

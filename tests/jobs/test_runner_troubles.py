@@ -1,4 +1,4 @@
-"""What a runner does when something else fails: the database, the files, another runner, the app itself."""
+"""Runners when something else fails: the database, the files, another runner, the app."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AWAY = JobsError("the database is away")
 
 
 class Told:
-    """Stands for the metrics: which were told, with what."""
+    """A stand-in for the metrics that records their values."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -61,7 +61,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failing(work: Callable[..., Any], num_failures: int, is_done: bool = False) -> Callable[..., Any]:
-    """That fails so often at first; ``is_done``: and has done it all the same."""
+    """Make a method fail the first ``times`` calls; with ``is_done`` it takes effect all the same."""
     left = [num_failures]
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -76,9 +76,7 @@ def failing(work: Callable[..., Any], num_failures: int, is_done: bool = False) 
 
 
 @pytest.mark.parametrize("name", ["record", "finish"])
-def test_a_database_that_is_away_for_a_moment_costs_nothing(
-    name: str, serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_database_outage_costs_nothing(name: str, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
         monkeypatch.setattr(service.store, name, failing(getattr(service.store, name), 12))
@@ -90,7 +88,7 @@ def test_a_database_that_is_away_for_a_moment_costs_nothing(
     serve(body)
 
 
-def test_what_is_given_back_while_the_database_is_away(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_released_despite_a_database_outage(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
         service.stage.gate.clear()
@@ -103,10 +101,8 @@ def test_what_is_given_back_while_the_database_is_away(serve: Any, monkeypatch: 
     serve(body)
 
 
-def test_what_was_just_claimed_is_given_back_while_the_database_is_away(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The runner is released when the database has the claim, and the runner has not heard of it."""
+def test_a_fresh_claim_is_released_despite_a_database_outage(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner stops when the database has the claim but the runner has not got the answer."""
     claimed, go_on = threading.Event(), threading.Event()
 
     async def body(make: Callable[..., Service]) -> None:
@@ -134,8 +130,8 @@ def test_what_was_just_claimed_is_given_back_while_the_database_is_away(
     serve(body)
 
 
-def test_a_database_that_stays_away_ends_the_run(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is another runner's by then; the caller is not told that anybody has cancelled it."""
+def test_a_long_database_outage_ends_the_run(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another runner has the job by then; the caller's error is not "cancelled"."""
 
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.3)
@@ -149,7 +145,7 @@ def test_a_database_that_stays_away_ends_the_run(serve: Any, monkeypatch: pytest
     serve(body)
 
 
-def test_an_end_whose_confirmation_was_lost_is_the_end(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_whose_confirmation_was_lost_counts(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
         monkeypatch.setattr(service.store, "finish", failing(service.store.finish, 1, is_done=True))
@@ -159,8 +155,8 @@ def test_an_end_whose_confirmation_was_lost_is_the_end(serve: Any, monkeypatch: 
     serve(body)
 
 
-def test_another_runners_end_is_not_taken_for_the_own_one(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was made in vain goes; what is the job's stays."""
+def test_another_runners_end_is_not_taken_for_ones_own(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unused file is removed; the job's file stays."""
 
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
@@ -200,7 +196,7 @@ def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: py
     serve(body)
 
 
-def test_a_job_that_was_claimed_just_now_is_not_given_up_for_renewals_before_it() -> None:
+def test_a_fresh_claim_survives_earlier_failed_renewals() -> None:
     old, fresh = (ClaimedJob(Job(**vars(new_job()))) for _ in range(2))
     leases = LeaseKeeper(MagicMock(), "runner", 20.0, {})
     old.claimed_s -= 41
@@ -208,7 +204,7 @@ def test_a_job_that_was_claimed_just_now_is_not_given_up_for_renewals_before_it(
     assert (old.stop_reason, fresh.stop_reason) == (StopReason.DATABASE_AWAY, None)
 
 
-def test_what_cannot_be_written_is_not_tried_again(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_illegal_transition_is_not_retried(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
         wrong = IllegalTransition("video_gen_0", "completed", "failed")
@@ -221,7 +217,7 @@ def test_what_cannot_be_written_is_not_tried_again(serve: Any, monkeypatch: pyte
     serve(body)
 
 
-def test_who_waits_is_told_of_a_shutdown_and_nothing_is_begun(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shutdown_refuses_waiting_callers_and_starts_no_job(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         cancel = service.store.cancel
@@ -249,17 +245,17 @@ def test_who_waits_is_told_of_a_shutdown_and_nothing_is_begun(serve: Any, monkey
         assert await asyncio.gather(*asking) == ["shutting down"] * 3
         await asyncio.sleep(0.3)
         assert len(service.stage.pipelines) == 1
-        await service.runner.release()  # once more does no harm
+        await service.runner.release()  # releasing twice is harmless
 
     serve(body)
 
 
-def test_jobs_of_who_waits_are_cancelled_when_a_runner_is_released(serve: Any) -> None:
+def test_releasing_a_runner_cancels_its_attached_jobs(serve: Any) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
         streams = [service.stream() for _ in range(3)]
         asking = [asyncio.ensure_future(anext(stream)) for stream in streams]
-        await asyncio.gather(*asking)  # their positions
+        await asyncio.gather(*asking)  # skip their queue positions
         assert num_queued(service.store) == 3
         await service.runner.release()
         assert num_queued(service.store) == 0
@@ -270,9 +266,7 @@ def test_jobs_of_who_waits_are_cancelled_when_a_runner_is_released(serve: Any) -
     serve(body)
 
 
-def test_who_looks_at_the_queue_during_a_shutdown_is_told_of_the_shutdown(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_queue_lookup_during_a_shutdown_reports_the_shutdown(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
         get, looking, goes_on = service.store.get, threading.Event(), threading.Event()
@@ -295,9 +289,7 @@ def test_who_looks_at_the_queue_during_a_shutdown_is_told_of_the_shutdown(
     serve(body)
 
 
-def test_a_callers_job_that_is_claimed_during_a_shutdown_is_not_begun(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attached_job_claimed_during_a_shutdown_is_not_started(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         claim, may_claim = service.store.claim, threading.Event()
@@ -312,7 +304,7 @@ def test_a_callers_job_that_is_claimed_during_a_shutdown_is_not_begun(
 
         monkeypatch.setattr(service.store, "claim", slow_claim)
         stream = service.stream()
-        assert isinstance(await anext(stream), QueuePosition)  # and is slow to ask for more
+        assert isinstance(await anext(stream), QueuePosition)  # and reads on slowly
         (job_id,) = service.runner._callers
         may_claim.set()
         while not claimed.is_set():
@@ -354,7 +346,7 @@ def test_a_job_that_is_created_during_a_shutdown_is_cancelled(serve: Any, monkey
     serve(body)
 
 
-def test_what_is_told_of_jobs(serve: Any, told: Told) -> None:
+def test_jobs_are_counted_in_the_metrics(serve: Any, told: Told) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.5)
         done = await service.submit(IMAGE)
@@ -363,7 +355,7 @@ def test_what_is_told_of_jobs(serve: Any, told: Told) -> None:
         job = await service.submit()
         await service.until(job.job_id, JobState.IN_PROGRESS)
         async with asyncio.timeout(DEADLINE_S):
-            while len(told.of("record_queue_wait")) < 2:  # counted just after the claim is committed
+            while len(told.of("record_queue_wait")) < 2:  # incremented just after the claim commits
                 await asyncio.sleep(0.02)
         service.die()
         other = make()
@@ -381,7 +373,7 @@ def test_what_is_told_of_jobs(serve: Any, told: Told) -> None:
     serve(body)
 
 
-def test_who_leaves_the_queue_is_counted(serve: Any, told: Told) -> None:
+def test_jobs_that_leave_the_queue_are_counted(serve: Any, told: Told) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
         stream = service.stream()
@@ -395,7 +387,7 @@ def test_who_leaves_the_queue_is_counted(serve: Any, told: Told) -> None:
     serve(body)
 
 
-def test_what_is_given_back_before_its_first_step_has_waited_once(serve: Any, told: Told) -> None:
+def test_a_job_released_before_its_first_step_counts_one_wait(serve: Any, told: Told) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make()
         first.stage.gate.clear()
@@ -409,7 +401,7 @@ def test_what_is_given_back_before_its_first_step_has_waited_once(serve: Any, to
     serve(body)
 
 
-def test_speed_counts_what_was_done_here(serve: Any, monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+def test_measured_speed_counts_only_this_runners_steps(serve: Any, monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make(checkpoint_period_s=1000.0)
         first.stage.holds_after = 3
@@ -431,7 +423,7 @@ def test_speed_counts_what_was_done_here(serve: Any, monkeypatch: pytest.MonkeyP
     serve(body)
 
 
-def test_who_watches_a_file_whose_writer_has_died_is_told(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_viewer_of_a_dead_writers_file_gets_an_error(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make(lease_s=0.5)
         job = await first.submit()
@@ -473,7 +465,7 @@ def test_a_job_that_is_deleted_while_it_runs_leaves_nothing(serve: Any, monkeypa
 
 @pytest.fixture
 def hanging_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """States are not kept before this is set."""
+    """Saving a state blocks until this event is set."""
     monkeypatch.setattr(saved_states_module, "_SETTLE_S", 0.1)
     goes_on, put = threading.Event(), JobFiles.put
 
@@ -487,7 +479,7 @@ def hanging_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     goes_on.set()
 
 
-def test_a_state_that_is_kept_too_late_is_not_kept(tmp_path: Path, hanging_files: threading.Event) -> None:
+def test_a_state_saved_too_late_is_not_kept(tmp_path: Path, hanging_files: threading.Event) -> None:
     files = JobFiles(DirectoryObjects(tmp_path))
 
     async def body() -> None:
@@ -510,7 +502,7 @@ def test_a_state_that_is_kept_too_late_is_not_kept(tmp_path: Path, hanging_files
 
 
 @pytest.mark.parametrize("period_s", [0.0, 1000.0], ids=["being written", "written last"])
-def test_files_that_hang_hold_up_no_shutdown(period_s: float, serve: Any, hanging_files: threading.Event) -> None:
+def test_hanging_files_do_not_delay_a_shutdown(period_s: float, serve: Any, hanging_files: threading.Event) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(checkpoint_period_s=period_s)
         service.stage.holds_after = 2
@@ -525,7 +517,7 @@ def test_files_that_hang_hold_up_no_shutdown(period_s: float, serve: Any, hangin
     serve(body)
 
 
-def test_files_that_hang_hold_up_no_end(
+def test_hanging_files_do_not_delay_a_jobs_end(
     serve: Any, hanging_files: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(make: Callable[..., Service]) -> None:
@@ -546,7 +538,7 @@ def test_files_that_hang_hold_up_no_end(
 PICTURE = replace(SMALL, image=np.zeros((32, 32, 3), np.uint8))
 
 
-def test_a_job_is_accepted_whose_creation_only_seemed_to_fail(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_whose_creation_only_seemed_to_fail_is_accepted(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
         monkeypatch.setattr(service.store, "create", failing(service.store.create, 1, is_done=True))
@@ -557,7 +549,7 @@ def test_a_job_is_accepted_whose_creation_only_seemed_to_fail(serve: Any, monkey
 
 
 @pytest.mark.parametrize("can_be_asked", [True, False])
-def test_files_of_a_job_that_is_not_there_go_where_that_is_known(
+def test_files_of_a_job_that_was_not_created_are_removed(
     can_be_asked: bool, serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def body(make: Callable[..., Service]) -> None:

@@ -1,4 +1,4 @@
-"""What can be done with jobs where files are gone or cannot be used; over HTTP and handle alike see ``tests/api``."""
+"""The job service with missing or unusable files; ``tests/api`` covers HTTP and the handle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def jobs(store: JobStore, tmp_path: Path) -> JobService:
 
 
 def with_clip(jobs: JobService, *, is_finished: bool = True) -> Job:
-    """A running job that came with a picture and has a clip."""
+    """Make a running job with an input picture and a clip."""
     new = new_job(inputs=("image",))
     jobs.files.put(new.job_id, "image", b"picture")
     jobs.store.create(new, LIMITS)
@@ -49,12 +49,12 @@ def completed(jobs: JobService) -> Job:
 
 
 def leftovers(jobs: JobService, job: Job) -> tuple[bool, bool]:
-    """Whether its picture is there, and its clip."""
+    """Whether its picture exists, and its clip."""
     return jobs.files.exists(job.job_id, "image"), jobs.media.find(job.media_id) is not None
 
 
 def break_disk(jobs: JobService, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what was to be removed since."""
+    """Make removals fail; return the names they were tried on."""
     names: list[str] = []
 
     def remove(name: str, *_: object) -> bool:
@@ -65,10 +65,10 @@ def break_disk(jobs: JobService, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_deleted_job_is_gone_whatever_becomes_of_its_files(
+def test_a_deletion_succeeds_even_if_files_cannot_be_removed(
     jobs: JobService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is left of them is swept."""
+    """A sweep removes what is left."""
     job = completed(jobs)
     names = break_disk(jobs, monkeypatch)
     told = asyncio.run(jobs.delete(job.job_id, ""))
@@ -82,7 +82,7 @@ def test_a_deleted_job_is_gone_whatever_becomes_of_its_files(
 
 
 def test_a_deleted_job_leaves_nothing(jobs: JobService) -> None:
-    """Tries of earlier runs go too, and a state that is left."""
+    """Earlier attempts and saved states are removed too."""
     job = completed(jobs)
     earlier = new_media_id(job.job_id)
     jobs.media.create(earlier, "video/mp4", ".mp4", is_live=True)
@@ -92,7 +92,7 @@ def test_a_deleted_job_leaves_nothing(jobs: JobService) -> None:
     assert os.listdir(jobs.media.directory) == []
 
 
-def test_a_job_of_another_owner_is_not_there(jobs: JobService) -> None:
+def test_a_job_of_another_owner_is_not_found(jobs: JobService) -> None:
     job = completed(jobs)
     for call in (jobs.delete, jobs.cancel, jobs.get):
         with pytest.raises(ApiError, match="video not found"):
@@ -100,8 +100,8 @@ def test_a_job_of_another_owner_is_not_there(jobs: JobService) -> None:
     assert leftovers(jobs, job) == (True, True)
 
 
-def test_a_cancelled_job_takes_its_files_along(jobs: JobService) -> None:
-    """What it came with, and the clip that a runner began which gave it back."""
+def test_a_cancelled_queued_job_loses_its_files(jobs: JobService) -> None:
+    """Its inputs, and the clip of a runner that released it."""
     job = with_clip(jobs, is_finished=False)
     jobs.store.give_back(lease_of(job))
     cancelled = asyncio.run(jobs.cancel(job.job_id, ""))
@@ -109,7 +109,7 @@ def test_a_cancelled_job_takes_its_files_along(jobs: JobService) -> None:
     assert leftovers(jobs, cancelled) == (False, False)
 
 
-def test_a_cancelled_job_is_cancelled_whatever_becomes_of_its_files(
+def test_a_cancellation_succeeds_even_if_files_cannot_be_removed(
     jobs: JobService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = jobs.store.create(new_job(), LIMITS)
@@ -123,8 +123,10 @@ def test_a_cancelled_job_is_cancelled_whatever_becomes_of_its_files(
 
 
 @pytest.mark.parametrize("how", ["removed", "unreadable"])
-def test_a_file_that_goes_while_it_is_read(how: str, jobs: JobService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says nothing of the directory."""
+def test_a_file_removed_while_it_is_read_is_a_typed_error(
+    how: str, jobs: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message does not show the directory."""
     job = completed(jobs)
     assert asyncio.run(jobs.read(job, 2, 100)) == b"clip"
     assert asyncio.run(jobs.read(job, 6, 100)) == b""
@@ -153,7 +155,7 @@ def test_a_file_that_goes_while_it_is_read(how: str, jobs: JobService, monkeypat
         ({"variant": "poster"}, "variant"),
     ],
 )
-def test_parts_have_bounds(given: dict[str, Any], field: str, jobs: JobService) -> None:
+def test_parts_of_a_file_are_bounded(given: dict[str, Any], field: str, jobs: JobService) -> None:
     job = completed(jobs)
     with pytest.raises(RequestError) as caught:
         asyncio.run(jobs.read(job, **{"start": 0, "num_bytes": 1, **given}))
@@ -161,7 +163,7 @@ def test_parts_have_bounds(given: dict[str, Any], field: str, jobs: JobService) 
 
 
 @pytest.mark.parametrize("variant", CONTENT_VARIANTS)
-def test_what_grows_is_read_in_parts_when_it_is_finished(variant: str, jobs: JobService) -> None:
+def test_a_growing_file_is_read_in_parts_once_it_is_finished(variant: str, jobs: JobService) -> None:
     job = with_clip(jobs, is_finished=False)
     now = jobs.store.get(job.job_id)
     assert now is not None
@@ -171,7 +173,7 @@ def test_what_grows_is_read_in_parts_when_it_is_finished(variant: str, jobs: Job
     assert "retry-after" in caught.value.headers
 
 
-def test_a_page_of_jobs_that_wait_takes_two_reads(
+def test_a_page_of_queued_jobs_takes_two_queries(
     jobs: JobService, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     created = []
@@ -194,7 +196,7 @@ def test_a_page_of_jobs_that_wait_takes_two_reads(
     assert (page.first_id, page.last_id, page.has_more) == (created[0].job_id, created[99].job_id, True)
 
 
-def test_the_number_of_an_event_that_is_still_to_come_hides_nothing(jobs: JobService) -> None:
+def test_a_future_event_number_hides_no_event(jobs: JobService) -> None:
     job = jobs.store.create(new_job(), LIMITS)
 
     async def follow() -> list[Any]:
@@ -208,7 +210,7 @@ def test_the_number_of_an_event_that_is_still_to_come_hides_nothing(jobs: JobSer
     assert (cancelled.data["id"], cancelled.data["status"]) == (job.job_id, "failed"), "the last one has the job"
 
 
-def test_who_follows_a_deleted_job_is_told_so(jobs: JobService) -> None:
+def test_following_a_deleted_job_raises(jobs: JobService) -> None:
     job = jobs.store.create(new_job(), LIMITS)
 
     async def follow() -> list[Any]:

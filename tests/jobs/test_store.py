@@ -1,4 +1,4 @@
-"""The store of jobs: accepted, told of, run under leases, ended, forgotten. Its order is test_queue.py's matter."""
+"""The store of jobs: creation, queries, leases, ends, expiry. The order of the queue is in test_queue.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OTHER = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it wa
 # Accepting
 
 
-def test_a_job_comes_back_as_it_was_given(store: JobStore, clock: Clock) -> None:
+def test_a_job_is_read_back_as_created(store: JobStore, clock: Clock) -> None:
     new = new_job(
         owner="key1",
         request={"prompt": "x", "deep": {"list": [1, 2.5, None, True, "é\u0001"]}},
@@ -77,7 +77,7 @@ def test_a_job_comes_back_as_it_was_given(store: JobStore, clock: Clock) -> None
         assert found(store, job) == accepted
 
 
-def test_whose_job_it_is_decides_who_sees_it(store: JobStore) -> None:
+def test_a_job_is_visible_to_its_owner_only(store: JobStore) -> None:
     job = store.create(new_job(owner="key1"), LIMITS)
     assert store.get(job.job_id) == store.get(job.job_id, "key1") == job
     for action in (store.get, store.cancel, store.delete):
@@ -86,7 +86,7 @@ def test_whose_job_it_is_decides_who_sees_it(store: JobStore) -> None:
     assert store.get(job.job_id) == job
 
 
-def test_what_is_no_id_is_no_job(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_id_is_not_found(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.get(new_job_id()) is None
     monkeypatch.setattr(store_module, "find", lambda *_, **__: pytest.fail("it was looked up"))
     unfit: list[Any] = ["", "x", "video_gen_", "video_gen_" + "A" * 32, "video_gen_" + "0" * 32 + "\n", None, 5]
@@ -95,7 +95,7 @@ def test_what_is_no_id_is_no_job(store: JobStore, monkeypatch: pytest.MonkeyPatc
             assert action(job_id) is None
 
 
-def test_what_a_database_cannot_hold_is_refused(store: JobStore) -> None:
+def test_unstorable_values_are_refused(store: JobStore) -> None:
     for field in ("prompt", "request_id", "idempotency_key", "owner"):
         for text in ("a\0b", "a\ud800"):
             with pytest.raises(RequestError, match=field):
@@ -108,7 +108,7 @@ def test_an_unknown_class_is_refused(store: JobStore) -> None:
         store.create(new_job(service_class="standart"), LIMITS)
 
 
-def test_an_idempotency_key_brings_the_first_job_again(store: JobStore) -> None:
+def test_an_idempotency_key_returns_the_first_job(store: JobStore) -> None:
     first = store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
     assert store.create(new_job(owner="key1", idempotency_key="k"), LIMITS) == first
     claimed(store)
@@ -122,7 +122,7 @@ def test_an_idempotency_key_brings_the_first_job_again(store: JobStore) -> None:
     assert len({first.job_id, *others}) == 6
 
 
-def test_an_idempotency_key_brings_its_job_into_a_full_queue(store: JobStore) -> None:
+def test_an_idempotency_key_returns_its_job_from_a_full_queue(store: JobStore) -> None:
     limits = limits_with(max_queued=1)
     first = store.create(new_job(idempotency_key="k"), limits)
     assert store.create(new_job(idempotency_key="k"), limits) == first
@@ -131,13 +131,13 @@ def test_an_idempotency_key_brings_its_job_into_a_full_queue(store: JobStore) ->
 # Listing
 
 
-def test_pages_of_jobs(store: JobStore, clock: Clock) -> None:
+def test_jobs_are_listed_in_pages(store: JobStore, clock: Clock) -> None:
     ids = []
     for i in range(7):
         ids.append(store.create(new_job(owner="key1"), LIMITS).job_id)
         store.create(new_job(owner="key2"), LIMITS)
         store.create(new_job(owner="key1", attached_to="runner"), LIMITS)
-        clock.passes(i % 3)  # some at the same time: then by id
+        clock.passes(i % 3)  # jobs of the same time are ordered by id
     ids.sort(key=lambda job_id: (found(store, new_job(job_id=job_id)).created_s, job_id))
     for is_ascending, expected in ((True, ids), (False, ids[::-1])):
         seen, after, has_more = [], None, True
@@ -153,7 +153,7 @@ def test_pages_of_jobs(store: JobStore, clock: Clock) -> None:
     assert (nobodys.jobs, nobodys.has_more) == ((), False)
 
 
-def test_a_page_after_nothing_is_refused(store: JobStore) -> None:
+def test_a_page_after_an_unknown_id_is_refused(store: JobStore) -> None:
     others = store.create(new_job(owner="key2"), LIMITS)
     for after in ("x", new_job_id(), others.job_id):
         with pytest.raises(RequestError, match="after must be "):
@@ -163,7 +163,7 @@ def test_a_page_after_nothing_is_refused(store: JobStore) -> None:
 # Running
 
 
-def test_a_claim_begins_a_job(store: JobStore, clock: Clock) -> None:
+def test_a_claim_starts_a_job(store: JobStore, clock: Clock) -> None:
     new = store.create(new_job(), LIMITS)
     assert claim(store, lane=Lane.IMAGE) is None
     assert claim(store, model="super") is None
@@ -236,7 +236,7 @@ def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> Non
 
 
 def assert_out_of_reach(store: JobStore, job: Job) -> None:
-    """Whoever ran a job can neither change it nor tell of it."""
+    """Check that a lease no longer allows any write to its job."""
     before = store.get(job.job_id), store.events({job.job_id: 0})
     for lease in (lease_of(job), Lease(job.job_id, ""), Lease(job.job_id, "x")):
         with pytest.raises(LeaseLost, match=job.job_id):
@@ -249,11 +249,11 @@ def assert_out_of_reach(store: JobStore, job: Job) -> None:
     assert (store.get(job.job_id), store.events({job.job_id: 0})) == before
 
 
-def test_a_job_that_was_taken_over_is_out_of_its_first_runners_reach(store: JobStore, clock: Clock) -> None:
+def test_a_taken_over_job_is_out_of_its_first_runners_reach(store: JobStore, clock: Clock) -> None:
     store.create(new_job(), LIMITS)
     first = claimed(store, "runner1")
     clock.passes(LEASE_S + 1)
-    # Nobody has taken it yet: it goes on.
+    # No runner has taken it over yet, so it continues.
     assert store.renew("runner1", [lease_of(first)], LEASE_S) == (set(), set())
     assert claim(store, "runner2") is None
     clock.passes(LEASE_S + 1)
@@ -266,7 +266,7 @@ def test_a_job_that_was_taken_over_is_out_of_its_first_runners_reach(store: JobS
     assert kinds(store, first) == ["started", "started"]
 
 
-def test_leases_are_renewed_and_cancellations_told(store: JobStore, clock: Clock) -> None:
+def test_renewing_a_lease_reports_a_cancellation(store: JobStore, clock: Clock) -> None:
     jobs = [store.create(new_job(), LIMITS) for _ in range(3)]
     running = {job.job_id: job for job in (claimed(store) for _ in range(3))}
     store.cancel(jobs[1].job_id)
@@ -280,7 +280,9 @@ def test_leases_are_renewed_and_cancellations_told(store: JobStore, clock: Clock
     assert store.renew("runner", [], LEASE_S) == (set(), set())
 
 
-def test_a_job_has_so_many_events_and_its_end(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_events_is_bounded_but_the_end_is_always_recorded(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows, "MAX_EVENTS", 3)
     store.create(new_job(), LIMITS)
     job = claimed(store)
@@ -292,7 +294,7 @@ def test_a_job_has_so_many_events_and_its_end(store: JobStore, monkeypatch: pyte
     assert kinds(store, job) == ["started", "step", "step", "completed"]
 
 
-def test_what_is_no_json_is_not_half_written(store: JobStore) -> None:
+def test_an_event_that_is_no_json_writes_nothing(store: JobStore) -> None:
     store.create(new_job(), LIMITS)
     job = claimed(store)
     with pytest.raises((JobsError, ValueError), match="Out of range float values are not JSON compliant"):
@@ -300,7 +302,7 @@ def test_what_is_no_json_is_not_half_written(store: JobStore) -> None:
     assert found(store, job) == job
 
 
-def test_a_job_that_is_given_back_can_be_claimed_again(store: JobStore, clock: Clock) -> None:
+def test_a_released_job_can_be_claimed_again(store: JobStore, clock: Clock) -> None:
     new = store.create(new_job(), LIMITS)
     job = claimed(store)
     clock.passes(1)
@@ -315,7 +317,7 @@ def test_a_job_that_is_given_back_can_be_claimed_again(store: JobStore, clock: C
     assert kinds(store, job) == ["started", "step", "started"]
 
 
-def test_a_cancelled_job_that_is_given_back_ends(store: JobStore) -> None:
+def test_a_cancelled_job_ends_when_released(store: JobStore) -> None:
     store.create(new_job(), LIMITS)
     job = claimed(store)
     store.cancel(job.job_id)
@@ -327,7 +329,7 @@ def test_a_cancelled_job_that_is_given_back_ends(store: JobStore) -> None:
 # Ending
 
 
-def test_a_job_that_waits_is_cancelled_at_once(store: JobStore, clock: Clock) -> None:
+def test_a_queued_job_is_cancelled_at_once(store: JobStore, clock: Clock) -> None:
     job = store.create(new_job(), LIMITS)
     clock.passes(1)
     cancelled = store.cancel(job.job_id)
@@ -338,7 +340,7 @@ def test_a_job_that_waits_is_cancelled_at_once(store: JobStore, clock: Clock) ->
     assert claim(store) is None
 
 
-def test_a_job_that_runs_is_cancelled_by_its_runner(store: JobStore) -> None:
+def test_a_running_job_is_cancelled_by_its_runner(store: JobStore) -> None:
     store.create(new_job(), LIMITS)
     job = claimed(store)
     told = store.cancel(job.job_id)
@@ -348,7 +350,7 @@ def test_a_job_that_runs_is_cancelled_by_its_runner(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize("is_running", [False, True])
-def test_a_deleted_job_is_gone_with_its_events(store: JobStore, is_running: bool) -> None:
+def test_deleting_a_job_deletes_its_events(store: JobStore, is_running: bool) -> None:
     job = store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
     if is_running:
         job = claimed(store)
@@ -365,14 +367,14 @@ def test_a_deleted_job_is_gone_with_its_events(store: JobStore, is_running: bool
     assert store.create(new_job(owner="key1", idempotency_key="k", fingerprint="g"), LIMITS).job_id != job.job_id
 
 
-def test_no_job_goes_where_none_may_go(store: JobStore) -> None:
+def test_forbidden_transitions_are_refused(store: JobStore) -> None:
     job = store.create(new_job(), LIMITS)
     with store._database.writing() as connection, pytest.raises(IllegalTransition, match="cannot become completed"):
         rows.end(connection, job, COMPLETED, 0.0)
     assert found(store, job) == job
 
 
-def test_a_change_of_what_has_changed_meanwhile_is_refused(store: JobStore) -> None:
+def test_a_change_of_a_job_that_has_changed_meanwhile_is_refused(store: JobStore) -> None:
     job = store.create(new_job(), LIMITS)
     claimed(store)
     with pytest.raises(LeaseLost), store._database.writing() as connection:
@@ -383,12 +385,12 @@ def test_a_change_of_what_has_changed_meanwhile_is_refused(store: JobStore) -> N
 # Events
 
 
-def test_events_of_many_jobs_come_in_order_and_in_part(store: JobStore) -> None:
+def test_events_of_many_jobs_are_ordered_and_paged(store: JobStore) -> None:
     jobs = [store.create(new_job(), LIMITS) for _ in range(13)]
     for job in jobs:
         store.cancel(job.job_id)
     cursors = {job.job_id: 0 for job in jobs}
-    many = cursors | {new_job_id(): 0 for _ in range(2000)}  # as many as may be followed, and more
+    many = cursors | {new_job_id(): 0 for _ in range(2000)}  # more than the largest number of followed jobs
     assert store.events(many) == store.events(cursors)
     assert {event.job_id for event in store.events(cursors)} == cursors.keys()
     assert len(store.events(cursors, limit=7)) == 7
@@ -430,7 +432,7 @@ def test_old_jobs_are_forgotten(store: JobStore, clock: Clock) -> None:
     assert found(store, runs).job_id == runs.job_id
 
 
-def test_of_too_many_ended_jobs_the_longest_ended_are_forgotten(store: JobStore, clock: Clock) -> None:
+def test_beyond_the_bound_the_longest_ended_jobs_are_forgotten(store: JobStore, clock: Clock) -> None:
     jobs = [store.create(new_job(), LIMITS) for _ in range(5)]
     for job in (jobs[i] for i in (3, 1, 4, 0)):
         clock.passes(1)
@@ -459,7 +461,7 @@ def test_silent_runners_are_forgotten(store: JobStore, clock: Clock) -> None:
 # Speed
 
 
-def test_measured_speed_is_averaged_and_kept(store: JobStore, jobs_url: str) -> None:
+def test_measured_speed_is_averaged_and_stored(store: JobStore, jobs_url: str) -> None:
     assert rate(store, Lane.VIDEO) is None
     store.note_rate(MODEL, Lane.VIDEO, 100.0)
     store.note_rate(MODEL, Lane.IMAGE, 7.0)
@@ -472,7 +474,7 @@ def test_measured_speed_is_averaged_and_kept(store: JobStore, jobs_url: str) -> 
     other.close()
 
 
-# Lasting
+# Durability
 
 
 def test_another_process_finds_everything(store: JobStore, jobs_url: str) -> None:
@@ -486,7 +488,7 @@ def test_another_process_finds_everything(store: JobStore, jobs_url: str) -> Non
     other.close()
 
 
-def test_what_was_accepted_survives_sigkill(store: JobStore, jobs_url: str) -> None:
+def test_an_accepted_job_survives_sigkill(store: JobStore, jobs_url: str) -> None:
     ids = race("die", jobs_url, 0, 2)
     assert len(set(ids)) == 2
     for job_id in ids:
@@ -495,8 +497,8 @@ def test_what_was_accepted_survives_sigkill(store: JobStore, jobs_url: str) -> N
         assert accepted.state is JobState.QUEUED
 
 
-def test_files_that_were_promised_are_not_given_up_for_the_number_of_jobs(store: JobStore, clock: Any) -> None:
-    """Those that nobody comes back for go first."""
+def test_jobs_with_unexpired_files_are_forgotten_last(store: JobStore, clock: Any) -> None:
+    """A cancelled job has no file to promise, so it is forgotten first."""
     for _ in range(3):
         store.create(new_job(), LIMITS)
         store.finish(lease_of(claimed(store)), COMPLETED, keep_media_s=1000.0)
@@ -507,7 +509,7 @@ def test_files_that_were_promised_are_not_given_up_for_the_number_of_jobs(store:
     assert len(store.sweep(1e6, max_kept=1)) == 2
 
 
-def test_jobs_of_a_model_that_nobody_serves_any_more_fail(store: JobStore, clock: Any) -> None:
+def test_jobs_of_a_model_that_is_no_longer_served_fail(store: JobStore, clock: Any) -> None:
     job = store.create(new_job(), LIMITS)
     assert store.fail_unserved(1000.0) == 0
     clock.now_s += 1001
