@@ -73,23 +73,23 @@ def made(kind: type, **values: Any) -> Any:
 
 
 class App:
-    """The app, its videos and the faults that a test has ordered.
+    """The app, its videos and the faults that a test has set.
 
     Attributes:
-        story: of videos that are submitted from now on.
+        story: events of the videos submitted from now on.
         failing: errors that the next calls raise, one each.
-        breaks: number of events after which the next connections to events break; None: not at all.
-        ends: number of events after which they end as if there were no more.
-        api_key: that HTTP callers need; None: none.
-        file: of finished videos.
-        breaks_in_file: number of bytes after which the next connection to the file breaks; None: not at all.
+        breaks: number of events after which the next event connections break; None: never.
+        ends: number of events after which they end cleanly.
+        api_key: required of HTTP callers; None: none.
+        file: content of finished videos.
+        breaks_in_file: number of bytes after which the next file connection breaks; None: never.
         submitted: requests and their options.
-        followed: number of the event after which each connection to events began.
-        stopped: ids of videos that were cancelled or whose caller has left.
+        followed: event number after which each event connection started.
+        stopped: ids of videos that were cancelled or lost their caller.
         calls: number of calls.
-        delay_s: of answers over HTTP.
-        num_left: number of connections to events that have ended, or were left.
-        num_asked: number of requests over HTTP.
+        delay_s: delay of HTTP answers.
+        num_left: number of event connections that ended or were closed.
+        num_asked: number of HTTP requests.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class App:
         return video_id
 
     def check(self) -> None:
-        """Count a call, and raise the error that is ordered for it."""
+        """Count a call; raise the next error of ``failing``."""
         self.calls += 1
         if self.failing:
             raise self.failing.pop(0)
@@ -196,7 +196,7 @@ class App:
                 yield seq, kind, data
 
     async def followers(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
-        """Yield them over a connection that may break."""
+        """Yield a video's events over a connection that may break."""
         self.followed.append(after)
         breaks = self.breaks.pop(0) if self.breaks else None
         ends = self.ends.pop(0) if self.ends else None
@@ -214,7 +214,7 @@ class App:
     async def __call__(self, request: httpx2.Request) -> httpx2.Response:
         await request.aread()
         self.num_asked += 1
-        # A request that has come whole is executed, whether or not its caller waits for the answer.
+        # A complete request is executed even if its caller disconnects.
         answering = asyncio.create_task(self._answer(request))
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
@@ -295,7 +295,7 @@ class App:
             async for seq, kind, data in self.followers(video_id, after):
                 number = f"id: {seq}\n" if seq else ""
                 text = f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
-                for start in range(0, len(text), 50):  # connections cut where they like
+                for start in range(0, len(text), 50):  # parts end anywhere
                     yield text[start : start + 50]
         except RayActorError:
             yield b"id: 999\nevent: step\nda"
@@ -307,7 +307,7 @@ class App:
 
     @property
     def director(self) -> Director:
-        """Its handle."""
+        """The Director's handle."""
         return Director(self)
 
 
@@ -358,7 +358,7 @@ class Response:
         return self._answer().__await__()
 
     def cancel(self) -> None:
-        """Nothing of it goes on."""
+        """Stop the call."""
 
 
 class StreamResponse:
@@ -464,7 +464,7 @@ class Director:
                 yield _message(kind, data, job_id)
 
         def left() -> None:
-            # To cancel what has ended does nothing.
+            # Cancelling an ended stream does nothing.
             if begun and app.videos[begun[0]]["status"] not in ("completed", "failed"):
                 app.cancel(begun[0])
 

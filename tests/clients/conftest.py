@@ -1,6 +1,6 @@
 """The four clients - for threads or an event loop, over HTTP or handles - in front of one app, under one face.
 
-Tests call what a blocking client has; the one for event loops is asked through a loop that each call starts and stops.
+Tests call the blocking interface; the asynchronous client runs in a loop that each call starts and stops.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CALL_S = 30.0
 
 
 class InLoop:
-    """An asynchronous client, asked like a blocking one."""
+    """An asynchronous client behind the blocking interface."""
 
     def __init__(self, client: AsyncCosmos3Client) -> None:
         self._client = client
@@ -48,7 +48,7 @@ class InLoop:
 
 
 class BlockingIterator:
-    """An asynchronous iterator, asked like another one."""
+    """An asynchronous iterator behind the blocking interface."""
 
     def __init__(self, runner: asyncio.Runner, items: Any) -> None:
         self._runner, self._items = runner, items
@@ -83,7 +83,7 @@ def app() -> App:
 
 @pytest.fixture(params=["http", "handle"])
 def way(request: pytest.FixtureRequest) -> str:
-    """How the app is reached."""
+    """The transport to the app."""
     return str(request.param)
 
 

@@ -1,4 +1,4 @@
-"""What only HTTP has: keys, headers, sizes, silence, proxies."""
+"""The HTTP transport alone: keys, headers, sizes, silence, proxies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUEST = GenerationRequest(prompt="A red car.")
 
 
 def asking(answer: Callable[[httpx2.Request], Any], timeout_s: float = 30.0) -> Cosmos3Client:
-    """A client of a server that gives one kind of answer."""
+    """Make a client of a server that gives one kind of answer."""
 
     async def answered(request: httpx2.Request) -> httpx2.Response:
         made = answer(request)
@@ -41,7 +41,7 @@ def body(text: bytes) -> Body:
     return Body(in_parts(text))
 
 
-def test_a_key_is_needed_and_sent_and_never_shown(app: App) -> None:
+def test_the_key_is_sent_and_never_shown(app: App) -> None:
     app.api_key = "sk-right"
     for key in (None, "sk-wrong"):
         with Cosmos3Client(connected(app, "http", api_key=key)) as client, pytest.raises(AuthError) as caught:
@@ -54,13 +54,13 @@ def test_a_key_is_needed_and_sent_and_never_shown(app: App) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a\r\nx-evil: 1", "schlüssel", "a\x00"])
-def test_what_no_header_can_hold_is_no_key(key: str) -> None:
+def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
     with pytest.raises(RequestError, match=r"api_key must be .*got '\*\*\*'"):
         AsyncCosmos3Client.over_http("http://app.test", key)
 
 
 @pytest.mark.parametrize("value", ["", "a\r\nx-evil: 1", "ä", "x" * 257])
-def test_what_no_header_can_hold_is_no_name(value: str, app: App) -> None:
+def test_an_id_or_key_that_no_header_can_hold_is_refused(value: str, app: App) -> None:
     with Cosmos3Client(connected(app, "http")) as client:
         for name in ("request_id", "idempotency_key"):
             with pytest.raises(RequestError, match=f"{name} must be 1 to 256 printable ASCII characters"):
@@ -71,12 +71,12 @@ def test_what_no_header_can_hold_is_no_name(value: str, app: App) -> None:
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://[::1", "http://u:p@a"]
 )
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(RequestError, match="url must be "):
         Cosmos3Client.over_http(url)
 
 
-def test_an_answer_that_does_not_come_is_not_waited_for_for_ever() -> None:
+def test_waiting_for_an_answer_times_out() -> None:
     async def never(request: httpx2.Request) -> httpx2.Response:
         await asyncio.sleep(1000)
         raise AssertionError
@@ -97,7 +97,7 @@ def test_an_answer_that_does_not_come_is_not_waited_for_for_ever() -> None:
         list(client.content("video_gen_1", timeout_s=0.2))
 
 
-def test_the_words_of_an_error_are_cut_off() -> None:
+def test_long_error_messages_are_truncated() -> None:
     async def endless() -> AsyncIterator[bytes]:
         for _ in range(2000):
             yield b"x" * 50_000
@@ -127,7 +127,7 @@ def test_the_words_of_an_error_are_cut_off() -> None:
         (422, b'{"error": {"message": "no", "param": 3}}', AnswerError, "no"),
     ],
 )
-def test_answers_of_other_servers(status: int, text: bytes, kind: type[Exception], said: str) -> None:
+def test_answers_of_other_servers_are_typed_errors(status: int, text: bytes, kind: type[Exception], said: str) -> None:
     headers = {"location": "http://elsewhere.test/"}
     server = asking(lambda request: httpx2.Response(status, headers=headers, stream=body(text)))
     with server as client, pytest.raises(kind, match=said.replace("?", r"\?")) as caught:
@@ -136,7 +136,7 @@ def test_answers_of_other_servers(status: int, text: bytes, kind: type[Exception
         assert caught.value.retry_after_s == 5.0
 
 
-def test_when_to_come_back_is_a_number_or_unknown() -> None:
+def test_retry_after_is_a_number_or_unknown() -> None:
     for told, retry_after_s in (("12", 12.0), ("0.5", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 5.0), ("nan", 5.0)):
         headers = {"retry-after": told}
         full = asking(lambda request, it=headers: httpx2.Response(429, headers=it, stream=body(b"")))
@@ -161,14 +161,14 @@ def test_an_error_of_the_server_survives_pickling(status: int, code: str) -> Non
         assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
-def test_a_page_is_no_stream_of_events() -> None:
+def test_an_html_page_is_not_a_stream_of_events() -> None:
     page = asking(lambda request: httpx2.Response(200, headers={"content-type": "text/html"}, stream=body(b"")))
     with page as client, pytest.raises(AnswerError, match="is it a cosmos3 app?"):
         list(client.events("a"))
 
 
 def test_a_silent_connection_counts_as_broken(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Followers get a sign of life; where there is none, the other side is gone without a word."""
+    """The server sends keepalives; without one, the connection is dead."""
     monkeypatch.setattr(http_transport, "_SILENCE_S", 0.2)
     event = b'id: 1\nevent: started\ndata: {"attempt": 1}\n\n'
     job = {**VIDEO, "id": "a", "status": "completed", "prompt": "a", "created_at": 1, "service_class": "standard"}
@@ -187,14 +187,14 @@ def test_a_silent_connection_counts_as_broken(app: App, monkeypatch: pytest.Monk
             text = event if len(asked) == 1 else last
             self.wfile.write(b"%x\r\n%b\r\n" % (len(text), text))
             self.wfile.flush()
-            self.rfile.read(1)  # until the client hangs up
+            self.rfile.read(1)  # until the client disconnects
 
         def log_message(self, *_: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    # What the environment says of proxies is not for this.
+    # Proxies in the environment are ignored.
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with Cosmos3Client.over_http(f"http://127.0.0.1:{server.server_port}", patience=QUICK) as client:
@@ -204,7 +204,7 @@ def test_a_silent_connection_counts_as_broken(app: App, monkeypatch: pytest.Monk
     server.server_close()
 
 
-def test_an_app_that_cannot_be_told_to_stop_is_told_of(app: App, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_cancellation_is_logged(app: App, caplog: pytest.LogCaptureFixture) -> None:
     app.story = [("step", {"step": 1, "num_steps": 2, "sigma": 0.5}), ("wait", {})]
     with Cosmos3Client(connected(app, "http")) as client:
         stream = client.stream(REQUEST)
@@ -216,8 +216,8 @@ def test_an_app_that_cannot_be_told_to_stop_is_told_of(app: App, caplog: pytest.
 
 @pytest.mark.parametrize("call", ["stream", "generate"])
 @pytest.mark.parametrize("how", ["cancelled", "too late"])
-def test_who_leaves_before_the_answer_leaves_no_video(how: str, call: str, app: App) -> None:
-    """The app makes what it was asked for, and knows of nobody who waits."""
+def test_interrupting_a_submission_cancels_its_video(how: str, call: str, app: App) -> None:
+    """The app creates the video, and does not know that its caller has left."""
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
     app.delay_s = 0.2
 
@@ -241,7 +241,7 @@ def test_who_leaves_before_the_answer_leaves_no_video(how: str, call: str, app: 
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_who_leaves_what_is_not_made_stops_nothing(
+def test_interrupting_a_refused_submission_cancels_nothing(
     refused: bool, app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(http_transport, "LEAVE_S", 10.0 if refused else 0.05)
@@ -258,8 +258,8 @@ def test_who_leaves_what_is_not_made_stops_nothing(
     assert (app.submitted, app.stopped, caplog.records) == ([], [], [])
 
 
-def test_many_follow_over_one_client(app: App) -> None:
-    """Each with a connection of its own; none waits for another."""
+def test_many_followers_share_one_client(app: App) -> None:
+    """Each has its own connection; none waits for another."""
 
     async def follow() -> list[int]:
         async with connected(app, "http") as client:

@@ -46,7 +46,7 @@ def test_both_clients_have_the_same_calls() -> None:
     assert blocking == asynchronous
 
 
-def test_the_calls_of_the_blocking_client_are_documented_with_what_they_return() -> None:
+def test_every_blocking_call_documents_its_result() -> None:
     for name in ("create", "stream", "events", "content"):
         assert inspect.getdoc(getattr(Cosmos3Client, name))
         assert not inspect.iscoroutinefunction(getattr(Cosmos3Client, name))
@@ -55,10 +55,10 @@ def test_the_calls_of_the_blocking_client_are_documented_with_what_they_return()
     assert returned == ["Video", "Items", "Items", "Items"]
 
 
-# Calls that answer at once
+# Unary calls
 
 
-def test_a_video_is_made_with_what_was_asked_for(client: Any, app: App) -> None:
+def test_a_video_is_created_from_the_request(client: Any, app: App) -> None:
     video = client.create(REQUEST, idempotency_key="once", service_class="batch", previews=3, request_id="mine")
     assert isinstance(video, Video)
     assert (video.status, video.progress, video.prompt, video.size) == ("queued", 0, "A red car.", "96x64")
@@ -73,21 +73,21 @@ def test_a_video_is_made_with_what_was_asked_for(client: Any, app: App) -> None:
 
 
 @pytest.mark.parametrize("previews", [-1, 33, True, 2.0, "4", None])
-def test_a_wrong_number_of_previews_is_refused_before_anything_is_asked(previews: Any, client: Any, app: App) -> None:
+def test_a_wrong_number_of_previews_is_refused_locally(previews: Any, client: Any, app: App) -> None:
     for call in (client.create, client.stream):
         with pytest.raises(RequestError, match="previews must be a whole number from 0 to 32"):
             call(REQUEST, previews=previews)
     assert app.calls == 0
 
 
-def test_media_are_read_where_the_caller_is(client: Any, app: App, tmp_path: Path) -> None:
+def test_media_are_read_on_the_clients_machine(client: Any, app: App, tmp_path: Path) -> None:
     for call in (client.create, client.stream, client.generate):
         with pytest.raises(RequestError, match="image must be "):
             call(GenerationRequest(prompt="a", image=tmp_path / "none.png"))
     assert app.calls == 0
 
 
-def test_a_video_is_found_listed_and_forgotten(client: Any, app: App) -> None:
+def test_a_video_is_retrieved_listed_and_deleted(client: Any, app: App) -> None:
     ids = [client.create(REQUEST).id for _ in range(5)]
     assert client.retrieve(ids[2]).id == ids[2]
     page = client.list(limit=2)
@@ -112,14 +112,14 @@ def test_a_video_is_found_listed_and_forgotten(client: Any, app: App) -> None:
         client.list(limit=0)
 
 
-def test_many_videos_are_listed_page_after_page(client: Any, app: App) -> None:
+def test_videos_are_listed_in_pages(client: Any, app: App) -> None:
     for number in range(230):
         app.begin(str(number), {})
     assert [video.prompt for video in client.list_all(order="asc")] == [str(number) for number in range(230)]
 
 
 @pytest.mark.parametrize("video_id", ["", "..", "a/b", "a?b", "a b", "ä", "x" * 200, "../../v1/models"])
-def test_what_can_be_no_id_is_not_asked_for(video_id: str, client: Any, app: App) -> None:
+def test_an_invalid_id_is_refused_locally(video_id: str, client: Any, app: App) -> None:
     for call in (client.retrieve, client.cancel, client.delete, client.wait):
         with pytest.raises(NotFound):
             call(video_id)
@@ -128,7 +128,7 @@ def test_what_can_be_no_id_is_not_asked_for(video_id: str, client: Any, app: App
     assert app.calls == 0
 
 
-def test_a_video_is_stopped(client: Any, app: App) -> None:
+def test_a_video_is_cancelled(client: Any, app: App) -> None:
     video = client.cancel(client.create(REQUEST).id)
     assert video.status == "failed"
     assert video.error is not None
@@ -136,7 +136,7 @@ def test_a_video_is_stopped(client: Any, app: App) -> None:
     assert video.has_ended
 
 
-def test_a_video_is_made_again_with_another_prompt(client: Any, app: App) -> None:
+def test_a_video_is_remixed(client: Any, app: App) -> None:
     first = client.create(REQUEST)
     again = client.remix(first.id, "A blue car.", idempotency_key="k", request_id="mine")
     assert (again.prompt, again.remixed_from_video_id) == ("A blue car.", first.id)
@@ -145,13 +145,13 @@ def test_a_video_is_made_again_with_another_prompt(client: Any, app: App) -> Non
         client.remix("video_gen_0", "a")
 
 
-def test_the_models(client: Any) -> None:
+def test_the_models_are_listed(client: Any) -> None:
     (model,) = client.models()
     assert (model.id, model.family, model.variant) == ("tiny", "cosmos3", "nano")
     assert model.modes == ("a", "b")
 
 
-def test_generated_actions_are_numbers(client: Any, app: App) -> None:
+def test_generated_actions_are_arrays(client: Any, app: App) -> None:
     video = client.create(REQUEST)
     assert video.actions is None
     actions = GeneratedActions(np.array([[0.5, 2.0]], np.float32), "av", 1, False)
@@ -170,7 +170,7 @@ def without_numbers(events: list[VideoEvent]) -> list[tuple[type, dict[str, Any]
     return [(type(event), values) for event, values in zip(events, held, strict=True)]
 
 
-def test_events_are_values_and_the_same_however_they_come(client: Any, app: App) -> None:
+def test_events_are_equal_over_both_transports(client: Any, app: App) -> None:
     video = client.create(REQUEST)
     events = list(client.events(video.id))
     assert [type(event) for event in events] == [
@@ -197,7 +197,7 @@ def test_events_are_values_and_the_same_however_they_come(client: Any, app: App)
     assert streamed[-1].video.id == stream.video_id
 
 
-def test_kinds_of_events(client: Any, app: App) -> None:
+def test_every_event_has_its_kind(client: Any, app: App) -> None:
     app.story = [
         ("started", {"attempt": 2}),
         ("previews_off", {"reason": "no memory", "more": 1}),
@@ -211,7 +211,7 @@ def test_kinds_of_events(client: Any, app: App) -> None:
     assert ended.kind == "completed"
 
 
-def test_events_can_be_followed_from_a_number_on(client: Any, app: App) -> None:
+def test_events_can_be_followed_from_a_number(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     assert [event.seq for event in client.events(video_id, 5)] == [None, 6, 7]
     assert app.followed == [5]
@@ -219,7 +219,7 @@ def test_events_can_be_followed_from_a_number_on(client: Any, app: App) -> None:
     assert list(client.events(video_id, 7)) == [], "all was told"
 
 
-def test_a_broken_connection_is_resumed_without_a_gap_or_anything_twice(client: Any, app: App) -> None:
+def test_a_broken_connection_is_resumed_without_gaps_or_repeats(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     app.breaks = [3, 0, 2, None]
     assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
@@ -233,14 +233,14 @@ def test_a_connection_that_ends_too_early_is_resumed(client: Any, app: App) -> N
     assert app.followed == [0, 2, 2]
 
 
-def test_an_app_that_is_restarted_is_waited_for(client: Any, app: App) -> None:
+def test_a_follower_waits_for_a_restarting_app(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     app.failing = [ShuttingDown(0.0), OverloadedError("followers", 1, 0.0), StageFailed("director", 1, "died")]
     assert client.wait(video_id).status == "completed"
     assert app.calls >= 5
 
 
-def test_a_follower_comes_back_no_sooner_than_it_is_asked_to(client: Any, app: App) -> None:
+def test_a_follower_honours_retry_after(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     app.failing = [ShuttingDown(60.0)]
     with pytest.raises(DeadlineExceeded):
@@ -249,13 +249,13 @@ def test_a_follower_comes_back_no_sooner_than_it_is_asked_to(client: Any, app: A
 
 
 @pytest.mark.parametrize(("asked_s", "least_s", "most_s"), [(0.0, 1.5, 2.0), (0.1, 1.5, 2.0), (60.0, 60.0, 66.0)])
-def test_pauses_grow_and_are_no_shorter_than_asked_for(asked_s: float, least_s: float, most_s: float) -> None:
+def test_pauses_grow_and_honour_retry_after(asked_s: float, least_s: float, most_s: float) -> None:
     pauses = [Patience(first_pause_s=1.0, max_pause_s=8.0).pause_s(2, asked_s) for _ in range(100)]
     assert least_s <= min(pauses) <= max(pauses) <= most_s
 
 
-def test_what_was_told_before_is_not_told_again(client: Any, app: App) -> None:
-    """An app that forgets where its follower was."""
+def test_repeated_events_are_dropped(client: Any, app: App) -> None:
+    """The app ignores the event number that the follower sends."""
     video_id = client.create(REQUEST).id
     told = app.told
     app.told = lambda video_id, after: told(video_id, 0)  # type: ignore[method-assign]
@@ -263,7 +263,7 @@ def test_what_was_told_before_is_not_told_again(client: Any, app: App) -> None:
     assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_follower_gives_up_in_the_end(client: Any, app: App) -> None:
+def test_a_follower_gives_up_after_its_timeout(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     app.breaks = [0] * 100
     with pytest.raises(UnreachableError):
@@ -273,7 +273,7 @@ def test_a_follower_gives_up_in_the_end(client: Any, app: App) -> None:
 
 
 @pytest.mark.parametrize("way_out", ["event", "end"])
-def test_a_video_that_is_deleted_is_not_followed_on(way_out: str, client: Any, app: App) -> None:
+def test_following_a_deleted_video_raises(way_out: str, client: Any, app: App) -> None:
     app.story = [STORY[1], ("deleted", {}) if way_out == "event" else WAIT, *STORY[2:]]
     video_id = client.create(REQUEST).id
     app.ends = [None if way_out == "event" else 1]
@@ -286,7 +286,7 @@ def test_a_video_that_is_deleted_is_not_followed_on(way_out: str, client: Any, a
         next(events)
 
 
-def test_nonsense_is_no_event(client: Any, app: App) -> None:
+def test_a_malformed_event_is_an_error(client: Any, app: App) -> None:
     app.story = [("step", {"step": "first"})]
     with pytest.raises(AnswerError, match="sends the event 'step', but not as this API does"):
         list(client.events(client.create(REQUEST).id))
@@ -295,7 +295,7 @@ def test_nonsense_is_no_event(client: Any, app: App) -> None:
 # Waiting
 
 
-def test_a_video_is_waited_for_well_or_not(client: Any, app: App) -> None:
+def test_wait_returns_or_raises_the_end(client: Any, app: App) -> None:
     app.story = [WAIT, *STORY]
     video_id = client.create(REQUEST).id
     with pytest.raises(DeadlineExceeded, match="not done within 0 s"):
@@ -313,7 +313,7 @@ def test_a_video_is_waited_for_well_or_not(client: Any, app: App) -> None:
 # Files
 
 
-def test_a_file_comes_in_parts(client: Any, app: App, tmp_path: Path) -> None:
+def test_a_file_is_read_in_parts(client: Any, app: App, tmp_path: Path) -> None:
     video_id = client.generate(REQUEST).video.id
     parts = list(client.content(video_id))
     assert b"".join(parts) == app.file
@@ -338,7 +338,7 @@ def test_a_file_comes_in_parts(client: Any, app: App, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.webp"]
 
 
-def test_half_a_file_is_none(client: Any, app: App, tmp_path: Path) -> None:
+def test_a_truncated_file_is_not_saved(client: Any, app: App, tmp_path: Path) -> None:
     app.file = b"x" * 3_000_000
     video_id = client.generate(REQUEST).video.id
     for save in (lambda: client.save(video_id, tmp_path / "a.mp4"), lambda: list(client.content(video_id))):
@@ -350,10 +350,10 @@ def test_half_a_file_is_none(client: Any, app: App, tmp_path: Path) -> None:
         next(parts)
 
 
-# Making one and waiting for it
+# Generate and wait
 
 
-def test_a_request_is_generated_in_one_piece(client: Any, app: App) -> None:
+def test_generate_returns_the_whole_result(client: Any, app: App) -> None:
     generated = client.generate(REQUEST, service_class="batch", request_id="mine")
     assert generated.media == app.file
     assert (generated.video.status, generated.video.stage_durations) == ("completed", {"total": 1.5})
@@ -363,14 +363,14 @@ def test_a_request_is_generated_in_one_piece(client: Any, app: App) -> None:
     assert client.generate(REQUEST).media == b""
 
 
-def test_the_file_is_not_part_of_what_is_shown(client: Any) -> None:
+def test_repr_does_not_show_the_file(client: Any) -> None:
     assert len(repr(client.generate(REQUEST))) < 2000
 
 
 FAILED = {"code": "deadline_exceeded", "message": str(DeadlineExceeded("denoise", 60.0))}
 
 
-def test_why_a_video_failed_is_raised(client: Any, app: App) -> None:
+def test_a_failed_video_raises_its_error(client: Any, app: App) -> None:
     app.story = [*STORY[:2], ("failed", FAILED)]
     for call in (lambda: client.generate(REQUEST), lambda: list(client.stream(REQUEST))):
         with pytest.raises(DeadlineExceeded, match="was not done within 60 s; it was in the stage 'denoise'"):
@@ -382,7 +382,7 @@ def test_why_a_video_failed_is_raised(client: Any, app: App) -> None:
 
 
 @pytest.mark.parametrize("call", ["generate", "stream"])
-def test_who_gives_up_waiting_stops_the_work(call: str, client: Any, app: App) -> None:
+def test_interrupting_generate_stops_the_work(call: str, client: Any, app: App) -> None:
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
     with pytest.raises(DeadlineExceeded):
         made = getattr(client, call)(REQUEST, timeout_s=0.2)
@@ -417,13 +417,13 @@ def test_leaving_a_stream_stops_the_work(how: str, client: Any, app: App) -> Non
 
 
 def _turn(client: Any) -> bool:
-    """Let the client's event loop run, where it runs only when it is asked."""
+    """Run the client's event loop for a moment, if it runs only during calls."""
     if isinstance(client, InLoop):
         client.models()
     return False
 
 
-def test_a_stream_that_has_ended_stops_nothing(client: Any, app: App) -> None:
+def test_closing_an_ended_stream_stops_nothing(client: Any, app: App) -> None:
     with client.stream(REQUEST) as stream:
         assert [type(event) for event in stream][-1] is VideoEnded
         assert list(stream) == []
@@ -433,7 +433,7 @@ def test_a_stream_that_has_ended_stops_nothing(client: Any, app: App) -> None:
     assert app.stopped == []
 
 
-def test_leaving_events_leaves_the_video_alone(client: Any, app: App) -> None:
+def test_leaving_events_leaves_the_video_running(client: Any, app: App) -> None:
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
     video_id = client.create(REQUEST).id
     events = client.events(video_id)
@@ -463,7 +463,7 @@ def test_leaving_events_leaves_the_video_alone(client: Any, app: App) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_errors_are_the_same_however_they_come(
+def test_errors_are_equal_over_both_transports(
     raised: Exception, expected: type[Exception], client: Any, app: App
 ) -> None:
     calls = {
@@ -475,7 +475,7 @@ def test_errors_are_the_same_however_they_come(
         app.failing = [raised]
         with pytest.raises(expected) as caught:
             calls[call]()
-        # Why a process died is in the server's log, and told to who is inside of the cluster.
+        # Why a process died is in the server's log; only callers inside the cluster see it.
         is_hidden = isinstance(raised, StageFailed | GangFailed) and "server's log" in str(caught.value)
         assert is_hidden or str(caught.value) == str(raised)
         for name in ("retry_after_s", "field", "given", "allowed", "hint"):
@@ -483,7 +483,7 @@ def test_errors_are_the_same_however_they_come(
                 assert getattr(caught.value, name) == getattr(raised, name)
 
 
-def test_what_is_wrong_inside_is_an_error_of_the_app(client: Any, app: App) -> None:
+def test_an_internal_error_is_an_app_error(client: Any, app: App) -> None:
     app.failing = [ZeroDivisionError("a secret")]
     with pytest.raises(AnswerError) as caught:
         client.models()
@@ -494,7 +494,7 @@ def test_what_is_wrong_inside_is_an_error_of_the_app(client: Any, app: App) -> N
     assert "secret" not in str(away.value)
 
 
-def test_nothing_is_tried_again_unless_it_is_asked_for(client: Any, app: App) -> None:
+def test_calls_are_not_retried_by_default(client: Any, app: App) -> None:
     app.failing = [OverloadedError("jobs", 1, 0.0)]
     with pytest.raises(OverloadedError):
         client.create(REQUEST)
@@ -502,11 +502,11 @@ def test_nothing_is_tried_again_unless_it_is_asked_for(client: Any, app: App) ->
 
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
-def test_a_polite_client_comes_back_when_it_is_told_to(kind: str, way: str, app: App) -> None:
+def test_retries_honour_retry_after(kind: str, way: str, app: App) -> None:
     made = connected(app, way, Patience(max_wait_s=5.0, first_pause_s=0.001))
     client: Any = Cosmos3Client(made) if kind == "blocking" else InLoop(made)
     app.failing = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0), GangFailed("load", "begins")]
-    with pytest.raises(Unavailable):  # it says 5 s, and some of them have passed
+    with pytest.raises(Unavailable):  # Retry-After is 5 s, and part of it has passed
         client.create(REQUEST)
     app.failing = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0)]
     assert client.create(REQUEST).status == "queued"
@@ -518,7 +518,7 @@ def test_a_polite_client_comes_back_when_it_is_told_to(kind: str, way: str, app:
     client.close()
 
 
-def test_nobody_is_put_off_for_longer_than_he_waits(way: str, app: App) -> None:
+def test_retries_end_at_the_callers_deadline(way: str, app: App) -> None:
     with Cosmos3Client(connected(app, way, Patience(max_wait_s=600.0))) as client:
         app.failing = [OverloadedError("jobs", 1, 5.0)]
         with pytest.raises(OverloadedError):
@@ -526,5 +526,5 @@ def test_nobody_is_put_off_for_longer_than_he_waits(way: str, app: App) -> None:
     assert app.submitted == []
 
 
-def test_base64_is_what_the_double_says() -> None:
+def test_base64_matches_the_double() -> None:
     assert base64.b64decode(str(STORY[2][1]["b64_json"])) == b"webp"

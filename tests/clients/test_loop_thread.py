@@ -1,4 +1,4 @@
-"""A client's own event loop: who waits for it, and how it ends."""
+"""The event loop thread of a blocking client: results, interrupts, shutdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEADLINE_S = 30.0
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C interrupts, also where the tests run in the background of a shell, which has its jobs ignore it."""
+    """Enable Ctrl-C, which jobs in the background of a shell ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -36,7 +36,7 @@ def interrupt() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
-def test_what_is_run_has_its_result_or_its_error() -> None:
+def test_run_returns_the_result_or_raises() -> None:
     thread = LoopThread()
 
     async def value() -> int:
@@ -51,7 +51,7 @@ def test_what_is_run_has_its_result_or_its_error() -> None:
         thread.run(error())
 
     async def inside() -> int:
-        return thread.run(value())  # would wait for itself
+        return thread.run(value())  # would deadlock
 
     with pytest.raises(ClosedError):
         thread.run(inside())
@@ -62,7 +62,7 @@ def test_what_is_run_has_its_result_or_its_error() -> None:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_who_is_interrupted_waits_for_the_end_of_what_he_stops() -> None:
+def test_an_interrupted_call_waits_for_its_cancellation() -> None:
     thread, has_begun, ended = LoopThread(), threading.Event(), []
 
     async def work() -> None:
@@ -86,11 +86,11 @@ def test_who_is_interrupted_waits_for_the_end_of_what_he_stops() -> None:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_just_before_the_wait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal does not wake who was not asleep when it came."""
+    """A signal that comes before the wait does not wake it."""
     thread, ended = LoopThread(), []
 
     class NeverWoken:
-        """A queue whose first get the signal comes too early for."""
+        """A queue whose first ``get`` starts just after the signal."""
 
         def __init__(self) -> None:
             self._items: list[Any] = []
@@ -128,9 +128,7 @@ def test_an_interrupt_just_before_the_wait_is_noticed(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("is_handed_over", [False, True])
-def test_an_interrupt_while_work_is_handed_over_leaves_nothing(
-    is_handed_over: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_during_submission_leaves_no_task(is_handed_over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocking, "_STOP_S", DEADLINE_S)
     thread, num_calls = LoopThread(), 0
     hand_over = thread._loop.call_soon_threadsafe
@@ -152,7 +150,7 @@ def test_an_interrupt_while_work_is_handed_over_leaves_nothing(
     thread.close()
 
 
-def test_who_waits_for_a_client_that_is_closed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_client_fails_its_pending_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocking, "_STOP_S", 0.05)
     thread, has_begun, raised = LoopThread(), threading.Event(), []
 
@@ -176,7 +174,7 @@ def test_who_waits_for_a_client_that_is_closed_is_told_so(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("way", ["http", "handle"])
-def test_ctrl_c_stops_what_is_generated(way: str, app: App) -> None:
+def test_ctrl_c_cancels_generate(way: str, app: App) -> None:
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
 
     def interrupt_work() -> None:
@@ -197,7 +195,7 @@ def num_threads() -> int:
 
 
 @pytest.mark.parametrize("way", ["http", "handle"])
-def test_a_client_that_is_dropped_ends_its_thread_and_what_it_follows(way: str, app: App) -> None:
+def test_a_dropped_client_ends_its_thread_and_streams(way: str, app: App) -> None:
     gc.collect()
     before = num_threads()
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
@@ -212,7 +210,7 @@ def test_a_client_that_is_dropped_ends_its_thread_and_what_it_follows(way: str, 
     assert len(app.stopped) == 1
 
 
-def test_a_client_may_be_closed_twice_and_then_says_so(app: App) -> None:
+def test_a_client_may_be_closed_twice_and_then_refuses_calls(app: App) -> None:
     client = Cosmos3Client(connected(app, "http"))
     client.models()
     client.close()
@@ -221,7 +219,7 @@ def test_a_client_may_be_closed_twice_and_then_says_so(app: App) -> None:
         client.models()
 
 
-def test_threads_share_a_client(app: App) -> None:
+def test_threads_can_share_a_client(app: App) -> None:
     videos: list[str] = []
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""Server-sent events, however they are cut."""
+"""Parsing server-sent events, cut anywhere."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("num_bytes", [1, 2, 3, 7, 64, 1000])
-def test_events_are_the_same_however_they_are_cut(num_bytes: int) -> None:
+def test_events_are_the_same_for_every_cut(num_bytes: int) -> None:
     reader = EventReader()
     parts = [TEXT[start : start + num_bytes] for start in range(0, len(TEXT), num_bytes)]
     assert [event for part in parts for event in reader.feed(part)] == EVENTS
 
 
 @pytest.mark.parametrize("data", ["{", "[]", "3", "", "{}\nid: one"])
-def test_what_is_no_event_is_refused(data: str) -> None:
+def test_invalid_events_are_refused(data: str) -> None:
     with pytest.raises(AnswerError, match="sends an event 'step' that is no JSON object"):
         list(EventReader().feed(f"event: step\ndata: {data}\n\n".encode()))
 
 
-def test_an_event_has_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_length_of_an_event_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_calls, "_MAX_EVENT_BYTES", 1000)
     for text in (b"data: " + b"x" * 1000, b"data: x\n" * 200, b"x" * 1001):
         with pytest.raises(AnswerError, match="more than 1000 bytes"):
             list(EventReader().feed(text))
     reader = EventReader()
-    for _ in range(100):  # many short ones are no long one
+    for _ in range(100):  # many short events are not one long event
         assert len(list(reader.feed(b"data: {}\n\n"))) == 1

@@ -237,7 +237,7 @@ def test_a_clip_without_a_file_cannot_complete(store: MediaStore) -> None:
     assert found(store, media_id).state == WRITING
 
 
-def test_stores_of_other_directories_are_not_equal(store: MediaStore, tmp_path: Path) -> None:
+def test_nodes_must_share_one_directory(store: MediaStore, tmp_path: Path) -> None:
     elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1)
     with pytest.raises(MediaStoreError, match=f"in {elsewhere.directory}: media.directory must be one directory for"):
         elsewhere.expect(make(store))

@@ -1,4 +1,4 @@
-"""Retries here wait for no replica that starts anew."""
+"""Retries without pauses: no replica has to restart here."""
 
 from __future__ import annotations
 

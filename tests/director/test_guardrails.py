@@ -1,4 +1,4 @@
-"""Guardrails: adapters, the stage, its place on a request's way. Whatever goes wrong, nothing passes. Without Ray."""
+"""Guardrails: adapters, the stage, its place in the pipeline. Any failure blocks. Without Ray."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
 
 
 class Pixelating:
-    """Blocks a word, and black pictures; halves all others. Fails when told to."""
+    """Blocks a word and black pictures; halves all other frames. Fails on demand."""
 
     def __init__(self, word: str = "forbidden") -> None:
         self.word = word
@@ -76,12 +76,12 @@ class Pixelating:
 
 
 class WithoutFrames:
-    """No guardrail."""
+    """An adapter without a method for frames."""
 
     def check_text(self, prompt: str) -> None: ...
 
 
-def test_an_adapter_is_found_by_module_and_class_and_made_with_its_options() -> None:
+def test_an_adapter_is_loaded_by_module_and_class_with_its_options() -> None:
     made = load_guardrail(f"{__name__}:Pixelating", {"word": "other"})
     with pytest.raises(ContentBlocked):
         made.check_text("the other one")
@@ -99,9 +99,7 @@ def test_an_adapter_is_found_by_module_and_class_and_made_with_its_options() -> 
         ("cosmos-guardrail", {"gpu": True}, "(device: 'str' = 'cpu'"),
     ],
 )
-def test_an_adapter_that_cannot_be_used_is_refused_at_the_start(
-    adapter: str, options: dict[str, Any], problem: str
-) -> None:
+def test_an_unusable_adapter_is_refused_at_the_start(adapter: str, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(AdapterError) as caught:
         load_guardrail(adapter, options)
     assert str(caught.value).startswith(f"guardrails.adapter={adapter}: ")
@@ -110,7 +108,7 @@ def test_an_adapter_that_cannot_be_used_is_refused_at_the_start(
 
 
 def cosmos_guardrail(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """NVIDIA's package 0.3, as far as its interface goes; the module has what its models are told to answer."""
+    """The interface of NVIDIA's package 0.3, with scripted answers of its models."""
     package: Any = ModuleType("cosmos_guardrail")
     package.listed, package.label, package.devices, package.faces = [], "Safe", [], []
 
@@ -143,7 +141,7 @@ def cosmos_guardrail(monkeypatch: pytest.MonkeyPatch) -> Any:
             return all(model.is_safe(prompt)[0] for model in self.models[:2])
 
         def check_video_safety(self, frames: Frames) -> Frames | None:
-            frames[:, 0] = 0  # in place, as there
+            frames[:, 0] = 0  # in place, as NVIDIA's does
             return None if package.faces is None else np.array(list(frames))
 
     package.CosmosSafetyChecker, package.Qwen3Guard = CosmosSafetyChecker, Qwen3Guard
@@ -151,7 +149,7 @@ def cosmos_guardrail(monkeypatch: pytest.MonkeyPatch) -> Any:
     return package
 
 
-def test_nvidias_guardrail_looks_at_text_and_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidias_guardrail_checks_text_and_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     package = cosmos_guardrail(monkeypatch)
     made = load_guardrail("cosmos-guardrail", {"device": "cuda"})
     assert package.devices == ["cuda"]
@@ -173,7 +171,7 @@ def test_nvidias_guardrail_looks_at_text_and_frames(monkeypatch: pytest.MonkeyPa
         made.check_frames(frames)
 
 
-def test_nvidias_guardrail_does_not_pass_what_its_language_model_failed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidias_guardrail_blocks_if_its_language_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     package = cosmos_guardrail(monkeypatch)
     made = CosmosGuardrail()
     package.label = None  # an answer without a label
@@ -182,7 +180,7 @@ def test_nvidias_guardrail_does_not_pass_what_its_language_model_failed_on(monke
         made.check_text(PROMPT)
 
 
-def test_nvidias_guardrail_is_refused_where_it_is_not_there_or_has_unknown_models(
+def test_nvidias_guardrail_is_refused_if_missing_or_of_another_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "cosmos_guardrail", None)
@@ -214,7 +212,7 @@ async def all_of(items: AsyncIterator[Any]) -> list[Any]:
 LEFT, RIGHT = np.full((2, 4, 3, 3), 100, np.uint8), np.full((2, 4, 5, 3), 50, np.uint8)
 
 
-def test_what_passes_is_a_chunk_of_one_strip_with_all_else_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_passed_chunk_is_one_strip_and_otherwise_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = Pixelating()
     checked, word = run(all_of(stage(adapter, monkeypatch).check_frames(context(), chunk_of(LEFT, RIGHT, axis=2))))
     assert np.array_equal(checked.frames(), np.concatenate([LEFT, RIGHT], 2) // 2)
@@ -237,7 +235,7 @@ def test_what_passes_is_a_chunk_of_one_strip_with_all_else_as_it_was(monkeypatch
     ],
 )
 @pytest.mark.parametrize("strips", [(LEFT,), (LEFT, RIGHT)])
-def test_frames_that_the_adapter_fails_on_do_not_pass(
+def test_frames_are_blocked_if_the_adapter_fails(
     answer: Callable[[Frames], Any], match: str, strips: tuple[Frames, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = Pixelating()
@@ -246,7 +244,7 @@ def test_frames_that_the_adapter_fails_on_do_not_pass(
         run(all_of(stage(adapter, monkeypatch).check_frames(context(), chunk_of(*strips, axis=2))))
 
 
-def test_a_prompt_that_the_adapter_fails_on_does_not_pass_and_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_blocked_and_not_shown_if_the_adapter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = Pixelating()
     adapter.failures = [ZeroDivisionError(PROMPT)]
     with pytest.raises(GuardrailUnavailable) as caught:
@@ -254,7 +252,7 @@ def test_a_prompt_that_the_adapter_fails_on_does_not_pass_and_is_not_told(monkey
     assert PROMPT not in str(caught.value)
 
 
-def test_what_an_adapter_says_of_a_block_does_not_leave_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapters_reason_for_a_block_stays_in_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = Pixelating()
     adapter.failures = [ContentBlocked(PROMPT)]
     with pytest.raises(ContentBlocked) as caught:
@@ -263,7 +261,7 @@ def test_what_an_adapter_says_of_a_block_does_not_leave_the_stage(monkeypatch: p
 
 
 class Slow(Pixelating):
-    """Takes its time, and notes how many are at it."""
+    """A slow adapter that counts concurrent checks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,8 +275,8 @@ class Slow(Pixelating):
         self.num_now -= 1
 
 
-def test_an_adapter_that_hangs_lets_nothing_pass_and_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve puts another one in its place."""
+def test_a_hanging_adapter_blocks_and_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve then starts another replica."""
     adapter, ended = Slow(), []
     monkeypatch.setattr(guardrail.os, "_exit", ended.append)
     monkeypatch.setattr(guardrail, "_GRACE_S", 0.01)
@@ -294,7 +292,7 @@ def test_an_adapter_that_hangs_lets_nothing_pass_and_ends_its_process(monkeypatc
     assert ended == [1]
 
 
-def test_one_is_looked_at_at_a_time_also_when_a_caller_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_run_one_at_a_time_even_if_a_caller_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = Slow()
 
     async def body() -> None:
@@ -315,7 +313,7 @@ def test_one_is_looked_at_at_a_time_also_when_a_caller_leaves(monkeypatch: pytes
 
 
 class Handle:
-    """The stage's handle, with ``stream=True``; each call can be told to fail before the stage has it."""
+    """The stage's streaming handle; each call can fail before it reaches the stage."""
 
     def __init__(self, guardrails: Any) -> None:
         self._guardrails = guardrails
@@ -345,7 +343,7 @@ def died() -> Exception:
     return ActorDiedError()
 
 
-def test_a_prompt_is_looked_at_before_its_request_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_checked_before_its_request_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle(stage(Pixelating(), monkeypatch))
     run(check_prompt(handle, 1.0, context(), PROMPT))
     with pytest.raises(ContentBlocked, match="prompt"):
@@ -364,7 +362,7 @@ def test_a_prompt_is_looked_at_before_its_request_is_accepted(monkeypatch: pytes
     ],
     ids=["one death", "two deaths", "none is up", "full", "the adapter"],
 )
-def test_a_prompt_passes_only_by_the_guardrails_word(
+def test_a_prompt_passes_only_if_the_guardrail_says_so(
     failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guardrail_calls, "_RETRY_PAUSE_S", 0.01)
@@ -379,7 +377,7 @@ def test_a_prompt_passes_only_by_the_guardrails_word(
     assert adapter.prompts == [PROMPT] * (expected is None)
 
 
-def test_a_guardrail_that_never_answers_or_says_nothing_lets_no_prompt_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guardrail_without_an_answer_blocks_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(context: RequestContext, prompt: str) -> AsyncIterator[Any]:
         await asyncio.sleep(1000)
         yield TextChecked(1)
@@ -397,7 +395,7 @@ def test_a_guardrail_that_never_answers_or_says_nothing_lets_no_prompt_pass(monk
 
 
 @pytest.mark.parametrize("may_be_skipped", [False, True])
-def test_nobody_does_without_unless_the_operator_lets_them(
+def test_skipping_guardrails_needs_the_operators_permission(
     may_be_skipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = Pixelating()
@@ -412,7 +410,7 @@ def test_nobody_does_without_unless_the_operator_lets_them(
     assert adapter.prompts == ["forbidden"]
 
 
-def test_a_prompt_that_has_passed_is_not_looked_at_again_before_its_job_is_begun(
+def test_a_passed_prompt_is_not_checked_again_when_its_job_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(guardrail_calls, "_MAX_PASSED", 2)
@@ -442,7 +440,7 @@ def test_a_prompt_that_has_passed_is_not_looked_at_again_before_its_job_is_begun
     ],
     ids=["two deaths", "three deaths", "full", "the adapter"],
 )
-def test_a_job_is_begun_only_by_the_guardrails_word(
+def test_a_job_starts_only_if_the_guardrail_passes_its_prompt(
     failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.director.retries._RETRY_PAUSE_S", 0.01)
@@ -462,7 +460,7 @@ def test_a_job_is_begun_only_by_the_guardrails_word(
 
 @dataclass
 class Begun:
-    """A Director's parts, as far as they begin a job; what was accepted was before there was a guardrail."""
+    """The parts of a Director that start a job; the job was accepted before a guardrail was configured."""
 
     tiny: Path
     handle: Handle | None
@@ -470,7 +468,7 @@ class Begun:
     stages: FakeStages = field(default_factory=FakeStages)
 
     def make_pipeline(self) -> Any:
-        """What the parts give the runner."""
+        """Make the pipeline as the runner gets it."""
         pipeline = self.stages.pipeline(self.tiny)
         guardrails = GuardrailsConfig(adapter="given", clients_may_disable=self.clients_may_disable)
         stages = replace(pipeline.stages, guardrail=self.handle)
@@ -499,10 +497,10 @@ class Begun:
     ("skips", "may_skip", "is_looked_at"),
     [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
 )
-def test_a_job_does_without_only_where_the_operator_still_lets_it(
+def test_a_job_skips_guardrails_only_while_the_operator_permits_it(
     skips: bool, may_skip: bool, is_looked_at: bool, tiny_nano: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may have been accepted under another configuration."""
+    """The job may have been accepted under another configuration."""
     adapter = Pixelating()
     begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), may_skip)
 
@@ -534,7 +532,7 @@ def test_a_job_whose_prompt_passes_runs(tiny_nano: Path, monkeypatch: pytest.Mon
     assert adapter.prompts == ["a"]
 
 
-def test_without_a_guardrail_a_job_begins_at_once(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_guardrail_a_job_starts_at_once(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = Begun(tiny_nano, None, False)
 
     async def body() -> None:
@@ -546,7 +544,7 @@ def test_without_a_guardrail_a_job_begins_at_once(tiny_nano: Path, monkeypatch: 
 
 @dataclass
 class Clip:
-    """A decoder of real frames, an encoder that hashes them, and the guardrail between them."""
+    """A decoder of real frames, the guardrail, and an encoder that hashes what it gets."""
 
     guardrail: Handle | None
     shades: tuple[int, ...] = (10, 20, 30, 40, 50)
@@ -639,7 +637,7 @@ def test_frames_reach_the_encoder_as_the_guardrail_leaves_them(monkeypatch: pyte
     assert unguarded[-1].frames_sha256 != events[-1].frames_sha256
 
 
-def test_sound_passes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sound_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = Pixelating()
     clip = Clip(Handle(stage(adapter, monkeypatch)), with_sound=True)
     events = clip.events()
@@ -655,7 +653,7 @@ def test_sound_passes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ((10, 20, 30), [MemoryError()], GuardrailUnavailable),
     ],
 )
-def test_frames_that_do_not_pass_end_the_request_and_its_file(
+def test_blocked_frames_end_the_request_and_its_file(
     shades: tuple[int, ...], failures: list[Exception], expected: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = Pixelating()
@@ -669,7 +667,7 @@ def test_frames_that_do_not_pass_end_the_request_and_its_file(
     assert len(clip.media.begun) == 1, "it is not tried again"
 
 
-def test_a_guardrail_that_dies_is_asked_again_and_the_order_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_guardrail_is_retried_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle(stage(Pixelating(), monkeypatch))
     handle.failures = [died(), died()]
     clip = Clip(handle)
@@ -683,7 +681,7 @@ def test_a_guardrail_that_dies_is_asked_again_and_the_order_kept(monkeypatch: py
     assert all(response.was_cancelled for response in handle.check_frames.responses)
 
 
-def test_a_guardrail_that_dies_again_and_again_lets_nothing_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guardrail_that_keeps_dying_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle(stage(Pixelating(), monkeypatch))
     handle.failures = [died() for _ in range(20)]
     clip = Clip(handle)
@@ -694,7 +692,7 @@ def test_a_guardrail_that_dies_again_and_again_lets_nothing_pass(monkeypatch: py
     assert list(clip.media.failed) == clip.media.begun
 
 
-def test_a_guardrail_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_guardrail_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle(stage(Pixelating(), monkeypatch))
     handle.failures = [BackPressureError(1, 2)]
     clip = Clip(handle, (10, 20))
@@ -703,7 +701,7 @@ def test_a_guardrail_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     assert clip.taken_shades() == [5, 10]
 
 
-def test_a_guardrail_that_ends_without_a_word_lets_nothing_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guardrail_that_ends_without_a_result_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def wordless(context: RequestContext, chunk_ref: Any) -> AsyncIterator[Any]:
         yield await chunk_ref
 
@@ -713,7 +711,7 @@ def test_a_guardrail_that_ends_without_a_word_lets_nothing_pass(monkeypatch: pyt
     assert clip.taken == []
 
 
-def test_a_chunk_that_is_lost_on_its_way_to_the_guardrail_is_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_lost_before_the_guardrail_is_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle(stage(Pixelating(), monkeypatch))
     clip = Clip(handle)
     calls = handle.check_frames
@@ -731,7 +729,7 @@ def test_a_chunk_that_is_lost_on_its_way_to_the_guardrail_is_decoded_again(monke
     assert clip.taken_shades() == [5, 10, 15, 20, 25]
 
 
-def test_chunks_that_were_looked_at_are_not_looked_at_again_when_a_decoder_dies(
+def test_checked_chunks_are_not_checked_again_after_a_decoders_death(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adapter = Pixelating()
@@ -743,8 +741,8 @@ def test_chunks_that_were_looked_at_are_not_looked_at_again_when_a_decoder_dies(
     assert (clip.num_decoded, adapter.num_frames) == (7, 10)
 
 
-def test_nobody_sees_previews_of_what_is_not_looked_at(tiny_nano: Path) -> None:
-    """A preview is a file when the Director has it, and comes long before the frames that the guardrail sees."""
+def test_previews_are_off_with_guardrails(tiny_nano: Path) -> None:
+    """A preview reaches clients long before the guardrail sees the frames."""
 
     async def order(duration_s: float) -> Any:
         raise AssertionError("no order is needed")
@@ -764,7 +762,7 @@ def test_nobody_sees_previews_of_what_is_not_looked_at(tiny_nano: Path) -> None:
         (GuardrailUnavailable("prompt"), 503, "guardrail_unavailable"),
     ],
 )
-def test_what_http_says(error: Exception, status: int, code: str) -> None:
+def test_guardrail_errors_have_their_http_status(error: Exception, status: int, code: str) -> None:
     answer = error_response(pickle.loads(pickle.dumps(error)))
     body = json.loads(bytes(answer.body))["error"]
     assert (answer.status_code, body["code"], body["message"]) == (status, code, str(error))

@@ -1,4 +1,4 @@
-"""A request's pipeline with stages that are not there: order, retries, deadlines, ends. Without Ray."""
+"""A request's pipeline with fake stages: order, retries, deadlines, ends. Without Ray."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.settling import settle, until
 
 
 class Response:
-    """What a handle's call gives: awaited it is a value, iterated a stream of awaitables."""
+    """The response of a handle's call: awaited a value, iterated a stream of awaitables."""
 
     def __init__(self, source: Any) -> None:
         self._source = source
@@ -58,7 +58,7 @@ class Response:
 
     async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
         async def refs() -> AsyncIterator[Any]:
-            # As Ray's: what the producer raises, or dies of, is the last item.
+            # As with Ray, the producer's error or death is the last item.
             try:
                 async for item in self._source:
                     yield as_ref(item)
@@ -72,7 +72,7 @@ class Response:
 
 
 class as_ref:
-    """An object reference: awaited, it is the value, or raises."""
+    """Make an object reference: awaiting it gives the value or raises."""
 
     def __init__(self, value: Any, error: Exception | None = None) -> None:
         self.value, self.error = value, error
@@ -97,7 +97,7 @@ class Method:
 
 
 class FakeMedia:
-    """A media store that notes what became of its files."""
+    """A media store that records the fate of its files."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -114,7 +114,7 @@ class FakeMedia:
 
 
 class FakeStages:
-    """Four stages that do next to nothing; each can be told to fail so many times."""
+    """Four trivial stages; each can fail a given number of times."""
 
     def __init__(self, num_chunks: int = 5) -> None:
         self.num_chunks = num_chunks
@@ -238,7 +238,7 @@ def kinds(events: list[Any]) -> list[str]:
     return [type(event).__name__ for event in events]
 
 
-def test_a_whole_pipeline(tiny_nano: Path) -> None:
+def test_a_pipeline_runs_every_stage_in_order(tiny_nano: Path) -> None:
     stages = FakeStages()
     events = run(collect(stages.pipeline(tiny_nano)))
     assert kinds(events)[:4] == ["Tokenized", "StepDone", "LatentsReady", "FileStarted"]
@@ -255,7 +255,7 @@ def test_a_whole_pipeline(tiny_nano: Path) -> None:
 IMAGE = np.zeros((32, 32, 3), np.uint8)
 
 
-def test_a_given_picture_is_encoded_once_and_its_latents_go_to_every_try(tiny_nano: Path) -> None:
+def test_a_given_picture_is_encoded_once_for_all_attempts(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["condition"] = [GangFailed("step", "died")]
     stages.failures["denoise"] = [GangFailed("step", "died")]
@@ -272,7 +272,7 @@ def test_a_given_picture_is_encoded_once_and_its_latents_go_to_every_try(tiny_na
     assert stages.pipeline(tiny_nano).request.picture is None
 
 
-def test_a_damaged_picture_is_the_callers_fault_and_not_tried_again(tiny_nano: Path) -> None:
+def test_a_damaged_picture_is_not_retried(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["condition"] = [RequestError("image", "bytes", "an image")]
     with pytest.raises(RequestError, match="image must be .*bytes"):
@@ -283,7 +283,7 @@ def test_a_damaged_picture_is_the_callers_fault_and_not_tried_again(tiny_nano: P
 PREVIEW_MAP = PreviewMap(((0.0, 0.0, 0.0),), (0.0, 0.0, 0.0))
 
 
-def test_an_order_for_previews_goes_to_every_try_and_previews_come_with_the_steps(tiny_nano: Path) -> None:
+def test_previews_are_requested_in_every_attempt_and_come_with_the_steps(tiny_nano: Path) -> None:
     async def order(duration_s: float) -> PreviewOrder:
         return PreviewOrder(3, duration_s, PREVIEW_MAP)
 
@@ -308,7 +308,7 @@ def test_an_order_for_previews_goes_to_every_try_and_previews_come_with_the_step
 @pytest.mark.parametrize(
     ("fields", "reason"), [({}, "the VAE is away"), ({"generate_sound": True, "output": "wav"}, "makes no pictures")]
 )
-def test_previews_that_cannot_be_had_are_told_of_and_done_without(
+def test_unavailable_previews_are_reported_and_the_request_goes_on(
     fields: dict[str, Any], reason: str, tiny_nano: Path
 ) -> None:
     async def order(duration_s: float) -> PreviewOrder:
@@ -327,7 +327,7 @@ def test_previews_that_cannot_be_had_are_told_of_and_done_without(
     assert kinds(events).count("Finished") == 1
 
 
-def test_who_asks_for_no_previews_has_none_ordered(tiny_nano: Path) -> None:
+def test_no_previews_are_made_unless_requested(tiny_nano: Path) -> None:
     stages = FakeStages()
     events = run(collect(stages.pipeline(tiny_nano)))
     assert stages.previews == [None]
@@ -335,7 +335,7 @@ def test_who_asks_for_no_previews_has_none_ordered(tiny_nano: Path) -> None:
 
 
 class FakeSound(FakeStages):
-    """Denoises sound as well; its decoder waits until the last frame is decoded."""
+    """Stages that denoise sound too; its decoder waits until the last frame is decoded."""
 
     def __init__(self) -> None:
         super().__init__(num_chunks=2)
@@ -374,7 +374,7 @@ class FakeSound(FakeStages):
         yield messages.ClipEncoded(media_id, "hash", 2, 3, 0.1, 15)
 
 
-def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) -> None:
+def test_sound_is_decoded_beside_the_frames_and_waited_for(tiny_nano: Path) -> None:
     stages = FakeSound()
     pipeline = stages.pipeline(tiny_nano, generate_sound=True)
     pipeline.stages = replace(pipeline.stages, audio=stages.audio)
@@ -386,7 +386,7 @@ def test_sound_is_decoded_beside_the_pictures_and_waited_for(tiny_nano: Path) ->
 
 @pytest.mark.parametrize("where", ["decode", "decode's word"])
 def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(where: str, tiny_nano: Path) -> None:
-    """Another one begins anew; what the encoder has had is dropped, and no credit is lost on the way."""
+    """Another decoder starts over; chunks that the encoder already has are dropped, and no credit is lost."""
     stages = FakeStages(num_chunks=6)
     stages.failures[where] = [GangFailed("decode", "died")] * 2
     pipeline = stages.pipeline(tiny_nano)
@@ -401,9 +401,7 @@ def test_a_decoder_that_dies_leaves_the_file_and_its_encoder_alone(where: str, t
 
 
 @pytest.mark.parametrize("max_attempts", [1, 3])
-def test_a_clip_that_no_decoder_survives_takes_its_tries_and_not_the_encoders(
-    max_attempts: int, tiny_nano: Path
-) -> None:
+def test_a_clip_that_kills_every_decoder_uses_up_the_decoders_attempts(max_attempts: int, tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["decode"] = [GangFailed("decode", "died", 1) for _ in range(20)]
     pipeline = stages.pipeline(tiny_nano, max_attempts=max_attempts)
@@ -414,8 +412,8 @@ def test_a_clip_that_no_decoder_survives_takes_its_tries_and_not_the_encoders(
     assert list(stages.media.failed) == stages.media.begun
 
 
-def test_what_was_decoded_before_is_let_go_before_its_credit_goes_back(tiny_nano: Path) -> None:
-    """The credit stands for its memory."""
+def test_a_dropped_chunk_is_freed_before_its_credit_returns(tiny_nano: Path) -> None:
+    """A credit stands for the memory of a chunk."""
     stages = FakeStages(num_chunks=4)
     stages.failures["decode"] = [GangFailed("decode", "died")]
     refs: list[weakref.ref[Any]] = []
@@ -439,7 +437,7 @@ def test_what_was_decoded_before_is_let_go_before_its_credit_goes_back(tiny_nano
     assert dropped == ["video/2"] * 2
 
 
-def test_a_source_that_nobody_takes_from_waits() -> None:
+def test_a_source_waits_for_its_consumer() -> None:
     made = 0
 
     async def source() -> AsyncIterator[int]:
@@ -457,7 +455,7 @@ def test_a_source_that_nobody_takes_from_waits() -> None:
     run(body())
 
 
-def test_an_encoder_that_dies_has_the_file_made_anew(tiny_nano: Path) -> None:
+def test_an_encoders_death_makes_a_new_file(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["encode"] = [GangFailed("encode", "died")]
     events = run(collect(stages.pipeline(tiny_nano)))
@@ -471,7 +469,7 @@ def test_an_encoder_that_dies_has_the_file_made_anew(tiny_nano: Path) -> None:
     assert order == ["FileStarted", "StageRetried", "FileStarted"]
 
 
-def test_a_media_store_that_is_not_shared_is_said_in_words(tiny_nano: Path) -> None:
+def test_a_media_store_that_is_not_shared_is_a_clear_error(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.media.is_shared = False
     with pytest.raises(MediaStoreError, match="not to be seen here"):
@@ -479,7 +477,7 @@ def test_a_media_store_that_is_not_shared_is_said_in_words(tiny_nano: Path) -> N
     assert stages.decode.responses == []
 
 
-def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
+def test_a_sound_file_decodes_no_frames(tiny_nano: Path) -> None:
     stages = FakeSound()
     stages.request_has_pictures = False
     pipeline = stages.pipeline(tiny_nano, generate_sound=True, output="wav")
@@ -490,7 +488,7 @@ def test_a_file_of_sound_alone_decodes_no_pictures(tiny_nano: Path) -> None:
     assert next(event for event in events if isinstance(event, messages.Finished)).media_type == "audio/wav"
 
 
-def test_the_death_of_the_decoder_of_sound_is_retried_without_the_pictures(tiny_nano: Path) -> None:
+def test_an_audio_decoders_death_is_retried_without_the_frames(tiny_nano: Path) -> None:
     stages = FakeSound()
     stages.failures["sound"] = [GangFailed("step", "died")]
     pipeline = stages.pipeline(tiny_nano, generate_sound=True)
@@ -523,7 +521,7 @@ def test_actions_alone_need_no_decoder(tiny_nano: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])
-def test_a_death_is_retried_and_nothing_is_handed_out_twice(stage: str, tiny_nano: Path) -> None:
+def test_a_death_is_retried_without_repeated_events(stage: str, tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures[stage] = [GangFailed("step", "died"), GangFailed("step", "died again")]
     events = run(collect(stages.pipeline(tiny_nano)))
@@ -535,7 +533,7 @@ def test_a_death_is_retried_and_nothing_is_handed_out_twice(stage: str, tiny_nan
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "denoise", "decode", "encode"])
-def test_tries_are_counted(stage: str, tiny_nano: Path) -> None:
+def test_attempts_are_bounded(stage: str, tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures[stage] = [StreamClosed("r/1", "died")] * 9
     with pytest.raises(StageFailed) as caught:
@@ -544,7 +542,7 @@ def test_tries_are_counted(stage: str, tiny_nano: Path) -> None:
     assert len(stages.failures[stage]) == 6
 
 
-def test_when_no_try_is_left_a_gangs_failure_is_told_as_it_is(tiny_nano: Path) -> None:
+def test_after_the_last_attempt_the_gangs_failure_is_raised(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["denoise"] = [GangFailed("step", "died", rank) for rank in range(9)]
     with pytest.raises(GangFailed) as caught:
@@ -552,7 +550,7 @@ def test_when_no_try_is_left_a_gangs_failure_is_told_as_it_is(tiny_nano: Path) -
     assert (caught.value.phase, caught.value.rank) == ("step", 2)
 
 
-def test_denoising_goes_on_from_the_last_state_that_was_saved(tiny_nano: Path) -> None:
+def test_denoising_resumes_from_the_last_saved_state(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.saves = True
     stages.failures["denoise"] = [GangFailed("step", "died"), GangFailed("step", "died")]
@@ -561,7 +559,7 @@ def test_denoising_goes_on_from_the_last_state_that_was_saved(tiny_nano: Path) -
     assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 1]
 
 
-def test_a_state_that_was_lost_means_to_start_anew(tiny_nano: Path) -> None:
+def test_a_lost_state_restarts_denoising(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.saves = stages.misses = True
     stages.failures["denoise"] = [GangFailed("step", "died")]
@@ -570,7 +568,7 @@ def test_a_state_that_was_lost_means_to_start_anew(tiny_nano: Path) -> None:
     assert [event.from_step for event in events if isinstance(event, messages.StageRetried)] == [1, 0]
 
 
-def test_a_newer_state_that_is_lost_on_its_way_leaves_the_older_one(tiny_nano: Path) -> None:
+def test_losing_a_newer_state_leaves_the_older_one(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.saves = stages.loses = True
     events = run(collect(stages.pipeline(tiny_nano)))
@@ -580,7 +578,7 @@ def test_a_newer_state_that_is_lost_on_its_way_leaves_the_older_one(tiny_nano: P
 
 @pytest.mark.parametrize(("guidance_scale", "expected"), [(1.0, "unguided"), (6.0, "transformer")])
 @pytest.mark.parametrize("is_full", [False, True])
-def test_requests_go_to_the_gang_that_suits_them_and_to_the_other_if_it_is_full(
+def test_requests_prefer_their_kind_of_gang_and_use_the_other_if_it_is_full(
     guidance_scale: float, expected: str, is_full: bool, tiny_nano: Path
 ) -> None:
     gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
@@ -596,9 +594,7 @@ def test_requests_go_to_the_gang_that_suits_them_and_to_the_other_if_it_is_full(
     assert len(gangs[other].denoise.responses) == int(is_full)
 
 
-def test_where_no_gang_of_the_right_kind_is_up_the_other_kind_takes_the_request(
-    tiny_nano: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_gang_of_its_kind_a_request_uses_the_other(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages, away = FakeStages(), FakeStages()
 
     async def never(*arguments: Any) -> AsyncIterator[Any]:
@@ -634,7 +630,7 @@ def test_an_accepted_request_waits_where_all_gangs_are_full(tiny_nano: Path) -> 
         run(collect(stages.pipeline(tiny_nano, limit_s=0.5)))
 
 
-def test_another_requests_failure_does_not_count_as_a_try(tiny_nano: Path) -> None:
+def test_another_requests_failure_is_not_counted_as_an_attempt(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["denoise"] = [GangLost("step", "died")] * 5
     events = run(collect(stages.pipeline(tiny_nano)))
@@ -642,7 +638,7 @@ def test_another_requests_failure_does_not_count_as_a_try(tiny_nano: Path) -> No
     assert kinds(events).count("Finished") == 1
 
 
-def test_a_clip_is_decoded_only_when_an_encoder_has_a_place_for_it(tiny_nano: Path) -> None:
+def test_a_clip_is_decoded_only_once_an_encoder_has_room(tiny_nano: Path) -> None:
     stages = FakeStages()
     has_place = asyncio.Event()
     encode = stages._encode
@@ -666,7 +662,7 @@ def test_a_clip_is_decoded_only_when_an_encoder_has_a_place_for_it(tiny_nano: Pa
     run(body())
 
 
-def test_leaving_while_a_clip_is_being_opened_leaves_none_open(tiny_nano: Path) -> None:
+def test_leaving_while_a_clip_opens_leaves_none_open(tiny_nano: Path) -> None:
     stages = FakeStages()
     is_opening = asyncio.Event()
 
@@ -723,18 +719,18 @@ def test_a_deadline_travels_as_seconds_that_are_left(monkeypatch: pytest.MonkeyP
     context = RequestContext.new("r", 10.0)
     data = pickle.dumps(context)
     before_s = time.monotonic()
-    monkeypatch.setattr(messages.time, "monotonic", lambda: before_s + 5000.0)  # another machine's clock
+    monkeypatch.setattr(messages.time, "monotonic", lambda: before_s + 5000.0)  # clocks of other machines differ
     there = pickle.loads(data)
     assert 9.0 < there.remaining_s("x") <= 10.0
     assert (there.request_id, there.try_id, there.limit_s) == ("r", context.try_id, 10.0)
 
 
-def test_requests_of_one_name_do_not_meet(tiny_nano: Path) -> None:
+def test_requests_with_equal_ids_do_not_mix(tiny_nano: Path) -> None:
     one, two = RequestContext.new("same", 1.0), RequestContext.new("same", 1.0)
     assert len({one.try_id, two.try_id, one.next_attempt().try_id}) == 3
 
 
-def test_the_requests_own_fault_is_not_retried(tiny_nano: Path) -> None:
+def test_a_request_error_is_not_retried(tiny_nano: Path) -> None:
     stages = FakeStages()
     stages.failures["denoise"] = [RequestError("seed", 1, "2")]
     with pytest.raises(RequestError):
@@ -761,7 +757,7 @@ def test_a_stage_that_never_answers_meets_the_deadline(stage: str, tiny_nano: Pa
     assert time.monotonic() - start_s < 10
 
 
-def test_a_file_that_ends_early_is_not_handed_out(tiny_nano: Path) -> None:
+def test_an_incomplete_file_is_not_handed_out(tiny_nano: Path) -> None:
     stages = FakeStages()
 
     async def cut_short(context: Any, form: Any, media_id: str, clips: Any, stream_id: str) -> AsyncIterator[Any]:
@@ -775,7 +771,7 @@ def test_a_file_that_ends_early_is_not_handed_out(tiny_nano: Path) -> None:
         run(collect(stages.pipeline(tiny_nano)))
 
 
-def test_leaving_in_the_middle_cancels_what_runs(tiny_nano: Path) -> None:
+def test_leaving_cancels_running_stages(tiny_nano: Path) -> None:
     stages = FakeStages(num_chunks=1000)
 
     async def leave() -> None:
@@ -793,9 +789,9 @@ def test_leaving_in_the_middle_cancels_what_runs(tiny_nano: Path) -> None:
     assert list(stages.media.failed) == stages.media.begun, "whoever watches the file is told"
 
 
-def test_the_callers_picture_is_let_go_when_it_is_encoded(tiny_nano: Path) -> None:
+def test_the_callers_picture_is_freed_once_encoded(tiny_nano: Path) -> None:
     class Media(np.ndarray[Any, Any]):
-        """An array that can be watched."""
+        """An array that can be weakly referenced."""
 
     stages = FakeStages()
     media = IMAGE.copy().view(Media)
@@ -810,7 +806,7 @@ def test_the_callers_picture_is_let_go_when_it_is_encoded(tiny_nano: Path) -> No
                 gc.collect()
                 is_gone.append(watched() is None)
 
-    # The fakes keep what they were called with.
+    # The fakes keep their arguments.
     stages.encode_picture = Method(stages._encode_picture)
     pipeline.stages = replace(
         pipeline.stages, vae=SimpleNamespace(decode=stages.decode, encode=ForgetfulMethod(stages))
@@ -833,7 +829,7 @@ class ForgetfulMethod:
         return Response(encode())
 
 
-def test_another_gang_gets_the_given_frames_too(tiny_nano: Path) -> None:
+def test_every_gang_gets_the_given_frames(tiny_nano: Path) -> None:
     gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
     gangs["transformer"].is_full = True
     pipeline = gangs["transformer"].pipeline(tiny_nano, image=IMAGE)

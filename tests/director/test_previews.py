@@ -1,4 +1,4 @@
-"""The map of previews on its way from a decoder, and what callers may ask for. Without Ray."""
+"""The Director gets the preview map from a decoder. Without Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
 
 
 class FakeVAE:
-    """A handle of decoders that fail as often as they are told to, and answer when they may."""
+    """A handle of decoders that fail a given number of times and answer when released."""
 
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
@@ -51,7 +51,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(body, 30))
 
 
-def test_a_map_is_asked_for_once_whoever_wants_it_and_whoever_leaves() -> None:
+def test_concurrent_requests_share_one_fetch_of_the_map() -> None:
     async def body() -> None:
         vae = FakeVAE()
         previews = Previews(vae)
@@ -68,7 +68,7 @@ def test_a_map_is_asked_for_once_whoever_wants_it_and_whoever_leaves() -> None:
     run(body())
 
 
-def test_a_decoder_that_fails_is_told_of_and_the_next_request_asks_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_fetch_is_reported_and_the_next_request_retries(caplog: pytest.LogCaptureFixture) -> None:
     async def body() -> None:
         vae = FakeVAE(RuntimeError("no memory\nmore words"))
         vae.may_answer.set()
@@ -82,7 +82,7 @@ def test_a_decoder_that_fails_is_told_of_and_the_next_request_asks_again(caplog:
     run(body())
 
 
-def test_who_hears_late_of_a_failure_does_not_have_the_next_try_forgotten() -> None:
+def test_a_late_waiter_of_a_failure_does_not_discard_the_next_fetch() -> None:
     async def body() -> None:
         vae = FakeVAE(RuntimeError("no memory"))
         vae.may_answer.set()
@@ -101,8 +101,8 @@ def test_who_hears_late_of_a_failure_does_not_have_the_next_try_forgotten() -> N
     run(body())
 
 
-def test_the_map_is_nobodys_request() -> None:
-    """Serve keeps the request in a variable, and cancels with it what was called inside."""
+def test_the_fetch_outlives_the_request_that_started_it() -> None:
+    """Serve cancels the calls made in a request's context together with the request."""
     request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
 
     class Looking(FakeVAE):
@@ -122,7 +122,7 @@ def test_the_map_is_nobodys_request() -> None:
     run(body())
 
 
-def test_what_a_rank_refuses_is_told_in_its_words() -> None:
+def test_a_ranks_refusal_keeps_its_message() -> None:
     async def body() -> None:
         vae = FakeVAE(PreviewFailed("OutOfMemory: of 1 GiB"), GangFailed("previews", "died in preview_map()", 0))
         vae.may_answer.set()
@@ -135,7 +135,7 @@ def test_what_a_rank_refuses_is_told_in_its_words() -> None:
     run(body())
 
 
-def test_the_leader_of_the_decoders_asks_rank_0_alone() -> None:
+def test_the_decoders_leader_calls_rank_0_alone() -> None:
     class FakeCalls:
         async def first(self, method: str, *, phase: str, timeout_s: float) -> PreviewMap:
             assert (method, phase, timeout_s) == ("preview_map", "previews", 7.0)
@@ -150,7 +150,7 @@ def test_the_leader_of_the_decoders_asks_rank_0_alone() -> None:
     run(body())
 
 
-def test_a_request_does_not_wait_for_ever_but_the_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_waits_a_bounded_time_while_the_fetch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previews_module, "_WAIT_S", 0.02)
 
     async def body() -> None:

@@ -1,4 +1,4 @@
-"""Checking requests: in place, but for clips, which other processes look at; few at a time. Without Ray."""
+"""Checking requests in place, and clips in a few other processes. Without Ray."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def context(limit_s: float = 20) -> RequestContext:
 
 
 class SlowResolve:
-    """In place of the real one: holds clips until they may go on, or so long; counts how many run at a time."""
+    """A stand-in for ``resolve`` that holds clips and counts concurrent calls."""
 
     def __init__(self, check: RequestCheck, limit_s: float = 60.0) -> None:
         self.limit_s, self.now, self.most, self.calls = limit_s, 0, 0, 0
@@ -57,7 +57,7 @@ class SlowResolve:
         return "resolved"
 
 
-def test_clips_are_looked_at_in_other_processes(layout: CheckpointLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_are_checked_in_other_processes(layout: CheckpointLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(apart, "_ask", lambda question, *_: asked.append(question) or ({"info": [32, 48, 9]}, b""))
     check = RequestCheck(layout, is_sound_offered=True)
@@ -66,7 +66,7 @@ def test_clips_are_looked_at_in_other_processes(layout: CheckpointLayout, monkey
     assert [question["do"] for question in asked] == ["probe"]
 
 
-def test_few_are_looked_at_at_a_time_and_nobody_else_waits(layout: CheckpointLayout) -> None:
+def test_concurrent_clip_checks_are_bounded_and_others_do_not_wait(layout: CheckpointLayout) -> None:
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
         slow = SlowResolve(check)
@@ -81,7 +81,7 @@ def test_few_are_looked_at_at_a_time_and_nobody_else_waits(layout: CheckpointLay
     run(body())
 
 
-def test_those_who_leave_leave_no_work_behind(layout: CheckpointLayout) -> None:
+def test_cancelled_checks_leave_no_work(layout: CheckpointLayout) -> None:
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
         slow = SlowResolve(check)
@@ -99,7 +99,7 @@ def test_those_who_leave_leave_no_work_behind(layout: CheckpointLayout) -> None:
     run(body())
 
 
-def test_looking_counts_towards_the_deadline(layout: CheckpointLayout) -> None:
+def test_checking_counts_towards_the_deadline(layout: CheckpointLayout) -> None:
     async def body() -> None:
         check = RequestCheck(layout, is_sound_offered=True)
         SlowResolve(check, limit_s=0.5)
