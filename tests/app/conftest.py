@@ -35,7 +35,7 @@ def app(loop: Loop, tiny_nano: Path, media: Path) -> Iterator[InProcessApp]:
 
 @pytest.fixture(scope="module")
 def start_app(loop: Loop, tiny_nano: Path, media: Path) -> Iterator[Callable[..., InProcessApp]]:
-    """Starts an app of a name with some keys of the laptop's configuration replaced; it ends with the module."""
+    """Start an app with some keys of the laptop's configuration replaced; it ends with the module."""
     apps: list[InProcessApp] = []
 
     def start(name: str, **overrides: Any) -> InProcessApp:

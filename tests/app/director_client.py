@@ -1,4 +1,4 @@
-"""A Director by its bare handle, on Ray or in process: every message between the stages, the processes' ids in them."""
+"""A Director by its bare handle, on Ray or in process: every internal message, with process ids."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from deployments.messages import Event, Generated, RequestContext
 from deployments.stages.streams import RefStream
 
 DEFAULT_TIMEOUT_S = 3600.0
-# The Director keeps the deadline and says so; this is for one that is gone.
+# The Director enforces deadlines; this one is for a dead Director.
 _SLACK_S = 30.0
 _PART_BYTES = 1 << 20
 
 
 class DirectorClient:
-    """Calls a Director's methods and waits for what they answer.
+    """Calls a Director's methods and waits for the answers.
 
     Args:
         handle: of the Director deployment.
@@ -111,7 +111,7 @@ class EventStream:
         self.close()
 
     def __del__(self) -> None:
-        # Serve lets a stream run on when its response is dropped. The app may be gone by now, and the stream with it.
+        # Serve does not stop a stream whose response is dropped. The app may be gone by now, and the stream with it.
         with contextlib.suppress(Exception):
             self.close()
 

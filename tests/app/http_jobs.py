@@ -24,14 +24,14 @@ LONG: dict[str, Any] = {
 
 
 def job_of(http: httpx2.Client, **changed: Any) -> str:
-    """The id of a new job."""
+    """Create a job; return its id."""
     answer = http.post("/v1/videos", json={**LONG, **changed})
     assert answer.status_code == 200, answer.text
     return str(answer.json()["id"])
 
 
 def patiently(http: httpx2.Client, path: str) -> dict[str, Any]:
-    """What a path answers, once the process behind it is there again."""
+    """GET a path until the process behind it is back; return the answer."""
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
         try:
@@ -45,7 +45,7 @@ def patiently(http: httpx2.Client, path: str) -> dict[str, Any]:
 
 
 def wait_for_end(http: httpx2.Client, job_id: str) -> dict[str, Any]:
-    """A job, once it has ended."""
+    """Wait until a job has ended; return it."""
     deadline_s = time.monotonic() + DEADLINE_S
     while (job := patiently(http, f"/v1/videos/{job_id}"))["status"] not in ("completed", "failed"):
         assert time.monotonic() < deadline_s, job
@@ -54,7 +54,7 @@ def wait_for_end(http: httpx2.Client, job_id: str) -> dict[str, Any]:
 
 
 def events_of(http: httpx2.Client, job_id: str, after: int = 0) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(number, kind, data) of every event."""
+    """Follow a job; return (number, kind, data) of every event."""
     headers = {"last-event-id": str(after)} if after else {}
     with http.stream("GET", f"/v1/videos/{job_id}/events", headers=headers) as answer:
         assert answer.status_code == 200
@@ -71,7 +71,7 @@ def events_of(http: httpx2.Client, job_id: str, after: int = 0) -> Iterator[tupl
 
 
 async def patient_client(http: httpx2.AsyncClient, number: int) -> tuple[str, list[int]]:
-    """Have one job made, at the times that the server names; its id, and the seconds that it was told to wait."""
+    """Create a job, honouring Retry-After; return its id and the seconds it was told to wait."""
     waits: list[int] = []
     body = {**SMALL, "seed": number, "service_class": CLASSES[number % 3]}
     while (answer := await http.post("/v1/videos", json=body)).status_code == 429:

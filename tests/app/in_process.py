@@ -1,7 +1,7 @@
-"""The whole app in one process: what :func:`deployments.app.build_app` says, over :mod:`tests.app.local_ray`.
+"""The whole app in one process: the graph of :func:`deployments.app.build_app` on :mod:`tests.app.local_ray`.
 
 Every deployment is the product's own class, gangs are one rank in a thread with the real model, HTTP goes over a real
-socket. Missing is what only processes can show: their deaths, their memory, Serve's proxy and its controller.
+socket. Not covered: deaths and memory of processes, Serve's proxy and controller.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ logger = logging.getLogger(__name__)
 
 
 def app_config(checkpoint: Path, media: Path, name: str, overrides: dict[str, Any]) -> AppConfig:
-    """The laptop's configuration with some keys replaced; ``__`` stands for the dots in their names."""
+    """Return the laptop's configuration with some keys replaced; ``__`` stands for the dots in their names."""
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    # Each app its own jobs: what serves the same model would run them as well.
+    # Each app has its own jobs; apps of one model would run each other's.
     own = {"media.directory": str(media), "jobs.database": f"sqlite:///{media}/{name}.sqlite3"}
     return AppConfig.read(LAPTOP, {"checkpoint": str(checkpoint), **own, **dotted})
 
 
 @contextmanager
 def local_ray() -> Iterator[Loop]:
-    """A loop for apps, in which :mod:`cluster` and pipelines find a Ray of this process."""
+    """Run a loop for apps in which :mod:`cluster` and pipelines use a Ray of this process."""
     loop = Loop()
     ray = LocalRay(loop)
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ class InProcessApp:
 
     Args:
         loop: of :func:`local_ray`.
-        name: for messages.
+        name: name in messages.
         config: of the app.
 
     Attributes:
@@ -72,7 +72,7 @@ class InProcessApp:
         client: calls the Director.
         director: its handle.
         service: of the ingress.
-        failures: of gangs, after which a leader would have ended its process; here it only says so.
+        failures: gang failures; a real leader would have ended its process.
     """
 
     def __init__(self, loop: Loop, name: str, config: AppConfig) -> None:
@@ -84,7 +84,7 @@ class InProcessApp:
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(128)
         self.url = "http://{}:{}".format(*self._socket.getsockname())
-        # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
+        # As `serve run deployments.app:build` does: Serve's name of the app is not in the configuration.
         ingress = build_app(AppConfig.parse(config.model_dump(mode="json")))._bound_deployment
         spec, director = self._arguments_of(ingress)
         self.director: Handle = director
@@ -97,7 +97,7 @@ class InProcessApp:
         self.client = DirectorClient(director)
 
     def close(self) -> None:
-        """Stop as Serve does: the Director gives its jobs back. Then end what would end with its process."""
+        """Stop as Serve does: the Director releases its jobs. Then stop what would end with its process."""
         for replica in self.replicas("Director"):
             self._loop.run(Director.__del__(replica), _STOP_S)
             self._loop.run(_cancel([*replica._maintenance, *replica._runner._alive]), _STOP_S)
@@ -108,12 +108,12 @@ class InProcessApp:
         assert not self.failures
 
     def replicas(self, name: str) -> list[Any]:
-        """The objects of a deployment."""
+        """Return the objects of a deployment."""
         return self._deployments[name].replicas
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold the transformer's ranks: what they are asked in the block they do after it."""
+        """Hold the transformer's ranks: calls made in the block run after it."""
         ended = threading.Event()
         begun = [rank.hold(ended) for leader in self.replicas("Transformer") for rank in leader._gang._actors]
         try:
@@ -127,7 +127,7 @@ class InProcessApp:
         return await asyncio.to_thread(Service.open, config, self.director, _no_missing_stages, "127.0.0.1")
 
     def _arguments_of(self, deployment: Any) -> Any:
-        """What a deployment is made with: other deployments are running, and are replaced by their handles."""
+        """Return a deployment's arguments, with handles in place of the running deployments."""
         return Packed.of(deployment.init_args).unpack(lambda application: self._handle(application._bound_deployment))
 
     def _handle(self, deployment: Any) -> Handle:
@@ -140,7 +140,7 @@ class InProcessApp:
         return Handle(self._deployments[deployment.name])
 
     def _replica(self, deployment: Any, arguments: Any) -> Any:
-        # Serve awaits what ends a replica; here :meth:`close` does.
+        # Serve awaits a replica's shutdown; here :meth:`close` does.
         body = type(deployment.name, (deployment.func_or_class,), {"__del__": lambda _: None})
         replica = body.__new__(body)
         # A leader whose gang has failed ends its process.
@@ -162,15 +162,15 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 async def _no_missing_stages() -> list[str]:
-    """The stages of an app that has been made are all up."""
+    """Report no missing stage: all of them are up once the app is made."""
     return []
 
 
 def _ends_with_its_client(app: Any) -> Any:
-    """Cancel a call whose client has hung up, as Serve does it."""
+    """Cancel a call whose client disconnects, as Serve does."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
-        messages: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)  # a body is read as the app takes it
+        messages: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)  # the body is read as the app consumes it
 
         async def listen() -> None:
             while (message := await receive())["type"] != "http.disconnect":

@@ -26,7 +26,7 @@ from cluster.rank import Rank, RankInfo
 
 
 class Loop:
-    """An event loop in a thread; what it is asked to run may be waited for in any thread and in any other loop."""
+    """An event loop in a thread; other threads and loops can wait for what it runs."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -34,7 +34,7 @@ class Loop:
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Begin a coroutine in a context of its own, as another process would."""
+        """Start a coroutine in its own context, as another process would."""
         return contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
@@ -120,7 +120,7 @@ class Ref:
 
     async def _value(self) -> Any:
         try:
-            # Whoever stops waiting does not stop the work.
+            # A waiter that leaves does not stop the work.
             return (await asyncio.shield(asyncio.wrap_future(self._packed))).unpack()
         except Exception as error:
             raise Packed.of(error).unpack() from error
@@ -160,7 +160,7 @@ class Actor:
         return await asyncio.wrap_future(self._thread.submit(lambda: Packed.of(method(*given))))
 
     def hold(self, until: threading.Event) -> threading.Event:
-        """Do nothing from the end of the present call on; returns what is set when that is so."""
+        """Do nothing after the current call; return an event that is set from then on."""
         begun = threading.Event()
         self._thread.submit(lambda: (begun.set(), until.wait()))
         return begun
@@ -182,7 +182,7 @@ class _RankHere:
 
 
 class LocalRay:
-    """Stands where :mod:`cluster` says ``ray``."""
+    """Replaces ``ray`` in :mod:`cluster`."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -231,7 +231,7 @@ class Deployment:
 
     @asynccontextmanager
     async def replica(self) -> AsyncIterator[Any]:
-        """The one with the fewest calls, for one call."""
+        """Take the replica with the fewest calls for one call."""
         if self._places.locked() and 0 <= self._max_queued <= self._num_queued:
             raise BackPressureError(num_queued_requests=self._num_queued, max_queued_requests=self._max_queued)
         self._num_queued += 1
@@ -283,7 +283,7 @@ class Response:
 
 
 class StreamResponse:
-    """The items of a call that streams. The producer does not wait for whoever reads, as Serve's does not."""
+    """The items of a streaming call. As with Serve, the producer does not wait for its reader."""
 
     def __init__(self, deployment: Deployment, name: str, arguments: tuple[Any, ...]) -> None:
         self._loop = deployment.loop

@@ -1,4 +1,4 @@
-"""What commit 35475f6 left on the disk, opened by this release: every job ends as it would have, every file is served.
+"""Data of commit 35475f6, opened by this release: every job ends as it would have, every file is served.
 
 The fixture is made by ``tests/fixtures/make_35475f6.py``, which says what is in it.
 """
@@ -38,7 +38,7 @@ from tests.jobs.postgres import fresh_database, load_dump, postgres_url  # noqa:
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 COMPLETED = ("sound", "lossless", "image", "from_image", "from_clip", "previews", "actions", "remixed", "attached")
 UNFINISHED = ("running_video", "running_image", "queued", "queued_from_image", "queued_from_clip", "queued_image")
-# What earlier jobs said, and what this release says: wordings and names that the golden files list as changed.
+# Wordings of the earlier release and of this one; the golden files list them as changed.
 UNCHANGED = (
     "id status progress prompt size num_frames fps seed created_at completed_at expires_at step num_steps "
     "frames_sha256 remixed_from_video_id"
@@ -48,7 +48,7 @@ DEADLINE_S = 200.0
 
 @pytest.fixture(scope="session")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fixture; not to be changed."""
+    """The unpacked fixture; read-only."""
     place = tmp_path_factory.mktemp("35475f6")
     with tarfile.open(FIXTURES / "35475f6.tar.xz") as archive:
         archive.extractall(place, filter="data")
@@ -56,7 +56,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Left:
-    """One run of the earlier release as it was left, in a place of its own."""
+    """A copy of one run of the earlier release."""
 
     def __init__(self, place: Path, url: str, schema: str) -> None:
         self.place, self.url = place, url
@@ -75,7 +75,7 @@ class Left:
         return {"authorization": f"Bearer {self.manifest['keys'][key]['text']}"}
 
     def copies(self, job: dict[str, Any]) -> list[Path]:
-        """Where the finished file of a job is, in the directory and the archive."""
+        """Return the places of a job's finished file, in the directory and the archive."""
         sha256 = job["contents"]["video"]["sha256"]
         paths = self.place.rglob("clip.*")
         return [path for path in paths if hashlib.sha256(path.read_bytes()).hexdigest() == sha256]
@@ -125,7 +125,7 @@ def copy_run(run: Path, database: str, place: Path, request: pytest.FixtureReque
 
 @pytest.fixture(params=[slow_unless(it == FAST_DATABASE, it) for it in DATABASES])
 def left(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Iterator[Left]:
-    """A run of the test's own."""
+    """A run for one test."""
     with copy_run(unpacked / run, request.param, tmp_path / run, request) as left:
         yield left
 
@@ -155,7 +155,7 @@ def opened(
     tiny_nano: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Opened]:
-    """A run whose jobs run once for all the tests that look at it."""
+    """A run whose jobs run once for all tests that read it."""
     run, database = request.param.split("/")
     with copy_run(unpacked / run, database, tmp_path_factory.mktemp("opened") / run, request) as left:
         app = left.start(loop, tiny_nano)
@@ -164,7 +164,7 @@ def opened(
         app.close()
 
 
-def test_the_checkpoint_is_the_one_that_the_fixture_was_made_with(unpacked: Path, tiny_nano: Path) -> None:
+def test_the_checkpoint_is_that_of_the_fixture(unpacked: Path, tiny_nano: Path) -> None:
     weights = hashlib.sha256()
     for path in sorted(tiny_nano.rglob("*")):
         if path.is_file():
@@ -173,7 +173,7 @@ def test_the_checkpoint_is_the_one_that_the_fixture_was_made_with(unpacked: Path
 
 
 def test_every_job_ends_and_every_file_is_served(opened: Opened) -> None:
-    """The half-denoised ones go on from their states; results are those that the earlier release came to itself."""
+    """Half-denoised jobs resume from their states, with the results of the earlier release itself."""
     http, left = opened.http, opened.left
     for name in COMPLETED:
         if name != "attached" or left.has_attached:
@@ -197,7 +197,7 @@ def test_every_job_ends_and_every_file_is_served(opened: Opened) -> None:
         assert (len(begun), first > 1) == ((2, True) if name.startswith("running") else (1, False)), "from its state on"
 
 
-def test_keys_idempotency_remix_and_delete_work_on_old_jobs(opened: Opened) -> None:
+def test_keys_idempotency_remix_and_delete_work_on_old_data(opened: Opened) -> None:
     """API keys, idempotency keys, a job to be remixed, a job to be deleted."""
     http, app, left = opened.http, opened.app, opened.left
     once = left.jobs["sound"]
@@ -223,7 +223,7 @@ def is_known(path: Path, place: Path) -> bool:
 
 
 def check_everything_is_moved(left: Left, service: JobService) -> None:
-    """In the directory and in the archive are folders of known jobs alone, with all the bytes that there were."""
+    """Check that directory and archive have only folders of known jobs, with all their bytes."""
     unknown = [] if left.has_attached else [left.jobs["attached"]]  # a job that the database of 0001 does not have
     for place in filter(Path.exists, (left.place / "media", left.place / "archive")):
         # A killed start may leave an empty folder, and a temporary name, which is swept by its age.
@@ -250,7 +250,7 @@ def check_everything_is_moved(left: Left, service: JobService) -> None:
         assert service.files.exists(job.job_id, SAVED_STATE) == name.startswith("running")
 
 
-def test_nothing_stays_where_it_was(left: Left, tiny_nano: Path) -> None:
+def test_no_file_stays_in_the_old_layout(left: Left, tiny_nano: Path) -> None:
     with closing(JobService.open(left.config(tiny_nano)).store):
         pass
     service = JobService.open(left.config(tiny_nano))
@@ -279,7 +279,7 @@ def test_a_start_that_is_killed_at_any_step_loses_nothing(
 ) -> None:
     """Steps of the database's upgrade, and of the files' after it."""
     given = (unpacked / run, database, tmp_path, tiny_nano, stride)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork wants a process with one thread
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork needs a process with one thread
         assert pool.submit(kill_at_every_step, *given).result(1700) >= 100 // stride
 
 
@@ -299,7 +299,7 @@ def test_two_starts_at_once_move_everything(left: Left, tiny_nano: Path) -> None
         service.store.close()
 
 
-def test_while_a_director_of_the_earlier_release_runs_a_job_nothing_is_touched(left: Left, tiny_nano: Path) -> None:
+def test_while_an_earlier_director_runs_a_job_nothing_is_touched(left: Left, tiny_nano: Path) -> None:
     engine = sqlalchemy.create_engine(left.url)
     with engine.begin() as connection:
         until_s = {"until_s": time.time() + 60}
@@ -338,13 +338,13 @@ def test_files_are_served_where_the_directory_was_lost(
 
 
 def check_video(job: dict[str, Any], known: dict[str, Any], left: Left) -> None:
-    """A job is told as the earlier release told it."""
+    """Check that a job's object is that of the earlier release."""
     fields = [name for name in UNCHANGED if left.has_attached or name != "remixed_from_video_id"]
     assert {name: job[name] for name in fields} == {name: known[name] for name in fields}
 
 
 def check_contents(http: httpx2.Client, known: dict[str, Any]) -> None:
-    """Every variant that there was is served to the byte."""
+    """Check that every old variant is served byte for byte."""
     for variant, facts in known["contents"].items():
         answer = http.get(f"/v1/videos/{known['id']}/content", params={"variant": variant})
         assert answer.status_code == 200, (variant, answer.text)

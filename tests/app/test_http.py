@@ -1,4 +1,4 @@
-"""The HTTP side: what is wrong is said in one shape, with the library's own words, before anything is done about it."""
+"""HTTP against the whole app: errors have one shape and the library's wording, before any work is done."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(600)
 
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
-# App -> the header with its key, where it asks for one.
+# App -> header with its key, if it needs one.
 KEYS: dict[str, dict[str, str]] = {}
 GOOD: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
 
@@ -66,7 +66,7 @@ def send_form(app: Any, fields: dict[str, Any], path: str = "/v1/videos/sync") -
 
 @pytest.fixture(scope="module")
 def small_app(start_app: Callable[..., Any], media: Path) -> Any:
-    """One that takes bodies of 1 MiB, and 1.5 MiB of them at once, from who has a key."""
+    """An app with keys that accepts bodies of 1 MiB, and 1.5 MiB at once."""
     keys = KeyStore.open(f"sqlite:///{media}/limits.sqlite3")
     _, text = keys.create(NewKey(name="tests"))
     keys.close()
@@ -75,7 +75,7 @@ def small_app(start_app: Callable[..., Any], media: Path) -> Any:
 
 
 def head_of(app: Any) -> str:
-    """The head of a POST by hand, without its length."""
+    """Make the head of a POST by hand, without its length."""
     host, key = app.url.split("/")[2], KEYS[app.name]["authorization"]
     first = f"POST /v1/videos/sync HTTP/1.1\r\nhost: {host}\r\nauthorization: {key}\r\n"
     return f"{first}content-type: application/json\r\n"
@@ -83,7 +83,7 @@ def head_of(app: Any) -> str:
 
 @pytest.fixture(scope="module")
 def png() -> bytes:
-    """A picture of other proportions than GOOD's."""
+    """A picture of another aspect ratio than GOOD's."""
     stream = io.BytesIO()
     write_image(stream, np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8), "png")
     return stream.getvalue()
@@ -138,7 +138,7 @@ BAD_VALUES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("bad", BAD_VALUES, ids=lambda bad: str(bad)[:40])
-def test_http_names_a_bad_value_as_python_does(bad: dict[str, Any], app: Any) -> None:
+def test_http_errors_have_the_librarys_wording(bad: dict[str, Any], app: Any) -> None:
     body = {**GOOD, **bad}
     with pytest.raises(RequestError) as caught:
         resolve(GenerationRequest(**body), CheckpointLayout.open(app.config.checkpoint))
@@ -155,7 +155,7 @@ def test_http_names_a_bad_value_as_python_does(bad: dict[str, Any], app: Any) ->
     assert error["type"] == "invalid_request_error"
 
 
-def test_too_many_tokens_are_found_by_the_tokenizer_and_told_as_422(app: Any) -> None:
+def test_too_many_tokens_are_a_422(app: Any) -> None:
     status, _, answer = send_json(app, {**GOOD, "prompt": "\U0001f600" * 20_000})
     assert status == 422
     assert "at most 16384 tokens" in answer["error"]["message"]
@@ -198,7 +198,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], field: str, said: str, app
         (b"{" + b" " * 2_000_000 + b"}", JSON, 413, "body_too_large"),
     ],
 )
-def test_a_body_that_cannot_be_read(
+def test_an_unreadable_body_is_refused(
     data: bytes, headers: dict[str, str], status: int, code: str, small_app: Any
 ) -> None:
     answer_status, _, answer = send(small_app, data, headers)
@@ -207,7 +207,7 @@ def test_a_body_that_cannot_be_read(
 
 
 def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
-    """A gigabyte without an announced length: the answer comes after a small part of it."""
+    """A gigabyte without Content-Length: the answer comes after a small part of it."""
     host, port = small_app.url.split("/")[2].split(":")
     chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     sent_mib = 0
@@ -217,7 +217,7 @@ def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
             try:
                 connection.sendall(chunk)
             except ConnectionError:
-                break  # the server has hung up after its answer
+                break  # the server disconnects after its answer
             sent_mib += 1
         answer = b""
         while b"body_too_large" not in answer and (part := connection.recv(1 << 16)):
@@ -229,7 +229,7 @@ def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
 
 
 def test_bodies_together_are_bounded(small_app: Any, eventually: Callable[..., bool]) -> None:
-    """One is on its way; another that would not fit beside it is refused unread, until the first one is gone."""
+    """While one is being sent, another that does not fit beside it is refused unread."""
     host, port = small_app.url.split("/")[2].split(":")
     large = {**GOOD, "seed": -1, "extra_params": {}, "prompt": "a" + " " * 900_000}
     with socket.create_connection((host, int(port)), timeout=60) as slow:
@@ -238,7 +238,7 @@ def test_bodies_together_are_bounded(small_app: Any, eventually: Callable[..., b
         status, headers, answer = send(small_app, json.dumps(large).encode(), JSON)
         assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "5")
         assert send_json(small_app, GOOD)[0] == 200, "small ones go through"
-    # The client has hung up in the middle of its upload.
+    # The client disconnects in the middle of its upload.
     assert eventually(lambda: send(small_app, json.dumps(large).encode(), JSON)[0] == 422)
 
 
@@ -269,10 +269,10 @@ def test_a_request_id_must_be_a_word(app: Any) -> None:
         assert answer["error"]["code"] == "invalid_header"
 
 
-def test_requests_of_one_id_at_once_do_not_mix(
+def test_concurrent_requests_with_one_id_do_not_mix(
     app: Any, reference: Callable[[GenerationRequest], GenerationResult]
 ) -> None:
-    """A proxy that asks again, or a client that is careless with ids, gets its own frames all the same."""
+    """A proxy that retries, or a client that repeats ids, gets its own frames."""
 
     def ask(seed: int) -> tuple[int, str]:
         body = json.dumps({**GOOD, "num_frames": 17, "seed": seed}).encode()
@@ -289,7 +289,7 @@ def get(app: Any, path: str) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-def test_health_ready_and_models(app: Any) -> None:
+def test_health_ready_and_models_describe_the_app(app: Any) -> None:
     assert get(app, "/health") == (200, {"status": "ok"})
     assert get(app, "/ready") == (200, {"status": "ready"})
     status, models = get(app, "/v1/models")
@@ -307,7 +307,7 @@ def test_health_ready_and_models(app: Any) -> None:
     assert send(app, b"", JSON, "/v1/models")[0] == 405
 
 
-def test_a_loopback_app_answers_to_the_names_of_loopback_alone(app: Any) -> None:
+def test_a_loopback_app_answers_only_to_loopback_names(app: Any) -> None:
     status, _, answer = send(app, b"{}", {**JSON, "host": "evil.example"})
     assert (status, answer["error"]["code"]) == (403, "wrong_host")
     port = app.url.split("/")[2].partition(":")[2]
@@ -332,7 +332,7 @@ def test_the_openapi_document_has_the_fields(app: Any) -> None:
 # Images, clips, sound and actions
 
 
-def test_an_image_begins_a_clip_however_it_is_sent(app: Any, png: bytes, reference: Reference) -> None:
+def test_an_image_starts_a_clip_in_every_encoding(app: Any, png: bytes, reference: Reference) -> None:
     expected = reference(GenerationRequest(**GOOD, mode="image_to_video", image=png)).frames_sha256
     for send_it, fields in (
         (send_form, {"image": png}),
@@ -362,7 +362,7 @@ def test_a_clip_is_continued(app: Any, mp4: bytes, reference: Reference) -> None
         assert (headers["x-mode"], headers["x-frames-sha256"]) == ("video_to_video", expected)
 
 
-def test_sound_is_on_or_off(app: Any, reference: Reference) -> None:
+def test_sound_is_generated_on_request(app: Any, reference: Reference) -> None:
     for wanted in (False, True):
         result = reference(GenerationRequest(**GOOD, generate_sound=wanted))
         assert result.path is not None
@@ -401,7 +401,7 @@ def test_generated_actions_are_json(output: str, app: Any, png: bytes, reference
     assert (saved.path is None) == (result.path is None)
 
 
-def test_given_actions_are_carried_out(app: Any, png: bytes, reference: Reference) -> None:
+def test_given_actions_drive_the_clip(app: Any, png: bytes, reference: Reference) -> None:
     actions = np.linspace(-1, 1, 40).reshape(4, 10).round(3).tolist()
     asked = {**POLICY, "mode": "forward_dynamics"}
     expected = reference(GenerationRequest(**asked, actions=actions, image=png)).frames_sha256
@@ -412,9 +412,7 @@ def test_given_actions_are_carried_out(app: Any, png: bytes, reference: Referenc
     assert headers["x-frames-sha256"] == expected
 
 
-def test_the_python_client_reads_files_where_the_caller_is(
-    app: Any, png: bytes, reference: Reference, tmp_path: Path
-) -> None:
+def test_the_python_client_reads_local_files(app: Any, png: bytes, reference: Reference, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png)
     asked = GenerationRequest(**GOOD, mode="image_to_video", image=path)
@@ -428,7 +426,7 @@ def test_the_python_client_reads_files_where_the_caller_is(
             ask(asked)
 
 
-def test_media_that_are_refused(app: Any, mp4: bytes, png: bytes) -> None:
+def test_invalid_media_are_refused(app: Any, mp4: bytes, png: bytes) -> None:
     for send_it, fields, field, said in (
         (send_json, {"image": "http://127.0.0.1:9/a.png"}, "image", "URLs are not fetched"),
         (send_json, {"image_reference": {"file_id": "f"}}, "image_reference", "No files can be uploaded here"),
@@ -456,7 +454,7 @@ def image_of(seed: int, **fields: Any) -> GenerationRequest:
     return GenerationRequest(**{**asked, "mode": "text_to_image", "seed": seed, **fields})
 
 
-def test_images_one_after_the_other(app: Any, reference: Reference) -> None:
+def test_n_images_have_consecutive_seeds(app: Any, reference: Reference) -> None:
     expected = [reference(image_of(seed)) for seed in (5, 6)]
     status, _, body = send_json(app, {**IMAGE, "n": 2}, IMAGES)
     assert status == 200, body
@@ -476,7 +474,7 @@ def test_images_one_after_the_other(app: Any, reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-def test_images_of_other_formats(kind: str, app: Any, reference: Reference) -> None:
+def test_images_have_the_requested_format(kind: str, app: Any, reference: Reference) -> None:
     asked = {**IMAGE, "response_format": "file", "output_format": kind}
     status, headers, coarse = send_json(app, {**asked, "output_compression": 10}, IMAGES)
     assert (status, headers["content-type"]) == (200, f"image/{kind}"), coarse
@@ -499,6 +497,6 @@ def test_images_of_other_formats(kind: str, app: Any, reference: Reference) -> N
         ({"output_compression": 5}, "output_compression"),
     ],
 )
-def test_a_wrong_field_of_images(fields: dict[str, Any], field: str, app: Any) -> None:
+def test_a_wrong_field_of_an_image_request_is_named(fields: dict[str, Any], field: str, app: Any) -> None:
     status, _, answer = send_json(app, {**IMAGE, **fields}, IMAGES)
     assert (status, answer["error"]["param"]) == (422, field)

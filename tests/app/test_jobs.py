@@ -1,4 +1,4 @@
-"""Jobs: progress is real, whoever comes back misses nothing, a full queue is shared out by class."""
+"""Jobs: real progress, resumed events, shares of a full queue by class."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx2.Cl
     number, kind, job = events[-1]
     assert kind == "completed"
     assert (job["status"], job["progress"], job["step"]) == ("completed", 100, 12)
-    # Whoever comes back is told what came since.
+    # A reconnecting follower gets what it missed.
     assert list(events_of(http, job_id, after=number - 2)) == events[-2:]
 
 
@@ -61,7 +61,7 @@ def test_while_steps_are_held_progress_stands_still(
     path = f"/v1/videos/{job_id}"
     assert eventually(lambda: patiently(http, path)["step"] >= 5)
     with jobs_app.hold():
-        # What was told before arrives within a quantum or two of a quarter second.
+        # Events from before arrive within a quantum or two of a quarter second.
         before, held = patiently(http, path), None
         while held is None or before["step"] != held["step"]:
             before = held or before
@@ -111,7 +111,7 @@ def test_classes_get_their_shares_and_a_full_queue_sends_retry_after(
     assert abs(shares["batch"] - 1) <= 1, order
 
 
-def test_many_clients_that_honour_retry_after_all_get_their_clip(jobs_app: Any) -> None:
+def test_all_clients_that_honour_retry_after_get_their_clip(jobs_app: Any) -> None:
     num_clients = 40
 
     async def all_of_them() -> list[tuple[str, list[int]]]:

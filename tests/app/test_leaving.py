@@ -1,4 +1,4 @@
-"""Whoever leaves stops the work of every stage, and so does the end of the time."""
+"""A caller that leaves, or a deadline, stops the work of every stage."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.app.in_process import InProcessApp
 pytestmark = pytest.mark.timeout(600)
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=32, width=32, num_inference_steps=2, seed=5)
-# Hours, were it not stopped.
+# Would take hours if not stopped.
 LONG = replace(SMALL, num_frames=61, height=96, width=128, num_inference_steps=1000)
 
 Eventually = Callable[..., bool]
 
 
 def is_idle(app: InProcessApp) -> bool:
-    """Whether the gang has no request, and no clip is between decoder and encoder."""
+    """Whether the gang has no request and no clip is between decoder and encoder."""
     (leader,) = app.replicas("Transformer")
     return leader._loop.num_jobs == 0 and app.client.ask("num_open_clips") == 0
 

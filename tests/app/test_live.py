@@ -1,4 +1,4 @@
-"""A file is watched while it grows, and had whole afterwards."""
+"""A file is streamed while it grows, and served whole afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONG = GenerationRequest(prompt="A red car.", num_frames=61, height=96, width=12
 SMALL = replace(LONG, num_frames=5, height=64, width=64)
 
 
-def test_a_growing_file_is_streamed_and_kept_under_its_id(app: Any, reference: Reference, tmp_path: Path) -> None:
+def test_a_growing_file_is_streamed_and_stored_under_its_id(app: Any, reference: Reference, tmp_path: Path) -> None:
     path = reference(LONG).path
     assert path is not None
     expected = path.read_bytes()
@@ -45,8 +45,8 @@ def test_a_growing_file_is_streamed_and_kept_under_its_id(app: Any, reference: R
     assert part.content == expected[100:200]
 
 
-def test_the_gang_is_at_the_next_request_while_a_clip_is_decoded(app: Any, tmp_path: Path) -> None:
-    """By the order of events: nobody is timed."""
+def test_the_gang_runs_the_next_request_while_a_clip_is_decoded(app: Any, tmp_path: Path) -> None:
+    """Judged by the order of events, not by time."""
     with app.client.stream(replace(LONG, num_frames=101)) as events:
         started = next(event for event in events if isinstance(event, messages.FileStarted))
         assert app.client.generate(SMALL).info.num_frames == 5

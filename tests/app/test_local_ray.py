@@ -1,4 +1,4 @@
-"""What stands for Ray in one process does what the product relies on."""
+"""The in-process stand-in for Ray behaves as the product relies on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_values_are_copied_between_callers(handle: Handle) -> None:
     asyncio.run(ask())
 
 
-def test_what_cannot_be_pickled_is_refused(handle: Handle) -> None:
+def test_an_unpicklable_value_is_refused(handle: Handle) -> None:
     with pytest.raises((AttributeError, TypeError)):
         handle.change.remote([lambda: None])
 

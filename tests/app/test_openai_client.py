@@ -90,7 +90,7 @@ def test_list_with_pagination_then_delete(client: Any) -> None:
     assert made[0] not in [video.id for video in client.videos.list(limit=100).data]
 
 
-def test_mistakes_are_typed_errors_of_the_client(client: Any) -> None:
+def test_errors_are_typed_errors_of_the_client(client: Any) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="Did you mean num_frames"):
         client.videos.create(prompt="a", extra_body={"num_frame": 9})
     with pytest.raises(openai.UnprocessableEntityError, match="size"):

@@ -75,8 +75,8 @@ def http(app: Any) -> Iterator[httpx2.Client]:
 
 
 def create_and_poll(http: httpx2.Client, form: dict[str, str], files: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Create and poll, as their recipes do it."""
-    # A part that is no file makes it a form in parts.
+    """Create and poll, as vLLM-Omni's recipes do."""
+    # A part without a file name makes it a multipart form.
     answer = http.post("/v1/videos", data=form, files=files or {"user": (None, "me")})
     assert answer.status_code == 200, answer.text
     job: dict[str, Any] = answer.json()
@@ -137,7 +137,7 @@ def test_sync_sends_the_headers_of_vllm_omni(http: httpx2.Client, reference: Ref
 
 @pytest.mark.parametrize("mode", ["policy", "forward_dynamics", "inverse_dynamics"])
 def test_actions(mode: str, http: httpx2.Client, reference: Reference, png: bytes, mp4: bytes) -> None:
-    """No num_frames: theirs fails without. The actions are at the top of the job's object."""
+    """Without num_frames, which fails in vLLM-Omni. The actions are at the top of the job's object."""
     extra: dict[str, Any] = {**ARM, "action_mode": mode}
     meant: dict[str, Any] = {**ARM_MEANT, "mode": mode, "prompt": "Pick up the cup."}
     given = [[*row, 0.5] for row in ACTIONS[:4]]
@@ -186,7 +186,7 @@ def test_images(http: httpx2.Client, reference: Reference) -> None:
 
 
 def test_a_default_length_and_features_that_are_not_offered(http: httpx2.Client) -> None:
-    """A clip without a length has the documented one; what is not offered is refused in words, no path is opened."""
+    """An omitted length is the documented one; features not offered are refused with a reason; no path is opened."""
     job = http.post("/v1/videos", json={"prompt": "a", "size": "64x32"}).json()
     try:
         assert (job["num_frames"], job["num_steps"], job["seconds"]) == (189, 35, "7.875")
@@ -198,7 +198,7 @@ def test_a_default_length_and_features_that_are_not_offered(http: httpx2.Client)
 
 
 def test_a_failed_job_is_answered_with_its_object(http: httpx2.Client) -> None:
-    """Theirs answers with the failure's status."""
+    """vLLM-Omni answers with the failure's status."""
     job = http.post("/v1/videos", json={"prompt": "\U0001f600" * 20_000, "size": "64x32", "num_frames": 5}).json()
     deadline_s = time.monotonic() + DEADLINE_S
     while (answer := http.get(f"/v1/videos/{job['id']}")).json()["status"] in ("queued", "in_progress"):

@@ -1,4 +1,4 @@
-"""The mailbox of a clip: bounded, in order, and no one waits in it for ever. Without Ray: it is a plain async class."""
+"""A clip's mailbox: bounded, ordered, and every wait ends. Without Ray: it is a plain async class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(body, 20))
 
 
-def test_chunks_come_in_order_and_the_end_is_told() -> None:
+def test_chunks_come_in_order_and_then_the_end() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=2)
@@ -70,7 +70,7 @@ def test_closing_ends_both_sides() -> None:
         assert await producing is False
         with pytest.raises(StreamClosed, match="because"):
             await consuming
-        # And for whoever comes later.
+        # Later calls end as well.
         assert await clips.acquire("a", "p", 1) is False
         with pytest.raises(StreamClosed, match="not open"):
             await clips.take("a", 1)
@@ -113,7 +113,7 @@ def test_clips_do_not_mix_and_their_number_is_bounded() -> None:
     run(body())
 
 
-def test_a_producer_that_died_gives_back_the_credits_that_it_had_not_used() -> None:
+def test_a_dead_producers_unused_credits_are_returned() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=3)
@@ -124,7 +124,7 @@ def test_a_producer_that_died_gives_back_the_credits_that_it_had_not_used() -> N
         await settle()
         await clips.forget("a", "first")
         assert await late is False, "it would have made a chunk that nobody posts"
-        # Two of three: the chunk that was posted is still to be used up.
+        # Two of three: the posted chunk is not consumed yet.
         assert await clips.acquire("a", "second", 1)
         assert await clips.acquire("a", "second", 1)
         with pytest.raises(TimeoutError):
@@ -136,7 +136,7 @@ def test_a_producer_that_died_gives_back_the_credits_that_it_had_not_used() -> N
     run(body())
 
 
-def test_a_credit_without_a_chunk_is_given_back_once() -> None:
+def test_a_credit_without_a_chunk_is_returned_once() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=1)

@@ -1,4 +1,4 @@
-"""The leader's loop on a gang that is not there: order, positions, cancelling, bounds, saving, failure. Without Ray."""
+"""The leader's loop on a fake gang: order, positions, cancelling, bounds, saving, failure. Without Ray."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def request(num_steps: int, seed: int = 0, shape: LatentShape = VIDEO) -> Denois
 
 @dataclass
 class FakeGang:
-    """Answers like a gang of one; counts what it was asked. A saved state is the number of steps done."""
+    """Answers like a gang of one and records its calls. A saved state is the number of steps done."""
 
     step_s: float = 0.001
     fail_at_step: int | None = None
@@ -50,7 +50,7 @@ class FakeGang:
     ends: list[bool] = field(default_factory=list)
     no_previews_from_step: int | None = None
     gate: asyncio.Semaphore | None = None  # one place a quantum
-    told_step_s: float | None = None  # what it says that a step took, where that is not what it took
+    told_step_s: float | None = None  # reported seconds per step, if not the real ones
     max_begun: int = 0
     # 100 bytes for each latent frame.
     request_memory: RequestMemory = RequestMemory(100, 0, 0, 0, 0, 1)  # noqa: RUF009 - frozen
@@ -112,11 +112,11 @@ class FakeGang:
         return [None]
 
     def of(self, method: str) -> list[Any]:
-        """Arguments of a method's calls."""
+        """List the arguments of a method's calls."""
         return [arguments for name, arguments in self.calls if name == method]
 
     def turns(self) -> list[str]:
-        """Whose steps were run, in order, without repetitions in a row."""
+        """List whose steps ran, in order, without consecutive repeats."""
         jobs = [arguments[0] for arguments in self.of("step")]
         return [job for index, job in enumerate(jobs) if index == 0 or jobs[index - 1] != job]
 
@@ -154,7 +154,7 @@ def test_a_request_gets_its_position_every_step_and_its_latents() -> None:
         updates = await follow(loop, "a", 1000)
         assert updates[0] == QueuePosition(0, os.getpid())
         assert steps_of(updates) == list(range(1, 1001))
-        # Quanta of about a quarter second: not one by one, not all at once.
+        # Quanta of about a quarter second: neither single steps nor all at once.
         assert 3 <= len(gang.of("step")) <= 20
         assert isinstance(updates[-1], Denoised)
         await settle()
@@ -201,7 +201,7 @@ def test_a_cancelled_request_leaves_at_the_next_quantum_and_the_next_one_runs() 
     run(body())
 
 
-def test_a_request_cancelled_while_it_waits_never_begins() -> None:
+def test_a_request_cancelled_while_queued_never_starts() -> None:
     async def body() -> None:
         gang = FakeGang()
         loop = loop_on(gang, max_jobs=3)
@@ -216,7 +216,7 @@ def test_a_request_cancelled_while_it_waits_never_begins() -> None:
     run(body())
 
 
-def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
+def test_a_full_queue_refuses_with_retry_after() -> None:
     async def body() -> None:
         loop = loop_on(FakeGang(), max_jobs=2)
         tasks = [asyncio.create_task(follow(loop, name, 200)) for name in "ab"]
@@ -230,7 +230,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     run(body())
 
 
-def test_a_request_that_is_refused_does_not_harm_the_next() -> None:
+def test_a_refused_request_does_not_affect_the_next() -> None:
     async def body() -> None:
         loop = loop_on(FakeGang(), max_jobs=2)
         with pytest.raises(RequestError, match="666"):
@@ -241,7 +241,7 @@ def test_a_request_that_is_refused_does_not_harm_the_next() -> None:
     run(body())
 
 
-def test_a_failed_gang_fails_every_request_at_once_and_for_good() -> None:
+def test_a_failed_gang_fails_every_request_permanently() -> None:
     async def body() -> None:
         loop = loop_on(FakeGang(fail_at_step=1), max_jobs=4)
         results = await asyncio.gather(*(follow(loop, name, 50) for name in "abc"), return_exceptions=True)
@@ -253,7 +253,7 @@ def test_a_failed_gang_fails_every_request_at_once_and_for_good() -> None:
     run(body())
 
 
-def test_a_request_past_its_deadline_ends_and_is_told_so() -> None:
+def test_a_request_past_its_deadline_fails() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang)
@@ -274,7 +274,7 @@ def test_a_request_past_its_deadline_ends_and_is_told_so() -> None:
     run(body())
 
 
-def test_late_requests_are_not_even_begun() -> None:
+def test_late_requests_are_not_started() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang)
@@ -290,7 +290,7 @@ def test_late_requests_are_not_even_begun() -> None:
     run(body())
 
 
-def test_what_does_not_fit_is_refused_and_the_gang_lives_on() -> None:
+def test_out_of_memory_refuses_the_request_and_keeps_the_gang() -> None:
     async def body() -> None:
         gang = FakeGang(no_memory_at_step=1)
         loop = loop_on(gang)
@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_refused_and_the_gang_lives_on() -> None:
     run(body())
 
 
-def test_only_the_request_at_work_is_charged_with_a_failure() -> None:
+def test_only_the_running_request_is_charged_with_a_failure() -> None:
     async def body() -> None:
         gang = FakeGang(fail_at_step=1)
         loop = loop_on(gang)
@@ -320,7 +320,7 @@ def test_only_the_request_at_work_is_charged_with_a_failure() -> None:
     run(body())
 
 
-def test_ranks_that_disagree_about_memory_fail_the_gang_and_the_request_is_not_tried_again() -> None:
+def test_partial_out_of_memory_fails_the_gang_without_a_retry() -> None:
     class Disagreeing(FakeGang):
         async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
             if method == "step":
@@ -335,7 +335,7 @@ def test_ranks_that_disagree_about_memory_fail_the_gang_and_the_request_is_not_t
     run(body())
 
 
-def test_idle_ranks_are_asked_whether_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_ranks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dying(FakeGang):
         async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
             if method == "describe":
@@ -356,7 +356,7 @@ def test_idle_ranks_are_asked_whether_they_live(monkeypatch: pytest.MonkeyPatch)
     run(body())
 
 
-def test_a_bug_of_our_own_fails_the_gang_and_does_not_hang() -> None:
+def test_an_unexpected_error_fails_the_gang_without_hanging() -> None:
     async def body() -> None:
         loop = loop_on(FakeGang(), max_jobs=4)
         with pytest.raises(GangFailed, match="ZeroDivisionError: a bug"):
@@ -387,20 +387,20 @@ def test_an_image_passes_every_video_at_the_next_quantum() -> None:
         image = await follow(loop, "image", 10, shape=IMAGE)
         assert image[0] == QueuePosition(0, os.getpid())
         assert isinstance(image[-1], Denoised)
-        # What ran when it came, and one more at most.
+        # The running quantum, and one more at most.
         assert [arguments[0] for arguments in gang.of("step")].index("image") <= num_quanta + 1
         with pytest.raises(OverloadedError, match="requests for videos of one transformer gang: all 9"):
             await follow(loop, "one too many", 1)
         for video in await asyncio.gather(*videos):
             assert steps_of(video) == list(range(1, 61))
         assert gang.turns()[:3] == ["video 0", "image", "video 0"]
-        # Nothing else overtakes.
+        # No other request overtakes.
         assert [name for name in gang.turns() if name != "image"][1:] == [f"video {index}" for index in range(9)]
 
     run(body())
 
 
-def test_a_full_class_does_not_lock_out_the_other() -> None:
+def test_a_full_class_does_not_block_the_other() -> None:
     async def body() -> None:
         loop = loop_on(FakeGang(step_s=0.01), max_jobs=1)
         video = asyncio.create_task(follow(loop, "video", 40))
@@ -411,7 +411,7 @@ def test_a_full_class_does_not_lock_out_the_other() -> None:
     run(body())
 
 
-def test_what_has_begun_makes_room_and_comes_back_where_it_was() -> None:
+def test_a_started_request_is_parked_and_resumed() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang, max_held_bytes=250)  # a video holds 200, an image 100
@@ -447,7 +447,7 @@ def test_within_the_bound_nothing_is_parked() -> None:
     run(body())
 
 
-def test_states_are_saved_now_and_then_and_a_request_goes_on_from_one() -> None:
+def test_states_are_saved_periodically_and_requests_resume_from_one() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.02)
         updates = await follow(loop_on(gang, save_period_s=0.1), "a", 60)
@@ -461,7 +461,7 @@ def test_states_are_saved_now_and_then_and_a_request_goes_on_from_one() -> None:
     run(body())
 
 
-def test_the_leader_decides_which_prompts_are_kept() -> None:
+def test_the_leader_decides_which_prompts_are_cached() -> None:
     async def body() -> None:
         gang = FakeGang(request_memory=RequestMemory(1, 0, 0, 0, 8, 1))
         loop = loop_on(gang, text_cache_bytes=8)
@@ -480,7 +480,7 @@ def test_the_leader_decides_which_prompts_are_kept() -> None:
 
 
 class Told:
-    """A meter that remembers."""
+    """A meter that records its calls."""
 
     def __init__(self) -> None:
         self.words: list[tuple[Any, ...]] = []
@@ -492,7 +492,7 @@ class Told:
         return [arguments for word, *arguments in self.words if word == name]
 
 
-def test_the_meter_is_told_of_quanta_waits_prompts_and_how_busy_the_gang_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_meter_records_quanta_waits_prompts_and_busy_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.gang_meter._PERIOD_S", 0.0)
     monkeypatch.setattr(engine_loop, "_IDLE_S", 0.02)
 
@@ -509,7 +509,7 @@ def test_the_meter_is_told_of_quanta_waits_prompts_and_how_busy_the_gang_is(monk
         assert told.of("count_prompt_lookups") == [[0, 1], [1, 0], [1, 0]]
         shares = [share for (share,) in told.of("set_busy_share")]
         assert any(share > 0.5 for share in shares)
-        # Told while idle as well: a gauge that is not set again is forgotten.
+        # Set while idle too: a gauge that is not refreshed expires.
         async with asyncio.timeout(20):
             while told.of("set_busy_share")[-1][0] != 0.0:
                 await asyncio.sleep(0.01)
@@ -517,7 +517,7 @@ def test_the_meter_is_told_of_quanta_waits_prompts_and_how_busy_the_gang_is(monk
     run(body())
 
 
-def test_whose_a_request_is_goes_to_the_ranks_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_request_id_reaches_the_ranks_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ray.serve")
 
     async def body() -> None:
@@ -533,7 +533,7 @@ def test_whose_a_request_is_goes_to_the_ranks_and_the_log(caplog: pytest.LogCapt
     run(body())
 
 
-def test_nothing_is_known_of_the_first_step_and_later_ones_are_measured_by_it() -> None:
+def test_the_first_step_has_no_deadline_and_later_ones_follow_it() -> None:
     async def body() -> None:
         gang = FakeGang(step_s=0.1)
         await follow(loop_on(gang, first_step_timeout_s=77.0, quantum_timeout_s=1.0), "a", 8)
@@ -547,7 +547,7 @@ def test_nothing_is_known_of_the_first_step_and_later_ones_are_measured_by_it() 
     run(body())
 
 
-def test_saving_takes_a_small_share_of_the_time_and_waits_for_who_takes_it() -> None:
+def test_saving_takes_a_small_share_of_the_time_and_waits_for_its_reader() -> None:
     async def body() -> None:
         slow = FakeGang(step_s=0.01, save_s=0.05)
         updates = await follow(loop_on(slow, save_period_s=0.01), "a", 150)
@@ -557,7 +557,7 @@ def test_saving_takes_a_small_share_of_the_time_and_waits_for_who_takes_it() -> 
         loop = loop_on(gang, save_period_s=0.01)
         stalled = loop.submit("a", request(200), 60.0)
         assert await anext(stalled) == QueuePosition(0, os.getpid())
-        while len(gang.of("step")) < 6:  # nobody reads what comes
+        while len(gang.of("step")) < 6:  # no one reads the events
             await asyncio.sleep(0.01)
         assert len(gang.of("save")) <= 1
         await stalled.aclose()  # type: ignore[attr-defined]
@@ -569,7 +569,7 @@ MAP = PreviewMap(((1.0, 0.0, 0.0),), (0.0, 0.0, 0.0))
 
 
 class GatedGang(FakeGang):
-    """Runs one step a quantum, each when the gate is opened for it."""
+    """Runs one step per quantum, each when the gate opens."""
 
     gate: asyncio.Semaphore
 
@@ -593,7 +593,7 @@ def test_with_steps_held_by_a_gate_every_step_shows_another_preview() -> None:
             gang.gate.release()
             done = await anext(updates)
             assert (type(done), done.step) == (StepDone, step)
-            # The next step waits at the gate: a preview does not wait for it.
+            # The next step waits at the gate; the preview does not.
             made = await anext(updates)
             assert (type(made), made.step, made.sigma) == (PreviewReady, step, 0.5)
             with PIL.Image.open(io.BytesIO(made.image)) as image:
@@ -629,7 +629,7 @@ def test_previews_are_spread_over_the_steps_and_none_comes_after_the_last(
     run(body())
 
 
-def test_who_asks_for_no_previews_costs_none() -> None:
+def test_without_previews_none_is_made() -> None:
     async def body() -> None:
         gang = FakeGang()
         await follow(loop_on(gang), "a", 100)
@@ -638,7 +638,7 @@ def test_who_asks_for_no_previews_costs_none() -> None:
     run(body())
 
 
-def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_a_preview_is_encoded_steps_go_on_without_another(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = threading.Event()
 
     def slow(frames: Any, fps: float) -> bytes:
@@ -658,7 +658,7 @@ def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeyp
         late = await anext(updates)
         assert (late.step, late.image) == (1, b"late")
         gang.gate.release()
-        # Those skipped do not all come now: one, of the newest step.
+        # Skipped previews do not follow: one comes, of the newest step.
         assert [(await anext(updates)).step for _ in range(2)] == [5, 5]
         gang.gate.release()
         assert [type(update) async for update in updates] == [StepDone, Denoised]
@@ -666,7 +666,7 @@ def test_while_one_is_encoded_the_gang_goes_on_and_no_other_is_asked_for(monkeyp
     run(body())
 
 
-def test_a_preview_that_is_not_ready_at_the_last_step_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preview_unfinished_at_the_last_step_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = threading.Event()
     monkeypatch.setattr(engine_loop, "animate_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
 
@@ -680,7 +680,7 @@ def test_a_preview_that_is_not_ready_at_the_last_step_is_dropped(monkeypatch: py
     run(body())
 
 
-def test_a_preview_that_is_ready_while_the_latents_are_fetched_is_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preview_finished_during_the_fetch_of_latents_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = threading.Event()
     monkeypatch.setattr(engine_loop, "animate_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
 
@@ -708,7 +708,7 @@ def test_a_preview_that_is_ready_while_the_latents_are_fetched_is_dropped_too(mo
     run(body())
 
 
-def test_a_preview_that_fails_ends_the_previews_and_nothing_else(
+def test_a_failed_preview_ends_only_the_previews(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(frames: Any, fps: float) -> bytes:
@@ -735,7 +735,7 @@ def test_a_preview_that_fails_ends_the_previews_and_nothing_else(
     run(body())
 
 
-def test_a_rank_that_dies_over_a_preview_fails_the_gang_like_any_death() -> None:
+def test_a_rank_that_dies_during_a_preview_fails_the_gang() -> None:
     class Dying(FakeGang):
         async def call(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
             if method == "preview":
@@ -749,7 +749,7 @@ def test_a_rank_that_dies_over_a_preview_fails_the_gang_like_any_death() -> None
     run(body())
 
 
-def test_a_request_that_is_taken_up_in_the_middle_is_previewed_from_there() -> None:
+def test_a_resumed_request_is_previewed_from_its_step() -> None:
     async def body() -> None:
         gang = gated(1)
         state = TensorEnvelope.of_array(np.array([6], np.int64))

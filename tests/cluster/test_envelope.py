@@ -13,7 +13,7 @@ from cluster.envelope import TensorEnvelope
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1,), (), (0, 3)], ids=str)
-def test_a_tensor_comes_back_as_it_was(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_tensor_survives_a_round_trip(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.rand(shape) * 100).to(dtype)
     envelope = pickle.loads(pickle.dumps(TensorEnvelope.of_tensor(tensor), protocol=5))
     assert envelope.shape == shape
@@ -38,7 +38,7 @@ def test_wrapping_does_not_copy_and_unwrapping_does() -> None:
     assert tensor[1] == 0
 
 
-def test_a_read_only_array_as_the_object_store_gives_it_is_enough() -> None:
+def test_a_read_only_array_of_the_object_store_is_unwrapped() -> None:
     data = np.frombuffer(np.arange(4, dtype=np.float32).tobytes(), np.uint8)
     assert not data.flags.writeable
     envelope = TensorEnvelope(data, "float32", (2, 2))
@@ -50,7 +50,7 @@ def test_a_read_only_array_as_the_object_store_gives_it_is_enough() -> None:
     assert borrowed.data_ptr() == data.ctypes.data
 
 
-def test_arrays() -> None:
+def test_arrays_survive_a_round_trip() -> None:
     frames = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
     envelope = TensorEnvelope.of_array(frames[:, ::-1])
     assert np.array_equal(envelope.array(), frames[:, ::-1])

@@ -1,4 +1,4 @@
-"""How a gang is laid out; that it comes up and dies as one is shown in graph/."""
+"""Layout of a gang. Its bring-up and failure are tested in graph/."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_leader_shares_the_first_bundle() -> None:
     assert make_bundles(on_cpu, leader_cpus=0.1) == [{"CPU": 0.6}]
 
 
-def test_rank_zero_sits_beside_the_leader_and_a_nodes_ranks_are_adjacent() -> None:
+def test_rank_zero_is_beside_the_leader_and_a_nodes_ranks_are_adjacent() -> None:
     nodes = {0: "c", 1: "a", 2: "b", 3: "a", 4: "b"}
     order = order_ranks(nodes, leader_node="b")
     assert [nodes[bundle] for bundle in order] == ["b", "b", "a", "a", "c"]
@@ -59,7 +59,7 @@ def test_rank_zero_sits_beside_the_leader_and_a_nodes_ranks_are_adjacent() -> No
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_errors_cross_processes_whole(error: Exception) -> None:
+def test_errors_survive_pickling(error: Exception) -> None:
     back = pickle.loads(pickle.dumps(error))
     assert type(back) is type(error)
     assert vars(back) == vars(error)
@@ -71,7 +71,7 @@ REFUSAL, NO_MEMORY = RequestError("latents", 7, "48"), OutOfMemory("of 1 GiB")
 
 
 def rank_that(*does: float | Exception) -> Any:
-    """An actor's handle: ``work`` sleeps so many seconds, then raises what there is to raise."""
+    """Make an actor's handle whose ``work`` sleeps, then raises the error if given."""
 
     async def work(*arguments: Any) -> tuple[Any, ...]:
         for it in does:
@@ -97,7 +97,7 @@ def test_a_refusal_waits_for_the_others_to_agree() -> None:
 
 
 @pytest.mark.parametrize("others", [(3600,), (0.05, NO_MEMORY), (0.05, REFUSAL)], ids=str)
-def test_out_of_memory_on_one_of_several_waits_for_nobody(
+def test_out_of_memory_on_one_of_several_ranks_does_not_wait(
     others: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gang_module, "_AGREE_S", 3600.0)
@@ -106,7 +106,7 @@ def test_out_of_memory_on_one_of_several_waits_for_nobody(
     assert raised.value.__cause__ is NO_MEMORY
 
 
-def test_a_tensor_is_put_into_the_object_store_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_is_stored_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     envelope, put = TensorEnvelope.of_array(np.zeros(3, np.float32)), []
 
     def fake_put(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Calls to a gang: in turn, never taken back, and when it fails nobody waits."""
+"""Calls to a gang: sequential, never withdrawn, and failed at once when the gang fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
 
 
 class FakeGang:
-    """Answers with its arguments once the gate is open; fails as told."""
+    """Returns its arguments once the gate is open; fails on demand."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
@@ -74,7 +74,7 @@ def test_calls_are_made_one_after_the_other_and_answered() -> None:
     run(body())
 
 
-def test_a_caller_who_leaves_takes_back_what_is_not_made_yet_and_nothing_else() -> None:
+def test_a_leaving_caller_withdraws_only_calls_not_yet_made() -> None:
     async def body() -> None:
         gang = FakeGang()
         gang.gate.clear()
@@ -91,7 +91,7 @@ def test_a_caller_who_leaves_takes_back_what_is_not_made_yet_and_nothing_else() 
     run(body())
 
 
-def test_what_the_ranks_are_told_is_made_whoever_leaves() -> None:
+def test_a_notification_is_sent_even_if_its_caller_leaves() -> None:
     async def body() -> None:
         gang = FakeGang()
         gang.gate.clear()
@@ -140,8 +140,8 @@ def test_a_wait_for_something_else_ends_with_the_gang() -> None:
     run(body())
 
 
-def test_what_the_maker_set_is_not_set_in_the_task() -> None:
-    """Serve keeps the request in a variable, and cancels with it what was called inside."""
+def test_the_task_does_not_inherit_its_makers_context() -> None:
+    """Serve cancels the calls made in a request's context together with the request."""
     request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
 
     class Looking(FakeGang):
@@ -155,7 +155,7 @@ def test_what_the_maker_set_is_not_set_in_the_task() -> None:
     run(body())
 
 
-def test_what_the_ranks_refuse_is_the_callers_alone() -> None:
+def test_a_refusal_by_the_ranks_fails_only_its_caller() -> None:
     async def body() -> None:
         gang, ended = FakeGang(), Ended()
         calls = calls_of(gang, ended)
@@ -169,7 +169,7 @@ def test_what_the_ranks_refuse_is_the_callers_alone() -> None:
     run(body())
 
 
-def test_rank_0_alone_is_asked_in_turn_and_may_refuse_alone() -> None:
+def test_a_call_to_rank_0_alone_waits_its_turn_and_may_be_refused() -> None:
     async def body() -> None:
         gang, ended = FakeGang(), Ended()
         gang.gate.clear()
@@ -192,7 +192,7 @@ def test_rank_0_alone_is_asked_in_turn_and_may_refuse_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [GangFailed("decode", "died", 1), ZeroDivisionError("a bug")], ids=repr)
-def test_a_failure_is_everybodys_and_ends_the_leader_once(error: Exception) -> None:
+def test_a_gang_failure_fails_all_callers_and_ends_the_leader_once(error: Exception) -> None:
     async def body() -> None:
         gang, ended = FakeGang(), Ended()
         gang.gate.clear()
@@ -213,7 +213,7 @@ def test_a_failure_is_everybodys_and_ends_the_leader_once(error: Exception) -> N
     run(body())
 
 
-def test_out_of_memory_on_some_ranks_is_told_as_that() -> None:
+def test_out_of_memory_on_some_ranks_is_reported_as_such() -> None:
     async def body() -> None:
         gang = FakeGang()
         failure = GangFailed("decode", "next_strip() raised OutOfMemory", 1)
@@ -227,7 +227,7 @@ def test_out_of_memory_on_some_ranks_is_told_as_that() -> None:
     run(body())
 
 
-def test_idle_ranks_are_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_ranks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gang_calls, "_IDLE_S", 0.01)
 
     async def body() -> None:

@@ -1,4 +1,4 @@
-"""StepScheduler by a clock of the test's own: urgency, order within a class, ageing."""
+"""StepScheduler on a fake clock: urgency, order within a class, ageing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from cluster.step_scheduler import AGEING_FLOOR_S, StepScheduler, Urgency
 
 
-def test_nobody_has_no_turn() -> None:
+def test_an_empty_scheduler_gives_no_turn() -> None:
     turns: StepScheduler[str] = StepScheduler()
     assert turns.next(0.0) is None
     turns.add("a", Urgency.VIDEO, 0.0)
@@ -29,7 +29,7 @@ def test_images_first_then_in_order_of_arrival() -> None:
     assert served == ["i1", "i2", "v1", "v2"]
 
 
-def test_one_keeps_its_turn_until_it_is_done() -> None:
+def test_a_request_keeps_its_turn_until_it_is_done() -> None:
     turns: StepScheduler[str] = StepScheduler()
     turns.add("v1", Urgency.VIDEO, 0.0)
     turns.add("v2", Urgency.VIDEO, 0.0)
@@ -39,7 +39,7 @@ def test_one_keeps_its_turn_until_it_is_done() -> None:
 
 
 def simulate(quantum_s: dict[Urgency, float], until_s: float) -> Counter[Urgency]:
-    """Both classes always have somebody; returns the seconds each got."""
+    """Keep both classes busy; return the seconds that each got."""
     turns: StepScheduler[Urgency] = StepScheduler()
     for urgency in Urgency:
         turns.add(urgency, urgency, 0.0)
@@ -54,7 +54,7 @@ def simulate(quantum_s: dict[Urgency, float], until_s: float) -> Counter[Urgency
     return got
 
 
-def test_nothing_starves_however_many_images_come() -> None:
+def test_videos_do_not_starve_however_many_images_come() -> None:
     got = simulate({Urgency.IMAGE: 0.25, Urgency.VIDEO: 0.25}, 100)
     assert 17 <= got[Urgency.VIDEO] <= 23, "a quarter second in every one and a quarter"
 
@@ -82,7 +82,7 @@ def test_a_class_does_not_age_while_it_is_empty() -> None:
 
 
 def test_requests_that_end_with_their_turn_count_as_served() -> None:
-    """Short videos, each done in one quantum, must not stay aged for ever because none of them is there afterwards."""
+    """Videos that end within one quantum must not leave their class aged."""
     turns: StepScheduler[str] = StepScheduler()
     turns.add("image", Urgency.IMAGE, 0.0)
     for index in range(100):

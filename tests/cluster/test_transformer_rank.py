@@ -1,4 +1,4 @@
-"""A transformer's rank in this process: what becomes of a request that does not fit into memory."""
+"""A transformer rank in this process: out of memory, quanta, logs, previews."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ REQUEST = DenoiseRequest((1,), (1,), LatentShape(1, 1, 1), 24.0, 4, 1.0, "native
 
 
 class Activations:
-    """Something large that the failed work still has in its hands."""
+    """A large object that the failed work still references."""
 
 
 class FakeDenoiser:
-    """Fails in one of its methods as an allocator does."""
+    """Raises out of memory in one of its methods."""
 
     transformer = SimpleNamespace(device=torch.device("cpu"))
 
@@ -70,7 +70,7 @@ ALLOCATORS = {
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("failing", ["prepare", "step"])
-def test_a_request_that_does_not_fit_is_forgotten_and_its_memory_given_back(
+def test_a_request_out_of_memory_is_dropped_and_its_memory_freed(
     failing: str, allocator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser = FakeDenoiser(failing, ALLOCATORS[allocator])
@@ -88,7 +88,7 @@ def test_a_request_that_does_not_fit_is_forgotten_and_its_memory_given_back(
     assert was_free == [True], "its activations were still held when the allocator was asked for its spare memory"
 
 
-def test_any_other_error_is_left_as_it_is() -> None:
+def test_any_other_error_is_not_changed() -> None:
     rank = rank_with(FakeDenoiser("step", lambda: RuntimeError("Connection closed by peer")))
     rank.begin("a", REQUEST, PromptOrders())
     with pytest.raises(RuntimeError, match="closed by peer"):
@@ -102,7 +102,7 @@ def test_a_quantum_reports_every_step_and_stops_at_the_last() -> None:
     assert [(step.step, step.sigma) for step in rank.step("a", 9).steps] == [(2, 0.0)]
 
 
-def test_a_rank_logs_whose_work_it_does(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_logs_the_request_id(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "cluster")
     rank = rank_with(FakeDenoiser("", MemoryError))
     rank.begin("a", REQUEST, PromptOrders(), None, None, LogOrigin("otter-1", "video_gen_1"))

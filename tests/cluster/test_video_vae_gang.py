@@ -37,7 +37,7 @@ def latents_of(name: str) -> TensorEnvelope:
 
 
 def all_calls(spec: VideoVAESpec) -> Calls:
-    """What a leader asks of every rank: warm up, the clips in turns, a picture."""
+    """List a leader's calls to every rank: warm up, the clips in turns, a picture."""
     calls = [*spec.warm_up, *(("begin", (name, latents_of(name))) for name in CLIPS)]
     longest = max(num_frames for num_frames, *_ in CLIPS.values())
     calls += [("next_strip", (name,)) for _ in range(longest + 1) for name in CLIPS]
@@ -46,7 +46,7 @@ def all_calls(spec: VideoVAESpec) -> Calls:
 
 
 def answers(rank: int, spec: VideoVAESpec, port: int) -> list[Any]:
-    """A rank's life, in a process of its own where it has others to meet."""
+    """Run a rank through all calls; return its answers."""
     actor = VideoVAERank(rank, spec)
     if spec.num_ranks > 1:
         actor.join("127.0.0.1", port)
@@ -58,7 +58,7 @@ def answers(rank: int, spec: VideoVAESpec, port: int) -> list[Any]:
 
 
 def strips(spec: VideoVAESpec, results: list[Any]) -> dict[str, list[Any]]:
-    """Clip -> what its calls gave, the last of which is None."""
+    """Group the answers by clip; the last of each is None."""
     found: dict[str, list[Any]] = {name: [] for name in CLIPS}
     for (method, arguments), result in zip(all_calls(spec), results, strict=True):
         if method == "next_strip" and arguments[0] in CLIPS:
@@ -71,7 +71,7 @@ def latents_from(spec: VideoVAESpec, results: list[Any]) -> Any:
 
 
 def joined(chunks: list[Any]) -> npt.NDArray[np.int64]:
-    """The frames of a clip from the strips of its chunks, side by side as :class:`FrameChunk` lays them."""
+    """Join the strips of a clip's chunks as :class:`FrameChunk` does."""
     return np.concatenate(
         [np.concatenate([strip.frames.array() for strip in chunk], chunk[0].axis) for chunk in chunks]
     ).astype(np.int64)
@@ -79,7 +79,7 @@ def joined(chunks: list[Any]) -> npt.NDArray[np.int64]:
 
 @pytest.mark.gang
 @pytest.mark.timeout(120)
-def test_two_ranks_give_what_one_gives(tiny_nano: Path) -> None:
+def test_two_ranks_give_the_result_of_one(tiny_nano: Path) -> None:
     alone, together = spec_of(tiny_nano, 1), spec_of(tiny_nano, 2)
     expected = answers(0, alone, 0)
     store = host_store("127.0.0.1", 2, 60)
@@ -105,7 +105,7 @@ def test_two_ranks_give_what_one_gives(tiny_nano: Path) -> None:
     np.testing.assert_allclose(first.array(), latents_from(alone, expected).array(), rtol=0, atol=1e-5)
 
 
-def test_latents_of_another_shape_are_refused_alike(tiny_nano: Path) -> None:
+def test_latents_of_another_shape_are_refused_by_every_rank(tiny_nano: Path) -> None:
     rank = VideoVAERank(0, spec_of(tiny_nano, 1))
     rank.load()
     with pytest.raises(RequestError, match="48, frames, rows, columns"):
@@ -113,7 +113,7 @@ def test_latents_of_another_shape_are_refused_alike(tiny_nano: Path) -> None:
     assert rank._clips == {}
 
 
-def test_a_clip_that_does_not_fit_is_forgotten(tiny_nano: Path) -> None:
+def test_a_clip_out_of_memory_is_dropped(tiny_nano: Path) -> None:
     rank = VideoVAERank(0, spec_of(tiny_nano, 1))
     rank.load()
     rank.begin("clip", latents_of("rows"))
@@ -128,7 +128,7 @@ def test_a_clip_that_does_not_fit_is_forgotten(tiny_nano: Path) -> None:
     assert rank._clips == {}
 
 
-def test_a_spec_crosses_processes(tiny_nano: Path) -> None:
+def test_a_spec_survives_pickling(tiny_nano: Path) -> None:
     spec = spec_of(tiny_nano, 4)
     assert pickle.loads(pickle.dumps(spec)) == spec
     (begin, (_, latents)), *_ = spec.warm_up

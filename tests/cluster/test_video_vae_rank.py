@@ -1,4 +1,4 @@
-"""A video VAE's rank in this process: the map of previews."""
+"""A video VAE rank in this process: the preview map."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def vae(tiny_nano: Path) -> Any:
 
 
 def rank_with(vae: Any, cache_dir: Path | None = None, rank: int = 0) -> VideoVAERank:
-    """A rank of a gang of two, which no other rank has joined."""
+    """Make a rank of a gang of two without the other rank."""
     spec = VideoVAESpec("", "cpu", None, 1, 2, preview_cache_dir=None if cache_dir is None else str(cache_dir))
     actor = VideoVAERank(rank, spec)
     actor._vae = vae
     return actor
 
 
-def test_one_rank_of_several_makes_the_map_alone_and_keeps_it(vae: Any, tmp_path: Path) -> None:
+def test_one_rank_makes_the_map_alone_and_caches_it(vae: Any, tmp_path: Path) -> None:
     preview_map = rank_with(vae, tmp_path).preview_map()
     assert preview_map == fit_preview_map(vae)
     assert len(list(tmp_path.glob("preview-map-*.json"))) == 1
@@ -38,9 +38,7 @@ def test_one_rank_of_several_makes_the_map_alone_and_keeps_it(vae: Any, tmp_path
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nof 1 GiB"), ZeroDivisionError("a bug")])
-def test_a_map_that_cannot_be_made_leaves_the_rank_alone(
-    error: Exception, vae: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_map_leaves_the_rank_working(error: Exception, vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(vae: Any) -> Any:
         raise error
 
@@ -70,7 +68,7 @@ def test_rank_0_has_the_map_when_the_gang_is_warm(vae: Any, monkeypatch: pytest.
     assert first.preview_map() is fitted[0], "made again for a request"
 
 
-def test_a_map_that_cannot_be_made_hinders_no_start(
+def test_a_failed_map_does_not_stop_the_start(
     vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit = preview_fit.fit_preview_map
@@ -88,6 +86,6 @@ def test_a_map_that_cannot_be_made_hinders_no_start(
     assert rank.preview_map() == fit(vae), "tried again when it is asked for"
 
 
-def test_a_rank_that_has_loaded_nothing_refuses() -> None:
+def test_a_rank_without_a_model_refuses() -> None:
     with pytest.raises(PreviewFailed, match="before load"):
         rank_with(None).preview_map()
