@@ -1,4 +1,4 @@
-"""A rank for actors that tests start: a module of its own, since what an actor's module imports each actor loads."""
+"""A rank for actors of tests, in a module of its own because each actor loads what its module imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cosmos3_core.errors import RequestError
 
 
 class Act:
-    """A rank that does as it is told."""
+    """A rank that fails, hangs or dies on demand."""
 
     def __init__(self, part: str) -> None:
         self._part = part

@@ -23,7 +23,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_AUTO_CONNECT": "0",
-    # Ray's workers would step back behind everything else that runs, other tests say.
+    # Ray's workers would run at lower priority than, say, other tests.
     "RAY_worker_niceness": "0",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
 }
@@ -42,7 +42,7 @@ class App:
 
 
 def count_runs(run: Callable[..., Any]) -> Callable[..., Any]:
-    """As it is, and counted."""
+    """Wrap a function to count its calls."""
 
     def start(*arguments: Any, **options: Any) -> Any:
         started[APPS] += 1
@@ -52,7 +52,7 @@ def count_runs(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def has_agent(node: dict[str, Any]) -> bool:
-    """Whether the node's metrics can be had."""
+    """Whether the node's metrics agent answers."""
     with suppress(OSError), socket.create_connection((node["NodeManagerAddress"], node["MetricsExportPort"]), 1.0):
         return True
     return False
@@ -60,7 +60,7 @@ def has_agent(node: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[int]:
-    """A local Ray, and Serve's HTTP port. Logical CPUs and GPUs, more than there are: replicas mostly wait."""
+    """A local Ray, and Serve's HTTP port. Logical CPUs and GPUs exceed the real ones: replicas mostly wait."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     import ray
     import ray.serve._private.client as serve_client
@@ -77,7 +77,7 @@ def ray_cluster() -> Iterator[int]:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    # Ray's processes look for the agent that takes their metrics a few times when they start, and never again.
+    # Ray's processes look for the metrics agent only when they start.
     assert eventually(lambda: all(has_agent(node) for node in ray.nodes()), 300.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -94,7 +94,7 @@ def _start(tiny_nano: Path, port: int, media: Path, name: str, overrides: dict[s
     from deployments.app import build
 
     config = app_config(tiny_nano, media, name, overrides)
-    # As `serve run deployments.app:build` does it: what Serve calls the app is not in the configuration.
+    # As `serve run deployments.app:build` does: Serve's name of the app is not in the configuration.
     serve.run(build(config.model_dump(mode="json")), name=name, route_prefix=f"/{name}")
     return App(name, connect(name), f"http://127.0.0.1:{port}/{name}", config)
 
@@ -107,7 +107,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start_app(ray_cluster: int, tiny_nano: Path, media: Path) -> Iterator[Callable[..., App]]:
-    """Starts an app of a name with some keys of the laptop's configuration replaced; it is deleted with the module."""
+    """Start an app with some keys of the laptop's configuration replaced; it is deleted with the module."""
     from ray import serve
 
     names: list[str] = []
@@ -142,5 +142,5 @@ NARROW: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def jobs_app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
-    """Two videos run at a time, few wait; a silent runner is dead after five seconds; states are left often."""
+    """An app that runs two videos and queues few; leases last five seconds; states are saved often."""
     return _start(tiny_nano, ray_cluster, media, "jobs", NARROW)

@@ -1,4 +1,4 @@
-"""A running app that is asked over sockets of its own: nothing in between tidies up what is sent."""
+"""A running app called over raw sockets: no HTTP client normalises the request."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.api.documented import Documented
 from tests.api.safe_answers import Inside
 
 _ANSWER_S = 300.0
-# A body without a length that grows no further is waited for no longer.
+# How long to wait for more of a body without a length.
 _PATIENCE_S = 1.0
 
 
 class LiveApi:
-    """A running app over sockets; jobs that a request made are deleted at once.
+    """A running app over sockets; created jobs are deleted at once.
 
     Args:
-        url: of the app.
-        inside: what no answer may say.
+        url: URL of the app.
+        inside: words that no answer may contain.
 
     Attributes:
-        documented: what it says of itself.
-        num_accepted: jobs that were made and deleted.
+        documented: its OpenAPI document.
+        num_accepted: number of created and deleted jobs.
     """
 
     def __init__(self, url: str, inside: Inside) -> None:
@@ -43,7 +43,7 @@ class LiveApi:
         self.documented = Documented(answer.json())
 
     def answer(self, sent: Sent) -> httpx2.Response:
-        """What comes back, which is safe."""
+        """Return the answer, checked to be safe."""
         answer = self.exchange(sent)
         self._inside.check(answer, sent.everything)
         if sent.method == "POST" and answer.status_code == 200 and not sent.target.endswith("/cancel"):
@@ -51,15 +51,15 @@ class LiveApi:
         return answer
 
     def delete(self, answer: httpx2.Response) -> None:
-        """The job that an answer tells of."""
+        """Delete the job that an answer reports."""
         self.num_accepted += 1
         self.exchange(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
 
     def check_accepted(self) -> None:
-        """Nothing: whether it can be read is for the app to say."""
+        """Check nothing: the app itself finds out whether the media can be read."""
 
     def exchange(self, sent: Sent) -> httpx2.Response:
-        """What comes back. A server may answer before it has all, and hang up."""
+        """Exchange a request for its answer; a server may answer early and disconnect."""
         names = {name.lower() for name, _ in sent.headers}
         lines = [f"{sent.method} {self._prefix}{sent.target} HTTP/1.1".encode(), self._host, b"Connection: close"]
         lines += [name + b": " + value for name, value in sent.headers if name.lower() not in (b"host", b"connection")]
@@ -80,7 +80,7 @@ class LiveApi:
                 while part := told.read1(1 << 16):
                     body += part
         headers: list[Any] = [(name.encode(), value.encode("latin-1")) for name, value in told.getheaders()]
-        # Those are of the connection, which is gone.
+        # Headers of the connection, which is closed.
         headers = [
             (name, value) for name, value in headers if name.lower() not in (b"transfer-encoding", b"connection")
         ]

@@ -1,4 +1,4 @@
-"""`cosmos3 serve` in processes of its own, with a Ray of its own: never the one that this folder's tests share."""
+"""`cosmos3 serve` in processes of its own, with its own Ray instead of the one that this folder's tests share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEADLINE_S = 300.0
 
 @dataclass(frozen=True)
 class Serving:
-    """A `cosmos3 serve` of a session of its own, the file with what it says, and the mark of all its processes."""
+    """A `cosmos3 serve` in its own session, the file with its output, and the mark of all its processes."""
 
     process: subprocess.Popen[str]
     output: Path
@@ -41,13 +41,13 @@ class Serving:
         pytest.fail(f"not ready: {self.said()}")
 
     def client_environment(self) -> dict[str, str]:
-        """Leads a process of nothing but Ray's defaults to the app's Ray: what `cosmos3 serve` prints."""
+        """The environment that leads to the app's Ray, as `cosmos3 serve` prints it."""
         printed = re.search(r"from Python: ((?:RAY_\w+=\S+ )+)python", self.said())
         assert printed is not None
         return environment() | dict(pair.split("=", 1) for pair in printed[1].split())
 
     def leftovers(self) -> dict[int, str]:
-        """Every process that it started, however distantly, and that still runs: pid -> command."""
+        """Return every running descendant process: pid -> command."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -59,7 +59,7 @@ class Serving:
 
 
 def environment(mark: str = "") -> dict[str, str]:
-    """Without the settings that the other tests make for Ray."""
+    """Return the environment without the other tests' settings for Ray."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     kept["RAY_worker_niceness"] = "0"  # as in conftest.py
     return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COSMOS3_TEST": mark}
@@ -72,12 +72,12 @@ def cosmos3(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def serving(tmp_path: Path, *arguments: str, variables: dict[str, str] | None = None) -> Iterator[Serving]:
-    """Run it until the block is left.
+    """Run `cosmos3 serve` for the duration of the block.
 
     Args:
         tmp_path: where it runs.
-        arguments: of `cosmos3 serve`.
-        variables: of its environment, on top of the others.
+        arguments: arguments of `cosmos3 serve`.
+        variables: additional environment variables.
     """
     mark, output = uuid.uuid4().hex, tmp_path / "serve.txt"
     command = [sys.executable, "-m", "deployments", "serve", "--port", "0", *arguments]

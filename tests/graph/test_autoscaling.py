@@ -1,4 +1,4 @@
-"""Two nodes: gangs that come and go with the load, and processes where the configuration wants them."""
+"""Two nodes: gangs scale with the load, and processes are placed as configured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEADLINE_S = 800.0
 
 @pytest.fixture(scope="module")
 def seen(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `two_nodes.py` saw; it takes a minute on two quiet cores."""
+    """The report of `two_nodes.py`, which takes a minute on two quiet cores."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(REPOSITORY)}
     with kill_leftovers(environment):
@@ -37,7 +37,7 @@ def seen(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_load_brings_a_second_gang_up_and_it_goes_away_again(seen: Any) -> None:
+def test_load_starts_a_second_gang_and_idleness_stops_it(seen: Any) -> None:
     seen = seen["autoscaling"]
     assert seen["gangs_before"] == 1
     assert seen["num_gangs"] == 2
@@ -48,7 +48,7 @@ def test_load_brings_a_second_gang_up_and_it_goes_away_again(seen: Any) -> None:
     assert len(seen["frames"]) == 1, "all gave the same pictures"
 
 
-def test_strategies_and_labels_decide_about_nodes(seen: Any) -> None:
+def test_strategies_and_labels_decide_the_nodes(seen: Any) -> None:
     spread, labelled = seen["placement"]["spread"], seen["placement"]["labelled"]
     assert sorted(spread["ranks"]) == ["a", "b"]
     assert spread["ranks"][0] == spread["leader"]
@@ -56,11 +56,11 @@ def test_strategies_and_labels_decide_about_nodes(seen: Any) -> None:
     assert (labelled["leader"], labelled["ranks"]) == ("b", ["b", "b"])
 
 
-def test_nodes_that_were_started_for_an_autoscaler_are_known(seen: Any) -> None:
+def test_nodes_of_an_autoscaler_are_recognised(seen: Any) -> None:
     assert seen["can_grow"]
 
 
-def test_a_request_outlives_its_gangs_node(seen: Any) -> None:
+def test_a_request_survives_its_gangs_node(seen: Any) -> None:
     seen = seen["lost_node"]
     denoising, decoding = seen["denoising"], seen["decoding"]
     (first_saved,) = denoising["saved"]
@@ -69,6 +69,6 @@ def test_a_request_outlives_its_gangs_node(seen: Any) -> None:
     assert stage == "denoise"
     assert from_step >= first_saved > 0, "the state was on the Director's node too"
     assert denoising["frames"] == [seen["undisturbed"]]
-    # The latents were there too: nothing was denoised again.
+    # The latents were on the Director's node too, so no step was repeated.
     assert decoding["frames"] == [seen["undisturbed"]]
     assert decoding["num_steps"] == 500

@@ -1,4 +1,4 @@
-"""The real command in processes of its own, with a Ray of its own: never the one that this folder's other tests share.
+"""The real command in processes of its own, with its own Ray instead of the one that this folder's tests share.
 
 The first tests share one app; the last one of them stops it.
 """
@@ -63,7 +63,7 @@ def test_a_request_over_http_gives_the_file_of_a_request_in_process(
     assert probe_video(tmp_path / "http.mp4").num_frames == 9
 
 
-def test_an_image_and_a_note(served: Serving, tmp_path: Path) -> None:
+def test_the_command_saves_an_image_and_prints_a_note(served: Serving, tmp_path: Path) -> None:
     small = ("--prompt", "A red car.", "--height", "64", "--width", "64", "--steps", "2")
     image = cosmos3("generate", "--url", served.url(), *small, "--num-frames", "1", "--out", "image", cwd=tmp_path)
     assert image.stdout.startswith("image.png: "), image.stderr
@@ -151,13 +151,13 @@ def test_ctrl_c_drains_running_jobs_and_leaves_no_process(served: Serving, tmp_p
     ) as client:
         assert client.stdout is not None
         assert "StepDone\n" in client.stdout
-        # As a terminal sends it.
+        # As a terminal sends Ctrl-C.
         os.killpg(served.process.pid, signal.SIGINT)
         deadline_s = time.monotonic() + DEADLINE_S
         while "shutting down" not in get(url, "/ready", timeout_s=60)[1]:
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
-        # From here: a command's own start may outlast the request in hand, and with it the app.
+        # Sent from here: another command's start may outlast the running request.
         with pytest.raises(ShuttingDown, match="the app is being stopped and takes no new request"):
             save_video(url, GenerationRequest(prompt="x", num_frames=5), tmp_path / "late.mp4", timeout_s=60)
         assert client.stdout.read().splitlines()[-2:] == ["ChunkEncoded", "VideoEnded"]
@@ -179,10 +179,10 @@ def test_ctrl_c_drains_running_jobs_and_leaves_no_process(served: Serving, tmp_p
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["to the command", "to its whole group"])
-def test_a_signal_while_starting_leaves_nothing(group: bool, tiny_nano: Path, tmp_path: Path) -> None:
+def test_a_signal_during_the_start_leaves_no_process(group: bool, tiny_nano: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--checkpoint", str(tiny_nano)) as started:
         deadline_s = time.monotonic() + DEADLINE_S
-        while len(started.leftovers()) < 2 and time.monotonic() < deadline_s:  # the first of Ray's own appears
+        while len(started.leftovers()) < 2 and time.monotonic() < deadline_s:  # the first process of Ray appears
             time.sleep(0.05)
         (os.killpg if group else os.kill)(started.process.pid, signal.SIGTERM)
         assert started.process.wait(DEADLINE_S) == 130, started.said()
@@ -224,7 +224,7 @@ def test_too_few_resources_are_named(arguments: list[str], said: str, tiny_nano:
         assert started.leftovers() == {}
 
 
-def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
+def test_a_taken_port_is_refused(tiny_nano: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -235,7 +235,7 @@ def test_a_port_that_is_taken(tiny_nano: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # the README's commands, which every change runs, go the same way
-def test_the_demo_makes_what_it_needs(tmp_path: Path) -> None:
+def test_the_demo_creates_its_checkpoint(tmp_path: Path) -> None:
     done = cosmos3("demo", "--checkpoint", "outputs/tiny", "--out", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""HTTP, handle and one process give the same frames and the same bytes; and it is a graph of processes."""
+"""HTTP, handle and one process give the same frames and bytes, and every stage is a process."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_mode_by_handle_and_over_http_equals_one_process(mode: str, app: A
     check_mode(mode, app, reference)
 
 
-def test_events_come_in_order_and_from_one_process_a_stage(app: Any) -> None:
+def test_events_come_in_order_from_one_process_per_stage(app: Any) -> None:
     events = list(app.client.stream(SMALL))
     kinds = [type(event).__name__ for event in events if not isinstance(event, messages.StateSaved)]
     order = ["Accepted", "Tokenized", "QueuePosition", "StepDone", "LatentsReady", "FileStarted"]
@@ -101,13 +101,13 @@ def test_events_come_in_order_and_from_one_process_a_stage(app: Any) -> None:
 
 
 def test_the_encoder_has_the_first_chunk_before_the_decoder_makes_the_last(app: Any) -> None:
-    """A window of two chunks and a clip of five: the order of events, by the stages' clocks on one machine."""
+    """A window of two chunks and a clip of five, judged by the order of events on one machine's clock."""
     assert app.config.director.chunk_window == 2
     events = list(app.client.stream(SMALL))
     decoded = {event.index: event.at_s for event in events if isinstance(event, messages.ChunkDecoded)}
     encoded = {event.chunk: event.at_s for event in events if isinstance(event, messages.ChunkEncoded)}
     assert len(decoded) == len(encoded) == 5
     assert encoded[0] < decoded[4]
-    # Never more than two chunks ahead: chunk i + 2 is made only after chunk i was used up and its credit given back.
+    # Never more than two chunks ahead: chunk i + 2 is made only after chunk i is consumed and its credit returned.
     for index in range(3):
         assert encoded[index] < decoded[index + 2]

@@ -1,4 +1,4 @@
-"""Any process of the graph may die in the middle of a request: it completes, or fails in words, in time."""
+"""Any process may die in the middle of a request: it completes, or fails in time with a reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEADLINE_S = 120.0
 
 @dataclass(frozen=True)
 class Victim:
-    """A process to kill, and the event upon which it dies."""
+    """A process to kill, and the event at which it dies."""
 
     name: str
     kill_at: type
@@ -45,13 +45,13 @@ VICTIMS = [
     Victim("vae rank", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].decoded_by, "decode"),
     Victim("vae leader", messages.ChunkEncoded, lambda known: known[messages.ChunkDecoded].pid, "decode"),
     Victim("encoder", messages.ChunkEncoded, lambda known: known[messages.ChunkEncoded].pid, "encode"),
-    # Whoever dies with the request in its hands cannot finish it; the caller is told, and may ask again.
+    # The process that holds the request cannot finish it; the caller gets an error and may retry.
     Victim("director", messages.ChunkEncoded, lambda known: known[messages.Accepted].pid, "", must_complete=False),
 ]
 
 
 def events_by_kind(app: Any) -> dict[type, Any]:
-    """A small request's events; tells which processes serve now."""
+    """Run a small request; its events show which processes serve now."""
     request = GenerationRequest(prompt="x", num_frames=5, height=32, width=32, num_inference_steps=2)
     return {type(event): event for event in app.client.stream(request, timeout_s=DEADLINE_S)}
 
@@ -65,7 +65,7 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("victim", VICTIMS, ids=[victim.name for victim in VICTIMS])
-def test_a_killed_process(
+def test_a_killed_process_is_replaced_and_its_request_ends_in_time(
     victim: Victim,
     app: Any,
     reference: Callable[[GenerationRequest], GenerationResult],
@@ -97,12 +97,12 @@ def test_a_killed_process(
     if victim.must_complete:
         assert finished is not None
         assert finished.frames_sha256 == expected
-        if victim.name != "tokenizer":  # whose part may be done before it dies
+        if victim.name != "tokenizer":  # its part may be done before it dies
             assert set(retried) == {victim.stage}
     else:
         assert finished is None
 
-    # The next request is served, by a new process in the victim's place, and nothing of the old one is left.
+    # A new process serves the next request, and nothing of the old one is left.
     again = events_by_kind(app)
     assert again[messages.Finished].num_frames == 5
     assert eventually(lambda: not is_alive(pid))
@@ -119,7 +119,7 @@ def test_a_killed_process(
 
 
 def num_gangs() -> int:
-    """Running gangs of all apps of the session."""
+    """Count the running gangs of all apps of the session."""
     from ray import serve
 
     apps = serve.status().applications.values()
@@ -128,7 +128,7 @@ def num_gangs() -> int:
 
 
 def object_store_bytes() -> int:
-    """Bytes that the object store holds now."""
+    """Return the bytes in the object store now."""
     import ray
 
     total = ray.cluster_resources()["object_store_memory"]
@@ -146,13 +146,13 @@ def object_store_bytes() -> int:
             "'step': no answer from step() within 1 s on ranks [0, 1]",
             marks=pytest.mark.slow,
         ),
-        # The others are in an exchange with the one that left it, and would wait for a long time.
+        # The others wait in a collective for the one that left.
         (["sleep", "bug", "sleep"], "call", GangFailed, "rank 1: step() raised ZeroDivisionError: a rank"),
         pytest.param(["sleep", "die", "sleep"], "call", GangFailed, "rank 1: died in step()", marks=pytest.mark.slow),
-        # What gloo and NCCL do to the others at once, before Ray knows of the death.
+        # gloo and NCCL fail the others at once, before Ray knows of the death.
         (["bug", "die"], "call", GangFailed, "rank 1: died in step()"),
         (["no memory"], "ask", OutOfMemory, "does not fit"),
-        # Whichever rank says so first: nobody waits for the others to agree.
+        # The first rank's report is enough.
         (["no memory", "no memory"], "ask", GangFailed, "step() raised OutOfMemory"),
         pytest.param(
             ["sleep", "refuse"],
@@ -171,7 +171,7 @@ def object_store_bytes() -> int:
         ),
     ],
 )
-def test_a_gang_fails_as_its_ranks_do(
+def test_a_gang_fails_with_its_ranks(
     parts: list[str], way: str, raised: type[Exception], said: str, ray_cluster: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
@@ -183,7 +183,7 @@ def test_a_gang_fails_as_its_ranks_do(
     gang = Gang([ray.remote(Act).options(num_cpus=0).remote(part) for part in parts])
 
     async def call() -> None:
-        # Until all are up; the deadline is for what they do then.
+        # Wait until all are up; the deadline covers only what follows.
         await asyncio.gather(*(actor.__ray_ready__.remote() for actor in gang._actors))
         await getattr(gang, way)("step", phase="step", timeout_s=1.0)
 

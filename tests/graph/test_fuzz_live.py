@@ -1,6 +1,6 @@
-"""Bodies and files of ill will, and cases of the OpenAPI document, sent to a running app over sockets.
+"""Hostile bodies and files, and cases of the OpenAPI document, sent to a running app over sockets.
 
-What of the two takes work is shown elsewhere: here ranks are held, so that what is accepted waits, and is deleted.
+Ranks are held, so that accepted jobs wait and are deleted; other tests run such jobs.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 DEADLINE_S = 300.0
 SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "size": "32x32", "num_inference_steps": 2}
 _MAX_BODY_BYTES = 16 * MIB
-# Whose answer is waited for until something is made.
+# Operations that answer only when the result exists.
 _WAITING = (f"POST {Endpoint.SYNC}", f"POST {Endpoint.IMAGES}")
 
 
 @dataclass
 class LiveJobs:
-    """Jobs of a running app to ask about.
+    """Jobs of a running app that cases can be about.
 
     Attributes:
-        http: asks it.
+        http: client of the app.
         ids: kind -> id.
-        queued: id of one that waits, or did.
+        queued: id of a job that is or was queued.
     """
 
     http: httpx2.Client
@@ -63,7 +63,7 @@ class LiveJobs:
         return (*self.ids, "queued", "unknown")
 
     def make(self, **fields: Any) -> str:
-        """The id of a new one."""
+        """Create a job; return its id."""
         answer = self.http.post("/v1/videos", json={**SMALL, **fields})
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
@@ -78,7 +78,7 @@ class LiveJobs:
             time.sleep(0.1)
 
     def id_of(self, kind: str) -> str:
-        """The id of a job of a kind; those that wait are made anew."""
+        """Return the id of a job of this kind; queued ones are replaced when gone."""
         if kind != "queued":
             return self.ids.get(kind, UNKNOWN)
         if self.status(self.queued) != "queued":
@@ -88,7 +88,7 @@ class LiveJobs:
 
 @dataclass
 class Reservation:
-    """An app whose rank is held, with a job in each lane."""
+    """An app whose rank is held, with a running job in each lane."""
 
     app: Any
     jobs: LiveJobs
@@ -152,7 +152,7 @@ def fuzz(api: LiveApi, watch: Watch) -> Fuzz:
 
 @pytest.fixture
 def check_memory(held: Reservation) -> Callable[[str], None]:
-    """To be called with what was sent: the processes that had it in hand have not grown."""
+    """Return a check, called with the number of requests, that the serving processes have not grown."""
     names = ("Ingress", "Director")
     memories = {name: ProcessMemory(*replica_pids("fuzz", name)) for name in names}
 
@@ -163,7 +163,7 @@ def check_memory(held: Reservation) -> Callable[[str], None]:
     return check
 
 
-def test_generated_cases_of_the_openapi_document(
+def test_generated_cases_are_answered_as_documented(
     held: Reservation, api: LiveApi, check_memory: Callable[[str], None]
 ) -> None:
     asking = Asking.of(api, api.documented.document, held.jobs)
@@ -182,7 +182,7 @@ def test_generated_cases_of_the_openapi_document(
     check_memory("cases of the document")
 
 
-def test_hostile_bodies(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
+def test_hostile_bodies_are_answered_safely(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
     fuzz.send_all(itertools.islice(small(hostile_bodies.broken_forms()), 0, None, 6))
     fuzz.send_all(small(hostile_bodies.broken_json()))
     fuzz.send_all(itertools.islice(large(), 0, None, 3))
@@ -192,7 +192,7 @@ def test_hostile_bodies(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None
     check_memory("bodies")
 
 
-def test_hostile_files(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
+def test_hostile_files_are_answered_safely(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
     rng = random.Random(0)
     fuzz.send_damaged(rng, hostile_media.stills(), IMAGE_FIELDS, 200)
     fuzz.send_damaged(rng, hostile_media.clips(), ["video"], 20)
@@ -207,8 +207,8 @@ def test_hostile_files(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
     check_memory("files")
 
 
-def test_invalid_content_lengths(held: Reservation, api: LiveApi) -> None:
-    """The HTTP server's own business: it refuses, or reads as far as was announced."""
+def test_invalid_content_lengths_are_answered_safely(held: Reservation, api: LiveApi) -> None:
+    """The HTTP server refuses, or reads as many bytes as announced."""
     for sent in hostile_bodies.lengths(hostile_bodies.form(hostile_bodies.part(b"prompt", b"a"))):
         answer = api.exchange(sent)
         assert answer.status_code in (200, 400, 413, 422), (sent, answer.text)

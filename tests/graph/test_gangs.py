@@ -1,4 +1,4 @@
-"""Gangs of several ranks through the whole graph: same pictures, one failure for all, resuming, bad layouts refused."""
+"""Gangs of several ranks in the whole graph: equal frames, common failure, resuming, refused layouts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Eventually = Callable[..., bool]
 
 @pytest.fixture(scope="module")
 def gang_app(start_app: Callable[..., Any]) -> Any:
-    """Four ranks denoise; two Directors, two pairs of ranks that decode and two encoders serve the clips."""
+    """An app with four denoising ranks, two Directors, two pairs of decoding ranks and two encoders."""
     return start_app(
         "gang",
         audio__enabled=False,
@@ -52,7 +52,7 @@ def gang_app(start_app: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def undisturbed(gang_app: Any) -> str:
-    """The frames of the long request on this layout, when nobody dies."""
+    """The frames of the long request on this layout, without a death."""
     return str(gang_app.client.generate(LONG, timeout_s=DEADLINE_S).info.frames_sha256)
 
 
@@ -79,7 +79,7 @@ def parent_of(pid: int) -> int:
 
 
 def rank_processes(raylet: int) -> set[int]:
-    """Every child of this raylet that Ray has titled a transformer's rank; other tests may have a Ray of their own."""
+    """List this raylet's children with the title of a transformer rank; other tests may have their own Ray."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -91,7 +91,7 @@ def rank_processes(raylet: int) -> set[int]:
 
 
 def follow_disturbed(app: Any, disturb: Callable[[], None]) -> list[Any]:
-    """Events of the long request, disturbed once its first state is saved."""
+    """Follow the long request; disturb it once its first state is saved."""
     events = []
     for event in app.client.stream(LONG, timeout_s=DEADLINE_S):
         events.append(event)
@@ -102,7 +102,7 @@ def follow_disturbed(app: Any, disturb: Callable[[], None]) -> list[Any]:
 
 
 def test_a_gang_of_four_equals_one_rank(gang_app: Any, reference: Reference, tmp_path: Any) -> None:
-    # Stored exactly: what x264 makes of a level more or less depends on the processor, too.
+    # Lossless: how x264 encodes a difference of one level depends on the processor too.
     exact = replace(SMALL, lossless=True)
     alone = reference(exact)
     assert alone.path is not None
@@ -138,7 +138,7 @@ def test_a_ranks_death_ends_its_gang_and_the_next_gang_resumes_from_the_saved_st
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_the_leaders_death_ends_its_ranks_and_its_placement_group(
+def test_a_leaders_death_ends_its_ranks_and_placement_group(
     gang_app: Any, undisturbed: str, eventually: Eventually
 ) -> None:
     from ray.util.placement_group import placement_group_table
@@ -159,9 +159,7 @@ def test_the_leaders_death_ends_its_ranks_and_its_placement_group(
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_a_rank_that_hangs_is_found_by_the_leaders_deadline(
-    gang_app: Any, undisturbed: str, eventually: Eventually
-) -> None:
+def test_a_hanging_rank_meets_the_leaders_deadline(gang_app: Any, undisturbed: str, eventually: Eventually) -> None:
     before = ranks_of(gang_app)
     events = follow_disturbed(gang_app, lambda: os.kill(before[2], signal.SIGSTOP))
     retried = one(messages.StageRetried, events)
@@ -172,7 +170,7 @@ def test_a_rank_that_hangs_is_found_by_the_leaders_deadline(
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_a_rank_that_dies_between_requests_is_noticed_before_the_next(gang_app: Any, eventually: Eventually) -> None:
+def test_a_rank_that_dies_while_idle_is_noticed_before_the_next_request(gang_app: Any, eventually: Eventually) -> None:
     before = ranks_of(gang_app)
     os.kill(before[1], signal.SIGKILL)
     assert eventually(lambda: not any(map(exists, before)), DEADLINE_S)
@@ -181,7 +179,7 @@ def test_a_rank_that_dies_between_requests_is_noticed_before_the_next(gang_app: 
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_a_rank_killed_during_bring_up(gang_app: Any, eventually: Eventually) -> None:
+def test_a_rank_killed_during_bring_up_restarts_the_gang(gang_app: Any, eventually: Eventually) -> None:
     before = ranks_of(gang_app)
     raylet = parent_of(before[0])
     others = rank_processes(raylet) - set(before)
@@ -200,7 +198,7 @@ def test_a_rank_killed_during_bring_up(gang_app: Any, eventually: Eventually) ->
 
 
 def test_an_image_overtakes_queued_videos(gang_app: Any, undisturbed: str) -> None:
-    """Three videos fill the gang's bound, eight more wait for places; the image runs before any of them is done."""
+    """Three videos fill the gang, eight more wait; the image runs before any of them is done."""
     expected = gang_app.client.generate(IMAGE, timeout_s=DEADLINE_S).info.frames_sha256
     streams = [gang_app.client.stream(LONG, timeout_s=DEADLINE_S) for _ in range(11)]
     seen: list[list[Any]] = [[] for _ in streams]
@@ -252,7 +250,7 @@ def test_clips_do_not_mix_and_each_stays_with_one_encoder(gang_app: Any) -> None
         results = list(pool.map(run, requests))
     assert [digest for digest, _ in results] == expected
     assert all(len(encoders) == 1 for _, encoders in results)
-    # More clips than places, and Directors that know nothing of each other: a clip that held an encoder's place and
+    # More clips than places, and independent Directors: a clip that held an encoder's place and
     # waited for a decoder's, which another one held and waited for an encoder, would wait for ever.
     with ThreadPoolExecutor(12) as pool:
         many = list(pool.map(run, requests * 2))
@@ -284,7 +282,7 @@ def test_two_gangs_of_one_host_serve_side_by_side(start_app: Callable[..., Any])
 
 
 @pytest.mark.slow  # three more ranks
-def test_unguided_requests_go_to_gangs_of_their_own(start_app: Callable[..., Any], reference: Reference) -> None:
+def test_unguided_requests_have_their_own_gangs(start_app: Callable[..., Any], reference: Reference) -> None:
     app = start_app("two kinds", transformer__cfg=2, unguided={"cpus_per_rank": 0.5, "dtype": "float32"})
     unguided = replace(SMALL, guidance_scale=1.0)
     ranks = {}

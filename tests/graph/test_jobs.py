@@ -1,4 +1,4 @@
-"""Jobs survive the death of the processes that serve them. What needs no death is in tests/app/test_jobs.py."""
+"""Jobs survive the death of the processes that serve them; other tests of jobs are in tests/app/test_jobs.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def http(jobs_app: Any) -> Iterator[httpx2.Client]:
 
 
 def replica_pids(app_name: str, stage: str) -> list[int]:
-    """Processes of a stage's replicas, by the title that Ray gives them."""
+    """List a stage's replica processes, by Ray's process title."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -45,7 +45,7 @@ def replica_pids(app_name: str, stage: str) -> list[int]:
 
 
 def director_replica(app_name: str) -> Any:
-    """The actor that Serve runs the app's one Director in."""
+    """Return the actor of the app's one Director."""
     import ray
     from ray.util import list_named_actors
 
@@ -58,7 +58,7 @@ def director_replica(app_name: str) -> Any:
 def test_a_killed_process_costs_no_job(
     stage: str, jobs_app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
 ) -> None:
-    """Three that wait and two that run."""
+    """Three jobs wait and two run."""
     done_before = wait_for_end(http, job_of(http, num_inference_steps=2, num_frames=5))
     content = http.get(f"/v1/videos/{done_before['id']}/content").content
     seeds = [1, 2, 1, 2, 1]
@@ -107,10 +107,10 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
     assert job["frames_sha256"] == reference(request).frames_sha256
 
 
-def test_a_replica_that_serve_stops_gives_its_jobs_back(
+def test_a_replica_stopped_by_serve_releases_its_jobs(
     jobs_app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
 ) -> None:
-    """As when there are to be fewer of them: jobs are no requests, and Serve waits for requests alone."""
+    """As when scaling down: Serve waits for requests only, and jobs are not requests."""
     import ray
 
     job_id = job_of(http, seed=6)
@@ -126,7 +126,7 @@ def test_a_replica_that_serve_stops_gives_its_jobs_back(
 
 
 def num_queued(app: Any) -> int:
-    """Count the jobs that wait, those of callers too, which no page shows."""
+    """Count the queued jobs, including attached ones, which no list shows."""
     path = app.config.jobs.database.removeprefix("sqlite:///")
     with closing(sqlite3.connect(path)) as database:
         return int(database.execute("select count(*) from jobs where state = 'queued'").fetchone()[0])

@@ -1,5 +1,4 @@
-"""From latents to a picture as a stream: files are watched while they grow, the gang is at the next request, and nobody
-who stops reading stops the work."""
+"""Streaming: files are read while they grow, the gang runs the next request, and a stalled reader stops nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from tests.graph.watch_memory import object_store_bytes
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 Reference = Callable[[GenerationRequest], GenerationResult]
-# 36 chunks: seconds between the first frame and the last.
+# 36 chunks, so that first and last frame are seconds apart.
 LONG = GenerationRequest(prompt="A red car.", num_frames=141, height=96, width=128, num_inference_steps=2, seed=7)
 SMALL = replace(LONG, num_frames=5, height=64, width=64)
 DEADLINE_S, LARGE_S = 300.0, 1500.0
@@ -52,7 +51,7 @@ def content(app: Any, job_id: str, **headers: str) -> Any:
 
 
 def live_content(app: Any, job_id: str) -> Any:
-    """The file that grows, once the job is known to have it: a moment after its begin was told."""
+    """GET the growing file once the job has it, a moment after its event."""
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
         try:
@@ -100,10 +99,8 @@ class FollowedClip:
                 self._news.notify_all()
 
 
-def test_the_first_fragment_plays_and_the_gang_is_at_the_next_request_before_the_clip_is_decoded(
-    app: Any, reference: Reference
-) -> None:
-    """Order of events, by the clocks of one machine: nobody is timed."""
+def test_before_a_clip_is_decoded_its_first_fragment_plays_and_the_gang_is_free(app: Any, reference: Reference) -> None:
+    """Judged by the order of events on one machine's clock, not by time."""
     clip = FollowedClip(app, LONG)
     started = clip.first(messages.FileStarted)
     job_id = clip.first(messages.Accepted).job_id
@@ -145,7 +142,7 @@ def test_a_dead_encoder_breaks_the_live_stream_and_the_clip_is_encoded_again(
     assert b"".join(app.client.read(finished.job_id)) == Path(reference(LONG).path or "").read_bytes()
 
 
-def test_a_dead_decoder_leaves_the_live_stream_whole(app: Any, reference: Reference) -> None:
+def test_a_dead_decoder_does_not_break_the_live_stream(app: Any, reference: Reference) -> None:
     clip = FollowedClip(app, LONG)
     started = clip.first(messages.FileStarted)
     with live_content(app, clip.first(messages.Accepted).job_id) as answer:
@@ -167,7 +164,7 @@ def test_a_dead_decoder_leaves_the_live_stream_whole(app: Any, reference: Refere
 def test_a_stalled_client_blocks_no_other(
     num_frames: int, least_bytes: float, app: Any, media: Path, eventually: Callable[..., bool]
 ) -> None:
-    """It has taken 64 kB of a lossless clip, and never reads again."""
+    """It reads 64 kB of a lossless clip, and then no more."""
     large = replace(LONG, num_frames=num_frames, height=192, width=320, num_inference_steps=1, lossless=True)
     host, port = app.url.split("/")[2].split(":")
     data = body_of(large, stream=True)
@@ -181,7 +178,7 @@ def test_a_stalled_client_blocks_no_other(
         taken = 0
         while taken < 65536:
             taken += len(stalled.recv(min(4096, 65536 - taken)))
-        # The same clip again, by a client that follows it: as large, and made to its end beside the stalled one.
+        # The same clip for a client that reads: complete in spite of the stalled one.
         *_, finished = app.client.stream(large, timeout_s=LARGE_S)
         assert finished.num_frames == num_frames
         assert finished.num_bytes > least_bytes
@@ -201,6 +198,6 @@ def test_a_stalled_client_blocks_no_other(
 def bytes_of_files(directory: Path) -> int:
     num_bytes = 0
     for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):  # it has just got its name
+        with suppress(FileNotFoundError):  # the file was just renamed
             num_bytes += path.stat().st_size if path.is_file() else 0
     return num_bytes

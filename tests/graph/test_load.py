@@ -1,4 +1,4 @@
-"""Many clients at once: nobody's job is lost, everybody gets their share, memory stays bounded."""
+"""Many clients at once: no job is lost, all get their share, memory is bounded."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ DEADLINE_S = 1500.0
 
 @pytest.fixture(scope="module")
 def load_app(start_app: Callable[..., Any]) -> Any:
-    """Two videos run at a time, and all clients are let in."""
+    """An app that runs two videos at a time and queues all clients."""
     ingress = {"ingress__max_ongoing_requests": 256, "ingress__max_queued_requests": 256}
     return start_app("load", **{**NARROW, **ingress, "jobs__max_queued": 24})
 
 
 def own_bytes(pid: int) -> int:
-    """What a process has of its own in memory."""
+    """Return a process's anonymous memory."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -42,7 +42,7 @@ def own_bytes(pid: int) -> int:
 
 @pytest.mark.slow  # tests/app has 40 of them in one process
 @pytest.mark.parametrize("num_clients", [40, 200])
-def test_many_clients_at_once(num_clients: int, load_app: Any) -> None:
+def test_many_concurrent_clients_all_get_their_clips(num_clients: int, load_app: Any) -> None:
     pids = [*replica_pids("load", "Ingress"), *replica_pids("load", "Director")]
     before = {pid: own_bytes(pid) for pid in pids}
     start_s = time.monotonic()
@@ -59,7 +59,7 @@ def test_many_clients_at_once(num_clients: int, load_app: Any) -> None:
     assert len(set(ids)) == num_clients
     assert waits, "the queue was full"
     assert all(1 <= wait <= 3600 for wait in waits)
-    # Who comes when it was told to has no more to do than to come a few times: what is said is no guess.
+    # Retry-After is accurate: clients that honour it come back only a few times.
     tries = [1 + len(told) for _, told in made]
     assert statistics.mean(tries) < 10, tries
     grown = max(own_bytes(pid) - before[pid] for pid in pids)
@@ -71,8 +71,8 @@ def test_many_clients_at_once(num_clients: int, load_app: Any) -> None:
 
 
 @pytest.mark.slow
-def test_overhead_of_the_service_beside_the_core(load_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
-    """A request's seconds in one process, over HTTP and as a job; printed, nothing is asserted of them."""
+def test_overhead_of_the_service_is_printed(load_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
+    """Print a request's seconds in one process, over HTTP and as a job; nothing is asserted."""
     request = GenerationRequest(**SMALL)
     seconds: dict[str, list[float]] = {"one process": [], "POST /v1/videos/sync": [], "handle": [], "job, events": []}
     with Engine(tiny_nano, device="cpu") as engine, httpx2.Client(base_url=load_app.url, timeout=300) as http:

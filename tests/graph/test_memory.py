@@ -15,7 +15,7 @@ from tests.graph.serving import DEADLINE_S, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
-# What is freed goes back to the system at once: glibc would keep it, more or less by chance, tens of megabytes of it.
+# Freed memory is returned at once: glibc would keep a varying tens of megabytes.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
 STAGES = re.compile(r"ray::.*(VideoVAE|VideoVAERank|AudioVAE|Mp4Encoder|Director|Ingress)\b")
 LONG, SHORT = 189, 9
@@ -25,7 +25,7 @@ LONG, SHORT = 189, 9
 def test_memory_does_not_grow_with_the_clip(tiny_nano: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--checkpoint", str(tiny_nano), variables=EXACT) as served:
         url = served.url()
-        # Behind the last denoising step: the steps' own memory does grow with the clip.
+        # After the last denoising step: the steps' own memory does grow with the clip.
         stages = [pid for pid, name in served.leftovers().items() if STAGES.search(name)]
         assert len(stages) == 6
         command = [sys.executable, str(Path(__file__).with_name("watch_memory.py")), *map(str, stages)]
@@ -46,7 +46,7 @@ def test_memory_does_not_grow_with_the_clip(tiny_nano: Path, tmp_path: Path) -> 
                 print("now", file=watcher.stdin, flush=True)
                 return int(watcher.stdout.readline())
 
-            peak(LONG)  # what is loaded and bought once
+            peak(LONG)  # loads and allocates what is needed once
             peaks = [(peak(SHORT), peak(LONG)) for _ in range(3)]
             watcher.stdin.close()
             watcher.stdout.read()

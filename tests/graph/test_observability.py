@@ -1,4 +1,4 @@
-"""One request's id in the logs of every process that worked for it, and its numbers in the text of all metrics."""
+"""A request's id is in the logs of every process involved, and its numbers are in the cluster's metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = "an otter that nobody may read about"
 
 @pytest.fixture(scope="module")
 def asked(app: Any) -> None:
-    """A request by HTTP, which names itself."""
+    """Send a request with an id over HTTP."""
     body = {"prompt": PROMPT, "size": "64x64", "num_frames": 9, "num_inference_steps": 4, "seed": 3}
     headers = {"content-type": "application/json", "x-request-id": REQUEST_ID}
     request = urllib.request.Request(f"{app.url}/v1/videos/sync", json.dumps(body).encode(), headers)
@@ -32,13 +32,13 @@ def asked(app: Any) -> None:
 
 
 def lines_of(request_id: str) -> list[dict[str, Any]]:
-    """Our lines that carry a request's id, of this Ray's replicas and ranks."""
+    """Collect our log lines with a request's id from this Ray's replicas and ranks."""
     import ray
 
     runtime = ray.get_runtime_context()
     logs = Path(runtime.get_temp_dir()) / runtime.get_session_name() / "logs"
     texts = [path.read_text(errors="replace") for path in (*logs.glob("serve/*.log"), *logs.glob("worker-*.err"))]
-    # Serve's replicas write to standard error as well, as text for a reader.
+    # Serve's replicas also write plain text to standard error.
     found = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
     return [line for line in found if line.get("request_id") == request_id and "event" in line]
 

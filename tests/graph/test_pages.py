@@ -1,4 +1,4 @@
-"""The blocks of README and of ``docs/`` run as they stand, in order, in an empty folder."""
+"""The code blocks of README and ``docs/`` run unchanged, in order, in an empty folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where Ray puts things: shares of cards, and a cluster that is too small. The cluster has two GPUs in name only."""
+"""Placement: shares of cards, and a cluster that is too small. The cluster's two GPUs are only logical."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Serve's proxy adds to the HTTP API that tests/app asks in one process: request ids, and the way to the app."""
+"""What Serve's proxy adds to the HTTP API of tests/app: request ids and routing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 GOOD: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
 
 
-def test_every_answer_has_a_request_id_the_callers_if_it_gave_one(app: Any) -> None:
+def test_every_answer_has_the_callers_or_a_new_request_id(app: Any) -> None:
     with httpx2.Client(base_url=app.url, timeout=100) as http:
         for path in ("/v1/videos/sync", "/v1/videos"):
             assert http.post(path, json=GOOD, headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"

@@ -1,4 +1,4 @@
-"""The whole service dies at once, Ray and all, and is started again: nothing that was accepted is lost."""
+"""The whole service, Ray included, is killed and restarted: no accepted job is lost."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def service(directory: Path, checkpoint: Path, database: str) -> Iterator[tuple[
 
 
 def kill_everything(app: Serving) -> None:
-    """SIGKILL, to every process of the service."""
+    """Send SIGKILL to every process of the service."""
     deadline_s = time.monotonic() + DEADLINE_S
     while pids := app.leftovers():
         assert time.monotonic() < deadline_s
@@ -84,7 +84,7 @@ def wait_for_ends(http: httpx2.Client, ids: list[str]) -> list[dict[str, Any]]:
         time.sleep(0.1)
 
 
-def test_every_job_completes_after_the_whole_service_was_killed(
+def test_every_job_completes_after_the_service_was_killed(
     tmp_path: Path, tiny_nano: Path, database: str, reference: Reference
 ) -> None:
     """Three jobs wait and two run; one has ended."""

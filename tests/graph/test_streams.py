@@ -20,9 +20,9 @@ from deployments import messages
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=17, height=80, width=96, num_inference_steps=6, seed=5)
-# Four times IDLE_S of work and more in the stage in question: one that is idle within it was stopped, and did not end.
+# At least four times IDLE_S of work in that stage: if it is idle earlier, it was stopped.
 LONG_DENOISE = replace(SMALL, num_inference_steps=1000, num_frames=241, height=192, width=320)
-# Unguided, since the one step before it, of attention over the whole clip, is not what is tested.
+# Unguided, to shorten the one step before it, which is not tested.
 LONG_DECODE = replace(LONG_DENOISE, num_inference_steps=1, num_frames=801, guidance_scale=1.0)
 IDLE_S = 20.0
 
@@ -37,7 +37,7 @@ def rss_bytes(pid: int, kind: str = "RssAnon") -> int:
 
 
 def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
-    """A stage streams a 100 MB envelope; the Director's kind of forwarding leaves its own memory where it was."""
+    """A stage streams a 100 MB envelope; forwarding it as the Director does needs no memory."""
     import ray
     from ray import serve
 
@@ -88,7 +88,7 @@ def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
 
 
 class Watched:
-    """What the stages of an app are doing, told by their processes' CPU time."""
+    """Activity of an app's stages, by their processes' CPU time."""
 
     def __init__(self, app: Any) -> None:
         request = replace(SMALL, num_frames=5, num_inference_steps=2)
@@ -113,7 +113,7 @@ def open_clips(app: Any) -> int:
     return int(app.client.ask("num_open_clips"))
 
 
-# tests/app has all four in one process; on Ray in every run: closed while steps are made, and a client that hangs up.
+# tests/app runs all four in one process. On Ray, every run has two: a stream closed during steps, a disconnect.
 @pytest.mark.parametrize(
     "at",
     [messages.StepDone, pytest.param(messages.ChunkEncoded, marks=pytest.mark.slow)],

@@ -1,4 +1,4 @@
-"""Apps on a Ray cluster of several nodes, in a process of its own: ``python two_nodes.py CHECKPOINT`` says what it saw.
+"""Apps on a Ray cluster of several nodes, in a process of its own: ``python two_nodes.py CHECKPOINT`` prints a report.
 
 Not a test: ``test_autoscaling.py`` runs it, because a process has one Ray and the other tests share another. All nodes
 are on this machine, in zones "a" (the head), "b" and so on.
@@ -40,14 +40,14 @@ from deployments.launch.ray_session import can_grow
 from tests.app.director_client import DirectorClient, connect
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=64, width=64, num_inference_steps=4, seed=5)
-# Most of its time with a gang, so that callers who wait for nothing else are load.
+# It spends most of its time with a gang, so that callers create load there.
 STEPPING = replace(SMALL, num_inference_steps=12)
 DEADLINE_S = 300.0
 CPUS_PER_NODE = 8
 
 
 class Nodes:
-    """The cluster, and on which of its nodes a process runs."""
+    """The cluster, and the zone of each process."""
 
     def __init__(self) -> None:
         self._common = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 128 * 2**20}
@@ -58,7 +58,7 @@ class Nodes:
         self.add("b", {"ray.io/node-group": "workers"})
 
     def add(self, zone: str, labels: dict[str, str] | None = None) -> None:
-        """One more node."""
+        """Start another node."""
         self._nodes[zone] = self.cluster.add_node(**self._common, labels={"zone": zone, **(labels or {})})
 
     def remove(self, zone: str) -> None:
@@ -66,7 +66,7 @@ class Nodes:
         self.cluster.remove_node(self._nodes.pop(zone), allow_graceful=False)
 
     def zone(self, pid: int) -> str:
-        """The zone of a process that Ray started: its parent is its node's raylet."""
+        """Return the zone of a process of Ray, whose parent is its node's raylet."""
         raylet = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         zones = {node.all_processes["raylet"][0].process.pid: zone for zone, node in self._nodes.items()}
         return zones[raylet]
@@ -91,7 +91,7 @@ def await_that(holds: Callable[[], bool], what: str) -> None:
 
 
 def placement(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
-    """Zones of the processes of two apps whose configurations say where they go."""
+    """Return the zones of the processes of two apps with configured placement."""
     spread = {"transformer__cfg": 2, "transformer__placement_strategy": "STRICT_SPREAD"}
     stages = {"vae__node_labels": {"zone": "b"}, "encoder__node_labels": {"zone": "!b"}}
     labelled = {"transformer__cfg": 2, "transformer__node_labels": {"zone": "in(b,c)"}}
@@ -112,7 +112,7 @@ def placement(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
 
 
 class Load:
-    """Callers that send one request after another until they are told to stop."""
+    """Callers that send requests one after another until stopped."""
 
     def __init__(self, client: DirectorClient) -> None:
         self._client = client
@@ -122,7 +122,7 @@ class Load:
         self._lock = threading.Lock()
 
     def call(self) -> None:
-        """One request, written down."""
+        """Send one request and record it."""
         try:
             events = list(self._client.stream(STEPPING, timeout_s=DEADLINE_S))
         except Exception as error:  # noqa: BLE001 - what it may be is the question
@@ -138,7 +138,7 @@ class Load:
         """Load from that many callers until something holds; their last requests are waited for.
 
         Raises:
-            TimeoutError: it did not come to hold.
+            TimeoutError: the condition did not become true.
         """
         is_over = threading.Event()
 
@@ -158,7 +158,7 @@ class Load:
 
 
 def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
-    """Load brings a second gang up, on the other node, and it goes away again; no node has room for two."""
+    """Load starts a second gang on the other node, since no node has room for two; it stops again later."""
     bounds = {"max_replicas": 2, "target_ongoing_requests": 2}
     pace = {"upscale_delay_s": 0.5, "downscale_delay_s": 3, "look_back_period_s": 1, "metrics_interval_s": 0.2}
     gang = {"transformer__tp": 2, "transformer__cpus_per_rank": 0.3 * CPUS_PER_NODE}
@@ -175,7 +175,7 @@ def autoscaling(checkpoint: str, nodes: Nodes) -> dict[str, Any]:
         return [ranks for ranks in load.gangs if any(os.path.exists(f"/proc/{pid}") for pid in ranks)]
 
     start_s = time.monotonic()
-    # With somebody still calling, who must not notice.
+    # One caller goes on, and must not notice.
     load.run(1, lambda: len(alive()) == 1, "the second gang's end")
     down_s = time.monotonic() - start_s
     served = load.gangs.copy()
@@ -238,7 +238,7 @@ def main(checkpoint: str) -> None:
             **{name: phase(checkpoint, nodes) for name, phase in PHASES.items()},
         }
     finally:
-        ray.shutdown()  # the nodes' end is Serve's end too, and quicker
+        ray.shutdown()  # stopping the nodes stops Serve too, and faster
         nodes.cluster.shutdown()
     print(json.dumps(seen))
 

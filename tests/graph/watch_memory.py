@@ -1,4 +1,4 @@
-"""A process of its own that watches what others hold: prints the peak of each round, which ends with a line of input.
+"""A process that watches the memory of others: prints the peak of each round, which ends with a line of input.
 
     python watch_memory.py PID PID ...
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 
 def begin_peak(pid: int) -> None:
-    """Have the kernel watch from now on."""
+    """Reset the kernel's peak."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def peak_anonymous_bytes(pid: int) -> int:
-    """The most that a process had of its own since then: of all that was resident, what is not files or shared."""
+    """Return a process's peak of anonymous memory since then."""
     kilobytes = {}
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -29,7 +29,7 @@ def peak_anonymous_bytes(pid: int) -> int:
 
 
 def object_store_bytes() -> int:
-    """Reservation in memory now, and all that was ever spilled to disk."""
+    """Return bytes reserved in memory now, plus all bytes ever spilled to disk."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -38,7 +38,7 @@ def object_store_bytes() -> int:
 
 
 def main() -> None:
-    """Round after round."""
+    """Watch round after round."""
     import ray
 
     pids = [int(pid) for pid in sys.argv[1:]]

@@ -1,4 +1,4 @@
-"""What a bring-up works with, without Ray: what an app needs, reasons in one line, processes that must not stay."""
+"""Parts of the bring-up without Ray: an app's resources, one-line reasons, cleanup of processes."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_the_laptop_configuration_fits_two_cores(tiny_nano: Path) -> None:
     assert describe_missing(sum_needs(config(tiny_nano)), {"CPU": 2.0}) == ""
 
 
-def test_replicas_gangs_and_autoscaling_count(tiny_nano: Path) -> None:
+def test_replicas_gangs_and_autoscaling_are_counted(tiny_nano: Path) -> None:
     gangs = config(tiny_nano, transformer__num_replicas=3, transformer__gpus_per_rank=1)
     assert sum_needs(gangs) == pytest.approx({"CPU": 1.9 + 2 * 0.6, "GPU": 3})
     scaled = config(tiny_nano, vae__autoscaling={"min_replicas": 2, "max_replicas": 9}, vae__gpus_per_rank=0.5)
     assert sum_needs(scaled) == pytest.approx({"CPU": 2.3, "GPU": 1})
 
 
-def test_the_decoder_of_sound_counts_where_there_is_one(tiny_nano: Path, tiny_edge: Path) -> None:
+def test_an_audio_decoder_is_counted_if_configured(tiny_nano: Path, tiny_edge: Path) -> None:
     silent = config(tiny_nano, audio__enabled=False)
     assert sum_needs(silent) == pytest.approx({"CPU": 1.7, "GPU": 0})
     assert sum_needs(config(tiny_edge)) == sum_needs(silent)
@@ -57,7 +57,7 @@ def test_the_decoder_of_sound_counts_where_there_is_one(tiny_nano: Path, tiny_ed
         sum_needs(config(tiny_edge, audio__enabled=True))
 
 
-def test_what_is_missing_is_said_in_numbers() -> None:
+def test_missing_resources_are_named_in_numbers() -> None:
     needs = {"CPU": 1.9, "GPU": 2.0}
     assert describe_missing(needs, {"CPU": 1.0}) == (
         "0.9 CPU and 2 GPU missing: the app needs 1.9 CPU and 2 GPU, Ray has 1 CPU and 0 GPU for it."
@@ -70,7 +70,7 @@ def node(gpus: float, **labels: str) -> Node:
     return Node({"CPU": 16.0, "GPU": gpus, "memory": 1e9}, labels)
 
 
-def test_more_ranks_than_gpus_names_layouts_that_there_are_enough_for(tiny_nano: Path) -> None:
+def test_more_ranks_than_gpus_names_layouts_that_fit(tiny_nano: Path) -> None:
     eight = config(tiny_nano, transformer__tp=4, transformer__cfg=2, transformer__gpus_per_rank=1)
     largest = (
         "--tp 1 --cfg 2 --sp 2 --gangs 1, or --tp 1 --cfg 1 --sp 4 --gangs 1, or --tp 2 --cfg 2 --sp 1 --gangs 1, or "
@@ -94,7 +94,7 @@ def test_more_ranks_than_gpus_names_layouts_that_there_are_enough_for(tiny_nano:
     assert describe_shortfall(scaled, [node(1)]).endswith("--sp 1 --set transformer.autoscaling.min_replicas=1.")
 
 
-def test_a_share_is_of_one_card(tiny_nano: Path) -> None:
+def test_a_share_must_fit_one_card(tiny_nano: Path) -> None:
     five = config(tiny_nano, transformer__sp=5, transformer__gpus_per_rank=0.8)
     fits = "What fits: --tp 1 --cfg 2 --sp 2 --gangs 1, "
     assert describe_shortfall(five, [node(4)]).startswith(
@@ -130,12 +130,12 @@ def test_strategies_and_labels_want_nodes_that_fit(tiny_nano: Path) -> None:
     assert describe_shortfall(pair("PACK", vae__node_labels={"zone": "!a"}), [here]) == "", (
         "no label is unequal to a label"
     )
-    # Enough in all, but not where the labels say.
+    # Enough in total, but not on the labelled nodes.
     small = [node(1, gpu="H200"), node(8, gpu="H100")]
     assert "on one node" in describe_shortfall(pair("STRICT_PACK", transformer__node_labels={"gpu": "H200"}), small)
 
 
-def test_a_reason_is_what_the_innermost_traceback_ends_with() -> None:
+def test_a_reason_is_the_last_line_of_the_innermost_traceback() -> None:
     text = (
         "The deployment failed to start 3 times in a row. Error:\n\x1b[36mray::Replica.init()\x1b[39m (pid=1)\n"
         "RuntimeError: Traceback (most recent call last):\n  File 'a.py', line 1\n"
@@ -173,7 +173,7 @@ def test_a_call_that_hangs_is_given_up() -> None:
         ("0.0.0.0", False, False),
     ],
 )
-def test_an_app_that_others_reach_is_refused_where_nobody_has_a_key(
+def test_an_app_beyond_loopback_without_keys_is_refused(
     host: str, enabled: bool | None, needs_key: bool, tiny_nano: Path, tmp_path: Path
 ) -> None:
     told: list[str] = []
@@ -197,7 +197,7 @@ def test_an_app_that_others_reach_is_refused_where_nobody_has_a_key(
 
 
 def test_no_process_outlives_the_block(tmp_path: Path) -> None:
-    """Not even one whose parent is gone and that is in a session of its own."""
+    """Not even an orphan in its own session."""
     pid_file = tmp_path / "pid"
     child = (
         "import os, subprocess, sys\n"
@@ -225,7 +225,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-# A mutex that is locked twice: like Ray's native code, it goes on waiting whatever signal comes.
+# A mutex that is locked twice ignores signals, like Ray's native code.
 HANGING = """
 import ctypes, os, signal, subprocess, sys
 from deployments.launch.ray_session import end_on_signals, kill_leftovers
@@ -259,7 +259,7 @@ def test_a_signal_ends_what_hangs_in_native_code() -> None:
             process.kill()
 
 
-def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
+def test_a_signal_handled_in_time_is_left_to_the_program() -> None:
     program = (
         "import os, signal, time\n"
         "from deployments.launch.ray_session import end_on_signals\n"
@@ -276,7 +276,7 @@ def test_a_signal_that_is_answered_in_time_is_left_to_the_program() -> None:
 
 
 class LateError(Exception):
-    """Its words are asked for when Ray has given up; the signal that it was stopped by is handled no sooner."""
+    """Formatted when Ray has given up; only then is the signal handled."""
 
     def __str__(self) -> str:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -285,7 +285,7 @@ class LateError(Exception):
 
 @pytest.mark.parametrize("moment", ["Ray starts", "Ray has given up", "Ray has started"])
 def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own handler raises `SystemExit`, and with it the command would end without a word."""
+    """Ray's own handler raises `SystemExit`, which would end the command without a message."""
 
     def terminate() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -315,7 +315,7 @@ def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatc
 
 
 class Scripted(RunningApp):
-    """An app whose Directors have so many requests in hand, one look after the other; None is Ctrl-C."""
+    """An app with a scripted number of running requests per look; None is Ctrl-C."""
 
     asked: list[str]
     left: Iterator[int | None]
@@ -340,7 +340,7 @@ class Scripted(RunningApp):
     ],
     ids=["idle", "in time", "interrupted", "too long"],
 )
-def test_what_is_not_done_is_given_back(
+def test_unfinished_jobs_are_released(
     left: Sequence[int | None], timeout_s: float, is_released: bool, said: list[str]
 ) -> None:
     app = Scripted("cosmos3", "http://127.0.0.1:8000", "127.0.0.1:6379", 0.0, StopTimeout())
@@ -353,14 +353,14 @@ def test_what_is_not_done_is_given_back(
     assert [line.split(";")[0] for line in told] == said
 
 
-def test_a_ray_that_does_not_come_up_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray raises a bare Exception where its own daemon takes longer than half a minute."""
+def test_a_failed_start_of_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a bare Exception if its daemon takes longer than half a minute."""
 
     def late(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", late)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)  # the one that is up is the other tests'
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # the running one is the other tests'
     expected = "Ray did not start: The current node timed out during startup. Is the machine .* logs are below "
     with pytest.raises(StartError, match=expected), ray_session(Placement()):
         pass

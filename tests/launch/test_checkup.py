@@ -1,4 +1,4 @@
-"""What the check says of an app that does not let it in."""
+"""Messages of `cosmos3 check` for apps with keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deployments.launch import checkup
 @pytest.mark.parametrize(
     ("api_key", "said"), [(None, "none was given: see --api-key-file"), ("c3_wrong", "it does not know this one")]
 )
-def test_a_key_that_is_missing_is_not_a_wrong_one(
+def test_a_missing_key_is_not_reported_as_wrong(
     api_key: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str | None] = []

@@ -1,4 +1,4 @@
-"""Command lines that are refused, and their words: the command runs in this process, nothing is started."""
+"""Refused command lines and their messages: the command runs in this process and starts nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUEST = [
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it wrote to standard error."""
+    """Exit status of a command, and its standard error."""
 
     returncode: int
     stderr: str
@@ -32,7 +32,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in an empty directory."""
+    """Run the command in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
     def ended(*arguments: str) -> Ended:
@@ -119,7 +119,7 @@ def test_a_wrong_key_in_a_file_names_the_nearest_one(run: Run, tmp_path: Path) -
     assert only_line(done.stderr) == expected
 
 
-def test_a_file_that_is_no_text(run: Run, tmp_path: Path) -> None:
+def test_a_binary_configuration_file_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_bytes(b"checkpoint: \xff\xfe\n")
     done = run("serve", "--config", "broken.yaml")
     assert done.returncode == 2
@@ -127,7 +127,7 @@ def test_a_file_that_is_no_text(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("timeout", ["nan", "inf", "-1", "0", "soon"])
-def test_a_time_out_that_is_none(timeout: str, run: Run) -> None:
+def test_an_invalid_timeout_is_refused(timeout: str, run: Run) -> None:
     done = run("check", "--url", "http://127.0.0.1:9", "--timeout", timeout)
     assert done.returncode == 2
     assert f"argument --timeout: must be a number above 0, up to 1e+06 (got '{timeout}')" in done.stderr

@@ -1,4 +1,4 @@
-"""What the command line asks over HTTP, of servers that answer well, badly, slowly, in part, or not at all."""
+"""The command line's HTTP client against servers that answer well, badly, slowly, partly or never."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def answer(status: int, headers: dict[str, str], body: bytes, *, announced: int 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Answer], str]]:
-    """Starts a server that gives one kind of answer; returns its URL."""
+    """Start a server that gives one kind of answer; return its URL."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(send: Answer) -> str:
@@ -83,7 +83,7 @@ def received_of(body: dict[str, Any]) -> ParsedBody[SyncBody]:
     return parse_body(NamedFields.of(body, SyncBody), BodyRules("nano", ("standard",)))
 
 
-def test_a_file_is_saved_with_what_the_server_said(serve: Callable[[Answer], str], tmp_path: Path) -> None:
+def test_a_file_is_saved_with_the_servers_headers(serve: Callable[[Answer], str], tmp_path: Path) -> None:
     bodies: list[tuple[str, dict[str, Any]]] = []
 
     def send(handler: BaseHTTPRequestHandler, received: bytes) -> None:
@@ -103,7 +103,7 @@ def test_a_file_is_saved_with_what_the_server_said(serve: Callable[[Answer], str
     ("media_type", "suffix"),
     [("image/jpeg", ".jpg"), ("image/webp", ".webp"), ("audio/wav", ".wav"), ("video/mp4", ".mp4")],
 )
-def test_the_ending_tells_what_came(
+def test_the_suffix_follows_the_content_type(
     media_type: str, suffix: str, serve: Callable[[Answer], str], tmp_path: Path
 ) -> None:
     url = serve(answer(200, {**HEADERS, "content-type": media_type}, b"data"))
@@ -182,7 +182,7 @@ def test_bad_answers_are_typed_and_leave_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_deadline_holds_before_the_answer_and_inside_it(serve: Callable[[Answer], str], tmp_path: Path) -> None:
+def test_the_deadline_covers_headers_and_body(serve: Callable[[Answer], str], tmp_path: Path) -> None:
     done = threading.Event()
 
     def trickle(handler: BaseHTTPRequestHandler, received: bytes) -> None:
@@ -200,12 +200,12 @@ def test_the_deadline_holds_before_the_answer_and_inside_it(serve: Callable[[Ans
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://[::1", ""])
-def test_what_is_no_url_is_refused(url: str, tmp_path: Path) -> None:
+def test_an_invalid_url_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="must be an address such as"):
         save_video(url, REQUEST, tmp_path / "a", timeout_s=1)
 
 
-def test_nobody_listens() -> None:
+def test_a_closed_port_is_a_typed_error() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -213,7 +213,7 @@ def test_nobody_listens() -> None:
             get(url, "/ready", timeout_s=10)
 
 
-def test_a_file_that_cannot_be_written_is_said_so(serve: Callable[[Answer], str], tmp_path: Path) -> None:
+def test_an_unwritable_file_is_reported(serve: Callable[[Answer], str], tmp_path: Path) -> None:
     url = serve(answer(200, HEADERS, b"mp4"))
     with pytest.raises(MediaError, match="cannot be written: .*File name too long"):
         save_video(url, REQUEST, tmp_path / ("a" * 250), timeout_s=60)
@@ -221,11 +221,11 @@ def test_a_file_that_cannot_be_written_is_said_so(serve: Callable[[Answer], str]
         save_video("http://127.0.0.1:9", REQUEST, tmp_path / "no" / "a", timeout_s=60)
 
 
-def test_small_answers_come_with_their_status(serve: Callable[[Answer], str]) -> None:
+def test_small_answers_are_returned_with_their_status(serve: Callable[[Answer], str]) -> None:
     assert get(serve(answer(503, {}, b"not yet")), "/ready", timeout_s=60) == (503, "not yet")
 
 
-def test_what_does_not_travel_is_refused() -> None:
+def test_requests_that_cannot_be_sent_are_refused() -> None:
     assert make_body(GenerationRequest(prompt="a", negative_prompt="")) == {"prompt": "a", "negative_prompt": ""}
     with pytest.raises(RequestError, match="noise must be the default over HTTP .got "):
         make_body(GenerationRequest(prompt="a", noise={}))
@@ -233,8 +233,8 @@ def test_what_does_not_travel_is_refused() -> None:
         make_body(GenerationRequest(prompt="a", append_metadata=False))
 
 
-def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
-    """What the client sends is what the server reads."""
+def test_media_are_sent_as_data_urls_and_read_back_equal(tmp_path: Path) -> None:
+    """The server reads what the client sends."""
     frame = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     file = tmp_path / "a.png"
     write_image(file, frame, "png")
@@ -258,7 +258,7 @@ def test_media_go_as_data_urls_and_come_back_the_same(tmp_path: Path) -> None:
     assert received.mode == "forward_dynamics"
 
 
-def test_media_that_cannot_be_sent_are_refused_before_anything_is(tmp_path: Path) -> None:
+def test_unsendable_media_are_refused_before_a_request_is_sent(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="video must be a file over HTTP .got 'frames'.*Write them to one"):
         make_body(GenerationRequest(prompt="a", video=np.zeros((2, 4, 4, 3), np.uint8)))
     with pytest.raises(RequestError, match="image must be "):
@@ -267,8 +267,8 @@ def test_media_that_cannot_be_sent_are_refused_before_anything_is(tmp_path: Path
         make_body(GenerationRequest(actions="up"))
 
 
-def test_a_server_that_refuses_before_it_has_read_is_heard(serve: Callable[[Answer], str], tmp_path: Path) -> None:
-    """It says no and hangs up with most of the body unread."""
+def test_a_refusal_during_the_upload_is_read(serve: Callable[[Answer], str], tmp_path: Path) -> None:
+    """The server answers and disconnects with most of the body unread."""
     said = b'{"error": {"message": "too large"}}'
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -278,7 +278,7 @@ def test_a_server_that_refuses_before_it_has_read_is_heard(serve: Callable[[Answ
             connection.recv(1 << 16)
             connection.sendall(b"HTTP/1.1 413 No\r\ncontent-length: %d\r\n\r\n" % len(said) + said)
             connection.shutdown(socket.SHUT_WR)
-            while connection.recv(1 << 20):  # a server that closes kindly
+            while connection.recv(1 << 20):  # a server that closes gracefully
                 pass
 
     with listener:
