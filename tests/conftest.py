@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # processes make idle OpenMP threads wait for each other, sixty times slower than none. Set before torch is imported,
 # here and in the processes that tests start. No torch at the top: the process that only hands out tests needs none.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Apps that are told nothing else keep jobs and files in this user's home: not in that of whoever runs the tests.
+# By default apps keep jobs and files in the user's home; tests use another one.
 _HOME = tempfile.TemporaryDirectory(prefix="cosmos3-home-")
 os.environ["HOME"] = _HOME.name
 
@@ -77,19 +77,19 @@ def _build_tiny(tmp_path_factory: pytest.TempPathFactory, variant: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Nano-like checkpoint; not to be changed."""
+    """The tiny Nano-like checkpoint; read-only."""
     return _build_tiny(tmp_path_factory, "nano")
 
 
 @pytest.fixture(scope="session")
 def tiny_super(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Super-like checkpoint; not to be changed."""
+    """The tiny Super-like checkpoint; read-only."""
     return _build_tiny(tmp_path_factory, "super")
 
 
 @pytest.fixture(scope="session")
 def tiny_edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Edge-like checkpoint; not to be changed."""
+    """The tiny Edge-like checkpoint; read-only."""
     return _build_tiny(tmp_path_factory, "edge")
 
 

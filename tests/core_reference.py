@@ -1,4 +1,4 @@
-"""What apps are compared with: the core's own results in one process, and the wait for a state."""
+"""Reference results of the core in one process, and a wait for a condition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Reference = Callable[[GenerationRequest], GenerationResult]
 
 @pytest.fixture(scope="session")
 def reference(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
-    """A request's result in one process, without Ray; each computed once."""
+    """Return a request's result in one process, without Ray; each is computed once."""
     results: dict[Any, GenerationResult] = {}
     directory = tmp_path_factory.mktemp("reference")
     with Engine(tiny_nano, device="cpu") as engine:
@@ -35,7 +35,7 @@ def reference(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    """Whether something becomes true in time."""
+    """Whether a condition becomes true in time."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         if holds():

@@ -19,7 +19,7 @@ async def until(holds: Callable[[], Awaitable[bool] | bool]) -> None:
     """Wait for a state that other tasks or threads bring about.
 
     Raises:
-        TimeoutError: it does not come.
+        TimeoutError: the state is not reached.
     """
     async with asyncio.timeout(_LIMIT_S):
         while not (result if isinstance(result := holds(), bool) else await result):

@@ -20,7 +20,7 @@ def prepare(num_held_mb: int, num_worked_mb: int) -> Callable[[], object]:
 
 
 def prepare_failing(how: str) -> Callable[[], object]:
-    """Work that comes to no end, or to a bad one."""
+    """Work that hangs or fails."""
 
     def work() -> None:
         if how == "raise":

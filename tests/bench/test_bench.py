@@ -1,4 +1,4 @@
-"""The ruler measures what it says, on the same weights on both sides."""
+"""The benchmark measures what it claims, with the same weights on both sides."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     assert report["dtype"] == "float32"
 
 
-def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_frame_has_no_line_for_later_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--random-weights", "tiny", "--num-frames", "1", "--height", "32", "--width", "32", "--runs", "1"]
     assert main([*arguments, "--without-diffusers", "--device", "cpu"]) == 0
     assert "each later chunk" not in capsys.readouterr().out

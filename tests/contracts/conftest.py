@@ -1,6 +1,6 @@
-"""The product's sources, parsed once, for tests that hold the architecture's rules.
+"""The product's sources, parsed once, for tests of the architecture's rules.
 
-Every rule is a function from sources to a list of violations, worded for whoever broke it. It is applied twice: to the
+Every rule is a function from sources to a list of violations, worded for their author. It is applied twice: to the
 product, where it must find nothing, and to planted sources, where it must find what was planted.
 """
 
@@ -33,7 +33,7 @@ class Source:
 
     @cached_property
     def definitions(self) -> list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-        """The module, its classes and its functions, wherever they are."""
+        """The module and all its classes and functions, nested ones included."""
         kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
 
@@ -77,5 +77,5 @@ def core(product: list[Source]) -> list[Source]:
 
 @pytest.fixture(scope="session")
 def planted() -> Callable[[str, str], list[Source]]:
-    """Makes a source file that does not exist, for a rule's self-check."""
+    """Make a source file in memory, for a rule's self-check."""
     return lambda path, text: [Source(PurePosixPath(path), text)]

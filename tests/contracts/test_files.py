@@ -1,4 +1,4 @@
-"""What files may be called, and what the sampler may know of modes."""
+"""Names of files, and modules that must not name modes."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from cosmos3_core.conditioning.modes import MODES
 NAMELESS = {"utils.py", "helpers.py", "common.py", "misc.py", "base.py"}
 # A mode is data (what is noisy, what is clean, where it sits), never a branch of the loop.
 MODE_WORDS = {"t2i", "t2v", "i2v", "v2v", "sound", "action", "actions", "policy", "dynamics", "transfer", "image"}
-# Where no mode may be told by its name, nor by the constant that stands for it.
+# No mode may be named here, by text or constant.
 MODE_FREE = ("cosmos3_core/sampler", "cosmos3_core/model", "cosmos3_core/vae", "cosmos3_core/parallel")
 MODE_FREE_FILES = {
     *("cosmos3_core/denoiser.py", "cosmos3_core/denoise_request.py", "cosmos3_core/engine.py"),
@@ -60,7 +60,7 @@ def find_modes(sources):
     ]
 
 
-def test_no_file_without_a_noun(product):
+def test_no_file_has_a_meaningless_name(product):
     assert nameless_files(product) == []
 
 

@@ -81,7 +81,7 @@ WITHOUT_TORCH = (
 
 
 def test_importing_a_deployment_loads_no_torch():
-    """One process for all: the first one that loads it is named."""
+    """One process imports them all; the first that loads torch is named."""
     code = """
 import importlib, sys
 for module in sys.argv[1:]:

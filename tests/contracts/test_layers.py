@@ -1,4 +1,4 @@
-"""What may know of what: imports, the environment, process groups, rank words, torch at import, pickles."""
+"""Layers: imports, the environment, process groups, rank words, torch at import, pickles."""
 
 import ast
 import re
@@ -8,13 +8,13 @@ import sys
 import pytest
 
 FORBIDDEN_IMPORTS = {
-    # diffusers is what tests and the benchmark compare with; the product does not run it.
+    # Tests and the benchmark compare with diffusers; the product does not run it.
     "cosmos3_core": {"ray", "fastapi", "starlette", "pydantic", "diffusers", "cluster", "deployments"},
     "cluster": {"deployments"},
 }
-# The ruler's other side: measured against in the same run when asked for, imported nowhere else.
+# The benchmark's reference, imported nowhere else.
 MAY_IMPORT_DIFFUSERS = "cosmos3_core/bench/theirs.py"
-# The command-line entries; everything else is told by its arguments.
+# Command-line entries may read the environment; everything else takes arguments.
 MAY_READ_ENVIRONMENT = ("cosmos3_core/__main__.py", "cosmos3_core/generate.py", "cosmos3_core/bench/__main__.py")
 RANK_FREE = ("cosmos3_core/model", "cosmos3_core/sampler", "cosmos3_core/conditioning")
 RANK_WORDS = {"tp", "rank", "ranks", "group", "groups"}
@@ -110,12 +110,12 @@ def picklers(sources):
 
 
 @pytest.mark.parametrize("rule", [wrong_imports, picklers])
-def test_the_product_keeps_to_its_layers(product, rule):
+def test_the_product_keeps_its_layers(product, rule):
     assert rule(product) == []
 
 
 @pytest.mark.parametrize("rule", [environment_readers, find_distributed_users, rank_words])
-def test_the_core_keeps_to_its_layers(core, rule):
+def test_the_core_keeps_its_layers(core, rule):
     assert rule(core) == []
 
 
@@ -179,8 +179,8 @@ def test_importing_and_listing_the_core_loads_no_torch():
     assert not loads("torch", "import cosmos3_core; dir(cosmos3_core)")
 
 
-def test_modules_that_promise_no_torch_keep_it(core):
-    """Those whose docstring says "No torch here"."""
+def test_modules_that_promise_no_torch_load_none(core):
+    """Modules whose docstring says "No torch here"."""
     promising = [source.path for source in core if "No torch here" in (ast.get_docstring(source.tree) or "")]
     modules = [".".join(path.with_suffix("").parts) for path in promising]
     assert "cosmos3_core.shapes" in modules

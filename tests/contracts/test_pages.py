@@ -1,4 +1,4 @@
-"""README and ``docs/``: what they name is there, so that no move leaves them behind."""
+"""README and ``docs/``: every path, key, flag, route, metric and message that they name exists."""
 
 import argparse
 import ast
@@ -19,7 +19,7 @@ from tests.pages import KINDS, PAGES, README, ROOT, blocks_of
 
 ALL = [README, *PAGES]
 HTTP_API, TROUBLESHOOTING = ROOT / "docs" / "http-api.md", ROOT / "docs" / "troubleshooting.md"
-# Files of the repository, by their first folder. Others are a checkpoint's, or the reader's.
+# First folders of the repository's files; other paths are a checkpoint's or the reader's.
 FOLDERS = ("cosmos3_core", "cluster", "deployments", "tests", "docs", ".ci")
 MAX_README_LINES = 150
 MAX_MAP_LINES = 25
@@ -38,19 +38,19 @@ def code_spans(page):
 
 
 def paths_named(page):
-    """Paths below the repository's folders, in prose; a path may end with a slash."""
+    """Find paths of the repository in prose; a path may end with a slash."""
     spans = [span.strip() for span in code_spans(page)]
     return [span for span in spans if re.fullmatch(r"[\w./-]+", span) and span.split("/")[0] in FOLDERS and "/" in span]
 
 
 def links(page):
-    """Relative targets of links -> with the part behind the # apart."""
+    """Find the relative targets of links, as (path, anchor)."""
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
     return [target.partition("#")[::2] for target in targets if "://" not in target]
 
 
 def anchors(page):
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub makes of headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -68,13 +68,13 @@ def map_paths():
 
 
 @each(ALL)
-def test_files_named_are_there(page):
+def test_named_files_exist(page):
     missing = [path for path in paths_named(page) if not (ROOT / path).exists()]
     assert missing == []
 
 
 @each(ALL)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for path, anchor in links(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), path
@@ -82,7 +82,7 @@ def test_links_lead_somewhere(page):
 
 
 @each(ALL)
-def test_every_block_is_of_a_kind_that_tests_know(page):
+def test_every_block_has_a_known_kind(page):
     assert {block.kind for block in blocks_of(page)} <= KINDS
 
 
@@ -94,7 +94,7 @@ def test_configurations_are_valid(page):
 
 
 @each(ALL)
-def test_keys_named_are_there(page):
+def test_named_keys_exist(page):
     sections = {
         name: field.default if field.default is not None else AppConfig.model_fields["transformer"].default
         for name, field in AppConfig.model_fields.items()
@@ -110,7 +110,7 @@ def test_keys_named_are_there(page):
 
 
 @each(ALL)
-def test_flags_named_are_there(page, product):
+def test_named_flags_exist(page, product):
     spans = [span for span in code_spans(page) if not span.startswith(("hf ", "pip "))]
     named = {flag for span in spans for flag in re.findall(r"--[a-z][a-z-]+", span)}
     defined = {flag for source in product for flag in re.findall(r'"(--[a-z][a-z-]+)"', source.text)}
@@ -121,7 +121,7 @@ def test_flags_named_are_there(page, product):
 
 
 @each(ALL)
-def test_routes_named_are_there(page, product):
+def test_named_routes_exist(page, product):
     spans = [re.fullmatch(r"(?:GET|POST|DELETE) (/[\w/{}.]+)", span) for span in code_spans(page)]
     named = {re.sub(r"{\w+}", "{}", match[1]) for match in spans if match}
     defined = {
@@ -131,14 +131,14 @@ def test_routes_named_are_there(page, product):
 
 
 @each(ALL)
-def test_metrics_named_are_there(page):
+def test_named_metrics_exist(page):
     known = {f"ray_{metric.name}" + ("_total" if metric.kind == "counter" else "") for metric in TABLE}
     named = set(re.findall(r"ray_cosmos3_\w+", page.read_text("utf-8")))
     assert named <= known | {"ray_cosmos3_scrape_failures"}
 
 
 def texts(sources):
-    """Every string of the product; what an f-string fills in is "..."."""
+    """Yield every string of the product, with "..." for the fields of f-strings."""
     for source in sources:
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -147,7 +147,7 @@ def texts(sources):
                 yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
 
 
-def test_messages_in_troubleshooting_are_those_of_the_product(product):
+def test_messages_in_troubleshooting_exist_in_the_product(product):
     said = "\n".join(texts(product))
     symptoms = [line.split("|")[1] for line in prose(TROUBLESHOOTING).splitlines() if line.startswith("| ")]
     quoted = [span for symptom in symptoms for span in re.findall(r"`([^`]+)`", symptom) if " " in span]
@@ -156,7 +156,7 @@ def test_messages_in_troubleshooting_are_those_of_the_product(product):
     assert [piece for piece in pieces if piece not in said] == []
 
 
-def test_error_codes_are_those_of_the_product(product):
+def test_error_codes_exist_in_the_product(product):
     (errors,) = re.findall(r"^## Errors\n(.*)", HTTP_API.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     rows = [line.split("|")[2] for line in errors.splitlines() if re.match(r"\| \d", line)]
     codes = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
@@ -164,7 +164,7 @@ def test_error_codes_are_those_of_the_product(product):
     assert codes - set(texts(product)) == set()
 
 
-def test_readme_is_one_page_and_names_every_other():
+def test_readme_is_one_page_and_links_every_other():
     assert len(README.read_text("utf-8").splitlines()) <= MAX_README_LINES
     linked = {(ROOT / path).resolve() for path, _ in links(README)}
     assert set(PAGES) <= linked
@@ -178,7 +178,7 @@ def test_the_map_is_short_and_true():
     assert missing == []
 
 
-def test_readmes_sizes_are_those_of_the_published_shapes():
+def test_readmes_sizes_follow_from_the_published_shapes():
     """Download in GB, weights in memory in GiB. Neither the language model's head nor sound's encoder is loaded."""
     rows = re.findall(r"^\| `nvidia/Cosmos3-(\w+)` \| (\d+) GB \| (\d+) GiB\b", README.read_text("utf-8"), re.MULTILINE)
     assert {name.lower() for name, *_ in rows} == set(RANDOM_MODELS) - {"tiny"}
@@ -193,7 +193,7 @@ def test_readmes_sizes_are_those_of_the_published_shapes():
         assert float(loaded_gib) == pytest.approx(2 * (num_stored - num_unread) / 2**30, rel=0.03)
 
 
-def test_the_checks_find_what_is_wrong(tmp_path):
+def test_the_checks_find_planted_faults(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A b\n`cluster/none.py` [x](gone.md) [y](#no-such)\n```bash\n`tests/`\n```\n")
     assert paths_named(page) == ["cluster/none.py"]

@@ -1,4 +1,4 @@
-"""Tests are counted by what they start, and what `make test` selects is what the budget judges."""
+"""The count of processes that tests start, and the budget of `make test`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_way_to_start_python_is_counted() -> None:
     assert started[PROCESSES] >= before + 3, "multiprocessing may start its tracker of resources as well"
 
 
-def test_other_commands_are_not() -> None:
+def test_other_commands_are_not_counted() -> None:
     before = Counter(started)
     subprocess.run(["/bin/true"], check=True, timeout=100)
     assert started == before
@@ -44,12 +44,12 @@ def test_a_ray_session_is_counted_by_its_head() -> None:
     started.subtract({SESSIONS: 1})
 
 
-def test_more_than_the_budget_is_named() -> None:
+def test_exceeding_the_budget_is_named() -> None:
     assert overspent(Counter(BUDGET)) == []
     assert overspent(Counter({**BUDGET, APPS: BUDGET[APPS] + 1})) == [
         f"Ray apps: {BUDGET[APPS] + 1}, at most {BUDGET[APPS]}"
     ]
 
 
-def test_make_test_is_what_is_judged() -> None:
+def test_the_budget_applies_to_make_test() -> None:
     assert f'-m "{MARKS}"\n' in MAKEFILE.read_text()

@@ -1,4 +1,4 @@
-"""Compression arithmetic lives in shapes.py: elsewhere nobody divides by 4, 16 or 32, or forgets the first frame."""
+"""Compression arithmetic lives in shapes.py: no other file divides by 4, 16 or 32, or treats the first frame apart."""
 
 import io
 import tokenize

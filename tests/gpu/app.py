@@ -1,4 +1,4 @@
-"""The whole app on the devices there are: started, asked for one clip over HTTP, the mp4 probed, stopped."""
+"""The whole app on the available devices: start, generate one clip over HTTP, probe the mp4, stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.gpu.verdict import Verdict, checked
 
 _CHECK = "app over HTTP"
 _START_S = 300.0
-# More logical CPUs than there are: replicas mostly wait.
+# More logical CPUs than real ones: replicas mostly wait.
 _NUM_CPUS = 64
 
 
@@ -22,7 +22,7 @@ def layout_for(num_devices: int) -> Layout:
 
 
 def check_app_on(device: str, num_devices: int, checkpoint: Path) -> Verdict:
-    """Start, ask, probe, stop. For the main thread, in a process that runs no other Ray."""
+    """Start, generate, probe, stop. For the main thread of a process without another Ray."""
     if importlib.util.find_spec("ray") is None:
         return Verdict(_CHECK, "skip", "ray is not installed")
     return checked(_CHECK, lambda: _run(device, num_devices, checkpoint))

@@ -50,7 +50,7 @@ def test_the_video_vae_on_a_gpu(tiny_nano: Path) -> None:
 
 
 def run_app_check(*arguments: str) -> None:
-    """In a process of its own: the tests' Ray is not to be met."""
+    """Run the check in its own process, away from the tests' Ray."""
     command = [sys.executable, "-m", "tests.gpu", "--only", "app", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -127,7 +127,7 @@ def test_the_operator_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_the_command_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "no CUDA device here" in capsys.readouterr().err
 

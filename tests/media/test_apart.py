@@ -1,4 +1,4 @@
-"""A clip that is read in another process is read as here; what that process dies of is the file's fault."""
+"""Clips read in another process: same result, and a crash of that process is the file's fault."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def test_the_same_frames_and_facts(clip: bytes) -> None:
+def test_another_process_reads_the_same_frames_and_facts(clip: bytes) -> None:
     assert probe_clip_apart("video", clip) == probe_clip("video", clip)
     frames = read_clip_apart("video", clip, num_frames=3, keep="last")
     assert np.array_equal(frames, read_clip("video", clip, num_frames=3, keep="last"))
 
 
-def test_a_refusal_says_what_it_says_here(clip: bytes) -> None:
+def test_a_refusal_has_the_same_message(clip: bytes) -> None:
     for damaged in (clip[:500], clip[: len(clip) // 2]):
         with pytest.raises(RequestError) as here:
             probe_clip("video", damaged)
@@ -54,7 +54,7 @@ def test_frames_need_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_clip_apart("video", frames, num_frames=1, keep="first").shape == (1, 16, 16, 3)
 
 
-def test_what_is_no_file_is_refused_as_here() -> None:
+def test_invalid_sources_are_refused_alike() -> None:
     for data in (b"no file at all", b""):
         with pytest.raises(RequestError) as here:
             probe_clip("video", data)
@@ -63,7 +63,7 @@ def test_what_is_no_file_is_refused_as_here() -> None:
         assert str(there.value) == str(here.value)
 
 
-def test_animations_are_read_there_too() -> None:
+def test_animations_are_read_in_another_process() -> None:
     frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (10, 200)]
     gif = io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
@@ -83,7 +83,7 @@ def test_a_reader_that_is_killed_is_not_the_files_fault(clip: bytes, monkeypatch
         probe_clip_apart("video", clip)
 
 
-def test_a_reader_that_hangs_is_ended(clip: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hanging_reader_is_killed(clip: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     script = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(1000)"
     monkeypatch.setattr(apart, "_CHILD", script)

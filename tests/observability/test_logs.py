@@ -1,4 +1,4 @@
-"""Log lines about requests: their shape, whose they are, what can not get into them, what a request's events tell."""
+"""Log lines about requests: their fields and ids, what they must not contain, and lines made from events."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ def lines() -> Lines:
 
 @pytest.fixture
 def stage_lines(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> Lines:
-    """Those of stages, wherever Serve would have them."""
+    """Lines of stages, captured in place of Serve's log."""
     monkeypatch.setattr(logs, "logger", lines.logger)
     return lines
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What is measured: metric, value, labels."""
+    """Recorded metrics: name, value, labels."""
     found: list[tuple[Any, ...]] = []
     ours = Metrics(lambda metric: lambda value, labels: found.append((metric.name, value, *labels.values())))
     monkeypatch.setattr(logs, "metrics", lambda: ours)
     return found
 
 
-def test_a_line_has_its_fields_and_whose_it_is(lines: Lines) -> None:
+def test_a_line_has_its_fields_and_its_request_id(lines: Lines) -> None:
     log_event(lines.logger, "begin done", ORIGIN, phase="begin", seconds=0.1234567, nothing=None, bad=float("nan"))
     (line,) = lines.all
     fields = {"event": "begin done", "phase": "begin", "seconds": 0.123457, "bad": "nan", "rank": 3}
@@ -102,7 +102,7 @@ def test_serves_own_request_id_does_not_take_ours_place(lines: Lines) -> None:
 @pytest.mark.parametrize(
     "given", ["a\nb", "a\r\nb", "a\x1b[2Kb", "a\u2028b", "a\u0085b", "a\x00b", "a\u202eb", "a\ud800b", "x" * 10_000]
 )
-def test_nothing_can_begin_a_line_or_speak_to_a_terminal(lines: Lines, given: str) -> None:
+def test_no_value_can_start_a_line_or_control_a_terminal(lines: Lines, given: str) -> None:
     log_event(lines.logger, "stage began", LogOrigin(given, given), reason=given)
     log_failure(lines.logger, "stage failed", ORIGIN, GangFailed("step", given))
     text = lines.text
@@ -112,13 +112,13 @@ def test_nothing_can_begin_a_line_or_speak_to_a_terminal(lines: Lines, given: st
         assert all(str(value).isprintable() for value in line.values()), line
 
 
-def test_text_that_is_one_line_stays_as_it_is() -> None:
+def test_one_line_texts_are_unchanged() -> None:
     assert one_line("Ein Otter, 水獺") == "Ein Otter, 水獺"
     assert one_line("abcdef", 5) == "ab..."
     assert one_line("a\nb") == "a\\nb"
 
 
-def test_what_was_given_is_not_logged(lines: Lines) -> None:
+def test_inputs_are_not_logged(lines: Lines) -> None:
     for error in (RequestError("prompt", "an otter", "shorter ones"), ValueError("an otter"), KeyError("an otter")):
         try:
             raise error
@@ -130,13 +130,13 @@ def test_what_was_given_is_not_logged(lines: Lines) -> None:
     assert second["reason"].startswith("raised in test_logs.py, line ")
 
 
-def test_levels_that_are_off_cost_no_line(lines: Lines) -> None:
+def test_disabled_levels_write_no_line(lines: Lines) -> None:
     lines.logger.setLevel(logging.WARNING)
     log_event(lines.logger, "stage began", ORIGIN)
     assert lines.text == ""
 
 
-def test_a_rank_logs_what_it_takes_up_and_how_it_ends(lines: Lines) -> None:
+def test_a_rank_logs_the_start_and_end_of_a_request(lines: Lines) -> None:
     log = RankLog(lines.logger)
     with log.begin("a", ORIGIN):
         pass
@@ -153,7 +153,7 @@ def test_a_rank_logs_what_it_takes_up_and_how_it_ends(lines: Lines) -> None:
     assert len(lines.all) == 2
 
 
-def test_a_rank_logs_what_fails_and_forgets_what_it_refused(lines: Lines) -> None:
+def test_a_rank_logs_failures_and_drops_refused_requests(lines: Lines) -> None:
     log = RankLog(lines.logger)
     with pytest.raises(RequestError), log.begin("a", ORIGIN):
         raise RequestError("seed", 1, "2")
@@ -177,7 +177,7 @@ def outcomes(recorded: list[tuple[Any, ...]]) -> list[tuple[str, str]]:
     return [(stage, outcome) for name, _, stage, outcome in recorded if name == "cosmos3_stage_seconds"]
 
 
-def test_a_stage_is_finished_failed_full_or_left(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
+def test_a_stage_logs_finished_failed_full_or_left(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
     with watch_stage(context(), "tokenize") as watch:
         pass
     with watch_stage(context(), "encode") as watch:
@@ -196,9 +196,7 @@ def test_a_stage_is_finished_failed_full_or_left(stage_lines: Lines, recorded: l
     assert failed["seconds"] >= 0
 
 
-def test_who_leaves_with_the_last_item_leaves_a_finished_stage(
-    stage_lines: Lines, recorded: list[tuple[Any, ...]]
-) -> None:
+def test_leaving_after_the_last_item_counts_as_finished(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
     async def stage() -> AsyncIterator[int]:
         with watch_stage(context(), "denoise") as watch:
             yield 1
@@ -216,7 +214,7 @@ def test_who_leaves_with_the_last_item_leaves_a_finished_stage(
     assert outcomes(recorded) == [("denoise", "finished"), ("denoise", "left")]
 
 
-def test_a_requests_events_are_handed_on_and_measured(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
+def test_a_requests_events_are_passed_on_and_measured(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
     events: list[Event] = [
         StageRetried("denoise", 2, "the gang\nfailed", 5),
         StepDone(6, 8, 0.5, 0.1, 1),

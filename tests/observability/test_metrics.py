@@ -1,4 +1,4 @@
-"""The table of metrics, what records them, and the text of a whole cluster; the cluster itself is in graph/."""
+"""The table of metrics, their recording, and the merged text of a cluster; a real cluster is in graph/."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = Path(__file__).parents[2]
 
 
 class Taken:
-    """What Ray would be given."""
+    """Metrics as Ray would get them."""
 
     def __init__(self) -> None:
         self.values: list[tuple[str, float, dict[str, str]]] = []
@@ -90,7 +90,7 @@ def test_nothing_else_names_a_metric() -> None:
     assert found == {"deployments/observability/metrics.py"}
 
 
-def test_jobs_that_are_gone_are_zero_and_told_again(taken: Taken) -> None:
+def test_gone_jobs_are_reported_as_zero(taken: Taken) -> None:
     taken.metrics.set_jobs({("video", "batch"): 2}, {})
     taken.metrics.set_jobs({}, {("video", "batch"): 2})
     assert sorted(taken.of("cosmos3_jobs")) == [
@@ -100,13 +100,13 @@ def test_jobs_that_are_gone_are_zero_and_told_again(taken: Taken) -> None:
     ]
 
 
-def test_a_counter_is_not_told_of_nothing(taken: Taken) -> None:
+def test_a_counter_is_not_incremented_by_zero(taken: Taken) -> None:
     taken.metrics.count_prompt_lookups(2, 0)  # Ray refuses a zero
     taken.metrics.set_busy_share(0.0)
     assert [name for name, *_ in taken.values] == ["cosmos3_text_cache_lookups", "cosmos3_gang_busy_share"]
 
 
-def test_recording_fails_nobody_and_is_complained_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_recording_error_is_logged_once_and_never_raised(caplog: pytest.LogCaptureFixture) -> None:
     def broken(value: float, labels: dict[str, str]) -> None:
         raise RuntimeError("no agent")
 
@@ -119,7 +119,7 @@ def test_recording_fails_nobody_and_is_complained_of_once(caplog: pytest.LogCapt
         assert len(caplog.records) == 1
 
 
-def test_without_ray_nothing_is_recorded_and_later_it_is() -> None:
+def test_recording_starts_when_ray_does() -> None:
     import ray
 
     if not ray.is_initialized():
@@ -140,11 +140,11 @@ def test_labels_are_bounded_in_number_and_form(taken: Taken) -> None:
     assert len(labels) == 257
     assert "other" in labels
     assert all(label.isprintable() and len(label) <= 80 for label in labels)
-    taken.metrics.count_rejection("bound 0\n" + "x" * 1000)  # a known one stays itself
+    taken.metrics.count_rejection("bound 0\n" + "x" * 1000)  # a known label is kept
     assert taken.of("cosmos3_rejections")[-1][1] != "other"
 
 
-def test_a_gangs_busy_share_is_of_the_time_since_it_was_told() -> None:
+def test_a_gangs_busy_share_covers_the_time_since_its_last_report() -> None:
     clock = BusyClock(100.0)
     clock.add_work(100.0, 102.0)
     assert clock.share(104.0) is None
@@ -177,7 +177,7 @@ def node_text(node: str, value: float) -> bytes:
 
 
 class Nodes:
-    """Agents that are not there."""
+    """Fake metrics agents of nodes."""
 
     def __init__(self, **texts: bytes | float | Exception) -> None:
         self.texts = texts
@@ -203,7 +203,7 @@ class Nodes:
 
 
 def families(text: str) -> dict[str, Any]:
-    """As Prometheus' own parser reads them."""
+    """Parse a text with Prometheus' own parser."""
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
@@ -224,7 +224,7 @@ def failures(text: str) -> float:
     return float(families(text)[FAILURES].samples[0].value)
 
 
-def test_nodes_that_are_away_sick_or_late_are_counted_and_cost_the_others_nothing() -> None:
+def test_failing_and_late_nodes_are_counted_without_affecting_others() -> None:
     nodes = Nodes(a=node_text("a", 1.0), b=OSError("away"), c=1000.0, without=b"", d=node_text("d", 2.0))
     text = nodes.text(limit_s=2.0)
     assert failures(text) == 3
@@ -265,21 +265,21 @@ def test_an_empty_cluster_has_no_failure() -> None:
     assert failures(Nodes().text()) == 0
 
 
-def test_the_same_series_comes_once_and_another_kind_not_at_all() -> None:
+def test_duplicate_series_and_conflicting_kinds_are_dropped() -> None:
     other = node_text("b", 2.0).replace(b"_total counter", b"_total gauge")
     text = Nodes(a=node_text("a", 1.0), again=node_text("a", 1.0), b=other).text()
     assert [it.labels["node"] for it in families(text)["ray_cosmos3_requests"].samples] == ["a"]
     assert len(families(text)["ray_serve_latency_ms"].samples) == 8
 
 
-def test_a_text_that_would_be_too_long_leaves_nodes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_beyond_the_bound_leaves_nodes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_metrics, "_MAX_TEXT_BYTES", 700)
     text = Nodes(a=node_text("a", 1.0), b=node_text("b", 2.0)).text()
     assert failures(text) == 1
     assert len(families(text)["ray_cosmos3_requests"].samples) == 1
 
 
-def test_who_asks_at_the_same_time_shares_an_answer() -> None:
+def test_concurrent_scrapes_share_an_answer() -> None:
     nodes = Nodes(a=node_text("a", 1.0))
 
     async def ask() -> None:
@@ -287,7 +287,7 @@ def test_who_asks_at_the_same_time_shares_an_answer() -> None:
         first = asyncio.create_task(cluster.text())
         others = [asyncio.create_task(cluster.text()) for _ in range(9)]
         await asyncio.sleep(0)
-        first.cancel()  # who leaves does not take the others' answer away
+        first.cancel()  # a caller that leaves does not cancel the others
         texts = await asyncio.gather(*others)
         assert len(set(texts)) == 1
         assert nodes.num_asked == 1
@@ -300,7 +300,7 @@ def test_who_asks_at_the_same_time_shares_an_answer() -> None:
 
 @contextmanager
 def agent(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """An HTTP server on this machine; its URL."""
+    """Run an HTTP server on this machine; give its URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -320,7 +320,7 @@ def agent(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Itera
         server.server_close()
 
 
-def test_an_agent_is_asked_without_a_proxy_and_its_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_is_called_without_a_proxy_and_its_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setattr(cluster_metrics, "_MAX_NODE_BYTES", 1000)
     body = b"x" * 1000

@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 
 
 class Activations:
-    """Something large that the failed work still has in its hands."""
+    """A large object that the failed work still references."""
 
 
-def test_what_does_not_fit_is_told_as_such_and_its_memory_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_reported_and_the_memory_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref[Any]] = []
     was_free: list[bool] = []
 
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_told_as_such_and_its_memory_given_back(monkeypatch
     assert was_free == [True], "the activations were still held when the allocator was asked for its spare memory"
 
 
-def test_any_other_error_is_left_as_it_is_and_a_result_is_handed_on() -> None:
+def test_other_errors_and_results_are_unchanged() -> None:
     with pytest.raises(ZeroDivisionError):
         run_within_memory(CPU, lambda: 1 // 0)
     assert run_within_memory(CPU, lambda: 5) == 5

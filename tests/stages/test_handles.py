@@ -9,7 +9,7 @@ from deployments.stages.handles import Stages
 
 
 class Handle:
-    """Of Serve, as far as it matters: how it is called."""
+    """A Serve handle that records its options."""
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         self.set = options or {}
@@ -18,7 +18,7 @@ class Handle:
         return Handle(options)
 
 
-def test_all_but_the_tokenizer_answer_with_streams() -> None:
+def test_all_stages_but_the_tokenizer_stream() -> None:
     names = [each.name for each in fields(Stages)]
     streaming = Stages(**{name: Handle() for name in names}).streaming()
     assert {name: getattr(streaming, name).set for name in names} == {
@@ -26,6 +26,6 @@ def test_all_but_the_tokenizer_answer_with_streams() -> None:
     }
 
 
-def test_a_stage_that_an_app_does_not_have_stays_away() -> None:
+def test_a_missing_stage_has_no_handle() -> None:
     streaming = Stages(Handle(), Handle(), Handle(), Handle()).streaming()
     assert (streaming.unguided, streaming.audio, streaming.guardrail) == (None, None, None)

@@ -1,4 +1,4 @@
-"""The encoder between a clip's stream and the media store, without Ray: whole files, failures, and leaving in time."""
+"""The encoder between a clip's stream and the media store, without Ray: files, failures, cancellation."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_clips_chunks_become_its_file(tmp_path: Path) -> None:
     run(body())
 
 
-def test_a_request_whose_time_is_up_leaves_a_failed_file(tmp_path: Path) -> None:
+def test_a_request_past_its_deadline_leaves_a_failed_file(tmp_path: Path) -> None:
     async def body() -> None:
         bench = Bench(tmp_path, 1)
         await bench.post_all()
@@ -109,10 +109,8 @@ def test_a_request_whose_time_is_up_leaves_a_failed_file(tmp_path: Path) -> None
     run(body())
 
 
-def test_who_is_cancelled_leaves_the_writer_when_its_thread_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Closing an encoder in the middle of its work ends the process."""
+def test_cancellation_waits_for_the_writers_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing an encoder in the middle of its work would crash the process."""
     entered, gate, order = threading.Event(), threading.Event(), []
     write = mp4_encoder._write
 
@@ -149,7 +147,7 @@ def test_who_is_cancelled_leaves_the_writer_when_its_thread_has(
     run(body())
 
 
-def test_the_event_loop_waits_for_no_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_does_not_block_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: dict[str, bool] = {}
 
     def noted(name: str, work: Any) -> Any:
@@ -186,7 +184,7 @@ def test_the_event_loop_waits_for_no_encoder(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("when", ["create", "open"])
-def test_who_is_cancelled_while_it_begins_leaves_a_failed_file(
+def test_cancellation_during_the_start_leaves_a_failed_file(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, gate, writers = threading.Event(), threading.Event(), []
@@ -222,9 +220,7 @@ def test_who_is_cancelled_while_it_begins_leaves_a_failed_file(
     run(body())
 
 
-def test_the_store_is_swept_from_the_start_on_again_and_again_whatever_happens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_is_swept_periodically_despite_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swept, times = threading.Event(), []
     whose: list[str | None] = []
     asked = contextvars.ContextVar[str | None]("asked", default=None)
@@ -257,7 +253,7 @@ def test_the_store_is_swept_from_the_start_on_again_and_again_whatever_happens(
     assert set(whose) == {None}
 
 
-def test_work_in_a_thread_gives_what_it_returns_and_raises() -> None:
+def test_work_in_a_thread_returns_or_raises() -> None:
     async def body() -> None:
         assert await run_in_thread(divmod, 7, 2) == (3, 1)
         with pytest.raises(ZeroDivisionError):

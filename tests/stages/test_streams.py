@@ -1,4 +1,4 @@
-"""Producers of a clip's stream: as many chunks as there are credits, and two may share one."""
+"""Producers of a clip's stream make a chunk per credit, and two can share one stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def remote(clips: ClipStreams) -> Any:
 
 
 class Source:
-    """Makes so many chunks."""
+    """Makes a given number of chunks."""
 
     def __init__(self, num_chunks: int) -> None:
         self.num_chunks, self.made = num_chunks, 0
@@ -62,7 +62,7 @@ def test_a_chunk_is_made_when_there_is_a_credit_for_it() -> None:
     run(body())
 
 
-def test_leaving_stops_what_is_being_made() -> None:
+def test_leaving_stops_the_producer() -> None:
     async def body() -> None:
         clips = ClipStreams(1)
         await clips.open("a", window=2)
@@ -81,7 +81,7 @@ def test_leaving_stops_what_is_being_made() -> None:
         made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
         assert await anext(made) == (0, 1)
         await settle()
-        async with asyncio.timeout(10):  # not until its end, nor until the request's
+        async with asyncio.timeout(10):  # stopped before its end and the request's
             await made.aclose()
         assert was_stopped.is_set()
 
@@ -102,7 +102,7 @@ def test_two_producers_share_the_credits_whoever_ends_first(window: int, late: i
             async for index, _ in produce_on_credit(context, remote(clips), "a", str(number), Source(num_chunks)):
                 taken.append((number, index))
                 await clips.post("a", str(number), ["chunk"])
-                await clips.release("a")  # the encoder's
+                await clips.release("a")  # the encoder's mailbox
 
         await asyncio.gather(produce(0, 4), produce(1, 1))
         assert sorted(taken) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]

@@ -1,4 +1,4 @@
-"""The VAEs' deployments as far as they can be shown without Ray: the leader between its gang and a clip's stream."""
+"""The video VAE's deployment without Ray: the leader between its gang and a clip's stream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
 
 
 class FakeGang:
-    """Two ranks with a row of every frame each."""
+    """Two ranks, each with one row of every frame."""
 
     def __init__(self, num_chunks: int = 3) -> None:
         self.num_chunks = num_chunks
@@ -107,13 +107,13 @@ def test_a_clips_chunks_are_the_ranks_strips_side_by_side(monkeypatch: pytest.Mo
         await settle()
         assert gang.methods == ["begin", *["next_strip"] * 4, "end"]
         assert {name for _, name, _ in gang.calls} == {"clip/video/1"}
-        # Of a new size, the first chunk and the second one, which has the shape of all later ones, compile.
+        # With a new size the first two chunks compile; the second has the shape of all later ones.
         assert [timeout_s for *_, timeout_s in gang.calls] == [10, 20, 20, 10, 10, 10]
 
     run(body())
 
 
-def test_leaving_a_clip_is_told_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_a_clip_notifies_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         gang = FakeGang(num_chunks=100)
         await decoded(await leader_of(gang, monkeypatch), most=2)
@@ -124,11 +124,11 @@ def test_leaving_a_clip_is_told_to_the_ranks(monkeypatch: pytest.MonkeyPatch) ->
     run(body())
 
 
-def test_a_failed_gang_is_said_and_not_healthy_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_gang_raises_and_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         gang = FakeGang()
         leader = await leader_of(gang, monkeypatch)
-        # A dead rank ends this process, in time for its last words.
+        # A dead rank ends this process after its errors are sent.
         monkeypatch.setattr("deployments.stages.gang_leader._GRACE_S", 1000.0)
         await leader.check_health()
         gang.failure = GangFailed("decode", "died", 1)
@@ -141,7 +141,7 @@ def test_a_failed_gang_is_said_and_not_healthy_any_more(monkeypatch: pytest.Monk
     run(body())
 
 
-def test_a_clip_that_waits_for_a_credit_hears_of_a_death_that_is_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_that_waits_for_a_credit_fails_with_its_gang(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         gang, clips = FakeGang(num_chunks=100), ClipStreams(1)
         leader = await leader_of(gang, monkeypatch)
