@@ -1,4 +1,4 @@
-"""Acts (fails, kills) before the n-th change of files or of the database that this process makes from now on."""
+"""Acts (fails, kills) before this process's n-th change of files or the database."""
 
 from __future__ import annotations
 

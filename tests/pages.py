@@ -1,4 +1,4 @@
-"""The blocks of README and of the pages in ``docs/``: found, and run as they stand."""
+"""Finds the code blocks of README and ``docs/``, and runs them unchanged."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def blocks_of(page: Path) -> list[Block]:
 @contextmanager
 def app_served(command: str, folder: Path) -> Iterator[App]:
     """The app that a page's background block starts, on a free port; stopped by Ctrl-C, which has to leave nothing."""
-    with socket.socket() as probe:  # 8000 may be taken
+    with socket.socket() as probe:  # port 8000 may be taken
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     said = folder / "serve.txt"
     with said.open("w") as output:
-        # Ray's workers would step back behind whatever else is being tested.
+        # Ray's workers would run at lower priority than other tests.
         environment = {**os.environ, "RAY_worker_niceness": "0"}
         arguments = [*_here(command, port).split(), "--port", str(port)]
         server = subprocess.Popen(arguments, cwd=folder, env=environment, stdout=output, stderr=output)
@@ -71,7 +71,7 @@ class App:
     said: Path
 
     def environment(self) -> dict[str, str]:
-        """What ``serve`` prints for Python clients: its own Ray cluster, whatever others this machine runs."""
+        """The environment that ``serve`` prints for Python clients: leads to its own Ray cluster."""
         pairs = dict(re.findall(r"\b(RAY_\w+)=(\S+)", self.said.read_text()))
         assert "RAY_ADDRESS" in pairs
         return pairs
@@ -82,8 +82,8 @@ def run_blocks(blocks: Iterable[Block], folder: Path, app: App | None = None) ->
 
     Args:
         blocks: bash and python; others are passed over.
-        folder: where.
-        app: that they ask; its port stands for 8000.
+        folder: where they run.
+        app: the app that they call; its port replaces 8000.
     """
     for block in blocks:
         if block.kind not in ("bash", "python"):
@@ -100,7 +100,7 @@ def run_blocks(blocks: Iterable[Block], folder: Path, app: App | None = None) ->
 
 
 def _here(code: str, port: int) -> str:
-    """A block's text for this environment: it is there already, and its commands lie beside its Python."""
+    """Adapt a block to this environment, which exists already, with its commands beside its Python."""
     return code.replace("make env\n", "").replace(".venv/bin/", f"{_BIN}/").replace(":8000", f":{port}")
 
 

@@ -1,4 +1,4 @@
-"""What a test run starts, counted while it runs, and the most that ``make test`` may start.
+"""Counts what a test run starts, and bounds it for ``make test``.
 
 Counted are Ray sessions and apps, and the Python processes that the tests' own processes start, a Ray session's few
 services among them: not its workers, which are as many as its apps want. With several workers the one in charge adds
@@ -34,7 +34,7 @@ def count(command: list[Any]) -> None:
 
 
 def overspent(counts: Counter[str]) -> list[str]:
-    """What was started more often than the budget has it, a line each."""
+    """List what exceeds the budget, a line each."""
     return [f"{name}: {counts[name]}, at most {most}" for name, most in BUDGET.items() if counts[name] > most]
 
 
@@ -86,7 +86,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say what was started."""
+    """Report what was started."""
     terminalreporter.section("started")
     terminalreporter.write_line(", ".join(f"{started[name]} {name}" for name in BUDGET))
     if _is_judged(config):

@@ -41,7 +41,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_the_watch_on_allocations_sees_one() -> None:
+def test_the_watch_on_allocations_sees_an_allocation() -> None:
     with LargestTensor() as largest:
         torch.ones(1 << 20)
     assert largest.num_bytes == 4 << 20
@@ -277,7 +277,7 @@ def test_the_engine_refuses_what_it_cannot_do(
         engine_for(tiny_edge).denoise(Cosmos3T2VRequest(**{**vars(good), "sound_frames": 5}))
 
 
-def test_a_closed_engine_says_so(tiny_nano: Path) -> None:
+def test_a_closed_engine_refuses_requests(tiny_nano: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with Engine(tiny_nano, device="cpu") as engine:
         request = Cosmos3T2VRequest(ids, torch.ones_like(ids), ids, torch.ones_like(ids), (1, 2, 2))
@@ -290,7 +290,7 @@ def test_a_closed_engine_says_so(tiny_nano: Path) -> None:
         engine.decode_sound(torch.zeros(64, 2))
 
 
-def test_the_command_line_says_it_in_one_line_and_exits_2(
+def test_the_command_line_prints_one_line_and_exits_2(
     tiny_nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--height", "100", "--out", str(tmp_path / "x")]

@@ -179,7 +179,7 @@ def test_the_prompt_cache_is_bounded_and_an_eviction_does_not_change_results(den
         assert small.text_cache.num_prefills == 2
 
 
-def test_the_memory_of_a_request_is_foretold(denoiser: Denoiser) -> None:
+def test_the_memory_of_a_request_is_predicted(denoiser: Denoiser) -> None:
     """Between two steps: state, prompts and positions. The bound that admits requests stands on it."""
     larger = replace(REQUEST, latent_shape=LatentShape(3, 10, 6))
     for request in (REQUEST, replace(REQUEST, guidance_scale=1.0), larger):
@@ -197,7 +197,7 @@ def test_the_memory_of_a_request_is_foretold(denoiser: Denoiser) -> None:
         assert held <= foretold <= 1.2 * held
 
 
-def test_a_saved_state_of_another_request_is_refused_when_it_is_taken_up(denoiser: Denoiser) -> None:
+def test_a_saved_state_of_another_request_is_refused_on_resume(denoiser: Denoiser) -> None:
     plan = denoiser.prepare(REQUEST)
     state = denoiser.step(plan, denoiser.start(plan))
     assert denoiser.resume(plan, DenoiseState.from_bytes(state.to_bytes())).step_index == 1

@@ -62,7 +62,7 @@ def test_schedule_and_shift_come_from_the_engine_unless_the_request_says(engine:
     assert not torch.equal(by_engine["shift"], native)
 
 
-def test_a_run_is_resumed_where_it_was(engine: Engine) -> None:
+def test_a_run_resumes_where_it_was(engine: Engine) -> None:
     states: list[DenoiseState] = []
     whole = engine.denoise(JOB, on_step=lambda event: states.append(event.state))
     events: list[StepEvent] = []
@@ -194,7 +194,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_loading")
-def test_damage_is_found_before_any_weight_is_read(tiny_nano: Path, tmp_path: Path) -> None:
+def test_damage_is_found_before_weights_are_read(tiny_nano: Path, tmp_path: Path) -> None:
     root = tmp_path / "checkpoint"
     shutil.copytree(tiny_nano, root)
     weights = root / "vae" / "diffusion_pytorch_model.safetensors"

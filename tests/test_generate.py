@@ -126,7 +126,7 @@ def test_what_a_step_callback_raises_ends_the_run_and_leaves_no_file(engine: Eng
     ("flag", "schedule"),
     [([], "native"), (["--use-karras-sigmas", "true"], "karras"), (["--use-karras-sigmas", "auto"], "karras")],
 )
-def test_the_command_line(
+def test_the_command_line_writes_the_file_of_its_flags(
     flag: list[str], schedule: str, tiny_nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [

@@ -115,7 +115,7 @@ def test_vaes_that_encode_nothing_are_refused(tiny_nano: Path) -> None:
         fit_preview_map(endless)  # type: ignore[arg-type]
 
 
-def test_a_kept_map_is_read_and_not_fitted_again(
+def test_a_cached_map_is_read_and_not_fitted_again(
     vae: VideoVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits: list[VideoVAE] = []
@@ -134,7 +134,7 @@ def test_a_kept_map_is_read_and_not_fitted_again(
     assert len(fits) == 2, "without a cache each is fitted"
 
 
-def test_another_vae_never_finds_a_kept_map(vae: VideoVAE) -> None:
+def test_another_vae_never_finds_a_cached_map(vae: VideoVAE) -> None:
     digest = encoder_digest(vae)
     assert encoder_digest(copy.deepcopy(vae)) == digest
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_another_vae_never_finds_a_kept_map(vae: VideoVAE) -> None:
 @pytest.mark.parametrize(
     "damage", ["", "{}", "[1]", '{"digest": "x", "weights": [], "bias": []}', "cut", "channel", "text"]
 )
-def test_a_damaged_file_is_told_of_and_replaced(
+def test_a_damaged_file_is_logged_and_replaced(
     damage: str, vae: VideoVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fitted = PreviewMap(((0.5, 0.0, 0.0),) * 48, (0.0, 0.0, 0.0))
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_told_of_and_replaced(
     assert path.read_text() == whole
 
 
-def test_a_cache_that_cannot_be_written_is_told_of_and_done_without(
+def test_an_unwritable_cache_is_logged_and_skipped(
     vae: VideoVAE, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("no directory")
@@ -202,7 +202,7 @@ def test_a_preview_plays_as_long_as_the_clip_but_not_for_minutes() -> None:
     assert PreviewOrder(1, 1200.0, MAP).fps(12) == 1.0
 
 
-def test_evenly() -> None:
+def test_frames_are_picked_evenly() -> None:
     assert pick_evenly(1, 12) == [0]
     assert pick_evenly(12, 12) == list(range(12))
     assert pick_evenly(48, 12) == list(range(0, 48, 4))

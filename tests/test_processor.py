@@ -102,7 +102,7 @@ def test_the_negative_prompt_says_where_it_came_from(tiny_nano: Path, tiny_edge:
     assert shipped.text.startswith(json.dumps(json.loads((tiny_edge / "assets" / "negative_prompt.json").read_text())))
 
 
-def test_errors(tiny_nano: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_bad_settings_and_prompts_are_refused(tiny_nano: Path, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="negative_metadata"):
         Cosmos3Processor(tiny_nano, negative_metadata="some", tokenizer=tokenizer)
     with pytest.raises(MissingFileError, match="tokenizer.json"):

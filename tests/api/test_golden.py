@@ -1,4 +1,4 @@
-"""What clients see, frozen: answers of the HTTP API, events byte for byte, and what the Python client makes of them."""
+"""Frozen client-visible output: HTTP answers, events byte for byte, and values of the Python client."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ class Clock:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """The file of a test's name."""
+    """The golden file named after the test."""
     is_written = request.config.getoption("--write-golden", default=False)
     return Golden(request.node.name.removeprefix("test_"), is_written=is_written)
 
 
 @pytest.fixture
 def clock(api: Api, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Of the API and its database; the recorder's goes on by a second with each look."""
+    """Clock of the API and its database; the recorder's advances a second per look."""
     clock = Clock()
     monkeypatch.setattr(time, "time", clock)
     ticks = itertools.count(1000.0)
@@ -149,7 +149,7 @@ def test_videos(api: Api, clock: Clock, golden: Golden) -> None:
 
 
 def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
-    """An object in every state, and what it looks like in each step on the way there."""
+    """Collect a job's object in every state, and in each step on the way."""
     first = api.created(_SMALL)
     clock.tick(1.0)
     second = api.created({**_SMALL, "previews": 2})
@@ -330,7 +330,7 @@ def test_events(api: Api, clock: Clock, golden: Golden) -> None:
 
 
 async def _recorded(api: Api, job: Job) -> None:
-    """A job that meets with everything a job may meet with, as its runner writes it down."""
+    """Record a job with every kind of event, as its runner does."""
 
     def lost(error: Exception) -> None:
         raise error
@@ -343,7 +343,7 @@ async def _recorded(api: Api, job: Job) -> None:
 
 
 def test_events_over_handles(golden: Golden) -> None:
-    """What a client is told that waits at the Director: the wire's form, and the values."""
+    """Events of a client at the Director's handle, as sent and as values."""
     seen = [(event.kind, event_as_json(event)) for event in _EVENTS if event.kind]
     golden.check([{"kind": kind, "data": data, "value": _plain(read_event(kind, data))} for kind, data in seen])
 
@@ -495,7 +495,7 @@ def test_refusals_with_keys(make_api: Any, golden: Golden) -> None:
     golden.check({name: answer_as_json(answer) for name, answer in answers.items()})
 
 
-# The service, and what is waited for
+# The service, and endpoints that wait
 
 
 def test_service(api: Api, golden: Golden) -> None:
@@ -508,7 +508,7 @@ def test_service(api: Api, golden: Golden) -> None:
 
 
 def test_openapi(api: Api, golden: Golden) -> None:
-    """Of the document: paths, parameters and status codes of each operation."""
+    """Paths, parameters and status codes of each operation of the document."""
     document = api.get("/openapi.json").json()
     operations: dict[str, Any] = {}
     for path, item in sorted(document["paths"].items()):
@@ -529,7 +529,7 @@ def _resolved(document: Any, value: Any) -> Any:
 
 
 def test_files(api: Api, clock: Clock, golden: Golden) -> None:
-    """What is waited for, and what a job has made."""
+    """Answers with files: of endpoints that wait, and contents of jobs."""
     sync, images = "/v1/videos/sync", "/v1/images/generations"
     image = {"prompt": "a", "size": "32x32"}
     answers = {
@@ -540,7 +540,7 @@ def test_files(api: Api, clock: Clock, golden: Golden) -> None:
         "image files": api.post(images, json={**image, "n": 2, "response_format": "file"}),
     }
     zipped = answers["image files"].headers
-    assert int(zipped.pop("content-length")) > 16  # it holds times
+    assert int(zipped.pop("content-length")) > 16  # it contains times
     api.director.actions = _ACTIONS
     policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url()}
     answers["actions"] = api.post(sync, json={**policy, "output": "actions"})

@@ -208,14 +208,14 @@ def test_a_needed_component_must_be_listed(root: Path, component: str) -> None:
 
 
 @pytest.mark.parametrize("component", ["vae", "sound_tokenizer"])
-def test_a_listed_component_must_be_there(root: Path, component: str) -> None:
+def test_a_listed_component_must_exist(root: Path, component: str) -> None:
     (root / component).rename(root / "elsewhere")
     with pytest.raises(MissingFileError, match=rf"{component}: no such directory.*Download {component}/") as caught:
         CheckpointLayout.open(root)
     assert ("[null, null]" in str(caught.value)) == (component == "sound_tokenizer")
 
 
-def test_the_tokenizer_file_must_be_there(root: Path) -> None:
+def test_the_tokenizer_file_must_exist(root: Path) -> None:
     (root / "text_tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(MissingFileError, match=r"tokenizer\.json: no such file\. Download the whole text_tokenizer/"):
         CheckpointLayout.open(root)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
         check: its name.
@@ -28,7 +28,7 @@ class Verdict:
 
 
 def checked(check: str, run: Callable[[], str]) -> Verdict:
-    """Run a check, which returns its figures; whatever it raises is its failure."""
+    """Run a check, which returns its figures; an exception is its failure."""
     start_s = time.monotonic()
     try:
         word, detail = "ok", run()

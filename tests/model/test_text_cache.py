@@ -1,4 +1,4 @@
-"""Kept prompts: what a ledger decides, and that a cache does it."""
+"""Cached prompts: the ledger's decisions, and a cache that follows them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_ledger_knows_what_needs_no_computing() -> None:
 
 
 def test_ranks_that_follow_one_ledger_hold_the_same_and_prefill_alike() -> None:
-    """Each rank holds its own bytes, and the ledger counts one rank's: nobody decides by what lies before him."""
+    """Ranks hold different bytes; all follow the ledger, which counts one rank's, not their own."""
     ledger = PromptLedger(3 * BYTES_PER_TOKEN, BYTES_PER_TOKEN)
     ranks = [TextCache(prefill), TextCache(lambda ids: prefill(ids.repeat(2)))]
     for number in (1, 2, 1, 3, 4, 1, 2):

@@ -38,7 +38,7 @@ ELEMENTWISE_SHAPES = [(2880, 32, 128), (333, 40, 128), (1, 8, 128), (77, 3, 24)]
 
 
 def largest_difference(name: str, dtype: torch.dtype, device: torch.device, shape: Shape, causal: bool) -> float:
-    """Of an implementation of attention: the largest absolute difference, on random inputs of unit scale."""
+    """Return an attention implementation's largest absolute difference from eager, on random inputs of unit scale."""
     q_tokens, k_tokens, heads, kv_heads, dim = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -56,7 +56,7 @@ def largest_difference(name: str, dtype: torch.dtype, device: torch.device, shap
 def relative_difference(
     op: str, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int], weight_in_fp32: bool
 ) -> float:
-    """Of an elementwise operator: its distance from eager in fp32, relative; of several results the largest."""
+    """Return an elementwise operator's relative distance from eager in fp32; the largest of several results."""
     tokens, heads, dim = shape
     generator = torch.Generator().manual_seed(0)
 

@@ -13,5 +13,5 @@ from tests.ranks import run_layouts
 
 @pytest.fixture(scope="session")
 def ranks(tiny_nano: Path) -> dict[Layout, list[RankResult]]:
-    """Layout -> what each of its ranks came to."""
+    """Layout -> the result of each of its ranks."""
     return dict(zip(LAYOUTS, run_layouts(latents_and_steps, LAYOUTS, tiny_nano), strict=True))

@@ -170,7 +170,7 @@ class Step:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank came to.
+    """The results of one rank.
 
     Attributes:
         latents: see :func:`final_latents`.
@@ -186,7 +186,7 @@ class RankResult:
 
 
 def latents_and_steps(groups: Groups, device: torch.device, checkpoint: Path) -> RankResult:
-    """Everything that the CPU tests ask of a layout."""
+    """Run everything that the CPU tests need of a layout."""
     log = QueueHandler(SimpleQueue())
     logger = logging.getLogger("cosmos3_core")
     logger.addHandler(log)

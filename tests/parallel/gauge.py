@@ -68,7 +68,7 @@ _COLLECTIVES: dict[str, tuple[Any, str, Callable[..., int]]] = {
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operator that is run, whoever called it."""
+    """Sees every operator that runs."""
 
     def __init__(self, gauge: Gauge) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class Apart(Strip):
 
 
 class Alone(Apart):
-    """A strip whose others are not there: it sees nothing but itself."""
+    """A strip without neighbours, which sees only itself."""
 
     def gather(self, x_KHWC: Tensor) -> Tensor:
         return x_KHWC
@@ -64,7 +64,7 @@ class Alone(Apart):
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What one rank came to.
+    """The results of one rank.
 
     Attributes:
         chunks: shapes of its own decoded chunks.
