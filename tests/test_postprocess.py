@@ -1,4 +1,4 @@
-"""What the engine gives -> files: the sound ends with the video."""
+"""The engine's result -> files, in which the sound ends with the video."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Opening checkpoint directories: what is read, and what each kind of damage says."""
+"""Opening checkpoint directories: what is read, and the message for each kind of damage."""
 
 from __future__ import annotations
 

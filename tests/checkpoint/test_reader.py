@@ -53,7 +53,7 @@ def write_index(directory: Path, weight_map: object) -> None:
 
 
 def write_raw(directory: Path, header: object, data: bytes = b"", name: str = SINGLE) -> Path:
-    """A file with this header, JSON text or an object, whatever it says."""
+    """Write a file with this header, JSON text or an object, valid or not."""
     text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
     path = directory / name
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)

@@ -1,4 +1,4 @@
-"""Where denoising starts: noise from one generator, what is given in it, and what of it never moves."""
+"""The start of denoising: noise from one generator, given media, and latents that never change."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_given_actions_are_clean_and_padded_with_zeros(layout: CheckpointLayout)
 
 @pytest.mark.parametrize("action", [GENERATED, GIVEN], ids=["generated", "given"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_what_is_fixed_stays_to_the_bit_in_every_step(
+def test_fixed_latents_stay_to_the_bit_in_every_step(
     action: ActionLatents, guidance_scale: float, tiny_nano: Path, engine_for: Callable[[Path], Engine]
 ) -> None:
     events: list[StepEvent] = []
@@ -160,7 +160,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "field", "said"), BAD, ids=lambda value: "")
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], field: str, said: str, layout: CheckpointLayout) -> None:
+def test_noise_or_media_that_do_not_match_the_request_are_refused(
+    changes: dict[str, Any], field: str, said: str, layout: CheckpointLayout
+) -> None:
     with pytest.raises(RequestError) as caught:
         states_of(replace(PLAIN, **changes), layout)
     assert caught.value.field == field

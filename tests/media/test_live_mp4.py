@@ -72,7 +72,7 @@ def times_s(path, kind):
 
 
 @pytest.mark.parametrize("with_sound", [False, True])
-def test_it_grows_by_whole_fragments_and_plays_before_the_end(tmp_path, long_clip, sweep, with_sound):
+def test_a_live_file_grows_by_whole_fragments_and_plays_before_the_end(tmp_path, long_clip, sweep, with_sound):
     path, live = tmp_path / "clip.mp4", tmp_path / "live.mp4"
     sound = SOUND if with_sound else None
     seen, decoded = [b""], {}
@@ -132,7 +132,7 @@ def test_sound_is_in_step_with_the_pictures(tmp_path, long_clip, sweep):
 
 @pytest.mark.parametrize("options", [{}, {"fps": 23.976}, {"fps": 60}, {"lossless": True}], ids=str)
 @pytest.mark.parametrize("with_sound", [False, True])
-def test_the_finished_file_is_the_same_without_it(tmp_path, long_clip, sweep, options, with_sound):
+def test_the_finished_file_does_not_depend_on_the_live_file(tmp_path, long_clip, sweep, options, with_sound):
     samples = sweep if with_sound else None
     path, live = make(tmp_path / "with", long_clip, samples, **options)
     alone, none = make(tmp_path / "without", long_clip, samples, live=False, **options)
@@ -159,7 +159,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_what_is_given_up_leaves_the_live_file_as_far_as_it_came(tmp_path, long_clip):
+def test_an_abandoned_clip_leaves_a_playable_live_file(tmp_path, long_clip):
     live = tmp_path / "live.mp4"
     with pytest.raises(Interrupted), Mp4Writer(tmp_path / "clip.mp4", fps=24, **SIDES, live=live) as writer:
         writer.write(long_clip[:30])
@@ -178,20 +178,20 @@ def test_a_live_file_that_cannot_be_written_fails_the_clip(tmp_path, long_clip):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_is_refused_at_once(tmp_path):
+def test_an_invalid_path_is_refused_at_once(tmp_path):
     with pytest.raises(MediaError, match=r"the live file .* could not be created"):
         Mp4Writer(tmp_path / "clip.mp4", fps=24, **SIDES, live=tmp_path / "missing" / "live.mp4")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_that_looks_like_a_url(tmp_path, long_clip, monkeypatch):
+def test_a_name_that_looks_like_a_url_is_a_file(tmp_path, long_clip, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Mp4Writer("clip.mp4", fps=24, **SIDES, live="http:live%03d.mp4") as writer:
         writer.write(long_clip[:3])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "http:live%03d.mp4"]
 
 
-def test_only_mp4s_have_one(tmp_path, long_clip):
+def test_only_mp4s_have_a_live_file(tmp_path, long_clip):
     kinds = {"mp4": (None, True), "png": (None, False), "wav": (SOUND, False)}
     for kind, (sound, has_live) in kinds.items():
         clip_format = ClipFormat(kind, 48, 80, 24, sound=sound)

@@ -239,7 +239,7 @@ def test_a_stream_stays_empty_when_the_run_fails(clip):
     assert stream.getvalue() == b""
 
 
-def test_no_frames_no_file(tmp_path):
+def test_without_frames_there_is_no_file(tmp_path):
     with (
         pytest.raises(MediaError, match="no frame was written"),
         Mp4Writer(tmp_path / "a.mp4", fps=24, height=48, width=80),
@@ -248,7 +248,7 @@ def test_no_frames_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_use_after_close(tmp_path, clip):
+def test_use_after_close_is_refused(tmp_path, clip):
     writer = Mp4Writer(tmp_path / "clip.mp4", fps=24, height=48, width=80)
     writer.write(clip)
     writer.close()
@@ -333,7 +333,7 @@ def test_a_size_that_the_encoder_refuses_is_a_media_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_that_looks_like_a_url(tmp_path, clip, monkeypatch):
+def test_a_name_that_looks_like_a_url_is_a_file(tmp_path, clip, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encode("http:clip%03d.mp4", clip)
     assert [path.name for path in Path().iterdir()] == ["http:clip%03d.mp4"]

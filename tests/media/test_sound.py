@@ -99,7 +99,7 @@ def test_a_full_disk_is_a_media_error_and_leaves_nothing(tmp_path, waveform, mon
         writer.write_sound(waveform)
 
 
-def test_use_after_close(tmp_path, waveform):
+def test_use_after_close_is_refused(tmp_path, waveform):
     writer = WavWriter(tmp_path / "sound.wav", STEREO)
     writer.write_sound(waveform)
     writer.close()

@@ -59,13 +59,13 @@ def test_the_same_clip_gives_the_same_bytes(tmp_path: Path, clip: np.ndarray, wa
     assert targets[0].getvalue() == targets[1].getvalue() != b""
 
 
-def test_a_silent_clip_has_none(tmp_path: Path, clip: np.ndarray) -> None:
+def test_a_silent_clip_has_no_sound_track(tmp_path: Path, clip: np.ndarray) -> None:
     with make_clip(tmp_path / "a.mp4", clip, None).open("rb") as source, pytest.raises(NoSoundTrack):
         write_sound_track(tmp_path / "a.m4a", source)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_damage_is_said_and_leaves_no_file(tmp_path: Path, clip: np.ndarray, waveform: np.ndarray) -> None:
+def test_damage_is_reported_and_leaves_no_file(tmp_path: Path, clip: np.ndarray, waveform: np.ndarray) -> None:
     whole = make_clip(tmp_path / "a.mp4", clip, waveform).read_bytes()
     for damaged in (b"", whole[:100], b"no mp4" * 100):
         with pytest.raises(MediaError):

@@ -1,4 +1,4 @@
-"""Images and clips that users give: every kind that is taken, and every fault refused in the same way."""
+"""Images and clips from users: every accepted kind, and every fault refused in the same way."""
 
 import io
 import os
@@ -342,7 +342,7 @@ def test_clips_from_memory_that_are_refused(source, message):
 
 
 @pytest.mark.parametrize("packed", [picture().astype(float), picture()[..., :2], steps(1), None, "x", 3])
-def test_what_no_pack_function_made_is_refused(packed):
+def test_unpacked_media_are_refused(packed):
     with pytest.raises(RequestError):
         probe_image("image", packed)
     with pytest.raises(RequestError):
@@ -748,7 +748,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def test_bombs_are_refused_without_their_memory(tmp_path):
+def test_bombs_are_refused_without_allocating_their_memory(tmp_path):
     expected = bombs()
     for name, (data, _) in expected.items():
         assert len(data) < 2**22, name

@@ -148,7 +148,7 @@ def test_the_same_clip_gives_the_same_bytes(tmp_path: Path) -> None:
         assert first.getvalue() == second.getvalue() != b""
 
 
-def test_what_has_no_such_picture(tmp_path: Path) -> None:
+def test_sound_and_images_have_no_such_pictures(tmp_path: Path) -> None:
     with open_writer(tmp_path / "a.wav", ClipFormat("wav", 0, 0, 0, sound=SoundFormat(8000, 1, 100))) as writer:
         writer.write_sound(np.zeros((1, 100), np.float32))
     write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8), "png")
@@ -160,7 +160,7 @@ def test_what_has_no_such_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_thumbnail, write_spritesheet])
-def test_damage_is_said_and_leaves_no_file(tmp_path: Path, write: Callable[..., None]) -> None:
+def test_damage_is_reported_and_leaves_no_file(tmp_path: Path, write: Callable[..., None]) -> None:
     whole = make_clip(tmp_path / "a.mp4", 9, 64, 64).read_bytes()
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "cut").write_bytes(whole[:200])

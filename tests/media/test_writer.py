@@ -79,7 +79,7 @@ def test_an_image_is_one_frame_without_sound(tmp_path, clip, waveform):
         writer.write(clip[:1])
 
 
-def test_no_frame_no_image(tmp_path):
+def test_without_a_frame_there_is_no_image(tmp_path):
     with pytest.raises(MediaError, match="no frame was written"), open_writer(tmp_path / "a", clip_format("jpeg")):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Decoded pixels on their way off the device: same bytes, same order, the next chunk begun before one is handed out."""
+"""Copies of decoded pixels to the host: same bytes and order, with the next chunk started before one is returned."""
 
 from __future__ import annotations
 
