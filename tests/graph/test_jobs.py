@@ -6,7 +6,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -149,8 +149,10 @@ def test_beyond_its_bounds_the_app_sends_retry_after(jobs_app: Any, eventually: 
         (rank_pid,) = rank_pids
         os.kill(rank_pid, signal.SIGSTOP)
         try:
-            taken = [pool.submit(by_http) for _ in range(3)]
-            assert eventually(lambda: num_queued(jobs_app) == 3)
+            taken: list[Future[httpx2.Response]] = []
+            for _ in range(3):  # one by one: Serve counts calls that it is about to hand over as waiting
+                taken.append(pool.submit(by_http))
+                assert eventually(lambda: num_queued(jobs_app) == len(taken)), taken
             others = [pool.submit(by_http) for _ in range(8)]
             assert eventually(lambda: sum(each.done() for each in others) == 7), "one has the place that there is"
             refused = [each.result() for each in others if each.done()]
