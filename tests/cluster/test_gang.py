@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from cluster import gang as gang_module
 from cluster.envelope import TensorEnvelope
@@ -113,7 +112,7 @@ def test_a_tensor_is_stored_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) 
         put.append(value)
         return "its reference"
 
-    monkeypatch.setattr(ray, "put", fake_put)
+    monkeypatch.setattr(gang_module.ray, "put", fake_put)
     calls = Gang([rank_that(), rank_that(), rank_that()]).call("work", "clip", envelope, phase="decode", timeout_s=5)
     assert asyncio.run(calls) == [("clip", "its reference")] * 3
     assert put == [envelope]

@@ -127,20 +127,14 @@ def app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
     return _start(tiny_nano, ray_cluster, media, "shared", {})
 
 
-NARROW: dict[str, Any] = {
-    "audio__enabled": False,
-    "jobs__max_running_videos": 2,
-    "jobs__max_queued": 4,
-    "jobs__lease_s": 5,
-    "jobs__checkpoint_period_s": 0.2,
-    "ingress__max_ongoing_requests": 3,
-    "ingress__max_queued_requests": 1,
-    "transformer__save_period_s": 0.2,
-    "transformer__quantum_timeout_s": 1000,
-}
-
-
 @pytest.fixture(scope="session")
 def jobs_app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
     """An app that runs two videos and queues few; leases last five seconds; states are saved often."""
-    return _start(tiny_nano, ray_cluster, media, "jobs", NARROW)
+    overrides = {
+        "jobs__max_running_videos": 2,
+        "jobs__max_queued": 24,
+        "jobs__lease_s": 5,
+        "jobs__checkpoint_period_s": 0.2,
+        "transformer__save_period_s": 0.2,
+    }
+    return _start(tiny_nano, ray_cluster, media, "jobs", overrides)

@@ -7,7 +7,7 @@ import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,34 +132,46 @@ def num_queued(app: Any) -> int:
         return int(database.execute("select count(*) from jobs where state = 'queued'").fetchone()[0])
 
 
-def test_beyond_its_bounds_the_app_sends_retry_after(jobs_app: Any, eventually: Callable[..., bool]) -> None:
-    """Two clips run and are held, so whatever is full stays full: the ingress with three calls and a fourth that waits
+def test_beyond_its_bounds_the_app_sends_retry_after(
+    start_app: Callable[..., Any], eventually: Callable[..., bool]
+) -> None:
+    """One clip runs and is held, so whatever is full stays full: the ingress with three calls and a fourth that waits
     for it, then the queue of jobs with four. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
+
+    The app is its own: in one whose processes were killed and whose states are saved five times a second, a rank that
+    is held so long was seen to be replaced.
     """
+    app = start_app(
+        "narrow",
+        jobs__max_running_videos=1,
+        jobs__max_queued=4,
+        ingress__max_ongoing_requests=3,
+        ingress__max_queued_requests=1,
+        transformer__quantum_timeout_s=1000,
+    )
     small = GenerationRequest(prompt="a car", num_frames=5, height=80, width=96, num_inference_steps=2)
 
     def by_http() -> httpx2.Response:
-        return httpx2.post(f"{jobs_app.url}/v1/videos/sync", json=make_body(small), timeout=500)
+        return httpx2.post(f"{app.url}/v1/videos/sync", json=make_body(small), timeout=500)
 
-    with ExitStack() as running, ThreadPoolExecutor(11) as pool:
-        rank_pids = set()
-        for _ in range(2):
-            events = running.enter_context(jobs_app.client.stream(replace(small, num_inference_steps=1000)))
-            rank_pids.add(next(event.pid for event in events if isinstance(event, messages.StepDone)))
-        (rank_pid,) = rank_pids
+    with (
+        app.client.stream(replace(small, num_inference_steps=1000)) as running,
+        ThreadPoolExecutor(11) as pool,
+    ):
+        rank_pid = next(event.pid for event in running if isinstance(event, messages.StepDone))
         os.kill(rank_pid, signal.SIGSTOP)
         try:
             taken: list[Future[httpx2.Response]] = []
             for _ in range(3):  # one by one: Serve counts calls that it is about to hand over as waiting
                 taken.append(pool.submit(by_http))
-                assert eventually(lambda: num_queued(jobs_app) == len(taken)), taken
+                assert eventually(lambda: num_queued(app) == len(taken)), taken
             others = [pool.submit(by_http) for _ in range(8)]
             assert eventually(lambda: sum(each.done() for each in others) == 7), "one has the place that there is"
             refused = [each.result() for each in others if each.done()]
-            with jobs_app.client.stream(small) as last:
+            with app.client.stream(small) as last:
                 assert isinstance(next(last), messages.Accepted)
                 with pytest.raises(OverloadedError) as full:
-                    jobs_app.client.generate(small)
+                    app.client.generate(small)
         finally:
             os.kill(rank_pid, signal.SIGCONT)
         running.close()
@@ -168,4 +180,4 @@ def test_beyond_its_bounds_the_app_sends_retry_after(jobs_app: Any, eventually: 
     assert all(float(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert full.value.retry_after_s >= 1
     assert [answer.status_code for answer in served] == [200] * 4
-    assert jobs_app.client.generate(small).info.num_frames == 5, "a place is free again"
+    assert app.client.generate(small).info.num_frames == 5, "a place is free again"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,12 @@ from cosmos3_core.engine import Engine
 from cosmos3_core.generate import generate
 from cosmos3_core.request import GenerationRequest
 from tests.app.http_jobs import patient_client
-from tests.graph.conftest import NARROW
 from tests.graph.test_jobs import replica_pids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 SMALL: dict[str, Any] = {"prompt": "a car", "num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
 DEADLINE_S = 1500.0
-
-
-@pytest.fixture(scope="module")
-def load_app(start_app: Callable[..., Any]) -> Any:
-    """An app that runs two videos at a time and queues all clients."""
-    ingress = {"ingress__max_ongoing_requests": 256, "ingress__max_queued_requests": 256}
-    return start_app("load", **{**NARROW, **ingress, "jobs__max_queued": 24})
 
 
 def own_bytes(pid: int) -> int:
@@ -42,14 +33,14 @@ def own_bytes(pid: int) -> int:
 
 @pytest.mark.slow  # tests/app has 40 of them in one process
 @pytest.mark.parametrize("num_clients", [40, 200])
-def test_many_concurrent_clients_all_get_their_clips(num_clients: int, load_app: Any) -> None:
+def test_many_concurrent_clients_all_get_their_clips(num_clients: int, jobs_app: Any) -> None:
     pids = [*replica_pids("load", "Ingress"), *replica_pids("load", "Director")]
     before = {pid: own_bytes(pid) for pid in pids}
     start_s = time.monotonic()
 
     async def all_of_them() -> list[tuple[str, list[int]]]:
         limits = httpx2.Limits(max_connections=num_clients)
-        async with httpx2.AsyncClient(base_url=load_app.url, timeout=300, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=jobs_app.url, timeout=300, limits=limits) as http:
             async with asyncio.timeout(DEADLINE_S):
                 return await asyncio.gather(*(patient_client(http, number) for number in range(num_clients)))
 
@@ -71,11 +62,11 @@ def test_many_concurrent_clients_all_get_their_clips(num_clients: int, load_app:
 
 
 @pytest.mark.slow
-def test_overhead_of_the_service_is_printed(load_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
+def test_overhead_of_the_service_is_printed(jobs_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
     """Print a request's seconds in one process, over HTTP and as a job; nothing is asserted."""
     request = GenerationRequest(**SMALL)
     seconds: dict[str, list[float]] = {"one process": [], "POST /v1/videos/sync": [], "handle": [], "job, events": []}
-    with Engine(tiny_nano, device="cpu") as engine, httpx2.Client(base_url=load_app.url, timeout=300) as http:
+    with Engine(tiny_nano, device="cpu") as engine, httpx2.Client(base_url=jobs_app.url, timeout=300) as http:
 
         def alone() -> None:
             generate(engine, request, tmp_path / "alone")
@@ -84,7 +75,7 @@ def test_overhead_of_the_service_is_printed(load_app: Any, tiny_nano: Path, tmp_
             assert http.post("/v1/videos/sync", json=SMALL).status_code == 200
 
         def handle() -> None:
-            load_app.client.generate(request)
+            jobs_app.client.generate(request)
 
         def job() -> None:
             job_id = http.post("/v1/videos", json=SMALL).json()["id"]
