@@ -194,7 +194,7 @@ class Denoiser:
         return DenoiseState(0, solver, plan.fingerprint)
 
     def resume(self, plan: DenoisePlan, state: DenoiseState) -> DenoiseState:
-        """Move a saved state to this transformer's device, whichever process saved it.
+        """Move a saved state to this transformer's device, from any process.
 
         Raises:
             StateError: the state belongs to another request or model, or has no step left.

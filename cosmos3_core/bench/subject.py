@@ -1,4 +1,4 @@
-"""What a benchmark measures: a model's configs, the source of its tensors, and the shape of the work."""
+"""The subject of a benchmark: a model's configs, the source of its tensors, and the shape of the work."""
 
 from __future__ import annotations
 

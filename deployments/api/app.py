@@ -46,7 +46,7 @@ def build_api(get_service: Callable[[], Service]) -> FastAPI:
         version="1",
         description="Videos, images, sound and actions with NVIDIA's Cosmos3. Every answer has an x-request-id.",
         openapi_url=None,  # our own route completes the document; FastAPI's pages for it would load scripts
-        redirect_slashes=False,  # a redirect would go to whatever host the Host header names
+        redirect_slashes=False,  # a redirect would lead to the host that the client wrote into its Host header
         generate_unique_id_function=_operation_id,
     )
     app.state.get_service = get_service

@@ -20,10 +20,10 @@ from deployments.errors import BodyError
 from deployments.threads import run_in_thread
 
 MAX_FIELDS = 128
-"""Of a form, or of a JSON body; all that have a name of their own fit in."""
+"""Most fields of a form or a JSON body; every field that has a name fits in."""
 
 MAX_URLENCODED_BYTES = 1 << 20
-"""Of a URL-encoded form, which carries no files: two prompts of the longest, of letters that take most."""
+"""Most bytes of a URL-encoded form, which carries no files: two longest prompts of the longest characters."""
 
 JSON = "application/json"
 MULTIPART = "multipart/form-data"

@@ -23,7 +23,7 @@ FindMissing = Callable[[], Awaitable[list[str]]]
 
 @dataclass
 class Service:
-    """What the routes work with; one per replica.
+    """Everything that the routes of one replica share.
 
     Attributes:
         rules: for bodies of callers that may name every class.

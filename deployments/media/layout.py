@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 WRITING, DONE, FAILED = "writing", "done", "failed"
 
 JOB_ID = re.compile(r"video_gen_[0-9a-f]{32}")
-"""Pattern of job ids, which are vLLM-Omni's; nobody can guess one."""
+"""Pattern of job ids, in vLLM-Omni's form; random, so that they cannot be guessed."""
 
 TRY_ID = re.compile(r"[0-9a-f]{32}")
 MEDIA_ID = re.compile(f"{JOB_ID.pattern}/{TRY_ID.pattern}")

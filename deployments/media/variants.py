@@ -64,7 +64,7 @@ MADE_VARIANTS = tuple(_VARIANTS)
 
 VIDEO, ACTION = "video", "action"
 CONTENT_VARIANTS = (VIDEO, *MADE_VARIANTS, ACTION)
-"""What a client can request of a job: its file, what is made of the file, its actions."""
+"""Variants of a job that a client can request: its file, those made of the file, its actions."""
 
 _MAX_AT_ONCE = 2
 _MAX_WAITING = 32

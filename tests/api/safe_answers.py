@@ -88,7 +88,7 @@ class Inside:
 
 
 def _check_error(answer: httpx2.Response, what: str) -> None:
-    """Check a refusal's body: one shape, and short whatever was sent."""
+    """Check a refusal's body: one shape, and short for any request."""
     if answer.request.method == "HEAD":
         return
     if len(answer.content) > 6000:

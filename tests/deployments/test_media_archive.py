@@ -608,7 +608,7 @@ def test_old_clips_are_swept_and_new_ones_kept(nodes: Nodes) -> None:
 
 
 def test_files_that_a_job_needs_are_kept_and_others_swept(nodes: Nodes) -> None:
-    """The database decides, whatever the files' ages."""
+    """The database decides, not the files' ages."""
     needed, expired, failed = (make(nodes.one) for _ in range(3))
     for media_id in (needed, expired, failed):
         aged(nodes, media_id, 10 * KEEP_S)

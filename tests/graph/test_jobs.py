@@ -135,7 +135,7 @@ def num_queued(app: Any) -> int:
 def test_beyond_its_bounds_the_app_sends_retry_after(
     start_app: Callable[..., Any], eventually: Callable[..., bool]
 ) -> None:
-    """One clip runs and is held, so whatever is full stays full: the ingress with three calls and a fourth that waits
+    """One clip runs and is held, so that what is full stays full: the ingress with three calls and a fourth that waits
     for it, then the queue of jobs with four. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
 
     The app is its own: in one whose processes were killed and whose states are saved five times a second, a rank that
