@@ -51,7 +51,7 @@ _WATCH_S = 2.0
 _AUTOSCALER_S = 5.0
 # From the moment when Serve reports all replicas running to the first HTTP answer.
 _HTTP_S = 60.0
-_STATUS_S = 30.0
+_STATUS_S = 120.0
 # A drained app may still send its last files. One that did not start, or was not drained, is stopped soon.
 _STOP_S = 90.0
 _STOP_SOON_S = 5.0

@@ -131,7 +131,8 @@ def _init(placement: Placement) -> None:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception when its daemons start too late
         raise StartError(f"{failure}: {describe_failure(error).rstrip('.')}. {hint}") from None
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Its router warns on the terminal of replicas that answer late; what matters of that is in the app's status.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
 class FreeResources:
