@@ -23,9 +23,9 @@ from cluster.errors import OverloadedError, StreamClosed
 @dataclass
 class _Clip:
     credits: asyncio.Semaphore
-    making: Counter[str] = field(default_factory=Counter)  # producer -> credits it took and has not posted for
-    gone: set[str] = field(default_factory=set)
-    posted: deque[Any] = field(default_factory=deque)
+    credits_in_use: Counter[str] = field(default_factory=Counter)  # by producer
+    dead_producers: set[str] = field(default_factory=set)
+    chunk_refs: deque[Any] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_complete: bool = False
     closed_because: str | None = None
@@ -61,33 +61,33 @@ class ClipStreams:
             return False
         async with asyncio.timeout(timeout_s):
             await clip.credits.acquire()
-        if clip.closed_because is not None or producer in clip.gone:
+        if clip.closed_because is not None or producer in clip.dead_producers:
             clip.credits.release()  # for the next producer that waits: it takes the credit, or learns of the end
             return False
-        clip.making[producer] += 1
+        clip.credits_in_use[producer] += 1
         return True
 
     async def post(self, stream_id: str, producer: str, boxed_ref: list[Any]) -> None:
         """Post a producer's next chunk: its reference in a list of one, which Ray does not resolve."""
         clip = self._clips.get(stream_id)
         if clip is not None:
-            clip.making[producer] -= 1
-            clip.posted.append(boxed_ref[0])
+            clip.credits_in_use[producer] -= 1
+            clip.chunk_refs.append(boxed_ref[0])
             clip.changed.set()
 
-    async def drop(self, stream_id: str, producer: str) -> None:
+    async def return_credit(self, stream_id: str, producer: str) -> None:
         """Give up a credit without posting a chunk: none is left, or the consumer already has it."""
         clip = self._clips.get(stream_id)
-        if clip is not None and clip.making[producer] > 0:
-            clip.making[producer] -= 1
+        if clip is not None and clip.credits_in_use[producer] > 0:
+            clip.credits_in_use[producer] -= 1
             clip.credits.release()
 
-    async def forget(self, stream_id: str, producer: str) -> None:
+    async def forget_producer(self, stream_id: str, producer: str) -> None:
         """Take back the unused credits of a producer that has died; the Director calls this."""
         clip = self._clips.get(stream_id)
         if clip is not None:
-            clip.gone.add(producer)
-            for _ in range(clip.making.pop(producer, 0)):
+            clip.dead_producers.add(producer)
+            for _ in range(clip.credits_in_use.pop(producer, 0)):
                 clip.credits.release()
 
     async def complete(self, stream_id: str) -> None:
@@ -111,14 +111,14 @@ class ClipStreams:
             while True:
                 if clip.closed_because is not None:
                     raise StreamClosed(stream_id, clip.closed_because)
-                if clip.posted:
-                    return [clip.posted.popleft()]
+                if clip.chunk_refs:
+                    return [clip.chunk_refs.popleft()]
                 if clip.is_complete:
                     return []
                 clip.changed.clear()
                 await clip.changed.wait()
 
-    async def release(self, stream_id: str) -> None:
+    async def release_chunk(self, stream_id: str) -> None:
         """Give a credit back after the consumer has used up a chunk."""
         clip = self._clips.get(stream_id)
         if clip is not None:
@@ -130,7 +130,7 @@ class ClipStreams:
         if clip is None:
             return
         clip.closed_because = reason
-        clip.posted.clear()
+        clip.chunk_refs.clear()
         clip.changed.set()
         clip.credits.release()
 

@@ -5,14 +5,11 @@ picks the next one. Between quanta a request keeps its state on every rank, with
 its state with the leader, and resumed later. A cancelled request leaves at the next quantum. Callers get the state of
 a running request periodically, and another gang can resume it. For a preview, rank 0 returns colours between two
 quanta, and the leader encodes the file during the next one.
-
-When the gang fails, every request gets the failure, later ones too: the leader ends and is replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -20,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
+from cluster.errors import DeadlineExceeded, GangFailed, OutOfMemory, OverloadedError, PreviewFailed
 from cluster.events import PreviewReady, PreviewsOff, QueuePosition, StepDone
 from cluster.gang import Gang
 from cluster.gang_meter import BusyClock, GangMeter
+from cluster.leader_loop import LeaderLoop
 from cluster.logs import LogOrigin, log_event
 from cluster.step_scheduler import StepScheduler, Urgency, urgency_of
 from cluster.transformer_rank import StepReport
@@ -38,8 +36,6 @@ logger = logging.getLogger("ray.serve")
 _QUANTUM_S = 0.25
 # A gang counts as hung when a quantum takes this many times as long as the last one, and longer than the floor.
 _PATIENCE = 20
-# Between two checks of idle ranks.
-_IDLE_S = 5.0
 # Saving states may take this share of a gang's time.
 _SAVING_SHARE = 0.05
 
@@ -87,7 +83,7 @@ Update = QueuePosition | StepDone | PreviewReady | PreviewsOff | SavedState | De
 
 @dataclass(eq=False)
 class _Job:
-    job_id: str
+    try_id: str
     request: DenoiseRequest
     deadline_s: float
     limit_s: float
@@ -103,7 +99,7 @@ class _Job:
     has_begun: bool = False
     step_s: float | None = None
     save_at_s: float = 0.0
-    is_save_taken: bool = True
+    is_saved_state_consumed: bool = True
     preview_due_step: int = 1
 
     @property
@@ -111,13 +107,8 @@ class _Job:
         return self.urgency.name.lower()
 
 
-class EngineLoop:
-    """Runs requests on a gang. Start it inside the event loop that will use it.
-
-    Args:
-        request_memory: memory that requests hold on a rank.
-        on_failure: called once, when the gang has failed and every request has its error.
-    """
+class EngineLoop(LeaderLoop[_Job]):
+    """Runs requests on a gang; ``request_memory`` is what they hold on a rank."""
 
     def __init__(
         self,
@@ -127,30 +118,26 @@ class EngineLoop:
         on_failure: Callable[[], None],
         meter: GangMeter | None = None,
     ) -> None:
-        self._gang = gang
+        super().__init__(gang, on_failure)
         self._request_memory = request_memory
         self._spec = spec
-        self._on_failure = on_failure
         self._meter = meter or GangMeter()
         self._busy = BusyClock(self._now_s())
-        self._turns: StepScheduler[_Job] = StepScheduler()
+        self._scheduler: StepScheduler[_Job] = StepScheduler()
         self._ledger = PromptLedger(spec.text_cache_bytes, request_memory.bytes_per_text_token)
-        self._undropped: tuple[str, ...] = ()
+        self._pending_drops: tuple[str, ...] = ()
         self._wake = asyncio.Event()
         self._seconds_per_request = 0.0
         self._encoding: asyncio.Task[None] | None = None
-        self.failure: GangFailed | None = None
-        # A context of its own: a task made inside a request would be cancelled with that request.
-        self._task = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
 
     @property
     def num_jobs(self) -> int:
         """Number of requests, waiting or running."""
-        return len(self._turns)
+        return len(self._scheduler)
 
     async def submit(
         self,
-        job_id: str,
+        try_id: str,
         request: DenoiseRequest,
         limit_s: float,
         state: TensorEnvelope | None = None,
@@ -163,7 +150,7 @@ class EngineLoop:
         Leaving the iterator early cancels the request at the next quantum.
 
         Args:
-            job_id: unique among the gang's requests.
+            try_id: unique among the gang's requests.
             limit_s: seconds that it may take from now on, waiting included.
             state: to resume from; that of a :class:`SavedState` of the same request.
             clean: latents of the frames that the request gives.
@@ -178,17 +165,16 @@ class EngineLoop:
             OutOfMemory: the request does not fit into the ranks' memory.
             Cosmos3Error: the ranks refused the request.
         """
-        if self.failure is not None:
-            raise GangLost(self.failure.phase, self.failure.reason, self.failure.rank)
+        self._require_up()
         urgency = urgency_of(request)
-        if (num_jobs := self._turns.num_of(urgency)) >= self._spec.max_jobs:
+        if (num_jobs := self._scheduler.count(urgency)) >= self._spec.max_jobs:
             what = f"requests for {urgency.name.lower()}s of one transformer gang"
             raise OverloadedError(what, self._spec.max_jobs, max(1.0, self._seconds_per_request * num_jobs))
         start_s = self._now_s()
-        job = _Job(job_id, request, start_s + limit_s, limit_s, urgency, state, clean, previews, origin, start_s)
+        job = _Job(try_id, request, start_s + limit_s, limit_s, urgency, state, clean, previews, origin, start_s)
         if previews is not None:
             job.preview_due_step = previews.period_steps(request.num_inference_steps)
-        self._turns.add(job, urgency, start_s)
+        self._scheduler.add(job, urgency, start_s)
         self._report_positions()
         self._wake.set()
         try:
@@ -196,7 +182,7 @@ class EngineLoop:
                 update = await job.updates.get()
                 if isinstance(update, Exception):
                     raise update
-                job.is_save_taken |= isinstance(update, SavedState)
+                job.is_saved_state_consumed |= isinstance(update, SavedState)
                 yield update
                 if isinstance(update, Denoised):
                     return
@@ -205,42 +191,27 @@ class EngineLoop:
             job.is_cancelled = True
             self._wake.set()
 
-    async def _run(self) -> None:
-        while self.failure is None:
-            job: _Job | None = None
-            try:
-                self._wake.clear()
-                if (share := self._busy.share(self._now_s())) is not None:
-                    self._meter.set_busy_share(share)
-                await self._drop_abandoned()
-                job = self._turns.next(self._now_s())
-                if job is None:
-                    await self._idle()
-                    continue
-                start_s = self._now_s()
-                if job.has_begun or await self._begin(job):
-                    await self._quantum(job)
-                self._busy.add_work(start_s, self._now_s())
-                self._turns.had_turn(job.urgency, start_s, self._now_s())
-            except GangFailed as error:
-                self._fail(error, job)
-            except Exception as error:  # noqa: BLE001 - our own bug; an endless wait for an answer would hide it
-                self._fail(GangFailed("step", f"the engine loop met {type(error).__name__}: {error}"), job)
-
-    async def _idle(self) -> None:
-        """Wait for a request; check idle ranks, so that a death is noticed before a request comes."""
-        try:
-            async with asyncio.timeout(_IDLE_S):
-                await self._wake.wait()
-        except TimeoutError:
-            await self._gang.call("describe", phase="idle", timeout_s=self._spec.quantum_timeout_s)
+    async def _work(self) -> None:
+        self._wake.clear()
+        if (share := self._busy.share(self._now_s())) is not None:
+            self._meter.set_busy_share(share)
+        await self._drop_abandoned()
+        job = self._running = self._scheduler.next(self._now_s())
+        if job is None:
+            await self._wait_idle(self._wake.wait(), self._spec.quantum_timeout_s)
+            return
+        start_s = self._now_s()
+        if job.has_begun or await self._begin(job):
+            await self._quantum(job)
+        self._busy.add_work(start_s, self._now_s())
+        self._scheduler.record_turn(job.urgency, start_s, self._now_s())
 
     async def _drop_abandoned(self) -> None:
         """Drop requests whose caller has left or died, and those past their deadline."""
-        for job in list(self._turns):
+        for job in list(self._scheduler):
             if job.is_cancelled or self._now_s() >= job.deadline_s:
                 job.updates.put_nowait(DeadlineExceeded("denoise", job.limit_s))
-                await self._end(job)
+                await self._remove(job)
 
     async def _begin(self, job: _Job) -> bool:
         """Have the ranks begin a request, or resume it from its state; return False if they refuse it."""
@@ -248,13 +219,13 @@ class EngineLoop:
         num_hits = self._ledger.num_kept(job.request.prompts)
         orders = self._ledger.admit(job.request.prompts)
         # Drop also what the ranks kept when they refused the last request.
-        orders = replace(orders, drop=tuple(sorted({*orders.drop, *self._undropped} - orders.keep)))
-        self._undropped = orders.drop
+        orders = replace(orders, drop=tuple(sorted({*orders.drop, *self._pending_drops} - orders.keep)))
+        self._pending_drops = orders.drop
         start_s = self._now_s()
         try:
-            await self._gang.ask(
+            await self._gang.call_refusable(
                 "begin",
-                job.job_id,
+                job.try_id,
                 job.request,
                 orders,
                 job.state,
@@ -272,18 +243,18 @@ class EngineLoop:
         if job.step_s is None:  # else it was parked
             self._meter.record_gang_wait(job.lane, start_s - job.start_s)
         self._log(job, "gang began", waited_s=start_s - job.start_s, is_resumed=job.state is not None)
-        job.has_begun, job.state, self._undropped = True, None, ()
+        job.has_begun, job.state, self._pending_drops = True, None, ()
         job.save_at_s = start_s + self._spec.save_period_s
         return True
 
     async def _make_room_for(self, job: _Job) -> None:
         """Park begun requests, the least urgent and latest first, until the request fits."""
         memory = self._request_memory
-        begun = [other for other in self._turns if other.has_begun]
+        begun = [other for other in self._scheduler if other.has_begun]
         while begun and sum(memory.of(it.request) for it in (job, *begun)) > self._spec.max_held_bytes:
             parked = begun.pop()
-            parked.state = await self._save(parked)
-            await self._forget(parked)
+            parked.state = await self._read_state(parked)
+            await self._end_on_ranks(parked)
             parked.has_begun = False
             self._log(parked, "gang parked")
 
@@ -293,8 +264,8 @@ class EngineLoop:
             num_steps = max(1, round(_QUANTUM_S / max(job.step_s, 1e-6)))
             timeout_s = max(self._spec.quantum_timeout_s, _PATIENCE * job.step_s * num_steps)
         try:
-            reports: list[StepReport] = await self._gang.ask(
-                "step", job.job_id, num_steps, phase="step", timeout_s=timeout_s
+            reports: list[StepReport] = await self._gang.call_refusable(
+                "step", job.try_id, num_steps, phase="step", timeout_s=timeout_s
             )
         except OutOfMemory as error:
             self._refuse(job, error)
@@ -308,15 +279,15 @@ class EngineLoop:
         job.step_s = report.seconds / len(report.steps)
         self._meter.record_steps(job.lane, len(report.steps), report.seconds)
         if last.step == last.num_steps:
-            job.updates.put_nowait(Denoised(await self._first("latents", job)))
-            await self._end(job)
+            job.updates.put_nowait(Denoised(await self._call_rank_0("latents", job)))
+            await self._remove(job)
             self._seconds_per_request = job.step_s * last.num_steps
             return
         if job.previews is not None and last.step >= job.preview_due_step:
             await self._preview(job, job.previews, last)
-        if (start_s := self._now_s()) >= job.save_at_s and job.is_save_taken:
-            job.updates.put_nowait(SavedState(last.step, await self._save(job)))
-            job.is_save_taken = False
+        if (start_s := self._now_s()) >= job.save_at_s and job.is_saved_state_consumed:
+            job.updates.put_nowait(SavedState(last.step, await self._read_state(job)))
+            job.is_saved_state_consumed = False
             cost_s = self._now_s() - start_s
             job.save_at_s = self._now_s() + max(self._spec.save_period_s, cost_s / _SAVING_SHARE)
 
@@ -327,9 +298,9 @@ class EngineLoop:
         period_steps = order.period_steps(last.num_steps)
         job.preview_due_step = last.step - last.step % period_steps + period_steps
         try:
-            colours = await self._gang.first(
+            colours = await self._gang.call_rank_0(
                 "preview",
-                job.job_id,
+                job.try_id,
                 order.preview_map,
                 MAX_FRAMES,
                 phase="step",
@@ -354,49 +325,49 @@ class EngineLoop:
     @staticmethod
     def _end_previews(job: _Job, reason: str) -> None:
         if job.previews is not None:
-            log_event(logger, "goes on without previews", job.origin, logging.WARNING, try_id=job.job_id, reason=reason)
+            log_event(logger, "goes on without previews", job.origin, logging.WARNING, try_id=job.try_id, reason=reason)
             job.updates.put_nowait(PreviewsOff(reason, os.getpid()))
             job.previews = None
 
-    async def _save(self, job: _Job) -> TensorEnvelope:
+    async def _read_state(self, job: _Job) -> TensorEnvelope:
         """Read a begun request's state from one rank: all hold the same."""
-        envelope: TensorEnvelope = await self._first("save", job)
+        envelope: TensorEnvelope = await self._call_rank_0("read_state", job)
         return envelope
 
-    async def _end(self, job: _Job) -> None:
-        self._leave(job)
+    async def _remove(self, job: _Job) -> None:
+        self._unschedule(job)
         if job.has_begun:
-            await self._forget(job)
+            await self._end_on_ranks(job)
 
     def _refuse(self, job: _Job, error: Exception) -> None:
         """Reject a request with the ranks' error; they keep nothing of it."""
         job.updates.put_nowait(error)
-        self._leave(job)
+        self._unschedule(job)
 
-    def _leave(self, job: _Job) -> None:
+    def _unschedule(self, job: _Job) -> None:
         self._log(job, "gang ended", seconds=self._now_s() - job.start_s)
-        self._turns.remove(job)
+        self._scheduler.remove(job)
         self._report_positions()
 
-    async def _forget(self, job: _Job) -> None:
-        await self._gang.call("end", job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
+    async def _end_on_ranks(self, job: _Job) -> None:
+        await self._gang.call("end", job.try_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
 
-    async def _first(self, method: str, job: _Job) -> Any:
-        return await self._gang.first(method, job.job_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
+    async def _call_rank_0(self, method: str, job: _Job) -> Any:
+        return await self._gang.call_rank_0(method, job.try_id, phase="step", timeout_s=self._spec.quantum_timeout_s)
 
-    def _fail(self, error: GangFailed, running: _Job | None) -> None:
-        """Fail every request; only the running one may be to blame."""
-        self.failure = error
-        origin = None if running is None else running.origin
+    def _fail(self, error: GangFailed) -> None:
+        origin = None if self._running is None else self._running.origin
         log_event(logger, "gang failed", origin, logging.ERROR, phase=error.phase, rank=error.rank, reason=error.reason)
-        for job in list(self._turns):
-            if job is not running:
-                job.updates.put_nowait(GangLost(error.phase, error.reason, error.rank))
-            else:
-                # Only some ranks were out of memory: the request's fault, but the gang has failed.
-                job.updates.put_nowait(error.__cause__ if isinstance(error.__cause__, OutOfMemory) else error)
-            self._turns.remove(job)
-        self._on_failure()
+        super()._fail(error)
+
+    def _pop_all(self) -> list[_Job]:
+        jobs = list(self._scheduler)
+        for job in jobs:
+            self._scheduler.remove(job)
+        return jobs
+
+    def _answer(self, item: _Job, error: Exception) -> None:
+        item.updates.put_nowait(error)
 
     @staticmethod
     def _log(job: _Job, event: str, **fields: float) -> None:
@@ -404,7 +375,7 @@ class EngineLoop:
             log_event(logger, event, job.origin, stage="denoise", **fields)
 
     def _report_positions(self) -> None:
-        for position, job in enumerate(self._turns):
+        for position, job in enumerate(self._scheduler):
             if not job.has_begun and job.position != position:
                 job.position = position
                 job.updates.put_nowait(QueuePosition(position, os.getpid()))

@@ -46,9 +46,9 @@ class TensorEnvelope:
 
     def tensor(self) -> torch.Tensor:
         """Return the torch tensor, on the CPU, in memory of its own: the store's is read-only."""
-        return self.borrow_tensor().clone()
+        return self.tensor_view().clone()
 
-    def borrow_tensor(self) -> torch.Tensor:
+    def tensor_view(self) -> torch.Tensor:
         """Return the torch tensor, on the CPU, in the bytes' own memory: read-only by contract."""
         import torch
 

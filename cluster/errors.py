@@ -47,6 +47,11 @@ class GangFailed(ClusterError):
 class GangLost(GangFailed):
     """A gang failed while it worked on another request; retrying this one does not count as an attempt."""
 
+    @classmethod
+    def of(cls, failure: GangFailed) -> GangLost:
+        """Return a failure as the other requests see it."""
+        return cls(failure.phase, failure.reason, failure.rank)
+
 
 class OutOfMemory(ClusterError):
     """A request needs more memory than a device has left; ``what`` is the allocator's message."""

@@ -51,17 +51,12 @@ class GangSpec:
     gpus_per_rank: float
     start_timeout_s: float
 
-    @property
-    def num_ranks(self) -> int:
-        """Rank actors in a gang."""
-        return self.rank.num_ranks
-
 
 def make_bundles(spec: GangSpec, leader_cpus: float) -> list[dict[str, float]]:
     """Return the bundles of one gang's placement group: one a rank, the leader in the first."""
     one = {"CPU": spec.cpus_per_rank, **({"GPU": spec.gpus_per_rank} if spec.gpus_per_rank else {})}
     first = {**one, "CPU": one["CPU"] + leader_cpus}
-    return [first] + [dict(one) for _ in range(spec.num_ranks - 1)]
+    return [first] + [dict(one) for _ in range(spec.rank.num_ranks - 1)]
 
 
 def order_ranks(bundle_nodes: Mapping[int, str], leader_node: str) -> list[int]:
@@ -90,16 +85,15 @@ class Gang:
             GangFailed: it did not come up; names the phase.
             CheckpointError, RequestError: the checkpoint or the device cannot be used.
         """
-        order = _place_bundles(spec)
-        gang = cls(_start_actors(spec, order))
+        gang = cls(_start_actors(spec))
         try:
             await gang.call("log_to_stderr", phase="start", timeout_s=spec.start_timeout_s)
             gang.infos = await gang.call("describe", phase="start", timeout_s=spec.start_timeout_s)
             logger.info("gang 2/5 start: ranks %s", [(info.rank, info.pid, info.node_id) for info in gang.infos])
-            if spec.num_ranks > 1:
-                address, port = await gang.first("host", phase="meet", timeout_s=spec.start_timeout_s)
+            if spec.rank.num_ranks > 1:
+                address, port = await gang.call_rank_0("host", phase="meet", timeout_s=spec.start_timeout_s)
                 await gang.call("join", address, port, phase="meet", timeout_s=spec.start_timeout_s)
-                logger.info("gang 3/5 meet: %s ranks at %s:%s", spec.num_ranks, address, port)
+                logger.info("gang 3/5 meet: %s ranks at %s:%s", spec.rank.num_ranks, address, port)
             loaded: list[Loaded] = await gang.call(
                 "load", phase="load", timeout_s=spec.start_timeout_s, passes_on=Cosmos3Error
             )
@@ -113,7 +107,7 @@ class Gang:
             raise
         return gang
 
-    async def first(
+    async def call_rank_0(
         self,
         method: str,
         *arguments: Any,
@@ -154,7 +148,7 @@ class Gang:
                 raise error
         return _collect_results(calls, errors, method, phase, timeout_s)
 
-    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         """Call as :meth:`call`, but let the ranks refuse: all of them alike, or the gang has failed.
 
         Out of memory is a refusal only for a rank alone. Several may have broken off an exchange, and the next request
@@ -199,20 +193,16 @@ class Gang:
             ray.kill(actor)
 
 
-def _place_bundles(spec: GangSpec) -> list[int]:
+def _start_actors(spec: GangSpec) -> list[Any]:
+    """Start one actor in each bundle of the current placement group, in rank order."""
     group = get_current_placement_group()
     if group is None:
         raise GangFailed("place", "the leader is not in a placement group")
     nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    if len(nodes) != spec.num_ranks:
-        raise GangFailed("place", f"the placement group has {len(nodes)} bundles for {spec.num_ranks} ranks")
+    if len(nodes) != spec.rank.num_ranks:
+        raise GangFailed("place", f"the placement group has {len(nodes)} bundles for {spec.rank.num_ranks} ranks")
     order = order_ranks(nodes, ray.get_runtime_context().get_node_id())
     logger.info("gang 1/5 place: bundles in rank order %s", order)
-    return order
-
-
-def _start_actors(spec: GangSpec, order: list[int]) -> list[Any]:
-    group = get_current_placement_group()
     actor_class = ray.remote(spec.rank.rank_class)
     return [
         actor_class.options(

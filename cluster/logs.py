@@ -173,12 +173,12 @@ class RankLog:
     _works: dict[str, _Work] = field(default_factory=dict)
 
     @contextmanager
-    def begin(self, name: str, origin: LogOrigin | None) -> Iterator[None]:
-        """Log the begin of a piece of work; later calls refer to it by its name."""
+    def begin(self, work_id: str, origin: LogOrigin | None) -> Iterator[None]:
+        """Log the begin of a piece of work; later calls refer to it by its id."""
         with self.run("begin", origin):
             yield
         if origin is not None:
-            self._works[name] = _Work(origin)
+            self._works[work_id] = _Work(origin)
 
     @contextmanager
     def run(self, phase: str, origin: LogOrigin | None) -> Iterator[None]:
@@ -195,9 +195,9 @@ class RankLog:
         log_event(self.logger, f"{phase} done", origin, phase=phase, seconds=time.monotonic() - start_s)
 
     @contextmanager
-    def resume(self, name: str, phase: str) -> Iterator[None]:
+    def resume(self, work_id: str, phase: str) -> Iterator[None]:
         """Log only the failure of a call, one of many in a piece of work."""
-        work = self._works.get(name)
+        work = self._works.get(work_id)
         if work is None:
             yield
             return
@@ -211,9 +211,9 @@ class RankLog:
             work.seconds += time.monotonic() - start_s
             work.num_calls += 1
 
-    def end(self, name: str) -> None:
+    def end(self, work_id: str) -> None:
         """Log the end of a piece of work, if it is there."""
-        work = self._works.pop(name, None)
+        work = self._works.pop(work_id, None)
         if work is not None:
             log_event(
                 self.logger, "work ended", work.origin, phase="end", seconds=work.seconds, num_calls=work.num_calls

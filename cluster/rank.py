@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.errors import OutOfMemory
@@ -87,6 +88,7 @@ class Rank(ABC):
         self._rank = rank
         self._spec = spec
         self._store: Any = None
+        self._loaded_model: Any = None  # set by load()
         self._log = RankLog(logger)
 
     def log_to_stderr(self) -> None:
@@ -126,7 +128,7 @@ class Rank(ABC):
     def load(self) -> Loaded:
         """Load the weights; raise CheckpointError or RequestError if checkpoint or device cannot be used."""
 
-    @property
+    @cached_property
     def _device(self) -> torch.device:
         from cosmos3_core.device import resolve_device
 
@@ -138,17 +140,24 @@ class Rank(ABC):
 
         return DTYPES[self._spec.dtype] if self._spec.dtype else None
 
-    def _if_it_fits(self, work: Callable[[], T], forget: Callable[[], object]) -> T:
-        """Return the result of ``work``; if memory runs out, call ``forget``, free the memory and raise OutOfMemory."""
-        from cosmos3_core.device import forget_unused_memory, is_out_of_memory
+    @property
+    def _model(self) -> Any:
+        if self._loaded_model is None:
+            raise RuntimeError("the leader called a rank before load()")
+        return self._loaded_model
 
-        try:
-            return work()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            what = str(error).splitlines()[0]
-        # After the except block: the error's traceback would keep the failed work's tensors alive.
-        forget()
-        forget_unused_memory(self._device)
-        raise OutOfMemory(what)
+
+def run_within_memory(device: torch.device, work: Callable[[], T], forget: Callable[[], object] = lambda: None) -> T:
+    """Return the result of ``work``; if memory runs out, call ``forget``, free the memory and raise OutOfMemory."""
+    from cosmos3_core.device import forget_unused_memory, is_out_of_memory
+
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        what = str(error).splitlines()[0]
+    # After the except block: the error's traceback would keep the failed work's tensors alive.
+    forget()
+    forget_unused_memory(device)
+    raise OutOfMemory(what)

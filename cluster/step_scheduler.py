@@ -62,11 +62,11 @@ class StepScheduler(Generic[JobT]):
         aged = [urgency for urgency in waiting[1:] if self._wait_s(urgency, now_s) >= self._patience_s(urgency)]
         return self._jobs[max(aged, key=lambda urgency: self._wait_s(urgency, now_s), default=waiting[0])][0]
 
-    def had_turn(self, urgency: Urgency, start_s: float, end_s: float) -> None:
+    def record_turn(self, urgency: Urgency, start_s: float, end_s: float) -> None:
         """Record that a turn of a class is over, however it ended."""
         self._since_s[urgency], self._last_turn_s[urgency] = end_s, end_s - start_s
 
-    def num_of(self, urgency: Urgency) -> int:
+    def count(self, urgency: Urgency) -> int:
         """Return the number of requests of a class."""
         return len(self._jobs[urgency])
 

@@ -11,7 +11,7 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
 from cluster.events import StepDone
 from cluster.logs import LogOrigin
-from cluster.rank import Loaded, Rank, RankSpec
+from cluster.rank import Loaded, Rank, RankSpec, run_within_memory
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.preview import PreviewMap, pick_evenly
@@ -55,7 +55,7 @@ class TransformerSpec(RankSpec):
         return [
             ("begin", ("warm up", _WARM_UP, PromptOrders())),
             ("step", ("warm up", 2)),
-            ("save", ("warm up",)),
+            ("read_state", ("warm up",)),
             ("end", ("warm up",)),
         ]
 
@@ -82,7 +82,6 @@ class TransformerRank(Rank):
         super().__init__(rank, spec)
         self._layout = spec.layout
         self._groups: Groups | None = None
-        self._denoiser: Denoiser | None = None
         self._jobs: dict[str, tuple[DenoisePlan, DenoiseState]] = {}
 
     def _make_groups(self, store: Any) -> None:
@@ -111,18 +110,15 @@ class TransformerRank(Rank):
             layout, device=self._device, dtype=self._dtype, shard=groups.layout.shard(groups.rank)
         )
         parallelize(transformer, groups)
-        self._denoiser = Denoiser(
-            transformer,
-            layout.geometry,
-            layout.scheduler,
-            branch_share=branch_share(groups),
+        denoiser = self._loaded_model = Denoiser(
+            transformer, layout.geometry, layout.scheduler, branch_share=branch_share(groups)
         )
         seconds = time.perf_counter() - start_s
-        return TransformerLoaded(seconds, names_of(transformer.ops), self._denoiser.request_memory)
+        return TransformerLoaded(seconds, names_of(transformer.ops), denoiser.request_memory)
 
     def begin(
         self,
-        job_id: str,
+        try_id: str,
         request: DenoiseRequest,
         orders: PromptOrders,
         saved: TensorEnvelope | None = None,
@@ -132,9 +128,9 @@ class TransformerRank(Rank):
         """Prefill a request's prompts and make its first state, or resume from a saved one.
 
         Args:
-            job_id: its name in later calls.
+            try_id: its name in later calls.
             orders: which prompts to keep, which to drop.
-            saved: returned by :meth:`save` on this gang or another.
+            saved: returned by :meth:`read_state` on this gang or another.
             clean: latents of the frames that the request gives, fp32 [1, C, frames, H, W].
 
         Raises:
@@ -144,7 +140,7 @@ class TransformerRank(Rank):
         """
         from cosmos3_core.sampler.state import DenoiseState
 
-        denoiser = self._get_denoiser()
+        denoiser: Denoiser = self._model
 
         def begin() -> tuple[DenoisePlan, DenoiseState]:
             plan = denoiser.prepare(replace(request, clean_latents=None if clean is None else clean.tensor()), orders)
@@ -152,38 +148,38 @@ class TransformerRank(Rank):
                 return plan, denoiser.start(plan)
             return plan, denoiser.resume(plan, DenoiseState.from_bytes(saved.data.tobytes()))
 
-        with self._log.begin(job_id, origin):
-            self._jobs[job_id] = self._if_it_fits(begin, lambda: self.end(job_id))
+        with self._log.begin(try_id, origin):
+            self._jobs[try_id] = run_within_memory(self._device, begin, lambda: self.end(try_id))
 
-    def step(self, job_id: str, num_steps: int) -> StepReport:
+    def step(self, try_id: str, num_steps: int) -> StepReport:
         """Run up to ``num_steps`` steps of a request; on OutOfMemory nothing of it is kept."""
         from cosmos3_core.device import synchronize
 
         start_s = time.perf_counter()
-        denoiser = self._get_denoiser()
+        denoiser: Denoiser = self._model
         done: list[tuple[int, int, float]] = []
 
         def step() -> tuple[DenoisePlan, DenoiseState]:
-            plan, state = self._jobs[job_id]
+            plan, state = self._jobs[try_id]
             for _ in range(min(num_steps, plan.num_steps - state.step_index)):
                 state = denoiser.step(plan, state)
                 done.append((state.step_index, plan.num_steps, plan.solver.schedule.sigmas[state.step_index]))
             synchronize(denoiser.transformer.device)  # a quantum is over when its steps are done, not queued
             return plan, state
 
-        with self._log.resume(job_id, "step"):
-            self._jobs[job_id] = self._if_it_fits(step, lambda: self.end(job_id))
+        with self._log.resume(try_id, "step"):
+            self._jobs[try_id] = run_within_memory(self._device, step, lambda: self.end(try_id))
         seconds = time.perf_counter() - start_s
         return StepReport(tuple(StepDone(*it, seconds / len(done), os.getpid()) for it in done), seconds)
 
-    def save(self, job_id: str) -> TensorEnvelope:
+    def read_state(self, try_id: str) -> TensorEnvelope:
         """Return a request's state, as bytes for :meth:`begin`."""
         import numpy as np
 
-        _, state = self._jobs[job_id]
+        _, state = self._jobs[try_id]
         return TensorEnvelope.of_array(np.frombuffer(state.to_bytes(), np.uint8))
 
-    def preview(self, job_id: str, preview_map: PreviewMap, max_frames: int) -> TensorEnvelope:
+    def preview(self, try_id: str, preview_map: PreviewMap, max_frames: int) -> TensorEnvelope:
         """Predict the pictures of a request from its last step: uint8 RGB [frames, H, W, 3].
 
         One pixel for each latent position, of at most ``max_frames`` latent frames, evenly spaced. Every rank holds the
@@ -193,24 +189,19 @@ class TransformerRank(Rank):
             PreviewFailed: on any error; the request is as it was.
         """
         try:
-            _, state = self._jobs[job_id]
+            _, state = self._jobs[try_id]
             x0_BCTHW = state.solver["video"].x0[0]
             frames = pick_evenly(x0_BCTHW.shape[2], max_frames)
             return TensorEnvelope.of_tensor(preview_map.colours(x0_BCTHW[:, :, frames]))
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all requests
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
 
-    def latents(self, job_id: str) -> dict[str, TensorEnvelope]:
+    def latents(self, try_id: str) -> dict[str, TensorEnvelope]:
         """Return the latents as they are now, modality -> fp32; see :meth:`cosmos3_core.engine.Engine.denoise`."""
-        _, state = self._jobs[job_id]
+        _, state = self._jobs[try_id]
         return {name: TensorEnvelope.of_tensor(latents) for name, latents in state.latents.items()}
 
-    def end(self, job_id: str) -> None:
+    def end(self, try_id: str) -> None:
         """Forget a request, if it is there."""
-        self._jobs.pop(job_id, None)
-        self._log.end(job_id)
-
-    def _get_denoiser(self) -> Denoiser:
-        if self._denoiser is None:
-            raise RuntimeError("the leader called a rank before load()")
-        return self._denoiser
+        self._jobs.pop(try_id, None)
+        self._log.end(try_id)

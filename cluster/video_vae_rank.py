@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from cluster.envelope import TensorEnvelope
 from cluster.errors import PreviewFailed
 from cluster.logs import LogOrigin
-from cluster.rank import Loaded, Rank, RankSpec
+from cluster.rank import Loaded, Rank, RankSpec, run_within_memory
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.preview import PreviewMap
 
@@ -41,21 +42,17 @@ class VideoVAESpec(RankSpec):
     """Settings from which a rank of a video VAE's gang loads.
 
     Attributes:
-        ranks: number of ranks that split a frame.
+        num_ranks: ranks that split a frame.
         chunk_latents: latent frames per chunk after the first; None lets the VAE choose by the frames' size.
         is_card_by_rank: rank i uses card i of the node, not one assigned by Ray.
         preview_cache_dir: directory of a node's fitted preview maps; None for no cache.
     """
 
-    ranks: int = 1
+    num_ranks: int = 1
     latent_channels: int = field(default=48, kw_only=True)
     chunk_latents: int | None = field(default=None, kw_only=True)
     is_card_by_rank: bool = field(default=False, kw_only=True)
     preview_cache_dir: str | None = field(default=None, kw_only=True)
-
-    @property
-    def num_ranks(self) -> int:
-        return self.ranks
 
     @property
     def rank_class(self) -> type[Rank]:
@@ -64,7 +61,7 @@ class VideoVAESpec(RankSpec):
     @property
     def warm_up(self) -> list[tuple[str, tuple[Any, ...]]]:
         # One column for each rank.
-        latents = np.zeros((1, self.latent_channels, 2, 1, self.ranks), np.float32)
+        latents = np.zeros((1, self.latent_channels, 2, 1, self.num_ranks), np.float32)
         next_strip = ("next_strip", (_WARM_UP,))
         return [
             ("begin", (_WARM_UP, TensorEnvelope.of_array(latents))),
@@ -98,11 +95,10 @@ class VideoVAERank(Rank):
         self._is_card_by_rank = spec.is_card_by_rank
         self._preview_cache_dir = spec.preview_cache_dir
         self._group: RankGroup | None = None
-        self._vae: VideoVAE | None = None
         self._clips: dict[str, tuple[int, Iterator[Frames]]] = {}
         self._preview_map: PreviewMap | None = None
 
-    @property
+    @cached_property
     def _device(self) -> torch.device:
         from cosmos3_core.device import local_device
 
@@ -118,7 +114,7 @@ class VideoVAERank(Rank):
         start_s = time.perf_counter()
         torch.set_num_threads(self._spec.num_threads)
         layout = CheckpointLayout.open(self._spec.checkpoint)
-        self._vae = load_video_vae(layout, device=self._device, dtype=self._dtype)
+        self._loaded_model = load_video_vae(layout, device=self._device, dtype=self._dtype)
         return Loaded(time.perf_counter() - start_s, {})
 
     def encode(
@@ -135,10 +131,10 @@ class VideoVAERank(Rank):
         """
         from cosmos3_core.conditioning.clean import clean_latents
 
-        vae = self._get_vae()
+        vae: VideoVAE = self._model
         with self._log.run("encode", origin):
-            latents = self._if_it_fits(
-                lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of), lambda: None
+            latents = run_within_memory(
+                self._device, lambda: clean_latents(vae, picture, frames.array(), part_of=self._strip_of)
             )
         return TensorEnvelope.of_tensor(latents) if self._rank == 0 else None
 
@@ -165,7 +161,7 @@ class VideoVAERank(Rank):
             return self._preview_map
         cache_dir = None if self._preview_cache_dir is None else Path(self._preview_cache_dir)
         try:
-            self._preview_map = self._if_it_fits(lambda: load_preview_map(self._get_vae(), cache_dir), lambda: None)
+            self._preview_map = run_within_memory(self._device, lambda: load_preview_map(self._model, cache_dir))
             return self._preview_map
         except Exception as error:  # noqa: BLE001 - a rank that raises anything else fails its gang, with all clips
             raise PreviewFailed(f"{type(error).__name__}: {error}") from None
@@ -183,7 +179,8 @@ class VideoVAERank(Rank):
         from cosmos3_core.vae.to_host import frames_on_host
 
         with self._log.begin(clip_id, origin):
-            vae, whole = self._get_vae(), latents.borrow_tensor()
+            vae: VideoVAE = self._model
+            whole = latents.tensor_view()
             vae.check_latents(whole)
             strip = self._strip_of(*whole.shape[-2:])
             chunks = vae.decode(whole, chunk_latents=self._chunk_latents, part=strip)
@@ -194,7 +191,7 @@ class VideoVAERank(Rank):
         """Return this rank's part of a clip's next chunk, None after the last; on OutOfMemory the clip is forgotten."""
         axis, strips = self._clips[clip_id]
         with self._log.resume(clip_id, "decode"):
-            frames = self._if_it_fits(lambda: next(strips, None), lambda: self.end(clip_id))
+            frames = run_within_memory(self._device, lambda: next(strips, None), lambda: self.end(clip_id))
         return None if frames is None else ChunkStrip(TensorEnvelope.of_array(frames), axis, os.getpid())
 
     def end(self, clip_id: str) -> None:
@@ -214,8 +211,3 @@ class VideoVAERank(Rank):
         from cosmos3_core.parallel.strips import strip_of
 
         return strip_of(self._group if self._group is not None else RankGroup(), height, width)
-
-    def _get_vae(self) -> VideoVAE:
-        if self._vae is None:
-            raise RuntimeError("the leader called a rank before load()")
-        return self._vae

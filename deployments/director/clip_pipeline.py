@@ -118,7 +118,7 @@ class ClipPipeline:
                     async for event in self._forward(stream, context, stream_id, producer, posted):
                         yield event
             except Exception:
-                await wait_within(context, "decode", self.clips.forget.remote(stream_id, producer))
+                await wait_within(context, "decode", self.clips.forget_producer.remote(stream_id, producer))
                 raise
 
         try:
@@ -141,7 +141,7 @@ class ClipPipeline:
             assert isinstance(event, ChunkDecoded | SoundDecoded)
             if event.index < posted.num_chunks:  # decoding is deterministic: the encoder has this chunk
                 del chunk_ref  # frees its memory before its credit goes back
-                await wait_within(context, "decode", self.clips.drop.remote(stream_id, producer))
+                await wait_within(context, "decode", self.clips.return_credit.remote(stream_id, producer))
                 continue
             if self.guardrail is not None and isinstance(event, ChunkDecoded):
                 # Uses the pipeline's context: the guardrail's attempts do not count as the decoder's.

@@ -60,7 +60,7 @@ def describe_shortfall(config: AppConfig, nodes: Sequence[Node]) -> str:
 def _describe_lack(config: AppConfig, gang: GangSpec, num_gangs: int, nodes: Sequence[Node]) -> str:
     if lack := describe_missing(_sum_needs(config, gang, num_gangs), _sum([node.resources for node in nodes])):
         return lack
-    num_ranks, num_cards = num_gangs * gang.num_ranks, sum(int(node.resources.get("GPU", 0)) for node in nodes)
+    num_ranks, num_cards = num_gangs * gang.rank.num_ranks, sum(int(node.resources.get("GPU", 0)) for node in nodes)
     if (cards := _count_cards(num_ranks, gang.gpus_per_rank)) > num_cards:
         return f"{num_ranks} ranks of {gang.gpus_per_rank:g} GPU each need {cards} cards, and there are {num_cards}."
     for name, stage in _list_stages(config).items():
@@ -112,7 +112,7 @@ def _suggest_layouts(config: AppConfig, gang: GangSpec, max_gangs: int, nodes: S
     rank = gang.rank
     assert isinstance(rank, TransformerSpec)
     allowed_tp = list_tp_sizes(CheckpointLayout.open(config.checkpoint).transformer)
-    degrees = range(1, gang.num_ranks + 1)
+    degrees = range(1, rank.num_ranks + 1)
     # Preferred layouts first: the traffic between ranks grows from CFG to SP to TP.
     layouts = [Layout(tp, cfg, sp) for tp, sp, cfg in product(allowed_tp, degrees, (2, 1)) if tp * sp * cfg in degrees]
     for num_gangs in range(max_gangs, 0, -1):
@@ -133,7 +133,7 @@ def _format_flags(layout: Layout) -> str:
 def _describe_misfit(stage: GangStage, spec: GangSpec, nodes: Sequence[Node]) -> str:
     """Describe why not even one gang of a stage fits these nodes under its placement strategy; "" if one fits."""
     gang, strategy, nodes = make_bundles(spec, stage.num_cpus), stage.placement_strategy, _find_nodes(nodes, stage)
-    num_cards = spec.num_ranks if isinstance(stage, VideoVAEStage) and stage.beside_transformer else 0
+    num_cards = spec.rank.num_ranks if isinstance(stage, VideoVAEStage) and stage.beside_transformer else 0
     if num_cards > max((node.resources.get("GPU", 0) for node in nodes), default=0):
         return f"vae.beside_transformer wants {num_cards} cards on one node, one for each of vae.ranks; none has them."
     if strategy == "STRICT_PACK":

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from cluster.envelope import TensorEnvelope
-from cluster.errors import OutOfMemory
+from cluster.rank import run_within_memory
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.messages import RequestContext, SoundChunk, SoundDecoded
 from deployments.observability.logs import watch_stage
 from deployments.stages.streams import produce_on_credit
-
-T = TypeVar("T")
 
 
 class AudioVAEDeployment:
@@ -65,18 +63,3 @@ class AudioVAEDeployment:
 def _next_samples(chunks: Any) -> TensorEnvelope | None:
     samples = next(chunks, None)
     return None if samples is None else TensorEnvelope.of_tensor(samples)
-
-
-def run_within_memory(device: Any, work: Callable[[], T]) -> T:
-    """Return the result of ``work``, in a thread; release its tensors and raise OutOfMemory if it does not fit."""
-    from cosmos3_core.device import forget_unused_memory, is_out_of_memory
-
-    try:
-        return work()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        what = str(error).splitlines()[0]
-    # After the except block: its traceback would keep the failed work's tensors alive.
-    forget_unused_memory(device)
-    raise OutOfMemory(what)

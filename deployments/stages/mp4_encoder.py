@@ -65,7 +65,7 @@ class Mp4Encoder:
                         event = ChunkEncoded(chunk.index, num_new, chunk.pid, time.time(), os.getpid())
                         # Drop the chunk before its credit goes back: the credit stands for its memory.
                         del boxed, chunk
-                        await wait_within(context, "encode", clips.release.remote(stream_id))
+                        await wait_within(context, "encode", clips.release_chunk.remote(stream_id))
                         if num_new:
                             yield event
                 record = await run_in_thread(entry.finish)

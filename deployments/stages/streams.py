@@ -84,7 +84,7 @@ async def produce_on_credit(
     stream_id: str,
     producer: str,
     make: Callable[[], Awaitable[T | None]],
-    while_up: Callable[[Awaitable[bool]], Awaitable[bool]] | None = None,
+    wait_for_credit: Callable[[Awaitable[bool]], Awaitable[bool]] | None = None,
 ) -> AsyncGenerator[tuple[int, T], None]:
     """Yield chunks with their indices until ``make`` returns None or the stream is closed.
 
@@ -95,10 +95,10 @@ async def produce_on_credit(
         stream_id: of the clip's stream.
         producer: names this producer in the stream.
         make: returns the next chunk, or None after the last one.
-        while_up: waits for a credit, and raises if the gang fails first.
+        wait_for_credit: waits, and raises if the gang fails first.
 
     Raises:
-        Exception: as ``make`` and ``while_up`` raise.
+        Exception: as ``make`` and ``wait_for_credit`` raise.
         DeadlineExceeded: the request's time is up.
         OutOfMemory: a chunk does not fit.
     """
@@ -106,12 +106,12 @@ async def produce_on_credit(
     async def next_chunk() -> T | None:
         left_s = context.remaining_s("decode")
         acquired = clips.acquire.remote(stream_id, producer, left_s)
-        if not await wait_within(context, "decode", acquired if while_up is None else while_up(acquired)):
+        if not await wait_within(context, "decode", acquired if wait_for_credit is None else wait_for_credit(acquired)):
             return None
         chunk = await wait_within(context, "decode", make())
         if chunk is None:
             # Ends this producer only: the clip's other producer continues.
-            await wait_within(context, "decode", clips.drop.remote(stream_id, producer))
+            await wait_within(context, "decode", clips.return_credit.remote(stream_id, producer))
         return chunk
 
     index = 0

@@ -66,7 +66,7 @@ class VideoVAEDeployment(GangLeader):
         with watch_stage(context, "condition") as watch:
             read = partial(read_clip_apart, limit_s=context.remaining_s("condition"))
             frames = await asyncio.to_thread(read_picture, picture, read=read)
-            call = self._calls.ask(
+            call = self._calls.call(
                 "encode",
                 replace(picture, media=b""),
                 TensorEnvelope.of_array(frames),
@@ -87,7 +87,7 @@ class VideoVAEDeployment(GangLeader):
             PreviewFailed: the map cannot be fitted.
             GangFailed: the gang died and is being rebuilt.
         """
-        call = self._calls.first("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
+        call = self._calls.call_rank_0("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
         preview_map: PreviewMap = await wait_within(context, "previews", call)
         yield preview_map
 
@@ -116,23 +116,23 @@ class VideoVAEDeployment(GangLeader):
             # The second chunk is the first one of the later chunks' shape.
             timeout_s = self._limits.first_timeout_s if num_chunks < 2 else self._limits.timeout_s
             num_chunks += 1
-            strips = await self._calls.ask("next_strip", clip_id, phase="decode", timeout_s=timeout_s)
+            strips = await self._calls.call("next_strip", clip_id, phase="decode", timeout_s=timeout_s)
             return None if strips[0] is None else strips
 
         origin = origin_of(context)
         with watch_stage(context, "decode"):
             try:
-                beginning = self._calls.ask(
+                beginning = self._calls.call(
                     "begin", clip_id, latents, origin, phase="decode", timeout_s=self._limits.timeout_s
                 )
                 await wait_within(context, "decode", beginning)
-                chunks = produce_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.while_up)
+                chunks = produce_on_credit(context, clips, stream_id, producer, next_chunk, self._calls.wait_while_up)
                 async with aclosing(chunks):
                     async for index, strips in chunks:
                         yield FrameChunk(index, tuple(strip.frames for strip in strips), strips[0].axis, strips[0].pid)
                         yield ChunkDecoded(index, time.time(), os.getpid())
             finally:
-                self._calls.tell("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)
+                self._calls.post("end", clip_id, phase="decode", timeout_s=self._limits.timeout_s)
 
     @property
     def _failure(self) -> GangFailed | None:

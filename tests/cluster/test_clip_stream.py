@@ -38,7 +38,7 @@ def test_a_producer_waits_for_its_credit() -> None:
         assert await clips.acquire("a", "p", 1)
         with pytest.raises(TimeoutError):
             await clips.acquire("a", "p", 0.05)
-        await clips.release("a")
+        await clips.release_chunk("a")
         assert await clips.acquire("a", "p", 1)
 
     run(body())
@@ -75,7 +75,7 @@ def test_closing_ends_both_sides() -> None:
         with pytest.raises(StreamClosed, match="not open"):
             await clips.take("a", 1)
         await clips.post("a", "p", ["late"])
-        await clips.release("a")
+        await clips.release_chunk("a")
         await clips.complete("a")
         await clips.close("a", "twice")
         assert await clips.num_open() == 0
@@ -122,7 +122,7 @@ def test_a_dead_producers_unused_credits_are_returned() -> None:
         await clips.post("a", "first", ["x"])
         late = asyncio.create_task(clips.acquire("a", "first", 5))
         await settle()
-        await clips.forget("a", "first")
+        await clips.forget_producer("a", "first")
         assert await late is False, "it would have made a chunk that nobody posts"
         # Two of three: the posted chunk is not consumed yet.
         assert await clips.acquire("a", "second", 1)
@@ -130,7 +130,7 @@ def test_a_dead_producers_unused_credits_are_returned() -> None:
         with pytest.raises(TimeoutError):
             await clips.acquire("a", "second", 0.05)
         assert await clips.take("a", 1) == ["x"]
-        await clips.release("a")
+        await clips.release_chunk("a")
         assert await clips.acquire("a", "second", 1)
 
     run(body())
@@ -142,7 +142,7 @@ def test_a_credit_without_a_chunk_is_returned_once() -> None:
         await clips.open("a", window=1)
         assert await clips.acquire("a", "p", 1)
         for _ in range(2):
-            await clips.drop("a", "p")
+            await clips.return_credit("a", "p")
         assert await clips.acquire("a", "p", 1)
         with pytest.raises(TimeoutError):
             await clips.acquire("a", "p", 0.05)

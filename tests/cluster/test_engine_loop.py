@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cluster import engine_loop
+from cluster import engine_loop, leader_loop
 from cluster.engine_loop import Denoised, EngineLoop, LoopSpec, SavedState
 from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded, GangFailed, GangLost, OutOfMemory, OverloadedError, PreviewFailed
@@ -55,11 +55,11 @@ class FakeGang:
     # 100 bytes for each latent frame.
     request_memory: RequestMemory = RequestMemory(100, 0, 0, 0, 0, 1)  # noqa: RUF009 - frozen
 
-    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         assert method in ("begin", "step")
         return await self.call(method, *arguments, phase=phase, timeout_s=timeout_s)
 
-    async def first(
+    async def call_rank_0(
         self, method: str, *arguments: Any, phase: str, timeout_s: float, passes_on: type[Exception] | None = None
     ) -> Any:
         assert passes_on is (PreviewFailed if method == "preview" else None)
@@ -103,10 +103,10 @@ class FakeGang:
             if self.no_previews_from_step is not None and done >= self.no_previews_from_step:
                 raise PreviewFailed("another VAE's map")
             return [TensorEnvelope.of_array(np.full((arguments[2] // 2, 3, 4, 3), 20 * done % 256, np.uint8))]
-        elif method in ("latents", "save"):
-            await asyncio.sleep(self.save_s if method == "save" else 0)
+        elif method in ("latents", "read_state"):
+            await asyncio.sleep(self.save_s if method == "read_state" else 0)
             envelope = TensorEnvelope.of_array(np.array([self.progress[job_id][0]], np.int64))
-            return [envelope if method == "save" else {"video": envelope}]
+            return [envelope if method == "read_state" else {"video": envelope}]
         elif method == "end":
             self.progress.pop(job_id, None)
         return [None]
@@ -322,10 +322,10 @@ def test_only_the_running_request_is_charged_with_a_failure() -> None:
 
 def test_partial_out_of_memory_fails_the_gang_without_a_retry() -> None:
     class Disagreeing(FakeGang):
-        async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
             if method == "step":
                 raise GangFailed("step", "step() raised OutOfMemory", 1) from OutOfMemory("of 1 GiB")
-            return await super().ask(method, *arguments, phase=phase, timeout_s=timeout_s)
+            return await super().call_refusable(method, *arguments, phase=phase, timeout_s=timeout_s)
 
     async def body() -> None:
         loop = loop_on(Disagreeing())
@@ -342,7 +342,7 @@ def test_idle_ranks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise GangFailed("idle", "died in describe()", 2)
             return await super().call(method, *arguments, phase=phase, timeout_s=timeout_s)
 
-    monkeypatch.setattr(engine_loop, "_IDLE_S", 0.05)
+    monkeypatch.setattr(leader_loop, "_IDLE_S", 0.05)
 
     async def body() -> None:
         gang = Dying()
@@ -442,7 +442,7 @@ def test_within_the_bound_nothing_is_parked() -> None:
         await follow(loop, "image", 10, shape=IMAGE)
         await video
         assert gang.max_begun == 2
-        assert gang.of("save") == []
+        assert gang.of("read_state") == []
 
     run(body())
 
@@ -494,7 +494,7 @@ class Told:
 
 def test_the_meter_records_quanta_waits_prompts_and_busy_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.gang_meter._PERIOD_S", 0.0)
-    monkeypatch.setattr(engine_loop, "_IDLE_S", 0.02)
+    monkeypatch.setattr(leader_loop, "_IDLE_S", 0.02)
 
     async def body() -> None:
         gang, told = FakeGang(request_memory=RequestMemory(1, 0, 0, 0, 8, 1)), Told()
@@ -559,7 +559,7 @@ def test_saving_takes_a_small_share_of_the_time_and_waits_for_its_reader() -> No
         assert await anext(stalled) == QueuePosition(0, os.getpid())
         while len(gang.of("step")) < 6:  # no one reads the events
             await asyncio.sleep(0.01)
-        assert len(gang.of("save")) <= 1
+        assert len(gang.of("read_state")) <= 1
         await stalled.aclose()  # type: ignore[attr-defined]
 
     run(body())

@@ -45,7 +45,7 @@ def test_a_read_only_array_of_the_object_store_is_unwrapped() -> None:
     assert envelope.array().tolist() == [[0, 1], [2, 3]]
     envelope.tensor().add_(1)
     assert envelope.array()[0, 0] == 0
-    borrowed = envelope.borrow_tensor()
+    borrowed = envelope.tensor_view()
     assert borrowed.tolist() == [[0, 1], [2, 3]]
     assert borrowed.data_ptr() == data.ctypes.data
 

@@ -32,7 +32,7 @@ RANK = TransformerSpec("checkpoint", "cpu", None, 1)
 
 def test_the_leader_shares_the_first_bundle() -> None:
     spec = GangSpec(rank=replace(RANK, layout=Layout(sp=3)), cpus_per_rank=1, gpus_per_rank=1, start_timeout_s=1)
-    assert spec.num_ranks == 3
+    assert spec.rank.num_ranks == 3
     assert make_bundles(spec, leader_cpus=0.5) == [{"CPU": 1.5, "GPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}]
     on_cpu = GangSpec(rank=RANK, cpus_per_rank=0.5, gpus_per_rank=0, start_timeout_s=1)
     assert make_bundles(on_cpu, leader_cpus=0.1) == [{"CPU": 0.6}]
@@ -83,7 +83,9 @@ def rank_that(*does: float | Exception) -> Any:
 
 
 def asked(*ranks: Any, timeout_s: float = 5) -> list[Any]:
-    return asyncio.run(asyncio.wait_for(Gang(list(ranks)).ask("work", phase="decode", timeout_s=timeout_s), 8))
+    return asyncio.run(
+        asyncio.wait_for(Gang(list(ranks)).call_refusable("work", phase="decode", timeout_s=timeout_s), 8)
+    )
 
 
 def test_a_refusal_waits_for_the_others_to_agree() -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from cluster import gang_calls
+from cluster import leader_loop
 from cluster.errors import GangFailed, GangLost, OutOfMemory, PreviewFailed
 from cluster.gang import Gang
 from cluster.gang_calls import GangCalls
@@ -31,7 +31,7 @@ class FakeGang:
         self.gate.set()
         self.num_at_once = 0
 
-    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         assert self.num_at_once == 0
         self.num_at_once += 1
         try:
@@ -43,13 +43,13 @@ class FakeGang:
         finally:
             self.num_at_once -= 1
 
-    call = ask
+    call = call_refusable
 
-    async def first(
+    async def call_rank_0(
         self, method: str, *arguments: Any, phase: str, timeout_s: float, passes_on: type[Cosmos3Error]
     ) -> Any:
         assert passes_on is Cosmos3Error, "a refusal would fail the gang"
-        return (await self.ask(f"first {method}", *arguments, phase=phase, timeout_s=timeout_s))[0]
+        return (await self.call_refusable(f"first {method}", *arguments, phase=phase, timeout_s=timeout_s))[0]
 
 
 class Ended:
@@ -67,7 +67,7 @@ def test_calls_are_made_one_after_the_other_and_answered() -> None:
     async def body() -> None:
         gang = FakeGang()
         calls = calls_of(gang)
-        answers = await asyncio.gather(*(calls.ask(f"m{i}", i, phase="decode", timeout_s=5) for i in range(4)))
+        answers = await asyncio.gather(*(calls.call(f"m{i}", i, phase="decode", timeout_s=5) for i in range(4)))
         assert answers == [[(0,)], [(1,)], [(2,)], [(3,)]]
         assert gang.made == ["m0", "m1", "m2", "m3"]
 
@@ -79,13 +79,13 @@ def test_a_leaving_caller_withdraws_only_calls_not_yet_made() -> None:
         gang = FakeGang()
         gang.gate.clear()
         calls = calls_of(gang)
-        leaving = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(2)]
+        leaving = [asyncio.create_task(calls.call(f"m{i}", phase="decode", timeout_s=5)) for i in range(2)]
         await settle()
         for task in leaving:
             task.cancel()
         await asyncio.wait(leaving)
         gang.gate.set()
-        assert await calls.ask("m2", phase="decode", timeout_s=5) == [()]
+        assert await calls.call("m2", phase="decode", timeout_s=5) == [()]
         assert gang.made == ["m0", "m2"], "m0 was at the ranks already, m1 at none"
 
     run(body())
@@ -99,16 +99,16 @@ def test_a_notification_is_sent_even_if_its_caller_leaves() -> None:
 
         async def clip() -> None:
             try:
-                await calls.ask("next_strip", phase="decode", timeout_s=5)
+                await calls.call("next_strip", phase="decode", timeout_s=5)
             finally:
-                calls.tell("end", phase="decode", timeout_s=5)
+                calls.post("end", phase="decode", timeout_s=5)
 
         leaving = asyncio.create_task(clip())
         await settle()
         leaving.cancel()
         await asyncio.wait([leaving])
         gang.gate.set()
-        await calls.ask("begin", phase="decode", timeout_s=5)
+        await calls.call("begin", phase="decode", timeout_s=5)
         assert gang.made == ["next_strip", "end", "begin"]
 
     run(body())
@@ -121,19 +121,19 @@ def test_a_wait_for_something_else_ends_with_the_gang() -> None:
         calls, credit = calls_of(gang), asyncio.Event()
         before = asyncio.all_tasks()
         credit.set()
-        assert await calls.while_up(credit.wait()) is True
+        assert await calls.wait_while_up(credit.wait()) is True
         credit.clear()
-        waiting = asyncio.create_task(calls.while_up(credit.wait()))
-        leaving = asyncio.create_task(calls.while_up(credit.wait()))
+        waiting = asyncio.create_task(calls.wait_while_up(credit.wait()))
+        leaving = asyncio.create_task(calls.wait_while_up(credit.wait()))
         await settle()
         leaving.cancel()
         await asyncio.wait([leaving])
         with pytest.raises(GangFailed, match="rank 1"):
-            await calls.ask("next_strip", phase="decode", timeout_s=5)
+            await calls.call("next_strip", phase="decode", timeout_s=5)
         with pytest.raises(GangLost, match="rank 1"):
             await waiting
         with pytest.raises(GangLost):
-            await calls.while_up(credit.wait())
+            await calls.wait_while_up(credit.wait())
         await settle()
         assert asyncio.all_tasks() <= before, "waits that were left hanging"
 
@@ -145,12 +145,12 @@ def test_the_task_does_not_inherit_its_makers_context() -> None:
     request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
 
     class Looking(FakeGang):
-        async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+        async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
             return [request.get("none")]
 
     async def body() -> None:
         request.set("the first one")
-        assert await calls_of(Looking()).ask("begin", phase="decode", timeout_s=5) == ["none"]
+        assert await calls_of(Looking()).call("begin", phase="decode", timeout_s=5) == ["none"]
 
     run(body())
 
@@ -162,8 +162,8 @@ def test_a_refusal_by_the_ranks_fails_only_its_caller() -> None:
         gang.failures = {"encode": RequestError("image", 1, "2"), "next_strip": OutOfMemory("no room")}
         for method, error in gang.failures.items():
             with pytest.raises(type(error)):
-                await calls.ask(method, phase="decode", timeout_s=5)
-        assert await calls.ask("begin", phase="decode", timeout_s=5) == [()]
+                await calls.call(method, phase="decode", timeout_s=5)
+        assert await calls.call("begin", phase="decode", timeout_s=5) == [()]
         assert ended.count == 0
 
     run(body())
@@ -174,8 +174,8 @@ def test_a_call_to_rank_0_alone_waits_its_turn_and_may_be_refused() -> None:
         gang, ended = FakeGang(), Ended()
         gang.gate.clear()
         calls = calls_of(gang, ended)
-        before = asyncio.create_task(calls.ask("next_strip", phase="decode", timeout_s=5))
-        asked = asyncio.create_task(calls.first("preview_map", 7, phase="previews", timeout_s=5))
+        before = asyncio.create_task(calls.call("next_strip", phase="decode", timeout_s=5))
+        asked = asyncio.create_task(calls.call_rank_0("preview_map", 7, phase="previews", timeout_s=5))
         await settle()
         assert gang.num_at_once == 1
         gang.gate.set()
@@ -184,8 +184,8 @@ def test_a_call_to_rank_0_alone_waits_its_turn_and_may_be_refused() -> None:
         assert gang.made == ["next_strip", "first preview_map"]
         gang.failures["first preview_map"] = PreviewFailed("no memory")
         with pytest.raises(PreviewFailed, match="no memory"):
-            await calls.first("preview_map", phase="previews", timeout_s=5)
-        assert await calls.ask("next_strip", phase="decode", timeout_s=5) == [()]
+            await calls.call_rank_0("preview_map", phase="previews", timeout_s=5)
+        assert await calls.call("next_strip", phase="decode", timeout_s=5) == [()]
         assert ended.count == 0
 
     run(body())
@@ -198,14 +198,14 @@ def test_a_gang_failure_fails_all_callers_and_ends_the_leader_once(error: Except
         gang.gate.clear()
         gang.failures["m0"] = error
         calls = calls_of(gang, ended)
-        asked = [asyncio.create_task(calls.ask(f"m{i}", phase="decode", timeout_s=5)) for i in range(3)]
+        asked = [asyncio.create_task(calls.call(f"m{i}", phase="decode", timeout_s=5)) for i in range(3)]
         await settle()
         gang.gate.set()
         raised = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(it) for it in raised] == [GangFailed, GangLost, GangLost]
         with pytest.raises(GangLost):
-            await calls.ask("m3", phase="decode", timeout_s=5)
-        calls.tell("end", phase="decode", timeout_s=5)
+            await calls.call("m3", phase="decode", timeout_s=5)
+        calls.post("end", phase="decode", timeout_s=5)
         await settle()
         assert gang.made == ["m0"]
         assert ended.count == 1
@@ -221,14 +221,14 @@ def test_out_of_memory_on_some_ranks_is_reported_as_such() -> None:
         gang.failures["next_strip"] = failure
         calls = calls_of(gang)
         with pytest.raises(OutOfMemory):
-            await calls.ask("next_strip", phase="decode", timeout_s=5)
+            await calls.call("next_strip", phase="decode", timeout_s=5)
         assert calls.failure is failure
 
     run(body())
 
 
 def test_idle_ranks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gang_calls, "_IDLE_S", 0.01)
+    monkeypatch.setattr(leader_loop, "_IDLE_S", 0.01)
 
     async def body() -> None:
         gang, ended = FakeGang(), Ended()

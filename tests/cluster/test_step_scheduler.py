@@ -35,7 +35,7 @@ def test_a_request_keeps_its_turn_until_it_is_done() -> None:
     turns.add("v2", Urgency.VIDEO, 0.0)
     for now_s in range(100):
         assert turns.next(float(now_s)) == "v1"
-        turns.had_turn(Urgency.VIDEO, now_s, now_s + 1.0)
+        turns.record_turn(Urgency.VIDEO, now_s, now_s + 1.0)
 
 
 def simulate(quantum_s: dict[Urgency, float], until_s: float) -> Counter[Urgency]:
@@ -48,7 +48,7 @@ def simulate(quantum_s: dict[Urgency, float], until_s: float) -> Counter[Urgency
         job = turns.next(now_s)
         assert job is not None
         end_s = now_s + quantum_s[job]
-        turns.had_turn(job, now_s, end_s)
+        turns.record_turn(job, now_s, end_s)
         got[job] += end_s - now_s  # type: ignore[assignment]
         now_s = end_s
     return got
@@ -69,7 +69,7 @@ def test_an_image_that_comes_while_a_video_runs_is_next() -> None:
     turns.add("video", Urgency.VIDEO, 0.0)
     assert turns.next(50.0) == "video"
     turns.add("image", Urgency.IMAGE, 51.0)
-    turns.had_turn(Urgency.VIDEO, 50.0, 60.0)
+    turns.record_turn(Urgency.VIDEO, 50.0, 60.0)
     assert turns.next(60.0) == "image"
 
 
@@ -94,7 +94,7 @@ def test_requests_that_end_with_their_turn_count_as_served() -> None:
         kind = job.split()[0]
         if kind == "video":
             turns.remove(job)
-        turns.had_turn(Urgency.VIDEO if kind == "video" else Urgency.IMAGE, now_s, now_s + 0.25)
+        turns.record_turn(Urgency.VIDEO if kind == "video" else Urgency.IMAGE, now_s, now_s + 0.25)
         served[kind] += 1
         now_s += 0.25
     assert 13 <= served["video"] <= 19, "a fifth of 80 turns"

@@ -57,7 +57,7 @@ class FakeDenoiser:
 
 def rank_with(denoiser: FakeDenoiser) -> TransformerRank:
     rank = TransformerRank(0, TransformerSpec("checkpoint", "cpu", None, 1))
-    rank._denoiser = denoiser  # type: ignore[assignment]
+    rank._loaded_model = denoiser
     return rank
 
 

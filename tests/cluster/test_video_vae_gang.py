@@ -121,8 +121,8 @@ def test_a_clip_out_of_memory_is_dropped(tiny_nano: Path) -> None:
     def too_large(*_: Any) -> Any:
         raise MemoryError("no memory")
 
-    assert rank._vae is not None
-    rank._vae.decoder.register_forward_pre_hook(too_large)
+    assert rank._model is not None
+    rank._model.decoder.register_forward_pre_hook(too_large)
     with pytest.raises(OutOfMemory, match="no memory"):
         rank.next_strip("clip")
     assert rank._clips == {}

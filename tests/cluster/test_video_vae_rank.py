@@ -26,7 +26,7 @@ def rank_with(vae: Any, cache_dir: Path | None = None, rank: int = 0) -> VideoVA
     """Make a rank of a gang of two without the other rank."""
     spec = VideoVAESpec("", "cpu", None, 1, 2, preview_cache_dir=None if cache_dir is None else str(cache_dir))
     actor = VideoVAERank(rank, spec)
-    actor._vae = vae
+    actor._loaded_model = vae
     return actor
 
 
@@ -48,7 +48,7 @@ def test_a_failed_map_leaves_the_rank_working(error: Exception, vae: Any, monkey
     with pytest.raises(PreviewFailed, match=f"^no previews: {name}: ") as raised:
         rank.preview_map()
     assert "\n" not in str(raised.value)
-    assert rank._vae is vae
+    assert rank._loaded_model is vae
 
 
 def test_rank_0_has_the_map_when_the_gang_is_warm(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -588,11 +588,11 @@ class Clip:
             if isinstance(chunk, FrameChunk):
                 digest.update(chunk.frames())
                 num_frames += len(chunk.frames())
-            await self.clips.release(stream_id)
+            await self.clips.release_chunk(stream_id)
         yield messages.ClipEncoded(media_id, digest.hexdigest(), num_frames, 6, 0.1, 2)
 
     def pipeline(self, max_attempts: int = 3) -> ClipPipeline:
-        names = ("open", "complete", "forget", "drop", "post")
+        names = ("open", "complete", "forget_producer", "return_credit", "post")
         decoders = [LatentsDecoder("video", SimpleNamespace(decode=Method(self.decode)), as_ref("latents"))]
         if self.with_sound:
             sound = SimpleNamespace(decode=Method(self.decode_sound))

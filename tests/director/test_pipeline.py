@@ -133,7 +133,8 @@ class FakeStages:
         self.preview: messages.PreviewReady | None = None
         self.request_has_pictures = True
         self.post, self.complete = Method(self.clips.post), Method(self.clips.complete)
-        self.open, self.drop, self.forget = (Method(it) for it in (self.clips.open, self.clips.drop, self.clips.forget))
+        self.open, self.return_credit = Method(self.clips.open), Method(self.clips.return_credit)
+        self.forget_producer = Method(self.clips.forget_producer)
         self.encoded: list[str] = []
         self.decoded = 0
 
@@ -207,7 +208,7 @@ class FakeStages:
                 self.fail("encode")
             yield messages.ChunkEncoded(taken, 1, 14, time.time(), 15)
             taken += 1
-            await self.clips.release(stream_id)
+            await self.clips.release_chunk(stream_id)
         yield messages.ClipEncoded(media_id, "hash", taken, 6, 0.1, 15)
 
     def pipeline(self, tiny: Path, *, limit_s: float = 30, max_attempts: int = 3, **fields: Any) -> Pipeline:
@@ -370,7 +371,7 @@ class FakeSound(FakeStages):
         yield messages.FileStarted(media_id, "video/mp4", 15)
         while boxed := await self.clips.take(stream_id, 10):
             self.taken.append(await boxed[0])
-            await self.clips.release(stream_id)
+            await self.clips.release_chunk(stream_id)
         yield messages.ClipEncoded(media_id, "hash", 2, 3, 0.1, 15)
 
 
@@ -417,13 +418,13 @@ def test_a_dropped_chunk_is_freed_before_its_credit_returns(tiny_nano: Path) -> 
     stages = FakeStages(num_chunks=4)
     stages.failures["decode"] = [GangFailed("decode", "died")]
     refs: list[weakref.ref[Any]] = []
-    drop = stages.clips.drop
+    return_credit = stages.clips.return_credit
 
     async def dropping(stream_id: str, producer: str) -> None:
         gc.collect()
         assert [ref() for ref in refs if ref() is not None and ref().value == "chunk 0"] == []
         dropped.append(producer)
-        await drop(stream_id, producer)
+        await return_credit(stream_id, producer)
 
     class noted_ref(as_ref):
         def __init__(self, *arguments: Any) -> None:
@@ -431,7 +432,7 @@ def test_a_dropped_chunk_is_freed_before_its_credit_returns(tiny_nano: Path) -> 
             refs.append(weakref.ref(self))
 
     dropped: list[str] = []
-    stages.drop = Method(dropping)
+    stages.return_credit = Method(dropping)
     with mock.patch(f"{__name__}.as_ref", noted_ref):
         run(collect(stages.pipeline(tiny_nano)))
     assert dropped == ["video/2"] * 2
@@ -764,7 +765,7 @@ def test_an_incomplete_file_is_not_handed_out(tiny_nano: Path) -> None:
         stages.media.begun.append(media_id)
         yield messages.FileStarted(media_id, "video/mp4", 15)
         while await stages.clips.take(stream_id, 10):
-            await stages.clips.release(stream_id)
+            await stages.clips.release_chunk(stream_id)
 
     stages.encode = Method(cut_short)
     with pytest.raises(StageFailed, match="ended before the file"):

@@ -137,7 +137,7 @@ def test_a_ranks_refusal_keeps_its_message() -> None:
 
 def test_the_decoders_leader_calls_rank_0_alone() -> None:
     class FakeCalls:
-        async def first(self, method: str, *, phase: str, timeout_s: float) -> PreviewMap:
+        async def call_rank_0(self, method: str, *, phase: str, timeout_s: float) -> PreviewMap:
             assert (method, phase, timeout_s) == ("preview_map", "previews", 7.0)
             return MAP
 

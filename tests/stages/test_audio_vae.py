@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cluster.errors import OutOfMemory
+from cluster.rank import run_within_memory
 from cosmos3_core import device
-from deployments.stages.audio_vae import run_within_memory
 
 CPU = torch.device("cpu")
 

@@ -41,7 +41,7 @@ class Remote:
     """The actor's handle."""
 
     def __init__(self, clips: ClipStreams) -> None:
-        self.take, self.release = (SimpleNamespace(remote=method) for method in (clips.take, clips.release))
+        self.take, self.release_chunk = (SimpleNamespace(remote=it) for it in (clips.take, clips.release_chunk))
 
 
 async def fetched(chunk: FrameChunk) -> FrameChunk:

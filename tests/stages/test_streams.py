@@ -24,7 +24,9 @@ def run(body: Coroutine[Any, Any, Any]) -> Any:
 
 def remote(clips: ClipStreams) -> Any:
     """The actor's handle."""
-    return SimpleNamespace(acquire=SimpleNamespace(remote=clips.acquire), drop=SimpleNamespace(remote=clips.drop))
+    return SimpleNamespace(
+        acquire=SimpleNamespace(remote=clips.acquire), return_credit=SimpleNamespace(remote=clips.return_credit)
+    )
 
 
 class Source:
@@ -53,7 +55,7 @@ def test_a_chunk_is_made_when_there_is_a_credit_for_it() -> None:
         await settle()
         assert source.made == 2, "the third waits for its credit"
         await clips.post("a", "p", ["chunk 0"])
-        await clips.release("a")
+        await clips.release_chunk("a")
         assert (await waiting)[0] == 2
         await clips.close("a", "enough")
         assert [index async for index, _ in made] == []
@@ -102,7 +104,7 @@ def test_two_producers_share_the_credits_whoever_ends_first(window: int, late: i
             async for index, _ in produce_on_credit(context, remote(clips), "a", str(number), Source(num_chunks)):
                 taken.append((number, index))
                 await clips.post("a", str(number), ["chunk"])
-                await clips.release("a")  # the encoder's mailbox
+                await clips.release_chunk("a")  # the encoder's mailbox
 
         await asyncio.gather(produce(0, 4), produce(1, 1))
         assert sorted(taken) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]

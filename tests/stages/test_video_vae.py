@@ -43,7 +43,7 @@ class FakeGang:
         self.failure: Exception | None = None
         self.is_stopped = False
 
-    async def ask(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
+    async def call_refusable(self, method: str, *arguments: Any, phase: str, timeout_s: float) -> list[Any]:
         self.calls.append((method, arguments[0], timeout_s))
         if self.failure is not None:
             raise self.failure
@@ -78,7 +78,9 @@ async def leader_of(gang: FakeGang, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def remote(clips: ClipStreams) -> Any:
     """The actor's handle."""
-    return SimpleNamespace(acquire=SimpleNamespace(remote=clips.acquire), drop=SimpleNamespace(remote=clips.drop))
+    return SimpleNamespace(
+        acquire=SimpleNamespace(remote=clips.acquire), return_credit=SimpleNamespace(remote=clips.return_credit)
+    )
 
 
 async def decoded(leader: Any, limit_s: float = 20, most: float = math.inf) -> list[Any]:
