@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 SESSIONS, APPS, PROCESSES = "Ray sessions", "Ray apps", "Python processes"
-BUDGET = {SESSIONS: 1, APPS: 4, PROCESSES: 200}
+BUDGET = {SESSIONS: 1, APPS: 2, PROCESSES: 200}
 MARKS = "not slow and not gpu and not serve"
 """What ``make test`` selects; other selections are counted and not judged."""
 

@@ -50,7 +50,7 @@ _WATCH_S = 2.0
 # Before missing resources are reported: the cluster's autoscaler may be adding nodes.
 _AUTOSCALER_S = 5.0
 # From the moment when Serve reports all replicas running to the first HTTP answer.
-_HTTP_S = 60.0
+_HTTP_S = 120.0
 _STATUS_S = 120.0
 # A drained app may still send its last files. One that did not start, or was not drained, is stopped soon.
 _STOP_S = 90.0

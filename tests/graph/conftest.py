@@ -123,18 +123,19 @@ def start_app(ray_cluster: int, tiny_nano: Path, media: Path) -> Iterator[Callab
 
 @pytest.fixture(scope="session")
 def app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
-    """The app that most tests share."""
-    return _start(tiny_nano, ray_cluster, media, "shared", {})
+    """The app that most tests share: it runs two videos and queues few, and its ingress answers three calls at once.
 
-
-@pytest.fixture(scope="session")
-def jobs_app(ray_cluster: int, tiny_nano: Path, media: Path) -> App:
-    """An app that runs two videos and queues few; leases last five seconds; states are saved often."""
+    Leases last five seconds and states are saved often, so that what was lost goes on soon. A rank may be silent for
+    long: tests hold it.
+    """
     overrides = {
+        "ingress__max_ongoing_requests": 3,
+        "ingress__max_queued_requests": 1,
         "jobs__max_running_videos": 2,
-        "jobs__max_queued": 24,
+        "jobs__max_queued": 8,
         "jobs__lease_s": 5,
         "jobs__checkpoint_period_s": 0.2,
         "transformer__save_period_s": 0.2,
+        "transformer__quantum_timeout_s": 1000,
     }
-    return _start(tiny_nano, ray_cluster, media, "jobs", overrides)
+    return _start(tiny_nano, ray_cluster, media, "shared", overrides)

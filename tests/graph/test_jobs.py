@@ -7,7 +7,7 @@ import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
-def http(jobs_app: Any) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=jobs_app.url, timeout=DEADLINE_S) as client:
+def http(app: Any) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=app.url, timeout=DEADLINE_S) as client:
         yield client
 
 
@@ -56,7 +56,7 @@ def director_replica(app_name: str) -> Any:
 
 @pytest.mark.parametrize("stage", ["Ingress", "Director"])
 def test_a_killed_process_costs_no_job(
-    stage: str, jobs_app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
+    stage: str, app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
 ) -> None:
     """Three jobs wait and two run."""
     done_before = wait_for_end(http, job_of(http, num_inference_steps=2, num_frames=5))
@@ -71,7 +71,7 @@ def test_a_killed_process_costs_no_job(
     assert eventually(running)
     states = [patiently(http, f"/v1/videos/{job_id}")["status"] for job_id in ids]
     assert states.count("queued") >= 2
-    (pid,) = replica_pids("jobs", stage)
+    (pid,) = replica_pids(app.name, stage)
     os.kill(pid, signal.SIGKILL)
     jobs = [wait_for_end(http, job_id) for job_id in ids]
     assert [job["status"] for job in jobs] == ["completed"] * 5, [job["error"] for job in jobs]
@@ -87,14 +87,14 @@ def test_a_killed_process_costs_no_job(
 
 
 def test_a_job_resumes_from_its_saved_state_on_another_director(
-    jobs_app: Any, http: httpx2.Client, reference: Reference
+    app: Any, http: httpx2.Client, reference: Reference
 ) -> None:
     steps = 160
     job_id = job_of(http, num_inference_steps=steps, seed=5, num_frames=9)
     for _, kind, data in events_of(http, job_id):
         if kind == "step" and data["step"] > steps // 2:
             break
-    (pid,) = replica_pids("jobs", "Director")
+    (pid,) = replica_pids(app.name, "Director")
     os.kill(pid, signal.SIGKILL)
     job = wait_for_end(http, job_id)
     assert (job["status"], job["attempts"]) == ("completed", 2), job["error"]
@@ -108,14 +108,14 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
 
 
 def test_a_replica_stopped_by_serve_releases_its_jobs(
-    jobs_app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
+    app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
 ) -> None:
     """As when scaling down: Serve waits for requests only, and jobs are not requests."""
     import ray
 
     job_id = job_of(http, seed=6)
     assert eventually(lambda: patiently(http, f"/v1/videos/{job_id}")["step"] > 3)
-    replica = director_replica("jobs")
+    replica = director_replica(app.name)
     ray.get(replica.perform_graceful_shutdown.remote(), timeout=DEADLINE_S)
     ray.kill(replica)  # as Serve does next
     job = wait_for_end(http, job_id)
@@ -125,56 +125,49 @@ def test_a_replica_stopped_by_serve_releases_its_jobs(
     assert job["frames_sha256"] == reference(GenerationRequest(**LONG, seed=6)).frames_sha256
 
 
-def num_queued(app: Any) -> int:
-    """Count the queued jobs, including attached ones, which no list shows."""
+def num_open(app: Any) -> int:
+    """Count the jobs that have not ended, including attached ones, which no list shows."""
     path = app.config.jobs.database.removeprefix("sqlite:///")
     with closing(sqlite3.connect(path)) as database:
-        return int(database.execute("select count(*) from jobs where state = 'queued'").fetchone()[0])
+        query = "select count(*) from jobs where state in ('queued', 'in_progress')"
+        return int(database.execute(query).fetchone()[0])
 
 
-def test_beyond_its_bounds_the_app_sends_retry_after(
-    start_app: Callable[..., Any], eventually: Callable[..., bool]
-) -> None:
-    """One clip runs and is held, so that what is full stays full: the ingress with three calls and a fourth that waits
-    for it, then the queue of jobs with four. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
-
-    The app is its own: in one whose processes were killed and whose states are saved five times a second, a rank that
-    is held so long was seen to be replaced.
+def test_beyond_its_bounds_the_app_sends_retry_after(app: Any, eventually: Callable[..., bool]) -> None:
+    """The rank is held, so that what is full stays full: the ingress with three calls and a fourth that waits for it,
+    then the queue of jobs. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
     """
-    app = start_app(
-        "narrow",
-        jobs__max_running_videos=1,
-        jobs__max_queued=4,
-        ingress__max_ongoing_requests=3,
-        ingress__max_queued_requests=1,
-        transformer__quantum_timeout_s=1000,
-    )
+    assert app.config.ingress.max_ongoing_requests == 3
+    assert app.config.ingress.max_queued_requests == 1
+    num_places = app.config.jobs.max_running_videos + app.config.jobs.max_queued
     small = GenerationRequest(prompt="a car", num_frames=5, height=80, width=96, num_inference_steps=2)
 
     def by_http() -> httpx2.Response:
         return httpx2.post(f"{app.url}/v1/videos/sync", json=make_body(small), timeout=500)
 
     with (
-        app.client.stream(replace(small, num_inference_steps=1000)) as running,
+        ExitStack() as streams,
         ThreadPoolExecutor(11) as pool,
     ):
+        running = streams.enter_context(app.client.stream(replace(small, num_inference_steps=1000)))
         rank_pid = next(event.pid for event in running if isinstance(event, messages.StepDone))
         os.kill(rank_pid, signal.SIGSTOP)
         try:
             taken: list[Future[httpx2.Response]] = []
             for _ in range(3):  # one by one: Serve counts calls that it is about to hand over as waiting
                 taken.append(pool.submit(by_http))
-                assert eventually(lambda: num_queued(app) == len(taken)), taken
+                assert eventually(lambda: num_open(app) == 1 + len(taken)), taken
             others = [pool.submit(by_http) for _ in range(8)]
             assert eventually(lambda: sum(each.done() for each in others) == 7), "one has the place that there is"
             refused = [each.result() for each in others if each.done()]
-            with app.client.stream(small) as last:
-                assert isinstance(next(last), messages.Accepted)
-                with pytest.raises(OverloadedError) as full:
-                    app.client.generate(small)
+            for _ in range(num_places - num_open(app)):
+                queued = streams.enter_context(app.client.stream(small))
+                assert isinstance(next(queued), messages.Accepted)
+            with pytest.raises(OverloadedError) as full:
+                app.client.generate(small)
         finally:
             os.kill(rank_pid, signal.SIGCONT)
-        running.close()
+        streams.close()
         served = [each.result() for each in (*taken, *others) if each.result() not in refused]
     assert {answer.status_code for answer in refused} == {429}
     assert all(float(answer.headers["retry-after"]) >= 1 for answer in refused)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,23 @@ def own_bytes(pid: int) -> int:
     raise AssertionError("no RssAnon")
 
 
+@pytest.fixture(scope="module")
+def load_app(start_app: Callable[..., Any]) -> Any:
+    """An app that runs two videos and queues few."""
+    return start_app("load", jobs__max_running_videos=2, jobs__max_queued=24)
+
+
 @pytest.mark.slow  # tests/app has 40 of them in one process
 @pytest.mark.parametrize("num_clients", [40, 200])
-def test_many_concurrent_clients_all_get_their_clips(num_clients: int, jobs_app: Any) -> None:
-    pids = [*replica_pids("load", "Ingress"), *replica_pids("load", "Director")]
+def test_many_concurrent_clients_all_get_their_clips(num_clients: int, load_app: Any) -> None:
+    pids = [*replica_pids(load_app.name, "Ingress"), *replica_pids(load_app.name, "Director")]
+    assert len(pids) == 2
     before = {pid: own_bytes(pid) for pid in pids}
     start_s = time.monotonic()
 
     async def all_of_them() -> list[tuple[str, list[int]]]:
         limits = httpx2.Limits(max_connections=num_clients)
-        async with httpx2.AsyncClient(base_url=jobs_app.url, timeout=300, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=load_app.url, timeout=300, limits=limits) as http:
             async with asyncio.timeout(DEADLINE_S):
                 return await asyncio.gather(*(patient_client(http, number) for number in range(num_clients)))
 
@@ -62,11 +70,11 @@ def test_many_concurrent_clients_all_get_their_clips(num_clients: int, jobs_app:
 
 
 @pytest.mark.slow
-def test_overhead_of_the_service_is_printed(jobs_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
+def test_overhead_of_the_service_is_printed(load_app: Any, tiny_nano: Path, tmp_path: Path) -> None:
     """Print a request's seconds in one process, over HTTP and as a job; nothing is asserted."""
     request = GenerationRequest(**SMALL)
     seconds: dict[str, list[float]] = {"one process": [], "POST /v1/videos/sync": [], "handle": [], "job, events": []}
-    with Engine(tiny_nano, device="cpu") as engine, httpx2.Client(base_url=jobs_app.url, timeout=300) as http:
+    with Engine(tiny_nano, device="cpu") as engine, httpx2.Client(base_url=load_app.url, timeout=300) as http:
 
         def alone() -> None:
             generate(engine, request, tmp_path / "alone")
@@ -75,7 +83,7 @@ def test_overhead_of_the_service_is_printed(jobs_app: Any, tiny_nano: Path, tmp_
             assert http.post("/v1/videos/sync", json=SMALL).status_code == 200
 
         def handle() -> None:
-            jobs_app.client.generate(request)
+            load_app.client.generate(request)
 
         def job() -> None:
             job_id = http.post("/v1/videos", json=SMALL).json()["id"]
