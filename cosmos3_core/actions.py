@@ -117,7 +117,7 @@ class ActionTrack:
     given: tuple[tuple[float, ...], ...] | None
     statistics: ActionStatistics | None = field(default=None, compare=False)
 
-    def result(self, actions: ActionArray) -> GeneratedActions:
+    def restore(self, actions: ActionArray) -> GeneratedActions:
         """Convert generated actions [chunk_size, width] from the model's numbers to the user's."""
         restored = actions if self.statistics is None else self.statistics.restore(actions)
         return GeneratedActions(restored, self.domain_name, self.domain_id, self.statistics is None)

@@ -56,7 +56,7 @@ class DenoisePlan:
         guidance_interval: lowest and highest timestep with guidance; None: all.
         solver: solver for the request's schedule.
         initial: modality -> its start, in the order of the tokens.
-        fixed: modalities with values that denoising leaves unchanged.
+        partly_fixed: modalities with values that denoising leaves unchanged.
         domain_id: the embodiment's, with actions.
         fingerprint: hash that identifies request and model.
     """
@@ -67,7 +67,7 @@ class DenoisePlan:
     guidance_interval: tuple[float, float] | None
     solver: UniPC
     initial: Mapping[str, LatentState]
-    fixed: tuple[str, ...]
+    partly_fixed: tuple[str, ...]
     domain_id: int | None
     fingerprint: str
 
@@ -167,10 +167,10 @@ class Denoiser:
             self._check_ids(name, prompt)
         # A rank with a share of the branches prefills its own prompt only.
         share, num_latent_frames = self._branch_share, request.latent_shape.num_frames
-        here = range(len(prompts)) if share is None else share.mine(len(prompts), num_latent_frames)
+        own = range(len(prompts)) if share is None else share.own_branches(len(prompts), num_latent_frames)
         if orders is None:
             orders = self._ledger.admit(prompts)
-        texts = self.text_cache.take([prompts[index] for index in here], orders)
+        texts = self.text_cache.fetch([prompts[index] for index in own], orders)
         # In each branch the generated tokens follow its own text.
         config, device, dtype = self.transformer.config, self.transformer.device, self.transformer.dtype
         positions = torch.cat([state.positions for state in initial.values()], dim=1)
@@ -183,7 +183,7 @@ class Denoiser:
             guidance_interval=request.guidance_interval,
             solver=UniPC(schedule),
             initial={name: state.to(device) for name, state in initial.items()},
-            fixed=tuple(name for name, state in initial.items() if state.is_fixed),
+            partly_fixed=tuple(name for name, state in initial.items() if state.is_partly_fixed),
             domain_id=None if request.action is None else request.action.domain_id,
             fingerprint=self._fingerprint(request),
         )
@@ -212,7 +212,7 @@ class Denoiser:
         _check_state(plan, state)
         velocity = self._guide_velocity(plan, state)
         solver = {name: plan.solver.step(state.solver[name], state.step_index, velocity[name]) for name in plan.initial}
-        for name in plan.fixed:
+        for name in plan.partly_fixed:
             # A clean frame's velocity is zero; that of an unused number of an action may be anything.
             solver[name] = replace(solver[name], sample=plan.initial[name].restore(solver[name].sample))
         return DenoiseState(state.step_index + 1, solver, state.fingerprint)
@@ -243,10 +243,10 @@ class Denoiser:
         latents = {name: state.latents[name] for name in plan.initial}
         num_branches, share = plan.num_branches_at(timestep), self._branch_share
         # At a step without guidance, a rank with the unconditional branch has nothing to run.
-        here = plan.branches[:num_branches] if share is None or share.index < num_branches else ()
+        branches = plan.branches[:num_branches] if share is None or share.index < num_branches else ()
         predictions = [
             self.transformer.velocity(latents, plan.noise_masks, timestep, branch.text, branch.rope, plan.domain_id)
-            for branch in here
+            for branch in branches
         ]
         if share is not None:
             own = {name: velocity.float() for name, velocity in predictions[0].items()} if predictions else None

@@ -63,8 +63,8 @@ def peak_allocated_bytes(device: torch.device, work: Callable[[], object]) -> in
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed, on a GPU or on the CPU."""
     # torch's CPU allocator raises a plain RuntimeError.
-    is_cpus = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpus
+    is_cpu_allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpu_allocation
 
 
 def forget_unused_memory(device: torch.device) -> None:
@@ -121,7 +121,7 @@ def latents_to_fill(device: torch.device, *, is_split: bool = False) -> int:
     return 3600 if is_split else 960
 
 
-class TurningBuffers:
+class AlternatingBuffers:
     """Two buffers on the CPU that alternate, each as large as the largest tensor so far.
 
     Args:
@@ -152,7 +152,7 @@ class HostCopies:
     def __init__(self, device: torch.device) -> None:
         self.is_asynchronous = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.is_asynchronous else None
-        self._buffers = TurningBuffers(is_pinned=True)
+        self._buffers = AlternatingBuffers(is_pinned=True)
 
     def begin(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
         """Queue the copy of a uint8 tensor after the work that makes it; calling the result waits for the copy.

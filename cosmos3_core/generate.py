@@ -130,8 +130,8 @@ def generate(
         with clock.stage("encode"):
             writer.close()
     sha256 = digest.hexdigest() if path is not None and has_pictures else ""
-    result, actions = latents if output == "latent" else None, _restore_actions(resolved, latents)
-    return GenerationResult(path, resolved, unconditional.origin, sha256, clock.timings_s, result, actions)
+    kept_latents, actions = latents if output == "latent" else None, _make_actions(resolved, latents)
+    return GenerationResult(path, resolved, unconditional.origin, sha256, clock.timings_s, kept_latents, actions)
 
 
 def _open_writer(engine: Engine, out: str | Path | None, file: ClipFormat | None) -> tuple[Path | None, MediaWriter]:
@@ -142,10 +142,10 @@ def _open_writer(engine: Engine, out: str | Path | None, file: ClipFormat | None
     return path, open_writer(path, file)
 
 
-def _restore_actions(resolved: ResolvedRequest, latents: dict[str, Tensor]) -> GeneratedActions | None:
+def _make_actions(resolved: ResolvedRequest, latents: dict[str, Tensor]) -> GeneratedActions | None:
     if resolved.action is None or not resolved.has_generated_actions:
         return None
-    return resolved.action.result(latents[ACTION][:, : resolved.action.width].cpu().numpy())
+    return resolved.action.restore(latents[ACTION][:, : resolved.action.width].cpu().numpy())
 
 
 @dataclass

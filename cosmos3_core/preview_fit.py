@@ -81,8 +81,8 @@ def preview_error(vae: VideoVAE, preview_map: PreviewMap) -> PreviewError:
     squares, colours = [], []
     for pixels_BCFYX in _synthetic_pictures(_NUM_HELD_OUT, _HELD_OUT_SEED).split(1):
         levels_THWR = (_mean_colours(vae, pixels_BCFYX)[0].movedim(0, -1) + 1) * _LEVELS_PER_UNIT
-        told_THWR = preview_map.colours(_encode(vae, pixels_BCFYX)).cpu()
-        squares.append((told_THWR.double() - levels_THWR).square().flatten())
+        mapped_THWR = preview_map.colours(_encode(vae, pixels_BCFYX)).cpu()
+        squares.append((mapped_THWR.double() - levels_THWR).square().flatten())
         colours.append(levels_THWR.flatten(0, -2))
     all_PR = torch.cat(colours)
     constant = (all_PR - all_PR.mean(0)).square().mean()

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cosmos3_core.conditioning.canvas import ACTION_TIERS, SIDE_MULTIPLE
-from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE, MODES, VIDEO, ActionRole, Mode
+from cosmos3_core.conditioning.modes import ACTIONS_ONLY, IMAGE_FIELD, MODES, VIDEO_FIELD, ActionRole, Mode
 from cosmos3_core.embodiments import EMBODIMENTS
 from cosmos3_core.field_spec import FieldSpec, ValueKind, spec_field, spec_of
 from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, IMAGE_KINDS, MAX_CRF, MAX_QUALITY
@@ -53,11 +53,11 @@ def _takes_actions(mode: Mode) -> bool:
 
 
 def _takes_image(mode: Mode) -> bool:
-    return IMAGE in mode.media
+    return IMAGE_FIELD in mode.media
 
 
 def _takes_video(mode: Mode) -> bool:
-    return VIDEO in mode.media
+    return VIDEO_FIELD in mode.media
 
 
 def _chooses_frames(mode: Mode) -> bool:
@@ -230,8 +230,8 @@ class GenerationRequest:
         """
         from cosmos3_core.media.source import pack_image, pack_video
 
-        image = None if self.image is None else pack_image(IMAGE, self.image)
-        video = None if self.video is None else pack_video(VIDEO, self.video)
+        image = None if self.image is None else pack_image(IMAGE_FIELD, self.image)
+        video = None if self.video is None else pack_video(VIDEO_FIELD, self.video)
         return self if image is None and video is None else replace(self, image=image, video=video)
 
 

@@ -15,12 +15,11 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.conditioning.canvas import action_canvas, content_size
 from cosmos3_core.conditioning.modes import (
     ACTIONS_ONLY,
-    IMAGE,
     IMAGE_TO_VIDEO,
+    MEDIA_FIELDS,
     MODES,
     TEXT_TO_IMAGE,
     TEXT_TO_VIDEO,
-    VIDEO,
     VIDEO_TO_VIDEO,
     WITH_SOUND,
     Mode,
@@ -44,7 +43,7 @@ from cosmos3_core.request import (
 from cosmos3_core.shapes import num_sound_latents, sound_samples
 
 # Latent frames of a continued clip that are kept by default, as in diffusers and cosmos-framework.
-_CHOSEN_FRAMES = (0, 1)
+_DEFAULT_CLEAN_FRAMES = (0, 1)
 
 
 class _Clip(NamedTuple):
@@ -52,14 +51,14 @@ class _Clip(NamedTuple):
 
     Attributes:
         num_frames, height, width: of the result.
-        described: frames, rows and columns in the prompt: with actions those of the whole chunk on its canvas.
+        prompt_size: frames, rows and columns in the prompt: with actions those of the whole chunk on its canvas.
         tier: of the canvas; 0 without one.
     """
 
     num_frames: int
     height: int
     width: int
-    described: tuple[int, int, int]
+    prompt_size: tuple[int, int, int]
     tier: int = 0
 
 
@@ -95,7 +94,7 @@ def resolve(
         CapabilityError: a mode that the checkpoint cannot do; names those that it can.
         RequestError: a field is out of bounds; names it, what was given and what it must be.
     """
-    like_diffusers = _value(request, "compat") == DIFFUSERS_BEHAVIOUR
+    like_diffusers = _read_field(request, "compat") == DIFFUSERS_BEHAVIOUR
     mode = _find_mode(request)
     preset = _find_preset(mode, request, layout, is_sound_offered)
     _check_prompts(mode, request)
@@ -123,7 +122,7 @@ def resolve(
         num_frames=clip.num_frames,
         height=clip.height,
         width=clip.width,
-        picture=None if given is None else _condition(given, mode, request, clip, layout, notes),
+        picture=None if given is None else _describe_condition(given, mode, request, clip, layout, notes),
         action=action,
         num_sound_latents=num_sound_latents,
         file=_choose_file(mode, request, clip, sampling["fps"], sound),
@@ -132,7 +131,7 @@ def resolve(
     )
 
 
-def _value(request: GenerationRequest, name: str, default: Any = None) -> Any:
+def _read_field(request: GenerationRequest, name: str, default: Any = None) -> Any:
     """Return a field of a request, or its default where the request leaves it out; checked."""
     value = getattr(request, name)
     return FIELDS[name].check(name, default if value is None else value)
@@ -140,7 +139,7 @@ def _value(request: GenerationRequest, name: str, default: Any = None) -> Any:
 
 def _find_mode(request: GenerationRequest) -> Mode:
     """Return the mode that a request names, or that its fields imply."""
-    wants_sound = _value(request, "generate_sound")
+    wants_sound = _read_field(request, "generate_sound")
     name = request.mode
     if name is None:
         if request.image is not None and request.video is not None:
@@ -183,14 +182,14 @@ def _find_preset(mode: Mode, request: GenerationRequest, layout: CheckpointLayou
 def _check_prompts(mode: Mode, request: GenerationRequest) -> None:
     checks.text("prompt", request.prompt, FIELDS["prompt"].max_chars, may_be_empty=not mode.needs_prompt)
     if request.negative_prompt is not None:
-        _value(request, "negative_prompt")
+        _read_field(request, "negative_prompt")
 
 
 def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
     """Refuse fields that have no effect in this mode."""
     for name, spec in FIELDS.items():
         if getattr(request, name) is not None and not spec.is_for(mode):
-            given = "given" if name in (IMAGE, VIDEO) else getattr(request, name)
+            given = "given" if name in MEDIA_FIELDS else getattr(request, name)
             hint = spec.otherwise or f"it is for {', '.join(spec.modes)}"
             raise RequestError(name, given, f"left out for {mode.name}", hint)
     given = [name for name in mode.media if getattr(request, name) is not None]
@@ -204,16 +203,16 @@ def _refuse_foreign_fields(mode: Mode, request: GenerationRequest) -> None:
 def _choose_sampling(request: GenerationRequest, preset: Preset, layout: CheckpointLayout) -> dict[str, Any]:
     """Return the fields that decide how a request is denoised."""
     like_diffusers = request.compat == DIFFUSERS_BEHAVIOUR
-    schedule = _value(request, "schedule", SHIPPED if like_diffusers else "native")
+    schedule = _read_field(request, "schedule", SHIPPED if like_diffusers else "native")
     shift = find_shipped_flow_shift(layout) if like_diffusers or schedule == SHIPPED else preset.flow_shift
     return {
-        "fps": _value(request, "fps", preset.fps),
-        "num_inference_steps": _value(request, "num_inference_steps", preset.num_inference_steps),
-        "guidance_scale": _value(request, "guidance_scale", preset.guidance_scale),
+        "fps": _read_field(request, "fps", preset.fps),
+        "num_inference_steps": _read_field(request, "num_inference_steps", preset.num_inference_steps),
+        "guidance_scale": _read_field(request, "guidance_scale", preset.guidance_scale),
         "guidance_interval": _choose_interval(request, preset),
-        "flow_shift": _value(request, "flow_shift", shift),
+        "flow_shift": _read_field(request, "flow_shift", shift),
         "schedule": find_shipped_schedule(layout) if schedule == SHIPPED else schedule,
-        "seed": _value(request, "seed"),
+        "seed": _read_field(request, "seed"),
     }
 
 
@@ -224,11 +223,11 @@ def _format_prompts(
     like_diffusers = request.compat == DIFFUSERS_BEHAVIOUR
     has_system_prompt = like_diffusers and layout.default_use_system_prompt
     return PromptFormat(
-        *clip.described,
+        *clip.prompt_size,
         fps=fps,
-        append_metadata=_value(request, "append_metadata"),
-        use_system_prompt=_value(request, "use_system_prompt", has_system_prompt),
-        negative_metadata=_value(request, "negative_metadata", "inverse" if like_diffusers else "same"),
+        append_metadata=_read_field(request, "append_metadata"),
+        use_system_prompt=_read_field(request, "use_system_prompt", has_system_prompt),
+        negative_metadata=_read_field(request, "negative_metadata", "inverse" if like_diffusers else "same"),
         compat=request.compat,
         view_point=None if action is None else action.view_point,
     )
@@ -239,7 +238,7 @@ def _choose_interval(request: GenerationRequest, preset: Preset) -> tuple[float,
     given = request.guidance_interval
     if given is None:
         return preset.guidance_interval
-    low, high = _value(request, "guidance_interval")
+    low, high = _read_field(request, "guidance_interval")
     if low > high:
         raise RequestError("guidance_interval", given, "the lowest timestep, then the highest", "swap the two")
     return low, high
@@ -262,7 +261,7 @@ def find_shipped_schedule(layout: CheckpointLayout) -> str:
 def _size_clip(
     mode: Mode, request: GenerationRequest, preset: Preset, layout: CheckpointLayout, notes: list[str]
 ) -> _Clip:
-    given = _value(request, "num_frames", preset.num_frames)
+    given = _read_field(request, "num_frames", preset.num_frames)
     if mode.is_image != (given == 1):
         allowed = "1 for an image" if mode.is_image else f"2 or more for {mode.name}"
         raise RequestError("num_frames", given, allowed)
@@ -323,7 +322,7 @@ def _fit_canvas(
 ) -> _Clip:
     """Return the size of a clip with actions, whose picture is fitted into a canvas."""
     assert given is not None, "_refuse_foreign_fields"
-    tier = _value(request, "resolution_tier", preset.resolution_tier)
+    tier = _read_field(request, "resolution_tier", preset.resolution_tier)
     canvas = action_canvas(given.height, given.width, tier, field=given.kind)
     side = layout.geometry.spatial
     content = content_size(given.height, given.width, canvas, field=given.kind)
@@ -337,7 +336,7 @@ def _fit_canvas(
     return _Clip(num_frames, height, width, (in_chunk, *canvas), tier)
 
 
-def _condition(
+def _describe_condition(
     given: GivenPicture, mode: Mode, request: GenerationRequest, clip: _Clip, layout: CheckpointLayout, notes: list[str]
 ) -> PictureCondition:
     """Decide which frames of the given image or clip are encoded, and which latent frames they fix."""
@@ -346,14 +345,14 @@ def _condition(
     num_latent_frames = geometry.latent_shape(clip.num_frames, clip.height, clip.width).num_frames
     chosen: tuple[int, ...] = ()
     if mode.chooses_frames:
-        chosen = _choose_frames(request.condition_frame_indexes_vision, num_latent_frames)
+        chosen = _check_frame_indexes(request.condition_frame_indexes_vision, num_latent_frames)
         if len(chosen) == num_latent_frames and request.compat != DIFFUSERS_BEHAVIOUR:
             least = geometry.num_pixel_frames(num_latent_frames + 1)
             hint = f"latent frames {list(chosen)} are given and nothing is left to generate; or give fewer of them"
             raise RequestError("num_frames", clip.num_frames, f"at least {least}", hint)
     clean = mode.clean_frames(num_latent_frames, chosen)
     num_needed = geometry.num_pixel_frames(max(clean) + 1)
-    given.check_memory(mode.resizing, num_needed, clip.described[1:])
+    given.check_memory(mode.resizing, num_needed, clip.prompt_size[1:])
     if given.num_frames is not None:
         _note_length(given.num_frames, num_needed, mode, notes)
     return PictureCondition(
@@ -364,15 +363,15 @@ def _condition(
         width=clip.width,
         resolution_tier=clip.tier,
         num_frames=num_needed,
-        keep=_value(request, "condition_video_keep", KEEP[0]),
+        keep=_read_field(request, "condition_video_keep", KEEP[0]),
         clean_frames=clean,
     )
 
 
-def _choose_frames(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:
+def _check_frame_indexes(indexes: Sequence[int] | int | None, num_latent_frames: int) -> tuple[int, ...]:
     field_name, allowed = "condition_frame_indexes_vision", f"latent frames from 0 to {num_latent_frames - 1}"
     if indexes is None:
-        return tuple(index for index in _CHOSEN_FRAMES if index < num_latent_frames)
+        return tuple(index for index in _DEFAULT_CLEAN_FRAMES if index < num_latent_frames)
     given: Sequence[Any] = [indexes] if isinstance(indexes, int) else indexes
     if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
         raise RequestError(field_name, indexes, f"a list of {allowed}")
@@ -395,17 +394,17 @@ def _choose_file(
 ) -> ClipFormat | None:
     """Return the format of the result's file; None for actions alone."""
     kind = checks.choice("output", mode.outputs[0] if request.output is None else request.output, mode.outputs)
-    is_lossless: bool = _value(request, "lossless")
+    is_lossless: bool = _read_field(request, "lossless")
     for name, users in (("output_quality", LOSSY_IMAGE_KINDS), ("crf", ("mp4",)), ("lossless", ("mp4",))):
         given = getattr(request, name)
         if given is not None and given is not False and kind not in users:
             raise RequestError(name, given, f"left out for {kind}", f"it is for {' and '.join(users)}")
     if is_lossless and request.crf is not None:
         raise RequestError("crf", request.crf, "left out beside lossless", "choose one of the two")
-    quality = _value(request, "output_quality", DEFAULT_QUALITY)
+    quality = _read_field(request, "output_quality", DEFAULT_QUALITY)
     if mode.is_image:
         check_image(kind, clip.height, clip.width, quality)
     if kind == ACTIONS_ONLY:
         return None
-    crf = DEFAULT_CRF if request.crf is None else _value(request, "crf")
+    crf = DEFAULT_CRF if request.crf is None else _read_field(request, "crf")
     return ClipFormat(kind, clip.height, clip.width, fps, crf, is_lossless, sound, quality)

@@ -140,7 +140,7 @@ def test_rows_that_are_none_are_refused(values: Any, width: int | None, said: st
 def test_a_result_says_in_which_space_it_is() -> None:
     values = np.array([[0.5, -1.0]], np.float32)
     track = ActionTrack(1, "pusht", 4, 2, "ego_view", None)
-    plain = track.result(values)
+    plain = track.restore(values)
     assert plain.is_normalised
     assert plain.as_json() == {
         "data": [[0.5, -1.0]],
@@ -152,7 +152,7 @@ def test_a_result_says_in_which_space_it_is() -> None:
         "is_normalised": True,
     }
     statistics = ActionStatistics(np.array([1, 0], np.float32), np.array([2, 4], np.float32))
-    restored = replace(track, statistics=statistics).result(values)
+    restored = replace(track, statistics=statistics).restore(values)
     assert not restored.is_normalised
     assert restored.as_json()["data"] == [[2.0, -4.0]]
     assert json.loads(json.dumps(restored.as_json()))["is_normalised"] is False

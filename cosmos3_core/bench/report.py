@@ -72,10 +72,10 @@ class Report:
         path.write_text(json.dumps({**self.head, **body}, indent=2) + "\n")
 
 
-def frames_per_second(of: Row, num_frames: int) -> Row:
+def frames_per_second(row: Row, num_frames: int) -> Row:
     """Convert a row of seconds for ``num_frames`` frames to frames per second."""
-    speeds = ([num_frames / seconds for seconds in side] for side in (of.ours, of.theirs))
-    return Row(of.measure, "frames/s", *speeds)
+    speeds = ([num_frames / seconds for seconds in side] for side in (row.ours, row.theirs))
+    return Row(row.measure, "frames/s", *speeds)
 
 
 def format_table(rows: list[Row], reference: str) -> str:

@@ -29,21 +29,21 @@ class Stopwatch:
         """Return the row of a measure, created if missing."""
         return self._rows.setdefault(measure, Row(measure))
 
-    def time_ours(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
-        """Call ``of`` and count its seconds as ours."""
-        seconds = self._seconds(of, arguments)
+    def time_ours(self, measure: str, run: int, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call ``call`` and count its seconds as ours."""
+        seconds = self._seconds(call, arguments)
         if run >= 0:
             self.row(measure).ours.append(seconds)
 
-    def time_theirs(self, measure: str, run: int, of: Callable[..., Any], *arguments: Any) -> None:
-        """Call ``of`` and count its seconds as the reference's."""
-        seconds = self._seconds(of, arguments)
+    def time_theirs(self, measure: str, run: int, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call ``call`` and count its seconds as the reference's."""
+        seconds = self._seconds(call, arguments)
         if run >= 0:
             self.row(measure).theirs.append(seconds)
 
-    def _seconds(self, of: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    def _seconds(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
         self._synchronize()
         start_s = time.perf_counter()
-        of(*arguments)
+        call(*arguments)
         self._synchronize()
         return time.perf_counter() - start_s

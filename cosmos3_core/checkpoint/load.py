@@ -16,7 +16,7 @@ from cosmos3_core.model.transformer import Cosmos3Transformer
 from cosmos3_core.model.weights import find_unused_tensors, transformer_plans
 from cosmos3_core.ops.registry import select_ops
 from cosmos3_core.ops.video import select_video_ops
-from cosmos3_core.parallel.sharding import WHOLE, Shard, local_config
+from cosmos3_core.parallel.sharding import WHOLE_MODEL, Shard, local_config
 from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
 
@@ -63,7 +63,7 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype | None = None,
     ops: Mapping[str, str] | None = None,
-    shard: Shard = WHOLE,
+    shard: Shard = WHOLE_MODEL,
 ) -> Cosmos3Transformer:
     """Load the transformer, or one rank's share of it, on its device.
 

@@ -36,7 +36,7 @@ from cosmos3_core.checkpoint.weight_files import (
     shorten,
 )
 from cosmos3_core.errors import CorruptFileError, TensorMismatchError
-from cosmos3_core.parallel.sharding import WHOLE, Shard, Split, split_of
+from cosmos3_core.parallel.sharding import WHOLE_MODEL, Shard, Split, split_of
 
 __all__ = ["ParameterPlan", "TensorEntry", "WeightFiles", "check_tensors", "load_parameters"]
 
@@ -91,7 +91,7 @@ def load_parameters(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    shard: Shard = WHOLE,
+    shard: Shard = WHOLE_MODEL,
     split: Callable[[str], Split] = split_of,
 ) -> None:
     """Fill every parameter of a module that was built on the meta device with this rank's shapes.

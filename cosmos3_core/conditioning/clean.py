@@ -12,12 +12,12 @@ from cosmos3_core.conditioning.modes import Resizing
 from cosmos3_core.conditioning.picture import PictureCondition
 from cosmos3_core.conditioning.resize import crop_to_fill, fit_and_pad, stretch
 from cosmos3_core.media.pixels import Frames
-from cosmos3_core.vae.frame_part import PartOf, whole_frame
+from cosmos3_core.vae.frame_part import ChoosePart, whole_frame
 from cosmos3_core.vae.video import VideoVAE
 
 
 def clean_latents(
-    vae: VideoVAE, picture: PictureCondition, frames_FYX3: Frames, part_of: PartOf = whole_frame
+    vae: VideoVAE, picture: PictureCondition, frames_FYX3: Frames, part_of: ChoosePart = whole_frame
 ) -> Tensor:
     """Encode the given frames.
 

@@ -42,7 +42,7 @@ def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: Trans
 
     grid = geometry.token_grid(request.latent_shape)
     states = {
-        VIDEO: _video(
+        VIDEO: _video_state(
             noise[VIDEO], request, grid_positions(grid, fps=request.fps, temporal=geometry.temporal, config=config)
         )
     }
@@ -59,11 +59,11 @@ def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: Trans
             config=config,
             first=1,  # an action leads to the next frame, the first one to frame 1
         )
-        states[ACTION] = _action(noise[ACTION], request.action, positions)
+        states[ACTION] = _action_state(noise[ACTION], request.action, positions)
     return states
 
 
-def _video(noise: Tensor, request: DenoiseRequest, positions: Tensor) -> LatentState:
+def _video_state(noise: Tensor, request: DenoiseRequest, positions: Tensor) -> LatentState:
     noise_mask_T = torch.ones(request.latent_shape.num_frames)
     latent = noise
     if request.clean_frames:
@@ -79,14 +79,14 @@ def _video(noise: Tensor, request: DenoiseRequest, positions: Tensor) -> LatentS
     return LatentState(latent, noise_mask_T, noise_mask_T[:, None, None], positions)
 
 
-def _action(noise: Tensor, action: ActionLatents, positions: Tensor) -> LatentState:
+def _action_state(noise: Tensor, action: ActionLatents, positions: Tensor) -> LatentState:
     is_noisy = float(action.given is None)
-    moves_TC = torch.zeros_like(noise)
-    moves_TC[:, : action.width] = is_noisy
-    latent = noise * moves_TC
+    free_mask_TC = torch.zeros_like(noise)
+    free_mask_TC[:, : action.width] = is_noisy
+    latent = noise * free_mask_TC
     if action.given is not None:
         latent[:, : action.width] = torch.tensor(action.given, dtype=torch.float32)
-    return LatentState(latent, torch.full((action.num_actions,), is_noisy), moves_TC, positions)
+    return LatentState(latent, torch.full((action.num_actions,), is_noisy), free_mask_TC, positions)
 
 
 def _check_action(action: ActionLatents, config: TransformerConfig) -> None:

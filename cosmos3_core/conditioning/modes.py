@@ -15,7 +15,7 @@ from cosmos3_core.media.file_kinds import IMAGE_KINDS
 ACTIONS_ONLY = "actions"
 """The output without pictures."""
 
-IMAGE, VIDEO = "image", "video"
+MEDIA_FIELDS = IMAGE_FIELD, VIDEO_FIELD = "image", "video"
 """The request's fields of media."""
 
 
@@ -109,21 +109,21 @@ WITH_SOUND = "_with_sound"
 
 _SILENT = (
     Mode(TEXT_TO_VIDEO),
-    Mode(IMAGE_TO_VIDEO, (IMAGE,), _first_frame, Resizing.CROP),
-    Mode(VIDEO_TO_VIDEO, (VIDEO,), _choose_frames, Resizing.STRETCH, chooses_frames=True),
+    Mode(IMAGE_TO_VIDEO, (IMAGE_FIELD,), _first_frame, Resizing.CROP),
+    Mode(VIDEO_TO_VIDEO, (VIDEO_FIELD,), _choose_frames, Resizing.STRETCH, chooses_frames=True),
 )
 _ACTING = (
-    Mode(FORWARD_DYNAMICS, (IMAGE, VIDEO), _first_frame, Resizing.PAD, ActionRole.GIVEN, needs_prompt=False),
+    Mode(FORWARD_DYNAMICS, MEDIA_FIELDS, _first_frame, Resizing.PAD, ActionRole.GIVEN, needs_prompt=False),
     Mode(
         INVERSE_DYNAMICS,
-        (VIDEO,),
+        (VIDEO_FIELD,),
         _all_frames,
         Resizing.PAD,
         ActionRole.GENERATED,
         needs_prompt=False,
         outputs=(ACTIONS_ONLY, "mp4"),  # the pictures repeat the given ones
     ),
-    Mode(POLICY, (IMAGE, VIDEO), _first_frame, Resizing.PAD, ActionRole.GENERATED, outputs=("mp4", ACTIONS_ONLY)),
+    Mode(POLICY, MEDIA_FIELDS, _first_frame, Resizing.PAD, ActionRole.GENERATED, outputs=("mp4", ACTIONS_ONLY)),
 )
 _ALL = (
     Mode(TEXT_TO_IMAGE, is_image=True, outputs=IMAGE_KINDS),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cosmos3_core.conditioning.canvas import covering_size
-from cosmos3_core.conditioning.modes import IMAGE, VIDEO, Resizing
+from cosmos3_core.conditioning.modes import IMAGE_FIELD, VIDEO_FIELD, Resizing
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.source import ClipInfo, Packed, probe_image, read_clip, read_image
@@ -96,13 +96,13 @@ def find_picture(request: GenerationRequest, probe: Callable[[str, Packed], Clip
     Raises:
         RequestError: it cannot be read, or is not packed: a path would be opened on this machine, not on the caller's.
     """
-    kind = IMAGE if request.image is not None else VIDEO
+    kind = IMAGE_FIELD if request.image is not None else VIDEO_FIELD
     media: Any = getattr(request, kind)
     if media is None:
         return None
     if not isinstance(media, bytes | np.ndarray):
         raise RequestError(kind, type(media).__name__, "a file's bytes, or frames", "call packed() on the request")
-    if kind == IMAGE:
+    if kind == IMAGE_FIELD:
         image = probe_image(kind, media)
         return GivenPicture(kind, media, image.height, image.width, None)
     clip = probe(kind, media)
@@ -120,6 +120,6 @@ def read_picture(picture: PictureCondition, *, read: ReadClip = read_clip) -> Fr
     Raises:
         RequestError: the media is damaged, or larger than allowed.
     """
-    if picture.kind == IMAGE:
+    if picture.kind == IMAGE_FIELD:
         return read_image(picture.kind, picture.media)[None]
     return read(picture.kind, picture.media, num_frames=picture.num_frames, keep=picture.keep)

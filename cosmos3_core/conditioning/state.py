@@ -18,24 +18,24 @@ class LatentState:
     Attributes:
         latent: the start of denoising, fp32: video [1, C, T, H, W], sound [C, T], actions [T, C].
         noise_mask: [T] fp32, 1 where a latent frame is denoised, 0 where it is a clean condition.
-        moves: fp32, 1 where denoising changes a value, 0 where it stays; broadcasts to ``latent``'s shape.
+        free_mask: fp32, 1 where denoising changes a value, 0 where it stays; broadcasts to ``latent``'s shape.
         positions: positions of the modality's tokens before a prompt shifts them, [3, S] fp32.
     """
 
     latent: Tensor
     noise_mask: Tensor
-    moves: Tensor
+    free_mask: Tensor
     positions: Tensor
 
     @property
-    def is_fixed(self) -> bool:
+    def is_partly_fixed(self) -> bool:
         """Whether denoising leaves some of it unchanged."""
-        return not bool(self.moves.all())
+        return not bool(self.free_mask.all())
 
     def to(self, device: torch.device) -> LatentState:
         """Return the same state with its tensors on ``device``."""
-        return LatentState(*(x.to(device) for x in (self.latent, self.noise_mask, self.moves, self.positions)))
+        return LatentState(*(x.to(device) for x in (self.latent, self.noise_mask, self.free_mask, self.positions)))
 
     def restore(self, sample: Tensor) -> Tensor:
         """Return ``sample`` with the fixed values as they were at the start, bit for bit."""
-        return torch.where(self.moves > 0, sample, self.latent)
+        return torch.where(self.free_mask > 0, sample, self.latent)

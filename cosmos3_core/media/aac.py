@@ -84,7 +84,7 @@ class AacTrack:
         return list(self._stream.encode(frame))
 
 
-class PacketOrder:
+class PacketInterleaver:
     """Merges the packets of several tracks by decode time, for any order of encoding.
 
     A packet is held until every track has one waiting, which decides the earliest. The order in the file is thus

@@ -19,7 +19,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.kinds import CLIP_KINDS, FileKind, damage_error, refuse_failures, with_article
+from cosmos3_core.media.kinds import CLIP_KINDS_TEXT, FileKind, damage_error, refuse_failures, with_article
 from cosmos3_core.media.mp4_index import NoVideoTrack, TooManySamples, blank_other_tracks
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.probe import YUV_TO_RGB
@@ -70,7 +70,7 @@ class OpenClip:
                         raise damage_error(self.field, self.kind.name, f"frame {count} decodes in part only")
                     count += 1
                     if count > LIMITS.max_clip_frames:
-                        raise too_many_frames(self.field, f"over {LIMITS.max_clip_frames}")
+                        raise too_many_frames_error(self.field, f"over {LIMITS.max_clip_frames}")
                     yield frame
 
     def to_rgb(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
@@ -108,7 +108,7 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
     # FFmpeg counts rows after padding them to 64 pixels; frames() counts exactly.
     max_pixels = {"max_pixels": str(2 * LIMITS.max_clip_pixels)}
     with contextlib.ExitStack() as stack:
-        with refuse_failures(field, with_article(f"{kind.name} file"), CLIP_KINDS):
+        with refuse_failures(field, with_article(f"{kind.name} file"), CLIP_KINDS_TEXT):
             if kind.demuxer == "mov":
                 data = _blank_other_tracks(field, kind, data)
             container = stack.enter_context(
@@ -129,7 +129,7 @@ def open_clip(field: str, kind: FileKind, data: bytes) -> Iterator[OpenClip]:
             check_pixels(field, PictureSize(context.height, context.width), LIMITS.max_clip_pixels)
             context.options = max_pixels  # a stream may change its size, or exceed its header's
             context.thread_count = _NUM_THREADS
-            num_frames = _count_announced_frames(field, kind, stream, len(data))
+            num_frames = _count_indexed_frames(field, kind, stream, len(data))
         yield OpenClip(field, kind, container, stream, num_frames)
 
 
@@ -139,7 +139,7 @@ def upright_size(frame: av.VideoFrame) -> PictureSize:
     return PictureSize(frame.width, frame.height) if is_swapped else PictureSize(frame.height, frame.width)
 
 
-def too_many_frames(field: str, count: str | int) -> RequestError:
+def too_many_frames_error(field: str, count: str | int) -> RequestError:
     """Return the error for a clip of ``count`` frames."""
     return RequestError(field, f"a clip of {count} frames", f"at most {LIMITS.max_clip_frames} frames", "cut it first")
 
@@ -148,7 +148,7 @@ def _blank_other_tracks(field: str, kind: FileKind, data: bytes) -> bytes:
     try:
         return blank_other_tracks(data)
     except TooManySamples as error:
-        raise too_many_frames(field, error.args[0]) from error
+        raise too_many_frames_error(field, error.args[0]) from error
     except NoVideoTrack as error:
         raise _no_video_stream(field, kind) from error
 
@@ -167,15 +167,15 @@ def _video_stream(field: str, kind: FileKind, container: InputContainer) -> Vide
 
 
 def _no_video_stream(field: str, kind: FileKind) -> RequestError:
-    return RequestError(field, with_article(f"{kind.name} file with no video stream"), CLIP_KINDS)
+    return RequestError(field, with_article(f"{kind.name} file with no video stream"), CLIP_KINDS_TEXT)
 
 
-def _count_announced_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes: int) -> int | None:
+def _count_indexed_frames(field: str, kind: FileKind, stream: VideoStream, num_bytes: int) -> int | None:
     """Return the number of frames in the file's index; None without a full index, which the MP4 family has."""
     if kind.demuxer != "mov" or not len(stream.index_entries):
         count = stream.frames or None
         if count and count > LIMITS.max_clip_frames:
-            raise too_many_frames(field, count)
+            raise too_many_frames_error(field, count)
         return None  # AVI has a count too, which is often wrong
     count = 0
     for entry in stream.index_entries:
@@ -184,7 +184,7 @@ def _count_announced_frames(field: str, kind: FileKind, stream: VideoStream, num
         # Frames that an edit list cuts away are decoded but not shown.
         count += not entry.is_discard
     if count > LIMITS.max_clip_frames:
-        raise too_many_frames(field, count)
+        raise too_many_frames_error(field, count)
     # A fragmented file has no total: FFmpeg has read only the first fragment's table.
     return count if stream.frames else None
 

@@ -15,8 +15,8 @@ from cosmos3_core.errors import RequestError
 
 STILL, CLIP, AUDIO, OTHER = "image", "clip", "audio", "other"
 
-IMAGE_KINDS = "a PNG, JPEG, WebP, GIF, BMP or TIFF file"
-CLIP_KINDS = "an MP4, MOV, WebM, MKV, AVI or MPEG-TS file, or an animated GIF, WebP or PNG"
+IMAGE_KINDS_TEXT = "a PNG, JPEG, WebP, GIF, BMP or TIFF file"
+CLIP_KINDS_TEXT = "an MP4, MOV, WebM, MKV, AVI or MPEG-TS file, or an animated GIF, WebP or PNG"
 
 _MAX_REASON_CHARS = 160
 

@@ -25,15 +25,15 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from cosmos3_core import checks
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
-from cosmos3_core.media.aac import AacTrack, PacketOrder, check_aac
+from cosmos3_core.media.aac import AacTrack, PacketInterleaver, check_aac
 from cosmos3_core.media.file_kinds import DEFAULT_CRF, MAX_CRF
 from cosmos3_core.media.live_mp4 import LiveMp4
 from cosmos3_core.media.output import OutputFile, Target
 from cosmos3_core.media.pixels import Frames, check_frames
-from cosmos3_core.media.sound import SampleCounter, Samples, SoundFormat, refuse_sound
+from cosmos3_core.media.sound import SampleCounter, Samples, SoundFormat, sound_error
 from cosmos3_core.shapes import frame_rate
 
-PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 """x264's speed presets, fastest first."""
 
 MIN_FPS, MAX_FPS = 1, 240
@@ -101,7 +101,7 @@ class Mp4Writer:
         fps: frames per second; see :func:`exact_frame_rate`.
         height, width: pixels, both even.
         crf: x264's quality; see :data:`DEFAULT_CRF`.
-        preset: x264's speed, one of :data:`PRESETS`; slower makes smaller files.
+        preset: x264's speed, one of :data:`X264_PRESETS`; slower makes smaller files.
         lossless: store the yuv420p planes exactly; ``crf`` is then ignored. Files are large and few players open them.
         threads: encoder threads, 1 to 16; the bytes depend on them, so they do not come from the machine. None:
             :func:`encoder_threads`.
@@ -143,7 +143,7 @@ class Mp4Writer:
         self.num_frames = 0
         self.num_encoded = 0
         self._counter = None if sound is None else SampleCounter(sound)
-        self._order = PacketOrder(1 if sound is None else 2)
+        self._order = PacketInterleaver(1 if sound is None else 2)
         self._height, self._width = height, width
         self._frame_time_s = 1 / rate
         self._reformatter = VideoReformatter()
@@ -230,7 +230,7 @@ class Mp4Writer:
         """
         self._require_open()
         if self._track is None or self._counter is None:
-            raise refuse_sound("mp4")
+            raise sound_error("mp4")
         kept = self._counter.take(samples)
         try:
             self._mux(self._order.add(_SOUND, self._track.encode(kept)))
@@ -329,8 +329,8 @@ def _check_settings(*, height: Any, width: Any, crf: Any, preset: Any) -> None:
         if not _is_int(value) or value < 2 or value % 2:
             raise RequestError(field, value, "an even number of pixels", "H.264 in yuv420p stores 2 x 2 blocks")
     checks.real("crf", crf, 0, MAX_CRF)
-    if preset not in PRESETS:
-        raise RequestError("preset", preset, f"one of {', '.join(PRESETS)}")
+    if preset not in X264_PRESETS:
+        raise RequestError("preset", preset, f"one of {', '.join(X264_PRESETS)}")
 
 
 def _is_int(value: Any) -> bool:

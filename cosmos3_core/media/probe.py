@@ -110,7 +110,7 @@ def probe_sound(path: str | Path) -> SoundInfo | None:
             if not container.streams.audio:
                 return None
             stream = container.streams.audio[0]
-            num_samples = sum(chunk.shape[1] for chunk in _present(container, stream, path))
+            num_samples = sum(chunk.shape[1] for chunk in _decode_presented(container, stream, path))
             return SoundInfo(
                 codec=stream.codec_context.codec.canonical_name,
                 sampling_rate=stream.codec_context.sample_rate,
@@ -134,7 +134,7 @@ def read_sound(path: str | Path) -> Samples:
         with av.open(str(Path(path).absolute())) as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: there is no sound in this file")
-            chunks = list(_present(container, container.streams.audio[0], path))
+            chunks = list(_decode_presented(container, container.streams.audio[0], path))
             if not chunks:
                 raise MediaError(f"{path}: the sound track is empty")
             return np.concatenate(chunks, axis=1)
@@ -142,7 +142,7 @@ def read_sound(path: str | Path) -> Samples:
         raise _unreadable(path, error) from error
 
 
-def _present(container: InputContainer, stream: AudioStream, path: str | Path) -> Iterator[Samples]:
+def _decode_presented(container: InputContainer, stream: AudioStream, path: str | Path) -> Iterator[Samples]:
     """Yield the samples that a player presents, in chunks [channels, n]."""
     # FFmpeg drops the samples that an mp4's edit list puts before time 0, but not those past its end: the last AAC
     # frame is padded. Other formats' durations may be estimates; those of mp4 are exact.

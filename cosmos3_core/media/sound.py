@@ -100,7 +100,7 @@ class SampleCounter:
             raise MediaError(f"only {self.num_samples} of the {expected} samples of sound came before close()")
 
 
-def refuse_sound(kind: str) -> RequestError:
+def sound_error(kind: str) -> RequestError:
     """Return the error of a writer whose file has no sound track."""
     hint = "sound goes into a wav, or an mp4 opened with a SoundFormat"
     return RequestError("samples", "sound", f"left out of this {kind}", hint)

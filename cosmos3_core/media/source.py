@@ -21,12 +21,12 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.media.clips import OpenClip, open_clip, too_many_frames, upright_size
+from cosmos3_core.media.clips import OpenClip, open_clip, too_many_frames_error, upright_size
 from cosmos3_core.media.kinds import (
     AUDIO,
     CLIP,
-    CLIP_KINDS,
-    IMAGE_KINDS,
+    CLIP_KINDS_TEXT,
+    IMAGE_KINDS_TEXT,
     STILL,
     FileKind,
     damage_error,
@@ -64,8 +64,8 @@ Packed: TypeAlias = bytes | Frames
 
 _Frame = TypeVar("_Frame")
 
-_IMAGE = f"a path or the bytes of {IMAGE_KINDS}, a PIL image, or an array [Y, X, 3]"
-_VIDEO = f"a path or the bytes of {CLIP_KINDS}, a list of frames, or an array [F, Y, X, 3]"
+_IMAGE = f"a path or the bytes of {IMAGE_KINDS_TEXT}, a PIL image, or an array [Y, X, 3]"
+_VIDEO = f"a path or the bytes of {CLIP_KINDS_TEXT}, a list of frames, or an array [F, Y, X, 3]"
 _CHANNELS = (1, 3, 4)
 
 
@@ -192,14 +192,14 @@ def read_clip(field: str, packed: Packed, *, num_frames: int, keep: Literal["fir
     if kind.category == STILL:
         still = _open_animation(field, kind, packed)
         _check_total(field, still.upright, min(num_frames, still.num_frames))
-        return _stack(_keep(decode_all(still), num_frames, keep), lambda frame: frame)
+        return _stack(_select_frames(decode_all(still), num_frames, keep), lambda frame: frame)
     with open_clip(field, kind, packed) as clip:
         reformatter = VideoReformatter()
-        frames = _keep(_watch(clip, num_frames), num_frames, keep)
+        frames = _select_frames(_check_frames(clip, num_frames), num_frames, keep)
         return _stack(frames, lambda frame: clip.to_rgb(frame, reformatter))
 
 
-def _watch(clip: OpenClip, num_frames: int) -> Iterator[Any]:
+def _check_frames(clip: OpenClip, num_frames: int) -> Iterator[Any]:
     """Yield the clip's frames; refuse one too large for memory, and a file that ends before the needed frames."""
     count = 0
     for frame in clip.frames():
@@ -209,11 +209,11 @@ def _watch(clip: OpenClip, num_frames: int) -> Iterator[Any]:
             _check_total(clip.field, PictureSize(frame.height, frame.width), max(count, expected))
         yield frame
     if count == 0 or (clip.num_frames is not None and count < clip.num_frames):
-        announced = "any" if clip.num_frames is None else clip.num_frames
-        raise damage_error(clip.field, clip.kind.name, f"{count} of {announced} frames can be decoded")
+        num_expected = "any" if clip.num_frames is None else clip.num_frames
+        raise damage_error(clip.field, clip.kind.name, f"{count} of {num_expected} frames can be decoded")
 
 
-def _keep(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]:
+def _select_frames(frames: Iterator[_Frame], num_frames: int, keep: str) -> deque[_Frame]:
     kept: deque[_Frame] = deque(maxlen=num_frames)
     for frame in frames:
         kept.append(frame)
@@ -278,25 +278,25 @@ def _open_image(field: str, packed: Any) -> Still:
     kind = kind_of(data)
     if kind.category == CLIP:
         hint = "give it as a video, or one of its frames as the image"
-        raise RequestError(field, with_article(f"{kind.name} file, which is a video"), IMAGE_KINDS, hint)
+        raise RequestError(field, with_article(f"{kind.name} file, which is a video"), IMAGE_KINDS_TEXT, hint)
     if kind.category != STILL:
-        raise RequestError(field, with_article(f"file of {kind.name} kind"), IMAGE_KINDS)
+        raise RequestError(field, with_article(f"file of {kind.name} kind"), IMAGE_KINDS_TEXT)
     return open_still(field, kind, data, max_pixels=LIMITS.max_image_pixels)
 
 
 def _clip_kind(field: str, packed: Any) -> FileKind:
     kind = kind_of(_file_bytes(field, packed, _VIDEO))
     if kind.category == AUDIO:
-        raise RequestError(field, with_article(f"{kind.name} file with no video stream"), CLIP_KINDS)
+        raise RequestError(field, with_article(f"{kind.name} file with no video stream"), CLIP_KINDS_TEXT)
     if kind.category not in (STILL, CLIP):
-        raise RequestError(field, with_article(f"file of {kind.name} kind"), CLIP_KINDS)
+        raise RequestError(field, with_article(f"file of {kind.name} kind"), CLIP_KINDS_TEXT)
     return kind
 
 
 def _open_animation(field: str, kind: FileKind, data: bytes) -> Still:
     still = open_still(field, kind, data, max_pixels=LIMITS.max_clip_pixels)
     if still.num_frames > LIMITS.max_clip_frames:
-        raise too_many_frames(field, still.num_frames)
+        raise too_many_frames_error(field, still.num_frames)
     return still
 
 
@@ -325,7 +325,7 @@ def _clip_from_array(field: str, array: Array) -> Frames:
         raise RequestError(field, _describe(array), "an array [F, Y, X, 3], [F, Y, X, 4] or [F, Y, X, 1]", hint)
     num_frames, height, width, _ = array.shape
     if num_frames > LIMITS.max_clip_frames:
-        raise too_many_frames(field, num_frames)
+        raise too_many_frames_error(field, num_frames)
     check_pixels(field, PictureSize(height, width), LIMITS.max_clip_pixels)
     _check_total(field, PictureSize(height, width), num_frames)
     return _rgb_bytes(field, array)

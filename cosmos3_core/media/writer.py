@@ -14,7 +14,7 @@ from cosmos3_core.media.image import check_image, write_image
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.output import Target
 from cosmos3_core.media.pixels import Frames, check_frames
-from cosmos3_core.media.sound import Samples, WavWriter, refuse_sound
+from cosmos3_core.media.sound import Samples, WavWriter, sound_error
 from cosmos3_core.media.sound import SoundFormat as SoundFormat
 
 
@@ -160,7 +160,7 @@ class ImageWriter:
 
     def write_sound(self, samples: Samples) -> None:
         """Raise RequestError: an image takes no sound."""
-        raise refuse_sound(self._kind)
+        raise sound_error(self._kind)
 
     def close(self) -> None:
         """Write the file; idempotent.

@@ -35,7 +35,7 @@ class TextCache:
         """Bytes of all entries."""
         return sum(entry.num_bytes for entry in self._entries.values())
 
-    def take(self, prompts: Sequence[Sequence[int]], orders: PromptOrders) -> list[TextKV]:
+    def fetch(self, prompts: Sequence[Sequence[int]], orders: PromptOrders) -> list[TextKV]:
         """Return the keys and values of a request's prompts, cached or computed now, and follow the orders."""
         keys = [text_key(text_ids) for text_ids in prompts]
         # Taken before the drop: the orders may evict a prompt that this request still uses.

@@ -17,16 +17,16 @@ from torch import Tensor
 from cosmos3_core.device import prefers_cudnn_attention
 from cosmos3_core.errors import RequestError
 from cosmos3_core.model.rope import RopeTable
-from cosmos3_core.ops import eager, fused, sdpa
+from cosmos3_core.ops import eager, sdpa, triton_ops
 
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {"eager": eager.attention, "sdpa": sdpa.attention, "cudnn": sdpa.attention_cudnn},
-    "rms_norm": {"eager": eager.rms_norm, "triton": fused.rms_norm},
-    "add_rms_norm": {"eager": eager.add_rms_norm, "triton": fused.add_rms_norm},
-    "norm_rope": {"eager": eager.norm_rope, "triton": fused.norm_rope},
-    "silu_mul": {"eager": eager.silu_mul, "triton": fused.silu_mul},
+    "rms_norm": {"eager": eager.rms_norm, "triton": triton_ops.rms_norm},
+    "add_rms_norm": {"eager": eager.add_rms_norm, "triton": triton_ops.add_rms_norm},
+    "norm_rope": {"eager": eager.norm_rope, "triton": triton_ops.norm_rope},
+    "silu_mul": {"eager": eager.silu_mul, "triton": triton_ops.silu_mul},
 }
 
 
@@ -95,5 +95,5 @@ def _best_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]
 def _best_elementwise(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return "eager", f"there is no fused kernel for {device.type}"
-    reason = fused.why_unavailable(device)
+    reason = triton_ops.why_unavailable(device)
     return ("triton", "one pass over memory each") if reason is None else ("eager", reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cosmos3_core.model.transformer import Cosmos3Transformer
-from cosmos3_core.parallel.collectives import BranchShare, Summed, TokenShare
+from cosmos3_core.parallel.collectives import BranchShare, SummedLinear, TokenShare
 from cosmos3_core.parallel.groups import Groups
 
 
@@ -21,11 +21,11 @@ def parallelize(transformer: Cosmos3Transformer, groups: Groups) -> None:
     if groups.tp is not None:
         for layer in (*transformer.understanding.layers, *transformer.generation.layers):
             if hasattr(layer, "out"):
-                layer.out = Summed(layer.out, groups.tp)
-                layer.mlp.down = Summed(layer.mlp.down, groups.tp)
+                layer.out = SummedLinear(layer.out, groups.tp)
+                layer.mlp.down = SummedLinear(layer.mlp.down, groups.tp)
     if groups.sp is not None:
         share = TokenShare(groups.place.sp, groups.layout.sp, groups.sp)
-        transformer.use_ops(replace(transformer.ops, own_rows=share.own, all_tokens=share.all))
+        transformer.use_ops(replace(transformer.ops, own_rows=share.own_rows, all_tokens=share.all_tokens))
 
 
 def branch_share(groups: Groups) -> BranchShare | None:

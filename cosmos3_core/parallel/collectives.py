@@ -27,7 +27,7 @@ def all_gather_runs(run: Tensor, num_ranks: int, group: Any) -> Tensor:
     return runs
 
 
-class Summed(nn.Module):
+class SummedLinear(nn.Module):
     """A row-split linear layer that sums the ranks' partial products, and adds its bias once.
 
     Args:
@@ -60,12 +60,12 @@ class TokenShare:
     count: int
     group: Any
 
-    def own(self, num_tokens: int) -> slice:
+    def own_rows(self, num_tokens: int) -> slice:
         """Return this rank's run of ceil(num_tokens / count) tokens; the last runs may reach past the end."""
         share = -(-num_tokens // self.count)
         return slice(self.index * share, (self.index + 1) * share)
 
-    def all(self, x: Tensor, num_tokens: int) -> Tensor:
+    def all_tokens(self, x: Tensor, num_tokens: int) -> Tensor:
         """Gather every rank's run on every rank, [ceil(S / count), ...] -> [S, ...], without the padding."""
         return all_gather_runs(x, self.count, self.group)[:num_tokens]
 
@@ -86,7 +86,7 @@ class BranchShare:
     is_speaker: bool = False
     warned: set[str] = field(default_factory=set, compare=False)
 
-    def mine(self, num_branches: int, num_latent_frames: int) -> tuple[int, ...]:
+    def own_branches(self, num_branches: int, num_latent_frames: int) -> tuple[int, ...]:
         """Return the branches that this rank runs: none in the second half without guidance.
 
         Args:

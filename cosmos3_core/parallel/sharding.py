@@ -81,7 +81,7 @@ class Shard:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-WHOLE = Shard(0, 1)
+WHOLE_MODEL = Shard(0, 1)
 """The share of a single rank."""
 
 

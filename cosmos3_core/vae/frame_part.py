@@ -83,7 +83,7 @@ class Whole:
 
 WHOLE = Whole()
 
-PartOf: TypeAlias = Callable[[int, int], FramePart]
+ChoosePart: TypeAlias = Callable[[int, int], FramePart]
 """(rows, columns of latents) -> the part of such frames to work on."""
 
 

@@ -26,15 +26,15 @@ def frames_on_host(chunks: Iterator[Tensor], copies: HostCopies) -> Iterator[Fra
     Yields:
         uint8 RGB [F, Y, X, 3], valid until the next item.
     """
-    copying = None
+    pending = None
     for index, pixels_1CFYX in enumerate(chunks):
-        begun = copies.begin(to_uint8(pixels_1CFYX))
+        copy = copies.begin(to_uint8(pixels_1CFYX))
         del pixels_1CFYX
         if index == 0 or not copies.is_asynchronous:
-            yield begun()
+            yield copy()
             continue
-        if copying is not None:
-            yield copying()
-        copying = begun
-    if copying is not None:
-        yield copying()
+        if pending is not None:
+            yield pending()
+        pending = copy
+    if pending is not None:
+        yield pending()

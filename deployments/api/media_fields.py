@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.media.kinds import CLIP, CLIP_KINDS, IMAGE_KINDS, STILL, kind_of
+from cosmos3_core.media.kinds import CLIP, CLIP_KINDS_TEXT, IMAGE_KINDS_TEXT, STILL, kind_of
 from cosmos3_core.presets import LIMITS
 from deployments.api.body_reader import Reservation, read_json
 from deployments.api.field_types import FieldType, Schema, any_of
@@ -111,7 +111,7 @@ def decode_file(field: str, value: Any) -> bytes:
 def _detect_kind(field: str, data: bytes) -> str:
     kind = kind_of(data)
     if kind.category not in (STILL, CLIP):
-        raise RequestError(field, f"a file of kind {kind.name}", f"{IMAGE_KINDS}, or {CLIP_KINDS}")
+        raise RequestError(field, f"a file of kind {kind.name}", f"{IMAGE_KINDS_TEXT}, or {CLIP_KINDS_TEXT}")
     return "image" if kind.category == STILL else "video"
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from cosmos3_core import checks
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import Cosmos3Error, RequestError
-from cosmos3_core.media.apart import probe_clip_apart
+from cosmos3_core.media.child_reader import probe_clip_in_child
 from cosmos3_core.media.source import Packed
 from cosmos3_core.preview import MAX_PREVIEWS
 from cosmos3_core.request import GenerationRequest, ResolvedRequest
@@ -36,7 +36,7 @@ class RequestCheck:
     """Resolves requests against a checkpoint."""
 
     def __init__(self, layout: CheckpointLayout, *, is_sound_offered: bool) -> None:
-        self._resolve = partial(resolve, layout=layout, is_sound_offered=is_sound_offered, probe=probe_clip_apart)
+        self._resolve = partial(resolve, layout=layout, is_sound_offered=is_sound_offered, probe=probe_clip_in_child)
         self._probes = asyncio.Semaphore(_MAX_PROBES)
 
     async def resolve(self, context: RequestContext, request: GenerationRequest) -> ResolvedRequest:

@@ -222,7 +222,7 @@ class Pipeline:
         track = self.request.action
         if track is None or not self.request.has_generated_actions:
             return None
-        return track.result(latents.held["action"].envelope.array()[:, : track.width])
+        return track.restore(latents.held["action"].envelope.array()[:, : track.width])
 
     def _make_clip_pipeline(self, latents: _Latents, file: ClipFormat) -> ClipPipeline:
         handles = self.stages.decoders_for(self.request)

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cosmos3_core.actions import action_rows
-from cosmos3_core.conditioning.modes import IMAGE, VIDEO
+from cosmos3_core.conditioning.modes import IMAGE_FIELD, VIDEO_FIELD
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.source import Packed
 from cosmos3_core.request import GenerationRequest
 
-MEDIA = (IMAGE, VIDEO)
+MEDIA = (IMAGE_FIELD, VIDEO_FIELD)
 """Names of the files that a request may have."""
 
 _DEFAULTS = GenerationRequest()

@@ -21,7 +21,7 @@ from cluster.gang import Gang, GangSpec
 from cluster.gang_calls import GangCalls
 from cluster.video_vae_rank import ChunkStrip
 from cosmos3_core.conditioning.picture import PictureCondition, read_picture
-from cosmos3_core.media.apart import read_clip_apart
+from cosmos3_core.media.child_reader import read_clip_in_child
 from cosmos3_core.preview import PreviewMap
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.observability.logs import origin_of, watch_stage
@@ -64,7 +64,7 @@ class VideoVAEDeployment(GangLeader):
         """
         start_s = time.monotonic()
         with watch_stage(context, "condition") as watch:
-            read = partial(read_clip_apart, limit_s=context.remaining_s("condition"))
+            read = partial(read_clip_in_child, limit_s=context.remaining_s("condition"))
             frames = await asyncio.to_thread(read_picture, picture, read=read)
             call = self._calls.call(
                 "encode",

@@ -16,7 +16,7 @@ import httpx2
 import PIL.Image
 
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.media.apart import read_clip_apart
+from cosmos3_core.media.child_reader import read_clip_in_child
 from cosmos3_core.media.kinds import STILL, kind_of
 from deployments.config import JobsConfig
 from deployments.jobs.job import Job
@@ -98,7 +98,7 @@ class AcceptingApi(Api):
                 with PIL.Image.open(io.BytesIO(data)) as picture:
                     assert min(picture.size) > 0
             else:
-                assert len(read_clip_apart("video", data, num_frames=1, keep="first")) == 1
+                assert len(read_clip_in_child("video", data, num_frames=1, keep="first")) == 1
 
     def tidy(self) -> None:
         """Delete all jobs that are not kept, as if they had expired."""

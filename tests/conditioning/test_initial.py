@@ -65,13 +65,13 @@ def test_masks_moves_and_positions(layout: CheckpointLayout) -> None:
     states = states_of(EVERYTHING, layout)
     video, sound, action = states.values()
     assert video.noise_mask.tolist() == [0, 1, 0]
-    assert torch.equal(video.moves.expand(1, 48, 3, 3, 2)[0, 0, :, 0, 0], video.noise_mask)
+    assert torch.equal(video.free_mask.expand(1, 48, 3, 3, 2)[0, 0, :, 0, 0], video.noise_mask)
     assert torch.equal(video.latent[:, :, [0, 2]], CLEAN)
     assert torch.equal(video.latent[:, :, 1], draws(1)[0][:, :, 1])
-    assert (video.is_fixed, sound.is_fixed, action.is_fixed) == (True, False, True)
+    assert (video.is_partly_fixed, sound.is_partly_fixed, action.is_partly_fixed) == (True, False, True)
     assert sound.noise_mask.tolist() == [1] * 7
     assert action.noise_mask.tolist() == [1] * 8
-    assert torch.equal(action.moves, torch.cat([torch.ones(8, 10), torch.zeros(8, 54)], dim=1))
+    assert torch.equal(action.free_mask, torch.cat([torch.ones(8, 10), torch.zeros(8, 54)], dim=1))
     assert not action.latent[:, 10:].any()
     # 3 frames of 2 x 1 tokens; a step of time is a 24th of a second.
     assert [state.positions.shape for state in states.values()] == [(3, 6), (3, 7), (3, 8)]
@@ -82,9 +82,9 @@ def test_masks_moves_and_positions(layout: CheckpointLayout) -> None:
     for track in (sound, action):
         assert not track.positions[1:].any()
     for state in states.values():
-        tensors = (state.latent, state.noise_mask, state.moves, state.positions)
+        tensors = (state.latent, state.noise_mask, state.free_mask, state.positions)
         assert {(tensor.dtype, str(tensor.device)) for tensor in tensors} == {(torch.float32, "cpu")}
-        torch.broadcast_shapes(state.moves.shape, state.latent.shape)
+        torch.broadcast_shapes(state.free_mask.shape, state.latent.shape)
 
 
 def test_positions_follow_the_frame_rate(layout: CheckpointLayout) -> None:
@@ -98,7 +98,7 @@ def test_given_actions_are_clean_and_padded_with_zeros(layout: CheckpointLayout)
     assert torch.equal(action.latent[:, :10], torch.tensor(GIVEN.given))
     assert not action.latent[:, 10:].any()
     assert action.noise_mask.tolist() == [0] * 8
-    assert not action.moves.any()
+    assert not action.free_mask.any()
 
 
 @pytest.mark.parametrize("action", [GENERATED, GIVEN], ids=["generated", "given"])

@@ -13,7 +13,7 @@ import pytest
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import CapabilityError
-from cosmos3_core.media import apart
+from cosmos3_core.media import child_reader
 from cosmos3_core.request import GenerationRequest
 from deployments.director import admission
 from deployments.director.admission import RequestCheck
@@ -59,11 +59,13 @@ class SlowResolve:
 
 def test_clips_are_checked_in_other_processes(layout: CheckpointLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(apart, "_ask", lambda question, *_: asked.append(question) or ({"info": [32, 48, 9]}, b""))
+    monkeypatch.setattr(
+        child_reader, "_run_child", lambda request, *_: asked.append(request) or ({"info": [32, 48, 9]}, b"")
+    )
     check = RequestCheck(layout, is_sound_offered=True)
     resolved = run(check.resolve(context(), CLIP))
     assert resolved.mode == "video_to_video"
-    assert [question["do"] for question in asked] == ["probe"]
+    assert [request["command"] for request in asked] == ["probe"]
 
 
 def test_concurrent_clip_checks_are_bounded_and_others_do_not_wait(layout: CheckpointLayout) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
-from cosmos3_core.media.aac import AAC_SAMPLING_RATES, PacketOrder
+from cosmos3_core.media.aac import AAC_SAMPLING_RATES, PacketInterleaver
 from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.probe import probe_video, read_frames, read_sound
 from cosmos3_core.media.sound import SoundFormat
@@ -183,14 +183,14 @@ def test_packets_wait_until_it_is_known_which_comes_first():
         return [SimpleNamespace(dts=time, time_base=time_base) for time in times]
 
     video, sound = packets(Fraction(1, 2), -1, 0, 1, 2), packets(Fraction(1, 10), -1, 4, 5, 12)
-    order = PacketOrder(2)
+    order = PacketInterleaver(2)
     assert order.add(0, video[:3]) == []
     # -0.5 s, -0.1, 0, 0.4, 0.5 (both: the first track first); then the first track has none waiting.
     assert order.add(1, sound[:3]) == [video[0], sound[0], video[1], sound[1], video[2]]
     assert order.add(1, sound[3:]) == []
     assert order.add(0, video[3:]) == [sound[2], video[3]]
     assert order.flush() == [sound[3]]
-    assert PacketOrder(1).add(0, video) == video
+    assert PacketInterleaver(1).add(0, video) == video
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

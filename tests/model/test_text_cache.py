@@ -22,7 +22,7 @@ def test_the_least_recently_used_prompt_leaves() -> None:
     num_prefills = []
     a, b, c = ((number,) for number in range(3))
     for text_ids in (a, b, a, c, a, b):
-        cache.take([text_ids], ledger.admit([text_ids]))
+        cache.fetch([text_ids], ledger.admit([text_ids]))
         num_prefills.append(cache.num_prefills)
         assert cache.num_bytes <= 2 * BYTES_PER_TOKEN
     assert num_prefills == [1, 2, 2, 3, 3, 4]
@@ -33,9 +33,9 @@ def test_the_least_recently_used_prompt_leaves() -> None:
 
 def test_a_prompt_larger_than_the_bound_is_used_and_not_kept() -> None:
     cache, ledger = TextCache(prefill), PromptLedger(2 * BYTES_PER_TOKEN, BYTES_PER_TOKEN)
-    cache.take([(7,)], ledger.admit([(7,)]))
+    cache.fetch([(7,)], ledger.admit([(7,)]))
     large = tuple(range(3))
-    (entry,) = cache.take([large], ledger.admit([large]))
+    (entry,) = cache.fetch([large], ledger.admit([large]))
     assert entry.num_tokens == 3
     assert cache.num_bytes == BYTES_PER_TOKEN, "what was there stays"
 
@@ -43,10 +43,10 @@ def test_a_prompt_larger_than_the_bound_is_used_and_not_kept() -> None:
 def test_a_request_uses_a_prompt_that_its_other_prompt_drives_out() -> None:
     cache, ledger = TextCache(prefill), PromptLedger(2 * BYTES_PER_TOKEN, BYTES_PER_TOKEN)
     first, second = (1,), (2, 3)
-    cache.take([first], ledger.admit([first]))
+    cache.fetch([first], ledger.admit([first]))
     orders = ledger.admit([first, second])
     assert orders == PromptOrders(drop=(text_key(first),), keep=frozenset([text_key(second)]))
-    one, two = cache.take([first, second], orders)
+    one, two = cache.fetch([first, second], orders)
     assert (one.num_tokens, two.num_tokens) == (1, 2)
     assert cache.num_prefills == 2
     assert cache.num_bytes == 2 * BYTES_PER_TOKEN
@@ -54,7 +54,7 @@ def test_a_request_uses_a_prompt_that_its_other_prompt_drives_out() -> None:
 
 def test_one_prompt_for_both_branches_is_prefilled_once() -> None:
     cache, ledger = TextCache(prefill), PromptLedger(0, BYTES_PER_TOKEN)
-    one, two = cache.take([(1,), (1,)], ledger.admit([(1,), (1,)]))
+    one, two = cache.fetch([(1,), (1,)], ledger.admit([(1,), (1,)]))
     assert one is two
     assert cache.num_prefills == 1
     assert cache.num_bytes == 0
@@ -76,7 +76,7 @@ def test_ranks_that_follow_one_ledger_hold_the_same_and_prefill_alike() -> None:
     for number in (1, 2, 1, 3, 4, 1, 2):
         orders = ledger.admit([(number,), (0,)])
         for rank in ranks:
-            rank.take([(number,), (0,)], orders)
+            rank.fetch([(number,), (0,)], orders)
     assert ranks[0].num_prefills == ranks[1].num_prefills
     assert ranks[0]._entries.keys() == ranks[1]._entries.keys()
 

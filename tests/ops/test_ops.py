@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cosmos3_core.errors import RequestError
-from cosmos3_core.ops import eager, fused, registry
+from cosmos3_core.ops import eager, registry, triton_ops
 from cosmos3_core.ops.registry import IMPLEMENTATIONS, names_of, select_ops
 from tests.ops.comparison import (
     ELEMENTWISE_SHAPES,
@@ -99,7 +99,7 @@ def test_without_a_triton_that_works_the_choice_is_eager(
     def fail(*arguments: object) -> None:
         raise ModuleNotFoundError("No module named 'triton'\nsecond line")
 
-    monkeypatch.setattr(fused, "rms_norm", fail)
+    monkeypatch.setattr(triton_ops, "rms_norm", fail)
     monkeypatch.setattr(torch, "ones", lambda *arguments, **more: None)  # there may be no such device
     monkeypatch.setattr(registry, "prefers_cudnn_attention", lambda device, dtype: (True, "Hopper"))
     with caplog.at_level(logging.INFO, logger="cosmos3_core.ops.registry"):

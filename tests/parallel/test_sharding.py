@@ -11,7 +11,7 @@ import pytest
 from cosmos3_core.checkpoint.configs import TransformerConfig
 from cosmos3_core.checkpoint.tensors import transformer_tensors
 from cosmos3_core.errors import RequestError
-from cosmos3_core.parallel.sharding import WHOLE, Shard, Split, list_tp_sizes, local_config, split_of
+from cosmos3_core.parallel.sharding import WHOLE_MODEL, Shard, Split, list_tp_sizes, local_config, split_of
 
 NANO = TransformerConfig(action_gen=True, sound_gen=True)
 SUPER = dataclasses.replace(NANO, hidden_size=5120, num_attention_heads=64, intermediate_size=25600)
@@ -71,7 +71,7 @@ def test_shards_cover_everything_once_and_in_order() -> None:
     rows = list(range(12))
     shares = [rows[Shard(rank, 4).slice(12)] for rank in range(4)]
     assert shares == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
-    assert WHOLE.slice(7) == slice(0, 7)
+    assert WHOLE_MODEL.slice(7) == slice(0, 7)
 
 
 def test_an_indivisible_tensor_is_named() -> None:

@@ -321,7 +321,7 @@ def test_every_mode_equals_diffusers(
     for name, state in plan.initial.items():
         theirs = reference.initial[name]
         assert state.latent.shape == theirs.shape
-        moves = state.moves.expand_as(theirs) > 0
+        moves = state.free_mask.expand_as(theirs) > 0
         assert torch.equal(state.latent[moves], theirs[moves])
         assert relative_difference(state.latent, theirs) <= TOLERANCE
 
@@ -336,7 +336,7 @@ def test_every_mode_equals_diffusers(
 
     # What is given stays as it is, to the bit.
     for name, state in plan.initial.items():
-        fixed = state.moves.expand_as(state.latent) == 0
+        fixed = state.free_mask.expand_as(state.latent) == 0
         assert all(torch.equal(step[name][fixed], state.latent[fixed]) for step in steps)
 
     # What comes out.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cosmos3_core.device import HostCopies, TurningBuffers
+from cosmos3_core.device import AlternatingBuffers, HostCopies
 from cosmos3_core.media.pixels import to_uint8
 from cosmos3_core.vae.to_host import frames_on_host
 
@@ -25,7 +25,7 @@ class SlowCopies:
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self._buffers = TurningBuffers(is_pinned=False)
+        self._buffers = AlternatingBuffers(is_pinned=False)
 
     def begin(self, tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
         number = sum(word.startswith("begin") for word in self.said)
@@ -82,7 +82,7 @@ def test_a_cpus_chunks_are_made_one_at_a_time_and_copied_never() -> None:
 
 
 def test_buffers_take_turns_and_are_made_anew_only_to_grow() -> None:
-    buffers = TurningBuffers(is_pinned=False)
+    buffers = AlternatingBuffers(is_pinned=False)
     sizes = [(2, 3), (4, 3), (1, 3), (3, 4), (5, 3), (2, 6)]
     rooms = [buffers.next_like(torch.zeros(size, dtype=torch.uint8)) for size in sizes]
     assert [tuple(room.shape) for room in rooms] == sizes

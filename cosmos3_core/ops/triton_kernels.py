@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`cosmos3_core.ops.fused`; imported only on machines that run Triton.
+"""Triton kernels of :mod:`cosmos3_core.ops.triton_ops`; imported only on machines that run Triton.
 
 They round to the tensors' dtype wherever the eager twin writes a tensor, so that both give the same numbers except for
 the order of sums. They are not specialised on numbers of tokens: a request of another shape compiles nothing.
@@ -14,7 +14,7 @@ def _round(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _weight(x, scale, weight, dtype: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
+def _apply_weight(x, scale, weight, dtype: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
     x = x * scale
     if not WEIGHT_IN_FP32:
         x = _round(x, dtype)
@@ -25,7 +25,7 @@ def _weight(x, scale, weight, dtype: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr)
 def _store_normed(x, there, column, valid, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, WEIGHT_IN_FP32: tl.constexpr):
     weight = tl.load(weight_ptr + column, valid, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
-    tl.store(out_ptr + there, _weight(x, scale, weight, out_ptr.dtype.element_ty, WEIGHT_IN_FP32), valid)
+    tl.store(out_ptr + there, _apply_weight(x, scale, weight, out_ptr.dtype.element_ty, WEIGHT_IN_FP32), valid)
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def norm_rope(
     scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
     first_weight = tl.load(weight_ptr + slot, is_slot, 0.0).to(tl.float32)[None, :]
     second_weight = tl.load(weight_ptr + HALF + slot, is_slot, 0.0).to(tl.float32)[None, :]
-    first = _weight(first, scale, first_weight, dtype, WEIGHT_IN_FP32)
-    second = _weight(second, scale, second_weight, dtype, WEIGHT_IN_FP32)
+    first = _apply_weight(first, scale, first_weight, dtype, WEIGHT_IN_FP32)
+    second = _apply_weight(second, scale, second_weight, dtype, WEIGHT_IN_FP32)
     angle = (token * HALF)[:, None] + slot[None, :]
     cos = tl.load(cos_ptr + angle, valid, 0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, valid, 0.0).to(tl.float32)

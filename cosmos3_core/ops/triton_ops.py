@@ -25,13 +25,13 @@ def why_unavailable(device: torch.device) -> str | None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
     """Launch the kernel, one program per row."""
-    from cosmos3_core.ops import kernels
+    from cosmos3_core.ops import triton_kernels
 
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
     with torch.cuda.device(x.device):
-        kernels.rms_norm[(x.numel() // width,)](
+        triton_kernels.rms_norm[(x.numel() // width,)](
             x, weight, out, eps, WIDTH=width, BLOCK=_power_of_two(width), WEIGHT_IN_FP32=weight_in_fp32
         )
     return out
@@ -39,13 +39,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Ten
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> tuple[Tensor, Tensor]:
     """Launch the kernel, one program per row."""
-    from cosmos3_core.ops import kernels
+    from cosmos3_core.ops import triton_kernels
 
     x, y = x.contiguous(), y.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
     width = x.shape[-1]
     with torch.cuda.device(x.device):
-        kernels.add_rms_norm[(x.numel() // width,)](
+        triton_kernels.add_rms_norm[(x.numel() // width,)](
             x, y, weight, total, out, eps, WIDTH=width, BLOCK=_power_of_two(width), WEIGHT_IN_FP32=weight_in_fp32
         )
     return total, out
@@ -53,13 +53,13 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, weight_in_fp3
 
 def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool, rope: RopeTable) -> Tensor:
     """Launch the kernel on the heads in place, without a copy."""
-    from cosmos3_core.ops import kernels
+    from cosmos3_core.ops import triton_kernels
 
     tokens, heads, head_dim = x_SND.shape
     out_SND = torch.empty((tokens, heads, head_dim), dtype=x_SND.dtype, device=x_SND.device)
     half = head_dim // 2
     with torch.cuda.device(x_SND.device):
-        kernels.norm_rope[(-(-tokens * heads // _HEADS_A_PROGRAM),)](
+        triton_kernels.norm_rope[(-(-tokens * heads // _HEADS_A_PROGRAM),)](
             x_SND, weight_D, rope.cos.contiguous(), rope.sin.contiguous(), out_SND,
             tokens * heads, x_SND.stride(0), x_SND.stride(1), eps,
             HEADS=heads, HALF=half, HALF_BLOCK=_power_of_two(half), ROWS=_HEADS_A_PROGRAM,
@@ -71,13 +71,15 @@ def norm_rope(x_SND: Tensor, weight_D: Tensor, eps: float, weight_in_fp32: bool,
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Launch the kernel on both halves in place, without a copy."""
-    from cosmos3_core.ops import kernels
+    from cosmos3_core.ops import triton_kernels
 
     gate_up = gate_up.contiguous()
     tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, inner), dtype=gate_up.dtype, device=gate_up.device)
     with torch.cuda.device(gate_up.device):
-        kernels.silu_mul[(tokens, -(-inner // _COLUMNS_A_PROGRAM))](gate_up, out, INNER=inner, BLOCK=_COLUMNS_A_PROGRAM)
+        triton_kernels.silu_mul[(tokens, -(-inner // _COLUMNS_A_PROGRAM))](
+            gate_up, out, INNER=inner, BLOCK=_COLUMNS_A_PROGRAM
+        )
     return out
 
 

@@ -31,11 +31,11 @@ _ROOT = Path(__file__).parents[2]
 # The child imports this very package, installed or not. Threads of numerical libraries would take address space.
 _CHILD = (
     "import os, sys; os.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1'); "
-    f"sys.path.insert(0, {str(_ROOT)!r}); from cosmos3_core.media.apart import serve; serve()"
+    f"sys.path.insert(0, {str(_ROOT)!r}); from cosmos3_core.media.child_reader import serve; serve()"
 )
 
 
-def probe_clip_apart(field: str, packed: Packed) -> ClipInfo:
+def probe_clip_in_child(field: str, packed: Packed) -> ClipInfo:
     """Run :func:`probe_clip` in a child process.
 
     Raises:
@@ -44,11 +44,11 @@ def probe_clip_apart(field: str, packed: Packed) -> ClipInfo:
     """
     if not isinstance(packed, bytes):
         return probe_clip(field, packed)
-    header, _ = _ask({"do": "probe", "field": field}, packed, _WALL_S)
+    header, _ = _run_child({"command": "probe", "field": field}, packed, _WALL_S)
     return ClipInfo(*header["info"])
 
 
-def read_clip_apart(
+def read_clip_in_child(
     field: str, packed: Packed, *, num_frames: int, keep: Literal["first", "last"], limit_s: float = _WALL_S
 ) -> Frames:
     """Run :func:`read_clip` in a child process, for at most ``limit_s`` seconds.
@@ -59,20 +59,20 @@ def read_clip_apart(
     """
     if not isinstance(packed, bytes):
         return read_clip(field, packed, num_frames=num_frames, keep=keep)
-    question = {"do": "read", "field": field, "num_frames": num_frames, "keep": keep}
-    header, frames = _ask(question, packed, min(limit_s, _WALL_S))
+    request = {"command": "read", "field": field, "num_frames": num_frames, "keep": keep}
+    header, frames = _run_child(request, packed, min(limit_s, _WALL_S))
     return np.frombuffer(frames, np.uint8).reshape(header["shape"])
 
 
-def _ask(question: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[str, Any], memoryview]:
+def _run_child(request: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[str, Any], memoryview]:
     """Return the child's answer: a line of JSON, then bytes.
 
     Raises:
         RequestError: the child raised it, died or took too long.
         MediaError: the child was killed from outside.
     """
-    command = [sys.executable, "-c", _CHILD, json.dumps(question)]
-    field, given = question["field"], with_article(f"{kind_of(data).name} file")
+    command = [sys.executable, "-c", _CHILD, json.dumps(request)]
+    field, given = request["field"], with_article(f"{kind_of(data).name} file")
     allowed = "a clip that can be decoded"
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=limit_s, check=False)
@@ -90,23 +90,23 @@ def _ask(question: dict[str, Any], data: bytes, limit_s: float) -> tuple[dict[st
 
 
 def serve() -> None:
-    """Run as the child process: the question is the argument, the file the standard input."""
-    question = json.loads(sys.argv[1])
-    num_frames = int(question.get("num_frames", 0))
+    """Run as the child process: the request is the argument, the file the standard input."""
+    request = json.loads(sys.argv[1])
+    num_frames = int(request.get("num_frames", 0))
     _bound_this_process(num_frames)
-    field, data = str(question["field"]), sys.stdin.buffer.read()
+    field, data = str(request["field"]), sys.stdin.buffer.read()
     try:
-        if question["do"] == "probe":
-            _answer({"info": list(probe_clip(field, data))})
+        if request["command"] == "probe":
+            _reply({"info": list(probe_clip(field, data))})
             return
-        frames = read_clip(field, data, num_frames=num_frames, keep=question["keep"])
+        frames = read_clip(field, data, num_frames=num_frames, keep=request["keep"])
     except RequestError as error:
-        _answer({"error": [error.field, error.given, error.allowed, error.hint]})
+        _reply({"error": [error.field, error.given, error.allowed, error.hint]})
     except MemoryError:
         allowed = f"a clip that is read within {_MEMORY_BYTES >> 30} GiB of memory"
-        _answer({"error": [field, "a file that takes more", allowed, ""]})
+        _reply({"error": [field, "a file that takes more", allowed, ""]})
     else:
-        _answer({"shape": list(frames.shape)}, frames)
+        _reply({"shape": list(frames.shape)}, frames)
 
 
 def _bound_this_process(num_frames: int) -> None:
@@ -120,7 +120,7 @@ def _bound_this_process(num_frames: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _answer(header: dict[str, Any], frames: Frames | None = None) -> None:
+def _reply(header: dict[str, Any], frames: Frames | None = None) -> None:
     out = sys.stdout.buffer
     out.write(json.dumps(header).encode() + b"\n")
     if frames is not None:
