@@ -29,9 +29,9 @@ from cosmos3_core.denoiser import StepEvent
 from cosmos3_core.device import DTYPES, collective_backend, local_device, resolve_device, synchronize
 from cosmos3_core.engine import Engine
 from cosmos3_core.errors import Cosmos3Error, RequestError
-from cosmos3_core.media.output import OutputFile, path_with_suffix
+from cosmos3_core.media.output import MediaWriter, OutputFile, path_with_suffix
 from cosmos3_core.media.pixels import FrameHash
-from cosmos3_core.media.writer import ClipFormat, DiscardWriter, MediaWriter, open_writer
+from cosmos3_core.media.writer import ClipFormat, DiscardWriter, open_writer
 from cosmos3_core.model.transformer import ACTION, SOUND, VIDEO
 from cosmos3_core.parallel.groups import ALONE, Groups, close_groups, init_groups
 from cosmos3_core.parallel.layout import Layout

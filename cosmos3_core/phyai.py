@@ -17,7 +17,7 @@ from torch import Tensor
 from cosmos3_core import checks
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import CapabilityError, RequestError
-from cosmos3_core.media.mp4 import Mp4Writer, exact_frame_rate
+from cosmos3_core.media.mp4 import Mp4Writer
 from cosmos3_core.media.pixels import Frames, to_unit, unit_to_uint8
 from cosmos3_core.media.sound import Samples, SoundFormat, WavWriter
 from cosmos3_core.model.transformer import SOUND, VIDEO
@@ -293,7 +293,7 @@ class Cosmos3GenerationPostProcessor:
         if media.sound is None or media.sampling_rate is None:
             raise RequestError("media.sound", None, "a waveform with its sampling_rate", "this clip was made silent")
         num_channels, num_given = media.sound.shape
-        num_samples = sound_samples(len(media.frames), exact_frame_rate(self.fps), media.sampling_rate)
+        num_samples = sound_samples(len(media.frames), self.fps, media.sampling_rate)
         num_missing = max(num_samples - num_given, 0)
         if num_missing > _MAX_PADDED_SAMPLES:
             allowed = f"at least {num_samples - _MAX_PADDED_SAMPLES} samples for {len(media.frames)} frames"

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
+from cosmos3_core.errors import RequestError
+
+_MIN_FPS, _MAX_FPS = 1, 240
+
 
 class LatentShape(NamedTuple):
     """Latent grid of one clip: frames, rows, columns."""
@@ -93,9 +97,12 @@ def chunk_latents(height: int, width: int, at_least: int) -> int:
 def frame_rate(fps: float | Fraction) -> Fraction:
     """Return the rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
 
-    Args:
-        fps: frames per second, positive; :func:`cosmos3_core.media.mp4.exact_frame_rate` checks it.
+    Raises:
+        RequestError: ``fps`` is not a number from 1 to 240.
     """
+    is_number = isinstance(fps, int | float | Fraction) and not isinstance(fps, bool)
+    if not is_number or not _MIN_FPS <= fps <= _MAX_FPS:  # NaN fails the comparison
+        raise RequestError("fps", fps, f"a number from {_MIN_FPS} to {_MAX_FPS}", "use 16, 24 or 30")
     # The broadcast rates are written in decimals but mean n * 1000/1001.
     broadcast = Fraction(math.ceil(fps) * 1000, 1001)
     if abs(float(fps) - float(broadcast)) < 5e-4:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from cosmos3_core.bench.subject import Subject, Work
+from cosmos3_core.checkpoint.reader import replace_parameter
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.denoiser import DenoisePlan, Denoiser
 from cosmos3_core.device import prefers_channels_last
@@ -62,7 +62,7 @@ def _transformer(subject: Subject) -> Cosmos3Transformer:
         module = Cosmos3Transformer(subject.transformer, select_ops(subject.device, subject.dtype))
     for plan in transformer_plans(subject.transformer):
         parts = [subject.tensors("transformer", name) for name in plan.sources]
-        _assign(module, plan.target, torch.cat(parts).to(plan.dtype or subject.dtype))
+        replace_parameter(module, plan.target, torch.cat(parts).to(plan.dtype or subject.dtype))
     return module
 
 
@@ -71,12 +71,7 @@ def video_vae(subject: Subject) -> VideoVAE:
     with torch.device("meta"):
         module = VideoVAE(subject.vae, ops=select_video_ops(subject.device))
     for name, _ in list(module.named_parameters()):
-        _assign(module, name, subject.tensors("vae", name))
+        replace_parameter(module, name, subject.tensors("vae", name))
     if prefers_channels_last(subject.device):
         module.use_channels_last()
     return module
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    setattr(module.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))

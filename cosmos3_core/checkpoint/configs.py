@@ -99,8 +99,8 @@ def _build(cls: type[_Config], path: Path, raw: dict[str, Any]) -> _Config:
     return cls(**known)
 
 
-def _check_positive(path: Path, config: Any, names: tuple[str, ...]) -> None:
-    for name in names:
+def _check_positive(path: Path, config: Any, names: str) -> None:
+    for name in names.split():
         value = getattr(config, name)
         if not 0 < value < math.inf:  # NaN fails the comparison
             raise CorruptFileError(path, f"{name} is {value!r}, not a finite number above 0")
@@ -170,23 +170,10 @@ class TransformerConfig:
         return config
 
     def _check(self, path: Path) -> None:
-        sizes: tuple[str, ...] = (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        )
-        sizes += (
-            "intermediate_size",
-            "vocab_size",
-            "latent_channel",
-            "latent_patch_size",
-            "rms_norm_eps",
-            "rope_theta",
-        )
-        sizes += ("base_fps", "timestep_scale")
+        sizes = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
         _check_positive(path, self, sizes)
+        _check_positive(path, self, "vocab_size latent_channel latent_patch_size rms_norm_eps rope_theta base_fps")
+        _check_positive(path, self, "timestep_scale")
         if self.max_position_embeddings < _MIN_POSITIONS:
             raise CorruptFileError(
                 path, f"max_position_embeddings={self.max_position_embeddings} is below {_MIN_POSITIONS}"
@@ -237,7 +224,7 @@ class VideoVAEConfig:
 
         Raises:
             MissingFileError, CorruptFileError: see :func:`read_json_object`; also for statistics of the wrong length.
-            CapabilityError: a Wan layout other than 2.2's residual one.
+            CapabilityError: a Wan layout other than 2.2's residual one, or other factors than its layers have.
         """
         config = _build(cls, path, read_json_object(path))
         if not config.is_residual or config.attn_scales:
@@ -258,7 +245,18 @@ class VideoVAEConfig:
                 path,
                 f"temperal_downsample needs {len(config.dim_mult) - 1} values, has {len(config.temperal_downsample)}",
             )
+        layers = config.geometry
+        stated = (config.scale_factor_temporal, config.scale_factor_spatial)
+        if (layers.temporal, layers.spatial) != stated:
+            given = {"(scale_factor_temporal, scale_factor_spatial)": stated}
+            raise CapabilityError("vae", given, f"{(layers.temporal, layers.spatial)} for these layers")
         return config
+
+    @property
+    def geometry(self) -> Geometry:
+        """The compression factors of the layers."""
+        temporal, spatial = 2 ** sum(self.temperal_downsample), self.patch_size * 2 ** len(self.temperal_downsample)
+        return Geometry(temporal=temporal, spatial=spatial, channels=self.z_dim)
 
 
 @dataclass(frozen=True)
@@ -302,7 +300,7 @@ class AudioVAEConfig:
         return config
 
     def _check(self, path: Path, samples_per_latent: int) -> None:
-        _check_positive(path, self, ("sampling_rate", "dec_dim", "dec_out_channels", "vocoder_input_dim"))
+        _check_positive(path, self, "sampling_rate dec_dim dec_out_channels vocoder_input_dim")
         if not self.dec_strides or len(self.dec_c_mults) != len(self.dec_strides):
             raise CorruptFileError(
                 path, f"dec_c_mults has {len(self.dec_c_mults)} values, dec_strides {len(self.dec_strides)}"
@@ -312,6 +310,9 @@ class AudioVAEConfig:
                 path,
                 f"dec_c_mults={list(self.dec_c_mults)} and dec_strides={list(self.dec_strides)} are not all above 0",
             )
+        # A stride of one would lose a sample: the end cannot make up for the trimmed front.
+        if min(self.dec_strides) < 2:
+            raise CapabilityError("sound_tokenizer.dec_strides", list(self.dec_strides), "strides of 2 or more")
         if samples_per_latent != self.hop_size:
             raise CorruptFileError(
                 path, f"hop_size={self.hop_size} is not the product of dec_strides={list(self.dec_strides)}"
@@ -343,7 +344,7 @@ class SchedulerConfig:
         raw = read_json_object(path)
         name = raw.get("_class_name", "UniPCMultistepScheduler")
         config = _build(cls, path, raw)
-        _check_positive(path, config, ("num_train_timesteps", "flow_shift", "sigma_min", "sigma_max"))
+        _check_positive(path, config, "num_train_timesteps flow_shift sigma_min sigma_max")
         _check_switches(path, "scheduler", raw, _SCHEDULER_SWITCHES)
         is_unipc = name in ("UniPCMultistepScheduler", "Cosmos3EdgeUniPCMultistepScheduler")
         solver = (config.solver_order, config.solver_type, config.prediction_type, config.use_flow_sigmas)
@@ -359,9 +360,4 @@ class SchedulerConfig:
 
 def geometry(transformer: TransformerConfig, vae: VideoVAEConfig) -> Geometry:
     """Return the compression factors of a checkpoint."""
-    return Geometry(
-        temporal=vae.scale_factor_temporal,
-        spatial=vae.scale_factor_spatial,
-        channels=vae.z_dim,
-        patch=transformer.latent_patch_size,
-    )
+    return dataclasses.replace(vae.geometry, patch=transformer.latent_patch_size)

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cosmos3_core.checkpoint.tensors import Shape
 from cosmos3_core.checkpoint.weight_files import (
     FLOAT_DTYPES,
-    Shape,
     TensorEntry,
     WeightFiles,
     check_tensors,
@@ -125,7 +125,7 @@ def load_parameters(
             for part in fill.parts:
                 reader.copy(part, parameter[row : row + part.shape[0]])
                 row += part.shape[0]
-            _replace_parameter(module, fill.target, parameter)
+            replace_parameter(module, fill.target, parameter)
     num_bytes = sum(math.prod(fill.shape) * fill.dtype.itemsize for fill in fills)
     _log.info(
         "%s: %d parameters, %.2f GB on %s, share %d of %d, from %d files in %.1f s",
@@ -215,7 +215,8 @@ def _stack_shapes(parts: tuple[_Part, ...]) -> Shape | None:
     return (sum(part.shape[0] for part in parts), *row_shapes.pop())
 
 
-def _replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter of a module, by its dotted name."""
     owner_name, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=False))
 

@@ -20,11 +20,10 @@ import torch
 
 from cosmos3_core.checkpoint.aliases import find_published_name
 from cosmos3_core.checkpoint.configs import read_json_object
+from cosmos3_core.checkpoint.tensors import Shape
 from cosmos3_core.errors import CapabilityError, CorruptFileError, MissingFileError, TensorMismatchError
 
 _log = logging.getLogger(__name__)
-
-Shape = tuple[int, ...]
 
 _STEMS = ("diffusion_pytorch_model", "model")  # the second is the name in older sound_tokenizer exports
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")

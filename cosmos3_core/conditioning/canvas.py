@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from cosmos3_core import checks
 from cosmos3_core.errors import RequestError
 
 SIDE_MULTIPLE = 16
@@ -54,8 +55,7 @@ def action_canvas(height: int, width: int, tier: int, *, field: str = "video") -
     Raises:
         RequestError: the tier is unknown, or the clip is too small.
     """
-    if isinstance(tier, bool) or not isinstance(tier, int) or tier not in ACTION_TIERS:
-        raise RequestError("resolution_tier", tier, f"one of {list(ACTION_TIERS)}")
+    checks.choice("resolution_tier", tier, tuple(ACTION_TIERS))
     rows, columns = floor_size(height, width, field=field)
     return min(ACTION_TIERS[tier], key=lambda canvas: abs(canvas.height / canvas.width - rows / columns))
 

@@ -15,14 +15,14 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.media.kinds import CLIP_KINDS_TEXT, FileKind, damage_error, refuse_failures, with_article
 from cosmos3_core.media.mp4_index import NoVideoTrack, TooManySamples, blank_other_tracks
 from cosmos3_core.media.pixels import Frames
-from cosmos3_core.media.probe import YUV_TO_RGB
+from cosmos3_core.media.probe import frame_to_rgb
 from cosmos3_core.media.stills import PictureSize, check_pixels
 from cosmos3_core.presets import LIMITS
 
@@ -74,21 +74,18 @@ class OpenClip:
                     yield frame
 
     def to_rgb(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
-        """Convert to uint8 RGB [Y, X, 3], upright, with the colours of :func:`cosmos3_core.media.probe.read_frames`.
+        """Convert to uint8 RGB [Y, X, 3], upright, with the colours of :func:`frame_to_rgb`.
 
         Raises:
             RequestError: FFmpeg cannot convert its colours.
         """
         try:
-            rgb = reformatter.reformat(
-                frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=YUV_TO_RGB, threads=1
-            )
+            pixels = frame_to_rgb(frame, reformatter)
         except av.FFmpegError as error:
             given = f"a clip with colour matrix {int(frame.colorspace)} ({error.strerror})"
             raise RequestError(
                 self.field, given, "RGB, BT.601, BT.709, BT.2020 or the like", "convert it first"
             ) from error
-        pixels = np.asarray(rgb.to_ndarray(), dtype=np.uint8)
         is_swapped, flips_rows, flips_columns = _read_rotation(frame)
         if is_swapped:
             pixels = pixels.swapaxes(0, 1)

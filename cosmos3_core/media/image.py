@@ -26,7 +26,6 @@ def write_image(target: Target, frame: Frames, kind: str, quality: int = DEFAULT
     """Write one frame as an 8-bit RGB image. The same frame and settings give the same bytes.
 
     Args:
-        target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
         frame: uint8 RGB [Y, X, 3].
         kind: ``png``, which is exact; ``jpeg``, with chroma at full resolution; or ``webp``.
         quality: of jpeg and webp, 0 (smallest) to 100 (best); webp is exact at 100. Ignored for png.

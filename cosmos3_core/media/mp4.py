@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -24,11 +23,11 @@ from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
 from cosmos3_core import checks
-from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media.aac import AacTrack, PacketInterleaver, check_aac
 from cosmos3_core.media.file_kinds import DEFAULT_CRF, MAX_CRF
 from cosmos3_core.media.live_mp4 import LiveMp4
-from cosmos3_core.media.output import OutputFile, Target
+from cosmos3_core.media.output import MediaWriter, OutputFile, Target
 from cosmos3_core.media.pixels import Frames, check_frames
 from cosmos3_core.media.sound import SampleCounter, Samples, SoundFormat, sound_error
 from cosmos3_core.shapes import frame_rate
@@ -36,7 +35,6 @@ from cosmos3_core.shapes import frame_rate
 X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 """x264's speed presets, fastest first."""
 
-MIN_FPS, MAX_FPS = 1, 240
 MAX_THREADS = 16
 _PIXELS_PER_THREAD = 2**18
 
@@ -73,22 +71,7 @@ def encoder_threads(height: int, width: int) -> int:
     return min(-(-height * width // _PIXELS_PER_THREAD), MAX_THREADS)
 
 
-def exact_frame_rate(fps: float | Fraction) -> Fraction:
-    """Return the rational frame rate meant by ``fps``: 24 -> 24/1, 23.976 -> 24000/1001, 12.5 -> 25/2.
-
-    Args:
-        fps: frames per second, 1 to 240.
-
-    Raises:
-        RequestError: ``fps`` is not such a number.
-    """
-    is_number = isinstance(fps, int | float | Fraction) and not isinstance(fps, bool)
-    if not is_number or not MIN_FPS <= fps <= MAX_FPS:  # NaN fails the comparison
-        raise RequestError("fps", fps, f"a number from {MIN_FPS} to {MAX_FPS}", "use 16, 24 or 30")
-    return frame_rate(fps)
-
-
-class Mp4Writer:
+class Mp4Writer(MediaWriter):
     """Writes one clip as an mp4: H.264, yuv420p, index in front ("faststart"); with sound, AAC-LC.
 
     Frames and samples come in chunks and are encoded at once; neither the cuts between chunks nor the order of frames
@@ -96,9 +79,7 @@ class Mp4Writer:
     failure in :meth:`write` or :meth:`write_sound`, leaves no file except the unfinished live one. Not thread-safe.
 
     Args:
-        target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
-            file at :meth:`close` and is left open.
-        fps: frames per second; see :func:`exact_frame_rate`.
+        fps: frames per second, from 1 to 240; see :func:`frame_rate`.
         height, width: pixels, both even.
         crf: x264's quality; see :data:`DEFAULT_CRF`.
         preset: x264's speed, one of :data:`X264_PRESETS`; slower makes smaller files.
@@ -133,7 +114,7 @@ class Mp4Writer:
         sound: SoundFormat | None = None,
         live: str | Path | None = None,
     ) -> None:
-        rate = exact_frame_rate(fps)
+        rate = frame_rate(fps)
         _check_settings(height=height, width=width, crf=crf, preset=preset)
         if threads is None:
             threads = encoder_threads(height, width)
@@ -148,7 +129,6 @@ class Mp4Writer:
         self._frame_time_s = 1 / rate
         self._reformatter = VideoReformatter()
         self._live: LiveMp4 | None = None
-        self._is_open = True
         self._output = OutputFile(target)
         self._container = self._open_container(sound)
         try:
@@ -307,30 +287,13 @@ class Mp4Writer:
                     container.close()
         self._output.discard()
 
-    def _require_open(self) -> None:
-        if not self._is_open:
-            raise ClosedError("this Mp4Writer is closed, or has failed; open a new one to write another file")
-
-    def __enter__(self) -> Mp4Writer:
-        self._require_open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
 
 def _check_settings(*, height: Any, width: Any, crf: Any, preset: Any) -> None:
     for field, value in (("height", height), ("width", width)):
         if not _is_int(value) or value < 2 or value % 2:
             raise RequestError(field, value, "an even number of pixels", "H.264 in yuv420p stores 2 x 2 blocks")
     checks.real("crf", crf, 0, MAX_CRF)
-    if preset not in X264_PRESETS:
-        raise RequestError("preset", preset, f"one of {', '.join(X264_PRESETS)}")
+    checks.choice("preset", preset, X264_PRESETS)
 
 
 def _is_int(value: Any) -> bool:

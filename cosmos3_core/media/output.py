@@ -1,4 +1,4 @@
-"""Output files, which appear under their name only when they are complete."""
+"""Output files and their writers; files appear under their name only when they are complete."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import os
 import secrets
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, Self, TypeAlias
 
-from cosmos3_core.errors import MediaError, RequestError
+from cosmos3_core.errors import ClosedError, MediaError, RequestError
+
+if TYPE_CHECKING:
+    from cosmos3_core.media.pixels import Frames
+    from cosmos3_core.media.sound import Samples
 
 Target: TypeAlias = str | Path | BinaryIO
-"""A destination: a path, or a binary stream open for writing."""
+"""A destination: a path in an existing directory, where a file of that name is replaced; or a binary stream open for
+writing, which gets the whole file at the end and is left open."""
 
 # File systems take 255; the rest is for the suffix and the hidden name during writing.
 _MAX_NAME_BYTES = 200
@@ -34,6 +41,55 @@ def path_with_suffix(out: str | Path | None, suffix: str) -> Path:
     if len(name.encode()) > _MAX_NAME_BYTES:
         raise RequestError("out", str(out), f"a file name of at most {_MAX_NAME_BYTES} bytes")
     return Path(out).with_name(name + suffix)
+
+
+class MediaWriter(ABC):
+    """The writer of one file; a context manager that finishes the file, or leaves none after an exception."""
+
+    _is_open = True
+
+    @abstractmethod
+    def write(self, frames: Frames) -> None:
+        """Add uint8 frames [F, Y, X, 3].
+
+        Raises:
+            RequestError: the frames have another dtype or shape, or the file has no pictures.
+        """
+
+    @abstractmethod
+    def write_sound(self, samples: Samples) -> None:
+        """Add samples, float32 [channels, n] in [-1, 1], before, between or after the frames.
+
+        Samples beyond the format's ``num_samples`` are dropped; :meth:`close` raises MediaError if there are fewer.
+
+        Raises:
+            RequestError: the samples have another dtype or shape, or the file has no sound.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish the file and give it its name; idempotent."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close the writer and leave no file. Does nothing after :meth:`close`."""
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            name = type(self).__name__
+            raise ClosedError(f"this {name} is closed, or has failed; open a new one to write another file")
+
+    def __enter__(self) -> Self:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
 
 
 class OutputFile:

@@ -18,7 +18,9 @@ from cosmos3_core.errors import MediaError
 from cosmos3_core.media.pixels import Frames
 from cosmos3_core.media.sound import Samples
 
-YUV_TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+_YUV_TO_RGB = (
+    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+)
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,6 @@ def _decode_presented(container: InputContainer, stream: AudioStream, path: str 
 def read_frames(path: str | Path) -> Iterator[Frames]:
     """Decode a video's frames one by one, as uint8 RGB [Y, X, 3].
 
-    Files tagged with their colour matrix (ours are) are converted by it; untagged ones as BT.601, FFmpeg's default.
-
     Raises:
         MediaError: see :func:`probe_video`; the iterator raises it at the damaged frame.
     """
@@ -172,12 +172,17 @@ def read_frames(path: str | Path) -> Iterator[Frames]:
     try:
         with av.open(str(Path(path).absolute())) as container:
             for frame in container.decode(_video_stream(container, path)):
-                rgb = reformatter.reformat(
-                    frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=YUV_TO_RGB, threads=1
-                )
-                yield np.asarray(rgb.to_ndarray(), dtype=np.uint8)
+                yield frame_to_rgb(frame, reformatter)
     except (av.FFmpegError, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def frame_to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
+    """Convert a frame to uint8 RGB [Y, X, 3] by its colour matrix; untagged ones as BT.601, FFmpeg's default."""
+    rgb = reformatter.reformat(
+        frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_YUV_TO_RGB, threads=1
+    )
+    return np.asarray(rgb.to_ndarray(), dtype=np.uint8)
 
 
 def _video_stream(container: InputContainer, path: str | Path) -> VideoStream:

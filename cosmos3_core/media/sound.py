@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import wave
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from cosmos3_core import checks
-from cosmos3_core.errors import ClosedError, MediaError, RequestError
-from cosmos3_core.media.output import OutputFile, Target
+from cosmos3_core.errors import MediaError, RequestError
+from cosmos3_core.media.output import MediaWriter, OutputFile, Target
 from cosmos3_core.media.pixels import Frames
 
 Samples: TypeAlias = npt.NDArray[np.float32]
@@ -116,15 +115,11 @@ def to_pcm16(samples: Samples) -> npt.NDArray[np.int16]:
     return np.clip(scaled, -_PCM16_STEPS, _PCM16_STEPS - 1).astype(np.int16)
 
 
-class WavWriter:
+class WavWriter(MediaWriter):
     """Writes sound as a 16-bit PCM wav; see :func:`to_pcm16` for the rounding.
 
     Chunks are written as they come; the cuts between them do not change the file. The file appears when :meth:`close`
     returns. An exception in the ``with`` block, or a failure in :meth:`write_sound`, leaves no file.
-
-    Args:
-        target: a path in an existing directory (an existing file is replaced), or a binary stream, which gets the whole
-            file at :meth:`close` and is left open.
 
     Raises:
         RequestError: the path is unusable.
@@ -139,7 +134,6 @@ class WavWriter:
         except OSError as error:
             self._output.discard()
             raise MediaError(f"{self._output.path} could not be created: {error}") from error
-        self._is_open = True
         self._wave.setparams((sound.num_channels, 2, sound.sampling_rate, sound.num_samples, "NONE", "not compressed"))
 
     def write(self, frames: Frames) -> None:
@@ -189,19 +183,3 @@ class WavWriter:
         with contextlib.suppress(OSError):  # the file is removed next
             self._wave.close()
         self._output.discard()
-
-    def _require_open(self) -> None:
-        if not self._is_open:
-            raise ClosedError("this WavWriter is closed, or has failed; open a new one to write another file")
-
-    def __enter__(self) -> WavWriter:
-        self._require_open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()

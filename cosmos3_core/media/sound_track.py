@@ -22,7 +22,6 @@ def write_sound_track(target: Target, source: BinaryIO) -> None:
     """Copy the sound of an mp4 of this package into an m4a, packet by packet, with its edit list.
 
     Args:
-        target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
         source: the mp4, seekable.
 
     Raises:

@@ -13,14 +13,14 @@ from typing import BinaryIO
 import av
 import numpy as np
 import PIL.Image
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media.image import write_image
 from cosmos3_core.media.kinds import CLIP, STILL, FileKind, kind_of
 from cosmos3_core.media.output import Target
 from cosmos3_core.media.pixels import Frames
-from cosmos3_core.media.probe import YUV_TO_RGB
+from cosmos3_core.media.probe import frame_to_rgb
 from cosmos3_core.media.stills import decode_first, open_still
 from cosmos3_core.presets import LIMITS
 
@@ -42,7 +42,6 @@ def write_thumbnail(target: Target, source: BinaryIO) -> None:
     """Write the first frame of a clip, or an image, as a webp whose longer side is :data:`THUMBNAIL_SIDE` at most.
 
     Args:
-        target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
         source: an mp4, png, jpeg or webp, seekable.
 
     Raises:
@@ -64,7 +63,6 @@ def write_spritesheet(target: Target, source: BinaryIO) -> None:
     At most :data:`MAX_TILES` frames are evenly spaced from the first to the last. The rest of the last row is black.
 
     Args:
-        target: a path in an existing directory (an existing file is replaced), or a binary stream, which is left open.
         source: an mp4, seekable.
 
     Raises:
@@ -136,10 +134,7 @@ def _pick_frames(source: BinaryIO, *, max_frames: int) -> Generator[Frames, None
                     break
                 if index == picked[num_picked]:
                     num_picked += 1
-                    rgb = reformatter.reformat(
-                        frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=YUV_TO_RGB, threads=1
-                    )
-                    yield np.asarray(rgb.to_ndarray(), dtype=np.uint8)
+                    yield frame_to_rgb(frame, reformatter)
     except av.FFmpegError as error:
         raise MediaError(f"not a clip that can be decoded: {error}") from error
     if not picked or num_picked < len(picked):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
 
 from cosmos3_core import checks
-from cosmos3_core.errors import ClosedError, MediaError, RequestError
+from cosmos3_core.errors import MediaError, RequestError
 from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, FILE_KINDS, IMAGE_KINDS, MEDIA_TYPES, SUFFIXES
 from cosmos3_core.media.image import check_image, write_image
 from cosmos3_core.media.mp4 import Mp4Writer
-from cosmos3_core.media.output import Target
+from cosmos3_core.media.output import MediaWriter, Target
 from cosmos3_core.media.pixels import Frames, check_frames
 from cosmos3_core.media.sound import Samples, WavWriter, sound_error
 from cosmos3_core.media.sound import SoundFormat as SoundFormat
@@ -77,37 +75,8 @@ class ClipFormat:
         return SUFFIXES[self.media_type]
 
 
-class MediaWriter(Protocol):
-    """The writer of one file; a context manager that leaves no file after an exception."""
-
-    def write(self, frames: Frames) -> None:
-        """Add uint8 frames [F, Y, X, 3].
-
-        Raises:
-            RequestError: the frames have another dtype or shape, or the file has no pictures.
-        """
-
-    def write_sound(self, samples: Samples) -> None:
-        """Add samples, float32 [channels, n] in [-1, 1], before, between or after the frames.
-
-        Samples beyond the format's ``num_samples`` are dropped; :meth:`close` raises MediaError if there are fewer.
-
-        Raises:
-            RequestError: the samples have another dtype or shape, or the file has no sound.
-        """
-
-    def close(self) -> None:
-        """Finish the file and give it its name; idempotent."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-
-
-class DiscardWriter:
-    """Writes nothing: the :class:`MediaWriter` of ranks whose frames another rank writes."""
+class DiscardWriter(MediaWriter):
+    """Writes nothing: the writer of ranks whose frames another rank writes."""
 
     def write(self, frames: Frames) -> None:
         """Drop the frames."""
@@ -118,19 +87,14 @@ class DiscardWriter:
     def close(self) -> None:
         """Do nothing."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    def abort(self) -> None:
+        """Do nothing."""
 
 
-class ImageWriter:
+class ImageWriter(MediaWriter):
     """Writes one frame as a png, jpeg or webp when it is closed; see :func:`write_image`.
 
     Args:
-        target: a path in an existing directory, or a binary stream.
         quality: of jpeg and webp, 0 to 100 (best).
 
     Raises:
@@ -142,7 +106,6 @@ class ImageWriter:
         self._target, self._kind, self._quality = target, kind, quality
         self._height, self._width = height, width
         self._frame: Frames | None = None
-        self._is_open = True
 
     def write(self, frames: Frames) -> None:
         """Take the frame, uint8 [1, Y, X, 3].
@@ -151,8 +114,7 @@ class ImageWriter:
             RequestError: the frame has another shape, or is the second one.
             ClosedError: the writer was closed.
         """
-        if not self._is_open:
-            raise ClosedError("this ImageWriter is closed; open a new one to write another file")
+        self._require_open()
         check_frames(frames, height=self._height, width=self._width)
         if self._frame is not None or len(frames) != 1:
             raise RequestError("frames", len(frames), "one frame in all", "write a clip as an mp4")
@@ -174,14 +136,8 @@ class ImageWriter:
                 raise MediaError("no frame was written, so there is no image; write one before close()")
             write_image(self._target, self._frame, self._kind, self._quality)
 
-    def __enter__(self) -> ImageWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
+    def abort(self) -> None:
+        """Close the writer; there is no file yet."""
         self._is_open = False
 
 

@@ -49,13 +49,11 @@ class VideoHead(nn.Module):
         self.proj_out = nn.Linear(config.hidden_size, config.patch_latent_dim)
 
     def num_tokens(self, z_BCTHW: Tensor) -> int:
-        """See :class:`Head`."""
         return z_BCTHW.shape[2] * -(-z_BCTHW.shape[3] // self.patch) * -(-z_BCTHW.shape[4] // self.patch)
 
     def embed(
         self, z_BCTHW: Tensor, noise_mask_T: Tensor, time_M: Tensor, rows: slice = _ALL, *, domain_id: int | None = None
     ) -> Tensor:
-        """See :class:`Head`."""
         p = self.patch
         _, c, t, h, w = z_BCTHW.shape
         z_CTHW = F.pad(z_BCTHW[0], (0, -w % p, 0, -h % p))
@@ -69,7 +67,6 @@ class VideoHead(nn.Module):
         return self.proj_out(x_SM)
 
     def assemble(self, patches_SP: Tensor, z_BCTHW: Tensor, noise_mask_T: Tensor) -> Tensor:
-        """See :class:`Head`."""
         p = self.patch
         _, c, t, h, w = z_BCTHW.shape
         rows, columns = (h + -h % p) // p, (w + -w % p) // p
@@ -88,13 +85,11 @@ class SoundHead(nn.Module):
         self.modality_embed = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
 
     def num_tokens(self, z_CT: Tensor) -> int:
-        """See :class:`Head`."""
         return z_CT.shape[1]
 
     def embed(
         self, z_CT: Tensor, noise_mask_T: Tensor, time_M: Tensor, rows: slice = _ALL, *, domain_id: int | None = None
     ) -> Tensor:
-        """See :class:`Head`."""
         return _add_time(self.proj_in(z_CT.T[rows]) + self.modality_embed, noise_mask_T[rows], time_M)
 
     def project(self, x_SM: Tensor, *, domain_id: int | None = None) -> Tensor:
@@ -102,7 +97,6 @@ class SoundHead(nn.Module):
         return self.proj_out(x_SM)
 
     def assemble(self, v_TC: Tensor, z_CT: Tensor, noise_mask_T: Tensor) -> Tensor:
-        """See :class:`Head`."""
         return v_TC.T * noise_mask_T.to(v_TC.dtype)
 
 
@@ -129,13 +123,11 @@ class ActionHead(nn.Module):
         self.modality_embed = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
 
     def num_tokens(self, z_TC: Tensor) -> int:
-        """See :class:`Head`."""
         return z_TC.shape[0]
 
     def embed(
         self, z_TC: Tensor, noise_mask_T: Tensor, time_M: Tensor, rows: slice = _ALL, *, domain_id: int | None = None
     ) -> Tensor:
-        """See :class:`Head`."""
         assert domain_id is not None, "actions have an embodiment"
         return _add_time(self.proj_in(z_TC[rows], domain_id) + self.modality_embed, noise_mask_T[rows], time_M)
 
@@ -145,5 +137,4 @@ class ActionHead(nn.Module):
         return self.proj_out(x_SM, domain_id)
 
     def assemble(self, v_TC: Tensor, z_TC: Tensor, noise_mask_T: Tensor) -> Tensor:
-        """See :class:`Head`."""
         return v_TC * noise_mask_T[:, None].to(v_TC.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_core.checkpoint.configs import TransformerConfig
+from cosmos3_core.checkpoint.tensors import NUM_TIMESTEP_FEATURES
 from cosmos3_core.model.rope import RopeTable
 from cosmos3_core.ops.registry import Ops
 
@@ -94,17 +95,16 @@ class TimeEmbedder(nn.Module):
     The weights stay fp32 in every checkpoint dtype: in bf16 neighbouring timesteps would coincide.
     """
 
-    CHANNELS = 256
     MAX_PERIOD = 10_000.0
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(self.CHANNELS, width)
+        self.linear_1 = nn.Linear(NUM_TIMESTEP_FEATURES, width)
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, scaled_timestep: Tensor) -> Tensor:
         """Embed ``scaled_timestep``, a scalar fp32 tensor: timestep x timestep_scale."""
-        half = self.CHANNELS // 2
+        half = NUM_TIMESTEP_FEATURES // 2
         exponent = torch.arange(half, dtype=torch.float32, device=scaled_timestep.device) / half
         angle = scaled_timestep * torch.exp(-torch.tensor(self.MAX_PERIOD).log() * exponent)
         return self.linear_2(F.silu(self.linear_1(torch.cat((angle.cos(), angle.sin())))))

@@ -14,14 +14,13 @@ Source: the published Cosmos3AVAEAudioTokenizer weights and config.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from cosmos3_core.checkpoint.configs import AudioVAEConfig
-from cosmos3_core.errors import CapabilityError, RequestError
+from cosmos3_core.errors import RequestError
 from cosmos3_core.vae.audio_blocks import AudioDecoder
 
 CHUNK_LATENTS = 512
@@ -41,7 +40,6 @@ class AudioVAE(nn.Module):
 
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
-        _check_architecture(config)
         self.config = config
         # The published lists run from the waveform to the latents; decoding goes the other way.
         self.decoder = AudioDecoder(
@@ -109,17 +107,3 @@ class AudioVAE(nn.Module):
         kept = slice((start - window_start) * self.hop_size, (stop - window_start) * self.hop_size)
         # A copy even with the same dtype: a view would keep the whole window alive.
         return samples_CS[:, kept].to(torch.float32, copy=True).clamp_(-1.0, 1.0)
-
-
-def _check_architecture(config: AudioVAEConfig) -> None:
-    """Refuse widths and strides of different numbers, and a hop other than the strides' product."""
-    mults, strides = config.dec_c_mults, config.dec_strides
-    if not strides or len(mults) != len(strides):
-        raise CapabilityError(
-            "sound_tokenizer.dec_c_mults", mults, f"one number for each of dec_strides={list(strides)}"
-        )
-    # A stride of one would lose a sample: the end cannot make up for the trimmed front.
-    if min(strides) < 2:
-        raise CapabilityError("sound_tokenizer.dec_strides", strides, "strides of 2 or more")
-    if math.prod(strides) != config.hop_size:
-        raise CapabilityError("sound_tokenizer.hop_size", config.hop_size, f"{math.prod(strides)} for these strides")

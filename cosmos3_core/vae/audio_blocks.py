@@ -94,7 +94,6 @@ class NormedUpsampling(WeightNorm):
         )
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """Return the first and last input position that outputs ``first`` to ``last`` depend on."""
         # Input i reaches the outputs i stride - trimmed + (0 .. 2 stride - 1).
         return (first + self.num_trimmed - self.stride) // self.stride, (last + self.num_trimmed) // self.stride
 
@@ -132,7 +131,6 @@ class ResidualUnit(nn.Module):
         return self.conv2(y_BCT).add_(x_BCT)
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """Return the first and last input position that outputs ``first`` to ``last`` depend on."""
         return self.conv1.inputs_of(*self.conv2.inputs_of(first, last))
 
 
@@ -153,7 +151,6 @@ class AudioUpBlock(nn.Module):
         return self.res_unit3(x_BCT)
 
     def inputs_of(self, first: int, last: int) -> tuple[int, int]:
-        """Return the first and last input position that outputs ``first`` to ``last`` depend on."""
         for layer in (self.res_unit3, self.res_unit2, self.res_unit1, self.conv_t1):
             first, last = layer.inputs_of(first, last)
         return first, last

@@ -30,7 +30,6 @@ from cosmos3_core.checkpoint.configs import VideoVAEConfig
 from cosmos3_core.device import latents_to_fill
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.ops.video import VideoOps
-from cosmos3_core.shapes import Geometry
 from cosmos3_core.vae.frame_part import WHOLE, FramePart
 from cosmos3_core.vae.video_blocks import CausalConv3d, ChannelRMSNorm, FrameCache, MidBlock, number_slots
 from cosmos3_core.vae.video_resample import DownBlock, VideoUpBlock
@@ -130,7 +129,7 @@ class VideoVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.geometry = _geometry(config)
+        self.geometry = config.geometry
         self.encoder = Encoder(config, ops) if with_encoder else None
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), ops) if with_encoder else None
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), ops)
@@ -293,12 +292,6 @@ class VideoVAE(nn.Module):
 
         Rounded to the module's dtype before the division, and divided on the CPU, as the reference pipeline does it.
         """
-        for name in ("latents_mean", "latents_std"):
-            num_values = len(getattr(self.config, name))
-            if num_values != self.config.z_dim:
-                raise CapabilityError(
-                    name, f"{num_values} values", f"{self.config.z_dim} values", "the config lacks them"
-                )
         weight = self.post_quant_conv.weight
         shape_C111 = (self.config.z_dim, 1, 1, 1)
         mean_C = torch.tensor(self.config.latents_mean, dtype=weight.dtype, device="cpu")
@@ -316,18 +309,6 @@ def unpatchify(x_BCTHW: Tensor, patch_size: int) -> Tensor:
     """Invert :func:`patchify`: [B, C p p, F, H, W] -> [B, C, F, H p, W p], contiguous."""
     patches_BCwhTHW = x_BCTHW.unflatten(1, (-1, patch_size, patch_size))
     return patches_BCwhTHW.permute(0, 1, 4, 5, 3, 6, 2).contiguous().flatten(5, 6).flatten(3, 4)
-
-
-def _geometry(config: VideoVAEConfig) -> Geometry:
-    """Return the compression factors of the layers, which must equal those that the config states."""
-    temporal = 2 ** sum(config.temperal_downsample)
-    spatial = config.patch_size * 2 ** len(config.temperal_downsample)
-    stated = (config.scale_factor_temporal, config.scale_factor_spatial)
-    if (temporal, spatial) != stated:
-        raise CapabilityError(
-            "vae", {"(scale_factor_temporal, scale_factor_spatial)": stated}, f"{(temporal, spatial)} for these layers"
-        )
-    return Geometry(temporal=temporal, spatial=spatial, channels=config.z_dim)
 
 
 def _check_clip(field: str, clip: Tensor, num_channels: int) -> None:

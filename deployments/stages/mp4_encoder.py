@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
+from cosmos3_core.media.output import MediaWriter
 from cosmos3_core.media.pixels import FrameHash
-from cosmos3_core.media.writer import ClipFormat, MediaWriter, open_writer
+from cosmos3_core.media.writer import ClipFormat, open_writer
 from deployments.config import MediaConfig
 from deployments.failures import summarize_error
 from deployments.media.store import MediaEntry, MediaStore

@@ -175,6 +175,18 @@ def test_a_video_vae_that_contradicts_itself(write, keys, problem):
         VideoVAEConfig.read(write(**keys))
 
 
+@pytest.mark.parametrize(
+    ("keys", "factors"),
+    [
+        ({"scale_factor_spatial": 8}, "4, 16"),
+        ({"temperal_downsample": [False, False, True]}, "2, 16"),
+    ],
+)
+def test_other_factors_than_the_layers_are_a_missing_capability(write, keys, factors):
+    with pytest.raises(CapabilityError, match=rf"\({factors}\) for these layers"):
+        VideoVAEConfig.read(write(**STATISTICS, **keys))
+
+
 @pytest.mark.parametrize("keys", [{"is_residual": False}, {"attn_scales": [0.5]}])
 def test_another_wan_layout_is_a_missing_capability(write, keys):
     with pytest.raises(CapabilityError, match="the Wan 2.2 residual VAE"):
@@ -198,6 +210,11 @@ def test_another_wan_layout_is_a_missing_capability(write, keys):
 def test_an_audio_vae_that_contradicts_itself(write, keys, problem):
     with pytest.raises(CorruptFileError, match=problem):
         AudioVAEConfig.read(write(**keys))
+
+
+def test_an_audio_stride_of_one_is_a_missing_capability(write):
+    with pytest.raises(CapabilityError, match="dec_strides must be strides of 2 or more"):
+        AudioVAEConfig.read(write(dec_c_mults=[1], dec_strides=[1]))
 
 
 def test_the_hop_follows_from_the_strides_where_it_is_not_given(write):
@@ -271,6 +288,7 @@ def test_checkpoint_errors_are_caught_as_one(write):
 
 def test_geometry_comes_from_the_files(write):
     transformer = TransformerConfig.read(write(latent_patch_size=1, patch_latent_dim=48))
-    vae = VideoVAEConfig.read(write(**STATISTICS, scale_factor_temporal=8, scale_factor_spatial=8))
-    assert geometry(transformer, vae) == Geometry(temporal=8, spatial=8, channels=48, patch=1)
+    layers = {"dim_mult": [1, 2, 4, 4, 4], "temperal_downsample": [False, True, True, True]}
+    vae = VideoVAEConfig.read(write(**STATISTICS, **layers, scale_factor_temporal=8, scale_factor_spatial=32))
+    assert geometry(transformer, vae) == Geometry(temporal=8, spatial=32, channels=48, patch=1)
     assert geometry(TransformerConfig(), VideoVAEConfig()) == Geometry()

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from cosmos3_core.errors import ClosedError, MediaError, RequestError
-from cosmos3_core.media.mp4 import Mp4Writer, encoder_threads, exact_frame_rate
+from cosmos3_core.media.mp4 import Mp4Writer, encoder_threads
 from cosmos3_core.media.probe import probe_video, read_frames
+from cosmos3_core.shapes import frame_rate
 
 
 def encode(target, clip, fps=24, **options):
@@ -355,5 +356,5 @@ def test_a_name_that_looks_like_a_url_is_a_file(tmp_path, clip, monkeypatch):
         (240, Fraction(240)),
     ],
 )
-def test_exact_frame_rate(fps, expected):
-    assert exact_frame_rate(fps) == expected
+def test_frame_rate(fps, expected):
+    assert frame_rate(fps) == expected
