@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from cosmos3_core import checks, phyai
+from cosmos3_core import phyai
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.checkpoint.load import check_weights, load_audio_vae, load_transformer, load_video_vae
 from cosmos3_core.conditioning.clean import clean_latents
@@ -31,12 +31,11 @@ from cosmos3_core.parallel.strips import Strip, strip_of
 from cosmos3_core.phyai import Cosmos3T2VRequest
 from cosmos3_core.prompts import PromptIds, load_tokenizer, tokenize_prompts
 from cosmos3_core.request import FIELDS, ResolvedRequest
-from cosmos3_core.resolve import find_shipped_schedule
 from cosmos3_core.sampler.state import DenoiseState
 from cosmos3_core.vae.audio import AudioVAE
 from cosmos3_core.vae.video import VideoVAE
 
-_CLOSED = "this engine was closed; make a new one"
+T = TypeVar("T")
 
 
 class Engine:
@@ -80,10 +79,7 @@ class Engine:
         if dtype is not None and dtype not in DTYPES.values():
             raise RequestError("dtype", dtype, f"one of {[str(known) for known in DTYPES.values()]}, or None")
         self.flow_shift: float = FIELDS["flow_shift"].check("flow_shift", flow_shift)
-        if use_karras_sigmas is None:
-            self.schedule = find_shipped_schedule(self.layout)
-        else:
-            self.schedule = "karras" if checks.flag("use_karras_sigmas", use_karras_sigmas) else "native"
+        self.schedule = phyai.choose_schedule(use_karras_sigmas, self.layout)
         # Headers only: a damaged VAE is found before the transformer is read.
         check_weights(self.layout)
         self.tokenizer_dir = self.layout.component_dir("text_tokenizer")
@@ -123,15 +119,7 @@ class Engine:
     @property
     def denoiser(self) -> Denoiser:
         """The transformer and its denoising steps."""
-        if self._denoiser is None:
-            raise ClosedError(_CLOSED)
-        return self._denoiser
-
-    @property
-    def _video_vae(self) -> VideoVAE:
-        if self._vae is None:
-            raise ClosedError(_CLOSED)
-        return self._vae
+        return _require_open(self._denoiser)
 
     def tokenize(self, request: ResolvedRequest) -> tuple[PromptIds, PromptIds]:
         """Return the token ids of a request's prompt and negative prompt."""
@@ -144,7 +132,7 @@ class Engine:
         Raises:
             RequestError: the media is damaged, or larger than its bounds.
         """
-        return clean_latents(self._video_vae, picture, read_picture(picture), partial(strip_of, self.ranks))
+        return clean_latents(_require_open(self._vae), picture, read_picture(picture), partial(strip_of, self.ranks))
 
     def denoise(
         self,
@@ -196,7 +184,7 @@ class Engine:
 
     def _decode_strip(self, latents: Tensor, chunk_latents: int | None = None) -> tuple[Strip, Iterator[Tensor]]:
         """Return this rank's strip of the frames, and its pixels chunk by chunk."""
-        vae = self._video_vae
+        vae = _require_open(self._vae)
         vae.check_latents(latents)
         strip = strip_of(self.ranks, *latents.shape[-2:])
         return strip, vae.decode(latents, chunk_latents=chunk_latents, part=strip)
@@ -210,8 +198,7 @@ class Engine:
         Raises:
             CapabilityError: the engine was made without sound.
         """
-        if self.is_closed:
-            raise ClosedError(_CLOSED)
+        _require_open(self._denoiser)
         if self._audio_vae is None:
             hint = "this engine has no sound decoder; make it with load_sound=True"
             raise CapabilityError("sound", "latents", "left out", hint)
@@ -238,3 +225,10 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_open(part: T | None) -> T:
+    """Return a part of an engine; raise ClosedError once it has been released."""
+    if part is None:
+        raise ClosedError("this engine was closed; make a new one")
+    return part

@@ -24,11 +24,13 @@ from cosmos3_core.model.transformer import SOUND, VIDEO
 from cosmos3_core.presets import LIMITS
 from cosmos3_core.prompts import PromptFormat, PromptIds, load_tokenizer, tokenize_prompts
 from cosmos3_core.request import DIFFUSERS_BEHAVIOUR, FIELDS, NATIVE_BEHAVIOUR
+from cosmos3_core.resolve import find_shipped_schedule
 from cosmos3_core.shapes import LatentShape, sound_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cosmos3_core.checkpoint.layout import CheckpointLayout
     from cosmos3_core.denoiser import StepEvent
     from cosmos3_core.engine import Engine
 
@@ -176,6 +178,13 @@ class Cosmos3T2VRequest:
             num_sound_latents=self.sound_frames or 0,
             noise={VIDEO: self.noise} if isinstance(self.noise, Tensor) else self.noise,
         )
+
+
+def choose_schedule(use_karras_sigmas: bool | None, layout: CheckpointLayout) -> str:
+    """Return the default schedule of an engine: native, karras, or with None the checkpoint's own."""
+    if use_karras_sigmas is None:
+        return find_shipped_schedule(layout)
+    return "karras" if checks.flag("use_karras_sigmas", use_karras_sigmas) else "native"
 
 
 def run_step(

@@ -8,8 +8,9 @@ import torch
 
 from cosmos3_core.checkpoint.configs import AudioVAEConfig
 from cosmos3_core.checkpoint.layout import CheckpointLayout
-from cosmos3_core.checkpoint.reader import ParameterPlan, WeightFiles, check_tensors, load_parameters
+from cosmos3_core.checkpoint.reader import ParameterPlan, load_parameters
 from cosmos3_core.checkpoint.tensors import audio_vae_tensors, transformer_tensors, video_vae_tensors
+from cosmos3_core.checkpoint.weight_files import WeightFiles, check_tensors
 from cosmos3_core.device import prefers_channels_last
 from cosmos3_core.errors import CapabilityError
 from cosmos3_core.model.transformer import Cosmos3Transformer

@@ -31,14 +31,11 @@ from cosmos3_core.checkpoint.weight_files import (
     FLOAT_DTYPES,
     TensorEntry,
     WeightFiles,
-    check_tensors,
     refuse_quantised,
     shorten,
 )
 from cosmos3_core.errors import CorruptFileError, TensorMismatchError
 from cosmos3_core.parallel.sharding import WHOLE_MODEL, Shard, Split, split_of
-
-__all__ = ["ParameterPlan", "TensorEntry", "WeightFiles", "check_tensors", "load_parameters"]
 
 _log = logging.getLogger(__name__)
 

@@ -5,11 +5,12 @@ Shape letters: C channels, T/H/W latent grid or T steps of a track, S generated 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from cosmos3_core.checkpoint.configs import TransformerConfig
-from cosmos3_core.conditioning.noise import draw_noise
 from cosmos3_core.conditioning.state import LatentState
 from cosmos3_core.denoise_request import ActionLatents, DenoiseRequest
 from cosmos3_core.errors import CapabilityError, RequestError
@@ -38,7 +39,7 @@ def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: Trans
     if request.action is not None:
         _check_action(request.action, config)
         shapes[ACTION] = (request.action.num_actions, config.action_dim)
-    noise = draw_noise(request.seed, shapes, request.noise)
+    noise = _draw_noise(request.seed, shapes, request.noise)
 
     grid = geometry.token_grid(request.latent_shape)
     states = {
@@ -61,6 +62,36 @@ def initial_states(request: DenoiseRequest, *, geometry: Geometry, config: Trans
         )
         states[ACTION] = _action_state(noise[ACTION], request.action, positions)
     return states
+
+
+def _draw_noise(
+    seed: int, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Draw standard normal noise per modality, fp32, from one CPU generator: a seed means the same everywhere.
+
+    The draws equal diffusers 0.42.1's with a CPU generator of the same seed.
+
+    Args:
+        shapes: modality -> shape, in drawing order: video first.
+        given: modality -> noise to use instead of a draw.
+
+    Raises:
+        RequestError: given noise is for an unknown modality, or has another shape.
+    """
+    given = dict(given or {})
+    unknown = sorted(set(given) - set(shapes))
+    if unknown:
+        raise RequestError("noise", unknown, f"modalities of this request: {sorted(shapes)}")
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    noise = {}
+    for name, shape in shapes.items():
+        if name not in given:
+            noise[name] = torch.randn(shape, generator=generator, dtype=torch.float32)
+            continue
+        if tuple(given[name].shape) != tuple(shape):
+            raise RequestError(f"noise.{name}", list(given[name].shape), f"a tensor of shape {list(shape)}")
+        noise[name] = given[name].detach().to("cpu", torch.float32)
+    return noise
 
 
 def _video_state(noise: Tensor, request: DenoiseRequest, positions: Tensor) -> LatentState:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cosmos3_core.checkpoint import reader
-from cosmos3_core.checkpoint.reader import ParameterPlan, WeightFiles, check_tensors, load_parameters
+from cosmos3_core.checkpoint.reader import ParameterPlan, load_parameters
+from cosmos3_core.checkpoint.weight_files import WeightFiles, check_tensors
 from cosmos3_core.errors import CapabilityError, CorruptFileError, MissingFileError, RequestError, TensorMismatchError
 from cosmos3_core.parallel.sharding import Shard, Split
 
