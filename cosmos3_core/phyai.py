@@ -205,8 +205,7 @@ def run_step(
         RequestError: see :meth:`Engine.denoise`.
         CapabilityError: the request asks for sound, and the engine has no decoder of it.
     """
-    if output not in ("pixels", "latent"):
-        raise RequestError("output", output, "'pixels' or 'latent'")
+    checks.choice("output", output, ("pixels", "latent"))
     if request.sound_frames and not engine.is_closed and not engine.has_sound:
         raise CapabilityError("sound_frames", request.sound_frames, "None", "this engine has no decoder of sound")
     results = latents = engine.denoise(request, on_step=on_step)

@@ -24,7 +24,7 @@ from cosmos3_core.conditioning.modes import (
     WITH_SOUND,
     Mode,
 )
-from cosmos3_core.conditioning.picture import GivenPicture, PictureCondition, find_picture
+from cosmos3_core.conditioning.picture import GivenPicture, PictureCondition, probe_picture
 from cosmos3_core.errors import CapabilityError, RequestError
 from cosmos3_core.media.file_kinds import DEFAULT_CRF, DEFAULT_QUALITY, LOSSY_IMAGE_KINDS
 from cosmos3_core.media.image import check_image
@@ -100,7 +100,7 @@ def resolve(
     _check_prompts(mode, request)
     _refuse_foreign_fields(mode, request)
     sampling = _choose_sampling(request, preset, layout)
-    given = find_picture(request, probe)
+    given = probe_picture(request, probe)
     notes: list[str] = []
     action = None
     if preset.action is not None and mode.has_actions:

@@ -19,7 +19,6 @@ from cosmos3_core.checkpoint.random_weights import random_tensors
 from cosmos3_core.checkpoint.tensors import transformer_tensors, video_vae_tensors
 from cosmos3_core.checkpoint.weight_files import WeightFiles
 from cosmos3_core.device import DTYPES
-from cosmos3_core.errors import RequestError
 from cosmos3_core.shapes import Geometry, LatentShape
 
 CLOSING_IDS = (1, 2)
@@ -119,9 +118,7 @@ def random_subject(model: str, device: torch.device, dtype: torch.dtype) -> Subj
     Raises:
         RequestError: the model is not one of ``RANDOM_MODELS``.
     """
-    if model not in RANDOM_MODELS:
-        raise RequestError("random_weights", model, f"one of {list(RANDOM_MODELS)}")
-    transformer, vae = RANDOM_MODELS[model]
+    transformer, vae = RANDOM_MODELS[checks.choice("random_weights", model, tuple(RANDOM_MODELS))]
     shapes = {"transformer": transformer_tensors(transformer), "vae": video_vae_tensors(vae)}
 
     def tensors(component: str, name: str) -> Tensor:

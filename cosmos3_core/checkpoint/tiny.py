@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from cosmos3_core import checks
 from cosmos3_core.checkpoint.random_weights import random_tensors
 from cosmos3_core.checkpoint.tensors import TensorTable, audio_vae_tensors, transformer_tensors, video_vae_tensors
 from cosmos3_core.checkpoint.tiny_tokenizer import write_tiny_tokenizer
@@ -57,10 +58,8 @@ def build_tiny_checkpoint(
     Raises:
         RequestError: the variant or dtype is unknown, or the directory is not empty.
     """
-    if variant not in TINY_VARIANTS:
-        raise RequestError("variant", variant, ", ".join(TINY_VARIANTS))
-    if dtype not in _DTYPES:
-        raise RequestError("dtype", dtype, ", ".join(_DTYPES))
+    checks.choice("variant", variant, tuple(TINY_VARIANTS))
+    checks.choice("dtype", dtype, tuple(_DTYPES))
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         hint = "nothing is overwritten: choose another directory, or remove this one first"

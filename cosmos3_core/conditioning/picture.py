@@ -87,7 +87,7 @@ class PictureCondition:
     clean_frames: tuple[int, ...]
 
 
-def find_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> GivenPicture | None:
+def probe_picture(request: GenerationRequest, probe: Callable[[str, Packed], ClipInfo]) -> GivenPicture | None:
     """Read the header of a request's image or clip; None without one.
 
     Args:

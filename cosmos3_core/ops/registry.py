@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos3_core import checks
 from cosmos3_core.device import prefers_cudnn_attention
-from cosmos3_core.errors import RequestError
 from cosmos3_core.model.rope import RopeTable
 from cosmos3_core.ops import eager, sdpa, triton_ops
 
@@ -77,10 +77,8 @@ def select_ops(device: torch.device, dtype: torch.dtype, choices: Mapping[str, s
     """
     chosen = {op: _best_elementwise(device) for op in IMPLEMENTATIONS} | {"attention": _best_attention(device, dtype)}
     for op, name in (choices or {}).items():
-        if op not in IMPLEMENTATIONS:
-            raise RequestError("ops", op, f"one of {sorted(IMPLEMENTATIONS)}")
-        if name not in IMPLEMENTATIONS[op]:
-            raise RequestError(f"ops.{op}", name, f"one of {sorted(IMPLEMENTATIONS[op])}")
+        checks.choice("ops", op, tuple(sorted(IMPLEMENTATIONS)))
+        checks.choice(f"ops.{op}", name, tuple(sorted(IMPLEMENTATIONS[op])))
         chosen[op] = (name, "asked for")
     for op, (name, reason) in chosen.items():
         logger.info("op %s: %s (%s)", op, name, reason)

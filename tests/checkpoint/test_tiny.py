@@ -210,9 +210,9 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_unknown_words_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="variant must be nano, super, edge .got 'pico'"):
+    with pytest.raises(RequestError, match="variant must be one of .'nano', 'super', 'edge'. .got 'pico'"):
         build_tiny_checkpoint(tmp_path / "new", "pico")
-    with pytest.raises(RequestError, match="dtype must be float32, bfloat16.*got 'fp8'"):
+    with pytest.raises(RequestError, match="dtype must be one of .'float32', 'bfloat16'.*got 'fp8'"):
         build_tiny_checkpoint(tmp_path / "new", dtype="fp8")
     assert not (tmp_path / "new").exists()
 
