@@ -1,8 +1,7 @@
-"""Reference results of the core in one process, and a wait for a condition."""
+"""Reference results of the core in one process."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,3 @@ def reference(tiny_nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             return results[key]
 
         yield get
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    """Whether a condition becomes true in time."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.fixture(scope="session", name="eventually")
-def eventually_fixture() -> Callable[..., bool]:
-    return eventually

@@ -14,11 +14,11 @@ from cosmos3_core.errors import Cosmos3Error
 _SENT = ("Retry-After", "WWW-Authenticate", "Content-Range", "ETag", "X-Model", "X-Warnings")
 
 
-class Undocumented(Cosmos3Error):
+class UndocumentedAnswer(Cosmos3Error):
     """The document does not describe this answer."""
 
 
-class Documented:
+class ApiDocument:
     """An OpenAPI document that answers are checked against.
 
     Args:
@@ -42,7 +42,7 @@ class Documented:
                 return operation
         return None
 
-    def resolved(self, value: dict[str, Any]) -> dict[str, Any]:
+    def resolve(self, value: dict[str, Any]) -> dict[str, Any]:
         """Return a reference's target, or the schema itself."""
         while "$ref" in value:
             target: Any = self.document
@@ -67,26 +67,26 @@ class Documented:
         operation = self.operation(method, path)
         if operation is None:
             if answer.status_code not in (200, 401, 403, 404, 405):
-                raise Undocumented(f"{method} {path}: {answer.status_code}")
+                raise UndocumentedAnswer(f"{method} {path}: {answer.status_code}")
             return
-        told = operation["responses"].get(str(answer.status_code))
-        if told is None:
+        response = operation["responses"].get(str(answer.status_code))
+        if response is None:
             if answer.status_code < 500:
-                raise Undocumented(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
-            told = operation["responses"]["default"]
-        told = self.resolved(told)
-        for name in told.get("headers", {}):
+                raise UndocumentedAnswer(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
+            response = operation["responses"]["default"]
+        response = self.resolve(response)
+        for name in response.get("headers", {}):
             # Only a conflict that resolves itself has Retry-After.
             is_needed = name in _SENT and (answer.status_code != 409 or path.endswith("/content"))
             if is_needed and name not in answer.headers:
-                raise Undocumented(f"{method} {path}: {answer.status_code} without {name}")
+                raise UndocumentedAnswer(f"{method} {path}: {answer.status_code} without {name}")
         if method == "HEAD" or answer.status_code in (204, 304):
             return
         kind = answer.headers["content-type"].partition(";")[0]
-        if kind not in told["content"]:
-            raise Undocumented(f"{method} {path}: {answer.status_code} as {kind}")
+        if kind not in response["content"]:
+            raise UndocumentedAnswer(f"{method} {path}: {answer.status_code} as {kind}")
         if kind == "application/json":
-            self._validator(told["content"][kind]["schema"]).validate(answer.json())
+            self._validator(response["content"][kind]["schema"]).validate(answer.json())
 
     def _validator(self, schema: dict[str, Any]) -> Any:
         key = json.dumps(schema)

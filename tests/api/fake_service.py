@@ -34,44 +34,13 @@ from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import Accepted, FileStarted, Finished, RequestContext
 from deployments.served_model import Model
-from tests.api.documented import Documented
-from tests.app.local_ray import Method
+from tests.api.documented import ApiDocument
+from tests.serve_fakes import Method
 
 MODEL = "nano"
 DEADLINE_S = 60.0
 CLASSES = {"interactive": 8.0, "standard": 4.0, "batch": 1.0}
 LIMITS = JobsConfig(max_queued=20, max_queued_per_key=2, classes=CLASSES, lease_s=1000.0)
-
-
-class Response:
-    """The response of a handle's unary call."""
-
-    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
-        self._work = work
-        self.is_cancelled = False
-
-    def __await__(self) -> Any:
-        return self._work.__await__()
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-
-class Stream:
-    """The response of a handle's streaming call."""
-
-    def __init__(self, items: AsyncIterator[Any]) -> None:
-        self._items = items
-        self.is_cancelled = False
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Any:
-        return await anext(self._items)
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
 
 
 class EvenCost(CostModel):
@@ -102,7 +71,6 @@ class FakeDirector:
 
     Attributes:
         submitted: requests with their options.
-        streams: requests that were waited for.
         gate: awaited before a file that is waited for is made.
         actions: actions of every result.
         error: raised instead of accepting.
@@ -122,12 +90,11 @@ class FakeDirector:
         )
         self._jobs = jobs
         self.submitted: list[tuple[GenerationRequest, SubmitOptions]] = []
-        self.streams: list[Stream] = []
         self.gate: Callable[[], Coroutine[Any, Any, Any]] | None = None
         self.actions: Any = None
         self.error: BaseException | None = None
-        self.submit = Method(lambda *arguments: Response(self._submit(*arguments)))
-        self.remix = Method(lambda *arguments: Response(self._remix(*arguments)))
+        self.submit = Method(self._submit)
+        self.remix = Method(self._remix)
         self.stream = Method(self._stream)
 
     async def _submit(self, request: GenerationRequest, options: SubmitOptions, attached_to: str | None = None) -> Job:
@@ -142,11 +109,9 @@ class FakeDirector:
         earlier = await self._jobs.get(job_id, options.owner)
         return await self._submit(*await self.admission.load_remix(earlier, prompt, options))
 
-    def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None) -> Stream:
-        self.streams.append(Stream(self._events(request, options)))
-        return self.streams[-1]
-
-    async def _events(self, request: GenerationRequest, options: SubmitOptions) -> AsyncIterator[Any]:
+    async def _stream(
+        self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None
+    ) -> AsyncIterator[Any]:
         job = await self._submit(request, options, "this-one")
         yield Accepted(
             job.request_id, job.job_id, job.num_steps, job.num_frames, job.seed, tuple(job.notes), os.getpid()
@@ -251,7 +216,7 @@ class Api:
             fetch_file=fetch_file,
         )
         self.app = build_api(lambda: self.service)
-        self.documented = Documented(document(self.app, self.service))
+        self.documented = ApiDocument(document(self.app, self.service))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         async def in_time() -> Any:
@@ -277,14 +242,14 @@ class Api:
     def post(self, path: str, **options: Any) -> httpx2.Response:
         return self.send("POST", path, **options)
 
-    def created(self, body: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    def create(self, body: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
         """POST a body; return the created job's object."""
         answer = self.post("/v1/videos", json={"prompt": "a cat"} if body is None else body, **options)
         assert answer.status_code == 200, answer.text
-        told: dict[str, Any] = answer.json()
-        return told
+        video: dict[str, Any] = answer.json()
+        return video
 
-    def refused(self, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
+    def expect_refusal(self, method: str, path: str, status: int, **options: Any) -> dict[str, Any]:
         """Return the error of a refusal."""
         answer = self.send(method, path, **options)
         assert answer.status_code == status, answer.text
@@ -293,26 +258,26 @@ class Api:
 
     # What runners do
 
-    def claimed(self, lane: Lane = Lane.VIDEO) -> Job:
+    def claim(self, lane: Lane = Lane.VIDEO) -> Job:
         job = self.store.claim(ClaimRequest("runner", MODEL, lane, LIMITS))
         assert job is not None
         return job
 
-    def stepped(self, job: Job, step: int, sigma: float = 0.5) -> None:
-        told = {"step": step, "num_steps": job.num_steps, "sigma": sigma, "eta_s": 1.0, "step_s": 0.1, "pid": 7}
+    def step(self, job: Job, step: int, sigma: float = 0.5) -> None:
+        data = {"step": step, "num_steps": job.num_steps, "sigma": sigma, "eta_s": 1.0, "step_s": 0.1, "pid": 7}
         self.store.record(
-            lease_of(job), Progress(step=step, sigma=sigma, step_s=0.1, stage="denoising"), [("step", told)]
+            lease_of(job), Progress(step=step, sigma=sigma, step_s=0.1, stage="denoising"), [("step", data)]
         )
 
-    def begun_file(self, job: Job, *, is_live: bool = True) -> MediaEntry:
+    def begin_file(self, job: Job, *, is_live: bool = True) -> MediaEntry:
         media_id = new_media_id(job.job_id)
         entry = self.media.create(media_id, "video/mp4", ".mp4", is_live=is_live)
         self.store.record(lease_of(job), Progress(media_id=media_id), [("file", {"media_type": "video/mp4"})])
         return entry
 
-    def completed(self, job: Job, data: bytes | None = b"finished", actions: Any = None) -> Job:
+    def complete(self, job: Job, data: bytes | None = b"finished", actions: Any = None) -> Job:
         if data is not None:
-            entry = self.begun_file(job)
+            entry = self.begin_file(job)
             entry.path.write_bytes(data)
             entry.finish()
         result = {
@@ -325,7 +290,7 @@ class Api:
         }
         return self.store.finish(lease_of(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
 
-    def failed(self, job: Job) -> Job:
+    def fail(self, job: Job) -> Job:
         outcome = Outcome(JobState.FAILED, error_code="stage_failed", error_message="it broke")
         return self.store.finish(lease_of(job), outcome, keep_media_s=100.0)
 

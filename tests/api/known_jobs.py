@@ -13,8 +13,8 @@ from cosmos3_core.request import GenerationRequest
 from deployments.jobs.job import Job, JobState, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.jobs.queue import ClaimRequest
 from deployments.media.layout import new_media_id
-from tests.api.accepting_api import LIMITS, AcceptingApi
 from tests.api.fake_service import MODEL, lease_of
+from tests.api.hostile.byte_api import LIMITS, ByteApi
 from tests.mode_inputs import CLIP, IMAGE
 
 UNKNOWN = "video_gen_" + "0" * 32
@@ -57,7 +57,7 @@ class KnownJobs:
         kinds: available kinds.
     """
 
-    def __init__(self, api: AcceptingApi) -> None:
+    def __init__(self, api: ByteApi) -> None:
         self._api = api
         self._mp4, self._png = mp4(), png()
         self._makers: Mapping[str, Callable[[], Job]] = {
@@ -74,7 +74,7 @@ class KnownJobs:
         self._jobs: dict[str, Job] = {}
         self.kinds = (*self._makers, "unknown")
 
-    def id_of(self, kind: str) -> str:
+    def find_id(self, kind: str) -> str:
         """Return the id of a job of this kind; create one if none is left."""
         if kind == "unknown":
             return UNKNOWN
@@ -82,7 +82,7 @@ class KnownJobs:
         now = None if made is None else self._api.store.get(made.job_id)
         if made is None or now is None or now.state is not made.state:
             made = self._jobs[kind] = self._makers[kind]()
-            self._api.kept = {job.job_id for job in self._jobs.values()}
+            self._api.kept_ids = {job.job_id for job in self._jobs.values()}
         return made.job_id
 
     def _accepted(self, attached_to: str | None, **fields: Any) -> Job:
@@ -103,7 +103,7 @@ class KnownJobs:
 
     def _live(self) -> Job:
         job = self._running()
-        entry = self._api.begun_file(job)
+        entry = self._api.begin_file(job)
         assert entry.live_path is not None
         entry.live_path.write_bytes(self._mp4)
         return job

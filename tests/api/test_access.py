@@ -40,7 +40,7 @@ CALLS = [
 
 
 @pytest.fixture
-def guarded(make_api: Callable[..., Api]) -> Api:
+def keyed_api(make_api: Callable[..., Api]) -> Api:
     return make_api(needs_keys=True)
 
 
@@ -50,39 +50,41 @@ def key_of(api: Api, name: str = "a", **more: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
-def test_every_route_needs_a_key_but_the_open_ones(method: str, path: str, guarded: Api) -> None:
+def test_every_route_needs_a_key_but_the_open_ones(method: str, path: str, keyed_api: Api) -> None:
     for headers in ({}, {"authorization": "Bearer c3_0000000000000000_" + "0" * 43}):
-        answer = guarded.send(method, path, headers=headers, content=b"{")
+        answer = keyed_api.send(method, path, headers=headers, content=b"{")
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         if method != "HEAD":
             assert answer.json()["error"]["code"] == ("wrong_api_key" if headers else "no_api_key")
-    assert guarded.director.submitted == []
+    assert keyed_api.director.submitted == []
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
-def test_open_paths_need_no_key(path: str, guarded: Api) -> None:
-    assert guarded.get(path).status_code == 200
+def test_open_paths_need_no_key(path: str, keyed_api: Api) -> None:
+    assert keyed_api.get(path).status_code == 200
 
 
-def test_the_list_of_open_paths_is_complete(guarded: Api) -> None:
+def test_the_list_of_open_paths_is_complete(keyed_api: Api) -> None:
     for path in ("/health/", "//health", "/health/../v1/videos", "/ready/v1", "/v1/health"):
-        assert guarded.get(path).status_code == 401
+        assert keyed_api.get(path).status_code == 401
 
 
-def test_a_valid_key_is_accepted(guarded: Api) -> None:
-    headers = key_of(guarded)
-    told = guarded.created(headers=headers)
-    job = guarded.store.get(told["id"])
+def test_a_valid_key_is_accepted(keyed_api: Api) -> None:
+    headers = key_of(keyed_api)
+    video = keyed_api.create(headers=headers)
+    job = keyed_api.store.get(video["id"])
     assert job is not None
     assert f"c3_{job.owner}_" in headers["authorization"]
-    assert guarded.get("/metrics", headers=headers).text == "cosmos3_requests_total 1\n"
+    assert keyed_api.get("/metrics", headers=headers).text == "cosmos3_requests_total 1\n"
     for scheme in ("bearer", "BEARER"):
-        assert guarded.get("/v1/models", headers={"authorization": headers["authorization"].replace("Bearer", scheme)})
+        assert keyed_api.get(
+            "/v1/models", headers={"authorization": headers["authorization"].replace("Bearer", scheme)}
+        )
 
 
-def test_a_key_outside_the_authorization_header_is_ignored(guarded: Api) -> None:
-    text = key_of(guarded)["authorization"].removeprefix("Bearer ")
+def test_a_key_outside_the_authorization_header_is_ignored(keyed_api: Api) -> None:
+    text = key_of(keyed_api)["authorization"].removeprefix("Bearer ")
     for headers in (
         {"authorization": text},
         {"authorization": f"Basic {text}"},
@@ -93,16 +95,16 @@ def test_a_key_outside_the_authorization_header_is_ignored(guarded: Api) -> None
         {"authorization": "Bearer " + "x" * 100_000},
         {"authorization": "Bearer"},
     ):
-        assert guarded.get("/v1/models", headers=headers).status_code == 401
-    assert guarded.get(f"/v1/models?api_key={text}").status_code == 401
+        assert keyed_api.get("/v1/models", headers=headers).status_code == 401
+    assert keyed_api.get(f"/v1/models?api_key={text}").status_code == 401
     twice = [("authorization", f"Bearer {text}")] * 2
-    assert guarded.get("/v1/models", headers=twice).status_code == 401
+    assert keyed_api.get("/v1/models", headers=twice).status_code == 401
 
 
-def test_another_keys_job_is_not_found(guarded: Api) -> None:
-    mine, theirs = key_of(guarded, "a"), key_of(guarded, "b")
-    told = guarded.created({"prompt": "a"}, headers=mine)
-    api = f"/v1/videos/{told['id']}"
+def test_another_keys_job_is_not_found(keyed_api: Api) -> None:
+    mine, theirs = key_of(keyed_api, "a"), key_of(keyed_api, "b")
+    video = keyed_api.create({"prompt": "a"}, headers=mine)
+    api = f"/v1/videos/{video['id']}"
     for method, path in (
         ("GET", api),
         ("DELETE", api),
@@ -113,65 +115,72 @@ def test_another_keys_job_is_not_found(guarded: Api) -> None:
         ("GET", f"{api}/events"),
     ):
         more = {"json": {"prompt": "b"}} if "remix" in path else {}
-        error = guarded.refused(method, path, 404, headers=theirs, **more)
-        assert error == guarded.refused(method, path.replace(told["id"], VIDEO[11:]), 404, headers=theirs, **more)
+        error = keyed_api.expect_refusal(method, path, 404, headers=theirs, **more)
+        assert error == keyed_api.expect_refusal(
+            method, path.replace(video["id"], VIDEO[11:]), 404, headers=theirs, **more
+        )
         assert error["code"] == "not_found"
-    assert guarded.get("/v1/videos", headers=theirs).json()["data"] == []
-    assert guarded.refused("GET", f"/v1/videos?after={told['id']}", 422, headers=theirs)["param"] == "after"
-    assert guarded.get(api, headers=mine).json()["status"] == "queued", "it was touched by nobody"
+    assert keyed_api.get("/v1/videos", headers=theirs).json()["data"] == []
+    assert keyed_api.expect_refusal("GET", f"/v1/videos?after={video['id']}", 422, headers=theirs)["param"] == "after"
+    assert keyed_api.get(api, headers=mine).json()["status"] == "queued", "it was touched by nobody"
     both = {"Idempotency-Key": "same"}
-    first = guarded.created({"prompt": "a"}, headers={**mine, **both})
-    assert guarded.created({"prompt": "b"}, headers={**theirs, **both})["id"] != first["id"]
+    first = keyed_api.create({"prompt": "a"}, headers={**mine, **both})
+    assert keyed_api.create({"prompt": "b"}, headers={**theirs, **both})["id"] != first["id"]
 
 
-def test_without_auth_jobs_of_keys_are_not_found(guarded: Api) -> None:
-    told = guarded.created(headers=key_of(guarded))
-    guarded.service.auth = None
-    assert guarded.get(f"/v1/videos/{told['id']}").status_code == 404
+def test_without_auth_jobs_of_keys_are_not_found(keyed_api: Api) -> None:
+    video = keyed_api.create(headers=key_of(keyed_api))
+    keyed_api.service.auth = None
+    assert keyed_api.get(f"/v1/videos/{video['id']}").status_code == 404
 
 
-def test_a_keys_own_limits_and_classes_apply(guarded: Api) -> None:
-    headers = key_of(guarded, service_class="batch", limits=KeyLimits(max_queued=1))
-    assert guarded.created({"prompt": "a"}, headers=headers)["service_class"] == "batch"
-    answer = guarded.post("/v1/videos", json={"prompt": "b"}, headers=headers)
+def test_a_keys_own_limits_and_classes_apply(keyed_api: Api) -> None:
+    headers = key_of(keyed_api, service_class="batch", limits=KeyLimits(max_queued=1))
+    assert keyed_api.create({"prompt": "a"}, headers=headers)["service_class"] == "batch"
+    answer = keyed_api.post("/v1/videos", json={"prompt": "b"}, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
-    error = guarded.refused("POST", "/v1/videos", 422, json={"prompt": "a", "priority": "interactive"}, headers=headers)
+    error = keyed_api.expect_refusal(
+        "POST", "/v1/videos", 422, json={"prompt": "a", "priority": "interactive"}, headers=headers
+    )
     assert (error["param"], error["allowed"]) == ("priority", "one of ['batch']")
-    headers = key_of(guarded, allowed_classes=("interactive",))
-    told = guarded.created({"prompt": "a", "service_class": "interactive"}, headers=headers)
-    assert told["service_class"] == "interactive"
-    headers = key_of(guarded, service_class="gone")
-    assert guarded.refused("POST", "/v1/videos", 422, json={"prompt": "a"}, headers=headers)["param"] == "service_class"
+    headers = key_of(keyed_api, allowed_classes=("interactive",))
+    video = keyed_api.create({"prompt": "a", "service_class": "interactive"}, headers=headers)
+    assert video["service_class"] == "interactive"
+    headers = key_of(keyed_api, service_class="gone")
+    assert (
+        keyed_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a"}, headers=headers)["param"]
+        == "service_class"
+    )
 
 
-def test_a_revoked_key_is_refused_after_seconds_at_most(guarded: Api) -> None:
+def test_a_revoked_key_is_refused_after_seconds_at_most(keyed_api: Api) -> None:
     now_s = [0.0]
-    guarded.service.auth = Authenticator(guarded.store.keys, clock=lambda: now_s[0])
-    key, text = guarded.store.keys.create(NewKey(name="a"))
+    keyed_api.service.auth = Authenticator(keyed_api.store.keys, clock=lambda: now_s[0])
+    key, text = keyed_api.store.keys.create(NewKey(name="a"))
     headers = {"authorization": f"Bearer {text}"}
-    assert guarded.get("/v1/models", headers=headers).status_code == 200
-    guarded.store.keys.revoke(key.key_id)
-    assert guarded.get("/v1/models", headers=headers).status_code == 200, "as it was found before"
+    assert keyed_api.get("/v1/models", headers=headers).status_code == 200
+    keyed_api.store.keys.revoke(key.key_id)
+    assert keyed_api.get("/v1/models", headers=headers).status_code == 200, "as it was found before"
     now_s[0] += auths._CACHE_S + 0.1
-    assert guarded.get("/v1/models", headers=headers).status_code == 401
+    assert keyed_api.get("/v1/models", headers=headers).status_code == 401
 
 
-def test_a_refusal_is_cached_for_five_seconds(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s, answers = [0.0], [None, guarded.store.keys.create(NewKey(name="a"))[0]]
-    guarded.service.auth = Authenticator(guarded.store.keys, clock=lambda: now_s[0])
-    monkeypatch.setattr(guarded.store.keys, "verify", lambda text: answers.pop(0))
+def test_a_refusal_is_cached_for_five_seconds(keyed_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, answers = [0.0], [None, keyed_api.store.keys.create(NewKey(name="a"))[0]]
+    keyed_api.service.auth = Authenticator(keyed_api.store.keys, clock=lambda: now_s[0])
+    monkeypatch.setattr(keyed_api.store.keys, "verify", lambda text: answers.pop(0))
     for wait_s, status in ((0.0, 401), (4.0, 401), (1.1, 200), (4.0, 200)):
         now_s[0] += wait_s
-        assert guarded.get("/v1/models", headers={"authorization": "Bearer k"}).status_code == status
+        assert keyed_api.get("/v1/models", headers={"authorization": "Bearer k"}).status_code == status
     assert answers == [], "looked up twice"
 
 
-def test_key_guessing_takes_bounded_capacity(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_guessing_takes_bounded_capacity(keyed_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auths, "_MAX_WAITING", 8)
     monkeypatch.setattr(auths, "_MAX_CACHED", 16)
-    headers = key_of(guarded)
-    assert guarded.get("/v1/models", headers=headers).status_code == 200
-    at_once, most, verify = [0], [0], guarded.store.keys.verify
+    headers = key_of(keyed_api)
+    assert keyed_api.get("/v1/models", headers=headers).status_code == 200
+    at_once, most, verify = [0], [0], keyed_api.store.keys.verify
 
     def counted(text: str) -> Any:
         at_once[0] += 1
@@ -181,29 +190,29 @@ def test_key_guessing_takes_bounded_capacity(guarded: Api, monkeypatch: pytest.M
         finally:
             at_once[0] -= 1
 
-    monkeypatch.setattr(guarded.store.keys, "verify", counted)
+    monkeypatch.setattr(keyed_api.store.keys, "verify", counted)
 
     async def guess() -> list[int]:
         answers = await asyncio.gather(
-            *(guarded.asend("GET", "/v1/models", headers={"authorization": f"Bearer {i}"}) for i in range(60))
+            *(keyed_api.asend("GET", "/v1/models", headers={"authorization": f"Bearer {i}"}) for i in range(60))
         )
-        own = await guarded.asend("GET", "/v1/models", headers=headers)
+        own = await keyed_api.asend("GET", "/v1/models", headers=headers)
         assert own.status_code == 200
         return [answer.status_code for answer in answers]
 
-    statuses = guarded.run(guess())
+    statuses = keyed_api.run(guess())
     assert set(statuses) == {401, 429}
     assert most[0] <= auths._MAX_LOOKS
-    assert guarded.service.auth is not None
-    assert len(guarded.service.auth._unknown._found) <= 16
+    assert keyed_api.service.auth is not None
+    assert len(keyed_api.service.auth._unknown._found) <= 16
 
 
-def test_without_the_key_database_every_key_is_refused(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_key_database_every_key_is_refused(keyed_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(text: str) -> Any:
         raise JobsError("postgresql://user:secret@host is away")
 
-    monkeypatch.setattr(guarded.store.keys, "verify", away)
-    answer = guarded.get("/v1/models", headers={"authorization": "Bearer k"})
+    monkeypatch.setattr(keyed_api.store.keys, "verify", away)
+    answer = keyed_api.get("/v1/models", headers={"authorization": "Bearer k"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "jobs_unavailable")
     assert "secret" not in answer.text
 
@@ -308,7 +317,7 @@ def test_cross_origin_requests_are_refused(api: Api) -> None:
     ):
         assert not [name for name in answer.headers if name.startswith("access-control")]
     for method, path in (("POST", "/v1/videos"), ("DELETE", VIDEO), ("POST", f"{VIDEO}/cancel")):
-        error = api.refused(method, path, 403, headers=page, json={"prompt": "a"})
+        error = api.expect_refusal(method, path, 403, headers=page, json={"prompt": "a"})
         assert error["code"] == "cross_origin"
     assert api.director.submitted == []
     for own in ({}, {"sec-fetch-site": "same-origin", "origin": "http://cosmos3"}, {"sec-fetch-site": "none"}):
@@ -319,7 +328,9 @@ def test_cross_origin_requests_are_refused(api: Api) -> None:
 def test_sec_fetch_site_decides(site: str, api: Api) -> None:
     """Another port of this machine is the same site, and allowed."""
     for more in ({}, {"origin": "http://cosmos3"}):
-        error = api.refused("POST", "/v1/videos", 403, headers={"sec-fetch-site": site, **more}, json={"prompt": "a"})
+        error = api.expect_refusal(
+            "POST", "/v1/videos", 403, headers={"sec-fetch-site": site, **more}, json={"prompt": "a"}
+        )
         assert error["code"] == "cross_origin"
     for site in ("same-origin", "none"):  # a proxy may have rewritten Host
         page = {"sec-fetch-site": site, "origin": "https://videos.example"}
@@ -389,7 +400,7 @@ def test_no_client_text_becomes_a_header(text: str, api: Api) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_header")
         assert "x-evil" not in answer.headers
     odd = {"frame_interpolation_a\r\nx-evil: 1": 1}
-    assert api.refused("POST", "/v1/videos/sync", 422, json={"prompt": "a", **odd})["param"] == next(iter(odd))
+    assert api.expect_refusal("POST", "/v1/videos/sync", 422, json={"prompt": "a", **odd})["param"] == next(iter(odd))
     body = {"prompt": text + "a", "user": text, "extra_params": {"max_sequence_length": text}}
     answer = api.post("/v1/videos/sync", json=body)
     assert answer.status_code == (422 if "\x00" in text else 200), answer.text

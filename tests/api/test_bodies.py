@@ -41,15 +41,15 @@ def images(body: dict[str, Any]) -> ParsedBody[ImageBody]:
     return parse_body(NamedFields.of(body, ImageBody), RULES)
 
 
-def parsed(body: dict[str, Any], *, as_form: bool = False) -> GenerationRequest:
+def parse(body: dict[str, Any], *, as_form: bool = False) -> GenerationRequest:
     given = {name: FormText(value) for name, value in body.items()} if as_form else body
     (request,) = video(given).requests
     return request
 
 
-def refused(body: dict[str, Any]) -> RequestError:
+def parse_error(body: dict[str, Any]) -> RequestError:
     with pytest.raises(RequestError) as caught:
-        parsed(body)
+        parse(body)
     assert len(str(caught.value)) < 3000, "what was given is shown shortened"
     return caught.value
 
@@ -116,45 +116,45 @@ JSON = {
 
 
 def test_a_form_means_what_json_means() -> None:
-    request = parsed(JSON)
-    assert parsed(FORM, as_form=True) == request
-    assert parsed(FORM, as_form=True).actions == request.actions == [[1, 2], [3, 4.5]]
+    request = parse(JSON)
+    assert parse(FORM, as_form=True) == request
+    assert parse(FORM, as_form=True).actions == request.actions == [[1, 2], [3, 4.5]]
     expected = {name: value for name, value in JSON.items() if name not in ("model", "user")}
     assert request == GenerationRequest(**expected)
-    assert type(parsed(FORM, as_form=True).prompt) is str
+    assert type(parse(FORM, as_form=True).prompt) is str
 
 
 @pytest.mark.parametrize("value", [[0], 0, "0", "[0]", FormText("0"), FormText(" [0] ")])
 def test_latent_frames_are_read_in_every_notation(value: Any) -> None:
-    given = parsed({"condition_frame_indexes_vision": value}).condition_frame_indexes_vision
+    given = parse({"condition_frame_indexes_vision": value}).condition_frame_indexes_vision
     assert given in ([0], 0)
 
 
 def test_an_interval_as_text_is_read_in_json_too() -> None:
-    assert parsed({"guidance_interval": "400,1000"}).guidance_interval == [400.0, 1000.0]
-    assert refused({"guidance_interval": "high"}).field == "guidance_interval"
+    assert parse({"guidance_interval": "400,1000"}).guidance_interval == [400.0, 1000.0]
+    assert parse_error({"guidance_interval": "high"}).field == "guidance_interval"
 
 
 def test_json_numbers_are_not_read_from_text() -> None:
     for body in ({"num_frames": "5"}, {"num_frames": FormText("many")}, {"use_system_prompt": FormText("perhaps")}):
         (name,) = body
-        error = refused(body)
+        error = parse_error(body)
         assert (error.field, error.given) == (name, repr(str(body[name])))
 
 
 def test_actions_of_an_answer_can_be_sent_again() -> None:
     answer = {"data": [[1.0, 2.0]], "shape": [1, 2], "dtype": "float32"}
-    assert parsed({"actions": answer}).actions == [[1.0, 2.0]]
-    assert parsed({"action": json.dumps(answer)}, as_form=True).actions == [[1.0, 2.0]]
+    assert parse({"actions": answer}).actions == [[1.0, 2.0]]
+    assert parse({"action": json.dumps(answer)}, as_form=True).actions == [[1.0, 2.0]]
 
 
 def test_aliases_of_other_clients_are_read() -> None:
     body = {"action_mode": "policy", "action": [[1]], "action_fps": 5, "resolution": 480, "sound_gen": True}
     expected = GenerationRequest(mode="policy", fps=5, resolution_tier=480, generate_sound=True)
-    assert parsed(body) == expected
-    assert parsed({"image_size": 480}) == GenerationRequest(resolution_tier=480)
-    assert parsed({"resolution": 480, "image_size": 480, "resolution_tier": 480}).resolution_tier == 480
-    assert refused({"resolution": 480, "image_size": 720}).field == "image_size"
+    assert parse(body) == expected
+    assert parse({"image_size": 480}) == GenerationRequest(resolution_tier=480)
+    assert parse({"resolution": 480, "image_size": 480, "resolution_tier": 480}).resolution_tier == 480
+    assert parse_error({"resolution": 480, "image_size": 720}).field == "image_size"
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -162,9 +162,9 @@ def test_extra_params_are_read_like_top_level_fields(as_text: bool) -> None:
     extra = {"action_mode": "policy", "domain_name": "av", "guidance_interval": "1,2", "seed": 3, "fps": None}
     body = {"prompt": "a", "seed": 3, "extra_params": json.dumps(extra) if as_text else extra}
     expected = GenerationRequest(prompt="a", mode="policy", domain_name="av", guidance_interval=[1.0, 2.0], seed=3)
-    assert parsed(body) == expected
-    assert parsed({**body, "image": url_of(PNG)}).image == PNG
-    assert parsed({"prompt": "a", "extra_params": {"image": url_of(PNG)}}).image == PNG
+    assert parse(body) == expected
+    assert parse({**body, "image": url_of(PNG)}).image == PNG
+    assert parse({"prompt": "a", "extra_params": {"image": url_of(PNG)}}).image == PNG
 
 
 @pytest.mark.parametrize(
@@ -192,16 +192,16 @@ def test_extra_params_are_read_like_top_level_fields(as_text: bool) -> None:
     ids=lambda value: str(value)[:30],
 )
 def test_a_wrong_field_is_named(body: dict[str, Any], field: str, said: str) -> None:
-    error = refused(body)
+    error = parse_error(body)
     assert error.field == field
     assert said in str(error)
 
 
 def test_size_and_seconds_are_converted() -> None:
-    assert parsed({"size": "64x32"}) == GenerationRequest(width=64, height=32)
-    assert parsed({"seconds": 1.5, "fps": 8}) == GenerationRequest(num_frames=12, fps=8)
-    assert parsed({"seconds": 2}) == GenerationRequest(num_frames=48)
-    assert parsed({"seconds": 2, "num_frames": 5}) == GenerationRequest(num_frames=5)
+    assert parse({"size": "64x32"}) == GenerationRequest(width=64, height=32)
+    assert parse({"seconds": 1.5, "fps": 8}) == GenerationRequest(num_frames=12, fps=8)
+    assert parse({"seconds": 2}) == GenerationRequest(num_frames=48)
+    assert parse({"seconds": 2, "num_frames": 5}) == GenerationRequest(num_frames=5)
 
 
 @pytest.mark.parametrize("as_form", [False, True])
@@ -229,15 +229,15 @@ def test_stream_is_accepted_for_growing_formats(as_form: bool, more: dict[str, A
     ids=str,
 )
 def test_stream_is_refused_for_formats_that_do_not_grow(more: dict[str, Any]) -> None:
-    error = refused({"prompt": "a", "stream": True, **more})
+    error = parse_error({"prompt": "a", "stream": True, **more})
     assert error.field == "stream"
     assert "an mp4 without generated actions" in str(error)
-    parsed({"prompt": "a", "stream": False, **more})
+    parse({"prompt": "a", "stream": False, **more})
 
 
 def test_stream_is_a_boolean() -> None:
-    assert refused({"stream": "yes"}).field == "stream"
-    assert refused({"stream": 1}).field == "stream"
+    assert parse_error({"stream": "yes"}).field == "stream"
+    assert parse_error({"stream": 1}).field == "stream"
 
 
 def test_an_error_escapes_unprintable_text() -> None:
@@ -278,7 +278,7 @@ def test_an_error_escapes_unprintable_text() -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_media_are_read_from_every_encoding(name: str, value: Any) -> None:
-    request = parsed({name: value})
+    request = parse({name: value})
     is_video = value == MP4 or text_of(MP4) in str(value)
     assert (request.image, request.video) == ((None, MP4) if is_video else (PNG, None))
     assert request == GenerationRequest()
@@ -324,13 +324,13 @@ def test_media_are_read_from_every_encoding(name: str, value: Any) -> None:
     ids=lambda value: str(value)[:50],
 )
 def test_invalid_media_are_refused(body: dict[str, Any], field: str, said: str) -> None:
-    error = refused(body)
+    error = parse_error(body)
     assert error.field == field
     assert said in str(error)
 
 
 def test_an_image_beside_a_clip_is_left_to_the_library() -> None:
-    request = parsed({"input_reference": MP4, "image": PNG})
+    request = parse({"input_reference": MP4, "image": PNG})
     assert (request.image, request.video) == (PNG, MP4)
 
 
@@ -401,11 +401,11 @@ def test_a_wrong_field_of_an_image_request_is_named(body: dict[str, Any], field:
 
 def test_actions_of_a_form_are_accepted_by_the_library() -> None:
     """Rows have the library's shape in every encoding."""
-    assert np.array(parsed({"actions": "[[1, 2]]"}, as_form=True).actions).shape == (1, 2)
+    assert np.array(parse({"actions": "[[1, 2]]"}, as_form=True).actions).shape == (1, 2)
 
 
 def test_actions_are_read_from_a_file_part() -> None:
-    request = parsed({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()})
+    request = parse({"actions": json.dumps({"data": [[1.0, 2.0]]}).encode()})
     assert request.actions == [[1.0, 2.0]]
     with pytest.raises(RequestError, match="actions"):
-        action_rows("actions", parsed({"actions": b"\x00\xff"}).actions, None)
+        action_rows("actions", parse({"actions": b"\x00\xff"}).actions, None)

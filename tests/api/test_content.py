@@ -22,6 +22,7 @@ from deployments.jobs.job import new_job_id
 from deployments.media.layout import MediaRecord, new_media_id
 from deployments.media.store import MediaEntry, MediaStore
 from tests.api.content_answers import content_answer
+from tests.settling import run
 
 DATA = bytes(range(256)) * 4 + b"end"
 SIZE = len(DATA)
@@ -60,14 +61,14 @@ class Viewer:
 
     Args:
         clip: the requested clip.
-        taken: called with everything received, after each part and before the next is read.
+        on_part: called with everything received, after each part and before the next is read.
         headers: request headers.
     """
 
     def __init__(
         self,
         clip: Clip,
-        taken: Callable[[bytes], Awaitable[None]] | None = None,
+        on_part: Callable[[bytes], Awaitable[None]] | None = None,
         *,
         method: str = "GET",
         media_id: str | None = None,
@@ -76,7 +77,7 @@ class Viewer:
         self.status, self.headers, self.body = 0, Headers(), b""
         self.parts: list[int] = []
         self.is_whole = False
-        self._taken = taken
+        self._on_part = on_part
         self._asked = clip.store, media_id or clip.media_id, method
         self._given = Headers({name.replace("_", "-"): value for name, value in headers.items()})
 
@@ -94,27 +95,19 @@ class Viewer:
         self.body += message.get("body", b"")
         self.parts.append(len(message.get("body", b"")))
         self.is_whole = not message.get("more_body", False)
-        if self._taken is not None and not self.is_whole:
-            await self._taken(self.body)
+        if self._on_part is not None and not self.is_whole:
+            await self._on_part(self.body)
 
 
-def run(work: Awaitable[Any]) -> Any:
-    async def in_time() -> Any:
-        async with asyncio.timeout(DEADLINE_S):
-            return await work
-
-    return asyncio.run(in_time())
-
-
-def got(clip: Clip, **asked: Any) -> Viewer:
+def fetch(clip: Clip, **asked: Any) -> Viewer:
     viewer = Viewer(clip, **asked)
     run(viewer.watch())
     assert viewer.is_whole
     return viewer
 
 
-def refused(clip: Clip, **asked: Any) -> tuple[int, str, Headers]:
-    viewer = got(clip, **asked)
+def fetch_error(clip: Clip, **asked: Any) -> tuple[int, str, Headers]:
+    viewer = fetch(clip, **asked)
     error = json.loads(viewer.body)["error"]
     assert error["message"]
     return viewer.status, error["code"], viewer.headers
@@ -126,7 +119,7 @@ def refused(clip: Clip, **asked: Any) -> tuple[int, str, Headers]:
 def test_a_finished_file_is_sent_whole(store: MediaStore) -> None:
     clip = Clip(store)
     clip.finish()
-    viewer = got(clip)
+    viewer = fetch(clip)
     assert (viewer.status, viewer.body) == (200, DATA)
     assert viewer.headers["content-type"] == "video/mp4"
     assert viewer.headers["content-length"] == str(SIZE)
@@ -151,7 +144,7 @@ def test_a_finished_file_is_sent_whole(store: MediaStore) -> None:
 def test_a_range_is_a_206(store: MediaStore, asked: str, start: int, end: int) -> None:
     clip = Clip(store)
     clip.finish()
-    viewer = got(clip, range=asked)
+    viewer = fetch(clip, range=asked)
     assert (viewer.status, viewer.body) == (206, DATA[start:end])
     assert viewer.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
     assert viewer.headers["content-length"] == str(end - start)
@@ -162,7 +155,7 @@ def test_a_range_is_a_206(store: MediaStore, asked: str, start: int, end: int) -
 def test_an_unsatisfiable_range_is_a_416(store: MediaStore, asked: str) -> None:
     clip = Clip(store)
     clip.finish()
-    status, code, headers = refused(clip, range=asked)
+    status, code, headers = fetch_error(clip, range=asked)
     assert (status, code, headers["content-range"]) == (416, "range_not_satisfiable", f"bytes */{SIZE}")
 
 
@@ -175,7 +168,7 @@ LONG = ["bytes=" + "1" * 5000 + "-", "bytes=" + "0" * 100_000 + "-1"]
 def test_an_invalid_or_multiple_range_gets_the_whole_file(store: MediaStore, asked: str) -> None:
     clip = Clip(store)
     clip.finish()
-    viewer = got(clip, range=asked)
+    viewer = fetch(clip, range=asked)
     assert (viewer.status, viewer.body) == (200, DATA)
     assert "content-range" not in viewer.headers
 
@@ -186,18 +179,18 @@ def test_a_matching_etag_is_a_304(store: MediaStore) -> None:
     etag = clip.record.etag
     for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
         for method in ("GET", "HEAD"):
-            viewer = got(clip, method=method, if_none_match=known, range="bytes=0-4")
+            viewer = fetch(clip, method=method, if_none_match=known, range="bytes=0-4")
             assert (viewer.status, viewer.body, viewer.headers["etag"]) == (304, b"", etag)
-    assert got(clip, if_none_match='"other"').status == 200
-    assert got(clip, if_none_match=clip.record.live_etag).status == 200
+    assert fetch(clip, if_none_match='"other"').status == 200
+    assert fetch(clip, if_none_match=clip.record.live_etag).status == 200
 
 
 def test_if_range_with_another_etag_gets_the_whole_file(store: MediaStore) -> None:
     clip = Clip(store)
     clip.finish()
-    assert got(clip, range="bytes=0-4", if_range=clip.record.etag).status == 206
+    assert fetch(clip, range="bytes=0-4", if_range=clip.record.etag).status == 206
     for other in (clip.record.live_etag, f"W/{clip.record.etag}", "Wed, 21 Oct 2015 07:28:00 GMT"):
-        viewer = got(clip, range="bytes=0-4", if_range=other)
+        viewer = fetch(clip, range="bytes=0-4", if_range=other)
         assert (viewer.status, viewer.body) == (200, DATA)
 
 
@@ -216,19 +209,19 @@ def test_head_has_the_headers_of_get(store: MediaStore, state: str) -> None:
     assert (head.status_code, dict(head.headers)) == (get.status_code, dict(get.headers))
     assert ("content-length" in get.headers) == (state not in ("begun", "growing", "known"))
     if state in ("begun", "growing", "done"):
-        viewer = got(clip, method="HEAD")
+        viewer = fetch(clip, method="HEAD")
         assert (viewer.status, viewer.body, dict(viewer.headers)) == (200, b"", dict(get.headers))
     if state == "done":
-        assert dict(got(clip, method="HEAD", range="bytes=0-4").headers) == dict(get.headers)
+        assert dict(fetch(clip, method="HEAD", range="bytes=0-4").headers) == dict(get.headers)
 
 
 def test_a_large_file_is_sent_in_bounded_parts(store: MediaStore) -> None:
     clip, data = Clip(store), DATA * 1000
     clip.finish(data)
-    viewer = got(clip)
+    viewer = fetch(clip)
     assert viewer.body == data
     assert max(viewer.parts) == PART_BYTES
-    viewer = got(clip, range="bytes=5-600000")
+    viewer = fetch(clip, range="bytes=5-600000")
     assert viewer.body == data[5:600_001]
     assert max(viewer.parts) == PART_BYTES
 
@@ -245,23 +238,23 @@ def test_a_truncated_file_breaks_the_connection(store: MediaStore) -> None:
 
 @pytest.mark.parametrize("media_id", ["0" * 32, "no id", "..", "%2e%2e/etc/passwd", "é" * 32])
 def test_an_unknown_id_is_a_410(store: MediaStore, media_id: str) -> None:
-    assert refused(Clip(store), media_id=media_id)[:2] == (410, "media_expired")
+    assert fetch_error(Clip(store), media_id=media_id)[:2] == (410, "media_expired")
 
 
 def test_a_failed_file_is_a_410(store: MediaStore) -> None:
     clip = Clip(store)
     store.fail(clip.media_id, "OSError: /a/secret/place")
-    viewer = got(clip)
+    viewer = fetch(clip)
     assert (viewer.status, json.loads(viewer.body)["error"]["code"]) == (410, "media_failed")
     assert b"secret" not in viewer.body
 
 
 def test_an_unfinished_file_without_a_live_file_is_a_409(store: MediaStore) -> None:
     clip = Clip(store, is_live=False)
-    status, code, headers = refused(clip)
+    status, code, headers = fetch_error(clip)
     assert (status, code, headers["retry-after"]) == (409, "media_not_ready", "1")
     clip.finish()
-    assert got(clip).body == DATA
+    assert fetch(clip).body == DATA
 
 
 # Growing files
@@ -294,7 +287,7 @@ def test_each_fragment_is_sent_as_soon_as_it_is_written(store: MediaStore) -> No
         assert viewer.body == b"".join(fragments), "to its end, although the finished one is there"
 
     run(work())
-    assert got(clip).body == DATA
+    assert fetch(clip).body == DATA
 
 
 def test_earlier_fragments_are_sent_at_once_in_bounded_parts(store: MediaStore) -> None:
@@ -401,7 +394,7 @@ def test_a_range_within_a_growing_file_is_a_206(store: MediaStore, asked: str, e
     clip = Clip(store)
     clip.grow(b"0123456789")
     for condition in ({}, {"if_range": clip.record.live_etag}):
-        viewer = got(clip, range=asked, **condition)
+        viewer = fetch(clip, range=asked, **condition)
         assert (viewer.status, viewer.body) == (206, b"0123456789"[2:end])
         assert viewer.headers["content-range"] == f"bytes 2-{end - 1}/*"
         assert viewer.headers["cache-control"] == "no-store"

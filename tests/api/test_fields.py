@@ -72,7 +72,7 @@ def test_a_field_that_is_not_offered_is_refused_with_a_reason(endpoint: Endpoint
     for name, reason in refused.items():
         written = name.replace("*", "video")
         for body in ({written: "a"}, {"extra_params": {written: {"path": "/etc/passwd"}}}):
-            error = shared_api.refused("POST", endpoint, 422, json={"prompt": "a", **body})
+            error = shared_api.expect_refusal("POST", endpoint, 422, json={"prompt": "a", **body})
             assert (error["code"], error["param"]) == ("not_offered", written)
             assert f"Not offered: {reason}." in error["message"]
 
@@ -89,72 +89,75 @@ def test_ignored_fields_are_named_in_warnings(endpoint: Endpoint, api: Api) -> N
         endpoint, json={"prompt": "a", **beside, "extra_params": {"max_sequence_length": 4096, "user": None}}
     )
     assert answer.status_code == 200, answer.text
-    told = answer.json()["warnings"] if endpoint is Endpoint.VIDEOS else json.loads(answer.headers["x-warnings"])
-    assert [line.split()[0] for line in told] == [*ignored, "extra_params.max_sequence_length"]
-    assert [line for line in told if not re.match(r"\S+ is without effect: .", line)] == []
+    lines = answer.json()["warnings"] if endpoint is Endpoint.VIDEOS else json.loads(answer.headers["x-warnings"])
+    assert [line.split()[0] for line in lines] == [*ignored, "extra_params.max_sequence_length"]
+    assert [line for line in lines if not re.match(r"\S+ is without effect: .", line)] == []
     (request, asked), *_ = api.director.submitted
-    assert asked.warnings == tuple(told)
+    assert asked.warnings == tuple(lines)
     assert (asked.previews, request.prompt) == (0, "a")
 
 
 @pytest.mark.parametrize("value", ["x" * 50_001, [1] * 10_000, {str(i): "" for i in range(10_000)}, [["x" * 60_000]]])
 def test_ignored_fields_are_bounded_in_size(value: Any, shared_api: Api) -> None:
-    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "user": value})
+    error = shared_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "user": value})
     assert error["param"] == "user"
     assert "at most 50000 characters" in error["message"]
-    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "stream": value})
+    error = shared_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "stream": value})
     assert "at most 50000 characters" in error["message"]
     files = {"prompt": (None, "a"), "user": ("a", b"a")}
-    assert shared_api.refused("POST", "/v1/videos", 422, files=files)["given"] == "'a file'"
+    assert shared_api.expect_refusal("POST", "/v1/videos", 422, files=files)["given"] == "'a file'"
     assert len(json.dumps(error)) < 1000
 
 
 @pytest.mark.parametrize("value", ["0.5", True, {"a": 1}])
 def test_an_unknown_field_names_the_nearest_one(value: Any, shared_api: Api) -> None:
-    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "guidance_scal": value})
+    error = shared_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "guidance_scal": value})
     assert (error["code"], error["param"]) == ("invalid_field", "guidance_scal")
     assert "Did you mean guidance_scale?" in error["message"]
 
 
 def test_quality_settings_are_read_and_bounded(api: Api) -> None:
-    assert api.created({"prompt": "a", "quality": "lossless"})["quality"] == "lossless"
-    assert api.created({"prompt": "a", "lossless": True})["quality"] == "lossless"
-    assert api.created({"prompt": "a", "quality": "high"})["quality"] == "high"
-    assert api.created({"prompt": "a"})["quality"] == "high"
+    assert api.create({"prompt": "a", "quality": "lossless"})["quality"] == "lossless"
+    assert api.create({"prompt": "a", "lossless": True})["quality"] == "lossless"
+    assert api.create({"prompt": "a", "quality": "high"})["quality"] == "high"
+    assert api.create({"prompt": "a"})["quality"] == "high"
     assert [request.lossless for request, _ in api.director.submitted] == [True, True, False, False]
-    assert api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "best"})["param"] == "quality"
-    error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "high", "lossless": True})
+    assert api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "best"})["param"] == "quality"
+    error = api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "quality": "high", "lossless": True})
     assert "Give one of both." in error["message"]
 
 
 def test_service_class_must_be_known(api: Api) -> None:
-    assert api.created({"prompt": "a"})["service_class"] == "standard"
-    assert api.created({"prompt": "a", "service_class": "batch"})["service_class"] == "batch"
-    assert api.created({"prompt": "a", "extra_params": {"priority": "interactive"}})["service_class"] == "interactive"
-    error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "priority": "urgent"})
+    assert api.create({"prompt": "a"})["service_class"] == "standard"
+    assert api.create({"prompt": "a", "service_class": "batch"})["service_class"] == "batch"
+    assert api.create({"prompt": "a", "extra_params": {"priority": "interactive"}})["service_class"] == "interactive"
+    error = api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "priority": "urgent"})
     assert (error["param"], "standard" in error["allowed"]) == ("priority", True)
 
 
 def test_previews_are_a_bounded_number(api: Api) -> None:
-    api.created({"prompt": "a", "previews": 32})
+    api.create({"prompt": "a", "previews": 32})
     assert api.director.submitted[0][1].previews == 32
     for wrong in (33, -1, "some", True):
-        assert api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "previews": wrong})["param"] == "previews"
+        assert (
+            api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "previews": wrong})["param"]
+            == "previews"
+        )
 
 
 @pytest.mark.parametrize("path", Endpoint)
 def test_only_the_operator_can_disable_guardrails(path: str, make_api: Any) -> None:
     strict, lax = make_api(), make_api(may_disable_guardrails=True)
     for body in ({"guardrails": False}, {"extra_params": {"guardrails": False}}):
-        error = strict.refused("POST", path, 422, json={"prompt": "a", **body})
+        error = strict.expect_refusal("POST", path, 422, json={"prompt": "a", **body})
         assert "does not let clients turn them off" in error["message"]
         assert lax.post(path, json={"prompt": "a", **body}).status_code == 200
     assert strict.post(path, json={"prompt": "a", "guardrails": True}).status_code == 200
     assert [asked.skip_guardrails for _, asked in strict.director.submitted] == [False]
     assert [asked.skip_guardrails for _, asked in lax.director.submitted] == [True, True]
-    assert strict.refused("POST", path, 422, json={"prompt": "a", "guardrails": "no"})["param"] == "guardrails"
+    assert strict.expect_refusal("POST", path, 422, json={"prompt": "a", "guardrails": "no"})["param"] == "guardrails"
     without = make_api(has_guardrails=False, may_disable_guardrails=True)
-    error = without.refused("POST", path, 422, json={"prompt": "a", "guardrails": True})
+    error = without.expect_refusal("POST", path, 422, json={"prompt": "a", "guardrails": True})
     assert "has not configured any" in error["message"], "who asks for them must not believe that there are some"
     assert without.post(path, json={"prompt": "a", "guardrails": False}).status_code == 200
 
@@ -165,15 +168,15 @@ def test_only_the_operator_can_disable_guardrails(path: str, make_api: Any) -> N
 def test_without_num_frames_a_clip_has_the_documented_length(api: Api) -> None:
     """One frame in vLLM-Omni."""
     for body in ({}, {"image": png_url()}):
-        told = api.created({"prompt": "a", **body})
-        assert (told["num_frames"], told["size"], told["fps"], told["num_steps"]) == (189, "1280x720", 24.0, 35)
-        assert told["seconds"] == "7.875"
+        video = api.create({"prompt": "a", **body})
+        assert (video["num_frames"], video["size"], video["fps"], video["num_steps"]) == (189, "1280x720", 24.0, 35)
+        assert video["seconds"] == "7.875"
 
 
 def test_without_a_length_actions_have_the_presets_length(api: Api) -> None:
     """An error in vLLM-Omni."""
-    told = api.created({"prompt": "go", "extra_params": ACTION, "image_reference": {"image_url": png_url()}})
-    assert (told["mode"], told["num_frames"], told["num_steps"], told["fps"]) == ("policy", 17, 30, 5.0)
+    video = api.create({"prompt": "go", "extra_params": ACTION, "image_reference": {"image_url": png_url()}})
+    assert (video["mode"], video["num_frames"], video["num_steps"], video["fps"]) == ("policy", 17, 30, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_without_a_length_actions_have_the_presets_length(api: Api) -> None:
 )
 def test_transfer_is_not_offered(extra: dict[str, Any], shared_api: Api) -> None:
     """A 500 in vLLM-Omni, or a file of the server is opened."""
-    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "extra_params": extra})
+    error = shared_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "extra_params": extra})
     assert error["code"] == "not_offered"
 
 
@@ -212,7 +215,7 @@ def test_transfer_is_not_offered(extra: dict[str, Any], shared_api: Api) -> None
 )
 def test_a_wrong_value_is_a_422_that_names_the_field(body: dict[str, Any], param: str, shared_api: Api) -> None:
     """A 500 or exhausted memory in vLLM-Omni."""
-    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", **body})
+    error = shared_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", **body})
     assert error["param"] == param
 
 
@@ -238,14 +241,14 @@ def test_a_wrong_value_is_a_422_that_names_the_field(body: dict[str, Any], param
 def test_an_error_names_the_field_as_the_client_spelled_it(
     path: str, body: dict[str, Any], param: str, given: str, shared_api: Api
 ) -> None:
-    error = shared_api.refused("POST", path, 422, json={"prompt": "a", **body})
+    error = shared_api.expect_refusal("POST", path, 422, json={"prompt": "a", **body})
     assert error["param"] == param
     assert error["given"].startswith(given)
     assert error["message"].startswith(f"{param} must be {error['allowed']} (got {error['given']})")
 
 
 def test_an_error_of_a_converted_value_says_what_it_became(shared_api: Api) -> None:
-    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "size": "100x100"})
+    error = shared_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "size": "100x100"})
     assert "what makes height a multiple of 16" in error["allowed"]
     assert "It makes height=100." in error["hint"]
 
@@ -254,7 +257,7 @@ def test_an_error_from_another_process_names_the_clients_field(api: Api) -> None
     cause = CapabilityError("output_quality", 7, "nothing", "Not now.")
     api.director.error = RayTaskError("submit", "a traceback", cause).as_instanceof_cause()
     body = {"prompt": "a", "output_format": "jpeg", "output_compression": 7}
-    error = api.refused("POST", Endpoint.IMAGES, 422, json=body)
+    error = api.expect_refusal("POST", Endpoint.IMAGES, 422, json=body)
     assert (error["code"], error["param"], error["hint"]) == ("not_offered", "output_compression", "Not now.")
 
 
@@ -311,8 +314,8 @@ REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
-def test_vllm_omni_forms_are_accepted(form: dict[str, Any], mode: str, told: dict[str, Any], api: Api) -> None:
+@pytest.mark.parametrize(("form", "mode", "expected"), REQUESTS, ids=lambda value: str(value)[:40])
+def test_vllm_omni_forms_are_accepted(form: dict[str, Any], mode: str, expected: dict[str, Any], api: Api) -> None:
     files = {
         name: ("a.png", PNG, "image/png") if value == "PNG" else (None, value.encode()) for name, value in form.items()
     }
@@ -320,7 +323,7 @@ def test_vllm_omni_forms_are_accepted(form: dict[str, Any], mode: str, told: dic
     assert answer.status_code == 200, answer.text
     video = answer.json()
     assert video["mode"] == mode
-    assert {name: video[name] for name in told} == told
+    assert {name: video[name] for name in expected} == expected
 
 
 def test_bracketed_form_fields_of_openais_client_become_objects(api: Api) -> None:
@@ -344,10 +347,10 @@ def test_bracketed_form_fields_of_openais_client_become_objects(api: Api) -> Non
         api.post("/v1/videos", data={"prompt": "a", "guidance_interval": several})
         assert api.director.submitted.pop()[0].guidance_interval == [400.0, 1000.0]
     twice = [*pairs(form), ("extra_params[num_frames]", "5")]
-    error = api.refused("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in twice])
+    error = api.expect_refusal("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in twice])
     assert error["code"] == "broken_form"
     mixed = [*pairs(form), ("input_reference", png_url())]
-    assert api.refused("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in mixed])
+    assert api.expect_refusal("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in mixed])
 
 
 def pairs(form: dict[str, Any]) -> list[tuple[str, str]]:
@@ -359,10 +362,10 @@ def test_only_one_input_reference_is_accepted(name: str, api: Api) -> None:
     file = (None, png_url())
     answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
     assert answer.json()["mode"] == "image_to_video"
-    error = api.refused("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
+    error = api.expect_refusal("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
     assert (error["code"], error["param"]) == ("not_offered", "input_references")
     assert api.director.submitted.pop()[0].image == PNG
-    assert api.created({"prompt": "a", "input_references": [{"image_url": png_url()}]})["mode"] == "image_to_video"
+    assert api.create({"prompt": "a", "input_references": [{"image_url": png_url()}]})["mode"] == "image_to_video"
 
 
 @pytest.mark.parametrize("fetches", [False, True])
@@ -374,7 +377,9 @@ def test_an_input_reference_may_be_a_file_part(name: str, fetches: bool, make_ap
     assert answer.status_code == 200, answer.text
     assert api.director.submitted.pop()[0].image == PNG
     if name.startswith("input_references"):
-        error = api.refused("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
+        error = api.expect_refusal(
+            "POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)]
+        )
         assert (error["code"], error["param"]) == ("not_offered", "input_references")
 
 
@@ -389,11 +394,11 @@ class Nothing:
 @pytest.mark.parametrize("name", ["resolution", "image_size", "resolution_tier"])
 def test_resolution_tier_may_be_text(name: str, value: Any, api: Api) -> None:
     body = {"prompt": "go", "image": png_url(), "extra_params": {**ACTION, name: value}}
-    assert api.created(body)["mode"] == "policy"
+    assert api.create(body)["mode"] == "policy"
     assert api.director.submitted[0][0].resolution_tier == 480
     for wrong in ("640", "480p", ""):
         body["extra_params"][name] = wrong
-        assert api.refused("POST", "/v1/videos", 422, json=body)["param"] == name
+        assert api.expect_refusal("POST", "/v1/videos", 422, json=body)["param"] == name
 
 
 # Bounds
@@ -401,7 +406,7 @@ def test_resolution_tier_may_be_text(name: str, value: Any, api: Api) -> None:
 
 def test_names_of_ignored_fields_are_truncated(shared_api: Api) -> None:
     written = "frame_interpolation_" + "x" * 65
-    error = shared_api.refused("POST", "/v1/videos", 422, json={"prompt": "a", written: 1})
+    error = shared_api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", written: 1})
     assert "left out: unknown field" in error["message"]
     NamedFields.of({written[:-1]: 1}, BODIES[Endpoint.VIDEOS])
 
@@ -415,13 +420,13 @@ def test_a_body_of_too_many_fields_is_refused(api: Api) -> None:
     names = (*model.model_fields, *model.aliases(), *model.no_effect, *model.not_offered)
     all_of_them = {name: None for name in names if "*" not in name}
     assert len(all_of_them) <= MAX_FIELDS, "whoever sends every field that there is may do so"
-    api.created({**all_of_them, "prompt": "a"})
-    for path in (*Endpoint, f"/v1/videos/{api.created()['id']}/remix"):
-        error = api.refused("POST", path, 400, json={"prompt": "a", **many_ignored(MAX_FIELDS)})
+    api.create({**all_of_them, "prompt": "a"})
+    for path in (*Endpoint, f"/v1/videos/{api.create()['id']}/remix"):
+        error = api.expect_refusal("POST", path, 400, json={"prompt": "a", **many_ignored(MAX_FIELDS)})
         assert error["code"] == "broken_json"
         assert f"at most {MAX_FIELDS} fields (got {MAX_FIELDS + 1})" in error["message"]
     for extra in (many_ignored(MAX_FIELDS + 1), json.dumps(many_ignored(MAX_FIELDS + 1))):
-        error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", "extra_params": extra})
+        error = api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "extra_params": extra})
         assert (error["param"], f"at most {MAX_FIELDS} of them" in error["message"]) == ("extra_params", True)
 
 
@@ -431,13 +436,13 @@ def test_warnings_fit_into_a_header(api: Api) -> None:
     answer = api.post("/v1/videos/sync", json=body, headers=headers)
     assert answer.status_code == 200, answer.text
     assert len(answer.headers["x-warnings"]) < 7000
-    told = json.loads(answer.headers["x-warnings"])
+    lines = json.loads(answer.headers["x-warnings"])
     job = api.store.get(answer.headers["x-video-id"])
     assert job is not None
     assert len(job.warnings) == 2 * MAX_FIELDS - 1
-    assert told[:-1] == list(job.warnings[: len(told) - 1])
-    assert told[-1] == f"and {len(job.warnings) - len(told) + 1} more, which the job's warnings name"
-    assert told[0].startswith("Idempotency-Key ")
+    assert lines[:-1] == list(job.warnings[: len(lines) - 1])
+    assert lines[-1] == f"and {len(job.warnings) - len(lines) + 1} more, which the job's warnings name"
+    assert lines[0].startswith("Idempotency-Key ")
 
 
 # Depth

@@ -150,65 +150,65 @@ def test_videos(api: Api, clock: Clock, golden: Golden) -> None:
 
 def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     """Collect a job's object in every state, and in each step on the way."""
-    first = api.created(_SMALL)
+    first = api.create(_SMALL)
     clock.tick(1.0)
-    second = api.created({**_SMALL, "previews": 2})
-    yield "queued", _got(api, clock, first)
-    yield "queued behind another one", _got(api, clock, second)
+    second = api.create({**_SMALL, "previews": 2})
+    yield "queued", _fetch(api, clock, first)
+    yield "queued behind another one", _fetch(api, clock, second)
     api.store.note_rate(MODEL, Lane.VIDEO, 100.0)
-    yield "queued, pace known", _got(api, clock, second)
+    yield "queued, pace known", _fetch(api, clock, second)
     clock.tick(1.5)
-    job = api.claimed()
-    yield "starting", _got(api, clock, first)
+    job = api.claim()
+    yield "starting", _fetch(api, clock, first)
     _record(api, job, stage="tokenized")
-    yield "tokenized", _got(api, clock, first)
+    yield "tokenized", _fetch(api, clock, first)
     clock.tick(2.25)
-    api.stepped(job, 4, 0.75)
-    yield "denoising", _got(api, clock, first)
+    api.step(job, 4, 0.75)
+    yield "denoising", _fetch(api, clock, first)
     clock.tick(3.0)
-    api.stepped(job, 10, 0.0)
+    api.step(job, 10, 0.0)
     _record(api, job, stage="decoding")
-    yield "decoding", _got(api, clock, first)
-    api.begun_file(job)
-    yield "file begun", _got(api, clock, first)
+    yield "decoding", _fetch(api, clock, first)
+    api.begin_file(job)
+    yield "file begun", _fetch(api, clock, first)
     clock.tick(0.5)
-    api.completed(job)
-    yield "completed", _got(api, clock, first)
-    api.failed(api.claimed())
-    yield "failed", _got(api, clock, second)
+    api.complete(job)
+    yield "completed", _fetch(api, clock, first)
+    api.fail(api.claim())
+    yield "failed", _fetch(api, clock, second)
 
-    told = api.created(_SMALL)
+    video = api.create(_SMALL)
     outcome = Outcome(JobState.FAILED)
-    api.store.finish(lease_of(api.claimed()), outcome, keep_media_s=100.0)
-    yield "failed without a reason", _got(api, clock, told)
-    told = api.created(_SMALL)
-    yield "cancelled while it waited", api.post(f"/v1/videos/{told['id']}/cancel")
-    yield "cancelled", _got(api, clock, told)
-    yield "cancelled again", api.post(f"/v1/videos/{told['id']}/cancel")
-    told = api.created(_SMALL)
-    job = api.claimed()
-    yield "being cancelled", api.post(f"/v1/videos/{told['id']}/cancel")
+    api.store.finish(lease_of(api.claim()), outcome, keep_media_s=100.0)
+    yield "failed without a reason", _fetch(api, clock, video)
+    video = api.create(_SMALL)
+    yield "cancelled while it waited", api.post(f"/v1/videos/{video['id']}/cancel")
+    yield "cancelled", _fetch(api, clock, video)
+    yield "cancelled again", api.post(f"/v1/videos/{video['id']}/cancel")
+    video = api.create(_SMALL)
+    job = api.claim()
+    yield "being cancelled", api.post(f"/v1/videos/{video['id']}/cancel")
     outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
     api.store.finish(lease_of(job), outcome, keep_media_s=100.0)
-    yield "cancelled while it ran", _got(api, clock, told)
+    yield "cancelled while it ran", _fetch(api, clock, video)
 
     image = {"prompt": "a cat", "mode": "text_to_image", "size": "32x32"}
-    told = api.created(image)
-    _complete(api, api.claimed(Lane.IMAGE), "image/png", ".png")
-    yield "image", _got(api, clock, told)
+    video = api.create(image)
+    _complete(api, api.claim(Lane.IMAGE), "image/png", ".png")
+    yield "image", _fetch(api, clock, video)
     sound = api.post("/v1/videos", json={**_SMALL, "generate_sound": True, "quality": "lossless"})
     yield "with sound, lossless, queued", sound
     clock.tick(1.0)
-    _complete(api, api.claimed(), "video/mp4", ".mp4")
-    yield "with sound, lossless", _got(api, clock, sound.json())
+    _complete(api, api.claim(), "video/mp4", ".mp4")
+    yield "with sound, lossless", _fetch(api, clock, sound.json())
     policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url()}
-    told = api.created({**policy, "output": "actions"})
-    yield "actions, queued", _got(api, clock, told)
-    api.completed(api.claimed(), None, _ACTIONS.as_json())
-    yield "actions", _got(api, clock, told)
-    told = api.created(policy)
-    api.completed(api.claimed(), b"finished", _ACTIONS.as_json())
-    yield "actions and video", _got(api, clock, told)
+    video = api.create({**policy, "output": "actions"})
+    yield "actions, queued", _fetch(api, clock, video)
+    api.complete(api.claim(), None, _ACTIONS.as_json())
+    yield "actions", _fetch(api, clock, video)
+    video = api.create(policy)
+    api.complete(api.claim(), b"finished", _ACTIONS.as_json())
+    yield "actions and video", _fetch(api, clock, video)
 
     noted = api.post("/v1/videos", json={**_SMALL, "num_frames": 48, "fps": 12, "user": "me", "service_class": "batch"})
     yield "with notes and warnings", noted
@@ -219,15 +219,15 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     clock.tick(1.0)
     request = GenerationRequest(prompt="a cat", width=64, height=32, seed=5, num_inference_steps=10)
     attached: Job = api.run(api.director._submit(request, SubmitOptions(), "runner"))
-    yield "attached", _got(api, clock, {"id": attached.job_id})
-    told = noted.json()
-    yield "deleted", api.send("DELETE", f"/v1/videos/{told['id']}")
-    yield "not any more", _got(api, clock, told)
+    yield "attached", _fetch(api, clock, {"id": attached.job_id})
+    video = noted.json()
+    yield "deleted", api.send("DELETE", f"/v1/videos/{video['id']}")
+    yield "not any more", _fetch(api, clock, video)
 
 
-def _got(api: Api, clock: Clock, told: dict[str, Any]) -> httpx2.Response:
+def _fetch(api: Api, clock: Clock, video: dict[str, Any]) -> httpx2.Response:
     clock.tick(0.125)
-    return api.get(f"/v1/videos/{told['id']}")
+    return api.get(f"/v1/videos/{video['id']}")
 
 
 def _record(api: Api, job: Job, **changes: Any) -> None:
@@ -272,8 +272,8 @@ def test_lists(api: Api, clock: Clock, golden: Golden) -> None:
     ids = []
     for number in range(5):
         clock.tick(1.0)
-        ids.append(api.created({**_SMALL, "prompt": str(number)})["id"])
-    api.completed(api.claimed())
+        ids.append(api.create({**_SMALL, "prompt": str(number)})["id"])
+    api.complete(api.claim())
     queries = {
         "all": "",
         "of none": "?limit=0",
@@ -297,11 +297,11 @@ def test_lists(api: Api, clock: Clock, golden: Golden) -> None:
 
 def test_events(api: Api, clock: Clock, golden: Golden) -> None:
     answers: dict[str, Any] = {}
-    first = api.created(_SMALL)
+    first = api.create(_SMALL)
     clock.tick(1.0)
-    second = api.created(_SMALL)
-    job = api.claimed()
-    api.run(_recorded(api, job))
+    second = api.create(_SMALL)
+    job = api.claim()
+    api.run(_record_job(api, job))
     path = f"/v1/videos/{first['id']}/events"
     answers["completed"] = answer_as_json(api.get(path))
     answers["from event 7 on"] = answer_as_json(api.get(path, headers={"Last-Event-ID": "7"}))
@@ -311,9 +311,9 @@ def test_events(api: Api, clock: Clock, golden: Golden) -> None:
     answers["wrong number"] = answer_as_json(api.get(path, headers={"Last-Event-ID": "x"}))
     answers["unknown"] = answer_as_json(api.get(f"/v1/videos/{UNKNOWN}/events"))
 
-    api.failed(api.claimed())
+    api.fail(api.claim())
     answers["failed"] = answer_as_json(api.get(f"/v1/videos/{second['id']}/events"))
-    third = api.created(_SMALL)
+    third = api.create(_SMALL)
     api.post(f"/v1/videos/{third['id']}/cancel")
     answers["cancelled"] = answer_as_json(api.get(f"/v1/videos/{third['id']}/events"))
 
@@ -329,7 +329,7 @@ def test_events(api: Api, clock: Clock, golden: Golden) -> None:
     golden.check(answers)
 
 
-async def _recorded(api: Api, job: Job) -> None:
+async def _record_job(api: Api, job: Job) -> None:
     """Record a job with every kind of event, as its runner does."""
 
     def lost(error: Exception) -> None:
@@ -345,26 +345,26 @@ async def _recorded(api: Api, job: Job) -> None:
 def test_events_over_handles(golden: Golden) -> None:
     """Events of a client at the Director's handle, as sent and as values."""
     seen = [(event.kind, event_as_json(event)) for event in _EVENTS if event.kind]
-    golden.check([{"kind": kind, "data": data, "value": _plain(read_event(kind, data))} for kind, data in seen])
+    golden.check([{"kind": kind, "data": data, "value": _as_json(read_event(kind, data))} for kind, data in seen])
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """A value of the client's as JSON: its type's name and its public fields."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     if isinstance(value, BaseException):
-        fields = {name: _plain(held) for name, held in sorted(vars(value).items()) if not name.startswith("_")}
+        fields = {name: _as_json(held) for name, held in sorted(vars(value).items()) if not name.startswith("_")}
         return {"type": type(value).__name__, "says": str(value), **fields}
     if isinstance(value, dict) or hasattr(value, "items"):
-        return {name: _plain(held) for name, held in value.items()}
+        return {name: _as_json(held) for name, held in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(held) for held in value]
+        return [_as_json(held) for held in value]
     if isinstance(value, Event):
         names = sorted({"kind", "seq", "data", *public_names(type(value))})
-        return {"type": type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
+        return {"type": type(value).__name__, **{name: _as_json(getattr(value, name)) for name in names}}
     if isinstance(value, BaseModel):
         names = sorted(type(value).model_fields)
-        return {"type": type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
+        return {"type": type(value).__name__, **{name: _as_json(getattr(value, name)) for name in names}}
     return value
 
 
@@ -380,28 +380,28 @@ def test_client(api: Api, clock: Clock, golden: Golden) -> None:
     async def retrieved(video_id: str) -> Any:
         async with client() as http:
             try:
-                return _plain(await http.retrieve(video_id))
+                return _as_json(await http.retrieve(video_id))
             except NotFound as error:
-                return _plain(error)
+                return _as_json(error)
 
     found: dict[str, Any] = {}
     for name, answer in _videos(api, clock):
         if answer.status_code == 200:
             found[name] = api.run(retrieved(answer.json()["id"]))
     clock.tick(1.0)
-    done = api.created(_SMALL)
-    while (job := api.claimed()).job_id != done["id"]:
-        api.failed(job)
-    api.run(_recorded(api, job))
+    done = api.create(_SMALL)
+    while (job := api.claim()).job_id != done["id"]:
+        api.fail(job)
+    api.run(_record_job(api, job))
     clock.tick(1.0)
 
     async def asked() -> dict[str, Any]:
         async with client() as http:
             return {
-                "page": _plain(await http.list(limit=1)),
-                "models": _plain(await http.models()),
-                "events": [_plain(event) async for event in http.events(done["id"])],
-                "made": _plain(await http.create(GenerationRequest(prompt="a", width=64, height=32))),
+                "page": _as_json(await http.list(limit=1)),
+                "models": _as_json(await http.models()),
+                "events": [_as_json(event) async for event in http.events(done["id"])],
+                "made": _as_json(await http.create(GenerationRequest(prompt="a", width=64, height=32))),
             }
 
     golden.check({**found, **api.run(asked())})
@@ -421,17 +421,17 @@ def test_error_table(api: Api, golden: Golden) -> None:
             "http": {"status": answer.status_code, "headers": headers, "body": text},
             "is told": is_explained(error),
             "of a job": [code, message],
-            "client": _plain(read_refusal(answer.status_code, "reason", headers, text, "once")),
-            "client over handles": _plain(_translate(error)),
-            "client of a job": _plain(read_failure("a-job", code, message)),
+            "client": _as_json(read_refusal(answer.status_code, "reason", headers, text, "once")),
+            "client over handles": _as_json(_translate(error)),
+            "client of a job": _as_json(read_failure("a-job", code, message)),
         }
     golden.check(table)
 
 
 def test_refusals(make_api: Any, golden: Golden) -> None:
     api: Api = make_api(http={"max_body_bytes": 2000})
-    told = api.created(_SMALL)
-    done = api.created(_SMALL)
+    video = api.create(_SMALL)
+    done = api.create(_SMALL)
     path = f"/v1/videos/{done['id']}"
     answers = {
         "no route": api.get("/v1/nothing"),
@@ -466,20 +466,20 @@ def test_refusals(make_api: Any, golden: Golden) -> None:
         "wrong variant": api.get(f"{path}/content?variant=nothing"),
     }
     headers = {"Idempotency-Key": "once"}
-    api.created(_SMALL, headers=headers)
+    api.create(_SMALL, headers=headers)
     answers["conflict"] = api.post("/v1/videos", json={"prompt": "b"}, headers=headers)
-    api.completed(api.claimed())
-    path = f"/v1/videos/{told['id']}/content"
+    api.complete(api.claim())
+    path = f"/v1/videos/{video['id']}/content"
     answers["no range"] = api.get(path, headers={"range": "bytes=10-"})
     answers["no actions"] = api.get(f"{path}?variant=action")
-    record = api.store.get(told["id"])
+    record = api.store.get(video["id"])
     assert record is not None
     api.media.remove(record.media_id)
     answers["expired"] = api.get(path)
-    api.failed(api.claimed())
+    api.fail(api.claim())
     answers["failed"] = api.get(f"/v1/videos/{done['id']}/content")
     for _ in range(19):
-        api.created({"prompt": "a"})
+        api.create({"prompt": "a"})
     answers["full"] = api.post("/v1/videos", json={"prompt": "a"})
     golden.check({name: answer_as_json(answer) for name, answer in answers.items()})
 
@@ -546,21 +546,21 @@ def test_files(api: Api, clock: Clock, golden: Golden) -> None:
     answers["actions"] = api.post(sync, json={**policy, "output": "actions"})
     answers["actions and video"] = api.post(sync, json=policy)
     answers["sync of a form"] = api.post(sync, files={"prompt": (None, "a"), "image": ("a.png", png(), "image/png")})
-    told = api.created(_SMALL)
-    job = api.claimed()
-    path = f"/v1/videos/{told['id']}/content"
-    entry = api.begun_file(job)
+    video = api.create(_SMALL)
+    job = api.claim()
+    path = f"/v1/videos/{video['id']}/content"
+    entry = api.begin_file(job)
     assert entry.live_path is not None
     entry.live_path.write_bytes(b"live")
     answers["growing, a part"] = api.get(path, headers={"range": "bytes=0-1"})
     answers["growing, head"] = api.send("HEAD", path)
-    api.completed(job, b"0123456789")
+    api.complete(job, b"0123456789")
     etag = api.get(path).headers["etag"]
     answers["whole"] = api.get(path)
     answers["head"] = api.send("HEAD", path)
     answers["a part"] = api.get(path, headers={"range": "bytes=2-4"})
     answers["known"] = api.get(path, headers={"if-none-match": etag})
-    told = api.created({**policy, "output": "actions"})
-    api.completed(api.claimed(), None, _ACTIONS.as_json())
-    answers["action"] = api.get(f"/v1/videos/{told['id']}/content?variant=action")
+    video = api.create({**policy, "output": "actions"})
+    api.complete(api.claim(), None, _ACTIONS.as_json())
+    answers["action"] = api.get(f"/v1/videos/{video['id']}/content?variant=action")
     golden.check({name: answer_as_json(answer) for name, answer in answers.items()})

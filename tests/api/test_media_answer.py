@@ -34,6 +34,7 @@ from deployments.jobs.job import SubmitOptions, new_job_id
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
+from tests.serve_fakes import Method
 from tests.settling import until
 
 FINISHED = Finished(
@@ -62,36 +63,24 @@ class Director:
     def __init__(self, *scripts: list[Any]) -> None:
         self._scripts = list(scripts)
         self.submitted: list[tuple[GenerationRequest, SubmitOptions, float | None]] = []
-        self.streams: list[Stream] = []
-        self.stream = self
+        self.stream = Method(self._stream)
 
-    def remote(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None) -> Stream:
+    def _stream(
+        self, request: GenerationRequest, options: SubmitOptions, timeout_s: float | None
+    ) -> AsyncIterator[Any]:
         self.submitted.append((request, options, timeout_s))
-        self.streams.append(Stream(self._scripts.pop(0)))
-        return self.streams[-1]
+        return play(self._scripts.pop(0))
 
 
-class Stream:
-    def __init__(self, script: list[Any]) -> None:
-        self._script = script
-        self.is_cancelled = False
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        if not self._script:
-            raise StopAsyncIteration
-        item = self._script.pop(0)
-        while callable(item):
-            await item()
-            item = self._script.pop(0)
+async def play(script: list[Any]) -> AsyncIterator[Any]:
+    """Yield the events of a script, raise its errors, await its waits."""
+    for item in script:
         if isinstance(item, BaseException):
             raise item
-        return item
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
+        if callable(item):
+            await item()
+        else:
+            yield item
 
 
 @pytest.fixture
@@ -99,7 +88,7 @@ def store(tmp_path: Path) -> MediaStore:
     return MediaStore(tmp_path, max_bytes=1 << 20, keep_s=1000)
 
 
-def made(store: MediaStore, finished: Finished = FINISHED, data: bytes = b"abcdef") -> Finished:
+def store_file(store: MediaStore, finished: Finished = FINISHED, data: bytes = b"abcdef") -> Finished:
     """Make a file in the store; return its event."""
     media_id = new_media_id(new_job_id())
     entry = store.create(media_id, finished.media_type, ".bin", is_live=False)
@@ -113,10 +102,10 @@ def script(finished: Finished) -> list[Any]:
 
 def image(store: MediaStore, seed: int, media_type: str = "image/png") -> list[Any]:
     finished = replace(FINISHED, seed=seed, media_type=media_type)
-    return script(made(store, finished, b"image%d" % (seed % 10)))
+    return script(store_file(store, finished, b"image%d" % (seed % 10)))
 
 
-async def sent(response: Response) -> tuple[int, dict[str, str], bytes]:
+async def send_answer(response: Response) -> tuple[int, dict[str, str], bytes]:
     """Send an answer; return status, headers and body."""
     messages: list[Any] = []
 
@@ -131,7 +120,7 @@ async def sent(response: Response) -> tuple[int, dict[str, str], bytes]:
     return messages[0]["status"], headers, b"".join(message.get("body", b"") for message in messages)
 
 
-def answer(
+def answer_script(
     store: MediaStore, director: Director, job: ImageBody | None = None, room: int = 10_000, timeout_s: float = 60
 ) -> Any:
     """Answer from the scripts; return (status, headers, body)."""
@@ -148,18 +137,18 @@ def answer(
                 return await images_answer(an_exchange, job, options, held, store)
 
     async def run() -> Any:
-        return await sent(await answer_errors(work(), "POST /"))
+        return await send_answer(await answer_errors(work(), "POST /"))
 
     status, headers, body = asyncio.run(run())
     assert bodies.taken_bytes == 0
-    assert {stream.is_cancelled for stream in director.streams} <= {True}, "nothing runs on"
+    assert {response.is_cancelled for response in director.stream.responses} <= {True}, "nothing runs on"
     assert {options.request_id for _, options, _ in director.submitted} <= {"mine"}
     return status, headers, json.loads(body) if headers["content-type"] == "application/json" else body
 
 
 def test_a_file_is_the_body(store: MediaStore) -> None:
-    finished = made(store)
-    status, headers, body = answer(store, Director(script(finished)))
+    finished = store_file(store)
+    status, headers, body = answer_script(store, Director(script(finished)))
     assert (status, body) == (200, b"abcdef")
     assert headers["content-type"] == "video/mp4"
     assert headers["content-length"] == "6"
@@ -171,8 +160,8 @@ def test_a_file_is_the_body(store: MediaStore) -> None:
 @pytest.mark.parametrize("has_file", [True, False])
 def test_generated_actions_are_json_with_the_file_inside(has_file: bool, store: MediaStore) -> None:
     finished = replace(FINISHED, mode="policy", actions=ACTIONS)
-    finished = made(store, finished) if has_file else replace(finished, media_type="")
-    status, headers, body = answer(store, Director(script(finished)))
+    finished = store_file(store, finished) if has_file else replace(finished, media_type="")
+    status, headers, body = answer_script(store, Director(script(finished)))
     assert (status, headers["content-type"], headers["x-seed"]) == (200, "application/json", "7")
     assert int(headers["content-length"]) > 100
     assert (body["id"], body["mode"], body["seed"], body["notes"]) == ("video_gen_1", "policy", 7, ["a note"])
@@ -185,8 +174,8 @@ def test_generated_actions_are_json_with_the_file_inside(has_file: bool, store: 
 
 
 def test_a_result_is_never_refused_but_blocks_new_bodies(store: MediaStore) -> None:
-    finished = made(store, replace(FINISHED, actions=ACTIONS))
-    assert answer(store, Director(script(finished)), room=0)[0] == 200
+    finished = store_file(store, replace(FINISHED, actions=ACTIONS))
+    assert answer_script(store, Director(script(finished)), room=0)[0] == 200
     room = MemoryBudget(1000)
     with room.hold() as result, room.hold() as body:
         result.need(1200)
@@ -204,7 +193,7 @@ def images(n: int, **fields: Any) -> ParsedBody[ImageBody]:
 
 def test_images_are_json_with_base64(store: MediaStore) -> None:
     director = Director(image(store, 3), image(store, 4))
-    status, _, body = answer(store, director, images(2))
+    status, _, body = answer_script(store, director, images(2))
     assert status == 200
     assert abs(body["created"] - time.time()) < 60
     assert (body["output_format"], body["size"]) == ("png", "64x32")
@@ -220,11 +209,11 @@ def test_images_are_json_with_base64(store: MediaStore) -> None:
 
 def test_images_as_files_are_one_file_or_a_zip(store: MediaStore) -> None:
     job = images(1, response_format="file", output_format="jpeg")
-    status, headers, body = answer(store, Director(image(store, 3, "image/jpeg")), job, room=0)
+    status, headers, body = answer_script(store, Director(image(store, 3, "image/jpeg")), job, room=0)
     assert (status, headers["content-type"], headers["x-seed"], body) == (200, "image/jpeg", "3", b"image3")
     job = images(2, response_format="file", output_format="jpeg")
     director = Director(image(store, 3, "image/jpeg"), image(store, 4, "image/jpeg"))
-    status, headers, body = answer(store, director, job)
+    status, headers, body = answer_script(store, director, job)
     assert (status, headers["content-type"], headers["x-seed"]) == (200, "application/zip", "3,4")
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         assert {name: archive.read(name) for name in archive.namelist()} == {"0.jpg": b"image3", "1.jpg": b"image4"}
@@ -234,11 +223,11 @@ def test_after_the_first_image_a_full_queue_is_waited_for(monkeypatch: pytest.Mo
     monkeypatch.setattr(exchange, "_LONGEST_PAUSE_S", 0.01)
     full = OverloadedError("requests", 4, 2.0)
     director = Director(image(store, 3), [full], [*image(store, 4)[:1], full], image(store, 4))
-    status, _, body = answer(store, director, images(2))
+    status, _, body = answer_script(store, director, images(2))
     assert (status, [item["seed"] for item in body["data"]]) == (200, [3, 4])
     assert [request.seed for request, _, _ in director.submitted] == [3, 4, 4, 4]
     # The first image is refused like any request.
-    status, headers, body = answer(store, Director([full]), images(2))
+    status, headers, body = answer_script(store, Director([full]), images(2))
     assert (status, headers["retry-after"], body["error"]["code"]) == (429, "2", "overloaded")
 
 
@@ -246,18 +235,20 @@ def test_waiting_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch, store: 
     monkeypatch.setattr(exchange, "_LONGEST_PAUSE_S", 0.01)
     monkeypatch.setattr(exchange, "_SLACK_S", 0.0)
     full = OverloadedError("requests", 4, 2.0)
-    status, _, body = answer(store, Director(image(store, 3), *([full] for _ in range(1000))), images(2), timeout_s=0.3)
+    status, _, body = answer_script(
+        store, Director(image(store, 3), *([full] for _ in range(1000))), images(2), timeout_s=0.3
+    )
     assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
 
 
 def test_an_error_of_a_later_image_is_the_answer(store: MediaStore) -> None:
     wrong = RequestError("seed", 1, "another")
-    status, _, body = answer(store, Director(image(store, 3), [wrong]), images(2))
+    status, _, body = answer_script(store, Director(image(store, 3), [wrong]), images(2))
     assert (status, body["error"]["param"]) == (422, "seed")
 
 
 def test_an_unknown_error_reveals_no_internals(store: MediaStore) -> None:
-    status, _, body = answer(store, Director([ZeroDivisionError("a secret")]))
+    status, _, body = answer_script(store, Director([ZeroDivisionError("a secret")]))
     assert (status, body["error"]["code"]) == (500, "internal_error")
     assert "secret" not in json.dumps(body)
 
@@ -266,7 +257,7 @@ def test_a_file_missing_from_the_store_is_a_503(
     store: MediaStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(call.logger, "propagate", True)
-    status, _, body = answer(store, Director(script(replace(FINISHED, media_id="0" * 32))))
+    status, _, body = answer_script(store, Director(script(replace(FINISHED, media_id="0" * 32))))
     assert (status, body["error"]["code"]) == (503, "media_unavailable")
     assert str(store.directory) not in json.dumps(body)
     assert str(store.directory) in caplog.text, "the log says where"
@@ -298,15 +289,15 @@ class Growing:
         self.entry.finish()
 
 
-class Watched:
+class Viewer:
     """Everything sent of a growing answer.
 
     Args:
-        taken: called with everything sent so far, after each part.
+        on_part: called with everything sent so far, after each part.
     """
 
-    def __init__(self, taken: Callable[[bytes], Awaitable[None]]) -> None:
-        self._taken = taken
+    def __init__(self, on_part: Callable[[bytes], Awaitable[None]]) -> None:
+        self._on_part = on_part
         self.headers: dict[str, str] = {}
         self.status, self.body, self.is_whole = 0, b"", False
 
@@ -331,7 +322,7 @@ class Watched:
         self.body += message["body"]
         self.is_whole = not message.get("more_body", False)
         if not self.is_whole:
-            await self._taken(self.body)
+            await self._on_part(self.body)
 
 
 def test_an_answer_grows_with_its_file(store: MediaStore) -> None:
@@ -346,33 +337,33 @@ def test_an_answer_grows_with_its_file(store: MediaStore) -> None:
 
     growing.grow(b"one")
     director = Director([*growing.begin, StepDone(2, 2, 0.0, 0.1, 1), is_finished.wait, growing.finished])
-    watched = Watched(go_on)
-    asyncio.run(watched.watch(store, director))
-    assert (watched.status, watched.body, watched.is_whole) == (200, b"onetwo", True)
-    assert watched.headers["content-type"] == "video/mp4"
-    assert watched.headers["x-video-id"] == "video_gen_1"
-    assert "content-length" not in watched.headers
-    assert director.streams[0].is_cancelled
+    viewer = Viewer(go_on)
+    asyncio.run(viewer.watch(store, director))
+    assert (viewer.status, viewer.body, viewer.is_whole) == (200, b"onetwo", True)
+    assert viewer.headers["content-type"] == "video/mp4"
+    assert viewer.headers["x-video-id"] == "video_gen_1"
+    assert "content-length" not in viewer.headers
+    assert director.stream.responses[0].is_cancelled
 
 
-async def goes_on(body: bytes) -> None:
+async def do_nothing(body: bytes) -> None:
     """Do nothing after a part."""
 
 
 def test_a_failure_before_the_file_begins_is_an_error_answer(store: MediaStore) -> None:
     director = Director([Accepted("r", "video_gen_1", 2, 5, 7, (), 1), RequestError("seed", 1, "another")])
-    watched = Watched(goes_on)
-    asyncio.run(watched.watch(store, director))
-    assert (watched.status, json.loads(watched.body)["error"]["param"]) == (422, "seed")
-    assert director.streams[0].is_cancelled
+    viewer = Viewer(do_nothing)
+    asyncio.run(viewer.watch(store, director))
+    assert (viewer.status, json.loads(viewer.body)["error"]["param"]) == (422, "seed")
+    assert director.stream.responses[0].is_cancelled
 
 
 def test_a_live_file_missing_from_the_store_is_a_503(store: MediaStore) -> None:
     director = Director([Accepted("r", "video_gen_1", 2, 5, 7, (), 1), FileStarted("0" * 32, "video/mp4", 1)])
-    watched = Watched(goes_on)
-    asyncio.run(watched.watch(store, director))
-    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "media_unavailable")
-    assert director.streams[0].is_cancelled
+    viewer = Viewer(do_nothing)
+    asyncio.run(viewer.watch(store, director))
+    assert (viewer.status, json.loads(viewer.body)["error"]["code"]) == (503, "media_unavailable")
+    assert director.stream.responses[0].is_cancelled
 
 
 @pytest.mark.parametrize("who", ["request", "file"])
@@ -388,11 +379,11 @@ def test_a_failure_of_request_or_file_breaks_the_connection(who: str, store: Med
 
     growing.grow(b"half")
     director = Director([*growing.begin, has_failed.wait, StageFailed("encode", 3, "died")])
-    watched = Watched(fail)
+    viewer = Viewer(fail)
     with pytest.raises((StageFailed, MediaError), match="died"):
-        asyncio.run(watched.watch(store, director))
-    assert (watched.status, watched.body, watched.is_whole) == (200, b"half", False)
-    assert director.streams[0].is_cancelled
+        asyncio.run(viewer.watch(store, director))
+    assert (viewer.status, viewer.body, viewer.is_whole) == (200, b"half", False)
+    assert director.stream.responses[0].is_cancelled
 
 
 def test_a_failed_request_breaks_the_connection_even_with_a_complete_file(store: MediaStore) -> None:
@@ -408,10 +399,10 @@ def test_a_failed_request_breaks_the_connection_even_with_a_complete_file(store:
 
     growing.grow(b"whole")
     director = Director([*growing.begin, later, StageFailed("encode", 3, "died")])
-    watched = Watched(finish)
+    viewer = Viewer(finish)
     with pytest.raises(StageFailed, match="died"):
-        asyncio.run(watched.watch(store, director))
-    assert (watched.body, watched.is_whole) == (b"whole", False)
+        asyncio.run(viewer.watch(store, director))
+    assert (viewer.body, viewer.is_whole) == (b"whole", False)
 
 
 @pytest.mark.parametrize("how", ["file says so first", "director says so first", "nobody says so of the file"])
@@ -433,21 +424,21 @@ def test_a_file_that_fails_before_its_first_byte_is_replaced(how: str, store: Me
     growing.grow(b"one")
     script = [*dead.begin, die, StageRetried("encode", 2, "died", 0), growing.begin[-1], is_finished.wait]
     director = Director([*script, growing.finished])
-    watched = Watched(finish)
-    asyncio.run(watched.watch(store, director))
-    assert (watched.status, watched.body, watched.is_whole) == (200, b"one", True)
-    assert watched.headers["x-video-id"] == "video_gen_1"
-    assert director.streams[0].is_cancelled
+    viewer = Viewer(finish)
+    asyncio.run(viewer.watch(store, director))
+    assert (viewer.status, viewer.body, viewer.is_whole) == (200, b"one", True)
+    assert viewer.headers["x-video-id"] == "video_gen_1"
+    assert director.stream.responses[0].is_cancelled
 
 
 def test_if_every_encoder_fails_the_answer_is_an_error(store: MediaStore) -> None:
     dead = Growing(store)
     store.fail(dead.finished.media_id, "the encoder died")
     director = Director([*dead.begin, StageFailed("encode", 3, "died")])
-    watched = Watched(goes_on)
-    asyncio.run(watched.watch(store, director))
-    assert (watched.status, json.loads(watched.body)["error"]["code"]) == (503, "stage_failed")
-    assert director.streams[0].is_cancelled
+    viewer = Viewer(do_nothing)
+    asyncio.run(viewer.watch(store, director))
+    assert (viewer.status, json.loads(viewer.body)["error"]["code"]) == (503, "stage_failed")
+    assert director.stream.responses[0].is_cancelled
 
 
 def test_disconnecting_before_the_first_byte_stops_the_request(store: MediaStore) -> None:
@@ -468,7 +459,7 @@ def test_disconnecting_before_the_first_byte_stops_the_request(store: MediaStore
         with pytest.raises(ClientDisconnect):
             await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-        assert director.streams[0].is_cancelled
+        assert director.stream.responses[0].is_cancelled
 
     asyncio.run(run())
 
@@ -481,13 +472,13 @@ def test_disconnecting_from_a_growing_file_stops_the_request(store: MediaStore) 
         await asyncio.sleep(60)
 
     async def run() -> None:
-        watching = asyncio.create_task(Watched(stall).watch(store, director))
+        watching = asyncio.create_task(Viewer(stall).watch(store, director))
         await came.wait()
-        assert not director.streams[0].is_cancelled
+        assert not director.stream.responses[0].is_cancelled
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
 
     growing.grow(b"a")
     director = Director([*growing.begin, asyncio.Event().wait])
     asyncio.run(run())
-    assert director.streams[0].is_cancelled
+    assert director.stream.responses[0].is_cancelled

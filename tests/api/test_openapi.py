@@ -14,7 +14,7 @@ from deployments.api.body_reader import FormText
 from deployments.api.fields import BODIES, Endpoint
 from deployments.api.media_fields import MEDIA
 from deployments.media.variants import CONTENT_VARIANTS
-from tests.api.documented import Documented
+from tests.api.documented import ApiDocument
 from tests.api.fake_service import CLASSES, Api
 from tests.api.test_fields import REQUESTS
 
@@ -22,17 +22,17 @@ JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "applic
 
 
 @pytest.fixture
-def documented(shared_api: Api) -> Documented:
-    return Documented(shared_api.get("/openapi.json").json())
+def documented(shared_api: Api) -> ApiDocument:
+    return ApiDocument(shared_api.get("/openapi.json").json())
 
 
-def body_of(documented: Documented, endpoint: str, kind: str = JSON) -> dict[str, Any]:
+def body_of(documented: ApiDocument, endpoint: str, kind: str = JSON) -> dict[str, Any]:
     content = documented.document["paths"][endpoint]["post"]["requestBody"]["content"]
     schema: dict[str, Any] = content[kind]["schema"]
     return schema
 
 
-def test_the_document_has_exactly_the_routes(documented: Documented, shared_api: Api) -> None:
+def test_the_document_has_exactly_the_routes(documented: ApiDocument, shared_api: Api) -> None:
     routes = {
         (method.lower(), route.path)
         for router in shared_api.app.router.routes
@@ -40,8 +40,8 @@ def test_the_document_has_exactly_the_routes(documented: Documented, shared_api:
         for method in route.methods
     }
     assert len(routes) > 10
-    told = {(method, path) for path, item in documented.document["paths"].items() for method in item}
-    assert told == routes
+    documented_routes = {(method, path) for path, item in documented.document["paths"].items() for method in item}
+    assert documented_routes == routes
 
 
 def references(value: Any) -> Iterator[str]:
@@ -55,19 +55,19 @@ def references(value: Any) -> Iterator[str]:
             yield from references(it)
 
 
-def test_every_reference_resolves_and_every_component_is_used(documented: Documented) -> None:
+def test_every_reference_resolves_and_every_component_is_used(documented: ApiDocument) -> None:
     used = set(references(documented.document))
     for reference in used:
-        documented.resolved({"$ref": reference})
+        documented.resolve({"$ref": reference})
     assert {f"#/components/schemas/{name}" for name in documented.document["components"]["schemas"]} == used
 
 
-def test_every_schema_is_valid(documented: Documented) -> None:
+def test_every_schema_is_valid(documented: ApiDocument) -> None:
     for schema in documented.document["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def test_each_operation_lists_its_errors(documented: Documented) -> None:
+def test_each_operation_lists_its_errors(documented: ApiDocument) -> None:
     for path, item in documented.document["paths"].items():
         for method, operation in item.items():
             assert operation["operationId"]
@@ -87,8 +87,8 @@ def test_each_operation_lists_its_errors(documented: Documented) -> None:
 
 @pytest.mark.parametrize("kind", [JSON, MULTIPART, URLENCODED])
 @pytest.mark.parametrize("endpoint", Endpoint)
-def test_the_document_has_every_field(endpoint: Endpoint, kind: str, documented: Documented) -> None:
-    schema = documented.resolved(body_of(documented, endpoint, kind))
+def test_the_document_has_every_field(endpoint: Endpoint, kind: str, documented: ApiDocument) -> None:
+    schema = documented.resolve(body_of(documented, endpoint, kind))
     model = BODIES[endpoint]
     names = {*model.model_fields, *model.aliases(), *model.no_effect, *model.not_offered}
     named = {name for name in names if "*" not in name}
@@ -172,7 +172,7 @@ SENT: list[tuple[dict[str, Any], bool]] = [
 ]
 
 
-def test_schemas_agree_with_the_api_on_valid_and_invalid_bodies(documented: Documented, api: Api) -> None:
+def test_schemas_agree_with_the_api_on_valid_and_invalid_bodies(documented: ApiDocument, api: Api) -> None:
     for body, is_valid in SENT:
         assert documented.is_valid(body_of(documented, Endpoint.VIDEOS), body) is is_valid, body
         sent = {"prompt": "a", **body}
@@ -180,9 +180,9 @@ def test_schemas_agree_with_the_api_on_valid_and_invalid_bodies(documented: Docu
         assert answer.status_code == (200 if is_valid and sent["prompt"] else 422), (body, answer.text)
 
 
-@pytest.mark.parametrize(("form", "mode", "told"), REQUESTS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("form", "mode", "expected"), REQUESTS, ids=lambda value: str(value)[:40])
 def test_schemas_accept_vllm_omnis_requests(
-    form: dict[str, Any], mode: str, told: dict[str, Any], documented: Documented
+    form: dict[str, Any], mode: str, expected: dict[str, Any], documented: ApiDocument
 ) -> None:
     """As JSON bodies, in which numbers are numbers."""
     model = BODIES[Endpoint.VIDEOS]
@@ -194,7 +194,7 @@ def test_schemas_accept_vllm_omnis_requests(
 
 
 @pytest.mark.parametrize("endpoint", Endpoint)
-def test_every_example_is_accepted(endpoint: Endpoint, documented: Documented, api: Api) -> None:
+def test_every_example_is_accepted(endpoint: Endpoint, documented: ApiDocument, api: Api) -> None:
     content = documented.document["paths"][endpoint]["post"]["requestBody"]["content"]
     for kind in (JSON, MULTIPART, URLENCODED):
         example = content[kind]["example"]
@@ -205,8 +205,8 @@ def test_every_example_is_accepted(endpoint: Endpoint, documented: Documented, a
         assert api.post(endpoint, **sent[kind]).status_code == 200
 
 
-def test_values_beyond_documented_bounds_are_refused(documented: Documented, shared_api: Api) -> None:
-    properties = documented.resolved(body_of(documented, Endpoint.VIDEOS))["properties"]
+def test_values_beyond_documented_bounds_are_refused(documented: ApiDocument, shared_api: Api) -> None:
+    properties = documented.resolve(body_of(documented, Endpoint.VIDEOS))["properties"]
     tested = 0
     for name in BODIES[Endpoint.VIDEOS].model_fields:
         schema = properties[name].get("anyOf", [{}])[0]
@@ -221,7 +221,7 @@ def test_values_beyond_documented_bounds_are_refused(documented: Documented, sha
     assert tested > 25
 
 
-def test_variants_and_headers_match_the_code(documented: Documented) -> None:
+def test_variants_and_headers_match_the_code(documented: ApiDocument) -> None:
     content = documented.document["paths"]["/v1/videos/{video_id}/content"]["get"]
     (variant,) = (it for it in content["parameters"] if it["name"] == "variant")
     assert tuple(variant["schema"]["enum"]) == CONTENT_VARIANTS

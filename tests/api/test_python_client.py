@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,8 @@ from deployments.jobs.events import JobStarted, VideoEnded
 from deployments.jobs.job import Job
 from deployments.jobs.keys import NewKey
 from deployments.launch.http_client import save_video
-from tests.api.fake_service import DEADLINE_S, Api, Response
+from tests.api.fake_service import DEADLINE_S, Api
+from tests.serve_fakes import Handle
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=4)
 
@@ -36,40 +37,6 @@ class Desk(JobCalls):
         self._parts = SimpleNamespace(jobs=api.service.jobs)  # type: ignore[assignment]
         self.submit = api.director._submit
         self.remix = api.director._remix
-
-
-class Handle:
-    """The handle of a desk."""
-
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-
-    def options(self, *, stream: bool) -> Handle:
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._desk, name)
-        kind = Streamed if name == "events" else Response
-        return SimpleNamespace(remote=lambda *arguments: kind(method(*arguments)))
-
-
-class Streamed:
-    """The response of a streaming call."""
-
-    def __init__(self, items: AsyncIterator[Any]) -> None:
-        self._items = items
-
-    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
-        async def value(item: Any) -> Any:
-            return item
-
-        async def refs() -> AsyncIterator[Any]:
-            async for item in self._items:
-                yield value(item)
-
-        return refs()
-
-    def cancel(self) -> None: ...
 
 
 @pytest.fixture
@@ -104,14 +71,14 @@ def client(request: pytest.FixtureRequest, api: Api, served: Callable[[Api], str
 
 
 def test_a_video_is_created_followed_saved_and_deleted(api: Api, client: Cosmos3Client) -> None:
-    told: dict[str, Any] = {"idempotency_key": "once", "service_class": "batch", "previews": 2, "request_id": "mine"}
-    video = client.create(REQUEST, **told)
+    options: dict[str, Any] = {"idempotency_key": "once", "service_class": "batch", "previews": 2, "request_id": "mine"}
+    video = client.create(REQUEST, **options)
     assert (video.status, video.progress, video.size, video.num_frames) == ("queued", 0, "96x80", 9)
     assert (video.service_class, video.num_steps, video.queue_position) == ("batch", 4, 0)
     job = api.store.get(video.id)
     assert job is not None
     assert (job.previews, job.request_id, job.idempotency_key) == (2, "mine", "once")
-    assert client.create(REQUEST, **told).id == video.id
+    assert client.create(REQUEST, **options).id == video.id
     with pytest.raises(IdempotencyConflict, match="'once' was used for another request"):
         client.create(GenerationRequest(prompt="Another one."), idempotency_key="once")
     with pytest.raises(RequestError, match="height must be a multiple of 16 .got 100.; use 96 or 112"):
@@ -121,8 +88,8 @@ def test_a_video_is_created_followed_saved_and_deleted(api: Api, client: Cosmos3
 
     events = client.events(video.id)
     assert isinstance(next(events), QueuePosition)
-    claimed: Job = api.claimed()
-    api.stepped(claimed, 1, sigma=0.75)
+    claimed: Job = api.claim()
+    api.step(claimed, 1, sigma=0.75)
     rest = [next(events), next(events)]
     assert [type(event) for event in rest] == [JobStarted, StepDone]
     assert isinstance(rest[1], StepDone)
@@ -130,7 +97,7 @@ def test_a_video_is_created_followed_saved_and_deleted(api: Api, client: Cosmos3
     running = client.retrieve(video.id)
     assert (running.status, running.step, running.sigma, running.stage) == ("in_progress", 1, 0.75, "denoising")
     assert 0 < running.progress < 100
-    api.completed(claimed, b"finished" * 1000)
+    api.complete(claimed, b"finished" * 1000)
     ended = list(events)[-1]
     assert isinstance(ended, VideoEnded)
     assert (ended.video.status, ended.video.progress, ended.video.media_type) == ("completed", 100, "video/mp4")

@@ -6,7 +6,7 @@ import asyncio
 import re
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
@@ -21,16 +21,13 @@ from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.api.remote_url import HostRule, RemoteUrl, UnfitUrl, is_public
 from deployments.config import ConfigError, RemoteMediaConfig
 from deployments.errors import ApiError
+from tests.settling import run
 
 HOST, OTHER = "media.example.com", "other.example.org"
 LOOPBACK = "127.0.0.1"
 # A self-signed test certificate for HOST, valid until 2120.
 CERTIFICATE = Path(__file__).parent / "media.example.com.pem"
 TRUSTS_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reading the system's authorities is slow
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 60))
 
 
 def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:

@@ -59,8 +59,8 @@ def fetching(make_api: Callable[..., Api], remote: Remote) -> Api:
     ],
 )
 def test_a_url_is_fetched_in_every_notation(body: dict[str, Any], field: str, fetching: Api, remote: Remote) -> None:
-    told = fetching.created({"prompt": "a", **body})
-    assert told["mode"] == "image_to_video"
+    video = fetching.create({"prompt": "a", **body})
+    assert video["mode"] == "image_to_video"
     assert remote.asked == [(URL, field)]
     assert fetching.director.submitted[0][0].image == PNG
     assert fetching.service.room.taken_bytes == 0
@@ -75,28 +75,28 @@ def test_urls_in_forms_are_fetched(fetching: Api, remote: Remote) -> None:
 @pytest.mark.parametrize("url", [URL, "http://169.254.169.254/latest/meta-data", "HTTPS://localhost/a"])
 def test_nothing_is_fetched_where_remote_media_are_off(url: str, api: Api) -> None:
     for body in ({"image": url}, {"image_reference": {"image_url": url}}, {"extra_params": {"image": url}}):
-        error = api.refused("POST", "/v1/videos", 422, json={"prompt": "a", **body})
+        error = api.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", **body})
         assert "URLs are not fetched: send the file itself." in error["message"]
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://pictures.example/a", "gopher://x", "/etc/passwd"])
 def test_other_schemes_are_never_fetched(url: str, fetching: Api, remote: Remote) -> None:
-    assert fetching.refused("POST", "/v1/videos", 422, json={"prompt": "a", "image": url})["param"] == "image"
+    assert fetching.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "image": url})["param"] == "image"
     assert remote.asked == []
 
 
 def test_a_refused_url_names_its_field(fetching: Api, remote: Remote) -> None:
     body = {"prompt": "a", "image": "https://evil.example/a"}
-    error = fetching.refused("POST", "/v1/videos", 422, json=body)
+    error = fetching.expect_refusal("POST", "/v1/videos", 422, json=body)
     assert (error["param"], error["allowed"]) == ("image", "a host that is listed")
     remote.files[URL] = bytes(LIMITS.max_media_bytes + 1)
-    error = fetching.refused("POST", "/v1/videos", 422, json={"prompt": "a", "image": URL})
+    error = fetching.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "image": URL})
     assert "at most 67108864 bytes" in error["message"]
     assert fetching.service.room.taken_bytes == 0
 
 
 def test_a_field_that_is_wrong_is_refused_before_anything_is_fetched(fetching: Api, remote: Remote) -> None:
-    fetching.refused("POST", "/v1/videos", 422, json={"prompt": "a", "image": URL, "zzz": 1})
+    fetching.expect_refusal("POST", "/v1/videos", 422, json={"prompt": "a", "image": URL, "zzz": 1})
     assert remote.asked == []
 
 

@@ -28,9 +28,9 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.presets import LIMITS
 from deployments.api.fields import Endpoint
 from deployments.api.service_info import OPEN_PATHS
-from tests.api.accepting_api import AcceptingApi, Sent, answer_of
-from tests.api.asking import EVENTS, MODES, Asking, bounds_of, chained, files, sent_of
 from tests.api.fake_service import Api
+from tests.api.generated_cases import EVENTS, MODES, CaseSender, encode_case, files, iterate_bounds, make_chains
+from tests.api.hostile.byte_api import ByteApi, Sent, call_app
 from tests.api.known_jobs import KnownJobs
 
 SEED = "COSMOS3_TEST_SEED"
@@ -67,28 +67,28 @@ def real_files() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory, empty_database: Path, layout: CheckpointLayout) -> Iterator[Any]:
-    api = AcceptingApi(tmp_path_factory.mktemp("schemathesis"), empty_database, layout)
+    api = ByteApi(tmp_path_factory.mktemp("schemathesis"), empty_database, layout)
     yield api
     api.close()
 
 
 @pytest.fixture(scope="module")
-def document(api: AcceptingApi) -> dict[str, Any]:
-    told: dict[str, Any] = api.answer(Sent("GET", "/openapi.json")).json()
-    return told
+def document(api: ByteApi) -> dict[str, Any]:
+    document: dict[str, Any] = api.exchange(Sent("GET", "/openapi.json")).json()
+    return document
 
 
 @pytest.fixture(scope="module")
-def asking(api: AcceptingApi, document: dict[str, Any]) -> Asking:
-    return Asking.of(api, narrowed(document), KnownJobs(api))
+def sender(api: ByteApi, document: dict[str, Any]) -> CaseSender:
+    return CaseSender.of(api, narrow(document), KnownJobs(api))
 
 
 @pytest.fixture(scope="module")
-def asking_all(api: AcceptingApi, document: dict[str, Any]) -> Asking:
-    return Asking.of(api, document, KnownJobs(api))
+def full_sender(api: ByteApi, document: dict[str, Any]) -> CaseSender:
+    return CaseSender.of(api, document, KnownJobs(api))
 
 
-def narrowed(document: dict[str, Any]) -> dict[str, Any]:
+def narrow(document: dict[str, Any]) -> dict[str, Any]:
     """Narrow the document: one content type per body, each effective field once, no very long texts."""
     document = json.loads(json.dumps(document).replace(str(LIMITS.max_prompt_chars), "1000"))
     for path, kind in _KINDS.items():
@@ -103,16 +103,16 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def ask_generated(asking: Asking, label: str, num_examples: int, seed: int | None) -> None:
+def send_generated(sender: CaseSender, label: str, num_examples: int, seed: int | None) -> None:
     """Send cases drawn by Hypothesis.
 
     Args:
-        asking: sends them.
+        sender: sends them.
         label: the operation's.
         num_examples: number of valid cases, and of invalid ones.
         seed: None for the fixed cases.
     """
-    operation = asking.operations[label]
+    operation = sender.operations[label]
     takes_something = bool([*operation.iter_parameters(), *operation.body])
     for mode in MODES if takes_something else MODES[:1]:
 
@@ -124,58 +124,58 @@ def ask_generated(asking: Asking, label: str, num_examples: int, seed: int | Non
             suppress_health_check=list(hypothesis.HealthCheck),  # these strategies are large and filter many values
             phases=[hypothesis.Phase.generate],  # no shrinking, which takes minutes
         )
-        @hypothesis.given(case=asking.strategy(label, mode), kind=st.sampled_from(asking.known.kinds))
-        def ask(case: Any, kind: str) -> None:
-            asking.ask(case, kind)
+        @hypothesis.given(case=sender.strategy(label, mode), kind=st.sampled_from(sender.jobs.kinds))
+        def send(case: Any, kind: str) -> None:
+            sender.send(case, kind)
 
-        (ask if seed is None else hypothesis.seed(seed)(ask))()
+        (send if seed is None else hypothesis.seed(seed)(send))()
 
 
-def ask_bounds(asking: Asking, label: str, every: int) -> None:
+def send_bounds(sender: CaseSender, label: str, every: int) -> None:
     """Send every n-th case at the bounds of an operation, about jobs of every kind in turn."""
-    for case in itertools.islice(bounds_of(asking.operations[label]), 0, None, every):
+    for case in itertools.islice(iterate_bounds(sender.operations[label]), 0, None, every):
         is_about_one = "video_id" in case.path_parameters and case.meta.generation.mode is GenerationMode.POSITIVE
-        for kind in asking.known.kinds if is_about_one else ("completed",):
-            asking.ask(case, kind)
+        for kind in sender.jobs.kinds if is_about_one else ("completed",):
+            sender.send(case, kind)
 
 
-def test_every_operation_is_tested(asking: Asking) -> None:
-    assert set(asking.operations) == set(OPERATIONS)
+def test_every_operation_is_tested(sender: CaseSender) -> None:
+    assert set(sender.operations) == set(OPERATIONS)
 
 
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_values_at_bounds_are_answered_as_documented(label: str, asking: Asking) -> None:
-    before, accepted = asking.num_asked, asking.num_accepted(label)
-    ask_bounds(asking, label, _EVERY if label in MAKING else 1)
-    assert asking.num_asked > before + 5
-    assert asking.num_accepted(label) > accepted, "some are accepted"
+def test_values_at_bounds_are_answered_as_documented(label: str, sender: CaseSender) -> None:
+    before, accepted = sender.num_sent, sender.num_accepted(label)
+    send_bounds(sender, label, _EVERY if label in MAKING else 1)
+    assert sender.num_sent > before + 5
+    assert sender.num_accepted(label) > accepted, "some are accepted"
 
 
 @pytest.mark.parametrize(
     "label", [*MAKING, "GET /v1/videos", f"POST {_ONE}/remix", f"GET {_ONE}/content", f"GET {EVENTS}"]
 )
-def test_generated_cases_are_answered_as_documented(label: str, asking: Asking) -> None:
-    ask_generated(asking, label, 3, seed=None)
+def test_generated_cases_are_answered_as_documented(label: str, sender: CaseSender) -> None:
+    send_generated(sender, label, 3, seed=None)
 
 
-def test_hypothesis_leaves_the_garbage_collector_alone(asking: Asking) -> None:
-    ask_generated(asking, "GET /health", 1, seed=None)
+def test_hypothesis_leaves_the_garbage_collector_alone(sender: CaseSender) -> None:
+    send_generated(sender, "GET /health", 1, seed=None)
     assert not [it for it in gc.callbacks if "hypothesis" in getattr(it, "__module__", "")]
 
 
-def test_without_a_key_every_operation_is_refused(asking: Asking, make_api: Callable[..., Api]) -> None:
+def test_without_a_key_every_operation_is_refused(sender: CaseSender, make_api: Callable[..., Api]) -> None:
     """The cases would be accepted without auth."""
-    guarded = make_api(needs_keys=True)
-    for label, operation in asking.operations.items():
-        case = next(bounds_of(operation))
-        asking.ask(case, "completed")
-        sent = sent_of(case)
+    keyed_api = make_api(needs_keys=True)
+    for label, operation in sender.operations.items():
+        case = next(iterate_bounds(operation))
+        sender.send(case, "completed")
+        sent = encode_case(case)
         for key in (None, b"Bearer c3_0000000000000000_" + b"0" * 43, b"Basic YTpi"):
             headers = sent.headers if key is None else (*sent.headers, (b"authorization", key))
-            answer = guarded.run(answer_of(guarded.app, replace(sent, headers=headers)))
+            answer = keyed_api.run(call_app(keyed_api.app, replace(sent, headers=headers)))
             assert answer.status_code == (200 if operation.path in OPEN_PATHS else 401), label
-            guarded.documented.check(answer)
-    assert guarded.director.submitted == []
+            keyed_api.documented.check(answer)
+    assert keyed_api.director.submitted == []
 
 
 @pytest.fixture
@@ -188,23 +188,23 @@ def seed() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_all_bounds(label: str, asking_all: Asking) -> None:
-    ask_bounds(asking_all, label, 1)
+def test_all_bounds(label: str, full_sender: CaseSender) -> None:
+    send_bounds(full_sender, label, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_many_generated(label: str, asking_all: Asking, seed: int) -> None:
-    ask_generated(asking_all, label, 200, seed)
+def test_many_generated(label: str, full_sender: CaseSender, seed: int) -> None:
+    send_generated(full_sender, label, 200, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_chains_of_operations_are_answered_as_documented(api: AcceptingApi, asking_all: Asking, seed: int) -> None:
+def test_chains_of_operations_are_answered_as_documented(api: ByteApi, full_sender: CaseSender, seed: int) -> None:
     """A created job can be used until it is deleted, and not afterwards."""
-    before = asking_all.num_asked
-    machine = hypothesis.seed(seed)(chained(asking_all, api.tidy))
+    before = full_sender.num_sent
+    machine = hypothesis.seed(seed)(make_chains(full_sender, api.delete_jobs))
     settings = hypothesis.settings(
         max_examples=100,
         stateful_step_count=8,
@@ -214,4 +214,4 @@ def test_chains_of_operations_are_answered_as_documented(api: AcceptingApi, aski
         phases=[hypothesis.Phase.generate],
     )
     run_state_machine_as_test(machine, settings=settings)
-    assert asking_all.num_asked > before + 100
+    assert full_sender.num_sent > before + 100

@@ -159,13 +159,13 @@ def test_path_traversal_in_ids_opens_nothing(video_id: str, shared_api: Api) -> 
 
 
 def test_path_traversal_in_queries_opens_nothing(api: Api) -> None:
-    told = api.created()
-    api.completed(api.claimed())
+    video = api.create()
+    api.complete(api.claim())
     with OPENED.noted() as paths:
         for variant in (f"../{MARK}", f"/etc/{MARK}", "video%00", ".mp4", ""):
-            error = api.refused("GET", f"/v1/videos/{told['id']}/content?variant={variant}", 422)
+            error = api.expect_refusal("GET", f"/v1/videos/{video['id']}/content?variant={variant}", 422)
             assert error["param"] == "variant"
-        assert api.refused("GET", f"/v1/videos?after=../{MARK}", 422)["param"] == "after"
+        assert api.expect_refusal("GET", f"/v1/videos?after=../{MARK}", 422)["param"] == "after"
     assert [path for path in paths if MARK in path] == []
 
 
@@ -220,11 +220,11 @@ def test_no_name_in_a_body_is_opened(field: str, path: str, shared_api: Api) -> 
 def test_names_stored_with_a_job_are_not_opened(api: Api) -> None:
     headers = {"x-request-id": f"../../{MARK}", "idempotency-key": f"/etc/{MARK}"}
     with OPENED.noted() as paths:
-        told = api.created({"prompt": f"../../{MARK}", "user": f"../{MARK}"}, headers=headers)
-        api.completed(api.claimed())
-        answer = api.get(f"/v1/videos/{told['id']}/content", headers={"if-none-match": f"../{MARK}"})
+        video = api.create({"prompt": f"../../{MARK}", "user": f"../{MARK}"}, headers=headers)
+        api.complete(api.claim())
+        answer = api.get(f"/v1/videos/{video['id']}/content", headers={"if-none-match": f"../{MARK}"})
         assert answer.content == b"finished"
-        assert api.send("DELETE", f"/v1/videos/{told['id']}").status_code == 200
+        assert api.send("DELETE", f"/v1/videos/{video['id']}").status_code == 200
     assert [path for path in paths if MARK in path] == []
 
 
@@ -233,12 +233,12 @@ def test_names_stored_with_a_job_are_not_opened(api: Api) -> None:
 
 @pytest.mark.parametrize("value", [b"a\r\nx-evil: 1", b"a\nx-evil: 1", b"a\rx-evil: 1", b"\x00", b"\xff\xfe"])
 def test_request_headers_inject_no_response_header(value: bytes, api: Api) -> None:
-    told = api.created()
-    api.completed(api.claimed())
+    video = api.create()
+    api.complete(api.claim())
     calls: list[tuple[str, str, dict[str, Any]]] = [
         ("POST", "/v1/videos", {"json": {"prompt": "a"}}),
-        ("GET", f"/v1/videos/{told['id']}/content", {}),
-        ("GET", f"/v1/videos/{told['id']}/events", {}),
+        ("GET", f"/v1/videos/{video['id']}/content", {}),
+        ("GET", f"/v1/videos/{video['id']}/events", {}),
     ]
     for name in (
         b"x-request-id",
@@ -260,9 +260,9 @@ def test_request_headers_inject_no_response_header(value: bytes, api: Api) -> No
 @pytest.mark.parametrize("text", ['a"\r\nx-evil: 1\r\n\r\n', "a\r\n\r\n<script>", "é\u2028", "a;b"])
 def test_texts_in_answers_inject_no_response_header(text: str, api: Api) -> None:
     files = {"image": (text, PNG, "image/png")}
-    told = api.post("/v1/videos", data={"prompt": text, "user": text}, files=files).json()
-    api.completed(api.claimed())
-    for path in (f"/v1/videos/{told['id']}", f"/v1/videos/{told['id']}/content"):
+    video = api.post("/v1/videos", data={"prompt": text, "user": text}, files=files).json()
+    api.complete(api.claim())
+    for path in (f"/v1/videos/{video['id']}", f"/v1/videos/{video['id']}/content"):
         answer = api.get(path)
         assert "x-evil" not in answer.headers
         assert all(char.isprintable() and char.isascii() for value in answer.headers.values() for char in value)
@@ -273,9 +273,9 @@ def test_texts_in_answers_inject_no_response_header(text: str, api: Api) -> None
 
 @pytest.mark.parametrize("prompt", ["a\n\nevent: completed\ndata: {}\n\n", "a\r\n\r\nid: 999\r\n", "\u2028\n: comment"])
 def test_a_prompt_injects_no_event(prompt: str, api: Api) -> None:
-    told = api.created({"prompt": prompt})
-    api.failed(api.claimed())
-    lines = api.get(f"/v1/videos/{told['id']}/events").text.splitlines()
+    video = api.create({"prompt": prompt})
+    api.fail(api.claim())
+    lines = api.get(f"/v1/videos/{video['id']}/events").text.splitlines()
     kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event:")]
     assert "completed" not in kinds
     assert kinds[-1] == "failed"
@@ -304,7 +304,7 @@ def test_a_body_announced_as_too_large_is_refused_unread(make_api: Callable[...,
     for path in BODIES:
         for length in (1001, 10**17, 10**40):
             headers = {"content-type": "application/json", "content-length": str(length)}
-            assert api.refused("POST", path, 413, content=never(), headers=headers)["code"] == "body_too_large"
+            assert api.expect_refusal("POST", path, 413, content=never(), headers=headers)["code"] == "body_too_large"
     assert api.service.room.taken_bytes == 0
 
 
@@ -326,7 +326,7 @@ def test_a_body_without_length_is_read_up_to_the_bound(make_api: Callable[..., A
                     num_read += 1
                     yield b"x" * 1000
 
-            error = api.refused("POST", path, 413, content=endless(), headers={"content-type": kind})
+            error = api.expect_refusal("POST", path, 413, content=endless(), headers={"content-type": kind})
             assert error["code"] == "body_too_large"
             assert num_read < 10
     assert api.service.room.taken_bytes == 0
@@ -346,7 +346,9 @@ def test_a_slow_body_holds_its_place_for_a_bounded_time(
             yield b"x"
 
     for path in BODIES:
-        error = shared_api.refused("POST", path, 408, content=dripping(), headers={"content-type": "application/json"})
+        error = shared_api.expect_refusal(
+            "POST", path, 408, content=dripping(), headers={"content-type": "application/json"}
+        )
         assert error["code"] == "body_too_slow"
     assert shared_api.service.room.taken_bytes == 0
 
@@ -406,7 +408,7 @@ def test_an_image_bomb_is_refused_by_its_header(shared_api: Api) -> None:
 
 
 @pytest.fixture
-def guarded(make_api: Callable[..., Api]) -> Api:
+def keyed_api(make_api: Callable[..., Api]) -> Api:
     return make_api(needs_keys=True)
 
 
@@ -414,19 +416,19 @@ def key_text(api: Api, name: str = "a") -> str:
     return api.store.keys.create(NewKey(name=name))[1]
 
 
-def test_refusals_of_keys_reveal_nothing(guarded: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_of_keys_reveal_nothing(keyed_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unknown, wrong, malformed and revoked keys get the same answer after one lookup."""
-    right, other = key_text(guarded), key_text(guarded, "b")
-    revoked_key, revoked = guarded.store.keys.create(NewKey(name="c"))
-    guarded.store.keys.revoke(revoked_key.key_id)
-    num_looks, verify = 0, guarded.store.keys.verify
+    right, other = key_text(keyed_api), key_text(keyed_api, "b")
+    revoked_key, revoked = keyed_api.store.keys.create(NewKey(name="c"))
+    keyed_api.store.keys.revoke(revoked_key.key_id)
+    num_looks, verify = 0, keyed_api.store.keys.verify
 
     def counted(text: str) -> Any:
         nonlocal num_looks
         num_looks += 1
         return verify(text)
 
-    monkeypatch.setattr(guarded.store.keys, "verify", counted)
+    monkeypatch.setattr(keyed_api.store.keys, "verify", counted)
     start, _, secret = right.rpartition("_") if right.count("_") == 2 else (right[:19], "_", right[20:])
     guesses = [
         f"c3_{'0' * 16}_{secret}",
@@ -447,36 +449,36 @@ def test_refusals_of_keys_reveal_nothing(guarded: Api, monkeypatch: pytest.Monke
     ]
     refusals = set()
     for guess in guesses:
-        answer = guarded.get("/v1/videos", headers={"authorization": f"Bearer {guess}"})
+        answer = keyed_api.get("/v1/videos", headers={"authorization": f"Bearer {guess}"})
         refusals.add((answer.status_code, answer.text, tuple(sorted(answer.headers.items()))))
     assert len(refusals) == 1
     assert num_looks == len(guesses)
     (status, text, headers) = refusals.pop()
     assert (status, json.loads(text)["error"]["code"]) == (401, "wrong_api_key")
     assert ("www-authenticate", "Bearer") in headers
-    assert guarded.get("/v1/videos", headers={"authorization": f"Bearer {right}"}).status_code == 200
+    assert keyed_api.get("/v1/videos", headers={"authorization": f"Bearer {right}"}).status_code == 200
 
 
-def test_a_wrong_key_is_refused_before_the_body_is_read(guarded: Api) -> None:
+def test_a_wrong_key_is_refused_before_the_body_is_read(keyed_api: Api) -> None:
     async def never() -> AsyncIterator[bytes]:
         raise AssertionError("it is read")
         yield b""
 
     for path in POSTS:
         headers = {"authorization": "Bearer guess", "content-type": "application/json"}
-        assert guarded.refused("POST", path, 401, content=never(), headers=headers)["code"] == "wrong_api_key"
+        assert keyed_api.expect_refusal("POST", path, 401, content=never(), headers=headers)["code"] == "wrong_api_key"
 
 
-def test_no_answer_or_log_contains_a_key(guarded: Api, caplog: pytest.LogCaptureFixture) -> None:
-    text = key_text(guarded)
+def test_no_answer_or_log_contains_a_key(keyed_api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    text = key_text(keyed_api)
     caplog.set_level(0)
     headers = {"authorization": f"Bearer {text}"}
     answers = [
-        guarded.post("/v1/videos", json={"prompt": "a"}, headers=headers),
-        guarded.post("/v1/videos", json={"promt": "a"}, headers=headers),
-        guarded.get("/v1/videos", headers=headers),
-        guarded.get("/v1/videos", headers={"authorization": f"Bearer {text}x"}),
-        guarded.get("/metrics", headers=headers),
+        keyed_api.post("/v1/videos", json={"prompt": "a"}, headers=headers),
+        keyed_api.post("/v1/videos", json={"promt": "a"}, headers=headers),
+        keyed_api.get("/v1/videos", headers=headers),
+        keyed_api.get("/v1/videos", headers={"authorization": f"Bearer {text}x"}),
+        keyed_api.get("/metrics", headers=headers),
     ]
     secret = text[20:]
     assert not any(secret in answer.text or secret in str(answer.headers) for answer in answers)
@@ -487,23 +489,25 @@ def test_no_answer_or_log_contains_a_key(guarded: Api, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("state", ["queued", "in_progress", "completed", "failed"])
-def test_another_keys_job_ids_are_not_found(state: str, guarded: Api) -> None:
-    mine, theirs = ({"authorization": f"Bearer {key_text(guarded, name)}"} for name in "ab")
-    told = guarded.created(headers=mine)
+def test_another_keys_job_ids_are_not_found(state: str, keyed_api: Api) -> None:
+    mine, theirs = ({"authorization": f"Bearer {key_text(keyed_api, name)}"} for name in "ab")
+    video = keyed_api.create(headers=mine)
     if state != "queued":
-        job = guarded.claimed()
+        job = keyed_api.claim()
         if state == "completed":
-            guarded.completed(job)
+            keyed_api.complete(job)
         if state == "failed":
-            guarded.failed(job)
+            keyed_api.fail(job)
     for method, rest in ID_ROUTES:
         asked: dict[str, Any] = {"headers": theirs, **({"json": {"prompt": "a"}} if rest == "/remix" else {})}
-        answers = [guarded.send(method, f"/v1/videos/{video_id}{rest}", **asked) for video_id in (told["id"], UNKNOWN)]
+        answers = [
+            keyed_api.send(method, f"/v1/videos/{video_id}{rest}", **asked) for video_id in (video["id"], UNKNOWN)
+        ]
         assert [answer.status_code for answer in answers] == [404, 404]
         assert answers[0].content == answers[1].content, "theirs and none are the same"
         assert dict(answers[0].headers) == dict(answers[1].headers)
-    assert told["id"] not in guarded.get("/v1/videos", headers=theirs).text
-    assert guarded.get(f"/v1/videos/{told['id']}", headers=mine).json()["status"] == state
+    assert video["id"] not in keyed_api.get("/v1/videos", headers=theirs).text
+    assert keyed_api.get(f"/v1/videos/{video['id']}", headers=mine).json()["status"] == state
 
 
 # SSRF

@@ -34,10 +34,10 @@ def test_no_redirect_follows_the_host_header(method: str, path: str, shared_api:
 
 
 def test_events_forbid_caching_and_buffering_by_proxies(api: Api) -> None:
-    told = api.created()
+    video = api.create()
 
     async def follow() -> None:
-        follower = await Follower(api, f"/v1/videos/{told['id']}/events").begin()
+        follower = await Follower(api, f"/v1/videos/{video['id']}/events").begin()
         assert follower.headers["x-accel-buffering"] == "no"
         assert follower.headers["cache-control"] == "no-store"
         await follower.leave()

@@ -22,18 +22,18 @@ UNKNOWN = "video_gen_" + "0" * 32
 
 def test_a_request_becomes_a_job(api: Api) -> None:
     answer = api.post("/v1/videos", json={"prompt": "a cat", "seed": 5}, headers={"x-request-id": "mine"})
-    told = answer.json()
-    assert (answer.status_code, told["object"], told["status"], told["progress"]) == (200, "video", "queued", 0)
-    assert (told["model"], told["prompt"], told["seed"], told["mode"]) == ("nano", "a cat", 5, "text_to_video")
-    assert (told["queue_position"], told["service_class"], told["warnings"]) == (0, "standard", [])
+    video = answer.json()
+    assert (answer.status_code, video["object"], video["status"], video["progress"]) == (200, "video", "queued", 0)
+    assert (video["model"], video["prompt"], video["seed"], video["mode"]) == ("nano", "a cat", 5, "text_to_video")
+    assert (video["queue_position"], video["service_class"], video["warnings"]) == (0, "standard", [])
     assert int(answer.headers["openai-poll-after-ms"]) > 0
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["cache-control"] == "no-store"
-    job = api.store.get(told["id"])
+    job = api.store.get(video["id"])
     assert job is not None
     assert (job.attached_to, job.owner, job.request_id) == (None, "", "mine")
-    again = api.get(f"/v1/videos/{told['id']}")
-    assert (again.json(), again.headers["cache-control"]) == (told, "no-store")
+    again = api.get(f"/v1/videos/{video['id']}")
+    assert (again.json(), again.headers["cache-control"]) == (video, "no-store")
 
 
 @pytest.mark.parametrize("how", ["json", "multipart", "urlencoded"])
@@ -44,17 +44,17 @@ def test_json_multipart_and_urlencoded_bodies_create_the_same_job(how: str, api:
         "multipart": {"files": {name: (None, value) for name, value in fields.items()}},
         "urlencoded": {"data": fields},
     }
-    told = api.post("/v1/videos", **asked[how]).json()
-    assert (told["size"], told["num_frames"], told["fps"], told["seconds"]) == ("64x32", 49, 12, "4.083")
-    assert told["notes"] == ["num_frames=48 was rounded up to 49: clips have 1 + k * 4 frames"]
+    video = api.post("/v1/videos", **asked[how]).json()
+    assert (video["size"], video["num_frames"], video["fps"], video["seconds"]) == ("64x32", 49, 12, "4.083")
+    assert video["notes"] == ["num_frames=48 was rounded up to 49: clips have 1 + k * 4 frames"]
 
 
 def test_a_job_reports_its_progress(api: Api) -> None:
-    told = api.created({"prompt": "a", "num_inference_steps": 10})
-    job = api.claimed()
-    assert api.get(f"/v1/videos/{told['id']}").json()["status"] == "in_progress"
-    api.stepped(job, 4, 0.75)
-    now = api.get(f"/v1/videos/{told['id']}").json()
+    video = api.create({"prompt": "a", "num_inference_steps": 10})
+    job = api.claim()
+    assert api.get(f"/v1/videos/{video['id']}").json()["status"] == "in_progress"
+    api.step(job, 4, 0.75)
+    now = api.get(f"/v1/videos/{video['id']}").json()
     assert (now["progress"], now["step"], now["num_steps"], now["sigma"], now["stage"]) == (
         38,
         4,
@@ -64,13 +64,13 @@ def test_a_job_reports_its_progress(api: Api) -> None:
     )
     assert 0 <= now["eta_s"] < 60
     assert now["queue_position"] is None
-    api.stepped(job, 10, 0.0)
-    assert api.get(f"/v1/videos/{told['id']}").json()["progress"] == 95
-    api.completed(job)
-    answer = api.get(f"/v1/videos/{told['id']}")
+    api.step(job, 10, 0.0)
+    assert api.get(f"/v1/videos/{video['id']}").json()["progress"] == 95
+    api.complete(job)
+    answer = api.get(f"/v1/videos/{video['id']}")
     now = answer.json()
     assert (now["status"], now["progress"], now["error"]) == ("completed", 100, None)
-    assert (now["file_name"], now["media_type"]) == (f"{told['id']}.mp4", "video/mp4")
+    assert (now["file_name"], now["media_type"]) == (f"{video['id']}.mp4", "video/mp4")
     assert now["completed_at"] >= now["created_at"] > 1_600_000_000
     assert now["expires_at"] == pytest.approx(now["completed_at"] + 100, abs=2)
     assert (now["inference_time_s"], now["stage_durations"]["denoise"], now["frames_sha256"]) == (2.0, 1.0, "b" * 64)
@@ -78,26 +78,26 @@ def test_a_job_reports_its_progress(api: Api) -> None:
 
 
 def test_a_failed_job_is_a_200_with_its_error(api: Api) -> None:
-    told = api.created()
-    api.failed(api.claimed())
-    answer = api.get(f"/v1/videos/{told['id']}")
+    video = api.create()
+    api.fail(api.claim())
+    answer = api.get(f"/v1/videos/{video['id']}")
     assert (answer.status_code, answer.json()["status"]) == (200, "failed")
     assert answer.json()["error"] == {"code": "stage_failed", "message": "it broke"}
 
 
 def test_generated_actions_are_at_the_top_of_the_object(api: Api) -> None:
     body = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"}
-    told = api.created(body)
-    assert (told["mode"], told["media_type"], told["file_name"], told["action"]) == ("policy", None, None, None)
+    video = api.create(body)
+    assert (video["mode"], video["media_type"], video["file_name"], video["action"]) == ("policy", None, None, None)
     actions = GeneratedActions(np.ones((1, 1), np.float32), "av", 1, False).as_json()
-    api.completed(api.claimed(), None, actions)
-    assert api.get(f"/v1/videos/{told['id']}").json()["action"] == {**actions, "action_mode": "policy"}
-    assert api.get(f"/v1/videos/{told['id']}/content?variant=action").json()["data"] == [[1.0]]
-    assert api.refused("GET", f"/v1/videos/{told['id']}/content", 404)["code"] == "no_such_variant"
+    api.complete(api.claim(), None, actions)
+    assert api.get(f"/v1/videos/{video['id']}").json()["action"] == {**actions, "action_mode": "policy"}
+    assert api.get(f"/v1/videos/{video['id']}/content?variant=action").json()["data"] == [[1.0]]
+    assert api.expect_refusal("GET", f"/v1/videos/{video['id']}/content", 404)["code"] == "no_such_variant"
 
 
 def test_jobs_are_listed_in_pages(api: Api) -> None:
-    ids = [api.created({"prompt": str(index)})["id"] for index in range(5)]
+    ids = [api.create({"prompt": str(index)})["id"] for index in range(5)]
     page = api.get("/v1/videos").json()
     assert [video["id"] for video in page["data"]] == ids[::-1]
     assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", ids[-1], ids[0], False)
@@ -131,7 +131,7 @@ def test_a_list_without_jobs_is_empty(shared_api: Api) -> None:
     ids=lambda value: value[:20],
 )
 def test_a_wrong_query_is_named(query: str, param: str, said: str, shared_api: Api) -> None:
-    error = shared_api.refused("GET", f"/v1/videos?{query}", 422)
+    error = shared_api.expect_refusal("GET", f"/v1/videos?{query}", 422)
     assert error["param"].startswith(param)
     assert said in error["message"]
     assert len(json.dumps(error)) < 2000
@@ -167,69 +167,69 @@ def test_no_endpoint_takes_an_unknown_query_parameter(method: str, path: str, sh
 )
 def test_an_unknown_video_is_a_404(video_id: str, method: str, rest: str, shared_api: Api) -> None:
     more = {"json": {"prompt": "a"}} if rest == "/remix" else {}
-    error = shared_api.refused(method, f"/v1/videos/{video_id}{rest}", 404, **more)
+    error = shared_api.expect_refusal(method, f"/v1/videos/{video_id}{rest}", 404, **more)
     assert error["code"] in ("not_found", "no_such_route")
 
 
 def test_a_queued_job_is_cancelled_at_once(api: Api) -> None:
-    told = api.created()
-    now = api.post(f"/v1/videos/{told['id']}/cancel").json()
+    video = api.create()
+    now = api.post(f"/v1/videos/{video['id']}/cancel").json()
     assert (now["status"], now["error"]["code"]) == ("failed", "cancelled")
-    assert api.post(f"/v1/videos/{told['id']}/cancel").json() == now, "it stays as it is"
+    assert api.post(f"/v1/videos/{video['id']}/cancel").json() == now, "it stays as it is"
 
 
 def test_a_cancelled_jobs_inputs_are_removed_at_once(api: Api) -> None:
-    told = api.post(
+    video = api.post(
         "/v1/videos", files={"prompt": (None, "a"), "input_reference": ("a.png", png(), "image/png")}
     ).json()
-    assert api.service.jobs.files.exists(told["id"], "image")
-    api.post(f"/v1/videos/{told['id']}/cancel")
-    assert not api.service.jobs.files.exists(told["id"], "image")
+    assert api.service.jobs.files.exists(video["id"], "image")
+    api.post(f"/v1/videos/{video['id']}/cancel")
+    assert not api.service.jobs.files.exists(video["id"], "image")
 
 
 def test_cancelling_a_running_job_stops_its_runner(api: Api) -> None:
-    told = api.created()
-    job = api.claimed()
-    assert api.post(f"/v1/videos/{told['id']}/cancel").json()["status"] == "in_progress"
+    video = api.create()
+    job = api.claim()
+    assert api.post(f"/v1/videos/{video['id']}/cancel").json()["status"] == "in_progress"
     assert api.store.renew("runner", [lease_of(job)], 100.0) == (set(), {job.job_id})
 
 
 @pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])
 def test_deleting_a_job_removes_its_files(state: str, api: Api) -> None:
-    told = api.created({"prompt": "a", "image": png_url()})
-    job = api.store.get(told["id"])
+    video = api.create({"prompt": "a", "image": png_url()})
+    job = api.store.get(video["id"])
     media_id = ""
     if state != "queued":
-        job = api.claimed()
+        job = api.claim()
     if state == "completed":
-        media_id = api.completed(job).media_id
+        media_id = api.complete(job).media_id
         assert api.media.find(media_id) is not None
-    assert api.files.exists(told["id"], "image")
-    answer = api.send("DELETE", f"/v1/videos/{told['id']}")
-    assert answer.json() == {"id": told["id"], "object": "video.deleted", "deleted": True}
-    assert api.refused("GET", f"/v1/videos/{told['id']}", 404)["code"] == "not_found"
-    assert api.refused("DELETE", f"/v1/videos/{told['id']}", 404)["code"] == "not_found"
-    assert not api.files.exists(told["id"], "image")
+    assert api.files.exists(video["id"], "image")
+    answer = api.send("DELETE", f"/v1/videos/{video['id']}")
+    assert answer.json() == {"id": video["id"], "object": "video.deleted", "deleted": True}
+    assert api.expect_refusal("GET", f"/v1/videos/{video['id']}", 404)["code"] == "not_found"
+    assert api.expect_refusal("DELETE", f"/v1/videos/{video['id']}", 404)["code"] == "not_found"
+    assert not api.files.exists(video["id"], "image")
     assert not media_id or api.media.find(media_id) is None
     if state == "in_progress":
-        assert api.store.renew("runner", [lease_of(job)], 100.0) == ({told["id"]}, set())
+        assert api.store.renew("runner", [lease_of(job)], 100.0) == ({video["id"]}, set())
 
 
 @pytest.mark.parametrize("state", ["queued", "failed", "completed"])
 @pytest.mark.parametrize("as_form", [False, True])
 def test_a_remix_changes_only_the_prompt(state: str, as_form: bool, api: Api) -> None:
     body = {"prompt": "a cat", "image": png_url(), "seed": 9, "num_frames": 5, "size": "32x32", "user": "me"}
-    told = api.created({**body, "service_class": "batch", "previews": 3})
+    video = api.create({**body, "service_class": "batch", "previews": 3})
     if state != "queued":
-        job = api.claimed()
-        api.failed(job) if state == "failed" else api.completed(job)
+        job = api.claim()
+        api.fail(job) if state == "failed" else api.complete(job)
     asked: dict[str, Any] = {"data" if as_form else "json": {"prompt": "a dog"}}
-    answer = api.post(f"/v1/videos/{told['id']}/remix", **asked)
+    answer = api.post(f"/v1/videos/{video['id']}/remix", **asked)
     remix = answer.json()
     assert (answer.status_code, remix["status"], remix["prompt"]) == (200, "queued", "a dog")
-    assert (remix["remixed_from_video_id"], remix["seed"], remix["mode"]) == (told["id"], 9, "image_to_video")
+    assert (remix["remixed_from_video_id"], remix["seed"], remix["mode"]) == (video["id"], 9, "image_to_video")
     assert (remix["size"], remix["num_frames"], remix["service_class"]) == ("32x32", 5, "batch")
-    assert remix["warnings"] == told["warnings"] != []
+    assert remix["warnings"] == video["warnings"] != []
     (first, _), (second, how) = api.director.submitted
     assert second.image == first.image
     assert how.previews == 3
@@ -237,32 +237,32 @@ def test_a_remix_changes_only_the_prompt(state: str, as_form: bool, api: Api) ->
 
 @pytest.mark.parametrize("body", [{}, {"prompt": ""}, {"prompt": " "}, {"prompt": 5}, {"prompt": "a", "seed": 1}])
 def test_a_remix_takes_only_a_prompt(body: dict[str, Any], api: Api) -> None:
-    told = api.created()
-    error = api.refused("POST", f"/v1/videos/{told['id']}/remix", 422, json=body)
+    video = api.create()
+    error = api.expect_refusal("POST", f"/v1/videos/{video['id']}/remix", 422, json=body)
     assert error["param"] == ("seed" if "seed" in body else "prompt")
 
 
 def test_a_remix_is_checked_like_a_new_request(make_api: Any) -> None:
     api = make_api(may_disable_guardrails=True)
-    told = api.created({"prompt": "a", "guardrails": False, "service_class": "batch"})
-    api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
+    video = api.create({"prompt": "a", "guardrails": False, "service_class": "batch"})
+    api.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "b"})
     admission = api.director.admission
     config = admission.config.model_copy(update={"classes": {"standard": 1.0}})
     api.director.admission = replace(admission, config=config, prompt_check=UnlookedPrompts(None, 1.0, False))
-    api.post(f"/v1/videos/{told['id']}/remix", json={"prompt": "b"})
+    api.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "b"})
     asked = [(asked.skip_guardrails, asked.service_class) for _, asked in api.director.submitted]
     assert asked == [(True, "batch"), (True, "batch"), (False, "standard")]
 
 
 def test_an_idempotency_key_returns_the_same_job(api: Api) -> None:
     headers = {"Idempotency-Key": "once"}
-    told = api.created({"prompt": "a"}, headers=headers)
-    assert api.created({"prompt": "a"}, headers=headers)["id"] == told["id"]
-    assert api.created({"prompt": "a"})["id"] != told["id"]
-    error = api.refused("POST", "/v1/videos", 409, json={"prompt": "b"}, headers=headers)
+    video = api.create({"prompt": "a"}, headers=headers)
+    assert api.create({"prompt": "a"}, headers=headers)["id"] == video["id"]
+    assert api.create({"prompt": "a"})["id"] != video["id"]
+    error = api.expect_refusal("POST", "/v1/videos", 409, json={"prompt": "b"}, headers=headers)
     assert error["code"] == "idempotency_conflict"
     for bad in ("", "two words", "x" * 129, "a\tb"):
-        error = api.refused("POST", "/v1/videos", 400, json={"prompt": "a"}, headers={"Idempotency-Key": bad})
+        error = api.expect_refusal("POST", "/v1/videos", 400, json={"prompt": "a"}, headers={"Idempotency-Key": bad})
         assert error["code"] == "invalid_header"
     assert len(api.get("/v1/videos").json()["data"]) == 2
 
@@ -292,14 +292,14 @@ def test_refusals_of_the_director_become_answers(
 
 def test_a_full_queue_is_a_429(api: Api) -> None:
     for index in range(20):
-        api.created({"prompt": str(index)})
+        api.create({"prompt": str(index)})
     answer = api.post("/v1/videos", json={"prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
     assert int(answer.headers["retry-after"]) >= 1
 
 
 def test_a_database_outage_is_a_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = api.created()
+    video = api.create()
 
     def away(*arguments: Any, **more: Any) -> Any:
         raise JobsError("/a/secret/place is away")
@@ -307,7 +307,7 @@ def test_a_database_outage_is_a_503(api: Api, monkeypatch: pytest.MonkeyPatch) -
     for name in ("get", "list", "delete", "cancel"):
         monkeypatch.setattr(api.store, name, away)
     for method, rest in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/content"), ("GET", "/events")):
-        answer = api.send(method, f"/v1/videos/{told['id']}{rest}")
+        answer = api.send(method, f"/v1/videos/{video['id']}{rest}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "jobs_unavailable")
         assert "secret" not in answer.text
 
@@ -328,7 +328,7 @@ def test_sync_answers_with_the_file(api: Api) -> None:
     )
     assert json.loads(answer.headers["x-warnings"]) == ["user is without effect: the caller's own note"]
     assert json.loads(answer.headers["x-stage-durations"]) == {"denoise": 1.0, "total": 2.0}
-    assert api.director.streams[0].is_cancelled, "Serve is told that nobody reads on"
+    assert api.director.stream.responses[0].is_cancelled, "Serve is told that nobody reads on"
 
 
 def test_sync_with_stream_sends_the_growing_file(api: Api) -> None:
@@ -341,12 +341,12 @@ def test_sync_with_stream_sends_the_growing_file(api: Api) -> None:
 @pytest.mark.parametrize("path", ["/v1/videos/sync", "/v1/images/generations"])
 def test_sync_ignores_an_idempotency_key_with_a_warning(path: str, api: Api) -> None:
     answer = api.post(path, json={"prompt": "a", "user": "me"}, headers={"Idempotency-Key": "once"})
-    told = json.loads(answer.headers["x-warnings"])
-    assert [line.split()[0] for line in told] == ["Idempotency-Key", "user"]
+    lines = json.loads(answer.headers["x-warnings"])
+    assert [line.split()[0] for line in lines] == ["Idempotency-Key", "user"]
     assert api.director.submitted[0][1].idempotency_key is None
-    assert api.director.submitted[0][1].warnings == tuple(told)
+    assert api.director.submitted[0][1].warnings == tuple(lines)
     for bad in ("", "two words", "x" * 129):
-        error = api.refused("POST", path, 400, json={"prompt": "a"}, headers={"Idempotency-Key": bad})
+        error = api.expect_refusal("POST", path, 400, json={"prompt": "a"}, headers={"Idempotency-Key": bad})
         assert error["code"] == "invalid_header"
 
 
@@ -361,21 +361,21 @@ def test_disconnecting_from_sync_stops_the_request(api: Api) -> None:
         api.director.gate = wait
         asking = asyncio.create_task(api.asend("POST", "/v1/videos/sync", json={"prompt": "a"}))
         await came.wait()
-        assert not api.director.streams[0].is_cancelled
+        assert not api.director.stream.responses[0].is_cancelled
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
 
     api.run(leave())
-    assert api.director.streams[0].is_cancelled
+    assert api.director.stream.responses[0].is_cancelled
     assert api.service.room.taken_bytes == 0
 
 
 def test_images_are_generated(api: Api) -> None:
     answer = api.post("/v1/images/generations", json={"prompt": "a", "n": 2, "size": "32x32", "layers": 4})
-    told = answer.json()
-    assert (answer.status_code, len(told["data"]), told["size"]) == (200, 2, "32x32")
-    assert [item["seed"] for item in told["data"]] == [42, 43]
-    for item in told["data"]:
+    body = answer.json()
+    assert (answer.status_code, len(body["data"]), body["size"]) == (200, 2, "32x32")
+    assert [item["seed"] for item in body["data"]] == [42, 43]
+    for item in body["data"]:
         job = api.store.get(item["id"])
         assert job is not None
         assert (job.mode, job.attached_to) == ("text_to_image", "this-one")
@@ -395,13 +395,13 @@ def test_a_model_of_any_name_fits_into_a_header(api: Api) -> None:
 def test_states_of_jobs_are_those_of_openai(api: Api) -> None:
     from deployments.jobs.video import Video
 
-    job = api.store.get(api.created()["id"])
+    job = api.store.get(api.create()["id"])
     assert job is not None
     for state in JobState:
-        told = Video.of(type(job)(**{**vars(job), "state": state}), None).as_json()
-        assert told["status"] in ("queued", "in_progress", "completed", "failed")
-        assert (told["error"] is not None) == (told["status"] == "failed")
-        assert (told["progress"] == 100) == (told["status"] == "completed")
+        video = Video.of(type(job)(**{**vars(job), "state": state}), None).as_json()
+        assert video["status"] in ("queued", "in_progress", "completed", "failed")
+        assert (video["error"] is not None) == (video["status"] == "failed")
+        assert (video["progress"] == 100) == (video["status"] == "completed")
 
 
 def png_url() -> str:

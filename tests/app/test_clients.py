@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from deployments.messages import ChunkEncoded, FileStarted
 from tests.app.in_process import InProcessApp
 from tests.clients.conftest import InLoop
 from tests.core_reference import Reference
+from tests.settling import eventually
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -90,9 +91,7 @@ def test_a_request_is_generated_and_streamed(client: Any, reference: Reference) 
     assert events[-1].video.frames_sha256 == expected.frames_sha256
 
 
-def test_refused_cancelled_and_expired_requests_raise_typed_errors(
-    client: Any, app: InProcessApp, eventually: Callable[..., bool]
-) -> None:
+def test_refused_cancelled_and_expired_requests_raise_typed_errors(client: Any, app: InProcessApp) -> None:
     for call in (client.create, client.generate):
         with pytest.raises(RequestError, match="num_frames"):
             call(GenerationRequest(prompt="a", num_frames=-1))

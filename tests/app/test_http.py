@@ -29,6 +29,7 @@ from cosmos3_core.resolve import find_offered_modes, resolve
 from deployments.jobs.keys import KeyStore, NewKey
 from deployments.launch.http_client import save_video
 from deployments.messages import Finished
+from tests.settling import eventually
 
 Reference = Callable[[GenerationRequest], GenerationResult]
 
@@ -228,7 +229,7 @@ def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
     assert send_json(small_app, GOOD)[0] == 200
 
 
-def test_bodies_together_are_bounded(small_app: Any, eventually: Callable[..., bool]) -> None:
+def test_bodies_together_are_bounded(small_app: Any) -> None:
     """While one is being sent, another that does not fit beside it is refused unread."""
     host, port = small_app.url.split("/")[2].split(":")
     large = {**GOOD, "seed": -1, "extra_params": {}, "prompt": "a" + " " * 900_000}

@@ -16,6 +16,7 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.sampler.schedule import make_schedule
 from deployments.jobs.store import JobStore
 from tests.app.http_jobs import CLASSES, DEADLINE_S, SMALL, events_of, job_of, patient_client, patiently, wait_for_end
+from tests.settling import eventually
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -54,9 +55,7 @@ def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx2.Cl
     assert list(events_of(http, job_id, after=number - 2)) == events[-2:]
 
 
-def test_while_steps_are_held_progress_stands_still(
-    jobs_app: Any, http: httpx2.Client, eventually: Callable[..., bool]
-) -> None:
+def test_while_steps_are_held_progress_stands_still(jobs_app: Any, http: httpx2.Client) -> None:
     job_id = job_of(http, num_inference_steps=400)
     path = f"/v1/videos/{job_id}"
     assert eventually(lambda: patiently(http, path)["step"] >= 5)
@@ -80,9 +79,7 @@ def test_while_steps_are_held_progress_stands_still(
     assert 0 < job["progress"] < 100
 
 
-def test_classes_get_their_shares_and_a_full_queue_sends_retry_after(
-    jobs_app: Any, http: httpx2.Client, eventually: Callable[..., bool]
-) -> None:
+def test_classes_get_their_shares_and_a_full_queue_sends_retry_after(jobs_app: Any, http: httpx2.Client) -> None:
     """Steps are held until the queue is full: then the order is the queue's own."""
     assert wait_for_end(http, job_of(http, **SMALL))["status"] == "completed", "there is a speed to tell times by"
     with jobs_app.hold():

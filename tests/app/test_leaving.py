@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +13,13 @@ from cluster.errors import DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from tests.app.in_process import InProcessApp
+from tests.settling import eventually
 
 pytestmark = pytest.mark.timeout(600)
 
 SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=32, width=32, num_inference_steps=2, seed=5)
 # Would take hours if not stopped.
 LONG = replace(SMALL, num_frames=61, height=96, width=128, num_inference_steps=1000)
-
-Eventually = Callable[..., bool]
 
 
 def is_idle(app: InProcessApp) -> bool:
@@ -32,7 +30,7 @@ def is_idle(app: InProcessApp) -> bool:
 
 @pytest.mark.parametrize("how", ["close", "drop"])
 @pytest.mark.parametrize("at", [messages.StepDone, messages.ChunkEncoded], ids=["denoising", "decoding"])
-def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: InProcessApp, eventually: Eventually) -> None:
+def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: InProcessApp) -> None:
     request = LONG if at is messages.StepDone else replace(LONG, num_inference_steps=1, num_frames=401)
     stream = app.client.stream(request)
     assert any(isinstance(event, at) for event in stream)
@@ -43,7 +41,7 @@ def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: InProcessAp
     assert app.client.generate(SMALL).info.num_frames == 5
 
 
-def test_a_client_that_hangs_up_stops_every_stage(app: InProcessApp, eventually: Eventually) -> None:
+def test_a_client_that_hangs_up_stops_every_stage(app: InProcessApp) -> None:
     host, port = app.url.removeprefix("http://").split(":")
     names = "prompt", "num_frames", "height", "width", "num_inference_steps"
     body = json.dumps({name: getattr(LONG, name) for name in names})
@@ -54,7 +52,7 @@ def test_a_client_that_hangs_up_stops_every_stage(app: InProcessApp, eventually:
     assert eventually(lambda: is_idle(app))
 
 
-def test_a_request_past_its_deadline_stops_everywhere(app: Any, eventually: Eventually) -> None:
+def test_a_request_past_its_deadline_stops_everywhere(app: Any) -> None:
     with pytest.raises(DeadlineExceeded, match="within 2 s; it was in the stage 'denoise'"):
         app.client.generate(LONG, timeout_s=2)
     assert eventually(lambda: is_idle(app))

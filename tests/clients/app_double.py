@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,7 @@ from deployments.errors import ApiError, JobCancelled
 from deployments.jobs.events import event_of_json
 from deployments.jobs.job import SubmitOptions
 from deployments.jobs.video import Video
-from tests.app.local_ray import Method
+from tests.serve_fakes import Method, Response
 
 FINAL = ("completed", "failed", "cancelled")
 VIDEO: dict[str, Any] = {
@@ -67,7 +67,7 @@ STORY: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def made(kind: type, **values: Any) -> Any:
+def make(kind: type, **values: Any) -> Any:
     """Return a message of which only some fields matter."""
     return kind(**{field.name: values.get(field.name) for field in dataclasses.fields(kind)})
 
@@ -77,36 +77,36 @@ class App:
 
     Attributes:
         story: events of the videos submitted from now on.
-        failing: errors that the next calls raise, one each.
-        breaks: number of events after which the next event connections break; None: never.
-        ends: number of events after which they end cleanly.
+        next_errors: errors that the next calls raise, one each.
+        break_after: number of events after which the next event connections break; None: never.
+        end_after: number of events after which they end cleanly.
         api_key: required of HTTP callers; None: none.
         file: content of finished videos.
-        breaks_in_file: number of bytes after which the next file connection breaks; None: never.
+        break_file_after: number of bytes after which the next file connection breaks; None: never.
         submitted: requests and their options.
         followed: event number after which each event connection started.
         stopped: ids of videos that were cancelled or lost their caller.
         calls: number of calls.
         delay_s: delay of HTTP answers.
-        num_left: number of event connections that ended or were closed.
-        num_asked: number of HTTP requests.
+        num_closed: number of event connections that ended or were closed.
+        num_requests: number of HTTP requests.
     """
 
     def __init__(self) -> None:
         self.story = list(STORY)
-        self.failing: list[Exception] = []
-        self.breaks: list[int | None] = []
-        self.ends: list[int | None] = []
+        self.next_errors: list[Exception] = []
+        self.break_after: list[int | None] = []
+        self.end_after: list[int | None] = []
         self.api_key: str | None = None
         self.file: bytes | None = b"0123456789" * 20_000
-        self.breaks_in_file: int | None = None
+        self.break_file_after: int | None = None
         self.media_type: str | None = "video/mp4"
         self.submitted: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.followed: list[int] = []
         self.stopped: list[str] = []
         self.calls = 0
         self.delay_s = 0.0
-        self.num_left = self.num_asked = 0
+        self.num_closed = self.num_requests = 0
         self._answering: set[asyncio.Task[httpx2.Response]] = set()
         self.may_go_on = False
         self.videos: dict[str, dict[str, Any]] = {}
@@ -131,10 +131,10 @@ class App:
         return video_id
 
     def check(self) -> None:
-        """Count a call; raise the next error of ``failing``."""
+        """Count a call; raise the next error of ``next_errors``."""
         self.calls += 1
-        if self.failing:
-            raise self.failing.pop(0)
+        if self.next_errors:
+            raise self.next_errors.pop(0)
 
     def end(self, video_id: str, kind: str, data: dict[str, Any]) -> None:
         video = self.videos[video_id]
@@ -164,7 +164,7 @@ class App:
         return videos[start : start + limit], start + limit < len(videos)
 
     def read(self, video_id: str, variant: str) -> bytes:
-        status = self.found(video_id)["status"]
+        status = self.find(video_id)["status"]
         if status == "failed":
             raise ApiError(410, "media_failed", "there is no file: the job has failed or was cancelled")
         if status != "completed":
@@ -173,7 +173,7 @@ class App:
             raise ApiError(404, "no_such_variant", "this job has made actions alone")
         return self.file if variant == "video" else variant.encode()
 
-    async def told(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
+    async def iterate_events(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
         """Yield a video's events after number ``after``."""
         seq = 0
         for kind, data in self.stories[video_id]:
@@ -195,16 +195,16 @@ class App:
             if seq > after:
                 yield seq, kind, data
 
-    async def followers(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
+    async def iterate_breaking(self, video_id: str, after: int) -> AsyncIterator[tuple[int, str, dict[str, Any]]]:
         """Yield a video's events over a connection that may break."""
         self.followed.append(after)
-        breaks = self.breaks.pop(0) if self.breaks else None
-        ends = self.ends.pop(0) if self.ends else None
+        break_after = self.break_after.pop(0) if self.break_after else None
+        end_after = self.end_after.pop(0) if self.end_after else None
         number = 0
-        async for event in self.told(video_id, after):
-            if number == breaks:
+        async for event in self.iterate_events(video_id, after):
+            if number == break_after:
                 raise RayActorError
-            if number == ends:
+            if number == end_after:
                 return
             number += 1
             yield event
@@ -213,7 +213,7 @@ class App:
 
     async def __call__(self, request: httpx2.Request) -> httpx2.Response:
         await request.aread()
-        self.num_asked += 1
+        self.num_requests += 1
         # A complete request is executed even if its caller disconnects.
         answering = asyncio.create_task(self._answer(request))
         self._answering.add(answering)
@@ -222,7 +222,9 @@ class App:
             return await asyncio.shield(answering)
         except Exception as error:  # noqa: BLE001 - as the API has it
             answer = error_response(error)
-            return httpx2.Response(answer.status_code, headers=dict(answer.headers), stream=Body(in_parts(answer.body)))
+            return httpx2.Response(
+                answer.status_code, headers=dict(answer.headers), stream=Body(iterate_parts(answer.body))
+            )
 
     async def _answer(self, request: httpx2.Request) -> httpx2.Response:
         await asyncio.sleep(self.delay_s)
@@ -233,27 +235,27 @@ class App:
         match [request.method, *parts]:
             case ["POST", "videos"]:
                 body = json.loads(request.content)
-                return self._json(self.videos[self.begin(body["prompt"], self._asked(request, body))])
+                return self._json(self.videos[self.begin(body["prompt"], self._read_options(request, body))])
             case ["POST", "videos", video_id, "remix"]:
                 body = json.loads(request.content)
-                self.found(video_id)
-                return self._json(self.videos[self.begin(body["prompt"], self._asked(request, body), video_id)])
+                self.find(video_id)
+                return self._json(self.videos[self.begin(body["prompt"], self._read_options(request, body), video_id)])
             case ["GET", "videos"]:
                 query = request.url.params
                 videos, has_more = self.page(query.get("after"), int(query["limit"]), query["order"])
                 return self._json(page_of(videos, has_more))
             case ["GET", "videos", video_id]:
-                return self._json(self.found(video_id))
+                return self._json(self.find(video_id))
             case ["POST", "videos", video_id, "cancel"]:
-                self.found(video_id)
+                self.find(video_id)
                 return self._json(self.cancel(video_id) or {})
             case ["DELETE", "videos", video_id]:
-                self.found(video_id)
+                self.find(video_id)
                 self.cancel(video_id)
                 del self.videos[video_id]
                 return self._json({"id": video_id, "object": "video.deleted", "deleted": True})
             case ["GET", "videos", video_id, "events"]:
-                self.found(video_id)
+                self.find(video_id)
                 after = int(request.headers.get("last-event-id", 0))
                 headers = {"content-type": "text/event-stream; charset=utf-8"}
                 return httpx2.Response(200, headers=headers, stream=Body(self._sse(video_id, after)))
@@ -266,7 +268,7 @@ class App:
             case _:
                 raise ApiError(404, "no_such_route", "Not Found")
 
-    def _asked(self, request: httpx2.Request, body: dict[str, Any]) -> dict[str, Any]:
+    def _read_options(self, request: httpx2.Request, body: dict[str, Any]) -> dict[str, Any]:
         return {
             "request_id": request.headers.get("x-request-id"),
             "idempotency_key": request.headers.get("idempotency-key"),
@@ -275,24 +277,24 @@ class App:
         }
 
     def _json(self, value: dict[str, Any]) -> httpx2.Response:
-        return httpx2.Response(200, stream=Body(in_parts(json.dumps(value).encode())))
+        return httpx2.Response(200, stream=Body(iterate_parts(json.dumps(value).encode())))
 
-    def found(self, video_id: str) -> dict[str, Any]:
+    def find(self, video_id: str) -> dict[str, Any]:
         if video_id not in self.videos:
             raise ApiError(404, "not_found", f"there is no video {video_id!r}")
         return self.videos[video_id]
 
     async def _file(self, data: bytes) -> AsyncIterator[bytes]:
-        breaks, self.breaks_in_file = self.breaks_in_file, None
-        async for part in in_parts(data[:breaks]):
+        end, self.break_file_after = self.break_file_after, None
+        async for part in iterate_parts(data[:end]):
             yield part
-        if breaks is not None:
+        if end is not None:
             raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
 
     async def _sse(self, video_id: str, after: int) -> AsyncIterator[bytes]:
         yield b": hello\n\n"
         try:
-            async for seq, kind, data in self.followers(video_id, after):
+            async for seq, kind, data in self.iterate_breaking(video_id, after):
                 number = f"id: {seq}\n" if seq else ""
                 text = f"{number}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
                 for start in range(0, len(text), 50):  # parts end anywhere
@@ -301,7 +303,7 @@ class App:
             yield b"id: 999\nevent: step\nda"
             raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body") from None
         finally:
-            self.num_left += 1
+            self.num_closed += 1
 
     # Over handles
 
@@ -343,43 +345,9 @@ def page_of(videos: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     return {"object": "list", "data": videos, "first_id": ids[0], "last_id": ids[-1], "has_more": has_more}
 
 
-async def in_parts(data: bytes | memoryview[int]) -> AsyncIterator[bytes]:
+async def iterate_parts(data: bytes | memoryview[int]) -> AsyncIterator[bytes]:
     for start in range(0, len(data), 50_000):
         yield bytes(data[start : start + 50_000])
-
-
-class Response:
-    """The response of a call that answers once."""
-
-    def __init__(self, answer: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self._answer = answer
-
-    def __await__(self) -> Any:
-        return self._answer().__await__()
-
-    def cancel(self) -> None:
-        """Stop the call."""
-
-
-class StreamResponse:
-    """The response of a streaming call, which reports its cancellation."""
-
-    def __init__(self, items: AsyncIterator[Any], cancelled: Callable[[], None]) -> None:
-        self._items, self._cancelled = items, cancelled
-
-    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
-        async def refs() -> AsyncIterator[Any]:
-            async for item in self._items:
-                yield _value(item)
-
-        return refs()
-
-    def cancel(self) -> None:
-        self._cancelled()
-
-
-async def _value(item: Any) -> Any:
-    return item
 
 
 class Director:
@@ -392,16 +360,13 @@ class Director:
         assert stream
         return self
 
-    def __getattr__(self, name: str) -> Method:
+    def __getattr__(self, name: str) -> Any:
         if name in ("stream", "events"):
-            return Method(getattr(self, f"_{name}"))
+            return SimpleNamespace(remote=getattr(self, f"_{name}"))
 
-        def call(*arguments: Any) -> Response:
-            async def answer() -> Any:
-                self._app.check()
-                return getattr(self, f"_{name}")(*arguments)
-
-            return Response(answer)
+        async def call(*arguments: Any) -> Any:
+            self._app.check()
+            return getattr(self, f"_{name}")(*arguments)
 
         return Method(call)
 
@@ -409,48 +374,48 @@ class Director:
         return SimpleNamespace(job_id=self._app.begin(request.prompt, dataclasses.asdict(options)))
 
     def _remix(self, job_id: str, prompt: str, options: SubmitOptions) -> Any:
-        self._app.found(job_id)
+        self._app.find(job_id)
         return SimpleNamespace(job_id=self._app.begin(prompt, dataclasses.asdict(options), job_id))
 
     def _job(self, job_id: str, owner: str) -> dict[str, Any]:
         assert owner == ""
-        return self._app.found(job_id)
+        return self._app.find(job_id)
 
     def _jobs(self, owner: str, after: str | None, limit: int, order: str) -> Any:
         videos, has_more = self._app.page(after, limit, order)
         return page_of(videos, has_more)
 
     def _cancel(self, job_id: str, owner: str) -> Any:
-        self._app.found(job_id)
+        self._app.find(job_id)
         return self._app.cancel(job_id)
 
     def _delete(self, job_id: str, owner: str) -> Any:
-        self._app.found(job_id)
+        self._app.find(job_id)
         self._app.cancel(job_id)
         del self._app.videos[job_id]
 
     def _read(self, job_id: str, start: int, num_bytes: int, owner: str, variant: str = "video") -> bytes:
-        if self._app.breaks_in_file is not None and start >= self._app.breaks_in_file:
-            self._app.breaks_in_file = None
+        if self._app.break_file_after is not None and start >= self._app.break_file_after:
+            self._app.break_file_after = None
             raise RayActorError
         return self._app.read(job_id, variant)[start : start + num_bytes]
 
     def _models(self) -> list[dict[str, Any]]:
         return MODELS
 
-    def _events(self, job_id: str, after: int, timeout_s: float, owner: str) -> StreamResponse:
+    def _events(self, job_id: str, after: int, timeout_s: float, owner: str) -> Response:
         async def items() -> AsyncIterator[Any]:
             self._app.check()
-            self._app.found(job_id)
-            async for seq, kind, data in self._app.followers(job_id, after):
+            self._app.find(job_id)
+            async for seq, kind, data in self._app.iterate_breaking(job_id, after):
                 yield SimpleNamespace(seq=seq, kind=kind, data=data)
 
         def left() -> None:
-            self._app.num_left += 1
+            self._app.num_closed += 1
 
-        return StreamResponse(items(), left)
+        return Response(items(), left)
 
-    def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> StreamResponse:
+    def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Response:
         app = self._app
         begun: list[str] = []
 
@@ -458,9 +423,9 @@ class Director:
             app.check()
             job_id = app.begin(request.prompt, dataclasses.asdict(options))
             begun.append(job_id)
-            yield made(messages.Accepted, job_id=job_id, notes=())
-            yield made(messages.Tokenized)
-            async for _, kind, data in app.told(job_id, 0):
+            yield make(messages.Accepted, job_id=job_id, notes=())
+            yield make(messages.Tokenized)
+            async for _, kind, data in app.iterate_events(job_id, 0):
                 yield _message(kind, data, job_id)
 
         def left() -> None:
@@ -468,14 +433,14 @@ class Director:
             if begun and app.videos[begun[0]]["status"] not in ("completed", "failed"):
                 app.cancel(begun[0])
 
-        return StreamResponse(items(), left)
+        return Response(items(), left)
 
 
 def _message(kind: str, data: dict[str, Any], job_id: str) -> Any:
     """Return or raise what a Director sends for an event."""
     match kind:
         case "completed":
-            return made(messages.Finished, job_id=job_id)
+            return make(messages.Finished, job_id=job_id)
         case "cancelled":
             raise JobCancelled(job_id, data["error"]["message"])
         case "failed":

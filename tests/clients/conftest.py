@@ -82,24 +82,24 @@ def app() -> App:
 
 
 @pytest.fixture(params=["http", "handle"])
-def way(request: pytest.FixtureRequest) -> str:
-    """The transport to the app."""
+def transport(request: pytest.FixtureRequest) -> str:
+    """The kind of transport to the app."""
     return str(request.param)
 
 
 @pytest.fixture(params=["blocking", "async"])
-def client(request: pytest.FixtureRequest, way: str, app: App) -> Iterator[Any]:
-    """Each of the four."""
-    made = connected(app, way, QUICK)
-    options = Cosmos3Client(made) if request.param == "blocking" else InLoop(made)
-    yield options
-    options.close()
+def client(request: pytest.FixtureRequest, transport: str, app: App) -> Iterator[Any]:
+    """One of the four clients."""
+    connected = connect_to(app, transport, QUICK)
+    client = Cosmos3Client(connected) if request.param == "blocking" else InLoop(connected)
+    yield client
+    client.close()
 
 
-def connected(app: App, way: str, patience: Patience = QUICK, api_key: str | None = None) -> AsyncCosmos3Client:
-    """An asynchronous client of the app."""
+def connect_to(app: App, kind: str, patience: Patience = QUICK, api_key: str | None = None) -> AsyncCosmos3Client:
+    """Make an asynchronous client of the app."""
     transport: Transport
-    if way == "http":
+    if kind == "http":
         connecting = Connecting(transport=httpx2.MockTransport(app))
         transport = HttpTransport("http://app.test/", api_key, CALL_S, connecting)
     else:

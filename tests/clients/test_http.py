@@ -20,35 +20,35 @@ from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Connecting, Cosmos3Client
 from deployments.clients import http_transport
 from deployments.clients.errors import AnswerError, AuthError, NotFound, UnreachableError, read_failure, read_refusal
-from tests.clients.app_double import STORY, VIDEO, WAIT, App, Body, in_parts
-from tests.clients.conftest import QUICK, connected
+from tests.clients.app_double import STORY, VIDEO, WAIT, App, Body, iterate_parts
+from tests.clients.conftest import QUICK, connect_to
 
 REQUEST = GenerationRequest(prompt="A red car.")
 
 
-def asking(answer: Callable[[httpx2.Request], Any], timeout_s: float = 30.0) -> Cosmos3Client:
+def connect_to_server(answer: Callable[[httpx2.Request], Any], timeout_s: float = 30.0) -> Cosmos3Client:
     """Make a client of a server that gives one kind of answer."""
 
-    async def answered(request: httpx2.Request) -> httpx2.Response:
-        made = answer(request)
-        return await made if asyncio.iscoroutine(made) else made
+    async def handle(request: httpx2.Request) -> httpx2.Response:
+        response = answer(request)
+        return await response if asyncio.iscoroutine(response) else response
 
-    connecting = Connecting(transport=httpx2.MockTransport(answered))
+    connecting = Connecting(transport=httpx2.MockTransport(handle))
     return Cosmos3Client.over_http("http://app.test", timeout_s=timeout_s, connecting=connecting, patience=QUICK)
 
 
 def body(text: bytes) -> Body:
-    return Body(in_parts(text))
+    return Body(iterate_parts(text))
 
 
 def test_the_key_is_sent_and_never_shown(app: App) -> None:
     app.api_key = "sk-right"
     for key in (None, "sk-wrong"):
-        with Cosmos3Client(connected(app, "http", api_key=key)) as client, pytest.raises(AuthError) as caught:
+        with Cosmos3Client(connect_to(app, "http", api_key=key)) as client, pytest.raises(AuthError) as caught:
             client.create(REQUEST)
         assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
         assert "sk-" not in str(caught.value)
-    with Cosmos3Client(connected(app, "http", api_key="sk-right")) as client:
+    with Cosmos3Client(connect_to(app, "http", api_key="sk-right")) as client:
         assert client.create(REQUEST).status == "queued"
     assert app.calls == 1
 
@@ -61,7 +61,7 @@ def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
 
 @pytest.mark.parametrize("value", ["", "a\r\nx-evil: 1", "ä", "x" * 257])
 def test_an_id_or_key_that_no_header_can_hold_is_refused(value: str, app: App) -> None:
-    with Cosmos3Client(connected(app, "http")) as client:
+    with Cosmos3Client(connect_to(app, "http")) as client:
         for name in ("request_id", "idempotency_key"):
             with pytest.raises(RequestError, match=f"{name} must be 1 to 256 printable ASCII characters"):
                 client.create(REQUEST, **{name: value})
@@ -88,11 +88,11 @@ def test_waiting_for_an_answer_times_out() -> None:
 
     for answer in (never, lambda request: httpx2.Response(200, stream=Body(trickle()))):
         with (
-            asking(answer, timeout_s=0.2) as client,
+            connect_to_server(answer, timeout_s=0.2) as client,
             pytest.raises(UnreachableError, match="no complete answer within"),
         ):
             client.retrieve("video_gen_1")
-    slow = asking(lambda request: httpx2.Response(200, stream=Body(trickle())))
+    slow = connect_to_server(lambda request: httpx2.Response(200, stream=Body(trickle())))
     with slow as client, pytest.raises(UnreachableError, match="no complete answer within 0.2 s"):
         list(client.content("video_gen_1", timeout_s=0.2))
 
@@ -102,7 +102,7 @@ def test_long_error_messages_are_truncated() -> None:
         for _ in range(2000):
             yield b"x" * 50_000
 
-    with asking(lambda request: httpx2.Response(500, stream=Body(endless()))) as client:
+    with connect_to_server(lambda request: httpx2.Response(500, stream=Body(endless()))) as client:
         tracemalloc.start()
         with pytest.raises(AnswerError) as caught:
             client.models()
@@ -129,7 +129,7 @@ def test_long_error_messages_are_truncated() -> None:
 )
 def test_answers_of_other_servers_are_typed_errors(status: int, text: bytes, kind: type[Exception], said: str) -> None:
     headers = {"location": "http://elsewhere.test/"}
-    server = asking(lambda request: httpx2.Response(status, headers=headers, stream=body(text)))
+    server = connect_to_server(lambda request: httpx2.Response(status, headers=headers, stream=body(text)))
     with server as client, pytest.raises(kind, match=said.replace("?", r"\?")) as caught:
         client.retrieve("a")
     if isinstance(caught.value, OverloadedError):
@@ -137,9 +137,9 @@ def test_answers_of_other_servers_are_typed_errors(status: int, text: bytes, kin
 
 
 def test_retry_after_is_a_number_or_unknown() -> None:
-    for told, retry_after_s in (("12", 12.0), ("0.5", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 5.0), ("nan", 5.0)):
-        headers = {"retry-after": told}
-        full = asking(lambda request, it=headers: httpx2.Response(429, headers=it, stream=body(b"")))
+    for text, retry_after_s in (("12", 12.0), ("0.5", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 5.0), ("nan", 5.0)):
+        headers = {"retry-after": text}
+        full = connect_to_server(lambda request, it=headers: httpx2.Response(429, headers=it, stream=body(b"")))
         with full as client, pytest.raises(OverloadedError) as caught:
             client.retrieve("a")
         assert caught.value.retry_after_s == retry_after_s
@@ -162,7 +162,9 @@ def test_an_error_of_the_server_survives_pickling(status: int, code: str) -> Non
 
 
 def test_an_html_page_is_not_a_stream_of_events() -> None:
-    page = asking(lambda request: httpx2.Response(200, headers={"content-type": "text/html"}, stream=body(b"")))
+    page = connect_to_server(
+        lambda request: httpx2.Response(200, headers={"content-type": "text/html"}, stream=body(b""))
+    )
     with page as client, pytest.raises(AnswerError, match="is it a cosmos3 app?"):
         list(client.events("a"))
 
@@ -206,10 +208,10 @@ def test_a_silent_connection_counts_as_broken(app: App, monkeypatch: pytest.Monk
 
 def test_a_failed_cancellation_is_logged(app: App, caplog: pytest.LogCaptureFixture) -> None:
     app.story = [("step", {"step": 1, "num_steps": 2, "sigma": 0.5}), ("wait", {})]
-    with Cosmos3Client(connected(app, "http")) as client:
+    with Cosmos3Client(connect_to(app, "http")) as client:
         stream = client.stream(REQUEST)
         next(stream)
-        app.failing = [OverloadedError("calls", 1, 3.0)]
+        app.next_errors = [OverloadedError("calls", 1, 3.0)]
         stream.close()
     assert f"{stream.video_id} could not be stopped: calls: all 1 places are taken" in caplog.text
 
@@ -222,14 +224,14 @@ def test_interrupting_a_submission_cancels_its_video(how: str, call: str, app: A
     app.delay_s = 0.2
 
     async def leave() -> None:
-        async with connected(app, "http") as client:
+        async with connect_to(app, "http") as client:
             limit_s = 0.05 if how == "too late" else 60.0
             making = asyncio.create_task(getattr(client, call)(REQUEST, timeout_s=limit_s))
             if how == "too late":
                 with pytest.raises(DeadlineExceeded, match="not done within 0 s; it was in the stage 'submit'"):
                     await making
             else:
-                while not app.num_asked:
+                while not app.num_requests:
                     await asyncio.sleep(0.002)
                 making.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -246,10 +248,10 @@ def test_interrupting_a_refused_submission_cancels_nothing(
 ) -> None:
     monkeypatch.setattr(http_transport, "LEAVE_S", 10.0 if refused else 0.05)
     app.delay_s = 0.2 if refused else 1000.0
-    app.failing = [OverloadedError("jobs", 1, 5.0)]
+    app.next_errors = [OverloadedError("jobs", 1, 5.0)]
 
     async def leave() -> None:
-        async with connected(app, "http") as client:
+        async with connect_to(app, "http") as client:
             with pytest.raises(DeadlineExceeded):
                 await client.generate(REQUEST, timeout_s=0.05)
         await asyncio.sleep(0)
@@ -262,7 +264,7 @@ def test_many_followers_share_one_client(app: App) -> None:
     """Each has its own connection; none waits for another."""
 
     async def follow() -> list[int]:
-        async with connected(app, "http") as client:
+        async with connect_to(app, "http") as client:
             videos = [await client.create(REQUEST) for _ in range(50)]
 
             async def num_events(video_id: str) -> int:

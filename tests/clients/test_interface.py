@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import inspect
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,11 @@ from deployments.errors import ContentBlocked, GuardrailUnavailable, Idempotency
 from deployments.jobs.events import JobStarted, OtherEvent, VideoEnded, VideoEvent
 from deployments.messages import ChunkEncoded, FileStarted, StageRetried
 from tests.clients.app_double import STORY, WAIT, App
-from tests.clients.conftest import InLoop, connected
+from tests.clients.conftest import InLoop, connect_to
+from tests.settling import eventually
 
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, seed=7)
 DEADLINE_S = 30.0
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not holds() and time.monotonic() < deadline_s:
-        time.sleep(0.002)
-    return holds()
 
 
 def test_both_clients_have_the_same_calls() -> None:
@@ -63,10 +55,10 @@ def test_a_video_is_created_from_the_request(client: Any, app: App) -> None:
     assert isinstance(video, Video)
     assert (video.status, video.progress, video.prompt, video.size) == ("queued", 0, "A red car.", "96x64")
     assert (video.service_class, video.notes, video.error, video.has_file) == ("batch", ("a note",), None, False)
-    ((request, asked),) = app.submitted
+    ((request, options),) = app.submitted
     assert request == {"prompt": "A red car."}
-    told = {name: asked[name] for name in ("request_id", "idempotency_key", "service_class", "previews")}
-    assert told == {"request_id": "mine", "idempotency_key": "once", "service_class": "batch", "previews": 3}
+    sent = {name: options[name] for name in ("request_id", "idempotency_key", "service_class", "previews")}
+    assert sent == {"request_id": "mine", "idempotency_key": "once", "service_class": "batch", "previews": 3}
     client.create(REQUEST)
     asked = app.submitted[1][1]
     assert (asked["request_id"], asked["idempotency_key"], asked["previews"]) == (None, None, 0)
@@ -156,10 +148,10 @@ def test_generated_actions_are_arrays(client: Any, app: App) -> None:
     assert video.actions is None
     actions = GeneratedActions(np.array([[0.5, 2.0]], np.float32), "av", 1, False)
     app.videos[video.id]["action"] = {**actions.as_json(), "action_mode": "policy"}
-    found = client.retrieve(video.id).actions
-    assert found is not None
-    assert np.array_equal(found.values, actions.values)
-    assert (found.domain_name, found.is_normalised) == ("av", False)
+    saved = client.retrieve(video.id).actions
+    assert saved is not None
+    assert np.array_equal(saved.values, actions.values)
+    assert (saved.domain_name, saved.is_normalised) == ("av", False)
 
 
 # Events
@@ -221,28 +213,28 @@ def test_events_can_be_followed_from_a_number(client: Any, app: App) -> None:
 
 def test_a_broken_connection_is_resumed_without_gaps_or_repeats(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
-    app.breaks = [3, 0, 2, None]
+    app.break_after = [3, 0, 2, None]
     assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
     assert app.followed == [0, 2, 2, 3]
 
 
 def test_a_connection_that_ends_too_early_is_resumed(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
-    app.ends = [3, 0, None]
+    app.end_after = [3, 0, None]
     assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
     assert app.followed == [0, 2, 2]
 
 
 def test_a_follower_waits_for_a_restarting_app(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
-    app.failing = [ShuttingDown(0.0), OverloadedError("followers", 1, 0.0), StageFailed("director", 1, "died")]
+    app.next_errors = [ShuttingDown(0.0), OverloadedError("followers", 1, 0.0), StageFailed("director", 1, "died")]
     assert client.wait(video_id).status == "completed"
     assert app.calls >= 5
 
 
 def test_a_follower_honours_retry_after(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
-    app.failing = [ShuttingDown(60.0)]
+    app.next_errors = [ShuttingDown(60.0)]
     with pytest.raises(DeadlineExceeded):
         list(client.events(video_id, timeout_s=0.3))
     assert app.followed == []
@@ -257,15 +249,15 @@ def test_pauses_grow_and_honour_retry_after(asked_s: float, least_s: float, most
 def test_repeated_events_are_dropped(client: Any, app: App) -> None:
     """The app ignores the event number that the follower sends."""
     video_id = client.create(REQUEST).id
-    told = app.told
-    app.told = lambda video_id, after: told(video_id, 0)  # type: ignore[method-assign]
-    app.breaks = [4]
+    iterate_events = app.iterate_events
+    app.iterate_events = lambda video_id, after: iterate_events(video_id, 0)  # type: ignore[method-assign]
+    app.break_after = [4]
     assert [event.seq for event in client.events(video_id) if event.seq] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_follower_gives_up_after_its_timeout(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
-    app.breaks = [0] * 100
+    app.break_after = [0] * 100
     with pytest.raises(UnreachableError):
         list(client.events(video_id))
     assert len(app.followed) == 9
@@ -276,7 +268,7 @@ def test_a_follower_gives_up_after_its_timeout(client: Any, app: App) -> None:
 def test_following_a_deleted_video_raises(way_out: str, client: Any, app: App) -> None:
     app.story = [STORY[1], ("deleted", {}) if way_out == "event" else WAIT, *STORY[2:]]
     video_id = client.create(REQUEST).id
-    app.ends = [None if way_out == "event" else 1]
+    app.end_after = [None if way_out == "event" else 1]
     events = client.events(video_id)
     assert next(events).seq == 1
     app.may_go_on = True
@@ -342,7 +334,7 @@ def test_a_truncated_file_is_not_saved(client: Any, app: App, tmp_path: Path) ->
     app.file = b"x" * 3_000_000
     video_id = client.generate(REQUEST).video.id
     for save in (lambda: client.save(video_id, tmp_path / "a.mp4"), lambda: list(client.content(video_id))):
-        app.breaks_in_file = 2_000_000
+        app.break_file_after = 2_000_000
         with pytest.raises(UnreachableError, match="broke off"):
             save()
     assert list(tmp_path.iterdir()) == []
@@ -385,8 +377,7 @@ def test_a_failed_video_raises_its_error(client: Any, app: App) -> None:
 def test_interrupting_generate_stops_the_work(call: str, client: Any, app: App) -> None:
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
     with pytest.raises(DeadlineExceeded):
-        made = getattr(client, call)(REQUEST, timeout_s=0.2)
-        list(made)
+        list(getattr(client, call)(REQUEST, timeout_s=0.2))
     assert len(app.stopped) == 1
 
 
@@ -438,9 +429,9 @@ def test_leaving_events_leaves_the_video_running(client: Any, app: App) -> None:
     video_id = client.create(REQUEST).id
     events = client.events(video_id)
     next(events)
-    assert app.num_left == 0
+    assert app.num_closed == 0
     events.close()
-    assert (app.num_left, app.stopped) == (1, [])
+    assert (app.num_closed, app.stopped) == (1, [])
 
 
 # Errors
@@ -472,7 +463,7 @@ def test_errors_are_equal_over_both_transports(
         "generate": lambda: client.generate(REQUEST),
     }
     for call in list(calls)[: 1 if expected is IdempotencyConflict else None]:
-        app.failing = [raised]
+        app.next_errors = [raised]
         with pytest.raises(expected) as caught:
             calls[call]()
         # Why a process died is in the server's log; only callers inside the cluster see it.
@@ -484,33 +475,33 @@ def test_errors_are_equal_over_both_transports(
 
 
 def test_an_internal_error_is_an_app_error(client: Any, app: App) -> None:
-    app.failing = [ZeroDivisionError("a secret")]
+    app.next_errors = [ZeroDivisionError("a secret")]
     with pytest.raises(AnswerError) as caught:
         client.models()
     assert (caught.value.status, caught.value.code) == (500, "internal_error")
-    app.failing = [JobsError("/a/secret/place is locked")]
+    app.next_errors = [JobsError("/a/secret/place is locked")]
     with pytest.raises(Unavailable, match="the database of jobs cannot be used just now") as away:
         client.models()
     assert "secret" not in str(away.value)
 
 
 def test_calls_are_not_retried_by_default(client: Any, app: App) -> None:
-    app.failing = [OverloadedError("jobs", 1, 0.0)]
+    app.next_errors = [OverloadedError("jobs", 1, 0.0)]
     with pytest.raises(OverloadedError):
         client.create(REQUEST)
     assert app.calls == 1
 
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
-def test_retries_honour_retry_after(kind: str, way: str, app: App) -> None:
-    made = connected(app, way, Patience(max_wait_s=5.0, first_pause_s=0.001))
-    client: Any = Cosmos3Client(made) if kind == "blocking" else InLoop(made)
-    app.failing = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0), GangFailed("load", "begins")]
+def test_retries_honour_retry_after(kind: str, transport: str, app: App) -> None:
+    connected = connect_to(app, transport, Patience(max_wait_s=5.0, first_pause_s=0.001))
+    client: Any = Cosmos3Client(connected) if kind == "blocking" else InLoop(connected)
+    app.next_errors = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0), GangFailed("load", "begins")]
     with pytest.raises(Unavailable):  # Retry-After is 5 s, and part of it has passed
         client.create(REQUEST)
-    app.failing = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0)]
+    app.next_errors = [OverloadedError("jobs", 1, 0.0), ShuttingDown(0.0)]
     assert client.create(REQUEST).status == "queued"
-    app.failing = [OverloadedError("jobs", 1, 60.0)]
+    app.next_errors = [OverloadedError("jobs", 1, 60.0)]
     calls = app.calls
     with pytest.raises(OverloadedError) as caught:
         client.create(REQUEST)
@@ -518,9 +509,9 @@ def test_retries_honour_retry_after(kind: str, way: str, app: App) -> None:
     client.close()
 
 
-def test_retries_end_at_the_callers_deadline(way: str, app: App) -> None:
-    with Cosmos3Client(connected(app, way, Patience(max_wait_s=600.0))) as client:
-        app.failing = [OverloadedError("jobs", 1, 5.0)]
+def test_retries_end_at_the_callers_deadline(transport: str, app: App) -> None:
+    with Cosmos3Client(connect_to(app, transport, Patience(max_wait_s=600.0))) as client:
+        app.next_errors = [OverloadedError("jobs", 1, 5.0)]
         with pytest.raises(OverloadedError):
             client.generate(REQUEST, timeout_s=2.0)
     assert app.submitted == []

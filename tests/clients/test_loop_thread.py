@@ -19,7 +19,7 @@ from deployments.client import Cosmos3Client
 from deployments.clients import blocking
 from deployments.clients.blocking import LoopThread
 from tests.clients.app_double import STORY, WAIT, App
-from tests.clients.conftest import connected
+from tests.clients.conftest import connect_to
 
 DEADLINE_S = 30.0
 
@@ -173,8 +173,8 @@ def test_closing_a_client_fails_its_pending_calls(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("way", ["http", "handle"])
-def test_ctrl_c_cancels_generate(way: str, app: App) -> None:
+@pytest.mark.parametrize("transport", ["http", "handle"])
+def test_ctrl_c_cancels_generate(transport: str, app: App) -> None:
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
 
     def interrupt_work() -> None:
@@ -183,7 +183,7 @@ def test_ctrl_c_cancels_generate(way: str, app: App) -> None:
             time.sleep(0.002)
         interrupt()
 
-    with Cosmos3Client(connected(app, way)) as client:
+    with Cosmos3Client(connect_to(app, transport)) as client:
         threading.Thread(target=interrupt_work).start()
         with pytest.raises(KeyboardInterrupt):
             client.generate(GenerationRequest(prompt="a"))
@@ -194,12 +194,12 @@ def num_threads() -> int:
     return sum(thread.name == "cosmos3-client" for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("way", ["http", "handle"])
-def test_a_dropped_client_ends_its_thread_and_streams(way: str, app: App) -> None:
+@pytest.mark.parametrize("transport", ["http", "handle"])
+def test_a_dropped_client_ends_its_thread_and_streams(transport: str, app: App) -> None:
     gc.collect()
     before = num_threads()
     app.story = [*STORY[:2], WAIT, *STORY[2:]]
-    for event in Cosmos3Client(connected(app, way)).stream(GenerationRequest(prompt="a")):
+    for event in Cosmos3Client(connect_to(app, transport)).stream(GenerationRequest(prompt="a")):
         if event.kind == "step":
             app.delay_s = 0.05
             break
@@ -211,7 +211,7 @@ def test_a_dropped_client_ends_its_thread_and_streams(way: str, app: App) -> Non
 
 
 def test_a_client_may_be_closed_twice_and_then_refuses_calls(app: App) -> None:
-    client = Cosmos3Client(connected(app, "http"))
+    client = Cosmos3Client(connect_to(app, "http"))
     client.models()
     client.close()
     client.close()
@@ -225,7 +225,7 @@ def test_threads_can_share_a_client(app: App) -> None:
     def ask() -> None:
         videos.append(client.generate(GenerationRequest(prompt="a")).video.id)
 
-    with Cosmos3Client(connected(app, "http")) as client:
+    with Cosmos3Client(connect_to(app, "http")) as client:
         threads = [threading.Thread(target=ask) for _ in range(16)]
         for thread in threads:
             thread.start()

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
 from cluster.clip_stream import ClipStreams
 from cluster.errors import OverloadedError, StreamClosed
-from tests.settling import settle
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 20))
+from tests.settling import run, settle
 
 
 def test_chunks_come_in_order_and_then_the_end() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import io
 import os
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from cosmos3_core.errors import MediaError, RequestError, StateError
 from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.prompt_ledger import PromptOrders, RequestMemory, text_key
 from cosmos3_core.shapes import LatentShape
-from tests.settling import settle
+from tests.settling import run, settle
 
 VIDEO, IMAGE = LatentShape(2, 1, 1), LatentShape(1, 1, 1)
 
@@ -119,10 +119,6 @@ class FakeGang:
         """List whose steps ran, in order, without consecutive repeats."""
         jobs = [arguments[0] for arguments in self.of("step")]
         return [job for index, job in enumerate(jobs) if index == 0 or jobs[index - 1] != job]
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 30))
 
 
 def loop_on(gang: FakeGang, meter: Any = None, **changes: Any) -> EngineLoop:

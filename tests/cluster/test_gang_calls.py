@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Coroutine
 from typing import Any, cast
 
 import pytest
@@ -14,11 +13,7 @@ from cluster.errors import GangFailed, GangLost, OutOfMemory, PreviewFailed
 from cluster.gang import Gang
 from cluster.gang_calls import GangCalls
 from cosmos3_core.errors import Cosmos3Error, RequestError
-from tests.settling import settle
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 20))
+from tests.settling import run, settle
 
 
 class FakeGang:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,7 @@ from deployments.media.store import MediaStore
 from deployments.media.variants import MADE_VARIANTS, Variant, make_variant
 from tests.api.content_answers import variant_answer
 from tests.deployments.reading import read
+from tests.settling import run
 
 DEADLINE_S = 60.0
 RATE, NUM_SAMPLES = 16000, 6000
@@ -102,14 +103,6 @@ async def sent(response: Response) -> Answer:
 
     await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
     return answer
-
-
-def run(work: Awaitable[Any]) -> Any:
-    async def in_time() -> Any:
-        async with asyncio.timeout(DEADLINE_S):
-            return await work
-
-    return asyncio.run(in_time())
 
 
 def asked(store: MediaStore, media_id: str, variant: str, method: str = "GET", **headers: str) -> Answer:

@@ -8,7 +8,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -39,13 +39,11 @@ from deployments.stages import guardrail
 from deployments.stages.cosmos_guardrail import CosmosGuardrail
 from deployments.stages.guardrail import Guardrails
 from deployments.stages.guardrail_adapter import load_guardrail
-from tests.director.test_pipeline import FakeMedia, FakeStages, Method, as_ref
+from tests.director.test_pipeline import FakeMedia, FakeStages
+from tests.serve_fakes import Method, Ref
+from tests.settling import run
 
 PROMPT = "a prompt that must not be told on"
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 60))
 
 
 class Pixelating:
@@ -348,7 +346,7 @@ def test_a_prompt_is_checked_before_its_request_is_accepted(monkeypatch: pytest.
     run(check_prompt(handle, 1.0, context(), PROMPT))
     with pytest.raises(ContentBlocked, match="prompt"):
         run(check_prompt(handle, 1.0, context(), "something forbidden"))
-    assert all(response.was_cancelled for response in handle.check_text.responses)
+    assert all(response.is_cancelled for response in handle.check_text.responses)
 
 
 @pytest.mark.parametrize(
@@ -593,10 +591,10 @@ class Clip:
 
     def pipeline(self, max_attempts: int = 3) -> ClipPipeline:
         names = ("open", "complete", "forget_producer", "return_credit", "post")
-        decoders = [LatentsDecoder("video", SimpleNamespace(decode=Method(self.decode)), as_ref("latents"))]
+        decoders = [LatentsDecoder("video", SimpleNamespace(decode=Method(self.decode)), Ref("latents"))]
         if self.with_sound:
             sound = SimpleNamespace(decode=Method(self.decode_sound))
-            decoders.append(LatentsDecoder("sound", sound, as_ref("latents")))
+            decoders.append(LatentsDecoder("sound", sound, Ref("latents")))
         return ClipPipeline(
             context=context(),
             clip_format=ClipFormat("mp4", height=4, width=4, fps=24),
@@ -678,7 +676,7 @@ def test_a_dead_guardrail_is_retried_in_order(monkeypatch: pytest.MonkeyPatch) -
     ]
     assert clip.taken_shades() == [5, 10, 15, 20, 25]
     assert clip.num_decoded == 5
-    assert all(response.was_cancelled for response in handle.check_frames.responses)
+    assert all(response.is_cancelled for response in handle.check_frames.responses)
 
 
 def test_a_guardrail_that_keeps_dying_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -719,7 +717,7 @@ def test_a_chunk_lost_before_the_guardrail_is_decoded_again(monkeypatch: pytest.
     def lose_the_third(context: RequestContext, chunk_ref: Any) -> Any:
         if len(calls.responses) == 2 and not clip.failures:
             clip.failures["lost"] = []
-            return calls.remote(context, as_ref(None, ObjectLostError("00", None, "")))
+            return calls.remote(context, Ref(None, ObjectLostError("00", None, "")))
         return calls.remote(context, chunk_ref)
 
     clip.guardrail = SimpleNamespace(check_frames=SimpleNamespace(remote=lose_the_third))  # type: ignore[assignment]

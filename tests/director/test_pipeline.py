@@ -7,7 +7,7 @@ import gc
 import pickle
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,57 +43,9 @@ from deployments.errors import MediaStoreError
 from deployments.messages import RequestContext
 from deployments.stages.handles import Stages
 from deployments.stages.streams import RefStream
-from tests.settling import settle, until
-
-
-class Response:
-    """The response of a handle's call: awaited a value, iterated a stream of awaitables."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-        self.was_cancelled = False
-
-    def __await__(self) -> Any:
-        return self._source.__await__()
-
-    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
-        async def refs() -> AsyncIterator[Any]:
-            # As with Ray, the producer's error or death is the last item.
-            try:
-                async for item in self._source:
-                    yield as_ref(item)
-            except Exception as error:  # noqa: BLE001 - as Ray's
-                yield as_ref(None, error)
-
-        return refs()
-
-    def cancel(self) -> None:
-        self.was_cancelled = True
-
-
-class as_ref:
-    """Make an object reference: awaiting it gives the value or raises."""
-
-    def __init__(self, value: Any, error: Exception | None = None) -> None:
-        self.value, self.error = value, error
-
-    def __await__(self) -> Any:
-        yield from asyncio.sleep(0).__await__()
-        if self.error is not None:
-            raise self.error
-        return self.value
-
-
-class Method:
-    """``handle.method.remote(...)`` for a coroutine or an async generator function."""
-
-    def __init__(self, body: Callable[..., Any]) -> None:
-        self._body = body
-        self.responses: list[Response] = []
-
-    def remote(self, *arguments: Any) -> Response:
-        self.responses.append(Response(self._body(*arguments)))
-        return self.responses[-1]
+from tests import serve_fakes
+from tests.serve_fakes import Method, Ref, Response
+from tests.settling import run, settle, until
 
 
 class FakeMedia:
@@ -227,10 +179,6 @@ class FakeStages:
         )
 
 
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 60))
-
-
 async def collect(pipeline: Pipeline) -> list[Any]:
     return [event async for event in pipeline.events()]
 
@@ -250,7 +198,7 @@ def test_a_pipeline_runs_every_stage_in_order(tiny_nano: Path) -> None:
     assert [event.chunk for event in events if isinstance(event, messages.ChunkEncoded)] == list(range(5))
     finished = events[-1]
     assert set(finished.stage_seconds) == {"tokenize", "denoise", "decode_encode", "encode", "total"}
-    assert all(method.responses[0].was_cancelled for method in (stages.denoise, stages.decode, stages.encode))
+    assert all(method.responses[0].is_cancelled for method in (stages.denoise, stages.decode, stages.encode))
 
 
 IMAGE = np.zeros((32, 32, 3), np.uint8)
@@ -265,7 +213,7 @@ def test_a_given_picture_is_encoded_once_for_all_attempts(tiny_nano: Path) -> No
     assert kinds(events)[:3] == ["Tokenized", "StageRetried", "PictureEncoded"]
     assert stages.clean == ["clean latents of try 2"] * 2
     assert len(stages.encode_picture.responses) == 2
-    assert all(response.was_cancelled for response in stages.encode_picture.responses)
+    assert all(response.is_cancelled for response in stages.encode_picture.responses)
     assert [request.picture for request in stages.tokenized] == [None], "prompts need no picture"
     assert pipeline.request.picture is not None
     assert pipeline.request.picture.media == b"", "the caller's file was kept"
@@ -382,7 +330,7 @@ def test_sound_is_decoded_beside_the_frames_and_waited_for(tiny_nano: Path) -> N
     events = run(collect(pipeline))
     assert stages.taken == ["chunk 0", "chunk 1", "samples"]
     assert "SoundDecoded" in kinds(events)
-    assert all(response.was_cancelled for response in stages.audio.decode.responses)
+    assert all(response.is_cancelled for response in stages.audio.decode.responses)
 
 
 @pytest.mark.parametrize("where", ["decode", "decode's word"])
@@ -426,14 +374,14 @@ def test_a_dropped_chunk_is_freed_before_its_credit_returns(tiny_nano: Path) -> 
         dropped.append(producer)
         await return_credit(stream_id, producer)
 
-    class noted_ref(as_ref):
+    class NotedRef(Ref):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             refs.append(weakref.ref(self))
 
     dropped: list[str] = []
     stages.return_credit = Method(dropping)
-    with mock.patch(f"{__name__}.as_ref", noted_ref):
+    with mock.patch.object(serve_fakes, "Ref", NotedRef):
         run(collect(stages.pipeline(tiny_nano)))
     assert dropped == ["video/2"] * 2
 
@@ -609,7 +557,7 @@ def test_without_a_gang_of_its_kind_a_request_uses_the_other(tiny_nano: Path, mo
     pipeline.stages = replace(pipeline.stages, unguided=away)
     events = run(collect(pipeline))
     assert kinds(events).count("Finished") == 1
-    assert away.denoise.responses[0].was_cancelled
+    assert away.denoise.responses[0].is_cancelled
 
 
 def test_an_accepted_request_waits_where_all_gangs_are_full(tiny_nano: Path) -> None:
@@ -784,8 +732,8 @@ def test_leaving_cancels_running_stages(tiny_nano: Path) -> None:
         await until(stages.has_no_clip_open)
 
     run(leave())
-    assert stages.decode.responses[0].was_cancelled
-    assert stages.encode.responses[0].was_cancelled
+    assert stages.decode.responses[0].is_cancelled
+    assert stages.encode.responses[0].is_cancelled
     assert stages.decoded < 20
     assert list(stages.media.failed) == stages.media.begun, "whoever watches the file is told"
 

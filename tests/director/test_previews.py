@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from deployments.director import previews as previews_module
 from deployments.director.previews import Previews
 from deployments.messages import RequestContext
 from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
-from tests.settling import settle
+from tests.settling import run, settle
 
 MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
 
@@ -45,10 +45,6 @@ class FakeVAE:
 
     def cancel(self) -> None:
         pass
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 30))
 
 
 def test_concurrent_requests_share_one_fetch_of_the_map() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,9 @@ from cosmos3_core.request import GenerationRequest
 from deployments.director import admission
 from deployments.director.admission import RequestCheck
 from deployments.messages import RequestContext
-from tests.settling import settle, until
+from tests.settling import run, settle, until
 
 CLIP = GenerationRequest(prompt="a", video=b"a file", num_inference_steps=2)
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 30))
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ import pytest
 
 from tests.app.director_client import connect
 from tests.app.in_process import app_config
-from tests.core_reference import eventually, eventually_fixture, reference  # noqa: F401  fixtures
+from tests.core_reference import reference  # noqa: F401  fixtures
 from tests.jobs.postgres import fresh_postgres_url, postgres_url  # noqa: F401  fixtures
 from tests.process_budget import APPS, started
+from tests.settling import eventually
 
 # Ray reads these once, when it is imported or its processes start.
 os.environ |= {

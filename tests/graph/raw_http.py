@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx2
 
-from tests.api.accepting_api import Sent
-from tests.api.documented import Documented
-from tests.api.safe_answers import Inside
+from tests.api.documented import ApiDocument
+from tests.api.hostile.byte_api import Sent
+from tests.api.hostile.safe_answers import ForbiddenWords
 
 _ANSWER_S = 300.0
 # How long to wait for more of a body without a length.
@@ -26,26 +26,26 @@ class LiveApi:
 
     Args:
         url: URL of the app.
-        inside: words that no answer may contain.
+        forbidden: words that no answer may contain.
 
     Attributes:
         documented: its OpenAPI document.
         num_accepted: number of created and deleted jobs.
     """
 
-    def __init__(self, url: str, inside: Inside) -> None:
+    def __init__(self, url: str, forbidden: ForbiddenWords) -> None:
         parts = urllib.parse.urlsplit(url)
         self._address, self._prefix = (str(parts.hostname), int(parts.port or 80)), parts.path
-        self._host, self._inside = f"Host: {parts.netloc}".encode(), inside
+        self._host, self._forbidden = f"Host: {parts.netloc}".encode(), forbidden
         self.num_accepted = 0
-        answer = self.exchange(Sent("GET", "/openapi.json"))
+        answer = self.call(Sent("GET", "/openapi.json"))
         assert answer.status_code == 200, answer.text
-        self.documented = Documented(answer.json())
+        self.documented = ApiDocument(answer.json())
 
-    def answer(self, sent: Sent) -> httpx2.Response:
+    def exchange(self, sent: Sent) -> httpx2.Response:
         """Return the answer, checked to be safe."""
-        answer = self.exchange(sent)
-        self._inside.check(answer, sent.everything)
+        answer = self.call(sent)
+        self._forbidden.check(answer, sent.all_bytes)
         if sent.method == "POST" and answer.status_code == 200 and not sent.target.endswith("/cancel"):
             self.delete(answer)
         return answer
@@ -53,12 +53,12 @@ class LiveApi:
     def delete(self, answer: httpx2.Response) -> None:
         """Delete the job that an answer reports."""
         self.num_accepted += 1
-        self.exchange(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
+        self.call(Sent("DELETE", f"/v1/videos/{answer.json()['id']}"))
 
     def check_accepted(self) -> None:
         """Check nothing: the app itself finds out whether the media can be read."""
 
-    def exchange(self, sent: Sent) -> httpx2.Response:
+    def call(self, sent: Sent) -> httpx2.Response:
         """Exchange a request for its answer; a server may answer early and disconnect."""
         names = {name.lower() for name, _ in sent.headers}
         lines = [f"{sent.method} {self._prefix}{sent.target} HTTP/1.1".encode(), self._host, b"Connection: close"]

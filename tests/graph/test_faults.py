@@ -19,6 +19,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from tests.graph.acting_rank import Act
+from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -69,7 +70,6 @@ def test_a_killed_process_is_replaced_and_its_request_ends_in_time(
     victim: Victim,
     app: Any,
     reference: Callable[[GenerationRequest], GenerationResult],
-    eventually: Callable[..., bool],
 ) -> None:
     from ray.util.placement_group import placement_group_table
 

@@ -24,14 +24,14 @@ from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.api.fields import Endpoint
 from deployments.api.media_fields import MEDIA
-from tests.api import hostile_bodies, hostile_media
-from tests.api.accepting_api import Sent
-from tests.api.asking import Asking, bounds_of
-from tests.api.fuzzing import IMAGE_FIELDS, Fuzz, large, small
+from tests.api.generated_cases import CaseSender, iterate_bounds
+from tests.api.hostile import broken_bodies, broken_files
+from tests.api.hostile.byte_api import Sent
+from tests.api.hostile.fuzzing import IMAGE_FIELDS, Fuzz, select_large, select_small
+from tests.api.hostile.lure_watch import Watch
+from tests.api.hostile.safe_answers import ForbiddenWords
 from tests.api.known_jobs import UNKNOWN
-from tests.api.lure_watch import Watch
 from tests.api.process_memory import MIB, ProcessMemory
-from tests.api.safe_answers import Inside
 from tests.graph.raw_http import LiveApi
 from tests.graph.test_jobs import replica_pids
 
@@ -77,7 +77,7 @@ class LiveJobs:
             assert time.monotonic() < deadline_s, now
             time.sleep(0.1)
 
-    def id_of(self, kind: str) -> str:
+    def find_id(self, kind: str) -> str:
         """Return the id of a job of this kind; queued ones are replaced when gone."""
         if kind != "queued":
             return self.ids.get(kind, UNKNOWN)
@@ -87,7 +87,7 @@ class LiveJobs:
 
 
 @dataclass
-class Reservation:
+class HeldApp:
     """An app whose rank is held, with a running job in each lane."""
 
     app: Any
@@ -103,7 +103,7 @@ class Reservation:
 
 
 @pytest.fixture(scope="module")
-def held(start_app: Callable[..., Any]) -> Iterator[Reservation]:
+def held(start_app: Callable[..., Any]) -> Iterator[HeldApp]:
     app = start_app(
         "fuzz",
         jobs__max_running_videos=1,
@@ -122,7 +122,7 @@ def held(start_app: Callable[..., Any]) -> Iterator[Reservation]:
         jobs.ids |= ids
         os.kill(rank_pid, signal.SIGSTOP)
         running = (jobs.make(), jobs.make(num_frames=1, mode="text_to_image"))
-        held = Reservation(app, jobs, rank_pid, running)
+        held = HeldApp(app, jobs, rank_pid, running)
         try:
             for job_id in running:
                 jobs.wait(job_id, "in_progress")
@@ -135,14 +135,14 @@ def held(start_app: Callable[..., Any]) -> Iterator[Reservation]:
 
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    watch = Watch(tmp_path_factory.mktemp("lure"), is_here=False)
+    watch = Watch(tmp_path_factory.mktemp("lure"), watches_network=False)
     yield watch
     watch.close()
 
 
 @pytest.fixture(scope="module")
-def api(held: Reservation, watch: Watch, media: Path) -> LiveApi:
-    return LiveApi(held.app.url, Inside.of(media, Path(held.app.config.checkpoint), canary=watch.canary))
+def api(held: HeldApp, watch: Watch, media: Path) -> LiveApi:
+    return LiveApi(held.app.url, ForbiddenWords.of(media, Path(held.app.config.checkpoint), canary=watch.canary))
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def fuzz(api: LiveApi, watch: Watch) -> Fuzz:
 
 
 @pytest.fixture
-def check_memory(held: Reservation) -> Callable[[str], None]:
+def check_memory(held: HeldApp) -> Callable[[str], None]:
     """Return a check, called with the number of requests, that the serving processes have not grown."""
     names = ("Ingress", "Director")
     memories = {name: ProcessMemory(*replica_pids("fuzz", name)) for name in names}
@@ -164,28 +164,28 @@ def check_memory(held: Reservation) -> Callable[[str], None]:
 
 
 def test_generated_cases_are_answered_as_documented(
-    held: Reservation, api: LiveApi, check_memory: Callable[[str], None]
+    held: HeldApp, api: LiveApi, check_memory: Callable[[str], None]
 ) -> None:
-    asking = Asking.of(api, api.documented.document, held.jobs)
-    for label, operation in asking.operations.items():
+    sender = CaseSender.of(api, api.documented.document, held.jobs)
+    for label, operation in sender.operations.items():
         is_large = label.startswith("POST /v1/videos") or label in _WAITING
-        cases = itertools.islice(bounds_of(operation), 0, None, 60 if is_large and "{" not in label else 1)
+        cases = itertools.islice(iterate_bounds(operation), 0, None, 60 if is_large and "{" not in label else 1)
         for case in cases:
             is_positive = case.meta.generation.mode is GenerationMode.POSITIVE
             if is_positive and label in _WAITING:
                 continue
             kinds = ("queued", "unknown") if label.startswith("DELETE") or "cancel" in label else held.jobs.kinds
             for kind in kinds if is_positive and "{video_id}" in label else kinds[:1]:
-                asking.ask(case, kind)
-    print(f"{asking.num_asked} cases")
-    assert asking.num_asked > 300
+                sender.send(case, kind)
+    print(f"{sender.num_sent} cases")
+    assert sender.num_sent > 300
     check_memory("cases of the document")
 
 
 def test_hostile_bodies_are_answered_safely(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
-    fuzz.send_all(itertools.islice(small(hostile_bodies.broken_forms()), 0, None, 6))
-    fuzz.send_all(small(hostile_bodies.broken_json()))
-    fuzz.send_all(itertools.islice(large(), 0, None, 3))
+    fuzz.send_all(itertools.islice(select_small(broken_bodies.broken_forms()), 0, None, 6))
+    fuzz.send_all(select_small(broken_bodies.broken_json()))
+    fuzz.send_all(itertools.islice(select_large(), 0, None, 3))
     fuzz.send_odd_values(random.Random(0), 1, [Endpoint.VIDEOS])
     fuzz.send_mutated(random.Random(0), 500, [Endpoint.VIDEOS])
     print(dict(fuzz.statuses))
@@ -194,30 +194,30 @@ def test_hostile_bodies_are_answered_safely(fuzz: Fuzz, check_memory: Callable[[
 
 def test_hostile_files_are_answered_safely(fuzz: Fuzz, check_memory: Callable[[str], None]) -> None:
     rng = random.Random(0)
-    fuzz.send_damaged(rng, hostile_media.stills(), IMAGE_FIELDS, 200)
-    fuzz.send_damaged(rng, hostile_media.clips(), ["video"], 20)
-    good = {**hostile_media.stills(), **hostile_media.clips(), **hostile_media.others()}
-    for name, data in {**good, **hostile_media.bombs(5), **fuzz.watch.lures.files()}.items():
+    fuzz.send_damaged(rng, broken_files.stills(), IMAGE_FIELDS, 200)
+    fuzz.send_damaged(rng, broken_files.clips(), ["video"], 20)
+    good = {**broken_files.stills(), **broken_files.clips(), **broken_files.non_pictures()}
+    for name, data in {**good, **broken_files.bombs(5), **fuzz.watch.lures.files()}.items():
         fuzz.send_file(name, data, rng.choice(MEDIA), is_json=rng.random() < 0.5)
     for text in fuzz.watch.lures.texts():
         body = json.dumps({"prompt": "a", rng.choice(MEDIA): text}).encode()
-        assert fuzz.send(Sent.post(Endpoint.VIDEOS, hostile_bodies.JSON, body), text) == 422
+        assert fuzz.send(Sent.post(Endpoint.VIDEOS, broken_bodies.JSON, body), text) == 422
     print(dict(fuzz.statuses))
     assert fuzz.statuses[200] > 50
     check_memory("files")
 
 
-def test_invalid_content_lengths_are_answered_safely(held: Reservation, api: LiveApi) -> None:
+def test_invalid_content_lengths_are_answered_safely(held: HeldApp, api: LiveApi) -> None:
     """The HTTP server refuses, or reads as many bytes as announced."""
-    for sent in hostile_bodies.lengths(hostile_bodies.form(hostile_bodies.part(b"prompt", b"a"))):
-        answer = api.exchange(sent)
+    for sent in broken_bodies.iterate_bad_lengths(broken_bodies.form(broken_bodies.part(b"prompt", b"a"))):
+        answer = api.call(sent)
         assert answer.status_code in (200, 400, 413, 422), (sent, answer.text)
         assert b"Traceback" not in answer.content
         if answer.status_code == 200:
             api.delete(answer)
 
 
-def test_the_app_serves_after_hostile_requests(held: Reservation) -> None:
+def test_the_app_serves_after_hostile_requests(held: HeldApp) -> None:
     held.release()
     for job_id in held.running:
         held.jobs.wait(job_id, "completed")

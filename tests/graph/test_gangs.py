@@ -20,6 +20,7 @@ from cosmos3_core.media.probe import read_frames
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.launch.http_client import save_video
+from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.serve, pytest.mark.gang, pytest.mark.timeout(900)]
 
@@ -28,7 +29,6 @@ LONG = replace(SMALL, num_inference_steps=80)
 IMAGE = replace(SMALL, num_frames=1)
 DEADLINE_S = 300.0
 Reference = Callable[[GenerationRequest], GenerationResult]
-Eventually = Callable[..., bool]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_gang_of_four_equals_one_rank(gang_app: Any, reference: Reference, tmp
 
 
 def test_a_ranks_death_ends_its_gang_and_the_next_gang_resumes_from_the_saved_state(
-    gang_app: Any, undisturbed: str, eventually: Eventually
+    gang_app: Any, undisturbed: str
 ) -> None:
     before = ranks_of(gang_app)
     assert len(set(before)) == 4
@@ -138,9 +138,7 @@ def test_a_ranks_death_ends_its_gang_and_the_next_gang_resumes_from_the_saved_st
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_a_leaders_death_ends_its_ranks_and_placement_group(
-    gang_app: Any, undisturbed: str, eventually: Eventually
-) -> None:
+def test_a_leaders_death_ends_its_ranks_and_placement_group(gang_app: Any, undisturbed: str) -> None:
     from ray.util.placement_group import placement_group_table
 
     def num_groups() -> int:
@@ -159,7 +157,7 @@ def test_a_leaders_death_ends_its_ranks_and_placement_group(
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_a_hanging_rank_meets_the_leaders_deadline(gang_app: Any, undisturbed: str, eventually: Eventually) -> None:
+def test_a_hanging_rank_meets_the_leaders_deadline(gang_app: Any, undisturbed: str) -> None:
     before = ranks_of(gang_app)
     events = follow_disturbed(gang_app, lambda: os.kill(before[2], signal.SIGSTOP))
     retried = one(messages.StageRetried, events)
@@ -170,7 +168,7 @@ def test_a_hanging_rank_meets_the_leaders_deadline(gang_app: Any, undisturbed: s
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_a_rank_that_dies_while_idle_is_noticed_before_the_next_request(gang_app: Any, eventually: Eventually) -> None:
+def test_a_rank_that_dies_while_idle_is_noticed_before_the_next_request(gang_app: Any) -> None:
     before = ranks_of(gang_app)
     os.kill(before[1], signal.SIGKILL)
     assert eventually(lambda: not any(map(exists, before)), DEADLINE_S)
@@ -179,7 +177,7 @@ def test_a_rank_that_dies_while_idle_is_noticed_before_the_next_request(gang_app
 
 
 @pytest.mark.slow  # a gang has to come up again
-def test_a_rank_killed_during_bring_up_restarts_the_gang(gang_app: Any, eventually: Eventually) -> None:
+def test_a_rank_killed_during_bring_up_restarts_the_gang(gang_app: Any) -> None:
     before = ranks_of(gang_app)
     raylet = parent_of(before[0])
     others = rank_processes(raylet) - set(before)

@@ -21,6 +21,7 @@ from deployments import messages
 from deployments.clients.http_transport import make_body
 from tests.app.http_jobs import DEADLINE_S, LONG, events_of, job_of, patiently, wait_for_end
 from tests.core_reference import Reference
+from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -56,7 +57,7 @@ def director_replica(app_name: str) -> Any:
 
 @pytest.mark.parametrize("stage", ["Ingress", "Director"])
 def test_a_killed_process_costs_no_job(
-    stage: str, app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
+    stage: str, app: Any, http: httpx2.Client, reference: Reference
 ) -> None:
     """Three jobs wait and two run."""
     done_before = wait_for_end(http, job_of(http, num_inference_steps=2, num_frames=5))
@@ -108,7 +109,7 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
 
 
 def test_a_replica_stopped_by_serve_releases_its_jobs(
-    app: Any, http: httpx2.Client, reference: Reference, eventually: Callable[..., bool]
+    app: Any, http: httpx2.Client, reference: Reference
 ) -> None:
     """As when scaling down: Serve waits for requests only, and jobs are not requests."""
     import ray
@@ -133,7 +134,7 @@ def num_open(app: Any) -> int:
         return int(database.execute(query).fetchone()[0])
 
 
-def test_beyond_its_bounds_the_app_sends_retry_after(app: Any, eventually: Callable[..., bool]) -> None:
+def test_beyond_its_bounds_the_app_sends_retry_after(app: Any) -> None:
     """The rank is held, so that what is full stays full: the ingress with three calls and a fourth that waits for it,
     then the queue of jobs. Callers beyond get 429, or its typed twin, and nobody gets a 5xx.
     """

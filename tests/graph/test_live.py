@@ -24,6 +24,7 @@ from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from tests.graph.watch_memory import object_store_bytes
+from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -123,9 +124,7 @@ def test_before_a_clip_is_decoded_its_first_fragment_plays_and_the_gang_is_free(
     assert finished.frames_sha256 == reference(LONG).frames_sha256
 
 
-def test_a_dead_encoder_breaks_the_live_stream_and_the_clip_is_encoded_again(
-    app: Any, reference: Reference, eventually: Callable[..., bool]
-) -> None:
+def test_a_dead_encoder_breaks_the_live_stream_and_the_clip_is_encoded_again(app: Any, reference: Reference) -> None:
     clip = FollowedClip(app, LONG)
     started = clip.first(messages.FileStarted)
     with live_content(app, clip.first(messages.Accepted).job_id) as answer:
@@ -161,9 +160,7 @@ def test_a_dead_decoder_does_not_break_the_live_stream(app: Any, reference: Refe
 @pytest.mark.parametrize(
     ("num_frames", "least_bytes"), [(29, 1.5e6), pytest.param(801, 50e6, marks=pytest.mark.slow)], ids=["short", "long"]
 )
-def test_a_stalled_client_blocks_no_other(
-    num_frames: int, least_bytes: float, app: Any, media: Path, eventually: Callable[..., bool]
-) -> None:
+def test_a_stalled_client_blocks_no_other(num_frames: int, least_bytes: float, app: Any, media: Path) -> None:
     """It reads 64 kB of a lossless clip, and then no more."""
     large = replace(LONG, num_frames=num_frames, height=192, width=320, num_inference_steps=1, lossless=True)
     host, port = app.url.split("/")[2].split(":")

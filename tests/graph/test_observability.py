@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.observability.metrics import metrics_text
+from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -51,7 +51,7 @@ def who_did_what(lines: list[dict[str, Any]]) -> set[tuple[str, str]]:
 
 
 @pytest.mark.usefixtures("asked")
-def test_every_process_logs_the_request_by_its_id(eventually: Callable[..., bool]) -> None:
+def test_every_process_logs_the_request_by_its_id() -> None:
     stages = ("Director", "PromptTokenizer", "Transformer", "VideoVAE", "Mp4Encoder")
     expected = {(stage, event) for stage in stages for event in ("stage began", "stage finished")}
     expected |= {("Transformer", "gang began"), ("Transformer", "gang ended")}
@@ -66,7 +66,7 @@ def test_every_process_logs_the_request_by_its_id(eventually: Callable[..., bool
 
 
 @pytest.mark.usefixtures("asked")
-def test_metrics_of_the_cluster_include_ours_and_serves(eventually: Callable[..., bool]) -> None:
+def test_metrics_of_the_cluster_include_ours_and_serves() -> None:
     def families() -> dict[str, Any]:
         text, _ = asyncio.run(metrics_text())
         return {family.name: family for family in text_string_to_metric_families(text)}

@@ -14,6 +14,7 @@ import pytest
 
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.gang, pytest.mark.timeout(600)]
 
@@ -22,7 +23,7 @@ SMALL = GenerationRequest(prompt="A red car.", num_frames=5, height=64, width=64
 
 
 @pytest.mark.slow  # two more ranks and decoders
-def test_decoders_share_the_cards_of_ranks(start_app: Callable[..., Any], eventually: Callable[..., bool]) -> None:
+def test_decoders_share_the_cards_of_ranks(start_app: Callable[..., Any]) -> None:
     import ray
     from ray import serve
 

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from cluster.errors import DeadlineExceeded
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
+from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -120,7 +121,7 @@ def open_clips(app: Any) -> int:
     ids=["denoising", "decoding"],
 )
 @pytest.mark.parametrize("how", ["close", pytest.param("drop", marks=pytest.mark.slow)])
-def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any, eventually: Callable[..., bool]) -> None:
+def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any) -> None:
     watched = Watched(app)
     stream = app.client.stream(LONG_DENOISE if at is messages.StepDone else LONG_DECODE)
     for event in stream:
@@ -134,7 +135,7 @@ def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any, eventu
     assert app.client.generate(SMALL).info.num_frames == 17
 
 
-def test_a_client_that_hangs_up_stops_every_stage(app: Any, eventually: Callable[..., bool]) -> None:
+def test_a_client_that_hangs_up_stops_every_stage(app: Any) -> None:
     watched = Watched(app)
     host, port = app.url.split("/")[2].split(":")
     body = json.dumps({"prompt": "a car", "num_frames": 241, "height": 192, "width": 320, "num_inference_steps": 1000})
@@ -147,7 +148,7 @@ def test_a_client_that_hangs_up_stops_every_stage(app: Any, eventually: Callable
 
 
 @pytest.mark.slow  # tests/app runs the same in one process
-def test_a_request_past_its_deadline_stops_everywhere(app: Any, eventually: Callable[..., bool]) -> None:
+def test_a_request_past_its_deadline_stops_everywhere(app: Any) -> None:
     watched = Watched(app)
     with pytest.raises(DeadlineExceeded, match="within 2 s; it was in the stage 'denoise'"):
         app.client.generate(LONG_DENOISE, timeout_s=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Coroutine
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -29,12 +28,9 @@ from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameCh
 from deployments.stages import mp4_encoder
 from deployments.stages.mp4_encoder import Mp4Encoder
 from deployments.threads import run_in_thread
+from tests.settling import run
 
 FORMAT = ClipFormat("mp4", height=32, width=48, fps=24, lossless=True)
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 60))
 
 
 class Remote:

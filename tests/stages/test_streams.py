@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +12,8 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import DeadlineExceeded
 from deployments.messages import RequestContext
 from deployments.stages.streams import produce_on_credit
-from tests.settling import settle
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 30))
-
-
-def remote(clips: ClipStreams) -> Any:
-    """The actor's handle."""
-    return SimpleNamespace(
-        acquire=SimpleNamespace(remote=clips.acquire), return_credit=SimpleNamespace(remote=clips.return_credit)
-    )
+from tests.serve_fakes import Handle
+from tests.settling import run, settle
 
 
 class Source:
@@ -46,7 +33,7 @@ def test_a_chunk_is_made_when_there_is_a_credit_for_it() -> None:
     async def body() -> None:
         clips, source = ClipStreams(1), Source(5)
         await clips.open("a", window=2)
-        made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", source)
+        made = produce_on_credit(RequestContext.new("r", 20), Handle(clips), "a", "p", source)
         assert (await anext(made))[0] == 0
         await settle()
         assert source.made == 2, "the second is made while the first is on its way"
@@ -80,7 +67,7 @@ def test_leaving_stops_the_producer() -> None:
             return source.made
 
         source = Source(0)
-        made = produce_on_credit(RequestContext.new("r", 20), remote(clips), "a", "p", make)
+        made = produce_on_credit(RequestContext.new("r", 20), Handle(clips), "a", "p", make)
         assert await anext(made) == (0, 1)
         await settle()
         async with asyncio.timeout(10):  # stopped before its end and the request's
@@ -101,7 +88,7 @@ def test_two_producers_share_the_credits_whoever_ends_first(window: int, late: i
         async def produce(number: int, num_chunks: int) -> None:
             await asyncio.sleep(0.05 * (number == late))
             context = RequestContext.new("r", 5)
-            async for index, _ in produce_on_credit(context, remote(clips), "a", str(number), Source(num_chunks)):
+            async for index, _ in produce_on_credit(context, Handle(clips), "a", str(number), Source(num_chunks)):
                 taken.append((number, index))
                 await clips.post("a", str(number), ["chunk"])
                 await clips.release_chunk("a")  # the encoder's mailbox
@@ -118,6 +105,6 @@ def test_waiting_ends_with_the_deadline() -> None:
         await clips.open("a", window=1)
         assert await clips.acquire("a", "other", 1)
         with pytest.raises(DeadlineExceeded):
-            await anext(produce_on_credit(RequestContext.new("r", 0.1), remote(clips), "a", "p", Source(1)))
+            await anext(produce_on_credit(RequestContext.new("r", 0.1), Handle(clips), "a", "p", Source(1)))
 
     run(body())

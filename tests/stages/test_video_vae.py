@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import math
-from collections.abc import Coroutine
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -25,13 +23,10 @@ from cosmos3_core.media.image import write_image
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.stages.audio_vae import _next_samples
 from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
-from tests.settling import settle
+from tests.serve_fakes import Handle
+from tests.settling import run, settle
 
 LIMITS = VAECalls(first_timeout_s=20, timeout_s=10)
-
-
-def run(body: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(body, 30))
 
 
 class FakeGang:
@@ -76,18 +71,11 @@ async def leader_of(gang: FakeGang, monkeypatch: pytest.MonkeyPatch) -> Any:
     return leader
 
 
-def remote(clips: ClipStreams) -> Any:
-    """The actor's handle."""
-    return SimpleNamespace(
-        acquire=SimpleNamespace(remote=clips.acquire), return_credit=SimpleNamespace(remote=clips.return_credit)
-    )
-
-
 async def decoded(leader: Any, limit_s: float = 20, most: float = math.inf) -> list[Any]:
     clips, items = ClipStreams(1), []
     await clips.open("clip", window=8)
     latents = TensorEnvelope.of_array(np.zeros((1, 2, 3, 4, 5), np.float32))
-    stream = leader.decode(RequestContext.new("r", limit_s), latents, remote(clips), "clip", "video/1")
+    stream = leader.decode(RequestContext.new("r", limit_s), latents, Handle(clips), "clip", "video/1")
     async for item in stream:
         items.append(item)
         if len(items) >= most:
@@ -150,7 +138,7 @@ def test_a_clip_that_waits_for_a_credit_fails_with_its_gang(monkeypatch: pytest.
         monkeypatch.setattr("deployments.stages.gang_leader._GRACE_S", 1000.0)
         await clips.open("clip", window=1)
         latents = TensorEnvelope.of_array(np.zeros((1, 2, 3, 4, 5), np.float32))
-        stream = leader.decode(RequestContext.new("r", 20), latents, remote(clips), "clip", "video/1")
+        stream = leader.decode(RequestContext.new("r", 20), latents, Handle(clips), "clip", "video/1")
         assert {type(await anext(stream)) for _ in range(2)} == {ChunkDecoded, FrameChunk}
         waiting = asyncio.create_task(anext(stream))
         await settle()

@@ -21,7 +21,7 @@ from cosmos3_core.media.kinds import STILL, kind_of
 from deployments.config import JobsConfig
 from deployments.jobs.job import Job
 from tests.api.fake_service import CLASSES, Api
-from tests.api.safe_answers import Inside
+from tests.api.hostile.safe_answers import ForbiddenWords
 
 LIMITS = JobsConfig(max_queued=100_000, max_queued_per_key=100_000, classes=CLASSES, lease_s=1e6)
 _ANSWER_S = 60.0
@@ -53,13 +53,13 @@ class Sent:
         return cls("POST", target, ((b"content-type", kind), length, *headers), (body,))
 
     @property
-    def everything(self) -> bytes:
+    def all_bytes(self) -> bytes:
         """Everything that was sent; an answer may repeat it."""
-        told = [self.target.encode(), urllib.parse.unquote_to_bytes(self.target)]
-        return b"\n".join([*told, *(name + b": " + value for name, value in self.headers), *self.body])
+        targets = [self.target.encode(), urllib.parse.unquote_to_bytes(self.target)]
+        return b"\n".join([*targets, *(name + b": " + value for name, value in self.headers), *self.body])
 
 
-class AcceptingApi(Api):
+class ByteApi(Api):
     """An :class:`Api` called in bytes; each answer is checked for leaks, delays and unreleased room.
 
     Args:
@@ -67,23 +67,23 @@ class AcceptingApi(Api):
         canary: content of a file that no answer may contain.
 
     Attributes:
-        inside: words that no answer may contain.
-        kept: ids of jobs that :meth:`tidy` leaves.
+        forbidden: words that no answer may contain.
+        kept_ids: ids of jobs that :meth:`delete_jobs` leaves.
     """
 
     def __init__(
         self, directory: Path, database: Path, layout: CheckpointLayout, *, canary: bytes = b"", **options: Any
     ) -> None:
         super().__init__(directory, database, layout, limits=LIMITS, **options)
-        self.inside = Inside.of(directory, layout.directory, canary=canary)
-        self.kept: set[str] = set()
+        self.forbidden = ForbiddenWords.of(directory, layout.directory, canary=canary)
+        self.kept_ids: set[str] = set()
 
-    def answer(self, sent: Sent) -> httpx2.Response:
+    def exchange(self, sent: Sent) -> httpx2.Response:
         """Return the answer, checked to be safe, in time, and without unreleased room."""
         if len(self.director.submitted) > _MAX_LEFT:
-            self.tidy()
-        answer: httpx2.Response = self.run(answer_of(self.app, sent))
-        self.inside.check(answer, sent.everything)
+            self.delete_jobs()
+        answer: httpx2.Response = self.run(call_app(self.app, sent))
+        self.forbidden.check(answer, sent.all_bytes)
         assert self.service.room.taken_bytes == 0, sent
         return answer
 
@@ -100,20 +100,20 @@ class AcceptingApi(Api):
             else:
                 assert len(read_clip_in_child("video", data, num_frames=1, keep="first")) == 1
 
-    def tidy(self) -> None:
+    def delete_jobs(self) -> None:
         """Delete all jobs that are not kept, as if they had expired."""
-        while jobs := [job for job in self._page() if job.job_id not in self.kept]:
+        while jobs := [job for job in self._page() if job.job_id not in self.kept_ids]:
             for job in jobs:
                 self.store.delete(job.job_id)
                 self.files.remove(job.job_id)
         self.director.submitted.clear()
-        self.director.streams.clear()
+        self.director.stream.responses.clear()
 
     def _page(self) -> tuple[Job, ...]:
         return self.store.list("", after=None, limit=100, is_ascending=False).jobs
 
 
-async def answer_of(app: Any, sent: Sent) -> httpx2.Response:
+async def call_app(app: Any, sent: Sent) -> httpx2.Response:
     """Call an application; hang up when its answer stops."""
     path, _, query = sent.target.partition("?")
     scope = {

@@ -11,27 +11,27 @@ from typing import Protocol
 import httpx2
 
 from deployments.api.fields import Endpoint
-from tests.api import hostile_bodies, hostile_media
-from tests.api.accepting_api import Sent
-from tests.api.documented import Documented
-from tests.api.hostile_bodies import JSON, MULTIPART, Body
+from tests.api.documented import ApiDocument
+from tests.api.hostile import broken_bodies, broken_files
+from tests.api.hostile.broken_bodies import JSON, MULTIPART, Body
+from tests.api.hostile.byte_api import Sent
+from tests.api.hostile.lure_watch import Watch
 from tests.api.known_jobs import png
-from tests.api.lure_watch import Watch
 
 IMAGE_FIELDS = ("image", "image_reference", "input_reference", "input_references")
 
 _SMALL_BYTES = 300_000
 
 
-class Askable(Protocol):
+class ByteEndpoint(Protocol):
     """An API that takes requests as raw bytes."""
 
     @property
-    def documented(self) -> Documented:
+    def documented(self) -> ApiDocument:
         """Its OpenAPI document."""
         ...
 
-    def answer(self, sent: Sent) -> httpx2.Response:
+    def exchange(self, sent: Sent) -> httpx2.Response:
         """Return the answer, checked to be safe."""
         ...
 
@@ -52,15 +52,15 @@ class Fuzz:
         accepted: names of files that were accepted.
     """
 
-    def __init__(self, api: Askable, watch: Watch) -> None:
+    def __init__(self, api: ByteEndpoint, watch: Watch) -> None:
         self.api, self.watch = api, watch
         self.statuses: Counter[int] = Counter()
         self.accepted: Counter[str] = Counter()
 
     def send(self, sent: Sent, what: object) -> int:
         """Send a request; return its status, checked to be harmless."""
-        with self.watch.untouched((what, sent)):
-            answer = self.api.answer(sent)
+        with self.watch.expect_no_access((what, sent)):
+            answer = self.api.exchange(sent)
         self.api.documented.check(answer)
         self.statuses[answer.status_code] += 1
         if answer.status_code == 200:
@@ -73,7 +73,7 @@ class Fuzz:
 
     def send_file(self, name: str, data: bytes, field: str, *, is_json: bool = False) -> int:
         """Send a request with a file; return its status."""
-        kind, body = hostile_media.body_with(data, field, f"{name}.mp4", is_json=is_json)
+        kind, body = broken_files.make_body(data, field, f"{name}.mp4", is_json=is_json)
         status = self.send(Sent.post(Endpoint.VIDEOS, kind, body), (name, field))
         self.accepted[name] += status == 200
         return status
@@ -81,36 +81,36 @@ class Fuzz:
     def send_odd_values(self, rng: random.Random, num_values: int, endpoints: Iterable[Endpoint] = Endpoint) -> None:
         """Send each field with ``num_values`` values of any type."""
         for endpoint in endpoints:
-            self.send_all(hostile_bodies.odd_values(endpoint, rng, num_values), endpoint)
+            self.send_all(broken_bodies.iterate_odd_values(endpoint, rng, num_values), endpoint)
 
     def send_mutated(
         self, rng: random.Random, num_bodies: int, endpoints: Sequence[Endpoint] = tuple(Endpoint)
     ) -> None:
         """Send mutated forms, and half as many JSON bodies, in pieces."""
         paths = list(endpoints)
-        good = hostile_bodies.good_form(png())
+        good = broken_bodies.good_form(png())
         jsons = [b'{"prompt": "a", "size": "64x32"}']
-        jsons += [body for _, _, body in small(hostile_bodies.broken_json())][:20]
+        jsons += [body for _, _, body in select_small(broken_bodies.broken_json())][:20]
         for index in range(num_bodies):
             kind, body = (JSON, rng.choice(jsons)) if index % 3 == 2 else (MULTIPART, good)
-            sent = Sent.post(rng.choice(paths), kind, hostile_bodies.mutated(body, rng))
-            self.send(hostile_bodies.in_pieces(sent, rng), f"number {index}")
+            sent = Sent.post(rng.choice(paths), kind, broken_bodies.mutate(body, rng))
+            self.send(broken_bodies.cut(sent, rng), f"number {index}")
 
     def send_damaged(
         self, rng: random.Random, files: Mapping[str, bytes], fields: Sequence[str], num_files: int
     ) -> None:
         """Send damaged versions of some of these files."""
         for index in range(num_files):
-            name, data = hostile_media.damaged(files, rng)
+            name, data = broken_files.damage_one(files, rng)
             self.send_file(f"{name} {index}", data, rng.choice(fields), is_json=rng.random() < 0.5)
 
 
-def small(bodies: Iterable[Body]) -> Iterator[Body]:
+def select_small(bodies: Iterable[Body]) -> Iterator[Body]:
     """Select the small requests."""
     return (it for it in bodies if len(it[2]) < _SMALL_BYTES)
 
 
-def large() -> Iterator[Body]:
+def select_large() -> Iterator[Body]:
     """Select the large forms and JSON bodies."""
-    bodies = itertools.chain(hostile_bodies.broken_forms(), hostile_bodies.broken_json())
+    bodies = itertools.chain(broken_bodies.broken_forms(), broken_bodies.broken_json())
     return (it for it in bodies if len(it[2]) >= _SMALL_BYTES)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from deployments.api.body_reader import MAX_FIELDS
 from deployments.api.fields import BODIES, Endpoint
-from tests.api.accepting_api import Sent
+from tests.api.hostile.byte_api import Sent
 
 MULTIPART = "multipart/form-data; boundary=b"
 JSON = "application/json"
@@ -450,7 +450,7 @@ _ODD: tuple[Any, ...] = (
 )
 
 
-def odd_values(endpoint: Endpoint, rng: random.Random, num_values: int) -> Iterator[Body]:
+def iterate_odd_values(endpoint: Endpoint, rng: random.Random, num_values: int) -> Iterator[Body]:
     """Yield JSON bodies: each field of an endpoint with values of all types.
 
     Args:
@@ -466,7 +466,7 @@ def odd_values(endpoint: Endpoint, rng: random.Random, num_values: int) -> Itera
                 yield name, JSON, json.dumps(fields).encode()
 
 
-def mutated(data: bytes, rng: random.Random) -> bytes:
+def mutate(data: bytes, rng: random.Random) -> bytes:
     """Mutate bytes in a few places: flips, holes, repetitions, swaps, inserted delimiters."""
     body = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 5, 10))):
@@ -491,14 +491,14 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(body)
 
 
-def in_pieces(sent: Sent, rng: random.Random) -> Sent:
+def cut(sent: Sent, rng: random.Random) -> Sent:
     """Cut the body of a request at random places."""
     body = b"".join(sent.body)
     cuts = sorted(rng.randrange(len(body) + 1) for _ in range(rng.randrange(8)))
     return replace(sent, body=tuple(body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)))
 
 
-def lengths(body: bytes) -> Iterator[Sent]:
+def iterate_bad_lengths(body: bytes) -> Iterator[Sent]:
     """Yield forms without a Content-Length, or with a wrong one."""
     for value in (
         b"",

@@ -36,7 +36,7 @@ class UnsafeAnswer(AssertionError):
 
 
 @dataclass(frozen=True)
-class Inside:
+class ForbiddenWords:
     """Words that no answer may contain.
 
     Attributes:
@@ -46,7 +46,7 @@ class Inside:
     words: tuple[bytes, ...]
 
     @classmethod
-    def of(cls, *directories: Path, canary: bytes = b"") -> Inside:
+    def of(cls, *directories: Path, canary: bytes = b"") -> ForbiddenWords:
         """Collect them for this machine and a service on it.
 
         Args:
@@ -71,18 +71,18 @@ class Inside:
         what = f"{answer.request.method} {answer.request.url}: {answer.status_code}"
         if not 200 <= answer.status_code < 500:
             raise UnsafeAnswer(f"{what} {answer.text[:2000]}")
-        told = b"\n".join(name + b": " + value for name, value in answer.headers.raw)
-        if any(byte not in range(0x20, 0x7F) for byte in told.replace(b"\n", b"")):
-            raise UnsafeAnswer(f"{what}: a header that is not printable ASCII: {told!r}")
+        text = b"\n".join(name + b": " + value for name, value in answer.headers.raw)
+        if any(byte not in range(0x20, 0x7F) for byte in text.replace(b"\n", b"")):
+            raise UnsafeAnswer(f"{what}: a header that is not printable ASCII: {text!r}")
         if answer.headers.get("content-type", "").startswith(_TEXTS):
-            told += b"\n" + answer.content
-        lowered, repeated = told.lower(), sent.lower()
+            text += b"\n" + answer.content
+        lowered, repeated = text.lower(), sent.lower()
         for word in self.words:
             if word.lower() in lowered and word.lower() not in repeated:
-                raise UnsafeAnswer(f"{what} has {word!r}: {told[:2000]!r}")
+                raise UnsafeAnswer(f"{what} has {word!r}: {text[:2000]!r}")
         for pattern in (_OBJECT, _LINE_OF_PASSWD):
-            if (found := pattern.search(told)) is not None and found[0].lower() not in repeated:
-                raise UnsafeAnswer(f"{what} has {found[0]!r}: {told[:2000]!r}")
+            if (found := pattern.search(text)) is not None and found[0].lower() not in repeated:
+                raise UnsafeAnswer(f"{what} has {found[0]!r}: {text[:2000]!r}")
         if answer.status_code >= 400:
             _check_error(answer, what)
 

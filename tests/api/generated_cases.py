@@ -23,8 +23,8 @@ from schemathesis.specs.openapi import checks
 from schemathesis.transport.serialization import Binary
 
 from deployments.api.fields import Endpoint
-from tests.api.accepting_api import Sent
-from tests.api.fuzzing import Askable
+from tests.api.hostile.byte_api import Sent
+from tests.api.hostile.fuzzing import ByteEndpoint
 from tests.api.known_jobs import mp4, png
 
 # Hypothesis would have Python code run within every garbage collection, from its first case on until the process ends.
@@ -79,7 +79,7 @@ _EVENT = {
 _REPEATED = 8
 
 
-class Known(Protocol):
+class Jobs(Protocol):
     """Jobs that cases can be about, see :class:`tests.api.known_jobs.KnownJobs`."""
 
     @property
@@ -87,36 +87,38 @@ class Known(Protocol):
         """Kinds of jobs."""
         ...
 
-    def id_of(self, kind: str) -> str:
+    def find_id(self, kind: str) -> str:
         """Return the id of a job of this kind."""
         ...
 
 
 @dataclass
-class Asking:
+class CaseSender:
     """Sends cases to one API and counts the answers.
 
     Attributes:
         api: receives the cases.
         schema: Schemathesis' schema of its document, without fields for files.
-        with_files: the same with them.
-        known: jobs of the API.
+        schema_with_files: the same with them.
+        jobs: jobs of the API.
         statuses: (operation, mode, status) -> number of cases.
     """
 
-    api: Askable
+    api: ByteEndpoint
     schema: Any
-    with_files: Any
-    known: Known
+    schema_with_files: Any
+    jobs: Jobs
     statuses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, api: Askable, document: dict[str, Any], known: Known) -> Asking:
+    def of(cls, api: ByteEndpoint, document: dict[str, Any], jobs: Jobs) -> CaseSender:
         """Make one for an API from its document or a part of it."""
         load_all_checks()
-        fitted = _fitted(document)
-        schema, with_files = (schemathesis.openapi.from_dict(it) for it in (_without_files(fitted), fitted))
-        return cls(api, schema, with_files, known)
+        without_examples = _drop_examples(document)
+        schema, schema_with_files = (
+            schemathesis.openapi.from_dict(it) for it in (_drop_files(without_examples), without_examples)
+        )
+        return cls(api, schema, schema_with_files, jobs)
 
     @property
     def operations(self) -> dict[str, Any]:
@@ -125,12 +127,12 @@ class Asking:
 
     def strategy(self, label: str, mode: GenerationMode) -> st.SearchStrategy[Any]:
         """Return the strategy that draws an operation's cases."""
-        schema = self.with_files if mode is GenerationMode.POSITIVE else self.schema
+        schema = self.schema_with_files if mode is GenerationMode.POSITIVE else self.schema
         strategy: st.SearchStrategy[Any] = _by_label(schema)[label].as_strategy(generation_mode=mode)
         return strategy
 
     @property
-    def num_asked(self) -> int:
+    def num_sent(self) -> int:
         """Number of cases so far."""
         return sum(self.statuses.values())
 
@@ -142,7 +144,7 @@ class Asking:
             if (of, mode) == (label, "positive") and status < 300
         )
 
-    def ask(self, case: Any, kind: str) -> None:
+    def send(self, case: Any, kind: str) -> None:
         """Send a case.
 
         Args:
@@ -154,12 +156,12 @@ class Asking:
         """
         case.freeze_metadata()  # the code below must not change the case
         if case.meta.generation.mode is GenerationMode.POSITIVE:
-            self._to_be_accepted(case, kind)
-        self.judge(case, self.answer(case))
+            self._make_valid(case, kind)
+        self.judge(case, self.exchange(case))
 
-    def answer(self, case: Any) -> httpx2.Response:
+    def exchange(self, case: Any) -> httpx2.Response:
         """Send a case; return the answer."""
-        return self.api.answer(sent_of(case))
+        return self.api.exchange(encode_case(case))
 
     def judge(self, case: Any, answer: Any, recorder: Any = None) -> None:
         """Check an answer against the document.
@@ -171,31 +173,31 @@ class Asking:
         """
         mode = case.meta.generation.mode.value
         self.statuses[case.operation.label, mode, answer.status_code] += 1
-        told = [*_CHECKS, *(_CHECKS_OF_CHAINS if recorder is not None else ())]
+        selected = [*_CHECKS, *(_CHECKS_OF_CHAINS if recorder is not None else ())]
         if case.operation.path == Endpoint.SYNC:
             # GET and DELETE are allowed there: they name a job "sync", which does not exist.
-            told.remove(checks.unsupported_method)
-            told.remove(checks.allow_header_conformance)
-        case.validate_response(answer, checks=told, recorder=recorder)
+            selected.remove(checks.unsupported_method)
+            selected.remove(checks.allow_header_conformance)
+        case.validate_response(answer, checks=selected, recorder=recorder)
         if mode == "positive" and answer.status_code in (400, 422):
             error = answer.json()["error"]
-            assert error["code"] in _REFUSED, (sent_of(case), error)
-            assert not _stands_alone(case), (sent_of(case), error)
+            assert error["code"] in _REFUSED, (encode_case(case), error)
+            assert not _is_independent(case), (encode_case(case), error)
 
-    def _to_be_accepted(self, case: Any, kind: str) -> None:
+    def _make_valid(self, case: Any, kind: str) -> None:
         """Repair what the document cannot express, so that the case is accepted."""
         if "video_id" in case.path_parameters:
-            case.path_parameters["video_id"] = self.known.id_of(kind)
+            case.path_parameters["video_id"] = self.jobs.find_id(kind)
         if "after" in case.query:
-            case.query["after"] = self.known.id_of(kind)
+            case.query["after"] = self.jobs.find_id(kind)
         key = case.headers.get("Idempotency-Key")
-        if key is not None and self.num_asked % _REPEATED:
-            case.headers["Idempotency-Key"] = f"{key[:100]}{self.num_asked}"
+        if key is not None and self.num_sent % _REPEATED:
+            case.headers["Idempotency-Key"] = f"{key[:100]}{self.num_sent}"
         if case.operation.label in _MAKING and isinstance(case.body, dict):
             case.body.setdefault("prompt", "a red car")
 
 
-def _stands_alone(case: Any) -> bool:
+def _is_independent(case: Any) -> bool:
     """Whether a body has a prompt and one field that the document describes completely."""
     if case.operation.label not in _MAKING or not isinstance(case.body, dict):
         return False
@@ -209,7 +211,7 @@ def _by_label(schema: Any) -> dict[str, Any]:
     return {it.label: it for it in found}
 
 
-def sent_of(case: Any) -> Sent:
+def encode_case(case: Any) -> Sent:
     """Return a case as it is sent."""
     written = case.as_transport_kwargs(base_url="http://cosmos3")
     names = ("method", "url", "headers", "params", "data", "json", "files", "cookies")
@@ -224,7 +226,7 @@ def files() -> st.SearchStrategy[Any]:
     return (st.sampled_from([png(), png(), mp4()[:2000]]) | st.binary(max_size=100)).map(Binary)
 
 
-def bounds_of(operation: Any) -> Iterator[Any]:
+def iterate_bounds(operation: Any) -> Iterator[Any]:
     """Yield cases at, below and above each bound of the document."""
     return iter(
         CoverageGenerator(
@@ -238,29 +240,29 @@ def bounds_of(operation: Any) -> Iterator[Any]:
     )
 
 
-def chained(asking: Asking, begun: Callable[[], None]) -> type[Any]:
+def make_chains(sender: CaseSender, on_begin: Callable[[], None]) -> type[Any]:
     """Make a state machine whose cases use what earlier ones created.
 
     Args:
-        asking: sends them.
-        begun: callback before each chain.
+        sender: sends them.
+        on_begin: callback before each chain.
     """
-    machine: type[Any] = asking.schema.as_state_machine()
+    machine: type[Any] = sender.schema.as_state_machine()
 
     class Chained(machine):  # type: ignore[misc]
         def setup(self) -> None:
-            begun()
+            on_begin()
 
         def call(self, case: Any, **_: Any) -> Response:
-            return Response.from_any(asking.answer(case))
+            return Response.from_any(sender.exchange(case))
 
         def validate_response(self, response: Response, case: Any, *_: Any, **__: Any) -> None:
-            asking.judge(case, response, self.recorder)
+            sender.judge(case, response, self.recorder)
 
     return Chained
 
 
-def _fitted(document: dict[str, Any]) -> dict[str, Any]:
+def _drop_examples(document: dict[str, Any]) -> dict[str, Any]:
     """Return the document without examples: Schemathesis would vary those instead of drawing values."""
     document = copy.deepcopy(document)
     for item in document["paths"].values():
@@ -272,7 +274,7 @@ def _fitted(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def _without_files(document: dict[str, Any]) -> dict[str, Any]:
+def _drop_files(document: dict[str, Any]) -> dict[str, Any]:
     """Drop the fields for files: Schemathesis 4.32 sometimes fails to make invalid bodies with them."""
     document = copy.deepcopy(document)
     for schema in document["components"]["schemas"].values():

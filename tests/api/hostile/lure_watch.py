@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.api.hostile_media import Lures
+from tests.api.hostile.broken_files import Lures
 
 _IN_ACCESS, _IN_OPEN = 0x1, 0x20
 _NAME = "mark-of-a-lure"
@@ -41,15 +41,15 @@ class Watch:
 
     Args:
         directory: for the file.
-        is_here: whether to watch this process's network calls too.
+        watches_network: whether to watch this process's network calls too.
 
     Attributes:
         canary: content of the file.
         lures: the file and the port.
     """
 
-    def __init__(self, directory: Path, *, is_here: bool = True) -> None:
-        self._is_here = is_here
+    def __init__(self, directory: Path, *, watches_network: bool = True) -> None:
+        self._watches_network = watches_network
         self.canary = os.urandom(16).hex().encode()
         path = directory / _NAME
         path.write_bytes(self.canary)
@@ -62,7 +62,7 @@ class Watch:
         self._listening.setblocking(False)
         self.lures = Lures(str(path), f"127.0.0.1:{self._listening.getsockname()[1]}")
 
-    def touched(self) -> bool:
+    def was_accessed(self) -> bool:
         """Whether the file was opened or the port called since the last look."""
         was_touched = False
         with contextlib.suppress(BlockingIOError):
@@ -73,15 +73,15 @@ class Watch:
         return was_touched
 
     @contextlib.contextmanager
-    def untouched(self, what: object) -> Iterator[None]:
+    def expect_no_access(self, what: object) -> Iterator[None]:
         """Check that neither is touched in the block and that this process makes no network call."""
         noted: list[str] = []
-        _AUDIT.noted = noted if self._is_here else None
+        _AUDIT.noted = noted if self._watches_network else None
         try:
             yield
         finally:
             _AUDIT.noted = None
-        was_touched = self.touched()
+        was_touched = self.was_accessed()
         assert not noted, (what, noted)
         assert not was_touched, what
 

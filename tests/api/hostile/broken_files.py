@@ -17,7 +17,7 @@ import av
 import numpy as np
 import PIL.Image
 
-from tests.api.hostile_bodies import JSON, MULTIPART, form, part
+from tests.api.hostile.broken_bodies import JSON, MULTIPART, form, part
 from tests.api.known_jobs import mp4
 from tests.mode_inputs import CLIP, IMAGE
 
@@ -40,7 +40,7 @@ def clips() -> dict[str, bytes]:
     }
 
 
-def others() -> dict[str, bytes]:
+def non_pictures() -> dict[str, bytes]:
     """Name -> a file that is not a picture."""
     return {"wav": _wav(), "zip": _zip(b"a"), "text": b"a red car", "nothing": b"", "pdf": b"%PDF-1.7\n%%EOF"}
 
@@ -187,7 +187,7 @@ class Lures:
 _NUMBERS = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0", b"\xff\xff\xff\x7f")
 
 
-def damaged(files: Mapping[str, bytes], rng: random.Random) -> tuple[str, bytes]:
+def damage_one(files: Mapping[str, bytes], rng: random.Random) -> tuple[str, bytes]:
     """Choose one of some files and damage it."""
     name = rng.choice(sorted(files))
     data = bytearray(files[name])
@@ -220,7 +220,7 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def body_with(data: bytes, field: str, name: str, *, is_json: bool) -> tuple[str, bytes]:
+def make_body(data: bytes, field: str, name: str, *, is_json: bool) -> tuple[str, bytes]:
     """Return content type and body of a request with a file.
 
     Args:
@@ -283,17 +283,17 @@ def _box(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I4s", 8 + len(data), name) + data
 
 
-def _with_box(data: bytes, name: bytes, inside: bytes) -> bytes:
+def _with_box(data: bytes, name: bytes, content: bytes) -> bytes:
     """Replace the content of an mp4's boxes of one name."""
     boxes, start = b"", 0
     while start + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, start)
         body = data[start + 8 : start + size]
         if kind == name:
-            body = inside
+            body = content
         elif kind in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):
-            body = _with_box(body, name, inside)
+            body = _with_box(body, name, content)
         elif kind == b"dref":
-            body = body[:8] + _with_box(body[8:], name, inside)
+            body = body[:8] + _with_box(body[8:], name, content)
         boxes, start = boxes + _box(kind, body), start + size
     return boxes

@@ -22,11 +22,11 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.api.fields import Endpoint
 from deployments.api.media_fields import MEDIA
-from tests.api import hostile_bodies, hostile_media
-from tests.api.accepting_api import AcceptingApi, Sent
-from tests.api.fuzzing import IMAGE_FIELDS, Fuzz, large, small
-from tests.api.hostile_bodies import JSON, MULTIPART, form, part
-from tests.api.lure_watch import Watch
+from tests.api.hostile import broken_bodies, broken_files
+from tests.api.hostile.broken_bodies import JSON, MULTIPART, form, part
+from tests.api.hostile.byte_api import ByteApi, Sent
+from tests.api.hostile.fuzzing import IMAGE_FIELDS, Fuzz, select_large, select_small
+from tests.api.hostile.lure_watch import Watch
 from tests.api.process_memory import MIB, ProcessMemory
 
 SEED = "COSMOS3_TEST_SEED"
@@ -60,27 +60,27 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
 @pytest.fixture(scope="module")
 def api(
     tmp_path_factory: pytest.TempPathFactory, empty_database: Path, layout: CheckpointLayout, watch: Watch
-) -> Iterator[AcceptingApi]:
+) -> Iterator[ByteApi]:
     bounds = {"max_body_bytes": _MAX_BODY_BYTES, "max_bodies_bytes": 2 * _MAX_BODY_BYTES}
-    api = AcceptingApi(tmp_path_factory.mktemp("fuzz"), empty_database, layout, canary=watch.canary, http=bounds)
+    api = ByteApi(tmp_path_factory.mktemp("fuzz"), empty_database, layout, canary=watch.canary, http=bounds)
     yield api
     api.close()
 
 
 @pytest.fixture
-def fuzz(api: AcceptingApi, watch: Watch) -> Fuzz:
+def fuzz(api: ByteApi, watch: Watch) -> Fuzz:
     return Fuzz(api, watch)
 
 
 @pytest.fixture
-def check_memory(api: AcceptingApi) -> Check:
+def check_memory(api: ByteApi) -> Check:
     """Return a check, called with the number of requests, that memory taken and left is bounded."""
-    api.tidy()
+    api.delete_jobs()
     gc.collect()
     memory = ProcessMemory()
 
     def check(what: str) -> None:
-        api.tidy()
+        api.delete_jobs()
         gc.collect()
         memory.check(what, max_left_bytes=_LEFT_BYTES, max_peak_bytes=_PEAK_BYTES)
 
@@ -89,17 +89,17 @@ def check_memory(api: AcceptingApi) -> Check:
 
 def test_the_watch_reports_every_access(watch: Watch) -> None:
     host, _, port = watch.lures.address.partition(":")
-    with pytest.raises(AssertionError), watch.untouched("a file"):
+    with pytest.raises(AssertionError), watch.expect_no_access("a file"):
         Path(watch.lures.path).read_bytes()
-    assert not watch.touched(), "it was told once"
+    assert not watch.was_accessed(), "it was told once"
     with pytest.raises(av.FFmpegError):
         av.open(watch.lures.path)
-    assert watch.touched(), "by FFmpeg, which asks nobody"
-    with pytest.raises(AssertionError), watch.untouched("a port"), socket.create_connection((host, int(port))):
+    assert watch.was_accessed(), "by FFmpeg, which asks nobody"
+    with pytest.raises(AssertionError), watch.expect_no_access("a port"), socket.create_connection((host, int(port))):
         pass
     with pytest.raises(av.FFmpegError):
         av.open(f"tcp://{watch.lures.address}", timeout=0.1)
-    assert watch.touched()
+    assert watch.was_accessed()
 
 
 @pytest.mark.parametrize(("name", "demuxer", "options"), [("m3u8", "hls", _ANY), ("ffconcat", "concat", {"safe": "0"})])
@@ -108,27 +108,27 @@ def test_a_careless_reader_takes_the_lures(name: str, demuxer: str, options: dic
     data = io.BytesIO(watch.lures.files()[name])
     with pytest.raises(av.FFmpegError):
         av.open(data, "r", format=demuxer, options=options, timeout=0.2)
-    assert watch.touched()
+    assert watch.was_accessed()
 
 
 def test_broken_forms_are_refused_safely(fuzz: Fuzz, check_memory: Check) -> None:
-    num_forms = fuzz.send_all(itertools.islice(small(hostile_bodies.broken_forms()), 0, None, 6))
+    num_forms = fuzz.send_all(itertools.islice(select_small(broken_bodies.broken_forms()), 0, None, 6))
     check_memory(f"{num_forms} forms")
 
 
 def test_broken_lengths_are_refused_safely(fuzz: Fuzz) -> None:
-    for sent in hostile_bodies.lengths(form(part(b"prompt", b"a"))):
+    for sent in broken_bodies.iterate_bad_lengths(form(part(b"prompt", b"a"))):
         fuzz.send(sent, "length")
 
 
 def test_broken_json_is_refused_safely(fuzz: Fuzz, check_memory: Check) -> None:
-    num_bodies = fuzz.send_all(small(hostile_bodies.broken_json()))
+    num_bodies = fuzz.send_all(select_small(broken_bodies.broken_json()))
     check_memory(f"{num_bodies} JSON bodies")
 
 
 def test_large_bodies_are_answered_safely(fuzz: Fuzz, check_memory: Check) -> None:
     """Bodies of ten megabytes, and of very many parts, fields and values."""
-    fuzz.send_all(itertools.islice(large(), 0, None, 8))
+    fuzz.send_all(itertools.islice(select_large(), 0, None, 8))
     check_memory("some large bodies")
 
 
@@ -143,33 +143,33 @@ def test_mutated_bodies_are_answered_safely(fuzz: Fuzz) -> None:
 @pytest.mark.parametrize("is_json", [False, True])
 @pytest.mark.parametrize("field", ["image", "input_reference"])
 def test_whole_pictures_are_accepted(field: str, is_json: bool, fuzz: Fuzz) -> None:
-    for name, data in hostile_media.stills().items():
+    for name, data in broken_files.stills().items():
         assert fuzz.send_file(name, data, field, is_json=is_json) == 200, name
 
 
 def test_whole_clips_are_accepted(fuzz: Fuzz) -> None:
-    assert fuzz.send_file("mkv", hostile_media.clips()["mkv"], "video", is_json=True) == 200
+    assert fuzz.send_file("mkv", broken_files.clips()["mkv"], "video", is_json=True) == 200
 
 
 def test_damaged_pictures_are_answered_safely(fuzz: Fuzz, check_memory: Check) -> None:
-    fuzz.send_damaged(random.Random(0), hostile_media.stills(), IMAGE_FIELDS, 25)
+    fuzz.send_damaged(random.Random(0), broken_files.stills(), IMAGE_FIELDS, 25)
     check_memory(f"25 pictures, {fuzz.accepted.total()} of which have a header that can be read")
     assert 2 < fuzz.accepted.total() < 23
 
 
 def test_damaged_clips_are_answered_safely(fuzz: Fuzz) -> None:
-    fuzz.send_damaged(random.Random(0), hostile_media.clips(), ["video"], 2)
+    fuzz.send_damaged(random.Random(0), broken_files.clips(), ["video"], 2)
 
 
 def test_bombs_are_answered_safely(fuzz: Fuzz, check_memory: Check) -> None:
-    for name, data in hostile_media.bombs(1).items():
+    for name, data in broken_files.bombs(1).items():
         if name not in _SLOW:
             fuzz.send_file(name, data, "input_reference")
     check_memory("bombs")
 
 
 def test_files_that_are_neither_picture_nor_clip_are_refused(fuzz: Fuzz) -> None:
-    for name, data in hostile_media.others().items():
+    for name, data in broken_files.non_pictures().items():
         for is_json in (False, True):
             assert fuzz.send_file(name, data, "input_reference", is_json=is_json) == 422, name
 
@@ -204,14 +204,14 @@ def rng() -> random.Random:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_all_broken_forms(fuzz: Fuzz, check_memory: Check) -> None:
-    num_forms = sum(fuzz.send_all(small(hostile_bodies.broken_forms()), endpoint) for endpoint in Endpoint)
+    num_forms = sum(fuzz.send_all(select_small(broken_bodies.broken_forms()), endpoint) for endpoint in Endpoint)
     check_memory(f"{num_forms} forms")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_all_large_bodies(fuzz: Fuzz, check_memory: Check) -> None:
-    num_bodies = sum(fuzz.send_all(large(), endpoint) for endpoint in Endpoint)
+    num_bodies = sum(fuzz.send_all(select_large(), endpoint) for endpoint in Endpoint)
     check_memory(f"{num_bodies} large bodies")
 
 
@@ -232,7 +232,7 @@ def test_many_mutated_bodies(fuzz: Fuzz, check_memory: Check, rng: random.Random
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_many_damaged_pictures(fuzz: Fuzz, check_memory: Check, rng: random.Random) -> None:
-    files = {**hostile_media.stills(), **{name: it for name, it in hostile_media.clips().items() if "animated" in name}}
+    files = {**broken_files.stills(), **{name: it for name, it in broken_files.clips().items() if "animated" in name}}
     fuzz.send_damaged(rng, files, IMAGE_FIELDS, 5000)
     check_memory(f"5000 pictures, {fuzz.accepted.total()} of which were accepted")
 
@@ -240,7 +240,7 @@ def test_many_damaged_pictures(fuzz: Fuzz, check_memory: Check, rng: random.Rand
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_many_damaged_clips(fuzz: Fuzz, check_memory: Check, rng: random.Random) -> None:
-    fuzz.send_damaged(rng, hostile_media.clips(), ["video", "video_reference", "input_reference"], 200)
+    fuzz.send_damaged(rng, broken_files.clips(), ["video", "video_reference", "input_reference"], 200)
     check_memory(f"200 clips, {fuzz.accepted.total()} of which were accepted")
 
 
@@ -250,10 +250,10 @@ def test_every_file_in_every_field(fuzz: Fuzz, check_memory: Check) -> None:
     lures = fuzz.watch.lures.files()
     files = {
         **lures,
-        **hostile_media.bombs(10),
-        **hostile_media.others(),
-        **hostile_media.stills(),
-        **hostile_media.clips(),
+        **broken_files.bombs(10),
+        **broken_files.non_pictures(),
+        **broken_files.stills(),
+        **broken_files.clips(),
     }
     for name, data in files.items():
         for field in MEDIA:
