@@ -5,6 +5,7 @@ import io
 import pytest
 
 from cosmos3_core.progress import ProgressBar
+from tests.clock import Clock
 
 
 class Terminal(io.StringIO):
@@ -12,20 +13,12 @@ class Terminal(io.StringIO):
         return True
 
 
-class Clock:
-    def __init__(self):
-        self.now_s = 1000.0
-
-    def __call__(self):
-        return self.now_s
-
-
 def run(stream, total, seconds_per_step=2.0, label="denoise"):
     clock = Clock()
     progress = ProgressBar(stream, clock)
     progress.start(total, label)
     for step in range(1, total + 1):
-        clock.now_s += seconds_per_step
+        clock.advance(seconds_per_step)
         progress.update(step)
     progress.close()
     return stream.getvalue()

@@ -1,9 +1,14 @@
-"""Answers about files of a media store, without the jobs that they belong to."""
+"""Answers about files of a media store, without the jobs that they belong to, and what a client gets of them."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from deployments.api.content import content_answer as answer_record
@@ -11,6 +16,36 @@ from deployments.api.errors import error_response
 from deployments.errors import ApiError
 from deployments.media.store import MediaStore
 from deployments.media.variants import VIDEO, find_content
+
+
+@dataclass
+class Answer:
+    """A received answer."""
+
+    status: int = 0
+    headers: Headers = field(default_factory=Headers)
+    body: bytes = b""
+
+    @property
+    def code(self) -> str:
+        """The code of a refusal."""
+        return str(json.loads(self.body)["error"]["code"])
+
+
+async def send_answer(response: Response) -> Answer:
+    """Send a response to a client that stays; return what it received."""
+    answer = Answer()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answer.status, answer.headers = message["status"], Headers(raw=message["headers"])
+        answer.body += message.get("body", b"")
+
+    await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+    return answer
 
 
 async def content_answer(

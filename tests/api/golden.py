@@ -32,13 +32,13 @@ class Golden:
 
     def check(self, found: Any) -> None:
         """Compare plain JSON values with the file, including the order of keys."""
-        text = _numbered(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
+        text = _number_ids(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
         if self._is_written:
             self._path.write_text(text)
         assert text.splitlines() == self._path.read_text().splitlines()
 
 
-def _numbered(text: str) -> str:
+def _number_ids(text: str) -> str:
     numbers: dict[str, str] = {}
     return _ID.sub(lambda match: numbers.setdefault(match[0], f"<id {len(numbers) + 1}>"), text)
 

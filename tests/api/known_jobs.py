@@ -61,15 +61,15 @@ class KnownJobs:
         self._api = api
         self._mp4, self._png = mp4(), png()
         self._makers: Mapping[str, Callable[[], Job]] = {
-            "queued": lambda: self._accepted(None),
+            "queued": lambda: self._accept(None),
             "running": self._running,
             "live": self._live,
-            "completed": lambda: self._completed(".mp4", self._mp4),
-            "image": lambda: self._completed(".png", self._png),
-            "actions": lambda: self._completed("", b""),
+            "completed": lambda: self._complete(".mp4", self._mp4),
+            "image": lambda: self._complete(".png", self._png),
+            "actions": lambda: self._complete("", b""),
             "expired": self._expired,
-            "failed": lambda: self._ended(JobState.FAILED, "stage_failed"),
-            "cancelled": lambda: self._ended(JobState.CANCELLED, "cancelled"),
+            "failed": lambda: self._end(JobState.FAILED, "stage_failed"),
+            "cancelled": lambda: self._end(JobState.CANCELLED, "cancelled"),
         }
         self._jobs: dict[str, Job] = {}
         self.kinds = (*self._makers, "unknown")
@@ -85,14 +85,14 @@ class KnownJobs:
             self._api.kept_ids = {job.job_id for job in self._jobs.values()}
         return made.job_id
 
-    def _accepted(self, attached_to: str | None, **fields: Any) -> Job:
+    def _accept(self, attached_to: str | None, **fields: Any) -> Job:
         request = GenerationRequest(**{**_SMALL, "num_frames": 5, **fields})
         job: Job = self._api.run(self._api.director._submit(request, SubmitOptions(), attached_to))
         return job
 
-    def _running(self, **fields: Any) -> Job:
+    def _run(self, **fields: Any) -> Job:
         runner = new_job_id()  # its own, so that the runner claims this job and no other
-        job = self._accepted(runner, **fields)
+        job = self._accept(runner, **fields)
         store = self._api.store
         claimed = store.claim(ClaimRequest(runner, MODEL, job.lane, LIMITS, only_attached=True))
         assert claimed is not None
@@ -101,16 +101,16 @@ class KnownJobs:
         store.record(lease_of(claimed), Progress(step=1, sigma=0.5, step_s=0.1, stage="denoising"), [("step", step)])
         return claimed
 
-    def _live(self) -> Job:
-        job = self._running()
+    def _run_live(self) -> Job:
+        job = self._run()
         entry = self._api.begin_file(job)
         assert entry.live_path is not None
         entry.live_path.write_bytes(self._mp4)
         return job
 
-    def _completed(self, suffix: str, data: bytes) -> Job:
+    def _complete(self, suffix: str, data: bytes) -> Job:
         fields: dict[str, Any] = {"num_frames": 1, "mode": "text_to_image"} if suffix == ".png" else {}
-        job, media = self._running(**fields), self._api.media
+        job, media = self._run(**fields), self._api.media
         if data:
             media_id, media_type = new_media_id(job.job_id), "image/png" if suffix == ".png" else "video/mp4"
             entry = media.create(media_id, media_type, suffix, is_live=False)
@@ -127,11 +127,11 @@ class KnownJobs:
         }
         return self._api.store.finish(lease_of(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
 
-    def _expired(self) -> Job:
-        job = self._completed(".mp4", self._mp4)
+    def _expire(self) -> Job:
+        job = self._complete(".mp4", self._mp4)
         self._api.media.remove(job.media_id)
         return job
 
-    def _ended(self, state: JobState, code: str) -> Job:
+    def _end(self, state: JobState, code: str) -> Job:
         outcome = Outcome(state, error_code=code, error_message="it broke")
-        return self._api.store.finish(lease_of(self._running()), outcome, keep_media_s=100.0)
+        return self._api.store.finish(lease_of(self._run()), outcome, keep_media_s=100.0)

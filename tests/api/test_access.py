@@ -182,7 +182,7 @@ def test_key_guessing_takes_bounded_capacity(keyed_api: Api, monkeypatch: pytest
     assert keyed_api.get("/v1/models", headers=headers).status_code == 200
     at_once, most, verify = [0], [0], keyed_api.store.keys.verify
 
-    def counted(text: str) -> Any:
+    def verify_slowly(text: str) -> Any:
         at_once[0] += 1
         most[0] = max(most[0], at_once[0])
         try:
@@ -190,7 +190,7 @@ def test_key_guessing_takes_bounded_capacity(keyed_api: Api, monkeypatch: pytest
         finally:
             at_once[0] -= 1
 
-    monkeypatch.setattr(keyed_api.store.keys, "verify", counted)
+    monkeypatch.setattr(keyed_api.store.keys, "verify", verify_slowly)
 
     async def guess() -> list[int]:
         answers = await asyncio.gather(
@@ -289,7 +289,7 @@ def test_an_ingress_requires_a_key_or_its_own_host_name(
         auth=AuthConfig(enabled=needs_keys),
     )
 
-    def opened() -> Service:
+    def open_service() -> Service:
         director = SimpleNamespace(options=lambda *, stream: stream)
         service = Service.open(config, director, FakeReadiness(), host)
         service.jobs.store.close()
@@ -297,11 +297,11 @@ def test_an_ingress_requires_a_key_or_its_own_host_name(
 
     if auth_required(needs_keys, host):
         with pytest.raises(NoKeys, match=f"http.host={host}"):
-            opened()
+            open_service()
         keys = KeyStore.open(f"sqlite:///{database}")
         keys.create(NewKey(name="a"))
         keys.close()
-    service = opened()
+    service = open_service()
     assert (service.auth is not None) == auth_required(needs_keys, host)
     assert service.hosts == hosts
 

@@ -170,11 +170,11 @@ def test_bodies_are_parsed_in_threads(kind: str, body: bytes, name: str, monkeyp
     threads = []
     work = getattr(body_reader, name)
 
-    def noted(data: bytearray) -> Any:
+    def note(data: bytearray) -> Any:
         threads.append(threading.current_thread())
         return work(data)
 
-    monkeypatch.setattr(body_reader, name, noted)
+    monkeypatch.setattr(body_reader, name, note)
     assert read(request_of(kind, [body])).keys() == {"a"}
     assert threads
     assert threading.main_thread() not in threads

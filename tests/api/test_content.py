@@ -502,13 +502,13 @@ def test_a_cancelled_read_leaves_no_file_open(store: MediaStore, monkeypatch: py
     read: list[bytes] = []
     read_at = content._read_at
 
-    def held(*arguments: Any) -> bytes:
+    def read_late(*arguments: Any) -> bytes:
         entered.set()
         assert gate.wait(DEADLINE_S)
         read.append(read_at(*arguments))
         return read[0]
 
-    monkeypatch.setattr(content, "_read_at", held)
+    monkeypatch.setattr(content, "_read_at", read_late)
 
     async def work() -> None:
         begun = open_files()

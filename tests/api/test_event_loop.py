@@ -21,19 +21,19 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[threading.Thread]]
     """Name of a function -> threads that it has run in."""
     seen: dict[str, set[threading.Thread]] = {}
 
-    def note(module: Any, name: str) -> None:
+    def watch(module: Any, name: str) -> None:
         work: Callable[..., Any] = getattr(module, name)
 
-        def noted(*arguments: Any, **more: Any) -> Any:
+        def note(*arguments: Any, **more: Any) -> Any:
             seen.setdefault(name, set()).add(threading.current_thread())
             return work(*arguments, **more)
 
-        monkeypatch.setattr(module, name, noted)
+        monkeypatch.setattr(module, name, note)
 
-    note(media_fields, "_decode")
-    note(media_fields, "_text_of")
-    note(body_reader, "_unique_keys")
-    note(call, "parse_body")
+    watch(media_fields, "_decode")
+    watch(media_fields, "_text_of")
+    watch(body_reader, "_unique_keys")
+    watch(call, "parse_body")
     return seen
 
 

@@ -448,7 +448,7 @@ def test_warnings_fit_into_a_header(api: Api) -> None:
 # Depth
 
 
-def nested(depth: int, *, is_list: bool = True) -> str:
+def nest(depth: int, *, is_list: bool = True) -> str:
     return "[" * depth + "]" * depth if is_list else '{"a":' * depth + "1" + "}" * depth
 
 
@@ -458,9 +458,9 @@ def test_json_nested_too_deeply_is_refused(name: str, is_list: bool, api: Api) -
     """It is refused by the reader, before other code recurses over it."""
     headers = {"content-type": "application/json"}
     for depth in (50, 98, 101, *range(900, 1001, 10), 100_000):
-        body = f'{{"prompt": "a", "{name}": {nested(depth, is_list=is_list)}}}'
+        body = f'{{"prompt": "a", "{name}": {nest(depth, is_list=is_list)}}}'
         if name == "prompt":
-            body = f'{{"prompt": {nested(depth, is_list=is_list)}}}'
+            body = f'{{"prompt": {nest(depth, is_list=is_list)}}}'
         answer = api.post("/v1/videos", content=body.encode(), headers=headers)
         assert answer.status_code == (400 if depth > 98 else 200 if name == "user" else 422), (depth, answer.text)
         assert depth <= 98 or "the 100 levels that are allowed" in answer.text
@@ -472,8 +472,8 @@ def test_json_nested_too_deeply_is_refused(name: str, is_list: bool, api: Api) -
 def test_json_in_a_text_field_nested_too_deeply_is_refused(name: str, api: Api) -> None:
     for depth in (50, 101, 950, 960, 970, 980, 990, 20_000):
         for is_list in (False, True):
-            answer = api.post("/v1/videos", data={"prompt": "a", name: nested(depth, is_list=is_list)})
-            is_ignored = name == "user" and len(nested(depth, is_list=is_list)) < 50_000
+            answer = api.post("/v1/videos", data={"prompt": "a", name: nest(depth, is_list=is_list)})
+            is_ignored = name == "user" and len(nest(depth, is_list=is_list)) < 50_000
             assert answer.status_code == (200 if is_ignored else 422), (depth, answer.text)
             if is_ignored:
                 api.send("DELETE", f"/v1/videos/{answer.json()['id']}")

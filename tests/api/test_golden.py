@@ -55,8 +55,8 @@ from tests.api.fake_service import MODEL, Api, Follower, lease_of
 from tests.api.golden import Golden, answer_as_json
 from tests.api.known_jobs import UNKNOWN, png
 from tests.api.test_videos import png_url
+from tests.clock import Clock
 
-_NOW_S = 1_800_000_000.0
 _SMALL = {"prompt": "a cat", "size": "64x32", "seed": 5, "num_inference_steps": 10}
 _ACTIONS = GeneratedActions(np.array([[0.25, -1.0], [0.5, 2.0]], np.float32), "av", 1, False)
 _EVENTS = [
@@ -109,19 +109,6 @@ _ERRORS: dict[str, BaseException] = {
 }
 
 
-class Clock:
-    """A clock that stands still between two ticks."""
-
-    def __init__(self) -> None:
-        self.now_s = _NOW_S
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def tick(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden file named after the test."""
@@ -151,27 +138,27 @@ def test_videos(api: Api, clock: Clock, golden: Golden) -> None:
 def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     """Collect a job's object in every state, and in each step on the way."""
     first = api.create(_SMALL)
-    clock.tick(1.0)
+    clock.advance(1.0)
     second = api.create({**_SMALL, "previews": 2})
     yield "queued", _fetch(api, clock, first)
     yield "queued behind another one", _fetch(api, clock, second)
     api.store.note_rate(MODEL, Lane.VIDEO, 100.0)
     yield "queued, pace known", _fetch(api, clock, second)
-    clock.tick(1.5)
+    clock.advance(1.5)
     job = api.claim()
     yield "starting", _fetch(api, clock, first)
     _record(api, job, stage="tokenized")
     yield "tokenized", _fetch(api, clock, first)
-    clock.tick(2.25)
+    clock.advance(2.25)
     api.step(job, 4, 0.75)
     yield "denoising", _fetch(api, clock, first)
-    clock.tick(3.0)
+    clock.advance(3.0)
     api.step(job, 10, 0.0)
     _record(api, job, stage="decoding")
     yield "decoding", _fetch(api, clock, first)
     api.begin_file(job)
     yield "file begun", _fetch(api, clock, first)
-    clock.tick(0.5)
+    clock.advance(0.5)
     api.complete(job)
     yield "completed", _fetch(api, clock, first)
     api.fail(api.claim())
@@ -198,7 +185,7 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     yield "image", _fetch(api, clock, video)
     sound = api.post("/v1/videos", json={**_SMALL, "generate_sound": True, "quality": "lossless"})
     yield "with sound, lossless, queued", sound
-    clock.tick(1.0)
+    clock.advance(1.0)
     _complete(api, api.claim(), "video/mp4", ".mp4")
     yield "with sound, lossless", _fetch(api, clock, sound.json())
     policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url()}
@@ -212,11 +199,11 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
 
     noted = api.post("/v1/videos", json={**_SMALL, "num_frames": 48, "fps": 12, "user": "me", "service_class": "batch"})
     yield "with notes and warnings", noted
-    clock.tick(1.0)
+    clock.advance(1.0)
     yield "remixed", api.post(f"/v1/videos/{noted.json()['id']}/remix", json={"prompt": "a dog"})
-    clock.tick(1.0)
+    clock.advance(1.0)
     yield "remixed of a form", api.post(f"/v1/videos/{noted.json()['id']}/remix", data={"prompt": "a cow"})
-    clock.tick(1.0)
+    clock.advance(1.0)
     request = GenerationRequest(prompt="a cat", width=64, height=32, seed=5, num_inference_steps=10)
     attached: Job = api.run(api.director._submit(request, SubmitOptions(), "runner"))
     yield "attached", _fetch(api, clock, {"id": attached.job_id})
@@ -226,7 +213,7 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
 
 
 def _fetch(api: Api, clock: Clock, video: dict[str, Any]) -> httpx2.Response:
-    clock.tick(0.125)
+    clock.advance(0.125)
     return api.get(f"/v1/videos/{video['id']}")
 
 
@@ -241,12 +228,12 @@ def _complete(api: Api, job: Job, media_type: str, suffix: str) -> None:
     _record(api, job, media_id=media_id)
     entry.path.write_bytes(b"finished")
     entry.finish()
-    finished = _finished(job, media_id, None)
+    finished = _make_finished(job, media_id, None)
     outcome = Outcome(JobState.COMPLETED, recorder.result_of(finished))
     api.store.finish(lease_of(job), outcome, keep_media_s=100.0)
 
 
-def _finished(job: Job, media_id: str, actions: GeneratedActions | None) -> messages.Finished:
+def _make_finished(job: Job, media_id: str, actions: GeneratedActions | None) -> messages.Finished:
     return messages.Finished(
         request_id="mine",
         job_id=job.job_id,
@@ -271,7 +258,7 @@ def test_lists(api: Api, clock: Clock, golden: Golden) -> None:
     empty = api.get("/v1/videos")
     ids = []
     for number in range(5):
-        clock.tick(1.0)
+        clock.advance(1.0)
         ids.append(api.create({**_SMALL, "prompt": str(number)})["id"])
     api.complete(api.claim())
     queries = {
@@ -298,7 +285,7 @@ def test_lists(api: Api, clock: Clock, golden: Golden) -> None:
 def test_events(api: Api, clock: Clock, golden: Golden) -> None:
     answers: dict[str, Any] = {}
     first = api.create(_SMALL)
-    clock.tick(1.0)
+    clock.advance(1.0)
     second = api.create(_SMALL)
     job = api.claim()
     api.run(_record_job(api, job))
@@ -332,13 +319,13 @@ def test_events(api: Api, clock: Clock, golden: Golden) -> None:
 async def _record_job(api: Api, job: Job) -> None:
     """Record a job with every kind of event, as its runner does."""
 
-    def lost(error: Exception) -> None:
+    def reraise(error: Exception) -> None:
         raise error
 
-    writer = recorder.Recorder(api.store, job, lost, 5.0)
+    writer = recorder.Recorder(api.store, job, reraise, 5.0)
     for event in _EVENTS:
         writer.note(event)
-    finished = _finished(job, "0123456789abcdef" * 2, _ACTIONS)
+    finished = _make_finished(job, "0123456789abcdef" * 2, _ACTIONS)
     await writer.end(Outcome(JobState.COMPLETED, recorder.result_of(finished)), keep_media_s=100.0)
 
 
@@ -377,7 +364,7 @@ def test_client(api: Api, clock: Clock, golden: Golden) -> None:
     def client() -> AsyncCosmos3Client:
         return AsyncCosmos3Client.over_http("http://cosmos3", connecting=connecting)
 
-    async def retrieved(video_id: str) -> Any:
+    async def retrieve(video_id: str) -> Any:
         async with client() as http:
             try:
                 return _as_json(await http.retrieve(video_id))
@@ -387,15 +374,15 @@ def test_client(api: Api, clock: Clock, golden: Golden) -> None:
     found: dict[str, Any] = {}
     for name, answer in _videos(api, clock):
         if answer.status_code == 200:
-            found[name] = api.run(retrieved(answer.json()["id"]))
-    clock.tick(1.0)
+            found[name] = api.run(retrieve(answer.json()["id"]))
+    clock.advance(1.0)
     done = api.create(_SMALL)
     while (job := api.claim()).job_id != done["id"]:
         api.fail(job)
     api.run(_record_job(api, job))
-    clock.tick(1.0)
+    clock.advance(1.0)
 
-    async def asked() -> dict[str, Any]:
+    async def ask() -> dict[str, Any]:
         async with client() as http:
             return {
                 "page": _as_json(await http.list(limit=1)),
@@ -404,7 +391,7 @@ def test_client(api: Api, clock: Clock, golden: Golden) -> None:
                 "made": _as_json(await http.create(GenerationRequest(prompt="a", width=64, height=32))),
             }
 
-    golden.check({**found, **api.run(asked())})
+    golden.check({**found, **api.run(ask())})
 
 
 # Errors
@@ -513,13 +500,13 @@ def test_openapi(api: Api, golden: Golden) -> None:
     operations: dict[str, Any] = {}
     for path, item in sorted(document["paths"].items()):
         for method, operation in sorted(item.items()):
-            parameters = (_resolved(document, it) for it in operation.get("parameters", []))
+            parameters = (_resolve(document, it) for it in operation.get("parameters", []))
             shown = sorted([it["name"], it["in"], it.get("required", False)] for it in parameters)
             operations[f"{method} {path}"] = {"parameters": shown, "statuses": sorted(operation["responses"])}
     golden.check(operations)
 
 
-def _resolved(document: Any, value: Any) -> Any:
+def _resolve(document: Any, value: Any) -> Any:
     while "$ref" in value:
         target = document
         for name in value["$ref"].removeprefix("#/").split("/"):

@@ -125,11 +125,11 @@ def test_without_followers_the_database_is_not_polled(api: Api, monkeypatch: pyt
     looks = []
     events = api.store.events
 
-    def looked(*arguments: Any) -> Any:
+    def look(*arguments: Any) -> Any:
         looks.append(arguments)
         return events(*arguments)
 
-    monkeypatch.setattr(api.store, "events", looked)
+    monkeypatch.setattr(api.store, "events", look)
 
     async def come_and_go() -> None:
         follower = await Follower(api, path_of(video)).begin()
@@ -177,11 +177,11 @@ def test_polling_outlives_the_first_followers_request(api: Api, monkeypatch: pyt
     video, inside = api.create(), contextvars.ContextVar("inside", default=False)
     seen, get = [], api.store.get
 
-    def looked(*arguments: Any) -> Any:
+    def look(*arguments: Any) -> Any:
         seen.append(inside.get())
         return get(*arguments)
 
-    monkeypatch.setattr(api.store, "get", looked)
+    monkeypatch.setattr(api.store, "get", look)
 
     async def follow() -> None:
         inside.set(True)
@@ -200,7 +200,7 @@ def test_one_query_serves_all_followers(api: Api, monkeypatch: pytest.MonkeyPatc
     looks: list[dict[str, int]] = []
     events = api.store.events
 
-    def looked(cursors: dict[str, int], limit: int) -> Any:
+    def look(cursors: dict[str, int], limit: int) -> Any:
         looks.append(dict(cursors))
         return events(cursors, limit)
 
@@ -208,7 +208,7 @@ def test_one_query_serves_all_followers(api: Api, monkeypatch: pytest.MonkeyPatc
         followers = [await Follower(api, path_of(it)).begin() for it in (*videos, videos[0])]
         for follower in followers:
             await follower.until(b"event: queued")
-        monkeypatch.setattr(api.store, "events", looked)
+        monkeypatch.setattr(api.store, "events", look)
         while not looks:
             await asyncio.sleep(0.01)
         assert looks[0] == {it["id"]: 0 for it in videos}

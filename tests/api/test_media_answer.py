@@ -34,8 +34,9 @@ from deployments.jobs.job import SubmitOptions, new_job_id
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import Accepted, FileStarted, Finished, StageRetried, StepDone
+from tests.api.content_answers import Answer, send_answer
 from tests.serve_fakes import Method
-from tests.settling import until
+from tests.settling import run, until
 
 FINISHED = Finished(
     request_id="r",
@@ -105,21 +106,6 @@ def image(store: MediaStore, seed: int, media_type: str = "image/png") -> list[A
     return script(store_file(store, finished, b"image%d" % (seed % 10)))
 
 
-async def send_answer(response: Response) -> tuple[int, dict[str, str], bytes]:
-    """Send an answer; return status, headers and body."""
-    messages: list[Any] = []
-
-    async def send(message: Any) -> None:
-        messages.append(message)
-
-    async def receive() -> Any:
-        await asyncio.sleep(60)
-
-    await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
-    headers = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
-    return messages[0]["status"], headers, b"".join(message.get("body", b"") for message in messages)
-
-
 def answer_script(
     store: MediaStore, director: Director, job: ImageBody | None = None, room: int = 10_000, timeout_s: float = 60
 ) -> Any:
@@ -136,14 +122,15 @@ def answer_script(
                     return await media_answer(an_exchange, held, store)
                 return await images_answer(an_exchange, job, options, held, store)
 
-    async def run() -> Any:
+    async def send() -> Answer:
         return await send_answer(await answer_errors(work(), "POST /"))
 
-    status, headers, body = asyncio.run(run())
+    answer = run(send())
     assert bodies.taken_bytes == 0
     assert {response.is_cancelled for response in director.stream.responses} <= {True}, "nothing runs on"
     assert {options.request_id for _, options, _ in director.submitted} <= {"mine"}
-    return status, headers, json.loads(body) if headers["content-type"] == "application/json" else body
+    is_json = answer.headers["content-type"] == "application/json"
+    return answer.status, answer.headers, json.loads(answer.body) if is_json else answer.body
 
 
 def test_a_file_is_the_body(store: MediaStore) -> None:

@@ -72,7 +72,7 @@ class Opened:
             self.paths += [repr(argument) for argument in arguments]
 
     @contextmanager
-    def noted(self) -> Iterator[list[str]]:
+    def record(self) -> Iterator[list[str]]:
         self.paths = paths = []
         try:
             yield paths
@@ -84,7 +84,7 @@ OPENED = Opened()
 
 
 def test_the_watch_on_files_sees_an_access(tmp_path: Path) -> None:
-    with OPENED.noted() as paths, pytest.raises(FileNotFoundError):
+    with OPENED.record() as paths, pytest.raises(FileNotFoundError):
         (tmp_path / MARK).read_bytes()
     assert any(MARK in path for path in paths)
 
@@ -149,7 +149,7 @@ def raw(api: Api, method: str, path: str, headers: tuple[tuple[bytes, bytes], ..
 def test_path_traversal_in_ids_opens_nothing(video_id: str, shared_api: Api) -> None:
     secret = shared_api.media.directory / "secret"
     secret.write_text("the secret")
-    with OPENED.noted() as paths:
+    with OPENED.record() as paths:
         for method, rest in ID_ROUTES:
             status, text = raw(shared_api, method, f"/v1/videos/{video_id}{rest}", body=b'{"prompt": "a"}')
             assert status in (404, 405), (method, rest, text)
@@ -161,7 +161,7 @@ def test_path_traversal_in_ids_opens_nothing(video_id: str, shared_api: Api) -> 
 def test_path_traversal_in_queries_opens_nothing(api: Api) -> None:
     video = api.create()
     api.complete(api.claim())
-    with OPENED.noted() as paths:
+    with OPENED.record() as paths:
         for variant in (f"../{MARK}", f"/etc/{MARK}", "video%00", ".mp4", ""):
             error = api.expect_refusal("GET", f"/v1/videos/{video['id']}/content?variant={variant}", 422)
             assert error["param"] == "variant"
@@ -171,7 +171,7 @@ def test_path_traversal_in_queries_opens_nothing(api: Api) -> None:
 
 def test_path_traversal_in_file_names_of_parts_opens_nothing(api: Api) -> None:
     names = [f"../../{MARK}.png", f"/etc/{MARK}", f"C:\\{MARK}", f"{MARK}\x00.png", "..", f'{MARK}"', MARK * 1000]
-    with OPENED.noted() as paths:
+    with OPENED.record() as paths:
         for name in names:
             answer = api.post("/v1/videos", data={"prompt": "a"}, files={"image": (name, PNG, "image/png")})
             assert answer.status_code in (200, 400), answer.text
@@ -201,7 +201,7 @@ def test_path_traversal_in_file_names_of_parts_opens_nothing(api: Api) -> None:
 )
 @pytest.mark.parametrize("path", POSTS[:2])
 def test_no_path_in_a_body_is_opened(value: Any, path: str, shared_api: Api) -> None:
-    with OPENED.noted() as paths:
+    with OPENED.record() as paths:
         for field in ("image", "image_reference", "input_reference", "video", "video_reference"):
             answer = shared_api.post(path, json={"prompt": "a", field: value})
             assert answer.status_code == 422, answer.text
@@ -212,14 +212,14 @@ def test_no_path_in_a_body_is_opened(value: Any, path: str, shared_api: Api) -> 
 @pytest.mark.parametrize("field", ["model", "output", "mode", "domain_name", "service_class", "size", "output_format"])
 @pytest.mark.parametrize("path", POSTS)
 def test_no_name_in_a_body_is_opened(field: str, path: str, shared_api: Api) -> None:
-    with OPENED.noted() as paths:
+    with OPENED.record() as paths:
         assert shared_api.post(path, json={"prompt": "a", field: f"../../{MARK}"}).status_code == 422
     assert [it for it in paths if MARK in it] == []
 
 
 def test_names_stored_with_a_job_are_not_opened(api: Api) -> None:
     headers = {"x-request-id": f"../../{MARK}", "idempotency-key": f"/etc/{MARK}"}
-    with OPENED.noted() as paths:
+    with OPENED.record() as paths:
         video = api.create({"prompt": f"../../{MARK}", "user": f"../{MARK}"}, headers=headers)
         api.complete(api.claim())
         answer = api.get(f"/v1/videos/{video['id']}/content", headers={"if-none-match": f"../{MARK}"})
@@ -287,7 +287,7 @@ def test_a_prompt_injects_no_event(prompt: str, api: Api) -> None:
 # Oversize and slow bodies
 
 
-def announced(num_bytes: int) -> dict[str, str]:
+def announce(num_bytes: int) -> dict[str, str]:
     return {"content-type": "application/json", "content-length": str(num_bytes)}
 
 
@@ -423,12 +423,12 @@ def test_refusals_of_keys_reveal_nothing(keyed_api: Api, monkeypatch: pytest.Mon
     keyed_api.store.keys.revoke(revoked_key.key_id)
     num_looks, verify = 0, keyed_api.store.keys.verify
 
-    def counted(text: str) -> Any:
+    def verify_counting(text: str) -> Any:
         nonlocal num_looks
         num_looks += 1
         return verify(text)
 
-    monkeypatch.setattr(keyed_api.store.keys, "verify", counted)
+    monkeypatch.setattr(keyed_api.store.keys, "verify", verify_counting)
     start, _, secret = right.rpartition("_") if right.count("_") == 2 else (right[:19], "_", right[20:])
     guesses = [
         f"c3_{'0' * 16}_{secret}",

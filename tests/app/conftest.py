@@ -10,7 +10,7 @@ import pytest
 
 from tests.app.in_process import InProcessApp, app_config, local_ray
 from tests.app.local_ray import Loop
-from tests.core_reference import eventually_fixture, reference  # noqa: F401  fixtures
+from tests.core_reference import reference  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="package")

@@ -23,14 +23,14 @@ LONG: dict[str, Any] = {
 }
 
 
-def job_of(http: httpx2.Client, **changed: Any) -> str:
+def create_job(http: httpx2.Client, **changed: Any) -> str:
     """Create a job; return its id."""
     answer = http.post("/v1/videos", json={**LONG, **changed})
     assert answer.status_code == 200, answer.text
     return str(answer.json()["id"])
 
 
-def patiently(http: httpx2.Client, path: str) -> dict[str, Any]:
+def get_until_up(http: httpx2.Client, path: str) -> dict[str, Any]:
     """GET a path until the process behind it is back; return the answer."""
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
@@ -47,7 +47,7 @@ def patiently(http: httpx2.Client, path: str) -> dict[str, Any]:
 def wait_for_end(http: httpx2.Client, job_id: str) -> dict[str, Any]:
     """Wait until a job has ended; return it."""
     deadline_s = time.monotonic() + DEADLINE_S
-    while (job := patiently(http, f"/v1/videos/{job_id}"))["status"] not in ("completed", "failed"):
+    while (job := get_until_up(http, f"/v1/videos/{job_id}"))["status"] not in ("completed", "failed"):
         assert time.monotonic() < deadline_s, job
         time.sleep(0.05)
     return job

@@ -55,7 +55,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-class Left:
+class OldRun:
     """A copy of one run of the earlier release."""
 
     def __init__(self, place: Path, url: str, schema: str) -> None:
@@ -66,7 +66,7 @@ class Left:
         self.jobs: dict[str, dict[str, Any]] = self.manifest["jobs"]
 
     @classmethod
-    def copy(cls, run: Path, place: Path, database: str) -> Left:
+    def copy(cls, run: Path, place: Path, database: str) -> OldRun:
         """Copy a run with a SQLite database, such as ``0002.sqlite3``."""
         shutil.copytree(run, place)
         return cls(place, f"sqlite:///{place}/{database}", database[:4])
@@ -112,29 +112,29 @@ def slow_unless(is_fast: bool, value: str) -> Any:
 
 
 @contextmanager
-def copy_run(run: Path, database: str, place: Path, request: pytest.FixtureRequest) -> Iterator[Left]:
+def copy_run(run: Path, database: str, place: Path, request: pytest.FixtureRequest) -> Iterator[OldRun]:
     """Copy a run, with a database of one kind and schema, for the time of the block."""
     if database.endswith(".sqlite3"):
-        yield Left.copy(run, place, database)
+        yield OldRun.copy(run, place, database)
         return
     shutil.copytree(run, place)
     with fresh_database(request.getfixturevalue("postgres_url")) as url:
         load_dump(url, place / database)
-        yield Left(place, url, database[:4])
+        yield OldRun(place, url, database[:4])
 
 
 @pytest.fixture(params=[slow_unless(it == FAST_DATABASE, it) for it in DATABASES])
-def left(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Iterator[Left]:
+def old_run(request: pytest.FixtureRequest, run: str, unpacked: Path, tmp_path: Path) -> Iterator[OldRun]:
     """A run for one test."""
-    with copy_run(unpacked / run, request.param, tmp_path / run, request) as left:
-        yield left
+    with copy_run(unpacked / run, request.param, tmp_path / run, request) as old_run:
+        yield old_run
 
 
 @dataclass(frozen=True)
-class Opened:
+class ServedRun:
     """A run that this release serves, and a client of it."""
 
-    left: Left
+    old_run: OldRun
     app: InProcessApp
     http: httpx2.Client
 
@@ -148,19 +148,19 @@ class Opened:
         for database in DATABASES
     ],
 )
-def opened(
+def served_run(
     request: pytest.FixtureRequest,
     unpacked: Path,
     loop: Loop,
     tiny_nano: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Opened]:
+) -> Iterator[ServedRun]:
     """A run whose jobs run once for all tests that read it."""
     run, database = request.param.split("/")
-    with copy_run(unpacked / run, database, tmp_path_factory.mktemp("opened") / run, request) as left:
-        app = left.start(loop, tiny_nano)
-        with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as http:
-            yield Opened(left, app, http)
+    with copy_run(unpacked / run, database, tmp_path_factory.mktemp("opened") / run, request) as old_run:
+        app = old_run.start(loop, tiny_nano)
+        with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=old_run.headers("team")) as http:
+            yield ServedRun(old_run, app, http)
         app.close()
 
 
@@ -172,48 +172,50 @@ def test_the_checkpoint_is_that_of_the_fixture(unpacked: Path, tiny_nano: Path) 
     assert weights.hexdigest() == (unpacked / "checkpoint.sha256").read_text().strip()
 
 
-def test_every_job_ends_and_every_file_is_served(opened: Opened) -> None:
+def test_every_job_ends_and_every_file_is_served(served_run: ServedRun) -> None:
     """Half-denoised jobs resume from their states, with the results of the earlier release itself."""
-    http, left = opened.http, opened.left
+    http, old_run = served_run.http, served_run.old_run
     for name in COMPLETED:
-        if name != "attached" or left.has_attached:
-            job = http.get(f"/v1/videos/{left.jobs[name]['id']}").json()
-            check_video(job, left.jobs[name]["object"], left)
-            check_contents(http, left.jobs[name])
+        if name != "attached" or old_run.has_attached:
+            job = http.get(f"/v1/videos/{old_run.jobs[name]['id']}").json()
+            check_video(job, old_run.jobs[name]["object"], old_run)
+            check_contents(http, old_run.jobs[name])
             assert [kind for _, kind, _ in events_of(http, job["id"])][-1] == "completed"
     for name in ("failed", "cancelled_running", "cancelled_waiting"):
-        job = http.get(f"/v1/videos/{left.jobs[name]['id']}").json()
-        check_video(job, left.jobs[name]["object"], left)
-        assert job["error"] == left.jobs[name]["object"]["error"]
+        job = http.get(f"/v1/videos/{old_run.jobs[name]['id']}").json()
+        check_video(job, old_run.jobs[name]["object"], old_run)
+        assert job["error"] == old_run.jobs[name]["object"]["error"]
     for name in UNFINISHED:
-        job = wait_for_end(http, left.jobs[name]["id"])
+        job = wait_for_end(http, old_run.jobs[name]["id"])
         assert job["status"] == "completed", (name, job["error"])
-        known = left.jobs[name]["object"]
+        known = old_run.jobs[name]["object"]
         assert job["frames_sha256"] == known["frames_sha256"], name
-        check_contents(http, left.jobs[name])
+        check_contents(http, old_run.jobs[name])
         events = [(kind, data) for _, kind, data in events_of(http, job["id"])]
         begun = [index for index, (kind, _) in enumerate(events) if kind == "started"]
         first, *_ = [data["step"] for kind, data in events[begun[-1] :] if kind == "step"]
         assert (len(begun), first > 1) == ((2, True) if name.startswith("running") else (1, False)), "from its state on"
 
 
-def test_keys_idempotency_remix_and_delete_work_on_old_data(opened: Opened) -> None:
+def test_keys_idempotency_remix_and_delete_work_on_old_data(served_run: ServedRun) -> None:
     """API keys, idempotency keys, a job to be remixed, a job to be deleted."""
-    http, app, left = opened.http, opened.app, opened.left
-    once = left.jobs["sound"]
+    http, app, old_run = served_run.http, served_run.app, served_run.old_run
+    once = old_run.jobs["sound"]
     body = {**once["fields"], "prompt": "A red car."}
     again = http.post("/v1/videos", json=body, headers={"idempotency-key": "once"})
     assert (again.status_code, again.json()["id"]) == (200, once["id"])
-    remixed = http.post(f"/v1/videos/{left.jobs['from_image']['id']}/remix", json={"prompt": "A blue car."})
+    remixed = http.post(f"/v1/videos/{old_run.jobs['from_image']['id']}/remix", json={"prompt": "A blue car."})
     assert remixed.status_code == 200, remixed.text
-    assert wait_for_end(http, remixed.json()["id"])["frames_sha256"] == left.jobs["remixed"]["object"]["frames_sha256"]
+    assert (
+        wait_for_end(http, remixed.json()["id"])["frames_sha256"] == old_run.jobs["remixed"]["object"]["frames_sha256"]
+    )
     for key, status in (("small", 404), ("revoked", 401)):
-        answer = httpx2.get(f"{app.url}/v1/videos/{once['id']}", headers=left.headers(key))
+        answer = httpx2.get(f"{app.url}/v1/videos/{once['id']}", headers=old_run.headers(key))
         assert answer.status_code == status
-    assert left.copies(once)
+    assert old_run.copies(once)
     assert http.delete(f"/v1/videos/{once['id']}").status_code == 200
     assert http.get(f"/v1/videos/{once['id']}/content").status_code == 404
-    assert left.copies(once) == []
+    assert old_run.copies(once) == []
 
 
 def is_known(path: Path, place: Path) -> bool:
@@ -222,21 +224,23 @@ def is_known(path: Path, place: Path) -> bool:
     return name.startswith(".") or JOB_ID.fullmatch(name) is not None
 
 
-def check_everything_is_moved(left: Left, service: JobService) -> None:
+def check_everything_is_moved(old_run: OldRun, service: JobService) -> None:
     """Check that directory and archive have only folders of known jobs, with all their bytes."""
-    unknown = [] if left.has_attached else [left.jobs["attached"]]  # a job that the database of 0001 does not have
-    for place in filter(Path.exists, (left.place / "media", left.place / "archive")):
+    unknown = (
+        [] if old_run.has_attached else [old_run.jobs["attached"]]
+    )  # a job that the database of 0001 does not have
+    for place in filter(Path.exists, (old_run.place / "media", old_run.place / "archive")):
         # A killed start may leave an empty folder, and a temporary name, which is swept by its age.
         others = {path.parent for path in place.rglob("*") if path.is_file() and not is_known(path, place)}
         clips = [hashlib.sha256(clip.read_bytes()).hexdigest() for path in others for clip in path.glob("clip.*")]
         assert clips == [job["contents"]["video"]["sha256"] for job in unknown]
         assert len(others) == len(unknown)
-    found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in left.place.rglob("*") if path.is_file()}
-    assert set(left.manifest["files"].values()) <= found
+    found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in old_run.place.rglob("*") if path.is_file()}
+    assert set(old_run.manifest["files"].values()) <= found
     for name in COMPLETED:
-        known = left.jobs[name]
+        known = old_run.jobs[name]
         job = service.store.get(known["id"])
-        if (name == "attached" and not left.has_attached) or "video" not in known["contents"]:
+        if (name == "attached" and not old_run.has_attached) or "video" not in known["contents"]:
             continue
         assert job is not None
         assert (
@@ -244,29 +248,29 @@ def check_everything_is_moved(left: Left, service: JobService) -> None:
             == known["contents"]["video"]["sha256"]
         )
     for name in UNFINISHED:
-        job = service.store.get(left.jobs[name]["id"])
+        job = service.store.get(old_run.jobs[name]["id"])
         assert job is not None
         assert all(service.files.exists(job.job_id, name) for name in job.inputs)
         assert service.files.exists(job.job_id, SAVED_STATE) == name.startswith("running")
 
 
-def test_no_file_stays_in_the_old_layout(left: Left, tiny_nano: Path) -> None:
-    with closing(JobService.open(left.config(tiny_nano)).store):
+def test_no_file_stays_in_the_old_layout(old_run: OldRun, tiny_nano: Path) -> None:
+    with closing(JobService.open(old_run.config(tiny_nano)).store):
         pass
-    service = JobService.open(left.config(tiny_nano))
+    service = JobService.open(old_run.config(tiny_nano))
     with closing(service.store):
-        check_everything_is_moved(left, service)
+        check_everything_is_moved(old_run, service)
 
 
 def kill_at_every_step(run: Path, database: str, place: Path, checkpoint: Path, stride: int) -> int:
     """Kill a start at each ``stride``-th step of the upgrade of a fresh copy, then start again; return their number."""
     for step in itertools.count(1, stride):
-        left = Left.copy(run, place / str(step), database)
-        is_killed = is_killed_at(step, lambda left=left: JobService.open(left.config(checkpoint)))
-        service = JobService.open(left.config(checkpoint))
+        old_run = OldRun.copy(run, place / str(step), database)
+        is_killed = is_killed_at(step, lambda old_run=old_run: JobService.open(old_run.config(checkpoint)))
+        service = JobService.open(old_run.config(checkpoint))
         with closing(service.store):
-            check_everything_is_moved(left, service)
-        shutil.rmtree(left.place)
+            check_everything_is_moved(old_run, service)
+        shutil.rmtree(old_run.place)
         if not is_killed:
             return step // stride
     raise AssertionError("unreachable")
@@ -283,12 +287,12 @@ def test_a_start_that_is_killed_at_any_step_loses_nothing(
         assert pool.submit(kill_at_every_step, *given).result(1700) >= 100 // stride
 
 
-def test_two_starts_at_once_move_everything(left: Left, tiny_nano: Path) -> None:
-    config = left.config(tiny_nano)
+def test_two_starts_at_once_move_everything(old_run: OldRun, tiny_nano: Path) -> None:
+    config = old_run.config(tiny_nano)
     with ThreadPoolExecutor(2) as pool:
         services = [each.result(DEADLINE_S) for each in [pool.submit(JobService.open, config) for _ in range(2)]]
     for name in ("sound", "image", "from_clip"):
-        known = left.jobs[name]
+        known = old_run.jobs[name]
         job = services[0].store.get(known["id"])
         assert job is not None
         assert (
@@ -299,20 +303,22 @@ def test_two_starts_at_once_move_everything(left: Left, tiny_nano: Path) -> None
         service.store.close()
 
 
-def test_while_an_earlier_director_runs_a_job_nothing_is_touched(left: Left, tiny_nano: Path) -> None:
-    engine = sqlalchemy.create_engine(left.url)
+def test_while_an_earlier_director_runs_a_job_nothing_is_touched(old_run: OldRun, tiny_nano: Path) -> None:
+    engine = sqlalchemy.create_engine(old_run.url)
     with engine.begin() as connection:
         until_s = {"until_s": time.time() + 60}
         connection.execute(text("UPDATE jobs SET lease_until_s = :until_s WHERE state = 'in_progress'"), until_s)
     with pytest.raises(JobsError, match=r"no runner of an earlier release may be at work.*got 2 jobs.*stop"):
-        JobService.open(left.config(tiny_nano))
-    files = {path: hashlib.sha256((left.place / path).read_bytes()).hexdigest() for path in left.manifest["files"]}
-    assert files == left.manifest["files"]
+        JobService.open(old_run.config(tiny_nano))
+    files = {
+        path: hashlib.sha256((old_run.place / path).read_bytes()).hexdigest() for path in old_run.manifest["files"]
+    }
+    assert files == old_run.manifest["files"]
     with engine.begin() as connection:
-        connection.execute(text("SELECT seen_s FROM runners" if left.has_attached else "SELECT 1"))
+        connection.execute(text("SELECT seen_s FROM runners" if old_run.has_attached else "SELECT 1"))
         connection.execute(text("UPDATE jobs SET lease_until_s = 5"))
     engine.dispose()
-    JobService.open(left.config(tiny_nano)).store.close()
+    JobService.open(old_run.config(tiny_nano)).store.close()
 
 
 def test_files_are_served_where_the_directory_was_lost(
@@ -324,22 +330,22 @@ def test_files_are_served_where_the_directory_was_lost(
     for folder in (place / "media").iterdir():
         if run == "archive" or folder.name != "jobs":
             shutil.rmtree(folder)
-    left = Left(place, f"sqlite:///{place}/0002.sqlite3", "0002")
-    app = left.start(loop, tiny_nano)
+    old_run = OldRun(place, f"sqlite:///{place}/0002.sqlite3", "0002")
+    app = old_run.start(loop, tiny_nano)
     try:
-        with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=left.headers("team")) as http:
+        with httpx2.Client(base_url=app.url, timeout=DEADLINE_S, headers=old_run.headers("team")) as http:
             if run == "archive":
-                check_contents(http, left.jobs["sound"])
-                assert wait_for_end(http, left.jobs["running_image"]["id"])["status"] == "completed"
+                check_contents(http, old_run.jobs["sound"])
+                assert wait_for_end(http, old_run.jobs["running_image"]["id"])["status"] == "completed"
             else:
-                assert http.get(f"/v1/videos/{left.jobs['sound']['id']}/content").status_code == 410
+                assert http.get(f"/v1/videos/{old_run.jobs['sound']['id']}/content").status_code == 410
     finally:
         app.close()
 
 
-def check_video(job: dict[str, Any], known: dict[str, Any], left: Left) -> None:
+def check_video(job: dict[str, Any], known: dict[str, Any], old_run: OldRun) -> None:
     """Check that a job's object is that of the earlier release."""
-    fields = [name for name in UNCHANGED if left.has_attached or name != "remixed_from_video_id"]
+    fields = [name for name in UNCHANGED if old_run.has_attached or name != "remixed_from_video_id"]
     assert {name: job[name] for name in fields} == {name: known[name] for name in fields}
 
 

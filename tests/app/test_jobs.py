@@ -15,7 +15,16 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.sampler.schedule import make_schedule
 from deployments.jobs.store import JobStore
-from tests.app.http_jobs import CLASSES, DEADLINE_S, SMALL, events_of, job_of, patient_client, patiently, wait_for_end
+from tests.app.http_jobs import (
+    CLASSES,
+    DEADLINE_S,
+    SMALL,
+    create_job,
+    events_of,
+    get_until_up,
+    patient_client,
+    wait_for_end,
+)
 from tests.settling import eventually
 
 pytestmark = pytest.mark.timeout(600)
@@ -34,7 +43,7 @@ def http(jobs_app: Any) -> Iterator[httpx2.Client]:
 
 
 def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx2.Client) -> None:
-    job_id = job_of(http, num_inference_steps=12, num_frames=9)
+    job_id = create_job(http, num_inference_steps=12, num_frames=9)
     events = list(events_of(http, job_id))
     numbers = [number for number, kind, _ in events if kind != "queued"]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -56,23 +65,23 @@ def test_every_step_event_carries_the_ranks_sigma(jobs_app: Any, http: httpx2.Cl
 
 
 def test_while_steps_are_held_progress_stands_still(jobs_app: Any, http: httpx2.Client) -> None:
-    job_id = job_of(http, num_inference_steps=400)
+    job_id = create_job(http, num_inference_steps=400)
     path = f"/v1/videos/{job_id}"
-    assert eventually(lambda: patiently(http, path)["step"] >= 5)
+    assert eventually(lambda: get_until_up(http, path)["step"] >= 5)
     with jobs_app.hold():
         # Events from before arrive within a quantum or two of a quarter second.
-        before, held = patiently(http, path), None
+        before, held = get_until_up(http, path), None
         while held is None or before["step"] != held["step"]:
             before = held or before
             time.sleep(0.5)
-            held = patiently(http, path)
+            held = get_until_up(http, path)
         assert 5 <= held["step"] < 400
         time.sleep(0.5)
-        still = patiently(http, path)
+        still = get_until_up(http, path)
         for name in ("step", "sigma", "progress", "stage", "status"):
             assert still[name] == held[name]
         assert still["status"] == "in_progress"
-    assert eventually(lambda: patiently(http, path)["step"] > held["step"]), "and then it goes on"
+    assert eventually(lambda: get_until_up(http, path)["step"] > held["step"]), "and then it goes on"
     assert http.post(f"{path}/cancel").status_code == 200
     job = wait_for_end(http, job_id)
     assert (job["status"], job["error"]["code"]) == ("failed", "cancelled")
@@ -81,18 +90,18 @@ def test_while_steps_are_held_progress_stands_still(jobs_app: Any, http: httpx2.
 
 def test_classes_get_their_shares_and_a_full_queue_sends_retry_after(jobs_app: Any, http: httpx2.Client) -> None:
     """Steps are held until the queue is full: then the order is the queue's own."""
-    assert wait_for_end(http, job_of(http, **SMALL))["status"] == "completed", "there is a speed to tell times by"
+    assert wait_for_end(http, create_job(http, **SMALL))["status"] == "completed", "there is a speed to tell times by"
     with jobs_app.hold():
-        running = [job_of(http, **SMALL) for _ in range(2)]
-        assert eventually(lambda: all(patiently(http, f"/v1/videos/{it}")["status"] != "queued" for it in running))
+        running = [create_job(http, **SMALL) for _ in range(2)]
+        assert eventually(lambda: all(get_until_up(http, f"/v1/videos/{it}")["status"] != "queued" for it in running))
         # The least urgent come first.
         classes = [name for name in reversed(CLASSES) for _ in range(8)]
-        ids = [job_of(http, **SMALL, service_class=name) for name in classes]
+        ids = [create_job(http, **SMALL, service_class=name) for name in classes]
         refused = http.post("/v1/videos", json=SMALL)
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "overloaded"
         assert 1 <= int(refused.headers["retry-after"]) <= 3600
-        positions = [patiently(http, f"/v1/videos/{job_id}")["queue_position"] for job_id in ids]
+        positions = [get_until_up(http, f"/v1/videos/{job_id}")["queue_position"] for job_id in ids]
         assert sorted(positions) == list(range(2, 26)), "two run"
     jobs = [wait_for_end(http, job_id) for job_id in ids]
     assert {job["status"] for job in jobs} == {"completed"}

@@ -60,11 +60,11 @@ def compare(subject: Subject) -> None:
     our_velocities: list[torch.Tensor] = []
     velocity = ours.denoiser.transformer.velocity
 
-    def recorded(*args: Any) -> dict[str, torch.Tensor]:
+    def record(*args: Any) -> dict[str, torch.Tensor]:
         our_velocities.append(velocity(*args)["video"])
         return {"video": our_velocities[-1]}
 
-    ours.denoiser.transformer.velocity = recorded  # type: ignore[method-assign]
+    ours.denoiser.transformer.velocity = record  # type: ignore[method-assign]
     ours.prefill()
     assert ours.denoiser.text_cache.num_prefills == 2
     ours.start()

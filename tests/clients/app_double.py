@@ -410,10 +410,10 @@ class Director:
             async for seq, kind, data in self._app.iterate_breaking(job_id, after):
                 yield SimpleNamespace(seq=seq, kind=kind, data=data)
 
-        def left() -> None:
+        def on_cancel() -> None:
             self._app.num_closed += 1
 
-        return Response(items(), left)
+        return Response(items(), on_cancel)
 
     def _stream(self, request: GenerationRequest, options: SubmitOptions, timeout_s: float) -> Response:
         app = self._app
@@ -428,12 +428,12 @@ class Director:
             async for _, kind, data in app.iterate_events(job_id, 0):
                 yield _message(kind, data, job_id)
 
-        def left() -> None:
+        def on_cancel() -> None:
             # Cancelling an ended stream does nothing.
             if begun and app.videos[begun[0]]["status"] not in ("completed", "failed"):
                 app.cancel(begun[0])
 
-        return Response(items(), left)
+        return Response(items(), on_cancel)
 
 
 def _message(kind: str, data: dict[str, Any], job_id: str) -> Any:

@@ -133,7 +133,7 @@ def test_an_interrupt_during_submission_leaves_no_task(is_handed_over: bool, mon
     thread, num_calls = LoopThread(), 0
     hand_over = thread._loop.call_soon_threadsafe
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupt(*arguments: Any) -> None:
         nonlocal num_calls
         num_calls += 1
         if num_calls > 1 or is_handed_over:
@@ -141,7 +141,7 @@ def test_an_interrupt_during_submission_leaves_no_task(is_handed_over: bool, mon
         if num_calls == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(thread._loop, "call_soon_threadsafe", interrupted)
+    monkeypatch.setattr(thread._loop, "call_soon_threadsafe", interrupt)
     work = asyncio.sleep(DEADLINE_S)
     with pytest.raises(KeyboardInterrupt):
         thread.run(work)

@@ -26,6 +26,7 @@ from cosmos3_core.errors import MediaError, RequestError, StateError
 from cosmos3_core.preview import PreviewMap, PreviewOrder
 from cosmos3_core.prompt_ledger import PromptOrders, RequestMemory, text_key
 from cosmos3_core.shapes import LatentShape
+from tests.observability.recording import CallRecorder
 from tests.settling import run, settle
 
 VIDEO, IMAGE = LatentShape(2, 1, 1), LatentShape(1, 1, 1)
@@ -50,7 +51,7 @@ class FakeGang:
     ends: list[bool] = field(default_factory=list)
     no_previews_from_step: int | None = None
     gate: asyncio.Semaphore | None = None  # one place a quantum
-    told_step_s: float | None = None  # reported seconds per step, if not the real ones
+    reported_step_s: float | None = None  # reported seconds per step, if not the real ones
     max_begun: int = 0
     # 100 bytes for each latent frame.
     request_memory: RequestMemory = RequestMemory(100, 0, 0, 0, 0, 1)  # noqa: RUF009 - frozen
@@ -97,7 +98,7 @@ class FakeGang:
             await asyncio.sleep(self.step_s * count)
             self.progress[job_id] = (done + count, total)
             steps = tuple(StepDone(done + index + 1, total, 0.5, 0.1, os.getpid()) for index in range(count))
-            return [StepReport(steps, (self.told_step_s or self.step_s) * count)]
+            return [StepReport(steps, (self.reported_step_s or self.step_s) * count)]
         elif method == "preview":
             done, _ = self.progress[job_id]
             if self.no_previews_from_step is not None and done >= self.no_previews_from_step:
@@ -111,13 +112,13 @@ class FakeGang:
             self.progress.pop(job_id, None)
         return [None]
 
-    def of(self, method: str) -> list[Any]:
+    def calls_of(self, method: str) -> list[Any]:
         """List the arguments of a method's calls."""
         return [arguments for name, arguments in self.calls if name == method]
 
-    def turns(self) -> list[str]:
+    def list_turns(self) -> list[str]:
         """List whose steps ran, in order, without consecutive repeats."""
-        jobs = [arguments[0] for arguments in self.of("step")]
+        jobs = [arguments[0] for arguments in self.calls_of("step")]
         return [job for index, job in enumerate(jobs) if index == 0 or jobs[index - 1] != job]
 
 
@@ -151,7 +152,7 @@ def test_a_request_gets_its_position_every_step_and_its_latents() -> None:
         assert updates[0] == QueuePosition(0, os.getpid())
         assert steps_of(updates) == list(range(1, 1001))
         # Quanta of about a quarter second: neither single steps nor all at once.
-        assert 3 <= len(gang.of("step")) <= 20
+        assert 3 <= len(gang.calls_of("step")) <= 20
         assert isinstance(updates[-1], Denoised)
         await settle()
         assert gang.progress == {}
@@ -259,13 +260,13 @@ def test_a_request_past_its_deadline_fails() -> None:
                 pass
 
         task = asyncio.create_task(too_slow())
-        while not gang.of("step"):
+        while not gang.calls_of("step"):
             await asyncio.sleep(0.01)
         assert isinstance((await follow(loop, "b", 5))[-1], Denoised)
         assert "a" not in gang.progress
         with pytest.raises(DeadlineExceeded):
             await task
-        assert 0 < sum(arguments[1] for arguments in gang.of("step") if arguments[0] == "a") < 1000
+        assert 0 < sum(arguments[1] for arguments in gang.calls_of("step") if arguments[0] == "a") < 1000
 
     run(body())
 
@@ -275,13 +276,13 @@ def test_late_requests_are_not_started() -> None:
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang)
         running = asyncio.create_task(follow(loop, "a", 60))
-        while not gang.of("step"):
+        while not gang.calls_of("step"):
             await asyncio.sleep(0.01)
         with pytest.raises(DeadlineExceeded):
             async for _ in loop.submit("late", request(5), 0.05):
                 pass
         await running
-        assert [arguments[0] for arguments in gang.of("begin")] == ["a"]
+        assert [arguments[0] for arguments in gang.calls_of("begin")] == ["a"]
 
     run(body())
 
@@ -374,24 +375,24 @@ def test_one_rank_that_raises_in_a_step_fails_the_gang_not_the_request() -> None
 
 def test_an_image_passes_every_video_at_the_next_quantum() -> None:
     async def body() -> None:
-        gang = FakeGang(step_s=0.001, told_step_s=0.01)
+        gang = FakeGang(step_s=0.001, reported_step_s=0.01)
         loop = loop_on(gang, max_jobs=9)
         videos = [asyncio.create_task(follow(loop, f"video {index}", 60)) for index in range(9)]
-        while not gang.of("step"):
+        while not gang.calls_of("step"):
             await asyncio.sleep(0.001)
-        num_quanta = len(gang.of("step"))
+        num_quanta = len(gang.calls_of("step"))
         image = await follow(loop, "image", 10, shape=IMAGE)
         assert image[0] == QueuePosition(0, os.getpid())
         assert isinstance(image[-1], Denoised)
         # The running quantum, and one more at most.
-        assert [arguments[0] for arguments in gang.of("step")].index("image") <= num_quanta + 1
+        assert [arguments[0] for arguments in gang.calls_of("step")].index("image") <= num_quanta + 1
         with pytest.raises(OverloadedError, match="requests for videos of one transformer gang: all 9"):
             await follow(loop, "one too many", 1)
         for video in await asyncio.gather(*videos):
             assert steps_of(video) == list(range(1, 61))
-        assert gang.turns()[:3] == ["video 0", "image", "video 0"]
+        assert gang.list_turns()[:3] == ["video 0", "image", "video 0"]
         # No other request overtakes.
-        assert [name for name in gang.turns() if name != "image"][1:] == [f"video {index}" for index in range(9)]
+        assert [name for name in gang.list_turns() if name != "image"][1:] == [f"video {index}" for index in range(9)]
 
     run(body())
 
@@ -412,13 +413,14 @@ def test_a_started_request_is_parked_and_resumed() -> None:
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang, max_held_bytes=250)  # a video holds 200, an image 100
         video = asyncio.create_task(follow(loop, "video", 60))
-        while not gang.of("step"):
+        while not gang.calls_of("step"):
             await asyncio.sleep(0.001)
         assert isinstance((await follow(loop, "image", 10, shape=IMAGE))[-1], Denoised)
         assert gang.max_begun == 1
         assert steps_of(await video) == list(range(1, 61)), "no step is lost, none is done twice"
         begun = [
-            (job_id, None if state is None else int(state.array()[0])) for job_id, _, _, state, _, _ in gang.of("begin")
+            (job_id, None if state is None else int(state.array()[0]))
+            for job_id, _, _, state, _, _ in gang.calls_of("begin")
         ]
         assert [job_id for job_id, _ in begun] == ["video", "image", "video"]
         assert begun[0][1] is None
@@ -433,12 +435,12 @@ def test_within_the_bound_nothing_is_parked() -> None:
         gang = FakeGang(step_s=0.01)
         loop = loop_on(gang, max_held_bytes=300)
         video = asyncio.create_task(follow(loop, "video", 60))
-        while not gang.of("step"):
+        while not gang.calls_of("step"):
             await asyncio.sleep(0.001)
         await follow(loop, "image", 10, shape=IMAGE)
         await video
         assert gang.max_begun == 2
-        assert gang.of("read_state") == []
+        assert gang.calls_of("read_state") == []
 
     run(body())
 
@@ -467,7 +469,7 @@ def test_the_leader_decides_which_prompts_are_cached() -> None:
             async for _ in loop.submit(job_id, job, 60.0):
                 pass
         one, two = ((text_key((number,))) for number in (1, 2))
-        assert [orders for _, _, orders, *_ in gang.of("begin")] == [
+        assert [orders for _, _, orders, *_ in gang.calls_of("begin")] == [
             PromptOrders((), frozenset([one])),
             PromptOrders((one,), frozenset([two])),
         ]
@@ -475,39 +477,26 @@ def test_the_leader_decides_which_prompts_are_cached() -> None:
     run(body())
 
 
-class Told:
-    """A meter that records its calls."""
-
-    def __init__(self) -> None:
-        self.words: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self.words.append((name, *arguments))
-
-    def of(self, name: str) -> list[tuple[Any, ...]]:
-        return [arguments for word, *arguments in self.words if word == name]
-
-
 def test_the_meter_records_quanta_waits_prompts_and_busy_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.gang_meter._PERIOD_S", 0.0)
     monkeypatch.setattr(leader_loop, "_IDLE_S", 0.02)
 
     async def body() -> None:
-        gang, told = FakeGang(request_memory=RequestMemory(1, 0, 0, 0, 8, 1)), Told()
-        loop = loop_on(gang, told, text_cache_bytes=100)
+        gang, meter = FakeGang(request_memory=RequestMemory(1, 0, 0, 0, 8, 1)), CallRecorder()
+        loop = loop_on(gang, meter, text_cache_bytes=100)
         for job_id in ("a", "b"):
             await follow(loop, job_id, 8)
         await follow(loop, "c", 8, shape=IMAGE)
-        assert sum(num_steps for _, num_steps, _ in told.of("record_steps")) == 24
-        assert {lane for lane, *_ in told.of("record_steps")} == {"video", "image"}
-        assert all(seconds > 0 for *_, seconds in told.of("record_steps"))
-        assert [lane for lane, _ in told.of("record_gang_wait")] == ["video", "video", "image"]
-        assert told.of("count_prompt_lookups") == [[0, 1], [1, 0], [1, 0]]
-        shares = [share for (share,) in told.of("set_busy_share")]
+        assert sum(num_steps for _, num_steps, _ in meter.calls_of("record_steps")) == 24
+        assert {lane for lane, *_ in meter.calls_of("record_steps")} == {"video", "image"}
+        assert all(seconds > 0 for *_, seconds in meter.calls_of("record_steps"))
+        assert [lane for lane, _ in meter.calls_of("record_gang_wait")] == ["video", "video", "image"]
+        assert meter.calls_of("count_prompt_lookups") == [(0, 1), (1, 0), (1, 0)]
+        shares = [share for (share,) in meter.calls_of("set_busy_share")]
         assert any(share > 0.5 for share in shares)
         # Set while idle too: a gauge that is not refreshed expires.
         async with asyncio.timeout(20):
-            while told.of("set_busy_share")[-1][0] != 0.0:
+            while meter.calls_of("set_busy_share")[-1][0] != 0.0:
                 await asyncio.sleep(0.01)
 
     run(body())
@@ -521,7 +510,7 @@ def test_the_request_id_reaches_the_ranks_and_the_log(caplog: pytest.LogCaptureF
         with pytest.raises(GangFailed):
             async for _ in loop_on(gang).submit("a", request(8), 60.0, origin=origin):
                 pass
-        assert gang.of("begin")[0][-1] == origin
+        assert gang.calls_of("begin")[0][-1] == origin
         lines = [vars(record) for record in caplog.records]
         assert [line["event"] for line in lines] == ["gang began", "gang failed"]
         assert all(line.items() >= vars(origin).items() for line in lines)
@@ -553,9 +542,9 @@ def test_saving_takes_a_small_share_of_the_time_and_waits_for_its_reader() -> No
         loop = loop_on(gang, save_period_s=0.01)
         stalled = loop.submit("a", request(200), 60.0)
         assert await anext(stalled) == QueuePosition(0, os.getpid())
-        while len(gang.of("step")) < 6:  # no one reads the events
+        while len(gang.calls_of("step")) < 6:  # no one reads the events
             await asyncio.sleep(0.01)
-        assert len(gang.of("read_state")) <= 1
+        assert len(gang.calls_of("read_state")) <= 1
         await stalled.aclose()  # type: ignore[attr-defined]
 
     run(body())
@@ -570,8 +559,8 @@ class GatedGang(FakeGang):
     gate: asyncio.Semaphore
 
 
-def gated(num_open: int, **fields: Any) -> GatedGang:
-    return GatedGang(told_step_s=1.0, gate=asyncio.Semaphore(num_open), **fields)
+def make_gang(num_open: int, **fields: Any) -> GatedGang:
+    return GatedGang(reported_step_s=1.0, gate=asyncio.Semaphore(num_open), **fields)
 
 
 def previewing(loop: EngineLoop, num_steps: int, num_previews: int, state: Any = None) -> AsyncIterator[Any]:
@@ -581,7 +570,7 @@ def previewing(loop: EngineLoop, num_steps: int, num_previews: int, state: Any =
 
 def test_with_steps_held_by_a_gate_every_step_shows_another_preview() -> None:
     async def body() -> None:
-        gang = gated(0)
+        gang = make_gang(0)
         updates = previewing(loop_on(gang), 4, 3)
         assert await anext(updates) == QueuePosition(0, os.getpid())
         seen = []
@@ -598,7 +587,7 @@ def test_with_steps_held_by_a_gate_every_step_shows_another_preview() -> None:
         assert np.allclose(seen, [20, 40, 60], atol=3)
         gang.gate.release()
         assert [type(update) async for update in updates] == [StepDone, Denoised], "after the last step comes the clip"
-        assert [arguments[1:] for arguments in gang.of("preview")] == [(MAP, engine_loop.MAX_FRAMES)] * 3
+        assert [arguments[1:] for arguments in gang.calls_of("preview")] == [(MAP, engine_loop.MAX_FRAMES)] * 3
 
     run(body())
 
@@ -610,7 +599,7 @@ def test_previews_are_spread_over_the_steps_and_none_comes_after_the_last(
     monkeypatch.setattr(engine_loop, "animate_webp", lambda frames, fps: b"webp")
 
     async def body() -> None:
-        gang = FakeGang(step_s=0.002, told_step_s=0.03)
+        gang = FakeGang(step_s=0.002, reported_step_s=0.03)
         updates = [update async for update in previewing(loop_on(gang), 100, num_previews)]
         assert steps_of(updates) == list(range(1, 101))
         steps = [update.step for update in updates if isinstance(update, PreviewReady)]
@@ -629,7 +618,7 @@ def test_without_previews_none_is_made() -> None:
     async def body() -> None:
         gang = FakeGang()
         await follow(loop_on(gang), "a", 100)
-        assert gang.of("preview") == []
+        assert gang.calls_of("preview") == []
 
     run(body())
 
@@ -644,12 +633,12 @@ def test_while_a_preview_is_encoded_steps_go_on_without_another(monkeypatch: pyt
     monkeypatch.setattr(engine_loop, "animate_webp", slow)
 
     async def body() -> None:
-        gang = gated(4)
+        gang = make_gang(4)
         updates = previewing(loop_on(gang), 6, 5)
         assert [(await anext(updates)) for _ in range(5)][1:] == [
             StepDone(n, 6, 0.5, 0.1, os.getpid()) for n in (1, 2, 3, 4)
         ]
-        assert len(gang.of("preview")) == 1, "more than one preview in the making"
+        assert len(gang.calls_of("preview")) == 1, "more than one preview in the making"
         finish.set()
         late = await anext(updates)
         assert (late.step, late.image) == (1, b"late")
@@ -667,7 +656,7 @@ def test_a_preview_unfinished_at_the_last_step_is_dropped(monkeypatch: pytest.Mo
     monkeypatch.setattr(engine_loop, "animate_webp", lambda frames, fps: b"late" if finish.wait(20) else b"")
 
     async def body() -> None:
-        loop = loop_on(FakeGang(told_step_s=1.0))
+        loop = loop_on(FakeGang(reported_step_s=1.0))
         updates = [type(update) async for update in previewing(loop, 2, 1)]
         assert updates == [QueuePosition, StepDone, StepDone, Denoised]
         finish.set()
@@ -693,7 +682,7 @@ def test_a_preview_finished_during_the_fetch_of_latents_is_dropped(monkeypatch: 
 
     async def body() -> None:
         nonlocal loop
-        loop = loop_on(Fetching(told_step_s=1.0))
+        loop = loop_on(Fetching(reported_step_s=1.0))
         assert [type(update) async for update in previewing(loop, 2, 1)] == [
             QueuePosition,
             StepDone,
@@ -707,13 +696,13 @@ def test_a_preview_finished_during_the_fetch_of_latents_is_dropped(monkeypatch: 
 def test_a_failed_preview_ends_only_the_previews(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(frames: Any, fps: float) -> bytes:
+    def fail(frames: Any, fps: float) -> bytes:
         raise MediaError("no WebP here")
 
     async def body() -> None:
         for rank_fails in (True, False):
-            gang = gated(1, no_previews_from_step=1 if rank_fails else None)
-            monkeypatch.setattr(engine_loop, "animate_webp", broken)
+            gang = make_gang(1, no_previews_from_step=1 if rank_fails else None)
+            monkeypatch.setattr(engine_loop, "animate_webp", fail)
             loop = loop_on(gang)
             caplog.clear()
             updates = previewing(loop, 4, 3)
@@ -723,7 +712,7 @@ def test_a_failed_preview_ends_only_the_previews(
             for _ in range(3):
                 gang.gate.release()
             assert [type(update) async for update in updates] == [StepDone, StepDone, StepDone, Denoised]
-            assert len(gang.of("preview")) == 1, "asked again after a failure"
+            assert len(gang.calls_of("preview")) == 1, "asked again after a failure"
             assert [record.levelname for record in caplog.records] == ["WARNING"]
             assert "goes on without previews" in caplog.text
             assert loop.failure is None
@@ -740,14 +729,14 @@ def test_a_rank_that_dies_during_a_preview_fails_the_gang() -> None:
 
     async def body() -> None:
         with pytest.raises(GangFailed, match="died in preview"):
-            _ = [update async for update in previewing(loop_on(Dying(told_step_s=1.0)), 4, 3)]
+            _ = [update async for update in previewing(loop_on(Dying(reported_step_s=1.0)), 4, 3)]
 
     run(body())
 
 
 def test_a_resumed_request_is_previewed_from_its_step() -> None:
     async def body() -> None:
-        gang = gated(1)
+        gang = make_gang(1)
         state = TensorEnvelope.of_array(np.array([6], np.int64))
         updates = previewing(loop_on(gang), 9, 2, state)  # every third step
         assert [getattr(await anext(updates), "step", 0) for _ in range(3)] == [0, 7, 7]

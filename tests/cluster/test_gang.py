@@ -69,7 +69,7 @@ def test_errors_survive_pickling(error: Exception) -> None:
 REFUSAL, NO_MEMORY = RequestError("latents", 7, "48"), OutOfMemory("of 1 GiB")
 
 
-def rank_that(*does: float | Exception) -> Any:
+def make_rank(*does: float | Exception) -> Any:
     """Make an actor's handle whose ``work`` sleeps, then raises the error if given."""
 
     async def work(*arguments: Any) -> tuple[Any, ...]:
@@ -82,7 +82,7 @@ def rank_that(*does: float | Exception) -> Any:
     return SimpleNamespace(work=SimpleNamespace(remote=work))
 
 
-def asked(*ranks: Any, timeout_s: float = 5) -> list[Any]:
+def gather(*ranks: Any, timeout_s: float = 5) -> list[Any]:
     return asyncio.run(
         asyncio.wait_for(Gang(list(ranks)).call_refusable("work", phase="decode", timeout_s=timeout_s), 8)
     )
@@ -90,11 +90,11 @@ def asked(*ranks: Any, timeout_s: float = 5) -> list[Any]:
 
 def test_a_refusal_waits_for_the_others_to_agree() -> None:
     with pytest.raises(RequestError):
-        asked(rank_that(REFUSAL), rank_that(0.1, REFUSAL))
+        gather(make_rank(REFUSAL), make_rank(0.1, REFUSAL))
     with pytest.raises(GangFailed, match="rank 0: work.. raised RequestError"):
-        asked(rank_that(REFUSAL), rank_that(0.1))
+        gather(make_rank(REFUSAL), make_rank(0.1))
     with pytest.raises(OutOfMemory):
-        asked(rank_that(NO_MEMORY))
+        gather(make_rank(NO_MEMORY))
 
 
 @pytest.mark.parametrize("others", [(3600,), (0.05, NO_MEMORY), (0.05, REFUSAL)], ids=str)
@@ -103,7 +103,7 @@ def test_out_of_memory_on_one_of_several_ranks_does_not_wait(
 ) -> None:
     monkeypatch.setattr(gang_module, "_AGREE_S", 3600.0)
     with pytest.raises(GangFailed, match="rank 1: work.. raised OutOfMemory") as raised:
-        asked(rank_that(*others), rank_that(NO_MEMORY), timeout_s=3600)
+        gather(make_rank(*others), make_rank(NO_MEMORY), timeout_s=3600)
     assert raised.value.__cause__ is NO_MEMORY
 
 
@@ -115,6 +115,6 @@ def test_a_tensor_is_stored_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) 
         return "its reference"
 
     monkeypatch.setattr(gang_module.ray, "put", fake_put)
-    calls = Gang([rank_that(), rank_that(), rank_that()]).call("work", "clip", envelope, phase="decode", timeout_s=5)
+    calls = Gang([make_rank(), make_rank(), make_rank()]).call("work", "clip", envelope, phase="decode", timeout_s=5)
     assert asyncio.run(calls) == [("clip", "its reference")] * 3
     assert put == [envelope]

@@ -36,7 +36,7 @@ def latents_of(name: str) -> TensorEnvelope:
     return TensorEnvelope.of_array(noise.astype(np.float32))
 
 
-def all_calls(spec: VideoVAESpec) -> Calls:
+def list_calls(spec: VideoVAESpec) -> Calls:
     """List a leader's calls to every rank: warm up, the clips in turns, a picture."""
     calls = [*spec.warm_up, *(("begin", (name, latents_of(name))) for name in CLIPS)]
     longest = max(num_frames for num_frames, *_ in CLIPS.values())
@@ -45,13 +45,13 @@ def all_calls(spec: VideoVAESpec) -> Calls:
     return [*calls, ("encode", (PICTURE, TensorEnvelope.of_array(picture))), *(("end", (name,)) for name in CLIPS)]
 
 
-def answers(rank: int, spec: VideoVAESpec, port: int) -> list[Any]:
+def run_rank(rank: int, spec: VideoVAESpec, port: int) -> list[Any]:
     """Run a rank through all calls; return its answers."""
     actor = VideoVAERank(rank, spec)
     if spec.num_ranks > 1:
         actor.join("127.0.0.1", port)
     actor.load()
-    results = [getattr(actor, method)(*arguments) for method, arguments in all_calls(spec)]
+    results = [getattr(actor, method)(*arguments) for method, arguments in list_calls(spec)]
     assert actor._clips == {}
     close_groups()
     return results
@@ -60,17 +60,17 @@ def answers(rank: int, spec: VideoVAESpec, port: int) -> list[Any]:
 def strips(spec: VideoVAESpec, results: list[Any]) -> dict[str, list[Any]]:
     """Group the answers by clip; the last of each is None."""
     found: dict[str, list[Any]] = {name: [] for name in CLIPS}
-    for (method, arguments), result in zip(all_calls(spec), results, strict=True):
+    for (method, arguments), result in zip(list_calls(spec), results, strict=True):
         if method == "next_strip" and arguments[0] in CLIPS:
             found[arguments[0]].append(result)
     return found
 
 
 def latents_from(spec: VideoVAESpec, results: list[Any]) -> Any:
-    return results[[method for method, _ in all_calls(spec)].index("encode")]
+    return results[[method for method, _ in list_calls(spec)].index("encode")]
 
 
-def joined(chunks: list[Any]) -> npt.NDArray[np.int64]:
+def join_strips(chunks: list[Any]) -> npt.NDArray[np.int64]:
     """Join the strips of a clip's chunks as :class:`FrameChunk` does."""
     return np.concatenate(
         [np.concatenate([strip.frames.array() for strip in chunk], chunk[0].axis) for chunk in chunks]
@@ -81,10 +81,10 @@ def joined(chunks: list[Any]) -> npt.NDArray[np.int64]:
 @pytest.mark.timeout(120)
 def test_two_ranks_give_the_result_of_one(tiny_nano: Path) -> None:
     alone, together = spec_of(tiny_nano, 1), spec_of(tiny_nano, 2)
-    expected = answers(0, alone, 0)
+    expected = run_rank(0, alone, 0)
     store = host_store("127.0.0.1", 2, 60)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
-        futures = [processes.submit(answers, rank, together, store.port) for rank in range(2)]
+        futures = [processes.submit(run_rank, rank, together, store.port) for rank in range(2)]
         ranks = [future.result(timeout=100) for future in futures]
     shares = {"columns": (2, [48, 32]), "rows": (1, [48, 32]), "whole": (1, [16, 0])}
     for name, (num_frames, height, width) in CLIPS.items():
@@ -96,10 +96,10 @@ def test_two_ranks_give_the_result_of_one(tiny_nano: Path) -> None:
         axis, extents = shares[name]
         for half, extent in zip(halves, extents, strict=True):
             assert {(strip.axis, strip.frames.shape[axis]) for strip in half} == {(axis, extent)}
-        frames = joined(list(zip(*halves, strict=True)))
+        frames = join_strips(list(zip(*halves, strict=True)))
         assert frames.shape == (4 * num_frames - 3, 16 * height, 16 * width, 3)
         assert frames.std() > 5, "pictures this flat would prove little"
-        assert abs(frames - joined([[chunk] for chunk in whole])).max() <= 1
+        assert abs(frames - join_strips([[chunk] for chunk in whole])).max() <= 1
     first, second = (latents_from(together, rank) for rank in ranks)
     assert second is None
     np.testing.assert_allclose(first.array(), latents_from(alone, expected).array(), rtol=0, atol=1e-5)

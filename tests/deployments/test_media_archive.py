@@ -31,64 +31,64 @@ from deployments.media.fsspec_objects import FsspecObjects, open_objects
 from deployments.media.job_files import JobFiles
 from deployments.media.layout import DONE, FAILED, WRITING, MediaRecord, find_record, new_media_id
 from deployments.media.objects import DirectoryObjects
-from deployments.media.store import MediaEntry, MediaStore
-from tests.api.content_answers import content_answer
-from tests.deployments.reading import read
+from deployments.media.store import MediaStore
+from tests.api.content_answers import Answer, content_answer, send_answer
+from tests.deployments.clips import DATA, begin, make, read, sweep
+from tests.settling import run
 
 KEEP_S = 100.0
 DEADLINE_S = 60.0
-DATA = bytes(range(256)) * 5
 LONG = os.urandom(1 << 20) * 3 + b"end"
 
 
-class Wavering(MemoryFileSystem):
+class FlakyObjects(MemoryFileSystem):
     """Objects in memory that fail on demand and count calls."""
 
-    protocol = "wavering"
-    asked: list[tuple[str, str]] = []  # noqa: RUF012 - of all instances, which are one a thread
+    protocol = "flaky"
+    calls: list[tuple[str, str]] = []  # noqa: RUF012 - of all instances, which are one a thread
     failing: Callable[[str, str], bool] = staticmethod(lambda verb, name: False)
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(str(path).removeprefix("wavering://"))
+        return super()._strip_protocol(str(path).removeprefix("flaky://"))
 
-    def _ask(self, verb: str, path: str) -> None:
+    def _note(self, verb: str, path: str) -> None:
         name = path.rpartition("/")[2]
-        self.asked.append((verb, name))
-        if Wavering.failing(verb, name):
+        self.calls.append((verb, name))
+        if FlakyObjects.failing(verb, name):
             raise TimeoutError("no answer from someone:secret@host")
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        self._ask("get", path)
+        self._note("get", path)
         return super().cat_file(path, start, end, **options)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        self._ask("put", path)
+        self._note("put", path)
         super().pipe_file(path, value, mode, **options)
 
     def put_file(self, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
-        self._ask("put", rpath)
+        self._note("put", rpath)
         super().put_file(lpath, rpath, *arguments, **options)
 
     def ls(self, path: str, *arguments: Any, **options: Any) -> Any:
-        self._ask("list", path)
+        self._note("list", path)
         return super().ls(path, *arguments, **options)
 
     def rm_file(self, path: str) -> None:
-        self._ask("remove", path)
+        self._note("remove", path)
         super().rm_file(path)
 
     def rm(self, path: str, *arguments: Any, **options: Any) -> None:
-        self._ask("remove", path)
+        self._note("remove", path)
         super().rm(path, *arguments, **options)
 
 
 @pytest.fixture(autouse=True)
 def archives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    fsspec.register_implementation("wavering", Wavering, clobber=True)
+    fsspec.register_implementation("flaky", FlakyObjects, clobber=True)
     monkeypatch.setattr(fsspec_objects, "_PAUSES_S", (0.0, 0.0))
-    Wavering.asked.clear()
-    Wavering.failing = staticmethod(lambda verb, name: False)
+    FlakyObjects.calls.clear()
+    FlakyObjects.failing = staticmethod(lambda verb, name: False)
     yield
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -98,7 +98,7 @@ def archives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "directory":
         return f"file://{tmp_path}/archive"
-    return f"wavering://someone:secret@{uuid.uuid4().hex}/prefix"
+    return f"flaky://someone:secret@{uuid.uuid4().hex}/prefix"
 
 
 class Nodes:
@@ -112,7 +112,7 @@ class Nodes:
     def path(self, *names: str) -> str:
         return "/".join([self.root, *names])
 
-    def archived(self) -> list[str]:
+    def list_archive(self) -> list[str]:
         found = self.raw.find(self.root) if self.raw.exists(self.root) else []
         return sorted(path.removeprefix(f"{self.root}/") for path in found)
 
@@ -125,68 +125,34 @@ def nodes(tmp_path: Path, url: str) -> Nodes:
 @pytest.fixture
 def objects(tmp_path: Path) -> Nodes:
     """The archive's objects, which can be made to fail."""
-    return Nodes(tmp_path, f"wavering://someone:secret@{uuid.uuid4().hex}/prefix")
+    return Nodes(tmp_path, f"flaky://someone:secret@{uuid.uuid4().hex}/prefix")
 
 
-def fail(*, verb: str = "", name: str = "", times: int = 1_000_000) -> None:
+def fail_next(*, verb: str = "", name: str = "", times: int = 1_000_000) -> None:
     """Make the next calls fail; all methods by default."""
     left = times
 
-    def is_failing(asked_verb: str, asked_name: str) -> bool:
+    def is_failing(called_verb: str, called_name: str) -> bool:
         nonlocal left
-        if left and (not verb or verb == asked_verb) and (not name or name == asked_name):
+        if left and (not verb or verb == called_verb) and (not name or name == called_name):
             left -= 1
             return True
         return False
 
-    Wavering.failing = staticmethod(is_failing)
+    FlakyObjects.failing = staticmethod(is_failing)
 
 
 def heal() -> None:
-    Wavering.failing = staticmethod(lambda verb, name: False)
+    FlakyObjects.failing = staticmethod(lambda verb, name: False)
 
 
-def begin(store: MediaStore, *, is_live: bool = True) -> tuple[str, MediaEntry]:
-    media_id = new_media_id(new_job_id())
-    return media_id, store.create(media_id, "video/mp4", ".mp4", is_live=is_live)
-
-
-def make(store: MediaStore, data: bytes = DATA) -> str:
-    media_id, entry = begin(store)
-    entry.path.write_bytes(data)
-    entry.finish()
-    return media_id
-
-
-def asked(store: MediaStore, media_id: str, **headers: str) -> tuple[int, Headers, bytes]:
+def fetch(store: MediaStore, media_id: str, **headers: str) -> Answer:
     """Return the HTTP answer."""
-    status, given, body = 0, Headers(), b""
 
-    async def receive() -> Any:
-        await asyncio.sleep(DEADLINE_S)
+    async def ask() -> Answer:
+        return await send_answer(await content_answer(store, media_id, "GET", Headers(headers)))
 
-    async def send(message: Any) -> None:
-        nonlocal status, given, body
-        if message["type"] == "http.response.start":
-            status, given = message["status"], Headers(raw=message["headers"])
-        body += message.get("body", b"")
-
-    async def ask() -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            response = await content_answer(store, media_id, "GET", Headers(headers))
-            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
-
-    asyncio.run(ask())
-    return status, given, body
-
-
-def sweep(store: MediaStore, now_s: float | None = None) -> int:
-    """Sweep with a database that knows none of the jobs."""
-    return store.sweep(lambda _: {}, time.time() if now_s is None else now_s)
-
-
-def code(body: bytes) -> str:
-    return str(json.loads(body)["error"]["code"])
+    return run(ask())
 
 
 def test_a_clip_is_read_on_another_node(nodes: Nodes) -> None:
@@ -204,7 +170,7 @@ def test_a_clip_is_read_on_another_node(nodes: Nodes) -> None:
     assert read(nodes.other, media_id, len(DATA)) == read(nodes.other, media_id, 5, 0) == b""
     assert read(nodes.other, media_id, len(DATA) - 1, 100) == DATA[-1:]
     assert os.listdir(nodes.other.directory) == [], "it is not copied"
-    assert nodes.archived() == [f"{media_id}/{name}" for name in ("begun.json", "clip.mp4", "ended.json")]
+    assert nodes.list_archive() == [f"{media_id}/{name}" for name in ("begun.json", "clip.mp4", "ended.json")]
 
 
 def test_a_new_machine_finds_archived_clips(nodes: Nodes, tmp_path: Path, url: str) -> None:
@@ -212,7 +178,8 @@ def test_a_new_machine_finds_archived_clips(nodes: Nodes, tmp_path: Path, url: s
     shutil.rmtree(nodes.one.directory)
     again = MediaStore.of(MediaConfig(directory=nodes.one.directory, max_bytes=1 << 30, keep_s=KEEP_S, archive=url))
     assert read(again, media_id) == DATA
-    assert asked(again, media_id)[::2] == (200, DATA)
+    answer = fetch(again, media_id)
+    assert (answer.status, answer.body) == (200, DATA)
 
 
 def test_files_lost_from_the_directory_are_read_from_the_archive(nodes: Nodes) -> None:
@@ -225,29 +192,28 @@ def test_files_lost_from_the_directory_are_read_from_the_archive(nodes: Nodes) -
 
 def test_http_serves_whole_files_and_ranges_from_the_archive(nodes: Nodes) -> None:
     media_id = make(nodes.one, LONG)
-    here, there = (asked(store, media_id) for store in (nodes.one, nodes.other))
+    here, there = (fetch(store, media_id) for store in (nodes.one, nodes.other))
     assert here == there
-    assert there[0] == 200
-    assert there[2] == LONG
+    assert (there.status, there.body) == (200, LONG)
     for given, start, end in (
         ("bytes=5-9", 5, 10),
         ("bytes=1048570-2097160", 1048570, 2097161),
         ("bytes=-7", -7, None),
     ):
-        status, headers, body = asked(nodes.other, media_id, range=given)
-        assert (status, body) == (206, LONG[start:end])
-        assert headers["content-range"].endswith(f"/{len(LONG)}")
-    assert asked(nodes.other, media_id, **{"if-none-match": there[1]["etag"]})[0] == 304
-    assert asked(nodes.other, media_id, range=f"bytes={len(LONG)}-")[0] == 416
+        answer = fetch(nodes.other, media_id, range=given)
+        assert (answer.status, answer.body) == (206, LONG[start:end])
+        assert answer.headers["content-range"].endswith(f"/{len(LONG)}")
+    assert fetch(nodes.other, media_id, **{"if-none-match": there.headers["etag"]}).status == 304
+    assert fetch(nodes.other, media_id, range=f"bytes={len(LONG)}-").status == 416
 
 
 def test_a_clip_that_grows_on_another_node_is_not_ready(nodes: Nodes) -> None:
     media_id, _ = begin(nodes.one)
-    status, headers, body = asked(nodes.other, media_id)
-    assert (status, code(body), headers["retry-after"]) == (409, "media_not_ready", "1")
+    answer = fetch(nodes.other, media_id)
+    assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "1")
     nodes.one.fail(media_id, "why")
-    status, _, body = asked(nodes.other, media_id)
-    assert (status, code(body)) == (410, "media_failed")
+    answer = fetch(nodes.other, media_id)
+    assert (answer.status, answer.code) == (410, "media_failed")
 
 
 def test_a_follower_of_a_clip_on_another_node_gets_it_when_complete(nodes: Nodes) -> None:
@@ -279,7 +245,7 @@ def test_a_failure_is_known_on_every_node(nodes: Nodes) -> None:
             assert (record.state, record.reason) == (FAILED, "the encoder died")
         with pytest.raises(MediaError, match="was declared failed while it was written"):
             entry.finish()
-        assert nodes.archived() == []
+        assert nodes.list_archive() == []
 
 
 def test_a_completed_clip_cannot_fail(nodes: Nodes) -> None:
@@ -295,7 +261,7 @@ def test_removing_a_clip_removes_it_from_the_archive(nodes: Nodes) -> None:
         remover.remove(media_id)
         remover.remove(media_id)
         assert nodes.other.find(media_id) is None
-        assert [name for name in nodes.archived() if media_id in name] == []
+        assert [name for name in nodes.list_archive() if media_id in name] == []
         assert read(nodes.other, kept) == DATA
     assert len(os.listdir(nodes.one.directory)) == 3, "what only the other node knew of"
 
@@ -307,13 +273,13 @@ def test_a_clip_removed_while_it_is_written_stays_removed(nodes: Nodes, remover:
     getattr(nodes, remover).remove(media_id)
     with pytest.raises(MediaError, match="is not in the media store"):
         entry.finish()
-    assert nodes.archived() == []
+    assert nodes.list_archive() == []
     assert nodes.other.find(media_id) is None
 
 
 def test_nodes_must_share_one_archive(nodes: Nodes, tmp_path: Path) -> None:
-    elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1, f"wavering://someone:secret@{uuid.uuid4().hex}")
-    with pytest.raises(MediaStoreError, match="nor in wavering://.*: all nodes need the same media.archive") as raised:
+    elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1, f"flaky://someone:secret@{uuid.uuid4().hex}")
+    with pytest.raises(MediaStoreError, match="nor in flaky://.*: all nodes need the same media.archive") as raised:
         elsewhere.expect(make(nodes.one))
     assert "secret" not in str(raised.value)
 
@@ -323,13 +289,13 @@ JOB = f"video_gen_{'0' * 32}"
 
 @pytest.mark.parametrize("media_id", ["", "..", JOB, f"{JOB}/..", "0" * 32, f"{JOB}/{'A' * 32}", None, 5])
 def test_an_invalid_id_is_never_looked_up(objects: Nodes, media_id: Any) -> None:
-    Wavering.asked.clear()
+    FlakyObjects.calls.clear()
     assert objects.one.find(media_id) is None
     objects.one.fail(media_id, "why")
     objects.one.remove(media_id)
     with pytest.raises(MediaStoreError):
         objects.one.expect(media_id)
-    assert Wavering.asked == []
+    assert FlakyObjects.calls == []
 
 
 def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,12 +304,12 @@ def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.Monk
     sizes: list[int] = []
     cat = MemoryFileSystem.cat_file
 
-    def counted(*arguments: Any, **options: Any) -> bytes:
+    def count(*arguments: Any, **options: Any) -> bytes:
         sizes.append(len(data := cat(*arguments, **options)))
         return data
 
     record = objects.other.expect(media_id)
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
 
     async def read() -> bytes:
         return b"".join([part async for part in read_finished(objects.other, record)])
@@ -369,8 +335,8 @@ def test_a_clip_is_not_complete_until_its_file_is_archived(objects: Nodes) -> No
     for name in ("clip.mp4", "ended.json"):
         media_id, entry = begin(objects.one)
         entry.path.write_bytes(DATA)
-        fail(verb="put", name=name)
-        with pytest.raises(MediaError, match=r"is not in the media store: wavering://\*\*\*@") as raised:
+        fail_next(verb="put", name=name)
+        with pytest.raises(MediaError, match=r"is not in the media store: flaky://\*\*\*@") as raised:
             entry.finish()
         assert "secret" not in str(raised.value)
         heal()
@@ -382,16 +348,16 @@ def test_a_clip_is_not_complete_until_its_file_is_archived(objects: Nodes) -> No
 
 @pytest.mark.parametrize("name", ["clip.mp4", "ended.json", "begun.json"])
 def test_an_archive_call_is_tried_three_times(objects: Nodes, name: str) -> None:
-    fail(verb="put", name=name, times=2)
+    fail_next(verb="put", name=name, times=2)
     media_id = make(objects.one)
     assert read(objects.other, media_id) == DATA
-    assert Wavering.asked.count(("put", name)) == 3
+    assert FlakyObjects.calls.count(("put", name)) == 3
 
 
 def test_a_clip_that_the_archive_refuses_is_not_started(objects: Nodes) -> None:
-    fail(verb="put")
+    fail_next(verb="put")
     media_id = new_media_id(new_job_id())
-    with pytest.raises(MediaError, match=r"the media archive cannot take .*: wavering://\*\*\*@"):
+    with pytest.raises(MediaError, match=r"the media archive cannot take .*: flaky://\*\*\*@"):
         objects.one.create(media_id, "video/mp4", ".mp4", is_live=True)
     heal()
     assert objects.one.expect(media_id).state == FAILED
@@ -399,12 +365,12 @@ def test_a_clip_that_the_archive_refuses_is_not_started(objects: Nodes) -> None:
 
 def test_an_archive_outage_is_not_reported_as_expired(objects: Nodes, caplog: pytest.LogCaptureFixture) -> None:
     media_id, local = make(objects.one), make(objects.other)
-    fail()
+    fail_next()
     with pytest.raises(MediaError, match="cannot be looked up") as raised:
         objects.other.find(media_id)
     assert "secret" not in str(raised.value)
     with pytest.raises(MediaError, match="cannot be looked up"):
-        asked(objects.other, media_id)
+        fetch(objects.other, media_id)
     with pytest.raises(MediaError, match="cannot be removed"):
         objects.other.remove(media_id)
     objects.other.fail(media_id, "no second error")
@@ -416,7 +382,7 @@ def test_an_archive_outage_is_not_reported_as_expired(objects: Nodes, caplog: py
 
 def test_an_archive_outage_while_reading_breaks_the_connection(objects: Nodes) -> None:
     record = objects.other.expect(make(objects.one))
-    fail(verb="get", name="clip.mp4")
+    fail_next(verb="get", name="clip.mp4")
 
     async def collect() -> bytes:
         return b"".join([part async for part in read_finished(objects.other, record)])
@@ -453,8 +419,8 @@ def test_a_record_of_another_id_counts_as_none(nodes: Nodes) -> None:
         ("nosuch://someone:secret@b/p", r"nosuch://\*\*\*@b/p cannot be opened"),
         ("s3://bucket/prefix", "s3:// needs a package that is not installed: .*s3fs"),
         (
-            "wavering://someone:secret@fails/x",
-            r"media.archive wavering://\*\*\*@fails/x cannot be used: .*TimeoutError",
+            "flaky://someone:secret@fails/x",
+            r"media.archive flaky://\*\*\*@fails/x cannot be used: .*TimeoutError",
         ),
         ("file:///proc/none", "media.archive /proc/none cannot be used: .*; check media.archive"),
     ],
@@ -463,7 +429,7 @@ def test_an_unusable_archive_is_refused_at_the_start(
     tmp_path: Path, url: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    fail()
+    fail_next()
     with pytest.raises(MediaStoreError, match=said) as raised:
         MediaStore.of(MediaConfig(directory=tmp_path, max_bytes=1, keep_s=1, archive=url))
     assert "secret" not in str(raised.value)
@@ -489,7 +455,7 @@ def test_an_end_is_created_once(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(media_layout, "find_record", find_and_be_late)
     with pytest.raises(MediaError, match="was declared failed while it was written"):
         entry.finish()
-    assert nodes.archived() == [], "and what it put there is gone"
+    assert nodes.list_archive() == [], "and what it put there is gone"
 
 
 def test_a_directory_without_hard_links_creates_once_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,22 +475,22 @@ def test_a_directory_without_hard_links_creates_once_as_well(tmp_path: Path, mon
 def test_an_end_whose_answer_was_lost_is_recognised_as_ones_own(
     objects: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put, is_lost = Wavering.pipe_file, True
+    put, is_lost = FlakyObjects.pipe_file, True
 
-    def put_and_lose(self: Wavering, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+    def put_and_lose(self: FlakyObjects, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
         nonlocal is_lost
         put(self, path, value, mode, **options)
         if path.endswith("ended.json") and is_lost:
             is_lost = False
             raise TimeoutError("no answer")
 
-    monkeypatch.setattr(Wavering, "pipe_file", put_and_lose)
+    monkeypatch.setattr(FlakyObjects, "pipe_file", put_and_lose)
     media_id = make(objects.one)
     assert not is_lost
     assert read(objects.other, media_id) == DATA
 
 
-class LooksFirst(Wavering):
+class LooksFirst(FlakyObjects):
     """Creates as fsspec's default does: checks, then writes."""
 
     protocol = "looksfirst"
@@ -532,7 +498,7 @@ class LooksFirst(Wavering):
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(str(path).replace("looksfirst://", "wavering://"))
+        return super()._strip_protocol(str(path).replace("looksfirst://", "flaky://"))
 
 
 def test_an_archive_that_cannot_create_once_logs_a_warning(
@@ -572,7 +538,7 @@ def test_exclusive_creation_is_detected_by_pipe_files_mode(
 # Sweeping
 
 
-def aged(nodes: Nodes, media_id: str, seconds: float) -> None:
+def make_older(nodes: Nodes, media_id: str, seconds: float) -> None:
     for name in ("begun.json", "ended.json"):
         path = nodes.path(media_id, name)
         if nodes.raw.exists(path):
@@ -588,7 +554,7 @@ def test_old_clips_are_swept_and_new_ones_kept(nodes: Nodes) -> None:
     old, new, failed, given_up = make(nodes.one), make(nodes.one), begin(nodes.one)[0], begin(nodes.one)[0]
     nodes.one.fail(failed, "why")
     for media_id, seconds in ((old, KEEP_S + 5), (new, KEEP_S - 50), (failed, KEEP_S + 5), (given_up, KEEP_S + 5)):
-        aged(nodes, media_id, seconds)
+        make_older(nodes, media_id, seconds)
     nodes.raw.makedirs(nodes.path("mine"), exist_ok=True)
     nodes.raw.pipe_file(nodes.path("mine", "notes"), b"no clip")
     damaged = new_media_id(new_job_id())
@@ -601,20 +567,20 @@ def test_old_clips_are_swept_and_new_ones_kept(nodes: Nodes) -> None:
         staying.remove(damaged)
     now_s = time.time()
     assert sweep(nodes.other, now_s) == 5 - len(staying)
-    left = {name.rpartition("/")[0] for name in nodes.archived()}
+    left = {name.rpartition("/")[0] for name in nodes.list_archive()}
     assert left == {new, *staying}
     assert sweep(nodes.other, now_s + 52) == 1
-    assert {name.rpartition("/")[0] for name in nodes.archived()} == staying
+    assert {name.rpartition("/")[0] for name in nodes.list_archive()} == staying
 
 
 def test_files_that_a_job_needs_are_kept_and_others_swept(nodes: Nodes) -> None:
     """The database decides, not the files' ages."""
     needed, expired, failed = (make(nodes.one) for _ in range(3))
     for media_id in (needed, expired, failed):
-        aged(nodes, media_id, 10 * KEEP_S)
+        make_older(nodes, media_id, 10 * KEEP_S)
     needs = {needed.partition("/")[0]: None, expired.partition("/")[0]: 0.0, failed.partition("/")[0]: 0.0}
     assert nodes.other.sweep(lambda _: needs, time.time()) == 2
-    assert {name.rpartition("/")[0] for name in nodes.archived()} == {needed}
+    assert {name.rpartition("/")[0] for name in nodes.list_archive()} == {needed}
 
 
 def test_the_archive_has_no_bound_of_bytes(nodes: Nodes, url: str) -> None:
@@ -627,20 +593,20 @@ def test_the_archive_has_no_bound_of_bytes(nodes: Nodes, url: str) -> None:
 def test_the_archive_is_swept_seldom_without_reading_known_jobs(objects: Nodes) -> None:
     media_ids, now_s = [make(objects.one) for _ in range(3)], time.time()
     needs = {media_id.partition("/")[0]: KEEP_S for media_id in media_ids}
-    Wavering.asked.clear()
+    FlakyObjects.calls.clear()
     assert objects.other.sweep(lambda _: needs, now_s) == 0
-    assert Wavering.asked == [("list", "prefix")]
-    Wavering.asked.clear()
+    assert FlakyObjects.calls == [("list", "prefix")]
+    FlakyObjects.calls.clear()
     assert objects.other.sweep(lambda _: needs, now_s + KEEP_S / 200) == 0
-    assert Wavering.asked == []
+    assert FlakyObjects.calls == []
     needs = dict.fromkeys(needs, 0.0)
     assert objects.other.sweep(lambda _: needs, now_s + 2 * KEEP_S) == len(media_ids)
-    assert objects.archived() == []
+    assert objects.list_archive() == []
 
 
 def test_an_archive_outage_does_not_stop_the_directorys_sweep(objects: Nodes) -> None:
     make(objects.one)
-    fail(verb="list")
+    fail_next(verb="list")
     with pytest.raises(MediaError, match="the media store cannot be swept"):
         sweep(objects.one, time.time() + 2 * KEEP_S)
     assert os.listdir(objects.one.directory) == []
@@ -652,14 +618,14 @@ def test_a_jobs_files_are_beside_its_clip(nodes: Nodes, url: str) -> None:
     media_id = make(nodes.one)
     files, job_id = JobFiles(open_objects(url)), media_id.partition("/")[0]
     files.put(job_id, "image", DATA)
-    assert f"{job_id}/image" in nodes.archived()
+    assert f"{job_id}/image" in nodes.list_archive()
     assert os.listdir(nodes.one.directory / job_id) == [media_id.partition("/")[2]], "they are in the archive alone"
     assert sweep(nodes.one, time.time() + 2 * KEEP_S) == 1, "out of the directory; files come before their job"
     assert read(nodes.other, media_id) == JobFiles(open_objects(url)).get(job_id, "image") == DATA
     files.remove(job_id)
     assert read(nodes.other, media_id) == DATA
     nodes.other.remove(media_id)
-    assert nodes.archived() == []
+    assert nodes.list_archive() == []
 
 
 def test_an_archived_record_has_the_same_content(nodes: Nodes) -> None:

@@ -27,10 +27,9 @@ from deployments.media.job_files import JobFiles
 from deployments.media.layout import DONE, FAILED, WRITING, MediaRecord, new_media_id
 from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaEntry, MediaStore
-from tests.deployments.reading import read
+from tests.deployments.clips import DATA, begin, make, read, sweep
 
 KEEP_S = 100.0
-DATA = bytes(range(256)) * 5
 
 
 @pytest.fixture
@@ -38,25 +37,13 @@ def store(tmp_path: Path) -> MediaStore:
     return MediaStore(tmp_path / "made" / "media", max_bytes=1 << 20, keep_s=KEEP_S)
 
 
-def begin(store: MediaStore, *, is_live: bool = True) -> tuple[str, MediaEntry]:
-    media_id = new_media_id(new_job_id())
-    return media_id, store.create(media_id, "video/mp4", ".mp4", is_live=is_live)
-
-
-def make(store: MediaStore, data: bytes = DATA) -> str:
-    media_id, entry = begin(store)
-    entry.path.write_bytes(data)
-    entry.finish()
-    return media_id
-
-
-def found(store: MediaStore, media_id: str) -> MediaRecord:
+def find_record(store: MediaStore, media_id: str) -> MediaRecord:
     record = store.find(media_id)
     assert record is not None
     return record
 
 
-def age(store: MediaStore, media_id: str, seconds: float) -> None:
+def make_older(store: MediaStore, media_id: str, seconds: float) -> None:
     """Make a clip's files and records older."""
     folder = store.directory / media_id
     for path in (*folder.iterdir(), folder, folder.parent):
@@ -66,7 +53,7 @@ def age(store: MediaStore, media_id: str, seconds: float) -> None:
         os.utime(path, (time.time() - seconds,) * 2)
 
 
-def left(store: MediaStore) -> list[str]:
+def list_entries(store: MediaStore) -> list[str]:
     """List the media ids in the store, and names that are no job's folder."""
     found = []
     for path in store.directory.iterdir():
@@ -75,16 +62,11 @@ def left(store: MediaStore) -> list[str]:
     return sorted(found)
 
 
-def sweep(store: MediaStore, now_s: float | None = None) -> int:
-    """Sweep with a database that knows none of the jobs."""
-    return store.sweep(lambda _: {}, time.time() if now_s is None else now_s)
-
-
 def test_a_clip_is_written_then_complete(store: MediaStore) -> None:
     before_s = time.time()
     media_id, entry = begin(store)
     reader = MediaStore(store.directory, 1, 1)
-    record = found(reader, media_id)
+    record = find_record(reader, media_id)
     assert (record.state, record.media_type, record.num_bytes, record.reason) == (WRITING, "video/mp4", 0, "")
     assert before_s <= record.created_s == record.updated_s <= time.time()
     assert reader.live_path(record) == entry.live_path
@@ -98,14 +80,14 @@ def test_a_clip_is_written_then_complete(store: MediaStore) -> None:
     assert record.etag == f'"{hashlib.sha256(DATA).hexdigest()}"' != record.live_etag
     assert record.updated_s >= record.created_s
     assert reader.file_path(record).read_bytes() == DATA
-    assert left(store) == [media_id]
+    assert list_entries(store) == [media_id]
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json", "live.mp4"]
 
 
 def test_a_clip_may_lack_a_live_file(store: MediaStore) -> None:
     media_id, entry = begin(store, is_live=False)
     assert entry.live_path is None
-    assert found(store, media_id).live_name == ""
+    assert find_record(store, media_id).live_name == ""
 
 
 def test_a_finished_file_is_read_in_parts(store: MediaStore) -> None:
@@ -119,7 +101,7 @@ def test_a_finished_file_is_read_in_parts(store: MediaStore) -> None:
 
 def test_a_lost_file_is_not_found(store: MediaStore) -> None:
     media_id = make(store)
-    store.file_path(found(store, media_id)).unlink()
+    store.file_path(find_record(store, media_id)).unlink()
     with pytest.raises(FileNotFoundError):
         read(store, media_id)
 
@@ -143,14 +125,14 @@ def test_an_invalid_id_never_becomes_a_path(store: MediaStore, media_id: Any, mo
         store.expect(media_id)
     with pytest.raises((ValueError, TypeError)):
         store.create(media_id, "video/mp4", ".mp4", is_live=True)
-    assert left(store) == []
+    assert list_entries(store) == []
 
 
 @pytest.mark.parametrize(("media_type", "suffix"), [("video", ".mp4"), ("video/mp4", "/../a"), ("video/mp4", "")])
 def test_an_invalid_suffix_never_becomes_a_path(store: MediaStore, media_type: str, suffix: str) -> None:
     with pytest.raises(ValueError, match="must match"):
         store.create(new_media_id(new_job_id()), media_type, suffix, is_live=True)
-    assert left(store) == []
+    assert list_entries(store) == []
 
 
 def test_an_id_is_used_for_one_clip(store: MediaStore) -> None:
@@ -158,7 +140,7 @@ def test_an_id_is_used_for_one_clip(store: MediaStore) -> None:
     with pytest.raises(MediaError, match="cannot take"):
         store.create(media_id, "video/mp4", ".mp4", is_live=True)
     assert read(store, media_id) == DATA
-    assert left(store) == [media_id]
+    assert list_entries(store) == [media_id]
 
 
 def test_the_first_failure_is_final(store: MediaStore) -> None:
@@ -166,23 +148,23 @@ def test_the_first_failure_is_final(store: MediaStore) -> None:
     entry.path.write_bytes(DATA)
     other = MediaStore(store.directory, 1, 1)
     other.fail(media_id, "the encoder died " + "\N{BUG}\ud800" * 10_000)
-    record = found(store, media_id)
+    record = find_record(store, media_id)
     assert (record.state, record.num_bytes) == (FAILED, 0)
     assert record.reason.startswith("the encoder died \N{BUG}")
     assert len(record.reason) == 2000
     store.fail(media_id, "again")
-    assert found(store, media_id) == record
+    assert find_record(store, media_id) == record
     with pytest.raises(MediaError, match="was declared failed while it was written"):
         entry.finish()
-    assert found(store, media_id) == record
+    assert find_record(store, media_id) == record
 
 
 def test_a_completed_clip_cannot_fail(store: MediaStore) -> None:
     media_id = make(store)
-    record = found(store, media_id)
+    record = find_record(store, media_id)
     store.fail(media_id, "too late")
     store.fail(new_media_id(new_job_id()), "there is none")
-    assert found(store, media_id) == record
+    assert find_record(store, media_id) == record
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json"]
 
 
@@ -210,7 +192,7 @@ def test_one_of_several_concurrent_ends_wins(store: MediaStore) -> None:
             has_finished = pool.submit(finish).result(30)
             for other in others:
                 other.result(30)
-        record = found(store, media_id)
+        record = find_record(store, media_id)
         assert record.state == (DONE if has_finished else FAILED)
         assert bool(record.reason) != has_finished
 
@@ -227,14 +209,14 @@ def test_a_failure_that_cannot_be_recorded_raises_nothing(
     monkeypatch.setattr(DirectoryObjects, "create", full)
     store.fail(media_id, "why")
     assert f"the failure of {media_id} could not be written" in caplog.text
-    assert found(store, media_id).state == WRITING
+    assert find_record(store, media_id).state == WRITING
 
 
 def test_a_clip_without_a_file_cannot_complete(store: MediaStore) -> None:
     media_id, entry = begin(store)
     with pytest.raises(MediaError, match="is not in the media store"):
         entry.finish()
-    assert found(store, media_id).state == WRITING
+    assert find_record(store, media_id).state == WRITING
 
 
 def test_nodes_must_share_one_directory(store: MediaStore, tmp_path: Path) -> None:
@@ -248,16 +230,16 @@ def test_a_file_is_synced_before_it_is_complete(store: MediaStore, monkeypatch: 
     synced: list[tuple[str, str]] = []
     fsync = os.fsync
 
-    def watched(descriptor: int) -> None:
-        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix, found(store, media_id).state))
+    def watch(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix, find_record(store, media_id).state))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", watch)
     entry.path.write_bytes(DATA)
     entry.finish()
     assert synced[:2] == [(".mp4", WRITING), (".part", WRITING)]
     assert len(synced) == 3, "and the directory that names the record"
-    assert found(store, media_id).state == DONE
+    assert find_record(store, media_id).state == DONE
 
 
 # Removing
@@ -271,7 +253,7 @@ def test_removing_a_clip_removes_all_its_files_and_no_other(store: MediaStore) -
         store.remove(gone)
         store.remove(gone)
         assert store.find(gone) is None
-    assert left(store) == [kept]
+    assert list_entries(store) == [kept]
     assert read(store, kept) == DATA
 
 
@@ -283,22 +265,22 @@ def test_removing_a_growing_clip_ends_its_viewers_and_writer(
     seen: list[tuple[str, str]] = []
     remove = DirectoryObjects.remove
 
-    def watched(self: DirectoryObjects, media_id: str) -> bool:
-        record = found(store, media_id)
+    def watch(self: DirectoryObjects, media_id: str) -> bool:
+        record = find_record(store, media_id)
         seen.append((record.state, record.reason))
         return remove(self, media_id)
 
-    monkeypatch.setattr(DirectoryObjects, "remove", watched)
+    monkeypatch.setattr(DirectoryObjects, "remove", watch)
     store.remove(media_id)
     assert seen == [(FAILED, "it was removed")]
     with pytest.raises(MediaError, match="is not in the media store"):
         entry.finish()
-    assert left(store) == []
+    assert list_entries(store) == []
 
 
 def test_an_open_file_can_be_read_after_its_removal(store: MediaStore) -> None:
     media_id = make(store)
-    with store.open(found(store, media_id)) as file:
+    with store.open(find_record(store, media_id)) as file:
         store.remove(media_id)
         assert file.read() == DATA
 
@@ -310,9 +292,9 @@ def test_an_interrupted_removal_is_finished_by_a_sweep(store: MediaStore, monkey
     store.remove(media_id)
     monkeypatch.undo()
     assert store.find(media_id) is None
-    assert [Path(name).suffix for name in left(store)] == [".part"]
+    assert [Path(name).suffix for name in list_entries(store)] == [".part"]
     sweep(store, time.time() + 2 * KEEP_S)
-    assert left(store) == []
+    assert list_entries(store) == []
 
 
 def test_a_failed_removal_is_logged(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,14 +316,14 @@ def test_a_failed_removal_is_logged(store: MediaStore, monkeypatch: pytest.Monke
 def test_old_clips_are_swept_and_new_ones_kept(store: MediaStore) -> None:
     old, new, failed = make(store), make(store), begin(store)[0]
     store.fail(failed, "why")
-    age(store, old, KEEP_S + 5)
-    age(store, failed, KEEP_S + 5)
-    age(store, new, KEEP_S - 50)
+    make_older(store, old, KEEP_S + 5)
+    make_older(store, failed, KEEP_S + 5)
+    make_older(store, new, KEEP_S - 50)
     assert sweep(store) == 2
-    assert left(store) == [new]
+    assert list_entries(store) == [new]
     assert store.find(old) is None
     assert sweep(store, time.time() + KEEP_S) == 1
-    assert left(store) == []
+    assert list_entries(store) == []
 
 
 def test_growing_clips_are_kept_and_stalled_ones_failed(store: MediaStore) -> None:
@@ -349,11 +331,11 @@ def test_growing_clips_are_kept_and_stalled_ones_failed(store: MediaStore) -> No
     for media_id, entry in (growing, given_up):
         assert entry.live_path is not None
         entry.live_path.write_bytes(b"a")
-        age(store, media_id, KEEP_S + 50)
+        make_older(store, media_id, KEEP_S + 50)
     assert growing[1].live_path is not None
     growing[1].live_path.write_bytes(b"more")
     assert sweep(store) == 1
-    assert left(store) == [growing[0]]
+    assert list_entries(store) == [growing[0]]
     store.fail(given_up[0], "it is gone: nothing to say")
     with pytest.raises(MediaError, match="is not in the media store"):
         given_up[1].finish()
@@ -363,15 +345,15 @@ def test_too_many_bytes_remove_the_oldest_finished_clips(tmp_path: Path) -> None
     store = MediaStore(tmp_path, max_bytes=35_000, keep_s=KEEP_S)
     clips = [make(store, bytes(10_000)) for _ in range(4)]
     for index, media_id in enumerate(clips):
-        age(store, media_id, 40 - 10 * index)
+        make_older(store, media_id, 40 - 10 * index)
     writing, entry = begin(store)
     entry.path.write_bytes(bytes(8_000))
-    age(store, writing, 90)
+    make_older(store, writing, 90)
     assert sweep(store) == 2
-    assert left(store) == sorted([*clips[2:], writing])
+    assert list_entries(store) == sorted([*clips[2:], writing])
     entry.path.write_bytes(bytes(50_000))
     assert sweep(store) == 1, "what is being written is not removed for it, and counts up to half"
-    assert left(store) == sorted([clips[3], writing])
+    assert list_entries(store) == sorted([clips[3], writing])
     assert sweep(store) == 0
 
 
@@ -380,7 +362,7 @@ def test_the_bound_of_bytes_is_exact(store: MediaStore) -> None:
     num_bytes = sum(path.stat().st_size for path in store.directory.glob("*/*/*"))
     assert sweep(MediaStore(store.directory, num_bytes, KEEP_S)) == 0
     assert sweep(MediaStore(store.directory, num_bytes - 1, KEEP_S)) == 1
-    assert len(left(store)) == 1
+    assert len(list_entries(store)) == 1
 
 
 def test_files_of_unfinished_jobs_count_for_up_to_half_of_the_bytes(tmp_path: Path) -> None:
@@ -388,14 +370,14 @@ def test_files_of_unfinished_jobs_count_for_up_to_half_of_the_bytes(tmp_path: Pa
     files = JobFiles(store.objects)
     clips = [make(store, bytes(10_000)) for _ in range(4)]
     for index, media_id in enumerate(clips):
-        age(store, media_id, 40 - 10 * index)
+        make_older(store, media_id, 40 - 10 * index)
     assert sweep(store) == 0
     files.put(job_id, "image", bytes(15_000))
     assert sweep(store) == 1
-    assert left(store) == sorted([*clips[1:], f"{job_id}/image"])
+    assert list_entries(store) == sorted([*clips[1:], f"{job_id}/image"])
     files.put(job_id, "image", bytes(500_000))
     assert sweep(store) == 1, "two have room in the other half"
-    assert left(store) == sorted([*clips[2:], f"{job_id}/image"])
+    assert list_entries(store) == sorted([*clips[2:], f"{job_id}/image"])
     assert len(files.get(job_id, "image")) == 500_000
 
 
@@ -433,10 +415,10 @@ def test_a_damaged_clip_is_not_found_and_does_not_stop_a_sweep(store: MediaStore
     damaged, old = begin(store)[0], make(store)
     path = store.directory / damaged / "begun.json"
     path.write_text(damage(name)(json.loads(path.read_text())))
-    age(store, old, KEEP_S + 5)
+    make_older(store, old, KEEP_S + 5)
     assert store.find(damaged) is None
     assert sweep(store) == 1
-    assert left(store) == [damaged]
+    assert list_entries(store) == [damaged]
     for changed in (path, path.parent, path.parent.parent):
         os.utime(changed, (time.time() - KEEP_S - 5,) * 2)
     assert sweep(store) == 1, "it goes as what is not damaged"
@@ -445,7 +427,7 @@ def test_a_damaged_clip_is_not_found_and_does_not_stop_a_sweep(store: MediaStore
 def test_a_damaged_end_counts_as_none(store: MediaStore) -> None:
     media_id = make(store)
     (store.directory / media_id / "ended.json").write_text("{")
-    assert found(store, media_id).state == WRITING
+    assert find_record(store, media_id).state == WRITING
 
 
 def test_foreign_files_are_left_alone(store: MediaStore, tmp_path: Path) -> None:
@@ -455,9 +437,9 @@ def test_foreign_files_are_left_alone(store: MediaStore, tmp_path: Path) -> None
     (store.directory / f"video_gen_{'3' * 32}").write_text("a file with a job's name")
     (store.directory / ("2" * 32)).symlink_to(tmp_path / "nowhere")
     (store.directory / ".new-mine").mkdir()
-    before = left(store)
+    before = list_entries(store)
     assert sweep(store, time.time() + 10 * KEEP_S) == 0
-    assert left(store) == before
+    assert list_entries(store) == before
 
 
 def test_the_archive_must_not_be_the_directory(tmp_path: Path) -> None:
@@ -475,7 +457,7 @@ def test_temporary_files_of_dead_processes_are_swept(store: MediaStore, name: st
         if index % 2:
             os.utime(store.directory / name, (time.time() - KEEP_S - 5,) * 2)
     assert sweep(store) == 0
-    assert left(store) == sorted(names[::2])
+    assert list_entries(store) == sorted(names[::2])
 
 
 def test_concurrent_sweeps_writes_and_reads_are_safe(tmp_path: Path) -> None:
@@ -508,10 +490,10 @@ def test_concurrent_sweeps_writes_and_reads_are_safe(tmp_path: Path) -> None:
         stop.set()
         *removed, num_read = [it.result(60) for it in work]
     last = sweep(stores[3])
-    assert sum(removed) + last + len(left(stores[3])) == len(made)
+    assert sum(removed) + last + len(list_entries(stores[3])) == len(made)
     assert num_read > 0
-    assert 1 <= len(left(stores[3])) <= 3
-    assert all(name in made for name in left(stores[3])), "nothing half removed"
+    assert 1 <= len(list_entries(stores[3])) <= 3
+    assert all(name in made for name in list_entries(stores[3])), "nothing half removed"
 
 
 def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
@@ -527,11 +509,11 @@ def test_another_process_sees_and_ends_a_clip(store: MediaStore) -> None:
         [sys.executable, "-c", program, str(store.directory)], capture_output=True, text=True, timeout=60, check=False
     )
     media_id = died.stdout.strip()
-    record = found(store, media_id)
+    record = find_record(store, media_id)
     assert (record.state, store.live_path(record).read_bytes()) == (WRITING, b"half")
     store.fail(media_id, "the encoder died")
-    assert found(store, media_id) == replace(
-        record, state=FAILED, reason="the encoder died", updated_s=found(store, media_id).updated_s
+    assert find_record(store, media_id) == replace(
+        record, state=FAILED, reason="the encoder died", updated_s=find_record(store, media_id).updated_s
     )
 
 
@@ -543,7 +525,7 @@ def test_the_default_directory_is_private_to_the_user(tmp_path: Path, monkeypatc
     store = MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1))
     assert store.directory == tmp_path / ".local" / "state" / "cosmos3"
     assert store.directory.stat().st_mode & 0o777 == 0o700
-    assert left(store) == []
+    assert list_entries(store) == []
     assert MediaStore.of(MediaConfig(directory=None, max_bytes=1, keep_s=1)).directory == store.directory
     store.directory.chmod(0o755)
     with pytest.raises(MediaStoreError, match="not a directory of this user alone; set media.directory to another one"):
@@ -584,4 +566,4 @@ def test_a_file_system_without_hard_links_is_enough(tmp_path: Path, monkeypatch:
     store = MediaStore(tmp_path / "media", 1 << 20, KEEP_S)
     media_id = make(store)
     store.fail(media_id, "too late")
-    assert found(store, media_id).state == DONE
+    assert find_record(store, media_id).state == DONE

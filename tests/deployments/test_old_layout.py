@@ -23,7 +23,7 @@ from deployments.media.layout import DONE
 from deployments.media.objects import DirectoryObjects
 from deployments.media.old_layout import adopt_old_files, list_old_folders
 from deployments.media.store import MediaStore
-from tests.deployments.reading import read
+from tests.deployments.clips import read
 from tests.failing_steps import act_at, is_killed_at
 
 KEEP_S = 1e9
@@ -33,7 +33,7 @@ NAMES = ("begun.json", "clip.mp4", "ended.json", "thumbnail.json", "thumbnail-01
 
 
 @dataclass
-class Old:
+class OldStore:
     """A store in the old layout: one finished job with an input, one queued job, one job and one attempt that
     the database does not know.
 
@@ -92,7 +92,7 @@ def raw_put(url: str, path: str, data: bytes) -> None:
 
 
 @dataclass
-class Written:
+class CurrentFiles:
     """Files as this release writes them, and their ids."""
 
     directory: Path
@@ -104,10 +104,10 @@ class Written:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def current_files(tmp_path_factory: pytest.TempPathFactory) -> CurrentFiles:
     """Made once, because each file is synced to the disk."""
     directory = tmp_path_factory.mktemp("written")
-    made = Written(directory, *(new_job_id() for _ in range(3)), uuid.uuid4().hex, uuid.uuid4().hex)
+    made = CurrentFiles(directory, *(new_job_id() for _ in range(3)), uuid.uuid4().hex, uuid.uuid4().hex)
     store = MediaStore(directory, 1 << 30, KEEP_S)
     files = JobFiles(store.objects)
     for owner, try_id in ((made.finished, made.try_id), (f"video_gen_{made.stray}", made.stray)):
@@ -122,14 +122,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return made
 
 
-def make_old(written: Written, directory: Path, url: str | None) -> Old:
+def make_old(current_files: CurrentFiles, directory: Path, url: str | None) -> OldStore:
     """Put files where releases up to 0002 had them."""
     root = f"file://{directory}/media"
     (directory / "media").mkdir()
-    for path in sorted(written.directory.rglob("*")):
+    for path in sorted(current_files.directory.rglob("*")):
         if not path.is_file():
             continue
-        owner, *rest = path.relative_to(written.directory).parts
+        owner, *rest = path.relative_to(current_files.directory).parts
         data = path.read_bytes()
         if len(rest) == 1:
             raw_put(url or root, f"jobs/{owner}/{rest[0]}", data)
@@ -137,36 +137,38 @@ def make_old(written: Written, directory: Path, url: str | None) -> Old:
             raw_put(root, "/".join(rest), data)
             if url:
                 raw_put(url, f"clips/{'/'.join(rest)}", data)
-    media_ids = {written.try_id: f"{written.finished}/{written.try_id}"}
-    return Old(directory / "media", url, media_ids, written.waiting, written.unknown, written.stray)
+    media_ids = {current_files.try_id: f"{current_files.finished}/{current_files.try_id}"}
+    return OldStore(
+        directory / "media", url, media_ids, current_files.waiting, current_files.unknown, current_files.stray
+    )
 
 
 @pytest.fixture(params=["directory", "file archive", "object archive"])
-def old(request: pytest.FixtureRequest, written: Written, tmp_path: Path) -> Iterator[Old]:
+def old(request: pytest.FixtureRequest, current_files: CurrentFiles, tmp_path: Path) -> Iterator[OldStore]:
     urls = {
         "directory": None,
         "file archive": f"file://{tmp_path}/archive",
         "object archive": f"memory://{uuid.uuid4().hex}/archive",
     }
-    yield make_old(written, tmp_path, urls[str(request.param)])
+    yield make_old(current_files, tmp_path, urls[str(request.param)])
     fsspec.filesystem("memory").store.clear()
 
 
-def test_known_files_are_moved_once(old: Old) -> None:
+def test_known_files_are_moved_once(old: OldStore) -> None:
     assert old.adopt() == (3 if old.url is None else 4)
     old.check()
     assert old.adopt() == 0
     old.check()
 
 
-def test_two_starts_at_once_lose_nothing(old: Old) -> None:
+def test_two_starts_at_once_lose_nothing(old: OldStore) -> None:
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(old.adopt) for _ in range(2)]:
             done.result(60)
     old.check()
 
 
-def files_in(old: Old) -> dict[str, bytes]:
+def files_in(old: OldStore) -> dict[str, bytes]:
     """Path -> content, in the directory and the archive."""
     found = {}
     for url in filter(None, (f"file://{old.directory}", old.url)):
@@ -175,7 +177,7 @@ def files_in(old: Old) -> dict[str, bytes]:
     return found
 
 
-def test_another_apps_files_are_not_moved(old: Old) -> None:
+def test_another_apps_files_are_not_moved(old: OldStore) -> None:
     media_ids, old.media_ids = old.media_ids, {}
     before = files_in(old)
     assert old.adopt() == 0
@@ -186,7 +188,7 @@ def test_another_apps_files_are_not_moved(old: Old) -> None:
     old.check()
 
 
-def test_files_that_are_not_moved_expire_by_age(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_moved_expire_by_age(old: OldStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt after ``keep_s``, a job's files after an hour at least; damaged entries stay."""
     old.adopt()
     store = MediaStore(old.directory, 1 << 30, 100.0, old.url)
@@ -203,9 +205,9 @@ def test_files_that_are_not_moved_expire_by_age(old: Old, monkeypatch: pytest.Mo
     assert store.find(old.media_id) is None
 
 
-def test_an_encoders_sweep_of_a_cache_keeps_files_of_jobs(written: Written, tmp_path: Path) -> None:
+def test_an_encoders_sweep_of_a_cache_keeps_files_of_jobs(current_files: CurrentFiles, tmp_path: Path) -> None:
     """They predate the archive, and only a Director knows their jobs."""
-    old = make_old(written, tmp_path, None)
+    old = make_old(current_files, tmp_path, None)
     files = JobFiles(DirectoryObjects(old.directory))
     kept = new_job_id()
     files.put(kept, "image", b"picture")
@@ -222,7 +224,7 @@ def no_space() -> None:
 
 @pytest.mark.parametrize("kind", ["directory", "file archive", "object archive"])
 def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
-    kind: str, written: Written, tmp_path: Path
+    kind: str, current_files: CurrentFiles, tmp_path: Path
 ) -> None:
     seen: list[str] = []
     num_refused = 0
@@ -230,7 +232,7 @@ def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
         place = tmp_path / str(step)
         place.mkdir()
         url = {"directory": None, "file archive": f"file://{place}/archive"}.get(kind, f"memory://{step}/archive")
-        old = make_old(written, place, url)
+        old = make_old(current_files, place, url)
         store = old.store
         with pytest.MonkeyPatch.context() as patch:
             reached = act_at(step, no_space, patch)
@@ -250,12 +252,12 @@ def test_a_full_disk_at_every_step_loses_nothing_and_the_next_start_goes_on(
     fsspec.filesystem("memory").store.clear()
 
 
-def kill_at_every_step(written: Written, place: Path, has_archive: bool) -> int:
+def kill_at_every_step(current_files: CurrentFiles, place: Path, has_archive: bool) -> int:
     """Kill a process at each step of a move, on fresh copies, then finish the move; return the number of steps."""
     for step in itertools.count(1):
         directory = place / str(step)
         directory.mkdir()
-        old = make_old(written, directory, f"file://{directory}/archive" if has_archive else None)
+        old = make_old(current_files, directory, f"file://{directory}/archive" if has_archive else None)
         store = old.store
         is_killed = is_killed_at(step, lambda old=old, store=store: old.adopt(store))
         old.adopt()
@@ -267,16 +269,18 @@ def kill_at_every_step(written: Written, place: Path, has_archive: bool) -> int:
 
 @pytest.mark.parametrize("has_archive", [False, True], ids=["directory", "file archive"])
 def test_killed_at_any_step_it_loses_nothing_and_the_next_start_goes_on(
-    has_archive: bool, written: Written, tmp_path: Path
+    has_archive: bool, current_files: CurrentFiles, tmp_path: Path
 ) -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fork needs a process with one thread
-        assert pool.submit(kill_at_every_step, written, tmp_path, has_archive).result(300) > 10
+        assert pool.submit(kill_at_every_step, current_files, tmp_path, has_archive).result(300) > 10
 
 
-def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_are_copied_before_any_goes(
+    current_files: CurrentFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Records are copied last."""
     url = f"memory://{uuid.uuid4().hex}/archive"
-    old = make_old(written, tmp_path, url)
+    old = make_old(current_files, tmp_path, url)
     store = old.store
     assert store.archive is not None
     assert isinstance(store.archive, FsspecObjects)
@@ -296,8 +300,8 @@ def test_objects_are_copied_before_any_goes(written: Written, tmp_path: Path, mo
     old.check()
 
 
-def test_unknown_files_are_left_alone(written: Written, tmp_path: Path) -> None:
-    old = make_old(written, tmp_path, None)
+def test_unknown_files_are_left_alone(current_files: CurrentFiles, tmp_path: Path) -> None:
+    old = make_old(current_files, tmp_path, None)
     (old.directory / "notes").write_text("mine")
     (old.directory / "jobs" / "notes").write_text("mine")
     (old.directory / ("f" * 32)).write_text("a file with a try's name")

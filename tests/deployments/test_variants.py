@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +17,6 @@ import numpy as np
 import PIL.Image
 import pytest
 from starlette.datastructures import Headers
-from starlette.responses import Response
 
 from cosmos3_core.errors import MediaError
 from cosmos3_core.media.probe import read_sound
@@ -32,8 +29,8 @@ from deployments.media.layout import new_media_id, read_record
 from deployments.media.objects import DirectoryObjects
 from deployments.media.store import MediaStore
 from deployments.media.variants import MADE_VARIANTS, Variant, make_variant
-from tests.api.content_answers import variant_answer
-from tests.deployments.reading import read
+from tests.api.content_answers import Answer, send_answer, variant_answer
+from tests.deployments.clips import read
 from tests.settling import run
 
 DEADLINE_S = 60.0
@@ -74,73 +71,48 @@ def make(store: MediaStore, kind: str, *, with_sound: bool = False, frames: np.n
     return media_id
 
 
-@dataclass
-class Answer:
-    status: int
-    headers: Headers
-    body: bytes
-
-    @property
-    def code(self) -> str:
-        return str(json.loads(self.body)["error"]["code"])
-
-    def image(self) -> PIL.Image.Image:
-        image = PIL.Image.open(io.BytesIO(self.body))
-        image.load()
-        return image
+def open_image(answer: Answer) -> PIL.Image.Image:
+    image = PIL.Image.open(io.BytesIO(answer.body))
+    image.load()
+    return image
 
 
-async def sent(response: Response) -> Answer:
-    answer = Answer(0, Headers(), b"")
-
-    async def receive() -> Any:
-        await asyncio.sleep(DEADLINE_S)
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            answer.status, answer.headers = message["status"], Headers(raw=message["headers"])
-        answer.body += message.get("body", b"")
-
-    await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
-    return answer
-
-
-def asked(store: MediaStore, media_id: str, variant: str, method: str = "GET", **headers: str) -> Answer:
+def fetch(store: MediaStore, media_id: str, variant: str, method: str = "GET", **headers: str) -> Answer:
     async def ask() -> Answer:
         given = Headers({name.replace("_", "-"): value for name, value in headers.items()})
-        return await sent(await variant_answer(store, media_id, variant, method, given))
+        return await send_answer(await variant_answer(store, media_id, variant, method, given))
 
     answer: Answer = run(ask())
     return answer
 
 
-def made_times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def record_variants(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the variants made from now on."""
     names: list[str] = []
     keep = media_variants._keep
 
-    def counted(objects: Any, record: Any, variant: Variant, path: Path) -> Any:
+    def count(objects: Any, record: Any, variant: Variant, path: Path) -> Any:
         names.append(variant.name)
         return keep(objects, record, variant, path)
 
-    monkeypatch.setattr(media_variants, "_keep", counted)
+    monkeypatch.setattr(media_variants, "_keep", count)
     return names
 
 
 def test_a_clip_has_thumbnail_and_spritesheet(
     reading: tuple[MediaStore, MediaStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = made_times(monkeypatch)
+    names = record_variants(monkeypatch)
     media_id = make(reading[0], "mp4")
     store = reading[1]
-    thumbnail, sheet = (asked(store, media_id, name) for name in ("thumbnail", "spritesheet"))
+    thumbnail, sheet = (fetch(store, media_id, name) for name in ("thumbnail", "spritesheet"))
     assert (thumbnail.status, thumbnail.headers["content-type"]) == (200, "image/webp")
-    assert (thumbnail.image().format, thumbnail.image().size) == ("WEBP", (48, 32))
+    assert (open_image(thumbnail).format, open_image(thumbnail).size) == ("WEBP", (48, 32))
     assert (sheet.status, sheet.headers["content-type"]) == (200, "image/jpeg")
-    assert (sheet.image().format, sheet.image().size) == ("JPEG", (144, 96))
+    assert (open_image(sheet).format, open_image(sheet).size) == ("JPEG", (144, 96))
     for answer, again in (
-        (thumbnail, asked(store, media_id, "thumbnail")),
-        (sheet, asked(store, media_id, "spritesheet")),
+        (thumbnail, fetch(store, media_id, "thumbnail")),
+        (sheet, fetch(store, media_id, "spritesheet")),
     ):
         assert again == answer
         assert answer.headers["content-length"] == str(len(answer.body))
@@ -149,7 +121,7 @@ def test_a_clip_has_thumbnail_and_spritesheet(
 
 def test_a_clip_with_sound_has_audio(reading: tuple[MediaStore, MediaStore], tmp_path: Path) -> None:
     media_id = make(reading[0], "mp4", with_sound=True)
-    answer = asked(reading[1], media_id, "audio")
+    answer = fetch(reading[1], media_id, "audio")
     assert (answer.status, answer.headers["content-type"]) == (200, "audio/mp4")
     (tmp_path / "a.m4a").write_bytes(answer.body)
     record = reading[0].expect(media_id)
@@ -158,7 +130,7 @@ def test_a_clip_with_sound_has_audio(reading: tuple[MediaStore, MediaStore], tmp
 
 def test_a_wav_is_its_own_sound(store: MediaStore) -> None:
     media_id = make(store, "wav")
-    answer = asked(store, media_id, "audio")
+    answer = fetch(store, media_id, "audio")
     assert (answer.status, answer.headers["content-type"]) == (200, "audio/wav")
     assert answer.body == read(store, media_id)
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.wav", "ended.json"]
@@ -166,8 +138,8 @@ def test_a_wav_is_its_own_sound(store: MediaStore) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_an_image_has_a_thumbnail(store: MediaStore, kind: str) -> None:
-    answer = asked(store, make(store, kind), "thumbnail")
-    assert (answer.status, answer.image().format, answer.image().size) == (200, "WEBP", (48, 32))
+    answer = fetch(store, make(store, kind), "thumbnail")
+    assert (answer.status, open_image(answer).format, open_image(answer).size) == (200, "WEBP", (48, 32))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +150,7 @@ def test_an_image_has_a_thumbnail(store: MediaStore, kind: str) -> None:
 def test_a_variant_that_a_file_lacks_is_a_404(store: MediaStore, kind: str, variant: str) -> None:
     media_id = make(store, kind)
     before = sorted(os.listdir(store.directory / media_id))
-    answer = asked(store, media_id, variant)
+    answer = fetch(store, media_id, variant)
     assert (answer.status, answer.code) == (404, "no_such_variant")
     assert sorted(os.listdir(store.directory / media_id)) == before
 
@@ -187,51 +159,51 @@ def test_a_variant_that_a_file_lacks_is_a_404(store: MediaStore, kind: str, vari
 def test_variants_of_unfinished_files_are_refused(store: MediaStore, variant: str) -> None:
     media_id = new_media_id(new_job_id())
     store.create(media_id, "video/mp4", ".mp4", is_live=True)
-    answer = asked(store, media_id, variant)
+    answer = fetch(store, media_id, variant)
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "1")
     store.fail(media_id, "secret reason")
-    answer = asked(store, media_id, variant)
+    answer = fetch(store, media_id, variant)
     assert (answer.status, answer.code) == (410, "media_failed")
     for unknown in (new_media_id(new_job_id()), "../x", ""):
-        answer = asked(store, unknown, variant)
+        answer = fetch(store, unknown, variant)
         assert (answer.status, answer.code) == (410, "media_expired")
 
 
 def test_variants_support_ranges_etags_and_head(store: MediaStore) -> None:
     media_id = make(store, "mp4")
-    whole = asked(store, media_id, "thumbnail", "HEAD")
+    whole = fetch(store, media_id, "thumbnail", "HEAD")
     assert (whole.status, whole.body) == (200, b"")
     tag, size = whole.headers["etag"], int(whole.headers["content-length"])
-    data = asked(store, media_id, "thumbnail").body
+    data = fetch(store, media_id, "thumbnail").body
     assert len(data) == size
-    part = asked(store, media_id, "thumbnail", range="bytes=5-9")
+    part = fetch(store, media_id, "thumbnail", range="bytes=5-9")
     assert (part.status, part.body, part.headers["content-range"]) == (206, data[5:10], f"bytes 5-9/{size}")
-    assert asked(store, media_id, "thumbnail", if_none_match=tag).status == 304
-    assert asked(store, media_id, "spritesheet", if_none_match=tag).status == 200
-    beyond = asked(store, media_id, "thumbnail", range=f"bytes={size}-")
+    assert fetch(store, media_id, "thumbnail", if_none_match=tag).status == 304
+    assert fetch(store, media_id, "spritesheet", if_none_match=tag).status == 200
+    beyond = fetch(store, media_id, "thumbnail", range=f"bytes={size}-")
     assert (beyond.status, beyond.code) == (416, "range_not_satisfiable")
 
 
 def test_a_variant_counts_and_is_removed_with_its_clip(store: MediaStore) -> None:
     media_id = make(store, "mp4", with_sound=True)
     for variant in MADE_VARIANTS:
-        asked(store, media_id, variant)
+        fetch(store, media_id, variant)
     folder = store.directory / media_id
     assert len(os.listdir(folder)) == 3 + 2 * len(MADE_VARIANTS)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     assert MediaStore(store.directory, num_bytes, 1000.0).sweep(lambda _: {}, time.time()) == 0
     assert MediaStore(store.directory, num_bytes - 1, 1000.0).sweep(lambda _: {}, time.time()) == 1
     assert os.listdir(store.directory) == []
-    assert asked(store, media_id, "thumbnail").status == 410
+    assert fetch(store, media_id, "thumbnail").status == 410
 
 
 def test_concurrent_requests_make_one_variant(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = made_times(monkeypatch)
+    names = record_variants(monkeypatch)
     media_id = make(store, "mp4")
 
     async def ask() -> set[bytes]:
         answers = (variant_answer(store, media_id, "spritesheet", "GET", Headers()) for _ in range(20))
-        return {(await sent(response)).body for response in await asyncio.gather(*answers)}
+        return {(await send_answer(response)).body for response in await asyncio.gather(*answers)}
 
     assert len(run(ask())) == 1
     assert names == ["spritesheet"]
@@ -239,7 +211,7 @@ def test_concurrent_requests_make_one_variant(store: MediaStore, monkeypatch: py
 
 def test_a_caller_with_a_stale_look_does_not_make_it_again(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first caller finds nothing, and continues only after the second has its file."""
-    names = made_times(monkeypatch)
+    names = record_variants(monkeypatch)
     media_id = make(store, "mp4")
     looks = threading.Semaphore(1)
     has_looked, may_go_on = threading.Event(), threading.Event()
@@ -258,9 +230,9 @@ def test_a_caller_with_a_stale_look_does_not_make_it_again(store: MediaStore, mo
     async def ask() -> list[bytes]:
         early = asyncio.create_task(variant_answer(store, media_id, "spritesheet", "GET", Headers()))
         assert await asyncio.to_thread(has_looked.wait, DEADLINE_S)
-        other = await sent(await variant_answer(store, media_id, "spritesheet", "GET", Headers()))
+        other = await send_answer(await variant_answer(store, media_id, "spritesheet", "GET", Headers()))
         may_go_on.set()
-        return [other.body, (await sent(await early)).body]
+        return [other.body, (await send_answer(await early)).body]
 
     first, second = run(ask())
     assert first == second
@@ -325,10 +297,10 @@ def test_concurrent_variants_are_bounded_and_more_are_refused(
         ]
         done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
         asking.remove(first := done.pop())
-        refused = await sent(first.result())
+        refused = await send_answer(first.result())
         assert (refused.status, refused.code, refused.headers["retry-after"]) == (429, "overloaded", "5")
         gate.open.set()
-        return [(await sent(await answer)).status for answer in asking]
+        return [(await send_answer(await answer)).status for answer in asking]
 
     assert run(ask()) == [200] * 5
     assert gate.most <= 2
@@ -340,11 +312,11 @@ def test_a_long_wait_is_a_409_and_disconnecting_stops_nothing(
 ) -> None:
     monkeypatch.setattr(media_variants, "_WAIT_S", 0.05)
     media_id = make(store, "png")
-    answer = asked(store, media_id, "thumbnail")
+    answer = fetch(store, media_id, "thumbnail")
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "5")
     gate.open.set()
     monkeypatch.setattr(media_variants, "_WAIT_S", DEADLINE_S)
-    assert asked(store, media_id, "thumbnail").status == 200
+    assert fetch(store, media_id, "thumbnail").status == 200
 
 
 @pytest.mark.parametrize(
@@ -360,7 +332,7 @@ def test_a_file_removed_while_waiting_is_a_410(
         assert await asyncio.to_thread(gate.started.acquire, timeout=DEADLINE_S)
         remove(store, media_id)
         gate.open.set()
-        return await sent(await asking)
+        return await send_answer(await asking)
 
     answer: Answer = run(ask())
     assert (answer.status, answer.code) == (410, "media_expired")
@@ -386,7 +358,7 @@ def test_a_damaged_file_is_an_error_and_leaves_nothing(store: MediaStore) -> Non
     entry.finish()
     for variant in MADE_VARIANTS:
         with pytest.raises(MediaError):
-            asked(store, media_id, variant)
+            fetch(store, media_id, variant)
     assert sorted(os.listdir(store.directory / media_id)) == ["begun.json", "clip.mp4", "ended.json"]
 
 
@@ -398,16 +370,16 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(store: MediaStore, monkeypat
 
     monkeypatch.setattr(DirectoryObjects, "create", full)
     with pytest.raises(MediaError, match="the thumbnail of .* cannot be written: .*No space left"):
-        asked(store, media_id, "thumbnail")
+        fetch(store, media_id, "thumbnail")
     monkeypatch.undo()
     assert not [name for name in os.listdir(store.directory / media_id) if name.startswith("thumbnail")]
-    assert asked(store, media_id, "thumbnail").status == 200
+    assert fetch(store, media_id, "thumbnail").status == 200
 
 
 def test_a_variants_record_is_not_taken_for_a_clips(store: MediaStore) -> None:
     """A record is valid only under its own name."""
     media_id = make(store, "mp4")
-    asked(store, media_id, "thumbnail")
+    fetch(store, media_id, "thumbnail")
     record = read_record(store.objects, media_id, "thumbnail.json")
     assert record is not None
     assert record.file_name.startswith("thumbnail-")

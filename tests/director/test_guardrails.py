@@ -46,7 +46,7 @@ from tests.settling import run
 PROMPT = "a prompt that must not be told on"
 
 
-class Pixelating:
+class HalvingAdapter:
     """Blocks a word and black pictures; halves all other frames. Fails on demand."""
 
     def __init__(self, word: str = "forbidden") -> None:
@@ -80,7 +80,7 @@ class WithoutFrames:
 
 
 def test_an_adapter_is_loaded_by_module_and_class_with_its_options() -> None:
-    made = load_guardrail(f"{__name__}:Pixelating", {"word": "other"})
+    made = load_guardrail(f"{__name__}:HalvingAdapter", {"word": "other"})
     with pytest.raises(ContentBlocked):
         made.check_text("the other one")
 
@@ -92,7 +92,7 @@ def test_an_adapter_is_loaded_by_module_and_class_with_its_options() -> None:
         ("no.such.module:Class", {}, "cannot be imported"),
         (f"{__name__}:NoSuchClass", {}, "cannot be imported"),
         (":Class", {}, "cannot be imported"),
-        (f"{__name__}:Pixelating", {"wrod": "a"}, "(word: 'str' = 'forbidden')"),
+        (f"{__name__}:HalvingAdapter", {"wrod": "a"}, "(word: 'str' = 'forbidden')"),
         (f"{__name__}:WithoutFrames", {}, "lacks check_text or check_frames"),
         ("cosmos-guardrail", {"gpu": True}, "(device: 'str' = 'cpu'"),
     ],
@@ -211,7 +211,7 @@ LEFT, RIGHT = np.full((2, 4, 3, 3), 100, np.uint8), np.full((2, 4, 5, 3), 50, np
 
 
 def test_a_passed_chunk_is_one_strip_and_otherwise_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     checked, word = run(all_of(stage(adapter, monkeypatch).check_frames(context(), chunk_of(LEFT, RIGHT, axis=2))))
     assert np.array_equal(checked.frames(), np.concatenate([LEFT, RIGHT], 2) // 2)
     assert (checked.index, checked.pid, len(checked.strips)) == (0, 7, 1)
@@ -236,14 +236,14 @@ def test_a_passed_chunk_is_one_strip_and_otherwise_unchanged(monkeypatch: pytest
 def test_frames_are_blocked_if_the_adapter_fails(
     answer: Callable[[Frames], Any], match: str, strips: tuple[Frames, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     monkeypatch.setattr(adapter, "check_frames", answer)
     with pytest.raises(GuardrailUnavailable, match=match):
         run(all_of(stage(adapter, monkeypatch).check_frames(context(), chunk_of(*strips, axis=2))))
 
 
 def test_a_prompt_is_blocked_and_not_shown_if_the_adapter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     adapter.failures = [ZeroDivisionError(PROMPT)]
     with pytest.raises(GuardrailUnavailable) as caught:
         run(all_of(stage(adapter, monkeypatch).check_text(context(), PROMPT)))
@@ -251,14 +251,14 @@ def test_a_prompt_is_blocked_and_not_shown_if_the_adapter_fails(monkeypatch: pyt
 
 
 def test_an_adapters_reason_for_a_block_stays_in_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     adapter.failures = [ContentBlocked(PROMPT)]
     with pytest.raises(ContentBlocked) as caught:
         run(all_of(stage(adapter, monkeypatch).check_text(context(), PROMPT)))
     assert PROMPT not in str(caught.value)
 
 
-class Slow(Pixelating):
+class Slow(HalvingAdapter):
     """A slow adapter that counts concurrent checks."""
 
     def __init__(self) -> None:
@@ -337,12 +337,12 @@ async def check_prompt(handle: Any, text_timeout_s: float, context: RequestConte
     await PromptCheck(handle, text_timeout_s, may_be_skipped=False).check(context, prompt, is_skipped=False)
 
 
-def died() -> Exception:
+def make_death() -> Exception:
     return ActorDiedError()
 
 
 def test_a_prompt_is_checked_before_its_request_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = Handle(stage(Pixelating(), monkeypatch))
+    handle = Handle(stage(HalvingAdapter(), monkeypatch))
     run(check_prompt(handle, 1.0, context(), PROMPT))
     with pytest.raises(ContentBlocked, match="prompt"):
         run(check_prompt(handle, 1.0, context(), "something forbidden"))
@@ -352,8 +352,8 @@ def test_a_prompt_is_checked_before_its_request_is_accepted(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("failures", "expected"),
     [
-        ([died()], None),
-        ([died(), died()], GuardrailUnavailable),
+        ([make_death()], None),
+        ([make_death(), make_death()], GuardrailUnavailable),
         ([DeploymentUnavailableError(SimpleNamespace(name="Guardrails", app_name="a"))], GuardrailUnavailable),
         ([BackPressureError(1, 2)], OverloadedError),
         ([GuardrailUnavailable("prompt")], GuardrailUnavailable),
@@ -364,7 +364,7 @@ def test_a_prompt_passes_only_if_the_guardrail_says_so(
     failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guardrail_calls, "_RETRY_PAUSE_S", 0.01)
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     handle = Handle(stage(adapter, monkeypatch))
     handle.failures = list(failures)
     if expected is None:
@@ -396,7 +396,7 @@ def test_a_guardrail_without_an_answer_blocks_the_prompt(monkeypatch: pytest.Mon
 def test_skipping_guardrails_needs_the_operators_permission(
     may_be_skipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     check = PromptCheck(Handle(stage(adapter, monkeypatch)), 1.0, may_be_skipped)
     with pytest.raises(ContentBlocked):
         run(check.check(context(), "forbidden", is_skipped=False))
@@ -412,7 +412,7 @@ def test_a_passed_prompt_is_not_checked_again_when_its_job_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(guardrail_calls, "_MAX_PASSED", 2)
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     check = PromptCheck(Handle(stage(adapter, monkeypatch)), 1.0, True)
 
     async def body() -> None:
@@ -431,8 +431,8 @@ def test_a_passed_prompt_is_not_checked_again_when_its_job_starts(
 @pytest.mark.parametrize(
     ("failures", "expected"),
     [
-        ([died(), died()], None),
-        ([died(), died(), died()], StageFailed),
+        ([make_death(), make_death()], None),
+        ([make_death(), make_death(), make_death()], StageFailed),
         ([BackPressureError(1, 2)], None),
         ([GuardrailUnavailable("prompt")], GuardrailUnavailable),
     ],
@@ -443,7 +443,7 @@ def test_a_job_starts_only_if_the_guardrail_passes_its_prompt(
 ) -> None:
     monkeypatch.setattr("deployments.director.retries._RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr("deployments.director.retries._LONGEST_PAUSE_S", 0.01)
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     handle = Handle(stage(adapter, monkeypatch))
     handle.failures = list(failures)
     check = PromptCheck(handle, 1.0, False)
@@ -457,7 +457,7 @@ def test_a_job_starts_only_if_the_guardrail_passes_its_prompt(
 
 
 @dataclass
-class Begun:
+class StartedJob:
     """The parts of a Director that start a job; the job was accepted before a guardrail was configured."""
 
     tiny: Path
@@ -499,30 +499,30 @@ def test_a_job_skips_guardrails_only_while_the_operator_permits_it(
     skips: bool, may_skip: bool, is_looked_at: bool, tiny_nano: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job may have been accepted under another configuration."""
-    adapter = Pixelating()
-    begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), may_skip)
+    adapter = HalvingAdapter()
+    started = StartedJob(tiny_nano, Handle(stage(adapter, monkeypatch)), may_skip)
 
     async def body() -> None:
-        pipeline = begun.pipeline("forbidden", skips=skips)
+        pipeline = started.pipeline("forbidden", skips=skips)
         if is_looked_at:
             with pytest.raises(ContentBlocked, match="prompt"):
                 await all_of(pipeline.events())
-            assert pipeline.stages.guardrail is begun.handle, "its pictures would be looked at"
+            assert pipeline.stages.guardrail is started.handle, "its pictures would be looked at"
         else:
             assert pipeline.stages.guardrail is None
             assert isinstance((await all_of(pipeline.events()))[-1], messages.Finished)
 
     run(body())
     assert adapter.prompts == ["forbidden"] * is_looked_at
-    assert len(begun.stages.tokenized) == (not is_looked_at), "nothing is begun"
+    assert len(started.stages.tokenized) == (not is_looked_at), "nothing is begun"
 
 
 def test_a_job_whose_prompt_passes_runs(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = Pixelating()
-    begun = Begun(tiny_nano, Handle(stage(adapter, monkeypatch)), False)
+    adapter = HalvingAdapter()
+    started = StartedJob(tiny_nano, Handle(stage(adapter, monkeypatch)), False)
 
     async def body() -> None:
-        async for event in begun.pipeline().events():
+        async for event in started.pipeline().events():
             assert isinstance(event, messages.Tokenized)
             break
 
@@ -531,10 +531,10 @@ def test_a_job_whose_prompt_passes_runs(tiny_nano: Path, monkeypatch: pytest.Mon
 
 
 def test_without_a_guardrail_a_job_starts_at_once(tiny_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = Begun(tiny_nano, None, False)
+    started = StartedJob(tiny_nano, None, False)
 
     async def body() -> None:
-        events = await all_of(begun.pipeline(skips=True).events())
+        events = await all_of(started.pipeline(skips=True).events())
         assert isinstance(events[-1], messages.Finished)
 
     run(body())
@@ -615,7 +615,7 @@ class Clip:
         assert isinstance(events, list)
         return events
 
-    def taken_shades(self) -> list[int]:
+    def list_shades(self) -> list[int]:
         return [int(chunk.frames()[0, 0, 0, 0]) for chunk in self.taken if isinstance(chunk, FrameChunk)]
 
 
@@ -624,9 +624,9 @@ def of_kind(kind: type, events: list[Any]) -> list[Any]:
 
 
 def test_frames_reach_the_encoder_as_the_guardrail_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = Clip(Handle(stage(Pixelating(), monkeypatch)))
+    clip = Clip(Handle(stage(HalvingAdapter(), monkeypatch)))
     events = clip.events()
-    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+    assert clip.list_shades() == [5, 10, 15, 20, 25]
     assert [chunk.index for chunk in clip.taken] == list(range(5))
     assert {chunk.pid for chunk in clip.taken} == {7}
     assert [event.index for event in of_kind(messages.ChunkDecoded, events)] == list(range(5))
@@ -636,7 +636,7 @@ def test_frames_reach_the_encoder_as_the_guardrail_leaves_them(monkeypatch: pyte
 
 
 def test_sound_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     clip = Clip(Handle(stage(adapter, monkeypatch)), with_sound=True)
     events = clip.events()
     assert len(of_kind(messages.SoundChunk, clip.taken)) == len(of_kind(messages.SoundDecoded, events)) == 1
@@ -654,34 +654,34 @@ def test_sound_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocked_frames_end_the_request_and_its_file(
     shades: tuple[int, ...], failures: list[Exception], expected: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     adapter.failures = list(failures)
     clip = Clip(Handle(stage(adapter, monkeypatch)), shades)
     with pytest.raises(expected, match="pictures"):
         clip.events()
     assert list(clip.media.failed) == clip.media.begun
     assert expected.__name__ in clip.media.failed[clip.media.begun[0]]
-    assert clip.taken_shades() in ([], [5]), "nothing from there on"
+    assert clip.list_shades() in ([], [5]), "nothing from there on"
     assert len(clip.media.begun) == 1, "it is not tried again"
 
 
 def test_a_dead_guardrail_is_retried_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = Handle(stage(Pixelating(), monkeypatch))
-    handle.failures = [died(), died()]
+    handle = Handle(stage(HalvingAdapter(), monkeypatch))
+    handle.failures = [make_death(), make_death()]
     clip = Clip(handle)
     events = clip.events()
     assert [(event.stage, event.attempt) for event in of_kind(messages.StageRetried, events)] == [
         ("guardrail", 2),
         ("guardrail", 3),
     ]
-    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+    assert clip.list_shades() == [5, 10, 15, 20, 25]
     assert clip.num_decoded == 5
     assert all(response.is_cancelled for response in handle.check_frames.responses)
 
 
 def test_a_guardrail_that_keeps_dying_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = Handle(stage(Pixelating(), monkeypatch))
-    handle.failures = [died() for _ in range(20)]
+    handle = Handle(stage(HalvingAdapter(), monkeypatch))
+    handle.failures = [make_death() for _ in range(20)]
     clip = Clip(handle)
     with pytest.raises(StageFailed, match="'guardrail' failed 2 times"):
         clip.events(max_attempts=2)
@@ -691,12 +691,12 @@ def test_a_guardrail_that_keeps_dying_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_full_guardrail_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = Handle(stage(Pixelating(), monkeypatch))
+    handle = Handle(stage(HalvingAdapter(), monkeypatch))
     handle.failures = [BackPressureError(1, 2)]
     clip = Clip(handle, (10, 20))
     monkeypatch.setattr("deployments.director.retries._LONGEST_PAUSE_S", 0.01)
     assert of_kind(messages.StageRetried, clip.events()) == []
-    assert clip.taken_shades() == [5, 10]
+    assert clip.list_shades() == [5, 10]
 
 
 def test_a_guardrail_that_ends_without_a_result_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,7 +710,7 @@ def test_a_guardrail_that_ends_without_a_result_blocks(monkeypatch: pytest.Monke
 
 
 def test_a_chunk_lost_before_the_guardrail_is_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = Handle(stage(Pixelating(), monkeypatch))
+    handle = Handle(stage(HalvingAdapter(), monkeypatch))
     clip = Clip(handle)
     calls = handle.check_frames
 
@@ -724,18 +724,18 @@ def test_a_chunk_lost_before_the_guardrail_is_decoded_again(monkeypatch: pytest.
     events = clip.events()
     assert [event.stage for event in of_kind(messages.StageRetried, events)] == ["decode"]
     assert [event.index for event in of_kind(messages.ChunkDecoded, events)] == list(range(5))
-    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+    assert clip.list_shades() == [5, 10, 15, 20, 25]
 
 
 def test_checked_chunks_are_not_checked_again_after_a_decoders_death(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    adapter = Pixelating()
+    adapter = HalvingAdapter()
     clip = Clip(Handle(stage(adapter, monkeypatch)))
     clip.failures["decode"] = [GangFailed("decode", "died")]
     events = clip.events()
     assert [event.stage for event in of_kind(messages.StageRetried, events)] == ["decode"]
-    assert clip.taken_shades() == [5, 10, 15, 20, 25]
+    assert clip.list_shades() == [5, 10, 15, 20, 25]
     assert (clip.num_decoded, adapter.num_frames) == (7, 10)
 
 

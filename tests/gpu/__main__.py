@@ -58,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "app": lambda: [check_app_on(options.device, num_devices, checkpoint)],
         }
         verdicts = [verdict for name, run in checks.items() if options.only in (None, name) for verdict in run()]
-    verdicts.sort(key=lambda verdict: (_ORDER.index(verdict.word), -verdict.seconds))
+    verdicts.sort(key=lambda verdict: (_ORDER.index(verdict.status), -verdict.seconds))
     for verdict in verdicts:
         print(verdict)
-    counts = {word: sum(verdict.word == word for verdict in verdicts) for word in _ORDER}
-    print(", ".join(f"{count} {word}" for word, count in counts.items()) + f", on {num_devices} x {options.device}")
+    counts = {status: sum(verdict.status == status for verdict in verdicts) for status in _ORDER}
+    print(", ".join(f"{count} {status}" for status, count in counts.items()) + f", on {num_devices} x {options.device}")
     return 1 if counts["FAIL"] else 0
 
 

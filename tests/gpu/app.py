@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_core.parallel.layout import Layout
-from tests.gpu.verdict import Verdict, checked
+from tests.gpu.verdict import Verdict, run_check
 
 _CHECK = "app over HTTP"
 _START_S = 300.0
@@ -25,7 +25,7 @@ def check_app_on(device: str, num_devices: int, checkpoint: Path) -> Verdict:
     """Start, generate, probe, stop. For the main thread of a process without another Ray."""
     if importlib.util.find_spec("ray") is None:
         return Verdict(_CHECK, "skip", "ray is not installed")
-    return checked(_CHECK, lambda: _run(device, num_devices, checkpoint))
+    return run_check(_CHECK, lambda: _run(device, num_devices, checkpoint))
 
 
 def _run(device: str, num_devices: int, checkpoint: Path) -> str:

@@ -17,7 +17,7 @@ from cosmos3_core.engine import Engine
 from cosmos3_core.generate import GenerationResult, generate
 from cosmos3_core.media.probe import probe_video
 from cosmos3_core.request import GenerationRequest
-from tests.gpu.verdict import Verdict, checked
+from tests.gpu.verdict import Verdict, run_check
 
 FP32_TOLERANCE = 1e-4
 
@@ -54,12 +54,12 @@ def check_modes(checkpoint: Path, device: str) -> list[Verdict]:
     ):
         for mode, fields in REQUESTS.items():
             request = GenerationRequest(mode=mode.removesuffix("_with_sound"), **fields)
-            verdicts.append(checked(f"{mode}, float32", lambda request=request: _compared(exact, reference, request)))
-            verdicts.append(checked(f"{mode}, bfloat16", lambda request=request: _served(served, request)))
+            verdicts.append(run_check(f"{mode}, float32", lambda request=request: _compare(exact, reference, request)))
+            verdicts.append(run_check(f"{mode}, bfloat16", lambda request=request: _generate(served, request)))
     return verdicts
 
 
-def _compared(engine: Engine, reference: Engine, request: GenerationRequest) -> str:
+def _compare(engine: Engine, reference: Engine, request: GenerationRequest) -> str:
     with torch.backends.cudnn.flags(allow_tf32=False):
         ours, theirs = (generate(it, request, output="latent") for it in (engine, reference))
     assert ours.latents is not None
@@ -74,7 +74,7 @@ def _compared(engine: Engine, reference: Engine, request: GenerationRequest) -> 
     return f"{said} away from the CPU, allowed {FP32_TOLERANCE:.1e}"
 
 
-def _served(engine: Engine, request: GenerationRequest) -> str:
+def _generate(engine: Engine, request: GenerationRequest) -> str:
     with tempfile.TemporaryDirectory() as directory:
         result = generate(engine, request, Path(directory) / "result")
         said = [] if result.path is None else [_file(result)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cosmos3_core.device import resolve_device
-from tests.gpu.verdict import Verdict, checked
+from tests.gpu.verdict import Verdict, run_check
 from tests.ops import video_comparison
 from tests.ops.comparison import (
     ELEMENTWISE_SHAPES,
@@ -27,14 +27,16 @@ def check_operators(device: str) -> list[Verdict]:
         if name in NEEDS_GPU and device != "cuda":
             verdicts.append(Verdict(check, "skip", "needs a CUDA device"))
         else:
-            verdicts.append(checked(check, lambda key=key: _run(*key, resolve_device(device))))
+            verdicts.append(run_check(check, lambda key=key: _run(*key, resolve_device(device))))
     for (name, dtype), tolerance in video_comparison.TOLERANCES.items():
         check = f"video VAE {name}, {str(dtype).removeprefix('torch.')}"
         if device != "cuda":
             verdicts.append(Verdict(check, "skip", "needs a CUDA device"))
         else:
-            verdicts.append(checked(check, lambda name=name, dtype=dtype, top=tolerance: _run_video(name, dtype, top)))
-    verdicts.append(checked("step, bfloat16", lambda: _step(resolve_device(device))))
+            verdicts.append(
+                run_check(check, lambda name=name, dtype=dtype, top=tolerance: _run_video(name, dtype, top))
+            )
+    verdicts.append(run_check("step, bfloat16", lambda: _step(resolve_device(device))))
     return verdicts
 
 

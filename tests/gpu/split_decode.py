@@ -33,7 +33,7 @@ from tests.ranks import run_layouts
 ONE, OWN, GATHERED = "one, whole frames", "all, each its strip", "all, gathered on the first"
 
 Seconds = dict[str, tuple[float, float, float]]
-"""Way -> medians of a rank's seconds to its first chunk on the host and to the last, and its peak in GiB."""
+"""Variant -> medians of a rank's seconds to its first chunk on the host and to the last, and its peak in GiB."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,20 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     clip = (options.num_frames, options.height, options.width)
     (ranks,) = run_layouts(
-        timed_ways, [Layout(sp=num_devices)], options.model, options.dtype, clip, options.runs, device=options.device
+        time_variants, [Layout(sp=num_devices)], options.model, options.dtype, clip, options.runs, device=options.device
     )
     print(
         f"{options.num_frames} frames of {options.width}x{options.height}, {options.model}'s VAE, {options.dtype}, "
         f"{num_devices} x {describe(torch.device(options.device))}; medians of {options.runs}, the slowest rank's"
     )
     print(f"{'devices':<28}{'first chunk s':>14}{'whole clip s':>14}{'faster by':>11}{'peak GiB':>10}")
-    slowest = {way: [max(figures) for figures in zip(*(rank[way] for rank in ranks), strict=True)] for way in ranks[0]}
-    for way, (first_s, whole_s, peak_gib) in slowest.items():
-        print(f"{way:<28}{first_s:14.3f}{whole_s:14.3f}{slowest[ONE][1] / whole_s:11.2f}{peak_gib:10.2f}")
+    slowest = {
+        variant: [max(figures) for figures in zip(*(rank[variant] for rank in ranks), strict=True)]
+        for variant in ranks[0]
+    }
+    for variant, (first_s, whole_s, peak_gib) in slowest.items():
+        print(f"{variant:<28}{first_s:14.3f}{whole_s:14.3f}{slowest[ONE][1] / whole_s:11.2f}{peak_gib:10.2f}")
     return 0
 
 
-def timed_ways(
+def time_variants(
     groups: Groups, device: torch.device, model: str, dtype: str, clip: tuple[int, int, int], runs: int
 ) -> Seconds:
     """A rank's work. Whole frames are decoded by all ranks at once, each by itself: as one does it alone."""
@@ -76,24 +79,27 @@ def timed_ways(
     vae = video_vae(subject)
     grid = vae.geometry.latent_shape(*clip)
     latents = torch.randn((1, vae.geometry.channels, *grid), generator=torch.Generator().manual_seed(0)).to(device)
-    return {way: _medians(groups, device, chunks, runs) for way, chunks in _ways(groups, vae, latents, grid).items()}
+    return {
+        variant: _medians(groups, device, chunks, runs)
+        for variant, chunks in _find_variants(groups, vae, latents, grid).items()
+    }
 
 
-def _ways(
+def _find_variants(
     groups: Groups, vae: VideoVAE, latents: Tensor, grid: LatentShape
 ) -> dict[str, Callable[[], Iterator[Tensor]]]:
-    """Way -> chunks as they come to the host, in bytes; nothing on a rank that gets none."""
+    """Variant -> chunks as they come to the host, in bytes; nothing on a rank that gets none."""
     strip = strip_of(groups.everyone, grid.height, grid.width)
 
     def own(part: FramePart) -> Iterator[Tensor]:
         return (to_uint8(chunk).cpu() for chunk in vae.decode(latents, part=part))
 
-    def gathered() -> Iterator[Tensor]:
+    def gather() -> Iterator[Tensor]:
         for chunk in vae.decode(latents, part=strip):
             frames = strip.collect(to_uint8(chunk))
             yield torch.empty(0) if frames is None else frames.cpu()
 
-    return {ONE: lambda: own(WHOLE), OWN: lambda: own(strip), GATHERED: gathered}
+    return {ONE: lambda: own(WHOLE), OWN: lambda: own(strip), GATHERED: gather}
 
 
 def _medians(

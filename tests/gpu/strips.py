@@ -17,7 +17,7 @@ from cosmos3_core.parallel.groups import Groups, connect
 from cosmos3_core.parallel.layout import Layout
 from cosmos3_core.parallel.strips import strip_of
 from cosmos3_core.vae.frame_part import WHOLE, FramePart
-from tests.gpu.verdict import Verdict, checked
+from tests.gpu.verdict import Verdict, run_check
 from tests.ranks import run_layouts
 
 FP32_TOLERANCE = 1e-4
@@ -45,13 +45,13 @@ def check_strips(checkpoint: Path, device: str, num_devices: int) -> list[Verdic
 
     def exact() -> str:
         found.extend(run_layouts(distances_in_both, [Layout(sp=num_devices)], checkpoint, device=device)[0])
-        return _judged([distance for fp32, _ in found for distance in fp32.values()], FP32_TOLERANCE, "from the whole")
+        return _judge([distance for fp32, _ in found for distance in fp32.values()], FP32_TOLERANCE, "from the whole")
 
-    def served() -> str:
+    def judge_served() -> str:
         ratios = [ratio for _, bf16 in found for ratio in bf16.values()]
-        return _judged(ratios, BF16_FACTOR, "times as far from fp32 as the whole")
+        return _judge(ratios, BF16_FACTOR, "times as far from fp32 as the whole")
 
-    return [checked(name, run) for name, run in zip(names, (exact, served), strict=True)]
+    return [run_check(name, run) for name, run in zip(names, (exact, judge_served), strict=True)]
 
 
 def distances_in_both(groups: Groups, device: torch.device, checkpoint: Path) -> tuple[Distances, Distances]:
@@ -91,7 +91,7 @@ def _results(
     return results
 
 
-def _judged(figures: list[float], allowed: float, unit: str) -> str:
+def _judge(figures: list[float], allowed: float, unit: str) -> str:
     if not figures:
         raise AssertionError("no figures: the ranks failed")
     said = f"{max(figures):.1e} {unit}, allowed {allowed:.1e}"

@@ -14,7 +14,7 @@ from tests.gpu import split_decode
 from tests.gpu.__main__ import main
 from tests.gpu.layouts import DTYPES, LAYOUTS, check_layouts, compare
 from tests.gpu.strips import check_strips
-from tests.gpu.verdict import checked
+from tests.gpu.verdict import run_check
 from tests.gpu.video_vae import check_video_vae
 from tests.parallel.gang_work import RESULTS
 
@@ -31,21 +31,23 @@ def needs_gpus(num_devices: int) -> None:
 def test_layouts_over_nccl(num_devices: int, tiny_nano: Path) -> None:
     needs_gpus(num_devices)
     layouts = [layout for layout in LAYOUTS if layout.num_ranks == num_devices]
-    failed = [verdict for verdict in check_layouts(tiny_nano, "cuda", num_devices, layouts) if verdict.word != "ok"]
+    failed = [verdict for verdict in check_layouts(tiny_nano, "cuda", num_devices, layouts) if verdict.status != "ok"]
     assert not failed, "\n".join(map(str, failed))
 
 
 @pytest.mark.gpu
 def test_strips_over_nccl(tiny_nano: Path) -> None:
     needs_gpus(2)
-    failed = [verdict for verdict in check_strips(tiny_nano, "cuda", torch.cuda.device_count()) if verdict.word != "ok"]
+    failed = [
+        verdict for verdict in check_strips(tiny_nano, "cuda", torch.cuda.device_count()) if verdict.status != "ok"
+    ]
     assert not failed, "\n".join(map(str, failed))
 
 
 @pytest.mark.gpu
 def test_the_video_vae_on_a_gpu(tiny_nano: Path) -> None:
     needs_gpus(1)
-    failed = [verdict for verdict in check_video_vae(tiny_nano, "cuda") if verdict.word != "ok"]
+    failed = [verdict for verdict in check_video_vae(tiny_nano, "cuda") if verdict.status != "ok"]
     assert not failed, "\n".join(map(str, failed))
 
 
@@ -108,7 +110,7 @@ def test_the_check_of_strips_on_gloo(tiny_nano: Path, capsys: pytest.CaptureFixt
 
 
 def test_strips_of_one_device_are_not_checked(tmp_path: Path) -> None:
-    assert [verdict.word for verdict in check_strips(tmp_path, "cpu", 1)] == ["skip", "skip"]
+    assert [verdict.status for verdict in check_strips(tmp_path, "cpu", 1)] == ["skip", "skip"]
 
 
 @pytest.mark.slow
@@ -153,5 +155,5 @@ def test_differences_beyond_the_tolerance_and_errors_fail() -> None:
     def fail() -> str:
         raise ValueError("why")
 
-    verdict = checked("name", fail)
-    assert (verdict.word, verdict.detail) == ("FAIL", "ValueError: why")
+    verdict = run_check("name", fail)
+    assert (verdict.status, verdict.detail) == ("FAIL", "ValueError: why")

@@ -14,7 +14,7 @@ from cosmos3_core.checkpoint.load import load_video_vae
 from cosmos3_core.device import HostCopies, resolve_device
 from cosmos3_core.media.pixels import to_uint8
 from cosmos3_core.vae.to_host import frames_on_host
-from tests.gpu.verdict import Verdict, checked
+from tests.gpu.verdict import Verdict, run_check
 
 FP32_TOLERANCE = 1e-4
 # Of bf16 runs, relative to the error that the CPU's own bf16 run makes.
@@ -28,18 +28,18 @@ _CHUNK_FRAMES = (1, 4, 4, 2, 8, 3, 8, 16, 1, 16, 16, 5)
 def check_video_vae(checkpoint: Path, device: str) -> list[Verdict]:
     """A verdict for each dtype, and for the way to the host."""
     return [
-        checked("video VAE's decode, float32", lambda: _exact(checkpoint, device)),
-        checked("video VAE's decode, bfloat16", lambda: _served(checkpoint, device)),
-        checked("frames on their way to the host", lambda: _on_host(resolve_device(device))),
+        run_check("video VAE's decode, float32", lambda: _exact(checkpoint, device)),
+        run_check("video VAE's decode, bfloat16", lambda: _check_served(checkpoint, device)),
+        run_check("frames on their way to the host", lambda: _on_host(resolve_device(device))),
     ]
 
 
 def _exact(checkpoint: Path, device: str) -> str:
     with torch.backends.cudnn.flags(allow_tf32=False):
-        expected = _decoded(checkpoint, "cpu", torch.float32, 1)
+        expected = _decode(checkpoint, "cpu", torch.float32, 1)
         # One by one, and in chunks that end with a shorter one.
         differences = [
-            _distance(_decoded(checkpoint, device, torch.float32, chunk_latents), expected) for chunk_latents in (1, 2)
+            _distance(_decode(checkpoint, device, torch.float32, chunk_latents), expected) for chunk_latents in (1, 2)
         ]
     said = f"{', '.join(f'{difference:.1e}' for difference in differences)} away from the CPU"
     if not all(difference <= FP32_TOLERANCE for difference in differences):  # NaN is a fault too
@@ -47,10 +47,10 @@ def _exact(checkpoint: Path, device: str) -> str:
     return f"{said}, allowed {FP32_TOLERANCE:.1e}"
 
 
-def _served(checkpoint: Path, device: str) -> str:
-    expected = _decoded(checkpoint, "cpu", torch.float32, 1)
-    allowed = BF16_FACTOR * _distance(_decoded(checkpoint, "cpu", torch.bfloat16, 1), expected)
-    difference = _distance(_decoded(checkpoint, device, torch.bfloat16, 1), expected)
+def _check_served(checkpoint: Path, device: str) -> str:
+    expected = _decode(checkpoint, "cpu", torch.float32, 1)
+    allowed = BF16_FACTOR * _distance(_decode(checkpoint, "cpu", torch.bfloat16, 1), expected)
+    difference = _distance(_decode(checkpoint, device, torch.bfloat16, 1), expected)
     said = f"{difference:.1e} away from fp32, allowed {allowed:.1e}"
     if not difference <= allowed:
         raise AssertionError(said)
@@ -78,7 +78,7 @@ def _on_host(device: torch.device) -> str:
     return f"{num_chunks} chunks of {min(_CHUNK_FRAMES)} to {max(_CHUNK_FRAMES)} frames, the bytes of a plain copy"
 
 
-def _decoded(checkpoint: Path, device: str, dtype: torch.dtype, chunk_latents: int) -> Tensor:
+def _decode(checkpoint: Path, device: str, dtype: torch.dtype, chunk_latents: int) -> Tensor:
     vae = load_video_vae(
         CheckpointLayout.open(checkpoint), device=resolve_device(device), dtype=dtype, with_encoder=False
     )

@@ -18,7 +18,7 @@ from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
-from tests.graph.acting_rank import Act
+from tests.graph.faulty_rank import FaultyRank
 from tests.settling import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -188,7 +188,7 @@ def test_a_gang_fails_with_its_ranks(
     from cluster.gang import Gang
 
     monkeypatch.setattr(gang_module, "_DEATH_S", 1.0)
-    gang = Gang([ray.remote(Act).options(num_cpus=0).remote(part) for part in parts])
+    gang = Gang([ray.remote(FaultyRank).options(num_cpus=0).remote(part) for part in parts])
 
     async def call() -> None:
         # Wait until all are up; the deadline covers only what follows.

@@ -19,7 +19,7 @@ from cluster.errors import OverloadedError
 from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.clients.http_transport import make_body
-from tests.app.http_jobs import DEADLINE_S, LONG, events_of, job_of, patiently, wait_for_end
+from tests.app.http_jobs import DEADLINE_S, LONG, create_job, events_of, get_until_up, wait_for_end
 from tests.core_reference import Reference
 from tests.settling import eventually
 
@@ -60,17 +60,17 @@ def test_a_killed_process_costs_no_job(
     stage: str, app: Any, http: httpx2.Client, reference: Reference
 ) -> None:
     """Three jobs wait and two run."""
-    done_before = wait_for_end(http, job_of(http, num_inference_steps=2, num_frames=5))
+    done_before = wait_for_end(http, create_job(http, num_inference_steps=2, num_frames=5))
     content = http.get(f"/v1/videos/{done_before['id']}/content").content
     seeds = [1, 2, 1, 2, 1]
-    ids = [job_of(http, seed=seed) for seed in seeds]
+    ids = [create_job(http, seed=seed) for seed in seeds]
 
     def running() -> list[dict[str, Any]]:
-        told = [patiently(http, f"/v1/videos/{job_id}") for job_id in ids]
+        told = [get_until_up(http, f"/v1/videos/{job_id}") for job_id in ids]
         return [job for job in told if job["status"] == "in_progress" and job["step"] > 0]
 
     assert eventually(running)
-    states = [patiently(http, f"/v1/videos/{job_id}")["status"] for job_id in ids]
+    states = [get_until_up(http, f"/v1/videos/{job_id}")["status"] for job_id in ids]
     assert states.count("queued") >= 2
     (pid,) = replica_pids(app.name, stage)
     os.kill(pid, signal.SIGKILL)
@@ -84,14 +84,14 @@ def test_a_killed_process_costs_no_job(
     attempts = [job["attempts"] for job in jobs]
     assert (max(attempts) == 2) == (stage == "Director"), attempts
     assert http.get(f"/v1/videos/{done_before['id']}/content").content == content
-    assert patiently(http, f"/v1/videos/{done_before['id']}") == done_before
+    assert get_until_up(http, f"/v1/videos/{done_before['id']}") == done_before
 
 
 def test_a_job_resumes_from_its_saved_state_on_another_director(
     app: Any, http: httpx2.Client, reference: Reference
 ) -> None:
     steps = 160
-    job_id = job_of(http, num_inference_steps=steps, seed=5, num_frames=9)
+    job_id = create_job(http, num_inference_steps=steps, seed=5, num_frames=9)
     for _, kind, data in events_of(http, job_id):
         if kind == "step" and data["step"] > steps // 2:
             break
@@ -114,8 +114,8 @@ def test_a_replica_stopped_by_serve_releases_its_jobs(
     """As when scaling down: Serve waits for requests only, and jobs are not requests."""
     import ray
 
-    job_id = job_of(http, seed=6)
-    assert eventually(lambda: patiently(http, f"/v1/videos/{job_id}")["step"] > 3)
+    job_id = create_job(http, seed=6)
+    assert eventually(lambda: get_until_up(http, f"/v1/videos/{job_id}")["step"] > 3)
     replica = director_replica(app.name)
     ray.get(replica.perform_graceful_shutdown.remote(), timeout=DEADLINE_S)
     ray.kill(replica)  # as Serve does next

@@ -21,7 +21,7 @@ PROMPT = "an otter that nobody may read about"
 
 
 @pytest.fixture(scope="module")
-def asked(app: Any) -> None:
+def sent_request(app: Any) -> None:
     """Send a request with an id over HTTP."""
     body = {"prompt": PROMPT, "size": "64x64", "num_frames": 9, "num_inference_steps": 4, "seed": 3}
     headers = {"content-type": "application/json", "x-request-id": REQUEST_ID}
@@ -50,7 +50,7 @@ def who_did_what(lines: list[dict[str, Any]]) -> set[tuple[str, str]]:
     return {(who(line), line["event"]) for line in lines}
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("sent_request")
 def test_every_process_logs_the_request_by_its_id() -> None:
     stages = ("Director", "PromptTokenizer", "Transformer", "VideoVAE", "Mp4Encoder")
     expected = {(stage, event) for stage in stages for event in ("stage began", "stage finished")}
@@ -65,7 +65,7 @@ def test_every_process_logs_the_request_by_its_id() -> None:
     assert "otter" not in json.dumps(lines)
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("sent_request")
 def test_metrics_of_the_cluster_include_ours_and_serves() -> None:
     def families() -> dict[str, Any]:
         text, _ = asyncio.run(metrics_text())

@@ -88,7 +88,7 @@ def test_latents_pass_the_director_by_reference(ray_cluster: int) -> None:
     assert result["grown"] < 10 * 2**20
 
 
-class Watched:
+class StageActivity:
     """Activity of an app's stages, by their processes' CPU time."""
 
     def __init__(self, app: Any) -> None:
@@ -122,7 +122,7 @@ def open_clips(app: Any) -> int:
 )
 @pytest.mark.parametrize("how", ["close", pytest.param("drop", marks=pytest.mark.slow)])
 def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any) -> None:
-    watched = Watched(app)
+    activity = StageActivity(app)
     stream = app.client.stream(LONG_DENOISE if at is messages.StepDone else LONG_DECODE)
     for event in stream:
         if isinstance(event, at):
@@ -130,26 +130,26 @@ def test_leaving_a_stream_stops_every_stage(how: str, at: type, app: Any) -> Non
     if how == "close":
         stream.close()
     del stream
-    assert eventually(watched.is_idle, IDLE_S), "a stage went on working"
+    assert eventually(activity.is_idle, IDLE_S), "a stage went on working"
     assert eventually(lambda: open_clips(app) == 0)
     assert app.client.generate(SMALL).info.num_frames == 17
 
 
 def test_a_client_that_hangs_up_stops_every_stage(app: Any) -> None:
-    watched = Watched(app)
+    activity = StageActivity(app)
     host, port = app.url.split("/")[2].split(":")
     body = json.dumps({"prompt": "a car", "num_frames": 241, "height": 192, "width": 320, "num_inference_steps": 1000})
     head = f"POST /{app.name}/v1/videos/sync HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
-        assert eventually(lambda: not watched.is_idle()), "the request never started"
-    assert eventually(watched.is_idle, IDLE_S), "a stage went on working for nobody"
+        assert eventually(lambda: not activity.is_idle()), "the request never started"
+    assert eventually(activity.is_idle, IDLE_S), "a stage went on working for nobody"
     assert eventually(lambda: open_clips(app) == 0)
 
 
 @pytest.mark.slow  # tests/app runs the same in one process
 def test_a_request_past_its_deadline_stops_everywhere(app: Any) -> None:
-    watched = Watched(app)
+    activity = StageActivity(app)
     with pytest.raises(DeadlineExceeded, match="within 2 s; it was in the stage 'denoise'"):
         app.client.generate(LONG_DENOISE, timeout_s=2)
-    assert eventually(watched.is_idle, IDLE_S)
+    assert eventually(activity.is_idle, IDLE_S)

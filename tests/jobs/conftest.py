@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments.jobs.store import JobStore
-from tests.jobs.making import Clock
+from tests.clock import Clock
 from tests.jobs.postgres import fresh_postgres_url, postgres_url  # noqa: F401  fixtures
 from tests.jobs.running import serve  # noqa: F401  fixture
 

@@ -1,4 +1,4 @@
-"""Jobs, limits and a clock for tests of the database of jobs."""
+"""Jobs and limits for tests of the database of jobs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,6 @@ MODEL = "nano"
 LEASE_S = 20.0
 LIMITS = JobsConfig(max_queued=1000, max_queued_per_key=1000, lease_s=LEASE_S, max_attempts=3)
 COMPLETED = Outcome(JobState.COMPLETED, result={"num_bytes": 5})
-
-
-class Clock:
-    """A clock in seconds since 1970 that tests advance."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def passes(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 def new_job(**changes: Any) -> NewJob:
@@ -73,44 +60,44 @@ def claim(
     )
 
 
-def num_queued(store: JobStore, model: str = MODEL) -> int:
+def count_queued(store: JobStore, model: str = MODEL) -> int:
     """Count a model's queued jobs, of all classes in both lanes."""
     return sum(each.num_queued for each in store.load(model))
 
 
-def runners(store: JobStore, silent_s: float) -> tuple[str, ...]:
+def list_runners(store: JobStore, silent_s: float) -> tuple[str, ...]:
     """List the model's runners that gave a recent sign of life."""
     alive = (RUNNERS.c.model == MODEL, RUNNERS.c.alive_s >= store._clock() - silent_s)
     with store._database.reading() as connection:
         return tuple(connection.execute(select(RUNNERS.c.runner).where(*alive).order_by(RUNNERS.c.runner)).scalars())
 
 
-def rate(store: JobStore, lane: Lane) -> float | None:
+def read_rate(store: JobStore, lane: Lane) -> float | None:
     """Return the recorded work per second of a lane."""
     with store._database.reading() as connection:
         return find_rate(connection, MODEL, lane)
 
 
-def claimed(store: JobStore, runner: str = "runner", **changes: Any) -> Job:
+def claim_existing(store: JobStore, runner: str = "runner", **changes: Any) -> Job:
     """Claim a job that must be there."""
     job = claim(store, runner, **changes)
     assert job is not None
     return job
 
 
-def lease_of(job: Job) -> Lease:
+def make_lease(job: Job) -> Lease:
     """Return the claim's lease."""
     return Lease(job.job_id, job.lease)
 
 
-def found(store: JobStore, job: NewJob) -> Job:
+def reload(store: JobStore, job: NewJob) -> Job:
     """Reload the job, which must exist."""
     now = store.get(job.job_id)
     assert now is not None
     return now
 
 
-def kinds(store: JobStore, job: NewJob) -> list[str]:
+def list_event_kinds(store: JobStore, job: NewJob) -> list[str]:
     """List the kinds of all its events; checks that their numbers have no gap."""
     events = store.events({job.job_id: 0})
     assert [event.seq for event in events] == list(range(1, len(events) + 1))

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.errors import OverloadedError
 from deployments.jobs.job import JobState
 from deployments.jobs.store import JobStore
-from tests.jobs.making import COMPLETED, LIMITS, claim, lease_of, limits_with, new_job, num_queued
+from tests.jobs.making import COMPLETED, LIMITS, claim, count_queued, limits_with, make_lease, new_job
 
 _ROOT = Path(__file__).parents[2]
 # For the whole race on a busy machine.
@@ -56,9 +56,9 @@ def _claim(url: str, number: int) -> list[str]:
     deadline_s = time.monotonic() + _RACE_S
     while time.monotonic() < deadline_s:
         if (job := claim(store, f"runner-{time.monotonic_ns()}", lease_s=1000.0)) is not None:
-            store.finish(lease_of(job), COMPLETED, keep_media_s=1)
+            store.finish(make_lease(job), COMPLETED, keep_media_s=1)
             mine.append(job.job_id)
-        elif not num_queued(store):
+        elif not count_queued(store):
             return mine
     raise TimeoutError(f"{len(mine)} of {number} were mine, and some still wait")
 
@@ -73,7 +73,7 @@ def _create(url: str, number: int) -> dict[str, int]:
             told["accepted"] += 1
         except OverloadedError:
             told["refused"] += 1
-        told["most"] = max(told["most"], num_queued(store))
+        told["most"] = max(told["most"], count_queued(store))
     return told
 
 

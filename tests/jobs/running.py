@@ -68,13 +68,13 @@ class FakePipeline:
             yield FileStarted("0" * 32, "video/mp4", 79)
             if self.stage.holds_at_end:
                 await asyncio.sleep(DEADLINE_S)
-            yield finished_of(self.context, self.request)
+            yield make_finished(self.context, self.request)
         except (asyncio.CancelledError, GeneratorExit):
             self.was_stopped = True
             raise
 
 
-def finished_of(context: RequestContext, request: Any) -> Finished:
+def make_finished(context: RequestContext, request: Any) -> Finished:
     return Finished(
         request_id=context.request_id,
         job_id=context.job_id,

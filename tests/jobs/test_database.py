@@ -32,34 +32,34 @@ def config(**values: object) -> AppConfig:
     return AppConfig.parse({"checkpoint": "/nowhere", **values})
 
 
-def resolved(**values: object) -> str:
+def resolve_url(**values: object) -> str:
     return database_url(config(**values))
 
 
 def test_the_default_database_is_beside_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media = {"directory": str(tmp_path / "new" / "media")}
-    assert resolved(media=media, name="my.app") == f"sqlite:///{tmp_path}/new/media/jobs-my.app.sqlite3"
+    assert resolve_url(media=media, name="my.app") == f"sqlite:///{tmp_path}/new/media/jobs-my.app.sqlite3"
     assert (tmp_path / "new" / "media").is_dir()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolved() == f"sqlite:///{tmp_path}/.local/state/cosmos3/jobs-cosmos3.sqlite3"
+    assert resolve_url() == f"sqlite:///{tmp_path}/.local/state/cosmos3/jobs-cosmos3.sqlite3"
     url = f"postgresql+psycopg://u:{SECRET}@h/d"
-    assert resolved(jobs={"database": url}, media=media) == url
+    assert resolve_url(jobs={"database": url}, media=media) == url
     assert SECRET not in repr(config(jobs={"database": url}))
 
 
 def test_a_directory_with_special_characters_is_quoted(tmp_path: Path) -> None:
     directory = tmp_path / "a b%2F?#é"
-    Database(resolved(media={"directory": str(directory)})).close()
+    Database(resolve_url(media={"directory": str(directory)})).close()
     assert (directory / "jobs-cosmos3.sqlite3").is_file()
 
 
 def test_an_unusable_state_directory_names_the_key_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JobsError, match="cannot be made.*set media.directory or jobs.database"):
-        resolved(media={"directory": str(tmp_path / "file" / "media")})
+        resolve_url(media={"directory": str(tmp_path / "file" / "media")})
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     with pytest.raises(MediaStoreError, match="set media.directory"):
-        resolved()
+        resolve_url()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from deployments.jobs import feed as feeds
 from deployments.jobs.feed import EventFeed
 from deployments.jobs.job import JobEvent, Progress
 from deployments.jobs.store import JobStore
-from tests.jobs.making import COMPLETED, LIMITS, claimed, lease_of, new_job
+from tests.jobs.making import COMPLETED, LIMITS, claim_existing, make_lease, new_job
 
 DEADLINE_S = 60.0
 
@@ -21,8 +21,8 @@ def test_any_integer_is_accepted_as_an_event_number(after: int, seqs: list[int],
     told, other = new_job(), new_job()
     for new in (told, other):
         store.create(new, LIMITS)
-        job = claimed(store)
-        store.finish(lease_of(job), COMPLETED, keep_media_s=60.0)
+        job = claim_existing(store)
+        store.finish(make_lease(job), COMPLETED, keep_media_s=60.0)
 
     async def both() -> list[list[JobEvent]]:
         feed = EventFeed(store, max_followers=2)
@@ -44,9 +44,9 @@ def test_followers_of_long_histories_take_turns(store: JobStore, monkeypatch: py
     ids = []
     for _ in range(4):
         store.create(new_job(), LIMITS)
-        job = claimed(store)
-        store.record(lease_of(job), Progress(step=1), [("step", {"step": number}) for number in range(30)])
-        store.finish(lease_of(job), COMPLETED, keep_media_s=60.0)
+        job = claim_existing(store)
+        store.record(make_lease(job), Progress(step=1), [("step", {"step": number}) for number in range(30)])
+        store.finish(make_lease(job), COMPLETED, keep_media_s=60.0)
         ids.append(job.job_id)
     order: list[str] = []
 

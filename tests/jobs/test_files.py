@@ -44,7 +44,7 @@ class Place:
     def path(self, *names: str) -> str:
         return "/".join([self.root, *names])
 
-    def left(self) -> list[str]:
+    def list_names(self) -> list[str]:
         found = self.raw.find(self.root) if self.raw.exists(self.root) else []
         return sorted(path.removeprefix(self.raw._strip_protocol(self.root) + "/") for path in found)
 
@@ -78,7 +78,7 @@ def test_bytes_survive_a_round_trip(place: Place, data: bytes) -> None:
     found = place.files.get(job_id, "checkpoint")
     assert isinstance(found, bytes)
     assert found == bytes(data)
-    assert place.left() == [f"{job_id}/checkpoint"]
+    assert place.list_names() == [f"{job_id}/checkpoint"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_arrays_survive_a_round_trip(place: Place, array: np.ndarray) -> None:
 def test_an_array_that_needs_pickle_is_refused(place: Place, array: Any) -> None:
     with pytest.raises(ValueError, match="must be an array of numbers"):
         place.files.put(new_job_id(), "clip", array)
-    assert place.left() == []
+    assert place.list_names() == []
 
 
 def test_a_file_replaces_the_one_before(place: Place) -> None:
@@ -115,7 +115,7 @@ def test_a_file_replaces_the_one_before(place: Place) -> None:
         place.files.put(job_id, "checkpoint", data)
         assert place.files.get(job_id, "checkpoint") == data
     place.files.put(job_id, "image", b"other")
-    assert place.left() == [f"{job_id}/checkpoint", f"{job_id}/image"]
+    assert place.list_names() == [f"{job_id}/checkpoint", f"{job_id}/image"]
 
 
 def test_removing_a_job_removes_all_its_files_and_no_other(place: Place) -> None:
@@ -126,7 +126,7 @@ def test_removing_a_job_removes_all_its_files_and_no_other(place: Place) -> None
     place.files.remove(one)
     place.files.remove(one)
     place.files.remove(new_job_id())
-    assert place.left() == [f"{other}/checkpoint", f"{other}/image"]
+    assert place.list_names() == [f"{other}/checkpoint", f"{other}/image"]
     assert not place.files.exists(one, "image")
     with pytest.raises(MediaError, match=f"{one} has no image"):
         place.files.get(one, "image")
@@ -146,7 +146,7 @@ def test_an_invalid_name_never_becomes_a_path(place: Place, name: Any) -> None:
             place.files.exists(job_id, file_name)
     with pytest.raises(ValueError, match="must be"):
         place.files.remove(name)
-    assert place.left() == []
+    assert place.list_names() == []
 
 
 def test_every_kind_of_damage_is_found(place: Place) -> None:
@@ -184,7 +184,7 @@ def test_a_sweep_removes_unneeded_files(place: Place, monkeypatch: pytest.Monkey
     place.files.put(fresh, "image", DATA)
     assert place.sweep(lambda ids: dict.fromkeys(ids), now_s + 10 * KEEP_S) == 0
     assert place.sweep(find_needs, now_s + 2 * KEEP_S + 5) == 2
-    assert place.left() == ["mine/notes", f"{known}/image"]
+    assert place.list_names() == ["mine/notes", f"{known}/image"]
     assert set(asked) == {known, fresh, old, ended}
 
 
@@ -258,14 +258,14 @@ def test_a_put_during_a_removal_ends_with_either_result(tmp_path: Path, monkeypa
     job_id, files = new_job_id(), JobFiles(DirectoryObjects(tmp_path))
     replace, num_removed = Path.replace, 0
 
-    def removed_first(self: Path, target: Path) -> Path:
+    def remove_first(self: Path, target: Path) -> Path:
         nonlocal num_removed
         if num_removed < 2:
             num_removed += 1
             files.remove(job_id)
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", removed_first)
+    monkeypatch.setattr(Path, "replace", remove_first)
     files.put(job_id, "image", DATA)
     assert files.get(job_id, "image") == DATA
 

@@ -17,7 +17,7 @@ from deployments.jobs import keys
 from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
 from deployments.jobs.store import JobStore
 from deployments.launch import cli
-from tests.jobs.making import Clock
+from tests.clock import Clock
 
 
 def test_a_key_is_found_by_its_text(store: JobStore, clock: Clock) -> None:
@@ -87,14 +87,14 @@ def test_every_refusal_takes_the_same_work(store: JobStore, monkeypatch: pytest.
     _, text = store.keys.create(NewKey(name="a"))
     done: list[str] = []
 
-    def counted(name: str, function: Any) -> Any:
+    def count(name: str, function: Any) -> Any:
         return lambda *given: (done.append(name), function(*given))[1]
 
     def note(*_: Any) -> None:
         done.append("look")
 
-    monkeypatch.setattr(hmac, "compare_digest", counted("compare", hmac.compare_digest))
-    monkeypatch.setattr(keys, "_hash", counted("hash", keys._hash))
+    monkeypatch.setattr(hmac, "compare_digest", count("compare", hmac.compare_digest))
+    monkeypatch.setattr(keys, "_hash", count("hash", keys._hash))
     sqlalchemy.event.listen(store._database._engine, "before_cursor_execute", note)
     assert store.keys.verify(text) is not None
     expected, done[:] = list(done), []
@@ -109,12 +109,12 @@ def test_every_refusal_takes_the_same_work(store: JobStore, monkeypatch: pytest.
 def test_a_revoked_key_is_refused_but_still_listed(store: JobStore, clock: Clock) -> None:
     key, text = store.keys.create(NewKey(name="a"))
     other, other_text = store.keys.create(NewKey(name="b"))
-    clock.passes(5)
+    clock.advance(5)
     revoked = store.keys.revoke(key.key_id)
     assert revoked.revoked_s == clock.now_s
     assert store.keys.verify(text) is None
     assert store.keys.verify(other_text) == other
-    clock.passes(5)
+    clock.advance(5)
     assert store.keys.revoke(key.key_id) == revoked, "a second time changes nothing"
     assert {found.key_id: found for found in store.keys.list()} == {key.key_id: revoked, other.key_id: other}
     with pytest.raises(RequestError, match="key must be the id of a key.* .got 'x'"):

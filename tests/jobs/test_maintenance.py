@@ -19,7 +19,8 @@ from deployments.media import sweeper
 from deployments.media.job_files import JobFiles
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaStore
-from tests.jobs.making import COMPLETED, LIMITS, MODEL, Clock, claim, claimed, lease_of, new_job
+from tests.clock import Clock
+from tests.jobs.making import COMPLETED, LIMITS, MODEL, claim, claim_existing, make_lease, new_job
 
 KEEP_S, KEEP_MEDIA_S = 1000.0, 100.0
 
@@ -47,21 +48,21 @@ def has_picture(maintenance: Maintenance, job: Job) -> bool:
     return maintenance.jobs.files.exists(job.job_id, "image")
 
 
-def completed(maintenance: Maintenance) -> Job:
+def complete(maintenance: Maintenance) -> Job:
     """Make a completed job with an input picture and a clip."""
     with_picture(maintenance)
-    job = claimed(maintenance.jobs.store)
+    job = claim_existing(maintenance.jobs.store)
     media_id = new_media_id(job.job_id)
     entry = maintenance.jobs.media.create(media_id, "video/mp4", ".mp4", is_live=False)
     entry.path.write_bytes(b"clip")
     entry.finish()
-    maintenance.jobs.store.record(lease_of(job), Progress(media_id=media_id), [])
-    return maintenance.jobs.store.finish(lease_of(job), COMPLETED, keep_media_s=KEEP_MEDIA_S)
+    maintenance.jobs.store.record(make_lease(job), Progress(media_id=media_id), [])
+    return maintenance.jobs.store.finish(make_lease(job), COMPLETED, keep_media_s=KEEP_MEDIA_S)
 
 
 def test_files_of_queued_jobs_are_kept(maintenance: Maintenance) -> None:
     waiting = with_picture(maintenance)
-    running = claimed(maintenance.jobs.store)
+    running = claim_existing(maintenance.jobs.store)
     other = with_picture(maintenance)
     assert waiting.job_id == running.job_id
     maintenance.sweep_folders()
@@ -89,19 +90,19 @@ def test_old_files_without_a_job_are_removed(end: str, maintenance: Maintenance,
     if end == "cancelled":
         store.cancel(job.job_id)
     elif end == "abandoned":
-        clock.passes(1e4)
+        clock.advance(1e4)
         claim(store, "other")
     elif end == "runner_died":
-        claimed(store)
-        clock.passes(1e4)
+        claim_existing(store)
+        clock.advance(1e4)
         claim(store, "other", max_attempts=1)
     elif end == "not_served":
-        clock.passes(1e6)
+        clock.advance(1e6)
         maintenance.sweep_jobs()
     else:
-        running = claimed(store)
+        running = claim_existing(store)
         store.cancel(job.job_id)
-        store.give_back(lease_of(running))
+        store.give_back(make_lease(running))
     ended = store.get(job.job_id)
     assert ended is not None
     assert ended.state.is_final
@@ -110,11 +111,11 @@ def test_old_files_without_a_job_are_removed(end: str, maintenance: Maintenance,
 
 
 def test_inputs_of_a_completed_job_are_kept_as_long_as_its_clip(maintenance: Maintenance, clock: Clock) -> None:
-    kept, removed, expired = completed(maintenance), completed(maintenance), completed(maintenance)
+    kept, removed, expired = complete(maintenance), complete(maintenance), complete(maintenance)
     maintenance.jobs.remove_files(removed)
     maintenance.sweep_folders()
     assert [has_picture(maintenance, job) for job in (kept, removed, expired)] == [True, False, True]
-    clock.passes(KEEP_MEDIA_S + 1)
+    clock.advance(KEEP_MEDIA_S + 1)
     maintenance.sweep_folders()
     assert not has_picture(maintenance, expired)
     assert maintenance.jobs.media.find(expired.media_id) is None
@@ -125,8 +126,8 @@ def test_too_many_bytes_remove_the_oldest_completed_jobs_folders(maintenance: Ma
     """Files of unfinished jobs stay, and count for up to half of the bytes."""
     jobs = []
     for _ in range(4):
-        jobs.append(completed(maintenance))
-        clock.passes(1)
+        jobs.append(complete(maintenance))
+        clock.advance(1)
     waiting = with_picture(maintenance)
     size = maintenance.jobs.media.objects.measure(jobs[0].job_id)[0]
     maintenance.jobs.files.put(waiting.job_id, "image", bytes(10 * size))
@@ -141,8 +142,8 @@ def test_too_many_bytes_remove_the_oldest_completed_jobs_folders(maintenance: Ma
 
 
 def test_a_forgotten_jobs_files_are_removed(maintenance: Maintenance, clock: Clock) -> None:
-    job = completed(maintenance)
-    clock.passes(KEEP_S + 1)
+    job = complete(maintenance)
+    clock.advance(KEEP_S + 1)
     maintenance.sweep_jobs()
     assert maintenance.jobs.store.get(job.job_id) is None
     assert not has_picture(maintenance, job)
@@ -152,13 +153,13 @@ def test_a_forgotten_jobs_files_are_removed(maintenance: Maintenance, clock: Clo
 def test_files_of_an_unfinished_job_are_never_swept(maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their age and size: input, state, the growing attempt and the one before."""
     job = with_picture(maintenance)
-    running = claimed(maintenance.jobs.store)
+    running = claim_existing(maintenance.jobs.store)
     maintenance.jobs.files.put(job.job_id, "checkpoint", b"state")
     failed, growing = new_media_id(job.job_id), new_media_id(job.job_id)
     for media_id in (failed, growing):
         maintenance.jobs.media.create(media_id, "video/mp4", ".mp4", is_live=True)
     maintenance.jobs.media.fail(failed, "the encoder died")
-    maintenance.jobs.store.record(lease_of(running), Progress(media_id=growing), [])
+    maintenance.jobs.store.record(make_lease(running), Progress(media_id=growing), [])
     monkeypatch.setattr(maintenance_module.time, "time", lambda: 1e11)
     tiny = with_media(maintenance, MediaStore(maintenance.jobs.media.directory, 1, KEEP_MEDIA_S))
     tiny.sweep_folders()

@@ -25,7 +25,7 @@ from deployments.jobs.migrations import upgrade as upgrade_module
 from deployments.jobs.migrations.upgrade import upgrade
 from deployments.jobs.schema import METADATA, NEWEST, VERSION_TABLE
 from deployments.jobs.store import JobStore
-from tests.jobs.making import COMPLETED, LIMITS, claim, claimed, kinds, lease_of, new_job
+from tests.jobs.making import COMPLETED, LIMITS, claim, claim_existing, list_event_kinds, make_lease, new_job
 from tests.jobs.racing import race
 
 # The text of a key from the first release's `keys add`.
@@ -160,7 +160,7 @@ def test_an_upgrade_keeps_jobs_events_and_keys(old_url: str) -> None:
     done = store.get(job_id(4))
     assert done is not None
     assert (done.state, done.result, done.completed_s) == (JobState.COMPLETED, {"num_bytes": 3}, 1010.0)
-    assert kinds(store, done) == ["started", "completed"]
+    assert list_event_kinds(store, done) == ["started", "completed"]
     assert (done.media_id, waiting.media_id) == (f"{job_id(4)}/{TRY_ID}", "")
     assert store.media_ids() == {TRY_ID: done.media_id}
     key = store.keys.verify(OLD_TEXT)
@@ -184,10 +184,10 @@ def test_old_and_new_jobs_share_one_fair_order(old_url: str) -> None:
 
 def test_an_old_running_job_is_taken_over_and_ends(old_url: str) -> None:
     store = JobStore.open(old_url, clock=lambda: 6e9)
-    taken = claimed(store)
+    taken = claim_existing(store)
     assert (taken.job_id, taken.attempts, taken.step) == (job_id(3), 2, 2)
-    store.record(lease_of(taken), Progress(step=4, step_s=0.1), [("step", {})])
-    assert store.finish(lease_of(taken), COMPLETED, keep_media_s=1).state is JobState.COMPLETED
+    store.record(make_lease(taken), Progress(step=4, step_s=0.1), [("step", {})])
+    assert store.finish(make_lease(taken), COMPLETED, keep_media_s=1).state is JobState.COMPLETED
     assert store.create(new_job(owner="0123456789abcdef", idempotency_key="late"), LIMITS).job_id == job_id(0)
     store.close()
 
@@ -214,12 +214,12 @@ def test_concurrent_creation_is_safe(jobs_url: str) -> None:
 
 
 def test_a_failed_upgrade_changes_nothing(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(connection: Connection) -> None:
+    def fail(connection: Connection) -> None:
         upgrade(connection)
         connection.execute(text("SELECT 1 FROM nowhere"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(upgrade_module, "upgrade", broken)
+        patch.setattr(upgrade_module, "upgrade", fail)
         with pytest.raises(JobsError, match="nowhere"):
             JobStore.open(old_url)
     assert revision(old_url) == "0001"

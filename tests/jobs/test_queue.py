@@ -24,31 +24,31 @@ from deployments.jobs.waiting import (
     RetryEstimator,
     estimate_freed_s,
 )
+from tests.clock import Clock
 from tests.jobs.making import (
     COMPLETED,
     LEASE_S,
     LIMITS,
     MODEL,
-    Clock,
     claim,
-    claimed,
-    found,
-    kinds,
-    lease_of,
+    claim_existing,
+    count_queued,
     limits_with,
+    list_event_kinds,
+    list_runners,
+    make_lease,
     new_job,
-    num_queued,
-    runners,
+    reload,
 )
 from tests.jobs.racing import race
 
 
-def wait(store: JobStore, num: int = 1, **changes: Any) -> list[Job]:
+def enqueue(store: JobStore, num: int = 1, **changes: Any) -> list[Job]:
     """Queue ``number`` jobs."""
     return [store.create(new_job(**changes), LIMITS) for _ in range(num)]
 
 
-def run_out(store: JobStore, **how: Any) -> list[Job]:
+def claim_all(store: JobStore, **how: Any) -> list[Job]:
     """Claim all queued jobs; return them in that order."""
     jobs = []
     while (job := claim(store, **how)) is not None:
@@ -56,7 +56,7 @@ def run_out(store: JobStore, **how: Any) -> list[Job]:
     return jobs
 
 
-def refusal(
+def create_refused(
     store: JobStore, key_limits: KeyLimits | None = None, limits: JobsConfig = LIMITS, **changes: Any
 ) -> OverloadedError:
     """Create a job that the queue refuses; return the error."""
@@ -72,14 +72,14 @@ def test_the_number_of_queued_jobs_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_queued=3)
     for owner, name in [("", "standard"), ("key1", "batch"), ("key2", "standard")]:
         store.create(new_job(owner=owner, service_class=name), limits)
-    error = refusal(store, limits=limits, owner="key3")
+    error = create_refused(store, limits=limits, owner="key3")
     assert (error.what, error.limit) == ("videos that wait", 3)
-    assert num_queued(store) == 3
+    assert count_queued(store) == 3
     store.create(new_job(lane=Lane.IMAGE), limits)  # the other lane has its own bound
     store.create(new_job(model="super"), limits)  # another app's model in the same database
-    claimed(store)
+    claim_existing(store)
     store.create(new_job(), limits)
-    refusal(store, limits=limits)
+    create_refused(store, limits=limits)
     store.cancel(one_that_waits(store))
     store.create(new_job(), limits)
 
@@ -95,21 +95,21 @@ def test_the_number_of_a_keys_queued_jobs_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_queued_per_key=2)
     for _ in range(2):
         store.create(new_job(owner="key1"), limits)
-    error = refusal(store, limits=limits, owner="key1")
+    error = create_refused(store, limits=limits, owner="key1")
     assert (error.what, error.limit) == ("videos of this API key that wait", 2)
     store.create(new_job(owner="key2"), limits)
     for _ in range(4):  # no such bound without keys
         store.create(new_job(), limits)
     store.create(new_job(owner="key1"), limits, KeyLimits(max_queued=3))
-    assert refusal(store, KeyLimits(max_queued=3), limits, owner="key1").limit == 3
-    assert refusal(store, KeyLimits(max_queued=1), limits, owner="key2").limit == 1
-    assert refusal(store, KeyLimits(), limits, owner="key1").limit == 2
+    assert create_refused(store, KeyLimits(max_queued=3), limits, owner="key1").limit == 3
+    assert create_refused(store, KeyLimits(max_queued=1), limits, owner="key2").limit == 1
+    assert create_refused(store, KeyLimits(), limits, owner="key1").limit == 2
 
 
 # Retry-After
 
 
-def simulated(running: list[float], queued: list[float], num_places: int, work_per_s: float) -> float:
+def simulate_wait(running: list[float], queued: list[float], num_places: int, work_per_s: float) -> float:
     """Simulate the waiting time in small steps."""
     left, waits, elapsed_s, step_s = list(running), list(queued), 0.0, 1e-4
     while num_places > 0:
@@ -128,7 +128,7 @@ def test_place_times_follow_from_jobs_that_share_the_speed(seed: int) -> None:
     running = [dice.uniform(1, 9) for _ in range(dice.randint(1, 3))]
     queued = [dice.uniform(1, 9) for _ in range(4)]
     for num_places in (1, 2, 4):
-        expected_s = simulated(running, queued, num_places, 20.0)
+        expected_s = simulate_wait(running, queued, num_places, 20.0)
         assert estimate_freed_s(running, queued, num_places, 20.0) == pytest.approx(expected_s, abs=0.01)
 
 
@@ -136,28 +136,30 @@ def test_retry_after_of_a_full_queue_is_the_end_of_the_next_job(store: JobStore)
     limits = limits_with(max_queued=2)
     for work in (600.0, 400.0):
         store.create(new_job(work=work), limits)
-    assert refusal(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing runs"
-    jobs = [claimed(store), claimed(store)]
-    wait(store, work=1000.0)
-    wait(store, work=500.0)
-    assert refusal(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing was measured"
+    assert create_refused(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing runs"
+    jobs = [claim_existing(store), claim_existing(store)]
+    enqueue(store, work=1000.0)
+    enqueue(store, work=500.0)
+    assert create_refused(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing was measured"
     store.note_rate(MODEL, Lane.VIDEO, 10.0)
     # Each gets 5 of 10 a second.
-    assert refusal(store, limits=limits).retry_after_s == pytest.approx(400 / 5)
+    assert create_refused(store, limits=limits).retry_after_s == pytest.approx(400 / 5)
     larger = max(jobs, key=lambda job: job.work)
-    store.record(lease_of(larger), Progress(step=3), [])
-    assert refusal(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 5)
+    store.record(make_lease(larger), Progress(step=3), [])
+    assert create_refused(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 5)
     claim(store, "runner2", lane=Lane.IMAGE)
-    assert refusal(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), "two runners"
+    assert create_refused(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), "two runners"
     store.note_rate(MODEL, Lane.IMAGE, 1.0)
-    assert refusal(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), "the other lane is another's"
+    assert create_refused(store, limits=limits).retry_after_s == pytest.approx(600 / 4 / 10), (
+        "the other lane is another's"
+    )
 
 
 def test_refused_callers_get_staggered_retry_times(store: JobStore) -> None:
     """Across keys: they all compete for the same places."""
     retry_estimator, limits = RetryEstimator(), limits_with(max_queued=1)
     store.create(new_job(work=10.0), limits)
-    claimed(store)
+    claim_existing(store)
     store.create(new_job(work=10.0), limits)
     store.note_rate(MODEL, Lane.VIDEO, 1.0)
     told = []
@@ -175,58 +177,58 @@ def test_refused_callers_get_staggered_retry_times(store: JobStore) -> None:
 def test_retry_after_of_a_key_is_the_start_of_its_next_job(store: JobStore) -> None:
     store.note_rate(MODEL, Lane.VIDEO, 10.0)
     store.create(new_job(work=100.0), LIMITS)
-    claimed(store)
+    claim_existing(store)
     for owner, work in [("key1", 200.0), ("key2", 300.0)]:
         store.create(new_job(owner=owner, work=work), LIMITS)
     # The running job, then key1's.
-    assert refusal(store, KeyLimits(max_queued=1), owner="key1").retry_after_s == pytest.approx(10)
-    assert refusal(store, KeyLimits(max_queued=1), owner="key2").retry_after_s == pytest.approx(10 + 20)
+    assert create_refused(store, KeyLimits(max_queued=1), owner="key1").retry_after_s == pytest.approx(10)
+    assert create_refused(store, KeyLimits(max_queued=1), owner="key2").retry_after_s == pytest.approx(10 + 20)
 
 
 def test_retry_after_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_queued=1)
     store.create(new_job(work=1.0), limits)
-    claimed(store)
+    claim_existing(store)
     store.create(new_job(work=1.0), limits)
     store.note_rate(MODEL, Lane.VIDEO, 1000.0)
-    assert refusal(store, limits=limits).retry_after_s == MIN_WAIT_S
+    assert create_refused(store, limits=limits).retry_after_s == MIN_WAIT_S
     for _ in range(60):
         store.note_rate(MODEL, Lane.VIDEO, 1e-9)
-    assert refusal(store, limits=limits).retry_after_s == MAX_WAIT_S
+    assert create_refused(store, limits=limits).retry_after_s == MAX_WAIT_S
 
 
 def test_silent_runners_do_not_count(store: JobStore, clock: Clock) -> None:
     limits = limits_with(max_queued=1)
     claim(store, "dead")
-    clock.passes(waiting._ALIVE_S + 1)
+    clock.advance(waiting._ALIVE_S + 1)
     store.create(new_job(work=100.0), limits)
-    claimed(store)
+    claim_existing(store)
     store.create(new_job(), limits)
     store.note_rate(MODEL, Lane.VIDEO, 10.0)
-    assert refusal(store, limits=limits).retry_after_s == pytest.approx(10)
+    assert create_refused(store, limits=limits).retry_after_s == pytest.approx(10)
 
 
 # Order
 
 
-def shares(jobs: list[Job], of: str) -> Mapping[str, int]:
+def count_shares(jobs: list[Job], of: str) -> Mapping[str, int]:
     return Counter(getattr(job, of) for job in jobs)
 
 
 def test_classes_share_by_weight(store: JobStore) -> None:
     for name in ("batch", "standard", "interactive"):
-        wait(store, 16, service_class=name)
-    order = run_out(store)
+        enqueue(store, 16, service_class=name)
+    order = claim_all(store)
     for begin in (0, 13):  # two whole rounds of 8 + 4 + 1
-        assert shares(order[begin : begin + 13], "service_class") == {"interactive": 8, "standard": 4, "batch": 1}
+        assert count_shares(order[begin : begin + 13], "service_class") == {"interactive": 8, "standard": 4, "batch": 1}
     assert len(order) == 48
 
 
 def test_shares_count_work_not_jobs(store: JobStore) -> None:
-    wait(store, 30, service_class="interactive", work=8.0)
-    wait(store, 60, service_class="standard", work=1.0)
+    enqueue(store, 30, service_class="interactive", work=8.0)
+    enqueue(store, 60, service_class="standard", work=1.0)
     begun = Counter[str]()
-    for job in run_out(store):
+    for job in claim_all(store):
         begun[job.service_class] += int(job.work)
         if begun["interactive"] == 80:
             break
@@ -234,88 +236,88 @@ def test_shares_count_work_not_jobs(store: JobStore) -> None:
 
 
 def test_one_owner_with_many_jobs_does_not_starve_another(store: JobStore) -> None:
-    wait(store, 60, owner="key1")
-    wait(store, 10, owner="key2")
-    order = run_out(store)
-    assert shares(order[:20], "owner") == {"key1": 10, "key2": 10}
+    enqueue(store, 60, owner="key1")
+    enqueue(store, 10, owner="key2")
+    order = claim_all(store)
+    assert count_shares(order[:20], "owner") == {"key1": 10, "key2": 10}
 
 
 def test_jobs_of_one_owner_keep_their_order(store: JobStore) -> None:
-    jobs = [wait(store, work=work)[0].job_id for work in (9.0, 1.0, 5.0, 1.0)]
-    assert [job.job_id for job in run_out(store)] == jobs
+    jobs = [enqueue(store, work=work)[0].job_id for work in (9.0, 1.0, 5.0, 1.0)]
+    assert [job.job_id for job in claim_all(store)] == jobs
 
 
 def test_an_idle_owner_gains_no_credit(store: JobStore) -> None:
-    wait(store, 40, owner="key1")
+    enqueue(store, 40, owner="key1")
     for _ in range(20):
-        claimed(store)
-    wait(store, 20, owner="key2")  # idle while key1 had twenty
-    order = run_out(store)
-    assert shares(order[:20], "owner") == {"key1": 10, "key2": 10}
+        claim_existing(store)
+    enqueue(store, 20, owner="key2")  # idle while key1 had twenty
+    order = claim_all(store)
+    assert count_shares(order[:20], "owner") == {"key1": 10, "key2": 10}
 
 
 def test_a_cancelled_job_costs_its_owner_nothing(store: JobStore) -> None:
-    for job in wait(store, 20, owner="key1"):
+    for job in enqueue(store, 20, owner="key1"):
         store.cancel(job.job_id)
-    for job in wait(store, 20, owner="key1"):
+    for job in enqueue(store, 20, owner="key1"):
         store.delete(job.job_id)
-    wait(store, 2, owner="key2")
-    wait(store, 2, owner="key1")
-    assert shares(run_out(store)[:2], "owner") == {"key1": 1, "key2": 1}
+    enqueue(store, 2, owner="key2")
+    enqueue(store, 2, owner="key1")
+    assert count_shares(claim_all(store)[:2], "owner") == {"key1": 1, "key2": 1}
 
 
 def test_lanes_do_not_wait_for_each_other(store: JobStore) -> None:
-    wait(store, 5, work=1000.0)
-    pictures = wait(store, 2, lane=Lane.IMAGE, work=1.0)
+    enqueue(store, 5, work=1000.0)
+    pictures = enqueue(store, 2, lane=Lane.IMAGE, work=1.0)
     assert [job.order for job in pictures] == [0.25, 0.5]
-    assert [job.job_id for job in run_out(store, lane=Lane.IMAGE)] == [job.job_id for job in pictures]
+    assert [job.job_id for job in claim_all(store, lane=Lane.IMAGE)] == [job.job_id for job in pictures]
 
 
 def test_a_released_job_is_claimed_next(store: JobStore) -> None:
-    wait(store, 4)
-    first = claimed(store)
-    claimed(store)
-    store.give_back(lease_of(first))
-    assert claimed(store).job_id == first.job_id
-    last = wait(store)[0]
-    assert run_out(store)[-1].job_id == last.job_id, "the order goes on where it was"
+    enqueue(store, 4)
+    first = claim_existing(store)
+    claim_existing(store)
+    store.give_back(make_lease(first))
+    assert claim_existing(store).job_id == first.job_id
+    last = enqueue(store)[0]
+    assert claim_all(store)[-1].job_id == last.job_id, "the order goes on where it was"
 
 
 # Claims
 
 
 def test_an_attached_job_goes_to_its_own_runner(store: JobStore) -> None:
-    own = wait(store, attached_to="runner1")[0]
-    free = wait(store)[0]
-    assert claimed(store, "runner2").job_id == free.job_id
+    own = enqueue(store, attached_to="runner1")[0]
+    free = enqueue(store)[0]
+    assert claim_existing(store, "runner2").job_id == free.job_id
     assert claim(store, "runner2") is None
-    assert claimed(store, "runner1").job_id == own.job_id
+    assert claim_existing(store, "runner1").job_id == own.job_id
 
 
 def test_a_draining_runner_claims_only_its_attached_jobs(store: JobStore, clock: Clock) -> None:
-    wait(store)
-    died = claimed(store, "dead")
-    free, own = wait(store)[0], wait(store, attached_to="runner1")[0]
-    clock.passes(LEASE_S + 1)
+    enqueue(store)
+    died = claim_existing(store, "dead")
+    free, own = enqueue(store)[0], enqueue(store, attached_to="runner1")[0]
+    clock.advance(LEASE_S + 1)
     store.renew("runner1", [], LEASE_S)
-    assert claimed(store, "runner1", only_attached=True).job_id == own.job_id
+    assert claim_existing(store, "runner1", only_attached=True).job_id == own.job_id
     assert claim(store, "runner1", only_attached=True) is None
-    assert [job.job_id for job in run_out(store)] == [died.job_id, free.job_id]
+    assert [job.job_id for job in claim_all(store)] == [died.job_id, free.job_id]
 
 
 def test_the_number_of_a_keys_running_jobs_is_bounded(store: JobStore) -> None:
     limits = limits_with(max_running_per_key=2)
     for owner in ("key1", "key2", ""):
-        wait(store, 4, owner=owner)
-    order = run_out(store, limits=limits)
-    assert shares(order, "owner") == {"key1": 2, "key2": 2, "": 4}
+        enqueue(store, 4, owner=owner)
+    order = claim_all(store, limits=limits)
+    assert count_shares(order, "owner") == {"key1": 2, "key2": 2, "": 4}
     assert claim(store, lane=Lane.IMAGE, limits=limits) is None
-    (image,) = wait(store, lane=Lane.IMAGE, owner="key1")
+    (image,) = enqueue(store, lane=Lane.IMAGE, owner="key1")
     taken = claim(store, lane=Lane.IMAGE, limits=limits)
     assert taken is not None
     assert taken.job_id == image.job_id, "the other lane has a bound of its own"
-    store.finish(lease_of(next(job for job in order if job.owner == "key1")), COMPLETED, keep_media_s=1)
-    assert [job.owner for job in run_out(store, limits=limits)] == ["key1"]
+    store.finish(make_lease(next(job for job in order if job.owner == "key1")), COMPLETED, keep_media_s=1)
+    assert [job.owner for job in claim_all(store, limits=limits)] == ["key1"]
 
 
 def test_a_keys_own_bound_applies(store: JobStore) -> None:
@@ -324,133 +326,133 @@ def test_a_keys_own_bound_applies(store: JobStore) -> None:
     any_, _ = store.keys.create(NewKey(name="any"))
     owners = [key.key_id for key in (few, many, any_)]
     for owner in owners:
-        wait(store, 4, owner=owner)
-    limited = run_out(store, limits=limits_with(max_running_per_key=2))
-    assert [shares(limited, "owner")[owner] for owner in owners] == [1, 3, 2]
-    assert [job.owner for job in run_out(store)] == [any_.key_id] * 2
+        enqueue(store, 4, owner=owner)
+    limited = claim_all(store, limits=limits_with(max_running_per_key=2))
+    assert [count_shares(limited, "owner")[owner] for owner in owners] == [1, 3, 2]
+    assert [job.owner for job in claim_all(store)] == [any_.key_id] * 2
 
 
 # Dead runners
 
 
 def test_a_dead_runners_job_is_claimed_first(store: JobStore, clock: Clock) -> None:
-    job = wait(store)[0]
-    claimed(store, "runner1")
-    wait(store)
-    clock.passes(LEASE_S)
-    assert claimed(store, "runner2").job_id != job.job_id, "the lease is valid"
-    clock.passes(0.1)
-    assert (claimed(store, "runner2").job_id, found(store, job).attempts) == (job.job_id, 2)
+    job = enqueue(store)[0]
+    claim_existing(store, "runner1")
+    enqueue(store)
+    clock.advance(LEASE_S)
+    assert claim_existing(store, "runner2").job_id != job.job_id, "the lease is valid"
+    clock.advance(0.1)
+    assert (claim_existing(store, "runner2").job_id, reload(store, job).attempts) == (job.job_id, 2)
 
 
 def test_a_job_fails_after_its_last_attempt(store: JobStore, clock: Clock) -> None:
-    job, other = wait(store, 2)
+    job, other = enqueue(store, 2)
     for attempt in (1, 2):
-        assert claimed(store, f"runner{attempt}", max_attempts=2).job_id == job.job_id
-        clock.passes(LEASE_S + 1)
-    assert claimed(store, "runner3", max_attempts=2).job_id == other.job_id
-    failed = found(store, job)
+        assert claim_existing(store, f"runner{attempt}", max_attempts=2).job_id == job.job_id
+        clock.advance(LEASE_S + 1)
+    assert claim_existing(store, "runner3", max_attempts=2).job_id == other.job_id
+    failed = reload(store, job)
     assert (failed.state, failed.error_code, failed.attempts) == (JobState.FAILED, "runner_died", 2)
     assert "died 2 times" in failed.error_message
-    assert kinds(store, job) == ["started", "started", "failed"]
+    assert list_event_kinds(store, job) == ["started", "started", "failed"]
 
 
 def test_a_cancelled_job_of_a_dead_runner_ends(store: JobStore, clock: Clock) -> None:
-    job = wait(store)[0]
-    claimed(store)
+    job = enqueue(store)[0]
+    claim_existing(store)
     store.cancel(job.job_id)
-    clock.passes(LEASE_S + 1)
+    clock.advance(LEASE_S + 1)
     assert claim(store, "runner2") is None
-    assert found(store, job).state is JobState.CANCELLED
+    assert reload(store, job).state is JobState.CANCELLED
 
 
 def test_an_attached_job_ends_with_its_runner(store: JobStore, clock: Clock) -> None:
-    runs = wait(store, attached_to="runner1")[0]
-    claimed(store, "runner1")
-    waits = wait(store, attached_to="runner1")[0]
-    clock.passes(LEASE_S)
+    runs = enqueue(store, attached_to="runner1")[0]
+    claim_existing(store, "runner1")
+    waits = enqueue(store, attached_to="runner1")[0]
+    clock.advance(LEASE_S)
     assert claim(store, "runner2") is None
-    assert found(store, waits).state is JobState.QUEUED
-    clock.passes(0.1)
+    assert reload(store, waits).state is JobState.QUEUED
+    clock.advance(0.1)
     assert claim(store, "runner2") is None
     for job in (runs, waits):
-        ended = found(store, job)
+        ended = reload(store, job)
         assert (ended.state, ended.error_code) == (JobState.FAILED, "abandoned")
         assert "silent for 20 s; send it again" in ended.error_message
-        assert kinds(store, job)[-1] == "failed"
+        assert list_event_kinds(store, job)[-1] == "failed"
 
 
 @pytest.mark.parametrize("sign", ["renew", "claim"])
 def test_an_attached_job_waits_while_its_runner_is_alive(store: JobStore, clock: Clock, sign: str) -> None:
     claim(store, "runner1")
-    job = wait(store, attached_to="runner1")[0]
+    job = enqueue(store, attached_to="runner1")[0]
     for _ in range(4):
-        clock.passes(LEASE_S / 2)
+        clock.advance(LEASE_S / 2)
         if sign == "renew":
             store.renew("runner1", [], LEASE_S)
         else:
             claim(store, "runner1", lane=Lane.IMAGE)
         assert claim(store, "runner2") is None
-    assert claimed(store, "runner1").job_id == job.job_id
+    assert claim_existing(store, "runner1").job_id == job.job_id
 
 
 def test_a_late_runner_reclaims_its_attached_job(store: JobStore, clock: Clock) -> None:
-    job = wait(store, attached_to="runner1")[0]
-    claimed(store, "runner1")
-    clock.passes(LEASE_S + 1)
-    assert (claimed(store, "runner1").job_id, found(store, job).attempts) == (job.job_id, 2)
+    job = enqueue(store, attached_to="runner1")[0]
+    claim_existing(store, "runner1")
+    clock.advance(LEASE_S + 1)
+    assert (claim_existing(store, "runner1").job_id, reload(store, job).attempts) == (job.job_id, 2)
 
 
 def test_an_idle_runner_writes_seldom(store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait(store, attached_to="another")
+    enqueue(store, attached_to="another")
     claim(store)
     monkeypatch.setattr(queue, "claim_next", lambda *_: pytest.fail("it wrote"))
-    clock.passes(LEASE_S / 5)
+    clock.advance(LEASE_S / 5)
     assert claim(store) is None
     monkeypatch.undo()
-    clock.passes(LEASE_S / 5)
+    clock.advance(LEASE_S / 5)
     claim(store)
-    assert runners(store, silent_s=0) == ("runner",)
+    assert list_runners(store, silent_s=0) == ("runner",)
 
 
 # Positions
 
 
 def test_a_jobs_position_counts_the_jobs_ahead(store: JobStore) -> None:
-    jobs = wait(store, 3, work=10.0)
-    wait(store, lane=Lane.IMAGE)
-    wait(store, model="super")
+    jobs = enqueue(store, 3, work=10.0)
+    enqueue(store, lane=Lane.IMAGE)
+    enqueue(store, model="super")
     assert [where(store, job) for job in jobs] == [(0, None), (1, None), (2, None)]
-    running = claimed(store)
-    store.record(lease_of(running), Progress(step=1), [])
+    running = claim_existing(store)
+    store.record(make_lease(running), Progress(step=1), [])
     store.note_rate(MODEL, Lane.VIDEO, 2.0)
     assert where(store, jobs[2]) == (2, (7.5 + 10.0 + 10.0) / 2.0)
-    assert store.queue_positions([found(store, running), jobs[0]]) == {}, "neither waits, whatever is known of it here"
-    sooner = wait(store, service_class="interactive", work=10.0)[0]
+    assert store.queue_positions([reload(store, running), jobs[0]]) == {}, "neither waits, whatever is known of it here"
+    sooner = enqueue(store, service_class="interactive", work=10.0)[0]
     assert where(store, sooner) == (1, (7.5 + 10.0) / 2.0)
     assert where(store, jobs[2]) == (3, (7.5 + 30.0) / 2.0)
 
 
 def test_one_query_places_a_whole_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of two lanes and two models, each placed within its own lane."""
-    videos, images = wait(store, 60, work=10.0), wait(store, 39, work=1.0, lane=Lane.IMAGE)
-    others = wait(store, model="super")
-    running = claimed(store)
+    videos, images = enqueue(store, 60, work=10.0), enqueue(store, 39, work=1.0, lane=Lane.IMAGE)
+    others = enqueue(store, model="super")
+    running = claim_existing(store)
     store.note_rate(MODEL, Lane.IMAGE, 2.0)
     page, reading, transactions = [*videos, *images, *others], store._database.reading, []
 
-    def counted() -> Any:
+    def count_reading() -> Any:
         transactions.append(1)
         return reading()
 
-    monkeypatch.setattr(store._database, "reading", counted)
+    monkeypatch.setattr(store._database, "reading", count_reading)
     positions = store.queue_positions(page)
     assert len(transactions) == 1
     assert [positions[job.job_id].position for job in videos[1:]] == list(range(1, 60)), "behind the one that runs"
     assert [positions[job.job_id].eta_s for job in images] == [(i + 1) / 2.0 for i in range(39)]
     assert (positions[others[0].job_id].position, positions[others[0].job_id].eta_s) == (0, None)
     assert running.job_id not in positions
-    assert store.queue_positions([found(store, running)]) == {}
+    assert store.queue_positions([reload(store, running)]) == {}
     assert len(transactions) == 2, "of jobs that do not wait the database is not asked"
 
 
@@ -461,13 +463,13 @@ def where(store: JobStore, job: Job) -> tuple[int, float | None]:
 
 def test_the_load_counts_queued_and_running_jobs(store: JobStore) -> None:
     assert store.load(MODEL) == ()
-    wait(store, 2, work=10.0)
-    wait(store, service_class="batch", work=3.0)
-    wait(store, lane=Lane.IMAGE, work=1.0)
-    wait(store, model="super")
-    running = claimed(store)
-    store.record(lease_of(running), Progress(step=1), [])
-    store.cancel(wait(store)[0].job_id)
+    enqueue(store, 2, work=10.0)
+    enqueue(store, service_class="batch", work=3.0)
+    enqueue(store, lane=Lane.IMAGE, work=1.0)
+    enqueue(store, model="super")
+    running = claim_existing(store)
+    store.record(make_lease(running), Progress(step=1), [])
+    store.cancel(enqueue(store)[0].job_id)
     assert store.load(MODEL) == (
         ClassLoad(Lane.IMAGE, "standard", 1, 0, 1.0, 0.0),
         ClassLoad(Lane.VIDEO, "batch", 1, 0, 3.0, 0.0),
@@ -479,7 +481,7 @@ def test_the_load_counts_queued_and_running_jobs(store: JobStore) -> None:
 
 
 def test_no_job_is_claimed_twice(store: JobStore, jobs_url: str) -> None:
-    jobs = {job.job_id for job in wait(store, 40)}
+    jobs = {job.job_id for job in enqueue(store, 40)}
     told = [job_id for mine in race("claim", jobs_url, len(jobs), 3) for job_id in mine]
     assert len(told) == len(jobs)
     assert set(told) == jobs
@@ -490,13 +492,13 @@ def test_the_bound_holds_across_processes(store: JobStore, jobs_url: str) -> Non
     assert sum(one["accepted"] for one in told) == 10
     assert sum(one["refused"] for one in told) == 3 * 20 - 10
     assert max(one["most"] for one in told) <= 10
-    assert num_queued(store) == 10
+    assert count_queued(store) == 10
 
 
 def test_an_idempotency_key_makes_one_job_across_processes(store: JobStore, jobs_url: str) -> None:
     ids = [job_id for mine in race("repeat", jobs_url, 5, 3) for job_id in mine]
     assert (len(ids), len(set(ids))) == (15, 1)
-    assert num_queued(store) == 1
+    assert count_queued(store) == 1
 
 
 # Many jobs
@@ -512,7 +514,7 @@ def test_no_query_scans_all_jobs(store: JobStore, jobs_url: str) -> None:
         asked.append((sql, values))
 
     sqlalchemy.event.listen(store._database._engine, "before_cursor_execute", note)
-    everything(store)
+    call_every_method(store)
     queries = [(sql, values) for sql, values in asked if sql.startswith(("SELECT", "UPDATE", "DELETE"))]
     with store._database.reading() as connection:
         for sql, values in queries:
@@ -522,24 +524,24 @@ def test_no_query_scans_all_jobs(store: JobStore, jobs_url: str) -> None:
     assert len({sql for sql, _ in queries}) > 20
 
 
-def everything(store: JobStore) -> None:
+def call_every_method(store: JobStore) -> None:
     """Call every method once."""
     store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
-    wait(store, 4, owner="key1")
-    for job in (claimed(store), claimed(store, only_attached=False)):
-        store.renew("runner", [lease_of(job)], LEASE_S)
-        store.record(lease_of(job), Progress(step=1), [("step", {})])
-    store.give_back(lease_of(job))
-    store.finish(lease_of(claimed(store)), COMPLETED, keep_media_s=1)
-    refusal(store, KeyLimits(max_queued=1), owner="key1")
+    enqueue(store, 4, owner="key1")
+    for job in (claim_existing(store), claim_existing(store, only_attached=False)):
+        store.renew("runner", [make_lease(job)], LEASE_S)
+        store.record(make_lease(job), Progress(step=1), [("step", {})])
+    store.give_back(make_lease(job))
+    store.finish(make_lease(claim_existing(store)), COMPLETED, keep_media_s=1)
+    create_refused(store, KeyLimits(max_queued=1), owner="key1")
     page = store.list("key1", after=None, limit=1, is_ascending=True)
     last = page.jobs[-1]
     for is_ascending in (True, False):
         store.list("key1", after=last.job_id, limit=10, is_ascending=is_ascending)
     store.events({last.job_id: 0})
-    store.queue_positions(wait(store))
+    store.queue_positions(enqueue(store))
     store.load(MODEL)
     store.folder_needs([last.job_id])
-    store.cancel(wait(store)[0].job_id)
+    store.cancel(enqueue(store)[0].job_id)
     store.delete(last.job_id)
     store.sweep(-1.0, 0)

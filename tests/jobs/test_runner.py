@@ -22,7 +22,7 @@ from deployments.messages import (
     QueuePosition,
     StepDone,
 )
-from tests.jobs.making import limits_with, rate
+from tests.jobs.making import limits_with, read_rate
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
 
 
@@ -45,7 +45,7 @@ def test_a_detached_job_runs_and_is_recorded(serve: Any) -> None:
         ]
         while service.files.exists(job.job_id, SAVED_STATE):  # no runner will resume from it
             await asyncio.sleep(0.02)
-        while not rate(service.store, Lane.VIDEO):
+        while not read_rate(service.store, Lane.VIDEO):
             await asyncio.sleep(0.02)
 
     serve(body)
@@ -150,11 +150,11 @@ def test_a_caller_of_a_cancelled_job_gets_an_error(serve: Any) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 1})
         service.stage.gate.clear()
 
-        async def told() -> None:
+        async def follow() -> None:
             with pytest.raises(JobCancelled):
                 _ = [event async for event in service.stream()]
 
-        callers = [asyncio.ensure_future(told()) for _ in range(2)]
+        callers = [asyncio.ensure_future(follow()) for _ in range(2)]
         while not all(service.store.get(job_id) for job_id in service.runner._callers) or not service.stage.pipelines:
             await asyncio.sleep(0.02)
         for job_id in list(service.runner._callers):

@@ -29,30 +29,18 @@ from deployments.jobs.schema import JOBS
 from deployments.media.job_files import JobFiles
 from deployments.media.objects import DirectoryObjects
 from deployments.messages import Finished, QueuePosition
-from tests.jobs.making import new_job, num_queued
+from tests.jobs.making import count_queued, new_job
 from tests.jobs.running import DEADLINE_S, IMAGE, SMALL, Service
+from tests.observability.recording import CallRecorder
 
 AWAY = JobsError("the database is away")
 
 
-class Told:
-    """A stand-in for the metrics that records their values."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *values: self.calls.append((name, values))
-
-    def of(self, name: str) -> list[tuple[Any, ...]]:
-        return [values for called, values in self.calls if called == name]
-
-
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    told = Told()
-    monkeypatch.setattr(runner_module, "metrics", lambda: told)
-    return told
+def metrics(monkeypatch: pytest.MonkeyPatch) -> CallRecorder:
+    metrics = CallRecorder()
+    monkeypatch.setattr(runner_module, "metrics", lambda: metrics)
+    return metrics
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +48,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder_module, "_TRY_PAUSE_S", 0.05)
 
 
-def failing(work: Callable[..., Any], num_failures: int, is_done: bool = False) -> Callable[..., Any]:
+def fail_first_calls(work: Callable[..., Any], num_failures: int, is_done: bool = False) -> Callable[..., Any]:
     """Make a method fail the first ``times`` calls; with ``is_done`` it takes effect all the same."""
     left = [num_failures]
 
@@ -79,7 +67,7 @@ def failing(work: Callable[..., Any], num_failures: int, is_done: bool = False) 
 def test_a_short_database_outage_costs_nothing(name: str, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
-        monkeypatch.setattr(service.store, name, failing(getattr(service.store, name), 12))
+        monkeypatch.setattr(service.store, name, fail_first_calls(getattr(service.store, name), 12))
         job = await service.submit()
         done = await service.until(job.job_id, JobState.COMPLETED)
         assert (done.attempts, len(service.stage.pipelines)) == (1, 1)
@@ -94,7 +82,7 @@ def test_a_job_is_released_despite_a_database_outage(serve: Any, monkeypatch: py
         service.stage.gate.clear()
         job = await service.submit()
         await service.until(job.job_id, JobState.IN_PROGRESS)
-        monkeypatch.setattr(service.store, "give_back", failing(service.store.give_back, 12))
+        monkeypatch.setattr(service.store, "give_back", fail_first_calls(service.store.give_back, 12))
         await service.runner.release()
         assert service.store.get(job.job_id).state is JobState.QUEUED
 
@@ -116,7 +104,7 @@ def test_a_fresh_claim_is_released_despite_a_database_outage(serve: Any, monkeyp
             return job
 
         monkeypatch.setattr(service.store, "claim", slow)
-        monkeypatch.setattr(service.store, "give_back", failing(service.store.give_back, 12))
+        monkeypatch.setattr(service.store, "give_back", fail_first_calls(service.store.give_back, 12))
         job = await service.submit()
         assert await asyncio.to_thread(claimed.wait, DEADLINE_S)
         releasing = asyncio.create_task(service.runner.release())
@@ -136,7 +124,7 @@ def test_a_long_database_outage_ends_the_run(serve: Any, monkeypatch: pytest.Mon
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.3)
         service.stage.holds_after = 2
-        monkeypatch.setattr(service.store, "record", failing(service.store.record, 10**6))
+        monkeypatch.setattr(service.store, "record", fail_first_calls(service.store.record, 10**6))
         with pytest.raises(JobsError, match="was given up: the database is away"):
             _ = [event async for event in service.stream()]
         (pipeline,) = service.stage.pipelines
@@ -148,7 +136,7 @@ def test_a_long_database_outage_ends_the_run(serve: Any, monkeypatch: pytest.Mon
 def test_an_end_whose_confirmation_was_lost_counts(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=20.0)
-        monkeypatch.setattr(service.store, "finish", failing(service.store.finish, 1, is_done=True))
+        monkeypatch.setattr(service.store, "finish", fail_first_calls(service.store.finish, 1, is_done=True))
         events = [event async for event in service.stream()]
         assert isinstance(events[-1], Finished)
 
@@ -188,7 +176,7 @@ def test_a_runner_that_cannot_renew_its_leases_stops(serve: Any, monkeypatch: py
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.3)
         service.stage.gate.clear()
-        monkeypatch.setattr(service.store, "renew", failing(service.store.renew, 10**6))
+        monkeypatch.setattr(service.store, "renew", fail_first_calls(service.store.renew, 10**6))
         with pytest.raises(JobsError, match="was given up: the database of jobs cannot be used"):
             _ = [event async for event in service.stream()]
         assert service.stage.pipelines[0].was_stopped
@@ -238,7 +226,7 @@ def test_a_shutdown_refuses_waiting_callers_and_starts_no_job(serve: Any, monkey
             return "served"
 
         asking = [asyncio.ensure_future(ask()) for _ in range(3)]
-        while num_queued(service.store) + len(service.stage.pipelines) < 3 or not service.stage.pipelines:
+        while count_queued(service.store) + len(service.stage.pipelines) < 3 or not service.stage.pipelines:
             await asyncio.sleep(0.02)
         service.stage.gate.set()
         await service.runner.release()
@@ -256,9 +244,9 @@ def test_releasing_a_runner_cancels_its_attached_jobs(serve: Any) -> None:
         streams = [service.stream() for _ in range(3)]
         asking = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await asyncio.gather(*asking)  # skip their queue positions
-        assert num_queued(service.store) == 3
+        assert count_queued(service.store) == 3
         await service.runner.release()
-        assert num_queued(service.store) == 0
+        assert count_queued(service.store) == 0
         for stream in streams:
             with pytest.raises(ShuttingDown):
                 await anext(stream)
@@ -346,7 +334,7 @@ def test_a_job_that_is_created_during_a_shutdown_is_cancelled(serve: Any, monkey
     serve(body)
 
 
-def test_jobs_are_counted_in_the_metrics(serve: Any, told: Told) -> None:
+def test_jobs_are_counted_in_the_metrics(serve: Any, metrics: CallRecorder) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(lease_s=0.5)
         done = await service.submit(IMAGE)
@@ -355,39 +343,42 @@ def test_jobs_are_counted_in_the_metrics(serve: Any, told: Told) -> None:
         job = await service.submit()
         await service.until(job.job_id, JobState.IN_PROGRESS)
         async with asyncio.timeout(DEADLINE_S):
-            while len(told.of("record_queue_wait")) < 2:  # incremented just after the claim commits
+            while len(metrics.calls_of("record_queue_wait")) < 2:  # incremented just after the claim commits
                 await asyncio.sleep(0.02)
         service.die()
         other = make()
         await other.until(job.job_id, JobState.COMPLETED)
         async with asyncio.timeout(DEADLINE_S):
-            while len(told.of("record_request")) < 2:
+            while len(metrics.calls_of("record_request")) < 2:
                 await asyncio.sleep(0.02)
-        assert [values[:2] for values in told.of("record_request")] == [
+        assert [values[:2] for values in metrics.calls_of("record_request")] == [
             ("text_to_image", "completed"),
             ("text_to_video", "completed"),
         ]
-        assert [values[:2] for values in told.of("record_queue_wait")] == [("image", "standard"), ("video", "standard")]
-        assert told.of("count_takeover") == [()]
+        assert [values[:2] for values in metrics.calls_of("record_queue_wait")] == [
+            ("image", "standard"),
+            ("video", "standard"),
+        ]
+        assert metrics.calls_of("count_takeover") == [()]
 
     serve(body)
 
 
-def test_jobs_that_leave_the_queue_are_counted(serve: Any, told: Told) -> None:
+def test_jobs_that_leave_the_queue_are_counted(serve: Any, metrics: CallRecorder) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make(max_running={Lane.IMAGE: 1, Lane.VIDEO: 0})
         stream = service.stream()
         await anext(stream)
         await stream.aclose()
         async with asyncio.timeout(DEADLINE_S):
-            while not told.calls:
+            while not metrics.calls:
                 await asyncio.sleep(0.02)
-        assert [values[:2] for values in told.of("record_request")] == [("text_to_video", "cancelled")]
+        assert [values[:2] for values in metrics.calls_of("record_request")] == [("text_to_video", "cancelled")]
 
     serve(body)
 
 
-def test_a_job_released_before_its_first_step_counts_one_wait(serve: Any, told: Told) -> None:
+def test_a_job_released_before_its_first_step_counts_one_wait(serve: Any, metrics: CallRecorder) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make()
         first.stage.gate.clear()
@@ -395,13 +386,15 @@ def test_a_job_released_before_its_first_step_counts_one_wait(serve: Any, told: 
         await first.until(job.job_id, JobState.IN_PROGRESS)
         await first.runner.release()
         await make().until(job.job_id, JobState.COMPLETED)
-        assert len(told.of("record_queue_wait")) == 1
-        assert told.of("count_takeover") == []
+        assert len(metrics.calls_of("record_queue_wait")) == 1
+        assert metrics.calls_of("count_takeover") == []
 
     serve(body)
 
 
-def test_measured_speed_counts_only_this_runners_steps(serve: Any, monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+def test_measured_speed_counts_only_this_runners_steps(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, metrics: CallRecorder
+) -> None:
     async def body(make: Callable[..., Service]) -> None:
         first = make(checkpoint_period_s=1000.0)
         first.stage.holds_after = 3
@@ -418,7 +411,7 @@ def test_measured_speed_counts_only_this_runners_steps(serve: Any, monkeypatch: 
         while second.runner.num_in_hand:
             await asyncio.sleep(0.02)
         assert counted == pytest.approx([job.work / 4])
-        assert len(told.of("record_queue_wait")) == 1, "it has waited once"
+        assert len(metrics.calls_of("record_queue_wait")) == 1, "it has waited once"
 
     serve(body)
 
@@ -541,7 +534,7 @@ PICTURE = replace(SMALL, image=np.zeros((32, 32, 3), np.uint8))
 def test_a_job_whose_creation_only_seemed_to_fail_is_accepted(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., Service]) -> None:
         service = make()
-        monkeypatch.setattr(service.store, "create", failing(service.store.create, 1, is_done=True))
+        monkeypatch.setattr(service.store, "create", fail_first_calls(service.store.create, 1, is_done=True))
         job = await service.submit(PICTURE)
         await service.until(job.job_id, JobState.COMPLETED)
 

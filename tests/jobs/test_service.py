@@ -18,7 +18,8 @@ from deployments.media.job_files import JobFiles
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaStore
 from deployments.media.variants import CONTENT_VARIANTS
-from tests.jobs.making import COMPLETED, LIMITS, MODEL, Clock, claimed, lease_of, new_job
+from tests.clock import Clock
+from tests.jobs.making import COMPLETED, LIMITS, MODEL, claim_existing, make_lease, new_job
 
 DEADLINE_S = 60.0
 
@@ -34,18 +35,18 @@ def with_clip(jobs: JobService, *, is_finished: bool = True) -> Job:
     new = new_job(inputs=("image",))
     jobs.files.put(new.job_id, "image", b"picture")
     jobs.store.create(new, LIMITS)
-    job = claimed(jobs.store)
+    job = claim_existing(jobs.store)
     media_id = new_media_id(job.job_id)
     entry = jobs.media.create(media_id, "video/mp4", ".mp4", is_live=True)
     if is_finished:
         entry.path.write_bytes(b"a clip")
         entry.finish()
-    jobs.store.record(lease_of(job), Progress(media_id=media_id), [])
+    jobs.store.record(make_lease(job), Progress(media_id=media_id), [])
     return job
 
 
-def completed(jobs: JobService) -> Job:
-    return jobs.store.finish(lease_of(with_clip(jobs)), COMPLETED, keep_media_s=1000.0)
+def complete(jobs: JobService) -> Job:
+    return jobs.store.finish(make_lease(with_clip(jobs)), COMPLETED, keep_media_s=1000.0)
 
 
 def leftovers(jobs: JobService, job: Job) -> tuple[bool, bool]:
@@ -69,7 +70,7 @@ def test_a_deletion_succeeds_even_if_files_cannot_be_removed(
     jobs: JobService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A sweep removes what is left."""
-    job = completed(jobs)
+    job = complete(jobs)
     names = break_disk(jobs, monkeypatch)
     told = asyncio.run(jobs.delete(job.job_id, ""))
     assert told.as_json() == {"id": job.job_id, "object": "video.deleted", "deleted": True}
@@ -83,7 +84,7 @@ def test_a_deletion_succeeds_even_if_files_cannot_be_removed(
 
 def test_a_deleted_job_leaves_nothing(jobs: JobService) -> None:
     """Earlier attempts and saved states are removed too."""
-    job = completed(jobs)
+    job = complete(jobs)
     earlier = new_media_id(job.job_id)
     jobs.media.create(earlier, "video/mp4", ".mp4", is_live=True)
     jobs.media.fail(earlier, "the encoder died")
@@ -93,7 +94,7 @@ def test_a_deleted_job_leaves_nothing(jobs: JobService) -> None:
 
 
 def test_a_job_of_another_owner_is_not_found(jobs: JobService) -> None:
-    job = completed(jobs)
+    job = complete(jobs)
     for call in (jobs.delete, jobs.cancel, jobs.get):
         with pytest.raises(ApiError, match="video not found"):
             asyncio.run(call(job.job_id, "somebody"))
@@ -103,7 +104,7 @@ def test_a_job_of_another_owner_is_not_found(jobs: JobService) -> None:
 def test_a_cancelled_queued_job_loses_its_files(jobs: JobService) -> None:
     """Its inputs, and the clip of a runner that released it."""
     job = with_clip(jobs, is_finished=False)
-    jobs.store.give_back(lease_of(job))
+    jobs.store.give_back(make_lease(job))
     cancelled = asyncio.run(jobs.cancel(job.job_id, ""))
     assert (cancelled.state, bool(cancelled.media_id)) == (JobState.CANCELLED, True)
     assert leftovers(jobs, cancelled) == (False, False)
@@ -117,7 +118,7 @@ def test_a_cancellation_succeeds_even_if_files_cannot_be_removed(
     assert asyncio.run(jobs.cancel(waiting.job_id, "")).state is JobState.CANCELLED
     assert names == [waiting.job_id]
     jobs.store.create(new_job(), LIMITS)
-    running = claimed(jobs.store)
+    running = claim_existing(jobs.store)
     assert asyncio.run(jobs.cancel(running.job_id, "")).state is JobState.IN_PROGRESS
     assert names == [waiting.job_id], "its runner needs them until it has stopped"
 
@@ -127,7 +128,7 @@ def test_a_file_removed_while_it_is_read_is_a_typed_error(
     how: str, jobs: JobService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message does not show the directory."""
-    job = completed(jobs)
+    job = complete(jobs)
     assert asyncio.run(jobs.read(job, 2, 100)) == b"clip"
     assert asyncio.run(jobs.read(job, 6, 100)) == b""
     opened = jobs.media.open
@@ -156,7 +157,7 @@ def test_a_file_removed_while_it_is_read_is_a_typed_error(
     ],
 )
 def test_parts_of_a_file_are_bounded(given: dict[str, Any], field: str, jobs: JobService) -> None:
-    job = completed(jobs)
+    job = complete(jobs)
     with pytest.raises(RequestError) as caught:
         asyncio.run(jobs.read(job, **{"start": 0, "num_bytes": 1, **given}))
     assert caught.value.field == field
@@ -179,15 +180,15 @@ def test_a_page_of_queued_jobs_takes_two_queries(
     created = []
     for _ in range(101):
         created.append(jobs.store.create(new_job(), LIMITS))
-        clock.passes(1.0)
+        clock.advance(1.0)
     jobs.store.note_rate(MODEL, Lane.VIDEO, 2.0)
     reading, transactions = jobs.store._database.reading, []
 
-    def counted() -> Any:
+    def count_reading() -> Any:
         transactions.append(1)
         return reading()
 
-    monkeypatch.setattr(jobs.store._database, "reading", counted)
+    monkeypatch.setattr(jobs.store._database, "reading", count_reading)
     page = asyncio.run(jobs.list("", None, 100, "asc"))
     assert len(transactions) == 2, "the jobs, and where all of them stand"
     assert [video.id for video in page.videos] == [job.job_id for job in created[:100]]

@@ -14,22 +14,22 @@ from deployments.jobs import rows
 from deployments.jobs import store as store_module
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, Progress, new_job_id
 from deployments.jobs.store import JobStore, Lease
+from tests.clock import Clock
 from tests.jobs.making import (
     COMPLETED,
     LEASE_S,
     LIMITS,
     MODEL,
-    Clock,
     claim,
-    claimed,
-    found,
-    kinds,
-    lease_of,
+    claim_existing,
+    count_queued,
     limits_with,
+    list_event_kinds,
+    list_runners,
+    make_lease,
     new_job,
-    num_queued,
-    rate,
-    runners,
+    read_rate,
+    reload,
 )
 from tests.jobs.racing import race
 
@@ -74,7 +74,7 @@ def test_a_job_is_read_back_as_created(store: JobStore, clock: Clock) -> None:
         accepted = store.create(job, LIMITS)
         assert {field.name: getattr(accepted, field.name) for field in fields(NewJob)} == vars(job)
         assert (accepted.state, accepted.stage, accepted.created_s) == (JobState.QUEUED, "queued", clock.now_s)
-        assert found(store, job) == accepted
+        assert reload(store, job) == accepted
 
 
 def test_a_job_is_visible_to_its_owner_only(store: JobStore) -> None:
@@ -100,7 +100,7 @@ def test_unstorable_values_are_refused(store: JobStore) -> None:
         for text in ("a\0b", "a\ud800"):
             with pytest.raises(RequestError, match=field):
                 store.create(new_job(**{field: text}), LIMITS)
-    assert num_queued(store) == 0
+    assert count_queued(store) == 0
 
 
 def test_an_unknown_class_is_refused(store: JobStore) -> None:
@@ -111,8 +111,8 @@ def test_an_unknown_class_is_refused(store: JobStore) -> None:
 def test_an_idempotency_key_returns_the_first_job(store: JobStore) -> None:
     first = store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
     assert store.create(new_job(owner="key1", idempotency_key="k"), LIMITS) == first
-    claimed(store)
-    assert store.create(new_job(owner="key1", idempotency_key="k"), LIMITS) == found(store, first)
+    claim_existing(store)
+    assert store.create(new_job(owner="key1", idempotency_key="k"), LIMITS) == reload(store, first)
     with pytest.raises(IdempotencyConflict, match="'k' was used for another request"):
         store.create(new_job(owner="key1", idempotency_key="k", fingerprint="g"), LIMITS)
     others = [
@@ -137,8 +137,8 @@ def test_jobs_are_listed_in_pages(store: JobStore, clock: Clock) -> None:
         ids.append(store.create(new_job(owner="key1"), LIMITS).job_id)
         store.create(new_job(owner="key2"), LIMITS)
         store.create(new_job(owner="key1", attached_to="runner"), LIMITS)
-        clock.passes(i % 3)  # jobs of the same time are ordered by id
-    ids.sort(key=lambda job_id: (found(store, new_job(job_id=job_id)).created_s, job_id))
+        clock.advance(i % 3)  # jobs of the same time are ordered by id
+    ids.sort(key=lambda job_id: (reload(store, new_job(job_id=job_id)).created_s, job_id))
     for is_ascending, expected in ((True, ids), (False, ids[::-1])):
         seen, after, has_more = [], None, True
         while has_more:
@@ -167,8 +167,8 @@ def test_a_claim_starts_a_job(store: JobStore, clock: Clock) -> None:
     new = store.create(new_job(), LIMITS)
     assert claim(store, lane=Lane.IMAGE) is None
     assert claim(store, model="super") is None
-    clock.passes(5)
-    job = claimed(store)
+    clock.advance(5)
+    job = claim_existing(store)
     assert job == replace(
         new,
         state=JobState.IN_PROGRESS,
@@ -182,7 +182,7 @@ def test_a_claim_starts_a_job(store: JobStore, clock: Clock) -> None:
         last_seq=1,
     )
     assert len(job.lease) == 32
-    assert found(store, job) == job
+    assert reload(store, job) == job
     assert [(event.kind, event.data, event.at_s) for event in store.events({job.job_id: 0})] == [
         ("started", {"attempt": 1}, clock.now_s)
     ]
@@ -191,16 +191,16 @@ def test_a_claim_starts_a_job(store: JobStore, clock: Clock) -> None:
 
 def test_progress_and_events_are_written_together(store: JobStore, clock: Clock) -> None:
     store.create(new_job(), LIMITS)
-    job = claimed(store)
-    clock.passes(2)
+    job = claim_existing(store)
+    clock.advance(2)
     steps = [("step", {"step": step, "sigma": 1 - step / 4}) for step in (1, 2)]
-    assert store.record(lease_of(job), Progress(step=2, sigma=0.5, step_s=0.25, stage="denoising"), steps) == 3
+    assert store.record(make_lease(job), Progress(step=2, sigma=0.5, step_s=0.25, stage="denoising"), steps) == 3
     expected = replace(job, step=2, sigma=0.5, step_s=0.25, stage="denoising", updated_s=clock.now_s, last_seq=3)
-    assert found(store, job) == expected
+    assert reload(store, job) == expected
     assert expected.work_left == 2.0
-    clock.passes(2)
-    assert store.record(lease_of(job), Progress(media_id="m"), []) == 3
-    assert found(store, job) == replace(expected, media_id="m", updated_s=clock.now_s)
+    clock.advance(2)
+    assert store.record(make_lease(job), Progress(media_id="m"), []) == 3
+    assert reload(store, job) == replace(expected, media_id="m", updated_s=clock.now_s)
     events = store.events({job.job_id: 1})
     assert [(event.seq, event.kind, event.data) for event in events] == [(2, *steps[0]), (3, *steps[1])]
 
@@ -208,10 +208,10 @@ def test_progress_and_events_are_written_together(store: JobStore, clock: Clock)
 @pytest.mark.parametrize("outcome", [COMPLETED, FAILED, OTHER], ids=lambda outcome: outcome.state.value)
 def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> None:
     store.create(new_job(), LIMITS)
-    job = claimed(store)
-    clock.passes(9)
-    ended = store.finish(lease_of(job), outcome, keep_media_s=60)
-    assert ended == found(store, job)
+    job = claim_existing(store)
+    clock.advance(9)
+    ended = store.finish(make_lease(job), outcome, keep_media_s=60)
+    assert ended == reload(store, job)
     assert ended == replace(
         job,
         state=outcome.state,
@@ -229,16 +229,16 @@ def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> Non
     last = store.events({job.job_id: 1})
     told = {} if outcome is COMPLETED else {"code": outcome.error_code, "message": outcome.error_message}
     assert [(event.kind, event.data) for event in last] == [(outcome.state.value, told)]
-    clock.passes(2 * LEASE_S)
+    clock.advance(2 * LEASE_S)
     assert_out_of_reach(store, job)
     assert claim(store) is None
-    assert store.cancel(job.job_id) == ended == found(store, job)
+    assert store.cancel(job.job_id) == ended == reload(store, job)
 
 
 def assert_out_of_reach(store: JobStore, job: Job) -> None:
     """Check that a lease no longer allows any write to its job."""
     before = store.get(job.job_id), store.events({job.job_id: 0})
-    for lease in (lease_of(job), Lease(job.job_id, ""), Lease(job.job_id, "x")):
+    for lease in (make_lease(job), Lease(job.job_id, ""), Lease(job.job_id, "x")):
         with pytest.raises(LeaseLost, match=job.job_id):
             store.record(lease, Progress(step=1), [("step", {})])
         with pytest.raises(LeaseLost):
@@ -251,31 +251,31 @@ def assert_out_of_reach(store: JobStore, job: Job) -> None:
 
 def test_a_taken_over_job_is_out_of_its_first_runners_reach(store: JobStore, clock: Clock) -> None:
     store.create(new_job(), LIMITS)
-    first = claimed(store, "runner1")
-    clock.passes(LEASE_S + 1)
+    first = claim_existing(store, "runner1")
+    clock.advance(LEASE_S + 1)
     # No runner has taken it over yet, so it continues.
-    assert store.renew("runner1", [lease_of(first)], LEASE_S) == (set(), set())
+    assert store.renew("runner1", [make_lease(first)], LEASE_S) == (set(), set())
     assert claim(store, "runner2") is None
-    clock.passes(LEASE_S + 1)
-    second = claimed(store, "runner2")
+    clock.advance(LEASE_S + 1)
+    second = claim_existing(store, "runner2")
     assert second.job_id == first.job_id
     assert (second.attempts, second.runner) == (2, "runner2")
     assert second.lease != first.lease
     assert_out_of_reach(store, first)
-    assert store.record(lease_of(second), Progress(step=1), []) == 2
-    assert kinds(store, first) == ["started", "started"]
+    assert store.record(make_lease(second), Progress(step=1), []) == 2
+    assert list_event_kinds(store, first) == ["started", "started"]
 
 
 def test_renewing_a_lease_reports_a_cancellation(store: JobStore, clock: Clock) -> None:
     jobs = [store.create(new_job(), LIMITS) for _ in range(3)]
-    running = {job.job_id: job for job in (claimed(store) for _ in range(3))}
+    running = {job.job_id: job for job in (claim_existing(store) for _ in range(3))}
     store.cancel(jobs[1].job_id)
     store.delete(jobs[2].job_id)
-    clock.passes(LEASE_S - 1)
-    leases = [lease_of(job) for job in running.values()]
+    clock.advance(LEASE_S - 1)
+    leases = [make_lease(job) for job in running.values()]
     assert store.renew("runner", leases, LEASE_S) == ({jobs[2].job_id}, {jobs[1].job_id})
-    assert found(store, jobs[0]).lease_until_s == clock.now_s + LEASE_S
-    clock.passes(LEASE_S - 1)
+    assert reload(store, jobs[0]).lease_until_s == clock.now_s + LEASE_S
+    clock.advance(LEASE_S - 1)
     assert claim(store, "runner2") is None
     assert store.renew("runner", [], LEASE_S) == (set(), set())
 
@@ -285,45 +285,45 @@ def test_the_number_of_events_is_bounded_but_the_end_is_always_recorded(
 ) -> None:
     monkeypatch.setattr(rows, "MAX_EVENTS", 3)
     store.create(new_job(), LIMITS)
-    job = claimed(store)
-    store.record(lease_of(job), Progress(), [("step", {}), ("step", {})])
+    job = claim_existing(store)
+    store.record(make_lease(job), Progress(), [("step", {}), ("step", {})])
     with pytest.raises(JobsError, match="has 3 events; at most 3 are kept"):
-        store.record(lease_of(job), Progress(step=4), [("step", {})])
-    assert found(store, job).step == 0, "what could not be told of has not happened"
-    store.finish(lease_of(job), COMPLETED, keep_media_s=1)
-    assert kinds(store, job) == ["started", "step", "step", "completed"]
+        store.record(make_lease(job), Progress(step=4), [("step", {})])
+    assert reload(store, job).step == 0, "what could not be told of has not happened"
+    store.finish(make_lease(job), COMPLETED, keep_media_s=1)
+    assert list_event_kinds(store, job) == ["started", "step", "step", "completed"]
 
 
 def test_an_event_that_is_no_json_writes_nothing(store: JobStore) -> None:
     store.create(new_job(), LIMITS)
-    job = claimed(store)
+    job = claim_existing(store)
     with pytest.raises((JobsError, ValueError), match="Out of range float values are not JSON compliant"):
-        store.record(lease_of(job), Progress(step=1), [("step", {"sigma": math.nan})])
-    assert found(store, job) == job
+        store.record(make_lease(job), Progress(step=1), [("step", {"sigma": math.nan})])
+    assert reload(store, job) == job
 
 
 def test_a_released_job_can_be_claimed_again(store: JobStore, clock: Clock) -> None:
     new = store.create(new_job(), LIMITS)
-    job = claimed(store)
-    clock.passes(1)
-    store.record(lease_of(job), Progress(step=2, sigma=0.5), [("step", {})])
-    store.give_back(lease_of(job))
-    back = found(store, job)
+    job = claim_existing(store)
+    clock.advance(1)
+    store.record(make_lease(job), Progress(step=2, sigma=0.5), [("step", {})])
+    store.give_back(make_lease(job))
+    back = reload(store, job)
     assert (back.state, back.attempts, back.runner, back.lease, back.stage) == (JobState.QUEUED, 0, "", "", "queued")
     assert (back.order, back.step, back.lease_until_s) == (new.order, 2, 0)
     assert_out_of_reach(store, job)
-    again = claimed(store, "runner2")
+    again = claim_existing(store, "runner2")
     assert (again.job_id, again.attempts) == (job.job_id, 1)
-    assert kinds(store, job) == ["started", "step", "started"]
+    assert list_event_kinds(store, job) == ["started", "step", "started"]
 
 
 def test_a_cancelled_job_ends_when_released(store: JobStore) -> None:
     store.create(new_job(), LIMITS)
-    job = claimed(store)
+    job = claim_existing(store)
     store.cancel(job.job_id)
-    store.give_back(lease_of(job))
-    assert found(store, job).state is JobState.CANCELLED
-    assert kinds(store, job) == ["started", "cancelled"]
+    store.give_back(make_lease(job))
+    assert reload(store, job).state is JobState.CANCELLED
+    assert list_event_kinds(store, job) == ["started", "cancelled"]
 
 
 # Ending
@@ -331,21 +331,21 @@ def test_a_cancelled_job_ends_when_released(store: JobStore) -> None:
 
 def test_a_queued_job_is_cancelled_at_once(store: JobStore, clock: Clock) -> None:
     job = store.create(new_job(), LIMITS)
-    clock.passes(1)
+    clock.advance(1)
     cancelled = store.cancel(job.job_id)
-    assert cancelled == found(store, job)
+    assert cancelled == reload(store, job)
     assert cancelled.state is JobState.CANCELLED
     assert (cancelled.error_code, cancelled.completed_s, cancelled.expires_s) == ("cancelled", clock.now_s, None)
-    assert kinds(store, job) == ["cancelled"]
+    assert list_event_kinds(store, job) == ["cancelled"]
     assert claim(store) is None
 
 
 def test_a_running_job_is_cancelled_by_its_runner(store: JobStore) -> None:
     store.create(new_job(), LIMITS)
-    job = claimed(store)
+    job = claim_existing(store)
     told = store.cancel(job.job_id)
-    assert told == replace(job, is_cancelling=True) == found(store, job) == store.cancel(job.job_id)
-    ended = store.finish(lease_of(job), OTHER, keep_media_s=1)
+    assert told == replace(job, is_cancelling=True) == reload(store, job) == store.cancel(job.job_id)
+    ended = store.finish(make_lease(job), OTHER, keep_media_s=1)
     assert (ended.state, ended.is_cancelling) == (JobState.CANCELLED, False)
 
 
@@ -353,8 +353,8 @@ def test_a_running_job_is_cancelled_by_its_runner(store: JobStore) -> None:
 def test_deleting_a_job_deletes_its_events(store: JobStore, is_running: bool) -> None:
     job = store.create(new_job(owner="key1", idempotency_key="k"), LIMITS)
     if is_running:
-        job = claimed(store)
-        store.record(lease_of(job), Progress(media_id="m"), [("step", {})])
+        job = claim_existing(store)
+        store.record(make_lease(job), Progress(media_id="m"), [("step", {})])
     assert store.delete(job.job_id, "key1") == (replace(job, media_id="m", last_seq=2) if is_running else job)
     assert store.get(job.job_id) is None
     assert store.delete(job.job_id) is None
@@ -371,15 +371,15 @@ def test_forbidden_transitions_are_refused(store: JobStore) -> None:
     job = store.create(new_job(), LIMITS)
     with store._database.writing() as connection, pytest.raises(IllegalTransition, match="cannot become completed"):
         rows.end(connection, job, COMPLETED, 0.0)
-    assert found(store, job) == job
+    assert reload(store, job) == job
 
 
 def test_a_change_of_a_job_that_has_changed_meanwhile_is_refused(store: JobStore) -> None:
     job = store.create(new_job(), LIMITS)
-    claimed(store)
+    claim_existing(store)
     with pytest.raises(LeaseLost), store._database.writing() as connection:
         rows.end(connection, job, OTHER, 0.0)
-    assert kinds(store, job) == ["started"]
+    assert list_event_kinds(store, job) == ["started"]
 
 
 # Events
@@ -398,8 +398,8 @@ def test_events_of_many_jobs_are_ordered_and_paged(store: JobStore) -> None:
     assert store.events({job.job_id: 1 for job in jobs}) == []
     assert store.events({}) == []
     running = [store.create(new_job(), LIMITS) for _ in range(2)]
-    for job in (claimed(store), claimed(store)):
-        store.record(lease_of(job), Progress(), [("step", {"i": i}) for i in range(4)])
+    for job in (claim_existing(store), claim_existing(store)):
+        store.record(make_lease(job), Progress(), [("step", {"i": i}) for i in range(4)])
     events = store.events({running[0].job_id: 3, running[1].job_id: 4})
     assert sorted((event.job_id, event.seq) for event in events) == sorted(
         [(running[0].job_id, 4), (running[0].job_id, 5), (running[1].job_id, 5)]
@@ -413,64 +413,64 @@ def test_events_of_many_jobs_are_ordered_and_paged(store: JobStore) -> None:
 
 def test_old_jobs_are_forgotten(store: JobStore, clock: Clock) -> None:
     old = [store.create(new_job(idempotency_key=f"{i}"), LIMITS) for i in range(45)]  # several transactions
-    ended = [store.finish(lease_of(claimed(store)), COMPLETED, keep_media_s=1) for _ in old]
-    clock.passes(50)
+    ended = [store.finish(make_lease(claim_existing(store)), COMPLETED, keep_media_s=1) for _ in old]
+    clock.advance(50)
     young = store.create(new_job(), LIMITS)
     store.cancel(young.job_id)
     waits, runs = store.create(new_job(), LIMITS), store.create(new_job(), LIMITS)
-    running = claimed(store, lease_s=1000)
-    clock.passes(51)
+    running = claim_existing(store, lease_s=1000)
+    clock.advance(51)
     assert running.job_id in (waits.job_id, runs.job_id)
     swept = store.sweep(100)
     assert sorted(swept, key=lambda job: job.job_id) == sorted(ended, key=lambda job: job.job_id)
     assert store.sweep(100) == []
     assert all(store.get(job.job_id) is None for job in old)
     assert store.create(new_job(idempotency_key="0", fingerprint="g"), LIMITS).job_id != old[0].job_id
-    clock.passes(1000)
+    clock.advance(1000)
     assert [job.job_id for job in store.sweep(100)] == [young.job_id]
-    assert found(store, waits).job_id == waits.job_id
-    assert found(store, runs).job_id == runs.job_id
+    assert reload(store, waits).job_id == waits.job_id
+    assert reload(store, runs).job_id == runs.job_id
 
 
 def test_beyond_the_bound_the_longest_ended_jobs_are_forgotten(store: JobStore, clock: Clock) -> None:
     jobs = [store.create(new_job(), LIMITS) for _ in range(5)]
     for job in (jobs[i] for i in (3, 1, 4, 0)):
-        clock.passes(1)
+        clock.advance(1)
         store.cancel(job.job_id)
     assert store.sweep(1e6, 4) == []
     assert [job.job_id for job in store.sweep(1e6, 2)] == [jobs[3].job_id, jobs[1].job_id]
     assert [job.job_id for job in store.sweep(1e6, 0)] == [jobs[4].job_id, jobs[0].job_id]
-    assert found(store, jobs[2]).state is JobState.QUEUED
+    assert reload(store, jobs[2]).state is JobState.QUEUED
 
 
 def test_silent_runners_are_forgotten(store: JobStore, clock: Clock) -> None:
     claim(store, "runner1")
-    clock.passes(60)
+    clock.advance(60)
     claim(store, "runner2")
     claim(store, "runner3", model="super")
-    assert runners(store, silent_s=100) == ("runner1", "runner2")
-    assert runners(store, silent_s=50) == ("runner2",)
+    assert list_runners(store, silent_s=100) == ("runner1", "runner2")
+    assert list_runners(store, silent_s=50) == ("runner2",)
     store.renew("runner1", [], LEASE_S)
-    assert runners(store, silent_s=50) == ("runner1", "runner2")
-    clock.passes(60)
+    assert list_runners(store, silent_s=50) == ("runner1", "runner2")
+    clock.advance(60)
     claim(store, "runner2")
     store.sweep(50)
-    assert runners(store, silent_s=1e9) == ("runner2",)
+    assert list_runners(store, silent_s=1e9) == ("runner2",)
 
 
 # Speed
 
 
 def test_measured_speed_is_averaged_and_stored(store: JobStore, jobs_url: str) -> None:
-    assert rate(store, Lane.VIDEO) is None
+    assert read_rate(store, Lane.VIDEO) is None
     store.note_rate(MODEL, Lane.VIDEO, 100.0)
     store.note_rate(MODEL, Lane.IMAGE, 7.0)
     store.note_rate("super", Lane.VIDEO, 3.0)
-    assert rate(store, Lane.VIDEO) == 100.0
+    assert read_rate(store, Lane.VIDEO) == 100.0
     store.note_rate(MODEL, Lane.VIDEO, 200.0)
     other = JobStore.open(jobs_url)
-    assert rate(other, Lane.VIDEO) == pytest.approx(130.0)
-    assert rate(other, Lane.IMAGE) == 7.0
+    assert read_rate(other, Lane.VIDEO) == pytest.approx(130.0)
+    assert read_rate(other, Lane.IMAGE) == 7.0
     other.close()
 
 
@@ -479,11 +479,11 @@ def test_measured_speed_is_averaged_and_stored(store: JobStore, jobs_url: str) -
 
 def test_another_process_finds_everything(store: JobStore, jobs_url: str) -> None:
     store.create(new_job(), LIMITS)
-    job = claimed(store)
-    store.record(lease_of(job), Progress(step=1, sigma=0.1), [("step", {"sigma": 0.1})])
+    job = claim_existing(store)
+    store.record(make_lease(job), Progress(step=1, sigma=0.1), [("step", {"sigma": 0.1})])
     store.close()
     other = JobStore.open(jobs_url)
-    assert other.get(job.job_id) == found(store, job)
+    assert other.get(job.job_id) == reload(store, job)
     assert other.events({job.job_id: 0}) == store.events({job.job_id: 0})
     other.close()
 
@@ -501,7 +501,7 @@ def test_jobs_with_unexpired_files_are_forgotten_last(store: JobStore, clock: An
     """A cancelled job has no file to promise, so it is forgotten first."""
     for _ in range(3):
         store.create(new_job(), LIMITS)
-        store.finish(lease_of(claimed(store)), COMPLETED, keep_media_s=1000.0)
+        store.finish(make_lease(claim_existing(store)), COMPLETED, keep_media_s=1000.0)
     cancelled = store.create(new_job(), LIMITS)
     store.cancel(cancelled.job_id)
     assert [job.job_id for job in store.sweep(1e6, max_kept=1)] == [cancelled.job_id]

@@ -300,7 +300,7 @@ def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatc
             terminate()
 
     @contextmanager
-    def watched(*arguments: object) -> Iterator[None]:
+    def terminate_inside(*arguments: object) -> Iterator[None]:
         yield
         terminate()
 
@@ -308,7 +308,7 @@ def test_sigterm_is_ctrl_c_at_every_moment_of_rays_start(moment: str, monkeypatc
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     if moment == "Ray has started":
-        monkeypatch.setattr("deployments.launch.ray_session.end_on_signals", watched)
+        monkeypatch.setattr("deployments.launch.ray_session.end_on_signals", terminate_inside)
     with pytest.raises(KeyboardInterrupt), ray_session(Placement()):
         pytest.fail("started")
     assert signal.getsignal(signal.SIGTERM) == before

@@ -35,14 +35,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Run the command in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
-    def ended(*arguments: str) -> Ended:
+    def run(*arguments: str) -> Ended:
         try:
             status = main(arguments)
         except SystemExit as left:
             status = left.code if isinstance(left.code, int) else 1
         return Ended(status, capsys.readouterr().err)
 
-    return ended
+    return run
 
 
 def only_line(text: str) -> str:

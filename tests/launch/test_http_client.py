@@ -79,7 +79,7 @@ def serve() -> Iterator[Callable[[Answer], str]]:
         server.server_close()
 
 
-def received_of(body: dict[str, Any]) -> ParsedBody[SyncBody]:
+def parse(body: dict[str, Any]) -> ParsedBody[SyncBody]:
     return parse_body(NamedFields.of(body, SyncBody), BodyRules("nano", ("standard",)))
 
 
@@ -241,7 +241,7 @@ def test_media_are_sent_as_data_urls_and_read_back_equal(tmp_path: Path) -> None
     for image in (file, str(file), file.read_bytes(), frame, PIL.Image.fromarray(frame)):
         body = json.loads(json.dumps(make_body(GenerationRequest(prompt="a", image=image))))
         assert set(body) == {"prompt", "image"}
-        sent = received_of(body).requests[0].image
+        sent = parse(body).requests[0].image
         assert isinstance(sent, bytes)
         assert np.array_equal(read_image("image", sent), frame)
     request = GenerationRequest(
@@ -251,7 +251,7 @@ def test_media_are_sent_as_data_urls_and_read_back_equal(tmp_path: Path) -> None
         guidance_interval=(1, 2),
         condition_frame_indexes_vision=range(2),
     )
-    received = received_of(json.loads(json.dumps(make_body(request)))).requests[0]
+    received = parse(json.loads(json.dumps(make_body(request)))).requests[0]
     assert received.video == b"a clip"
     assert np.array_equal(np.array(received.actions, np.float32), ACTIONS.values)
     assert (received.guidance_interval, received.condition_frame_indexes_vision) == ([1, 2], [0, 1])

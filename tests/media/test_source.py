@@ -43,13 +43,13 @@ def picture(height=33, width=47):
     return np.stack([red, green, (red + green) // 2], axis=-1).astype(np.uint8)
 
 
-def saved(image, kind, **options):
+def save(image, kind, **options):
     file = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
     return file.getvalue()
 
 
-def encoded(frames, kind="mp4", codec="libx264", *, pts=None, rotation=None, sound=False, options=None):
+def encode(frames, kind="mp4", codec="libx264", *, pts=None, rotation=None, sound=False, options=None):
     """A video file of uint8 RGB frames, lossless where the codec can be."""
     file = io.BytesIO()
     container = av.open(file, "w", format=kind)
@@ -127,7 +127,7 @@ def mp4(clip, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "webp", "gif", "jpeg"])
 def test_every_kind_of_image(kind):
-    data = saved(picture(), kind, **({"lossless": True} if kind == "webp" else {}))
+    data = save(picture(), kind, **({"lossless": True} if kind == "webp" else {}))
     assert probe_image("image", data) == PictureSize(33, 47)
     pixels = read_image("image", data)
     assert pixels.dtype == np.uint8
@@ -152,7 +152,7 @@ def test_every_mode_of_pillow_is_what_convert_makes_of_it(mode):
 )
 def test_files_of_unusual_modes(mode, kind):
     image = Image.fromarray(picture()).convert("L" if mode == "LA" else "RGB").convert(mode)
-    data = saved(image, kind)
+    data = save(image, kind)
     with Image.open(io.BytesIO(data)) as opened:
         assert opened.mode == mode
         expected = np.asarray(opened.convert("RGB"))
@@ -161,7 +161,7 @@ def test_files_of_unusual_modes(mode, kind):
 
 def test_a_palette_with_half_transparent_colours_gives_no_warning():
     image = Image.fromarray(picture()).quantize(16)
-    data = saved(image, "png", transparency=bytes(range(16)))
+    data = save(image, "png", transparency=bytes(range(16)))
     assert (read_image("image", data) == np.asarray(image.convert("RGB"))).all()
 
 
@@ -170,7 +170,7 @@ def test_16_bits_are_scaled_and_not_clipped():
     expected = np.repeat(np.floor(grey / 257 + 0.5).astype(np.uint8)[..., None], 3, axis=2)
     assert expected.max() == 255
     for kind in ("png", "tiff"):
-        assert (read_image("image", saved(Image.fromarray(grey), kind)) == expected).all()
+        assert (read_image("image", save(Image.fromarray(grey), kind)) == expected).all()
     assert (pack_image("image", grey) == expected).all()
     assert (pack_image("image", Image.fromarray(grey.astype(np.int32))) == expected).all()
 
@@ -193,7 +193,7 @@ def test_exif_rotation(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     lossless = {"lossless": True} if kind == "webp" else {"quality": 95} if kind == "jpeg" else {}
-    data = saved(np.ascontiguousarray(turn_back(upright)), kind, exif=exif, **lossless)
+    data = save(np.ascontiguousarray(turn_back(upright)), kind, exif=exif, **lossless)
     assert probe_image("image", data) == PictureSize(40, 64)
     tolerance = 12 if kind == "jpeg" else 0
     assert np.abs(read_image("image", data).astype(int) - upright).max() <= tolerance
@@ -205,7 +205,7 @@ def test_exif_rotation(kind, orientation):
 def test_exif_behind_the_pixels_of_a_png_counts():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = saved(picture(), "png")
+    data = save(picture(), "png")
     body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     data = data[:-12] + chunk + data[-12:]
@@ -214,14 +214,14 @@ def test_exif_behind_the_pixels_of_a_png_counts():
 
 
 def test_broken_exif_counts_as_none():
-    data = saved(picture(), "png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    data = save(picture(), "png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert (read_image("image", data) == picture()).all()
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
 def test_an_animation(kind):
     frames = [Image.fromarray(frame) for frame in steps(6)]
-    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=40)
+    data = save(frames[0], kind, save_all=True, append_images=frames[1:], duration=40)
     assert brightness([read_image("image", data)]) == [0]
     assert probe_clip("video", data) == ClipInfo(32, 48, 6)
     assert brightness(read_clip("video", data, num_frames=3, keep="first")) == [0, 1, 2]
@@ -230,7 +230,7 @@ def test_an_animation(kind):
 
 
 def test_an_image_given_as_a_video_is_a_clip_of_one_frame():
-    data = saved(picture(), "png")
+    data = save(picture(), "png")
     assert probe_clip("video", data) == ClipInfo(33, 47, 1)
     assert (read_clip("video", data, num_frames=5, keep="last") == picture()[None]).all()
 
@@ -354,7 +354,7 @@ def test_unpacked_media_are_refused(packed):
 
 def test_paths_and_bytes(tmp_path, mp4):
     path = tmp_path / "ä b.png"
-    path.write_bytes(saved(picture(), "png"))
+    path.write_bytes(save(picture(), "png"))
     for source in (str(path), path, path.read_bytes(), bytearray(path.read_bytes())):
         assert pack_image("image", source) == path.read_bytes()
     assert pack_video("video", str(mp4)) == mp4.read_bytes()
@@ -408,7 +408,7 @@ def test_colours_are_those_of_read_frames(mp4):
     ],
 )
 def test_every_kind_of_clip(kind, codec):
-    data = encoded(steps(7), kind, codec)
+    data = encode(steps(7), kind, codec)
     info = probe_clip("video", data)
     assert info[:2] == (32, 48)
     assert info.num_frames in (None, 7)
@@ -419,13 +419,13 @@ def test_every_kind_of_clip(kind, codec):
 @pytest.mark.parametrize(("height", "width"), [(33, 47), (32, 47), (17, 16), (2, 2)])
 def test_odd_sizes_and_one_frame(height, width):
     frames = steps(1, height, width) + 100
-    data = encoded(frames, "mp4", "libx264")
+    data = encode(frames, "mp4", "libx264")
     assert probe_clip("video", data) == ClipInfo(height, width, 1)
     assert brightness(read_clip("video", data, num_frames=9, keep="first")) == [10]
 
 
 def test_frames_of_a_variable_rate_count_once_each():
-    data = encoded(steps(6), pts=[0, 1, 2, 30, 31, 100])
+    data = encode(steps(6), pts=[0, 1, 2, 30, 31, 100])
     assert probe_clip("video", data).num_frames == 6
     assert brightness(read_clip("video", data, num_frames=4, keep="last")) == [2, 3, 4, 5]
 
@@ -434,7 +434,7 @@ def test_frames_of_a_variable_rate_count_once_each():
 @pytest.mark.parametrize(("kind", "mirrored"), [("mp4", False), ("mp4", True), ("matroska", False)])
 def test_rotation_of_the_file(kind, degrees, mirrored):
     stored = np.stack([picture(32, 48)] * 2)
-    data = encoded(stored, kind, rotation=(degrees, mirrored))
+    data = encode(stored, kind, rotation=(degrees, mirrored))
     expected = np.rot90(stored, degrees // 90, axes=(1, 2))
     expected = expected[:, :, ::-1] if mirrored else expected
     assert probe_clip("video", data)[:2] == expected.shape[1:3]
@@ -444,7 +444,7 @@ def test_rotation_of_the_file(kind, degrees, mirrored):
 
 def test_sound_is_ignored():
     frames = steps(5)
-    data = encoded(frames, sound=True)
+    data = encode(frames, sound=True)
     assert probe_clip("video", data) == ClipInfo(32, 48, 5)
     assert brightness(read_clip("video", data, num_frames=2, keep="last")) == [3, 4]
 
@@ -464,7 +464,7 @@ def test_a_file_of_fragments():
 
 def test_frames_that_an_edit_cuts_away_are_not_shown():
     frames = steps(10)
-    data = encoded(frames, codec="mjpeg", kind="mov")
+    data = encode(frames, codec="mjpeg", kind="mov")
     at = data.find(b"elst")
     # version and flags, one edit: duration, media time, rate
     duration, media_time = struct.unpack(">Ii", data[at + 12 : at + 20])
@@ -480,7 +480,7 @@ def test_frames_that_an_edit_cuts_away_are_not_shown():
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def refusal(call, *arguments, **options):
+def catch_refusal(call, *arguments, **options):
     with pytest.raises(RequestError) as caught:
         call("given", *arguments, **options)
     assert caught.value.field == "given"
@@ -495,12 +495,12 @@ def both_refuse(data):
         probed = ""
     except RequestError as error:
         probed = str(error)
-    return probed, refusal(read_clip, data, num_frames=10**6, keep="last")
+    return probed, catch_refusal(read_clip, data, num_frames=10**6, keep="last")
 
 
 def test_a_video_as_an_image_and_sound_as_a_clip(mp4):
-    assert "which is a video" in refusal(probe_image, mp4.read_bytes())
-    assert "give it as a video" in refusal(read_image, mp4.read_bytes())
+    assert "which is a video" in catch_refusal(probe_image, mp4.read_bytes())
+    assert "give it as a video" in catch_refusal(read_image, mp4.read_bytes())
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         song = container.add_stream("aac", rate=48000, layout="mono")
@@ -508,8 +508,8 @@ def test_a_video_as_an_image_and_sound_as_a_clip(mp4):
         frame.sample_rate = 48000
         container.mux([*song.encode(frame), *song.encode(None)])
     for data in (wav(), b"ID3\4" + bytes(200), b"\xff\xfb\x90\0" + bytes(200), file.getvalue()):
-        assert "no video stream" in refusal(probe_clip, data)
-        assert "no video stream" in refusal(read_clip, data, num_frames=1, keep="first")
+        assert "no video stream" in catch_refusal(probe_clip, data)
+        assert "no video stream" in catch_refusal(read_clip, data, num_frames=1, keep="first")
 
 
 @pytest.mark.parametrize(
@@ -529,8 +529,8 @@ def test_playlists_and_scripts_open_nothing(text, mp4, monkeypatch):
     monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a))
     monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a))
     data = text.format(path=mp4).encode()
-    assert "unknown" in refusal(probe_clip, data)
-    assert "unknown" in refusal(probe_image, data)
+    assert "unknown" in catch_refusal(probe_clip, data)
+    assert "unknown" in catch_refusal(probe_image, data)
     assert opened == []
 
 
@@ -541,7 +541,7 @@ def test_a_playlist_behind_the_signature_of_an_mp4_opens_nothing(tmp_path, mp4):
     both = both_refuse(struct.pack(">I", 16) + b"ftypisom\0\0\0\0" + playlist)
     assert all(both)
     # A track whose frames lie in another file: the flag "in this file" taken away, and a path put in.
-    data = bytearray(encoded(steps(2)))
+    data = bytearray(encode(steps(2)))
     at = data.find(b"url ")
     data[at + 4 : at + 8] = bytes(4)
     probed, _ = probe_clip("given", bytes(data)), None
@@ -551,7 +551,7 @@ def test_a_playlist_behind_the_signature_of_an_mp4_opens_nothing(tmp_path, mp4):
 @pytest.mark.parametrize("part", [0.02, 0.2, 0.5, 0.8, 0.95, 0.999])
 def test_cut_mp4s(mp4, part):
     front = mp4.read_bytes()  # the index in front
-    back = encoded(np.random.default_rng(0).integers(0, 255, (9, 48, 80, 3)).astype(np.uint8))
+    back = encode(np.random.default_rng(0).integers(0, 255, (9, 48, 80, 3)).astype(np.uint8))
     for data in (front, back):
         probed, read = both_refuse(data[: int(len(data) * part)])
         assert probed
@@ -568,26 +568,26 @@ def test_an_mp4_whose_frames_are_garbage(mp4):
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "bmp", "tiff"])
 @pytest.mark.parametrize("part", [0.0, 0.05, 0.4, 0.9])
 def test_cut_images(kind, part):
-    whole = saved(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8), kind)
+    whole = save(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8), kind)
     data = whole[: int(len(whole) * part)] or whole[:4]
-    refusal(read_image, data)
-    refusal(read_clip, data, num_frames=1, keep="first")
+    catch_refusal(read_image, data)
+    catch_refusal(read_clip, data, num_frames=1, keep="first")
 
 
 def test_cut_animations():
     frames = [Image.fromarray(frame) for frame in np.random.default_rng(0).integers(0, 255, (6, 32, 48, 3), np.uint8)]
     for kind in ("gif", "webp", "png"):
-        data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
-        refusal(read_clip, data[: int(len(data) * 0.7)], num_frames=6, keep="last")
+        data = save(frames[0], kind, save_all=True, append_images=frames[1:])
+        catch_refusal(read_clip, data[: int(len(data) * 0.7)], num_frames=6, keep="last")
 
 
 def test_lying_signatures(mp4):
-    bodies = (mp4.read_bytes(), saved(picture(), "png"), wav(), bytes(300), b"\xff" * 300)
+    bodies = (mp4.read_bytes(), save(picture(), "png"), wav(), bytes(300), b"\xff" * 300)
     heads = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0", b"\x1aE\xdf\xa3", b"\0\0\0\x20ftypisom")
     heads += (b"RIFF\0\1\0\0WEBPVP8X", b"RIFF\0\1\0\0AVI ", b"G" + bytes(187) + b"G")
     for head in heads:
         for body in bodies:
-            refusal(read_image, head + body)
+            catch_refusal(read_image, head + body)
             assert both_refuse(head + body)[1]
 
 
@@ -602,16 +602,14 @@ def test_colours_that_cannot_be_converted_are_refused_before_anything_is_made():
 def test_random_damage_raises_nothing_else(mp4):
     """Bytes changed at random: the file is read or refused, whatever is hit."""
     frames = [Image.fromarray(frame) for frame in steps(3)]
-    wholes = [
-        saved(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("gif", "webp", "png", "tiff")
-    ]
+    wholes = [save(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("gif", "webp", "png", "tiff")]
     wholes += [
-        saved(picture(), "jpeg"),
-        saved(picture(), "bmp"),
+        save(picture(), "jpeg"),
+        save(picture(), "bmp"),
         mp4.read_bytes(),
-        encoded(steps(3), "matroska", "ffv1"),
+        encode(steps(3), "matroska", "ffv1"),
     ]
-    wholes += [encoded(steps(3), "avi", "mpeg4"), encoded(steps(3), "mpegts", "mpeg2video")]
+    wholes += [encode(steps(3), "avi", "mpeg4"), encode(steps(3), "mpegts", "mpeg2video")]
     choose = random.Random(0)
     refused = 0
     for _ in range(40):
@@ -677,9 +675,9 @@ def many_samples(data, count, *tables):
     return bytes(data)
 
 
-def resized(height, width):
+def resize_header(height, width):
     """An mp4 whose header says 16 x 16 and whose stream is much larger."""
-    data = bytearray(encoded(np.zeros((1, height, width, 3), np.uint8), codec="mpeg4"))
+    data = bytearray(encode(np.zeros((1, height, width, 3), np.uint8), codec="mpeg4"))
     for at in (match.start() for match in re.finditer(b"mp4v", bytes(data))):
         data[at + 28 : at + 32] = struct.pack(">HH", 16, 16)
     at = data.find(b"tkhd")
@@ -689,8 +687,8 @@ def resized(height, width):
 
 def bombs():
     """Name -> (a crafted file, what its refusal says)."""
-    small = encoded(steps(3))
-    webp = bytearray(saved(Image.fromarray(np.zeros((8, 8, 4), np.uint8)), "webp", exif=b"Exif\0\0II*\0\0\0\0\0"))
+    small = encode(steps(3))
+    webp = bytearray(save(Image.fromarray(np.zeros((8, 8, 4), np.uint8)), "webp", exif=b"Exif\0\0II*\0\0\0\0\0"))
     webp[24:30] = b"\xfe\x3f\0" * 2
     sizes = (b"stsz", 8, 1), (b"stsz", 12, None), (b"stsc", 16, None)
     return {
@@ -708,7 +706,7 @@ def bombs():
         "mp4 samples": (many_samples(small, 50_000_000, *sizes), "50000000 frames"),
         "mp4 times": (many_samples(small, 4_000_000_000, (b"stts", 12, None)), "4000000000 frames"),
         "mp4 edits": (many_samples(small, 1_000_000, (b"elst", 8, None)), "1000000 edits"),
-        "stream larger than its header": (resized(8000, 8000), "larger than 16777216 pixels"),
+        "stream larger than its header": (resize_header(8000, 8000), "larger than 16777216 pixels"),
     }
 
 
@@ -719,7 +717,7 @@ def tiff_header(width, height):
 
 
 def jpeg_header(width, height):
-    data = bytearray(saved(picture(), "jpeg"))
+    data = bytearray(save(picture(), "jpeg"))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(data)
@@ -765,7 +763,7 @@ def test_bombs_are_refused_without_allocating_their_memory(tmp_path):
 
 def test_a_large_picture_of_nothing_is_read():
     """Small as a file and within the limit of pixels: that is no bomb."""
-    data = saved(Image.new("1", (6000, 6000)), "png")
+    data = save(Image.new("1", (6000, 6000)), "png")
     assert len(data) < 10_000
     assert read_image("image", data).shape == (6000, 6000, 3)
 
@@ -773,7 +771,7 @@ def test_a_large_picture_of_nothing_is_read():
 def test_the_frames_asked_for_have_to_fit_in_memory(monkeypatch):
     monkeypatch.setattr(reading, "LIMITS", replace(LIMITS, max_clip_total_pixels=32 * 48 * 4))
     for kind in ("mp4", "matroska"):
-        data = encoded(steps(6), kind)
+        data = encode(steps(6), kind)
         assert len(read_clip("video", data, num_frames=4, keep="last")) == 4
         for keep in ("first", "last"):
             with pytest.raises(RequestError, match="in all frames together"):
@@ -784,5 +782,5 @@ def test_decoding_stops_when_the_first_frames_are_there(monkeypatch):
     decoded = []
     frames = clips.OpenClip.frames
     monkeypatch.setattr(clips.OpenClip, "frames", lambda self: (decoded.append(f) or f for f in frames(self)))
-    read_clip("video", encoded(steps(12)), num_frames=2, keep="first")
+    read_clip("video", encode(steps(12)), num_frames=2, keep="first")
     assert len(decoded) == 2

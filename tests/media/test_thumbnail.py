@@ -43,7 +43,7 @@ def make_clip(path: Path, num_frames: int, height: int, width: int) -> Path:
     return path
 
 
-def made(write: Callable[..., None], source: Path) -> PIL.Image.Image:
+def make(write: Callable[..., None], source: Path) -> PIL.Image.Image:
     target = io.BytesIO()
     with source.open("rb") as file:
         write(target, file)
@@ -74,7 +74,7 @@ def check_picture(pixels: np.ndarray, level: int) -> None:
     ],
 )
 def test_a_clips_thumbnail_is_its_first_frame(tmp_path: Path, height: int, width: int, shown: tuple[int, int]) -> None:
-    image = made(write_thumbnail, make_clip(tmp_path / "a.mp4", 3, height, width))
+    image = make(write_thumbnail, make_clip(tmp_path / "a.mp4", 3, height, width))
     assert image.format == "WEBP"
     assert image.size == shown[::-1]
     assert max(image.size) <= THUMBNAIL_SIDE
@@ -87,21 +87,21 @@ def test_an_images_thumbnail_is_the_image(tmp_path: Path, kind: str) -> None:
     frame[:, :400] = 40
     frame[450:, 600:] = 255
     write_image(tmp_path / f"a.{kind}", frame, kind)
-    image = made(write_thumbnail, tmp_path / f"a.{kind}")
+    image = make(write_thumbnail, tmp_path / f"a.{kind}")
     assert (image.format, image.size) == ("WEBP", (480, 360))
     check_picture(np.asarray(image.convert("RGB")), 160)
 
 
 def test_a_line_of_pixels_keeps_one(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", np.full((1, 2000, 3), 99, np.uint8), "png")
-    assert made(write_thumbnail, tmp_path / "a.png").size == (480, 1)
+    assert make(write_thumbnail, tmp_path / "a.png").size == (480, 1)
 
 
 @pytest.mark.parametrize(
     ("num_frames", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (5, 3, 2), (24, 5, 5), (189, 10, 10)]
 )
 def test_a_sheet_has_frames_of_all_the_clip(tmp_path: Path, num_frames: int, columns: int, rows: int) -> None:
-    image = made(write_spritesheet, make_clip(tmp_path / "a.mp4", num_frames, 120, 240))
+    image = make(write_spritesheet, make_clip(tmp_path / "a.mp4", num_frames, 120, 240))
     height, width = 96, TILE_SIDE
     assert (image.format, image.size) == ("JPEG", (columns * width, rows * height))
     sheet = np.asarray(image)
@@ -116,7 +116,7 @@ def test_a_sheet_has_frames_of_all_the_clip(tmp_path: Path, num_frames: int, col
 
 
 def test_a_sheet_is_bounded(tmp_path: Path) -> None:
-    image = made(write_spritesheet, make_clip(tmp_path / "a.mp4", 101, 256, 256))
+    image = make(write_spritesheet, make_clip(tmp_path / "a.mp4", 101, 256, 256))
     assert image.width * image.height == MAX_TILES * TILE_SIDE**2
 
 
@@ -154,9 +154,9 @@ def test_sound_and_images_have_no_such_pictures(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8), "png")
     for write in (write_thumbnail, write_spritesheet):
         with pytest.raises(MediaError, match="there are no pictures in a WAV file"):
-            made(write, tmp_path / "a.wav")
+            make(write, tmp_path / "a.wav")
     with pytest.raises(MediaError, match="there are no frames in an image file"):
-        made(write_spritesheet, tmp_path / "a.png")
+        make(write_spritesheet, tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("write", [write_thumbnail, write_spritesheet])

@@ -14,7 +14,7 @@ from cosmos3_core.media import webp
 from cosmos3_core.media.webp import MAX_BYTES, MAX_FRAMES, animate_webp
 
 
-def opened(data):
+def open_webp(data):
     return PIL.Image.open(io.BytesIO(data), formats=["WEBP"])
 
 
@@ -35,7 +35,7 @@ def ramp(num_frames, height, width):
 def test_frames_are_scaled_to_a_longest_side_and_decode_in_order(height, width, scaled):
     frames = ramp(5, height, width)
     data = animate_webp(frames, fps=4.0)
-    with opened(data) as image:
+    with open_webp(data) as image:
         assert image.size == scaled
         assert image.n_frames == 5
         shown = [np.asarray(it.convert("RGB")).mean() for it in PIL.ImageSequence.Iterator(image)]
@@ -47,7 +47,7 @@ def test_frames_are_scaled_to_a_longest_side_and_decode_in_order(height, width, 
 
 def test_a_single_frame_is_a_still():
     frame = ramp(1, 12, 20)
-    with opened(animate_webp(frame, fps=24.0)) as image:
+    with open_webp(animate_webp(frame, fps=24.0)) as image:
         assert not image.is_animated
         assert abs(np.asarray(image.convert("RGB")).mean() - frame.mean()) < 4
 
@@ -57,7 +57,7 @@ def test_noise_of_the_largest_size_stays_within_the_bound(shape):
     frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     data = animate_webp(frames, fps=1.0)
     assert len(data) <= MAX_BYTES
-    with opened(data) as image:
+    with open_webp(data) as image:
         assert image.size == (256, 256)
         # As many frames as fit: all of what is smooth between latent positions, some of noise in every pixel.
         assert image.n_frames == (MAX_FRAMES if shape[1] == 64 else MAX_FRAMES // 2)

@@ -27,7 +27,7 @@ from deployments.messages import (
 )
 from deployments.observability import logs
 from deployments.observability.logs import watch_request, watch_stage
-from deployments.observability.metrics import Metrics
+from tests.observability.recording import RecordingMetrics
 
 ORIGIN = LogOrigin("otter-1", "video_gen_1", 2)
 
@@ -68,12 +68,10 @@ def stage_lines(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> Lines:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Recorded metrics: name, value, labels."""
-    found: list[tuple[Any, ...]] = []
-    ours = Metrics(lambda metric: lambda value, labels: found.append((metric.name, value, *labels.values())))
-    monkeypatch.setattr(logs, "metrics", lambda: ours)
-    return found
+def recording(monkeypatch: pytest.MonkeyPatch) -> RecordingMetrics:
+    recording = RecordingMetrics()
+    monkeypatch.setattr(logs, "metrics", lambda: recording)
+    return recording
 
 
 def test_a_line_has_its_fields_and_its_request_id(lines: Lines) -> None:
@@ -173,11 +171,11 @@ def context() -> RequestContext:
     return RequestContext.new("otter-1", 60)
 
 
-def outcomes(recorded: list[tuple[Any, ...]]) -> list[tuple[str, str]]:
-    return [(stage, outcome) for name, _, stage, outcome in recorded if name == "cosmos3_stage_seconds"]
+def outcomes(recording: RecordingMetrics) -> list[tuple[str, str]]:
+    return [(stage, outcome) for _, stage, outcome in recording.values_of("cosmos3_stage_seconds")]
 
 
-def test_a_stage_logs_finished_failed_full_or_left(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
+def test_a_stage_logs_finished_failed_full_or_left(stage_lines: Lines, recording: RecordingMetrics) -> None:
     with watch_stage(context(), "tokenize") as watch:
         pass
     with watch_stage(context(), "encode") as watch:
@@ -188,15 +186,15 @@ def test_a_stage_logs_finished_failed_full_or_left(stage_lines: Lines, recorded:
     with pytest.raises(asyncio.CancelledError), watch_stage(context(), "decode"):
         raise asyncio.CancelledError
     ends = [("tokenize", "finished"), ("encode", "finished"), ("denoise", "failed"), ("denoise", "full")]
-    assert outcomes(recorded) == [*ends, ("decode", "left")]
-    assert stage_lines.events[1::2] == [f"stage {outcome}" for _, outcome in outcomes(recorded)]
+    assert outcomes(recording) == [*ends, ("decode", "left")]
+    assert stage_lines.events[1::2] == [f"stage {outcome}" for _, outcome in outcomes(recording)]
     assert set(stage_lines.events[::2]) == {"stage began"}
     failed = stage_lines.all[5]
     assert failed["reason"] == "the gang failed during 'step': a rank died"
     assert failed["seconds"] >= 0
 
 
-def test_leaving_after_the_last_item_counts_as_finished(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
+def test_leaving_after_the_last_item_counts_as_finished(stage_lines: Lines, recording: RecordingMetrics) -> None:
     async def stage() -> AsyncIterator[int]:
         with watch_stage(context(), "denoise") as watch:
             yield 1
@@ -211,10 +209,10 @@ def test_leaving_after_the_last_item_counts_as_finished(stage_lines: Lines, reco
 
     asyncio.run(take(2))
     asyncio.run(take(1))
-    assert outcomes(recorded) == [("denoise", "finished"), ("denoise", "left")]
+    assert outcomes(recording) == [("denoise", "finished"), ("denoise", "left")]
 
 
-def test_a_requests_events_are_passed_on_and_measured(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
+def test_a_requests_events_are_passed_on_and_measured(stage_lines: Lines, recording: RecordingMetrics) -> None:
     events: list[Event] = [
         StageRetried("denoise", 2, "the gang\nfailed", 5),
         StepDone(6, 8, 0.5, 0.1, 1),
@@ -234,7 +232,7 @@ def test_a_requests_events_are_passed_on_and_measured(stage_lines: Lines, record
         return [event async for event in watch_request(pipeline(), context(), "text_to_video", waited_s=100.0)]
 
     assert asyncio.run(follow()) == events
-    names = [name for name, *_ in recorded]
+    names = [name for name, *_ in recording.values]
     assert names == [
         "cosmos3_stage_retries",
         "cosmos3_first_chunk_seconds",
@@ -242,7 +240,7 @@ def test_a_requests_events_are_passed_on_and_measured(stage_lines: Lines, record
         "cosmos3_file_bytes",
         "cosmos3_stage_seconds",
     ]
-    values = {name: value for name, value, *_ in recorded}
+    values = {name: value for name, value, _ in recording.values}
     assert 0 <= values["cosmos3_first_chunk_seconds"] < 60
     assert 100 <= values["cosmos3_first_byte_seconds"] < 160
     assert values["cosmos3_file_bytes"] == 1234
@@ -250,7 +248,7 @@ def test_a_requests_events_are_passed_on_and_measured(stage_lines: Lines, record
     assert {line["request_id"] for line in stage_lines.all} == {"otter-1"}
 
 
-def test_leaving_a_request_ends_its_walk(stage_lines: Lines, recorded: list[tuple[Any, ...]]) -> None:
+def test_leaving_a_request_ends_its_walk(stage_lines: Lines, recording: RecordingMetrics) -> None:
     has_ended = False
 
     async def pipeline() -> AsyncIterator[Event]:
@@ -268,4 +266,4 @@ def test_leaving_a_request_ends_its_walk(stage_lines: Lines, recorded: list[tupl
         assert has_ended
 
     asyncio.run(leave())
-    assert outcomes(recorded) == [("request", "left")]
+    assert outcomes(recording) == [("request", "left")]

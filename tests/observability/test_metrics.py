@@ -18,24 +18,14 @@ from cluster.gang_meter import BusyClock
 from deployments.observability import cluster_metrics
 from deployments.observability.cluster_metrics import FAILURES, ClusterMetrics, fetch_text
 from deployments.observability.metrics import TABLE, Metrics, _make_ray_recorder, metrics
+from tests.observability.recording import RecordingMetrics
 
 PACKAGES = Path(__file__).parents[2]
 
 
-class Taken:
-    """Metrics as Ray would get them."""
-
-    def __init__(self) -> None:
-        self.values: list[tuple[str, float, dict[str, str]]] = []
-        self.metrics = Metrics(lambda metric: lambda value, labels: self.values.append((metric.name, value, labels)))
-
-    def of(self, name: str) -> list[tuple[float, ...]]:
-        return [(value, *labels.values()) for it, value, labels in self.values if it == name]
-
-
 @pytest.fixture
-def taken() -> Taken:
-    return Taken()
+def recording() -> RecordingMetrics:
+    return RecordingMetrics()
 
 
 def record_everything(ours: Metrics) -> None:
@@ -56,15 +46,18 @@ def record_everything(ours: Metrics) -> None:
     ours.count_prompt_lookups(1, 1)
 
 
-def test_every_row_of_the_table_is_recorded_with_its_labels(taken: Taken) -> None:
-    record_everything(taken.metrics)
-    assert {name for name, *_ in taken.values} == {metric.name for metric in TABLE}
+def test_every_row_of_the_table_is_recorded_with_its_labels(recording: RecordingMetrics) -> None:
+    record_everything(recording)
+    assert {name for name, *_ in recording.values} == {metric.name for metric in TABLE}
     labels = {metric.name: metric.labels for metric in TABLE}
-    assert all(tuple(given) == labels[name] for name, _, given in taken.values)
-    assert taken.of("cosmos3_requests") == [(1, "text_to_video", "completed")]
-    assert taken.of("cosmos3_step_seconds") == [(0.5, "video")]
-    assert taken.of("cosmos3_steps") == [(4, "video")]
-    assert taken.of("cosmos3_queue_wait_seconds") == [(3, "jobs", "video", "batch"), (1, "gang", "video", "")]
+    assert all(tuple(given) == labels[name] for name, _, given in recording.values)
+    assert recording.values_of("cosmos3_requests") == [(1, "text_to_video", "completed")]
+    assert recording.values_of("cosmos3_step_seconds") == [(0.5, "video")]
+    assert recording.values_of("cosmos3_steps") == [(4, "video")]
+    assert recording.values_of("cosmos3_queue_wait_seconds") == [
+        (3, "jobs", "video", "batch"),
+        (1, "gang", "video", ""),
+    ]
 
 
 def test_the_table_is_in_order() -> None:
@@ -90,30 +83,30 @@ def test_nothing_else_names_a_metric() -> None:
     assert found == {"deployments/observability/metrics.py"}
 
 
-def test_gone_jobs_are_reported_as_zero(taken: Taken) -> None:
-    taken.metrics.set_jobs({("video", "batch"): 2}, {})
-    taken.metrics.set_jobs({}, {("video", "batch"): 2})
-    assert sorted(taken.of("cosmos3_jobs")) == [
+def test_gone_jobs_are_reported_as_zero(recording: RecordingMetrics) -> None:
+    recording.set_jobs({("video", "batch"): 2}, {})
+    recording.set_jobs({}, {("video", "batch"): 2})
+    assert sorted(recording.values_of("cosmos3_jobs")) == [
         (0, "queued", "video", "batch"),
         (2, "queued", "video", "batch"),
         (2, "running", "video", "batch"),
     ]
 
 
-def test_a_counter_is_not_incremented_by_zero(taken: Taken) -> None:
-    taken.metrics.count_prompt_lookups(2, 0)  # Ray refuses a zero
-    taken.metrics.set_busy_share(0.0)
-    assert [name for name, *_ in taken.values] == ["cosmos3_text_cache_lookups", "cosmos3_gang_busy_share"]
+def test_a_counter_is_not_incremented_by_zero(recording: RecordingMetrics) -> None:
+    recording.count_prompt_lookups(2, 0)  # Ray refuses a zero
+    recording.set_busy_share(0.0)
+    assert [name for name, *_ in recording.values] == ["cosmos3_text_cache_lookups", "cosmos3_gang_busy_share"]
 
 
 def test_a_recording_error_is_logged_once_and_never_raised(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(value: float, labels: dict[str, str]) -> None:
+    def fail(value: float, labels: dict[str, str]) -> None:
         raise RuntimeError("no agent")
 
     def no_instrument(metric: Any) -> Any:
         raise RuntimeError("no registry")
 
-    for instrument in (lambda metric: broken, no_instrument):
+    for instrument in (lambda metric: fail, no_instrument):
         caplog.clear()
         record_everything(Metrics(instrument))
         assert len(caplog.records) == 1
@@ -133,15 +126,15 @@ def test_recording_starts_when_ray_does() -> None:
     assert values == [0.3, 0.4]
 
 
-def test_labels_are_bounded_in_number_and_form(taken: Taken) -> None:
+def test_labels_are_bounded_in_number_and_form(recording: RecordingMetrics) -> None:
     for number in range(1000):
-        taken.metrics.count_rejection(f"bound {number}\n{'x' * 1000}")
-    labels = {bound for _, bound in taken.of("cosmos3_rejections")}
+        recording.count_rejection(f"bound {number}\n{'x' * 1000}")
+    labels = {bound for _, bound in recording.values_of("cosmos3_rejections")}
     assert len(labels) == 257
     assert "other" in labels
     assert all(label.isprintable() and len(label) <= 80 for label in labels)
-    taken.metrics.count_rejection("bound 0\n" + "x" * 1000)  # a known label is kept
-    assert taken.of("cosmos3_rejections")[-1][1] != "other"
+    recording.count_rejection("bound 0\n" + "x" * 1000)  # a known label is kept
+    assert recording.values_of("cosmos3_rejections")[-1][1] != "other"
 
 
 def test_a_gangs_busy_share_covers_the_time_since_its_last_report() -> None:

@@ -40,7 +40,7 @@ class Remote:
         self.take, self.release_chunk = (SimpleNamespace(remote=it) for it in (clips.take, clips.release_chunk))
 
 
-async def fetched(chunk: FrameChunk) -> FrameChunk:
+async def fetch(chunk: FrameChunk) -> FrameChunk:
     return chunk
 
 
@@ -60,7 +60,7 @@ class Bench:
         for index, frames in enumerate(self.chunks):
             assert await self.clips.acquire("clip", "p", 5)
             strips = tuple(TensorEnvelope.of_array(part) for part in np.split(frames, 2, axis=2))
-            await self.clips.post("clip", "p", [fetched(FrameChunk(index, strips, 2, 7))])
+            await self.clips.post("clip", "p", [fetch(FrameChunk(index, strips, 2, 7))])
 
     def encode(self, limit_s: float = 30) -> Any:
         context = RequestContext.new("r", limit_s)
@@ -110,7 +110,7 @@ def test_cancellation_waits_for_the_writers_thread(tmp_path: Path, monkeypatch: 
     entered, gate, order = threading.Event(), threading.Event(), []
     write = mp4_encoder._write
 
-    def held(writer: Any, *arguments: Any) -> int:
+    def hold(writer: Any, *arguments: Any) -> int:
         entered.set()
         assert gate.wait(30)
         monkeypatch.setattr(writer, "abort", lambda: order.append("closed"))
@@ -118,7 +118,7 @@ def test_cancellation_waits_for_the_writers_thread(tmp_path: Path, monkeypatch: 
         order.append("written")
         return num_new
 
-    monkeypatch.setattr(mp4_encoder, "_write", held)
+    monkeypatch.setattr(mp4_encoder, "_write", hold)
 
     async def body() -> None:
         bench = Bench(tmp_path, 1)
@@ -146,21 +146,21 @@ def test_cancellation_waits_for_the_writers_thread(tmp_path: Path, monkeypatch: 
 def test_encoding_does_not_block_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: dict[str, bool] = {}
 
-    def noted(name: str, work: Any) -> Any:
+    def note(name: str, work: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             threads[name] = threading.current_thread() is threading.main_thread()
             return work(*arguments, **named)
 
         return call
 
-    def opened(*arguments: Any, **named: Any) -> Any:
+    def open_noting(*arguments: Any, **named: Any) -> Any:
         writer: Any = open_writer(*arguments, **named)
         for name in ("write", "close", "abort"):
-            monkeypatch.setattr(writer, name, noted(name, getattr(writer, name)))
+            monkeypatch.setattr(writer, name, note(name, getattr(writer, name)))
         return writer
 
     open_writer = mp4_encoder.open_writer
-    monkeypatch.setattr(mp4_encoder, "open_writer", noted("open", opened))
+    monkeypatch.setattr(mp4_encoder, "open_writer", note("open", open_noting))
 
     async def body(*, is_given_up: bool) -> None:
         bench = Bench(tmp_path, 1)
@@ -185,7 +185,7 @@ def test_cancellation_during_the_start_leaves_a_failed_file(
 ) -> None:
     entered, gate, writers = threading.Event(), threading.Event(), []
 
-    def held(work: Any) -> Any:
+    def hold(work: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             entered.set()
             assert gate.wait(30)
@@ -198,9 +198,9 @@ def test_cancellation_during_the_start_leaves_a_failed_file(
         bench = Bench(tmp_path, 0)
         await bench.post_all()
         if when == "create":
-            monkeypatch.setattr(bench.encoder._media, "create", held(bench.encoder._media.create))
+            monkeypatch.setattr(bench.encoder._media, "create", hold(bench.encoder._media.create))
         else:
-            monkeypatch.setattr(mp4_encoder, "open_writer", held(mp4_encoder.open_writer))
+            monkeypatch.setattr(mp4_encoder, "open_writer", hold(mp4_encoder.open_writer))
         beginning = asyncio.create_task(anext(bench.encode()))
         await asyncio.to_thread(entered.wait, 30)
         beginning.cancel()

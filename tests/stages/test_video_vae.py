@@ -71,7 +71,7 @@ async def leader_of(gang: FakeGang, monkeypatch: pytest.MonkeyPatch) -> Any:
     return leader
 
 
-async def decoded(leader: Any, limit_s: float = 20, most: float = math.inf) -> list[Any]:
+async def decode(leader: Any, limit_s: float = 20, most: float = math.inf) -> list[Any]:
     clips, items = ClipStreams(1), []
     await clips.open("clip", window=8)
     latents = TensorEnvelope.of_array(np.zeros((1, 2, 3, 4, 5), np.float32))
@@ -87,7 +87,7 @@ async def decoded(leader: Any, limit_s: float = 20, most: float = math.inf) -> l
 def test_a_clips_chunks_are_the_ranks_strips_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         gang = FakeGang()
-        items = await decoded(await leader_of(gang, monkeypatch))
+        items = await decode(await leader_of(gang, monkeypatch))
         assert [type(item) for item in items] == [FrameChunk, ChunkDecoded] * 3
         assert [item.index for item in items] == [0, 0, 1, 1, 2, 2]
         for number, chunk in enumerate(items[::2]):
@@ -106,7 +106,7 @@ def test_a_clips_chunks_are_the_ranks_strips_side_by_side(monkeypatch: pytest.Mo
 def test_leaving_a_clip_notifies_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         gang = FakeGang(num_chunks=100)
-        await decoded(await leader_of(gang, monkeypatch), most=2)
+        await decode(await leader_of(gang, monkeypatch), most=2)
         await settle()
         assert gang.methods[-1] == "end"
         assert not gang.is_stopped
@@ -123,7 +123,7 @@ def test_a_failed_gang_raises_and_is_unhealthy(monkeypatch: pytest.MonkeyPatch) 
         await leader.check_health()
         gang.failure = GangFailed("decode", "died", 1)
         with pytest.raises(GangFailed, match="rank 1"):
-            await decoded(leader)
+            await decode(leader)
         assert gang.is_stopped
         with pytest.raises(GangFailed):
             await leader.check_health()
@@ -145,7 +145,7 @@ def test_a_clip_that_waits_for_a_credit_fails_with_its_gang(monkeypatch: pytest.
         assert not waiting.done()
         gang.failure = GangFailed("decode", "died", 1)
         with pytest.raises(GangFailed) as blamed:
-            await decoded(leader)
+            await decode(leader)
         assert type(blamed.value) is GangFailed
         with pytest.raises(GangLost):
             await asyncio.wait_for(waiting, 10)
@@ -157,7 +157,7 @@ def test_a_requests_deadline_ends_its_decoding(monkeypatch: pytest.MonkeyPatch) 
     async def body() -> None:
         leader = await leader_of(FakeGang(), monkeypatch)
         with pytest.raises(DeadlineExceeded, match="decode"):
-            await decoded(leader, limit_s=0.0)
+            await decode(leader, limit_s=0.0)
 
     run(body())
 

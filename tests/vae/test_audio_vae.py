@@ -183,7 +183,7 @@ def rewrite(checkpoint: Path, change: dict[str, Tensor | None]) -> None:
     save_file({name: x for name, x in tensors.items() if x is not None}, path)
 
 
-def stored_names(checkpoint: Path) -> list[str]:
+def list_stored_names(checkpoint: Path) -> list[str]:
     (path,) = (checkpoint / "sound_tokenizer").glob("*.safetensors")
     return list(load_file(path))
 
@@ -191,7 +191,7 @@ def stored_names(checkpoint: Path) -> list[str]:
 def test_an_encoder_may_be_missing_or_of_any_shape(tiny_nano: Path, copy: Path) -> None:
     latents = torch.randn((64, 3), generator=torch.Generator().manual_seed(0))
     expected = whole(load_audio_vae(CheckpointLayout.open(tiny_nano), device=CPU), latents)
-    encoder = [name for name in stored_names(copy) if name.startswith("encoder.")]
+    encoder = [name for name in list_stored_names(copy) if name.startswith("encoder.")]
     assert encoder
     for change in ({encoder[0]: torch.zeros(3, 2)}, dict.fromkeys(encoder)):
         rewrite(copy, change)

@@ -216,7 +216,7 @@ _CONTENT_TYPES = (
 )
 
 
-def broken_forms() -> Iterator[Body]:
+def iterate_broken_forms() -> Iterator[Body]:
     """Yield (description, content type, body) of forms with one fault each."""
     whole = form(_PROMPT)
     for kind in _CONTENT_TYPES:
@@ -233,12 +233,12 @@ def broken_forms() -> Iterator[Body]:
     long = form(_PROMPT, part(b"seed", b"7"))
     for end in range(0, len(long), 13):
         yield f"cut off at {end}", MULTIPART, long[:end]
-    yield from _broken_ends(whole)
+    yield from _iterate_broken_ends(whole)
     yield from _many_parts()
     yield from _odd_values()
 
 
-def _broken_ends(whole: bytes) -> Iterator[Body]:
+def _iterate_broken_ends(whole: bytes) -> Iterator[Body]:
     for name, body in {
         "nothing": b"",
         "the end alone": b"--b--",
@@ -341,7 +341,7 @@ def _odd_values() -> Iterator[Body]:
                 yield f"{one!r} and {other!r}", MULTIPART, form(_PROMPT, part(one, b"1"), part(other, b"{}", more=more))
 
 
-def broken_json() -> Iterator[Body]:
+def iterate_broken_json() -> Iterator[Body]:
     """Yield the same of JSON bodies."""
     good = b'{"prompt": "a"}'
     for name, body in {

@@ -90,7 +90,7 @@ class Fuzz:
         paths = list(endpoints)
         good = broken_bodies.good_form(png())
         jsons = [b'{"prompt": "a", "size": "64x32"}']
-        jsons += [body for _, _, body in select_small(broken_bodies.broken_json())][:20]
+        jsons += [body for _, _, body in select_small(broken_bodies.iterate_broken_json())][:20]
         for index in range(num_bodies):
             kind, body = (JSON, rng.choice(jsons)) if index % 3 == 2 else (MULTIPART, good)
             sent = Sent.post(rng.choice(paths), kind, broken_bodies.mutate(body, rng))
@@ -112,5 +112,5 @@ def select_small(bodies: Iterable[Body]) -> Iterator[Body]:
 
 def select_large() -> Iterator[Body]:
     """Select the large forms and JSON bodies."""
-    bodies = itertools.chain(broken_bodies.broken_forms(), broken_bodies.broken_json())
+    bodies = itertools.chain(broken_bodies.iterate_broken_forms(), broken_bodies.iterate_broken_json())
     return (it for it in bodies if len(it[2]) >= _SMALL_BYTES)

@@ -112,7 +112,7 @@ def test_a_careless_reader_takes_the_lures(name: str, demuxer: str, options: dic
 
 
 def test_broken_forms_are_refused_safely(fuzz: Fuzz, check_memory: Check) -> None:
-    num_forms = fuzz.send_all(itertools.islice(select_small(broken_bodies.broken_forms()), 0, None, 6))
+    num_forms = fuzz.send_all(itertools.islice(select_small(broken_bodies.iterate_broken_forms()), 0, None, 6))
     check_memory(f"{num_forms} forms")
 
 
@@ -122,7 +122,7 @@ def test_broken_lengths_are_refused_safely(fuzz: Fuzz) -> None:
 
 
 def test_broken_json_is_refused_safely(fuzz: Fuzz, check_memory: Check) -> None:
-    num_bodies = fuzz.send_all(select_small(broken_bodies.broken_json()))
+    num_bodies = fuzz.send_all(select_small(broken_bodies.iterate_broken_json()))
     check_memory(f"{num_bodies} JSON bodies")
 
 
@@ -204,7 +204,9 @@ def rng() -> random.Random:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_all_broken_forms(fuzz: Fuzz, check_memory: Check) -> None:
-    num_forms = sum(fuzz.send_all(select_small(broken_bodies.broken_forms()), endpoint) for endpoint in Endpoint)
+    num_forms = sum(
+        fuzz.send_all(select_small(broken_bodies.iterate_broken_forms()), endpoint) for endpoint in Endpoint
+    )
     check_memory(f"{num_forms} forms")
 
 

@@ -9,7 +9,7 @@ from cluster.errors import OutOfMemory
 from cosmos3_core.errors import RequestError
 
 
-class Act:
+class FaultyRank:
     """A rank that fails, hangs or dies on demand."""
 
     def __init__(self, part: str) -> None:
