@@ -25,7 +25,7 @@ from schemathesis.transport.serialization import Binary
 from deployments.api.fields import Endpoint
 from tests.api.hostile.byte_api import Sent
 from tests.api.hostile.fuzzing import ByteEndpoint
-from tests.api.known_jobs import mp4, png
+from tests.mode_inputs import mp4, png
 
 # Hypothesis would have Python code run within every garbage collection, from its first case on until the process ends.
 # Before Python 3.11.8 and 3.12.2 that breaks pytest (INTERNALERROR, AST constructor recursion depth mismatch, CPython's

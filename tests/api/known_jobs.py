@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import PIL.Image
-
-from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from deployments.jobs.job import Job, JobState, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.jobs.queue import ClaimRequest
 from deployments.media.layout import new_media_id
 from tests.api.fake_service import MODEL, lease_of
 from tests.api.hostile.byte_api import LIMITS, ByteApi
-from tests.mode_inputs import CLIP, IMAGE
+from tests.mode_inputs import mp4, png
 
 UNKNOWN = "video_gen_" + "0" * 32
 _ACTIONS = {
@@ -28,23 +24,6 @@ _ACTIONS = {
     "is_normalised": False,
 }
 _SMALL = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2}
-
-
-def png() -> bytes:
-    """Make a small picture."""
-    stream = io.BytesIO()
-    PIL.Image.fromarray(IMAGE).save(stream, "png")
-    return stream.getvalue()
-
-
-def mp4() -> bytes:
-    """Make a small clip."""
-    stream = io.BytesIO()
-    _, height, width, _ = CLIP.shape
-    with open_writer(stream, ClipFormat("mp4", height=height, width=width, fps=24)) as writer:
-        writer.write(CLIP)
-        writer.close()
-    return stream.getvalue()
 
 
 class KnownJobs:

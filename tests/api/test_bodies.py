@@ -17,6 +17,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.api.bodies import BodyRules, NamedFields, ParsedBody, parse_body
 from deployments.api.body_reader import FormText
 from deployments.api.fields import BODIES, ImageBody, SyncBody
+from tests.mode_inputs import data_url
 
 RULES = BodyRules("nano", ("standard",))
 
@@ -27,10 +28,6 @@ WAV = b"RIFF\0\0\0\0WAVE"
 
 def text_of(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def url_of(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{text_of(data)}"
 
 
 def video(body: dict[str, Any]) -> ParsedBody[SyncBody]:
@@ -163,8 +160,8 @@ def test_extra_params_are_read_like_top_level_fields(as_text: bool) -> None:
     body = {"prompt": "a", "seed": 3, "extra_params": json.dumps(extra) if as_text else extra}
     expected = GenerationRequest(prompt="a", mode="policy", domain_name="av", guidance_interval=[1.0, 2.0], seed=3)
     assert parse(body) == expected
-    assert parse({**body, "image": url_of(PNG)}).image == PNG
-    assert parse({"prompt": "a", "extra_params": {"image": url_of(PNG)}}).image == PNG
+    assert parse({**body, "image": data_url(PNG)}).image == PNG
+    assert parse({"prompt": "a", "extra_params": {"image": data_url(PNG)}}).image == PNG
 
 
 @pytest.mark.parametrize(
@@ -254,26 +251,26 @@ def test_an_error_escapes_unprintable_text() -> None:
     ("name", "value"),
     [
         ("image", PNG),
-        ("image", url_of(PNG)),
-        ("image", url_of(PNG, "application/octet-stream")),
-        ("image", url_of(PNG).replace("data", "DATA").replace("base64", "BASE64")),
+        ("image", data_url(PNG)),
+        ("image", data_url(PNG, "application/octet-stream")),
+        ("image", data_url(PNG).replace("data", "DATA").replace("base64", "BASE64")),
         ("image", text_of(PNG)),
         ("image", FormText(text_of(PNG)[:40] + "\r\n" + text_of(PNG)[40:])),
         ("input_reference", PNG),
         ("input_reference", text_of(PNG)),
-        ("input_reference", {"image_url": url_of(PNG)}),
-        ("image_reference", {"image_url": url_of(PNG)}),
-        ("image_reference", {"image_url": {"url": url_of(PNG)}}),
-        ("image_reference", [{"image_url": url_of(PNG)}]),
-        ("image_reference", [url_of(PNG)]),
-        ("image_reference", url_of(PNG)),
-        ("image_reference", FormText(json.dumps({"image_url": url_of(PNG)}))),
-        ("image_reference", json.dumps([{"image_url": url_of(PNG)}])),
+        ("input_reference", {"image_url": data_url(PNG)}),
+        ("image_reference", {"image_url": data_url(PNG)}),
+        ("image_reference", {"image_url": {"url": data_url(PNG)}}),
+        ("image_reference", [{"image_url": data_url(PNG)}]),
+        ("image_reference", [data_url(PNG)]),
+        ("image_reference", data_url(PNG)),
+        ("image_reference", FormText(json.dumps({"image_url": data_url(PNG)}))),
+        ("image_reference", json.dumps([{"image_url": data_url(PNG)}])),
         ("image_reference", text_of(PNG)),
         ("video", MP4),
-        ("video", url_of(MP4, "video/mp4")),
-        ("input_reference", url_of(MP4, "image/png")),  # the content decides
-        ("video_reference", {"video_url": url_of(MP4)}),
+        ("video", data_url(MP4, "video/mp4")),
+        ("input_reference", data_url(MP4, "image/png")),  # the content decides
+        ("video_reference", {"video_url": data_url(MP4)}),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -293,11 +290,15 @@ def test_media_are_read_from_every_encoding(name: str, value: Any) -> None:
         ({"image": "/etc/passwd"}, "image", "a data URL"),
         ({"image_reference": {"image_url": "http://localhost:1/a"}}, "image_reference", "URLs are not fetched"),
         ({"image_reference": {"file_id": "f-1"}}, "image_reference", "No files can be uploaded here"),
-        ({"image_reference": {"video_url": url_of(MP4)}}, "image_reference", "an object of image_url and nothing else"),
-        ({"image": {"video_url": url_of(MP4)}}, "image", "an object of image_url"),
+        (
+            {"image_reference": {"video_url": data_url(MP4)}},
+            "image_reference",
+            "an object of image_url and nothing else",
+        ),
+        ({"image": {"video_url": data_url(MP4)}}, "image", "an object of image_url"),
         ({"image_reference": {}}, "image_reference", "an object of image_url"),
-        ({"image_reference": {"image_url": url_of(PNG), "detail": "low"}}, "image_reference", "nothing else"),
-        ({"image_reference": [url_of(PNG)] * 2}, "image_reference", "a list of one"),
+        ({"image_reference": {"image_url": data_url(PNG), "detail": "low"}}, "image_reference", "nothing else"),
+        ({"image_reference": [data_url(PNG)] * 2}, "image_reference", "a list of one"),
         ({"image_reference": []}, "image_reference", "a list of one"),
         ({"image_reference": {"image_url": 5}}, "image_reference", "a data URL"),
         ({"image_reference": '{"image_url": '}, "image_reference", "a data URL"),
@@ -314,12 +315,12 @@ def test_media_are_read_from_every_encoding(name: str, value: Any) -> None:
         ({"image": "A" * (LIMITS.max_media_bytes * 4 // 3 + 8)}, "image", "Send a smaller file"),
         ({"input_reference": WAV}, "input_reference", "a file of kind WAV"),
         ({"input_reference": b"hello"}, "input_reference", "PNG, JPEG"),
-        ({"image": PNG, "image_reference": url_of(PNG)}, "image_reference", "nothing beside image"),
+        ({"image": PNG, "image_reference": data_url(PNG)}, "image_reference", "nothing beside image"),
         ({"image": PNG, "input_reference": PNG}, "input_reference", "nothing beside image"),
         ({"video": MP4, "input_reference": MP4}, "input_reference", "nothing beside video"),
-        ({"image": PNG, "extra_params": {"image": url_of(PNG)}}, "image", "equal to image"),
-        ({"input_references": [url_of(PNG)] * 2}, "input_references", "Not offered: several references."),
-        ({"input_referenc": url_of(PNG)}, "input_referenc", "Did you mean input_reference?"),
+        ({"image": PNG, "extra_params": {"image": data_url(PNG)}}, "image", "equal to image"),
+        ({"input_references": [data_url(PNG)] * 2}, "input_references", "Not offered: several references."),
+        ({"input_referenc": data_url(PNG)}, "input_referenc", "Did you mean input_reference?"),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -385,7 +386,7 @@ def test_n_images_have_consecutive_seeds() -> None:
         ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "0 to 100"),
         ({"seed": 2**63 - 1, "n": 2}, "seed", "a whole number from 0"),
         ({"size": "big"}, "size", "WIDTHxHEIGHT"),
-        ({"image": url_of(PNG)}, "image", "left out: unknown field"),
+        ({"image": data_url(PNG)}, "image", "left out: unknown field"),
         ({"quality": "high"}, "quality", "left out: unknown field"),
         ({"width": 64}, "width", "Give size, WIDTHxHEIGHT"),
         ({"model": "dall-e-3"}, "model", "'nano'"),

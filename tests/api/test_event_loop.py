@@ -13,7 +13,7 @@ from deployments.api import body_reader, call, media_fields
 from deployments.api.fields import Endpoint
 from tests.api.fake_service import Api
 from tests.api.test_remote_references import Remote
-from tests.api.test_videos import png_url
+from tests.mode_inputs import RED_PNG, data_url
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_bodies_are_parsed_outside_the_event_loop(
     api = make_api(fetch_file=Remote().fetch if fetches else None)
     fields = {
         "prompt": "a",
-        "image_reference": json.dumps({"image_url": png_url()}),
+        "image_reference": json.dumps({"image_url": data_url(RED_PNG)}),
         "extra_params": json.dumps({"action_mode": "forward_dynamics", "domain_name": "av", "num_frames": 3}),
         "actions": json.dumps([[0.0] * 9] * 2),
     }

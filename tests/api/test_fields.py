@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from pathlib import Path
@@ -19,9 +18,9 @@ from deployments.api.body_reader import MAX_FIELDS
 from deployments.api.fields import BODIES, Endpoint
 from deployments.api.fields_page import fields_page
 from tests.api.fake_service import Api
-from tests.api.test_videos import png_url
+from tests.mode_inputs import RED_PNG, data_url
 
-PNG = base64.b64decode(png_url().partition(",")[2])
+PNG_URL = data_url(RED_PNG)
 ACTION: dict[str, Any] = {"action_mode": "policy", "domain_name": "bridge_orig_lerobot"}
 
 
@@ -167,7 +166,7 @@ def test_only_the_operator_can_disable_guardrails(path: str, make_api: Any) -> N
 
 def test_without_num_frames_a_clip_has_the_documented_length(api: Api) -> None:
     """One frame in vLLM-Omni."""
-    for body in ({}, {"image": png_url()}):
+    for body in ({}, {"image": PNG_URL}):
         video = api.create({"prompt": "a", **body})
         assert (video["num_frames"], video["size"], video["fps"], video["num_steps"]) == (189, "1280x720", 24.0, 35)
         assert video["seconds"] == "7.875"
@@ -175,7 +174,7 @@ def test_without_num_frames_a_clip_has_the_documented_length(api: Api) -> None:
 
 def test_without_a_length_actions_have_the_presets_length(api: Api) -> None:
     """An error in vLLM-Omni."""
-    video = api.create({"prompt": "go", "extra_params": ACTION, "image_reference": {"image_url": png_url()}})
+    video = api.create({"prompt": "go", "extra_params": ACTION, "image_reference": {"image_url": PNG_URL}})
     assert (video["mode"], video["num_frames"], video["num_steps"], video["fps"]) == ("policy", 17, 30, 5.0)
 
 
@@ -198,10 +197,10 @@ def test_transfer_is_not_offered(extra: dict[str, Any], shared_api: Api) -> None
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"extra_params": {**ACTION, "domain_name": "unknown_robot"}, "image": png_url()}, "domain_name"),
-        ({"extra_params": {"action_mode": "policy"}, "image": png_url()}, "domain_name"),
-        ({"extra_params": {**ACTION, "resolution": 640}, "image": png_url()}, "resolution"),
-        ({"image": png_url(), "mode": "text_to_video"}, "image"),
+        ({"extra_params": {**ACTION, "domain_name": "unknown_robot"}, "image": PNG_URL}, "domain_name"),
+        ({"extra_params": {"action_mode": "policy"}, "image": PNG_URL}, "domain_name"),
+        ({"extra_params": {**ACTION, "resolution": 640}, "image": PNG_URL}, "resolution"),
+        ({"image": PNG_URL, "mode": "text_to_video"}, "image"),
         ({"num_inference_steps": 5000}, "num_inference_steps"),
         ({"guidance_scale": 50}, "guidance_scale"),
         ({"size": "0x0"}, "size"),
@@ -222,14 +221,14 @@ def test_a_wrong_value_is_a_422_that_names_the_field(body: dict[str, Any], param
 @pytest.mark.parametrize(
     ("body", "param", "given"),
     [
-        ({"extra_params": {**ACTION, "resolution": 640}, "image": png_url()}, "resolution", "640"),
-        ({"extra_params": {**ACTION, "image_size": 640, "resolution": 640}, "image": png_url()}, "resolution_tier", ""),
-        ({"resolution_tier": 640, "resolution": 640, "image": png_url(), **ACTION}, "resolution_tier", "640"),
+        ({"extra_params": {**ACTION, "resolution": 640}, "image": PNG_URL}, "resolution", "640"),
+        ({"extra_params": {**ACTION, "image_size": 640, "resolution": 640}, "image": PNG_URL}, "resolution_tier", ""),
+        ({"resolution_tier": 640, "resolution": 640, "image": PNG_URL, **ACTION}, "resolution_tier", "640"),
         ({"seconds": "4", "mode": "text_to_image"}, "seconds", "4"),
         ({"seconds": 4, "num_frames": 97, "mode": "text_to_image"}, "num_frames", "97"),
         ({"size": "100x100"}, "size", "'100x100'"),
         ({"size": "100x100", "height": 100, "width": 100}, "height", "100"),
-        ({"input_reference": png_url(), "mode": "text_to_video"}, "input_reference", ""),
+        ({"input_reference": PNG_URL, "mode": "text_to_video"}, "input_reference", ""),
         ({"action_fps": 0}, "action_fps", "0"),
         ({"action_fps": 0, "seconds": 4}, "action_fps", "0"),
         ({"action_mode": "dance"}, "action_mode", "'dance'"),
@@ -275,7 +274,7 @@ REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"prompt": "a", "seconds": "4", "size": "832x480"}, "text_to_video", {"num_frames": 97, "size": "832x480"}),
     ({"prompt": "a", "generate_sound": "true", "sound_duration": "7.875"}, "text_to_video_with_sound", {}),
     ({"prompt": "a", "input_reference": "PNG", "max_sequence_length": "4096"}, "image_to_video", {}),
-    ({"prompt": "a", "image_reference": json.dumps({"image_url": png_url()})}, "image_to_video", {}),
+    ({"prompt": "a", "image_reference": json.dumps({"image_url": PNG_URL})}, "image_to_video", {}),
     (
         {"prompt": "a", "input_reference": "PNG", "extra_params": json.dumps({"sound_gen": True})},
         "image_to_video_with_sound",
@@ -317,7 +316,8 @@ REQUESTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("form", "mode", "expected"), REQUESTS, ids=lambda value: str(value)[:40])
 def test_vllm_omni_forms_are_accepted(form: dict[str, Any], mode: str, expected: dict[str, Any], api: Api) -> None:
     files = {
-        name: ("a.png", PNG, "image/png") if value == "PNG" else (None, value.encode()) for name, value in form.items()
+        name: ("a.png", RED_PNG, "image/png") if value == "PNG" else (None, value.encode())
+        for name, value in form.items()
     }
     answer = api.post("/v1/videos", files=files)
     assert answer.status_code == 200, answer.text
@@ -329,7 +329,7 @@ def test_vllm_omni_forms_are_accepted(form: dict[str, Any], mode: str, expected:
 def test_bracketed_form_fields_of_openais_client_become_objects(api: Api) -> None:
     form = {
         "prompt": "a",
-        "input_reference[image_url]": png_url(),
+        "input_reference[image_url]": PNG_URL,
         "extra_params[num_frames]": "5",
         "extra_params[condition_video_keep]": "first",
         "extra_params[guidance_interval][]": ["400", "1000"],
@@ -349,7 +349,7 @@ def test_bracketed_form_fields_of_openais_client_become_objects(api: Api) -> Non
     twice = [*pairs(form), ("extra_params[num_frames]", "5")]
     error = api.expect_refusal("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in twice])
     assert error["code"] == "broken_form"
-    mixed = [*pairs(form), ("input_reference", png_url())]
+    mixed = [*pairs(form), ("input_reference", PNG_URL)]
     assert api.expect_refusal("POST", "/v1/videos", 400, files=[(name, (None, text)) for name, text in mixed])
 
 
@@ -359,23 +359,23 @@ def pairs(form: dict[str, Any]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", ["input_references", "input_references[]"])
 def test_only_one_input_reference_is_accepted(name: str, api: Api) -> None:
-    file = (None, png_url())
+    file = (None, PNG_URL)
     answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
     assert answer.json()["mode"] == "image_to_video"
     error = api.expect_refusal("POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)])
     assert (error["code"], error["param"]) == ("not_offered", "input_references")
-    assert api.director.submitted.pop()[0].image == PNG
-    assert api.create({"prompt": "a", "input_references": [{"image_url": png_url()}]})["mode"] == "image_to_video"
+    assert api.director.submitted.pop()[0].image == RED_PNG
+    assert api.create({"prompt": "a", "input_references": [{"image_url": PNG_URL}]})["mode"] == "image_to_video"
 
 
 @pytest.mark.parametrize("fetches", [False, True])
 @pytest.mark.parametrize("name", ["input_references", "input_references[]", "image[]", "input_reference"])
 def test_an_input_reference_may_be_a_file_part(name: str, fetches: bool, make_api: Any) -> None:
     api = make_api(fetch_file=Nothing().fetch if fetches else None)
-    file = ("a.png", PNG, "image/png")
+    file = ("a.png", RED_PNG, "image/png")
     answer = api.post("/v1/videos", files=[("prompt", (None, "a")), (name, file)])
     assert answer.status_code == 200, answer.text
-    assert api.director.submitted.pop()[0].image == PNG
+    assert api.director.submitted.pop()[0].image == RED_PNG
     if name.startswith("input_references"):
         error = api.expect_refusal(
             "POST", "/v1/videos", 422, files=[("prompt", (None, "a")), (name, file), (name, file)]
@@ -393,7 +393,7 @@ class Nothing:
 @pytest.mark.parametrize("value", [480, "480"])
 @pytest.mark.parametrize("name", ["resolution", "image_size", "resolution_tier"])
 def test_resolution_tier_may_be_text(name: str, value: Any, api: Api) -> None:
-    body = {"prompt": "go", "image": png_url(), "extra_params": {**ACTION, name: value}}
+    body = {"prompt": "go", "image": PNG_URL, "extra_params": {**ACTION, name: value}}
     assert api.create(body)["mode"] == "policy"
     assert api.director.submitted[0][0].resolution_tier == 480
     for wrong in ("640", "480p", ""):

@@ -53,9 +53,9 @@ from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitO
 from deployments.media.layout import new_media_id
 from tests.api.fake_service import MODEL, Api, Follower, lease_of
 from tests.api.golden import Golden, answer_as_json
-from tests.api.known_jobs import UNKNOWN, png
-from tests.api.test_videos import png_url
+from tests.api.known_jobs import UNKNOWN
 from tests.clock import Clock
+from tests.mode_inputs import RED_PNG, data_url, png
 
 _SMALL = {"prompt": "a cat", "size": "64x32", "seed": 5, "num_inference_steps": 10}
 _ACTIONS = GeneratedActions(np.array([[0.25, -1.0], [0.5, 2.0]], np.float32), "av", 1, False)
@@ -188,7 +188,7 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     clock.advance(1.0)
     _complete(api, api.claim(), "video/mp4", ".mp4")
     yield "with sound, lossless", _fetch(api, clock, sound.json())
-    policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url()}
+    policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": data_url(RED_PNG)}
     video = api.create({**policy, "output": "actions"})
     yield "actions, queued", _fetch(api, clock, video)
     api.complete(api.claim(), None, _ACTIONS.as_json())
@@ -529,7 +529,7 @@ def test_files(api: Api, clock: Clock, golden: Golden) -> None:
     zipped = answers["image files"].headers
     assert int(zipped.pop("content-length")) > 16  # it contains times
     api.director.actions = _ACTIONS
-    policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url()}
+    policy = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": data_url(RED_PNG)}
     answers["actions"] = api.post(sync, json={**policy, "output": "actions"})
     answers["actions and video"] = api.post(sync, json=policy)
     answers["sync of a form"] = api.post(sync, files={"prompt": (None, "a"), "image": ("a.png", png(), "image/png")})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +11,16 @@ import pytest
 from cosmos3_core.errors import RequestError
 from cosmos3_core.presets import LIMITS
 from tests.api.fake_service import Api
-from tests.api.test_videos import png_url
+from tests.mode_inputs import RED_PNG
 
 URL = "https://pictures.example/a.png"
-PNG = base64.b64decode(png_url().partition(",")[2])
 
 
 class Remote:
     """Remote files by URL; records the fetches."""
 
     def __init__(self, **files: Any) -> None:
-        self.files: dict[str, Any] = {URL: PNG, **files}
+        self.files: dict[str, Any] = {URL: RED_PNG, **files}
         self.asked: list[tuple[str, str]] = []
         self.gate: asyncio.Event | None = None
 
@@ -62,7 +60,7 @@ def test_a_url_is_fetched_in_every_notation(body: dict[str, Any], field: str, fe
     video = fetching.create({"prompt": "a", **body})
     assert video["mode"] == "image_to_video"
     assert remote.asked == [(URL, field)]
-    assert fetching.director.submitted[0][0].image == PNG
+    assert fetching.director.submitted[0][0].image == RED_PNG
     assert fetching.service.room.taken_bytes == 0
 
 

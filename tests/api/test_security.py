@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import PIL.Image
 import pytest
 
 from deployments.api import body_reader
@@ -22,6 +20,7 @@ from deployments.api.remote_url import is_public
 from deployments.config import RemoteMediaConfig
 from deployments.jobs.keys import NewKey
 from tests.api.fake_service import Api
+from tests.mode_inputs import IMAGE, RED_PNG, png
 
 MARK = "mark-of-a-client"
 UNKNOWN = "video_gen_" + "0" * 32
@@ -37,15 +36,6 @@ ID_ROUTES = [
     ("GET", "/events"),
 ]
 POSTS = ["/v1/videos", "/v1/videos/sync", "/v1/images/generations"]
-
-
-def png(width: int = 32, height: int = 32) -> bytes:
-    stream = io.BytesIO()
-    PIL.Image.new("RGB", (width, height), (200, 30, 30)).save(stream, "png")
-    return stream.getvalue()
-
-
-PNG = png()
 
 
 class Opened:
@@ -173,7 +163,7 @@ def test_path_traversal_in_file_names_of_parts_opens_nothing(api: Api) -> None:
     names = [f"../../{MARK}.png", f"/etc/{MARK}", f"C:\\{MARK}", f"{MARK}\x00.png", "..", f'{MARK}"', MARK * 1000]
     with OPENED.record() as paths:
         for name in names:
-            answer = api.post("/v1/videos", data={"prompt": "a"}, files={"image": (name, PNG, "image/png")})
+            answer = api.post("/v1/videos", data={"prompt": "a"}, files={"image": (name, RED_PNG, "image/png")})
             assert answer.status_code in (200, 400), answer.text
             assert MARK not in answer.text
             assert answer.status_code == 400 or answer.json()["mode"] == "image_to_video"
@@ -259,7 +249,7 @@ def test_request_headers_inject_no_response_header(value: bytes, api: Api) -> No
 
 @pytest.mark.parametrize("text", ['a"\r\nx-evil: 1\r\n\r\n', "a\r\n\r\n<script>", "é\u2028", "a;b"])
 def test_texts_in_answers_inject_no_response_header(text: str, api: Api) -> None:
-    files = {"image": (text, PNG, "image/png")}
+    files = {"image": (text, RED_PNG, "image/png")}
     video = api.post("/v1/videos", data={"prompt": text, "user": text}, files=files).json()
     api.complete(api.claim())
     for path in (f"/v1/videos/{video['id']}", f"/v1/videos/{video['id']}/content"):
@@ -396,7 +386,7 @@ def test_body_bombs_are_refused(kind: str, body: bytes, status: int, path: str, 
 
 
 def test_an_image_bomb_is_refused_by_its_header(shared_api: Api) -> None:
-    bomb = png(1, 1)
+    bomb = png(IMAGE[:1, :1])
     width = (2**31 - 1).to_bytes(4, "big")
     bomb = bomb[:16] + width + width + bomb[24:]
     for name in ("image", "image_reference", "input_reference"):
@@ -559,7 +549,7 @@ def test_urls_of_internal_hosts_are_never_fetched(is_on: bool, api: Api) -> None
 def test_a_listed_url_is_read_like_an_upload(make_api: Callable[..., Api]) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(RED_PNG) + RED_PNG)
         writer.close()
 
     async def body() -> httpx2.Response:
@@ -578,5 +568,5 @@ def test_a_listed_url_is_read_like_an_upload(make_api: Callable[..., Api]) -> No
     answer = api.run(body())
     assert (answer.status_code, answer.json()["mode"]) == (200, "image_to_video")
     ((request, _),) = api.director.submitted
-    assert request.image == PNG
+    assert request.image == RED_PNG
     assert api.service.room.taken_bytes == 0

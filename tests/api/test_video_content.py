@@ -12,7 +12,7 @@ import pytest
 from cosmos3_core.actions import GeneratedActions
 from cosmos3_core.media.writer import ClipFormat, open_writer
 from tests.api.fake_service import Api, Follower
-from tests.api.test_videos import png_url
+from tests.mode_inputs import RED_PNG, data_url
 
 
 def path_of(video: dict[str, Any], variant: str = "") -> str:
@@ -134,7 +134,9 @@ def test_a_clip_has_thumbnail_and_spritesheet(api: Api) -> None:
 
 
 def test_actions_are_a_variant_with_an_etag(api: Api) -> None:
-    video = api.create({"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"})
+    video = api.create(
+        {"mode": "policy", "prompt": "go", "domain_name": "av", "image": data_url(RED_PNG), "output": "actions"}
+    )
     actions = GeneratedActions(np.ones((1, 1), np.float32), "av", 1, False).as_json()
     api.complete(api.claim(), None, actions)
     path = path_of(video, "action")

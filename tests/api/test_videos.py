@@ -15,7 +15,7 @@ from cosmos3_core.actions import GeneratedActions
 from deployments.errors import JobsError
 from deployments.jobs.job import JobState
 from tests.api.fake_service import Api, UnlookedPrompts, lease_of
-from tests.api.known_jobs import png
+from tests.mode_inputs import RED_PNG, data_url, png
 
 UNKNOWN = "video_gen_" + "0" * 32
 
@@ -86,7 +86,7 @@ def test_a_failed_job_is_a_200_with_its_error(api: Api) -> None:
 
 
 def test_generated_actions_are_at_the_top_of_the_object(api: Api) -> None:
-    body = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": png_url(), "output": "actions"}
+    body = {"mode": "policy", "prompt": "go", "domain_name": "av", "image": data_url(RED_PNG), "output": "actions"}
     video = api.create(body)
     assert (video["mode"], video["media_type"], video["file_name"], video["action"]) == ("policy", None, None, None)
     actions = GeneratedActions(np.ones((1, 1), np.float32), "av", 1, False).as_json()
@@ -196,7 +196,7 @@ def test_cancelling_a_running_job_stops_its_runner(api: Api) -> None:
 
 @pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])
 def test_deleting_a_job_removes_its_files(state: str, api: Api) -> None:
-    video = api.create({"prompt": "a", "image": png_url()})
+    video = api.create({"prompt": "a", "image": data_url(RED_PNG)})
     job = api.store.get(video["id"])
     media_id = ""
     if state != "queued":
@@ -218,7 +218,7 @@ def test_deleting_a_job_removes_its_files(state: str, api: Api) -> None:
 @pytest.mark.parametrize("state", ["queued", "failed", "completed"])
 @pytest.mark.parametrize("as_form", [False, True])
 def test_a_remix_changes_only_the_prompt(state: str, as_form: bool, api: Api) -> None:
-    body = {"prompt": "a cat", "image": png_url(), "seed": 9, "num_frames": 5, "size": "32x32", "user": "me"}
+    body = {"prompt": "a cat", "image": data_url(RED_PNG), "seed": 9, "num_frames": 5, "size": "32x32", "user": "me"}
     video = api.create({**body, "service_class": "batch", "previews": 3})
     if state != "queued":
         job = api.claim()
@@ -402,14 +402,3 @@ def test_states_of_jobs_are_those_of_openai(api: Api) -> None:
         assert video["status"] in ("queued", "in_progress", "completed", "failed")
         assert (video["error"] is not None) == (video["status"] == "failed")
         assert (video["progress"] == 100) == (video["status"] == "completed")
-
-
-def png_url() -> str:
-    import base64
-    import io
-
-    import PIL.Image
-
-    stream = io.BytesIO()
-    PIL.Image.new("RGB", (32, 32), (200, 30, 30)).save(stream, "png")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

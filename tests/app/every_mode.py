@@ -12,9 +12,8 @@ import numpy as np
 from cosmos3_core.conditioning.modes import MODES
 from cosmos3_core.request import GenerationRequest
 from deployments.clients.http_transport import make_body
-from tests.api.known_jobs import mp4
 from tests.core_reference import Reference
-from tests.mode_inputs import MINIMAL
+from tests.mode_inputs import MINIMAL, mp4
 
 
 def check_mode(mode: str, app: Any, reference: Reference) -> None:

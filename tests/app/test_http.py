@@ -22,13 +22,12 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.errors import RequestError
 from cosmos3_core.generate import GenerationResult
-from cosmos3_core.media.image import write_image
-from cosmos3_core.media.writer import ClipFormat, open_writer
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import find_offered_modes, resolve
 from deployments.jobs.keys import KeyStore, NewKey
 from deployments.launch.http_client import save_video
 from deployments.messages import Finished
+from tests import mode_inputs
 from tests.settling import eventually
 
 Reference = Callable[[GenerationRequest], GenerationResult]
@@ -85,23 +84,17 @@ def head_of(app: Any) -> str:
 @pytest.fixture(scope="module")
 def png() -> bytes:
     """A picture of another aspect ratio than GOOD's."""
-    stream = io.BytesIO()
-    write_image(stream, np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8), "png")
-    return stream.getvalue()
+    return mode_inputs.png(np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def mp4() -> bytes:
     """Nine frames of noise."""
-    stream = io.BytesIO()
-    with open_writer(stream, ClipFormat("mp4", height=48, width=64, fps=24)) as writer:
-        writer.write(np.random.default_rng(1).integers(0, 256, (9, 48, 64, 3), np.uint8))
-        writer.close()
-    return stream.getvalue()
+    return mode_inputs.mp4(np.random.default_rng(1).integers(0, 256, (9, 48, 64, 3), np.uint8))
 
 
 def url_of(data: bytes) -> str:
-    return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+    return mode_inputs.data_url(data, "application/octet-stream")
 
 
 BAD_VALUES: list[dict[str, Any]] = [

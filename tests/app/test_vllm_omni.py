@@ -15,7 +15,7 @@ import pytest
 
 from cosmos3_core.generate import GenerationResult
 from cosmos3_core.request import GenerationRequest
-from tests.api import known_jobs
+from tests import mode_inputs
 from tests.mode_inputs import ACTIONS
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,12 +60,12 @@ ARM_MEANT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def png() -> bytes:
-    return known_jobs.png()
+    return mode_inputs.png()
 
 
 @pytest.fixture(scope="module")
 def mp4() -> bytes:
-    return known_jobs.mp4()
+    return mode_inputs.mp4()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
@@ -15,6 +14,7 @@ from deployments.director import previews as previews_module
 from deployments.director.previews import Previews
 from deployments.messages import RequestContext
 from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
+from tests.serve_fakes import Response
 from tests.settling import run, settle
 
 MAP = PreviewMap(((0.1, 0.2, 0.3),), (0.0, 0.0, 0.0))
@@ -29,22 +29,16 @@ class FakeVAE:
         self.may_answer = asyncio.Event()
         self.preview_map = self
 
-    def remote(self, context: RequestContext) -> FakeVAE:
+    def remote(self, context: RequestContext) -> Response:
         assert context.remaining_s("previews") > 60
         self.calls.append(context)
-        return self
+        return Response(self._answer())
 
-    async def _to_object_ref_gen(self) -> AsyncIterator[Any]:
-        async def refs() -> AsyncIterator[Any]:
-            await self.may_answer.wait()
-            if self.failures:
-                raise self.failures.pop(0)
-            yield asyncio.sleep(0, MAP)
-
-        return refs()
-
-    def cancel(self) -> None:
-        pass
+    async def _answer(self) -> AsyncIterator[PreviewMap]:
+        await self.may_answer.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        yield MAP
 
 
 def test_concurrent_requests_share_one_fetch_of_the_map() -> None:
@@ -102,7 +96,7 @@ def test_the_fetch_outlives_the_request_that_started_it() -> None:
     request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
 
     class Looking(FakeVAE):
-        def remote(self, context: RequestContext) -> FakeVAE:
+        def remote(self, context: RequestContext) -> Response:
             seen.append(request.get("none"))
             return super().remote(context)
 

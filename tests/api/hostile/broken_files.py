@@ -18,8 +18,7 @@ import numpy as np
 import PIL.Image
 
 from tests.api.hostile.broken_bodies import JSON, MULTIPART, form, part
-from tests.api.known_jobs import mp4
-from tests.mode_inputs import CLIP, IMAGE
+from tests.mode_inputs import CLIP, IMAGE, data_url, mp4
 
 
 def stills() -> dict[str, bytes]:
@@ -214,10 +213,6 @@ def damage_one(files: Mapping[str, bytes], rng: random.Random) -> tuple[str, byt
         case _:
             del data[where : where + rng.choice((1, 4, 100))]
     return name, bytes(data)
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def make_body(data: bytes, field: str, name: str, *, is_json: bool) -> tuple[str, bytes]:

@@ -16,7 +16,7 @@ from tests.api.hostile import broken_bodies, broken_files
 from tests.api.hostile.broken_bodies import JSON, MULTIPART, Body
 from tests.api.hostile.byte_api import Sent
 from tests.api.hostile.lure_watch import Watch
-from tests.api.known_jobs import png
+from tests.mode_inputs import png
 
 IMAGE_FIELDS = ("image", "image_reference", "input_reference", "input_references")
 
