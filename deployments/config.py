@@ -111,7 +111,7 @@ class JobsConfig(Strict):
     max_running_videos: int = Field(16, ge=1, description="per Director")
     max_queued: int = Field(256, ge=1, description="of all keys and classes together")
     max_queued_per_key: int = Field(64, ge=1, description="bound of a key that sets none")
-    max_running_per_key: int | None = Field(None, ge=1, description="bound of a key that sets none, per lane; null: no bound")
+    max_running_per_key: int | None = Field(None, ge=1, description="per lane, of a key that sets none; null: no bound")
     classes: dict[_Name, float] = Field(
         default_factory=lambda: {"interactive": 8.0, DEFAULT_CLASS: 4.0, "batch": 1.0},
         description="class -> its share of the work while other classes wait as well",
