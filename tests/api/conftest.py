@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import pytest
 from cosmos3_core.checkpoint.layout import CheckpointLayout
 from deployments.jobs.store import JobStore
 from tests.api.fake_service import Api
+
+SEED = "COSMOS3_TEST_SEED"
+"""The variable that repeats a run of the long tier."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +56,11 @@ def api(make_api: Callable[..., Api]) -> Api:
     return make_api()
 
 
+@pytest.fixture
+def keyed_api(make_api: Callable[..., Api]) -> Api:
+    return make_api(needs_keys=True)
+
+
 @pytest.fixture(scope="module")
 def shared_api(
     tmp_path_factory: pytest.TempPathFactory, empty_database: Path, layout: CheckpointLayout
@@ -60,3 +70,11 @@ def shared_api(
     yield api
     assert api.store.list("", after=None, limit=1, is_ascending=True).jobs == ()
     api.close()
+
+
+@pytest.fixture
+def seed() -> int:
+    """Draw the seed of a long run, or take that of the run to repeat."""
+    seed = int(os.environ.get(SEED, random.SystemRandom().randrange(2**32)))
+    print(f"{SEED}={seed} repeats this")
+    return seed

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,29 @@ from deployments.jobs.cost import CostModel
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.jobs.queue import ClaimRequest
 from deployments.jobs.service import JobService
-from deployments.jobs.store import JobStore, Lease
+from deployments.jobs.store import JobStore
 from deployments.media.job_files import JobFiles
 from deployments.media.layout import new_media_id
 from deployments.media.store import MediaEntry, MediaStore
 from deployments.messages import Accepted, FileStarted, Finished, RequestContext
 from deployments.served_model import Model
 from tests.api.documented import ApiDocument
+from tests.jobs.making import make_lease
 from tests.serve_fakes import Method
 
 MODEL = "nano"
+UNKNOWN = "video_gen_" + "0" * 32
+ID_ROUTES = [
+    ("GET", ""),
+    ("DELETE", ""),
+    ("POST", "/cancel"),
+    ("POST", "/remix"),
+    ("GET", "/content"),
+    ("HEAD", "/content"),
+    ("GET", "/content?variant=thumbnail"),
+    ("GET", "/content?variant=action"),
+    ("GET", "/events"),
+]
 DEADLINE_S = 60.0
 CLASSES = {"interactive": 8.0, "standard": 4.0, "batch": 1.0}
 LIMITS = JobsConfig(max_queued=20, max_queued_per_key=2, classes=CLASSES, lease_s=1000.0)
@@ -266,13 +279,13 @@ class Api:
     def step(self, job: Job, step: int, sigma: float = 0.5) -> None:
         data = {"step": step, "num_steps": job.num_steps, "sigma": sigma, "eta_s": 1.0, "step_s": 0.1, "pid": 7}
         self.store.record(
-            lease_of(job), Progress(step=step, sigma=sigma, step_s=0.1, stage="denoising"), [("step", data)]
+            make_lease(job), Progress(step=step, sigma=sigma, step_s=0.1, stage="denoising"), [("step", data)]
         )
 
     def begin_file(self, job: Job, *, is_live: bool = True) -> MediaEntry:
         media_id = new_media_id(job.job_id)
         entry = self.media.create(media_id, "video/mp4", ".mp4", is_live=is_live)
-        self.store.record(lease_of(job), Progress(media_id=media_id), [("file", {"media_type": "video/mp4"})])
+        self.store.record(make_lease(job), Progress(media_id=media_id), [("file", {"media_type": "video/mp4"})])
         return entry
 
     def complete(self, job: Job, data: bytes | None = b"finished", actions: Any = None) -> Job:
@@ -288,19 +301,34 @@ class Api:
             "inference_time_s": 2.0,
             "actions": actions,
         }
-        return self.store.finish(lease_of(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
+        return self.store.finish(make_lease(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
 
     def fail(self, job: Job) -> Job:
         outcome = Outcome(JobState.FAILED, error_code="stage_failed", error_message="it broke")
-        return self.store.finish(lease_of(job), outcome, keep_media_s=100.0)
+        return self.store.finish(make_lease(job), outcome, keep_media_s=100.0)
 
     def close(self) -> None:
         self.runner.close()
         self.store.close()
 
 
-def lease_of(job: Job) -> Lease:
-    return Lease(job.job_id, job.lease)
+def make_scope(method: str, target: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> dict[str, Any]:
+    """Make the ASGI scope of a request to the host ``cosmos3``; the path is used as it is."""
+    path, _, query = target.partition("?")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode("utf-8", "surrogateescape"),
+        "root_path": "",
+        "query_string": query.encode("latin-1"),
+        "headers": [(b"host", b"cosmos3"), *((name.lower(), value) for name, value in headers)],
+        "client": ("127.0.0.1", 1),
+        "server": ("cosmos3", 80),
+    }
 
 
 class Follower:
@@ -314,20 +342,8 @@ class Follower:
         self._task: asyncio.Task[None] | None = None
 
     async def begin(self) -> Follower:
-        path, _, query = self._path.partition("?")
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "method": "GET",
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": query.encode(),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in self._headers.items()],
-            "server": ("cosmos3", 80),
-        }
+        headers = tuple((name.encode(), value.encode()) for name, value in self._headers.items())
+        scope = make_scope("GET", self._path, headers)
         self._task = asyncio.create_task(self._api.app(scope, self._receive, self._send))
         while not self.status:
             await self._next()

@@ -9,11 +9,11 @@ from cosmos3_core.request import GenerationRequest
 from deployments.jobs.job import Job, JobState, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.jobs.queue import ClaimRequest
 from deployments.media.layout import new_media_id
-from tests.api.fake_service import MODEL, lease_of
+from tests.api.fake_service import MODEL, UNKNOWN
 from tests.api.hostile.byte_api import LIMITS, ByteApi
+from tests.jobs.making import make_lease
 from tests.mode_inputs import mp4, png
 
-UNKNOWN = "video_gen_" + "0" * 32
 _ACTIONS = {
     "data": [[0.0, 1.0]],
     "shape": [1, 2],
@@ -77,7 +77,7 @@ class KnownJobs:
         assert claimed is not None
         assert claimed.job_id == job.job_id
         step = {"step": 1, "num_steps": 2, "sigma": 0.5, "eta_s": 1.0, "step_s": 0.1, "pid": 7}
-        store.record(lease_of(claimed), Progress(step=1, sigma=0.5, step_s=0.1, stage="denoising"), [("step", step)])
+        store.record(make_lease(claimed), Progress(step=1, sigma=0.5, step_s=0.1, stage="denoising"), [("step", step)])
         return claimed
 
     def _run_live(self) -> Job:
@@ -93,7 +93,7 @@ class KnownJobs:
         if data:
             media_id, media_type = new_media_id(job.job_id), "image/png" if suffix == ".png" else "video/mp4"
             entry = media.create(media_id, media_type, suffix, is_live=False)
-            self._api.store.record(lease_of(job), Progress(media_id=media_id), [])
+            self._api.store.record(make_lease(job), Progress(media_id=media_id), [])
             entry.path.write_bytes(data)
             entry.finish()
         result = {
@@ -104,7 +104,7 @@ class KnownJobs:
             "inference_time_s": 2.0,
             "actions": None if data else _ACTIONS,
         }
-        return self._api.store.finish(lease_of(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
+        return self._api.store.finish(make_lease(job), Outcome(JobState.COMPLETED, result), keep_media_s=100.0)
 
     def _expire(self) -> Job:
         job = self._complete(".mp4", self._mp4)
@@ -113,4 +113,4 @@ class KnownJobs:
 
     def _end(self, state: JobState, code: str) -> Job:
         outcome = Outcome(state, error_code=code, error_message="it broke")
-        return self._api.store.finish(lease_of(self._run()), outcome, keep_media_s=100.0)
+        return self._api.store.finish(make_lease(self._run()), outcome, keep_media_s=100.0)

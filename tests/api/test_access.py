@@ -17,9 +17,9 @@ from deployments.api.service import Service
 from deployments.config import AppConfig, AuthConfig, HttpConfig, JobsConfig, MediaConfig
 from deployments.errors import JobsError
 from deployments.jobs.keys import KeyLimits, KeyStore, NewKey
-from tests.api.fake_service import Api, FakeReadiness
+from tests.api.fake_service import ID_ROUTES, UNKNOWN, Api, FakeReadiness
 
-VIDEO = "/v1/videos/video_gen_" + "0" * 32
+VIDEO = f"/v1/videos/{UNKNOWN}"
 CALLS = [
     ("POST", "/v1/videos"),
     ("POST", "/v1/videos/sync"),
@@ -37,11 +37,6 @@ CALLS = [
     ("GET", "/v1/nothing"),
     ("PATCH", "/v1/videos"),
 ]
-
-
-@pytest.fixture
-def keyed_api(make_api: Callable[..., Api]) -> Api:
-    return make_api(needs_keys=True)
 
 
 def key_of(api: Api, name: str = "a", **more: Any) -> dict[str, str]:
@@ -101,31 +96,38 @@ def test_a_key_outside_the_authorization_header_is_ignored(keyed_api: Api) -> No
     assert keyed_api.get("/v1/models", headers=twice).status_code == 401
 
 
-def test_another_keys_job_is_not_found(keyed_api: Api) -> None:
+@pytest.mark.parametrize("state", ["queued", "in_progress", "completed", "failed"])
+def test_another_keys_job_is_not_found(state: str, keyed_api: Api) -> None:
     mine, theirs = key_of(keyed_api, "a"), key_of(keyed_api, "b")
-    video = keyed_api.create({"prompt": "a"}, headers=mine)
-    api = f"/v1/videos/{video['id']}"
-    for method, path in (
-        ("GET", api),
-        ("DELETE", api),
-        ("POST", f"{api}/cancel"),
-        ("POST", f"{api}/remix"),
-        ("GET", f"{api}/content"),
-        ("GET", f"{api}/content?variant=action"),
-        ("GET", f"{api}/events"),
-    ):
-        more = {"json": {"prompt": "b"}} if "remix" in path else {}
-        error = keyed_api.expect_refusal(method, path, 404, headers=theirs, **more)
-        assert error == keyed_api.expect_refusal(
-            method, path.replace(video["id"], VIDEO[11:]), 404, headers=theirs, **more
-        )
-        assert error["code"] == "not_found"
+    video = keyed_api.create(headers=mine)
+    if state != "queued":
+        job = keyed_api.claim()
+        if state == "completed":
+            keyed_api.complete(job)
+        if state == "failed":
+            keyed_api.fail(job)
+    for method, rest in ID_ROUTES:
+        asked: dict[str, Any] = {"headers": theirs, **({"json": {"prompt": "a"}} if rest == "/remix" else {})}
+        answers = [
+            keyed_api.send(method, f"/v1/videos/{video_id}{rest}", **asked) for video_id in (video["id"], UNKNOWN)
+        ]
+        assert [answer.status_code for answer in answers] == [404, 404]
+        assert method == "HEAD" or answers[0].json()["error"]["code"] == "not_found"
+        assert answers[0].content == answers[1].content, "theirs and none are the same"
+        assert dict(answers[0].headers) == dict(answers[1].headers)
     assert keyed_api.get("/v1/videos", headers=theirs).json()["data"] == []
     assert keyed_api.expect_refusal("GET", f"/v1/videos?after={video['id']}", 422, headers=theirs)["param"] == "after"
-    assert keyed_api.get(api, headers=mine).json()["status"] == "queued", "it was touched by nobody"
-    both = {"Idempotency-Key": "same"}
-    first = keyed_api.create({"prompt": "a"}, headers={**mine, **both})
-    assert keyed_api.create({"prompt": "b"}, headers={**theirs, **both})["id"] != first["id"]
+    assert keyed_api.get(f"/v1/videos/{video['id']}", headers=mine).json()["status"] == state, (
+        "it was touched by nobody"
+    )
+
+
+def test_each_key_has_its_own_idempotency_keys(keyed_api: Api) -> None:
+    first, second = (
+        keyed_api.create({"prompt": prompt}, headers={**key_of(keyed_api, prompt), "Idempotency-Key": "same"})
+        for prompt in "ab"
+    )
+    assert first["id"] != second["id"]
 
 
 def test_without_auth_jobs_of_keys_are_not_found(keyed_api: Api) -> None:

@@ -51,10 +51,10 @@ from deployments.failures import explain_failure
 from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions
 from deployments.media.layout import new_media_id
-from tests.api.fake_service import MODEL, Api, Follower, lease_of
+from tests.api.fake_service import MODEL, UNKNOWN, Api, Follower
 from tests.api.golden import Golden, answer_as_json
-from tests.api.known_jobs import UNKNOWN
 from tests.clock import Clock
+from tests.jobs.making import make_lease
 from tests.mode_inputs import RED_PNG, data_url, png
 
 _SMALL = {"prompt": "a cat", "size": "64x32", "seed": 5, "num_inference_steps": 10}
@@ -166,7 +166,7 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
 
     video = api.create(_SMALL)
     outcome = Outcome(JobState.FAILED)
-    api.store.finish(lease_of(api.claim()), outcome, keep_media_s=100.0)
+    api.store.finish(make_lease(api.claim()), outcome, keep_media_s=100.0)
     yield "failed without a reason", _fetch(api, clock, video)
     video = api.create(_SMALL)
     yield "cancelled while it waited", api.post(f"/v1/videos/{video['id']}/cancel")
@@ -176,7 +176,7 @@ def _videos(api: Api, clock: Clock) -> Iterator[tuple[str, httpx2.Response]]:
     job = api.claim()
     yield "being cancelled", api.post(f"/v1/videos/{video['id']}/cancel")
     outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message="it was cancelled")
-    api.store.finish(lease_of(job), outcome, keep_media_s=100.0)
+    api.store.finish(make_lease(job), outcome, keep_media_s=100.0)
     yield "cancelled while it ran", _fetch(api, clock, video)
 
     image = {"prompt": "a cat", "mode": "text_to_image", "size": "32x32"}
@@ -218,7 +218,7 @@ def _fetch(api: Api, clock: Clock, video: dict[str, Any]) -> httpx2.Response:
 
 
 def _record(api: Api, job: Job, **changes: Any) -> None:
-    api.store.record(lease_of(job), Progress(**changes), [])
+    api.store.record(make_lease(job), Progress(**changes), [])
 
 
 def _complete(api: Api, job: Job, media_type: str, suffix: str) -> None:
@@ -230,7 +230,7 @@ def _complete(api: Api, job: Job, media_type: str, suffix: str) -> None:
     entry.finish()
     finished = _make_finished(job, media_id, None)
     outcome = Outcome(JobState.COMPLETED, recorder.result_of(finished))
-    api.store.finish(lease_of(job), outcome, keep_media_s=100.0)
+    api.store.finish(make_lease(job), outcome, keep_media_s=100.0)
 
 
 def _make_finished(job: Job, media_id: str, actions: GeneratedActions | None) -> messages.Finished:

@@ -14,7 +14,8 @@ from deployments.api import job_events
 from deployments.errors import JobsError
 from deployments.jobs import feed as feeds
 from deployments.jobs.job import Progress
-from tests.api.fake_service import Api, Follower, lease_of
+from tests.api.fake_service import Api, Follower
+from tests.jobs.making import make_lease
 
 
 def events_of(body: bytes) -> list[tuple[int, str, dict[str, Any]]]:
@@ -103,7 +104,7 @@ def test_events_are_sent_as_they_happen(api: Api) -> None:
             api.step(job, step, 1 - step / 3)
             body = await follower.until(b'"step": %d' % step)
         assert events_of(body)[-1][2]["pid"] == 7
-        api.store.record(lease_of(job), Progress(), [("preview", {"step": 3, "b64_json": "AAAA"})])
+        api.store.record(make_lease(job), Progress(), [("preview", {"step": 3, "b64_json": "AAAA"})])
         assert events_of(await follower.until(b"event: preview"))[-1][2]["b64_json"] == "AAAA"
         api.complete(job, None)
         body = await follower.to_its_end()

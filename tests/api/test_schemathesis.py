@@ -8,8 +8,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import os
-import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,9 +30,6 @@ from tests.api.fake_service import Api
 from tests.api.generated_cases import EVENTS, MODES, CaseSender, encode_case, files, iterate_bounds, make_chains
 from tests.api.hostile.byte_api import ByteApi, Sent, call_app
 from tests.api.known_jobs import KnownJobs
-
-SEED = "COSMOS3_TEST_SEED"
-"""The variable that repeats a run of the long tier."""
 
 _ONE = "/v1/videos/{video_id}"
 MAKING = tuple(f"POST {endpoint}" for endpoint in Endpoint)
@@ -176,13 +171,6 @@ def test_without_a_key_every_operation_is_refused(sender: CaseSender, make_api: 
             assert answer.status_code == (200 if operation.path in OPEN_PATHS else 401), label
             keyed_api.documented.check(answer)
     assert keyed_api.director.submitted == []
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = int(os.environ.get(SEED, random.SystemRandom().randrange(2**32)))
-    print(f"{SEED}={seed} repeats this")
-    return seed
 
 
 @pytest.mark.slow

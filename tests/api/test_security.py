@@ -19,22 +19,10 @@ from deployments.api.remote_media import RemoteMediaFetcher
 from deployments.api.remote_url import is_public
 from deployments.config import RemoteMediaConfig
 from deployments.jobs.keys import NewKey
-from tests.api.fake_service import Api
+from tests.api.fake_service import ID_ROUTES, UNKNOWN, Api, make_scope
 from tests.mode_inputs import IMAGE, RED_PNG, png
 
 MARK = "mark-of-a-client"
-UNKNOWN = "video_gen_" + "0" * 32
-ID_ROUTES = [
-    ("GET", ""),
-    ("DELETE", ""),
-    ("POST", "/cancel"),
-    ("POST", "/remix"),
-    ("GET", "/content"),
-    ("HEAD", "/content"),
-    ("GET", "/content?variant=thumbnail"),
-    ("GET", "/content?variant=action"),
-    ("GET", "/events"),
-]
 POSTS = ["/v1/videos", "/v1/videos/sync", "/v1/images/generations"]
 
 
@@ -82,20 +70,7 @@ def test_the_watch_on_files_sees_an_access(tmp_path: Path) -> None:
 def raw(api: Api, method: str, path: str, headers: tuple[tuple[bytes, bytes], ...] = (), body: bytes = b"{}") -> Any:
     """GET a path unchanged, which clients would normalise; return (status, text)."""
     came: dict[str, Any] = {"status": 0, "body": b""}
-    path, _, query = path.partition("?")
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": method,
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode("utf-8", "surrogateescape"),
-        "root_path": "",
-        "query_string": query.encode(),
-        "headers": [(b"host", b"cosmos3"), (b"content-type", b"application/json"), *headers],
-        "server": ("cosmos3", 80),
-    }
+    scope = make_scope(method, path, ((b"content-type", b"application/json"), *headers))
 
     async def receive() -> Any:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -397,11 +372,6 @@ def test_an_image_bomb_is_refused_by_its_header(shared_api: Api) -> None:
 # Key guessing
 
 
-@pytest.fixture
-def keyed_api(make_api: Callable[..., Api]) -> Api:
-    return make_api(needs_keys=True)
-
-
 def key_text(api: Api, name: str = "a") -> str:
     return api.store.keys.create(NewKey(name=name))[1]
 
@@ -473,31 +443,6 @@ def test_no_answer_or_log_contains_a_key(keyed_api: Api, caplog: pytest.LogCaptu
     secret = text[20:]
     assert not any(secret in answer.text or secret in str(answer.headers) for answer in answers)
     assert secret not in caplog.text
-
-
-# Another key's jobs
-
-
-@pytest.mark.parametrize("state", ["queued", "in_progress", "completed", "failed"])
-def test_another_keys_job_ids_are_not_found(state: str, keyed_api: Api) -> None:
-    mine, theirs = ({"authorization": f"Bearer {key_text(keyed_api, name)}"} for name in "ab")
-    video = keyed_api.create(headers=mine)
-    if state != "queued":
-        job = keyed_api.claim()
-        if state == "completed":
-            keyed_api.complete(job)
-        if state == "failed":
-            keyed_api.fail(job)
-    for method, rest in ID_ROUTES:
-        asked: dict[str, Any] = {"headers": theirs, **({"json": {"prompt": "a"}} if rest == "/remix" else {})}
-        answers = [
-            keyed_api.send(method, f"/v1/videos/{video_id}{rest}", **asked) for video_id in (video["id"], UNKNOWN)
-        ]
-        assert [answer.status_code for answer in answers] == [404, 404]
-        assert answers[0].content == answers[1].content, "theirs and none are the same"
-        assert dict(answers[0].headers) == dict(answers[1].headers)
-    assert video["id"] not in keyed_api.get("/v1/videos", headers=theirs).text
-    assert keyed_api.get(f"/v1/videos/{video['id']}", headers=mine).json()["status"] == state
 
 
 # SSRF

@@ -14,10 +14,9 @@ from cluster.errors import OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.actions import GeneratedActions
 from deployments.errors import JobsError
 from deployments.jobs.job import JobState
-from tests.api.fake_service import Api, UnlookedPrompts, lease_of
+from tests.api.fake_service import UNKNOWN, Api, UnlookedPrompts
+from tests.jobs.making import make_lease
 from tests.mode_inputs import RED_PNG, data_url, png
-
-UNKNOWN = "video_gen_" + "0" * 32
 
 
 def test_a_request_becomes_a_job(api: Api) -> None:
@@ -191,7 +190,7 @@ def test_cancelling_a_running_job_stops_its_runner(api: Api) -> None:
     video = api.create()
     job = api.claim()
     assert api.post(f"/v1/videos/{video['id']}/cancel").json()["status"] == "in_progress"
-    assert api.store.renew("runner", [lease_of(job)], 100.0) == (set(), {job.job_id})
+    assert api.store.renew("runner", [make_lease(job)], 100.0) == (set(), {job.job_id})
 
 
 @pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])
@@ -212,7 +211,7 @@ def test_deleting_a_job_removes_its_files(state: str, api: Api) -> None:
     assert not api.files.exists(video["id"], "image")
     assert not media_id or api.media.find(media_id) is None
     if state == "in_progress":
-        assert api.store.renew("runner", [lease_of(job)], 100.0) == ({video["id"]}, set())
+        assert api.store.renew("runner", [make_lease(job)], 100.0) == ({video["id"]}, set())
 
 
 @pytest.mark.parametrize("state", ["queued", "failed", "completed"])

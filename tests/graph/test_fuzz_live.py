@@ -24,13 +24,13 @@ from cosmos3_core.request import GenerationRequest
 from deployments import messages
 from deployments.api.fields import Endpoint
 from deployments.api.media_fields import MEDIA
+from tests.api.fake_service import UNKNOWN
 from tests.api.generated_cases import CaseSender, iterate_bounds
 from tests.api.hostile import broken_bodies, broken_files
 from tests.api.hostile.byte_api import Sent
 from tests.api.hostile.fuzzing import IMAGE_FIELDS, Fuzz, select_large, select_small
 from tests.api.hostile.lure_watch import Watch
 from tests.api.hostile.safe_answers import ForbiddenWords
-from tests.api.known_jobs import UNKNOWN
 from tests.api.process_memory import MIB, ProcessMemory
 from tests.graph.raw_http import LiveApi
 from tests.graph.test_jobs import replica_pids

@@ -20,7 +20,7 @@ from cosmos3_core.media.child_reader import read_clip_in_child
 from cosmos3_core.media.kinds import STILL, kind_of
 from deployments.config import JobsConfig
 from deployments.jobs.job import Job
-from tests.api.fake_service import CLASSES, Api
+from tests.api.fake_service import CLASSES, Api, make_scope
 from tests.api.hostile.safe_answers import ForbiddenWords
 
 LIMITS = JobsConfig(max_queued=100_000, max_queued_per_key=100_000, classes=CLASSES, lease_s=1e6)
@@ -115,21 +115,8 @@ class ByteApi(Api):
 
 async def call_app(app: Any, sent: Sent) -> httpx2.Response:
     """Call an application; hang up when its answer stops."""
-    path, _, query = sent.target.partition("?")
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": sent.method,
-        "scheme": "http",
-        "path": urllib.parse.unquote(path),
-        "raw_path": path.encode("latin-1"),
-        "root_path": "",
-        "query_string": query.encode("latin-1"),
-        "headers": [(b"host", b"cosmos3"), *((name.lower(), value) for name, value in sent.headers)],
-        "client": ("127.0.0.1", 1),
-        "server": ("cosmos3", 80),
-    }
+    scope = make_scope(sent.method, sent.target, sent.headers)
+    scope["path"] = urllib.parse.unquote(scope["path"])
     status, headers, body = 0, [], bytearray()
     pieces, came, gone = list(sent.body or (b"",)), asyncio.Event(), asyncio.Event()
 

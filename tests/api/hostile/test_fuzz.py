@@ -9,7 +9,6 @@ import gc
 import io
 import itertools
 import json
-import os
 import random
 import re
 import socket
@@ -28,9 +27,6 @@ from tests.api.hostile.byte_api import ByteApi, Sent
 from tests.api.hostile.fuzzing import IMAGE_FIELDS, Fuzz, select_large, select_small
 from tests.api.hostile.lure_watch import Watch
 from tests.api.process_memory import MIB, ProcessMemory
-
-SEED = "COSMOS3_TEST_SEED"
-"""The variable that repeats a run of the long tier."""
 
 _MAX_BODY_BYTES = 16 * MIB
 # Bounds for this process: what one body of the largest size may take while it is read, and what all may leave, which
@@ -195,9 +191,7 @@ def test_files_that_refer_to_others_lead_nowhere(fuzz: Fuzz) -> None:
 
 
 @pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get(SEED, random.SystemRandom().randrange(2**32)))
-    print(f"{SEED}={seed} repeats this")
+def rng(seed: int) -> random.Random:
     return random.Random(seed)
 
 
