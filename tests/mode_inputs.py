@@ -1,4 +1,4 @@
-"""What each mode cannot do without, and nothing else; tiny media to go with it."""
+"""The fields that each mode needs, and no other; tiny media for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cosmos3_core.media.writer import ClipFormat, open_writer
 
 
 def moving_clip(num_frames: int, height: int, width: int) -> np.ndarray[Any, Any]:
-    """Smooth and different everywhere: uint8 [F, Y, X, 3]."""
+    """Make a clip that is smooth and different everywhere: uint8 [F, Y, X, 3]."""
     frame, row, column = np.mgrid[:num_frames, :height, :width]
     waves = [np.sin((column + 3 * frame) / 9), np.cos((row - 2 * frame) / 7), np.sin((row + column) / 15 + frame / 3)]
     return (127.5 + 127.5 * np.stack(waves, axis=-1)).round().astype(np.uint8)

@@ -61,5 +61,5 @@ async def content_answer(
 async def variant_answer(
     store: MediaStore, media_id: str, variant: str, method: str, headers: Mapping[str, str]
 ) -> Response:
-    """The same of something that is made of the file."""
+    """The same for a variant, which is made of the file."""
     return await content_answer(store, media_id, method, headers, variant)

@@ -350,7 +350,7 @@ class Follower:
         return self
 
     async def until(self, text: bytes) -> bytes:
-        """Return everything received, once it contains ``piece``."""
+        """Return everything received, once it contains ``text``."""
         while text not in self.body:
             await self._next()
         return self.body

@@ -278,7 +278,7 @@ def test_an_ingress_requires_a_key_or_its_own_host_name(
     tiny_nano: Path,
     tmp_path: Path,
 ) -> None:
-    """Unless the operator opens the app to everyone who reaches the port."""
+    """The operator can open the app to everyone who reaches the port."""
     database = tmp_path / "jobs.sqlite3"
     shutil.copy(empty_database, database)
     config = AppConfig(

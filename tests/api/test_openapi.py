@@ -184,7 +184,7 @@ def test_schemas_agree_with_the_api_on_valid_and_invalid_bodies(documented: ApiD
 def test_schemas_accept_vllm_omnis_requests(
     form: dict[str, Any], mode: str, expected: dict[str, Any], documented: ApiDocument
 ) -> None:
-    """As JSON bodies, in which numbers are numbers."""
+    """The forms are sent as JSON bodies, in which numbers are numbers."""
     model = BODIES[Endpoint.VIDEOS]
     body = {
         name: model.type_of(name).read(name, FormText(value)) if name in model.model_fields else value

@@ -103,7 +103,7 @@ def test_a_video_is_created_followed_saved_and_deleted(api: Api, client: Cosmos3
     assert (ended.video.status, ended.video.progress, ended.video.media_type) == ("completed", 100, "video/mp4")
     assert ended.video == client.wait(video.id) == client.retrieve(video.id)
     assert ended.seq is not None
-    assert list(client.events(video.id, ended.seq)) == [], "all was told"
+    assert list(client.events(video.id, ended.seq)) == [], "there is none after the last one"
     assert b"".join(client.content(video.id)) == b"finished" * 1000
 
     again = client.remix(video.id, "A blue car.", request_id="mine")

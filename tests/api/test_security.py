@@ -464,7 +464,7 @@ URLS = [
 
 @pytest.mark.parametrize("is_on", [False, True])
 def test_urls_of_internal_hosts_are_never_fetched(is_on: bool, api: Api) -> None:
-    """With remote media off, and with some hosts listed."""
+    """Remote media are off, or on with some hosts listed."""
     asked: list[str] = []
 
     def resolve(host: str, port: int) -> list[str]:

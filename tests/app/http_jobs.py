@@ -1,4 +1,4 @@
-"""Jobs over HTTP, on Ray or in process: made, waited for and followed."""
+"""Jobs over HTTP, on Ray or in process: create, wait, follow."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class OldRun:
 
 @pytest.fixture(params=["directory", "archive"])
 def run(request: pytest.FixtureRequest) -> str:
-    """With an archive, or without."""
+    """The run that had an archive, or the one without."""
     return str(request.param)
 
 
@@ -324,7 +324,7 @@ def test_while_an_earlier_director_runs_a_job_nothing_is_touched(old_run: OldRun
 def test_files_are_served_where_the_directory_was_lost(
     run: str, unpacked: Path, loop: Loop, tiny_nano: Path, tmp_path: Path
 ) -> None:
-    """On a new machine with the same archive; without one they have expired."""
+    """A new machine has the same archive; without one the files have expired."""
     place = tmp_path / run
     shutil.copytree(unpacked / run, place)
     for folder in (place / "media").iterdir():

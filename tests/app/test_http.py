@@ -223,7 +223,7 @@ def test_a_huge_body_is_refused_while_it_is_being_read(small_app: Any) -> None:
 
 
 def test_bodies_together_are_bounded(small_app: Any) -> None:
-    """While one is being sent, another that does not fit beside it is refused unread."""
+    """A body that does not fit beside one that is being sent is refused unread."""
     host, port = small_app.url.split("/")[2].split(":")
     large = {**GOOD, "seed": -1, "extra_params": {}, "prompt": "a" + " " * 900_000}
     with socket.create_connection((host, int(port)), timeout=60) as slow:

@@ -137,7 +137,7 @@ def test_sync_sends_the_headers_of_vllm_omni(http: httpx2.Client, reference: Ref
 
 @pytest.mark.parametrize("mode", ["policy", "forward_dynamics", "inverse_dynamics"])
 def test_actions(mode: str, http: httpx2.Client, reference: Reference, png: bytes, mp4: bytes) -> None:
-    """Without num_frames, which fails in vLLM-Omni. The actions are at the top of the job's object."""
+    """The request has no num_frames, which fails in vLLM-Omni. The actions are at the top of the job's object."""
     extra: dict[str, Any] = {**ARM, "action_mode": mode}
     meant: dict[str, Any] = {**ARM_MEANT, "mode": mode, "prompt": "Pick up the cup."}
     given = [[*row, 0.5] for row in ACTIONS[:4]]

@@ -43,7 +43,7 @@ def test_aliases_have_their_published_names(stored: str, published: str | None) 
 
 
 def test_published_names_are_left_alone() -> None:
-    """In all components: the VAEs' files pass through the same table."""
+    """This holds for all components: the VAEs' files pass through the same table."""
     transformer = TransformerConfig(num_hidden_layers=2, action_gen=True, sound_gen=True, attention_bias=True)
     edge = TransformerConfig(num_hidden_layers=2, qk_norm_for_text=False, use_und_k_norm_for_gen=True)
     for table in (

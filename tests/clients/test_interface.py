@@ -208,7 +208,7 @@ def test_events_can_be_followed_from_a_number(client: Any, app: App) -> None:
     assert [event.seq for event in client.events(video_id, 5)] == [None, 6, 7]
     assert app.followed == [5]
     app.stories[video_id] = app.stories[video_id][1:]
-    assert list(client.events(video_id, 7)) == [], "all was told"
+    assert list(client.events(video_id, 7)) == [], "there is none after the last one"
 
 
 def test_a_broken_connection_is_resumed_without_gaps_or_repeats(client: Any, app: App) -> None:

@@ -299,7 +299,7 @@ def test_an_invalid_id_is_never_looked_up(objects: Nodes, media_id: Any) -> None
 
 
 def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the start and from an offset; never the whole file at once."""
+    """A read from the start or an offset never takes the whole file at once."""
     media_id = make(objects.one, LONG)
     sizes: list[int] = []
     cat = MemoryFileSystem.cat_file

@@ -105,7 +105,7 @@ class CurrentFiles:
 
 @pytest.fixture(scope="module")
 def current_files(tmp_path_factory: pytest.TempPathFactory) -> CurrentFiles:
-    """Made once, because each file is synced to the disk."""
+    """Files of this release; written once, because each is synced to the disk."""
     directory = tmp_path_factory.mktemp("written")
     made = CurrentFiles(directory, *(new_job_id() for _ in range(3)), uuid.uuid4().hex, uuid.uuid4().hex)
     store = MediaStore(directory, 1 << 30, KEEP_S)

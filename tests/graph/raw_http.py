@@ -17,7 +17,7 @@ from tests.api.hostile.byte_api import Sent
 from tests.api.hostile.safe_answers import ForbiddenWords
 
 _ANSWER_S = 300.0
-# How long to wait for more of a body without a length.
+# How long to wait for more of a body without a length; longer than in process, see `byte_api`.
 _PATIENCE_S = 1.0
 
 

@@ -111,7 +111,7 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
 def test_a_replica_stopped_by_serve_releases_its_jobs(
     app: Any, http: httpx2.Client, reference: Reference
 ) -> None:
-    """As when scaling down: Serve waits for requests only, and jobs are not requests."""
+    """The same happens when scaling down: Serve waits for requests only, and jobs are not requests."""
     import ray
 
     job_id = create_job(http, seed=6)

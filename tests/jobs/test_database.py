@@ -283,7 +283,7 @@ def test_a_slow_answer_is_not_taken_for_a_wrong_clock(server_s: float, ahead_s: 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead_s", [-30.0, 30.0])
 def test_a_wrong_clock_is_refused(ahead_s: float, fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With it, leases would expire at once, or never."""
+    """Leases would expire at once, or never."""
     Database(fresh_postgres_url).close()
     now = time.time
     monkeypatch.setattr(database.time, "time", lambda: now() + ahead_s)

@@ -189,7 +189,7 @@ def test_a_sweep_removes_unneeded_files(place: Place, monkeypatch: pytest.Monkey
 
 
 def test_needs_are_found_for_any_number_of_jobs(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several queries: databases bound the parameters of one."""
+    """Several queries are needed: databases bound the parameters of one."""
     monkeypatch.setattr(store_module, "_IDS_AT_ONCE", 2)
     waiting = [store.create(new_job(), LIMITS).job_id for _ in range(5)]
     store.cancel(waiting[4])

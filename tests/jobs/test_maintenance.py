@@ -171,7 +171,7 @@ def test_files_of_an_unfinished_job_are_never_swept(maintenance: Maintenance, mo
 def test_a_sweep_keeps_files_of_another_apps_unfinished_job(
     maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As long as the other app sweeps too; unneeded files are removed."""
+    """The other app sweeps too; unneeded files are removed."""
     waiting, orphan = with_picture(maintenance), new_job()
     maintenance.jobs.files.put(orphan.job_id, "image", b"picture")
     monkeypatch.setattr(sweeper, "read_written_s", lambda *_: 1.0)

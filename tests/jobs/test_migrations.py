@@ -229,7 +229,7 @@ def test_a_failed_upgrade_changes_nothing(old_url: str, monkeypatch: pytest.Monk
 
 
 def test_a_database_in_use_by_an_earlier_release_is_not_upgraded(old_url: str) -> None:
-    """Its runner would look for files in the old places. Once it stops or dies, its lease expires."""
+    """A runner of that release would look for files in the old places. Once it stops or dies, its lease expires."""
 
     def hold(until_s: float) -> None:
         engine = sqlalchemy.create_engine(old_url)

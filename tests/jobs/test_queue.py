@@ -44,7 +44,7 @@ from tests.jobs.racing import race
 
 
 def enqueue(store: JobStore, num: int = 1, **changes: Any) -> list[Job]:
-    """Queue ``number`` jobs."""
+    """Create queued jobs."""
     return [store.create(new_job(**changes), LIMITS) for _ in range(num)]
 
 
@@ -156,7 +156,7 @@ def test_retry_after_of_a_full_queue_is_the_end_of_the_next_job(store: JobStore)
 
 
 def test_refused_callers_get_staggered_retry_times(store: JobStore) -> None:
-    """Across keys: they all compete for the same places."""
+    """Callers with different keys compete for the same places."""
     retry_estimator, limits = RetryEstimator(), limits_with(max_queued=1)
     store.create(new_job(work=10.0), limits)
     claim_existing(store)

@@ -49,7 +49,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fail_first_calls(work: Callable[..., Any], num_failures: int, is_done: bool = False) -> Callable[..., Any]:
-    """Make a method fail the first ``times`` calls; with ``is_done`` it takes effect all the same."""
+    """Make a method fail the first ``num_failures`` calls; with ``is_done`` it takes effect all the same."""
     left = [num_failures]
 
     def call(*arguments: Any, **named: Any) -> Any:

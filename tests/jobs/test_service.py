@@ -102,7 +102,7 @@ def test_a_job_of_another_owner_is_not_found(jobs: JobService) -> None:
 
 
 def test_a_cancelled_queued_job_loses_its_files(jobs: JobService) -> None:
-    """Its inputs, and the clip of a runner that released it."""
+    """The files are its inputs, and the clip of a runner that released it."""
     job = with_clip(jobs, is_finished=False)
     jobs.store.give_back(make_lease(job))
     cancelled = asyncio.run(jobs.cancel(job.job_id, ""))

@@ -197,7 +197,7 @@ def test_an_app_beyond_loopback_without_keys_is_refused(
 
 
 def test_no_process_outlives_the_block(tmp_path: Path) -> None:
-    """Not even an orphan in its own session."""
+    """An orphan in its own session ends as well."""
     pid_file = tmp_path / "pid"
     child = (
         "import os, subprocess, sys\n"

@@ -489,7 +489,7 @@ def catch_refusal(call, *arguments, **options):
 
 
 def both_refuse(data):
-    """As a clip: (the probe's refusal or "", the reader's)."""
+    """Read a clip; return the refusals of probe and reader, each or ""."""
     try:
         probe_clip("given", data)
         probed = ""
@@ -535,7 +535,7 @@ def test_playlists_and_scripts_open_nothing(text, mp4, monkeypatch):
 
 
 def test_a_playlist_behind_the_signature_of_an_mp4_opens_nothing(tmp_path, mp4):
-    """Even what passes for an MP4 reaches one demuxer only, which can open nothing."""
+    """What passes for an MP4 reaches one demuxer only, which can open nothing."""
     os.mkfifo(tmp_path / "pipe")  # to open it would block
     playlist = f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/pipe\n{mp4}\n".encode()
     both = both_refuse(struct.pack(">I", 16) + b"ftypisom\0\0\0\0" + playlist)

@@ -132,7 +132,7 @@ def test_bad_layouts_are_refused_with_the_valid_choices() -> None:
 def test_torchrun_writes_one_file_with_the_pictures_of_one_process(
     num_ranks: str, layout: list[str], tiny_nano: Path, tmp_path: Path
 ) -> None:
-    """With an image: ranks share encoding and decoding too, and the first one writes."""
+    """The request has an image: ranks share encoding and decoding too, and the first one writes."""
     image = tmp_path / "given.png"
     write_image(image, np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), "png")
     request = ["--checkpoint", str(tiny_nano), "--prompt", "a car", "--num-frames", "5", "--height", "48"]

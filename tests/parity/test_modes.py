@@ -208,7 +208,7 @@ def our_request(case: Case) -> GenerationRequest:
 
 
 def media_of(case: Case) -> Any:
-    """As an array; as a file a PNG, of several pictures for a clip: both keep every value."""
+    """Return media as an array, or as a PNG, of several pictures for a clip: both keep every value."""
     frames = case.frames
     if not case.as_file:
         return frames[0] if len(case.source) == 2 else frames

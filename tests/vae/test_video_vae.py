@@ -48,7 +48,7 @@ def reference() -> AutoencoderKLWan:
 
 @pytest.fixture
 def vae(reference: AutoencoderKLWan) -> VideoVAE:
-    """With the reference's weights, loaded name by name; a fresh one, so that tests may hook or change it."""
+    """A VAE with the reference's weights, loaded name by name; a fresh one, so that tests may hook or change it."""
     vae = VideoVAE(small_config())
     vae.load_state_dict(reference.state_dict(), strict=True)
     return vae

@@ -87,7 +87,7 @@ def test_the_watch_reports_every_access(watch: Watch) -> None:
     host, _, port = watch.lures.address.partition(":")
     with pytest.raises(AssertionError), watch.expect_no_access("a file"):
         Path(watch.lures.path).read_bytes()
-    assert not watch.was_accessed(), "it was told once"
+    assert not watch.was_accessed(), "it was reported once"
     with pytest.raises(av.FFmpegError):
         av.open(watch.lures.path)
     assert watch.was_accessed(), "by FFmpeg, which asks nobody"
