@@ -36,8 +36,8 @@ def test_colours_are_the_linear_map_of_each_position() -> None:
     colours = MAP.colours(x0)
     assert (colours.dtype, tuple(colours.shape)) == (torch.uint8, (3, 4, 5, 3))
     for colour in range(3):
-        told = sum(x0[0, channel] * MAP.weights[channel][colour] for channel in range(2)) + MAP.bias[colour]
-        levels = ((told + 1) * 127.5).clamp(0, 255)
+        colour_sum = sum(x0[0, channel] * MAP.weights[channel][colour] for channel in range(2)) + MAP.bias[colour]
+        levels = ((colour_sum + 1) * 127.5).clamp(0, 255)
         assert (colours[..., colour] - levels).abs().max() <= 0.51
     assert (MAP.colours(1000 * x0) == MAP.colours(1000 * x0.bfloat16())).float().mean() > 0.9
     assert pickle.loads(pickle.dumps(MAP)) == MAP

@@ -269,8 +269,8 @@ def _drop_examples(document: dict[str, Any]) -> dict[str, Any]:
         for operation in item.values():
             for content in operation.get("requestBody", {}).get("content", {}).values():
                 content.pop("example", None)
-    told = document["paths"][EVENTS]["get"]["responses"]["200"]["content"]
-    told["text/event-stream"]["schema"] = _EVENT
+    responses = document["paths"][EVENTS]["get"]["responses"]["200"]["content"]
+    responses["text/event-stream"]["schema"] = _EVENT
     return document
 
 

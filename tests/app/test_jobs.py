@@ -129,7 +129,7 @@ def test_all_clients_that_honour_retry_after_get_their_clip(jobs_app: Any) -> No
             return await asyncio.gather(*(patient_client(http, number) for number in range(num_clients)))
 
     made = asyncio.run(all_of_them())
-    waits = [wait for _, told in made for wait in told]
+    waits = [wait for _, own in made for wait in own]
     assert len({job_id for job_id, _ in made}) == num_clients
     assert waits, "the queue was full"
     assert all(1 <= wait <= 3600 for wait in waits)

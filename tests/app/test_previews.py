@@ -28,25 +28,25 @@ def webp_of(event: messages.PreviewReady) -> PIL.Image.Image:
 def test_previews_come_while_steps_are_made_and_change_with_them(app: Any) -> None:
     """Steps of a tenth of a second or more, so that a quantum is one or two; the clip itself is not waited for."""
     request = replace(SMALL, num_frames=121, height=192, width=320, num_inference_steps=12)
-    told: list[messages.StepDone | messages.PreviewReady] = []
+    events: list[messages.StepDone | messages.PreviewReady] = []
     with app.client.stream(request, previews=6) as stream:
         for event in stream:
             assert not isinstance(event, messages.PreviewsOff), event.reason
             if isinstance(event, messages.StepDone | messages.PreviewReady):
-                told.append(event)
+                events.append(event)
             if isinstance(event, messages.LatentsReady):
                 break
-    previews = [event for event in told if isinstance(event, messages.PreviewReady)]
+    previews = [event for event in events if isinstance(event, messages.PreviewReady)]
     assert 2 <= len(previews) <= 6
-    sigmas = {event.step: event.sigma for event in told if isinstance(event, messages.StepDone)}
+    sigmas = {event.step: event.sigma for event in events if isinstance(event, messages.StepDone)}
     assert list(sigmas) == list(range(1, 13))
     for preview in previews:
-        before = [event.step for event in told[: told.index(preview)] if isinstance(event, messages.StepDone)]
+        before = [event.step for event in events[: events.index(preview)] if isinstance(event, messages.StepDone)]
         assert preview.step in before
         assert preview.sigma == sigmas[preview.step]
         with webp_of(preview) as image:
             assert (image.size, image.n_frames) == ((256, 154), 12)
-    assert isinstance(told[-1], messages.StepDone), "a preview after the last step"
+    assert isinstance(events[-1], messages.StepDone), "a preview after the last step"
     assert [preview.step for preview in previews] == sorted({preview.step for preview in previews})
     assert len({preview.image for preview in previews}) == len(previews), "a preview did not change"
 

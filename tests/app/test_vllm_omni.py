@@ -157,8 +157,8 @@ def test_actions(mode: str, http: httpx2.Client, reference: Reference, png: byte
         assert job["action"] is None
     else:
         assert expected.actions is not None
-        told = expected.actions.as_json()
-        assert {name: job["action"][name] for name in told} == json.loads(json.dumps(told))
+        actions = expected.actions.as_json()
+        assert {name: job["action"][name] for name in actions} == json.loads(json.dumps(actions))
         assert job["action"]["action_mode"] == mode
         assert job["action"]["shape"] == [4, 10]
         assert http.get(f"/v1/videos/{job['id']}/content?variant=action").json() == job["action"]

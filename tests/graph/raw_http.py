@@ -71,20 +71,20 @@ class LiveApi:
                 connection.sendall(b"\r\n".join([*lines, b"", b""]))
                 for piece in sent.body:
                     connection.sendall(piece)
-            told = HTTPResponse(connection, method=sent.method)
-            told.begin()
-            if told.length is None:
+            response = HTTPResponse(connection, method=sent.method)
+            response.begin()
+            if response.length is None:
                 connection.settimeout(_PATIENCE_S)
             body = bytearray()
             with contextlib.suppress(TimeoutError):
-                while part := told.read1(1 << 16):
+                while part := response.read1(1 << 16):
                     body += part
-        headers: list[Any] = [(name.encode(), value.encode("latin-1")) for name, value in told.getheaders()]
+        headers: list[Any] = [(name.encode(), value.encode("latin-1")) for name, value in response.getheaders()]
         # Headers of the connection, which is closed.
         headers = [
             (name, value) for name, value in headers if name.lower() not in (b"transfer-encoding", b"connection")
         ]
         request = httpx2.Request(sent.method, f"http://cosmos3{sent.target}", headers=list(sent.headers))
-        answer = httpx2.Response(told.status, headers=headers, content=bytes(body), request=request)
+        answer = httpx2.Response(response.status, headers=headers, content=bytes(body), request=request)
         answer.elapsed = datetime.timedelta(seconds=time.monotonic() - begun_s)
         return answer

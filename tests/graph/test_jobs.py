@@ -99,10 +99,10 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
     os.kill(pid, signal.SIGKILL)
     job = wait_for_end(http, job_id)
     assert (job["status"], job["attempts"]) == ("completed", 2), job["error"]
-    told = [(kind, data) for _, kind, data in events_of(http, job_id)]
-    began = [index for index, (kind, _) in enumerate(told) if kind == "started"]
+    events = [(kind, data) for _, kind, data in events_of(http, job_id)]
+    began = [index for index, (kind, _) in enumerate(events) if kind == "started"]
     assert len(began) == 2
-    again = next(data["step"] for kind, data in told[began[1] :] if kind == "step")
+    again = next(data["step"] for kind, data in events[began[1] :] if kind == "step")
     assert again > steps // 8, "it did not begin anew"
     request = GenerationRequest(**{**LONG, "num_inference_steps": steps, "num_frames": 9}, seed=5)
     assert job["frames_sha256"] == reference(request).frames_sha256

@@ -54,12 +54,12 @@ def test_many_concurrent_clients_all_get_their_clips(num_clients: int, load_app:
 
     made = asyncio.run(all_of_them())
     seconds = time.monotonic() - start_s
-    ids, waits = [job_id for job_id, _ in made], [wait for _, told in made for wait in told]
+    ids, waits = [job_id for job_id, _ in made], [wait for _, own in made for wait in own]
     assert len(set(ids)) == num_clients
     assert waits, "the queue was full"
     assert all(1 <= wait <= 3600 for wait in waits)
     # Retry-After is accurate: clients that honour it come back only a few times.
-    tries = [1 + len(told) for _, told in made]
+    tries = [1 + len(own) for _, own in made]
     assert statistics.mean(tries) < 10, tries
     grown = max(own_bytes(pid) - before[pid] for pid in pids)
     assert grown < 100e6, grown

@@ -35,9 +35,9 @@ def test_readme(tmp_path: Path) -> None:
     first = probe_video(tmp_path / "first.mp4")
     assert (first.num_frames, first.height, first.width, first.fps) == (17, 192, 320, 24)
     assert_frames(tmp_path, {"curl": 17, "job": 17, "python": 9, "created": 9})
-    told = (tmp_path / "events.txt").read_text()
-    assert told.count("event: step") == 8
-    assert "event: completed" in told
+    text = (tmp_path / "events.txt").read_text()
+    assert text.count("event: step") == 8
+    assert "event: completed" in text
 
 
 def test_readme_downloads_by_a_command_that_exists() -> None:
@@ -73,9 +73,9 @@ def check_http_api(folder: Path) -> None:
     assert (folder / "picture.png").exists()
     assert (folder / "part.bin").stat().st_size == 100
     assert (folder / "thumbnail.webp").read_bytes()[8:12] == b"WEBP"
-    told = (folder / "events.txt").read_text()
-    assert told.count("event: step") == 8
-    assert "event: completed" in told
+    text = (folder / "events.txt").read_text()
+    assert text.count("event: step") == 8
+    assert "event: completed" in text
     assert len(json.loads((folder / "images.json").read_text())["data"]) == 2
 
 

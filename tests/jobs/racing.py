@@ -37,12 +37,12 @@ def race(action: str, url: str, number: int, num_processes: int) -> list[Any]:
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        told = [process.communicate(timeout=_RACE_S)[0] for process in running]
+        outputs = [process.communicate(timeout=_RACE_S)[0] for process in running]
     finally:
         for process in running:
             process.kill()
             process.wait()
-    return [json.loads(text) for text in told]
+    return [json.loads(text) for text in outputs]
 
 
 def _open(url: str, _: int) -> str:
@@ -66,15 +66,15 @@ def _claim(url: str, number: int) -> list[str]:
 def _create(url: str, number: int) -> dict[str, int]:
     """Create twice as many jobs as the queue's bound, ``number``."""
     store, limits = JobStore.open(url), limits_with(max_queued=number)
-    told = {"accepted": 0, "refused": 0, "most": 0}
+    counts = {"accepted": 0, "refused": 0, "most": 0}
     for _ in range(2 * number):
         try:
             store.create(new_job(), limits)
-            told["accepted"] += 1
+            counts["accepted"] += 1
         except OverloadedError:
-            told["refused"] += 1
-        told["most"] = max(told["most"], count_queued(store))
-    return told
+            counts["refused"] += 1
+        counts["most"] = max(counts["most"], count_queued(store))
+    return counts
 
 
 def _repeat(url: str, number: int) -> list[str]:

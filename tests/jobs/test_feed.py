@@ -18,8 +18,8 @@ DEADLINE_S = 60.0
 @pytest.mark.parametrize(("after", "seqs"), [(-5, [1, 2]), (0, [1, 2]), (1, [2]), (2, []), (2**31, []), (2**70, [])])
 def test_any_integer_is_accepted_as_an_event_number(after: int, seqs: list[int], store: JobStore) -> None:
     """One too large for the database must not break the query that other followers share."""
-    told, other = new_job(), new_job()
-    for new in (told, other):
+    first, other = new_job(), new_job()
+    for new in (first, other):
         store.create(new, LIMITS)
         job = claim_existing(store)
         store.finish(make_lease(job), COMPLETED, keep_media_s=60.0)
@@ -30,7 +30,7 @@ def test_any_integer_is_accepted_as_an_event_number(after: int, seqs: list[int],
         async def events(job_id: str, number: int) -> list[JobEvent]:
             return [event async for event in feed.follow(job_id, number, DEADLINE_S)]
 
-        return await asyncio.gather(events(told.job_id, after), events(other.job_id, 0))
+        return await asyncio.gather(events(first.job_id, after), events(other.job_id, 0))
 
     mine, others = asyncio.run(both())
     assert [event.seq for event in mine] == seqs

@@ -162,13 +162,13 @@ def test_refused_callers_get_staggered_retry_times(store: JobStore) -> None:
     claim_existing(store)
     store.create(new_job(work=10.0), limits)
     store.note_rate(MODEL, Lane.VIDEO, 1.0)
-    told = []
+    waits_s = []
     for owner in ("a", "b", "c", "c", "d", "e", "f"):
         with pytest.raises(OverloadedError) as refused:
             store.create(new_job(owner=owner), limits, retry_estimator=retry_estimator)
-        told.append(refused.value.retry_after_s)
-    assert told[:5] == pytest.approx([10, 20, 30, 40, 50])
-    assert told[5:] == pytest.approx([50, 50]), "who does not wait as told makes it no worse for the others"
+        waits_s.append(refused.value.retry_after_s)
+    assert waits_s[:5] == pytest.approx([10, 20, 30, 40, 50])
+    assert waits_s[5:] == pytest.approx([50, 50]), "who does not wait as told makes it no worse for the others"
     with pytest.raises(OverloadedError) as refused:
         store.create(new_job(owner="a"), limits_with(max_queued_per_key=0), retry_estimator=retry_estimator)
     assert refused.value.retry_after_s < 20, "a key's own bound is another one"
@@ -482,16 +482,16 @@ def test_the_load_counts_queued_and_running_jobs(store: JobStore) -> None:
 
 def test_no_job_is_claimed_twice(store: JobStore, jobs_url: str) -> None:
     jobs = {job.job_id for job in enqueue(store, 40)}
-    told = [job_id for mine in race("claim", jobs_url, len(jobs), 3) for job_id in mine]
-    assert len(told) == len(jobs)
-    assert set(told) == jobs
+    claimed = [job_id for mine in race("claim", jobs_url, len(jobs), 3) for job_id in mine]
+    assert len(claimed) == len(jobs)
+    assert set(claimed) == jobs
 
 
 def test_the_bound_holds_across_processes(store: JobStore, jobs_url: str) -> None:
-    told = race("create", jobs_url, 10, 3)
-    assert sum(one["accepted"] for one in told) == 10
-    assert sum(one["refused"] for one in told) == 3 * 20 - 10
-    assert max(one["most"] for one in told) <= 10
+    counts = race("create", jobs_url, 10, 3)
+    assert sum(one["accepted"] for one in counts) == 10
+    assert sum(one["refused"] for one in counts) == 3 * 20 - 10
+    assert max(one["most"] for one in counts) <= 10
     assert count_queued(store) == 10
 
 

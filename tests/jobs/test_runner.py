@@ -435,11 +435,11 @@ def test_refused_callers_get_staggered_retry_times(serve: Any) -> None:
         await service.until((await service.submit()).job_id, JobState.IN_PROGRESS)
         queued = await service.submit()
         service.store.note_rate("nano", Lane.VIDEO, queued.work / 10)  # ten seconds each
-        told = []
+        waits_s = []
         for _ in range(4):
             with pytest.raises(OverloadedError) as refused:
                 await service.submit()
-            told.append(refused.value.retry_after_s)
-        assert told == pytest.approx([10, 20, 30, 40])
+            waits_s.append(refused.value.retry_after_s)
+        assert waits_s == pytest.approx([10, 20, 30, 40])
 
     serve(body)

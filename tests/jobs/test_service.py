@@ -72,8 +72,8 @@ def test_a_deletion_succeeds_even_if_files_cannot_be_removed(
     """A sweep removes what is left."""
     job = complete(jobs)
     names = break_disk(jobs, monkeypatch)
-    told = asyncio.run(jobs.delete(job.job_id, ""))
-    assert told.as_json() == {"id": job.job_id, "object": "video.deleted", "deleted": True}
+    deleted = asyncio.run(jobs.delete(job.job_id, ""))
+    assert deleted.as_json() == {"id": job.job_id, "object": "video.deleted", "deleted": True}
     assert names == [job.media_id]
     assert caplog.text.count("could not be removed") == 1
     for call in (jobs.delete, jobs.cancel, jobs.get):
@@ -202,9 +202,9 @@ def test_a_future_event_number_hides_no_event(jobs: JobService) -> None:
 
     async def follow() -> list[Any]:
         events = jobs.follow(job, 5000, DEADLINE_S)
-        told = [await anext(events)]
+        first = [await anext(events)]
         await jobs.cancel(job.job_id, "")
-        return told + [event async for event in events]
+        return first + [event async for event in events]
 
     queued, cancelled = asyncio.run(follow())
     assert (queued.kind, cancelled.kind) == ("queued", "cancelled")
@@ -216,9 +216,9 @@ def test_following_a_deleted_job_raises(jobs: JobService) -> None:
 
     async def follow() -> list[Any]:
         events = jobs.follow(job, 0, DEADLINE_S)
-        told = [await anext(events)]
+        first = [await anext(events)]
         deleted = await jobs.delete(job.job_id, "")
-        assert [event.data for event in told + [event async for event in events]][-1] == deleted.as_json()
-        return told
+        assert [event.data for event in first + [event async for event in events]][-1] == deleted.as_json()
+        return first
 
     assert [event.kind for event in asyncio.run(follow())] == ["queued"]

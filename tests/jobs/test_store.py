@@ -227,8 +227,8 @@ def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> Non
         last_seq=2,
     )
     last = store.events({job.job_id: 1})
-    told = {} if outcome is COMPLETED else {"code": outcome.error_code, "message": outcome.error_message}
-    assert [(event.kind, event.data) for event in last] == [(outcome.state.value, told)]
+    data = {} if outcome is COMPLETED else {"code": outcome.error_code, "message": outcome.error_message}
+    assert [(event.kind, event.data) for event in last] == [(outcome.state.value, data)]
     clock.advance(2 * LEASE_S)
     assert_out_of_reach(store, job)
     assert claim(store) is None
@@ -343,8 +343,8 @@ def test_a_queued_job_is_cancelled_at_once(store: JobStore, clock: Clock) -> Non
 def test_a_running_job_is_cancelled_by_its_runner(store: JobStore) -> None:
     store.create(new_job(), LIMITS)
     job = claim_existing(store)
-    told = store.cancel(job.job_id)
-    assert told == replace(job, is_cancelling=True) == reload(store, job) == store.cancel(job.job_id)
+    cancelled = store.cancel(job.job_id)
+    assert cancelled == replace(job, is_cancelling=True) == reload(store, job) == store.cancel(job.job_id)
     ended = store.finish(make_lease(job), OTHER, keep_media_s=1)
     assert (ended.state, ended.is_cancelling) == (JobState.CANCELLED, False)
 

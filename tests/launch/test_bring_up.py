@@ -176,24 +176,24 @@ def test_a_call_that_hangs_is_given_up() -> None:
 def test_an_app_beyond_loopback_without_keys_is_refused(
     host: str, enabled: bool | None, needs_key: bool, tiny_nano: Path, tmp_path: Path
 ) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     asked = config(tiny_nano, http__host=host, auth__enabled=enabled, media__directory=str(tmp_path))
     if not needs_key:
-        _check_access(asked, told.append)
+        _check_access(asked, lines.append)
         warning = f"auth.enabled is false and http.host is {host}: everyone who reaches the port may use the app"
-        assert told == [warning] * (enabled is False), "it is said where it is not the default"
+        assert lines == [warning] * (enabled is False), "it is said where it is not the default"
         assert list(tmp_path.iterdir()) == [], "no database is needed to tell"
         return
     with pytest.raises(NoKeys, match=f"http.host={host}, and there is none"):
-        _check_access(asked, told.append)
+        _check_access(asked, lines.append)
     keys = KeyStore.open(database_url(asked))
     key, _ = keys.create(NewKey(name="a"))
-    _check_access(asked, told.append)
+    _check_access(asked, lines.append)
     keys.revoke(key.key_id)
     keys.close()
     with pytest.raises(NoKeys):
-        _check_access(asked, told.append)
-    assert told == []
+        _check_access(asked, lines.append)
+    assert lines == []
 
 
 def test_no_process_outlives_the_block(tmp_path: Path) -> None:
@@ -345,12 +345,12 @@ def test_unfinished_jobs_are_released(
 ) -> None:
     app = Scripted("cosmos3", "http://127.0.0.1:8000", "127.0.0.1:6379", 0.0, StopTimeout())
     app.asked, app.left = [], iter(left)
-    told: list[str] = []
+    lines: list[str] = []
     with pytest.raises(KeyboardInterrupt) if None in left else nullcontext():
-        app.drain(timeout_s, told.append)
+        app.drain(timeout_s, lines.append)
     assert app.asked[:2] == ["Director.drain", "Ingress.drain"], "what /ready says is so"
     assert (app.asked[-1] == "Director.release") is is_released
-    assert [line.split(";")[0] for line in told] == said
+    assert [line.split(";")[0] for line in lines] == said
 
 
 def test_a_failed_start_of_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ def test_a_missing_key_is_not_reported_as_wrong(
 
     monkeypatch.setattr(checkup, "get", get)
     monkeypatch.setattr(checkup, "save_video", save_video)
-    told: list[str] = []
-    assert not checkup.check_app("http://127.0.0.1:8000", timeout_s=60, report=told.append, api_key=api_key)
-    (line,) = told
+    lines: list[str] = []
+    assert not checkup.check_app("http://127.0.0.1:8000", timeout_s=60, report=lines.append, api_key=api_key)
+    (line,) = lines
     assert "FAIL" in line
     assert said in line
     assert asked == [None, api_key], "whether it is ready is no secret"
