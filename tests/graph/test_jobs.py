@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -56,9 +56,7 @@ def director_replica(app_name: str) -> Any:
 
 
 @pytest.mark.parametrize("stage", ["Ingress", "Director"])
-def test_a_killed_process_costs_no_job(
-    stage: str, app: Any, http: httpx2.Client, reference: Reference
-) -> None:
+def test_a_killed_process_costs_no_job(stage: str, app: Any, http: httpx2.Client, reference: Reference) -> None:
     """Three jobs wait and two run."""
     done_before = wait_for_end(http, create_job(http, num_inference_steps=2, num_frames=5))
     content = http.get(f"/v1/videos/{done_before['id']}/content").content
@@ -108,9 +106,7 @@ def test_a_job_resumes_from_its_saved_state_on_another_director(
     assert job["frames_sha256"] == reference(request).frames_sha256
 
 
-def test_a_replica_stopped_by_serve_releases_its_jobs(
-    app: Any, http: httpx2.Client, reference: Reference
-) -> None:
+def test_a_replica_stopped_by_serve_releases_its_jobs(app: Any, http: httpx2.Client, reference: Reference) -> None:
     """The same happens when scaling down: Serve waits for requests only, and jobs are not requests."""
     import ray
 
