@@ -252,10 +252,6 @@ def test_a_prompt_injects_no_event(prompt: str, api: Api) -> None:
 # Oversize and slow bodies
 
 
-def announce(num_bytes: int) -> dict[str, str]:
-    return {"content-type": "application/json", "content-length": str(num_bytes)}
-
-
 BODIES = [*POSTS, f"/v1/videos/{UNKNOWN}/remix"]
 
 

@@ -205,9 +205,7 @@ def damage_one(files: Mapping[str, bytes], rng: random.Random) -> tuple[str, byt
         case 4:
             data[where : where + 100] = bytes(min(100, len(data) - where))
         case 5:
-            data[where : where + 4] = rng.choice(
-                (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0", b"\xff\xff\xff\x7f")
-            )
+            data[where : where + 4] = rng.choice(_NUMBERS)
         case 6:
             data[where:where] = data[where : where + 1000] * rng.choice((1, 20))
         case _:
