@@ -8,7 +8,6 @@ import threading
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -28,16 +27,10 @@ from deployments.messages import ChunkEncoded, ClipEncoded, FileStarted, FrameCh
 from deployments.stages import mp4_encoder
 from deployments.stages.mp4_encoder import Mp4Encoder
 from deployments.threads import run_in_thread
+from tests.serve_fakes import Handle
 from tests.settling import run
 
 FORMAT = ClipFormat("mp4", height=32, width=48, fps=24, lossless=True)
-
-
-class Remote:
-    """The actor's handle."""
-
-    def __init__(self, clips: ClipStreams) -> None:
-        self.take, self.release_chunk = (SimpleNamespace(remote=it) for it in (clips.take, clips.release_chunk))
 
 
 async def fetch(chunk: FrameChunk) -> FrameChunk:
@@ -64,7 +57,7 @@ class Bench:
 
     def encode(self, limit_s: float = 30) -> Any:
         context = RequestContext.new("r", limit_s)
-        return self.encoder.encode(context, FORMAT, self.media_id, Remote(self.clips), "clip")
+        return self.encoder.encode(context, FORMAT, self.media_id, Handle(self.clips), "clip")
 
     @property
     def state(self) -> str:
