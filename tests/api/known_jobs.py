@@ -41,12 +41,12 @@ class KnownJobs:
         self._mp4, self._png = mp4(), png()
         self._makers: Mapping[str, Callable[[], Job]] = {
             "queued": lambda: self._accept(None),
-            "running": self._running,
-            "live": self._live,
+            "running": self._run,
+            "live": self._run_live,
             "completed": lambda: self._complete(".mp4", self._mp4),
             "image": lambda: self._complete(".png", self._png),
             "actions": lambda: self._complete("", b""),
-            "expired": self._expired,
+            "expired": self._expire,
             "failed": lambda: self._end(JobState.FAILED, "stage_failed"),
             "cancelled": lambda: self._end(JobState.CANCELLED, "cancelled"),
         }

@@ -506,6 +506,7 @@ def test_an_archive_that_cannot_create_once_logs_a_warning(
 ) -> None:
     fsspec.register_implementation("looksfirst", LooksFirst, clobber=True)
     monkeypatch.setattr(media_store.logger, "propagate", True)
+    caplog.set_level("WARNING", media_store.logger.name)
     store = MediaStore(tmp_path, 1 << 30, KEEP_S, "looksfirst://someone:secret@host/prefix")
     assert "looksfirst://***@host/prefix cannot create a record exactly once" in caplog.text
     assert store.archive is not None

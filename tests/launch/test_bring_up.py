@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -35,6 +36,15 @@ from deployments.launch.ray_session import (
 def config(checkpoint: Path, **overrides: object) -> AppConfig:
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     return AppConfig.read(DEFAULT_CONFIG, {"checkpoint": str(checkpoint), **dotted})
+
+
+@pytest.fixture(autouse=True)
+def serve_log_level() -> Iterator[None]:
+    """Restore the level of Serve's log, which a session of Ray raises."""
+    logger = logging.getLogger("ray.serve")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def test_the_laptop_configuration_fits_two_cores(tiny_nano: Path) -> None:

@@ -24,7 +24,6 @@ from tests.api.fake_service import CLASSES, Api, make_scope
 from tests.api.hostile.safe_answers import ForbiddenWords
 
 LIMITS = JobsConfig(max_queued=100_000, max_queued_per_key=100_000, classes=CLASSES, lease_s=1e6)
-_ANSWER_S = 60.0
 _MAX_LEFT = 200
 # How long to wait for more of a body without a length, such as events or a growing file.
 _PATIENCE_S = 0.1
