@@ -32,11 +32,11 @@ from deployments.director.director import Director
 from deployments.served_model import offers_sound
 from deployments.stages.audio_vae import AudioVAEDeployment
 from deployments.stages.guardrail import Guardrails
-from deployments.stages.handles import Stages
+from deployments.stages.handles import StageHandles
 from deployments.stages.mp4_encoder import Mp4Encoder
 from deployments.stages.prompt_tokenizer import PromptTokenizer
 from deployments.stages.transformer import Transformer
-from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
+from deployments.stages.video_vae import CallLimits, VideoVAEDeployment
 
 _FULL_QUEUE_RETRY_S = 5
 _SHUTDOWN_POLL_S = 0.1
@@ -50,7 +50,7 @@ def build_app(config: AppConfig) -> serve.Application:
     unguided = _deploy_transformer("UnguidedTransformer", config, config.unguided) if config.unguided else None
     decoders = make_vae_gang_spec(config)
     vae = _deploy_gangs("VideoVAE", VideoVAEDeployment, config, config.vae, decoders).bind(
-        decoders, VAECalls(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
+        decoders, CallLimits(config.vae.first_chunk_timeout_s, config.vae.chunk_timeout_s)
     )
     audio = None
     if has_audio(config):
@@ -63,7 +63,7 @@ def build_app(config: AppConfig) -> serve.Application:
         guardrail = _deploy("Guardrails", Guardrails, config, config.guardrail).bind(config.guardrails)
     # A Director or Ingress finishes its requests before it stops; other stages' work can be repeated.
     longest = {"graceful_shutdown_timeout_s": config.http.request_timeout_s}
-    stages = Stages(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
+    stages = StageHandles(tokenizer, transformer, vae, encoder, unguided, audio, guardrail)
     director = _deploy("Director", Director, config, config.director).options(**longest).bind(config, stages)
     return _deploy("Ingress", Ingress, config, config.ingress).options(**longest).bind(config, director)
 

@@ -33,6 +33,11 @@ class ApiError(Cosmos3Error):
         self.status, self.code, self.message, self.headers = status, code, message, dict(headers)
         super().__init__(status, code, message, self.headers)
 
+    @classmethod
+    def not_ready(cls, message: str, retry_after_s: int = 1) -> ApiError:
+        """Return the error for a file that is not ready yet."""
+        return cls(409, "media_not_ready", message, {"retry-after": str(retry_after_s)})
+
     def __str__(self) -> str:
         return self.message
 

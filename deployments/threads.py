@@ -1,14 +1,18 @@
-"""Blocking work in threads, periodic work, and tasks that outlive their request."""
+"""Blocking work in threads, periodic work, tasks that outlive their request, and the end of a replica."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 logger = logging.getLogger("ray.serve")
+
+# Lets the failures reach their callers before the process exits.
+_GRACE_S = 0.2
 
 T = TypeVar("T")
 
@@ -47,3 +51,8 @@ def start_task(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     Its context is empty: a task made in a request's context would be cancelled with the request.
     """
     return asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+
+
+def exit_soon() -> None:
+    """Exit this process as soon as its failures have reached their callers. Serve then starts another replica."""
+    asyncio.get_running_loop().call_later(_GRACE_S, os._exit, 1)

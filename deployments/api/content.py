@@ -34,7 +34,6 @@ _PART_BYTES = 256 * 1024
 _POLL_S = 0.05
 # The same where every look asks the archive.
 _ARCHIVE_POLL_S = 1.0
-_RETRY_AFTER_S = 1
 # One range. Other units and several ranges get the whole file, as RFC 9110 14.2 allows; no file needs more digits.
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _Variant = Annotated[
@@ -55,7 +54,7 @@ router = new_router()
 async def get_video_content(video_id: VideoId, call: CurrentCall, variant: _Variant = VIDEO) -> Response:
     """Send the content of a job; the file itself from its first fragment on, and as it grows."""
     jobs, request = call.service.jobs, call.request
-    content = await jobs.content(await jobs.get(video_id, call.caller.owner), variant)
+    content = await jobs.find_content(await jobs.get(video_id, call.caller.owner), variant)
     if isinstance(content, MediaRecord):
         return await content_answer(jobs.media, content, request.method, request.headers)
     etag = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -154,8 +153,7 @@ def _answer_finished(store: MediaStore, record: MediaRecord, conditions: Conditi
 
 def _answer_live(store: MediaStore, record: MediaRecord, conditions: Conditions) -> Response:
     if not record.live_name:
-        message = "this file cannot be read before it is finished"
-        raise ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
+        raise ApiError.not_ready("this file cannot be read before it is finished")
     # A cache would take what it has stored so far for the whole.
     headers = {"etag": record.live_etag, "cache-control": "no-store"}
     path = store.live_path(record)

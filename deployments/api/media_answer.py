@@ -92,7 +92,7 @@ async def live_answer(exchange: Exchange, media: MediaStore) -> Response:
     while event is not None:
         assert isinstance(event, FileStarted), "a clip has a file"
         media_type = event.media_type
-        parts = read_live(media, await asyncio.to_thread(media.expect, event.media_id))
+        parts = read_live(media, await asyncio.to_thread(media.require, event.media_id))
         first, news = asyncio.ensure_future(anext(parts, None)), asyncio.ensure_future(exchange.wait_for_file())
         try:
             event = await _wait_for_first(first, news)
@@ -154,7 +154,7 @@ async def _drop(parts: AsyncGenerator[bytes, None], *waiting: asyncio.Future[Any
 
 async def file_answer(event: Finished, media: MediaStore) -> Response:
     """Answer with a finished file, read as it is sent."""
-    record = await asyncio.to_thread(media.expect, event.media_id)
+    record = await asyncio.to_thread(media.require, event.media_id)
     headers = {"content-length": str(event.num_bytes), **_result_headers(event)}
     return PartsResponse(read_finished(media, record), headers, event.media_type)
 
@@ -167,7 +167,7 @@ def to_base64(data: bytes) -> str:
 async def read_file(event: Finished, reserved: Reservation, media: MediaStore) -> bytes:
     """Read a finished file in one piece; reserve memory for it and its base64."""
     reserved.need(int(event.num_bytes * _SPACE_OF_BASE64))
-    return await asyncio.to_thread(lambda: media.read(media.expect(event.media_id)))
+    return await asyncio.to_thread(lambda: media.read(media.require(event.media_id)))
 
 
 def _result_headers(event: Finished) -> dict[str, str]:

@@ -132,7 +132,7 @@ async def _wait_for_job(submission: Any, limit_s: float) -> Job:
 
 
 async def _video(call: Call, job: Job, response: Response) -> Video:
-    video = await call.service.jobs.video(job)
+    video = await call.service.jobs.describe(job)
     response.headers["cache-control"] = "no-store"
     if not job.state.is_final:
         response.headers["openai-poll-after-ms"] = str(poll_after_ms(video.eta_s))

@@ -17,12 +17,10 @@ from cosmos3_core.resolve import resolve
 from deployments.config import DEFAULT_CLASS, JobsConfig
 from deployments.director.guardrail_calls import PromptCheck
 from deployments.errors import JobsError
-from deployments.jobs.cost import CostModel
-from deployments.jobs.job import Job, Lane, NewJob, SubmitOptions
+from deployments.jobs.estimates import CostModel, RetryEstimator
+from deployments.jobs.job import Job, Lane, NewJob, SubmitOptions, compute_fingerprint, decode_request, encode_request
 from deployments.jobs.keys import KeyLimits
-from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
 from deployments.jobs.store import JobStore
-from deployments.jobs.waiting import RetryEstimator
 from deployments.media.job_files import JobFiles
 from deployments.messages import RequestContext
 from deployments.stages.streams import wait_within
@@ -76,15 +74,12 @@ class Admission:
         context: RequestContext,
         attached_to: str | None = None,
     ) -> Job:
-        """Make a job of a request.
+        """Make a job of a request and return it, or the earlier job of its idempotency key.
 
         Args:
             request: with its media packed.
-            context: of the request; its job id becomes the job's.
+            context: its job id becomes the job's.
             attached_to: the runner whose caller waits for it; None for a job that stays.
-
-        Returns:
-            The job; the earlier one if its idempotency key came with the same request before.
 
         Raises:
             RequestError: the request is wrong.
@@ -99,7 +94,7 @@ class Admission:
         service_class = checks.choice("service_class", options.service_class or DEFAULT_CLASS, classes)
         resolved = await self.check.resolve(context, request)
         if self.prompt_check is not None:
-            await self.prompt_check.check(context, resolved.prompt, is_skipped=options.skip_guardrails)
+            await self.prompt_check.check_at_admission(context, resolved.prompt, is_skipped=options.skip_guardrails)
         values, media = encode_request(request)
         del request
         fingerprint = await asyncio.to_thread(
@@ -146,12 +141,8 @@ class Admission:
     ) -> tuple[GenerationRequest, SubmitOptions]:
         """Return an earlier job's request with another prompt, and those of its options that the caller may use.
 
-        Args:
-            options: of the caller; their class replaces one that the caller may not name, or that is gone.
-
-        Raises:
-            RequestError: its image or clip is not kept any more.
-            MediaError: its image or clip cannot be read.
+        The class in ``options`` replaces one that the caller may not name, or that is gone. Raise RequestError if the
+        job's image or clip is not kept any more, MediaError if it cannot be read.
         """
         for name in job.inputs:
             if not await run_in_thread(self.files.exists, job.job_id, name):
@@ -192,8 +183,7 @@ class Admission:
     def _find_created(self, job_id: str, error: Cosmos3Error) -> Job | None:
         """Return the job if it was created and only the answer was lost; None if it was not created.
 
-        Raises:
-            Cosmos3Error: the given one, if the database does not answer; a sweep removes files without a job.
+        Raise the given error if the database does not answer: a sweep removes files without a job.
         """
         if not isinstance(error, JobsError):
             return None

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import GangFailed, StageFailed, StreamClosed
 from cluster.events import Event
 from cosmos3_core.media.writer import ClipFormat
-from deployments.config import DirectorStage
 from deployments.director.guardrail_calls import PassedChunk, check_chunk
+from deployments.director.resources import PipelineResources
 from deployments.director.retries import retry_stage
 from deployments.failures import summarize_error
 from deployments.media.layout import new_media_id
-from deployments.media.store import MediaStore
 from deployments.messages import ChunkDecoded, ClipEncoded, FileStarted, RequestContext, SoundDecoded
 from deployments.stages.streams import RefStream, follow_stream, wait_within
-from deployments.threads import start_task
-
-_CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -41,54 +37,37 @@ class LatentsDecoder:
 
 @dataclass
 class ClipPipeline:
-    """Decodes and encodes a clip; :meth:`events` does it all.
+    """Decodes each modality of a clip and encodes its file; the last attempt takes ``seconds``."""
 
-    Attributes:
-        decoders: one for each modality of the file.
-        encoder: streaming handle.
-        clips, media, config, close_later: as in :class:`deployments.director.pipeline.Pipeline`.
-        guardrail: streaming handle of the stage that checks every frame; None without checks.
-        seconds: taken by the last attempt.
-    """
-
+    resources: PipelineResources
     context: RequestContext
     clip_format: ClipFormat
     decoders: tuple[LatentsDecoder, ...]
-    encoder: Any
-    clips: Any
-    media: MediaStore
-    config: DirectorStage
-    close_later: Callable[[str], None]
-    guardrail: Any = None
     seconds: float = field(default=0.0, init=False)
 
     async def events(self) -> AsyncIterator[Event]:
         """Make the file; yield its events, :class:`ClipEncoded` at the end.
 
-        Raises:
-            StageFailed, GangFailed: a stage's attempts are used up.
-            DeadlineExceeded: the time is up.
-            MediaError: the file could not be written.
-            MediaStoreError: this node cannot see the file.
-            ContentBlocked: the guardrail blocked the frames.
-            GuardrailUnavailable: the guardrail cannot check them.
+        Raise as the whole pipeline, MediaError if the file could not be written, MediaStoreError if this node cannot
+        see it.
         """
-        async for event in retry_stage("encode", self.context, self.config.max_attempts, self._make_file):
+        async for event in retry_stage("encode", self.context, self.resources.config.max_attempts, self._make_file):
             yield event
 
     async def _make_file(self, context: RequestContext) -> AsyncIterator[Event]:
         """Make the file in one attempt of the encoder."""
         stream_id, media_id = context.try_id, new_media_id(context.job_id)
+        clips, media, encoder = self.resources.clips, self.resources.media, self.resources.stages.encoder
         start_s = time.monotonic()
         try:
-            await wait_within(context, "decode", self.clips.open.remote(stream_id, self.config.chunk_window))
-            encode = self.encoder.encode.remote(context, self.clip_format, media_id, self.clips, stream_id)
+            await wait_within(context, "decode", clips.open.remote(stream_id, self.resources.config.chunk_window))
+            encode = encoder.encode.remote(context, self.clip_format, media_id, clips, stream_id)
             async with follow_stream(encode, context, "encode") as encoded:
                 # The encoder's slot first, then the decoder's: two clips that hold one slot each would deadlock.
                 started = await encoded.next_value()
                 if not isinstance(started, FileStarted):
                     raise StreamClosed(stream_id, "the encoder went away")
-                await asyncio.to_thread(self.media.expect, media_id)  # fails if this node does not see the file
+                await asyncio.to_thread(media.require, media_id)  # fails if this node does not see the file
                 yield started
                 decoded = self._decode_all(context, stream_id)
                 async for event in merge(decoded, _follow_encoder(encoded, context)):
@@ -96,42 +75,43 @@ class ClipPipeline:
                     yield event
         except BaseException as error:
             # A dead encoder cannot mark its file as failed; a live one has done so.
-            await asyncio.to_thread(self.media.fail, media_id, summarize_error(error))
+            await asyncio.to_thread(media.fail, media_id, summarize_error(error))
             raise
         finally:
-            self.close_later(stream_id)
+            self.resources.close_later(stream_id)
 
     async def _decode_all(self, context: RequestContext, stream_id: str) -> AsyncIterator[Event]:
         """Post all decoders' chunks to the clip's stream, and complete it at the end."""
         async for event in merge(*(self._decode(context, stream_id, decoder) for decoder in self.decoders)):
             yield event
-        await wait_within(context, "decode", self.clips.complete.remote(stream_id))
+        await wait_within(context, "decode", self.resources.clips.complete.remote(stream_id))
 
     async def _decode(self, context: RequestContext, stream_id: str, decoder: LatentsDecoder) -> AsyncIterator[Event]:
         posted = _PostedChunks()
 
         async def attempt(context: RequestContext) -> AsyncIterator[Event]:
             producer = f"{decoder.name}/{context.attempt}"
-            decode = decoder.handle.decode.remote(context, decoder.latents, self.clips, stream_id, producer)
+            decode = decoder.handle.decode.remote(context, decoder.latents, self.resources.clips, stream_id, producer)
             try:
                 async with follow_stream(decode, context, "decode") as stream:
                     async for event in self._forward(stream, context, stream_id, producer, posted):
                         yield event
             except Exception:
-                await wait_within(context, "decode", self.clips.forget_producer.remote(stream_id, producer))
+                await wait_within(context, "decode", self.resources.clips.forget_producer.remote(stream_id, producer))
                 raise
 
         try:
-            async for event in retry_stage("decode", context, self.config.max_attempts, attempt):
+            async for event in retry_stage("decode", context, self.resources.config.max_attempts, attempt):
                 yield event
         except GangFailed as error:
             # The decoder has used up its attempts: do not retry the encoder for it.
-            raise StageFailed("decode", self.config.max_attempts, summarize_error(error)) from error
+            raise StageFailed("decode", self.resources.config.max_attempts, summarize_error(error)) from error
 
     async def _forward(
         self, decoded: RefStream, context: RequestContext, stream_id: str, producer: str, posted: _PostedChunks
     ) -> AsyncIterator[Event]:
         """Post a decoder's chunks to the clip's stream by reference; yield the decoder's events about them."""
+        clips, guardrail = self.resources.clips, self.resources.stages.guardrail
         while (chunk_ref := await decoded.next_ref()) is not None:
             # A dying decoder may leave its error in a chunk's place. An event follows each real chunk: without one, the
             # reference holds an error.
@@ -141,11 +121,11 @@ class ClipPipeline:
             assert isinstance(event, ChunkDecoded | SoundDecoded)
             if event.index < posted.num_chunks:  # decoding is deterministic: the encoder has this chunk
                 del chunk_ref  # frees its memory before its credit goes back
-                await wait_within(context, "decode", self.clips.return_credit.remote(stream_id, producer))
+                await wait_within(context, "decode", clips.return_credit.remote(stream_id, producer))
                 continue
-            if self.guardrail is not None and isinstance(event, ChunkDecoded):
+            if guardrail is not None and isinstance(event, ChunkDecoded):
                 # Uses the pipeline's context: the guardrail's attempts do not count as the decoder's.
-                async for item in check_chunk(self.guardrail, self.context, self.config.max_attempts, chunk_ref):
+                async for item in check_chunk(guardrail, self.context, self.resources.config.max_attempts, chunk_ref):
                     if isinstance(item, PassedChunk):
                         chunk_ref = item.ref
                     else:
@@ -153,7 +133,7 @@ class ClipPipeline:
             posted.num_chunks += 1
             # Yield the event before the chunk is posted, or its encoding could be reported first.
             yield event
-            await wait_within(context, "decode", self.clips.post.remote(stream_id, producer, [chunk_ref]))
+            await wait_within(context, "decode", clips.post.remote(stream_id, producer, [chunk_ref]))
 
 
 @dataclass
@@ -199,29 +179,3 @@ async def merge(*sources: AsyncIterator[Any]) -> AsyncIterator[Any]:
         for task in (*pumps, watcher):
             task.cancel()
         await asyncio.gather(*pumps, watcher, return_exceptions=True)
-
-
-class ClipCloser:
-    """Closes clips' streams in a background task, because calls of a cancelled request may be lost."""
-
-    def __init__(self, clips: Any) -> None:
-        self._clips = clips
-        self._stream_ids: asyncio.Queue[str] = asyncio.Queue()
-        self._task: asyncio.Task[None] | None = None
-
-    def close_later(self, stream_id: str) -> None:
-        """Close a clip's stream in the background. Call it in the event loop."""
-        if self._task is None:
-            self._task = start_task(self._close_streams())
-        self._stream_ids.put_nowait(stream_id)
-
-    async def _close_streams(self) -> None:
-        while True:
-            stream_id = await self._stream_ids.get()
-            for _ in range(_CLOSE_TRIES):
-                try:
-                    async with asyncio.timeout(_CLOSE_S):
-                        await self._clips.close.remote(stream_id, "the request has ended")
-                    break
-                except Exception:  # noqa: BLE001 - the actor is away for a moment, or dead with all its streams
-                    await asyncio.sleep(_CLOSE_PAUSE_S)

@@ -13,14 +13,13 @@ from cluster.errors import StageFailed
 from cosmos3_core.errors import RequestError
 from deployments.director.retries import retry_stage
 from deployments.errors import GuardrailUnavailable
-from deployments.failures import is_lost, is_retryable, translate_error
+from deployments.failures import is_lost
 from deployments.messages import FramesChecked, RequestContext, StageRetried, TextChecked
 from deployments.stages.streams import follow_stream, wait_within
 
 _STAGE = "guardrail"
 # For a prompt whose caller waits for admission; the second attempt covers a dead replica.
 _MAX_ATTEMPTS = 2
-_RETRY_PAUSE_S = 0.2
 # On top of the adapter's own timeout, for prompts ahead in its queue and for the call itself.
 _WAIT_S = 10.0
 # Bound of the cache of passed prompts; one takes 100 bytes.
@@ -42,7 +41,7 @@ class PromptCheck:
     # Hashes of passed prompts, which need no second check: the adapter is the same as long as this process lives.
     _passed: OrderedDict[bytes, None] = field(default_factory=OrderedDict, repr=False, compare=False)
 
-    async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
+    async def check_at_admission(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
         """Check a prompt before admission, unless the request skips the guardrail.
 
         Raises:
@@ -60,45 +59,37 @@ class PromptCheck:
         limit = asyncio.timeout(self.text_timeout_s + _WAIT_S)
         try:
             async with limit:
-                await self._check_with_retries(context, prompt)
+                # Retries a dead replica, but does not wait for a full stage: the caller can come again.
+                async for _ in self._check(context, _MAX_ATTEMPTS, prompt, waits_when_full=False):
+                    pass
         except TimeoutError:
             if not limit.expired():
                 raise
             raise GuardrailUnavailable("prompt") from None
-        self._remember(prompt)
+        except StageFailed:
+            raise GuardrailUnavailable("prompt") from None
 
-    async def check_before(
-        self, context: RequestContext, max_attempts: int, prompt: str
-    ) -> AsyncIterator[StageRetried]:
-        """Check a job's prompt unless this process has done so. Waits for a guardrail that is not up yet.
+    async def check_job(self, context: RequestContext, max_attempts: int, prompt: str) -> AsyncIterator[StageRetried]:
+        """Check a job's prompt unless this process has done so; wait for a guardrail that is not up yet.
 
-        Raises:
-            ContentBlocked: the prompt must not be used.
-            GuardrailUnavailable, StageFailed: the guardrail cannot check it.
-            DeadlineExceeded: the request's time is up.
+        Raise as :meth:`check_at_admission`, and StageFailed if the attempts are used up.
         """
+        if _digest(prompt) not in self._passed:
+            async for item in self._check(context, max_attempts, prompt):
+                if isinstance(item, StageRetried):
+                    yield item
 
+    async def _check(
+        self, context: RequestContext, max_attempts: int, prompt: str, *, waits_when_full: bool = True
+    ) -> AsyncIterator[StageRetried | TextChecked]:
         async def attempt(context: RequestContext) -> AsyncIterator[TextChecked]:
             yield await self._check_once(context, prompt)
 
-        if _digest(prompt) in self._passed:
-            return
-        async for item in retry_stage(_STAGE, context, max_attempts, attempt):
-            if isinstance(item, StageRetried):
-                yield item
-        self._remember(prompt)
-
-    async def _check_with_retries(self, context: RequestContext, prompt: str) -> None:
-        """Retry a dead replica, but do not wait for a full stage: the caller can come again."""
-        for num_attempts in range(1, _MAX_ATTEMPTS + 1):
-            try:
-                await self._check_once(context, prompt)
-                return
-            except Exception as error:  # noqa: BLE001 - another process may raise anything
-                if num_attempts == _MAX_ATTEMPTS or not is_retryable(error):
-                    meaning = translate_error(error, _STAGE)
-                    raise GuardrailUnavailable("prompt") if isinstance(meaning, StageFailed) else meaning from None
-            await asyncio.sleep(_RETRY_PAUSE_S)
+        async for item in retry_stage(_STAGE, context, max_attempts, attempt, waits_when_full=waits_when_full):
+            yield item
+        self._passed[_digest(prompt)] = None
+        if len(self._passed) > _MAX_PASSED:
+            self._passed.popitem(last=False)
 
     async def _check_once(self, context: RequestContext, prompt: str) -> TextChecked:
         async with follow_stream(self.handle.check_text.remote(context, prompt), context, _STAGE) as stream:
@@ -106,11 +97,6 @@ class PromptCheck:
             if not isinstance(checked, TextChecked):
                 raise GuardrailUnavailable("prompt")
             return checked
-
-    def _remember(self, prompt: str) -> None:
-        self._passed[_digest(prompt)] = None
-        if len(self._passed) > _MAX_PASSED:
-            self._passed.popitem(last=False)
 
 
 def _digest(prompt: str) -> bytes:

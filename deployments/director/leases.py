@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.errors import ShuttingDown
-from deployments.director.saved_states import SavedStates
+from deployments.director.recorder import SavedStates
 from deployments.errors import JobCancelled, JobsError, LeaseLost
 from deployments.jobs.job import Job
 from deployments.jobs.store import JobStore, Lease
@@ -48,9 +48,7 @@ class ClaimedJob:
 
     Attributes:
         job: as claimed; its ``media_id`` is that of an earlier run.
-        claimed_s: by the monotonic clock.
         is_interruptible: whether stopping cancels the task; its begin and its end run to completion.
-        stop_reason: None while it is not stopped.
         database_error: the error behind ``StopReason.DATABASE_AWAY``.
         media_id: of the file that this run writes; "" before.
     """

@@ -15,18 +15,16 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import OverloadedError, PreviewFailed, StageFailed
 from cluster.events import Event, PreviewsOff
 from cosmos3_core.actions import GeneratedActions
-from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.denoise_request import DenoiseRequest
 from cosmos3_core.errors import StateError
 from cosmos3_core.media.writer import ClipFormat
 from cosmos3_core.preview import PreviewOrder
 from cosmos3_core.request import ResolvedRequest
-from deployments.config import DirectorStage
 from deployments.director.clip_pipeline import ClipPipeline, LatentsDecoder
-from deployments.director.guardrail_calls import PromptCheck
+from deployments.director.resources import PipelineResources
 from deployments.director.retries import retry_stage
 from deployments.failures import is_lost, translate_error, unwrap_error
-from deployments.media.store import MediaStore
+from deployments.jobs.job import Job
 from deployments.messages import (
     ClipEncoded,
     Finished,
@@ -37,7 +35,6 @@ from deployments.messages import (
     Tokenized,
     TokenizedPair,
 )
-from deployments.stages.handles import Stages
 from deployments.stages.streams import RefStream, follow_stream, wait_within
 
 # A leader that is up reports a request's queue position at once.
@@ -49,29 +46,36 @@ class Pipeline:
     """Runs a request through the stages; :meth:`events` does it all.
 
     Attributes:
-        clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
-        close_later: closes a clip's stream in the background.
-        order_previews: makes the order of previews for a clip of so many seconds; None without previews.
-        prompt_check: checks the prompt before the first stage; None if it needs no check.
-        begin_from: saved state of this request to resume from; None to start from the beginning.
+        num_previews: to order; 0 for none.
+        resume_from: saved state of this request; None to start from the beginning.
         on_saved: receives every saved state and the number of its steps.
     """
 
+    resources: PipelineResources
     request: ResolvedRequest
     context: RequestContext
-    layout: CheckpointLayout
-    stages: Stages
-    clips: Any
-    media: MediaStore
-    config: DirectorStage
-    close_later: Callable[[str], None]
-    order_previews: Callable[[float], Awaitable[PreviewOrder]] | None = None
-    prompt_check: PromptCheck | None = None
-    begin_from: TensorEnvelope | None = None
+    num_previews: int = 0
+    resume_from: TensorEnvelope | None = None
     on_saved: Callable[[int, TensorEnvelope], None] | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _saved: _SavedState | None = None
-    _clean: _HeldTensor | None = None
+    _condition_latents: _HeldTensor | None = None
+
+    @classmethod
+    def of_job(
+        cls,
+        resources: PipelineResources,
+        request: ResolvedRequest,
+        context: RequestContext,
+        job: Job,
+        resume_from: TensorEnvelope | None,
+        on_saved: Callable[[int, TensorEnvelope], None],
+    ) -> Pipeline:
+        """Return the pipeline of a claimed job."""
+        # Skipping is allowed by today's configuration, not by that of the job's admission.
+        if job.skip_guardrails and resources.prompt_check is not None and resources.prompt_check.may_be_skipped:
+            resources = resources.without_guardrail()
+        return cls(resources, request, context, job.previews, resume_from, on_saved)
 
     async def events(self) -> AsyncIterator[Event]:
         """Run the request; yield its events, :class:`Finished` at the end.
@@ -84,14 +88,14 @@ class Pipeline:
             ContentBlocked: the guardrail blocked the prompt or the frames.
             GuardrailUnavailable: the guardrail cannot check them.
         """
-        if self.prompt_check is not None:
+        if (prompt_check := self.resources.prompt_check) is not None:
             # Admission has checked the prompt, but maybe under another configuration, before the app was restarted.
-            checking = self.prompt_check.check_before(self.context, self.config.max_attempts, self.request.prompt)
+            checking = prompt_check.check_job(self.context, self.resources.config.max_attempts, self.request.prompt)
             async for retry in checking:
                 yield retry
         start_s = time.monotonic()
-        if self.begin_from is not None:
-            self._saved = _SavedState(0, _HeldTensor(ray.put(self.begin_from), self.begin_from))
+        if self.resume_from is not None:
+            self._saved = _SavedState(0, _HeldTensor(ray.put(self.resume_from), self.resume_from))
         async for item in self._retry("tokenize", self._tokenize):
             if isinstance(item, TokenizedPair):
                 pair = item
@@ -105,9 +109,9 @@ class Pipeline:
             # Drop the media: they are as large as the caller's file, and no later stage needs them.
             self.request = replace(self.request, picture=replace(self.request.picture, media=b""))
         previews: PreviewOrder | None = None
-        if self.order_previews is not None:
+        if self.num_previews:
             try:
-                previews = await self._make_preview_order(self.order_previews)
+                previews = await self._order_previews()
             except PreviewFailed as error:
                 yield PreviewsOff(error.reason, os.getpid())
         async for item in self._retry("denoise", lambda context: self._denoise(context, pair, previews)):
@@ -131,10 +135,10 @@ class Pipeline:
         def num_saved_steps() -> int:
             return 0 if self._saved is None else self._saved.step
 
-        return retry_stage(stage, self.context, self.config.max_attempts, attempt, num_saved_steps)
+        return retry_stage(stage, self.context, self.resources.config.max_attempts, attempt, num_saved_steps)
 
     async def _tokenize(self, context: RequestContext) -> AsyncIterator[TokenizedPair]:
-        response = self.stages.tokenizer.tokenize.remote(context, replace(self.request, picture=None))
+        response = self.resources.stages.tokenizer.tokenize.remote(context, replace(self.request, picture=None))
         try:
             yield await wait_within(context, "tokenize", response)
         finally:
@@ -142,12 +146,12 @@ class Pipeline:
 
     async def _condition(self, context: RequestContext) -> AsyncIterator[Event]:
         """Encode the image or clip that the request gives, and hold its latents."""
-        encode = self.stages.vae.encode.remote(context, self.request.picture)
+        encode = self.resources.stages.vae.encode.remote(context, self.request.picture)
         async with follow_stream(encode, context, "condition") as stream:
             event = await stream.next_value()
             if not isinstance(event, PictureEncoded):
                 raise StageFailed("condition", context.attempt, "the stream ended without latents")
-            self._clean = await self._hold_next(stream, context, "condition")
+            self._condition_latents = await self._hold_next(stream, context, "condition")
             self._seconds["condition"] = event.seconds
             yield event
 
@@ -155,45 +159,46 @@ class Pipeline:
         ref = await stream.next_ref()
         return _HeldTensor(ref, await wait_within(context, stage, ref))
 
-    async def _make_preview_order(self, order_previews: Callable[[float], Awaitable[PreviewOrder]]) -> PreviewOrder:
+    async def _order_previews(self) -> PreviewOrder:
         if not self.request.has_pictures:
             raise PreviewFailed("the request makes no pictures")
-        if self.stages.guardrail is not None:
+        if self.resources.stages.guardrail is not None:
             raise PreviewFailed("the guardrail must check pictures before they are shown, and cannot check previews")
         duration_s = self.request.num_frames / self.request.fps
-        return await wait_within(self.context, "denoise", order_previews(duration_s))
+        ordering = self.resources.previews.order(self.num_previews, duration_s)
+        return await wait_within(self.context, "denoise", ordering)
 
     async def _denoise(
         self, context: RequestContext, pair: TokenizedPair, previews: PreviewOrder | None
     ) -> AsyncIterator[Event | _Latents]:
-        job = DenoiseRequest.of(self.request, pair.text_ids, pair.negative_text_ids, self.layout.geometry)
-        *others, last = self.stages.gangs_for(job)
+        geometry = self.resources.layout.geometry
+        denoise_request = DenoiseRequest.of(self.request, pair.text_ids, pair.negative_text_ids, geometry)
+        *others, last = self.resources.stages.gangs_for(denoise_request)
         for gang in others:
             try:
-                async for item in self._denoise_on(gang, context, job, previews, answer_timeout_s=_FIRST_ANSWER_S):
+                async for item in self._denoise_on(gang, context, denoise_request, previews, _FIRST_ANSWER_S):
                     yield item
                 return
             except Exception as error:
                 # The gang is full or away and has done nothing of the request; the next one may have room.
                 if not isinstance(translate_error(error, "denoise"), OverloadedError | _GangSilent):
                     raise
-        async for item in self._denoise_on(last, context, job, previews):
+        async for item in self._denoise_on(last, context, denoise_request, previews):
             yield item
 
     async def _denoise_on(
         self,
         gang: Any,
         context: RequestContext,
-        job: DenoiseRequest,
+        denoise_request: DenoiseRequest,
         previews: PreviewOrder | None,
-        *,
         answer_timeout_s: float | None = None,
     ) -> AsyncIterator[Event | _Latents]:
         saved_ref = None if self._saved is None else self._saved.held.ref
-        clean_ref = None if self._clean is None else self._clean.ref
+        condition_ref = None if self._condition_latents is None else self._condition_latents.ref
         has_arrived = False
         try:
-            denoise = gang.denoise.remote(context, job, saved_ref, clean_ref, previews)
+            denoise = gang.denoise.remote(context, denoise_request, saved_ref, condition_ref, previews)
             async with follow_stream(denoise, context, "denoise") as stream:
                 event = await _await_answer(answer_timeout_s, stream.next_value())
                 while event is not None:
@@ -225,18 +230,9 @@ class Pipeline:
         return track.restore(latents.held["action"].envelope.array()[:, : track.width])
 
     def _make_clip_pipeline(self, latents: _Latents, file: ClipFormat) -> ClipPipeline:
-        handles = self.stages.decoders_for(self.request)
-        return ClipPipeline(
-            context=self.context,
-            clip_format=file,
-            decoders=tuple(LatentsDecoder(name, handle, latents.held[name].ref) for name, handle in handles.items()),
-            encoder=self.stages.encoder,
-            clips=self.clips,
-            media=self.media,
-            config=self.config,
-            close_later=self.close_later,
-            guardrail=self.stages.guardrail,
-        )
+        handles = self.resources.stages.decoders_for(self.request)
+        decoders = tuple(LatentsDecoder(name, handle, latents.held[name].ref) for name, handle in handles.items())
+        return ClipPipeline(self.resources, self.context, file, decoders)
 
     def _make_finished(
         self, clip: ClipEncoded | None, pair: TokenizedPair, actions: GeneratedActions | None

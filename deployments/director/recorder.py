@@ -1,25 +1,32 @@
-"""Recorder: writes the progress and the events of a running job to the database.
-
-A small request makes a hundred steps a second: events that come during one write go with the next. Only the job's end
-waits for the writes before it.
-"""
+"""Persist a running job: its progress and events in the database, its denoising states among its files."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from cluster.envelope import TensorEnvelope
 from cluster.events import Event, PreviewsOff, QueuePosition, StepDone
+from cosmos3_core.errors import MediaError
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
 from deployments.jobs.events import event_as_json
 from deployments.jobs.job import Job, Outcome, Progress
 from deployments.jobs.store import JobStore, Lease
+from deployments.media.job_files import JobFiles
 from deployments.messages import FileStarted, Finished, LatentsReady, PictureEncoded, Tokenized
 from deployments.threads import run_in_thread, start_task
+
+logger = logging.getLogger("ray.serve")
+
+SAVED_STATE = "checkpoint"
+"""Name of a job's saved state among its files."""
 
 # Between two writes: bounds the lag of followers and the load of the database.
 _PAUSE_S = 0.05
@@ -28,6 +35,8 @@ _PAUSE_WITHOUT_FOLLOWERS_S = 1.0
 _TRY_PAUSE_S = 1.0
 # Weight of the newest interval in the moving average that the remaining time is computed from.
 _NEWEST_SHARE = 0.2
+# Longest wait for the write of a state: the disk or the archive may hang.
+_WRITE_S = 60.0
 
 # Event -> the job's stage from then on.
 _STAGES: Mapping[type[Event], str] = {
@@ -41,18 +50,21 @@ _STAGES: Mapping[type[Event], str] = {
 class Recorder:
     """Writes the progress and events of one claimed job, within one event loop.
 
+    A small request makes a hundred steps a second: events that come during one write go with the next. Only the job's
+    end waits for the writes before it.
+
     Args:
-        lost: called once, with the reason, when nothing more can be written: the runner must stop the job.
+        on_lost: called once, with the reason, when nothing more can be written: the runner must stop the job.
         patience_s: how long the database may be away.
     """
 
-    def __init__(self, store: JobStore, job: Job, lost: Callable[[JobsError], None], patience_s: float) -> None:
+    def __init__(self, store: JobStore, job: Job, on_lost: Callable[[JobsError], None], patience_s: float) -> None:
         self._store = store
         self._patience_s = patience_s
         self._job, self._lease = job, Lease(job.job_id, job.lease)
         # The caller of an attached job gets its events directly.
         self._has_followers = job.attached_to is None
-        self._lost = lost
+        self._on_lost = on_lost
         self._progress = Progress()
         self._events: list[tuple[str, Mapping[str, Any]]] = []
         self._step_at_s: float | None = None
@@ -96,21 +108,17 @@ class Recorder:
         await self._write()
         if self._failure is not None:
             raise self._failure
-        tries = Tries(self._patience_s)
+        retrier = Retrier(self._patience_s)
         try:
-            ended: Job = await tries.of(lambda: self._store.finish(self._lease, outcome, keep_media_s=keep_media_s))
+            ended: Job = await retrier.run(lambda: self._store.finish(self._lease, outcome, keep_media_s=keep_media_s))
         except LeaseLost:
             # A try that seemed to fail may have succeeded, and only its answer was lost.
-            found = await tries.of(lambda: self._store.get(self._job.job_id)) if tries.num_failed else None
-            if found is None or not self._is_own_end(found, outcome):
+            found = await retrier.run(lambda: self._store.get(self._job.job_id)) if retrier.num_failed else None
+            own_end = outcome.state, self._job.runner, self._job.attempts
+            if found is None or (found.state, found.runner, found.attempts) != own_end:
                 raise
             return found
         return ended
-
-    def _is_own_end(self, found: Job, outcome: Outcome) -> bool:
-        """Return whether this runner ended the job."""
-        claim = self._job.runner, self._job.attempts
-        return found.state is outcome.state and (found.runner, found.attempts) == claim
 
     def _add(self, event: Event | None, progress: Mapping[str, Any]) -> None:
         if event is not None and self._has_followers:
@@ -152,20 +160,20 @@ class Recorder:
             return
         self._progress, self._events = Progress(), []
         try:
-            await Tries(self._patience_s).of(lambda: self._store.record(self._lease, progress, events))
+            await Retrier(self._patience_s).run(lambda: self._store.record(self._lease, progress, events))
         except JobsError as error:
             self._failure = error
-            self._lost(error)
+            self._on_lost(error)
 
 
-class Tries:
+class Retrier:
     """Repeats writes for up to ``patience_s`` while the database is away; ``num_failed`` tries have failed."""
 
     def __init__(self, patience_s: float) -> None:
         self._until_s = time.monotonic() + patience_s
         self.num_failed = 0
 
-    async def of(self, write: Callable[[], Any]) -> Any:
+    async def run(self, write: Callable[[], Any]) -> Any:
         """Run ``write`` until it succeeds, and return its result.
 
         Raises:
@@ -184,18 +192,73 @@ class Tries:
             await asyncio.sleep(_TRY_PAUSE_S)
 
 
+class SavedStates:
+    """The saved states of one job, written one at a time in the background, at least ``period_s`` apart."""
+
+    def __init__(self, files: JobFiles, job_id: str, period_s: float) -> None:
+        self._files, self._job_id, self._period_s = files, job_id, period_s
+        self._written_s = time.monotonic()
+        self._last: tuple[int, TensorEnvelope] | None = None
+        self._written_step = 0
+        self._writing: asyncio.Task[None] | None = None
+        # The job has ended: remove the state that is still being written.
+        self._must_remove = False
+
+    def save_if_due(self, step: int, state: TensorEnvelope) -> None:
+        """Save a state, if it is time for one."""
+        self._last = step, state
+        if self._writing is None and time.monotonic() - self._written_s >= self._period_s:
+            self._writing = start_task(self._write(step, state))
+
+    def read(self) -> TensorEnvelope | None:
+        """Return the last saved state; None if there is none or it is damaged: the job starts from the beginning."""
+        try:
+            if not self._files.exists(self._job_id, SAVED_STATE):
+                return None
+            return TensorEnvelope.of_array(np.frombuffer(self._files.get(self._job_id, SAVED_STATE), np.uint8))
+        except MediaError:
+            logger.exception("the saved state of %s cannot be used; it starts from the beginning", self._job_id)
+            return None
+
+    async def finish_write(self) -> None:
+        """Wait for the state that is being written: its file must not appear after the job's files were removed.
+
+        A state that takes longer than a minute is removed as soon as it is written.
+        """
+        if self._writing is None:
+            return
+        try:
+            async with asyncio.timeout(_WRITE_S):
+                await asyncio.shield(self._writing)
+        except TimeoutError:
+            self._must_remove = True
+            logger.error("the state of %s is not saved after %g s", self._job_id, _WRITE_S)
+
+    async def write_last(self) -> None:
+        """Save the newest state now: the next runner resumes the job from it."""
+        await self.finish_write()
+        if self._last is not None and self._writing is None and self._last[0] > self._written_step:
+            self._writing = start_task(self._write(*self._last))
+            await self.finish_write()
+
+    async def _write(self, step: int, state: TensorEnvelope) -> None:
+        try:
+            await run_in_thread(self._files.put, self._job_id, SAVED_STATE, state.data.data)
+            self._written_s, self._written_step = time.monotonic(), step
+            if self._must_remove:
+                await run_in_thread(self._files.remove, self._job_id, SAVED_STATE)
+        except MediaError:  # the job goes on; if its runner dies, it resumes from an earlier state
+            logger.exception("the state of %s could not be saved, or not removed again", self._job_id)
+        finally:
+            self._writing = None
+
+
 def result_of(finished: Finished) -> dict[str, Any]:
     """Return a finished request's JSON values for :attr:`deployments.jobs.job.Job.result`."""
     stage_durations = {name: round(seconds, 4) for name, seconds in finished.stage_seconds.items()}
+    same = ("media_type", "num_bytes", "num_frames", "fps", "height", "width", "seed", "frames_sha256")
     return {
-        "media_type": finished.media_type,
-        "num_bytes": finished.num_bytes,
-        "num_frames": finished.num_frames,
-        "fps": finished.fps,
-        "height": finished.height,
-        "width": finished.width,
-        "seed": finished.seed,
-        "frames_sha256": finished.frames_sha256,
+        **{name: getattr(finished, name) for name in same},
         "notes": list(finished.notes),
         "negative_prompt_origin": finished.negative_origin,
         "stage_durations": stage_durations,

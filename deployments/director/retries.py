@@ -21,16 +21,18 @@ async def retry_stage(
     max_attempts: int,
     attempt: Callable[[RequestContext], AsyncIterator[Any]],
     num_saved_steps: Callable[[], int] = lambda: 0,
+    *,
+    waits_when_full: bool = True,
 ) -> AsyncIterator[Any]:
     """Run a stage until it succeeds or fails for good; yield its items.
 
-    A dead process is retried with the same seed. A full stage is waited for, because an admitted request is never
-    rejected.
+    A dead process is retried with the same seed.
 
     Args:
         max_attempts: attempts in all; waits for a full stage do not count.
         attempt: runs the stage once.
         num_saved_steps: steps after which the next attempt resumes, for :class:`StageRetried`.
+        waits_when_full: whether to wait for a full stage, because an admitted request is never rejected.
 
     Raises:
         GangFailed, StageFailed: the attempts are used up.
@@ -46,7 +48,7 @@ async def retry_stage(
             return
         except Exception as error:  # noqa: BLE001 - another process may raise anything
             meaning = translate_error(error, stage)
-            if isinstance(meaning, OverloadedError):
+            if isinstance(meaning, OverloadedError) and waits_when_full:
                 event = None
                 pause_s = min(max(meaning.retry_after_s, _RETRY_PAUSE_S), _LONGEST_PAUSE_S)
             elif not is_retryable(error):

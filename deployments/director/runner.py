@@ -28,14 +28,12 @@ from deployments.config import JobsConfig
 from deployments.director.admission import RequestCheck
 from deployments.director.leases import RESTART_S, ClaimedJob, LeaseKeeper, StopReason
 from deployments.director.pipeline import Pipeline
-from deployments.director.recorder import Recorder, Tries, result_of
-from deployments.director.saved_states import SAVED_STATE, SavedStates
+from deployments.director.recorder import SAVED_STATE, Recorder, Retrier, SavedStates, result_of
 from deployments.errors import JobCancelled, LeaseLost
 from deployments.failures import explain_failure, is_explained, translate_error
-from deployments.jobs.cost import Throughput
-from deployments.jobs.job import Job, JobState, Lane, Outcome
+from deployments.jobs.estimates import Throughput
+from deployments.jobs.job import Job, JobState, Lane, Outcome, decode_request
 from deployments.jobs.queue import ClaimRequest
-from deployments.jobs.request_codec import decode_request
 from deployments.jobs.service import JobService
 from deployments.jobs.store import Lease
 from deployments.messages import FileStarted, Finished, RequestContext
@@ -61,10 +59,10 @@ class _Caller:
     """The caller of an attached job, who waits here for its events."""
 
     context: RequestContext
-    is_following: bool = False  # the job exists
+    is_job_created: bool = False
     items: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)  # bounded by its steps and chunks
-    has_begun: bool = False  # the job runs
-    has_ended: bool = False  # the last item is in the queue
+    is_job_running: bool = False
+    is_complete: bool = False  # the last item is in the queue
 
 
 class JobRunner:
@@ -89,7 +87,7 @@ class JobRunner:
         self._wake = asyncio.Event()
         self._leases = LeaseKeeper(jobs.store, self.runner_id, config.lease_s, self._claimed)
         self._is_draining = self._is_released = False
-        self._alive: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._claiming = self._spawn(self._claim_jobs())
         self._spawn(self._leases.renew_forever())
 
@@ -98,7 +96,7 @@ class JobRunner:
         """Number of jobs that run here or whose callers wait here."""
         return len(self._claimed.keys() | self._callers.keys())
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Look for jobs now, because one was accepted."""
         self._wake.set()
 
@@ -113,9 +111,9 @@ class JobRunner:
         On return, waiting callers have their error, and their jobs are cancelled.
         """
         self._is_draining = self._is_released = True
-        self.nudge()
-        waiting = [job_id for job_id, caller in self._callers.items() if not (caller.has_begun or caller.has_ended)]
-        queued = [job_id for job_id in waiting if self._turn_away(self._callers[job_id])]
+        self.wake()
+        waiting = {job_id: it for job_id, it in self._callers.items() if not (it.is_job_running or it.is_complete)}
+        queued = [job_id for job_id, caller in waiting.items() if self._turn_away(caller)]
         claimed = list(self._claimed.values())
         for each in claimed:
             each.stop(StopReason.GIVEN_BACK if each.job.attached_to is None else StopReason.SHUT_DOWN)
@@ -126,25 +124,25 @@ class JobRunner:
         """Report the shutdown to a waiting caller; return whether its job exists and must be cancelled."""
         caller.items.put_nowait(ShuttingDown(RESTART_S))
         # Otherwise the job is about to be created, and is cancelled when the caller leaves.
-        caller.has_ended = caller.is_following
-        return caller.is_following
+        caller.is_complete = caller.is_job_created
+        return caller.is_job_created
 
     async def _cancel_all(self, job_ids: Sequence[str]) -> None:
         await asyncio.wait([self._claiming])  # a claim of one of them may be under way; it gives that back
         await asyncio.gather(*map(self._cancel_queued, job_ids))
 
-    def expect(self, job_id: str, context: RequestContext) -> None:
+    def announce(self, job_id: str, context: RequestContext) -> None:
         """Announce an attached job before it is created: its events are for a caller here."""
         self._callers[job_id] = _Caller(context)
 
-    def unexpect(self, job_id: str) -> None:
-        """Withdraw :meth:`expect`: the job was not created."""
+    def withdraw(self, job_id: str) -> None:
+        """Withdraw :meth:`announce`: the job was not created."""
         self._callers.pop(job_id, None)
 
-    def forget(self, job_id: str) -> None:
-        """Stop the job of :meth:`expect`: its caller leaves."""
+    def leave(self, job_id: str) -> None:
+        """Stop the job of :meth:`announce`: its caller leaves."""
         caller = self._callers.pop(job_id, None)
-        if caller is None or caller.has_ended:
+        if caller is None or caller.is_complete:
             return
         if (claimed := self._claimed.get(job_id)) is not None:
             claimed.stop(StopReason.CALLER_LEFT)
@@ -152,27 +150,24 @@ class JobRunner:
             self._spawn(self._cancel_queued(job_id))
 
     async def follow(self, job: Job) -> AsyncGenerator[Event, None]:
-        """Yield the events of an attached job that was created after :meth:`expect`; :meth:`forget` ends it.
+        """Yield the events of an attached job that was created after :meth:`announce`; :meth:`leave` ends it.
 
-        Raises:
-            DeadlineExceeded: the time is up.
-            JobCancelled: its owner has cancelled it.
-            Exception: the job's failure.
+        Raise DeadlineExceeded if the time is up, JobCancelled if its owner has cancelled it, and the job's failure.
         """
         caller = self._callers[job.job_id]
-        caller.is_following = True
-        self.nudge()
+        caller.is_job_created = True
+        self.wake()
         position: int | None = None
         while True:
             item = await self._next(caller)
             if item is None:
-                found = None if caller.has_begun else await run_in_thread(self._store.get, job.job_id)
-                if caller.has_begun or not caller.items.empty():
+                found = None if caller.is_job_running else await run_in_thread(self._store.get, job.job_id)
+                if caller.is_job_running or not caller.items.empty():
                     continue
                 if found is None or found.state.is_final:
                     raise JobCancelled(job.job_id, "" if found is None else found.error_message)
-                waits = (await run_in_thread(self._store.queue_positions, [found])).get(job.job_id)
-                if waits is not None and waits.position != position and not caller.has_begun:
+                waits = (await run_in_thread(self._store.find_positions, [found])).get(job.job_id)
+                if waits is not None and waits.position != position and not caller.is_job_running:
                     position = waits.position
                     yield waits
                 continue
@@ -184,7 +179,7 @@ class JobRunner:
 
     async def _next(self, caller: _Caller) -> Event | Exception | None:
         """Return the next event; None when it is time to report the queue position again."""
-        if caller.has_begun:
+        if caller.is_job_running:
             return await caller.items.get()  # the pipeline keeps the deadline
         limit_s = min(_POSITION_PERIOD_S, caller.context.remaining_s("queue"))
         with contextlib.suppress(TimeoutError):
@@ -229,7 +224,7 @@ class JobRunner:
     def _start(self, job: Job) -> None:
         claimed = self._claimed[job.job_id] = ClaimedJob(job)
         if (caller := self._callers.get(job.job_id)) is not None:
-            caller.has_begun = True
+            caller.is_job_running = True
         elif job.attached_to is not None:
             claimed.stop(StopReason.CALLER_LEFT)
         claimed.task = self._spawn(self._run(claimed, caller))
@@ -264,15 +259,15 @@ class JobRunner:
         except LeaseLost:
             claimed.stop(StopReason.LOST)
             failure = failure or claimed.stop_error
-            await self._tidy_lost(claimed)
+            await self._clean_up_lost(claimed)
         except Exception as error:
             logger.exception("the end of %s could not be recorded", job.job_id)
             failure = failure or error
         del self._claimed[job.job_id]
-        self.nudge()
+        self.wake()
         if caller is not None:
             # Only after the end is in the database: before, the job might still run again.
-            caller.has_ended = True
+            caller.is_complete = True
             caller.items.put_nowait(failure or finished or claimed.stop_error)
 
     async def _process(self, claimed: ClaimedJob, caller: _Caller | None) -> AsyncIterator[Event]:
@@ -281,16 +276,15 @@ class JobRunner:
         if job.media_id:
             # The writer of an earlier run may have died silently: end its file for viewers.
             await run_in_thread(self._media.fail, job.media_id, "the job was taken over by another runner")
-        context = (
-            RequestContext.new(job.request_id, config.run_timeout_s, job.job_id) if caller is None else caller.context
-        )
+        own_context = RequestContext.new(job.request_id, config.run_timeout_s, job.job_id)
+        context = own_context if caller is None else caller.context
         media = {name: await run_in_thread(self._files.get, job.job_id, name) for name in job.inputs}
         resolved = await self._check.resolve(context, decode_request(job.request, media))
         del media
         claimed.saved_states = saved_states = SavedStates(self._files, job.job_id, config.checkpoint_period_s)
-        begin_from = await run_in_thread(saved_states.read)
-        pipeline = self._make_pipeline(resolved, context, job, begin_from, saved_states.offer)
-        del resolved, begin_from
+        resume_from = await run_in_thread(saved_states.read)
+        pipeline = self._make_pipeline(resolved, context, job, resume_from, saved_states.save_if_due)
+        del resolved, resume_from
         assert job.started_s is not None, "it was claimed"
         events = watch_request(pipeline.events(), context, job.mode, job.started_s - job.created_s)
         async with aclosing(events) as watched:
@@ -317,19 +311,19 @@ class JobRunner:
         else:
             outcome = Outcome(JobState.CANCELLED, error_code="cancelled", error_message=str(claimed.stop_error))
         ended = await recorder.end(outcome, keep_media_s=self._media.keep_s)
-        await self._tidy_ended(claimed, ended)
+        await self._clean_up_ended(claimed, ended)
 
     async def _give_back(self, job: Job) -> None:
         lease = Lease(job.job_id, job.lease)
-        await Tries(self._leases.patience_s).of(lambda: self._store.give_back(lease))
+        await Retrier(self._leases.patience_s).run(lambda: self._store.give_back(lease))
 
-    async def _tidy_ended(self, claimed: ClaimedJob, ended: Job) -> None:
+    async def _clean_up_ended(self, claimed: ClaimedJob, ended: Job) -> None:
         """Count a job that has ended, and remove the files that it leaves."""
         is_completed = ended.state is JobState.COMPLETED
         try:
             _count_end(ended)
             if claimed.saved_states is not None:
-                await claimed.saved_states.settle()
+                await claimed.saved_states.finish_write()
             # A remix of a completed job needs its inputs; those of other jobs would only fill the disk.
             is_kept = is_completed and ended.attached_to is None
             await run_in_thread(self._files.remove, ended.job_id, SAVED_STATE if is_kept else None)
@@ -338,12 +332,12 @@ class JobRunner:
         except Exception:  # the job has ended nevertheless
             logger.exception("what %s leaves could not be tidied up", ended.job_id)
 
-    async def _tidy_lost(self, claimed: ClaimedJob) -> None:
+    async def _clean_up_lost(self, claimed: ClaimedJob) -> None:
         """Remove the files of this run if another runner has the job by now, or it is deleted."""
         job_id = claimed.job.job_id
         try:
             if claimed.saved_states is not None:
-                await claimed.saved_states.settle()
+                await claimed.saved_states.finish_write()
             now = await run_in_thread(self._store.get, job_id)
             if now is None:
                 await run_in_thread(self._files.remove, job_id)
@@ -374,8 +368,8 @@ class JobRunner:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
         task = start_task(work)
-        self._alive.add(task)  # the loop itself does not keep it
-        task.add_done_callback(self._alive.discard)
+        self._tasks.add(task)  # the loop itself does not keep it
+        task.add_done_callback(self._tasks.discard)
         return task
 
 

@@ -28,7 +28,7 @@ from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 
 from deployments.errors import JobsError
 from deployments.jobs.schema import NEWEST, VERSION_TABLE
-from deployments.media.store import own_directory
+from deployments.media.store import resolve_directory
 
 if TYPE_CHECKING:
     from deployments.config import AppConfig
@@ -77,7 +77,7 @@ def database_url(config: AppConfig) -> str:
     """
     if config.jobs.database is not None:
         return config.jobs.database
-    directory = own_directory() if config.media.directory is None else config.media.directory.absolute()
+    directory = resolve_directory(config.media)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -181,7 +181,7 @@ class Database:
                 if list(versions) == [NEWEST]:
                     return
         # Alembic takes as long to import as all the rest, and is seldom needed.
-        from deployments.jobs.migrations.upgrade import is_current, upgrade
+        from deployments.jobs.migrations import is_current, upgrade
 
         with self._translate_errors(), self._write_transaction() as connection:
             if not self.is_sqlite:

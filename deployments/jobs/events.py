@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
@@ -72,14 +71,9 @@ VideoEvent = (
 )
 """What a client may see of a video, discriminated by ``kind``."""
 
-_ADAPTERS: Mapping[str, TypeAdapter[Any]] = MappingProxyType(
-    {
-        kind.KIND: TypeAdapter(kind)
-        for kind in (
-            *(QueuePosition, JobStarted, StepDone, PreviewReady, PreviewsOff, FileStarted, ChunkEncoded, StageRetried),
-        )
-    }
-)
+_ADAPTERS: Mapping[str, TypeAdapter[Any]] = {
+    event.KIND: TypeAdapter(event) for event in get_args(VideoEvent) if event.KIND
+}
 # JSON has no bytes: an image goes as base64, under another name.
 _IMAGE, _BASE64 = "image", "b64_json"
 

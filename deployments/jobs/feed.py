@@ -50,11 +50,11 @@ class _Follower:
     position: int | None = None  # in the queue, as last reported
     error: Cosmos3Error | None = None  # why the events ended early
     has_items: asyncio.Event = field(default_factory=asyncio.Event)
-    has_ended: bool = False  # the last event is in the buffer
+    is_complete: bool = False  # the last event is in the buffer
 
     @property
     def has_room(self) -> bool:
-        return self.num_bytes < _BUFFER_BYTES and not self.has_ended
+        return self.num_bytes < _BUFFER_BYTES and not self.is_complete
 
     def put(self, event: JobEvent) -> None:
         self.seq = max(self.seq, event.seq)
@@ -65,7 +65,7 @@ class _Follower:
             self.end()
 
     def end(self, error: Cosmos3Error | None = None) -> None:
-        self.has_ended, self.error = True, error
+        self.is_complete, self.error = True, error
         self.events.append(None)
         self.has_items.set()
 
@@ -91,19 +91,11 @@ class EventFeed:
         self._polling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
-    @property
-    def num_followers(self) -> int:
-        """Number of callers who follow a job now."""
-        return len(self._followers)
-
     async def follow(self, job_id: str, after: int, timeout_s: float) -> AsyncGenerator[JobEvent, None]:
-        """Yield a job's events after number ``after``, as they come, to the last one.
+        """Yield a job's events after number ``after``, 0 for all, as they come, to the last one.
 
         Besides its history there are events with number 0: "queued" whenever its queue position has changed, and
         "deleted" as the last one of a deleted job.
-
-        Args:
-            after: number of an event; 0 for all.
 
         Raises:
             OverloadedError: there are too many followers.
@@ -194,8 +186,8 @@ class EventFeed:
     ) -> tuple[Sequence[JobEvent], dict[str, tuple[Job | None, QueuePosition | None]]]:
         """Read jobs with their positions, and then events; in a thread."""
         jobs = {job_id: self._store.get(job_id) for job_id in due}
-        positions = self._store.queue_positions([job for job in jobs.values() if job is not None])
-        events = self._store.events(cursors, _MAX_EVENTS) if cursors else []
+        positions = self._store.find_positions([job for job in jobs.values() if job is not None])
+        events = self._store.find_events(cursors, _MAX_EVENTS) if cursors else []
         return events, {job_id: (job, positions.get(job_id)) for job_id, job in jobs.items()}
 
     def _report(self, job_id: str, job: Job | None, position: QueuePosition | None) -> None:

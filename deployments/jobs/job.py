@@ -1,4 +1,4 @@
-"""A job: one accepted request, its states, and the options that it came with.
+"""A job: one accepted request, its states, the options that it came with, and the form in which it is stored.
 
 Every request is a job, whether its caller waits for the answer or comes back for it. A job of a caller who waits is
 *attached*: it belongs to the Director that admitted it, and ends when the caller leaves. Any other job is claimed by a
@@ -13,17 +13,28 @@ Director that has room, keeps running when its client disconnects, and resumes a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from deployments.errors import IllegalTransition
+from cosmos3_core.actions import action_rows
+from cosmos3_core.conditioning.modes import IMAGE_FIELD, VIDEO_FIELD
+from cosmos3_core.errors import RequestError
+from cosmos3_core.media.source import Packed
+from cosmos3_core.request import GenerationRequest
 
 if TYPE_CHECKING:
     from deployments.jobs.keys import KeyLimits
+
+MEDIA = (IMAGE_FIELD, VIDEO_FIELD)
+"""Names of the files that a request may have."""
+
+_DEFAULTS = GenerationRequest()
 
 
 class JobState(StrEnum):
@@ -50,7 +61,7 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
         JobState.CANCELLED: frozenset(),
     }
 )
-"""State -> the states that may follow it. Every change of a job goes through :func:`check_transition`."""
+"""State -> the states that may follow it. Every change of a job goes through ``rows.change_job``."""
 
 
 class Lane(StrEnum):
@@ -58,12 +69,6 @@ class Lane(StrEnum):
 
     IMAGE = "image"
     VIDEO = "video"
-
-
-def check_transition(job_id: str, before: JobState, after: JobState) -> None:
-    """Raise IllegalTransition if :data:`TRANSITIONS` has no such change."""
-    if after not in TRANSITIONS[before]:
-        raise IllegalTransition(job_id, before, after)
 
 
 def new_job_id() -> str:
@@ -78,13 +83,11 @@ class SubmitOptions:
     Attributes:
         request_id: the caller's name for the request, for logs; None = a new one.
         owner: id of the API key, "" without.
-        service_class: name of a class of the configuration; None = the standard one.
-        classes: classes that the key may name; None = all of the configuration.
-        limits: of the key; None = the configuration's.
+        service_class: of the configuration; None = the standard one.
+        classes, limits: of the key; None = the configuration's.
         previews: number of previews to record, 0 to 32.
         remixed_from: id of the job whose request is reused.
         warnings: fields that were accepted without effect.
-        skip_guardrails: whether the request is run without guardrails.
     """
 
     request_id: str | None = None
@@ -105,11 +108,11 @@ class NewJob:
 
     Attributes:
         model: name of the served model: only Directors that serve it claim the job.
-        request: plain JSON values of :func:`deployments.jobs.request_codec.encode_request`.
+        request: plain JSON values of :func:`encode_request`.
         inputs: names of its files in the media store.
         fingerprint: hash of the request; two requests with one idempotency key must have the same.
         media_type: "" if there will be no file.
-        work: estimate of :mod:`deployments.jobs.cost`.
+        work: estimate of :mod:`deployments.jobs.estimates`.
         attached_to: the runner whose caller waits for it; None for a job that stays.
         skip_guardrails: only if the operator still allows that when the job begins.
         notes: what admission changed in the request.
@@ -191,11 +194,6 @@ class Job(NewJob):
         pace_s = max((self.updated_s - self.started_s) / self.step, self.step_s or 0.0)
         return (self.num_steps - self.step) * pace_s
 
-    @property
-    def work_left(self) -> float:
-        """Work left, in token-steps."""
-        return 0.0 if self.state.is_final else self.work * (1 - self.step / self.num_steps)
-
 
 @dataclass(frozen=True)
 class JobEvent:
@@ -234,3 +232,47 @@ class Outcome:
     result: Mapping[str, Any] = field(default_factory=dict)
     error_code: str = ""
     error_message: str = ""
+
+
+def encode_request(request: GenerationRequest) -> tuple[dict[str, Any], dict[str, Packed]]:
+    """Return the fields of a request that differ from their defaults, and its media by name.
+
+    Args:
+        request: checked, with its media :meth:`~GenerationRequest.packed`.
+
+    Raises:
+        RequestError: it brings its own noise, which is not kept.
+    """
+    if request.noise is not None:
+        raise RequestError("noise", "tensors", "nothing where a service makes it", "Generate in process instead.")
+    values: dict[str, Any] = {}
+    media: dict[str, Packed] = {}
+    for each in fields(request):
+        value = getattr(request, each.name)
+        if each.name in MEDIA:
+            if value is not None:
+                media[each.name] = value
+        elif each.name == "actions":
+            if value is not None:
+                values["actions"] = action_rows("actions", value, None).tolist()
+        elif value != getattr(_DEFAULTS, each.name):
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            values[each.name] = list(value) if is_list else value
+    return values, media
+
+
+def decode_request(values: Mapping[str, Any], media: Mapping[str, Packed]) -> GenerationRequest:
+    """Rebuild a request from what :func:`encode_request` returned."""
+    given: dict[str, Any] = {**values, **media}
+    return GenerationRequest(**given)
+
+
+def compute_fingerprint(values: Mapping[str, Any], media: Mapping[str, Packed], **options: Any) -> str:
+    """Return a hash of a request and its options, the same in any process."""
+    digest = hashlib.sha256(json.dumps([values, options], sort_keys=True).encode())
+    for name in sorted(media):
+        data = media[name]
+        about = "bytes" if isinstance(data, bytes) else f"{data.dtype} {data.shape}"
+        digest.update(f"\0{name} {about}\0".encode())
+        digest.update(data if isinstance(data, bytes) else data.tobytes())
+    return digest.hexdigest()

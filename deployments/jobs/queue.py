@@ -24,19 +24,18 @@ from cosmos3_core import checks
 from cosmos3_core.errors import RequestError
 from deployments.config import JobsConfig
 from deployments.errors import IdempotencyConflict
+from deployments.jobs.estimates import QueueBound
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome
 from deployments.jobs.keys import KeyLimits
-from deployments.jobs.rows import add, change, end, job_of, put
-from deployments.jobs.schema import API_KEYS, JOBS, LANES, RUNNERS
-from deployments.jobs.waiting import QueueBound
+from deployments.jobs.rows import change_job, end_job, insert_job, job_of, upsert
+from deployments.jobs.schema import API_KEYS, IN_PROGRESS, JOBS, LANES, QUEUE_ORDER, QUEUED, RUNNERS
 
-_QUEUED, _IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
 # Most attached jobs of dead runners that one claim ends.
 _MAX_ABANDONED = 100
 # Times in a lease that a runner is noted as alive.
 _NOTES_PER_LEASE = 4
 
-# Queries are built once: building one takes as long as running it.
+# Frequent queries are built once: building one takes as long as running it.
 
 
 # Accepting
@@ -92,7 +91,7 @@ def check_room(connection: Connection, new: NewJob, config: JobsConfig, key_limi
 
 @cache
 def _query_count(is_own: bool) -> Select[Any]:
-    queued = select(func.count()).select_from(JOBS).where(*_in_lane(_QUEUED))
+    queued = select(func.count()).select_from(JOBS).where(*_in_lane(QUEUED))
     return queued.where(JOBS.c.owner == bindparam("owner")) if is_own else queued
 
 
@@ -104,19 +103,19 @@ def enqueue(connection: Connection, new: NewJob, config: JobsConfig, now_s: floa
     flow = {"model": new.model, "lane": new.lane.value, "service_class": new.service_class, "owner": new.owner}
     last = connection.execute(_query_last_place(), flow).scalar_one() or 0.0
     begin = max(_read_virtual_time(connection, new.model, new.lane), last)
-    return add(connection, new, begin + new.work / config.classes[new.service_class], now_s)
+    return insert_job(connection, new, begin + new.work / config.classes[new.service_class], now_s)
 
 
 @cache
 def _query_last_place() -> Select[Any]:
     """Build the query for the last place of a flow; null if it has no queued job."""
     flow = (JOBS.c[name] == bindparam(name) for name in ("service_class", "owner"))
-    return select(func.max(JOBS.c.queue_order)).where(*_in_lane(_QUEUED), *flow)
+    return select(func.max(JOBS.c.queue_order)).where(*_in_lane(QUEUED), *flow)
 
 
 def note_runner(connection: Connection, runner: str, model: str, now_s: float) -> None:
     """Note that a runner is alive."""
-    put(connection, RUNNERS, runner=runner, model=model, alive_s=now_s)
+    upsert(connection, RUNNERS, runner=runner, model=model, alive_s=now_s)
 
 
 def _read_virtual_time(connection: Connection, model: str, lane: Lane) -> float:
@@ -146,7 +145,7 @@ class ClaimRequest:
     only_attached: bool = False
     in_hand: tuple[str, ...] = ()
 
-    def parameters(self, now_s: float) -> dict[str, Any]:
+    def query_parameters(self, now_s: float) -> dict[str, Any]:
         """Return the parameters of the queries below."""
         return {
             "runner": self.runner,
@@ -176,7 +175,7 @@ class ClaimableWork:
 
 def check_work(connection: Connection, claim: ClaimRequest, now_s: float) -> ClaimableWork:
     """Check for claimable work without taking the write lock: runners do so twice a second."""
-    return ClaimableWork(*connection.execute(_query_work(claim.only_attached), claim.parameters(now_s)).one())
+    return ClaimableWork(*connection.execute(_query_work(claim.only_attached), claim.query_parameters(now_s)).one())
 
 
 def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork, now_s: float) -> Job | None:
@@ -184,20 +183,21 @@ def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork,
 
     ``work`` is what :func:`check_work` found just before; later work is left for the next claim.
     """
-    parameters = claim.parameters(now_s)
+    parameters = claim.query_parameters(now_s)
     if not work.is_alive_noted:
         note_runner(connection, claim.runner, claim.model, now_s)
     if work.has_abandoned:
-        for row in connection.execute(_query_abandoned(), parameters).all():
-            end(connection, job_of(row), _outcome_of_abandoned(claim), now_s)
+        for row in connection.execute(_select_and_lock(_is_abandoned(), _MAX_ABANDONED), parameters).all():
+            end_job(connection, job_of(row), _outcome_of_abandoned(claim), now_s)
     while work.has_expired:
-        found = connection.execute(_query_expired(claim.only_attached), parameters).one_or_none()
+        expired = _select_and_lock(_is_expired(claim.only_attached), 1)
+        found = connection.execute(expired, parameters).one_or_none()
         if found is None:
             break
         job = job_of(found)
         if (outcome := _outcome_of_expired(job, claim)) is None:
-            return _begin(connection, job, claim, now_s)
-        end(connection, job, outcome, now_s)  # and is not found again
+            return _start_claimed(connection, job, claim, now_s)
+        end_job(connection, job, outcome, now_s)  # and is not found again
     if not work.has_queued:
         return None
     parameters["blocked"] = _find_blocked_owners(connection, claim.config, parameters)
@@ -206,8 +206,8 @@ def claim_next(connection: Connection, claim: ClaimRequest, work: ClaimableWork,
         return None
     job = job_of(first)
     virtual_time = max(_read_virtual_time(connection, job.model, job.lane), job.order)
-    put(connection, LANES, model=job.model, lane=job.lane.value, virtual_time=virtual_time)
-    return _begin(connection, job, claim, now_s)
+    upsert(connection, LANES, model=job.model, lane=job.lane.value, virtual_time=virtual_time)
+    return _start_claimed(connection, job, claim, now_s)
 
 
 def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> dict[str, bool]:
@@ -220,9 +220,9 @@ def renew(connection: Connection, held: Mapping[str, str], until_s: float) -> di
     return {row.job_id: row.is_cancelling for row in connection.execute(_renew_statement(), parameters)}
 
 
-def _begin(connection: Connection, job: Job, claim: ClaimRequest, now_s: float) -> Job:
+def _start_claimed(connection: Connection, job: Job, claim: ClaimRequest, now_s: float) -> Job:
     attempt = job.attempts + 1
-    return change(
+    return change_job(
         connection,
         job,
         JobState.IN_PROGRESS,
@@ -262,27 +262,26 @@ def _in_lane(state: str) -> tuple[ColumnElement[bool], ...]:
 def _is_expired(only_attached: bool) -> ColumnElement[bool]:
     """Select running jobs whose lease has expired, except the runner's own, renewed late."""
     of_others = JOBS.c.job_id.not_in(bindparam("in_hand", expanding=True))
-    expired = and_(*_in_lane(_IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"), of_others)
+    expired = and_(*_in_lane(IN_PROGRESS), JOBS.c.lease_until_s < bindparam("now_s"), of_others)
     return and_(expired, JOBS.c.attached_to.is_not(None)) if only_attached else expired
 
 
 def _is_queued(only_attached: bool) -> ColumnElement[bool]:
     """Select queued jobs that this runner may claim."""
     own = JOBS.c.attached_to == bindparam("runner")
-    return and_(*_in_lane(_QUEUED), own if only_attached else or_(own, JOBS.c.attached_to.is_(None)))
+    return and_(*_in_lane(QUEUED), own if only_attached else or_(own, JOBS.c.attached_to.is_(None)))
 
 
 def _is_abandoned() -> ColumnElement[bool]:
     """Select queued jobs that are attached to a runner that has died."""
     is_alive = exists().where(RUNNERS.c.runner == JOBS.c.attached_to, RUNNERS.c.alive_s >= bindparam("silent_since_s"))
     of_others = and_(JOBS.c.attached_to.is_not(None), JOBS.c.attached_to != bindparam("runner"))
-    return and_(*_in_lane(_QUEUED), of_others, not_(is_alive))
+    return and_(*_in_lane(QUEUED), of_others, not_(is_alive))
 
 
-def _lock(condition: ColumnElement[bool], limit: int) -> Select[Any]:
+def _select_and_lock(condition: ColumnElement[bool], limit: int) -> Select[Any]:
     """Select rows in queue order and lock them, skipping those that others are changing."""
-    order = (JOBS.c.queue_order, JOBS.c.created_s, JOBS.c.job_id)
-    return select(JOBS).where(condition).order_by(*order).limit(limit).with_for_update(skip_locked=True)
+    return select(JOBS).where(condition).order_by(*QUEUE_ORDER).limit(limit).with_for_update(skip_locked=True)
 
 
 @cache
@@ -295,25 +294,16 @@ def _query_work(only_attached: bool) -> Select[bool, bool, bool, bool]:
 
 
 @cache
-def _query_abandoned() -> Select[Any]:
-    return _lock(_is_abandoned(), _MAX_ABANDONED)
-
-
-@cache
-def _query_expired(only_attached: bool) -> Select[Any]:
-    return _lock(_is_expired(only_attached), 1)
-
-
-@cache
 def _query_first(only_attached: bool) -> Select[Any]:
-    return _lock(and_(_is_queued(only_attached), JOBS.c.owner.not_in(bindparam("blocked", expanding=True))), 1)
+    is_allowed = JOBS.c.owner.not_in(bindparam("blocked", expanding=True))
+    return _select_and_lock(and_(_is_queued(only_attached), is_allowed), 1)
 
 
 @cache
 def _renew_statement() -> ReturningUpdate[str, bool]:
     return (
         update(JOBS)
-        .where(JOBS.c.job_id.in_(bindparam("ids", expanding=True)), JOBS.c.state == _IN_PROGRESS)
+        .where(JOBS.c.job_id.in_(bindparam("ids", expanding=True)), JOBS.c.state == IN_PROGRESS)
         .where(JOBS.c.lease.in_(bindparam("leases", expanding=True)))  # leases are unique
         .values(lease_until_s=bindparam("until_s"))
         .returning(JOBS.c.job_id, JOBS.c.is_cancelling)
@@ -326,7 +316,7 @@ def _query_running() -> Select[Any]:
     return (
         select(JOBS.c.owner, API_KEYS.c.max_running, func.count())
         .join(API_KEYS, API_KEYS.c.key_id == JOBS.c.owner, isouter=True)
-        .where(*_in_lane(_IN_PROGRESS), JOBS.c.owner != "")
+        .where(*_in_lane(IN_PROGRESS), JOBS.c.owner != "")
         .group_by(JOBS.c.owner, API_KEYS.c.max_running)
     )
 

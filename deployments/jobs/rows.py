@@ -1,6 +1,6 @@
 """Find and change jobs in the database.
 
-A job changes in :func:`change` and nowhere else (only its lease is renewed elsewhere, in one statement): as
+A job changes in :func:`change_job` and nowhere else (only its lease is renewed elsewhere, in one statement): as
 :data:`deployments.jobs.job.TRANSITIONS` allows, only if its state and lease are still the same, and together with its
 events.
 """
@@ -15,8 +15,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Connection, Row, Select, Table, bindparam, cast, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from deployments.errors import JobsError, LeaseLost
-from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome, check_transition
+from deployments.errors import IllegalTransition, JobsError, LeaseLost
+from deployments.jobs.job import TRANSITIONS, Job, JobEvent, JobState, Lane, NewJob, Outcome
 from deployments.jobs.schema import JOB_EVENTS, JOBS
 
 MAX_EVENTS = 10_000
@@ -48,7 +48,7 @@ def _columns(job: Job) -> dict[str, Any]:
     return values | {"lane": job.lane.value, "state": job.state.value}
 
 
-def add(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
+def insert_job(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
     """Insert a new job, queued."""
     given = {field.name: getattr(new, field.name) for field in fields(NewJob)}
     job = Job(**given, order=order, created_s=now_s, updated_s=now_s)
@@ -56,7 +56,7 @@ def add(connection: Connection, new: NewJob, order: float, now_s: float) -> Job:
     return job
 
 
-def find(connection: Connection, job_id: str, owner: str | None, *, to_change: bool = False) -> Job | None:
+def find_job(connection: Connection, job_id: str, owner: str | None, *, to_change: bool = False) -> Job | None:
     """Return a job, locked until the transaction ends if it is ``to_change``.
 
     None if there is no such job, or it is not the ``owner``'s (None = any owner).
@@ -67,27 +67,24 @@ def find(connection: Connection, job_id: str, owner: str | None, *, to_change: b
 
 def find_leased(connection: Connection, job_id: str, lease: str) -> Job:
     """Return and lock the job in progress under a lease; raise LeaseLost if there is none."""
-    job = find(connection, job_id, None, to_change=True)
+    job = find_job(connection, job_id, None, to_change=True)
     if job is None or job.state is not JobState.IN_PROGRESS or not lease or job.lease != lease:
         raise LeaseLost(job_id)
     return job
 
 
-def change(
+def change_job(
     connection: Connection, job: Job, state: JobState, now_s: float, events: Sequence[Event] = (), **changes: Any
 ) -> Job:
-    """Change a job and return it in its next state, which may be the same.
-
-    Args:
-        job: as found in this transaction.
-        events: kind and data of each.
+    """Change a job, as found in this transaction, and return it in its next state, which may be the same.
 
     Raises:
         IllegalTransition: the state must not follow the job's.
         LeaseLost: another process has changed the job.
         JobsError: it has too many events.
     """
-    check_transition(job.job_id, job.state, state)
+    if state not in TRANSITIONS[job.state]:
+        raise IllegalTransition(job.job_id, job.state, state)
     last_seq = job.last_seq + len(events)
     if last_seq > MAX_EVENTS + state.is_final:
         raise JobsError(f"{job.job_id} has {job.last_seq} events; at most {MAX_EVENTS} are kept of one job")
@@ -106,12 +103,12 @@ def change(
     return changed
 
 
-def end(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_media_s: float | None = None) -> Job:
-    """End a job with its last event, as :func:`change` does, and return it; its file stays for ``keep_media_s``."""
+def end_job(connection: Connection, job: Job, outcome: Outcome, now_s: float, keep_media_s: float | None = None) -> Job:
+    """End a job with its last event, as :func:`change_job` does, and return it; its file stays for ``keep_media_s``."""
     assert outcome.state.is_final, "an end is final"
     is_completed = outcome.state is JobState.COMPLETED
     data = {} if is_completed else {"code": outcome.error_code, "message": outcome.error_message}
-    return change(
+    return change_job(
         connection,
         job,
         outcome.state,
@@ -150,7 +147,7 @@ def _later_events(is_sqlite: bool) -> Select[*tuple[Any, ...]]:
     )
 
 
-def put(connection: Connection, table: Table, **values: Any) -> None:
+def upsert(connection: Connection, table: Table, **values: Any) -> None:
     """Insert a row, or update the row of the same primary key."""
     keys = [column.name for column in table.primary_key]
     make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert

@@ -28,6 +28,8 @@ from sqlalchemy import (
     text,
 )
 
+from deployments.jobs.job import JobState
+
 METADATA = MetaData()
 NEWEST = "0003"
 """The last of :mod:`deployments.jobs.migrations`, which leaves the tables as they are here."""
@@ -92,6 +94,12 @@ JOBS = Table(
     Index("jobs_by_end", "completed_s"),
     Index("jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),
 )
+
+QUEUED, IN_PROGRESS = JobState.QUEUED.value, JobState.IN_PROGRESS.value
+"""Values of the column ``state`` of jobs that have not ended."""
+
+QUEUE_ORDER = (JOBS.c.queue_order, JOBS.c.created_s, JOBS.c.job_id)
+"""The order in which queued jobs are claimed."""
 
 JOB_EVENTS = Table(
     "job_events",

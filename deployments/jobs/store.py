@@ -16,15 +16,15 @@ from sqlalchemy import delete, func, or_, select, tuple_, update
 from cluster.events import QueuePosition
 from cosmos3_core.errors import RequestError
 from deployments.config import JobsConfig
-from deployments.jobs import queue, waiting
+from deployments.jobs import estimates, queue
 from deployments.jobs.database import Database
+from deployments.jobs.estimates import ClassLoad, RetryEstimator
 from deployments.jobs.job import Job, JobEvent, JobState, Lane, NewJob, Outcome, Progress
 from deployments.jobs.keys import KeyLimits, KeyStore
 from deployments.jobs.queue import ClaimRequest
-from deployments.jobs.rows import change, end, find, find_events, find_leased, job_of
+from deployments.jobs.rows import change_job, end_job, find_events, find_job, find_leased, job_of
 from deployments.jobs.schema import JOBS, RUNNERS
-from deployments.jobs.waiting import ClassLoad, RetryEstimator
-from deployments.media.layout import JOB_ID
+from deployments.media.layout import is_job_id
 
 # Ended jobs that one transaction deletes, with up to 10,000 events each, and that one sweep deletes.
 _SWEPT_AT_ONCE, _MAX_SWEPT = 20, 1000
@@ -50,11 +50,7 @@ class Page:
 
 
 class JobStore:
-    """The jobs of one database; ``clock`` gives seconds since 1970.
-
-    Attributes:
-        keys: the API keys, in the same database.
-    """
+    """The jobs and API keys of one database; ``clock`` gives seconds since 1970."""
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._database = database
@@ -79,13 +75,7 @@ class JobStore:
         key_limits: KeyLimits | None = None,
         retry_estimator: RetryEstimator | None = None,
     ) -> Job:
-        """Accept a job.
-
-        Args:
-            retry_estimator: counts rejected callers, this one too.
-
-        Returns:
-            The job; the earlier one if its idempotency key came with the same request before.
+        """Accept a job and return it, or the earlier one if its idempotency key came with the same request before.
 
         Raises:
             OverloadedError: a bound of the queue is reached.
@@ -106,20 +96,20 @@ class JobStore:
                 return queue.enqueue(connection, new, config, self._clock())
         except queue.QueueFull as full:
             estimator = RetryEstimator() if retry_estimator is None else retry_estimator
-            num_before = estimator.num_open(full.bound)
+            num_before = estimator.num_expected(full.bound)
             with self._database.reading() as connection:
-                wait_s = waiting.estimate_retry_s(connection, new.model, full.bound, self._clock(), num_before)
-            estimator.add(full.bound, wait_s)
+                wait_s = estimates.estimate_retry_s(connection, new.model, full.bound, self._clock(), num_before)
+            estimator.add_rejected(full.bound, wait_s)
             raise full.bound.make_error(wait_s) from None
 
     # Reading
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """Return a job; None if there is none of this id, or it is not the ``owner``'s (None = any owner)."""
-        if not _is_id(job_id):
+        if not is_job_id(job_id):
             return None
         with self._database.reading() as connection:
-            return find(connection, job_id, owner)
+            return find_job(connection, job_id, owner)
 
     def list(self, owner: str, *, after: str | None, limit: int, is_ascending: bool) -> Page:
         """Return a page of an owner's jobs in the order of their acceptance, without attached ones.
@@ -137,7 +127,7 @@ class JobStore:
         query = query.order_by(*(order if is_ascending else (column.desc() for column in order))).limit(limit + 1)
         with self._database.reading() as connection:
             if after is not None:
-                last = find(connection, after, owner) if _is_id(after) else None
+                last = find_job(connection, after, owner) if is_job_id(after) else None
                 if last is None:
                     raise RequestError("after", after, "the id of a job, as long as it is kept")
                 edge = tuple_(last.created_s, last.job_id)
@@ -145,26 +135,22 @@ class JobStore:
             jobs = [job_of(row) for row in connection.execute(query)]
         return Page(tuple(jobs[:limit]), len(jobs) > limit)
 
-    def events(self, cursors: Mapping[str, int], limit: int = 1000) -> Sequence[JobEvent]:
-        """Return at most ``limit`` events of several jobs, each job's in order after its cursor.
-
-        Args:
-            cursors: id of a job -> number of its last known event.
-        """
+    def find_events(self, cursors: Mapping[str, int], limit: int = 1000) -> Sequence[JobEvent]:
+        """Return at most ``limit`` events of several jobs, each job's in order after the number in ``cursors``."""
         with self._database.reading() as connection:
             return find_events(connection, cursors, limit)
 
-    def queue_positions(self, jobs: Sequence[Job]) -> dict[str, QueuePosition]:
+    def find_positions(self, jobs: Sequence[Job]) -> dict[str, QueuePosition]:
         """Return id -> position of those jobs that are still queued."""
         if all(job.state is not JobState.QUEUED for job in jobs):
             return {}
         with self._database.reading() as connection:
-            return waiting.queue_positions(connection, jobs, self._clock())
+            return estimates.find_positions(connection, jobs, self._clock())
 
-    def load(self, model: str) -> tuple[ClassLoad, ...]:
+    def read_load(self, model: str) -> tuple[ClassLoad, ...]:
         """Return the load of a model by lane and class."""
         with self._database.reading() as connection:
-            return waiting.read_load(connection, model)
+            return estimates.read_load(connection, model)
 
     # Running
 
@@ -183,11 +169,7 @@ class JobStore:
             return queue.claim_next(connection, request, work, now_s)
 
     def renew(self, runner: str, leases: Sequence[Lease], lease_s: float) -> tuple[set[str], set[str]]:
-        """Renew a runner's leases, and note that it is alive.
-
-        Returns:
-            Ids of the jobs that it has lost, and of those that it must stop.
-        """
+        """Renew a runner's leases; return the ids of the jobs that it has lost, and of those that it must stop."""
         now_s = self._clock()
         held = {lease.job_id: lease.lease for lease in leases}
         with self._database.writing() as connection:
@@ -198,29 +180,27 @@ class JobStore:
     def record(self, lease: Lease, progress: Progress, events: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
         """Record a job's progress, and the kind and data of its new events; return the number of its last event.
 
-        Raises:
-            LeaseLost: the job is no longer the runner's.
-            JobsError: it has more events than are kept.
+        Raise LeaseLost if the job is no longer the runner's.
         """
         changes = {name: value for name, value in vars(progress).items() if value is not None}
         with self._database.writing() as connection:
             job = find_leased(connection, lease.job_id, lease.lease)
-            return change(connection, job, JobState.IN_PROGRESS, self._clock(), events, **changes).last_seq
+            return change_job(connection, job, JobState.IN_PROGRESS, self._clock(), events, **changes).last_seq
 
     def finish(self, lease: Lease, outcome: Outcome, *, keep_media_s: float) -> Job:
         """End a job and keep its file for ``keep_media_s``; raise LeaseLost if another runner has the job."""
         with self._database.writing() as connection:
             job = find_leased(connection, lease.job_id, lease.lease)
-            return end(connection, job, outcome, self._clock(), keep_media_s)
+            return end_job(connection, job, outcome, self._clock(), keep_media_s)
 
     def give_back(self, lease: Lease) -> None:
         """Requeue a claimed job at its place, or end a job being cancelled; raise LeaseLost if the lease is gone."""
         with self._database.writing(is_queue=True) as connection:
             job = find_leased(connection, lease.job_id, lease.lease)
             if job.is_cancelling:
-                end(connection, job, _CANCELLED, self._clock())
+                end_job(connection, job, _CANCELLED, self._clock())
                 return
-            change(
+            change_job(
                 connection,
                 job,
                 JobState.QUEUED,
@@ -235,41 +215,32 @@ class JobStore:
     # Ending
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
-        """End a queued job, or mark a running one for its runner to stop; a job that has ended stays as it is.
+        """End a queued job, or mark a running one for its runner to stop; return it as it is now, None as :meth:`get`.
 
-        Returns:
-            The job as it is now; None as :meth:`get`.
+        A job that has ended stays as it is.
         """
-        if not _is_id(job_id):
+        if not is_job_id(job_id):
             return None
         with self._database.writing(is_queue=True) as connection:
-            job = find(connection, job_id, owner, to_change=True)
+            job = find_job(connection, job_id, owner, to_change=True)
             if job is None or job.state.is_final or job.is_cancelling:
                 return job
             if job.state is JobState.QUEUED:
-                return end(connection, job, _CANCELLED, self._clock())
-            return change(connection, job, JobState.IN_PROGRESS, self._clock(), is_cancelling=True)
+                return end_job(connection, job, _CANCELLED, self._clock())
+            return change_job(connection, job, JobState.IN_PROGRESS, self._clock(), is_cancelling=True)
 
     def delete(self, job_id: str, owner: str | None = None) -> Job | None:
-        """Delete a job with its events; its runner loses the lease.
-
-        Returns:
-            The job as it was, so that its files can be removed; None as :meth:`get`.
-        """
-        if not _is_id(job_id):
+        """Delete a job with its events, and return it as it was, None as :meth:`get`. Its runner loses the lease."""
+        if not is_job_id(job_id):
             return None
         with self._database.writing(is_queue=True) as connection:
-            job = find(connection, job_id, owner, to_change=True)
+            job = find_job(connection, job_id, owner, to_change=True)
             if job is not None:
                 connection.execute(delete(JOBS).where(JOBS.c.job_id == job_id))  # its events go with it
         return job
 
-    def folder_needs(self, job_ids: Sequence[str]) -> dict[str, float | None]:
-        """Return how much longer existing jobs need their folders of files.
-
-        Returns:
-            Id -> seconds, 0 if it is no longer needed, None if the job has not ended.
-        """
+    def find_folder_needs(self, job_ids: Sequence[str]) -> dict[str, float | None]:
+        """Return for how many seconds more existing jobs need their folders; None if a job has not ended."""
         query = select(JOBS.c.job_id, JOBS.c.state, JOBS.c.expires_s)
         rows: list[Any] = []
         for first in range(0, len(job_ids), _IDS_AT_ONCE):
@@ -282,19 +253,16 @@ class JobStore:
             for row in rows
         }
 
-    def media_ids(self) -> dict[str, str]:
+    def find_media_ids(self) -> dict[str, str]:
         """Return try id -> media id of every job that has one."""
         query = select(JOBS.c.media_path).where(JOBS.c.media_path != "")
         with self._database.reading() as connection:
             return {media_id.partition("/")[2]: media_id for media_id in connection.execute(query).scalars()}
 
     def sweep(self, keep_s: float, max_kept: int | None = None) -> Sequence[Job]:
-        """Delete jobs that ended longer than ``keep_s`` ago, and the oldest beyond ``max_kept`` (None = no bound).
+        """Delete and return jobs that ended longer than ``keep_s`` ago, and the oldest beyond ``max_kept``.
 
         At most 1000 at a time; their idempotency keys go with them.
-
-        Returns:
-            The deleted jobs, so that their files can be removed.
         """
         swept: list[Job] = []
         before_s = self._clock() - keep_s
@@ -337,7 +305,7 @@ class JobStore:
             for row in rows:
                 reason = f"the model {row.model} has not been served for {silent_s:g} s"
                 outcome = Outcome(JobState.FAILED, error_code="not_served", error_message=reason)
-                end(connection, job_of(row), outcome, self._clock())
+                end_job(connection, job_of(row), outcome, self._clock())
         return len(rows)
 
     # Speed
@@ -345,8 +313,4 @@ class JobStore:
     def note_rate(self, model: str, lane: Lane, work_per_s: float) -> None:
         """Add a runner's speed in a lane to the average of all runners."""
         with self._database.writing() as connection:
-            waiting.note_rate(connection, model, lane, work_per_s, self._clock())
-
-
-def _is_id(job_id: object) -> bool:
-    return isinstance(job_id, str) and JOB_ID.fullmatch(job_id) is not None
+            estimates.note_rate(connection, model, lane, work_per_s, self._clock())

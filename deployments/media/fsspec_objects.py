@@ -47,12 +47,12 @@ class FsspecObjects:
 
     def __init__(self, url: str, root: str) -> None:
         self._url, self._root = url, root
-        self.place = hide_secrets(url)
+        self.label = hide_secrets(url)
 
     @property
-    def creates_once(self) -> bool:
+    def has_atomic_create(self) -> bool:
         with self._file_system() as store:
-            return _creates_once(store)
+            return _has_atomic_create(store)
 
     def put(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> None:
         data = b"".join(parts)
@@ -62,7 +62,7 @@ class FsspecObjects:
         path = self._path(folder, name)
 
         def write(store: Any) -> None:
-            if _creates_once(store):
+            if _has_atomic_create(store):
                 store.pipe_file(path, data, mode="create")
             elif store.exists(path):
                 raise FileExistsError(path)
@@ -135,7 +135,7 @@ class FsspecObjects:
             except (FileNotFoundError, FileExistsError):
                 raise
             except OSError:
-                logger.warning("%s failed; the next try is in %g s", self.place, pause_s, exc_info=True)
+                logger.warning("%s failed; the next try is in %g s", self.label, pause_s, exc_info=True)
                 time.sleep(pause_s)
         write_once()
 
@@ -162,7 +162,7 @@ class FsspecObjects:
         except FileNotFoundError as error:
             raise FileNotFoundError(_clean(error, self._url)) from None
         except Exception as error:  # noqa: BLE001 - every implementation raises its library's own
-            raise OSError(f"{self.place}: {type(error).__name__}: {_clean(error, self._url)}") from None
+            raise OSError(f"{self.label}: {type(error).__name__}: {_clean(error, self._url)}") from None
 
 
 Objects = DirectoryObjects | FsspecObjects
@@ -229,7 +229,7 @@ class _Blocks(io.RawIOBase):
         return len(data)
 
 
-def _creates_once(store: AbstractFileSystem) -> bool:
+def _has_atomic_create(store: AbstractFileSystem) -> bool:
     """Return whether an implementation has ``mode="create"`` of its own; the base class looks first, then writes."""
     write = type(store)._pipe_file if store.async_impl else type(store).pipe_file
     return write is not AbstractFileSystem.pipe_file and "mode" in inspect.signature(write).parameters

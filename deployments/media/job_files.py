@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cosmos3_core.errors import MediaError
 from deployments.media.fsspec_objects import Objects
-from deployments.media.layout import JOB_ID
+from deployments.media.layout import is_job_id
 
 _NAME = re.compile(r"[a-z]{1,16}")
 # Arrays of numbers only: no type needs unpickling.
@@ -132,7 +132,7 @@ def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
 
 
 def _check(job_id: str, name: str = "a") -> None:
-    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
+    if not is_job_id(job_id):
         raise ValueError(f"job_id must be the id of a job (got {job_id!r})")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"name must be 1 to 16 letters a-z (got {name!r})")

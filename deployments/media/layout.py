@@ -44,13 +44,19 @@ import contextlib
 import json
 import re
 import uuid
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
     from deployments.media.fsspec_objects import Objects
 
-WRITING, DONE, FAILED = "writing", "done", "failed"
+WRITING: Final = "writing"
+DONE: Final = "done"
+FAILED: Final = "failed"
+"""States of a try."""
 
 JOB_ID = re.compile(r"video_gen_[0-9a-f]{32}")
 """Pattern of job ids, in vLLM-Omni's form; random, so that they cannot be guessed."""
@@ -59,23 +65,25 @@ TRY_ID = re.compile(r"[0-9a-f]{32}")
 MEDIA_ID = re.compile(f"{JOB_ID.pattern}/{TRY_ID.pattern}")
 """Pattern of media ids. Only ids become parts of paths."""
 
+
+def is_job_id(value: object) -> bool:
+    """Return whether a value is the id of a job."""
+    return isinstance(value, str) and JOB_ID.fullmatch(value) is not None
+
+
+def is_media_id(value: object) -> bool:
+    """Return whether a value is the id of a try of a job's file."""
+    return isinstance(value, str) and MEDIA_ID.fullmatch(value) is not None
+
+
 BEGUN, ENDED = "begun.json", "ended.json"
 """Records of a try; the second one counts if both are there."""
 
-_PATTERNS = {
-    "media_id": MEDIA_ID,
-    "state": re.compile(f"{WRITING}|{DONE}|{FAILED}"),
-    "media_type": re.compile(r"[a-z]+/[a-z0-9.+-]{1,64}"),
-    "file_name": re.compile(r"(clip|[a-z]{1,16}-[0-9a-f]{16})\.[a-z0-9]{1,8}"),
-    "live_name": re.compile(r"(live\.[a-z0-9]{1,8})?"),
-    "sha256": re.compile(r"([0-9a-f]{64})?"),
-}
-_NUMBERS = {"num_bytes": (int,), "created_s": (int, float), "updated_s": (int, float)}
-_MAX_NUMBER = 1e18
+_Seconds = Annotated[float, Field(ge=0, le=1e18)]
 _MAX_RECORD_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class MediaRecord:
     """One try of a job's file.
 
@@ -94,24 +102,18 @@ class MediaRecord:
         ValueError: a value is malformed.
     """
 
-    media_id: str
-    state: str
+    media_id: Annotated[str, Field(pattern=f"^{MEDIA_ID.pattern}$")]
+    state: Literal["writing", "done", "failed"]
     reason: str = ""
-    media_type: str
-    file_name: str
-    live_name: str = ""
-    num_bytes: int = 0
-    sha256: str = ""
-    created_s: float
-    updated_s: float
+    media_type: Annotated[str, Field(pattern=r"^[a-z]+/[a-z0-9.+-]{1,64}$")]
+    file_name: Annotated[str, Field(pattern=r"^(clip|[a-z]{1,16}-[0-9a-f]{16})\.[a-z0-9]{1,8}$")]
+    live_name: Annotated[str, Field(pattern=r"^(live\.[a-z0-9]{1,8})?$")] = ""
+    num_bytes: Annotated[int, Field(ge=0, le=10**18)] = 0
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    created_s: _Seconds
+    updated_s: _Seconds
 
     def __post_init__(self) -> None:
-        for name, pattern in _PATTERNS.items():
-            if not pattern.fullmatch(getattr(self, name)):
-                raise ValueError(f"{name} must match {pattern.pattern} (got {getattr(self, name)!r})")
-        for name in _NUMBERS:
-            if not 0 <= getattr(self, name) <= _MAX_NUMBER:  # NaN fails the comparison
-                raise ValueError(f"{name} must be from 0 to {_MAX_NUMBER:g} (got {getattr(self, name)!r})")
         if (self.state == DONE) != bool(self.sha256):
             raise ValueError(f"sha256 must be that of a file that is done (got {self.sha256!r}, {self.state!r})")
 
@@ -135,11 +137,7 @@ class MediaRecord:
         values = json.loads(text)
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
             raise ValueError("the keys must be those of a record")
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, _NUMBERS.get(name, (str,))):
-                raise ValueError(f"{name} is of another type (got {value!r})")
-        known: dict[str, Any] = values | {"media_id": f"{job_id}/{values['media_id']}"}
-        return cls(**known)
+        return cls(**{**values, "media_id": f"{job_id}/{values['media_id']}"})
 
 
 def new_media_id(job_id: str) -> str:
@@ -195,8 +193,8 @@ def write_end(objects: Objects, record: MediaRecord) -> None:
     """
     begun = find_record(objects, record.media_id)
     if begun is None:
-        raise FileNotFoundError(f"{record.media_id} was removed from {objects.place}")
+        raise FileNotFoundError(f"{record.media_id} was removed from {objects.label}")
     if begun.state != WRITING:
-        raise FileExistsError(f"{record.media_id} has ended in {objects.place}")
+        raise FileExistsError(f"{record.media_id} has ended in {objects.label}")
     if create_record(objects, record, ENDED) != record:
-        raise FileExistsError(f"{record.media_id} has ended in {objects.place}")
+        raise FileExistsError(f"{record.media_id} has ended in {objects.label}")

@@ -33,21 +33,21 @@ class DirectoryObjects:
         root: the directory; the first write makes it.
 
     Attributes:
-        place: the store in messages.
-        creates_once: whether only one of several :meth:`create` at once succeeds; else the last one counts.
+        label: the store in messages.
+        has_atomic_create: whether only one of several :meth:`create` at once succeeds; else the last one counts.
     """
 
-    creates_once = True
+    has_atomic_create = True
 
     def __init__(self, root: Path) -> None:
-        self.root, self.place = root, str(root)
+        self.root, self.label = root, str(root)
 
     def put(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """Write or replace an object, given in parts."""
         self._write(folder, name, parts, os.replace)
 
     def create(self, folder: str, name: str, data: bytes) -> None:
-        """Write an object if there is none, or raise FileExistsError; see :attr:`creates_once`."""
+        """Write an object if there is none, or raise FileExistsError; see :attr:`has_atomic_create`."""
         self._write(folder, name, [data], _link)
 
     def put_file(self, folder: str, name: str, path: Path) -> None:

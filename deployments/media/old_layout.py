@@ -48,12 +48,12 @@ def adopt_old_files(media: MediaStore, find_needs: FindNeeds, find_media_ids: Ca
         JobsError: raised by ``find_needs`` or ``find_media_ids``.
     """
     num_moved = 0
-    for objects in media.places:
+    for objects in media.stores:
         try:
             num_moved += _adopt(objects, find_needs, find_media_ids)
         except OSError as error:
             raise MediaStoreError(
-                f"files of an earlier release in {objects.place} could not be moved into the folders of their jobs: "
+                f"files of an earlier release in {objects.label} could not be moved into the folders of their jobs: "
                 f"{error}; mend this and start again: nothing is lost"
             ) from error
     return num_moved

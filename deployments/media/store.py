@@ -27,11 +27,11 @@ from deployments.media.layout import (
     DONE,
     ENDED,
     FAILED,
-    JOB_ID,
-    MEDIA_ID,
     WRITING,
     MediaRecord,
     find_record,
+    is_job_id,
+    is_media_id,
     write_end,
 )
 from deployments.media.objects import DirectoryObjects
@@ -47,12 +47,14 @@ _MAX_REASON_CHARS = 2000
 _ARCHIVE_SWEEPS_PER_KEEP = 100
 
 
-def own_directory() -> Path:
-    """Return this user's own directory, created if missing, for the processes of one machine. It outlives restarts.
+def resolve_directory(config: MediaConfig) -> Path:
+    """Return the configured directory, or this user's own, created if missing, for the processes of one machine.
 
     Raises:
         MediaStoreError: the user has no home to make it in, or something else is in its place.
     """
+    if config.directory is not None:
+        return config.directory.absolute()
     hint = "set media.directory to another one"
     try:
         path = Path.home() / ".local" / "state" / "cosmos3"
@@ -73,13 +75,11 @@ class MediaStore:
     """Clips in a directory and its archive. Any number of stores may be open on one directory.
 
     Args:
-        directory: made if it is missing.
         max_bytes: :meth:`sweep` keeps the directory's folders below it; those that must stay count up to half of it.
         keep_s: how long a clip stays after its end.
         archive: fsspec's URL of the archive; None for none.
 
     Attributes:
-        directory, keep_s: as given.
         objects, archive: contents of the directory, and of the archive if there is one.
 
     Raises:
@@ -89,22 +89,21 @@ class MediaStore:
     @classmethod
     def of(cls, config: MediaConfig) -> MediaStore:
         """Open the store of a configuration; every process opens its own."""
-        directory = own_directory() if config.directory is None else config.directory
-        return cls(directory, config.max_bytes, config.keep_s, config.archive)
+        return cls(resolve_directory(config), config.max_bytes, config.keep_s, config.archive)
 
     def __init__(self, directory: Path, max_bytes: int, keep_s: float, archive: str | None = None) -> None:
         self.directory, self.keep_s, self._max_bytes = directory, keep_s, max_bytes
         self.objects = DirectoryObjects(directory)
         self.archive = None if archive is None else self._open_archive(archive)
         self._next_archive_sweep_s = float("-inf")
-        for key, objects in zip(("media.directory", "media.archive"), self.places, strict=False):
+        for key, objects in zip(("media.directory", "media.archive"), self.stores, strict=False):
             try:
                 check_usable(objects)
             except OSError as error:
-                raise MediaStoreError(f"{key} {objects.place} cannot be used: {error}; check {key}") from None
+                raise MediaStoreError(f"{key} {objects.label} cannot be used: {error}; check {key}") from None
 
     @property
-    def places(self) -> list[Objects]:
+    def stores(self) -> list[Objects]:
         """The directory, then the archive if there is one."""
         return [self.objects] if self.archive is None else [self.objects, self.archive]
 
@@ -118,23 +117,18 @@ class MediaStore:
             raise MediaStoreError(
                 f"media.archive must be another place than media.directory (got {self.directory} for both)"
             )
-        if not archive.creates_once:
+        if not archive.has_atomic_create:
             logger.warning(
                 "the media archive %s cannot create a record exactly once: of two ends of one file at the same "
                 "time, the last one counts",
-                archive.place,
+                archive.label,
             )
         return archive
 
     def create(self, media_id: str, media_type: str, suffix: str, *, is_live: bool) -> MediaEntry:
-        """Begin a clip.
+        """Begin a clip under a fresh id; raise MediaError if it cannot be written, or is there already.
 
-        Args:
-            media_id: of :func:`deployments.media.layout.new_media_id`, for this clip alone.
-            is_live: whether there will be a file that grows.
-
-        Raises:
-            MediaError: it cannot be written, or is there already.
+        ``is_live``: whether there will be a file that grows.
         """
         now_s = time.time()
         record = MediaRecord(
@@ -159,21 +153,18 @@ class MediaStore:
         return MediaEntry(self, record)
 
     def find(self, media_id: str) -> MediaRecord | None:
-        """Return the record of a clip; None if there is none, or the id is no id.
+        """Return the record of a clip; None if there is none. Raise MediaError if the store cannot be read.
 
         A clip of another node that is being written has no ``live_name``.
-
-        Raises:
-            MediaError: the directory or the archive cannot be read.
         """
-        if not isinstance(media_id, str) or not MEDIA_ID.fullmatch(media_id):
+        if not is_media_id(media_id):
             return None
         try:
-            return next(filter(None, (find_record(objects, media_id) for objects in self.places)), None)
+            return next(filter(None, (find_record(objects, media_id) for objects in self.stores)), None)
         except OSError as error:
             raise MediaError(f"{media_id} cannot be looked up: {error}") from error
 
-    def expect(self, media_id: str) -> MediaRecord:
+    def require(self, media_id: str) -> MediaRecord:
         """Return the record of a clip that another process has just begun or finished.
 
         Raises:
@@ -185,39 +176,32 @@ class MediaStore:
             return record
         missing = f"the encoder's file {media_id} is not in {self.directory}"
         if self.archive is not None:
-            raise MediaStoreError(f"{missing}, nor in {self.archive.place}: all nodes need the same media.archive")
+            raise MediaStoreError(f"{missing}, nor in {self.archive.label}: all nodes need the same media.archive")
         raise MediaStoreError(
             f"{missing}: media.directory must be one directory for all nodes, on a file system that they share; "
             "or set media.archive"
         )
 
     def fail(self, media_id: str, reason: str) -> None:
-        """Declare a clip failed to its readers. Harmless if it has ended or is not there.
-
-        A failure to write this is only logged: the caller is already handling an error, and readers give up a file that
-        does not grow.
-        """
+        """Declare a clip failed to its readers. Harmless if it has ended or is not there."""
         try:
             record = self.find(media_id)
             if record is None or record.state != WRITING:
                 return
             failed = replace(record, state=FAILED, reason=reason[:_MAX_REASON_CHARS], updated_s=time.time())
-            for objects in self.places:
+            for objects in self.stores:
                 # It has just ended, or was removed, or is in another node's directory.
                 with contextlib.suppress(FileExistsError, FileNotFoundError):
                     write_end(objects, failed)
-        except (OSError, MediaError):
+        except (OSError, MediaError):  # the caller handles an error already; readers give up a file that does not grow
             logger.exception("the failure of %s could not be written", media_id)
 
     def remove(self, media_id: str) -> None:
-        """Remove a clip; one that is being written is declared failed first. Harmless if it is not there, or no id.
+        """Remove a clip, if it is there; one that is being written is declared failed first.
 
-        A sweep on another node removes the copy in its directory.
-
-        Raises:
-            MediaError: it cannot be removed.
+        Raise MediaError if it cannot be removed. A sweep on another node removes the copy in its directory.
         """
-        if not isinstance(media_id, str) or not MEDIA_ID.fullmatch(media_id):
+        if not is_media_id(media_id):
             return
         self.fail(media_id, "it was removed")
         try:
@@ -230,19 +214,18 @@ class MediaStore:
 
     def remove_folder(self, job_id: str, media_id: str) -> None:
         """Remove all files of a job, after its clip ("" for none); raise MediaError if they cannot be removed."""
-        assert JOB_ID.fullmatch(job_id), "it comes from the database"
+        assert is_job_id(job_id), "it comes from the database"
         self.remove(media_id)
         try:
-            for objects in self.places:
+            for objects in self.stores:
                 objects.remove(job_id)
         except OSError as error:
             raise MediaError(f"the files of {job_id} cannot be removed: {error}") from error
 
     def open(self, record: MediaRecord) -> BinaryIO:
-        """Open a finished file. One in the directory can be read to its end even if it is removed meanwhile.
+        """Open a finished file; raise FileNotFoundError if it is missing, as reading from an archive may too.
 
-        Raises:
-            OSError: it cannot be read; FileNotFoundError if it is missing, which reading may raise too.
+        A file in the directory can be read to its end even if it is removed meanwhile.
         """
         folder, name = record.media_id, record.file_name
         try:
@@ -255,9 +238,7 @@ class MediaStore:
     def read(self, record: MediaRecord, start: int = 0, num_bytes: int = -1) -> bytes:
         """Return a part of a finished file, empty past its end.
 
-        Raises:
-            FileNotFoundError: the file was removed.
-            MediaError: it cannot be read.
+        Raise FileNotFoundError if it was removed, MediaError if it cannot be read.
         """
         try:
             with self.open(record) as file:
@@ -279,13 +260,10 @@ class MediaStore:
         return self.directory / record.media_id / record.live_name
 
     def sweep(self, find_needs: FindNeeds | None, now_s: float) -> int:
-        """Sweep the directory, and the archive less often; see :func:`deployments.media.sweeper.sweep`.
+        """Sweep the directory, and the archive less often; return the number of folders that were removed.
 
         Args:
             find_needs: of jobs. None: there is no database here; only the directory is swept, as the archive's cache.
-
-        Returns:
-            The number of folders that were removed.
 
         Raises:
             MediaError: the directory or the archive cannot be swept.
@@ -303,7 +281,7 @@ class MediaStore:
 
 
 class MediaEntry:
-    """A clip that is being written; for one writer.
+    """A clip that is being written, by one writer.
 
     Attributes:
         path: of the finished file, to be written before :meth:`finish`.
@@ -318,8 +296,7 @@ class MediaEntry:
     def finish(self) -> MediaRecord:
         """Declare the clip done: hash its finished file, copy it to the archive, write the end there and here.
 
-        Raises:
-            MediaError: the file is missing, the clip was removed or declared failed meanwhile, or the archive failed.
+        Raise MediaError if the file is missing, the clip was removed or declared failed, or the archive failed.
         """
         media_id, archive = self._record.media_id, self._store.archive
         try:

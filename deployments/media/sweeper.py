@@ -29,7 +29,7 @@ class _Folder:
 
     path: str
     left_s: float  # until it is removed
-    is_spare: bool  # it may be removed earlier, to free bytes
+    may_go_early: bool  # it may be removed earlier, to free bytes
 
 
 def sweep(
@@ -55,11 +55,11 @@ def sweep(
     names = objects.folders()
     job_ids = list(filter(JOB_ID.fullmatch, names))
     needs = {} if find_needs is None else find_needs(job_ids)
-    unknown = _Unknown(objects, keep_s, math.inf if find_needs is None else max(keep_s, ORPHAN_S), now_s)
-    folders = unknown.judge_old(names)
+    unknown = _UnknownFolders(objects, keep_s, math.inf if find_needs is None else max(keep_s, ORPHAN_S), now_s)
+    folders = unknown.assess_old(names)
     for job_id in job_ids:
         if job_id not in needs:
-            folders.append(unknown.judge(job_id))
+            folders.append(unknown.assess(job_id))
         elif (left_s := needs[job_id]) is not None:
             folders.append(_Folder(job_id, left_s, True))
         else:
@@ -71,15 +71,15 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class _Unknown:
-    """Judges folders of jobs that the database does not know, by their files."""
+class _UnknownFolders:
+    """Assesses folders of jobs that the database does not know, by their files."""
 
     objects: Objects
     keep_s: float  # from its last change, for a folder with tries alone
     orphans_s: float  # the same for one with files of a job
     now_s: float
 
-    def judge(self, path: str) -> _Folder:
+    def assess(self, path: str) -> _Folder:
         """Compute how long a job's folder stays."""
         changed_s, has_job_files, is_written = 0.0, False, False
         for name in self.objects.names(path):
@@ -94,10 +94,10 @@ class _Unknown:
         stays_s = self.orphans_s if has_job_files else self.keep_s
         return _Folder(path, self._compute_left_s(changed_s, stays_s), not (has_job_files or is_written))
 
-    def judge_old(self, names: Sequence[str]) -> list[_Folder]:
+    def assess_old(self, names: Sequence[str]) -> list[_Folder]:
         """Compute how long folders stay that are still in the old layout."""
         jobs, tries = list_old_folders(self.objects, names)
-        folders = [self.judge(path) for path in jobs.values()]
+        folders = [self.assess(path) for path in jobs.values()]
         for path in tries.values():
             # Any job's id: the old layout does not name the job.
             if record := find_record(self.objects, path, f"video_gen_{'0' * 32}"):
@@ -112,7 +112,7 @@ class _Unknown:
 
 def _make_room(objects: Objects, folders: Sequence[_Folder], max_bytes: float) -> int:
     sizes = {folder.path: objects.measure(folder.path)[0] for folder in folders}
-    spare = sorted((folder for folder in folders if folder.is_spare), key=lambda folder: folder.left_s)
+    spare = sorted((folder for folder in folders if folder.may_go_early), key=lambda folder: folder.left_s)
     num_spare = sum(sizes[folder.path] for folder in spare)
     num_bytes = num_spare + min(sum(sizes.values()) - num_spare, int(max_bytes * _PINNED_SHARE))
     num_removed = 0

@@ -29,12 +29,9 @@ from deployments.media.store import MediaStore, hash_file
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of file that can be made of a finished one.
+    """A kind of file that ``write`` can make of a finished one, if that has one of the MIME types ``sources``.
 
-    Attributes:
-        name: 1 to 16 letters a-z, for its record and its file.
-        write: makes it from the clip, at a path in an existing directory.
-        sources: MIME types of the files that it can be made of.
+    Its ``name``, 1 to 16 letters a-z, is that of its record and its file.
     """
 
     name: str
@@ -69,7 +66,6 @@ CONTENT_VARIANTS = (VIDEO, *MADE_VARIANTS, ACTION)
 _MAX_AT_ONCE = 2
 _MAX_WAITING = 32
 _WAIT_S = 60.0
-_RETRY_AFTER_S = 5
 
 
 def find_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord | None:
@@ -84,10 +80,7 @@ def find_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> Me
 
 
 def make_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
-    """Make a variant of a clip that is done, and keep it.
-
-    Returns:
-        Its record, with which :meth:`deployments.media.store.MediaStore.open` opens its file.
+    """Make a variant of a clip that is done, keep it, and return its record.
 
     Raises:
         FileNotFoundError: the clip was removed meanwhile.
@@ -141,11 +134,8 @@ def _find_objects(store: MediaStore, record: MediaRecord) -> Objects | None:
     return store.objects if store.file_path(record).exists() else store.archive
 
 
-async def find_content(media: MediaStore, media_id: str, name: str) -> MediaRecord:
-    """Return the record of a file, which may still grow, or of a finished file's variant, made if missing.
-
-    Args:
-        name: :data:`VIDEO` for the file itself, or one of :data:`MADE_VARIANTS`.
+async def find_or_make(media: MediaStore, media_id: str, name: str) -> MediaRecord:
+    """Return the record of a file, which may still grow, or of a variant of a finished one, made if missing.
 
     Raises:
         ApiError: 404, this file has no such variant; 409, the file or the variant is not ready; 410, there is no file.
@@ -160,8 +150,7 @@ async def find_content(media: MediaStore, media_id: str, name: str) -> MediaReco
     if name == VIDEO:
         return record
     if record.state != DONE:
-        message = f"the {name} cannot be made before the file is finished"
-        raise ApiError(409, "media_not_ready", message, {"retry-after": "1"})
+        raise ApiError.not_ready(f"the {name} cannot be made before the file is finished")
     if name == _AUDIO and record.media_type == _WAV:
         return record
     variant = _VARIANTS.get(name)
@@ -181,11 +170,6 @@ def _explain_expiry() -> ApiError:
     return ApiError(410, "media_expired", "this file has expired, or was removed")
 
 
-def _find_or_make(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
-    """Look again before making it: another caller may have finished since this one looked."""
-    return find_variant(store, record, variant) or make_variant(store, record, variant)
-
-
 class _Maker:
     """Makes variants in its own threads, a few at once, and each once for all callers who request it meanwhile."""
 
@@ -201,13 +185,16 @@ class _Maker:
             ApiError: too many are being made, or it takes long.
             Exception: as :func:`make_variant`.
         """
-        key = (str(media.directory), record.media_id, variant.name)
-        made = asyncio.wrap_future(self._start(key, lambda: _find_or_make(media, record, variant)))
+
+        def make() -> MediaRecord:
+            # Look again: another caller may have finished since this one looked.
+            return find_variant(media, record, variant) or make_variant(media, record, variant)
+
+        made = asyncio.wrap_future(self._start((str(media.directory), record.media_id, variant.name), make))
         made.add_done_callback(lambda future: future.cancelled() or future.exception())  # all callers may have left
         await asyncio.wait((made,), timeout=_WAIT_S)
         if not made.done():
-            message = f"the {variant.name} is still being made"
-            raise ApiError(409, "media_not_ready", message, {"retry-after": str(_RETRY_AFTER_S)})
+            raise ApiError.not_ready(f"the {variant.name} is still being made")
         return made.result()
 
     def _start(self, key: tuple[str, ...], make: Callable[[], MediaRecord]) -> Future[MediaRecord]:
@@ -216,7 +203,7 @@ class _Maker:
                 return self._making[key]
             if len(self._making) >= _MAX_WAITING:
                 message = f"{_MAX_WAITING} pictures or sounds of files are being made; one more is too many"
-                raise ApiError(429, "overloaded", message, {"retry-after": str(_RETRY_AFTER_S)})
+                raise ApiError(429, "overloaded", message, {"retry-after": "5"})
             future = self._making[key] = self._threads.submit(make)
         future.add_done_callback(lambda _: self._forget(key))
         return future

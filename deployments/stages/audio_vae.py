@@ -39,9 +39,8 @@ class AudioVAEDeployment:
 
         Args:
             latents: [C, T] fp32.
-            clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: of the clip's stream; each chunk takes one of its credits.
-            producer: names this decoder in the stream.
+            clips: the Director's :class:`cluster.clip_stream.ClipStreams`; each chunk takes a credit of the clip's.
+            producer: names this decoder in the clip's stream.
 
         Raises:
             DeadlineExceeded: the request's time is up.

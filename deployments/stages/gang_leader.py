@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from abc import ABC, abstractmethod
 
 from cluster.errors import GangFailed
 from cluster.gang import Gang
-
-# Lets the failures reach their callers before the process exits.
-_GRACE_S = 0.2
+from deployments.threads import exit_soon
 
 
 class GangLeader(ABC):
@@ -28,7 +24,7 @@ class GangLeader(ABC):
         if self._failure is not None:
             raise self._failure
 
-    def _end_soon(self) -> None:
+    def _exit_soon(self) -> None:
         """Stop the ranks and exit: Serve replaces the leader, which starts a new gang."""
         self._gang.stop()
-        asyncio.get_running_loop().call_later(_GRACE_S, os._exit, 1)
+        exit_soon()

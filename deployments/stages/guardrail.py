@@ -22,13 +22,12 @@ from deployments.messages import FrameChunk, FramesChecked, RequestContext, Text
 from deployments.observability.logs import watch_stage
 from deployments.stages.guardrail_adapter import load_guardrail
 from deployments.stages.streams import wait_within
+from deployments.threads import exit_soon
 
 logger = logging.getLogger("ray.serve")
 
 _STAGE = "guardrail"
 _ROWS = 1
-# Lets the failure reach its caller before the process exits.
-_GRACE_S = 0.2
 T = TypeVar("T")
 
 
@@ -62,10 +61,7 @@ class Guardrails:
     ) -> AsyncIterator[FrameChunk | FramesChecked]:
         """Yield the frames that may be shown, as one strip, then their :class:`FramesChecked`.
 
-        Raises:
-            ContentBlocked: none of them may be shown.
-            GuardrailUnavailable: the adapter has failed, or takes too long.
-            DeadlineExceeded: the request's time is up.
+        Raise ContentBlocked if none of them may be shown, and as :meth:`check_text`.
         """
         with watch_stage(context, "check frames"):
             frames = await self._frames.run(context, lambda: self._check_chunk(chunk))
@@ -84,11 +80,8 @@ class Guardrails:
 class _SerialCalls:
     """Runs calls of the adapter one after the other, in a thread.
 
-    A call that hangs ends the process, because a thread cannot be stopped. Serve then starts another replica.
-
-    Args:
-        what: names what is checked, in messages.
-        limit_s: for one call.
+    A call that hangs for ``limit_s`` ends the process, because a thread cannot be stopped. Serve then starts another
+    replica. Messages name ``what`` is checked.
     """
 
     def __init__(self, what: str, limit_s: float) -> None:
@@ -99,15 +92,12 @@ class _SerialCalls:
     async def run(self, context: RequestContext, call: Callable[[], T]) -> T:
         """Run a call after the earlier ones, and return its result.
 
-        Raises:
-            ContentBlocked: as the call raised.
-            GuardrailUnavailable: the call raised something else, or takes too long.
-            DeadlineExceeded: the request's time is up.
+        Raise ContentBlocked as the call does, else GuardrailUnavailable, also if it takes too long.
         """
         loop = asyncio.get_running_loop()
         await wait_within(context, _STAGE, self._free.acquire())
         calling = loop.run_in_executor(None, call)
-        hung = loop.call_later(self._limit_s, self._end_soon)
+        hung = loop.call_later(self._limit_s, self._exit_soon)
 
         def release(calling: asyncio.Future[T]) -> None:
             hung.cancel()
@@ -127,6 +117,6 @@ class _SerialCalls:
             logger.exception("the guardrail's adapter has failed on the %s", self._what)
             raise GuardrailUnavailable(self._what) from None
 
-    def _end_soon(self) -> None:
+    def _exit_soon(self) -> None:
         logger.error("the guardrail's adapter has hung on the %s for %g s; ending", self._what, self._limit_s)
-        asyncio.get_running_loop().call_later(_GRACE_S, os._exit, 1)
+        exit_soon()

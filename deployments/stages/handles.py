@@ -10,7 +10,7 @@ from cosmos3_core.request import ResolvedRequest
 
 
 @dataclass(frozen=True)
-class Stages:
+class StageHandles:
     """Handles of one app's deployments; None for stages that the app lacks.
 
     ``unguided`` serves requests without guidance, ``audio`` decodes sound, ``guardrail`` checks prompts and frames.
@@ -24,7 +24,7 @@ class Stages:
     audio: Any = None
     guardrail: Any = None
 
-    def streaming(self) -> Stages:
+    def streaming(self) -> StageHandles:
         """Return handles whose calls stream; the tokenizer's stays unary.
 
         Call it once a process: each differently configured handle has a router of its own.
@@ -32,15 +32,11 @@ class Stages:
         handles = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "tokenizer"}
         return replace(self, **{name: it and it.options(stream=True) for name, it in handles.items()})
 
-    def without_guardrail(self) -> Stages:
-        """Return the handles for a request that skips the guardrail."""
-        return replace(self, guardrail=None)
-
-    def gangs_for(self, job: DenoiseRequest) -> list[Any]:
+    def gangs_for(self, request: DenoiseRequest) -> list[Any]:
         """Return the transformers that can take a request, the preferred one first."""
         if self.unguided is None:
             return [self.transformer]
-        if len(job.prompts) == 1:
+        if len(request.prompts) == 1:
             return [self.unguided, self.transformer]
         return [self.transformer, self.unguided]
 

@@ -37,12 +37,7 @@ class Mp4Encoder:
     async def encode(
         self, context: RequestContext, clip_format: ClipFormat, media_id: str, clips: Any, stream_id: str
     ) -> AsyncIterator[FileStarted | ChunkEncoded | ClipEncoded]:
-        """Take a clip's chunks from its stream and encode them.
-
-        Args:
-            media_id: of the file that this call creates.
-            clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: of the clip's stream.
+        """Take a clip's chunks from its stream in ``clips``, and encode them to the file ``media_id``.
 
         Yields:
             :class:`FileStarted`, a :class:`ChunkEncoded` for each chunk of frames, and :class:`ClipEncoded` at the end.

@@ -31,12 +31,7 @@ async def wait_within(context: RequestContext, stage: str, awaitable: Awaitable[
 
 
 class RefStream:
-    """The items of one streaming call, as object references.
-
-    Args:
-        response: of ``handle.method.remote(...)`` with ``stream=True``.
-        context: of the request; bounds every wait.
-    """
+    """The items of one streaming call of a handle, as object references, within the request's deadline."""
 
     def __init__(self, response: Any, context: RequestContext, stage: str) -> None:
         self._response = response
@@ -45,12 +40,7 @@ class RefStream:
         self._refs: Any = None
 
     async def next_ref(self) -> Any:
-        """Return the next item's reference, or None after the last one.
-
-        Raises:
-            DeadlineExceeded: the request's time is up.
-            Exception: as the stage raised.
-        """
+        """Return the next item's reference, or None after the last one; raise as the stage did."""
         try:
             if self._refs is None:
                 self._refs = await wait_within(self._context, self._stage, self._response._to_object_ref_gen())
@@ -92,15 +82,9 @@ async def produce_on_credit(
 
     Args:
         clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-        stream_id: of the clip's stream.
-        producer: names this producer in the stream.
+        producer: names this producer in the clip's stream.
         make: returns the next chunk, or None after the last one.
         wait_for_credit: waits, and raises if the gang fails first.
-
-    Raises:
-        Exception: as ``make`` and ``wait_for_credit`` raise.
-        DeadlineExceeded: the request's time is up.
-        OutOfMemory: a chunk does not fit.
     """
 
     async def next_chunk() -> T | None:

@@ -27,7 +27,7 @@ class Transformer(GangLeader):
         self._gang = await Gang.start(spec)
         loaded = self._gang.loaded
         assert isinstance(loaded, TransformerLoaded)
-        self._loop = EngineLoop(self._gang, loaded.request_memory, loop, self._end_soon, metrics())
+        self._loop = EngineLoop(self._gang, loaded.request_memory, loop, self._exit_soon, metrics())
 
     async def denoise(
         self,

@@ -30,7 +30,7 @@ from deployments.stages.streams import produce_on_credit, wait_within
 
 
 @dataclass(frozen=True)
-class VAECalls:
+class CallLimits:
     """Time limits of one call to the gang; a gang that does not answer in time counts as hung.
 
     Attributes:
@@ -46,21 +46,18 @@ class VAECalls:
 class VideoVAEDeployment(GangLeader):
     """Serve deployment that leads a gang of video VAE ranks."""
 
-    async def __init__(self, spec: GangSpec, limits: VAECalls) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, spec: GangSpec, limits: CallLimits) -> None:  # type: ignore[misc] # Serve awaits it
         self._limits = limits
         self._gang = await Gang.start(spec)
-        self._calls = GangCalls(self._gang, self._end_soon)
+        self._calls = GangCalls(self._gang, self._exit_soon)
 
     async def encode(
         self, context: RequestContext, picture: PictureCondition
     ) -> AsyncIterator[PictureEncoded | TensorEnvelope]:
         """Encode a request's image or clip; yield :class:`PictureEncoded`, then the envelope of its fp32 latents.
 
-        Raises:
-            RequestError: the media is damaged, or larger than allowed.
-            DeadlineExceeded: the request's time is up.
-            OutOfMemory: it does not fit into the ranks' memory.
-            GangFailed: the gang died and is being rebuilt; the call may be retried on another.
+        Raise RequestError if the media is damaged or larger than allowed, and DeadlineExceeded, OutOfMemory and
+        GangFailed as :meth:`decode`.
         """
         start_s = time.monotonic()
         with watch_stage(context, "condition") as watch:
@@ -82,10 +79,7 @@ class VideoVAEDeployment(GangLeader):
     async def preview_map(self, context: RequestContext) -> AsyncIterator[PreviewMap]:
         """Yield the map from this VAE's latents to preview colours. Rank 0 fits it at its start, or now.
 
-        Raises:
-            DeadlineExceeded: the request's time is up.
-            PreviewFailed: the map cannot be fitted.
-            GangFailed: the gang died and is being rebuilt.
+        Raise PreviewFailed if the map cannot be fitted, and DeadlineExceeded and GangFailed as :meth:`decode`.
         """
         call = self._calls.call_rank_0("preview_map", phase="previews", timeout_s=self._limits.first_timeout_s)
         preview_map: PreviewMap = await wait_within(context, "previews", call)
@@ -98,9 +92,8 @@ class VideoVAEDeployment(GangLeader):
 
         Args:
             latents: [1, C, T, H, W] fp32.
-            clips: the Director's :class:`cluster.clip_stream.ClipStreams`.
-            stream_id: of the clip's stream; each chunk takes one of its credits.
-            producer: names this decoder in the stream.
+            clips: the Director's :class:`cluster.clip_stream.ClipStreams`; each chunk takes a credit of the clip's.
+            producer: names this decoder in the clip's stream.
 
         Raises:
             DeadlineExceeded: the request's time is up.

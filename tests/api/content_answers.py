@@ -15,7 +15,7 @@ from deployments.api.content import content_answer as answer_record
 from deployments.api.errors import error_response
 from deployments.errors import ApiError
 from deployments.media.store import MediaStore
-from deployments.media.variants import VIDEO, find_content
+from deployments.media.variants import VIDEO, find_or_make
 
 
 @dataclass
@@ -53,7 +53,7 @@ async def content_answer(
 ) -> Response:
     """The answer of ``GET /v1/videos/{id}/content`` for a job that is completed."""
     try:
-        return await answer_record(store, await find_content(store, media_id, variant), method, headers)
+        return await answer_record(store, await find_or_make(store, media_id, variant), method, headers)
     except ApiError as refusal:
         return error_response(refusal)
 

@@ -24,7 +24,7 @@ from deployments.api.service import Service
 from deployments.config import HttpConfig, JobsConfig
 from deployments.director.admission import Admission, RequestCheck
 from deployments.director.guardrail_calls import PromptCheck
-from deployments.jobs.cost import CostModel
+from deployments.jobs.estimates import CostModel
 from deployments.jobs.job import Job, JobState, Lane, Outcome, Progress, SubmitOptions, new_job_id
 from deployments.jobs.queue import ClaimRequest
 from deployments.jobs.service import JobService
@@ -67,10 +67,10 @@ class EvenCost(CostModel):
 class UnlookedPrompts(PromptCheck):
     """A guardrail that passes every prompt; disabling it still needs permission."""
 
-    async def check(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
+    async def check_at_admission(self, context: RequestContext, prompt: str, *, is_skipped: bool) -> None:
         """Check only whether skipping is allowed."""
         if is_skipped:
-            await super().check(context, prompt, is_skipped=True)
+            await super().check_at_admission(context, prompt, is_skipped=True)
 
 
 class FakeDirector:

@@ -44,7 +44,7 @@ class Clip:
 
     @property
     def record(self) -> MediaRecord:
-        return self.store.expect(self.media_id)
+        return self.store.require(self.media_id)
 
     def grow(self, data: bytes) -> None:
         assert self.entry.live_path is not None

@@ -84,7 +84,7 @@ def test_an_invalid_last_event_id_is_refused(value: str, api: Api) -> None:
     video = api.create()
     error = api.expect_refusal("GET", path_of(video), 422, headers={b"Last-Event-ID": value.encode("utf-8")})
     assert error["param"] == "Last-Event-ID"
-    assert api.service.jobs.feed.num_followers == 0
+    assert api.service.jobs.feed._followers == set()
 
 
 def test_events_are_sent_as_they_happen(api: Api) -> None:
@@ -117,20 +117,20 @@ def test_events_are_sent_as_they_happen(api: Api) -> None:
 
 async def idle(api: Api) -> None:
     """Wait until no follower is left and no query runs."""
-    while api.service.jobs.feed.num_followers or api.service.jobs.feed._polling is not None:
+    while api.service.jobs.feed._followers or api.service.jobs.feed._polling is not None:
         await asyncio.sleep(0.01)
 
 
 def test_without_followers_the_database_is_not_polled(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     video = api.create()
     looks = []
-    events = api.store.events
+    events = api.store.find_events
 
     def look(*arguments: Any) -> Any:
         looks.append(arguments)
         return events(*arguments)
 
-    monkeypatch.setattr(api.store, "events", look)
+    monkeypatch.setattr(api.store, "find_events", look)
 
     async def come_and_go() -> None:
         follower = await Follower(api, path_of(video)).begin()
@@ -199,7 +199,7 @@ def test_polling_outlives_the_first_followers_request(api: Api, monkeypatch: pyt
 def test_one_query_serves_all_followers(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     videos = [api.create({"prompt": str(index)}) for index in range(3)]
     looks: list[dict[str, int]] = []
-    events = api.store.events
+    events = api.store.find_events
 
     def look(cursors: dict[str, int], limit: int) -> Any:
         looks.append(dict(cursors))
@@ -209,7 +209,7 @@ def test_one_query_serves_all_followers(api: Api, monkeypatch: pytest.MonkeyPatc
         followers = [await Follower(api, path_of(it)).begin() for it in (*videos, videos[0])]
         for follower in followers:
             await follower.until(b"event: queued")
-        monkeypatch.setattr(api.store, "events", look)
+        monkeypatch.setattr(api.store, "find_events", look)
         while not looks:
             await asyncio.sleep(0.01)
         assert looks[0] == {it["id"]: 0 for it in videos}
@@ -272,7 +272,7 @@ def test_a_followers_connection_ends_after_its_time(api: Api, monkeypatch: pytes
     answer = api.get(path_of(video))
     assert answer.status_code == 200
     assert answer.text.startswith("retry: 2000\n\n")
-    assert api.service.jobs.feed.num_followers == 0
+    assert api.service.jobs.feed._followers == set()
 
     async def follow() -> None:
         with pytest.raises(DeadlineExceeded):
@@ -291,7 +291,7 @@ def test_a_database_outage_ends_the_connections(api: Api, monkeypatch: pytest.Mo
     async def follow() -> None:
         follower = await Follower(api, path_of(video)).begin()
         await follower.until(b"event: queued")
-        monkeypatch.setattr(api.store, "events", away)
+        monkeypatch.setattr(api.store, "find_events", away)
         body = await follower.to_its_end()
         assert b"secret" not in body
         assert follower.is_whole

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from cosmos3_core.request import GenerationRequest
 from deployments.client import AsyncCosmos3Client, Cosmos3Client
 from deployments.clients.errors import AuthError, NotFound, NotReady, UnreachableError
 from deployments.clients.handle_transport import HandleTransport
-from deployments.director.job_calls import JobCalls
+from deployments.director.director import Director
 from deployments.errors import IdempotencyConflict
 from deployments.jobs.events import JobStarted, VideoEnded
 from deployments.jobs.job import Job
@@ -30,11 +29,16 @@ from tests.serve_fakes import Handle
 REQUEST = GenerationRequest(prompt="A red car.", num_frames=9, height=80, width=96, num_inference_steps=4)
 
 
-class Desk(JobCalls):
+class Desk:
     """The Director's methods for jobs, without a runner."""
 
+    job, jobs, cancel, delete, events, read = (
+        *(Director.job, Director.jobs, Director.cancel, Director.delete),
+        *(Director.events, Director.read),
+    )
+
     def __init__(self, api: Api) -> None:
-        self._parts = SimpleNamespace(jobs=api.service.jobs)  # type: ignore[assignment]
+        self._jobs = api.service.jobs
         self.submit = api.director._submit
         self.remix = api.director._remix
 

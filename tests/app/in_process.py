@@ -100,8 +100,8 @@ class InProcessApp:
         """Stop as Serve does: the Director releases its jobs. Then stop what would end with its process."""
         for replica in self.replicas("Director"):
             self._loop.run(Director.__del__(replica), _STOP_S)
-            self._loop.run(_cancel([*replica._maintenance, *replica._runner._alive]), _STOP_S)
-            replica._parts.jobs.store.close()
+            self._loop.run(_cancel([*replica._maintenance, *replica._runner._tasks]), _STOP_S)
+            replica._jobs.store.close()
         self._server.should_exit = self._server.force_exit = True
         self._serving.result(_STOP_S)
         self.service.jobs.store.close()
@@ -144,7 +144,7 @@ class InProcessApp:
         body = type(deployment.name, (deployment.func_or_class,), {"__del__": lambda _: None})
         replica = body.__new__(body)
         # A leader whose gang has failed ends its process.
-        replica._end_soon = lambda: self.failures.append(deployment.name)
+        replica._exit_soon = lambda: self.failures.append(deployment.name)
 
         async def make() -> None:
             making = replica.__init__(*arguments)

@@ -25,7 +25,7 @@ import sqlalchemy
 from sqlalchemy import text
 
 from deployments.config import AppConfig
-from deployments.director.saved_states import SAVED_STATE
+from deployments.director.recorder import SAVED_STATE
 from deployments.errors import JobsError
 from deployments.jobs.service import JobService
 from deployments.media.layout import JOB_ID
@@ -244,7 +244,7 @@ def check_everything_is_moved(old_run: OldRun, service: JobService) -> None:
             continue
         assert job is not None
         assert (
-            hashlib.sha256(service.media.read(service.media.expect(job.media_id))).hexdigest()
+            hashlib.sha256(service.media.read(service.media.require(job.media_id))).hexdigest()
             == known["contents"]["video"]["sha256"]
         )
     for name in UNFINISHED:
@@ -296,7 +296,7 @@ def test_two_starts_at_once_move_everything(old_run: OldRun, tiny_nano: Path) ->
         job = services[0].store.get(known["id"])
         assert job is not None
         assert (
-            hashlib.sha256(services[1].media.read(services[1].media.expect(job.media_id))).hexdigest()
+            hashlib.sha256(services[1].media.read(services[1].media.require(job.media_id))).hexdigest()
             == known["contents"]["video"]["sha256"]
         )
     for service in services:

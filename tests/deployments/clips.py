@@ -26,7 +26,7 @@ def make(store: MediaStore, data: bytes = DATA) -> str:
 
 def read(store: MediaStore, media_id: str, start: int = 0, num_bytes: int = -1) -> bytes:
     """Read a finished clip, or a part of it."""
-    return store.read(store.expect(media_id), start, num_bytes)
+    return store.read(store.require(media_id), start, num_bytes)
 
 
 def sweep(store: MediaStore, now_s: float | None = None) -> int:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from deployments.config import AppConfig, Autoscaling, ConfigError, MediaConfig, config_file
 from deployments.media.store import MediaStore
-from deployments.stages.handles import Stages
+from deployments.stages.handles import StageHandles
 
 CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 
@@ -305,7 +305,7 @@ def _deployments(application: Any) -> list[Any]:
     bound = application._bound_deployment
     found = [bound]
     for argument in bound.init_args:
-        for handle in vars(argument).values() if isinstance(argument, Stages) else [argument]:
+        for handle in vars(argument).values() if isinstance(argument, StageHandles) else [argument]:
             if hasattr(handle, "_bound_deployment"):
                 found += _deployments(handle)
     return found

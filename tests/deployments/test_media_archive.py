@@ -157,13 +157,13 @@ def fetch(store: MediaStore, media_id: str, **headers: str) -> Answer:
 
 def test_a_clip_is_read_on_another_node(nodes: Nodes) -> None:
     media_id, entry = begin(nodes.one)
-    record = nodes.other.expect(media_id)
+    record = nodes.other.require(media_id)
     assert (record.state, record.live_name) == (WRITING, ""), "what grows cannot be seen"
-    assert nodes.one.expect(media_id).live_name == "live.mp4"
+    assert nodes.one.require(media_id).live_name == "live.mp4"
     entry.path.write_bytes(DATA)
-    assert nodes.other.expect(media_id).state == WRITING
+    assert nodes.other.require(media_id).state == WRITING
     done = entry.finish()
-    assert nodes.other.expect(media_id) == nodes.one.expect(media_id) == done
+    assert nodes.other.require(media_id) == nodes.one.require(media_id) == done
     assert done.state == DONE
     assert read(nodes.other, media_id) == DATA
     assert read(nodes.other, media_id, 10, 5) == DATA[10:15]
@@ -219,7 +219,7 @@ def test_a_clip_that_grows_on_another_node_is_not_ready(nodes: Nodes) -> None:
 def test_a_follower_of_a_clip_on_another_node_gets_it_when_complete(nodes: Nodes) -> None:
     media_id, entry = begin(nodes.one)
     entry.path.write_bytes(DATA)
-    record = nodes.other.expect(media_id)
+    record = nodes.other.require(media_id)
 
     async def follow() -> bytes:
         async def parts() -> list[bytes]:
@@ -241,7 +241,7 @@ def test_a_failure_is_known_on_every_node(nodes: Nodes) -> None:
         entry.path.write_bytes(DATA)
         sayer.fail(media_id, "the encoder died")
         for store in (sayer, nodes.other):
-            record = store.expect(media_id)
+            record = store.require(media_id)
             assert (record.state, record.reason) == (FAILED, "the encoder died")
         with pytest.raises(MediaError, match="was declared failed while it was written"):
             entry.finish()
@@ -252,7 +252,7 @@ def test_a_completed_clip_cannot_fail(nodes: Nodes) -> None:
     media_id = make(nodes.one)
     nodes.other.fail(media_id, "too late")
     nodes.one.fail(media_id, "too late")
-    assert nodes.one.expect(media_id).state == nodes.other.expect(media_id).state == DONE
+    assert nodes.one.require(media_id).state == nodes.other.require(media_id).state == DONE
 
 
 def test_removing_a_clip_removes_it_from_the_archive(nodes: Nodes) -> None:
@@ -280,7 +280,7 @@ def test_a_clip_removed_while_it_is_written_stays_removed(nodes: Nodes, remover:
 def test_nodes_must_share_one_archive(nodes: Nodes, tmp_path: Path) -> None:
     elsewhere = MediaStore(tmp_path / "elsewhere", 1, 1, f"flaky://someone:secret@{uuid.uuid4().hex}")
     with pytest.raises(MediaStoreError, match="nor in flaky://.*: all nodes need the same media.archive") as raised:
-        elsewhere.expect(make(nodes.one))
+        elsewhere.require(make(nodes.one))
     assert "secret" not in str(raised.value)
 
 
@@ -294,7 +294,7 @@ def test_an_invalid_id_is_never_looked_up(objects: Nodes, media_id: Any) -> None
     objects.one.fail(media_id, "why")
     objects.one.remove(media_id)
     with pytest.raises(MediaStoreError):
-        objects.one.expect(media_id)
+        objects.one.require(media_id)
     assert FlakyObjects.calls == []
 
 
@@ -308,7 +308,7 @@ def test_a_large_file_is_read_in_blocks(objects: Nodes, monkeypatch: pytest.Monk
         sizes.append(len(data := cat(*arguments, **options)))
         return data
 
-    record = objects.other.expect(media_id)
+    record = objects.other.require(media_id)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
 
     async def read() -> bytes:
@@ -340,10 +340,10 @@ def test_a_clip_is_not_complete_until_its_file_is_archived(objects: Nodes) -> No
             entry.finish()
         assert "secret" not in str(raised.value)
         heal()
-        assert objects.one.expect(media_id).state == WRITING
+        assert objects.one.require(media_id).state == WRITING
         assert objects.other.find(media_id) is None, "no half of it is left"
         objects.one.fail(media_id, "the archive failed")
-        assert objects.one.expect(media_id).state == FAILED
+        assert objects.one.require(media_id).state == FAILED
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "ended.json", "begun.json"])
@@ -360,7 +360,7 @@ def test_a_clip_that_the_archive_refuses_is_not_started(objects: Nodes) -> None:
     with pytest.raises(MediaError, match=r"the media archive cannot take .*: flaky://\*\*\*@"):
         objects.one.create(media_id, "video/mp4", ".mp4", is_live=True)
     heal()
-    assert objects.one.expect(media_id).state == FAILED
+    assert objects.one.require(media_id).state == FAILED
 
 
 def test_an_archive_outage_is_not_reported_as_expired(objects: Nodes, caplog: pytest.LogCaptureFixture) -> None:
@@ -381,7 +381,7 @@ def test_an_archive_outage_is_not_reported_as_expired(objects: Nodes, caplog: py
 
 
 def test_an_archive_outage_while_reading_breaks_the_connection(objects: Nodes) -> None:
-    record = objects.other.expect(make(objects.one))
+    record = objects.other.require(make(objects.one))
     fail_next(verb="get", name="clip.mp4")
 
     async def collect() -> bytes:
@@ -399,7 +399,7 @@ def test_a_damaged_record_counts_as_none(nodes: Nodes, damaged: bytes) -> None:
     media_id, entry = begin(nodes.one)
     entry.path.write_bytes(DATA)
     nodes.raw.pipe_file(nodes.path(media_id, "ended.json"), damaged)
-    assert nodes.other.expect(media_id).state == WRITING
+    assert nodes.other.require(media_id).state == WRITING
     nodes.raw.pipe_file(nodes.path(media_id, "begun.json"), damaged)
     assert nodes.other.find(media_id) is None
 
@@ -442,7 +442,7 @@ def test_an_unusable_archive_is_refused_at_the_start(
 def test_an_end_is_created_once(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it appears just after the last look, the second writer is refused and sees the first one's end."""
     assert nodes.one.archive is not None
-    assert nodes.one.archive.creates_once
+    assert nodes.one.archive.has_atomic_create
     _, entry = begin(nodes.one)
     entry.path.write_bytes(DATA)
 
@@ -510,15 +510,15 @@ def test_an_archive_that_cannot_create_once_logs_a_warning(
     store = MediaStore(tmp_path, 1 << 30, KEEP_S, "looksfirst://someone:secret@host/prefix")
     assert "looksfirst://***@host/prefix cannot create a record exactly once" in caplog.text
     assert store.archive is not None
-    assert not store.archive.creates_once
+    assert not store.archive.has_atomic_create
     media_id = make(store)
     store.fail(media_id, "too late")
-    assert find_record(store.archive, media_id) == store.expect(media_id)
+    assert find_record(store.archive, media_id) == store.require(media_id)
 
 
-@pytest.mark.parametrize(("has_mode", "creates_once"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("has_mode", "has_atomic_create"), [(True, True), (False, False)])
 def test_exclusive_creation_is_detected_by_pipe_files_mode(
-    *, has_mode: bool, creates_once: bool, monkeypatch: pytest.MonkeyPatch
+    *, has_mode: bool, has_atomic_create: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Like s3fs and gcsfs, which override it, and like file systems without a mode."""
 
@@ -533,7 +533,7 @@ def test_exclusive_creation_is_detected_by_pipe_files_mode(
         async def _pipe_file(self, path: str, data: bytes) -> None: ...
 
     monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: (WithMode() if has_mode else Without(), "b/p"))
-    assert FsspecObjects("s3://b/p", "b/p").creates_once is creates_once
+    assert FsspecObjects("s3://b/p", "b/p").has_atomic_create is has_atomic_create
 
 
 # Sweeping
@@ -632,4 +632,4 @@ def test_a_jobs_files_are_beside_its_clip(nodes: Nodes, url: str) -> None:
 def test_an_archived_record_has_the_same_content(nodes: Nodes) -> None:
     media_id = make(nodes.one)
     record = MediaRecord.of_json(nodes.raw.cat_file(nodes.path(media_id, "ended.json")), media_id.partition("/")[0])
-    assert record == nodes.one.expect(media_id)
+    assert record == nodes.one.require(media_id)

@@ -71,7 +71,7 @@ class OldStore:
         job_id = self.media_id.partition("/")[0]
         files = JobFiles(store.archive or store.objects)
         assert read(store, self.media_id) == DATA
-        assert store.expect(self.media_id).state == DONE
+        assert store.require(self.media_id).state == DONE
         assert files.get(job_id, "image") == files.get(self.waiting, "image") == b"picture"
         assert files.get(self.waiting, "checkpoint") == b"state"
         for objects in filter(None, (store.objects, store.archive)):

@@ -124,7 +124,7 @@ def test_a_clip_with_sound_has_audio(reading: tuple[MediaStore, MediaStore], tmp
     answer = fetch(reading[1], media_id, "audio")
     assert (answer.status, answer.headers["content-type"]) == (200, "audio/mp4")
     (tmp_path / "a.m4a").write_bytes(answer.body)
-    record = reading[0].expect(media_id)
+    record = reading[0].require(media_id)
     np.testing.assert_array_equal(read_sound(tmp_path / "a.m4a"), read_sound(reading[0].file_path(record)))
 
 
@@ -241,7 +241,7 @@ def test_a_caller_with_a_stale_look_does_not_make_it_again(store: MediaStore, mo
 
 def test_processes_that_make_one_variant_agree(store: MediaStore) -> None:
     """The second finds the first one's record when it is about to write its own."""
-    record = store.expect(make(store, "mp4"))
+    record = store.require(make(store, "mp4"))
     first: list[Any] = []
 
     def write(path: Path, source: BinaryIO) -> None:
@@ -313,7 +313,7 @@ def test_a_long_wait_is_a_409_and_disconnecting_stops_nothing(
     monkeypatch.setattr(media_variants, "_WAIT_S", 0.05)
     media_id = make(store, "png")
     answer = fetch(store, media_id, "thumbnail")
-    assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "5")
+    assert (answer.status, answer.code, answer.headers["retry-after"]) == (409, "media_not_ready", "1")
     gate.open.set()
     monkeypatch.setattr(media_variants, "_WAIT_S", DEADLINE_S)
     assert fetch(store, media_id, "thumbnail").status == 200
@@ -340,7 +340,7 @@ def test_a_file_removed_while_waiting_is_a_410(
 
 
 def test_a_file_removed_while_a_variant_is_made_leaves_nothing(store: MediaStore) -> None:
-    record = store.expect(make(store, "mp4"))
+    record = store.require(make(store, "mp4"))
 
     def write(path: Path, source: BinaryIO) -> None:
         store.remove(record.media_id)
@@ -383,4 +383,4 @@ def test_a_variants_record_is_not_taken_for_a_clips(store: MediaStore) -> None:
     record = read_record(store.objects, media_id, "thumbnail.json")
     assert record is not None
     assert record.file_name.startswith("thumbnail-")
-    assert store.expect(media_id).file_name == "clip.mp4"
+    assert store.require(media_id).file_name == "clip.mp4"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.director import guardrail_calls, retries
+from deployments.director import retries
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "_RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr(retries, "_LONGEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(guardrail_calls, "_RETRY_PAUSE_S", 0.01)

@@ -27,19 +27,19 @@ from cosmos3_core.media.pixels import FrameHash, Frames
 from cosmos3_core.media.writer import ClipFormat
 from deployments import messages
 from deployments.api.errors import error_response, is_explained
-from deployments.config import AppConfig, DirectorStage, GuardrailsConfig
+from deployments.config import DirectorStage, GuardrailsConfig
 from deployments.director import guardrail_calls
-from deployments.director import parts as director_parts
-from deployments.director.clip_pipeline import ClipCloser, ClipPipeline, LatentsDecoder
+from deployments.director.clip_pipeline import ClipPipeline, LatentsDecoder
 from deployments.director.guardrail_calls import PromptCheck
-from deployments.director.previews import Previews
+from deployments.director.pipeline import Pipeline
+from deployments.director.resources import PipelineResources
 from deployments.errors import AdapterError, ContentBlocked, GuardrailUnavailable
 from deployments.messages import FrameChunk, FramesChecked, RequestContext, TextChecked
 from deployments.stages import guardrail
-from deployments.stages.cosmos_guardrail import CosmosGuardrail
 from deployments.stages.guardrail import Guardrails
-from deployments.stages.guardrail_adapter import load_guardrail
-from tests.director.test_pipeline import FakeMedia, FakeStages
+from deployments.stages.guardrail_adapter import CosmosGuardrail, load_guardrail
+from deployments.stages.handles import StageHandles
+from tests.director.test_pipeline import FakeMedia, FakeStages, set_handles
 from tests.serve_fakes import Method, Ref
 from tests.settling import run
 
@@ -277,7 +277,7 @@ def test_a_hanging_adapter_blocks_and_ends_its_process(monkeypatch: pytest.Monke
     """Serve then starts another replica."""
     adapter, ended = Slow(), []
     monkeypatch.setattr(guardrail.os, "_exit", ended.append)
-    monkeypatch.setattr(guardrail, "_GRACE_S", 0.01)
+    monkeypatch.setattr("deployments.threads._GRACE_S", 0.01)
 
     async def body() -> None:
         with pytest.raises(GuardrailUnavailable, match="prompt"):
@@ -334,7 +334,9 @@ class Handle:
 
 
 async def check_prompt(handle: Any, text_timeout_s: float, context: RequestContext, prompt: str) -> None:
-    await PromptCheck(handle, text_timeout_s, may_be_skipped=False).check(context, prompt, is_skipped=False)
+    await PromptCheck(handle, text_timeout_s, may_be_skipped=False).check_at_admission(
+        context, prompt, is_skipped=False
+    )
 
 
 def make_death() -> Exception:
@@ -363,7 +365,7 @@ def test_a_prompt_is_checked_before_its_request_is_accepted(monkeypatch: pytest.
 def test_a_prompt_passes_only_if_the_guardrail_says_so(
     failures: list[Exception], expected: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guardrail_calls, "_RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.director.retries._RETRY_PAUSE_S", 0.01)
     adapter = HalvingAdapter()
     handle = Handle(stage(adapter, monkeypatch))
     handle.failures = list(failures)
@@ -399,12 +401,12 @@ def test_skipping_guardrails_needs_the_operators_permission(
     adapter = HalvingAdapter()
     check = PromptCheck(Handle(stage(adapter, monkeypatch)), 1.0, may_be_skipped)
     with pytest.raises(ContentBlocked):
-        run(check.check(context(), "forbidden", is_skipped=False))
+        run(check.check_at_admission(context(), "forbidden", is_skipped=False))
     if may_be_skipped:
-        run(check.check(context(), "forbidden", is_skipped=True))
+        run(check.check_at_admission(context(), "forbidden", is_skipped=True))
     else:
         with pytest.raises(RequestError, match="skip_guardrails"):
-            run(check.check(context(), "forbidden", is_skipped=True))
+            run(check.check_at_admission(context(), "forbidden", is_skipped=True))
     assert adapter.prompts == ["forbidden"]
 
 
@@ -416,13 +418,13 @@ def test_a_passed_prompt_is_not_checked_again_when_its_job_starts(
     check = PromptCheck(Handle(stage(adapter, monkeypatch)), 1.0, True)
 
     async def body() -> None:
-        await check.check(context(), "a", is_skipped=False)
-        await check.check(context(), "b", is_skipped=True)
+        await check.check_at_admission(context(), "a", is_skipped=False)
+        await check.check_at_admission(context(), "b", is_skipped=True)
         for prompt in ("a", "b", "c", "b", "a"):
-            assert await all_of(check.check_before(context(), 3, prompt)) == []
+            assert await all_of(check.check_job(context(), 3, prompt)) == []
         for _ in range(2):
             with pytest.raises(ContentBlocked):
-                await all_of(check.check_before(context(), 3, "forbidden"))
+                await all_of(check.check_job(context(), 3, "forbidden"))
 
     run(body())
     assert adapter.prompts == ["a", "b", "c", "a", "forbidden", "forbidden"], "the oldest is forgotten"
@@ -448,11 +450,11 @@ def test_a_job_starts_only_if_the_guardrail_passes_its_prompt(
     handle.failures = list(failures)
     check = PromptCheck(handle, 1.0, False)
     if expected is None:
-        events = run(all_of(check.check_before(context(), 3, PROMPT)))
+        events = run(all_of(check.check_job(context(), 3, PROMPT)))
         assert [event.stage for event in events] == ["guardrail"] * sum(type(it) is ActorDiedError for it in failures)
     else:
         with pytest.raises(expected):
-            run(all_of(check.check_before(context(), 3, PROMPT)))
+            run(all_of(check.check_job(context(), 3, PROMPT)))
     assert adapter.prompts == [PROMPT] * (expected is None)
 
 
@@ -465,30 +467,14 @@ class StartedJob:
     clients_may_disable: bool
     stages: FakeStages = field(default_factory=FakeStages)
 
-    def make_pipeline(self) -> Any:
-        """Make the pipeline as the runner gets it."""
-        pipeline = self.stages.pipeline(self.tiny)
-        guardrails = GuardrailsConfig(adapter="given", clients_may_disable=self.clients_may_disable)
-        stages = replace(pipeline.stages, guardrail=self.handle)
-        clips: Any = self.stages
-        prompt_check = director_parts.make_prompt_check(stages, guardrails)
-        jobs, admission = SimpleNamespace(media=self.stages.media), SimpleNamespace(prompt_check=prompt_check)
-        return director_parts.DirectorParts(
-            config=AppConfig(checkpoint=self.tiny, guardrails=guardrails),
-            layout=pipeline.layout,
-            stages=stages,
-            jobs=jobs,  # type: ignore[arg-type]
-            admission=admission,  # type: ignore[arg-type]
-            model=None,  # type: ignore[arg-type]
-            clips=clips,
-            closer=ClipCloser(clips),
-            previews=Previews(stages.vae),
-        )._make_pipeline
-
     def pipeline(self, prompt: str = "a", *, skips: bool = False) -> Any:
+        """Make the pipeline as the runner gets it."""
         made = self.stages.pipeline(self.tiny, prompt=prompt)
+        set_handles(made, guardrail=self.handle)
+        prompt_check = PromptCheck(self.handle, 10.0, self.clients_may_disable) if self.handle else None
+        resources = replace(made.resources, prompt_check=prompt_check)
         job: Any = SimpleNamespace(skip_guardrails=skips, previews=0)
-        return self.make_pipeline()(made.request, made.context, job, None, lambda step, state: None)
+        return Pipeline.of_job(resources, made.request, made.context, job, None, lambda step, state: None)
 
 
 @pytest.mark.parametrize(
@@ -507,9 +493,9 @@ def test_a_job_skips_guardrails_only_while_the_operator_permits_it(
         if is_looked_at:
             with pytest.raises(ContentBlocked, match="prompt"):
                 await all_of(pipeline.events())
-            assert pipeline.stages.guardrail is started.handle, "its pictures would be looked at"
+            assert pipeline.resources.stages.guardrail is started.handle, "its pictures would be looked at"
         else:
-            assert pipeline.stages.guardrail is None
+            assert pipeline.resources.stages.guardrail is None
             assert isinstance((await all_of(pipeline.events()))[-1], messages.Finished)
 
     run(body())
@@ -595,17 +581,17 @@ class Clip:
         if self.with_sound:
             sound = SimpleNamespace(decode=Method(self.decode_sound))
             decoders.append(LatentsDecoder("sound", sound, Ref("latents")))
-        return ClipPipeline(
-            context=context(),
-            clip_format=ClipFormat("mp4", height=4, width=4, fps=24),
-            decoders=tuple(decoders),
-            encoder=SimpleNamespace(encode=Method(self.encode)),
+        encoder = SimpleNamespace(encode=Method(self.encode))
+        resources = PipelineResources(
+            layout=None,  # type: ignore[arg-type]
+            stages=StageHandles(None, None, None, encoder, guardrail=self.guardrail),
             clips=SimpleNamespace(**{name: Method(getattr(self.clips, name)) for name in names}),
             media=self.media,  # type: ignore[arg-type]
             config=DirectorStage(chunk_window=2, max_attempts=max_attempts),
             close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
-            guardrail=self.guardrail,
+            previews=None,  # type: ignore[arg-type]
         )
+        return ClipPipeline(resources, context(), ClipFormat("mp4", height=4, width=4, fps=24), tuple(decoders))
 
     def events(self, **options: Any) -> list[Any]:
         async def body() -> list[Any]:
@@ -742,14 +728,11 @@ def test_checked_chunks_are_not_checked_again_after_a_decoders_death(
 def test_previews_are_off_with_guardrails(tiny_nano: Path) -> None:
     """A preview reaches clients long before the guardrail sees the frames."""
 
-    async def order(duration_s: float) -> Any:
-        raise AssertionError("no order is needed")
-
     pipeline = FakeStages().pipeline(tiny_nano)
-    pipeline.stages = replace(pipeline.stages, guardrail=object())
+    set_handles(pipeline, guardrail=object())
     with pytest.raises(PreviewFailed, match="guardrail"):
-        run(pipeline._make_preview_order(order))
-    assert pipeline.stages.without_guardrail().guardrail is None
+        run(pipeline._order_previews())
+    assert pipeline.resources.without_guardrail().stages.guardrail is None
 
 
 @pytest.mark.parametrize(

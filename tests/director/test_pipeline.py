@@ -7,7 +7,7 @@ import gc
 import pickle
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,9 +39,10 @@ from deployments.config import DirectorStage
 from deployments.director import pipeline as pipeline_module
 from deployments.director.clip_pipeline import merge
 from deployments.director.pipeline import Pipeline
+from deployments.director.resources import PipelineResources
 from deployments.errors import MediaStoreError
 from deployments.messages import RequestContext
-from deployments.stages.handles import Stages
+from deployments.stages.handles import StageHandles
 from deployments.stages.streams import RefStream
 from tests import serve_fakes
 from tests.serve_fakes import Method, Ref, Response
@@ -56,7 +57,7 @@ class FakeMedia:
         self.failed: dict[str, str] = {}
         self.is_shared = True
 
-    def expect(self, media_id: str) -> None:
+    def require(self, media_id: str) -> None:
         assert media_id in self.begun
         if not self.is_shared:
             raise MediaStoreError("not to be seen here")
@@ -167,16 +168,28 @@ class FakeStages:
         layout = CheckpointLayout.open(tiny)
         small = {"num_frames": 17, "height": 32, "width": 32, "num_inference_steps": 2}
         request = GenerationRequest(**{"prompt": "a", **({} if "mode" in fields else small), **fields})
-        return Pipeline(
-            request=resolve(request, layout),
-            context=RequestContext.new("r", limit_s),
+        resources = PipelineResources(
             layout=layout,
-            stages=Stages(self, self, SimpleNamespace(decode=self.decode, encode=self.encode_picture), self),
+            stages=StageHandles(self, self, SimpleNamespace(decode=self.decode, encode=self.encode_picture), self),
             clips=self,
-            media=self.media,
+            media=self.media,  # type: ignore[arg-type]
             config=DirectorStage(chunk_window=2, max_attempts=max_attempts),
             close_later=lambda stream_id: asyncio.get_running_loop().create_task(self.clips.close(stream_id, "ended")),
+            previews=None,  # type: ignore[arg-type]
         )
+        return Pipeline(resources, resolve(request, layout), RequestContext.new("r", limit_s))
+
+
+def set_handles(pipeline: Pipeline, **handles: Any) -> None:
+    """Replace some of a pipeline's stages."""
+    stages = replace(pipeline.resources.stages, **handles)
+    pipeline.resources = replace(pipeline.resources, stages=stages)
+
+
+def set_order_of_previews(pipeline: Pipeline, order: Callable[[int, float], Any]) -> None:
+    """Let a pipeline order three previews."""
+    previews: Any = SimpleNamespace(order=order)
+    pipeline.num_previews, pipeline.resources = 3, replace(pipeline.resources, previews=previews)
 
 
 async def collect(pipeline: Pipeline) -> list[Any]:
@@ -233,14 +246,14 @@ PREVIEW_MAP = PreviewMap(((0.0, 0.0, 0.0),), (0.0, 0.0, 0.0))
 
 
 def test_previews_are_requested_in_every_attempt_and_come_with_the_steps(tiny_nano: Path) -> None:
-    async def order(duration_s: float) -> PreviewOrder:
-        return PreviewOrder(3, duration_s, PREVIEW_MAP)
+    async def order(num_previews: int, duration_s: float) -> PreviewOrder:
+        return PreviewOrder(num_previews, duration_s, PREVIEW_MAP)
 
     stages = FakeStages()
     stages.failures["denoise"] = [GangFailed("step", "died")]
     stages.preview = messages.PreviewReady(1, 0.5, "image/webp", b"RIFF", 13)
     pipeline = stages.pipeline(tiny_nano, fps=8.0)
-    pipeline.order_previews = order
+    set_order_of_previews(pipeline, order)
     events = run(collect(pipeline))
     assert stages.previews == [PreviewOrder(3, 17 / 8, PREVIEW_MAP)] * 2
     assert kinds(events)[1:7] == [
@@ -260,14 +273,14 @@ def test_previews_are_requested_in_every_attempt_and_come_with_the_steps(tiny_na
 def test_unavailable_previews_are_reported_and_the_request_goes_on(
     fields: dict[str, Any], reason: str, tiny_nano: Path
 ) -> None:
-    async def order(duration_s: float) -> PreviewOrder:
+    async def order(num_previews: int, duration_s: float) -> PreviewOrder:
         raise PreviewFailed("the VAE is away")
 
     stages = FakeSound() if fields else FakeStages()
     stages.request_has_pictures = False
     pipeline = stages.pipeline(tiny_nano, **fields)
-    pipeline.stages = replace(pipeline.stages, audio=getattr(stages, "audio", None))
-    pipeline.order_previews = order
+    set_handles(pipeline, audio=getattr(stages, "audio", None))
+    set_order_of_previews(pipeline, order)
     events = run(collect(pipeline))
     (off,) = [event for event in events if isinstance(event, messages.PreviewsOff)]
     assert reason in off.reason
@@ -284,7 +297,7 @@ def test_no_previews_are_made_unless_requested(tiny_nano: Path) -> None:
 
 
 class FakeSound(FakeStages):
-    """Stages that denoise sound too; its decoder waits until the last frame is decoded."""
+    """StageHandles that denoise sound too; its decoder waits until the last frame is decoded."""
 
     def __init__(self) -> None:
         super().__init__(num_chunks=2)
@@ -326,7 +339,7 @@ class FakeSound(FakeStages):
 def test_sound_is_decoded_beside_the_frames_and_waited_for(tiny_nano: Path) -> None:
     stages = FakeSound()
     pipeline = stages.pipeline(tiny_nano, generate_sound=True)
-    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
+    set_handles(pipeline, audio=stages.audio)
     events = run(collect(pipeline))
     assert stages.taken == ["chunk 0", "chunk 1", "samples"]
     assert "SoundDecoded" in kinds(events)
@@ -430,7 +443,7 @@ def test_a_sound_file_decodes_no_frames(tiny_nano: Path) -> None:
     stages = FakeSound()
     stages.request_has_pictures = False
     pipeline = stages.pipeline(tiny_nano, generate_sound=True, output="wav")
-    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
+    set_handles(pipeline, audio=stages.audio)
     events = run(collect(pipeline))
     assert stages.taken == ["samples"]
     assert stages.decode.responses == []
@@ -441,7 +454,7 @@ def test_an_audio_decoders_death_is_retried_without_the_frames(tiny_nano: Path) 
     stages = FakeSound()
     stages.failures["sound"] = [GangFailed("step", "died")]
     pipeline = stages.pipeline(tiny_nano, generate_sound=True)
-    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
+    set_handles(pipeline, audio=stages.audio)
     events = run(collect(pipeline))
     assert kinds(events).count("StageRetried") == 1
     assert stages.taken == ["chunk 0", "chunk 1", "samples"]
@@ -534,7 +547,7 @@ def test_requests_prefer_their_kind_of_gang_and_use_the_other_if_it_is_full(
     gangs[expected].is_full = is_full
     pipeline = gangs["transformer"].pipeline(tiny_nano)
     pipeline.request = replace(pipeline.request, guidance_scale=guidance_scale)
-    pipeline.stages = replace(pipeline.stages, unguided=gangs["unguided"])
+    set_handles(pipeline, unguided=gangs["unguided"])
     events = run(collect(pipeline))
     assert kinds(events).count("Finished") == 1
     assert "StageRetried" not in kinds(events)
@@ -554,7 +567,7 @@ def test_without_a_gang_of_its_kind_a_request_uses_the_other(tiny_nano: Path, mo
     monkeypatch.setattr(pipeline_module, "_FIRST_ANSWER_S", 0.1)
     pipeline = stages.pipeline(tiny_nano)
     pipeline.request = replace(pipeline.request, guidance_scale=1.0)
-    pipeline.stages = replace(pipeline.stages, unguided=away)
+    set_handles(pipeline, unguided=away)
     events = run(collect(pipeline))
     assert kinds(events).count("Finished") == 1
     assert away.denoise.responses[0].is_cancelled
@@ -757,9 +770,7 @@ def test_the_callers_picture_is_freed_once_encoded(tiny_nano: Path) -> None:
 
     # The fakes keep their arguments.
     stages.encode_picture = Method(stages._encode_picture)
-    pipeline.stages = replace(
-        pipeline.stages, vae=SimpleNamespace(decode=stages.decode, encode=ForgetfulMethod(stages))
-    )
+    set_handles(pipeline, vae=SimpleNamespace(decode=stages.decode, encode=ForgetfulMethod(stages)))
     run(follow())
     assert is_gone == [True]
 
@@ -782,7 +793,7 @@ def test_every_gang_gets_the_given_frames(tiny_nano: Path) -> None:
     gangs = {"transformer": FakeStages(), "unguided": FakeStages()}
     gangs["transformer"].is_full = True
     pipeline = gangs["transformer"].pipeline(tiny_nano, image=IMAGE)
-    pipeline.stages = replace(pipeline.stages, unguided=gangs["unguided"])
+    set_handles(pipeline, unguided=gangs["unguided"])
     events = run(collect(pipeline))
     assert kinds(events).count("Finished") == 1
     assert gangs["unguided"].clean == ["clean latents of try 1"]
@@ -791,7 +802,7 @@ def test_every_gang_gets_the_given_frames(tiny_nano: Path) -> None:
 def test_the_streams_of_sound_requests_are_closed(tiny_nano: Path) -> None:
     stages = FakeSound()
     pipeline = stages.pipeline(tiny_nano, generate_sound=True)
-    pipeline.stages = replace(pipeline.stages, audio=stages.audio)
+    set_handles(pipeline, audio=stages.audio)
 
     async def body() -> None:
         await collect(pipeline)

@@ -10,10 +10,10 @@ import pytest
 
 from cluster.errors import GangFailed, PreviewFailed
 from cosmos3_core.preview import PreviewMap, PreviewOrder
-from deployments.director import previews as previews_module
-from deployments.director.previews import Previews
+from deployments.director import resources
+from deployments.director.resources import Previews
 from deployments.messages import RequestContext
-from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
+from deployments.stages.video_vae import CallLimits, VideoVAEDeployment
 from tests.serve_fakes import Response
 from tests.settling import run, settle
 
@@ -133,7 +133,7 @@ def test_the_decoders_leader_calls_rank_0_alone() -> None:
 
     async def body() -> None:
         leader = VideoVAEDeployment.__new__(VideoVAEDeployment)
-        leader._calls, leader._limits = FakeCalls(), VAECalls(first_timeout_s=7.0, timeout_s=1.0)  # type: ignore[assignment]
+        leader._calls, leader._limits = FakeCalls(), CallLimits(first_timeout_s=7.0, timeout_s=1.0)  # type: ignore[assignment]
         context = RequestContext.new(None, 60.0)
         assert [item async for item in leader.preview_map(context)] == [MAP]
 
@@ -141,7 +141,7 @@ def test_the_decoders_leader_calls_rank_0_alone() -> None:
 
 
 def test_a_request_waits_a_bounded_time_while_the_fetch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(previews_module, "_WAIT_S", 0.02)
+    monkeypatch.setattr(resources, "_WAIT_S", 0.02)
 
     async def body() -> None:
         vae = FakeVAE()

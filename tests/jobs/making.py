@@ -10,9 +10,8 @@ from sqlalchemy import select
 from deployments.config import JobsConfig
 from deployments.jobs.job import Job, JobState, Lane, NewJob, Outcome, new_job_id
 from deployments.jobs.queue import ClaimRequest
-from deployments.jobs.schema import RUNNERS
+from deployments.jobs.schema import RATES, RUNNERS
 from deployments.jobs.store import JobStore, Lease
-from deployments.jobs.waiting import find_rate
 
 MODEL = "nano"
 LEASE_S = 20.0
@@ -62,7 +61,7 @@ def claim(
 
 def count_queued(store: JobStore, model: str = MODEL) -> int:
     """Count a model's queued jobs, of all classes in both lanes."""
-    return sum(each.num_queued for each in store.load(model))
+    return sum(each.num_queued for each in store.read_load(model))
 
 
 def list_runners(store: JobStore, silent_s: float) -> tuple[str, ...]:
@@ -75,7 +74,8 @@ def list_runners(store: JobStore, silent_s: float) -> tuple[str, ...]:
 def read_rate(store: JobStore, lane: Lane) -> float | None:
     """Return the recorded work per second of a lane."""
     with store._database.reading() as connection:
-        return find_rate(connection, MODEL, lane)
+        query = select(RATES.c.work_per_s).where(RATES.c.model == MODEL, RATES.c.lane == lane.value)
+        return connection.execute(query).scalar_one_or_none()
 
 
 def claim_existing(store: JobStore, runner: str = "runner", **changes: Any) -> Job:
@@ -99,6 +99,6 @@ def reload(store: JobStore, job: NewJob) -> Job:
 
 def list_event_kinds(store: JobStore, job: NewJob) -> list[str]:
     """List the kinds of all its events; checks that their numbers have no gap."""
-    events = store.events({job.job_id: 0})
+    events = store.find_events({job.job_id: 0})
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     return [event.kind for event in events]

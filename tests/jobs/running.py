@@ -21,7 +21,7 @@ from deployments.config import JobsConfig
 from deployments.director.admission import Admission, RequestCheck
 from deployments.director.leases import StopReason
 from deployments.director.runner import JobRunner
-from deployments.jobs.cost import CostModel
+from deployments.jobs.estimates import CostModel
 from deployments.jobs.job import Job, JobState, Lane, SubmitOptions, new_job_id
 from deployments.jobs.service import JobService
 from deployments.jobs.store import JobStore
@@ -45,15 +45,15 @@ DEADLINE_S = 30.0
 class FakePipeline:
     """A pipeline of four steps, which wait for the stage's gate, and a result."""
 
-    def __init__(self, stage: FakeStage, request: Any, context: RequestContext, job: Job, begin_from: Any) -> None:
+    def __init__(self, stage: FakeStage, request: Any, context: RequestContext, job: Job, resume_from: Any) -> None:
         self.stage, self.request, self.context, self.job = stage, request, context, job
-        self.begin_from = begin_from
+        self.resume_from = resume_from
         self.on_saved: Callable[[int, TensorEnvelope], None]
         self.was_stopped = False
 
     async def events(self) -> AsyncIterator[Any]:
         try:
-            first = 1 if self.begin_from is None else 1 + int(self.begin_from.data[0])
+            first = 1 if self.resume_from is None else 1 + int(self.resume_from.data[0])
             for step in range(first, 5):
                 await self.stage.gate.wait()
                 if self.stage.fails_at == step:
@@ -107,9 +107,9 @@ class FakeStage:
         self.failure: Exception = StageFailed("denoise", 3, "it died")
 
     def make_pipeline(
-        self, request: Any, context: RequestContext, job: Job, begin_from: Any, on_saved: Callable[..., None]
+        self, request: Any, context: RequestContext, job: Job, resume_from: Any, on_saved: Callable[..., None]
     ) -> FakePipeline:
-        pipeline = FakePipeline(self, request, context, job, begin_from)
+        pipeline = FakePipeline(self, request, context, job, resume_from)
         pipeline.on_saved = on_saved
         self.pipelines.append(pipeline)
         return pipeline
@@ -145,20 +145,20 @@ class Service:
     async def submit(self, request: GenerationRequest = SMALL, options: SubmitOptions = SubmitOptions()) -> Job:  # noqa: B008
         context = RequestContext.new(None, 60, new_job_id())
         job = await self.admission.accept(request, options, context)
-        self.runner.nudge()
+        self.runner.wake()
         return job
 
     async def stream(self, request: GenerationRequest = SMALL, limit_s: float = 60.0) -> AsyncIterator[Any]:
         """Submit an attached job and stream its events, as the Director does."""
         context = RequestContext.new(None, limit_s, new_job_id())
-        self.runner.expect(context.job_id, context)
+        self.runner.announce(context.job_id, context)
         try:
             job = await self.admission.accept(request, SubmitOptions(), context, self.runner.runner_id)
             async with aclosing(self.runner.follow(job)) as events:
                 async for event in events:
                     yield event
         finally:
-            self.runner.forget(context.job_id)
+            self.runner.leave(context.job_id)
 
     async def until(self, job_id: str, *states: JobState) -> Job:
         deadline_s = time.monotonic() + DEADLINE_S
@@ -171,7 +171,7 @@ class Service:
         """Stop like SIGKILL: no message, no cleanup."""
         for claimed in self.runner._claimed.values():
             claimed.stop_reason = StopReason.LOST  # so nothing is recorded
-        for task in self.runner._alive:
+        for task in self.runner._tasks:
             task.cancel()
 
 

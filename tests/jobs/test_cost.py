@@ -11,14 +11,14 @@ from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.request import GenerationRequest
 from cosmos3_core.resolve import resolve
 from cosmos3_core.shapes import Geometry
-from deployments.jobs.cost import CostModel, Throughput
+from deployments.jobs.estimates import CostModel, Throughput
 
 
 def test_attention_share_of_work_matches_nano() -> None:
     """720p: 44,160 tokens, of which attention is 66 % (2427 of 3654 TFLOP a step, both branches)."""
     cost = CostModel.of(Geometry(), TransformerConfig())
-    assert cost.tokens_at_par == pytest.approx(23_552)
-    share = 44_160 / cost.tokens_at_par / (1 + 44_160 / cost.tokens_at_par)
+    assert cost.attention_parity_tokens == pytest.approx(23_552)
+    share = 44_160 / cost.attention_parity_tokens / (1 + 44_160 / cost.attention_parity_tokens)
     assert share == pytest.approx(0.66, abs=0.01)
 
 

@@ -193,8 +193,8 @@ def test_needs_are_found_for_any_number_of_jobs(store: JobStore, monkeypatch: py
     monkeypatch.setattr(store_module, "_IDS_AT_ONCE", 2)
     waiting = [store.create(new_job(), LIMITS).job_id for _ in range(5)]
     store.cancel(waiting[4])
-    assert store.folder_needs([*waiting, new_job_id()]) == {**dict.fromkeys(waiting[:4]), waiting[4]: 0.0}
-    assert store.folder_needs([]) == {}
+    assert store.find_folder_needs([*waiting, new_job_id()]) == {**dict.fromkeys(waiting[:4]), waiting[4]: 0.0}
+    assert store.find_folder_needs([]) == {}
 
 
 def test_the_newest_file_is_a_jobs_age(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

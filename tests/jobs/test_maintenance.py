@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from deployments.config import JobsConfig
-from deployments.jobs import maintenance as maintenance_module
+from deployments.jobs import service as service_module
 from deployments.jobs.job import Job, Lane, Progress
-from deployments.jobs.maintenance import Maintenance
-from deployments.jobs.service import JobService
+from deployments.jobs.service import JobService, Maintenance
 from deployments.jobs.store import JobStore
 from deployments.media import sweeper
 from deployments.media.job_files import JobFiles
@@ -78,7 +77,7 @@ def test_files_of_a_job_that_is_not_created_yet_are_kept(
     maintenance.sweep_folders()
     assert maintenance.jobs.files.exists(new.job_id, "image"), "its request is being accepted"
     now_s = time.time()
-    monkeypatch.setattr(maintenance_module.time, "time", lambda: now_s + sweeper.ORPHAN_S + 60)
+    monkeypatch.setattr(service_module.time, "time", lambda: now_s + sweeper.ORPHAN_S + 60)
     maintenance.sweep_folders()
     assert not maintenance.jobs.files.exists(new.job_id, "image")
 
@@ -160,12 +159,12 @@ def test_files_of_an_unfinished_job_are_never_swept(maintenance: Maintenance, mo
         maintenance.jobs.media.create(media_id, "video/mp4", ".mp4", is_live=True)
     maintenance.jobs.media.fail(failed, "the encoder died")
     maintenance.jobs.store.record(make_lease(running), Progress(media_id=growing), [])
-    monkeypatch.setattr(maintenance_module.time, "time", lambda: 1e11)
+    monkeypatch.setattr(service_module.time, "time", lambda: 1e11)
     tiny = with_media(maintenance, MediaStore(maintenance.jobs.media.directory, 1, KEEP_MEDIA_S))
     tiny.sweep_folders()
     assert maintenance.jobs.files.get(job.job_id, "image") == b"picture"
     assert maintenance.jobs.files.get(job.job_id, "checkpoint") == b"state"
-    assert maintenance.jobs.media.expect(growing).live_name == "live.mp4"
+    assert maintenance.jobs.media.require(growing).live_name == "live.mp4"
 
 
 def test_a_sweep_keeps_files_of_another_apps_unfinished_job(
@@ -191,7 +190,7 @@ def test_speed_is_the_sum_over_runners(store: JobStore) -> None:
     waiting = store.create(new_job(work=30.0), LIMITS)
     assert claim(store, "one") is not None
     store.note_rate(MODEL, Lane.VIDEO, 1.0)
-    alone = store.queue_positions([waiting])[waiting.job_id]
+    alone = store.find_positions([waiting])[waiting.job_id]
     assert claim(store, "two", lane=Lane.IMAGE) is None
-    together = store.queue_positions([waiting])[waiting.job_id]
+    together = store.find_positions([waiting])[waiting.job_id]
     assert (alone.eta_s, together.eta_s) == (pytest.approx(60.0), pytest.approx(30.0))

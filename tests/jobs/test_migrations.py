@@ -17,12 +17,11 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 
 from deployments.errors import JobsError
-from deployments.jobs import database
+from deployments.jobs import database, migrations
 from deployments.jobs.database import Database
 from deployments.jobs.job import JobState, Lane, Outcome, Progress
 from deployments.jobs.keys import KeyLimits
-from deployments.jobs.migrations import upgrade as upgrade_module
-from deployments.jobs.migrations.upgrade import upgrade
+from deployments.jobs.migrations import upgrade
 from deployments.jobs.schema import METADATA, NEWEST, VERSION_TABLE
 from deployments.jobs.store import JobStore
 from tests.jobs.making import COMPLETED, LIMITS, claim, claim_existing, list_event_kinds, make_lease, new_job
@@ -114,7 +113,7 @@ def write_old(connection: Connection) -> None:
 def old_url(jobs_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a database made and filled by the first release."""
     with monkeypatch.context() as patch:
-        patch.setattr(upgrade_module, "upgrade", lambda connection: upgrade(connection, "0001"))
+        patch.setattr(migrations, "upgrade", lambda connection: upgrade(connection, "0001"))
         old = Database(jobs_url)
     with old.writing() as connection:
         write_old(connection)
@@ -162,7 +161,7 @@ def test_an_upgrade_keeps_jobs_events_and_keys(old_url: str) -> None:
     assert (done.state, done.result, done.completed_s) == (JobState.COMPLETED, {"num_bytes": 3}, 1010.0)
     assert list_event_kinds(store, done) == ["started", "completed"]
     assert (done.media_id, waiting.media_id) == (f"{job_id(4)}/{TRY_ID}", "")
-    assert store.media_ids() == {TRY_ID: done.media_id}
+    assert store.find_media_ids() == {TRY_ID: done.media_id}
     key = store.keys.verify(OLD_TEXT)
     assert key is not None
     assert (key.name, key.limits, key.service_class) == ("old team", KeyLimits(3, None), "standard")
@@ -194,7 +193,7 @@ def test_an_old_running_job_is_taken_over_and_ends(old_url: str) -> None:
 
 def test_a_second_opening_changes_nothing(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     JobStore.open(old_url).close()
-    monkeypatch.setattr(upgrade_module, "upgrade", lambda *_: pytest.fail("it was upgraded again"))
+    monkeypatch.setattr(migrations, "upgrade", lambda *_: pytest.fail("it was upgraded again"))
     store = JobStore.open(old_url)
     assert store.cancel(job_id(0)) is not None
     assert Outcome(JobState.FAILED).state is JobState.FAILED
@@ -219,7 +218,7 @@ def test_a_failed_upgrade_changes_nothing(old_url: str, monkeypatch: pytest.Monk
         connection.execute(text("SELECT 1 FROM nowhere"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(upgrade_module, "upgrade", fail)
+        patch.setattr(migrations, "upgrade", fail)
         with pytest.raises(JobsError, match="nowhere"):
             JobStore.open(old_url)
     assert revision(old_url) == "0001"
@@ -299,7 +298,7 @@ def test_every_migration_comes_with_the_package() -> None:
 
 def test_the_expected_revision_is_the_newest_migration(jobs_url: str) -> None:
     """Processes that find it in the database do not load Alembic."""
-    scripts = sorted(Path(upgrade_module.__file__).parent.glob("versions/0*.py"))
+    scripts = sorted(Path(migrations.__file__).parent.glob("versions/0*.py"))
     assert scripts[-1].stem.partition("_")[0] == NEWEST
     JobStore.open(jobs_url).close()
     code = "import sys; from deployments.jobs.store import JobStore; JobStore.open(sys.argv[1])"

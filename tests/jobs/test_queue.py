@@ -12,18 +12,18 @@ import sqlalchemy
 
 from cluster.errors import OverloadedError
 from deployments.config import JobsConfig
-from deployments.jobs import queue, waiting
-from deployments.jobs.job import Job, JobState, Lane, Progress
-from deployments.jobs.keys import KeyLimits, NewKey
-from deployments.jobs.store import JobStore
-from deployments.jobs.waiting import (
-    MAX_WAIT_S,
-    MIN_WAIT_S,
-    UNKNOWN_WAIT_S,
+from deployments.jobs import estimates, queue
+from deployments.jobs.estimates import (
+    MAX_RETRY_S,
+    MIN_RETRY_S,
+    UNKNOWN_RETRY_S,
     ClassLoad,
     RetryEstimator,
     estimate_freed_s,
 )
+from deployments.jobs.job import Job, JobState, Lane, Progress
+from deployments.jobs.keys import KeyLimits, NewKey
+from deployments.jobs.store import JobStore
 from tests.clock import Clock
 from tests.jobs.making import (
     COMPLETED,
@@ -136,11 +136,11 @@ def test_retry_after_of_a_full_queue_is_the_end_of_the_next_job(store: JobStore)
     limits = limits_with(max_queued=2)
     for work in (600.0, 400.0):
         store.create(new_job(work=work), limits)
-    assert create_refused(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing runs"
+    assert create_refused(store, limits=limits).retry_after_s == UNKNOWN_RETRY_S, "nothing runs"
     jobs = [claim_existing(store), claim_existing(store)]
     enqueue(store, work=1000.0)
     enqueue(store, work=500.0)
-    assert create_refused(store, limits=limits).retry_after_s == UNKNOWN_WAIT_S, "nothing was measured"
+    assert create_refused(store, limits=limits).retry_after_s == UNKNOWN_RETRY_S, "nothing was measured"
     store.note_rate(MODEL, Lane.VIDEO, 10.0)
     # Each gets 5 of 10 a second.
     assert create_refused(store, limits=limits).retry_after_s == pytest.approx(400 / 5)
@@ -191,16 +191,16 @@ def test_retry_after_is_bounded(store: JobStore) -> None:
     claim_existing(store)
     store.create(new_job(work=1.0), limits)
     store.note_rate(MODEL, Lane.VIDEO, 1000.0)
-    assert create_refused(store, limits=limits).retry_after_s == MIN_WAIT_S
+    assert create_refused(store, limits=limits).retry_after_s == MIN_RETRY_S
     for _ in range(60):
         store.note_rate(MODEL, Lane.VIDEO, 1e-9)
-    assert create_refused(store, limits=limits).retry_after_s == MAX_WAIT_S
+    assert create_refused(store, limits=limits).retry_after_s == MAX_RETRY_S
 
 
 def test_silent_runners_do_not_count(store: JobStore, clock: Clock) -> None:
     limits = limits_with(max_queued=1)
     claim(store, "dead")
-    clock.advance(waiting._ALIVE_S + 1)
+    clock.advance(estimates._ALIVE_S + 1)
     store.create(new_job(work=100.0), limits)
     claim_existing(store)
     store.create(new_job(), limits)
@@ -427,7 +427,7 @@ def test_a_jobs_position_counts_the_jobs_ahead(store: JobStore) -> None:
     store.record(make_lease(running), Progress(step=1), [])
     store.note_rate(MODEL, Lane.VIDEO, 2.0)
     assert where(store, jobs[2]) == (2, (7.5 + 10.0 + 10.0) / 2.0)
-    assert store.queue_positions([reload(store, running), jobs[0]]) == {}, "neither waits, whatever is known of it here"
+    assert store.find_positions([reload(store, running), jobs[0]]) == {}, "neither waits, whatever is known of it here"
     sooner = enqueue(store, service_class="interactive", work=10.0)[0]
     assert where(store, sooner) == (1, (7.5 + 10.0) / 2.0)
     assert where(store, jobs[2]) == (3, (7.5 + 30.0) / 2.0)
@@ -446,23 +446,23 @@ def test_one_query_places_a_whole_page(store: JobStore, monkeypatch: pytest.Monk
         return reading()
 
     monkeypatch.setattr(store._database, "reading", count_reading)
-    positions = store.queue_positions(page)
+    positions = store.find_positions(page)
     assert len(transactions) == 1
     assert [positions[job.job_id].position for job in videos[1:]] == list(range(1, 60)), "behind the one that runs"
     assert [positions[job.job_id].eta_s for job in images] == [(i + 1) / 2.0 for i in range(39)]
     assert (positions[others[0].job_id].position, positions[others[0].job_id].eta_s) == (0, None)
     assert running.job_id not in positions
-    assert store.queue_positions([reload(store, running)]) == {}
+    assert store.find_positions([reload(store, running)]) == {}
     assert len(transactions) == 2, "of jobs that do not wait the database is not asked"
 
 
 def where(store: JobStore, job: Job) -> tuple[int, float | None]:
-    position = store.queue_positions([job])[job.job_id]
+    position = store.find_positions([job])[job.job_id]
     return position.position, position.eta_s
 
 
 def test_the_load_counts_queued_and_running_jobs(store: JobStore) -> None:
-    assert store.load(MODEL) == ()
+    assert store.read_load(MODEL) == ()
     enqueue(store, 2, work=10.0)
     enqueue(store, service_class="batch", work=3.0)
     enqueue(store, lane=Lane.IMAGE, work=1.0)
@@ -470,7 +470,7 @@ def test_the_load_counts_queued_and_running_jobs(store: JobStore) -> None:
     running = claim_existing(store)
     store.record(make_lease(running), Progress(step=1), [])
     store.cancel(enqueue(store)[0].job_id)
-    assert store.load(MODEL) == (
+    assert store.read_load(MODEL) == (
         ClassLoad(Lane.IMAGE, "standard", 1, 0, 1.0, 0.0),
         ClassLoad(Lane.VIDEO, "batch", 1, 0, 3.0, 0.0),
         ClassLoad(Lane.VIDEO, "standard", 1, 1, 10.0, 7.5),
@@ -538,10 +538,10 @@ def call_every_method(store: JobStore) -> None:
     last = page.jobs[-1]
     for is_ascending in (True, False):
         store.list("key1", after=last.job_id, limit=10, is_ascending=is_ascending)
-    store.events({last.job_id: 0})
-    store.queue_positions(enqueue(store))
-    store.load(MODEL)
-    store.folder_needs([last.job_id])
+    store.find_events({last.job_id: 0})
+    store.find_positions(enqueue(store))
+    store.read_load(MODEL)
+    store.find_folder_needs([last.job_id])
     store.cancel(enqueue(store)[0].job_id)
     store.delete(last.job_id)
     store.sweep(-1.0, 0)

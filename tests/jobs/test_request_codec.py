@@ -11,7 +11,7 @@ import pytest
 
 from cosmos3_core.errors import RequestError
 from cosmos3_core.request import GenerationRequest
-from deployments.jobs.request_codec import compute_fingerprint, decode_request, encode_request
+from deployments.jobs.job import compute_fingerprint, decode_request, encode_request
 
 IMAGE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 EVERY_FIELD: dict[str, Any] = {

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.errors import DeadlineExceeded, OverloadedError, ShuttingDown, StageFailed
 from cosmos3_core.errors import RequestError
-from deployments.director.saved_states import SAVED_STATE
+from deployments.director.recorder import SAVED_STATE
 from deployments.errors import JobCancelled
 from deployments.jobs.job import Job, JobState, Lane, SubmitOptions
 from deployments.messages import (
@@ -35,7 +35,7 @@ def test_a_detached_job_runs_and_is_recorded(serve: Any) -> None:
         assert done.result["frames_sha256"] == "abc"
         assert done.media_id == "0" * 32
         assert done.expires_s == pytest.approx(done.completed_s + 3600)
-        events = service.store.events({job.job_id: 0})
+        events = service.store.find_events({job.job_id: 0})
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         kinds = [event.kind for event in events]
         assert kinds == ["started", "step", "step", "step", "step", "file", "completed"]
@@ -140,7 +140,7 @@ def test_a_running_job_can_be_cancelled_and_deleted(serve: Any) -> None:
             await asyncio.sleep(0.02)
         assert all(pipeline.was_stopped for pipeline in service.stage.pipelines)
         assert service.store.get(deleted.job_id) is None
-        assert service.store.events({cancelled.job_id: 0})[-1].kind == "cancelled"
+        assert service.store.find_events({cancelled.job_id: 0})[-1].kind == "cancelled"
 
     serve(body)
 
@@ -179,9 +179,9 @@ def test_a_dead_runners_job_resumes_from_its_last_state(serve: Any) -> None:
         done = await second.until(job.job_id, JobState.COMPLETED)
         assert done.attempts == 2
         (pipeline,) = second.stage.pipelines
-        assert pipeline.begin_from is not None
-        assert 1 <= pipeline.begin_from.data[0] <= 3
-        steps = [event.data["step"] for event in second.store.events({job.job_id: 0}) if event.kind == "step"]
+        assert pipeline.resume_from is not None
+        assert 1 <= pipeline.resume_from.data[0] <= 3
+        steps = [event.data["step"] for event in second.store.find_events({job.job_id: 0}) if event.kind == "step"]
         assert steps[:3] == [1, 2, 3]
         assert steps[-1] == 4
 
@@ -201,7 +201,7 @@ def test_a_damaged_state_is_dropped(serve: Any, tmp_path: Path) -> None:
         second = make()
         await second.until(job.job_id, JobState.COMPLETED)
         (pipeline,) = second.stage.pipelines
-        assert pipeline.begin_from is None
+        assert pipeline.resume_from is None
 
     serve(body)
 
@@ -312,8 +312,8 @@ def test_a_released_job_resumes_where_it_was(serve: Any) -> None:
         done = await second.until(job.job_id, JobState.COMPLETED)
         assert done.attempts == 1
         (pipeline,) = second.stage.pipelines
-        assert pipeline.begin_from is not None
-        assert pipeline.begin_from.data[0] == 3
+        assert pipeline.resume_from is not None
+        assert pipeline.resume_from.data[0] == 3
 
     serve(body)
 

@@ -20,9 +20,8 @@ from cluster.envelope import TensorEnvelope
 from cluster.errors import ShuttingDown
 from deployments.director import recorder as recorder_module
 from deployments.director import runner as runner_module
-from deployments.director import saved_states as saved_states_module
 from deployments.director.leases import ClaimedJob, LeaseKeeper, StopReason
-from deployments.director.saved_states import SAVED_STATE, SavedStates
+from deployments.director.recorder import SAVED_STATE, SavedStates
 from deployments.errors import IllegalTransition, JobsError, LeaseLost
 from deployments.jobs.job import Job, JobState, Lane, new_job_id
 from deployments.jobs.schema import JOBS
@@ -71,7 +70,7 @@ def test_a_short_database_outage_costs_nothing(name: str, serve: Any, monkeypatc
         job = await service.submit()
         done = await service.until(job.job_id, JobState.COMPLETED)
         assert (done.attempts, len(service.stage.pipelines)) == (1, 1)
-        assert [event.kind for event in service.store.events({job.job_id: 0})].count("step") == 4
+        assert [event.kind for event in service.store.find_events({job.job_id: 0})].count("step") == 4
 
     serve(body)
 
@@ -459,7 +458,7 @@ def test_a_job_that_is_deleted_while_it_runs_leaves_nothing(serve: Any, monkeypa
 @pytest.fixture
 def hanging_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Saving a state blocks until this event is set."""
-    monkeypatch.setattr(saved_states_module, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(recorder_module, "_WRITE_S", 0.1)
     goes_on, put = threading.Event(), JobFiles.put
 
     def slow_put(files: JobFiles, job_id: str, name: str, data: Any) -> None:
@@ -478,11 +477,11 @@ def test_a_state_saved_too_late_is_not_kept(tmp_path: Path, hanging_files: threa
     async def body() -> None:
         job_id = new_job_id()
         states = SavedStates(files, job_id, 0.0)
-        states.offer(1, TensorEnvelope.of_array(np.zeros(4, np.uint8)))
+        states.save_if_due(1, TensorEnvelope.of_array(np.zeros(4, np.uint8)))
         await asyncio.sleep(0.05)
         writing = states._writing
-        await states.settle()
-        states.offer(2, TensorEnvelope.of_array(np.ones(4, np.uint8)))
+        await states.finish_write()
+        states.save_if_due(2, TensorEnvelope.of_array(np.ones(4, np.uint8)))
         await states.write_last()
         assert states._writing is writing, "two at once would write into one another's file"
         hanging_files.set()
@@ -514,7 +513,7 @@ def test_hanging_files_do_not_delay_a_jobs_end(
     serve: Any, hanging_files: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(make: Callable[..., Service]) -> None:
-        monkeypatch.setattr(saved_states_module, "_SETTLE_S", DEADLINE_S)
+        monkeypatch.setattr(recorder_module, "_WRITE_S", DEADLINE_S)
         service = make()
         job = await service.submit()
         async with asyncio.timeout(DEADLINE_S / 2):

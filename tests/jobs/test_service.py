@@ -129,8 +129,8 @@ def test_a_file_removed_while_it_is_read_is_a_typed_error(
 ) -> None:
     """The message does not show the directory."""
     job = complete(jobs)
-    assert asyncio.run(jobs.read(job, 2, 100)) == b"clip"
-    assert asyncio.run(jobs.read(job, 6, 100)) == b""
+    assert asyncio.run(jobs.read_content(job, 2, 100)) == b"clip"
+    assert asyncio.run(jobs.read_content(job, 6, 100)) == b""
     opened = jobs.media.open
 
     def open_gone(record: Any) -> Any:
@@ -142,7 +142,7 @@ def test_a_file_removed_while_it_is_read_is_a_typed_error(
     monkeypatch.setattr(jobs.media, "open", open_gone)
     expected = "has expired, or was removed" if how == "removed" else "cannot be read: Permission denied"
     with pytest.raises(ApiError if how == "removed" else MediaError, match=expected) as caught:
-        asyncio.run(jobs.read(job, 0, 100))
+        asyncio.run(jobs.read_content(job, 0, 100))
     assert str(jobs.media.directory) not in str(caught.value)
     assert job.job_id in str(caught.value)
 
@@ -159,7 +159,7 @@ def test_a_file_removed_while_it_is_read_is_a_typed_error(
 def test_parts_of_a_file_are_bounded(given: dict[str, Any], field: str, jobs: JobService) -> None:
     job = complete(jobs)
     with pytest.raises(RequestError) as caught:
-        asyncio.run(jobs.read(job, **{"start": 0, "num_bytes": 1, **given}))
+        asyncio.run(jobs.read_content(job, **{"start": 0, "num_bytes": 1, **given}))
     assert caught.value.field == field
 
 
@@ -169,7 +169,7 @@ def test_a_growing_file_is_read_in_parts_once_it_is_finished(variant: str, jobs:
     now = jobs.store.get(job.job_id)
     assert now is not None
     with pytest.raises(ApiError) as caught:
-        asyncio.run(jobs.read(now, 0, 1, variant))
+        asyncio.run(jobs.read_content(now, 0, 1, variant))
     assert (caught.value.status, caught.value.code) == (409, "media_not_ready")
     assert "retry-after" in caught.value.headers
 

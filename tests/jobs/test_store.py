@@ -88,7 +88,7 @@ def test_a_job_is_visible_to_its_owner_only(store: JobStore) -> None:
 
 def test_an_invalid_id_is_not_found(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.get(new_job_id()) is None
-    monkeypatch.setattr(store_module, "find", lambda *_, **__: pytest.fail("it was looked up"))
+    monkeypatch.setattr(store_module, "find_job", lambda *_, **__: pytest.fail("it was looked up"))
     unfit: list[Any] = ["", "x", "video_gen_", "video_gen_" + "A" * 32, "video_gen_" + "0" * 32 + "\n", None, 5]
     for job_id in unfit:
         for action in (store.get, store.cancel, store.delete):
@@ -183,7 +183,7 @@ def test_a_claim_starts_a_job(store: JobStore, clock: Clock) -> None:
     )
     assert len(job.lease) == 32
     assert reload(store, job) == job
-    assert [(event.kind, event.data, event.at_s) for event in store.events({job.job_id: 0})] == [
+    assert [(event.kind, event.data, event.at_s) for event in store.find_events({job.job_id: 0})] == [
         ("started", {"attempt": 1}, clock.now_s)
     ]
     assert claim(store) is None
@@ -197,11 +197,10 @@ def test_progress_and_events_are_written_together(store: JobStore, clock: Clock)
     assert store.record(make_lease(job), Progress(step=2, sigma=0.5, step_s=0.25, stage="denoising"), steps) == 3
     expected = replace(job, step=2, sigma=0.5, step_s=0.25, stage="denoising", updated_s=clock.now_s, last_seq=3)
     assert reload(store, job) == expected
-    assert expected.work_left == 2.0
     clock.advance(2)
     assert store.record(make_lease(job), Progress(media_id="m"), []) == 3
     assert reload(store, job) == replace(expected, media_id="m", updated_s=clock.now_s)
-    events = store.events({job.job_id: 1})
+    events = store.find_events({job.job_id: 1})
     assert [(event.seq, event.kind, event.data) for event in events] == [(2, *steps[0]), (3, *steps[1])]
 
 
@@ -226,7 +225,7 @@ def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> Non
         lease_until_s=0.0,
         last_seq=2,
     )
-    last = store.events({job.job_id: 1})
+    last = store.find_events({job.job_id: 1})
     data = {} if outcome is COMPLETED else {"code": outcome.error_code, "message": outcome.error_message}
     assert [(event.kind, event.data) for event in last] == [(outcome.state.value, data)]
     clock.advance(2 * LEASE_S)
@@ -237,7 +236,7 @@ def test_a_job_ends_once(store: JobStore, clock: Clock, outcome: Outcome) -> Non
 
 def assert_out_of_reach(store: JobStore, job: Job) -> None:
     """Check that a lease no longer allows any write to its job."""
-    before = store.get(job.job_id), store.events({job.job_id: 0})
+    before = store.get(job.job_id), store.find_events({job.job_id: 0})
     for lease in (make_lease(job), Lease(job.job_id, ""), Lease(job.job_id, "x")):
         with pytest.raises(LeaseLost, match=job.job_id):
             store.record(lease, Progress(step=1), [("step", {})])
@@ -246,7 +245,7 @@ def assert_out_of_reach(store: JobStore, job: Job) -> None:
         with pytest.raises(LeaseLost):
             store.give_back(lease)
         assert store.renew("runner", [lease], LEASE_S) == ({job.job_id}, set())
-    assert (store.get(job.job_id), store.events({job.job_id: 0})) == before
+    assert (store.get(job.job_id), store.find_events({job.job_id: 0})) == before
 
 
 def test_a_taken_over_job_is_out_of_its_first_runners_reach(store: JobStore, clock: Clock) -> None:
@@ -358,7 +357,7 @@ def test_deleting_a_job_deletes_its_events(store: JobStore, is_running: bool) ->
     assert store.delete(job.job_id, "key1") == (replace(job, media_id="m", last_seq=2) if is_running else job)
     assert store.get(job.job_id) is None
     assert store.delete(job.job_id) is None
-    assert store.events({job.job_id: 0}) == []
+    assert store.find_events({job.job_id: 0}) == []
     with store._database.reading() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM job_events").scalar_one() == 0
     if is_running:
@@ -391,16 +390,16 @@ def test_events_of_many_jobs_are_ordered_and_paged(store: JobStore) -> None:
         store.cancel(job.job_id)
     cursors = {job.job_id: 0 for job in jobs}
     many = cursors | {new_job_id(): 0 for _ in range(2000)}  # more than the largest number of followed jobs
-    assert store.events(many) == store.events(cursors)
-    assert {event.job_id for event in store.events(cursors)} == cursors.keys()
-    assert len(store.events(cursors, limit=7)) == 7
-    assert len(store.events(cursors, limit=10)) == 10
-    assert store.events({job.job_id: 1 for job in jobs}) == []
-    assert store.events({}) == []
+    assert store.find_events(many) == store.find_events(cursors)
+    assert {event.job_id for event in store.find_events(cursors)} == cursors.keys()
+    assert len(store.find_events(cursors, limit=7)) == 7
+    assert len(store.find_events(cursors, limit=10)) == 10
+    assert store.find_events({job.job_id: 1 for job in jobs}) == []
+    assert store.find_events({}) == []
     running = [store.create(new_job(), LIMITS) for _ in range(2)]
     for job in (claim_existing(store), claim_existing(store)):
         store.record(make_lease(job), Progress(), [("step", {"i": i}) for i in range(4)])
-    events = store.events({running[0].job_id: 3, running[1].job_id: 4})
+    events = store.find_events({running[0].job_id: 3, running[1].job_id: 4})
     assert sorted((event.job_id, event.seq) for event in events) == sorted(
         [(running[0].job_id, 4), (running[0].job_id, 5), (running[1].job_id, 5)]
     )
@@ -484,7 +483,7 @@ def test_another_process_finds_everything(store: JobStore, jobs_url: str) -> Non
     store.close()
     other = JobStore.open(jobs_url)
     assert other.get(job.job_id) == reload(store, job)
-    assert other.events({job.job_id: 0}) == store.events({job.job_id: 0})
+    assert other.find_events({job.job_id: 0}) == store.find_events({job.job_id: 0})
     other.close()
 
 

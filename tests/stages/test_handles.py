@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from deployments.stages.handles import Stages
+from deployments.stages.handles import StageHandles
 
 
 class Handle:
@@ -19,13 +19,13 @@ class Handle:
 
 
 def test_all_stages_but_the_tokenizer_stream() -> None:
-    names = [each.name for each in fields(Stages)]
-    streaming = Stages(**{name: Handle() for name in names}).streaming()
+    names = [each.name for each in fields(StageHandles)]
+    streaming = StageHandles(**{name: Handle() for name in names}).streaming()
     assert {name: getattr(streaming, name).set for name in names} == {
         name: {} if name == "tokenizer" else {"stream": True} for name in names
     }
 
 
 def test_a_missing_stage_has_no_handle() -> None:
-    streaming = Stages(Handle(), Handle(), Handle(), Handle()).streaming()
+    streaming = StageHandles(Handle(), Handle(), Handle(), Handle()).streaming()
     assert (streaming.unguided, streaming.audio, streaming.guardrail) == (None, None, None)

@@ -22,11 +22,11 @@ from cosmos3_core.errors import Cosmos3Error
 from cosmos3_core.media.image import write_image
 from deployments.messages import ChunkDecoded, FrameChunk, PictureEncoded, RequestContext
 from deployments.stages.audio_vae import _next_samples
-from deployments.stages.video_vae import VAECalls, VideoVAEDeployment
+from deployments.stages.video_vae import CallLimits, VideoVAEDeployment
 from tests.serve_fakes import Handle
 from tests.settling import run, settle
 
-LIMITS = VAECalls(first_timeout_s=20, timeout_s=10)
+LIMITS = CallLimits(first_timeout_s=20, timeout_s=10)
 
 
 class FakeGang:
@@ -119,7 +119,7 @@ def test_a_failed_gang_raises_and_is_unhealthy(monkeypatch: pytest.MonkeyPatch) 
         gang = FakeGang()
         leader = await leader_of(gang, monkeypatch)
         # A dead rank ends this process after its errors are sent.
-        monkeypatch.setattr("deployments.stages.gang_leader._GRACE_S", 1000.0)
+        monkeypatch.setattr("deployments.threads._GRACE_S", 1000.0)
         await leader.check_health()
         gang.failure = GangFailed("decode", "died", 1)
         with pytest.raises(GangFailed, match="rank 1"):
@@ -135,7 +135,7 @@ def test_a_clip_that_waits_for_a_credit_fails_with_its_gang(monkeypatch: pytest.
     async def body() -> None:
         gang, clips = FakeGang(num_chunks=100), ClipStreams(1)
         leader = await leader_of(gang, monkeypatch)
-        monkeypatch.setattr("deployments.stages.gang_leader._GRACE_S", 1000.0)
+        monkeypatch.setattr("deployments.threads._GRACE_S", 1000.0)
         await clips.open("clip", window=1)
         latents = TensorEnvelope.of_array(np.zeros((1, 2, 3, 4, 5), np.float32))
         stream = leader.decode(RequestContext.new("r", 20), latents, Handle(clips), "clip", "video/1")

@@ -1,4 +1,4 @@
-"""Alembic's entry point for an upgrade; see :func:`deployments.jobs.migrations.upgrade.upgrade`."""
+"""Alembic's entry point for an upgrade; see :func:`deployments.jobs.migrations.upgrade`."""
 
 from __future__ import annotations
 

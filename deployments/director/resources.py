@@ -1,15 +1,22 @@
-"""Previews: the app's preview map, fetched from a decoder for the first request with previews, and cached."""
+"""Resources that all pipelines of one Director share: its handles, the closing of streams, the preview map."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.errors import PreviewFailed
+from cosmos3_core.checkpoint.layout import CheckpointLayout
 from cosmos3_core.preview import PreviewMap, PreviewOrder
+from deployments.config import DirectorStage
+from deployments.director.guardrail_calls import PromptCheck
 from deployments.failures import summarize_error, unwrap_error
+from deployments.media.store import MediaStore
 from deployments.messages import RequestContext
+from deployments.stages.handles import StageHandles
 from deployments.stages.streams import follow_stream
 from deployments.threads import start_task
 
@@ -19,6 +26,58 @@ logger = logging.getLogger("ray.serve")
 _WAIT_S = 10.0
 # A decoder that could not fit the map at its start may take this long: 2.4 TFLOP, 10 to 20 s on one CPU thread.
 _FIT_S = 600.0
+_CLOSE_TRIES, _CLOSE_S, _CLOSE_PAUSE_S = 5, 10.0, 0.5
+
+
+@dataclass(frozen=True)
+class PipelineResources:
+    """Resources of a Director's pipelines.
+
+    Attributes:
+        stages: handles whose calls stream.
+        clips: the Director's :class:`cluster.clip_stream.ClipStreams` actor.
+        close_later: closes a clip's stream in the background.
+        prompt_check: checks a prompt before the first stage; None without a guardrail.
+    """
+
+    layout: CheckpointLayout
+    stages: StageHandles
+    clips: Any
+    media: MediaStore
+    config: DirectorStage
+    close_later: Callable[[str], None]
+    previews: Previews
+    prompt_check: PromptCheck | None = None
+
+    def without_guardrail(self) -> PipelineResources:
+        """Return the resources for a request that skips the guardrail."""
+        return replace(self, stages=replace(self.stages, guardrail=None), prompt_check=None)
+
+
+class ClipCloser:
+    """Closes clips' streams in a background task, because calls of a cancelled request may be lost."""
+
+    def __init__(self, clips: Any) -> None:
+        self._clips = clips
+        self._stream_ids: asyncio.Queue[str] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def close_later(self, stream_id: str) -> None:
+        """Close a clip's stream in the background. Call it in the event loop."""
+        if self._task is None:
+            self._task = start_task(self._close_streams())
+        self._stream_ids.put_nowait(stream_id)
+
+    async def _close_streams(self) -> None:
+        while True:
+            stream_id = await self._stream_ids.get()
+            for _ in range(_CLOSE_TRIES):
+                try:
+                    async with asyncio.timeout(_CLOSE_S):
+                        await self._clips.close.remote(stream_id, "the request has ended")
+                    break
+                except Exception:  # noqa: BLE001 - the actor is away for a moment, or dead with all its streams
+                    await asyncio.sleep(_CLOSE_PAUSE_S)
 
 
 class Previews:
