@@ -40,10 +40,8 @@ class RequestCheck:
     async def resolve(self, context: RequestContext, request: GenerationRequest) -> ResolvedRequest:
         """Resolve every field of a request.
 
-        Raises:
-            RequestError: a value is wrong.
-            DeadlineExceeded: the request's time is up.
-            MediaError: the process that probes the clip was killed.
+        Raise RequestError for a wrong value, DeadlineExceeded if the time is up, MediaError if the process that probes
+        the clip was killed.
         """
         if not isinstance(request.video, bytes):
             return self._resolve(request)  # quick: of an image only the header is read

@@ -143,8 +143,7 @@ class Director:
     async def submit(self, request: GenerationRequest, options: SubmitOptions = _DEFAULTS) -> Job:
         """Accept a request as a job that keeps running when the caller leaves, and resumes after a restart.
 
-        Raises:
-            RequestError, ContentBlocked, OverloadedError, ShuttingDown, IdempotencyConflict: it is not accepted.
+        Raise RequestError, ContentBlocked, OverloadedError, ShuttingDown or IdempotencyConflict if it is not accepted.
         """
         job = await self._admission.accept(request, options, self._context(options, None))
         self._runner.wake()

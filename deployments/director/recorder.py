@@ -97,9 +97,7 @@ class Recorder:
     async def end(self, outcome: Outcome, *, keep_media_s: float) -> Job:
         """Write the job's end after all noted events; return the ended job.
 
-        Raises:
-            LeaseLost: the job is no longer this runner's.
-            JobsError: the database cannot be used.
+        Raise LeaseLost if the job is no longer this runner's, JobsError if the database cannot be used.
         """
         self._is_ending = True
         self._hurry.set()
@@ -176,9 +174,7 @@ class Retrier:
     async def run(self, write: Callable[[], Any]) -> Any:
         """Run ``write`` until it succeeds, and return its result.
 
-        Raises:
-            LeaseLost, IllegalTransition: the job is another runner's, or gone.
-            JobsError: the database is away for longer than ``patience_s``.
+        Raise LeaseLost or IllegalTransition at once, other errors of the database after ``patience_s``.
         """
         while True:
             try:

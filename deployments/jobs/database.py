@@ -69,11 +69,8 @@ _ADVICE = {
 def database_url(config: AppConfig) -> str:
     """Return SQLAlchemy's URL of an app's database: the key ``jobs.database``, or a SQLite file beside the app's media.
 
-    The file must be on a local disk and serves one machine: SQLite's locks do not reach over a network.
-
-    Raises:
-        MediaStoreError: no directory is configured, and this user's own cannot be made.
-        JobsError: the configured directory cannot be made.
+    The file must be on a local disk and serves one machine: SQLite's locks do not reach over a network. Raise JobsError
+    or MediaStoreError if its directory cannot be made.
     """
     if config.jobs.database is not None:
         return config.jobs.database
@@ -129,11 +126,8 @@ class Database:
     def writing(self, *, is_queue: bool = False) -> Iterator[Connection]:
         """Begin a write transaction: durable at the end of the block, rolled back if the block raises.
 
-        Args:
-            is_queue: take the queue lock, which one transaction at a time holds over all processes.
-
-        Raises:
-            JobsError: the database failed, or others kept it busy for :data:`BUSY_S`.
+        With ``is_queue`` it takes the queue lock, which one transaction at a time holds over all processes. Raise
+        JobsError if the database failed, or others kept it busy for :data:`BUSY_S`.
         """
         with self._translate_errors(), self._write_transaction() as connection:
             if is_queue and not self.is_sqlite:
@@ -218,12 +212,8 @@ def _compute_lead_s(sent_s: float, server_s: float, received_s: float) -> float:
 def prepare_file(path: Path, busy_s: float) -> None:
     """Create a SQLite file if missing, for this user alone (it holds prompts), and switch on its write-ahead log.
 
-    Args:
-        busy_s: longest wait for other processes that do the same.
-
-    Raises:
-        OSError, sqlite3.Error: it cannot be created, or is no database.
-        JobsError: its file system does not support the log.
+    Wait for other processes that do the same for ``busy_s`` at most. Raise OSError or sqlite3.Error if the file cannot
+    be created or is no database, JobsError if its file system does not support the log.
     """
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

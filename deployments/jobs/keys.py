@@ -50,7 +50,6 @@ class NewKey:
         name: of its owner, for people.
         service_class: of requests that name none.
         allowed_classes: that requests may name; ``service_class`` is always among them.
-        limits: of its jobs.
     """
 
     name: str
@@ -98,9 +97,7 @@ class KeyStore:
     def create(self, new: NewKey) -> tuple[ApiKey, str]:
         """Make a key; return it with its text, which cannot be shown again.
 
-        Raises:
-            RequestError: a value is out of range.
-            JobsError: there are too many keys.
+        Raise RequestError if a value is out of range, JobsError if there are too many keys.
         """
         checks.text("name", new.name, _MAX_NAME_CHARS, may_be_empty=False)
         if not new.name.isprintable():

@@ -151,9 +151,6 @@ def read_record(objects: Objects, folder: str, name: str, job_id: str | None = N
     Args:
         folder: of the try: its media id, or its path in the old layout.
         job_id: of the job, if the folder does not name it.
-
-    Raises:
-        OSError: the store cannot be used.
     """
     job_id = job_id or folder.partition("/")[0]
     try:
@@ -164,16 +161,12 @@ def read_record(objects: Objects, folder: str, name: str, job_id: str | None = N
 
 
 def find_record(objects: Objects, folder: str, job_id: str | None = None) -> MediaRecord | None:
-    """Read the newest record of a try; arguments and errors as of :func:`read_record`."""
+    """Read the newest record of a try; arguments as of :func:`read_record`."""
     return read_record(objects, folder, ENDED, job_id) or read_record(objects, folder, BEGUN, job_id)
 
 
 def create_record(objects: Objects, record: MediaRecord, name: str) -> MediaRecord:
-    """Write a record unless there is a valid one of its name; return the one that is there then.
-
-    Raises:
-        OSError: the store cannot be used.
-    """
+    """Write a record unless there is a valid one of its name; return the one that is there then."""
     with contextlib.suppress(FileExistsError):
         objects.create(record.media_id, name, record.to_json())
         return record
@@ -186,15 +179,10 @@ def create_record(objects: Objects, record: MediaRecord, name: str) -> MediaReco
 def write_end(objects: Objects, record: MediaRecord) -> None:
     """Write the record of a try's end, once.
 
-    Raises:
-        FileExistsError: the try has ended otherwise.
-        FileNotFoundError: the try was removed.
-        OSError: the store cannot be used.
+    Raise FileExistsError if the try has ended otherwise, FileNotFoundError if it was removed.
     """
     begun = find_record(objects, record.media_id)
     if begun is None:
         raise FileNotFoundError(f"{record.media_id} was removed from {objects.label}")
-    if begun.state != WRITING:
-        raise FileExistsError(f"{record.media_id} has ended in {objects.label}")
-    if create_record(objects, record, ENDED) != record:
+    if begun.state != WRITING or create_record(objects, record, ENDED) != record:
         raise FileExistsError(f"{record.media_id} has ended in {objects.label}")

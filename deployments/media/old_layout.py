@@ -33,19 +33,14 @@ def list_old_folders(objects: Objects, folders: Sequence[str]) -> tuple[dict[str
 
 
 def adopt_old_files(media: MediaStore, find_needs: FindNeeds, find_media_ids: Callable[[], Mapping[str, str]]) -> int:
-    """Move the files of known jobs into the folders of their jobs; costs a few listings if there are none.
+    """Move the files of known jobs into the folders of their jobs; return the number of folders that were moved.
+
+    No runner of an earlier release works on the store: the upgrade of the database has ensured that. Without such files
+    it costs a few listings. Raise MediaStoreError if not all could be moved; nothing is lost.
 
     Args:
-        media: the store; no runner of an earlier release works on it, as the upgrade of the database has ensured.
         find_needs: knows which jobs are in the database.
         find_media_ids: returns try id -> media id of all jobs.
-
-    Returns:
-        The number of folders that were moved.
-
-    Raises:
-        MediaStoreError: not all could be moved; nothing is lost.
-        JobsError: raised by ``find_needs`` or ``find_media_ids``.
     """
     num_moved = 0
     for objects in media.stores:

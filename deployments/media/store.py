@@ -50,8 +50,7 @@ _ARCHIVE_SWEEPS_PER_KEEP = 100
 def resolve_directory(config: MediaConfig) -> Path:
     """Return the configured directory, or this user's own, created if missing, for the processes of one machine.
 
-    Raises:
-        MediaStoreError: the user has no home to make it in, or something else is in its place.
+    Raise MediaStoreError if the user has no home to make it in, or something else is in its place.
     """
     if config.directory is not None:
         return config.directory.absolute()
@@ -167,9 +166,7 @@ class MediaStore:
     def require(self, media_id: str) -> MediaRecord:
         """Return the record of a clip that another process has just begun or finished.
 
-        Raises:
-            MediaStoreError: there is none, so that process has another store.
-            MediaError: as :meth:`find`.
+        Raise MediaStoreError if there is none, so that the process has another store.
         """
         record = self.find(media_id)
         if record is not None:
@@ -262,12 +259,7 @@ class MediaStore:
     def sweep(self, find_needs: FindNeeds | None, now_s: float) -> int:
         """Sweep the directory, and the archive less often; return the number of folders that were removed.
 
-        Args:
-            find_needs: of jobs. None: there is no database here; only the directory is swept, as the archive's cache.
-
-        Raises:
-            MediaError: the directory or the archive cannot be swept.
-            Exception: raised by ``find_needs``.
+        Without ``find_needs`` there is no database here: only the directory is swept, as the archive's cache.
         """
         assert find_needs is not None or self.archive is not None, "the directory is no cache"
         try:

@@ -46,10 +46,6 @@ def sweep(
 
     Returns:
         The number of folders that this call removed.
-
-    Raises:
-        OSError: the store cannot be used.
-        Exception: raised by ``find_needs``.
     """
     objects.sweep(keep_s, now_s)
     names = objects.folders()

@@ -82,10 +82,7 @@ def find_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> Me
 def make_variant(store: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
     """Make a variant of a clip that is done, keep it, and return its record.
 
-    Raises:
-        FileNotFoundError: the clip was removed meanwhile.
-        MediaError: it cannot be made of this clip, or cannot be written.
-        Exception: raised by ``variant.write``.
+    Raise FileNotFoundError if the clip was removed meanwhile, MediaError if the variant cannot be made or written.
     """
     folder = store.objects.temporary_path()
     try:
@@ -181,9 +178,7 @@ class _Maker:
     async def make(self, media: MediaStore, record: MediaRecord, variant: Variant) -> MediaRecord:
         """Make a variant, even if the caller leaves: the next caller finds it.
 
-        Raises:
-            ApiError: too many are being made, or it takes long.
-            Exception: as :func:`make_variant`.
+        Raise ApiError if too many are being made or it takes long, and as :func:`make_variant`.
         """
 
         def make() -> MediaRecord:

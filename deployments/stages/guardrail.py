@@ -45,12 +45,9 @@ class Guardrails:
         self._frames = _SerialCalls("pictures", config.frames_timeout_s)
 
     async def check_text(self, context: RequestContext, prompt: str) -> AsyncIterator[TextChecked]:
-        """Yield one item if the prompt may be used.
+        """Yield one item if the prompt may be used, or raise ContentBlocked.
 
-        Raises:
-            ContentBlocked: the prompt must not be used.
-            GuardrailUnavailable: the adapter has failed, or takes too long.
-            DeadlineExceeded: the request's time is up.
+        Raise GuardrailUnavailable if the adapter fails or takes too long, DeadlineExceeded if the time is up.
         """
         with watch_stage(context, "check text"):
             await self._text.run(context, lambda: self._adapter.check_text(prompt))

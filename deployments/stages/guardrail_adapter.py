@@ -31,16 +31,15 @@ class GuardrailAdapter(Protocol):
         """Check a request's positive prompt, as the caller wrote it; raise ContentBlocked to block it."""
 
     def check_frames(self, frames: Frames) -> Frames:
-        """Check an image, or a chunk of a clip. A clip's chunks come in order; chunks of several clips may alternate.
+        """Check an image, or a chunk of a clip; raise ContentBlocked if the frames must not be shown.
+
+        A clip's chunks come in order; chunks of several clips may alternate.
 
         Args:
             frames: uint8 RGB [F, Y, X, 3], read-only.
 
         Returns:
             The frames to show, of the same shape; ``frames`` itself if nothing changes.
-
-        Raises:
-            ContentBlocked: the frames must not be shown.
         """
 
 

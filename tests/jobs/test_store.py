@@ -369,7 +369,7 @@ def test_deleting_a_job_deletes_its_events(store: JobStore, is_running: bool) ->
 def test_forbidden_transitions_are_refused(store: JobStore) -> None:
     job = store.create(new_job(), LIMITS)
     with store._database.writing() as connection, pytest.raises(IllegalTransition, match="cannot become completed"):
-        rows.end(connection, job, COMPLETED, 0.0)
+        rows.end_job(connection, job, COMPLETED, 0.0)
     assert reload(store, job) == job
 
 
@@ -377,7 +377,7 @@ def test_a_change_of_a_job_that_has_changed_meanwhile_is_refused(store: JobStore
     job = store.create(new_job(), LIMITS)
     claim_existing(store)
     with pytest.raises(LeaseLost), store._database.writing() as connection:
-        rows.end(connection, job, OTHER, 0.0)
+        rows.end_job(connection, job, OTHER, 0.0)
     assert list_event_kinds(store, job) == ["started"]
 
 
